@@ -1,0 +1,205 @@
+"""An adapter on disk, opened: its targets known from headers, its tensors read when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from plait.adapters.config import AdapterConfig
+from plait.adapters.experts import ExpertNaming
+from plait.adapters.layouts import Kind, Layout
+from plait.adapters.lowrank import LowRank
+from plait.adapters.names import is_training_only, parse_lora_name, strip_prefix
+from plait.adapters.tensorfile import PickleFile, SafetensorsFile, TensorFile, TensorInfo
+from plait.errors import AdapterError, collect
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_PICKLE = "adapter_model.bin"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One target module of one adapter, as the headers describe it.
+
+    Attributes:
+        path: dotted path in the base model (for fused experts: of the parameter).
+        layout: how the factors are stored.
+        rank: r of the tensors.
+        scaling: s in ΔW = s · B A.
+        dtype: of the stored factors (safetensors' names).
+        tensors: part (`lora_A`, `lora_B`, `lora_B.bias`, `lora_magnitude_vector`, …) → tensor name in the file.
+    """
+
+    path: str
+    layout: Layout
+    rank: int
+    scaling: float
+    dtype: str
+    tensors: Mapping[str, str] = field(repr=False)
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether it has a magnitude vector."""
+        return "lora_magnitude_vector" in self.tensors
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether it has a `lora_bias`."""
+        return "lora_B.bias" in self.tensors
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One trained LoRA, opened.
+
+    Attributes:
+        name: unique within a merge.
+        folder: where it lies.
+        config: its configuration.
+        targets: path → target, sorted by path.
+        full_tensors: tensors that are no low-rank delta: heads (`modules_to_save`), trainable token rows, trained biases;
+            path in the base model → tensor name in the file.
+        file: the tensor file.
+    """
+
+    name: str
+    folder: Path
+    config: AdapterConfig
+    targets: Mapping[str, Target]
+    full_tensors: Mapping[str, str]
+    file: TensorFile = field(repr=False)
+
+    @staticmethod
+    def open(folder: Path, name: str) -> Adapter:
+        """Open an adapter: read its configuration and the header of its tensor file.
+
+        Raises:
+            AdapterError: with everything that is wrong with it.
+        """
+        config = AdapterConfig.read(folder / CONFIG)
+        file = _open_file(folder)
+        targets, full, problems = _understand(config, file)
+        collect(AdapterError, [f"{file.path}: {p}" for p in problems], f"{folder}: not an adapter that plait can merge")
+        if not targets and not full:
+            raise AdapterError(f"{file.path}: no LoRA tensors found; it holds {_sample(list(file.tensors))}.")
+        return Adapter(name, folder, config, targets, full, file)
+
+    def read(self, path: str, dtype: torch.dtype = torch.float32) -> list[LowRank]:
+        """Read one target's factors, scaling not yet folded in; one `LowRank` per matrix of its stack.
+
+        Raises:
+            AdapterError: a value is NaN or infinite.
+        """
+        target = self.targets[path]
+        names = target.tensors
+        part_a, part_b = (
+            ("lora_embedding_A", "lora_embedding_B") if target.layout.kind == "embedding" else ("lora_A", "lora_B")
+        )
+        return target.layout.unpack(self._tensor(names[part_a], dtype), self._tensor(names[part_b], dtype))
+
+    def read_part(self, path: str, part: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Read another part of a target as a vector: `lora_B.bias` (d_out,) or `lora_magnitude_vector` (d_out,)."""
+        return self._tensor(self.targets[path].tensors[part], dtype).flatten()
+
+    def read_full(self, path: str) -> Tensor:
+        """Read one of `full_tensors`, as stored."""
+        return self.file.read(self.full_tensors[path])
+
+    def _tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+        tensor = self.file.read(name).to(dtype)
+        if not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise AdapterError(
+                f"adapter {self.name!r}: tensor {name!r} in {self.file.path} holds {bad} NaN or infinite values. "
+                "The training run diverged or the file is damaged; use an earlier checkpoint."
+            )
+        return tensor
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The distinct ranks, ascending."""
+        return tuple(sorted({t.rank for t in self.targets.values()}))
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored values."""
+        return sum(_numel(info) for info in self.file.tensors.values())
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The distinct dtypes of the stored tensors."""
+        return tuple(sorted({info.dtype for info in self.file.tensors.values()}))
+
+    def sha256(self) -> str:
+        """Return the hex digest of the tensor file."""
+        with self.file.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open_file(folder: Path) -> TensorFile:
+    if (folder / WEIGHTS).is_file():
+        return SafetensorsFile(folder / WEIGHTS)
+    if (folder / _PICKLE).is_file():
+        return PickleFile(folder / _PICKLE)
+    raise AdapterError(f"{folder / WEIGHTS}: no such file, and no {_PICKLE} either. Was the download cut short?")
+
+
+def _understand(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Target], dict[str, str], list[str]]:
+    """Sort a file's tensors into targets and full tensors; return them with what is wrong."""
+    modules: dict[str, dict[str, str]] = defaultdict(dict)
+    full: dict[str, str] = {}
+    problems: list[str] = []
+    for name in sorted(file.tensors):
+        if is_training_only(name):
+            continue
+        parsed = parse_lora_name(name)
+        if parsed is None:
+            full[strip_prefix(name)] = name
+        elif parsed.part in modules[parsed.module]:
+            problems.append(f"{name!r} and {modules[parsed.module][parsed.part]!r} are the same part of one module")
+        else:
+            modules[parsed.module][parsed.part] = name
+    naming = ExpertNaming(config.target_parameters, modules)
+    problems += naming.problems
+    targets: dict[str, Target] = {}
+    for module, parts in modules.items():
+        try:
+            path, kind = naming.path_and_kind(module, parts)
+            target = _target(config, file, path, kind, parts)
+        except ValueError as error:
+            problems.append(f"{module!r}: {error}")
+        else:
+            targets[target.path] = target
+    return dict(sorted(targets.items())), full, problems
+
+
+def _target(config: AdapterConfig, file: TensorFile, path: str, kind: Kind, parts: Mapping[str, str]) -> Target:
+    if "lora_diag" in parts:
+        raise ValueError("has lora_diag (KaSA), which also changes the base model; it has no exact form here")
+    pair = ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A", "lora_B")
+    missing = [p for p in pair if p not in parts]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} missing; found {', '.join(sorted(parts))}")
+    info_a, info_b = (file.tensors[parts[p]] for p in pair)
+    layout, rank = Layout.of(kind, info_a.shape, info_b.shape, config.rank(path))
+    if rank == 0:
+        raise ValueError("has rank 0")
+    return Target(path, layout, rank, config.scaling(path, rank), info_b.dtype, dict(parts))
+
+
+def _numel(info: TensorInfo) -> int:
+    count = 1
+    for size in info.shape:
+        count *= size
+    return count
+
+
+def _sample(names: list[str]) -> str:
+    return ", ".join(repr(n) for n in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"

@@ -1,0 +1,72 @@
+"""The base model's weights, read lazily from safetensors: only what DoRA needs them for, one module at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from plait.adapters.layouts import Layout
+from plait.adapters.tensorfile import SafetensorsFile
+from plait.errors import AdapterError
+
+
+class BaseWeights:
+    """The safetensors of a base model.
+
+    Args:
+        folder: with `model.safetensors`, or shards and their index.
+
+    Raises:
+        AdapterError: no safetensors there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            names = sorted(p.name for p in folder.glob("*.safetensors") if p.name != "adapter_model.safetensors")
+        if not names:
+            raise AdapterError(f"{folder}: no safetensors of a base model here; DoRA needs its weights.")
+        self._files = [SafetensorsFile(folder / name) for name in names]
+        self._home = {tensor: file for file in self._files for tensor in file.tensors}
+
+    def matrix(self, module: str, layout: Layout, *, fan_in_fan_out: bool, dtype: torch.dtype) -> Tensor:
+        """Return a module's weight as (d_out, d_in), the orientation of B @ A.
+
+        Args:
+            module: path as the adapter names it.
+            layout: of its factors.
+            fan_in_fan_out: the base stores the weight transposed (GPT-2's Conv1D).
+            dtype: of the result.
+
+        Raises:
+            AdapterError: no such weight, or one of another shape.
+        """
+        name = self._name(module)
+        weight = self._home[name].read(name).to(dtype)
+        if layout.kind == "conv":
+            weight = weight.flatten(1)
+        elif layout.kind == "embedding" or fan_in_fan_out:
+            weight = weight.mT
+        if tuple(weight.shape) != (layout.d_out, layout.d_in):
+            raise AdapterError(
+                f"{self.folder}: {name!r} is {list(weight.shape)}, the adapter's module {module!r} needs "
+                f"{[layout.d_out, layout.d_in]}. Is this the base model that it was trained on?"
+            )
+        return weight
+
+    def _name(self, module: str) -> str:
+        wanted = f"{module}.weight"
+        # Checkpoints are saved with or without the task head's prefix ("model.", "transformer.").
+        found = [n for n in self._home if n == wanted] or [
+            n for n in self._home if n.endswith("." + wanted) or wanted.endswith("." + n)
+        ]
+        if len(found) != 1:
+            what = f"found {', '.join(map(repr, found))}" if found else f"it holds names such as {next(iter(self._home))!r}"
+            raise AdapterError(f"{self.folder}: no single weight for module {module!r}; {what}.")
+        return found[0]

@@ -1,0 +1,96 @@
+"""`LowRank`: the delta of one target module as two factors, and everything that is exact on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plait.linalg import factored
+from plait.linalg.factored import ThinSVD
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """ΔW = b @ a, with every scaling already folded in.
+
+    Attributes:
+        a: (r, d_in).
+        b: (d_out, r).
+    """
+
+    a: Tensor
+    b: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of b; the numerical rank may be lower."""
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of ΔW."""
+        return self.b.shape[0], self.a.shape[1]
+
+    @staticmethod
+    def zero(shape: tuple[int, int], dtype: torch.dtype = torch.float32, rank: int = 0) -> LowRank:
+        """Return the zero delta: what a module that an adapter lacks contributes."""
+        return LowRank(torch.zeros(rank, shape[1], dtype=dtype), torch.zeros(shape[0], rank, dtype=dtype))
+
+    @staticmethod
+    def from_svd(svd: ThinSVD) -> LowRank:
+        """Return the balanced factors b = U √S, a = √S Vᵀ: equal norms, and free of the gauge B → BG, A → G⁻¹A."""
+        root = svd.s.clamp_min(0).sqrt()
+        return LowRank(root.to(svd.vh.dtype).unsqueeze(1) * svd.vh, svd.u * root.to(svd.u.dtype))
+
+    @staticmethod
+    def concatenate(parts: Sequence[LowRank], coefficients: Sequence[float]) -> LowRank:
+        """Return Σ cₜ ΔWₜ exactly, of rank Σ rₜ: the factors side by side, coefficients on b.
+
+        Parts whose coefficient is 0 take no rank; at least one part is needed.
+        """
+        used = [(part, c) for part, c in zip(parts, coefficients, strict=True) if c != 0 and part.rank]
+        if not used:
+            return LowRank.zero(parts[0].shape, parts[0].a.dtype)
+        return LowRank(torch.cat([p.a for p, _ in used]), torch.cat([p.b * c for p, c in used], dim=1))
+
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """Return it in another dtype."""
+        return LowRank(self.a.to(dtype), self.b.to(dtype))
+
+    def scaled(self, factor: float) -> LowRank:
+        """Return factor · ΔW."""
+        return self if factor == 1 else LowRank(self.a, self.b * factor)
+
+    def padded(self, rank: int) -> LowRank:
+        """Return the same delta with zero rows and columns up to `rank`."""
+        more = rank - self.rank
+        if more == 0:
+            return self
+        return LowRank(torch.nn.functional.pad(self.a, (0, 0, 0, more)), torch.nn.functional.pad(self.b, (0, more)))
+
+    def dense(self) -> Tensor:
+        """Return ΔW, (d_out, d_in)."""
+        return self.b @ self.a
+
+    def svd(self) -> ThinSVD:
+        """Return the thin SVD of ΔW without forming it."""
+        return factored.product_svd(self.b, self.a)
+
+    def canonical(self) -> LowRank:
+        """Return the balanced factors of the same ΔW (see `from_svd`), rank at most min(d_out, d_in)."""
+        return LowRank.from_svd(self.svd()) if self.rank else self
+
+    def singular_values(self) -> Tensor:
+        """Return the singular values of ΔW, descending, float64."""
+        return factored.singular_values(self.b, self.a)
+
+    def inner(self, other: LowRank) -> float:
+        """Return the Frobenius inner product ⟨ΔW, ΔW'⟩."""
+        return factored.inner(self.b, self.a, other.b, other.a)
+
+    def energy(self) -> float:
+        """Return ‖ΔW‖²_F."""
+        return max(0.0, self.inner(self))

@@ -1,0 +1,63 @@
+"""Every failure that plait reports to its user, and nothing else.
+
+    PlaitError
+    ├── RecipeError      the recipe does not say something that can be done   (also ValueError)
+    ├── AddressError     an adapter or repository reference leads nowhere     (also ValueError)
+    ├── AdapterError     a file is not an adapter that can be merged          (also ValueError)
+    ├── PlanError        the adapters do not fit together, or the method      (also ValueError)
+    └── OutputError      the result cannot be written, or must not be         (also OSError)
+
+A message says where, what was found, what is allowed and what to do. Stages collect all their problems before they
+raise (`collect`), so that one run shows everything that is wrong. All of these are the user's to mend: the command line
+prints message and notes without a traceback and exits with code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class PlaitError(Exception):
+    """Base of all errors that plait raises on purpose."""
+
+
+class RecipeError(PlaitError, ValueError):
+    """A recipe, a parameter or a flag is not valid."""
+
+
+class AddressError(PlaitError, ValueError):
+    """A reference (`[name=]PATH` or `[name=]org/repo[@revision][/subfolder]`) cannot be resolved."""
+
+
+class AdapterError(PlaitError, ValueError):
+    """A file is missing, broken, or holds something that has no exact low-rank form."""
+
+
+class PlanError(PlaitError, ValueError):
+    """The adapters, the method and the wanted output do not fit together."""
+
+
+class OutputError(PlaitError, OSError):
+    """The result cannot be written, or would overwrite something."""
+
+
+def collect(error: type[PlaitError], problems: Sequence[str], heading: str) -> None:
+    """Raise one `error` that lists all `problems`; do nothing when there are none.
+
+    Args:
+        error: the leaf of the tree to raise.
+        problems: one message each, already complete.
+        heading: the first line when there is more than one problem, without the count.
+    """
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise error(problems[0])
+    raise error(f"{heading}: {len(problems)} problems\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the nearest allowed word, or an empty string."""
+    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""

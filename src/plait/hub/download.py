@@ -1,0 +1,300 @@
+"""Find the folder that a reference leads to, and fetch it from the Hub where it lies there.
+
+Of an adapter only its own few files are fetched, never the weights of a base model. Everything goes through
+`huggingface_hub`, so its cache and HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN mean what they mean elsewhere. Knows
+nothing of what the files hold.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from plait.errors import AddressError, did_you_mean
+from plait.hub.client import bars, explain
+from plait.hub.references import Reference, parse_reference
+from plait.records import Record
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+#: What may lie beside an adapter and is wanted next to the merge: the card, the tokenizer and the chat template.
+BESIDE = (
+    "README.md",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+#: What is fetched of a base model unless the caller asks for more.
+MODEL_FILES = ("*.safetensors", "*.json")
+#: What a whole model needs beside its weights and its json files; `resolve_model(files=...)` takes both together.
+COMPANION_FILES = ("*.jinja", "*.model", "*.txt", "LICENSE*", "README.md")
+_SHOWN = 12
+
+
+class Located(Record):
+    """A folder on this machine, and where it came from.
+
+    Attributes:
+        folder: absolute; for the Hub inside the snapshot of `commit` in the cache.
+        repo: `org/repo`, or None for a local folder.
+        revision: as it was asked for, or None.
+        commit: the 40 hexadecimal digits that `revision` stood for, or None for a local folder.
+        subfolder: as it was asked for, or None.
+    """
+
+    folder: Path
+    repo: str | None = None
+    revision: str | None = None
+    commit: str | None = None
+    subfolder: str | None = None
+
+
+def resolve(reference: Reference, *, base: Path | None = None, progress: bool = True) -> Located:
+    """Return the folder of an adapter, fetched from the Hub when the reference leads there.
+
+    A local folder is only checked to be one; what it holds is for the reader of adapters to judge. When the Hub does
+    not answer, an adapter that lies in the cache is taken from there.
+
+    Args:
+        reference: from `parse_reference`.
+        base: the folder that a relative path starts from (a recipe's own); the working directory when absent.
+        progress: draw progress bars while downloading.
+
+    Raises:
+        AddressError: the reference leads nowhere, or may not be read. The message says what to do.
+    """
+    if reference.path is not None:
+        return Located(folder=_local_folder(reference, base))
+    prefix = _prefix(reference)
+    try:
+        commit, names = _listing(reference)
+    except Exception as error:  # which classes can come depends on the transport library below huggingface_hub
+        snapshot = _from_cache(error, reference, [glob.escape(prefix + CONFIG)], base=base)
+        held = {path.name for path in (snapshot / prefix).glob("*")}
+        if CONFIG not in held or not held & {WEIGHTS, PICKLED}:
+            raise AddressError(_why(error, reference, base)) from error
+    else:
+        if prefix + CONFIG not in names:
+            raise AddressError(_no_config(reference, commit, names))
+        weights = [name for name in (WEIGHTS, PICKLED) if prefix + name in names][:1]
+        if not weights:
+            raise AddressError(
+                f"{reference.address!r} has {CONFIG}, but neither {WEIGHTS} nor {PICKLED} beside it. It holds: "
+                f"{_listed(names)}."
+            )
+        wanted = [prefix + name for name in (CONFIG, *weights, *BESIDE) if prefix + name in names]
+        snapshot = _fetch(reference, commit, wanted, base=base, progress=progress)
+    return _located(reference, snapshot)
+
+
+def resolve_model(
+    text: str, *, base: Path | None = None, files: Sequence[str] = MODEL_FILES, progress: bool = True
+) -> Located:
+    """Return the folder of a base model: a local one, or `org/repo[@revision][/subfolder]` fetched from the Hub.
+
+    Args:
+        text: a path or a place on the Hub. A repository without owner (`gpt2`) is one of the Hub's oldest and allowed.
+        base: the folder that a relative path starts from; the working directory when absent.
+        files: shell patterns of the files to fetch, of that folder alone and not of those below it; at least one file
+            has to match the first. Second copies of the weights in another layout (`consolidated*`) are never fetched.
+        progress: draw progress bars while downloading.
+
+    Raises:
+        AddressError: the reference leads nowhere, may not be read, or nothing there matches the first pattern.
+    """
+    reference = parse_reference(text, base=base, allow_bare=True)
+    if reference.name is not None:
+        raise AddressError(f"{text!r}: a base model has no name. Write {reference.address!r}.")
+    if reference.path is not None:
+        return Located(folder=_local_folder(reference, base))
+    prefix = _prefix(reference)
+    try:
+        commit, names = _listing(reference)
+    except Exception as error:  # which classes can come depends on the transport library below huggingface_hub
+        snapshot = _from_cache(error, reference, [glob.escape(prefix) + pattern for pattern in files], base=base)
+        if not any((snapshot / prefix).glob(files[0])):
+            raise AddressError(_why(error, reference, base)) from error
+    else:
+        here = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        here = [name for name in here if not name.startswith("consolidated")]
+        wanted = {pattern: fnmatch.filter(here, pattern) for pattern in files}
+        if not wanted[files[0]]:
+            raise AddressError(
+                f"{reference.address!r} has no {files[0]}. It holds: {_listed(names) or 'nothing'}. Give a model that "
+                "has, or convert this one and give the local folder."
+            )
+        paths = sorted({prefix + name for found in wanted.values() for name in found})
+        snapshot = _fetch(reference, commit, paths, base=base, progress=progress)
+    return _located(reference, snapshot)
+
+
+def _prefix(reference: Reference) -> str:
+    return f"{reference.subfolder}/" if reference.subfolder else ""
+
+
+def _located(reference: Reference, snapshot: Path) -> Located:
+    folder = snapshot / (reference.subfolder or "")
+    _check_contained(folder, snapshot)
+    return Located(
+        folder=folder,
+        repo=reference.repo,
+        revision=reference.revision,
+        commit=snapshot.name,
+        subfolder=reference.subfolder,
+    )
+
+
+def _local_folder(reference: Reference, base: Path | None) -> Path:
+    path = reference.path or ""
+    try:
+        folder = Path.cwd() / (base or Path()) / Path(path).expanduser()
+        if folder.is_dir():
+            return folder
+        exists = folder.exists()
+    except (OSError, RuntimeError) as error:  # not readable; or the home of a user that does not exist
+        raise AddressError(f"{path!r} cannot be read: {error}.") from error
+    if exists:
+        raise AddressError(f"{path!r} is a file. Give the folder that holds it: {str(Path(path).parent)!r}.")
+    parent = folder.parent
+    near = (
+        did_you_mean(folder.name, _folders(parent)) if parent.is_dir() else f" {str(parent)!r} does not exist either."
+    )
+    raise AddressError(f"{path!r}: there is no folder {str(folder)!r}.{near}{_if_hub(path, base)}")
+
+
+def _folders(parent: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in parent.iterdir() if entry.is_dir())
+    except OSError:
+        return []
+
+
+def _if_hub(path: str, base: Path | None) -> str:
+    bare = path.removeprefix("./")
+    if bare.startswith((".", "/", "~")) or "/" not in bare.strip("/"):
+        return ""
+    try:
+        spec = parse_reference(bare.strip("/"), base=base).spec
+    except AddressError:
+        return ""
+    return f" If you mean the repository on the Hub, write {spec!r}."
+
+
+def _listing(reference: Reference) -> tuple[str, list[str]]:
+    """Ask the Hub which commit the reference means, and which files that holds."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(reference.repo or "", revision=reference.revision)
+    return info.sha or "", sorted(sibling.rfilename for sibling in info.siblings or [])
+
+
+def _fetch(reference: Reference, commit: str, names: list[str], *, base: Path | None, progress: bool) -> Path:
+    """Bring the files of that commit into the cache, and return the folder that holds them."""
+    from huggingface_hub import snapshot_download
+
+    patterns = [glob.escape(name) for name in names]
+    try:
+        with bars(shown=progress):
+            # By the revision as it was asked for: only so does the cache learn what it stands for, to know it offline.
+            snapshot = Path(
+                snapshot_download(reference.repo or "", revision=reference.revision, allow_patterns=patterns)
+            )
+            if snapshot.name != commit:  # the branch has moved since it was asked about
+                snapshot = Path(snapshot_download(reference.repo or "", revision=commit, allow_patterns=patterns))
+    except Exception as error:  # which classes can come depends on the transport library below huggingface_hub
+        raise AddressError(_why(error, reference, base)) from error
+    return snapshot
+
+
+def _from_cache(error: Exception, reference: Reference, patterns: list[str], *, base: Path | None) -> Path:
+    """Return the snapshot that the cache holds, when `error` says that the Hub did not answer rather than refused."""
+    from huggingface_hub import snapshot_download
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is None or status == 429 or status >= 500:
+        try:
+            return Path(
+                snapshot_download(
+                    reference.repo or "", revision=reference.revision, allow_patterns=patterns, local_files_only=True
+                )
+            )
+        except Exception:  # what has to be told is why the Hub could not be asked
+            pass
+    raise AddressError(_why(error, reference, base)) from error
+
+
+def _why(error: Exception, reference: Reference, base: Path | None) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    repo = reference.repo or ""
+    message = f"{reference.address!r}: {explain(error, repo, reference.revision)}"
+    if isinstance(error, RevisionNotFoundError):
+        return message + _revisions(repo, reference.revision or "")
+    if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+        return f"{message} Nor is there a folder {reference.address!r} in {base or Path.cwd()}."
+    return message
+
+
+def _revisions(repo: str, revision: str) -> str:
+    from huggingface_hub import HfApi
+
+    try:
+        refs = HfApi().list_repo_refs(repo)
+    except Exception:  # only the list of what there is instead is lost
+        return ""
+    names = [ref.name for ref in (*refs.branches, *refs.tags)]
+    return f"{did_you_mean(revision, names)} It has: {_listed(names)}."
+
+
+def _no_config(reference: Reference, commit: str, names: list[str]) -> str:
+    place = "in this subfolder" if reference.subfolder else "at the top of this repository"
+    found = f"{reference.address!r}: there is no {CONFIG} {place} (commit {commit[:12]})."
+    folders = [name.removesuffix(CONFIG).rstrip("/") for name in names if name.split("/")[-1] == CONFIG]
+    if folders:
+        specs = [
+            reference.model_copy(update={"name": None, "subfolder": folder or None}).spec
+            for folder in sorted(folders, key=_natural)
+        ]
+        return f"{found} Give a place that has one: {_listed(specs)}."
+    if any(name.endswith(".safetensors") for name in names):
+        return f"{found} It looks like a whole model, which plait takes as a base model. It holds: {_listed(names)}."
+    return f"{found} No other folder has one. It holds: {_listed(names) or 'nothing'}."
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Sort key by which checkpoint-500 comes before checkpoint-1000."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", text)]
+
+
+def _listed(words: Iterable[str]) -> str:
+    words = list(words)
+    more = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
+    return ", ".join(words[:_SHOWN]) + more
+
+
+def _check_contained(folder: Path, snapshot: Path) -> None:
+    """Refuse a cache in which a link leads out of the snapshot to anywhere but the cache's own blobs."""
+    storage = snapshot.parent.parent
+    inside = snapshot.resolve()
+    blobs = [(storage / "blobs").resolve(), (storage.parent / "blobs").resolve()]
+    if not folder.resolve().is_relative_to(inside):
+        raise AddressError(
+            f"{folder} is a link to {folder.resolve()}, outside the snapshot. Delete {storage} and retry."
+        )
+    for entry in sorted(folder.iterdir()):
+        target = entry.resolve()
+        if not any(target.is_relative_to(root) for root in (inside, *blobs)):
+            raise AddressError(f"{entry} is a link to {target}, outside the cache. Delete {storage} and retry.")

@@ -1,0 +1,42 @@
+"""Sign election and disjoint averaging over a stack of arrays (T, p, q)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Vote = Literal["total", "frequency"]
+Divisor = Literal["count", "weight", "none"]
+
+
+def elect_sign(x: Tensor, vote: Vote) -> Tensor:
+    """Return the elected sign of every entry, (p, q), in {−1, 0, 1}; 0 is a perfect tie.
+
+    Args:
+        x: (T, p, q).
+        vote: `total` weighs every voter by its magnitude (TIES, Algorithm 1), `frequency` counts heads.
+    """
+    return (x if vote == "total" else x.sign()).sum(0).sign()
+
+
+def merge_agreeing(x: Tensor, sign: Tensor, weights: Tensor, divisor: Divisor) -> Tensor:
+    """Sum `weights[t] · x[t]` over the adapters that agree with `sign`, over what `divisor` says.
+
+    Args:
+        x: (T, p, q); an exact zero never agrees.
+        sign: (p, q); where it is 0 the result is 0.
+        weights: (T,).
+        divisor: `count` of the agreeing adapters, their summed `weight`, or `none`.
+
+    Returns:
+        (p, q); 0 where nobody agrees.
+    """
+    agrees = (x.sign() == sign) & (sign != 0)
+    w = weights.to(x.dtype).view(-1, 1, 1)
+    total = torch.where(agrees, x, 0).mul_(w).sum(0)
+    if divisor == "none":
+        return total
+    share = agrees.sum(0).to(x.dtype) if divisor == "count" else torch.where(agrees, w, 0).sum(0)
+    return torch.where(share == 0, 0, total / torch.where(share == 0, 1, share))

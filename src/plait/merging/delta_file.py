@@ -1,0 +1,58 @@
+"""The dense output: one tensor per target module, ΔW in the orientation of the base model's weight."""
+
+from __future__ import annotations
+
+from plait.adapters.tensorwriter import Entry, TensorWriter
+from plait.merging.engine import MergedModule
+from plait.merging.inventory import Inventory
+from plait.merging.plan import MergePlan
+from plait.merging.portable import DTYPES
+
+NAME = "delta.safetensors"
+
+
+class DeltaFile:
+    """Names and shapes of a dense delta; writes merged modules by blocks of rows.
+
+    Tensors are called `<module>.weight` (for fused experts, by the parameter). Layers that store their weight as (d_in, d_out),
+    embeddings and GPT-2's Conv1D, are transposed here too, and so are held whole while they are written.
+
+    Args:
+        inventory: the sources.
+        plan: what is merged.
+    """
+
+    def __init__(self, inventory: Inventory, plan: MergePlan) -> None:
+        self._layouts = {m.target: inventory.layouts[m.target] for m in plan.modules}
+        self._dtype = DTYPES[inventory.recipe.output.dtype]
+        flipped = {t for a in inventory.adapters if a.config.flag("fan_in_fan_out") for t in a.targets}
+        self._transposed = {
+            t for t, layout in self._layouts.items() if layout.kind == "embedding" or (layout.kind == "linear" and t in flipped)
+        }
+
+    def entries(self) -> list[Entry]:
+        """Return every tensor of the file."""
+        return [Entry(self._name(t), self._dtype, self._shape(t)) for t in self._layouts]
+
+    def write(self, merged: MergedModule, writer: TensorWriter) -> None:
+        """Write one merged module."""
+        if merged.dense is None:
+            raise AssertionError(f"{merged.target!r} has no dense delta")
+        name, shape = self._name(merged.target), self._shape(merged.target)
+        if merged.target in self._transposed:
+            writer.write(name, merged.dense[0].dense().mT)
+            return
+        layout = self._layouts[merged.target]
+        for index, matrix in enumerate(merged.dense):
+            if layout.kind == "experts":
+                writer.write(name, matrix.dense().reshape(1, *shape[1:]), row=index)
+                continue
+            for start, block in matrix:
+                writer.write(name, block.reshape(len(block), *shape[1:]), row=index * layout.d_out + start)
+
+    def _name(self, target: str) -> str:
+        return target if self._layouts[target].kind == "experts" else f"{target}.weight"
+
+    def _shape(self, target: str) -> tuple[int, ...]:
+        layout = self._layouts[target]
+        return tuple(reversed(layout.dense_shape)) if target in self._transposed else layout.dense_shape

@@ -1,0 +1,68 @@
+"""DoRA, exactly: a linear merge of DoRA adapters is a DoRA adapter.
+
+W'ₜ = mₜ ⊙ (W + sₜBₜAₜ) / ‖W + sₜBₜAₜ‖_row is a row scaling and a LoRA: with cₜ = mₜ / ‖W + sₜBₜAₜ‖_row,
+ΔWₜ = diag(cₜ − 1) W + diag(cₜ) sₜBₜAₜ. Sums stay in that form, diag(d) W + L, and
+diag(1 + d) (W + diag(1 + d)⁻¹ L) is DoRA again with B'A' = diag(1 + d)⁻¹ L and m' = (1 + d) ⊙ ‖W + B'A'‖_row.
+Source: Liu et al. 2024 (arXiv:2402.09353), eq. 5; the closure under sums is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from plait.adapters.lowrank import LowRank
+from plait.errors import PlanError
+from plait.linalg.blocks import block_ranges
+
+_SMALLEST = 1e-6  # of 1 + d: below this a row of the merged model vanishes, and its direction with it
+
+
+def row_norms(weight: Tensor, delta: LowRank) -> Tensor:
+    """Return ‖W + BA‖ of every row, (d_out,), by blocks of rows.
+
+    Args:
+        weight: (d_out, d_in).
+        delta: of the same shape.
+    """
+    norms = [
+        torch.linalg.vector_norm(weight[i:j] + delta.b[i:j] @ delta.a, dim=1) for i, j in block_ranges(*weight.shape)
+    ]
+    return torch.cat(norms)
+
+
+def merge_dora(
+    module: str, weight: Tensor, deltas: Sequence[LowRank], magnitudes: Sequence[Tensor | None], coefficients: Sequence[float]
+) -> tuple[LowRank, Tensor]:
+    """Merge one module linearly.
+
+    Args:
+        module: its path, for messages.
+        weight: (d_out, d_in) of the base model.
+        deltas: with scalings folded in, rank 0 for an adapter without the module.
+        magnitudes: (d_out,) per adapter; None for a plain LoRA, whose rows are not rescaled.
+        coefficients: per adapter.
+
+    Returns:
+        The factors B'A', and 1 + d (d_out,); `magnitude` turns them into the magnitude vector once B'A' is final.
+
+    Raises:
+        PlanError: a row of the merged weight vanishes, so that it has no direction to rescale.
+    """
+    scales = [
+        torch.ones(weight.shape[0], dtype=weight.dtype) if m is None else m.to(weight.dtype) / row_norms(weight, d)
+        for d, m in zip(deltas, magnitudes, strict=True)
+    ]
+    gain = 1 + sum((c * (scale - 1) for c, scale in zip(coefficients, scales, strict=True)), torch.zeros(()))
+    if bool((gain.abs() < _SMALLEST).any()):
+        rows = int((gain.abs() < _SMALLEST).sum())
+        raise PlanError(f"{module}: these weights cancel {rows} rows of the base model; DoRA cannot express that. Change them.")
+    parts = [LowRank(d.a, d.b * (scale / gain).unsqueeze(1)) for d, scale in zip(deltas, scales, strict=True)]
+    return LowRank.concatenate(parts, coefficients), gain
+
+
+def magnitude(weight: Tensor, delta: LowRank, gain: Tensor) -> Tensor:
+    """Return m' = (1 + d) ⊙ ‖W + B'A'‖_row, (d_out,)."""
+    return gain * row_norms(weight, delta)

@@ -1,0 +1,85 @@
+"""Merged delta → what is written: truncation to the planned rank, with the energy it keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from plait.adapters.lowrank import LowRank
+from plait.linalg.blocks import RowBlocks, truncated_svd
+from plait.linalg.factored import rank_for_energy
+from plait.linalg.keyed import Key
+from plait.merging.plan import DENSE_RANK_CAP
+from plait.spaces.base import Merged
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """The factors of one target module, ready to be written.
+
+    Attributes:
+        slices: one `LowRank` per matrix, all of one rank.
+        energy: ‖ΔW‖²_F before truncation; None where nothing was truncated and so nothing was measured.
+        kept: the part of it that the factors hold.
+    """
+
+    slices: tuple[LowRank, ...]
+    energy: float | None = None
+    kept: float | None = None
+
+    @property
+    def rank(self) -> int:
+        """Rank of the factors."""
+        return self.slices[0].rank
+
+
+def emit(merged: Sequence[Merged], rank: int, key: Key) -> Emitted:
+    """Bring every matrix of a module to at most `rank`.
+
+    Low-rank deltas that fit are passed on untouched; others are truncated by their exact SVD, dense ones by a randomised SVD
+    over row blocks.
+    """
+    parts = [_fit(m, rank, key.child(str(i))) for i, m in enumerate(merged)]
+    widest = max(p.rank for p, _, _ in parts)
+    slices = tuple(p.padded(widest) for p, _, _ in parts)
+    if all(energy is None for _, energy, _ in parts):
+        return Emitted(slices)
+    return Emitted(slices, math.fsum(e or 0.0 for _, e, _ in parts), math.fsum(k or 0.0 for _, _, k in parts))
+
+
+def rank_at_energy(merged: Sequence[Merged], energy: float, key: Key) -> int:
+    """Return the smallest rank that keeps a share of the energy in every matrix of a module.
+
+    For a dense delta the spectrum is known up to `DENSE_RANK_CAP` singular values; a share beyond them gets that cap.
+    """
+    return max(_rank_at_energy(m, energy, key.child(str(i))) for i, m in enumerate(merged))
+
+
+def _fit(merged: Merged, rank: int, key: Key) -> tuple[LowRank, float | None, float | None]:
+    if isinstance(merged, LowRank):
+        if merged.rank <= rank:
+            return merged, None, None
+        svd = merged.svd()
+        return LowRank.from_svd(svd.head(rank)), float(svd.s.square().sum()), float(svd.s[:rank].square().sum())
+    svd = truncated_svd(merged, rank, key)
+    return LowRank.from_svd(svd), merged.energy(), float(svd.s.square().sum())
+
+
+def _rank_at_energy(merged: Merged, energy: float, key: Key) -> int:
+    if isinstance(merged, LowRank):
+        return rank_for_energy(merged.singular_values(), energy) if merged.rank else 1
+    s = truncated_svd(merged, DENSE_RANK_CAP, key).s
+    # The singular values not computed are put last, as one, so that the share is of the whole energy.
+    rest = max(0.0, merged.energy() - float(s.square().sum()))
+    full = torch.cat([s, torch.tensor([math.sqrt(rest)], dtype=s.dtype)])
+    return min(len(s), rank_for_energy(full, energy))
+
+
+def as_blocks(merged: Merged) -> RowBlocks:
+    """Return a merged delta as blocks of rows, for a dense output."""
+    if isinstance(merged, RowBlocks):
+        return merged
+    return RowBlocks(merged.shape, lambda start, stop: merged.b[start:stop] @ merged.a, merged.a.dtype)

@@ -1,0 +1,203 @@
+"""Plan → stream of merged modules: surveys first, then every target module, in order, on several threads.
+
+One thread of torch per module: sums, QR and SVD give other bits on other numbers of threads, so modules are spread over
+workers instead, and the bytes do not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from plait.adapters.lowrank import LowRank
+from plait.errors import PlaitError, PlanError
+from plait.linalg.blocks import RowBlocks
+from plait.linalg.keyed import Key
+from plait.merging.combine import Combiner, Statistics, surveys_of
+from plait.merging.dora import magnitude, merge_dora
+from plait.merging.emit import Emitted, as_blocks, emit, rank_at_energy
+from plait.merging.inventory import Inventory
+from plait.merging.plan import MergePlan, ModulePlan
+from plait.merging.prepared import Prepared
+from plait.merging.progress import Progress
+from plait.methods.base import Reduction
+from plait.spaces import SPACES
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class MergedModule:
+    """One merged target module.
+
+    Attributes:
+        target: its path.
+        factors: what is written, for an adapter.
+        dense: one blocked matrix per slice, for a dense output.
+        bias: (d_out,) of `lora_bias`, when the merged adapter has them.
+        magnitude: (d_out,) of DoRA, when the merged adapter is one.
+    """
+
+    target: str
+    factors: Emitted | None
+    dense: tuple[RowBlocks, ...] | None
+    bias: Tensor | None
+    magnitude: Tensor | None
+
+
+class Engine:
+    """Runs a plan.
+
+    Args:
+        inventory: the adapters.
+        plan: what to do.
+        workers: modules worked on at a time; changes speed and memory, never a byte.
+        progress: who listens.
+    """
+
+    def __init__(self, inventory: Inventory, plan: MergePlan, *, workers: int, progress: Progress) -> None:
+        self._inventory = inventory
+        self._plan = plan
+        self._workers = workers
+        self._progress = progress
+        self._has_bias = any(t.has_bias for a in inventory.adapters for t in a.targets.values())
+
+    def prepare(self) -> Combiner:
+        """Make the surveys over the whole model that transforms and method need."""
+        with _pool(self._workers) as pool:
+            prepared = pool.submit(Prepared, self._inventory, self._progress).result()
+            statistics: Statistics = ()
+            for survey in surveys_of(self._inventory.recipe):
+                over_model = None
+                if survey.scope == "model":
+                    combiner = Combiner(self._inventory.recipe, prepared, statistics)
+                    over_model = self._survey(combiner, survey.start, pool)
+                statistics = (*statistics, over_model)
+        return Combiner(self._inventory.recipe, prepared, statistics)
+
+    def ranks(self, combiner: Combiner) -> dict[str, int]:
+        """Return the rank of every target: the planned one, or the one that an energy asks for (a pass of its own)."""
+        planned = {m.target: m.rank for m in self._plan.modules}
+        energy = self._inventory.recipe.output.energy
+        if energy is None:
+            return {target: rank or 0 for target, rank in planned.items()}
+
+        def rank(module: ModulePlan) -> int:
+            return rank_at_energy(combiner.merge(module.target), energy, self._key(module.target))
+
+        with _pool(self._workers) as pool:
+            found = list(self._each("ranks", rank, self._plan.modules, pool))
+        return dict(zip(planned, found, strict=True))
+
+    def run(self, combiner: Combiner, ranks: Mapping[str, int]) -> Iterator[MergedModule]:
+        """Yield every merged module, in the plan's order."""
+
+        def work(module: ModulePlan) -> MergedModule:
+            try:
+                return self._module(combiner, module.target, ranks[module.target])
+            except PlaitError:
+                raise
+            except Exception as error:
+                error.add_note(f"while merging target module {module.target!r}")
+                raise
+
+        with _pool(self._workers) as pool:
+            yield from self._each("merge", work, self._plan.modules, pool)
+
+    def _module(self, combiner: Combiner, target: str, rank: int) -> MergedModule:
+        key = self._key(target)
+        bias = self._bias(combiner, target) if self._has_bias else None
+        if self._inventory.recipe.output.kind == "delta":
+            return MergedModule(target, None, tuple(as_blocks(m) for m in combiner.merge(target)), bias, None)
+        if self._inventory.base is not None:
+            return self._dora_module(combiner, target, rank, bias)
+        emitted = emit(combiner.merge(target), rank, key)
+        for part in emitted.slices:
+            if not (_finite(part.a) and _finite(part.b)):
+                raise PlanError(f"{target}: the merged values overflow; the weights or the scale are too large.")
+        return MergedModule(target, emitted, None, bias, None)
+
+    def _dora_module(self, combiner: Combiner, target: str, rank: int, bias: Tensor | None) -> MergedModule:
+        base = self._inventory.base
+        if base is None:
+            raise AssertionError("DoRA without a base passed the inventory")
+        layout = self._inventory.layouts[target]
+        transposed = any(a.config.flag("fan_in_fan_out") for a in self._inventory.adapters if target in a.targets)
+        weight = base.matrix(target, layout, fan_in_fan_out=transposed, dtype=combiner.prepared.dtype)
+        magnitudes = [
+            a.read_part(target, "lora_magnitude_vector", weight.dtype) if target in a.targets and a.targets[target].is_dora else None
+            for a in self._inventory.adapters
+        ]
+        (factors,) = combiner.prepared.read(target)
+        merged, gain = merge_dora(target, weight, factors.scaled(), magnitudes, combiner.coefficients(target).tolist())
+        emitted = emit([merged], rank, self._key(target))
+        return MergedModule(target, emitted, None, bias, magnitude(weight, emitted.slices[0], gain))
+
+    def _bias(self, combiner: Combiner, target: str) -> Tensor:
+        layout = self._inventory.layouts[target]
+        total = torch.zeros(layout.d_out, dtype=torch.float64)
+        for adapter, c in zip(self._inventory.adapters, combiner.coefficients(target).tolist(), strict=True):
+            if target in adapter.targets and adapter.targets[target].has_bias:
+                total += c * adapter.targets[target].scaling * adapter.read_part(target, "lora_B.bias", torch.float64)
+        return total.to(combiner.prepared.dtype)
+
+    def _survey(
+        self, combiner: Combiner, start: Callable[[int], Reduction], pool: ThreadPoolExecutor
+    ) -> dict[str, Tensor]:
+        names = ("A", "B") if self._inventory.recipe.space_name == "factors" else (self._inventory.recipe.space_name,)
+        reductions = {name: start(len(self._inventory.adapters)) for name in names}
+        done = False
+        while not done:
+            for _ in self._each("survey", lambda m: combiner.observe(m.target, reductions), self._plan.modules, pool):
+                pass
+            done = all([r.end_pass() for r in reductions.values()])
+        return {name: r.values for name, r in reductions.items()}
+
+    def _key(self, target: str) -> Key:
+        return Key(self._inventory.recipe.seed).child("truncation", target)
+
+    def _each(
+        self, stage: str, work: Callable[[T], R], items: Sequence[T], pool: ThreadPoolExecutor
+    ) -> Iterator[R]:
+        """Run `work` on items in threads, a few ahead of the consumer, and yield results in order."""
+        self._progress.start(stage, len(items))
+        waiting: deque[Future[R]] = deque()
+        queue = iter(items)
+        try:
+            while True:
+                for item in queue:
+                    waiting.append(pool.submit(work, item))
+                    if len(waiting) >= self._workers + 1:
+                        break
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+                self._progress.advance()
+        finally:
+            for future in waiting:
+                future.cancel()
+            self._progress.finish()
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Offer worker threads in which torch uses one thread each; the caller's setting is put back."""
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, "plait", torch.set_num_threads, (1,)) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(before)

@@ -1,0 +1,90 @@
+"""Recipe → inventory: every adapter found and opened by its headers, and checked against the others. No tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from plait.adapters.adapter import Adapter
+from plait.adapters.base_weights import BaseWeights
+from plait.adapters.layouts import Layout
+from plait.errors import AdapterError, AddressError, PlaitError, PlanError, collect
+from plait.hub.download import Located, resolve, resolve_model
+from plait.hub.references import parse_reference
+from plait.merging.compatibility import base_model_problems, naming_problems, shape_problems
+from plait.recipes.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What there is to merge.
+
+    Attributes:
+        recipe: what was asked for.
+        adapters: opened, in the recipe's order.
+        located: where each came from.
+        layouts: target module → how it is stored; the union over adapters, sorted.
+        base: the base model's weights, where the merge needs them (DoRA).
+    """
+
+    recipe: Recipe
+    adapters: tuple[Adapter, ...]
+    located: tuple[Located, ...]
+    layouts: Mapping[str, Layout]
+    base: BaseWeights | None
+
+    @property
+    def base_model(self) -> str | None:
+        """The base model's name: the recipe's, else the first that an adapter gives."""
+        return self.recipe.base_model or next((a.config.base_model for a in self.adapters if a.config.base_model), None)
+
+
+def take_inventory(recipe: Recipe, folder: Path | None = None) -> Inventory:
+    """Find and open everything a recipe names.
+
+    Args:
+        recipe: what was asked for.
+        folder: what relative paths are relative to; the current folder when None.
+
+    Raises:
+        AddressError: references that lead nowhere.
+        AdapterError: files that are no adapters.
+        PlanError: adapters that do not belong together.
+    """
+    located, adapters = _open_all(recipe, folder)
+    problems = [
+        *base_model_problems(adapters, recipe.base_model),
+        *naming_problems(adapters),
+        *shape_problems(adapters),
+    ]
+    collect(PlanError, problems, "these adapters do not fit together")
+    layouts = {path: target.layout for adapter in adapters for path, target in adapter.targets.items()}
+    base = None
+    if any(t.is_dora for a in adapters for t in a.targets.values()):
+        if recipe.base_model is None:
+            names = ", ".join(repr(a.name) for a in adapters if any(t.is_dora for t in a.targets.values()))
+            raise PlanError(
+                f"{names}: DoRA rescales the rows of the base model's weights, so merging it needs them. Give the base model "
+                f"(--base-id, or base_model: in the recipe): a folder or Hub id, such as {adapters[0].config.base_model!r}."
+            )
+        base = BaseWeights(resolve_model(recipe.base_model, base=folder).folder)
+    return Inventory(recipe, tuple(adapters), tuple(located), dict(sorted(layouts.items())), base)
+
+
+def _open_all(recipe: Recipe, folder: Path | None) -> tuple[list[Located], list[Adapter]]:
+    located: list[Located] = []
+    adapters: list[Adapter] = []
+    errors: list[PlaitError] = []
+    for entry in recipe.adapters:
+        try:
+            place = resolve(parse_reference(entry.path, base=folder), base=folder)
+            adapters.append(Adapter.open(place.folder, entry.name))
+            located.append(place)
+        except PlaitError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    kind = AddressError if all(isinstance(e, AddressError) for e in errors) else AdapterError
+    collect(kind, [str(e) for e in errors], "some adapters cannot be opened")
+    return located, adapters

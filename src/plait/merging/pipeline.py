@@ -1,0 +1,205 @@
+"""recipe → inventory → plan → stream → writer → run record: the one function behind the command line and Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import plait
+from plait.adapters.adapter import CONFIG, WEIGHTS
+from plait.adapters.tensorwriter import Entry, TensorWriter
+from plait.errors import OutputError
+from plait.hub.upload import check_push, push_folder
+from plait.merging import record as records
+from plait.merging.card import card
+from plait.merging.delta_file import NAME as DELTA
+from plait.merging.delta_file import DeltaFile
+from plait.merging.engine import Engine, MergedModule
+from plait.merging.heads import main_heads, write_heads
+from plait.merging.inventory import Inventory, take_inventory
+from plait.merging.plan import MergePlan, make_plan
+from plait.merging.portable import PortableAdapter
+from plait.merging.progress import Progress, Silent
+from plait.merging.record import ModuleRecord, RunRecord
+from plait.merging.staging import output_problem, staged
+from plait.recipes.schema import Recipe
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A finished merge.
+
+    Attributes:
+        folder: where it was written.
+        plan: what was to happen.
+        record: what happened.
+        url: where it was pushed; None when it was not.
+    """
+
+    folder: Path
+    plan: MergePlan
+    record: RunRecord
+    url: str | None = None
+
+
+def plan_recipe(recipe: Recipe, *, folder: Path | None = None, workers: int | None = None) -> MergePlan:
+    """Return what a recipe would do; reads headers, no tensor.
+
+    Args:
+        recipe: what is asked for.
+        folder: what its relative paths are relative to; the current folder when None.
+        workers: modules worked on at a time; decides the memory estimate.
+    """
+    return make_plan(take_inventory(recipe, folder), workers=workers or default_workers())
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    folder: Path | None = None,
+    out: Path | None = None,
+    force: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    push_to: str | None = None,
+    private: bool = False,
+) -> MergeResult:
+    """Do what a recipe says.
+
+    Args:
+        recipe: what is asked for.
+        folder: what its relative paths are relative to; the current folder when None.
+        out: where to write; a new run folder in the workspace (`artifacts/`) when None.
+        force: replace an adapter that stands at `out`.
+        workers: modules worked on at a time; never changes a byte.
+        progress: who listens.
+        push_to: Hub repository to upload the result to.
+        private: create that repository as private.
+
+    Raises:
+        PlaitError: anything wrong with what the user gave; nothing is left under `out` then.
+    """
+    started = time.perf_counter()
+    workers = workers or default_workers()
+    out = out if out is not None else _workspace(recipe)
+    problem = output_problem(out, force=force)
+    if problem:
+        raise OutputError(problem)
+    if push_to is not None:
+        check_push(push_to)
+    inventory = take_inventory(recipe, folder)
+    plan = make_plan(inventory, workers=workers)
+    _check_space(plan, out)
+    engine = Engine(inventory, plan, workers=workers, progress=progress or Silent())
+    with staged(out, force=force) as place, _digests(inventory) as digests:
+        modules = _write(inventory, plan, engine, place)
+        record = _record(inventory, plan, modules, digests(), started)
+        (place / "README.md").write_text(card(inventory, plan, record), encoding="utf-8")
+        records.write_json(place / records.LOCK, records.make_lock(inventory, digests(), place, plait.__version__))
+        records.write_json(place / records.RECORD, record)
+        records.write_json(place / records.SUMMARY, records.summary(plan, record))
+    url = None
+    if push_to is not None:
+        url = push_folder(out, push_to, private=private, message=f"Merge {', '.join(plan.adapters)} with {plan.method}")
+    return MergeResult(out, plan, record, url)
+
+
+def default_workers() -> int:
+    """Return how many modules are worked on at a time: the cores, at most 4."""
+    return max(1, min(4, os.cpu_count() or 1))
+
+
+def _write(inventory: Inventory, plan: MergePlan, engine: Engine, place: Path) -> tuple[ModuleRecord, ...]:
+    """Write the tensors and what belongs to them; return what happened to every module."""
+    combiner = engine.prepare()
+    ranks = engine.ranks(combiner)
+    write_heads(inventory.adapters, inventory.recipe.heads, place)
+    heads, declared = main_heads(inventory.adapters, inventory.recipe.heads)
+    done: list[ModuleRecord] = []
+    if inventory.recipe.output.kind == "delta":
+        dense = DeltaFile(inventory, plan)
+        with TensorWriter(place / DELTA, dense.entries()) as writer:
+            for merged in engine.run(combiner, ranks):
+                dense.write(merged, writer)
+                done.append(ModuleRecord(target=merged.target, rank=None, result="dense", energy=None, kept=1.0))
+        return tuple(done)
+    portable = PortableAdapter(inventory, ranks, inventory.recipe.output)
+    extra = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in heads.items()]
+    with TensorWriter(place / WEIGHTS, [*portable.entries(), *extra]) as writer:
+        for name, tensor in heads.items():
+            writer.write(name, tensor)
+        for merged in engine.run(combiner, ranks):
+            portable.write(merged, writer)
+            done.append(_module_record(merged))
+    text = json.dumps(portable.config(declared), indent=2, ensure_ascii=False)
+    (place / CONFIG).write_text(text + "\n", encoding="utf-8")
+    return tuple(done)
+
+
+def _module_record(merged: MergedModule) -> ModuleRecord:
+    factors = merged.factors
+    if factors is None:
+        raise AssertionError(f"{merged.target!r} has no factors")
+    if factors.energy is None or factors.kept is None:
+        return ModuleRecord(target=merged.target, rank=factors.rank, result="exact", energy=None, kept=1.0)
+    kept = min(1.0, factors.kept / factors.energy) if factors.energy else 1.0
+    return ModuleRecord(target=merged.target, rank=factors.rank, result="truncated", energy=factors.energy, kept=kept)
+
+
+def _record(
+    inventory: Inventory, plan: MergePlan, modules: tuple[ModuleRecord, ...], digests: list[str], started: float
+) -> RunRecord:
+    return RunRecord(
+        plait=plait.__version__,
+        recipe=records.recipe_json(inventory.recipe),
+        sources=records.sources(inventory, digests),
+        method=plan.method,
+        space=plan.space,
+        result=max((m.result for m in modules), key=("exact", "truncated", "dense").index),
+        rank=max((m.rank for m in modules if m.rank is not None), default=None),
+        kept=records.overall_kept(modules),
+        lowest_kept=min(m.kept for m in modules),
+        modules=modules,
+        notes=plan.notes,
+        finished=datetime.now().astimezone().isoformat(timespec="seconds"),
+        seconds=round(time.perf_counter() - started, 3),
+    )
+
+
+@contextmanager
+def _digests(inventory: Inventory) -> Iterator[Callable[[], list[str]]]:
+    """Hash the inputs beside the work, and hand the digests out when asked."""
+    with ThreadPoolExecutor(1, "plait-sha256") as pool:
+        future = pool.submit(records.input_digests, inventory)
+        yield future.result
+
+
+def _workspace(recipe: Recipe) -> Path:
+    """Return a run folder that does not exist yet: artifacts/merged/<method>/<adapters>/runs/run_<time>."""
+    names = "_".join(sorted(a.name for a in recipe.adapters))
+    if len(names) > 120:
+        names = f"{len(recipe.adapters)}_adapters"
+    runs = Path("artifacts", "merged", recipe.method_name, names, "runs")
+    stamp = datetime.now().strftime("run_%Y%m%d_%H%M%S")  # noqa: DTZ005 (local time, for people)
+    candidates = [runs / stamp, *(runs / f"{stamp}-{i}" for i in range(2, 1000))]
+    return next(c for c in candidates if not c.exists())
+
+
+def _check_space(plan: MergePlan, out: Path) -> None:
+    if plan.output_bytes is None:
+        return
+    parent = next(p for p in (Path(os.path.abspath(out)).parent, *Path(os.path.abspath(out)).parents) if p.exists())  # noqa: PTH100
+    stats = os.statvfs(parent)
+    free = stats.f_bavail * stats.f_frsize
+    if free < plan.output_bytes:
+        raise OutputError(
+            f"{out}: the result needs {plan.output_bytes / 1e6:.0f} MB, {parent} has {free / 1e6:.0f} MB free. "
+            "Free some space, choose another place, or write fewer bytes (--rank, --dtype bfloat16)."
+        )

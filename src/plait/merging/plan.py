@@ -1,0 +1,280 @@
+"""Inventory → plan: what will happen to every target module, known before a tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from plait.adapters.adapter import Adapter
+from plait.adapters.layouts import Layout
+from plait.errors import PlanError, collect
+from plait.linalg.blocks import BLOCK_ELEMENTS, HOLD_ELEMENTS
+from plait.merging.heads import head_problems
+from plait.merging.inventory import Inventory
+from plait.merging.weighting import module_weights, policy_problems
+from plait.methods import METHODS, ElementwiseMethod, LinearMethod
+from plait.methods.base import Method
+from plait.recipes.schema import Recipe
+from plait.records import Record
+from plait.spaces import SPACES
+
+DENSE_RANK_CAP = 256  # `auto` rank of a result that has no low rank of its own
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+Result = Literal["exact", "truncated", "dense"]
+
+
+class ModulePlan(Record):
+    """What will happen to one target module.
+
+    Attributes:
+        target: its path.
+        kind: how its factors are stored.
+        shape: (d_out, d_in) of its matrix.
+        stack: number of such matrices (experts, groups).
+        ranks: adapter → rank; adapters without the module are not listed.
+        weights: adapter → weight.
+        missing: adapters without the module, which count as zero.
+        exact_rank: the rank at which nothing is lost.
+        rank: the rank written; None when an energy decides it at run time, or for a dense output.
+        result: `exact`, `truncated`, or `dense`.
+    """
+
+    target: str
+    kind: str
+    shape: tuple[int, int]
+    stack: int
+    ranks: dict[str, int]
+    weights: dict[str, float]
+    missing: tuple[str, ...]
+    exact_rank: int
+    rank: int | None
+    result: Result
+
+
+class MergePlan(Record):
+    """What a merge will do.
+
+    Attributes:
+        method: name.
+        space: name.
+        equation: what the method computes.
+        adapters: names, in order.
+        modules: one plan per target module, sorted by path.
+        left_out: target modules that `merge_mode: common` drops, with who lacks them.
+        rank: the rank of the written adapter; None when an energy decides it, or for a dense output.
+        result: the worst over the modules.
+        randomised: whether the method draws (keyed) random numbers.
+        passes: passes over the factors, surveys included.
+        output_bytes: size of the tensor file; None when an energy decides it.
+        peak_bytes: estimated working memory above the interpreter with torch.
+        max_lora_rank: smallest value of vLLM's setting that serves the result; None when none does.
+        notes: what else is worth knowing.
+    """
+
+    method: str
+    space: str
+    equation: str
+    adapters: tuple[str, ...]
+    modules: tuple[ModulePlan, ...]
+    left_out: dict[str, tuple[str, ...]]
+    rank: int | None
+    result: Result
+    randomised: bool
+    passes: int
+    output_bytes: int | None
+    peak_bytes: int
+    max_lora_rank: int | None
+    notes: tuple[str, ...]
+
+
+def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
+    """Decide everything that can be decided from headers.
+
+    Raises:
+        PlanError: with everything that does not fit, all at once.
+    """
+    recipe = inventory.recipe
+    method = METHODS[recipe.method_name]
+    kept, left_out = _select(inventory)
+    problems = [
+        *_mode_problems(recipe, left_out),
+        *policy_problems(recipe, list(inventory.layouts)),
+        *_space_problems(inventory, method),
+        *_dora_problems(inventory, method),
+        *head_problems(inventory.adapters, recipe.heads),
+    ]
+    if not kept and not problems:
+        problems.append("no target module is left to merge; with merge_mode 'common' the adapters share none")
+    collect(PlanError, problems, "this merge cannot be done")
+    modules = tuple(_plan_module(inventory, method, path, layout) for path, layout in kept.items())
+    ranks = [m.rank for m in modules]
+    rank = max((r for r in ranks if r is not None), default=None) if None not in ranks else None
+    return MergePlan(
+        method=method.name,
+        space=recipe.space_name,
+        equation=method.equation,
+        adapters=tuple(a.name for a in inventory.adapters),
+        modules=modules,
+        left_out=left_out,
+        rank=rank,
+        result=_worst([m.result for m in modules]),
+        randomised=method.randomised,
+        passes=_passes(recipe, method),
+        output_bytes=_output_bytes(recipe, kept, modules, rank),
+        peak_bytes=_peak_bytes(inventory, method, modules, workers),
+        max_lora_rank=next((r for r in VLLM_RANKS if rank is not None and r >= rank), None),
+        notes=tuple(_notes(inventory, method)),
+    )
+
+
+def is_linear(recipe: Recipe) -> bool:
+    """Say whether a merge is Σ cₜ ΔWₜ, and so exact by concatenation."""
+    return isinstance(METHODS[recipe.method_name], LinearMethod) and recipe.space_name != "factors"
+
+
+def _select(inventory: Inventory) -> tuple[dict[str, Layout], dict[str, tuple[str, ...]]]:
+    """Split the targets into those merged and those that not every adapter has (unless a union is wanted)."""
+    kept, left_out = {}, {}
+    for path, layout in inventory.layouts.items():
+        missing = tuple(a.name for a in inventory.adapters if path not in a.targets)
+        if missing and inventory.recipe.merge_mode != "union":
+            left_out[path] = missing
+        else:
+            kept[path] = layout
+    return kept, left_out
+
+
+def _mode_problems(recipe: Recipe, left_out: dict[str, tuple[str, ...]]) -> list[str]:
+    if recipe.merge_mode != "strict" or not left_out:
+        return []
+    lines = [f"{path} (not in {', '.join(missing)})" for path, missing in list(left_out.items())[:10]]
+    more = f", and {len(left_out) - 10} more" if len(left_out) > 10 else ""
+    return [
+        f"merge_mode is 'strict' and {len(left_out)} target modules are not in every adapter: {', '.join(lines)}{more}. "
+        "Use 'union' to count a missing module as a zero delta, or 'common' to leave it out."
+    ]
+
+
+def _space_problems(inventory: Inventory, method: Method) -> list[str]:
+    if inventory.recipe.space_name != "factors":
+        return []
+    problems = []
+    for path in inventory.layouts:
+        ranks = {a.name: a.targets[path].rank for a in inventory.adapters if path in a.targets}
+        if len(set(ranks.values())) > 1:
+            listed = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
+            problems.append(f"{path}: ranks differ ({listed}); space 'factors' adds factors and needs equal ranks. Use 'delta'.")
+    return problems[:10]
+
+
+def _dora_problems(inventory: Inventory, method: Method) -> list[str]:
+    if inventory.base is None:
+        return []
+    if not isinstance(method, LinearMethod) or inventory.recipe.space_name == "factors":
+        return [
+            f"method {method.name!r} in space {inventory.recipe.space_name!r} on DoRA adapters: a DoRA delta has full rank, so "
+            "only linear methods have an exact form (linear, uniform, weighted, …; not in 'factors')."
+        ]
+    if inventory.recipe.output.kind == "delta":
+        return ["output.kind 'delta' of DoRA adapters is not offered; write an adapter."]
+    return [
+        f"{path}: DoRA on {layout.kind} layers with {layout.stack} matrices has no form here"
+        for path, layout in inventory.layouts.items()
+        if layout.stack > 1
+    ]
+
+
+def _plan_module(inventory: Inventory, method: Method, path: str, layout: Layout) -> ModulePlan:
+    recipe = inventory.recipe
+    sources = {a.name: a.targets[path].rank for a in inventory.adapters if path in a.targets}
+    shape = (layout.d_out, layout.d_in)
+    low_rank = is_linear(recipe) or SPACES[recipe.space_name].low_rank
+    if is_linear(recipe):
+        exact_rank = min(sum(sources.values()), layout.full_rank)
+    else:
+        exact_rank = SPACES[recipe.space_name].rank(list(sources.values()), shape)
+    rank = _written_rank(recipe, method, inventory.adapters, layout, exact_rank, low_rank=low_rank)
+    result: Result = "dense" if recipe.output.kind == "delta" else "exact"
+    if recipe.output.kind == "adapter" and (rank is None or rank < exact_rank):
+        result = "truncated"
+    return ModulePlan(
+        target=path,
+        kind=layout.kind,
+        shape=shape,
+        stack=layout.stack,
+        ranks=sources,
+        weights={a.name: float(w) for a, w in zip(recipe.adapters, module_weights(recipe, path), strict=True)},
+        missing=tuple(a.name for a in inventory.adapters if path not in a.targets),
+        exact_rank=exact_rank,
+        rank=rank,
+        result=result,
+    )
+
+
+def _written_rank(
+    recipe: Recipe, method: Method, adapters: Sequence[Adapter], layout: Layout, exact_rank: int, *, low_rank: bool
+) -> int | None:
+    wanted = recipe.output.rank
+    if recipe.output.kind == "delta" or recipe.output.energy is not None:
+        return None
+    if isinstance(wanted, int):
+        return min(wanted, exact_rank)
+    largest = max(max(a.ranks, default=1) for a in adapters)
+    if method.auto_rank == "largest":
+        return min(largest, exact_rank)
+    return exact_rank if low_rank else min(largest * len(adapters), DENSE_RANK_CAP, layout.full_rank)
+
+
+def _worst(results: Sequence[Result]) -> Result:
+    return max(results, key=("exact", "truncated", "dense").index)
+
+
+def _passes(recipe: Recipe, method: Method) -> int:
+    surveys = method.surveys(recipe.method) if isinstance(method, ElementwiseMethod) else ()
+    return 1 + sum(2 if i == 0 else 1 for i, s in enumerate(surveys) if s.scope == "model") + (recipe.output.energy is not None)
+
+
+def _output_bytes(recipe: Recipe, layouts: dict[str, Layout], modules: Sequence[ModulePlan], rank: int | None) -> int | None:
+    size = BYTES[recipe.output.dtype]
+    if recipe.output.kind == "delta":
+        return size * sum(layout.entries for layout in layouts.values())
+    if rank is None:
+        return None
+    uniform = recipe.output.layout == "uniform"
+    per_rank = [(layouts[m.target], rank if uniform else m.rank or rank) for m in modules]
+    return size * sum(layout.stack * r * (layout.d_out + layout.d_in) for layout, r in per_rank)
+
+
+def _peak_bytes(inventory: Inventory, method: Method, modules: Sequence[ModulePlan], workers: int) -> int:
+    """Estimate: per worker the factors of its module twice, its result, and for a dense space the blocks in flight."""
+    adapters = len(inventory.adapters)
+
+    def working(m: ModulePlan) -> int:
+        both = sum(m.shape)
+        values = m.stack * both * (2 * sum(m.ranks.values()) + 2 * (m.rank or 0))
+        if not is_linear(inventory.recipe) and inventory.recipe.space_name == "delta":
+            entries = m.shape[0] * m.shape[1]
+            sketch = 4 * both * min((m.rank or 0) + 32, min(m.shape))
+            values += min(entries, HOLD_ELEMENTS) + 6 * adapters * min(entries, BLOCK_ELEMENTS) + sketch
+        elif not is_linear(inventory.recipe):
+            values += 4 * adapters * m.exact_rank * both
+        return 4 * values
+
+    return sum(sorted((working(m) for m in modules), reverse=True)[: max(1, workers)])
+
+
+def _notes(inventory: Inventory, method: Method) -> list[str]:
+    recipe = inventory.recipe
+    notes = []
+    if recipe.space_name == "factors":
+        notes.append("space 'factors' merges A and B apart as PEFT does: the result is no function of the deltas. For reproduction.")
+    if method.deviation:
+        notes.append(f"{method.name}: {method.deviation}")
+    if any(t.has_bias for a in inventory.adapters for t in a.targets.values()):
+        notes.append("lora_bias is merged as the weighted sum of the biases, whatever the method.")
+    with_full = [a.name for a in inventory.adapters if a.full_tensors]
+    if with_full and recipe.heads.policy == "separate":
+        notes.append(f"heads and other full tensors of {', '.join(with_full)} are kept under heads/<name>/, not merged.")
+    return notes

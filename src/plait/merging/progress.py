@@ -1,0 +1,31 @@
+"""How long work says how far it is, without knowing who listens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """A listener; stages follow one another and do not nest."""
+
+    def start(self, stage: str, total: int) -> None:
+        """Begin a stage of `total` steps."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Report steps done."""
+
+    def finish(self) -> None:
+        """End the stage."""
+
+
+class Silent:
+    """A listener that does nothing."""
+
+    def start(self, stage: str, total: int) -> None:
+        """Begin nothing."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Report nothing."""
+
+    def finish(self) -> None:
+        """End nothing."""

@@ -1,0 +1,110 @@
+"""A folder that appears whole, by one rename, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from plait.errors import OutputError
+
+_OURS = ("plait.lock", "adapter_config.json", "merge_metadata.json")
+
+
+def output_problem(folder: Path, *, force: bool) -> str | None:
+    """Return why a folder must not be written, before any work is done."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        return f"{folder} exists and is not a folder. Choose another output."
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    if not force:
+        return f"{folder} exists already. Choose another output, or replace it with --force (force=True)."
+    if not any((folder / name).is_file() for name in _OURS):
+        return f"{folder} holds files that are no adapter; --force replaces adapters only. Choose another output."
+    return None
+
+
+@contextmanager
+def staged(folder: Path, *, force: bool) -> Iterator[Path]:
+    """Offer a new folder beside `folder`; rename it there when the block ends well, remove it otherwise.
+
+    A killed process leaves its staging folder (`.NAME.staging-PID`) behind, never a half-written `folder`; the next merge to
+    the same place removes it.
+
+    Args:
+        folder: the final name.
+        force: replace an adapter that stands there.
+
+    Raises:
+        OutputError: it cannot be written (permissions, a full disk), or stands already.
+    """
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 (resolve() would follow links)
+    problem = output_problem(folder, force=force)
+    if problem:
+        raise OutputError(problem)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        place = folder.with_name(f".{folder.name}.staging-{os.getpid()}")
+        place.mkdir()
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from None
+    try:
+        yield place
+        _flush(place)
+        _swap(place, folder)
+    except OSError as error:
+        if isinstance(error, OutputError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
+        raise OutputError(f"{folder} cannot be written: {error.strerror}. Nothing was left there; free some space or choose another place.") from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left of the same output."""
+    for stale in folder.parent.glob(f".{folder.name}.staging-*"):
+        pid = stale.name.rpartition("-")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # our own staging folder of an earlier, failed call
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _swap(place: Path, folder: Path) -> None:
+    """Rename, with the old folder moved aside so that one of the two always stands under the name or beside it."""
+    aside = place.with_name(place.name + ".old")
+    if folder.exists():
+        folder.rename(aside)
+    try:
+        place.rename(folder)
+    except OSError:
+        if aside.exists():
+            aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):  # not every file system can flush a folder
+        _flush(folder.parent, deep=False)
+
+
+def _flush(folder: Path, *, deep: bool = True) -> None:
+    targets = [p for p in folder.rglob("*") if p.is_file()] if deep else [folder]
+    for path in targets:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

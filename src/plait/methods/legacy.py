@@ -1,0 +1,189 @@
+"""The method names of an older merging framework, with its parameters, on deltas.
+
+Two of them averaged A and B apart and applied the first adapter's scaling to the product. Here every name means the delta
+merge it was meant to be; `space: factors` still averages factors, with each adapter's own scaling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from plait.adapters.names import layer_key
+from plait.methods.base import Block, ElementwiseMethod, LinearMethod, MethodParams, NoParams, Source, register
+from plait.methods.dare import DareParams, drop_and_rescale
+
+_SOURCE = Source("the LoRA merging framework whose names plait continues")
+
+
+def _mean(weights: Tensor, params: NoParams, module: str) -> Tensor:
+    return weights / len(weights)
+
+
+UNIFORM = LinearMethod(
+    name="uniform",
+    summary="Mean of the deltas.",
+    equation="ΔW = (1/T) Σ wₜ ΔWₜ",
+    params=NoParams,
+    source=_SOURCE,
+    deviation="It averaged A and B apart under the first adapter's scaling; the mean of the deltas is what it stood for.",
+    min_adapters=2,
+    coefficients=_mean,
+)
+register(UNIFORM)
+for _name in ("uniform_delta", "task_vector"):
+    register(replace(UNIFORM, name=_name, summary="Mean of the deltas; saved as an exact adapter.", deviation=""))
+
+
+class ScaleParams(MethodParams):
+    """Parameters of `uniform_scalar_delta`."""
+
+    scale: Annotated[float, Field(description="Factor on the sum.", allow_inf_nan=False)] = 1.0
+
+
+register(
+    LinearMethod(
+        name="uniform_scalar_delta",
+        summary="One factor on the sum of the deltas.",
+        equation="ΔW = scale · Σ wₜ ΔWₜ",
+        params=ScaleParams,
+        source=_SOURCE,
+        min_adapters=2,
+        coefficients=lambda weights, params, module: weights * params.scale,
+    )
+)
+
+
+class LambdaParams(MethodParams):
+    """Parameters of `weighted` and `weighted_delta`."""
+
+    lambda_: Annotated[float, Field(alias="lambda", ge=0, le=1, description="Share of the first adapter.")]
+
+
+def _between(weights: Tensor, params: LambdaParams, module: str) -> Tensor:
+    return weights * torch.tensor([params.lambda_, 1 - params.lambda_], dtype=weights.dtype)
+
+
+WEIGHTED = LinearMethod(
+    name="weighted",
+    summary="Two adapters, λ of the first and 1 − λ of the second.",
+    equation="ΔW = λ ΔW₁ + (1 − λ) ΔW₂",
+    params=LambdaParams,
+    source=_SOURCE,
+    deviation="It interpolated A and B apart, so that the delta had λ², (1 − λ)² and cross terms; here the deltas are interpolated.",
+    min_adapters=2,
+    max_adapters=2,
+    coefficients=_between,
+)
+register(WEIGHTED)
+register(replace(WEIGHTED, name="weighted_delta", deviation="", spaces=("delta", "core", "knots")))
+
+
+class CoefficientParams(MethodParams):
+    """Parameters of `weighted_delta_n`. Coefficients stand in the order of the adapters."""
+
+    task_coefficients: Annotated[tuple[float, ...] | None, Field(description="One per adapter; 1/T each when not given.")] = None
+    default_task_coefficients: Annotated[
+        tuple[float, ...] | None, Field(description="For layers that `layer_task_coefficients` does not name.")
+    ] = None
+    layer_task_coefficients: Annotated[
+        dict[str, tuple[float, ...]], Field(description="Per layer, by index or by tower and index (`model.layers.3`).")
+    ] = {}
+    normalize_coefficients: Annotated[bool, Field(description="Divide by their sum.")] = True
+    allow_negative_coefficients: Annotated[bool, Field(description="Allow [−1, 1] instead of [0, 1].")] = False
+    allow_unbounded_coefficients: Annotated[bool, Field(description="Allow any finite value.")] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _layers_by_text(cls, data: Any) -> Any:
+        layers = data.get("layer_task_coefficients") if isinstance(data, dict) else None
+        return {**data, "layer_task_coefficients": {str(k): v for k, v in layers.items()}} if isinstance(layers, dict) else data
+
+    @model_validator(mode="after")
+    def _bounds(self) -> CoefficientParams:
+        low, high = (-1.0 if self.allow_negative_coefficients else 0.0), 1.0
+        for row in self.rows():
+            if not all(torch.tensor(row, dtype=torch.float64).isfinite()):
+                raise ValueError(f"coefficients {list(row)} must be finite")
+            if not self.allow_unbounded_coefficients and not all(low <= c <= high for c in row):
+                raise ValueError(f"coefficients {list(row)} must lie in [{low:g}, {high:g}]; see allow_negative_coefficients")
+            if self.normalize_coefficients and sum(row) <= 0:
+                raise ValueError(f"coefficients {list(row)} sum to {sum(row):g} and cannot be normalised")
+        return self
+
+    def rows(self) -> list[tuple[float, ...]]:
+        """Return every set of coefficients."""
+        single = [row for row in (self.task_coefficients, self.default_task_coefficients) if row is not None]
+        return [*single, *self.layer_task_coefficients.values()]
+
+    def for_module(self, module: str, adapters: int) -> tuple[float, ...]:
+        """Return the coefficients of a module: its layer's, else the default's, else the task's, else 1/T."""
+        layer = layer_key(module)
+        if layer is not None:
+            for name, row in self.layer_task_coefficients.items():
+                if layer.matches(name):
+                    return row
+        if self.layer_task_coefficients and self.default_task_coefficients is not None:
+            return self.default_task_coefficients
+        return self.task_coefficients or (1 / adapters,) * adapters
+
+
+def _per_layer(weights: Tensor, params: CoefficientParams, module: str) -> Tensor:
+    c = torch.tensor(params.for_module(module, len(weights)), dtype=weights.dtype)
+    return weights * (c / c.sum() if params.normalize_coefficients else c)
+
+
+def _one_per_adapter(params: CoefficientParams, adapters: int) -> None:
+    for row in params.rows():
+        if len(row) != adapters:
+            raise ValueError(f"{list(row)} has {len(row)} coefficients for {adapters} adapters")
+
+
+register(
+    LinearMethod(
+        name="weighted_delta_n",
+        summary="Coefficients per adapter, and per layer where given.",
+        equation="ΔW = Σ cₜ(layer) wₜ ΔWₜ,  c normalised to sum 1 unless told otherwise",
+        params=CoefficientParams,
+        source=_SOURCE,
+        min_adapters=2,
+        check=_one_per_adapter,
+        coefficients=_per_layer,
+    )
+)
+
+
+class DareMeanParams(MethodParams):
+    """Parameters of `dare`."""
+
+    drop_rate: Annotated[float, Field(ge=0, lt=1, description="Probability with which an entry is dropped.")] = 0.9
+    lambda_: Annotated[float, Field(alias="lambda", description="Factor on the mean.", allow_inf_nan=False)] = 1.0
+
+    def dare(self) -> DareParams:
+        """Return the same as parameters of `dare_linear`."""
+        return DareParams(density=1 - self.drop_rate)
+
+
+def _dare_mean(block: Block, params: DareMeanParams) -> Tensor:
+    x = drop_and_rescale(block, params.dare().density)
+    return (x * (block.weights * params.lambda_ / len(x)).to(x.dtype).view(-1, 1, 1)).sum(0)
+
+
+register(
+    ElementwiseMethod(
+        name="dare",
+        summary="DARE with a drop rate, then λ times the mean.",
+        equation="ΔW = λ (1/T) Σ wₜ mₜ ⊙ xₜ / (1 − drop_rate)",
+        params=DareMeanParams,
+        source=_SOURCE,
+        deviation="Masks are keyed, not drawn in order from one generator; the seed is the recipe's.",
+        spaces=("delta", "core", "knots"),
+        min_adapters=2,
+        randomised=True,
+        combine=_dare_mean,
+    )
+)

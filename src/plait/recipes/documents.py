@@ -1,0 +1,176 @@
+"""Text → plain data, with the line of every part.
+
+Reads YAML by the rules of YAML 1.2: `no` and `on` are words, `1e-3` is a number, a date is text. Knows nothing of what a
+recipe may hold.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from plait.errors import RecipeError
+from plait.recipes.paths import KeyPath
+from plait.recipes.problems import Problem
+
+_MOST_NODES = 200_000
+FLOAT = re.compile(
+    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+_TAG = "tag:yaml.org,2002:"
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that guesses types as YAML 1.2 does."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012  (declared so by the base class)
+
+
+for _kind, _pattern, _first in (
+    ("null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    ("int", re.compile(r"^(?:[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+)$"), list("-+0123456789")),
+    ("float", FLOAT, list("-+.0123456789")),
+    ("merge", re.compile(r"^<<$"), ["<"]),
+):
+    _Loader.add_implicit_resolver(f"{_TAG}{_kind}", _pattern, _first)
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a text holds.
+
+    Attributes:
+        data: mappings with keys as text, lists and scalars; None when there is nothing.
+        lines: path → line, counted from 1.
+        problems: keys that are given twice, and what else the reader could not take.
+    """
+
+    data: Any
+    lines: dict[KeyPath, int]
+    problems: tuple[Problem, ...] = ()
+
+
+def read_document(text: str, source: str) -> Document:
+    """Read one YAML document.
+
+    Raises:
+        RecipeError: the text is not YAML; the message says in which line.
+    """
+    try:
+        return _compose(text)
+    except yaml.MarkedYAMLError as error:
+        raise RecipeError(_syntax_error(error, source)) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source}: this is not YAML: {' '.join(str(error).split())}.") from None
+    except RecursionError:
+        raise RecipeError(f"{source}: this is nested too deeply to be a recipe.") from None
+
+
+def _compose(text: str) -> Document:
+    loader = _Loader(text)
+    try:
+        return _Builder(loader).document(loader.get_single_node())
+    finally:
+        loader.dispose()  # type: ignore[no-untyped-call]
+
+
+def read_json(text: str, source: str) -> Document:
+    """Read a JSON document, with lines where its text is YAML too, as nearly all JSON is.
+
+    Raises:
+        RecipeError: the text is not JSON; the message says in which line.
+    """
+    if not text.strip():
+        return Document(None, {})
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{source}:{error.lineno}: this is not JSON: {error.msg} (column {error.colno}).") from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{source}: this is not JSON that can be read: {error}.") from None
+    try:
+        # JSON may be indented with tabs, YAML may not; inside of JSON's strings there are none
+        marked = read_document(text.replace("\t", " "), source)
+    except RecipeError:
+        return Document(data, {})
+    return Document(data, marked.lines, marked.problems)
+
+
+class _Builder:
+    """Turns the nodes of one document into data and remembers lines."""
+
+    def __init__(self, loader: _Loader) -> None:
+        self._loader = loader
+        self._lines: dict[KeyPath, int] = {}
+        self._problems: list[Problem] = []
+        self._open: list[yaml.Node] = []
+        self._nodes = 0
+
+    def document(self, node: yaml.Node | None) -> Document:
+        data = None if node is None else self._build(node, ())
+        return Document(data, self._lines, tuple(self._problems))
+
+    def _build(self, node: yaml.Node, path: KeyPath) -> Any:
+        self._nodes += 1
+        self._lines.setdefault(path, _line(node))
+        if self._nodes > _MOST_NODES or any(node is parent for parent in self._open):
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) make it endless or huge", node.start_mark)
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node)
+        if node.tag not in (f"{_TAG}map", f"{_TAG}seq"):
+            raise yaml.constructor.ConstructorError(None, None, f"the tag {node.tag!r} is not allowed", node.start_mark)
+        self._open.append(node)
+        try:
+            return self._mapping(node, path) if isinstance(node, yaml.MappingNode) else self._sequence(node, path)
+        finally:
+            self._open.pop()
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        try:
+            return self._loader.construct_object(node)
+        except (ValueError, LookupError, AttributeError, TypeError):  # `!!int x`, or a number of thousands of digits
+            words = f"{node.value[:40]!r} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, words, node.start_mark) from None
+
+    def _sequence(self, node: yaml.Node, path: KeyPath) -> list[Any]:
+        return [self._build(item, (*path, i)) for i, item in enumerate(node.value)]
+
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        self._find_doubles(node, path)
+        self._loader.flatten_mapping(node)
+        data: dict[str, Any] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self._problems.append(Problem(path, f"line {_line(key)} has a key that is not text."))
+                continue
+            self._lines[(*path, key.value)] = _line(key)
+            data[key.value] = self._build(value, (*path, key.value))
+        return data
+
+    def _find_doubles(self, node: yaml.MappingNode, path: KeyPath) -> None:
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in first:
+                lines = f"lines {first[key.value]} and {_line(key)}"
+                self._problems.append(Problem((*path, key.value), f"{key.value!r} is given twice, in {lines}; keep one."))
+            first.setdefault(key.value, _line(key))
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _syntax_error(error: yaml.MarkedYAMLError, source: str) -> str:
+    mark = error.problem_mark or error.context_mark
+    place = source if mark is None else f"{source}:{mark.line + 1}"
+    words = " ".join(part for part in (error.context, error.problem) if part)
+    if "'\\t'" in words:
+        return f"{place}: a tab cannot indent YAML; use spaces."
+    return f"{place}: this is not YAML: {words}."

@@ -1,0 +1,113 @@
+"""What is wrong with a recipe, and where it was written.
+
+Knows nothing of what a recipe may hold: others find the problems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from plait.errors import RecipeError, collect
+from plait.recipes.paths import KeyPath, show_path
+
+Moves: TypeAlias = Mapping[KeyPath, KeyPath]
+_LONGEST = 80
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        path: where in the recipe; empty for the recipe as a whole.
+        text: what was found and what is allowed, as sentences.
+    """
+
+    path: KeyPath
+    text: str
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A recipe that was written in another form.
+
+    Attributes:
+        data: the same in the present form.
+        notes: what was found, what it has become, and where numbers will differ; one sentence or more each.
+        moved: path in `data` → the path where its user wrote it.
+        problems: what cannot be carried over, by the user's paths.
+    """
+
+    data: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    moved: Moves = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where each part of a recipe came from.
+
+    Attributes:
+        source: the file's name, or what else to call the recipe.
+        lines: path → line in the file, counted from 1.
+        moved: path now → path in the file.
+        overridden: paths whose values did not come from the file.
+    """
+
+    source: str
+    lines: Mapping[KeyPath, int] = field(default_factory=dict)
+    moved: Moves = field(default_factory=dict)
+    overridden: tuple[KeyPath, ...] = ()
+
+    def describe(self, problem: Problem) -> str:
+        """Return a problem with its place: `recipe.yaml:4: method.density: …`."""
+        path = self._as_written(problem.path)
+        return ": ".join(part for part in (self._place(problem.path), show_path(path), problem.text) if part)
+
+    def refuse(self, problems: Iterable[Problem]) -> None:
+        """Raise one error that lists all problems in the order of the file; do nothing when there are none.
+
+        Raises:
+            RecipeError: there is a problem.
+        """
+        ordered = sorted(dict.fromkeys(problems), key=lambda p: self._line(p.path) or 0)
+        collect(RecipeError, [self.describe(p) for p in ordered], self.source)
+
+    def _as_written(self, path: KeyPath) -> KeyPath:
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.moved:
+                return self.moved[path[:length]] + path[length:]
+        return path
+
+    def _is_overridden(self, path: KeyPath) -> bool:
+        return any(path[: len(o)] == o for o in self.overridden)
+
+    def _line(self, path: KeyPath) -> int | None:
+        """Return the line of a path, or of the nearest thing around it."""
+        if self._is_overridden(path):
+            return None
+        written = self._as_written(path)
+        known = (self.lines.get(written[:length]) for length in range(len(written), -1, -1))
+        return next((line for line in known if line is not None), None)
+
+    def _place(self, path: KeyPath) -> str:
+        if self._is_overridden(path):
+            return "override"
+        line = self._line(path)
+        return self.source if line is None else f"{self.source}:{line}"
+
+
+def show(value: Any) -> str:
+    """Write a value as a recipe would spell it, cut when it is long."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def listed(words: Sequence[str], last: str = "and") -> str:
+    """Write `a`, `a and b`, `a, b and c`."""
+    return " ".join(part for part in (", ".join(words[:-1]), last if len(words) > 1 else "", *words[-1:]) if part)

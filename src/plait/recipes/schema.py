@@ -1,0 +1,220 @@
+"""The recipe: what a user asks for, whole, frozen, with one default per parameter and this as its only home.
+
+Commands use the parts they need; a recipe for merging is valid for evaluating what it makes. Knows nothing of how anything
+is computed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+from pydantic import Field, field_validator, model_validator
+
+from plait.hub.references import parse_reference
+from plait.methods import METHODS
+from plait.methods.base import MethodParams
+from plait.records import Record
+from plait.transforms import TRANSFORMS, TransformParams
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+MergeMode = Literal["union", "common", "strict"]
+Weight = Annotated[float, Field(allow_inf_nan=False)]
+PerAdapter = Weight | dict[str, Weight]  # one number for all adapters, or one per adapter name
+_ENERGY = re.compile(r"^energy:(0?\.\d+|1(\.0*)?)$")
+
+if TYPE_CHECKING:
+    MethodSpec = MethodParams
+    TransformSpec = TransformParams
+else:
+    TransformSpec = Annotated[Union[tuple(t.spec for t in TRANSFORMS.values())], Field(discriminator="name")]
+    MethodSpec = Annotated[Union[tuple(m.spec for m in METHODS.values())], Field(discriminator="name")]
+
+
+class AdapterEntry(Record):
+    """One adapter of a merge."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Unique; used in files and results.")]
+    path: Annotated[str, Field(min_length=1, description="A folder, or `org/repo[@revision][/subfolder]`.")]
+    weight: Annotated[Weight, Field(description="Its coefficient in the merge.")] = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, data: Any) -> Any:
+        """Accept `[name=]reference`; a name that is not given comes from the path."""
+        if isinstance(data, str):
+            data = {"path": data}
+        if isinstance(data, dict) and isinstance(data.get("path"), str) and data["path"]:
+            reference = parse_reference(data["path"])
+            name = data.get("name") or reference.name or reference.default_name()
+            path = data["path"].partition("=")[2] if reference.name else data["path"]
+            data = {**data, "name": name, "path": path}
+        return data
+
+
+class ScalarWeights(Record):
+    """The same factor on every module."""
+
+    policy: Literal["scalar"]
+    value: PerAdapter = 1.0
+
+
+class AdapterWeights(Record):
+    """One factor per adapter, on top of `adapters[].weight`."""
+
+    policy: Literal["per_adapter"]
+    adapters: dict[str, Weight]
+    default: Weight = 1.0
+
+
+class LayerWeights(Record):
+    """One factor per layer; modules outside of layers take the default."""
+
+    policy: Literal["per_layer"]
+    default: PerAdapter = 1.0
+    layers: Annotated[dict[str, PerAdapter], Field(description="By index, or tower and index where there are several towers.")]
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _keys_as_text(cls, value: Any) -> Any:
+        return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+class ModuleWeights(Record):
+    """One factor per module name pattern; the first that matches counts."""
+
+    policy: Literal["per_module"]
+    default: PerAdapter = 1.0
+    modules: Annotated[dict[str, PerAdapter], Field(description="Shell patterns over module paths, such as `*.q_proj`.")]
+
+
+Weights = Annotated[ScalarWeights | AdapterWeights | LayerWeights | ModuleWeights, Field(discriminator="policy")]
+
+
+class Heads(Record):
+    """What becomes of heads, trained token rows and trained biases: full tensors, which no LoRA algebra applies to."""
+
+    policy: Annotated[
+        Literal["separate", "average", "from"],
+        Field(description="Keep each adapter's under heads/<name>/; average those of equal shape; or take one adapter's."),
+    ] = "separate"
+    adapter: Annotated[str | None, Field(description="Whose, for `from`.")] = None
+
+    @model_validator(mode="after")
+    def _name_for_from(self) -> Heads:
+        if (self.policy == "from") != (self.adapter is not None):
+            raise ValueError("'adapter' is needed with policy 'from', and only there")
+        return self
+
+
+class Output(Record):
+    """What is written."""
+
+    kind: Annotated[Literal["adapter", "delta"], Field(description="A LoRA adapter, or the dense deltas.")] = "adapter"
+    rank: Annotated[
+        int | str, Field(description="`auto` (exact where exactness exists), a number, or `energy:0.99`.", examples=["auto", 16])
+    ] = "auto"
+    dtype: Annotated[Dtype, Field(description="Of the written tensors.")] = "float32"
+    layout: Annotated[
+        Literal["uniform", "pattern"],
+        Field(description="One rank for all modules (zero-padded; loads everywhere), or each its own (`rank_pattern`)."),
+    ] = "uniform"
+
+    @field_validator("rank")
+    @classmethod
+    def _rank(cls, value: int | str) -> int | str:
+        if isinstance(value, str) and value.isdigit():
+            value = int(value)
+        if value == "auto" or (isinstance(value, int) and value >= 1) or (isinstance(value, str) and _ENERGY.match(value)):
+            return value
+        raise ValueError(f"{value!r} is no rank: give 'auto', a number from 1, or 'energy:SHARE' with a share in (0, 1]")
+
+    @property
+    def energy(self) -> float | None:
+        """The share of energy asked for, when the rank is given so."""
+        return float(self.rank.partition(":")[2]) if isinstance(self.rank, str) and self.rank != "auto" else None
+
+
+class Recipe(Record):
+    """Everything a merge depends on."""
+
+    version: Literal[1] = 1
+    base_model: Annotated[
+        str | None, Field(description="Needed to bake, evaluate, tune, and for DoRA; not to merge. Overrides the adapters' own.")
+    ] = None
+    adapters: Annotated[tuple[AdapterEntry, ...], Field(min_length=1)]
+    method: Annotated[MethodSpec, Field(description="A method and its parameters; `plait methods` lists them.")] = Field(
+        default={"name": "linear"}, validate_default=True
+    )
+    merge_mode: Annotated[
+        MergeMode, Field(description="A module that an adapter lacks: a zero delta, the module left out, or an error.")
+    ] = "union"
+    transforms: tuple[TransformSpec, ...] = ()
+    weights: Weights | None = None
+    scale: Annotated[Weight, Field(description="Factor on the merged delta (the papers' λ).")] = 1.0
+    heads: Heads = Heads()
+    output: Output = Output()
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_by_name(cls, value: Any) -> Any:
+        """Accept `method: ties`."""
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("transforms", mode="before")
+    @classmethod
+    def _transform_by_name(cls, value: Any) -> Any:
+        return [{"name": v} if isinstance(v, str) else v for v in value] if isinstance(value, (list, tuple)) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        problems = [*self._name_problems(), *self._method_problems()]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _name_problems(self) -> list[str]:
+        names = [a.name for a in self.adapters]
+        problems = [f"two adapters are called {n!r}; give names (name=path)" for n in sorted({n for n in names if names.count(n) > 1})]
+        used = set(self._adapter_names_used())
+        problems += [f"{n!r} is no adapter of this recipe; there are {', '.join(names)}" for n in sorted(used - set(names))]
+        return problems
+
+    def _adapter_names_used(self) -> list[str]:
+        used = [self.heads.adapter] if self.heads.adapter else []
+        match self.weights:
+            case ScalarWeights(value=value):
+                values = [value]
+            case AdapterWeights(adapters=adapters):
+                values = [adapters]
+            case LayerWeights(default=default, layers=layers):
+                values = [default, *layers.values()]
+            case ModuleWeights(default=default, modules=modules):
+                values = [default, *modules.values()]
+            case _:
+                values = []
+        return used + [name for value in values if isinstance(value, dict) for name in value]
+
+    def _method_problems(self) -> list[str]:
+        method, count = METHODS[self.method_name], len(self.adapters)
+        if count < method.min_adapters:
+            return [f"method {method.name!r} needs at least {method.min_adapters} adapters, got {count}"]
+        if method.max_adapters is not None and count > method.max_adapters:
+            return [f"method {method.name!r} takes at most {method.max_adapters} adapters, got {count}"]
+        try:
+            method.check(self.method, count)
+        except ValueError as error:
+            return [f"method {method.name!r}: {error}"]
+        return []
+
+    @property
+    def method_name(self) -> str:
+        """The method's name."""
+        return str(self.method.name)  # type: ignore[attr-defined]
+
+    @property
+    def space_name(self) -> str:
+        """The space's name."""
+        return str(self.method.space)  # type: ignore[attr-defined]

@@ -1,0 +1,79 @@
+"""What a space is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plait.adapters.lowrank import LowRank
+from plait.linalg.blocks import RowBlocks
+
+Merged = LowRank | RowBlocks  # an exact low-rank result, or a matrix that exists as blocks of rows
+
+
+@dataclass(frozen=True)
+class Array:
+    """One stack of coordinates, (T, p, q), given by blocks of rows.
+
+    Attributes:
+        name: tells the arrays of one frame apart (`factors` has two).
+        shape: (p, q).
+        rows: `rows(start, stop)` returns (T, stop − start, q).
+        emphasis: how an adapter's weight enters this array: multiplied by itself (1) or as ±√|weight| (see `factors`).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rows: Callable[[int, int], Tensor]
+    emphasis: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The coordinates of one target module.
+
+    Attributes:
+        arrays: one stack, or two in `factors`.
+        lift: takes one merged array per stack, as blocks of rows, back to a delta.
+        dtype: of the arrays.
+    """
+
+    arrays: tuple[Array, ...]
+    lift: Callable[[Sequence[RowBlocks]], Merged]
+    dtype: torch.dtype
+
+
+class Space(ABC):
+    """A system of coordinates for the deltas of one target module.
+
+    Attributes:
+        name: as recipes spell it.
+        about: one line for people.
+        low_rank: whether every merge in it has an exact low-rank result.
+    """
+
+    name: str
+    about: str
+    low_rank: bool
+
+    @abstractmethod
+    def frame(self, factors: Sequence[LowRank], scalings: Sequence[float]) -> Frame:
+        """Return the coordinates of ΔWₜ = scalingsₜ · factorsₜ.b @ factorsₜ.a; an adapter without the module has rank 0."""
+
+    @abstractmethod
+    def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
+        """Return the largest rank a merge of deltas of these ranks can have here; known before anything is read."""
+
+
+def unchanged(weights: Tensor) -> Tensor:
+    """Let weights enter as they are."""
+    return weights
+
+
+def held(x: Tensor) -> Callable[[int, int], Tensor]:
+    """Return the row function of a stack (T, p, q) that is in memory."""
+    return lambda start, stop: x[:, start:stop]

@@ -1,0 +1,40 @@
+"""`delta`: the dense matrices ΔWₜ themselves, streamed by blocks of rows and never held all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from plait.adapters.lowrank import LowRank
+from plait.linalg.blocks import RowBlocks
+from plait.spaces.base import Array, Frame, Merged, Space, unchanged
+
+
+class Delta(Space):
+    """The papers' own space for elementwise methods. Results are dense; an adapter needs a truncation."""
+
+    name = "delta"
+    about = "the dense deltas, streamed by row blocks; what the papers mean"
+    low_rank = False
+
+    def frame(self, factors: Sequence[LowRank], scalings: Sequence[float]) -> Frame:
+        """Return ΔWₜ as one stack of (d_out, d_in)."""
+        deltas = [f.scaled(s) for f, s in zip(factors, scalings, strict=True)]
+
+        def rows(start: int, stop: int) -> Tensor:
+            return torch.stack([d.b[start:stop] @ d.a for d in deltas])
+
+        return Frame((Array("delta", deltas[0].shape, rows, unchanged),), _itself, deltas[0].a.dtype)
+
+    def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
+        """Return full rank: an elementwise method keeps no low-rank structure."""
+        return min(shape)
+
+
+def _itself(merged: Sequence[RowBlocks]) -> Merged:
+    return merged[0]
+
+
+DELTA = Delta()

@@ -1,0 +1,55 @@
+"""`knots`: one joint column basis for all adapters, row coordinates per adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from plait.adapters.lowrank import LowRank
+from plait.linalg.blocks import RowBlocks
+from plait.linalg.factored import orient
+from plait.spaces.base import Array, Frame, Merged, Space, held, unchanged
+
+_TOLERANCE = 1e-6
+
+
+class Knots(Space):
+    """KnOTS (Stoica et al. 2025, arXiv:2410.19735, §4): [ΔW₁ … ΔW_T] = U Σ [V₁ᵀ … V_Tᵀ]; adapter t is Σ Vₜᵀ, (k, d_in).
+
+    The SVD of the (m, T·n) concatenation is taken from its factors: B = Q R_B, Aₜᵀ = Qₜ Rₜ, and only R_B · diag(Rₜᵀ) of size
+    R × R is decomposed. Deviations: scalings are folded in (the authors' code omits them), the cut-off is relative (1e-6 of
+    the largest; theirs is the absolute 1e-5, which deletes small adapters), and signs are fixed.
+    """
+
+    name = "knots"
+    about = "joint column basis, one block of row coordinates per adapter; free of gauge and order"
+    low_rank = True
+
+    def frame(self, factors: Sequence[LowRank], scalings: Sequence[float]) -> Frame:
+        """Return Σ Vₜᵀ as one stack of (k, d_in), k at most Σ rₜ."""
+        deltas = [f.scaled(s) for f, s in zip(factors, scalings, strict=True)]
+        q_b, r_b = torch.linalg.qr(torch.cat([d.b for d in deltas], dim=1))  # (m, k_b), (k_b, R)
+        rows = [torch.linalg.qr(d.a.mT) for d in deltas]  # Aₜ = Rₜᵀ Qₜᵀ
+        middle = r_b.double() @ torch.block_diag(*(r.R.double().mT for r in rows))
+        u, s, vh = torch.linalg.svd(middle, full_matrices=False)
+        kept = max(1, int((s > _TOLERANCE * s[0]).sum())) if len(s) else 0
+        dtype = q_b.dtype
+        basis = q_b @ u[:, :kept].to(dtype)
+        sign = orient(basis)
+        basis = basis * sign
+        loads = (s[:kept, None] * vh[:kept]).to(dtype) * sign[:, None]  # (k, Σ min(rₜ, n))
+        parts = loads.split([r.Q.shape[1] for r in rows], dim=1)
+        coordinates = torch.stack([part @ r.Q.mT for part, r in zip(parts, rows, strict=True)])  # (T, k, n)
+
+        def lift(merged: Sequence[RowBlocks]) -> Merged:
+            return LowRank(merged[0].dense(), basis)
+
+        return Frame((Array("knots", (kept, deltas[0].shape[1]), held(coordinates), unchanged),), lift, dtype)
+
+    def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
+        """Return min(Σ rₜ, d_out, d_in)."""
+        return min(sum(ranks), *shape)
+
+
+KNOTS = Knots()
