@@ -1,3 +1,59 @@
-"""Many LoRA adapters in; one adapter, or one model, out."""
+"""Many LoRA adapters in; one adapter out, merged exactly, without the base model.
+
+    plait.merge({"maths": "./a", "code": "./b"}, method="ties", density=0.3, out="merged")
+
+Names are loaded when first used: importing plait costs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "METHODS": "plait.methods",
+    "SPACES": "plait.spaces",
+    "Adapter": "plait.adapters",
+    "AdapterError": "plait.errors",
+    "AddressError": "plait.errors",
+    "Inspection": "plait.merging.inspection",
+    "LowRank": "plait.adapters",
+    "MergePlan": "plait.merging.plan",
+    "MergeResult": "plait.merging.pipeline",
+    "OutputError": "plait.errors",
+    "PlaitError": "plait.errors",
+    "PlanError": "plait.errors",
+    "Recipe": "plait.recipes.schema",
+    "RecipeError": "plait.errors",
+    "compress": "plait.api",
+    "inspect": "plait.api",
+    "load_recipe": "plait.recipes.loading",
+    "merge": "plait.api",
+    "plan": "plait.api",
+}
+
+__all__ = [*sorted(_HOME), "__version__"]
+
+if TYPE_CHECKING:
+    from plait.adapters import Adapter, LowRank
+    from plait.api import compress, inspect, merge, plan
+    from plait.errors import AdapterError, AddressError, OutputError, PlaitError, PlanError, RecipeError
+    from plait.merging.inspection import Inspection
+    from plait.merging.pipeline import MergeResult
+    from plait.merging.plan import MergePlan
+    from plait.methods import METHODS
+    from plait.recipes.loading import load_recipe
+    from plait.recipes.schema import Recipe
+    from plait.spaces import SPACES
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'plait' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

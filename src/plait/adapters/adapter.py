@@ -31,7 +31,7 @@ class Target:
     Attributes:
         path: dotted path in the base model (for fused experts: of the parameter).
         layout: how the factors are stored.
-        rank: r of the tensors.
+        rank: of one matrix; PEFT's r is `rank · layout.rank_unit`.
         scaling: s in ΔW = s · B A.
         dtype: of the stored factors (safetensors' names).
         tensors: part (`lora_A`, `lora_B`, `lora_B.bias`, `lora_magnitude_vector`, …) → tensor name in the file.
@@ -191,7 +191,7 @@ def _target(config: AdapterConfig, file: TensorFile, path: str, kind: Kind, part
     layout, rank = Layout.of(kind, info_a.shape, info_b.shape, config.rank(path))
     if rank == 0:
         raise ValueError("has rank 0")
-    return Target(path, layout, rank, config.scaling(path, rank), info_b.dtype, dict(parts))
+    return Target(path, layout, rank, config.scaling(path, rank * layout.rank_unit), info_b.dtype, dict(parts))
 
 
 def _numel(info: TensorInfo) -> int:

@@ -40,7 +40,7 @@ class Layout:
 
     @staticmethod
     def of(kind: Kind, a: tuple[int, ...], b: tuple[int, ...], config_rank: int) -> tuple[Layout, int]:
-        """Recognise a layout from the shapes of A and B; return it with the rank.
+        """Recognise a layout from the shapes of A and B; return it with the rank of one matrix.
 
         Args:
             kind: what the names and the configuration say it is.
@@ -65,6 +65,11 @@ class Layout:
         if a[0] != b[1]:
             raise ValueError(f"A is {list(a)} and B is {list(b)}; the rank must be A's first and B's second dimension")
         return Layout(kind, b[0], a[1]), a[0]
+
+    @property
+    def rank_unit(self) -> int:
+        """How many ranks of PEFT's `r` make one rank of every matrix: a grouped convolution splits r among its groups."""
+        return self.stack if self.kind == "conv" else 1
 
     @property
     def entries(self) -> int:

@@ -129,7 +129,7 @@ def resolve_model(
             raise AddressError(_why(error, reference, base)) from error
     else:
         here = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-        here = [name for name in here if not name.startswith("consolidated")]
+        here = [name for name in here if "/" not in name and not name.startswith("consolidated")]
         wanted = {pattern: fnmatch.filter(here, pattern) for pattern in files}
         if not wanted[files[0]]:
             raise AddressError(

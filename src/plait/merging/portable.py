@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,10 +33,12 @@ class PortableAdapter:
     def __init__(self, inventory: Inventory, ranks: Mapping[str, int], output: Output) -> None:
         self._inventory = inventory
         self._dtype = DTYPES[output.dtype]
-        self.rank = max(ranks.values())
-        uniform = output.layout == "uniform" or len(set(ranks.values())) == 1
-        self._ranks = dict.fromkeys(ranks, self.rank) if uniform else dict(ranks)
         self._layouts: dict[str, Layout] = {t: inventory.layouts[t] for t in ranks}
+        own = {t: r * self._layouts[t].rank_unit for t, r in ranks.items()}  # PEFT's r of every target
+        unit = math.lcm(*(layout.rank_unit for layout in self._layouts.values()))
+        self.rank = -(-max(own.values()) // unit) * unit
+        uniform = output.layout == "uniform" or len(set(own.values())) == 1
+        self._ranks = dict.fromkeys(own, self.rank) if uniform else own
         experts = [t for t, layout in self._layouts.items() if layout.kind == "experts"]
         self._modules = {t: t for t in ranks} | expert_keys(experts)
         targets = [a.targets[t] for a in inventory.adapters for t in ranks if t in a.targets]
@@ -47,7 +50,7 @@ class PortableAdapter:
         entries = []
         for target, layout in self._layouts.items():
             a, b, bias, magnitude = self._names(target)
-            shape_a, shape_b = layout.packed_shapes(self._ranks[target])
+            shape_a, shape_b = layout.packed_shapes(self._slice_rank(target))
             entries += [Entry(a, self._dtype, shape_a), Entry(b, self._dtype, shape_b)]
             d_out = layout.stack * layout.d_out
             if self.has_bias:
@@ -63,7 +66,7 @@ class PortableAdapter:
             raise AssertionError(f"{merged.target!r} has no factors")
         layout = self._layouts[merged.target]
         names = self._names(merged.target)
-        a, b = layout.pack([s.padded(self._ranks[merged.target]) for s in merged.factors.slices])
+        a, b = layout.pack([s.padded(self._slice_rank(merged.target)) for s in merged.factors.slices])
         writer.write(names[0], a)
         writer.write(names[1], b)
         if merged.bias is not None:
@@ -101,6 +104,9 @@ class PortableAdapter:
             **declared_heads,
         }
         return dict(sorted(config.items()))
+
+    def _slice_rank(self, target: str) -> int:
+        return self._ranks[target] // self._layouts[target].rank_unit
 
     def _names(self, target: str) -> tuple[str, str, str, str]:
         path = PREFIX + self._modules[target]

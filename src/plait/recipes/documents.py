@@ -1,7 +1,7 @@
 """Text → plain data, with the line of every part.
 
-Reads YAML by the rules of YAML 1.2: `no` and `on` are words, `1e-3` is a number, a date is text. Knows nothing of what a
-recipe may hold.
+Reads YAML by the rules of YAML 1.2: `no` and `on` are words, `1e-3` is a number, a date is text. Knows nothing of what
+a recipe may hold.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 
 from plait.errors import RecipeError
-from plait.recipes.paths import KeyPath
+from plait.recipes.paths import KeyPath, Plain
 from plait.recipes.problems import Problem
 
 _MOST_NODES = 200_000
@@ -50,7 +49,7 @@ class Document:
         problems: keys that are given twice, and what else the reader could not take.
     """
 
-    data: Any
+    data: Plain
     lines: dict[KeyPath, int]
     problems: tuple[Problem, ...] = ()
 
@@ -76,7 +75,7 @@ def _compose(text: str) -> Document:
     try:
         return _Builder(loader).document(loader.get_single_node())
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 def read_json(text: str, source: str) -> Document:
@@ -115,7 +114,7 @@ class _Builder:
         data = None if node is None else self._build(node, ())
         return Document(data, self._lines, tuple(self._problems))
 
-    def _build(self, node: yaml.Node, path: KeyPath) -> Any:
+    def _build(self, node: yaml.Node, path: KeyPath) -> Plain:
         self._nodes += 1
         self._lines.setdefault(path, _line(node))
         if self._nodes > _MOST_NODES or any(node is parent for parent in self._open):
@@ -130,20 +129,20 @@ class _Builder:
         finally:
             self._open.pop()
 
-    def _scalar(self, node: yaml.ScalarNode) -> Any:
+    def _scalar(self, node: yaml.ScalarNode) -> Plain:
         try:
             return self._loader.construct_object(node)
         except (ValueError, LookupError, AttributeError, TypeError):  # `!!int x`, or a number of thousands of digits
             words = f"{node.value[:40]!r} is no {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, words, node.start_mark) from None
 
-    def _sequence(self, node: yaml.Node, path: KeyPath) -> list[Any]:
+    def _sequence(self, node: yaml.Node, path: KeyPath) -> list[Plain]:
         return [self._build(item, (*path, i)) for i, item in enumerate(node.value)]
 
-    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Plain]:
         self._find_doubles(node, path)
         self._loader.flatten_mapping(node)
-        data: dict[str, Any] = {}
+        data: dict[str, Plain] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 self._problems.append(Problem(path, f"line {_line(key)} has a key that is not text."))
@@ -159,7 +158,9 @@ class _Builder:
                 continue
             if key.value in first:
                 lines = f"lines {first[key.value]} and {_line(key)}"
-                self._problems.append(Problem((*path, key.value), f"{key.value!r} is given twice, in {lines}; keep one."))
+                self._problems.append(
+                    Problem((*path, key.value), f"{key.value!r} is given twice, in {lines}; keep one.")
+                )
             first.setdefault(key.value, _line(key))
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from plait.errors import RecipeError
 
 KeyPath: TypeAlias = tuple[str | int, ...]
+#: What YAML and JSON can hold: mappings with keys as text, lists, scalars.
+Plain: TypeAlias = Any
 _QUOTED = json.JSONDecoder()
 
 

@@ -100,7 +100,7 @@ class Origins:
         return self.source if line is None else f"{self.source}:{line}"
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """Write a value as a recipe would spell it, cut when it is long."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

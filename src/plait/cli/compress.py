@@ -1,0 +1,39 @@
+"""`plait compress`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compress(
+    adapter: Annotated[str, typer.Argument(help="FOLDER or org/repo[@revision][/subfolder].", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write.", show_default=False)],
+    rank: Annotated[int | None, typer.Option(min=1, help="The new rank.", show_default=False)] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Lowest rank that keeps this share of ‖ΔW‖² in every module.", show_default=False)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    layout: Annotated[str, typer.Option(help="uniform: one rank for all modules; pattern: each its own.")] = "uniform",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that stands at --out.")] = False,
+) -> None:
+    """Write one adapter at a lower rank, with the energy that this keeps.
+
+    Example: plait compress ./adapter --rank 16 -o small
+    """
+    from plait.api import compress as run
+    from plait.cli.console import ProgressBars, print_json
+    from plait.cli.merge import show_result
+    from plait.errors import RecipeError
+
+    if (rank is None) == (energy is None):
+        raise RecipeError("give either --rank or --energy, such as --rank 16 or --energy 0.99.")
+    wanted = rank if rank is not None else f"energy:{energy:g}"
+    result = run(adapter, rank=wanted, out=out, force=force, dtype=dtype, layout=layout, progress=ProgressBars())
+    if json:
+        print_json({"folder": str(result.folder), **result.record.model_dump(mode="json")})
+    else:
+        show_result(result)

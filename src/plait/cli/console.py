@@ -1,0 +1,72 @@
+"""What all commands print with: two consoles, a progress bar, sizes in words."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def out() -> Console:
+    """Return the console of results (stdout)."""
+    return Console(highlight=False)
+
+
+def err() -> Console:
+    """Return the console of everything else (stderr)."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+class ProgressBars:
+    """Progress on stderr: a bar on a terminal, a line per stage elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = err()
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._stage = ""
+        self._steps = 0
+        self._started = 0.0
+
+    def start(self, stage: str, total: int) -> None:
+        """Begin a stage."""
+        self._stage, self._steps, self._started = stage, total, time.perf_counter()
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._task = self._bar.add_task(stage, total=total)
+            self._bar.start()
+
+    def advance(self, steps: int = 1) -> None:
+        """Report steps done."""
+        if self._bar is not None:
+            self._bar.advance(self._task, steps)
+
+    def finish(self) -> None:
+        """End the stage."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        elif self._steps:
+            self._console.print(f"{self._stage}: {self._steps} steps in {time.perf_counter() - self._started:.1f} s")
+            self._steps = 0
+
+
+def size(count: float | None) -> str:
+    """Return a number of bytes in words."""
+    if count is None:
+        return "known at run time"
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

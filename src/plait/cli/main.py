@@ -1,0 +1,108 @@
+"""The `plait` command: its sub-commands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from plait import __version__
+from plait.cli.compress import compress
+from plait.cli.inspect import inspect
+from plait.cli.merge import merge
+from plait.cli.methods import methods
+from plait.cli.recipe import recipe_app
+from plait.errors import PlaitError
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+app = typer.Typer(
+    name="plait",
+    help="Merge LoRA adapters of one base model into one adapter, exactly, straight from their files.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("merge")(merge)
+app.command("inspect")(inspect)
+app.command("compress")(compress)
+app.command("methods")(methods)
+app.add_typer(recipe_app, name="recipe")
+
+
+def _version(value: bool) -> None:  # noqa: FBT001 (typer's callback)
+    if value:
+        typer.echo(f"plait {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")] = False,
+) -> None:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and leave the process: 0 done, 1 our fault, 2 the user's."""
+    arguments = _join_weights(list(sys.argv[1:] if argv is None else argv))
+    wants_traceback = "--traceback" in arguments
+    # accepted anywhere, though it belongs to the command itself
+    arguments = [a for a in arguments if a != "--traceback"]
+    try:
+        app(arguments)
+    except PlaitError as error:
+        _show(error, wants_traceback=wants_traceback)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; nothing was left half-written.", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:  # a bug of ours: say so, with what a report needs
+        traceback.print_exc()
+        typer.echo(f"\nThis is a bug in plait {__version__}: {type(error).__name__}. Please report the lines above.", err=True)
+        sys.exit(1)
+
+
+def _show(error: PlaitError, *, wants_traceback: bool) -> None:
+    if wants_traceback:
+        traceback.print_exc()
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print("[bold red]error:[/bold red] ", end="")
+    console.print(str(error), markup=False)
+    for note in getattr(error, "__notes__", []):
+        console.print(note, markup=False)
+
+
+def _join_weights(arguments: list[str]) -> list[str]:
+    """Turn `--weights 0.7 0.3` into `--weights 0.7,0.3`."""
+    joined: list[str] = []
+    queue = iter(arguments)
+    for argument in queue:
+        joined.append(argument)
+        if argument != "--weights":
+            continue
+        numbers: list[str] = []
+        for following in queue:
+            if _NUMBER.fullmatch(following):
+                numbers.append(following)
+                continue
+            joined += [",".join(numbers)] * bool(numbers) + [following]
+            break
+        else:
+            joined += [",".join(numbers)] * bool(numbers)
+    return joined

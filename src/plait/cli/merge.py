@@ -1,0 +1,209 @@
+"""`plait merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from plait.merging.pipeline import MergeResult
+    from plait.merging.plan import MergePlan
+
+_RECIPES = (".yaml", ".yml", ".json")
+
+
+def merge(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[RECIPE] [ADAPTER]...",
+            help="A recipe (.yaml), and/or adapters: [name=]FOLDER or [name=]org/repo[@revision][/subfolder].",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; the workspace artifacts/ otherwise.")] = None,
+    method: Annotated[str | None, typer.Option(help="Merge method; see `plait methods`. [linear]", show_default=False)] = None,
+    space: Annotated[str | None, typer.Option(help="delta, core, knots or factors.", show_default=False)] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One per adapter: 0.7 0.3, or 0.7,0.3. [1.0 each]", show_default=False)
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Factor on the merged delta. [1.0]", show_default=False)] = None,
+    density: Annotated[float | None, typer.Option(help="Share of entries kept (ties, dare, …).", show_default=False)] = None,
+    sign: Annotated[str | None, typer.Option(help="Sign election: total or frequency.", show_default=False)] = None,
+    flavor: Annotated[str | None, typer.Option(help="Which TIES: paper, peft, mergekit, …", show_default=False)] = None,
+    rank: Annotated[str | None, typer.Option(help="auto, a number, or energy:0.99. [auto]", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [float32]", show_default=False)] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Write an adapter, or the dense delta. [adapter]", show_default=False)
+    ] = None,
+    merge_mode: Annotated[str | None, typer.Option(help="union, common or strict. [union]", show_default=False)] = None,
+    base_id: Annotated[
+        str | None, typer.Option("--base-id", help="Base model; needed for DoRA only.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of randomised methods. [0]", show_default=False)] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set any recipe key: --set method.density=0.3")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that stands at --out.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Modules worked on at a time.", show_default=False)] = None,
+    push_adapter_repo: Annotated[
+        str | None, typer.Option("--push-adapter-repo", help="Hub repository to upload to.", show_default=False)
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create that repository as private.")] = False,
+) -> None:
+    """Merge LoRA adapters into one, without the base model.
+
+    Example: plait merge math=./a code=org/repo@main/checkpoint-100 --method ties --density 0.3 -o merged
+    """
+    from plait.cli.console import ProgressBars, err, print_json
+    from plait.merging.pipeline import plan_recipe, run_recipe
+    from plait.recipes.request import read_request
+
+    settings = {
+        "method": method, "space": space, "weights": weights, "scale": scale, "density": density, "sign": sign,
+        "flavor": flavor, "rank": rank, "dtype": dtype, "kind": kind, "merge_mode": merge_mode, "base_model": base_id,
+        "seed": seed,
+    }  # fmt: skip
+    recipe, folder = read_request(
+        _recipe_file(inputs),
+        _adapters(inputs),
+        {k: v for k, v in settings.items() if v is not None},
+        set_ or [],
+    )
+    if dry_run:
+        plan = plan_recipe(recipe, folder=folder, workers=workers)
+        print_json(plan.model_dump(mode="json")) if json else _show_plan(plan)
+        return
+    progress = ProgressBars()
+    result = run_recipe(
+        recipe, folder=folder, out=out, force=force, workers=workers, progress=progress, push_to=push_adapter_repo, private=private
+    )  # fmt: skip
+    for note in result.plan.notes:
+        err().print(f"note: {note}", style="dim", markup=False)
+    if json:
+        print_json(
+            {"folder": str(result.folder), "url": result.url, **result.record.model_dump(mode="json")}
+        )
+    else:
+        show_result(result)
+
+
+def _recipe_file(inputs: list[str]) -> Path | None:
+    return Path(inputs[0]) if inputs[0].lower().endswith(_RECIPES) else None
+
+
+def _adapters(inputs: list[str]) -> list[str]:
+    return inputs[1:] if inputs[0].lower().endswith(_RECIPES) else inputs
+
+
+def _show_plan(plan: MergePlan) -> None:
+    from rich.table import Table
+
+    from plait.cli.console import out, size
+
+    console = out()
+    console.print(f"[bold]{plan.method}[/bold] in [bold]{plan.space}[/bold] space: ", end="")
+    console.print(plan.equation, markup=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name, justify in (("target modules", "left"), ("shape", "right"), ("ranks", "left"), ("weights", "left"), ("result", "left")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for pattern, count, m in _grouped(plan):
+        shape = f"{m.shape[0]}×{m.shape[1]}" + (f" ×{m.stack}" if m.stack > 1 else "")
+        ranks = " ".join(str(m.ranks.get(a, "–")) for a in plan.adapters)
+        weights = " ".join(f"{m.weights[a]:g}" for a in plan.adapters)
+        table.add_row(f"{pattern} ({count})", shape, ranks, weights, _result_words(m.result, m.rank, m.exact_rank))
+    console.print(table)
+    _show_missing(plan)
+    where = f"rank {plan.rank}" if plan.rank else ("dense" if plan.result == "dense" else "rank decided by the energy asked for")
+    console.print(
+        f"\n{len(plan.modules)} target modules · {where} · {size(plan.output_bytes)} to write · "
+        f"about {size(plan.peak_bytes)} of memory · {plan.passes} pass{'es' if plan.passes > 1 else ''} over the factors"
+    )
+    if plan.max_lora_rank:
+        console.print(f"vLLM: --max-lora-rank {plan.max_lora_rank}")
+    for note in plan.notes:
+        console.print(f"note: {note}", style="dim", markup=False)
+
+
+def _grouped(plan: MergePlan) -> list[tuple[str, int, Any]]:
+    """Group modules that differ in their layer number only, for people; `--json` has every one."""
+    import re
+
+    groups: dict[tuple[Any, ...], tuple[str, int, Any]] = {}
+    for m in plan.modules:
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", m.target)
+        key = (pattern, m.shape, tuple(m.ranks.items()), tuple(m.weights.items()), m.result, m.rank)
+        first = groups.get(key, (pattern, 0, m))
+        groups[key] = (pattern, first[1] + 1, first[2])
+    return list(groups.values())
+
+
+def _result_words(result: str, rank: int | None, exact: int) -> str:
+    if result == "exact":
+        return f"exact, rank {rank}"
+    if result == "dense":
+        return "dense"
+    return f"truncated to {rank} of {exact}" if rank else f"truncated (rank up to {exact})"
+
+
+def _show_missing(plan: MergePlan) -> None:
+    from plait.cli.console import out
+
+    missing: dict[tuple[str, ...], list[str]] = {}
+    for m in plan.modules:
+        if m.missing:
+            missing.setdefault(m.missing, []).append(m.target)
+    for names, targets in missing.items():
+        out().print(f"not in {', '.join(names)}: {len(targets)} modules, such as {targets[0]}; zero there", markup=False)
+    if plan.left_out:
+        first = next(iter(plan.left_out))
+        out().print(f"left out (merge_mode common): {len(plan.left_out)} modules, such as {first}", markup=False)
+
+
+def show_result(result: MergeResult) -> None:
+    """Show where the result is and what it lost."""
+    from plait.cli.console import out, size
+
+    console, record = out(), result.record
+    names = " + ".join(result.plan.adapters)
+    console.print(f"[bold]{names}[/bold] → [bold]{result.folder}[/bold]", highlight=False)
+    rank = f"rank {record.rank}" if record.rank else "dense"
+    console.print(f"{record.method} in {record.space} space · {len(record.modules)} target modules · {rank} · {record.seconds:.1f} s")
+    written = sum(p.stat().st_size for p in result.folder.rglob("*") if p.is_file())
+    if record.result == "exact":
+        console.print(f"[green]exact[/green]: the factors hold the whole merge · {size(written)}")
+    elif record.result == "dense":
+        console.print(f"[green]dense[/green]: the whole merge is stored · {size(written)}")
+    else:
+        console.print(f"[yellow]truncated[/yellow]: {record.kept:.2%} of the energy ‖ΔW‖² is kept · {size(written)}")
+        _show_energy(result)
+    if result.plan.max_lora_rank:
+        console.print(f"vLLM: --max-lora-rank {result.plan.max_lora_rank}")
+    if result.url:
+        console.print(f"pushed to {result.url}")
+
+
+def _show_energy(result: MergeResult) -> None:
+    """Show the kept energy by kind of module: where the loss is."""
+    from collections import defaultdict
+
+    from rich.table import Table
+
+    from plait.cli.console import out
+
+    kinds: dict[str, list[Any]] = defaultdict(list)
+    for m in result.record.modules:
+        kinds[m.target.rpartition(".")[2]].append(m)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("module", "kept", "worst", "where"):
+        table.add_column(name, justify="left" if name in ("module", "where") else "right")
+    for kind, modules in kinds.items():
+        total = sum(m.energy or 0 for m in modules)
+        kept = sum((m.energy or 0) * m.kept for m in modules) / total if total else 1.0
+        worst = min(modules, key=lambda m: m.kept)
+        table.add_row(f"{kind} ({len(modules)})", f"{kept:.1%}", f"{worst.kept:.1%}", worst.target)
+    out().print(table)

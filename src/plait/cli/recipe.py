@@ -1,0 +1,59 @@
+"""`plait recipe`: schema, check, migrate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: their JSON Schema, checking one, bringing an old form up to date.")
+
+
+@recipe_app.command("schema")
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from plait.cli.console import print_json
+    from plait.recipes.loading import json_schema
+
+    print_json(json_schema())
+
+
+@recipe_app.command("check")
+def check(
+    file: Annotated[Path, typer.Argument(help="A recipe.", show_default=False)],
+    json: Annotated[bool, typer.Option("--json", help="Print the whole recipe, every default spelt out.")] = False,
+) -> None:
+    """Check a recipe; every problem is listed at once, with its line."""
+    from plait.cli.console import out, print_json
+    from plait.merging.record import recipe_json
+    from plait.recipes.loading import load_recipe
+
+    recipe = load_recipe(file)
+    if json:
+        print_json(recipe_json(recipe))
+    else:
+        names = ", ".join(a.name for a in recipe.adapters)
+        out().print(f"{file}: valid. {recipe.method_name} of {names} in {recipe.space_name} space.", markup=False)
+
+
+@recipe_app.command("migrate")
+def migrate(
+    file: Annotated[Path, typer.Argument(help="A recipe in an old form, or mergekit YAML.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; stdout otherwise.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file that stands there.")] = False,
+) -> None:
+    """Write a recipe in today's form; what changed, and where numbers will differ, goes to stderr."""
+    from plait.cli.console import err
+    from plait.errors import OutputError
+    from plait.recipes.loading import migrate_file
+
+    text, notes = migrate_file(file)
+    for note in notes:
+        err().print(f"note: {note}", markup=False)
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    if out.exists() and not force:
+        raise OutputError(f"{out} exists already. Choose another output, or replace it with --force.")
+    out.write_text(text, encoding="utf-8")

@@ -1,0 +1,360 @@
+"""Whether adapters belong together, from their headers alone, and what a server needs to load them.
+
+The planner and `plait inspect` ask the same questions here. Knows nothing of recipes, methods or tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+
+from plait.adapters.adapter import Adapter
+from plait.adapters.layouts import Layout
+from plait.adapters.names import layer_key
+from plait.records import Record
+
+# The values vLLM takes for its setting max_lora_rank. Newer versions also take 1, which older ones refuse.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_SHOWN = 4
+
+
+class Compatibility(Record):
+    """What stands in the way of merging.
+
+    Attributes:
+        can_merge: there are no problems.
+        problems: what has to be mended first; complete messages.
+        notes: what is worth knowing and stops nothing.
+        excluded_spaces: space → why it cannot be used with these adapters.
+        common: number of target modules that every adapter has.
+        modules: number of target modules that at least one adapter has.
+    """
+
+    can_merge: bool
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    excluded_spaces: dict[str, str]
+    common: int
+    modules: int
+
+
+class Served(Record):
+    """What vLLM needs to serve one adapter as it is.
+
+    Attributes:
+        name: of the adapter.
+        rank: its largest rank.
+        max_lora_rank: the smallest setting that holds it; None when vLLM has none that large.
+        refused: what vLLM does not load, or would load wrongly; empty when all is well.
+    """
+
+    name: str
+    rank: int
+    max_lora_rank: int | None
+    refused: tuple[str, ...]
+
+
+class Serving(Record):
+    """What vLLM needs to serve the adapters, and their exact merge.
+
+    Attributes:
+        adapters: one entry each.
+        merged_rank: the rank at which a sum of all loses nothing: per module the sum of the ranks, at most what the
+            module can have; the largest over the modules.
+        merged_max_lora_rank: the smallest setting that holds it; None when vLLM has none that large.
+    """
+
+    adapters: tuple[Served, ...]
+    merged_rank: int
+    merged_max_lora_rank: int | None
+
+
+def check_compatibility(adapters: Sequence[Adapter], *, base_model: str | None = None) -> Compatibility:
+    """Collect everything that stands in the way of merging, and what is worth knowing.
+
+    Args:
+        adapters: opened; at least one.
+        base_model: the base model that the user names, which overrides the adapters' own and serves DoRA.
+    """
+    problems = (
+        *base_model_problems(adapters, base_model),
+        *naming_problems(adapters),
+        *shape_problems(adapters),
+        *dora_problems(adapters, base_model),
+        *([] if any(a.targets for a in adapters) else ["no adapter has a LoRA tensor: there is no delta to merge"]),
+    )
+    everywhere = set.intersection(*(set(a.targets) for a in adapters))
+    excluded = excluded_spaces(adapters)
+    notes = (
+        *_base_notes(adapters, base_model),
+        *_coverage_notes(adapters, everywhere),
+        *_part_notes(adapters),
+        *(f"Space {space!r} is out: {why}" for space, why in excluded.items()),
+    )
+    return Compatibility(
+        can_merge=not problems,
+        problems=problems,
+        notes=notes,
+        excluded_spaces=excluded,
+        common=len(everywhere),
+        modules=len({path for a in adapters for path in a.targets}),
+    )
+
+
+def base_model_problems(adapters: Sequence[Adapter], given_base: str | None) -> list[str]:
+    """Say which adapters name which base models, when they name several.
+
+    Names are compared without regard to case and to a slash at the end. An adapter that names none agrees with all.
+
+    Args:
+        adapters: opened.
+        given_base: the base model that the user names; with it the adapters' own words do not count.
+    """
+    named: dict[str, list[Adapter]] = defaultdict(list)
+    for adapter in adapters:
+        if adapter.config.base_model:
+            named[adapter.config.base_model.rstrip("/").casefold()].append(adapter)
+    if given_base is not None or len(named) < 2:
+        return []
+    said = "; ".join(f"{_names(group)}: {group[0].config.base_model!r}" for group in named.values())
+    return [
+        f"the adapters name different base models ({said}). Deltas of different models do not add up. If these are the "
+        "same weights under several names or paths, give the one to use: --base-id, or base_model in a recipe."
+    ]
+
+
+def shape_problems(adapters: Sequence[Adapter]) -> list[str]:
+    """Say which target modules have one path and different layouts (kind, rows, columns, stack) in different adapters."""
+    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = defaultdict(list)
+    for path, layouts in _layouts(adapters).items():
+        if len(set(layouts.values())) > 1:
+            said = tuple((name, _describe(layout)) for name, layout in layouts.items())
+            groups[short_name(path), said].append(path)
+    problems = []
+    for (short, said), paths in groups.items():
+        where = repr(paths[0]) if len(paths) == 1 else f"{short} in {len(paths)} places, such as {paths[0]!r}"
+        problems.append(
+            f"shapes differ for {where}: {'; '.join(f'{name!r} has {shape}' for name, shape in said)}. "
+            "The adapters were trained on different models, or on different versions of one."
+        )
+    return problems
+
+
+def naming_problems(adapters: Sequence[Adapter]) -> list[str]:
+    """Say which adapters call the same modules by different names.
+
+    Two adapters that share no target are suspected when most modules of the smaller have a partner of the same layout in
+    the other whose path differs only in what stands before the numbered layer, and when one of these two beginnings holds
+    all words of the other (`model.language_model` and `language_model.model`; `model` and `model.language_model`). An
+    encoder and a decoder therefore are not.
+
+    Fused experts beside separate ones are the other case: the same weights, cut differently.
+    """
+    problems = []
+    for one, two in combinations(adapters, 2):
+        begun = _different_beginnings(one, two) if not one.targets.keys() & two.targets.keys() else None
+        if begun is not None:
+            problems.append(
+                f"{one.name!r} and {two.name!r} share no target module, but only their beginnings differ: {begun[0]!r} and "
+                f"{begun[1]!r}. They were saved by different versions of one model's code. Save one of them again with "
+                "the version of the other, or rename its tensors."
+            )
+        for first, second in ((one, two), (two, one)):
+            fused = _fused_and_separate(first, second)
+            if fused is not None:
+                problems.append(
+                    f"{first.name!r} adapts the fused experts {fused!r}, {second.name!r} the same experts one by one. Save "
+                    "one of them again in the form of the other (transformers 5 fuses experts on loading)."
+                )
+    return problems
+
+
+def dora_problems(adapters: Sequence[Adapter], given_base: str | None) -> list[str]:
+    """Say which adapters need the base model's weights that are not given."""
+    dora = [a for a in adapters if _is_dora(a)]
+    if not dora or given_base is not None:
+        return []
+    named = next((a.config.base_model for a in dora if a.config.base_model), None)
+    such = f", such as {named!r}" if named else ""
+    return [
+        f"DoRA in {_names(dora)}: it rescales the rows of the base model's weights, so its delta needs them. Give the base "
+        f"model (--base-id, or base_model in a recipe): a folder or a Hub id{such}."
+    ]
+
+
+def excluded_spaces(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """Return the spaces that these adapters rule out, with the reason: `factors` adds factors of equal rank."""
+    found = [
+        (path, ranks)
+        for path in sorted({path for a in adapters for path in a.targets})
+        if len(set((ranks := {a.name: a.targets[path].rank for a in adapters if path in a.targets}).values())) > 1
+    ]
+    if not found:
+        return {}
+    path, ranks = found[0]
+    said = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
+    return {
+        "factors": f"it adds factors and needs equal ranks, but they differ in {_count(len(found), 'module')}, such as "
+        f"{path!r} ({said})"
+    }
+
+
+def serving(adapters: Sequence[Adapter]) -> Serving:
+    """Return what vLLM needs to serve the adapters one by one, and their exact merge."""
+    ranks: Counter[str] = Counter()
+    layouts: dict[str, Layout] = {}
+    for adapter in adapters:
+        for path, target in adapter.targets.items():
+            ranks[path] += target.rank
+            layouts[path] = target.layout
+    merged = max((min(rank, layouts[path].full_rank) for path, rank in ranks.items()), default=0)
+    return Serving(
+        adapters=tuple(_served(a) for a in adapters), merged_rank=merged, merged_max_lora_rank=max_lora_rank(merged)
+    )
+
+
+def max_lora_rank(rank: int) -> int | None:
+    """Return the smallest value of vLLM's max_lora_rank that holds a rank; None when it has none that large."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def short_name(path: str) -> str:
+    """Return the last component of a module path, with the one before it when the last is a number."""
+    return re.sub(r"^.*\.(?=[^.]*[^.\d][^.]*(?:\.\d+)*$)", "", path)
+
+
+def _served(adapter: Adapter) -> Served:
+    config = adapter.config
+    # vLLM checks the configured r as well as the tensors, and scales every module by lora_alpha and that r alone.
+    configured, alpha = int(config.raw.get("r", 8)), float(config.raw.get("lora_alpha", 8))
+    rank = max((*adapter.ranks, configured)) if adapter.targets else 0
+    scaling = alpha / (math.sqrt(configured) if config.flag("use_rslora") else configured)
+    other = [t for t in adapter.targets.values() if not math.isclose(t.scaling, scaling)]
+    convolutions = [t.path for t in adapter.targets.values() if t.layout.kind == "conv"]
+    refused = []
+    if _is_dora(adapter):
+        refused.append("DoRA")
+    if adapter.full_tensors:
+        refused.append(f"full tensors ({_listed(_owners(adapter.full_tensors))})")
+    if any(t.has_bias for t in adapter.targets.values()):
+        refused.append("lora_bias")
+    if convolutions:
+        refused.append(f"convolutions ({_listed({short_name(p) for p in convolutions})})")
+    if other:
+        refused.append(f"scalings of {_count(len(other), 'module')} (it reads r and lora_alpha, no patterns)")
+    return Served(name=adapter.name, rank=rank, max_lora_rank=max_lora_rank(rank), refused=tuple(refused))
+
+
+def _layouts(adapters: Sequence[Adapter]) -> dict[str, dict[str, Layout]]:
+    layouts: dict[str, dict[str, Layout]] = defaultdict(dict)
+    for adapter in adapters:
+        for path, target in adapter.targets.items():
+            layouts[path][adapter.name] = target.layout
+    return layouts
+
+
+def _describe(layout: Layout) -> str:
+    kind = "" if layout.kind == "linear" else f"{layout.kind} "
+    kernel = f", kernel {list(layout.kernel)}" if layout.kernel else ""
+    return f"{kind}{list(layout.dense_shape)}{kernel}"
+
+
+def _different_beginnings(one: Adapter, two: Adapter) -> tuple[str, str] | None:
+    """Return the two beginnings under which most modules of the smaller adapter are also the other's, or None."""
+    partners: dict[str, list[tuple[str, Layout]]] = defaultdict(list)
+    for path, target in two.targets.items():
+        begun, tail = _split(path)
+        partners[tail].append((begun, target.layout))
+    found: Counter[tuple[str, str]] = Counter()
+    for path, target in one.targets.items():
+        begun, tail = _split(path)
+        found.update(
+            (begun, other)
+            for other, layout in partners[tail]
+            if layout == target.layout and (_words(begun) <= _words(other) or _words(other) <= _words(begun))
+        )
+    if not found:
+        return None
+    pair, count = found.most_common(1)[0]
+    return pair if 2 * count >= min(len(one.targets), len(two.targets)) else None
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Split a path before the container of its numbered layer, or before its last component when it is in no layer."""
+    key = layer_key(path)
+    inside = path[len(key.tower) + 1 :] if key else path.rpartition(".")[2]
+    begun, _, container = key.tower.rpartition(".") if key else (path.rpartition(".")[0], "", "")
+    return begun, f"{container}.{inside}"
+
+
+def _words(begun: str) -> set[str]:
+    return set(begun.split(".")) - {""}
+
+
+def _fused_and_separate(fused: Adapter, separate: Adapter) -> str | None:
+    for path, target in fused.targets.items():
+        experts = path.rpartition(".")[0]
+        if target.layout.kind == "experts" and any(re.match(rf"{re.escape(experts)}\.\d+\.", p) for p in separate.targets):
+            return path
+    return None
+
+
+def _base_notes(adapters: Sequence[Adapter], given_base: str | None) -> list[str]:
+    notes = []
+    unnamed = [a for a in adapters if not a.config.base_model]
+    if unnamed and given_base is None:
+        notes.append(f"{_names(unnamed)} name{'s' * (len(unnamed) == 1)} no base model, so it could not be compared.")
+    revisions = {a.name: a.config.revision for a in adapters}
+    if len(set(revisions.values())) > 1:
+        said = ", ".join(f"{name} {revision or 'none'}" for name, revision in revisions.items())
+        notes.append(f"The adapters name different revisions of the base model ({said}).")
+    return notes
+
+
+def _coverage_notes(adapters: Sequence[Adapter], everywhere: set[str]) -> list[str]:
+    if len(adapters) < 2 or all(set(a.targets) == everywhere for a in adapters):
+        return []
+    said = ", ".join(f"{a.name} {len(a.targets)}" for a in adapters)
+    union = len({path for a in adapters for path in a.targets})
+    return [
+        f"{len(everywhere)} of {union} target modules are in every adapter ({said}); a missing module counts as a zero "
+        "delta (merge_mode 'union'), or is left out ('common')."
+    ]
+
+
+def _part_notes(adapters: Sequence[Adapter]) -> list[str]:
+    notes = []
+    heads = [a for a in adapters if a.full_tensors]
+    if heads:
+        said = "; ".join(f"{a.name}: {_listed(_owners(a.full_tensors))}" for a in heads)
+        notes.append(f"Heads and other full tensors ({said}) are kept per adapter under heads/<name>/, not merged.")
+    biased = [a for a in adapters if any(t.has_bias for t in a.targets.values())]
+    if biased:
+        notes.append(f"lora_bias in {_names(biased)} is merged as a weighted sum, whatever the method.")
+    return notes
+
+
+def _is_dora(adapter: Adapter) -> bool:
+    return any(t.is_dora for t in adapter.targets.values())
+
+
+def _owners(tensors: Iterable[str]) -> list[str]:
+    """Return the modules that full tensors belong to, in order, once each."""
+    return list(dict.fromkeys(re.sub(r"\.(?:weight|bias|trainable_tokens_delta)$", "", t) for t in tensors))
+
+
+def _names(adapters: Iterable[Adapter]) -> str:
+    return ", ".join(repr(a.name) for a in adapters)
+
+
+def _listed(words: Iterable[str]) -> str:
+    words = list(words)
+    more = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
+    return ", ".join(words[:_SHOWN]) + more
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"

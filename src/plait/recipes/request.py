@@ -1,0 +1,105 @@
+"""What a command line or a Python call asks for, as a recipe: both say the same settings, and so make the same bytes.
+
+Knows which short settings stand for which keys of a recipe; checks nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plait.errors import RecipeError
+from plait.recipes.loading import build_recipe, read_recipe
+from plait.recipes.overrides import apply_overrides, parse_override
+from plait.recipes.schema import Recipe
+
+_OUTPUT = ("kind", "rank", "dtype", "layout")
+_TOP = tuple(name for name in Recipe.model_fields if name not in ("method", "weights", "output", "adapters"))
+
+Adapters = Sequence[str | Path] | Mapping[str, str | Path]
+
+
+def read_request(
+    file: Path | None, adapters: Adapters, settings: Mapping[str, Any], sets: Sequence[str] = ()
+) -> tuple[Recipe, Path | None]:
+    """Return the recipe that is asked for, and the folder that its relative paths start from.
+
+    Args:
+        file: a recipe to start from.
+        adapters: references, or name → reference; they replace the file's.
+        settings: recipe keys (`scale`, `seed`, …), keys of `output` (`rank`, …), `space`, `weights` (numbers in the order of
+            the adapters, name → number, or a whole policy), and parameters of the method.
+        sets: `PATH=VALUE`, applied last.
+
+    Raises:
+        RecipeError: with everything that is wrong.
+    """
+    overrides = [*_overrides(settings), *(parse_override(text) for text in sets)]
+    entries = _entries(adapters)
+    weights = _weights(settings.get("weights"))
+    if file is None:
+        data = apply_overrides({"adapters": _weighed(entries, weights)}, overrides)
+        return build_recipe(data, source="the request"), None
+    if entries:
+        overrides.insert(0, ("adapters", _weighed(entries, weights)))
+    elif weights is not None:
+        overrides += _weight_overrides(weights)
+    return read_recipe(file, overrides=overrides)
+
+
+def _entries(adapters: Adapters) -> list[dict[str, Any]]:
+    if isinstance(adapters, Mapping):
+        return [{"name": name, "path": str(path)} for name, path in adapters.items()]
+    return [{"path": str(path)} for path in adapters]
+
+
+def _overrides(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Translate settings to paths in a recipe; the method comes first, its parameters go into it."""
+    found: list[tuple[str, Any]] = []
+    if settings.get("method") is not None:
+        found.append(("method", settings["method"]))
+    for key, value in settings.items():
+        if key in ("method", "weights"):
+            continue
+        path = f"output.{key}" if key in _OUTPUT else key if key in _TOP else f"method.{key}"
+        found.append((path, value))
+    if isinstance(settings.get("weights"), Mapping) and "policy" in settings["weights"]:
+        found.append(("weights", dict(settings["weights"])))
+    return found
+
+
+def _weights(value: Any) -> list[Any] | dict[str, Any] | None:
+    """Read the adapters' weights: numbers in order (also as text, `0.7,0.3`) or name → number; a policy is none."""
+    if isinstance(value, str):
+        return [_number(word) for word in value.replace(",", " ").split()]
+    if isinstance(value, Mapping):
+        return None if "policy" in value else dict(value)
+    return None if value is None else list(value)
+
+
+def _weighed(entries: list[dict[str, Any]], weights: list[Any] | dict[str, Any] | None) -> list[dict[str, Any]]:
+    if weights is None:
+        return entries
+    if isinstance(weights, dict):
+        unknown = [name for name in weights if name not in {e.get("name") for e in entries}]
+        if unknown:
+            raise RecipeError(f"weights: {', '.join(map(repr, unknown))} is no name given to an adapter (name=path).")
+        return [{**e, "weight": weights[e["name"]]} if e.get("name") in weights else e for e in entries]
+    if len(weights) != len(entries):
+        raise RecipeError(
+            f"weights: {len(weights)} numbers for {len(entries)} adapters; give one for each, in their order."
+        )
+    return [{**entry, "weight": weight} for entry, weight in zip(entries, weights, strict=True)]
+
+
+def _weight_overrides(weights: list[Any] | dict[str, Any]) -> list[tuple[str, Any]]:
+    pairs = weights.items() if isinstance(weights, dict) else enumerate(weights)
+    return [(f"adapters.{key}.weight", weight) for key, weight in pairs]
+
+
+def _number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise RecipeError(f"weights: {word!r} is no number; write 0.7 0.3 or 0.7,0.3.") from None

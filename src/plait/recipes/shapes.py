@@ -1,0 +1,123 @@
+"""What the schema allows at a place of a recipe: its fields, its bounds, its type.
+
+Reads pydantic's own description of the schema, so that methods and transforms of third parties are covered too. Knows
+nothing of problems or of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeAlias, TypeGuard, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from plait.recipes.paths import KeyPath, Plain
+from plait.recipes.schema import Recipe
+
+Shape: TypeAlias = Any  # a type, or a form of `typing`
+_BOUNDS = ((Gt, "gt", ">"), (Ge, "ge", ">="), (Lt, "lt", "<"), (Le, "le", "<="))
+
+
+def field_names(model: type[BaseModel]) -> list[str]:
+    """Return a model's fields as a recipe spells them."""
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def model_at(path: KeyPath, data: Plain) -> type[BaseModel] | None:
+    """Return the model whose fields are allowed at a path; None where there is none, or no telling which."""
+    shape = _walk(path, data)[0]
+    return shape if _is_model(shape) else None
+
+
+def bounds_at(path: KeyPath, data: Plain) -> str:
+    """Return the bounds of the number at a path, such as `> 0 and <= 1`; empty when it has none."""
+    field = _walk(path, data)[1]
+    found = field.metadata if field is not None else []
+    words = [f"{sign} {getattr(b, name):g}" for kind, name, sign in _BOUNDS for b in found if isinstance(b, kind)]
+    return " and ".join(words)
+
+
+def is_number_only(path: KeyPath, data: Plain) -> bool:
+    """Say whether the schema wants a number at a path and would not take a truth value."""
+    kinds = set(_leaves(_walk(path, data)[0]))
+    return bool(kinds & {int, float}) and bool not in kinds
+
+
+def item(data: Plain, key: str | int) -> Plain:
+    """Return `data[key]`, or None when there is no such thing."""
+    if isinstance(data, Mapping):
+        return data.get(key)
+    if isinstance(data, list) and isinstance(key, int) and 0 <= key < len(data):
+        return data[key]
+    return None
+
+
+def _walk(path: KeyPath, data: Plain) -> tuple[Shape, FieldInfo | None]:
+    shape: Shape = Recipe
+    field: FieldInfo | None = None
+    for key in path:
+        field = _field(shape, key)
+        inner = field.annotation if field is not None else _inside(shape)
+        data = item(data, key)
+        shape = _choose(inner, data)
+    return shape, field
+
+
+def _field(shape: Shape, key: str | int) -> FieldInfo | None:
+    if not _is_model(shape):
+        return None
+    return next((f for name, f in shape.model_fields.items() if key == (f.alias or name)), None)
+
+
+def _inside(shape: Shape) -> Shape:
+    """Return what a list or a mapping holds."""
+    origin, arguments = _origin(shape), get_args(shape)
+    if origin in (tuple, list) and arguments:
+        return arguments[0]
+    return arguments[1] if origin is dict else None
+
+
+def _choose(shape: Shape, value: Plain) -> Shape:
+    """Return the member of a union that a value is meant for, or the shape itself."""
+    members = list(_members(shape))
+    if len(members) == 1:
+        return members[0]
+    if isinstance(value, Mapping):
+        tagged = [m for m in members if _is_model(m) and _has_tag(m, value)]
+        return next(iter([*tagged, *(m for m in members if _origin(m) is dict)]), shape)
+    if isinstance(value, str):  # `method: ties`
+        return next((m for m in members if _is_model(m) and _has_tag(m, {"name": value})), shape)
+    return shape
+
+
+def _has_tag(model: type[BaseModel], value: Mapping[str, Plain]) -> bool:
+    """Say whether a value carries what tells this model from others: a required field with one allowed value."""
+    tags = ((n, f.annotation) for n, f in model.model_fields.items() if f.is_required())
+    return any(_origin(a) is Literal and get_args(a) == (value.get(n),) for n, a in tags)
+
+
+def _members(shape: Shape) -> Iterator[Shape]:
+    """Yield the members of a union, without None and without annotations; a shape that is no union yields itself."""
+    if _origin(shape) is Annotated:
+        yield from _members(get_args(shape)[0])
+    elif _origin(shape) in (Union, UnionType):
+        for member in get_args(shape):
+            yield from _members(member)
+    elif shape is not NoneType:
+        yield shape
+
+
+def _leaves(shape: Shape) -> Iterator[Shape]:
+    for member in _members(shape):
+        yield from (type(v) for v in get_args(member)) if _origin(member) is Literal else [member]
+
+
+def _origin(shape: Shape) -> Shape:
+    return get_origin(shape)
+
+
+def _is_model(shape: Shape) -> TypeGuard[type[BaseModel]]:
+    return isinstance(shape, type) and issubclass(shape, BaseModel)
