@@ -6,6 +6,7 @@ Needs transformers and PEFT; that the adapters load there is part of what the de
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -45,6 +46,7 @@ class Live:
 
     def remove(self, name: str) -> None:
         """Unload an adapter."""
+        self.model.set_adapter(next(other for other in self.model.peft_config if other != name))
         self.model.delete_adapter(name)
 
     @contextmanager
@@ -90,9 +92,7 @@ class Live:
 
     def answer(self, name: str, prompts: Sequence[str], length: int = 12) -> list[str]:
         """Return what the model says to every prompt: greedy, at most `length` tokens, on one line."""
-        tokens = self.tokenizer(
-            list(prompts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-        )
+        tokens = self.tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
         with self.active(name) as causal:
             said = causal.generate(**tokens, max_new_tokens=length, do_sample=False)
         new = said[:, tokens["input_ids"].shape[1] :]
@@ -136,3 +136,4 @@ def quiet() -> None:
     """Keep transformers' own progress bars and notes out of the demo's output."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -34,7 +34,28 @@ _HOME = {
     "plan": "plait.api",
 }
 
-__all__ = [*sorted(_HOME), "__version__"]
+__all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
+    "METHODS",
+    "SPACES",
+    "Adapter",
+    "AdapterError",
+    "AddressError",
+    "Inspection",
+    "LowRank",
+    "MergePlan",
+    "MergeResult",
+    "OutputError",
+    "PlaitError",
+    "PlanError",
+    "Recipe",
+    "RecipeError",
+    "compress",
+    "inspect",
+    "load_recipe",
+    "merge",
+    "plan",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from plait.adapters import Adapter, LowRank

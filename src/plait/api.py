@@ -125,7 +125,9 @@ def inspect(source: Sequence[str | Path] | Mapping[str, str | Path], *, progress
 def _recipe(source: Source, settings: Mapping[str, Any]) -> tuple[Recipe, Path | None]:
     if isinstance(source, Recipe):
         if settings:
-            raise RecipeError(f"a Recipe is complete; put {', '.join(settings)} into it, or give adapters or a recipe file instead.")
+            raise RecipeError(
+                f"a Recipe is complete; put {', '.join(settings)} into it, or give adapters or a recipe file instead."
+            )
         return source, None
     if isinstance(source, (str, Path)):
         return read_request(Path(source), [], settings)

@@ -99,9 +99,7 @@ class Adapter:
         """
         target = self.targets[path]
         names = target.tensors
-        part_a, part_b = (
-            ("lora_embedding_A", "lora_embedding_B") if target.layout.kind == "embedding" else ("lora_A", "lora_B")
-        )
+        part_a, part_b = ("lora_embedding_A", "lora_embedding_B") if target.layout.kind == "embedding" else ("lora_A", "lora_B")
         return target.layout.unpack(self._tensor(names[part_a], dtype), self._tensor(names[part_b], dtype))
 
     def read_part(self, path: str, part: str, dtype: torch.dtype = torch.float32) -> Tensor:

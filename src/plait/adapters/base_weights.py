@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.layouts import Layout
+from plait.adapters.names import is_conv1d
 from plait.adapters.tensorfile import SafetensorsFile
 from plait.errors import AdapterError
 
@@ -41,7 +42,8 @@ class BaseWeights:
         Args:
             module: path as the adapter names it.
             layout: of its factors.
-            fan_in_fan_out: the base stores the weight transposed (GPT-2's Conv1D).
+            fan_in_fan_out: the adapter's flag for bases that store weights transposed (GPT-2's Conv1D); the shape decides
+                wherever it can.
             dtype: of the result.
 
         Raises:
@@ -51,7 +53,7 @@ class BaseWeights:
         weight = self._home[name].read(name).to(dtype)
         if layout.kind == "conv":
             weight = weight.flatten(1)
-        elif layout.kind == "embedding" or fan_in_fan_out:
+        elif layout.kind == "embedding" or self._is_transposed(module, weight, layout, fan_in_fan_out=fan_in_fan_out):
             weight = weight.mT
         if tuple(weight.shape) != (layout.d_out, layout.d_in):
             raise AdapterError(
@@ -59,6 +61,12 @@ class BaseWeights:
                 f"{[layout.d_out, layout.d_in]}. Is this the base model that it was trained on?"
             )
         return weight
+
+    @staticmethod
+    def _is_transposed(module: str, weight: Tensor, layout: Layout, *, fan_in_fan_out: bool) -> bool:
+        if layout.d_out != layout.d_in:
+            return tuple(weight.shape) == (layout.d_in, layout.d_out)
+        return is_conv1d(module, fan_in_fan_out=fan_in_fan_out)
 
     def _name(self, module: str) -> str:
         wanted = f"{module}.weight"

@@ -42,7 +42,7 @@ class ExpertNaming:
             known = all(name in _ORDER for name in names) or len(names) == 1
             if len(wrappers) != len(names) or not known:
                 self.problems.append(
-                    f"{bare!r}: {len(wrappers)} LoRA layers for the parameters {', '.join(names)}; which is which cannot be told"
+                    f"{bare!r}: {len(wrappers)} LoRA layers for parameters {', '.join(names)}; which is which cannot be told"
                 )
                 continue
             self._paths |= {module: f"{bare}.{name}" for module, name in zip(wrappers, names, strict=True)}

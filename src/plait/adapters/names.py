@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 
 PREFIX = "base_model.model."
 
+# the modules that transformers builds as Conv1D, whose weight is stored as (d_in, d_out)
+_CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 _LORA = re.compile(
     r"^(?P<module>.+)\.(?P<part>"
     r"lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_diag|lora_velora_embed)"
@@ -41,12 +44,21 @@ def parse_lora_name(name: str) -> LoraName | None:
     return LoraName(found["module"], part)
 
 
+def is_conv1d(module: str, *, fan_in_fan_out: bool) -> bool:
+    """Say whether a base layer stores its weight transposed.
+
+    The flag alone does not tell: PEFT writes that of the layer it wrapped last, and Linear layers may carry these names too.
+    """
+    return fan_in_fan_out and module.rpartition(".")[2] in _CONV1D
+
+
 def is_training_only(name: str) -> bool:
     """Say whether a tensor steers training alone (VeLoRA, MonteCLoRA) and has no part in the delta."""
     return _TRAINING_ONLY.search(name) is not None
 
 
-class LayerKey(NamedTuple):
+@dataclass(frozen=True, order=True)
+class LayerKey:
     """A layer: the container it stands in (the tower) and its index there.
 
     An audio encoder and a language model both have a layer 3; their towers tell them apart.

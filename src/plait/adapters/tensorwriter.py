@@ -71,7 +71,7 @@ class TensorWriter:
         if tuple(data.shape[1:]) != entry.shape[1:] or row + (len(data) if data.ndim else 1) > (entry.shape or (1,))[0]:
             raise AssertionError(f"{name!r}: {tuple(data.shape)} at row {row} does not fit {entry.shape}")
         start = row * _numel(entry.shape[1:]) * entry.dtype.itemsize
-        payload = memoryview(data.reshape(-1).view(torch.uint8).numpy()) if data.numel() else memoryview(b"")
+        payload = memoryview(data.reshape(-1).view(torch.uint8).numpy().data) if data.numel() else memoryview(b"")
         self._put(payload, self._start + offset + start)
         self._left -= len(payload)
 

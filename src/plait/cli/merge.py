@@ -19,32 +19,41 @@ def merge(
         list[str],
         typer.Argument(
             metavar="[RECIPE] [ADAPTER]...",
-            help="A recipe (.yaml), and/or adapters: [name=]FOLDER or [name=]org/repo[@revision][/subfolder].",
+            help=r"A recipe (.yaml), and/or adapters: \[name=]FOLDER or \[name=]org/repo\[@revision]\[/subfolder].",
             show_default=False,
         ),
     ],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; the workspace artifacts/ otherwise.")] = None,
-    method: Annotated[str | None, typer.Option(help="Merge method; see `plait methods`. [linear]", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write; the workspace artifacts/ otherwise.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help=r"Merge method; see `plait methods`. \[linear]", show_default=False)
+    ] = None,
     space: Annotated[str | None, typer.Option(help="delta, core, knots or factors.", show_default=False)] = None,
     weights: Annotated[
-        str | None, typer.Option(help="One per adapter: 0.7 0.3, or 0.7,0.3. [1.0 each]", show_default=False)
+        str | None, typer.Option(help=r"One per adapter: 0.7 0.3, or 0.7,0.3. \[1.0 each]", show_default=False)
     ] = None,
-    scale: Annotated[float | None, typer.Option(help="Factor on the merged delta. [1.0]", show_default=False)] = None,
-    density: Annotated[float | None, typer.Option(help="Share of entries kept (ties, dare, …).", show_default=False)] = None,
+    scale: Annotated[float | None, typer.Option(help=r"Factor on the merged delta. \[1.0]", show_default=False)] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of entries kept (ties, dare, …).", show_default=False)
+    ] = None,
     sign: Annotated[str | None, typer.Option(help="Sign election: total or frequency.", show_default=False)] = None,
     flavor: Annotated[str | None, typer.Option(help="Which TIES: paper, peft, mergekit, …", show_default=False)] = None,
-    rank: Annotated[str | None, typer.Option(help="auto, a number, or energy:0.99. [auto]", show_default=False)] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [float32]", show_default=False)] = None,
-    kind: Annotated[
-        str | None, typer.Option(help="Write an adapter, or the dense delta. [adapter]", show_default=False)
+    rank: Annotated[str | None, typer.Option(help=r"auto, a number, or energy:0.99. \[auto]", show_default=False)] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=r"float32, bfloat16 or float16. \[float32]", show_default=False)
     ] = None,
-    merge_mode: Annotated[str | None, typer.Option(help="union, common or strict. [union]", show_default=False)] = None,
+    kind: Annotated[
+        str | None, typer.Option(help=r"Write an adapter, or the dense delta. \[adapter]", show_default=False)
+    ] = None,
+    merge_mode: Annotated[str | None, typer.Option(help=r"union, common or strict. \[union]", show_default=False)] = None,
     base_id: Annotated[
         str | None, typer.Option("--base-id", help="Base model; needed for DoRA only.", show_default=False)
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of randomised methods. [0]", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help=r"Of randomised methods. \[0]", show_default=False)] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set any recipe key: --set method.density=0.3")
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Set any recipe key: --set method.density=0.3"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
@@ -85,9 +94,7 @@ def merge(
     for note in result.plan.notes:
         err().print(f"note: {note}", style="dim", markup=False)
     if json:
-        print_json(
-            {"folder": str(result.folder), "url": result.url, **result.record.model_dump(mode="json")}
-        )
+        print_json({"folder": str(result.folder), "url": result.url, **result.record.model_dump(mode="json")})
     else:
         show_result(result)
 
@@ -109,7 +116,13 @@ def _show_plan(plan: MergePlan) -> None:
     console.print(f"[bold]{plan.method}[/bold] in [bold]{plan.space}[/bold] space: ", end="")
     console.print(plan.equation, markup=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name, justify in (("target modules", "left"), ("shape", "right"), ("ranks", "left"), ("weights", "left"), ("result", "left")):
+    for name, justify in (
+        ("target modules", "left"),
+        ("shape", "right"),
+        ("ranks", "left"),
+        ("weights", "left"),
+        ("result", "left"),
+    ):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for pattern, count, m in _grouped(plan):
         shape = f"{m.shape[0]}×{m.shape[1]}" + (f" ×{m.stack}" if m.stack > 1 else "")
@@ -118,7 +131,11 @@ def _show_plan(plan: MergePlan) -> None:
         table.add_row(f"{pattern} ({count})", shape, ranks, weights, _result_words(m.result, m.rank, m.exact_rank))
     console.print(table)
     _show_missing(plan)
-    where = f"rank {plan.rank}" if plan.rank else ("dense" if plan.result == "dense" else "rank decided by the energy asked for")
+    where = (
+        f"rank {plan.rank}"
+        if plan.rank
+        else ("dense" if plan.result == "dense" else "rank decided by the energy asked for")
+    )
     console.print(
         f"\n{len(plan.modules)} target modules · {where} · {size(plan.output_bytes)} to write · "
         f"about {size(plan.peak_bytes)} of memory · {plan.passes} pass{'es' if plan.passes > 1 else ''} over the factors"
@@ -158,7 +175,9 @@ def _show_missing(plan: MergePlan) -> None:
         if m.missing:
             missing.setdefault(m.missing, []).append(m.target)
     for names, targets in missing.items():
-        out().print(f"not in {', '.join(names)}: {len(targets)} modules, such as {targets[0]}; zero there", markup=False)
+        out().print(
+            f"not in {', '.join(names)}: {len(targets)} modules, such as {targets[0]}; zero there", markup=False
+        )
     if plan.left_out:
         first = next(iter(plan.left_out))
         out().print(f"left out (merge_mode common): {len(plan.left_out)} modules, such as {first}", markup=False)
@@ -172,7 +191,9 @@ def show_result(result: MergeResult) -> None:
     names = " + ".join(result.plan.adapters)
     console.print(f"[bold]{names}[/bold] → [bold]{result.folder}[/bold]", highlight=False)
     rank = f"rank {record.rank}" if record.rank else "dense"
-    console.print(f"{record.method} in {record.space} space · {len(record.modules)} target modules · {rank} · {record.seconds:.1f} s")
+    console.print(
+        f"{record.method} in {record.space} space · {len(record.modules)} target modules · {rank} · {record.seconds:.1f} s"
+    )
     written = sum(p.stat().st_size for p in result.folder.rglob("*") if p.is_file())
     if record.result == "exact":
         console.print(f"[green]exact[/green]: the factors hold the whole merge · {size(written)}")

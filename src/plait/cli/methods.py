@@ -89,7 +89,9 @@ def _allowed(field: dict[str, Any]) -> str:
         for key, sign in (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
         if key in field
     ]
-    kind = {"number": "number", "boolean": "true | false", "null": "none"}.get(field.get("type", ""), field.get("type", ""))
+    kind = {"number": "number", "boolean": "true | false", "null": "none"}.get(
+        field.get("type", ""), field.get("type", "")
+    )
     return " ".join([kind, *bounds])
 
 
@@ -117,7 +119,9 @@ def _show(described: dict[str, Any]) -> None:
     console = out()
     console.print(f"[bold]{described['name']}[/bold]  {described['summary']}\n")
     most = described["max_adapters"]
-    adapters = f"{described['min_adapters']}" + (" or more" if most is None else "" if most == described["min_adapters"] else f" to {most}")
+    adapters = f"{described['min_adapters']}" + (
+        " or more" if most is None else "" if most == described["min_adapters"] else f" to {most}"
+    )
     rows = [
         ("equation", described["equation"]),
         ("source", described["source"] + (f"  {described['url']}" if described["url"] else "")),

@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
-recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: their JSON Schema, checking one, bringing an old form up to date.")
+recipe_app = typer.Typer(
+    no_args_is_help=True, help="Recipes: their JSON Schema, checking one, bringing an old form up to date."
+)
 
 
 @recipe_app.command("schema")
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
     from plait.cli.console import print_json
-    from plait.recipes.loading import json_schema
+    from plait.recipes.writing import json_schema
 
     print_json(json_schema())
 
@@ -40,7 +42,9 @@ def check(
 @recipe_app.command("migrate")
 def migrate(
     file: Annotated[Path, typer.Argument(help="A recipe in an old form, or mergekit YAML.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; stdout otherwise.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write; stdout otherwise.", show_default=False)
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file that stands there.")] = False,
 ) -> None:
     """Write a recipe in today's form; what changed, and where numbers will differ, goes to stderr."""

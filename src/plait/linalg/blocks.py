@@ -111,4 +111,5 @@ def truncated_svd(matrix: RowBlocks, rank: int, key: Key, *, oversample: int = 3
 
 
 def _orthonormal(x: Tensor) -> Tensor:
-    return torch.linalg.qr(x).Q
+    q: Tensor = torch.linalg.qr(x).Q
+    return q

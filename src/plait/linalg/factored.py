@@ -46,7 +46,8 @@ def singular_values(b: Tensor, a: Tensor) -> Tensor:
     """Return the singular values of `b @ a`, descending, (min(m, n, r),), float64."""
     r_b = torch.linalg.qr(b, mode="r").R.double()
     r_a = torch.linalg.qr(a.mT, mode="r").R.double()
-    return torch.linalg.svdvals(r_b @ r_a.mT)
+    values: Tensor = torch.linalg.svdvals(r_b @ r_a.mT)
+    return values
 
 
 def inner(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
@@ -63,7 +64,8 @@ def left_basis(x: Tensor, *, tolerance: float = 1e-6) -> Tensor:
     q, r = torch.linalg.qr(x)
     u, s, _ = torch.linalg.svd(r.double(), full_matrices=False)
     kept = max(1, int((s > tolerance * s[0]).sum())) if len(s) else 0
-    return q @ u[:, :kept].to(x.dtype)
+    basis: Tensor = q @ u[:, :kept].to(x.dtype)
+    return basis
 
 
 def orient(u: Tensor) -> Tensor:

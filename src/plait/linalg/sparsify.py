@@ -17,15 +17,12 @@ def kept_count(entries: int, density: float, rule: Count) -> int:
     Args:
         entries: number of entries.
         density: share kept, in (0, 1].
-        rule: `floor` and `ceil` round density · entries; `inclusive` keeps one more, as code does that thresholds at the
-            k-th smallest magnitude and keeps what is at least that large.
+        rule: `floor` and `ceil` round density · entries; `inclusive` keeps one more than `floor`, as code does that
+            thresholds at the (entries − count)-th smallest magnitude and keeps what is at least that large.
     """
-    if rule == "inclusive":
-        count = entries - int((1 - density) * entries) + 1
-    else:
-        # a product such as 0.3 · 10 = 3.0000000000000004 must not be rounded up to 4
-        exact = round(density * entries, 9)
-        count = math.floor(exact) if rule == "floor" else math.ceil(exact)
+    # a product such as 0.3 · 10 = 3.0000000000000004 must not be rounded up to 4
+    exact = round(density * entries, 9)
+    count = math.ceil(exact) if rule == "ceil" else math.floor(exact) + (rule == "inclusive")
     return min(entries, max(1, count))
 
 
@@ -35,7 +32,7 @@ def keep_at_least(x: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def row_ranks(x: Tensor) -> Tensor:
-    """Return the rank of |x| within its row, 0 for the smallest; x (p, q), result (p, q) int64. Equal entries: leftmost first."""
+    """Return the rank of |x| within its row, 0 for the smallest; x (p, q), result (p, q) int64; equal entries from the left."""
     order = x.abs().argsort(dim=-1, stable=True)
     ranks = torch.empty_like(order)
     return ranks.scatter_(-1, order, torch.arange(x.shape[-1]).expand_as(order))

@@ -12,6 +12,7 @@ import yaml
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan
 from plait.merging.record import RunRecord, recipe_json
+from plait.methods import METHODS
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_2_SEQ_LM": "text2text-generation", "SEQ_CLS": "text-classification"}
@@ -37,7 +38,7 @@ One LoRA adapter of `{base}`, made from {len(plan.adapters)} by [plait](https://
 {rows}
 
 - **Method**: `{plan.method}` in `{plan.space}` space: {plan.equation}
-- **Rank**: {plan.rank or record.rank}, scaling baked in (`lora_alpha` = `r`).
+{_deviation_line(plan)}- **Rank**: {plan.rank or record.rank}, scaling baked in (`lora_alpha` = `r`).
 - **Loss**: {_loss(record)}
 {_heads_line(heads, inventory)}
 ## Load it
@@ -104,9 +105,18 @@ def _licence(folder: Path) -> tuple[tuple[str, str], ...] | None:
 
 
 def _source_row(source: Mapping[str, Any]) -> str:
-    place = f"[{source['repo']}](https://huggingface.co/{source['repo']}) @ `{source['commit']}`" if source["repo"] else "local files"
+    place = (
+        f"[{source['repo']}](https://huggingface.co/{source['repo']}) @ `{source['commit']}`"
+        if source["repo"]
+        else "local files"
+    )
     ranks = ", ".join(map(str, source["ranks"]))
     return f"| {source['name']} | {place} | {source['weight']:g} | {ranks} | `{source['sha256'][:16]}…` |"
+
+
+def _deviation_line(plan: MergePlan) -> str:
+    deviation = METHODS[plan.method].deviation
+    return f"- **Differs from its source**: {deviation}\n" if deviation else ""
 
 
 def _loss(record: RunRecord) -> str:

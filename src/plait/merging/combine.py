@@ -10,7 +10,7 @@ from torch import Tensor
 from plait.adapters.lowrank import LowRank
 from plait.linalg.blocks import RowBlocks, block_ranges
 from plait.linalg.keyed import Key
-from plait.merging.prepared import Factors, Prepared
+from plait.merging.prepared import Prepared
 from plait.merging.weighting import module_weights
 from plait.methods import METHODS, Block, ElementwiseMethod, LinearMethod
 from plait.methods.base import Reduction, Survey
@@ -60,7 +60,9 @@ class Combiner:
         statistics = self._local(module, frames)
         return [self._merge_frame(module, i, frame, statistics) for i, frame in enumerate(frames)]
 
-    def _merge_frame(self, module: str, index: int, frame: Frame, statistics: Mapping[str, tuple[Tensor, ...]]) -> Merged:
+    def _merge_frame(
+        self, module: str, index: int, frame: Frame, statistics: Mapping[str, tuple[Tensor, ...]]
+    ) -> Merged:
         merged = []
         for array in frame.arrays:
             block = self._blocks(module, index, array, statistics[array.name])
@@ -73,7 +75,9 @@ class Combiner:
 
         def rows(start: int, stop: int) -> Tensor:
             here = block(start, stop)
-            return method.combine(here, here.weights if isinstance(method, LinearMethod) else params)
+            if isinstance(method, LinearMethod):
+                return method.combine(here, here.weights)
+            return method.combine(here, params)
 
         return rows
 
@@ -92,7 +96,11 @@ class Combiner:
         # shorter than the surveys while a later one of them is being made
         for survey, over_model in zip(surveys_of(self.recipe), self.statistics, strict=False):
             for name, earlier in found.items():
-                value = over_model[name] if over_model is not None else self._survey_module(module, frames, name, survey, earlier)
+                value = (
+                    over_model[name]
+                    if over_model is not None
+                    else self._survey_module(module, frames, name, survey, earlier)
+                )
                 found[name] = (*earlier, value)
         return found
 
@@ -108,7 +116,9 @@ class Combiner:
             if reduction.end_pass():
                 return reduction.values
 
-    def _observe(self, reduction: Reduction, module: str, index: int, array: Array, earlier: tuple[Tensor, ...]) -> None:
+    def _observe(
+        self, reduction: Reduction, module: str, index: int, array: Array, earlier: tuple[Tensor, ...]
+    ) -> None:
         block = self._blocks(module, index, array, earlier)
         for start, stop in block_ranges(*array.shape):
             reduction.observe(block(start, stop))

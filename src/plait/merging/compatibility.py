@@ -127,7 +127,7 @@ def base_model_problems(adapters: Sequence[Adapter], given_base: str | None) -> 
 
 
 def shape_problems(adapters: Sequence[Adapter]) -> list[str]:
-    """Say which target modules have one path and different layouts (kind, rows, columns, stack) in different adapters."""
+    """Say which target modules have one path, but not one layout (kind, rows, columns, stack) in all adapters."""
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = defaultdict(list)
     for path, layouts in _layouts(adapters).items():
         if len(set(layouts.values())) > 1:
@@ -146,10 +146,10 @@ def shape_problems(adapters: Sequence[Adapter]) -> list[str]:
 def naming_problems(adapters: Sequence[Adapter]) -> list[str]:
     """Say which adapters call the same modules by different names.
 
-    Two adapters that share no target are suspected when most modules of the smaller have a partner of the same layout in
-    the other whose path differs only in what stands before the numbered layer, and when one of these two beginnings holds
-    all words of the other (`model.language_model` and `language_model.model`; `model` and `model.language_model`). An
-    encoder and a decoder therefore are not.
+    Two adapters that share no target are suspected when most modules of the smaller have a partner of the same layout
+    in the other whose path differs only in what stands before the numbered layer, and when one of these two beginnings
+    holds all words of the other (`model.language_model` and `language_model.model`; `model` and
+    `model.language_model`). An encoder and a decoder therefore are not.
 
     Fused experts beside separate ones are the other case: the same weights, cut differently.
     """
@@ -158,16 +158,16 @@ def naming_problems(adapters: Sequence[Adapter]) -> list[str]:
         begun = _different_beginnings(one, two) if not one.targets.keys() & two.targets.keys() else None
         if begun is not None:
             problems.append(
-                f"{one.name!r} and {two.name!r} share no target module, but only their beginnings differ: {begun[0]!r} and "
-                f"{begun[1]!r}. They were saved by different versions of one model's code. Save one of them again with "
-                "the version of the other, or rename its tensors."
+                f"{one.name!r} and {two.name!r} share no target module, yet only the beginnings of the paths differ: "
+                f"{begun[0]!r} and {begun[1]!r}. They were saved by different versions of one model's code. Save one of "
+                "them again with the version of the other, or rename its tensors."
             )
         for first, second in ((one, two), (two, one)):
             fused = _fused_and_separate(first, second)
             if fused is not None:
                 problems.append(
-                    f"{first.name!r} adapts the fused experts {fused!r}, {second.name!r} the same experts one by one. Save "
-                    "one of them again in the form of the other (transformers 5 fuses experts on loading)."
+                    f"{first.name!r} adapts the fused experts {fused!r}, {second.name!r} the same experts one by one. "
+                    "Save one of them again in the form of the other (transformers 5 fuses experts on loading)."
                 )
     return problems
 
@@ -180,8 +180,8 @@ def dora_problems(adapters: Sequence[Adapter], given_base: str | None) -> list[s
     named = next((a.config.base_model for a in dora if a.config.base_model), None)
     such = f", such as {named!r}" if named else ""
     return [
-        f"DoRA in {_names(dora)}: it rescales the rows of the base model's weights, so its delta needs them. Give the base "
-        f"model (--base-id, or base_model in a recipe): a folder or a Hub id{such}."
+        f"DoRA in {_names(dora)}: it rescales the rows of the base model's weights, so its delta needs them. Give the "
+        f"base model (--base-id, or base_model in a recipe): a folder or a Hub id{such}."
     ]
 
 
@@ -211,9 +211,7 @@ def serving(adapters: Sequence[Adapter]) -> Serving:
             ranks[path] += target.rank
             layouts[path] = target.layout
     merged = max((min(rank, layouts[path].full_rank) for path, rank in ranks.items()), default=0)
-    return Serving(
-        adapters=tuple(_served(a) for a in adapters), merged_rank=merged, merged_max_lora_rank=max_lora_rank(merged)
-    )
+    return Serving(adapters=tuple(_served(a) for a in adapters), merged_rank=merged, merged_max_lora_rank=max_lora_rank(merged))
 
 
 def max_lora_rank(rank: int) -> int | None:
@@ -258,8 +256,7 @@ def _layouts(adapters: Sequence[Adapter]) -> dict[str, dict[str, Layout]]:
 
 def _describe(layout: Layout) -> str:
     kind = "" if layout.kind == "linear" else f"{layout.kind} "
-    kernel = f", kernel {list(layout.kernel)}" if layout.kernel else ""
-    return f"{kind}{list(layout.dense_shape)}{kernel}"
+    return f"{kind}{list(layout.dense_shape)}"
 
 
 def _different_beginnings(one: Adapter, two: Adapter) -> tuple[str, str] | None:

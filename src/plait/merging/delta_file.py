@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from plait.adapters.names import is_conv1d
 from plait.adapters.tensorwriter import Entry, TensorWriter
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
@@ -25,9 +26,12 @@ class DeltaFile:
     def __init__(self, inventory: Inventory, plan: MergePlan) -> None:
         self._layouts = {m.target: inventory.layouts[m.target] for m in plan.modules}
         self._dtype = DTYPES[inventory.recipe.output.dtype]
-        flipped = {t for a in inventory.adapters if a.config.flag("fan_in_fan_out") for t in a.targets}
+        flags = [(a.targets, a.config.flag("fan_in_fan_out")) for a in inventory.adapters]
         self._transposed = {
-            t for t, layout in self._layouts.items() if layout.kind == "embedding" or (layout.kind == "linear" and t in flipped)
+            t
+            for t, layout in self._layouts.items()
+            if layout.kind == "embedding"
+            or (layout.kind == "linear" and any(t in targets and is_conv1d(t, fan_in_fan_out=f) for targets, f in flags))
         }
 
     def entries(self) -> list[Entry]:

@@ -34,7 +34,11 @@ def row_norms(weight: Tensor, delta: LowRank) -> Tensor:
 
 
 def merge_dora(
-    module: str, weight: Tensor, deltas: Sequence[LowRank], magnitudes: Sequence[Tensor | None], coefficients: Sequence[float]
+    module: str,
+    weight: Tensor,
+    deltas: Sequence[LowRank],
+    magnitudes: Sequence[Tensor | None],
+    coefficients: Sequence[float],
 ) -> tuple[LowRank, Tensor]:
     """Merge one module linearly.
 
@@ -58,7 +62,9 @@ def merge_dora(
     gain = 1 + sum((c * (scale - 1) for c, scale in zip(coefficients, scales, strict=True)), torch.zeros(()))
     if bool((gain.abs() < _SMALLEST).any()):
         rows = int((gain.abs() < _SMALLEST).sum())
-        raise PlanError(f"{module}: these weights cancel {rows} rows of the base model; DoRA cannot express that. Change them.")
+        raise PlanError(
+            f"{module}: these weights cancel {rows} rows of the base model; DoRA cannot express that. Change them."
+        )
     parts = [LowRank(d.a, d.b * (scale / gain).unsqueeze(1)) for d, scale in zip(deltas, scales, strict=True)]
     return LowRank.concatenate(parts, coefficients), gain
 

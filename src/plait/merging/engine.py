@@ -16,7 +16,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from plait.adapters.lowrank import LowRank
 from plait.errors import PlaitError, PlanError
 from plait.linalg.blocks import RowBlocks
 from plait.linalg.keyed import Key
@@ -28,7 +27,6 @@ from plait.merging.plan import MergePlan, ModulePlan
 from plait.merging.prepared import Prepared
 from plait.merging.progress import Progress
 from plait.methods.base import Reduction
-from plait.spaces import SPACES
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -133,7 +131,9 @@ class Engine:
         transposed = any(a.config.flag("fan_in_fan_out") for a in self._inventory.adapters if target in a.targets)
         weight = base.matrix(target, layout, fan_in_fan_out=transposed, dtype=combiner.prepared.dtype)
         magnitudes = [
-            a.read_part(target, "lora_magnitude_vector", weight.dtype) if target in a.targets and a.targets[target].is_dora else None
+            a.read_part(target, "lora_magnitude_vector", weight.dtype)
+            if target in a.targets and a.targets[target].is_dora
+            else None
             for a in self._inventory.adapters
         ]
         (factors,) = combiner.prepared.read(target)
@@ -164,9 +164,7 @@ class Engine:
     def _key(self, target: str) -> Key:
         return Key(self._inventory.recipe.seed).child("truncation", target)
 
-    def _each(
-        self, stage: str, work: Callable[[T], R], items: Sequence[T], pool: ThreadPoolExecutor
-    ) -> Iterator[R]:
+    def _each(self, stage: str, work: Callable[[T], R], items: Sequence[T], pool: ThreadPoolExecutor) -> Iterator[R]:
         """Run `work` on items in threads, a few ahead of the consumer, and yield results in order."""
         self._progress.start(stage, len(items))
         waiting: deque[Future[R]] = deque()

@@ -32,7 +32,9 @@ def head_problems(adapters: Sequence[Adapter], heads: Heads) -> list[str]:
         shapes = {a.name: a.file.tensors[a.full_tensors[path]].shape for a in have if path in a.full_tensors}
         if len(set(shapes.values())) > 1:
             listed = ", ".join(f"{n} {list(s)}" for n, s in shapes.items())
-            problems.append(f"heads: average: {path!r} has different shapes ({listed}); heads of different tasks do not average")
+            problems.append(
+                f"heads: average: {path!r} has different shapes ({listed}); heads of different tasks do not average"
+            )
     if any("token_adapter" in p for a in have for p in a.full_tensors):
         indices = {a.name: a.config.raw.get("trainable_token_indices") for a in have}
         if len({json.dumps(i, sort_keys=True) for i in indices.values()}) > 1:

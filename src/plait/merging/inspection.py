@@ -1,18 +1,21 @@
 """What adapters are, one by one and side by side: everything `plait inspect` reports, as numbers and words.
 
-Every statistic is a function of the deltas ΔW = s·B·A, so it is the same for any factors of them (B G, G⁻¹ A). Between two
-adapters almost all of it comes from the two Gram matrices A Aᵀ and Bᵀ B of their joined factors, in float64; only the signs
-need the entries of ΔW, which pass by in blocks of rows. Knows nothing of how it is shown.
+Every statistic is a function of the deltas ΔW = s·B·A, so it is the same for any factors of them (B G, G⁻¹ A). Between
+two adapters almost all of it comes from the two Gram matrices A Aᵀ and Bᵀ B of their joined factors, in float64; only
+the signs need the entries of ΔW, which pass by in blocks of rows. Knows nothing of how it is shown.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import statistics
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, combinations, pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ from torch import Tensor
 from plait.adapters.adapter import Adapter
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import layer_key
+from plait.errors import PlanError
 from plait.linalg.blocks import block_ranges
 from plait.linalg.factored import rank_for_energy
 from plait.merging.compatibility import Compatibility, Serving, check_compatibility, serving, short_name
@@ -115,7 +119,8 @@ class AdapterReport(Record):
         bytes: size of the tensor file.
         norm: ‖ΔW‖_F over all modules. For DoRA, ΔW is s·B·A without the magnitudes, here and everywhere below.
         layers: the same per layer, in the order of the model.
-        stable_rank: mean over matrices of ‖ΔW‖_F² / ‖ΔW‖₂², in [1, rank]: how many directions matter; None if all are 0.
+        stable_rank: mean over matrices of ‖ΔW‖_F² / ‖ΔW‖₂², in [1, rank]: how many directions matter; None if all
+            are 0.
         rank_for_99: mean over matrices of the rank that holds 99 % of ‖ΔW‖_F²; None if all are 0.
         full_tensors: heads and other tensors outside the LoRA.
         warnings: what deserves a look.
@@ -199,16 +204,16 @@ class Comparison(Record):
         scale_ratio: the largest of them over the smallest; None when one is 0.
         cosine: (T, T) ⟨ΔW_i, ΔW_j⟩ / (‖ΔW_i‖ ‖ΔW_j‖) of the whole task vectors; None beside a zero.
         overlap_a: (T, T) overlap of the row spaces of A. Of one matrix it is the median cosine of the principal angles,
-            σ_med(V_iᵀ V_j) with orthonormal bases V, of a module the median over its matrices, and here the median over the
-            modules that both have; None if there is none. 1 for equal spaces.
+            σ_med(V_iᵀ V_j) with orthonormal bases V, of a module the median over its matrices, and here the median over
+            the modules that both have; None if there is none. 1 for equal spaces.
         overlap_b: (T, T) the same of the column spaces of B.
-        overlap_a_chance: √(max(r_i, r_j) / d_in), the root mean square cosine between random subspaces, as a median over
-            modules and pairs: what "unrelated" looks like. None if no two adapters share a module.
+        overlap_a_chance: √(max(r_i, r_j) / d_in), the root mean square cosine between random subspaces, as a median
+            over modules and pairs: what "unrelated" looks like. None if no two adapters share a module.
         overlap_b_chance: the same of B with d_out.
-        conflict: (T, T) share of the entries non-zero in both ΔW_i and ΔW_j whose signs differ: 0 for equal signs, 0.5 for
-            unrelated adapters, 1 for opposite ones; None if there are no such entries.
-        weighted_conflict: (T, T) the same with every entry counting |x·y|, so that entries that matter to neither, or to one
-            alone, hardly count. It is (1 − ⟨x, y⟩ / ⟨|x|, |y|⟩) / 2.
+        conflict: (T, T) share of the entries non-zero in both ΔW_i and ΔW_j whose signs differ: 0 for equal signs, 0.5
+            for unrelated adapters, 1 for opposite ones; None if there are no such entries.
+        weighted_conflict: (T, T) the same with every entry counting |x·y|, so that entries that matter to neither, or
+            to one alone, hardly count. It is (1 − ⟨x, y⟩ / ⟨|x|, |y|⟩) / 2.
         layers: the same per layer, in the order of the model.
         shared_init: the audit of A; None if no two adapters share a module.
         findings: the above in sentences.
@@ -246,32 +251,38 @@ class Inspection(Record):
 
 
 def inspect_adapters(
-    adapters: Sequence[Adapter], *, base_model: str | None = None, progress: Progress | None = None
+    adapters: Sequence[Adapter],
+    *,
+    base_model: str | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
 ) -> Inspection:
     """Measure adapters, compare them, and judge whether they can be merged.
 
-    Every tensor is read once. Memory: the factors of one target module of all adapters and one block of rows each.
+    Every tensor is read once. Memory, per worker: the factors of one target module of all adapters, and 8 MiB.
 
     Args:
         adapters: opened; at least one.
         base_model: the base model that the user names, as for a merge (see `check_compatibility`).
+        workers: target modules looked at at the same time; as many as there are processors when None. The numbers do
+            not depend on it.
         progress: told of one step per target module.
 
     Raises:
         AdapterError: a value is NaN or infinite.
+        PlanError: there are no adapters.
     """
+    if not adapters:
+        raise PlanError("there is no adapter to inspect; name at least one.")
     paths = sorted({path for a in adapters for path in a.targets}, key=_model_order)
     spectra = [_Spectra() for _ in adapters]
     pairs = _Pairs(len(adapters))
     if progress:
-        progress.start("comparing target modules" if len(adapters) > 1 else "measuring target modules", len(paths))
-    for path in paths:
-        layouts = {a.targets[path].layout for a in adapters if path in a.targets}
-        stacks = [_read(a, path) for a in adapters]
-        for spectrum, stack in zip(spectra, stacks, strict=True):
-            spectrum.add(path, stack)
-        if len(adapters) > 1 and len(layouts) == 1:
-            pairs.add(path, stacks)
+        progress.start("compare" if len(adapters) > 1 else "measure", len(paths))
+    for measured in _measure_all(adapters, paths, workers or os.cpu_count() or 1):
+        for t, powers in measured.powers.items():
+            spectra[t].add(measured.path, powers)
+        pairs.add(measured)
         if progress:
             progress.advance()
     if progress:
@@ -284,34 +295,14 @@ def inspect_adapters(
     )
 
 
-class _Spectra:
-    """What the singular values of one adapter's matrices say."""
-
-    def __init__(self) -> None:
-        self.energies: dict[str, float] = {}  # path → ‖ΔW‖²
-        self.stable_ranks: list[float] = []
-        self.ranks_for_99: list[int] = []
-
-    def add(self, path: str, stack: Sequence[LowRank]) -> None:
-        if not stack:
-            return
-        self.energies[path] = 0.0
-        for delta in stack:
-            power = delta.singular_values().square()
-            self.energies[path] += float(power.sum())
-            if float(power[0]) > 0:
-                self.stable_ranks.append(float(power.sum() / power[0]))
-                self.ranks_for_99.append(rank_for_energy(power.sqrt(), 0.99))
-
-
 class _Sums:
-    """Sums over the modules of a layer, each (T, T), float64."""
+    """Sums over the entries of one module, or over the modules of a layer; each (T, T), float64."""
 
     def __init__(self, count: int) -> None:
         self.inner = torch.zeros(count, count, dtype=torch.float64)  # ⟨x, y⟩
         self.magnitude = torch.zeros_like(self.inner)  # ⟨|x|, |y|⟩
-        self.nonzero = torch.zeros_like(self.inner)  # entries non-zero in both
-        self.signs = torch.zeros_like(self.inner)  # ⟨sign x, sign y⟩ = agreeing − opposed entries
+        self.nonzero = torch.zeros_like(self.inner)  # number of entries non-zero in both
+        self.signs = torch.zeros_like(self.inner)  # ⟨sign x, sign y⟩: agreeing entries − opposed ones
 
     def __iadd__(self, other: _Sums) -> _Sums:
         self.inner += other.inner
@@ -335,40 +326,80 @@ class _Sums:
         return _matrix(((1 - self.inner / self.magnitude) / 2).clamp(0, 1))
 
 
-class _Pairs:
-    """What adapters have in common, module by module."""
+class _Overlap(NamedTuple):
+    """How the spaces of one factor of two adapters lie to each other, in one matrix.
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.layers: dict[str, _Sums] = {}
-        self.overlaps: dict[str, dict[tuple[int, int], list[float]]] = {"a": defaultdict(list), "b": defaultdict(list)}
-        self.chances: dict[str, list[float]] = {"a": [], "b": []}
+    Attributes:
+        factor: `a` (row space) or `b` (column space).
+        pair: (i, j) with i < j.
+        median: cosine of the median principal angle.
+        chance: the root mean square cosine between random subspaces of these sizes.
+    """
 
-    def add(self, path: str, stacks: Sequence[Sequence[LowRank]]) -> None:
-        """Take in one module; an adapter that lacks it has an empty stack."""
-        present = [t for t, stack in enumerate(stacks) if stack]
-        sums = self.layers.setdefault(_layer_name(path), _Sums(self.count))
-        overlaps: dict[tuple[str, int, int], list[float]] = defaultdict(list)
-        for parts in zip(*(stacks[t] for t in present), strict=True):
-            grams = _Grams(parts)
-            grid = torch.meshgrid(torch.tensor(present), torch.tensor(present), indexing="ij")
-            sums.inner[grid] += grams.inner()
-            if len(parts) > 1:
-                for into, part in zip((sums.signs, sums.magnitude, sums.nonzero), _entry_sums(parts), strict=True):
-                    into[grid] += part
-                for factor, i, j, overlap, chance in grams.overlaps():
-                    overlaps[factor, present[i], present[j]].append(overlap)
-                    self.chances[factor].append(chance)
-        for (factor, i, j), found in overlaps.items():
-            self.overlaps[factor][i, j].append(statistics.median(found))
+    factor: str
+    pair: tuple[int, int]
+    median: float
+    chance: float
 
-    def overlap(self, factor: str) -> Matrix:
-        """Return the (T, T) median overlaps of one factor."""
-        found = self.overlaps[factor]
-        return tuple(
-            tuple(1.0 if i == j else statistics.median(found[min(i, j), max(i, j)] or [math.nan]) for j in range(self.count))
-            for i in range(self.count)
-        )
+
+class _Measured(NamedTuple):
+    """What one target module tells.
+
+    Attributes:
+        path: of the module.
+        powers: adapter → the squared singular values of each of its matrices; only adapters that have the module.
+        sums: None when the adapters store it in different shapes, so that nothing can be compared.
+        overlaps: of all its matrices.
+    """
+
+    path: str
+    powers: dict[int, list[Tensor]]
+    sums: _Sums | None
+    overlaps: list[_Overlap]
+
+
+def _measure_all(adapters: Sequence[Adapter], paths: Sequence[str], workers: int) -> Iterator[_Measured]:
+    """Yield what the modules tell, in their order. In every worker torch keeps to one thread: the tensors are small."""
+    dtype = torch.float64 if any("F64" in a.dtypes for a in adapters) else torch.float32
+    blocks = _Blocks()
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, "plait-inspect", torch.set_num_threads, (1,)) as pool:
+        try:
+            yield from pool.map(lambda path: _measure(adapters, path, dtype, blocks), paths)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)
+
+
+def _measure(adapters: Sequence[Adapter], path: str, dtype: torch.dtype, blocks: _Blocks) -> _Measured:
+    targets = {t: a.targets[path] for t, a in enumerate(adapters) if path in a.targets}
+    stacks = {t: [d.scaled(target.scaling) for d in adapters[t].read(path, dtype)] for t, target in targets.items()}
+    powers = {t: [_squared_singular_values(delta) for delta in stack] for t, stack in stacks.items()}
+    if len({target.layout for target in targets.values()}) > 1:
+        return _Measured(path, powers, None, [])
+    present = list(stacks)
+    grid = torch.meshgrid(torch.tensor(present), torch.tensor(present), indexing="ij")
+    sums = _Sums(len(adapters))
+    overlaps: list[_Overlap] = []
+    for parts in zip(*stacks.values(), strict=True):
+        grams = _Grams(parts)
+        sums.inner[grid] += grams.inner()
+        if len(parts) > 1:
+            signs, magnitude, nonzero = blocks.sums(parts)
+            sums.signs[grid] += signs
+            sums.magnitude[grid] += magnitude
+            sums.nonzero[grid] += nonzero
+            overlaps += grams.overlaps(present)
+    return _Measured(path, powers, sums, overlaps)
+
+
+def _squared_singular_values(delta: LowRank) -> Tensor:
+    """Return σ² of B A, descending, (r,), float64: the eigenvalues of Rᵀ (Bᵀ B) R, where A Aᵀ = R Rᵀ."""
+    a, b = delta.a.double(), delta.b.double()
+    values, vectors = torch.linalg.eigh(a @ a.mT)
+    root = vectors * values.clamp_min(0).sqrt()
+    power: Tensor = torch.linalg.eigvalsh(root.mT @ (b.mT @ b) @ root)
+    return power.clamp_min(0).flip(0)
 
 
 class _Grams:
@@ -387,48 +418,106 @@ class _Grams:
         product = self._grams["a"] * self._grams["b"]
         return torch.stack([torch.stack([product[i, j].sum() for j in self._spans]) for i in self._spans])
 
-    def overlaps(self) -> Iterator[tuple[str, int, int, float, float]]:
-        """Yield (factor, i, j, median cosine of the principal angles, its chance level) for i < j."""
+    def overlaps(self, adapters: Sequence[int]) -> Iterator[_Overlap]:
+        """Yield the overlaps of all pairs; `adapters` are the numbers of the parts."""
         for factor, gram in self._grams.items():
             whiteners = [_whitener(gram[span, span]) for span in self._spans]
             for (i, one), (j, two) in combinations(enumerate(whiteners), 2):
                 if one.shape[1] and two.shape[1]:
                     cosines = torch.linalg.svdvals(one.mT @ gram[self._spans[i], self._spans[j]] @ two).clamp(0, 1)
                     chance = math.sqrt(max(one.shape[1], two.shape[1]) / self._dims[factor])
-                    yield factor, i, j, statistics.median(cosines.tolist()), chance
+                    yield _Overlap(factor, (adapters[i], adapters[j]), statistics.median(cosines.tolist()), chance)
 
 
 def _whitener(gram: Tensor) -> Tensor:
     """Return W (r, k) with Wᵀ G W = I on the k directions of a Gram matrix G (r, r) that are not round-off."""
     values, vectors = torch.linalg.eigh(gram)
     kept = values > _NULL**2 * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
-    return vectors[:, kept] / values[kept].sqrt()
+    whitener: Tensor = vectors[:, kept] / values[kept].sqrt()
+    return whitener
 
 
-def _entry_sums(parts: Sequence[LowRank]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ⟨sign x, sign y⟩, ⟨|x|, |y|⟩ and the number of entries non-zero in both, each (T, T), float64.
+class _Blocks(threading.local):
+    """Passes over the entries of deltas in blocks of rows, through one buffer per thread.
 
-    The deltas pass by in blocks of rows. The sums of signs are integers below 2²⁴ per block, so they are exact.
+    New memory for every block would cost more than the arithmetic on it.
     """
-    m, n = parts[0].shape
-    sums = [torch.zeros(len(parts), len(parts), dtype=torch.float64) for _ in range(3)]
-    for start, stop in block_ranges(m, n):
-        x = torch.stack([p.b[start:stop] @ p.a for p in parts]).flatten(1)
-        s = x.sign()
-        sums[0] += s @ s.mT
-        x.abs_()
-        sums[1] += x @ x.mT
-        s.abs_()
-        sums[2] += s @ s.mT
-    return sums[0], sums[1], sums[2]
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def sums(self, parts: Sequence[LowRank]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ⟨sign x, sign y⟩, ⟨|x|, |y|⟩ and the number of entries non-zero in both, each (T, T), float64.
+
+        A block holds at most 2²⁰ entries or one row of each delta, so its sums of signs are exact in float32.
+        """
+        count, (m, n) = len(parts), parts[0].shape
+        signs, magnitude, nonzero = (torch.zeros(count, count, dtype=torch.float64) for _ in range(3))
+        for start, stop in block_ranges(m, count * n):
+            x, s = self._room(parts[0].a.dtype, 2, count, stop - start, n)
+            for t, part in enumerate(parts):
+                torch.mm(part.b[start:stop], part.a, out=x[t])
+            x, s = x.flatten(1), torch.sign(x, out=s).flatten(1)
+            signs += s @ s.mT
+            magnitude += x.abs_() @ x.mT
+            nonzero += s.abs_() @ s.mT
+        return signs, magnitude, nonzero
+
+    def _room(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if self._buffer.dtype != dtype or len(self._buffer) < size:
+            self._buffer = torch.empty(size, dtype=dtype)
+        return self._buffer[:size].view(shape)
 
 
-def _read(adapter: Adapter, path: str) -> list[LowRank]:
-    target = adapter.targets.get(path)
-    if target is None:
-        return []
-    dtype = torch.float64 if target.dtype == "F64" else torch.float32
-    return [delta.scaled(target.scaling) for delta in adapter.read(path, dtype)]
+class _Spectra:
+    """What the singular values of one adapter's matrices say."""
+
+    def __init__(self) -> None:
+        self.energies: dict[str, float] = {}  # path → ‖ΔW‖²
+        self.stable_ranks: list[float] = []
+        self.ranks_for_99: list[int] = []
+
+    def add(self, path: str, powers: Sequence[Tensor]) -> None:
+        self.energies[path] = sum(float(power.sum()) for power in powers)
+        for power in powers:
+            if float(power[0]) > 0:
+                self.stable_ranks.append(float(power.sum() / power[0]))
+                self.ranks_for_99.append(rank_for_energy(power.sqrt(), 0.99))
+
+
+class _Pairs:
+    """What adapters have in common, layer by layer."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.layers: dict[str, _Sums] = {}
+        self.overlaps: dict[tuple[str, tuple[int, int]], list[float]] = defaultdict(list)
+        self.chances: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, measured: _Measured) -> None:
+        if measured.sums is None:
+            return
+        layer = self.layers.setdefault(_layer_name(measured.path), _Sums(self.count))
+        layer += measured.sums
+        of_module: dict[tuple[str, tuple[int, int]], list[float]] = defaultdict(list)
+        for found in measured.overlaps:
+            of_module[found.factor, found.pair].append(found.median)
+            self.chances[found.factor].append(found.chance)
+        for key, medians in of_module.items():
+            self.overlaps[key].append(statistics.median(medians))
+
+    def overlap(self, factor: str) -> Matrix:
+        """Return the (T, T) median overlaps of one factor."""
+        values = torch.full((self.count, self.count), math.nan, dtype=torch.float64).fill_diagonal_(1)
+        for (of, (i, j)), found in self.overlaps.items():
+            if of == factor:
+                values[i, j] = values[j, i] = statistics.median(found)
+        return _matrix(values)
+
+    def chance(self, factor: str) -> float | None:
+        """Return the median chance level of one factor's overlaps."""
+        return statistics.median(self.chances[factor]) if self.chances[factor] else None
 
 
 def _report(adapter: Adapter, spectra: _Spectra) -> AdapterReport:
@@ -503,8 +592,9 @@ def _warnings(adapter: Adapter, spectra: _Spectra) -> Iterator[str]:
     other = [t for t in targets.values() if t.rank != config.rank(t.path)]
     if other:
         yield (
-            f"The configuration gives {len(other)} of {len(targets)} modules another rank than their tensors have (such as "
-            f"{other[0].path!r}: {config.rank(other[0].path)}, in the file {other[0].rank}). The tensors count, for the scaling too."
+            f"The configuration gives {len(other)} of {len(targets)} modules another rank than their tensors have (such "
+            f"as {other[0].path!r}: {config.rank(other[0].path)}, in the file {other[0].rank}). The tensors count, for "
+            "the scaling too."
         )
     zero = [path for path, energy in spectra.energies.items() if energy == 0]
     if zero:
@@ -514,7 +604,7 @@ def _warnings(adapter: Adapter, spectra: _Spectra) -> Iterator[str]:
     if any(path.endswith(".trainable_tokens_delta") for path in adapter.full_tensors):
         yield "It trained the embeddings of single tokens, which are kept like a head and not merged."
     if config.raw.get("alora_invocation_tokens"):
-        yield "An activated LoRA (aLoRA): alone it acts only after its invocation tokens, merged it acts on every token."
+        yield "Activated LoRA (aLoRA): alone it acts only after its invocation tokens, merged it acts on every token."
     if config.raw.get("layer_replication"):
         yield "layer_replication: its layers are those of a base model with repeated layers, not of the published one."
 
@@ -523,25 +613,23 @@ def _compare(names: Sequence[str], pairs: _Pairs) -> Comparison:
     total = _Sums(pairs.count)
     for sums in pairs.layers.values():
         total += sums
-    overlap_a = _no_nan(pairs.overlap("a"))
-    chances = {factor: statistics.median(found) if found else None for factor, found in pairs.chances.items()}
-    shared = _shared_init(names, overlap_a, chances["a"])
-    norms, cosine, conflict, weighted = total.norms(), total.cosine(), total.conflict(), total.weighted_conflict()
-    return Comparison(
+    overlap_a, chance_a = pairs.overlap("a"), pairs.chance("a")
+    comparison = Comparison(
         names=tuple(names),
-        norms=norms,
-        scale_ratio=_ratio(norms),
-        cosine=cosine,
+        norms=total.norms(),
+        scale_ratio=_ratio(total.norms()),
+        cosine=total.cosine(),
         overlap_a=overlap_a,
-        overlap_b=_no_nan(pairs.overlap("b")),
-        overlap_a_chance=chances["a"],
-        overlap_b_chance=chances["b"],
-        conflict=conflict,
-        weighted_conflict=weighted,
+        overlap_b=pairs.overlap("b"),
+        overlap_a_chance=chance_a,
+        overlap_b_chance=pairs.chance("b"),
+        conflict=total.conflict(),
+        weighted_conflict=total.weighted_conflict(),
         layers=tuple(_layer(name, sums) for name, sums in pairs.layers.items()),
-        shared_init=shared,
-        findings=tuple(_findings(names, norms, cosine, conflict, weighted, shared)),
+        shared_init=_shared_init(names, overlap_a, chance_a),
+        findings=(),
     )
+    return comparison.model_copy(update={"findings": tuple(_findings(comparison))})
 
 
 def _layer(name: str, sums: _Sums) -> LayerComparison:
@@ -557,3 +645,99 @@ def _layer(name: str, sums: _Sums) -> LayerComparison:
         conflict=sums.conflict(),
         weighted_conflict=sums.weighted_conflict(),
     )
+
+
+def _shared_init(names: Sequence[str], overlap: Matrix, chance: float | None) -> SharedInit | None:
+    found = {(i, j): value for i, j in combinations(range(len(names)), 2) if (value := overlap[i][j]) is not None}
+    if not found or chance is None:
+        return None
+    highest = max(found.values())
+    pairs = tuple((names[i], names[j]) for (i, j), value in found.items() if value > COLLAPSED)
+    measured = f"overlap {_span(list(found.values()))}, by chance {chance:.2f}"
+    who = "All A matrices" if len(pairs) == len(found) else f"The A matrices of {_and([f'{i} + {j}' for i, j in pairs])}"
+    status: Literal["shared", "partial", "separate"] = "shared"
+    if pairs:
+        words = (
+            f"{who} span nearly the same space ({measured}): a shared initialisation, as one seed for all training runs "
+            "gives. Sums and sparsifying methods (linear, ties, dare) do not mind. Methods that solve or whiten "
+            "(regmean, ssr, wudi; tsv, iso) are ill-conditioned on it: keep their ridge, and compare with linear."
+        )
+    elif highest >= SEPARATE:
+        status = "partial"
+        words = (
+            f"The A matrices lie in partly overlapping spaces ({measured}). Methods that solve or whiten (regmean, ssr, "
+            "wudi; tsv, iso) need their ridge here; sums and sparsifying methods do not mind."
+        )
+    else:
+        status = "separate"
+        words = f"The A matrices lie in separate spaces ({measured}), so every method has room to work."
+    return SharedInit(status=status, overlap=highest, chance=chance, pairs=pairs, words=words)
+
+
+def _findings(comparison: Comparison) -> Iterator[str]:
+    names, norms, ratio = comparison.names, comparison.norms, comparison.scale_ratio
+    cosines, conflicts = _above_diagonal(comparison.cosine), _above_diagonal(comparison.conflict)
+    if not cosines:
+        yield "No two adapters have a non-zero delta in one module: there is nothing to compare."
+        return
+    yield _alignment(min(cosines), max(cosines), f"cosine of the task vectors {_span(cosines)}")
+    if conflicts:
+        weighted = _span(_above_diagonal(comparison.weighted_conflict), percent=True)
+        yield (
+            f"Where {'both' if len(names) == 2 else 'two of them'} change an entry, the signs differ in "
+            f"{_span(conflicts, percent=True)} of the cases, and in {weighted} when large entries count more (unrelated "
+            "adapters: 50 %)."
+        )
+    if comparison.shared_init:
+        yield comparison.shared_init.words
+    if ratio is not None and ratio >= 1.5:
+        large, small = names[norms.index(max(norms))], names[norms.index(min(norms))]
+        yield (
+            f"{large!r} is {ratio:.1f} times as large as {small!r} (‖ΔW‖ {max(norms):.3g} and {min(norms):.3g}) and "
+            "outweighs it in an even sum. Weights, or the transform layer_l2_normalize, even that out."
+        )
+    elif ratio is not None:
+        yield f"They are of similar size (‖ΔW‖ {_span(norms)}), so equal weights are fair."
+
+
+def _alignment(low: float, high: float, measured: str) -> str:
+    if low < -0.1:
+        return f"Some work against each other ({measured}): a sum cancels part of both."
+    if high > 0.5:
+        return f"Some do much the same ({measured}): their sum does it twice over."
+    if high > 0.1:
+        return f"They have a little in common ({measured})."
+    return f"They do different things: their task vectors are nearly orthogonal ({measured})."
+
+
+def _above_diagonal(matrix: Matrix) -> list[float]:
+    return [value for i, row in enumerate(matrix) for value in row[i + 1 :] if value is not None]
+
+
+def _span(values: Sequence[float], *, percent: bool = False) -> str:
+    """Write the range of some values: `0.02–0.08`, `46–49 %`."""
+    ends = [f"{100 * v:.0f}" if percent else f"{v:.2f}" for v in (min(values), max(values))]
+    return ("–" if "-" not in "".join(ends) else " to ").join(dict.fromkeys(ends)) + (" %" if percent else "")
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def _matrix(values: Tensor) -> Matrix:
+    """Return a matrix with None where a value is not defined (0 / 0)."""
+    return tuple(tuple(None if math.isnan(value) else float(value) for value in row) for row in values.tolist())
+
+
+def _ratio(norms: Sequence[float]) -> float | None:
+    return max(norms) / min(norms) if min(norms) > 0 else None
+
+
+def _layer_name(path: str) -> str:
+    return str(layer_key(path) or path)
+
+
+def _model_order(path: str) -> tuple[bool, str, int, str]:
+    """Sort key: layers by tower and number, then the modules that stand in no layer."""
+    key = layer_key(path)
+    return (False, key.tower, key.index, path) if key else (True, "", 0, path)

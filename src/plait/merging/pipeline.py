@@ -131,23 +131,24 @@ def _write(inventory: Inventory, plan: MergePlan, engine: Engine, place: Path) -
                 done.append(ModuleRecord(target=merged.target, rank=None, result="dense", energy=None, kept=1.0))
         return tuple(done)
     portable = PortableAdapter(inventory, ranks, inventory.recipe.output)
+    exact_ranks = {m.target: m.exact_rank for m in plan.modules}
     extra = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in heads.items()]
     with TensorWriter(place / WEIGHTS, [*portable.entries(), *extra]) as writer:
         for name, tensor in heads.items():
             writer.write(name, tensor)
         for merged in engine.run(combiner, ranks):
             portable.write(merged, writer)
-            done.append(_module_record(merged))
+            done.append(_module_record(merged, exact_ranks[merged.target]))
     text = json.dumps(portable.config(declared), indent=2, ensure_ascii=False)
     (place / CONFIG).write_text(text + "\n", encoding="utf-8")
     return tuple(done)
 
 
-def _module_record(merged: MergedModule) -> ModuleRecord:
+def _module_record(merged: MergedModule, exact_rank: int) -> ModuleRecord:
     factors = merged.factors
     if factors is None:
         raise AssertionError(f"{merged.target!r} has no factors")
-    if factors.energy is None or factors.kept is None:
+    if factors.energy is None or factors.kept is None or factors.rank >= exact_rank:
         return ModuleRecord(target=merged.target, rank=factors.rank, result="exact", energy=None, kept=1.0)
     kept = min(1.0, factors.kept / factors.energy) if factors.energy else 1.0
     return ModuleRecord(target=merged.target, rank=factors.rank, result="truncated", energy=factors.energy, kept=kept)
@@ -187,7 +188,7 @@ def _workspace(recipe: Recipe) -> Path:
     if len(names) > 120:
         names = f"{len(recipe.adapters)}_adapters"
     runs = Path("artifacts", "merged", recipe.method_name, names, "runs")
-    stamp = datetime.now().strftime("run_%Y%m%d_%H%M%S")  # noqa: DTZ005 (local time, for people)
+    stamp = datetime.now().strftime("run_%Y%m%d_%H%M%S")
     candidates = [runs / stamp, *(runs / f"{stamp}-{i}" for i in range(2, 1000))]
     return next(c for c in candidates if not c.exists())
 

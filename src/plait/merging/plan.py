@@ -125,7 +125,7 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
         output_bytes=_output_bytes(recipe, kept, modules, rank),
         peak_bytes=_peak_bytes(inventory, method, modules, workers),
         max_lora_rank=next((r for r in VLLM_RANKS if rank is not None and r >= rank), None),
-        notes=tuple(_notes(inventory, method)),
+        notes=tuple(_notes(inventory)),
     )
 
 
@@ -165,7 +165,9 @@ def _space_problems(inventory: Inventory, method: Method) -> list[str]:
         ranks = {a.name: a.targets[path].rank for a in inventory.adapters if path in a.targets}
         if len(set(ranks.values())) > 1:
             listed = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
-            problems.append(f"{path}: ranks differ ({listed}); space 'factors' adds factors and needs equal ranks. Use 'delta'.")
+            problems.append(
+                f"{path}: ranks differ ({listed}); space 'factors' adds factors and needs equal ranks. Use 'delta'."
+            )
     return problems[:10]
 
 
@@ -233,10 +235,16 @@ def _worst(results: Sequence[Result]) -> Result:
 
 def _passes(recipe: Recipe, method: Method) -> int:
     surveys = method.surveys(recipe.method) if isinstance(method, ElementwiseMethod) else ()
-    return 1 + sum(2 if i == 0 else 1 for i, s in enumerate(surveys) if s.scope == "model") + (recipe.output.energy is not None)
+    return (
+        1
+        + sum(2 if i == 0 else 1 for i, s in enumerate(surveys) if s.scope == "model")
+        + (recipe.output.energy is not None)
+    )
 
 
-def _output_bytes(recipe: Recipe, layouts: dict[str, Layout], modules: Sequence[ModulePlan], rank: int | None) -> int | None:
+def _output_bytes(
+    recipe: Recipe, layouts: dict[str, Layout], modules: Sequence[ModulePlan], rank: int | None
+) -> int | None:
     size = BYTES[recipe.output.dtype]
     if recipe.output.kind == "delta":
         return size * sum(layout.entries for layout in layouts.values())
@@ -265,16 +273,18 @@ def _peak_bytes(inventory: Inventory, method: Method, modules: Sequence[ModulePl
     return sum(sorted((working(m) for m in modules), reverse=True)[: max(1, workers)])
 
 
-def _notes(inventory: Inventory, method: Method) -> list[str]:
+def _notes(inventory: Inventory) -> list[str]:
     recipe = inventory.recipe
     notes = []
     if recipe.space_name == "factors":
-        notes.append("space 'factors' merges A and B apart as PEFT does: the result is no function of the deltas. For reproduction.")
-    if method.deviation:
-        notes.append(f"{method.name}: {method.deviation}")
+        notes.append(
+            "space 'factors' merges A and B apart as PEFT does: the result is no function of the deltas. For reproduction."
+        )
     if any(t.has_bias for a in inventory.adapters for t in a.targets.values()):
         notes.append("lora_bias is merged as the weighted sum of the biases, whatever the method.")
     with_full = [a.name for a in inventory.adapters if a.full_tensors]
     if with_full and recipe.heads.policy == "separate":
-        notes.append(f"heads and other full tensors of {', '.join(with_full)} are kept under heads/<name>/, not merged.")
+        notes.append(
+            f"heads and other full tensors of {', '.join(with_full)} are kept under heads/<name>/, not merged."
+        )
     return notes

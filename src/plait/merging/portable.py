@@ -57,7 +57,9 @@ class PortableAdapter:
                 entries.append(Entry(bias, self._dtype, (d_out,)))
             if self.is_dora:
                 ones = (1,) * len(layout.kernel)
-                entries.append(Entry(magnitude, self._dtype, (1, d_out, *ones[1:]) if layout.kind == "conv" else (d_out,)))
+                entries.append(
+                    Entry(magnitude, self._dtype, (1, d_out, *ones[1:]) if layout.kind == "conv" else (d_out,))
+                )
         return entries
 
     def write(self, merged: MergedModule, writer: TensorWriter) -> None:
@@ -111,7 +113,12 @@ class PortableAdapter:
     def _names(self, target: str) -> tuple[str, str, str, str]:
         path = PREFIX + self._modules[target]
         if self._layouts[target].kind == "embedding":
-            return f"{path}.lora_embedding_A", f"{path}.lora_embedding_B", f"{path}.lora_B.bias", f"{path}.lora_magnitude_vector"
+            return (
+                f"{path}.lora_embedding_A",
+                f"{path}.lora_embedding_B",
+                f"{path}.lora_B.bias",
+                f"{path}.lora_magnitude_vector",
+            )
         return f"{path}.lora_A.weight", f"{path}.lora_B.weight", f"{path}.lora_B.bias", f"{path}.lora_magnitude_vector"
 
     def _selectors(self) -> dict[str, Any]:
@@ -122,8 +129,13 @@ class PortableAdapter:
         """
         for adapter in self._inventory.adapters:
             raw = adapter.config.raw
-            if set(adapter.targets) == set(self._layouts) and (raw.get("target_modules") or raw.get("target_parameters")):
-                return {k: sorted(v) if isinstance(v := raw.get(k), list) and k != "layers_to_transform" else v for k in _SELECTORS}
+            if set(adapter.targets) == set(self._layouts) and (
+                raw.get("target_modules") or raw.get("target_parameters")
+            ):
+                return {
+                    k: sorted(v) if isinstance(v := raw.get(k), list) and k != "layers_to_transform" else v
+                    for k in _SELECTORS
+                }
         plain = [t for t, layout in self._layouts.items() if layout.kind != "experts"]
         experts = [t for t, layout in self._layouts.items() if layout.kind == "experts"]
         return {

@@ -57,9 +57,17 @@ def staged(folder: Path, *, force: bool) -> Iterator[Path]:
         _flush(place)
         _swap(place, folder)
     except OSError as error:
-        if isinstance(error, OutputError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        if isinstance(error, OutputError) or error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EACCES,
+            errno.EROFS,
+        ):
             raise
-        raise OutputError(f"{folder} cannot be written: {error.strerror}. Nothing was left there; free some space or choose another place.") from error
+        raise OutputError(
+            f"{folder} cannot be written: {error.strerror}. Nothing was left there; free some space or choose another place."
+        ) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
 

@@ -56,7 +56,9 @@ def _layer_problem(name: str, modules: Iterable[str]) -> list[str]:
     towers = sorted({key.tower for key in keys if key.matches(name)})
     if len(towers) > 1:
         index = name.rpartition(".")[2]
-        return [f"weights.layers: {name!r} stands in {len(towers)} towers; say which: {', '.join(f'{t}.{index}' for t in towers)}"]
+        return [
+            f"weights.layers: {name!r} stands in {len(towers)} towers; say which: {', '.join(f'{t}.{index}' for t in towers)}"
+        ]
     if not towers:
         known = ", ".join(sorted({key.tower for key in keys})) or "no layers"
         return [f"weights.layers: {name!r} is no layer of these adapters; they have {known}, up to {_top(keys)}"]

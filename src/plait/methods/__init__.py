@@ -1,6 +1,6 @@
 """Merge methods: one file per family, and the registry. A new family is one file and one line here."""
 
-from plait.methods import linear, ties, dare, magnitude, della, legacy  # noqa: F401, I001  (registered in this order)
+from plait.methods import linear, ties, dare, magnitude, della, legacy  # noqa: F401  (registered in this order)
 from plait.methods.base import (
     METHODS,
     Block,

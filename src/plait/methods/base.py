@@ -142,8 +142,8 @@ class Method:
             f"{self.name}_method",
             __base__=self.params,
             __doc__=self.summary,
-            name=(Literal[self.name], Field(description=self.summary)),
-            space=(Literal[self.spaces], Field(self.spaces[0], description="Coordinates in which the merge happens.")),
+            name=_choice((self.name,), Field(description=self.summary)),
+            space=_choice(self.spaces, Field(self.spaces[0], description="Coordinates in which the merge happens.")),
         )
 
 
@@ -173,6 +173,11 @@ class ElementwiseMethod(Method):
 
     combine: Callable[[Block, Any], Tensor] = field(kw_only=True)
     surveys: Callable[[Any], tuple[Survey, ...]] = field(default=lambda params: (), kw_only=True)
+
+
+def _choice(words: tuple[str, ...], field: Any) -> Any:
+    """Return the definition of a field that takes one of some words."""
+    return (Literal[words], field)
 
 
 class Registry(Mapping[str, Method]):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plait.linalg.sparsify import row_ranks
 from plait.methods.base import Block, ElementwiseMethod, Source, register
-from plait.methods.ties import ElectionParams, elect_and_merge
+from plait.methods.ties import ElectionParams, elect_and_merge, majority
 
 
 class DellaParams(ElectionParams):
@@ -18,7 +18,8 @@ class DellaParams(ElectionParams):
 
     density: Annotated[float, Field(gt=0, le=1, description="Mean probability with which an entry is kept (1 − p).")] = 0.7
     epsilon: Annotated[
-        float, Field(ge=0, lt=0.5, description="The smallest entry of a row is kept with density − ε, the largest with + ε.")
+        float,
+        Field(ge=0, lt=0.5, description="The smallest entry of a row is kept with density − ε, the largest with + ε."),
     ] = 0.07
 
     @model_validator(mode="after")
@@ -36,13 +37,18 @@ def magnitude_probabilities(x: Tensor, density: float, epsilon: float) -> Tensor
     return row_ranks(x).to(x.dtype).mul_(2 * epsilon / (columns - 1)).add_(density - epsilon)
 
 
-def della(block: Block, params: DellaParams) -> Tensor:
-    """Drop by magnitude rank, rescale by 1 / probability, elect a sign, average those that agree; (p, q)."""
+def drop_by_rank(block: Block, params: DellaParams) -> Tensor:
+    """Drop by magnitude rank and rescale by 1 / probability, (T, p, q)."""
     kept = []
     for t, x in enumerate(block.x):
         p = magnitude_probabilities(x, params.density, params.epsilon)
         kept.append(torch.where(block.uniform(t) < p, x / p, 0))
-    return elect_and_merge(block, torch.stack(kept), params)
+    return torch.stack(kept)
+
+
+def della(block: Block, params: DellaParams) -> Tensor:
+    """Drop, rescale, elect a sign, average those that agree; (p, q)."""
+    return elect_and_merge(block, drop_by_rank(block, params), params)
 
 
 register(
@@ -53,10 +59,11 @@ register(
         params=DellaParams,
         source=Source("Deep et al. 2024, DELLA-Merging, §3", "https://arxiv.org/abs/2406.11617"),
         deviation=(
-            "`density` = 1 − the paper's p, ε = half its window (0.14). Survivors are rescaled by 1/p as in the paper (mergekit "
-            "matches the L1 norm). The paper's λ = 1.1 is `scale`, 1 by default."
+            "`density` = 1 − the paper's p, ε = half its window (0.14). Survivors are rescaled by 1/p as in the paper "
+            "(mergekit matches the L1 norm). The paper's λ = 1.1 is `scale`, 1 by default."
         ),
         randomised=True,
         combine=della,
+        surveys=lambda params: majority(params, "model", lambda block: drop_by_rank(block, params)),
     )
 )

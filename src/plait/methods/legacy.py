@@ -74,7 +74,7 @@ WEIGHTED = LinearMethod(
     equation="ΔW = λ ΔW₁ + (1 − λ) ΔW₂",
     params=LambdaParams,
     source=_SOURCE,
-    deviation="It interpolated A and B apart, so that the delta had λ², (1 − λ)² and cross terms; here the deltas are interpolated.",
+    deviation="It interpolated A and B apart: the delta had λ², (1 − λ)² and cross terms. Here deltas are interpolated.",
     min_adapters=2,
     max_adapters=2,
     coefficients=_between,
@@ -86,13 +86,16 @@ register(replace(WEIGHTED, name="weighted_delta", deviation="", spaces=("delta",
 class CoefficientParams(MethodParams):
     """Parameters of `weighted_delta_n`. Coefficients stand in the order of the adapters."""
 
-    task_coefficients: Annotated[tuple[float, ...] | None, Field(description="One per adapter; 1/T each when not given.")] = None
+    task_coefficients: Annotated[tuple[float, ...] | None, Field(description="One per adapter; 1/T each when not given.")] = (
+        None
+    )
     default_task_coefficients: Annotated[
         tuple[float, ...] | None, Field(description="For layers that `layer_task_coefficients` does not name.")
     ] = None
     layer_task_coefficients: Annotated[
-        dict[str, tuple[float, ...]], Field(description="Per layer, by index or by tower and index (`model.layers.3`).")
-    ] = {}
+        dict[str, tuple[float, ...]],
+        Field(default_factory=dict, description="Per layer, by index or by tower and index (`model.layers.3`)."),
+    ]
     normalize_coefficients: Annotated[bool, Field(description="Divide by their sum.")] = True
     allow_negative_coefficients: Annotated[bool, Field(description="Allow [−1, 1] instead of [0, 1].")] = False
     allow_unbounded_coefficients: Annotated[bool, Field(description="Allow any finite value.")] = False

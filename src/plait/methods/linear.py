@@ -35,7 +35,7 @@ register(
         summary="Weighted sum, then the best approximation of the largest source rank (or `output.rank`).",
         equation="ΔW = SVDᵣ(Σ wₜ ΔWₜ)",
         source=Source("PEFT add_weighted_adapter(combination_type='svd'); Eckart & Young 1936"),
-        deviation="QR of the stacked factors and an R × R SVD instead of a dense one; √S on both factors, where PEFT puts S on B.",
+        deviation="QR of the stacked factors and an R × R SVD, not a dense one; √S on both factors, where PEFT puts S on B.",
         spaces=("delta", "core", "knots"),
         auto_rank="largest",
     )

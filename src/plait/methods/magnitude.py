@@ -62,7 +62,9 @@ register(
 class BreadcrumbsParams(MethodParams):
     """Parameters of `breadcrumbs`."""
 
-    density: Annotated[float, Field(gt=0, le=1, description="Share of entries kept: 1 − the shares dropped at both ends.")] = 0.9
+    density: Annotated[float, Field(gt=0, le=1, description="Share of entries kept: 1 − the shares dropped at both ends.")] = (
+        0.9
+    )
     gamma: Annotated[float, Field(ge=0, lt=1, description="Share of the largest entries that is dropped.")] = 0.01
     scope: Annotated[Scope, Field(description="Rank within each module, or over the whole task vector.")] = "module"
 
@@ -73,16 +75,16 @@ class BreadcrumbsParams(MethodParams):
         return self
 
     def ranks(self, entries: int) -> tuple[int, int]:
-        """Return how many of the largest entries are dropped, and the rank of the smallest that is kept."""
+        """Return the ranks of the largest and of the smallest entry that are kept."""
         top = min(int(self.gamma * entries), entries - 1)
-        return top, min(entries, top + kept_count(entries, self.density, "floor"))
+        return top + 1, min(entries, top + kept_count(entries, self.density, "floor"))
 
 
 def breadcrumbs(block: Block, params: BreadcrumbsParams) -> Tensor:
     """Drop outliers and small entries of each adapter and take the weighted sum; (p, q)."""
-    top, bottom = block.statistics[0].unbind(1)
-    trimmed = keep_at_least(block.x, bottom)
-    return _sum(block, torch.where(trimmed.abs() >= top.view(-1, 1, 1), 0, trimmed))
+    largest, smallest = block.statistics[0].unbind(1)
+    trimmed = keep_at_least(block.x, smallest)
+    return _sum(block, torch.where(trimmed.abs() > largest.view(-1, 1, 1), 0, trimmed))
 
 
 register(
@@ -92,7 +94,7 @@ register(
         equation="ΔW = Σ wₜ x̂ₜ,  x̂ₜ = xₜ without its `gamma` largest and its 1 − density − gamma smallest",
         params=BreadcrumbsParams,
         source=Source("Davari & Belilovsky 2024, Model Breadcrumbs, §3", "https://arxiv.org/abs/2312.06795"),
-        deviation="With gamma · entries < 1 nothing is dropped at the top (mergekit drops everything then). The paper's α is `scale`.",
+        deviation="With gamma · entries < 1 nothing is dropped at the top (mergekit drops all then). The paper's α is `scale`.",
         combine=breadcrumbs,
         surveys=lambda params: (magnitudes(params.scope, params.ranks),),
     )

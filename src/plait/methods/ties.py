@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from plait.linalg.elect import Divisor, Vote, elect_sign, merge_agreeing
+from plait.linalg.elect import Divisor, Vote, agreement, elect_sign, merge_agreeing
 from plait.linalg.sparsify import Count, keep_at_least, kept_count
 from plait.methods.base import Block, ElementwiseMethod, MethodParams, Scope, Source, Survey, register
 from plait.methods.surveys import magnitudes, total
@@ -24,7 +25,8 @@ class ElectionParams(MethodParams):
     sign: Annotated[Vote, Field(description="Vote by magnitude (`total`) or by head (`frequency`).")] = "total"
     weighted_vote: Annotated[bool, Field(description="Multiply by the adapters' weights before the vote.")] = False
     zero_sign: Annotated[
-        ZeroSign, Field(description="A perfect tie drops the entry, counts as plus, or takes the majority sign of the scope.")
+        ZeroSign,
+        Field(description="A perfect tie drops the entry, counts as plus, or takes the majority sign of the scope."),
     ] = "drop"
     divisor: Annotated[Divisor, Field(description="Divide by the agreeing adapters' count, summed weight, or not at all.")] = (
         "count"
@@ -56,24 +58,43 @@ FLAVORS: dict[str, dict[str, Any]] = {
     "paper": {"scope": "model", "kept": "floor", "weighted_vote": False, "zero_sign": "drop", "divisor": "count"},
     "peft": {"scope": "module", "kept": "floor", "weighted_vote": False, "zero_sign": "plus", "divisor": "count"},
     "mergekit": {"scope": "module", "kept": "floor", "weighted_vote": True, "zero_sign": "plus", "divisor": "weight"},
-    "fusion_bench": {"scope": "model", "kept": "inclusive", "weighted_vote": False, "zero_sign": "majority", "divisor": "none"},
-    "core_space": {"scope": "module", "kept": "inclusive", "weighted_vote": False, "zero_sign": "majority", "divisor": "count"},
+    "fusion_bench": {
+        "scope": "model",
+        "kept": "inclusive",
+        "weighted_vote": False,
+        "zero_sign": "majority",
+        "divisor": "none",
+    },
+    "core_space": {
+        "scope": "module",
+        "kept": "inclusive",
+        "weighted_vote": False,
+        "zero_sign": "majority",
+        "divisor": "count",
+    },
 }
 
 
 def elect_and_merge(block: Block, x: Tensor, params: ElectionParams) -> Tensor:
     """Elect a sign per entry of x (T, p, q) and combine the adapters that agree (TIES, Algorithm 1, steps 2 and 3)."""
-    sign = _elect(block, x, params)
+    voters = _voters(block, x, params)
+    sign = elect_sign(voters, params.sign)
     if params.zero_sign == "plus":
         sign = torch.where(sign == 0, 1, sign)
     elif params.zero_sign == "majority":
         sign = torch.where(sign == 0, block.statistics[-1].sign().to(sign.dtype), sign)
-    return merge_agreeing(x, sign, block.weights, params.divisor)
+    return merge_agreeing(x, agreement(voters, sign), block.weights, params.divisor)
 
 
-def _elect(block: Block, x: Tensor, params: ElectionParams) -> Tensor:
-    voters = x * block.weights.to(x.dtype).view(-1, 1, 1) if params.weighted_vote else x
-    return elect_sign(voters, params.sign)
+def majority(params: ElectionParams, scope: Scope, sparsify: Callable[[Block], Tensor]) -> tuple[Survey, ...]:
+    """Ask for the majority of the elected signs where perfect ties take it; `elect_and_merge` reads the last statistic."""
+    if params.zero_sign != "majority":
+        return ()
+    return (total(scope, lambda block: elect_sign(_voters(block, sparsify(block), params), params.sign).sum()),)
+
+
+def _voters(block: Block, x: Tensor, params: ElectionParams) -> Tensor:
+    return x * block.weights.to(x.dtype).view(-1, 1, 1) if params.weighted_vote else x
 
 
 def _trim(block: Block) -> Tensor:
@@ -82,9 +103,7 @@ def _trim(block: Block) -> Tensor:
 
 def _surveys(params: TiesParams) -> tuple[Survey, ...]:
     trimming = magnitudes(params.scope, lambda entries: [kept_count(entries, params.density, params.kept)])
-    if params.zero_sign != "majority":
-        return (trimming,)
-    return (trimming, total(params.scope, lambda block: _elect(block, _trim(block), params).sum()))
+    return (trimming, *majority(params, params.scope, _trim))
 
 
 def ties(block: Block, params: TiesParams) -> Tensor:

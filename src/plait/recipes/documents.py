@@ -14,11 +14,12 @@ import yaml
 
 from plait.errors import RecipeError
 from plait.recipes.paths import KeyPath, Plain
-from plait.recipes.problems import Problem
+from plait.recipes.problems import Problem, listed
 
 _MOST_NODES = 200_000
 FLOAT = re.compile(
-    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
 _TAG = "tag:yaml.org,2002:"
 
@@ -157,10 +158,8 @@ class _Builder:
             if not isinstance(key, yaml.ScalarNode):
                 continue
             if key.value in first:
-                lines = f"lines {first[key.value]} and {_line(key)}"
-                self._problems.append(
-                    Problem((*path, key.value), f"{key.value!r} is given twice, in {lines}; keep one.")
-                )
+                lines = listed([str(n) for n in dict.fromkeys((first[key.value], _line(key)))])
+                self._problems.append(Problem((*path, key.value), f"{key.value!r} is given twice, in line {lines}; keep one."))
             first.setdefault(key.value, _line(key))
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from decimal import Decimal
+from pathlib import Path
+from typing import TypeGuard
 
 from plait.errors import AddressError
-from plait.hub.references import parse_reference
+from plait.recipes.entries import named_entry
 from plait.recipes.paths import KeyPath, Plain
-from plait.recipes.problems import Converted, Origins, Problem, show
+from plait.recipes.problems import Converted, Origins, Problem, show, spell
 from plait.recipes.validation import cannot_yet, unknown_key
 
 #: Keys that change how something else was done, not what is merged.
@@ -54,18 +56,25 @@ def migrate(data: Mapping[str, Plain]) -> tuple[dict[str, Plain], list[str]]:
     return converted.data, list(converted.notes)
 
 
-def convert_old(data: Mapping[str, Plain]) -> Converted:
-    """Do what `migrate` does, and say what moved where and what could not be carried over instead of raising."""
-    return _Migration(data).run() if is_old(data) else Converted(dict(data))
+def convert_old(data: Mapping[str, Plain], folder: Path | None = None) -> Converted:
+    """Do what `migrate` does, and say what moved where and what could not be carried over instead of raising.
+
+    Args:
+        data: a recipe as plain data.
+        folder: where relative paths start; the working directory when None.
+    """
+    return _Migration(data, folder).run() if is_old(data) else Converted(dict(data))
 
 
 class _Migration:
     """One recipe on its way from the old form to the new one; each step takes one old form out of it."""
 
-    def __init__(self, data: Mapping[str, Plain]) -> None:
+    def __init__(self, data: Mapping[str, Plain], folder: Path | None) -> None:
+        self._folder = folder
         self._data: dict[str, Plain] = copy.deepcopy(dict(data))
         self._params: dict[str, Plain] = {}
         self._notes: list[str] = []
+        self._method_forms: list[tuple[str, str]] = []  # what is said by the new `method`, and what to add to that
         self._moved: dict[KeyPath, KeyPath] = {}
         self._problems: list[Problem] = []
 
@@ -79,7 +88,7 @@ class _Migration:
         self._drop_what_has_no_effect()
         self._put_method()
         self._keep_merge_mode()
-        return Converted(self._data, tuple(self._notes), self._moved, tuple(self._problems))
+        return Converted({"version": 1, **self._data}, tuple(self._notes), self._moved, tuple(self._problems))
 
     @property
     def _method(self) -> str | None:
@@ -111,7 +120,7 @@ class _Migration:
     def _take_mapping(self, key: str, params: Mapping[str, Plain]) -> None:
         self._params = dict(params)
         self._moved |= {("method", name): (key, name) for name in params}
-        self._note(f"'{key}: {{...}}'", "method: {name: NAME, PARAMETER: VALUE}")
+        self._method_forms.append((f"{key}: {spell(dict(params))}", ""))
         if "transforms" in self._params:
             self._move_hidden_transforms(key)
 
@@ -132,24 +141,20 @@ class _Migration:
             return
         self._params["lambda"] = value
         self._moved["method", "lambda"] = ("lambda",)
-        new = f"scale: {show(value)}" if self._method == "ties" else f"method: {{name: NAME, lambda: {show(value)}}}"
-        self._note(f"'lambda: {show(value)}' at the top", new)
+        self._method_forms.append((f"lambda: {spell(value)}", ""))
 
     def _name_adapters(self) -> None:
         adapters = self._data.get("adapters")
         if not isinstance(adapters, list) or not any(isinstance(a, str) for a in adapters):
             return
-        entries = [_entry(a) if isinstance(a, str) else a for a in adapters]
+        entries = [_entry(a, self._folder) if isinstance(a, str) else a for a in adapters]
         self._data["adapters"] = entries
         self._moved |= {
-            ("adapters", i, key): ("adapters", i)
-            for i, a in enumerate(adapters)
-            if isinstance(a, str)
-            for key in entries[i]
+            ("adapters", i, key): ("adapters", i) for i, a in enumerate(adapters) if isinstance(a, str) for key in entries[i]
         }
-        tasks = [a for a in adapters if isinstance(a, str) and _is_word(a)]
-        note = " A word without a slash was a folder or a task; it is read as the folder beside the recipe now."
-        self._note("'adapters' as a list of texts", "adapters: [{name: NAME, path: FOLDER}]", note if tasks else "")
+        if words := [a for a in adapters if isinstance(a, str) and _is_word(a)]:
+            new = f"adapters: {spell([e for e, a in zip(entries, adapters, strict=True) if a in words])}"
+            self._note(f"adapters: {spell(words)}", new, " They were folders or tasks; each is read as a folder now.")
 
     def _apply_method(self) -> None:
         """Carry over what the method did with its parameters and with `lambda_policy`."""
@@ -165,9 +170,7 @@ class _Migration:
                 self._problem((), "'method' is missing.")
         if self._method in _WITHOUT_LAMBDA and "lambda" in self._params:
             value = self._params.pop("lambda")
-            self._note(
-                f"'lambda: {show(value)}' of method {self._method!r}", "nothing", " It never had an effect there."
-            )
+            self._note(f"lambda: {spell(value)}", "", f" It never had an effect on {self._method!r}.")
 
     def _take_ties(self) -> None:
         if "k" in self._params and "density" in self._params:
@@ -185,11 +188,8 @@ class _Migration:
         self._params = {**exact, **self._params}
         if "lambda" in self._params:
             self._take_scale(self._params.pop("lambda"))
-        self._note(
-            "'ties' with 'k' (percent, default 20) and 'lambda'",
-            f"method: {{name: ties, density: {show(self._params.get('density'))}, kept: ceil, zero_sign: drop, "
-            "scope: model} and scale: LAMBDA",
-        )
+        more = " k was the percentage kept, 20 when not given, and lambda is scale now."
+        self._method_forms.append(("method: ties", more))
 
     def _take_scale(self, value: Plain) -> None:
         old = self._moved.get(("method", "lambda"), ("method", "lambda"))
@@ -208,16 +208,14 @@ class _Migration:
             return
         self._data["seed"] = seed
         self._moved["seed",] = old
-        self._note(f"'seed: {show(seed)}' of method 'dare'", f"seed: {show(seed)} at the top of the recipe")
+        self._note(f"seed: {spell(seed)} of method 'dare'", f"seed: {spell(seed)}", " It is the whole recipe's now.")
 
     def _take_policy(self, policy: Plain) -> None:
         path: KeyPath = ("lambda_policy",)
         if not isinstance(policy, Mapping):
             self._problem(path, f"lambda_policy is {show(policy)}; it must be a mapping.")
             return
-        allowed = {"scalar": ["type", "value"], "per_layer": ["type", "default", "overrides"]}.get(
-            str(policy.get("type"))
-        )
+        allowed = {"scalar": ["type", "value"], "per_layer": ["type", "default", "overrides"]}.get(str(policy.get("type")))
         if allowed is None:
             found = show(policy.get("type"))
             self._problem((*path, "type"), f"type is {found}; it must be 'scalar' or 'per_layer'.")
@@ -225,7 +223,7 @@ class _Migration:
         for key in policy.keys() - set(allowed):
             self._problem((*path, key), unknown_key(str(key), allowed))
         if self._method in (*_WITHOUT_LAMBDA, "ties", "dare"):
-            self._note(f"'lambda_policy' with method {self._method!r}", "nothing", " It never had an effect there.")
+            self._note(f"lambda_policy: {spell(dict(policy))}", "", f" It never had an effect on {self._method!r}.")
         elif self._method not in _PAIRS:
             self._problem(path, f"method {self._method!r} never had a lambda_policy; write weights: {{policy: …}}.")
         elif "weights" in self._data:
@@ -239,8 +237,7 @@ class _Migration:
         if "value" in policy:
             self._params["lambda"] = policy["value"]
             self._moved["method", "lambda"] = ("lambda_policy", "value")
-        new = f"method: {{name: {self._method}, lambda: {show(self._params.get('lambda'))}}}"
-        self._note("'lambda_policy: {type: scalar}'", new, _factor_note(self._method))
+        self._method_forms.append((f"lambda_policy: {spell(dict(policy))}", _factor_note(self._method)))
 
     def _take_layers(self, policy: Mapping[str, Plain]) -> None:
         """Express λ of the first and 1 − λ of the second adapter, layer by layer."""
@@ -267,19 +264,22 @@ class _Migration:
             "default": _shares(names, default),
             "layers": {str(key): _shares(names, value) for key, value in layers.items()},
         }
-        new = "method: linear and weights: {policy: per_layer, default: {FIRST: λ, SECOND: 1 - λ}, layers: {...}}"
-        self._note("'lambda_policy: {type: per_layer}'", new, _factor_note(method))
+        new = f"method: linear` and `weights: {spell(self._data['weights'])}"
+        self._note(f"lambda_policy: {spell(dict(policy))}", new, _factor_note(method))
 
     def _flatten_transforms(self) -> None:
         transforms = self._data.get("transforms")
         if not isinstance(transforms, list):
             return
         origin = self._moved.get(("transforms",), ("transforms",))
-        if any(isinstance(t, Mapping) and "params" in t for t in transforms):
-            self._note("'transforms' with 'params: {...}'", "transforms: [{name: NAME, PARAMETER: VALUE}]")
+        flat = [self._flat(t, (*origin, i), i) for i, t in enumerate(transforms)]
+        self._data["transforms"] = flat
+        nested = [t for t in transforms if isinstance(t, Mapping) and "params" in t]
+        if nested:
+            new = [f for f, t in zip(flat, transforms, strict=True) if t in nested]
+            self._note(f"transforms: {spell(nested)}", f"transforms: {spell(new)}")
         if any(_name(t) == "ties_scaffold" for t in transforms):
-            self._note("the transform 'ties_scaffold'", "identity", " It never did anything.")
-        self._data["transforms"] = [self._flat(t, (*origin, i), i) for i, t in enumerate(transforms)]
+            self._note("ties_scaffold", "identity", " It never did anything.")
 
     def _flat(self, transform: Plain, path: KeyPath, index: int) -> Plain:
         if _name(transform) == "ties_scaffold":
@@ -306,30 +306,35 @@ class _Migration:
             if not _is_off(key, value):
                 self._problem((key,), cannot_yet(what))
             elif value is not None:
-                self._note(f"'{key}' that is switched off", "nothing")
+                self._note(f"{key}: {spell(value)}", "")
 
     def _drop_what_has_no_effect(self) -> None:
         for key in _WITHOUT_EFFECT:
             if key in self._data:
-                self._note(f"'{key}: {show(self._data.pop(key))}'", "nothing", " It changes nothing in a merge.")
+                self._note(f"{key}: {spell(self._data.pop(key))}", "", " It changes nothing in a merge.")
 
     def _put_method(self) -> None:
-        if self._method is not None:
-            self._data["method"] = {"name": self._method, **self._params} if self._params else self._method
+        if self._method is None:
+            return
+        self._data["method"] = {"name": self._method, **self._params} if self._params else self._method
+        new = f"method: {spell(self._data['method'])}"
+        if ("scale",) in self._moved:
+            new += f"` and `scale: {spell(self._data['scale'])}"
+        for found, more in self._method_forms:
+            self._note(found, new, more)
 
     def _keep_merge_mode(self) -> None:
         if "merge_mode" not in self._data:
             self._data["merge_mode"] = "common"
-            self._note(
-                "no 'merge_mode', which meant 'common'", "merge_mode: common", " plait's own default is 'union'."
-            )
+            more = " It was the default, and plait's own is union."
+            self._note("no merge_mode", "merge_mode: common", more)
 
     def _old(self, param: str) -> KeyPath:
         return self._moved.get(("method", param), ("method", param))
 
     def _note(self, found: str, new: str, more: str = "") -> None:
-        advice = "leave it out" if new == "nothing" else f"write {new}"
-        self._notes.append(f"{found} is an old form: {advice}.{more}")
+        advice = f"write `{new}`" if new else "leave it out"
+        self._notes.append(f"`{found}` is an old form: {advice}.{more}")
 
 
 def _is_old_transform(transform: Plain) -> bool:
@@ -348,11 +353,10 @@ def _is_word(text: str) -> bool:
     return not any(c in "/=@" for c in text) and not text.startswith((".", "~"))
 
 
-def _entry(text: str) -> dict[str, Plain]:
+def _entry(text: str, folder: Path | None) -> dict[str, Plain]:
     """Return a listed adapter with its name; what is no reference keeps its text, for the check to refuse."""
     try:
-        reference = parse_reference(f"./{text}" if _is_word(text) else text)
-        return {"name": reference.default_name(), "path": reference.address}
+        return named_entry(f"./{text}" if _is_word(text) else text, folder)
     except AddressError:
         return {"path": text}
 
@@ -367,7 +371,7 @@ def _is_off(key: str, value: Plain) -> bool:
     return not value
 
 
-def _is_number(value: Plain) -> bool:
+def _is_number(value: Plain) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -12,9 +12,8 @@ from typing import TypeAlias
 from plait.errors import AddressError, RecipeError, did_you_mean
 from plait.hub.references import parse_reference
 from plait.recipes.documents import read_document
-from plait.recipes.paths import KeyPath, Plain, read_path, show_path, split_assignment
+from plait.recipes.paths import KeyPath, Plain, item, read_path, show_path, split_assignment
 from plait.recipes.problems import Origins, Problem, show
-from plait.recipes.shapes import item
 
 Overrides: TypeAlias = Mapping[str, Plain] | Sequence[tuple[str, Plain]]
 #: What a text stands for where a mapping is wanted: `method: ties`, `transforms: [identity]`, `adapters: [./code]`.
@@ -56,13 +55,11 @@ def apply_overrides(data: Mapping[str, Plain], overrides: Overrides) -> dict[str
         RecipeError: a path leads through what is neither a mapping nor a list, or to an item that is not there.
     """
     result, _, problems = set_values(data, overrides)
-    Origins("override").refuse(problems)
+    Origins("the overrides").refuse(problems)
     return result
 
 
-def set_values(
-    data: Mapping[str, Plain], overrides: Overrides
-) -> tuple[dict[str, Plain], list[KeyPath], list[Problem]]:
+def set_values(data: Mapping[str, Plain], overrides: Overrides) -> tuple[dict[str, Plain], list[KeyPath], list[Problem]]:
     """Do what `apply_overrides` does; return the result, the paths that were set, and what could not be done."""
     result = copy.deepcopy(dict(data))
     paths: list[KeyPath] = []
@@ -121,9 +118,8 @@ def _index(items: list[Plain], key: str, path: KeyPath) -> int:
     if key in names:
         return names.index(key)
     known = [n for n in names if n is not None]
-    raise _DeadEndError(
-        f"{show_path(path)} has no item {key!r}; there are {', '.join(show_path([n]) for n in known)}.{did_you_mean(key, known)}"
-    )
+    there = ", ".join(show_path([n]) for n in known)
+    raise _DeadEndError(f"{show_path(path)} has no item {key!r}; there are {there}.{did_you_mean(key, known)}")
 
 
 def _name(entry: Plain) -> str | None:

@@ -1,4 +1,4 @@
-"""Paths into a recipe as text: `method.density`, `adapters.0.weight`, `weights.modules."*.q_proj"`.
+"""Paths into plain data, and how they are spelt: `method.density`, `adapters.0.weight`, `weights.modules."*.q_proj"`.
 
 Knows nothing of what a recipe holds.
 """
@@ -6,7 +6,7 @@ Knows nothing of what a recipe holds.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from plait.errors import RecipeError
@@ -32,6 +32,15 @@ def read_path(text: str) -> tuple[str, ...]:
     if rest is not None:
         raise RecipeError(f"{text!r} is no path: a key that holds '=' needs double quotes.")
     return keys
+
+
+def item(data: Plain, key: str | int) -> Plain:
+    """Return `data[key]`, or None when there is no such thing."""
+    if isinstance(data, Mapping):
+        return data.get(key)
+    if isinstance(data, list) and isinstance(key, int) and 0 <= key < len(data):
+        return data[key]
+    return None
 
 
 def split_assignment(text: str) -> tuple[tuple[str, ...], str | None]:

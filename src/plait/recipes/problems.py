@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import yaml
+
 from plait.errors import RecipeError, collect
 from plait.recipes.paths import KeyPath, show_path
 
@@ -83,7 +85,9 @@ class Origins:
         return path
 
     def _is_overridden(self, path: KeyPath) -> bool:
-        return any(path[: len(o)] == o for o in self.overridden)
+        """Say whether a path was set, or made on the way to one that was set."""
+        made = self.lines.keys().isdisjoint({path, self._as_written(path)})
+        return any(path[: len(o)] == o or (made and path and o[: len(path)] == path) for o in self.overridden)
 
     def _line(self, path: KeyPath) -> int | None:
         """Return the line of a path, or of the nearest thing around it."""
@@ -106,6 +110,13 @@ def show(value: object) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     text = repr(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def spell(value: object) -> str:
+    """Write a value as YAML on one line, cut when it is long."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
+    text = text.removesuffix("\n").removesuffix("\n...")
+    return text if len(text) <= 2 * _LONGEST else f"{text[: 2 * _LONGEST - 1]}…"
 
 
 def listed(words: Sequence[str], last: str = "and") -> str:

@@ -39,7 +39,7 @@ def read_request(
     entries = _entries(adapters)
     weights = _weights(settings.get("weights"))
     if file is None:
-        data = apply_overrides({"adapters": _weighed(entries, weights)}, overrides)
+        data = apply_overrides({"adapters": _weighed(entries, weights), "method": "linear"}, overrides)
         return build_recipe(data, source="the request"), None
     if entries:
         overrides.insert(0, ("adapters", _weighed(entries, weights)))

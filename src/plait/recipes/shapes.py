@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from plait.recipes.paths import KeyPath, Plain
+from plait.recipes.paths import KeyPath, Plain, item
 from plait.recipes.schema import Recipe
 
 Shape: TypeAlias = Any  # a type, or a form of `typing`
@@ -36,23 +36,19 @@ def bounds_at(path: KeyPath, data: Plain) -> str:
     """Return the bounds of the number at a path, such as `> 0 and <= 1`; empty when it has none."""
     field = _walk(path, data)[1]
     found = field.metadata if field is not None else []
-    words = [f"{sign} {getattr(b, name):g}" for kind, name, sign in _BOUNDS for b in found if isinstance(b, kind)]
+    words = [f"{sign} {spell_number(getattr(b, name))}" for kind, name, sign in _BOUNDS for b in found if isinstance(b, kind)]
     return " and ".join(words)
+
+
+def spell_number(value: float) -> str:
+    """Write a number without a decimal point that says nothing."""
+    return str(int(value)) if value == int(value) else repr(value)
 
 
 def is_number_only(path: KeyPath, data: Plain) -> bool:
     """Say whether the schema wants a number at a path and would not take a truth value."""
     kinds = set(_leaves(_walk(path, data)[0]))
     return bool(kinds & {int, float}) and bool not in kinds
-
-
-def item(data: Plain, key: str | int) -> Plain:
-    """Return `data[key]`, or None when there is no such thing."""
-    if isinstance(data, Mapping):
-        return data.get(key)
-    if isinstance(data, list) and isinstance(key, int) and 0 <= key < len(data):
-        return data[key]
-    return None
 
 
 def _walk(path: KeyPath, data: Plain) -> tuple[Shape, FieldInfo | None]:

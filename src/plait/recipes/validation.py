@@ -12,10 +12,10 @@ from pydantic import ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from plait.errors import did_you_mean
-from plait.recipes.paths import KeyPath, Plain
+from plait.recipes.paths import KeyPath, Plain, item
 from plait.recipes.problems import Problem, listed, show
 from plait.recipes.schema import Recipe
-from plait.recipes.shapes import bounds_at, field_names, is_number_only, item, model_at
+from plait.recipes.shapes import bounds_at, field_names, is_number_only, model_at, spell_number
 
 #: Parts of a recipe that are planned, and what they are for.
 PLANNED = {"tasks": "evaluate", "eval": "evaluate", "tune": "learn coefficients", "search": "search"}
@@ -57,13 +57,13 @@ def check(data: Mapping[str, Plain]) -> tuple[Recipe | None, list[Problem]]:
     Args:
         data: mappings with keys as text, lists and scalars.
     """
-    problems = list(_truth_values(data, (), data))
+    problems = [*_truth_values(data, (), data), *_name_problems(data)]
     try:
         draft = _Draft.model_validate(data)
     except ValidationError as error:
         problems += _explain(error, data)
     else:
-        problems += _inconsistencies(draft, data)
+        problems += [Problem(("method",), f"{text}.") for text in draft._method_problems()]
     return (None, problems) if problems else (Recipe.model_validate(data), [])
 
 
@@ -88,27 +88,39 @@ def _truth_values(value: Plain, path: KeyPath, data: Plain) -> Iterator[Problem]
             yield from _truth_values(inner, (*path, key), data)
 
 
-def _inconsistencies(draft: Recipe, data: Mapping[str, Plain]) -> Iterator[Problem]:
-    names = [a.name for a in draft.adapters]
-    for text in draft._name_problems():
-        word = (re.match(r"'([^']*)' is no adapter", text) or [""])[-1]
-        yield Problem(_use_of(word, data) if word else ("adapters",), f"{text}.{did_you_mean(word, names)}")
-    for text in draft._method_problems():
-        yield Problem(("method",), f"{text}.")
+def _name_problems(data: Mapping[str, Plain]) -> Iterator[Problem]:
+    """Find names that two adapters have, and names that no adapter has."""
+    adapters = data.get("adapters")
+    if not isinstance(adapters, list):
+        return
+    names = [item(entry, "name") for entry in adapters]
+    for i, name in enumerate(names):
+        if isinstance(name, str) and name in names[:i]:
+            text = f"adapters.{names.index(name)} is called {name!r} too; give names (name: … or NAME=PATH)."
+            yield Problem(("adapters", i, "name"), text)
+    known = [name for name in names if isinstance(name, str)]
+    for path in _uses(data) if len(known) == len(names) else ():
+        if path[-1] not in known:
+            name = str(path[-1])
+            path = path if path[0] == "weights" else path[:-1]
+            there = f"{name!r} is no adapter of this recipe; there are {', '.join(dict.fromkeys(known))}."
+            yield Problem(path, there + did_you_mean(name, known))
 
 
-def _use_of(name: str, data: Mapping[str, Plain]) -> KeyPath:
-    """Return where a recipe speaks of an adapter outside of `adapters`."""
-    if item(data.get("heads"), "adapter") == name:
-        return ("heads", "adapter")
-    return next((path for path in _keys(data.get("weights"), ("weights",)) if path[-1] == name), ())
+def _uses(data: Mapping[str, Plain]) -> Iterator[KeyPath]:
+    """Yield where a recipe speaks of an adapter by name; the name is the last key."""
+    if isinstance(name := item(data.get("heads"), "adapter"), str):
+        yield ("heads", "adapter", name)
+    weights = data.get("weights")
+    for key in ("adapters", "value", "default"):
+        yield from (("weights", key, name) for name in _keys(item(weights, key)))
+    for key in ("layers", "modules"):
+        inside = item(weights, key)
+        yield from (("weights", key, part, name) for part in _keys(inside) for name in _keys(item(inside, part)))
 
 
-def _keys(value: Plain, path: KeyPath) -> Iterator[KeyPath]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield (*path, key)
-            yield from _keys(inner, (*path, key))
+def _keys(value: Plain) -> list[str]:
+    return list(value) if isinstance(value, Mapping) else []
 
 
 def _explain(error: ValidationError, data: Mapping[str, Plain]) -> Iterator[Problem]:
@@ -182,12 +194,16 @@ def _hint(path: KeyPath, data: Mapping[str, Plain]) -> str:
 
 def _not_among(value: Plain, path: KeyPath, allowed: Sequence[str]) -> str:
     near = did_you_mean(str(value), allowed)
-    return f"{_subject(path)} is {show(value)}; it must be {listed(allowed, 'or')}.{near}"
+    return f"{_subject(path)} is {show(value)}; it must be {listed([_quoted(a) for a in allowed], 'or')}.{near}"
+
+
+def _quoted(word: str) -> str:
+    return word if word.isdecimal() else repr(word)
 
 
 def _first_bound(context: Mapping[str, Plain]) -> str:
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    return " and ".join(f"{signs[name]} {bound:g}" for name, bound in context.items() if name in signs)
+    return " and ".join(f"{signs[name]} {spell_number(bound)}" for name, bound in context.items() if name in signs)
 
 
 def _words(expected: str) -> list[str]:
@@ -199,5 +215,5 @@ def _subject(path: KeyPath) -> str:
     """Name what a sentence is about: the last key, with what it stands in when it is an index."""
     if not path:
         return "the recipe"
-    names = [i for i, key in enumerate(path) if isinstance(key, str)]
+    names = [i for i, key in enumerate(path) if isinstance(key, str) and not key.isdecimal()]
     return ".".join(str(key) for key in path[names[-1] if names else 0 :])

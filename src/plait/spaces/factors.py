@@ -37,7 +37,10 @@ class Factors(Space):
         def on_b(weights: Tensor) -> Tensor:
             return (weights.double() * s).abs().sqrt()
 
-        arrays = (Array("A", (a.shape[1], a.shape[2]), held(a), on_a), Array("B", (b.shape[1], b.shape[2]), held(b), on_b))
+        arrays = (
+            Array("A", (a.shape[1], a.shape[2]), held(a), on_a),
+            Array("B", (b.shape[1], b.shape[2]), held(b), on_b),
+        )
         return Frame(arrays, _product, a.dtype)
 
     def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:

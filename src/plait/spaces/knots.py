@@ -31,7 +31,7 @@ class Knots(Space):
         deltas = [f.scaled(s) for f, s in zip(factors, scalings, strict=True)]
         q_b, r_b = torch.linalg.qr(torch.cat([d.b for d in deltas], dim=1))  # (m, k_b), (k_b, R)
         rows = [torch.linalg.qr(d.a.mT) for d in deltas]  # Aₜ = Rₜᵀ Qₜᵀ
-        middle = r_b.double() @ torch.block_diag(*(r.R.double().mT for r in rows))
+        middle = r_b.double() @ torch.block_diag(*(r.R.double().mT for r in rows))  # type: ignore[no-untyped-call]
         u, s, vh = torch.linalg.svd(middle, full_matrices=False)
         kept = max(1, int((s > _TOLERANCE * s[0]).sum())) if len(s) else 0
         dtype = q_b.dtype

@@ -43,8 +43,12 @@ class Transform:
             f"{self.name}_transform",
             __base__=self.params,
             __doc__=self.summary,
-            name=(Literal[self.name], Field(description=self.summary)),
+            **{"name": _tag(self.name, self.summary)},
         )
+
+
+def _tag(name: str, summary: str) -> Any:
+    return (Literal[name], Field(description=summary))
 
 
 TRANSFORMS: dict[str, Transform] = {}

@@ -30,7 +30,7 @@ def _factors(params: LayerNormParams, energies: Mapping[str, float]) -> Mapping[
         buckets[layer_key(module)].append(module)
     if not params.include_non_layer_keys:
         buckets.pop(None, None)
-    factors = {}
+    factors: dict[str, float] = {}
     for modules in buckets.values():
         norm = math.sqrt(math.fsum(energies[m] for m in modules))
         if norm > params.eps:

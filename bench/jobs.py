@@ -1,0 +1,187 @@
+"""One job in a fresh process: `python bench/jobs.py JOB ARGUMENTS RESULT`, both of them JSON, the latter a file to write.
+
+Every job imports torch first and measures what comes on top of it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from measuring import measured
+
+PROBES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")  # one module of every shape
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def make(layers: int, cache: str, base: bool) -> dict[str, Any]:  # noqa: FBT001 (called with JSON)
+    """Make the adapters and, where wanted, the base model."""
+    import synthetic
+
+    materials = synthetic.locate(Path(cache), layers)
+    synthetic.make(materials, base=base)
+    synthetic.warm(materials)
+    return {}
+
+
+def plait_merge(adapters: list[str], out: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Merge with plait."""
+    import torch  # noqa: F401 (the baseline)
+
+    with measured() as everything:
+        import plait
+        import plait.api
+
+        with measured() as work:
+            result = plait.merge(dict(zip("ab", adapters, strict=True)), out=out, force=True, **settings)
+    return {"all": asdict(everything), "work": asdict(work), "rank": result.record.rank, "kept": result.record.kept}
+
+
+def peft_merge(base: str, adapters: list[str], out: str) -> dict[str, Any]:
+    """Merge exactly with PEFT, as its documentation does: load the base, load the adapters, `cat`, save."""
+    import torch
+
+    with measured() as everything:
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+        from transformers.models.qwen3 import modeling_qwen3  # noqa: F401 (from_pretrained would import it)
+
+        with measured() as work:
+            model = PeftModel.from_pretrained(
+                AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), adapters[0], adapter_name="a"
+            )
+            model.load_adapter(adapters[1], "b")
+            model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "merged", combination_type="cat")
+            model.save_pretrained(out, selected_adapters=["merged"])
+    return {"all": asdict(everything), "work": asdict(work)}
+
+
+def peft_modules(adapters: list[str], out: str, modules: list[str], combination_type: str, rank: int) -> dict[str, Any]:
+    """Time PEFT's dense combinations on one-layer models, a module of layer 0 at a time, and keep what they make."""
+    import torch
+    from safetensors.torch import save_file
+
+    seconds, tensors = {}, {}
+    for module in modules:
+        factors = [_factors(Path(a) / WEIGHTS_FILE, module) for a in adapters]
+        model = _one_linear(factors)
+        start = time.perf_counter()
+        model.add_weighted_adapter(
+            ["a", "b"], [1.0, 1.0], "merged", combination_type=combination_type, svd_rank=rank, density=_density(combination_type)
+        )
+        seconds[module] = time.perf_counter() - start
+        layer = model.base_model.model.linear
+        tensors[f"{_path(module)}.lora_A.weight"] = layer.lora_A["merged"].weight.detach().to(torch.float32).contiguous()
+        tensors[f"{_path(module)}.lora_B.weight"] = layer.lora_B["merged"].weight.detach().to(torch.float32).contiguous()
+        print(f"    {module}: {seconds[module]:.1f} s", file=sys.stderr, flush=True)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(out) / WEIGHTS_FILE)
+    return {"seconds": seconds}
+
+
+def compare(left: str, right: str, modules: list[str]) -> dict[str, Any]:
+    """Return the largest relative difference between the deltas of two adapter files over some modules of layer 0."""
+    return {"difference": max(_relative(_dense(left, m) - _dense(right, m), _dense(right, m)) for m in modules)}
+
+
+def svd_errors(adapters: list[str], results: dict[str, str], modules: list[str]) -> dict[str, Any]:
+    """Return, per result and module, what its truncation leaves of the exact weighted sum: ‖M − BA‖ / ‖M‖."""
+    errors: dict[str, list[float]] = {name: [] for name in results}
+    for module in modules:
+        exact = sum(_dense(str(Path(a) / WEIGHTS_FILE), module) for a in adapters)
+        for name, path in results.items():
+            errors[name].append(_relative(exact - _dense(path, module), exact))
+    return {"errors": errors}
+
+
+def ties_errors(adapters: list[str], out: str, settings: dict[str, Any], ranks: list[int], modules: list[str]) -> dict[str, Any]:
+    """Return plait's truncation error over the dense SVD's, per rank and module, both on plait's own dense TIES result."""
+    import plait
+    import torch
+    from safetensors import safe_open
+
+    sources = dict(zip("ab", adapters, strict=True))
+    dense = plait.merge(sources, out=Path(out) / "dense", force=True, kind="delta", **settings).folder
+    for rank in ranks:
+        plait.merge(sources, out=Path(out) / f"r{rank}", force=True, rank=rank, **settings)
+    ratios: dict[str, list[float]] = {str(rank): [] for rank in ranks}
+    file = next(dense.glob("*.safetensors"))
+    with safe_open(file, framework="pt") as tensors:
+        for module in modules:
+            name = next(n for n in tensors.keys() if module in n)  # noqa: SIM118 (no mapping)
+            matrix = tensors.get_tensor(name).double()
+            s = torch.linalg.svdvals(matrix).square()
+            for rank in ranks:
+                best = float((s[rank:].sum() / s.sum()).sqrt())
+                ours = _relative(matrix - _dense(str(Path(out) / f"r{rank}" / WEIGHTS_FILE), module), matrix)
+                ratios[str(rank)].append(ours / best)
+    return {"ratios": ratios}
+
+
+def startup(statement: str) -> dict[str, Any]:
+    """Run a statement that leaves Python or returns; say whether torch is imported after it."""
+    import contextlib
+    import io
+
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        exec(statement, {})
+    return {"torch": "torch" in sys.modules}
+
+
+def _density(combination_type: str) -> float | None:
+    return 0.2 if combination_type != "svd" else None
+
+
+def _path(module: str) -> str:
+    return f"base_model.model.model.layers.0.{module}"
+
+
+def _factors(file: Path, module: str) -> tuple[Any, Any]:
+    """Return A and B of a module of layer 0."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        return tuple(tensors.get_tensor(f"{_path(module)}.lora_{x}.weight") for x in "AB")  # type: ignore[return-value]
+
+
+def _dense(file: str, module: str) -> Any:
+    """Return a module's delta in float64; every file here has scaling 1."""
+    a, b = _factors(Path(file), module)
+    return b.double() @ a.double()
+
+
+def _relative(difference: Any, reference: Any) -> float:
+    return float(difference.norm() / reference.norm())
+
+
+def _one_linear(factors: Iterable[tuple[Any, Any]]) -> Any:
+    """Return a PEFT model of one `Linear` with two adapters."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    (a0, b0), (a1, b1) = factors
+    model = torch.nn.Module()
+    model.linear = torch.nn.Linear(a0.shape[1], b0.shape[0], bias=False)
+    config = LoraConfig(r=a0.shape[0], lora_alpha=a0.shape[0], target_modules=["linear"])
+    wrapped = get_peft_model(model, config, adapter_name="a")
+    wrapped.add_adapter("b", config)
+    layer = wrapped.base_model.model.linear
+    for name, a, b in (("a", a0, b0), ("b", a1, b1)):
+        layer.lora_A[name].weight.data.copy_(a)
+        layer.lora_B[name].weight.data.copy_(b)
+    return wrapped
+
+
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {
+    f.__name__: f for f in (make, plait_merge, peft_merge, peft_modules, compare, svd_errors, ties_errors, startup)
+}
+
+if __name__ == "__main__":
+    job, arguments, result = sys.argv[1:]
+    Path(result).write_text(json.dumps(JOBS[job](**json.loads(arguments))), encoding="utf-8")

@@ -1,0 +1,272 @@
+"""plait beside PEFT, in one run: `python bench/merge.py [--quick] [--markdown]`.
+
+Two random adapters with the shapes of Qwen3-1.7B (all linear layers, r 64, float32) are merged by both. Every measurement is a
+fresh process; files are in the page cache for both. PEFT's dense methods are timed on one module of every shape and the whole
+model's time is added up from those. Results go to `bench/results/merge.json` too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import report
+import synthetic
+from processes import run_job, time_command
+from report import Row, Section
+
+RESULTS = Path(__file__).parent / "results" / "merge.json"
+WEIGHTS = "adapter_model.safetensors"
+MB = 1e6
+TIES = {"method": "ties", "space": "delta", "density": 0.2}
+SVD_RANK = 64
+RUNS: dict[str, dict[str, Any]] = {  # what plait does to the whole model
+    "linear": {"method": "linear"},
+    "svd, rank 64": {"method": "svd", "rank": SVD_RANK},
+    "ties, delta, rank 128": TIES,
+    "ties, delta, rank 64": {**TIES, "rank": 64},
+    "ties, core": {"method": "ties", "space": "core"},
+    "ties, knots": {"method": "ties", "space": "knots"},
+    "dare_linear, delta": {"method": "dare_linear", "space": "delta"},
+    "dare_ties, delta": {"method": "dare_ties", "space": "delta"},
+    "della, delta": {"method": "della", "space": "delta"},
+    "breadcrumbs, delta": {"method": "breadcrumbs", "space": "delta"},
+    "magnitude_prune, delta": {"method": "magnitude_prune", "space": "delta"},
+}
+REPEATED = {"linear": 3, "svd, rank 64": 3}
+MEMORY_TARGET = 600 * MB
+
+
+class Bench:
+    """One run: the materials, where outputs go, and what was measured so far.
+
+    Args:
+        cache: where adapters and base model are kept.
+        layers: of the whole model.
+        modules: the modules of a layer that PEFT's dense methods and the errors are measured on.
+        repeat: whether short work is repeated.
+    """
+
+    def __init__(self, cache: Path, layers: int, modules: Sequence[str], *, repeat: bool) -> None:
+        self.materials = synthetic.locate(cache, layers)
+        self.single = synthetic.locate(cache, 1)
+        self.modules = list(modules)
+        self.repeat = repeat
+        self.out = cache / "out"
+        self.raw: dict[str, Any] = {}
+        self._started = time.perf_counter()
+
+    def prepare(self) -> None:
+        """Make the files, and empty the output folder."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.say("making adapters and base model (once), reading them into the page cache")
+        run_job("make", layers=self.single.layers, cache=str(self.out.parent), base=False)
+        run_job("make", layers=self.materials.layers, cache=str(self.out.parent), base=True)
+
+    def say(self, text: str) -> None:
+        """Print progress."""
+        print(f"[{time.perf_counter() - self._started:4.0f} s] {text}", file=sys.stderr, flush=True)
+
+    def job(self, name: str, job: str, times: int = 1, **arguments: Any) -> dict[str, Any]:
+        """Run a job several times, remember every result, and return the one of median wall time."""
+        results = []
+        for _ in range(times if self.repeat else 1):
+            shutil.rmtree(self.out / name, ignore_errors=True)
+            results.append(run_job(job, **arguments))
+            self.say(f"{name}: {results[-1]['wall']:.1f} s")
+        self.raw[name] = results
+        return sorted(results, key=lambda r: r["wall"])[(len(results) - 1) // 2]
+
+    def plait(self, label: str) -> dict[str, Any]:
+        """Merge the whole model with plait."""
+        adapters = _paths(self.materials)
+        name = f"plait {label}"
+        return self.job(
+            name, "plait_merge", REPEATED.get(label, 1), adapters=adapters, out=str(self.out / name), settings=RUNS[label]
+        )
+
+    def per_module(self, run: dict[str, Any]) -> float:
+        """Return the seconds per module of a whole-model run, imports aside and files included."""
+        return float(run["work"]["seconds"]) / self.materials.modules
+
+    def peft_per_module(self, seconds: dict[str, float]) -> float:
+        """Return PEFT's mean seconds per module of a layer, from one module of every shape."""
+        by_shape = {synthetic.SHAPES[m]: s for m, s in seconds.items()}
+        known = [by_shape[shape] for shape in synthetic.SHAPES.values() if shape in by_shape]
+        return statistics.mean(known)
+
+
+def linear(bench: Bench, run: dict[str, Any]) -> list[Row]:
+    """The exact weighted sum."""
+    peft = bench.job(
+        "PEFT cat", "peft_merge", 2,
+        base=str(bench.materials.base), adapters=_paths(bench.materials), out=str(bench.out / "PEFT cat"),
+    )  # fmt: skip
+    difference = run_job(
+        "compare",
+        left=str(bench.out / "plait linear" / WEIGHTS),
+        right=str(bench.out / "PEFT cat" / "merged" / WEIGHTS),
+        modules=bench.modules,
+    )["difference"]
+    bench.raw["linear difference"] = difference
+    return [
+        _seconds("linear, whole process", run["wall"], peft["wall"], 20),
+        _seconds("linear, without imports", run["work"]["seconds"], peft["work"]["seconds"]),
+        _memory("linear, peak memory", run["all"]["peak_rss"], peft["all"]["peak_rss"], 20),
+        _memory("linear, peak anonymous memory", run["all"]["peak_anonymous"], peft["all"]["peak_anonymous"]),
+        Row("linear, largest difference of deltas", (f"{difference:.1e}", "", ""), "≤ 1e-6", difference <= 1e-6),
+    ]
+
+
+def svd(bench: Bench, run: dict[str, Any]) -> list[Row]:
+    """The best rank-64 approximation of the weighted sum."""
+    peft = _peft_dense(bench, "svd", SVD_RANK)
+    errors = run_job(
+        "svd_errors",
+        adapters=_paths(bench.materials),
+        results={"plait": str(bench.out / "plait svd, rank 64" / WEIGHTS), "PEFT": str(bench.out / "PEFT svd" / WEIGHTS)},
+        modules=bench.modules,
+    )["errors"]
+    bench.raw["svd errors"] = errors
+    ours, theirs = (statistics.mean(errors[name]) for name in ("plait", "PEFT"))
+    apart = max(abs(a - b) for a, b in zip(errors["plait"], errors["PEFT"], strict=True))
+    return [
+        _seconds("svd rank 64, per module", bench.per_module(run), bench.peft_per_module(peft), 300),
+        Row("svd rank 64, truncation error", (f"{ours:.6f}", f"{theirs:.6f}", f"± {apart:.0e}"), "± 1e-5", apart <= 1e-5),
+    ]
+
+
+def ties(bench: Bench, runs: dict[str, dict[str, Any]]) -> list[Row]:
+    """TIES on the dense deltas, truncated."""
+    peft = bench.peft_per_module(_peft_dense(bench, "ties_svd", SVD_RANK))
+    ratios = bench.job(
+        "TIES errors", "ties_errors",
+        adapters=_paths(bench.single), out=str(bench.out / "TIES errors"), settings=TIES, ranks=[128, 64], modules=bench.modules,
+    )["ratios"]  # fmt: skip
+    rows = []
+    for rank in (128, 64):
+        worst = max(ratios[str(rank)])
+        ours = bench.per_module(runs[f"ties, delta, rank {rank}"])
+        rows.append(_seconds(f"ties on deltas, rank {rank}, per module", ours, peft, 50))
+        rows.append(
+            Row(f"ties on deltas, rank {rank}, error over a dense SVD's", (f"{worst:.4f}", "1", ""), "≤ 1.01", worst <= 1.01)
+        )
+    return rows
+
+
+def methods(bench: Bench, runs: dict[str, dict[str, Any]]) -> Section:
+    """Time and memory of every method on the whole model."""
+    section = Section(f"plait's methods on all {bench.materials.modules} modules", ("time", "peak memory", "anonymous", "energy kept"))
+    for label, run in runs.items():
+        memory = run["all"]["peak_rss"]
+        cells = (f"{run['work']['seconds']:.1f} s", _mb(memory), _mb(run["all"]["peak_anonymous"]), f"{run['kept']:.1%}")
+        section.rows.append(Row(label, cells, f"≤ {_mb(MEMORY_TARGET)}", memory <= MEMORY_TARGET))
+    section.notes.append("Time without imports; memory above Python with torch imported, plait's own imports included.")
+    return section
+
+
+def startup(bench: Bench) -> Section:
+    """Start-up times."""
+    section = Section("Start-up, fresh processes, median of 5", ("time", "torch imported"))
+    call = "import sys; sys.argv = ['plait', '--help']; from plait.cli.main import main; main()"
+    cases = {
+        "python -c pass": (("-c", "pass"), "pass"),
+        "import plait": (("-c", "import plait"), "import plait"),
+        "plait --help": (("-m", "plait", "--help"), call),
+    }
+    for label, (command, statement) in cases.items():
+        seconds = statistics.median(time_command(*command) for _ in range(5))
+        torch = run_job("startup", statement=statement)["torch"]
+        bench.raw[f"start-up {label}"] = {"seconds": seconds, "torch": torch}
+        target = ("≤ 0.3 s", seconds <= 0.3 and not torch) if "plait" in label else ("", None)
+        section.rows.append(Row(label, (f"{seconds:.2f} s", "yes" if torch else "no"), *target))
+    return section
+
+
+def run(bench: Bench) -> list[Section]:
+    """Measure everything."""
+    m = bench.materials
+    bench.prepare()
+    start = startup(bench)
+    runs = {label: bench.plait(label) for label in RUNS}
+    beside = Section("plait beside PEFT", ("plait", "PEFT", "ratio"))
+    beside.rows = [*linear(bench, runs["linear"]), *svd(bench, runs["svd, rank 64"]), *ties(bench, runs)]
+    beside.notes = [
+        f"Two adapters of {m.adapter_parameters / 1e6:.0f} M float32 values for {m.modules} modules "
+        f"({m.layers} layers; {m.delta_entries / 1e6:.0f} M entries of ΔW); the base model is bfloat16.",
+        "Whole process: interpreter, imports, work, exit. Memory: peak above Python with torch imported.",
+        f"PEFT per module: measured on {', '.join(bench.modules)} of layer 0, averaged over a layer's seven modules. "
+        "plait per module: the whole merge without imports, files and hashes included, over the number of modules.",
+    ]
+    shutil.rmtree(bench.out, ignore_errors=True)
+    return [beside, methods(bench, runs), start]
+
+
+def main() -> None:
+    """Parse arguments, measure, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one layer, one module for PEFT's dense methods: a smoke test")
+    parser.add_argument("--layers", type=int, default=28, help="layers of the model (28)")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "plait-bench"), help="where files are kept")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of tables")
+    options = parser.parse_args()
+    layers, modules = (1, ("self_attn.k_proj",)) if options.quick else (options.layers, PROBES)
+    machine = report.machine()
+    bench = Bench(options.cache.resolve(), layers, modules, repeat=not options.quick)
+    sections = run(bench)
+    report.write(RESULTS, machine, sections, bench.raw)
+    if options.markdown:
+        print(report.markdown(machine, sections))
+    else:
+        print(report.describe(machine))
+        report.show(sections)
+
+
+PROBES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")  # one module of every shape
+
+
+def _peft_dense(bench: Bench, combination_type: str, rank: int) -> dict[str, float]:
+    name = f"PEFT {combination_type}"
+    result = bench.job(
+        name, "peft_modules",
+        adapters=_paths(bench.materials), out=str(bench.out / name), modules=bench.modules,
+        combination_type=combination_type, rank=rank,
+    )  # fmt: skip
+    seconds: dict[str, float] = result["seconds"]
+    return seconds
+
+
+def _paths(materials: synthetic.Materials) -> list[str]:
+    return [str(path) for path in materials.adapters]
+
+
+def _seconds(work: str, ours: float, theirs: float, target: float | None = None) -> Row:
+    return _compared(work, (_time(ours), _time(theirs)), theirs / ours, target)
+
+
+def _memory(work: str, ours: float, theirs: float, target: float | None = None) -> Row:
+    return _compared(work, (_mb(ours), _mb(theirs)), theirs / max(1, ours), target)
+
+
+def _compared(work: str, values: tuple[str, str], ratio: float, target: float | None) -> Row:
+    cells = (*values, f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.1f}×")
+    return Row(work, cells) if target is None else Row(work, cells, f"≥ {target:.0f}×", ratio >= target)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms" if seconds < 0.1 else f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def _mb(size: float) -> str:
+    return f"{size / MB:.0f} MB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What the benchmarks merge: LoRA adapters and a base model with the shapes of Qwen3-1.7B and random values.
+
+Adapters have A ~ N(0, 1/d_in) and columns of B that shrink geometrically, as trained ones do; float32, which is what PEFT
+saves. Everything is a function of its seed and is made once per cache folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import rmtree
+
+RANK = 64
+ALPHA = 64
+DECAY = 0.02  # the last column of B against the first
+CONFIG = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+SHAPES = {  # (d_out, d_in)
+    "self_attn.q_proj": (2048, 2048),
+    "self_attn.k_proj": (1024, 2048),
+    "self_attn.v_proj": (1024, 2048),
+    "self_attn.o_proj": (2048, 2048),
+    "mlp.gate_proj": (6144, 2048),
+    "mlp.up_proj": (6144, 2048),
+    "mlp.down_proj": (2048, 6144),
+}
+
+
+@dataclass(frozen=True)
+class Materials:
+    """The files of one size.
+
+    Attributes:
+        layers: number of transformer layers.
+        base: folder of the base model.
+        adapters: folders of the adapters.
+    """
+
+    layers: int
+    base: Path
+    adapters: tuple[Path, Path]
+
+    @property
+    def modules(self) -> int:
+        """Number of target modules."""
+        return self.layers * len(SHAPES)
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Number of values in one adapter."""
+        return self.layers * sum(RANK * (m + n) for m, n in SHAPES.values())
+
+    @property
+    def delta_entries(self) -> int:
+        """Number of entries of all dense deltas of one adapter."""
+        return self.layers * sum(m * n for m, n in SHAPES.values())
+
+
+def locate(cache: Path, layers: int) -> Materials:
+    """Name the files of one size, whether they exist or not."""
+    folder = cache / f"qwen3-1.7b-{layers}-layers-r{RANK}"
+    return Materials(layers, folder / "base", (folder / "adapter-0", folder / "adapter-1"))
+
+
+def make(materials: Materials, *, base: bool = True) -> None:
+    """Make what does not exist yet; a folder appears under its name only when it is whole."""
+    if base:
+        _once(materials.base, lambda place: _make_base(place, materials.layers))
+    for seed, folder in enumerate(materials.adapters):
+        _once(folder, lambda place, seed=seed: _make_adapter(place, materials.layers, seed, materials.base))
+
+
+def warm(materials: Materials) -> None:
+    """Read every file once, so that all sides find them in the page cache."""
+    for folder in (materials.base, *materials.adapters):
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb", buffering=0) as file:
+                while file.read(1 << 24):
+                    pass
+
+
+def targets(layers: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield every target module with its shape."""
+    for layer in range(layers):
+        for name, shape in SHAPES.items():
+            yield f"model.layers.{layer}.{name}", shape
+
+
+def _once(folder: Path, make_in: Callable[[Path], None]) -> None:
+    if folder.exists():
+        return
+    place = folder.with_name(f".{folder.name}.partial")
+    rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    make_in(place)
+    place.rename(folder)
+
+
+def _make_base(place: Path, layers: int) -> None:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(**CONFIG, num_hidden_layers=layers, max_window_layers=layers, dtype="bfloat16")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        Qwen3ForCausalLM(config).save_pretrained(place)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _make_adapter(place: Path, layers: int, seed: int, base: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    columns = DECAY ** (torch.arange(RANK) / (RANK - 1))
+    tensors = {}
+    for target, (d_out, d_in) in targets(layers):
+        name = f"base_model.model.{target}"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, d_in, generator=generator) * d_in**-0.5
+        tensors[f"{name}.lora_B.weight"] = torch.randn(d_out, RANK, generator=generator) * columns * 0.02
+    save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": sorted(name.rpartition(".")[2] for name in SHAPES),
+    }
+    (place / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

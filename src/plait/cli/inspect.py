@@ -1,0 +1,438 @@
+"""`plait inspect`: the drawing half; every number and sentence comes from `plait.merging.inspection`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from plait.adapters import Adapter
+    from plait.merging.inspection import AdapterReport, Comparison, Inspection, LayerComparison, Matrix
+
+_BARS = "▁▂▃▄▅▆▇█"
+# What a terminal without Unicode shows instead.
+_PLAIN = str.maketrans(
+    {**dict(zip(_BARS, "_.-:=+*#", strict=True)), "✓": "+", "✗": "x", "·": "-", "‖": "|", "Δ": "d", "×": "x", "√": "sqrt "}
+    | {"–": "-", "…": "...", "→": "->"}
+)
+_LABEL = 22  # widest name shown in full
+_MATRICES = ("cosine", "overlap of A", "overlap of B", "sign conflict", "… weighted")
+
+
+def inspect(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(help="[name=]FOLDER or [name=]org/repo[@revision][/subfolder].", show_default=False),
+    ],
+    base_id: Annotated[
+        str | None,
+        typer.Option("--base-id", help="Base model, when the adapters name it differently.", show_default=False),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Modules looked at at a time.", show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Say what adapters are, how they relate, and whether they can be merged.
+
+    Example: plait inspect math=./a code=org/repo@main/checkpoint-100
+    """
+    from plait.cli.console import ProgressBars, out, print_json
+    from plait.merging.inspection import inspect_adapters
+
+    opened = _open_all(adapters)
+    inspection = inspect_adapters(opened, base_model=base_id, workers=workers, progress=ProgressBars())
+    if json:
+        print_json(inspection.model_dump(mode="json"))
+    else:
+        show(inspection, out())
+
+
+def show(inspection: Inspection, console: Console) -> None:
+    """Print an inspection; without Unicode where the console has none."""
+    with console.capture() as captured:
+        console.print(_drawing(inspection, console.width))
+    text = "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+    if console.options.ascii_only:
+        text = text.translate(_PLAIN).encode(console.encoding, "replace").decode(console.encoding)
+    sys.stdout.write(text)
+
+
+def _open_all(references: Sequence[str]) -> list[Adapter]:
+    """Open all adapters, under names that differ; collect what is wrong with any of them."""
+    from plait.adapters import Adapter
+    from plait.errors import AdapterError, AddressError, PlaitError, collect
+    from plait.hub.download import resolve
+    from plait.hub.references import parse_reference
+
+    opened: list[Adapter] = []
+    errors: list[PlaitError] = []
+    for text in references:
+        try:
+            reference = parse_reference(text)
+            name = _unused(reference.default_name(), {a.name for a in opened})
+            opened.append(Adapter.open(resolve(reference).folder, name))
+        except PlaitError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    kind = AddressError if all(isinstance(e, AddressError) for e in errors) else AdapterError
+    collect(kind, [str(e) for e in errors], "some adapters cannot be opened")
+    return opened
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    number, candidate = 1, name
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}-{number}"
+    return candidate
+
+
+def _drawing(inspection: Inspection, width: int) -> RenderableType:
+    parts: list[RenderableType] = [_headline(inspection), Text(), _verdict(inspection)]
+    parts += [Text(), *_adapters(inspection.adapters, width)]
+    if inspection.comparison:
+        parts += [Text(), *_matrices(inspection.comparison, width)]
+    parts += _strips(inspection, width)
+    parts += [Text(), _serving(inspection)]
+    return Group(*parts)
+
+
+def _headline(inspection: Inspection) -> Text:
+    bases = list(dict.fromkeys(a.base_model for a in inspection.adapters if a.base_model))
+    count = len(inspection.adapters)
+    line = Text(f"{count} adapter{'s' * (count > 1)} ", "bold")
+    if len(bases) == 1:
+        return line.append("of ").append(bases[0], "bold")
+    return line.append(f"of {len(bases)} base models" if bases else "of an unnamed base model")
+
+
+def _verdict(inspection: Inspection) -> RenderableType:
+    """Say first whether, then why: problems, what the numbers mean, what else there is to know."""
+    verdict, several = inspection.compatibility, len(inspection.adapters) > 1
+    lines = Table.grid(padding=(0, 1))
+    lines.add_column(width=1)
+    lines.add_column()
+    if verdict.can_merge:
+        lines.add_row(Text("✓", "bold green"), Text(_can(inspection), "bold green"))
+    else:
+        words = "They cannot be merged as they are." if several else "It cannot be merged as it is."
+        lines.add_row(Text("✗", "bold red"), Text(words, "bold red"))
+    for problem in verdict.problems:
+        lines.add_row(Text("✗", "red"), Text(_sentence(problem)))
+    for adapter in inspection.adapters:
+        for warning in adapter.warnings:
+            lines.add_row(Text("!", "bold yellow"), Text(f"{adapter.name}: {warning}"))
+    for note in (*verdict.notes, *(inspection.comparison.findings if inspection.comparison else ())):
+        lines.add_row(Text("·", "dim"), Text(note))
+    return lines
+
+
+def _can(inspection: Inspection) -> str:
+    if len(inspection.adapters) == 1:
+        return "Nothing stands in the way of merging it with other adapters of its base model."
+    verdict = inspection.compatibility
+    if verdict.common == verdict.modules:
+        return f"They can be merged: all have the same {verdict.modules} target modules."
+    return "They can be merged."
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+def _adapters(adapters: Sequence[AdapterReport], width: int) -> Iterator[RenderableType]:
+    """Draw one row per adapter; columns that a narrow terminal has no room for are left out, the least telling first."""
+    columns: list[tuple[str, int, Callable[[AdapterReport], str]]] = [
+        ("kind", 0, lambda a: a.kind + (" + bias" if a.lora_bias else "")),
+        ("rank", 0, lambda a: _listed(a.ranks)),
+        ("alpha", 3, lambda a: _listed(a.alphas)),
+        ("scaling", 1, lambda a: _listed(a.scalings)),
+        ("modules", 1, lambda a: str(a.modules)),
+        ("dtype", 2, lambda a: ", ".join(a.dtypes)),
+        ("parameters", 4, lambda a: _quantity(a.parameters)),
+        ("size", 2, lambda a: _size(a.bytes)),
+        ("‖ΔW‖", 0, lambda a: f"{a.norm:.3g}"),
+        ("stable rank", 1, lambda a: "–" if a.stable_rank is None else f"{a.stable_rank:.1f}"),
+        ("rank for 99 %", 3, lambda a: "–" if a.rank_for_99 is None else f"{a.rank_for_99:.1f}"),
+    ]
+    label = _label_width(adapters)
+    for left_out in (5, 4, 3, 2, 1):
+        shown = [(head, cell) for head, priority, cell in columns if priority < left_out]
+        if label + sum(2 + max(len(head), *(len(cell(a)) for a in adapters)) for head, cell in shown) <= width:
+            break
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", collapse_padding=True)
+    table.add_column("", width=label, no_wrap=True)
+    for head, _ in shown:
+        table.add_column(head, justify="left" if head in ("kind", "dtype") else "right", no_wrap=True)
+    for number, adapter in enumerate(adapters, 1):
+        table.add_row(_name(number, adapter.name), *(cell(adapter) for _, cell in shown))
+    yield table
+    yield from _targets(adapters)
+
+
+def _targets(adapters: Sequence[AdapterReport]) -> Iterator[RenderableType]:
+    """Draw what the adapters adapt: once when it is the same for all."""
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(style="dim", no_wrap=True)
+    lines.add_column()
+    said = [_targets_words(a) for a in adapters]
+    if len(set(said)) == 1:
+        lines.add_row("adapts", said[0])
+    else:
+        for number, words in enumerate(said, 1):
+            lines.add_row(f"{number} adapts", words)
+    for number, adapter in enumerate(adapters, 1):
+        if adapter.full_tensors:
+            tensors = [f"{t.path} {'×'.join(map(str, t.shape))} ({t.role})" for t in adapter.full_tensors]
+            lines.add_row(f"{number} also", _listed(tensors, limit=4))
+    yield lines
+
+
+def _targets_words(adapter: AdapterReport) -> str:
+    counts: dict[int, list[str]] = {}
+    for kind in adapter.module_kinds:
+        counts.setdefault(kind.count, []).append(kind.name + ("" if kind.kind == "linear" else f" ({kind.kind})"))
+    kinds = "; ".join(f"{count} × {' '.join(names)}" for count, names in counts.items())
+    towers = ", ".join(f"{t.layers} layers of {t.name}" for t in adapter.towers)
+    return (kinds + (f", in {towers}" if towers else "")) or "no module"
+
+
+def _matrices(comparison: Comparison, width: int) -> Iterator[RenderableType]:
+    """Draw the lower triangles side by side, as many as fit, each with what unrelated adapters would show."""
+    values = (
+        (comparison.cosine, 0.0, _cosine),
+        (comparison.overlap_a, comparison.overlap_a_chance, _overlap),
+        (comparison.overlap_b, comparison.overlap_b_chance, _overlap),
+        (comparison.conflict, 0.5, _conflict),
+        (comparison.weighted_conflict, 0.5, _conflict),
+    )
+    label = max(len("unrelated"), *(min(_LABEL, len(name)) + 3 for name in comparison.names[1:]))
+    cells = 5 * (len(comparison.names) - 1)
+    widths = [max(cells, len(title)) + 2 for title in _MATRICES]
+    start = 0
+    while start < len(values):
+        stop = start + 1
+        while stop < len(values) and label + sum(widths[start : stop + 1]) <= width:
+            stop += 1
+        if start:
+            yield Text()
+        yield _matrix_row(comparison.names, _MATRICES[start:stop], values[start:stop], label)
+        start = stop
+
+
+def _matrix_row(
+    names: Sequence[str],
+    titles: Sequence[str],
+    values: Sequence[tuple[Matrix, float | None, Callable[[float], Text]]],
+    label: int,
+) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", collapse_padding=True)
+    table.add_column("", width=label, no_wrap=True)
+    for title in titles:
+        table.add_column(title, no_wrap=True)
+    if len(names) > 2:
+        table.add_row("", *(Text("".join(f"{j:>4} " for j in range(1, len(names))), "dim") for _ in titles))
+    for i, name in enumerate(names[1:], 1):
+        table.add_row(_name(i + 1, name), *(_cells(matrix[i][:i], write) for matrix, _, write in values))
+    table.add_row(
+        Text("unrelated", "dim"),
+        *(Text(_cells([chance], write).plain, "dim") for _, chance, write in values),
+    )
+    return table
+
+
+def _cells(row: Sequence[float | None], write: Callable[[float], Text]) -> Text:
+    line = Text()
+    for value in row:
+        cell = Text("–", "dim") if value is None else write(value)
+        line.append(" " * max(0, 4 - len(cell))).append_text(cell).append(" ")
+    return line
+
+
+def _cosine(value: float) -> Text:
+    return Text(f"{value:.2f}", _heat(abs(value), 0.1, 0.5))
+
+
+def _overlap(value: float) -> Text:
+    return Text(f"{value:.2f}", _heat(value, 0.5, 0.9))
+
+
+def _conflict(value: float) -> Text:
+    return Text(f"{100 * value:.0f} %", _heat(value, 0.25, 0.55))
+
+
+def _heat(value: float, warm: float, hot: float) -> str:
+    return "bold yellow" if value > hot else "" if value > warm else "cyan"
+
+
+def _strips(inspection: Inspection, width: int) -> Iterator[RenderableType]:
+    """Draw size and disagreement along the layers of every tower; what stands outside of layers is listed."""
+    if inspection.comparison:
+        layers = inspection.comparison.layers
+    else:
+        layers = _alone(inspection.adapters[0])
+    names = [a.name for a in inspection.adapters]
+    for tower in dict.fromkeys(layer.tower for layer in layers if layer.tower):
+        yield Text()
+        yield _strip(tower, [layer for layer in layers if layer.tower == tower], names, width)
+    outside = [layer for layer in layers if layer.tower is None]
+    if outside:
+        yield Text()
+        yield _outside(outside, names)
+
+
+def _alone(adapter: AdapterReport) -> tuple[LayerComparison, ...]:
+    from plait.adapters import layer_key
+    from plait.merging.inspection import LayerComparison
+
+    return tuple(
+        LayerComparison(
+            layer=layer.layer,
+            tower=key.tower if (key := layer_key(layer.layer)) else None,
+            index=key.index if key else None,
+            norms=(layer.norm,),
+            scale_ratio=None,
+            cosine=(),
+            conflict=(),
+            weighted_conflict=(),
+        )
+        for layer in adapter.layers
+    )
+
+
+def _strip(tower: str, layers: Sequence[LayerComparison], names: Sequence[str], width: int) -> Table:
+    label = max(len("sign conflict"), *(min(_LABEL, len(name)) + 3 for name in names))
+    room = max(8, width - label - 18)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", collapse_padding=True)
+    table.add_column("", width=label, no_wrap=True)
+    table.add_column(f"layers of {tower}", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    norms = [[layer.norms[t] for layer in layers] for t in range(len(names))]
+    low, high = min(map(min, norms)), max(map(max, norms))
+    for number, (name, row) in enumerate(zip(names, norms, strict=True), 1):
+        bars = Text(_bars(row, low, high, room), "cyan")
+        table.add_row(_name(number, name), bars, Text(f"‖ΔW‖ {_range(row)}", "dim"))
+    conflicts = [_mean(_below_diagonal(layer.conflict)) for layer in layers]
+    known = [100 * c for c in conflicts if c is not None]
+    if known:
+        bars = Text(_bars(conflicts, min(known) / 100, max(known) / 100, room), "magenta")
+        table.add_row("sign conflict", bars, Text(f"{_range(known, digits=0)} %", "dim"))
+    table.add_row("", Text(_ruler([layer.index or 0 for layer in layers], room), "dim"), "")
+    return table
+
+
+def _bars(values: Sequence[float | None], low: float, high: float, room: int) -> str:
+    """Return one to three cells per value, or one per group of neighbours where there is no room; a blank for None.
+
+    Bars grow from `low` to `high`, or from 0.8 · `high` if that is lower: a difference of a few per cent is none to see.
+    """
+    repeat, per_cell = _layout(len(values), room)
+    low = min(low, 0.8 * high)
+    bars = ""
+    for i in range(0, len(values), per_cell):
+        mean = _mean([value for value in values[i : i + per_cell] if value is not None])
+        height = 0.0 if mean is None or high <= low else (mean - low) / (high - low)
+        bars += (" " if mean is None else _BARS[min(7, int(8 * height))]) * repeat
+    return bars
+
+
+def _ruler(indices: Sequence[int], room: int) -> str:
+    """Return the numbers of some layers, each under the first cell of its bar."""
+    repeat, per_cell = _layout(len(indices), room)
+    line, last = "", len(indices) - 1
+    end = last // per_cell * repeat  # where the last layer's number stands
+    for i, index in enumerate(indices):
+        at = i // per_cell * repeat
+        fits = not line or (at >= len(line) + 2 and at + len(str(index)) + 2 <= end)
+        if i == last or (fits and (i == 0 or index % 5 == 0)):
+            line = line.ljust(at) + str(index) if at >= len(line) + bool(line) else line
+    return line
+
+
+def _layout(count: int, room: int) -> tuple[int, int]:
+    """Return how many cells one value takes, and how many values one cell."""
+    return (min(3, room // count), 1) if count <= room else (1, -(-count // room))
+
+
+def _outside(layers: Sequence[LayerComparison], names: Sequence[str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", collapse_padding=True)
+    table.add_column("outside of layers", no_wrap=True)
+    for number in range(1, len(names) + 1):
+        table.add_column(f"‖ΔW‖ {number}", justify="right", no_wrap=True)
+    table.add_column("sign conflict" if len(names) > 1 else "", justify="right", no_wrap=True)
+    for layer in layers:
+        conflict = _mean(_below_diagonal(layer.conflict))
+        table.add_row(
+            layer.layer,
+            *(f"{norm:.3g}" if norm else Text("–", "dim") for norm in layer.norms),
+            "" if conflict is None else f"{100 * conflict:.0f} %",
+        )
+    return table
+
+
+def _serving(inspection: Inspection) -> RenderableType:
+    served, merged = inspection.serving.adapters, inspection.serving
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(style="dim", no_wrap=True)
+    lines.add_column()
+    wanted = [s.max_lora_rank for s in served]
+    alone = max((w for w in wanted if w is not None), default=None)
+    words = f"--max-lora-rank {alone} holds {'each adapter' if len(served) > 1 else 'it'}" if alone else "holds none of them"
+    if len(served) > 1 and merged.merged_max_lora_rank:
+        words += f"; their exact sum has rank {merged.merged_rank} and needs {merged.merged_max_lora_rank}"
+    elif len(served) > 1:
+        words += f"; their exact sum has rank {merged.merged_rank}, which it has no setting for: merge with --rank 512 or less"
+    lines.add_row("vLLM", f"{words}.")
+    for one in served:
+        if one.refused:
+            lines.add_row("", f"It does not serve of {one.name}: {'; '.join(one.refused)}.")
+    return lines
+
+
+def _name(number: int, name: str) -> Text:
+    short = name if len(name) <= _LABEL else f"{name[: _LABEL - 1]}…"
+    return Text(f"{number} ", "dim").append(short, "bold")
+
+
+def _label_width(adapters: Sequence[AdapterReport]) -> int:
+    return max(min(_LABEL, len(a.name)) + 3 for a in adapters)
+
+
+def _listed(values: Sequence[object], limit: int = 3) -> str:
+    words = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+    if len(words) > limit and not isinstance(values[0], str):
+        return f"{words[0]}–{words[-1]}"
+    return ", ".join(words[:limit]) + (f" and {len(words) - limit} more" if len(words) > limit else "") or "–"
+
+
+def _range(values: Sequence[float], digits: int = 2) -> str:
+    ends = [f"{v:.{digits}f}" if v < 100 or digits == 0 else f"{v:.0f}" for v in (min(values), max(values))]
+    return "–".join(dict.fromkeys(ends))
+
+
+def _quantity(number: int) -> str:
+    for unit in ("", " k", " M", " G"):
+        if number < 1000 or unit == " G":
+            break
+        number = number / 1000  # type: ignore[assignment]
+    return f"{number:.3g}{unit}"
+
+
+def _size(count: int) -> str:
+    from plait.cli.console import size
+
+    return size(count)
+
+
+def _below_diagonal(matrix: Matrix) -> list[float]:
+    return [value for i, row in enumerate(matrix) for value in row[:i] if value is not None]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

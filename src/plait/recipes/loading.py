@@ -1,0 +1,206 @@
+"""A recipe's file → `Recipe`, whatever form it is written in, with everything that is wrong said at once.
+
+Knows nothing of adapters: whether a path leads anywhere is found when it is followed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from plait.errors import AddressError, RecipeError, did_you_mean
+from plait.recipes.documents import Document, read_document, read_json
+from plait.recipes.entries import named_entry
+from plait.recipes.mergekit import convert_mergekit, is_mergekit
+from plait.recipes.migration import convert_old
+from plait.recipes.overrides import Overrides, set_values
+from plait.recipes.paths import KeyPath, Plain
+from plait.recipes.problems import Converted, Origins, Problem, show
+from plait.recipes.schema import Recipe
+from plait.recipes.validation import check
+from plait.recipes.writing import to_yaml
+
+_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+class RecipeWarning(UserWarning):
+    """Something about a recipe of another tool that its user should know: where numbers will differ."""
+
+
+class Loaded(NamedTuple):
+    """A recipe, and where its relative paths start.
+
+    Attributes:
+        recipe: as the file says, with overrides.
+        folder: the file's own folder.
+    """
+
+    recipe: Recipe
+    folder: Path
+
+
+def load_recipe(path_or_text: str | Path, *, overrides: Overrides = ()) -> Recipe:
+    """Return the recipe that a file or a text describes; see `read_recipe`."""
+    loaded, notes = _read(path_or_text, overrides)
+    _tell(notes)
+    return loaded.recipe
+
+
+def read_recipe(path_or_text: str | Path, *, overrides: Overrides = ()) -> Loaded:
+    """Return the recipe that a file or a text describes, and the folder that its relative paths start from.
+
+    Reads YAML and JSON in the present form, in the forms of the older framework (each with a `DeprecationWarning`) and
+    mergekit's YAML (with a `RecipeWarning` wherever numbers will differ).
+
+    Args:
+        path_or_text: a file, or the text of a recipe; a text has several lines or `key: value`. A text's folder is the
+            working directory.
+        overrides: path → value, or such pairs (`parse_override`), set on top of what is read.
+
+    Raises:
+        RecipeError: the file cannot be read, or the recipe is not valid; all that is wrong is listed with its line.
+    """
+    loaded, notes = _read(path_or_text, overrides)
+    _tell(notes)
+    return loaded
+
+
+def build_recipe(data: Mapping[str, Plain], *, source: str = "recipe", folder: Path | None = None) -> Recipe:
+    """Return the recipe that plain data describes, checked as a file is, without lines.
+
+    Args:
+        data: mappings, lists and scalars, from flags or from Python.
+        source: what messages call it.
+        folder: where relative paths start; the working directory when None.
+
+    Raises:
+        RecipeError: it is not valid; all that is wrong is listed.
+    """
+    recipe, notes = _resolve(Document(_plain(data), {}), source, folder, ())
+    _tell(notes)
+    return recipe
+
+
+def migrate_file(file: str | Path) -> tuple[str, list[str]]:
+    """Return a recipe's text in the present form, and what changed; a recipe in that form keeps its text as it is.
+
+    Args:
+        file: a recipe in any form that `read_recipe` takes.
+
+    Raises:
+        RecipeError: it cannot be read, a part of it has no counterpart, or it is not valid.
+    """
+    path = Path(file).expanduser()
+    document, folder = _document(path), path.absolute().parent
+    _, notes = _resolve(document, str(file), folder, ())
+    if not notes:
+        return _contents(path), []
+    return to_yaml(_converted(document.data, folder).data), [str(note) for note in notes]
+
+
+def _tell(notes: list[Warning]) -> None:
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+
+
+def _read(path_or_text: str | Path, overrides: Overrides) -> tuple[Loaded, list[Warning]]:
+    if isinstance(path_or_text, str) and _is_text(path_or_text):
+        document, source, folder = read_document(path_or_text, "recipe"), "recipe", Path.cwd()
+    else:
+        path = Path(path_or_text).expanduser()
+        document, source, folder = _document(path), str(path_or_text), path.absolute().parent
+    recipe, notes = _resolve(document, source, folder, overrides)
+    return Loaded(recipe, folder), notes
+
+
+def _document(path: Path) -> Document:
+    read = read_json if path.suffix.lower() == ".json" else read_document
+    return read(_contents(path), str(path))
+
+
+def _is_text(text: str) -> bool:
+    return "\n" in text or ": " in text or text.lstrip().startswith("{")
+
+
+def _contents(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: there is no such file.{_near(path)}") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path} is a folder; give the recipe's file.{_near(path / 'recipe.yaml')}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: this is not text in UTF-8 (byte {error.start}).") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror or error}.") from None
+
+
+def _near(path: Path) -> str:
+    try:
+        files = sorted(p.name for p in path.parent.iterdir() if p.suffix in _SUFFIXES)
+    except OSError:
+        return ""
+    return did_you_mean(path.name, files)
+
+
+def _resolve(document: Document, source: str, folder: Path | None, overrides: Overrides) -> tuple[Recipe, list[Warning]]:
+    data = document.data
+    if data is None or data == {}:
+        raise RecipeError(f"{source}: there is nothing in it. A recipe needs at least 'adapters'.")
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{source}: a recipe is a mapping (key: value), not {show(data)}.")
+    converted = _converted(data, folder)
+    origins = Origins(source, document.lines, converted.moved)
+    if not converted.data:
+        origins.refuse([*document.problems, *converted.problems])
+    values, overridden, dead_ends = set_values(converted.data, overrides)
+    values, bad_paths = _name_adapters(_plain(values), folder)
+    recipe, problems = check(values)
+    known = [*document.problems, *converted.problems, *dead_ends, *bad_paths]
+    origins = Origins(source, document.lines, converted.moved, tuple(overridden))
+    origins.refuse([*known, *_unsaid(problems, known)])
+    if recipe is None:
+        raise AssertionError("a recipe without problems was not built")
+    category = RecipeWarning if is_mergekit(data) else DeprecationWarning
+    return recipe, [category(note) for note in converted.notes]
+
+
+def _converted(data: Mapping[str, Plain], folder: Path | None) -> Converted:
+    return convert_mergekit(data, folder) if is_mergekit(data) else convert_old(data, folder)
+
+
+def _name_adapters(data: dict[str, Plain], folder: Path | None) -> tuple[dict[str, Plain], list[Problem]]:
+    """Write out names and paths of the adapters, so that the recipe means the same in any working directory."""
+    adapters = data.get("adapters")
+    if not isinstance(adapters, list):
+        return data, []
+    problems: list[Problem] = []
+    entries: list[Plain] = []
+    for i, entry in enumerate(adapters):
+        path = entry.get("path") if isinstance(entry, Mapping) else entry
+        place: KeyPath = ("adapters", i, "path") if isinstance(entry, Mapping) else ("adapters", i)
+        try:
+            entries.append(named_entry(entry, folder) if isinstance(path, str) and path else entry)
+        except AddressError as error:
+            entries.append(entry)
+            problems.append(Problem(place, str(error)))
+        if isinstance(entries[i], Mapping):  # the name is never what is missing
+            entries[i] = {"name": f"adapter-{i}", **entries[i]}
+    return {**data, "adapters": entries}, problems
+
+
+def _unsaid(problems: list[Problem], known: list[Problem]) -> list[Problem]:
+    """Drop what the check says again of adapters whose path is known to be wrong."""
+    said: set[KeyPath] = {p.path[:2] for p in known if p.path[:1] == ("adapters",)}
+    return [p for p in problems if not (len(p.path) == 2 and p.path in said)]
+
+
+def _plain(value: Plain) -> Plain:
+    """Return a copy with keys as text and lists for tuples."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value

@@ -1,0 +1,123 @@
+"""mergekit's words: its methods with their defaults, its models, its settings, its filters.
+
+Written from what mergekit 0.1 does. Knows nothing of plait's recipes beyond the names of methods and parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from plait.recipes.paths import KeyPath, Plain
+
+_SUFFIX = ".weight"  # mergekit's filters see tensor names, plait's patterns see modules
+
+
+@dataclass(frozen=True)
+class MergekitMethod:
+    """A mergekit method that plait has.
+
+    Attributes:
+        normalize: mergekit's default for dividing by the sum of the weights.
+        rescale: mergekit's default for rescaling what survives a mask.
+        params: the parameters besides `weight`, with mergekit's defaults.
+        fixed: what plait's method is told in any case.
+        elects: whether signs are elected.
+        notes: where numbers differ.
+    """
+
+    normalize: bool
+    rescale: bool = False
+    params: Mapping[str, float] = field(default_factory=dict)
+    fixed: Mapping[str, Plain] = field(default_factory=dict)
+    elects: bool = False
+    notes: tuple[str, ...] = ()
+
+
+_VOTE = {"weighted_vote": True, "zero_sign": "plus"}
+_KEYED = "each adapter's mask comes from (seed, adapter, module); mergekit draws all masks from one generator"
+METHODS = {
+    "linear": MergekitMethod(normalize=True),
+    "task_arithmetic": MergekitMethod(normalize=False),
+    "ties": MergekitMethod(
+        normalize=True,
+        rescale=False,
+        params={"density": 1.0},
+        fixed={"flavor": "mergekit", "space": "delta"},
+        elects=True,
+    ),
+    "dare_linear": MergekitMethod(
+        normalize=False,
+        rescale=True,
+        params={"density": 1.0},
+        fixed={"space": "delta"},
+        notes=(f"{_KEYED}, and rescales survivors to the tensor's L1 norm, where plait divides them by density.",),
+    ),
+    "dare_ties": MergekitMethod(
+        normalize=False,
+        rescale=True,
+        params={"density": 1.0},
+        fixed={**_VOTE, "space": "delta"},
+        elects=True,
+        notes=(f"{_KEYED}, and rescales survivors to the tensor's L1 norm, where plait divides them by density.",),
+    ),
+    "della": MergekitMethod(
+        normalize=True,
+        rescale=True,
+        params={"density": 1.0, "epsilon": 0.15},
+        fixed={**_VOTE, "space": "delta"},
+        elects=True,
+        notes=(f"{_KEYED}, and rescales survivors to the tensor's L1 norm, where plait divides each by its probability.",),
+    ),
+    "breadcrumbs": MergekitMethod(
+        normalize=False,
+        rescale=False,
+        params={"density": 1.0, "gamma": 0.01},
+        fixed={"space": "delta"},
+        notes=("where gamma times a matrix's entries is below 1, mergekit drops all of them and plait none of the top.",),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """An entry of `models`: an adapter, or the base model itself when `adapter` is None."""
+
+    index: int
+    base: str | None
+    adapter: str | None
+    parameters: Mapping[str, Plain]
+
+    @property
+    def path(self) -> KeyPath:
+        """Where it is written."""
+        return ("models", self.index)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A parameter of one model: values by filter, the first that matches counts; the filter None matches everything."""
+
+    values: tuple[tuple[str | None, Plain], ...]
+    path: KeyPath
+
+    @property
+    def filters(self) -> tuple[str | None, ...]:
+        """The filters, in their order."""
+        return tuple(f for f, _ in self.values)
+
+
+def pattern(part: str) -> str:
+    """Return the pattern over modules that matches where `part` is in the name of the module's tensor."""
+    if part in _SUFFIX:
+        return "*"
+    return f"*{_literal(part.removesuffix(_SUFFIX))}" if part.endswith(_SUFFIX) else f"*{_literal(part)}*"
+
+
+def is_loose(part: str) -> bool:
+    """Say whether `part` may end within `.weight`, so that `pattern` misses a module whose path ends where it does."""
+    return any(part.endswith(_SUFFIX[:n]) for n in range(1, len(_SUFFIX))) and part not in _SUFFIX
+
+
+def _literal(text: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)

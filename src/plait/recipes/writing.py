@@ -1,0 +1,101 @@
+"""A recipe as YAML, and the schema as JSON Schema.
+
+Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from plait.methods import METHODS
+from plait.recipes.documents import FLOAT
+from plait.recipes.paths import Plain
+from plait.recipes.schema import Recipe
+from plait.transforms import TRANSFORMS
+
+_INDEX = re.compile(r"0|[1-9][0-9]*")
+_DRAFT = "https://json-schema.org/draft/2020-12/schema"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes lists indented below their key, and quotes all that a reader might take for a number."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:  # noqa: FBT001, FBT002
+        super().increase_indent(flow, indentless=False)
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+
+
+def to_yaml(recipe: Recipe | Mapping[str, Plain]) -> str:
+    """Write a recipe as YAML in block style.
+
+    Of a `Recipe` what has its default value is left out, except for version and method; `load_recipe` of the text
+    gives an equal recipe. Plain data is written as it is.
+    """
+    data = _with_numbers(_sparse(recipe) if isinstance(recipe, Recipe) else dict(recipe))
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True, width=120)
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe, with the short forms (`method: ties`, an adapter as text) that it accepts."""
+    schema = Recipe.model_json_schema()
+    fields = schema["properties"]
+    fields["adapters"]["items"] = {"anyOf": [fields["adapters"]["items"], {"type": "string", "minLength": 1}]}
+    fields["method"] = _with_names(fields["method"], METHODS)
+    fields["transforms"]["items"] = _with_names(fields["transforms"]["items"], TRANSFORMS)
+    head: dict[str, Any] = {
+        "$schema": _DRAFT,
+        "title": "plait recipe",
+        "description": "What to merge and how. `plait merge RECIPE` runs it; unknown keys are errors.",
+    }
+    return head | {key: value for key, value in schema.items() if key not in head}
+
+
+def _with_names(schema: dict[str, Any], names: Mapping[str, object]) -> dict[str, Any]:
+    """Allow a bare name where a mapping with a name stands; what describes the field as a whole stays outside."""
+    outside: dict[str, Any] = {key: schema[key] for key in ("description", "default", "title") if key in schema}
+    inside = {key: value for key, value in schema.items() if key not in outside}
+    return {**outside, "anyOf": [{"type": "string", "enum": list(names)}, inside]}
+
+
+def _sparse(recipe: Recipe) -> dict[str, Plain]:
+    data = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    data["method"] = _shortest(recipe.method)
+    if recipe.transforms:
+        data["transforms"] = [_shortest(transform) for transform in recipe.transforms]
+    order = {name: data[name] for name in Recipe.model_fields if name in data}
+    return {"version": recipe.version, **order}
+
+
+def _shortest(spec: BaseModel) -> Plain:
+    """Return the fewest parameters that read back as an equal value: some set others (`flavor`); a bare name alone."""
+    data = spec.model_dump(mode="json", by_alias=True)
+    data = {"name": data.pop("name"), **data}
+    for key in [key for key in reversed(data) if key != "name"]:
+        fewer = {k: v for k, v in data.items() if k != key}
+        if _reads_back(fewer, spec):
+            data = fewer
+    return data["name"] if len(data) == 1 else data
+
+
+def _reads_back(data: dict[str, Plain], spec: BaseModel) -> bool:
+    try:
+        return type(spec).model_validate(data) == spec
+    except ValueError:
+        return False
+
+
+def _with_numbers(value: Plain) -> Plain:
+    """Return data in which the index of a layer is a number again, as people write it."""
+    if isinstance(value, Mapping):
+        return {int(k) if _INDEX.fullmatch(str(k)) else k: _with_numbers(v) for k, v in value.items()}
+    return [_with_numbers(v) for v in value] if isinstance(value, (list, tuple)) else value

