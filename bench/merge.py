@@ -24,8 +24,11 @@ from report import Row, Section
 
 RESULTS = Path(__file__).parent / "results" / "merge.json"
 WEIGHTS = "adapter_model.safetensors"
+PROBES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")  # one module of every shape
 MB = 1e6
-TIES = {"method": "ties", "space": "delta", "density": 0.2}
+DENSITY = 0.2
+TIES = {"method": "ties", "space": "delta", "density": DENSITY}
+TIES_RANKS = (128, 64)
 SVD_RANK = 64
 RUNS: dict[str, dict[str, Any]] = {  # what plait does to the whole model
     "linear": {"method": "linear"},
@@ -127,7 +130,7 @@ def linear(bench: Bench, run: dict[str, Any]) -> list[Row]:
 
 def svd(bench: Bench, run: dict[str, Any]) -> list[Row]:
     """The best rank-64 approximation of the weighted sum."""
-    peft = _peft_dense(bench, "svd", SVD_RANK)
+    peft = _peft_dense(bench, "svd")
     errors = run_job(
         "svd_errors",
         adapters=_paths(bench.materials),
@@ -145,13 +148,14 @@ def svd(bench: Bench, run: dict[str, Any]) -> list[Row]:
 
 def ties(bench: Bench, runs: dict[str, dict[str, Any]]) -> list[Row]:
     """TIES on the dense deltas, truncated."""
-    peft = bench.peft_per_module(_peft_dense(bench, "ties_svd", SVD_RANK))
+    peft = bench.peft_per_module(_peft_dense(bench, "ties_svd", DENSITY))
     ratios = bench.job(
         "TIES errors", "ties_errors",
-        adapters=_paths(bench.single), out=str(bench.out / "TIES errors"), settings=TIES, ranks=[128, 64], modules=bench.modules,
+        adapters=_paths(bench.single), out=str(bench.out / "TIES errors"), modules=bench.modules,
+        settings=TIES, ranks=list(TIES_RANKS),
     )["ratios"]  # fmt: skip
     rows = []
-    for rank in (128, 64):
+    for rank in TIES_RANKS:
         worst = max(ratios[str(rank)])
         ours = bench.per_module(runs[f"ties, delta, rank {rank}"])
         rows.append(_seconds(f"ties on deltas, rank {rank}, per module", ours, peft, 50))
@@ -163,7 +167,8 @@ def ties(bench: Bench, runs: dict[str, dict[str, Any]]) -> list[Row]:
 
 def methods(bench: Bench, runs: dict[str, dict[str, Any]]) -> Section:
     """Time and memory of every method on the whole model."""
-    section = Section(f"plait's methods on all {bench.materials.modules} modules", ("time", "peak memory", "anonymous", "energy kept"))
+    columns = ("time", "peak memory", "anonymous", "energy kept")
+    section = Section(f"plait's methods on all {bench.materials.modules} modules", columns)
     for label, run in runs.items():
         memory = run["all"]["peak_rss"]
         cells = (f"{run['work']['seconds']:.1f} s", _mb(memory), _mb(run["all"]["peak_anonymous"]), f"{run['kept']:.1%}")
@@ -229,15 +234,12 @@ def main() -> None:
         report.show(sections)
 
 
-PROBES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")  # one module of every shape
-
-
-def _peft_dense(bench: Bench, combination_type: str, rank: int) -> dict[str, float]:
+def _peft_dense(bench: Bench, combination_type: str, density: float | None = None) -> dict[str, float]:
     name = f"PEFT {combination_type}"
     result = bench.job(
         name, "peft_modules",
         adapters=_paths(bench.materials), out=str(bench.out / name), modules=bench.modules,
-        combination_type=combination_type, rank=rank,
+        combination_type=combination_type, rank=SVD_RANK, density=density,
     )  # fmt: skip
     seconds: dict[str, float] = result["seconds"]
     return seconds

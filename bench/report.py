@@ -118,9 +118,9 @@ def describe(machine: dict[str, Any]) -> str:
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
-        if names:
-            return names[0]
+        lines = info.read_text(encoding="utf-8").splitlines()
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(names, platform.machine())
     return platform.processor() or platform.machine()
 
 

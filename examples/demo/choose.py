@@ -23,18 +23,16 @@ from scoring import Outcome, Split, Task, hits, intervals, load_tasks, mean_and_
 import plait
 
 SCALES = (1.0, 1.5, 2.0)
-SUM_SCALES = (1 / 3, 0.6, 1.0)  # for methods that add the adapters up instead of averaging them
+SUM_SCALES = (1 / 3, 0.6, 1.0)  # for methods that add the adapters up, where TIES averages them
 TIES = {"method": "ties", "flavor": "core_space"}
 FAMILIES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "linear": ({"method": "linear"}, SUM_SCALES),
-    "magnitude_prune, core .5": ({"method": "magnitude_prune", "space": "core", "density": 0.5}, SUM_SCALES),
     "dare_linear, core .5": ({"method": "dare_linear", "space": "core", "density": 0.5}, SUM_SCALES),
     "dare_ties, core .5": ({"method": "dare_ties", "space": "core", "density": 0.5}, SCALES),
     "ties, delta .2": ({"method": "ties", "space": "delta", "density": 0.2}, SCALES),
     "ties, knots .5": ({**TIES, "space": "knots", "density": 0.5}, SCALES),
     "ties, core .2": ({**TIES, "space": "core", "density": 0.2}, SCALES),
     "ties, core .5": ({**TIES, "space": "core", "density": 0.5}, SCALES),
-    "ties, core 1": ({**TIES, "space": "core", "density": 1.0}, SCALES),
 }
 PEFT: dict[str, dict[str, Any]] = {
     "PEFT linear, weights 1/3": {"weights": [1 / 3] * 3, "combination_type": "linear"},
@@ -149,7 +147,10 @@ def _record(tried: Mapping[Candidate, Mapping[str, Outcome]], tested: Mapping[Ca
             {
                 "name": candidate.name,
                 "settings": dict(candidate.settings),
-                "accuracy": {name: float(o.merged.mean()) for name, o in outcomes.items()},
+                "accuracy": {
+                    name: {side: float(getattr(o, side).mean()) for side in ("base", "single", "merged")}
+                    for name, o in outcomes.items()
+                },
                 "recovery": {name: o.recovery for name, o in outcomes.items()},
             }
             for candidate, outcomes in results.items()

@@ -1,6 +1,6 @@
 """The demo's data and the parts of it that need no model."""
 
-import importlib.util
+import importlib
 import json
 from itertools import combinations
 from pathlib import Path

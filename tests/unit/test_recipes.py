@@ -158,7 +158,7 @@ def test_merge_keys_and_anchors_work():
         ("- a\n- b\n", "{f}: a recipe is a mapping (key: value), not ['a', 'b']."),
         ("ties\n", "{f}: a recipe is a mapping (key: value), not 'ties'."),
         ("a: 1\n\tb: 2\n", "{f}:2: a tab cannot indent YAML; use spaces."),
-        ("a: [1,\nb: 2\n", "{f}:2: this is not YAML: while parsing a flow sequence expected ',' or ']', but got ':'."),
+        ("a: [1\nb: 2\n", "{f}:2: this is not YAML: while parsing a flow sequence expected ',' or ']', but got ':'."),
         ("a: 1\n---\nb: 2\n", "{f}:2: this is not YAML: expected a single document in the stream but found another document."),
         ("a: !!python/name:os.system\n", "{f}:1: this is not YAML:"),
         ("a: !!int x\n", "{f}:1: this is not YAML: 'x' is no int."),
@@ -308,7 +308,7 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
             ],
         ),
         ("transforms: identity", ["recipe:4: transforms: transforms is 'identity'; it must be a list."]),
-        ("seed: 1\nscale: 2\nseed: 3", ["recipe:6: seed: 'seed' is given twice, in line 4 and 6; keep one."]),
+        ("seed: 1\nscale: 2\nseed: 3", ["recipe:6: seed: 'seed' is given twice, in lines 4 and 6; keep one."]),
         (
             "tasks: [x]\neval: {split: test}\ntune: {}\nsearch: {type: bayes}",
             [
@@ -667,6 +667,7 @@ def test_the_json_schema_describes_recipes_and_their_short_forms():
     assert {"type": "string", "enum": list(TRANSFORMS)} in fields["transforms"]["items"]["anyOf"]
     assert {"type": "string", "minLength": 1} in fields["adapters"]["items"]["anyOf"]
     assert len(fields["method"]["anyOf"][1]["oneOf"]) == len(METHODS)
+    assert schema["$defs"]["AdapterEntry"]["required"] == ["path"]
     assert schema["$defs"]["weighted_method"]["properties"]["lambda"]["maximum"] == 1
     for reference in set(_references(schema)):
         assert reference.removeprefix("#/$defs/") in schema["$defs"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -22,19 +22,22 @@ _PLAIN = str.maketrans(
     | {"–": "-", "…": "...", "→": "->"}
 )
 _LABEL = 22  # widest name shown in full
-_MATRICES = ("cosine", "overlap of A", "overlap of B", "sign conflict", "… weighted")
 
 
 def inspect(
     adapters: Annotated[
         list[str],
-        typer.Argument(help="[name=]FOLDER or [name=]org/repo[@revision][/subfolder].", show_default=False),
+        typer.Argument(
+            metavar="ADAPTER",
+            help=r"\[name=]FOLDER or \[name=]org/repo\[@revision]\[/subfolder].",
+            show_default=False,
+        ),
     ],
     base_id: Annotated[
         str | None,
         typer.Option("--base-id", help="Base model, when the adapters name it differently.", show_default=False),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Modules looked at at a time.", show_default=False)] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Modules worked on at a time.", show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Say what adapters are, how they relate, and whether they can be merged.
@@ -96,7 +99,7 @@ def _unused(name: str, taken: set[str]) -> str:
 def _drawing(inspection: Inspection, width: int) -> RenderableType:
     parts: list[RenderableType] = [_headline(inspection), Text(), _verdict(inspection)]
     parts += [Text(), *_adapters(inspection.adapters, width)]
-    if inspection.comparison:
+    if inspection.comparison and _below_diagonal(inspection.comparison.conflict):
         parts += [Text(), *_matrices(inspection.comparison, width)]
     parts += _strips(inspection, width)
     parts += [Text(), _serving(inspection)]
@@ -128,7 +131,7 @@ def _verdict(inspection: Inspection) -> RenderableType:
     for adapter in inspection.adapters:
         for warning in adapter.warnings:
             lines.add_row(Text("!", "bold yellow"), Text(f"{adapter.name}: {warning}"))
-    for note in (*verdict.notes, *(inspection.comparison.findings if inspection.comparison else ())):
+    for note in (*(inspection.comparison.findings if inspection.comparison else ()), *verdict.notes):
         lines.add_row(Text("·", "dim"), Text(note))
     return lines
 
@@ -157,7 +160,7 @@ def _adapters(adapters: Sequence[AdapterReport], width: int) -> Iterator[Rendera
         ("dtype", 2, lambda a: ", ".join(a.dtypes)),
         ("parameters", 4, lambda a: _quantity(a.parameters)),
         ("size", 2, lambda a: _size(a.bytes)),
-        ("‖ΔW‖", 0, lambda a: f"{a.norm:.3g}"),
+        ("‖ΔW‖", 0, lambda a: _short(a.norm)),
         ("stable rank", 1, lambda a: "–" if a.stable_rank is None else f"{a.stable_rank:.1f}"),
         ("rank for 99 %", 3, lambda a: "–" if a.rank_for_99 is None else f"{a.rank_for_99:.1f}"),
     ]
@@ -166,7 +169,7 @@ def _adapters(adapters: Sequence[AdapterReport], width: int) -> Iterator[Rendera
         shown = [(head, cell) for head, priority, cell in columns if priority < left_out]
         if label + sum(2 + max(len(head), *(len(cell(a)) for a in adapters)) for head, cell in shown) <= width:
             break
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", collapse_padding=True)
+    table = _table()
     table.add_column("", width=label, no_wrap=True)
     for head, _ in shown:
         table.add_column(head, justify="left" if head in ("kind", "dtype") else "right", no_wrap=True)
@@ -203,60 +206,74 @@ def _targets_words(adapter: AdapterReport) -> str:
     return (kinds + (f", in {towers}" if towers else "")) or "no module"
 
 
+class _Measure(NamedTuple):
+    """One measure between adapters, ready to be drawn.
+
+    Attributes:
+        title: the heading.
+        rows: the lower triangle, without its first, empty row.
+        unrelated: what unrelated adapters would show.
+        cell: width of a value.
+        width: of the whole.
+    """
+
+    title: str
+    rows: list[list[Text]]
+    unrelated: Text
+    cell: int
+    width: int
+
+    @staticmethod
+    def of(title: str, matrix: Matrix, unrelated: float | None, write: Callable[[float], Text]) -> _Measure:
+        rows = [[_value(x, write) for x in row[:i]] for i, row in enumerate(matrix)][1:]
+        cell = max(4, *(len(x) for row in rows for x in row))
+        return _Measure(title, rows, _value(unrelated, write), cell, max(len(title), (cell + 1) * len(rows) - 1))
+
+    def line(self, cells: Sequence[Text]) -> Text:
+        return Text(" ").join([Text(" " * (self.cell - len(cell))).append_text(cell) for cell in cells])
+
+
 def _matrices(comparison: Comparison, width: int) -> Iterator[RenderableType]:
     """Draw the lower triangles side by side, as many as fit, each with what unrelated adapters would show."""
-    values = (
-        (comparison.cosine, 0.0, _cosine),
-        (comparison.overlap_a, comparison.overlap_a_chance, _overlap),
-        (comparison.overlap_b, comparison.overlap_b_chance, _overlap),
-        (comparison.conflict, 0.5, _conflict),
-        (comparison.weighted_conflict, 0.5, _conflict),
-    )
-    label = max(len("unrelated"), *(min(_LABEL, len(name)) + 3 for name in comparison.names[1:]))
-    cells = 5 * (len(comparison.names) - 1)
-    widths = [max(cells, len(title)) + 2 for title in _MATRICES]
-    start = 0
-    while start < len(values):
-        stop = start + 1
-        while stop < len(values) and label + sum(widths[start : stop + 1]) <= width:
-            stop += 1
-        if start:
+    measures = [
+        _Measure.of("cosine", comparison.cosine, 0.0, _cosine),
+        _Measure.of("overlap of A", comparison.overlap_a, comparison.overlap_a_chance, _overlap),
+        _Measure.of("overlap of B", comparison.overlap_b, comparison.overlap_b_chance, _overlap),
+        _Measure.of("sign conflict", comparison.conflict, 0.5, _conflict),
+        _Measure.of("… weighted", comparison.weighted_conflict, 0.5, _conflict),
+    ]
+    label = max(len("unrelated"), *(min(_LABEL, len(name)) + 2 for name in comparison.names[1:]))
+    first = 0
+    while first < len(measures):
+        end = first + 1
+        while end < len(measures) and label + sum(2 + m.width for m in measures[first : end + 1]) <= width:
+            end += 1
+        if first:
             yield Text()
-        yield _matrix_row(comparison.names, _MATRICES[start:stop], values[start:stop], label)
-        start = stop
+        yield _side_by_side(comparison.names, measures[first:end], label)
+        first = end
 
 
-def _matrix_row(
-    names: Sequence[str],
-    titles: Sequence[str],
-    values: Sequence[tuple[Matrix, float | None, Callable[[float], Text]]],
-    label: int,
-) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", collapse_padding=True)
+def _side_by_side(names: Sequence[str], measures: Sequence[_Measure], label: int) -> Table:
+    table = _table()
     table.add_column("", width=label, no_wrap=True)
-    for title in titles:
-        table.add_column(title, no_wrap=True)
+    for measure in measures:
+        table.add_column(measure.title, no_wrap=True)
     if len(names) > 2:
-        table.add_row("", *(Text("".join(f"{j:>4} " for j in range(1, len(names))), "dim") for _ in titles))
-    for i, name in enumerate(names[1:], 1):
-        table.add_row(_name(i + 1, name), *(_cells(matrix[i][:i], write) for matrix, _, write in values))
-    table.add_row(
-        Text("unrelated", "dim"),
-        *(Text(_cells([chance], write).plain, "dim") for _, chance, write in values),
-    )
+        numbers = [Text(str(j), "dim") for j in range(1, len(names))]
+        table.add_row("", *(measure.line(numbers) for measure in measures))
+    for i, name in enumerate(names[1:]):
+        table.add_row(_name(i + 2, name), *(measure.line(measure.rows[i]) for measure in measures))
+    table.add_row(Text("unrelated", "dim"), *(Text(m.line([m.unrelated]).plain, "dim") for m in measures))
     return table
 
 
-def _cells(row: Sequence[float | None], write: Callable[[float], Text]) -> Text:
-    line = Text()
-    for value in row:
-        cell = Text("–", "dim") if value is None else write(value)
-        line.append(" " * max(0, 4 - len(cell))).append_text(cell).append(" ")
-    return line
+def _value(value: float | None, write: Callable[[float], Text]) -> Text:
+    return Text("–", "dim") if value is None else write(value)
 
 
 def _cosine(value: float) -> Text:
-    return Text(f"{value:.2f}", _heat(abs(value), 0.1, 0.5))
+    return Text(f"{round(value, 2) + 0.0:.2f}", _heat(abs(value), 0.1, 0.5))
 
 
 def _overlap(value: float) -> Text:
@@ -273,10 +290,7 @@ def _heat(value: float, warm: float, hot: float) -> str:
 
 def _strips(inspection: Inspection, width: int) -> Iterator[RenderableType]:
     """Draw size and disagreement along the layers of every tower; what stands outside of layers is listed."""
-    if inspection.comparison:
-        layers = inspection.comparison.layers
-    else:
-        layers = _alone(inspection.adapters[0])
+    layers = inspection.comparison.layers if inspection.comparison else _alone(inspection.adapters[0])
     names = [a.name for a in inspection.adapters]
     for tower in dict.fromkeys(layer.tower for layer in layers if layer.tower):
         yield Text()
@@ -309,20 +323,23 @@ def _alone(adapter: AdapterReport) -> tuple[LayerComparison, ...]:
 def _strip(tower: str, layers: Sequence[LayerComparison], names: Sequence[str], width: int) -> Table:
     label = max(len("sign conflict"), *(min(_LABEL, len(name)) + 3 for name in names))
     room = max(8, width - label - 18)
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", collapse_padding=True)
+    table = _table()
     table.add_column("", width=label, no_wrap=True)
     table.add_column(f"layers of {tower}", no_wrap=True)
     table.add_column("", no_wrap=True)
     norms = [[layer.norms[t] for layer in layers] for t in range(len(names))]
-    low, high = min(map(min, norms)), max(map(max, norms))
+    low, high = min(min(row) for row in norms if any(row)), max(max(row) for row in norms)
     for number, (name, row) in enumerate(zip(names, norms, strict=True), 1):
-        bars = Text(_bars(row, low, high, room), "cyan")
-        table.add_row(_name(number, name), bars, Text(f"‖ΔW‖ {_range(row)}", "dim"))
+        if any(row):
+            bars = Text(_bars(row, low, high, room), "cyan")
+            table.add_row(_name(number, name), bars, Text(f"‖ΔW‖ {_range([_short(min(row)), _short(max(row))])}", "dim"))
+        else:
+            table.add_row(_name(number, name), Text("no module here", "dim"))
     conflicts = [_mean(_below_diagonal(layer.conflict)) for layer in layers]
     known = [100 * c for c in conflicts if c is not None]
     if known:
         bars = Text(_bars(conflicts, min(known) / 100, max(known) / 100, room), "magenta")
-        table.add_row("sign conflict", bars, Text(f"{_range(known, digits=0)} %", "dim"))
+        table.add_row("sign conflict", bars, Text(f"{_range([f'{min(known):.0f}', f'{max(known):.0f}'])} %", "dim"))
     table.add_row("", Text(_ruler([layer.index or 0 for layer in layers], room), "dim"), "")
     return table
 
@@ -361,7 +378,7 @@ def _layout(count: int, room: int) -> tuple[int, int]:
 
 
 def _outside(layers: Sequence[LayerComparison], names: Sequence[str]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", collapse_padding=True)
+    table = _table()
     table.add_column("outside of layers", no_wrap=True)
     for number in range(1, len(names) + 1):
         table.add_column(f"‖ΔW‖ {number}", justify="right", no_wrap=True)
@@ -370,29 +387,40 @@ def _outside(layers: Sequence[LayerComparison], names: Sequence[str]) -> Table:
         conflict = _mean(_below_diagonal(layer.conflict))
         table.add_row(
             layer.layer,
-            *(f"{norm:.3g}" if norm else Text("–", "dim") for norm in layer.norms),
+            *(_short(norm) if norm else Text("–", "dim") for norm in layer.norms),
             "" if conflict is None else f"{100 * conflict:.0f} %",
         )
     return table
 
 
 def _serving(inspection: Inspection) -> RenderableType:
-    served, merged = inspection.serving.adapters, inspection.serving
     lines = Table.grid(padding=(0, 2))
     lines.add_column(style="dim", no_wrap=True)
     lines.add_column()
-    wanted = [s.max_lora_rank for s in served]
-    alone = max((w for w in wanted if w is not None), default=None)
-    words = f"--max-lora-rank {alone} holds {'each adapter' if len(served) > 1 else 'it'}" if alone else "holds none of them"
-    if len(served) > 1 and merged.merged_max_lora_rank:
-        words += f"; their exact sum has rank {merged.merged_rank} and needs {merged.merged_max_lora_rank}"
-    elif len(served) > 1:
-        words += f"; their exact sum has rank {merged.merged_rank}, which it has no setting for: merge with --rank 512 or less"
-    lines.add_row("vLLM", f"{words}.")
-    for one in served:
+    lines.add_row("vLLM", _serving_words(inspection))
+    for one in inspection.serving.adapters:
         if one.refused:
             lines.add_row("", f"It does not serve of {one.name}: {'; '.join(one.refused)}.")
     return lines
+
+
+def _serving_words(inspection: Inspection) -> str:
+    serving, several = inspection.serving, len(inspection.adapters) > 1
+    wanted = [one.max_lora_rank for one in serving.adapters]
+    if None in wanted:
+        return "No setting of --max-lora-rank holds all of them: `plait compress` makes them smaller."
+    alone = max(w for w in wanted if w is not None)
+    words = f"--max-lora-rank {alone} holds {'each adapter' if several else 'it'}"
+    if not several or not inspection.compatibility.can_merge:
+        return f"{words}."
+    words += f"; their exact sum has rank {serving.merged_rank} and "
+    if serving.merged_max_lora_rank is None:
+        return f"{words}is more than vLLM takes: merge with --rank 512 or less."
+    return f"{words}needs {'no more' if serving.merged_max_lora_rank <= alone else serving.merged_max_lora_rank}."
+
+
+def _table() -> Table:
+    return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
 
 
 def _name(number: int, name: str) -> Text:
@@ -411,9 +439,12 @@ def _listed(values: Sequence[object], limit: int = 3) -> str:
     return ", ".join(words[:limit]) + (f" and {len(words) - limit} more" if len(words) > limit else "") or "–"
 
 
-def _range(values: Sequence[float], digits: int = 2) -> str:
-    ends = [f"{v:.{digits}f}" if v < 100 or digits == 0 else f"{v:.0f}" for v in (min(values), max(values))]
+def _range(ends: Sequence[str]) -> str:
     return "–".join(dict.fromkeys(ends))
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _quantity(number: int) -> str:

@@ -92,7 +92,7 @@ def check_compatibility(adapters: Sequence[Adapter], *, base_model: str | None =
         *_base_notes(adapters, base_model),
         *_coverage_notes(adapters, everywhere),
         *_part_notes(adapters),
-        *(f"Space {space!r} is out: {why}" for space, why in excluded.items()),
+        *(f"Space {space!r} is out: {why}." for space, why in excluded.items()),
     )
     return Compatibility(
         can_merge=not problems,

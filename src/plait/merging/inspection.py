@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from plait.adapters.adapter import Adapter
+from plait.adapters.adapter import Adapter, Target
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import layer_key
 from plait.errors import PlanError
@@ -182,6 +182,7 @@ class SharedInit(Record):
 
     Attributes:
         status: `shared` when some pair's overlap of A is above 0.9, `separate` when all are below 0.5, else `partial`.
+            What chance gives is never held against them: modules can be so small that any two spaces overlap.
         overlap: the largest overlap of A between two adapters.
         chance: what unrelated subspaces of these sizes would show.
         pairs: the pairs of names above 0.9.
@@ -208,7 +209,8 @@ class Comparison(Record):
             the modules that both have; None if there is none. 1 for equal spaces.
         overlap_b: (T, T) the same of the column spaces of B.
         overlap_a_chance: √(max(r_i, r_j) / d_in), the root mean square cosine between random subspaces, as a median
-            over modules and pairs: what "unrelated" looks like. None if no two adapters share a module.
+            over modules and pairs: what "unrelated" looks like, or a little more, for the median cosine is lower. None
+            if no two adapters share a module.
         overlap_b_chance: the same of B with d_out.
         conflict: (T, T) share of the entries non-zero in both ΔW_i and ΔW_j whose signs differ: 0 for equal signs, 0.5
             for unrelated adapters, 1 for opposite ones; None if there are no such entries.
@@ -589,12 +591,12 @@ def _warnings(adapter: Adapter, spectra: _Spectra) -> Iterator[str]:
     config, targets = adapter.config, adapter.targets
     if not targets:
         yield "It has no LoRA tensors, only tensors trained in full: there is no delta to merge."
-    other = [t for t in targets.values() if t.rank != config.rank(t.path)]
+    other = [t for t in targets.values() if _stored_rank(t) != config.rank(t.path)]
     if other:
         yield (
             f"The configuration gives {len(other)} of {len(targets)} modules another rank than their tensors have (such "
-            f"as {other[0].path!r}: {config.rank(other[0].path)}, in the file {other[0].rank}). The tensors count, for "
-            "the scaling too."
+            f"as {other[0].path!r}: {config.rank(other[0].path)}, in the file {_stored_rank(other[0])}). The tensors "
+            "count, for the scaling too."
         )
     zero = [path for path, energy in spectra.energies.items() if energy == 0]
     if zero:
@@ -607,6 +609,11 @@ def _warnings(adapter: Adapter, spectra: _Spectra) -> Iterator[str]:
         yield "Activated LoRA (aLoRA): alone it acts only after its invocation tokens, merged it acts on every token."
     if config.raw.get("layer_replication"):
         yield "layer_replication: its layers are those of a base model with repeated layers, not of the published one."
+
+
+def _stored_rank(target: Target) -> int:
+    """Return the rank as PEFT counts it: a grouped convolution's is spread over its groups."""
+    return target.rank * (target.layout.stack if target.layout.kind == "conv" else 1)
 
 
 def _compare(names: Sequence[str], pairs: _Pairs) -> Comparison:
@@ -652,7 +659,7 @@ def _shared_init(names: Sequence[str], overlap: Matrix, chance: float | None) ->
     if not found or chance is None:
         return None
     highest = max(found.values())
-    pairs = tuple((names[i], names[j]) for (i, j), value in found.items() if value > COLLAPSED)
+    pairs = tuple((names[i], names[j]) for (i, j), value in found.items() if value > max(COLLAPSED, chance))
     measured = f"overlap {_span(list(found.values()))}, by chance {chance:.2f}"
     who = "All A matrices" if len(pairs) == len(found) else f"The A matrices of {_and([f'{i} + {j}' for i, j in pairs])}"
     status: Literal["shared", "partial", "separate"] = "shared"
@@ -662,7 +669,7 @@ def _shared_init(names: Sequence[str], overlap: Matrix, chance: float | None) ->
             "gives. Sums and sparsifying methods (linear, ties, dare) do not mind. Methods that solve or whiten "
             "(regmean, ssr, wudi; tsv, iso) are ill-conditioned on it: keep their ridge, and compare with linear."
         )
-    elif highest >= SEPARATE:
+    elif highest >= max(SEPARATE, chance):
         status = "partial"
         words = (
             f"The A matrices lie in partly overlapping spaces ({measured}). Methods that solve or whiten (regmean, ssr, "
@@ -677,27 +684,27 @@ def _shared_init(names: Sequence[str], overlap: Matrix, chance: float | None) ->
 def _findings(comparison: Comparison) -> Iterator[str]:
     names, norms, ratio = comparison.names, comparison.norms, comparison.scale_ratio
     cosines, conflicts = _above_diagonal(comparison.cosine), _above_diagonal(comparison.conflict)
-    if not cosines:
-        yield "No two adapters have a non-zero delta in one module: there is nothing to compare."
+    if not conflicts:
+        yield "No two adapters change the same module, so there is nothing to compare and nothing in conflict."
         return
     yield _alignment(min(cosines), max(cosines), f"cosine of the task vectors {_span(cosines)}")
-    if conflicts:
-        weighted = _span(_above_diagonal(comparison.weighted_conflict), percent=True)
-        yield (
-            f"Where {'both' if len(names) == 2 else 'two of them'} change an entry, the signs differ in "
-            f"{_span(conflicts, percent=True)} of the cases, and in {weighted} when large entries count more (unrelated "
-            "adapters: 50 %)."
-        )
+    weighted = _span(_above_diagonal(comparison.weighted_conflict), percent=True)
+    yield (
+        f"Where {'both' if len(names) == 2 else 'two of them'} change an entry, the signs differ in "
+        f"{_span(conflicts, percent=True)} of the cases, and in {weighted} when large entries count more (unrelated "
+        "adapters: 50 %)."
+    )
     if comparison.shared_init:
         yield comparison.shared_init.words
     if ratio is not None and ratio >= 1.5:
         large, small = names[norms.index(max(norms))], names[norms.index(min(norms))]
         yield (
-            f"{large!r} is {ratio:.1f} times as large as {small!r} (‖ΔW‖ {max(norms):.3g} and {min(norms):.3g}) and "
-            "outweighs it in an even sum. Weights, or the transform layer_l2_normalize, even that out."
+            f"{large!r} is {ratio:.1f} times as large as {small!r} (‖ΔW‖ {_short(max(norms))} and {_short(min(norms))}) "
+            "and outweighs it in an even sum. Weights, or the transform layer_l2_normalize, even that out."
         )
     elif ratio is not None:
-        yield f"They are of similar size (‖ΔW‖ {_span(norms)}), so equal weights are fair."
+        ends = "–".join(dict.fromkeys((_short(min(norms)), _short(max(norms)))))
+        yield f"They are of similar size (‖ΔW‖ {ends}), so equal weights are fair."
 
 
 def _alignment(low: float, high: float, measured: str) -> str:
@@ -716,8 +723,12 @@ def _above_diagonal(matrix: Matrix) -> list[float]:
 
 def _span(values: Sequence[float], *, percent: bool = False) -> str:
     """Write the range of some values: `0.02–0.08`, `46–49 %`."""
-    ends = [f"{100 * v:.0f}" if percent else f"{v:.2f}" for v in (min(values), max(values))]
+    ends = [f"{100 * v:.0f}" if percent else f"{round(v, 2) + 0.0:.2f}" for v in (min(values), max(values))]
     return ("–" if "-" not in "".join(ends) else " to ").join(dict.fromkeys(ends)) + (" %" if percent else "")
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _and(words: Sequence[str]) -> str:
@@ -725,8 +736,9 @@ def _and(words: Sequence[str]) -> str:
 
 
 def _matrix(values: Tensor) -> Matrix:
-    """Return a matrix with None where a value is not defined (0 / 0)."""
-    return tuple(tuple(None if math.isnan(value) else float(value) for value in row) for row in values.tolist())
+    """Return a symmetric matrix, to the last bit, with None where a value is not defined (0 / 0)."""
+    rows = (values.triu() + values.triu(1).mT).tolist()
+    return tuple(tuple(None if math.isnan(value) else float(value) for value in row) for row in rows)
 
 
 def _ratio(norms: Sequence[float]) -> float | None:

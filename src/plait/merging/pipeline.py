@@ -95,6 +95,7 @@ def run_recipe(
     if push_to is not None:
         check_push(push_to)
     inventory = take_inventory(recipe, folder)
+    _check_not_an_input(inventory, out)
     plan = make_plan(inventory, workers=workers)
     _check_space(plan, out)
     engine = Engine(inventory, plan, workers=workers, progress=progress or Silent())
@@ -191,6 +192,12 @@ def _workspace(recipe: Recipe) -> Path:
     stamp = datetime.now().strftime("run_%Y%m%d_%H%M%S")
     candidates = [runs / stamp, *(runs / f"{stamp}-{i}" for i in range(2, 1000))]
     return next(c for c in candidates if not c.exists())
+
+
+def _check_not_an_input(inventory: Inventory, out: Path) -> None:
+    for adapter in inventory.adapters:
+        if out.exists() and (out.resolve() in (adapter.folder.resolve(), *adapter.folder.resolve().parents)):
+            raise OutputError(f"{out} is an input of this merge (adapter {adapter.name!r}). Choose another output.")
 
 
 def _check_space(plan: MergePlan, out: Path) -> None:

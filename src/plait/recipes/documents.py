@@ -158,8 +158,9 @@ class _Builder:
             if not isinstance(key, yaml.ScalarNode):
                 continue
             if key.value in first:
-                lines = listed([str(n) for n in dict.fromkeys((first[key.value], _line(key)))])
-                self._problems.append(Problem((*path, key.value), f"{key.value!r} is given twice, in line {lines}; keep one."))
+                lines = list(dict.fromkeys((first[key.value], _line(key))))
+                where = f"line{'s' if len(lines) > 1 else ''} {listed([str(n) for n in lines])}"
+                self._problems.append(Problem((*path, key.value), f"{key.value!r} is given twice, in {where}; keep one."))
             first.setdefault(key.value, _line(key))
 
 

@@ -32,6 +32,12 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    style = '"' if any(c in "\x85\u2028\u2029" for c in value) else None  # line ends to YAML, of which it would keep none
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 
@@ -49,6 +55,7 @@ def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe, with the short forms (`method: ties`, an adapter as text) that it accepts."""
     schema = Recipe.model_json_schema()
     fields = schema["properties"]
+    schema["$defs"]["AdapterEntry"]["required"].remove("name")  # it comes from the path
     fields["adapters"]["items"] = {"anyOf": [fields["adapters"]["items"], {"type": "string", "minLength": 1}]}
     fields["method"] = _with_names(fields["method"], METHODS)
     fields["transforms"]["items"] = _with_names(fields["transforms"]["items"], TRANSFORMS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,11 +70,11 @@ class Cohort:
 
     def reversed_adapters(self) -> Cohort:
         """Return the same adapters in the opposite order."""
-        return replace(self, factors=dict(reversed(self.factors.items())))
+        return replace(self, factors=dict(reversed(list(self.factors.items()))))
 
     def reversed_modules(self) -> Cohort:
         """Return the same modules in the opposite order of work."""
-        return replace(self, shapes=dict(reversed(self.shapes.items())))
+        return replace(self, shapes=dict(reversed(list(self.shapes.items()))))
 
     def copies(self, count: int, weight: float) -> Cohort:
         """Return `count` adapters that all are the first one, with equal weights."""
@@ -94,7 +94,7 @@ class Cohort:
             return torch.zeros(self.shapes[module], dtype=next(self.tensors()).dtype)
         return self.scalings[adapter] * f.b @ f.a
 
-    def tensors(self) -> Iterable[Tensor]:
+    def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor of every adapter."""
         for modules in self.factors.values():
             for f in modules.values():
@@ -119,7 +119,12 @@ class Cohort:
             if len(ranks) != 1:
                 raise ValueError(f"adapter {name!r} has ranks {sorted(ranks)}; one is needed to write it")
             rank = ranks.pop()
-            config = {"peft_type": "LORA", "r": rank, "lora_alpha": self.scalings[name] * rank, "base_model_name_or_path": "base"}
+            config = {
+                "peft_type": "LORA",
+                "r": rank,
+                "lora_alpha": self.scalings[name] * rank,
+                "base_model_name_or_path": "base",
+            }
             (place / CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
     def _adapter(self, name: str) -> Adapter:

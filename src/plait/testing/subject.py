@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -19,7 +19,7 @@ from plait.merging.engine import Engine
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan, make_plan
 from plait.merging.progress import Silent
-from plait.methods import METHODS, Method
+from plait.methods import METHODS, Method, MethodParams
 from plait.recipes.schema import AdapterEntry, Recipe
 from plait.testing.cohorts import Cohort
 
@@ -62,14 +62,14 @@ class Subject:
             AdapterEntry(name=n, path=str((folder or Path("/nowhere")) / n), weight=cohort.weights[n]) for n in cohort.factors
         ]
         spec = {**self.params, **(changes or {}), "name": self.method.name, "space": space}
-        return _recipe_type(self.method)(adapters=tuple(entries), method=spec, seed=seed)
+        return _recipe_type(self.method.spec).model_validate({"adapters": entries, "method": spec, "seed": seed})
 
-    def prepare(self, cohort: Cohort, recipe: Recipe) -> Prepared:
+    def prepare(self, cohort: Cohort, recipe: Recipe) -> Run:
         """Plan a merge and make its surveys."""
         inventory = Inventory(recipe, cohort.adapters(), (), cohort.layouts(), None)
         plan = make_plan(inventory, workers=1)
         engine = Engine(inventory, plan, workers=1, progress=Silent())
-        return Prepared(plan, engine, engine.prepare())
+        return Run(plan, engine, engine.prepare())
 
     def merge(
         self, cohort: Cohort, space: str, changes: Mapping[str, Any] | None = None, *, seed: int = 0
@@ -79,7 +79,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Run:
     """A merge that is ready to run.
 
     Attributes:
@@ -121,10 +121,10 @@ def installed(method: Method) -> Iterator[None]:
             methods[method.name] = before
 
 
-@lru_cache(maxsize=None)
-def _recipe_type(method: Method) -> type[Recipe]:
+@cache
+def _recipe_type(spec: type[MethodParams]) -> type[Recipe]:
     """Return a recipe that takes this method alone: the one in `plait.recipes` knows registered methods only."""
-    return create_model("Recipe", __base__=Recipe, method=(method.spec, ...))
+    return create_model("Recipe", __base__=Recipe, method=(spec, ...))
 
 
 def example_params(method: Method) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""Whether a method's parameters say what they are: described, bounded, with a default that is within its own bounds."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from plait.methods import Method
+from plait.testing.subject import bounds
+
+
+def parameter_problems(method: Method, required: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with a method's parameters.
+
+    A number is bounded when it has a bound or is declared finite. In containers, where no bound can be read off, it is enough
+    that a value that is no number (NaN) is refused.
+
+    Args:
+        method: whose parameters.
+        required: a value for every parameter that has no default; others are ignored.
+    """
+    fields = method.params.model_fields
+    needed = {f.alias or n: required[f.alias or n] for n, f in fields.items() if f.is_required()}
+    problems = [p for name, field in fields.items() for p in _field_problems(method, name, field, needed)]
+    try:
+        defaults = method.params.model_validate(needed).model_dump(by_alias=True)
+        method.params.model_validate(defaults)
+    except ValidationError as error:
+        problems.append(f"the defaults are refused: {error.errors()[0]['msg']}")
+    return problems
+
+
+def _field_problems(method: Method, name: str, field: FieldInfo, needed: Mapping[str, Any]) -> Iterator[str]:
+    if not (field.description or "").strip():
+        yield f"{name} has no description"
+    leaves = set(_leaves(field.annotation))
+    for leaf in leaves:
+        if leaf is Any or leaf is str:
+            yield f"{name} takes any {'text' if leaf is str else 'value'}; list the choices (Literal)"
+        if leaf is int and None in bounds(field) and not _contained(field.annotation):
+            yield f"{name} is a whole number without two bounds"
+    if float in leaves and not _refuses(method, {**needed, field.alias or name: _with_nan(field.annotation)}):
+        yield f"{name} is a number without bounds: it takes NaN"
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """Yield the plain types that an annotation is made of; keys of mappings are names and are left out."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if annotation is None or annotation is type(None) or annotation is Ellipsis or origin is Literal or annotation is bool:
+        return
+    if origin is None:
+        if not (isinstance(annotation, type) and issubclass(annotation, Enum)):
+            yield annotation
+    elif isinstance(origin, type) and issubclass(origin, Mapping):
+        yield from _leaves(args[1])
+    else:
+        for arg in args:
+            yield from _leaves(arg)
+
+
+def _contained(annotation: Any) -> bool:
+    return get_origin(annotation) not in (None, Union, types.UnionType, Literal)
+
+
+def _with_nan(annotation: Any) -> Any:
+    """Return a value of an annotation's form in which a number is NaN."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return _with_nan(next(a for a in args if float in _leaves(a)))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {"0": _with_nan(args[1])}
+    if origin is not None:
+        return [_with_nan(next(a for a in args if float in _leaves(a)))]
+    return math.nan
+
+
+def _refuses(method: Method, values: Mapping[str, Any]) -> bool:
+    try:
+        method.params.model_validate(values)
+    except ValidationError:
+        return True
+    return False

@@ -1,0 +1,114 @@
+"""What the documents show is true: blocks run, commands work, recipes load, generated parts are current."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import plait
+from plait.recipes.loading import load_recipe
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "examples" / "demo" / "adapters"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+BLOCK = re.compile(r"(?P<skip><!-- skip: [^>]+-->\n)?(?:<!-- \w+ -->\n)?```(?P<kind>\w+)\n(?P<body>.*?)```", re.DOTALL)
+
+
+def blocks(kind: str) -> list[tuple[str, str]]:
+    """Return (page, body) of every block of a kind that is not marked to be skipped with a reason."""
+    return [
+        (page.name, found["body"])
+        for page in PAGES
+        for found in BLOCK.finditer(page.read_text(encoding="utf-8"))
+        if found["kind"] == kind and not found["skip"]
+    ]
+
+
+def commands() -> list[str]:
+    """Return every `plait` command of the README that needs no Hub."""
+    lines = [line.partition("#")[0].strip() for _, body in blocks("bash") for line in body.splitlines()]
+    return [line for line in lines if line.startswith("plait ") and "org/" not in line]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with adapters ./a and ./b and a recipe, as the README assumes."""
+    shutil.copytree(DEMO / "sentiment", tmp_path / "a")
+    shutil.copytree(DEMO / "langid", tmp_path / "b")
+    (tmp_path / "recipe.yaml").write_text("adapters: [./a, ./b]\nmethod: linear\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_of_the_readme(command, workplace):
+    arguments = shlex.split(command)[1:]
+    done = subprocess.run([sys.executable, "-m", "plait", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_there_are_commands_and_blocks():
+    assert len(commands()) >= 8
+    assert len(blocks("yaml")) >= 1
+    assert len(blocks("python")) >= 1
+
+
+@pytest.mark.parametrize("recipe", [body for _, body in blocks("yaml")])
+def test_recipes_of_the_readme(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert plait.plan(load_recipe(recipe)).modules
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_recipes_of_the_examples(path):
+    assert plait.plan(path).modules
+
+
+def test_the_method_of_contributing_passes_the_contract(tmp_path):
+    """The block is run as written, in a process of its own, and held to the contract."""
+    (body,) = [body for page, body in blocks("python") if page == "CONTRIBUTING.md"]
+    code = body + "\nfrom plait.methods import METHODS\nfrom plait.testing import check_method\ncheck_method(METHODS['magmax'])\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_import_line_of_contributing_is_current():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (removed,) = re.findall(r"^-(from plait.methods import .*)$", text, re.MULTILINE)
+    assert removed in (ROOT / "src" / "plait" / "methods" / "__init__.py").read_text(encoding="utf-8")
+
+
+def test_generated_parts_are_current():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    text = generate.README.read_text(encoding="utf-8")
+    assert text == generate.generated(text), "run `make docs`"
+
+
+def test_links_lead_somewhere():
+    for page in [*PAGES, *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "demo" / "README.md"]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_changelog_has_this_version():
+    top = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert top is not None
+    assert top[1] == plait.__version__
+
+
+def test_design_names_tests_that_exist():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:tests|bench|src)/[\w/.]*)`", text):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,339 @@
+"""Every kind of bad input: exit code 2, a message that says where, what and what to do, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from plait.cli.main import main
+
+MODULES = {"layers.0.q_proj": (8, 6), "layers.1.q_proj": (8, 6)}
+
+
+def adapter(folder: Path, *, seed: int = 0, rank: int = 2, modules=None, **config) -> Path:
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for module, (d_out, d_in) in (modules or MODULES).items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    data = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "base_model_name_or_path": "org/base", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(data))
+    return folder
+
+
+def change(folder: Path, name: str, edit) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[name] = edit(tensors[name])
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter(tmp_path / "a", seed=1)
+    adapter(tmp_path / "b", seed=2)
+    return tmp_path
+
+
+def refused(capsys, *arguments: object) -> str:
+    """Run the command line; expect code 2, no traceback, no output folder; return what it said."""
+    before = sorted(Path().iterdir())
+    with pytest.raises(SystemExit) as leave:
+        main([*map(str, arguments)])
+    said = capsys.readouterr()
+    assert leave.value.code == 2, said.err
+    assert "Traceback" not in said.err
+    assert said.out == ""
+    assert sorted(Path().iterdir()) == before, "nothing is written"
+    return " ".join(said.err.split())
+
+
+def merge(capsys, *arguments: object) -> str:
+    return refused(capsys, "merge", *arguments, "-o", "out")
+
+
+def test_wrong_shapes(place, capsys):
+    adapter(place / "c", modules={"layers.0.q_proj": (8, 7), "layers.1.q_proj": (8, 6)})
+    said = merge(capsys, "a", "c")
+    assert "layers.0.q_proj" in said
+    assert "8" in said
+    assert "7" in said
+
+
+def test_factors_that_do_not_fit_each_other(place, capsys):
+    change(place / "b", "base_model.model.layers.0.q_proj.lora_A.weight", lambda t: torch.randn(3, 6))
+    said = merge(capsys, "a", "b")
+    assert "'layers.0.q_proj': A is [3, 6] and B is [8, 2]; the rank must be A's first and B's second dimension" in said
+
+
+def test_other_base(place, capsys):
+    adapter(place / "c", base_model_name_or_path="org/other")
+    said = merge(capsys, "a", "c")
+    assert "org/base" in said
+    assert "org/other" in said
+    assert "--base-id" in said
+
+
+def test_other_base_is_overridden_by_a_given_one(place):
+    adapter(place / "c", base_model_name_or_path="org/other")
+    with pytest.raises(SystemExit) as leave:
+        main(["merge", "a", "c", "--base-id", "org/base", "-o", "out"])
+    assert leave.value.code == 0
+    assert json.loads((place / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+
+
+def test_missing_module_in_strict_mode(place, capsys):
+    adapter(place / "c", modules={"layers.0.q_proj": (8, 6)})
+    said = merge(capsys, "a", "c", "--merge-mode", "strict")
+    assert "merge_mode is 'strict' and 1 target modules are not in every adapter: layers.1.q_proj (not in c)" in said
+    assert "'union'" in said
+
+
+def test_common_mode_without_common_modules(place, capsys):
+    adapter(place / "c", modules={"head": (8, 6)})
+    assert "the adapters share none" in merge(capsys, "a", "c", "--merge-mode", "common")
+
+
+@pytest.mark.parametrize("weights", ["1", "1,2,3"])
+def test_weight_count(capsys, weights):
+    said = merge(capsys, "a", "b", "--weights", weights)
+    assert f"{weights.count(',') + 1} numbers for 2 adapters" in said
+
+
+@pytest.mark.parametrize("density", ["0", "1.1", "-0.2", "nan"])
+def test_density(capsys, density):
+    said = merge(capsys, "a", "b", "--method", "ties", "--density", density)
+    assert "method.density" in said
+    assert "> 0 and <= 1" in said
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_tensor(place, capsys, value):
+    name = "base_model.model.layers.1.q_proj.lora_B.weight"
+    change(place / "b", name, lambda t: t.index_fill(0, torch.tensor([2]), value))
+    said = merge(capsys, "a", "b")
+    assert f"adapter 'b': tensor '{name}'" in said
+    assert "2 NaN or infinite values" in said
+
+
+@pytest.mark.parametrize("length", [0, 5, 60, 400])
+def test_truncated_safetensors(place, capsys, length):
+    file = place / "b" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    said = merge(capsys, "a", "b")
+    assert "b/adapter_model.safetensors" in said
+    assert "truncated" in said or "cut off" in said
+
+
+def test_header_that_is_no_json(place, capsys):
+    file = place / "b" / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[9:20] = b"\xff" * 11
+    file.write_bytes(data)
+    assert "the safetensors header is not valid" in merge(capsys, "a", "b")
+
+
+def test_missing_config(place, capsys):
+    (place / "b" / "adapter_config.json").unlink()
+    said = merge(capsys, "a", "b")
+    assert "b/adapter_config.json: no such file" in said
+    assert "holds adapter_model.safetensors" in said
+
+
+def test_missing_config_with_checkpoints_below(place, capsys):
+    adapter(place / "run" / "checkpoint-10")
+    said = merge(capsys, "a", "run")
+    assert "run/adapter_config.json: no such file" in said
+    assert "checkpoint-10" in said
+
+
+def test_missing_tensors(place, capsys):
+    (place / "b" / "adapter_model.safetensors").unlink()
+    assert "b/adapter_model.safetensors: no such file" in merge(capsys, "a", "b")
+
+
+def test_config_that_is_no_json(place, capsys):
+    (place / "b" / "adapter_config.json").write_text("{")
+    assert "not valid JSON" in merge(capsys, "a", "b")
+
+
+def test_pickle_with_code(place, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(place / "bombed"),))
+
+    file = place / "b" / "adapter_model.safetensors"
+    torch.save({"base_model.model.x.lora_A.weight": Bomb()}, place / "b" / "adapter_model.bin")
+    file.unlink()
+    said = merge(capsys, "a", "b")
+    assert "holds more than tensors" in said
+    assert "safetensors" in said
+    assert not (place / "bombed").exists()
+
+
+def test_pickle_that_is_none(place, capsys):
+    (place / "b" / "adapter_model.safetensors").unlink()
+    (place / "b" / "adapter_model.bin").write_bytes(pickle.dumps([1, 2])[:-1])
+    assert "adapter_model.bin" in merge(capsys, "a", "b")
+
+
+def test_a_pickle_of_tensors_is_fine(place):
+    torch.save(load_file(place / "b" / "adapter_model.safetensors"), place / "b" / "adapter_model.bin")
+    (place / "b" / "adapter_model.safetensors").unlink()
+    with pytest.raises(SystemExit) as leave:
+        main(["merge", "a", "b", "-o", "out"])
+    assert leave.value.code == 0
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
+def test_unconverted_initialisations(place, capsys, init):
+    adapter(place / "c", init_lora_weights=init)
+    said = merge(capsys, "a", "c")
+    assert f"init_lora_weights is '{init}'" in said
+    assert "path_initial_model_for_weight_conversion" in said
+
+
+@pytest.mark.parametrize("kind", ["ADALORA", "IA3", "LOHA"])
+def test_other_kinds_of_adapter(place, capsys, kind):
+    adapter(place / "c", peft_type=kind)
+    said = merge(capsys, "a", "c")
+    assert kind in said
+    assert "convert_to_lora" in said
+
+
+def test_dora_without_the_base(place, capsys):
+    folder = adapter(place / "c", use_dora=True)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors["base_model.model.layers.0.q_proj.lora_magnitude_vector"] = torch.ones(8)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    said = merge(capsys, "a", "c")
+    assert "'c': DoRA rescales the rows of the base model's weights" in said
+    assert "--base-id" in said
+
+
+def test_unknown_method(capsys):
+    said = merge(capsys, "a", "b", "--method", "tise")
+    assert "'tise'" in said
+    assert "Did you mean 'ties'?" in said
+
+
+def test_unknown_key_in_a_recipe(place, capsys):
+    (place / "r.yaml").write_text("adapters: [./a, ./b]\nmethod:\n  name: ties\n  densty: 0.3\n")
+    said = merge(capsys, "r.yaml")
+    assert "r.yaml:4" in said
+    assert "densty" in said
+    assert "Did you mean 'density'?" in said
+
+
+def test_all_problems_of_a_recipe_at_once(place, capsys):
+    (place / "r.yaml").write_text("adapters: [./a, ./b]\nmethod: {name: ties, density: 2}\noutput: {rank: 0}\nsede: 1\n")
+    said = merge(capsys, "r.yaml")
+    for part in ("method.density", "output.rank", "sede", "'seed'"):
+        assert part in said
+
+
+def test_all_broken_adapters_at_once(place, capsys):
+    (place / "a" / "adapter_config.json").unlink()
+    said = merge(capsys, "a", "b", "./nowhere")
+    assert "2 problems" in said
+    assert "a/adapter_config.json" in said
+    assert "nowhere" in said
+
+
+def test_parameter_of_another_method(capsys):
+    said = merge(capsys, "a", "b", "--method", "linear", "--density", "0.3")
+    assert "method.density: 'density' is not known here" in said
+
+
+def test_space_that_a_method_has_not(capsys):
+    said = merge(capsys, "a", "b", "--method", "ties_svd", "--space", "core")
+    assert "space" in said
+    assert "'delta'" in said
+
+
+def test_factors_space_needs_equal_ranks(place, capsys):
+    adapter(place / "c", rank=3)
+    said = merge(capsys, "a", "c", "--space", "factors")
+    assert "ranks differ (a 2, c 3)" in said
+    assert "'delta'" in said
+
+
+def test_existing_output(place, capsys):
+    (place / "out").mkdir()
+    (place / "out" / "mine.txt").write_text("precious")
+    assert "out exists already" in merge(capsys, "a", "b")
+    assert "holds files that are no adapter" in merge(capsys, "a", "b", "--force")
+    assert (place / "out" / "mine.txt").read_text() == "precious"
+
+
+def test_force_replaces_an_adapter(place):
+    shutil.copytree(place / "a", place / "out")
+    with pytest.raises(SystemExit) as leave:
+        main(["merge", "a", "b", "-o", "out", "--force"])
+    assert leave.value.code == 0
+    assert json.loads((place / "out" / "summary.json").read_text())["rank"] == 4
+
+
+def test_output_that_is_an_input(place, capsys):
+    said = refused(capsys, "merge", "a", "b", "-o", "a", "--force")
+    assert "is an input of this merge" in said
+
+
+def test_output_that_is_a_file(place, capsys):
+    (place / "out").write_text("x")
+    assert "out exists and is not a folder" in merge(capsys, "a", "b")
+
+
+@pytest.mark.parametrize("subfolder", ["../x", "sub/../../x", "/etc"])
+def test_subfolder_that_climbs_out(capsys, subfolder):
+    said = merge(capsys, "a", f"org/repo@main/{subfolder}")
+    assert "org/repo@main" in said
+
+
+def test_two_adapters_of_one_name(place, capsys):
+    said = merge(capsys, "x=a", "x=b")
+    assert "adapters.1.name: adapters.0 is called 'x' too" in said
+
+
+def test_policy_for_a_layer_that_is_not_there(capsys):
+    said = merge(capsys, "a", "b", "--set", "weights={policy: per_layer, layers: {7: 0.5}}")
+    assert "weights.layers: '7' is no layer of these adapters" in said
+
+
+def test_policy_for_a_layer_in_two_towers(place, capsys):
+    modules = {"audio.layers.0.q": (4, 4), "text.layers.0.q": (4, 4)}
+    adapter(place / "c", modules=modules)
+    adapter(place / "d", modules=modules)
+    said = merge(capsys, "c", "d", "--set", "weights={policy: per_layer, layers: {0: 0.5}}")
+    assert "'0' stands in 2 towers; say which: audio.layers.0, text.layers.0" in said
+
+
+def test_weights_that_overflow(capsys):
+    assert "overflow" in merge(capsys, "a", "b", "--weights", "3e38", "3e38")
+
+
+def test_json_keeps_stdout_clean(capsys):
+    said = refused(capsys, "merge", "a", "b", "--method", "nope", "--json")
+    assert "nope" in said
+
+
+def test_no_arguments_show_the_usage(capsys):
+    with pytest.raises(SystemExit) as leave:
+        main(["merge"])
+    assert leave.value.code == 2
+    assert "Usage" in capsys.readouterr().err
+
+
+def test_compress_needs_one_of_rank_and_energy(capsys):
+    assert "either --rank or --energy" in refused(capsys, "compress", "a", "-o", "out")
+    assert "energy" in refused(capsys, "compress", "a", "-o", "out", "--energy", "1.5")
