@@ -68,7 +68,8 @@ def test_a_file_gives_its_folder_and_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     assert read_recipe("runs/recipe.yaml") == Loaded(load_recipe(PAIR), folder)
-    assert read_recipe(Path("runs/recipe.yaml")).folder == folder
+    recipe, found = read_recipe(Path("runs/recipe.yaml"))
+    assert (recipe, found) == (load_recipe(PAIR), folder)
     (folder / "recipe.yaml").write_text(PAIR + "sed: 1\n")
     assert problems("runs/recipe.yaml")[0].startswith("runs/recipe.yaml:4: sed: ")
 
@@ -599,6 +600,13 @@ def test_a_written_recipe_reads_back_equal(change):
 
     assert load_recipe(to_yaml(recipe)) == recipe
     assert to_yaml(load_recipe(to_yaml(recipe))) == to_yaml(recipe)
+
+
+@pytest.mark.parametrize("name", ["1e3", "1E-3", "1.", "7", "010", "0x1", "no", "true", "null", "2024-01-01", "1_0", "a=b"])
+def test_names_that_look_like_something_else_stay_text(name):
+    recipe = build_recipe({"adapters": [{"name": name.replace("=", ""), "path": f"./{name}"}], "base_model": name})
+
+    assert load_recipe(to_yaml(recipe)) == recipe
 
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,6}", fullmatch=True)

@@ -55,13 +55,13 @@ class TensorWriter:
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
         self._expected = self._left = offset
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._file = path.open("xb", buffering=0)
         try:
             self._put(struct.pack("<Q", len(text)) + text, 0)
             if offset and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._file, 0, self._start + offset)  # a full disk is found now, not at the end
+                os.posix_fallocate(self._file.fileno(), 0, self._start + offset)  # a full disk is found now, not at the end
         except BaseException:
-            os.close(self._file)
+            self._file.close()
             raise
 
     def write(self, name: str, tensor: Tensor, *, row: int = 0) -> None:
@@ -76,10 +76,10 @@ class TensorWriter:
         self._left -= len(payload)
 
     def _put(self, data: bytes | memoryview, position: int) -> None:
+        self._file.seek(position)
         view = memoryview(data)
         while view:
-            written = os.pwrite(self._file, view, position)
-            view, position = view[written:], position + written
+            view = view[self._file.write(view) :]
 
     def __enter__(self) -> TensorWriter:
         return self
@@ -89,9 +89,9 @@ class TensorWriter:
             if kind is None:
                 if self._left:
                     raise AssertionError(f"{self._left} of {self._expected} bytes were never written")
-                os.fsync(self._file)
+                os.fsync(self._file.fileno())
         finally:
-            os.close(self._file)
+            self._file.close()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

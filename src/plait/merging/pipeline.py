@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -203,9 +204,8 @@ def _check_not_an_input(inventory: Inventory, out: Path) -> None:
 def _check_space(plan: MergePlan, out: Path) -> None:
     if plan.output_bytes is None:
         return
-    parent = next(p for p in (Path(os.path.abspath(out)).parent, *Path(os.path.abspath(out)).parents) if p.exists())  # noqa: PTH100
-    stats = os.statvfs(parent)
-    free = stats.f_bavail * stats.f_frsize
+    parent = next(p for p in out.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
     if free < plan.output_bytes:
         raise OutputError(
             f"{out}: the result needs {plan.output_bytes / 1e6:.0f} MB, {parent} has {free / 1e6:.0f} MB free. "

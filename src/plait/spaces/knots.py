@@ -30,22 +30,19 @@ class Knots(Space):
         """Return Σ Vₜᵀ as one stack of (k, d_in), k at most Σ rₜ."""
         deltas = [f.scaled(s) for f, s in zip(factors, scalings, strict=True)]
         q_b, r_b = torch.linalg.qr(torch.cat([d.b for d in deltas], dim=1))  # (m, k_b), (k_b, R)
-        rows = [torch.linalg.qr(d.a.mT) for d in deltas]  # Aₜ = Rₜᵀ Qₜᵀ
-        middle = r_b.double() @ torch.block_diag(*(r.R.double().mT for r in rows))  # type: ignore[no-untyped-call]
-        u, s, vh = torch.linalg.svd(middle, full_matrices=False)
+        rows = [torch.linalg.qr(d.a.mT, mode="r").R for d in deltas]  # Aₜ = Rₜᵀ Qₜᵀ
+        middle = r_b.double() @ torch.block_diag(*(r.double().mT for r in rows))  # type: ignore[no-untyped-call]
+        u, s, _ = torch.linalg.svd(middle, full_matrices=False)
         kept = max(1, int((s > _TOLERANCE * s[0]).sum())) if len(s) else 0
-        dtype = q_b.dtype
-        basis = q_b @ u[:, :kept].to(dtype)
-        sign = orient(basis)
-        basis = basis * sign
-        loads = (s[:kept, None] * vh[:kept]).to(dtype) * sign[:, None]  # (k, Σ min(rₜ, n))
-        parts = loads.split([r.Q.shape[1] for r in rows], dim=1)
-        coordinates = torch.stack([part @ r.Q.mT for part, r in zip(parts, rows, strict=True)])  # (T, k, n)
+        basis = q_b @ u[:, :kept].to(q_b.dtype)
+        basis = basis * orient(basis)
+        # Σ Vₜᵀ = Uᵀ ΔWₜ: taken from the factors, a zero delta is exactly zero here and has no vote
+        coordinates = torch.stack([(basis.mT @ d.b) @ d.a for d in deltas])  # (T, k, n)
 
         def lift(merged: Sequence[RowBlocks]) -> Merged:
             return LowRank(merged[0].dense(), basis)
 
-        return Frame((Array("knots", (kept, deltas[0].shape[1]), held(coordinates), unchanged),), lift, dtype)
+        return Frame((Array("knots", (kept, deltas[0].shape[1]), held(coordinates), unchanged),), lift, basis.dtype)
 
     def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """Return min(Σ rₜ, d_out, d_in)."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from plait.methods import METHODS, Method
 from plait.testing.properties import PROPERTIES, Broken, Property
@@ -53,12 +56,23 @@ def check_property(subject: Subject, space: str, name: str) -> None:
     if not row.applies(subject, space):
         return
     try:
-        with installed(subject.method):
+        with installed(subject.method), _one_thread():
             row.check(subject, space)
     except Broken as broken:
         raise AssertionError(
             f"method {subject.method.name!r} in space {space!r} breaks {name!r} ({row.about.rstrip('.')}): {broken}"
         ) from broken.__cause__
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Give torch one thread, as a merge's workers have: on tiny tensors more of them only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_method(

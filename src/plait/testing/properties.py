@@ -77,27 +77,25 @@ def shapes(subject: Subject, space: str) -> None:
 
 def zero(subject: Subject, space: str) -> None:
     """Zero deltas merge to zero."""
-    for shape in _SHAPES:
-        adapters = _ordinary(subject, space, [shape, (4, 3)])
-        with _case(f"all adapters zero, shape {shape}"):
-            for module, merged in subject.merge(adapters.zeroed(*adapters.factors), space).items():
-                _require(bool((merged == 0).all()), f"{module} has {int((merged != 0).sum())} entries that are not zero")
+    adapters = _ordinary(subject, space, _SHAPES)
+    with _case("all adapters zero"):
+        for module, merged in subject.merge(adapters.zeroed(*adapters.factors), space).items():
+            _require(bool((merged == 0).all()), f"{module} has {int((merged != 0).sum())} entries that are not zero")
 
 
 def nonzero(subject: Subject, space: str) -> None:
     """Deltas that are not zero do not vanish."""
     adapters = _ordinary(subject, space, [(24, 20), (20, 24)])
-    with _case("shape (24, 20), own parameters"):
+    with _case("own parameters"):
         _not_all_zero(subject.merge(adapters, space))
-    constant = adapters.map(lambda adapter, module, f: LowRank(torch.ones_like(f.a), torch.ones_like(f.b)))
-    with _case("all entries equal, own parameters"):
-        _not_all_zero(subject.merge(replace(constant, weights=dict.fromkeys(constant.weights, 1.0)), space))
-    if subject.identity is None:
-        return
-    for shape in _SHAPES:
-        adapters = _ordinary(subject, space, [shape])
-        with _case(f"shape {shape}, nothing dropped"):
-            _not_all_zero(subject.merge(adapters, space, subject.identity))
+    if not subject.method.randomised:
+        ones = adapters.map(lambda adapter, module, f: LowRank(torch.ones_like(f.a), torch.ones_like(f.b)))
+        with _case("all entries of a delta equal"):
+            _not_all_zero(subject.merge(replace(ones, weights=dict.fromkeys(ones.weights, 1.0)), space))
+    if subject.identity is not None:
+        for shape in _SHAPES:
+            with _case(f"shape {shape}, nothing dropped"):
+                _not_all_zero(subject.merge(_ordinary(subject, space, [shape]), space, subject.identity))
 
 
 def inputs(subject: Subject, space: str) -> None:
@@ -138,7 +136,7 @@ def row_blocks(subject: Subject, space: str) -> None:
     """The result does not depend on how a matrix is cut into blocks of rows."""
     adapters = _ordinary(subject, space)
     whole = subject.merge(adapters, space)
-    for rows in (1, 3, 5):
+    for rows in (1, 5):
         with _case(f"blocks of {rows} rows"), _cut(rows * max(n for _, n in _ORDINARY)):
             parts = subject.merge(adapters, space)
             _close(parts, whole)
@@ -188,7 +186,7 @@ def scale(subject: Subject, space: str) -> None:
     """merge(c · ΔW) = c · merge(ΔW): there is no absolute threshold."""
     adapters = _ordinary(subject, space)
     plain = subject.merge(adapters, space)
-    for factor in (2.0**-30, 3e-7, 3e7):
+    for factor in (3e-7, 3e7):
         with _case(f"c = {factor:g}"):
             _close(subject.merge(adapters.scaled(factor), space), {m: factor * x for m, x in plain.items()})
 
@@ -211,7 +209,8 @@ def missing(subject: Subject, space: str) -> None:
     """A module that an adapter lacks counts as a zero delta."""
     adapters = _ordinary(subject, space)
     module = next(iter(adapters.shapes))
-    for name in adapters.factors:
+    names = list(adapters.factors)
+    for name in dict.fromkeys((names[0], names[-1])):
         with _case(f"{name} lacks {module}"):
             zeros = adapters.map(lambda n, m, f, name=name: LowRank(f.a * 0, f.b * 0) if (n, m) == (name, module) else f)  # type: ignore[misc]
             _close(subject.merge(adapters.without(name, module), space), subject.merge(zeros, space))
@@ -319,9 +318,9 @@ def _ordinary(
 
 def _degenerate(subject: Subject, space: str) -> Iterator[tuple[str, Cohort]]:
     count = subject.adapters
+    yield "all small shapes at once, float32", _ordinary(subject, space, _SHAPES, dtype=torch.float32)
     for shape in _SHAPES:
-        for dtype in (torch.float32, torch.float64):
-            yield f"shape {shape}, {str(dtype).removeprefix('torch.')}", _ordinary(subject, space, [shape, (4, 3)], dtype=dtype)
+        yield f"shape {shape}, float64", _ordinary(subject, space, [shape])
         if subject.method.min_adapters == 1 and not subject.by_position:
             yield f"shape {shape}, one adapter", cohort([shape], [2])
     yield "rank above both dimensions", cohort([(3, 2), (2, 3)], [5] * count)
@@ -391,9 +390,10 @@ def _cut(elements: int) -> Iterator[None]:
 
 
 def _generators() -> dict[str, Any]:
+    numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 (it is the global generator that is looked at)
     return {
         "torch": torch.get_rng_state().tolist(),
-        "numpy": str(np.random.get_state(legacy=False)),  # noqa: NPY002 (it is the global generator that is looked at)
+        "numpy": (numpy["state"]["key"].tolist(), numpy["state"]["pos"]),
         "Python": random.getstate(),
     }
 
@@ -425,8 +425,7 @@ def _sound(merged: Mapping[str, Tensor], adapters: Cohort) -> None:
 
 
 def _not_all_zero(merged: Mapping[str, Tensor]) -> None:
-    for module, x in merged.items():
-        _require(bool((x != 0).any()), f"{module} is zero everywhere")
+    _require(any(bool((x != 0).any()) for x in merged.values()), "the result is zero everywhere")
 
 
 def _identical(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
