@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from plait.adapters import Adapter
 from plait.cli.inspect import _bars, _ruler
@@ -123,6 +124,15 @@ def test_everything_unusual_is_shown(run, tmp_path):
         assert word in words, word
 
 
+def test_an_untrained_adapter(run, cohort):
+    tensors = {k: 0 * v for k, v in load_file(cohort[0] / "adapter_model.safetensors").items()}
+    fresh = write(cohort[0].parent / "fresh", tensors)
+    assert "12 of 12 modules have a zero delta" in " ".join(run(fresh)[1].split())
+    code, out, _ = run(fresh, cohort[1])
+    assert code == 0
+    assert "nothing here" in out
+
+
 def test_names_are_no_markup(run, tmp_path):
     folder = open_linear(tmp_path / "x", SHAPES, base_model_name_or_path="org/[red]Base[/red]").folder
     assert "org/[red]Base[/red]" in run(folder)[1]
@@ -160,6 +170,7 @@ def test_without_unicode(cohort):
     assert done.returncode == 0, done.stderr.decode()
     text = done.stdout.decode("ascii")
     assert "+ They can be merged" in text
+    assert "* They do different things" in text
     assert "?" not in text
 
 

@@ -907,7 +907,6 @@ X, Y = model("/x", weight=1), model("/y", weight=1)
                 "lambda does nothing in mergekit's 'linear' and is left out.",
             ],
         ),
-        (gta("ties", X, model("/y", weight=-1)), ["a negative weight: mergekit compares signs after weighting, plait before."]),
         (
             gta("task_arithmetic", X, model("/y", weight=[{"filter": "mlp.", "value": 1}, {"value": 2}])),
             ["the filter 'mlp.' is read as the pattern '*mlp.*' over module paths."],

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _BARS = "▁▂▃▄▅▆▇█"
 # What a terminal without Unicode shows instead.
 _PLAIN = str.maketrans(
-    {**dict(zip(_BARS, "_.-:=+*#", strict=True)), "✓": "+", "✗": "x", "·": "-", "‖": "|", "Δ": "d", "×": "x", "√": "sqrt "}
+    {**dict(zip(_BARS, "_.-:=+*#", strict=True)), "✓": "+", "✗": "x", "·": "*", "‖": "|", "Δ": "d", "×": "x", "√": "sqrt "}
     | {"–": "-", "…": "...", "→": "->"}
 )
 _LABEL = 22  # widest name shown in full
@@ -328,13 +328,13 @@ def _strip(tower: str, layers: Sequence[LayerComparison], names: Sequence[str], 
     table.add_column(f"layers of {tower}", no_wrap=True)
     table.add_column("", no_wrap=True)
     norms = [[layer.norms[t] for layer in layers] for t in range(len(names))]
-    low, high = min(min(row) for row in norms if any(row)), max(max(row) for row in norms)
+    low, high = min((min(row) for row in norms if any(row)), default=0.0), max(max(row) for row in norms)
     for number, (name, row) in enumerate(zip(names, norms, strict=True), 1):
         if any(row):
             bars = Text(_bars(row, low, high, room), "cyan")
             table.add_row(_name(number, name), bars, Text(f"‖ΔW‖ {_range([_short(min(row)), _short(max(row))])}", "dim"))
         else:
-            table.add_row(_name(number, name), Text("no module here", "dim"))
+            table.add_row(_name(number, name), Text("nothing here", "dim"))
     conflicts = [_mean(_below_diagonal(layer.conflict)) for layer in layers]
     known = [100 * c for c in conflicts if c is not None]
     if known:

@@ -68,7 +68,7 @@ def merge(
 
     Example: plait merge math=./a code=org/repo@main/checkpoint-100 --method ties --density 0.3 -o merged
     """
-    from plait.cli.console import ProgressBars, err, print_json
+    from plait.cli.console import ProgressBars, err, print_json, warnings_as_notes
     from plait.merging.pipeline import plan_recipe, run_recipe
     from plait.recipes.request import read_request
 
@@ -77,12 +77,13 @@ def merge(
         "flavor": flavor, "rank": rank, "dtype": dtype, "kind": kind, "merge_mode": merge_mode, "base_model": base_id,
         "seed": seed,
     }  # fmt: skip
-    recipe, folder = read_request(
-        _recipe_file(inputs),
-        _adapters(inputs),
-        {k: v for k, v in settings.items() if v is not None},
-        set_ or [],
-    )
+    with warnings_as_notes():
+        recipe, folder = read_request(
+            _recipe_file(inputs),
+            _adapters(inputs),
+            {k: v for k, v in settings.items() if v is not None},
+            set_ or [],
+        )
     if dry_run:
         plan = plan_recipe(recipe, folder=folder, workers=workers)
         print_json(plan.model_dump(mode="json")) if json else _show_plan(plan)

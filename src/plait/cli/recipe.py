@@ -27,11 +27,12 @@ def check(
     json: Annotated[bool, typer.Option("--json", help="Print the whole recipe, every default spelt out.")] = False,
 ) -> None:
     """Check a recipe; every problem is listed at once, with its line."""
-    from plait.cli.console import out, print_json
+    from plait.cli.console import out, print_json, warnings_as_notes
     from plait.merging.record import recipe_json
     from plait.recipes.loading import load_recipe
 
-    recipe = load_recipe(file)
+    with warnings_as_notes():
+        recipe = load_recipe(file)
     if json:
         print_json(recipe_json(recipe))
     else:

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, combinations, pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,10 +27,8 @@ from plait.errors import PlanError
 from plait.linalg.blocks import block_ranges
 from plait.linalg.factored import rank_for_energy
 from plait.merging.compatibility import Compatibility, Serving, check_compatibility, serving, short_name
+from plait.merging.progress import Progress, Silent
 from plait.records import Record
-
-if TYPE_CHECKING:
-    from plait.merging.progress import Progress
 
 Matrix = tuple[tuple[float | None, ...], ...]  # (T, T); None where a value is not defined
 COLLAPSED = 0.9  # overlap of the A row spaces above which adapters count as one initialisation
@@ -279,16 +277,16 @@ def inspect_adapters(
     paths = sorted({path for a in adapters for path in a.targets}, key=_model_order)
     spectra = [_Spectra() for _ in adapters]
     pairs = _Pairs(len(adapters))
-    if progress:
-        progress.start("compare" if len(adapters) > 1 else "measure", len(paths))
-    for measured in _measure_all(adapters, paths, workers or os.cpu_count() or 1):
-        for t, powers in measured.powers.items():
-            spectra[t].add(measured.path, powers)
-        pairs.add(measured)
-        if progress:
-            progress.advance()
-    if progress:
-        progress.finish()
+    listener = progress or Silent()
+    listener.start("compare" if len(adapters) > 1 else "measure", len(paths))
+    try:
+        for measured in _measure_all(adapters, paths, workers or os.cpu_count() or 1):
+            for t, powers in measured.powers.items():
+                spectra[t].add(measured.path, powers)
+            pairs.add(measured)
+            listener.advance()
+    finally:
+        listener.finish()
     return Inspection(
         adapters=tuple(_report(a, s) for a, s in zip(adapters, spectra, strict=True)),
         comparison=_compare([a.name for a in adapters], pairs) if len(adapters) > 1 else None,

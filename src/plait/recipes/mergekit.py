@@ -295,8 +295,6 @@ class _Conversion:
         """Return the adapters' weights where one filter holds, divided by their sum where mergekit divides."""
         total = sum(weights)
         averages = self._name == "linear"
-        if method.elects and min(weights) < 0:
-            self.notes.append("a negative weight: mergekit compares signs after weighting, plait before.")
         if not method.elects and self._flag("normalize", default=method.normalize):
             if abs(total) >= 1e-8:
                 weights = [w / total for w in weights]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import RecipeError
+from plait.hub.references import parse_reference
 from plait.recipes.loading import build_recipe, read_recipe
 from plait.recipes.overrides import apply_overrides, parse_override
 from plait.recipes.schema import Recipe
@@ -37,6 +38,8 @@ def read_request(
     """
     overrides = [*_overrides(settings), *(parse_override(text) for text in sets)]
     entries = _entries(adapters)
+    if file is not None:
+        entries = [{**entry, "path": _from_here(entry["path"])} for entry in entries]
     weights = _weights(settings.get("weights"))
     if file is None:
         data = apply_overrides({"adapters": _weighed(entries, weights), "method": "linear"}, overrides)
@@ -52,6 +55,15 @@ def _entries(adapters: Adapters) -> list[dict[str, Any]]:
     if isinstance(adapters, Mapping):
         return [{"name": name, "path": str(path)} for name, path in adapters.items()]
     return [{"path": str(path)} for path in adapters]
+
+
+def _from_here(text: str) -> str:
+    """Make a local path absolute: beside a recipe, relative paths would start at the recipe's folder."""
+    reference = parse_reference(text)
+    if reference.path is None:
+        return text
+    name = f"{reference.name}=" if reference.name else ""
+    return name + str(Path(reference.path).expanduser().absolute())
 
 
 def _overrides(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -1,0 +1,47 @@
+"""Every method × every space × every property of the contract."""
+
+from __future__ import annotations
+
+import pytest
+
+from plait.methods import METHODS
+from plait.testing import CONTRACT, check_property
+from tests.contract.subjects import PROMISES, SUBJECTS
+
+CASES = [
+    pytest.param(label, space, name, id=f"{label}-{space}-{name}")
+    for label, subject in SUBJECTS.items()
+    for space in subject.method.spaces
+    for name, row in CONTRACT.items()
+    if row.applies(subject, space)
+]
+# Rows that no method can be excused from.
+ALWAYS = set("shapes zero nonzero inputs global_state seed row_blocks workers order_of_work scale missing rank".split())
+
+
+@pytest.mark.parametrize(("label", "space", "name"), CASES)
+def test_contract(label: str, space: str, name: str) -> None:
+    check_property(SUBJECTS[label], space, name)
+
+
+def test_every_registered_method_is_under_contract() -> None:
+    assert set(PROMISES) == set(METHODS)
+
+
+def test_no_row_is_lost() -> None:
+    """Parametrisation shrinks in silence: the rows are counted from the outside."""
+    covered = {(label, space): set() for label, subject in SUBJECTS.items() for space in subject.method.spaces}
+    for case in CASES:
+        label, space, name = case.values
+        covered[label, space].add(name)
+    for (label, space), names in covered.items():
+        assert names >= ALWAYS, f"{label} in {space} lacks {ALWAYS - names}"
+        assert ("gauge" in names) == (space != "factors")
+    assert {name for _, names in covered.items() for name in names} == set(CONTRACT)
+    excused = {label for (label, _), names in covered.items() if "order_of_adapters" not in names}
+    assert excused == {"weighted", "weighted_delta", "weighted_delta_n-layers"}
+    assert {label for (label, _), names in covered.items() if "sign" not in names} == {"ties-heads-plus"}
+    alone = {label for (label, _), names in covered.items() if "lone_adapter" in names}
+    assert alone == {label for label, s in SUBJECTS.items() if s.method.min_adapters == 1}
+    assert all("copies" in names for (_, space), names in covered.items() if space != "factors")
+    assert len(CONTRACT) == 19

@@ -1,0 +1,162 @@
+"""The command line as people and scripts meet it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from plait import __version__
+from plait.cli.main import _join_weights, main
+from plait.methods import METHODS
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo" / "adapters"
+PAIR = [f"sentiment={DEMO / 'sentiment'}", f"langid={DEMO / 'langid'}"]
+
+
+def run(capsys, *arguments: object, code: int = 0) -> tuple[str, str]:
+    with pytest.raises(SystemExit) as leave:
+        main([*map(str, arguments)])
+    said = capsys.readouterr()
+    assert (leave.value.code or 0) == code, said.err
+    return said.out, said.err
+
+
+def test_version(capsys):
+    assert run(capsys, "--version")[0] == f"plait {__version__}\n"
+
+
+@pytest.mark.parametrize("command", [[], ["merge"], ["inspect"], ["compress"], ["methods"], ["recipe"], ["recipe", "migrate"]])
+def test_help(capsys, command):
+    out, _ = run(capsys, *command, "--help")
+    assert "Usage" in out
+
+
+def test_dry_run_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out, _ = run(capsys, "merge", *PAIR, "--method", "ties", "--dry-run", "-o", "out")
+    assert "mlp.down_proj" in out
+    assert "truncated to 16 of 576" in out
+    assert "--max-lora-rank 16" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_for_machines(capsys):
+    out, _ = run(capsys, "merge", *PAIR, "--weights", "0.7", "-0.3", "--dry-run", "--json")
+    plan = json.loads(out)
+    assert plan["result"] == "exact"
+    assert plan["rank"] == 16
+    assert len(plan["modules"]) == 210
+    assert plan["modules"][0]["weights"] == {"sentiment": 0.7, "langid": -0.3}
+    assert plan["output_bytes"] == 19537920
+    assert plan["peak_bytes"] > 0
+
+
+def test_the_plan_tells_the_size_to_the_byte(capsys, tmp_path):
+    out, _ = run(capsys, "merge", *PAIR, "--rank", "4", "--dtype", "bfloat16", "--dry-run", "--json")
+    run(capsys, "merge", *PAIR, "--rank", "4", "--dtype", "bfloat16", "-o", tmp_path / "out")
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    header = int.from_bytes(file.read_bytes()[:8], "little")
+    assert json.loads(out)["output_bytes"] == file.stat().st_size - 8 - header
+
+
+def test_what_is_missing_where(capsys, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "part"
+    folder.mkdir()
+    tensors = load_file(DEMO / "langid" / "adapter_model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "q_proj" in k}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text((DEMO / "langid" / "adapter_config.json").read_text())
+    out, _ = run(capsys, "merge", PAIR[0], f"part={folder}", "--dry-run")
+    assert "not in part: 180 modules" in " ".join(out.split())
+    out, _ = run(capsys, "merge", PAIR[0], f"part={folder}", "--dry-run", "--merge-mode", "common")
+    assert "left out (merge_mode common): 180 modules" in " ".join(out.split())
+
+
+def test_merge_for_people_and_for_machines(capsys, tmp_path):
+    out, err = run(capsys, "merge", *PAIR, "-o", tmp_path / "a")
+    assert "exact: the factors hold the whole merge" in out
+    assert "merge: 210 steps" in err, "no bar where there is no terminal"
+    out, _ = run(capsys, "merge", *PAIR, "--method", "svd", "-o", tmp_path / "b", "--json")
+    record = json.loads(out)
+    assert record["folder"] == str(tmp_path / "b")
+    assert record["result"] == "truncated"
+    assert 0.9 < record["lowest_kept"] <= record["kept"] < 1
+    assert json.loads((tmp_path / "b" / "summary.json").read_text())["energy_kept"] == record["kept"]
+
+
+def test_list_of_methods(capsys):
+    out, _ = run(capsys, "methods")
+    assert all(name in out for name in METHODS)
+    out, _ = run(capsys, "methods", "--json")
+    assert [m["name"] for m in json.loads(out)["methods"]] == list(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_method(capsys, name):
+    out, _ = run(capsys, "methods", name)
+    assert name in out
+    out, _ = run(capsys, "methods", name, "--json")
+    described = json.loads(out)
+    assert described["summary"]
+    assert described["equation"]
+    assert all(p["description"] and p["allowed"] for p in described["parameters"])
+    assert set(described["exactness"]) == set(described["spaces"])
+
+
+def test_unknown_method_is_named(capsys):
+    _, err = run(capsys, "methods", "tise", code=2)
+    assert "Did you mean 'ties'?" in err
+
+
+def test_recipe_schema_and_check(capsys, tmp_path):
+    out, _ = run(capsys, "recipe", "schema")
+    assert "$schema" in json.loads(out)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("adapters: [a=./a, b=./b]\nmethod: ties\n")
+    out, _ = run(capsys, "recipe", "check", recipe)
+    assert "valid. ties of a, b in delta space" in " ".join(out.split())
+    out, _ = run(capsys, "recipe", "check", recipe, "--json")
+    assert json.loads(out)["method"]["zero_sign"] == "drop"
+
+
+def test_recipe_migrate(capsys, tmp_path):
+    old = tmp_path / "old.yaml"
+    old.write_text("adapters: [./a, ./b]\nmethod: ties\nmethod_params: {k: 30, lambda: 1.5}\n")
+    out, err = run(capsys, "recipe", "migrate", old)
+    assert "density: 0.3" in out
+    assert "scale: 1.5" in out
+    assert "note" in err
+    run(capsys, "recipe", "migrate", old, "-o", tmp_path / "new.yaml")
+    assert (tmp_path / "new.yaml").read_text() == out
+    _, err = run(capsys, "recipe", "migrate", old, "-o", tmp_path / "new.yaml", code=2)
+    assert "exists already" in err
+
+
+def test_a_bug_of_ours_is_code_1(capsys, monkeypatch):
+    monkeypatch.setattr("plait.merging.pipeline.run_recipe", lambda *a, **k: 1 / 0)
+    _, err = run(capsys, "merge", *PAIR, code=1)
+    assert "This is a bug in plait" in err
+    assert "ZeroDivisionError" in err
+
+
+def test_traceback_on_request(capsys):
+    assert "Traceback" not in run(capsys, "merge", "./nowhere", code=2)[1]
+    assert "Traceback" in run(capsys, "merge", "./nowhere", "--traceback", code=2)[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "joined"),
+    [
+        (["a", "--weights", "0.7", "0.3", "-o", "x"], ["a", "--weights", "0.7,0.3", "-o", "x"]),
+        (["--weights", "1", "-1"], ["--weights", "1,-1"]),
+        (["--weights", "1,2", "a"], ["--weights", "1,2", "a"]),
+        (["--weights", "a"], ["--weights", "a"]),
+        (["--weights"], ["--weights"]),
+        (["--weights", "1e-3", ".5", "--weights", "2", "b"], ["--weights", "1e-3,.5", "--weights", "2", "b"]),
+    ],
+)
+def test_weights_may_stand_apart(given, joined):
+    assert _join_weights(given) == joined
