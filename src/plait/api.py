@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plait.adapters.adapter import Adapter
 from plait.errors import RecipeError
-from plait.hub.download import resolve
 from plait.hub.references import parse_reference
 from plait.merging.inspection import Inspection, inspect_adapters
+from plait.merging.inventory import open_adapters
 from plait.merging.pipeline import MergeResult, plan_recipe, run_recipe
 from plait.merging.plan import MergePlan
 from plait.merging.progress import Progress
@@ -104,22 +103,27 @@ def compress(
     return merge({name: reference.address}, out=out, force=force, progress=progress, rank=rank, heads=heads, **settings)
 
 
-def inspect(source: Sequence[str | Path] | Mapping[str, str | Path], *, progress: Progress | None = None) -> Inspection:
+def inspect(
+    source: Sequence[str | Path] | Mapping[str, str | Path],
+    *,
+    base_model: str | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Inspection:
     """Describe adapters and how they relate: exact, from their factors only.
 
     Args:
         source: references, or name → reference.
+        base_model: the base model, when the adapters name it differently.
+        workers: target modules looked at at the same time.
         progress: who listens.
 
     Raises:
-        PlaitError: an adapter cannot be found or opened.
+        PlaitError: adapters cannot be found or opened; all of them at once.
     """
     pairs = source.items() if isinstance(source, Mapping) else [(None, reference) for reference in source]
-    adapters = []
-    for name, text in pairs:
-        reference = parse_reference(str(text))
-        adapters.append(Adapter.open(resolve(reference).folder, name or reference.default_name()))
-    return inspect_adapters(adapters, progress=progress)
+    _, adapters = open_adapters([(name, str(text)) for name, text in pairs])
+    return inspect_adapters(adapters, base_model=base_model, workers=workers, progress=progress)
 
 
 def _recipe(source: Source, settings: Mapping[str, Any]) -> tuple[Recipe, Path | None]:

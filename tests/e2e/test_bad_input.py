@@ -217,7 +217,7 @@ def test_dora_without_the_base(place, capsys):
     tensors["base_model.model.layers.0.q_proj.lora_magnitude_vector"] = torch.ones(8)
     save_file(tensors, folder / "adapter_model.safetensors")
     said = merge(capsys, "a", "c")
-    assert "'c': DoRA rescales the rows of the base model's weights" in said
+    assert "DoRA in 'c': it rescales the rows of the base model's weights" in said
     assert "--base-id" in said
 
 
@@ -264,7 +264,8 @@ def test_space_that_a_method_has_not(capsys):
 def test_factors_space_needs_equal_ranks(place, capsys):
     adapter(place / "c", rank=3)
     said = merge(capsys, "a", "c", "--space", "factors")
-    assert "ranks differ (a 2, c 3)" in said
+    assert "it adds factors and needs equal ranks, but they differ in 2 modules" in said
+    assert "(a 2, c 3)" in said
     assert "'delta'" in said
 
 

@@ -110,9 +110,13 @@ def test_too_little_space_is_said_before_any_work(pair, tmp_path, monkeypatch):
 
 
 def test_a_failure_removes_the_staging_folder(tmp_path):
-    with pytest.raises(RuntimeError, match="in the middle"), staged(tmp_path / "out", force=False) as place:
-        (place / "half").write_text("x")
-        raise RuntimeError("in the middle")
+    def write_half() -> None:
+        with staged(tmp_path / "out", force=False) as place:
+            (place / "half").write_text("x")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        write_half()
     assert list(tmp_path.iterdir()) == []
 
 

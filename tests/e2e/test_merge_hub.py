@@ -34,9 +34,8 @@ def plait(hub: HubServer, home: Path, *arguments: object, token: str | None = No
 def test_merge_from_the_hub_and_push(hub, tmp_path):
     references = ["org/sentiment@main/checkpoint-10", "other=org/langid/checkpoint-10"]
     out = tmp_path / "out"
-    done = plait(
-        hub, tmp_path / "home", "merge", *references, "-o", out, "--push-adapter-repo", "tester/merged", "--private", token="hf_test"
-    )  # fmt: skip
+    push = ["--push-adapter-repo", "tester/merged", "--private"]
+    done = plait(hub, tmp_path / "home", "merge", *references, "-o", out, *push, token="hf_test")
     assert done.returncode == 0, done.stderr
     assert "pushed to" in done.stdout
     lock = json.loads((out / "plait.lock").read_text())
@@ -54,9 +53,8 @@ def test_merge_from_the_hub_and_push(hub, tmp_path):
 
 
 def test_a_push_that_cannot_work_is_refused_before_the_merge(hub, tmp_path):
-    done = plait(
-        hub, tmp_path / "home", "merge", DEMO / "sentiment", DEMO / "langid", "-o", tmp_path / "out", "--push-adapter-repo", "a/b"
-    )  # fmt: skip
+    pair = (DEMO / "sentiment", DEMO / "langid")
+    done = plait(hub, tmp_path / "home", "merge", *pair, "-o", tmp_path / "out", "--push-adapter-repo", "a/b")
     assert done.returncode == 2
     assert "log in" in done.stderr or "token" in done.stderr
     assert not (tmp_path / "out").exists()

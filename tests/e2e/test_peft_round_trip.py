@@ -103,8 +103,7 @@ def test_two_experts_wrappers_trained_apart_do_not_mix(tmp_path):
     """`experts.lora_A` is gate_up_proj in one file and down_proj in the other; by position they would be added."""
     targets = {"up": "experts.gate_up_proj", "down": "experts.down_proj"}
     pair = {
-        n: peft_adapter(tmp_path / n, s, target_modules=[], target_parameters=[t])
-        for s, (n, t) in enumerate(targets.items())
+        n: peft_adapter(tmp_path / n, s, target_modules=[], target_parameters=[t]) for s, (n, t) in enumerate(targets.items())
     }
     merged = plait.merge(pair, out=tmp_path / "out")
     names = {m.target for m in merged.plan.modules}
@@ -139,6 +138,4 @@ def test_dora_merges_exactly_into_dora(tmp_path):
     merged = baked(result.folder)
     for name, weight in plain.items():
         expected = weight + sum(w * (singles[n][name] - weight) for n, w in weights.items())
-        torch.testing.assert_close(
-            merged[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(merged[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")

@@ -26,7 +26,8 @@ def test_flags_yaml_and_python(tmp_path):
     settings = {"method": "dare_ties", "space": "core", "density": 0.3, "sign": "total", "seed": 7, "weights": [0.7, 0.3]}
     plait.merge(PAIR, out=tmp_path / "python", **settings)
     references = [f"{name}={path}" for name, path in PAIR.items()]
-    flags = "--method dare_ties --space core --density 0.3 --sign total --seed 7 --weights 0.7 0.3".split()
+    flags = ["--method", "dare_ties", "--space", "core", "--density", "0.3", "--sign", "total", "--seed", "7"]
+    flags += ["--weights", "0.7", "0.3"]
     done = cli("merge", *references, *flags, "-o", tmp_path / "flags", PYTHONHASHSEED="1")
     assert done.returncode == 0, done.stderr
     recipe = tmp_path / "recipe.yaml"

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from plait.errors import AdapterError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format
 
 
@@ -24,6 +30,7 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     dtype: str  # safetensors' names: F32, F16, BF16, …
     nbytes: int
+    start: int = 0  # of its bytes in the file
 
 
 class SafetensorsFile:
@@ -38,11 +45,24 @@ class SafetensorsFile:
         self.tensors: Mapping[str, TensorInfo] = _read_header(path)
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor. The file is mapped for the length of the call, so memory holds what was asked for."""
-        from safetensors import safe_open
+        """Return one tensor.
 
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
+        Its bytes are read into memory of their own: opening the file through safetensors parses the whole header again for
+        every tensor, and mapping it keeps pages of the file resident.
+        """
+        import torch
+
+        info = self.tensors[name]
+        if info.dtype not in DTYPES:
+            raise AdapterError(f"{self.path}: {name!r} is stored as {info.dtype}; plait reads {', '.join(DTYPES)}.")
+        data = bytearray(info.nbytes)
+        with self.path.open("rb") as file:
+            file.seek(info.start)
+            if file.readinto(data) != info.nbytes:
+                raise AdapterError(f"{self.path}: {name!r} cannot be read to its end. Did the file change while it was read?")
+        dtype = getattr(torch, DTYPES[info.dtype])
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return flat.reshape(info.shape)
 
 
 class PickleFile:
@@ -70,7 +90,7 @@ class PickleFile:
         if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
             raise AdapterError(f"{path}: expected a mapping of names to tensors, found {type(loaded).__name__}.")
         self._loaded: dict[str, Tensor] = loaded
-        names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+        names = {getattr(torch, name): short for short, name in DTYPES.items()}
         self.tensors: Mapping[str, TensorInfo] = {
             k: TensorInfo(tuple(v.shape), names.get(v.dtype, str(v.dtype)), v.nbytes) for k, v in loaded.items()
         }
@@ -92,16 +112,19 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
             raise AdapterError(f"{path}: not a safetensors file, or cut off inside its header ({size} bytes). Fetch it again.")
         try:
             header = json.loads(file.read(length))
-            infos = {
-                name: TensorInfo(tuple(entry["shape"]), entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0])
-                for name, entry in header.items()
-                if name != "__metadata__"
-            }
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            infos = {name: _info(entry, 8 + length) for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise AdapterError(f"{path}: the safetensors header is not valid. Fetch the file again.") from None
-    if 8 + length + end != size:
-        raise AdapterError(
-            f"{path}: truncated: the header promises {8 + length + end} bytes, the file has {size}. Fetch it again."
-        )
+    end = max((info.start + info.nbytes for info in infos.values()), default=8 + length)
+    if end != size:
+        raise AdapterError(f"{path}: truncated: the header promises {end} bytes, the file has {size}. Fetch it again.")
     return infos
+
+
+def _info(entry: Mapping[str, Any], data: int) -> TensorInfo:
+    """Read one entry of a header; `data` is where tensors begin. A ValueError means that it contradicts itself."""
+    shape, dtype, (start, end) = tuple(entry["shape"]), entry["dtype"], entry["data_offsets"]
+    itemsize = _ITEMSIZE.get(dtype)
+    if min((start, end - start, *shape)) < 0 or (itemsize is not None and math.prod(shape) * itemsize != end - start):
+        raise ValueError(f"{shape} of {dtype} in {end - start} bytes")
+    return TensorInfo(shape, dtype, end - start, data + start)

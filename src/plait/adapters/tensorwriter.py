@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+from plait.adapters.tensorfile import DTYPES
+
+_NAMES = {getattr(torch, name): short for short, name in DTYPES.items()}
 
 
 class Entry(NamedTuple):
@@ -43,7 +43,7 @@ class TensorWriter:
         offset = 0
         # Larger item sizes first keeps every tensor aligned, as safetensors itself orders them.
         for entry in sorted(entries, key=lambda e: (-e.dtype.itemsize, e.name)):
-            size = entry.dtype.itemsize * _numel(entry.shape)
+            size = entry.dtype.itemsize * math.prod(entry.shape)
             header[entry.name] = {
                 "dtype": _NAMES[entry.dtype],
                 "shape": list(entry.shape),
@@ -70,7 +70,7 @@ class TensorWriter:
         data = tensor.detach().to(entry.dtype).contiguous()
         if tuple(data.shape[1:]) != entry.shape[1:] or row + (len(data) if data.ndim else 1) > (entry.shape or (1,))[0]:
             raise AssertionError(f"{name!r}: {tuple(data.shape)} at row {row} does not fit {entry.shape}")
-        start = row * _numel(entry.shape[1:]) * entry.dtype.itemsize
+        start = row * math.prod(entry.shape[1:]) * entry.dtype.itemsize
         payload = memoryview(data.reshape(-1).view(torch.uint8).numpy().data) if data.numel() else memoryview(b"")
         self._put(payload, self._start + offset + start)
         self._left -= len(payload)
@@ -99,10 +99,3 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with TensorWriter(path, [Entry(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
-
-
-def _numel(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from plait.adapters import Adapter
-    from plait.merging.inspection import AdapterReport, Comparison, Inspection, LayerComparison, Matrix
+    from plait.merging.geometry import Matrix
+    from plait.merging.inspection import AdapterReport, Comparison, Inspection, LayerComparison
 
 _BARS = "▁▂▃▄▅▆▇█"
 # What a terminal without Unicode shows instead.
@@ -44,11 +44,10 @@ def inspect(
 
     Example: plait inspect math=./a code=org/repo@main/checkpoint-100
     """
+    from plait.api import inspect as run
     from plait.cli.console import ProgressBars, out, print_json
-    from plait.merging.inspection import inspect_adapters
 
-    opened = _open_all(adapters)
-    inspection = inspect_adapters(opened, base_model=base_id, workers=workers, progress=ProgressBars())
+    inspection = run(adapters, base_model=base_id, workers=workers, progress=ProgressBars())
     if json:
         print_json(inspection.model_dump(mode="json"))
     else:
@@ -63,37 +62,6 @@ def show(inspection: Inspection, console: Console) -> None:
     if console.options.ascii_only:
         text = text.translate(_PLAIN).encode(console.encoding, "replace").decode(console.encoding)
     sys.stdout.write(text)
-
-
-def _open_all(references: Sequence[str]) -> list[Adapter]:
-    """Open all adapters, under names that differ; collect what is wrong with any of them."""
-    from plait.adapters import Adapter
-    from plait.errors import AdapterError, AddressError, PlaitError, collect
-    from plait.hub.download import resolve
-    from plait.hub.references import parse_reference
-
-    opened: list[Adapter] = []
-    errors: list[PlaitError] = []
-    for text in references:
-        try:
-            reference = parse_reference(text)
-            name = _unused(reference.default_name(), {a.name for a in opened})
-            opened.append(Adapter.open(resolve(reference).folder, name))
-        except PlaitError as error:
-            errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
-    kind = AddressError if all(isinstance(e, AddressError) for e in errors) else AdapterError
-    collect(kind, [str(e) for e in errors], "some adapters cannot be opened")
-    return opened
-
-
-def _unused(name: str, taken: set[str]) -> str:
-    number, candidate = 1, name
-    while candidate in taken:
-        number += 1
-        candidate = f"{name}-{number}"
-    return candidate
 
 
 def _drawing(inspection: Inspection, width: int) -> RenderableType:

@@ -71,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except Exception as error:  # a bug of ours: say so, with what a report needs
         traceback.print_exc()
-        typer.echo(
-            f"\nThis is a bug in plait {__version__}: {type(error).__name__}. Please report the lines above.", err=True
-        )
+        typer.echo(f"\nThis is a bug in plait {__version__}: {type(error).__name__}. Please report the lines above.", err=True)
         sys.exit(1)
 
 

@@ -23,9 +23,7 @@ def merge(
             show_default=False,
         ),
     ],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Where to write; the workspace artifacts/ otherwise.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; the workspace artifacts/ otherwise.")] = None,
     method: Annotated[
         str | None, typer.Option(help=r"Merge method; see `plait methods`. \[linear]", show_default=False)
     ] = None,
@@ -34,15 +32,11 @@ def merge(
         str | None, typer.Option(help=r"One per adapter: 0.7 0.3, or 0.7,0.3. \[1.0 each]", show_default=False)
     ] = None,
     scale: Annotated[float | None, typer.Option(help=r"Factor on the merged delta. \[1.0]", show_default=False)] = None,
-    density: Annotated[
-        float | None, typer.Option(help="Share of entries kept (ties, dare, …).", show_default=False)
-    ] = None,
+    density: Annotated[float | None, typer.Option(help="Share of entries kept (ties, dare, …).", show_default=False)] = None,
     sign: Annotated[str | None, typer.Option(help="Sign election: total or frequency.", show_default=False)] = None,
     flavor: Annotated[str | None, typer.Option(help="Which TIES: paper, peft, mergekit, …", show_default=False)] = None,
     rank: Annotated[str | None, typer.Option(help=r"auto, a number, or energy:0.99. \[auto]", show_default=False)] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help=r"float32, bfloat16 or float16. \[float32]", show_default=False)
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help=r"float32, bfloat16 or float16. \[float32]", show_default=False)] = None,
     kind: Annotated[
         str | None, typer.Option(help=r"Write an adapter, or the dense delta. \[adapter]", show_default=False)
     ] = None,
@@ -88,10 +82,16 @@ def merge(
         plan = plan_recipe(recipe, folder=folder, workers=workers)
         print_json(plan.model_dump(mode="json")) if json else _show_plan(plan)
         return
-    progress = ProgressBars()
     result = run_recipe(
-        recipe, folder=folder, out=out, force=force, workers=workers, progress=progress, push_to=push_adapter_repo, private=private
-    )  # fmt: skip
+        recipe,
+        folder=folder,
+        out=out,
+        force=force,
+        workers=workers,
+        progress=ProgressBars(),
+        push_to=push_adapter_repo,
+        private=private,
+    )
     for note in result.plan.notes:
         err().print(f"note: {note}", style="dim", markup=False)
     if json:
@@ -133,9 +133,7 @@ def _show_plan(plan: MergePlan) -> None:
     console.print(table)
     _show_missing(plan)
     where = (
-        f"rank {plan.rank}"
-        if plan.rank
-        else ("dense" if plan.result == "dense" else "rank decided by the energy asked for")
+        f"rank {plan.rank}" if plan.rank else ("dense" if plan.result == "dense" else "rank decided by the energy asked for")
     )
     console.print(
         f"\n{len(plan.modules)} target modules · {where} · {size(plan.output_bytes)} to write · "
@@ -176,9 +174,7 @@ def _show_missing(plan: MergePlan) -> None:
         if m.missing:
             missing.setdefault(m.missing, []).append(m.target)
     for names, targets in missing.items():
-        out().print(
-            f"not in {', '.join(names)}: {len(targets)} modules, such as {targets[0]}; zero there", markup=False
-        )
+        out().print(f"not in {', '.join(names)}: {len(targets)} modules, such as {targets[0]}; zero there", markup=False)
     if plan.left_out:
         first = next(iter(plan.left_out))
         out().print(f"left out (merge_mode common): {len(plan.left_out)} modules, such as {first}", markup=False)

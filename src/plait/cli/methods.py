@@ -89,9 +89,7 @@ def _allowed(field: dict[str, Any]) -> str:
         for key, sign in (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
         if key in field
     ]
-    kind = {"number": "number", "boolean": "true | false", "null": "none"}.get(
-        field.get("type", ""), field.get("type", "")
-    )
+    kind = {"number": "number", "boolean": "true | false", "null": "none"}.get(field.get("type", ""), field.get("type", ""))
     return " ".join([kind, *bounds])
 
 

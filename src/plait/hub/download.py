@@ -100,9 +100,7 @@ def resolve(reference: Reference, *, base: Path | None = None, progress: bool = 
     return _located(reference, snapshot)
 
 
-def resolve_model(
-    text: str, *, base: Path | None = None, files: Sequence[str] = MODEL_FILES, progress: bool = True
-) -> Located:
+def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] = MODEL_FILES, progress: bool = True) -> Located:
     """Return the folder of a base model: a local one, or `org/repo[@revision][/subfolder]` fetched from the Hub.
 
     Args:
@@ -169,9 +167,7 @@ def _local_folder(reference: Reference, base: Path | None) -> Path:
     if exists:
         raise AddressError(f"{path!r} is a file. Give the folder that holds it: {str(Path(path).parent)!r}.")
     parent = folder.parent
-    near = (
-        did_you_mean(folder.name, _folders(parent)) if parent.is_dir() else f" {str(parent)!r} does not exist either."
-    )
+    near = did_you_mean(folder.name, _folders(parent)) if parent.is_dir() else f" {str(parent)!r} does not exist either."
     raise AddressError(f"{path!r}: there is no folder {str(folder)!r}.{near}{_if_hub(path, base)}")
 
 
@@ -209,9 +205,7 @@ def _fetch(reference: Reference, commit: str, names: list[str], *, base: Path | 
     try:
         with bars(shown=progress):
             # By the revision as it was asked for: only so does the cache learn what it stands for, to know it offline.
-            snapshot = Path(
-                snapshot_download(reference.repo or "", revision=reference.revision, allow_patterns=patterns)
-            )
+            snapshot = Path(snapshot_download(reference.repo or "", revision=reference.revision, allow_patterns=patterns))
             if snapshot.name != commit:  # the branch has moved since it was asked about
                 snapshot = Path(snapshot_download(reference.repo or "", revision=commit, allow_patterns=patterns))
     except Exception as error:  # which classes can come depends on the transport library below huggingface_hub
@@ -291,9 +285,7 @@ def _check_contained(folder: Path, snapshot: Path) -> None:
     inside = snapshot.resolve()
     blobs = [(storage / "blobs").resolve(), (storage.parent / "blobs").resolve()]
     if not folder.resolve().is_relative_to(inside):
-        raise AddressError(
-            f"{folder} is a link to {folder.resolve()}, outside the snapshot. Delete {storage} and retry."
-        )
+        raise AddressError(f"{folder} is a link to {folder.resolve()}, outside the snapshot. Delete {storage} and retry.")
     for entry in sorted(folder.iterdir()):
         target = entry.resolve()
         if not any(target.is_relative_to(root) for root in (inside, *blobs)):

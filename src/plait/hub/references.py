@@ -169,8 +169,7 @@ def repo_problem(repo: str) -> str:
 def _revision_problem(revision: str) -> str:
     if revision == "refs" or not _REVISION.fullmatch(revision) or ".." in revision:
         return (
-            f"{revision!r} cannot be a revision: give a branch, tag or commit without slashes, refs/pr/N or "
-            "refs/convert/NAME"
+            f"{revision!r} cannot be a revision: give a branch, tag or commit without slashes, refs/pr/N or refs/convert/NAME"
         )
     return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -18,12 +19,13 @@ def elect_sign(x: Tensor, vote: Vote) -> Tensor:
         x: (T, p, q).
         vote: `total` weighs every voter by its magnitude (TIES, Algorithm 1), `frequency` counts heads.
     """
-    return (x if vote == "total" else x.sign()).sum(0).sign()
+    total: Tensor = reduce(torch.add, x if vote == "total" else x.sign())
+    return total.sign()
 
 
 def agreement(voters: Tensor, sign: Tensor) -> Tensor:
     """Say which voters (T, p, q) agree with the elected sign (p, q); a zero agrees with nobody, and nobody with a zero."""
-    return (voters.sign() == sign) & (sign != 0)
+    return voters * sign > 0
 
 
 def merge_agreeing(x: Tensor, agrees: Tensor, weights: Tensor, divisor: Divisor) -> Tensor:
@@ -38,9 +40,17 @@ def merge_agreeing(x: Tensor, agrees: Tensor, weights: Tensor, divisor: Divisor)
     Returns:
         (p, q); 0 where nobody agrees.
     """
-    w = weights.to(x.dtype).view(-1, 1, 1)
-    total = torch.where(agrees, x, 0).mul_(w).sum(0)
-    if divisor == "none":
-        return total
-    share = agrees.sum(0).to(x.dtype) if divisor == "count" else torch.where(agrees, w, 0).sum(0)
-    return total / torch.where(share == 0, 1, share)
+    total, share = torch.zeros_like(x[0]), torch.zeros_like(x[0])
+    for value, agreeing, weight in zip(x, agrees, weights.tolist(), strict=True):  # one adapter at a time stays in the cache
+        mask = agreeing.to(x.dtype)
+        total.addcmul_(value, mask, value=weight)
+        share.add_(mask, alpha=1 if divisor == "count" else weight)
+    return total if divisor == "none" else total.div_(share.masked_fill_(share == 0, 1))
+
+
+def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
+    """Return Σ weights[t] · x[t], (p, q), for x (T, p, q)."""
+    total = torch.zeros_like(x[0])
+    for value, weight in zip(x, weights.tolist(), strict=True):
+        total.add_(value, alpha=weight)
+    return total

@@ -28,7 +28,9 @@ def kept_count(entries: int, density: float, rule: Count) -> int:
 
 def keep_at_least(x: Tensor, thresholds: Tensor) -> Tensor:
     """Zero the entries of x (T, p, q) whose magnitude is below its row's threshold (T,)."""
-    return torch.where(x.abs() >= thresholds.view(-1, 1, 1), x, 0)
+    # hardshrink keeps what is strictly larger, in one pass: the next smaller number makes that "at least"
+    below = torch.nextafter(thresholds.to(x.dtype), torch.zeros((), dtype=x.dtype)).tolist()
+    return torch.stack([torch.nn.functional.hardshrink(value, bound) for value, bound in zip(x, below, strict=True)])
 
 
 def row_ranks(x: Tensor) -> Tensor:

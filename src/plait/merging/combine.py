@@ -60,9 +60,7 @@ class Combiner:
         statistics = self._local(module, frames)
         return [self._merge_frame(module, i, frame, statistics) for i, frame in enumerate(frames)]
 
-    def _merge_frame(
-        self, module: str, index: int, frame: Frame, statistics: Mapping[str, tuple[Tensor, ...]]
-    ) -> Merged:
+    def _merge_frame(self, module: str, index: int, frame: Frame, statistics: Mapping[str, tuple[Tensor, ...]]) -> Merged:
         merged = []
         for array in frame.arrays:
             block = self._blocks(module, index, array, statistics[array.name])
@@ -81,9 +79,7 @@ class Combiner:
 
         return rows
 
-    def _blocks(
-        self, module: str, index: int, array: Array, statistics: tuple[Tensor, ...]
-    ) -> Callable[[int, int], Block]:
+    def _blocks(self, module: str, index: int, array: Array, statistics: tuple[Tensor, ...]) -> Callable[[int, int], Block]:
         key = Key(self.recipe.seed)
         keys = tuple(key.child(a.name, module, str(index), array.name) for a in self.recipe.adapters)
         linear = isinstance(self.method, LinearMethod)
@@ -97,9 +93,7 @@ class Combiner:
         for survey, over_model in zip(surveys_of(self.recipe), self.statistics, strict=False):
             for name, earlier in found.items():
                 value = (
-                    over_model[name]
-                    if over_model is not None
-                    else self._survey_module(module, frames, name, survey, earlier)
+                    over_model[name] if over_model is not None else self._survey_module(module, frames, name, survey, earlier)
                 )
                 found[name] = (*earlier, value)
         return found
@@ -116,9 +110,7 @@ class Combiner:
             if reduction.end_pass():
                 return reduction.values
 
-    def _observe(
-        self, reduction: Reduction, module: str, index: int, array: Array, earlier: tuple[Tensor, ...]
-    ) -> None:
+    def _observe(self, reduction: Reduction, module: str, index: int, array: Array, earlier: tuple[Tensor, ...]) -> None:
         block = self._blocks(module, index, array, earlier)
         for start, stop in block_ranges(*array.shape):
             reduction.observe(block(start, stop))

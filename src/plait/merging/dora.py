@@ -27,9 +27,7 @@ def row_norms(weight: Tensor, delta: LowRank) -> Tensor:
         weight: (d_out, d_in).
         delta: of the same shape.
     """
-    norms = [
-        torch.linalg.vector_norm(weight[i:j] + delta.b[i:j] @ delta.a, dim=1) for i, j in block_ranges(*weight.shape)
-    ]
+    norms = [torch.linalg.vector_norm(weight[i:j] + delta.b[i:j] @ delta.a, dim=1) for i, j in block_ranges(*weight.shape)]
     return torch.cat(norms)
 
 
@@ -62,9 +60,7 @@ def merge_dora(
     gain = 1 + sum((c * (scale - 1) for c, scale in zip(coefficients, scales, strict=True)), torch.zeros(()))
     if bool((gain.abs() < _SMALLEST).any()):
         rows = int((gain.abs() < _SMALLEST).sum())
-        raise PlanError(
-            f"{module}: these weights cancel {rows} rows of the base model; DoRA cannot express that. Change them."
-        )
+        raise PlanError(f"{module}: these weights cancel {rows} rows of the base model; DoRA cannot express that. Change them.")
     parts = [LowRank(d.a, d.b * (scale / gain).unsqueeze(1)) for d, scale in zip(deltas, scales, strict=True)]
     return LowRank.concatenate(parts, coefficients), gain
 

@@ -149,9 +149,7 @@ class Engine:
                 total += c * adapter.targets[target].scaling * adapter.read_part(target, "lora_B.bias", torch.float64)
         return total.to(combiner.prepared.dtype)
 
-    def _survey(
-        self, combiner: Combiner, start: Callable[[int], Reduction], pool: ThreadPoolExecutor
-    ) -> dict[str, Tensor]:
+    def _survey(self, combiner: Combiner, start: Callable[[int], Reduction], pool: ThreadPoolExecutor) -> dict[str, Tensor]:
         names = ("A", "B") if self._inventory.recipe.space_name == "factors" else (self._inventory.recipe.space_name,)
         reductions = {name: start(len(self._inventory.adapters)) for name in names}
         done = False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from plait.adapters.adapter import Adapter
@@ -12,7 +13,7 @@ from plait.adapters.layouts import Layout
 from plait.errors import AdapterError, AddressError, PlaitError, PlanError, collect
 from plait.hub.download import Located, resolve, resolve_model
 from plait.hub.references import parse_reference
-from plait.merging.compatibility import base_model_problems, naming_problems, shape_problems
+from plait.merging.compatibility import base_model_problems, dora_problems, naming_problems, shape_problems
 from plait.recipes.schema import Recipe
 
 
@@ -52,34 +53,43 @@ def take_inventory(recipe: Recipe, folder: Path | None = None) -> Inventory:
         AdapterError: files that are no adapters.
         PlanError: adapters that do not belong together.
     """
-    located, adapters = _open_all(recipe, folder)
+    located, adapters = open_adapters([(entry.name, entry.path) for entry in recipe.adapters], folder)
     problems = [
         *base_model_problems(adapters, recipe.base_model),
         *naming_problems(adapters),
         *shape_problems(adapters),
+        *dora_problems(adapters, recipe.base_model),
     ]
     collect(PlanError, problems, "these adapters do not fit together")
     layouts = {path: target.layout for adapter in adapters for path, target in adapter.targets.items()}
     base = None
-    if any(t.is_dora for a in adapters for t in a.targets.values()):
-        if recipe.base_model is None:
-            names = ", ".join(repr(a.name) for a in adapters if any(t.is_dora for t in a.targets.values()))
-            raise PlanError(
-                f"{names}: DoRA rescales the rows of the base model's weights, so merging it needs them. Give the base model "
-                f"(--base-id, or base_model: in the recipe): a folder or Hub id, such as {adapters[0].config.base_model!r}."
-            )
+    if recipe.base_model is not None and any(t.is_dora for a in adapters for t in a.targets.values()):
         base = BaseWeights(resolve_model(recipe.base_model, base=folder).folder)
     return Inventory(recipe, tuple(adapters), tuple(located), dict(sorted(layouts.items())), base)
 
 
-def _open_all(recipe: Recipe, folder: Path | None) -> tuple[list[Located], list[Adapter]]:
+def open_adapters(
+    references: Sequence[tuple[str | None, str]], folder: Path | None = None
+) -> tuple[list[Located], list[Adapter]]:
+    """Find and open adapters.
+
+    Args:
+        references: (name, reference); without a name the reference gives one, made different from the others'.
+        folder: what relative paths are relative to; the current folder when None.
+
+    Raises:
+        AddressError: references that lead nowhere, all at once.
+        AdapterError: files that are no adapters, all at once.
+    """
     located: list[Located] = []
     adapters: list[Adapter] = []
     errors: list[PlaitError] = []
-    for entry in recipe.adapters:
+    for given, text in references:
         try:
-            place = resolve(parse_reference(entry.path, base=folder), base=folder)
-            adapters.append(Adapter.open(place.folder, entry.name))
+            reference = parse_reference(text, base=folder)
+            place = resolve(reference, base=folder)
+            name = given or _unused(reference.default_name(folder), {a.name for a in adapters})
+            adapters.append(Adapter.open(place.folder, name))
             located.append(place)
         except PlaitError as error:
             errors.append(error)
@@ -88,3 +98,8 @@ def _open_all(recipe: Recipe, folder: Path | None) -> tuple[list[Located], list[
     kind = AddressError if all(isinstance(e, AddressError) for e in errors) else AdapterError
     collect(kind, [str(e) for e in errors], "some adapters cannot be opened")
     return located, adapters
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    candidates = (name if number == 1 else f"{name}-{number}" for number in count(1))
+    return next(c for c in candidates if c not in taken)

@@ -9,6 +9,7 @@ from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
 from plait.errors import PlanError, collect
 from plait.linalg.blocks import BLOCK_ELEMENTS, HOLD_ELEMENTS
+from plait.merging.compatibility import excluded_spaces, max_lora_rank
 from plait.merging.heads import head_problems
 from plait.merging.inventory import Inventory
 from plait.merging.weighting import module_weights, policy_problems
@@ -20,7 +21,6 @@ from plait.spaces import SPACES
 
 DENSE_RANK_CAP = 256  # `auto` rank of a result that has no low rank of its own
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 Result = Literal["exact", "truncated", "dense"]
 
@@ -101,7 +101,7 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
     problems = [
         *_mode_problems(recipe, left_out),
         *policy_problems(recipe, list(inventory.layouts)),
-        *_space_problems(inventory, method),
+        *_space_problems(inventory),
         *_dora_problems(inventory, method),
         *head_problems(inventory.adapters, recipe.heads),
     ]
@@ -124,7 +124,7 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
         passes=_passes(recipe, method),
         output_bytes=_output_bytes(recipe, kept, modules, rank),
         peak_bytes=_peak_bytes(inventory, method, modules, workers),
-        max_lora_rank=next((r for r in VLLM_RANKS if rank is not None and r >= rank), None),
+        max_lora_rank=None if rank is None else max_lora_rank(rank),
         notes=tuple(_notes(inventory)),
     )
 
@@ -157,18 +157,10 @@ def _mode_problems(recipe: Recipe, left_out: dict[str, tuple[str, ...]]) -> list
     ]
 
 
-def _space_problems(inventory: Inventory, method: Method) -> list[str]:
-    if inventory.recipe.space_name != "factors":
-        return []
-    problems = []
-    for path in inventory.layouts:
-        ranks = {a.name: a.targets[path].rank for a in inventory.adapters if path in a.targets}
-        if len(set(ranks.values())) > 1:
-            listed = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
-            problems.append(
-                f"{path}: ranks differ ({listed}); space 'factors' adds factors and needs equal ranks. Use 'delta'."
-            )
-    return problems[:10]
+def _space_problems(inventory: Inventory) -> list[str]:
+    space = inventory.recipe.space_name
+    reason = excluded_spaces(inventory.adapters).get(space)
+    return [f"space {space!r} is not for these adapters: {reason}. Use 'delta', 'core' or 'knots'."] if reason else []
 
 
 def _dora_problems(inventory: Inventory, method: Method) -> list[str]:
@@ -235,16 +227,10 @@ def _worst(results: Sequence[Result]) -> Result:
 
 def _passes(recipe: Recipe, method: Method) -> int:
     surveys = method.surveys(recipe.method) if isinstance(method, ElementwiseMethod) else ()
-    return (
-        1
-        + sum(2 if i == 0 else 1 for i, s in enumerate(surveys) if s.scope == "model")
-        + (recipe.output.energy is not None)
-    )
+    return 1 + sum(2 if i == 0 else 1 for i, s in enumerate(surveys) if s.scope == "model") + (recipe.output.energy is not None)
 
 
-def _output_bytes(
-    recipe: Recipe, layouts: dict[str, Layout], modules: Sequence[ModulePlan], rank: int | None
-) -> int | None:
+def _output_bytes(recipe: Recipe, layouts: dict[str, Layout], modules: Sequence[ModulePlan], rank: int | None) -> int | None:
     size = BYTES[recipe.output.dtype]
     if recipe.output.kind == "delta":
         return size * sum(layout.entries for layout in layouts.values())
@@ -284,7 +270,5 @@ def _notes(inventory: Inventory) -> list[str]:
         notes.append("lora_bias is merged as the weighted sum of the biases, whatever the method.")
     with_full = [a.name for a in inventory.adapters if a.full_tensors]
     if with_full and recipe.heads.policy == "separate":
-        notes.append(
-            f"heads and other full tensors of {', '.join(with_full)} are kept under heads/<name>/, not merged."
-        )
+        notes.append(f"heads and other full tensors of {', '.join(with_full)} are kept under heads/<name>/, not merged.")
     return notes

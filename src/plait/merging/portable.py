@@ -57,9 +57,7 @@ class PortableAdapter:
                 entries.append(Entry(bias, self._dtype, (d_out,)))
             if self.is_dora:
                 ones = (1,) * len(layout.kernel)
-                entries.append(
-                    Entry(magnitude, self._dtype, (1, d_out, *ones[1:]) if layout.kind == "conv" else (d_out,))
-                )
+                entries.append(Entry(magnitude, self._dtype, (1, d_out, *ones[1:]) if layout.kind == "conv" else (d_out,)))
         return entries
 
     def write(self, merged: MergedModule, writer: TensorWriter) -> None:
@@ -129,12 +127,9 @@ class PortableAdapter:
         """
         for adapter in self._inventory.adapters:
             raw = adapter.config.raw
-            if set(adapter.targets) == set(self._layouts) and (
-                raw.get("target_modules") or raw.get("target_parameters")
-            ):
+            if set(adapter.targets) == set(self._layouts) and (raw.get("target_modules") or raw.get("target_parameters")):
                 return {
-                    k: sorted(v) if isinstance(v := raw.get(k), list) and k != "layers_to_transform" else v
-                    for k in _SELECTORS
+                    k: sorted(v) if isinstance(v := raw.get(k), list) and k != "layers_to_transform" else v for k in _SELECTORS
                 }
         plain = [t for t, layout in self._layouts.items() if layout.kind != "experts"]
         experts = [t for t, layout in self._layouts.items() if layout.kind == "experts"]

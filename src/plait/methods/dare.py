@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from plait.methods.base import Block, ElementwiseMethod, MethodParams, Source, register
-from plait.methods.ties import ElectionParams, elect_and_merge, majority
+from plait.methods.ties import ElectionParams, check_election, elect_and_merge, majority
 
 _PAPER = Source("Yu et al. 2024, DARE, eq. 2–4", "https://arxiv.org/abs/2311.03099")
 _DEVIATION = (
@@ -66,6 +66,7 @@ DARE_TIES = ElementwiseMethod(
     deviation=_DEVIATION,
     randomised=True,
     combine=dare_ties,
+    check=check_election,
     surveys=lambda params: majority(params, "model", lambda block: drop_and_rescale(block, params.density)),
 )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plait.linalg.sparsify import row_ranks
 from plait.methods.base import Block, ElementwiseMethod, Source, register
-from plait.methods.ties import ElectionParams, elect_and_merge, majority
+from plait.methods.ties import ElectionParams, check_election, elect_and_merge, majority
 
 
 class DellaParams(ElectionParams):
@@ -64,6 +64,7 @@ register(
         ),
         randomised=True,
         combine=della,
+        check=check_election,
         surveys=lambda params: majority(params, "model", lambda block: drop_by_rank(block, params)),
     )
 )

@@ -86,6 +86,19 @@ def elect_and_merge(block: Block, x: Tensor, params: ElectionParams) -> Tensor:
     return merge_agreeing(x, agreement(voters, sign), block.weights, params.divisor)
 
 
+def check_election(params: Any, adapters: int) -> None:
+    """Refuse what would give wrong numbers in silence.
+
+    Raises:
+        ValueError: division by weights in a space whose weights hold the scalings.
+    """
+    if params.divisor == "weight" and params.space == "factors":
+        raise ValueError(
+            "divisor 'weight' (flavor 'mergekit') in space 'factors' would divide by √(weight · scaling) and so lose the "
+            "scalings; use another divisor, or space 'delta'"
+        )
+
+
 def majority(params: ElectionParams, scope: Scope, sparsify: Callable[[Block], Tensor]) -> tuple[Survey, ...]:
     """Ask for the majority of the elected signs where perfect ties take it; `elect_and_merge` reads the last statistic."""
     if params.zero_sign != "majority":
@@ -124,6 +137,7 @@ TIES = ElementwiseMethod(
     ),
     combine=ties,
     surveys=_surveys,
+    check=check_election,
 )
 
 

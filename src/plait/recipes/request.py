@@ -99,9 +99,7 @@ def _weighed(entries: list[dict[str, Any]], weights: list[Any] | dict[str, Any] 
             raise RecipeError(f"weights: {', '.join(map(repr, unknown))} is no name given to an adapter (name=path).")
         return [{**e, "weight": weights[e["name"]]} if e.get("name") in weights else e for e in entries]
     if len(weights) != len(entries):
-        raise RecipeError(
-            f"weights: {len(weights)} numbers for {len(entries)} adapters; give one for each, in their order."
-        )
+        raise RecipeError(f"weights: {len(weights)} numbers for {len(entries)} adapters; give one for each, in their order.")
     return [{**entry, "weight": weight} for entry, weight in zip(entries, weights, strict=True)]
 
 

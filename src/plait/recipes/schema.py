@@ -36,9 +36,7 @@ else:
 class AdapterEntry(Record):
     """One adapter of a merge."""
 
-    name: Annotated[
-        str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Unique; used in files and results.")
-    ]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Unique; used in files and results.")]
     path: Annotated[str, Field(min_length=1, description="A folder, or `org/repo[@revision][/subfolder]`.")]
     weight: Annotated[Weight, Field(description="Its coefficient in the merge.")] = 1.0
 
@@ -76,9 +74,7 @@ class LayerWeights(Record):
 
     policy: Literal["per_layer"]
     default: PerAdapter = 1.0
-    layers: Annotated[
-        dict[str, PerAdapter], Field(description="By index, or tower and index where there are several towers.")
-    ]
+    layers: Annotated[dict[str, PerAdapter], Field(description="By index, or tower and index where there are several towers.")]
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -91,9 +87,7 @@ class ModuleWeights(Record):
 
     policy: Literal["per_module"]
     default: PerAdapter = 1.0
-    modules: Annotated[
-        dict[str, PerAdapter], Field(description="Shell patterns over module paths, such as `*.q_proj`.")
-    ]
+    modules: Annotated[dict[str, PerAdapter], Field(description="Shell patterns over module paths, such as `*.q_proj`.")]
 
 
 Weights = Annotated[ScalarWeights | AdapterWeights | LayerWeights | ModuleWeights, Field(discriminator="policy")]
@@ -104,9 +98,7 @@ class Heads(Record):
 
     policy: Annotated[
         Literal["separate", "average", "from"],
-        Field(
-            description="Keep each adapter's under heads/<name>/; average those of equal shape; or take one adapter's."
-        ),
+        Field(description="Keep each adapter's under heads/<name>/; average those of equal shape; or take one adapter's."),
     ] = "separate"
     adapter: Annotated[str | None, Field(description="Whose, for `from`.")] = None
 
@@ -128,9 +120,7 @@ class Output(Record):
     dtype: Annotated[Dtype, Field(description="Of the written tensors.")] = "float32"
     layout: Annotated[
         Literal["uniform", "pattern"],
-        Field(
-            description="One rank for all modules (zero-padded; loads everywhere), or each its own (`rank_pattern`)."
-        ),
+        Field(description="One rank for all modules (zero-padded; loads everywhere), or each its own (`rank_pattern`)."),
     ] = "uniform"
 
     @field_validator("rank")
@@ -138,15 +128,9 @@ class Output(Record):
     def _rank(cls, value: int | str) -> int | str:
         if isinstance(value, str) and value.isdigit():
             value = int(value)
-        if (
-            value == "auto"
-            or (isinstance(value, int) and value >= 1)
-            or (isinstance(value, str) and _ENERGY.match(value))
-        ):
+        if value == "auto" or (isinstance(value, int) and value >= 1) or (isinstance(value, str) and _ENERGY.match(value)):
             return value
-        raise ValueError(
-            f"{value!r} is no rank: give 'auto', a number from 1, or 'energy:SHARE' with a share in (0, 1]"
-        )
+        raise ValueError(f"{value!r} is no rank: give 'auto', a number from 1, or 'energy:SHARE' with a share in (0, 1]")
 
     @property
     def energy(self) -> float | None:
@@ -163,8 +147,8 @@ class Recipe(Record):
         Field(description="Needed to bake, evaluate, tune, and for DoRA; not to merge. Overrides the adapters' own."),
     ] = None
     adapters: Annotated[tuple[AdapterEntry, ...], Field(min_length=1)]
-    method: Annotated[MethodSpec, Field(description="A method and its parameters; `plait methods` lists them.")] = (
-        Field(default={"name": "linear"}, validate_default=True)
+    method: Annotated[MethodSpec, Field(description="A method and its parameters; `plait methods` lists them.")] = Field(
+        default={"name": "linear"}, validate_default=True
     )
     merge_mode: Annotated[
         MergeMode, Field(description="A module that an adapter lacks: a zero delta, the module left out, or an error.")
@@ -197,13 +181,10 @@ class Recipe(Record):
     def _name_problems(self) -> list[str]:
         names = [a.name for a in self.adapters]
         problems = [
-            f"two adapters are called {n!r}; give names (name=path)"
-            for n in sorted({n for n in names if names.count(n) > 1})
+            f"two adapters are called {n!r}; give names (name=path)" for n in sorted({n for n in names if names.count(n) > 1})
         ]
         used = set(self._adapter_names_used())
-        problems += [
-            f"{n!r} is no adapter of this recipe; there are {', '.join(names)}" for n in sorted(used - set(names))
-        ]
+        problems += [f"{n!r} is no adapter of this recipe; there are {', '.join(names)}" for n in sorted(used - set(names))]
         return problems
 
     def _adapter_names_used(self) -> list[str]:

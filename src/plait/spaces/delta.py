@@ -24,7 +24,10 @@ class Delta(Space):
         deltas = [f.scaled(s) for f, s in zip(factors, scalings, strict=True)]
 
         def rows(start: int, stop: int) -> Tensor:
-            return torch.stack([d.b[start:stop] @ d.a for d in deltas])
+            out = deltas[0].a.new_empty(len(deltas), stop - start, deltas[0].shape[1])
+            for delta, place in zip(deltas, out, strict=True):
+                torch.mm(delta.b[start:stop], delta.a, out=place)
+            return out
 
         return Frame((Array("delta", deltas[0].shape, rows, unchanged),), _itself, deltas[0].a.dtype)
 

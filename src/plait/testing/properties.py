@@ -69,10 +69,7 @@ def shapes(subject: Subject, space: str) -> None:
     for case, adapters in _degenerate(subject, space):
         with _case(case):
             run = subject.prepare(adapters, subject.recipe(adapters, space))
-            _sound(run.deltas(), adapters)
-            for module, emitted in run.emitted().items():
-                (factors,) = emitted.slices
-                _sound({module: factors.dense()}, replace(adapters, shapes={module: adapters.shapes[module]}))
+            _sound({module: emitted.slices[0].dense() for module, emitted in run.emitted().items()}, adapters)
 
 
 def zero(subject: Subject, space: str) -> None:
@@ -93,9 +90,9 @@ def nonzero(subject: Subject, space: str) -> None:
         with _case("all entries of a delta equal"):
             _not_all_zero(subject.merge(replace(ones, weights=dict.fromkeys(ones.weights, 1.0)), space))
     if subject.identity is not None:
-        for shape in _SHAPES:
-            with _case(f"shape {shape}, nothing dropped"):
-                _not_all_zero(subject.merge(_ordinary(subject, space, [shape]), space, subject.identity))
+        with _case("small shapes, nothing dropped"):
+            for module, merged in subject.merge(_ordinary(subject, space, _SHAPES), space, subject.identity).items():
+                _not_all_zero({module: merged})
 
 
 def inputs(subject: Subject, space: str) -> None:
@@ -317,15 +314,17 @@ def _ordinary(
 
 
 def _degenerate(subject: Subject, space: str) -> Iterator[tuple[str, Cohort]]:
-    count = subject.adapters
-    yield "all small shapes at once, float32", _ordinary(subject, space, _SHAPES, dtype=torch.float32)
+    count, single = subject.adapters, torch.float32
+    whole = _ordinary(subject, space, _SHAPES, dtype=single)
+    yield "all small shapes, float32", whole
+    yield "all small shapes, float64", _ordinary(subject, space, _SHAPES)
     for shape in _SHAPES:
-        yield f"shape {shape}, float64", _ordinary(subject, space, [shape])
-        if subject.method.min_adapters == 1 and not subject.by_position:
-            yield f"shape {shape}, one adapter", cohort([shape], [2])
-    yield "rank above both dimensions", cohort([(3, 2), (2, 3)], [5] * count)
-    yield "one A shared by all", cohort(_SHAPES, [2] * count, shared_a=True)
-    whole = _ordinary(subject, space, _SHAPES)
+        yield f"shape {shape} alone", _ordinary(subject, space, [shape], dtype=single)
+    if subject.method.min_adapters == 1 and not subject.by_position:
+        yield "one adapter", cohort(_SHAPES, [2], dtype=single)
+        yield "one adapter, shape (1, 1) alone", cohort([(1, 1)], [1], dtype=single)
+    yield "rank above both dimensions", cohort([(3, 2), (2, 3)], [5] * count, dtype=single)
+    yield "one A shared by all", cohort(_SHAPES, [2] * count, dtype=single, shared_a=True)
     first, module = next(iter(whole.factors)), next(iter(whole.shapes))
     yield "one adapter all zero", whole.zeroed(first)
     yield "one adapter lacks a module", whole.without(first, module)
@@ -425,7 +424,7 @@ def _sound(merged: Mapping[str, Tensor], adapters: Cohort) -> None:
 
 
 def _not_all_zero(merged: Mapping[str, Tensor]) -> None:
-    _require(any(bool((x != 0).any()) for x in merged.values()), "the result is zero everywhere")
+    _require(any(bool((x != 0).any()) for x in merged.values()), f"{', '.join(merged)}: zero everywhere")
 
 
 def _identical(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
