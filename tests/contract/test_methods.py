@@ -18,9 +18,9 @@ ALWAYS = {
 
 
 def spaces(label: str) -> tuple[str, ...]:
-    """`divisor: weight` is refused in `factors`, where it would divide the scalings out."""
+    """Variants run in one dense and in one low-rank space."""
     offered = SUBJECTS[label].method.spaces
-    return tuple(s for s in offered if s != "factors") if label == "ties-mergekit" else offered
+    return tuple(s for s in offered if s in ("delta", "core")) if label in VARIANTS else offered
 
 
 CASES = [

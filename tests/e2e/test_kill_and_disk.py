@@ -13,11 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import plait
 from plait.errors import OutputError
 from plait.merging.staging import staged
-from tests.adapters_on_disk import write_adapter
+from plait.testing.cohorts import cohort
 
 MERGE = "import sys, plait; plait.merge(sys.argv[2:], method='ties', out=sys.argv[1], workers=1)"
 # says when it has begun to write, and then writes slowly, so that a signal finds it in the middle
@@ -36,7 +37,8 @@ plait.merge(sys.argv[2:], out=sys.argv[1], workers=1)
 
 @pytest.fixture
 def pair(tmp_path: Path) -> list[Path]:
-    return [write_adapter(tmp_path / name, seed=i, modules=40) for i, name in enumerate("ab")]
+    cohort([(48, 32)] * 40, [4, 4], dtype=torch.float32).save(tmp_path)
+    return [tmp_path / "adapter0", tmp_path / "adapter1"]
 
 
 def start(code: str, out: Path, pair: list[Path], **more: object) -> subprocess.Popen[str]:

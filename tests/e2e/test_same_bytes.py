@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import plait
+from plait.testing.cohorts import cohort
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "adapters"
 PAIR = {"sentiment": DEMO / "sentiment", "langid": DEMO / "langid"}
@@ -47,10 +49,9 @@ def test_flags_yaml_and_python(tmp_path):
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "linear"])
 def test_workers_and_threads(method, tmp_path):
-    import torch
-
+    cohort([(96, 64)] * 12, [8, 8], dtype=torch.float32).save(tmp_path)
+    small = [tmp_path / "adapter0", tmp_path / "adapter1"]
     settings = {"method": method, "rank": 4}
-    small = {"a": DEMO / "sentiment", "b": DEMO / "langid"}
     digests = set()
     before = torch.get_num_threads()
     for workers, threads in ((1, 1), (2, 2), (4, 1)):
