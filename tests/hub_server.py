@@ -134,9 +134,7 @@ class HubServer:
 
     def env(self, home: Path, *, token: str | None = None, offline: bool = False) -> dict[str, str]:
         """Return the environment for a subprocess: this Hub, a cache in `home`, nothing of the user's."""
-        kept = {
-            k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()
-        }
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
         kept.pop("TRANSFORMERS_OFFLINE", None)
         kept |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
         kept |= {"HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -333,9 +331,7 @@ class _Handler(BaseHTTPRequestHandler):
         with hub.lock:
             if name in hub.repos:
                 raise _Refused(409, message="You already created this model repo", body=url)
-            repo = hub.repos[name] = Repo(
-                name, private=asked.get("visibility") == "private" or bool(asked.get("private"))
-            )
+            repo = hub.repos[name] = Repo(name, private=asked.get("visibility") == "private" or bool(asked.get("private")))
             repo.commit("main", {}, "initial commit")
         return url
 

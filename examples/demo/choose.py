@@ -31,8 +31,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "dare_ties, core .5": ({"method": "dare_ties", "space": "core", "density": 0.5}, SCALES),
     "ties, delta .2": ({"method": "ties", "space": "delta", "density": 0.2}, SCALES),
     "ties, knots .5": ({**TIES, "space": "knots", "density": 0.5}, SCALES),
-    "ties, core .2": ({**TIES, "space": "core", "density": 0.2}, SCALES),
-    "ties, core .5": ({**TIES, "space": "core", "density": 0.5}, SCALES),
+    "ties, core .2": ({**TIES, "space": "core", "density": 0.2}, (*SCALES, 2.5)),
+    "ties, core .5": ({**TIES, "space": "core", "density": 0.5}, (*SCALES, 2.5)),
 }
 PEFT: dict[str, dict[str, Any]] = {
     "PEFT linear, weights 1/3": {"weights": [1 / 3] * 3, "combination_type": "linear"},

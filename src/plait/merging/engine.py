@@ -27,6 +27,7 @@ from plait.merging.plan import MergePlan, ModulePlan
 from plait.merging.prepared import Prepared
 from plait.merging.progress import Progress
 from plait.methods.base import Reduction
+from plait.spaces import SPACES
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -150,7 +151,7 @@ class Engine:
         return total.to(combiner.prepared.dtype)
 
     def _survey(self, combiner: Combiner, start: Callable[[int], Reduction], pool: ThreadPoolExecutor) -> dict[str, Tensor]:
-        names = ("A", "B") if self._inventory.recipe.space_name == "factors" else (self._inventory.recipe.space_name,)
+        names = SPACES[self._inventory.recipe.space_name].arrays
         reductions = {name: start(len(self._inventory.adapters)) for name in names}
         done = False
         while not done:

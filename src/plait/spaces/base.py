@@ -54,11 +54,13 @@ class Space(ABC):
         name: as recipes spell it.
         about: one line for people.
         low_rank: whether every merge in it has an exact low-rank result.
+        arrays: names of the arrays of its frames, the same for every module.
     """
 
     name: str
     about: str
     low_rank: bool
+    arrays: tuple[str, ...]
 
     @abstractmethod
     def frame(self, factors: Sequence[LowRank], scalings: Sequence[float]) -> Frame:

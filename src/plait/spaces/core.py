@@ -24,6 +24,7 @@ class Core(Space):
     name = "core"
     about = "exact R × R coordinates in joint singular bases; free of gauge and order"
     low_rank = True
+    arrays = ("core",)
 
     def frame(self, factors: Sequence[LowRank], scalings: Sequence[float]) -> Frame:
         """Return the cores Cₜ as one stack of (p, q), p and q at most Σ rₜ."""

@@ -18,6 +18,7 @@ class Delta(Space):
     name = "delta"
     about = "the dense deltas, streamed by row blocks; what the papers mean"
     low_rank = False
+    arrays = ("delta",)
 
     def frame(self, factors: Sequence[LowRank], scalings: Sequence[float]) -> Frame:
         """Return ΔWₜ as one stack of (d_out, d_in)."""

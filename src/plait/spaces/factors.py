@@ -22,6 +22,7 @@ class Factors(Space):
     name = "factors"
     about = "A and B apart, as PEFT does; inexact, for reproduction only"
     low_rank = True
+    arrays = ("A", "B")
 
     def frame(self, factors: Sequence[LowRank], scalings: Sequence[float]) -> Frame:
         """Return the unscaled A (r, d_in) and B (d_out, r) as two stacks; absent adapters are zeros."""

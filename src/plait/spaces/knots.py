@@ -25,6 +25,7 @@ class Knots(Space):
     name = "knots"
     about = "joint column basis, one block of row coordinates per adapter; free of gauge and order"
     low_rank = True
+    arrays = ("knots",)
 
     def frame(self, factors: Sequence[LowRank], scalings: Sequence[float]) -> Frame:
         """Return Σ Vₜᵀ as one stack of (k, d_in), k at most Σ rₜ."""
