@@ -55,7 +55,7 @@ def peft_merge(base: str, adapters: list[str], out: str) -> dict[str, Any]:
                 AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), adapters[0], adapter_name="a"
             )
             model.load_adapter(adapters[1], "b")
-            model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "merged", combination_type="cat")
+            model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "merged", combination_type="cat")
             model.save_pretrained(out, selected_adapters=["merged"])
     return {"all": asdict(everything), "work": asdict(work)}
 
@@ -69,7 +69,7 @@ def peft_modules(
 
     seconds, tensors = {}, {}
     for module in modules:
-        factors = [_factors(Path(a) / WEIGHTS_FILE, module) for a in adapters]
+        factors = [_factors(a, module) for a in adapters]
         model = _one_linear(factors)
         start = time.perf_counter()
         model.add_weighted_adapter(
@@ -85,17 +85,17 @@ def peft_modules(
 
 
 def compare(left: str, right: str, modules: list[str]) -> dict[str, Any]:
-    """Return the largest relative difference between the deltas of two adapter files over some modules of layer 0."""
+    """Return the largest relative difference between the deltas of two adapters over some modules of layer 0."""
     return {"difference": max(_relative(_dense(left, m) - _dense(right, m), _dense(right, m)) for m in modules)}
 
 
-def svd_errors(adapters: list[str], results: dict[str, str], modules: list[str]) -> dict[str, Any]:
-    """Return, per result and module, what its truncation leaves of the exact weighted sum: ‖M − BA‖ / ‖M‖."""
+def sum_errors(adapters: list[str], weight: float, results: dict[str, str], modules: list[str]) -> dict[str, Any]:
+    """Return, per result and module, how far it is from the exact weighted sum in float64: ‖M − BA‖ / ‖M‖."""
     errors: dict[str, list[float]] = {name: [] for name in results}
     for module in modules:
-        exact = sum(_dense(str(Path(a) / WEIGHTS_FILE), module) for a in adapters)
-        for name, path in results.items():
-            errors[name].append(_relative(exact - _dense(path, module), exact))
+        exact = weight * sum(_dense(folder, module) for folder in adapters)
+        for name, folder in results.items():
+            errors[name].append(_relative(exact - _dense(folder, module), exact))
     return {"errors": errors}
 
 
@@ -121,7 +121,7 @@ def ties_errors(
             s = torch.linalg.svdvals(matrix).square()
             for rank in ranks:
                 best = float((s[rank:].sum() / s.sum()).sqrt())
-                ours = _relative(matrix - _dense(str(Path(out) / f"r{rank}" / WEIGHTS_FILE), module), matrix)
+                ours = _relative(matrix - _dense(str(Path(out) / f"r{rank}"), module), matrix)
                 ratios[str(rank)].append(ours / best)
     return {"ratios": ratios}
 
@@ -140,17 +140,17 @@ def _path(module: str) -> str:
     return f"base_model.model.model.layers.0.{module}"
 
 
-def _factors(file: Path, module: str) -> tuple[Any, Any]:
+def _factors(folder: str, module: str) -> tuple[Any, Any]:
     """Return A and B of a module of layer 0."""
     from safetensors import safe_open
 
-    with safe_open(file, framework="pt") as tensors:
-        return tuple(tensors.get_tensor(f"{_path(module)}.lora_{x}.weight") for x in "AB")  # type: ignore[return-value]
+    with safe_open(Path(folder, WEIGHTS_FILE), framework="pt") as tensors:
+        return tensors.get_tensor(f"{_path(module)}.lora_A.weight"), tensors.get_tensor(f"{_path(module)}.lora_B.weight")
 
 
-def _dense(file: str, module: str) -> Any:
-    """Return a module's delta in float64; every file here has scaling 1."""
-    a, b = _factors(Path(file), module)
+def _dense(folder: str, module: str) -> Any:
+    """Return a module's delta in float64; every adapter here has scaling 1."""
+    a, b = _factors(folder, module)
     return b.double() @ a.double()
 
 
@@ -177,7 +177,7 @@ def _one_linear(factors: Iterable[tuple[Any, Any]]) -> Any:
 
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
-    f.__name__: f for f in (make, plait_merge, peft_merge, peft_modules, compare, svd_errors, ties_errors, startup)
+    f.__name__: f for f in (make, plait_merge, peft_merge, peft_modules, compare, sum_errors, ties_errors, startup)
 }
 
 if __name__ == "__main__":

@@ -23,15 +23,16 @@ from processes import run_job, time_command
 from report import Row, Section
 
 RESULTS = Path(__file__).parent / "results" / "merge.json"
-WEIGHTS = "adapter_model.safetensors"
 PROBES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")  # one module of every shape
 MB = 1e6
 DENSITY = 0.2
 TIES = {"method": "ties", "space": "delta", "density": DENSITY}
 TIES_RANKS = (128, 64)
 SVD_RANK = 64
+LINEAR = {"method": "linear", "weights": [0.5, 0.5]}
 RUNS: dict[str, dict[str, Any]] = {  # what plait does to the whole model
-    "linear": {"method": "linear"},
+    "linear": LINEAR,
+    "linear, bfloat16 written": {**LINEAR, "dtype": "bfloat16"},  # as PEFT does, whose dtype follows the base model's
     "svd, rank 64": {"method": "svd", "rank": SVD_RANK},
     "ties, delta, rank 128": TIES,
     "ties, delta, rank 64": {**TIES, "rank": 64},
@@ -43,7 +44,8 @@ RUNS: dict[str, dict[str, Any]] = {  # what plait does to the whole model
     "breadcrumbs, delta": {"method": "breadcrumbs", "space": "delta"},
     "magnitude_prune, delta": {"method": "magnitude_prune", "space": "delta"},
 }
-REPEATED = {"linear": 3, "svd, rank 64": 3}
+REPEATED = {"linear": 3, "linear, bfloat16 written": 3, "svd, rank 64": 3}
+QUICK = ("linear", "linear, bfloat16 written", "svd, rank 64", "ties, delta, rank 128", "ties, delta, rank 64", "ties, core")
 MEMORY_TARGET = 600 * MB
 
 
@@ -54,13 +56,15 @@ class Bench:
         cache: where adapters and base model are kept.
         layers: of the whole model.
         modules: the modules of a layer that PEFT's dense methods and the errors are measured on.
+        runs: what plait does to the whole model.
         repeat: whether short work is repeated.
     """
 
-    def __init__(self, cache: Path, layers: int, modules: Sequence[str], *, repeat: bool) -> None:
+    def __init__(self, cache: Path, layers: int, modules: Sequence[str], runs: Sequence[str], *, repeat: bool) -> None:
         self.materials = synthetic.locate(cache, layers)
         self.single = synthetic.locate(cache, 1)
         self.modules = list(modules)
+        self.runs = runs
         self.repeat = repeat
         self.out = cache / "out"
         self.raw: dict[str, Any] = {}
@@ -106,25 +110,32 @@ class Bench:
         return statistics.mean(known)
 
 
-def linear(bench: Bench, run: dict[str, Any]) -> list[Row]:
+def linear(bench: Bench, runs: dict[str, dict[str, Any]]) -> list[Row]:
     """The exact weighted sum."""
     peft = bench.job(
         "PEFT cat", "peft_merge", 2,
         base=str(bench.materials.base), adapters=_paths(bench.materials), out=str(bench.out / "PEFT cat"),
     )  # fmt: skip
+    same, default = runs["linear, bfloat16 written"], runs["linear"]
+    theirs = str(bench.out / "PEFT cat" / "merged")
     difference = run_job(
-        "compare",
-        left=str(bench.out / "plait linear" / WEIGHTS),
-        right=str(bench.out / "PEFT cat" / "merged" / WEIGHTS),
-        modules=bench.modules,
+        "compare", left=str(bench.out / "plait linear, bfloat16 written"), right=theirs, modules=bench.modules
     )["difference"]
-    bench.raw["linear difference"] = difference
+    results = {"plait": str(bench.out / "plait linear"), "PEFT": theirs}
+    errors = run_job(
+        "sum_errors", adapters=_paths(bench.materials), weight=0.5, results=results, modules=bench.modules
+    )["errors"]
+    bench.raw["linear difference"], bench.raw["linear errors"] = difference, errors
     return [
-        _seconds("linear, whole process", run["wall"], peft["wall"], 20),
-        _seconds("linear, without imports", run["work"]["seconds"], peft["work"]["seconds"]),
-        _memory("linear, peak memory", run["all"]["peak_rss"], peft["all"]["peak_rss"], 20),
-        _memory("linear, peak anonymous memory", run["all"]["peak_anonymous"], peft["all"]["peak_anonymous"]),
+        _seconds("linear, whole process", same["wall"], peft["wall"], 20),
+        _seconds("linear, without imports", same["work"]["seconds"], peft["work"]["seconds"]),
+        _seconds("linear, float32 written, whole process", default["wall"], peft["wall"], 20),
+        _seconds("linear, float32 written, without imports", default["work"]["seconds"], peft["work"]["seconds"]),
+        _memory("linear, peak memory", same["all"]["peak_rss"], peft["all"]["peak_rss"], 20),
+        _memory("linear, float32 written, peak memory", default["all"]["peak_rss"], peft["all"]["peak_rss"], 20),
+        _memory("linear, peak anonymous memory", same["all"]["peak_anonymous"], peft["all"]["peak_anonymous"]),
         Row("linear, largest difference of deltas", (f"{difference:.1e}", "", ""), "≤ 1e-6", difference <= 1e-6),
+        Row("linear, float32 written, distance to the exact sum", (*(f"{max(errors[x]):.1e}" for x in ("plait", "PEFT")), "")),
     ]
 
 
@@ -132,9 +143,10 @@ def svd(bench: Bench, run: dict[str, Any]) -> list[Row]:
     """The best rank-64 approximation of the weighted sum."""
     peft = _peft_dense(bench, "svd")
     errors = run_job(
-        "svd_errors",
+        "sum_errors",
         adapters=_paths(bench.materials),
-        results={"plait": str(bench.out / "plait svd, rank 64" / WEIGHTS), "PEFT": str(bench.out / "PEFT svd" / WEIGHTS)},
+        weight=1.0,
+        results={"plait": str(bench.out / "plait svd, rank 64"), "PEFT": str(bench.out / "PEFT svd")},
         modules=bench.modules,
     )["errors"]
     bench.raw["svd errors"] = errors
@@ -200,12 +212,13 @@ def run(bench: Bench) -> list[Section]:
     m = bench.materials
     bench.prepare()
     start = startup(bench)
-    runs = {label: bench.plait(label) for label in RUNS}
+    runs = {label: bench.plait(label) for label in bench.runs}
     beside = Section("plait beside PEFT", ("plait", "PEFT", "ratio"))
-    beside.rows = [*linear(bench, runs["linear"]), *svd(bench, runs["svd, rank 64"]), *ties(bench, runs)]
+    beside.rows = [*linear(bench, runs), *svd(bench, runs["svd, rank 64"]), *ties(bench, runs)]
     beside.notes = [
         f"Two adapters of {m.adapter_parameters / 1e6:.0f} M float32 values for {m.modules} modules "
-        f"({m.layers} layers; {m.delta_entries / 1e6:.0f} M entries of ΔW); the base model is bfloat16.",
+        f"({m.layers} layers; {m.delta_entries / 1e6:.0f} M entries of ΔW). The base model is bfloat16, and so is what PEFT writes; "
+        "plait is told to do the same where nothing else is said (its default is float32).",
         "Whole process: interpreter, imports, work, exit. Memory: peak above Python with torch imported.",
         f"PEFT per module: measured on {', '.join(bench.modules)} of layer 0, averaged over a layer's seven modules. "
         "plait per module: the whole merge without imports, files and hashes included, over the number of modules.",
@@ -217,14 +230,14 @@ def run(bench: Bench) -> list[Section]:
 def main() -> None:
     """Parse arguments, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one layer, one module for PEFT's dense methods: a smoke test")
+    parser.add_argument("--quick", action="store_true", help="one layer, few methods: a smoke test")
     parser.add_argument("--layers", type=int, default=28, help="layers of the model (28)")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "plait-bench"), help="where files are kept")
     parser.add_argument("--markdown", action="store_true", help="print Markdown instead of tables")
     options = parser.parse_args()
-    layers, modules = (1, ("self_attn.k_proj",)) if options.quick else (options.layers, PROBES)
+    layers, modules, runs = (1, ("self_attn.k_proj",), QUICK) if options.quick else (options.layers, PROBES, tuple(RUNS))
     machine = report.machine()
-    bench = Bench(options.cache.resolve(), layers, modules, repeat=not options.quick)
+    bench = Bench(options.cache.resolve(), layers, modules, runs, repeat=not options.quick)
     sections = run(bench)
     report.write(RESULTS, machine, sections, bench.raw)
     if options.markdown:

@@ -7,6 +7,7 @@ base model, each task's own adapter and the merged adapter on held-out texts.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import subprocess
@@ -16,12 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING
 
 from base_model import BaseModelMissingError, base_model, cached, gguf_file
 from rich import box
 from rich.console import Console
-from rich.padding import Padding
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from scoring import HERE, NAMES, Outcome, Task, hits, intervals, load_tasks, margin, mean_and_worst
@@ -29,8 +31,8 @@ from scoring import HERE, NAMES, Outcome, Task, hits, intervals, load_tasks, mar
 if TYPE_CHECKING:
     from live import Live
 
-ADAPTERS = HERE / "adapters"
-MERGE = ("--method", "ties", "--space", "core", "--density", "0.5", "--flavor", "core_space", "--scale", "1.5")
+# Chosen on the validation split by choose.py.
+MERGE = ("--method ties", "--space core", "--density 0.2", "--flavor core_space", "--scale 2")
 MERGED = "merged"
 PROMPTS = 3  # per task, whose answers are shown
 WIDEST = 100  # columns; tables do not read better when they are wider
@@ -44,10 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _demo(console, options.out, options.samples)
     except BaseModelMissingError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {error}")
+        Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", escape(str(error)))
         return 2
     except subprocess.CalledProcessError as error:
-        return error.returncode
+        return error.returncode  # it has said why
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -75,11 +79,10 @@ def _demo(console: Console, out: Path, samples: int) -> None:
     )
 
     _heading(console, "1 · What is in the adapters")
-    folders = [str(_short(ADAPTERS / name)) for name in sorted(NAMES)]
-    _plait(console, "inspect", *folders)
+    _plait(console, "inspect", _adapters())
 
     _heading(console, "2 · Merge them, without the base model")
-    _plait(console, "merge", *folders, *MERGE, "-o", str(out), "--force")
+    _plait(console, "merge", _adapters(), *MERGE, f"-o {shlex.quote(str(out))}", "--force")
 
     _heading(console, "3 · Load the base model and all four adapters with PEFT")
     tasks = load_tasks()
@@ -98,13 +101,12 @@ def _demo(console: Console, out: Path, samples: int) -> None:
 def _require(*packages: str) -> None:
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        raise BaseModelMissingError(f"The demo needs {', '.join(missing)}: python -m pip install 'plait\\[demo]'")
+        raise BaseModelMissingError(f"The demo needs {', '.join(missing)}: python -m pip install 'plait[demo]'")
 
 
 def _heading(console: Console, text: str) -> None:
     console.print()
     console.rule(f"[bold]{text}[/bold]", align="left", style="dim")
-    console.file.flush()  # sub-processes write to the same place
 
 
 def _short(path: Path) -> Path:
@@ -113,24 +115,38 @@ def _short(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _plait(console: Console, command: str, *arguments: str) -> None:
-    """Show a plait command as it is typed, and run it."""
-    console.print(f"[bold green]$[/] [bold]{_typed('plait', command, *arguments)}[/]\n", soft_wrap=True)
-    console.file.flush()
-    subprocess.run([sys.executable, "-m", "plait", command, *arguments], check=True)
+def _adapters() -> str:
+    return f"{shlex.quote(str(_short(HERE / 'adapters')))}/*"
 
 
-def _typed(*words: str) -> str:
-    """Return a command as typed: a folder of adapters as a pattern, lines of readable length."""
-    folders = [w for w in words if Path(w).parent == _short(ADAPTERS)]
-    typed = [shlex.quote(w) for w in words if w not in folders]
-    typed.insert(2, f"{shlex.quote(str(_short(ADAPTERS)))}/*")
-    lines = [""]
-    for word in typed:
-        if lines[-1] and len(lines[-1]) + len(word) > 74:
+def _plait(console: Console, *pieces: str) -> None:
+    """Show a plait command as it is typed, and run it as a shell would.
+
+    Args:
+        console: where to.
+        pieces: of the command behind `plait`; each stays on one line.
+    """
+    console.print(f"[bold green]$[/] [bold]{_lines('plait', *pieces)}[/]\n", soft_wrap=True)
+    console.file.flush()  # the command writes to the same place
+    subprocess.run([sys.executable, "-m", "plait", *_words(pieces)], check=True)
+
+
+def _lines(*pieces: str, width: int = 74) -> str:
+    lines = [pieces[0]]
+    for piece in pieces[1:]:
+        if len(lines[-1]) + 1 + len(piece) > width:
             lines.append("   ")
-        lines[-1] += f" {word}" if lines[-1] else word
+        lines[-1] += f" {piece}"
     return " \\\n".join(lines)
+
+
+def _words(pieces: Sequence[str]) -> list[str]:
+    words = [word for piece in pieces for word in shlex.split(piece)]
+    return [found for word in words for found in (_matching(Path(word)) if "*" in word else [word])]
+
+
+def _matching(pattern: Path) -> list[str]:
+    return [str(path) for path in sorted(pattern.parent.glob(pattern.name))]
 
 
 def _load(console: Console, tasks: Sequence[Task], merged: Path, *, first_time: bool) -> Live:
@@ -142,9 +158,9 @@ def _load(console: Console, tasks: Sequence[Task], merged: Path, *, first_time: 
 
         quiet()
     if first_time:
-        with _working(console, "unpacking the base model from its 4-bit file; this happens once"):
+        with _working(console, "unpacking the base model from its 4-bit file, this first time only"):
             base_model()
-    with _working(console, "loading the base model and the adapters; no tensor missing, none left over"):
+    with _working(console, "loading base model and adapters: no tensor missing, none left over"):
         return Live(base_model(), {MERGED: merged} | {task.name: task.adapter for task in tasks})
 
 
@@ -159,10 +175,14 @@ def _working(console: Console, what: str) -> Iterator[None]:
 
 def _answers(console: Console, live: Live, tasks: Sequence[Task]) -> Table:
     """Ask base, own adapter and merged adapter the first test prompts of every task."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left", expand=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left", expand=True)
     table.caption = "Greedy answers, cut to a line; ✓ when the answer is exactly the gold label."
-    for name, ratio in (("text", 9), ("gold", 3), ("base model", 6), ("own adapter", 4), ("merged", 4)):
-        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=ratio)
+    widest = max(len(e.label) for task in tasks for e in task.examples("test", PROMPTS))
+    table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=4)
+    table.add_column("gold", no_wrap=True, width=widest)
+    table.add_column("base model", no_wrap=True, overflow="ellipsis", ratio=3)
+    for name in ("own adapter", "merged"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", width=max(widest + 2, len(name)))
     for task in tasks:
         examples = task.examples("test", PROMPTS)
         prompts = [task.ask(example) for example in examples]
@@ -170,17 +190,13 @@ def _answers(console: Console, live: Live, tasks: Sequence[Task]) -> Table:
             columns = [live.answer(name, prompts) for name in ("base", task.name, MERGED)]
         table.add_row(f"[bold]{task.name}[/]")
         for example, *said in zip(examples, *columns, strict=True):
-            table.add_row(_plain(example.text), example.label, *(_marked(answer, example.label) for answer in said))
+            table.add_row(escape(example.text), example.label, *(_marked(answer, example.label) for answer in said))
         table.add_section()
     return table
 
 
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
-
-
 def _marked(answer: str, gold: str) -> str:
-    return f"[green]{gold} ✓[/]" if answer == gold else _plain(answer)
+    return f"[green]{gold} ✓[/]" if answer == gold else escape(answer)
 
 
 def _measure(console: Console, live: Live, tasks: Sequence[Task], samples: int) -> dict[str, Outcome]:
@@ -217,45 +233,51 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[str], Callable
         yield advance
 
 
-def _accuracies(outcomes: Mapping[str, Outcome]) -> tuple[Table, Padding]:
+def _accuracies(outcomes: Mapping[str, Outcome]) -> tuple[Table, str]:
+    """Return the accuracies and recoveries as a table, and how to read it."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("task", "n", "base model", "own adapter", "merged", "recovery"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for name, o in outcomes.items():
         cells = (f"{right.mean():.2f} [dim]± {margin(right):.2f}[/]" for right in (o.base, o.single, o.merged))
-        table.add_row(name, str(len(o.base)), *cells, f"[bold]{o.recovery:.0%}[/]")
+        table.add_row(name, str(len(o.base)), *cells, f"[bold]{_percent(o.recovery)}[/]")
     table.add_section()
     sides = [[right.mean() for right in (o.base, o.single, o.merged)] for o in outcomes.values()]
-    means = (f"{sum(side) / len(sides):.2f}" for side in zip(*sides, strict=True))
+    means = (f"{sum(side) / len(sides):.2f} [dim]{' ' * 6}[/]" for side in zip(*sides, strict=True))
     mean, worst = mean_and_worst(outcomes)
-    table.add_row("mean", "", *means, f"[bold]{mean:.0%}[/]")
     low, high = intervals(outcomes)["mean"]
+    table.add_row("mean", "", *means, f"[bold]{_percent(mean)}[/]")
     note = (
-        "Accuracy by the likelihood of the labels, ± half of its 95 % interval. "
-        f"Recovery = (merged − base) / (own − base): mean {mean:.0%} (95 % interval {low:.0%} to {high:.0%}), "
-        f"worst task {worst:.0%}. The texts are a fixed sample of the test split, as many of every label; "
-        "--samples takes more."
+        f"Recovery = (merged − base) / (own − base): mean {_percent(mean)} (95 % interval {_percent(low)} to "
+        f"{_percent(high)}), worst task {_percent(worst)}.\n[dim]A prediction is the likeliest label; ± is half of the "
+        "accuracy's 95 % interval. The texts are a fixed sample of the test split, as many of every label; --samples N "
+        "takes more.[/]"
     )
-    return table, Padding(f"[dim]{note}[/]", (0, 0))
+    return table, note
+
+
+def _percent(share: float) -> str:
+    return "–" if math.isnan(share) else f"{100 * share:.0f} %"
 
 
 def _what_next(console: Console, out: Path, base: Path) -> None:
-    folders = f"{_short(ADAPTERS)}/*"
-    lines = (
-        ("the merged adapter", str(out)),
-        ("its base model", str(base)),
-        ("", ""),
-        ("look before merging", f"plait merge {folders} --dry-run"),
-        ("another method", f"plait merge {folders} --scale 0.6 -o out/linear"),
-        ("a smaller adapter", f"plait compress {out} --rank 8 -o out/rank8"),
-        ("all methods", "plait methods"),
-        ("as a recipe file", "plait recipe --help"),
-        ("in PEFT", f'PeftModel.from_pretrained(model, "{out}")'),
-    )
-    table = Table.grid(padding=(0, 2))
-    for what, how in lines:
-        table.add_row(f"[dim]{what}[/]", _plain(how))
-    console.print(table)
+    """Say what lies where, and what to try now."""
+    recipe = shlex.quote(str(_short(HERE.parent / "recipes" / "ties_core.yaml")))
+    console.print(f"[dim]merged adapter[/]  {out}\n[dim]base model[/]      {base}\n", soft_wrap=True)
+    activate = Path(sys.executable).parent / "activate"
+    if which("plait") is None and activate.is_file():
+        console.print(f"[dim]# puts plait on the path[/]\nsource {shlex.quote(str(_short(activate)))}", soft_wrap=True)
+    for why, command in (
+        ("the plan, without merging", f"plait merge {_adapters()} --dry-run"),
+        (
+            "another method, or a plain weighted sum; `plait methods` lists all",
+            f"plait merge {_adapters()} --scale 0.6 -o out/sum",
+        ),
+        ("a smaller adapter, and what that loses", f"plait compress {shlex.quote(str(out))} --rank 8 -o out/rank8"),
+        ("a recipe file instead of options", f"plait merge {recipe} -o out/recipe"),
+        ("in Python, with PEFT", f'model = PeftModel.from_pretrained(model, "{out}")'),
+    ):
+        console.print(f"[dim]# {why}[/]\n{escape(command)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -32,16 +32,18 @@ class Live:
     def __init__(self, base: Path, adapters: Mapping[str, Path]) -> None:
         quiet()
         self.tokenizer = AutoTokenizer.from_pretrained(base)
+        if self.tokenizer.pad_token is None:  # transformers 4 does not take it from the GGUF file
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
         (first, folder), *others = adapters.items()
-        self.model = PeftModel.from_pretrained(model, folder, adapter_name=first).eval()
+        self.model = PeftModel.from_pretrained(model, str(folder), adapter_name=first).eval()
         _check_keys(self.model, first, folder)
         for name, folder in others:
             self.add(name, folder)
 
     def add(self, name: str, folder: Path) -> None:
         """Load one more adapter."""
-        self.model.load_adapter(folder, adapter_name=name)
+        self.model.load_adapter(str(folder), adapter_name=name)
         _check_keys(self.model, name, folder)
 
     def remove(self, name: str) -> None:
@@ -57,7 +59,7 @@ class Live:
                 with self.model.disable_adapter():
                     yield self.model.get_base_model()
             else:
-                self.model.set_adapter(name, inference_mode=True)
+                self.model.set_adapter(name)
                 yield self.model.get_base_model()
 
     def classify(

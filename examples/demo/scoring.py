@@ -84,9 +84,9 @@ def hits(examples: Sequence[Example], predicted: Sequence[str]) -> NDArray[np.bo
 
 
 def margin(right: NDArray[np.bool_]) -> float:
-    """Return the half width of the 95 % interval of an accuracy (normal approximation)."""
-    share = float(right.mean())
-    return _CONFIDENCE * math.sqrt(share * (1 - share) / len(right))
+    """Return the half width of the 95 % interval of an accuracy (Wilson's, which also holds when all are right)."""
+    share, n, z = float(right.mean()), len(right), _CONFIDENCE
+    return z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,21 @@ def mean_and_worst(outcomes: Mapping[str, Outcome]) -> tuple[float, float]:
 
 
 def intervals(outcomes: Mapping[str, Outcome], draws: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """Return 95 % intervals of every task's recovery, and of `mean` and `worst`, by paired bootstrap over examples."""
+    """Return 95 % intervals of every task's recovery, and of `mean` and `worst`, by paired bootstrap over examples.
+
+    Draws in which a single adapter gains nothing have no recovery and are left out.
+    """
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(draws):
         drawn = {name: outcome.resampled(rng) for name, outcome in outcomes.items()}
         rows.append([*(o.recovery for o in drawn.values()), *mean_and_worst(drawn)])
-    low, high = np.nanpercentile(np.array(rows), [2.5, 97.5], axis=0)
-    return {name: (float(a), float(b)) for name, a, b in zip([*outcomes, "mean", "worst"], low, high, strict=True)}
+    return {name: _middle(column) for name, column in zip([*outcomes, "mean", "worst"], np.array(rows).T, strict=True)}
+
+
+def _middle(values: NDArray[np.float64]) -> tuple[float, float]:
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return math.nan, math.nan
+    low, high = np.percentile(known, [2.5, 97.5])
+    return float(low), float(high)

@@ -30,23 +30,23 @@ def adapters(
     return made
 
 
-def recipe(written: Mapping[str, Written], weights: Sequence[float] | None = None, **fields: Any) -> Recipe:
+def recipe(written: Mapping[str, Written], coefficients: Sequence[float] | None = None, **fields: Any) -> Recipe:
     """Return a recipe; `fields` are its keys."""
     entries = [
-        {"name": n, "path": str(w.folder), "weight": 1.0 if weights is None else weights[i]}
+        {"name": n, "path": str(w.folder), "weight": 1.0 if coefficients is None else coefficients[i]}
         for i, (n, w) in enumerate(written.items())
     ]
     return Recipe.model_validate({"adapters": entries, **fields})
 
 
-def run(out: Path, written: Mapping[str, Written], weights: Sequence[float] | None = None, **fields: Any) -> MergeResult:
+def run(out: Path, written: Mapping[str, Written], coefficients: Sequence[float] | None = None, **fields: Any) -> MergeResult:
     """Merge into a folder that does not exist."""
-    return run_recipe(recipe(written, weights, **fields), out=out, workers=1)
+    return run_recipe(recipe(written, coefficients, **fields), out=out, workers=1)
 
 
-def dense(out: Path, written: Mapping[str, Written], weights: Sequence[float] | None = None, **fields: Any) -> Deltas:
+def dense(out: Path, written: Mapping[str, Written], coefficients: Sequence[float] | None = None, **fields: Any) -> Deltas:
     """Merge to dense deltas; return them, float64."""
-    result = run(out, written, weights, output={"kind": "delta"}, **fields)
+    result = run(out, written, coefficients, output={"kind": "delta"}, **fields)
     tensors = load_file(result.folder / "delta.safetensors")
     return {n.removesuffix(".weight"): x.astype(np.float64) for n, x in tensors.items()}
 
@@ -54,12 +54,12 @@ def dense(out: Path, written: Mapping[str, Written], weights: Sequence[float] | 
 def adapter(
     out: Path,
     written: Mapping[str, Written],
-    weights: Sequence[float] | None = None,
+    coefficients: Sequence[float] | None = None,
     modules: Mapping[str, Module] = MODULES,
     **fields: Any,
 ) -> Deltas:
     """Merge to an adapter; return its deltas, float64."""
-    return read_deltas(run(out, written, weights, **fields).folder, modules)
+    return read_deltas(run(out, written, coefficients, **fields).folder, modules)
 
 
 def stacks(written: Mapping[str, Written]) -> dict[str, np.ndarray]:

@@ -2,11 +2,15 @@
 
 import importlib
 import json
+import shlex
+import subprocess
+import sys
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from plait.adapters import Adapter
 
@@ -124,8 +128,14 @@ def test_intervals_hold_the_value_and_are_the_same_every_time(scoring):
     assert scoring.intervals(both, draws=500) == bounds
 
 
-def test_margin_is_the_normal_approximation(scoring):
-    assert scoring.margin(np.arange(100) < 80) == pytest.approx(1.96 * 0.04)
+def test_without_headroom_there_is_no_interval(scoring):
+    bounds = scoring.intervals({"a": outcome(scoring, 100, 100, 50)}, draws=10)
+    assert np.isnan(bounds["a"]).all()
+
+
+def test_margin_is_wilsons(scoring):
+    assert scoring.margin(np.arange(100) < 80) == pytest.approx(0.07773, abs=1e-5)  # 0.7112 to 0.8666
+    assert scoring.margin(np.ones(10, dtype=bool)) == pytest.approx(0.1388, abs=1e-4)  # 0.7225 to 1
 
 
 def test_without_the_package_the_error_says_how_to_get_it(base_model, monkeypatch):
@@ -218,11 +228,34 @@ def test_the_demo_refuses_a_sample_of_no_size(wrong, monkeypatch, capsys):
     assert "--samples" in capsys.readouterr().err
 
 
-def test_commands_are_shown_as_typed(monkeypatch):
+def test_commands_run_as_they_are_shown(monkeypatch, capsys):
     demo = module("demo", monkeypatch)
+    ran = []
+    monkeypatch.setattr(demo.subprocess, "run", lambda words, **_: ran.append(words[3:]))
     monkeypatch.chdir(DEMO.parents[1])
-    folders = [str(demo._short(demo.ADAPTERS / name)) for name in TASKS]
-    typed = demo._typed("plait", "merge", *folders, *demo.MERGE, "-o", "out/a b", "--force")
-    assert typed.startswith("plait merge examples/demo/adapters/* --method")
-    assert typed.endswith("-o 'out/a b' --force")
-    assert all(len(line) < 80 for line in typed.splitlines())
+    demo._plait(Console(), "merge", demo._adapters(), *demo.MERGE, "-o 'out/a b'", "--force")
+    shown = capsys.readouterr().out
+    assert shown.startswith("$ plait merge examples/demo/adapters/* --method ties")
+    assert all(len(line) < 80 for line in shown.splitlines())
+    folders = [f"examples/demo/adapters/{name}" for name in sorted(TASKS)]
+    options = shlex.split(shown.replace("\\\n", " "))[4:]
+    assert ran == [["merge", *folders, *options]]
+    assert "out/a b" in options
+
+
+def test_elsewhere_the_paths_are_whole(monkeypatch, tmp_path):
+    demo = module("demo", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    assert demo._words([demo._adapters()]) == [str(DEMO / "adapters" / name) for name in sorted(TASKS)]
+
+
+def test_the_demo_merge_is_one_that_plait_accepts(monkeypatch, tmp_path):
+    demo = module("demo", monkeypatch)
+    words = demo._words(["merge", demo._adapters(), *demo.MERGE, "--dry-run", "--json"])
+    done = subprocess.run([sys.executable, "-m", "plait", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rank"] == 24
+
+
+def test_what_the_demo_points_to_exists():
+    assert (DEMO.parent / "recipes" / "ties_core.yaml").is_file()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 Vote = Literal["total", "frequency"]
 Divisor = Literal["count", "weight", "none"]
+_CANCELLED = 1e-6  # a sum of weights below this share of their magnitudes is round-off
 
 
 def elect_sign(x: Tensor, vote: Vote) -> Tensor:
@@ -35,17 +36,19 @@ def merge_agreeing(x: Tensor, agrees: Tensor, weights: Tensor, divisor: Divisor)
         x: (T, p, q).
         agrees: (T, p, q), bool.
         weights: (T,).
-        divisor: `count` of the agreeing adapters, their summed `weight`, or `none`. A sum of weights that is 0 divides by 1.
+        divisor: `count` of the agreeing adapters, their summed `weight`, or `none`. Weights that cancel do not divide.
 
     Returns:
         (p, q); 0 where nobody agrees.
     """
-    total, share = torch.zeros_like(x[0]), torch.zeros_like(x[0])
+    total, share, size = (torch.zeros_like(x[0]) for _ in range(3))
     for value, agreeing, weight in zip(x, agrees, weights.tolist(), strict=True):  # one adapter at a time stays in the cache
         mask = agreeing.to(x.dtype)
         total.addcmul_(value, mask, value=weight)
         share.add_(mask, alpha=1 if divisor == "count" else weight)
-    return total if divisor == "none" else total.div_(share.masked_fill_(share == 0, 1))
+        if divisor == "weight":
+            size.add_(mask, alpha=abs(weight))
+    return total if divisor == "none" else total.div_(share.masked_fill_(share.abs() <= _CANCELLED * size, 1))
 
 
 def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:

@@ -18,8 +18,7 @@ from plait.testing.subject import bounds
 def parameter_problems(method: Method, required: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with a method's parameters.
 
-    A number is bounded when it has a bound or is declared finite. In containers, where no bound can be read off, it is enough
-    that a value that is no number (NaN) is refused.
+    A number is bounded when it refuses what is no finite number; a whole number when it has two bounds.
 
     Args:
         method: whose parameters.
@@ -45,8 +44,9 @@ def _field_problems(method: Method, name: str, field: FieldInfo, needed: Mapping
             yield f"{name} takes any {'text' if leaf is str else 'value'}; list the choices (Literal)"
         if leaf is int and None in bounds(field) and not _contained(field.annotation):
             yield f"{name} is a whole number without two bounds"
-    if float in leaves and not _refuses(method, {**needed, field.alias or name: _with_nan(field.annotation)}):
-        yield f"{name} is a number without bounds: it takes NaN"
+    for value in (math.nan, math.inf, -math.inf) if float in leaves else ():
+        if not _refuses(method, {**needed, field.alias or name: _holding(value, field.annotation)}):
+            yield f"{name} is a number without bounds: it takes {value}"
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:
@@ -68,16 +68,16 @@ def _contained(annotation: Any) -> bool:
     return get_origin(annotation) not in (None, Union, types.UnionType, Literal)
 
 
-def _with_nan(annotation: Any) -> Any:
-    """Return a value of an annotation's form in which a number is NaN."""
+def _holding(value: float, annotation: Any) -> Any:
+    """Return something of an annotation's form in which a number is `value`."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        return _with_nan(next(a for a in args if float in _leaves(a)))
+        return _holding(value, next(a for a in args if float in _leaves(a)))
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return {"0": _with_nan(args[1])}
+        return {"0": _holding(value, args[1])}
     if origin is not None:
-        return [_with_nan(next(a for a in args if float in _leaves(a)))]
-    return math.nan
+        return [_holding(value, next(a for a in args if float in _leaves(a)))]
+    return value
 
 
 def _refuses(method: Method, values: Mapping[str, Any]) -> bool:

@@ -17,8 +17,12 @@ from plait.transforms.base import Transform, TransformParams, register_transform
 class LayerNormParams(TransformParams):
     """Parameters of `layer_l2_normalize`."""
 
-    target_norm: Annotated[float, Field(ge=0, description="Frobenius norm of every layer afterwards.")] = 1.0
-    eps: Annotated[float, Field(gt=0, description="Layers of at most this norm are left as they are.")] = 1e-12
+    target_norm: Annotated[float, Field(ge=0, allow_inf_nan=False, description="Frobenius norm of every layer afterwards.")] = (
+        1.0
+    )
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False, description="Layers of at most this norm are left as they are.")] = (
+        1e-12
+    )
     include_non_layer_keys: Annotated[
         bool, Field(description="Treat all modules outside of layers as one layer; else leave them.")
     ] = True

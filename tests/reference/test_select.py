@@ -1,0 +1,80 @@
+"""Radix selection against sorting."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from plait.linalg.select import MagnitudeSelect
+
+
+def select(x, ranks, blocks=1, shuffle=False):
+    """Run all passes over x (rows, entries), cut into blocks; return (thresholds, passes)."""
+    found = MagnitudeSelect(len(x), lambda entries: ranks(entries) if callable(ranks) else ranks)
+    pieces = [p.unsqueeze(1) for p in x.chunk(blocks, dim=1)]
+    for passes in itertools.count(1):
+        for piece in reversed(pieces) if shuffle and passes % 2 else pieces:
+            found.observe(piece)
+        if found.end_pass():
+            return found.values, passes
+    raise AssertionError
+
+
+def awkward(dtype):
+    tiny = torch.finfo(dtype).smallest_normal
+    values = [0.0, -0.0, 1.0, -1.0, 1.0, tiny, -tiny, tiny / 2, tiny / 1024, -tiny / 4, 0.5, -0.25, torch.finfo(dtype).max]
+    values += [-torch.finfo(dtype).max, math.pi, math.pi * (1 + torch.finfo(dtype).eps), -math.pi, 1e-3, 1e-3, -1e-3]
+    return torch.tensor([values, [0.0] * len(values), [-7.0] * len(values)], dtype=dtype)
+
+
+@pytest.mark.parametrize(("dtype", "passes"), [(torch.float32, 2), (torch.float64, 4)])
+def test_every_rank_of_awkward_values(dtype, passes):
+    """Ties, zeros of both signs, denormals, the largest numbers, neighbours that differ in the last bit."""
+    x = awkward(dtype)
+    entries = x.shape[1]
+    found, used = select(x, list(range(1, entries + 1)))
+    assert used == passes
+    assert found.dtype == dtype
+    assert torch.equal(found, x.abs().sort(dim=1, descending=True).values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("blocks", [1, 3, 100])
+def test_against_kthvalue(dtype, blocks):
+    generator = torch.Generator().manual_seed(blocks)
+    x = torch.randn(3, 1000, generator=generator, dtype=dtype) * torch.tensor([[1e-30], [1.0], [1e30]], dtype=dtype)
+    ranks = [1, 2, 200, 500, 999, 1000]
+    found, _ = select(x, ranks, blocks, shuffle=True)
+    for i, rank in enumerate(ranks):
+        assert torch.equal(found[:, i], x.abs().kthvalue(1000 - rank + 1, dim=1).values)
+
+
+def test_ranks_are_asked_for_once_all_entries_are_known():
+    x = torch.arange(1.0, 13.0).reshape(2, 6)
+    found, _ = select(x, lambda entries: [entries // 2, entries], blocks=4)
+    assert found.tolist() == [[4.0, 1.0], [10.0, 7.0]]
+
+
+def test_rank_0_is_infinity_and_ranks_beyond_the_entries_are_the_last():
+    x = torch.tensor([[3.0, -2.0, 1.0]])
+    found, _ = select(x, [0, 3, 9])
+    assert found.tolist() == [[math.inf, 1.0, 1.0]]
+
+
+def test_few_distinct_values():
+    """As bfloat16 adapters have: long runs of equal magnitudes."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-3, 4, (2, 500), generator=generator).float() / 8
+    ranks = list(range(1, 501, 7))
+    found, _ = select(x, ranks, blocks=5)
+    assert torch.equal(found, x.abs().sort(dim=1, descending=True).values[:, [r - 1 for r in ranks]])
+
+
+def test_values_are_not_to_be_had_before_the_end():
+    found = MagnitudeSelect(1, lambda entries: [1])
+    found.observe(torch.ones(1, 1, 1))
+    with pytest.raises(AssertionError, match="before the last pass"):
+        _ = found.values

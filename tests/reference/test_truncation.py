@@ -1,0 +1,140 @@
+"""Truncated SVDs against dense ones: product_svd, the randomised SVD over row blocks, ranks for an energy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from plait.linalg import blocks
+from plait.linalg.blocks import RowBlocks, truncated_svd
+from plait.linalg.factored import product_svd, rank_for_energy, singular_values
+from plait.linalg.keyed import Key
+from plait.testing import cohort, subject_of
+from plait.testing.subject import installed
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def rows_of(x):
+    return RowBlocks(tuple(x.shape), lambda start, stop: x[start:stop], x.dtype)
+
+
+def error(x, svd):
+    return float(torch.linalg.matrix_norm(x.double() - (svd.u.double() * svd.s) @ svd.vh.double()))
+
+
+def best_error(x, rank):
+    return float(torch.linalg.svdvals(x.double())[rank:].square().sum().sqrt())
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (7, 9), (3, 2), (1, 8), (8, 1), (1, 1)])
+@pytest.mark.parametrize("rank", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_product_svd(shape, rank, dtype):
+    b, a = normal(shape[0], rank, dtype=dtype), normal(rank, shape[1], seed=1, dtype=dtype)
+    u, s, vh = product_svd(b, a)
+    k = min(*shape, rank)
+    assert (u.shape, s.shape, vh.shape) == ((shape[0], k), (k,), (k, shape[1]))
+    assert (u.dtype, s.dtype, vh.dtype) == (dtype, torch.float64, dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    dense = b.double() @ a.double()
+    expected = torch.linalg.svdvals(dense)[:k]
+    scale = float(expected[0])
+    torch.testing.assert_close(s, expected, rtol=0, atol=tolerance * scale)
+    torch.testing.assert_close(singular_values(b, a), expected, rtol=0, atol=tolerance * scale)
+    torch.testing.assert_close((u.double() * s) @ vh.double(), dense, rtol=0, atol=4 * tolerance * scale)
+    torch.testing.assert_close(u.mT @ u, torch.eye(k, dtype=dtype), rtol=0, atol=4 * tolerance)
+    torch.testing.assert_close(vh @ vh.mT, torch.eye(k, dtype=dtype), rtol=0, atol=4 * tolerance)
+
+
+def test_product_svd_of_deficient_factors():
+    """Shared columns, zeros, and no columns at all."""
+    b = normal(8, 3)
+    b[:, 2] = b[:, 0]
+    a = normal(3, 6, seed=1)
+    assert int((product_svd(b, a).s > 1e-12).sum()) == 2
+    assert product_svd(b * 0, a).s.tolist() == [0, 0, 0]
+    assert product_svd(b[:, :0], a[:0]).s.shape == (0,)
+
+
+def spectrum(values, m=400, n=300):
+    u, v = torch.linalg.qr(normal(m, len(values))).Q, torch.linalg.qr(normal(n, len(values), seed=1)).Q
+    return (u * torch.tensor(values, dtype=torch.float64)) @ v.mT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 8, 24])
+def test_a_matrix_of_low_rank_is_found_exactly(dtype, rank):
+    x = spectrum([2.0**-i for i in range(rank)]).to(dtype)
+    assert error(x, truncated_svd(rows_of(x), rank, Key(0))) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [8, 32, 64])
+def test_a_flat_spectrum_is_truncated_within_one_per_cent(rank):
+    """TIES of low-rank deltas: pruned, so of full rank, with a tail that hardly falls."""
+    made = cohort([(400, 300)], [16, 16, 16])
+    subject = subject_of("ties", {"density": 0.2})
+    with installed(subject.method):
+        (x,) = subject.merge(made, "delta").values()
+    assert int((torch.linalg.svdvals(x) > 1e-3).sum()) == 300
+    assert error(x, truncated_svd(rows_of(x), rank, Key(0))) < 1.01 * best_error(x, rank)
+
+
+def test_noise_is_truncated_within_one_per_cent():
+    x = normal(400, 300)
+    assert error(x, truncated_svd(rows_of(x), 32, Key(0))) < 1.01 * best_error(x, 32)
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+def test_near_full_rank_it_is_the_dense_svd(shape):
+    x = normal(*shape)
+    for rank in (3, 20, 40, 99):
+        found = truncated_svd(rows_of(x), rank, Key(0))
+        assert found.s.shape == (min(rank, 40),)
+        assert error(x, found) <= best_error(x, min(rank, 40)) + 1e-10
+
+
+def test_singular_vectors_are_orthonormal_and_values_descend():
+    found = truncated_svd(rows_of(normal(400, 300)), 16, Key(0))
+    torch.testing.assert_close(found.u.mT @ found.u, torch.eye(16, dtype=torch.float64))
+    torch.testing.assert_close(found.vh @ found.vh.mT, torch.eye(16, dtype=torch.float64))
+    assert (found.s.diff() <= 0).all()
+
+
+def test_the_sketch_is_drawn_from_the_key():
+    x = rows_of(normal(400, 300))
+    first, again, other = (truncated_svd(x, 16, Key(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first.u, again.u)
+    assert not torch.equal(first.u, other.u)
+
+
+@pytest.mark.parametrize("elements", [1, 900, 1 << 20])
+def test_the_cut_into_blocks_does_not_matter(monkeypatch, elements):
+    x = normal(400, 300)
+    whole = truncated_svd(rows_of(x), 16, Key(0))
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(blocks, "HOLD_ELEMENTS", 0)
+    torch.testing.assert_close(truncated_svd(rows_of(x), 16, Key(0)).s, whole.s, rtol=1e-9, atol=0)
+
+
+def test_a_zero_matrix():
+    found = truncated_svd(rows_of(torch.zeros(400, 300)), 4, Key(0))
+    assert found.s.tolist() == [0, 0, 0, 0]
+    assert torch.isfinite(found.u).all()
+
+
+@pytest.mark.parametrize("values", [[3.0, 2.0, 1.0], [1.0] * 6, [5.0], [1.0, 1e-9, 0.0], [2.0, 0.0, 0.0]])
+@pytest.mark.parametrize("share", [1e-9, 0.5, 0.9, 0.99, 1 - 1e-6, 1.0])
+def test_rank_for_energy(values, share):
+    """The smallest r with Σ_{i ≤ r} σᵢ² ≥ share · Σ σᵢ²; at share 1, what is below round-off does not count."""
+    power = np.array(values) ** 2
+    wanted = next(r for r in range(1, len(values) + 1) if power[:r].sum() >= share * power.sum() * (1 - 1e-12))
+    assert rank_for_energy(torch.tensor(values, dtype=torch.float64), share) == wanted
+
+
+def test_rank_for_energy_of_nothing():
+    assert rank_for_energy(torch.zeros(3, dtype=torch.float64), 0.9) == 1
+    assert rank_for_energy(torch.zeros(0, dtype=torch.float64), 0.9) == 1

@@ -1,0 +1,201 @@
+"""Tensor in, tensor out: counts, thresholds, ranks in rows, elections, bases, row blocks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plait.linalg import blocks
+from plait.linalg.blocks import RowBlocks, block_ranges
+from plait.linalg.elect import agreement, elect_sign, merge_agreeing
+from plait.linalg.factored import inner, left_basis, orient
+from plait.linalg.keyed import Key
+from plait.linalg.sparsify import keep_at_least, kept_count, row_ranks
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("entries", "density", "floor", "ceil", "inclusive"),
+    [
+        (10, 0.3, 3, 3, 4),  # 0.3 · 10 is 3.0000000000000004 in binary
+        (10, 0.35, 3, 4, 4),
+        (100, 0.9, 90, 90, 91),
+        (7, 0.2, 1, 2, 2),
+        (5, 0.1, 1, 1, 1),
+        (1000, 0.0001, 1, 1, 1),
+        (1, 0.5, 1, 1, 1),
+        (1, 1.0, 1, 1, 1),
+        (8, 1.0, 8, 8, 8),
+        (3, 0.99, 2, 3, 3),
+    ],
+)
+def test_kept_count(entries, density, floor, ceil, inclusive) -> None:
+    assert kept_count(entries, density, "floor") == floor
+    assert kept_count(entries, density, "ceil") == ceil
+    assert kept_count(entries, density, "inclusive") == inclusive
+
+
+@settings(deadline=None)
+@given(st.integers(1, 10**9), st.floats(1e-6, 1.0))
+def test_kept_count_is_between_1_and_all(entries, density) -> None:
+    floor, ceil, inclusive = (kept_count(entries, density, rule) for rule in ("floor", "ceil", "inclusive"))
+    assert 1 <= floor <= ceil <= entries
+    assert floor <= inclusive <= min(entries, floor + 1)
+    assert abs(floor - density * entries) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keep_at_least_keeps_what_equals_the_threshold(dtype) -> None:
+    tiny = torch.finfo(dtype).smallest_normal
+    eps = torch.finfo(dtype).eps
+    x = torch.tensor(
+        [[[3.0, -3.0, 3.0 * (1 - eps), 3.0 * (1 + eps), 0.0, -7.0]], [[tiny / 4, -tiny / 4, tiny / 8, 0.0, 1.0, -0.0]]],
+        dtype=dtype,
+    )
+    found = keep_at_least(x, torch.tensor([3.0, tiny / 4], dtype=dtype))
+    expected = x.clone()
+    expected[0, 0, [2, 4]] = 0
+    expected[1, 0, [2, 3, 5]] = 0
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keep_at_least_at_the_ends(dtype) -> None:
+    """Threshold 0 keeps everything, infinity nothing; a threshold is its own row's."""
+    x = normal(3, 4, 5, dtype=dtype)
+    found = keep_at_least(x, torch.tensor([0.0, math.inf, 0.5], dtype=dtype))
+    assert torch.equal(found[0], x[0])
+    assert (found[1] == 0).all()
+    assert torch.equal(found[2], torch.where(x[2].abs() >= 0.5, x[2], 0))
+    assert torch.equal(x, normal(3, 4, 5, dtype=dtype))
+
+
+def test_row_ranks() -> None:
+    x = torch.tensor([[0.5, -2.0, 1.0, -0.1], [3.0, -3.0, 3.0, 0.0]])
+    assert row_ranks(x).tolist() == [[1, 3, 2, 0], [1, 2, 3, 0]]
+    assert row_ranks(torch.ones(2, 1)).tolist() == [[0], [0]]
+
+
+VOTES = torch.tensor([[[5.0, -1.0, 2.0, 0.0, 1.0]], [[-2.0, -1.0, -2.0, 0.0, 0.0]], [[-2.0, 3.0, 0.0, 0.0, 0.0]]])
+
+
+def test_elect_sign() -> None:
+    assert elect_sign(VOTES, "total").tolist() == [[1, 1, 0, 0, 1]]
+    assert elect_sign(VOTES, "frequency").tolist() == [[-1, -1, 0, 0, 1]]
+
+
+def test_agreement() -> None:
+    agrees = agreement(VOTES, elect_sign(VOTES, "total"))
+    assert agrees[:, 0].int().tolist() == [[1, 0, 0, 0, 1], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0]]
+    assert agreement(VOTES, torch.ones(1, 5))[:, 0, 3].int().tolist() == [0, 0, 0]
+
+
+def test_agreement_of_the_smallest_numbers() -> None:
+    tiny = torch.tensor([[[1e-45]], [[-1e-45]]], dtype=torch.float32)
+    assert agreement(tiny, torch.tensor([[-1.0]]))[:, 0, 0].tolist() == [False, True]
+
+
+@pytest.mark.parametrize(("divisor", "expected"), [("count", [[4.0, 0.0]]), ("weight", [[8 / 3, 0.0]]), ("none", [[8.0, 0.0]])])
+def test_merge_agreeing(divisor, expected) -> None:
+    x = torch.tensor([[[4.0, 1.0]], [[2.0, 1.0]], [[9.0, 1.0]]], dtype=torch.float64)
+    agrees = torch.tensor([[[True, False]], [[True, False]], [[False, False]]])
+    weights = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    found = merge_agreeing(x, agrees, weights, divisor)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    assert torch.equal(x[0], torch.tensor([[4.0, 1.0]], dtype=torch.float64))
+
+
+def test_weights_that_cancel_do_not_divide() -> None:
+    x = torch.ones(3, 1, 1)
+    agrees = torch.ones(3, 1, 1, dtype=torch.bool)
+    found = merge_agreeing(x, agrees, torch.tensor([0.1, 0.2, -0.3], dtype=torch.float64), "weight")
+    assert abs(found.item()) < 1e-6
+    small = merge_agreeing(x, torch.tensor([True, False, False]).view(3, 1, 1), torch.tensor([1e-9, 1.0, 1.0]), "weight")
+    assert small.item() == pytest.approx(1.0)
+
+
+def test_inner_is_that_of_the_dense_matrices() -> None:
+    b1, a1, b2, a2 = normal(6, 2), normal(2, 5, seed=1), normal(6, 3, seed=2), normal(3, 5, seed=3)
+    assert inner(b1, a1, b2, a2) == pytest.approx(float(((b1 @ a1) * (b2 @ a2)).sum()))
+    assert inner(b1[:, :0], a1[:0], b2, a2) == 0
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9), (5, 1), (1, 5)])
+def test_left_basis_spans_the_columns(shape) -> None:
+    x = normal(*shape)
+    q = left_basis(x)
+    torch.testing.assert_close(q.mT @ q, torch.eye(q.shape[1], dtype=torch.float64))
+    torch.testing.assert_close(q @ (q.mT @ x), x)
+    assert q.shape[1] == min(shape)
+
+
+def test_left_basis_drops_what_is_round_off() -> None:
+    x = normal(9, 4)
+    assert left_basis(torch.cat([x, x @ normal(4, 4, seed=1)], dim=1)).shape == (9, 4)
+    assert left_basis(x * torch.tensor([1, 1, 1e-5, 1e-8], dtype=torch.float64)).shape == (9, 3)
+    assert left_basis(torch.zeros(9, 4)).shape == (9, 1)
+    assert left_basis(torch.zeros(9, 0)).shape == (9, 0)
+
+
+def test_left_basis_does_not_know_the_order_of_the_columns() -> None:
+    x = normal(9, 4)
+    first, second = left_basis(x), left_basis(x[:, [2, 0, 3, 1]])
+    torch.testing.assert_close(first * orient(first), second * orient(second))
+
+
+def test_orient() -> None:
+    u = torch.tensor([[1.0, -5.0, 0.0], [-3.0, 2.0, 0.0]])
+    assert orient(u).tolist() == [-1.0, -1.0, 1.0]
+    assert orient(u[:, :0]).shape == (0,)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 200))
+def test_block_ranges_cover_every_row_once(m, n, elements) -> None:
+    before = blocks.BLOCK_ELEMENTS
+    blocks.BLOCK_ELEMENTS = elements
+    try:
+        ranges = list(block_ranges(m, n))
+    finally:
+        blocks.BLOCK_ELEMENTS = before
+    assert [i for start, stop in ranges for i in range(start, stop)] == list(range(m))
+    assert all((stop - start) * n <= max(n, elements) for start, stop in ranges)
+
+
+@pytest.mark.parametrize("hold", [0, 1 << 20])
+def test_row_blocks_are_the_matrix(monkeypatch, hold) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 12)
+    monkeypatch.setattr(blocks, "HOLD_ELEMENTS", hold)
+    x, calls = normal(7, 5), []
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        calls.append((start, stop))
+        return x[start:stop]
+
+    matrix = RowBlocks((7, 5), rows, torch.float64)
+    assert torch.equal(matrix.dense(), x)
+    torch.testing.assert_close(matrix.matmul(normal(5, 3)), x @ normal(5, 3))
+    torch.testing.assert_close(matrix.rmatmul(normal(7, 3)), x.mT @ normal(7, 3))
+    assert matrix.energy() == pytest.approx(float((x**2).sum()))
+    assert calls == [(0, 2), (2, 4), (4, 6), (6, 7)] * (1 if hold else 4)
+    assert torch.equal(matrix.scaled(-2).dense(), x * -2)
+    assert matrix.scaled(1) is matrix
+
+
+def test_keys_name_streams() -> None:
+    assert Key(1).child("a", "b") == Key(1).child("a").child("b")
+    states = {Key(s, w).state() for s in (0, 1) for w in ((), ("a",), ("b",), ("a", "b"), ("ab",), ("b", "a"))}
+    assert len(states) == 12
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**63 - 1), st.lists(st.text(min_size=1, max_size=5), max_size=3))
+def test_any_seed_and_any_words_make_a_key(seed, words) -> None:
+    assert 0 <= Key(seed, tuple(words)).state() < 2**63
