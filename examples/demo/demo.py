@@ -91,7 +91,7 @@ def _demo(console: Console, out: Path, samples: int) -> None:
     _heading(console, "4 · What they answer")
     console.print(_answers(console, live, tasks))
 
-    _heading(console, f"5 · How often they are right, on {samples} held-out texts per task")
+    _heading(console, "5 · How often they are right on texts that no training saw")
     console.print(*_accuracies(_measure(console, live, tasks, samples)), sep="\n")
 
     _heading(console, f"Done in {time.perf_counter() - started:.0f} s")

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pickle
-import shutil
 from pathlib import Path
 
 import pytest
@@ -273,15 +272,15 @@ def test_existing_output(place, capsys):
     (place / "out").mkdir()
     (place / "out" / "mine.txt").write_text("precious")
     assert "out exists already" in merge(capsys, "a", "b")
-    assert "holds files that are no adapter" in merge(capsys, "a", "b", "--force")
+    assert "was not written by plait" in merge(capsys, "a", "b", "--force")
     assert (place / "out" / "mine.txt").read_text() == "precious"
 
 
 def test_force_replaces_an_adapter(place):
-    shutil.copytree(place / "a", place / "out")
-    with pytest.raises(SystemExit) as leave:
-        main(["merge", "a", "b", "-o", "out", "--force"])
-    assert leave.value.code == 0
+    for _ in range(2):
+        with pytest.raises(SystemExit) as leave:
+            main(["merge", "a", "b", "-o", "out", "--force"])
+        assert leave.value.code == 0
     assert json.loads((place / "out" / "summary.json").read_text())["rank"] == 4
 
 

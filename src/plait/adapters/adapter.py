@@ -23,6 +23,7 @@ from plait.errors import AdapterError, collect
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PICKLE = "adapter_model.bin"
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,9 @@ def _target(config: AdapterConfig, file: TensorFile, path: str, kind: Kind, part
     if missing:
         raise ValueError(f"{' and '.join(missing)} missing; found {', '.join(sorted(parts))}")
     info_a, info_b = (file.tensors[parts[p]] for p in pair)
+    for part, info in zip(pair, (info_a, info_b), strict=True):
+        if info.dtype not in _FLOATS:
+            raise ValueError(f"{part} is stored as {info.dtype}; factors are read as {', '.join(_FLOATS)}")
     layout, rank = Layout.of(kind, info_a.shape, info_b.shape, config.rank(path))
     if rank == 0:
         raise ValueError("has rank 0")

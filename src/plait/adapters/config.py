@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class AdapterConfig:
             )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise AdapterError(f"{path}: not valid JSON ({error}).") from None
         if not isinstance(raw, dict):
             raise AdapterError(f"{path}: expected a JSON object, found {type(raw).__name__}.")
@@ -77,11 +77,23 @@ class AdapterConfig:
         for key, what in _UNSUPPORTED.items():
             if self.raw.get(key):
                 return f"{key} is set: {what} has no exact form here yet."
-        for key in ("r", "lora_alpha"):
-            value = self.raw.get(key, 8)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                return f"{key} is {value!r}; a number is needed."
-        return None
+        return next(self._wrong_values(), None)
+
+    def _wrong_values(self) -> Iterator[str]:
+        """Find values that later reading would stumble over."""
+        rank, alpha = self.raw.get("r", 8), self.raw.get("lora_alpha", 8)
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            yield f"r is {rank!r}; a whole number from 1 is needed."
+        if not _is_number(alpha):
+            yield f"lora_alpha is {alpha!r}; a number is needed."
+        for key in ("rank_pattern", "alpha_pattern"):
+            yield from _wrong_pattern(key, self.raw.get(key) or {})
+        name = self.raw.get("base_model_name_or_path")
+        if name is not None and not isinstance(name, str):
+            yield f"base_model_name_or_path is {name!r}; a text is needed."
+        parameters = self.raw.get("target_parameters") or []
+        if not isinstance(parameters, list) or not all(isinstance(p, str) for p in parameters):
+            yield f"target_parameters is {parameters!r}; a list of names is needed."
 
     def flag(self, key: str) -> bool:
         """Return a boolean key; absent means false."""
@@ -130,6 +142,23 @@ class AdapterConfig:
             if re.match(rf"(.*\.)?({pattern})$", target):
                 return value
         return default
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _wrong_pattern(key: str, patterns: object) -> Iterator[str]:
+    if not isinstance(patterns, dict):
+        yield f"{key} is {patterns!r}; a mapping of module patterns to numbers is needed."
+        return
+    for pattern, value in patterns.items():
+        if not _is_number(value) or (key == "rank_pattern" and value < 1):
+            yield f"{key}[{pattern!r}] is {value!r}; a number is needed."
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield f"{key}: {pattern!r} is no regular expression ({error})."
 
 
 def _what_is_there(folder: Path) -> str:

@@ -8,7 +8,7 @@ joined, or the experts mix.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -118,3 +118,14 @@ class Layout:
             ones = (1,) * (len(self.kernel) - 1)
             return (self.stack * rank, *self.kernel), (self.stack * self.d_out, rank, *ones)
         return (self.stack * rank, self.d_in), (self.d_out, self.stack * rank)
+
+
+def uniform_rank(ranks: Mapping[str, int], layouts: Mapping[str, Layout]) -> int:
+    """Return the smallest r that PEFT can give to all targets at once.
+
+    Args:
+        ranks: target → rank of one of its matrices.
+        layouts: of these targets; a grouped convolution needs an r that its groups divide.
+    """
+    unit = math.lcm(*(layouts[t].rank_unit for t in ranks))
+    return -(-max(rank * layouts[t].rank_unit for t, rank in ranks.items()) // unit) * unit

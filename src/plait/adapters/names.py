@@ -27,8 +27,14 @@ class LoraName(NamedTuple):
 
 
 def strip_prefix(name: str) -> str:
-    """Return a tensor's name as a path in the base model; wrappers of torch.compile and of PEFT are removed."""
-    return name.replace("_orig_mod.", "").removeprefix(PREFIX)
+    """Return a tensor's name as a path in the base model; wrappers of torch.compile, FSDP, DDP and PEFT are removed."""
+    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module."):
+        name = name.replace(wrapper, "")
+    if name.startswith(f"module.{PREFIX}"):
+        name = name.removeprefix("module.")
+    while name.startswith(PREFIX):
+        name = name.removeprefix(PREFIX)
+    return name
 
 
 def parse_lora_name(name: str) -> LoraName | None:

@@ -43,6 +43,8 @@ class TensorWriter:
         offset = 0
         # Larger item sizes first keeps every tensor aligned, as safetensors itself orders them.
         for entry in sorted(entries, key=lambda e: (-e.dtype.itemsize, e.name)):
+            if entry.name in header:
+                raise AssertionError(f"{entry.name!r} is to be written twice")
             size = entry.dtype.itemsize * math.prod(entry.shape)
             header[entry.name] = {
                 "dtype": _NAMES[entry.dtype],

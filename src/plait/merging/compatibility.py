@@ -84,6 +84,7 @@ def check_compatibility(adapters: Sequence[Adapter], *, base_model: str | None =
         *naming_problems(adapters),
         *shape_problems(adapters),
         *dora_problems(adapters, base_model),
+        *form_problems(adapters),
         *([] if any(a.targets for a in adapters) else ["no adapter has a LoRA tensor: there is no delta to merge"]),
     )
     everywhere = set.intersection(*(set(a.targets) for a in adapters))
@@ -183,6 +184,35 @@ def dora_problems(adapters: Sequence[Adapter], given_base: str | None) -> list[s
         f"DoRA in {_names(dora)}: it rescales the rows of the base model's weights, so its delta needs them. Give the "
         f"base model (--base-id, or base_model in a recipe): a folder or a Hub id{such}."
     ]
+
+
+def form_problems(adapters: Sequence[Adapter]) -> list[str]:
+    """Say what cannot stand together in one adapter file, because PEFT would not load it or would read it otherwise."""
+    targets = [(a, t) for a in adapters for t in a.targets.values()]
+    biased = [a for a in adapters if any(t.has_bias for t in a.targets.values())]
+    problems = []
+    if biased:
+        without = sorted({t.path for _, t in targets if t.layout.kind in ("embedding", "experts")})
+        if without:
+            problems.append(
+                f"{_names(biased)}: lora_bias holds for a whole adapter, and PEFT has none for embeddings and experts, "
+                f"such as {without[0]!r}. Leave one of the adapters out."
+            )
+        if any(_is_dora(a) for a in adapters):
+            problems.append(f"{_names(biased)}: lora_bias and DoRA do not go together in PEFT.")
+    linear = {t.path for _, t in targets if t.layout.kind != "experts"}
+    doubled = sorted({t.path for _, t in targets if t.layout.kind == "experts" and t.path.removesuffix(".weight") in linear})
+    if doubled:
+        problems.append(
+            f"{doubled[0]!r} is adapted as a parameter (target_parameters) by one adapter and as a module by another; PEFT "
+            "cannot load both. Train them with the same selection."
+        )
+    for key in ("layer_replication", "alora_invocation_tokens"):
+        values = {a.name: a.config.raw.get(key) for a in adapters}
+        if len({repr(v) for v in values.values()}) > 1:
+            said = ", ".join(f"{name} {value}" for name, value in values.items())
+            problems.append(f"{key} differs ({said}); it decides for the whole adapter where or when it acts.")
+    return problems
 
 
 def excluded_spaces(adapters: Sequence[Adapter]) -> dict[str, str]:

@@ -15,7 +15,8 @@ NAME = "delta.safetensors"
 class DeltaFile:
     """Names and shapes of a dense delta; writes merged modules by blocks of rows.
 
-    Tensors are called `<module>.weight` (for fused experts, by the parameter). Layers that store their weight as (d_in, d_out),
+    Tensors are called `<module>.weight` (for fused experts, by the parameter), and `<module>.bias`
+    for `lora_bias`. Layers that store their weight as (d_in, d_out),
     embeddings and GPT-2's Conv1D, are transposed here too, and so are held whole while they are written.
 
     Args:
@@ -25,6 +26,7 @@ class DeltaFile:
 
     def __init__(self, inventory: Inventory, plan: MergePlan) -> None:
         self._layouts = {m.target: inventory.layouts[m.target] for m in plan.modules}
+        self._has_bias = any(t.has_bias for a in inventory.adapters for t in a.targets.values())
         self._dtype = DTYPES[inventory.recipe.output.dtype]
         flags = [(a.targets, a.config.flag("fan_in_fan_out")) for a in inventory.adapters]
         self._transposed = {
@@ -36,13 +38,17 @@ class DeltaFile:
 
     def entries(self) -> list[Entry]:
         """Return every tensor of the file."""
-        return [Entry(self._name(t), self._dtype, self._shape(t)) for t in self._layouts]
+        weights = [Entry(self._name(t), self._dtype, self._shape(t)) for t in self._layouts]
+        biases = [Entry(f"{t}.bias", self._dtype, (layout.d_out,)) for t, layout in self._layouts.items() if self._has_bias]
+        return weights + biases
 
     def write(self, merged: MergedModule, writer: TensorWriter) -> None:
         """Write one merged module."""
         if merged.dense is None:
             raise AssertionError(f"{merged.target!r} has no dense delta")
         name, shape = self._name(merged.target), self._shape(merged.target)
+        if merged.bias is not None:
+            writer.write(f"{merged.target}.bias", merged.bias)
         if merged.target in self._transposed:
             writer.write(name, merged.dense[0].dense().mT)
             return

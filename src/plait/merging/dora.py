@@ -58,9 +58,12 @@ def merge_dora(
         for d, m in zip(deltas, magnitudes, strict=True)
     ]
     gain = 1 + sum((c * (scale - 1) for c, scale in zip(coefficients, scales, strict=True)), torch.zeros(()))
-    if bool((gain.abs() < _SMALLEST).any()):
-        rows = int((gain.abs() < _SMALLEST).sum())
-        raise PlanError(f"{module}: these weights cancel {rows} rows of the base model; DoRA cannot express that. Change them.")
+    sound = gain.abs() >= _SMALLEST  # false for NaN too: a row of W + sBA that is zero has no direction
+    if not bool(sound.all()):
+        raise PlanError(
+            f"{module}: {int((~sound).sum())} rows of the base model vanish under these adapters and weights; "
+            "DoRA cannot express that. Change the weights."
+        )
     parts = [LowRank(d.a, d.b * (scale / gain).unsqueeze(1)) for d, scale in zip(deltas, scales, strict=True)]
     return LowRank.concatenate(parts, coefficients), gain
 

@@ -51,10 +51,7 @@ def emit(merged: Sequence[Merged], rank: int, key: Key) -> Emitted:
 
 
 def rank_at_energy(merged: Sequence[Merged], energy: float, key: Key) -> int:
-    """Return the smallest rank that keeps a share of the energy in every matrix of a module.
-
-    For a dense delta the spectrum is known up to `DENSE_RANK_CAP` singular values; a share beyond them gets that cap.
-    """
+    """Return the smallest rank that keeps a share of the energy in every matrix of a module."""
     return max(_rank_at_energy(m, energy, key.child(str(i))) for i, m in enumerate(merged))
 
 
@@ -71,11 +68,15 @@ def _fit(merged: Merged, rank: int, key: Key) -> tuple[LowRank, float | None, fl
 def _rank_at_energy(merged: Merged, energy: float, key: Key) -> int:
     if isinstance(merged, LowRank):
         return rank_for_energy(merged.singular_values(), energy) if merged.rank else 1
-    s = truncated_svd(merged, DENSE_RANK_CAP, key).s
-    # The singular values not computed are put last, as one, so that the share is of the whole energy.
-    rest = max(0.0, merged.energy() - float(s.square().sum()))
-    full = torch.cat([s, torch.tensor([math.sqrt(rest)], dtype=s.dtype)])
-    return min(len(s), rank_for_energy(full, energy))
+    total, width = merged.energy(), DENSE_RANK_CAP
+    while True:  # the sketch is widened until it holds the share, at the latest when it is the whole spectrum
+        s = truncated_svd(merged, width, key).s
+        # what was not computed is put last, as one value, so that the share is of the whole energy
+        rest = math.sqrt(max(0.0, total - float(s.square().sum())))
+        rank = rank_for_energy(torch.cat([s, s.new_tensor([rest])]), energy)
+        if rank <= len(s) or len(s) == min(merged.shape):
+            return min(rank, len(s))
+        width *= 2
 
 
 def as_blocks(merged: Merged) -> RowBlocks:

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from plait.adapters.lowrank import LowRank
 from plait.errors import PlaitError, PlanError
 from plait.linalg.blocks import RowBlocks
 from plait.linalg.keyed import Key
@@ -28,6 +29,7 @@ from plait.merging.prepared import Prepared
 from plait.merging.progress import Progress
 from plait.methods.base import Reduction
 from plait.spaces import SPACES
+from plait.spaces.base import Merged
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -90,7 +92,8 @@ class Engine:
             return {target: rank or 0 for target, rank in planned.items()}
 
         def rank(module: ModulePlan) -> int:
-            return rank_at_energy(combiner.merge(module.target), energy, self._key(module.target))
+            merged = _sound(module.target, combiner.merge(module.target))
+            return rank_at_energy(merged, energy, self._key(module.target))
 
         with _pool(self._workers) as pool:
             found = list(self._each("ranks", rank, self._plan.modules, pool))
@@ -115,14 +118,11 @@ class Engine:
         key = self._key(target)
         bias = self._bias(combiner, target) if self._has_bias else None
         if self._inventory.recipe.output.kind == "delta":
-            return MergedModule(target, None, tuple(as_blocks(m) for m in combiner.merge(target)), bias, None)
+            dense = tuple(as_blocks(m) for m in _sound(target, combiner.merge(target)))
+            return MergedModule(target, None, dense, bias, None)
         if self._inventory.base is not None:
             return self._dora_module(combiner, target, rank, bias)
-        emitted = emit(combiner.merge(target), rank, key)
-        for part in emitted.slices:
-            if not (_finite(part.a) and _finite(part.b)):
-                raise PlanError(f"{target}: the merged values overflow; the weights or the scale are too large.")
-        return MergedModule(target, emitted, None, bias, None)
+        return MergedModule(target, emit(_sound(target, combiner.merge(target)), rank, key), None, bias, None)
 
     def _dora_module(self, combiner: Combiner, target: str, rank: int, bias: Tensor | None) -> MergedModule:
         base = self._inventory.base
@@ -139,7 +139,7 @@ class Engine:
         ]
         (factors,) = combiner.prepared.read(target)
         merged, gain = merge_dora(target, weight, factors.scaled(), magnitudes, combiner.coefficients(target).tolist())
-        emitted = emit([merged], rank, self._key(target))
+        emitted = emit(_sound(target, [merged]), rank, self._key(target))
         return MergedModule(target, emitted, None, bias, magnitude(weight, emitted.slices[0], gain))
 
     def _bias(self, combiner: Combiner, target: str) -> Tensor:
@@ -184,7 +184,21 @@ class Engine:
             self._progress.finish()
 
 
+def _sound(target: str, merged: list[Merged]) -> list[Merged]:
+    """Return merged deltas as they are.
+
+    Raises:
+        PlanError: a value overflowed.
+    """
+    for part in merged:
+        factors = (part.a, part.b) if isinstance(part, LowRank) else (block for _, block in part)
+        if not all(_finite(x) for x in factors):
+            raise PlanError(f"{target}: the merged values overflow; the weights or the scale are too large.")
+    return merged
+
+
 def _finite(x: Tensor) -> bool:
+    # the sum is finite when all entries are, short of an overflow, and costs one pass without a copy
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 

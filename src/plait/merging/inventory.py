@@ -13,7 +13,7 @@ from plait.adapters.layouts import Layout
 from plait.errors import AdapterError, AddressError, PlaitError, PlanError, collect
 from plait.hub.download import Located, resolve, resolve_model
 from plait.hub.references import parse_reference
-from plait.merging.compatibility import base_model_problems, dora_problems, naming_problems, shape_problems
+from plait.merging.compatibility import check_compatibility
 from plait.recipes.schema import Recipe
 
 
@@ -54,12 +54,7 @@ def take_inventory(recipe: Recipe, folder: Path | None = None) -> Inventory:
         PlanError: adapters that do not belong together.
     """
     located, adapters = open_adapters([(entry.name, entry.path) for entry in recipe.adapters], folder)
-    problems = [
-        *base_model_problems(adapters, recipe.base_model),
-        *naming_problems(adapters),
-        *shape_problems(adapters),
-        *dora_problems(adapters, recipe.base_model),
-    ]
+    problems = check_compatibility(adapters, base_model=recipe.base_model).problems
     collect(PlanError, problems, "these adapters do not fit together")
     layouts = {path: target.layout for adapter in adapters for path, target in adapter.targets.items()}
     base = None

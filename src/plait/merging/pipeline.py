@@ -8,9 +8,10 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 
 import plait
@@ -87,9 +88,19 @@ def run_recipe(
     Raises:
         PlaitError: anything wrong with what the user gave; nothing is left under `out` then.
     """
+    if out is None:
+        with _claimed(recipe) as place:
+            return run_recipe(
+                recipe,
+                folder=folder,
+                out=place,
+                workers=workers,
+                progress=progress,
+                push_to=push_to,
+                private=private,
+            )
     started = time.perf_counter()
     workers = workers or default_workers()
-    out = out if out is not None else _workspace(recipe)
     problem = output_problem(out, force=force)
     if problem:
         raise OutputError(problem)
@@ -101,8 +112,8 @@ def run_recipe(
     _check_space(plan, out)
     engine = Engine(inventory, plan, workers=workers, progress=progress or Silent())
     with staged(out, force=force) as place, _digests(inventory) as digests:
-        modules = _write(inventory, plan, engine, place)
-        record = _record(inventory, plan, modules, digests(), started)
+        modules, rank = _write(inventory, plan, engine, place)
+        record = _record(inventory, plan, modules, rank, digests(), started)
         (place / "README.md").write_text(card(inventory, plan, record), encoding="utf-8")
         records.write_json(place / records.LOCK, records.make_lock(inventory, digests(), place, plait.__version__))
         records.write_json(place / records.RECORD, record)
@@ -118,8 +129,8 @@ def default_workers() -> int:
     return max(1, min(4, os.cpu_count() or 1))
 
 
-def _write(inventory: Inventory, plan: MergePlan, engine: Engine, place: Path) -> tuple[ModuleRecord, ...]:
-    """Write the tensors and what belongs to them; return what happened to every module."""
+def _write(inventory: Inventory, plan: MergePlan, engine: Engine, place: Path) -> tuple[tuple[ModuleRecord, ...], int | None]:
+    """Write the tensors and what belongs to them; return what happened to every module, and the adapter's rank."""
     combiner = engine.prepare()
     ranks = engine.ranks(combiner)
     write_heads(inventory.adapters, inventory.recipe.heads, place)
@@ -131,7 +142,7 @@ def _write(inventory: Inventory, plan: MergePlan, engine: Engine, place: Path) -
             for merged in engine.run(combiner, ranks):
                 dense.write(merged, writer)
                 done.append(ModuleRecord(target=merged.target, rank=None, result="dense", energy=None, kept=1.0))
-        return tuple(done)
+        return tuple(done), None
     portable = PortableAdapter(inventory, ranks, inventory.recipe.output)
     exact_ranks = {m.target: m.exact_rank for m in plan.modules}
     extra = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in heads.items()]
@@ -143,7 +154,7 @@ def _write(inventory: Inventory, plan: MergePlan, engine: Engine, place: Path) -
             done.append(_module_record(merged, exact_ranks[merged.target]))
     text = json.dumps(portable.config(declared), indent=2, ensure_ascii=False)
     (place / CONFIG).write_text(text + "\n", encoding="utf-8")
-    return tuple(done)
+    return tuple(done), portable.rank
 
 
 def _module_record(merged: MergedModule, exact_rank: int) -> ModuleRecord:
@@ -157,7 +168,12 @@ def _module_record(merged: MergedModule, exact_rank: int) -> ModuleRecord:
 
 
 def _record(
-    inventory: Inventory, plan: MergePlan, modules: tuple[ModuleRecord, ...], digests: list[str], started: float
+    inventory: Inventory,
+    plan: MergePlan,
+    modules: tuple[ModuleRecord, ...],
+    rank: int | None,
+    digests: list[str],
+    started: float,
 ) -> RunRecord:
     return RunRecord(
         plait=plait.__version__,
@@ -166,7 +182,7 @@ def _record(
         method=plan.method,
         space=plan.space,
         result=max((m.result for m in modules), key=("exact", "truncated", "dense").index),
-        rank=max((m.rank for m in modules if m.rank is not None), default=None),
+        rank=rank,
         kept=records.overall_kept(modules),
         lowest_kept=min(m.kept for m in modules),
         modules=modules,
@@ -184,15 +200,28 @@ def _digests(inventory: Inventory) -> Iterator[Callable[[], list[str]]]:
         yield future.result
 
 
-def _workspace(recipe: Recipe) -> Path:
-    """Return a run folder that does not exist yet: artifacts/merged/<method>/<adapters>/runs/run_<time>."""
+@contextmanager
+def _claimed(recipe: Recipe) -> Iterator[Path]:
+    """Offer a run folder of the workspace that is ours alone: artifacts/merged/<method>/<adapters>/runs/run_<time>."""
     names = "_".join(sorted(a.name for a in recipe.adapters))
     if len(names) > 120:
         names = f"{len(recipe.adapters)}_adapters"
     runs = Path("artifacts", "merged", recipe.method_name, names, "runs")
     stamp = datetime.now().strftime("run_%Y%m%d_%H%M%S")
-    candidates = [runs / stamp, *(runs / f"{stamp}-{i}" for i in range(2, 1000))]
-    return next(c for c in candidates if not c.exists())
+    for number in count(1):
+        folder = runs / (stamp if number == 1 else f"{stamp}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from None
+        break
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # goes only while it is empty
 
 
 def _check_not_an_input(inventory: Inventory, out: Path) -> None:

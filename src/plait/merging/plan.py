@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 from plait.adapters.adapter import Adapter
-from plait.adapters.layouts import Layout
+from plait.adapters.layouts import Layout, uniform_rank
 from plait.errors import PlanError, collect
 from plait.linalg.blocks import BLOCK_ELEMENTS, HOLD_ELEMENTS
 from plait.merging.compatibility import excluded_spaces, max_lora_rank
 from plait.merging.heads import head_problems
 from plait.merging.inventory import Inventory
-from plait.merging.weighting import module_weights, policy_problems
+from plait.merging.weighting import layer_problems, module_weights, policy_problems
 from plait.methods import METHODS, ElementwiseMethod, LinearMethod
 from plait.methods.base import Method
 from plait.recipes.schema import Recipe
@@ -103,14 +103,17 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
         *policy_problems(recipe, list(inventory.layouts)),
         *_space_problems(inventory),
         *_dora_problems(inventory, method),
+        *layer_problems("method", method.layers(recipe.method), list(inventory.layouts)),
         *head_problems(inventory.adapters, recipe.heads),
     ]
+    if recipe.output.kind == "delta" and recipe.heads.policy != "separate":
+        problems.append("heads are full tensors and no deltas: with output.kind 'delta' they are kept separate.")
     if not kept and not problems:
         problems.append("no target module is left to merge; with merge_mode 'common' the adapters share none")
     collect(PlanError, problems, "this merge cannot be done")
     modules = tuple(_plan_module(inventory, method, path, layout) for path, layout in kept.items())
-    ranks = [m.rank for m in modules]
-    rank = max((r for r in ranks if r is not None), default=None) if None not in ranks else None
+    ranks = {m.target: m.rank for m in modules if m.rank is not None}
+    rank = uniform_rank(ranks, kept) if len(ranks) == len(modules) else None
     return MergePlan(
         method=method.name,
         space=recipe.space_name,
@@ -125,7 +128,7 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
         output_bytes=_output_bytes(recipe, kept, modules, rank),
         peak_bytes=_peak_bytes(inventory, method, modules, workers),
         max_lora_rank=None if rank is None else max_lora_rank(rank),
-        notes=tuple(_notes(inventory)),
+        notes=tuple(_notes(inventory, left_out)),
     )
 
 
@@ -259,16 +262,28 @@ def _peak_bytes(inventory: Inventory, method: Method, modules: Sequence[ModulePl
     return sum(sorted((working(m) for m in modules), reverse=True)[: max(1, workers)])
 
 
-def _notes(inventory: Inventory) -> list[str]:
+def _notes(inventory: Inventory, left_out: dict[str, tuple[str, ...]]) -> list[str]:
     recipe = inventory.recipe
     notes = []
+    if left_out:
+        first, lacking = next(iter(left_out.items()))
+        notes.append(f"merge_mode 'common' leaves {len(left_out)} modules out, such as {first} (not in {', '.join(lacking)}).")
     if recipe.space_name == "factors":
         notes.append(
             "space 'factors' merges A and B apart as PEFT does: the result is no function of the deltas. For reproduction."
         )
     if any(t.has_bias for a in inventory.adapters for t in a.targets.values()):
         notes.append("lora_bias is merged as the weighted sum of the biases, whatever the method.")
+    tasks = {a.name: a.config.raw.get("task_type") for a in inventory.adapters}
+    if len(set(tasks.values())) > 1:
+        said = ", ".join(f"{name} {task}" for name, task in tasks.items())
+        notes.append(f"the adapters have different task types ({said}); the first is written.")
     with_full = [a.name for a in inventory.adapters if a.full_tensors]
-    if with_full and recipe.heads.policy == "separate":
-        notes.append(f"heads and other full tensors of {', '.join(with_full)} are kept under heads/<name>/, not merged.")
+    if with_full:
+        done = {
+            "separate": "are kept under heads/<name>/, not merged",
+            "average": "are averaged with equal weights, as the recipe says",
+            "from": f"are left out, but for those of {recipe.heads.adapter}",
+        }[recipe.heads.policy]
+        notes.append(f"heads and other full tensors of {', '.join(with_full)} {done}.")
     return notes

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.experts import expert_keys
-from plait.adapters.layouts import Layout
+from plait.adapters.layouts import Layout, uniform_rank
 from plait.adapters.names import PREFIX
 from plait.adapters.tensorwriter import Entry, TensorWriter
+from plait.errors import PlanError
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
 from plait.recipes.schema import Output
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WIDER = "write another dtype (bfloat16 or float32)"
 _SELECTORS = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
 
 
@@ -35,8 +37,7 @@ class PortableAdapter:
         self._dtype = DTYPES[output.dtype]
         self._layouts: dict[str, Layout] = {t: inventory.layouts[t] for t in ranks}
         own = {t: r * self._layouts[t].rank_unit for t, r in ranks.items()}  # PEFT's r of every target
-        unit = math.lcm(*(layout.rank_unit for layout in self._layouts.values()))
-        self.rank = -(-max(own.values()) // unit) * unit
+        self.rank = uniform_rank(ranks, self._layouts)
         uniform = output.layout == "uniform" or len(set(own.values())) == 1
         self._ranks = dict.fromkeys(own, self.rank) if uniform else own
         experts = [t for t, layout in self._layouts.items() if layout.kind == "experts"]
@@ -67,14 +68,14 @@ class PortableAdapter:
         layout = self._layouts[merged.target]
         names = self._names(merged.target)
         a, b = layout.pack([s.padded(self._slice_rank(merged.target)) for s in merged.factors.slices])
-        writer.write(names[0], a)
-        writer.write(names[1], b)
+        writer.write(names[0], self._cast(merged.target, a))
+        writer.write(names[1], self._cast(merged.target, b))
         if merged.bias is not None:
-            writer.write(names[2], merged.bias)
+            writer.write(names[2], self._cast(merged.target, merged.bias))
         if merged.magnitude is not None:
             ones = (1,) * len(layout.kernel)
             shape = (1, -1, *ones[1:]) if layout.kind == "conv" else (-1,)
-            writer.write(names[3], merged.magnitude.reshape(shape))
+            writer.write(names[3], self._cast(merged.target, merged.magnitude.reshape(shape)))
 
     def config(self, declared_heads: Mapping[str, object]) -> dict[str, Any]:
         """Return `adapter_config.json`."""
@@ -105,6 +106,22 @@ class PortableAdapter:
         }
         return dict(sorted(config.items()))
 
+    def _cast(self, target: str, tensor: Tensor) -> Tensor:
+        """Return a tensor in the output's dtype.
+
+        Raises:
+            PlanError: it overflows there, or vanishes.
+        """
+        cast = tensor.to(self._dtype)
+        name = str(self._dtype).removeprefix("torch.")
+        if not bool(torch.isfinite(cast).all()):
+            raise PlanError(
+                f"{target}: the merged values overflow in {name}; the weights or the scale are too large, or {_WIDER}."
+            )
+        if bool(tensor.any()) and not bool(cast.any()):
+            raise PlanError(f"{target}: the merged values are too small for {name} and vanish; {_WIDER}.")
+        return cast
+
     def _slice_rank(self, target: str) -> int:
         return self._ranks[target] // self._layouts[target].rank_unit
 
@@ -122,12 +139,13 @@ class PortableAdapter:
     def _selectors(self) -> dict[str, Any]:
         """Return what makes PEFT wrap exactly these modules.
 
-        An adapter with the same targets got them by its own selection, which is short and known to be right; without one, full
-        paths say it.
+        An adapter with the same targets got them by its own selection, which is short and known to be right (modules that it
+        saved whole are exempt from it, and would be wrapped now); without one, full paths say it.
         """
         for adapter in self._inventory.adapters:
             raw = adapter.config.raw
-            if set(adapter.targets) == set(self._layouts) and (raw.get("target_modules") or raw.get("target_parameters")):
+            selected = (raw.get("target_modules") or raw.get("target_parameters")) and not raw.get("modules_to_save")
+            if selected and set(adapter.targets) == set(self._layouts):
                 return {
                     k: sorted(v) if isinstance(v := raw.get(k), list) and k != "layers_to_transform" else v for k in _SELECTORS
                 }
@@ -143,6 +161,6 @@ class PortableAdapter:
 
     @staticmethod
     def _carried(adapters: Sequence[Adapter]) -> dict[str, Any]:
-        """Return keys that all sources agree on and that change what the base model is or when the adapter acts."""
+        """Return keys that change what the base model is or when the adapter acts; the sources agree on them (`inventory`)."""
         keys = ("layer_replication", "alora_invocation_tokens")
         return {k: adapters[0].config.raw[k] for k in keys if adapters[0].config.raw.get(k) is not None}

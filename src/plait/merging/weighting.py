@@ -22,7 +22,7 @@ def policy_problems(recipe: Recipe, modules: Sequence[str]) -> list[str]:
     """Return what the policy names that the adapters do not have: layers, ambiguous layer numbers, patterns without a match."""
     match recipe.weights:
         case LayerWeights(layers=layers):
-            return [p for name in layers for p in _layer_problem(name, modules)]
+            return layer_problems("weights.layers", list(layers), modules)
         case ModuleWeights(modules=patterns):
             return [
                 f"weights.modules: {pattern!r} matches no target module; they look like {modules[0]!r}"
@@ -30,6 +30,16 @@ def policy_problems(recipe: Recipe, modules: Sequence[str]) -> list[str]:
                 if not any(fnmatchcase(m, pattern) for m in modules)
             ]
     return []
+
+
+def layer_problems(where: str, names: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Return which layer names mean no layer, layers of several towers, or the same layer twice."""
+    problems = [p for name in names for p in _layer_problem(where, name, modules)]
+    for key in {key for m in modules if (key := layer_key(m)) is not None}:
+        meant = [name for name in names if key.matches(name)]
+        if len(meant) > 1:
+            problems.append(f"{where}: {' and '.join(map(repr, meant))} both mean {key}; keep one")
+    return problems
 
 
 def _factor(recipe: Recipe, adapter: str, module: str) -> float:
@@ -51,19 +61,15 @@ def _of(value: PerAdapter, adapter: str) -> float:
     return value.get(adapter, 1.0) if isinstance(value, dict) else value
 
 
-def _layer_problem(name: str, modules: Iterable[str]) -> list[str]:
+def _layer_problem(where: str, name: str, modules: Iterable[str]) -> list[str]:
     keys = {key for m in modules if (key := layer_key(m)) is not None}
     towers = sorted({key.tower for key in keys if key.matches(name)})
     if len(towers) > 1:
         index = name.rpartition(".")[2]
-        return [
-            f"weights.layers: {name!r} stands in {len(towers)} towers; say which: {', '.join(f'{t}.{index}' for t in towers)}"
-        ]
+        said = ", ".join(f"{t}.{index}" for t in towers)
+        return [f"{where}: {name!r} stands in {len(towers)} towers; say which: {said}"]
     if not towers:
-        known = ", ".join(sorted({key.tower for key in keys})) or "no layers"
-        return [f"weights.layers: {name!r} is no layer of these adapters; they have {known}, up to {_top(keys)}"]
+        last = {tower: max(k.index for k in keys if k.tower == tower) for tower in sorted({k.tower for k in keys})}
+        known = ", ".join(f"{tower}.0 to {tower}.{index}" for tower, index in last.items()) or "no layers"
+        return [f"{where}: {name!r} is no layer of these adapters; they have {known}"]
     return []
-
-
-def _top(keys: Iterable[object]) -> str:
-    return str(max(keys, key=lambda k: k.index, default="none"))  # type: ignore[attr-defined]

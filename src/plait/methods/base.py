@@ -120,6 +120,7 @@ class Method:
         randomised: whether it draws random numbers (always from keys).
         auto_rank: the rank that `rank: auto` means: the `exact` one, or PEFT's habit, the `largest` source rank.
         check: raises ValueError when parameters do not suit a number of adapters.
+        layers: the layers that parameters name, so that a plan can refuse one that is not there.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Method:
     randomised: bool = False
     auto_rank: AutoRank = "exact"
     check: Callable[[Any, int], None] = field(default=lambda params, adapters: None, repr=False)
+    layers: Callable[[Any], tuple[str, ...]] = field(default=lambda params: (), repr=False)
 
     @cached_property
     def spec(self) -> type[MethodParams]:

@@ -108,6 +108,10 @@ class CoefficientParams(MethodParams):
 
     @model_validator(mode="after")
     def _bounds(self) -> CoefficientParams:
+        if self.default_task_coefficients is not None and not self.layer_task_coefficients:
+            raise ValueError(
+                "default_task_coefficients are for the layers that layer_task_coefficients does not name; it names none"
+            )
         low, high = (-1.0 if self.allow_negative_coefficients else 0.0), 1.0
         for row in self.rows():
             if not all(torch.tensor(row, dtype=torch.float64).isfinite()):
@@ -155,6 +159,7 @@ register(
         source=_SOURCE,
         min_adapters=2,
         check=_one_per_adapter,
+        layers=lambda params: tuple(params.layer_task_coefficients),
         coefficients=_per_layer,
     )
 )

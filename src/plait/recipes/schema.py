@@ -6,7 +6,6 @@ is computed.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
@@ -22,7 +21,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 MergeMode = Literal["union", "common", "strict"]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 PerAdapter = Weight | dict[str, Weight]  # one number for all adapters, or one per adapter name
-_ENERGY = re.compile(r"^energy:(0?\.\d+|1(\.0*)?)$")
 
 if TYPE_CHECKING:
     MethodSpec = MethodParams
@@ -98,7 +96,7 @@ class Heads(Record):
 
     policy: Annotated[
         Literal["separate", "average", "from"],
-        Field(description="Keep each adapter's under heads/<name>/; average those of equal shape; or take one adapter's."),
+        Field(description="Keep each adapter's under heads/<name>/; average them (equal shapes only); or take one adapter's."),
     ] = "separate"
     adapter: Annotated[str | None, Field(description="Whose, for `from`.")] = None
 
@@ -128,9 +126,15 @@ class Output(Record):
     def _rank(cls, value: int | str) -> int | str:
         if isinstance(value, str) and value.isdigit():
             value = int(value)
-        if value == "auto" or (isinstance(value, int) and value >= 1) or (isinstance(value, str) and _ENERGY.match(value)):
+        if value == "auto" or (isinstance(value, int) and value >= 1) or (isinstance(value, str) and _is_share(value)):
             return value
         raise ValueError(f"{value!r} is no rank: give 'auto', a number from 1, or 'energy:SHARE' with a share in (0, 1]")
+
+    @model_validator(mode="after")
+    def _dense_has_no_rank(self) -> Output:
+        if self.kind == "delta" and (self.rank != "auto" or self.layout != "uniform"):
+            raise ValueError("a dense delta has neither rank nor layout; leave them out, or write an adapter")
+        return self
 
     @property
     def energy(self) -> float | None:
@@ -138,8 +142,21 @@ class Output(Record):
         return float(self.rank.partition(":")[2]) if isinstance(self.rank, str) and self.rank != "auto" else None
 
 
+def _is_share(text: str) -> bool:
+    """Say whether a text is `energy:` and a share in (0, 1]."""
+    word, _, number = text.partition(":")
+    try:
+        return word == "energy" and 0 < float(number) <= 1
+    except ValueError:
+        return False
+
+
 class Recipe(Record):
-    """Everything a merge depends on."""
+    """Everything a merge depends on.
+
+    Constructing one directly raises pydantic's ValidationError; `load_recipe` and `plait.merge` say the same as a RecipeError,
+    with places and suggestions. Relative paths start at the current folder, unless the recipe is given as a file.
+    """
 
     version: Literal[1] = 1
     base_model: Annotated[

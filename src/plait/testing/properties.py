@@ -217,7 +217,7 @@ def linear_sum(subject: Subject, space: str) -> None:
     """A linear method's result is Σ cₜ ΔWₜ, computed densely."""
     adapters = _ordinary(subject, space)
     run = subject.prepare(adapters, subject.recipe(adapters, space))
-    with _case("three adapters" if subject.adapters == 3 else f"{subject.adapters} adapters"):
+    with _case(f"{subject.adapters} adapters"):
         for module, merged in run.deltas().items():
             c = run.combiner.coefficients(module).tolist()
             deltas = [adapters.delta(n, module) for n in adapters.factors]
