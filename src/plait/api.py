@@ -81,6 +81,7 @@ def compress(
     rank: int | str,
     out: str | Path,
     force: bool = False,
+    workers: int | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> MergeResult:
@@ -91,6 +92,7 @@ def compress(
         rank: a number, or `energy:0.99` for the lowest rank that keeps that share of ‖ΔW‖² in every module.
         out: where to write.
         force: replace an adapter that stands at `out`.
+        workers: modules worked on at a time.
         progress: who listens.
         **settings: as `merge` (`dtype`, `layout`, `base_model`).
 
@@ -100,7 +102,8 @@ def compress(
     reference = parse_reference(str(adapter))
     name = reference.default_name()
     heads = {"policy": "from", "adapter": name}
-    return merge({name: reference.address}, out=out, force=force, progress=progress, rank=rank, heads=heads, **settings)
+    source = {name: reference.address}
+    return merge(source, out=out, force=force, workers=workers, progress=progress, rank=rank, heads=heads, **settings)
 
 
 def inspect(

@@ -285,8 +285,11 @@ def test_force_replaces_an_adapter(place):
 
 
 def test_output_that_is_an_input(place, capsys):
-    said = refused(capsys, "merge", "a", "b", "-o", "a", "--force")
-    assert "is an input of this merge" in said
+    with pytest.raises(SystemExit):
+        main(["merge", "a", "b", "-o", "first"])
+    capsys.readouterr()
+    assert "is an input of this merge" in refused(capsys, "merge", "first", "b", "-o", "first", "--force")
+    assert "was not written by plait" in refused(capsys, "merge", "a", "b", "-o", "a", "--force")
 
 
 def test_output_that_is_a_file(place, capsys):
@@ -316,6 +319,116 @@ def test_policy_for_a_layer_in_two_towers(place, capsys):
     adapter(place / "d", modules=modules)
     said = merge(capsys, "c", "d", "--set", "weights={policy: per_layer, layers: {0: 0.5}}")
     assert "'0' stands in 2 towers; say which: audio.layers.0, text.layers.0" in said
+
+
+def test_half_precision_that_overflows_or_vanishes(place, capsys):
+    assert "overflow in float16" in merge(capsys, "a", "b", "--weights", "1e6", "1e6", "--dtype", "float16")
+    assert "too small for float16 and vanish" in merge(capsys, "a", "b", "--weights", "1e-12", "1e-12", "--dtype", "float16")
+
+
+def test_dense_delta_that_overflows(capsys):
+    assert "overflow" in merge(capsys, "a", "b", "--weights", "3e38", "3e38", "--kind", "delta")
+    said = merge(capsys, "a", "b", "--weights", "3e38", "3e38", "--method", "magnitude_prune")
+    assert "overflow" in said
+
+
+def test_lora_bias_beside_an_embedding(place, capsys):
+    for name, part in (("c", "lora_B.bias"), ("d", "lora_embedding")):
+        folder = adapter(place / name)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        if part == "lora_B.bias":
+            tensors |= {f"base_model.model.{m}.lora_B.bias": torch.ones(8) for m in MODULES}
+        else:
+            tensors |= {"base_model.model.embed.lora_embedding_A": torch.ones(2, 9)}
+            tensors |= {"base_model.model.embed.lora_embedding_B": torch.ones(6, 2)}
+        save_file(tensors, folder / "adapter_model.safetensors")
+    said = merge(capsys, "c", "d")
+    assert "lora_bias holds for a whole adapter" in said
+    assert "'embed'" in said
+
+
+def test_keys_that_decide_for_the_whole_adapter(place, capsys):
+    adapter(place / "c", alora_invocation_tokens=[5])
+    assert "alora_invocation_tokens differs (a None, c [5])" in merge(capsys, "a", "c")
+
+
+def test_one_weight_as_module_and_as_parameter(place, capsys):
+    adapter(place / "c", modules={"gate": (8, 6)})
+    adapter(place / "d", modules={"gate": (8, 6)}, target_parameters=["gate.weight"])
+    assert "'gate.weight' is adapted as a parameter" in merge(capsys, "c", "d")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern: '(' is no regular expression"),
+        ({"alpha_pattern": ["a"]}, "alpha_pattern is ['a']; a mapping"),
+        ({"alpha_pattern": {"q": None}}, "alpha_pattern['q'] is None; a number"),
+        ({"alpha_pattern": {"q": math.nan}}, "alpha_pattern['q'] is nan; a number"),
+        ({"rank_pattern": {"q": 0}}, "rank_pattern['q'] is 0"),
+        ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path is ['x']"),
+        ({"r": 0}, "r is 0; a whole number from 1"),
+        ({"r": -4}, "r is -4"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8'"),
+        ({"target_parameters": "experts"}, "target_parameters is 'experts'; a list"),
+    ],
+)
+def test_configurations_that_say_nonsense(place, capsys, config, words):
+    adapter(place / "c")
+    file = place / "c" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    assert words in merge(capsys, "a", "c")
+
+
+def test_config_that_is_nested_without_end(place, capsys):
+    (place / "b" / "adapter_config.json").write_text("[" * 100_000)
+    assert "b/adapter_config.json: not valid JSON" in merge(capsys, "a", "b")
+
+
+def test_factors_that_are_no_floats(place, capsys):
+    change(place / "b", "base_model.model.layers.0.q_proj.lora_A.weight", lambda t: t.int())
+    assert "lora_A is stored as I32; factors are read as" in refused(capsys, "merge", "a", "b", "--dry-run")
+
+
+def test_adapters_without_lora(place, capsys):
+    folder = adapter(place / "c")
+    save_file({"base_model.model.head.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+    assert "no adapter has a LoRA tensor" in merge(capsys, "c", "x=c")
+
+
+@pytest.mark.parametrize("out", ["x" * 300, "a/adapter_config.json/x"])
+def test_outputs_that_cannot_be(capsys, out):
+    refused(capsys, "merge", "a", "b", "-o", out)
+
+
+def test_layers_that_a_method_names(capsys):
+    said = merge(capsys, "a", "b", "--method", "weighted_delta_n", "--set", "method.layer_task_coefficients={99: [0.3, 0.7]}")
+    assert "method: '99' is no layer of these adapters; they have layers.0 to layers.1" in said
+
+
+def test_a_layer_named_twice(capsys):
+    said = merge(capsys, "a", "b", "--set", "weights={policy: per_layer, layers: {0: 0.5, layers.0: 0.7}}")
+    assert "weights.layers: '0' and 'layers.0' both mean layers.0; keep one" in said
+
+
+def test_a_rank_for_a_dense_delta(capsys):
+    assert "a dense delta has neither rank nor layout" in merge(capsys, "a", "b", "--kind", "delta", "--rank", "4")
+
+
+def test_private_without_a_push(capsys):
+    assert "--private" in merge(capsys, "a", "b", "--private")
+
+
+def test_all_problems_of_flags_at_once(capsys):
+    said = merge(capsys, "a", "b", "--weights", "0.5", "--method", "tiess", "--dtype", "f32")
+    for part in ("1 numbers for 2 adapters", "'tiess'", "f32"):
+        assert part in said
+
+
+def test_dry_run_says_what_the_run_would(place, capsys):
+    (place / "out").mkdir()
+    (place / "out" / "x").write_text("x")
+    assert "out exists already" in refused(capsys, "merge", "a", "b", "-o", "out", "--dry-run")
 
 
 def test_weights_that_overflow(capsys):

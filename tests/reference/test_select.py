@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -78,3 +79,17 @@ def test_values_are_not_to_be_had_before_the_end():
     found.observe(torch.ones(1, 1, 1))
     with pytest.raises(AssertionError, match="before the last pass"):
         _ = found.values
+
+
+def test_threads_may_share_one():
+    """Blocks come from several threads in any order; every count arrives."""
+    x = torch.randn(2, 6000, generator=torch.Generator().manual_seed(0))
+    pieces = [p.unsqueeze(1) for p in x.chunk(60, dim=1)]
+    found = MagnitudeSelect(2, lambda entries: [1, entries // 3, entries])
+    with ThreadPoolExecutor(8) as pool:
+        done = False
+        while not done:
+            list(pool.map(found.observe, pieces))
+            done = found.end_pass()
+    ordered = x.abs().sort(dim=1, descending=True).values
+    assert torch.equal(found.values, ordered[:, [0, 1999, 5999]])

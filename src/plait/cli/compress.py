@@ -18,6 +18,10 @@ def compress(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     layout: Annotated[str, typer.Option(help="uniform: one rank for all modules; pattern: each its own.")] = "uniform",
+    base_id: Annotated[
+        str | None, typer.Option("--base-id", help="Base model; needed for DoRA only.", show_default=False)
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Modules worked on at a time.", show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter that stands at --out.")] = False,
 ) -> None:
@@ -32,8 +36,9 @@ def compress(
 
     if (rank is None) == (energy is None):
         raise RecipeError("give either --rank or --energy, such as --rank 16 or --energy 0.99.")
-    wanted = rank if rank is not None else f"energy:{energy:g}"
-    result = run(adapter, rank=wanted, out=out, force=force, dtype=dtype, layout=layout, progress=ProgressBars())
+    wanted = rank if rank is not None else f"energy:{energy!r}"
+    settings = {"dtype": dtype, "layout": layout} | ({} if base_id is None else {"base_model": base_id})
+    result = run(adapter, rank=wanted, out=out, force=force, workers=workers, progress=ProgressBars(), **settings)
     if json:
         print_json({"folder": str(result.folder), **result.record.model_dump(mode="json")})
     else:

@@ -19,7 +19,7 @@ from plait.cli.methods import methods
 from plait.cli.recipe import recipe_app
 from plait.errors import PlaitError
 
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?((\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|nan|inf)")
 
 app = typer.Typer(
     name="plait",
@@ -63,9 +63,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except PlaitError as error:
         _show(error, wants_traceback=wants_traceback)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted; nothing was left half-written.", err=True)
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

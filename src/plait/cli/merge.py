@@ -63,7 +63,9 @@ def merge(
     Example: plait merge math=./a code=org/repo@main/checkpoint-100 --method ties --density 0.3 -o merged
     """
     from plait.cli.console import ProgressBars, err, print_json, warnings_as_notes
+    from plait.errors import OutputError, RecipeError
     from plait.merging.pipeline import plan_recipe, run_recipe
+    from plait.merging.staging import output_problem
     from plait.recipes.request import read_request
 
     settings = {
@@ -71,6 +73,8 @@ def merge(
         "flavor": flavor, "rank": rank, "dtype": dtype, "kind": kind, "merge_mode": merge_mode, "base_model": base_id,
         "seed": seed,
     }  # fmt: skip
+    if private and push_adapter_repo is None:
+        raise RecipeError("--private is for the repository of --push-adapter-repo; give both or neither.")
     with warnings_as_notes():
         recipe, folder = read_request(
             _recipe_file(inputs),
@@ -79,6 +83,8 @@ def merge(
             set_ or [],
         )
     if dry_run:
+        if out is not None and (problem := output_problem(out, force=force)):
+            raise OutputError(problem)
         plan = plan_recipe(recipe, folder=folder, workers=workers)
         print_json(plan.model_dump(mode="json")) if json else _show_plan(plan)
         return
@@ -187,7 +193,7 @@ def show_result(result: MergeResult) -> None:
     console, record = out(), result.record
     names = " + ".join(result.plan.adapters)
     console.print(f"[bold]{names}[/bold] → [bold]{result.folder}[/bold]", highlight=False)
-    rank = f"rank {record.rank}" if record.rank else "dense"
+    rank = "dense" if record.rank is None else f"rank {record.rank}"
     console.print(
         f"{record.method} in {record.space} space · {len(record.modules)} target modules · {rank} · {record.seconds:.1f} s"
     )
@@ -199,8 +205,8 @@ def show_result(result: MergeResult) -> None:
     else:
         console.print(f"[yellow]truncated[/yellow]: {record.kept:.2%} of the energy ‖ΔW‖² is kept · {size(written)}")
         _show_energy(result)
-    if result.plan.max_lora_rank:
-        console.print(f"vLLM: --max-lora-rank {result.plan.max_lora_rank}")
+    if record.max_lora_rank:
+        console.print(f"vLLM: --max-lora-rank {record.max_lora_rank}")
     if result.url:
         console.print(f"pushed to {result.url}")
 

@@ -21,6 +21,7 @@ from plait.errors import OutputError
 from plait.hub.upload import check_push, push_folder
 from plait.merging import record as records
 from plait.merging.card import card
+from plait.merging.compatibility import max_lora_rank
 from plait.merging.delta_file import NAME as DELTA
 from plait.merging.delta_file import DeltaFile
 from plait.merging.engine import Engine, MergedModule
@@ -114,10 +115,10 @@ def run_recipe(
     with staged(out, force=force) as place, _digests(inventory) as digests:
         modules, rank = _write(inventory, plan, engine, place)
         record = _record(inventory, plan, modules, rank, digests(), started)
-        (place / "README.md").write_text(card(inventory, plan, record), encoding="utf-8")
+        (place / "README.md").write_text(card(inventory, plan, record, place), encoding="utf-8")
         records.write_json(place / records.LOCK, records.make_lock(inventory, digests(), place, plait.__version__))
         records.write_json(place / records.RECORD, record)
-        records.write_json(place / records.SUMMARY, records.summary(plan, record))
+        records.write_json(place / records.SUMMARY, records.summary(record))
     url = None
     if push_to is not None:
         url = push_folder(out, push_to, private=private, message=f"Merge {', '.join(plan.adapters)} with {plan.method}")
@@ -183,6 +184,7 @@ def _record(
         space=plan.space,
         result=max((m.result for m in modules), key=("exact", "truncated", "dense").index),
         rank=rank,
+        max_lora_rank=None if rank is None else max_lora_rank(rank),
         kept=records.overall_kept(modules),
         lowest_kept=min(m.kept for m in modules),
         modules=modules,

@@ -12,7 +12,7 @@ from typing import Any
 
 from plait.adapters.adapter import CONFIG
 from plait.merging.inventory import Inventory
-from plait.merging.plan import MergePlan, Result
+from plait.merging.plan import Result
 from plait.recipes.schema import Recipe
 from plait.records import Record
 
@@ -50,7 +50,8 @@ class RunRecord(Record):
         method: name.
         space: name.
         result: the worst over the modules.
-        rank: of the written adapter.
+        rank: of the written adapter (PEFT's r); None for a dense delta.
+        max_lora_rank: smallest value of vLLM's setting that holds it; None when none does.
         kept: share of ‖ΔW‖²_F kept over all modules.
         lowest_kept: the smallest share of a module.
         modules: one record each.
@@ -66,6 +67,7 @@ class RunRecord(Record):
     space: str
     result: Result
     rank: int | None
+    max_lora_rank: int | None
     kept: float
     lowest_kept: float
     modules: tuple[ModuleRecord, ...]
@@ -166,7 +168,7 @@ def write_json(path: Path, value: Record | Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def summary(plan: MergePlan, record: RunRecord) -> dict[str, Any]:
+def summary(record: RunRecord) -> dict[str, Any]:
     """Return the few numbers one looks at first."""
     return {
         "method": record.method,
@@ -178,7 +180,7 @@ def summary(plan: MergePlan, record: RunRecord) -> dict[str, Any]:
         "rank": record.rank,
         "energy_kept": record.kept,
         "lowest_energy_kept": record.lowest_kept,
-        "vllm_max_lora_rank": plan.max_lora_rank,
+        "vllm_max_lora_rank": record.max_lora_rank,
         "finished": record.finished,
         "seconds": record.seconds,
     }

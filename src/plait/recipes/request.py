@@ -40,7 +40,11 @@ def read_request(
     entries = _entries(adapters)
     if file is not None:
         entries = [{**entry, "path": _from_here(entry["path"])} for entry in entries]
-    weights = _weights(settings.get("weights"))
+    try:
+        weights = _checked(_weights(settings.get("weights")), entries)
+    except RecipeError as error:
+        _add_other_problems(str(error), file, adapters, settings, sets)
+        raise
     if file is None:
         data = apply_overrides({"adapters": _weighed(entries, weights), "method": "linear"}, overrides)
         return build_recipe(data, source="the request"), None
@@ -49,6 +53,16 @@ def read_request(
     elif weights is not None:
         overrides += _weight_overrides(weights)
     return read_recipe(file, overrides=overrides)
+
+
+def _add_other_problems(
+    problem: str, file: Path | None, adapters: Adapters, settings: Mapping[str, Any], sets: Sequence[str]
+) -> None:
+    """Raise what is wrong besides the weights together with `problem`; return when there is nothing else."""
+    try:
+        read_request(file, adapters, {k: v for k, v in settings.items() if k != "weights"}, sets)
+    except RecipeError as other:
+        raise RecipeError(f"{problem}\n{other}") from None
 
 
 def _entries(adapters: Adapters) -> list[dict[str, Any]]:
@@ -90,16 +104,22 @@ def _weights(value: Any) -> list[Any] | dict[str, Any] | None:
     return None if value is None else list(value)
 
 
+def _checked(weights: list[Any] | dict[str, Any] | None, entries: list[dict[str, Any]]) -> list[Any] | dict[str, Any] | None:
+    """Return weights that suit the adapters given beside them; those of a recipe's file are checked by the recipe."""
+    if isinstance(weights, dict) and entries:
+        unknown = [name for name in weights if name not in {e.get("name") for e in entries}]
+        if unknown:
+            raise RecipeError(f"weights: {', '.join(map(repr, unknown))} is no name given to an adapter (name=path).")
+    if isinstance(weights, list) and entries and len(weights) != len(entries):
+        raise RecipeError(f"weights: {len(weights)} numbers for {len(entries)} adapters; give one for each, in their order.")
+    return weights
+
+
 def _weighed(entries: list[dict[str, Any]], weights: list[Any] | dict[str, Any] | None) -> list[dict[str, Any]]:
     if weights is None:
         return entries
     if isinstance(weights, dict):
-        unknown = [name for name in weights if name not in {e.get("name") for e in entries}]
-        if unknown:
-            raise RecipeError(f"weights: {', '.join(map(repr, unknown))} is no name given to an adapter (name=path).")
         return [{**e, "weight": weights[e["name"]]} if e.get("name") in weights else e for e in entries]
-    if len(weights) != len(entries):
-        raise RecipeError(f"weights: {len(weights)} numbers for {len(entries)} adapters; give one for each, in their order.")
     return [{**entry, "weight": weight} for entry, weight in zip(entries, weights, strict=True)]
 
 
