@@ -52,9 +52,9 @@ VARIANTS = {
 
 
 def subjects() -> dict[str, Subject]:
-    own = {name: subject_of(name, **promises) for name, promises in PROMISES.items()}  # type: ignore[arg-type]
+    own = {name: subject_of(name, **promises) for name, promises in PROMISES.items()}
     variants = {
-        label: subject_of(name, params, **{**PROMISES[name], **promises})  # type: ignore[arg-type]
+        label: subject_of(name, params, **{**PROMISES[name], **promises})
         for label, (name, params, promises) in VARIANTS.items()
     }
     return {**own, **variants}

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import plait
-from tests.small_models import both_active, loaded, net, peft_adapter
+from tests.small_models import both_active, loaded, net, peft_adapter, save_base
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning:peft"), pytest.mark.filterwarnings("ignore::UserWarning:torch")]
 
@@ -173,3 +173,79 @@ def test_card(tmp_path):
     (tmp_path / "b" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     other = plait.merge(folders, out=tmp_path / "other")
     assert "license" not in yaml.safe_load((other.folder / "README.md").read_text().split("---")[1]), "never guessed"
+
+
+def test_cards_of_other_outputs(pair, tmp_path):
+    dense = plait.merge(pair, kind="delta", out=tmp_path / "dense")
+    text = (dense.folder / "README.md").read_text()
+    assert "The dense deltas" in text
+    assert "PeftModel" not in text
+    by_energy = plait.merge(pair, rank="energy:0.5", out=tmp_path / "energy")
+    assert "max-lora-rank" not in (by_energy.folder / "README.md").read_text(), "vLLM serves no experts and convolutions"
+    assert str(tmp_path) not in (by_energy.folder / "README.md").read_text(), "no folder of this machine in a public page"
+
+
+def test_selection_of_an_adapter_with_a_head_is_not_copied(tmp_path):
+    """`target_modules` may name what `modules_to_save` exempts; copied alone it would wrap the head."""
+    config = {"target_modules": ["q_proj", "head"], "modules_to_save": ["head"]}
+    pair = {n: peft_adapter(tmp_path / n, seed, **config) for seed, n in enumerate("ab")}
+    result = plait.merge(pair, out=tmp_path / "out")
+    selected = json.loads((result.folder / "adapter_config.json").read_text())["target_modules"]
+    assert selected == ["layers.0.q_proj", "layers.1.q_proj"]
+    loaded(result.folder, IDS)
+
+
+def test_grouped_convolutions_tell_pefts_rank(tmp_path):
+    pair = {n: peft_adapter(tmp_path / n, seed, r=6, target_modules=["grouped"]) for seed, n in enumerate("ab")}
+    result = plait.merge(pair, rank=2, out=tmp_path / "out")
+    config = json.loads((result.folder / "adapter_config.json").read_text())
+    assert config["r"] == result.record.rank == result.plan.rank == 4
+    loaded(result.folder, IDS)
+
+
+def test_dora_without_a_direction_is_refused(tmp_path):
+    base = save_base(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["layers.0.q_proj.weight"][3] = 0
+    save_file(tensors, base / "model.safetensors")
+    folder = peft_adapter(tmp_path / "a", 1, target_modules=["q_proj"], use_dora=True)
+    factors = load_file(folder / "adapter_model.safetensors")
+    factors["base_model.model.layers.0.q_proj.lora_B.weight"][3] = 0
+    save_file(factors, folder / "adapter_model.safetensors")
+    with pytest.raises(plait.PlanError, match=r"layers.0.q_proj: 1 rows of the base model vanish"):
+        plait.merge([folder], base_model=str(base), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_common_mode_is_on_record(tmp_path):
+    pair = {
+        "a": peft_adapter(tmp_path / "a", 1, target_modules=["q_proj", "v_proj"]),
+        "b": peft_adapter(tmp_path / "b", 2, target_modules=["q_proj"]),
+    }
+    result = plait.merge(pair, merge_mode="common", out=tmp_path / "out")
+    assert "leaves 2 modules out" in " ".join(result.record.notes)
+
+
+def test_runs_of_one_second_do_not_share_a_folder(pair, tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda scale: plait.merge(pair, scale=scale, workers=1), (1.0, 2.0, 3.0, 4.0)))
+    assert len({r.folder for r in results}) == 4
+    assert {json.loads((r.folder / "merge_metadata.json").read_text())["recipe"]["scale"] for r in results} == {1, 2, 3, 4}
+
+
+def test_somebody_else_was_faster(pair, tmp_path):
+    """Without --force a folder that appears while the merge runs is left alone."""
+    from plait.merging.staging import staged
+
+    def race() -> None:
+        with staged(tmp_path / "out", force=False) as place:
+            (place / "mine").write_text("late")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "theirs").write_text("first")
+
+    with pytest.raises(plait.OutputError, match="written by somebody else"):
+        race()
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["theirs"]

@@ -58,7 +58,7 @@ def merge_dora(
         for d, m in zip(deltas, magnitudes, strict=True)
     ]
     gain = 1 + sum((c * (scale - 1) for c, scale in zip(coefficients, scales, strict=True)), torch.zeros(()))
-    sound = gain.abs() >= _SMALLEST  # false for NaN too: a row of W + sBA that is zero has no direction
+    sound = gain.isfinite() & (gain.abs() >= _SMALLEST)  # a row of W + sBA that is zero has no direction
     if not bool(sound.all()):
         raise PlanError(
             f"{module}: {int((~sound).sum())} rows of the base model vanish under these adapters and weights; "
