@@ -54,6 +54,13 @@ class Section:
     notes: list[str] = field(default_factory=list)
 
 
+def unjudged(sections: Sequence[Section]) -> None:
+    """Take the verdicts away."""
+    for section in sections:
+        for row in section.rows:
+            row.reached = None
+
+
 def show(sections: Sequence[Section]) -> None:
     """Print the tables for people."""
     console = Console(width=None if Console().is_terminal else 140)

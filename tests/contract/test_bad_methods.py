@@ -178,7 +178,7 @@ FAULTS = {
     "remembers (work)": (counts_calls(), "delta", "order_of_work", "modules in the opposite order"),
     "remembers (files)": (counts_calls(), "core", "workers", "adapter_model.safetensors differs from that of 1 worker"),
     "an index is a name": (by_place, "delta", "order_of_adapters", "opposite order"),
-    "absolute threshold": (lambda b, p: summed(b) * (summed(b).abs() > 1e-5), "core", "scale", "c = 3e-07"),
+    "absolute threshold": (lambda b, p: summed(b) * (summed(b).abs() > 1e-5), "core", "scale", "c = 1e-14"),
     "prefers plus": (prefers_plus, "delta", "sign", "all adapters negated"),
     "not the adapter": (lambda b, p: summed(b) * 0.5, "delta", "lone_adapter", "differs by"),
     "copies add up": (lambda b, p: b.x.sum(0), "delta", "copies", "3 copies of weight 0.333"),

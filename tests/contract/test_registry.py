@@ -51,11 +51,12 @@ def registry() -> dict:
 
 
 def test_all_methods_in_all_their_spaces(registry) -> None:
-    assert registry["methods"] == EXPECTED
+    found = registry["methods"]
+    assert {name: found.get(name) for name in EXPECTED} == EXPECTED, "a new method needs no line here; a lost one is found"
 
 
 def test_randomised_methods(registry) -> None:
-    assert set(registry["randomised"]) == RANDOMISED
+    assert set(registry["randomised"]) & set(EXPECTED) == RANDOMISED
 
 
 def test_spaces_and_transforms(registry) -> None:
@@ -69,4 +70,4 @@ def test_a_recipe_knows_them_without_further_imports() -> None:
         "import json; from plait.recipes.schema import Recipe; "
         "d = Recipe.model_json_schema()['properties']['method']['discriminator']['mapping']; print(json.dumps(sorted(d)))"
     )
-    assert named == sorted(EXPECTED)
+    assert set(named) >= set(EXPECTED)

@@ -81,11 +81,6 @@ LOOKUPS = {
         [0, 0, 1],
         [0, 0.5, 0.5],
     ),
-    "a default without layers": (
-        {"task_coefficients": [1, 0, 0], "default_task_coefficients": [0, 0, 1]},
-        [1, 0, 0],
-        [1, 0, 0],
-    ),
     "negative": (
         {"task_coefficients": [1, -0.5, 0], "allow_negative_coefficients": True, "normalize_coefficients": False},
         [1, -0.5, 0],
@@ -120,6 +115,7 @@ def test_weighted_delta_n(tmp_path, three, case):
         ({"task_coefficients": [0.5, -1.5, 1], "allow_negative_coefficients": True}, r"must lie in \[-1, 1\]"),
         ({"task_coefficients": [float("nan"), 1, 1], "allow_unbounded_coefficients": True}, "must be finite"),
         ({"task_coefficients": [0, 0, 0]}, "cannot be normalised"),
+        ({"default_task_coefficients": [0, 0, 1]}, "it names none"),
     ],
 )
 def test_coefficients_that_are_refused(three, params, text):

@@ -183,7 +183,7 @@ def scale(subject: Subject, space: str) -> None:
     """merge(c · ΔW) = c · merge(ΔW): there is no absolute threshold."""
     adapters = _ordinary(subject, space)
     plain = subject.merge(adapters, space)
-    for factor in (3e-7, 3e7):
+    for factor in (1e-14, 3e7):
         with _case(f"c = {factor:g}"):
             _close(subject.merge(adapters.scaled(factor), space), {m: factor * x for m, x in plain.items()})
 
