@@ -122,9 +122,9 @@ def linear(bench: Bench, runs: dict[str, dict[str, Any]]) -> list[Row]:
         "compare", left=str(bench.out / "plait linear, bfloat16 written"), right=theirs, modules=bench.modules
     )["difference"]
     results = {"plait": str(bench.out / "plait linear"), "PEFT": theirs}
-    errors = run_job(
-        "sum_errors", adapters=_paths(bench.materials), weight=0.5, results=results, modules=bench.modules
-    )["errors"]
+    errors = run_job("sum_errors", adapters=_paths(bench.materials), weight=0.5, results=results, modules=bench.modules)[
+        "errors"
+    ]
     bench.raw["linear difference"], bench.raw["linear errors"] = difference, errors
     return [
         _seconds("linear, whole process", same["wall"], peft["wall"], 20),

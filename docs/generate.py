@@ -1,6 +1,6 @@
 """Write the generated parts of README.md again; `--check` only says whether they are current.
 
-    python docs/generate.py [--check]
+python docs/generate.py [--check]
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ def methods_table() -> str:
 
 def generated(text: str) -> str:
     """Return the README with its generated parts made again."""
-    return re.sub(
-        r"(?<=<!-- methods -->\n).*?(?=<!-- /methods -->)", lambda _: f"\n{methods_table()}\n", text, flags=re.DOTALL
-    )
+    return re.sub(r"(?<=<!-- methods -->\n).*?(?=<!-- /methods -->)", lambda _: f"\n{methods_table()}\n", text, flags=re.DOTALL)
 
 
 def main() -> int:
