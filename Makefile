@@ -9,6 +9,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# torch threads that wait asleep: spinning ones make a busy machine several times slower
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test check bench docs clean
 
 # The base model's package carries a GGUF file; its dependencies compile llama.cpp, which nobody here needs.

@@ -1,6 +1,6 @@
 """Choose the demo's merge: every candidate on the validation split, the chosen one and PEFT's best on the test split.
 
-Run by hand, about ten minutes on two cores: `python examples/demo/choose.py`. The rule is fixed before looking: the
+Run by hand, ten to thirty minutes on two cores: `python examples/demo/choose.py`. The rule is fixed before looking: the
 largest sum of mean and worst recovery on validation. The test split is read once, after the choice.
 """
 
