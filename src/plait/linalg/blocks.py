@@ -14,7 +14,7 @@ from torch import Tensor
 from plait.linalg.factored import ThinSVD
 from plait.linalg.keyed import Key, normal
 
-BLOCK_ELEMENTS = 1 << 18  # rows per block × columns: large enough for BLAS, small enough for the cache
+BLOCK_ELEMENTS = 1 << 20  # rows per block × columns: large enough for BLAS, small enough for the cache
 HOLD_ELEMENTS = 1 << 24  # a matrix up to 64 MiB (float32) is computed once and held
 
 
@@ -38,10 +38,7 @@ class RowBlocks:
         """Yield (first row, block)."""
         m, n = self.shape
         if self._held is None and m * n <= HOLD_ELEMENTS:
-            held = torch.empty(m, n, dtype=self.dtype)
-            for start, block in self._compute():
-                held[start : start + len(block)] = block
-            self._held = held
+            self._held = torch.cat([block for _, block in self._compute()]) if m else torch.empty(0, n, dtype=self.dtype)
         if self._held is not None:
             yield 0, self._held
         else:
