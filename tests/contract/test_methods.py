@@ -13,7 +13,7 @@ NOT_FOR_VARIANTS = {"parameters", "workers", "rank", "global_state"}
 # Rows that no method can be excused from.
 ALWAYS = {
     *("shapes", "zero", "nonzero", "inputs", "global_state", "seed", "row_blocks"),
-    *("workers", "order_of_work", "scale", "missing", "rank"),
+    *("workers", "order_of_work", "scale", "recipe_scale", "missing", "rank"),
 }
 
 
@@ -60,4 +60,4 @@ def test_no_row_is_lost() -> None:
     alone = {label for (label, _), names in covered.items() if "lone_adapter" in names}
     assert alone == {label for label, _ in covered if SUBJECTS[label].method.min_adapters == 1}
     assert all("copies" in names for (_, space), names in covered.items() if space != "factors")
-    assert len(CONTRACT) == 19
+    assert len(CONTRACT) == 20

@@ -188,6 +188,15 @@ def scale(subject: Subject, space: str) -> None:
             _close(subject.merge(adapters.scaled(factor), space), {m: factor * x for m, x in plain.items()})
 
 
+def recipe_scale(subject: Subject, space: str) -> None:
+    """The recipe's `scale` multiplies the result, once."""
+    adapters = _ordinary(subject, space)
+    plain = subject.merge(adapters, space)
+    for factor in (2.5, -0.5):
+        with _case(f"scale {factor:g}"):
+            _close(subject.merge(adapters, space, scale=factor), {m: factor * x for m, x in plain.items()})
+
+
 def gauge(subject: Subject, space: str) -> None:
     """The result is a function of the deltas: B G and G⁻¹ A merge as B and A do."""
     adapters = _ordinary(subject, space)
@@ -294,6 +303,7 @@ PROPERTIES: Mapping[str, Property] = {
         _row(order_of_work),
         _row(order_of_adapters, lambda subject, space: not subject.by_position),
         _row(scale),
+        _row(recipe_scale),
         _row(gauge, lambda subject, space: space != "factors"),
         _row(sign, lambda subject, space: subject.odd),
         _row(missing),

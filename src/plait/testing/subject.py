@@ -55,14 +55,14 @@ class Subject:
         return max(self.method.min_adapters, min(3, most))
 
     def recipe(
-        self, cohort: Cohort, space: str, changes: Mapping[str, Any] | None = None, *, folder: Path | None = None, seed: int = 0
+        self, cohort: Cohort, space: str, changes: Mapping[str, Any] | None = None, *, folder: Path | None = None, **fields: Any
     ) -> Recipe:
-        """Return the recipe that merges a cohort; `changes` go on top of the parameters."""
+        """Return the recipe that merges a cohort; `changes` go on top of the parameters, `fields` are keys of the recipe."""
         entries = [
             AdapterEntry(name=n, path=str((folder or Path("/nowhere")) / n), weight=cohort.weights[n]) for n in cohort.factors
         ]
         spec = {**self.params, **(changes or {}), "name": self.method.name, "space": space}
-        return _recipe_type(self.method.spec).model_validate({"adapters": entries, "method": spec, "seed": seed})
+        return _recipe_type(self.method.spec).model_validate({"adapters": entries, "method": spec, **fields})
 
     def prepare(self, cohort: Cohort, recipe: Recipe) -> Run:
         """Plan a merge and make its surveys."""
@@ -71,11 +71,9 @@ class Subject:
         engine = Engine(inventory, plan, workers=1, progress=Silent())
         return Run(plan, engine, engine.prepare())
 
-    def merge(
-        self, cohort: Cohort, space: str, changes: Mapping[str, Any] | None = None, *, seed: int = 0
-    ) -> dict[str, Tensor]:
+    def merge(self, cohort: Cohort, space: str, changes: Mapping[str, Any] | None = None, **fields: Any) -> dict[str, Tensor]:
         """Return the merged delta of every target module, dense and not truncated."""
-        return self.prepare(cohort, self.recipe(cohort, space, changes, seed=seed)).deltas()
+        return self.prepare(cohort, self.recipe(cohort, space, changes, **fields)).deltas()
 
 
 @dataclass(frozen=True)
