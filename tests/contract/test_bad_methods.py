@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from plait.linalg.sparsify import keep_at_least
 from plait.methods import METHODS, Block, ElementwiseMethod, LinearMethod, MethodParams, NoParams, Source
-from plait.methods.surveys import total
+from plait.stages.surveys import total
 from plait.testing import CONTRACT, check_method, check_property, subject_of
 
 SOURCE = Source("nobody")

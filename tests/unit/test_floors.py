@@ -15,6 +15,7 @@ FLOORS = [
     {"hub"},
     {"adapters"},
     {"spaces", "transforms"},
+    {"stages"},
     {"methods"},
     {"recipes"},
     {"merging"},

@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 
 from plait.errors import RecipeError
 from plait.linalg.keyed import Key
+from plait.merging.combine import pipeline_of
 from plait.merging.weighting import module_weights
-from plait.methods import METHODS, Block
+from plait.methods import Block
 from plait.recipes.loading import RecipeWarning, build_recipe, load_recipe, migrate_file
 from plait.recipes.mergekit import convert_mergekit
 from plait.recipes.mergekit_terms import METHODS as MERGEKIT
 from plait.recipes.mergekit_terms import pattern
 from plait.recipes.migration import migrate
 from plait.recipes.writing import to_yaml
+from plait.stages.base import LinearCombine
 
 ADAPTERS = [{"name": "asr", "path": "./asr"}, {"name": "emotion", "path": "./emotion"}]
 
@@ -440,18 +442,18 @@ def test_a_file_is_migrated_to_text_that_loads_equal(tmp_path):
 
 def merged(recipe, x: torch.Tensor, module: str = "model.layers.3.self_attn.q_proj") -> torch.Tensor:
     """Merge the deltas x (T, p, q) of one module by a recipe, in one block."""
-    method, weights = METHODS[recipe.method_name], module_weights(recipe, module)
-    if hasattr(method, "coefficients"):
-        return recipe.scale * torch.einsum("t,tij->ij", method.coefficients(weights, recipe.method, module), x)
+    pipeline, weights = pipeline_of(recipe), module_weights(recipe, module)
+    if isinstance(pipeline.combine, LinearCombine):
+        weights = pipeline.combine.coefficients(weights, module)
     keys = tuple(Key(0, (a.name,)) for a in recipe.adapters)
     statistics = []
-    for survey in method.surveys(recipe.method):
+    for survey in pipeline.surveys():
         reduction, done = survey.start(len(x)), False
         while not done:
             reduction.observe(Block(x, weights, 0, keys, tuple(statistics)))
             done = reduction.end_pass()
         statistics.append(reduction.values)
-    return recipe.scale * method.combine(Block(x, weights, 0, keys, tuple(statistics)), recipe.method)
+    return recipe.scale * pipeline.combine_block(Block(x, weights, 0, keys, tuple(statistics)))
 
 
 def deltas(count: int, seed: int = 0) -> torch.Tensor:

@@ -345,7 +345,7 @@ FORMS = "Allowed: [name=]PATH (a folder, as ./a, /a, ~/a) or [name=]org/repo[@re
             f"recipe:2: adapters.0: 'nowhere': there is no 'nowhere' in {{cwd}}, and a repository needs its owner. {FORMS}",
             "recipe:3: adapters.1.name: name is 'a b'; it must start with a letter or digit and hold only letters, digits, "
             "'.', '_' and '-'.",
-            "recipe:3: adapters.1.wieght: 'wieght' is not known here; allowed: name, path, weight. Did you mean 'weight'?",
+            "recipe:3: adapters.1.wieght: 'wieght' is not known here; allowed: name, path, weight, moments. Did you mean 'weight'?",
             f"recipe:4: adapters.2.path: 'also': there is no 'also' in {{cwd}}, and a repository needs its owner. {FORMS}",
         ]),
         ("adapters: [./a]\nmethod: uniform", ["recipe:2: method: method 'uniform' needs at least 2 adapters, got 1."]),

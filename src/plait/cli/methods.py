@@ -29,8 +29,6 @@ def methods(
 
 def describe(method: Method) -> dict[str, Any]:
     """Return everything the registry knows of a method."""
-    from plait.methods import LinearMethod
-
     schema = method.params.model_json_schema()
     parameters = [
         {
@@ -50,7 +48,7 @@ def describe(method: Method) -> dict[str, Any]:
         "url": method.source.url,
         "deviation": method.deviation,
         "spaces": list(method.spaces),
-        "linear": isinstance(method, LinearMethod),
+        "kind": method.kind,
         "exactness": exactness(method),
         "randomised": method.randomised,
         "min_adapters": method.min_adapters,
@@ -61,7 +59,6 @@ def describe(method: Method) -> dict[str, Any]:
 
 def exactness(method: Method) -> dict[str, str]:
     """Return what the result is in each space."""
-    from plait.methods import LinearMethod
     from plait.spaces import SPACES
 
     words = {}
@@ -70,7 +67,7 @@ def exactness(method: Method) -> dict[str, str]:
             words[space] = "as PEFT; rank r"
         elif method.auto_rank == "largest":
             words[space] = "truncated to the largest source rank"
-        elif isinstance(method, LinearMethod) or SPACES[space].low_rank:
+        elif method.kind != "entries" or SPACES[space].low_rank:
             words[space] = "exact; rank up to Σ r"
         else:
             words[space] = "dense; truncated to min(T · r, 256) by default"

@@ -1,22 +1,26 @@
-"""One target module through space and method: factors → merged delta. Pure; this is where surveys and spaces meet."""
+"""One target module through the stages of a method: factors → merged delta. Pure; this is where surveys and spaces meet."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
 from plait.linalg.blocks import RowBlocks, block_ranges
 from plait.linalg.keyed import Key
+from plait.merging.moments import Moments
 from plait.merging.prepared import Prepared
 from plait.merging.weighting import module_weights
-from plait.methods import METHODS, Block, ElementwiseMethod, LinearMethod
-from plait.methods.base import Reduction, Survey
+from plait.methods import METHODS
 from plait.recipes.schema import Recipe
 from plait.spaces import SPACES
 from plait.spaces.base import Array, Frame, Merged
+from plait.stages.base import Block, DeltaCombine, EntryCombine, GramCombine, LinearCombine, Reduction, Site, Survey
+from plait.stages.pipeline import Pipeline
 
 Statistics = tuple[Mapping[str, Tensor] | None, ...]  # per survey: array name → values; None when it is per module
 
@@ -29,68 +33,110 @@ class Combiner:
         recipe: what was asked for.
         prepared: the factors.
         statistics: results of the surveys over the whole model.
+        gram: ⟨ΔWᵢ, ΔWⱼ⟩ over the whole model, (T, T) float64, where coefficients depend on it.
+        moments: second moments of the modules' inputs, where the recipe names them.
     """
 
     recipe: Recipe
     prepared: Prepared
     statistics: Statistics = ()
+    gram: Tensor | None = None
+    moments: Moments | None = None
 
-    @property
-    def method(self) -> LinearMethod | ElementwiseMethod:
-        """The recipe's method."""
-        method = METHODS[self.recipe.method_name]
-        if not isinstance(method, (LinearMethod, ElementwiseMethod)):
-            raise AssertionError(f"{type(method).__name__} is no kind of method that can be run")
-        return method
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """The stages of the recipe's method."""
+        return pipeline_of(self.recipe)
 
     def coefficients(self, module: str) -> Tensor:
-        """Return what each adapter's delta is multiplied by under a linear method, (T,) float64, `scale` included."""
-        method = self.method
-        if not isinstance(method, LinearMethod):
-            return module_weights(self.recipe, module) * self.recipe.scale
-        return method.coefficients(module_weights(self.recipe, module), self.recipe.method, module) * self.recipe.scale
+        """Return what each adapter's delta is multiplied by under a linear method, (T,) float64, `scale` included.
+
+        Under any other method: its weight times `scale`, which is what biases are merged with.
+        """
+        return self._shares(module) * self.recipe.scale
+
+    def _shares(self, module: str) -> Tensor:
+        weights, combine = module_weights(self.recipe, module), self.pipeline.combine
+        if isinstance(combine, LinearCombine):
+            return combine.coefficients(weights, module)
+        if isinstance(combine, GramCombine):
+            gram = self.gram if combine.scope == "model" else self.module_gram(module)
+            if gram is None:
+                raise AssertionError(f"{combine} needs inner products over the model, which were not taken")
+            return combine.coefficients(weights, gram)
+        return weights
+
+    def module_gram(self, module: str) -> Tensor:
+        """Return ⟨ΔWᵢ, ΔWⱼ⟩ of one module, (T, T) float64."""
+        return sum((_gram(site.deltas) for site in self._sites(module)), torch.zeros((), dtype=torch.float64))
 
     def merge(self, module: str) -> list[Merged]:
         """Return the merged delta of every matrix of a module: low rank, or row blocks of a dense one."""
-        stack = self.prepared.read(module)
-        if isinstance(self.method, LinearMethod) and self.recipe.space_name != "factors":
+        pipeline, space = self.pipeline, self.recipe.space_name
+        if pipeline.is_linear and space != "factors":
             c = self.coefficients(module).tolist()
+            stack = self.prepared.read(module)
             return [LowRank.concatenate(f.deltas, [x * s for x, s in zip(c, f.scalings, strict=True)]) for f in stack]
-        frames = [SPACES[self.recipe.space_name].frame(f.deltas, f.scalings) for f in stack]
-        statistics = self._local(module, frames)
-        return [self._merge_frame(module, i, frame, statistics) for i, frame in enumerate(frames)]
+        sites = self._sites(module)
+        if pipeline.needs_coordinates(space):
+            frames = self._frames(module, sites)
+            statistics = self._local(module, frames)
+            merged = [self._merge_frame(module, i, frame, statistics) for i, frame in enumerate(frames)]
+        elif isinstance(pipeline.combine, DeltaCombine):
+            merged = [pipeline.combine.combine(site) for site in sites]
+        else:
+            c = self._shares(module).tolist()
+            merged = [LowRank.concatenate(site.deltas, c) for site in sites]
+        return [self._finish(part, site) for part, site in zip(merged, sites, strict=True)]
+
+    def _finish(self, merged: Merged, site: Site) -> Merged:
+        for stage in self.pipeline.post:
+            if not isinstance(merged, LowRank):
+                raise AssertionError(f"{stage} needs a low-rank delta")
+            merged = stage.apply(merged, site)
+        return merged.scaled(self.recipe.scale)
+
+    def _sites(self, module: str) -> list[Site]:
+        """Return what stages on deltas see of every matrix of a module, with the deltas after those that run before."""
+        weights = module_weights(self.recipe, module)
+        moments = self.moments.of(module) if self.moments is not None else None
+        key = Key(self.recipe.seed).child("stages", module)
+        sites = []
+        for index, factors in enumerate(self.prepared.read(module)):
+            site = Site(module, tuple(factors.scaled()), weights, key.child(str(index)), moments)
+            for stage in self.pipeline.on_deltas:
+                site = replace(site, deltas=tuple(stage.apply(site)))
+            sites.append(site)
+        return sites
+
+    def _frames(self, module: str, sites: Sequence[Site]) -> list[Frame]:
+        space = SPACES[self.recipe.space_name]
+        if space.name == "factors":  # its coordinates are the unscaled factors themselves
+            return [space.frame(f.deltas, f.scalings) for f in self.prepared.read(module)]
+        return [space.frame(site.deltas, [1.0] * len(site.deltas)) for site in sites]
 
     def _merge_frame(self, module: str, index: int, frame: Frame, statistics: Mapping[str, tuple[Tensor, ...]]) -> Merged:
         merged = []
         for array in frame.arrays:
             block = self._blocks(module, index, array, statistics[array.name])
             merged.append(RowBlocks(array.shape, self._rows(block), frame.dtype))
-        lifted = frame.lift(merged)
-        return lifted if isinstance(self.method, LinearMethod) else lifted.scaled(self.recipe.scale)
+        return frame.lift(merged)
 
     def _rows(self, block: Callable[[int, int], Block]) -> Callable[[int, int], Tensor]:
-        method, params = self.method, self.recipe.method
-
-        def rows(start: int, stop: int) -> Tensor:
-            here = block(start, stop)
-            if isinstance(method, LinearMethod):
-                return method.combine(here, here.weights)
-            return method.combine(here, params)
-
-        return rows
+        return lambda start, stop: self.pipeline.combine_block(block(start, stop))
 
     def _blocks(self, module: str, index: int, array: Array, statistics: tuple[Tensor, ...]) -> Callable[[int, int], Block]:
         key = Key(self.recipe.seed)
         keys = tuple(key.child(a.name, module, str(index), array.name) for a in self.recipe.adapters)
-        linear = isinstance(self.method, LinearMethod)
-        weights = array.emphasis(self.coefficients(module) if linear else module_weights(self.recipe, module))
+        entrywise = isinstance(self.pipeline.combine, EntryCombine)
+        weights = array.emphasis(module_weights(self.recipe, module) if entrywise else self._shares(module))
         return lambda start, stop: Block(array.rows(start, stop), weights, start, keys, statistics)
 
     def _local(self, module: str, frames: Sequence[Frame]) -> dict[str, tuple[Tensor, ...]]:
         """Return each array's statistics, as far as surveys are done: the model's as given, the module's computed now."""
         found: dict[str, tuple[Tensor, ...]] = {array.name: () for array in frames[0].arrays}
         # shorter than the surveys while a later one of them is being made
-        for survey, over_model in zip(surveys_of(self.recipe), self.statistics, strict=False):
+        for survey, over_model in zip(self.pipeline.surveys(), self.statistics, strict=False):
             for name, earlier in found.items():
                 value = (
                     over_model[name] if over_model is not None else self._survey_module(module, frames, name, survey, earlier)
@@ -117,15 +163,24 @@ class Combiner:
 
     def observe(self, module: str, reductions: Mapping[str, Reduction]) -> None:
         """Show one module's coordinates to reductions over the whole model, one per array name."""
-        stack = self.prepared.read(module)
-        frames = [SPACES[self.recipe.space_name].frame(f.deltas, f.scalings) for f in stack]
+        frames = self._frames(module, self._sites(module))
         statistics = self._local(module, frames)
         for index, frame in enumerate(frames):
             for array in frame.arrays:
                 self._observe(reductions[array.name], module, index, array, statistics[array.name])
 
 
-def surveys_of(recipe: Recipe) -> tuple[Survey, ...]:
-    """Return the surveys of a recipe's method."""
-    method = METHODS[recipe.method_name]
-    return method.surveys(recipe.method) if isinstance(method, ElementwiseMethod) else ()
+def pipeline_of(recipe: Recipe) -> Pipeline:
+    """Return the stages that a recipe's method stands for."""
+    return METHODS[recipe.method_name].pipeline(recipe.method)
+
+
+def _gram(deltas: Sequence[LowRank]) -> Tensor:
+    """Return ⟨ΔWᵢ, ΔWⱼ⟩, (T, T) float64, from the Gram matrices of the joined factors."""
+    b = torch.cat([d.b for d in deltas], dim=1).double()
+    a = torch.cat([d.a for d in deltas]).double()
+    products = (b.mT @ b) * (a @ a.mT)  # (R, R), one block per pair
+    ranks = [d.rank for d in deltas]
+    owners = torch.block_diag(*(torch.ones(r, 1, dtype=b.dtype) for r in ranks))  # type: ignore[no-untyped-call]
+    gram: Tensor = owners.mT @ products @ owners
+    return gram

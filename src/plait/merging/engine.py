@@ -20,16 +20,16 @@ from plait.adapters.lowrank import LowRank
 from plait.errors import PlaitError, PlanError
 from plait.linalg.blocks import RowBlocks
 from plait.linalg.keyed import Key
-from plait.merging.combine import Combiner, Statistics, surveys_of
+from plait.merging.combine import Combiner, Statistics, pipeline_of
 from plait.merging.dora import magnitude, merge_dora
 from plait.merging.emit import Emitted, as_blocks, emit, rank_at_energy
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan, ModulePlan
 from plait.merging.prepared import Prepared
 from plait.merging.progress import Progress
-from plait.methods.base import Reduction
 from plait.spaces import SPACES
 from plait.spaces.base import Merged
+from plait.stages.base import GramCombine, Reduction
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -76,13 +76,14 @@ class Engine:
         with _pool(self._workers) as pool:
             prepared = pool.submit(Prepared, self._inventory, self._progress).result()
             statistics: Statistics = ()
-            for survey in surveys_of(self._inventory.recipe):
+            recipe, moments = self._inventory.recipe, self._inventory.moments
+            for survey in pipeline_of(recipe).surveys():
                 over_model = None
                 if survey.scope == "model":
-                    combiner = Combiner(self._inventory.recipe, prepared, statistics)
-                    over_model = self._survey(combiner, survey.start, pool)
+                    over_model = self._survey(Combiner(recipe, prepared, statistics, None, moments), survey.start, pool)
                 statistics = (*statistics, over_model)
-        return Combiner(self._inventory.recipe, prepared, statistics)
+            gram = self._gram(Combiner(recipe, prepared, moments=moments), pool)
+        return Combiner(recipe, prepared, statistics, gram, moments)
 
     def ranks(self, combiner: Combiner) -> dict[str, int]:
         """Return the rank of every target: the planned one, or the one that an energy asks for (a pass of its own)."""
@@ -149,6 +150,14 @@ class Engine:
             if target in adapter.targets and adapter.targets[target].has_bias:
                 total += c * adapter.targets[target].scaling * adapter.read_part(target, "lora_B.bias", torch.float64)
         return total.to(combiner.prepared.dtype)
+
+    def _gram(self, combiner: Combiner, pool: ThreadPoolExecutor) -> Tensor | None:
+        """Sum the inner products of the deltas over the model, where coefficients depend on them."""
+        combine = combiner.pipeline.combine
+        if not isinstance(combine, GramCombine) or combine.scope != "model":
+            return None
+        grams = self._each("inner products", lambda m: combiner.module_gram(m.target), self._plan.modules, pool)
+        return torch.stack(list(grams)).sum(0)
 
     def _survey(self, combiner: Combiner, start: Callable[[int], Reduction], pool: ThreadPoolExecutor) -> dict[str, Tensor]:
         names = SPACES[self._inventory.recipe.space_name].arrays

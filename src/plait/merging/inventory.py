@@ -14,6 +14,7 @@ from plait.errors import AdapterError, AddressError, PlaitError, PlanError, coll
 from plait.hub.download import Located, resolve, resolve_model
 from plait.hub.references import parse_reference
 from plait.merging.compatibility import check_compatibility
+from plait.merging.moments import Moments, MomentsOf, from_files
 from plait.recipes.schema import Recipe
 
 
@@ -27,6 +28,8 @@ class Inventory:
         located: where each came from.
         layouts: target module → how it is stored; the union over adapters, sorted.
         base: the base model's weights, where the merge needs them (DoRA).
+        base_located: where those came from.
+        moments: second moments of the modules' inputs, where the recipe or the caller gives them.
     """
 
     recipe: Recipe
@@ -34,6 +37,8 @@ class Inventory:
     located: tuple[Located, ...]
     layouts: Mapping[str, Layout]
     base: BaseWeights | None
+    base_located: Located | None = None
+    moments: Moments | None = None
 
     @property
     def base_model(self) -> str | None:
@@ -41,12 +46,16 @@ class Inventory:
         return self.recipe.base_model or next((a.config.base_model for a in self.adapters if a.config.base_model), None)
 
 
-def take_inventory(recipe: Recipe, folder: Path | None = None) -> Inventory:
+def take_inventory(
+    recipe: Recipe, folder: Path | None = None, moments: MomentsOf | None = None, base_folder: Path | None = None
+) -> Inventory:
     """Find and open everything a recipe names.
 
     Args:
         recipe: what was asked for.
         folder: what relative paths are relative to; the current folder when None.
+        moments: gives the second moments of modules' inputs, in place of files that the recipe names.
+        base_folder: where the base model lies, when its name does not lead there.
 
     Raises:
         AddressError: references that lead nowhere.
@@ -57,10 +66,24 @@ def take_inventory(recipe: Recipe, folder: Path | None = None) -> Inventory:
     problems = check_compatibility(adapters, base_model=recipe.base_model).problems
     collect(PlanError, problems, "these adapters do not fit together")
     layouts = {path: target.layout for adapter in adapters for path, target in adapter.targets.items()}
-    base = None
+    base, place = None, None
     if recipe.base_model is not None and any(t.is_dora for a in adapters for t in a.targets.values()):
-        base = BaseWeights(resolve_model(recipe.base_model, base=folder).folder)
-    return Inventory(recipe, tuple(adapters), tuple(located), dict(sorted(layouts.items())), base)
+        place = resolve_model(recipe.base_model, base=folder) if base_folder is None else Located(folder=base_folder)
+        base = BaseWeights(place.folder)
+    found = _moments(recipe, folder, moments)
+    return Inventory(recipe, tuple(adapters), tuple(located), dict(sorted(layouts.items())), base, place, found)
+
+
+def _moments(recipe: Recipe, folder: Path | None, given: MomentsOf | None) -> Moments | None:
+    names = tuple(a.name for a in recipe.adapters)
+    if given is not None:
+        return Moments(names, given, {})
+    paths = {a.name: (folder or Path()) / Path(a.moments).expanduser() for a in recipe.adapters if a.moments is not None}
+    if not paths:
+        return None
+    if lacking := [name for name in names if name not in paths]:
+        raise PlanError(f"adapters[].moments: given for {', '.join(paths)}, not for {', '.join(lacking)}; all need them.")
+    return from_files(paths)
 
 
 def open_adapters(

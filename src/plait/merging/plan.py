@@ -9,15 +9,17 @@ from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout, uniform_rank
 from plait.errors import PlanError, collect
 from plait.linalg.blocks import BLOCK_ELEMENTS, HOLD_ELEMENTS
+from plait.merging.combine import pipeline_of
 from plait.merging.compatibility import excluded_spaces, max_lora_rank
 from plait.merging.heads import head_problems
 from plait.merging.inventory import Inventory
+from plait.merging.moments import moments_problems
 from plait.merging.weighting import layer_problems, module_weights, policy_problems
-from plait.methods import METHODS, ElementwiseMethod, LinearMethod
+from plait.methods import METHODS
 from plait.methods.base import Method
 from plait.recipes.schema import Recipe
 from plait.records import Record
-from plait.spaces import SPACES
+from plait.stages.pipeline import Pipeline
 
 DENSE_RANK_CAP = 256  # `auto` rank of a result that has no low rank of its own
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -65,6 +67,9 @@ class MergePlan(Record):
         left_out: target modules that `merge_mode: common` drops, with who lacks them.
         rank: the rank of the written adapter; None when an energy decides it, or for a dense output.
         result: the worst over the modules.
+        pipeline: the stages that the method stands for.
+        promises: what holds, known before running: `exact` (nothing is truncated), `rank` (the written rank is known),
+            `deterministic` (same recipe, same bytes), `gauge_free` (a function of the deltas, whatever their factors).
         randomised: whether the method draws (keyed) random numbers.
         passes: passes over the factors, surveys included.
         output_bytes: size of the tensor file; None when an energy decides it.
@@ -81,6 +86,8 @@ class MergePlan(Record):
     left_out: dict[str, tuple[str, ...]]
     rank: int | None
     result: Result
+    pipeline: str
+    promises: dict[str, bool]
     randomised: bool
     passes: int
     output_bytes: int | None
@@ -96,13 +103,14 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
         PlanError: with everything that does not fit, all at once.
     """
     recipe = inventory.recipe
-    method = METHODS[recipe.method_name]
+    method, pipeline = METHODS[recipe.method_name], pipeline_of(recipe)
     kept, left_out = _select(inventory)
     problems = [
         *_mode_problems(recipe, left_out),
         *policy_problems(recipe, list(inventory.layouts)),
         *_space_problems(inventory),
-        *_dora_problems(inventory, method),
+        *_dora_problems(inventory, pipeline),
+        *_moments_problems(inventory, pipeline),
         *layer_problems("method", method.layers(recipe.method), list(inventory.layouts)),
         *head_problems(inventory.adapters, recipe.heads),
     ]
@@ -111,7 +119,7 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
     if not kept and not problems:
         problems.append("no target module is left to merge; with merge_mode 'common' the adapters share none")
     collect(PlanError, problems, "this merge cannot be done")
-    modules = tuple(_plan_module(inventory, method, path, layout) for path, layout in kept.items())
+    modules = tuple(_plan_module(inventory, method, pipeline, path, layout) for path, layout in kept.items())
     ranks = {m.target: m.rank for m in modules if m.rank is not None}
     rank = uniform_rank(ranks, kept) if len(ranks) == len(modules) else None
     return MergePlan(
@@ -123,18 +131,15 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
         left_out=left_out,
         rank=rank,
         result=_worst([m.result for m in modules]),
-        randomised=method.randomised,
-        passes=_passes(recipe, method),
+        pipeline=str(pipeline),
+        promises=_promises(inventory, modules),
+        randomised=method.randomised or pipeline.randomised,
+        passes=_passes(recipe, pipeline),
         output_bytes=_output_bytes(recipe, kept, modules, rank),
-        peak_bytes=_peak_bytes(inventory, method, modules, workers),
+        peak_bytes=_peak_bytes(inventory, pipeline, modules, workers),
         max_lora_rank=None if rank is None else max_lora_rank(rank),
         notes=tuple(_notes(inventory, left_out)),
     )
-
-
-def is_linear(recipe: Recipe) -> bool:
-    """Say whether a merge is Σ cₜ ΔWₜ, and so exact by concatenation."""
-    return isinstance(METHODS[recipe.method_name], LinearMethod) and recipe.space_name != "factors"
 
 
 def _select(inventory: Inventory) -> tuple[dict[str, Layout], dict[str, tuple[str, ...]]]:
@@ -166,13 +171,13 @@ def _space_problems(inventory: Inventory) -> list[str]:
     return [f"space {space!r} is not for these adapters: {reason}. Use 'delta', 'core' or 'knots'."] if reason else []
 
 
-def _dora_problems(inventory: Inventory, method: Method) -> list[str]:
+def _dora_problems(inventory: Inventory, pipeline: Pipeline) -> list[str]:
     if inventory.base is None:
         return []
-    if not isinstance(method, LinearMethod) or inventory.recipe.space_name == "factors":
+    if not pipeline.is_linear or inventory.recipe.space_name == "factors":
         return [
-            f"method {method.name!r} in space {inventory.recipe.space_name!r} on DoRA adapters: a DoRA delta has full rank, so "
-            "only linear methods have an exact form (linear, uniform, weighted, …; not in 'factors')."
+            f"method {inventory.recipe.method_name!r} in space {inventory.recipe.space_name!r} on DoRA adapters: a DoRA delta "
+            "has full rank, so only linear methods have an exact form (linear, uniform, weighted, …; not in 'factors')."
         ]
     if inventory.recipe.output.kind == "delta":
         return ["output.kind 'delta' of DoRA adapters is not offered; write an adapter."]
@@ -183,15 +188,23 @@ def _dora_problems(inventory: Inventory, method: Method) -> list[str]:
     ]
 
 
-def _plan_module(inventory: Inventory, method: Method, path: str, layout: Layout) -> ModulePlan:
+def _moments_problems(inventory: Inventory, pipeline: Pipeline) -> list[str]:
+    if not pipeline.needs_moments:
+        return []
+    if inventory.moments is None:
+        return [
+            f"method {inventory.recipe.method_name!r} needs second moments of the modules' inputs: give one file per adapter "
+            "(adapters[].moments, --moments FOLDER, moments=…), made with plait.save_moments"
+        ]
+    return moments_problems(inventory.moments, inventory.adapters, inventory.layouts)
+
+
+def _plan_module(inventory: Inventory, method: Method, pipeline: Pipeline, path: str, layout: Layout) -> ModulePlan:
     recipe = inventory.recipe
     sources = {a.name: a.targets[path].rank for a in inventory.adapters if path in a.targets}
     shape = (layout.d_out, layout.d_in)
-    low_rank = is_linear(recipe) or SPACES[recipe.space_name].low_rank
-    if is_linear(recipe):
-        exact_rank = min(sum(sources.values()), layout.full_rank)
-    else:
-        exact_rank = SPACES[recipe.space_name].rank(list(sources.values()), shape)
+    low_rank = pipeline.low_rank(recipe.space_name)
+    exact_rank = min(pipeline.rank(recipe.space_name, list(sources.values()), shape), layout.full_rank)
     rank = _written_rank(recipe, method, inventory.adapters, layout, exact_rank, low_rank=low_rank)
     result: Result = "dense" if recipe.output.kind == "delta" else "exact"
     if recipe.output.kind == "adapter" and (rank is None or rank < exact_rank):
@@ -228,8 +241,18 @@ def _worst(results: Sequence[Result]) -> Result:
     return max(results, key=("exact", "truncated", "dense").index)
 
 
-def _passes(recipe: Recipe, method: Method) -> int:
-    surveys = method.surveys(recipe.method) if isinstance(method, ElementwiseMethod) else ()
+def _promises(inventory: Inventory, modules: Sequence[ModulePlan]) -> dict[str, bool]:
+    recipe = inventory.recipe
+    return {
+        "exact": all(m.result != "truncated" for m in modules),
+        "rank": all(m.rank is not None for m in modules),
+        "deterministic": inventory.moments is None or bool(inventory.moments.files),
+        "gauge_free": recipe.space_name != "factors",
+    }
+
+
+def _passes(recipe: Recipe, pipeline: Pipeline) -> int:
+    surveys = pipeline.surveys()
     return 1 + sum(2 if i == 0 else 1 for i, s in enumerate(surveys) if s.scope == "model") + (recipe.output.energy is not None)
 
 
@@ -244,18 +267,18 @@ def _output_bytes(recipe: Recipe, layouts: dict[str, Layout], modules: Sequence[
     return size * sum(layout.stack * r * (layout.d_out + layout.d_in) for layout, r in per_rank)
 
 
-def _peak_bytes(inventory: Inventory, method: Method, modules: Sequence[ModulePlan], workers: int) -> int:
+def _peak_bytes(inventory: Inventory, pipeline: Pipeline, modules: Sequence[ModulePlan], workers: int) -> int:
     """Estimate: per worker the factors of its module twice, its result, and for a dense space the blocks in flight."""
     adapters = len(inventory.adapters)
 
     def working(m: ModulePlan) -> int:
         both = sum(m.shape)
         values = m.stack * both * (2 * sum(m.ranks.values()) + 2 * (m.rank or 0))
-        if not is_linear(inventory.recipe) and inventory.recipe.space_name == "delta":
+        if not pipeline.low_rank(inventory.recipe.space_name):
             entries = m.shape[0] * m.shape[1]
             sketch = 4 * both * min((m.rank or 0) + 32, min(m.shape))
             values += min(entries, HOLD_ELEMENTS) + 6 * adapters * min(entries, BLOCK_ELEMENTS) + sketch
-        elif not is_linear(inventory.recipe):
+        elif not pipeline.is_linear:
             values += 4 * adapters * m.exact_rank * both
         return 4 * values
 

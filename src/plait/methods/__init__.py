@@ -9,12 +9,15 @@ from plait.methods.base import (
     Method,
     MethodParams,
     NoParams,
+    Preset,
     Source,
     Survey,
     register,
 )
+from plait.methods.pipelines import pipeline_method
 
 METHODS.load_plugins()
+register(pipeline_method())  # last: it takes the stages of all the others
 
 __all__ = [
     "METHODS",
@@ -24,6 +27,7 @@ __all__ = [
     "Method",
     "MethodParams",
     "NoParams",
+    "Preset",
     "Source",
     "Survey",
     "register",

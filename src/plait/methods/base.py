@@ -1,31 +1,33 @@
 """What a merge method is, and the registry of all of them.
 
-A method is a small pure function with a description. There are two kinds so far:
+A method is a name, parameters with defaults, and the `Pipeline` that they stand for. There are three ways to write one:
 
-- a `LinearMethod` gives one coefficient per adapter; its result is exact in every space, by concatenation;
-- an `ElementwiseMethod` combines a block of coordinates entry by entry, in any space that offers coordinates.
-
-No method sees a file, a module's tensors as a whole, or the order of work. What it needs to know of the whole model or the
-whole module (a threshold) it asks for as a `Survey`; what it needs of chance it draws from keys.
+- a `Preset` spells its pipeline with public stages;
+- an `ElementwiseMethod` is one function on a block of coordinates, entry by entry, in any space that offers coordinates;
+- a `LinearMethod` is one function that gives a coefficient per adapter; its result is exact in every space.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import entry_points
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, create_model
 from torch import Tensor
 
 from plait.errors import PlanError, did_you_mean
-from plait.linalg.keyed import Key, uniform
 from plait.records import Record
+from plait.stages.base import Block, EntryCombine, LinearCombine, Reduction, Scope, Survey
+from plait.stages.pipeline import Pipeline
 
-Scope = Literal["model", "module"]
+__all__ = ["Block", "Reduction", "Scope", "Survey"]
+
 AutoRank = Literal["exact", "largest"]
+Kind = Literal["linear", "entries", "deltas"]
 COORDINATES = ("delta", "core", "knots", "factors")
 
 
@@ -38,56 +40,6 @@ P = TypeVar("P", bound=MethodParams)
 
 class NoParams(MethodParams):
     """A method without parameters."""
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """A block of coordinates, with everything a method may know about it.
-
-    Attributes:
-        x: (T, p, q), float32 or float64; zeros where an adapter lacks the module.
-        weights: (T,), float64; already per module, and in `factors` space already ±√.
-        start: the first row of the block within its array.
-        keys: one random stream per adapter, named by (seed, adapter, module); equal for every block of an array.
-        statistics: the results of the method's surveys, in their order.
-    """
-
-    x: Tensor
-    weights: Tensor
-    start: int
-    keys: tuple[Key, ...]
-    statistics: tuple[Tensor, ...]
-
-    def uniform(self, adapter: int) -> Tensor:
-        """Return (p, q) uniform numbers on [0, 1) for one adapter; they do not depend on how blocks are cut."""
-        return uniform(self.keys[adapter], self.start, *self.x.shape[1:])
-
-
-class Reduction(Protocol):
-    """Something learnt in passes over blocks; several threads show it theirs, in any order."""
-
-    def observe(self, block: Block) -> None:
-        """Take one block of a pass in."""
-
-    def end_pass(self) -> bool:
-        """Close a pass; True when `values` are ready."""
-
-    @property
-    def values(self) -> Tensor:
-        """The result."""
-
-
-@dataclass(frozen=True)
-class Survey:
-    """A question about all entries of a model, or of a module.
-
-    Attributes:
-        scope: whose entries.
-        start: returns a fresh reduction for T adapters.
-    """
-
-    scope: Scope
-    start: Callable[[int], Reduction]
 
 
 @dataclass(frozen=True)
@@ -104,8 +56,8 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Method:
-    """A registered method; see `LinearMethod` and `ElementwiseMethod`.
+class Method(ABC):
+    """A registered method; see `Preset`, `ElementwiseMethod` and `LinearMethod`.
 
     Attributes:
         name: as recipes spell it.
@@ -137,6 +89,15 @@ class Method:
     check: Callable[[Any, int], None] = field(default=lambda params, adapters: None, repr=False)
     layers: Callable[[Any], tuple[str, ...]] = field(default=lambda params: (), repr=False)
 
+    @property
+    @abstractmethod
+    def kind(self) -> Kind:
+        """What it combines: nothing but coefficients (`linear`), coordinates (`entries`), or whole matrices (`deltas`)."""
+
+    @abstractmethod
+    def pipeline(self, params: Any) -> Pipeline:
+        """Return the stages that it stands for with these parameters."""
+
     @cached_property
     def spec(self) -> type[MethodParams]:
         """The shape of `method:` in a recipe: the parameters, with `name` and `space`."""
@@ -150,6 +111,28 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Preset(Method):
+    """A method that is spelled with public stages.
+
+    Attributes:
+        stages: params → the pipeline.
+        combines: its `kind`.
+    """
+
+    stages: Callable[[Any], Pipeline] = field(kw_only=True)
+    combines: Kind = field(default="entries", kw_only=True)
+
+    @property
+    def kind(self) -> Kind:
+        """What it combines."""
+        return self.combines
+
+    def pipeline(self, params: Any) -> Pipeline:
+        """Return the stages that it stands for with these parameters."""
+        return self.stages(params)
+
+
+@dataclass(frozen=True)
 class LinearMethod(Method):
     """Σ cₜ ΔWₜ.
 
@@ -159,9 +142,14 @@ class LinearMethod(Method):
 
     coefficients: Callable[[Tensor, Any, str], Tensor] = field(kw_only=True)
 
-    def combine(self, block: Block, coefficients: Tensor) -> Tensor:
-        """Return Σ cₜ xₜ, (p, q): only for spaces in which coordinates are not linear in the deltas (`factors`)."""
-        return (block.x * coefficients.to(block.x.dtype).view(-1, 1, 1)).sum(0)
+    @property
+    def kind(self) -> Kind:
+        """Nothing but coefficients."""
+        return "linear"
+
+    def pipeline(self, params: Any) -> Pipeline:
+        """Return the sum with this method's coefficients."""
+        return Pipeline(_Coefficients(self.coefficients, params))
 
 
 @dataclass(frozen=True)
@@ -175,6 +163,44 @@ class ElementwiseMethod(Method):
 
     combine: Callable[[Block, Any], Tensor] = field(kw_only=True)
     surveys: Callable[[Any], tuple[Survey, ...]] = field(default=lambda params: (), kw_only=True)
+
+    @property
+    def kind(self) -> Kind:
+        """Coordinates."""
+        return "entries"
+
+    def pipeline(self, params: Any) -> Pipeline:
+        """Return its one stage."""
+        return Pipeline(_Entrywise(self.name, self.combine, self.surveys, params))
+
+
+@dataclass(frozen=True)
+class _Coefficients(LinearCombine):
+    function: Callable[[Tensor, Any, str], Tensor]
+    params: Any
+
+    def coefficients(self, weights: Tensor, module: str) -> Tensor:
+        return self.function(weights, self.params, module)
+
+    def __str__(self) -> str:
+        return "weighted sum"
+
+
+@dataclass(frozen=True)
+class _Entrywise(EntryCombine):
+    name: str
+    function: Callable[[Block, Any], Tensor]
+    asked: Callable[[Any], tuple[Survey, ...]]
+    params: Any
+
+    def surveys(self) -> tuple[Survey, ...]:
+        return self.asked(self.params)
+
+    def combine(self, block: Block) -> Tensor:
+        return self.function(block, self.params)
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def _choice(words: tuple[str, ...], field: Any) -> Any:

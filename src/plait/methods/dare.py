@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from plait.methods.base import Block, ElementwiseMethod, MethodParams, Source, register
-from plait.methods.ties import ElectionParams, check_election, elect_and_merge, majority
+from plait.methods.base import MethodParams, Preset, Source, register
+from plait.methods.ties import ElectionParams
+from plait.stages.elect import Elect
+from plait.stages.pipeline import Pipeline
+from plait.stages.sparsify import Drop
+from plait.stages.sums import Sum
 
 _PAPER = Source("Yu et al. 2024, DARE, eq. 2–4", "https://arxiv.org/abs/2311.03099")
 _DEVIATION = (
@@ -29,25 +31,7 @@ class DareTiesParams(DareParams, ElectionParams):
     """Parameters of `dare_ties`."""
 
 
-def drop_and_rescale(block: Block, density: float) -> Tensor:
-    """Return x ⊙ m / density with m ~ Bernoulli(density) per adapter and entry, (T, p, q)."""
-    if density >= 1:
-        return block.x
-    kept = [torch.where(block.uniform(t) < density, x, 0) for t, x in enumerate(block.x)]
-    return torch.stack(kept).div_(density)
-
-
-def dare_linear(block: Block, params: DareParams) -> Tensor:
-    """Drop, rescale, sum with weights; (p, q)."""
-    return (drop_and_rescale(block, params.density) * block.weights.to(block.x.dtype).view(-1, 1, 1)).sum(0)
-
-
-def dare_ties(block: Block, params: DareTiesParams) -> Tensor:
-    """Drop, rescale, elect a sign, average those that agree; (p, q)."""
-    return elect_and_merge(block, drop_and_rescale(block, params.density), params)
-
-
-DARE_LINEAR = ElementwiseMethod(
+DARE_LINEAR = Preset(
     name="dare_linear",
     summary="Drop entries at random and rescale the rest, then take the weighted sum.",
     equation="ΔW = Σ wₜ mₜ ⊙ xₜ / density,  mₜ ~ Bernoulli(density)",
@@ -55,9 +39,9 @@ DARE_LINEAR = ElementwiseMethod(
     source=_PAPER,
     deviation=_DEVIATION,
     randomised=True,
-    combine=dare_linear,
+    stages=lambda params: Pipeline(pre=(Drop.of(params),), combine=Sum()),
 )
-DARE_TIES = ElementwiseMethod(
+DARE_TIES = Preset(
     name="dare_ties",
     summary="Drop entries at random and rescale the rest, then elect signs and average as TIES does.",
     equation="x̂ₜ = mₜ ⊙ xₜ / density;  ΔW = Σ_{t: sgn x̂ₜ = γ} wₜ x̂ₜ / #{…},  γ = sgn(Σ x̂ₜ)",
@@ -65,9 +49,7 @@ DARE_TIES = ElementwiseMethod(
     source=_PAPER,
     deviation=_DEVIATION,
     randomised=True,
-    combine=dare_ties,
-    check=check_election,
-    surveys=lambda params: majority(params, "model", lambda block: drop_and_rescale(block, params.density)),
+    stages=lambda params: Pipeline(pre=(Drop.of(params),), combine=Elect.of(params)),
 )
 
 register(DARE_LINEAR)

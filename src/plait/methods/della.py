@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from plait.linalg.sparsify import row_ranks
-from plait.methods.base import Block, ElementwiseMethod, Source, register
-from plait.methods.ties import ElectionParams, check_election, elect_and_merge, majority
+from plait.methods.base import Preset, Source, register
+from plait.methods.ties import ElectionParams
+from plait.stages.elect import Elect
+from plait.stages.pipeline import Pipeline
+from plait.stages.sparsify import DropByRank
 
 
 class DellaParams(ElectionParams):
@@ -29,30 +29,8 @@ class DellaParams(ElectionParams):
         return self
 
 
-def magnitude_probabilities(x: Tensor, density: float, epsilon: float) -> Tensor:
-    """Return keep probabilities (p, q), linear in the rank of |x| within its row from density − ε to density + ε."""
-    columns = x.shape[-1]
-    if columns == 1:
-        return torch.full_like(x, density)
-    return row_ranks(x).to(x.dtype).mul_(2 * epsilon / (columns - 1)).add_(density - epsilon)
-
-
-def drop_by_rank(block: Block, params: DellaParams) -> Tensor:
-    """Drop by magnitude rank and rescale by 1 / probability, (T, p, q)."""
-    kept = []
-    for t, x in enumerate(block.x):
-        p = magnitude_probabilities(x, params.density, params.epsilon)
-        kept.append(torch.where(block.uniform(t) < p, x / p, 0))
-    return torch.stack(kept)
-
-
-def della(block: Block, params: DellaParams) -> Tensor:
-    """Drop, rescale, elect a sign, average those that agree; (p, q)."""
-    return elect_and_merge(block, drop_by_rank(block, params), params)
-
-
 register(
-    ElementwiseMethod(
+    Preset(
         name="della",
         summary="Drop entries at random, small ones more likely, rescale, then elect signs and average.",
         equation="pᵢ = density − ε + 2ε · rankᵢ / (n − 1);  x̂ = m ⊙ x / p;  then elect and average as TIES",
@@ -63,8 +41,6 @@ register(
             "(mergekit matches the L1 norm). The paper's λ = 1.1 is `scale`, 1 by default."
         ),
         randomised=True,
-        combine=della,
-        check=check_election,
-        surveys=lambda params: majority(params, "model", lambda block: drop_by_rank(block, params)),
+        stages=lambda params: Pipeline(pre=(DropByRank.of(params),), combine=Elect.of(params)),
     )
 )

@@ -14,17 +14,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from plait.adapters.names import layer_key
-from plait.methods.base import Block, ElementwiseMethod, LinearMethod, MethodParams, NoParams, Source, register
-from plait.methods.dare import DareParams, drop_and_rescale
+from plait.methods.base import LinearMethod, MethodParams, NoParams, Preset, Source, register
+from plait.stages.pipeline import Pipeline
+from plait.stages.sparsify import Drop
+from plait.stages.sums import Mean, Sum
 
 _SOURCE = Source("the LoRA merging framework whose names plait continues")
 
 
-def _mean(weights: Tensor, params: NoParams, module: str) -> Tensor:
-    return weights / len(weights)
-
-
-UNIFORM = LinearMethod(
+UNIFORM = Preset(
     name="uniform",
     summary="Mean of the deltas.",
     equation="ΔW = (1/T) Σ wₜ ΔWₜ",
@@ -32,7 +30,8 @@ UNIFORM = LinearMethod(
     source=_SOURCE,
     deviation="It averaged A and B apart under the first adapter's scaling; the mean of the deltas is what it stood for.",
     min_adapters=2,
-    coefficients=_mean,
+    combines="linear",
+    stages=lambda params: Pipeline(Mean()),
 )
 register(UNIFORM)
 for _name in ("uniform_delta", "task_vector"):
@@ -46,14 +45,15 @@ class ScaleParams(MethodParams):
 
 
 register(
-    LinearMethod(
+    Preset(
         name="uniform_scalar_delta",
         summary="One factor on the sum of the deltas.",
         equation="ΔW = scale · Σ wₜ ΔWₜ",
         params=ScaleParams,
         source=_SOURCE,
         min_adapters=2,
-        coefficients=lambda weights, params, module: weights * params.scale,
+        combines="linear",
+        stages=lambda params: Pipeline(Sum(factor=params.scale)),
     )
 )
 
@@ -171,18 +171,9 @@ class DareMeanParams(MethodParams):
     drop_rate: Annotated[float, Field(ge=0, lt=1, description="Probability with which an entry is dropped.")] = 0.9
     lambda_: Annotated[float, Field(alias="lambda", description="Factor on the mean.", allow_inf_nan=False)] = 1.0
 
-    def dare(self) -> DareParams:
-        """Return the same as parameters of `dare_linear`."""
-        return DareParams(density=1 - self.drop_rate)
-
-
-def _dare_mean(block: Block, params: DareMeanParams) -> Tensor:
-    x = drop_and_rescale(block, params.dare().density)
-    return (x * (block.weights * params.lambda_ / len(x)).to(x.dtype).view(-1, 1, 1)).sum(0)
-
 
 register(
-    ElementwiseMethod(
+    Preset(
         name="dare",
         summary="DARE with a drop rate, then λ times the mean.",
         equation="ΔW = λ (1/T) Σ wₜ mₜ ⊙ xₜ / (1 − drop_rate)",
@@ -192,6 +183,6 @@ register(
         spaces=("delta", "core", "knots"),
         min_adapters=2,
         randomised=True,
-        combine=_dare_mean,
+        stages=lambda params: Pipeline(pre=(Drop(density=1 - params.drop_rate),), combine=Mean(factor=params.lambda_)),
     )
 )

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
-
-from plait.methods.base import LinearMethod, NoParams, Source, register
+from plait.methods.base import NoParams, Preset, Source, register
+from plait.stages.pipeline import Pipeline
+from plait.stages.sums import Sum
 
 _TASK_ARITHMETIC = Source("Ilharco et al. 2023, Task Arithmetic", "https://arxiv.org/abs/2212.04089")
 
 
-def _weights(weights: Tensor, params: NoParams, module: str) -> Tensor:
-    return weights
-
-
-LINEAR = LinearMethod(
+LINEAR = Preset(
     name="linear",
     summary="Weighted sum of the deltas, exact by concatenating factors.",
     equation="ΔW = Σ wₜ ΔWₜ",
     params=NoParams,
     source=_TASK_ARITHMETIC,
     deviation="The paper's single λ is `scale`; weights default to 1. In `factors` space it is PEFT's `linear`.",
-    coefficients=_weights,
+    combines="linear",
+    stages=lambda params: Pipeline(Sum()),
 )
 
 register(LINEAR)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from plait.linalg.sparsify import Count, keep_at_least, kept_count
-from plait.methods.base import Block, ElementwiseMethod, MethodParams, Scope, Source, Survey, register
-from plait.methods.surveys import magnitudes
+from plait.linalg.sparsify import Count
+from plait.methods.base import MethodParams, Preset, Scope, Source, register
+from plait.stages.pipeline import Pipeline
+from plait.stages.sparsify import Band, Trim
+from plait.stages.sums import Sum
 
 
 class MagnitudeParams(MethodParams):
@@ -22,28 +22,14 @@ class MagnitudeParams(MethodParams):
     kept: Annotated[Count, Field(description="How density · entries becomes a count.")] = "floor"
 
 
-def _sum(block: Block, x: Tensor) -> Tensor:
-    return (x * block.weights.to(x.dtype).view(-1, 1, 1)).sum(0)
-
-
-def magnitude_prune(block: Block, params: MagnitudeParams) -> Tensor:
-    """Keep each adapter's largest entries and take the weighted sum; (p, q)."""
-    return _sum(block, keep_at_least(block.x, block.statistics[0][:, 0]))
-
-
-def _magnitude_surveys(params: MagnitudeParams) -> tuple[Survey, ...]:
-    return (magnitudes(params.scope, lambda entries: [kept_count(entries, params.density, params.kept)]),)
-
-
-MAGNITUDE = ElementwiseMethod(
+MAGNITUDE = Preset(
     name="magnitude_prune",
     summary="Keep each delta's largest entries, then take the weighted sum.",
     equation="ΔW = Σ wₜ x̂ₜ,  x̂ₜ = the `density` largest of |xₜ|",
     params=MagnitudeParams,
     source=Source("PEFT add_weighted_adapter(combination_type='magnitude_prune')"),
     deviation="On deltas, not on A and B apart (that is `space: factors`). Entries that tie with the threshold are all kept.",
-    combine=magnitude_prune,
-    surveys=_magnitude_surveys,
+    stages=lambda params: Pipeline(pre=(Trim.of(params),), combine=Sum()),
 )
 register(MAGNITUDE)
 register(
@@ -74,28 +60,15 @@ class BreadcrumbsParams(MethodParams):
             raise ValueError(f"density {self.density} and gamma {self.gamma} add up to more than 1")
         return self
 
-    def ranks(self, entries: int) -> tuple[int, int]:
-        """Return the ranks of the largest and of the smallest entry that are kept."""
-        top = min(int(self.gamma * entries), entries - 1)
-        return top + 1, min(entries, top + kept_count(entries, self.density, "floor"))
-
-
-def breadcrumbs(block: Block, params: BreadcrumbsParams) -> Tensor:
-    """Drop outliers and small entries of each adapter and take the weighted sum; (p, q)."""
-    largest, smallest = block.statistics[0].unbind(1)
-    trimmed = keep_at_least(block.x, smallest)
-    return _sum(block, torch.where(trimmed.abs() > largest.view(-1, 1, 1), 0, trimmed))
-
 
 register(
-    ElementwiseMethod(
+    Preset(
         name="breadcrumbs",
         summary="Drop each delta's largest outliers and its small entries, then take the weighted sum.",
         equation="ΔW = Σ wₜ x̂ₜ,  x̂ₜ = xₜ without its `gamma` largest and its 1 − density − gamma smallest",
         params=BreadcrumbsParams,
         source=Source("Davari & Belilovsky 2024, Model Breadcrumbs, §3", "https://arxiv.org/abs/2312.06795"),
         deviation="With gamma · entries < 1 nothing is dropped at the top (mergekit drops all then). The paper's α is `scale`.",
-        combine=breadcrumbs,
-        surveys=lambda params: (magnitudes(params.scope, params.ranks),),
+        stages=lambda params: Pipeline(pre=(Band.of(params),), combine=Sum()),
     )
 )

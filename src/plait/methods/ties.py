@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from plait.linalg.elect import Divisor, Vote, agreement, elect_sign, merge_agreeing
-from plait.linalg.sparsify import Count, keep_at_least, kept_count
-from plait.methods.base import Block, ElementwiseMethod, MethodParams, Scope, Source, Survey, register
-from plait.methods.surveys import magnitudes, total
+from plait.linalg.elect import Divisor, Vote
+from plait.linalg.sparsify import Count
+from plait.methods.base import MethodParams, Preset, Scope, Source, register
+from plait.stages.elect import Elect, ZeroSign
+from plait.stages.pipeline import Pipeline
+from plait.stages.sparsify import Trim
 
-ZeroSign = Literal["drop", "plus", "majority"]
 Flavor = Literal["paper", "peft", "mergekit", "fusion_bench", "core_space"]
 
 
@@ -75,56 +73,7 @@ FLAVORS: dict[str, dict[str, Any]] = {
 }
 
 
-def elect_and_merge(block: Block, x: Tensor, params: ElectionParams) -> Tensor:
-    """Elect a sign per entry of x (T, p, q) and combine the adapters that agree (TIES, Algorithm 1, steps 2 and 3)."""
-    voters = _voters(block, x, params)
-    sign = elect_sign(voters, params.sign)
-    if params.zero_sign == "plus":
-        sign = torch.where(sign == 0, 1, sign)
-    elif params.zero_sign == "majority":
-        sign = torch.where(sign == 0, block.statistics[-1].sign().to(sign.dtype), sign)
-    return merge_agreeing(x, agreement(voters, sign), block.weights, params.divisor)
-
-
-def check_election(params: Any, adapters: int) -> None:
-    """Refuse what would give wrong numbers in silence.
-
-    Raises:
-        ValueError: division by weights in a space whose weights hold the scalings.
-    """
-    if params.divisor == "weight" and params.space == "factors":
-        raise ValueError(
-            "divisor 'weight' (flavor 'mergekit') in space 'factors' would divide by √(weight · scaling) and so lose the "
-            "scalings; use another divisor, or space 'delta'"
-        )
-
-
-def majority(params: ElectionParams, scope: Scope, sparsify: Callable[[Block], Tensor]) -> tuple[Survey, ...]:
-    """Ask for the majority of the elected signs where perfect ties take it; `elect_and_merge` reads the last statistic."""
-    if params.zero_sign != "majority":
-        return ()
-    return (total(scope, lambda block: elect_sign(_voters(block, sparsify(block), params), params.sign).sum()),)
-
-
-def _voters(block: Block, x: Tensor, params: ElectionParams) -> Tensor:
-    return x * block.weights.to(x.dtype).view(-1, 1, 1) if params.weighted_vote else x
-
-
-def _trim(block: Block) -> Tensor:
-    return keep_at_least(block.x, block.statistics[0][:, 0])
-
-
-def _surveys(params: TiesParams) -> tuple[Survey, ...]:
-    trimming = magnitudes(params.scope, lambda entries: [kept_count(entries, params.density, params.kept)])
-    return (trimming, *majority(params, params.scope, _trim))
-
-
-def ties(block: Block, params: TiesParams) -> Tensor:
-    """Trim every adapter, elect a sign per entry, average the adapters that agree with it; (p, q)."""
-    return elect_and_merge(block, _trim(block), params)
-
-
-TIES = ElementwiseMethod(
+TIES = Preset(
     name="ties",
     summary="Trim each delta to its largest entries, elect a sign per entry, average those that agree.",
     equation="γ = sgn(Σ x̂ₜ);  ΔW = Σ_{t: sgn x̂ₜ = γ} wₜ x̂ₜ / #{t: sgn x̂ₜ = γ},  x̂ₜ = the `density` largest of |xₜ|",
@@ -135,9 +84,7 @@ TIES = ElementwiseMethod(
         "authors' code gives it the global majority sign (`zero_sign: majority`) and keeps one entry more (`kept: inclusive`). "
         "Entries that tie with the threshold are all kept. The λ of the paper is `scale`."
     ),
-    combine=ties,
-    surveys=_surveys,
-    check=check_election,
+    stages=lambda params: Pipeline(pre=(Trim.of(params),), combine=Elect.of(params)),
 )
 
 

@@ -37,6 +37,10 @@ class AdapterEntry(Record):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Unique; used in files and results.")]
     path: Annotated[str, Field(min_length=1, description="A folder, or `org/repo[@revision][/subfolder]`.")]
     weight: Annotated[Weight, Field(description="Its coefficient in the merge.")] = 1.0
+    moments: Annotated[
+        str | None,
+        Field(min_length=1, description="File of its modules' input second moments, for `regmean` and its like."),
+    ] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -180,7 +184,9 @@ class Recipe(Record):
     @field_validator("method", mode="before")
     @classmethod
     def _method_by_name(cls, value: Any) -> Any:
-        """Accept `method: ties`."""
+        """Accept `method: ties`, and a pipeline that is spelled out without a name."""
+        if isinstance(value, Mapping) and "combine" in value:
+            return {"name": "pipeline", **value}
         return {"name": value} if isinstance(value, str) else value
 
     @field_validator("transforms", mode="before")
@@ -229,7 +235,8 @@ class Recipe(Record):
             method.check(self.method, count)
         except ValueError as error:
             return [f"method {method.name!r}: {error}"]
-        return []
+        problems = method.pipeline(self.method).problems(self.space_name, count)
+        return [f"method {method.name!r}: {problem}" for problem in problems]
 
     @property
     def method_name(self) -> str:

@@ -24,8 +24,8 @@ from plait.adapters.lowrank import LowRank
 from plait.linalg import blocks
 from plait.merging.pipeline import run_recipe
 from plait.merging.record import LOCK
-from plait.methods import Block, ElementwiseMethod, LinearMethod
-from plait.methods.base import Reduction, Survey
+from plait.methods import Block, ElementwiseMethod
+from plait.stages.base import Reduction, Survey
 from plait.testing.cohorts import Cohort, Shape, cohort
 from plait.testing.parameters import parameter_problems
 from plait.testing.subject import Subject, installed
@@ -279,7 +279,7 @@ def _promises_copies(subject: Subject, space: str) -> bool:
 
 
 def _is_linear(subject: Subject, space: str) -> bool:
-    return isinstance(subject.method, LinearMethod) and space != "factors"
+    return subject.method.kind == "linear" and space != "factors"
 
 
 def _row(
@@ -350,7 +350,7 @@ def _ranked(subject: Subject, space: str) -> Iterator[tuple[str, Cohort]]:
     yield "one A shared by all", cohort(_ORDINARY, [2] * subject.adapters, shared_a=True)
 
 
-def _watched(method: LinearMethod | ElementwiseMethod | Any) -> Any:
+def _watched(method: Any) -> Any:
     """Return a method that looks whether its blocks are changed."""
     if not isinstance(method, ElementwiseMethod):
         return method

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from plait.linalg.select import MagnitudeSelect
-from plait.methods.base import Block, Scope, Survey
+from plait.stages.base import Block, Scope, Survey
 
 
 def magnitudes(scope: Scope, wanted: Callable[[int], Sequence[int]]) -> Survey:

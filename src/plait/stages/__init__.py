@@ -1,0 +1,43 @@
+"""The steps that merges are made of: public, so that a recipe can spell a pipeline of its own.
+
+One file per family; importing this package registers them all.
+"""
+
+from plait.stages import elect, norm, sparsify, sums  # noqa: F401  (registration)
+from plait.stages.base import (
+    STAGES,
+    Block,
+    DeltaCombine,
+    DeltaStage,
+    EntryCombine,
+    EntryStage,
+    GramCombine,
+    LinearCombine,
+    MergedStage,
+    Site,
+    Stage,
+    StageParams,
+    Survey,
+    register_stage,
+    stages_of,
+)
+from plait.stages.pipeline import Pipeline
+
+__all__ = [
+    "STAGES",
+    "Block",
+    "DeltaCombine",
+    "DeltaStage",
+    "EntryCombine",
+    "EntryStage",
+    "GramCombine",
+    "LinearCombine",
+    "MergedStage",
+    "Pipeline",
+    "Site",
+    "Stage",
+    "StageParams",
+    "Survey",
+    "register_stage",
+    "stages_of",
+]

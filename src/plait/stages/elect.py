@@ -1,0 +1,60 @@
+"""Sign election: which adapters have a say in an entry."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from plait.linalg.elect import Divisor, Vote, agreement, elect_sign, merge_agreeing
+from plait.stages.base import Block, EntryCombine, Scope, StageParams, Survey, register_stage
+from plait.stages.surveys import total
+
+ZeroSign = Literal["drop", "plus", "majority"]
+
+
+@register_stage
+class Elect(StageParams, EntryCombine):
+    """Elect a sign per entry and average the adapters that agree with it (TIES, Algorithm 1, steps 2 and 3)."""
+
+    name: Literal["elect"] = "elect"
+    sign: Annotated[Vote, Field(description="Vote by magnitude (`total`) or by head (`frequency`).")] = "total"
+    weighted_vote: Annotated[bool, Field(description="Multiply by the adapters' weights before the vote.")] = False
+    zero_sign: Annotated[
+        ZeroSign,
+        Field(description="A perfect tie drops the entry, counts as plus, or takes the majority sign of the scope."),
+    ] = "drop"
+    divisor: Annotated[Divisor, Field(description="Divide by the agreeing adapters' count, summed weight, or not at all.")] = (
+        "count"
+    )
+    scope: Annotated[Scope, Field(description="Whose majority a perfect tie takes: the model's, or the module's.")] = "model"
+
+    def problems(self, space: str, adapters: int) -> list[str]:
+        """Refuse to divide by weights that hold the scalings."""
+        if self.divisor != "weight" or space != "factors":
+            return []
+        return [
+            "divisor 'weight' (flavor 'mergekit') in space 'factors' would divide by √(weight · scaling) and so lose the "
+            "scalings; use another divisor, or space 'delta'"
+        ]
+
+    def surveys(self) -> tuple[Survey, ...]:
+        """Ask for the majority of the elected signs where perfect ties take it."""
+        if self.zero_sign != "majority":
+            return ()
+        return (total(self.scope, lambda block: elect_sign(self._voters(block), self.sign).sum()),)
+
+    def combine(self, block: Block) -> Tensor:
+        """Return the mean over those that agree, (p, q)."""
+        voters = self._voters(block)
+        sign = elect_sign(voters, self.sign)
+        if self.zero_sign == "plus":
+            sign = torch.where(sign == 0, 1, sign)
+        elif self.zero_sign == "majority":
+            sign = torch.where(sign == 0, block.statistics[0].sign().to(sign.dtype), sign)
+        return merge_agreeing(block.x, agreement(voters, sign), block.weights, self.divisor)
+
+    def _voters(self, block: Block) -> Tensor:
+        return block.x * block.weights.to(block.x.dtype).view(-1, 1, 1) if self.weighted_vote else block.x

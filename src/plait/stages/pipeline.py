@@ -1,0 +1,164 @@
+"""`Pipeline`: the stages of a merge in order, and what can be promised of them before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import Tensor
+
+from plait.linalg.elect import weighted_sum
+from plait.spaces import SPACES
+from plait.stages.base import (
+    Block,
+    Combine,
+    DeltaCombine,
+    DeltaStage,
+    EntryCombine,
+    EntryStage,
+    LinearCombine,
+    MergedStage,
+    Reduction,
+    Stage,
+    Survey,
+)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a method does to one target module.
+
+    Attributes:
+        combine: many deltas → one.
+        pre: what happens to deltas, and then to their coordinates, beforehand.
+        post: what happens to the merged delta.
+    """
+
+    combine: Combine
+    pre: tuple[DeltaStage | EntryStage, ...] = ()
+    post: tuple[MergedStage, ...] = ()
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All of them, in order."""
+        return (*self.pre, self.combine, *self.post)
+
+    @cached_property
+    def on_deltas(self) -> tuple[DeltaStage, ...]:
+        """The stages before the change to coordinates."""
+        return tuple(s for s in self.pre if isinstance(s, DeltaStage))
+
+    @cached_property
+    def on_entries(self) -> tuple[EntryStage, ...]:
+        """The stages between the change to coordinates and the combine."""
+        return tuple(s for s in self.pre if isinstance(s, EntryStage))
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the result is Σ cₜ ΔWₜ with coefficients known from the recipe."""
+        return isinstance(self.combine, LinearCombine) and not self.pre and not self.post
+
+    @property
+    def randomised(self) -> bool:
+        """Whether some stage draws random numbers."""
+        return any(s.randomised for s in self.stages)
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether some stage needs second moments of inputs."""
+        return any(s.needs_moments for s in self.stages)
+
+    def needs_coordinates(self, space: str) -> bool:
+        """Say whether deltas are turned into a space's coordinates; `factors` are no function of the deltas."""
+        return isinstance(self.combine, EntryCombine) or bool(self.on_entries) or space == "factors"
+
+    def low_rank(self, space: str) -> bool:
+        """Say whether the result has an exact low-rank form."""
+        return not self.needs_coordinates(space) or SPACES[space].low_rank
+
+    def rank(self, space: str, ranks: Sequence[int], shape: tuple[int, int]) -> int:
+        """Return the largest rank that the merge of deltas of these ranks can have."""
+        for stage in self.on_deltas:
+            ranks = stage.rank(ranks)
+        if self.needs_coordinates(space):
+            found = SPACES[space].rank(ranks, shape)
+        elif isinstance(self.combine, DeltaCombine):
+            found = self.combine.rank(ranks, shape)
+        else:
+            found = min(sum(ranks), *shape)
+        for after in self.post:
+            found = after.rank(found)
+        return found
+
+    def problems(self, space: str, adapters: int) -> list[str]:
+        """Return why these stages cannot run in this order, in this space, or with so many adapters."""
+        found = [p for s in self.stages for p in s.problems(space, adapters)]
+        entries = [str(s) for s in self.on_entries]
+        order = [isinstance(s, EntryStage) for s in self.pre]
+        if order != sorted(order):
+            found.append(f"stages on deltas come before stages on entries ({', '.join(entries)})")
+        if entries and isinstance(self.combine, DeltaCombine):
+            found.append(f"{', '.join(entries)} act on entries, but {self.combine} combines matrices; use 'sum' or 'elect'")
+        if self.post and not self.low_rank(space):
+            words = ", ".join(str(s) for s in self.post)
+            found.append(f"{words} after a merge in space {space!r}, which is dense; use space 'core' or 'knots'")
+        if space == "factors" and (self.on_deltas or self.post or not isinstance(self.combine, (LinearCombine, EntryCombine))):
+            found.append("space 'factors' has no deltas for these stages to act on; use 'core', 'knots' or 'delta'")
+        return found
+
+    def surveys(self) -> tuple[Survey, ...]:
+        """Return what the stages on entries need to know; each is shown what the stages before it have made."""
+        return tuple(
+            Survey(survey.scope, lambda adapters, at=at, survey=survey: _After(self, at, survey.start(adapters)))  # type: ignore[misc]
+            for at, stage in enumerate(self._entrywise)
+            for survey in stage.surveys()
+        )
+
+    def combine_block(self, block: Block) -> Tensor:
+        """Return the merged entries (p, q) of a block that carries the results of all `surveys`.
+
+        The block's weights are the coefficients where the combine is linear.
+        """
+        changed = self.reach(block, len(self.on_entries))
+        if isinstance(self.combine, EntryCombine):
+            return self.combine.combine(changed)
+        return weighted_sum(changed.x, changed.weights)
+
+    def reach(self, block: Block, at: int) -> Block:
+        """Return the block as the `at`-th stage on entries sees it: changed by those before it, with its own statistics."""
+        statistics = block.statistics
+        for stage, count in zip(self.on_entries[:at], self._counts, strict=False):
+            x = stage.apply(replace(block, statistics=statistics[:count]))
+            block, statistics = replace(block, x=x), statistics[count:]
+        return replace(block, statistics=statistics[: self._counts[at]]) if at < len(self._counts) else block
+
+    @property
+    def _entrywise(self) -> tuple[EntryStage | EntryCombine, ...]:
+        return (*self.on_entries, self.combine) if isinstance(self.combine, EntryCombine) else self.on_entries
+
+    @cached_property
+    def _counts(self) -> tuple[int, ...]:
+        return tuple(len(stage.surveys()) for stage in self._entrywise)
+
+    def __str__(self) -> str:
+        return " → ".join(str(s) for s in self.stages)
+
+
+class _After:
+    """A reduction that is shown blocks as a later stage sees them."""
+
+    def __init__(self, pipeline: Pipeline, at: int, reduction: Reduction) -> None:
+        self._pipeline = pipeline
+        self._at = at
+        self._reduction = reduction
+
+    def observe(self, block: Block) -> None:
+        self._reduction.observe(self._pipeline.reach(block, self._at))
+
+    def end_pass(self) -> bool:
+        return self._reduction.end_pass()
+
+    @property
+    def values(self) -> Tensor:
+        return self._reduction.values
