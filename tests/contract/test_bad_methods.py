@@ -166,8 +166,8 @@ FAULTS = {
     "not finite on zeros": (divides_by_norms, "delta", "shapes", "one adapter all zero"),
     "zero is not zero": (lambda b, p: summed(b) + 1e-30, "core", "zero", "entries that are not zero"),
     "vanishes": (lambda b, p: summed(b) * 0, "delta", "nonzero", "zero everywhere"),
-    "changes its block": (mutates, "knots", "inputs", "combine changed block.x in place"),
-    "changes the weights": (mutates_weights, "delta", "inputs", "combine changed block.weights in place"),
+    "changes its block": (mutates, "knots", "inputs", "ours changed block.x in place"),
+    "changes the weights": (mutates_weights, "delta", "inputs", "ours changed block.weights in place"),
     "draws from torch": (draws(lambda: torch.rand(1)), "delta", "global_state", "generator of torch was used"),
     "draws from numpy": (draws(lambda: np.random.rand()), "delta", "global_state", "generator of numpy was used"),  # noqa: NPY002
     "draws from Python": (draws(lambda: random.random()), "delta", "global_state", "generator of Python was used"),

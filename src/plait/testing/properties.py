@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -24,8 +24,9 @@ from plait.adapters.lowrank import LowRank
 from plait.linalg import blocks
 from plait.merging.pipeline import run_recipe
 from plait.merging.record import LOCK
-from plait.methods import Block, ElementwiseMethod
-from plait.stages.base import Reduction, Survey
+from plait.methods import Block, Method
+from plait.stages.base import EntryCombine, EntryStage, Reduction, Survey
+from plait.stages.pipeline import Pipeline
 from plait.testing.cohorts import Cohort, Shape, cohort
 from plait.testing.parameters import parameter_problems
 from plait.testing.subject import Subject, installed
@@ -350,19 +351,53 @@ def _ranked(subject: Subject, space: str) -> Iterator[tuple[str, Cohort]]:
     yield "one A shared by all", cohort(_ORDINARY, [2] * subject.adapters, shared_a=True)
 
 
-def _watched(method: Any) -> Any:
+def _watched(method: Method) -> Method:
     """Return a method that looks whether its blocks are changed."""
-    if not isinstance(method, ElementwiseMethod):
-        return method
+    return cast("Method", _WatchedMethod(method))
 
-    def combine(block: Block, params: Any) -> Tensor:
-        with _unchanged(block, "combine"):
-            return method.combine(block, params)
 
-    def surveys(params: Any) -> tuple[Survey, ...]:
-        return tuple(Survey(s.scope, lambda adapters, s=s: _Watched(s.start(adapters))) for s in method.surveys(params))  # type: ignore[misc]
+class _WatchedMethod:
+    """A method whose stages on entries are watched; all else is the method's own."""
 
-    return replace(method, combine=combine, surveys=surveys)
+    def __init__(self, method: Method) -> None:
+        self._method = method
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._method, name)
+
+    def pipeline(self, params: Any) -> Pipeline:
+        plain = self._method.pipeline(params)
+        pre = tuple(_WatchedStage(s) if isinstance(s, EntryStage) else s for s in plain.pre)
+        combine = _WatchedCombine(plain.combine) if isinstance(plain.combine, EntryCombine) else plain.combine
+        return replace(plain, pre=pre, combine=combine)
+
+
+class _WatchedStage(EntryStage):
+    def __init__(self, stage: EntryStage) -> None:
+        self._stage = stage
+
+    def surveys(self) -> tuple[Survey, ...]:
+        return _watched_surveys(self._stage)
+
+    def apply(self, block: Block) -> Tensor:
+        with _unchanged(block, str(self._stage)):
+            return self._stage.apply(block)
+
+
+class _WatchedCombine(EntryCombine):
+    def __init__(self, stage: EntryCombine) -> None:
+        self._stage = stage
+
+    def surveys(self) -> tuple[Survey, ...]:
+        return _watched_surveys(self._stage)
+
+    def combine(self, block: Block) -> Tensor:
+        with _unchanged(block, str(self._stage)):
+            return self._stage.combine(block)
+
+
+def _watched_surveys(stage: EntryStage | EntryCombine) -> tuple[Survey, ...]:
+    return tuple(Survey(s.scope, lambda adapters, s=s: _Watched(s.start(adapters))) for s in stage.surveys())  # type: ignore[misc]
 
 
 class _Watched:
