@@ -109,6 +109,13 @@ def measure_all(adapters: Sequence[Adapter], paths: Sequence[str], workers: int)
             torch.set_num_threads(before)
 
 
+def row_overlaps(adapters: Sequence[Adapter], path: str) -> list[Overlap]:
+    """Return how the row spaces of A lie to each other in one module, pair by pair; only adapters that have it."""
+    present = [t for t, adapter in enumerate(adapters) if path in adapter.targets]
+    stacks = [adapters[t].read(path, torch.float64) for t in present]
+    return [found for parts in zip(*stacks, strict=True) for found in _Grams(parts).overlaps(present) if found.factor == "a"]
+
+
 def _measure(adapters: Sequence[Adapter], path: str, dtype: torch.dtype, blocks: _Blocks) -> Measured:
     targets = {t: a.targets[path] for t, a in enumerate(adapters) if path in a.targets}
     stacks = {t: [d.scaled(target.scaling) for d in adapters[t].read(path, dtype)] for t, target in targets.items()}
@@ -231,28 +238,32 @@ class Pairs:
     def __init__(self, count: int) -> None:
         self.count = count
         self.layers: dict[str, Sums] = {}
-        self.overlaps: dict[tuple[str, tuple[int, int]], list[float]] = defaultdict(list)
+        self.overlaps: dict[tuple[str, str, tuple[int, int]], list[float]] = defaultdict(list)  # layer, factor, pair
         self.chances: dict[str, list[float]] = defaultdict(list)
 
     def add(self, measured: Measured) -> None:
         """Take in what one module tells."""
         if measured.sums is None:
             return
-        layer = self.layers.setdefault(layer_name(measured.path), Sums(self.count))
+        name = layer_name(measured.path)
+        layer = self.layers.setdefault(name, Sums(self.count))
         layer += measured.sums
         of_module: dict[tuple[str, tuple[int, int]], list[float]] = defaultdict(list)
         for found in measured.overlaps:
             of_module[found.factor, found.pair].append(found.median)
             self.chances[found.factor].append(found.chance)
-        for key, medians in of_module.items():
-            self.overlaps[key].append(statistics.median(medians))
+        for (factor, pair), medians in of_module.items():
+            self.overlaps[name, factor, pair].append(statistics.median(medians))
 
-    def overlap(self, factor: str) -> Matrix:
-        """Return the (T, T) median overlaps of one factor."""
+    def overlap(self, factor: str, layer: str | None = None) -> Matrix:
+        """Return the (T, T) median overlaps of one factor, over all modules or those of one layer."""
         values = torch.full((self.count, self.count), math.nan, dtype=torch.float64).fill_diagonal_(1)
-        for (of, (i, j)), found in self.overlaps.items():
-            if of == factor:
-                values[i, j] = values[j, i] = statistics.median(found)
+        found: dict[tuple[int, int], list[float]] = defaultdict(list)
+        for (where, of, pair), medians in self.overlaps.items():
+            if of == factor and layer in (None, where):
+                found[pair] += medians
+        for (i, j), medians in found.items():
+            values[i, j] = values[j, i] = statistics.median(medians)
         return as_matrix(values)
 
     def chance(self, factor: str) -> float | None:

@@ -152,6 +152,8 @@ class LayerComparison(Record):
         cosine: (T, T).
         conflict: (T, T).
         weighted_conflict: (T, T).
+        overlap_a: (T, T).
+        overlap_b: (T, T).
     """
 
     layer: str
@@ -162,6 +164,8 @@ class LayerComparison(Record):
     cosine: Matrix
     conflict: Matrix
     weighted_conflict: Matrix
+    overlap_a: Matrix = ()
+    overlap_b: Matrix = ()
 
 
 class SharedInit(Record):
@@ -394,14 +398,14 @@ def _compare(names: Sequence[str], pairs: Pairs) -> Comparison:
         overlap_b_chance=pairs.chance("b"),
         conflict=total.conflict(),
         weighted_conflict=total.weighted_conflict(),
-        layers=tuple(_layer(name, sums) for name, sums in pairs.layers.items()),
+        layers=tuple(_layer(name, sums, pairs) for name, sums in pairs.layers.items()),
         shared_init=_shared_init(names, overlap_a, chance_a),
         findings=(),
     )
     return comparison.model_copy(update={"findings": tuple(_findings(comparison))})
 
 
-def _layer(name: str, sums: Sums) -> LayerComparison:
+def _layer(name: str, sums: Sums, pairs: Pairs) -> LayerComparison:
     key = layer_key(name)
     norms = sums.norms()
     return LayerComparison(
@@ -413,6 +417,8 @@ def _layer(name: str, sums: Sums) -> LayerComparison:
         cosine=sums.cosine(),
         conflict=sums.conflict(),
         weighted_conflict=sums.weighted_conflict(),
+        overlap_a=pairs.overlap("a", name),
+        overlap_b=pairs.overlap("b", name),
     )
 
 
