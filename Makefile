@@ -40,6 +40,8 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/merge.py
+	$(BIN)/python bench/methods.py
+	$(BIN)/python bench/bake.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py

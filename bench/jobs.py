@@ -6,7 +6,9 @@ Every job imports torch first and measures what comes on top of it.
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import measured
+from spectra import merge_growing, merge_once
 
 SHORT = 5.0  # seconds; what takes less is repeated
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -132,6 +135,125 @@ def ties_errors(
     return {"ratios": ratios}
 
 
+def make_sharded(layers: int, cache: str) -> dict[str, Any]:
+    """Make the adapters, and the base model in several files."""
+    import synthetic
+
+    materials = synthetic.locate(Path(cache), layers)
+    synthetic.make(materials, base=False)
+    folder = synthetic.make_sharded_base(Path(cache), layers)
+    synthetic.warm(synthetic.Materials(layers, folder, materials.adapters))
+    return {"base": str(folder), "bytes": sum(p.stat().st_size for p in folder.iterdir())}
+
+
+def copy(base: str, out: str) -> dict[str, Any]:
+    """Copy a folder as `cp -r` does, and then flush it to disk."""
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", base, out], check=True)
+    seconds = time.perf_counter() - start
+    for path in Path(out).iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return {"seconds": seconds, "flushed": time.perf_counter() - start}
+
+
+def plait_bake(base: str, adapters: list[str], out: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Bake with plait."""
+    import torch  # noqa: F401 (the baseline)
+
+    with measured() as everything:
+        import plait
+        import plait.api
+
+        with measured() as work:
+            result = plait.bake(dict(zip("ab", adapters, strict=True)), base=base, out=out, **settings)
+    changed = result.record.bytes_changed
+    return {"all": asdict(everything), "work": asdict(work), "changed": changed, "total": result.plan.output_bytes}
+
+
+def peft_bake(base: str, adapters: list[str], out: str, max_shard_size: str) -> dict[str, Any]:
+    """Bake with PEFT, as its documentation does: load, merge_and_unload, save."""
+    import torch
+
+    with measured() as everything:
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+        from transformers.models.qwen3 import modeling_qwen3  # noqa: F401 (from_pretrained would import it)
+
+        with measured() as work:
+            model = PeftModel.from_pretrained(
+                AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), adapters[0], adapter_name="a"
+            )
+            model.load_adapter(adapters[1], "b")
+            merged = model.merge_and_unload(adapter_names=["a", "b"])
+            merged.save_pretrained(out, max_shard_size=max_shard_size)
+    return {"all": asdict(everything), "work": asdict(work)}
+
+
+def bake_arithmetic(adapters: list[str], layers: int, workers: int) -> dict[str, Any]:
+    """Time what a bake computes, on data in memory: bfloat16 blocks to float32, both deltas added, rounded once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+
+    import plait
+    import synthetic
+    from plait.baking.deltas import add_rows
+    from plait.baking.files import block_ranges
+
+    opened = [plait.Adapter.open(Path(a), n) for a, n in zip(adapters, "ab", strict=True)]
+
+    def one(target: str, shape: tuple[int, int]) -> None:
+        delta = plait.LowRank.concatenate([a.read(target)[0] for a in opened], [1.0, 1.0])
+        weight = torch.ones(shape, dtype=torch.bfloat16)
+        for i, j in block_ranges(*shape):
+            block = weight[i:j].float()
+            add_rows(delta, block, i, transposed=False)
+            block.to(torch.bfloat16)
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for done in [pool.submit(one, *t) for t in synthetic.targets(layers)]:
+            done.result()
+    return {"seconds": time.perf_counter() - start}
+
+
+def bake_hashes(folders: list[str], workers: int) -> dict[str, Any]:
+    """Time the sha256 of all files, on several threads."""
+    import hashlib
+    from concurrent.futures import ThreadPoolExecutor
+
+    def one(path: Path) -> None:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, "sha256")
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(one, [p for f in folders for p in sorted(Path(f).glob("*.safetensors"))]))
+    return {"seconds": time.perf_counter() - start}
+
+
+def compare_models(left: str, right: str) -> dict[str, Any]:
+    """Return how far two bakes are apart: ‖L − R‖ / ‖R‖ over all tensors, and the share of equal values."""
+    from safetensors import safe_open
+
+    def where(folder: str) -> dict[str, Path]:
+        found = {}
+        for path in Path(folder).glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                found |= dict.fromkeys(file.keys(), path)
+        return found
+
+    one, two = where(left), where(right)
+    apart = norm = equal = count = 0.0
+    for name in one.keys() & two.keys():
+        with safe_open(one[name], "pt") as a, safe_open(two[name], "pt") as b:
+            x, y = a.get_tensor(name).float(), b.get_tensor(name).float()
+        apart, norm = apart + float((x - y).square().sum()), norm + float(y.square().sum())
+        equal, count = equal + float((x == y).sum()), count + x.numel()
+    return {"difference": (apart / norm) ** 0.5, "equal": equal / count, "only_one": sorted(one.keys() ^ two.keys())}
+
+
 def startup(statement: str) -> dict[str, Any]:
     """Run a statement that leaves Python or returns; say whether torch is imported after it."""
     import contextlib
@@ -183,7 +305,26 @@ def _one_linear(factors: Iterable[tuple[Any, Any]]) -> Any:
 
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
-    f.__name__: f for f in (make, plait_merge, peft_merge, peft_modules, compare, sum_errors, ties_errors, startup)
+    f.__name__: f
+    for f in (
+        make_sharded,
+        copy,
+        plait_bake,
+        peft_bake,
+        bake_arithmetic,
+        bake_hashes,
+        compare_models,
+        make,
+        plait_merge,
+        peft_merge,
+        peft_modules,
+        compare,
+        sum_errors,
+        ties_errors,
+        startup,
+        merge_once,
+        merge_growing,
+    )
 }
 
 if __name__ == "__main__":

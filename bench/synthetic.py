@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 
+LAYERS_PER_FILE = 5
 RANK = 64
 ALPHA = 64
 DECAY = 0.02  # the last column of B against the first
@@ -83,6 +84,13 @@ def make(materials: Materials, *, base: bool = True) -> None:
         _once(folder, lambda place, seed=seed: _make_adapter(place, materials.layers, seed, materials.base))
 
 
+def make_sharded_base(cache: Path, layers: int) -> Path:
+    """Make a base model of the same shapes in files of about 0.5 GB, written layer by layer; return its folder."""
+    folder = cache / f"qwen3-1.7b-{layers}-layers-sharded"
+    _once(folder, lambda place: _make_sharded_base(place, layers))
+    return folder
+
+
 def warm(materials: Materials) -> None:
     """Read every file once, so that all sides find them in the page cache."""
     for folder in (materials.base, *materials.adapters):
@@ -121,6 +129,38 @@ def _make_base(place: Path, layers: int) -> None:
         Qwen3ForCausalLM(config).save_pretrained(place)
     finally:
         torch.set_default_dtype(before)
+
+
+def _make_sharded_base(place: Path, layers: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import Qwen3Config
+
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * 0.02).bfloat16()
+
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = int(CONFIG["hidden_size"]), int(CONFIG["head_dim"])
+    groups = [{"model.embed_tokens.weight": random(int(CONFIG["vocab_size"]), hidden), "model.norm.weight": random(hidden)}]
+    index: dict[str, str] = {}
+    count = 1 + -(-layers // LAYERS_PER_FILE)
+    for number in range(1, count + 1):
+        group = groups.pop() if groups else {}
+        for layer in range((number - 2) * LAYERS_PER_FILE, min(layers, (number - 1) * LAYERS_PER_FILE)) if number > 1 else ():
+            start = f"model.layers.{layer}"
+            group |= {f"{start}.{name}.weight": random(*shape) for name, shape in SHAPES.items()}
+            group |= {f"{start}.{name}.weight": random(hidden) for name in ("input_layernorm", "post_attention_layernorm")}
+            group |= {f"{start}.self_attn.{name}.weight": random(head) for name in ("q_norm", "k_norm")}
+        file = f"model-{number:05}-of-{count:05}.safetensors"
+        save_file(group, place / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(group, file)
+    size = sum(p.stat().st_size for p in place.iterdir())
+    (place / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": size}, "weight_map": index}), encoding="utf-8"
+    )
+    config = Qwen3Config(**CONFIG, num_hidden_layers=layers, max_window_layers=layers, dtype="bfloat16")
+    config.architectures = ["Qwen3ForCausalLM"]
+    config.save_pretrained(place)
 
 
 def _make_adapter(place: Path, layers: int, seed: int, base: Path) -> None:

@@ -1,6 +1,9 @@
-"""Write the generated parts of README.md again; `--check` only says whether they are current.
+"""Write the generated parts of README.md and docs/methods/ again; `--check` only says whether they are current.
 
 python docs/generate.py [--check]
+
+A page of docs/methods/ names its methods in a comment, `<!-- methods: ties della -->`, and gets their descriptions from the
+registry between that and `<!-- /methods -->`. README.md gets one table of all of them, in the order of the pages.
 """
 
 from __future__ import annotations
@@ -8,43 +11,89 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
-from plait.cli.methods import exactness
+from plait.cli.methods import describe
 from plait.methods import METHODS
-from plait.methods.base import Method
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = ("linear", "elementwise", "spectral", "geometric", "solved", "compatibility")
+_BLOCK = re.compile(r"(?<=<!-- methods: )([\w\s]+?)( -->\n).*?(?=<!-- /methods -->)", re.DOTALL)
+_TABLE = re.compile(r"(?<=<!-- methods -->\n).*?(?=<!-- /methods -->)", re.DOTALL)
+_RESULT = {"linear": "exact", "deltas": "exact", "entries": "exact in `core`, `knots`; dense in `delta`"}
 
 
-def method_row(method: Method) -> str:
-    """Return one row of the table of methods."""
+def page(name: str) -> Path:
+    """Return the file of a page."""
+    return ROOT / "docs" / "methods" / f"{name}.md"
+
+
+def methods_of(text: str) -> list[str]:
+    """Return the methods that a page describes, in its order."""
+    return [name for names, _ in _BLOCK.findall(text) for name in names.split()]
+
+
+def section(name: str) -> str:
+    """Return the description of one method."""
+    about: dict[str, Any] = describe(METHODS[name])
+    source = f"[{about['source']}]({about['url']})" if about["url"] else about["source"]
+    lines = [f"#### `{name}`", "", about["summary"], "", "```", about["equation"], "```", ""]
+    lines.append(f"Pipeline: `{about['pipeline']}` · spaces: {', '.join(f'`{s}`' for s in about['spaces'])} · source: {source}")
+    if about["deviation"]:
+        lines += ["", f"Differs from the source: {about['deviation']}"]
+    if about["parameters"]:
+        lines += ["", "| parameter | default | allowed | meaning |", "|---|---|---|---|"]
+        lines += [_parameter(p) for p in about["parameters"]]
+    return "\n".join(lines) + "\n"
+
+
+def _parameter(about: dict[str, Any]) -> str:
+    default = "required" if about["required"] else "–" if about["default"] is None else f"`{about['default']}`"
+    cells = (f"`{about['name']}`", default, about["allowed"], about["description"])
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def row(name: str, on: str) -> str:
+    """Return one row of the table in README.md."""
+    method = METHODS[name]
+    result = "truncated to the largest rank" if method.auto_rank == "largest" else _RESULT[method.kind]
+    if method.spaces == ("delta",) and method.kind == "entries":
+        result = "dense; truncated to the largest rank"
+    notes = ", ".join(w for w, holds in (("random (keyed)", method.randomised), ("needs data", _needs_data(name))) if holds)
     source = f"[{method.source.title}]({method.source.url})" if method.source.url else method.source.title
-    spaces = ", ".join(f"`{space}`" for space in method.spaces)
-    exact = exactness(method)
-    result = "exact" if exact[method.spaces[0]].startswith("exact") else exact[method.spaces[0]].partition(";")[0]
-    notes = ", ".join([f"{result} in `{method.spaces[0]}`", *(["random (keyed)"] if method.randomised else [])])
-    return f"| `{method.name}` | {method.summary} | {spaces} | {notes} | {source} |"
+    return f"| [`{name}`](docs/methods/{on}.md#{name}) | {method.summary} | {result} | {notes} | {source} |"
 
 
-def methods_table() -> str:
-    """Return the table of methods, from the registry."""
-    head = "| method | what it does | spaces | result | source |\n|---|---|---|---|---|\n"
-    return head + "\n".join(method_row(method) for method in METHODS.values()) + "\n"
+def _needs_data(name: str) -> bool:
+    return bool(describe(METHODS[name])["needs_moments"])
 
 
-def generated(text: str) -> str:
-    """Return the README with its generated parts made again."""
-    return re.sub(r"(?<=<!-- methods -->\n).*?(?=<!-- /methods -->)", lambda _: f"\n{methods_table()}\n", text, flags=re.DOTALL)
+def table() -> str:
+    """Return the table of all methods."""
+    head = "| method | what it does | result | | source |\n|---|---|---|---|---|\n"
+    rows = [row(name, p) for p in PAGES for name in methods_of(page(p).read_text(encoding="utf-8"))]
+    return head + "\n".join(rows) + "\n"
+
+
+def generated(path: Path) -> str:
+    """Return a file with its generated parts made again."""
+    text = path.read_text(encoding="utf-8")
+    if path == README:
+        return _TABLE.sub(lambda _: f"\n{table()}\n", text)
+    return _BLOCK.sub(lambda m: f"{m[1]}{m[2]}\n" + "\n".join(section(name) for name in m[1].split()) + "\n", text)
 
 
 def main() -> int:
     """Write, or check."""
-    before = README.read_text(encoding="utf-8")
-    after = generated(before)
-    if "--check" in sys.argv[1:]:
-        return int(before != after)
-    README.write_text(after, encoding="utf-8")
-    return 0
+    stale = []
+    for path in (*map(page, PAGES), README):
+        after = generated(path)
+        if after != path.read_text(encoding="utf-8"):
+            stale.append(path)
+            if "--check" not in sys.argv[1:]:
+                path.write_text(after, encoding="utf-8")
+    return int("--check" in sys.argv[1:] and bool(stale))
 
 
 if __name__ == "__main__":

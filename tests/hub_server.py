@@ -77,6 +77,7 @@ class Repo:
     id: str
     private: bool = False
     gated: bool = False
+    card: dict[str, Any] = field(default_factory=dict)
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     messages: dict[str, str] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
@@ -356,6 +357,7 @@ class _Handler(BaseHTTPRequestHandler):
             "downloads": 0,
             "likes": 0,
             "tags": [],
+            "cardData": repo.card,
             "siblings": [{"rfilename": path} for path in sorted(repo.commits[sha])],
         }
 

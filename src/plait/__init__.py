@@ -27,11 +27,19 @@ _HOME = {
     "PlanError": "plait.errors",
     "Recipe": "plait.recipes.schema",
     "RecipeError": "plait.errors",
+    "ReportError": "plait.errors",
+    "bake": "plait.api",
     "compress": "plait.api",
+    "extract": "plait.api",
     "inspect": "plait.api",
     "load_recipe": "plait.recipes.loading",
     "merge": "plait.api",
     "plan": "plait.api",
+    "push": "plait.api",
+    "report": "plait.api",
+    "unbake": "plait.api",
+    "save_moments": "plait.merging.moments",
+    "verify": "plait.api",
 }
 
 __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
@@ -49,19 +57,28 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
     "PlanError",
     "Recipe",
     "RecipeError",
+    "ReportError",
+    "bake",
     "compress",
+    "extract",
     "inspect",
     "load_recipe",
     "merge",
     "plan",
+    "push",
+    "report",
+    "save_moments",
+    "unbake",
+    "verify",
     "__version__",
 ]
 
 if TYPE_CHECKING:
     from plait.adapters import Adapter, LowRank
-    from plait.api import compress, inspect, merge, plan
-    from plait.errors import AdapterError, AddressError, OutputError, PlaitError, PlanError, RecipeError
+    from plait.api import bake, compress, extract, inspect, merge, plan, push, report, unbake, verify
+    from plait.errors import AdapterError, AddressError, OutputError, PlaitError, PlanError, RecipeError, ReportError
     from plait.merging.inspection import Inspection
+    from plait.merging.moments import save_moments
     from plait.merging.pipeline import MergeResult
     from plait.merging.plan import MergePlan
     from plait.methods import METHODS

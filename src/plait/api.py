@@ -6,20 +6,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plait.baking.extract import ExtractResult, make_request, run_extract
+from plait.baking.pipeline import BakeResult, push_bake, run_bake
+from plait.baking.plan import bake_options
+from plait.baking.unbake import UnbakeResult, run_unbake
 from plait.errors import RecipeError
+from plait.evaluation.comparison import compare
+from plait.evaluation.pipeline import Options, evaluate_saved
+from plait.evaluation.record import Evaluation
+from plait.evaluation.request import asked, is_recipe_file, recipe_name, spec_of
+from plait.evaluation.workspace import write_evaluation
 from plait.hub.references import parse_reference
+from plait.hub.upload import check_push
 from plait.merging.inspection import Inspection, inspect_adapters
 from plait.merging.inventory import open_adapters
+from plait.merging.moments import MomentsOf
 from plait.merging.pipeline import MergeResult, plan_recipe, run_recipe
 from plait.merging.plan import MergePlan
 from plait.merging.progress import Progress
-from plait.recipes.request import read_request
+from plait.recipes.evaluation import EvalSpec
+from plait.recipes.request import Adapters, read_request
 from plait.recipes.schema import Recipe
+from plait.reports.pipeline import ReportResult, make_report
+from plait.tasks.checking import TaskCheck, check_task
+from plait.tasks.loading import load_tasks
+from plait.tasks.tokenizers import load_tokenizer
+from plait.verification.extend import extend
+from plait.verification.parity import check_parity
+from plait.verification.publish import Pushed, push_result
+from plait.verification.verify import Verification, verify_folder
 
 Source = Recipe | str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 
 
-def merge(
+def merge(  # noqa: PLR0913 (what a command line takes)
     source: Source,
     *,
     out: str | Path | None = None,
@@ -28,6 +48,10 @@ def merge(
     progress: Progress | None = None,
     push_to: str | None = None,
     private: bool = False,
+    moments: str | Path | Mapping[str, str | Path] | MomentsOf | None = None,
+    add: Adapters | None = None,
+    inputs: Mapping[str, str | Path] | None = None,
+    from_merged: bool = False,
     **settings: Any,
 ) -> MergeResult:
     """Merge adapters into one.
@@ -42,6 +66,14 @@ def merge(
         progress: who listens.
         push_to: Hub repository to upload the result to.
         private: create that repository as private.
+        moments: second moments of the modules' inputs, for methods that solve (`regmean`, `ssr`): a folder of
+            `<adapter>.safetensors` or name → file, as `save_moments` writes them, or a function (adapter, target module) →
+            E[x xᵀ]. A function is in no recipe: what it makes cannot be rebuilt from its lock.
+        add: adapters that an earlier merge gets besides its own; `source` is that merge's folder, with its `plait.lock`, and
+            `weights` are theirs. The result is that of merging all at once.
+        inputs: with `add`: name → reference, for sources that lie elsewhere than the lock says.
+        from_merged: with `add`: take the merged adapter in place of its sources: the same for linear methods, and another
+            merge for all others, as a note says.
         **settings: keys of a recipe (`method`, `scale`, `seed`, `merge_mode`, `transforms`, `heads`, `base_model`), of its
             output (`kind`, `rank`, `dtype`, `layout`), `weights` (numbers in order, name → number, or a policy), and the
             method's own parameters (`space`, `density`, …).
@@ -52,9 +84,22 @@ def merge(
     Raises:
         PlaitError: anything wrong with what was given, all of it at once; nothing is left at `out` then.
     """
-    recipe, folder = _recipe(source, settings)
+    function, settings = _moments(moments, settings)
+    base_folder: Path | None = None
+    notes: tuple[str, ...] = ()
+    if add is not None:
+        if not isinstance(source, (str, Path)):
+            raise RecipeError("add: the source is the folder of an earlier merge, with its plait.lock.")
+        places = {name: str(place) for name, place in (inputs or {}).items()}
+        extension = extend(Path(source), add, settings, inputs=places, from_merged=from_merged)
+        recipe, folder, base_folder, notes = extension.recipe, None, extension.base_folder, extension.notes
+    else:
+        recipe, folder = _recipe(source, settings)
     return run_recipe(
         recipe,
+        base_folder=base_folder,
+        notes=notes,
+        moments=function,
         folder=folder,
         out=None if out is None else Path(out),
         force=force,
@@ -65,14 +110,73 @@ def merge(
     )
 
 
-def plan(source: Source, *, workers: int | None = None, **settings: Any) -> MergePlan:
+def plan(
+    source: Source,
+    *,
+    workers: int | None = None,
+    moments: str | Path | Mapping[str, str | Path] | MomentsOf | None = None,
+    **settings: Any,
+) -> MergePlan:
     """Return what `merge` would do with the same arguments; reads headers, no tensor.
 
     Raises:
         PlaitError: as `merge`.
     """
+    function, settings = _moments(moments, settings)
     recipe, folder = _recipe(source, settings)
-    return plan_recipe(recipe, folder=folder, workers=workers)
+    return plan_recipe(recipe, folder=folder, workers=workers, moments=function)
+
+
+def bake(  # noqa: PLR0913 (what a command line takes)
+    source: Source,
+    *,
+    out: str | Path,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    shard_size: str | None = None,
+    force: bool = False,
+    workers: int | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    push_to: str | None = None,
+    private: bool = False,
+    **settings: Any,
+) -> BakeResult:
+    """Write base model + merge as a full model, shard by shard.
+
+    >>> plait.bake({"maths": "./a", "code": "org/repo"}, base="org/model", weights=[0.7, 0.3], out="model")
+
+    Killed at any moment, the same call goes on with what it had finished; `out` appears when it is whole.
+
+    Args:
+        source: adapters (references, or name → reference), the path of a recipe, or a `Recipe`.
+        out: where to write.
+        base: the base model, a folder or `org/repo[@revision]`; the recipe's or the adapters' own when None.
+        dtype: of all float tensors (`bfloat16`, …); every tensor keeps its own when None.
+        shard_size: largest file, such as `5GB`; the base's files when None.
+        force: replace a model that stands at `out`.
+        workers: threads; never change a byte.
+        device: where blocks are added up, as torch names it.
+        progress: who listens; it is told of bytes.
+        push_to: Hub repository to upload the model to.
+        private: create that repository as private.
+        **settings: as `merge`, but for what shapes an adapter (`rank`, `kind`, `layout`).
+
+    Raises:
+        PlaitError: anything wrong with what was given, all of it at once; nothing is left at `out` then.
+    """
+    if isinstance(source, Recipe) and base is not None:
+        source = source.model_copy(update={"base_model": str(base)})
+    elif base is not None:
+        settings = {**settings, "base_model": str(base)}
+    recipe, folder = _recipe(source, settings)
+    options = bake_options(dtype=dtype, shard_size=shard_size)
+    if push_to is not None:
+        check_push(push_to)
+    result = run_bake(
+        recipe, options, out=Path(out), folder=folder, force=force, workers=workers, device=device, progress=progress
+    )
+    return result if push_to is None else push_bake(result, push_to, private=private)
 
 
 def compress(
@@ -106,6 +210,42 @@ def compress(
     return merge(source, out=out, force=force, workers=workers, progress=progress, rank=rank, heads=heads, **settings)
 
 
+def extract(
+    base: str | Path,
+    finetuned: str | Path,
+    *,
+    rank: int | str,
+    out: str | Path,
+    force: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> ExtractResult:
+    """Write a LoRA adapter from a full fine-tune: the best approximation of what it changed, layer by layer.
+
+    >>> plait.extract("org/base", "org/finetuned", rank=32, out="adapter")
+
+    Args:
+        base: reference of the base model.
+        finetuned: reference of the fine-tune, a full model of the same architecture.
+        rank: a number, or `energy:0.99` for the lowest rank that keeps that share of ‖ΔW‖² in every module.
+        out: where to write.
+        force: replace an adapter that stands at `out`.
+        workers: tensors worked on at a time; never changes a byte.
+        progress: who listens.
+        **settings: `targets` (names of layers or shell patterns; all Linear layers when None), `embeddings` (take them too),
+            `modules_to_save` (keep norms and biases whole), `dtype`, `layout`, `base_id` (the base model's name to write).
+
+    Returns:
+        Folder and record: energy per module, what was left out, and how much of the difference that is.
+
+    Raises:
+        PlaitError: anything wrong with what was given; nothing is left at `out` then.
+    """
+    request = make_request(base=str(base), finetuned=str(finetuned), rank=rank, **settings)
+    return run_extract(request, out=Path(out), force=force, workers=workers, progress=progress)
+
+
 def inspect(
     source: Sequence[str | Path] | Mapping[str, str | Path],
     *,
@@ -127,6 +267,244 @@ def inspect(
     pairs = source.items() if isinstance(source, Mapping) else [(None, reference) for reference in source]
     _, adapters = open_adapters([(name, str(text)) for name, text in pairs])
     return inspect_adapters(adapters, base_model=base_model, workers=workers, progress=progress)
+
+
+def unbake(
+    model: str | Path,
+    adapter: str | Path,
+    *,
+    out: str | Path,
+    weight: float | None = None,
+    original: str | Path | None = None,
+    force: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> UnbakeResult:
+    """Take an adapter out of a baked model again, to within rounding.
+
+    >>> plait.unbake("baked", "./adapter", out="restored", original="org/base").remaining
+
+    Args:
+        model: reference of the model.
+        adapter: reference of the adapter that was baked into it.
+        out: where to write.
+        weight: that it was baked with; 1 when None, unless the model's lock says another.
+        original: reference of the model before the bake, to compare with.
+        force: replace a model that stands at `out`.
+        workers: threads; never change a byte.
+        progress: who listens.
+
+    Returns:
+        The bake, and what remains between its result and the original, where that was given.
+
+    Raises:
+        PlaitError: as `bake`; or the model's lock says that the adapter was baked in otherwise.
+    """
+    return run_unbake(
+        str(model),
+        str(adapter),
+        out=Path(out),
+        weight=weight,
+        original=None if original is None else str(original),
+        force=force,
+        workers=workers,
+        progress=progress,
+    )
+
+
+def verify(
+    folder: str | Path,
+    *,
+    rebuild: bool = True,
+    inputs: Mapping[str, str | Path] | None = None,
+    parity: str | Path | None = None,
+    base_model: str | None = None,
+    device: str = "cpu",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Check a result against its `plait.lock`: its files, its inputs, and the whole made again.
+
+    >>> plait.verify("merged").ok
+
+    Args:
+        folder: of a merge, a bake, a compression or an extraction.
+        rebuild: make it again in a temporary folder (TMPDIR) and compare; otherwise hashes only.
+        inputs: name → reference, for inputs that lie elsewhere than the lock says.
+        parity: a file of prompts, one a line or .jsonl with "prompt": compare the logits of the result with those of the live
+            merge. Needs transformers and PEFT.
+        base_model: reference of the base model for that; else the lock's, else the one that the adapter names.
+        device: where to compute the logits, as torch names it.
+        workers: modules worked on at a time.
+        progress: who listens.
+
+    Returns:
+        What was found; its `ok` says whether everything is equal. Parity is told, not judged.
+
+    Raises:
+        PlaitError: there is no lock that can be read, or parity cannot be measured.
+    """
+    place, places = Path(folder), {name: str(path) for name, path in (inputs or {}).items()}
+    found = verify_folder(place, again=rebuild, inputs=places, workers=workers, progress=progress)
+    if parity is None:
+        return found
+    report = check_parity(place, Path(parity), base_model=base_model, inputs=places, device=device, progress=progress)
+    return found.model_copy(update={"parity": report})
+
+
+def evaluate(  # noqa: PLR0913 (what a command line takes)
+    source: Source,
+    *,
+    tasks: Sequence[str | Path] = (),
+    split: str | None = None,
+    subset: int | Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+    matrix: bool = False,
+    sources: Mapping[str, str | Path] | None = None,
+    base: str | Path | None = None,
+    load_dtype: str = "auto",
+    device_map: str = "auto",
+    trust_remote_code: bool = False,
+    workspace: str | Path | None = "artifacts",
+    workers: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Say what a merge kept of every adapter: base, each task's own adapter and the merge on the same examples.
+
+    >>> found = plait.evaluate({"intent": "./intent", "langid": "./langid"}, method="ties",
+    ...                        tasks=["tasks/intent.yaml", "tasks/langid.yaml"])
+    >>> found.worst_recovery, found.worst_task
+
+    Args:
+        source: adapters (references, or name → reference), the path of a recipe, or a `Recipe`: merged in memory, nothing of
+            it is written. Or one reference as text, of an adapter or a whole model: read from its files.
+        tasks: task files; the recipe's when empty.
+        split: `test`, `validation`, `calibration` or `train`; the recipe's, else `test`, when None.
+        subset: examples per task, or a mapping as a recipe's `eval.subset`; the recipe's, else all, when None.
+        batch_size: prompts at a time; the recipe's, else 16, when None.
+        matrix: also every single adapter on every task.
+        sources: for an adapter or model: the tasks' own adapters, name → reference; those of its `plait.lock` when None.
+        base: the base model; the recipe's or the adapters' own when None.
+        load_dtype: of the base model, as transformers takes it; `auto` is the checkpoint's.
+        device_map: as transformers takes it; `auto` is the first accelerator, or the processor where there is none.
+        trust_remote_code: let transformers run code that lies beside the weights.
+        workspace: where results and finished answers are kept; None keeps nothing.
+        workers: modules merged at a time; never changes a number.
+        progress: who listens.
+        **settings: as `merge`.
+
+    Raises:
+        PlaitError: anything wrong with what was given. Answers that were finished are kept, and not asked for again.
+    """
+    options = Options(
+        workspace=None if workspace is None else Path(workspace),
+        base=None if base is None else str(base),
+        dtype=load_dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+        matrix=matrix,
+        workers=workers,
+    )
+    wanted = {"split": split, "subset": subset, "batch_size": batch_size}
+    if isinstance(source, (str, Path)) and not is_recipe_file(source):
+        if settings:
+            raise RecipeError(f"{source} is evaluated as it is; {', '.join(settings)} would change a merge.")
+        places = {name: str(path) for name, path in (sources or {}).items()}
+        files, spec = [Path(t) for t in tasks], spec_of(EvalSpec(), **wanted)
+        found = evaluate_saved(str(source), files, spec, options, sources=places, progress=progress)
+    else:
+        recipe, folder = _recipe(source, settings)
+        (found,) = compare({recipe_name(recipe): asked(recipe, tasks, **wanted)}, folder, options, progress).evaluations
+    if options.workspace is not None:
+        write_evaluation(options.workspace, found)
+    return found
+
+
+def check_tasks(tasks: Sequence[str | Path], *, model: str | Path | None = None) -> list[TaskCheck]:
+    """Describe tasks: rendered examples, token counts, label balance, overlap between splits.
+
+    Args:
+        tasks: their files.
+        model: reference of the model whose tokenizer and chat template are used; nothing is said about tokens without one.
+
+    Raises:
+        PlaitError: files or data that cannot be read, rows that do not fit.
+    """
+    loaded = load_tasks(tasks)
+    tokenizer = None if model is None else load_tokenizer(str(model))
+    return [check_task(task, tokenizer) for task in loaded]
+
+
+def report(
+    runs: str | Path | Sequence[str | Path],
+    *,
+    out: str | Path = "report.html",
+    title: str | None = None,
+    figures: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ReportResult:
+    """Write one page that shows what a merge kept: readable offline, with nothing beside it.
+
+    Args:
+        runs: run folders or result files of evaluations, and folders of written merges, for the energy they kept.
+        out: the page.
+        title: of the page; the first evaluation's name when None.
+        figures: folder for the same figures as SVG and PNG; none are drawn when None.
+        force: replace a file that stands at `out`.
+        progress: who listens.
+
+    Raises:
+        ReportError: a path holds no run, or a library is missing; all paths at once.
+        OutputError: the page cannot be written, or stands already.
+    """
+    paths = [runs] if isinstance(runs, (str, Path)) else list(runs)
+    return make_report(
+        [Path(p) for p in paths],
+        out=Path(out),
+        title=title,
+        figures=None if figures is None else Path(figures),
+        force=force,
+        progress=progress,
+    )
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+) -> Pushed:
+    """Upload a finished result to the Hub; one that is not what its `plait.lock` says is refused.
+
+    >>> plait.push("merged", "me/merged", private=True).url
+
+    Args:
+        folder: of a merge, a bake, a compression or an extraction.
+        repo: `org/name`, or `name` for the user's own; created when it does not exist.
+        private: make the repository private.
+        revision: the branch to write to, created when missing.
+        create_pr: open a pull request instead.
+        message: title of the commit or pull request.
+
+    Returns:
+        Where it is, which files stayed here, and what the card lacks.
+
+    Raises:
+        PlaitError: the folder is no whole result, or the Hub refuses.
+    """
+    return push_result(Path(folder), repo, private=private, revision=revision, create_pr=create_pr, message=message)
+
+
+def _moments(given: Any, settings: dict[str, Any]) -> tuple[MomentsOf | None, dict[str, Any]]:
+    """Tell a function, which no recipe can hold, from files, which are settings like others."""
+    if given is None or callable(given):
+        return given, settings
+    return None, {**settings, "moments": given}
 
 
 def _recipe(source: Source, settings: Mapping[str, Any]) -> tuple[Recipe, Path | None]:

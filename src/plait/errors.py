@@ -5,6 +5,8 @@
     ├── AddressError     an adapter or repository reference leads nowhere     (also ValueError)
     ├── AdapterError     a file is not an adapter that can be merged          (also ValueError)
     ├── PlanError        the adapters do not fit together, or the method      (also ValueError)
+    ├── TaskError        a task, its data or its scoring cannot be used       (also ValueError)
+    ├── ReportError      a file is not the result of a run                    (also ValueError)
     └── OutputError      the result cannot be written, or must not be         (also OSError)
 
 A message says where, what was found, what is allowed and what to do. Stages collect all their problems before they
@@ -36,6 +38,14 @@ class AdapterError(PlaitError, ValueError):
 
 class PlanError(PlaitError, ValueError):
     """The adapters, the method and the wanted output do not fit together."""
+
+
+class TaskError(PlaitError, ValueError):
+    """A task's file or data is not valid, or does not suit the model that it is to score."""
+
+
+class ReportError(PlaitError, ValueError):
+    """A file or folder does not hold the result of a run that can be reported."""
 
 
 class OutputError(PlaitError, OSError):

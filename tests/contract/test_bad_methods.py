@@ -12,7 +12,9 @@ import torch
 from pydantic import Field, model_validator
 
 from plait.linalg.sparsify import keep_at_least
-from plait.methods import METHODS, Block, ElementwiseMethod, LinearMethod, MethodParams, NoParams, Source
+from plait.methods import METHODS, Block, ElementwiseMethod, LinearMethod, MethodParams, NoParams, Preset, Source
+from plait.stages import Pipeline
+from plait.stages.sums import Sum
 from plait.stages.surveys import total
 from plait.testing import CONTRACT, check_method, check_property, subject_of
 
@@ -144,6 +146,11 @@ def divides_by_norms(block, params):
     return summed(replace(block, x=block.x / block.x.abs().amax((1, 2), keepdim=True)))
 
 
+def divides_by_differences(block, params):
+    apart = (block.x - block.x.mean(0)).abs().mean()
+    return summed(block) * block.x.abs().mean() / apart
+
+
 def prefers_plus(block, params):
     return summed(replace(block, x=block.x.clamp_min(0)))
 
@@ -181,6 +188,7 @@ FAULTS = {
     "absolute threshold": (lambda b, p: summed(b) * (summed(b).abs() > 1e-5), "core", "scale", "c = 1e-14"),
     "prefers plus": (prefers_plus, "delta", "sign", "all adapters negated"),
     "not the adapter": (lambda b, p: summed(b) * 0.5, "delta", "lone_adapter", "differs by"),
+    "divides by differences": (divides_by_differences, "core", "shared_init", "one A, B apart by 1e-06"),
     "copies add up": (lambda b, p: b.x.sum(0), "delta", "copies", "3 copies of weight 0.333"),
 }
 
@@ -205,6 +213,29 @@ def test_undone_randomness_is_found() -> None:
     subject = subject_of(replace(GOOD, randomised=True))
     with pytest.raises(AssertionError, match="randomised is declared True, and the results are equal"):
         check_property(subject, "delta", "seed")
+
+
+def test_a_preset_that_hides_something_is_found() -> None:
+    """Its stage is printed, and spelled in recipes, as another one."""
+
+    class Doubled(Sum):
+        def coefficients(self, weights, module):
+            return 2 * weights
+
+    def preset(stage) -> Preset:
+        return Preset(
+            name="ours",
+            summary="s",
+            equation="e",
+            params=NoParams,
+            source=SOURCE,
+            spaces=("delta", "core", "knots"),
+            stages=lambda params: Pipeline(stage),
+        )
+
+    with pytest.raises(AssertionError, match="breaks 'spelled' .*: sum: model.layers.0.proj differs"):
+        check_property(subject_of(preset(Doubled())), "core", "spelled")
+    check_property(subject_of(preset(Sum())), "core", "spelled")
 
 
 def test_true_randomness_passes() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from plait.methods import METHODS
+from plait.methods import METHODS, Preset
 from plait.testing import CONTRACT, check_property
 from tests.contract.subjects import PROMISES, SUBJECTS, VARIANTS
 
@@ -58,6 +58,12 @@ def test_no_row_is_lost() -> None:
     assert excused == {"weighted", "weighted_delta", "weighted_delta_n-layers"}
     assert {label for (label, _), names in covered.items() if "sign" not in names} == {"ties-heads-plus"}
     alone = {label for (label, _), names in covered.items() if "lone_adapter" in names}
-    assert alone == {label for label, _ in covered if SUBJECTS[label].method.min_adapters == 1}
-    assert all("copies" in names for (_, space), names in covered.items() if space != "factors")
-    assert len(CONTRACT) == 20
+    promising = {label for label, _ in covered if SUBJECTS[label].identity is not None}
+    assert alone == {label for label in promising if SUBJECTS[label].method.min_adapters == 1}
+    copied = {label for label in promising if SUBJECTS[label].copies is not None}
+    assert all(("copies" in names) == (label in copied) for (label, space), names in covered.items() if space != "factors")
+    assert len(promising) > 25
+    assert all("shared_init" in names for (_, space), names in covered.items() if space != "factors")
+    presets = {label for label, _ in covered if isinstance(SUBJECTS[label].method, Preset)}
+    assert {label for (label, _), names in covered.items() if "spelled" in names} == presets
+    assert len(CONTRACT) == 22

@@ -81,6 +81,40 @@ def test_values_are_not_to_be_had_before_the_end():
         _ = found.values
 
 
+def strided(x, ranks, piece=64):
+    """Run all passes over x (rows, p, q) as a merge does, one row in `stride` where that is enough; return what it took too."""
+    found, strides = MagnitudeSelect(len(x), ranks), []
+    while True:
+        strides.append(found.stride)
+        step = found.stride * piece
+        for start in range(0, x.shape[1], step):
+            found.observe(x[:, start : start + step : found.stride])
+        if found.end_pass():
+            return found.values, strides
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sample_points_the_way(dtype):
+    x = torch.randn(2, 4096, 16, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    found, strides = strided(x, lambda entries: [entries // 5])
+    assert torch.equal(found, x.flatten(1).abs().sort(dim=1, descending=True).values[:, 13106:13107])  # 65536 // 5
+    assert strides == ([16, 1] if dtype == torch.float32 else [16, 1, 1, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("misled", [1e-3, 0.0, 1e3])
+def test_a_sample_that_misleads_costs_passes_not_exactness(dtype, misled):
+    """The rows that are sampled are all far smaller, or larger, than the others."""
+    x = torch.randn(2, 160, 5, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    x[:, ::16] *= misled
+    ranks = [0, 1, 100, 799, 800]
+    found, strides = strided(x, lambda entries: ranks, piece=4)
+    expected = x.flatten(1).abs().sort(dim=1, descending=True).values
+    assert (found[:, 0] == math.inf).all()
+    assert torch.equal(found[:, 1:], expected[:, [r - 1 for r in ranks[1:]]])
+    assert len(strides) > 2
+
+
 def test_threads_may_share_one():
     """Blocks come from several threads in any order; every count arrives."""
     x = torch.randn(2, 6000, generator=torch.Generator().manual_seed(0))

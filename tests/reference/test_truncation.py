@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,32 @@ def test_product_svd_of_deficient_factors():
     assert product_svd(b[:, :0], a[:0]).s.shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("largest", [1.0, 1e-20])  # the squares of the latter are below what float32 holds
+@pytest.mark.parametrize("smallest", [1.0, 1e-6])
+def test_product_svd_is_orthonormal_whatever_the_columns(dtype, largest, smallest):
+    b, a = normal(90, 6) * largest * smallest ** (torch.arange(6) / 5), normal(6, 70, seed=1)
+    u, s, vh = product_svd(b.to(dtype), a.to(dtype))
+    eps = torch.finfo(dtype).eps
+    for q in (u, vh.mT):
+        assert float((q.double().mT @ q.double() - torch.eye(6, dtype=torch.float64)).abs().max()) < 16 * eps
+    dense = b.to(dtype).double() @ a.to(dtype).double()
+    torch.testing.assert_close((u.double() * s) @ vh.double(), dense, rtol=0, atol=8 * eps * float(s[0]))
+
+
+@pytest.mark.parametrize("apart", [1e-2, 1e-4, 1e-6, 0.0])
+def test_product_svd_of_factors_that_are_nearly_shared(apart):
+    """Adapters of one start have nearly one A: its Gram matrix is singular in float32."""
+    shared = normal(4, 70)
+    a = torch.cat([shared, shared + apart * normal(4, 70, seed=1)]).float()
+    b = normal(90, 8, seed=2).float()
+    u, s, vh = product_svd(b, a)
+    dense = b.double() @ a.double()
+    torch.testing.assert_close((u.double() * s) @ vh.double(), dense, rtol=0, atol=1e-6 * float(s[0]))
+    torch.testing.assert_close(u.mT @ u, torch.eye(8), rtol=0, atol=2e-6)
+    torch.testing.assert_close(vh @ vh.mT, torch.eye(8), rtol=0, atol=2e-6)
+
+
 def spectrum(values, m=400, n=300):
     u, v = torch.linalg.qr(normal(m, len(values))).Q, torch.linalg.qr(normal(n, len(values), seed=1)).Q
     return (u * torch.tensor(values, dtype=torch.float64)) @ v.mT
@@ -86,6 +114,24 @@ def test_a_flat_spectrum_is_truncated_within_one_per_cent(rank):
 def test_noise_is_truncated_within_one_per_cent():
     x = normal(400, 300)
     assert error(x, truncated_svd(rows_of(x), 32, Key(0))) < 1.01 * best_error(x, 32)
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [lambda x: x * 0, lambda x: x * math.inf, lambda x: x[:1].expand_as(x), lambda x: normal(300, 300, seed=5) @ x * 1e-9],
+    ids=["nothing", "overflow", "one direction", "anywhere"],
+)
+def test_a_bad_guide_does_no_harm(guide):
+    x = normal(400, 300)
+    matrix = RowBlocks((400, 300), lambda start, stop: x[start:stop], x.dtype, guide)
+    assert error(x, truncated_svd(matrix, 32, Key(0))) < 1.01 * best_error(x, 32)
+
+
+def test_a_good_guide_spares_iterations():
+    x = spectrum([1.0] * 20) + 1e-3 * normal(400, 300, seed=7)
+    guided = RowBlocks((400, 300), lambda start, stop: x[start:stop], x.dtype, lambda y: x.mT @ (x @ y))
+    assert error(x, truncated_svd(guided, 20, Key(0), iterations=0)) < 1.01 * best_error(x, 20)
+    assert error(x, truncated_svd(rows_of(x), 20, Key(0), iterations=0)) > 1.01 * best_error(x, 20)
 
 
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60)])

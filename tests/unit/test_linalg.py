@@ -14,7 +14,7 @@ from plait.linalg.blocks import RowBlocks, block_ranges
 from plait.linalg.elect import agreement, elect_sign, merge_agreeing
 from plait.linalg.factored import inner, left_basis, orient
 from plait.linalg.keyed import Key
-from plait.linalg.sparsify import keep_at_least, kept_count, row_ranks
+from plait.linalg.sparsify import drop_above, keep_at_least, kept_count, row_ranks
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -75,6 +75,26 @@ def test_keep_at_least_at_the_ends(dtype) -> None:
     assert (found[1] == 0).all()
     assert torch.equal(found[2], torch.where(x[2].abs() >= 0.5, x[2], 0))
     assert torch.equal(x, normal(3, 4, 5, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_drop_above_keeps_what_equals_the_limit(dtype) -> None:
+    x = torch.tensor([[[3.0, -3.0, 3.0 * (1 + torch.finfo(dtype).eps), -7.0, 0.1]], [[5.0, -9.0, 0.0, 1.0, 2.0]]], dtype=dtype)
+    found = drop_above(x, torch.tensor([3.0, math.inf], dtype=dtype))
+    assert torch.equal(found[0], torch.tensor([[3.0, -3.0, 0.0, 0.0, 0.1]], dtype=dtype))
+    assert torch.equal(found[1], x[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [2, 63, 64, 65, 1000])
+def test_row_ranks_count_the_smaller_and_those_to_the_left(dtype, columns) -> None:
+    x = (normal(5, columns) * 8).round().to(dtype) / 8
+    x[0, 0] = torch.finfo(dtype).max
+    size = x.abs()
+    before = (size[:, None, :] < size[:, :, None]) | (
+        (size[:, None, :] == size[:, :, None]) & torch.ones(columns, columns).tril(-1).bool()
+    )
+    assert torch.equal(row_ranks(x), before.sum(-1))
 
 
 def test_row_ranks() -> None:
@@ -187,6 +207,27 @@ def test_row_blocks_are_the_matrix(monkeypatch, hold) -> None:
     assert calls == [(0, 2), (2, 4), (4, 6), (6, 7)] * (1 if hold else 4)
     assert torch.equal(matrix.scaled(-2).dense(), x * -2)
     assert matrix.scaled(1) is matrix
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [(lambda x: x.mT, r"has shape \(5, 2\)"), (lambda x: x[:1], "has shape"), (lambda x: x.float(), "torch.float32")],
+)
+@pytest.mark.parametrize("hold", [0, 1 << 20])
+def test_row_blocks_refuse_other_shapes_and_dtypes(monkeypatch, hold, wrong, text) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 12)
+    monkeypatch.setattr(blocks, "HOLD_ELEMENTS", hold)
+    x = normal(8, 5)
+    with pytest.raises(ValueError, match=text):
+        RowBlocks((8, 5), lambda start, stop: wrong(x[start:stop]), torch.float64).dense()
+
+
+@pytest.mark.parametrize("stride", [2, 5, 100])
+def test_strided_block_ranges_hold_as_many_rows(monkeypatch, stride) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 12)
+    ranges = list(block_ranges(33, 4, stride))
+    assert [i for start, stop in ranges for i in range(start, stop, stride)] == list(range(0, 33, stride))
+    assert all(len(range(start, stop, stride)) <= 3 for start, stop in ranges)
 
 
 def test_keys_name_streams() -> None:

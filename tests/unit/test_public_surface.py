@@ -17,8 +17,8 @@ def run(code: str) -> str:
 def test_the_public_names() -> None:
     assert plait.__all__ == [
         "METHODS", "SPACES", "Adapter", "AdapterError", "AddressError", "Inspection", "LowRank", "MergePlan", "MergeResult",
-        "OutputError", "PlaitError", "PlanError", "Recipe", "RecipeError", "compress", "inspect", "load_recipe", "merge",
-        "plan", "__version__",
+        "OutputError", "PlaitError", "PlanError", "Recipe", "RecipeError", "bake", "compress", "extract", "inspect",
+        "load_recipe", "merge", "plan", "push", "save_moments", "unbake", "verify", "__version__",
     ]  # fmt: skip
     for name in plait.__all__:
         assert getattr(plait, name) is not None

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from plait.errors import RecipeError
 from plait.linalg.keyed import Key
 from plait.merging.combine import pipeline_of
-from plait.merging.weighting import module_weights
+from plait.merging.weighting import module_weights, towers_of
 from plait.methods import Block
 from plait.recipes.loading import RecipeWarning, build_recipe, load_recipe, migrate_file
 from plait.recipes.mergekit import convert_mergekit
@@ -23,7 +23,7 @@ from plait.recipes.mergekit_terms import METHODS as MERGEKIT
 from plait.recipes.mergekit_terms import pattern
 from plait.recipes.migration import migrate
 from plait.recipes.writing import to_yaml
-from plait.stages.base import LinearCombine
+from plait.stages.base import GramCombine, LinearCombine
 
 ADAPTERS = [{"name": "asr", "path": "./asr"}, {"name": "emotion", "path": "./emotion"}]
 
@@ -442,9 +442,11 @@ def test_a_file_is_migrated_to_text_that_loads_equal(tmp_path):
 
 def merged(recipe, x: torch.Tensor, module: str = "model.layers.3.self_attn.q_proj") -> torch.Tensor:
     """Merge the deltas x (T, p, q) of one module by a recipe, in one block."""
-    pipeline, weights = pipeline_of(recipe), module_weights(recipe, module)
+    pipeline, weights = pipeline_of(recipe), module_weights(recipe, module, towers_of([module]))
     if isinstance(pipeline.combine, LinearCombine):
         weights = pipeline.combine.coefficients(weights, module)
+    if isinstance(pipeline.combine, GramCombine):
+        weights = pipeline.combine.coefficients(weights, x.flatten(1) @ x.flatten(1).mT)
     keys = tuple(Key(0, (a.name,)) for a in recipe.adapters)
     statistics = []
     for survey in pipeline.surveys():
@@ -484,6 +486,85 @@ def test_a_migrated_policy_weighs_as_it_did(layer):
     x = deltas(2)
 
     torch.testing.assert_close(merged(recipe, x, f"model.layers.{layer}.mlp.up_proj"), share * x[0] + (1 - share) * x[1])
+
+
+def mergekit_sce(x, select_topk=1.0):
+    mask = torch.ones_like(x[0])
+    if select_topk < 1:
+        variance = x.var(0, unbiased=False)
+        mask = (variance >= variance.flatten().sort(descending=True).values[int(select_topk * variance.numel()) - 1]).double()
+    x = x * mask
+    w = (x**2).mean((1, 2)) / (x**2).mean((1, 2)).sum()
+    agrees = (x.sign() == torch.where(x.sum(0) >= 0, 1.0, -1.0)) * w.view(-1, 1, 1)
+    return (x * agrees).sum(0) / torch.where(agrees.sum(0) == 0, 1, agrees.sum(0))
+
+
+def mergekit_ram(x, epsilon=1e-5, r=0.0, alpha=0.2):
+    active = x.abs() > epsilon
+    counts = active.sum(0)
+    shared, own = (active & (counts > 1)), (active & (counts == 1))
+    gain = 1 + r * (shared.sum((1, 2)) / own.sum((1, 2)).clamp(min=1)).clamp(max=alpha)
+    return (x * own * gain.view(-1, 1, 1) + x * shared / counts.clamp(min=1)).sum(0)
+
+
+def mergekit_multislerp(x, weights, *, normalize=True):
+    w = torch.tensor(weights, dtype=x.dtype)
+    w = (w / w.sum() if normalize else w).view(-1, 1, 1)
+    norms = x.flatten(1).norm(dim=1).view(-1, 1, 1)
+    mean = (w * x / norms).sum(0)
+    return mean / mean.norm() * (w * norms).sum()
+
+
+def mergekit_nuslerp(x, t):
+    theta = torch.acos((x[0] * x[1]).sum() / (x[0].norm() * x[1].norm()))
+    return (torch.sin((1 - t) * theta) * x[0] + torch.sin(t * theta) * x[1]) / torch.sin(theta)
+
+
+def mergekit_model_stock(x):
+    unit = x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True)
+    cosine = (unit @ unit.mT).triu(1).sum() / 3
+    return 3 * cosine / (1 + 2 * cosine) * x.mean(0)
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "parameters", "expected"),
+    [
+        ("sce", None, {}, mergekit_sce),
+        ("sce", None, {"select_topk": 0.3}, lambda x: mergekit_sce(x, 0.3)),
+        ("ram", None, {}, mergekit_ram),
+        ("ram", None, {"epsilon": 0.8}, lambda x: mergekit_ram(x, 0.8)),
+        ("ramplus_tl", None, {"epsilon": 1.2}, lambda x: mergekit_ram(x, 1.2, r=0.1)),
+        ("ramplus_tl", None, {"epsilon": 1.2, "r": 2, "alpha": 5}, lambda x: mergekit_ram(x, 1.2, r=2, alpha=5)),
+        ("multislerp", [0.5, 1.5, 0.25], {}, lambda x: mergekit_multislerp(x, [0.5, 1.5, 0.25])),
+        (
+            "multislerp",
+            [0.5, 1.5, 0.25],
+            {"normalize_weights": False},
+            lambda x: mergekit_multislerp(x, [0.5, 1.5, 0.25], normalize=False),
+        ),
+        ("nuslerp", [0.6, 0.2], {}, lambda x: mergekit_nuslerp(x, 0.25)),
+        ("nuslerp", [1, -1], {}, lambda x: mergekit_nuslerp(x, 0.5)),
+        ("model_stock", None, {}, mergekit_model_stock),
+        ("breadcrumbs_ties", [0.5, 1.5, 0.25], {"density": 0.5, "gamma": 0.1}, "gta"),
+        ("della_linear", [0.5, 1.5, 0.25], {}, "gta"),
+    ],
+)
+def test_mergekits_other_methods_merge_as_there(method, weights, parameters, expected):
+    names = "abc"[: len(weights or "abc")]
+    models = [
+        {"model": f"org/base+./{n}", "parameters": {"weight": w} if w else {}}
+        for n, w in zip(names, weights or [0] * 3, strict=True)
+    ]
+    recipe = quietly(
+        build_recipe, {"merge_method": method, "base_model": "org/base", "models": models, "parameters": parameters}
+    )
+    x = deltas(len(names))
+    if expected == "gta":
+        reference = mergekit(x, weights=weights, elects=method.endswith("ties"), **parameters)
+    else:
+        reference = expected(x)
+    torch.testing.assert_close(merged(recipe, x), reference)
+    assert load_recipe(to_yaml(recipe)) == recipe
 
 
 def mergekit(x, *, weights, density=1.0, gamma=None, elects=False, normalize=False, scale=1.0):
@@ -728,20 +809,47 @@ def test_mergekit_recipes(config, expected):
     [
         (
             gta("slerp", A, B),
-            [f"merge_method: mergekit's 'slerp' has no counterpart here; these have one: {', '.join(MERGEKIT)}."],
-        ),
-        (
-            gta("della_linear", A, B),
             [
-                "merge_method: mergekit's 'della_linear' has no counterpart here; these have one: "
-                f"{', '.join(MERGEKIT)}. The nearest is 'della'."
+                f"merge_method: mergekit's 'slerp' has no counterpart here; these have one: {', '.join(MERGEKIT)}. mergekit's "
+                "'slerp': it turns whole models; 'nuslerp' with a base_model, and plait's 'slerp', turn what the adapters changed."
             ],
         ),
         (
-            gta("breadcrumbs_ties", A, B),
+            gta("nearswap", A, B),
+            [f"merge_method: mergekit's 'nearswap' has no counterpart here; these have one: {', '.join(MERGEKIT)}."],
+        ),
+        (
+            {"merge_method": "multislerp", "models": [A, B]},
             [
-                "merge_method: mergekit's 'breadcrumbs_ties' has no counterpart here; these have one: "
-                f"{', '.join(MERGEKIT)}. The nearest is 'breadcrumbs'."
+                "merge_method: 'multislerp' needs a base_model: without one mergekit turns whole models, and plait merges what "
+                "adapters changed."
+            ],
+        ),
+        (
+            gta("nuslerp", A, B, model("org/base+./c", weight=1)),
+            ["models: it goes from one adapter to another: give two, each with one weight."],
+        ),
+        (
+            gta("nuslerp", A, B, parameters={"nuslerp_row_wise": True}),
+            ["parameters.nuslerp_row_wise: nuslerp_row_wise is true: plait turns each module as one vector."],
+        ),
+        (
+            gta("model_stock", A, B, parameters={"filter_wise": True}),
+            ["parameters.filter_wise: filter_wise is true: plait takes one angle per module, not one per row."],
+        ),
+        (
+            gta("sce", A, B, parameters={"select_topk": 2}),
+            ["parameters.select_topk: density is 2; it must be > 0 and <= 1."],
+        ),
+        (
+            gta("ram", A, B, parameters={"epsilon": -1}),
+            ["parameters.epsilon: above is -1; it must be >= 0."],
+        ),
+        (
+            gta("sce", A, B, parameters={"lamda": 2}),
+            [
+                "parameters.lamda: 'lamda' is not known here; allowed: weight, density, epsilon, gamma, lambda, normalize, "
+                "rescale, int8_mask, select_topk, eps. Did you mean 'lambda'?"
             ],
         ),
         (

@@ -54,7 +54,10 @@ class LowRank:
         used = [(part, c) for part, c in zip(parts, coefficients, strict=True) if c != 0 and part.rank]
         if not used:
             return LowRank.zero(parts[0].shape, parts[0].a.dtype)
-        return LowRank(torch.cat([p.a for p, _ in used]), torch.cat([p.b * c for p, c in used], dim=1))
+        b = torch.empty(parts[0].shape[0], sum(p.rank for p, _ in used), dtype=used[0][0].b.dtype)
+        for (part, c), place in zip(used, torch.split(b, [p.rank for p, _ in used], dim=1), strict=True):
+            torch.mul(part.b, c, out=place)
+        return LowRank(torch.cat([p.a for p, _ in used]), b)
 
     def to(self, dtype: torch.dtype) -> LowRank:
         """Return it in another dtype."""

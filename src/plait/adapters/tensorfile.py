@@ -50,19 +50,27 @@ class SafetensorsFile:
         Its bytes are read into memory of their own: opening the file through safetensors parses the whole header again for
         every tensor, and mapping it keeps pages of the file resident.
         """
+        shape = self.tensors[name].shape
+        return self._read(name, 0, self.tensors[name].nbytes).reshape(shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return the rows [start, stop) of a tensor along its first dimension."""
+        info = self.tensors[name]
+        row = info.nbytes // max(1, info.shape[0])
+        return self._read(name, start * row, (stop - start) * row).reshape(stop - start, *info.shape[1:])
+
+    def _read(self, name: str, offset: int, nbytes: int) -> Tensor:
         import torch
 
         info = self.tensors[name]
         if info.dtype not in DTYPES:
             raise AdapterError(f"{self.path}: {name!r} is stored as {info.dtype}; plait reads {', '.join(DTYPES)}.")
-        data = bytearray(info.nbytes)
+        data = torch.empty(nbytes, dtype=torch.uint8)
         with self.path.open("rb") as file:
-            file.seek(info.start)
-            if file.readinto(data) != info.nbytes:
+            file.seek(info.start + offset)
+            if file.readinto(data.numpy()) != nbytes:  # type: ignore[arg-type]
                 raise AdapterError(f"{self.path}: {name!r} cannot be read to its end. Did the file change while it was read?")
-        dtype = getattr(torch, DTYPES[info.dtype])
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        return flat.reshape(info.shape)
+        return data.view(getattr(torch, DTYPES[info.dtype]))
 
 
 class PickleFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -35,6 +36,9 @@ class TensorWriter:
         metadata: of the header; `format: pt` is always there.
 
     Use as a context manager; leaving it checks that every byte was written and flushes to disk.
+
+    Attributes:
+        sha256: hex digest of the whole file, once it is left.
     """
 
     def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> None:
@@ -57,7 +61,10 @@ class TensorWriter:
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
         self._expected = self._left = offset
-        self._file = path.open("xb", buffering=0)
+        self.sha256 = ""
+        self._hash = hashlib.sha256()
+        self._hashed = 0  # bytes from the start of the file
+        self._file = path.open("x+b", buffering=0)
         try:
             self._put(struct.pack("<Q", len(text)) + text, 0)
             if offset and hasattr(os, "posix_fallocate"):
@@ -80,8 +87,17 @@ class TensorWriter:
     def _put(self, data: bytes | memoryview, position: int) -> None:
         self._file.seek(position)
         view = memoryview(data)
+        if position == self._hashed:  # what comes in the order of the file is hashed while it is in the cache
+            self._hash.update(view)
+            self._hashed += len(view)
         while view:
             view = view[self._file.write(view) :]
+
+    def _hash_the_rest(self) -> None:
+        self._file.seek(self._hashed)
+        while piece := self._file.read(1 << 20):
+            self._hash.update(piece)
+        self.sha256 = self._hash.hexdigest()
 
     def __enter__(self) -> TensorWriter:
         return self
@@ -92,6 +108,7 @@ class TensorWriter:
                 if self._left:
                     raise AssertionError(f"{self._left} of {self._expected} bytes were never written")
                 os.fsync(self._file.fileno())
+                self._hash_the_rest()
         finally:
             self._file.close()
 

@@ -11,7 +11,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 def out() -> Console:
@@ -47,14 +56,18 @@ class ProgressBars:
         self._bar: Progress | None = None
         self._task: Any = None
         self._stage = ""
+        self._unit = ""
         self._steps = 0
         self._started = 0.0
 
-    def start(self, stage: str, total: int) -> None:
+    def start(self, stage: str, total: int, unit: str = "steps") -> None:
         """Begin a stage."""
-        self._stage, self._steps, self._started = stage, total, time.perf_counter()
+        self._stage, self._steps, self._unit, self._started = stage, total, unit, time.perf_counter()
         if self._console.is_terminal:
-            columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            count: tuple[ProgressColumn, ...] = (MofNCompleteColumn(),)
+            if unit == "B":
+                count = (DownloadColumn(), TransferSpeedColumn())
+            columns = (TextColumn("{task.description:>8}"), BarColumn(), *count, TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task(stage, total=total)
             self._bar.start()
@@ -70,7 +83,8 @@ class ProgressBars:
             self._bar.stop()
             self._bar = None
         elif self._steps:
-            self._console.print(f"{self._stage}: {self._steps} steps in {time.perf_counter() - self._started:.1f} s")
+            amount = size(self._steps) if self._unit == "B" else f"{self._steps} {self._unit}"
+            self._console.print(f"{self._stage}: {amount} in {time.perf_counter() - self._started:.1f} s")
             self._steps = 0
 
 

@@ -12,14 +12,26 @@ from typing import Annotated
 import typer
 
 from plait import __version__
+from plait.cli.bake import bake
 from plait.cli.compress import compress
+from plait.cli.evaluate import evaluate
+from plait.cli.extract import extract
 from plait.cli.inspect import inspect
 from plait.cli.merge import merge
 from plait.cli.methods import methods
+from plait.cli.push import push
 from plait.cli.recipe import recipe_app
+from plait.cli.report import report
+from plait.cli.tasks import tasks_app
+from plait.cli.unbake import unbake
+from plait.cli.verify import verify
 from plait.errors import PlaitError
 
-_NUMBER = re.compile(r"[-+]?((\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|nan|inf)")
+#: Options that take several values in a row, and what such a value looks like.
+_LISTS = {
+    "--weights": re.compile(r"[-+]?((\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|nan|inf)"),
+    "--tasks": re.compile(r"[^-].*\.(ya?ml|json)"),
+}
 
 app = typer.Typer(
     name="plait",
@@ -30,10 +42,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("merge")(merge)
+app.command("bake")(bake)
+app.command("un-bake")(unbake)
 app.command("inspect")(inspect)
 app.command("compress")(compress)
+app.command("extract")(extract)
+app.command("verify")(verify)
+app.command("push")(push)
+app.command("eval")(evaluate)
+app.command("report")(report)
 app.command("methods")(methods)
 app.add_typer(recipe_app, name="recipe")
+app.add_typer(tasks_app, name="tasks")
 
 
 def _version(value: bool) -> None:  # noqa: FBT001 (typer's callback)
@@ -54,7 +74,7 @@ def _options(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process: 0 done, 1 our fault, 2 the user's."""
-    arguments = _join_weights(list(sys.argv[1:] if argv is None else argv))
+    arguments = _join_lists(list(sys.argv[1:] if argv is None else argv))
     wants_traceback = "--traceback" in arguments
     # accepted anywhere, though it belongs to the command itself
     arguments = [a for a in arguments if a != "--traceback"]
@@ -85,21 +105,21 @@ def _show(error: PlaitError, *, wants_traceback: bool) -> None:
         console.print(note, markup=False)
 
 
-def _join_weights(arguments: list[str]) -> list[str]:
-    """Turn `--weights 0.7 0.3` into `--weights 0.7,0.3`."""
+def _join_lists(arguments: list[str]) -> list[str]:
+    """Turn `--weights 0.7 0.3` into `--weights 0.7,0.3`, and `--tasks a.yaml b.yaml` into `--tasks a.yaml,b.yaml`."""
     joined: list[str] = []
     queue = iter(arguments)
     for argument in queue:
         joined.append(argument)
-        if argument != "--weights":
+        if argument not in _LISTS:
             continue
-        numbers: list[str] = []
+        items: list[str] = []
         for following in queue:
-            if _NUMBER.fullmatch(following):
-                numbers.append(following)
+            if _LISTS[argument].fullmatch(following):
+                items.append(following)
                 continue
-            joined += [",".join(numbers)] * bool(numbers) + [following]
+            joined += [",".join(items)] * bool(items) + [following]
             break
         else:
-            joined += [",".join(numbers)] * bool(numbers)
+            joined += [",".join(items)] * bool(items)
     return joined

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from plait.baking.plan import BakePlan
     from plait.merging.pipeline import MergeResult
     from plait.merging.plan import MergePlan
+    from plait.merging.record import ModuleRecord
+    from plait.verification.extend import Extension
 
 _RECIPES = (".yaml", ".yml", ".json")
+_PROMISES = {
+    "exact": "exact",
+    "rank": "of a rank known beforehand",
+    "deterministic": "the same bytes every time",
+    "gauge_free": "a function of the deltas alone",
+}
 
 
 def merge(
@@ -24,6 +34,17 @@ def merge(
         ),
     ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; the workspace artifacts/ otherwise.")] = None,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(help=r"Add an adapter to an earlier merge: plait merge MERGED --add \[name=]NEW.", show_default=False),
+    ] = None,
+    from_merged: Annotated[
+        bool, typer.Option("--from-merged", help="With --add: take the merged adapter itself, not its sources.")
+    ] = False,
+    input_: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="NAME=PATH", help="With --add: where a source lies now.", show_default=False),
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help=r"Merge method; see `plait methods`. \[linear]", show_default=False)
     ] = None,
@@ -40,9 +61,13 @@ def merge(
     kind: Annotated[
         str | None, typer.Option(help=r"Write an adapter, or the dense delta. \[adapter]", show_default=False)
     ] = None,
+    moments: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Second moments, <adapter>.safetensors each (regmean, ssr).", show_default=False),
+    ] = None,
     merge_mode: Annotated[str | None, typer.Option(help=r"union, common or strict. \[union]", show_default=False)] = None,
     base_id: Annotated[
-        str | None, typer.Option("--base-id", help="Base model; needed for DoRA only.", show_default=False)
+        str | None, typer.Option("--base-id", help="Base model; needed for DoRA and --bake-dir.", show_default=False)
     ] = None,
     seed: Annotated[int | None, typer.Option(help=r"Of randomised methods. \[0]", show_default=False)] = None,
     set_: Annotated[
@@ -56,12 +81,20 @@ def merge(
     push_adapter_repo: Annotated[
         str | None, typer.Option("--push-adapter-repo", help="Hub repository to upload to.", show_default=False)
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Create that repository as private.")] = False,
+    bake_dir: Annotated[
+        Path | None,
+        typer.Option("--bake-dir", help="Also write base + merge as a full model there (plait bake).", show_default=False),
+    ] = None,
+    push_baked_repo: Annotated[
+        str | None, typer.Option("--push-baked-repo", help="Hub repository for the full model.", show_default=False)
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create these repositories as private.")] = False,
 ) -> None:
     """Merge LoRA adapters into one, without the base model.
 
     Example: plait merge math=./a code=org/repo@main/checkpoint-100 --method ties --density 0.3 -o merged
     """
+    from plait.cli.bake import BakeBeside
     from plait.cli.console import ProgressBars, err, print_json, warnings_as_notes
     from plait.errors import OutputError, RecipeError
     from plait.merging.pipeline import plan_recipe, run_recipe
@@ -71,22 +104,32 @@ def merge(
     settings = {
         "method": method, "space": space, "weights": weights, "scale": scale, "density": density, "sign": sign,
         "flavor": flavor, "rank": rank, "dtype": dtype, "kind": kind, "merge_mode": merge_mode, "base_model": base_id,
-        "seed": seed,
+        "seed": seed, "moments": moments,
     }  # fmt: skip
-    if private and push_adapter_repo is None:
+    if private and push_adapter_repo is None and push_baked_repo is None:
         raise RecipeError("--private is for the repository of --push-adapter-repo; give both or neither.")
+    if push_baked_repo is not None and bake_dir is None:
+        raise RecipeError("--push-baked-repo uploads the model of --bake-dir; give both or neither.")
+    given = {k: v for k, v in settings.items() if v is not None}
+    base_folder: Path | None = None
+    notes: tuple[str, ...] = ()
     with warnings_as_notes():
-        recipe, folder = read_request(
-            _recipe_file(inputs),
-            _adapters(inputs),
-            {k: v for k, v in settings.items() if v is not None},
-            set_ or [],
-        )
+        if add or from_merged or input_:
+            extension = _extension(inputs, add, given, set_ or [], input_ or [], from_merged=from_merged)
+            recipe, folder = extension.recipe, None
+            base_folder, notes = extension.base_folder, extension.notes
+        else:
+            recipe, folder = read_request(recipe_file(inputs), adapters_of(inputs), given, set_ or [])
+    beside = baked = None
+    if bake_dir is not None:
+        beside = BakeBeside(recipe, folder, bake_dir, push_baked_repo, private=private, force=force, workers=workers)
+        baked = beside.check()
     if dry_run:
         if out is not None and (problem := output_problem(out, force=force)):
             raise OutputError(problem)
         plan = plan_recipe(recipe, folder=folder, workers=workers)
-        print_json(plan.model_dump(mode="json")) if json else _show_plan(plan)
+        plan = plan.model_copy(update={"notes": (*plan.notes, *notes)})
+        _show_plans(plan, baked, bake_dir, json=json)
         return
     result = run_recipe(
         recipe,
@@ -97,21 +140,56 @@ def merge(
         progress=ProgressBars(),
         push_to=push_adapter_repo,
         private=private,
+        base_folder=base_folder,
+        notes=notes,
     )
-    for note in result.plan.notes:
+    for note in result.record.notes:
         err().print(f"note: {note}", style="dim", markup=False)
     if json:
-        print_json({"folder": str(result.folder), "url": result.url, **result.record.model_dump(mode="json")})
+        merged = {"folder": str(result.folder), "url": result.url, **result.record.model_dump(mode="json")}
+        print_json(merged | ({} if beside is None else {"bake": beside.run()}))
     else:
         show_result(result)
+        if beside is not None:
+            beside.run(show=True)
 
 
-def _recipe_file(inputs: list[str]) -> Path | None:
+def _extension(
+    inputs: list[str], add: list[str] | None, settings: dict[str, Any], sets: list[str], places: list[str], *, from_merged: bool
+) -> Extension:
+    from plait.errors import RecipeError
+    from plait.verification.extend import extend
+
+    if not add:
+        raise RecipeError("--from-merged and --input are for --add NEW, which adds an adapter to an earlier merge.")
+    if len(inputs) != 1 or recipe_file(inputs):
+        raise RecipeError(f"--add takes one earlier merge, a folder with its plait.lock; got {' '.join(inputs)}.")
+    if wrong := [place for place in places if not all(place.partition("="))]:
+        raise RecipeError(f"--input {wrong[0]}: write NAME=PATH.")
+    found = dict(place.split("=", 1) for place in places)
+    return extend(Path(inputs[0]), add, settings, sets, inputs=found, from_merged=from_merged)
+
+
+def recipe_file(inputs: list[str]) -> Path | None:
+    """Return the recipe among a command's arguments; it comes first."""
     return Path(inputs[0]) if inputs[0].lower().endswith(_RECIPES) else None
 
 
-def _adapters(inputs: list[str]) -> list[str]:
+def adapters_of(inputs: list[str]) -> list[str]:
+    """Return the adapters among a command's arguments."""
     return inputs[1:] if inputs[0].lower().endswith(_RECIPES) else inputs
+
+
+def _show_plans(plan: MergePlan, baked: BakePlan | None, bake_dir: Path | None, *, json: bool) -> None:
+    from plait.cli.bake import show_bake_plan
+    from plait.cli.console import print_json
+
+    if json:
+        print_json(plan.model_dump(mode="json") | ({} if baked is None else {"bake": baked.model_dump(mode="json")}))
+        return
+    _show_plan(plan)
+    if baked is not None and bake_dir is not None:
+        show_bake_plan(baked, bake_dir)
 
 
 def _show_plan(plan: MergePlan) -> None:
@@ -122,6 +200,7 @@ def _show_plan(plan: MergePlan) -> None:
     console = out()
     console.print(f"[bold]{plan.method}[/bold] in [bold]{plan.space}[/bold] space: ", end="")
     console.print(plan.equation, markup=False)
+    console.print(f"pipeline: {plan.pipeline}", markup=False, highlight=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name, justify in (
         ("target modules", "left"),
@@ -145,6 +224,9 @@ def _show_plan(plan: MergePlan) -> None:
         f"\n{len(plan.modules)} target modules · {where} · {size(plan.output_bytes)} to write · "
         f"about {size(plan.peak_bytes)} of memory · {plan.passes} pass{'es' if plan.passes > 1 else ''} over the factors"
     )
+    holds = [words for key, words in _PROMISES.items() if plan.promises[key]]
+    fails = [f"not {words}" for key, words in _PROMISES.items() if not plan.promises[key]]
+    console.print(f"promised: {', '.join([*holds, *fails])}", highlight=False)
     if plan.max_lora_rank:
         console.print(f"vLLM: --max-lora-rank {plan.max_lora_rank}")
     for note in plan.notes:
@@ -204,14 +286,14 @@ def show_result(result: MergeResult) -> None:
         console.print(f"[green]dense[/green]: the whole merge is stored · {size(written)}")
     else:
         console.print(f"[yellow]truncated[/yellow]: {record.kept:.2%} of the energy ‖ΔW‖² is kept · {size(written)}")
-        _show_energy(result)
+        show_energy(result.record.modules)
     if record.max_lora_rank:
         console.print(f"vLLM: --max-lora-rank {record.max_lora_rank}")
     if result.url:
         console.print(f"pushed to {result.url}")
 
 
-def _show_energy(result: MergeResult) -> None:
+def show_energy(modules: Sequence[ModuleRecord]) -> None:
     """Show the kept energy by kind of module: where the loss is."""
     from collections import defaultdict
 
@@ -220,14 +302,14 @@ def _show_energy(result: MergeResult) -> None:
     from plait.cli.console import out
 
     kinds: dict[str, list[Any]] = defaultdict(list)
-    for m in result.record.modules:
+    for m in modules:
         kinds[m.target.rpartition(".")[2]].append(m)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("module", "kept", "worst", "where"):
         table.add_column(name, justify="left" if name in ("module", "where") else "right")
-    for kind, modules in kinds.items():
-        total = sum(m.energy or 0 for m in modules)
-        kept = sum((m.energy or 0) * m.kept for m in modules) / total if total else 1.0
-        worst = min(modules, key=lambda m: m.kept)
-        table.add_row(f"{kind} ({len(modules)})", f"{kept:.1%}", f"{worst.kept:.1%}", worst.target)
+    for kind, members in kinds.items():
+        total = sum(m.energy or 0 for m in members)
+        kept = sum((m.energy or 0) * m.kept for m in members) / total if total else 1.0
+        worst = min(members, key=lambda m: m.kept)
+        table.add_row(f"{kind} ({len(members)})", f"{kept:.1%}", f"{worst.kept:.1%}", worst.target)
     out().print(table)

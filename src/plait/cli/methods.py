@@ -7,18 +7,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from plait.methods.base import Method
+    from plait.stages import Pipeline, StageParams
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Describe one method.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="Describe one method (or stage).", show_default=False)] = None,
+    stages: Annotated[bool, typer.Option("--stages", help="The stages that methods are made of, not the methods.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
-    """List the merge methods, or describe one: paper, equation, parameters, spaces, exactness."""
+    """List the merge methods, or describe one: paper, equation, parameters, spaces, exactness, the pipeline it stands for.
+
+    Example: plait methods ties; plait methods --stages; plait methods --stages trim
+    """
     from plait.cli.console import print_json
     from plait.methods import METHODS
 
-    if name is not None:
+    if stages:
+        _stages(name, json=json)
+    elif name is not None:
+        _check_no_stage(name)
         described = describe(METHODS[name])
         print_json(described) if json else _show(described)
     elif json:
@@ -27,19 +37,47 @@ def methods(
         _list()
 
 
+def _check_no_stage(name: str) -> None:
+    from plait.errors import PlanError
+    from plait.methods import METHODS
+    from plait.stages import STAGES
+
+    if name in STAGES and name not in METHODS:
+        raise PlanError(f"{name!r} is a stage, not a method; `plait methods --stages {name}` describes it.")
+
+
+def _stages(name: str | None, *, json: bool) -> None:
+    from plait.cli.console import print_json
+    from plait.errors import PlanError, did_you_mean
+    from plait.stages import STAGES
+
+    if name is not None and name not in STAGES:
+        raise PlanError(f"stage {name!r} is not known.{did_you_mean(name, STAGES)} Known: {', '.join(STAGES)}.")
+    if name is not None:
+        described = describe_stage(STAGES[name])
+        print_json(described) if json else _show_stage(described)
+    elif json:
+        print_json({"stages": [describe_stage(stage) for stage in STAGES.values()]})
+    else:
+        _list_stages()
+
+
+def describe_stage(stage: type[StageParams]) -> dict[str, Any]:
+    """Return what the registry knows of a stage: its name, where it stands, what it does, its parameters."""
+    from plait.stages import DeltaStage, EntryStage, MergedStage
+
+    place = "pre" if issubclass(stage, (DeltaStage, EntryStage)) else "post" if issubclass(stage, MergedStage) else "combine"
+    return {
+        "name": stage.spelled(),
+        "place": place,
+        "summary": " ".join((stage.__doc__ or "").partition("\n\n")[0].split()),
+        "parameters": [p for p in _parameters(stage) if p["name"] != "name"],
+    }
+
+
 def describe(method: Method) -> dict[str, Any]:
     """Return everything the registry knows of a method."""
-    schema = method.params.model_json_schema()
-    parameters = [
-        {
-            "name": key,
-            "default": field.get("default"),
-            "required": key in schema.get("required", []),
-            "allowed": _allowed(field),
-            "description": field.get("description", ""),
-        }
-        for key, field in schema.get("properties", {}).items()
-    ]
+    pipeline = _default_pipeline(method)
     return {
         "name": method.name,
         "summary": method.summary,
@@ -53,8 +91,62 @@ def describe(method: Method) -> dict[str, Any]:
         "randomised": method.randomised,
         "min_adapters": method.min_adapters,
         "max_adapters": method.max_adapters,
-        "parameters": parameters,
+        "pipeline": None if pipeline is None else " → ".join(_with_parameters(stage) for stage in pipeline.stages),
+        "spelled": None if pipeline is None else spelled(pipeline),
+        "parameters": _parameters(method.params),
     }
+
+
+def _parameters(model: type[BaseModel]) -> list[dict[str, Any]]:
+    schema = model.model_json_schema()
+    return [
+        {
+            "name": key,
+            "default": field.get("default"),
+            "required": key in schema.get("required", []),
+            "allowed": _allowed(field, schema.get("$defs", {})),
+            "description": field.get("description", ""),
+        }
+        for key, field in schema.get("properties", {}).items()
+    ]
+
+
+def _default_pipeline(method: Method) -> Pipeline | None:
+    """Return the stages that a method stands for by default; None where a parameter without a default decides."""
+    from pydantic import ValidationError
+
+    try:
+        return method.pipeline(method.spec.model_validate({"name": method.name}))
+    except ValidationError:
+        return None
+
+
+def _with_parameters(stage: Any) -> str:
+    from plait.stages import StageParams
+
+    if not isinstance(stage, StageParams):
+        return str(stage)
+    values = stage.model_dump(mode="json", by_alias=True, exclude={"name"})
+    return stage.spelled() + (f"({', '.join(f'{k}={_flow(v)}' for k, v in values.items())})" if values else "")
+
+
+def spelled(pipeline: Pipeline) -> dict[str, Any] | None:
+    """Return a pipeline as a recipe spells it under `method`; None where a stage has no name there."""
+    from plait.stages import StageParams
+
+    if not all(isinstance(stage, StageParams) for stage in pipeline.stages):
+        return None
+
+    def stage(params: Any) -> Any:
+        said = params.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        return {"name": params.spelled(), **said} if said else params.spelled()
+
+    parts = {
+        "pre": [stage(s) for s in pipeline.pre],
+        "combine": stage(pipeline.combine),
+        "post": [stage(s) for s in pipeline.post],
+    }
+    return {key: part for key, part in parts.items() if part}
 
 
 def exactness(method: Method) -> dict[str, str]:
@@ -74,13 +166,19 @@ def exactness(method: Method) -> dict[str, str]:
     return words
 
 
-def _allowed(field: dict[str, Any]) -> str:
+def _allowed(field: dict[str, Any], shapes: dict[str, Any]) -> str:
+    if "$ref" in field:
+        return str(shapes[field["$ref"].rpartition("/")[2]]["properties"]["name"]["const"])
+    if "oneOf" in field:
+        return " | ".join(_allowed(option, shapes) for option in field["oneOf"])
+    if field.get("type") == "array" and "items" in field:
+        return f"list of {_allowed(field['items'], shapes)}"
     if "enum" in field:
         return " | ".join(map(str, field["enum"]))
     if "const" in field:
         return str(field["const"])
     if "anyOf" in field:
-        return " | ".join(_allowed(option) for option in field["anyOf"])
+        return " | ".join(_allowed(option, shapes) for option in field["anyOf"])
     bounds = [
         f"{sign} {field[key]:g}"
         for key, sign in (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
@@ -103,10 +201,36 @@ def _list() -> None:
     for method in METHODS.values():
         table.add_row(method.name, method.summary, " ".join(method.spaces))
     out().print(table)
-    out().print("\n`plait methods NAME` describes one: equation, paper, parameters.", style="dim")
+    out().print("\n`plait methods NAME` describes one; `plait methods --stages` lists what they are made of.", style="dim")
+
+
+def _list_stages() -> None:
+    from rich.table import Table
+
+    from plait.cli.console import out
+    from plait.stages import STAGES
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("place", "stage", "what it does", "parameters"):
+        table.add_column(column, no_wrap=column in ("place", "stage"))
+    rows = [describe_stage(stage) for stage in STAGES.values()]
+    for row in sorted(rows, key=lambda row: ("pre", "combine", "post").index(row["place"])):
+        table.add_row(row["place"], row["name"], row["summary"], " ".join(p["name"] for p in row["parameters"]))
+    out().print(table)
+    said = "\nA recipe spells them: method: {pre: [trim], combine: elect, post: [norm_match], space: core}. "
+    out().print(said + "`plait methods --stages NAME` describes one.", style="dim", markup=False)
+
+
+def _show_stage(described: dict[str, Any]) -> None:
+    from plait.cli.console import out
+
+    out().print(f"[bold]{described['name']}[/bold]  (under '{described['place']}')", highlight=False)
+    out().print(described["summary"], markup=False)
+    _show_parameters(described["parameters"])
 
 
 def _show(described: dict[str, Any]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from plait.cli.console import out
@@ -123,21 +247,39 @@ def _show(described: dict[str, Any]) -> None:
         ("differs", described["deviation"] or "in nothing"),
         ("adapters", adapters),
         ("random", "yes, keyed by (seed, adapter, module, position)" if described["randomised"] else "no"),
+        ("pipeline", described["pipeline"] or "set by the parameters"),
+        *([("in a recipe", f"method: {_flow(described['spelled'])}")] if described["spelled"] else []),
     ]
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column()
     for key, value in rows:
-        facts.add_row(key, value)
+        facts.add_row(key, escape(value))
     for i, (space, words) in enumerate(described["exactness"].items()):
         facts.add_row("in space" if i == 0 else "", f"{space}: {words}")
     console.print(facts)
-    if described["parameters"]:
-        table = Table(box=None, header_style="bold", pad_edge=False, title_justify="left")
-        for column in ("parameter", "default", "allowed", "meaning"):
-            table.add_column(column, no_wrap=column == "parameter")
-        for p in described["parameters"]:
-            default = "required" if p["required"] else "–" if p["default"] is None else str(p["default"])
-            table.add_row(p["name"], default, p["allowed"], p["description"])
-        console.print()
-        console.print(table)
+    _show_parameters(described["parameters"])
+
+
+def _flow(value: Any) -> str:
+    from plait.recipes.problems import spell
+
+    return spell(value)
+
+
+def _show_parameters(parameters: list[dict[str, Any]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from plait.cli.console import out
+
+    if not parameters:
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False, title_justify="left")
+    for column in ("parameter", "default", "allowed", "meaning"):
+        table.add_column(column, no_wrap=column == "parameter")
+    for p in parameters:
+        default = "required" if p["required"] else "–" if p["default"] is None else escape(_flow(p["default"]))
+        table.add_row(p["name"], default, p["allowed"], p["description"])
+    out().print()
+    out().print(table)

@@ -73,11 +73,12 @@ def push_folder(
     create_pr: bool = False,
     message: str,
     ignore: Sequence[str] = (),
+    replaces: Sequence[str] = (),
     progress: bool = True,
 ) -> str:
     """Upload every file of `folder` to a model repository, which is created when it does not exist.
 
-    Files that the repository holds already and the folder does not are left as they are.
+    Files that the repository holds already and the folder does not are left as they are, but for those that `replaces` names.
 
     Args:
         folder: what to upload, with its subfolders.
@@ -87,6 +88,7 @@ def push_folder(
         create_pr: open a pull request instead of writing to the default branch.
         message: the title of the commit or pull request.
         ignore: shell patterns of files to leave out.
+        replaces: shell patterns of files that the same commit removes from the repository where it does not write them.
         progress: draw progress bars.
 
     Returns:
@@ -126,6 +128,7 @@ def push_folder(
                 create_pr=create_pr,
                 commit_message=message,
                 ignore_patterns=list(ignore),
+                delete_patterns=list(replaces) or None,
             )
     except OutputError:
         raise

@@ -1,4 +1,7 @@
-"""Sign election and disjoint averaging over a stack of arrays (T, p, q)."""
+"""Sign election and disjoint averaging over a stack of arrays (T, p, q).
+
+Masks are numbers, 0 and 1, in the dtype of what they mask: arithmetic on them is many times faster than selection by bool.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ def elect_sign(x: Tensor, vote: Vote) -> Tensor:
 
 
 def agreement(voters: Tensor, sign: Tensor) -> Tensor:
-    """Say which voters (T, p, q) agree with the elected sign (p, q); a zero agrees with nobody, and nobody with a zero."""
-    return voters * sign > 0
+    """Return 1 for voters (T, p, q) that agree with the elected sign (p, q), else 0; a zero agrees with nobody."""
+    return (voters * sign).clamp_min_(0).sign_()
 
 
 def merge_agreeing(x: Tensor, agrees: Tensor, weights: Tensor, divisor: Divisor) -> Tensor:
@@ -34,21 +37,24 @@ def merge_agreeing(x: Tensor, agrees: Tensor, weights: Tensor, divisor: Divisor)
 
     Args:
         x: (T, p, q).
-        agrees: (T, p, q), bool.
+        agrees: (T, p, q), 0 or 1.
         weights: (T,).
         divisor: `count` of the agreeing adapters, their summed `weight`, or `none`. Weights that cancel do not divide.
 
     Returns:
         (p, q); 0 where nobody agrees.
     """
-    total, share, size = (torch.zeros_like(x[0]) for _ in range(3))
-    for value, agreeing, weight in zip(x, agrees, weights.tolist(), strict=True):  # one adapter at a time stays in the cache
-        mask = agreeing.to(x.dtype)
+    masks = agrees.to(x.dtype)
+    total = torch.zeros_like(x[0])
+    for value, mask, weight in zip(x, masks, weights.tolist(), strict=True):
         total.addcmul_(value, mask, value=weight)
-        share.add_(mask, alpha=1 if divisor == "count" else weight)
-        if divisor == "weight":
-            size.add_(mask, alpha=abs(weight))
-    return total if divisor == "none" else total.div_(share.masked_fill_(share.abs() <= _CANCELLED * size, 1))
+    if divisor == "none":
+        return total
+    if divisor == "count":
+        return total.div_(reduce(torch.add, masks).clamp_min(1))
+    share, size = weighted_sum(masks, weights), weighted_sum(masks, weights.abs())
+    cancelled = share.abs().sub_(size, alpha=_CANCELLED).le_(0)
+    return total.div_(share.mul_(1 - cancelled).add_(cancelled))
 
 
 def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:

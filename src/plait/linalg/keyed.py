@@ -11,12 +11,13 @@ import hashlib
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,15 @@ def uniform(key: Key, start: int, rows: int, columns: int) -> Tensor:
         rows: how many rows.
         columns: width of the matrix.
     """
-    z = torch.arange(start * columns + 1, (start + rows) * columns + 1, dtype=torch.int64)
-    z.mul_(_GAMMA).add_(key.state())
-    z = _mix(z, 30, _MIX_1)
-    z = _mix(z, 27, _MIX_2)
-    z ^= _shift(z, 31)
-    return _shift(z, 40).to(torch.float32).mul_(2.0**-24).view(rows, columns)
+    z = np.arange(1, rows * columns + 1, dtype=np.uint64)  # numpy's unsigned integers are faster than torch's signed ones
+    z *= np.uint64(_GAMMA)
+    z += np.uint64((key.state() + start * columns * _GAMMA) % (1 << 64))
+    shifted = np.empty_like(z)
+    for bits, factor in ((30, _MIX_1), (27, _MIX_2)):
+        z ^= np.right_shift(z, np.uint64(bits), out=shifted)
+        z *= np.uint64(factor)
+    z >>= np.uint64(40)  # the generator's last step, z ^= z >> 31, does not reach these 24 bits
+    return torch.from_numpy(z.view(np.int64)).to(torch.float32).mul_(2.0**-24).view(rows, columns)
 
 
 def normal(key: Key, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -58,12 +62,3 @@ def normal(key: Key, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     radius = (1 - uniform(key.child("radius"), 0, rows, columns)).log_().mul_(-2).sqrt_()
     angle = uniform(key.child("angle"), 0, rows, columns).mul_(2 * math.pi)
     return radius.mul_(angle.cos_()).to(dtype)
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    # torch shifts signed integers arithmetically: the copied sign bits are masked away
-    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
-
-
-def _mix(z: Tensor, bits: int, factor: int) -> Tensor:
-    return z.bitwise_xor_(_shift(z, bits)).mul_(factor)

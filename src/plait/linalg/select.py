@@ -5,18 +5,27 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-_DIGIT = 16  # bits examined per pass
+_DIGIT = 16  # bits that a pass settles
+_REACH = 3  # a sample's answer may be off by so many leading digits, each of them less than 1 % of the magnitude
+_STRIDE = 16  # one row in so many is the sample
+
+Bits = NDArray[np.unsignedinteger[Any]]
 
 
 class MagnitudeSelect:
     """The k-th largest |x|, for several k and several rows at once, by radix selection on IEEE bit patterns.
 
-    Non-negative floats sort like the integers their bits spell, so one histogram of 16 bits per pass narrows the answer down:
-    2 passes for float32, 4 for float64, 64 k counters per statistic, exact, and independent of the order of the blocks.
+    Non-negative floats sort like the integers their bits spell. The first pass is a sample, whose leading 16 bits tell about
+    where an answer lies. The second counts the patterns around there one by one (float64: the next 16 of their bits), and how
+    many entries are above. That settles float32; float64 takes two passes more, and so does a statistic of which the sample
+    was wrong. The answer is exact, the memory bounded, and the order of the blocks without influence.
 
     Args:
         rows: number of rows (adapters); every row has its own statistics.
@@ -25,84 +34,118 @@ class MagnitudeSelect:
     """
 
     def __init__(self, rows: int, wanted: Callable[[int], Sequence[int]]) -> None:
-        self._rows = rows
         self._wanted = wanted
-        self._entries = 0
-        self._dtype: torch.dtype | None = None
-        self._shift = 0
-        self._ranks: list[list[int]] = []  # what is left of each rank, per row
-        self._prefixes: list[list[int]] = []  # the bits found so far
-        self._counts: list[list[Tensor]] = []
-        self._values: Tensor | None = None
+        self._sampling = True
+        self._entries = 0  # of a row, in this pass
+        self._dtype: type[np.unsignedinteger[Any]] = np.uint32
+        self._windows: list[list[_Window | None]] = [[] for _ in range(rows)]  # per statistic; None once it is known
+        self._found: list[list[float]] = [[] for _ in range(rows)]
         self._lock = threading.Lock()
+
+    @property
+    def stride(self) -> int:
+        """What this pass needs to see: one row in so many."""
+        return _STRIDE if self._sampling else 1
 
     def observe(self, x: Tensor) -> None:
         """Count one block of a pass: x (rows, …), float32 or float64, the same blocks in every pass. Threads may share it."""
         with self._lock:
-            if self._dtype is None:
-                self._dtype = x.dtype
-                self._shift = torch.finfo(x.dtype).bits - _DIGIT
-                self._counts = [[_zeros()] for _ in range(self._rows)]
-            if not self._prefixes:
-                self._entries += x[0].numel()
-        integers = torch.int32 if x.dtype == torch.float32 else torch.int64
-        for row in range(self._rows):
-            bits = x[row].abs().view(integers).flatten()
-            found = self._histograms(bits, self._prefixes[row] if self._prefixes else None)
-            with self._lock:
-                for counts, more in zip(self._counts[row], found, strict=True):
-                    if more is not None:
-                        counts += more
-
-    def _histograms(self, bits: Tensor, prefixes: list[int] | None) -> list[Tensor | None]:
-        """Count this pass's digit, among the entries that begin as each statistic does."""
-        if prefixes is None:
-            return [torch.bincount(bits >> self._shift, minlength=1 << _DIGIT)]
-        lead = bits >> (self._shift + _DIGIT)
-        digit = (bits >> self._shift).bitwise_and_((1 << _DIGIT) - 1)
-        return [torch.bincount(digit[lead == p], minlength=1 << _DIGIT) if p >= 0 else None for p in prefixes]
+            self._entries += x[0].numel()
+            if not self._windows[0]:
+                self._dtype = np.uint32 if x.dtype == torch.float32 else np.uint64
+                self._windows = [[_Window.of_all(self._dtype)] for _ in self._windows]
+        for row, windows in zip(x, self._windows, strict=True):
+            bits = row.abs().flatten().numpy().view(self._dtype)
+            for window in windows:
+                if window is not None:
+                    window.count(bits)
 
     def end_pass(self) -> bool:
         """Close a pass; True when `values` are ready."""
-        if not self._prefixes:
-            ranks = [min(rank, self._entries) for rank in self._wanted(self._entries)]
-            self._ranks = [list(ranks) for _ in range(self._rows)]
-            self._prefixes = [[0 if rank > 0 else -1 for rank in ranks] for _ in range(self._rows)]
-            self._counts = [counts * len(ranks) for counts in self._counts]
-        for row in range(self._rows):
-            for i, prefix in enumerate(self._prefixes[row]):
-                if prefix >= 0:
-                    digit, self._ranks[row][i] = _descend(self._counts[row][i], self._ranks[row][i])
-                    self._prefixes[row][i] = (prefix << _DIGIT) | digit
-        if self._shift == 0:
-            self._values = self._decode()
-            return True
-        self._shift -= _DIGIT
-        self._counts = [[_zeros() for _ in row] for row in self._prefixes]
-        return False
+        ranks = [min(rank, self._entries) for rank in self._wanted(self._entries)]
+        if self._sampling:
+            self._found = [[math.inf] * len(ranks) for _ in self._windows]
+            self._windows = [[w.around(rank) for rank in ranks for w in windows if w is not None] for windows in self._windows]
+        else:
+            for windows, found in zip(self._windows, self._found, strict=True):
+                for i, (window, rank) in enumerate(zip(windows, ranks, strict=True)):
+                    if window is not None:
+                        windows[i], found[i] = window.settle(rank)
+        self._sampling, self._entries = False, 0
+        return all(window is None for windows in self._windows for window in windows)
 
     @property
     def values(self) -> Tensor:
         """The thresholds, (rows, number of ranks), in the dtype of the blocks."""
-        if self._values is None:
+        if self._sampling or any(window is not None for windows in self._windows for window in windows):
             raise AssertionError("values are read before the last pass has ended")
-        return self._values
-
-    def _decode(self) -> Tensor:
-        dtype = self._dtype or torch.float32
-        integers = torch.int32 if dtype == torch.float32 else torch.int64
-        found = torch.tensor([[max(p, 0) for p in row] for row in self._prefixes], dtype=integers).view(dtype)
-        missing = torch.tensor([[p < 0 for p in row] for row in self._prefixes])
-        return found.masked_fill(missing, math.inf)
+        return torch.tensor(self._found, dtype=torch.float32 if self._dtype == np.uint32 else torch.float64)
 
 
-def _zeros() -> Tensor:
-    return torch.zeros(1 << _DIGIT, dtype=torch.int64)
+class _Window:
+    """Counts the bit patterns [low, low + units · 2^shift), in steps of 2^shift, and what lies above.
 
+    Args:
+        dtype: of the patterns.
+        low: the first pattern.
+        units: how many steps.
+        shift: bits that are not told apart.
+    """
 
-def _descend(counts: Tensor, rank: int) -> tuple[int, int]:
-    """Return the digit in which the rank-th largest lies, and its rank among the entries with that digit."""
-    from_top = counts.flip(0).cumsum(0)
-    position = int(torch.searchsorted(from_top, rank))
-    above = int(from_top[position - 1]) if position else 0
-    return len(counts) - 1 - position, rank - above
+    def __init__(self, dtype: type[np.unsignedinteger[Any]], low: int, units: int, shift: int) -> None:
+        self._dtype, self._low, self._units, self._shift = dtype, low, units, shift
+        self._counts = np.zeros(units, dtype=np.int64)
+        self._above = 0
+        self._waiting: list[NDArray[np.intp]] = []  # counted once there are many: adding up all the counters costs too
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def of_all(dtype: type[np.unsignedinteger[Any]]) -> _Window:
+        """Return the window in which every magnitude lies, by leading digits."""
+        return _Window(dtype, 0, 1 << (_DIGIT - 1), 8 * np.dtype(dtype).itemsize - _DIGIT)  # the sign bit is 0
+
+    def count(self, bits: Bits) -> None:
+        """Count an array."""
+        size = self._units << self._shift
+        offset = bits - self._dtype(self._low)  # what is below wraps around, and so is not inside either
+        inside = (offset[offset < self._dtype(size)] >> self._dtype(self._shift)).astype(np.intp)
+        above = int(np.count_nonzero(bits >= self._dtype(self._low + size)))
+        with self._lock:
+            self._above += above
+            self._waiting.append(inside)
+            if sum(map(len, self._waiting)) >= self._units:
+                self._add_up()
+
+    def around(self, rank: int) -> _Window:
+        """Return a finer window around where the rank-th largest entry of a sample lies."""
+        unit = self._unit(max(1, rank))
+        if unit is None:
+            return _Window.of_all(self._dtype)
+        low = max(0, unit - _REACH) << self._shift
+        return _Window(self._dtype, low, (2 * _REACH + 1) << _DIGIT, self._shift - _DIGIT)
+
+    def settle(self, rank: int) -> tuple[_Window | None, float]:
+        """Return the window of the next pass and infinity, or None and the rank-th largest magnitude."""
+        if rank < 1:
+            return None, math.inf
+        unit = self._unit(rank)
+        if unit is None:
+            return _Window.of_all(self._dtype), math.inf
+        low = self._low + (unit << self._shift)
+        if self._shift:
+            return _Window(self._dtype, low, 1 << _DIGIT, self._shift - _DIGIT), math.inf
+        return None, float(np.array(low, dtype=self._dtype).view(f"f{np.dtype(self._dtype).itemsize}"))
+
+    def _unit(self, rank: int) -> int | None:
+        """Return the step in which the rank-th largest entry lies; None when it is not in this window."""
+        self._add_up()
+        from_top = self._counts[::-1].cumsum()
+        left = rank - self._above
+        if not 1 <= left <= from_top[-1]:
+            return None
+        return self._units - 1 - int(np.searchsorted(from_top, left))
+
+    def _add_up(self) -> None:
+        if self._waiting:
+            self._counts += np.bincount(np.concatenate(self._waiting), minlength=self._units)
+            self._waiting = []

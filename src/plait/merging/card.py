@@ -17,14 +17,14 @@ from plait.merging.record import RunRecord, recipe_json
 from plait.methods import METHODS
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-_AUTO_MODELS = {
+AUTO_MODELS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
-_PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_2_SEQ_LM": "text2text-generation", "SEQ_CLS": "text-classification"}
+PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_2_SEQ_LM": "text2text-generation", "SEQ_CLS": "text-classification"}
 
 
 def card(inventory: Inventory, plan: MergePlan, record: RunRecord, folder: Path) -> str:
@@ -37,9 +37,9 @@ def card(inventory: Inventory, plan: MergePlan, record: RunRecord, folder: Path)
         folder: with the written files, whose adapter is looked at for what can serve it.
     """
     front = yaml.safe_dump(_front_matter(inventory), sort_keys=False, allow_unicode=True)
-    recipe = yaml.safe_dump(_public(recipe_json(inventory.recipe)), sort_keys=False, allow_unicode=True)
+    recipe = yaml.safe_dump(public_recipe(recipe_json(inventory.recipe)), sort_keys=False, allow_unicode=True)
     what = "The dense deltas" if record.result == "dense" else "One LoRA adapter"
-    rows = "\n".join(_source_row(s) for s in record.sources)
+    rows = "\n".join(source_row(s) for s in record.sources)
     return f"""---
 {front}---
 
@@ -58,7 +58,7 @@ def card(inventory: Inventory, plan: MergePlan, record: RunRecord, folder: Path)
 {_loading(inventory, record, folder)}
 ## Make it again
 
-`plait.lock` holds the recipe and the sha256 of every input and output file.
+`plait.lock` holds the recipe and the sha256 of every input and output file; `plait verify` makes it again and compares.
 
 ```yaml
 {recipe}```
@@ -84,8 +84,17 @@ def _loading(inventory: Inventory, record: RunRecord, folder: Path) -> str:
             "`delta.safetensors` holds one tensor per adapted weight, under the name of that weight in the base model, "
             "to be added to it.\n"
         )
-    auto = _AUTO_MODELS.get(_task_type(inventory) or "", "AutoModel")
-    with_peft = f"""With PEFT:
+    with_peft = load_with_peft(base, _task_type(inventory))
+    (served,) = serving([Adapter.open(folder, "merged")]).adapters
+    if served.refused:
+        return f"{with_peft}\nvLLM does not serve it: {'; '.join(served.refused)}.\n"
+    return f"{with_peft}\n{serve_with_vllm(base, record.max_lora_rank)}"
+
+
+def load_with_peft(base: str, task_type: str | None) -> str:
+    """Return how an adapter is loaded for inference."""
+    auto = AUTO_MODELS.get(task_type or "", "AutoModel")
+    return f"""With PEFT:
 
 ```python
 from peft import PeftModel
@@ -95,35 +104,36 @@ model = {auto}.from_pretrained("{base}")
 model = PeftModel.from_pretrained(model, "PATH_OR_REPO")
 ```
 """
-    (served,) = serving([Adapter.open(folder, "merged")]).adapters
-    if served.refused:
-        return f"{with_peft}\nvLLM does not serve it: {'; '.join(served.refused)}.\n"
-    if record.max_lora_rank is None:
-        return f"{with_peft}\nIts rank is larger than any `--max-lora-rank` of vLLM; `plait compress` makes it smaller.\n"
-    return f"""{with_peft}
-With vLLM:
+
+
+def serve_with_vllm(base: str, max_lora_rank: int | None) -> str:
+    """Return how an adapter is served, by vLLM and by Unsloth."""
+    if max_lora_rank is None:
+        return "Its rank is larger than any `--max-lora-rank` of vLLM; `plait compress` makes it smaller.\n"
+    return f"""With vLLM:
 
 ```bash
-vllm serve {base} --enable-lora --max-lora-rank {record.max_lora_rank} --lora-modules merged=PATH_OR_REPO
+vllm serve {base} --enable-lora --max-lora-rank {max_lora_rank} --lora-modules adapter=PATH_OR_REPO
 ```
 
 With Unsloth: `FastLanguageModel.from_pretrained("PATH_OR_REPO")`.
 """
 
 
-def _public(recipe: dict[str, Any]) -> dict[str, Any]:
+def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe without the folders of this machine: what lies there is named by its folder alone."""
-    adapters = [{**a, "path": _place(a["path"])} for a in recipe["adapters"]]
+    adapters = [{**a, "path": place_name(a["path"])} for a in recipe["adapters"]]
     base = recipe["base_model"]
-    return {**recipe, "adapters": adapters, "base_model": None if base is None else _place(base)}
+    return {**recipe, "adapters": adapters, "base_model": None if base is None else place_name(base)}
 
 
-def _place(text: str) -> str:
+def place_name(text: str) -> str:
+    """Return a reference without the folders of this machine."""
     return Path(text).name if text.startswith((".", "/", "~")) else text
 
 
 def _base(inventory: Inventory) -> str:
-    return _place(inventory.base_model or "BASE_MODEL")
+    return place_name(inventory.base_model or "BASE_MODEL")
 
 
 def _task_type(inventory: Inventory) -> str | None:
@@ -131,26 +141,46 @@ def _task_type(inventory: Inventory) -> str | None:
 
 
 def _front_matter(inventory: Inventory) -> dict[str, Any]:
-    base = inventory.base_model
-    on_hub = base is not None and bool(_HUB_ID.match(base))
+    base = hub_id(inventory.base_model)
     task = _task_type(inventory)
     front: dict[str, Any] = {"library_name": "peft"}
-    if on_hub:
+    if base:
         front |= {"base_model": base, "base_model_relation": "adapter"}
-    front["tags"] = ["lora", "peft", "merge", "plait", *([f"base_model:adapter:{base}"] if on_hub else [])]
-    if task is not None and task in _PIPELINES:
-        front["pipeline_tag"] = _PIPELINES[task]
-    licences = {_licence(a.folder) for a in inventory.adapters}
-    if len(licences) == 1 and (licence := licences.pop()):
-        front |= dict(licence)
+    front["tags"] = ["lora", "peft", "merge", "plait", *([f"base_model:adapter:{base}"] if base else [])]
+    if task is not None and task in PIPELINES:
+        front["pipeline_tag"] = PIPELINES[task]
+    front |= dict(_licence(inventory) or ())
     repos = [p.repo for p in inventory.located if p.repo]
     if repos:
         front["merged_adapters"] = repos
     return front
 
 
-def _licence(folder: Path) -> tuple[tuple[str, str], ...] | None:
-    """Return the licence keys that an adapter's own card states, or None."""
+def _licence(inventory: Inventory) -> tuple[tuple[str, str], ...] | None:
+    """Return the licence that every source states, the base model included where it lies here; None when they differ."""
+    folders = [a.folder for a in inventory.adapters]
+    base = _base_folder(inventory)
+    stated = {licence_of(folder) for folder in folders}
+    if base is not None and (of_base := licence_of(base)):
+        # an adapter without a card of its own adds no condition that anybody stated
+        stated = (stated - {None}) | {of_base}
+    return stated.pop() if len(stated) == 1 else None
+
+
+def _base_folder(inventory: Inventory) -> Path | None:
+    if inventory.base_located is not None:
+        return inventory.base_located.folder
+    folder = Path(inventory.base_model) if inventory.base_model else None
+    return folder if folder is not None and folder.is_absolute() and folder.is_dir() else None
+
+
+def hub_id(name: str | None) -> str | None:
+    """Return a base model's name where it can be a repository on the Hub; a card links to nothing else."""
+    return name if name is not None and _HUB_ID.match(name) else None
+
+
+def licence_of(folder: Path) -> tuple[tuple[str, str], ...] | None:
+    """Return the licence keys that the card in a folder states, or None."""
     path = folder / "README.md"
     if not path.is_file():
         return None
@@ -164,7 +194,8 @@ def _licence(folder: Path) -> tuple[tuple[str, str], ...] | None:
     return tuple((k, data[k]) for k in ("license", "license_name", "license_link") if isinstance(data.get(k), str))
 
 
-def _source_row(source: Mapping[str, Any]) -> str:
+def source_row(source: Mapping[str, Any]) -> str:
+    """Return an adapter's row of the table of sources."""
     place = (
         f"[{source['repo']}](https://huggingface.co/{source['repo']}) @ `{source['commit']}`"
         if source["repo"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from plait.linalg.blocks import RowBlocks, block_ranges
 from plait.linalg.keyed import Key
 from plait.merging.moments import Moments
 from plait.merging.prepared import Prepared
+from plait.merging.remarks import Remarks
 from plait.merging.weighting import module_weights
 from plait.methods import METHODS
 from plait.recipes.schema import Recipe
@@ -35,6 +36,7 @@ class Combiner:
         statistics: results of the surveys over the whole model.
         gram: ⟨ΔWᵢ, ΔWⱼ⟩ over the whole model, (T, T) float64, where coefficients depend on it.
         moments: second moments of the modules' inputs, where the recipe names them.
+        remarks: what stages have said of modules so far.
     """
 
     recipe: Recipe
@@ -42,6 +44,7 @@ class Combiner:
     statistics: Statistics = ()
     gram: Tensor | None = None
     moments: Moments | None = None
+    remarks: Remarks = field(default_factory=Remarks)
 
     @cached_property
     def pipeline(self) -> Pipeline:
@@ -56,7 +59,7 @@ class Combiner:
         return self._shares(module) * self.recipe.scale
 
     def _shares(self, module: str) -> Tensor:
-        weights, combine = module_weights(self.recipe, module), self.pipeline.combine
+        weights, combine = self._weights(module), self.pipeline.combine
         if isinstance(combine, LinearCombine):
             return combine.coefficients(weights, module)
         if isinstance(combine, GramCombine):
@@ -65,6 +68,9 @@ class Combiner:
                 raise AssertionError(f"{combine} needs inner products over the model, which were not taken")
             return combine.coefficients(weights, gram)
         return weights
+
+    def _weights(self, module: str) -> Tensor:
+        return module_weights(self.recipe, module, self.prepared.towers)
 
     def module_gram(self, module: str) -> Tensor:
         """Return ⟨ΔWᵢ, ΔWⱼ⟩ of one module, (T, T) float64."""
@@ -98,12 +104,16 @@ class Combiner:
 
     def _sites(self, module: str) -> list[Site]:
         """Return what stages on deltas see of every matrix of a module, with the deltas after those that run before."""
-        weights = module_weights(self.recipe, module)
-        moments = self.moments.of(module) if self.moments is not None else None
+        weights = self._weights(module)
         key = Key(self.recipe.seed).child("stages", module)
         sites = []
-        for index, factors in enumerate(self.prepared.read(module)):
-            site = Site(module, tuple(factors.scaled()), weights, key.child(str(index)), moments)
+        stack = self.prepared.read(module)
+        for index, factors in enumerate(stack):
+            deltas = tuple(factors.scaled())
+            moments = None
+            if self.moments is not None and self.pipeline.needs_moments:
+                moments = self.moments.of(module, deltas[0].shape[1], index if len(stack) > 1 else None)
+            site = Site(module, deltas, weights, key.child(str(index)), moments, deltas, partial(self.remarks.add, module))
             for stage in self.pipeline.on_deltas:
                 site = replace(site, deltas=tuple(stage.apply(site)))
             sites.append(site)
@@ -119,18 +129,18 @@ class Combiner:
         merged = []
         for array in frame.arrays:
             block = self._blocks(module, index, array, statistics[array.name])
-            merged.append(RowBlocks(array.shape, self._rows(block), frame.dtype))
+            merged.append(RowBlocks(array.shape, self._rows(block), frame.dtype, array.guide))
         return frame.lift(merged)
 
     def _rows(self, block: Callable[[int, int], Block]) -> Callable[[int, int], Tensor]:
         return lambda start, stop: self.pipeline.combine_block(block(start, stop))
 
-    def _blocks(self, module: str, index: int, array: Array, statistics: tuple[Tensor, ...]) -> Callable[[int, int], Block]:
+    def _blocks(self, module: str, index: int, array: Array, statistics: tuple[Tensor, ...]) -> Callable[..., Block]:
         key = Key(self.recipe.seed)
         keys = tuple(key.child(a.name, module, str(index), array.name) for a in self.recipe.adapters)
         entrywise = isinstance(self.pipeline.combine, EntryCombine)
-        weights = array.emphasis(module_weights(self.recipe, module) if entrywise else self._shares(module))
-        return lambda start, stop: Block(array.rows(start, stop), weights, start, keys, statistics)
+        weights = array.emphasis(self._weights(module) if entrywise else self._shares(module))
+        return lambda start, stop, stride=1: Block(array.rows(start, stop, stride), weights, start, keys, statistics)
 
     def _local(self, module: str, frames: Sequence[Frame]) -> dict[str, tuple[Tensor, ...]]:
         """Return each array's statistics, as far as surveys are done: the model's as given, the module's computed now."""
@@ -158,8 +168,9 @@ class Combiner:
 
     def _observe(self, reduction: Reduction, module: str, index: int, array: Array, earlier: tuple[Tensor, ...]) -> None:
         block = self._blocks(module, index, array, earlier)
-        for start, stop in block_ranges(*array.shape):
-            reduction.observe(block(start, stop))
+        stride = getattr(reduction, "stride", 1)
+        for start, stop in block_ranges(*array.shape, stride):
+            reduction.observe(block(start, stop, stride))
 
     def observe(self, module: str, reductions: Mapping[str, Reduction]) -> None:
         """Show one module's coordinates to reductions over the whole model, one per array name."""

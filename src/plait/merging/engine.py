@@ -6,6 +6,7 @@ workers instead, and the bytes do not depend on how many there are.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -77,12 +78,12 @@ class Engine:
             prepared = pool.submit(Prepared, self._inventory, self._progress).result()
             statistics: Statistics = ()
             recipe, moments = self._inventory.recipe, self._inventory.moments
+            gram = self._gram(Combiner(recipe, prepared, moments=moments), pool)  # of the deltas, so it waits for no survey
             for survey in pipeline_of(recipe).surveys():
                 over_model = None
                 if survey.scope == "model":
-                    over_model = self._survey(Combiner(recipe, prepared, statistics, None, moments), survey.start, pool)
+                    over_model = self._survey(Combiner(recipe, prepared, statistics, gram, moments), survey.start, pool)
                 statistics = (*statistics, over_model)
-            gram = self._gram(Combiner(recipe, prepared, moments=moments), pool)
         return Combiner(recipe, prepared, statistics, gram, moments)
 
     def ranks(self, combiner: Combiner) -> dict[str, int]:
@@ -157,7 +158,9 @@ class Engine:
         if not isinstance(combine, GramCombine) or combine.scope != "model":
             return None
         grams = self._each("inner products", lambda m: combiner.module_gram(m.target), self._plan.modules, pool)
-        return torch.stack(list(grams)).sum(0)
+        entries = torch.stack(list(grams)).flatten(1).mT.tolist()  # rounded once, so the order of modules makes no difference
+        adapters = len(self._inventory.adapters)
+        return torch.tensor([math.fsum(e) for e in entries], dtype=torch.float64).view(adapters, adapters)
 
     def _survey(self, combiner: Combiner, start: Callable[[int], Reduction], pool: ThreadPoolExecutor) -> dict[str, Tensor]:
         names = SPACES[self._inventory.recipe.space_name].arrays
@@ -200,8 +203,11 @@ def _sound(target: str, merged: list[Merged]) -> list[Merged]:
         PlanError: a value overflowed.
     """
     for part in merged:
-        factors = (part.a, part.b) if isinstance(part, LowRank) else (block for _, block in part)
-        if not all(_finite(x) for x in factors):
+        if isinstance(part, LowRank):
+            finite = _finite(part.a) and _finite(part.b)
+        else:  # the energy is wanted anyway, and infinite when an entry is
+            finite = math.isfinite(part.energy()) or all(_finite(block) for _, block in part)
+        if not finite:
             raise PlanError(f"{target}: the merged values overflow; the weights or the scale are too large.")
     return merged
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -14,7 +14,7 @@ from plait.errors import AdapterError, AddressError, PlaitError, PlanError, coll
 from plait.hub.download import Located, resolve, resolve_model
 from plait.hub.references import parse_reference
 from plait.merging.compatibility import check_compatibility
-from plait.merging.moments import Moments, MomentsOf, from_files
+from plait.merging.moments import Moments, MomentsOf, from_files, from_function
 from plait.recipes.schema import Recipe
 
 
@@ -70,20 +70,21 @@ def take_inventory(
     if recipe.base_model is not None and any(t.is_dora for a in adapters for t in a.targets.values()):
         place = resolve_model(recipe.base_model, base=folder) if base_folder is None else Located(folder=base_folder)
         base = BaseWeights(place.folder)
-    found = _moments(recipe, folder, moments)
+    found = _moments(recipe, folder, moments, {a.name: a.targets for a in adapters})
     return Inventory(recipe, tuple(adapters), tuple(located), dict(sorted(layouts.items())), base, place, found)
 
 
-def _moments(recipe: Recipe, folder: Path | None, given: MomentsOf | None) -> Moments | None:
-    names = tuple(a.name for a in recipe.adapters)
+def _moments(
+    recipe: Recipe, folder: Path | None, given: MomentsOf | None, targets: Mapping[str, Collection[str]]
+) -> Moments | None:
     if given is not None:
-        return Moments(names, given, {})
+        return from_function(given, targets)
     paths = {a.name: (folder or Path()) / Path(a.moments).expanduser() for a in recipe.adapters if a.moments is not None}
     if not paths:
         return None
-    if lacking := [name for name in names if name not in paths]:
+    if lacking := [name for name in targets if name not in paths]:
         raise PlanError(f"adapters[].moments: given for {', '.join(paths)}, not for {', '.join(lacking)}; all need them.")
-    return from_files(paths)
+    return from_files(paths, targets)
 
 
 def open_adapters(

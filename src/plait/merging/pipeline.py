@@ -21,12 +21,14 @@ from plait.errors import OutputError
 from plait.hub.upload import check_push, push_folder
 from plait.merging import record as records
 from plait.merging.card import card
+from plait.merging.combine import Combiner
 from plait.merging.compatibility import max_lora_rank
 from plait.merging.delta_file import NAME as DELTA
 from plait.merging.delta_file import DeltaFile
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.heads import main_heads, write_heads
 from plait.merging.inventory import Inventory, take_inventory
+from plait.merging.moments import MomentsOf
 from plait.merging.plan import MergePlan, make_plan
 from plait.merging.portable import PortableAdapter
 from plait.merging.progress import Progress, Silent
@@ -52,18 +54,21 @@ class MergeResult:
     url: str | None = None
 
 
-def plan_recipe(recipe: Recipe, *, folder: Path | None = None, workers: int | None = None) -> MergePlan:
+def plan_recipe(
+    recipe: Recipe, *, folder: Path | None = None, workers: int | None = None, moments: MomentsOf | None = None
+) -> MergePlan:
     """Return what a recipe would do; reads headers, no tensor.
 
     Args:
         recipe: what is asked for.
         folder: what its relative paths are relative to; the current folder when None.
         workers: modules worked on at a time; decides the memory estimate.
+        moments: second moments of inputs, in place of files that the recipe names.
     """
-    return make_plan(take_inventory(recipe, folder), workers=workers or default_workers())
+    return make_plan(take_inventory(recipe, folder, moments), workers=workers or default_workers())
 
 
-def run_recipe(
+def run_recipe(  # noqa: PLR0913 (what a command line takes)
     recipe: Recipe,
     *,
     folder: Path | None = None,
@@ -73,6 +78,9 @@ def run_recipe(
     progress: Progress | None = None,
     push_to: str | None = None,
     private: bool = False,
+    base_folder: Path | None = None,
+    moments: MomentsOf | None = None,
+    notes: tuple[str, ...] = (),
 ) -> MergeResult:
     """Do what a recipe says.
 
@@ -85,6 +93,9 @@ def run_recipe(
         progress: who listens.
         push_to: Hub repository to upload the result to.
         private: create that repository as private.
+        base_folder: where the base model lies, when its name does not lead there.
+        moments: second moments of inputs, in place of files that the recipe names.
+        notes: what else is to be told of the result, beside the plan's notes.
 
     Raises:
         PlaitError: anything wrong with what the user gave; nothing is left under `out` then.
@@ -99,6 +110,9 @@ def run_recipe(
                 progress=progress,
                 push_to=push_to,
                 private=private,
+                base_folder=base_folder,
+                moments=moments,
+                notes=notes,
             )
     started = time.perf_counter()
     workers = workers or default_workers()
@@ -107,16 +121,19 @@ def run_recipe(
         raise OutputError(problem)
     if push_to is not None:
         check_push(push_to)
-    inventory = take_inventory(recipe, folder)
+    inventory = take_inventory(recipe, folder, moments, base_folder)
     _check_not_an_input(inventory, out)
     plan = make_plan(inventory, workers=workers)
+    plan = plan.model_copy(update={"notes": (*plan.notes, *notes)})
     _check_space(plan, out)
     engine = Engine(inventory, plan, workers=workers, progress=progress or Silent())
     with staged(out, force=force) as place, _digests(inventory) as digests:
-        modules, rank = _write(inventory, plan, engine, place)
-        record = _record(inventory, plan, modules, rank, digests(), started)
+        combiner = engine.prepare()
+        modules, rank, written = _write(inventory, plan, engine, combiner, place)
+        record = _record(inventory, plan, combiner, modules, rank, digests(), started)
         (place / "README.md").write_text(card(inventory, plan, record, place), encoding="utf-8")
-        records.write_json(place / records.LOCK, records.make_lock(inventory, digests(), place, plait.__version__))
+        lock = records.make_lock(inventory, digests(), place, plait.__version__, known=written)
+        records.write_json(place / records.LOCK, lock)
         records.write_json(place / records.RECORD, record)
         records.write_json(place / records.SUMMARY, records.summary(record))
     url = None
@@ -130,9 +147,14 @@ def default_workers() -> int:
     return max(1, min(4, os.cpu_count() or 1))
 
 
-def _write(inventory: Inventory, plan: MergePlan, engine: Engine, place: Path) -> tuple[tuple[ModuleRecord, ...], int | None]:
-    """Write the tensors and what belongs to them; return what happened to every module, and the adapter's rank."""
-    combiner = engine.prepare()
+def _write(
+    inventory: Inventory, plan: MergePlan, engine: Engine, combiner: Combiner, place: Path
+) -> tuple[tuple[ModuleRecord, ...], int | None, dict[str, str]]:
+    """Write the tensors and what belongs to them.
+
+    Returns:
+        What happened to every module, the adapter's rank, and the sha256 of the tensor file by its name.
+    """
     ranks = engine.ranks(combiner)
     write_heads(inventory.adapters, inventory.recipe.heads, place)
     heads, declared = main_heads(inventory.adapters, inventory.recipe.heads)
@@ -143,7 +165,7 @@ def _write(inventory: Inventory, plan: MergePlan, engine: Engine, place: Path) -
             for merged in engine.run(combiner, ranks):
                 dense.write(merged, writer)
                 done.append(ModuleRecord(target=merged.target, rank=None, result="dense", energy=None, kept=1.0))
-        return tuple(done), None
+        return tuple(done), None, {DELTA: writer.sha256}
     portable = PortableAdapter(inventory, ranks, inventory.recipe.output)
     exact_ranks = {m.target: m.exact_rank for m in plan.modules}
     extra = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in heads.items()]
@@ -155,7 +177,7 @@ def _write(inventory: Inventory, plan: MergePlan, engine: Engine, place: Path) -
             done.append(_module_record(merged, exact_ranks[merged.target]))
     text = json.dumps(portable.config(declared), indent=2, ensure_ascii=False)
     (place / CONFIG).write_text(text + "\n", encoding="utf-8")
-    return tuple(done), portable.rank
+    return tuple(done), portable.rank, {WEIGHTS: writer.sha256}
 
 
 def _module_record(merged: MergedModule, exact_rank: int) -> ModuleRecord:
@@ -171,6 +193,7 @@ def _module_record(merged: MergedModule, exact_rank: int) -> ModuleRecord:
 def _record(
     inventory: Inventory,
     plan: MergePlan,
+    combiner: Combiner,
     modules: tuple[ModuleRecord, ...],
     rank: int | None,
     digests: list[str],
@@ -188,7 +211,7 @@ def _record(
         kept=records.overall_kept(modules),
         lowest_kept=min(m.kept for m in modules),
         modules=modules,
-        notes=plan.notes,
+        notes=(*plan.notes, *combiner.remarks.notes()),
         finished=datetime.now().astimezone().isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - started, 3),
     )

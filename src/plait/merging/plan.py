@@ -14,7 +14,8 @@ from plait.merging.compatibility import excluded_spaces, max_lora_rank
 from plait.merging.heads import head_problems
 from plait.merging.inventory import Inventory
 from plait.merging.moments import moments_problems
-from plait.merging.weighting import layer_problems, module_weights, policy_problems
+from plait.merging.shared_init import shared_init_pairs
+from plait.merging.weighting import Towers, layer_problems, module_weights, policy_problems, towers_of
 from plait.methods import METHODS
 from plait.methods.base import Method
 from plait.recipes.schema import Recipe
@@ -97,7 +98,7 @@ class MergePlan(Record):
 
 
 def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
-    """Decide everything that can be decided from headers.
+    """Decide everything that can be decided from headers; of methods that solve, three modules' factors are read too.
 
     Raises:
         PlanError: with everything that does not fit, all at once.
@@ -119,7 +120,8 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
     if not kept and not problems:
         problems.append("no target module is left to merge; with merge_mode 'common' the adapters share none")
     collect(PlanError, problems, "this merge cannot be done")
-    modules = tuple(_plan_module(inventory, method, pipeline, path, layout) for path, layout in kept.items())
+    towers = towers_of(inventory.layouts)
+    modules = tuple(_plan_module(inventory, method, pipeline, path, layout, towers) for path, layout in kept.items())
     ranks = {m.target: m.rank for m in modules if m.rank is not None}
     rank = uniform_rank(ranks, kept) if len(ranks) == len(modules) else None
     return MergePlan(
@@ -138,7 +140,7 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
         output_bytes=_output_bytes(recipe, kept, modules, rank),
         peak_bytes=_peak_bytes(inventory, pipeline, modules, workers),
         max_lora_rank=None if rank is None else max_lora_rank(rank),
-        notes=tuple(_notes(inventory, left_out)),
+        notes=(*_notes(inventory, left_out), *_data_notes(inventory, pipeline, list(kept))),
     )
 
 
@@ -196,12 +198,15 @@ def _moments_problems(inventory: Inventory, pipeline: Pipeline) -> list[str]:
             f"method {inventory.recipe.method_name!r} needs second moments of the modules' inputs: give one file per adapter "
             "(adapters[].moments, --moments FOLDER, moments=…), made with plait.save_moments"
         ]
-    return moments_problems(inventory.moments, inventory.adapters, inventory.layouts)
+    return moments_problems(inventory.moments, inventory.layouts)
 
 
-def _plan_module(inventory: Inventory, method: Method, pipeline: Pipeline, path: str, layout: Layout) -> ModulePlan:
+def _plan_module(
+    inventory: Inventory, method: Method, pipeline: Pipeline, path: str, layout: Layout, towers: Towers
+) -> ModulePlan:
     recipe = inventory.recipe
     sources = {a.name: a.targets[path].rank for a in inventory.adapters if path in a.targets}
+    weights = module_weights(recipe, path, towers)
     shape = (layout.d_out, layout.d_in)
     low_rank = pipeline.low_rank(recipe.space_name)
     exact_rank = min(pipeline.rank(recipe.space_name, list(sources.values()), shape), layout.full_rank)
@@ -215,7 +220,7 @@ def _plan_module(inventory: Inventory, method: Method, pipeline: Pipeline, path:
         shape=shape,
         stack=layout.stack,
         ranks=sources,
-        weights={a.name: float(w) for a, w in zip(recipe.adapters, module_weights(recipe, path), strict=True)},
+        weights={a.name: w for a, w in zip(recipe.adapters, weights.tolist(), strict=True)},
         missing=tuple(a.name for a in inventory.adapters if path not in a.targets),
         exact_rank=exact_rank,
         rank=rank,
@@ -280,9 +285,25 @@ def _peak_bytes(inventory: Inventory, pipeline: Pipeline, modules: Sequence[Modu
             values += min(entries, HOLD_ELEMENTS) + 6 * adapters * min(entries, BLOCK_ELEMENTS) + sketch
         elif not pipeline.is_linear:
             values += 4 * adapters * m.exact_rank * both
+        if pipeline.needs_moments:  # in float64: the sum of the moments, and an adapter's or the factors of the sum
+            values += 6 * m.shape[1] ** 2
         return 4 * values
 
     return sum(sorted((working(m) for m in modules), reverse=True)[: max(1, workers)])
+
+
+def _data_notes(inventory: Inventory, pipeline: Pipeline, paths: list[str]) -> list[str]:
+    """Say what is probably a mistake in a merge that solves for its result, or that has data and does not."""
+    notes = []
+    if inventory.moments is not None and not pipeline.needs_moments:
+        notes.append(f"method {inventory.recipe.method_name!r} uses no second moments; those given change nothing.")
+    if pipeline.solves and (pairs := shared_init_pairs(inventory.adapters, paths)):
+        said = ", ".join(f"{one} + {other}" for one, other in pairs)
+        notes.append(
+            f"the A matrices of {said} span nearly the same space, as one seed for all training runs gives (plait inspect says "
+            "more). Solving amplifies noise then: keep the ridge, and compare with linear."
+        )
+    return notes
 
 
 def _notes(inventory: Inventory, left_out: dict[str, tuple[str, ...]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,11 +115,12 @@ class PortableAdapter:
         """
         cast = tensor.to(self._dtype)
         name = str(self._dtype).removeprefix("torch.")
-        if not bool(torch.isfinite(cast).all()):
+        low, high = (float(x) for x in cast.aminmax()) if cast.numel() else (0.0, 0.0)  # one pass for all that is asked
+        if not math.isfinite(low + high):
             raise PlanError(
                 f"{target}: the merged values overflow in {name}; the weights or the scale are too large, or {_WIDER}."
             )
-        if bool(tensor.any()) and not bool(cast.any()):
+        if low == high == 0 and bool(tensor.any()):
             raise PlanError(f"{target}: the merged values are too small for {name} and vanish; {_WIDER}.")
         return cast
 

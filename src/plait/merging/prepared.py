@@ -12,6 +12,7 @@ from plait.adapters.adapter import Adapter
 from plait.adapters.lowrank import LowRank
 from plait.merging.inventory import Inventory
 from plait.merging.progress import Progress
+from plait.merging.weighting import Towers, towers_of
 from plait.transforms import TRANSFORMS, Transform, TransformParams
 
 
@@ -43,6 +44,7 @@ class Prepared:
 
     def __init__(self, inventory: Inventory, progress: Progress) -> None:
         self._inventory = inventory
+        self.towers: Towers = towers_of(inventory.layouts)
         self._steps: list[_Step] = []
         adapters = inventory.adapters
         double = any("F64" in a.dtypes for a in adapters)

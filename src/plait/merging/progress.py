@@ -8,8 +8,8 @@ from typing import Protocol
 class Progress(Protocol):
     """A listener; stages follow one another and do not nest."""
 
-    def start(self, stage: str, total: int) -> None:
-        """Begin a stage of `total` steps."""
+    def start(self, stage: str, total: int, unit: str = "steps") -> None:
+        """Begin a stage of `total` steps; `unit` B says that they are bytes."""
 
     def advance(self, steps: int = 1) -> None:
         """Report steps done."""
@@ -21,7 +21,7 @@ class Progress(Protocol):
 class Silent:
     """A listener that does nothing."""
 
-    def start(self, stage: str, total: int) -> None:
+    def start(self, stage: str, total: int, unit: str = "steps") -> None:
         """Begin nothing."""
 
     def advance(self, steps: int = 1) -> None:

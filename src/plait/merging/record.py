@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from plait.adapters.adapter import CONFIG
+from plait.hub.download import Located
 from plait.merging.inventory import Inventory
 from plait.merging.plan import Result
 from plait.recipes.schema import Recipe
@@ -19,6 +23,8 @@ from plait.records import Record
 LOCK = "plait.lock"
 RECORD = "merge_metadata.json"
 SUMMARY = "summary.json"
+LOCK_VERSION = 1
+Kind = Literal["merge", "bake", "extract"]
 _LIBRARIES = ("torch", "safetensors", "numpy")
 
 
@@ -55,7 +61,7 @@ class RunRecord(Record):
         kept: share of ‖ΔW‖²_F kept over all modules.
         lowest_kept: the smallest share of a module.
         modules: one record each.
-        notes: of the plan.
+        notes: of the plan, and what stages said while they ran.
         finished: local time, ISO 8601.
         seconds: wall time.
     """
@@ -76,6 +82,36 @@ class RunRecord(Record):
     seconds: float
 
 
+class LockedFile(Record):
+    """A file beside an adapter that the merge read.
+
+    Attributes:
+        path: from the lock's own folder.
+        sha256: of it.
+    """
+
+    path: str
+    sha256: str
+
+
+class LockedInput(Record):
+    """An input, and how to find it again.
+
+    Attributes:
+        path: a folder, from the lock's own folder; on the Hub `org/repo@commit[/subfolder]`.
+        repo: on the Hub; None for a local folder.
+        commit: there.
+        files: name → sha256.
+        moments: its inputs' second moments, where the method used them.
+    """
+
+    path: str
+    repo: str | None
+    commit: str | None
+    files: dict[str, str]
+    moments: LockedFile | None = None
+
+
 class Lock(Record):
     """Everything needed to make the same bytes again.
 
@@ -85,9 +121,12 @@ class Lock(Record):
         python: version.
         libraries: versions of what computes.
         machine: processor architecture.
-        recipe: as run.
-        inputs: adapter → where it came from and sha256 of its files.
+        recipe: as asked for; the request of its kind where that is no merge.
+        inputs: adapter → where it lies, where it came from, and sha256 of its files.
         outputs: file → sha256.
+        kind: which command rebuilds it.
+        options: what that command was told besides the recipe.
+        base: the base model, as an input is described; None where none was read.
     """
 
     version: int
@@ -96,8 +135,11 @@ class Lock(Record):
     libraries: dict[str, str]
     machine: str
     recipe: dict[str, Any]
-    inputs: dict[str, dict[str, Any]]
+    inputs: dict[str, LockedInput]
     outputs: dict[str, str]
+    kind: Kind = "merge"
+    options: dict[str, Any] = Field(default_factory=dict)
+    base: LockedInput | None = None
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
@@ -137,29 +179,87 @@ def sources(inventory: Inventory, digests: list[str]) -> tuple[dict[str, Any], .
     return tuple(rows)
 
 
-def make_lock(inventory: Inventory, digests: list[str], folder: Path, plait_version: str) -> Lock:
-    """Make the lock of a finished folder; hashes every file that is a function of the recipe."""
-    inputs = {}
-    for entry, adapter, place, digest in zip(
-        inventory.recipe.adapters, inventory.adapters, inventory.located, digests, strict=True
-    ):
-        inputs[adapter.name] = {
-            "path": entry.path,
-            "repo": place.repo,
-            "commit": place.commit,
-            "files": {adapter.file.path.name: digest, CONFIG: sha256(adapter.config.path)},
-        }
-    made = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (LOCK, RECORD, SUMMARY))
+def make_lock(
+    inventory: Inventory,
+    digests: list[str],
+    folder: Path,
+    plait_version: str,
+    *,
+    final: Path | None = None,
+    kind: Kind = "merge",
+    options: Mapping[str, Any] | None = None,
+    known: Mapping[str, str] | None = None,
+) -> Lock:
+    """Make the lock of a finished folder; hashes every file that is a function of the recipe.
+
+    Args:
+        inventory: what was merged.
+        digests: of the adapters' tensor files.
+        folder: the finished files.
+        plait_version: that made them.
+        final: the name that the folder will have; needed where that is in another folder.
+        kind: which command makes it again.
+        options: what that command was told besides the recipe.
+        known: files of the folder whose sha256 is known already.
+    """
+    home = folder if final is None else final
+    inputs = {
+        adapter.name: locked_input(place, {adapter.file.path.name: digest, CONFIG: sha256(adapter.config.path)}, home)
+        for adapter, place, digest in zip(inventory.adapters, inventory.located, digests, strict=True)
+    }
+    for name, file in inventory.moments.files.items() if inventory.moments is not None else ():
+        moments = LockedFile(path=relative_path(file.path, home), sha256=sha256(file.path))
+        inputs[name] = inputs[name].model_copy(update={"moments": moments})
+    base = inventory.base_located
     return Lock(
-        version=1,
+        version=LOCK_VERSION,
         plait=plait_version,
         python=platform.python_version(),
-        libraries=_versions(),
+        libraries=library_versions(),
         machine=platform.machine(),
         recipe=recipe_json(inventory.recipe),
         inputs=inputs,
-        outputs={p.relative_to(folder).as_posix(): sha256(p) for p in made},
+        outputs=output_digests(folder, known),
+        kind=kind,
+        options=dict(options or {}),
+        base=None if base is None else locked_input(base, weight_digests(base.folder), home),
     )
+
+
+def locked_input(place: Located, files: Mapping[str, str], folder: Path) -> LockedInput:
+    """Describe an input so that it can be found again: a Hub place by its commit, a local folder from the lock's own folder.
+
+    Args:
+        place: where it was found.
+        files: name → sha256.
+        folder: where the lock will stand, or a folder beside that.
+    """
+    if place.repo is None:
+        path = relative_path(place.folder, folder)
+    else:
+        path = f"{place.repo}@{place.commit}" + (f"/{place.subfolder}" if place.subfolder else "")
+    return LockedInput(path=path, repo=place.repo, commit=place.commit, files=dict(files))
+
+
+def relative_path(path: Path, folder: Path) -> str:
+    """Return a path from a folder, links resolved: a tree can then move as a whole, and no home folder is published."""
+    try:
+        text = Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+    except ValueError:  # another drive
+        return path.resolve().as_posix()
+    return text if text.startswith("..") else f"./{text}"
+
+
+def output_digests(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return sha256 of every file of a result but for lock and run record, by their path in it; `known` are not computed."""
+    known = known or {}
+    made = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (LOCK, RECORD, SUMMARY))
+    return {name: known.get(name) or sha256(folder / name) for name in (p.relative_to(folder).as_posix() for p in made)}
+
+
+def weight_digests(folder: Path) -> dict[str, str]:
+    """Return sha256 of a model's safetensors files."""
+    return {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))}
 
 
 def write_json(path: Path, value: Record | Mapping[str, Any]) -> None:
@@ -192,7 +292,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that compute."""
     found = {}
     for name in _LIBRARIES:
         try:

@@ -65,8 +65,7 @@ def staged(folder: Path, *, force: bool) -> Iterator[Path]:
         raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from None
     try:
         yield place
-        _flush(place)
-        _swap(place, folder, force=force)
+        publish(place, folder, force=force)
     except OSError as error:
         if isinstance(error, OutputError) or error.errno not in (
             errno.ENOSPC,
@@ -81,6 +80,16 @@ def staged(folder: Path, *, force: bool) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def publish(place: Path, folder: Path, *, force: bool) -> None:
+    """Flush a finished folder and rename it; with `force`, in the place of what stands there.
+
+    Raises:
+        OutputError: somebody else has written there in the meantime, and nothing may be replaced.
+    """
+    _flush(place)
+    _swap(place, folder, force=force)
 
 
 def _sweep(folder: Path) -> None:

@@ -1,26 +1,58 @@
-"""Which weight an adapter has in a module: the recipe's weight policy, resolved."""
+"""Which weight an adapter has in a module: the recipe's weight policy, resolved.
+
+Every command takes weights from here. A policy over the depth of the model is resolved with the towers that the adapters have.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
 from plait.adapters.names import layer_key
-from plait.recipes.schema import AdapterWeights, LayerWeights, ModuleWeights, PerAdapter, Recipe, ScalarWeights
+from plait.recipes.schema import (
+    AdapterWeights,
+    LayerWeights,
+    LinesWeights,
+    ModuleWeights,
+    PerAdapter,
+    Recipe,
+    ScalarWeights,
+    ScheduleWeights,
+)
+
+Towers = Mapping[str, int]  # tower → index of its last layer
 
 
-def module_weights(recipe: Recipe, module: str) -> Tensor:
-    """Return the adapters' weights in one target module, (T,) float64: `adapters[].weight` times the policy's factor."""
-    values = [a.weight * _factor(recipe, a.name, module) for a in recipe.adapters]
+def towers_of(modules: Iterable[str]) -> dict[str, int]:
+    """Return the towers that target modules stand in, each with the index of its last layer."""
+    towers: dict[str, int] = {}
+    for key in (layer_key(m) for m in modules):
+        if key is not None:
+            towers[key.tower] = max(key.index, towers.get(key.tower, 0))
+    return towers
+
+
+def module_weights(recipe: Recipe, module: str, towers: Towers) -> Tensor:
+    """Return the adapters' weights in one target module, (T,) float64: `adapters[].weight` times the policy's factor.
+
+    Args:
+        recipe: whose policy.
+        module: path of the target module.
+        towers: of all target modules of the merge (`towers_of`).
+    """
+    values = [a.weight * _factor(recipe, a.name, module, towers) for a in recipe.adapters]
     return torch.tensor(values, dtype=torch.float64)
 
 
 def policy_problems(recipe: Recipe, modules: Sequence[str]) -> list[str]:
     """Return what the policy names that the adapters do not have: layers, ambiguous layer numbers, patterns without a match."""
     match recipe.weights:
+        case ScheduleWeights(layers=count) | LinesWeights(layers=count):
+            return _depth_problems(count, modules)
         case LayerWeights(layers=layers):
             return layer_problems("weights.layers", list(layers), modules)
         case ModuleWeights(modules=patterns):
@@ -42,7 +74,7 @@ def layer_problems(where: str, names: Sequence[str], modules: Sequence[str]) -> 
     return problems
 
 
-def _factor(recipe: Recipe, adapter: str, module: str) -> float:
+def _factor(recipe: Recipe, adapter: str, module: str, towers: Towers) -> float:
     match recipe.weights:
         case ScalarWeights(value=value):
             return _of(value, adapter)
@@ -54,7 +86,48 @@ def _factor(recipe: Recipe, adapter: str, module: str) -> float:
             return _of(found, adapter)
         case ModuleWeights(modules=patterns, default=default):
             return _of(next((v for p, v in patterns.items() if fnmatchcase(module, p)), default), adapter)
+        case ScheduleWeights() as schedule:
+            depth = _depth(module, towers, schedule.layers)
+            return _of(schedule.default, adapter) if depth is None else _on_curve(schedule, adapter, depth)
+        case LinesWeights(alpha=alpha, beta=beta, layers=count):
+            return alpha + beta * (_depth(module, towers, count) or 0.0)
     return 1.0
+
+
+def _depth(module: str, towers: Towers, count: int | None) -> float | None:
+    """Return how deep in its tower a module stands, in [0, 1]; None outside of layers."""
+    key = layer_key(module)
+    if key is None:
+        return None
+    last = towers[key.tower] if count is None else count - 1
+    return key.index / last if last else 0.0
+
+
+def _on_curve(schedule: ScheduleWeights, adapter: str, depth: float) -> float:
+    """Return the factor at a depth in [0, 1]."""
+    points = schedule.points.get(adapter) if isinstance(schedule.points, dict) else schedule.points
+    if schedule.points is None:
+        points = (_of(schedule.first, adapter), _of(schedule.last, adapter))
+    if points is None:  # an adapter that has no curve among those of others
+        return _of(schedule.default, adapter)
+    if schedule.curve == "cosine":
+        depth = (1 - math.cos(math.pi * depth)) / 2
+    position = depth * (len(points) - 1)
+    start = min(int(position), len(points) - 2)
+    share = position - start
+    return (1 - share) * points[start] + share * points[start + 1]
+
+
+def _depth_problems(count: int | None, modules: Sequence[str]) -> list[str]:
+    """Return why a curve over the depth means nothing for these modules."""
+    towers = towers_of(modules)
+    if not towers:
+        return [f"weights.policy: the adapters have no layers to follow a curve over; their modules look like {modules[0]!r}"]
+    return [
+        f"weights.layers: {count} layers, but the adapters have {tower}.{last}; give at least {last + 1}"
+        for tower, last in towers.items()
+        if count is not None and last >= count
+    ]
 
 
 def _of(value: PerAdapter, adapter: str) -> float:

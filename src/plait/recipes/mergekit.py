@@ -6,13 +6,14 @@ counterpart is a problem. Knows nothing of files, and does not check what it pas
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeGuard
 
 from plait.errors import AddressError, did_you_mean
 from plait.recipes.entries import named_entry
-from plait.recipes.mergekit_terms import METHODS, MergekitMethod, Model, Setting, is_loose, pattern
+from plait.recipes.mergekit_terms import METHODS, WHOLE_MODELS, MergekitMethod, Model, Setting, is_loose, pattern
 from plait.recipes.paths import KeyPath, Plain
 from plait.recipes.problems import Converted, Problem, listed, show
 from plait.recipes.validation import unknown_key
@@ -31,8 +32,7 @@ _TOP = (
 )
 _TOKENIZER = ("tokenizer_source", "tokenizer", "chat_template")
 _PARTS = ("slices", "modules")
-_NEAREST = {"della_linear": "della", "breadcrumbs_ties": "breadcrumbs"}
-_ALL_PARAMS = ("weight", "density", "epsilon", "gamma", "lambda", "normalize", "rescale", "int8_mask")
+_ARITHMETIC = ("weight", "density", "epsilon", "gamma", "lambda", "normalize", "rescale", "int8_mask")
 
 
 class _GiveUpError(Exception):
@@ -79,10 +79,14 @@ class _Conversion:
             raise _GiveUpError
         adapters = [m for m in models if m.adapter is not None]
         entries = self._entries(adapters)
-        params = self._params(method, adapters)
+        if method.base and self._data.get("base_model") is None:
+            self._problem(("merge_method",), f"{self._name!r} needs a base_model: {method.base}.")
+        params, values = self._params(method, adapters)
         result: dict[str, Plain] = {"version": 1, "base_model": base, "adapters": entries, "method": params}
         result |= self._weights(method, models, entries)
-        result["scale"] = self._scale(method, adapters, params.get("density"))
+        result["scale"] = self._scale(method, adapters, values.get("density"))
+        if self._name == "nuslerp":
+            self._turn(params, entries)
         result["output"] = self._output()
         self._say_what_is_left_out(method)
         if self.problems:
@@ -106,8 +110,8 @@ class _Conversion:
 
     def _refuse_method(self) -> None:
         text = f"mergekit's {self._name!r} has no counterpart here; these have one: {', '.join(METHODS)}."
-        near = f" The nearest is {_NEAREST[self._name]!r}." if self._name in _NEAREST else did_you_mean(self._name, METHODS)
-        self._problem(("merge_method",), text + near)
+        why = f" mergekit's {self._name!r}: {WHOLE_MODELS[self._name]}." if self._name in WHOLE_MODELS else ""
+        self._problem(("merge_method",), text + (why or did_you_mean(self._name, METHODS)))
 
     def _models(self) -> Iterator[Model]:
         models = self._data.get("models")
@@ -171,26 +175,47 @@ class _Conversion:
             self.notes.append("relative paths start at the recipe's folder; mergekit starts at the working directory.")
         return entries
 
-    def _params(self, method: MergekitMethod, adapters: Sequence[Model]) -> dict[str, Plain]:
-        self._check_params(adapters)
-        params: dict[str, Plain] = {"name": self._name, **method.fixed}
+    def _params(self, method: MergekitMethod, adapters: Sequence[Model]) -> tuple[dict[str, Plain], dict[str, Plain]]:
+        """Return plait's method, and mergekit's parameters by their own names."""
+        self._check_params(method, adapters)
+        values: dict[str, Plain] = {}
         for key, default in method.params.items():
-            params[key], self.moved["method", key] = self._equal(key, default, adapters)
-        density = params.get("density")
-        if density == 1 and "epsilon" in params:  # mergekit leaves a delta of density 1 alone
-            params["epsilon"] = 0.0
-        gamma = params.get("gamma")
+            values[key], self.moved["method", *method.places.get(key, (key,))] = self._equal(key, default, adapters)
+        density = values.get("density")
+        if density == 1 and "epsilon" in values:  # mergekit leaves a delta of density 1 alone
+            values["epsilon"] = 0.0
+        gamma = values.get("gamma")
         if _is_number(density) and _is_number(gamma) and density + gamma > 1:
-            params["gamma"] = max(0.0, 1 - density)  # mergekit keeps as many as density says before it drops any
+            values["gamma"] = max(0.0, 1 - density)  # mergekit keeps as many as density says before it drops any
         if method.elects:
-            params["divisor"] = "weight" if self._flag("normalize", default=method.normalize) else "none"
-        return params
+            values["divisor"] = "weight" if self._flag("normalize", default=method.normalize) else "none"
+        params: dict[str, Plain] = {"name": method.name or self._name, **copy.deepcopy(dict(method.fixed))}
+        for key, value in values.items():
+            _put(params, method.places.get(key, (key,)), value)
+        return params, values
 
-    def _check_params(self, adapters: Sequence[Model]) -> None:
+    def _turn(self, params: dict[str, Plain], entries: Sequence[dict[str, Plain]]) -> None:
+        """Say two weights as how far the way from the first adapter to the second is gone."""
+        weights = [entry.pop("weight", None) for entry in entries]
+        if len(weights) != 2 or None in weights:
+            text = "it goes from one adapter to another: give two, each with one weight."
+            self._problem(("models",), text)
+            return
+        total = sum(weights)
+        params["t"] = weights[1] / total if abs(total) >= 1e-6 else 0.5
+        self.moved["method", "t"] = ("models",)
+
+    def _check_params(self, method: MergekitMethod, adapters: Sequence[Model]) -> None:
+        allowed = list(
+            dict.fromkeys([*_ARITHMETIC, *method.params, *method.only, "eps"] if not method.arithmetic else _ARITHMETIC)
+        )
+        for key, (value, why) in method.only.items():
+            if self._global().get(key, value) != value:
+                self._problem(("parameters", key), f"{key} is {show(self._global()[key])}: {why}.")
         places: list[tuple[KeyPath, Mapping[str, Plain]]] = [(("parameters",), self._global())]
         for path, parameters in [*places, *(((*m.path, "parameters"), m.parameters) for m in adapters)]:
-            for key in parameters.keys() - set(_ALL_PARAMS):
-                self._problem((*path, key), unknown_key(key, _ALL_PARAMS))
+            for key in parameters.keys() - set(allowed):
+                self._problem((*path, key), unknown_key(key, allowed))
 
     def _global(self) -> Mapping[str, Plain]:
         parameters = self._data.get("parameters") or {}
@@ -257,6 +282,8 @@ class _Conversion:
         self, method: MergekitMethod, models: Sequence[Model], entries: Sequence[dict[str, Plain]]
     ) -> dict[str, Plain]:
         """Write the weights into the entries, or return them as `weights` when they depend on modules."""
+        if not method.weighted:
+            return {}
         # the base model's own weight counts only where mergekit averages whole models
         merged = [m for m in models if m.adapter is not None or self._name == "linear"]
         settings = [s for s in map(self._weight, merged) if s is not None]
@@ -295,7 +322,7 @@ class _Conversion:
         """Return the adapters' weights where one filter holds, divided by their sum where mergekit divides."""
         total = sum(weights)
         averages = self._name == "linear"
-        if not method.elects and self._flag("normalize", default=method.normalize):
+        if not method.elects and (method.arithmetic or averages) and self._flag("normalize", default=method.normalize):
             if abs(total) >= 1e-8:
                 weights = [w / total for w in weights]
             elif averages:
@@ -306,7 +333,7 @@ class _Conversion:
         return [w for w, m in zip(weights, models, strict=True) if m.adapter is not None]
 
     def _scale(self, method: MergekitMethod, adapters: Sequence[Model], density: Plain) -> Plain:
-        if self._name == "linear":
+        if self._name == "linear" or not method.arithmetic:
             return None
         scale, self.moved["scale",] = self._equal("lambda", 1.0, adapters)
         rescales = self._flag("rescale", default=method.rescale)
@@ -333,8 +360,9 @@ class _Conversion:
         given = {k for m in [self._data, *self._data["models"]] for k in (m.get("parameters") or {})}
         if "int8_mask" in given:
             self.notes.append("int8_mask only saves memory in mergekit and is left out.")
-        used = {"weight", "normalize", "int8_mask", *method.params}
-        used |= set() if self._name == "linear" else {"lambda", "rescale"}
+        used = {"int8_mask", *method.params, *method.only, *(["weight"] if method.weighted else [])}
+        used |= {"normalize"} if method.arithmetic else set()
+        used |= set() if self._name == "linear" or not method.arithmetic else {"lambda", "rescale"}
         idle = sorted(given - used)
         self.notes += [f"{key} does nothing in mergekit's {self._name!r} and is left out." for key in idle]
         left_out = [key for key in _TOKENIZER if key in self._data]
@@ -352,6 +380,12 @@ def _is_number(value: Plain) -> TypeGuard[float]:
 
 def _value(setting: Setting, name: str | None) -> float:
     return float(next(value for part, value in setting.values if part in (name, None)))
+
+
+def _put(target: Plain, path: KeyPath, value: Plain) -> None:
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
 
 
 def _by_module(rows: Mapping[str | None, dict[str, float]]) -> dict[str, Plain]:

@@ -24,17 +24,31 @@ class MergekitMethod:
         fixed: what plait's method is told in any case.
         elects: whether signs are elected.
         notes: where numbers differ.
+        name: what plait calls it; mergekit's own name when empty.
+        places: where in plait's method a parameter stands; under its own name when it is not listed.
+        weighted: whether it needs a weight per model; one without takes none.
+        arithmetic: whether it is one of those on task vectors, with `lambda`, `normalize` and `rescale`.
+        only: parameters that must have this value, and why.
+        base: why it needs a base model of its own; empty when it does not.
     """
 
     normalize: bool
     rescale: bool = False
-    params: Mapping[str, float] = field(default_factory=dict)
+    params: Mapping[str, Plain] = field(default_factory=dict)
     fixed: Mapping[str, Plain] = field(default_factory=dict)
     elects: bool = False
     notes: tuple[str, ...] = ()
+    name: str = ""
+    places: Mapping[str, KeyPath] = field(default_factory=dict)
+    weighted: bool = True
+    arithmetic: bool = True
+    only: Mapping[str, tuple[Plain, str]] = field(default_factory=dict)
+    base: str = ""
 
 
+_WHOLE = "without one mergekit turns whole models, and plait merges what adapters changed"
 _VOTE = {"weighted_vote": True, "zero_sign": "plus"}
+_GAMMA = "where gamma times a matrix's entries is below 1, mergekit drops all of them and plait none of the top."
 _KEYED = "each adapter's mask comes from (seed, adapter, module); mergekit draws all masks from one generator"
 METHODS = {
     "linear": MergekitMethod(normalize=True),
@@ -74,8 +88,81 @@ METHODS = {
         rescale=False,
         params={"density": 1.0, "gamma": 0.01},
         fixed={"space": "delta"},
-        notes=("where gamma times a matrix's entries is below 1, mergekit drops all of them and plait none of the top.",),
+        notes=(_GAMMA,),
     ),
+    "breadcrumbs_ties": MergekitMethod(
+        normalize=False,
+        params={"density": 1.0, "gamma": 0.01},
+        fixed={"pre": [{"name": "band"}], "combine": {"name": "elect", **_VOTE}, "space": "delta"},
+        elects=True,
+        notes=(_GAMMA,),
+        name="pipeline",
+        places={"density": ("pre", 0, "density"), "gamma": ("pre", 0, "gamma"), "divisor": ("combine", "divisor")},
+    ),
+    "della_linear": MergekitMethod(
+        normalize=False,
+        rescale=True,
+        params={"density": 1.0, "epsilon": 0.15},
+        fixed={"pre": [{"name": "drop_by_rank"}], "combine": {"name": "sum"}, "space": "delta"},
+        notes=(f"{_KEYED}, and rescales survivors to the tensor's L1 norm, where plait divides each by its probability.",),
+        name="pipeline",
+        places={"density": ("pre", 0, "density"), "epsilon": ("pre", 0, "epsilon")},
+    ),
+    "sce": MergekitMethod(
+        normalize=False,
+        params={"select_topk": 1.0},
+        fixed={"zero_sign": "plus", "space": "delta"},
+        notes=("mergekit selects a share of the entries that vary, plait of all entries; in LoRA deltas all vary.",),
+        places={"select_topk": ("density",)},
+        weighted=False,
+        arithmetic=False,
+    ),
+    "ram": MergekitMethod(
+        normalize=False,
+        params={"epsilon": 1e-5},
+        fixed={"pre": [{"name": "cutoff"}], "combine": {"name": "average_shared"}, "space": "delta"},
+        name="pipeline",
+        places={"epsilon": ("pre", 0, "above")},
+        weighted=False,
+        arithmetic=False,
+    ),
+    "ramplus_tl": MergekitMethod(
+        normalize=False,
+        params={"r": 0.1, "alpha": 0.2, "epsilon": 1e-5},
+        fixed={"pre": [{"name": "cutoff"}], "combine": {"name": "average_shared", "scope": "module"}, "space": "delta"},
+        name="pipeline",
+        places={"r": ("combine", "boost"), "alpha": ("combine", "cap"), "epsilon": ("pre", 0, "above")},
+        weighted=False,
+        arithmetic=False,
+    ),
+    "model_stock": MergekitMethod(
+        normalize=False,
+        weighted=False,
+        arithmetic=False,
+        only={"filter_wise": (False, "plait takes one angle per module, not one per row")},
+    ),
+    "multislerp": MergekitMethod(
+        normalize=False,
+        params={"normalize_weights": True},
+        places={"normalize_weights": ("normalize",)},
+        arithmetic=False,
+        base=_WHOLE,
+    ),
+    "nuslerp": MergekitMethod(
+        normalize=False,
+        name="slerp",
+        arithmetic=False,
+        only={
+            "nuslerp_row_wise": (False, "plait turns each module as one vector"),
+            "nuslerp_flatten": (True, "plait turns each module as one vector"),
+        },
+        base=_WHOLE,
+    ),
+}
+#: What has no counterpart, and why.
+WHOLE_MODELS = {
+    "slerp": "it turns whole models; 'nuslerp' with a base_model, and plait's 'slerp', turn what the adapters changed",
+    "karcher": "it averages whole models on the sphere; plait's 'karcher' does so with what the adapters changed",
 }
 
 

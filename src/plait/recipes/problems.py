@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from plait.errors import RecipeError, collect
+from plait.errors import PlaitError, RecipeError, collect
 from plait.recipes.paths import KeyPath, show_path
 
 Moves: TypeAlias = Mapping[KeyPath, KeyPath]
@@ -57,12 +57,14 @@ class Origins:
         lines: path → line in the file, counted from 1.
         moved: path now → path in the file.
         overridden: paths whose values did not come from the file.
+        error: what a refusal raises.
     """
 
     source: str
     lines: Mapping[KeyPath, int] = field(default_factory=dict)
     moved: Moves = field(default_factory=dict)
     overridden: tuple[KeyPath, ...] = ()
+    error: type[PlaitError] = RecipeError
 
     def describe(self, problem: Problem) -> str:
         """Return a problem with its place: `recipe.yaml:4: method.density: …`."""
@@ -73,10 +75,10 @@ class Origins:
         """Raise one error that lists all problems in the order of the file; do nothing when there are none.
 
         Raises:
-            RecipeError: there is a problem.
+            RecipeError: there is a problem (or `error`, when it is another).
         """
         ordered = sorted(dict.fromkeys(problems), key=lambda p: self._line(p.path) or 0)
-        collect(RecipeError, [self.describe(p) for p in ordered], self.source)
+        collect(self.error, [self.describe(p) for p in ordered], self.source)
 
     def _as_written(self, path: KeyPath) -> KeyPath:
         for length in range(len(path), 0, -1):

@@ -30,7 +30,8 @@ def read_request(
         file: a recipe to start from.
         adapters: references, or name → reference; they replace the file's.
         settings: recipe keys (`scale`, `seed`, …), keys of `output` (`rank`, …), `space`, `weights` (numbers in the order of
-            the adapters, name → number, or a whole policy), and parameters of the method.
+            the adapters, name → number, or a whole policy), `moments` (a folder of `<name>.safetensors`, or name → file), and
+            parameters of the method.
         sets: `PATH=VALUE`, applied last.
 
     Raises:
@@ -47,12 +48,34 @@ def read_request(
         raise
     if file is None:
         data = apply_overrides({"adapters": _weighed(entries, weights), "method": "linear"}, overrides)
-        return build_recipe(data, source="the request"), None
+        return _with_moments(build_recipe(data, source="the request"), settings.get("moments")), None
     if entries:
         overrides.insert(0, ("adapters", _weighed(entries, weights)))
     elif weights is not None:
         overrides += _weight_overrides(weights)
-    return read_recipe(file, overrides=overrides)
+    recipe, folder = read_recipe(file, overrides=overrides)
+    return _with_moments(recipe, settings.get("moments"), absolute=True), folder
+
+
+def extend_request(
+    earlier: Mapping[str, Any], adapters: Adapters, settings: Mapping[str, Any], sets: Sequence[str] = ()
+) -> Recipe:
+    """Return an earlier recipe with more adapters behind its own.
+
+    Args:
+        earlier: a recipe as plain data; its relative paths start from the working directory.
+        adapters: references, or name → reference, of those that are added.
+        settings: as in `read_request`; `weights` are those of the added adapters.
+        sets: `PATH=VALUE`, applied last.
+
+    Raises:
+        RecipeError: with everything that is wrong.
+    """
+    entries = _entries(adapters)
+    added = _weighed(entries, _checked(_weights(settings.get("weights")), entries))
+    data = {**earlier, "adapters": [*earlier["adapters"], *added]}
+    overrides = [*_overrides(settings), *(parse_override(text) for text in sets)]
+    return build_recipe(apply_overrides(data, overrides), source="the request")
 
 
 def _add_other_problems(
@@ -86,13 +109,34 @@ def _overrides(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     if settings.get("method") is not None:
         found.append(("method", settings["method"]))
     for key, value in settings.items():
-        if key in ("method", "weights"):
+        if key in ("method", "weights", "moments"):
             continue
         path = f"output.{key}" if key in _OUTPUT else key if key in _TOP else f"method.{key}"
         found.append((path, value))
     if isinstance(settings.get("weights"), Mapping) and "policy" in settings["weights"]:
         found.append(("weights", dict(settings["weights"])))
     return found
+
+
+def _with_moments(recipe: Recipe, given: Any, *, absolute: bool = False) -> Recipe:
+    """Return the recipe with files of second moments: `<name>.safetensors` in a folder, or name → file.
+
+    Args:
+        recipe: what is asked for.
+        given: folder or files; None for those that the recipe has.
+        absolute: beside a recipe's file relative paths would start at its folder.
+    """
+    if given is None:
+        return recipe
+    names = [entry.name for entry in recipe.adapters]
+    files = dict(given) if isinstance(given, Mapping) else {name: Path(given) / f"{name}.safetensors" for name in names}
+    if unknown := [name for name in files if name not in names]:
+        raise RecipeError(
+            f"moments: {', '.join(map(repr, unknown))} is no adapter of this merge; there are {', '.join(names)}."
+        )
+    texts = {name: str(Path(file).expanduser().absolute() if absolute else file) for name, file in files.items()}
+    entries = (entry.model_copy(update={"moments": texts.get(entry.name, entry.moments)}) for entry in recipe.adapters)
+    return recipe.model_copy(update={"adapters": tuple(entries)})
 
 
 def _weights(value: Any) -> list[Any] | dict[str, Any] | None:

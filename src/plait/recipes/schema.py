@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from plait.hub.references import parse_reference
 from plait.methods import METHODS
 from plait.methods.base import MethodParams
+from plait.recipes.evaluation import EvalSpec
 from plait.records import Record
 from plait.transforms import TRANSFORMS, TransformParams
 
@@ -21,6 +22,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 MergeMode = Literal["union", "common", "strict"]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 PerAdapter = Weight | dict[str, Weight]  # one number for all adapters, or one per adapter name
+Points = Annotated[tuple[Weight, ...], Field(min_length=2)]
 
 if TYPE_CHECKING:
     MethodSpec = MethodParams
@@ -29,6 +31,12 @@ else:
     # a union that is built at run time has no other spelling (UP007 would leave a bare tuple)
     TransformSpec = Annotated[Union[tuple(t.spec for t in TRANSFORMS.values())], Field(discriminator="name")]  # noqa: UP007
     MethodSpec = Annotated[Union[tuple(m.spec for m in METHODS.values())], Field(discriminator="name")]  # noqa: UP007
+
+
+def named_method(value: Any) -> Any:
+    """Return what stands under `method` with its name where stages are spelled out without one."""
+    stages = isinstance(value, Mapping) and "name" not in value and not {"pre", "combine", "post"}.isdisjoint(value)
+    return {"name": "pipeline", **value} if stages else value
 
 
 class AdapterEntry(Record):
@@ -92,7 +100,53 @@ class ModuleWeights(Record):
     modules: Annotated[dict[str, PerAdapter], Field(description="Shell patterns over module paths, such as `*.q_proj`.")]
 
 
-Weights = Annotated[ScalarWeights | AdapterWeights | LayerWeights | ModuleWeights, Field(discriminator="policy")]
+class ScheduleWeights(Record):
+    """One factor per layer that follows a curve over the depth of its tower; modules outside of layers take the default.
+
+    The first layer of a tower is at depth 0, the last at 1. A tower ends with the highest layer that some adapter has.
+    """
+
+    policy: Literal["schedule"]
+    curve: Annotated[Literal["linear", "cosine"], Field(description="The way from `first` to `last`.")] = "linear"
+    first: Annotated[PerAdapter, Field(description="Factor in the first layer.")] = 1.0
+    last: Annotated[PerAdapter, Field(description="Factor in the last layer.")] = 1.0
+    points: Annotated[
+        Points | dict[str, Points] | None,
+        Field(description="In place of these: factors at equal distances over the depth, straight lines between them."),
+    ] = None
+    default: PerAdapter = 1.0
+    layers: Annotated[
+        int | None,
+        Field(ge=1, le=10**6, description="Layers of a tower, where no adapter has the last ones."),
+    ] = None
+
+    @model_validator(mode="after")
+    def _one_curve(self) -> ScheduleWeights:
+        given = [name for name in ("curve", "first", "last") if name in self.model_fields_set]
+        if self.points is not None and given:
+            raise ValueError(f"'points' are a curve by themselves; take {', '.join(given)} out, or the points")
+        return self
+
+
+class LinesWeights(Record):
+    """LiNeS (Wang et al. 2025, arXiv:2410.17146, eq. 5): α + β ℓ / (L − 1) in layer ℓ of L, and α outside of layers.
+
+    The authors set α from the norms of the merge; here it is given. It is `schedule` with first: α, last: α + β, default: α.
+    """
+
+    policy: Literal["lines"]
+    alpha: Annotated[Weight, Field(description="Factor in the first layer and outside of layers.")]
+    beta: Annotated[Weight, Field(description="What the last layer has on top.")]
+    layers: Annotated[
+        int | None,
+        Field(ge=1, le=10**6, description="Layers of a tower, where no adapter has the last ones."),
+    ] = None
+
+
+Weights = Annotated[
+    ScalarWeights | AdapterWeights | LayerWeights | ModuleWeights | ScheduleWeights | LinesWeights,
+    Field(discriminator="policy"),
+]
 
 
 class Heads(Record):
@@ -179,15 +233,17 @@ class Recipe(Record):
     scale: Annotated[Weight, Field(description="Factor on the merged delta (the papers' λ).")] = 1.0
     heads: Heads = Heads()
     output: Output = Output()
+    tasks: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...], Field(description="Files of the tasks that judge the result.")
+    ] = ()
+    eval: EvalSpec = EvalSpec()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @field_validator("method", mode="before")
     @classmethod
     def _method_by_name(cls, value: Any) -> Any:
         """Accept `method: ties`, and a pipeline that is spelled out without a name."""
-        if isinstance(value, Mapping) and "combine" in value:
-            return {"name": "pipeline", **value}
-        return {"name": value} if isinstance(value, str) else value
+        return {"name": value} if isinstance(value, str) else named_method(value)
 
     @field_validator("transforms", mode="before")
     @classmethod
@@ -212,6 +268,7 @@ class Recipe(Record):
 
     def _adapter_names_used(self) -> list[str]:
         used = [self.heads.adapter] if self.heads.adapter else []
+        values: list[Any]
         match self.weights:
             case ScalarWeights(value=value):
                 values = [value]
@@ -221,6 +278,8 @@ class Recipe(Record):
                 values = [default, *layers.values()]
             case ModuleWeights(default=default, modules=modules):
                 values = [default, *modules.values()]
+            case ScheduleWeights(first=first, last=last, points=points, default=default):
+                values = [first, last, points, default]
             case _:
                 values = []
         return used + [name for value in values if isinstance(value, dict) for name in value]

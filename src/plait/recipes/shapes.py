@@ -1,4 +1,4 @@
-"""What the schema allows at a place of a recipe: its fields, its bounds, its type.
+"""What a schema allows at a place of a document: its fields, its bounds, its type. The schema is the recipe's unless given.
 
 Reads pydantic's own description of the schema, so that methods and transforms of third parties are covered too. Knows
 nothing of problems or of files.
@@ -26,15 +26,21 @@ def field_names(model: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-def model_at(path: KeyPath, data: Plain) -> type[BaseModel] | None:
+def model_at(path: KeyPath, data: Plain, root: type[BaseModel] = Recipe) -> type[BaseModel] | None:
     """Return the model whose fields are allowed at a path; None where there is none, or no telling which."""
-    shape = _walk(path, data)[0]
+    shape = _walk(path, data, root)[0]
     return shape if _is_model(shape) else None
 
 
-def bounds_at(path: KeyPath, data: Plain) -> str:
+def tags_at(path: KeyPath, data: Plain, root: type[BaseModel] = Recipe) -> list[str]:
+    """Return the names that tell the models apart which are allowed at a path; none where there is one model or none."""
+    models = [m for m in _members(_walk(path, data, root)[0]) if _is_model(m) and "name" in m.model_fields]
+    return [get_args(m.model_fields["name"].annotation)[0] for m in models] if len(models) > 1 else []
+
+
+def bounds_at(path: KeyPath, data: Plain, root: type[BaseModel] = Recipe) -> str:
     """Return the bounds of the number at a path, such as `> 0 and <= 1`; empty when it has none."""
-    field = _walk(path, data)[1]
+    field = _walk(path, data, root)[1]
     found = field.metadata if field is not None else []
     words = [f"{sign} {spell_number(getattr(b, name))}" for kind, name, sign in _BOUNDS for b in found if isinstance(b, kind)]
     return " and ".join(words)
@@ -45,14 +51,14 @@ def spell_number(value: float) -> str:
     return str(int(value)) if value == int(value) else repr(value)
 
 
-def is_number_only(path: KeyPath, data: Plain) -> bool:
+def is_number_only(path: KeyPath, data: Plain, root: type[BaseModel] = Recipe) -> bool:
     """Say whether the schema wants a number at a path and would not take a truth value."""
-    kinds = set(_leaves(_walk(path, data)[0]))
+    kinds = set(_leaves(_walk(path, data, root)[0]))
     return bool(kinds & {int, float}) and bool not in kinds
 
 
-def _walk(path: KeyPath, data: Plain) -> tuple[Shape, FieldInfo | None]:
-    shape: Shape = Recipe
+def _walk(path: KeyPath, data: Plain, root: type[BaseModel]) -> tuple[Shape, FieldInfo | None]:
+    shape: Shape = root
     field: FieldInfo | None = None
     for key in path:
         field = _field(shape, key)
@@ -90,8 +96,8 @@ def _choose(shape: Shape, value: Plain) -> Shape:
 
 
 def _has_tag(model: type[BaseModel], value: Mapping[str, Plain]) -> bool:
-    """Say whether a value carries what tells this model from others: a required field with one allowed value."""
-    tags = ((n, f.annotation) for n, f in model.model_fields.items() if f.is_required())
+    """Say whether a value carries what tells this model from others: a field with one allowed value."""
+    tags = ((n, f.annotation) for n, f in model.model_fields.items())
     return any(_origin(a) is Literal and get_args(a) == (value.get(n),) for n, a in tags)
 
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from pydantic import ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from plait.errors import did_you_mean
+from plait.methods import METHODS
 from plait.recipes.paths import KeyPath, Plain, item
 from plait.recipes.problems import Problem, listed, show
-from plait.recipes.schema import Recipe
-from plait.recipes.shapes import bounds_at, field_names, is_number_only, model_at, spell_number
+from plait.recipes.schema import Recipe, named_method
+from plait.recipes.shapes import bounds_at, field_names, is_number_only, model_at, spell_number, tags_at
+from plait.stages import STAGES, DeltaStage, EntryStage, MergedStage
 
 #: Parts of a recipe that are planned, and what they are for.
-PLANNED = {"tasks": "evaluate", "eval": "evaluate", "tune": "learn coefficients", "search": "search"}
+PLANNED = {"tune": "learn coefficients", "search": "search"}
 _KINDS = {
     "float_type": "a number",
     "float_parsing": "a number",
@@ -57,11 +59,13 @@ def check(data: Mapping[str, Plain]) -> tuple[Recipe | None, list[Problem]]:
     Args:
         data: mappings with keys as text, lists and scalars.
     """
-    problems = [*_truth_values(data, (), data), *_name_problems(data)]
+    if "method" in data:
+        data = {**data, "method": named_method(data["method"])}
+    problems = [*truth_values(data), *_name_problems(data)]
     try:
         draft = _Draft.model_validate(data)
     except ValidationError as error:
-        problems += _explain(error, data)
+        problems += explain(error, data)
     else:
         problems += [Problem(("method",), f"{text}.") for text in draft._method_problems()]
     return (None, problems) if problems else (Recipe.model_validate(data), [])
@@ -78,14 +82,19 @@ def unknown_key(key: str, allowed: Sequence[str]) -> str:
     return f"{key!r} is not known here; {known}.{did_you_mean(key, allowed)}"
 
 
-def _truth_values(value: Plain, path: KeyPath, data: Plain) -> Iterator[Problem]:
+def truth_values(data: Mapping[str, Plain], root: type[BaseModel] = Recipe) -> Iterator[Problem]:
     """Find true and false where a number is wanted: pydantic would read them as 1 and 0."""
-    if isinstance(value, bool):
-        if is_number_only(path, data):
+    for path, value in _scalars(data, ()):
+        if isinstance(value, bool) and is_number_only(path, data, root):
             yield Problem(path, f"{_subject(path)} is {show(value)}; it must be a number.")
-    elif isinstance(value, (Mapping, list)):
+
+
+def _scalars(value: Plain, path: KeyPath) -> Iterator[tuple[KeyPath, Plain]]:
+    if isinstance(value, (Mapping, list)):
         for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _truth_values(inner, (*path, key), data)
+            yield from _scalars(inner, (*path, key))
+    else:
+        yield path, value
 
 
 def _name_problems(data: Mapping[str, Plain]) -> Iterator[Problem]:
@@ -112,7 +121,7 @@ def _uses(data: Mapping[str, Plain]) -> Iterator[KeyPath]:
     if isinstance(name := item(data.get("heads"), "adapter"), str):
         yield ("heads", "adapter", name)
     weights = data.get("weights")
-    for key in ("adapters", "value", "default"):
+    for key in ("adapters", "value", "default", "first", "last", "points"):
         yield from (("weights", key, name) for name in _keys(item(weights, key)))
     for key in ("layers", "modules"):
         inside = item(weights, key)
@@ -123,7 +132,14 @@ def _keys(value: Plain) -> list[str]:
     return list(value) if isinstance(value, Mapping) else []
 
 
-def _explain(error: ValidationError, data: Mapping[str, Plain]) -> Iterator[Problem]:
+def explain(error: ValidationError, data: Mapping[str, Plain], root: type[BaseModel] = Recipe) -> Iterator[Problem]:
+    """Say what pydantic found in plain words, with what the schema allows there.
+
+    Args:
+        error: raised when `data` was validated.
+        data: what was validated.
+        root: the schema.
+    """
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for found in error.errors(include_url=False):
         by_path.setdefault(_path(found, data), []).append(found)
@@ -135,8 +151,8 @@ def _explain(error: ValidationError, data: Mapping[str, Plain]) -> Iterator[Prob
             yield Problem(path, f"{_subject(path)} is {show(errors[0]['input'])}; it must be {wanted}.")
         for found in errors:
             # that items are too few is said even when there are enough, of which some are invalid
-            if found["type"] not in _KINDS and not (found["type"] == "too_short" and found["input"]):
-                yield Problem(path, _sentence(found, path, data))
+            if found["type"] not in _KINDS and not (found["type"] == "too_short" and deeper):
+                yield Problem(path, _sentence(found, path, data, root))
 
 
 def _path(error: ErrorDetails, data: Plain) -> KeyPath:
@@ -154,47 +170,69 @@ def _path(error: ErrorDetails, data: Plain) -> KeyPath:
     return tuple(path)
 
 
-def _sentence(error: ErrorDetails, path: KeyPath, data: Mapping[str, Plain]) -> str:
+def _sentence(error: ErrorDetails, path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) -> str:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        return _unknown(path, data)
+        return _unknown(path, data, root)
     if kind in ("missing", "union_tag_not_found"):
-        return f"{_subject(path)!r} is missing.{_hint(path, data)}"
+        return f"{_subject(path)!r} is missing.{_hint(path, data, root)}"
     if kind == "union_tag_invalid":
-        return _not_among(context["tag"], path, _words(context["expected_tags"]))
+        return _not_among(context["tag"], path, _words(context["expected_tags"])) + _elsewhere(context["tag"], path)
     if kind == "literal_error":
         return _not_among(value, path, _words(context["expected"]))
     if kind in _BOUNDED:
-        return f"{_subject(path)} is {show(value)}; it must be {bounds_at(path, data) or _first_bound(context)}."
+        return f"{_subject(path)} is {show(value)}; it must be {bounds_at(path, data, root) or _first_bound(context)}."
     if kind == "string_pattern_mismatch":
         rule = _PATTERNS.get(context["pattern"], f"match {context['pattern']}")
         return f"{_subject(path)} is {show(value)}; it must {rule}."
     if kind in ("too_short", "string_too_short"):
-        return f"{_subject(path)} is empty; give at least {context['min_length']}."
+        much = f"has only {len(value)}" if value else "is empty"
+        return f"{_subject(path)} {much}; give at least {context['min_length']}."
     if kind == "value_error":
         return str(context["error"]).rstrip(".") + "."
     return f"{_subject(path)} is {show(value)}: {error['msg'][:1].lower()}{error['msg'][1:]}."
 
 
-def _unknown(path: KeyPath, data: Mapping[str, Plain]) -> str:
+def _unknown(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) -> str:
     key = str(path[-1])
-    if len(path) == 1 and key in PLANNED:
+    if root is Recipe and len(path) == 1 and key in PLANNED:
         return cannot_yet(PLANNED[key])
-    model = model_at(path[:-1], data)
+    model = model_at(path[:-1], data, root)
     return unknown_key(key, field_names(model) if model else [])
 
 
-def _hint(path: KeyPath, data: Mapping[str, Plain]) -> str:
+def _hint(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) -> str:
     """Say what a missing value is, as the schema describes it."""
-    model = model_at(path[:-1], data)
+    model = model_at(path[:-1], data, root)
     fields = {f.alias or n: f for n, f in model.model_fields.items()} if model else {}
     about = fields[str(path[-1])].description if path and str(path[-1]) in fields else None
+    if not model and (names := tags_at(path[:-1], data, root)):
+        about = f"Allowed: {', '.join(names)}."
     return f" {about}" if about else ""
 
 
 def _not_among(value: Plain, path: KeyPath, allowed: Sequence[str]) -> str:
     near = did_you_mean(str(value), allowed)
     return f"{_subject(path)} is {show(value)}; it must be {listed([_quoted(a) for a in allowed], 'or')}.{near}"
+
+
+def _elsewhere(word: str, path: KeyPath) -> str:
+    """Say where a stage or a method belongs that was given in another place of `method`."""
+    if path[:1] != ("method",):
+        return ""
+    if path in (("method",), ("method", "name")):
+        return f" {word!r} is a stage; spell a pipeline: method: {{{_stage_place(word)}: …}}." if word in STAGES else ""
+    if word in STAGES:
+        return f" {word!r} stands under '{_stage_place(word)}'."
+    if word in METHODS:
+        return f" {word!r} is a method, not a stage: `plait methods {word}` prints the stages that it stands for."
+    return ""
+
+
+def _stage_place(name: str) -> str:
+    if issubclass(STAGES[name], (DeltaStage, EntryStage)):
+        return "pre"
+    return "post" if issubclass(STAGES[name], MergedStage) else "combine"
 
 
 def _quoted(word: str) -> str:

@@ -59,12 +59,23 @@ def json_schema() -> dict[str, Any]:
     fields["adapters"]["items"] = {"anyOf": [fields["adapters"]["items"], {"type": "string", "minLength": 1}]}
     fields["method"] = _with_names(fields["method"], METHODS)
     fields["transforms"]["items"] = _with_names(fields["transforms"]["items"], TRANSFORMS)
+    _allow_short_pipelines(schema["$defs"]["pipeline_method"])
     head: dict[str, Any] = {
         "$schema": _DRAFT,
         "title": "plait recipe",
         "description": "What to merge and how. `plait merge RECIPE` runs it; unknown keys are errors.",
     }
     return head | {key: value for key, value in schema.items() if key not in head}
+
+
+def _allow_short_pipelines(pipeline: dict[str, Any]) -> None:
+    """Allow a stage as its bare name, and stages without the name `pipeline` before them."""
+    stages = pipeline["properties"]
+    for place in ("pre", "post"):
+        stages[place]["items"] = _with_names(stages[place]["items"], stages[place]["items"]["discriminator"]["mapping"])
+    stages["combine"] = _with_names(stages["combine"], stages["combine"]["discriminator"]["mapping"])
+    del pipeline["required"]
+    pipeline["anyOf"] = [{"required": [key]} for key in ("name", "pre", "combine", "post")]
 
 
 def _with_names(schema: dict[str, Any], names: Mapping[str, object]) -> dict[str, Any]:

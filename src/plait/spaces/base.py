@@ -5,12 +5,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
-from plait.linalg.blocks import RowBlocks
+from plait.linalg.blocks import Guide, RowBlocks
+
+
+class Rows(Protocol):
+    """Rows of a stack."""
+
+    def __call__(self, start: int, stop: int, stride: int = 1) -> Tensor:
+        """Return every stride-th of the rows [start, stop), (T, …, q)."""
+
 
 Merged = LowRank | RowBlocks  # an exact low-rank result, or a matrix that exists as blocks of rows
 
@@ -24,12 +33,14 @@ class Array:
         shape: (p, q).
         rows: `rows(start, stop)` returns (T, stop − start, q).
         emphasis: how an adapter's weight enters this array: multiplied by itself (1) or as ±√|weight| (see `factors`).
+        guide: to where the leading row space of a merge is likely to be (see `RowBlocks`).
     """
 
     name: str
     shape: tuple[int, int]
-    rows: Callable[[int, int], Tensor]
+    rows: Rows
     emphasis: Callable[[Tensor], Tensor]
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,6 @@ def unchanged(weights: Tensor) -> Tensor:
     return weights
 
 
-def held(x: Tensor) -> Callable[[int, int], Tensor]:
+def held(x: Tensor) -> Rows:
     """Return the row function of a stack (T, p, q) that is in memory."""
-    return lambda start, stop: x[:, start:stop]
+    return lambda start, stop, stride=1: x[:, start:stop:stride]

@@ -24,13 +24,20 @@ class Delta(Space):
         """Return ΔWₜ as one stack of (d_out, d_in)."""
         deltas = [f.scaled(s) for f, s in zip(factors, scalings, strict=True)]
 
-        def rows(start: int, stop: int) -> Tensor:
-            out = deltas[0].a.new_empty(len(deltas), stop - start, deltas[0].shape[1])
+        def rows(start: int, stop: int, stride: int = 1) -> Tensor:
+            out = deltas[0].a.new_empty(len(deltas), len(range(start, stop, stride)), deltas[0].shape[1])
             for delta, place in zip(deltas, out, strict=True):
-                torch.mm(delta.b[start:stop], delta.a, out=place)
+                torch.mm(delta.b[start:stop:stride], delta.a, out=place)
             return out
 
-        return Frame((Array("delta", deltas[0].shape, rows, unchanged),), _itself, deltas[0].a.dtype)
+        def guide(x: Tensor) -> Tensor:
+            """Return Σ ΔWₜᵀ ΔWₜ x: whatever a method does entry by entry, most of it stays near the sources' row spaces."""
+            out = torch.zeros_like(x)
+            for delta in deltas:
+                out.addmm_(delta.a.mT, delta.b.mT @ (delta.b @ (delta.a @ x)))
+            return out
+
+        return Frame((Array("delta", deltas[0].shape, rows, unchanged, guide),), _itself, deltas[0].a.dtype)
 
     def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """Return full rank: an elementwise method keeps no low-rank structure."""

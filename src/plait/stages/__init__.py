@@ -3,7 +3,20 @@
 One file per family; importing this package registers them all.
 """
 
-from plait.stages import elect, norm, sparsify, sums  # noqa: F401  (registration)
+from plait.stages import (  # noqa: F401  (registration)
+    calibrate,
+    competition,
+    consensus,
+    elect,
+    gram,
+    norm,
+    polar,
+    select,
+    solve,
+    sparsify,
+    subspace,
+    sums,
+)
 from plait.stages.base import (
     STAGES,
     Block,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 from torch import Tensor
@@ -47,13 +47,20 @@ class Block:
     keys: tuple[Key, ...]
     statistics: tuple[Tensor, ...]
 
+    def weighted(self) -> Tensor:
+        """Return wₜ xₜ, (T, p, q)."""
+        return self.x * self.weights.to(self.x.dtype).view(-1, 1, 1)
+
     def uniform(self, adapter: int) -> Tensor:
         """Return (p, q) uniform numbers on [0, 1) for one adapter; they do not depend on how blocks are cut."""
         return uniform(self.keys[adapter], self.start, *self.x.shape[1:])
 
 
 class Reduction(Protocol):
-    """Something learnt in passes over blocks; several threads show it theirs, in any order."""
+    """Something learnt in passes over blocks; several threads show it theirs, in any order.
+
+    One that has a `stride` above 1 needs to see only one row in so many in the pass that begins.
+    """
 
     def observe(self, block: Block) -> None:
         """Take one block of a pass in."""
@@ -88,14 +95,19 @@ class Site:
         deltas: one per adapter, scaling folded in; rank 0 where an adapter lacks the module.
         weights: (T,), float64, already per module.
         key: names a random stream of this matrix.
-        moments: adapter index → E[x xᵀ] of the module's inputs, (d_in, d_in) float64; None when the recipe gives none.
+        moments: adapter index → E[x xᵀ] of the matrix' inputs, a new (d_in, d_in) float64, or None where an adapter without the
+            module has none; None when the recipe gives none at all.
+        sources: the deltas as the adapters have them, before stages on deltas; None when those are `deltas`.
+        remark: told what is worth knowing of this module afterwards; the run record counts equal remarks.
     """
 
     module: str
     deltas: tuple[LowRank, ...]
     weights: Tensor
     key: Key
-    moments: Callable[[int], Tensor] | None = None
+    moments: Callable[[int], Tensor | None] | None = None
+    sources: tuple[LowRank, ...] | None = None
+    remark: Callable[[str], None] = field(default=lambda text: None)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -104,7 +116,14 @@ class Site:
 
     def weighted(self) -> list[LowRank]:
         """Return wₜ ΔWₜ."""
-        return [d.scaled(w) for d, w in zip(self.deltas, self.weights.tolist(), strict=True)]
+        return self._weighted(self.deltas)
+
+    def weighted_sources(self) -> list[LowRank]:
+        """Return wₜ ΔWₜ as the adapters have them, whatever stages on deltas have made of them."""
+        return self._weighted(self.deltas if self.sources is None else self.sources)
+
+    def _weighted(self, deltas: Sequence[LowRank]) -> list[LowRank]:
+        return [d.scaled(w) for d, w in zip(deltas, self.weights.tolist(), strict=True)]
 
 
 class Stage(ABC):  # noqa: B024 (its kinds, below, are abstract each in their own way)
@@ -113,9 +132,11 @@ class Stage(ABC):  # noqa: B024 (its kinds, below, are abstract each in their ow
     Attributes:
         randomised: whether it draws random numbers (always from keys).
         needs_moments: whether it needs second moments of inputs.
+        solves: whether it solves a system of equations, which adapters that share an initialisation make ill-conditioned.
     """
 
     randomised: ClassVar[bool] = False
+    solves: ClassVar[bool] = False
     needs_moments: ClassVar[bool] = False
 
     def problems(self, space: str, adapters: int) -> list[str]:
@@ -133,6 +154,15 @@ class DeltaStage(Stage):
     def rank(self, ranks: Sequence[int]) -> list[int]:
         """Return the largest ranks that the deltas can have afterwards."""
         return list(ranks)
+
+    def span(self, ranks: Sequence[int], shape: tuple[int, int]) -> tuple[int, int]:
+        """Return the largest dimensions that the column and the row space of all deltas together can have afterwards.
+
+        Args:
+            ranks: of the deltas before.
+            shape: these dimensions before.
+        """
+        return shape
 
 
 class EntryStage(Stage):
@@ -189,7 +219,12 @@ class DeltaCombine(Stage):
         """Return the merged delta, of rank at most `rank`."""
 
     def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
-        """Return the largest rank that the result can have."""
+        """Return the largest rank that the result can have.
+
+        Args:
+            ranks: of the deltas.
+            shape: dimensions of the column and the row space of all deltas together; at most (d_out, d_in).
+        """
         return min(sum(ranks), *shape)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -51,10 +50,15 @@ class Elect(StageParams, EntryCombine):
         voters = self._voters(block)
         sign = elect_sign(voters, self.sign)
         if self.zero_sign == "plus":
-            sign = torch.where(sign == 0, 1, sign)
+            sign = _untied(sign, 1.0)
         elif self.zero_sign == "majority":
-            sign = torch.where(sign == 0, block.statistics[0].sign().to(sign.dtype), sign)
+            sign = _untied(sign, float(block.statistics[0].sign()))
         return merge_agreeing(block.x, agreement(voters, sign), block.weights, self.divisor)
 
     def _voters(self, block: Block) -> Tensor:
         return block.x * block.weights.to(block.x.dtype).view(-1, 1, 1) if self.weighted_vote else block.x
+
+
+def _untied(sign: Tensor, instead: float) -> Tensor:
+    """Put −1, 0 or 1 in the place of every 0."""
+    return sign.mul_(2).add_(instead).clamp_(-1, 1)

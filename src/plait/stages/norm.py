@@ -23,7 +23,7 @@ class NormMatch(StageParams, MergedStage):
 
     def apply(self, merged: LowRank, site: Site) -> LowRank:
         """Return the delta with the norm asked for; a zero delta stays zero."""
-        norms = torch.tensor([d.energy() for d in site.weighted()], dtype=torch.float64).sqrt()
+        norms = torch.tensor([d.energy() for d in site.weighted_sources()], dtype=torch.float64).sqrt()
         norms, size = norms[norms > 0], merged.energy() ** 0.5
         if len(norms) == 0 or size == 0:
             return merged

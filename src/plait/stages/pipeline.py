@@ -69,6 +69,11 @@ class Pipeline:
         """Whether some stage needs second moments of inputs."""
         return any(s.needs_moments for s in self.stages)
 
+    @property
+    def solves(self) -> bool:
+        """Whether some stage solves a system of equations."""
+        return any(s.solves for s in self.stages)
+
     def needs_coordinates(self, space: str) -> bool:
         """Say whether deltas are turned into a space's coordinates; `factors` are no function of the deltas."""
         return isinstance(self.combine, EntryCombine) or bool(self.on_entries) or space == "factors"
@@ -79,14 +84,15 @@ class Pipeline:
 
     def rank(self, space: str, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """Return the largest rank that the merge of deltas of these ranks can have."""
+        span = shape
         for stage in self.on_deltas:
-            ranks = stage.rank(ranks)
+            ranks, span = stage.rank(ranks), stage.span(ranks, span)
         if self.needs_coordinates(space):
-            found = SPACES[space].rank(ranks, shape)
+            found = SPACES[space].rank(ranks, span if SPACES[space].low_rank else shape)
         elif isinstance(self.combine, DeltaCombine):
-            found = self.combine.rank(ranks, shape)
+            found = self.combine.rank(ranks, span)
         else:
-            found = min(sum(ranks), *shape)
+            found = min(sum(ranks), *span)
         for after in self.post:
             found = after.rank(found)
         return found
@@ -152,6 +158,10 @@ class _After:
         self._pipeline = pipeline
         self._at = at
         self._reduction = reduction
+
+    @property
+    def stride(self) -> int:
+        return getattr(self._reduction, "stride", 1)
 
     def observe(self, block: Block) -> None:
         self._reduction.observe(self._pipeline.reach(block, self._at))

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from plait.linalg.sparsify import Count, keep_at_least, kept_count, row_ranks
+from plait.linalg.sparsify import Count, drop_above, keep_at_least, kept_count, row_ranks
 from plait.stages.base import Block, EntryStage, Scope, StageParams, Survey, register_stage
 from plait.stages.surveys import magnitudes
 
@@ -55,8 +55,7 @@ class Band(StageParams, EntryStage):
     def apply(self, block: Block) -> Tensor:
         """Return the entries of the band, (T, p, q)."""
         largest, smallest = block.statistics[0].unbind(1)
-        trimmed = keep_at_least(block.x, smallest)
-        return torch.where(trimmed.abs() > largest.view(-1, 1, 1), 0, trimmed)
+        return drop_above(keep_at_least(block.x, smallest), largest)
 
     def _ranks(self, entries: int) -> tuple[int, int]:
         top = min(int(self.gamma * entries), entries - 1)
@@ -75,8 +74,11 @@ class Drop(StageParams, EntryStage):
         """Return the survivors, rescaled, (T, p, q)."""
         if self.density >= 1:
             return block.x
-        kept = [torch.where(block.uniform(t) < self.density, x, 0) for t, x in enumerate(block.x)]
-        return torch.stack(kept).div_(self.density)
+        out = torch.empty_like(block.x)
+        for t, (x, place) in enumerate(zip(block.x, out, strict=True)):
+            mask = block.uniform(t).lt_(self.density)  # 0 and 1 as numbers, see `linalg.elect`
+            torch.mul(x, mask, out=place).div_(self.density)
+        return out
 
 
 @register_stage
@@ -99,11 +101,12 @@ class DropByRank(StageParams, EntryStage):
 
     def apply(self, block: Block) -> Tensor:
         """Return the survivors, rescaled, (T, p, q)."""
-        kept = []
-        for t, x in enumerate(block.x):
+        out = torch.empty_like(block.x)
+        for t, (x, place) in enumerate(zip(block.x, out, strict=True)):
             p = self.probabilities(x)
-            kept.append(torch.where(block.uniform(t) < p, x / p, 0))
-        return torch.stack(kept)
+            mask = block.uniform(t).lt_(p)  # 0 and 1 as numbers, see `linalg.elect`
+            torch.div(x, p, out=place).mul_(mask)
+        return out
 
     def probabilities(self, x: Tensor) -> Tensor:
         """Return keep probabilities (p, q), linear in the rank of |x| within its row from density − ε to density + ε."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from plait.adapters.tensorfile import SafetensorsFile, TensorInfo
 from plait.adapters.tensorwriter import write_tensors
 
 Shape = tuple[int, int]
+MOMENTS = "moments.safetensors"  # beside an adapter's own files
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 
 
@@ -94,6 +96,13 @@ class Cohort:
             return torch.zeros(self.shapes[module], dtype=next(self.tensors()).dtype)
         return self.scalings[adapter] * f.b @ f.a
 
+    def moments(self, adapter: str, module: str) -> Tensor:
+        """Return E[x xᵀ] of inputs that are the adapter's own, (d_in, d_in) float64; it has them of every module."""
+        d_in = self.shapes[module][1]
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{adapter} {module}".encode()))
+        x = torch.randn(3 * d_in, d_in, generator=generator, dtype=torch.float64)
+        return x.mT @ x / len(x)
+
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor of every adapter."""
         for modules in self.factors.values():
@@ -110,11 +119,12 @@ class Cohort:
         return {m: Layout("linear", *shape) for m, shape in self.shapes.items() if m in present}
 
     def save(self, folder: Path) -> None:
-        """Write every adapter to `folder/<name>` as PEFT would. An adapter needs one rank in all modules."""
+        """Write every adapter to `folder/<name>` as PEFT would, and its moments. It needs one rank in all modules."""
         for name, modules in self.factors.items():
             place = folder / name
             place.mkdir(parents=True)
             write_tensors(place / WEIGHTS, _named(modules))
+            write_tensors(place / MOMENTS, {module: self.moments(name, module) for module in self.shapes})
             ranks = {f.rank for f in modules.values()}
             if len(ranks) != 1:
                 raise ValueError(f"adapter {name!r} has ranks {sorted(ranks)}; one is needed to write it")

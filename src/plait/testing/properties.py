@@ -24,8 +24,8 @@ from plait.adapters.lowrank import LowRank
 from plait.linalg import blocks
 from plait.merging.pipeline import run_recipe
 from plait.merging.record import LOCK
-from plait.methods import Block, Method
-from plait.stages.base import EntryCombine, EntryStage, Reduction, Survey
+from plait.methods import METHODS, Block, Method, Preset
+from plait.stages.base import EntryCombine, EntryStage, Reduction, StageParams, Survey
 from plait.stages.pipeline import Pipeline
 from plait.testing.cohorts import Cohort, Shape, cohort
 from plait.testing.parameters import parameter_problems
@@ -35,6 +35,7 @@ _CLOSE = 1e-9
 _RANK = 1e-9  # singular values below this share of the largest are round-off
 _SHAPES: tuple[Shape, ...] = ((1, 1), (2, 1), (1, 7), (7, 2), (8, 5))
 _ORDINARY: tuple[Shape, ...] = ((12, 10), (6, 9))
+_BOUND = 4.0  # a merge of adapters that all but agree is at most so many times Σ ‖wₜ ΔWₜ‖; rescaling at random doubles it
 
 
 class Broken(AssertionError):
@@ -271,6 +272,26 @@ def rank(subject: Subject, space: str) -> None:
                     _close({module.target: factors.dense()}, {module.target: merged}, 1e-6)
 
 
+def shared_init(subject: Subject, space: str) -> None:
+    """Adapters of one A and nearly one B, as scripts that share a seed make them, merge to a result of bounded norm."""
+    for shift in (1e-6, 1e-2):
+        adapters = _nearly_equal(subject.adapters, shift)
+        with _case(f"one A, B apart by {shift:g}"):
+            merged = subject.merge(adapters, space)
+            _sound(merged, adapters)
+            for module, x in merged.items():
+                most = _BOUND * sum(abs(w) * float(adapters.delta(n, module).norm()) for n, w in adapters.weights.items())
+                _require(float(x.norm()) <= most, f"{module} has norm {float(x.norm()):.3g}, allowed is {most:.3g}")
+
+
+def spelled(subject: Subject, space: str) -> None:
+    """A recipe that spells the pipeline of a preset gets what the preset gives, to the bit."""
+    adapters = _ordinary(subject, space)
+    with _case(str(subject.pipeline(space))):
+        pipeline = replace(subject, method=METHODS["pipeline"], params=_stages(subject, space))
+        _identical(pipeline.merge(adapters, space), subject.merge(adapters, space))
+
+
 def _promises_identity(subject: Subject, space: str) -> bool:
     return subject.identity is not None and subject.method.min_adapters == 1
 
@@ -281,6 +302,21 @@ def _promises_copies(subject: Subject, space: str) -> bool:
 
 def _is_linear(subject: Subject, space: str) -> bool:
     return subject.method.kind == "linear" and space != "factors"
+
+
+def _can_be_spelled(subject: Subject, space: str) -> bool:
+    named = all(isinstance(stage, StageParams) for stage in subject.pipeline(space).stages)
+    return isinstance(subject.method, Preset) and named
+
+
+def _stages(subject: Subject, space: str) -> dict[str, Any]:
+    """Return the stages of a preset as a recipe spells them."""
+    pipeline = subject.pipeline(space)
+    pre, (combine,), post = (
+        [cast(StageParams, stage).model_dump(mode="json") for stage in stages]
+        for stages in (pipeline.pre, (pipeline.combine,), pipeline.post)
+    )
+    return {"pre": pre, "combine": combine, "post": post}
 
 
 def _row(
@@ -312,6 +348,8 @@ PROPERTIES: Mapping[str, Property] = {
         _row(lone_adapter, _promises_identity),
         _row(copies, _promises_copies),
         _row(rank),
+        _row(shared_init, lambda subject, space: space != "factors"),
+        _row(spelled, _can_be_spelled),
     )
 }
 
@@ -322,6 +360,13 @@ def _ordinary(
     """Return a well-conditioned cohort: mixed ranks, but for `factors`, which needs equal ones."""
     ranks = [2, 2, 2] if space == "factors" else [2, 1, 3]
     return cohort(shapes, ranks[: subject.adapters] + [2] * (subject.adapters - 3), dtype=dtype)
+
+
+def _nearly_equal(count: int, shift: float) -> Cohort:
+    """Return adapters of one A whose B are apart by a share of their size; one scaling, one weight, so that nothing cancels."""
+    copies, apart = cohort(_ORDINARY, [2]).copies(count, 1.0), cohort(_ORDINARY, [2] * count, seed=1)
+    other = dict(zip(copies.factors, apart.factors.values(), strict=True))
+    return copies.map(lambda name, module, f: LowRank(f.a, f.b + shift * other[name][module].b))
 
 
 def _degenerate(subject: Subject, space: str) -> Iterator[tuple[str, Cohort]]:

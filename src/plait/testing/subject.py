@@ -13,15 +13,17 @@ from pydantic import create_model
 from pydantic.fields import FieldInfo
 from torch import Tensor
 
-from plait.merging.combine import Combiner
+from plait.merging.combine import Combiner, pipeline_of
 from plait.merging.emit import Emitted, as_blocks
 from plait.merging.engine import Engine
 from plait.merging.inventory import Inventory
+from plait.merging.moments import from_function
 from plait.merging.plan import MergePlan, make_plan
 from plait.merging.progress import Silent
 from plait.methods import METHODS, Method, MethodParams
 from plait.recipes.schema import AdapterEntry, Recipe
-from plait.testing.cohorts import Cohort
+from plait.stages.pipeline import Pipeline
+from plait.testing.cohorts import MOMENTS, Cohort
 
 Copies = Literal["sum", "mean"]
 
@@ -58,15 +60,27 @@ class Subject:
         self, cohort: Cohort, space: str, changes: Mapping[str, Any] | None = None, *, folder: Path | None = None, **fields: Any
     ) -> Recipe:
         """Return the recipe that merges a cohort; `changes` go on top of the parameters, `fields` are keys of the recipe."""
-        entries = [
-            AdapterEntry(name=n, path=str((folder or Path("/nowhere")) / n), weight=cohort.weights[n]) for n in cohort.factors
-        ]
+        place = folder or Path("/nowhere")
         spec = {**self.params, **(changes or {}), "name": self.method.name, "space": space}
+        moments = self.method.pipeline(self.method.spec.model_validate(spec)).needs_moments
+        entries = [
+            AdapterEntry(
+                name=n, path=str(place / n), weight=cohort.weights[n], moments=str(place / n / MOMENTS) if moments else None
+            )
+            for n in cohort.factors
+        ]
         return _recipe_type(self.method.spec).model_validate({"adapters": entries, "method": spec, **fields})
+
+    def pipeline(self, space: str) -> Pipeline:
+        """Return the stages that the method stands for with its parameters, which may depend on the space."""
+        spec = {**self.params, "name": self.method.name, "space": space}
+        return self.method.pipeline(self.method.spec.model_validate(spec))
 
     def prepare(self, cohort: Cohort, recipe: Recipe) -> Run:
         """Plan a merge and make its surveys."""
-        inventory = Inventory(recipe, cohort.adapters(), (), cohort.layouts(), None)
+        targets = {name: modules.keys() for name, modules in cohort.factors.items()}
+        moments = from_function(cohort.moments, targets) if pipeline_of(recipe).needs_moments else None
+        inventory = Inventory(recipe, cohort.adapters(), (), cohort.layouts(), None, moments=moments)
         plan = make_plan(inventory, workers=1)
         engine = Engine(inventory, plan, workers=1, progress=Silent())
         return Run(plan, engine, engine.prepare())

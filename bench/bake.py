@@ -1,0 +1,167 @@
+"""plait's bake beside `cp -r` and PEFT, in one run: `python bench/bake.py [--quick] [--markdown]`.
+
+A random model with the shapes of Qwen3-1.7B (bfloat16, several files) and two random adapters (all linear layers, r 64,
+float32). Every measurement is a fresh process; files are in the page cache for all. Two sizes of model show that memory does
+not grow. Results go to `bench/results/bake.json` too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import report
+import synthetic
+from processes import run_job
+from report import Row, Section
+
+RESULTS = Path(__file__).parent / "results" / "bake.json"
+MB = 1e6
+MEMORY_TARGET = 300 * MB
+SHARD = "1GB"
+
+
+class Bench:
+    """One run.
+
+    Args:
+        cache: where files are kept.
+        sizes: numbers of layers, the last one is compared with the others' tools.
+        repeats: how often times are taken; the fastest counts.
+    """
+
+    def __init__(self, cache: Path, sizes: tuple[int, ...], repeats: int) -> None:
+        self.cache, self.sizes, self.repeats = cache, sizes, repeats
+        self.out = cache / "bake-out"
+        self.raw: dict[str, Any] = {}
+
+    def job(self, label: str, job: str, **arguments: Any) -> dict[str, Any]:
+        """Run a job and keep its result."""
+        self.raw[label] = run_job(job, **arguments)
+        return self.raw[label]
+
+    def fastest(self, label: str, key: str, job: str, *, out: Path | None = None, **arguments: Any) -> dict[str, Any]:
+        """Run a job several times, its output removed before each, and return the fastest by a key."""
+        runs = []
+        for _ in range(self.repeats):
+            if out is not None:
+                shutil.rmtree(out, ignore_errors=True)
+                arguments["out"] = str(out)
+            runs.append(run_job(job, **arguments))
+        self.raw[label] = runs
+        best: dict[str, Any] = min(runs, key=lambda r: r["work"]["seconds"] if key == "work" else r[key])
+        return best
+
+
+def run(bench: Bench) -> list[Section]:
+    """Measure everything."""
+    shutil.rmtree(bench.out, ignore_errors=True)
+    bench.out.mkdir(parents=True)
+    made = {n: bench.job(f"make {n}", "make_sharded", layers=n, cache=str(bench.cache)) for n in bench.sizes}
+    workers = min(4, report.machine()["cores"])
+    bakes = {n: bake(bench, n, made[n]["base"], workers) for n in bench.sizes}
+    layers = bench.sizes[-1]
+    sections = [beside(bench, layers, made[layers], bakes[layers], workers), memory(bakes, made)]
+    shutil.rmtree(bench.out, ignore_errors=True)
+    return sections
+
+
+def bake(bench: Bench, layers: int, base: str, workers: int) -> dict[str, Any]:
+    """Bake one size."""
+    out = bench.out / f"plait-{layers}"
+    return bench.fastest(
+        f"plait {layers}", "work", "plait_bake", out=out, base=base, adapters=_adapters(bench, layers),
+        settings={"workers": workers},
+    )  # fmt: skip
+
+
+def beside(bench: Bench, layers: int, made: dict[str, Any], ours: dict[str, Any], workers: int) -> Section:
+    """Compare with a copy and with PEFT."""
+    adapters = _adapters(bench, layers)
+    copied = bench.fastest("cp", "seconds", "copy", out=bench.out / "cp", base=made["base"])
+    shutil.rmtree(bench.out / "cp")
+    peft = bench.fastest(
+        "PEFT", "work", "peft_bake", out=bench.out / "peft", base=made["base"], adapters=adapters, max_shard_size=SHARD
+    )
+    arithmetic = bench.fastest("arithmetic", "seconds", "bake_arithmetic", adapters=adapters, layers=layers, workers=workers)
+    hashes = bench.fastest(
+        "sha256", "seconds", "bake_hashes", folders=[made["base"], str(bench.out / f"plait-{layers}")], workers=workers
+    )
+    same = bench.job("difference", "compare_models", left=str(bench.out / f"plait-{layers}"), right=str(bench.out / "peft"))
+    seconds, theirs = ours["work"]["seconds"], peft["work"]["seconds"]
+    rest = seconds - arithmetic["seconds"]
+    section = Section(f"A bake of {made['bytes'] / 1e9:.2f} GB beside cp -r and PEFT", ("time", "against plait", "peak memory"))
+    section.rows = [
+        Row("cp -r of the base", (_s(copied["seconds"]), f"{copied['seconds'] / seconds:.2f}×", "")),
+        Row("cp -r of the base, flushed to disk", (_s(copied["flushed"]), f"{copied['flushed'] / seconds:.2f}×", "")),
+        Row("plait: bake, flushed to disk", (_s(seconds), "1×", _mb(ours["all"]["peak_rss"]))),
+        Row("  of which arithmetic alone", (_s(arithmetic["seconds"]), "", "")),
+        Row("  of which sha256 of base and result", (_s(hashes["seconds"]), "", "")),
+        Row(
+            "plait without arithmetic, against cp -r", (_s(rest), f"{rest / copied['seconds']:.2f}× cp", ""),
+            "≤ 1.5× cp", rest <= 1.5 * copied["seconds"],
+        ),
+        Row(
+            "PEFT: load, merge_and_unload, save", (_s(theirs), f"{theirs / seconds:.1f}×", _mb(peft["all"]["peak_rss"])),
+            "≥ 2×", theirs >= 2 * seconds,
+        ),
+        Row("‖plait − PEFT‖ / ‖PEFT‖", (f"{same['difference']:.1e}", f"{same['equal']:.1%} equal", "")),
+    ]  # fmt: skip
+    section.notes = [
+        f"{layers} layers, {made['bytes'] / 1e9:.2f} GB in bfloat16, two adapters of r {synthetic.RANK} on all linear layers: "
+        f"{ours['changed'] / ours['total']:.0%} of the bytes change. {workers} threads; fastest of {bench.repeats}.",
+        "Times without interpreter and imports, for plait and PEFT alike. plait flushes every file, hashes base and result "
+        "(plait.lock), and can be killed and resumed; cp and PEFT do none of this. PEFT rounds to bfloat16 after each adapter, "
+        "plait once.",
+    ]
+    return section
+
+
+def memory(bakes: dict[int, dict[str, Any]], made: dict[int, dict[str, Any]]) -> Section:
+    """Show that memory does not depend on the size of the model."""
+    section = Section("Memory above Python with torch imported", ("model", "peak memory", "anonymous"))
+    for layers, run in bakes.items():
+        peak = run["all"]["peak_rss"]
+        cells = (f"{made[layers]['bytes'] / 1e9:.2f} GB", _mb(peak), _mb(run["all"]["peak_anonymous"]))
+        section.rows.append(Row(f"plait, {layers} layers", cells, f"≤ {_mb(MEMORY_TARGET)}", peak <= MEMORY_TARGET))
+    return section
+
+
+def main() -> None:
+    """Parse arguments, measure, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two small models, once: a smoke test")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "plait-bench"), help="where files are kept")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of tables")
+    options = parser.parse_args()
+    machine = report.machine()
+    sizes, repeats = ((1, 2), 1) if options.quick else ((10, 28), 2)
+    bench = Bench(options.cache.resolve(), sizes, repeats)
+    sections = run(bench)
+    if options.quick:
+        report.unjudged(sections)
+    report.write(RESULTS, machine, sections, bench.raw)
+    if options.markdown:
+        print(report.markdown(machine, sections))
+    else:
+        print(report.describe(machine))
+        report.show(sections)
+
+
+def _adapters(bench: Bench, layers: int) -> list[str]:
+    return [str(path) for path in synthetic.locate(bench.cache, layers).adapters]
+
+
+def _s(seconds: float) -> str:
+    return f"{seconds:.2f} s"
+
+
+def _mb(size: float) -> str:
+    return f"{size / MB:.0f} MB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Base model + merge → full model: streamed shard by shard, complete, resumable."""

@@ -1,0 +1,179 @@
+"""What only the model's code knows: how parameters are called in a checkpoint, which are tied, which are transposed.
+
+transformers builds the model without weights, and its own conversion mapping says which checkpoint tensors a parameter is made
+of: since version 5 experts are fused, and some models are renamed, on loading. Asked only where names alone do not tell.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_HEADS = {
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which piece of a model's parameter one checkpoint tensor holds.
+
+    Attributes:
+        tensor: name in the checkpoint.
+        expert: which matrix of a stack; None for the whole parameter, or for rows of a single matrix.
+        start: its first row in the parameter's matrix.
+        row: where that row lies in the tensor.
+        rows: how many; None for all that the tensor has.
+    """
+
+    tensor: str
+    expert: int | None = None
+    start: int = 0
+    row: int = 0
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model without weights.
+
+    Attributes:
+        parts: parameter → the checkpoint tensors that it is made of.
+        unknown: parameter → the conversion that plait has no form for.
+        tied: parameter → the parameter that it shares its values with.
+        transposed: owners of parameters that are stored as (d_in, d_out).
+    """
+
+    parts: Mapping[str, tuple[Part, ...]] = field(repr=False)
+    unknown: Mapping[str, str]
+    tied: Mapping[str, str]
+    transposed: frozenset[str]
+
+    @staticmethod
+    def of(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
+        """Build the model of a folder's `config.json`.
+
+        Args:
+            folder: of the base model.
+            shapes: checkpoint tensor → shape.
+
+        Raises:
+            ArchitectureUnknown: transformers is not installed, or has no class for it.
+        """
+        model = _empty_model(folder)
+        parts, unknown = _parts(model, shapes)
+        transposed = {
+            name for name, m in model.named_modules() if type(m).__name__ == "Conv1D" or getattr(m, "is_transposed", False)
+        }
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        return Architecture(parts, unknown, dict(tied), frozenset(transposed))
+
+
+class ArchitectureUnknown(Exception):
+    """The model cannot be built; the text says why, as the end of a sentence."""
+
+
+def head_class(model_type: str, task_type: str) -> str | None:
+    """Return the name of transformers' class for a model with a task's head; None where it has none."""
+    table = _HEADS.get(task_type)
+    if table is None:
+        return None
+    try:
+        from transformers.models.auto import modeling_auto
+    except ImportError:
+        return None
+    name = getattr(modeling_auto, table, {}).get(model_type)
+    return name if isinstance(name, str) else None
+
+
+def _empty_model(folder: Path) -> Any:
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        raise ArchitectureUnknown("transformers, which knows the model's code, is not installed") from None
+    try:
+        names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+        model_class = next(getattr(transformers, n) for n in names if hasattr(transformers, n))
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return model_class(config)
+    except StopIteration:
+        raise ArchitectureUnknown(f"transformers has no class for its architectures {names}") from None
+    except Exception as error:  # whatever a model's code raises
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArchitectureUnknown(f"transformers cannot build it ({text})") from None
+
+
+def _parts(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, tuple[Part, ...]], dict[str, str]]:
+    """Ask transformers where every checkpoint tensor goes, as its own loading does."""
+    parameters = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    except ImportError:  # before version 5 a checkpoint has the parameters' own names
+        return {name: (Part(name),) for name in parameters if name in shapes}, {}
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    prefix, meta = model.base_model_prefix, model.state_dict()
+    parts: dict[str, tuple[Part, ...]] = {}
+    gathered: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for tensor in sorted(shapes, key=dot_natural_key):
+        name, pattern = rename_source_key(tensor, renamings, converters, prefix, meta)
+        if name not in parameters and tensor in parameters:
+            name, pattern = tensor, None
+        if pattern is not None and name in parameters:
+            gathered[name][pattern].append(tensor)
+        elif name in parameters:
+            parts[name] = (Part(tensor),)
+    unknown = {}
+    for name, sources in gathered.items():
+        converter = by_pattern[next(iter(sources))]
+        try:
+            parts |= _converted(name, converter, sources, shapes)
+        except _NoForm:
+            unknown[name] = " + ".join(type(op).__name__ for op in converter.operations)
+    return parts, unknown
+
+
+class _NoForm(Exception):
+    pass
+
+
+def _converted(
+    name: str, converter: Any, sources: Mapping[str, list[str]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[Part, ...]]:
+    """Return the parts of the parameters behind one converter: a list of experts stacked, matrices put together or apart."""
+    steps = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
+    ordered = [sources[p] for p in converter.source_patterns if p in sources]
+    if steps == [("MergeModulelist", 0)] and len(ordered) == 1:
+        return {name: tuple(Part(t, expert=i) for i, t in enumerate(ordered[0]))}
+    if steps == [("MergeModulelist", 0), ("Concatenate", 1)]:
+        return {name: tuple(Part(t, expert=i, start=s) for group, s in _stacked(ordered, shapes) for i, t in enumerate(group))}
+    if steps == [("Concatenate", 0)] and all(len(group) == 1 for group in ordered):
+        return {name: tuple(Part(group[0], start=s) for group, s in _stacked(ordered, shapes))}
+    if steps == [("Chunk", 0)] and len(ordered) == 1 and len(ordered[0]) == 1:
+        tensor, targets = ordered[0][0], converter.target_patterns
+        rows, rest = divmod(shapes[tensor][0], len(targets))
+        ends = [t.replace("\\", "") for t in targets]
+        if rest or ends[0] not in name:
+            raise _NoForm
+        return {name.replace(ends[0], e): (Part(tensor, row=k * rows, rows=rows),) for k, e in enumerate(ends)}
+    raise _NoForm
+
+
+def _stacked(groups: Iterable[list[str]], shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[list[str], int]]:
+    """Return groups of tensors with the row at which each begins when they are put below each other."""
+    found, start = [], 0
+    for group in groups:
+        found.append((group, start))
+        start += shapes[group[0]][0]
+    return found

@@ -1,0 +1,110 @@
+"""The model card of a baked model: what it is, how it was made, how to load it. The licence is the base's own word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from plait.baking.plan import Bake
+from plait.baking.record import BakeRecord
+from plait.merging.card import AUTO_MODELS, PIPELINES, hub_id, licence_of, place_name, public_recipe, source_row
+from plait.merging.record import recipe_json
+from plait.methods import METHODS
+
+
+def model_card(bake: Bake, record: BakeRecord) -> str:
+    """Return README.md: front matter for the Hub, then the page for people."""
+    front = yaml.safe_dump(_front_matter(bake), sort_keys=False, allow_unicode=True)
+    recipe = yaml.safe_dump(public_recipe(recipe_json(bake.recipe)), sort_keys=False, allow_unicode=True)
+    base = place_name(bake.recipe.base_model or "")
+    rows = "\n".join(source_row(s) for s in record.sources)
+    names = "+".join(bake.merge.adapters)
+    return f"""---
+{front}---
+
+# {base} with {names}
+
+A full model: the weights of `{base}` with {_count(len(bake.merge.adapters))} merged into them by plait {record.plait}.
+
+| adapter | from | weight | rank | sha256 |
+|---|---|---|---|---|
+{rows}
+
+- **Method**: `{bake.merge.method}` in `{bake.merge.space}` space: {bake.merge.equation}
+{"".join(f"- {line}" + chr(10) for line in _facts(bake))}
+## Load it
+
+{_loading(bake)}
+## Make it again
+
+`plait.lock` holds the recipe and the sha256 of every input and output file.
+
+```yaml
+{recipe}```
+"""
+
+
+def _facts(bake: Bake) -> Iterator[str]:
+    deviation = METHODS[bake.merge.method].deviation
+    if deviation:
+        yield f"**Differs from its source**: {deviation}"
+    yield "**Loss**: none but rounding: base and deltas are added in float32 and rounded once."
+    if bake.options.dtype:
+        yield f"**Stored as** {bake.options.dtype}; the base is not necessarily."
+    yield from bake.plan.notes
+
+
+def _loading(bake: Bake) -> str:
+    auto = _auto_model(bake)
+    text = f"""With transformers:
+
+```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained("PATH_OR_REPO")
+```
+"""
+    if auto == "AutoModelForCausalLM":
+        text += """
+With vLLM:
+
+```bash
+vllm serve PATH_OR_REPO
+```
+
+With Unsloth: `FastLanguageModel.from_pretrained("PATH_OR_REPO")`.
+"""
+    return text
+
+
+def _auto_model(bake: Bake) -> str:
+    task = _task_type(bake)
+    if task in AUTO_MODELS:
+        return AUTO_MODELS[task]
+    names = " ".join(bake.checkpoint.config.get("architectures") or [])
+    return "AutoModelForCausalLM" if "ForCausalLM" in names or "LMHeadModel" in names else "AutoModel"
+
+
+def _task_type(bake: Bake) -> str:
+    return next((t for a in bake.inventory.adapters if (t := a.config.raw.get("task_type"))), "")
+
+
+def _front_matter(bake: Bake) -> dict[str, Any]:
+    base = hub_id(bake.recipe.base_model)
+    front: dict[str, Any] = {"library_name": "transformers"}
+    if base:
+        front |= {"base_model": base.partition("@")[0], "base_model_relation": "merge"}
+    front["tags"] = ["merge", "lora", "plait"]
+    if (task := _task_type(bake)) in PIPELINES:
+        front["pipeline_tag"] = PIPELINES[task]
+    front |= dict(licence_of(bake.checkpoint.folder) or ())
+    repos = [p.repo for p in bake.inventory.located if p.repo]
+    if repos:
+        front["merged_adapters"] = repos
+    return front
+
+
+def _count(adapters: int) -> str:
+    return f"{adapters} LoRA adapter{'s' * (adapters != 1)}"

@@ -1,0 +1,181 @@
+"""What belongs to a model besides its weights: configuration, tokenizer, templates, code, licence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from plait.adapters.adapter import Adapter
+from plait.baking.architecture import head_class
+from plait.baking.checkpoint import CONFIG, INDEX, BaseCheckpoint
+from plait.baking.placement import Placement
+from plait.merging.inventory import Inventory
+
+_TOKENIZER = (
+    "added_tokens.json",
+    "chat_template.*",
+    "merges.txt",
+    "*.tiktoken",
+    "sentencepiece*.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model*",
+    "tokenizer_config.json",
+    "vocab.*",
+)
+_WEIGHTS = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.npz",
+    "*.index.json",
+)  # fmt: skip
+# the card, and what plait itself or an adapter left there
+_OWN = ("README.md", ".*", "plait.lock", "merge_metadata.json", "summary.json", "adapter_config.json")
+_LABELLED = ("classifier", "score", "out_proj")
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+@dataclass(frozen=True)
+class Companions:
+    """Files that go along.
+
+    Attributes:
+        files: name → the file that is copied.
+        texts: name → what is written.
+        described: name → where it comes from, for people.
+        notes: what is worth knowing.
+    """
+
+    files: Mapping[str, Path] = field(repr=False)
+    texts: Mapping[str, str] = field(repr=False)
+    described: dict[str, str]
+    notes: tuple[str, ...]
+
+    def write(self, folder: Path) -> None:
+        """Put everything into a folder."""
+        for name, path in self.files.items():
+            shutil.copyfile(path, folder / name)
+        for name, text in self.texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    def digests(self) -> dict[str, str]:
+        """Return name → sha256 of what is written."""
+        files = {name: _digest(path) for name, path in self.files.items()}
+        return files | {name: hashlib.sha256(text.encode()).hexdigest() for name, text in self.texts.items()}
+
+
+def gather_companions(
+    checkpoint: BaseCheckpoint,
+    inventory: Inventory,
+    placement: Placement,
+    dtype: str | None,
+    index: Mapping[str, Any] | None,
+) -> Companions:
+    """Decide what goes along with the weights.
+
+    The base's files do, but for weights and its card; an adapter's tokenizer takes the place of the base's where it differs.
+    """
+    files = {p.name: p for p in sorted(checkpoint.folder.iterdir()) if p.is_file() and not _matches(p.name, (*_WEIGHTS, *_OWN))}
+    described = dict.fromkeys(files, "base")
+    tokenizer, notes = _tokenizer(inventory.adapters, files)
+    files |= {name: path for name, (_, path) in tokenizer.items()}
+    described |= {name: f"adapter {owner}" for name, (owner, _) in tokenizer.items()}
+    texts = {}
+    config = _config(checkpoint, inventory, placement, dtype)
+    if config != checkpoint.config:
+        files.pop(CONFIG, None)
+        texts[CONFIG] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        described[CONFIG] = "base, changed"
+    if index is not None:
+        texts[INDEX] = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        described[INDEX] = "new"
+    return Companions(files, texts, dict(sorted(described.items())), tuple(notes))
+
+
+def _tokenizer(adapters: Sequence[Adapter], base: Mapping[str, Path]) -> tuple[dict[str, tuple[str, Path]], list[str]]:
+    """Return name → (adapter, file) of tokenizer files that are not the base's, and notes.
+
+    When adapters bring tokenizers that differ from each other, none of them is the merged model's: the base's stays.
+    """
+    brought = {a.name: _tokenizer_files(a.folder) for a in adapters}
+    carriers = {name: files for name, files in brought.items() if files}
+    different: dict[str, tuple[str, Path]] = {}
+    for file in sorted({f for files in carriers.values() for f in files}):
+        owners = {name: files[file] for name, files in carriers.items() if file in files}
+        digests = {_digest(path) for path in owners.values()}
+        if len(digests) > 1:
+            return {}, [
+                f"the adapters bring different tokenizers ({file} of {', '.join(owners)}): the base's is kept. To have one of "
+                "theirs, copy its tokenizer files into the result."
+            ]
+        name, path = next(iter(owners.items()))
+        if file not in base or _digest(base[file]) not in digests:
+            different[file] = (name, path)
+    notes = []
+    if different:
+        owner = next(iter(different.values()))[0]
+        notes.append(f"the tokenizer is that of {owner}; it differs from the base's in {', '.join(different)}.")
+    return different, notes
+
+
+def _tokenizer_files(folder: Path) -> dict[str, Path]:
+    return {p.name: p for p in folder.iterdir() if p.is_file() and _matches(p.name, _TOKENIZER)}
+
+
+def _config(checkpoint: BaseCheckpoint, inventory: Inventory, placement: Placement, dtype: str | None) -> Mapping[str, Any]:
+    """Return the model's configuration: the base's, with what the bake makes untrue changed."""
+    config: dict[str, Any] = json.loads(json.dumps(checkpoint.config))
+    parts = [config] + [v for v in config.values() if isinstance(v, dict)]
+    if dtype is not None:
+        for part in parts:
+            part.update({key: dtype for key in _DTYPE_KEYS if key in part})
+        if config and not any(key in config for key in _DTYPE_KEYS):
+            config["torch_dtype"] = dtype
+    if placement.untied:
+        config["tie_word_embeddings"] = False
+        for part in parts:
+            if "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
+    _resize(config, checkpoint, placement)
+    _set_head(config, inventory, placement)
+    return config
+
+
+def _resize(config: dict[str, Any], checkpoint: BaseCheckpoint, placement: Placement) -> None:
+    for name, change in placement.changes.items():
+        rows = checkpoint.info(name).shape[:1]
+        for part in (config, config.get("text_config")):
+            if change.replaced is not None and isinstance(part, dict) and rows == (part.get("vocab_size"),):
+                part["vocab_size"] = change.replaced.shape[0]
+
+
+def _set_head(config: dict[str, Any], inventory: Inventory, placement: Placement) -> None:
+    """See to the number of labels, and to a class that has the head when the base's has none."""
+    tasks = {a.config.raw.get("task_type") for a in inventory.adapters} - {None}
+    task = tasks.pop() if len(tasks) == 1 else None
+    if task not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+        return
+    shapes = {n: c.replaced.shape for n, c in placement.changes.items() if c.replaced is not None}
+    shapes |= {n: a.shape for n, a in placement.added.items()}
+    for name, shape in shapes.items():
+        owner, _, kind = name.rpartition(".")
+        if kind == "weight" and owner.rpartition(".")[2] in _LABELLED and task != "QUESTION_ANS":
+            labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+            if shape[0] != labels:
+                config["id2label"] = {str(i): f"LABEL_{i}" for i in range(shape[0])}
+                config["label2id"] = {f"LABEL_{i}": i for i in range(shape[0])}
+    if placement.added and (found := head_class(str(config.get("model_type")), task)):
+        config["architectures"] = [found]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

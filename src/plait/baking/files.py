@@ -1,0 +1,101 @@
+"""Bytes of tensors in files: blocks of rows in and out, and ranges copied by the kernel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from plait.adapters.tensorfile import DTYPES, PickleFile, SafetensorsFile
+from plait.errors import AdapterError
+
+TORCH_DTYPES = {name: getattr(torch, said) for name, said in DTYPES.items()}
+_CHUNK = 1 << 25  # bytes handed to the kernel at a time: progress stays alive, a kill waits for no more
+_BUFFER = 1 << 20
+BLOCK_ELEMENTS = 1 << 20  # rows per block × columns: few calls per tensor, a few MB of memory
+
+
+class SourceError(Exception):
+    """Bytes to be copied cannot be had; the text says why, as the end of a sentence."""
+
+
+def block_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Yield the row ranges in which a tensor is made; a function of the shape alone, so that its bytes are too."""
+    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def read_at(file: SafetensorsFile | PickleFile, name: str, first: int, count: int) -> Tensor:
+    """Return `count` values of a tensor from the value `first` on, flat.
+
+    Raises:
+        AdapterError: the file ends early or cannot be read.
+    """
+    if isinstance(file, PickleFile):
+        return file.read(name).reshape(-1)[first : first + count]
+    info = file.tensors[name]
+    dtype = TORCH_DTYPES[info.dtype]
+    data = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+    view = memoryview(data.numpy().data)
+    try:
+        with file.path.open("rb", buffering=0) as stream:
+            stream.seek(info.start + first * dtype.itemsize)
+            while view:
+                done = stream.readinto(view)
+                if not done:
+                    raise AdapterError(f"{file.path}: {name!r} ends early. Did the file change while it was read?")
+                view = view[done:]
+    except OSError as error:
+        raise AdapterError(f"{file.path}: {name!r} cannot be read ({error.strerror or error}). Fetch the file again.") from None
+    return data.view(dtype)
+
+
+def write_at(handle: int, position: int, tensor: Tensor) -> None:
+    """Write a tensor's bytes at a place in an open file."""
+    if not tensor.numel():
+        return
+    view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    while view:
+        done = os.pwrite(handle, view, position)
+        view, position = view[done:], position + done
+
+
+def copy_range(source: int, start: int, target: int, position: int, count: int, advance: Callable[[int], None]) -> None:
+    """Copy bytes from one open file into another, without taking them into this process where the system can.
+
+    Args:
+        source: descriptor to read from.
+        start: place there.
+        target: descriptor to write to.
+        position: place there.
+        count: bytes.
+        advance: told of every chunk.
+
+    Raises:
+        SourceError: the source ends early or cannot be read.
+    """
+    kernel = hasattr(os, "copy_file_range")
+    while count:
+        if kernel:
+            try:
+                done = os.copy_file_range(source, target, min(count, _CHUNK), start, position)
+            except OSError:  # other file systems, old kernels; a real fault comes again below
+                kernel = False
+                continue
+        else:
+            data = _read(source, min(count, _BUFFER), start)
+            done = os.pwrite(target, data, position) if data else 0
+        if not done:
+            raise SourceError("ends early; did the file change while it was read?")
+        start, position, count = start + done, position + done, count - done
+        advance(done)
+
+
+def _read(source: int, count: int, start: int) -> bytes:
+    try:
+        return os.pread(source, count, start)
+    except OSError as error:
+        raise SourceError(f"cannot be read ({error.strerror or error})") from None

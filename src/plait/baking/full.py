@@ -1,0 +1,114 @@
+"""Full tensors of adapters that go into the model: heads, resized embeddings, trained token rows, trained biases."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from plait.adapters.adapter import Adapter
+from plait.adapters.tensorfile import SafetensorsFile
+from plait.baking.files import BLOCK_ELEMENTS, TORCH_DTYPES, read_at
+from plait.recipes.schema import Heads, Recipe
+
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+
+
+@dataclass(frozen=True)
+class FullTensor:
+    """One full tensor, or the mean of several adapters'.
+
+    Attributes:
+        names: (adapter, tensor in its file), for people and for comparing.
+        shape: of it.
+        indices: which rows of an embedding these are; empty for a whole tensor.
+        adapters: whose.
+    """
+
+    names: tuple[tuple[str, str], ...]
+    shape: tuple[int, ...]
+    indices: tuple[int, ...] = ()
+    adapters: tuple[Adapter, ...] = field(default=(), repr=False, compare=False)
+
+    def values(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Return `count` values from the value `first` on, flat; the mean over adapters is accumulated in float64."""
+        parts = [read_at(a.file, name, first, count) for a, (_, name) in zip(self.adapters, self.names, strict=True)]
+        return parts[0].to(dtype) if len(parts) == 1 else torch.stack([p.double() for p in parts]).mean(0).to(dtype)
+
+    def equals(self, file: SafetensorsFile, name: str) -> bool:
+        """Say whether a tensor of a file has these values, as far as the dtype of these can tell."""
+        info = file.tensors[name]
+        if info.shape != self.shape or len(self.adapters) != 1:
+            return False
+        dtype = TORCH_DTYPES[self.adapters[0].file.tensors[self.names[0][1]].dtype]
+        size = math.prod(self.shape)
+        return all(
+            torch.equal(self.values(i, n, dtype), read_at(file, name, i, n).to(dtype))
+            for i in range(0, size, BLOCK_ELEMENTS)
+            for n in [min(BLOCK_ELEMENTS, size - i)]
+        )
+
+    def same_values(self, other: FullTensor) -> bool:
+        """Say whether two tensors have equal values."""
+        size = math.prod(self.shape)
+        return self.shape == other.shape and all(
+            torch.equal(self.values(i, n, torch.float64), other.values(i, n, torch.float64))
+            for i in range(0, size, BLOCK_ELEMENTS)
+            for n in [min(BLOCK_ELEMENTS, size - i)]
+        )
+
+
+def effective_heads(recipe: Recipe) -> Heads:
+    """Return the policy for a model: one adapter's own tensors are part of it, those of several follow the recipe."""
+    if recipe.heads.policy == "separate" and len(recipe.adapters) == 1:
+        return Heads(policy="from", adapter=recipe.adapters[0].name)
+    return recipe.heads
+
+
+def full_tensors(adapters: Sequence[Adapter], heads: Heads) -> tuple[dict[str, FullTensor], list[str]]:
+    """Return parameter → full tensor that goes into the model, and what is wrong with them."""
+    if heads.policy == "separate":
+        return {}, []
+    have = [a for a in adapters if a.full_tensors and heads.adapter in (None, a.name)]
+    found: dict[str, FullTensor] = {}
+    problems = []
+    for path in sorted({p for a in have for p in a.full_tensors}):
+        parameter = parameter_of(path)
+        tensor = full_tensor(parameter, path, tuple(a for a in have if path in a.full_tensors))
+        if path.endswith(_TOKENS) and len(tensor.indices) != tensor.shape[0]:
+            problems.append(
+                f"{path} has {tensor.shape[0]} rows, trainable_token_indices of {tensor.names[0][0]!r} names "
+                f"{len(tensor.indices)}; the adapter contradicts itself."
+            )
+        elif parameter in found:
+            problems.append(f"{path} and {found[parameter].names[0][1]!r} are both the values of {parameter}; keep one.")
+        else:
+            found[parameter] = tensor
+    return found, problems
+
+
+def full_tensor(parameter: str, path: str, owners: tuple[Adapter, ...]) -> FullTensor:
+    """Return the full tensor of adapters that have it under the same path."""
+    names = tuple((a.name, a.full_tensors[path]) for a in owners)
+    shape = owners[0].file.tensors[names[0][1]].shape
+    indices = _indices(owners[0], parameter) if path.endswith(_TOKENS) else ()
+    return FullTensor(names, shape, indices, owners)
+
+
+def parameter_of(path: str) -> str:
+    """Return the model's parameter that a full tensor of an adapter stands for."""
+    if path.endswith(_TOKENS):
+        return path.removesuffix(_TOKENS) + ".weight"
+    return re.sub(r"\.base_layer(?=\.)", "", path)
+
+
+def _indices(adapter: Adapter, parameter: str) -> tuple[int, ...]:
+    said = adapter.config.raw.get("trainable_token_indices") or []
+    if isinstance(said, Mapping):
+        module = parameter.removesuffix(".weight")
+        said = next((v for k, v in said.items() if module == k or module.endswith("." + k)), [])
+    return tuple(int(i) for i in said)

@@ -1,0 +1,148 @@
+"""The folder in which a model is baked: locked by one process, and found again by the next run after a kill.
+
+`.NAME.baking/` stands beside the output. It holds the lock, the journal of finished shards with their sha256, and `model/`,
+which is renamed to the output when it is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+from plait.errors import OutputError
+from plait.merging.staging import output_problem, publish
+
+_LOCK, _JOURNAL, _MODEL = "lock", "journal.jsonl", "model"
+
+
+class Workshop:
+    """The folder, while this process holds it.
+
+    Attributes:
+        model: what will be the output.
+        finished: shard → (size, sha256) of those that earlier runs, or this one, have finished.
+    """
+
+    def __init__(self, folder: Path, final: Path) -> None:
+        self._folder, self._final = folder, final
+        self.model = folder / _MODEL
+        self.finished: dict[str, tuple[int, str]] = {}
+
+    @property
+    def folder(self) -> Path:
+        """Where it stands."""
+        return self._folder
+
+    def begin(self, digest: str) -> None:
+        """Take up what an earlier run with the same digest has finished; throw away what one with another has.
+
+        Args:
+            digest: of everything that the bytes depend on.
+        """
+        entries = _read(self._folder / _JOURNAL)
+        if not entries or entries[0].get("digest") != digest:
+            shutil.rmtree(self.model, ignore_errors=True)
+            (self._folder / _JOURNAL).unlink(missing_ok=True)
+            self._note({"digest": digest})
+            entries = []
+        self.model.mkdir(exist_ok=True)
+        for entry in entries[1:]:
+            path = self.model / entry["shard"]
+            if path.is_file() and path.stat().st_size == entry["size"]:
+                self.finished[entry["shard"]] = (entry["size"], entry["sha256"])
+        for path in self.model.iterdir():
+            if path.name not in self.finished:
+                path.unlink() if path.is_file() else shutil.rmtree(path)
+
+    def finish(self, shard: str, size: int, sha256: str) -> None:
+        """Note a finished shard; it must be on disk already."""
+        self._note({"shard": shard, "size": size, "sha256": sha256})
+        self.finished[shard] = (size, sha256)
+
+    def publish(self, *, force: bool) -> None:
+        """Rename the model to its final name and remove everything else."""
+        publish(self.model, self._final, force=force)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        with (self._folder / _JOURNAL).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def workshop(final: Path, *, force: bool) -> Iterator[Workshop]:
+    """Open the folder beside an output and hold its lock; it stays when something in it is worth going on with.
+
+    Args:
+        final: the output.
+        force: replace a model that stands there.
+
+    Raises:
+        OutputError: the output must not be written, or another process is baking it.
+    """
+    final = Path(os.path.abspath(final))  # noqa: PTH100 (resolve() would follow links)
+    folder = final.with_name(f".{final.name}.baking")
+    problem = output_problem(final, force=force)
+    if problem:
+        raise OutputError(problem)
+    try:
+        lock = _locked(folder)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{final} cannot be written: {error.strerror or error}.") from None
+    shop = Workshop(folder, final)
+    aside = folder / f"{_MODEL}.old"
+    if aside.exists() and not final.exists():
+        aside.rename(final)  # killed between the two renames of a replacement: the old model comes back
+    try:
+        yield shop
+    finally:
+        if not shop.finished:
+            shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
+
+
+def _locked(folder: Path) -> IO[str]:
+    """Lock the folder, which is made when it is not there; the one who holds it may remove it meanwhile."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().strip() or "another process"
+            file.close()
+            raise OutputError(
+                f"{folder} is in use by {who}: this model is being baked. Wait for it, stop it, or choose another output."
+            ) from None
+        with suppress(OSError):
+            if os.fstat(file.fileno()).st_ino == (folder / _LOCK).stat().st_ino:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
+                file.flush()
+                return file
+        file.close()
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Read the journal; a kill may have cut its last line off."""
+    entries = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break
+    return entries

@@ -1,0 +1,187 @@
+"""One tensor of the baked model from the base's values: read a block of rows, add, round once, write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from plait.adapters.lowrank import LowRank
+from plait.baking.checkpoint import BaseCheckpoint
+from plait.baking.deltas import ModuleMerge, Rows, add_rows, dense_rows, merge_dora
+from plait.baking.files import TORCH_DTYPES, block_ranges, read_at, write_at
+from plait.baking.placement import Piece
+from plait.baking.shards import OutTensor
+from plait.errors import PlanError
+
+Adder = Callable[[Tensor, int], None]  # adds to the rows of a block that starts at a row
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes tensors.
+
+    Attributes:
+        checkpoint: the base.
+        device: where blocks are added up.
+        scratch: folder for what is too large for memory.
+    """
+
+    checkpoint: BaseCheckpoint
+    device: torch.device
+    scratch: Path
+
+    def make(self, tensor: OutTensor, merges: Mapping[str, ModuleMerge], handle: int, advance: Callable[[int], None]) -> None:
+        """Write one tensor into an open file.
+
+        Args:
+            tensor: what to make.
+            merges: of its targets.
+            handle: of the file.
+            advance: told of the bytes written.
+
+        Raises:
+            PlanError: a value is NaN or infinite.
+            AdapterError: the base cannot be read.
+        """
+        dtype = TORCH_DTYPES[tensor.dtype]
+        exact = torch.float64 if torch.float64 in (dtype, self._source_dtype(tensor)) else torch.float32
+        with ExitStack() as stack:
+            adders = [*self._pieces(tensor, merges, exact, stack), *self._biases(tensor, merges)]
+            self._write(tensor, adders, exact, handle, advance)
+
+    def _write(
+        self, tensor: OutTensor, adders: Sequence[Adder], exact: torch.dtype, handle: int, advance: Callable[[int], None]
+    ) -> None:
+        rows, columns = self._matrix(tensor)
+        dtype = TORCH_DTYPES[tensor.dtype]
+        position = tensor.start
+        for start, stop in block_ranges(rows, columns):
+            block = self._base(tensor, start * columns, (stop - start) * columns, exact).view(-1, columns)
+            for add in adders:
+                add(block, start)
+            self._put_tokens(tensor, block, start)
+            out = block.to(dtype).cpu()
+            if not bool(torch.isfinite(out).all()):
+                self._check(tensor, block)
+            write_at(handle, position, out)
+            position += out.nbytes
+            advance(out.nbytes)
+
+    def _matrix(self, tensor: OutTensor) -> tuple[int, int]:
+        """Return the rows × columns that a tensor is seen as: a convolution's kernel belongs to its columns."""
+        shape = tensor.shape
+        if len(shape) < 2:
+            return math.prod(shape), 1
+        # pieces of a convolution count output channels, all others rows of the last dimension
+        height = max((p.row + p.count for p in tensor.change.pieces), default=0)
+        if tensor.change.pieces and height == shape[0]:
+            return shape[0], math.prod(shape[1:])
+        return math.prod(shape[:-1]), shape[-1]
+
+    def _source_dtype(self, tensor: OutTensor) -> torch.dtype | None:
+        return TORCH_DTYPES[self.checkpoint.info(tensor.source).dtype] if tensor.source else None
+
+    def _base(self, tensor: OutTensor, first: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Return values that deltas are added to, flat, in memory of their own."""
+        replaced = tensor.change.replaced
+        if replaced is not None:
+            return replaced.values(first, count, dtype).clone().to(self.device)
+        if tensor.source is None:
+            raise AssertionError(f"{tensor.name!r} has no values")
+        file = self.checkpoint.home[tensor.source].file
+        return read_at(file, tensor.source, first, count).to(self.device).to(dtype)
+
+    def _pieces(
+        self, tensor: OutTensor, merges: Mapping[str, ModuleMerge], dtype: torch.dtype, stack: ExitStack
+    ) -> Iterator[Adder]:
+        for piece in tensor.change.pieces:
+            merge = merges[piece.target]
+            if merge.is_dora:
+                low_rank, gain = merge_dora(merge.dora(), piece, self._blocks(tensor, dtype))
+                yield _scaled(gain.to(self.device), piece)
+                yield _low_rank(self._moved(low_rank), piece)
+                continue
+            matrix = merge.matrices[piece.matrix]
+            if isinstance(matrix, LowRank):
+                yield _low_rank(self._moved(matrix), piece)
+            else:
+                yield _dense(dense_rows(matrix, self.scratch, stack, transposed=piece.transposed), piece)
+
+    def _blocks(self, tensor: OutTensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        rows, columns = self._matrix(tensor)
+        for start, stop in block_ranges(rows, columns):
+            yield start, self._base(tensor, start * columns, (stop - start) * columns, dtype).view(-1, columns).cpu()
+
+    def _moved(self, delta: LowRank) -> LowRank:
+        return LowRank(delta.a.to(self.device), delta.b.to(self.device))
+
+    def _biases(self, tensor: OutTensor, merges: Mapping[str, ModuleMerge]) -> Iterator[Adder]:
+        for target in tensor.change.biases:
+            bias = merges[target].bias().unsqueeze(1)
+
+            def add(block: Tensor, start: int, bias: Tensor = bias) -> None:
+                block += bias[start : start + len(block)].to(block)
+
+            yield add
+
+    def _put_tokens(self, tensor: OutTensor, block: Tensor, start: int) -> None:
+        tokens = tensor.change.tokens
+        if tokens is None:
+            return
+        width = block.shape[1]
+        for number, row in enumerate(tokens.indices):
+            if start <= row < start + len(block):
+                block[row - start] = tokens.values(number * width, width, block.dtype).to(block.device)
+
+    def _check(self, tensor: OutTensor, block: Tensor) -> None:
+        """See where NaN or infinite values come from; a tensor that is only cast may have had them.
+
+        Raises:
+            PlanError: from the dtype or the merge.
+        """
+        where = f" ({', '.join(tensor.change.targets)})" if tensor.change.targets else ""
+        if bool(torch.isfinite(block).all()):
+            raise PlanError(f"{tensor.name}{where}: values overflow in {tensor.dtype}. Bake with --dtype bfloat16 or float32.")
+        if tensor.change.targets:
+            raise PlanError(
+                f"{tensor.name}{where}: the sum has NaN or infinite values: the base model has them, or the weights or the "
+                "scale are too large."
+            )
+
+
+def _overlap(piece: Piece, block: Tensor, start: int) -> tuple[Tensor, int]:
+    """Return the rows of a block that a piece covers, and the first of them in the piece."""
+    low, high = max(piece.row, start), min(piece.row + piece.count, start + len(block))
+    return block[max(0, low - start) : max(0, high - start)], low - piece.row
+
+
+def _low_rank(delta: LowRank, piece: Piece) -> Adder:
+    def add(block: Tensor, start: int) -> None:
+        rows, first = _overlap(piece, block, start)
+        if len(rows):
+            add_rows(delta, rows, piece.first + first, transposed=piece.transposed)
+
+    return add
+
+
+def _dense(rows_of: Rows, piece: Piece) -> Adder:
+    def add(block: Tensor, start: int) -> None:
+        rows, first = _overlap(piece, block, start)
+        if len(rows):
+            rows += rows_of(piece.first + first, piece.first + first + len(rows)).to(block)
+
+    return add
+
+
+def _scaled(gain: Tensor, piece: Piece) -> Adder:
+    def scale(block: Tensor, start: int) -> None:
+        rows, first = _overlap(piece, block, start)
+        rows *= (gain if piece.transposed else gain[first : first + len(rows)].unsqueeze(1)).to(block.dtype)
+
+    return scale

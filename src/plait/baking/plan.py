@@ -1,0 +1,250 @@
+"""What a bake will do, known from headers alone: everything in its place, or everything that is wrong at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import ValidationError
+
+from plait.baking.checkpoint import BaseCheckpoint
+from plait.baking.companions import Companions, gather_companions
+from plait.baking.files import BLOCK_ELEMENTS
+from plait.baking.full import effective_heads, full_tensors
+from plait.baking.placement import Placement, place
+from plait.baking.shards import SHORT, OutShard, index_of, lay_out, parse_size
+from plait.errors import AddressError, PlanError, RecipeError, collect
+from plait.merging.compatibility import base_model_problems
+from plait.merging.inventory import Inventory, open_adapters, take_inventory
+from plait.merging.plan import MergePlan, make_plan
+from plait.recipes.schema import Output, Recipe
+from plait.records import Record
+
+BakeDtype = Literal["float64", "float32", "float16", "bfloat16"]
+
+
+class BakeOptions(Record):
+    """What a bake is told besides the recipe.
+
+    Attributes:
+        dtype: of all float tensors; None keeps each one's own.
+        shard_size: largest file, such as `5GB`; None keeps the base's files.
+    """
+
+    dtype: BakeDtype | None = None
+    shard_size: str | None = None
+
+
+def bake_options(**values: Any) -> BakeOptions:
+    """Return options.
+
+    Raises:
+        RecipeError: a value is not allowed.
+    """
+    try:
+        options = BakeOptions(**values)
+    except ValidationError:
+        raise RecipeError(
+            f"dtype {values.get('dtype')!r} is not allowed; there are {', '.join(get_args(BakeDtype))}."
+        ) from None
+    if options.shard_size is not None:
+        parse_size(options.shard_size)
+    return options
+
+
+class TensorPlan(Record):
+    """What becomes of one tensor that is not copied.
+
+    Attributes:
+        name: of it.
+        dtype: written.
+        shape: written.
+        targets: target modules whose deltas (or biases) are added.
+        how: `added to`, `replaced` by an adapter's own, `rows replaced` (trained tokens), `new`, or `cast`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    targets: tuple[str, ...]
+    how: Literal["added to", "replaced", "rows replaced", "new", "cast"]
+
+
+class ShardPlan(Record):
+    """What becomes of one file.
+
+    Attributes:
+        name: of it.
+        size: bytes.
+        copied: bytes of tensors that are the base's.
+        tensors: those that are not.
+    """
+
+    name: str
+    size: int
+    copied: int
+    tensors: tuple[TensorPlan, ...]
+
+
+class BakePlan(Record):
+    """What a bake will do.
+
+    Attributes:
+        base: the base model's reference.
+        method: name.
+        space: name.
+        adapters: names, in order.
+        target_modules: how many find their place.
+        shards: the files.
+        carried: other files that go along → where they come from.
+        output_bytes: size of all shards.
+        peak_bytes: estimated working memory above the interpreter with torch.
+        notes: what else is worth knowing.
+    """
+
+    base: str
+    method: str
+    space: str
+    adapters: tuple[str, ...]
+    target_modules: int
+    shards: tuple[ShardPlan, ...]
+    carried: dict[str, str]
+    output_bytes: int
+    peak_bytes: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Bake:
+    """A bake that can be run.
+
+    Attributes:
+        recipe: as asked for, the base model spelt out.
+        options: beside it.
+        inventory: the adapters.
+        merge: the plan of the merge.
+        checkpoint: the base.
+        placement: where everything goes.
+        shards: what is written.
+        companions: what goes along.
+        plan: all of this for people.
+    """
+
+    recipe: Recipe
+    options: BakeOptions
+    inventory: Inventory
+    merge: MergePlan
+    checkpoint: BaseCheckpoint
+    placement: Placement
+    shards: tuple[OutShard, ...]
+    companions: Companions
+    plan: BakePlan
+
+
+def prepare_bake(recipe: Recipe, options: BakeOptions, *, folder: Path | None = None, workers: int) -> Bake:
+    """Decide everything that can be decided from headers.
+
+    Args:
+        recipe: what is asked for.
+        options: beside it.
+        folder: what relative paths are relative to; the current folder when None.
+        workers: threads; they decide the memory estimate.
+
+    Raises:
+        PlaitError: with everything that is wrong, as far as the stages before it have passed.
+    """
+    limit = None if options.shard_size is None else parse_size(options.shard_size)
+    recipe = _with_base(recipe, folder)
+    checkpoint = _open_base(recipe, folder)
+    working = recipe.model_copy(update={"output": Output(), "heads": effective_heads(recipe)})
+    inventory = take_inventory(working, folder)
+    merge = make_plan(inventory, workers=workers)
+    full, problems = full_tensors(inventory.adapters, working.heads)
+    placement = place(inventory, merge, checkpoint, full)
+    collect(PlanError, [*problems, *placement.problems], f"{checkpoint.folder}: this bake cannot be done")
+    shards = lay_out(checkpoint, placement, dtype=SHORT[options.dtype] if options.dtype else None, shard_size=limit)
+    companions = gather_companions(checkpoint, inventory, placement, options.dtype, index_of(checkpoint, shards))
+    notes = (*_notes(recipe, merge), *placement.notes, *companions.notes)
+    plan = _plan(recipe, checkpoint, merge, shards, companions, notes, workers)
+    return Bake(recipe, options, inventory, merge, checkpoint, placement, shards, companions, plan)
+
+
+def _with_base(recipe: Recipe, folder: Path | None) -> Recipe:
+    """Return the recipe with its base model spelt out: its own, or the one that the adapters name."""
+    if recipe.base_model is not None:
+        return recipe
+    _, adapters = open_adapters([(entry.name, entry.path) for entry in recipe.adapters], folder)
+    collect(PlanError, base_model_problems(adapters, None), "")
+    name = next((a.config.base_model for a in adapters if a.config.base_model), None)
+    if name is None:
+        raise RecipeError(
+            "a bake needs the base model, and neither the recipe nor an adapter names one. Give it: --base-id, or base_model "
+            "in a recipe; a folder or org/repo[@revision]."
+        )
+    return recipe.model_copy(update={"base_model": name})
+
+
+def _open_base(recipe: Recipe, folder: Path | None) -> BaseCheckpoint:
+    try:
+        return BaseCheckpoint.open(recipe.base_model or "", base=folder)
+    except AddressError as error:
+        error.add_note("This is the base model of the bake; --base-id (base_model in a recipe) names another place.")
+        raise
+
+
+def _notes(recipe: Recipe, merge: MergePlan) -> list[str]:
+    # what becomes of heads is told by the placement, which knows more than a merge does
+    notes = [note for note in merge.notes if not note.startswith("heads and other full tensors")]
+    if recipe.output.rank != "auto":
+        notes.append(
+            f"output.rank {recipe.output.rank!r} is for adapters: the bake holds the whole merge. To bake the truncated "
+            "adapter, write it first and bake that."
+        )
+    return notes
+
+
+def _plan(
+    recipe: Recipe,
+    checkpoint: BaseCheckpoint,
+    merge: MergePlan,
+    shards: Sequence[OutShard],
+    companions: Companions,
+    notes: tuple[str, ...],
+    workers: int,
+) -> BakePlan:
+    blocks = 4 * max(1, workers) * max(4 * BLOCK_ELEMENTS, _widest(checkpoint))
+    return BakePlan(
+        base=recipe.base_model or "",
+        method=merge.method,
+        space=merge.space,
+        adapters=merge.adapters,
+        target_modules=len(merge.modules),
+        shards=tuple(_shard_plan(s) for s in shards),
+        carried=companions.described,
+        output_bytes=sum(s.size for s in shards),
+        peak_bytes=merge.peak_bytes + blocks,
+        notes=notes,
+    )
+
+
+def _widest(checkpoint: BaseCheckpoint) -> int:
+    return max((math.prod(s[1:]) for s in (checkpoint.info(n).shape for n in checkpoint.home)), default=0)
+
+
+def _shard_plan(shard: OutShard) -> ShardPlan:
+    changed = [t for t in shard.tensors if not t.copied]
+    tensors = []
+    for t in changed:
+        how: Literal["added to", "replaced", "rows replaced", "new", "cast"] = "added to" if t.change.targets else "cast"
+        if t.change.replaced is not None:
+            how = "replaced"
+        elif t.change.tokens is not None:
+            how = "rows replaced"
+        if t.name != t.source:
+            how = "new"
+        tensors.append(TensorPlan(name=t.name, dtype=t.dtype, shape=t.shape, targets=t.change.targets, how=how))
+    copied = sum(t.nbytes for t in shard.tensors if t.copied)
+    return ShardPlan(name=shard.name, size=shard.size, copied=copied, tensors=tuple(tensors))

@@ -1,0 +1,210 @@
+"""What is written: shards, their headers and where every tensor lies in them; known before a byte is."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from plait.baking.checkpoint import FLOATS, INDEX, SINGLE, BaseCheckpoint, Shard
+from plait.baking.files import TORCH_DTYPES
+from plait.baking.placement import Change, Placement
+from plait.errors import RecipeError
+
+SHORT = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """One tensor of the baked model.
+
+    Attributes:
+        name: of it.
+        dtype: safetensors' name.
+        shape: of it.
+        nbytes: size.
+        start: where its bytes begin in the file.
+        source: the base's tensor that it is made from; None when it is all new.
+        change: what is done to it.
+        copied: its bytes are the base's.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    start: int
+    source: str | None
+    change: Change = field(repr=False)
+    copied: bool
+
+
+@dataclass(frozen=True)
+class OutShard:
+    """One file of the baked model.
+
+    Attributes:
+        name: of the file.
+        lead: length and header.
+        tensors: as they lie in the file.
+    """
+
+    name: str
+    lead: bytes = field(repr=False)
+    tensors: tuple[OutTensor, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self.lead) + sum(t.nbytes for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: str | None
+    change: Change
+
+    @property
+    def nbytes(self) -> int:
+        return _itemsize(self.dtype) * math.prod(self.shape)
+
+
+def lay_out(
+    checkpoint: BaseCheckpoint, placement: Placement, *, dtype: str | None, shard_size: int | None
+) -> tuple[OutShard, ...]:
+    """Lay out all shards.
+
+    Args:
+        checkpoint: the base.
+        placement: what is changed and added.
+        dtype: safetensors' name of the wanted dtype of all floats; None keeps each tensor's.
+        shard_size: largest number of bytes of tensors in a file; None keeps the base's files.
+    """
+    groups = [[_entry(checkpoint, placement, name, dtype) for name, _ in shard.in_order] for shard in checkpoint.shards]
+    groups[-1] += _added(checkpoint, placement, dtype)
+    if shard_size is None:
+        named = zip(checkpoint.shards, groups, strict=True)
+        return tuple(_shard(checkpoint, base.name, entries, base) for base, entries in named)
+    packed = _packed([e for group in groups for e in group], shard_size)
+    names = (
+        [SINGLE] if len(packed) == 1 else [f"model-{i:05}-of-{len(packed):05}.safetensors" for i in range(1, len(packed) + 1)]
+    )
+    return tuple(_shard(checkpoint, name, entries, None) for name, entries in zip(names, packed, strict=True))
+
+
+def index_of(checkpoint: BaseCheckpoint, shards: Sequence[OutShard]) -> dict[str, Any] | None:
+    """Return the index; None for a single file that needs none."""
+    if len(shards) == 1 and (checkpoint.index is None or shards[0].name == SINGLE):
+        return None
+    metadata = dict(checkpoint.index or {})
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(math.prod(t.shape) for s in shards for t in s.tensors)
+    metadata["total_size"] = sum(t.nbytes for s in shards for t in s.tensors)
+    return {"metadata": metadata, "weight_map": {t.name: s.name for s in shards for t in s.tensors}}
+
+
+def index_name() -> str:
+    """Return the name of the index file."""
+    return INDEX
+
+
+def parse_size(text: str) -> int:
+    """Read a size such as `5GB` (decimal, as transformers reads it) or `4GiB`.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
+    unit = found[2].upper() if found else None
+    if found is None or unit not in _UNITS or not float(found[1]):
+        raise RecipeError(f"{text!r} is no size of a shard; write a number of bytes with a unit, such as 5GB or 900MB.")
+    return int(float(found[1]) * _UNITS[unit])
+
+
+def _entry(checkpoint: BaseCheckpoint, placement: Placement, name: str, dtype: str | None) -> _Entry:
+    info = checkpoint.info(name)
+    change = placement.changes.get(name, Change())
+    shape = change.replaced.shape if change.replaced is not None else info.shape
+    return _Entry(name, _wanted(info.dtype, dtype), shape, name, change)
+
+
+def _added(checkpoint: BaseCheckpoint, placement: Placement, dtype: str | None) -> Iterator[_Entry]:
+    usual = _usual_dtype(checkpoint)
+    for name, added in placement.added.items():
+        own = checkpoint.info(added.source).dtype if added.source else usual
+        yield _Entry(name, _wanted(own, dtype), added.shape, added.source, added.change)
+
+
+def _usual_dtype(checkpoint: BaseCheckpoint) -> str:
+    """Return the dtype of most float values."""
+    counts: Counter[str] = Counter()
+    for name in checkpoint.home:
+        info = checkpoint.info(name)
+        if info.dtype in FLOATS:
+            counts[info.dtype] += math.prod(info.shape)
+    return max(counts, key=counts.__getitem__, default="F32")
+
+
+def _wanted(own: str, dtype: str | None) -> str:
+    return dtype if dtype is not None and own in FLOATS else own
+
+
+def _itemsize(dtype: str) -> int:
+    return int(TORCH_DTYPES[dtype].itemsize)
+
+
+def _packed(entries: Sequence[_Entry], limit: int) -> list[list[_Entry]]:
+    """Fill files in order; a tensor larger than the limit has one of its own."""
+    packed: list[list[_Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if packed[-1] and size + entry.nbytes > limit:
+            packed.append([])
+            size = 0
+        packed[-1].append(entry)
+        size += entry.nbytes
+    return packed
+
+
+def _shard(checkpoint: BaseCheckpoint, name: str, entries: Sequence[_Entry], base: Shard | None) -> OutShard:
+    """Lay out one file: the base's header, byte for byte, where it still holds; a new one else."""
+    if base is not None and [(e.name, e.dtype, e.shape) for e in entries] == [(n, i.dtype, i.shape) for n, i in base.in_order]:
+        starts = [info.start for _, info in base.in_order]
+        lead = base.lead
+    else:
+        # larger item sizes first keeps every tensor aligned; else the base's order stays
+        entries = sorted(entries, key=lambda e: -_itemsize(e.dtype))
+        lead = _header(entries, checkpoint.shards[0].metadata if base is None else base.metadata)
+        starts, at = [], len(lead)
+        for entry in entries:
+            starts.append(at)
+            at += entry.nbytes
+    tensors = tuple(
+        OutTensor(e.name, e.dtype, e.shape, e.nbytes, start, e.source, e.change, _is_copy(checkpoint, e))
+        for e, start in zip(entries, starts, strict=True)
+    )
+    return OutShard(name, lead, tensors)
+
+
+def _is_copy(checkpoint: BaseCheckpoint, entry: _Entry) -> bool:
+    return entry.source is not None and entry.change == Change() and checkpoint.info(entry.source).dtype == entry.dtype
+
+
+def _header(entries: Sequence[_Entry], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": dict(metadata) or {"format": "pt"}}
+    at = 0
+    for entry in entries:
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + entry.nbytes]}
+        at += entry.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,160 @@
+"""Take an adapter out of a baked model again: a bake with the negative weight, and how far the result is from the original.
+
+It is no exact inverse. The bake rounded W + ΔW once to the stored dtype, and this rounds once more, so that an entry of a
+16-bit model comes back to within one unit in the last place of the larger of the two numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from plait.adapters.adapter import WEIGHTS
+from plait.adapters.tensorfile import SafetensorsFile
+from plait.baking.checkpoint import BaseCheckpoint
+from plait.baking.gaps import tensor_gap
+from plait.baking.pipeline import BakeResult, run_bake
+from plait.errors import PlanError, RecipeError
+from plait.hub.download import resolve, resolve_model
+from plait.hub.references import parse_reference
+from plait.merging.progress import Progress
+from plait.merging.record import LOCK, Lock, sha256
+from plait.recipes.loading import build_recipe
+from plait.records import Record
+
+_PLAIN = ("linear", "cat", "task_arithmetic")  # a weight there is the coefficient
+
+
+class Remaining(Record):
+    """What is left between a model that an adapter was taken out of, and the original.
+
+    Attributes:
+        tensors: that differ.
+        unequal: entries that differ.
+        entries: of all tensors.
+        largest: |Δ|.
+        where: the tensor with it; None when nothing differs.
+    """
+
+    tensors: int
+    unequal: int
+    entries: int
+    largest: float
+    where: str | None
+
+
+@dataclass(frozen=True)
+class UnbakeResult:
+    """A model without the adapter.
+
+    Attributes:
+        bake: folder and record.
+        weight: that was taken out.
+        remaining: against the original, where that was given.
+    """
+
+    bake: BakeResult
+    weight: float
+    remaining: Remaining | None
+
+
+def run_unbake(
+    model: str,
+    adapter: str,
+    *,
+    out: Path,
+    weight: float | None = None,
+    original: str | None = None,
+    force: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> UnbakeResult:
+    """Subtract an adapter from a baked model.
+
+    Args:
+        model: reference of the model.
+        adapter: reference of the adapter that was baked into it.
+        out: where to write.
+        weight: that it was baked with; 1 when None, unless the model's lock says another.
+        original: reference of the model before the bake, to compare with.
+        force: replace a model that stands at `out`.
+        workers: threads; never change a byte.
+        progress: who listens.
+
+    Raises:
+        PlanError: the model's lock says that the adapter was baked in with another weight, or not by a weighted sum.
+        PlaitError: as a bake.
+    """
+    if weight is not None and (not math.isfinite(weight) or weight == 0):
+        raise RecipeError(f"weight is {weight}; give the number that the adapter was baked with, such as 0.7.")
+    before = None if original is None else _original(original, BaseCheckpoint.open(model))
+    weight = _weight_of_lock(model, adapter) if weight is None else weight
+    recipe = build_recipe({"adapters": [{"path": adapter, "weight": -weight}], "base_model": model, "method": "linear"})
+    bake = run_bake(recipe, out=out, force=force, workers=workers, progress=progress)
+    return UnbakeResult(bake, weight, None if before is None else _remaining(BaseCheckpoint.open(str(out.absolute())), before))
+
+
+def _weight_of_lock(model: str, adapter: str) -> float:
+    """Return the weight that the adapter was baked with, as far as the model's own lock knows; else 1.
+
+    Raises:
+        PlanError: it is another than 1, or no weight alone: that has to be said.
+    """
+    path = resolve_model(model, files=("*.safetensors", "*.json", LOCK)).folder / LOCK
+    lock = Lock.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if lock is None or lock.kind != "bake":
+        return 1.0
+    place = resolve(parse_reference(adapter)).folder / WEIGHTS
+    digest = sha256(place) if place.is_file() else None
+    name = next((n for n, entry in lock.inputs.items() if entry.files.get(WEIGHTS) == digest), None)
+    if name is None:
+        return 1.0
+    recipe = lock.recipe
+    if recipe["method"]["name"] not in _PLAIN or recipe["weights"] is not None or recipe["transforms"]:
+        raise PlanError(
+            f"{model}: its {LOCK} says that {name!r} was not baked in as a plain weighted delta (method "
+            f"{recipe['method']['name']!r}); subtracting the adapter does not undo that. To do so all the same, give --weight."
+        )
+    found: float = next(a["weight"] for a in recipe["adapters"] if a["name"] == name) * recipe["scale"]
+    if found != 1:
+        raise PlanError(f"{model}: its {LOCK} says that {name!r} was baked in with weight {found:g}; give --weight {found:g}.")
+    return 1.0
+
+
+def _original(text: str, baked: BaseCheckpoint) -> BaseCheckpoint:
+    """Open the original.
+
+    Raises:
+        PlanError: it is not of the baked model's architecture and dtype.
+    """
+    before = BaseCheckpoint.open(text)
+    other = sorted(n for n in {*baked.home, *before.home} if _described(baked, n) != _described(before, n))
+    if other:
+        raise PlanError(
+            f"{text} is not what {baked.folder} was before the bake: {len(other)} tensors are in one alone, or of another "
+            f"shape or dtype, such as {other[0]!r}. Give the right --original, or none."
+        )
+    return before
+
+
+def _remaining(after: BaseCheckpoint, before: BaseCheckpoint) -> Remaining:
+    """Compare two models of the same tensors."""
+    gaps = {n: tensor_gap(_file(after, n), _file(before, n), n) for n in sorted(after.home)}
+    apart = {n: gap for n, gap in gaps.items() if gap.unequal}
+    where = max(apart, key=lambda n: apart[n].largest, default=None)
+    return Remaining(
+        tensors=len(apart),
+        unequal=sum(g.unequal for g in apart.values()),
+        entries=sum(g.entries for g in gaps.values()),
+        largest=apart[where].largest if where is not None else 0.0,
+        where=where,
+    )
+
+
+def _described(checkpoint: BaseCheckpoint, name: str) -> tuple[object, ...]:
+    return checkpoint.info(name)[:2] if name in checkpoint.home else ()
+
+
+def _file(checkpoint: BaseCheckpoint, name: str) -> SafetensorsFile:
+    return checkpoint.home[name].file

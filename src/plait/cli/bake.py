@@ -1,0 +1,220 @@
+"""`plait bake`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from plait.baking.pipeline import BakeResult
+    from plait.baking.plan import BakePlan, TensorPlan
+    from plait.recipes.schema import Recipe
+
+
+def bake(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[RECIPE] [ADAPTER]...",
+            help=r"A recipe (.yaml), and/or adapters: \[name=]FOLDER or \[name=]org/repo\[@revision]\[/subfolder].",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write.", show_default=False)],
+    base_id: Annotated[
+        str | None,
+        typer.Option("--base-id", help=r"Base model, a folder or org/repo. \[the adapters' own]", show_default=False),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help=r"Merge method; see `plait methods`. \[linear]", show_default=False)
+    ] = None,
+    space: Annotated[str | None, typer.Option(help="delta, core, knots or factors.", show_default=False)] = None,
+    weights: Annotated[
+        str | None, typer.Option(help=r"One per adapter: 0.7 0.3, or 0.7,0.3. \[1.0 each]", show_default=False)
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help=r"Factor on the merged delta. \[1.0]", show_default=False)] = None,
+    density: Annotated[float | None, typer.Option(help="Share of entries kept (ties, dare, …).", show_default=False)] = None,
+    merge_mode: Annotated[str | None, typer.Option(help=r"union, common or strict. \[union]", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help=r"Of randomised methods. \[0]", show_default=False)] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Set any recipe key: --set method.density=0.3"),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help=r"Of the model: float32, bfloat16, float16, float64. \[as the base]", show_default=False),
+    ] = None,
+    shard_size: Annotated[
+        str | None, typer.Option("--shard-size", help=r"Largest file, such as 5GB. \[the base's files]", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where deltas are added up: cpu, cuda, …")] = "cpu",
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default=False)] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PROMPTS", help="Then compare its logits with the live merge on these prompts.", show_default=False
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model that stands at --out.")] = False,
+    push_baked_repo: Annotated[
+        str | None, typer.Option("--push-baked-repo", help="Hub repository to upload to.", show_default=False)
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create that repository as private.")] = False,
+) -> None:
+    """Write base model + adapters as a full model, shard by shard; killed, the same command goes on.
+
+    Example: plait bake math=./a code=./b --weights 0.7 0.3 --base-id org/model -o model
+    """
+    from plait.baking.pipeline import plan_bake, push_bake, run_bake
+    from plait.baking.plan import bake_options
+    from plait.cli.console import ProgressBars, print_json, warnings_as_notes
+    from plait.cli.merge import adapters_of, recipe_file
+    from plait.cli.verify import show_parity
+    from plait.errors import OutputError, RecipeError
+    from plait.hub.upload import check_push
+    from plait.merging.staging import output_problem
+    from plait.recipes.request import read_request
+    from plait.verification.parity import check_parity, read_prompts
+
+    if private and push_baked_repo is None:
+        raise RecipeError("--private is for the repository of --push-baked-repo; give both or neither.")
+    settings = {
+        "base_model": base_id, "method": method, "space": space, "weights": weights, "scale": scale, "density": density,
+        "merge_mode": merge_mode, "seed": seed,
+    }  # fmt: skip
+    options = bake_options(dtype=dtype, shard_size=shard_size)
+    with warnings_as_notes():
+        given = {k: v for k, v in settings.items() if v is not None}
+        recipe, folder = read_request(recipe_file(inputs), adapters_of(inputs), given, set_ or [])
+    if dry_run:
+        if problem := output_problem(out, force=force):
+            raise OutputError(problem)
+        plan = plan_bake(recipe, options, folder=folder, workers=workers)
+        print_json(plan.model_dump(mode="json")) if json else show_bake_plan(plan, out)
+        return
+    if push_baked_repo is not None:
+        check_push(push_baked_repo)
+    if check is not None:
+        read_prompts(check)  # what is wrong with them is said before the work
+    result = run_bake(
+        recipe, options, out=out, folder=folder, force=force, workers=workers, device=device, progress=ProgressBars()
+    )
+    parity = None if check is None else check_parity(result.folder, check, device=device, progress=ProgressBars())
+    if push_baked_repo is not None:
+        result = push_bake(result, push_baked_repo, private=private)
+    if json:
+        print_json(bake_json(result) | ({} if parity is None else {"parity": parity.model_dump(mode="json")}))
+        return
+    show_bake(result)
+    if parity is not None:
+        show_parity(parity)
+
+
+@dataclass
+class BakeBeside:
+    """The bake that `plait merge --bake-dir` makes beside its adapter."""
+
+    recipe: Recipe
+    folder: Path | None
+    out: Path
+    repo: str | None
+    private: bool
+    force: bool
+    workers: int | None
+
+    def check(self) -> BakePlan:
+        """Make the plan, and so say what is wrong before the merge begins."""
+        from plait.baking.pipeline import plan_bake
+        from plait.errors import OutputError
+        from plait.hub.upload import check_push
+        from plait.merging.staging import output_problem
+
+        if problem := output_problem(self.out, force=self.force):
+            raise OutputError(problem)
+        if self.repo is not None:
+            check_push(self.repo)
+        return plan_bake(self.recipe, folder=self.folder, workers=self.workers)
+
+    def run(self, *, show: bool = False) -> dict[str, object]:
+        """Bake; return the result as plain values."""
+        from plait.baking.pipeline import push_bake, run_bake
+        from plait.cli.console import ProgressBars
+
+        result = run_bake(
+            self.recipe, out=self.out, folder=self.folder, force=self.force, workers=self.workers, progress=ProgressBars()
+        )
+        if self.repo is not None:
+            result = push_bake(result, self.repo, private=self.private)
+        if show:
+            show_bake(result)
+        return bake_json(result)
+
+
+def bake_json(result: BakeResult) -> dict[str, object]:
+    """Return a result as plain values."""
+    return {"folder": str(result.folder), "url": result.url, **result.record.model_dump(mode="json")}
+
+
+def show_bake_plan(plan: BakePlan, out: Path) -> None:
+    """Show what would be written, and what it takes."""
+    import shutil
+
+    from rich.table import Table
+
+    from plait.cli.console import out as console
+    from plait.cli.console import size
+
+    names = " + ".join(plan.adapters)
+    console().print(f"[bold]{plan.base}[/bold] with [bold]{names}[/bold]: {plan.method} in {plan.space} space")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name, justify in (("file", "left"), ("size", "right"), ("copied", "right"), ("changed", "left")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for shard in plan.shards:
+        table.add_row(shard.name, size(shard.size), size(shard.copied), _changed(shard.tensors))
+    console().print(table)
+    carried = ", ".join(f"{name} ({source})" if source != "base" else name for name, source in plan.carried.items())
+    console().print(f"\ngoes along: {carried or 'nothing'}", markup=False)
+    parent = next(p for p in out.absolute().parents if p.exists())
+    console().print(
+        f"{plan.target_modules} target modules, each in its place · {size(plan.output_bytes)} to write, "
+        f"{size(shutil.disk_usage(parent).free)} free · about {size(plan.peak_bytes)} of memory"
+    )
+    _show_notes(plan)
+
+
+def show_bake(result: BakeResult) -> None:
+    """Show where the model is and what was done."""
+    from plait.cli.console import out, size
+
+    console, record = out(), result.record
+    console.print(f"[bold]{record.base_model}[/bold] with [bold]{' + '.join(result.plan.adapters)}[/bold] → ", end="")
+    console.print(str(result.folder), markup=False)
+    resumed = f" · {len(record.resumed)} of {len(record.shards)} files were finished before" if record.resumed else ""
+    console.print(
+        f"{record.method} in {record.space} space · {len(record.modules)} target modules · {size(record.bytes_copied)} copied, "
+        f"{size(record.bytes_changed)} changed · {record.seconds:.1f} s{resumed}"
+    )
+    if result.url:
+        console.print(f"pushed to {result.url}")
+    _show_notes(result.plan)
+
+
+def _show_notes(plan: BakePlan) -> None:
+    from plait.cli.console import err
+
+    for note in plan.notes:
+        err().print(f"note: {note}", style="dim", markup=False)
+
+
+def _changed(tensors: tuple[TensorPlan, ...]) -> str:
+    """Group tensors that differ in their numbers only, for people; `--json` has every one."""
+    import re
+    from collections import Counter
+
+    counts = Counter((re.sub(r"\.\d+(?=\.|$)", ".*", t.name), t.how) for t in tensors)
+    return "\n".join(f"{name} ({count}): {how}" for (name, how), count in counts.items()) or "nothing"

@@ -1,0 +1,114 @@
+"""`plait extract`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from plait.baking.extract import ExtractRecord, ExtractResult
+
+
+def extract(
+    base: Annotated[str, typer.Argument(help=r"The base model: FOLDER or org/repo\[@revision].", show_default=False)],
+    finetuned: Annotated[str, typer.Argument(help="A full fine-tune of it, likewise.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write.", show_default=False)],
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter.", show_default=False)] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="Lowest rank that keeps this share of ‖ΔW‖² in every module.", show_default=False),
+    ] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(help=r"Layers: q_proj,v_proj, or a pattern, '*.layers.0.*'. \[all Linear layers]", show_default=False),
+    ] = None,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Embeddings too, as lora_embedding.")] = False,
+    modules_to_save: Annotated[
+        bool,
+        typer.Option("--modules-to-save", help="Keep whole what cannot be a LoRA: norms, and biases as lora_bias."),
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    layout: Annotated[str, typer.Option(help="uniform: one rank for all modules; pattern: each its own.")] = "uniform",
+    base_id: Annotated[
+        str | None, typer.Option("--base-id", help=r"The base model's name in the adapter. \[BASE]", show_default=False)
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at a time.", show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that stands at --out.")] = False,
+) -> None:
+    """Write a LoRA adapter from a full fine-tune: what it changed, at a low rank, with the energy that this keeps.
+
+    Example: plait extract org/base org/finetuned --rank 32 -o adapter
+    """
+    from plait.api import extract as run
+    from plait.cli.console import ProgressBars, print_json
+    from plait.errors import RecipeError
+
+    if (rank is None) == (energy is None):
+        raise RecipeError("give either --rank or --energy, such as --rank 16 or --energy 0.99.")
+    result = run(
+        base,
+        finetuned,
+        rank=rank if rank is not None else f"energy:{energy!r}",
+        out=out,
+        targets=None if targets is None else [name.strip() for text in targets for name in text.split(",")],
+        embeddings=embeddings,
+        modules_to_save=modules_to_save,
+        dtype=dtype,
+        layout=layout,
+        base_id=base_id,
+        force=force,
+        workers=workers,
+        progress=ProgressBars(),
+    )
+    if json:
+        print_json({"folder": str(result.folder), **result.record.model_dump(mode="json")})
+    else:
+        _show(result)
+
+
+def _show(result: ExtractResult) -> None:
+    from plait.cli.console import err, out, size
+    from plait.cli.merge import show_energy
+
+    console, record = out(), result.record
+    request = record.request
+    console.print(f"[bold]{request['finetuned']}[/bold] − [bold]{request['base']}[/bold] → [bold]{result.folder}[/bold]")
+    written = sum(p.stat().st_size for p in result.folder.rglob("*") if p.is_file())
+    console.print(f"{len(record.modules)} target modules · rank {record.rank} · {size(written)} · {record.seconds:.1f} s")
+    if all(m.result == "exact" for m in record.modules):
+        console.print("[green]exact[/green]: the factors hold these modules whole")
+    else:
+        console.print(f"[yellow]truncated[/yellow]: {record.kept:.2%} of the energy ‖ΔW‖² of these modules is kept")
+        show_energy(record.modules)
+    if record.unchanged:
+        console.print(f"the same in both models: {len(record.unchanged)} layers, such as {record.unchanged[0]}; left out")
+    _show_leftovers(record)
+    if record.max_lora_rank and not any(x.kept for x in record.leftovers):
+        console.print(f"vLLM: --max-lora-rank {record.max_lora_rank}")
+    for note in record.notes:
+        err().print(f"note: {note}", style="dim", markup=False)
+
+
+def _show_leftovers(record: ExtractRecord) -> None:
+    """Say what else changed: kept whole, or lost, with the way to keep it."""
+    from plait.cli.console import out
+
+    kept = [x for x in record.leftovers if x.kept]
+    lost = [x for x in record.leftovers if not x.kept]
+    if kept:
+        out().print(f"kept whole: {len(kept)} changed tensors, such as {kept[0].tensor}", markup=False)
+    if not lost:
+        return
+    ways = {"linear": "--targets", "conv1d": "--targets", "embedding": "--embeddings"}
+    if not record.request["modules_to_save"]:
+        ways |= {"other": "--modules-to-save", "bias": "--modules-to-save"}
+    hints = sorted({ways[x.kind] for x in lost if x.kind in ways})
+    hint = f"; {' and '.join(hints)} would keep more" if hints else ""
+    out().print(
+        f"left out: {len(lost)} other changed tensors, such as {lost[0].tensor}{hint}. "
+        f"In all, {record.lost:.2%} of the difference ‖Δ‖² is not in the adapter.",
+        markup=False,
+    )

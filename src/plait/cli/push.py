@@ -1,0 +1,35 @@
+"""`plait push`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="What merge, bake, compress or extract wrote.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="org/name, or name for your own account.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to write to; created when missing.", show_default=False)] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Title of the commit.", show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Upload a finished result to the Hub; one that is not what its plait.lock says is refused.
+
+    Example: plait push merged me/merged --private
+    """
+    from plait.api import push as run
+    from plait.cli.console import err, out, print_json
+
+    pushed = run(folder, repo, private=private, revision=revision, create_pr=create_pr, message=message)
+    if json:
+        print_json({"url": pushed.url, "left_out": pushed.left_out, "notes": pushed.notes})
+        return
+    out().print(f"pushed to {pushed.url}", soft_wrap=True)
+    if pushed.left_out:
+        out().print(f"left out, being no part of the result: {', '.join(pushed.left_out)}", markup=False)
+    for note in pushed.notes:
+        err().print(f"note: {note}", style="dim", markup=False)

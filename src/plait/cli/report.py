@@ -1,0 +1,53 @@
+"""`plait report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="Run folders of `plait eval` (or their result files), and folders of merges, for the energy they kept.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help="Of the page.", show_default=False)] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Also write the figures here, as SVG and PNG.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the page that stands at --out.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Write one page that shows what a merge kept: readable offline, with nothing beside it.
+
+    Example: plait report artifacts/merged/ties/maths_code/runs/run_20260102_030405 -o report.html
+    """
+    from plait.cli.console import ProgressBars, print_json
+    from plait.cli.console import out as console
+    from plait.reports.pipeline import make_report
+    from plait.reports.verdict import verdict
+
+    result = make_report(runs, out=out, title=title, figures=figures, force=force, progress=ProgressBars())
+    first = result.report.evaluations[0] if result.report.evaluations else None
+    if json:
+        told = {
+            "page": str(result.page),
+            "figures": [str(f) for f in result.figures],
+            "verdict": verdict(first) if first else None,
+        }
+        print_json(told)
+        return
+    console().print(f"[bold]{result.page}[/bold] · {result.page.stat().st_size / 1e3:.0f} kB", highlight=False)
+    if first is not None:
+        console().print(verdict(first), markup=False)
+    for note in result.report.notes:
+        console().print(f"note: {note}", style="dim", markup=False)
+    if result.figures:
+        console().print(f"{len(result.figures)} figures in {figures}", markup=False)

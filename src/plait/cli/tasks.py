@@ -1,0 +1,91 @@
+"""`plait tasks`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from plait.tasks.checking import SplitCheck, TaskCheck
+
+tasks_app = typer.Typer(no_args_is_help=True, help="Tasks: what is asked of a model, and on which data.")
+
+
+@tasks_app.callback()
+def _tasks() -> None:
+    """Keep `check` a sub-command while it is the only one."""
+
+
+@tasks_app.command("check")
+def check(
+    tasks: Annotated[list[Path], typer.Argument(help="Task files (.yaml).", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model whose tokenizer and chat template are used: FOLDER or org/repo.", show_default=False),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Show what a task asks: rendered examples, token counts, label balance, overlap between splits.
+
+    Exit code 2 when calibration, validation and test are not disjoint.
+
+    Example: plait tasks check tasks/langid.yaml --model HuggingFaceTB/SmolLM2-135M-Instruct
+    """
+    from plait.api import check_tasks
+    from plait.cli.console import print_json
+
+    checks = check_tasks(tasks, model=model)
+    if json:
+        print_json({"tasks": [c.model_dump(mode="json") for c in checks]})
+    else:
+        for found in checks:
+            _show(found)
+    if not all(c.ok for c in checks):
+        raise typer.Exit(2)
+
+
+def _show(found: TaskCheck) -> None:
+    from rich.table import Table
+
+    from plait.cli.console import out
+
+    console = out()
+    console.print(f"[bold]{found.name}[/bold] · {found.kind} · {found.metric} · adapter {found.adapter}")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("split", "examples", "duplicates", "majority", "prompt tokens", "answer tokens"):
+        table.add_column(name, justify="left" if name == "split" else "right")
+    for name, split in found.splits.items():
+        majority = "–" if split.majority is None else f"{split.majority:.1%}"
+        table.add_row(name, str(split.examples), str(split.duplicates), majority, *_token_cells(split))
+    console.print(table)
+    _show_balance(found)
+    name, split = next(reversed(found.splits.items()))
+    for rendered in split.rendered:
+        console.print(f"\n[dim]{name}, as the model reads it, up to the answer:[/dim]")
+        console.print(rendered.prompt + f"⟦{rendered.target}⟧", markup=False, soft_wrap=True)
+    for overlap in found.overlaps:
+        word = "[bold red]error:[/bold red]" if overlap.forbidden else "[dim]note:[/dim]"
+        console.print(word, end=" ")
+        console.print(f"{overlap}.", markup=False)
+    for note in found.notes:
+        console.print(f"note: {note}", style="dim", markup=False)
+    console.print()
+
+
+def _token_cells(split: SplitCheck) -> tuple[str, str]:
+    t: Any = split.tokens
+    if t is None:
+        return "–", "–"
+    cut = f" ({t.truncated} cut)" if t.truncated else ""
+    return f"{t.shortest} / {t.median} / {t.longest}{cut}", f"≤ {t.longest_answer}"
+
+
+def _show_balance(found: TaskCheck) -> None:
+    from plait.cli.console import out
+
+    for name, split in found.splits.items():
+        if split.targets is not None:
+            counts = ", ".join(f"{label} {count}" for label, count in split.targets.items())
+            out().print(f"{name}: {counts}", markup=False)

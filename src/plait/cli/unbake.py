@@ -1,0 +1,66 @@
+"""`plait un-bake`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from plait.baking.unbake import UnbakeResult
+
+
+def unbake(
+    model: Annotated[str, typer.Argument(help=r"A baked model: FOLDER or org/repo\[@revision].", show_default=False)],
+    adapter: Annotated[str, typer.Argument(help="The adapter to take out of it, likewise.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write.", show_default=False)],
+    weight: Annotated[float | None, typer.Option(help=r"What the adapter was baked with. \[1.0]", show_default=False)] = None,
+    original: Annotated[
+        str | None, typer.Option(help="The model before the bake: say how far the result is from it.", show_default=False)
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model that stands at --out.")] = False,
+) -> None:
+    """Take an adapter out of a baked model again, to within rounding.
+
+    Example: plait un-bake baked ./adapter -o restored --original org/base
+    """
+    from plait.api import unbake as run
+    from plait.cli.console import ProgressBars, print_json
+
+    result = run(
+        model, adapter, out=out, weight=weight, original=original, force=force, workers=workers, progress=ProgressBars()
+    )
+    if json:
+        remaining = result.remaining.model_dump(mode="json") if result.remaining else None
+        record = result.bake.record.model_dump(mode="json")
+        print_json({"folder": str(result.bake.folder), "weight": result.weight, "remaining": remaining, **record})
+    else:
+        _show(result)
+
+
+def _show(result: UnbakeResult) -> None:
+    from plait.cli.console import out
+
+    record, remaining = result.bake.record, result.remaining
+    out().print(
+        f"{record.base_model} − {result.weight:g} × {record.sources[0]['name']} → {result.bake.folder} · "
+        f"{len(record.modules)} target modules · {record.seconds:.1f} s",
+        markup=False,
+    )
+    if remaining is None:
+        out().print(
+            "rounded twice, by the bake and now: entries come back to within about one unit in the last place of the stored "
+            "dtype; --original measures it"
+        )
+    elif remaining.where is None:
+        out().print("[green]equal[/green] to the original, every bit")
+    else:
+        share = remaining.unequal / remaining.entries
+        out().print(
+            f"rounding remains: {remaining.unequal} of {remaining.entries} entries ({share:.1%}) in {remaining.tensors} "
+            f"tensors differ from the original, by at most {remaining.largest:.2g} ({remaining.where})",
+            markup=False,
+        )

@@ -1,0 +1,137 @@
+"""A model and the examples of a task → answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from plait.errors import TaskError
+from plait.evaluation.generation import generate
+from plait.evaluation.heads import classify
+from plait.evaluation.likelihood import log_likelihoods
+from plait.tasks.encoding import Encoder, Question
+from plait.tasks.examples import Examples
+from plait.tasks.metrics import Answer
+from plait.tasks.schema import Classification, Generation, Length, MultipleChoice, Perplexity, SequenceClassification
+
+Report = Callable[[int], object]
+
+
+def answer(
+    model: Any, tokenizer: Any, examples: Examples, *, batch_size: int, report: Report = lambda done: None
+) -> list[Answer]:
+    """Ask a model everything.
+
+    Args:
+        model: of transformers: causal, or a sequence classifier for that kind of task.
+        tokenizer: its tokenizer.
+        examples: what is asked.
+        batch_size: prompts at a time; changes the last bits of scores, as every regrouping of sums does.
+        report: called with the number of examples finished since it was last called.
+
+    Raises:
+        TaskError: the task does not suit the model.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise TaskError(f"task {examples.task.name!r}: encoder-decoder models are not covered; evaluate decoder-only models.")
+    return _ASKED_BY[type(examples.task)](model, tokenizer, examples, batch_size, report)
+
+
+def ranked(scores: Sequence[float], texts: Sequence[str], tokens: Sequence[int], length: Length) -> int:
+    """Return which answer is taken: the first of the highest.
+
+    Args:
+        scores: log-likelihood per answer.
+        texts: the answers, whose UTF-8 bytes count for `bytes`.
+        tokens: length per answer.
+        length: how scores are divided.
+    """
+    sizes = {"sum": [1] * len(scores), "tokens": tokens, "bytes": [len(t.encode()) for t in texts]}[length]
+    fair = [s / n for s, n in zip(scores, sizes, strict=True)]
+    return fair.index(max(fair))
+
+
+def _choose(model: Any, tokenizer: Any, examples: Examples, batch_size: int, report: Report) -> list[Answer]:
+    task = examples.task
+    if not isinstance(task, (Classification, MultipleChoice)):
+        raise AssertionError(task.kind)
+    encoder = Encoder(tokenizer, task)
+    questions = encoder.questions(examples, [e.choices for e in examples.items])
+    scores = log_likelihoods(model, questions, batch_size=batch_size, report=report)
+    blanks = _blank_scores(model, encoder, examples, batch_size)
+    answers = []
+    for example, question, row in zip(examples.items, questions, scores, strict=True):
+        gain = [s - b for s, b in zip(row, blanks[example.choices], strict=True)] if blanks else row
+        tokens = tuple(map(len, question.answers))
+        given = example.choices[ranked(gain, example.choices, tokens, task.length)]
+        answers.append(Answer(id=example.id, target=example.target, given=given, scores=tuple(row), tokens=tokens))
+    return answers
+
+
+def _blank_scores(model: Any, encoder: Encoder, examples: Examples, batch_size: int) -> Mapping[tuple[str, ...], list[float]]:
+    """Return each answer's log-likelihood after the content-free prompt (Zhao et al. 2021, Calibrate Before Use, §4).
+
+    Taking it off is the paper's W = diag(p_cf)⁻¹ with b = 0: the same answer is the largest.
+    """
+    if examples.blank is None:
+        return {}
+    kinds = list(dict.fromkeys(e.choices for e in examples.items))
+    asked = [encoder.question(examples.blank, choices) for choices in kinds]
+    return dict(zip(kinds, log_likelihoods(model, asked, batch_size=batch_size), strict=True))
+
+
+def _say(model: Any, tokenizer: Any, examples: Examples, batch_size: int, report: Report) -> list[Answer]:
+    task = examples.task
+    if not isinstance(task, Generation):
+        raise AssertionError(task.kind)
+    said = generate(
+        model,
+        tokenizer,
+        _asked(tokenizer, examples),
+        max_new_tokens=task.max_new_tokens,
+        stop=task.stop,
+        batch_size=batch_size,
+        report=report,
+    )
+    return [Answer(id=e.id, target=e.target, given=text) for e, text in zip(examples.items, said, strict=True)]
+
+
+def _asked(tokenizer: Any, examples: Examples) -> list[Question]:
+    return Encoder(tokenizer, examples.task).questions(examples, [()] * len(examples.items))
+
+
+def _read(model: Any, tokenizer: Any, examples: Examples, batch_size: int, report: Report) -> list[Answer]:
+    questions = Encoder(tokenizer, examples.task).questions(examples, [(e.target,) for e in examples.items])
+    scores = log_likelihoods(model, questions, batch_size=batch_size, report=report)
+    return [
+        Answer(id=e.id, target=e.target, given=None, scores=tuple(row), tokens=(len(q.answers[0]),))
+        for e, q, row in zip(examples.items, questions, scores, strict=True)
+    ]
+
+
+def _look(model: Any, tokenizer: Any, examples: Examples, batch_size: int, report: Report) -> list[Answer]:
+    task = examples.task
+    if not isinstance(task, SequenceClassification):
+        raise AssertionError(task.kind)
+    rows = classify(
+        model,
+        tokenizer,
+        [str(e.prompt) for e in examples.items],
+        labels=len(task.labels),
+        max_tokens=task.max_tokens,
+        batch_size=batch_size,
+        report=report,
+    )
+    return [
+        Answer(id=e.id, target=e.target, given=task.labels[row.index(max(row))], scores=tuple(row))
+        for e, row in zip(examples.items, rows, strict=True)
+    ]
+
+
+_ASKED_BY: Mapping[type, Callable[[Any, Any, Examples, int, Report], list[Answer]]] = {
+    Classification: _choose,
+    MultipleChoice: _choose,
+    Generation: _say,
+    Perplexity: _read,
+    SequenceClassification: _look,
+}

@@ -1,0 +1,146 @@
+"""What is put on the base model and asked: nothing, one adapter, a merge, or another model in its place.
+
+Heads and other full tensors belong to a task. A classifier's head is the task's own adapter's for everybody, or nothing
+could be compared; of a language model, the base keeps its own, a single adapter brings its own, and a merge uses those of
+the task's own adapter, which it keeps apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plait.adapters.adapter import Adapter
+from plait.adapters.lowrank import LowRank
+from plait.errors import PlanError
+from plait.evaluation.live import Live
+from plait.evaluation.scores import adapter_digest, digest, model_digest
+from plait.merging.emit import Emitted
+from plait.merging.engine import Engine, MergedModule
+from plait.merging.inventory import Inventory
+from plait.merging.pipeline import default_workers
+from plait.merging.plan import make_plan
+from plait.merging.portable import DTYPES
+from plait.merging.progress import Progress
+from plait.merging.record import recipe_json, sha256
+from plait.recipes.schema import Recipe
+from plait.tasks.schema import Task
+
+Heads = Callable[[Task], str | None]
+_FREE = ("base_model", "tasks", "eval")  # keys of a recipe that its result does not depend on
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """Something that answers.
+
+    Attributes:
+        name: for people.
+        key: hash of everything about it that its answers depend on, the base and heads aside.
+        heads: task → adapter whose full tensors act; None for the base's.
+        act: puts it on the base, with the full tensors of the adapter of that name; the value is the model.
+    """
+
+    name: str
+    key: str
+    heads: Heads
+    act: Callable[[Live, str | None], AbstractContextManager[Any]]
+
+
+def bare(adapters: Mapping[str, Adapter]) -> Contender:
+    """Return the base model."""
+
+    def heads(task: Task) -> str | None:
+        return _own(task, adapters) if task.kind == "sequence_classification" else None
+
+    return Contender("base", "base", heads, lambda live, owner: live.mixture.active(None, heads=owner or False))
+
+
+def single(name: str, adapters: Mapping[str, Adapter]) -> Contender:
+    """Return one adapter as it was trained."""
+
+    def heads(task: Task) -> str | None:
+        if task.kind == "sequence_classification":
+            return _own(task, adapters)
+        return name if adapters[name].full_tensors else None
+
+    key = digest("adapter", adapter_digest(adapters[name].folder))
+    return Contender(name, key, heads, lambda live, owner: live.mixture.active({name: 1.0}, heads=owner or False))
+
+
+def saved(name: str, adapters: Mapping[str, Adapter]) -> Contender:
+    """Return an adapter that is no task's own: a merge read from its files."""
+    own = name if adapters[name].full_tensors else None
+    key = digest("adapter", adapter_digest(adapters[name].folder))
+    return Contender(
+        name,
+        key,
+        lambda task: own or _own(task, adapters),
+        lambda live, owner: live.mixture.active({name: 1.0}, heads=owner or False),
+    )
+
+
+def whole(name: str, folder: Path) -> Contender:
+    """Return a whole model in the base's place."""
+    return Contender(name, digest("model", model_digest(folder)), lambda task: None, lambda live, owner: live.model(folder))
+
+
+def merge_of(inventory: Inventory, adapters: Mapping[str, Adapter], *, workers: int | None, progress: Progress) -> Contender:
+    """Return a merge, made in memory when it is first needed: the same factors that `plait merge` would write.
+
+    Raises:
+        PlanError: it cannot be done.
+    """
+    recipe = inventory.recipe
+    if recipe.heads.policy == "average" and any(a.full_tensors for a in inventory.adapters):
+        raise PlanError("averaged heads exist only in a saved adapter: `plait merge` first, then `plait eval` on its folder.")
+    workers = workers or default_workers()
+    plan = make_plan(inventory, workers=workers)
+
+    @cache
+    def modules() -> tuple[MergedModule, ...]:
+        engine = Engine(inventory, plan, workers=workers, progress=progress)
+        combiner = engine.prepare()
+        return tuple(_as_written(m, recipe) for m in engine.run(combiner, engine.ranks(combiner)))
+
+    def heads(task: Task) -> str | None:
+        return recipe.heads.adapter if recipe.heads.policy == "from" else _own(task, adapters)
+
+    return Contender("merged", merge_key(inventory), heads, lambda live, owner: live.mixture.attached(modules(), heads=owner))
+
+
+def merge_key(inventory: Inventory) -> str:
+    """Return a hash of a merge: its recipe without paths, and the content of every input."""
+    recipe = {k: v for k, v in recipe_json(inventory.recipe).items() if k not in _FREE}
+    recipe["adapters"] = [
+        {"name": e.name, "weight": e.weight, "digest": adapter_digest(a.folder)}
+        for e, a in zip(inventory.recipe.adapters, inventory.adapters, strict=True)
+    ]
+    moments = {} if inventory.moments is None else {n: sha256(f.path) for n, f in sorted(inventory.moments.files.items())}
+    base = None if inventory.base_located is None else model_digest(inventory.base_located.folder)
+    return digest("merge", recipe, moments, base)
+
+
+def _own(task: Task, adapters: Mapping[str, Adapter]) -> str | None:
+    adapter = adapters.get(task.own_adapter)
+    return task.own_adapter if adapter is not None and adapter.full_tensors else None
+
+
+def _as_written(module: MergedModule, recipe: Recipe) -> MergedModule:
+    """Round a merged module to the output's dtype, as writing it would."""
+    dtype = DTYPES[recipe.output.dtype]
+    if dtype == torch.float32 or module.factors is None:
+        return module
+    slices = [LowRank(s.a.to(dtype).to(s.a.dtype), s.b.to(dtype).to(s.b.dtype)) for s in module.factors.slices]
+    bias = None if module.bias is None else module.bias.to(dtype).to(module.bias.dtype)
+    return replace(module, factors=_with(module.factors, slices), bias=bias)
+
+
+def _with(emitted: Emitted, slices: Sequence[LowRank]) -> Emitted:
+    return replace(emitted, slices=tuple(slices))

@@ -1,0 +1,68 @@
+"""What a model says: greedy, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from plait.evaluation.likelihood import check_lengths
+from plait.tasks.encoding import Question
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str],
+    batch_size: int,
+    report: Callable[[int], object] = lambda done: None,
+) -> list[str]:
+    """Return the greedy answer to every prompt, without special tokens, cut at the first stop text.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        questions: prompts as tokens; their answers are not looked at.
+        max_new_tokens: longest answer.
+        stop: texts at which an answer ends.
+        batch_size: prompts answered at a time.
+        report: called with the number of prompts finished since it was last called.
+
+    Raises:
+        TaskError: a prompt and its answer may be longer than the model's context.
+    """
+    check_lengths(model, [len(q.prompt) + max_new_tokens for q in questions])
+    # the model's own settings may ask for sampling; only its end tokens are wanted
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    config = import_module("transformers").GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+        pad_token_id=tokenizer.pad_token_id,
+        stop_strings=list(stop) or None,
+    )
+    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt), i))
+    said = [""] * len(questions)
+    for at in range(0, len(order), batch_size):
+        batch = order[at : at + batch_size]
+        rows = [questions[i].prompt for i in batch]
+        width = max(map(len, rows))
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(r)) + r for r in rows], device=model.device)
+        mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=model.device)
+        with torch.inference_mode():
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, tokenizer=tokenizer)
+        for i, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
+            said[i] = _cut(text, stop)
+        report(len(batch))
+    return said
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    ends = [at for s in stop if (at := text.find(s)) >= 0]
+    return text[: min(ends)] if ends else text

@@ -1,0 +1,98 @@
+"""The base model with adapters, loaded when something is really asked of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from plait.adapters.adapter import Adapter
+from plait.errors import TaskError
+from plait.merging.progress import Progress
+from plait.mixture import Mixture
+
+
+class Live:
+    """A mixture that costs nothing until it is used.
+
+    Args:
+        base: folder of the base model.
+        adapters: that can be made active.
+        dtype: of the base, as transformers takes it.
+        device_map: as transformers takes it; `auto` is the first accelerator, or the processor where there is none.
+        trust_remote_code: let transformers run code that lies beside the weights.
+        progress: who listens.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        adapters: Sequence[Adapter],
+        *,
+        dtype: str,
+        device_map: str,
+        trust_remote_code: bool,
+        progress: Progress,
+    ) -> None:
+        self.base = base
+        self._adapters = adapters
+        self._keywords: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        self._device_map = device_map
+        self._progress = progress
+
+    @cached_property
+    def mixture(self) -> Mixture:
+        """The base with the adapters."""
+        return self._load(self.base, self._adapters)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer.
+
+        Raises:
+            TaskError: it has none.
+        """
+        if self.mixture.tokenizer is None:
+            raise TaskError(f"{self.base}: there is no tokenizer; evaluation needs one.")
+        return self.mixture.tokenizer
+
+    @contextmanager
+    def model(self, folder: Path) -> Iterator[Any]:
+        """Offer another whole model, loaded as the base is."""
+        with self._load(folder, ()).active(None) as model:
+            yield model
+
+    def _load(self, folder: Path, adapters: Sequence[Adapter]) -> Mixture:
+        self._progress.start("load", 1, "model")
+        with _quiet():
+            loaded = Mixture.load(folder, adapters, device_map=_device_map(self._device_map), **self._keywords)
+        self._progress.advance()
+        self._progress.finish()
+        return loaded
+
+
+def _device_map(wanted: str) -> Any:
+    import torch
+
+    if wanted == "cpu" or (wanted == "auto" and not torch.accelerator.is_available()):
+        return None
+    return {"": torch.accelerator.current_accelerator()} if wanted == "auto" else wanted
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from drawing bars and warning of its own affairs while it loads."""
+    logging = import_module("transformers.utils.logging")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,324 @@
+"""From what is asked for to an `Evaluation`: everything is found and checked before a model is loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import plait
+from plait.adapters.adapter import CONFIG, Adapter
+from plait.errors import AddressError, PlanError, TaskError
+from plait.evaluation.contenders import Contender, merge_of, saved, whole
+from plait.evaluation.live import Live
+from plait.evaluation.record import Evaluation, Kind, Source
+from plait.evaluation.scores import ScoreCache, model_digest
+from plait.evaluation.session import Asked, Session
+from plait.evaluation.subsets import check_names, choose, remember
+from plait.evaluation.workspace import SCORES, check_task_names
+from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve, resolve_model
+from plait.hub.references import parse_reference
+from plait.merging.inventory import Inventory, open_adapters, take_inventory
+from plait.merging.progress import Progress, Silent
+from plait.merging.record import LOCK, Lock, recipe_json
+from plait.recipes.evaluation import EvalSpec
+from plait.recipes.schema import Recipe
+from plait.tasks.examples import Examples, read_examples
+from plait.tasks.loading import load_tasks
+from plait.tasks.overlap import check_disjoint, overlaps
+from plait.tasks.schema import SPLITS, Task
+from plait.verification.inputs import check_inputs
+from plait.verification.lock import read_lock
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to evaluate, besides what a recipe says.
+
+    Attributes:
+        workspace: where results and finished answers are kept; None keeps nothing.
+        base: the base model, in place of the one that recipe or adapters name.
+        dtype: of the base, as transformers takes it; `auto` is the checkpoint's.
+        device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
+        trust_remote_code: let transformers run code that lies beside the weights.
+        matrix: evaluate every single adapter on every task.
+        workers: modules merged at a time.
+    """
+
+    workspace: Path | None = Path("artifacts")
+    base: str | None = None
+    dtype: str = "auto"
+    device_map: str = "auto"
+    trust_remote_code: bool = False
+    matrix: bool = False
+    workers: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        name: for people.
+        kind: a merge, or what files hold.
+        contender: puts it on the base.
+        method: of the merge, where it is known.
+        space: of the merge.
+        recipe: of the merge.
+    """
+
+    name: str
+    kind: Kind
+    contender: Contender
+    method: str | None = None
+    space: str | None = None
+    recipe: Mapping[str, Any] | None = None
+
+
+class Evaluator:
+    """A session with what is needed to describe its results.
+
+    Args:
+        base: as it was written.
+        folder: where a relative base starts; the working directory when None.
+        singles: the tasks' own adapters, and where they were found.
+        others: adapters that are evaluated, but are no task's own.
+        tasks: files.
+        spec: how to evaluate.
+        options: how to evaluate, on this machine.
+        progress: who listens.
+    """
+
+    def __init__(
+        self,
+        base: str | None,
+        folder: Path | None,
+        singles: Sequence[tuple[Adapter, Located, str]],
+        others: Sequence[Adapter],
+        tasks: Sequence[Path],
+        spec: EvalSpec,
+        options: Options,
+        progress: Progress,
+    ) -> None:
+        self.spec = spec
+        self.options = options
+        self.progress = progress
+        self.singles = {a.name: a for a, _, _ in singles}
+        self.tasks, self.notes = _ask(tasks, spec, options.workspace)
+        self.base, place = _base(base, folder, [*self.singles.values(), *others], options)
+        self._sources = tuple(
+            Source(name=a.name, path=text, repo=p.repo, commit=p.commit, sha256=a.sha256()) for a, p, text in singles
+        )
+        live = Live(
+            place.folder,
+            [*self.singles.values(), *others],
+            dtype=options.dtype,
+            device_map=options.device_map,
+            trust_remote_code=options.trust_remote_code,
+            progress=progress,
+        )
+        cache = ScoreCache(None if options.workspace is None else options.workspace / SCORES)
+        setting = (options.dtype, options.device_map)
+        self._session = Session(live, model_digest(place.folder), self.singles, self.tasks, spec, setting, cache, progress)
+
+    def evaluate(self, subject: Subject) -> Evaluation:
+        """Evaluate one thing beside base and single adapters."""
+        started = time.perf_counter()
+        results, totals = self._session.results(subject.contender)
+        return Evaluation(
+            plait=plait.__version__,
+            name=subject.name,
+            kind=subject.kind,
+            tag=f"{subject.method or subject.kind}_{self._session.tag(subject.contender)}",
+            method=subject.method,
+            space=subject.space,
+            recipe=None if subject.recipe is None else dict(subject.recipe),
+            base_model=self.base,
+            sources=self._sources,
+            split=self.spec.split,
+            dtype=self.options.dtype,
+            batch_size=self.spec.batch_size,
+            draws=self.spec.draws,
+            seed=self.spec.seed,
+            tasks=results,
+            mean_recovery=totals.mean,
+            mean_interval=totals.mean_interval,
+            worst_recovery=totals.worst,
+            worst_interval=totals.worst_interval,
+            worst_task=totals.worst_task,
+            below_base=tuple(r.task for r in results if r.below_base),
+            undefined=tuple(r.task for r in results if r.recovery is None),
+            matrix=self._session.matrix() if self.options.matrix else None,
+            notes=tuple(self.notes),
+            finished=datetime.now().astimezone().isoformat(timespec="seconds"),
+            seconds=round(time.perf_counter() - started, 3),
+        )
+
+    def merge(self, inventory: Inventory, name: str) -> Subject:
+        """Return a merge, to be made in memory.
+
+        Raises:
+            PlanError: it cannot be done.
+        """
+        recipe = inventory.recipe
+        contender = merge_of(inventory, self.singles, workers=self.options.workers, progress=self.progress)
+        return Subject(name, "merge", contender, recipe.method_name, recipe.space_name, recipe_json(recipe))
+
+
+def recipe_evaluator(
+    recipe: Recipe, folder: Path | None, options: Options, progress: Progress | None = None
+) -> tuple[Evaluator, Inventory]:
+    """Find everything that the evaluation of a recipe needs.
+
+    Raises:
+        PlaitError: anything that is not there, or does not fit.
+    """
+    if not recipe.tasks:
+        raise TaskError("there are no tasks; give --tasks FILE.yaml, or 'tasks' in the recipe (tasks=[...] in Python).")
+    inventory = take_inventory(recipe, folder)
+    paths = [entry.path for entry in recipe.adapters]
+    singles = list(zip(inventory.adapters, inventory.located, paths, strict=True))
+    tasks = [(folder or Path()) / Path(text).expanduser() for text in recipe.tasks]
+    base = recipe.base_model or inventory.base_model
+    return Evaluator(base, folder, singles, (), tasks, recipe.eval, options, progress or Silent()), inventory
+
+
+def evaluate_saved(
+    reference: str,
+    tasks: Sequence[Path],
+    spec: EvalSpec,
+    options: Options,
+    *,
+    sources: Mapping[str, str],
+    progress: Progress | None = None,
+    check: Callable[[list[str]], object] = lambda tasks: None,
+) -> Evaluation:
+    """Evaluate an adapter or a whole model from its files.
+
+    Args:
+        reference: a folder, or a place on the Hub.
+        tasks: files.
+        spec: how to evaluate.
+        options: how to evaluate, on this machine.
+        sources: name → reference of the tasks' own adapters; those of its `plait.lock` when empty.
+        progress: who listens.
+        check: given the tasks' names before anything is computed; may raise.
+
+    Raises:
+        PlaitError: anything wrong with what was given.
+    """
+    if not tasks:
+        raise TaskError("there are no tasks; give --tasks FILE.yaml (tasks=[...] in Python).")
+    place, is_adapter = _find(reference)
+    lock = read_lock(place.folder) if (place.folder / LOCK).is_file() else None
+    singles, notes = _sources(place.folder, lock, sources)
+    base = None if lock is None else _locked_base(place.folder, lock)
+    name = parse_reference(reference, allow_bare=True).default_name()
+    taken = [a.name for a, _, _ in singles]
+    label = next(n for i in count(1) if (n := name if i == 1 else f"{name}-{i}") not in taken)
+    others = [Adapter.open(place.folder, label)] if is_adapter else []
+    evaluator = Evaluator(base, None, singles, others, tasks, spec, options, progress or Silent())
+    evaluator.notes.extend(notes)
+    check([asked.task.name for asked in evaluator.tasks])
+    known = {**evaluator.singles, **{a.name: a for a in others}}
+    contender = saved(label, known) if is_adapter else whole(name, place.folder)
+    recipe = lock.recipe if lock is not None and lock.kind in ("merge", "bake") else None
+    method = recipe["method"] if recipe else {}
+    return evaluator.evaluate(
+        Subject(name, "adapter" if is_adapter else "model", contender, method.get("name"), method.get("space"), recipe)
+    )
+
+
+def _ask(paths: Sequence[Path], spec: EvalSpec, workspace: Path | None) -> tuple[list[Asked], list[str]]:
+    """Read every task's examples, and notes on its data."""
+    tasks = load_tasks(paths)
+    check_names(spec.subset, [t.name for t in tasks])
+    check_task_names([t.name for t in tasks])
+    asked, notes = [], []
+    for task in tasks:
+        read = _splits(task, spec)
+        notes += check_disjoint(task, overlaps(read))
+        examples = read[spec.split]
+        chosen = None if spec.subset is None else choose(examples, spec.subset)
+        if chosen is not None:
+            if workspace is not None:
+                remember(workspace, examples, chosen)
+            examples = examples.take(chosen.indices)
+        asked.append(Asked(examples, chosen))
+    return asked, notes
+
+
+def _splits(task: Task, spec: EvalSpec) -> dict[Any, Examples]:
+    """Read the split that is wanted, and those that must not share examples with it; the training split only when wanted."""
+    wanted = [name for name in SPLITS if name == spec.split or (name in task.splits and name != "train")]
+    return {name: read_examples(task, name) for name in wanted}
+
+
+def _base(text: str | None, folder: Path | None, adapters: Iterable[Adapter], options: Options) -> tuple[str, Located]:
+    if options.base is not None:
+        text, folder = options.base, None
+    text = text or next((a.config.base_model for a in adapters if a.config.base_model), None)
+    if text is None:
+        raise AddressError("the base model is not known: no adapter names it. Give --base-id (base_model=).")
+    return text, resolve_model(text, base=folder, files=(*MODEL_FILES, *COMPANION_FILES))
+
+
+def _find(reference: str) -> tuple[Located, bool]:
+    """Return where a reference leads, and whether an adapter lies there (else a whole model)."""
+    parsed = parse_reference(reference, allow_bare=True)
+    if parsed.path is not None:
+        place = resolve_model(parsed.address)
+        is_adapter = (place.folder / CONFIG).is_file()
+        if not is_adapter and not (place.folder / "config.json").is_file():
+            raise AddressError(
+                f"{place.folder}: neither an adapter ({CONFIG}) nor a model (config.json) lies there. Give a recipe (.yaml), "
+                "the folder of an adapter, or that of a model."
+            )
+        return place, is_adapter
+    try:
+        return resolve(parsed), True
+    except AddressError as no_adapter:
+        try:
+            return resolve_model(parsed.address, files=(*MODEL_FILES, *COMPANION_FILES)), False
+        except AddressError:
+            raise no_adapter from None
+
+
+def _sources(folder: Path, lock: Lock | None, given: Mapping[str, str]) -> tuple[list[tuple[Adapter, Located, str]], list[str]]:
+    """Find the single adapters: those given, else those that the lock names and that are unchanged."""
+    if given:
+        located, adapters = open_adapters(list(given.items()))
+        return list(zip(adapters, located, given.values(), strict=True)), []
+    if lock is None:
+        return [], ["no single adapters are known; name them with --source NAME=PATH, and recovery is computed."]
+    if lock.kind not in ("merge", "bake"):
+        return [], []
+    checks, found = check_inputs(folder, lock, {})
+    changed = [c.name for c in checks if c.state == "changed" and c.name in lock.inputs]
+    if changed:
+        raise PlanError(
+            f"{', '.join(changed)}: not the adapter that {folder.name} was made from any more. Give --source NAME=PATH."
+        )
+    notes = [
+        f"single adapter {c.name!r} is not where the lock says; name it with --source {c.name}=PATH."
+        for c in checks
+        if c.state == "unknown" and c.name in lock.inputs
+    ]
+    singles = []
+    for name, entry in lock.inputs.items():
+        if name in found:
+            place = Located(folder=found[name].folder, repo=entry.repo, commit=entry.commit)
+            singles.append((Adapter.open(place.folder, name), place, entry.path))
+    return singles, notes
+
+
+def _locked_base(folder: Path, lock: Lock) -> str | None:
+    """Return the base model that a lock names; a relative path starts at the lock's folder."""
+    if lock.base is not None and lock.base.repo is None:
+        return str((folder / lock.base.path).resolve())
+    base = lock.recipe.get("base_model")
+    return str(base) if base is not None else None

@@ -1,0 +1,176 @@
+"""What came out of an evaluation, as it is printed, written and reported. All of it is plain JSON.
+
+`version` counts changes that a reader would notice.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from plait.recipes.evaluation import SplitName
+from plait.records import Record
+
+VERSION = 1
+Kind = Literal["merge", "adapter", "model"]
+Bounds = tuple[float, float]
+
+
+class Sample(Record):
+    """One example and what was answered, for people.
+
+    Attributes:
+        id: of the example.
+        prompt: as the task's templates make it; chat turns as `role: content` lines.
+        target: the right answer.
+        base: the base model's answer; None for perplexity.
+        single: of the task's own adapter; None where there is none.
+        merged: of what is evaluated.
+    """
+
+    id: str
+    prompt: str
+    target: str
+    base: str | None
+    single: str | None
+    merged: str | None
+
+
+class TaskResult(Record):
+    """One task.
+
+    Attributes:
+        task: its name.
+        kind: of the task.
+        metric: its name.
+        higher_is_better: the metric's orientation.
+        adapter: the task's own adapter; None where none is known.
+        examples: how many were answered.
+        subset: tag of the sample; None for the whole split.
+        base: the bare base's metric.
+        single: the own adapter's metric.
+        merged: the metric of what is evaluated.
+        base_interval: 95 %, bootstrap over examples; so are all intervals.
+        single_interval: see `base_interval`.
+        merged_interval: see `base_interval`.
+        recovery: (merged − base) / (single − base), oriented; None where undefined.
+        recovery_interval: paired: the same examples are drawn for all sides. Draws without recovery are left out.
+        undefined: why there is no recovery.
+        below_base: whether it is worse than the base.
+        samples: a few examples, those first on which the answers differ.
+    """
+
+    task: str
+    kind: str
+    metric: str
+    higher_is_better: bool
+    adapter: str | None
+    examples: int
+    subset: str | None
+    base: float
+    single: float | None
+    merged: float
+    base_interval: Bounds | None
+    single_interval: Bounds | None
+    merged_interval: Bounds | None
+    recovery: float | None
+    recovery_interval: Bounds | None
+    undefined: str | None
+    below_base: bool
+    samples: tuple[Sample, ...]
+
+
+class Matrix(Record):
+    """Every single adapter on every task.
+
+    Attributes:
+        adapters: rows.
+        tasks: columns.
+        values: the tasks' metrics.
+        recovery: of the task's own adapter's gain, how much each adapter brings: 1 for the own adapter; below 0 it harms.
+            None where undefined.
+    """
+
+    adapters: tuple[str, ...]
+    tasks: tuple[str, ...]
+    values: tuple[tuple[float, ...], ...]
+    recovery: tuple[tuple[float | None, ...], ...]
+
+
+class Source(Record):
+    """One single adapter.
+
+    Attributes:
+        name: its name.
+        path: where it was found, as it was written.
+        repo: on the Hub; None for local files.
+        commit: there.
+        sha256: of its tensor file.
+    """
+
+    name: str
+    path: str
+    repo: str | None
+    commit: str | None
+    sha256: str
+
+
+class Evaluation(Record):
+    """What one merge, adapter or model kept.
+
+    Attributes:
+        version: of this format.
+        plait: version that made it.
+        name: of what is evaluated, for people.
+        kind: `merge` (made in memory), `adapter` or `model` (read from files).
+        tag: `<method>_<hash>` of everything that the result depends on but the tasks; names files apart.
+        method: of the merge; None for what is no merge of plait's.
+        space: of the merge.
+        recipe: as run, every default spelt out; None where it is not known.
+        base_model: as it was written.
+        sources: the single adapters.
+        split: of every task.
+        dtype: of the base model.
+        batch_size: prompts at a time.
+        draws: of the bootstrap.
+        seed: of the bootstrap.
+        tasks: one result each.
+        mean_recovery: over the tasks that have one; None when none has.
+        mean_interval: 95 %, over draws in which all of those have one.
+        worst_recovery: the smallest; None when none has one.
+        worst_interval: see `mean_interval`.
+        worst_task: whose it is.
+        below_base: tasks on which it is worse than the base.
+        undefined: tasks without recovery.
+        matrix: single adapters on all tasks, when asked for.
+        notes: what else is worth knowing.
+        finished: local time, ISO 8601.
+        seconds: wall time.
+    """
+
+    version: int = VERSION
+    plait: str
+    name: str
+    kind: Kind
+    tag: str
+    method: str | None
+    space: str | None
+    recipe: dict[str, Any] | None
+    base_model: str
+    sources: tuple[Source, ...]
+    split: SplitName
+    dtype: str
+    batch_size: int
+    draws: int
+    seed: int
+    tasks: tuple[TaskResult, ...]
+    mean_recovery: float | None
+    mean_interval: Bounds | None
+    worst_recovery: float | None
+    worst_interval: Bounds | None
+    worst_task: str | None
+    below_base: tuple[str, ...]
+    undefined: tuple[str, ...]
+    matrix: Matrix | None
+    notes: tuple[str, ...]
+    finished: str
+    seconds: float

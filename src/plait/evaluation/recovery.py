@@ -1,0 +1,100 @@
+"""Answers of base, single adapter and merge → how much the merge kept, and how surely that is known.
+
+recovery = (merged − base) / (single − base), oriented so that higher is better: 0 is the base, 1 the task's own adapter.
+Where the single adapter is no better than the base there is nothing to recover, and no number is invented.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from plait.tasks.metrics import Array, Metric
+
+Interval = tuple[float, float]
+_TAILS = (2.5, 97.5)  # percentiles: 95 %
+_CHUNK = 256  # draws at a time; bounds memory
+_LEAST_HEADROOM = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """One task's statistics, (n, k) each, over the same examples.
+
+    Attributes:
+        metric: that they belong to.
+        base: of the bare base.
+        single: of the task's own adapter; None where there is none.
+        merged: of what is evaluated.
+    """
+
+    metric: Metric
+    base: Array
+    single: Array | None
+    merged: Array
+
+    def draws(self, count: int, seed: tuple[int, ...]) -> Drawn:
+        """Draw as many examples with replacement, the same ones for all sides, `count` times."""
+        rng = np.random.default_rng(seed)
+        n = len(self.base)
+        sides = [s for s in (self.base, self.single, self.merged) if s is not None]
+        stacked = np.concatenate(sides, axis=1)
+        sums = []
+        for at in range(0, count, _CHUNK):
+            times = rng.multinomial(n, np.full(n, 1 / n), size=min(_CHUNK, count - at))
+            sums.append(times @ stacked)
+        parts = np.split(np.concatenate(sums), len(sides), axis=1)
+        values = [self.metric.from_sums(part) for part in parts]
+        sign = 1.0 if self.metric.higher_is_better else -1.0
+        single = values[1] if self.single is not None else np.full(count, math.nan)
+        return Drawn(values[0], single, values[-1], recoveries(sign * values[0], sign * single, sign * values[-1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Bootstrap values of one task, (draws,) each; NaN where undefined."""
+
+    base: Array
+    single: Array
+    merged: Array
+    recovery: Array
+
+
+def recoveries(base: Array, single: Array, merged: Array) -> Array:
+    """Return (merged − base) / (single − base), NaN where single − base is not positive; oriented values of any one shape."""
+    headroom = single - base
+    usable = headroom > _LEAST_HEADROOM
+    return np.where(usable, (merged - base) / np.where(usable, headroom, 1.0), math.nan)
+
+
+def recovery(metric: Metric, base: float, single: float | None, merged: float) -> float | None:
+    """Return the recovery of one task; None where it is not defined."""
+    if single is None:
+        return None
+    sign = 1.0 if metric.higher_is_better else -1.0
+    value = float(recoveries(np.array(sign * base), np.array(sign * single), np.array(sign * merged)))
+    return None if math.isnan(value) else value
+
+
+def task_seed(seed: int, task: str) -> tuple[int, ...]:
+    """Return the bootstrap's seed of one task: it does not depend on which other tasks are evaluated."""
+    return (seed, zlib.crc32(task.encode()))
+
+
+def interval(values: Array) -> Interval | None:
+    """Return the middle 95 % of the defined values; None when there are none."""
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return None
+    low, high = np.percentile(known, _TAILS)
+    return float(low), float(high)
+
+
+def mean_and_worst(recoveries_: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Return mean and minimum over tasks, per draw; NaN in draws in which a task has no recovery."""
+    stacked = np.stack(list(recoveries_.values()))
+    return stacked.mean(0), stacked.min(0)

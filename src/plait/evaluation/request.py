@@ -1,0 +1,112 @@
+"""What a command line or a Python call asks for, on top of a recipe's own `tasks` and `eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from plait.errors import RecipeError
+from plait.methods import METHODS
+from plait.recipes.evaluation import EvalSpec
+from plait.recipes.problems import Origins
+from plait.recipes.request import read_request
+from plait.recipes.schema import Recipe
+from plait.recipes.validation import explain
+
+_RECIPES = (".yaml", ".yml", ".json")
+
+
+def is_recipe_file(text: str | Path) -> bool:
+    """Say whether a reference is a recipe's file, and not an adapter or a model."""
+    return Path(text).suffix.lower() in _RECIPES
+
+
+def recipe_name(recipe: Recipe) -> str:
+    """Return what a merge is called for people."""
+    return f"{recipe.method_name}, {recipe.space_name}"
+
+
+def spec_of(given: EvalSpec, **changes: Any) -> EvalSpec:
+    """Return how to evaluate, with what is not None changed.
+
+    Args:
+        given: the recipe's.
+        **changes: `split`, `subset` (a number, or a mapping as in a recipe), `batch_size`.
+
+    Raises:
+        RecipeError: a value is not allowed.
+    """
+    changed = {key: value for key, value in changes.items() if value is not None}
+    if isinstance(changed.get("subset"), int):
+        before = {} if given.subset is None else given.subset.model_dump()
+        changed["subset"] = {**before, "max_samples": changed["subset"]}
+    data = {**given.model_dump(mode="json"), **changed}
+    try:
+        return EvalSpec.model_validate(data)
+    except ValidationError as error:
+        Origins("the request").refuse(explain(error, data, EvalSpec))
+        raise
+
+
+def asked(recipe: Recipe, tasks: Sequence[str | Path], **changes: Any) -> Recipe:
+    """Return a recipe with other tasks, where some are given, and `spec_of` its `eval`.
+
+    Given tasks are relative to the working directory, a recipe's own to its folder.
+    """
+    files = tuple(str(Path(t).expanduser().absolute()) for t in tasks) or recipe.tasks
+    return recipe.model_copy(update={"tasks": files, "eval": spec_of(recipe.eval, **changes)})
+
+
+def variants(
+    file: Path | None,
+    adapters: Any,
+    settings: Mapping[str, Any],
+    sets: Sequence[str],
+    methods: Sequence[str],
+    spaces: Sequence[str],
+) -> tuple[dict[str, Recipe], Path | None, dict[str, str]]:
+    """Return one recipe per method and space; the request's own where none is given.
+
+    A parameter that some of the methods lack is given to those that have it.
+
+    Returns:
+        Name → recipe; the folder that relative paths start from; name → why it is left out.
+
+    Raises:
+        RecipeError: a method is not known, or none of the recipes is valid.
+    """
+    recipes: dict[str, Recipe] = {}
+    skipped: dict[str, str] = {}
+    folder: Path | None = None
+    several = len(methods) * max(1, len(spaces)) > 1
+    for method, space in _pairs(methods, spaces):
+        wanted = _fitting(settings, method) | {k: v for k, v in (("method", method), ("space", space)) if v is not None}
+        try:
+            recipe, folder = read_request(file, adapters, wanted, sets)
+        except RecipeError as error:
+            if not (method in METHODS and several):
+                raise
+            skipped[", ".join(word for word in (method, space) if word)] = str(error)
+        else:
+            recipes[recipe_name(recipe)] = recipe
+    if not recipes:
+        raise RecipeError("none of these merges is valid:\n" + "\n".join(f"  - {n}: {why}" for n, why in skipped.items()))
+    return recipes, folder, skipped
+
+
+def _pairs(methods: Sequence[str], spaces: Sequence[str]) -> Iterator[tuple[str | None, str | None]]:
+    for method in methods or (None,):
+        for space in spaces or (None,):
+            yield method, space
+
+
+def _fitting(settings: Mapping[str, Any], method: str | None) -> dict[str, Any]:
+    """Leave out parameters that belong to other methods only."""
+    if method is None:
+        return dict(settings)
+    own = set(METHODS[method].params.model_fields) if method in METHODS else set()
+    others = {name for m in METHODS.values() for name in m.params.model_fields} - own
+    return {key: value for key, value in settings.items() if key not in others}

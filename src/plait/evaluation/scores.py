@@ -1,0 +1,104 @@
+"""Answers, kept by the hash of everything that they depend on: what is finished is never asked again.
+
+The key holds what is put on the base (tensor files, or a whole recipe), the base with its tokenizer, the examples with
+everything of the task that matters, the code that asks, the libraries that compute, dtype and batch size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+from pydantic import ValidationError
+
+import plait
+from plait.evaluation.files import write_atomically
+from plait.merging.record import library_versions, sha256
+from plait.records import Record
+from plait.tasks.examples import Examples
+from plait.tasks.metrics import Answer
+
+#: Rooms whose code decides what is answered.
+_ROOMS = ("adapters", "evaluation", "linalg", "merging", "methods", "mixture", "spaces", "stages", "tasks", "transforms")
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja")
+
+
+class Answers(Record):
+    """What one contender answered to one task.
+
+    Attributes:
+        contender: its name, for people.
+        task: its name, for people.
+        answers: in the order of the examples.
+    """
+
+    contender: str
+    task: str
+    answers: tuple[Answer, ...]
+
+
+class ScoreCache:
+    """A folder of `Answers`, one file per key.
+
+    Args:
+        folder: where; None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def find(self, key: str, examples: Examples) -> Answers | None:
+        """Return what was kept, where it is whole and of these examples."""
+        if self._folder is None:
+            return None
+        try:
+            found = Answers.model_validate_json((self._folder / f"{key}.json").read_text(encoding="utf-8"))
+        except (OSError, ValidationError):
+            return None
+        return found if [a.id for a in found.answers] == [e.id for e in examples.items] else None
+
+    def keep(self, key: str, answers: Answers) -> None:
+        """Write answers down."""
+        if self._folder is not None:
+            write_atomically(self._folder / f"{key}.json", answers.model_dump(mode="json"))
+
+
+def digest(*parts: object) -> str:
+    """Return a hash of plain values; 32 hex digits."""
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def model_digest(folder: Path) -> str:
+    """Return a hash of a model's weights, configuration and tokenizer."""
+    return digest(_hashes(p for pattern in _MODEL_FILES for p in folder.glob(pattern)))
+
+
+def adapter_digest(folder: Path) -> str:
+    """Return a hash of everything that belongs to an adapter: configuration, tensors, heads."""
+    return digest(_hashes(p for pattern in ("adapter_*", "heads/*/*") for p in folder.glob(pattern)))
+
+
+@cache
+def code_digest() -> str:
+    """Return a hash of plait's code that decides what is answered, and of the libraries' versions."""
+    root = Path(plait.__file__).parent
+    sources = sorted(p for room in _ROOMS for p in (root / room).rglob("*.py"))
+    versions = {**library_versions(), "transformers": _transformers_version()}
+    return digest(versions, [(p.relative_to(root).as_posix(), sha256(p)) for p in sources])
+
+
+def _hashes(files: Iterable[Path]) -> Sequence[tuple[str, str]]:
+    return [(p.name if p.parent.parent.name != "heads" else f"{p.parent.name}/{p.name}", sha256(p)) for p in sorted(files)]
+
+
+def _transformers_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("transformers")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,222 @@
+"""One base model, some single adapters and some tasks: whatever is evaluated on them shares their references."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from plait.adapters.adapter import Adapter
+from plait.evaluation.answering import answer
+from plait.evaluation.contenders import Contender, bare, single
+from plait.evaluation.live import Live
+from plait.evaluation.record import Bounds, Matrix, Sample, TaskResult
+from plait.evaluation.recovery import Drawn, Sides, interval, mean_and_worst, recovery, task_seed
+from plait.evaluation.scores import Answers, ScoreCache, adapter_digest, code_digest, digest
+from plait.evaluation.subsets import ChosenSubset
+from plait.merging.progress import Progress
+from plait.recipes.evaluation import EvalSpec
+from plait.tasks.examples import Example, Examples
+from plait.tasks.metrics import Answer, Metric, metric_of
+from plait.tasks.schema import Task
+
+_SAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The examples of one task that are asked, and the sample that they are."""
+
+    examples: Examples
+    subset: ChosenSubset | None
+
+    @property
+    def task(self) -> Task:
+        """Their task."""
+        return self.examples.task
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What holds over all tasks; see `Evaluation`."""
+
+    mean: float | None
+    mean_interval: Bounds | None
+    worst: float | None
+    worst_interval: Bounds | None
+    worst_task: str | None
+
+
+class Session:
+    """Asks and compares; every answer is asked for once, in this process and, through the cache, in later ones.
+
+    Args:
+        live: the base with all adapters.
+        base_key: hash of the base model's files.
+        adapters: the single adapters by name.
+        asked: the tasks.
+        spec: how to evaluate.
+        setting: what else answers depend on (dtype, device).
+        cache: of finished answers.
+        progress: who listens.
+    """
+
+    def __init__(
+        self,
+        live: Live,
+        base_key: str,
+        adapters: Mapping[str, Adapter],
+        asked: Sequence[Asked],
+        spec: EvalSpec,
+        setting: Sequence[str],
+        cache: ScoreCache,
+        progress: Progress,
+    ) -> None:
+        self.asked = tuple(asked)
+        self.spec = spec
+        self.adapters = adapters
+        self._live = live
+        self._setting = (base_key, code_digest(), *setting, spec.batch_size)
+        self._cache = cache
+        self._progress = progress
+        self._metrics: dict[str, Metric] = {a.task.name: metric_of(a.task) for a in asked}
+        self._known: dict[str, tuple[Answer, ...]] = {}
+
+    def tag(self, contender: Contender) -> str:
+        """Return a hash of everything that the results of a contender depend on; 10 hex digits."""
+        return digest(contender.key, self._setting, [a.examples.digest for a in self.asked])[:10]
+
+    def results(self, contender: Contender) -> tuple[tuple[TaskResult, ...], Totals]:
+        """Evaluate a contender on every task, beside base and single adapters."""
+        drawn: dict[str, Drawn] = {}
+        results = [self._result(contender, asked, drawn) for asked in self.asked]
+        return tuple(results), _totals(results, drawn)
+
+    def matrix(self) -> Matrix:
+        """Evaluate every single adapter on every task."""
+        values, shares = [], []
+        for name in self.adapters:
+            row = [self._value(single(name, self.adapters), asked) for asked in self.asked]
+            bases = [self._value(bare(self.adapters), asked) for asked in self.asked]
+            owns = [self._own_value(asked) for asked in self.asked]
+            values.append(tuple(row))
+            shares.append(
+                tuple(
+                    recovery(self._metrics[a.task.name], b, own, v)
+                    for a, b, own, v in zip(self.asked, bases, owns, row, strict=True)
+                )
+            )
+        tasks = tuple(a.task.name for a in self.asked)
+        return Matrix(adapters=tuple(self.adapters), tasks=tasks, values=tuple(values), recovery=tuple(shares))
+
+    def _result(self, contender: Contender, asked: Asked, drawn: dict[str, Drawn]) -> TaskResult:
+        task, metric = asked.task, self._metrics[asked.task.name]
+        base = self.answers(bare(self.adapters), asked)
+        own = self._own(task)
+        alone = None if own is None else self.answers(own, asked)
+        merged = self.answers(contender, asked)
+        values = metric.value(base), None if alone is None else metric.value(alone), metric.value(merged)
+        found = recovery(metric, *values)
+        statistics = [None if side is None else metric.statistics(side) for side in (base, alone, merged)]
+        sides = Sides(metric, np.asarray(statistics[0]), statistics[1], np.asarray(statistics[2]))
+        draws = sides.draws(self.spec.draws, task_seed(self.spec.seed, task.name))
+        if found is not None:
+            drawn[task.name] = draws
+        return TaskResult(
+            task=task.name,
+            kind=task.kind,
+            metric=metric.name,
+            higher_is_better=metric.higher_is_better,
+            adapter=None if own is None else own.name,
+            examples=len(asked.examples.items),
+            subset=None if asked.subset is None else asked.subset.tag,
+            base=values[0],
+            single=values[1],
+            merged=values[2],
+            base_interval=interval(draws.base),
+            single_interval=None if own is None else interval(draws.single),
+            merged_interval=interval(draws.merged),
+            recovery=found,
+            recovery_interval=None if found is None else interval(draws.recovery),
+            undefined=_why(task, values, found),
+            below_base=values[2] < values[0] if metric.higher_is_better else values[2] > values[0],
+            samples=_samples(asked.examples.items, base, alone, merged),
+        )
+
+    def answers(self, contender: Contender, asked: Asked) -> tuple[Answer, ...]:
+        """Return what a contender answers to a task: known, kept, or asked for now."""
+        examples, owner = asked.examples, contender.heads(asked.task)
+        heads = None if owner is None else adapter_digest(self.adapters[owner].folder)
+        key = digest(contender.key, heads, examples.digest, self._setting)
+        if key not in self._known:
+            found = self._cache.find(key, examples)
+            if found is None:
+                found = self._ask(contender, owner, examples)
+                self._cache.keep(key, found)
+            self._known[key] = found.answers
+        return self._known[key]
+
+    def _ask(self, contender: Contender, owner: str | None, examples: Examples) -> Answers:
+        tokenizer, name = self._live.tokenizer, examples.task.name
+        with contender.act(self._live, owner) as model:
+            self._progress.start(f"{contender.name} · {name}", len(examples.items), "examples")
+            try:
+                found = answer(model, tokenizer, examples, batch_size=self.spec.batch_size, report=self._progress.advance)
+            finally:
+                self._progress.finish()
+        return Answers(contender=contender.name, task=name, answers=tuple(found))
+
+    def _own(self, task: Task) -> Contender | None:
+        return single(task.own_adapter, self.adapters) if task.own_adapter in self.adapters else None
+
+    def _own_value(self, asked: Asked) -> float | None:
+        own = self._own(asked.task)
+        return None if own is None else self._value(own, asked)
+
+    def _value(self, contender: Contender, asked: Asked) -> float:
+        return self._metrics[asked.task.name].value(self.answers(contender, asked))
+
+
+def _why(task: Task, values: tuple[float, float | None, float], found: float | None) -> str | None:
+    base, alone, _ = values
+    if found is not None:
+        return None
+    if alone is None:
+        return f"no adapter is called {task.own_adapter!r}; name the task's own with 'adapter' in its file"
+    return f"no headroom: the single adapter ({alone:.4g}) is not better than the base ({base:.4g})"
+
+
+def _totals(results: Sequence[TaskResult], drawn: Mapping[str, Drawn]) -> Totals:
+    known = {r.task: r.recovery for r in results if r.recovery is not None}
+    if not known:
+        return Totals(None, None, None, None, None)
+    mean, worst = mean_and_worst({name: d.recovery for name, d in drawn.items()})
+    lowest = min(known, key=known.__getitem__)
+    return Totals(sum(known.values()) / len(known), interval(mean), known[lowest], interval(worst), lowest)
+
+
+def _samples(
+    items: Sequence[Example], base: Sequence[Answer], alone: Sequence[Answer] | None, merged: Sequence[Answer]
+) -> tuple[Sample, ...]:
+    """Take a few examples: those first on which the sides differ, in their order."""
+    sides = [base, merged] if alone is None else [base, alone, merged]
+    given = [tuple(a.given for a in answers) for answers in zip(*sides, strict=True)]
+    order = sorted(range(len(items)), key=lambda i: len(set(given[i])) == 1)[:_SAMPLES]
+    return tuple(
+        Sample(
+            id=items[i].id,
+            prompt=_prompt_text(items[i]),
+            target=items[i].target,
+            base=base[i].given,
+            single=None if alone is None else alone[i].given,
+            merged=merged[i].given,
+        )
+        for i in order
+    )
+
+
+def _prompt_text(example: Example) -> str:
+    if isinstance(example.prompt, str):
+        return example.prompt
+    return "\n".join(f"{role}: {content}" for role, content in example.prompt)

@@ -1,0 +1,187 @@
+"""Where results go: a bundle per run, results by tag, an index that only grows, and links from the tasks' own folders.
+
+    <workspace>/merged/<method>/<adapters>/runs/run_<time>/    merge_metadata.json summary.json eval_results_<split>.json
+    <workspace>/merged/<method>/<adapters>/eval/<split>/eval_results_<tag>_<split>.json
+    <workspace>/merged/<method>/<adapters>/eval/<split>/per_task/<task>/<task>_<tag>_metrics.json
+    <workspace>/merged/<method>/<adapters>/eval/index.json
+    <workspace>/<task>/metrics/eval/<split>/merged/<others>/<tag>/metrics.json → the per-task file
+    <workspace>/.scores/                                               finished answers
+
+Tags are hashes of everything that a result depends on, so no result stands under another's name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from plait.errors import OutputError, TaskError
+from plait.evaluation.files import write_atomically
+from plait.evaluation.record import Evaluation, TaskResult
+
+SCORES = ".scores"
+_TAKEN = ("merged", "compared")  # names of folders beside the tasks'
+_LONGEST_NAME = 120
+
+
+def check_task_names(names: Sequence[str]) -> None:
+    """Refuse tasks whose folder would be one of the workspace's own.
+
+    Raises:
+        TaskError: there is one.
+    """
+    taken = [name for name in names if name in _TAKEN]
+    if taken:
+        raise TaskError(f"a task cannot be called {taken[0]!r}: results have a folder of that name beside the tasks'.")
+
+
+def write_evaluation(workspace: Path, found: Evaluation) -> Path:
+    """Write everything about one evaluation; return its run folder.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    home = workspace / "merged" / (found.method or found.kind) / _joined([s.name for s in found.sources] or [found.name])
+    results = home / "eval" / found.split / f"eval_results_{found.tag}_{found.split}.json"
+    data = found.model_dump(mode="json")
+    if not results.is_file():
+        write_atomically(results, data)
+    for task in found.tasks:
+        _write_task(workspace, home, found, task)
+    run = claim_run(home / "runs")
+    write_atomically(run / f"eval_results_{found.split}.json", data)
+    write_atomically(run / "merge_metadata.json", _metadata(found))
+    write_atomically(run / "summary.json", summary(found))
+    _append(home / "eval" / "index.json", _entry(workspace, found, results, run))
+    return run
+
+
+def write_comparison(workspace: Path, names: Sequence[str], data: Mapping[str, Any]) -> Path:
+    """Write a leaderboard to `<workspace>/compared/<adapters>/run_<time>/leaderboard.json`; return that folder."""
+    run = claim_run(workspace / "compared" / _joined(names))
+    write_atomically(run / "leaderboard.json", data)
+    return run
+
+
+def summary(found: Evaluation) -> dict[str, Any]:
+    """Return the few numbers one looks at first."""
+    return {
+        "name": found.name,
+        "tag": found.tag,
+        "method": found.method,
+        "space": found.space,
+        "adapters": [s.name for s in found.sources],
+        "split": found.split,
+        "mean_recovery": found.mean_recovery,
+        "worst_recovery": found.worst_recovery,
+        "worst_task": found.worst_task,
+        "below_base": list(found.below_base),
+        "undefined": list(found.undefined),
+        "tasks": {t.task: {"metric": t.metric, "merged": t.merged, "recovery": t.recovery} for t in found.tasks},
+        "finished": found.finished,
+        "seconds": found.seconds,
+    }
+
+
+def claim_run(runs: Path) -> Path:
+    """Make a folder `run_<time>` that is ours alone."""
+    stamp = datetime.now().strftime("run_%Y%m%d_%H%M%S")
+    for number in count(1):
+        folder = runs / (stamp if number == 1 else f"{stamp}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from None
+        return folder
+    raise AssertionError("count() ended")
+
+
+def _write_task(workspace: Path, home: Path, found: Evaluation, task: TaskResult) -> None:
+    file = home / "eval" / found.split / "per_task" / task.task / f"{task.task}_{found.tag}_metrics.json"
+    if not file.is_file():
+        head = {"name": found.name, "tag": found.tag, "method": found.method, "split": found.split}
+        write_atomically(file, head | task.model_dump(mode="json"))
+    others = sorted(s.name for s in found.sources if s.name != task.adapter)
+    label = {0: "self", 1: "".join(others)}.get(len(others), f"multi_{_joined(others)}")
+    link = workspace / task.task / "metrics" / "eval" / found.split / "merged" / label / found.tag / "metrics.json"
+    _link(link, file)
+
+
+def _link(link: Path, file: Path) -> None:
+    try:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            try:
+                link.symlink_to(os.path.relpath(file.resolve(), link.parent.resolve()))
+            except (NotImplementedError, PermissionError):  # Windows, without the right to make links
+                shutil.copyfile(file, link)
+    except OSError as error:
+        raise OutputError(f"{link} cannot be written: {error.strerror or error}.") from None
+
+
+def _metadata(found: Evaluation) -> dict[str, Any]:
+    keep = ("plait", "name", "kind", "method", "space", "recipe", "base_model", "sources", "notes")
+    data = found.model_dump(mode="json")
+    return {key: data[key] for key in keep}
+
+
+def _entry(workspace: Path, found: Evaluation, results: Path, run: Path) -> dict[str, Any]:
+    return {
+        "finished": found.finished,
+        "tag": found.tag,
+        "name": found.name,
+        "method": found.method,
+        "space": found.space,
+        "adapters": [s.name for s in found.sources],
+        "tasks": [t.task for t in found.tasks],
+        "split": found.split,
+        "subsets": {t.task: t.subset for t in found.tasks if t.subset is not None},
+        "mean_recovery": found.mean_recovery,
+        "worst_recovery": found.worst_recovery,
+        "results": results.relative_to(workspace).as_posix(),
+        "run": run.relative_to(workspace).as_posix(),
+    }
+
+
+def _append(index: Path, entry: Mapping[str, Any]) -> None:
+    """Add an entry to the index; what stands there is never changed.
+
+    Raises:
+        OutputError: it cannot be read or written.
+    """
+    with _alone(index):
+        entries: list[Any] = []
+        if index.is_file():
+            try:
+                entries = json.loads(index.read_text(encoding="utf-8"))["entries"]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise OutputError(f"{index} cannot be read; move it away, and a new one is begun.") from None
+        write_atomically(index, {"entries": [*entries, entry]})
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Keep other processes from the same file while the block runs, where the system can."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with (file.parent / f".{file.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _joined(names: Sequence[str]) -> str:
+    text = "_".join(sorted(names))
+    return text if len(text) <= _LONGEST_NAME else f"{len(names)}_adapters"

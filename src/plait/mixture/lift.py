@@ -1,0 +1,60 @@
+"""y + (h ⊙ λ) Bᵀ: the half of a low-rank forward pass that coefficients enter, with gradients that keep nothing but h."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def lift(y: Tensor, h: Tensor, coefficients: Tensor, bt: Tensor) -> Tensor:
+    """Add the low-rank part to a layer's output, in place where autograd and the memory layout allow it.
+
+    Args:
+        y: (…, d_out), of the base layer; consumed.
+        h: (…, R), x Aᵀ.
+        coefficients: float32, (R,), or broadcastable to h; rounded to h's dtype only after the product.
+        bt: (R, d_out).
+
+    Returns:
+        y + (h ⊙ λ) Bᵀ, of y's dtype.
+    """
+    if torch.is_grad_enabled() and (y.requires_grad or h.requires_grad or coefficients.requires_grad):
+        lifted: Tensor = _Lift.apply(y, h, coefficients, bt)  # type: ignore[no-untyped-call]
+        return lifted
+    return _add(y, _scale(h, coefficients), bt)
+
+
+class _Lift(torch.autograd.Function):
+    """Saves h, (N, R); the adapters' separate outputs, (N, T · d_out), never exist."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, coefficients: Tensor, bt: Tensor) -> Tensor:
+        ctx.save_for_backward(h, coefficients, bt)
+        lifted = _add(y, _scale(h, coefficients), bt)
+        if lifted is y:
+            ctx.mark_dirty(y)
+        return lifted
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        h, coefficients, bt = ctx.saved_tensors
+        _, needs_h, needs_coefficients, _ = ctx.needs_input_grad
+        g = dy @ bt.mT  # (…, R)
+        dh = _scale(g, coefficients) if needs_h else None
+        dc = (h.to(coefficients.dtype) * g).sum_to_size(coefficients.shape) if needs_coefficients else None
+        return dy, dh, dc, None
+
+
+def _scale(h: Tensor, coefficients: Tensor) -> Tensor:
+    return (h * coefficients).to(h.dtype)  # the product is in float32
+
+
+def _add(y: Tensor, scaled: Tensor, bt: Tensor) -> Tensor:
+    if y.dtype != bt.dtype or y._is_view() or not y.is_contiguous():
+        return y + (scaled @ bt).to(y.dtype)
+    y.view(-1, y.shape[-1]).addmm_(scaled.reshape(-1, scaled.shape[-1]), bt)
+    return y

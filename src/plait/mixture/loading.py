@@ -1,0 +1,116 @@
+"""A base model and its tokenizer, loaded with transformers as the adapters' task wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from plait.adapters.adapter import Adapter
+from plait.errors import PlaitError, PlanError
+from plait.hub.download import resolve_model
+
+# PEFT's task types → transformers' classes
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+
+
+def load_model(
+    base: str | Path, adapters: Sequence[Adapter], *, dtype: str, device_map: Any, trust_remote_code: bool
+) -> tuple[nn.Module, Any]:
+    """Return the base model and its tokenizer (None where the base has none).
+
+    The class is that of the adapters' `task_type`; without one, the class that the base's configuration names. A head that
+    the checkpoint lacks (a classifier that every adapter brings for itself) is zero, so that a bare base says nothing
+    rather than something random.
+
+    Raises:
+        PlaitError: transformers is not installed.
+        AddressError: the base cannot be found.
+        PlanError: adapters of different task types.
+    """
+    transformers = _transformers()
+    folder = resolve_model(str(base)).folder
+    keywords: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if device_map is not None:
+        keywords["device_map"] = device_map
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    labels = _labels(adapters)
+    if labels is not None:
+        config.num_labels = labels
+    loader = getattr(transformers, _class_name(adapters, config))
+    model, report = loader.from_pretrained(folder, config=config, output_loading_info=True, **keywords)
+    _zero(model, report["missing_keys"], adapters)
+    return model, _tokenizer(transformers, folder, trust_remote_code=trust_remote_code)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise PlaitError("a live model needs transformers. Install it: python -m pip install 'plait[eval]'") from None
+    return transformers
+
+
+def _class_name(adapters: Sequence[Adapter], config: Any) -> str:
+    kinds = {str(a.config.raw["task_type"]): a.name for a in adapters if a.config.raw.get("task_type")}
+    if len(kinds) > 1:
+        listed = ", ".join(f"{name}: {kind}" for kind, name in kinds.items())
+        raise PlanError(
+            f"the adapters have different task types ({listed}), which are different model classes. Evaluate those of one "
+            "type together, or load the model yourself and give it to Mixture(model, adapters)."
+        )
+    for kind in kinds:
+        if kind not in _CLASSES:
+            raise PlanError(f"task_type {kind!r} is not known; known are {', '.join(_CLASSES)}.")
+        return _CLASSES[kind]
+    return next(iter(config.architectures or ()), "AutoModelForCausalLM")
+
+
+def _labels(adapters: Sequence[Adapter]) -> int | None:
+    """Return the number of labels of the first adapter that brings a classification head."""
+    for adapter in adapters:
+        if adapter.config.raw.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
+            for path, tensor in adapter.full_tensors.items():
+                if path.endswith(_HEADS):
+                    return adapter.file.tensors[tensor].shape[0]
+    return None
+
+
+def _zero(model: nn.Module, missing: Sequence[str], adapters: Sequence[Adapter]) -> None:
+    """Zero the parameters that the checkpoint lacks and adapters bring.
+
+    Raises:
+        PlanError: one that no adapter brings; the model would be partly random.
+    """
+    brought = {path for a in adapters for path in a.full_tensors}
+    alone = [key for key in missing if key not in brought]
+    if alone:
+        raise PlanError(
+            f"the base lacks {', '.join(sorted(alone))}, and no adapter brings it: a {type(model).__name__} would be partly "
+            "random. Is it the right base?"
+        )
+    with torch.no_grad():
+        for key in missing:
+            model.get_parameter(key).zero_()
+
+
+def _tokenizer(transformers: Any, folder: Path, *, trust_remote_code: bool) -> Any:
+    if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        return None  # audio and image models
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # batches are masked; any token will do
+    return tokenizer

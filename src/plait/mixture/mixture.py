@@ -1,0 +1,353 @@
+"""`Mixture`: base plus adapters in one live model, with coefficients as data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from plait.adapters.adapter import Adapter
+from plait.adapters.names import LayerKey, layer_key
+from plait.errors import PlanError, collect, did_you_mean
+from plait.merging.engine import MergedModule
+from plait.mixture.arrangement import Arrangement
+from plait.mixture.coefficients import Axes, Coefficients, Dial, Granularity, span
+from plait.mixture.layers import KINDS, Adapted, ParameterLayer
+from plait.mixture.loading import load_model
+from plait.mixture.pieces import Dense, Piece, merged_pieces
+from plait.mixture.places import Place, Places
+from plait.mixture.stack import Stack
+from plait.mixture.swaps import Swap, adapter_swaps, dense_swaps
+from plait.spaces.base import Merged
+
+
+class Mixture:
+    """A base model with adapters on it, any of them active with any strength, and merge results in their place.
+
+    y = W x + (x Aᵀ ⊙ λ) Bᵀ, all adapters' factors side by side: two small products per layer for any number of adapters, no
+    matrix of W's size, and a change of strength is a change of λ. λ is float32; factors have the base's dtype. Gradients reach
+    λ, never the base, which is frozen and in evaluation mode (no dropout).
+
+    Outside its context managers the model is the bare base: no hook, no changed tensor. They nest; the inner one stands in
+    for the outer. Not safe for several threads at once.
+
+        mixture = Mixture.load("org/base", adapters)
+        with mixture.active({"intent": 0.7, "langid": 0.3}, heads="intent") as model:
+            model.generate(...)
+
+    Args:
+        model: the base, loaded with any `device_map`, dtype or quantisation; it is put into evaluation mode and frozen.
+        adapters: with distinct names.
+        tokenizer: kept for those who need it.
+        factors: `stored`: as trained; `canonical`: balanced singular directions of every adapter's delta, which coefficients
+            per direction need, since stored factors are only one of many that mean the same delta.
+
+    Raises:
+        AdapterError: an adapter holds what a live model does not cover; all of them are listed.
+        PlanError: adapters that do not fit the model; all reasons are listed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: Sequence[Adapter],
+        tokenizer: Any = None,
+        *,
+        factors: Literal["stored", "canonical"] = "stored",
+    ) -> None:
+        self.model = model.eval().requires_grad_(requires_grad=False)
+        self.tokenizer = tokenizer
+        self.names = tuple(a.name for a in adapters)
+        if len(set(self.names)) < len(self.names):
+            raise PlanError(f"adapters need distinct names; these are {', '.join(self.names)}.")
+        self._factors = factors
+        self._places = Places(model)
+        self._now: Arrangement | None = None  # what acts
+        places = self._fit(adapters)
+        layers = _layers(places)
+        self._dial = Dial(Coefficients(torch.zeros(len(self.names)), "task"))
+        self._adapted = [
+            KINDS[place.layout.kind](
+                place, self._stack(place, target, adapters), self._dial, k, layers.index(layer_key(place.path))
+            )
+            for k, (target, place) in enumerate(places.items())
+        ]
+        self._heads = self._full_tensors(adapters)
+        self.axes = Axes(
+            self.names,
+            tuple(str(key or "") for key in layers),
+            tuple(p.path for p in places.values()),
+            tuple(a.stack.rank for a in self._adapted),
+        )
+
+    @classmethod
+    def load(
+        cls,
+        base: str | Path,
+        adapters: Sequence[Adapter],
+        *,
+        dtype: str = "auto",
+        device_map: Any = None,
+        trust_remote_code: bool = False,
+        factors: Literal["stored", "canonical"] = "stored",
+    ) -> Mixture:
+        """Load the base with transformers, and stack the adapters on it.
+
+        Args:
+            base: a folder, or `org/repo[@revision][/subfolder]`.
+            adapters: opened; their `task_type` says which class of model.
+            dtype: of the base, as transformers takes it; `auto` is the checkpoint's.
+            device_map: as transformers takes it; needs accelerate.
+            trust_remote_code: let transformers run code that lies beside the weights.
+            factors: see the class.
+
+        Raises:
+            PlaitError: transformers is missing; otherwise as the class and `load_model`.
+        """
+        model, tokenizer = load_model(base, adapters, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        return cls(model, adapters, tokenizer, factors=factors)
+
+    @contextmanager
+    def active(self, weights: Mapping[str, float] | None, *, heads: str | bool = True) -> Iterator[nn.Module]:
+        """Make exactly these adapters act.
+
+        Args:
+            weights: adapter → weight, 1.0 being as trained; empty or None for the bare base.
+            heads: whose full tensors (heads, trained token rows and biases) act: True for those of the active adapter, False
+                for none, a name for those of this adapter, active or not.
+
+        Raises:
+            PlanError: an unknown name, a weight that is no finite number, or several active adapters with heads and no choice.
+        """
+        given = dict(weights or {})
+        problems = [self._unknown(name) for name in given if name not in self.names]
+        problems += [
+            f"the weight of {n!r} is {w!r}; a finite number is needed." for n, w in given.items() if not math.isfinite(w)
+        ]
+        collect(PlanError, problems, "these adapters cannot be made active")
+        row = [float(given.get(name, 0.0)) for name in self.names]
+        swaps = self._swaps(self._own_heads(row) if heads is True else heads or None)
+        first, last = span(row)
+        now = Coefficients(torch.tensor(row), "task", first, last)
+        with self._suspended(), self._acting(Arrangement(self._adapted if last else (), swaps), now):
+            yield self.model
+
+    @contextmanager
+    def mixed(
+        self, coefficients: Tensor, granularity: Granularity = "task", *, heads: str | None = None
+    ) -> Iterator[nn.Module]:
+        """Make all adapters act with Λ, which gradients reach; `set_coefficients` exchanges it while this lasts.
+
+        Args:
+            coefficients: float32 (or float64); per task (T,), layer (L, T), module (K, T) or direction (K, max R): `axes` says
+                what the entries stand for. The tensor itself is used: writing into it is seen by the next forward pass.
+            granularity: what the entries stand for.
+            heads: whose full tensors act.
+
+        Raises:
+            PlanError: a wrong shape or dtype, or an unknown name.
+        """
+        checked = self._checked(coefficients, granularity)
+        with self._suspended(), self._acting(Arrangement(self._adapted, self._swaps(heads)), checked):
+            yield self.model
+
+    @contextmanager
+    def candidates(self, rows: Tensor, granularity: Granularity = "task", *, heads: str | None = None) -> Iterator[nn.Module]:
+        """Make all adapters act, with coefficients of its own for every row of the batch.
+
+        To score P candidates in one forward pass, repeat the batch P times and give each copy its candidate's coefficients.
+
+        Args:
+            rows: (batch, *shape of Λ), see `mixed`. Layers whose input has a multiple of `batch` rows (beams, flattened
+                tokens) take it that each row became as many neighbouring ones.
+            granularity: what the entries stand for.
+            heads: whose full tensors act, for all rows.
+
+        Raises:
+            PlanError: as `mixed`; or an adapter is on a fused parameter, whose module mixes the rows of a batch.
+        """
+        checked = self._checked(rows, granularity, per_row=True)
+        fused = [a.place.path for a in self._adapted if isinstance(a, ParameterLayer)]
+        if fused:
+            raise PlanError(
+                f"{fused[0]!r} is a fused parameter, shared by all rows of a batch; evaluate candidates one by one."
+            )
+        with self._suspended(), self._acting(Arrangement(self._adapted, self._swaps(heads)), checked):
+            yield self.model
+
+    @contextmanager
+    def attached(
+        self, merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule], heads: str | None = None
+    ) -> Iterator[nn.Module]:
+        """Make a merge result act, and nothing else.
+
+        Low-rank results act as the adapter would that `plait merge` writes of them, bit for bit in float32. A dense one acts
+        as the baked model: W + ΔW, rounded once to the base's dtype, held beside W as long as this lasts.
+
+        Args:
+            merged: target → one delta per slice, or merged modules as the engine yields them.
+            heads: whose full tensors act.
+
+        Raises:
+            PlanError: a target that the model does not have, another shape, or a weight that cannot be replaced.
+        """
+        swaps = self._swaps(heads)
+        with self._suspended():
+            arrangement = self._arranged(merged, swaps)
+            with self._acting(arrangement, self._dial.now):
+                yield self.model
+
+    @property
+    def coefficients(self) -> Tensor:
+        """Λ as it is now: the tensor that was given, not a copy."""
+        return self._dial.now.values
+
+    @property
+    def granularity(self) -> Granularity:
+        """What the entries of Λ stand for."""
+        return self._dial.now.granularity
+
+    def set_coefficients(self, coefficients: Tensor, granularity: Granularity | None = None) -> None:
+        """Exchange Λ within `active`, `mixed` or `candidates`; all adapters act with it. Costs a check of its shape.
+
+        Args:
+            coefficients: see `mixed`.
+            granularity: what the entries stand for; as it was when None.
+
+        Raises:
+            PlanError: a wrong shape or dtype, or nothing is active.
+        """
+        if self._now is None or self._now.layers is not self._adapted:
+            raise PlanError(
+                "coefficients act within `mixed`, `candidates`, or `active` with an adapter; enter one of them first."
+            )
+        self._dial.now = self._checked(coefficients, granularity or self.granularity, per_row=self._dial.now.per_row)
+
+    def _checked(self, values: Tensor, granularity: Granularity, *, per_row: bool = False) -> Coefficients:
+        if granularity == "direction" and self._factors != "canonical":
+            raise PlanError("coefficients per direction need canonical factors: Mixture(..., factors='canonical').")
+        return Coefficients.of(values, granularity, self.axes, per_row=per_row)
+
+    def _arranged(self, merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule], swaps: list[Swap]) -> Arrangement:
+        """Turn a merge result into layers and swaps; the base must be bare, since it is read."""
+        dial = Dial(Coefficients(torch.ones(1), "task", 0, 1))
+        layers: list[Adapted] = []
+        for target, delta in merged_pieces(merged):
+            try:
+                place = self._places.find(target)
+            except ValueError as error:
+                raise PlanError(str(error)) from None
+            problem = _misfit(place, [s.shape for s in delta.slices])
+            if problem:
+                raise PlanError(problem)
+            if isinstance(delta, Dense):
+                swaps += dense_swaps(place, delta)
+            else:
+                layers.append(KINDS[place.layout.kind](place, Stack.of(place, [delta]), dial, 0, 0))
+        return Arrangement(layers, swaps)
+
+    @contextmanager
+    def _suspended(self) -> Iterator[None]:
+        """Take off what acts now, and put it back in the end."""
+        outer, dial = self._now, self._dial.now
+        if outer is not None:
+            outer.detach()
+        self._now = None
+        try:
+            yield
+        finally:
+            self._now, self._dial.now = outer, dial
+            if outer is not None:
+                outer.attach()
+
+    @contextmanager
+    def _acting(self, arrangement: Arrangement, coefficients: Coefficients) -> Iterator[None]:
+        arrangement.attach()
+        self._now, self._dial.now = arrangement, coefficients
+        try:
+            yield
+        finally:
+            arrangement.detach()
+
+    def _own_heads(self, row: Sequence[float]) -> str | None:
+        owners = [name for name, weight in zip(self.names, row, strict=True) if weight != 0 and name in self._heads]
+        if len(owners) > 1:
+            raise PlanError(
+                f"{', '.join(owners)} each bring full tensors (heads, token rows, biases) of their own; "
+                f"say whose are to act: heads={owners[0]!r}, or heads=False for the base's."
+            )
+        return owners[0] if owners else None
+
+    def _swaps(self, heads: str | None) -> list[Swap]:
+        if heads is not None and heads not in self.names:
+            raise PlanError(self._unknown(heads))
+        return list(self._heads.get(heads, ())) if heads is not None else []
+
+    def _unknown(self, name: str) -> str:
+        return f"no adapter is named {name!r}; there are {', '.join(self.names) or 'none'}.{did_you_mean(name, self.names)}"
+
+    def _fit(self, adapters: Sequence[Adapter]) -> dict[str, Place]:
+        """Return target → place, over all adapters, sorted; check that every target fits."""
+        places: dict[str, Place] = {}
+        problems: dict[str, None] = {}
+        for adapter in adapters:
+            for path, target in adapter.targets.items():
+                try:
+                    place = places.get(path) or self._places.find(path)
+                except ValueError as error:
+                    problems[f"adapter {adapter.name!r}: {error}"] = None
+                    continue
+                layout = target.layout
+                found = [(layout.d_out, layout.d_in)] * layout.stack
+                problem = _misfit(place, found) if layout.kind == place.layout.kind else _other_kind(place, layout.kind)
+                if problem:
+                    problems[f"adapter {adapter.name!r}: {problem}"] = None
+                places[path] = place
+        collect(PlanError, list(problems), "these adapters do not fit the model")
+        return dict(sorted(places.items()))
+
+    def _full_tensors(self, adapters: Sequence[Adapter]) -> dict[str, list[Swap]]:
+        swaps: dict[str, list[Swap]] = {}
+        problems = []
+        for adapter in adapters:
+            if adapter.full_tensors:
+                try:
+                    swaps[adapter.name] = adapter_swaps(adapter, self._places)
+                except ValueError as error:
+                    problems.append(f"adapter {adapter.name!r}: {error}")
+        collect(PlanError, problems, "these adapters do not fit the model")
+        return swaps
+
+    def _stack(self, place: Place, target: str, adapters: Sequence[Adapter]) -> Stack:
+        dtype = torch.float64 if place.weight.dtype == torch.float64 else torch.float32
+        pieces = [Piece.read(a, target, dtype) if target in a.targets else None for a in adapters]
+        if self._factors == "canonical":
+            pieces = [None if p is None else p.canonical() for p in pieces]
+        return Stack.of(place, pieces)
+
+
+def _layers(places: Mapping[str, Place]) -> list[LayerKey | None]:
+    """Return the layers that places stand in, in order; None last, when some stand in none."""
+    keys = {layer_key(p.path) for p in places.values()}
+    return [*sorted(k for k in keys if k is not None), *([None] if None in keys else [])]
+
+
+def _misfit(place: Place, found: Sequence[tuple[int, int]]) -> str | None:
+    layout = place.layout
+    if list(found) == [(layout.d_out, layout.d_in)] * layout.stack:
+        return None
+    return (
+        f"{place.path!r} maps {layout.d_in} → {layout.d_out}{f' × {layout.stack}' if layout.stack > 1 else ''} in the model, "
+        f"the delta is {found[0][1]} → {found[0][0]}{f' × {len(found)}' if len(found) > 1 else ''}. Is it the right base?"
+    )
+
+
+def _other_kind(place: Place, kind: str) -> str:
+    return (
+        f"{place.path!r} is of kind {place.layout.kind} in the model and of kind {kind} in the adapter. Is it the right base?"
+    )

@@ -1,0 +1,157 @@
+"""Where a target's delta acts in a live model: the module or parameter behind a path, and what its weight looks like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from plait.adapters.layouts import Layout
+from plait.errors import did_you_mean
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One adapted weight of a model.
+
+    Attributes:
+        path: in the model, of the module (of the parameter, for `experts`).
+        module: that owns the weight.
+        parameter: its name there.
+        layout: of factors that fit; `experts` for every parameter that is targeted by its own name.
+        transposed: whether the weight is stored as (…, d_in, d_out).
+    """
+
+    path: str
+    module: nn.Module
+    parameter: str
+    layout: Layout
+    transposed: bool
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight, as the module holds it now."""
+        weight = getattr(self.module, self.parameter)
+        if not isinstance(weight, nn.Parameter):
+            raise AssertionError(f"{self.path}: {self.parameter} is no parameter")
+        return weight
+
+    def dense_problem(self) -> str | None:
+        """Say why the weight cannot be read and replaced; None when it can."""
+        weight = self.weight
+        if self.layout.kind == "conv" and self.layout.stack > 1:
+            return f"{self.path!r}: the delta of a grouped convolution reads all channels and does not fit into its weight."
+        if weight.is_meta:
+            return f"{self.path!r}: its weight is offloaded; keep the module on a device (device_map)."
+        if not weight.is_floating_point() or weight.numel() != self.layout.entries:
+            return f"{self.path!r}: its weight is quantised ({weight.dtype}, {list(weight.shape)}); load the base unquantised."
+        return None
+
+    def matrices(self, weight: Tensor) -> list[Tensor]:
+        """Return a tensor of the weight's shape as matrices (d_out, d_in), one per slice; views wherever it is contiguous."""
+        layout = self.layout
+        if layout.kind == "conv":
+            return [weight.view(layout.d_out, layout.d_in)]
+        stack = list(weight) if weight.ndim == 3 else [weight]
+        return [m.mT for m in stack] if self.transposed else stack
+
+
+class Places:
+    """Finds the places of a model by the paths that adapters use.
+
+    A path that the model does not know exactly is taken for the one whose tail it is, or that is its tail: checkpoints are
+    saved with and without the prefix of the task's model (`model.`, `transformer.`).
+
+    Args:
+        model: the base.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+
+    def find(self, path: str) -> Place:
+        """Return the place that a path names.
+
+        Raises:
+            ValueError: there is none, or a kind of layer that is not covered; the text says what to do.
+        """
+        name = self._unique(path, self._modules)
+        if name is not None:
+            return self._module(name)
+        owner, _, parameter = path.rpartition(".")
+        name = self._unique(owner, self._modules)
+        if name is not None and parameter in self._modules[name]._parameters:
+            return self._parameter(name, parameter)
+        raise ValueError(f"{path!r}: the model has no such module.{did_you_mean(path, self._modules)} Is it the right base?")
+
+    def tensor(self, path: str) -> tuple[nn.Module, str]:
+        """Return the owner and the name of a parameter or buffer.
+
+        Raises:
+            ValueError: there is none.
+        """
+        owner, _, leaf = path.rpartition(".")
+        name = self._unique(owner, self._modules)
+        module = self._modules[name] if name is not None else None
+        if module is None or (leaf not in module._parameters and leaf not in module._buffers):
+            raise ValueError(f"{path!r}: the model has no such tensor; load it with the class that the adapter was trained on.")
+        return module, leaf
+
+    @staticmethod
+    def _unique(path: str, known: dict[str, nn.Module]) -> str | None:
+        if path in known:
+            return path
+        near = [n for n in known if n and (n.endswith("." + path) or path.endswith("." + n))]
+        longest = max((len(n) for n in near if path.endswith("." + n)), default=0)
+        # of names that are tails of the path only the longest can be meant: `layers.0.q` has the tails `q` and `0.q`
+        found = [n for n in near if n.endswith("." + path) or len(n) == longest]
+        return found[0] if path and len(found) == 1 else None
+
+    def _module(self, name: str) -> Place:
+        module = self._modules[name]
+        if isinstance(module, nn.MultiheadAttention) or isinstance(
+            self._modules[name.rpartition(".")[0]], nn.MultiheadAttention
+        ):
+            raise ValueError(
+                f"{name!r}: nn.MultiheadAttention reads its weights without calling a layer, which is not covered; "
+                "bake the merge and evaluate the baked model."
+            )
+        if isinstance(module, nn.Embedding):
+            if module.max_norm is not None:
+                raise ValueError(f"{name!r}: an embedding with max_norm has no linear delta.")
+            layout = Layout("embedding", module.embedding_dim, module.num_embeddings)
+            return Place(name, module, "weight", layout, transposed=True)
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            kernel = (module.in_channels, *module.kernel_size)  # PEFT's A reads all channels, whatever the base's groups
+            d_in = int(torch.Size(kernel).numel())
+            layout = Layout("conv", module.out_channels // module.groups, d_in, module.groups, kernel)
+            return Place(name, module, "weight", layout, transposed=False)
+        shape = _linear_shape(module)
+        if shape is None:
+            raise ValueError(
+                f"{name!r}: {type(module).__name__} is not covered; linear layers, Conv1D, embeddings, convolutions and "
+                "fused experts are. Bake the merge and evaluate the baked model."
+            )
+        return Place(name, module, "weight", Layout("linear", *shape), transposed=type(module).__name__ == "Conv1D")
+
+    def _parameter(self, owner: str, name: str) -> Place:
+        module = self._modules[owner]
+        parameter = module._parameters[name]
+        path = f"{owner}.{name}"
+        if parameter is None or parameter.ndim not in (2, 3):
+            raise ValueError(f"{path!r}: only parameters of 2 or 3 dimensions are covered.")
+        # the flag of transformers' expert modules; PEFT reads it the same way
+        transposed = parameter.ndim == 3 and bool(getattr(module, "is_transposed", False))
+        d_out, d_in = parameter.shape[-2:] if not transposed else reversed(parameter.shape[-2:])
+        layout = Layout("experts", d_out, d_in, parameter.shape[0] if parameter.ndim == 3 else 1)
+        return Place(path, module, name, layout, transposed)
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return (d_out, d_in) of a module that maps vectors linearly; None for any other."""
+    if type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor):
+        return module.weight.shape[1], module.weight.shape[0]
+    d_out, d_in = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    # quantised layers are no nn.Linear, but say what they map
+    return (d_out, d_in) if isinstance(d_out, int) and isinstance(d_in, int) else None

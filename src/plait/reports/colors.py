@@ -1,0 +1,37 @@
+"""Numbers → colours, the same on the page and in figures. Readable for people who do not tell red from green."""
+
+from __future__ import annotations
+
+Color = tuple[int, int, int]
+# a diverging scale: orange for harm, white for nothing, blue for good
+_LOW, _MIDDLE, _HIGH = (202, 85, 14), (250, 250, 250), (31, 95, 167)
+
+
+def diverging(value: float, *, low: float = -1.0, middle: float = 0.0, high: float = 1.0) -> Color:
+    """Return the colour of a value between two ends; values beyond them take the end's colour."""
+    if value >= middle:
+        return _mix(_MIDDLE, _HIGH, (value - middle) / (high - middle))
+    return _mix(_MIDDLE, _LOW, (middle - value) / (middle - low))
+
+
+def sequential(value: float, *, low: float = 0.0, high: float = 1.0) -> Color:
+    """Return the colour of a value on a scale from nothing to much."""
+    return _mix(_MIDDLE, _LOW, (value - low) / (high - low))
+
+
+def ink(background: Color) -> str:
+    """Return black or white, whichever reads better on a background (relative luminance, WCAG 2)."""
+    linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in background]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000" if luminance > 0.179 else "#fff"
+
+
+def css(color: Color) -> str:
+    """Return a colour as CSS spells it."""
+    return "#{:02x}{:02x}{:02x}".format(*color)
+
+
+def _mix(a: Color, b: Color, share: float) -> Color:
+    share = min(1.0, max(0.0, share))
+    mixed = [round(x + (y - x) * share) for x, y in zip(a, b, strict=True)]
+    return mixed[0], mixed[1], mixed[2]

@@ -1,0 +1,160 @@
+"""Files of runs → what a report shows. Nothing here knows how anything is drawn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from pydantic import ValidationError
+
+from plait.adapters.names import LayerKey, layer_key
+from plait.errors import PlaitError, ReportError, collect
+from plait.evaluation.comparison import Comparison
+from plait.evaluation.record import Evaluation
+from plait.merging.inspection import Comparison as Conflict
+from plait.merging.inspection import inspect_adapters
+from plait.merging.inventory import take_inventory
+from plait.merging.progress import Progress
+from plait.merging.record import LOCK, RECORD, RunRecord
+from plait.merging.weighting import module_weights, towers_of
+from plait.recipes.loading import build_recipe
+from plait.recipes.schema import Recipe
+from plait.records import Record
+
+LEADERBOARD = "leaderboard.json"
+RESULTS = "eval_results_*.json"
+
+
+class LayerWeights(Record):
+    """What each adapter is multiplied by, layer by layer.
+
+    Attributes:
+        adapters: names.
+        layers: `tower.index`, in order.
+        values: (layers, adapters): the mean over the layer's modules.
+    """
+
+    adapters: tuple[str, ...]
+    layers: tuple[str, ...]
+    values: tuple[tuple[float, ...], ...]
+
+
+class Report(Record):
+    """Everything that one page shows.
+
+    Attributes:
+        evaluations: of merges, adapters or models; the first is the one that the verdict is about.
+        comparison: a leaderboard of many merges.
+        merges: run records of written merges, for the energy that they kept.
+        conflict: how the adapters lie to each other; None where their files are not at hand.
+        weights: per layer; None where they are the same in all layers, or not known.
+        locks: file → text.
+        notes: what could not be shown, and why.
+    """
+
+    evaluations: tuple[Evaluation, ...] = ()
+    comparison: Comparison | None = None
+    merges: tuple[RunRecord, ...] = ()
+    conflict: Conflict | None = None
+    weights: LayerWeights | None = None
+    locks: dict[str, str] = {}  # noqa: RUF012 (frozen)
+    notes: tuple[str, ...] = ()
+
+
+def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Report:
+    """Read runs.
+
+    Args:
+        paths: run folders, result files (`eval_results_*.json`, `leaderboard.json`), and folders of written merges.
+        progress: told of the adapters' comparison, where their files are still at hand.
+
+    Raises:
+        ReportError: a path holds no run, or one of another version; all of them at once.
+    """
+    evaluations: list[Evaluation] = []
+    comparisons: list[Comparison] = []
+    merges: list[RunRecord] = []
+    locks: dict[str, str] = {}
+    problems: list[str] = []
+    for path in paths:
+        try:
+            found = _files(path)
+            evaluations += [_read(Evaluation, f) for f in found if f.match(RESULTS)]
+            comparisons += [_read(Comparison, f) for f in found if f.name == LEADERBOARD]
+            merges += [_read(RunRecord, f) for f in found if f.name == RECORD and (f.parent / LOCK).is_file()]
+            locks |= {str(f): f.read_text(encoding="utf-8") for f in found if f.name == LOCK}
+        except ReportError as error:
+            problems.append(str(error))
+    if len(comparisons) > 1:
+        problems.append(f"{len(comparisons)} leaderboards; a page shows one")
+    collect(ReportError, problems, "these runs cannot be reported")
+    recipe = _recipe(evaluations)
+    conflict, weights, notes = _adapters(recipe, progress) if recipe is not None else (None, None, [])
+    return Report(
+        evaluations=tuple(evaluations),
+        comparison=comparisons[0] if comparisons else None,
+        merges=tuple(merges),
+        conflict=conflict,
+        weights=weights,
+        locks=locks,
+        notes=tuple(notes),
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        found = [path] if path.match(RESULTS) or path.name in (LEADERBOARD, RECORD, LOCK) else []
+    else:
+        names = (RESULTS, LEADERBOARD, RECORD, LOCK)
+        found = [f for name in names for f in sorted(path.glob(name))] if path.is_dir() else []
+    if not found:
+        what = "is no file or folder" if not path.exists() else "holds no run"
+        raise ReportError(
+            f"{path}: {what}. Give a run folder of `plait eval` (it holds {RESULTS} or {LEADERBOARD}), or the "
+            f"folder of a merge ({RECORD})."
+        )
+    return found
+
+
+def _read(kind: type[Any], file: Path) -> Any:
+    try:
+        return kind.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, ValidationError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+        raise ReportError(f"{file}: not a result that this version of plait wrote ({why}). Evaluate again.") from None
+
+
+def _recipe(evaluations: Sequence[Evaluation]) -> Recipe | None:
+    data = next((e.recipe for e in evaluations if e.recipe is not None), None)
+    return build_recipe(data) if data is not None else None
+
+
+def _adapters(recipe: Recipe, progress: Progress | None) -> tuple[Conflict | None, LayerWeights | None, list[str]]:
+    """Look at the adapters again, where they still are."""
+    try:
+        inventory = take_inventory(recipe)
+    except PlaitError as error:
+        return None, None, [f"how the adapters lie to each other is not shown: {str(error).splitlines()[0]}"]
+    weights = _weights(recipe, list(inventory.layouts))
+    if len(inventory.adapters) < 2:
+        return None, weights, []
+    return inspect_adapters(inventory.adapters, base_model=recipe.base_model, progress=progress).comparison, weights, []
+
+
+def _weights(recipe: Recipe, modules: Sequence[str]) -> LayerWeights | None:
+    towers = towers_of(modules)
+    rows: dict[LayerKey, list[list[float]]] = {}
+    for module in sorted(modules):
+        key = layer_key(module)
+        if key is not None:
+            rows.setdefault(key, []).append(module_weights(recipe, module, towers).tolist())
+    values = [tuple(mean(column) for column in zip(*rows[key], strict=True)) for key in sorted(rows)]
+    if len(set(values)) < 2:
+        return None
+    return LayerWeights(
+        adapters=tuple(a.name for a in recipe.adapters), layers=tuple(map(str, sorted(rows))), values=tuple(values)
+    )

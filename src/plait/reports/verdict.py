@@ -1,0 +1,40 @@
+"""What a result means, in a sentence or two."""
+
+from __future__ import annotations
+
+from plait.evaluation.record import Evaluation
+
+_GOOD, _FAIR = 0.9, 0.7  # of the single adapters' gain
+
+
+def verdict(found: Evaluation) -> str:
+    """Say what an evaluation means; nothing that its numbers do not say."""
+    if found.worst_recovery is None or found.mean_recovery is None:
+        why = "; ".join(t.undefined for t in found.tasks if t.undefined)
+        return f"No task has a recovery: {why or 'there is nothing to compare with'}."
+    if found.below_base:
+        lost = ", ".join(found.below_base)
+        return f"Not good enough: worse than the bare base model on {lost}. {_numbers(found)}"
+    word = "Good" if found.worst_recovery >= _GOOD else "Fair" if found.worst_recovery >= _FAIR else "Weak"
+    told = {
+        "Good": "every task keeps most of what its own adapter gained.",
+        "Fair": "every task is better than the base, but some of the gain is lost.",
+        "Weak": f"{found.worst_task} loses much of what its own adapter gained.",
+    }[word]
+    return f"{word}: {told} {_numbers(found)}"
+
+
+def certainty(found: Evaluation) -> str:
+    """Say how sure the worst recovery is, given the examples that were answered."""
+    if found.worst_interval is None or found.worst_recovery is None:
+        return ""
+    low, high = found.worst_interval
+    examples = sum(t.examples for t in found.tasks)
+    sure = "The interval is wide: more examples would tell more." if high - low > 0.3 else ""
+    return f"With {examples} examples the worst recovery lies between {low:.0%} and {high:.0%} (95 %). {sure}".strip()
+
+
+def _numbers(found: Evaluation) -> str:
+    return (
+        f"On average {found.mean_recovery:.0%} is kept; the worst task, {found.worst_task}, keeps {found.worst_recovery:.0%}."
+    )

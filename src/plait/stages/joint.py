@@ -1,0 +1,62 @@
+"""Deltas in coordinates that all adapters of a matrix share: where methods on whole matrices do their work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plait.adapters.lowrank import LowRank
+from plait.linalg.factored import ThinSVD
+from plait.linalg.spectral import joint_coordinates, numerical_rank
+
+
+@dataclass(frozen=True, eq=False)
+class Joint:
+    """ΔWₜ = u Cₜ vᵀ, exactly: k and l are at most Σ rₜ, and whatever does not depend on the basis can be done on the Cₜ.
+
+    Attributes:
+        u: (d_out, k), orthonormal columns, in the dtype of the deltas.
+        v: (d_in, l), likewise.
+        deltas: the Cₜ, each (k, l) of rank rₜ, in float64.
+    """
+
+    u: Tensor
+    v: Tensor
+    deltas: tuple[LowRank, ...]
+
+    @classmethod
+    def of(cls, deltas: Sequence[LowRank]) -> Joint:
+        """Take deltas to joint coordinates by two QR decompositions."""
+        u, b = joint_coordinates([d.b for d in deltas])
+        v, a = joint_coordinates([d.a.mT for d in deltas])
+        return cls(u, v, tuple(LowRank(x.mT, y) for x, y in zip(a, b, strict=True)))
+
+    def dense(self) -> Tensor:
+        """Return the Cₜ as one stack, (T, k, l)."""
+        return torch.stack([d.dense() for d in self.deltas])
+
+    def svds(self) -> list[ThinSVD]:
+        """Return the SVD of every Cₜ without the directions that are round-off; none are left of a zero delta."""
+        found = [d.svd() for d in self.deltas]
+        return [svd.head(numerical_rank(svd.s)) for svd in found]
+
+    def lift(self, merged: LowRank) -> LowRank:
+        """Return u C vᵀ for C (k, l) in factors."""
+        small = merged.canonical() if merged.rank > min(merged.shape) else merged
+        return LowRank(small.a.to(self.v.dtype) @ self.v.mT, self.u @ small.b.to(self.u.dtype))
+
+    def lift_dense(self, merged: Tensor) -> LowRank:
+        """Return u C vᵀ for C (k, l)."""
+        core = merged.to(self.u.dtype)
+        if core.shape[0] <= core.shape[1]:
+            return LowRank(core @ self.v.mT, self.u)
+        return LowRank(self.v.mT.contiguous(), self.u @ core)
+
+
+def balanced(u: Tensor, s: Tensor, v: Tensor) -> LowRank:
+    """Return Σ sₖ uₖ vₖᵀ for u (k, r), s (r,), v (l, r), whose columns need not be orthogonal."""
+    root = s.sqrt()
+    return LowRank((v * root).mT, u * root)

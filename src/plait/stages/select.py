@@ -1,0 +1,55 @@
+"""Which entries are kept by what all adapters say there, or by how large they are."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from plait.linalg.sparsify import kept_count
+from plait.stages.base import Block, EntryStage, Scope, StageParams, Survey, register_stage
+from plait.stages.surveys import magnitudes
+
+
+@register_stage
+class KeepVaried(StageParams, EntryStage):
+    """Keep the entries in which the adapters differ most, wₜ xₜ by variance over t; the same entries of all (SCE, select)."""
+
+    name: Literal["keep_varied"] = "keep_varied"
+    density: Annotated[float, Field(gt=0, le=1, description="Share of entries kept; 1 keeps all.")] = 0.1
+    scope: Annotated[Scope, Field(description="Rank within each module, or over the whole model.")] = "module"
+
+    def surveys(self) -> tuple[Survey, ...]:
+        """Ask for the smallest variance that is kept."""
+        if self.density >= 1:
+            return ()
+        return (magnitudes(self.scope, lambda entries: [kept_count(entries, self.density, "floor")], _variance, rows=1),)
+
+    def apply(self, block: Block) -> Tensor:
+        """Return the entries of large variance, (T, p, q); where no entry varies, all."""
+        if self.density >= 1:
+            return block.x
+        return torch.where(_variance(block) >= block.statistics[0].view(1, 1, 1), block.x, 0)
+
+
+@register_stage
+class Cutoff(StageParams, EntryStage):
+    """Drop entries whose magnitude is at most a number: an absolute threshold, as mergekit's `ram` has (scale matters)."""
+
+    name: Literal["cutoff"] = "cutoff"
+    above: Annotated[float, Field(ge=0, allow_inf_nan=False, description="Entries with |x| above this are kept.")] = 1e-5
+
+    def apply(self, block: Block) -> Tensor:
+        """Return the larger entries, (T, p, q)."""
+        return torch.where(block.x.abs() > self.above, block.x, 0)
+
+
+def _variance(block: Block) -> Tensor:
+    """Return T times the variance of wₜ xₜ over the adapters, (1, p, q); one entry's value depends on that entry alone."""
+    x = block.weighted()
+    mean = reduce(torch.add, x) / len(x)
+    spread: Tensor = reduce(torch.add, ((value - mean).square() for value in x))
+    return spread.unsqueeze(0)

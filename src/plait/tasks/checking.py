@@ -1,0 +1,164 @@
+"""What `plait tasks check` shows: rendered examples, token counts, label balance, overlap between splits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from plait.recipes.evaluation import SplitName
+from plait.records import Record
+from plait.tasks.encoding import Encoder
+from plait.tasks.examples import Examples, read_examples
+from plait.tasks.overlap import Overlap, overlaps
+from plait.tasks.schema import SPLITS, Task
+
+_SHOWN = 2
+
+
+class Tokens(Record):
+    """Lengths of prompts and answers of a split, in tokens of a model.
+
+    Attributes:
+        shortest: prompt.
+        median: of the prompts.
+        longest: prompt.
+        longest_answer: over all choices.
+        truncated: prompts that lose their beginning to `max_tokens`.
+    """
+
+    shortest: int
+    median: int
+    longest: int
+    longest_answer: int
+    truncated: int
+
+
+class Rendered(Record):
+    """One example as the model reads it.
+
+    Attributes:
+        prompt: through the chat template when a model was given, else as turns of `role: content`.
+        target: the right answer, after the delimiter.
+    """
+
+    prompt: str
+    target: str
+
+
+class SplitCheck(Record):
+    """One split.
+
+    Attributes:
+        examples: how many.
+        duplicates: how many ask what an earlier one asked.
+        targets: how often each answer is right; None where answers are free.
+        majority: share of the most frequent answer, the accuracy of always giving it; None where answers are free.
+        rendered: the first examples.
+        tokens: lengths; None without a model.
+    """
+
+    examples: int
+    duplicates: int
+    targets: dict[str, int] | None
+    majority: float | None
+    rendered: tuple[Rendered, ...]
+    tokens: Tokens | None
+
+
+class TaskCheck(Record):
+    """A task as it is.
+
+    Attributes:
+        name: of the task.
+        kind: of the task.
+        metric: that judges it.
+        adapter: name of its own adapter.
+        splits: by name.
+        overlaps: splits that share questions.
+        notes: what is allowed but probably a mistake.
+    """
+
+    name: str
+    kind: str
+    metric: str
+    adapter: str
+    splits: dict[SplitName, SplitCheck]
+    overlaps: tuple[Overlap, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether calibration, validation and test are disjoint."""
+        return not any(o.forbidden for o in self.overlaps)
+
+
+def check_task(task: Task, tokenizer: Any | None = None) -> TaskCheck:
+    """Read all of a task's splits and describe them.
+
+    Args:
+        task: to be looked at.
+        tokenizer: of the model that it is for; without one nothing is said about tokens.
+
+    Raises:
+        TaskError: data that cannot be read, or rows that do not fit.
+    """
+    splits = {name: read_examples(task, name) for name in SPLITS if name in task.splits}
+    encoder = Encoder(tokenizer, task) if tokenizer is not None else None
+    return TaskCheck(
+        name=task.name,
+        kind=task.kind,
+        metric=task.metric,
+        adapter=task.own_adapter,
+        splits={name: _check_split(examples, encoder) for name, examples in splits.items()},
+        overlaps=tuple(overlaps(splits)),
+        notes=tuple(_notes(splits)),
+    )
+
+
+def _check_split(examples: Examples, encoder: Encoder | None) -> SplitCheck:
+    items = examples.items
+    closed = examples.task.kind in ("classification", "sequence_classification")
+    counts = Counter(e.target for e in items)
+    targets = {label: counts[label] for label in items[0].choices} if closed else None
+    return SplitCheck(
+        examples=len(items),
+        duplicates=len(items) - len({e.question for e in items}),
+        targets=targets,
+        majority=max(counts.values()) / len(items) if closed else None,
+        rendered=tuple(_rendered(examples, i, encoder) for i in range(min(_SHOWN, len(items)))),
+        tokens=None if encoder is None else _tokens(examples, encoder),
+    )
+
+
+def _rendered(examples: Examples, index: int, encoder: Encoder | None) -> Rendered:
+    example = examples.items[index]
+    if encoder is not None:
+        prompt = encoder.text(example.prompt)
+    else:
+        prompt = example.prompt if isinstance(example.prompt, str) else "\n".join(f"{r}: {c}" for r, c in example.prompt)
+    return Rendered(prompt=prompt, target=getattr(examples.task, "delimiter", "") + example.target)
+
+
+def _tokens(examples: Examples, encoder: Encoder) -> Tokens:
+    questions = encoder.questions(examples, [e.choices or (e.target,) for e in examples.items])
+    lengths = sorted(len(q.prompt) for q in questions)
+    return Tokens(
+        shortest=lengths[0],
+        median=lengths[len(lengths) // 2],
+        longest=lengths[-1],
+        longest_answer=max(len(a) for q in questions for a in q.answers),
+        truncated=sum(q.truncated for q in questions),
+    )
+
+
+def _notes(splits: dict[SplitName, Examples]) -> list[str]:
+    task = next(iter(splits.values())).task
+    prompt = next(iter(splits.values())).items[0].prompt
+    notes = []
+    if isinstance(prompt, str) and prompt.endswith(" ") and task.kind != "sequence_classification":
+        notes.append("the prompt ends in a blank, which most tokenizers join to the next word; put it into 'delimiter'.")
+    for name, examples in splits.items():
+        absent = {c for e in examples.items for c in e.choices} - {e.target for e in examples.items}
+        if absent and task.kind != "multiple_choice":
+            notes.append(f"split {name!r} has no example of {', '.join(sorted(absent))}.")
+    return notes

@@ -1,0 +1,106 @@
+"""Prompts and answers → tokens, as the model's own tokenizer and chat template spell them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from plait.errors import TaskError
+from plait.tasks.examples import Examples, Prompt
+from plait.tasks.schema import Task
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt and its possible continuations, as tokens.
+
+    Attributes:
+        prompt: never empty.
+        answers: one list per continuation, none empty.
+        truncated: whether the prompt lost its beginning to `max_tokens`.
+    """
+
+    prompt: list[int]
+    answers: list[list[int]]
+    truncated: bool = False
+
+
+class Encoder:
+    """Turns a task's texts into tokens.
+
+    Text prompts get the tokenizer's special tokens (a beginning-of-sequence token, where there is one); chat prompts get
+    what the chat template writes, and nothing else. Prompt and answer are tokenized as one text, so that a word that
+    begins with a blank is one token; where the boundary falls inside a token, each by itself.
+
+    Args:
+        tokenizer: of transformers.
+        task: whose texts they are.
+    """
+
+    def __init__(self, tokenizer: Any, task: Task) -> None:
+        self._tokenizer = tokenizer
+        self._task = task
+        self._chat = getattr(task, "messages", None) is not None
+        if self._chat and not getattr(tokenizer, "chat_template", None):
+            raise TaskError(f"task {task.name!r} has 'messages', but the model's tokenizer has no chat template; use 'prompt'.")
+
+    def text(self, prompt: Prompt) -> str:
+        """Return the prompt as the model reads it, up to where the answer begins."""
+        if isinstance(prompt, str):
+            return prompt
+        turns = [{"role": role, "content": content} for role, content in prompt]
+        return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+    def questions(self, examples: Examples, answers: Sequence[Sequence[str]]) -> list[Question]:
+        """Return every example's prompt with its answers.
+
+        Args:
+            examples: the prompts.
+            answers: texts per example; the task's delimiter is put before each.
+
+        Raises:
+            TaskError: an answer has no tokens.
+        """
+        return self._encode([e.prompt for e in examples.items], answers)
+
+    def question(self, prompt: Prompt, answers: Sequence[str]) -> Question:
+        """Return one prompt with its answers."""
+        return self._encode([prompt], [answers])[0]
+
+    def _encode(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[Question]:
+        delimiter = getattr(self._task, "delimiter", "")
+        texts = [self.text(p) for p in prompts]
+        whole = [text + delimiter + a for text, some in zip(texts, answers, strict=True) for a in some]
+        alone = sorted({delimiter + a for some in answers for a in some})
+        heads = self._tokens(texts, special=not self._chat)
+        both = iter(self._tokens(whole, special=not self._chat))
+        apart = dict(zip(alone, self._tokens(alone, special=False), strict=True))
+        return [
+            self._question(head, [(next(both), apart[delimiter + a]) for a in some])
+            for head, some in zip(heads, answers, strict=True)
+        ]
+
+    def _question(self, head: list[int], pairs: Sequence[tuple[list[int], list[int]]]) -> Question:
+        answers = [both[len(head) :] if both[: len(head)] == head else apart for both, apart in pairs]
+        if not all(answers):
+            raise TaskError(f"task {self._task.name!r}: an answer has no tokens; answers must not be empty.")
+        longest: int | None = self._task.max_tokens
+        kept = head if longest is None else head[-longest:]
+        return Question(kept or [self._start()], answers, truncated=len(kept) < len(head))
+
+    def _start(self) -> int:
+        """Return the token that stands before a text without a prompt."""
+        for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise TaskError(f"task {self._task.name!r}: the prompt is empty, and the tokenizer has no token to begin a text with.")
+
+    def _tokens(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        rows: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=special)["input_ids"]
+        end = self._tokenizer.eos_token_id
+        closes = special and end is not None and self._tokenizer("")["input_ids"][-1:] == [end]
+        # some tokenizers close every text; what follows a prompt is an answer, not an end
+        return [row[:-1] for row in rows] if closes and self._tokenizer.bos_token_id != end else rows

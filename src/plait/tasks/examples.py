@@ -1,0 +1,171 @@
+"""Rows → examples: prompts and answers as texts. Knows nothing of tokens or models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+from plait.errors import TaskError, collect
+from plait.recipes.evaluation import SplitName
+from plait.tasks.rows import Row, read_rows
+from plait.tasks.schema import (
+    Classification,
+    Generation,
+    MultipleChoice,
+    Perplexity,
+    SequenceClassification,
+    Task,
+)
+from plait.tasks.templates import Render, template
+
+Prompt: TypeAlias = str | tuple[tuple[str, str], ...]  # text, or chat turns (role, content)
+_SHOWN = 5
+_NOTHING = "N/A"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question.
+
+    Attributes:
+        prompt: what the model reads.
+        target: the right answer.
+        choices: all possible answers; empty where the answer is free.
+    """
+
+    prompt: Prompt
+    target: str
+    choices: tuple[str, ...] = ()
+
+    @cached_property
+    def id(self) -> str:
+        """Hash of the whole content, 16 hex digits: equal for equal examples, whatever row they stand in."""
+        return _digest(self.prompt, self.choices, self.target)
+
+    @cached_property
+    def question(self) -> str:
+        """Hash of what is asked, without the answer; of the target itself where nothing is asked."""
+        return _digest(self.prompt, self.choices) if self.prompt else _digest(self.target)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of one split.
+
+    Attributes:
+        task: what is asked.
+        split: which rows.
+        items: in the rows' order.
+        blank: the prompt with every column `N/A` (content-free input), for tasks with `calibrated`.
+    """
+
+    task: Task
+    split: SplitName
+    items: tuple[Example, ...]
+    blank: Prompt | None = None
+
+    def take(self, indices: Sequence[int]) -> Examples:
+        """Return some of the examples."""
+        return Examples(self.task, self.split, tuple(self.items[i] for i in indices), self.blank)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of everything about task and data that a score depends on."""
+        about = self.task.model_dump(mode="json", exclude={"name", "description", "data", "splits", "adapter"})
+        return _digest(about, [e.id for e in self.items], self.blank)
+
+
+def read_examples(task: Task, split: SplitName) -> Examples:
+    """Read one split of a task.
+
+    Raises:
+        TaskError: the data cannot be read, or rows do not fit the templates; the first few are listed.
+    """
+    rows = read_rows(task, split)
+    make = _Maker(task)
+    items: list[Example] = []
+    problems: list[str] = []
+    for number, row in enumerate(rows):
+        try:
+            items.append(make(row))
+        except TaskError as error:
+            problems.append(f"{error} (row {number} of split {split!r})")
+            if len(problems) == _SHOWN:
+                break
+    collect(TaskError, problems, f"task {task.name!r}: rows that do not fit, the first of them")
+    blank = make.prompt(dict.fromkeys(rows[0], _NOTHING)) if getattr(task, "calibrated", False) else None
+    return Examples(task, split, tuple(items), blank)
+
+
+class _Maker:
+    """Makes the examples of one task."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        where = f"task {task.name!r}"
+        self.prompt = _prompt(task, where)
+        self._target = template(task.target, f"{where}: target")
+        self._choices = _choices(task, where)
+
+    def __call__(self, row: Row) -> Example:
+        choices = self._choices(row)
+        prompt = self.prompt(row)
+        target = self._target({**row, **({"choices": choices} if choices else {}), **self._labels()})
+        self._check(target, choices)
+        return Example(prompt, target, choices)
+
+    def _labels(self) -> dict[str, Any]:
+        labelled = isinstance(self._task, (Classification, SequenceClassification))
+        return {"labels": self._task.labels} if labelled else {}  # type: ignore[union-attr]
+
+    def _check(self, target: str, choices: tuple[str, ...]) -> None:
+        where = f"task {self._task.name!r}: target {target!r}"
+        if choices and target not in choices:
+            known = ", ".join(map(repr, choices))
+            raise TaskError(f"{where} is none of {known}. The template has labels[...] or choices[...] for numbers.")
+        spoken = isinstance(self._task, Generation) and self._task.metric in ("wer", "cer")
+        if (spoken or isinstance(self._task, Perplexity)) and not target.strip():
+            raise TaskError(f"{where} is empty; {self._task.metric} needs one.")
+
+
+def _prompt(task: Task, where: str) -> Callable[[Mapping[str, Any]], Prompt]:
+    messages = None if isinstance(task, SequenceClassification) else task.messages
+    if messages is not None:
+        turns = [(m.role, template(m.content, f"{where}: messages")) for m in messages]
+        return lambda row: tuple((role, render(row)) for role, render in turns)
+    return template(task.prompt, f"{where}: prompt") if task.prompt is not None else lambda _: ""
+
+
+def _choices(task: Task, where: str) -> Callable[[Row], tuple[str, ...]]:
+    if isinstance(task, (Classification, SequenceClassification)):
+        labels = task.labels
+        return lambda _: labels
+    if not isinstance(task, MultipleChoice):
+        return lambda _: ()
+    if isinstance(task.choices, str):
+        column = task.choices
+        return lambda row: _listed(row, column, where)
+    renders: list[Render] = [template(t, f"{where}: choices") for t in task.choices]
+    return lambda row: _distinct(tuple(render(row) for render in renders), where)
+
+
+def _listed(row: Row, column: str, where: str) -> tuple[str, ...]:
+    value = row.get(column)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+        raise TaskError(f"{where}: choices: column {column!r} is no list of texts; the row has {', '.join(row)}.")
+    return _distinct(tuple(value), where)
+
+
+def _distinct(choices: tuple[str, ...], where: str) -> tuple[str, ...]:
+    if len(set(choices)) < max(2, len(choices)):
+        raise TaskError(f"{where}: choices: {list(choices)} are not two or more different texts.")
+    return choices
+
+
+def _digest(*parts: Any) -> str:
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

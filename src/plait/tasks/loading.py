@@ -1,0 +1,111 @@
+"""A task's file → `Task`, with everything that is wrong said at once, by line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from plait.errors import PlaitError, RecipeError, TaskError, collect, did_you_mean
+from plait.recipes.documents import Document, read_document, read_json
+from plait.recipes.paths import Plain, item
+from plait.recipes.problems import Origins, Problem, listed, show
+from plait.recipes.validation import explain, truth_values
+from plait.tasks.schema import KINDS, Task
+
+
+def load_task(path: str | Path) -> Task:
+    """Return the task that a file describes; its data's path is made absolute, from the file's folder.
+
+    Raises:
+        TaskError: the file cannot be read, or is no valid task; all that is wrong is listed with its line.
+    """
+    file = Path(path).expanduser()
+    return build_task(_document(file), source=str(path), folder=file.absolute().parent)
+
+
+def load_tasks(paths: Iterable[str | Path]) -> tuple[Task, ...]:
+    """Return several tasks, whose names all differ.
+
+    Raises:
+        TaskError: anything wrong with any of them.
+    """
+    tasks: list[Task] = []
+    problems: list[str] = []
+    for path in paths:
+        try:
+            task = load_task(path)
+        except PlaitError as error:
+            problems.append(str(error))
+            continue
+        if task.name in (t.name for t in tasks):
+            problems.append(f"{path}: another task is called {task.name!r} too; names tell results apart.")
+        tasks.append(task)
+    collect(TaskError, problems, "some tasks cannot be used")
+    return tuple(tasks)
+
+
+def build_task(document: Document, *, source: str = "task", folder: Path | None = None) -> Task:
+    """Return the task that plain data describes.
+
+    Args:
+        document: mappings, lists and scalars, with their lines.
+        source: what messages call it.
+        folder: where a relative data path starts; the working directory when None.
+
+    Raises:
+        TaskError: it is not valid; all that is wrong is listed.
+    """
+    data = document.data
+    origins = Origins(source, document.lines, error=TaskError)
+    if not isinstance(data, Mapping) or not data:
+        raise TaskError(f"{source}: a task is a mapping (key: value) with at least 'name', 'kind', 'data' and 'splits'.")
+    kind = data.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        origins.refuse([*document.problems, _bad_kind(kind)])
+    model = KINDS[str(kind)]
+    problems = [*document.problems, *truth_values(data, model)]
+    try:
+        task = model.model_validate(_placed(data, folder or Path.cwd()))
+    except ValidationError as error:
+        origins.refuse([*problems, *explain(error, data, model)])
+        raise
+    origins.refuse(problems)
+    return task
+
+
+def _bad_kind(kind: Plain) -> Problem:
+    known = listed([repr(name) for name in KINDS], "or")
+    if kind is None:
+        return Problem(("kind",), f"'kind' is missing; it must be {known}.")
+    return Problem(("kind",), f"kind is {show(kind)}; it must be {known}.{did_you_mean(str(kind), KINDS)}")
+
+
+def _placed(data: Mapping[str, Plain], folder: Path) -> dict[str, Plain]:
+    """Make the data's path absolute, so that the task means the same in any working directory."""
+    path = item(data.get("data"), "path")
+    if not isinstance(path, str) or not path:
+        return dict(data)
+    return {**data, "data": {**data["data"], "path": str((folder / Path(path).expanduser()).absolute())}}
+
+
+def _document(file: Path) -> Document:
+    read = read_json if file.suffix.lower() == ".json" else read_document
+    try:
+        return read(file.read_text(encoding="utf-8-sig"), str(file))
+    except RecipeError as error:
+        raise TaskError(str(error)) from None
+    except FileNotFoundError:
+        raise TaskError(f"{file}: there is no such file.{_near(file)}") from None
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{file}: this is not text in UTF-8 (byte {error.start}).") from None
+    except OSError as error:
+        raise TaskError(f"{file}: {error.strerror or error}.") from None
+
+
+def _near(file: Path) -> str:
+    try:
+        return did_you_mean(file.name, sorted(p.name for p in file.parent.iterdir() if p.suffix in (".yaml", ".yml", ".json")))
+    except OSError:
+        return ""

@@ -1,0 +1,124 @@
+"""Files and Hub data sets → rows: column → value.
+
+Formats are told by the file's ending. Parquet files and the Hub need the extra `data`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from plait.errors import TaskError, did_you_mean
+from plait.recipes.evaluation import SplitName
+from plait.tasks.optional import optional
+from plait.tasks.schema import Split, Task
+
+Row: TypeAlias = Mapping[str, Any]
+
+
+def read_rows(task: Task, name: SplitName) -> list[Row]:
+    """Return the rows of one split, in their order.
+
+    Raises:
+        TaskError: the task has no such split, or its data cannot be read.
+    """
+    split = task.splits.get(name)
+    if split is None:
+        raise TaskError(f"task {task.name!r} has no split {name!r}; it has {', '.join(task.splits)}.")
+    rows = _from_hub(task, split, name) if task.data.hub is not None else _from_file(_file(task, split, name))
+    if split.rows is not None:
+        first, end = split.rows
+        if end > len(rows):
+            raise TaskError(f"task {task.name!r}: split {name!r} takes rows {first} to {end}, but there are {len(rows)}.")
+        rows = rows[first:end]
+    if not rows:
+        raise TaskError(f"task {task.name!r}: split {name!r} is empty.")
+    return rows
+
+
+def _file(task: Task, split: Split, name: SplitName) -> Path:
+    place = Path(str(task.data.path))
+    if place.is_file():
+        if split.source is not None:
+            raise TaskError(f"task {task.name!r}: {place} is a file; splits of it are given by 'rows', not by a source.")
+        return place
+    if split.source is None:
+        raise TaskError(f"task {task.name!r}: split {name!r} names no file of {place}.")
+    file = place / split.source
+    if not file.is_file():
+        there = sorted(p.name for p in place.iterdir()) if place.is_dir() else []
+        raise TaskError(f"task {task.name!r}: {file}: there is no such file.{did_you_mean(file.name, there)}")
+    return file
+
+
+def _from_file(file: Path) -> list[Row]:
+    reader = _READERS.get(file.suffix.lower())
+    if reader is None:
+        raise TaskError(f"{file}: {file.suffix or 'no ending'!r} is not read; allowed: {', '.join(_READERS)}.")
+    try:
+        return reader(file)
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{file}: this is not text in UTF-8 (byte {error.start}).") from None
+    except OSError as error:
+        raise TaskError(f"{file}: {error.strerror or error}.") from None
+
+
+def _jsonl(file: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if line.strip():
+            rows.append(_mapping(_parsed(line, f"{file}:{number}"), f"{file}:{number}"))
+    return rows
+
+
+def _json(file: Path) -> list[Row]:
+    data = _parsed(file.read_text(encoding="utf-8-sig"), str(file))
+    if not isinstance(data, list):
+        raise TaskError(f"{file}: it must be a list of rows; one row per line is .jsonl.")
+    return [_mapping(row, f"{file}: row {i}") for i, row in enumerate(data)]
+
+
+def _csv(file: Path) -> list[Row]:
+    with file.open(encoding="utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text)
+        rows: list[Row] = []
+        for row in reader:
+            if None in row or None in row.values():
+                raise TaskError(f"{file}:{reader.line_num}: this row has other columns than the first line.")
+            rows.append(row)
+    return rows
+
+
+def _parquet(file: Path) -> list[Row]:
+    rows: list[Row] = optional("pyarrow.parquet", "data", f"{file}: reading parquet").read_table(file).to_pylist()
+    return rows
+
+
+def _from_hub(task: Task, split: Split, name: SplitName) -> list[Row]:
+    datasets = optional("datasets", "data", f"task {task.name!r}: data from the Hub")
+    data, source = task.data, split.source or name
+    try:
+        found = datasets.load_dataset(data.hub, data.config, split=source, revision=data.revision)
+    except Exception as error:  # datasets and its transport raise many classes
+        words = " ".join(str(error).split())
+        raise TaskError(f"task {task.name!r}: the data set {data.hub!r} (split {source!r}) cannot be read: {words}") from error
+    return list(found)
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise TaskError(f"{place}: this is not JSON: {error}.") from None
+
+
+def _mapping(row: Any, place: str) -> Row:
+    if not isinstance(row, dict):
+        raise TaskError(f"{place}: a row is a mapping (column: value), not {type(row).__name__}.")
+    return row
+
+
+_READERS: Mapping[str, Callable[[Path], list[Row]]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}

@@ -1,0 +1,102 @@
+"""The inputs that a lock names: where they are now, and whether they are the same."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from plait.errors import PlaitError, RecipeError, did_you_mean
+from plait.hub.download import resolve, resolve_model
+from plait.hub.references import parse_reference
+from plait.merging.record import Lock, LockedInput, sha256
+from plait.records import Record
+
+BASE = "base_model"  # what the base model of a merge or bake is called among the inputs
+_MODELS = ("extract",)  # kinds whose inputs are models, not adapters
+
+
+class InputCheck(Record):
+    """One input.
+
+    Attributes:
+        name: of the adapter; `base_model` for the base; `base` and `finetuned` of an extraction.
+        path: where it was looked for.
+        state: `unknown` where it cannot be found.
+        detail: which files differ, or why it cannot be found.
+    """
+
+    name: str
+    path: str
+    state: Literal["equal", "changed", "unknown"]
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class FoundInput:
+    """An input on this machine: its folder, and its second moments where the merge used them."""
+
+    folder: Path
+    moments: Path | None
+
+
+def check_inputs(folder: Path, lock: Lock, given: Mapping[str, str]) -> tuple[tuple[InputCheck, ...], dict[str, FoundInput]]:
+    """Find every input and compare its files with the lock.
+
+    Args:
+        folder: where the lock stands; local paths in it start there.
+        lock: of the result.
+        given: name → reference, for inputs that lie elsewhere now.
+
+    Returns:
+        one check each, and those that were found.
+
+    Raises:
+        RecipeError: a name that is no input.
+    """
+    locked = {**lock.inputs, **({BASE: lock.base} if lock.base is not None else {})}
+    unknown = [name for name in given if name not in locked]
+    if unknown:
+        raise RecipeError(
+            f"--input {unknown[0]}: no input is called so.{did_you_mean(unknown[0], locked)} There are: {', '.join(locked)}."
+        )
+    checks, found = [], {}
+    for name, entry in locked.items():
+        path = given.get(name) or (entry.path if entry.repo else _local(folder, entry.path))
+        try:
+            place = _find(path, is_model=name == BASE or lock.kind in _MODELS)
+        except PlaitError as error:
+            checks.append(InputCheck(name=name, path=path, state="unknown", detail=str(error)))
+            continue
+        moments = _moments(folder, entry) if name not in given else _moments(folder, entry, place)
+        differing = [f for f, digest in entry.files.items() if _digest(place / f) != digest]
+        if moments is not None and entry.moments is not None and _digest(moments) != entry.moments.sha256:
+            differing.append(moments.name)
+        state: Literal["equal", "changed"] = "changed" if differing else "equal"
+        checks.append(InputCheck(name=name, path=path, state=state, detail=", ".join(differing)))
+        found[name] = FoundInput(place, moments)
+    return tuple(checks), found
+
+
+def _local(folder: Path, path: str) -> str:
+    return os.path.normpath(folder.resolve() / path)
+
+
+def _find(path: str, *, is_model: bool) -> Path:
+    place = resolve_model(path) if is_model else resolve(parse_reference(path))
+    return place.folder.resolve()
+
+
+def _moments(folder: Path, entry: LockedInput, place: Path | None = None) -> Path | None:
+    """Return the file of second moments; beside an adapter that was given anew, one of the same name goes first."""
+    if entry.moments is None:
+        return None
+    locked = Path(_local(folder, entry.moments.path))
+    beside = place / locked.name if place is not None else locked
+    return beside if beside.is_file() else locked
+
+
+def _digest(path: Path) -> str | None:
+    return sha256(path) if path.is_file() else None

@@ -1,0 +1,200 @@
+"""The models that a parity check runs: a result, and the live merge that it should act like.
+
+Needs transformers and PEFT, which everything else here does without.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plait.adapters.adapter import CONFIG, WEIGHTS
+from plait.adapters.names import PREFIX
+from plait.adapters.tensorfile import SafetensorsFile
+from plait.errors import PlanError
+from plait.merging.card import AUTO_MODELS
+from plait.merging.combine import pipeline_of
+from plait.merging.delta_file import NAME as DELTA
+from plait.merging.engine import Engine
+from plait.merging.inventory import Inventory, take_inventory
+from plait.merging.pipeline import default_workers, run_recipe
+from plait.merging.plan import make_plan
+from plait.merging.progress import Progress
+from plait.merging.record import Lock
+from plait.recipes.schema import Heads, Output, Recipe
+from plait.verification.inputs import FoundInput
+from plait.verification.rebuild import located_recipe
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison.
+
+    Attributes:
+        model: in memory; both sides may share it.
+        adapters: of it, that are active; none of a plain model.
+    """
+
+    model: Any
+    adapters: tuple[str, ...] = ()
+
+    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return logits, (1, positions, vocabulary), or (1, classes)."""
+        if self.adapters:
+            self.model.base_model.set_adapter(list(self.adapters))
+        if self.model.config.is_encoder_decoder:
+            inputs = {**inputs, "decoder_input_ids": inputs["input_ids"]}
+        with torch.no_grad():
+            logits: Tensor = self.model(**inputs).logits
+        return logits.float().cpu()
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A result and its reference.
+
+    Attributes:
+        what: the result, in words.
+        reference: the live result, in words.
+        result: of the folder.
+        live: of the reference.
+    """
+
+    what: str
+    reference: str
+    result: Side
+    live: Side
+
+    @property
+    def models(self) -> list[Any]:
+        """Each model once."""
+        shared = self.result.model is self.live.model
+        return [self.result.model] if shared else [self.result.model, self.live.model]
+
+
+def is_model(folder: Path) -> bool:
+    """Say whether a folder holds a whole model."""
+    return (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
+
+
+def load_sides(
+    folder: Path, lock: Lock, found: Mapping[str, FoundInput], base: Path, scratch: Path, progress: Progress
+) -> Sides:
+    """Load what is compared, in float32.
+
+    Args:
+        folder: the result.
+        lock: of it.
+        found: its inputs.
+        base: the base model's folder.
+        scratch: for a dense merge.
+        progress: who listens.
+
+    Raises:
+        PlaitError: the result cannot be run, or has no live form.
+    """
+    if not is_model(folder) and not (folder / WEIGHTS).is_file():
+        raise PlanError(f"{folder}: holds neither an adapter nor a model that can be run; bake it first.")
+    task = _task_type(folder, found)
+    adapters = {} if is_model(folder) else {"merged": folder}
+    live: Side | None = None
+    if lock.kind == "extract":
+        reference, live = "the fine-tune", Side(_model(found["finetuned"].folder, task))
+        weights = None
+    else:
+        recipe = located_recipe(lock, found)
+        inventory = take_inventory(recipe, base_folder=base)
+        weights = _coefficients(inventory, progress)
+        if weights is None:
+            reference = "the base model with the dense merge added"
+            live = Side(_with_delta(_model(base, task), recipe, scratch, progress))
+        else:
+            reference = "the base model with the adapters active"
+            adapters |= {f"source{i}": adapter.folder for i, adapter in enumerate(inventory.adapters)}
+    shared = _attached(_model(base, task), adapters) if adapters else None
+    if live is None:
+        sources = tuple(name for name in adapters if name != "merged")
+        _weigh(shared, sources, weights or {})
+        live = Side(shared, sources)
+    if is_model(folder):
+        return Sides("baked model", reference, Side(_model(folder, task)), live)
+    return Sides("adapter", reference, Side(shared, ("merged",)), live)
+
+
+def _task_type(folder: Path, found: Mapping[str, FoundInput]) -> str | None:
+    for place in (folder, *(f.folder for f in found.values())):
+        if (place / CONFIG).is_file():
+            task = json.loads((place / CONFIG).read_text(encoding="utf-8")).get("task_type")
+            return task if isinstance(task, str) else None
+    return None
+
+
+def _model(folder: Path, task: str | None) -> Any:
+    import transformers
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = [AUTO_MODELS[task]] if task in AUTO_MODELS else config.get("architectures") or []
+    kind = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), transformers.AutoModelForCausalLM)
+    torch.manual_seed(0)  # a head that the base lacks is drawn at random, on both sides alike
+    return kind.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _attached(model: Any, adapters: Mapping[str, Path]) -> Any:
+    """Return a model with adapters loaded, none merged into it."""
+    from peft import PeftModel
+
+    first, *others = adapters.items()
+    wrapped = PeftModel.from_pretrained(model, first[1], adapter_name=first[0])
+    for name, folder in others:
+        wrapped.load_adapter(folder, name)
+    return wrapped.eval()
+
+
+def _weigh(model: Any, names: tuple[str, ...], weights: Mapping[str, list[float]]) -> None:
+    """Multiply the adapters' scalings with their coefficients, module by module."""
+    for path, module in model.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict):
+            row = weights.get(path.removeprefix(PREFIX), [0.0] * len(names))
+            for name, weight in zip(names, row, strict=True):
+                if name in scaling:
+                    scaling[name] *= weight
+
+
+def _coefficients(inventory: Inventory, progress: Progress) -> dict[str, list[float]] | None:
+    """Return target module → every adapter's coefficient; None when PEFT cannot run the merge as a sum of adapters.
+
+    Raises:
+        PlanError: DoRA, which PEFT does not add up, and which has no dense merge here.
+    """
+    recipe = inventory.recipe
+    is_sum = pipeline_of(recipe).is_linear and recipe.space_name != "factors" and not recipe.transforms
+    plan = make_plan(inventory, workers=1)
+    if is_sum:
+        combiner = Engine(inventory, plan, workers=default_workers(), progress=progress).prepare()
+        found = {m.target: combiner.coefficients(m.target).tolist() for m in plan.modules}
+    if any(t.is_dora for a in inventory.adapters for t in a.targets.values()):
+        if is_sum and len(inventory.adapters) == 1 and all(row == [1.0] for row in found.values()):
+            return found
+        raise PlanError("parity of weighted DoRA adapters cannot be measured: PEFT does not add them up.")
+    if not is_sum or any(layout.kind == "experts" for layout in inventory.layouts.values()):
+        return None
+    return found
+
+
+def _with_delta(model: Any, recipe: Recipe, scratch: Path, progress: Progress) -> Any:
+    """Return a model with the dense merge added to its weights, whatever the method."""
+    dense = recipe.model_copy(update={"output": Output(kind="delta"), "heads": Heads()})
+    run_recipe(dense, out=scratch / "delta", progress=progress)
+    file = SafetensorsFile(scratch / "delta" / DELTA)
+    with torch.no_grad():
+        for name in file.tensors:
+            parameter, delta = model.get_parameter(name), file.read(name)
+            parameter += delta if delta.shape == parameter.shape else delta.mT
+    return model

@@ -1,0 +1,230 @@
+"""Does a result act as the adapters do? The same prompts through it and through the live merge, logits compared."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from plait.adapters.adapter import CONFIG
+from plait.adapters.tensorfile import SafetensorsFile
+from plait.errors import AddressError, PlanError, RecipeError
+from plait.hub.download import COMPANION_FILES, MODEL_FILES, resolve_model
+from plait.merging.progress import Progress, Silent
+from plait.merging.record import Lock
+from plait.records import Record
+from plait.verification.inputs import BASE, FoundInput, check_inputs
+from plait.verification.lock import read_lock
+from plait.verification.logits import Parity, compare_logits, pool
+
+ROUNDING = "rounding alone"
+
+
+class Comparison(Record):
+    """One pair of models on all prompts.
+
+    Attributes:
+        what: was compared with what; `rounding alone` is the live result against itself in float32.
+        dtype: in which it was computed.
+        overall: over all positions of all prompts.
+        worst: of the prompt with the largest |Δlogit|.
+        worst_prompt: its number, from 1.
+    """
+
+    what: str
+    dtype: str
+    overall: Parity
+    worst: Parity
+    worst_prompt: int
+
+
+class ParityReport(Record):
+    """How a result acts against the live merge.
+
+    Attributes:
+        prompts: how many.
+        reference: what the live result is.
+        comparisons: result against live result in float32, and in the stored dtype where that is another; then also the live
+            result in the stored dtype against itself in float32, which is what rounding alone does.
+    """
+
+    prompts: int
+    reference: str
+    comparisons: tuple[Comparison, ...]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a file: a line each, or the `prompt` of every line of a `.jsonl` file.
+
+    Raises:
+        RecipeError: it cannot be read, or has none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: the prompts cannot be read ({error}).") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    prompts = [_prompt(path, number, line) if path.suffix == ".jsonl" else line for number, line in numbered]
+    if not prompts:
+        raise RecipeError(f'{path}: there are no prompts. Write one a line, or .jsonl lines with a "prompt".')
+    return prompts
+
+
+def _prompt(path: Path, number: int, line: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str) or not prompt:
+        raise RecipeError(f'{path}, line {number}: expected a JSON object with a text under "prompt".')
+    return prompt
+
+
+def check_parity(
+    folder: Path,
+    prompts: Path,
+    *,
+    base_model: str | None = None,
+    inputs: Mapping[str, str] | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Compare the logits of a result with those of the live merge.
+
+    The live result is the base model with the source adapters active, each times its coefficient, where the merge is linear;
+    else the base model with the dense merge added to it; of an extraction, it is the fine-tune.
+
+    Args:
+        folder: with an adapter or a baked model, and its lock.
+        prompts: a file; see `read_prompts`.
+        base_model: reference of the base model; else the lock's, else the one that the adapter names.
+        inputs: name → reference, for inputs that lie elsewhere than the lock says.
+        device: where to compute, as torch names it.
+        progress: who listens.
+
+    Raises:
+        PlaitError: transformers or PEFT are not there, an input or the base model is not found, or nothing can be run.
+    """
+    _need_libraries()
+    texts = read_prompts(prompts)
+    lock = read_lock(folder)
+    checks, found = check_inputs(folder, lock, inputs or {})
+    lost = [f"{c.name}: {c.detail}" for c in checks if c.state == "unknown" and c.name != BASE]
+    if lost:
+        raise AddressError(f"the live result needs every input; give --input NAME=PATH. {' '.join(lost)}")
+    base = _base_folder(folder, lock, found, base_model)
+    return _measure(folder, lock, found, base, texts, device, progress or Silent())
+
+
+def _need_libraries() -> None:
+    try:
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise PlanError(f"--parity runs the models, and {error.name} is not installed: pip install 'plait[parity]'.") from None
+
+
+def _base_folder(folder: Path, lock: Lock, found: Mapping[str, FoundInput], given: str | None) -> Path:
+    known = found.get("base" if lock.kind == "extract" else BASE)
+    if given is None and known is not None:
+        return known.folder
+    named = given or lock.recipe.get("base_model") or _named_base(folder)
+    if named is None:
+        raise AddressError(f"{folder}: no base model is named there; give --base-id (base_model=).")
+    return resolve_model(named, files=(*MODEL_FILES, *COMPANION_FILES)).folder
+
+
+def _named_base(folder: Path) -> str | None:
+    path = folder / CONFIG
+    name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") if path.is_file() else None
+    return name if isinstance(name, str) else None
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype of most values of a model's files."""
+    counts: dict[str, int] = {}
+    for path in folder.glob("*.safetensors"):
+        for info in SafetensorsFile(path).tensors.values():
+            counts[info.dtype] = counts.get(info.dtype, 0) + info.nbytes
+    named = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return named.get(max(counts, key=lambda k: counts[k], default="F32"), torch.float32)
+
+
+def _measure(
+    folder: Path,
+    lock: Lock,
+    found: Mapping[str, FoundInput],
+    base: Path,
+    texts: Sequence[str],
+    device: str,
+    progress: Progress,
+) -> ParityReport:
+    from plait.verification.live import is_model, load_sides
+
+    home = folder if is_model(folder) else base
+    encoded = _encode(home, texts, device)
+    stored = _stored_dtype(home)
+    comparisons: list[Comparison] = []
+    with tempfile.TemporaryDirectory(prefix="plait-parity-") as place:
+        scratch = Path(place)
+        with _quiet():
+            sides = load_sides(folder, lock, found, base, scratch, progress)
+        for dtype in dict.fromkeys((torch.float32, stored)):
+            for model in sides.models:
+                model.to(device=device, dtype=dtype)
+            word = str(dtype).removeprefix("torch.")
+            against, rounding = [], []
+            progress.start(f"parity in {word}", len(encoded))
+            for number, inputs in enumerate(encoded):
+                live = sides.live.logits(inputs)
+                against.append(compare_logits(live, sides.result.logits(inputs)))
+                exact = scratch / f"{number}.pt"
+                if dtype != torch.float32:
+                    rounding.append(compare_logits(torch.load(exact), live))
+                elif stored != torch.float32:
+                    torch.save(live, exact)  # not held: a vocabulary's logits of many prompts are large
+                progress.advance()
+            progress.finish()
+            comparisons.append(_comparison(f"{sides.what}, live result", word, against))
+            if rounding:
+                comparisons.append(_comparison(ROUNDING, word, rounding))
+    return ParityReport(prompts=len(texts), reference=sides.reference, comparisons=tuple(comparisons))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers and PEFT from drawing bars and warning of their own affairs while they load."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _encode(folder: Path, texts: Sequence[str], device: str) -> list[dict[str, Tensor]]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever a tokenizer's files make it raise
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AddressError(f"{folder}: its tokenizer cannot be loaded ({said}); prompts need one.") from None
+    encoded = [tokenizer(text, return_tensors="pt") for text in texts]
+    return [{k: e[k].to(device) for k in ("input_ids", "attention_mask") if k in e} for e in encoded]
+
+
+def _comparison(what: str, dtype: str, parts: Sequence[Parity]) -> Comparison:
+    worst = max(range(len(parts)), key=lambda i: parts[i].max_difference)
+    return Comparison(what=what, dtype=dtype, overall=pool(parts), worst=parts[worst], worst_prompt=worst + 1)

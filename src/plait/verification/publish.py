@@ -1,0 +1,136 @@
+"""Push a result to the Hub: exactly the files that its lock names, and only when they are what it says."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from plait.errors import OutputError
+from plait.hub.upload import push_folder
+from plait.merging.record import Lock
+from plait.verification.lock import CARD, FileCheck, check_files, read_lock
+
+#: Weights of another result in the repository would be loaded instead of these, or beside them.
+REPLACED = (
+    "adapter_model*",
+    "delta.safetensors",
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*",
+)
+_FRONT_MATTER = re.compile(r"^---\n(.*?)\n---", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What became of a push.
+
+    Attributes:
+        url: of the repository, the branch, or the pull request.
+        left_out: files of the folder that are no part of the result, and stayed here.
+        notes: what the card lacks.
+    """
+
+    url: str
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def push_result(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    progress: bool = True,
+) -> Pushed:
+    """Upload a finished result: an adapter, a dense delta or a baked model.
+
+    Weights of an older result that the repository holds under other names are removed in the same commit. The card may have
+    been edited; every other file must be as it was written.
+
+    Args:
+        folder: of a merge, a bake, a compression or an extraction.
+        repo: `org/name`, or `name` for the user's own; created when it does not exist.
+        private: make the repository private; a public one is refused.
+        revision: the branch to write to, created when missing.
+        create_pr: open a pull request instead.
+        message: title of the commit or pull request; says what was made when None.
+        progress: draw progress bars.
+
+    Raises:
+        AdapterError: the folder has no lock: it is no whole result.
+        OutputError: a file is missing or was changed, or the Hub refuses.
+    """
+    lock = read_lock(folder)
+    files = check_files(folder, lock)
+    _check_whole(folder, files)
+    left_out = tuple(f.name for f in files if f.state == "extra")
+    url = push_folder(
+        folder,
+        repo,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        message=message or _message(lock),
+        ignore=[glob.escape(name) for name in left_out],
+        replaces=REPLACED,
+        progress=progress,
+    )
+    return Pushed(url, left_out, tuple(_notes(folder)))
+
+
+def _check_whole(folder: Path, files: tuple[FileCheck, ...]) -> None:
+    wrong = [f"{f.name} ({f.state})" for f in files if f.state in ("changed", "missing") and f.name != CARD]
+    if wrong:
+        raise OutputError(
+            f"cannot push {folder}: {', '.join(wrong[:6])}{f' and {len(wrong) - 6} more' if len(wrong) > 6 else ''}: not what "
+            "plait.lock says was written. A stale or half-written result is never uploaded; make it again (`plait verify` "
+            "shows what differs)."
+        )
+
+
+def _message(lock: Lock) -> str:
+    if lock.kind == "extract":
+        return f"LoRA extracted from {Path(lock.recipe['finetuned']).name}"
+    names = ", ".join(entry["name"] for entry in lock.recipe["adapters"])
+    done = "Bake" if lock.kind == "bake" else "Merge"
+    return f"{done} {names} with {lock.recipe['method']['name']}"
+
+
+def _notes(folder: Path) -> Iterator[str]:
+    """Say what the Hub will not know of the result."""
+    path = folder / CARD
+    found = _FRONT_MATTER.match(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
+    try:
+        data = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        data = None
+    front = data if isinstance(data, dict) else {}
+    if "base_model" not in front:
+        yield f"{CARD} names no base model on the Hub: add base_model: org/name, and the Hub links the two."
+    elif "license" not in front:
+        base = front["base_model"][0] if isinstance(front["base_model"], list) else front["base_model"]
+        stated = _licence_on_hub(str(base))
+        known = f"{base} states {stated!r}" if stated else "its sources state none, or not the same"
+        yield f"{CARD} states no licence ({known}): add license: to it and push again."
+
+
+def _licence_on_hub(repo: str) -> str | None:
+    """Return the licence that a repository's card states; None where it states none, or cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        card = HfApi().model_info(repo).card_data
+    except Exception:  # a note is all that is lost
+        return None
+    licence = getattr(card, "license", None)
+    return licence if isinstance(licence, str) else None

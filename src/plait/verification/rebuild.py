@@ -1,0 +1,132 @@
+"""Make a result again from its lock, and compare it file by file, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+import plait
+from plait.adapters.tensorfile import SafetensorsFile
+from plait.baking.extract import make_request, run_extract
+from plait.baking.gaps import tensor_gap
+from plait.baking.pipeline import run_bake
+from plait.baking.plan import BakeOptions
+from plait.errors import PlaitError, RecipeError
+from plait.merging.pipeline import run_recipe
+from plait.merging.progress import Progress
+from plait.merging.record import Lock, sha256
+from plait.recipes.schema import Recipe
+from plait.records import Record
+from plait.verification.inputs import BASE, FoundInput
+from plait.verification.lock import CARD
+
+
+class RebuiltFile(Record):
+    """One file, made again.
+
+    Attributes:
+        name: its path.
+        state: against the lock.
+        tensors: how many tensors differ from those of the folder; None where they are not, or cannot be, compared.
+        difference: the largest |Δ| among them.
+        where: the tensor with it.
+    """
+
+    name: str
+    state: Literal["equal", "differs", "missing", "extra"]
+    tensors: int | None = None
+    difference: float | None = None
+    where: str | None = None
+
+
+def rebuild(lock: Lock, inputs: Mapping[str, FoundInput], out: Path, workers: int | None, progress: Progress) -> None:
+    """Do what a lock says, with the inputs where they are now.
+
+    Raises:
+        PlaitError: it cannot be done.
+    """
+    if lock.kind == "extract":
+        places = {side: str(inputs[side].folder) for side in ("base", "finetuned")}
+        request = make_request(**lock.recipe | places)
+        run_extract(request, out=out, workers=workers, progress=progress, written_as=_base_name(lock))
+        return
+    recipe = located_recipe(lock, inputs)
+    base = inputs[BASE].folder if BASE in inputs else None
+    if lock.kind == "bake":
+        options = BakeOptions.model_validate(lock.options)
+        run_bake(recipe.model_copy(update={"base_model": str(base)}), options, out=out, workers=workers, progress=progress)
+        return
+    run_recipe(recipe, out=out, workers=workers, progress=progress, base_folder=base)
+
+
+def located_recipe(lock: Lock, inputs: Mapping[str, FoundInput]) -> Recipe:
+    """Return a lock's recipe with the adapters where they are now.
+
+    Raises:
+        RecipeError: this plait does not read it; another version wrote it.
+    """
+    try:
+        adapters = [_located(entry, inputs[entry["name"]]) for entry in lock.recipe["adapters"]]
+        return Recipe.model_validate(lock.recipe | {"adapters": adapters})
+    except (ValidationError, KeyError, TypeError) as error:
+        said = str(error).splitlines()[0]
+        raise RecipeError(f"the lock's recipe is of plait {lock.plait}, and this is {plait.__version__}: {said}.") from None
+
+
+def compare(folder: Path, rebuilt: Path, lock: Lock) -> tuple[RebuiltFile, ...]:
+    """Compare what was made again with the lock; the card, which tells of places and versions, is not compared."""
+    here = {p.relative_to(rebuilt).as_posix() for p in rebuilt.rglob("*") if p.is_file()}
+    beside = {"plait.lock", "merge_metadata.json", "summary.json", CARD}
+    names = sorted((here | {*lock.outputs}) - beside)
+    return tuple(_compared(folder, rebuilt, name, lock.outputs.get(name)) for name in names)
+
+
+def _compared(folder: Path, rebuilt: Path, name: str, digest: str | None) -> RebuiltFile:
+    again = rebuilt / name
+    if digest is None:
+        return RebuiltFile(name=name, state="extra")
+    if not again.is_file():
+        return RebuiltFile(name=name, state="missing")
+    if sha256(again) == digest:
+        return _own(name, folder / name, again, digest)
+    if not name.endswith(".safetensors") or not (folder / name).is_file():
+        return RebuiltFile(name=name, state="differs")
+    return _differences(name, folder / name, again)
+
+
+def _own(name: str, own: Path, again: Path, digest: str) -> RebuiltFile:
+    """Describe a file that comes out as locked, with how far the folder's own is from it where that was changed."""
+    if name.endswith(".safetensors") and own.is_file() and sha256(own) != digest:
+        return _differences(name, own, again).model_copy(update={"state": "equal"})
+    return RebuiltFile(name=name, state="equal")
+
+
+def _differences(name: str, first: Path, second: Path) -> RebuiltFile:
+    """Return how far two tensor files are apart; only names and numbers where shapes or dtypes differ."""
+    try:
+        one, two = SafetensorsFile(first), SafetensorsFile(second)
+    except PlaitError:  # the folder's own file is broken; that is said of it already
+        return RebuiltFile(name=name, state="differs")
+    described = [{n: (i.shape, i.dtype) for n, i in file.tensors.items()} for file in (one, two)]
+    if described[0] != described[1]:
+        return RebuiltFile(name=name, state="differs")
+    apart = {n: size for n in sorted(one.tensors) if (size := tensor_gap(one, two, n).largest) > 0}
+    where = max(apart, key=lambda n: apart[n], default=None)
+    largest = apart[where] if where is not None else 0.0
+    return RebuiltFile(name=name, state="differs", tensors=len(apart), difference=largest, where=where)
+
+
+def _located(entry: dict[str, Any], found: FoundInput) -> dict[str, Any]:
+    moments = {"moments": str(found.moments)} if found.moments is not None else {}
+    return entry | {"path": str(found.folder)} | moments
+
+
+def _base_name(lock: Lock) -> tuple[str, str | None]:
+    """Return the base model's name and revision that an extraction wrote."""
+    if lock.recipe["base_id"]:
+        return lock.recipe["base_id"], None
+    base = lock.inputs["base"]
+    return base.repo or lock.recipe["base"], base.commit

@@ -1,0 +1,117 @@
+"""A folder against its lock: its files, its inputs, and the whole made again and compared."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import plait
+from plait.errors import PlaitError
+from plait.merging.progress import Progress, Silent
+from plait.merging.record import Lock, library_versions
+from plait.records import Record
+from plait.verification.inputs import InputCheck, check_inputs
+from plait.verification.lock import FileCheck, check_files, read_lock
+from plait.verification.parity import ParityReport
+from plait.verification.rebuild import RebuiltFile, compare, rebuild
+
+
+class Verification(Record):
+    """What was found.
+
+    Attributes:
+        folder: that was looked at.
+        kind: which command made it.
+        files: every file of the folder against the lock.
+        inputs: every input against the lock.
+        rebuilt: every file made again, against the lock; None when nothing was made again.
+        not_rebuilt: why; None when it was, or was not to be.
+        parity: how it acts against the live merge, where that was asked for.
+        versions: what has another version here: name → (in the lock, here).
+    """
+
+    folder: str
+    kind: str
+    files: tuple[FileCheck, ...]
+    inputs: tuple[InputCheck, ...]
+    rebuilt: tuple[RebuiltFile, ...] | None
+    not_rebuilt: str | None
+    versions: dict[str, tuple[str, str]]
+    parity: ParityReport | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was to be checked is equal; an input that cannot be found matters to a rebuild alone."""
+        return (
+            all(f.state == "equal" for f in self.files)
+            and all(i.state != "changed" for i in self.inputs)
+            and all(r.state == "equal" for r in self.rebuilt or ())
+            and self.not_rebuilt is None
+        )
+
+
+def verify_folder(
+    folder: Path,
+    *,
+    again: bool = True,
+    inputs: Mapping[str, str] | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Check a result against its lock.
+
+    Args:
+        folder: of a merge, a bake, a compression or an extraction.
+        again: make it again in a temporary folder (of TMPDIR) and compare.
+        inputs: name → reference, for inputs that lie elsewhere than the lock says.
+        workers: as when it was made; never changes a byte.
+        progress: who listens.
+
+    Raises:
+        AdapterError: there is no lock that can be read.
+        RecipeError: `inputs` names what is no input.
+    """
+    lock = read_lock(folder)
+    files = check_files(folder, lock)
+    checks, found = check_inputs(folder, lock, inputs or {})
+    rebuilt: tuple[RebuiltFile, ...] | None = None
+    reason = None
+    if again:
+        reason = _obstacle(checks)
+    if again and reason is None:
+        with tempfile.TemporaryDirectory(prefix="plait-verify-") as place:
+            out = Path(place) / "again"
+            try:
+                rebuild(lock, found, out, workers, progress or Silent())
+                rebuilt = compare(folder, out, lock)
+            except PlaitError as error:
+                reason = f"it cannot be made again: {error}"
+    return Verification(
+        folder=str(folder),
+        kind=lock.kind,
+        files=files,
+        inputs=checks,
+        rebuilt=rebuilt,
+        not_rebuilt=reason,
+        versions=_versions(lock),
+    )
+
+
+def _obstacle(checks: tuple[InputCheck, ...]) -> str | None:
+    missing = [c.name for c in checks if c.state == "unknown"]
+    if missing:
+        given = " ".join(f"--input {name}=PATH" for name in missing)
+        return f"{', '.join(missing)} cannot be found. Say where: {given}"
+    changed = [c.name for c in checks if c.state == "changed"]
+    if changed:
+        return f"{', '.join(changed)} changed since: what would be made is another result"
+    return None
+
+
+def _versions(lock: Lock) -> dict[str, tuple[str, str]]:
+    """Return what differs here of everything that may change how numbers are rounded."""
+    then = {"plait": lock.plait, **lock.libraries, "machine": lock.machine}
+    now = {"plait": plait.__version__, **library_versions(), "machine": platform.machine()}
+    return {name: (then[name], now[name]) for name in then if name in now and then[name] != now[name]}

@@ -1,0 +1,173 @@
+"""Heads, vocabularies and tied weights: what a task adds to a model, in transformers' own words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import plait
+from plait.errors import PlanError
+from tests.baking_models import IDS, adapter_output, make_adapter, make_model, run, save_model
+
+# PEFT and transformers on layers that they cover with warnings of their own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch"),
+    pytest.mark.filterwarnings("ignore::UserWarning:transformers"),
+]
+
+_LM, _CLS = tf.AutoModelForCausalLM, tf.AutoModelForSequenceClassification
+
+
+def reload(folder: Path, auto: Any) -> Any:
+    model, report = auto.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert not report["missing_keys"], report
+    assert not report["unexpected_keys"], report
+    assert not report["mismatched_keys"], report
+    return model.eval()
+
+
+def config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_a_head_takes_the_place_of_the_bases(tmp_path):
+    base = save_model("bert", tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "a", 1, _CLS, task_type="SEQ_CLS", target_modules=["query"])
+    expected = adapter_output(base, {"a": adapter}, {"a": 1.0}, _CLS)
+    out = plait.bake([adapter], base=base, out=tmp_path / "out").folder
+    torch.testing.assert_close(run(reload(out, _CLS)), expected, rtol=1e-5, atol=1e-5)
+    assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+def test_a_head_is_added_to_a_base_without_one(tmp_path):
+    """The base is an encoder alone, its names have no prefix; the result is a classifier with the adapter's four labels."""
+    encoder = tf.BertModel(make_model("bert").config, add_pooling_layer=True)
+    encoder.load_state_dict(make_model("bert").bert.state_dict())
+    encoder.save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    model = _CLS.from_pretrained(tmp_path / "base", num_labels=4)
+    peft = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], init_lora_weights=False))
+    peft.save_pretrained(tmp_path / "a")
+    expected = run(peft.eval().base_model.model)
+    result = plait.bake([tmp_path / "a"], base=tmp_path / "base", out=tmp_path / "out")
+    torch.testing.assert_close(run(reload(result.folder, _CLS)), expected, rtol=1e-5, atol=1e-5)
+    assert config(result.folder)["architectures"] == ["BertForSequenceClassification"]
+    assert len(config(result.folder)["id2label"]) == 4
+    assert any("classifier.weight is not in the base model and is added" in n for n in result.plan.notes)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_resized_vocabulary(tied, tmp_path):
+    base = save_model("llama tied" if tied else "llama", tmp_path / "base")
+    torch.manual_seed(1)
+    model = _LM.from_pretrained(base)
+    model.resize_token_embeddings(36)
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    peft.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    expected = run(peft.eval().base_model.model)
+    out = plait.bake([tmp_path / "a"], base=base, out=tmp_path / "out").folder
+    baked = reload(out, _LM)
+    assert baked.get_input_embeddings().weight.shape[0] == 36
+    assert config(out)["vocab_size"] == 36
+    assert config(out)["tie_word_embeddings"] is tied
+    torch.testing.assert_close(run(baked), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_resized_vocabulary_with_lora_on_the_embedding(tmp_path):
+    base = save_model("llama tied", tmp_path / "base")
+    torch.manual_seed(1)
+    model = _LM.from_pretrained(base)
+    model.resize_token_embeddings(36)
+    settings = {"r": 2, "target_modules": ["q_proj", "embed_tokens"], "init_lora_weights": False}
+    peft = get_peft_model(model, LoraConfig(**settings))
+    peft.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    expected = run(peft.eval().base_model.model)
+    out = plait.bake([tmp_path / "a"], base=base, out=tmp_path / "out").folder
+    torch.testing.assert_close(run(reload(out, _LM)), expected, rtol=1e-5, atol=1e-5)
+    assert config(out)["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("kind", ["llama tied", "llama"])
+def test_resized_vocabularies_of_two_adapters_need_a_word(kind, tmp_path):
+    """PEFT saves the embedding that LoRA adapts, not the head beside it: a tensor of its own lacks rows then."""
+    base = save_model(kind, tmp_path / "base")
+    for name in "ab":
+        model = _LM.from_pretrained(base)
+        model.resize_token_embeddings(36)
+        peft = get_peft_model(model, LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False))
+        peft.save_pretrained(tmp_path / name, save_embedding_layers=True)
+    pair = [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(PlanError, match=r"heads: \{policy: from, adapter: NAME\}"):
+        plait.bake(pair, base=base, out=tmp_path / "out")
+    heads = {"policy": "from", "adapter": "a"}
+    if kind == "llama":
+        with pytest.raises(PlanError, match=r"36 rows in the adapter, but lm_head\.weight keeps the base's 32"):
+            plait.bake(pair, base=base, out=tmp_path / "out", heads=heads)
+        return
+    out = plait.bake(pair, base=base, out=tmp_path / "out", heads=heads).folder
+    assert reload(out, _LM).get_input_embeddings().weight.shape[0] == 36
+
+
+def test_trained_token_rows_of_a_tied_model_stay_tied(tmp_path):
+    base = save_model("llama tied", tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "a", 1, _LM, target_modules=["q_proj"], trainable_token_indices=[2, 5])
+    expected = adapter_output(base, {"a": adapter}, {"a": 1.0}, _LM)
+    out = plait.bake([adapter], base=base, out=tmp_path / "out").folder
+    torch.testing.assert_close(run(reload(out, _LM)), expected, rtol=1e-5, atol=1e-5)
+    assert config(out)["tie_word_embeddings"] is True
+
+
+def test_equal_deltas_on_both_uses_stay_tied(tmp_path):
+    base = save_model("llama tied", tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "a", 1, _LM, target_modules=["embed_tokens", "lm_head"])
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    start = "base_model.model."
+    embed_a, embed_b = (tensors[f"{start}model.embed_tokens.lora_embedding_{x}"] for x in "AB")
+    tensors[f"{start}lm_head.lora_A.weight"] = embed_b.mT.contiguous()
+    tensors[f"{start}lm_head.lora_B.weight"] = embed_a.mT.contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+    expected = adapter_output(base, {"a": adapter}, {"a": 1.0}, _LM)
+    out = plait.bake([adapter], base=base, out=tmp_path / "out").folder
+    assert config(out)["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")
+    torch.testing.assert_close(run(reload(out, _LM)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_more_uses_than_two_are_refused(tmp_path):
+    """T5's tensor is input of encoder and decoder and output head; a checkpoint cannot take just one of them out."""
+    base = save_model("t5", tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "a", 1, tf.AutoModelForSeq2SeqLM, target_modules=["q", "lm_head"])
+    with pytest.raises(PlanError, match="share one tensor, and the adapters change only some of them"):
+        plait.bake([adapter], base=base, out=tmp_path / "out")
+
+
+def test_dora_on_a_real_model(tmp_path):
+    base = save_model("llama", tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "a", 1, _LM, target_modules="all-linear", use_dora=True)
+    expected = adapter_output(base, {"a": adapter}, {"a": 1.0}, _LM)
+    out = plait.bake([adapter], base=base, out=tmp_path / "out").folder
+    torch.testing.assert_close(run(reload(out, _LM)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_merged_adapter_bakes_to_the_same_model(tmp_path):
+    """merge, then bake the adapter; or bake at once: one model."""
+    base = save_model("gpt2", tmp_path / "base", max_shard_size="3KB")
+    options = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    pair = {n: make_adapter(base, tmp_path / n, s, _LM, **options) for s, n in enumerate("ab")}
+    merged = plait.merge(pair, weights=[0.3, 0.9], out=tmp_path / "merged").folder
+    one = plait.bake([merged], base=base, out=tmp_path / "one").folder
+    two = plait.bake(pair, weights=[0.3, 0.9], base=base, out=tmp_path / "two").folder
+    assert len(list(two.glob("*.safetensors"))) > 2
+    torch.testing.assert_close(run(reload(one, _LM)), run(reload(two, _LM)), rtol=1e-5, atol=1e-5)
+    direct = PeftModel.from_pretrained(_LM.from_pretrained(base), merged).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(run(reload(two, _LM)), direct(IDS).logits, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,288 @@
+"""Whatever happens while baking, the final name holds a whole model or nothing, and the same command goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import plait
+from plait.errors import AdapterError, OutputError
+from tests.adapters_on_disk import layers, write_adapter
+
+MODULES = {"q_proj": (24, 32), "up_proj": (48, 32)}
+SETTINGS = {"shard_size": "20KB", "method": "ties", "density": 0.5}
+# Imports everything once and forks a bake per line of its input. A bake says when it begins to finish a file, and takes its
+# time over every tensor, so that a signal finds it anywhere.
+NURSERY = """
+import json, os, resource, signal, sys, time
+import plait, plait.api
+from plait.baking import journal, making
+finish, write = journal.Workshop.finish, making.write_at
+def slowly(self, *rest):
+    print("finishing", flush=True)
+    finish(self, *rest)
+def slowly_too(*rest):
+    time.sleep(0.004)
+    write(*rest)
+journal.Workshop.finish, making.write_at = slowly, slowly_too
+print("ready", flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        print("pid", os.getpid(), flush=True)
+        if order["limit"]:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"],) * 2)
+        try:
+            plait.bake(order["pair"], base=order["base"], out=order["out"], workers=order["workers"], **order["settings"])
+        except plait.PlaitError as error:
+            print("error", type(error).__name__, str(error).splitlines()[0], flush=True)
+            os._exit(2)
+        os._exit(0)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Nursery:
+    """Bakes in forked processes, one at a time."""
+
+    def __init__(self, materials: SimpleNamespace) -> None:
+        self.materials = materials
+        command = [sys.executable, "-c", NURSERY]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.wait_for("ready")
+
+    def start(self, out: Path, *, workers: int = 1, limit: int | None = None, base: Path | None = None) -> int:
+        order = {
+            "pair": [str(p) for p in self.materials.pair], "base": str(base or self.materials.base), "out": str(out),
+            "workers": workers, "limit": limit, "settings": SETTINGS,
+        }  # fmt: skip
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return int(self.wait_for("pid"))
+
+    def read(self) -> tuple[str, str]:
+        assert self.process.stdout is not None
+        word, _, rest = self.process.stdout.readline().strip().partition(" ")
+        return word, rest
+
+    def wait_for(self, wanted: str) -> str:
+        while True:
+            word, rest = self.read()
+            assert word, "the nursery has died"
+            if word == wanted:
+                return rest
+
+    def interrupt(self, out: Path, *, base: Path | None = None) -> Path:
+        """Kill a bake when it finishes its third file; return the folder that it left."""
+        pid = self.start(out, base=base)
+        for _ in range(3):
+            self.wait_for("finishing")
+        os.kill(pid, signal.SIGKILL)
+        assert self.wait_for("ended") == str(-signal.SIGKILL)
+        return out.with_name(f".{out.name}.baking")
+
+
+@pytest.fixture(scope="module")
+def nursery(materials):
+    nursery = Nursery(materials)
+    yield nursery
+    nursery.process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory):
+    """A base of 12 layers in one file (several when baked), and two adapters."""
+    folder = tmp_path_factory.mktemp("materials")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"model.layers.{i}.{name}.weight": torch.randn(shape, generator=generator)
+        for i in range(12)
+        for name, shape in {**MODULES, "norm": (32,), "untouched": (40, 32)}.items()
+    }
+    (folder / "base").mkdir()
+    save_file(tensors, folder / "base" / "model.safetensors")
+    (folder / "base" / "config.json").write_text('{"tie_word_embeddings": false}')
+    pair = [write_adapter(folder / f"adapter{s}", layers(12, MODULES), seed=s).folder for s in (1, 2)]
+    return SimpleNamespace(base=folder / "base", pair=pair)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(materials, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    plait.bake(materials.pair, base=materials.base, out=out, workers=1, **SETTINGS)
+    return contents(out)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file that is a function of the inputs; the lock names its inputs from where it stands."""
+    skipped = ("merge_metadata.json", "summary.json", "plait.lock")
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in skipped}
+
+
+def test_killed_at_random_points_then_resumed(materials, nursery, undisturbed, tmp_path):
+    """Every bake is killed up to five times, twenty times in all; then it ends with the bytes of an undisturbed one."""
+    rng = random.Random(0)
+    kills = resumed = number = 0
+    while kills < 20:
+        number += 1
+        out = tmp_path / f"out{number}"
+        for _ in range(rng.randint(2, 5)):
+            pid = nursery.start(out, workers=rng.choice((1, 3)))
+            for _ in range(rng.randint(0, 2)):
+                if nursery.read()[0] != "finishing":
+                    break
+            time.sleep(rng.random() * 0.04)
+            os.kill(pid, signal.SIGKILL)
+            code = nursery.wait_for("ended")
+            if out.exists():  # it was done before it was killed
+                break
+            assert code == str(-signal.SIGKILL)
+            kills += 1
+        if not out.exists():
+            result = plait.bake(materials.pair, base=materials.base, out=out, workers=2, **SETTINGS)
+            resumed += len(result.record.resumed)
+            assert not (tmp_path / f".out{number}.baking").exists()
+        assert contents(out) == undisturbed
+    assert resumed, "the test is about finished files that are taken up again"
+
+
+def test_another_recipe_throws_finished_files_away(materials, nursery, tmp_path):
+    left = nursery.interrupt(tmp_path / "out")
+    assert len(list((left / "model").glob("*.safetensors"))) >= 2
+    result = plait.bake(materials.pair, base=materials.base, out=tmp_path / "out", shard_size="20KB", weights=[1, 2])
+    assert result.record.resumed == ()
+    fresh = plait.bake(materials.pair, base=materials.base, out=tmp_path / "fresh", shard_size="20KB", weights=[1, 2])
+    assert contents(result.folder) == contents(fresh.folder)
+
+
+def test_a_changed_base_throws_finished_files_away(materials, nursery, tmp_path):
+    base = Path(shutil.copytree(materials.base, tmp_path / "base"))
+    nursery.interrupt(tmp_path / "out", base=base)
+    os.utime(base / "model.safetensors", ns=(1, 1))
+    result = plait.bake(materials.pair, base=base, out=tmp_path / "out", workers=1, **SETTINGS)
+    assert result.record.resumed == ()
+
+
+def test_a_damaged_finished_file_is_made_again(materials, nursery, undisturbed, tmp_path):
+    left = nursery.interrupt(tmp_path / "out")
+    first = sorted((left / "model").glob("*.safetensors"))[0]
+    with first.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+    plait.bake(materials.pair, base=materials.base, out=tmp_path / "out", **SETTINGS)
+    assert contents(tmp_path / "out") == undisturbed
+
+
+def test_a_torn_journal_is_read_up_to_its_tear(materials, nursery, undisturbed, tmp_path):
+    left = nursery.interrupt(tmp_path / "out")
+    journal = left / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-10])
+    plait.bake(materials.pair, base=materials.base, out=tmp_path / "out", **SETTINGS)
+    assert contents(tmp_path / "out") == undisturbed
+
+
+def test_the_second_of_two_runs_is_told(materials, nursery, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    pid = nursery.start(out)
+    nursery.wait_for("finishing")
+    with pytest.raises(OutputError, match=rf"\.out\.baking is in use by process {pid} on .* this model is being baked"):
+        plait.bake(materials.pair, base=materials.base, out=out)
+    assert nursery.wait_for("ended") == "0"
+    assert contents(out) == undisturbed
+
+
+def test_full_disk(materials, nursery, undisturbed, tmp_path):
+    """A limit on file sizes makes the kernel refuse to write on, as a full disk does."""
+
+    out = tmp_path / "out"
+    nursery.start(out, limit=15_000)
+    assert nursery.wait_for("error").startswith(f"OutputError {out} cannot be written: File too large.")
+    assert nursery.wait_for("ended") == "2"
+    assert not out.exists()
+    left = list((tmp_path / ".out.baking").rglob("*.safetensors"))
+    assert all(p.stat().st_size <= 15_000 for p in left), "an unfinished file gives its space back"
+    plait.bake(materials.pair, base=materials.base, out=out, **SETTINGS)
+    assert contents(out) == undisturbed
+
+
+def test_too_little_space_is_said_before_any_work(materials, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OutputError, match=r"needs .* GB, .* GB free"):
+        plait.bake(materials.pair, base=materials.base, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_that_ends_early_while_it_is_read(materials, tmp_path, monkeypatch):
+    from plait.baking import journal
+
+    base = Path(shutil.copytree(materials.base, tmp_path / "base"))
+    begin = journal.Workshop.begin
+
+    def cut(self: journal.Workshop, digest: str) -> None:
+        begin(self, digest)
+        os.truncate(base / "model.safetensors", 40_000)
+
+    monkeypatch.setattr(journal.Workshop, "begin", cut)
+    with pytest.raises(AdapterError, match=r"model\.safetensors.* ends early.*change") as caught:
+        plait.bake(materials.pair, base=base, out=tmp_path / "out", shard_size="20KB", workers=1)
+    assert not (tmp_path / "out").exists()
+    assert "the same command goes on from there" in "".join(caught.value.__notes__)
+
+
+def test_a_failure_before_a_file_is_finished_leaves_nothing(materials, tmp_path, monkeypatch):
+    from plait.baking.making import Maker
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(Maker, "make", broken)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        plait.bake(materials.pair, base=materials.base, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_while_replacing_keeps_one_of_the_two(materials, tmp_path, monkeypatch):
+    """Between the two renames of a replacement the old model stands in the workshop; the next run puts it back first."""
+    out = tmp_path / "out"
+    before = plait.bake(materials.pair, base=materials.base, out=out).folder
+    expected = contents(before)
+    workshop = tmp_path / ".out.baking"
+    workshop.mkdir()
+    out.rename(workshop / "model.old")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    with pytest.raises(OutputError, match="needs"):
+        plait.bake(materials.pair, base=materials.base, out=out, force=True)
+    assert contents(out) == expected
+
+
+def test_force_replaces_and_nothing_else_does(materials, tmp_path):
+    out = tmp_path / "out"
+    plait.bake(materials.pair, base=materials.base, out=out)
+    with pytest.raises(OutputError, match="exists already"):
+        plait.bake(materials.pair, base=materials.base, out=out)
+    result = plait.bake(materials.pair, base=materials.base, out=out, weights=[2, 2], force=True)
+    assert json.loads((out / "plait.lock").read_text())["recipe"]["adapters"][0]["weight"] == 2
+    assert result.folder == out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_base_is_never_the_output(materials, tmp_path):
+    base = Path(shutil.copytree(materials.base, tmp_path / "base"))
+    (base / "plait.lock").write_text("{}")
+    with pytest.raises(OutputError, match=r"is an input of this bake \(the base model\)"):
+        plait.bake(materials.pair, base=base, out=base, force=True)

@@ -1,0 +1,103 @@
+"""A small language model that knows nothing, two word tasks, and adapters that were really trained for them.
+
+A task gives every word one of two labels; the model sees `sort WORD :` or `rate WORD :` and says the label. The untrained
+base guesses, an adapter knows its own task.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = [f"w{i}" for i in range(24)]
+LABELS = {"sort": ["red", "blue"], "rate": ["good", "bad"]}
+_SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+_REST = ["sort", "rate", ":", "very", "N/A", *LABELS["sort"], *LABELS["rate"]]
+
+
+def label(task: str, word: str) -> str:
+    """Return the right label: by halves for `sort`, by parity for `rate`."""
+    number = int(word[1:])
+    return LABELS[task][number // 12 if task == "sort" else number % 2]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate([*_SPECIAL, *_REST, *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def language_model(seed: int = 0, **config: object) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    wanted = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings = LlamaConfig(
+        vocab_size=len(_SPECIAL) + len(_REST) + len(WORDS),
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **{**wanted, **config},
+    )
+    model = LlamaForCausalLM(settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # the initialisation is so small that all words look alike
+    return model.eval()
+
+
+def save_model(folder: Path) -> Path:
+    language_model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def train_adapter(folder: Path, task: str, steps: int = 60) -> Path:
+    """Train a LoRA adapter on all words, and save it as PEFT does."""
+    torch.manual_seed(sum(map(ord, task)))
+    tokens = tokenizer()
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(language_model(), config)
+    ids = torch.tensor([tokens(f"{task} {word} : {label(task, word)}")["input_ids"] for word in WORDS])
+    labels = ids.clone()
+    labels[:, :-1] = -100
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_task(folder: Path, task: str, *, rows: Sequence[str] = WORDS, **changes: object) -> Path:
+    """Write a task's data and file: the words as test split; what is given in `changes` replaces keys of the file."""
+    data = folder / task
+    data.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"word": word, "label": label(task, word)}) for word in rows]
+    (data / "test.jsonl").write_text("\n".join(lines) + "\n")
+    content = {
+        "name": task,
+        "kind": "classification",
+        "data": {"path": task},
+        "splits": {"test": "test.jsonl"},
+        "prompt": f"{task} {{{{ word }}}} :",
+        "delimiter": " ",
+        "target": "{{ label }}",
+        "labels": LABELS[task],
+        **changes,
+    }
+    file = folder / f"{task}.yaml"
+    file.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}, sort_keys=False))
+    return file

@@ -1,0 +1,156 @@
+"""Log-likelihoods, generation and heads, against a literal reading with the model alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification, MistralConfig, MistralForCausalLM
+
+from plait.errors import TaskError
+from plait.evaluation.answering import answer, ranked
+from plait.evaluation.generation import generate
+from plait.evaluation.heads import classify
+from plait.evaluation.likelihood import log_likelihoods
+from plait.tasks.encoding import Question
+from plait.tasks.examples import read_examples
+from plait.tasks.loading import load_task
+from tests.language_models import WORDS, language_model, tokenizer, write_task
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """Learned positions: a padded prompt must not shift them."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=37, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.4)).eval()
+
+
+def mistral(window: int) -> MistralForCausalLM:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=37,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        sliding_window=window,
+        initializer_range=0.4,
+    )
+    return MistralForCausalLM(config).eval()
+
+
+MODELS = {"llama": language_model, "gpt2": gpt2, "short window": lambda: mistral(8), "long window": lambda: mistral(60)}
+
+
+def questions(shared: int, seed: int = 0) -> list[Question]:
+    """Prompts of different lengths that begin alike, continuations of one to four tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(4, 37, (n,), generator=generator).tolist()
+
+    prefix = tokens(shared)
+    return [Question(prefix + tokens(n), [tokens(1), tokens(3), tokens(1), tokens(4)]) for n in (5, 1, 9, 3, 3, 7, 2)]
+
+
+def literal(model: torch.nn.Module, question: Question) -> list[float]:
+    found = []
+    for said in question.answers:
+        ids = torch.tensor([question.prompt + said])
+        with torch.no_grad():
+            logp = model(ids).logits[0].double().log_softmax(-1)
+        at = len(question.prompt)
+        found.append(sum(float(logp[at + k - 1, token]) for k, token in enumerate(said)))
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("shared", [0, 2, 11])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_log_likelihoods_are_the_models_own(name, shared, batch_size):
+    model = MODELS[name]()
+    asked = questions(shared)
+    found = log_likelihoods(model, asked, batch_size=batch_size)
+    for question, row in zip(asked, found, strict=True):
+        assert row == pytest.approx(literal(model, question), abs=2e-4)
+
+
+def test_progress_counts_every_question():
+    seen: list[int] = []
+    log_likelihoods(language_model(), questions(6), batch_size=2, report=seen.append)
+    assert sum(seen) == 7
+
+
+def test_texts_that_do_not_fit():
+    with pytest.raises(TaskError, match="1 of 8 texts are longer than the model's context of 64 tokens .the longest has 70"):
+        log_likelihoods(language_model(), [*questions(0), Question([5] * 68, [[6, 7]])], batch_size=4)
+
+
+def test_how_length_counts():
+    scores, texts, tokens = [-4.0, -5.0, -6.2], ["ab", "abcdef", "é" * 3], [1, 2, 2]
+    assert ranked(scores, texts, tokens, "sum") == 0
+    assert ranked(scores, texts, tokens, "tokens") == 1
+    assert ranked(scores, ["abcdefgh", "abc", "é" * 20], tokens, "bytes") == 2
+
+
+def test_calibration_takes_off_the_blank_prompt(tmp_path):
+    model, tokens = language_model(), tokenizer()
+    plain = read_examples(load_task(write_task(tmp_path, "sort")), "test")
+    fair = read_examples(load_task(write_task(tmp_path, "sort", calibrated=True)), "test")
+    assert fair.blank == "sort N/A :"
+    raw = answer(model, tokens, plain, batch_size=8)
+    calibrated = answer(model, tokens, fair, batch_size=8)
+    labels = [tokens(label)["input_ids"] for label in ("red", "blue")]
+    blank = literal(model, Question(tokens("sort N/A :")["input_ids"], labels))
+    for one, other in zip(raw, calibrated, strict=True):
+        assert one.scores == pytest.approx(other.scores)
+        gains = [s - b for s, b in zip(one.scores, blank, strict=True)]
+        assert other.given == ("red", "blue")[gains.index(max(gains))]
+    assert [a.given for a in raw] != [a.given for a in calibrated], "the base prefers one label, whatever the word"
+
+
+def test_perplexity_of_texts(tmp_path):
+    model, tokens = language_model(), tokenizer()
+    task = load_task(write_task(tmp_path, "sort", kind="perplexity", labels=None, prompt=None, target="sort {{ word }} : {{ label }}"))
+    examples = read_examples(task, "test")
+    found = answer(model, tokens, examples, batch_size=5)
+    for example, one in zip(examples.items, found, strict=True):
+        ids = tokens(example.target)["input_ids"]
+        assert one.tokens == (4,)
+        assert one.scores == pytest.approx(literal(model, Question([tokens.bos_token_id], [ids])), abs=1e-4)
+
+
+def test_answers_are_what_the_model_says_alone():
+    model, tokens = language_model(), tokenizer()
+    prompts = [tokens(text)["input_ids"] for text in ("sort w1 :", "w2", "rate w3 : very w4 w5 :")]
+    said = generate(
+        model, tokens, [Question(p, []) for p in prompts], max_new_tokens=6, stop=(), batch_size=2
+    )
+    for prompt, text in zip(prompts, said, strict=True):
+        with torch.no_grad():
+            out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=6, do_sample=False)
+        assert text == tokens.decode(out[0, len(prompt) :], skip_special_tokens=True)
+    word = said[0].split()[2]
+    cut = generate(model, tokens, [Question(prompts[0], [])], max_new_tokens=6, stop=(word,), batch_size=1)
+    assert cut == [said[0][: said[0].index(word)]]
+
+
+def test_a_head_says_the_same_in_any_batch():
+    torch.manual_seed(0)
+    config = language_model().config
+    config.num_labels = 3
+    model, tokens = LlamaForSequenceClassification(config).eval(), tokenizer()
+    texts = ["sort w1 :", "w2", "rate w3 : very w4 w5 :", "w7 w8"]
+    found = classify(model, tokens, texts, labels=3, max_tokens=None, batch_size=3)
+    for text, row in zip(texts, found, strict=True):
+        with torch.no_grad():
+            alone = model(torch.tensor([tokens(text)["input_ids"]])).logits[0].tolist()
+        assert row == pytest.approx(alone, abs=1e-5)
+    with pytest.raises(TaskError, match="the task has 2 labels"):
+        classify(model, tokens, texts, labels=2, max_tokens=None, batch_size=3)
+
+
+def test_words_of_the_model():
+    """The tests' tokenizer knows every word that they use."""
+    unknown = tokenizer().unk_token_id
+    assert unknown not in tokenizer()(" ".join([*WORDS, "sort rate : very red blue good bad N/A"]))["input_ids"]

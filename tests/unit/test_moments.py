@@ -1,0 +1,244 @@
+"""Second moments: their files, the ways to give them, and everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import plait
+from plait.cli.main import app
+from plait.errors import AdapterError, OutputError, PlanError, RecipeError
+from tests.adapters_on_disk import Embedding, Linear, layers, write_adapter
+
+MODULES = layers(2, {"q_proj": (6, 5)})
+PATHS = sorted(MODULES)
+
+
+def gram(seed: int = 0, d_in: int = 5) -> torch.Tensor:
+    x = torch.randn(20, d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.mT @ x / len(x)
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, Path]:
+    return {n: write_adapter(tmp_path / n, MODULES, r=2, alpha=4.0, seed=s).folder for s, n in enumerate("ab")}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for s, name in enumerate("ab"):
+        plait.save_moments(tmp_path / "moments" / f"{name}.safetensors", {m: gram(s) for m in PATHS})
+    return tmp_path / "moments"
+
+
+def change(folder: Path, module: str, value: torch.Tensor | None) -> None:
+    """Put something else into a's file, without the checks of `save_moments`."""
+    tensors = load_file(folder / "a.safetensors")
+    del tensors[module]
+    save_file({**tensors, **({} if value is None else {module: value})}, folder / "a.safetensors")
+
+
+def merge(sources, tmp_path, **settings):
+    return plait.merge(sources, out=tmp_path / "out", **{"method": "regmean", **settings})
+
+
+def weights(result) -> bytes:
+    return (result.folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_file_holds_what_was_saved(folder):
+    tensors = load_file(folder / "a.safetensors")
+    assert sorted(tensors) == PATHS
+    assert torch.equal(tensors[PATHS[0]], gram(0).float())
+
+
+def test_folder_files_function_recipe_and_flag_make_the_same_bytes(sources, folder, tmp_path):
+    first = weights(merge(sources, tmp_path, moments=folder))
+    files = {n: folder / f"{n}.safetensors" for n in sources}
+    assert weights(plait.merge(sources, out=tmp_path / "1", method="regmean", moments=files)) == first
+
+    def function(adapter, module):
+        return load_file(files[adapter])[module]
+
+    assert weights(plait.merge(sources, out=tmp_path / "2", method="regmean", moments=function)) == first
+    entries = [{"name": n, "path": str(p), "moments": f"moments/{n}.safetensors"} for n, p in sources.items()]
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"version": 1, "adapters": entries, "method": "regmean"}))
+    assert weights(plait.merge(recipe, out=tmp_path / "3")) == first
+    arguments = ["merge", *(f"{n}={p}" for n, p in sources.items()), "--method", "regmean", "--moments", str(folder)]
+    done = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "4")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "4" / "adapter_model.safetensors").read_bytes() == first
+
+
+def test_moments_of_a_folder_go_before_those_of_the_recipe(sources, folder, tmp_path, monkeypatch):
+    entries = [{"name": n, "path": str(p), "moments": "nowhere"} for n, p in sources.items()]
+    (tmp_path / "elsewhere").mkdir()
+    recipe = tmp_path / "elsewhere" / "recipe.json"
+    recipe.write_text(json.dumps({"version": 1, "adapters": entries, "method": "regmean"}))
+    monkeypatch.chdir(tmp_path)
+    assert plait.plan(recipe, moments="moments").method == "regmean"
+
+
+def test_the_lock_holds_their_digests(sources, folder, tmp_path):
+    import hashlib
+
+    lock = json.loads((merge(sources, tmp_path, moments=folder).folder / "plait.lock").read_text())
+    for name in sources:
+        data = (folder / f"{name}.safetensors").read_bytes()
+        assert lock["inputs"][name]["moments"]["sha256"] == hashlib.sha256(data).hexdigest()
+        assert (tmp_path / "out" / lock["inputs"][name]["moments"]["path"]).resolve() == folder / f"{name}.safetensors"
+
+
+def test_a_plan_promises_the_same_bytes_for_files_only(sources, folder):
+    assert plait.plan(sources, method="regmean", moments=folder).promises["deterministic"]
+    assert not plait.plan(sources, method="regmean", moments=lambda adapter, module: gram()).promises["deterministic"]
+
+
+def test_a_function_is_not_asked_before_it_is_needed_nor_changed(sources, tmp_path):
+    asked, given = [], {m: gram() for m in PATHS}
+
+    def function(adapter, module):
+        asked.append((adapter, module))
+        return given[module]
+
+    plait.plan(sources, method="regmean", moments=function)
+    assert not asked
+    merge(sources, tmp_path, moments=function, workers=1)
+    assert sorted(asked) == sorted((n, m) for n in sources for m in PATHS)
+    assert all(torch.equal(x, gram()) for x in given.values())
+
+
+def test_none_given(sources):
+    for method in ("regmean", "ssr"):
+        with pytest.raises(PlanError, match=f"{method}.*needs second moments.*--moments FOLDER.*save_moments"):
+            plait.plan(sources, method=method)
+    assert plait.plan(sources, method="wudi").method == "wudi"
+
+
+def test_given_for_some_only(sources, folder):
+    with pytest.raises(PlanError, match="given for a, not for b; all need them"):
+        plait.plan(sources, method="regmean", moments={"a": folder / "a.safetensors"})
+
+
+def test_given_for_an_adapter_that_is_not_there(sources, folder):
+    with pytest.raises(RecipeError, match="moments: 'c' is no adapter of this merge; there are a, b"):
+        plait.plan(sources, method="regmean", moments={"c": folder / "a.safetensors"})
+
+
+def test_missing_and_broken_files_are_named_together(sources, folder):
+    (folder / "a.safetensors").unlink()
+    (folder / "b.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(AdapterError) as caught:
+        plait.plan(sources, method="regmean", moments=folder)
+    for words in ("moments of 'a'", "No such file", "moments of 'b'", "save_moments"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(None, "missing"), (torch.eye(4), r"\[4, 4\]"), (torch.ones(5), r"\[5\]"), (torch.ones(5, 6), r"\[5, 6\]")],
+)
+def test_shapes_are_known_before_running(sources, folder, value, words):
+    change(folder, PATHS[1], value)
+    with pytest.raises(PlanError, match=rf"a.safetensors: moments of 1 target modules do not fit: .*{words}, needs \[5, 5\]"):
+        plait.plan(sources, method="regmean", moments=folder)
+
+
+BAD = {
+    "not finite": torch.eye(5).index_put((torch.tensor([1]), torch.tensor([2])), torch.tensor(torch.nan)),
+    "not symmetric": torch.eye(5).index_put((torch.tensor([1]), torch.tensor([2])), torch.tensor(0.5)),
+    "negative values on the diagonal": torch.diag(torch.tensor([1.0, 1, 1, 1, -1])),
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_values_are_checked_when_they_are_read(sources, folder, tmp_path, words):
+    change(folder, PATHS[1], BAD[words])
+    with pytest.raises(AdapterError, match=f"moments of 'a', {PATHS[1]}: .*{words}"):
+        merge(sources, tmp_path, moments=folder)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_values_are_checked_when_they_are_saved(tmp_path, words):
+    with pytest.raises(AdapterError, match=f"moments of q: .*{words}"):
+        plait.save_moments(tmp_path / "x.safetensors", {"q": BAD[words]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_matrix_is_not_saved(tmp_path):
+    for value in (torch.ones(3, 4), torch.ones(3), torch.tensor(1.0)):
+        with pytest.raises(AdapterError, match="moments of q: the shape is"):
+            plait.save_moments(tmp_path / "x.safetensors", {"q": value})
+
+
+def test_a_file_is_not_replaced(folder):
+    with pytest.raises(OutputError, match=r"a.safetensors exists"):
+        plait.save_moments(folder / "a.safetensors", {"q": torch.eye(3)})
+
+
+@pytest.mark.parametrize("method", ["regmean", "ssr"])
+def test_an_indefinite_matrix_is_refused(sources, tmp_path, method):
+    negative = torch.eye(5) - torch.ones(5, 5)  # diagonal 0, eigenvalue −4
+    with pytest.raises(PlanError, match="not positive semidefinite"):
+        merge(sources, tmp_path, method=method, ridge=1e-6, moments=lambda adapter, module: negative)
+
+
+def test_a_function_that_has_none_of_a_module_is_refused(sources, tmp_path):
+    with pytest.raises(AdapterError, match=f"moments of 'b', {PATHS[0]}: there are none, and the adapter has the module"):
+        merge(sources, tmp_path, moments=lambda adapter, module: gram() if adapter == "a" else None)
+
+
+def test_embeddings_have_no_moments(tmp_path):
+    modules = {**MODULES, "embed_tokens": Embedding(9, 5)}
+    sources = {n: write_adapter(tmp_path / n, modules, r=2, alpha=4.0, seed=s).folder for s, n in enumerate("ab")}
+    with pytest.raises(PlanError, match="embed_tokens: the inputs of an embedding are tokens"):
+        plait.plan(sources, method="regmean", moments=lambda adapter, module: gram())
+
+
+def test_a_method_that_needs_none_says_that_they_change_nothing(sources, folder):
+    assert any("no second moments" in note for note in plait.plan(sources, moments=folder).notes)
+    assert not any("moments" in note for note in plait.plan(sources, method="regmean", moments=folder).notes)
+
+
+def test_memory_of_the_matrices_is_in_the_plan(tmp_path):
+    modules = {"layers.0.q_proj": Linear(8, 300)}
+    sources = {n: write_adapter(tmp_path / n, modules, r=2, alpha=4.0, seed=s).folder for s, n in enumerate("ab")}
+    with_moments = plait.plan(sources, method="ssr", moments=lambda adapter, module: gram(0, 300)).peak_bytes
+    assert with_moments - plait.plan(sources, method="wudi").peak_bytes == 6 * 4 * 300**2
+
+
+def test_adapters_of_one_initialisation_are_named_in_the_plan(tmp_path):
+    rng = np.random.default_rng(0)
+    big = layers(4, {"q_proj": (30, 40)})
+    common = {m: rng.normal(size=(2, 40)).astype(np.float32) for m in big}
+    sources = {}
+    for name in "abc":
+        values = {m: Linear(30, 40, values=(common[m], rng.normal(size=(30, 2)).astype(np.float32))) for m in big}
+        written = write_adapter(tmp_path / name, values if name != "c" else big, r=2, alpha=2.0, seed=3)
+        sources[name] = written.folder
+    notes = plait.plan(sources, method="wudi").notes
+    assert any("A matrices of a + b span nearly the same space" in note for note in notes)
+    assert not any("span nearly" in note for note in plait.plan(sources, method="linear").notes)
+    assert not any("span nearly" in note for note in plait.plan({n: sources[n] for n in "bc"}, method="wudi").notes)
+
+
+def test_a_raised_ridge_is_in_the_run_record(tmp_path):
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=(2, 12))
+    sources = {}
+    for name in "ab":
+        values = (common + 1e-4 * rng.normal(size=(2, 12)), rng.normal(size=(9, 2)))
+        module = Linear(9, 12, values=tuple(v.astype(np.float32) for v in values))
+        sources[name] = write_adapter(tmp_path / name, {f"layers.{i}.q_proj": module for i in range(3)}, r=2, alpha=2.0).folder
+    raised = merge(sources, tmp_path, method="wudi", ridge=1e-9).record.notes
+    assert any("ridge was raised" in note and "3 target modules, such as layers.0.q_proj" in note for note in raised)
+    kept = plait.merge(sources, out=tmp_path / "kept", method="wudi", ridge=1.0).record.notes
+    assert not any("raised" in note for note in kept)

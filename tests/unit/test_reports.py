@@ -1,0 +1,245 @@
+"""The report: what is read, what is said of it, what is drawn."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+import plait
+from plait.errors import OutputError, ReportError
+from plait.evaluation.record import Evaluation, Matrix, Sample, Source, TaskResult
+from plait.reports.colors import css, diverging, ink
+from plait.reports.page import recovery_bars, render
+from plait.reports.reading import Report, read_report
+from plait.reports.verdict import certainty, verdict
+from plait.testing import cohort
+
+HOSTILE = "<script>document.title='broken'</script> & \"quoted\""
+
+
+def task(name: str, recovery: float | None, **changes) -> TaskResult:
+    fields = {
+        "task": name, "kind": "classification", "metric": "accuracy", "higher_is_better": True, "adapter": name, "examples": 40,
+        "subset": None, "base": 0.2, "single": 0.9, "merged": 0.8, "base_interval": (0.1, 0.3), "single_interval": (0.8, 1.0),
+        "merged_interval": (0.7, 0.9), "recovery": recovery, "recovery_interval": (0.7, 1.05) if recovery is not None else None,
+        "undefined": None if recovery is not None else "its own adapter is no better than the base", "below_base": False,
+        "samples": (Sample(id="1", prompt=HOSTILE, target="yes", base="no", single="yes", merged="perhaps"),),
+    }  # fmt: skip
+    return TaskResult(**{**fields, **changes})
+
+
+def evaluation(*tasks: TaskResult, **changes) -> Evaluation:
+    known = {t.task: t.recovery for t in tasks if t.recovery is not None}
+    worst = min(known, key=known.get) if known else None
+    fields = {
+        "plait": plait.__version__, "name": "ties", "kind": "merge", "tag": "ties_1", "method": "ties", "space": "core",
+        "recipe": None, "base_model": "base", "split": "test", "dtype": "float32", "batch_size": 8, "draws": 100, "seed": 0,
+        "sources": (Source(name="a", path="./a", repo=None, commit=None, sha256="0" * 64),), "tasks": tasks,
+        "mean_recovery": sum(known.values()) / len(known) if known else None, "mean_interval": (0.7, 0.9),
+        "worst_recovery": known.get(worst), "worst_interval": (0.5, 0.9) if known else None, "worst_task": worst,
+        "below_base": tuple(t.task for t in tasks if t.below_base), "undefined": (), "matrix": None, "notes": (HOSTILE,),
+        "finished": "2026-01-02T03:04:05+00:00", "seconds": 1.0,
+    }  # fmt: skip
+    return Evaluation(**{**fields, **changes})
+
+
+WHOLE = evaluation(
+    task("maths", 0.95),
+    task("code", -0.3, below_base=True, recovery_interval=(-0.6, 0.1)),
+    task("none", None, samples=()),
+    matrix=Matrix(
+        adapters=("maths", "code"),
+        tasks=("maths", "code"),
+        values=((0.9, 0.1), (0.3, 0.8)),
+        recovery=((1.0, -0.5), (None, 1.0)),
+    ),
+)
+
+
+def run_folder(folder, found: Evaluation):
+    folder.mkdir(parents=True)
+    (folder / "eval_results_test.json").write_text(found.model_dump_json())
+    return folder
+
+
+class Page(HTMLParser):
+    """The texts of a page, what it would fetch, and whether its tags are closed."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "input", "hr"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.fetched += [v for k, v in attrs if k in ("src", "href") and v != "data:,"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def test_the_page_stands_alone_and_says_what_the_numbers_say():
+    page = Page(render(Report(evaluations=(WHOLE,)), title=HOSTILE))
+    assert page.fetched == []
+    assert "script" not in page.tags, "text of a task became markup"
+    assert page.text.count(HOSTILE) >= 3, "title, prompt and note are shown as they are"
+    for said in ("Not good enough: worse than the bare base model on code", "-30%", "95%", "none: its own adapter is no better",
+                 "0.900 (100%)", "0.100 (-50%)", "perhaps"):  # fmt: skip
+        assert said in page.text, said
+
+
+@pytest.mark.parametrize(
+    ("tasks", "begins"),
+    [
+        ([task("a", 0.95), task("b", 0.92)], "Good: every task"),
+        ([task("a", 0.95), task("b", 0.75)], "Fair: every task is better"),
+        ([task("a", 0.95), task("b", 0.2)], "Weak: b loses"),
+        ([task("a", 0.95), task("b", 0.9, below_base=True)], "Not good enough: worse than the bare base model on b."),
+        ([task("a", None)], "No task has a recovery: its own adapter"),
+    ],
+)
+def test_the_verdict(tasks, begins):
+    found = verdict(evaluation(*tasks))
+    assert found.startswith(begins)
+    if tasks[-1].recovery is not None:
+        assert "the worst task, b, keeps" in found
+
+
+def test_certainty_names_examples_and_a_wide_interval():
+    found = certainty(evaluation(task("a", 0.9), task("b", 0.7)))
+    assert "With 80 examples the worst recovery lies between 50% and 90% (95 %)" in found
+    assert "more examples" in found
+    assert "more examples" not in certainty(evaluation(task("a", 0.9), worst_interval=(0.8, 0.95)))
+
+
+def test_bars_begin_at_zero_and_stay_on_the_axis():
+    axis, bars = recovery_bars([task("a", 0.5), task("b", -0.25, recovery_interval=(-9.0, 9.0)), task("c", None)])
+    a, b, c = bars
+    assert a.left == pytest.approx(axis.zero)
+    assert a.left + a.width == pytest.approx((axis.zero + axis.one) / 2, abs=0.02)
+    assert b.left + b.width == pytest.approx(axis.zero, abs=0.02), "a loss is drawn to the left"
+    assert (b.low, b.spread) == (0, 100), "an interval beyond the axis ends at its ends"
+    assert (c.width, c.low, c.text) == (0, None, "–")
+
+
+@pytest.mark.parametrize("value", [-5, -1, -0.5, 0, 0.3, 1, 7])
+def test_colours_are_colours_and_text_on_them_reads(value):
+    color = diverging(value)
+    assert re.fullmatch("#[0-9a-f]{6}", css(color))
+    linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    contrast = (luminance + 0.05) / 0.05 if ink(color) == "#000" else 1.05 / (luminance + 0.05)
+    assert contrast >= 4.5
+
+
+def test_adapters_are_compared_where_they_still_are(tmp_path):
+    cohort([(12, 10), (8, 12)], [2, 2], seed=3).save(tmp_path)
+    adapters = [{"name": n, "path": str(tmp_path / n)} for n in ("adapter0", "adapter1")]
+    weights = {"policy": "per_layer", "layers": {"1": {"adapter0": 0.25}}}
+    run = run_folder(tmp_path / "run", evaluation(task("a", 0.9), recipe={"adapters": adapters, "weights": weights}))
+    report = read_report([run])
+    assert report.conflict is not None
+    assert report.conflict.layers[0].overlap_a[0][1] is not None
+    assert report.weights is not None
+    assert report.weights.values == ((1.0, 1.0), (0.25, 1.0))
+    text = Page(render(report, title="t")).text
+    assert "Weights by layer" in text
+    assert "adapter0 · adapter1" in text
+    shutil.rmtree(tmp_path / "adapter0")
+    gone = read_report([run])
+    assert gone.conflict is None
+    assert "adapter0" in gone.notes[0]
+
+
+def test_a_written_merge_brings_its_energy_and_its_lock(tmp_path):
+    cohort([(12, 10)], [2, 2], seed=3).save(tmp_path)
+    plait.merge([tmp_path / "adapter0", tmp_path / "adapter1"], method="svd", rank=1, out=tmp_path / "merged")
+    done = plait.report([tmp_path / "merged"], out=tmp_path / "r.html")
+    page = Page(done.page.read_text())
+    assert "Energy kept at rank 1" in page.text
+    assert "plait.lock" in page.text
+
+
+def test_figures_are_drawn_and_the_same_twice(tmp_path):
+    run = run_folder(tmp_path / "run", WHOLE)
+    first = plait.report(run, out=tmp_path / "a.html", figures=tmp_path / "a")
+    second = plait.report(run, out=tmp_path / "b.html", figures=tmp_path / "b")
+    names = [f.name for f in first.figures]
+    assert names == ["recovery.svg", "recovery.png", "interference.svg", "interference.png"]
+    for one, other in zip(first.figures, second.figures, strict=True):
+        assert one.read_bytes() == other.read_bytes(), one.name
+    assert first.figures[1].read_bytes().startswith(b"\x89PNG")
+    assert "maths" in first.figures[0].read_text()
+
+
+def test_what_is_no_run_is_told_all_at_once(tmp_path):
+    (tmp_path / "empty").mkdir()
+    broken = tmp_path / "eval_results_test.json"
+    broken.write_text(json.dumps({"version": 1}))
+    with pytest.raises(ReportError) as caught:
+        plait.report([tmp_path / "nowhere", tmp_path / "empty", broken], out=tmp_path / "r.html")
+    for said in ("nowhere: is no file or folder", "empty: holds no run", "not a result that this version of plait wrote"):
+        assert said in str(caught.value)
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_page_is_replaced_only_when_asked(tmp_path):
+    run = run_folder(tmp_path / "run", WHOLE)
+    page = tmp_path / "r.html"
+    page.write_text("mine")
+    with pytest.raises(OutputError, match="exists already"):
+        plait.report(run, out=page)
+    assert page.read_text() == "mine"
+    plait.report(run, out=page, force=True)
+    assert "What ties kept" in page.read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.html", "run"]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_chromium_draws_it_without_errors_or_requests(tmp_path):
+    """The page's own bars have widths, nothing is fetched, nothing is logged; at the width of a phone nothing sticks out."""
+    page = tmp_path / "r.html"
+    plait.report(run_folder(tmp_path / "run", WHOLE), out=page)
+    probe = """<script>addEventListener("load", () => {
+      const bars = [...document.querySelectorAll(".fill")].map(b => b.getBoundingClientRect().width);
+      const wide = document.documentElement.scrollWidth > innerWidth;
+      document.title = JSON.stringify({bars, wide, fetched: performance.getEntriesByType("resource").length});
+    });</script>"""
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.read_text().replace("</body>", f"{probe}</body>"))
+    done = subprocess.run(
+        [
+            *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
+            *("--disable-component-update", "--disable-sync", "--window-size=500,900"),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            *("--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom", probed.as_uri()),
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    found = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert found is not None
+    told = json.loads(found[1])
+    assert told["fetched"] == 0
+    assert not told["wide"]
+    assert [width > 0 for width in told["bars"]] == [True, True, False]
+    assert "CONSOLE" not in done.stderr
