@@ -40,6 +40,7 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/merge.py
+	$(BIN)/python bench/mixture.py
 	$(BIN)/python bench/methods.py
 	$(BIN)/python bench/bake.py
 

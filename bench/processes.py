@@ -1,4 +1,4 @@
-"""Fresh processes: jobs of `jobs.py`, and bare commands whose start-up time is wanted."""
+"""Fresh processes: jobs of `jobs.py` and its like, and bare commands whose start-up time is wanted."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ HERE = Path(__file__).parent
 JOB_LIMIT_S = 3600
 
 
-def run_job(job: str, **arguments: Any) -> dict[str, Any]:
-    """Run a job in a fresh process; return its result with `wall`, the whole process's seconds."""
+def run_job(job: str, *, script: str = "jobs.py", **arguments: Any) -> dict[str, Any]:
+    """Run a job of a script here in a fresh process; return its result with `wall`, the whole process's seconds."""
     os.sync()  # what earlier jobs wrote must not be waited for by this one
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
-        command = [sys.executable, str(HERE / "jobs.py"), job, json.dumps(arguments), str(result)]
+        command = [sys.executable, str(HERE / script), job, json.dumps(arguments), str(result)]
         start = time.perf_counter()
         done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=JOB_LIMIT_S)
         wall = time.perf_counter() - start

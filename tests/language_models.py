@@ -65,9 +65,7 @@ def train_adapter(folder: Path, task: str, steps: int = 60) -> Path:
     """Train a LoRA adapter on all words, and save it as PEFT does."""
     torch.manual_seed(sum(map(ord, task)))
     tokens = tokenizer()
-    config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(language_model(), config)
     ids = torch.tensor([tokens(f"{task} {word} : {label(task, word)}")["input_ids"] for word in WORDS])
     labels = ids.clone()

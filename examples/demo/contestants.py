@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-ADDS = (0.33, 0.5, 0.7, 1.0)
+ADDS = (0.33, 0.6, 1.0)
 KEEPS = (0.7, 1.0, 1.4)  # the result has the size of a delta
-AVERAGES = (1.0, 1.5, 2.0, 2.5)
+AVERAGES = (1.0, 1.5, 2.0)
 SOLVES = (1.0, 1.3)
 Settings = Mapping[str, Any]
 
@@ -70,12 +70,12 @@ CONTESTANTS: tuple[Contestant, ...] = (
     plait("cart", ADDS),
     plait("star", ADDS),
     plait("ties", AVERAGES, *_DENSITIES, space="delta", name="ties delta"),
-    plait("ties", AVERAGES, *_DENSITIES, space="knots", flavor="core_space", name="ties knots"),
-    plait("dare_linear", ADDS, {"density": 0.5}, {"density": 0.8}, space="core", name="dare_linear core"),
-    plait("dare_ties", AVERAGES, {"density": 0.5}, {"density": 0.8}, space="core", name="dare_ties core"),
+    plait("ties", AVERAGES, {"density": 0.5}, space="knots", flavor="core_space", name="ties knots"),
+    plait("dare_linear", ADDS, {"density": 0.5}, space="core", name="dare_linear core"),
+    plait("dare_ties", AVERAGES, {"density": 0.5}, space="core", name="dare_ties core"),
     plait("della", AVERAGES, space="core", name="della core"),
     plait("breadcrumbs", ADDS, space="core", name="breadcrumbs core"),
-    plait("magnitude_prune", ADDS, *_DENSITIES, space="core", name="magnitude_prune core"),
+    plait("magnitude_prune", ADDS, {"density": 0.5}, space="core", name="magnitude_prune core"),
     plait("sce", AVERAGES, space="core", name="sce core"),
     plait("consensus", ADDS, space="core", name="consensus core"),
     plait("pcb", AVERAGES, space="core", name="pcb core"),

@@ -18,6 +18,7 @@ _HOME = {
     "Adapter": "plait.adapters",
     "AdapterError": "plait.errors",
     "AddressError": "plait.errors",
+    "Evaluation": "plait.evaluation.record",
     "Inspection": "plait.merging.inspection",
     "LowRank": "plait.adapters",
     "MergePlan": "plait.merging.plan",
@@ -28,8 +29,10 @@ _HOME = {
     "Recipe": "plait.recipes.schema",
     "RecipeError": "plait.errors",
     "ReportError": "plait.errors",
+    "TaskError": "plait.errors",
     "bake": "plait.api",
     "compress": "plait.api",
+    "evaluate": "plait.api",
     "extract": "plait.api",
     "inspect": "plait.api",
     "load_recipe": "plait.recipes.loading",
@@ -48,6 +51,7 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
     "Adapter",
     "AdapterError",
     "AddressError",
+    "Evaluation",
     "Inspection",
     "LowRank",
     "MergePlan",
@@ -58,8 +62,10 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
     "Recipe",
     "RecipeError",
     "ReportError",
+    "TaskError",
     "bake",
     "compress",
+    "evaluate",
     "extract",
     "inspect",
     "load_recipe",
@@ -75,8 +81,18 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
 
 if TYPE_CHECKING:
     from plait.adapters import Adapter, LowRank
-    from plait.api import bake, compress, extract, inspect, merge, plan, push, report, unbake, verify
-    from plait.errors import AdapterError, AddressError, OutputError, PlaitError, PlanError, RecipeError, ReportError
+    from plait.api import bake, compress, evaluate, extract, inspect, merge, plan, push, report, unbake, verify
+    from plait.errors import (
+        AdapterError,
+        AddressError,
+        OutputError,
+        PlaitError,
+        PlanError,
+        RecipeError,
+        ReportError,
+        TaskError,
+    )
+    from plait.evaluation.record import Evaluation
     from plait.merging.inspection import Inspection
     from plait.merging.moments import save_moments
     from plait.merging.pipeline import MergeResult

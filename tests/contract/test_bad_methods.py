@@ -233,7 +233,7 @@ def test_a_preset_that_hides_something_is_found() -> None:
             stages=lambda params: Pipeline(stage),
         )
 
-    with pytest.raises(AssertionError, match="breaks 'spelled' .*: sum: model.layers.0.proj differs"):
+    with pytest.raises(AssertionError, match=r"breaks 'spelled' .*: sum: model\.layers\.0\.proj differs"):
         check_property(subject_of(preset(Doubled())), "core", "spelled")
     check_property(subject_of(preset(Sum())), "core", "spelled")
 

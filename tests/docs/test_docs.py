@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import plait
 from plait.recipes.loading import load_recipe
@@ -70,6 +71,16 @@ def test_recipes_of_the_readme(recipe, monkeypatch):
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda p: p.name)
 def test_recipes_of_the_examples(path):
     assert plait.plan(path).modules
+
+
+def test_the_example_forgets_exactly(tmp_path):
+    """What `forget.yaml` leaves is sentiment minus half of langid, in every module."""
+    left = plait.Adapter.open(plait.merge(ROOT / "examples" / "recipes" / "forget.yaml", out=tmp_path / "left").folder, "left")
+    first, second = (plait.Adapter.open(DEMO / name, name) for name in ("sentiment", "langid"))
+    assert set(left.targets) == set(first.targets) | set(second.targets)
+    for path in list(left.targets)[::40]:
+        kept, one, two = (a.read(path, torch.float64)[0].scaled(a.targets[path].scaling).dense() for a in (left, first, second))
+        torch.testing.assert_close(kept, one - two / 2, rtol=0, atol=1e-6 * float(one.abs().max()))
 
 
 def test_the_method_of_contributing_passes_the_contract(tmp_path):

@@ -20,7 +20,9 @@ from tests.language_models import WORDS, language_model, tokenizer, write_task
 def gpt2() -> GPT2LMHeadModel:
     """Learned positions: a padded prompt must not shift them."""
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=37, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.4)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=37, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.4)
+    ).eval()
 
 
 def mistral(window: int) -> MistralForCausalLM:
@@ -82,7 +84,7 @@ def test_progress_counts_every_question():
 
 
 def test_texts_that_do_not_fit():
-    with pytest.raises(TaskError, match="1 of 8 texts are longer than the model's context of 64 tokens .the longest has 70"):
+    with pytest.raises(TaskError, match=r"1 of 8 texts are longer than the model's context of 64 tokens .the longest has 70"):
         log_likelihoods(language_model(), [*questions(0), Question([5] * 68, [[6, 7]])], batch_size=4)
 
 
@@ -111,7 +113,9 @@ def test_calibration_takes_off_the_blank_prompt(tmp_path):
 
 def test_perplexity_of_texts(tmp_path):
     model, tokens = language_model(), tokenizer()
-    task = load_task(write_task(tmp_path, "sort", kind="perplexity", labels=None, prompt=None, target="sort {{ word }} : {{ label }}"))
+    task = load_task(
+        write_task(tmp_path, "sort", kind="perplexity", labels=None, prompt=None, target="sort {{ word }} : {{ label }}")
+    )
     examples = read_examples(task, "test")
     found = answer(model, tokens, examples, batch_size=5)
     for example, one in zip(examples.items, found, strict=True):
@@ -123,12 +127,12 @@ def test_perplexity_of_texts(tmp_path):
 def test_answers_are_what_the_model_says_alone():
     model, tokens = language_model(), tokenizer()
     prompts = [tokens(text)["input_ids"] for text in ("sort w1 :", "w2", "rate w3 : very w4 w5 :")]
-    said = generate(
-        model, tokens, [Question(p, []) for p in prompts], max_new_tokens=6, stop=(), batch_size=2
-    )
+    said = generate(model, tokens, [Question(p, []) for p in prompts], max_new_tokens=6, stop=(), batch_size=2)
     for prompt, text in zip(prompts, said, strict=True):
         with torch.no_grad():
-            out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=6, do_sample=False)
+            out = model.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=6, do_sample=False
+            )
         assert text == tokens.decode(out[0, len(prompt) :], skip_special_tokens=True)
     word = said[0].split()[2]
     cut = generate(model, tokens, [Question(prompts[0], [])], max_new_tokens=6, stop=(word,), batch_size=1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -246,6 +248,14 @@ def test_axes_name_the_entries(mixture):
 def test_wrong_coefficients_are_refused(mixture, values, granularity, message):
     with pytest.raises(PlanError, match=message), mixture.mixed(values, granularity):
         pass
+
+
+def test_directions_leave_no_room_for_biases(tmp_path):
+    biased = dataclasses.replace(PLAIN["head"], bias=np.ones(4))
+    held = cohort(tmp_path, {"a": {"head": biased}})
+    mixture = Mixture(net(), opened(held), factors="canonical")
+    with pytest.raises(PlanError, match="'head' has DoRA or lora_bias, which are no directions"):
+        mixture.mixed(torch.ones(1, 2), "direction").__enter__()
 
 
 def test_small_steps_of_coefficients_are_seen_in_bfloat16(tmp_path):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import plait
 from plait.cli.main import app
 from plait.errors import AdapterError, OutputError, PlanError, RecipeError
+from plait.recipes.request import read_request
 from tests.adapters_on_disk import Embedding, Linear, layers, write_adapter
 
 MODULES = layers(2, {"q_proj": (6, 5)})
@@ -130,6 +131,12 @@ def test_given_for_some_only(sources, folder):
 def test_given_for_an_adapter_that_is_not_there(sources, folder):
     with pytest.raises(RecipeError, match="moments: 'c' is no adapter of this merge; there are a, b"):
         plait.plan(sources, method="regmean", moments={"c": folder / "a.safetensors"})
+
+
+def test_a_recipe_holds_no_function(sources):
+    for given in (5, gram):
+        with pytest.raises(RecipeError, match=r"moments: .* is no folder and no mapping of names to files"):
+            read_request(None, sources, {"moments": given})
 
 
 def test_missing_and_broken_files_are_named_together(sources, folder):

@@ -16,8 +16,9 @@ def run(code: str) -> str:
 
 def test_the_public_names() -> None:
     assert plait.__all__ == [
-        "METHODS", "SPACES", "Adapter", "AdapterError", "AddressError", "Inspection", "LowRank", "MergePlan", "MergeResult",
-        "OutputError", "PlaitError", "PlanError", "Recipe", "RecipeError", "bake", "compress", "extract", "inspect",
+        "METHODS", "SPACES", "Adapter", "AdapterError", "AddressError", "Evaluation", "Inspection", "LowRank", "MergePlan",
+        "MergeResult", "OutputError", "PlaitError", "PlanError", "Recipe", "RecipeError", "TaskError", "bake", "compress",
+        "evaluate", "extract", "inspect",
         "load_recipe", "merge", "plan", "push", "save_moments", "unbake", "verify", "__version__",
     ]  # fmt: skip
     for name in plait.__all__:

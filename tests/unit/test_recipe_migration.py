@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from fnmatch import fnmatchcase
+from functools import partial
 
 import pytest
 import torch
@@ -560,9 +561,8 @@ def test_mergekits_other_methods_merge_as_there(method, weights, parameters, exp
     )
     x = deltas(len(names))
     if expected == "gta":
-        reference = mergekit(x, weights=weights, elects=method.endswith("ties"), **parameters)
-    else:
-        reference = expected(x)
+        expected = partial(mergekit, weights=weights, elects=method.endswith("ties"), **parameters)
+    reference = expected(x)
     torch.testing.assert_close(merged(recipe, x), reference)
     assert load_recipe(to_yaml(recipe)) == recipe
 
@@ -810,8 +810,9 @@ def test_mergekit_recipes(config, expected):
         (
             gta("slerp", A, B),
             [
-                f"merge_method: mergekit's 'slerp' has no counterpart here; these have one: {', '.join(MERGEKIT)}. mergekit's "
-                "'slerp': it turns whole models; 'nuslerp' with a base_model, and plait's 'slerp', turn what the adapters changed."
+                f"merge_method: mergekit's 'slerp' has no counterpart here; these have one: {', '.join(MERGEKIT)}. "
+                "mergekit's 'slerp': it turns whole models; 'nuslerp' with a base_model, and plait's 'slerp', "
+                "turn what the adapters changed."
             ],
         ),
         (

@@ -17,6 +17,16 @@ from plait.recipes.overrides import apply_overrides, parse_override
 from plait.recipes.paths import read_path, show_path
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import json_schema, to_yaml
+from plait.stages import (
+    STAGES,
+    DeltaCombine,
+    DeltaStage,
+    EntryCombine,
+    EntryStage,
+    GramCombine,
+    LinearCombine,
+    MergedStage,
+)
 from plait.transforms import TRANSFORMS
 
 PAIR = "adapters:\n  - {name: a, path: ./a}\n  - {name: b, path: ./b}\n"
@@ -232,7 +242,7 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
             "method: {name: qqq, a: 1}",
             [f"recipe:4: method.name: name is 'qqq'; it must be {METHOD_NAMES}."],
         ),
-        ("method: {density: 0.3}", ["recipe:4: method.name: 'name' is missing."]),
+        ("method: {density: 0.3}", ["recipe:4: method.name: 'name' is missing. `plait methods` lists the methods."]),
         ("method: 3", ["recipe:4: method: method is 3; it must be a mapping."]),
         ("method: {name: ties, density: 1.1}", ["recipe:4: method.density: density is 1.1; it must be > 0 and <= 1."]),
         ("method: {name: ties, density: 0}", ["recipe:4: method.density: density is 0; it must be > 0 and <= 1."]),
@@ -275,8 +285,8 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
         (
             "weights: {policy: per_layr}",
             [
-                "recipe:4: weights.policy: policy is 'per_layr'; it must be 'scalar', 'per_adapter', 'per_layer' or "
-                "'per_module'. Did you mean 'per_layer'?"
+                "recipe:4: weights.policy: policy is 'per_layr'; it must be 'scalar', 'per_adapter', 'per_layer', "
+                "'per_module', 'schedule' or 'lines'. Did you mean 'per_layer'?"
             ],
         ),
         ("weights: {value: 2}", ["recipe:4: weights.policy: 'policy' is missing."]),
@@ -325,6 +335,80 @@ def test_messages(text, expected):
     assert problems(f"{PAIR}{text}\n") == expected
 
 
+COMBINES = [
+    name for name, stage in STAGES.items() if issubclass(stage, (LinearCombine, GramCombine, EntryCombine, DeltaCombine))
+]
+BEFORE = [name for name, stage in STAGES.items() if issubclass(stage, (DeltaStage, EntryStage))]
+AFTER = [name for name, stage in STAGES.items() if issubclass(stage, MergedStage)]
+
+
+def one_of(names: list[str]) -> str:
+    quoted = [repr(n) for n in names]
+    return f"it must be {', '.join(quoted[:-1])} or {quoted[-1]}."
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "  combine: {name: elect, sgn: total}",
+            ["5: method.combine.sgn: 'sgn' is not known here; allowed: name, sign, weighted_vote, zero_sign, divisor, scope. "
+             "Did you mean 'sign'?"],
+        ),
+        (
+            "  pre:\n    - trm\n    - {name: trim, densty: 0.2}\n    - {name: drop, density: 3}\n  combine: sum",
+            [f"6: method.pre.0: pre.0 is 'trm'; {one_of(BEFORE)} Did you mean 'trim'?",
+             "7: method.pre.1.densty: 'densty' is not known here; allowed: name, density, scope, kept. Did you mean 'density'?",
+             "8: method.pre.2.density: density is 3; it must be > 0 and <= 1."],
+        ),
+        ("  combine: elct", [f"5: method.combine: combine is 'elct'; {one_of(COMBINES)} Did you mean 'elect'?"]),
+        ("  combine: norm_match", [
+            f"5: method.combine: combine is 'norm_match'; {one_of(COMBINES)} 'norm_match' stands under 'post'.",
+        ]),
+        (
+            "  combine: sum\n  post: [trim]",
+            [f"6: method.post.0: post.0 is 'trim'; {one_of(AFTER)} 'trim' stands under 'pre'."],
+        ),
+        (
+            "  combine: ties",
+            [f"5: method.combine: combine is 'ties'; {one_of(COMBINES)} 'ties' is a method, not a stage: `plait methods ties` "
+             "prints the stages that it stands for."],
+        ),
+        ("  combine: {factor: 2}", [f"5: method.combine.name: 'name' is missing. Allowed: {', '.join(COMBINES)}."]),
+        ("  combine: sum\n  pst: [truncate]", [
+            "6: method.pst: 'pst' is not known here; allowed: pre, combine, post, name, space. Did you mean 'post'?",
+        ]),
+        ("  pre: trim", ["5: method.pre: pre is 'trim'; it must be a list."]),
+        ("  pre: [{name: trim, density: true}]", ["5: method.pre.0.density: density is true; it must be a number."]),
+        ("  pre: [trim, pico]", ["4: method: method 'pipeline': stages on deltas come before stages on entries (trim)."]),
+        (
+            "  pre: [trim]\n  post: [norm_match]",
+            ["4: method: method 'pipeline': norm_match after a merge in space 'delta', which is dense; use space 'core' or "
+             "'knots'."],
+        ),
+        ("  combine: slerp\n  space: factors", [
+            "4: method: method 'pipeline': space 'factors' has no deltas for these stages to act on; use 'core', 'knots' or "
+            "'delta'.",
+        ]),
+    ],
+)  # fmt: skip
+def test_messages_about_pipelines(text, expected):
+    assert problems(f"{PAIR}method:\n{text}\n") == [f"recipe:{line}" for line in expected]
+
+
+def test_a_stage_in_the_place_of_a_method_is_told():
+    (line,) = problems(f"{PAIR}method: trim\n")
+    assert line.endswith("'trim' is a stage; spell a pipeline: method: {pre: …}.")
+
+
+@pytest.mark.parametrize("text", ["pre: [trim]", "{pre: [trim], combine: sum}", "{name: pipeline, pre: [{name: trim}]}"])
+def test_stages_need_no_name_before_them(text):
+    recipe = load_recipe(f"{PAIR}method: {text if text[0] == '{' else '{' + text + '}'}\n")
+
+    assert recipe == load_recipe(f"{PAIR}method: {{name: pipeline, pre: [trim], combine: sum}}\n")
+    assert load_recipe(to_yaml(recipe)) == recipe
+
+
 FORMS = "Allowed: [name=]PATH (a folder, as ./a, /a, ~/a) or [name=]org/repo[@revision][/subfolder] (on the Hub)."
 
 
@@ -345,7 +429,8 @@ FORMS = "Allowed: [name=]PATH (a folder, as ./a, /a, ~/a) or [name=]org/repo[@re
             f"recipe:2: adapters.0: 'nowhere': there is no 'nowhere' in {{cwd}}, and a repository needs its owner. {FORMS}",
             "recipe:3: adapters.1.name: name is 'a b'; it must start with a letter or digit and hold only letters, digits, "
             "'.', '_' and '-'.",
-            "recipe:3: adapters.1.wieght: 'wieght' is not known here; allowed: name, path, weight, moments. Did you mean 'weight'?",
+            "recipe:3: adapters.1.wieght: 'wieght' is not known here; allowed: name, path, weight, moments. "
+            "Did you mean 'weight'?",
             f"recipe:4: adapters.2.path: 'also': there is no 'also' in {{cwd}}, and a repository needs its owner. {FORMS}",
         ]),
         ("adapters: [./a]\nmethod: uniform", ["recipe:2: method: method 'uniform' needs at least 2 adapters, got 1."]),
@@ -677,6 +762,12 @@ def test_the_json_schema_describes_recipes_and_their_short_forms():
     assert len(fields["method"]["anyOf"][1]["oneOf"]) == len(METHODS)
     assert schema["$defs"]["AdapterEntry"]["required"] == ["path"]
     assert schema["$defs"]["weighted_method"]["properties"]["lambda"]["maximum"] == 1
+    pipeline = schema["$defs"]["pipeline_method"]
+    assert {"type": "string", "enum": sorted(COMBINES)} in pipeline["properties"]["combine"]["anyOf"]
+    assert {"type": "string", "enum": sorted(BEFORE)} in pipeline["properties"]["pre"]["items"]["anyOf"]
+    assert {"type": "string", "enum": sorted(AFTER)} in pipeline["properties"]["post"]["items"]["anyOf"]
+    assert "required" not in pipeline
+    assert schema["$defs"]["Trim"]["properties"]["density"]["maximum"] == 1
     for reference in set(_references(schema)):
         assert reference.removeprefix("#/$defs/") in schema["$defs"]
     json.dumps(schema, allow_nan=False)

@@ -230,7 +230,9 @@ def test_chat_needs_a_template(tmp_path):
     tokens = tokenizer()
     with pytest.raises(TaskError, match="no chat template"):
         Encoder(tokens, examples.task)
-    tokens.chat_template = "{% for m in messages %}<s> {{ m.content }}{% endfor %}{% if add_generation_prompt %} very{% endif %}"
+    tokens.chat_template = (
+        "{% for m in messages %}<s> {{ m.content }}{% endfor %}{% if add_generation_prompt %} very{% endif %}"
+    )
     (first, *_) = Encoder(tokens, examples.task).questions(examples, [("red",)] * 24)
     assert tokens.convert_ids_to_tokens(first.prompt) == ["<s>", "sort", "w0", ":", "very"]
 
@@ -254,16 +256,14 @@ SAID = [("the cat sat down", "the cat sat"), ("a b c", "a x c d"), ("hello there
         ("classification", "accuracy", CLASSES, lambda t, g: accuracy_score(t, g)),
         ("classification", "macro_f1", CLASSES, lambda t, g: f1_score(t, g, average="macro")),
         ("generation", "exact_match", SAID, lambda t, g: float(np.mean([a == b for a, b in zip(t, g, strict=True)]))),
-        ("generation", "wer", SAID, lambda t, g: jiwer.wer(t, g)),
-        ("generation", "cer", SAID, lambda t, g: jiwer.cer(t, g)),
+        ("generation", "wer", SAID, lambda t, g: jiwer.wer(list(t), list(g))),
+        ("generation", "cer", SAID, lambda t, g: jiwer.cer(list(t), list(g))),
         *(
             (
                 "generation",
                 r,
                 SAID,
-                lambda t, g, r=r: float(
-                    np.mean([RougeScorer([r]).score(a, b)[r].fmeasure for a, b in zip(t, g, strict=True)])
-                ),
+                lambda t, g, r=r: float(np.mean([RougeScorer([r]).score(a, b)[r].fmeasure for a, b in zip(t, g, strict=True)])),
             )
             for r in ("rouge1", "rouge2", "rougeL")
         ),
@@ -285,7 +285,9 @@ def test_metrics_are_the_libraries(tmp_path, kind, name, pairs, reference):
 
 def test_perplexity_is_over_tokens(tmp_path):
     task = load_task(write_task(tmp_path, "sort", kind="perplexity", labels=None))
-    given = [Answer(id=str(i), target="x", given=None, scores=(s,), tokens=(n,)) for i, (s, n) in enumerate([(-3.0, 2), (-5.0, 6)])]
+    given = [
+        Answer(id=str(i), target="x", given=None, scores=(s,), tokens=(n,)) for i, (s, n) in enumerate([(-3.0, 2), (-5.0, 6)])
+    ]
     assert metric_of(task).value(given) == pytest.approx(np.exp(8 / 8))
     assert not metric_of(task).higher_is_better
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from plait.evaluation.likelihood import check_lengths
 from plait.tasks.encoding import Question
@@ -39,13 +41,14 @@ def generate(
     check_lengths(model, [len(q.prompt) + max_new_tokens for q in questions])
     # the model's own settings may ask for sampling; only its end tokens are wanted
     ends = getattr(model.generation_config, "eos_token_id", None)
-    config = import_module("transformers").GenerationConfig(
+    transformers = import_module("transformers")
+    criteria = transformers.StoppingCriteriaList
+    config = transformers.GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
         eos_token_id=tokenizer.eos_token_id if ends is None else ends,
         pad_token_id=tokenizer.pad_token_id,
-        stop_strings=list(stop) or None,
     )
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt), i))
     said = [""] * len(questions)
@@ -56,11 +59,32 @@ def generate(
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(r)) + r for r in rows], device=model.device)
         mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=model.device)
         with torch.inference_mode():
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, tokenizer=tokenizer)
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                stopping_criteria=criteria([_Stop(tokenizer, stop, width)]),
+            )
         for i, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
             said[i] = _cut(text, stop)
         report(len(batch))
     return said
+
+
+@dataclass(frozen=True, eq=False)
+class _Stop:
+    """Says which rows have said a stop text; transformers' own criterion wants tokenizers of certain kinds only."""
+
+    tokenizer: Any
+    stop: Sequence[str]
+    start: int
+
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        done = [False] * len(ids)
+        if self.stop:
+            texts = self.tokenizer.batch_decode(ids[:, self.start :], skip_special_tokens=True)
+            done = [any(s in text for s in self.stop) for text in texts]
+        return torch.tensor(done, device=ids.device)
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

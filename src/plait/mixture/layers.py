@@ -61,8 +61,6 @@ class Adapted(ABC):
     def per_task(self, batch: int | None) -> Tensor:
         """Return λ per adapter, (T,) or (batch, T); adapters that do not act have 0."""
         now = self._dial.now
-        if now.granularity == "direction":
-            raise PlanError(f"{self.place.path!r}: DoRA and lora_bias have no directions; use coarser coefficients.")
         return self._rows(now.share(self._module, self._layer).to(self.stack.owners.device), batch)
 
     def _rows(self, share: Tensor, batch: int | None) -> Tensor:

@@ -229,8 +229,12 @@ class Mixture:
         self._dial.now = self._checked(coefficients, granularity or self.granularity, per_row=self._dial.now.per_row)
 
     def _checked(self, values: Tensor, granularity: Granularity, *, per_row: bool = False) -> Coefficients:
-        if granularity == "direction" and self._factors != "canonical":
-            raise PlanError("coefficients per direction need canonical factors: Mixture(..., factors='canonical').")
+        if granularity == "direction":
+            if self._factors != "canonical":
+                raise PlanError("coefficients per direction need canonical factors: Mixture(..., factors='canonical').")
+            beside = [a.place.path for a in self._adapted if a.stack.gains is not None or a.stack.biases is not None]
+            if beside:
+                raise PlanError(f"{beside[0]!r} has DoRA or lora_bias, which are no directions; use coefficients per module.")
         return Coefficients.of(values, granularity, self.axes, per_row=per_row)
 
     def _arranged(self, merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule], swaps: list[Swap]) -> Arrangement:
@@ -324,7 +328,7 @@ class Mixture:
         return swaps
 
     def _stack(self, place: Place, target: str, adapters: Sequence[Adapter]) -> Stack:
-        dtype = torch.float64 if place.weight.dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if place.home is not None and place.home[1] == torch.float64 else torch.float32
         pieces = [Piece.read(a, target, dtype) if target in a.targets else None for a in adapters]
         if self._factors == "canonical":
             pieces = [None if p is None else p.canonical() for p in pieces]

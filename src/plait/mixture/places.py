@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from plait.adapters.layouts import Layout
 from plait.errors import did_you_mean
 
+_COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that layers compute in
+
 
 @dataclass(frozen=True, eq=False)
 class Place:
@@ -30,22 +32,28 @@ class Place:
     transposed: bool
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The weight, as the module holds it now."""
-        weight = getattr(self.module, self.parameter)
-        if not isinstance(weight, nn.Parameter):
-            raise AssertionError(f"{self.path}: {self.parameter} is no parameter")
+    def weight(self) -> Tensor:
+        """The weight, as the module holds it now; `home` or `dense_problem` say whether it is an ordinary tensor."""
+        weight = self.module._parameters[self.parameter]
+        if weight is None:
+            raise AssertionError(f"{self.path}: has no {self.parameter}")
         return weight
+
+    @property
+    def home(self) -> tuple[torch.device, torch.dtype] | None:
+        """Device and dtype of the weight; None where it tells nothing: offloaded or quantised."""
+        weight = self.module._parameters.get(self.parameter)
+        return None if weight is None or weight.is_meta or weight.dtype not in _COMPUTED else (weight.device, weight.dtype)
 
     def dense_problem(self) -> str | None:
         """Say why the weight cannot be read and replaced; None when it can."""
-        weight = self.weight
         if self.layout.kind == "conv" and self.layout.stack > 1:
             return f"{self.path!r}: the delta of a grouped convolution reads all channels and does not fit into its weight."
-        if weight.is_meta:
+        weight = self.module._parameters.get(self.parameter)
+        if weight is not None and weight.is_meta:
             return f"{self.path!r}: its weight is offloaded; keep the module on a device (device_map)."
-        if not weight.is_floating_point() or weight.numel() != self.layout.entries:
-            return f"{self.path!r}: its weight is quantised ({weight.dtype}, {list(weight.shape)}); load the base unquantised."
+        if weight is None or weight.dtype not in _COMPUTED or weight.numel() != self.layout.entries:
+            return f"{self.path!r}: its weight is quantised; load the base unquantised."
         return None
 
     def matrices(self, weight: Tensor) -> list[Tensor]:

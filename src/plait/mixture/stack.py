@@ -55,17 +55,9 @@ class Stack:
         a = torch.stack([torch.cat([p.slices[i].a for p in present]) for i in range(place.layout.stack)])
         bt = torch.stack([torch.cat([p.slices[i].b.mT for p in present]) for i in range(place.layout.stack)])
         biases = _rows([p.bias if p is not None else None for p in pieces], place)
-        weight = place.weight
-        dtype = weight.dtype if weight.is_floating_point() else a.dtype
-        stack = Stack(
-            a.to(dtype),
-            bt.to(dtype),
-            (0, *accumulate(ranks)),
-            torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)),
-            gains,
-            biases,
-        )
-        return stack if weight.is_meta else stack.to(weight.device, dtype)
+        owners = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
+        stack = Stack(a, bt, (0, *accumulate(ranks)), owners, gains, biases)
+        return stack.to(*place.home) if place.home is not None else stack
 
     @property
     def rank(self) -> int:

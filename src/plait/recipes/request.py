@@ -128,6 +128,8 @@ def _with_moments(recipe: Recipe, given: Any, *, absolute: bool = False) -> Reci
     """
     if given is None:
         return recipe
+    if not isinstance(given, (str, Path, Mapping)):
+        raise RecipeError(f"moments: {given!r} is no folder and no mapping of names to files; a recipe holds nothing else.")
     names = [entry.name for entry in recipe.adapters]
     files = dict(given) if isinstance(given, Mapping) else {name: Path(given) / f"{name}.safetensors" for name in names}
     if unknown := [name for name in files if name not in names]:

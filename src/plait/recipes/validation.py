@@ -206,7 +206,9 @@ def _hint(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) -> st
     model = model_at(path[:-1], data, root)
     fields = {f.alias or n: f for n, f in model.model_fields.items()} if model else {}
     about = fields[str(path[-1])].description if path and str(path[-1]) in fields else None
-    if not model and (names := tags_at(path[:-1], data, root)):
+    if path == ("method", "name"):
+        about = "`plait methods` lists the methods."
+    elif not model and (names := tags_at(path[:-1], data, root)):
         about = f"Allowed: {', '.join(names)}."
     return f" {about}" if about else ""
 

@@ -95,10 +95,10 @@ class _Prompted(_Common):
 
     @model_validator(mode="after")
     def _one_prompt(self) -> _Prompted:
-        if (self.prompt is None) == (self.messages is None) and self._needs_prompt():
-            raise ValueError("give either 'prompt' or 'messages'")
         if self.prompt is not None and self.messages is not None:
             raise ValueError("give 'prompt' or 'messages', not both")
+        if self.prompt is None and self.messages is None and self._needs_prompt():
+            raise ValueError("give 'prompt' or 'messages'")
         return self
 
     @classmethod

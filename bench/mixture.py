@@ -1,0 +1,133 @@
+"""The live mixture beside PEFT and beside dense deltas, in one run: `python bench/mixture.py [--quick] [--markdown]`.
+
+SmolLM2-135M with the demo's three adapters and a random one, all linear layers, r 8 each. PEFT has one active LoRA of r 32.
+Variants take turns in one process; the fastest of their turns counts. Judged is CPU time of all threads, which other work
+on the machine changes least; wall time stands beside it. Results go to `bench/results/mixture.json` too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import report
+from processes import HERE, run_job
+from report import Row, Section
+
+sys.path.insert(0, str(HERE.parent / "examples" / "demo"))
+from base_model import base_model
+
+RESULTS = HERE / "results" / "mixture.json"
+DEMO = HERE.parent / "examples" / "demo" / "adapters"
+SCRIPT = "mixture_jobs.py"
+SHAPE = (8, 64)
+SMALL = (1, 64)
+VARIANTS = ["base", "mixture", "PEFT", "PEFT, the base's dtype", "dense"]
+CANDIDATES = 8
+MB = 1e6
+
+
+def run(cache: Path, rounds: int, raw: dict[str, Any]) -> list[Section]:
+    """Measure everything."""
+    common: dict[str, Any] = {"base": str(base_model()), "adapters": _adapters(cache)}
+
+    def job(label: str, name: str, **arguments: Any) -> dict[str, Any]:
+        raw[label] = run_job(name, script=SCRIPT, **common, **arguments)
+        return raw[label]
+
+    sections = []
+    for dtype in ("bfloat16", "float32"):
+        found = job(f"times {dtype}", "times", dtype=dtype, shape=SHAPE, rounds=rounds, variants=VARIANTS)
+        peaks = {v: job(f"memory {dtype} {v}", "memory", dtype=dtype, shape=SHAPE, variant=v) for v in VARIANTS if v != "base"}
+        sections.append(_beside(dtype, found, peaks))
+    found = job("times small", "times", dtype="bfloat16", shape=SMALL, rounds=2 * rounds, variants=VARIANTS)
+    sections.append(_beside(f"bfloat16, a batch of {SMALL[0]} × {SMALL[1]}", found, {}))
+    sections.append(_switching(job("switching", "switching"), job, rounds))
+    return sections
+
+
+def _adapters(cache: Path) -> list[str]:
+    folders = sorted(str(p) for p in DEMO.iterdir() if p.is_dir())
+    random = cache / "random"
+    run_job("random_adapter", script=SCRIPT, like=folders[0], out=str(random))
+    return [*folders, str(random)]
+
+
+def _beside(title: str, found: dict[str, Any], peaks: dict[str, Any]) -> Section:
+    section = Section(f"Four adapters on SmolLM2-135M, {title}", ("mixture", "other", "CPU time", "wall time"))
+    for work, name in (("forward", "forward"), ("step", "forward + backward to λ per layer")):
+        if work == "forward":
+            section.rows.append(_ratio(f"{name}, the bare base", found, work, "base", None))
+        section.rows.append(_ratio(f"{name}, PEFT with one LoRA of r 32", found, work, "PEFT", 1.2))
+        section.rows.append(_ratio(f"{name}, PEFT, factors in the base's dtype", found, work, "PEFT, the base's dtype", 1.2))
+        section.rows.append(_ratio(f"{name}, dense deltas", found, work, "dense", None if work == "forward" else 1 / 3))
+    for variant in peaks:
+        if variant != "mixture":
+            target = 1.1 if variant.startswith("PEFT") else None
+            ours, theirs = (peaks[v]["all"]["peak_rss"] for v in ("mixture", variant))
+            cells = (_mb(ours), _mb(theirs), f"{ours / theirs:.2f}×", "")
+            section.rows.append(_judged(f"peak memory of steps, model included, {variant}", cells, ours / theirs, target))
+    return section
+
+
+def _switching(took: dict[str, Any], job: Any, rounds: int) -> Section:
+    section = Section("Switching, and many candidates in one pass", ("", "", "", ""))
+    exchange = ("", f"{took['exchange'] * 1e3:.3f} ms", "", "")
+    section.rows.append(Row("exchange coefficients", exchange, "≤ 1 ms", took["exchange"] <= 1e-3))
+    section.rows.append(Row("enter another set of adapters", ("", f"{took['enter'] * 1e3:.3f} ms", "", "")))
+    for shape in ((1, 16), SMALL, SHAPE):
+        found = job(f"candidates {shape}", "candidates", dtype="bfloat16", shape=shape, rounds=rounds, count=CANDIDATES)
+        together, apart = found["together"], found["apart"]
+        cells = (
+            _time(together["cpu"]), _time(apart["cpu"]),
+            f"{apart['cpu'] / together['cpu']:.2f}×", f"{apart['wall'] / together['wall']:.2f}×",
+        )  # fmt: skip
+        section.rows.append(
+            Row(f"{CANDIDATES} candidates on {shape[0]} × {shape[1]}: one pass, {CANDIDATES} passes, gain", cells)
+        )
+    return section
+
+
+def _ratio(work: str, found: dict[str, Any], kind: str, other: str, target: float | None) -> Row:
+    ours, theirs = found["mixture"][kind], found[other][kind]
+    ratio = ours["cpu"] / theirs["cpu"]
+    cells = (_time(ours["cpu"]), _time(theirs["cpu"]), f"{ratio:.2f}×", f"{ours['wall'] / theirs['wall']:.2f}×")
+    return _judged(work, cells, ratio, target)
+
+
+def _judged(work: str, cells: tuple[str, ...], ratio: float, target: float | None) -> Row:
+    return Row(work, cells) if target is None else Row(work, cells, f"≤ {target:.2f}×", ratio <= target)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _mb(size: float) -> str:
+    return f"{size / MB:.0f} MB"
+
+
+def main() -> None:
+    """Parse arguments, measure, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one round: a smoke test")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "plait-bench"), help="where files are kept")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of tables")
+    options = parser.parse_args()
+    machine, raw = report.machine(), {}
+    sections = run(options.cache.resolve(), 1 if options.quick else 6, raw)
+    if options.quick:
+        report.unjudged(sections)
+    report.write(RESULTS, machine, sections, raw)
+    if options.markdown:
+        print(report.markdown(machine, sections))
+    else:
+        print(report.describe(machine))
+        report.show(sections)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""`plait eval` on a small trained model: what a merge kept, from memory and from files, cached, written and required."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import plait
+from plait.cli.main import main
+from plait.errors import PlaitError, TaskError
+from plait.evaluation.scores import Answers
+from plait.mixture import Mixture
+from tests.language_models import LABELS, WORDS, label, save_model, train_adapter, write_task
+
+# PEFT's and torch's own
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+NAMES = ("sort", "rate")
+
+
+class House:
+    """Base, adapters and tasks on disk, made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base = save_model(folder / "base")
+        self.adapters = {name: train_adapter(folder / "adapters" / name, name) for name in NAMES}
+        self.tasks = [write_task(folder / "tasks", name) for name in NAMES]
+
+    def evaluate(self, workspace: Path | None, source: object = None, **settings: object) -> plait.Evaluation:
+        wanted = {"tasks": self.tasks, "base": self.base, "workspace": workspace, "weights": [0.7, 0.6], **settings}
+        if isinstance(source, str):
+            del wanted["weights"]
+        return plait.evaluate(source or self.adapters, **wanted)
+
+    def arguments(self, workspace: Path) -> list[str]:
+        return [
+            "eval",
+            *(f"{name}={path}" for name, path in self.adapters.items()),
+            *("--tasks", *map(str, self.tasks)),
+            *("--base-id", str(self.base), "--workspace", str(workspace)),
+        ]
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    return House(tmp_path_factory.mktemp("house"))
+
+
+def run(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    return int(left.value.code or 0)
+
+
+def kept_scores(workspace: Path, name: str) -> dict[str, tuple[tuple[float, ...], ...]]:
+    """Return every log-likelihood of a contender, per task, as the cache holds them."""
+    found = {}
+    for file in (workspace / ".scores").glob("*.json"):
+        answers = Answers.model_validate_json(file.read_text())
+        if answers.contender == name:
+            found[answers.task] = tuple(a.scores for a in answers.answers)
+    return found
+
+
+def test_every_adapter_knows_its_own_task(house, tmp_path):
+    """Fails when labels are shifted, when another adapter is attached, or when none is."""
+    found = house.evaluate(tmp_path, matrix=True)
+    for task in found.tasks:
+        assert task.single == 1.0
+        assert task.base <= 0.75
+        assert task.recovery == pytest.approx((task.merged - task.base) / (1 - task.base))
+        assert task.examples == 24
+        assert task.recovery_interval[0] <= task.recovery <= task.recovery_interval[1]
+    matrix = found.matrix
+    assert matrix.adapters == matrix.tasks == NAMES
+    for i in range(2):
+        assert matrix.values[i][i] == matrix.recovery[i][i] == 1.0
+        assert matrix.values[i][1 - i] <= 0.8, "an adapter does not know the other task"
+    assert found.worst_recovery == min(t.recovery for t in found.tasks)
+    assert found.mean_recovery == pytest.approx(sum(t.recovery for t in found.tasks) / 2)
+
+
+def test_a_merge_of_one_adapter_alone_is_that_adapter(house, tmp_path):
+    found = house.evaluate(tmp_path, {"sort": house.adapters["sort"]}, tasks=house.tasks[:1], weights=[1.0])
+    (task,) = found.tasks
+    assert task.recovery == 1.0
+    assert task.recovery_interval == (1.0, 1.0)
+    scores = kept_scores(tmp_path, "sort"), kept_scores(tmp_path, "linear, delta")
+    assert scores[0]["sort"] == scores[1].get("sort", kept_scores(tmp_path, "merged").get("sort"))
+
+
+def test_with_the_adapters_exchanged_recovery_goes(house, tmp_path):
+    """The planted bug itself: each name on the other's files."""
+    found = house.evaluate(tmp_path, {"sort": house.adapters["rate"], "rate": house.adapters["sort"]})
+    assert all(task.single < 0.9 for task in found.tasks)
+
+
+def test_with_labels_shifted_by_one_nothing_is_known(house, tmp_path):
+    """The planted bug itself: every target is that of the next word."""
+    file = write_task(tmp_path, "rate")
+    rows = [{"word": w, "label": label("rate", WORDS[(i + 1) % 24])} for i, w in enumerate(WORDS)]
+    (tmp_path / "rate" / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (task,) = house.evaluate(None, tasks=[file]).tasks
+    assert task.single == 0.0
+
+
+MERGES = {
+    "linear": {},
+    "ties in core": {"method": "ties", "space": "core", "density": 0.5},
+    "ties, truncated": {"method": "ties", "space": "delta", "density": 0.5, "rank": 3},
+    "in bfloat16": {"dtype": "bfloat16"},
+    "each module its rank": {"layout": "pattern"},
+}
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_memory_and_files_give_the_same_numbers(house, tmp_path, name):
+    """Exactly: every log-likelihood, bit for bit in float32."""
+    live = house.evaluate(tmp_path / "live", **MERGES[name])
+    merged = plait.merge(house.adapters, weights=[0.7, 0.6], base_model=str(house.base), out=tmp_path / "out", **MERGES[name])
+    saved = house.evaluate(tmp_path / "saved", str(merged.folder))
+    assert saved.kind == "adapter"
+    assert [s.name for s in saved.sources] == list(NAMES), "found by the lock"
+    for one, other in zip(live.tasks, saved.tasks, strict=True):
+        assert (one.base, one.single, one.merged, one.recovery) == (other.base, other.single, other.merged, other.recovery)
+        assert one.recovery_interval == other.recovery_interval
+    scores = kept_scores(tmp_path / "live", "merged")
+    assert set(scores) == set(NAMES)
+    assert scores == kept_scores(tmp_path / "saved", "out")
+
+
+def test_a_baked_model_gives_the_same_numbers(house, tmp_path):
+    live = house.evaluate(tmp_path / "live")
+    plait.bake(house.adapters, weights=[0.7, 0.6], base=house.base, out=tmp_path / "all-in-one")
+    baked = house.evaluate(tmp_path / "baked", str(tmp_path / "all-in-one"), sources=house.adapters)
+    assert baked.kind == "model"
+    assert [t.merged for t in live.tasks] == [t.merged for t in baked.tasks]
+    one, other = kept_scores(tmp_path / "live", "merged"), kept_scores(tmp_path / "baked", "all-in-one")
+    for task in NAMES:
+        for a, b in zip(one[task], other[task], strict=True):
+            assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_what_is_finished_is_not_asked_again(house, tmp_path, monkeypatch):
+    first = house.evaluate(tmp_path)
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(Mixture, "load", load)
+    again = house.evaluate(tmp_path)
+    volatile = {"finished", "seconds"}
+    assert again.model_dump(exclude=volatile) == first.model_dump(exclude=volatile)
+    with pytest.raises(AssertionError, match="loaded"):
+        house.evaluate(tmp_path, batch_size=3)
+    with pytest.raises(AssertionError, match="loaded"):
+        house.evaluate(tmp_path, weights=[0.7, 0.61])
+
+
+def test_what_was_finished_before_a_failure_is_kept(house, tmp_path):
+    bad = write_task(tmp_path, "rate", messages=[{"role": "user", "content": "rate {{ word }} :"}], prompt=None)
+    with pytest.raises(TaskError, match="no chat template"):
+        house.evaluate(tmp_path / "work", tasks=[house.tasks[0], bad])
+    assert set(kept_scores(tmp_path / "work", "merged")) == {"sort"}
+
+
+def test_subsets_have_results_of_their_own(house, tmp_path):
+    whole = house.evaluate(tmp_path)
+    part = house.evaluate(tmp_path, subset={"max_samples": 8, "per_task": {"rate": 6}})
+    assert [t.examples for t in part.tasks] == [8, 6]
+    assert whole.tag != part.tag
+    for task in part.tasks:
+        kept = json.loads((tmp_path / task.task / "subsets" / f"test_{task.subset}.json").read_text())
+        assert (kept["examples"], kept["of"]) == (task.examples, 24)
+    index = json.loads((tmp_path / "merged/linear/rate_sort/eval/index.json").read_text())["entries"]
+    assert [entry["tag"] for entry in index] == [whole.tag, part.tag]
+
+
+def test_where_results_go(house, tmp_path):
+    found = house.evaluate(tmp_path, method="ties", density=0.5)
+    home = tmp_path / "merged" / "ties" / "rate_sort"
+    (bundle,) = (home / "runs").iterdir()
+    assert sorted(p.name for p in bundle.iterdir()) == ["eval_results_test.json", "merge_metadata.json", "summary.json"]
+    results = home / "eval" / "test" / f"eval_results_{found.tag}_test.json"
+    assert plait.Evaluation.model_validate_json(results.read_text()) == found
+    link = tmp_path / "sort" / "metrics" / "eval" / "test" / "merged" / "rate" / found.tag / "metrics.json"
+    assert link.is_symlink()
+    assert json.loads(link.read_text())["recovery"] == found.tasks[0].recovery
+    (entry,) = json.loads((home / "eval" / "index.json").read_text())["entries"]
+    assert (tmp_path / entry["results"]) == results
+    assert (tmp_path / entry["run"]) == bundle
+
+
+def test_samples_show_where_the_sides_differ(house):
+    (task, _) = house.evaluate(None, weights=[0.0, 0.0]).tasks
+    assert task.recovery == 0.0
+    first = task.samples[0]
+    assert first.single == first.target != first.base == first.merged
+    assert first.prompt.startswith("sort w")
+
+
+def test_a_recipe_with_its_own_tasks(house, tmp_path):
+    recipe = {
+        "base_model": str(house.base),
+        "adapters": [{"name": n, "path": str(p), "weight": 0.5} for n, p in house.adapters.items()],
+        "tasks": ["tasks/sort.yaml"],
+        "eval": {"split": "test", "subset": {"max_samples": 10}, "draws": 100},
+    }
+    write_task(tmp_path / "tasks", "sort")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    found = plait.evaluate(tmp_path / "recipe.yaml", workspace=None)
+    assert [(t.task, t.examples) for t in found.tasks] == [("sort", 10)]
+    assert found.draws == 100
+
+
+def test_a_task_without_an_adapter_has_no_recovery(house, tmp_path):
+    task = write_task(tmp_path, "sort", name="other")
+    (result,) = house.evaluate(None, tasks=[task]).tasks
+    assert (result.single, result.recovery) == (None, None)
+    assert "no adapter is called 'other'" in result.undefined
+
+
+def test_generation_and_perplexity(house, tmp_path):
+    said = write_task(tmp_path / "g", "sort", kind="generation", labels=None, max_new_tokens=1)
+    read = write_task(tmp_path / "p", "rate", kind="perplexity", labels=None)
+    sort, rate = house.evaluate(None, tasks=[said, read]).tasks
+    assert (sort.metric, sort.single) == ("exact_match", 1.0)
+    assert (rate.metric, rate.higher_is_better) == ("perplexity", False)
+    assert 1 <= rate.single < 1.2 < rate.base
+    assert 0 < rate.recovery <= 1
+
+
+def test_splits_that_overlap_are_refused(house, tmp_path):
+    task = write_task(tmp_path, "sort", splits={"validation": "test.jsonl", "test": "test.jsonl"})
+    with pytest.raises(TaskError, match="24 of 24 examples of 'test' are in 'validation' too"):
+        house.evaluate(None, tasks=[task])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tasks": []}, "there are no tasks"),
+        ({"split": "dev"}, "split is 'dev'; it must be"),
+        ({"subset": 0}, "max_samples is 0; it must be >= 1"),
+        ({"base": "nowhere/at-all/x/y"}, "nowhere"),
+    ],
+)
+def test_what_is_refused(house, settings, message):
+    with pytest.raises(PlaitError, match=message):
+        house.evaluate(None, **settings)
+
+
+def test_only_what_is_good_enough_is_saved(house, tmp_path, capsys):
+    arguments = [*house.arguments(tmp_path / "work"), "--weights", "0.7", "0.6", "--json"]
+    out = tmp_path / "out"
+    assert run([*arguments, "--require", "worst_recovery>=1.5", "-o", str(out)]) == 3
+    failed = json.loads(capsys.readouterr().out)
+    assert not out.exists()
+    assert failed["saved"] is None
+    assert [r["met"] for r in failed["required"]] == [False]
+    low = failed["worst_recovery"] - 0.01
+    assert run([*arguments, "--require", f"worst_recovery>={low}", "--require", "below_base<=0", "-o", str(out)]) == 0
+    passed = json.loads(capsys.readouterr().out)
+    assert passed["saved"] == str(out)
+    assert house.evaluate(None, str(out)).worst_recovery == failed["worst_recovery"]
+
+
+def test_a_leaderboard(house, tmp_path, capsys, monkeypatch):
+    loads = []
+    load = Mixture.load.__func__
+    monkeypatch.setattr(Mixture, "load", classmethod(lambda cls, *a, **k: loads.append(1) or load(cls, *a, **k)))
+    arguments = [*house.arguments(tmp_path), "--methods", "linear,ties,slerp", "--spaces", "delta,core", "--density", "0.5"]
+    assert run([*arguments, "--json"]) == 0
+    board = json.loads(capsys.readouterr().out)
+    assert len(loads) == 1, "the base is loaded once"
+    names = [p["name"] for p in board["places"]]
+    assert {"linear, delta", "ties, delta", "ties, core"} <= set(names)
+    order = [(p["worst_recovery"], p["mean_recovery"]) for p in board["places"]]
+    assert order == sorted(order, reverse=True)
+    assert json.loads((Path(board["run"]) / "leaderboard.json").read_text())["places"] == board["places"]
+    alone = house.evaluate(None, weights=None, method="ties", space="core", density=0.5)
+    (place,) = [p for p in board["places"] if p["name"] == "ties, core"]
+    assert place["metric"] == {t.task: t.merged for t in alone.tasks}
+    assert run(arguments) == 0
+    assert "own adapter" in capsys.readouterr().out
+
+
+def test_an_adapter_alone(house, tmp_path, capsys):
+    arguments = ["eval", str(house.adapters["sort"]), "--tasks", str(house.tasks[0]), "--base-id", str(house.base)]
+    arguments += ["--workspace", str(tmp_path)]
+    assert run(arguments) == 0
+    shown = capsys.readouterr()
+    assert "no adapter is called 'sort'" in shown.out
+    assert "--source NAME=PATH" in shown.err
+    assert run([*arguments, "--source", f"sort={house.adapters['sort']}"]) == 0
+    assert "1.00" in capsys.readouterr().out
+    assert run([*arguments, "--method", "ties"]) == 2
+    assert "is evaluated as it is; --method" in capsys.readouterr().err
+
+
+def test_check_of_tasks(house, capsys):
+    assert run(["tasks", "check", *map(str, house.tasks), "--model", str(house.base), "--json"]) == 0
+    sort, rate = json.loads(capsys.readouterr().out)["tasks"]
+    assert (sort["name"], rate["name"]) == NAMES
+    assert sort["splits"]["test"]["targets"] == dict.fromkeys(LABELS["sort"], 12)
+    assert run(["tasks", "check", str(house.tasks[0])]) == 0
+    assert "sort w0 :⟦ red⟧" in capsys.readouterr().out

@@ -1,0 +1,152 @@
+"""Recovery, intervals, subsets and requirements: numbers alone."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from plait.errors import RecipeError, TaskError
+from plait.evaluation.recovery import Sides, interval, mean_and_worst, recoveries, recovery, task_seed
+from plait.evaluation.requirement import Requirement
+from plait.evaluation.subsets import check_names, choose
+from plait.recipes.evaluation import Subset
+from plait.tasks.examples import Example, Examples
+from plait.tasks.loading import load_task
+from plait.tasks.metrics import Answer, metric_of
+from tests.language_models import write_task
+
+
+@pytest.fixture
+def task(tmp_path):
+    return load_task(write_task(tmp_path, "sort"))
+
+
+@pytest.fixture
+def perplexity(tmp_path):
+    return metric_of(load_task(write_task(tmp_path, "sort", kind="perplexity", labels=None)))
+
+
+def test_recovery_is_oriented(task, perplexity):
+    accuracy = metric_of(task)
+    assert recovery(accuracy, 0.5, 0.9, 0.8) == pytest.approx(0.75)
+    assert recovery(perplexity, 20.0, 10.0, 12.0) == pytest.approx(0.8)
+    assert recovery(accuracy, 0.5, 0.9, 0.4) == pytest.approx(-0.25)
+
+
+def test_recovery_is_not_invented(task):
+    accuracy = metric_of(task)
+    assert recovery(accuracy, 0.5, 0.5, 0.8) is None
+    assert recovery(accuracy, 0.5, 0.4, 0.8) is None, "a single adapter worse than the base would turn its meaning round"
+    assert recovery(accuracy, 0.5, None, 0.8) is None
+
+
+def sides(task, seed: int = 0) -> Sides:
+    metric = metric_of(task)
+    rng = np.random.default_rng(seed)
+    made = []
+    for share in (0.4, 0.95, 0.7):
+        given = ["red" if x else "blue" for x in rng.random(60) < share]
+        made.append(metric.statistics([Answer(id=str(i), target="red", given=g) for i, g in enumerate(given)]))
+    return Sides(metric, *made)
+
+
+def test_the_bootstrap_is_paired_and_seeded(task):
+    one = sides(task)
+    drawn, again = one.draws(300, (0, 1)), one.draws(300, (0, 1))
+    np.testing.assert_array_equal(drawn.recovery, again.recovery)
+    assert not np.array_equal(drawn.recovery, one.draws(300, (0, 2)).recovery)
+    same = Sides(one.metric, one.base, one.single, one.single)
+    np.testing.assert_allclose(same.draws(300, (0, 1)).recovery, 1.0), "the same examples are drawn for all sides"
+
+
+def test_the_bootstrap_is_a_literal_one(task):
+    """Against resampling row by row: same distribution, told by mean and spread over many draws."""
+    one = sides(task)
+    drawn = one.draws(4000, (0, 1))
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(0, 60, 60) for _ in range(4000)]
+    base, single, merged = (np.array([s[r, 0].mean() for r in rows]) for s in (one.base, one.single, one.merged))
+    literal = recoveries(base, single, merged)
+    assert drawn.recovery.mean() == pytest.approx(literal.mean(), abs=0.02)
+    assert drawn.recovery.std() == pytest.approx(literal.std(), rel=0.1)
+    low, high = interval(drawn.recovery)
+    assert low < recovery(one.metric, base.mean(), single.mean(), merged.mean()) < high
+
+
+def test_draws_without_recovery_are_left_out():
+    values = recoveries(np.array([0.5, 0.5]), np.array([0.5, 0.9]), np.array([0.6, 0.7]))
+    assert math.isnan(values[0])
+    assert interval(values) == pytest.approx((0.5, 0.5))
+    assert interval(np.array([math.nan])) is None
+    mean, worst = mean_and_worst({"a": np.array([math.nan, 0.2]), "b": np.array([1.0, 0.8])})
+    assert math.isnan(mean[0])
+    assert (mean[1], worst[1]) == pytest.approx((0.5, 0.2))
+
+
+def test_a_tasks_draws_do_not_depend_on_other_tasks():
+    assert task_seed(0, "sort") == task_seed(0, "sort") != task_seed(0, "rate")
+
+
+def many(task, counts: dict[str, int], *, turned: bool = False) -> Examples:
+    items = [Example(f"{label} {i}", label, ("red", "blue")) for label, n in counts.items() for i in range(n)]
+    return Examples(task, "test", tuple(items[::-1] if turned else items))
+
+
+def test_subsets_hold_every_label_in_its_share(task):
+    examples = many(task, {"red": 90, "blue": 10})
+    found = choose(examples, Subset(max_samples=20))
+    targets = [examples.items[i].target for i in found.indices]
+    assert (targets.count("red"), targets.count("blue")) == (18, 2)
+    rare = choose(many(task, {"red": 99, "blue": 1}), Subset(max_samples=5))
+    assert any(i == 99 for i in rare.indices), "one of every label while there is room"
+
+
+def test_subsets_are_a_function_of_the_examples(task):
+    one, turned = many(task, {"red": 30, "blue": 20}), many(task, {"red": 30, "blue": 20}, turned=True)
+    subset = Subset(max_samples=11)
+    assert sorted(choose(one, subset).ids) == sorted(choose(turned, subset).ids)
+    assert set(choose(one, subset).ids) < set(choose(one, Subset(max_samples=25)).ids)
+    assert set(choose(one, subset).ids) != set(choose(one, Subset(max_samples=11, seed=1)).ids)
+    assert choose(one, subset).tag != choose(one, Subset(max_samples=12)).tag
+    assert len(choose(one, Subset(max_samples=4, per_task={"sort": 7})).ids) == 7
+    assert choose(one, Subset(max_samples=50)) is None
+
+
+@pytest.mark.parametrize("wanted", range(1, 12))
+def test_subsets_are_as_large_as_wanted(task, wanted):
+    for counts in ({"red": 11, "blue": 1}, {"red": 6, "blue": 6}):
+        assert choose(many(task, counts), Subset(max_samples=wanted)).examples == wanted
+
+
+def test_equal_examples_are_told_apart(task):
+    twice = Examples(task, "test", (Example("x", "red", ("red", "blue")),) * 10)
+    found = choose(twice, Subset(max_samples=4))
+    assert len(set(found.indices)) == 4
+
+
+def test_names_of_tasks_in_a_subset():
+    with pytest.raises(TaskError, match=r"'sotr' is none of the tasks sort, rate. Did you mean 'sort'?"):
+        check_names(Subset(max_samples=3, per_task={"sotr": 1}), ["sort", "rate"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("worst_recovery", "write a name, >= or <=, and a number"),
+        ("worst_recovery>=x", "write a name"),
+        ("worst>=0.8", "allowed are worst_recovery"),
+        ("wurst_recovery>=0.8", "Did you mean 'worst_recovery'"),
+    ],
+)
+def test_requirements_that_are_refused(text, message):
+    with pytest.raises(RecipeError, match=message):
+        Requirement.read(text)
+
+
+def test_requirements_are_read():
+    assert Requirement.read(" worst_recovery >= 0.8 ") == Requirement("worst_recovery", ">=", 0.8)
+    assert str(Requirement.read("lang-id.metric<1e-2")) == "lang-id.metric<0.01"
+    with pytest.raises(RecipeError, match="'srot' is none of the tasks sort"):
+        Requirement.read("srot.recovery>0").check_tasks(["sort"])
