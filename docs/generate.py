@@ -39,7 +39,8 @@ def section(name: str) -> str:
     about: dict[str, Any] = describe(METHODS[name])
     source = f"[{about['source']}]({about['url']})" if about["url"] else about["source"]
     lines = [f"#### `{name}`", "", about["summary"], "", "```", about["equation"], "```", ""]
-    lines.append(f"Pipeline: `{about['pipeline']}` · spaces: {', '.join(f'`{s}`' for s in about['spaces'])} · source: {source}")
+    pipeline = f"`{about['pipeline']}`" if about["pipeline"] else "set by the parameters"
+    lines.append(f"Pipeline: {pipeline} · spaces: {', '.join(f'`{s}`' for s in about['spaces'])} · source: {source}")
     if about["deviation"]:
         lines += ["", f"Differs from the source: {about['deviation']}"]
     if about["parameters"]:
@@ -58,7 +59,9 @@ def row(name: str, on: str) -> str:
     """Return one row of the table in README.md."""
     method = METHODS[name]
     result = "truncated to the largest rank" if method.auto_rank == "largest" else _RESULT[method.kind]
-    if method.spaces == ("delta",) and method.kind == "entries":
+    if method.kind == "entries" and "delta" not in method.spaces:
+        result = "exact"
+    if method.kind == "entries" and method.spaces == ("delta",):
         result = "dense; truncated to the largest rank"
     notes = ", ".join(w for w, holds in (("random (keyed)", method.randomised), ("needs data", _needs_data(name))) if holds)
     source = f"[{method.source.title}]({method.source.url})" if method.source.url else method.source.title

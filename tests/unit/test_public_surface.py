@@ -17,9 +17,9 @@ def run(code: str) -> str:
 def test_the_public_names() -> None:
     assert plait.__all__ == [
         "METHODS", "SPACES", "Adapter", "AdapterError", "AddressError", "Evaluation", "Inspection", "LowRank", "MergePlan",
-        "MergeResult", "OutputError", "PlaitError", "PlanError", "Recipe", "RecipeError", "TaskError", "bake", "compress",
-        "evaluate", "extract", "inspect",
-        "load_recipe", "merge", "plan", "push", "save_moments", "unbake", "verify", "__version__",
+        "MergeResult", "OutputError", "PlaitError", "PlanError", "Recipe", "RecipeError", "ReportError", "TaskError", "bake",
+        "compress", "evaluate", "extract", "inspect", "load_recipe", "merge", "plan", "push", "report", "save_moments",
+        "unbake", "verify", "__version__",
     ]  # fmt: skip
     for name in plait.__all__:
         assert getattr(plait, name) is not None

@@ -565,6 +565,8 @@ def test_mergekits_other_methods_merge_as_there(method, weights, parameters, exp
     reference = expected(x)
     torch.testing.assert_close(merged(recipe, x), reference)
     assert load_recipe(to_yaml(recipe)) == recipe
+    if method == "ramplus_tl":
+        assert pipeline_of(recipe).combine.scope == "module", "mergekit counts in one tensor at a time"
 
 
 def mergekit(x, *, weights, density=1.0, gamma=None, elects=False, normalize=False, scale=1.0):

@@ -216,7 +216,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
 
 # --- messages --------------------------------------------------------------------------------------------------------
 
-TOP = "version, base_model, adapters, method, merge_mode, transforms, weights, scale, heads, output, seed"
+TOP = "version, base_model, adapters, method, merge_mode, transforms, weights, scale, heads, output, tasks, eval, seed"
 TIES = "sign, weighted_vote, zero_sign, divisor, flavor, density, scope, kept, name, space"
 METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1]!r}"
 
@@ -321,10 +321,10 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
         ("transforms: identity", ["recipe:4: transforms: transforms is 'identity'; it must be a list."]),
         ("seed: 1\nscale: 2\nseed: 3", ["recipe:6: seed: 'seed' is given twice, in lines 4 and 6; keep one."]),
         (
-            "tasks: [x]\neval: {split: test}\ntune: {}\nsearch: {type: bayes}",
+            "tasks: x\neval: {split: dev}\ntune: {}\nsearch: {type: bayes}",
             [
-                "recipe:4: tasks: this version of plait merges adapters; it cannot evaluate yet. Take this part out.",
-                "recipe:5: eval: this version of plait merges adapters; it cannot evaluate yet. Take this part out.",
+                "recipe:4: tasks: tasks is 'x'; it must be a list.",
+                "recipe:5: eval.split: split is 'dev'; it must be 'train', 'calibration', 'validation' or 'test'.",
                 "recipe:6: tune: this version of plait merges adapters; it cannot learn coefficients yet. Take this part out.",
                 "recipe:7: search: this version of plait merges adapters; it cannot search yet. Take this part out.",
             ],

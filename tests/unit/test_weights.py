@@ -146,7 +146,7 @@ def test_weights_are_finite(value) -> None:
 
 
 DEPTH = [f"model.layers.{i}.q_proj" for i in range(5)]
-BOTH = [f"audio.layers.{i}.fc" for i in range(3)] + [f"text.layers.{i}.fc" for i in range(5)] + ["embed", "head"]
+BOTH = [f"text.layers.{i}.fc" for i in range(5)] + [f"audio.layers.{i}.fc" for i in range(3)] + ["embed", "head"]
 
 
 def along(policy, modules=DEPTH) -> list[list[float]]:
@@ -180,13 +180,13 @@ def test_a_schedule_per_adapter() -> None:
 
 def test_every_tower_has_its_own_depth_and_what_is_outside_takes_the_default() -> None:
     found = [a for a, _ in along({"policy": "schedule", "first": 0.0, "last": 1.0, "default": 7.0}, BOTH)]
-    assert found == [0.0, 0.5, 1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 7.0, 7.0]
+    assert found == [0.0, 0.25, 0.5, 0.75, 1.0, 0.0, 0.5, 1.0, 7.0, 7.0]
 
 
 def test_lines_is_the_paper() -> None:
     """α + β ℓ / (L − 1); what is in no block takes α."""
     found = [a for a, _ in along({"policy": "lines", "alpha": 0.3, "beta": 0.5}, BOTH)]
-    assert found == pytest.approx([0.3, 0.55, 0.8, 0.3, 0.425, 0.55, 0.675, 0.8, 0.3, 0.3])
+    assert found == pytest.approx([0.3, 0.425, 0.55, 0.675, 0.8, 0.3, 0.55, 0.8, 0.3, 0.3])
     same = {"policy": "schedule", "first": 0.3, "last": 0.8, "default": 0.3}
     assert found == pytest.approx([a for a, _ in along(same, BOTH)])
 

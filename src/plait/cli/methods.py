@@ -89,6 +89,7 @@ def describe(method: Method) -> dict[str, Any]:
         "kind": method.kind,
         "exactness": exactness(method),
         "randomised": method.randomised,
+        "needs_moments": pipeline is not None and pipeline.needs_moments,
         "min_adapters": method.min_adapters,
         "max_adapters": method.max_adapters,
         "pipeline": None if pipeline is None else " → ".join(_with_parameters(stage) for stage in pipeline.stages),

@@ -48,7 +48,7 @@ def load_model(
     labels = _labels(adapters)
     if labels is not None:
         config.num_labels = labels
-    loader = getattr(transformers, _class_name(adapters, config))
+    loader = getattr(transformers, _class_name(transformers, adapters, config))
     model, report = loader.from_pretrained(folder, config=config, output_loading_info=True, **keywords)
     _zero(model, report["missing_keys"], adapters)
     return model, _tokenizer(transformers, folder, trust_remote_code=trust_remote_code)
@@ -64,7 +64,7 @@ def _transformers() -> Any:
     return transformers
 
 
-def _class_name(adapters: Sequence[Adapter], config: Any) -> str:
+def _class_name(transformers: Any, adapters: Sequence[Adapter], config: Any) -> str:
     kinds = {str(a.config.raw["task_type"]): a.name for a in adapters if a.config.raw.get("task_type")}
     if len(kinds) > 1:
         listed = ", ".join(f"{name}: {kind}" for kind, name in kinds.items())
@@ -76,7 +76,9 @@ def _class_name(adapters: Sequence[Adapter], config: Any) -> str:
         if kind not in _CLASSES:
             raise PlanError(f"task_type {kind!r} is not known; known are {', '.join(_CLASSES)}.")
         return _CLASSES[kind]
-    return next(iter(config.architectures or ()), "AutoModelForCausalLM")
+    named = next(iter(config.architectures or ()), "")
+    # a checkpoint with code of its own registers it with the Auto classes
+    return named if named and hasattr(transformers, named) else "AutoModelForCausalLM"
 
 
 def _labels(adapters: Sequence[Adapter]) -> int | None:
