@@ -113,12 +113,13 @@ def _mb(size: float) -> str:
 def main() -> None:
     """Parse arguments, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round: a smoke test")
+    parser.add_argument("--rounds", type=int, default=6, help="turns that every variant takes (6)")
+    parser.add_argument("--quick", action="store_true", help="one turn, no verdicts: a smoke test")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "plait-bench"), help="where files are kept")
     parser.add_argument("--markdown", action="store_true", help="print Markdown instead of tables")
     options = parser.parse_args()
     machine, raw = report.machine(), {}
-    sections = run(options.cache.resolve(), 1 if options.quick else 6, raw)
+    sections = run(options.cache.resolve(), 1 if options.quick else options.rounds, raw)
     if options.quick:
         report.unjudged(sections)
     report.write(RESULTS, machine, sections, raw)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 RESULTS = HERE.parents[1] / "docs" / "results.md"
 CANDIDATE = "candidate"
+PLAIN = "linear"  # what the others are compared with
 console = Console(highlight=False, width=120)
 Measure = Callable[[float], dict[str, Outcome]]  # scale → outcome per task
 CLEARLY = 0.1  # of the sum of mean and worst recovery
@@ -233,19 +234,48 @@ def _summary(outcomes: Mapping[str, Outcome]) -> str:
 def table(rows: Sequence[Placed]) -> str:
     """Return the results as a Markdown table, the largest mean recovery first."""
     lines = [
-        "| method | needs | chosen (of) | validation | sentiment | supersense | langid | mean recovery | worst recovery |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | needs | chosen (of) | validation | sentiment | supersense | langid | mean | worst | mean − `linear` |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    plain = next((row.test for row in rows if row.contestant.name == PLAIN), None)
     for row in sorted(rows, key=lambda r: -mean_and_worst(r.test)[0]):
         bounds = intervals(row.test)
-        cells = [f"{o.merged.mean():.3f}".lstrip("0") for o in row.test.values()]
-        measured = [f"{v:.2f} ({bounds[w][0]:.2f} – {bounds[w][1]:.2f})" for w, v in
-                    zip(("mean", "worst"), mean_and_worst(row.test), strict=True)]  # fmt: skip
-        chosen = "{:.2f} / {:.2f}".format(*mean_and_worst(row.validation))
-        needs = "texts" if row.contestant.moments else "–"
-        about = f"{row.setting} ({row.tried})"
-        lines.append(f"| {row.contestant.label} | {needs} | {about} | {chosen} | {' | '.join([*cells, *measured])} |")
+        cells = [
+            row.contestant.label,
+            "texts" if row.contestant.moments else "–",
+            f"{row.setting} ({row.tried})",
+            "{:.2f} / {:.2f}".format(*mean_and_worst(row.validation)),
+            *(f"{o.merged.mean():.3f}".lstrip("0") for o in row.test.values()),
+            *(_interval(v, bounds[w]) for w, v in zip(("mean", "worst"), mean_and_worst(row.test), strict=True)),
+            "–" if plain is None or plain is row.test else _interval(*advantage(row.test, plain), sign="+"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def advantage(
+    outcomes: Mapping[str, Outcome], others: Mapping[str, Outcome], draws: int = 2000, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """Return by how much the mean recovery is larger than another merge's, with a 95 % interval from paired resampling."""
+    rng = np.random.default_rng(seed)
+
+    def difference(picked: Mapping[str, NDArray[np.int64]]) -> float:
+        one, other = (
+            mean_and_worst({n: Outcome(o.base[picked[n]], o.single[picked[n]], o.merged[picked[n]]) for n, o in side.items()})[
+                0
+            ]
+            for side in (outcomes, others)
+        )
+        return one - other
+
+    sizes = {name: len(o.base) for name, o in outcomes.items()}
+    drawn = [difference({name: rng.integers(0, n, n) for name, n in sizes.items()}) for _ in range(draws)]
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return difference({name: np.arange(n) for name, n in sizes.items()}), (float(low), float(high))
+
+
+def _interval(value: float, bounds: tuple[float, float], sign: str = "") -> str:
+    return f"{value:{sign}.2f} ({bounds[0]:{sign}.2f} – {bounds[1]:{sign}.2f})"
 
 
 def references(bench: Bench) -> str:

@@ -265,6 +265,24 @@ def test_only_what_is_good_enough_is_saved(house, tmp_path, capsys):
     passed = json.loads(capsys.readouterr().out)
     assert passed["saved"] == str(out)
     assert house.evaluate(None, str(out)).worst_recovery == failed["worst_recovery"]
+    card = (out / "README.md").read_text()
+    assert f"| sort | accuracy | 24 | {passed['tasks'][0]['base']:.3f} | 1.000 |" in card
+    assert plait.verify(out, rebuild=False).ok
+
+
+def test_results_in_a_card_replace_earlier_ones(house, tmp_path):
+    merged = plait.merge(house.adapters, weights=[0.7, 0.6], base_model=str(house.base), out=tmp_path / "out")
+    before = (tmp_path / "out" / "README.md").read_text()
+    arguments = ["eval", str(merged.folder), "--workspace", str(tmp_path / "work"), "--card", "--tasks", str(house.tasks[0])]
+    assert run(arguments) == 0
+    once = (tmp_path / "out" / "README.md").read_text()
+    assert once.count("## Results") == 1
+    assert run([*arguments, str(house.tasks[1])]) == 0
+    twice = (tmp_path / "out" / "README.md").read_text()
+    assert twice.count("## Results") == 1
+    assert "| rate | accuracy |" in twice
+    start, end = twice.index("## Results"), twice.index("## Load it")
+    assert twice[:start] + twice[end:] == before
 
 
 def test_a_leaderboard(house, tmp_path, capsys, monkeypatch):

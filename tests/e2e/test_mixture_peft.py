@@ -315,6 +315,11 @@ def test_offloaded_weights_work_where_they_are_not_read(tmp_path):
     dora = Adapter.open(trained(llama, tmp_path / "d", 1, target_modules=["q_proj"], use_dora=True), "d")
     with pytest.raises(PlaitError, match=r"DoRA needs the base's weights\. .* its weight is offloaded"):
         Mixture(model, [dora])
+    fused = Adapter.open(
+        trained(mixtral, tmp_path / "m", 1, target_modules=[], target_parameters=["mlp.experts.down_proj"]), "m"
+    )
+    with pytest.raises(PlanError, match=r"'model\.layers\.0\.mlp\.experts\.down_proj': its weight is offloaded"):
+        Mixture(cpu_offload(built(mixtral), torch.device("cpu")), [fused])
 
 
 def test_a_compiled_model_takes_part(tmp_path):

@@ -81,7 +81,17 @@ def test_the_table_is_ordered_by_the_mean_on_the_test_texts(board):
     lines = board.table(rows).splitlines()
     assert len(lines) == 4
     assert lines[2].startswith("| `regmean` | texts | ridge 0.01, scale 1.5 (4) | 0.57 / 0.57 | .800 | .800 | .900 | 0.90 (")
+    assert "| +0.40 (+0.3" in lines[2]
     assert lines[3].startswith("| `linear` | – | scale 1.5 (4) | 1.00 / 1.00 | .500 | .550 | .600 | 0.50 (")
+    assert lines[3].endswith(" | – |")
+
+
+def test_merges_that_are_right_on_the_same_texts_do_not_differ(board):
+    tasks = {t: outcome(board, 60) for t in ("a", "b", "c")}
+    assert board.advantage(tasks, tasks) == (0.0, (0.0, 0.0))
+    value, (low, high) = board.advantage({t: outcome(board, 70) for t in tasks}, tasks)
+    assert value == pytest.approx(1 / 7)
+    assert 0.05 < low < value < high < 0.25
 
 
 def test_only_generated_parts_are_replaced(board):

@@ -272,6 +272,24 @@ def test_small_steps_of_coefficients_are_seen_in_bfloat16(tmp_path):
     assert not torch.equal(*outputs)
 
 
+def test_autocast_takes_part_and_leaves_the_factors_alone(tmp_path):
+    held = cohort(tmp_path, {"a": {"head": PLAIN["head"]}, "b": {"head": PLAIN["head"]}})
+    mixture = Mixture(net(), opened(held))
+    layer, x = mixture.model.head, torch.randn(64, 6, requires_grad=True)
+    values = torch.tensor([0.5, -2.0], requires_grad=True)
+    with mixture.mixed(values):
+        exact = layer(x)
+        wanted = torch.autograd.grad(exact.square().sum(), (values, x))
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = layer(x)
+        found = torch.autograd.grad(rough.square().sum(), (values, x))
+        assert torch.equal(layer(x), exact)
+    assert rough.dtype == torch.bfloat16
+    torch.testing.assert_close(rough.float(), exact, rtol=0.02, atol=0.02 * float(exact.detach().abs().max()))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=0.05, atol=0.02 * float(other.abs().max()))
+
+
 def test_order_of_adapters_is_no_matter(written):
     weights = {"a": 0.75, "b": -0.5, "c": 0.25}
     outputs = []

@@ -77,6 +77,7 @@ def evaluate(
     ] = False,
     workspace: Annotated[Path, typer.Option(help="Where results and finished answers are kept.")] = Path("artifacts"),
     workers: Annotated[int | None, typer.Option(min=1, help="Modules merged at a time.", show_default=False)] = None,
+    card: Annotated[bool, typer.Option("--card", help="Put the results into the card of the adapter or model.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter that stands at --out.")] = False,
 ) -> None:
@@ -86,6 +87,7 @@ def evaluate(
     """
     from plait.cli.console import print_json
     from plait.errors import OutputError
+    from plait.evaluation.card import put_results
     from plait.evaluation.pipeline import Options
     from plait.evaluation.requirement import Requirement
     from plait.evaluation.workspace import write_comparison, write_evaluation
@@ -104,6 +106,8 @@ def evaluate(
     if _is_saved(inputs):
         _refuse_merging(inputs[0], [*settings, *["methods"] * several, *["set"] * bool(set_), *["out"] * (out is not None)])
         evaluations, compared = [_saved(inputs[0], files, wanted, options, source or [], bounds)], None
+        if card:
+            put_results(Path(inputs[0]).expanduser(), evaluations[0])
     else:
         compared = _merges(inputs, files, wanted, settings, set_ or [], (methods, spaces), options, bounds)
         evaluations = list(compared.evaluations)
@@ -114,6 +118,8 @@ def evaluate(
     best = evaluations[0]
     failed = [b for b in bounds if not b.met(best)]
     saved = _save(compared, out, force=force, workers=workers) if compared and out and not failed else None
+    if saved is not None:
+        put_results(Path(saved), best)
     board = compared.board if several and compared else None
     if json:
         required = [{"bound": str(b), "value": b.value(best), "met": b.met(best)} for b in bounds]

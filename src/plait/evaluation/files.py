@@ -21,7 +21,7 @@ def write_atomically(file: Path, data: Mapping[str, Any]) -> None:
     beside = file.with_name(f".{file.name}-{os.getpid()}-{secrets.token_hex(3)}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         beside.replace(file)
     except OSError as error:
         raise OutputError(f"{file} cannot be written: {error.strerror or error}.") from None

@@ -78,9 +78,11 @@ class Live:
 def _device_map(wanted: str) -> Any:
     import torch
 
-    if wanted == "cpu" or (wanted == "auto" and not torch.accelerator.is_available()):
-        return None
-    return {"": torch.accelerator.current_accelerator()} if wanted == "auto" else wanted
+    if wanted != "auto":
+        return None if wanted == "cpu" else wanted
+    if torch.cuda.is_available():
+        return {"": "cuda"}
+    return {"": "mps"} if torch.backends.mps.is_available() else None
 
 
 @contextmanager

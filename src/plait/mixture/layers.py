@@ -34,6 +34,7 @@ class Adapted(ABC):
         self._dial = dial
         self._module = module
         self._layer = layer
+        self._placed = place.home is not None
 
     @abstractmethod
     def attach(self, undo: ExitStack) -> None:
@@ -85,8 +86,9 @@ class _Output(Adapted):
         undo.callback(self.place.module.register_forward_hook(self._correct, with_kwargs=True).remove)
 
     def _correct(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-        if self.stack.a.device != y.device or self.stack.a.dtype != y.dtype:
-            self.stack = self.stack.to(y.device, y.dtype)  # the first time where the weight did not tell: offloaded, quantised
+        if not self._placed or self.stack.a.device != y.device:  # the weight did not tell: offloaded, quantised
+            self.stack = self.stack.to(y.device, self.stack.a.dtype if self._placed else y.dtype)
+            self._placed = True
         x = args[0] if args else next(iter(kwargs.values()))
         return self.delta(x.to(y.device), self._beside(y)) if self.acts else self._beside(y)
 
@@ -188,8 +190,6 @@ class ParameterLayer(Adapted):
         if not self.acts:
             return
         base = self.place.weight
-        if self.stack.a.device != base.device or self.stack.a.dtype != base.dtype:
-            self.stack = self.stack.to(base.device, base.dtype)
         share, first, last = self.per_rank(None)
         delta = _Product.apply(self.stack.a[:, first:last], self.stack.bt[:, first:last], share)  # type: ignore[no-untyped-call]
         delta = delta.mT if self.place.transposed else delta

@@ -43,8 +43,8 @@ class _Lift(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         h, coefficients, bt = ctx.saved_tensors
         _, needs_h, needs_coefficients, _ = ctx.needs_input_grad
-        g = dy @ bt.mT  # (…, R)
-        dh = _scale(g, coefficients) if needs_h else None
+        g = dy.to(bt.dtype) @ bt.mT  # (…, R)
+        dh = (g * coefficients).to(h.dtype) if needs_h else None
         dc = (h.to(coefficients.dtype) * g).sum_to_size(coefficients.shape) if needs_coefficients else None
         return dy, dh, dc, None
 

@@ -343,6 +343,8 @@ def _layers(places: Mapping[str, Place]) -> list[LayerKey | None]:
 
 def _misfit(place: Place, found: Sequence[tuple[int, int]]) -> str | None:
     layout = place.layout
+    if layout.kind == "experts" and place.home is None:
+        return place.dense_problem()
     if list(found) == [(layout.d_out, layout.d_in)] * layout.stack:
         return None
     return (
