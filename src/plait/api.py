@@ -1,21 +1,15 @@
-"""The public functions. They say the same things as the command line, and make the same bytes."""
+"""The public functions. They say the same things as the command line, and make the same bytes.
+
+Rooms beyond merging are entered when they are used: a merge loads no evaluation.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from plait.baking.extract import ExtractResult, make_request, run_extract
-from plait.baking.pipeline import BakeResult, push_bake, run_bake
-from plait.baking.plan import bake_options
-from plait.baking.unbake import UnbakeResult, run_unbake
 from plait.errors import RecipeError
-from plait.evaluation.comparison import compare
-from plait.evaluation.pipeline import Options, evaluate_saved
-from plait.evaluation.record import Evaluation
-from plait.evaluation.request import asked, is_recipe_file, recipe_name, spec_of
-from plait.evaluation.workspace import write_evaluation
 from plait.hub.references import parse_reference
 from plait.hub.upload import check_push
 from plait.merging.inspection import Inspection, inspect_adapters
@@ -27,14 +21,16 @@ from plait.merging.progress import Progress
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.request import Adapters, read_request
 from plait.recipes.schema import Recipe
-from plait.reports.pipeline import ReportResult, make_report
-from plait.tasks.checking import TaskCheck, check_task
-from plait.tasks.loading import load_tasks
-from plait.tasks.tokenizers import load_tokenizer
-from plait.verification.extend import extend
-from plait.verification.parity import check_parity
-from plait.verification.publish import Pushed, push_result
-from plait.verification.verify import Verification, verify_folder
+
+if TYPE_CHECKING:
+    from plait.baking.extract import ExtractResult
+    from plait.baking.pipeline import BakeResult
+    from plait.baking.unbake import UnbakeResult
+    from plait.evaluation.record import Evaluation
+    from plait.reports.pipeline import ReportResult
+    from plait.tasks.checking import TaskCheck
+    from plait.verification.publish import Pushed
+    from plait.verification.verify import Verification
 
 Source = Recipe | str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 
@@ -84,6 +80,8 @@ def merge(  # noqa: PLR0913 (what a command line takes)
     Raises:
         PlaitError: anything wrong with what was given, all of it at once; nothing is left at `out` then.
     """
+    from plait.verification.extend import extend
+
     function, settings = _moments(moments, settings)
     base_folder: Path | None = None
     notes: tuple[str, ...] = ()
@@ -165,6 +163,9 @@ def bake(  # noqa: PLR0913 (what a command line takes)
     Raises:
         PlaitError: anything wrong with what was given, all of it at once; nothing is left at `out` then.
     """
+    from plait.baking.pipeline import push_bake, run_bake
+    from plait.baking.plan import bake_options
+
     if isinstance(source, Recipe) and base is not None:
         source = source.model_copy(update={"base_model": str(base)})
     elif base is not None:
@@ -242,6 +243,8 @@ def extract(
     Raises:
         PlaitError: anything wrong with what was given; nothing is left at `out` then.
     """
+    from plait.baking.extract import make_request, run_extract
+
     request = make_request(base=str(base), finetuned=str(finetuned), rank=rank, **settings)
     return run_extract(request, out=Path(out), force=force, workers=workers, progress=progress)
 
@@ -300,6 +303,8 @@ def unbake(
     Raises:
         PlaitError: as `bake`; or the model's lock says that the adapter was baked in otherwise.
     """
+    from plait.baking.unbake import run_unbake
+
     return run_unbake(
         str(model),
         str(adapter),
@@ -344,6 +349,9 @@ def verify(
     Raises:
         PlaitError: there is no lock that can be read, or parity cannot be measured.
     """
+    from plait.verification.parity import check_parity
+    from plait.verification.verify import verify_folder
+
     place, places = Path(folder), {name: str(path) for name, path in (inputs or {}).items()}
     found = verify_folder(place, again=rebuild, inputs=places, workers=workers, progress=progress)
     if parity is None:
@@ -397,6 +405,11 @@ def evaluate(  # noqa: PLR0913 (what a command line takes)
     Raises:
         PlaitError: anything wrong with what was given. Answers that were finished are kept, and not asked for again.
     """
+    from plait.evaluation.comparison import compare
+    from plait.evaluation.pipeline import Options, evaluate_saved
+    from plait.evaluation.request import asked, is_recipe_file, recipe_name, spec_of
+    from plait.evaluation.workspace import write_evaluation
+
     options = Options(
         workspace=None if workspace is None else Path(workspace),
         base=None if base is None else str(base),
@@ -431,6 +444,10 @@ def check_tasks(tasks: Sequence[str | Path], *, model: str | Path | None = None)
     Raises:
         PlaitError: files or data that cannot be read, rows that do not fit.
     """
+    from plait.tasks.checking import check_task
+    from plait.tasks.loading import load_tasks
+    from plait.tasks.tokenizers import load_tokenizer
+
     loaded = load_tasks(tasks)
     tokenizer = None if model is None else load_tokenizer(str(model))
     return [check_task(task, tokenizer) for task in loaded]
@@ -459,6 +476,8 @@ def report(
         ReportError: a path holds no run, or a library is missing; all paths at once.
         OutputError: the page cannot be written, or stands already.
     """
+    from plait.reports.pipeline import make_report
+
     paths = [runs] if isinstance(runs, (str, Path)) else list(runs)
     return make_report(
         [Path(p) for p in paths],
@@ -497,6 +516,8 @@ def push(
     Raises:
         PlaitError: the folder is no whole result, or the Hub refuses.
     """
+    from plait.verification.publish import push_result
+
     return push_result(Path(folder), repo, private=private, revision=revision, create_pr=create_pr, message=message)
 
 
