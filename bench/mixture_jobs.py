@@ -49,10 +49,9 @@ def times(
         for _ in range(rounds + 1):
             for variant, (model, forget) in runs.items():
                 found[variant]["forward"].append(_timed(lambda m=model: _forward(m, ids)))
-                if variant != "base":
-                    found[variant]["step"].append(_timed(lambda m=model: _loss(m, ids).backward()))
-                    forget()
-    return {v: {work: _fastest(pairs[1:]) for work, pairs in kinds.items() if pairs} for v, kinds in found.items()}
+                found[variant]["step"].append(_timed(lambda m=model: _loss(m, ids).backward()))
+                forget()
+    return {v: {work: _fastest(pairs[1:]) for work, pairs in kinds.items()} for v, kinds in found.items()}
 
 
 def memory(base: str, adapters: list[str], dtype: str, shape: tuple[int, int], variant: str) -> dict[str, Any]:
@@ -114,7 +113,10 @@ def candidates(base: str, adapters: list[str], dtype: str, shape: tuple[int, int
 
 @contextmanager
 def _bare(base: str, adapters: list[str], dtype: str) -> Iterator[Run]:
-    yield _model(base, dtype), lambda: None
+    """No adapter; gradients reach the first layer's input, which is the least that learning anything costs."""
+    model = _model(base, dtype)
+    model.model.embed_tokens.register_forward_hook(lambda module, args, y: y.requires_grad_() if torch.is_grad_enabled() else y)
+    yield model, lambda: None
 
 
 @contextmanager
@@ -150,32 +152,81 @@ def _peft_same_dtype(base: str, adapters: list[str], dtype: str) -> Iterator[Run
 
 @contextmanager
 def _dense(base: str, adapters: list[str], dtype: str) -> Iterator[Run]:
-    """W + Σₜ λₜ ΔWₜ in every call, the dense ΔWₜ held in memory: what learning coefficients on full task vectors does."""
+    """W + Σₜ λₜ ΔWₜ in every call, every dense ΔWₜ held in memory."""
+    with _merged_weights(base, adapters, dtype, _held) as run:
+        yield run
+
+
+@contextmanager
+def _streamed(base: str, adapters: list[str], dtype: str) -> Iterator[Run]:
+    """W + Σₜ λₜ ΔWₜ in every call, every dense ΔWₜ formed when it is needed, and again in the backward pass."""
+    with _merged_weights(base, adapters, dtype, _formed) as run:
+        yield run
+
+
+Factors = list[tuple[Tensor, Tensor]]  # A and B of every adapter
+Sum = Callable[[Tensor, Tensor], Tensor]  # W, λ (T,) → W + Σₜ λₜ ΔWₜ
+
+
+@contextmanager
+def _merged_weights(base: str, adapters: list[str], dtype: str, prepare: Callable[[Factors], Sum]) -> Iterator[Run]:
     model, opened = _model(base, dtype), _open(adapters)
     values = torch.full((len(model.model.layers), len(opened)), LAMBDA, requires_grad=True)
-    deltas: dict[str, Tensor] = {}
-    for path in opened[0].targets:
-        weight = model.get_submodule(path).weight
-        deltas[path] = torch.stack([a.read(path)[0].scaled(a.targets[path].scaling).dense().to(weight.dtype) for a in opened])
-        layer = int(path.split(".")[2])
-
-        def cover(module: nn.Module, args: object, path: str = path, layer: int = layer) -> None:
-            # not through einsum: a weighted sum of matrices is bound by memory, and this reads each once
-            total = module._parameters["weight"]
-            for value, delta in zip(values[layer], deltas[path], strict=True):
-                total = total + value.to(delta.dtype) * delta
-            module.__dict__["weight"] = total
-
-        def uncover(module: nn.Module, args: object, output: object) -> None:
-            del module.__dict__["weight"]
-
-        model.get_submodule(path).register_forward_pre_hook(cover)
-        model.get_submodule(path).register_forward_hook(uncover)
 
     def forget() -> None:
         values.grad = None
 
+    for path in opened[0].targets:
+        module = model.get_submodule(path)
+        scaled = [a.read(path)[0].scaled(a.targets[path].scaling).to(module.weight.dtype) for a in opened]
+        merge = prepare([(s.a, s.b) for s in scaled])
+        layer = int(path.split(".")[2])
+
+        def cover(module: nn.Module, args: object, merge: Sum = merge, layer: int = layer) -> None:
+            weight = module._parameters["weight"]
+            module.__dict__["weight"] = merge(weight, values[layer])
+
+        def uncover(module: nn.Module, args: object, output: object) -> None:
+            del module.__dict__["weight"]
+
+        module.register_forward_pre_hook(cover)
+        module.register_forward_hook(uncover)
     yield model, forget
+
+
+def _held(factors: Factors) -> Sum:
+    deltas = [b @ a for a, b in factors]
+
+    def merge(weight: Tensor, values: Tensor) -> Tensor:
+        for value, delta in zip(values.to(weight.dtype), deltas, strict=True):
+            weight = weight + value * delta
+        return weight
+
+    return merge
+
+
+def _formed(factors: Factors) -> Sum:
+    def merge(weight: Tensor, values: Tensor) -> Tensor:
+        merged: Tensor = _Streamed.apply(weight, values, factors)
+        return merged
+
+    return merge
+
+
+class _Streamed(torch.autograd.Function):
+    """∂λₜ = ⟨∂W, ΔWₜ⟩; nothing but λ is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor, factors: Factors) -> Tensor:
+        ctx.factors = factors
+        merged = weight.clone()
+        for value, (a, b) in zip(values.tolist(), factors, strict=True):
+            merged.addmm_(b, a, alpha=value)
+        return merged
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        return None, torch.stack([(gradient * (b @ a)).sum(dtype=torch.float32) for a, b in ctx.factors]), None
 
 
 VARIANTS: dict[str, Any] = {
@@ -184,6 +235,7 @@ VARIANTS: dict[str, Any] = {
     "PEFT": _peft,
     "PEFT, the base's dtype": _peft_same_dtype,
     "dense": _dense,
+    "streamed": _streamed,
 }
 
 

@@ -18,7 +18,6 @@ import plait
 from plait.evaluation.files import write_atomically
 from plait.merging.record import library_versions, sha256
 from plait.records import Record
-from plait.tasks.examples import Examples
 from plait.tasks.metrics import Answer
 
 #: Rooms whose code decides what is answered.
@@ -50,15 +49,14 @@ class ScoreCache:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
-    def find(self, key: str, examples: Examples) -> Answers | None:
-        """Return what was kept, where it is whole and of these examples."""
+    def find(self, key: str) -> Answers | None:
+        """Return what was kept, where it is whole."""
         if self._folder is None:
             return None
         try:
-            found = Answers.model_validate_json((self._folder / f"{key}.json").read_text(encoding="utf-8"))
+            return Answers.model_validate_json((self._folder / f"{key}.json").read_text(encoding="utf-8"))
         except (OSError, ValidationError):
             return None
-        return found if [a.id for a in found.answers] == [e.id for e in examples.items] else None
 
     def keep(self, key: str, answers: Answers) -> None:
         """Write answers down."""

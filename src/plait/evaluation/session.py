@@ -150,7 +150,7 @@ class Session:
         heads = None if owner is None else adapter_digest(self.adapters[owner].folder)
         key = digest(contender.key, heads, examples.digest, self._setting)
         if key not in self._known:
-            found = self._cache.find(key, examples)
+            found = self._cache.find(key)
             if found is None:
                 found = self._ask(contender, owner, examples)
                 self._cache.keep(key, found)
