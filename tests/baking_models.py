@@ -124,6 +124,8 @@ def adapter_output(base: Path, adapters: dict[str, Path], weights: dict[str, flo
     for name in names[1:]:
         model.load_adapter(adapters[name], name)
     for module in model.modules():
+        if isinstance(getattr(module, "base_layer", None), torch.nn.Conv1d):
+            module.stride = module.base_layer.stride  # Whisper reads it; PEFT's wrapper does not pass it on
         scaling = getattr(module, "scaling", None)
         if isinstance(scaling, dict):
             for name in names:

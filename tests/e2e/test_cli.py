@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from plait import __version__
-from plait.cli.main import _join_weights, main
+from plait.cli.main import _join_lists, main
 from plait.methods import METHODS
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "adapters"
@@ -159,4 +159,4 @@ def test_traceback_on_request(capsys):
     ],
 )
 def test_weights_may_stand_apart(given, joined):
-    assert _join_weights(given) == joined
+    assert _join_lists(given) == joined

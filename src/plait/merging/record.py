@@ -143,8 +143,8 @@ class Lock(Record):
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as plain values, with every default."""
-    data: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True)
+    """Return what a merge depends on as plain values, with every default; how it is evaluated is no part of that."""
+    data: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude={"tasks", "eval"})
     return data
 
 
