@@ -66,6 +66,14 @@ def _beside(title: str, found: dict[str, Any], peaks: dict[str, Any]) -> Section
         section.rows.append(
             _ratio(f"{name}, dense deltas streamed", found, work, "streamed", 1 / 3 if work == "step" else None)
         )
+    added = {v: found[v]["step"]["cpu"] - found["base"]["step"]["cpu"] for v in VARIANTS}
+    for variant in ("PEFT", "dense", "streamed"):
+        ratio = f"{added['mixture'] / added[variant]:.2f}×" if added[variant] > 0 else "–"
+        cells = (_time(added["mixture"]), _time(added[variant]), ratio, "")
+        section.rows.append(Row(f"the same, on top of the bare base's, {variant}", cells))
+    section.notes.append(
+        "The bare base's backward pass goes to the first layer's input: what learning anything costs at least."
+    )
     for variant in peaks:
         if variant != "mixture":
             target = 1.1 if variant.startswith("PEFT") else None
