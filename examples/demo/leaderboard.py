@@ -1,8 +1,8 @@
 """Every merge method on the three real adapters: settings chosen on validation texts, judged once on the test texts.
 
-`python examples/demo/leaderboard.py` writes the table of docs/results.md again. One to three hours on two cores the first time;
-scores are kept by content (merged tensors, texts, model, scoring code), so that a run that was stopped goes on where it was,
-and a later run measures only what has changed. `--quick` tries a few methods on a few texts and writes nothing.
+`python examples/demo/leaderboard.py` writes the table of docs/results.md again. About two hours of processor time the first
+time; scores are kept by content (merged tensors, texts, model, scoring code), so that a run that was stopped goes on where it
+was, and a later run measures only what has changed. `--quick` tries a few methods on a few texts and writes nothing.
 
 The rule is fixed before looking: of a method's settings, the largest sum of mean and worst recovery on validation.
 """
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 RESULTS = HERE.parents[1] / "docs" / "results.md"
 CANDIDATE = "candidate"
+IN_LABEL = ("method", "space", "combination_type")  # what the name of a contestant says
 PLAIN = "linear"  # what the others are compared with
 console = Console(highlight=False, width=120)
 Measure = Callable[[float], dict[str, Outcome]]  # scale → outcome per task
@@ -53,7 +54,7 @@ class Setting:
     scale: float
 
     def __str__(self) -> str:
-        said = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.settings.items() if k != "method"]
+        said = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.settings.items() if k not in IN_LABEL]
         return ", ".join([*said, f"scale {self.scale:g}"])
 
 
