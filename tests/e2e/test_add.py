@@ -95,6 +95,9 @@ def test_the_tree_may_move(place):
     for name in ("a", "b", "c", "earlier"):
         shutil.move(place / name, place / "moved" / name)
     plait.merge("moved/earlier", add={"d": "./d"}, out="more")
+    there = {n: f"./moved/{n}" for n in "abc"}
+    plait.merge({**there, "d": "./d"}, method="ties", space="core", out="all")
+    assert (place / "more" / TENSORS[0]).read_bytes() == (place / "all" / TENSORS[0]).read_bytes()
 
 
 def test_sources_that_are_gone_or_changed_are_told(place, capsys):
