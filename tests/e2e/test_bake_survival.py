@@ -38,7 +38,10 @@ def slowly_too(*rest):
     write(*rest)
 journal.Workshop.finish, making.write_at = slowly, slowly_too
 print("ready", flush=True)
+pid = 0
 for line in sys.stdin:
+    if pid:
+        os.waitpid(pid, 0)
     order = json.loads(line)
     pid = os.fork()
     if pid == 0:
@@ -52,7 +55,9 @@ for line in sys.stdin:
             print("error", type(error).__name__, str(error).splitlines()[0], flush=True)
             os._exit(2)
         os._exit(0)
-    print("ended", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    # Not reaped before the next order: a signal that comes after the end still finds its process.
+    end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    print("ended", -end.si_status if end.si_code == os.CLD_KILLED else end.si_status, flush=True)
 """
 
 
@@ -65,14 +70,17 @@ class Nursery:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.wait_for("ready")
 
+    def say(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
     def start(self, out: Path, *, workers: int = 1, limit: int | None = None, base: Path | None = None) -> int:
         order = {
             "pair": [str(p) for p in self.materials.pair], "base": str(base or self.materials.base), "out": str(out),
             "workers": workers, "limit": limit, "settings": SETTINGS,
         }  # fmt: skip
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
+        self.say(json.dumps(order))
         return int(self.wait_for("pid"))
 
     def read(self) -> tuple[str, str]:
@@ -143,12 +151,15 @@ def test_killed_at_random_points_then_resumed(materials, nursery, undisturbed, t
         out = tmp_path / f"out{number}"
         for _ in range(rng.randint(2, 5)):
             pid = nursery.start(out, workers=rng.choice((1, 3)))
+            word = code = ""
             for _ in range(rng.randint(0, 2)):
-                if nursery.read()[0] != "finishing":
+                word, code = nursery.read()
+                if word != "finishing":
                     break
             time.sleep(rng.random() * 0.04)
             os.kill(pid, signal.SIGKILL)
-            code = nursery.wait_for("ended")
+            if word != "ended":
+                code = nursery.wait_for("ended")
             if out.exists():  # it was done before it was killed
                 break
             assert code == str(-signal.SIGKILL)
