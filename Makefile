@@ -41,8 +41,10 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python bench/merge.py
 	$(BIN)/python bench/mixture.py
+	$(BIN)/python bench/evaluation.py
 	$(BIN)/python bench/methods.py
 	$(BIN)/python bench/bake.py
+	$(BIN)/python bench/train.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py

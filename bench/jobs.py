@@ -146,6 +146,24 @@ def make_sharded(layers: int, cache: str) -> dict[str, Any]:
     return {"base": str(folder), "bytes": sum(p.stat().st_size for p in folder.iterdir())}
 
 
+def lay_out_as_fetched(base: str) -> dict[str, Any]:
+    """Lay a base out as the Hub's cache does: files under the name of their sha256, and links to them."""
+    import hashlib
+
+    source = Path(base)
+    home = source.with_name(f"{source.name}-fetched")
+    folder = home / "snapshots" / "fetched"
+    folder.mkdir(parents=True, exist_ok=True)
+    (home / "blobs").mkdir(exist_ok=True)
+    for path in source.iterdir():
+        with path.open("rb") as file:
+            blob = home / "blobs" / hashlib.file_digest(file, "sha256").hexdigest()
+        for link, target in ((blob, path), (folder / path.name, blob)):
+            link.unlink(missing_ok=True)
+            link.symlink_to(target) if link != blob else link.hardlink_to(target)
+    return {"base": str(folder)}
+
+
 def copy(base: str, out: str) -> dict[str, Any]:
     """Copy a folder as `cp -r` does, and then flush it to disk."""
     start = time.perf_counter()
@@ -309,6 +327,7 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     for f in (
         make_sharded,
         copy,
+        lay_out_as_fetched,
         plait_bake,
         peft_bake,
         bake_arithmetic,

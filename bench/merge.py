@@ -8,6 +8,7 @@ model's time is added up from those. Results go to `bench/results/merge.json` to
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import sys
@@ -30,6 +31,10 @@ TIES = {"method": "ties", "space": "delta", "density": DENSITY}
 TIES_RANKS = (128, 64)
 SVD_RANK = 64
 LINEAR = {"method": "linear", "weights": [0.5, 0.5]}
+COMMANDS = {  # the same as a user types them
+    "linear": ("--method", "linear", "--weights", "0.5", "0.5"),
+    "linear, bfloat16 written": ("--method", "linear", "--weights", "0.5", "0.5", "--dtype", "bfloat16"),
+}
 RUNS: dict[str, dict[str, Any]] = {  # what plait does to the whole model
     "linear": LINEAR,
     "linear, bfloat16 written": {**LINEAR, "dtype": "bfloat16"},  # as PEFT does, whose dtype follows the base model's
@@ -99,6 +104,19 @@ class Bench:
             name, "plait_merge", REPEATED.get(label, 1), adapters=adapters, out=str(self.out / name), settings=RUNS[label]
         )
 
+    def command(self, label: str) -> float:
+        """Return the seconds that `plait merge` takes from its start to its end, the median of several."""
+        name = f"plait merge, {label}"
+        out = self.out / name
+        seconds = []
+        for _ in range(REPEATED.get(label, 1) if self.repeat else 1):
+            shutil.rmtree(out, ignore_errors=True)
+            os.sync()  # what earlier jobs wrote must not be waited for by this one
+            seconds.append(time_command("-m", "plait", "merge", *_paths(self.materials), *COMMANDS[label], "-o", str(out)))
+            self.say(f"{name}: {seconds[-1]:.1f} s")
+        self.raw[name] = seconds
+        return statistics.median(seconds)
+
     def per_module(self, run: dict[str, Any]) -> float:
         """Return the seconds per module of a whole-model run, imports aside and files included."""
         return float(run["work"]["seconds"]) / self.materials.modules
@@ -127,9 +145,9 @@ def linear(bench: Bench, runs: dict[str, dict[str, Any]]) -> list[Row]:
     ]
     bench.raw["linear difference"], bench.raw["linear errors"] = difference, errors
     return [
-        _seconds("linear, whole process", same["wall"], peft["wall"], 20),
+        _seconds("linear, whole process", bench.command("linear, bfloat16 written"), peft["wall"], 20),
         _seconds("linear, without imports", same["work"]["seconds"], peft["work"]["seconds"]),
-        _seconds("linear, float32 written, whole process", default["wall"], peft["wall"], 20),
+        _seconds("linear, float32 written, whole process", bench.command("linear"), peft["wall"], 20),
         _seconds("linear, float32 written, without imports", default["work"]["seconds"], peft["work"]["seconds"]),
         _memory("linear, peak memory", same["all"]["peak_rss"], peft["all"]["peak_rss"], 20),
         _memory("linear, float32 written, peak memory", default["all"]["peak_rss"], peft["all"]["peak_rss"], 20),
@@ -219,7 +237,8 @@ def run(bench: Bench) -> list[Section]:
         f"Two adapters of {m.adapter_parameters / 1e6:.0f} M float32 values for {m.modules} modules "
         f"({m.layers} layers; {m.delta_entries / 1e6:.0f} M entries of ΔW). The base model is bfloat16, and so PEFT writes "
         "bfloat16; `linear` writes the same where nothing else is said (plait's default is float32).",
-        "Whole process: interpreter, imports, work, exit. Memory: peak above Python with torch imported.",
+        "Whole process: interpreter, imports, work, exit, of the command `plait merge` and of a script for PEFT. Memory: peak "
+        "above Python with torch imported, plait's own imports included.",
         f"PEFT per module: measured on {', '.join(bench.modules)} of layer 0, averaged over a layer's seven modules. "
         "plait per module: the whole merge without imports, files and hashes included, over the number of modules.",
     ]

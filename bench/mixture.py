@@ -25,7 +25,12 @@ DEMO = HERE.parent / "examples" / "demo" / "adapters"
 SCRIPT = "mixture_jobs.py"
 SHAPE = (8, 64)
 SMALL = (1, 64)  # a short batch, where forming dense weights weighs most
-VARIANTS = ["base", "mixture", "PEFT", "PEFT, the base's dtype", "dense", "streamed"]
+VARIANTS = ["base", "mixture", "PEFT", "PEFT, the base's dtype", "applied", "dense", "streamed"]
+DENSE = {
+    "applied": "W x + Σ λ ΔW x, dense ΔW held",
+    "dense": "(W + Σ λ ΔW) x, dense ΔW held",
+    "streamed": "(W + Σ λ ΔW) x, dense ΔW formed when needed",
+}
 CANDIDATES = 8
 MB = 1e6
 
@@ -45,6 +50,7 @@ def run(cache: Path, rounds: int, raw: dict[str, Any]) -> list[Section]:
         sections.append(_beside(dtype, found, peaks))
     found = job("times small", "times", dtype="bfloat16", shape=SMALL, rounds=2 * rounds, variants=VARIANTS)
     sections.append(_beside(f"bfloat16, a batch of {SMALL[0]} × {SMALL[1]}", found, {}))
+    sections.append(_agreement(job("agreement", "agreement", shape=SMALL, variants=list(DENSE))))
     sections.append(_switching(job("switching", "switching"), job, rounds))
     return sections
 
@@ -62,24 +68,35 @@ def _beside(title: str, found: dict[str, Any], peaks: dict[str, Any]) -> Section
         section.rows.append(_ratio(f"{name}, the bare base", found, work, "base", None))
         section.rows.append(_ratio(f"{name}, PEFT with one LoRA of r 32", found, work, "PEFT", 1.2))
         section.rows.append(_ratio(f"{name}, PEFT, factors in the base's dtype", found, work, "PEFT, the base's dtype", 1.2))
-        section.rows.append(_ratio(f"{name}, dense deltas held", found, work, "dense", None))
-        section.rows.append(
-            _ratio(f"{name}, dense deltas streamed", found, work, "streamed", 1 / 3 if work == "step" else None)
-        )
+        for variant, words in DENSE.items():
+            section.rows.append(_ratio(f"{name}, {words}", found, work, variant, 1 / 3 if work == "step" else None))
     added = {v: found[v]["step"]["cpu"] - found["base"]["step"]["cpu"] for v in VARIANTS}
-    for variant in ("PEFT", "dense", "streamed"):
+    for variant in ("PEFT", *DENSE):
         ratio = f"{added['mixture'] / added[variant]:.2f}×" if added[variant] > 0 else "–"
         cells = (_time(added["mixture"]), _time(added[variant]), ratio, "")
-        section.rows.append(Row(f"the same, on top of the bare base's, {variant}", cells))
+        section.rows.append(Row(f"the same, on top of the bare base's, {DENSE.get(variant, variant)}", cells))
     section.notes.append(
         "The bare base's backward pass goes to the first layer's input: what learning anything costs at least."
+    )
+    section.notes.append(
+        "Dense: every adapter's ΔW is a matrix of W's size. Applied one by one, each costs a product as W does, forward and "
+        "backward; summed into W in every step, a pass over W's memory, and the backward pass the gradient of all of W, which "
+        "tells most in a short batch."
     )
     for variant in peaks:
         if variant != "mixture":
             target = 1.1 if variant.startswith("PEFT") else None
             ours, theirs = (peaks[v]["all"]["peak_rss"] for v in ("mixture", variant))
             cells = (_mb(ours), _mb(theirs), f"{ours / theirs:.2f}×", "")
-            section.rows.append(_judged(f"peak memory of steps, model included, {variant}", cells, ours / theirs, target))
+            words = DENSE.get(variant, variant)
+            section.rows.append(_judged(f"peak memory of steps, model included, {words}", cells, ours / theirs, target))
+    return section
+
+
+def _agreement(found: dict[str, Any]) -> Section:
+    section = Section("Gradients to λ in float32, largest difference by the mixture's largest", ("", "", "", ""))
+    for variant, words in DENSE.items():
+        section.rows.append(Row(words, (f"{found[variant]:.1e}", "", "", ""), "≤ 1e-04", found[variant] <= 1e-4))
     return section
 
 

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from measuring import measured
 
 LAMBDA = 0.3
-Run = tuple[nn.Module, Callable[[], object]]  # a causal model that is ready to run, and what forgets its gradients
+Run = tuple[nn.Module, list[Tensor]]  # a causal model that is ready to run, and what is learnt
 
 
 def random_adapter(like: str, out: str) -> dict[str, Any]:
@@ -47,10 +48,10 @@ def times(
     with ExitStack() as stack:
         runs = {v: stack.enter_context(VARIANTS[v](base, adapters, dtype)) for v in variants}
         for _ in range(rounds + 1):
-            for variant, (model, forget) in runs.items():
+            for variant, (model, learnt) in runs.items():
                 found[variant]["forward"].append(_timed(lambda m=model: _forward(m, ids)))
                 found[variant]["step"].append(_timed(lambda m=model: _loss(m, ids).backward()))
-                forget()
+                _forget(learnt)
     return {v: {work: _fastest(pairs[1:]) for work, pairs in kinds.items()} for v, kinds in found.items()}
 
 
@@ -62,11 +63,22 @@ def memory(base: str, adapters: list[str], dtype: str, shape: tuple[int, int], v
     import plait.mixture  # noqa: F401 (the baseline)
 
     ids = _ids(*shape)
-    with measured() as everything, VARIANTS[variant](base, adapters, dtype) as (model, forget), measured() as work:
+    with measured() as everything, VARIANTS[variant](base, adapters, dtype) as (model, learnt), measured() as work:
         for _ in range(2):
             _loss(model, ids).backward()
-            forget()
+            _forget(learnt)
     return {"all": asdict(everything), "work": asdict(work)}
+
+
+def agreement(base: str, adapters: list[str], shape: tuple[int, int], variants: list[str]) -> dict[str, Any]:
+    """Return how far the gradients to λ of some variants are from the mixture's, relative to its largest; in float32."""
+    ids, found = _ids(*shape), {}
+    for variant in ("mixture", *variants):
+        with VARIANTS[variant](base, adapters, "float32") as (model, (values,)):
+            _loss(model, ids).backward()
+            found[variant] = values.grad.clone()
+    ours = found.pop("mixture")
+    return {variant: float((theirs - ours).abs().max() / ours.abs().max()) for variant, theirs in found.items()}
 
 
 def switching(base: str, adapters: list[str]) -> dict[str, Any]:
@@ -116,7 +128,7 @@ def _bare(base: str, adapters: list[str], dtype: str) -> Iterator[Run]:
     """No adapter; gradients reach the first layer's input, which is the least that learning anything costs."""
     model = _model(base, dtype)
     model.model.embed_tokens.register_forward_hook(lambda module, args, y: y.requires_grad_() if torch.is_grad_enabled() else y)
-    yield model, lambda: None
+    yield model, []
 
 
 @contextmanager
@@ -125,12 +137,8 @@ def _mixture(base: str, adapters: list[str], dtype: str) -> Iterator[Run]:
 
     mixture = Mixture(_model(base, dtype), _open(adapters))
     values = torch.full(mixture.axes.shape("layer"), LAMBDA, requires_grad=True)
-
-    def forget() -> None:
-        values.grad = None
-
     with mixture.mixed(values, "layer") as model:
-        yield model, forget
+        yield model, [values]
 
 
 @contextmanager
@@ -141,13 +149,32 @@ def _peft(base: str, adapters: list[str], dtype: str, *, float32: bool = True) -
     rank = sum(a.ranks[-1] for a in _open(adapters))
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(_model(base, dtype), config, autocast_adapter_dtype=float32).eval()
-    yield model.get_base_model(), model.zero_grad
+    yield model.get_base_model(), [p for p in model.parameters() if p.requires_grad]
 
 
 @contextmanager
 def _peft_same_dtype(base: str, adapters: list[str], dtype: str) -> Iterator[Run]:
     with _peft(base, adapters, dtype, float32=False) as run:
         yield run
+
+
+@contextmanager
+def _applied(base: str, adapters: list[str], dtype: str) -> Iterator[Run]:
+    """W x + Σₜ λₜ ΔWₜ x, every dense ΔWₜ held in memory: one product of W's size per adapter."""
+    model, opened, values = _with_coefficients(base, adapters, dtype)
+    for path in opened[0].targets:
+        module, layer = model.get_submodule(path), int(path.split(".")[2])
+        deltas = [b @ a for a, b in _factors(opened, path, module.weight.dtype)]
+
+        def add(
+            module: nn.Module, args: tuple[Tensor, ...], y: Tensor, deltas: list[Tensor] = deltas, layer: int = layer
+        ) -> Tensor:
+            for value, delta in zip(values[layer].to(y.dtype), deltas, strict=True):
+                y = y + value * F.linear(args[0], delta)
+            return y
+
+        module.register_forward_hook(add)
+    yield model, [values]
 
 
 @contextmanager
@@ -170,16 +197,10 @@ Sum = Callable[[Tensor, Tensor], Tensor]  # W, λ (T,) → W + Σₜ λₜ ΔW�
 
 @contextmanager
 def _merged_weights(base: str, adapters: list[str], dtype: str, prepare: Callable[[Factors], Sum]) -> Iterator[Run]:
-    model, opened = _model(base, dtype), _open(adapters)
-    values = torch.full((len(model.model.layers), len(opened)), LAMBDA, requires_grad=True)
-
-    def forget() -> None:
-        values.grad = None
-
+    model, opened, values = _with_coefficients(base, adapters, dtype)
     for path in opened[0].targets:
         module = model.get_submodule(path)
-        scaled = [a.read(path)[0].scaled(a.targets[path].scaling).to(module.weight.dtype) for a in opened]
-        merge = prepare([(s.a, s.b) for s in scaled])
+        merge = prepare(_factors(opened, path, module.weight.dtype))
         layer = int(path.split(".")[2])
 
         def cover(module: nn.Module, args: object, merge: Sum = merge, layer: int = layer) -> None:
@@ -191,7 +212,18 @@ def _merged_weights(base: str, adapters: list[str], dtype: str, prepare: Callabl
 
         module.register_forward_pre_hook(cover)
         module.register_forward_hook(uncover)
-    yield model, forget
+    yield model, [values]
+
+
+def _with_coefficients(base: str, adapters: list[str], dtype: str) -> tuple[Any, list[Any], Tensor]:
+    """Return the model, the adapters, and λ per layer."""
+    model, opened = _model(base, dtype), _open(adapters)
+    return model, opened, torch.full((len(model.model.layers), len(opened)), LAMBDA, requires_grad=True)
+
+
+def _factors(opened: Sequence[Any], path: str, dtype: torch.dtype) -> Factors:
+    scaled = [a.read(path)[0].scaled(a.targets[path].scaling).to(dtype) for a in opened]
+    return [(s.a, s.b) for s in scaled]
 
 
 def _held(factors: Factors) -> Sum:
@@ -234,6 +266,7 @@ VARIANTS: dict[str, Any] = {
     "mixture": _mixture,
     "PEFT": _peft,
     "PEFT, the base's dtype": _peft_same_dtype,
+    "applied": _applied,
     "dense": _dense,
     "streamed": _streamed,
 }
@@ -266,6 +299,11 @@ def _forward(model: Any, ids: Tensor) -> None:
     _loss(model, ids)
 
 
+def _forget(learnt: Sequence[Tensor]) -> None:
+    for tensor in learnt:
+        tensor.grad = None
+
+
 def _timed(work: Callable[[], object]) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     work()
@@ -276,7 +314,7 @@ def _fastest(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
     return {"wall": min(wall for wall, _ in pairs), "cpu": min(cpu for _, cpu in pairs)}
 
 
-JOBS = {job.__name__: job for job in (random_adapter, times, memory, switching, candidates)}
+JOBS = {job.__name__: job for job in (random_adapter, times, memory, agreement, switching, candidates)}
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")

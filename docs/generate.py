@@ -15,6 +15,7 @@ from typing import Any
 
 from plait.cli.methods import describe
 from plait.methods import METHODS
+from plait.recipes.problems import spell
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -50,7 +51,7 @@ def section(name: str) -> str:
 
 
 def _parameter(about: dict[str, Any]) -> str:
-    default = "required" if about["required"] else "–" if about["default"] is None else f"`{about['default']}`"
+    default = "required" if about["required"] else "–" if about["default"] is None else f"`{spell(about['default'])}`"
     cells = (f"`{about['name']}`", default, about["allowed"], about["description"])
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 

@@ -1,39 +1,50 @@
-"""Merge three real adapters of a real 135M model with plait, and ask the result the questions of all three.
+"""Merge three real adapters of a real 135M model with plait, and see what the result keeps of each.
 
-`make demo` runs this. It shows the commands that a user would type, loads what they write in PEFT, and compares the
-base model, each task's own adapter and the merged adapter on held-out texts.
+`make demo` runs this. It shows the commands that a user would type, loads what they write in PEFT, compares several ways
+to merge on held-out texts, with the base model in memory once, and writes a report.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from base_model import BaseModelMissingError, base_model, cached, gguf_file
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from scoring import HERE, NAMES, Outcome, Task, hits, intervals, load_tasks, margin, mean_and_worst
+
+from plait.errors import PlaitError
 
 if TYPE_CHECKING:
-    from live import Live
+    from speaking import Speaker
 
-# Chosen on the validation split by choose.py.
+    from plait.evaluation.comparison import Compared, Comparison
+    from plait.evaluation.record import Bounds, Evaluation
+    from plait.tasks.examples import Example
+
+HERE = Path(__file__).resolve().parent
+NAMES = ("sentiment", "supersense", "langid")
+# Chosen on the validation split, the first one by choose.py, the others by leaderboard.py.
 MERGE = ("--method ties", "--space core", "--density 0.2", "--flavor core_space", "--scale 2")
-MERGED = "merged"
+MERGES: Mapping[str, Mapping[str, Any]] = {
+    "ties, core": {"method": "ties", "space": "core", "density": 0.2, "flavor": "core_space", "scale": 2.0},
+    "iso_c": {"method": "iso_c", "scale": 1.96},
+    "tsv": {"method": "tsv", "scale": 0.6},
+    "linear": {"method": "linear", "scale": 0.6},
+}
+CHOSEN = next(iter(MERGES))
 PROMPTS = 3  # per task, whose answers are shown
 WIDEST = 100  # columns; tables do not read better when they are wider
 
@@ -45,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.width = min(console.width, WIDEST)
     try:
         _demo(console, options.out, options.samples)
-    except BaseModelMissingError as error:
+    except (BaseModelMissingError, PlaitError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", escape(str(error)))
         return 2
     except subprocess.CalledProcessError as error:
@@ -56,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Merge three adapters of SmolLM2-135M and ask the result all their questions.")
-    parser.add_argument("--samples", type=_positive, default=100, metavar="N", help="test texts per task [%(default)s]")
+    parser = argparse.ArgumentParser(description="Merge three adapters of SmolLM2-135M and see what the result keeps of each.")
+    parser.add_argument("--samples", type=_positive, default=60, metavar="N", help="test texts per task [%(default)s]")
     parser.add_argument("--out", type=Path, default=Path("out/demo-merge"), metavar="DIR", help="merged adapter [%(default)s]")
     return parser.parse_args(arguments)
 
@@ -72,7 +83,10 @@ def _positive(text: str) -> int:
 def _demo(console: Console, out: Path, samples: int) -> None:
     started = time.perf_counter()
     gguf = gguf_file()
-    _require("peft", "transformers", "accelerate", "gguf")
+    _require("peft", "transformers", "accelerate", "gguf", "jinja2")
+    # Threads that wait asleep: on a machine with other work, spinning ones make this ten times slower. Read by torch when
+    # it is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console.print(
         f"Three LoRA adapters of SmolLM2-135M-Instruct ({', '.join(NAMES)}) become [bold]one[/bold], and one "
         "model then does all three jobs."
@@ -84,15 +98,17 @@ def _demo(console: Console, out: Path, samples: int) -> None:
     _heading(console, "2 · Merge them, without the base model")
     _plait(console, "merge", _adapters(), *MERGE, f"-o {shlex.quote(str(out))}", "--force")
 
-    _heading(console, "3 · Load the base model and all four adapters with PEFT")
-    tasks = load_tasks()
-    live = _load(console, tasks, out, first_time=not cached(gguf).is_dir())
+    _heading(console, "3 · What they answer, loaded by PEFT")
+    _unpack(console, first_time=not cached(gguf).is_dir())
+    console.print(_answers(console, _load(console, out)))
 
-    _heading(console, "4 · What they answer")
-    console.print(_answers(console, live, tasks))
+    _heading(console, "4 · What the merge keeps, on texts that no training saw")
+    compared = _compare(console, out, samples)
+    console.print(*_kept(next(e for e in compared.evaluations if e.name == CHOSEN)), sep="\n")
 
-    _heading(console, "5 · How often they are right on texts that no training saw")
-    console.print(*_accuracies(_measure(console, live, tasks, samples)), sep="\n")
+    _heading(console, "5 · Beside other ways to merge the same adapters")
+    console.print(*_leaderboard(compared.board), sep="\n")
+    _report(console, compared, out)
 
     _heading(console, f"Done in {time.perf_counter() - started:.0f} s")
     _what_next(console, out, cached(gguf))
@@ -117,6 +133,18 @@ def _short(path: Path) -> Path:
 
 def _adapters() -> str:
     return f"{shlex.quote(str(_short(HERE / 'adapters')))}/*"
+
+
+def _tasks() -> list[Path]:
+    return [HERE / "tasks" / f"{name}.yaml" for name in NAMES]
+
+
+def _workspace(out: Path) -> Path:
+    return out.with_name(f"{out.name}-eval")
+
+
+def _page(out: Path) -> Path:
+    return out.with_name(f"{out.name}-report.html")
 
 
 def _plait(console: Console, *pieces: str) -> None:
@@ -149,21 +177,6 @@ def _matching(pattern: Path) -> list[str]:
     return [str(path) for path in sorted(pattern.parent.glob(pattern.name))]
 
 
-def _load(console: Console, tasks: Sequence[Task], merged: Path, *, first_time: bool) -> Live:
-    # Threads that wait asleep: on a machine with other work, spinning ones make this ten times slower. Read by torch when
-    # it is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with _working(console, "starting transformers and PEFT"):
-        from live import Live, quiet
-
-        quiet()
-    if first_time:
-        with _working(console, "unpacking the base model from its 4-bit file, this first time only"):
-            base_model()
-    with _working(console, "loading base model and adapters: no tensor missing, none left over"):
-        return Live(base_model(), {MERGED: merged} | {task.name: task.adapter for task in tasks})
-
-
 @contextmanager
 def _working(console: Console, what: str) -> Iterator[None]:
     """Say what is being done while it is, and afterwards how long it took."""
@@ -173,100 +186,151 @@ def _working(console: Console, what: str) -> Iterator[None]:
     console.print(f"[green]✓[/] {what} [dim]({time.perf_counter() - started:.1f} s)[/]")
 
 
-def _answers(console: Console, live: Live, tasks: Sequence[Task]) -> Table:
-    """Ask base, own adapter and merged adapter the first test prompts of every task."""
+def _unpack(console: Console, *, first_time: bool) -> None:
+    if first_time:
+        with _working(console, "unpacking the base model from its 4-bit file, this first time only"):
+            base_model()
+
+
+def _load(console: Console, merged: Path) -> Speaker:
+    with _working(console, "base model and four adapters: no tensor missing, none left over"):
+        from speaking import Speaker
+
+        return Speaker(base_model(), {"merged": merged} | {name: HERE / "adapters" / name for name in NAMES})
+
+
+def _answers(console: Console, speaker: Speaker) -> Table:
+    """Ask base, own adapter and merged adapter a few test prompts of every task."""
+    asked = _questions()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left", expand=True)
-    table.caption = "Greedy answers, cut to a line; ✓ when the answer is exactly the gold label."
-    widest = max(len(e.label) for task in tasks for e in task.examples("test", PROMPTS))
+    table.caption = "Greedy answers, cut to a line; ✓ when the answer is exactly the right one."
+    widest = max(len(e.target) for examples in asked.values() for e in examples)
     table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=4)
-    table.add_column("gold", no_wrap=True, width=widest)
+    table.add_column("right", no_wrap=True, width=widest)
     table.add_column("base model", no_wrap=True, overflow="ellipsis", ratio=3)
     for name in ("own adapter", "merged"):
         table.add_column(name, no_wrap=True, overflow="ellipsis", width=max(widest + 2, len(name)))
-    for task in tasks:
-        examples = task.examples("test", PROMPTS)
-        prompts = [task.ask(example) for example in examples]
-        with console.status(f"asking about {task.name} …"):
-            columns = [live.answer(name, prompts) for name in ("base", task.name, MERGED)]
-        table.add_row(f"[bold]{task.name}[/]")
+    for task, examples in asked.items():
+        prompts = [str(example.prompt) for example in examples]
+        with console.status(f"asking about {task} …"):
+            columns = [speaker.say(name, prompts) for name in (None, task, "merged")]
+        table.add_row(f"[bold]{task}[/]")
         for example, *said in zip(examples, *columns, strict=True):
-            table.add_row(escape(example.text), example.label, *(_marked(answer, example.label) for answer in said))
+            marked = (f"[green]{a} ✓[/]" if a == example.target else escape(a) for a in said)
+            table.add_row(escape(_text(str(example.prompt))), example.target, *marked)
         table.add_section()
     return table
 
 
-def _marked(answer: str, gold: str) -> str:
-    return f"[green]{gold} ✓[/]" if answer == gold else escape(answer)
+def _questions() -> dict[str, tuple[Example, ...]]:
+    """Return the first test examples of every task; their labels take turns."""
+    from plait.tasks.examples import read_examples
+    from plait.tasks.loading import load_tasks
+
+    return {task.name: read_examples(task, "test").items[:PROMPTS] for task in load_tasks(_tasks())}
 
 
-def _measure(console: Console, live: Live, tasks: Sequence[Task], samples: int) -> dict[str, Outcome]:
-    """Classify the sample of every task with the base model, its own adapter and the merged adapter."""
-    chosen = {task: task.examples("test", samples) for task in tasks}
-    outcomes = {}
-    with _progress(console, 3 * sum(map(len, chosen.values()))) as report:
-        for task, examples in chosen.items():
-            names = ("base", task.name, MERGED)
-            right = [hits(examples, live.classify(name, task, examples, report(f"{task.name}, {name}"))) for name in names]
-            outcomes[task.name] = Outcome(*right)
-    return outcomes
+def _text(prompt: str) -> str:
+    """Return the text that a prompt asks about: its templates say `Text: …` and the end of the turn."""
+    return prompt.partition("Text: ")[2].partition("<|im_end|>")[0]
+
+
+def _compare(console: Console, out: Path, samples: int) -> Compared:
+    """Evaluate all merges; the base model is loaded once, and every answer is asked for once."""
+    from plait.cli.console import ProgressBars
+    from plait.evaluation.comparison import compare
+    from plait.evaluation.pipeline import Options
+    from plait.evaluation.request import asked
+    from plait.recipes.request import read_request
+
+    adapters = {name: HERE / "adapters" / name for name in NAMES}
+    recipes = {
+        label: asked(read_request(None, adapters, settings)[0], _tasks(), subset=samples, batch_size=32)
+        for label, settings in MERGES.items()
+    }
+    options = Options(_workspace(out), base=str(base_model()), device_map="cpu", matrix=True)
+    progress = ProgressBars() if console.is_terminal else None
+    with _timed(console, f"{samples} texts per task, asked of the base, {len(NAMES)} adapters and {len(MERGES)} merges"):
+        return compare(recipes, None, options, progress)
 
 
 @contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[str], Callable[[int], object]]]:
-    """Show progress: a bar on a terminal, a line per stage elsewhere."""
-    if not console.is_terminal:
-
-        def announce(stage: str) -> Callable[[int], object]:
-            console.print(f"[dim]classifying: {stage}[/]")
-            return lambda done: None
-
-        yield announce
-        return
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=total)
-
-        def advance(stage: str) -> Callable[[int], object]:
-            progress.update(bar, description=stage)
-            return lambda done: progress.advance(bar, done)
-
-        yield advance
+def _timed(console: Console, what: str) -> Iterator[None]:
+    """As `_working`, for what shows its own progress."""
+    started = time.perf_counter()
+    yield
+    console.print(f"[green]✓[/] {what} [dim]({time.perf_counter() - started:.1f} s)[/]")
 
 
-def _accuracies(outcomes: Mapping[str, Outcome]) -> tuple[Table, str]:
-    """Return the accuracies and recoveries as a table, and how to read it."""
+def _kept(found: Evaluation) -> tuple[Table, str]:
+    """Return accuracies and recoveries of one merge as a table, and how to read it."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("task", "n", "base model", "own adapter", "merged", "recovery"):
+    for name in ("task", "n", "base", "own adapter", "merged", "recovery", "95 %"):
         table.add_column(name, justify="left" if name == "task" else "right")
-    for name, o in outcomes.items():
-        cells = (f"{right.mean():.2f} [dim]± {margin(right):.2f}[/]" for right in (o.base, o.single, o.merged))
-        table.add_row(name, str(len(o.base)), *cells, f"[bold]{_percent(o.recovery)}[/]")
+    for t in found.tasks:
+        accuracies = (f"{value:.2f}" for value in (t.base, t.single or 0.0, t.merged))
+        table.add_row(t.task, str(t.examples), *accuracies, f"[bold]{_percent(t.recovery)}[/]", _bounds(t.recovery_interval))
     table.add_section()
-    sides = [[right.mean() for right in (o.base, o.single, o.merged)] for o in outcomes.values()]
-    means = (f"{sum(side) / len(sides):.2f} [dim]{' ' * 6}[/]" for side in zip(*sides, strict=True))
-    mean, worst = mean_and_worst(outcomes)
-    low, high = intervals(outcomes)["mean"]
-    table.add_row("mean", "", *means, f"[bold]{_percent(mean)}[/]")
-    note = (
-        f"Recovery = (merged − base) / (own − base): mean {_percent(mean)} (95 % interval {_percent(low)} to "
-        f"{_percent(high)}), worst task {_percent(worst)}.\n[dim]A prediction is the likeliest label; ± is half of the "
-        "accuracy's 95 % interval. The texts are a fixed sample of the test split, as many of every label; --samples N "
-        "takes more.[/]"
+    table.add_row("mean", "", "", "", "", f"[bold]{_percent(found.mean_recovery)}[/]", _bounds(found.mean_interval))
+    worst = f"[bold]{_percent(found.worst_recovery)}[/]"
+    table.add_row(f"worst: {found.worst_task}", "", "", "", "", worst, _bounds(found.worst_interval))
+    return table, (
+        "[dim]Recovery = (merged − base) / (own − base): 0 % is the base model, 100 % the task's own adapter. The interval "
+        "resamples the texts, a fixed sample of the test split; --samples N takes more and narrows it.[/]"
     )
-    return table, note
 
 
-def _percent(share: float) -> str:
-    return "–" if math.isnan(share) else f"{100 * share:.0f} %"
+def _leaderboard(board: Comparison) -> tuple[Table, str]:
+    """Return all merges as a table, best first, and what it does not say."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("merge", "worst", "95 %", "mean", *board.base):
+        table.add_column(name, justify="left" if name == "merge" else "right")
+    for p in board.places:
+        name = f"[bold]{p.name}[/]" if p.name == CHOSEN else p.name
+        kept = (_percent(p.recovery[task]) for task in board.base)
+        table.add_row(name, _percent(p.worst_recovery), _bounds(p.worst_interval), _percent(p.mean_recovery), *kept)
+    return table, (
+        "[dim]Recovery, the largest of the worst task first. Where intervals overlap, the order may be chance: --samples N "
+        "takes more texts, and docs/results.md has all methods on all of them.[/]"
+    )
+
+
+def _report(console: Console, compared: Compared, out: Path) -> None:
+    """Write the results where `plait eval` does, and the page that `plait report` makes of them."""
+    from plait.evaluation.workspace import write_comparison, write_evaluation
+    from plait.reports.pipeline import make_report
+
+    workspace = _workspace(out)
+    runs = {found.name: write_evaluation(workspace, found) for found in compared.evaluations}
+    board = write_comparison(workspace, compared.board.adapters, compared.board.model_dump(mode="json"))
+    console.print()
+    with _working(console, "all of this as one page, with the merge's own record"):
+        make_report([runs[CHOSEN], board, out], out=_page(out), title="Three adapters in one", force=True)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f} %"
+
+
+def _bounds(interval: Bounds | None) -> str:
+    return "–" if interval is None else f"{100 * interval[0]:.0f} – {100 * interval[1]:.0f}"
 
 
 def _what_next(console: Console, out: Path, base: Path) -> None:
     """Say what lies where, and what to try now."""
-    recipe = shlex.quote(str(_short(HERE.parent / "recipes" / "ties_core.yaml")))
-    console.print(f"[dim]merged adapter[/]  {out}\n[dim]base model[/]      {base}\n", soft_wrap=True)
+    for what, place in (
+        ("merged adapter", out),
+        ("report", f"{_page(out)}   (open it in a browser)"),
+        ("results", _workspace(out)),
+        ("base model", base),
+    ):
+        console.print(f"[dim]{what:<15}[/] {place}", soft_wrap=True)
+    console.print()
     activate = Path(sys.executable).parent / "activate"
     if which("plait") is None and activate.is_file():
         console.print(f"[dim]# puts plait on the path[/]\nsource {shlex.quote(str(_short(activate)))}", soft_wrap=True)
+    recipe = shlex.quote(str(_short(HERE.parent / "recipes" / "ties_core.yaml")))
+    tasks = f"{shlex.quote(str(_short(HERE / 'tasks')))}/*.yaml"
     for why, command in (
         ("the plan, without merging", f"plait merge {_adapters()} --dry-run"),
         (
@@ -274,6 +338,10 @@ def _what_next(console: Console, out: Path, base: Path) -> None:
             f"plait merge {_adapters()} --scale 0.6 -o out/sum",
         ),
         ("a smaller adapter, and what that loses", f"plait compress {shlex.quote(str(out))} --rank 8 -o out/rank8"),
+        (
+            "what a merge keeps, from its files",
+            f"plait eval {shlex.quote(str(out))} --tasks {tasks} --subset 60 --base-id {shlex.quote(str(base))}",
+        ),
         ("a recipe file instead of options", f"plait merge {recipe} -o out/recipe"),
         ("in Python, with PEFT", f'model = PeftModel.from_pretrained(model, "{out}")'),
     ):

@@ -40,6 +40,8 @@ _HOME = {
     "plan": "plait.api",
     "push": "plait.api",
     "report": "plait.api",
+    "sft": "plait.api",
+    "train": "plait.api",
     "unbake": "plait.api",
     "save_moments": "plait.merging.moments",
     "verify": "plait.api",
@@ -74,6 +76,8 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
     "push",
     "report",
     "save_moments",
+    "sft",
+    "train",
     "unbake",
     "verify",
     "__version__",
@@ -81,7 +85,7 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
 
 if TYPE_CHECKING:
     from plait.adapters import Adapter, LowRank
-    from plait.api import bake, compress, evaluate, extract, inspect, merge, plan, push, report, unbake, verify
+    from plait.api import bake, compress, evaluate, extract, inspect, merge, plan, push, report, sft, train, unbake, verify
     from plait.errors import (
         AdapterError,
         AddressError,

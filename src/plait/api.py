@@ -6,13 +6,13 @@ Rooms beyond merging are entered when they are used: a merge loads no evaluation
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from plait.errors import RecipeError
 from plait.hub.references import parse_reference
 from plait.hub.upload import check_push
-from plait.merging.inspection import Inspection, inspect_adapters
 from plait.merging.inventory import open_adapters
 from plait.merging.moments import MomentsOf
 from plait.merging.pipeline import MergeResult, plan_recipe, run_recipe
@@ -27,11 +27,16 @@ if TYPE_CHECKING:
     from plait.baking.pipeline import BakeResult
     from plait.baking.unbake import UnbakeResult
     from plait.evaluation.record import Evaluation
+    from plait.merging.inspection import Inspection
     from plait.reports.pipeline import ReportResult
     from plait.tasks.checking import TaskCheck
+    from plait.training.attempts import Watcher
+    from plait.training.results import TrainResult
+    from plait.training.sft import SftResult
     from plait.verification.publish import Pushed
     from plait.verification.verify import Verification
 
+Written = TypeVar("Written", MergeResult, "BakeResult")
 Source = Recipe | str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 
 
@@ -80,20 +85,22 @@ def merge(  # noqa: PLR0913 (what a command line takes)
     Raises:
         PlaitError: anything wrong with what was given, all of it at once; nothing is left at `out` then.
     """
-    from plait.verification.extend import extend
-
     function, settings = _moments(moments, settings)
     base_folder: Path | None = None
     notes: tuple[str, ...] = ()
     if add is not None:
         if not isinstance(source, (str, Path)):
             raise RecipeError("add: the source is the folder of an earlier merge, with its plait.lock.")
+        from plait.verification.extend import extend
+
         places = {name: str(place) for name, place in (inputs or {}).items()}
         extension = extend(Path(source), add, settings, inputs=places, from_merged=from_merged)
         recipe, folder, base_folder, notes = extension.recipe, None, extension.base_folder, extension.notes
     else:
         recipe, folder = _recipe(source, settings)
-    return run_recipe(
+    if push_to is not None:
+        check_push(push_to)
+    result = run_recipe(
         recipe,
         base_folder=base_folder,
         notes=notes,
@@ -103,9 +110,8 @@ def merge(  # noqa: PLR0913 (what a command line takes)
         force=force,
         workers=workers,
         progress=progress,
-        push_to=push_to,
-        private=private,
     )
+    return result if push_to is None else _pushed(result, push_to, private=private)
 
 
 def plan(
@@ -135,9 +141,11 @@ def bake(  # noqa: PLR0913 (what a command line takes)
     force: bool = False,
     workers: int | None = None,
     device: str = "cpu",
+    dequantize: bool = False,
     progress: Progress | None = None,
     push_to: str | None = None,
     private: bool = False,
+    moments: str | Path | Mapping[str, str | Path] | MomentsOf | None = None,
     **settings: Any,
 ) -> BakeResult:
     """Write base model + merge as a full model, shard by shard.
@@ -154,30 +162,33 @@ def bake(  # noqa: PLR0913 (what a command line takes)
         shard_size: largest file, such as `5GB`; the base's files when None.
         force: replace a model that stands at `out`.
         workers: threads; never change a byte.
-        device: where blocks are added up, as torch names it.
+        device: where blocks are added up, as torch names it; the lock names it, since other devices round otherwise.
+        dequantize: take a quantised base (fp8, mxfp4) for the plain model that it stands for; refused without.
         progress: who listens; it is told of bytes.
         push_to: Hub repository to upload the model to.
         private: create that repository as private.
+        moments: second moments of the modules' inputs, as `merge` takes them.
         **settings: as `merge`, but for what shapes an adapter (`rank`, `kind`, `layout`).
 
     Raises:
         PlaitError: anything wrong with what was given, all of it at once; nothing is left at `out` then.
     """
-    from plait.baking.pipeline import push_bake, run_bake
+    from plait.baking.pipeline import run_bake
     from plait.baking.plan import bake_options
 
     if isinstance(source, Recipe) and base is not None:
         source = source.model_copy(update={"base_model": str(base)})
     elif base is not None:
         settings = {**settings, "base_model": str(base)}
+    function, settings = _moments(moments, settings)
     recipe, folder = _recipe(source, settings)
-    options = bake_options(dtype=dtype, shard_size=shard_size)
+    options = bake_options(dtype=dtype, shard_size=shard_size, device=device, dequantize=dequantize)
     if push_to is not None:
         check_push(push_to)
     result = run_bake(
-        recipe, options, out=Path(out), folder=folder, force=force, workers=workers, device=device, progress=progress
+        recipe, options, out=Path(out), folder=folder, force=force, workers=workers, moments=function, progress=progress
     )
-    return result if push_to is None else push_bake(result, push_to, private=private)
+    return result if push_to is None else _pushed(result, push_to, private=private)
 
 
 def compress(
@@ -234,8 +245,9 @@ def extract(
         force: replace an adapter that stands at `out`.
         workers: tensors worked on at a time; never changes a byte.
         progress: who listens.
-        **settings: `targets` (names of layers or shell patterns; all Linear layers when None), `embeddings` (take them too),
-            `modules_to_save` (keep norms and biases whole), `dtype`, `layout`, `base_id` (the base model's name to write).
+        **settings: `targets` (names of layers or shell patterns; all Linear layers, convolutions and fused experts when None),
+            `embeddings` (take them too), `modules_to_save` (keep norms and biases whole), `dtype`, `layout`, `base_id` (the
+            base model's name to write).
 
     Returns:
         Folder and record: energy per module, what was left out, and how much of the difference that is.
@@ -243,7 +255,8 @@ def extract(
     Raises:
         PlaitError: anything wrong with what was given; nothing is left at `out` then.
     """
-    from plait.baking.extract import make_request, run_extract
+    from plait.baking.extract import run_extract
+    from plait.baking.extract_request import make_request
 
     request = make_request(base=str(base), finetuned=str(finetuned), rank=rank, **settings)
     return run_extract(request, out=Path(out), force=force, workers=workers, progress=progress)
@@ -267,6 +280,8 @@ def inspect(
     Raises:
         PlaitError: adapters cannot be found or opened; all of them at once.
     """
+    from plait.merging.inspection import inspect_adapters
+
     pairs = source.items() if isinstance(source, Mapping) else [(None, reference) for reference in source]
     _, adapters = open_adapters([(name, str(text)) for name, text in pairs])
     return inspect_adapters(adapters, base_model=base_model, workers=workers, progress=progress)
@@ -453,6 +468,30 @@ def check_tasks(tasks: Sequence[str | Path], *, model: str | Path | None = None)
     return [check_task(task, tokenizer) for task in loaded]
 
 
+def sft(*, progress: Progress | None = None, **flags: Any) -> SftResult:
+    """Train an adapter, or a whole model, on data with TRL; then merge it with its base and upload it, where that is asked for.
+
+    >>> plait.sft(model_name_or_path="org/model", dataset_name_or_path="rows.jsonl", use_peft=True, lora_r=16, max_steps=100,
+    ...           output_dir="run", merge_adapter_with_base=True).merged_model
+
+    Killed, the same call goes on; a finished one trains nothing again.
+
+    Args:
+        progress: who listens, instead of TRL's own bar and lines.
+        **flags: of `plait sft`: all of TRL's `SFTConfig`, `ModelConfig` and `ScriptArguments`, and plait's.
+
+    Returns:
+        Folders and training record. A merge or upload that failed is in its `failures`, with the command that does it again.
+
+    Raises:
+        PlaitError: flags, data, disk, folder or Hub do not allow it; everything that is wrong at once, before training.
+    """
+    from plait.training.arguments import read_keywords
+    from plait.training.sft import plan_sft, run_sft
+
+    return run_sft(plan_sft(read_keywords(flags)), progress=progress)
+
+
 def report(
     runs: str | Path | Sequence[str | Path],
     *,
@@ -465,7 +504,8 @@ def report(
     """Write one page that shows what a merge kept: readable offline, with nothing beside it.
 
     Args:
-        runs: run folders or result files of evaluations, and folders of written merges, for the energy they kept.
+        runs: run folders or result files of evaluations and leaderboards, and folders of written merges, for the energy they
+            kept. The page is about the first.
         out: the page.
         title: of the page; the first evaluation's name when None.
         figures: folder for the same figures as SVG and PNG; none are drawn when None.
@@ -519,6 +559,72 @@ def push(
     from plait.verification.publish import push_result
 
     return push_result(Path(folder), repo, private=private, revision=revision, create_pr=create_pr, message=message)
+
+
+def train(  # noqa: PLR0913 (what a command line takes)
+    phases: str | Path | Mapping[str, Any],
+    *,
+    out: str | Path,
+    only: Sequence[str] = (),
+    workers: int | None = None,
+    cluster: str | None = None,
+    base: str | Path | None = None,
+    matrix: bool = False,
+    load_dtype: str = "auto",
+    device_map: str = "auto",
+    trust_remote_code: bool = False,
+    watcher: Watcher | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> TrainResult:
+    """Train one adapter per phase on one base, merge them, and say what the merge kept of each.
+
+    >>> found = plait.train("examples/phases.yaml", out="trained")
+    >>> found.evaluation.worst_recovery, found.failed
+
+    Killed at any moment, the same call goes on: finished phases are found again, begun ones go on from their last checkpoint.
+
+    Args:
+        phases: a file, or the same as a mapping (relative paths then start at the working directory).
+        out: folder of everything: `phases/NAME/adapter`, `merged`, `recipe.yaml`, `report.html`, `train.json`.
+        only: phases to train, and nothing more; all, and then the rest of the work, when empty.
+        workers: phases side by side, each a process of its own; one after another in this one when None.
+        cluster: `ray` or `ray://HOST:PORT`: run the phases there.
+        base: the base model, in place of the file's.
+        matrix: also judge every adapter on every task.
+        load_dtype: of the base in evaluation, as transformers takes it.
+        device_map: in evaluation, as transformers takes it.
+        trust_remote_code: in evaluation: let transformers run code that lies beside the weights.
+        watcher: told of the phases.
+        progress: told of merge and evaluation.
+        **settings: keys of the file that replace its own (`lora`, `arguments`, `merge`, `eval`, `seed`, …).
+
+    Returns:
+        What came of every phase, and of merge and evaluation. A phase that failed is in `failed`; the others are trained,
+        and nothing is merged then.
+
+    Raises:
+        PlaitError: anything wrong with what was given, before the first step; or merge or evaluation cannot be done.
+    """
+    from plait.training.cohort import Places, train_cohort
+    from plait.training.finishing import Judging
+    from plait.training.reading import read_phases
+
+    return train_cohort(
+        read_phases(phases, out=Path(out), base=None if base is None else str(base), settings=settings),
+        only=only,
+        places=Places(workers, cluster),
+        judging=Judging(load_dtype, device_map, trust_remote_code, matrix),
+        watcher=watcher,
+        progress=progress,
+    )
+
+
+def _pushed(result: Written, repo: str, *, private: bool) -> Written:
+    """Upload what was written, and say where it is."""
+    from plait.verification.publish import push_result
+
+    return replace(result, url=push_result(result.folder, repo, private=private).url)
 
 
 def _moments(given: Any, settings: dict[str, Any]) -> tuple[MomentsOf | None, dict[str, Any]]:

@@ -95,13 +95,24 @@ VARIANTS = {
         {"task_coefficients": [0.2, 0.3, 0.9], "layer_task_coefficients": {"0": [1.0, 0.5, 0.25]}},
         {"by_position": True},
     ),
+    # stages that no method above is made of, and the order pre → combine → post
+    "pipeline-smooth": ("pipeline", {"pre": ["smooth"], "combine": "polar", "post": ["iso"]}, {}),
+    "pipeline-truncate": (
+        "pipeline",
+        {
+            "pre": ["pico", {"name": "trim", "density": 0.5}],
+            "combine": "elect",
+            "post": ["svc", {"name": "truncate", "to": 2}, "norm_match"],
+        },
+        {},
+    ),
 }
 
 
 def subjects() -> dict[str, Subject]:
     own = {name: subject_of(name, **PROMISES.get(name, {})) for name in METHODS}
     variants = {
-        label: subject_of(name, params, **{**PROMISES[name], **promises})
+        label: subject_of(name, params, **{**PROMISES.get(name, {}), **promises})
         for label, (name, params, promises) in VARIANTS.items()
     }
     return {**own, **variants}

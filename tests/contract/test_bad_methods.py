@@ -11,9 +11,10 @@ import pytest
 import torch
 from pydantic import Field, model_validator
 
+from plait.adapters.lowrank import LowRank
 from plait.linalg.sparsify import keep_at_least
 from plait.methods import METHODS, Block, ElementwiseMethod, LinearMethod, MethodParams, NoParams, Preset, Source
-from plait.stages import Pipeline
+from plait.stages import DeltaCombine, Pipeline
 from plait.stages.sums import Sum
 from plait.stages.surveys import total
 from plait.testing import CONTRACT, check_method, check_property, subject_of
@@ -206,6 +207,28 @@ def test_fault_is_found(fault) -> None:
 def test_a_gauge_is_felt_where_factors_are_merged_apart() -> None:
     with pytest.raises(AssertionError, match="a random G"):
         CONTRACT["gauge"].check(subject_of("linear"), "factors")
+
+
+def test_a_rank_that_is_taken_for_the_delta_is_found() -> None:
+    """How many columns B has says how it was written, not what it means."""
+
+    class Combined(DeltaCombine):
+        def combine(self, site):
+            return LowRank.concatenate(site.weighted(), [1 / d.rank for d in site.deltas])
+
+    preset = Preset(
+        name="ours",
+        summary="s",
+        equation="e",
+        params=NoParams,
+        source=SOURCE,
+        spaces=("core",),
+        combines="deltas",
+        stages=lambda params: Pipeline(Combined()),
+    )
+    with pytest.raises(AssertionError, match=r"breaks 'factored' .*: B = ΔW, A = I: model\.layers\.0\.proj differs"):
+        check_property(subject_of(preset), "core", "factored")
+    check_property(subject_of(preset), "core", "gauge")
 
 
 def test_undone_randomness_is_found() -> None:

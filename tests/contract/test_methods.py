@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from plait.methods import METHODS, Preset
-from plait.testing import CONTRACT, check_property
+from plait.stages import STAGES, StageParams
+from plait.testing import CONTRACT, check_property, cohort
 from tests.contract.subjects import PROMISES, SUBJECTS, VARIANTS
 
-# Another path through a method does not write, plan or draw otherwise: these rows are the method's.
-NOT_FOR_VARIANTS = {"parameters", "workers", "rank", "global_state"}
+# Another path through a method does not write or draw otherwise: these rows are the method's.
+NOT_FOR_VARIANTS = {"parameters", "workers", "global_state"}
 # Rows that no method can be excused from.
 ALWAYS = {
     *("shapes", "zero", "nonzero", "inputs", "global_state", "seed", "row_blocks"),
@@ -18,9 +20,12 @@ ALWAYS = {
 
 
 def spaces(label: str) -> tuple[str, ...]:
-    """Variants run in one dense and in one low-rank space."""
-    offered = SUBJECTS[label].method.spaces
-    return tuple(s for s in offered if s in ("delta", "core")) if label in VARIANTS else offered
+    """Variants run in one dense and in one low-rank space, as far as their stages can."""
+    subject = SUBJECTS[label]
+    if label not in VARIANTS:
+        return subject.method.spaces
+    possible = (s for s in subject.method.spaces if not subject.pipeline(s).problems(s, subject.adapters))
+    return tuple(s for s in possible if s in ("delta", "core"))
 
 
 CASES = [
@@ -42,6 +47,28 @@ def test_every_registered_method_is_under_contract() -> None:
     assert set(PROMISES) <= set(METHODS)
 
 
+def test_every_stage_is_under_contract() -> None:
+    pipelines = [subject.pipeline(space) for label, subject in SUBJECTS.items() for space in spaces(label)]
+    used = {stage.spelled() for p in pipelines for stage in p.stages if isinstance(stage, StageParams)}
+    assert used == set(STAGES) - {"cutoff"}, "an absolute threshold keeps no `scale`; tests/reference/test_consensus.py has it"
+
+
+# What keeps entries by size, or as many directions as it finds, may come out below its bound.
+UP_TO = {"star", "star-most", "dc_merge", "dc_merge-share", "iso_c-effective", "iso_cts-specific"}
+
+
+RANKED = [label for label, s in SUBJECTS.items() if s.method.kind != "entries" or label.startswith("pipeline-")]
+
+
+@pytest.mark.parametrize("label", [label for label in RANKED if label not in UP_TO])
+def test_the_rank_that_is_promised_is_reached(label) -> None:
+    """Where there is room for all ranks: a bound that is too high would cost memory and `max_lora_rank`."""
+    subject, adapters = SUBJECTS[label], cohort([(24, 20)], [2, 1, 3][: SUBJECTS[label].adapters])
+    run = subject.prepare(adapters, subject.recipe(adapters, spaces(label)[0]))
+    (module,), (merged,) = run.plan.modules, run.deltas().values()
+    assert torch.linalg.matrix_rank(merged, rtol=1e-9) == module.exact_rank
+
+
 def test_no_row_is_lost() -> None:
     """Parametrisation shrinks in silence: the rows are counted from the outside."""
     covered = {(label, space): set() for label in SUBJECTS for space in spaces(label)}
@@ -52,6 +79,7 @@ def test_no_row_is_lost() -> None:
         needed = ALWAYS - NOT_FOR_VARIANTS if label in VARIANTS else ALWAYS
         assert names >= needed, f"{label} in {space} lacks {needed - names}"
         assert ("gauge" in names) == (space != "factors")
+        assert ("factored" in names) == (space != "factors")
     covered = {key: names for key, names in covered.items() if key[0] in {*PROMISES, *VARIANTS}}
     assert {name for _, names in covered.items() for name in names} == set(CONTRACT)
     excused = {label for (label, _), names in covered.items() if "order_of_adapters" not in names}
@@ -66,4 +94,4 @@ def test_no_row_is_lost() -> None:
     assert all("shared_init" in names for (_, space), names in covered.items() if space != "factors")
     presets = {label for label, _ in covered if isinstance(SUBJECTS[label].method, Preset)}
     assert {label for (label, _), names in covered.items() if "spelled" in names} == presets
-    assert len(CONTRACT) == 22
+    assert len(CONTRACT) == 23

@@ -8,6 +8,10 @@ import sys
 
 import pytest
 
+from plait.methods import METHODS, Preset
+from plait.stages import STAGES
+from plait.testing.subject import example_params
+
 FOUR, THREE, DENSE = ["delta", "core", "knots", "factors"], ["delta", "core", "knots"], ["delta"]
 EXPECTED = {
     "linear": FOUR,
@@ -71,3 +75,21 @@ def test_a_recipe_knows_them_without_further_imports() -> None:
         "d = Recipe.model_json_schema()['properties']['method']['discriminator']['mapping']; print(json.dumps(sorted(d)))"
     )
     assert set(named) >= set(EXPECTED)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if isinstance(method, Preset) and name != "pipeline"]
+)
+def test_a_parameter_has_the_bounds_of_the_stage_that_it_goes_to(name) -> None:
+    """What a method hands to its stages is defined once; a method may only choose another default, or say it in its words."""
+    method = METHODS[name]
+    for stage in method.pipeline(method.spec.model_validate({"name": name, **example_params(method)})).stages:
+        for key in set(type(stage).model_fields) & set(method.params.model_fields):
+            theirs, ours = type(stage).model_fields[key], method.params.model_fields[key]
+            assert (ours.annotation, ours.metadata) == (theirs.annotation, theirs.metadata), f"{name}: {key}, of {stage}"
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+def test_a_stage_is_spelled_name_first(stage) -> None:
+    """In written recipes, messages and schemas."""
+    assert next(iter(stage.model_fields)) == "name"

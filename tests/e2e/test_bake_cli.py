@@ -150,6 +150,7 @@ def test_from_the_hub_and_to_the_hub(place):
             "pytorch_model.bin": b"not needed",
         }
         hub.add("org/base", {**files, **extra})
+        hub.add("tester/model", {"adapter_config.json": b"{}", "pytorch_model.bin": b"older"}, private=True)
         command = [sys.executable, "-m", "plait", "bake", "./a", "--base-id", "org/base", "-o", "model"]
         command += ["--push-baked-repo", "tester/model", "--private"]
         env = {**os.environ, **hub.env(place / "home", token="hf_test", offline=False)}

@@ -269,3 +269,141 @@ def test_the_command_line(base, tmp_path, capsys, monkeypatch):
     assert json.loads(run("--energy", "0.5", "-o", "json", "--json"))["modules"][0]["kept"] >= 0.5
     run("-o", "neither", code=2)
     run("--rank", "4", "-o", "out", code=2)
+
+
+def tuned_models(tmp_path: Path, kind: str) -> tuple[Path, Path]:
+    """Save a model of many layers and the same with every value changed."""
+    from tests.baking_models import make_model
+
+    model = make_model(kind)
+    model.save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embed_" not in name:  # which may be tied
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.save_pretrained(tmp_path / "tuned")
+    return tmp_path / "base", tmp_path / "tuned"
+
+
+def in_peft(kind: str, base: Path, adapter: Path) -> torch.Tensor:
+    """Return the logits of the adapter on the base, loaded by PEFT with nothing missing."""
+    import transformers as tf
+    from peft import PeftModel
+
+    auto = {"vit": tf.AutoModelForImageClassification, "whisper": tf.AutoModelForSpeechSeq2Seq}.get(
+        kind, tf.AutoModelForCausalLM
+    )
+    from tests.baking_models import run
+
+    loaded = PeftModel.from_pretrained(auto.from_pretrained(base), adapter)
+    assert not loaded.load_adapter(adapter, "again").unexpected_keys
+    loaded.set_adapter("default")
+    return run(loaded.merge_and_unload().eval())  # Whisper asks its convolutions for what PEFT's wrappers do not have
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::RuntimeWarning:peft")
+@pytest.mark.parametrize("kind", ["qwen3 moe", "mixtral", "gpt oss"])
+def test_fused_experts(kind, tmp_path, monkeypatch):
+    """Stored one by one and fused by the code, or stored as they are and transposed: at full rank PEFT gives the fine-tune."""
+    import transformers as tf
+
+    from tests import baking_models
+    from tests.baking_models import run
+
+    if kind == "gpt oss":
+        config = tf.GptOssConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, num_local_experts=3, num_experts_per_tok=2, max_position_embeddings=32,
+            pad_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        monkeypatch.setitem(baking_models.MODELS, kind, lambda: tf.GptOssForCausalLM(config))
+    base, tuned = tuned_models(tmp_path, kind)
+    result = plait.extract(base, tuned, rank=32, out=tmp_path / "out", targets=["*.experts.*"])
+    found = [m.target.partition("layers.0.")[2] for m in result.record.modules if "layers.0." in m.target]
+    assert found == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    assert all(m.result == "exact" for m in result.record.modules)
+    config = json.loads((result.folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == []
+    assert config["target_parameters"] == [m.target for m in result.record.modules]
+    only_experts = mixed(base, tuned, tmp_path / "mixed", lambda name: ".experts." in name and "bias" not in name)
+    expected = run(tf.AutoModelForCausalLM.from_pretrained(only_experts).eval())
+    torch.testing.assert_close(in_peft(kind, base, result.folder), expected, rtol=1e-4, atol=1e-4)
+
+
+def mixed(base: Path, tuned: Path, folder: Path, is_tuned) -> Path:
+    """Save a model whose tensors are the fine-tune's where a function of their names says so, and the base's else."""
+    import shutil
+
+    shutil.copytree(base, folder)
+    one, two = (load_file(f / "model.safetensors") for f in (base, tuned))
+    save_file({n: (two if is_tuned(n) else one)[n] for n in one}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize(("kind", "layers"), [("vit", "projection"), ("whisper", "conv?")])
+def test_convolutions(kind, layers, tmp_path):
+    import transformers as tf
+
+    from tests.baking_models import run
+
+    auto = {"vit": tf.AutoModelForImageClassification, "whisper": tf.AutoModelForSpeechSeq2Seq}[kind]
+    base, tuned = tuned_models(tmp_path, kind)
+    result = plait.extract(base, tuned, rank=64, out=tmp_path / "out", targets=[f"*.{layers}"])
+    modules = [m.target for m in result.record.modules]
+    assert modules
+    chosen = mixed(base, tuned, tmp_path / "mixed", lambda n: n.removesuffix(".weight") in modules)
+    expected = run(auto.from_pretrained(chosen).eval())
+    assert not torch.allclose(expected, run(auto.from_pretrained(base).eval()), atol=1e-3), "the convolutions matter"
+    torch.testing.assert_close(in_peft(kind, base, result.folder), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen3 moe", "vit"])
+def test_a_truncated_stack_is_as_near_as_its_rank_allows(kind, tmp_path):
+    """Per expert, and per convolution seen as a matrix, the energies are those of the singular values; verify repeats it."""
+    base, tuned = tuned_models(tmp_path, kind)
+    result = plait.extract(base, tuned, rank=2, out=tmp_path / "out")
+    one, two = (load_file(f / "model.safetensors") for f in (base, tuned))
+    deltas = {n: (two[n].double() - one[n].double()).numpy() for n in one}
+    records = {m.target: m for m in result.record.modules}
+    if kind == "vit":
+        (target,) = (t for t in records if t.endswith("projection"))
+        matrices = [deltas[f"{target}.weight"].reshape(len(deltas[f"{target}.weight"]), -1)]
+    else:
+        target = "model.layers.1.mlp.experts.gate_up_proj"
+        names = [f"model.layers.1.mlp.experts.{i}" for i in range(4)]
+        matrices = [np.concatenate([deltas[f"{n}.{half}_proj.weight"] for half in ("gate", "up")]) for n in names]
+    power = [np.linalg.svd(m, compute_uv=False) ** 2 for m in matrices]
+    assert records[target].energy == pytest.approx(sum(p.sum() for p in power), rel=1e-5)
+    kept = sum(p[:2].sum() for p in power) / sum(p.sum() for p in power)
+    assert records[target].kept == pytest.approx(kept, rel=1e-4)
+    every = sum((d**2).sum() for d in deltas.values())
+    lost = sum((m.energy or 0) * (1 - m.kept) for m in records.values()) + sum(x.energy for x in result.record.leftovers)
+    assert result.record.lost == pytest.approx(lost / every, rel=1e-4)
+    assert plait.verify(result.folder).ok
+
+
+def test_experts_join_a_merge_and_a_bake(tmp_path):
+    """An extracted adapter is one like any other: baked at full rank it is the fine-tune, up to rounding."""
+    base, tuned = tuned_models(tmp_path, "qwen3 moe")
+    adapter = plait.extract(base, tuned, rank=32, out=tmp_path / "adapter", modules_to_save=True).folder
+    baked = plait.bake([adapter], base=base, out=tmp_path / "baked").folder
+    one, two = (load_file(f / "model.safetensors") for f in (baked, tuned))
+    for name, tensor in two.items():
+        torch.testing.assert_close(one[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_a_grouped_convolution_is_left_over(tmp_path):
+    import transformers as tf
+
+    model = tf.MambaForCausalLM(tf.MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1))
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.save_pretrained(tmp_path / "tuned")
+    record = plait.extract(tmp_path / "base", tmp_path / "tuned", rank=2, out=tmp_path / "out").record
+    assert "backbone.layers.0.mixer.in_proj" in [m.target for m in record.modules]
+    left = {x.tensor: (x.kind, x.kept) for x in record.leftovers}
+    assert left["backbone.layers.0.mixer.conv1d.weight"] == ("other", False)

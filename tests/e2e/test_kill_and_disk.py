@@ -23,8 +23,9 @@ from plait.testing.cohorts import cohort
 MERGE = "import sys, plait; plait.merge(sys.argv[2:], method='ties', out=sys.argv[1], workers=1)"
 # says when it has begun to write, and then writes slowly, so that a signal finds it in the middle
 SLOW = """
-import sys, time, plait
+import signal, sys, time, plait
 from plait.adapters.tensorwriter import TensorWriter
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
 write = TensorWriter.write
 def slowly(self, *rest, **more):
     print("writing", flush=True)

@@ -44,6 +44,7 @@ def test_merge_from_the_hub_and_push(hub, tmp_path):
     assert not [path for path in hub.asked(r"^GET") if "optimizer.pt" in path], "only what is needed is fetched"
     pushed = hub.files("tester/merged", "main")
     expected = {p.name for p in out.iterdir()}
+    assert not [n for n in pushed if str(tmp_path).encode() in pushed[n]], "no folder of this machine is published"
     assert set(pushed) - {".gitattributes"} == expected
     assert pushed["adapter_model.safetensors"] == (out / "adapter_model.safetensors").read_bytes()
     assert hub.repos["tester/merged"].private

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import plait
 from tests.adapters_on_disk import layers, write_adapter
@@ -124,6 +125,65 @@ def test_weights_of_an_older_result_do_not_stay_beside_the_new(hub, merged, tmp_
     hub.add("org/repo", dict.fromkeys({*older, *kept}, b"old"))
     run(hub, tmp_path / "home", f'push("again", {str(merged)!r}, "org/repo")')
     assert names(hub, "org/repo") == RESULT | kept
+
+
+def test_what_an_older_result_had_and_this_has_not_goes(hub, merged, tmp_path):
+    """The lock in the repository says what was part of the older result; what others put there stays."""
+    heads = {}
+    for i, name in enumerate("ab"):
+        score = {"score.weight": torch.full((2, 8), float(i))}
+        heads[name] = write_adapter(tmp_path / f"h{i}", MODULES, seed=i, extra=score, modules_to_save=["score"]).folder
+    older = plait.merge(heads, out=tmp_path / "older").folder
+    assert (older / "heads").is_dir()
+    (older / "notes.txt").write_text("not of the result")
+    hub.add("org/repo", {"images/plot.png": b"theirs", "heads/theirs.bin": b"theirs"})
+    run(hub, tmp_path / "home", f'push("one", {str(older)!r}, "org/repo", revision="v1")\n')
+    mine = {p.relative_to(older).as_posix() for p in older.rglob("*") if p.is_file()} - {"notes.txt"}
+    others = {"images/plot.png", "heads/theirs.bin"}
+    assert names(hub, "org/repo", "v1") == mine | others
+    run(hub, tmp_path / "home", f'push("two", {str(merged)!r}, "org/repo", revision="v1")')
+    assert names(hub, "org/repo", "v1") == RESULT | others
+    assert names(hub, "org/repo") == others, "the other branch is left alone"
+
+
+def test_a_model_in_place_of_an_adapter_and_back(hub, merged, tmp_path):
+    """Loaders take a repository for what the configurations in it say."""
+    from tests.small_models import peft_adapter, save_base
+
+    base = save_base(tmp_path / "base")
+    adapter = peft_adapter(tmp_path / "p", 1, target_modules=["q_proj"])
+    baked = plait.bake({"a": adapter}, base=base, out=tmp_path / "baked").folder
+    hub.add("org/repo", {"adapter_config.json": b"{}", "adapter_model.bin": b"by hand"})
+    run(hub, tmp_path / "home", f'push("model", {str(baked)!r}, "org/repo")')
+    assert names(hub, "org/repo") == {p.name for p in baked.iterdir()}
+    run(hub, tmp_path / "home", f'push("adapter", {str(merged)!r}, "org/repo")')
+    assert names(hub, "org/repo") == RESULT
+
+
+def test_no_folder_of_this_machine_is_published(hub, tmp_path):
+    """Whatever the user typed, and wherever things lie; here everything stays as it is."""
+    from tests.small_models import peft_adapter, save_base
+
+    base = save_base(tmp_path / "secret" / "base")
+    adapter = peft_adapter(tmp_path / "secret" / "a", 1, target_modules=["q_proj"])
+    baked = plait.bake({"a": adapter}, base=str(base), out=tmp_path / "elsewhere" / "baked").folder
+    before = {p.name: p.read_bytes() for p in baked.iterdir()}
+    assert b"secret" in before["merge_metadata.json"]
+    run(hub, tmp_path / "home", f'push("model", {str(baked)!r}, "org/repo")')
+    for name, data in hub.files("org/repo").items():
+        assert b"secret" not in data, name
+        assert str(tmp_path).encode() not in data, name
+    record = json.loads(hub.files("org/repo")["merge_metadata.json"])
+    assert (record["sources"][0]["path"], record["base_model"]) == ("a", "base")
+    lock = json.loads(hub.files("org/repo")["plait.lock"])
+    assert (lock["inputs"]["a"]["path"], lock["base"]["path"]) == ("a", "base")
+    assert lock["outputs"] == json.loads(before["plait.lock"])["outputs"]
+    assert {p.name: p.read_bytes() for p in baked.iterdir()} == before
+    fetched = tmp_path / "fetched"
+    fetched.mkdir()
+    for name, data in hub.files("org/repo").items():
+        (fetched / name).write_bytes(data)
+    assert plait.verify(fetched, inputs={"a": adapter, "base_model": base}).ok
 
 
 def test_what_the_card_lacks_is_said(hub, merged, tmp_path):

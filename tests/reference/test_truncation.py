@@ -10,7 +10,7 @@ import torch
 
 from plait.linalg import blocks
 from plait.linalg.blocks import RowBlocks, truncated_svd
-from plait.linalg.factored import product_svd, rank_for_energy, singular_values
+from plait.linalg.factored import product_svd, rank_for_energy, singular_values, truncated_product
 from plait.linalg.keyed import Key
 from plait.testing import cohort, subject_of
 from plait.testing.subject import installed
@@ -86,6 +86,63 @@ def test_product_svd_of_factors_that_are_nearly_shared(apart):
     torch.testing.assert_close((u.double() * s) @ vh.double(), dense, rtol=0, atol=1e-6 * float(s[0]))
     torch.testing.assert_close(u.mT @ u, torch.eye(8), rtol=0, atol=2e-6)
     torch.testing.assert_close(vh @ vh.mT, torch.eye(8), rtol=0, atol=2e-6)
+
+
+def lost(b, a, factors):
+    """The error of a low-rank approximation of `b @ a`, in float64."""
+    return float(torch.linalg.matrix_norm(b.double() @ a.double() - factors[0].double() @ factors[1].double()))
+
+
+def shared_rows(rows, apart):
+    """A of two adapters of one start."""
+    one = normal(rows, 110, seed=1)
+    return torch.cat([one, one + apart * normal(rows, 110, seed=2)])
+
+
+HARD = {
+    "random": (normal(90, 12), normal(12, 110, seed=1)),
+    "graded columns": (normal(90, 12) * 1e-6 ** (torch.arange(12) / 11), normal(12, 110, seed=1)),
+    "tiny": (normal(90, 12) * 1e-20, normal(12, 110, seed=1)),
+    "nearly one A": (normal(90, 12), shared_rows(6, 1e-4)),
+    "one A": (normal(90, 12), shared_rows(6, 0.0)),
+    "B that cancels": (torch.cat([normal(90, 6), -normal(90, 6)], dim=1), shared_rows(6, 1e-2)),
+    "zero": (torch.zeros(90, 12), normal(12, 110, seed=1)),
+    "wider than tall": (normal(5, 12), normal(12, 110, seed=1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 5, 12])
+@pytest.mark.parametrize("case", list(HARD))
+def test_truncated_product_loses_what_the_dense_svd_loses(case, rank, dtype):
+    b, a = (x.to(dtype) for x in HARD[case])
+    *factors, s = truncated_product(b, a, rank)
+    dense = b.double() @ a.double()
+    size, k = float(torch.linalg.matrix_norm(dense)), min(*dense.shape, 12)
+    assert [tuple(f.shape) for f in factors] == [(len(dense), min(rank, k)), (min(rank, k), 110)]
+    assert all(f.dtype == dtype and f.is_contiguous() for f in factors)
+    assert (s.dtype, len(s)) == (torch.float64, k)
+    rounding = 64 * torch.finfo(dtype).eps * float(torch.linalg.matrix_norm(b.double()) * torch.linalg.matrix_norm(a.double()))
+    best = best_error(dense, min(rank, k))
+    assert lost(b, a, factors) <= math.hypot(best, rounding) + 1e-9 * size
+    torch.testing.assert_close(s, torch.linalg.svdvals(dense)[:k], rtol=0, atol=rounding)
+    grams = factors[0].double().mT @ factors[0].double(), factors[1].double() @ factors[1].double().mT
+    for gram in grams:  # balanced: both are diag(S)
+        torch.testing.assert_close(gram, torch.diag(s[: min(rank, k)]), rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("rank", [1, 7, 64, 100])
+def test_truncated_product_equals_the_full_one_cut_off(rank):
+    """At the shapes of real adapters: r 64 each, B whose columns fall, float32."""
+    b = torch.cat([normal(512, 64, seed=i) * 0.02 ** (torch.arange(64) / 63) for i in (0, 1)], dim=1).float()
+    a = torch.cat([normal(64, 256, seed=i) for i in (2, 3)]).float()
+    *factors, s = truncated_product(b, a, rank)
+    whole = product_svd(b, a)
+    assert torch.equal(s, whole.s)
+    cut = whole.head(rank)
+    before, size = lost(b, a, (cut.u.double() * cut.s, cut.vh)), float(whole.s.square().sum().sqrt())
+    assert abs(lost(b, a, factors) - before) < 1e-9 * size
+    assert abs(lost(b, a, factors) - best_error(b.double() @ a.double(), rank)) < 1e-9 * size
 
 
 def spectrum(values, m=400, n=300):

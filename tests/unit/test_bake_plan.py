@@ -240,3 +240,30 @@ def test_the_licence_is_the_bases_word(base, adapter, tmp_path):
     (adapter / "README.md").write_text("---\nlicense: mit\n---\n# Adapter\n")
     plait.bake([adapter], base=base, out=out, force=True)
     assert "license: llama3.2" in (out / "README.md").read_text().split("---")[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
+def test_a_device_that_is_not_here_is_said_before_anything_else(base, adapter, tmp_path):
+    said = r"device 'cuda' cannot be used: .*Use 'cpu', or an accelerator that torch sees here"
+    with pytest.raises(RecipeError, match=said):
+        plait.bake([adapter], base=base, out=tmp_path / "out", device="cuda")
+    with pytest.raises(RecipeError, match="device 'meta' holds no values"):
+        plait.bake([adapter], base=base, out=tmp_path / "out", device="meta")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_the_kind_of_device_is_part_of_what_the_bytes_depend_on(base, adapter, tmp_path, monkeypatch):
+    """In the lock, so that a rebuild computes there; in the journal, so that a bake goes on only where it was begun."""
+    from plait.baking import pipeline
+    from plait.baking.plan import BakeOptions, prepare_bake
+
+    assert BakeOptions(device="cuda:1").kept["device"] == "cuda"
+    recipe, folder = read_request(None, [adapter], {"base_model": str(base)})
+    bake = prepare_bake(recipe, BakeOptions(), folder=folder, workers=1)
+    here = pipeline._digest(bake, ["x"])
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # a device is taken for one that is there
+    elsewhere = prepare_bake(recipe, BakeOptions(device="cuda:0"), folder=folder, workers=1)
+    other = prepare_bake(recipe, BakeOptions(device="cuda:1"), folder=folder, workers=1)
+    monkeypatch.undo()
+    assert pipeline._digest(elsewhere, ["x"]) == pipeline._digest(other, ["x"]) != here
+    assert pipeline._lock(elsewhere, ["x"], {}, {}, tmp_path, tmp_path).options["device"] == "cuda"

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 
 from plait.adapters import Adapter
+from plait.recipes.request import read_request
+from tests.unit.test_reports import board_of, evaluation
+from tests.unit.test_reports import task as result
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 TASKS = ("sentiment", "supersense", "langid")
@@ -39,8 +43,8 @@ def base_model(monkeypatch):
     return module("base_model", monkeypatch)
 
 
-def rows(task, split):
-    text = (DEMO / "tasks" / task / f"{split}.jsonl").read_text(encoding="utf-8")
+def rows(name, split):
+    text = (DEMO / "tasks" / name / f"{split}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -255,6 +259,45 @@ def test_the_demo_merge_is_one_that_plait_accepts(monkeypatch, tmp_path):
     done = subprocess.run([sys.executable, "-m", "plait", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rank"] == 24
+
+
+def test_the_merge_that_is_written_is_the_one_that_is_evaluated(monkeypatch):
+    demo = module("demo", monkeypatch)
+    flags = shlex.split(" ".join(demo.MERGE))
+    written = dict(zip((flag.removeprefix("--") for flag in flags[::2]), map(yaml.safe_load, flags[1::2]), strict=True))
+    assert written == demo.MERGES[demo.CHOSEN]
+
+
+def test_every_merge_of_the_leaderboard_is_a_recipe(monkeypatch):
+    demo = module("demo", monkeypatch)
+    adapters = {name: DEMO / "adapters" / name for name in TASKS}
+    recipes = [read_request(None, adapters, settings)[0] for settings in demo.MERGES.values()]
+    assert len({recipe.model_dump_json() for recipe in recipes}) == len(recipes) > 3
+
+
+def test_questions_have_different_answers_where_there_are_enough(monkeypatch):
+    demo = module("demo", monkeypatch)
+    asked = demo._questions()
+    assert list(asked) == list(demo.NAMES)
+    for name, examples in asked.items():
+        assert len(examples) == demo.PROMPTS == 3
+        assert len({e.target for e in examples}) == (2 if name == "sentiment" else 3)
+        texts = {row["text"]: row["label"] for row in rows(name, "test")}
+        assert [texts[demo._text(e.prompt)] for e in examples] == [e.target for e in examples]
+
+
+def test_tables_fit_a_narrow_terminal(monkeypatch, capsys):
+    demo = module("demo", monkeypatch)
+    results = [result(name, -0.123, below_base=True, recovery_interval=(-1.0, 1.0)) for name in TASKS]
+    found = evaluation(*results, name=demo.CHOSEN)
+    console = Console(width=80, highlight=False)
+    for table, note in (demo._kept(found), demo._leaderboard(board_of(found))):
+        console.print(table, note)
+    printed = capsys.readouterr().out
+    for said in ("-12 %", "-100 – 100", "worst: sentiment", f"{demo.CHOSEN}!"):
+        assert said in printed, said
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "…" not in printed
 
 
 def test_what_the_demo_points_to_exists():

@@ -24,6 +24,7 @@ FLOORS = [
     {"mixture", "tasks"},
     {"evaluation"},
     {"reports"},
+    {"training"},
     {"api"},
     {"cli"},
     {"__main__"},

@@ -103,7 +103,11 @@ def test_only_generated_parts_are_replaced(board):
 
 
 def test_the_page_has_the_parts_that_are_generated(board):
-    board.written(board.RESULTS.read_text(encoding="utf-8"), {"references": "", "leaderboard": ""})
+    page = board.RESULTS.read_text(encoding="utf-8")
+    made = board.written(page, {"references": "first\n", "leaderboard": "second\n"})
+    for name, text in (("references", "first\n"), ("leaderboard", "second\n")):
+        assert f"<!-- {name} -->\n{text}<!-- /{name} -->\n" in made
+        assert f"<!-- {name} -->\n{text}" not in page
 
 
 def test_scores_are_kept_by_everything_that_decides_them(board, tmp_path):

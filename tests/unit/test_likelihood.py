@@ -83,6 +83,20 @@ def test_progress_counts_every_question():
     assert sum(seen) == 7
 
 
+@pytest.mark.parametrize("how", ["likelihood", "generation"])
+def test_the_frozen_output_matrix_is_not_copied_for_every_row(how):
+    model = language_model().requires_grad_(False)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        if how == "likelihood":
+            log_likelihoods(model, questions(8), batch_size=4)
+        else:
+            generate(model, tokenizer(), questions(8), max_new_tokens=2, stop=(), batch_size=4)
+    made = {event.name for event in profile.events() if any(37 in shape for shape in event.input_shapes)}  # the vocabulary
+    assert "aten::mm" in made
+    assert "aten::bmm" not in made, "a product with a copy per row"
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
 def test_texts_that_do_not_fit():
     with pytest.raises(TaskError, match=r"1 of 8 texts are longer than the model's context of 64 tokens .the longest has 70"):
         log_likelihoods(language_model(), [*questions(0), Question([5] * 68, [[6, 7]])], batch_size=4)

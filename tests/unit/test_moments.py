@@ -249,3 +249,77 @@ def test_a_raised_ridge_is_in_the_run_record(tmp_path):
     assert any("ridge was raised" in note and "3 target modules, such as layers.0.q_proj" in note for note in raised)
     kept = plait.merge(sources, out=tmp_path / "kept", method="wudi", ridge=1.0).record.notes
     assert not any("raised" in note for note in kept)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    (tmp_path / "base").mkdir()
+    save_file({f"{m}.weight": torch.zeros(6, 5) for m in PATHS}, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text('{"tie_word_embeddings": false}')
+    return tmp_path / "base"
+
+
+def model(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_bake_takes_them_as_a_merge_does(sources, folder, base, tmp_path):
+    """On a base of zeros the model is the merged delta; every way to give the moments makes the same bytes."""
+    merged = plait.merge(sources, method="regmean", moments=folder, kind="delta", out=tmp_path / "delta").folder
+    settings = {"method": "regmean", "base": base}
+    baked = plait.bake(sources, **settings, moments=folder, out=tmp_path / "1").folder
+    deltas = load_file(merged / "delta.safetensors")
+    for name, tensor in model(baked).items():
+        delta = next(d for n, d in deltas.items() if n.removesuffix(".weight") == name.removesuffix(".weight"))
+        torch.testing.assert_close(tensor, delta, rtol=1e-6, atol=1e-7)
+    first = (baked / "model.safetensors").read_bytes()
+    files = {n: load_file(folder / f"{n}.safetensors") for n in sources}
+    again = plait.bake(sources, **settings, moments=lambda adapter, module: files[adapter][module], out=tmp_path / "2").folder
+    arguments = ["bake", *(f"{n}={p}" for n, p in sources.items()), "--method", "regmean", "--moments", str(folder)]
+    done = CliRunner().invoke(app, [*arguments, "--base-id", str(base), "-o", str(tmp_path / "3")])
+    assert done.exit_code == 0, done.output
+    assert [(f / "model.safetensors").read_bytes() for f in (again, tmp_path / "3")] == [first, first]
+    plain = plait.bake(sources, base=base, out=tmp_path / "linear").folder
+    assert (plain / "model.safetensors").read_bytes() != first
+
+
+def test_the_lock_of_a_bake_holds_their_digests_and_rebuilds(sources, folder, base, tmp_path):
+    import hashlib
+
+    baked = plait.bake(sources, method="regmean", base=base, moments=folder, out=tmp_path / "out").folder
+    lock = json.loads((baked / "plait.lock").read_text())
+    for name in sources:
+        digest = hashlib.sha256((folder / f"{name}.safetensors").read_bytes()).hexdigest()
+        assert lock["inputs"][name]["moments"]["sha256"] == digest
+    assert plait.verify(baked).ok
+    change(folder, PATHS[0], gram(9).float())
+    found = plait.verify(baked)
+    assert not found.ok
+    assert [(i.name, i.state) for i in found.inputs if i.state != "equal"] == [("a", "changed")]
+
+
+def test_a_bake_without_them_is_refused(sources, base, tmp_path):
+    with pytest.raises(PlanError, match="needs second moments"):
+        plait.bake(sources, method="regmean", base=base, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("by_function", [False, True])
+def test_other_moments_do_not_take_up_what_was_baked_with_these(sources, folder, base, tmp_path, monkeypatch, by_function):
+    from plait.baking.journal import Workshop
+
+    publish = Workshop.publish
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    moments = (lambda adapter, module: gram(3)) if by_function else folder
+    monkeypatch.setattr(Workshop, "publish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        plait.bake(sources, method="regmean", base=base, moments=moments, out=tmp_path / "out")
+    monkeypatch.setattr(Workshop, "publish", publish)
+    assert list((tmp_path / ".out.baking" / "model").glob("*.safetensors"))
+    for name in PATHS:
+        change(folder, name, gram(7).float())
+    moments = (lambda adapter, module: gram(4)) if by_function else folder
+    result = plait.bake(sources, method="regmean", base=base, moments=moments, out=tmp_path / "out")
+    assert result.record.resumed == ()

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import plait
+from plait.testing import cohort
 
 
 def run(code: str) -> str:
@@ -19,7 +20,7 @@ def test_the_public_names() -> None:
         "METHODS", "SPACES", "Adapter", "AdapterError", "AddressError", "Evaluation", "Inspection", "LowRank", "MergePlan",
         "MergeResult", "OutputError", "PlaitError", "PlanError", "Recipe", "RecipeError", "ReportError", "TaskError", "bake",
         "compress", "evaluate", "extract", "inspect", "load_recipe", "merge", "plan", "push", "report", "save_moments",
-        "unbake", "verify", "__version__",
+        "sft", "train", "unbake", "verify", "__version__",
     ]  # fmt: skip
     for name in plait.__all__:
         assert getattr(plait, name) is not None
@@ -42,6 +43,16 @@ def test_unknown_names_are_refused() -> None:
 )
 def test_torch_is_not_imported(code: str) -> None:
     assert run(f"{code}\nimport sys; print('torch' in sys.modules)").splitlines()[-1] == "False"
+
+
+def test_a_merge_enters_no_room_above_its_own(tmp_path) -> None:
+    """A merge is over in a second or two, and every room costs a part of that."""
+    cohort([(6, 4)], [2, 2]).save(tmp_path)
+    adapters = [str(tmp_path / name) for name in ("adapter0", "adapter1")]
+    code = f"import plait, sys; plait.merge({adapters!r}, out={str(tmp_path / 'out')!r}); print(*sys.modules)"
+    entered = {name.split(".")[1] for name in run(code).split() if name.startswith("plait.")}
+    assert {"merging", "recipes", "methods"} <= entered
+    assert not entered & {"baking", "verification", "mixture", "tasks", "evaluation", "reports", "training", "cli", "testing"}
 
 
 def test_the_error_tree_is_documented() -> None:

@@ -288,8 +288,8 @@ def test_one_warning_per_old_form_says_what_to_write(old, notes):
         (
             {"method": "della", "lambda": 1.1},
             [
-                "lambda: 'lambda' is not known here; allowed: sign, weighted_vote, zero_sign, divisor, density, "
-                "epsilon, name, space."
+                "lambda: 'lambda' is not known here; allowed: density, epsilon, sign, weighted_vote, zero_sign, "
+                "divisor, name, space."
             ],
         ),
         (

@@ -217,7 +217,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
 # --- messages --------------------------------------------------------------------------------------------------------
 
 TOP = "version, base_model, adapters, method, merge_mode, transforms, weights, scale, heads, output, tasks, eval, seed"
-TIES = "sign, weighted_vote, zero_sign, divisor, flavor, density, scope, kept, name, space"
+TIES = "flavor, density, scope, kept, sign, weighted_vote, zero_sign, divisor, name, space"
 METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1]!r}"
 
 

@@ -12,9 +12,13 @@ import pytest
 
 import plait
 from plait.errors import OutputError, ReportError
+from plait.evaluation.comparison import Comparison, Place
 from plait.evaluation.record import Evaluation, Matrix, Sample, Source, TaskResult
+from plait.evaluation.workspace import write_comparison, write_evaluation
+from plait.merging.record import ModuleRecord, RunRecord
+from plait.reports.charts import bars, energy_map, of_tasks
 from plait.reports.colors import css, diverging, ink
-from plait.reports.page import recovery_bars, render
+from plait.reports.page import render
 from plait.reports.reading import Report, read_report
 from plait.reports.verdict import certainty, verdict
 from plait.testing import cohort
@@ -103,8 +107,8 @@ def test_the_page_stands_alone_and_says_what_the_numbers_say():
     assert page.fetched == []
     assert "script" not in page.tags, "text of a task became markup"
     assert page.text.count(HOSTILE) >= 3, "title, prompt and note are shown as they are"
-    for said in ("Not good enough: worse than the bare base model on code", "-30%", "95%", "none: its own adapter is no better",
-                 "0.900 (100%)", "0.100 (-50%)", "perhaps"):  # fmt: skip
+    for said in ("Not good enough: worse than the bare base model on code", "−30 %", "95 %",
+                 "none: its own adapter is no better", "0.900 (100 %)", "0.100 (−50 %)", "perhaps"):  # fmt: skip
         assert said in page.text, said
 
 
@@ -127,14 +131,14 @@ def test_the_verdict(tasks, begins):
 
 def test_certainty_names_examples_and_a_wide_interval():
     found = certainty(evaluation(task("a", 0.9), task("b", 0.7)))
-    assert "With 80 examples the worst recovery lies between 50% and 90% (95 %)" in found
+    assert "With 80 examples the worst recovery lies between 50\xa0% and 90\xa0% (95\xa0%)" in found
     assert "more examples" in found
     assert "more examples" not in certainty(evaluation(task("a", 0.9), worst_interval=(0.8, 0.95)))
 
 
 def test_bars_begin_at_zero_and_stay_on_the_axis():
-    axis, bars = recovery_bars([task("a", 0.5), task("b", -0.25, recovery_interval=(-9.0, 9.0)), task("c", None)])
-    a, b, c = bars
+    axis = bars(of_tasks([task("a", 0.5), task("b", -0.25, recovery_interval=(-9.0, 9.0)), task("c", None)]))
+    a, b, c = axis.bars
     assert a.left == pytest.approx(axis.zero)
     assert a.left + a.width == pytest.approx((axis.zero + axis.one) / 2, abs=0.02)
     assert b.left + b.width == pytest.approx(axis.zero, abs=0.02), "a loss is drawn to the left"
@@ -163,7 +167,8 @@ def test_adapters_are_compared_where_they_still_are(tmp_path):
     assert report.weights is not None
     assert report.weights.values == ((1.0, 1.0), (0.25, 1.0))
     text = Page(render(report, title="t")).text
-    assert "Weights by layer" in text
+    assert "Coefficients Weights. What each adapter is multiplied by" in text
+    assert "1 0.25 1.00" in text, "layer 1 among the numbers"
     assert "adapter0 · adapter1" in text
     shutil.rmtree(tmp_path / "adapter0")
     gone = read_report([run])
@@ -176,8 +181,102 @@ def test_a_written_merge_brings_its_energy_and_its_lock(tmp_path):
     plait.merge([tmp_path / "adapter0", tmp_path / "adapter1"], method="svd", rank=1, out=tmp_path / "merged")
     done = plait.report([tmp_path / "merged"], out=tmp_path / "r.html")
     page = Page(done.page.read_text())
-    assert "Energy kept at rank 1" in page.text
+    assert "Energy kept svd at rank 1." in page.text
     assert "plait.lock" in page.text
+
+
+def test_weights_that_are_the_same_everywhere_are_said_once(tmp_path):
+    cohort([(12, 10), (8, 12)], [2, 2], seed=3).save(tmp_path)
+    adapters = [{"name": "adapter0", "path": str(tmp_path / "adapter0"), "weight": 0.7}]
+    adapters.append({"name": "adapter1", "path": str(tmp_path / "adapter1")})
+    run = run_folder(tmp_path / "run", evaluation(task("a", 0.9), recipe={"adapters": adapters, "scale": 1.5}))
+    text = Page(render(read_report([run]), title="t")).text
+    assert "0.7 × adapter0, 1 × adapter1, the same in all 2 layers; the merged delta is then multiplied by 1.5." in text
+
+
+def test_an_exact_merge_lost_nothing(tmp_path):
+    cohort([(12, 10)], [2, 2], seed=3).save(tmp_path)
+    plait.merge([tmp_path / "adapter0", tmp_path / "adapter1"], out=tmp_path / "merged")
+    text = Page(plait.report(tmp_path / "merged", out=tmp_path / "r.html").page.read_text()).text
+    assert "linear in delta space: nothing was lost. Factors of rank 4 hold the whole merge of 1 modules." in text
+
+
+def test_energy_is_weighed_by_kind_and_layer():
+    def module(target: str, energy: float, kept: float) -> ModuleRecord:
+        return ModuleRecord(target=target, rank=2, result="truncated", energy=energy, kept=kept)
+
+    modules = (
+        module("model.layers.0.mlp.experts.0.up", 3.0, 1.0),
+        module("model.layers.0.mlp.experts.1.up", 1.0, 0.6),
+        module("model.layers.1.mlp.up", 5.0, 0.5),
+        module("lm_head", 1.0, 0.9),
+    )
+    record = RunRecord(
+        plait="0", recipe={}, sources=(), method="svd", space="delta", result="truncated", rank=2, max_lora_rank=8, kept=0.7,
+        lowest_kept=0.5, modules=modules, notes=(), finished="", seconds=0.0,
+    )  # fmt: skip
+    found = energy_map(record)
+    assert found.columns == ("model.layers.0", "model.layers.1", "–")
+    assert {name: [cell.text for cell in cells] for name, cells in found.rows} == {
+        "up": ["90.0\xa0%", "50.0\xa0%", "–"],
+        "lm_head": ["–", "–", "90.0\xa0%"],
+    }
+    up = found.rows[0][1]
+    assert up[1].background == found.legend[0].background, "the least that was kept has the colour of the scale's end"
+    assert up[2].background == "transparent"
+
+
+def board_of(*evaluations: Evaluation) -> Comparison:
+    places = tuple(
+        Place(
+            name=f"{e.name}!", tag=e.tag, method=e.method, space=e.space, mean_recovery=e.mean_recovery,
+            worst_recovery=e.worst_recovery, worst_interval=e.worst_interval, worst_task=e.worst_task, below_base=e.below_base,
+            recovery={t.task: t.recovery for t in e.tasks}, metric={t.task: t.merged for t in e.tasks},
+        )
+        for e in evaluations
+    )  # fmt: skip
+    first = evaluations[0]
+    return Comparison(
+        plait=plait.__version__, split="test", adapters=("a",), base={t.task: t.base for t in first.tasks},
+        single={t.task: t.single for t in first.tasks}, places=places, skipped={"slerp": "takes two"}, notes=(),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Two merges on a leaderboard, in a workspace: the leaderboard's folder, and the second one's own run."""
+    best = evaluation(task("maths", 0.95), task("code", 0.9), name="best", tag="ties_1")
+    other = evaluation(task("maths", 0.8), task("code", 0.5), name="other", tag="ties_2")
+    runs = [write_evaluation(tmp_path / "ws", e) for e in (best, other)]
+    return write_comparison(tmp_path / "ws", ["a"], board_of(best, other).model_dump(mode="json")), runs[1]
+
+
+def test_a_leaderboard_brings_what_stands_behind_its_places(sweep, tmp_path):
+    board, _ = sweep
+    report = read_report([board])
+    assert [e.name for e in report.evaluations] == ["best!", "other!"]
+    text = Page(plait.report(board, out=tmp_path / "r.html").page.read_text()).text
+    for said in (
+        "What best! kept",
+        "best! is the best of 2 merges",
+        "Beside other merges",
+        "not done: slerp: takes two",
+        "perhaps",
+    ):
+        assert said in text, said
+    assert read_report([board / "leaderboard.json"]) == report
+    shutil.copytree(board, tmp_path / "elsewhere")
+    alone = read_report([tmp_path / "elsewhere"])
+    assert alone.evaluations == ()
+    assert "Merges of a" in Page(plait.report(tmp_path / "elsewhere", out=tmp_path / "s.html").page.read_text()).text
+
+
+def test_the_run_that_is_named_first_is_what_the_page_is_about(sweep, tmp_path):
+    board, other = sweep
+    report = read_report([other, board])
+    assert [e.tag for e in report.evaluations] == ["ties_2", "ties_1"], "each once"
+    text = Page(render(report, title="t")).text
+    assert "other is number 2 of 2 merges that were compared; best! is the best." in text
 
 
 def test_figures_are_drawn_and_the_same_twice(tmp_path):
@@ -190,6 +289,22 @@ def test_figures_are_drawn_and_the_same_twice(tmp_path):
         assert one.read_bytes() == other.read_bytes(), one.name
     assert first.figures[1].read_bytes().startswith(b"\x89PNG")
     assert "maths" in first.figures[0].read_text()
+
+
+def test_what_layers_have_is_drawn_layer_by_layer(sweep, tmp_path):
+    cohort([(12, 10), (8, 12)], [2, 2], seed=3).save(tmp_path)
+    adapters = [tmp_path / "adapter0", tmp_path / "adapter1"]
+    plait.merge(adapters, method="svd", rank=1, out=tmp_path / "merged")
+    recipe = {
+        "adapters": [{"name": a.name, "path": str(a)} for a in adapters],
+        "weights": {"policy": "lines", "alpha": 0.3, "beta": 0.7},
+    }
+    run = run_folder(tmp_path / "run", evaluation(task("a", 0.9), recipe=recipe))
+    done = plait.report([run, sweep[0], tmp_path / "merged"], out=tmp_path / "r.html", figures=tmp_path / "figures")
+    drawn = {f.stem for f in done.figures}
+    layers = {"layers_cosine", "layers_sign_conflict", "layers_overlap_a", "layers_overlap_b"}
+    assert drawn == {"recovery", "leaderboard", "weights", "energy", *layers}
+    assert "sign conflict" in (tmp_path / "figures" / "layers_sign_conflict.svg").read_text().lower()
 
 
 def test_what_is_no_run_is_told_all_at_once(tmp_path):
@@ -216,14 +331,17 @@ def test_a_page_is_replaced_only_when_asked(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
-def test_chromium_draws_it_without_errors_or_requests(tmp_path):
+def test_chromium_draws_it_without_errors_or_requests(sweep, tmp_path):
     """The page's own bars have widths, nothing is fetched, nothing is logged; at the width of a phone nothing sticks out."""
     page = tmp_path / "r.html"
-    plait.report(run_folder(tmp_path / "run", WHOLE), out=page)
+    cohort([(12, 10), (8, 12)], [2, 2], seed=3).save(tmp_path)
+    recipe = {"adapters": [{"name": n, "path": str(tmp_path / n)} for n in ("adapter0", "adapter1")]}
+    plait.report([run_folder(tmp_path / "run", WHOLE.model_copy(update={"recipe": recipe})), sweep[0]], out=page)
     probe = """<script>addEventListener("load", () => {
-      const bars = [...document.querySelectorAll(".fill")].map(b => b.getBoundingClientRect().width);
+      const widths = what => [...document.querySelectorAll(what)].map(b => b.getBoundingClientRect().width);
+      const bars = widths("#recovery .fill"), cells = widths(".cells i");
       const wide = document.documentElement.scrollWidth > innerWidth;
-      document.title = JSON.stringify({bars, wide, fetched: performance.getEntriesByType("resource").length});
+      document.title = JSON.stringify({bars, cells, wide, fetched: performance.getEntriesByType("resource").length});
     });</script>"""
     probed = tmp_path / "probed.html"
     probed.write_text(page.read_text().replace("</body>", f"{probe}</body>"))
@@ -242,4 +360,6 @@ def test_chromium_draws_it_without_errors_or_requests(tmp_path):
     assert told["fetched"] == 0
     assert not told["wide"]
     assert [width > 0 for width in told["bars"]] == [True, True, False]
+    assert len(told["cells"]) == 4 * 2, "four measures, two layers"
+    assert all(width > 50 for width in told["cells"])
     assert "CONSOLE" not in done.stderr

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from plait.adapters.lowrank import LowRank
+from plait.linalg.factored import flattener
 from plait.linalg.keyed import Key
 from plait.linalg.spectral import joint_coordinates, numerical_rank, polar, smooth_spectrum, tucker_bases
 from plait.stages import Site
+from plait.stages.calibrate import Iso
 from plait.stages.joint import Joint, balanced
 
 
@@ -142,3 +146,55 @@ def test_a_site_remembers_what_the_adapters_have() -> None:
     after = Site("proj", (changed,), weights, Key(0), sources=(own,))
     torch.testing.assert_close(after.weighted()[0].dense(), 2 * changed.dense())
     torch.testing.assert_close(after.weighted_sources()[0].dense(), 2 * own.dense())
+
+
+def _flat(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """Return U Vᵀ times the mean singular value, by a dense SVD."""
+    u, s, vh = torch.linalg.svd(b.double() @ a.double(), full_matrices=False)
+    rank = b.shape[1]
+    return s[:rank].mean() * u[:, :rank] @ vh[:rank]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("weakest", [1.0, 1e-2, 2e-3])
+def test_flattener(dtype, tolerance, weakest) -> None:
+    sizes = torch.logspace(0, math.log10(weakest), 6, dtype=torch.float64)
+    b, a = (normal(20, 6) * sizes).to(dtype), normal(6, 30, seed=1).to(dtype)
+    x = flattener(b, a, 1e-5)
+    assert x is not None
+    expected = _flat(b, a)
+    assert (b.double() @ x @ a.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_flattener_does_not_depend_on_the_size_of_a_row() -> None:
+    b, a = normal(20, 6), normal(6, 30, seed=1)
+    sizes = torch.logspace(-9, 9, 6, dtype=torch.float64).unsqueeze(1)
+    x = flattener(b / sizes.mT, a * sizes, 1e-5)
+    assert x is not None
+    torch.testing.assert_close((b / sizes.mT) @ x @ (a * sizes), _flat(b, a))
+
+
+def test_flattener_declines_what_its_squares_would_spoil() -> None:
+    b, a = normal(20, 6), normal(6, 30, seed=1)
+    gauge = torch.eye(6, dtype=b.dtype)
+    gauge[1, :2] = torch.tensor([1, 1e-3])  # the first two rows of a come close to each other
+    weak = b * torch.tensor([1, 1, 1, 1, 1, 1e-4], dtype=b.dtype)
+    assert flattener(b @ gauge.inverse(), gauge @ a, 1e-5) is None
+    assert flattener(weak, a, 1e-5) is None
+    assert flattener(b, a, 0.9) is None, "not all singular values are above the tolerance"
+    assert flattener(b, torch.cat([a[:5], a[:1]]), 1e-5) is None
+    assert flattener(b, a * 0, 1e-5) is None
+    assert flattener(b * 0, a, 1e-5) is None
+    assert flattener(b[:, :0], a[:0], 1e-5) is None
+    assert flattener(normal(4, 6), a, 1e-5) is None, "a rank above the rows of b"
+    assert flattener(b, normal(6, 4), 1e-5) is None, "a rank above the columns of a"
+
+
+@pytest.mark.parametrize("weakest", [1.0, 1e-2, 1e-4, 1e-7])
+def test_iso_is_the_same_either_way(weakest) -> None:
+    sizes = torch.logspace(0, math.log10(weakest), 6, dtype=torch.float64)
+    merged = LowRank(normal(6, 30, seed=1), normal(20, 6) * sizes)
+    site = Site("m", (merged,), torch.ones(1, dtype=torch.float64), Key(0))
+    svd = merged.svd()
+    svd = svd.head(numerical_rank(svd.s))
+    torch.testing.assert_close(Iso().apply(merged, site).dense(), svd.s.mean() * svd.u @ svd.vh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import jiwer
@@ -20,6 +21,7 @@ from plait.tasks.loading import load_task, load_tasks
 from plait.tasks.metrics import Answer, metric_of
 from plait.tasks.overlap import check_disjoint, overlaps
 from plait.tasks.rows import read_rows
+from plait.tasks.schema import KINDS
 from tests.language_models import tokenizer, write_task
 
 ROWS = [{"text": "a b", "label": "yes"}, {"text": "c", "label": "no"}, {"text": "d é", "label": "yes"}]
@@ -298,3 +300,39 @@ def test_normalization(tmp_path):
     given = answers([("Red one", " red,  ONE. ")])
     assert plain.value(given) == 0
     assert clean.value(given) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [("asr", "sound"), ("audio_classification", "sound"), ("image_classification", "images")]
+)
+def test_only_text_is_covered(tmp_path, kind, what):
+    said = refused(written(tmp_path, TASK.replace("kind: classification", f"kind: {kind}")))
+    assert f"t.yaml:2: kind: kind is '{kind}': only tasks of text are covered, not {what}. It may be 'classification'" in said
+    assert "'lm_eval:NAME'" in said
+
+
+def test_a_task_of_lm_eval_as_a_file(tmp_path):
+    file = tmp_path / "t.yaml"
+    file.write_text("name: t\nkind: lm_eval:arc_easy\nadapter: a\nmetric: acc_norm\nnum_fewshot: 3\ninclude: mine\n")
+    task = load_task(file)
+    assert (task.harness_name, task.own_adapter, task.num_fewshot) == ("arc_easy", "a", 3)
+    assert task.include == str(tmp_path / "mine")
+    file.write_text("name: t\nkind: lm_eval:arc_easy\nprompt: x\n")
+    with pytest.raises(TaskError, match=r"t.yaml:3: prompt: 'prompt' is not known here"):
+        load_task(file)
+    file.write_text("name: t\nkind: lm_eval\n")
+    with pytest.raises(TaskError, match="kind"):
+        load_task(file)
+
+
+def test_every_task_of_the_page_is_one(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    found = []
+    for number, block in enumerate(blocks):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(block, encoding="utf-8")
+        found.append(load_task(file))
+    assert [t.kind for t in found] == ["classification", "lm_eval:arc_easy"]
+    shown = set(re.findall(r"^\| `(\w+)", page, re.MULTILINE))
+    assert shown == set(KINDS), "the page names every kind"

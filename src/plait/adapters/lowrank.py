@@ -82,9 +82,17 @@ class LowRank:
         """Return the thin SVD of ΔW without forming it."""
         return factored.product_svd(self.b, self.a)
 
+    def truncated(self, rank: int) -> tuple[LowRank, Tensor]:
+        """Return the best approximation of at most `rank`, in balanced factors (see `from_svd`), and all singular values of ΔW.
+
+        The values are (min(d_out, d_in, r),), descending, float64.
+        """
+        b, a, s = factored.truncated_product(self.b, self.a, rank)
+        return LowRank(a, b), s
+
     def canonical(self) -> LowRank:
         """Return the balanced factors of the same ΔW (see `from_svd`), rank at most min(d_out, d_in)."""
-        return LowRank.from_svd(self.svd()) if self.rank else self
+        return self.truncated(self.rank)[0] if self.rank else self
 
     def singular_values(self) -> Tensor:
         """Return the singular values of ΔW, descending, float64."""

@@ -66,10 +66,16 @@ class SafetensorsFile:
         if info.dtype not in DTYPES:
             raise AdapterError(f"{self.path}: {name!r} is stored as {info.dtype}; plait reads {', '.join(DTYPES)}.")
         data = torch.empty(nbytes, dtype=torch.uint8)
-        with self.path.open("rb") as file:
+        left = memoryview(data.numpy())  # type: ignore[arg-type]
+        with self.path.open("rb", buffering=0) as file:  # straight into place, through no buffer
             file.seek(info.start + offset)
-            if file.readinto(data.numpy()) != nbytes:  # type: ignore[arg-type]
-                raise AdapterError(f"{self.path}: {name!r} cannot be read to its end. Did the file change while it was read?")
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise AdapterError(
+                        f"{self.path}: {name!r} cannot be read to its end. Did the file change while it was read?"
+                    )
+                left = left[count:]
         return data.view(getattr(torch, DTYPES[info.dtype]))
 
 

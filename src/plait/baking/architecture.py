@@ -48,12 +48,14 @@ class Architecture:
         unknown: parameter → the conversion that plait has no form for.
         tied: parameter → the parameter that it shares its values with.
         transposed: owners of parameters that are stored as (d_in, d_out).
+        convolutions: their modules → number of groups.
     """
 
     parts: Mapping[str, tuple[Part, ...]] = field(repr=False)
     unknown: Mapping[str, str]
     tied: Mapping[str, str]
     transposed: frozenset[str]
+    convolutions: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
     def of(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
@@ -71,8 +73,10 @@ class Architecture:
         transposed = {
             name for name, m in model.named_modules() if type(m).__name__ == "Conv1D" or getattr(m, "is_transposed", False)
         }
+        kinds = ("Conv1d", "Conv2d", "Conv3d")  # torch's; its Conv1d and transformers' Conv1D have nothing in common
+        convolutions = {name: int(m.groups) for name, m in model.named_modules() if type(m).__name__ in kinds}
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        return Architecture(parts, unknown, dict(tied), frozenset(transposed))
+        return Architecture(parts, unknown, dict(tied), frozenset(transposed), convolutions)
 
 
 class ArchitectureUnknown(Exception):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from plait.adapters.tensorfile import SafetensorsFile, TensorInfo
+from plait.baking.dequantize import FORMATS, PlainFile, dequantised
+from plait.baking.files import read_at
+from plait.baking.quantisation import quantisation, way_out
 from plait.errors import AdapterError, PlanError, collect
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve_model
 
@@ -18,12 +22,6 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 FILES = (*MODEL_FILES, *COMPANION_FILES, "*.py", "NOTICE*")
 FLOATS = ("F64", "F32", "F16", "BF16")
-
-# names under which bitsandbytes, GPTQ, AWQ, compressed-tensors and fp8 checkpoints store what a float weight is not
-_QUANTISED = re.compile(
-    r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|absmax|quant_map|SCB|weight_format"
-    r"|\w+_blocks|weight\.(absmax|quant_map|quant_state\.\S+))$"
-)
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,11 @@ class Shard:
         return Shard(path.name, file, lead, json.loads(lead[8:]).get("__metadata__") or {})
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the file is described as it lies; a quantised one may be described as what it stands for."""
+        return not isinstance(self.file, PlainFile)
+
+    @property
     def in_order(self) -> list[tuple[str, TensorInfo]]:
         """The tensors as they lie in the file."""
         return sorted(self.file.tensors.items(), key=lambda item: (item[1].start, item[1].nbytes, item[0]))
@@ -80,17 +83,18 @@ class BaseCheckpoint:
     home: Mapping[str, Shard] = field(repr=False)
 
     @staticmethod
-    def open(reference: str, *, base: Path | None = None) -> BaseCheckpoint:
+    def open(reference: str, *, base: Path | None = None, dequantize: bool = False) -> BaseCheckpoint:
         """Find a base model and read its headers.
 
         Args:
             reference: a folder, or `org/repo[@revision][/subfolder]`.
             base: what a relative path is relative to.
+            dequantize: take a quantised one for the plain model that it stands for.
 
         Raises:
             AddressError: it leads nowhere.
             AdapterError: files that are missing, cut off or not safetensors, all at once.
-            PlanError: it is quantised.
+            PlanError: it is quantised, and is not to be dequantised or cannot be.
         """
         located = resolve_model(reference, base=base, files=FILES)
         folder = located.folder
@@ -103,7 +107,7 @@ class BaseCheckpoint:
                 problems.append(str(error))
             except OSError as error:
                 problems.append(f"{folder / name}: {error.strerror or error}. Fetch the base model again.")
-        home = {tensor: shard for shard in shards for tensor in shard.file.tensors}
+        home = _home(shards)
         if not problems:
             problems += [
                 f"{folder / INDEX}: {tensor!r} should be in {name}, but is not. Fetch the base model again."
@@ -112,8 +116,12 @@ class BaseCheckpoint:
             ][:5]
         collect(AdapterError, problems, f"{folder}: the base model is not whole")
         checkpoint = BaseCheckpoint(located, _config(folder), tuple(shards), index, home)
-        collect(PlanError, [p for p in [checkpoint._quantised()] if p], "")
-        return checkpoint
+        found = quantisation(checkpoint.config, {n: s.file.tensors[n] for n, s in home.items()})
+        if found is None:
+            return checkpoint
+        if dequantize and found.method in FORMATS:
+            return checkpoint._plain()
+        raise PlanError(f"{folder}: the base model is quantised ({found.said}). {way_out(found.method, asked=dequantize)}")
 
     @property
     def folder(self) -> Path:
@@ -124,22 +132,46 @@ class BaseCheckpoint:
         """Return what the header says of a tensor."""
         return self.home[tensor].file.tensors[tensor]
 
-    def _quantised(self) -> str | None:
-        way_out = (
-            "Rounding a merge to a few bits again would lose most of it. Give the 16- or 32-bit model that it was made from "
-            "(--base-id), bake that, and quantise the result; or save a dequantised copy with transformers "
-            "(model.dequantize(), then save_pretrained) and give that."
-        )
-        for holder in (self.config, self.config.get("text_config") or {}):
-            settings = holder.get("quantization_config")
-            if settings:
-                kind = settings.get("quant_method") or "a method that is not named" if isinstance(settings, dict) else settings
-                return f"{self.folder}: the base model is quantised ({kind}, in {CONFIG}). {way_out}"
-        for name, shard in self.home.items():
-            dtype = shard.file.tensors[name].dtype
-            if _QUANTISED.search(name) or dtype.startswith(("F8", "F4", "F6")):
-                return f"{self.folder}: the base model is quantised ({name!r} is stored as {dtype}). {way_out}"
-        return None
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of it."""
+        made = sum(len(s.file.computed) for s in self.shards if isinstance(s.file, PlainFile))
+        return [f"{made} tensors of the base model are quantised, and are dequantised as they are read."] if made else []
+
+    def is_computed(self, tensor: str) -> bool:
+        """Say whether a tensor's values are dequantised as they are read; no bytes of it can be copied."""
+        file = self.home[tensor].file
+        return isinstance(file, PlainFile) and tensor in file.computed
+
+    def values(self, tensor: str, first: int, count: int) -> Tensor:
+        """Return `count` values of a tensor from the value `first` on, flat; dequantised ones in float32, not rounded yet.
+
+        Raises:
+            AdapterError: the file ends early or cannot be read.
+        """
+        file = self.home[tensor].file
+        if isinstance(file, PlainFile) and tensor in file.computed:
+            return file.values(tensor, first, count)
+        return read_at(file, tensor, first, count)
+
+    def _plain(self) -> BaseCheckpoint:
+        """Return the plain model that a quantised one stands for.
+
+        Raises:
+            PlanError: tensors that have no plain form here.
+        """
+        found = dequantised([s.file for s in self.shards], self.config)
+        if found.problems:
+            raise PlanError(
+                f"{self.folder}: {len(found.problems)} tensors cannot be dequantised here: {', '.join(found.problems[:4])}. "
+                "Give the 16- or 32-bit model that it was made from (--base-id)."
+            )
+        shards = tuple(replace(s, file=f) for s, f in zip(self.shards, found.files, strict=True))
+        return replace(self, shards=shards, home=_home(shards))
+
+
+def _home(shards: Iterable[Shard]) -> dict[str, Shard]:
+    return {tensor: shard for shard in shards for tensor in shard.file.tensors}
 
 
 def sections(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -169,7 +201,9 @@ def _shard_names(folder: Path) -> tuple[list[str], Mapping[str, Any] | None, Map
     hint = " It holds an adapter; give the base model." if "adapter_config.json" in found else ""
     other = [name for name in found if name.endswith((".bin", ".pt", ".pth", ".gguf"))]
     if other:
-        hint = f" It holds {other[0]}; convert it first (load it with transformers, then save_pretrained)."
+        # transformers dequantises GGUF on loading, but saves what it made of it only when told so
+        gguf = f", gguf_file={other[0]!r}, quantization_config=GgufConfig(dequantize=True)" * other[0].endswith(".gguf")
+        hint = f" It holds {other[0]}; convert it first: transformers' from_pretrained(…{gguf}), then save_pretrained."
     raise AdapterError(f"{folder}: neither {SINGLE} nor {INDEX} is here.{hint}")
 
 

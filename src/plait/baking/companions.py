@@ -136,6 +136,9 @@ def _config(checkpoint: BaseCheckpoint, inventory: Inventory, placement: Placeme
             part.update({key: dtype for key in _DTYPE_KEYS if key in part})
         if config and not any(key in config for key in _DTYPE_KEYS):
             config["torch_dtype"] = dtype
+    if any(not shard.is_plain for shard in checkpoint.shards):
+        for part in parts:
+            part.pop("quantization_config", None)
     if placement.untied:
         config["tie_word_embeddings"] = False
         for part in parts:

@@ -12,7 +12,7 @@ from plait.hub.download import Located
 from plait.merging.card import PIPELINES, hub_id, licence_of, load_with_peft, serve_with_vllm
 
 if TYPE_CHECKING:
-    from plait.baking.extract import ExtractRecord
+    from plait.baking.extract_record import ExtractRecord
 
 
 def extract_card(pairing: Pairing, record: ExtractRecord) -> str:

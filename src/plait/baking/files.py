@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from plait.adapters.tensorfile import DTYPES, PickleFile, SafetensorsFile
 from plait.errors import AdapterError
 
+SHORT = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TORCH_DTYPES = {name: getattr(torch, said) for name, said in DTYPES.items()}
 _CHUNK = 1 << 25  # bytes handed to the kernel at a time: progress stays alive, a kill waits for no more
 _BUFFER = 1 << 20
@@ -38,19 +40,34 @@ def read_at(file: SafetensorsFile | PickleFile, name: str, first: int, count: in
         return file.read(name).reshape(-1)[first : first + count]
     info = file.tensors[name]
     dtype = TORCH_DTYPES[info.dtype]
-    data = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+    return read_bytes(file.path, name, info.start + first * dtype.itemsize, count * dtype.itemsize).view(dtype)
+
+
+def read_bytes(path: Path, name: str, position: int, count: int) -> Tensor:
+    """Return bytes of a file, uint8.
+
+    Args:
+        path: of the file.
+        name: of the tensor there, for people.
+        position: of the first byte.
+        count: of bytes.
+
+    Raises:
+        AdapterError: the file ends early or cannot be read.
+    """
+    data = torch.empty(count, dtype=torch.uint8)
     view = memoryview(data.numpy().data)
     try:
-        with file.path.open("rb", buffering=0) as stream:
-            stream.seek(info.start + first * dtype.itemsize)
+        with path.open("rb", buffering=0) as stream:
+            stream.seek(position)
             while view:
                 done = stream.readinto(view)
                 if not done:
-                    raise AdapterError(f"{file.path}: {name!r} ends early. Did the file change while it was read?")
+                    raise AdapterError(f"{path}: {name!r} ends early. Did the file change while it was read?")
                 view = view[done:]
     except OSError as error:
-        raise AdapterError(f"{file.path}: {name!r} cannot be read ({error.strerror or error}). Fetch the file again.") from None
-    return data.view(dtype)
+        raise AdapterError(f"{path}: {name!r} cannot be read ({error.strerror or error}). Fetch the file again.") from None
+    return data
 
 
 def write_at(handle: int, position: int, tensor: Tensor) -> None:

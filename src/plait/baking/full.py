@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.adapter import Adapter
-from plait.adapters.tensorfile import SafetensorsFile
+from plait.baking.checkpoint import BaseCheckpoint
 from plait.baking.files import BLOCK_ELEMENTS, TORCH_DTYPES, read_at
 from plait.recipes.schema import Heads, Recipe
 
@@ -39,15 +39,14 @@ class FullTensor:
         parts = [read_at(a.file, name, first, count) for a, (_, name) in zip(self.adapters, self.names, strict=True)]
         return parts[0].to(dtype) if len(parts) == 1 else torch.stack([p.double() for p in parts]).mean(0).to(dtype)
 
-    def equals(self, file: SafetensorsFile, name: str) -> bool:
-        """Say whether a tensor of a file has these values, as far as the dtype of these can tell."""
-        info = file.tensors[name]
-        if info.shape != self.shape or len(self.adapters) != 1:
+    def equals(self, checkpoint: BaseCheckpoint, name: str) -> bool:
+        """Say whether a tensor of the base has these values, as far as the dtype of these can tell."""
+        if checkpoint.info(name).shape != self.shape or len(self.adapters) != 1:
             return False
         dtype = TORCH_DTYPES[self.adapters[0].file.tensors[self.names[0][1]].dtype]
         size = math.prod(self.shape)
         return all(
-            torch.equal(self.values(i, n, dtype), read_at(file, name, i, n).to(dtype))
+            torch.equal(self.values(i, n, dtype), checkpoint.values(name, i, n).to(dtype))
             for i in range(0, size, BLOCK_ELEMENTS)
             for n in [min(BLOCK_ELEMENTS, size - i)]
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from plait.adapters.lowrank import LowRank
 from plait.baking.checkpoint import BaseCheckpoint
 from plait.baking.deltas import ModuleMerge, Rows, add_rows, dense_rows, merge_dora
-from plait.baking.files import TORCH_DTYPES, block_ranges, read_at, write_at
+from plait.baking.files import TORCH_DTYPES, block_ranges, write_at
 from plait.baking.placement import Piece
 from plait.baking.shards import OutTensor
 from plait.errors import PlanError
@@ -94,8 +94,7 @@ class Maker:
             return replaced.values(first, count, dtype).clone().to(self.device)
         if tensor.source is None:
             raise AssertionError(f"{tensor.name!r} has no values")
-        file = self.checkpoint.home[tensor.source].file
-        return read_at(file, tensor.source, first, count).to(self.device).to(dtype)
+        return self.checkpoint.values(tensor.source, first, count).to(self.device).to(dtype)
 
     def _pieces(
         self, tensor: OutTensor, merges: Mapping[str, ModuleMerge], dtype: torch.dtype, stack: ExitStack

@@ -1,4 +1,4 @@
-"""A base model and its full fine-tune, aligned tensor by tensor from their headers. No tensor is read."""
+"""A base model and its full fine-tune, aligned parameter by parameter from their headers. No tensor is read."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from plait.adapters.layouts import Kind as LayoutKind
+from plait.adapters.layouts import Layout
 from plait.adapters.tensorfile import SafetensorsFile, TensorInfo
 from plait.baking.architecture import Architecture, ArchitectureUnknown, Part
 from plait.baking.checkpoint import FLOATS, BaseCheckpoint
+from plait.baking.files import read_at
 from plait.errors import PlaitError, PlanError, collect
 from plait.linalg.blocks import RowBlocks
 
-Kind = Literal["linear", "conv1d", "embedding", "expert", "bias", "other"]
+Kind = Literal["linear", "conv1d", "conv", "experts", "embedding", "expert", "bias", "other"]
 
 _EMBEDDING = re.compile(r"(embed(_tokens|_positions|_in)?|.*_?embeddings?|wte|wpe|shared|relative_attention_bias)")
 _INPUT_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|shared|embed_in|word_embeddings)\.weight")
@@ -33,27 +37,66 @@ _SHOWN = 4
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One tensor in both checkpoints.
+class Rows:
+    """Rows of one tensor in both checkpoints, seen as rows × columns.
 
     Attributes:
-        name: of the parameter in the model that the adapter is for.
-        kind: what it can become: `linear` and `conv1d` a LoRA, `embedding` one where asked for; the rest cannot.
-        shape: as stored, the same in both.
         base: file and name in the base model.
         tuned: file and name in the fine-tune.
+        first: the first row.
+        count: how many.
+        columns: of each.
+    """
+
+    base: tuple[SafetensorsFile, str]
+    tuned: tuple[SafetensorsFile, str]
+    first: int
+    count: int
+    columns: int
+
+    def delta(self, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) of fine-tune − base, in float32; the difference is taken in float64 where one is."""
+        sides = (self.tuned, self.base)
+        is_double = "F64" in {file.tensors[name].dtype for file, name in sides}
+        at, size = (self.first + start) * self.columns, (stop - start) * self.columns
+        tuned, base = (read_at(*side, at, size).to(torch.float64 if is_double else torch.float32) for side in sides)
+        return (tuned - base).to(torch.float32).view(-1, self.columns)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One parameter of the model, in both checkpoints.
+
+    Attributes:
+        name: of it.
+        kind: what it can become: `linear`, `conv1d`, `conv` and `experts` a LoRA, `embedding` one where asked for; the rest
+            cannot.
+        shape: of it.
+        matrices: of each matrix of its stack, the rows that lie below each other; a tensor of any other shape is one matrix.
+        is_transposed: the matrices are ΔWᵀ.
     """
 
     name: str
     kind: Kind
     shape: tuple[int, ...]
-    base: tuple[SafetensorsFile, str]
-    tuned: tuple[SafetensorsFile, str]
+    matrices: tuple[tuple[Rows, ...], ...]
+    is_transposed: bool = False
 
     @property
     def module(self) -> str:
-        """Path of the layer that it belongs to."""
-        return self.name.rpartition(".")[0]
+        """Path of the target: the layer that it belongs to, or the parameter itself of fused experts."""
+        return self.name if self.kind == "experts" else self.name.rpartition(".")[0]
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether one tensor of the checkpoints holds it, and nothing else."""
+        (part, *more), *others = self.matrices
+        return not more and not others and part.count * part.columns == math.prod(self.info.shape)
+
+    @property
+    def tuned(self) -> tuple[SafetensorsFile, str]:
+        """File and name in the fine-tune, of a parameter that is stored as it is."""
+        return self.matrices[0][0].tuned
 
     @property
     def info(self) -> TensorInfo:
@@ -61,24 +104,38 @@ class Pair:
         file, name = self.tuned
         return file.tensors[name]
 
-    def delta(self) -> RowBlocks:
-        """Return fine-tune − base as stored, (rows, everything else), read by blocks of rows.
+    @property
+    def layout(self) -> Layout:
+        """How factors of it are stored."""
+        rows, columns = self.matrix_shape
+        d_out, d_in = (columns, rows) if self.is_transposed else (rows, columns)
+        kinds: dict[Kind, LayoutKind] = {"conv": "conv", "experts": "experts", "embedding": "embedding"}
+        kernel = self.shape[1:] if self.kind == "conv" else ()
+        return Layout(kinds.get(self.kind, "linear"), d_out, d_in, len(self.matrices), kernel)
 
-        The difference is taken in float32, or in float64 where a checkpoint is, and is float32.
-        """
-        rows, columns = (self.shape or (1,))[0], math.prod(self.shape[1:])
-        is_double = "F64" in {file.tensors[name].dtype for file, name in (self.base, self.tuned)}
-        wide = torch.float64 if is_double else torch.float32
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns of one matrix, as stored."""
+        return sum(part.count for part in self.matrices[0]), self.matrices[0][0].columns
 
-        def read(side: tuple[SafetensorsFile, str], start: int, stop: int) -> torch.Tensor:
-            file, name = side
-            found = file.read_rows(name, start, stop) if self.shape else file.read(name)
-            return found.to(wide).reshape(stop - start, columns)
+    def delta(self, number: int = 0) -> RowBlocks:
+        """Return fine-tune − base of one matrix, as stored, read by blocks of rows."""
+        return _stacked(self.matrices[number])
 
-        def block(start: int, stop: int) -> torch.Tensor:
-            return (read(self.tuned, start, stop) - read(self.base, start, stop)).to(torch.float32)
 
-        return RowBlocks((rows, columns), block, torch.float32)
+def _stacked(parts: tuple[Rows, ...]) -> RowBlocks:
+    """Return the difference of rows that lie below each other."""
+
+    def block(start: int, stop: int) -> Tensor:
+        found, row = [], 0
+        for part in parts:
+            low, high = max(start, row), min(stop, row + part.count)
+            if low < high:
+                found.append(part.delta(low - row, high - row))
+            row += part.count
+        return torch.cat(found)
+
+    return RowBlocks((sum(p.count for p in parts), parts[0].columns), block, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -88,7 +145,7 @@ class Pairing:
     Attributes:
         base: the base model.
         tuned: the fine-tune.
-        pairs: every tensor that both have, sorted by name; constants and integers are left out.
+        pairs: every parameter that both have, sorted by name; constants and integers are left out.
         ties_head: whether the head is the input embedding, and not stored.
         notes: what could not be known of the names.
     """
@@ -122,19 +179,77 @@ def pair_checkpoints(base: str, tuned: str, folder: Path | None = None) -> Pairi
         *_shapes(base, tuned, {n: (one.info(b).shape, two.info(t).shape) for n, (b, t) in both.items()}),
     ]
     collect(PlanError, problems, f"{tuned} is no full fine-tune of {base} that a LoRA can be taken from")
-    called, notes = _parameters(one, [b for b, _ in both.values()])
-    conv1d = str(one.config.get("model_type")) in _CONV1D_MODELS
-    pairs = []
-    for name, (b, t) in both.items():
-        info = one.info(b)
-        if not _CONSTANT.search(name) and info.dtype in FLOATS:
-            parameter = called.get(b, name)
-            kind = _kind(parameter, info, conv1d=conv1d)
-            if called and b not in called and kind != "expert":
-                kind = "other"  # the model has no such parameter, or makes several of it
-            pairs.append(Pair(parameter, kind, info.shape, (one.home[b].file, b), (two.home[t].file, t)))
+    floats = {n: (b, t) for n, (b, t) in both.items() if not _CONSTANT.search(n) and one.info(b).dtype in FLOATS}
+    pairs, notes = _Pairs(one, two, floats).made()
     ties = not any(_HEAD.fullmatch(p.name) for p in pairs) and bool(one.config.get("tie_word_embeddings", True))
     return Pairing(one, two, tuple(sorted(pairs, key=lambda p: p.name)), ties, notes)
+
+
+class _Pairs:
+    """Makes pairs of tensors that both checkpoints have: name → (in the base, in the fine-tune)."""
+
+    def __init__(self, base: BaseCheckpoint, tuned: BaseCheckpoint, names: Mapping[str, tuple[str, str]]) -> None:
+        self._base, self._tuned, self._names = base, tuned, names
+        # the base's tensor → the fine-tune's; a head that is read from the embedding has a name of its own
+        self._own = {b: t for name, (b, t) in names.items() if not (_HEAD.fullmatch(name) and not _HEAD.fullmatch(b))}
+
+    def made(self) -> tuple[list[Pair], tuple[str, ...]]:
+        """Return the pairs, and notes: by the model's own code where it can be asked, else as the checkpoint names them."""
+        shapes = {b: self._base.info(b).shape for b in self._own}
+        try:
+            model = Architecture.of(self._base.folder, shapes)
+        except ArchitectureUnknown as error:
+            note = f"{error}: modules are named as in the checkpoint, which PEFT may not find."
+            return [self._as_stored(name, b, t) for name, (b, t) in self._names.items()], (note,)
+        known = {n: parts for n, parts in model.parts.items() if all(p.tensor in self._own for p in parts)}
+        pairs = [self._of_parts(name, parts, model) for name, parts in known.items()]
+        used = {p.tensor for parts in known.values() for p in parts}
+        for name, (b, t) in self._names.items():
+            if b not in used:  # the model has no such parameter, or makes several of it in a way that has no form here
+                pairs.append(replace(self._as_stored(name, b, t), kind="expert" if _EXPERT.search(name) else "other"))
+            elif self._own[b] != t:
+                pairs.append(self._as_stored(name, b, t))
+        return pairs, ()
+
+    def _as_stored(self, name: str, base: str, tuned: str) -> Pair:
+        info = self._base.info(base)
+        conv1d = str(self._base.config.get("model_type")) in _CONV1D_MODELS and _last(name) in _CONV1D
+        kind = "expert" if _EXPERT.search(name) else _kind(name, info.shape, is_conv1d=conv1d)
+        return self._pair(name, kind, info.shape, ((self._rows(base, tuned),),))
+
+    def _of_parts(self, name: str, parts: tuple[Part, ...], model: Architecture) -> Pair:
+        """Return a parameter of the model from the tensors that hold it."""
+        module = name.rpartition(".")[0]
+        if parts == (Part(parts[0].tensor),):
+            shape = self._base.info(parts[0].tensor).shape
+            if len(shape) == 3 and _EXPERT.search(name):
+                whole = self._rows(parts[0].tensor, self._own[parts[0].tensor], matrix=True)
+                experts = tuple((replace(whole, first=i * shape[1], count=shape[1]),) for i in range(shape[0]))
+                return Pair(name, "experts", shape, experts, is_transposed=module in model.transposed)
+            kind = _kind(name, shape, is_conv1d=module in model.transposed, groups=model.convolutions.get(module))
+            return self._pair(name, kind, shape, ((self._rows(parts[0].tensor, self._own[parts[0].tensor]),),))
+        stacks: dict[int, list[Part]] = {}
+        for part in sorted(parts, key=lambda p: (p.expert or 0, p.start)):
+            stacks.setdefault(part.expert or 0, []).append(part)
+        matrices = tuple(tuple(self._part(p) for p in stack) for stack in stacks.values())
+        shape = (sum(r.count for r in matrices[0]), *self._base.info(parts[0].tensor).shape[1:])
+        if parts[0].expert is None:
+            return self._pair(name, _kind(name, shape, is_conv1d=False), shape, matrices)
+        return Pair(name, "experts" if len(shape) == 2 else "other", (len(matrices), *shape), matrices)
+
+    def _pair(self, name: str, kind: Kind, shape: tuple[int, ...], matrices: tuple[tuple[Rows, ...], ...]) -> Pair:
+        return Pair(name, kind, shape, matrices, is_transposed=kind in ("embedding", "conv1d"))  # stored as (d_in, d_out)
+
+    def _part(self, part: Part) -> Rows:
+        whole = self._rows(part.tensor, self._own[part.tensor])
+        return whole if part.rows is None else replace(whole, first=part.row, count=part.rows)
+
+    def _rows(self, base: str, tuned: str, *, matrix: bool = False) -> Rows:
+        """Return all rows of a tensor: of its first dimension, or of its last matrix and all that are stacked on it."""
+        shape = self._base.info(base).shape or (1,)
+        columns = shape[-1] if matrix else math.prod(shape[1:])
+        sides = (self._base.home[base].file, base), (self._tuned.home[tuned].file, tuned)
+        return Rows(*sides, 0, math.prod(shape) // max(1, columns), columns)
 
 
 def _open_both(texts: tuple[str, str], folder: Path | None) -> tuple[BaseCheckpoint, BaseCheckpoint]:
@@ -188,16 +303,6 @@ def _tie(names: dict[str, tuple[str | None, str | None]], one: BaseCheckpoint, t
         names[head] = (sides[0], sides[1])
 
 
-def _parameters(base: BaseCheckpoint, names: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return checkpoint tensor → parameter of the model, for tensors that are one parameter as it is; empty when unknown."""
-    try:
-        found = Architecture.of(base.folder, {n: base.info(n).shape for n in names})
-    except ArchitectureUnknown as error:
-        return {}, (f"{error}: modules are named as in the checkpoint, which PEFT may not find.",)
-    whole = {parts[0].tensor: name for name, parts in found.parts.items() if parts == (Part(parts[0].tensor),)}
-    return whole, ()
-
-
 def _missing(base: str, tuned: str, names: Mapping[str, tuple[str | None, str | None]]) -> list[str]:
     wanted = {n: sides for n, sides in names.items() if not _CONSTANT.search(n)}
     problems = []
@@ -229,18 +334,22 @@ def _shapes(base: str, tuned: str, shapes: Mapping[str, tuple[tuple[int, ...], t
     return problems
 
 
-def _kind(name: str, info: TensorInfo, *, conv1d: bool) -> Kind:
-    module, _, parameter = name.rpartition(".")
-    last = module.rpartition(".")[2]
-    if _EXPERT.search(name):
-        return "expert"
+def _kind(name: str, shape: tuple[int, ...], *, is_conv1d: bool, groups: int | None = None) -> Kind:
+    parameter = name.rpartition(".")[2]
     if parameter == "bias":
         return "bias"
-    if parameter != "weight" or len(info.shape) != 2:
+    if parameter == "weight" and groups == 1:
+        return "conv"
+    if parameter != "weight" or len(shape) != 2:
         return "other"
-    if _EMBEDDING.fullmatch(last):
+    if _EMBEDDING.fullmatch(_last(name)):
         return "embedding"
-    return "conv1d" if conv1d and last in _CONV1D else "linear"
+    return "conv1d" if is_conv1d else "linear"
+
+
+def _last(name: str) -> str:
+    """Return the name of the layer that a parameter belongs to."""
+    return name.rpartition(".")[0].rpartition(".")[2]
 
 
 def _listed(words: Iterable[str]) -> str:

@@ -6,32 +6,30 @@ import errno
 import hashlib
 import json
 import platform
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-import torch
-
 import plait
-from plait.adapters.adapter import CONFIG
+from plait.adapters.adapter import Adapter
 from plait.baking.card import model_card
-from plait.baking.checkpoint import BaseCheckpoint
+from plait.baking.digests import base_digests
 from plait.baking.journal import Workshop, workshop
 from plait.baking.making import Maker
 from plait.baking.plan import Bake, BakeOptions, BakePlan, prepare_bake
 from plait.baking.record import BakeRecord
 from plait.baking.writing import ShardWriter
-from plait.errors import OutputError, PlaitError, RecipeError
-from plait.hub.upload import push_folder
+from plait.errors import OutputError, PlaitError
 from plait.merging import record as records
 from plait.merging.engine import Engine
 from plait.merging.heads import write_heads
+from plait.merging.moments import Moments, MomentsOf
 from plait.merging.pipeline import default_workers
 from plait.merging.progress import Progress, Silent
 from plait.merging.record import Lock, ModuleRecord
@@ -59,14 +57,20 @@ class BakeResult:
 
 
 def plan_bake(
-    recipe: Recipe, options: BakeOptions | None = None, *, folder: Path | None = None, workers: int | None = None
+    recipe: Recipe,
+    options: BakeOptions | None = None,
+    *,
+    folder: Path | None = None,
+    workers: int | None = None,
+    moments: MomentsOf | None = None,
 ) -> BakePlan:
     """Return what a bake would do; reads headers, no tensor.
 
     Raises:
         PlaitError: as `run_bake`.
     """
-    return prepare_bake(recipe, options or BakeOptions(), folder=folder, workers=workers or default_workers()).plan
+    options, workers = options or BakeOptions(), workers or default_workers()
+    return prepare_bake(recipe, options, folder=folder, workers=workers, moments=moments).plan
 
 
 def run_bake(
@@ -77,7 +81,7 @@ def run_bake(
     folder: Path | None = None,
     force: bool = False,
     workers: int | None = None,
-    device: str = "cpu",
+    moments: MomentsOf | None = None,
     progress: Progress | None = None,
 ) -> BakeResult:
     """Write base + merge as a full model.
@@ -86,12 +90,13 @@ def run_bake(
 
     Args:
         recipe: what is merged, with its base model.
-        options: dtype and size of files.
+        options: dtype, size of files and device.
         out: where to write.
         folder: what the recipe's relative paths are relative to; the current folder when None.
         force: replace a model that stands at `out`.
         workers: threads; never change a byte.
-        device: where blocks are added up, as torch names it.
+        moments: second moments of inputs, in place of files that the recipe names. A bake with them starts from the
+            beginning when it was killed, since nothing says that the function is the same one.
         progress: who listens; it is told of bytes.
 
     Raises:
@@ -102,21 +107,20 @@ def run_bake(
     problem = output_problem(out, force=force)
     if problem:
         raise OutputError(problem)
-    where = _device(device)
-    bake = prepare_bake(recipe, options, folder=folder, workers=workers)
+    bake = prepare_bake(recipe, options, folder=folder, workers=workers, moments=moments)
     _check_not_an_input(bake, out)
     with workshop(out, force=force) as shop, _explained(out, shop, len(bake.shards)):
-        digests = records.input_digests(bake.inventory)
-        shop.begin(_digest(bake, digests, where))
+        digests = _adapter_digests(bake)
+        shop.begin(_digest(bake, digests))
         resumed = tuple(sorted(shop.finished))
         _check_space(bake, shop, out)
-        with _base_digests(bake.checkpoint) as base_digests:
-            shards = _write_shards(bake, shop, where, workers, progress or Silent())
+        with base_digests(bake.checkpoint, bake.shards) as digests_of_base:
+            shards = _write_shards(bake, shop, workers, progress or Silent())
             bake.companions.write(shop.model)
             _write_heads(bake, shop.model)
             record = _record(bake, digests, shards, resumed, started)
             (shop.model / "README.md").write_text(model_card(bake, record), encoding="utf-8")
-            lock = _lock(bake, digests, shards, base_digests(), shop.model, out)
+            lock = _lock(bake, digests, shards, digests_of_base(shards), shop.model, out)
         records.write_json(shop.model / records.LOCK, lock)
         records.write_json(shop.model / records.RECORD, record)
         records.write_json(shop.model / records.SUMMARY, records.summary(record))
@@ -124,19 +128,9 @@ def run_bake(
     return BakeResult(out, bake.plan, record)
 
 
-def push_bake(result: BakeResult, repo: str, *, private: bool) -> BakeResult:
-    """Upload a baked model; return the result with its address.
-
-    Raises:
-        OutputError: the Hub refuses; the model stands where it is.
-    """
-    message = f"{result.plan.base} with {', '.join(result.plan.adapters)}"
-    return replace(result, url=push_folder(result.folder, repo, private=private, message=message))
-
-
-def _write_shards(bake: Bake, shop: Workshop, device: torch.device, workers: int, progress: Progress) -> dict[str, str]:
+def _write_shards(bake: Bake, shop: Workshop, workers: int, progress: Progress) -> dict[str, str]:
     combiner = Engine(bake.inventory, bake.merge, workers=workers, progress=progress).prepare()
-    maker = Maker(bake.checkpoint, device, shop.folder)
+    maker = Maker(bake.checkpoint, bake.device, shop.folder)
     return ShardWriter(bake.checkpoint, bake.inventory, combiner, maker, shop, workers, progress).write(bake.shards)
 
 
@@ -147,15 +141,22 @@ def _write_heads(bake: Bake, folder: Path) -> None:
     write_heads(adapters, bake.inventory.recipe.heads, folder)
 
 
-def _digest(bake: Bake, adapters: list[str], device: torch.device) -> str:
+def _adapter_digests(bake: Bake) -> list[str]:
+    """Return sha256 of every adapter's tensor file, in the recipe's order."""
+    with ThreadPoolExecutor(min(4, len(bake.inventory.adapters)), "plait-sha256") as pool:
+        return list(pool.map(Adapter.sha256, bake.inventory.adapters))
+
+
+def _digest(bake: Bake, adapters: list[str]) -> str:
     """Return a digest of everything that the bytes of the shards depend on."""
+    moments = bake.inventory.moments
     stats = {s.name: s.file.path.stat() for s in bake.checkpoint.shards}
     said = {
         "plait": plait.__version__,
         "libraries": records.library_versions(),
         "recipe": records.recipe_json(bake.recipe),
-        "options": bake.options.model_dump(mode="json"),
-        "device": device.type,
+        "options": bake.options.kept,
+        "moments": None if moments is None else _moments_digest(moments),
         "adapters": [(d, records.sha256(a.config.path)) for d, a in zip(adapters, bake.inventory.adapters, strict=True)],
         "base": {
             s.name: (stats[s.name].st_size, stats[s.name].st_mtime_ns, hashlib.sha256(s.lead).hexdigest())
@@ -165,6 +166,13 @@ def _digest(bake: Bake, adapters: list[str], device: torch.device) -> str:
         "headers": {s.name: hashlib.sha256(s.lead).hexdigest() for s in bake.shards},
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _moments_digest(moments: Moments) -> dict[str, str]:
+    """Return adapter → sha256 of its second moments; of a function nothing is known, and no two are the same."""
+    if not moments.files:
+        return {"function": uuid.uuid4().hex}
+    return {name: records.sha256(file.path) for name, file in moments.files.items()}
 
 
 def _record(bake: Bake, digests: list[str], shards: dict[str, str], resumed: tuple[str, ...], started: float) -> BakeRecord:
@@ -198,41 +206,19 @@ def _record(bake: Bake, digests: list[str], shards: dict[str, str], resumed: tup
 
 def _lock(bake: Bake, digests: list[str], shards: dict[str, str], base: dict[str, str], folder: Path, out: Path) -> Lock:
     """Make the lock; shards are not read again, their hashes are known."""
-    inputs = {
-        a.name: records.locked_input(place, {a.file.path.name: digest, CONFIG: records.sha256(a.config.path)}, out)
-        for a, place, digest in zip(bake.inventory.adapters, bake.inventory.located, digests, strict=True)
-    }
-    made = sorted(p for p in folder.rglob("*") if p.is_file())
-    outputs = {p.relative_to(folder).as_posix(): shards.get(p.name) or records.sha256(p) for p in made}
     return Lock(
-        version=1,
+        version=records.LOCK_VERSION,
         plait=plait.__version__,
         python=platform.python_version(),
         libraries=records.library_versions(),
         machine=platform.machine(),
         recipe=records.recipe_json(bake.recipe),
-        inputs=inputs,
-        outputs=outputs,
+        inputs=records.adapter_inputs(bake.inventory, digests, out),
+        outputs=records.output_digests(folder, shards),
         kind="bake",
-        options=bake.options.model_dump(mode="json"),
+        options=bake.options.kept,
         base=records.locked_input(bake.checkpoint.located, base, out),
     )
-
-
-@contextmanager
-def _base_digests(checkpoint: BaseCheckpoint) -> Iterator[Callable[[], dict[str, str]]]:
-    """Hash the base beside the work; the Hub's cache names its files by their hash already."""
-    with ThreadPoolExecutor(1, "plait-sha256") as pool:
-        futures = {s.name: pool.submit(_sha256_of, s.file.path) for s in checkpoint.shards}
-        try:
-            yield lambda: {name: future.result() for name, future in futures.items()}
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _sha256_of(path: Path) -> str:
-    real = path.resolve()
-    return real.name if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name) else records.sha256(path)
 
 
 def _check_not_an_input(bake: Bake, out: Path) -> None:
@@ -250,17 +236,6 @@ def _check_space(bake: Bake, shop: Workshop, out: Path) -> None:
             f"{out}: the model needs {needed / 1e9:.2f} GB, {shop.folder.parent} has {free / 1e9:.2f} GB free. Free some "
             "space, choose another place, or write fewer bytes (--dtype bfloat16)."
         )
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(
-            f"device {name!r} cannot be used: {str(error).splitlines()[0]}. Use 'cpu', or 'cuda' where there is one."
-        ) from None
-    return device
 
 
 @contextmanager

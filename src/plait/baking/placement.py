@@ -259,7 +259,7 @@ class _Placing:
             parts = tuple(Part(stored) for stored in [self._stored(tied[1])] if stored)
         if len(parts) != 1 or parts[0] != Part(parts[0].tensor):
             return False
-        return tensor.equals(self._checkpoint.home[parts[0].tensor].file, parts[0].tensor)
+        return tensor.equals(self._checkpoint, parts[0].tensor)
 
     def _keep_apart(self) -> None:
         """Find the full tensors that stay beside the model, one set per task."""
@@ -340,10 +340,7 @@ class _Placing:
             self._result.changes[stored] = next(c for c in uses.values() if c is not None)
             return
         if len(group) > 2:
-            self._result.problems.append(
-                f"{', '.join(group)} share one tensor, and the adapters change only some of them. Models with more than two "
-                "uses of a tensor cannot be baked so yet; merge into an adapter instead."
-            )
+            self._part(owner, stored, uses)
             return
         self._separate(owner, group[1], stored, uses)
 
@@ -366,6 +363,34 @@ class _Placing:
         self._result.notes.append(
             f"{owner} and {copy} share one tensor in the base model and are changed differently: both are written, and "
             "tie_word_embeddings is false in the baked model."
+        )
+
+    def _part(self, owner: str, stored: str, uses: Mapping[str, Change | None]) -> None:
+        """Write the uses of a tensor that are changed otherwise than the one that owns it; the rest stay one with it.
+
+        A configuration has no word for half a tie. It needs none where the loader looks at the values: transformers 5 does not
+        tie what is stored apart with other values.
+        """
+        shape = self._checkpoint.info(stored).shape
+        if any(u.replaced is not None and u.replaced.shape != shape for u in uses.values() if u is not None):
+            self._result.problems.append(
+                f"{', '.join(uses)} share one tensor, and the adapters give only some of them a vocabulary of another size. "
+                "Save all of them (modules_to_save), or merge into an adapter instead."
+            )
+            return
+        apart = []
+        for name, change in uses.items():
+            if name == owner or (change is None and uses[owner] is None):
+                continue
+            if self._agree([uses[owner], change]):
+                self._result.added.pop(name, None)
+                continue
+            apart.append(name)
+            if self._stored(name) is None:
+                self._result.added[name] = Added(shape, stored, change or Change())
+        self._result.notes.append(
+            f"{', '.join(apart)} no longer {'shares' if len(apart) == 1 else 'share'} the values of {owner} and "
+            f"{'is' if len(apart) == 1 else 'are'} written apart. transformers 5 loads that; older ones tie them all again."
         )
 
     def _stored(self, parameter: str) -> str | None:

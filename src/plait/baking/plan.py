@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from pydantic import ValidationError
 
 from plait.baking.checkpoint import BaseCheckpoint
 from plait.baking.companions import Companions, gather_companions
-from plait.baking.files import BLOCK_ELEMENTS
+from plait.baking.files import BLOCK_ELEMENTS, SHORT
 from plait.baking.full import effective_heads, full_tensors
 from plait.baking.placement import Placement, place
-from plait.baking.shards import SHORT, OutShard, index_of, lay_out, parse_size
+from plait.baking.shards import OutShard, index_of, lay_out, parse_size
 from plait.errors import AddressError, PlanError, RecipeError, collect
 from plait.merging.compatibility import base_model_problems
 from plait.merging.inventory import Inventory, open_adapters, take_inventory
+from plait.merging.moments import MomentsOf
 from plait.merging.plan import MergePlan, make_plan
 from plait.recipes.schema import Output, Recipe
 from plait.records import Record
@@ -32,10 +34,19 @@ class BakeOptions(Record):
     Attributes:
         dtype: of all float tensors; None keeps each one's own.
         shard_size: largest file, such as `5GB`; None keeps the base's files.
+        device: where blocks are added up, as torch names it; another kind of device rounds its sums otherwise.
+        dequantize: take a quantised base for the plain model that it stands for, where that can be done here.
     """
 
     dtype: BakeDtype | None = None
     shard_size: str | None = None
+    device: str = "cpu"
+    dequantize: bool = False
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What of this the bytes depend on, as plain values: the kind of device, not which one of several."""
+        return self.model_dump(mode="json") | {"device": torch.device(self.device).type}
 
 
 def bake_options(**values: Any) -> BakeOptions:
@@ -52,7 +63,27 @@ def bake_options(**values: Any) -> BakeOptions:
         ) from None
     if options.shard_size is not None:
         parse_size(options.shard_size)
+    usable_device(options.device)
     return options
+
+
+def usable_device(name: str) -> torch.device:
+    """Return a device that can be computed on.
+
+    Raises:
+        RecipeError: torch knows no such device, or it is not here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = str(error).splitlines()[0].rstrip(".")
+        raise RecipeError(
+            f"device {name!r} cannot be used: {said}. Use 'cpu', or an accelerator that torch sees here."
+        ) from None
+    if device.type == "meta":
+        raise RecipeError("device 'meta' holds no values. Use 'cpu', or an accelerator that torch sees here.")
+    return device
 
 
 class TensorPlan(Record):
@@ -130,6 +161,7 @@ class Bake:
         placement: where everything goes.
         shards: what is written.
         companions: what goes along.
+        device: where blocks are added up.
         plan: all of this for people.
     """
 
@@ -141,10 +173,13 @@ class Bake:
     placement: Placement
     shards: tuple[OutShard, ...]
     companions: Companions
+    device: torch.device
     plan: BakePlan
 
 
-def prepare_bake(recipe: Recipe, options: BakeOptions, *, folder: Path | None = None, workers: int) -> Bake:
+def prepare_bake(
+    recipe: Recipe, options: BakeOptions, *, folder: Path | None = None, workers: int, moments: MomentsOf | None = None
+) -> Bake:
     """Decide everything that can be decided from headers.
 
     Args:
@@ -152,24 +187,26 @@ def prepare_bake(recipe: Recipe, options: BakeOptions, *, folder: Path | None = 
         options: beside it.
         folder: what relative paths are relative to; the current folder when None.
         workers: threads; they decide the memory estimate.
+        moments: second moments of inputs, in place of files that the recipe names.
 
     Raises:
         PlaitError: with everything that is wrong, as far as the stages before it have passed.
     """
     limit = None if options.shard_size is None else parse_size(options.shard_size)
+    device = usable_device(options.device)
     recipe = _with_base(recipe, folder)
-    checkpoint = _open_base(recipe, folder)
+    checkpoint = _open_base(recipe, folder, dequantize=options.dequantize)
     working = recipe.model_copy(update={"output": Output(), "heads": effective_heads(recipe)})
-    inventory = take_inventory(working, folder)
+    inventory = take_inventory(working, folder, moments)
     merge = make_plan(inventory, workers=workers)
     full, problems = full_tensors(inventory.adapters, working.heads)
     placement = place(inventory, merge, checkpoint, full)
     collect(PlanError, [*problems, *placement.problems], f"{checkpoint.folder}: this bake cannot be done")
     shards = lay_out(checkpoint, placement, dtype=SHORT[options.dtype] if options.dtype else None, shard_size=limit)
     companions = gather_companions(checkpoint, inventory, placement, options.dtype, index_of(checkpoint, shards))
-    notes = (*_notes(recipe, merge), *placement.notes, *companions.notes)
+    notes = (*_notes(recipe, merge), *checkpoint.notes, *placement.notes, *companions.notes)
     plan = _plan(recipe, checkpoint, merge, shards, companions, notes, workers)
-    return Bake(recipe, options, inventory, merge, checkpoint, placement, shards, companions, plan)
+    return Bake(recipe, options, inventory, merge, checkpoint, placement, shards, companions, device, plan)
 
 
 def _with_base(recipe: Recipe, folder: Path | None) -> Recipe:
@@ -187,9 +224,9 @@ def _with_base(recipe: Recipe, folder: Path | None) -> Recipe:
     return recipe.model_copy(update={"base_model": name})
 
 
-def _open_base(recipe: Recipe, folder: Path | None) -> BaseCheckpoint:
+def _open_base(recipe: Recipe, folder: Path | None, *, dequantize: bool) -> BaseCheckpoint:
     try:
-        return BaseCheckpoint.open(recipe.base_model or "", base=folder)
+        return BaseCheckpoint.open(recipe.base_model or "", base=folder, dequantize=dequantize)
     except AddressError as error:
         error.add_note("This is the base model of the bake; --base-id (base_model in a recipe) names another place.")
         raise

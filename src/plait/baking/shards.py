@@ -16,7 +16,6 @@ from plait.baking.files import TORCH_DTYPES
 from plait.baking.placement import Change, Placement
 from plait.errors import RecipeError
 
-SHORT = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -177,7 +176,11 @@ def _packed(entries: Sequence[_Entry], limit: int) -> list[list[_Entry]]:
 
 def _shard(checkpoint: BaseCheckpoint, name: str, entries: Sequence[_Entry], base: Shard | None) -> OutShard:
     """Lay out one file: the base's header, byte for byte, where it still holds; a new one else."""
-    if base is not None and [(e.name, e.dtype, e.shape) for e in entries] == [(n, i.dtype, i.shape) for n, i in base.in_order]:
+    if (
+        base is not None
+        and base.is_plain
+        and [(e.name, e.dtype, e.shape) for e in entries] == [(n, i.dtype, i.shape) for n, i in base.in_order]
+    ):
         starts = [info.start for _, info in base.in_order]
         lead = base.lead
     else:
@@ -196,7 +199,13 @@ def _shard(checkpoint: BaseCheckpoint, name: str, entries: Sequence[_Entry], bas
 
 
 def _is_copy(checkpoint: BaseCheckpoint, entry: _Entry) -> bool:
-    return entry.source is not None and entry.change == Change() and checkpoint.info(entry.source).dtype == entry.dtype
+    source = entry.source
+    return (
+        source is not None
+        and entry.change == Change()
+        and checkpoint.info(source).dtype == entry.dtype
+        and not checkpoint.is_computed(source)
+    )
 
 
 def _header(entries: Sequence[_Entry], metadata: Mapping[str, str]) -> bytes:

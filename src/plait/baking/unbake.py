@@ -70,17 +70,7 @@ def run_unbake(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> UnbakeResult:
-    """Subtract an adapter from a baked model.
-
-    Args:
-        model: reference of the model.
-        adapter: reference of the adapter that was baked into it.
-        out: where to write.
-        weight: that it was baked with; 1 when None, unless the model's lock says another.
-        original: reference of the model before the bake, to compare with.
-        force: replace a model that stands at `out`.
-        workers: threads; never change a byte.
-        progress: who listens.
+    """Subtract an adapter from a baked model; arguments as `plait.unbake` has them, references as text.
 
     Raises:
         PlanError: the model's lock says that the adapter was baked in with another weight, or not by a weighted sum.

@@ -1,32 +1,31 @@
-"""All shards by several threads; what is finished is hashed, flushed and noted beside the next ones."""
+"""All shards by several threads; what is written is hashed meanwhile, what is finished is flushed beside the next ones."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from plait.baking.checkpoint import BaseCheckpoint
 from plait.baking.deltas import ModuleMerge
+from plait.baking.digests import GrowingDigest
 from plait.baking.files import SourceError, copy_range
 from plait.baking.journal import Workshop
 from plait.baking.making import Maker
 from plait.baking.shards import OutShard, OutTensor
+from plait.baking.threads import one_thread_each
 from plait.errors import AdapterError
 from plait.merging.combine import Combiner
 from plait.merging.inventory import Inventory
 from plait.merging.progress import Progress
+from plait.merging.record import sha256
 
-_RUN = 1 << 28  # bytes that one thread copies; a long run is shared
+_RUN = 1 << 26  # bytes that one thread copies at a time; a long run is shared
 
 
 class _StoppedError(Exception):
@@ -62,51 +61,60 @@ class ShardWriter:
         self.progress.start("bake", sum(s.size for s in shards), "B")
         opened: list[_Open] = []
         try:
-            with _pool(self.workers) as pool:
-                for done in [pool.submit(self._check, s) for s in shards if s.name in self.shop.finished]:
-                    done.result()
-                todo = deque(s for s in shards if s.name not in self.shop.finished)
-                self._work_off(todo, opened, pool)
-        except BaseException:
-            self._stop.set()
-            raise
+            # flushing waits for the disk, and keeps no thread from computing
+            with ThreadPoolExecutor(self.workers, "plait-flush") as flushing, one_thread_each(self.workers) as pool:
+                try:
+                    for done in [pool.submit(self._check, s) for s in shards if s.name in self.shop.finished]:
+                        done.result()
+                    todo = deque(s for s in shards if s.name not in self.shop.finished)
+                    self._work_off(todo, opened, pool, flushing)
+                except BaseException:
+                    self._stop.set()
+                    raise
         finally:
-            for unfinished in opened:
-                unfinished.give_up()
+            for one in opened:
+                one.close(keep=one.shard.name in self.shop.finished)
             self.progress.finish()
         return {s.name: self.shop.finished[s.name][1] for s in shards}
 
-    def _work_off(self, todo: deque[OutShard], opened: list[_Open], pool: ThreadPoolExecutor) -> None:
+    def _work_off(
+        self, todo: deque[OutShard], opened: list[_Open], pool: ThreadPoolExecutor, flushing: ThreadPoolExecutor
+    ) -> None:
         """Keep all threads busy with jobs of as many files as there are threads.
 
         Several files at a time, because a file system lets one thread write to a file at a time.
         """
-        running: dict[Future[None], _Open | None] = {}
-        while True:
-            while len(opened) < self.workers and todo:
+        running: dict[Future[None], _Open] = {}  # jobs
+        flushed: dict[Future[None], _Open] = {}  # files that are made
+        while todo or opened:
+            while len(opened) - len(flushed) < self.workers and todo:
                 opened.append(self._open(todo.popleft()))
-            ready = (o for o in sorted(opened, key=lambda o: o.running) if o.jobs)
-            while len(running) < self.workers + 1 and (one := next(ready, None)) is not None:
-                running[pool.submit(one.jobs.popleft(), one.handle)] = one
+            while len(running) < self.workers + 1 and (ready := [o for o in opened if o.jobs]):
+                one = min(ready, key=lambda o: o.running)
+                running[pool.submit(self._do, one.jobs.popleft(), one)] = one
                 one.running += 1
-                ready = (o for o in sorted(opened, key=lambda o: o.running) if o.jobs)
-            if not running:
-                return
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            _raise_first(done, running)
-            for future in done:
-                one_done = running.pop(future)
-                if one_done is None:
-                    continue
-                one_done.running -= 1
-                if not one_done.running and not one_done.jobs:
-                    opened.remove(one_done)
-                    os.close(one_done.handle)
-                    running[pool.submit(self._finish, one_done.shard)] = None
+            for one in opened:
+                if not one.running and not one.jobs and one not in flushed.values():
+                    flushed[flushing.submit(self._finish, one)] = one
+            done, _ = wait({*running, *flushed}, return_when=FIRST_COMPLETED)
+            _raise_first(done, {*running, *flushed})
+            for future in done & running.keys():
+                running.pop(future).running -= 1
+            for future in done & flushed.keys():
+                one = flushed.pop(future)
+                opened.remove(one)
+                one.close(keep=True)
+
+    def _do(self, job: _Job, one: _Open) -> None:
+        """Do one job of a file, and hash as far as the file is whole now."""
+        job.do(one.handle)
+        for start, count in job.pieces:
+            one.digest.written(start, count)
+        one.digest.catch_up()
 
     def _check(self, shard: OutShard) -> None:
         """See whether a shard of an earlier run is what its journal says."""
-        if _sha256(self.shop.model / shard.name) == self.shop.finished[shard.name][1]:
+        if sha256(self.shop.model / shard.name) == self.shop.finished[shard.name][1]:
             self._advance(shard.size)
         else:
             del self.shop.finished[shard.name]
@@ -119,21 +127,17 @@ class ShardWriter:
                 os.posix_fallocate(one.handle, 0, shard.size)  # a full disk is found now
             os.pwrite(one.handle, shard.lead, 0)
         except BaseException:
-            one.give_up()
+            one.close(keep=False)
             raise
+        one.digest.written(0, len(shard.lead))
         self._advance(len(shard.lead))
         return one
 
-    def _finish(self, shard: OutShard) -> None:
-        path = self.shop.model / shard.name
-        digest = _sha256(path)
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    def _finish(self, one: _Open) -> None:
+        digest = one.digest.finish(one.shard.size)
+        os.fsync(one.handle)
         with self._talk:
-            self.shop.finish(shard.name, shard.size, digest)
+            self.shop.finish(one.shard.name, one.shard.size, digest)
 
     def _advance(self, count: int) -> None:
         if self._stop.is_set():
@@ -141,19 +145,15 @@ class ShardWriter:
         with self._talk:
             self.progress.advance(count)
 
-    def _jobs(self, shard: OutShard) -> Iterator[Callable[[int], None]]:
-        """Yield the work on one file: long runs of copied bytes, and tensors together that need the same merges."""
-        groups: dict[frozenset[str], list[OutTensor]] = {}
+    def _jobs(self, shard: OutShard) -> list[_Job]:
+        """Return the work on a file, in its order: long runs of copied bytes; tensors together that need the same merges."""
+        jobs = [_Job(partial(self._copy, run), ((run.position, run.count),)) for run in _runs(self.checkpoint, shard)]
+        groups: dict[object, list[OutTensor]] = {}
         for tensor in shard.tensors:
-            if not tensor.copied and tensor.change.targets:
-                groups.setdefault(frozenset(tensor.change.targets), []).append(tensor)
-        for run in _runs(self.checkpoint, shard):
-            yield partial(self._copy, run)
-        for group in groups.values():
-            yield partial(self._make, group)
-        for tensor in shard.tensors:
-            if not tensor.copied and not tensor.change.targets:
-                yield partial(self._make, [tensor])
+            if not tensor.copied:
+                groups.setdefault(frozenset(tensor.change.targets) or tensor.name, []).append(tensor)
+        jobs += [_Job(partial(self._make, group), tuple((t.start, t.nbytes) for t in group)) for group in groups.values()]
+        return sorted(jobs, key=lambda job: job.pieces)
 
     def _make(self, tensors: Sequence[OutTensor], handle: int) -> None:
         targets = tensors[0].change.targets
@@ -175,22 +175,34 @@ class ShardWriter:
             raise AdapterError(f"{run.path}: {error}. Fetch the base model again.") from None
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Job:
+    """Work on an open file, and the pieces (start, bytes) that it fills."""
+
+    do: Callable[[int], None]
+    pieces: tuple[tuple[int, int], ...]
+
+
+@dataclass(eq=False)
 class _Open:
     """A file being written."""
 
     shard: OutShard
     path: Path
     handle: int
-    jobs: deque[Callable[[int], None]]
+    jobs: deque[_Job]
     running: int = 0
 
-    def give_up(self) -> None:
+    def __post_init__(self) -> None:
+        self.digest = GrowingDigest(self.handle)
+
+    def close(self, *, keep: bool) -> None:
         os.close(self.handle)
-        self.path.unlink(missing_ok=True)
+        if not keep:
+            self.path.unlink(missing_ok=True)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Run:
     path: Path
     start: int
@@ -200,20 +212,19 @@ class _Run:
 
 def _runs(checkpoint: BaseCheckpoint, shard: OutShard) -> Iterator[_Run]:
     """Yield the copied tensors of a shard, neighbours joined, long runs cut."""
-    run: _Run | None = None
+    joined: list[_Run] = []
     for tensor in shard.tensors:
         if not tensor.copied or tensor.source is None or not tensor.nbytes:
             continue
         path, start = checkpoint.home[tensor.source].file.path, checkpoint.info(tensor.source).start
-        follows = run is not None and (path, start, tensor.start) == (run.path, run.start + run.count, run.position + run.count)
-        if run is not None and follows and run.count < _RUN:
-            run.count += tensor.nbytes
-            continue
-        if run is not None:
-            yield run
-        run = _Run(path, start, tensor.start, tensor.nbytes)
-    if run is not None:
-        yield run
+        last = joined[-1] if joined else None
+        if last and (path, start, tensor.start) == (last.path, last.start + last.count, last.position + last.count):
+            joined[-1] = replace(last, count=last.count + tensor.nbytes)
+        else:
+            joined.append(_Run(path, start, tensor.start, tensor.nbytes))
+    for run in joined:
+        for done in range(0, run.count, _RUN):
+            yield _Run(run.path, run.start + done, run.position + done, min(_RUN, run.count - done))
 
 
 def _raise_first(done: Iterable[Future[None]], running: Iterable[Future[None]]) -> None:
@@ -223,20 +234,3 @@ def _raise_first(done: Iterable[Future[None]], running: Iterable[Future[None]]) 
         for future in running:
             future.cancel()
         raise min(errors, key=lambda e: isinstance(e, _StoppedError))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Offer threads in which torch uses one thread each, so that the bytes do not depend on their number."""
-    before = torch.get_num_threads()
-    with ThreadPoolExecutor(workers, "plait-bake", torch.set_num_threads, (1,)) as pool:
-        try:
-            yield pool
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +10,9 @@ import typer
 
 if TYPE_CHECKING:
     from plait.baking.pipeline import BakeResult
-    from plait.baking.plan import BakePlan, TensorPlan
+    from plait.baking.plan import BakeOptions, BakePlan, TensorPlan
     from plait.recipes.schema import Recipe
+    from plait.verification.parity import ParityReport
 
 
 def bake(
@@ -39,6 +40,10 @@ def bake(
     density: Annotated[float | None, typer.Option(help="Share of entries kept (ties, dare, …).", show_default=False)] = None,
     merge_mode: Annotated[str | None, typer.Option(help=r"union, common or strict. \[union]", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(help=r"Of randomised methods. \[0]", show_default=False)] = None,
+    moments: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Second moments, <adapter>.safetensors each (regmean, ssr).", show_default=False),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="PATH=VALUE", help="Set any recipe key: --set method.density=0.3"),
@@ -51,6 +56,9 @@ def bake(
         str | None, typer.Option("--shard-size", help=r"Largest file, such as 5GB. \[the base's files]", show_default=False)
     ] = None,
     device: Annotated[str, typer.Option(help="Where deltas are added up: cpu, cuda, …")] = "cpu",
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Take a quantised base (fp8, mxfp4) for the plain model it stands for.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default=False)] = None,
     check: Annotated[
         Path | None,
@@ -70,43 +78,32 @@ def bake(
 
     Example: plait bake math=./a code=./b --weights 0.7 0.3 --base-id org/model -o model
     """
-    from plait.baking.pipeline import plan_bake, push_bake, run_bake
     from plait.baking.plan import bake_options
-    from plait.cli.console import ProgressBars, print_json, warnings_as_notes
+    from plait.cli.console import print_json, warnings_as_notes
     from plait.cli.merge import adapters_of, recipe_file
     from plait.cli.verify import show_parity
-    from plait.errors import OutputError, RecipeError
-    from plait.hub.upload import check_push
-    from plait.merging.staging import output_problem
+    from plait.errors import RecipeError
     from plait.recipes.request import read_request
-    from plait.verification.parity import check_parity, read_prompts
 
     if private and push_baked_repo is None:
         raise RecipeError("--private is for the repository of --push-baked-repo; give both or neither.")
     settings = {
         "base_model": base_id, "method": method, "space": space, "weights": weights, "scale": scale, "density": density,
-        "merge_mode": merge_mode, "seed": seed,
+        "merge_mode": merge_mode, "seed": seed, "moments": moments,
     }  # fmt: skip
-    options = bake_options(dtype=dtype, shard_size=shard_size)
+    options = bake_options(dtype=dtype, shard_size=shard_size, device=device, dequantize=dequantize)
     with warnings_as_notes():
         given = {k: v for k, v in settings.items() if v is not None}
         recipe, folder = read_request(recipe_file(inputs), adapters_of(inputs), given, set_ or [])
+    order = BakeOrder(
+        recipe, folder, out, push_baked_repo, private=private, force=force, workers=workers, options=options, prompts=check
+    )
     if dry_run:
-        if problem := output_problem(out, force=force):
-            raise OutputError(problem)
-        plan = plan_bake(recipe, options, folder=folder, workers=workers)
+        plan = order.plan()
         print_json(plan.model_dump(mode="json")) if json else show_bake_plan(plan, out)
         return
-    if push_baked_repo is not None:
-        check_push(push_baked_repo)
-    if check is not None:
-        read_prompts(check)  # what is wrong with them is said before the work
-    result = run_bake(
-        recipe, options, out=out, folder=folder, force=force, workers=workers, device=device, progress=ProgressBars()
-    )
-    parity = None if check is None else check_parity(result.folder, check, device=device, progress=ProgressBars())
-    if push_baked_repo is not None:
-        result = push_bake(result, push_baked_repo, private=private)
+    order.check()
+    result, parity = order.run()
     if json:
         print_json(bake_json(result) | ({} if parity is None else {"parity": parity.model_dump(mode="json")}))
         return
@@ -116,8 +113,8 @@ def bake(
 
 
 @dataclass
-class BakeBeside:
-    """The bake that `plait merge --bake-dir` makes beside its adapter."""
+class BakeOrder:
+    """A bake that a command makes: alone, or beside its adapter (`plait merge --bake-dir`)."""
 
     recipe: Recipe
     folder: Path | None
@@ -126,33 +123,47 @@ class BakeBeside:
     private: bool
     force: bool
     workers: int | None
+    options: BakeOptions | None = None
+    prompts: Path | None = None
 
-    def check(self) -> BakePlan:
-        """Make the plan, and so say what is wrong before the merge begins."""
+    def plan(self) -> BakePlan:
+        """Say what is wrong with recipe or output, or what would happen."""
         from plait.baking.pipeline import plan_bake
         from plait.errors import OutputError
-        from plait.hub.upload import check_push
         from plait.merging.staging import output_problem
 
         if problem := output_problem(self.out, force=self.force):
             raise OutputError(problem)
+        return plan_bake(self.recipe, self.options, folder=self.folder, workers=self.workers)
+
+    def check(self) -> None:
+        """Say what is wrong with the repository or the prompts before the work begins."""
+        from plait.hub.upload import check_push
+        from plait.verification.parity import read_prompts
+
         if self.repo is not None:
             check_push(self.repo)
-        return plan_bake(self.recipe, folder=self.folder, workers=self.workers)
+        if self.prompts is not None:
+            read_prompts(self.prompts)
 
-    def run(self, *, show: bool = False) -> dict[str, object]:
-        """Bake; return the result as plain values."""
-        from plait.baking.pipeline import push_bake, run_bake
+    def run(self) -> tuple[BakeResult, ParityReport | None]:
+        """Bake, compare with the live merge where prompts are given, and push where there is a repository."""
+        from plait.baking.pipeline import run_bake
         from plait.cli.console import ProgressBars
+        from plait.verification.parity import check_parity
+        from plait.verification.publish import push_result
 
         result = run_bake(
-            self.recipe, out=self.out, folder=self.folder, force=self.force, workers=self.workers, progress=ProgressBars()
-        )
+            self.recipe, self.options, out=self.out, folder=self.folder, force=self.force, workers=self.workers,
+            progress=ProgressBars(),
+        )  # fmt: skip
+        parity = None
+        if self.prompts is not None:
+            device = self.options.device if self.options else "cpu"
+            parity = check_parity(result.folder, self.prompts, device=device, progress=ProgressBars())
         if self.repo is not None:
-            result = push_bake(result, self.repo, private=self.private)
-        if show:
-            show_bake(result)
-        return bake_json(result)
+            result = replace(result, url=push_result(result.folder, self.repo, private=self.private).url)
+        return result, parity
 
 
 def bake_json(result: BakeResult) -> dict[str, object]:

@@ -28,7 +28,9 @@ def evaluate(
     ],
     tasks: Annotated[
         list[str] | None,
-        typer.Option("--tasks", metavar="FILE...", help="Task files; the recipe's otherwise.", show_default=False),
+        typer.Option(
+            "--tasks", metavar="TASK...", help="Task files, or lm_eval:NAME; the recipe's otherwise.", show_default=False
+        ),
     ] = None,
     split: Annotated[
         str | None, typer.Option(help=r"test, validation, calibration or train. \[test]", show_default=False)
@@ -125,7 +127,7 @@ def evaluate(
         required = [{"bound": str(b), "value": b.value(best), "met": b.met(best)} for b in bounds]
         print_json({**(board or best).model_dump(mode="json"), "run": str(run), "required": required, "saved": saved})
     else:
-        _show(best) if board is None else _show_board(board)
+        show_evaluation(best) if board is None else _show_board(board)
         _show_verdict(best, bounds, saved, run)
     if failed:
         raise typer.Exit(NOT_MET)
@@ -223,7 +225,8 @@ def _save(compared: Compared, out: Path, *, force: bool, workers: int | None) ->
     return str(result.folder)
 
 
-def _show(found: Evaluation) -> None:
+def show_evaluation(found: Evaluation) -> None:
+    """Print one evaluation as a table."""
     from rich.table import Table
 
     from plait.cli.console import out
@@ -236,8 +239,7 @@ def _show(found: Evaluation) -> None:
     for t in found.tasks:
         arrow = "" if t.higher_is_better else " ↓"
         single = "–" if t.single is None else f"{t.single:.3f}"
-        merged = f"[red]{t.merged:.3f}[/red]" if t.below_base else f"{t.merged:.3f}"
-        cells = (t.task, t.metric + arrow, str(t.examples), f"{t.base:.3f}", single, merged)
+        cells = (t.task, t.metric + arrow, str(t.examples), f"{t.base:.3f}", single, _marked(t.merged, below=t.below_base))
         table.add_row(*cells, _number(t.recovery), _bounds(t.recovery_interval))
     if found.mean_recovery is not None:
         table.add_row("mean", "", "", "", "", "", _number(found.mean_recovery), _bounds(found.mean_interval))
@@ -275,16 +277,19 @@ def _show_board(board: Comparison) -> None:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     tasks = list(board.base)
-    for name in ("merge", "worst", "95 %", "mean", *tasks, "below base"):
-        table.add_column(name, justify="left" if name in ("merge", "below base") else "right")
+    for name in ("merge", "worst", "95 %", "mean", *tasks):
+        table.add_column(name, justify="left" if name == "merge" else "right")
     for p in board.places:
-        metrics = (f"{p.metric[t]:.3f} ({_number(p.recovery[t])})" for t in tasks)
+        metrics = (f"{_marked(p.metric[t], below=t in p.below_base)} ({_number(p.recovery[t])})" for t in tasks)
         worst, mean = _number(p.worst_recovery), _number(p.mean_recovery)
-        table.add_row(p.name, worst, _bounds(p.worst_interval), mean, *metrics, ", ".join(p.below_base) or "–")
-    table.add_row("[dim]base[/dim]", "", "", "", *(f"{board.base[t]:.3f}" for t in tasks), "")
+        table.add_row(p.name, worst, _bounds(p.worst_interval), mean, *metrics)
+    table.add_row("[dim]base[/dim]", "", "", "", *(f"{board.base[t]:.3f}" for t in tasks))
     singles = ("–" if (s := board.single[t]) is None else f"{s:.3f}" for t in tasks)
-    table.add_row("[dim]own adapter[/dim]", "", "", "", *singles, "")
+    table.add_row("[dim]own adapter[/dim]", "", "", "", *singles)
     out().print(table)
+    for p in board.places:
+        if p.below_base:
+            out().print(f"[red]worse than the base[/red]: {p.name} on {', '.join(p.below_base)}")
     for name, why in board.skipped.items():
         out().print(f"left out: {name}: {why}", markup=False)
 
@@ -307,5 +312,9 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
+def _marked(value: float, *, below: bool) -> str:
+    return f"[red]{value:.3f}[/red]" if below else f"{value:.3f}"
+
+
 def _bounds(interval: Bounds | None) -> str:
-    return "" if interval is None else f"{interval[0]:.2f} – {interval[1]:.2f}"
+    return "" if interval is None else f"{interval[0]:.2f}–{interval[1]:.2f}"

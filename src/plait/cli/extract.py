@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from plait.baking.extract import ExtractRecord, ExtractResult
+    from plait.baking.extract import ExtractResult
+    from plait.baking.extract_record import ExtractRecord
 
 
 def extract(
@@ -22,7 +23,7 @@ def extract(
     ] = None,
     targets: Annotated[
         list[str] | None,
-        typer.Option(help=r"Layers: q_proj,v_proj, or a pattern, '*.layers.0.*'. \[all Linear layers]", show_default=False),
+        typer.Option(help=r"Layers: q_proj,v_proj, or a pattern, '*.layers.0.*'. \[all but embeddings]", show_default=False),
     ] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Embeddings too, as lora_embedding.")] = False,
     modules_to_save: Annotated[
@@ -102,7 +103,7 @@ def _show_leftovers(record: ExtractRecord) -> None:
         out().print(f"kept whole: {len(kept)} changed tensors, such as {kept[0].tensor}", markup=False)
     if not lost:
         return
-    ways = {"linear": "--targets", "conv1d": "--targets", "embedding": "--embeddings"}
+    ways = dict.fromkeys(("linear", "conv1d", "conv", "experts"), "--targets") | {"embedding": "--embeddings"}
     if not record.request["modules_to_save"]:
         ways |= {"other": "--modules-to-save", "bias": "--modules-to-save"}
     hints = sorted({ways[x.kind] for x in lost if x.kind in ways})

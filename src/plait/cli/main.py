@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import re
 import sys
@@ -22,7 +24,9 @@ from plait.cli.methods import methods
 from plait.cli.push import push
 from plait.cli.recipe import recipe_app
 from plait.cli.report import report
+from plait.cli.sft import sft
 from plait.cli.tasks import tasks_app
+from plait.cli.train import train
 from plait.cli.unbake import unbake
 from plait.cli.verify import verify
 from plait.errors import PlaitError
@@ -51,6 +55,8 @@ app.command("verify")(verify)
 app.command("push")(push)
 app.command("eval")(evaluate)
 app.command("report")(report)
+app.command("sft", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(sft)
+app.command("train")(train)
 app.command("methods")(methods)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(tasks_app, name="tasks")
@@ -74,6 +80,7 @@ def _options(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process: 0 done, 1 our fault, 2 the user's."""
+    atexit.register(gc.freeze)  # the last collections would look all of torch through, for nothing: the process ends
     arguments = _join_lists(list(sys.argv[1:] if argv is None else argv))
     wants_traceback = "--traceback" in arguments
     # accepted anywhere, though it belongs to the command itself

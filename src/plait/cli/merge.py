@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,9 +95,10 @@ def merge(
 
     Example: plait merge math=./a code=org/repo@main/checkpoint-100 --method ties --density 0.3 -o merged
     """
-    from plait.cli.bake import BakeBeside
+    from plait.cli.bake import BakeOrder, bake_json, show_bake
     from plait.cli.console import ProgressBars, err, print_json, warnings_as_notes
-    from plait.errors import OutputError, RecipeError
+    from plait.errors import OutputError
+    from plait.hub.upload import check_push
     from plait.merging.pipeline import plan_recipe, run_recipe
     from plait.merging.staging import output_problem
     from plait.recipes.request import read_request
@@ -106,10 +108,7 @@ def merge(
         "flavor": flavor, "rank": rank, "dtype": dtype, "kind": kind, "merge_mode": merge_mode, "base_model": base_id,
         "seed": seed, "moments": moments,
     }  # fmt: skip
-    if private and push_adapter_repo is None and push_baked_repo is None:
-        raise RecipeError("--private is for the repository of --push-adapter-repo; give both or neither.")
-    if push_baked_repo is not None and bake_dir is None:
-        raise RecipeError("--push-baked-repo uploads the model of --bake-dir; give both or neither.")
+    _check_uploads(push_adapter_repo, push_baked_repo, bake_dir, private=private)
     given = {k: v for k, v in settings.items() if v is not None}
     base_folder: Path | None = None
     notes: tuple[str, ...] = ()
@@ -122,8 +121,9 @@ def merge(
             recipe, folder = read_request(recipe_file(inputs), adapters_of(inputs), given, set_ or [])
     beside = baked = None
     if bake_dir is not None:
-        beside = BakeBeside(recipe, folder, bake_dir, push_baked_repo, private=private, force=force, workers=workers)
-        baked = beside.check()
+        beside = BakeOrder(recipe, folder, bake_dir, push_baked_repo, private=private, force=force, workers=workers)
+        baked = beside.plan()
+        beside.check()
     if dry_run:
         if out is not None and (problem := output_problem(out, force=force)):
             raise OutputError(problem)
@@ -131,6 +131,8 @@ def merge(
         plan = plan.model_copy(update={"notes": (*plan.notes, *notes)})
         _show_plans(plan, baked, bake_dir, json=json)
         return
+    if push_adapter_repo is not None:
+        check_push(push_adapter_repo)
     result = run_recipe(
         recipe,
         folder=folder,
@@ -138,20 +140,35 @@ def merge(
         force=force,
         workers=workers,
         progress=ProgressBars(),
-        push_to=push_adapter_repo,
-        private=private,
         base_folder=base_folder,
         notes=notes,
     )
+    if push_adapter_repo is not None:
+        result = _pushed(result, push_adapter_repo, private=private)
     for note in result.record.notes:
         err().print(f"note: {note}", style="dim", markup=False)
     if json:
         merged = {"folder": str(result.folder), "url": result.url, **result.record.model_dump(mode="json")}
-        print_json(merged | ({} if beside is None else {"bake": beside.run()}))
+        print_json(merged | ({} if beside is None else {"bake": bake_json(beside.run()[0])}))
     else:
         show_result(result)
         if beside is not None:
-            beside.run(show=True)
+            show_bake(beside.run()[0])
+
+
+def _check_uploads(adapter: str | None, baked: str | None, bake_dir: Path | None, *, private: bool) -> None:
+    from plait.errors import RecipeError
+
+    if private and adapter is None and baked is None:
+        raise RecipeError("--private is for the repository of --push-adapter-repo; give both or neither.")
+    if baked is not None and bake_dir is None:
+        raise RecipeError("--push-baked-repo uploads the model of --bake-dir; give both or neither.")
+
+
+def _pushed(result: MergeResult, repo: str, *, private: bool) -> MergeResult:
+    from plait.verification.publish import push_result
+
+    return replace(result, url=push_result(result.folder, repo, private=private).url)
 
 
 def _extension(

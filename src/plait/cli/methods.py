@@ -186,7 +186,7 @@ def _allowed(field: dict[str, Any], shapes: dict[str, Any]) -> str:
         if key in field
     ]
     kind = {"number": "number", "boolean": "true | false", "null": "none"}.get(field.get("type", ""), field.get("type", ""))
-    return " ".join([kind, *bounds])
+    return f"{kind} {', '.join(bounds)}".rstrip()
 
 
 def _list() -> None:

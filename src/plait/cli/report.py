@@ -12,8 +12,9 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...",
-            help="Run folders of `plait eval` (or their result files), and folders of merges, for the energy they kept.",
+            metavar="RUN...|SWEEP",
+            help="Run folders of `plait eval` (or their result files), of one merge or of a leaderboard of many; and folders "
+            "of written merges, for the energy they kept. The page is about the first; of a leaderboard, about the best.",
             show_default=False,
         ),
     ],
@@ -27,7 +28,7 @@ def report(
 ) -> None:
     """Write one page that shows what a merge kept: readable offline, with nothing beside it.
 
-    Example: plait report artifacts/merged/ties/maths_code/runs/run_20260102_030405 -o report.html
+    Example: plait report artifacts/compared/code_maths/run_20260102_030405 merged -o report.html --figures figures
     """
     from plait.cli.console import ProgressBars, print_json
     from plait.cli.console import out as console

@@ -20,7 +20,7 @@ def _tasks() -> None:
 
 @tasks_app.command("check")
 def check(
-    tasks: Annotated[list[Path], typer.Argument(help="Task files (.yaml).", show_default=False)],
+    tasks: Annotated[list[Path], typer.Argument(help="Task files (.yaml), or lm_eval:NAME.", show_default=False)],
     model: Annotated[
         str | None,
         typer.Option(help="Model whose tokenizer and chat template are used: FOLDER or org/repo.", show_default=False),

@@ -6,13 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from plait.errors import TaskError
+from plait.evaluation import harness
 from plait.evaluation.generation import generate
 from plait.evaluation.heads import classify
 from plait.evaluation.likelihood import log_likelihoods
-from plait.tasks.encoding import Encoder, Question
+from plait.tasks.encoding import Encoder
 from plait.tasks.examples import Examples
 from plait.tasks.metrics import Answer
-from plait.tasks.schema import Classification, Generation, Length, MultipleChoice, Perplexity, SequenceClassification
+from plait.tasks.schema import (
+    Classification,
+    Generation,
+    Length,
+    LmEval,
+    MultipleChoice,
+    Perplexity,
+    SequenceClassification,
+    Task,
+)
 
 Report = Callable[[int], object]
 
@@ -23,7 +33,7 @@ def answer(
     """Ask a model everything.
 
     Args:
-        model: of transformers: causal, or a sequence classifier for that kind of task.
+        model: of transformers: causal or encoder-decoder, or a sequence classifier for that kind of task.
         tokenizer: its tokenizer.
         examples: what is asked.
         batch_size: prompts at a time; changes the last bits of scores, as every regrouping of sums does.
@@ -32,8 +42,11 @@ def answer(
     Raises:
         TaskError: the task does not suit the model.
     """
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise TaskError(f"task {examples.task.name!r}: encoder-decoder models are not covered; evaluate decoder-only models.")
+    if not isinstance(examples.task, SequenceClassification) and not model.can_generate():
+        raise TaskError(
+            f"task {examples.task.name!r} ({examples.task.kind}) asks for texts, but {type(model).__name__} says none; "
+            "only 'sequence_classification' suits it."
+        )
     return _ASKED_BY[type(examples.task)](model, tokenizer, examples, batch_size, report)
 
 
@@ -55,7 +68,7 @@ def _choose(model: Any, tokenizer: Any, examples: Examples, batch_size: int, rep
     task = examples.task
     if not isinstance(task, (Classification, MultipleChoice)):
         raise AssertionError(task.kind)
-    encoder = Encoder(tokenizer, task)
+    encoder = _encoder(model, tokenizer, task)
     questions = encoder.questions(examples, [e.choices for e in examples.items])
     scores = log_likelihoods(model, questions, batch_size=batch_size, report=report)
     blanks = _blank_scores(model, encoder, examples, batch_size)
@@ -87,7 +100,7 @@ def _say(model: Any, tokenizer: Any, examples: Examples, batch_size: int, report
     said = generate(
         model,
         tokenizer,
-        _asked(tokenizer, examples),
+        _encoder(model, tokenizer, task).questions(examples, [()] * len(examples.items)),
         max_new_tokens=task.max_new_tokens,
         stop=task.stop,
         batch_size=batch_size,
@@ -96,12 +109,13 @@ def _say(model: Any, tokenizer: Any, examples: Examples, batch_size: int, report
     return [Answer(id=e.id, target=e.target, given=text) for e, text in zip(examples.items, said, strict=True)]
 
 
-def _asked(tokenizer: Any, examples: Examples) -> list[Question]:
-    return Encoder(tokenizer, examples.task).questions(examples, [()] * len(examples.items))
+def _encoder(model: Any, tokenizer: Any, task: Task) -> Encoder:
+    return Encoder(tokenizer, task, apart=bool(model.config.is_encoder_decoder))
 
 
 def _read(model: Any, tokenizer: Any, examples: Examples, batch_size: int, report: Report) -> list[Answer]:
-    questions = Encoder(tokenizer, examples.task).questions(examples, [(e.target,) for e in examples.items])
+    encoder = _encoder(model, tokenizer, examples.task)
+    questions = encoder.questions(examples, [(e.target,) for e in examples.items])
     scores = log_likelihoods(model, questions, batch_size=batch_size, report=report)
     return [
         Answer(id=e.id, target=e.target, given=None, scores=tuple(row), tokens=(len(q.answers[0]),))
@@ -128,10 +142,15 @@ def _look(model: Any, tokenizer: Any, examples: Examples, batch_size: int, repor
     ]
 
 
+def _through_harness(model: Any, tokenizer: Any, examples: Examples, batch_size: int, report: Report) -> list[Answer]:
+    return harness.ask(model, tokenizer, examples, batch_size=batch_size, report=report)
+
+
 _ASKED_BY: Mapping[type, Callable[[Any, Any, Examples, int, Report], list[Answer]]] = {
     Classification: _choose,
     MultipleChoice: _choose,
     Generation: _say,
     Perplexity: _read,
     SequenceClassification: _look,
+    LmEval: _through_harness,
 }

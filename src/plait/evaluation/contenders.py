@@ -2,34 +2,27 @@
 
 Heads and other full tensors belong to a task. A classifier's head is the task's own adapter's for everybody, or nothing
 could be compared; of a language model, the base keeps its own, a single adapter brings its own, and a merge uses those of
-the task's own adapter, which it keeps apart.
+the task's own adapter, which it keeps apart, unless its recipe averages them or takes one adapter's for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from plait.adapters.adapter import Adapter
-from plait.adapters.lowrank import LowRank
-from plait.errors import PlanError
 from plait.evaluation.live import Live
 from plait.evaluation.scores import adapter_digest, digest, model_digest
-from plait.merging.emit import Emitted
-from plait.merging.engine import Engine, MergedModule
+from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
-from plait.merging.pipeline import default_workers
 from plait.merging.plan import make_plan
-from plait.merging.portable import DTYPES
 from plait.merging.progress import Progress
 from plait.merging.record import recipe_json, sha256
-from plait.recipes.schema import Recipe
+from plait.mixture.merged import averaged_heads, merged_modules
 from plait.tasks.schema import Task
 
 Heads = Callable[[Task], str | None]
@@ -98,21 +91,25 @@ def merge_of(inventory: Inventory, adapters: Mapping[str, Adapter], *, workers: 
         PlanError: it cannot be done.
     """
     recipe = inventory.recipe
-    if recipe.heads.policy == "average" and any(a.full_tensors for a in inventory.adapters):
-        raise PlanError("averaged heads exist only in a saved adapter: `plait merge` first, then `plait eval` on its folder.")
-    workers = workers or default_workers()
-    plan = make_plan(inventory, workers=workers)
+    make_plan(inventory, workers=1)  # what cannot be done is said now
 
     @cache
     def modules() -> tuple[MergedModule, ...]:
-        engine = Engine(inventory, plan, workers=workers, progress=progress)
-        combiner = engine.prepare()
-        return tuple(_as_written(m, recipe) for m in engine.run(combiner, engine.ranks(combiner)))
+        return merged_modules(inventory, workers=workers, progress=progress)
 
     def heads(task: Task) -> str | None:
-        return recipe.heads.adapter if recipe.heads.policy == "from" else _own(task, adapters)
+        match recipe.heads.policy:
+            case "from":
+                return recipe.heads.adapter
+            case "average":
+                return None  # of no adapter; they are part of the merge, and so of its key
+            case "separate":
+                return _own(task, adapters)
 
-    return Contender("merged", merge_key(inventory), heads, lambda live, owner: live.mixture.attached(modules(), heads=owner))
+    def act(live: Live, owner: str | None) -> AbstractContextManager[Any]:
+        return live.mixture.attached(modules(), heads=owner or averaged_heads(inventory))
+
+    return Contender("merged", merge_key(inventory), heads, act)
 
 
 def merge_key(inventory: Inventory) -> str:
@@ -130,17 +127,3 @@ def merge_key(inventory: Inventory) -> str:
 def _own(task: Task, adapters: Mapping[str, Adapter]) -> str | None:
     adapter = adapters.get(task.own_adapter)
     return task.own_adapter if adapter is not None and adapter.full_tensors else None
-
-
-def _as_written(module: MergedModule, recipe: Recipe) -> MergedModule:
-    """Round a merged module to the output's dtype, as writing it would."""
-    dtype = DTYPES[recipe.output.dtype]
-    if dtype == torch.float32 or module.factors is None:
-        return module
-    slices = [LowRank(s.a.to(dtype).to(s.a.dtype), s.b.to(dtype).to(s.b.dtype)) for s in module.factors.slices]
-    bias = None if module.bias is None else module.bias.to(dtype).to(module.bias.dtype)
-    return replace(module, factors=_with(module.factors, slices), bias=bias)
-
-
-def _with(emitted: Emitted, slices: Sequence[LowRank]) -> Emitted:
-    return replace(emitted, slices=tuple(slices))

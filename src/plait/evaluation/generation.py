@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.evaluation.likelihood import check_lengths
+from plait.evaluation.likelihood import check_lengths, decoder_start
+from plait.evaluation.output_layer import plain_states
 from plait.tasks.encoding import Question
 
 
@@ -27,7 +28,7 @@ def generate(
     """Return the greedy answer to every prompt, without special tokens, cut at the first stop text.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, or an encoder-decoder model with a language head.
         tokenizer: its tokenizer.
         questions: prompts as tokens; their answers are not looked at.
         max_new_tokens: longest answer.
@@ -38,7 +39,9 @@ def generate(
     Raises:
         TaskError: a prompt and its answer may be longer than the model's context.
     """
-    check_lengths(model, [len(q.prompt) + max_new_tokens for q in questions])
+    apart = bool(model.config.is_encoder_decoder)
+    prompts = [len(q.prompt) for q in questions]
+    check_lengths(model, [max(n, 1 + max_new_tokens) if apart else n + max_new_tokens for n in prompts])
     # the model's own settings may ask for sampling; only its end tokens are wanted
     ends = getattr(model.generation_config, "eos_token_id", None)
     transformers = import_module("transformers")
@@ -49,26 +52,41 @@ def generate(
         num_beams=1,
         eos_token_id=tokenizer.eos_token_id if ends is None else ends,
         pad_token_id=tokenizer.pad_token_id,
+        **(_beginning(model) if apart else {}),
     )
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt), i))
     said = [""] * len(questions)
     for at in range(0, len(order), batch_size):
         batch = order[at : at + batch_size]
         rows = [questions[i].prompt for i in batch]
-        width = max(map(len, rows))
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(r)) + r for r in rows], device=model.device)
-        mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=model.device)
-        with torch.inference_mode():
+        ids, mask = _padded(rows, tokenizer.pad_token_id, model.device, left=not apart)
+        start = 1 if apart else ids.shape[1]  # where what is said begins
+        with torch.inference_mode(), plain_states(model):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,
-                stopping_criteria=criteria([_Stop(tokenizer, stop, width)]),
+                stopping_criteria=criteria([_Stop(tokenizer, stop, start)]),
             )
-        for i, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
+        for i, text in zip(batch, tokenizer.batch_decode(out[:, start:], skip_special_tokens=True), strict=True):
             said[i] = _cut(text, stop)
         report(len(batch))
     return said
+
+
+def _beginning(model: Any) -> dict[str, int]:
+    """Return how a decoder of its own begins: its start token, and the token that some models must say first."""
+    first = getattr(model.generation_config, "forced_bos_token_id", None)
+    return {"decoder_start_token_id": decoder_start(model), **({} if first is None else {"forced_bos_token_id": first})}
+
+
+def _padded(rows: Sequence[list[int]], pad: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    gaps = [width - len(r) for r in rows]
+    pairs = list(zip(rows, gaps, strict=True))
+    ids = [[pad] * gap + row if left else row + [pad] * gap for row, gap in pairs]
+    mask = [[0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap for row, gap in pairs]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ every continuation is read off the prompt's last position, and only longer conti
 left of a prompt and masked, with positions counted without it, so that a batch says what its rows would say alone.
 
 Models whose memory of the past cannot be copied and continued so (sliding windows shorter than the text, state spaces) are
-given every prompt with every continuation, whole.
+given every prompt with every continuation, whole. Encoder-decoder models read every prompt once, in their encoder.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import TaskError
+from plait.evaluation.output_layer import plain_states
 from plait.tasks.encoding import Question
 
 _SHORTEST_PREFIX = 4  # tokens; below, a pass of its own costs more than it saves
@@ -32,7 +33,7 @@ def log_likelihoods(
     """Return log p(continuation | prompt) in nats, summed over the continuation's tokens.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, or an encoder-decoder model with a language head.
         questions: prompts and continuations as tokens.
         batch_size: prompts read at a time, at most.
         report: called with the number of questions finished since it was last called.
@@ -43,10 +44,11 @@ def log_likelihoods(
     Raises:
         TaskError: a text is longer than the model's context.
     """
-    check_lengths(model, [len(q.prompt) + max(map(len, q.answers)) for q in questions])
-    reader = _Cached(model, questions) if _can_continue(model, questions) else _Whole(model)
+    apart = model.config.is_encoder_decoder
+    check_lengths(model, [_length(q, apart=apart) for q in questions])
     found: list[list[float]] = [[] for _ in questions]
-    with torch.inference_mode():
+    with torch.inference_mode(), plain_states(model):
+        reader = _EncoderDecoder(model) if apart else _reader(model, questions)
         for batch in _batches(questions, batch_size):
             for i, row in zip(batch, reader([questions[i] for i in batch]), strict=True):
                 found[i] = row
@@ -67,6 +69,16 @@ def check_lengths(model: Any, lengths: Sequence[int]) -> None:
             f"{len(too_long)} of {len(lengths)} texts are longer than the model's context of {limit} tokens (the longest has "
             f"{max(too_long)}). Leave them out, or let prompts lose their beginning with 'max_tokens' in the task."
         )
+
+
+def _length(question: Question, *, apart: bool) -> int:
+    """Return how many positions a question takes: of the longer side, where prompt and answer are read apart."""
+    prompt, longest = len(question.prompt), max(map(len, question.answers))
+    return max(prompt, 1 + len(question.lead) + longest) if apart else prompt + longest
+
+
+def _reader(model: Any, questions: Sequence[Question]) -> _Cached | _Whole:
+    return _Cached(model, questions) if _can_continue(model, questions) else _Whole(model)
 
 
 def _can_continue(model: Any, questions: Sequence[Question]) -> bool:
@@ -108,9 +120,8 @@ class _Cached:
         self._shared = shared if shared >= _SHORTEST_PREFIX else 0
         self._read: Any = None
         if self._shared:
-            with torch.inference_mode():
-                ids = torch.tensor([prompts[0][: self._shared]], device=model.device)
-                self._read = model(input_ids=ids, use_cache=True, **self._only_last()).past_key_values
+            ids = torch.tensor([prompts[0][: self._shared]], device=model.device)
+            self._read = model(input_ids=ids, use_cache=True, **self._only_last()).past_key_values
 
     def __call__(self, questions: Sequence[Question]) -> list[list[float]]:
         rests = [q.prompt[self._shared :] for q in questions]
@@ -159,6 +170,44 @@ class _Whole:
         ids = torch.tensor([prompt + answer[:-1]], device=self._model.device)
         logits = self._model(input_ids=ids, use_cache=False).logits
         return _sum(logits[0, len(prompt) - 1 :], answer)
+
+
+class _EncoderDecoder:
+    """Reads every prompt once in the encoder, and every continuation in the decoder."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._start = decoder_start(model)
+
+    def __call__(self, questions: Sequence[Question]) -> list[list[float]]:
+        device = self._model.device
+        ids, mask = _right_padded([q.prompt for q in questions], device)
+        read = self._model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        asked = [(i, q.lead, answer) for i, q in enumerate(questions) for answer in q.answers]
+        rows = torch.tensor([i for i, _, _ in asked], device=device)
+        said, said_mask = _right_padded([[self._start, *lead, *answer[:-1]] for _, lead, answer in asked], device)
+        logits = self._model(
+            encoder_outputs=(read[rows],),
+            attention_mask=mask[rows],
+            decoder_input_ids=said,
+            decoder_attention_mask=said_mask,
+            use_cache=False,
+        ).logits
+        sums = iter([_sum(logits[row, len(lead) :], answer) for row, (_, lead, answer) in enumerate(asked)])
+        return [[next(sums) for _ in q.answers] for q in questions]
+
+
+def decoder_start(model: Any) -> int:
+    """Return the token that an encoder-decoder model's decoder begins with.
+
+    Raises:
+        TaskError: its configuration names none.
+    """
+    for config in (getattr(model, "generation_config", None), model.config):
+        token = getattr(config, "decoder_start_token_id", None)
+        if token is not None:
+            return int(token)
+    raise TaskError(f"{type(model).__name__}: the configuration names no decoder_start_token_id; answers cannot begin.")
 
 
 def _sum(logits: Tensor, tokens: Sequence[int]) -> float:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from plait.adapters.adapter import Adapter
 from plait.errors import TaskError
+from plait.hub.quiet import quiet_loading
 from plait.merging.progress import Progress
 from plait.mixture import Mixture
 
@@ -57,7 +56,7 @@ class Live:
             TaskError: it has none.
         """
         if self.mixture.tokenizer is None:
-            raise TaskError(f"{self.base}: there is no tokenizer; evaluation needs one.")
+            raise TaskError(f"{self.base}: there is no tokenizer; only tasks of text are covered, not sound or images.")
         return self.mixture.tokenizer
 
     @contextmanager
@@ -68,7 +67,7 @@ class Live:
 
     def _load(self, folder: Path, adapters: Sequence[Adapter]) -> Mixture:
         self._progress.start("load", 1, "model")
-        with _quiet():
+        with quiet_loading():
             loaded = Mixture.load(folder, adapters, device_map=_device_map(self._device_map), **self._keywords)
         self._progress.advance()
         self._progress.finish()
@@ -83,18 +82,3 @@ def _device_map(wanted: str) -> Any:
     if torch.cuda.is_available():
         return {"": "cuda"}
     return {"": "mps"} if torch.backends.mps.is_available() else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from drawing bars and warning of its own affairs while it loads."""
-    logging = import_module("transformers.utils.logging")
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

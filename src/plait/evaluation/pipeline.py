@@ -28,7 +28,7 @@ from plait.merging.record import LOCK, Lock, recipe_json
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.schema import Recipe
 from plait.tasks.examples import Examples, read_examples
-from plait.tasks.loading import load_tasks
+from plait.tasks.loading import load_tasks, placed
 from plait.tasks.overlap import check_disjoint, overlaps
 from plait.tasks.schema import SPLITS, Task
 from plait.verification.inputs import check_inputs
@@ -87,7 +87,7 @@ class Evaluator:
         folder: where a relative base starts; the working directory when None.
         singles: the tasks' own adapters, and where they were found.
         others: adapters that are evaluated, but are no task's own.
-        tasks: files.
+        tasks: files, or `lm_eval:NAME`.
         spec: how to evaluate.
         options: how to evaluate, on this machine.
         progress: who listens.
@@ -99,7 +99,7 @@ class Evaluator:
         folder: Path | None,
         singles: Sequence[tuple[Adapter, Located, str]],
         others: Sequence[Adapter],
-        tasks: Sequence[Path],
+        tasks: Sequence[str | Path],
         spec: EvalSpec,
         options: Options,
         progress: Progress,
@@ -182,14 +182,14 @@ def recipe_evaluator(
     inventory = take_inventory(recipe, folder)
     paths = [entry.path for entry in recipe.adapters]
     singles = list(zip(inventory.adapters, inventory.located, paths, strict=True))
-    tasks = [(folder or Path()) / Path(text).expanduser() for text in recipe.tasks]
+    tasks = [placed(text, folder) for text in recipe.tasks]
     base = recipe.base_model or inventory.base_model
     return Evaluator(base, folder, singles, (), tasks, recipe.eval, options, progress or Silent()), inventory
 
 
 def evaluate_saved(
     reference: str,
-    tasks: Sequence[Path],
+    tasks: Sequence[str | Path],
     spec: EvalSpec,
     options: Options,
     *,
@@ -201,7 +201,7 @@ def evaluate_saved(
 
     Args:
         reference: a folder, or a place on the Hub.
-        tasks: files.
+        tasks: files, or `lm_eval:NAME`.
         spec: how to evaluate.
         options: how to evaluate, on this machine.
         sources: name → reference of the tasks' own adapters; those of its `plait.lock` when empty.
@@ -233,7 +233,7 @@ def evaluate_saved(
     )
 
 
-def _ask(paths: Sequence[Path], spec: EvalSpec, workspace: Path | None) -> tuple[list[Asked], list[str]]:
+def _ask(paths: Sequence[str | Path], spec: EvalSpec, workspace: Path | None) -> tuple[list[Asked], list[str]]:
     """Read every task's examples, and notes on its data."""
     tasks = load_tasks(paths)
     check_names(spec.subset, [t.name for t in tasks])

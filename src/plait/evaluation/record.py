@@ -52,6 +52,10 @@ class TaskResult(Record):
         base_interval: 95 %, bootstrap over examples; so are all intervals.
         single_interval: see `base_interval`.
         merged_interval: see `base_interval`.
+        base_stderr: standard error of `base` as lm-eval reports it, for its tasks; None for others, and where it has no
+            formula for it. So are the next two.
+        single_stderr: see `base_stderr`.
+        merged_stderr: see `base_stderr`.
         recovery: (merged − base) / (single − base), oriented; None where undefined.
         recovery_interval: paired: the same examples are drawn for all sides. Draws without recovery are left out.
         undefined: why there is no recovery.
@@ -72,6 +76,9 @@ class TaskResult(Record):
     base_interval: Bounds | None
     single_interval: Bounds | None
     merged_interval: Bounds | None
+    base_stderr: float | None = None
+    single_stderr: float | None = None
+    merged_stderr: float | None = None
     recovery: float | None
     recovery_interval: Bounds | None
     undefined: str | None

@@ -15,6 +15,7 @@ from plait.recipes.problems import Origins
 from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
 from plait.recipes.validation import explain
+from plait.tasks.loading import placed
 
 _RECIPES = (".yaml", ".yml", ".json")
 
@@ -56,7 +57,7 @@ def asked(recipe: Recipe, tasks: Sequence[str | Path], **changes: Any) -> Recipe
 
     Given tasks are relative to the working directory, a recipe's own to its folder.
     """
-    files = tuple(str(Path(t).expanduser().absolute()) for t in tasks) or recipe.tasks
+    files = tuple(placed(t) for t in tasks) or recipe.tasks
     return recipe.model_copy(update={"tasks": files, "eval": spec_of(recipe.eval, **changes)})
 
 

@@ -137,6 +137,9 @@ class Session:
             base_interval=interval(draws.base),
             single_interval=None if own is None else interval(draws.single),
             merged_interval=interval(draws.merged),
+            base_stderr=metric.stderr(base),
+            single_stderr=None if alone is None else metric.stderr(alone),
+            merged_stderr=metric.stderr(merged),
             recovery=found,
             recovery_interval=None if found is None else interval(draws.recovery),
             undefined=_why(task, values, found),
@@ -147,7 +150,8 @@ class Session:
     def answers(self, contender: Contender, asked: Asked) -> tuple[Answer, ...]:
         """Return what a contender answers to a task: known, kept, or asked for now."""
         examples, owner = asked.examples, contender.heads(asked.task)
-        heads = None if owner is None else adapter_digest(self.adapters[owner].folder)
+        # full tensors of its own are in a contender's key
+        heads = adapter_digest(self.adapters[owner].folder) if owner is not None and owner in self.adapters else None
         key = digest(contender.key, heads, examples.digest, self._setting)
         if key not in self._known:
             found = self._cache.find(key)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _WELL_CONDITIONED = 4  # the largest mean of 1/σ² over the singular values of a matrix with columns of norm 1
+_RESOLVED = 1e-3  # singular values above this share of the largest are told from their squares with digits to spare
 
 
 class ThinSVD(NamedTuple):
@@ -59,8 +60,14 @@ class Reduced(NamedTuple):
 
     def times(self, y: Tensor) -> Tensor:
         """Return q @ y for y (j, l) float64, (m, l) in the dtype of x."""
-        y = y if self.turn is None else self.turn @ y
-        return self.basis @ y.to(self.basis.dtype)
+        return self.basis @ self._turned(y)
+
+    def times_transposed(self, y: Tensor) -> Tensor:
+        """Return (q @ y)ᵀ for y (j, l) float64, (l, m) in the dtype of x, row by row in memory."""
+        return self._turned(y).mT @ self.basis.mT
+
+    def _turned(self, y: Tensor) -> Tensor:
+        return (y if self.turn is None else self.turn @ y).to(self.basis.dtype)
 
 
 def product_svd(b: Tensor, a: Tensor) -> ThinSVD:
@@ -76,13 +83,63 @@ def product_svd(b: Tensor, a: Tensor) -> ThinSVD:
     """
     q_b, q_a = Reduced.of(b), Reduced.of(a.mT)
     u, s, vh = torch.linalg.svd(q_b.r @ q_a.r.mT, full_matrices=False)  # of (k_b, k_a)
-    return ThinSVD(q_b.times(u), s, q_a.times(vh.mT).mT)
+    return ThinSVD(q_b.times(u), s, q_a.times_transposed(vh.mT))
+
+
+def truncated_product(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the best approximation of `b @ a` of at most a rank, in balanced factors: U √S and √S Vᵀ.
+
+    As `product_svd`, but what is cut off is never formed, and √S enters while matrices are small.
+
+    Args:
+        b: (m, r).
+        a: (r, n).
+        rank: of the result, k; at most min(m, n, r).
+
+    Returns:
+        The factors (m, k) and (k, n) in the dtype of `b` and `a`, and all singular values of `b @ a`, (min(m, n, r),) float64.
+    """
+    q_b, q_a = Reduced.of(b), Reduced.of(a.mT)
+    u, s, vh = torch.linalg.svd(q_b.r @ q_a.r.mT, full_matrices=False)
+    root = s[:rank].sqrt()
+    return q_b.times(u[:, :rank] * root), q_a.times_transposed(vh[:rank].mT * root), s
 
 
 def singular_values(b: Tensor, a: Tensor) -> Tensor:
     """Return the singular values of `b @ a`, descending, (min(m, n, r),), float64."""
     values: Tensor = torch.linalg.svdvals(Reduced.of(b).r @ Reduced.of(a.mT).r.mT)
     return values
+
+
+def flattener(b: Tensor, a: Tensor, tolerance: float) -> Tensor | None:
+    """Return the X with which `b @ X @ a` has the singular directions of `b @ a`, and its mean singular value for each.
+
+    From two Gram matrices and one symmetric eigenproblem, all r × r: with A Aᵀ = L Lᵀ and Lᵀ BᵀB L = W diag(σ²) Wᵀ, singular
+    vectors are B L W diag(1/σ) and Aᵀ L⁻ᵀ W, so that X = mean(σ) L W diag(1/σ) Wᵀ L⁻¹. That is half the work of the SVD.
+
+    Args:
+        b: (m, r).
+        a: (r, n).
+        tolerance: singular values have to be above this share of the largest.
+
+    Returns:
+        (r, r), float64; None where squares would lose digits (rows of a nearly dependent, or singular values below a thousandth
+        of the largest) or a singular value is not above the tolerance: there it takes the SVD.
+    """
+    rows, columns = a.double(), b.double()
+    gram = rows @ rows.mT
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    if len(gram) == 0 or failed:
+        return None
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
+    if not float((inverse * gram.diagonal().sqrt()).square().sum()) <= _WELL_CONDITIONED * len(lower):
+        return None
+    squares, w = torch.linalg.eigh(lower.mT @ (columns.mT @ columns) @ lower)  # ascending
+    if not squares[0] > max(_RESOLVED, tolerance) ** 2 * squares[-1]:
+        return None
+    s = squares.sqrt()
+    middle: Tensor = (lower @ (w * (s.mean() / s))) @ (w.mT @ inverse)
+    return middle
 
 
 def inner(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:

@@ -25,7 +25,8 @@ class MagnitudeSelect:
     Non-negative floats sort like the integers their bits spell. The first pass is a sample, whose leading 16 bits tell about
     where an answer lies. The second counts the patterns around there one by one (float64: the next 16 of their bits), and how
     many entries are above. That settles float32; float64 takes two passes more, and so does a statistic of which the sample
-    was wrong. The answer is exact, the memory bounded, and the order of the blocks without influence.
+    was wrong. Where few entries lie around there, or in all, their patterns are kept instead, and the second pass settles
+    either. The answer is exact, the memory bounded, and the order of the blocks without influence.
 
     Args:
         rows: number of rows (adapters); every row has its own statistics.
@@ -94,9 +95,10 @@ class _Window:
 
     def __init__(self, dtype: type[np.unsignedinteger[Any]], low: int, units: int, shift: int) -> None:
         self._dtype, self._low, self._units, self._shift = dtype, low, units, shift
-        self._counts = np.zeros(units, dtype=np.int64)
+        self._counts: NDArray[np.int64] | None = None
+        self._kept: list[Bits] = []  # what is inside and not yet counted: adding up all the counters costs, too
+        self._held = 0  # entries of these
         self._above = 0
-        self._waiting: list[NDArray[np.intp]] = []  # counted once there are many: adding up all the counters costs too
         self._lock = threading.Lock()
 
     @staticmethod
@@ -108,44 +110,58 @@ class _Window:
         """Count an array."""
         size = self._units << self._shift
         offset = bits - self._dtype(self._low)  # what is below wraps around, and so is not inside either
-        inside = (offset[offset < self._dtype(size)] >> self._dtype(self._shift)).astype(np.intp)
+        inside = offset[offset < self._dtype(size)]
         above = int(np.count_nonzero(bits >= self._dtype(self._low + size)))
         with self._lock:
             self._above += above
-            self._waiting.append(inside)
-            if sum(map(len, self._waiting)) >= self._units:
+            self._kept.append(inside)
+            self._held += len(inside)
+            if self._held >= self._units:
                 self._add_up()
 
     def around(self, rank: int) -> _Window:
         """Return a finer window around where the rank-th largest entry of a sample lies."""
-        unit = self._unit(max(1, rank))
-        if unit is None:
+        found = self._find(max(1, rank))
+        few = self._counts is None and self._held * _STRIDE < self._units  # so that all can be kept in the next pass
+        if found is None or few:
             return _Window.of_all(self._dtype)
-        low = max(0, unit - _REACH) << self._shift
+        low = max(0, (found[0] >> self._shift) - _REACH) << self._shift
         return _Window(self._dtype, low, (2 * _REACH + 1) << _DIGIT, self._shift - _DIGIT)
 
     def settle(self, rank: int) -> tuple[_Window | None, float]:
         """Return the window of the next pass and infinity, or None and the rank-th largest magnitude."""
         if rank < 1:
             return None, math.inf
-        unit = self._unit(rank)
-        if unit is None:
+        found = self._find(rank)
+        if found is None:
             return _Window.of_all(self._dtype), math.inf
-        low = self._low + (unit << self._shift)
-        if self._shift:
-            return _Window(self._dtype, low, 1 << _DIGIT, self._shift - _DIGIT), math.inf
-        return None, float(np.array(low, dtype=self._dtype).view(f"f{np.dtype(self._dtype).itemsize}"))
+        offset, unknown = found
+        if unknown:
+            return _Window(self._dtype, self._low + offset, 1 << _DIGIT, unknown - _DIGIT), math.inf
+        bits = np.array(self._low + offset, dtype=self._dtype)
+        return None, float(bits.view(f"f{bits.itemsize}"))
 
-    def _unit(self, rank: int) -> int | None:
-        """Return the step in which the rank-th largest entry lies; None when it is not in this window."""
+    def _find(self, rank: int) -> tuple[int, int] | None:
+        """Return where above `low` the rank-th largest entry lies, and how many of the last bits of that are not known yet.
+
+        None when it is not in this window.
+        """
+        left = rank - self._above
+        if self._counts is None:
+            kept = np.concatenate(self._kept) if self._kept else np.empty(0, self._dtype)
+            if not 1 <= left <= len(kept):
+                return None
+            return int(np.partition(kept, len(kept) - left)[len(kept) - left]), 0
         self._add_up()
         from_top = self._counts[::-1].cumsum()
-        left = rank - self._above
         if not 1 <= left <= from_top[-1]:
             return None
-        return self._units - 1 - int(np.searchsorted(from_top, left))
+        return (self._units - 1 - int(np.searchsorted(from_top, left))) << self._shift, self._shift
 
     def _add_up(self) -> None:
-        if self._waiting:
-            self._counts += np.bincount(np.concatenate(self._waiting), minlength=self._units)
-            self._waiting = []
+        if self._counts is None:
+            self._counts = np.zeros(self._units, dtype=np.int64)
+        if self._kept:
+            steps = (np.concatenate(self._kept) >> self._dtype(self._shift)).astype(np.intp)
+            self._counts += np.bincount(steps, minlength=self._units)
+            self._kept, self._held = [], 0

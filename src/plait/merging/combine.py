@@ -13,7 +13,7 @@ from plait.adapters.lowrank import LowRank
 from plait.linalg.blocks import RowBlocks, block_ranges
 from plait.linalg.keyed import Key
 from plait.merging.moments import Moments
-from plait.merging.prepared import Prepared
+from plait.merging.prepared import Factors, Prepared
 from plait.merging.remarks import Remarks
 from plait.merging.weighting import module_weights
 from plait.methods import METHODS
@@ -74,18 +74,19 @@ class Combiner:
 
     def module_gram(self, module: str) -> Tensor:
         """Return ⟨ΔWᵢ, ΔWⱼ⟩ of one module, (T, T) float64."""
-        return sum((_gram(site.deltas) for site in self._sites(module)), torch.zeros((), dtype=torch.float64))
+        sites = self._sites(module, self.prepared.read(module))
+        return sum((_gram(site.deltas) for site in sites), torch.zeros((), dtype=torch.float64))
 
     def merge(self, module: str) -> list[Merged]:
         """Return the merged delta of every matrix of a module: low rank, or row blocks of a dense one."""
         pipeline, space = self.pipeline, self.recipe.space_name
+        stack = self.prepared.read(module)
         if pipeline.is_linear and space != "factors":
             c = self.coefficients(module).tolist()
-            stack = self.prepared.read(module)
             return [LowRank.concatenate(f.deltas, [x * s for x, s in zip(c, f.scalings, strict=True)]) for f in stack]
-        sites = self._sites(module)
+        sites = self._sites(module, stack)
         if pipeline.needs_coordinates(space):
-            frames = self._frames(module, sites)
+            frames = self._frames(stack, sites)
             statistics = self._local(module, frames)
             merged = [self._merge_frame(module, i, frame, statistics) for i, frame in enumerate(frames)]
         elif isinstance(pipeline.combine, DeltaCombine):
@@ -102,12 +103,11 @@ class Combiner:
             merged = stage.apply(merged, site)
         return merged.scaled(self.recipe.scale)
 
-    def _sites(self, module: str) -> list[Site]:
+    def _sites(self, module: str, stack: Sequence[Factors]) -> list[Site]:
         """Return what stages on deltas see of every matrix of a module, with the deltas after those that run before."""
         weights = self._weights(module)
         key = Key(self.recipe.seed).child("stages", module)
         sites = []
-        stack = self.prepared.read(module)
         for index, factors in enumerate(stack):
             deltas = tuple(factors.scaled())
             moments = None
@@ -119,10 +119,10 @@ class Combiner:
             sites.append(site)
         return sites
 
-    def _frames(self, module: str, sites: Sequence[Site]) -> list[Frame]:
+    def _frames(self, stack: Sequence[Factors], sites: Sequence[Site]) -> list[Frame]:
         space = SPACES[self.recipe.space_name]
         if space.name == "factors":  # its coordinates are the unscaled factors themselves
-            return [space.frame(f.deltas, f.scalings) for f in self.prepared.read(module)]
+            return [space.frame(f.deltas, f.scalings) for f in stack]
         return [space.frame(site.deltas, [1.0] * len(site.deltas)) for site in sites]
 
     def _merge_frame(self, module: str, index: int, frame: Frame, statistics: Mapping[str, tuple[Tensor, ...]]) -> Merged:
@@ -174,7 +174,8 @@ class Combiner:
 
     def observe(self, module: str, reductions: Mapping[str, Reduction]) -> None:
         """Show one module's coordinates to reductions over the whole model, one per array name."""
-        frames = self._frames(module, self._sites(module))
+        stack = self.prepared.read(module)
+        frames = self._frames(stack, self._sites(module, stack))
         statistics = self._local(module, frames)
         for index, frame in enumerate(frames):
             for array in frame.arrays:

@@ -59,8 +59,8 @@ def _fit(merged: Merged, rank: int, key: Key) -> tuple[LowRank, float | None, fl
     if isinstance(merged, LowRank):
         if merged.rank <= rank:
             return merged, None, None
-        svd = merged.svd()
-        return LowRank.from_svd(svd.head(rank)), float(svd.s.square().sum()), float(svd.s[:rank].square().sum())
+        best, s = merged.truncated(rank)
+        return best, float(s.square().sum()), float(s[:rank].square().sum())
     svd = truncated_svd(merged, rank, key)
     return LowRank.from_svd(svd), merged.energy(), float(svd.s.square().sum())
 

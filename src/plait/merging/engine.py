@@ -103,10 +103,14 @@ class Engine:
 
     def run(self, combiner: Combiner, ranks: Mapping[str, int]) -> Iterator[MergedModule]:
         """Yield every merged module, in the plan's order."""
+        return self.each(combiner, ranks, lambda merged: merged)
 
-        def work(module: ModulePlan) -> MergedModule:
+    def each(self, combiner: Combiner, ranks: Mapping[str, int], then: Callable[[MergedModule], R]) -> Iterator[R]:
+        """Yield what `then` makes of every merged module, in the plan's order. It is called in the module's worker."""
+
+        def work(module: ModulePlan) -> R:
             try:
-                return self._module(combiner, module.target, ranks[module.target])
+                return then(self._module(combiner, module.target, ranks[module.target]))
             except PlaitError:
                 raise
             except Exception as error:
@@ -219,9 +223,10 @@ def _finite(x: Tensor) -> bool:
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Offer worker threads in which torch uses one thread each; the caller's setting is put back."""
+    """Offer worker threads; torch uses one thread in each of them and in the caller's, whose setting is put back."""
     before = torch.get_num_threads()
     with ThreadPoolExecutor(workers, "plait", torch.set_num_threads, (1,)) as pool:
+        torch.set_num_threads(1)
         try:
             yield pool
         finally:

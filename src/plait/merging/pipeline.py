@@ -14,11 +14,12 @@ from datetime import datetime
 from itertools import count
 from pathlib import Path
 
+from torch import Tensor
+
 import plait
 from plait.adapters.adapter import CONFIG, WEIGHTS
 from plait.adapters.tensorwriter import Entry, TensorWriter
 from plait.errors import OutputError
-from plait.hub.upload import check_push, push_folder
 from plait.merging import record as records
 from plait.merging.card import card
 from plait.merging.combine import Combiner
@@ -68,7 +69,7 @@ def plan_recipe(
     return make_plan(take_inventory(recipe, folder, moments), workers=workers or default_workers())
 
 
-def run_recipe(  # noqa: PLR0913 (what a command line takes)
+def run_recipe(
     recipe: Recipe,
     *,
     folder: Path | None = None,
@@ -76,8 +77,6 @@ def run_recipe(  # noqa: PLR0913 (what a command line takes)
     force: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
-    push_to: str | None = None,
-    private: bool = False,
     base_folder: Path | None = None,
     moments: MomentsOf | None = None,
     notes: tuple[str, ...] = (),
@@ -91,8 +90,6 @@ def run_recipe(  # noqa: PLR0913 (what a command line takes)
         force: replace an adapter that stands at `out`.
         workers: modules worked on at a time; never changes a byte.
         progress: who listens.
-        push_to: Hub repository to upload the result to.
-        private: create that repository as private.
         base_folder: where the base model lies, when its name does not lead there.
         moments: second moments of inputs, in place of files that the recipe names.
         notes: what else is to be told of the result, beside the plan's notes.
@@ -108,8 +105,6 @@ def run_recipe(  # noqa: PLR0913 (what a command line takes)
                 out=place,
                 workers=workers,
                 progress=progress,
-                push_to=push_to,
-                private=private,
                 base_folder=base_folder,
                 moments=moments,
                 notes=notes,
@@ -119,8 +114,6 @@ def run_recipe(  # noqa: PLR0913 (what a command line takes)
     problem = output_problem(out, force=force)
     if problem:
         raise OutputError(problem)
-    if push_to is not None:
-        check_push(push_to)
     inventory = take_inventory(recipe, folder, moments, base_folder)
     _check_not_an_input(inventory, out)
     plan = make_plan(inventory, workers=workers)
@@ -136,10 +129,7 @@ def run_recipe(  # noqa: PLR0913 (what a command line takes)
         records.write_json(place / records.LOCK, lock)
         records.write_json(place / records.RECORD, record)
         records.write_json(place / records.SUMMARY, records.summary(record))
-    url = None
-    if push_to is not None:
-        url = push_folder(out, push_to, private=private, message=f"Merge {', '.join(plan.adapters)} with {plan.method}")
-    return MergeResult(out, plan, record, url)
+    return MergeResult(out, plan, record)
 
 
 def default_workers() -> int:
@@ -169,12 +159,17 @@ def _write(
     portable = PortableAdapter(inventory, ranks, inventory.recipe.output)
     exact_ranks = {m.target: m.exact_rank for m in plan.modules}
     extra = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in heads.items()]
+
+    def finish(merged: MergedModule) -> tuple[ModuleRecord, dict[str, Tensor]]:
+        return _module_record(merged, exact_ranks[merged.target]), portable.tensors(merged)
+
     with TensorWriter(place / WEIGHTS, [*portable.entries(), *extra]) as writer:
         for name, tensor in heads.items():
             writer.write(name, tensor)
-        for merged in engine.run(combiner, ranks):
-            portable.write(merged, writer)
-            done.append(_module_record(merged, exact_ranks[merged.target]))
+        for module, tensors in engine.each(combiner, ranks, finish):
+            done.append(module)
+            for name in list(tensors):
+                writer.write(name, tensors.pop(name))  # let go of at once
     text = json.dumps(portable.config(declared), indent=2, ensure_ascii=False)
     (place / CONFIG).write_text(text + "\n", encoding="utf-8")
     return tuple(done), portable.rank, {WEIGHTS: writer.sha256}

@@ -13,7 +13,7 @@ from plait.adapters.adapter import Adapter
 from plait.adapters.experts import expert_keys
 from plait.adapters.layouts import Layout, uniform_rank
 from plait.adapters.names import PREFIX
-from plait.adapters.tensorwriter import Entry, TensorWriter
+from plait.adapters.tensorwriter import Entry
 from plait.errors import PlanError
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
@@ -62,21 +62,24 @@ class PortableAdapter:
                 entries.append(Entry(magnitude, self._dtype, (1, d_out, *ones[1:]) if layout.kind == "conv" else (d_out,)))
         return entries
 
-    def write(self, merged: MergedModule, writer: TensorWriter) -> None:
-        """Write one merged module's tensors."""
+    def tensors(self, merged: MergedModule) -> dict[str, Tensor]:
+        """Return one merged module's tensors by their names, in the output's dtype.
+
+        Raises:
+            PlanError: a value overflows there, or all of them vanish.
+        """
         if merged.factors is None:
             raise AssertionError(f"{merged.target!r} has no factors")
         layout = self._layouts[merged.target]
         names = self._names(merged.target)
         a, b = layout.pack([s.padded(self._slice_rank(merged.target)) for s in merged.factors.slices])
-        writer.write(names[0], self._cast(merged.target, a))
-        writer.write(names[1], self._cast(merged.target, b))
+        found = {names[0]: a, names[1]: b}
         if merged.bias is not None:
-            writer.write(names[2], self._cast(merged.target, merged.bias))
+            found[names[2]] = merged.bias
         if merged.magnitude is not None:
             ones = (1,) * len(layout.kernel)
-            shape = (1, -1, *ones[1:]) if layout.kind == "conv" else (-1,)
-            writer.write(names[3], self._cast(merged.target, merged.magnitude.reshape(shape)))
+            found[names[3]] = merged.magnitude.reshape((1, -1, *ones[1:]) if layout.kind == "conv" else (-1,))
+        return {name: self._cast(merged.target, tensor) for name, tensor in found.items()}
 
     def config(self, declared_heads: Mapping[str, object]) -> dict[str, Any]:
         """Return `adapter_config.json`."""

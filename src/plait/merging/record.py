@@ -24,7 +24,7 @@ LOCK = "plait.lock"
 RECORD = "merge_metadata.json"
 SUMMARY = "summary.json"
 LOCK_VERSION = 1
-Kind = Literal["merge", "bake", "extract"]
+Kind = Literal["merge", "bake", "extract", "train"]
 _LIBRARIES = ("torch", "safetensors", "numpy")
 
 
@@ -203,13 +203,6 @@ def make_lock(
         known: files of the folder whose sha256 is known already.
     """
     home = folder if final is None else final
-    inputs = {
-        adapter.name: locked_input(place, {adapter.file.path.name: digest, CONFIG: sha256(adapter.config.path)}, home)
-        for adapter, place, digest in zip(inventory.adapters, inventory.located, digests, strict=True)
-    }
-    for name, file in inventory.moments.files.items() if inventory.moments is not None else ():
-        moments = LockedFile(path=relative_path(file.path, home), sha256=sha256(file.path))
-        inputs[name] = inputs[name].model_copy(update={"moments": moments})
     base = inventory.base_located
     return Lock(
         version=LOCK_VERSION,
@@ -218,12 +211,30 @@ def make_lock(
         libraries=library_versions(),
         machine=platform.machine(),
         recipe=recipe_json(inventory.recipe),
-        inputs=inputs,
+        inputs=adapter_inputs(inventory, digests, home),
         outputs=output_digests(folder, known),
         kind=kind,
         options=dict(options or {}),
         base=None if base is None else locked_input(base, weight_digests(base.folder), home),
     )
+
+
+def adapter_inputs(inventory: Inventory, digests: list[str], home: Path) -> dict[str, LockedInput]:
+    """Describe the adapters, and their files of second moments, so that they can be found again.
+
+    Args:
+        inventory: what was merged.
+        digests: of the adapters' tensor files.
+        home: where the lock will stand.
+    """
+    inputs = {
+        adapter.name: locked_input(place, {adapter.file.path.name: digest, CONFIG: sha256(adapter.config.path)}, home)
+        for adapter, place, digest in zip(inventory.adapters, inventory.located, digests, strict=True)
+    }
+    for name, file in inventory.moments.files.items() if inventory.moments is not None else ():
+        moments = LockedFile(path=relative_path(file.path, home), sha256=sha256(file.path))
+        inputs[name] = inputs[name].model_copy(update={"moments": moments})
+    return inputs
 
 
 def locked_input(place: Located, files: Mapping[str, str], folder: Path) -> LockedInput:

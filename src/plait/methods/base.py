@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import entry_points
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import Field, create_model
 from torch import Tensor
@@ -33,9 +33,6 @@ COORDINATES = ("delta", "core", "knots", "factors")
 
 class MethodParams(Record):
     """Base of a method's parameters: every field has bounds, a default and a description."""
-
-
-P = TypeVar("P", bound=MethodParams)
 
 
 class NoParams(MethodParams):
@@ -63,7 +60,7 @@ class Method(ABC):
         name: as recipes spell it.
         summary: one line for people.
         equation: what it computes.
-        params: its parameters.
+        params: its parameters: a `MethodParams`, or the record of those of a stage (`TrimFields`).
         source: paper or tool.
         deviation: where and why it differs from the source; empty when it does not.
         spaces: where it can run, the default first.
@@ -78,7 +75,7 @@ class Method(ABC):
     name: str
     summary: str
     equation: str
-    params: type[MethodParams]
+    params: type[Record]
     source: Source
     deviation: str = ""
     spaces: tuple[str, ...] = COORDINATES
@@ -99,7 +96,7 @@ class Method(ABC):
         """Return the stages that it stands for with these parameters."""
 
     @cached_property
-    def spec(self) -> type[MethodParams]:
+    def spec(self) -> type[Record]:
         """The shape of `method:` in a recipe: the parameters, with `name` and `space`."""
         return create_model(
             f"{self.name}_method",

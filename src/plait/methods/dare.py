@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
 
-from pydantic import Field
-
-from plait.methods.base import MethodParams, Preset, Source, register
-from plait.methods.ties import ElectionParams
-from plait.stages.elect import Elect
+from plait.methods.base import Preset, Source, register
+from plait.stages.elect import Elect, ElectFields
 from plait.stages.pipeline import Pipeline
-from plait.stages.sparsify import Drop
+from plait.stages.sparsify import Drop, DropFields
 from plait.stages.sums import Sum
 
 _PAPER = Source("Yu et al. 2024, DARE, eq. 2–4", "https://arxiv.org/abs/2311.03099")
@@ -21,13 +17,7 @@ _DEVIATION = (
 )
 
 
-class DareParams(MethodParams):
-    """Parameters of `dare_linear`."""
-
-    density: Annotated[float, Field(gt=0, le=1, description="Probability with which an entry is kept (1 − drop rate).")] = 0.5
-
-
-class DareTiesParams(DareParams, ElectionParams):
+class DareTiesParams(ElectFields, DropFields):
     """Parameters of `dare_ties`."""
 
 
@@ -35,7 +25,7 @@ DARE_LINEAR = Preset(
     name="dare_linear",
     summary="Drop entries at random and rescale the rest, then take the weighted sum.",
     equation="ΔW = Σ wₜ mₜ ⊙ xₜ / density,  mₜ ~ Bernoulli(density)",
-    params=DareParams,
+    params=DropFields,
     source=_PAPER,
     deviation=_DEVIATION,
     randomised=True,

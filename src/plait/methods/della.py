@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field, model_validator
-
 from plait.methods.base import Preset, Source, register
-from plait.methods.ties import ElectionParams
-from plait.stages.elect import Elect
+from plait.stages.elect import Elect, ElectFields
 from plait.stages.pipeline import Pipeline
-from plait.stages.sparsify import DropByRank
+from plait.stages.sparsify import DropByRank, DropByRankFields
 
 
-class DellaParams(ElectionParams):
+class DellaParams(ElectFields, DropByRankFields):
     """Parameters of `della`."""
-
-    density: Annotated[float, Field(gt=0, le=1, description="Mean probability with which an entry is kept (1 − p).")] = 0.7
-    epsilon: Annotated[
-        float,
-        Field(ge=0, lt=0.5, description="The smallest entry of a row is kept with density − ε, the largest with + ε."),
-    ] = 0.07
-
-    @model_validator(mode="after")
-    def _probabilities(self) -> DellaParams:
-        if not 0 < self.density - self.epsilon <= self.density + self.epsilon <= 1:
-            raise ValueError(f"density ± epsilon is {self.density} ± {self.epsilon}; both ends must lie in (0, 1]")
-        return self
 
 
 register(

@@ -183,6 +183,9 @@ register(
         spaces=("delta", "core", "knots"),
         min_adapters=2,
         randomised=True,
-        stages=lambda params: Pipeline(pre=(Drop(density=1 - params.drop_rate),), combine=Mean(factor=params.lambda_)),
+        stages=lambda params: Pipeline(
+            pre=(Drop(density=round(1 - params.drop_rate, 16)),),  # 0.1, not 0.09999999999999998
+            combine=Mean(factor=params.lambda_),
+        ),
     )
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from plait.methods.base import MethodParams, Preset, Source, register
+from plait.methods.base import Preset, Source, register
 from plait.stages.pipeline import Pipeline
-from plait.stages.solve import OffDiagonal, Ridge, SolveCoreInputs, SolveDeltas, SolveInputs
+from plait.stages.solve import Ridge, RidgeFields, SolveCoreInputs, SolveDeltas, SolveInputs, SolveInputsFields
 
 _ANYWHERE = ("core", "knots", "delta")  # no coordinates are involved: the result is the same in each
 _RIDGE = (
@@ -14,20 +14,7 @@ _RIDGE = (
 )
 
 
-class RegMeanParams(MethodParams):
-    """Parameters of `regmean`."""
-
-    ridge: Ridge = 1e-2
-    off_diagonal: OffDiagonal = 0.9
-
-
-class SsrParams(MethodParams):
-    """Parameters of `ssr`."""
-
-    ridge: Ridge = 1e-2
-
-
-class WudiParams(MethodParams):
+class WudiParams(RidgeFields):
     """Parameters of `wudi`."""
 
     ridge: Ridge = 1e-1
@@ -38,7 +25,7 @@ register(
         name="regmean",
         summary="Least squares: the matrix that keeps every adapter's outputs on its own inputs. Needs second moments.",
         equation="ΔW = (Σ wₜ ΔWₜ Gₜ + ρ/T Σ wₜ ΔWₜ)(Σ Gₜ + ρI)⁻¹,  Gₜ = E[x xᵀ], off-diagonal × `off_diagonal`",
-        params=RegMeanParams,
+        params=SolveInputsFields,
         source=Source("Jin et al. 2023, RegMean", "https://arxiv.org/abs/2212.09849"),
         deviation=f"E[x xᵀ] for Σ x xᵀ, so that more text weighs no more; a ridge, where the paper has only α. {_RIDGE}",
         spaces=_ANYWHERE,
@@ -51,7 +38,7 @@ register(
         name="ssr",
         summary="RegMean with rows from the adapters' joint row space only: a system of size Σ r. Needs second moments.",
         equation="ΔW = (Σ wₜ ΔWₜ V Gₜ + ρ/T Σ wₜ ΔWₜ V)(Σ Gₜ + ρI)⁻¹ Vᵀ,  Gₜ = Vᵀ E[x xᵀ] V,  V = joint row space",
-        params=SsrParams,
+        params=RidgeFields,
         source=Source("SSR-Merge 2026, closed form", "https://arxiv.org/abs/2606.10617"),
         deviation="Orthonormal coordinates V in place of the raw rows of A, so that the result does not depend on factors. "
         f"{_RIDGE} The paper's ridge is 10⁻⁴, absolute, and pulls to zero.",

@@ -3,48 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
-
-from plait.linalg.spectral import TOLERANCE
 from plait.methods.base import MethodParams, NoParams, Preset, Source, register
-from plait.stages.calibrate import Alpha, Directions, Eta, Iso, Pico, Star, Svc, Tolerance
+from plait.stages.calibrate import Iso, IsoFields, Pico, Star, StarFields, Svc, SvcFields
 from plait.stages.elect import Elect
 from plait.stages.norm import NormMatch
 from plait.stages.pipeline import Pipeline
-from plait.stages.polar import Common, CommonSpecific, Cover, CoverDensity, Keep, Polar, Ratio
-from plait.stages.sparsify import Trim
-from plait.stages.subspace import Added, Beta, Cart, Factor, SpaceRank, Tucker
+from plait.stages.polar import CommonSpecific, CommonSpecificFields, Cover, CoverFields, Polar, PolarFields
+from plait.stages.sparsify import Density, Trim
+from plait.stages.subspace import Beta, Cart, CartFields, SpaceRank, Tucker
 from plait.stages.sums import Mean, Sum
 
 # no coordinates are involved: the result is the same in each
 ANYWHERE = ("core", "knots", "delta")
-
-
-class TsvParams(MethodParams):
-    """Parameters of `tsv`."""
-
-    keep: Keep = 1.0
-
-
-class IsoParams(MethodParams):
-    """Parameters of `iso_c`."""
-
-    directions: Directions = "all"
-    tolerance: Tolerance = TOLERANCE
-
-
-class IsoCtsParams(MethodParams):
-    """Parameters of `iso_cts`."""
-
-    common: Common = 0.8
-
-
-class SvcParams(MethodParams):
-    """Parameters of `svc`."""
-
-    alpha: Alpha = 0.1
 
 
 class CtmParams(MethodParams):
@@ -52,27 +24,7 @@ class CtmParams(MethodParams):
 
     rank: SpaceRank = None
     beta: Beta = 0.25
-    density: Annotated[float, Field(gt=0, le=1, description="Share of core entries kept per adapter (the paper's K).")] = 0.25
-
-
-class DcMergeParams(MethodParams):
-    """Parameters of `dc_merge`."""
-
-    rho: Ratio = 5.0
-    density: CoverDensity = None
-
-
-class CartParams(MethodParams):
-    """Parameters of `cart`."""
-
-    rho: Added = 0.04
-    factor: Factor = 0.1
-
-
-class StarParams(MethodParams):
-    """Parameters of `star`."""
-
-    eta: Eta = 0.4
+    density: Density = 0.25
 
 
 def _preset(name: str, stages: Callable[[Any], Pipeline], **fields: Any) -> None:
@@ -84,7 +36,7 @@ _preset(
     lambda params: Pipeline(Polar.of(params)),
     summary="Make the singular directions of all adapters orthonormal, then sum.",
     equation="ΔW = Σ σₖ ũₖ ṽₖᵀ,  Ũ = polar([U₁ … U_T]),  Ṽ = polar([V₁ … V_T]),  wₜ ΔWₜ = Uₜ diag(σₜ) Vₜᵀ",
-    params=TsvParams,
+    params=PolarFields,
     source=Source("Gargiulo et al. 2025, TSV-M, Algorithm 1", "https://arxiv.org/abs/2412.00081"),
     deviation=(
         "All directions of an adapter are kept: the paper keeps 1/T of min(d_out, d_in), to make room; low-rank deltas have "
@@ -97,7 +49,7 @@ _preset(
     lambda params: Pipeline(Sum(), post=(Iso.of(params),)),
     summary="Sum, then give all singular directions the same size.",
     equation="ΔW = σ̄ U Vᵀ,  U diag(σ) Vᵀ = Σ wₜ ΔWₜ",
-    params=IsoParams,
+    params=IsoFields,
     source=Source("Marczak et al. 2025, Iso-C, eq. 6", "https://arxiv.org/abs/2502.04959"),
     deviation=(
         "The mean is over the directions that are there (at most Σ rₜ), not over min(d_out, d_in): on a low-rank sum the rest "
@@ -109,7 +61,7 @@ _preset(
     lambda params: Pipeline(CommonSpecific.of(params), post=(Iso(),)),
     summary="Common directions of the sum and each adapter's own, made orthonormal, all of the same size.",
     equation="ΔW = σ̄ Ũ Ṽᵀ,  Ũ = polar([U₀ U₁ … U_T]),  U₀ of Σ wₜ ΔWₜ,  Uₜ of (I − U₀U₀ᵀ) wₜ ΔWₜ",
-    params=IsoCtsParams,
+    params=CommonSpecificFields,
     source=Source("Marczak et al. 2025, Iso-CTS, Algorithm 2", "https://arxiv.org/abs/2502.04959"),
     deviation="Shares are of Σ rₜ directions, not of min(d_out, d_in); directions below 1e-5 of an adapter's largest are none.",
 )
@@ -118,7 +70,7 @@ _preset(
     lambda params: Pipeline(Sum(), post=(Svc.of(params),)),
     summary="Sum, then shrink the singular values to which several adapters have contributed.",
     equation="ΔW = U diag(γ σ) Vᵀ,  γᵣ = T / Σₜ max(α, ⟨uᵣᵀM, uᵣᵀΔWₜ⟩ / ‖uᵣᵀΔWₜ‖²),  M = Σ wₜ ΔWₜ = U diag(σ) Vᵀ",
-    params=SvcParams,
+    params=SvcFields,
     source=Source("2026, Spectral Over-Accumulation in Model Merging, Algorithm 1", "https://arxiv.org/abs/2602.05536"),
     deviation=(
         "An adapter without a part in a direction is not counted there (the ratio is 0 / 0). ΔWₜ is taken times its weight, so "
@@ -151,7 +103,8 @@ _preset(
     source=Source("2026, Compress then Merge, §4", "https://arxiv.org/abs/2606.03723"),
     deviation=(
         "TIES acts in the coordinates of `space` (singular bases), the paper's in the bases with which HOOI happens to end. At "
-        "most 100 iterations (paper: 1000). Kept entries and ties as in the authors' code. The λ of the paper (.75) is `scale`."
+        "most 100 iterations (paper: 1000). Kept entries and ties as in the authors' code. The paper's K is `density`, its λ "
+        "(.75) is `scale`."
     ),
     spaces=("core", "knots"),
     combines="entries",
@@ -161,7 +114,7 @@ _preset(
     lambda params: Pipeline(Cover.of(params)),
     summary="Smooth every spectrum, elect signs in coordinates that cover all adapters, keep the diagonal blocks.",
     equation="ΔW = Ũ (B ⊙ elect(topₖ(Ũᵀ Sₜ Ṽ))) Ṽᵀ,  Sₜ = Uₜ diag(smooth(σₜ)) Vₜᵀ,  Ũ = polar([U₁ … U_T])",
-    params=DcMergeParams,
+    params=CoverFields,
     source=Source("2026, DC-Merge, §3", "https://arxiv.org/abs/2603.06242"),
     deviation=(
         "Ranks and diagonal blocks are the adapters' own (the authors' code fixes 16). As many entries are kept as an adapter "
@@ -174,7 +127,7 @@ _preset(
     lambda params: Pipeline(Cart.of(params)),
     summary="Mean, plus the strongest directions of each adapter's distance from the mean.",
     equation="ΔW = D + λ Σₜ SVDₖ(wₜ ΔWₜ − D),  D = (1/T) Σ wₜ ΔWₜ,  k = ⌈ρ Σ rₜ⌉",
-    params=CartParams,
+    params=CartFields,
     source=Source("Choi et al. 2024, CART, eq. 5; ρ and λ of Panariello et al. 2025", "https://arxiv.org/abs/2412.12153"),
     deviation="ρ is a share of Σ rₜ, as in core space, not of min(d_out, d_in). Weights multiply the deltas.",
 )
@@ -183,6 +136,6 @@ _preset(
     lambda params: Pipeline(Mean(), pre=(Star.of(params),)),
     summary="Keep each adapter's largest singular values, stretch them to the sum of all, then average.",
     equation="ΔW = (1/T) Σ wₜ (‖σₜ‖₁ / ‖σ̂ₜ‖₁) Uₜ diag(σ̂ₜ) Vₜᵀ,  σ̂ₜ = the fewest largest σ that hold η ‖σₜ‖₁",
-    params=StarParams,
+    params=StarFields,
     source=Source("Lee et al. 2025, STAR, §2", "https://arxiv.org/abs/2502.10339"),
 )

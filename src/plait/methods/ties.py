@@ -7,41 +7,26 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from plait.linalg.elect import Divisor, Vote
-from plait.linalg.sparsify import Count
-from plait.methods.base import MethodParams, Preset, Scope, Source, register
-from plait.stages.elect import Elect, ZeroSign
+from plait.methods.base import MethodParams, Preset, Source, register
+from plait.stages.elect import Elect, ElectFields
 from plait.stages.pipeline import Pipeline
-from plait.stages.sparsify import Trim
+from plait.stages.sparsify import Trim, TrimFields
 
 Flavor = Literal["paper", "peft", "mergekit", "fusion_bench", "core_space"]
 
 
-class ElectionParams(MethodParams):
-    """How a sign is elected per entry and who is averaged then."""
-
-    sign: Annotated[Vote, Field(description="Vote by magnitude (`total`) or by head (`frequency`).")] = "total"
-    weighted_vote: Annotated[bool, Field(description="Multiply by the adapters' weights before the vote.")] = False
-    zero_sign: Annotated[
-        ZeroSign,
-        Field(description="A perfect tie drops the entry, counts as plus, or takes the majority sign of the scope."),
-    ] = "drop"
-    divisor: Annotated[Divisor, Field(description="Divide by the agreeing adapters' count, summed weight, or not at all.")] = (
-        "count"
-    )
-
-
-class TiesParams(ElectionParams):
-    """Parameters of `ties`."""
-
+class _Flavored(MethodParams):
     flavor: Annotated[
         Flavor | None,
-        Field(description="Sets all of the below as one implementation does; explicit parameters win. "
-                          "None means `paper`, in `factors` space `peft`."),
-    ] = None  # fmt: skip
-    density: Annotated[float, Field(gt=0, le=1, description="Share of entries kept per adapter (the paper's k).")] = 0.2
-    scope: Annotated[Scope, Field(description="Trim over the whole task vector (`model`) or within each module.")] = "model"
-    kept: Annotated[Count, Field(description="How density · entries becomes a count.")] = "floor"
+        Field(
+            description="One implementation's `scope`, `kept`, `weighted_vote`, `zero_sign` and `divisor`; those given "
+            "explicitly win. By default `paper`, in `factors` space `peft`."
+        ),
+    ] = None
+
+
+class TiesParams(ElectFields, TrimFields, _Flavored):  # fields stand in the order of the last base first
+    """Parameters of `ties`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -82,7 +67,7 @@ TIES = Preset(
     deviation=(
         "Weights multiply the surviving entries (the paper has none). A sign of 0 drops the entry, as the equation says; the "
         "authors' code gives it the global majority sign (`zero_sign: majority`) and keeps one entry more (`kept: inclusive`). "
-        "Entries that tie with the threshold are all kept. The λ of the paper is `scale`."
+        "Entries that tie with the threshold are all kept. The paper's k is `density`, its λ is `scale`."
     ),
     stages=lambda params: Pipeline(pre=(Trim.of(params),), combine=Elect.of(params)),
 )

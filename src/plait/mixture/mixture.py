@@ -22,7 +22,7 @@ from plait.mixture.loading import load_model
 from plait.mixture.pieces import Dense, Piece, merged_pieces
 from plait.mixture.places import Place, Places
 from plait.mixture.stack import Stack
-from plait.mixture.swaps import Swap, adapter_swaps, dense_swaps
+from plait.mixture.swaps import FullTensors, Swap, dense_swaps, full_swaps
 from plait.spaces.base import Merged
 
 
@@ -182,7 +182,7 @@ class Mixture:
 
     @contextmanager
     def attached(
-        self, merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule], heads: str | None = None
+        self, merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule], heads: str | FullTensors | None = None
     ) -> Iterator[nn.Module]:
         """Make a merge result act, and nothing else.
 
@@ -191,7 +191,7 @@ class Mixture:
 
         Args:
             merged: target → one delta per slice, or merged modules as the engine yields them.
-            heads: whose full tensors act.
+            heads: whose full tensors act, or the full tensors themselves (averaged heads are no adapter's).
 
         Raises:
             PlanError: a target that the model does not have, another shape, or a weight that cannot be replaced.
@@ -287,7 +287,12 @@ class Mixture:
             )
         return owners[0] if owners else None
 
-    def _swaps(self, heads: str | None) -> list[Swap]:
+    def _swaps(self, heads: str | FullTensors | None) -> list[Swap]:
+        if isinstance(heads, FullTensors):
+            try:
+                return full_swaps(heads, self._places)
+            except ValueError as error:
+                raise PlanError(str(error)) from None
         if heads is not None and heads not in self.names:
             raise PlanError(self._unknown(heads))
         return list(self._heads.get(heads, ())) if heads is not None else []
@@ -321,7 +326,7 @@ class Mixture:
         for adapter in adapters:
             if adapter.full_tensors:
                 try:
-                    swaps[adapter.name] = adapter_swaps(adapter, self._places)
+                    swaps[adapter.name] = full_swaps(FullTensors.of(adapter), self._places)
                 except ValueError as error:
                     problems.append(f"adapter {adapter.name!r}: {error}")
         collect(PlanError, problems, "these adapters do not fit the model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -80,24 +81,43 @@ class RowSwap:
             self._before = None
 
 
-def adapter_swaps(adapter: Adapter, places: Places) -> list[Swap]:
-    """Return what makes an adapter's full tensors (heads, trained token rows, trained biases) act.
+@dataclass(frozen=True, eq=False)
+class FullTensors:
+    """Heads, trained token rows and trained biases that belong together.
+
+    Attributes:
+        tensors: path in the base model → tensor, as `Adapter.full_tensors` names them.
+        token_indices: which tokens the trained rows are of, as in PEFT's configuration: one list, or one per module name.
+    """
+
+    tensors: Mapping[str, Tensor]
+    token_indices: Any = None
+
+    @staticmethod
+    def of(adapter: Adapter) -> FullTensors:
+        """Read an adapter's."""
+        tensors = {path: adapter.read_full(path) for path in adapter.full_tensors}
+        return FullTensors(tensors, adapter.config.raw.get("trainable_token_indices"))
+
+
+def full_swaps(full: FullTensors, places: Places) -> list[Swap]:
+    """Return what makes full tensors act.
 
     Raises:
         ValueError: the model has no place for one of them; the text says which.
     """
     swaps: list[Swap] = []
-    for path in adapter.full_tensors:
+    for path, tensor in full.tensors.items():
         if path.endswith(_ROWS):
-            swaps.append(_token_rows(adapter, path, places))
+            swaps.append(_token_rows(path, tensor, full.token_indices, places))
             continue
         module, name = places.tensor(path.replace(_WRAPPED, ""))
-        swaps.append(_whole(adapter, path, module, name))
+        swaps.append(_whole(path, tensor, module, name))
     return swaps
 
 
-def _whole(adapter: Adapter, path: str, module: nn.Module, name: str) -> Swap:
-    tensor, present = adapter.read_full(path), getattr(module, name)
+def _whole(path: str, tensor: Tensor, module: nn.Module, name: str) -> Swap:
+    present = getattr(module, name)
     if present is None:
         raise ValueError(f"{path!r}: the model's {type(module).__name__} has no {name}.")
     if present.is_meta:
@@ -112,11 +132,10 @@ def _whole(adapter: Adapter, path: str, module: nn.Module, name: str) -> Swap:
     return TensorSwap(module, name, tensor.to(present.device, present.dtype))
 
 
-def _token_rows(adapter: Adapter, path: str, places: Places) -> Swap:
+def _token_rows(path: str, rows: Tensor, declared: Any, places: Places) -> Swap:
     owner = path.removesuffix(_ROWS).removesuffix(_WRAPPED)
     module, name = places.tensor(f"{owner}.weight")
-    weight, rows = getattr(module, name), adapter.read_full(path)
-    indices = _indices(adapter.config.raw.get("trainable_token_indices"), owner)
+    weight, indices = getattr(module, name), _indices(declared, owner)
     if indices is None or len(indices) != len(rows):
         raise ValueError(f"{path!r}: {len(rows)} rows, but trainable_token_indices lists {indices} for {owner!r}.")
     if weight.is_meta or not weight.is_floating_point():

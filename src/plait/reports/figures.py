@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plait.errors import OutputError, ReportError
-from plait.evaluation.record import Evaluation
+from plait.reports.charts import Cell, HeatMap, Recovered, energy_map, interference, layer_maps, of_places, of_tasks, weight_map
 from plait.reports.colors import css, diverging
-from plait.reports.page import HeatMap, interference, layer_maps, weight_map
 from plait.reports.reading import Report
 
 if TYPE_CHECKING:
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("svg", "png")
 _STYLE = {"font.size": 9, "svg.hashsalt": "plait", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
+_RECOVERY = "recovery: (merged − base) / (own adapter − base), 95 % interval"
+_LAYERS = ("cosine", "sign_conflict", "overlap_a", "overlap_b")
 
 
 def write_figures(report: Report, folder: Path) -> list[Path]:
@@ -57,49 +58,76 @@ def write_figures(report: Report, folder: Path) -> list[Path]:
 def _drawings(report: Report) -> Iterator[tuple[str, Callable[[Figure], None]]]:
     if report.evaluations:
         first = report.evaluations[0]
-        yield "recovery", lambda figure: _recovery(figure, first)
+        yield "recovery", lambda figure: _bars(figure, of_tasks(first.tasks), _RECOVERY)
         if (found := interference(first)) is not None:
-            yield "interference", lambda figure: _heat(figure, found)
-    if report.weights is not None:
+            yield "interference", lambda figure: _table(figure, found)
+    if (board := report.comparison) is not None:
+        yield "leaderboard", lambda figure: _bars(figure, of_places(board), f"worst {_RECOVERY}")
+    if report.weights is not None and not report.weights.constant:
         weights = weight_map(report.weights)
-        yield "weights", lambda figure: _heat(figure, weights)
+        yield "weights", lambda figure: _strips(figure, weights)
     if report.conflict is not None:
-        for name, table in zip(("cosine", "sign_conflict", "overlap_a", "overlap_b"), layer_maps(report.conflict), strict=True):
-            yield f"layers_{name}", lambda figure, table=table: _heat(figure, table)  # type: ignore[misc]
+        for name, table in zip(_LAYERS, layer_maps(report.conflict), strict=True):
+            yield f"layers_{name}", lambda figure, table=table: _strips(figure, table)  # type: ignore[misc]
+    for index, merge in enumerate(m for m in report.merges if m.result == "truncated"):
+        energy = energy_map(merge)
+        yield f"energy{f'_{index + 1}' if index else ''}", lambda figure, energy=energy: _strips(figure, energy)  # type: ignore[misc]
 
 
-def _recovery(figure: Figure, found: Evaluation) -> None:
-    tasks = [t for t in found.tasks if t.recovery is not None]
-    figure.set_size_inches(5.5, 0.8 + 0.35 * len(tasks))
+def _bars(figure: Figure, found: Sequence[Recovered], label: str) -> None:
+    known = [r for r in found if r.value is not None]
+    figure.set_size_inches(5.5, 0.8 + 0.35 * len(known))
     axes: Axes = figure.subplots()
-    for place, task in enumerate(reversed(tasks)):
-        value = task.recovery or 0.0
-        axes.barh(place, value, height=0.6, color=css(diverging(-1.0 if task.below_base else 1.0)))
-        if task.recovery_interval is not None:
-            axes.hlines(place, *task.recovery_interval, color="black", linewidth=1.2)
-    axes.set_yticks(range(len(tasks)), [t.task for t in reversed(tasks)])
+    for place, r in enumerate(reversed(known)):
+        axes.barh(place, r.value or 0.0, height=0.6, color=css(diverging(1.0 if r.good else -1.0)))
+        if r.interval is not None:
+            axes.hlines(place, *r.interval, color="black", linewidth=1.2)
+    axes.set_yticks(range(len(known)), [r.name for r in reversed(known)])
     for mark in (0, 1):
         axes.axvline(mark, color="grey", linewidth=0.8, linestyle="--")
-    axes.set_xlabel("recovery: (merged − base) / (own adapter − base), 95 % interval")
+    axes.set_xlabel(label)
 
 
-def _heat(figure: Figure, table: HeatMap) -> None:
+def _table(figure: Figure, table: HeatMap) -> None:
     rows, columns = len(table.rows), len(table.columns)
-    figure.set_size_inches(1.6 + 1.3 * columns, 0.9 + 0.24 * rows)
+    figure.set_size_inches(1.6 + 1.3 * columns, 0.9 + 0.3 * rows)
     axes: Axes = figure.subplots()
     for y, (_, cells) in enumerate(table.rows):
         for x, cell in enumerate(cells):
-            shown = cell.background != "transparent"
-            axes.add_patch(_square(x, y, cell.background if shown else "white"))
-            axes.text(x, y, cell.text, ha="center", va="center", fontsize=7, color=cell.ink if shown else "black")
-    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), title=table.title)
-    axes.set_xticks(range(columns), table.columns, rotation=20, ha="right")
-    axes.set_yticks(range(rows), [name for name, _ in table.rows])
+            axes.add_patch(_square(x, y, cell))
+            known = cell.background != "transparent"
+            axes.text(x, y, cell.text, ha="center", va="center", fontsize=7, color=cell.ink if known else "black")
+    axes.set_xticks(range(columns), table.columns)
+    _finish(axes, table)
+
+
+def _strips(figure: Figure, table: HeatMap) -> None:
+    rows, columns = len(table.rows), len(table.columns)
+    figure.set_size_inches(7.0, 1.0 + 0.26 * rows)
+    axes: Axes = figure.subplots()
+    for y, (_, cells) in enumerate(table.rows):
+        for x, cell in enumerate(cells):
+            axes.add_patch(_square(x, y, cell))
+    every = max(1, columns // 8)
+    axes.set_xticks(range(0, columns, every), [name.rpartition(".")[2] for name in table.columns[::every]])
+    axes.set_xlabel("layer")
+    _finish(axes, table)
+    for place, end in enumerate(table.legend):
+        box = {"facecolor": end.background, "edgecolor": "lightgrey", "linewidth": 0.5, "pad": 2.5}
+        at = 1 - 0.07 * (len(table.legend) - 1 - place)
+        axes.text(at, 1.04, end.text, color=end.ink, transform=axes.transAxes, ha="right", va="bottom", fontsize=7, bbox=box)
+
+
+def _finish(axes: Axes, table: HeatMap) -> None:
+    axes.set(xlim=(-0.5, len(table.columns) - 0.5), ylim=(len(table.rows) - 0.5, -0.5))
+    axes.set_title(table.title, loc="left")
+    axes.set_yticks(range(len(table.rows)), [name for name, _ in table.rows])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
 
-def _square(x: int, y: int, color: str) -> Any:
+def _square(x: int, y: int, cell: Cell) -> Any:
     from matplotlib.patches import Rectangle
 
+    color = "white" if cell.background == "transparent" else cell.background
     return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor="white", linewidth=0.5)

@@ -43,7 +43,7 @@ def make_report(
     Args:
         runs: run folders or result files of evaluations, and folders of written merges.
         out: the page.
-        title: of the page; the first evaluation's name when None.
+        title: of the page; what it is about when None.
         figures: folder for the same figures as SVG and PNG; none are drawn when None.
         force: replace a file that stands at `out`.
         progress: who listens.
@@ -57,14 +57,21 @@ def make_report(
             f"{out} exists already. Choose another file" + ("." if out.is_dir() else ", or replace it with --force.")
         )
     report = read_report(runs, progress)
-    name = report.evaluations[0].name if report.evaluations else "merge"
     try:
-        text = render(report, title=title or f"What {name} kept")
+        text = render(report, title=title or _title(report))
     except ImportError:
         raise ReportError("the page is made with jinja2, which is not installed; pip install 'plait[report]'.") from None
     _write(out, text)
     drawn = write_figures(report, figures) if figures is not None else []
     return ReportResult(out, tuple(drawn), report)
+
+
+def _title(report: Report) -> str:
+    if report.evaluations:
+        return f"What {report.evaluations[0].name} kept"
+    if report.comparison is not None:
+        return f"Merges of {' + '.join(report.comparison.adapters)}"
+    return f"Merge by {report.merges[0].method}" if report.merges else "Training"
 
 
 def _write(path: Path, text: str) -> None:

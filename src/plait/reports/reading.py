@@ -23,6 +23,7 @@ from plait.merging.weighting import module_weights, towers_of
 from plait.recipes.loading import build_recipe
 from plait.recipes.schema import Recipe
 from plait.records import Record
+from plait.reports.losses import CURVES, LossCurve, LossCurves
 
 LEADERBOARD = "leaderboard.json"
 RESULTS = "eval_results_*.json"
@@ -41,6 +42,11 @@ class LayerWeights(Record):
     layers: tuple[str, ...]
     values: tuple[tuple[float, ...], ...]
 
+    @property
+    def constant(self) -> bool:
+        """Whether they are the same in all layers."""
+        return len(set(self.values)) == 1
+
 
 class Report(Record):
     """Everything that one page shows.
@@ -50,7 +56,8 @@ class Report(Record):
         comparison: a leaderboard of many merges.
         merges: run records of written merges, for the energy that they kept.
         conflict: how the adapters lie to each other; None where their files are not at hand.
-        weights: per layer; None where they are the same in all layers, or not known.
+        weights: per layer; None where they are not known.
+        losses: how the adapters were trained, where that is known.
         locks: file → text.
         notes: what could not be shown, and why.
     """
@@ -60,6 +67,7 @@ class Report(Record):
     merges: tuple[RunRecord, ...] = ()
     conflict: Conflict | None = None
     weights: LayerWeights | None = None
+    losses: tuple[LossCurve, ...] = ()
     locks: dict[str, str] = {}  # noqa: RUF012 (frozen)
     notes: tuple[str, ...] = ()
 
@@ -68,7 +76,9 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
     """Read runs.
 
     Args:
-        paths: run folders, result files (`eval_results_*.json`, `leaderboard.json`), and folders of written merges.
+        paths: run folders and result files of evaluations (`eval_results_*.json`), leaderboards (`leaderboard.json`; what
+            stands behind their places is found in the workspace), folders of written merges, and loss curves
+            (`loss_curves.json`).
         progress: told of the adapters' comparison, where their files are still at hand.
 
     Raises:
@@ -77,28 +87,37 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
     evaluations: list[Evaluation] = []
     comparisons: list[Comparison] = []
     merges: list[RunRecord] = []
+    losses: list[LossCurve] = []
     locks: dict[str, str] = {}
     problems: list[str] = []
     for path in paths:
         try:
             found = _files(path)
             evaluations += [_read(Evaluation, f) for f in found if f.match(RESULTS)]
-            comparisons += [_read(Comparison, f) for f in found if f.name == LEADERBOARD]
+            boards = {f: _read(Comparison, f) for f in found if f.name == LEADERBOARD}
+            comparisons += boards.values()
+            for file, board in boards.items():
+                evaluations += _places(file, board)
             merges += [_read(RunRecord, f) for f in found if f.name == RECORD and (f.parent / LOCK).is_file()]
+            losses += [curve for f in found if f.name == CURVES for curve in _read(LossCurves, f).curves]
             locks |= {str(f): f.read_text(encoding="utf-8") for f in found if f.name == LOCK}
         except ReportError as error:
             problems.append(str(error))
+    once: dict[str, Evaluation] = {}
+    for evaluation in evaluations:  # a place of a leaderboard may also be given by itself
+        once.setdefault(evaluation.tag, evaluation)
     if len(comparisons) > 1:
         problems.append(f"{len(comparisons)} leaderboards; a page shows one")
     collect(ReportError, problems, "these runs cannot be reported")
-    recipe = _recipe(evaluations)
+    recipe = _recipe(tuple(once.values()))
     conflict, weights, notes = _adapters(recipe, progress) if recipe is not None else (None, None, [])
     return Report(
-        evaluations=tuple(evaluations),
+        evaluations=tuple(once.values()),
         comparison=comparisons[0] if comparisons else None,
         merges=tuple(merges),
         conflict=conflict,
         weights=weights,
+        losses=tuple(losses),
         locks=locks,
         notes=tuple(notes),
     )
@@ -106,9 +125,9 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
 
 def _files(path: Path) -> list[Path]:
     if path.is_file():
-        found = [path] if path.match(RESULTS) or path.name in (LEADERBOARD, RECORD, LOCK) else []
+        found = [path] if path.match(RESULTS) or path.name in (LEADERBOARD, RECORD, LOCK, CURVES) else []
     else:
-        names = (RESULTS, LEADERBOARD, RECORD, LOCK)
+        names = (RESULTS, LEADERBOARD, RECORD, LOCK, CURVES)
         found = [f for name in names for f in sorted(path.glob(name))] if path.is_dir() else []
     if not found:
         what = "is no file or folder" if not path.exists() else "holds no run"
@@ -116,6 +135,16 @@ def _files(path: Path) -> list[Path]:
             f"{path}: {what}. Give a run folder of `plait eval` (it holds {RESULTS} or {LEADERBOARD}), or the "
             f"folder of a merge ({RECORD})."
         )
+    return found
+
+
+def _places(file: Path, board: Comparison) -> list[Evaluation]:
+    """Read what stands behind the places of a leaderboard, as far as the workspace in which it lies still holds it."""
+    workspace = file.absolute().parents[3]  # <workspace>/compared/<adapters>/run_<time>/leaderboard.json
+    found = []
+    for place in board.places:
+        files = sorted(workspace.glob(f"merged/*/*/eval/{board.split}/eval_results_{place.tag}_{board.split}.json"))
+        found += [_read(Evaluation, f).model_copy(update={"name": place.name}) for f in files[:1]]
     return found
 
 
@@ -153,7 +182,7 @@ def _weights(recipe: Recipe, modules: Sequence[str]) -> LayerWeights | None:
         if key is not None:
             rows.setdefault(key, []).append(module_weights(recipe, module, towers).tolist())
     values = [tuple(mean(column) for column in zip(*rows[key], strict=True)) for key in sorted(rows)]
-    if len(set(values)) < 2:
+    if not values:
         return None
     return LayerWeights(
         adapters=tuple(a.name for a in recipe.adapters), layers=tuple(map(str, sorted(rows))), values=tuple(values)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from plait.evaluation.comparison import Comparison
 from plait.evaluation.record import Evaluation
+from plait.reports.charts import share
 
 _GOOD, _FAIR = 0.9, 0.7  # of the single adapters' gain
 
@@ -31,10 +33,21 @@ def certainty(found: Evaluation) -> str:
     low, high = found.worst_interval
     examples = sum(t.examples for t in found.tasks)
     sure = "The interval is wide: more examples would tell more." if high - low > 0.3 else ""
-    return f"With {examples} examples the worst recovery lies between {low:.0%} and {high:.0%} (95 %). {sure}".strip()
+    bounds = f"{share(low)} and {share(high)} (95\N{NO-BREAK SPACE}%)"
+    return f"With {examples} examples the worst recovery lies between {bounds}. {sure}".strip()
+
+
+def standing(found: Evaluation, board: Comparison) -> str:
+    """Say where an evaluation stands on a leaderboard; nothing where it is not on it, or alone."""
+    tags = [place.tag for place in board.places]
+    if found.tag not in tags or len(tags) < 2:
+        return ""
+    rank, best = tags.index(found.tag) + 1, board.places[0]
+    if rank == 1:
+        return f"{found.name} is the best of {len(tags)} merges that were compared."
+    return f"{found.name} is number {rank} of {len(tags)} merges that were compared; {best.name} is the best."
 
 
 def _numbers(found: Evaluation) -> str:
-    return (
-        f"On average {found.mean_recovery:.0%} is kept; the worst task, {found.worst_task}, keeps {found.worst_recovery:.0%}."
-    )
+    mean, worst = share(found.mean_recovery), share(found.worst_recovery)
+    return f"On average {mean} is kept; the worst task, {found.worst_task}, keeps {worst}."

@@ -38,12 +38,14 @@ class Knots(Space):
         basis = q_b @ u[:, :kept].to(q_b.dtype)
         basis = basis * orient(basis)
         # Σ Vₜᵀ = Uᵀ ΔWₜ: taken from the factors, a zero delta is exactly zero here and has no vote
-        coordinates = torch.stack([(basis.mT @ d.b) @ d.a for d in deltas])  # (T, k, n)
+        coordinates = basis.new_empty(len(deltas), kept, deltas[0].shape[1])  # (T, k, n)
+        for delta, place in zip(deltas, coordinates, strict=True):
+            torch.mm(basis.mT @ delta.b, delta.a, out=place)
 
         def lift(merged: Sequence[RowBlocks]) -> Merged:
             return LowRank(merged[0].dense(), basis)
 
-        return Frame((Array("knots", (kept, deltas[0].shape[1]), held(coordinates), unchanged),), lift, basis.dtype)
+        return Frame((Array("knots", (kept, coordinates.shape[2]), held(coordinates), unchanged),), lift, basis.dtype)
 
     def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """Return min(Σ rₜ, d_out, d_in)."""

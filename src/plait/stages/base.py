@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from torch import Tensor
 
@@ -192,7 +192,8 @@ class GramCombine(Stage):
         scope: whose inner products: each module's, or the sum over the model.
     """
 
-    scope: Scope
+    if TYPE_CHECKING:
+        scope: Scope  # a subclass's field: declared here it would stand before that one's name
 
     @abstractmethod
     def coefficients(self, weights: Tensor, gram: Tensor) -> Tensor:
@@ -247,7 +248,11 @@ class StageParams(Record):
     """Base of the stages that a recipe can spell: their fields are their parameters, `name` tells them apart.
 
     Every field has bounds, a default and a description, as those of methods do; the docstring's first line is what people read.
+    Parameters that methods take too stand in a record of their own (`TrimFields`), of which both inherit; `StageParams` comes
+    after it in the bases, so that `name` stays the first field.
     """
+
+    name: str
 
     @classmethod
     def of(cls, params: Record) -> Self:

@@ -10,32 +10,37 @@ from pydantic import Field
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
-from plait.linalg.factored import ThinSVD, rank_for_energy
+from plait.linalg.factored import ThinSVD, flattener, rank_for_energy
 from plait.linalg.sparsify import kept_count
 from plait.linalg.spectral import TOLERANCE, joint_coordinates, numerical_rank, smooth_spectrum
+from plait.records import Record
 from plait.stages.base import DeltaStage, MergedStage, Site, StageParams, register_stage
 
-Directions = Annotated[
-    Literal["all", "effective"],
-    Field(description="All that are not round-off, or only as many as the effective rank exp(−Σ p ln p), p = σ / Σ σ."),
-]
-Tolerance = Annotated[
-    float, Field(ge=0, lt=1, description="Singular values up to this share of the largest are round-off and dropped.")
-]
-Alpha = Annotated[float, Field(gt=0, le=1, description="Least contribution; 1 / alpha is the most a direction can grow.")]
-Eta = Annotated[float, Field(gt=0, le=1, description="Share of the nuclear norm that the kept values must hold.")]
+
+class IsoFields(Record):
+    """Parameters of `iso` and of Iso-C."""
+
+    directions: Annotated[
+        Literal["all", "effective"],
+        Field(description="All that are not round-off, or only as many as the effective rank exp(−Σ p ln p), p = σ / Σ σ."),
+    ] = "all"
+    tolerance: Annotated[
+        float, Field(ge=0, lt=1, description="Singular values up to this share of the largest are round-off and dropped.")
+    ] = TOLERANCE
 
 
 @register_stage
-class Iso(StageParams, MergedStage):
+class Iso(IsoFields, StageParams, MergedStage):
     """Give all singular directions of the merged delta the mean of its singular values (Iso-C, §4.1)."""
 
     name: Literal["iso"] = "iso"
-    directions: Directions = "all"
-    tolerance: Tolerance = TOLERANCE
 
     def apply(self, merged: LowRank, site: Site) -> LowRank:
         """Return σ̄ U Vᵀ; a zero delta stays zero."""
+        if self.directions == "all":
+            middle = flattener(merged.b, merged.a, self.tolerance)
+            if middle is not None:
+                return LowRank(merged.a, merged.b @ middle.to(merged.b.dtype))
         svd = merged.svd()
         svd = svd.head(numerical_rank(svd.s, tolerance=self.tolerance))
         if len(svd.s) == 0:
@@ -45,8 +50,16 @@ class Iso(StageParams, MergedStage):
         return LowRank.from_svd(svd._replace(s=svd.s.mean().expand_as(svd.s)))
 
 
+class SvcFields(Record):
+    """Parameters of `svc`, the stage and the method."""
+
+    alpha: Annotated[
+        float, Field(gt=0, le=1, description="Least contribution; 1 / alpha is the most a direction can grow.")
+    ] = 0.1
+
+
 @register_stage
-class Svc(StageParams, MergedStage):
+class Svc(SvcFields, StageParams, MergedStage):
     """Shrink the singular values of the merged delta to which several adapters have contributed (SVC, Algorithm 1).
 
     γᵣ = T / Σₜ max(α, sᵣₜ) with sᵣₜ = ⟨uᵣᵀM, uᵣᵀΔWₜ⟩ / ‖uᵣᵀΔWₜ‖², and ΔWₜ times its weight. An adapter without a part in a
@@ -54,7 +67,6 @@ class Svc(StageParams, MergedStage):
     """
 
     name: Literal["svc"] = "svc"
-    alpha: Alpha = 0.1
 
     def apply(self, merged: LowRank, site: Site) -> LowRank:
         """Return U diag(γ σ) Vᵀ; a zero delta stays zero."""
@@ -95,12 +107,17 @@ class Pico(StageParams, DeltaStage):
         return [LowRank(d.a, q @ (shrink @ b).to(q.dtype)) for d, b in zip(site.deltas, columns, strict=True)]
 
 
+class StarFields(Record):
+    """Parameters of `star`, the stage and the method."""
+
+    eta: Annotated[float, Field(gt=0, le=1, description="Share of the nuclear norm that the kept values must hold.")] = 0.4
+
+
 @register_stage
-class Star(StageParams, DeltaStage):
+class Star(StarFields, StageParams, DeltaStage):
     """Keep each adapter's largest singular values and stretch them to the sum of all (STAR, §2)."""
 
     name: Literal["star"] = "star"
-    eta: Eta = 0.4
 
     def apply(self, site: Site) -> Sequence[LowRank]:
         """Return the truncated deltas, of unchanged nuclear norms."""

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from plait.records import Record
 from plait.stages.base import Block, EntryCombine, Scope, StageParams, Survey, register_stage
 from plait.stages.surveys import extremes, magnitudes, total
 
@@ -17,8 +18,16 @@ _FIXED_POINT = 2.0**24  # terms of the softmax' sum as whole numbers: a sum of t
 _CLAMPED = 1e-4  # the code's share of entries clamped at both ends
 
 
+class CompeteFields(Record):
+    """Parameters of `compete` and of PCB."""
+
+    reading: Annotated[Reading, Field(description="The paper's softmax, or the authors' products and clamps.")] = "paper"
+    density: Annotated[float, Field(gt=0, le=1, description="Share of entries that an adapter keeps (the paper's r).")] = 0.1
+    scope: Annotated[Scope, Field(description="Normalise and rank over the whole model, or within each module.")] = "model"
+
+
 @register_stage
-class Compete(StageParams, EntryCombine):
+class Compete(CompeteFields, StageParams, EntryCombine):
     """Weigh every entry by how large it is in its adapter and how the others see it, and keep the best (PCB-Merging, eq. 2–5).
 
     β = intra ⊙ inter, of which each adapter keeps its `density` largest; ΔW = Σ β̂ₜ wₜ τₜ / Σ β̂ₜ. Two readings:
@@ -33,9 +42,6 @@ class Compete(StageParams, EntryCombine):
     """
 
     name: Literal["compete"] = "compete"
-    reading: Annotated[Reading, Field(description="The paper's softmax, or the authors' products and clamps.")] = "paper"
-    density: Annotated[float, Field(gt=0, le=1, description="Share of entries that an adapter keeps.")] = 0.1
-    scope: Annotated[Scope, Field(description="Normalise and rank over the whole model, or within each module.")] = "model"
 
     def surveys(self) -> tuple[Survey, ...]:
         """Ask for the ranges that are normalised by, and for the largest and the smallest β that is kept."""

@@ -10,27 +10,34 @@ from pydantic import Field
 from torch import Tensor
 
 from plait.linalg.elect import agreement, elect_sign, merge_agreeing
+from plait.records import Record
 from plait.stages.base import Block, EntryCombine, Scope, StageParams, Survey, register_stage
 from plait.stages.surveys import sums
 from plait.stages.surveys import total as count
 
 Threshold = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Boost = Annotated[float, Field(ge=0, le=100, description="r of RAM+: how much an adapter's own entries are enlarged.")]
 
 
-@register_stage
-class ElectByEnergy(StageParams, EntryCombine):
-    """Elect a sign per entry and average those that agree, each by its share of the module's energy (SCE, calculate and erase).
+class ElectByEnergyFields(Record):
+    """Parameters of `elect_by_energy` and of SCE."""
 
-    ηₜ = ‖wₜ xₜ‖² / Σₛ ‖wₛ xₛ‖² over a module; the merge is Σ ηₜ wₜ xₜ over the adapters whose sign is that of Σ wₜ xₜ.
-    """
-
-    name: Literal["elect_by_energy"] = "elect_by_energy"
     divisor: Annotated[
         Literal["share", "none"], Field(description="Divide by the agreeing adapters' summed share, or not at all.")
     ] = "share"
     zero_sign: Annotated[Literal["drop", "plus"], Field(description="A perfect tie drops the entry, or counts as plus.")] = (
         "drop"
     )
+
+
+@register_stage
+class ElectByEnergy(ElectByEnergyFields, StageParams, EntryCombine):
+    """Elect a sign per entry and average those that agree, each by its share of the module's energy (SCE, calculate and erase).
+
+    ηₜ = ‖wₜ xₜ‖² / Σₛ ‖wₛ xₛ‖² over a module; the merge is Σ ηₜ wₜ xₜ over the adapters whose sign is that of Σ wₜ xₜ.
+    """
+
+    name: Literal["elect_by_energy"] = "elect_by_energy"
 
     def surveys(self) -> tuple[Survey, ...]:
         """Ask for every adapter's energy in the module."""
@@ -46,11 +53,9 @@ class ElectByEnergy(StageParams, EntryCombine):
         return merge_agreeing(x, agreement(x, sign), share, "weight" if self.divisor == "share" else "none")
 
 
-@register_stage
-class Consensus(StageParams, EntryCombine):
-    """Sum, and keep the entries that several adapters want: |τₜ| > λₜ |Σₛ τₛ − τₜ| with τₜ = wₜ xₜ (Consensus TA, §4)."""
+class ConsensusFields(Record):
+    """Parameters of `consensus`, the stage and the method."""
 
-    name: Literal["consensus"] = "consensus"
     threshold: Annotated[
         Threshold | tuple[Threshold, ...],
         Field(description="λ: the lower, the more entries an adapter wants. One number, or one per adapter in their order."),
@@ -58,6 +63,13 @@ class Consensus(StageParams, EntryCombine):
     wanted_by: Annotated[
         int, Field(ge=0, le=4096, description="Adapters that must want an entry; at most all of them. 0 keeps every entry.")
     ] = 2
+
+
+@register_stage
+class Consensus(ConsensusFields, StageParams, EntryCombine):
+    """Sum, and keep the entries that several adapters want: |τₜ| > λₜ |Σₛ τₛ − τₜ| with τₜ = wₜ xₜ (Consensus TA, §4)."""
+
+    name: Literal["consensus"] = "consensus"
 
     def problems(self, space: str, adapters: int) -> list[str]:
         """Refuse thresholds of another number than the adapters."""
@@ -74,8 +86,15 @@ class Consensus(StageParams, EntryCombine):
         return torch.where(torch.stack(wants).sum(0) >= min(self.wanted_by, len(x)), merged, 0)
 
 
+class AverageSharedFields(Record):
+    """Parameters that `average_shared` shares with RAM+."""
+
+    boost: Boost = 0.0
+    cap: Annotated[float, Field(ge=0, le=1e6, description="α of RAM+: the largest ratio of shared to own entries.")] = 0.2
+
+
 @register_stage
-class AverageShared(StageParams, EntryCombine):
+class AverageShared(AverageSharedFields, StageParams, EntryCombine):
     """Average an entry over the adapters in which it is not zero; one that is a single adapter's own is kept whole (RAM, §4).
 
     With `boost` > 0 an adapter's own entries are enlarged by 1 + boost · min(shared / own, cap), shared and own being its
@@ -83,8 +102,6 @@ class AverageShared(StageParams, EntryCombine):
     """
 
     name: Literal["average_shared"] = "average_shared"
-    boost: Annotated[float, Field(ge=0, le=100, description="r of RAM+: how much an adapter's own entries are enlarged.")] = 0.0
-    cap: Annotated[float, Field(ge=0, le=1e6, description="α of RAM+: the largest ratio of shared to own entries.")] = 0.2
     scope: Annotated[Scope, Field(description="Count over the whole model, or within each module.")] = "model"
 
     def surveys(self) -> tuple[Survey, ...]:

@@ -8,17 +8,16 @@ from pydantic import Field
 from torch import Tensor
 
 from plait.linalg.elect import Divisor, Vote, agreement, elect_sign, merge_agreeing
+from plait.records import Record
 from plait.stages.base import Block, EntryCombine, Scope, StageParams, Survey, register_stage
 from plait.stages.surveys import total
 
 ZeroSign = Literal["drop", "plus", "majority"]
 
 
-@register_stage
-class Elect(StageParams, EntryCombine):
-    """Elect a sign per entry and average the adapters that agree with it (TIES, Algorithm 1, steps 2 and 3)."""
+class ElectFields(Record):
+    """How a sign is elected per entry and who is averaged then; of `elect` and of the methods that end with it."""
 
-    name: Literal["elect"] = "elect"
     sign: Annotated[Vote, Field(description="Vote by magnitude (`total`) or by head (`frequency`).")] = "total"
     weighted_vote: Annotated[bool, Field(description="Multiply by the adapters' weights before the vote.")] = False
     zero_sign: Annotated[
@@ -28,6 +27,13 @@ class Elect(StageParams, EntryCombine):
     divisor: Annotated[Divisor, Field(description="Divide by the agreeing adapters' count, summed weight, or not at all.")] = (
         "count"
     )
+
+
+@register_stage
+class Elect(ElectFields, StageParams, EntryCombine):
+    """Elect a sign per entry and average the adapters that agree with it (TIES, Algorithm 1, steps 2 and 3)."""
+
+    name: Literal["elect"] = "elect"
     scope: Annotated[Scope, Field(description="Whose majority a perfect tie takes: the model's, or the module's.")] = "model"
 
     def problems(self, space: str, adapters: int) -> list[str]:

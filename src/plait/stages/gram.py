@@ -12,26 +12,32 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from plait.records import Record
 from plait.stages.base import GramCombine, Scope, StageParams, register_stage
 
 _FLAT = 1e-6  # sines and lengths below this, relative to 1, are round-off of a Gram matrix
-_EACH = Field(description="Lengths and angles of each module's delta, or of the whole task vector.")
+EachScope = Annotated[Scope, Field(description="Lengths and angles of each module's delta, or of the whole task vector.")]
+
+
+class SlerpFields(Record):
+    """Parameters of `slerp`, the stage and the method."""
+
+    t: Annotated[float, Field(ge=0, le=1, description="How far: 0 is the first adapter, 1 the second.")] = 0.5
+    norm: Annotated[
+        Literal["raw", "interpolate"],
+        Field(description="Put the deltas as they are into the formula, or turn the direction and interpolate the norm."),
+    ] = "raw"
+    scope: EachScope = "module"
 
 
 @register_stage
-class Slerp(StageParams, GramCombine):
+class Slerp(SlerpFields, StageParams, GramCombine):
     """Go along the arc from the first delta to the second, wₜ ΔWₜ each (Shoemake 1985, eq. in §3.3).
 
     Straight, (1 − t) and t, where there is no one arc: one of them is zero, or they are parallel or antipodal.
     """
 
     name: Literal["slerp"] = "slerp"
-    t: Annotated[float, Field(ge=0, le=1, description="How far: 0 is the first adapter, 1 the second.")] = 0.5
-    norm: Annotated[
-        Literal["raw", "interpolate"],
-        Field(description="Put the deltas as they are into the formula, or turn the direction and interpolate the norm."),
-    ] = "raw"
-    scope: Annotated[Scope, _EACH] = "module"
 
     def problems(self, space: str, adapters: int) -> list[str]:
         """Refuse other numbers than two."""
@@ -52,16 +58,21 @@ class Slerp(StageParams, GramCombine):
         return arc * weights * ((way @ lengths) / lengths if self.norm == "interpolate" else 1)
 
 
+class MultiSlerpFields(Record):
+    """Parameters of `multislerp`, the stage and the method."""
+
+    normalize: Annotated[bool, Field(description="Divide the weights by the sum of their magnitudes.")] = True
+    scope: EachScope = "module"
+
+
 @register_stage
-class MultiSlerp(StageParams, GramCombine):
+class MultiSlerp(MultiSlerpFields, StageParams, GramCombine):
     """Take the direction of the mean of the unit deltas, and the mean of their norms: Σ wₜ‖ΔWₜ‖ · m/‖m‖, m = Σ wₜ ΔWₜ/‖ΔWₜ‖.
 
     A negative weight turns its delta round. Unit deltas that cancel have no direction: the weighted mean is taken then.
     """
 
     name: Literal["multislerp"] = "multislerp"
-    normalize: Annotated[bool, Field(description="Divide the weights by the sum of their magnitudes.")] = True
-    scope: Annotated[Scope, _EACH] = "module"
 
     def coefficients(self, weights: Tensor, gram: Tensor) -> Tensor:
         """Return c (T,)."""
@@ -72,8 +83,16 @@ class MultiSlerp(StageParams, GramCombine):
         return points.on_sphere(points.share / length)
 
 
+class KarcherFields(Record):
+    """Parameters of `karcher`, the stage and the method."""
+
+    iterations: Annotated[int, Field(ge=1, le=10000, description="Most steps.")] = 100
+    tolerance: Annotated[float, Field(gt=0, le=1, description="Stop when a step turns by less, in radians.")] = 1e-9
+    scope: EachScope = "module"
+
+
 @register_stage
-class Karcher(StageParams, GramCombine):
+class Karcher(KarcherFields, StageParams, GramCombine):
     """Take the point of the sphere nearest to all unit deltas, Σ |wₜ| angle² least, times the weighted mean of their norms.
 
     Fixed-point iteration from the mean (Karcher 1977; Krakowski et al. 2007). A negative weight turns its delta round; a zero
@@ -81,9 +100,6 @@ class Karcher(StageParams, GramCombine):
     """
 
     name: Literal["karcher"] = "karcher"
-    iterations: Annotated[int, Field(ge=1, le=10000, description="Most steps.")] = 100
-    tolerance: Annotated[float, Field(gt=0, le=1, description="Stop when a step turns by less, in radians.")] = 1e-9
-    scope: Annotated[Scope, _EACH] = "module"
 
     def coefficients(self, weights: Tensor, gram: Tensor) -> Tensor:
         """Return c (T,)."""
@@ -105,12 +121,17 @@ class Karcher(StageParams, GramCombine):
         return points.on_sphere(mean)
 
 
+class MetaGPTFields(Record):
+    """Parameters of `metagpt`, the stage and the method."""
+
+    scope: Annotated[Scope, Field(description="Energies of the whole task vectors, or of each module.")] = "model"
+
+
 @register_stage
-class MetaGPT(StageParams, GramCombine):
+class MetaGPT(MetaGPTFields, StageParams, GramCombine):
     """Weigh the adapters by their share of the energy: Σ wₜ λₜ ΔWₜ, λₜ = ‖τₜ‖² / Σ ‖τₛ‖² (MetaGPT, Theorem 4)."""
 
     name: Literal["metagpt"] = "metagpt"
-    scope: Annotated[Scope, Field(description="Energies of the whole task vectors, or of each module.")] = "model"
 
     def coefficients(self, weights: Tensor, gram: Tensor) -> Tensor:
         """Return c (T,)."""
@@ -118,15 +139,20 @@ class MetaGPT(StageParams, GramCombine):
         return weights * energy / energy.sum() if energy.sum() > 0 else weights / len(weights)
 
 
+class ModelStockFields(Record):
+    """Parameters of `model_stock`, the stage and the method."""
+
+    scope: EachScope = "module"
+
+
 @register_stage
-class ModelStock(StageParams, GramCombine):
+class ModelStock(ModelStockFields, StageParams, GramCombine):
     """Shrink the mean by how much the adapters agree: t · mean(wₜ ΔWₜ), t = T cos θ / (1 + (T − 1) cos θ) (Model Stock, eq. 3).
 
     cos θ is the mean over all pairs. It is meant for runs of one task: where deltas point against each other t is negative.
     """
 
     name: Literal["model_stock"] = "model_stock"
-    scope: Annotated[Scope, _EACH] = "module"
 
     def coefficients(self, weights: Tensor, gram: Tensor) -> Tensor:
         """Return c (T,)."""

@@ -8,18 +8,24 @@ import torch
 from pydantic import Field
 
 from plait.adapters.lowrank import LowRank
+from plait.records import Record
 from plait.stages.base import MergedStage, Site, StageParams, register_stage
 
 
+class NormMatchFields(Record):
+    """Parameters of `norm_match`, the stage and the method."""
+
+    to: Annotated[Literal["mean", "median", "max"], Field(description="Which of the adapters' norms.")] = "mean"
+
+
 @register_stage
-class NormMatch(StageParams, MergedStage):
+class NormMatch(NormMatchFields, StageParams, MergedStage):
     """Scale the merged delta to the norm of the adapters' own, ‖wₜ ΔWₜ‖_F: their mean, median or largest.
 
     Adapters without the module, and those of norm 0, have no say.
     """
 
     name: Literal["norm_match"] = "norm_match"
-    to: Annotated[Literal["mean", "median", "max"], Field(description="Which of the adapters' norms.")] = "mean"
 
     def apply(self, merged: LowRank, site: Site) -> LowRank:
         """Return the delta with the norm asked for; a zero delta stays zero."""

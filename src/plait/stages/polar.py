@@ -14,32 +14,27 @@ from plait.linalg.elect import agreement, elect_sign, merge_agreeing
 from plait.linalg.factored import ThinSVD
 from plait.linalg.sparsify import keep_at_least, kept_count
 from plait.linalg.spectral import numerical_rank, polar, smooth_spectrum
+from plait.records import Record
 from plait.stages.base import DeltaCombine, Site, StageParams, register_stage
 from plait.stages.joint import Joint, balanced
 
-Keep = Annotated[
-    float, Field(gt=0, le=1, description="Share of each adapter's singular directions that is kept, the strongest first.")
-]
-Common = Annotated[float, Field(ge=0, le=1, description="Share of all directions that is taken from the sum.")]
-Ratio = Annotated[
-    float | None,
-    Field(ge=1, le=1e6, description="Largest singular value over the smallest after smoothing; 1: all equal, None: unchanged."),
-]
-CoverDensity = Annotated[
-    float | None,
-    Field(gt=0, le=1, description="Share of entries kept per adapter; None keeps as many as the adapter has directions."),
-]
+
+class PolarFields(Record):
+    """Parameters of `polar` and of TSV-M."""
+
+    keep: Annotated[
+        float, Field(gt=0, le=1, description="Share of each adapter's singular directions that is kept, the strongest first.")
+    ] = 1.0
 
 
 @register_stage
-class Polar(StageParams, DeltaCombine):
+class Polar(PolarFields, StageParams, DeltaCombine):
     """Put all singular directions side by side, make them orthonormal, and sum up (TSV-M, Algorithm 1).
 
     Σ σₖ ũₖ ṽₖᵀ, where Ũ = polar([U₁ … U_T]), Ṽ likewise, and Uₜ diag(σₜ) Vₜᵀ = wₜ ΔWₜ.
     """
 
     name: Literal["polar"] = "polar"
-    keep: Keep = 1.0
 
     def combine(self, site: Site) -> LowRank:
         """Return the sum over whitened directions."""
@@ -52,12 +47,17 @@ class Polar(StageParams, DeltaCombine):
         return min(sum(kept_count(r, self.keep, "floor") for r in ranks), *shape)
 
 
+class CommonSpecificFields(Record):
+    """Parameters of `common_specific` and of Iso-CTS."""
+
+    common: Annotated[float, Field(ge=0, le=1, description="Share of all directions that is taken from the sum.")] = 0.8
+
+
 @register_stage
-class CommonSpecific(StageParams, DeltaCombine):
+class CommonSpecific(CommonSpecificFields, StageParams, DeltaCombine):
     """Take the leading directions of the sum, then each adapter's own outside of them, and whiten (Iso-CTS, §4.2)."""
 
     name: Literal["common_specific"] = "common_specific"
-    common: Common = 0.8
 
     def combine(self, site: Site) -> LowRank:
         """Return the sum over whitened directions, with the singular values that they came with."""
@@ -81,16 +81,29 @@ class CommonSpecific(StageParams, DeltaCombine):
         return min(round(left / adapters), size // adapters)
 
 
+class CoverFields(Record):
+    """Parameters of `cover` and of DC-Merge."""
+
+    rho: Annotated[
+        float | None,
+        Field(
+            ge=1, le=1e6, description="Largest singular value over the smallest after smoothing; 1: all equal, None: unchanged."
+        ),
+    ] = 5.0
+    density: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="Share of entries kept per adapter; None keeps as many as the adapter has directions."),
+    ] = None
+
+
 @register_stage
-class Cover(StageParams, DeltaCombine):
+class Cover(CoverFields, StageParams, DeltaCombine):
     """Smooth every spectrum, elect signs per entry in coordinates that cover all adapters, keep the diagonal blocks (DC-Merge).
 
     Smoothing is part of it, because directions can no longer be told apart once their singular values are equal.
     """
 
     name: Literal["cover"] = "cover"
-    rho: Ratio = 5.0
-    density: CoverDensity = None
 
     def combine(self, site: Site) -> LowRank:
         """Return Ũ M Ṽᵀ, M the merged diagonal blocks."""

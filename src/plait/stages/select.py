@@ -10,16 +10,24 @@ from pydantic import Field
 from torch import Tensor
 
 from plait.linalg.sparsify import kept_count
+from plait.records import Record
 from plait.stages.base import Block, EntryStage, Scope, StageParams, Survey, register_stage
 from plait.stages.surveys import magnitudes
 
 
+class KeepVariedFields(Record):
+    """Parameters that `keep_varied` shares with SCE."""
+
+    density: Annotated[
+        float, Field(gt=0, le=1, description="Share of entries kept: those in which the adapters differ most. 1 keeps all.")
+    ] = 0.1
+
+
 @register_stage
-class KeepVaried(StageParams, EntryStage):
+class KeepVaried(KeepVariedFields, StageParams, EntryStage):
     """Keep the entries in which the adapters differ most, wₜ xₜ by variance over t; the same entries of all (SCE, select)."""
 
     name: Literal["keep_varied"] = "keep_varied"
-    density: Annotated[float, Field(gt=0, le=1, description="Share of entries kept; 1 keeps all.")] = 0.1
     scope: Annotated[Scope, Field(description="Rank within each module, or over the whole model.")] = "module"
 
     def surveys(self) -> tuple[Survey, ...]:

@@ -18,13 +18,11 @@ from plait.adapters.lowrank import LowRank
 from plait.errors import PlanError
 from plait.linalg.factored import left_basis
 from plait.linalg.solve import IndefiniteError, RidgeSystem
+from plait.records import Record
 from plait.stages.base import DeltaCombine, Site, StageParams, register_stage
 
 Ridge = Annotated[
     float, Field(ge=0, le=1e6, description="Ridge, as a share of the mean eigenvalue of the summed Gram matrices.")
-]
-OffDiagonal = Annotated[
-    float, Field(ge=0, le=1, description="Factor on the off-diagonal entries of every Gram matrix (the paper's α).")
 ]
 _ROUND_OFF = 1e-6  # directions below this share of a delta's largest are none of its rows
 _RAISES = 12  # tenfold each: at 10¹² times the mean eigenvalue nothing is left but the mean
@@ -33,7 +31,21 @@ _RAISES = 12  # tenfold each: at 10¹² times the mean eigenvalue nothing is lef
 Term = tuple[Tensor, Tensor]  # an adapter's rows (r, n) and the Gram matrix of its inputs (n, n), both float64
 
 
-class _Solve(StageParams, DeltaCombine):
+class RidgeFields(Record):
+    """What every solver takes."""
+
+    ridge: Ridge = 1e-2
+
+
+class SolveInputsFields(RidgeFields):
+    """Parameters of `solve_inputs` and of RegMean."""
+
+    off_diagonal: Annotated[
+        float, Field(ge=0, le=1, description="Factor on the off-diagonal entries of every Gram matrix (the paper's α).")
+    ] = 0.9
+
+
+class _Solve(RidgeFields, StageParams, DeltaCombine):
     """M (Σ Gₜ + ρI) = Σ wₜ ΔWₜ Gₜ + ρ (1/T) Σ wₜ ΔWₜ; the kinds differ in Gₜ.
 
     Weights multiply the deltas, not the inputs: an adapter of weight ½ is followed at half strength on its inputs, one of
@@ -44,8 +56,6 @@ class _Solve(StageParams, DeltaCombine):
     """
 
     solves: ClassVar[bool] = True
-
-    ridge: Ridge = 1e-2
 
     def _solved(self, site: Site, term: Callable[[int], Term | None], basis: Tensor | None = None) -> LowRank:
         """Return the solution, of rank at most Σ rₜ.
@@ -89,13 +99,12 @@ class _Solve(StageParams, DeltaCombine):
 
 
 @register_stage
-class SolveInputs(_Solve):
+class SolveInputs(SolveInputsFields, _Solve):
     """Keep every adapter's outputs on its own inputs: Gₜ = E[x xᵀ], (d_in, d_in) (RegMean)."""
 
     needs_moments: ClassVar[bool] = True
 
     name: Literal["solve_inputs"] = "solve_inputs"
-    off_diagonal: OffDiagonal = 0.9
 
     def combine(self, site: Site) -> LowRank:
         """Return the solution over all rows."""

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from plait.linalg.sparsify import Count, drop_above, keep_at_least, kept_count, row_ranks
+from plait.records import Record
 from plait.stages.base import Block, EntryStage, Scope, StageParams, Survey, register_stage
 from plait.stages.surveys import magnitudes
 
+Density = Annotated[float, Field(gt=0, le=1, description="Share of entries kept per adapter.")]
+RankScope = Annotated[Scope, Field(description="Rank entries over the whole task vector (`model`), or within each module.")]
+
+
+class TrimFields(Record):
+    """Parameters of `trim` and of the methods that begin with it."""
+
+    density: Density = 0.2
+    scope: RankScope = "model"
+    kept: Annotated[Count, Field(description="How density · entries becomes a count.")] = "floor"
+
 
 @register_stage
-class Trim(StageParams, EntryStage):
+class Trim(TrimFields, StageParams, EntryStage):
     """Keep each adapter's largest entries (TIES, Algorithm 1, step 1). Entries that tie with the threshold are all kept."""
 
     name: Literal["trim"] = "trim"
-    density: Annotated[float, Field(gt=0, le=1, description="Share of entries kept per adapter.")] = 0.2
-    scope: Annotated[Scope, Field(description="Rank over the whole task vector (`model`) or within each module.")] = "model"
-    kept: Annotated[Count, Field(description="How density · entries becomes a count.")] = "floor"
 
     def surveys(self) -> tuple[Survey, ...]:
         """Ask for the smallest magnitude that is kept."""
@@ -31,22 +40,27 @@ class Trim(StageParams, EntryStage):
         return keep_at_least(block.x, block.statistics[0][:, 0])
 
 
-@register_stage
-class Band(StageParams, EntryStage):
-    """Drop each adapter's largest entries and its small ones (Model Breadcrumbs, §3)."""
+class BandFields(Record):
+    """Parameters of `band` and of Breadcrumbs."""
 
-    name: Literal["band"] = "band"
     density: Annotated[float, Field(gt=0, le=1, description="Share of entries kept: 1 − the shares dropped at both ends.")] = (
         0.9
     )
     gamma: Annotated[float, Field(ge=0, lt=1, description="Share of the largest entries that is dropped.")] = 0.01
-    scope: Annotated[Scope, Field(description="Rank within each module, or over the whole task vector.")] = "module"
+    scope: RankScope = "module"
 
     @model_validator(mode="after")
-    def _leave_room(self) -> Band:
+    def _leave_room(self) -> Self:
         if self.density + self.gamma > 1:
             raise ValueError(f"density {self.density} and gamma {self.gamma} add up to more than 1")
         return self
+
+
+@register_stage
+class Band(BandFields, StageParams, EntryStage):
+    """Drop each adapter's largest entries and its small ones (Model Breadcrumbs, §3)."""
+
+    name: Literal["band"] = "band"
 
     def surveys(self) -> tuple[Survey, ...]:
         """Ask for the largest and the smallest magnitude that are kept."""
@@ -62,13 +76,18 @@ class Band(StageParams, EntryStage):
         return top + 1, min(entries, top + kept_count(entries, self.density, "floor"))
 
 
+class DropFields(Record):
+    """Parameters of `drop` and of the methods that begin with it."""
+
+    density: Annotated[float, Field(gt=0, le=1, description="Probability with which an entry is kept (1 − drop rate).")] = 0.5
+
+
 @register_stage
-class Drop(StageParams, EntryStage):
+class Drop(DropFields, StageParams, EntryStage):
     """Drop entries at random and rescale the rest: x ⊙ m / density, m ~ Bernoulli(density) (DARE, eq. 2–4)."""
 
     name: Literal["drop"] = "drop"
     randomised: ClassVar[bool] = True
-    density: Annotated[float, Field(gt=0, le=1, description="Probability with which an entry is kept (1 − drop rate).")] = 0.5
 
     def apply(self, block: Block) -> Tensor:
         """Return the survivors, rescaled, (T, p, q)."""
@@ -81,12 +100,9 @@ class Drop(StageParams, EntryStage):
         return out
 
 
-@register_stage
-class DropByRank(StageParams, EntryStage):
-    """Drop entries at random, the smaller of a row the likelier, and rescale the rest by 1 / probability (DELLA, §3)."""
+class DropByRankFields(Record):
+    """Parameters of `drop_by_rank` and of DELLA."""
 
-    name: Literal["drop_by_rank"] = "drop_by_rank"
-    randomised: ClassVar[bool] = True
     density: Annotated[float, Field(gt=0, le=1, description="Mean probability with which an entry is kept (1 − p).")] = 0.7
     epsilon: Annotated[
         float,
@@ -94,10 +110,18 @@ class DropByRank(StageParams, EntryStage):
     ] = 0.07
 
     @model_validator(mode="after")
-    def _probabilities(self) -> DropByRank:
+    def _probabilities(self) -> Self:
         if not 0 < self.density - self.epsilon <= self.density + self.epsilon <= 1:
             raise ValueError(f"density ± epsilon is {self.density} ± {self.epsilon}; both ends must lie in (0, 1]")
         return self
+
+
+@register_stage
+class DropByRank(DropByRankFields, StageParams, EntryStage):
+    """Drop entries at random, the smaller of a row the likelier, and rescale the rest by 1 / probability (DELLA, §3)."""
+
+    name: Literal["drop_by_rank"] = "drop_by_rank"
+    randomised: ClassVar[bool] = True
 
     def apply(self, block: Block) -> Tensor:
         """Return the survivors, rescaled, (T, p, q)."""

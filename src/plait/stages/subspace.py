@@ -11,6 +11,7 @@ from pydantic import Field
 from plait.adapters.lowrank import LowRank
 from plait.linalg.sparsify import kept_count
 from plait.linalg.spectral import tucker_bases
+from plait.records import Record
 from plait.stages.base import DeltaCombine, DeltaStage, Site, StageParams, register_stage
 from plait.stages.joint import Joint
 
@@ -20,8 +21,6 @@ SpaceRank = Annotated[
 Beta = Annotated[
     float, Field(ge=0, le=1, description="1 leaves norms as they are while spaces are sought, 0 makes them all equal.")
 ]
-Added = Annotated[float, Field(gt=0, le=1, description="Directions added per adapter, as a share of the sum of all ranks.")]
-Factor = Annotated[float, Field(ge=0, le=1e3, description="Factor on what is added; the paper's λ.")]
 
 
 @register_stage
@@ -65,16 +64,23 @@ class Tucker(StageParams, DeltaStage):
         return max(ranks) if self.to is None else self.to
 
 
+class CartFields(Record):
+    """Parameters of `cart`, the stage and the method."""
+
+    rho: Annotated[
+        float, Field(gt=0, le=1, description="Directions added per adapter, as a share of the sum of all ranks.")
+    ] = 0.04
+    factor: Annotated[float, Field(ge=0, le=1e3, description="Factor on what is added; the paper's λ.")] = 0.1
+
+
 @register_stage
-class Cart(StageParams, DeltaCombine):
+class Cart(CartFields, StageParams, DeltaCombine):
     """Average, then add the strongest directions of each adapter's distance from the average (CART, eq. 5).
 
     D + factor · Σₜ SVDₖ(wₜ ΔWₜ − D) with D = (1/T) Σ wₜ ΔWₜ and k = ⌈ρ R⌉.
     """
 
     name: Literal["cart"] = "cart"
-    rho: Added = 0.04
-    factor: Factor = 0.1
 
     def combine(self, site: Site) -> LowRank:
         """Return the corrected mean."""

@@ -7,15 +7,19 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
+from plait.records import Record
 from plait.stages.base import LinearCombine, StageParams, register_stage
 
 
+class _Factor(Record):
+    factor: Annotated[float, Field(allow_inf_nan=False, description="Factor on every weight.")] = 1.0
+
+
 @register_stage
-class Sum(StageParams, LinearCombine):
+class Sum(_Factor, StageParams, LinearCombine):
     """Add the deltas up, each times its weight: Σ wₜ ΔWₜ."""
 
     name: Literal["sum"] = "sum"
-    factor: Annotated[float, Field(allow_inf_nan=False, description="Factor on every weight.")] = 1.0
 
     def coefficients(self, weights: Tensor, module: str) -> Tensor:
         """Return the weights, times the factor."""
@@ -23,11 +27,10 @@ class Sum(StageParams, LinearCombine):
 
 
 @register_stage
-class Mean(StageParams, LinearCombine):
+class Mean(_Factor, StageParams, LinearCombine):
     """Average the deltas, each times its weight: (1/T) Σ wₜ ΔWₜ."""
 
     name: Literal["mean"] = "mean"
-    factor: Annotated[float, Field(allow_inf_nan=False, description="Factor on every weight.")] = 1.0
 
     def coefficients(self, weights: Tensor, module: str) -> Tensor:
         """Return the weights over T, times the factor."""

@@ -4,7 +4,7 @@
     rows        files and Hub data sets → rows           templates  Jinja2 in a sandbox
     examples    rows → prompts and answers               overlap    splits that share examples
     encoding    prompts and answers → tokens             metrics    answers → numbers
-    checking    what `plait tasks check` shows
+    checking    what `plait tasks check` shows         harness  tasks of lm-eval
 
 Knows nothing of adapters or merging. Nothing is imported here, so that a task file is read without torch.
 """

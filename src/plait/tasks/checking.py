@@ -9,6 +9,7 @@ from plait.recipes.evaluation import SplitName
 from plait.records import Record
 from plait.tasks.encoding import Encoder
 from plait.tasks.examples import Examples, read_examples
+from plait.tasks.metrics import metric_of
 from plait.tasks.overlap import Overlap, overlaps
 from plait.tasks.schema import SPLITS, Task
 
@@ -107,7 +108,7 @@ def check_task(task: Task, tokenizer: Any | None = None) -> TaskCheck:
     return TaskCheck(
         name=task.name,
         kind=task.kind,
-        metric=task.metric,
+        metric=task.metric or metric_of(task).name,
         adapter=task.own_adapter,
         splits={name: _check_split(examples, encoder) for name, examples in splits.items()},
         overlaps=tuple(overlaps(splits)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from plait.errors import TaskError
@@ -19,11 +19,13 @@ class Question:
         prompt: never empty.
         answers: one list per continuation, none empty.
         truncated: whether the prompt lost its beginning to `max_tokens`.
+        lead: what a decoder of its own reads before an answer, behind its start token; empty without an encoder.
     """
 
     prompt: list[int]
     answers: list[list[int]]
     truncated: bool = False
+    lead: list[int] = field(default_factory=list)
 
 
 class Encoder:
@@ -33,14 +35,19 @@ class Encoder:
     what the chat template writes, and nothing else. Prompt and answer are tokenized as one text, so that a word that
     begins with a blank is one token; where the boundary falls inside a token, each by itself.
 
+    An encoder-decoder model reads the prompt in its encoder, closed as its tokenizer closes texts, and says the answer in its
+    decoder: nothing stands between the two, so the task's delimiter has no place there.
+
     Args:
         tokenizer: of transformers.
         task: whose texts they are.
+        apart: for an encoder-decoder model.
     """
 
-    def __init__(self, tokenizer: Any, task: Task) -> None:
+    def __init__(self, tokenizer: Any, task: Task, *, apart: bool = False) -> None:
         self._tokenizer = tokenizer
         self._task = task
+        self._apart = apart
         self._chat = getattr(task, "messages", None) is not None
         if self._chat and not getattr(tokenizer, "chat_template", None):
             raise TaskError(f"task {task.name!r} has 'messages', but the model's tokenizer has no chat template; use 'prompt'.")
@@ -69,8 +76,10 @@ class Encoder:
         return self._encode([prompt], [answers])[0]
 
     def _encode(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[Question]:
-        delimiter = getattr(self._task, "delimiter", "")
         texts = [self.text(p) for p in prompts]
+        if self._apart:
+            return self._encode_apart(texts, answers)
+        delimiter = getattr(self._task, "delimiter", "")
         whole = [text + delimiter + a for text, some in zip(texts, answers, strict=True) for a in some]
         alone = sorted({delimiter + a for some in answers for a in some})
         heads = self._tokens(texts, special=not self._chat)
@@ -81,13 +90,24 @@ class Encoder:
             for head, some in zip(heads, answers, strict=True)
         ]
 
+    def _encode_apart(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[Question]:
+        prompts = self._tokenizer(list(texts), add_special_tokens=not self._chat)["input_ids"]
+        different = sorted({a for some in answers for a in some})
+        said = self._tokenizer(text_target=different, add_special_tokens=False)["input_ids"] if different else []
+        tokens = dict(zip(different, said, strict=True))
+        lead = self._tokenizer(text_target="")["input_ids"]  # a language's token, or another beginning; and an end
+        lead = lead[:-1] if lead[-1:] == [self._tokenizer.eos_token_id] else lead
+        return [self._whole(prompt, [tokens[a] for a in some], lead) for prompt, some in zip(prompts, answers, strict=True)]
+
     def _question(self, head: list[int], pairs: Sequence[tuple[list[int], list[int]]]) -> Question:
-        answers = [both[len(head) :] if both[: len(head)] == head else apart for both, apart in pairs]
+        return self._whole(head, [both[len(head) :] if both[: len(head)] == head else apart for both, apart in pairs], [])
+
+    def _whole(self, head: list[int], answers: list[list[int]], lead: list[int]) -> Question:
         if not all(answers):
             raise TaskError(f"task {self._task.name!r}: an answer has no tokens; answers must not be empty.")
-        longest: int | None = self._task.max_tokens
+        longest: int | None = getattr(self._task, "max_tokens", None)
         kept = head if longest is None else head[-longest:]
-        return Question(kept or [self._start()], answers, truncated=len(kept) < len(head))
+        return Question(kept or [self._start()], answers, truncated=len(kept) < len(head), lead=lead)
 
     def _start(self) -> int:
         """Return the token that stands before a text without a prompt."""

@@ -11,12 +11,15 @@ from typing import Any, TypeAlias
 
 from plait.errors import TaskError, collect
 from plait.recipes.evaluation import SplitName
+from plait.tasks import harness
 from plait.tasks.rows import Row, read_rows
 from plait.tasks.schema import (
     Classification,
     Generation,
+    LmEval,
     MultipleChoice,
     Perplexity,
+    RowTask,
     SequenceClassification,
     Task,
 )
@@ -61,21 +64,26 @@ class Examples:
         split: which rows.
         items: in the rows' order.
         blank: the prompt with every column `N/A` (content-free input), for tasks with `calibrated`.
+        rows: where in the split the items stand; None for all of it, in order.
     """
 
     task: Task
     split: SplitName
     items: tuple[Example, ...]
     blank: Prompt | None = None
+    rows: tuple[int, ...] | None = None
 
     def take(self, indices: Sequence[int]) -> Examples:
         """Return some of the examples."""
-        return Examples(self.task, self.split, tuple(self.items[i] for i in indices), self.blank)
+        rows = tuple(indices) if self.rows is None else tuple(self.rows[i] for i in indices)
+        return Examples(self.task, self.split, tuple(self.items[i] for i in indices), self.blank, rows)
 
     @cached_property
     def digest(self) -> str:
         """Hash of everything about task and data that a score depends on."""
-        about = self.task.model_dump(mode="json", exclude={"name", "description", "data", "splits", "adapter"})
+        about = self.task.model_dump(mode="json", exclude={"name", "description", "data", "splits", "adapter", "include"})
+        if isinstance(self.task, LmEval):
+            about["harness"] = harness.about(self.task)
         return _digest(about, [e.id for e in self.items], self.blank)
 
 
@@ -85,6 +93,8 @@ def read_examples(task: Task, split: SplitName) -> Examples:
     Raises:
         TaskError: the data cannot be read, or rows do not fit the templates; the first few are listed.
     """
+    if isinstance(task, LmEval):
+        return Examples(task, split, tuple(Example(d.prompt, d.target, d.choices) for d in harness.documents(task, split)))
     rows = read_rows(task, split)
     make = _Maker(task)
     items: list[Example] = []
@@ -104,7 +114,7 @@ def read_examples(task: Task, split: SplitName) -> Examples:
 class _Maker:
     """Makes the examples of one task."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: RowTask) -> None:
         self._task = task
         where = f"task {task.name!r}"
         self.prompt = _prompt(task, where)
@@ -132,7 +142,7 @@ class _Maker:
             raise TaskError(f"{where} is empty; {self._task.metric} needs one.")
 
 
-def _prompt(task: Task, where: str) -> Callable[[Mapping[str, Any]], Prompt]:
+def _prompt(task: RowTask, where: str) -> Callable[[Mapping[str, Any]], Prompt]:
     messages = None if isinstance(task, SequenceClassification) else task.messages
     if messages is not None:
         turns = [(m.role, template(m.content, f"{where}: messages")) for m in messages]
@@ -140,7 +150,7 @@ def _prompt(task: Task, where: str) -> Callable[[Mapping[str, Any]], Prompt]:
     return template(task.prompt, f"{where}: prompt") if task.prompt is not None else lambda _: ""
 
 
-def _choices(task: Task, where: str) -> Callable[[Row], tuple[str, ...]]:
+def _choices(task: RowTask, where: str) -> Callable[[Row], tuple[str, ...]]:
     if isinstance(task, (Classification, SequenceClassification)):
         labels = task.labels
         return lambda _: labels

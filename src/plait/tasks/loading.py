@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,15 +13,22 @@ from plait.recipes.documents import Document, read_document, read_json
 from plait.recipes.paths import Plain, item
 from plait.recipes.problems import Origins, Problem, listed, show
 from plait.recipes.validation import explain, truth_values
-from plait.tasks.schema import KINDS, Task
+from plait.tasks.schema import KINDS, LM_EVAL, LmEval, Task
+
+_NO_TEXT = {"asr": "sound", "audio_classification": "sound", "image_classification": "images"}
 
 
 def load_task(path: str | Path) -> Task:
     """Return the task that a file describes; its data's path is made absolute, from the file's folder.
 
+    Args:
+        path: of the file; or `lm_eval:NAME`, a task of the harness without a file, which is then called NAME.
+
     Raises:
         TaskError: the file cannot be read, or is no valid task; all that is wrong is listed with its line.
     """
+    if _is_harness(path):
+        return _without_file(str(path))
     file = Path(path).expanduser()
     return build_task(_document(file), source=str(path), folder=file.absolute().parent)
 
@@ -46,6 +54,16 @@ def load_tasks(paths: Iterable[str | Path]) -> tuple[Task, ...]:
     return tuple(tasks)
 
 
+def placed(reference: str | Path, folder: Path | None = None) -> str:
+    """Return a task's reference that means the same in any working directory.
+
+    Args:
+        reference: a file, or `lm_eval:NAME`.
+        folder: where a relative path starts; the working directory when None.
+    """
+    return str(reference) if _is_harness(reference) else str(((folder or Path()) / Path(reference).expanduser()).absolute())
+
+
 def build_task(document: Document, *, source: str = "task", folder: Path | None = None) -> Task:
     """Return the task that plain data describes.
 
@@ -62,9 +80,10 @@ def build_task(document: Document, *, source: str = "task", folder: Path | None 
     if not isinstance(data, Mapping) or not data:
         raise TaskError(f"{source}: a task is a mapping (key: value) with at least 'name', 'kind', 'data' and 'splits'.")
     kind = data.get("kind")
-    if not isinstance(kind, str) or kind not in KINDS:
+    family = str(kind).partition(":")[0] if _is_harness(str(kind)) else kind
+    if not isinstance(family, str) or family not in KINDS:
         origins.refuse([*document.problems, _bad_kind(kind)])
-    model = KINDS[str(kind)]
+    model = KINDS[str(family)]
     problems = [*document.problems, *truth_values(data, model)]
     try:
         task = model.model_validate(_placed(data, folder or Path.cwd()))
@@ -76,18 +95,35 @@ def build_task(document: Document, *, source: str = "task", folder: Path | None 
 
 
 def _bad_kind(kind: Plain) -> Problem:
-    known = listed([repr(name) for name in KINDS], "or")
+    known = listed([repr(f"{LM_EVAL}NAME" if model is LmEval else name) for name, model in KINDS.items()], "or")
     if kind is None:
         return Problem(("kind",), f"'kind' is missing; it must be {known}.")
+    if kind in _NO_TEXT:
+        return Problem(
+            ("kind",), f"kind is {show(kind)}: only tasks of text are covered, not {_NO_TEXT[kind]}. It may be {known}."
+        )
     return Problem(("kind",), f"kind is {show(kind)}; it must be {known}.{did_you_mean(str(kind), KINDS)}")
 
 
+def _without_file(reference: str) -> LmEval:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", reference.removeprefix(LM_EVAL)).lstrip("._-")
+    if not name:
+        raise TaskError(f"{reference}: which task? Write {LM_EVAL}NAME, such as {LM_EVAL}arc_easy.")
+    return LmEval(name=name, kind=reference)
+
+
 def _placed(data: Mapping[str, Plain], folder: Path) -> dict[str, Plain]:
-    """Make the data's path absolute, so that the task means the same in any working directory."""
-    path = item(data.get("data"), "path")
-    if not isinstance(path, str) or not path:
-        return dict(data)
-    return {**data, "data": {**data["data"], "path": str((folder / Path(path).expanduser()).absolute())}}
+    """Make paths absolute, so that the task means the same in any working directory."""
+    found = dict(data)
+    if isinstance(path := item(data.get("data"), "path"), str) and path:
+        found["data"] = {**data["data"], "path": str((folder / Path(path).expanduser()).absolute())}
+    if isinstance(include := data.get("include"), str) and include:
+        found["include"] = str((folder / Path(include).expanduser()).absolute())
+    return found
+
+
+def _is_harness(reference: str | Path) -> bool:
+    return str(reference).startswith(LM_EVAL)
 
 
 def _document(file: Path) -> Document:

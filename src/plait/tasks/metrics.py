@@ -7,16 +7,19 @@ ROUGE is rouge-score's.
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from plait.records import Record
+from plait.tasks import harness
 from plait.tasks.optional import optional
-from plait.tasks.schema import Normalization, Task
+from plait.tasks.schema import LmEval, Normalization, Task
 
 Array = NDArray[np.float64]
 
@@ -29,8 +32,9 @@ class Answer(Record):
         target: the right answer.
         given: the answer; None for perplexity, where none is given.
         scores: log-likelihood per choice (nats, before `length` and `calibrated`); of the target alone for perplexity;
-            the head's outputs for sequence classification; empty for generation.
-        tokens: number of tokens of each scored text; empty for sequence classification and generation.
+            the head's outputs for sequence classification; empty for generation. Of the harness's tasks, its metric's value
+            of this example, one number or a sum and its weight; empty where it has none.
+        tokens: number of tokens of each scored text; empty for sequence classification, generation and the harness.
     """
 
     id: str
@@ -50,6 +54,7 @@ class Metric:
         statistics: answers → (n, k), to be summed over examples.
         from_sums: (…, k) → (…); NaN where it is not defined.
         value: answers → the reported number.
+        stderr: answers → its standard error, as the harness's own tasks report it; None for other tasks.
     """
 
     name: str
@@ -57,11 +62,16 @@ class Metric:
     statistics: Callable[[Sequence[Answer]], Array]
     from_sums: Callable[[Array], Array]
     value: Callable[[Sequence[Answer]], float]
+    stderr: Callable[[Sequence[Answer]], float | None] = lambda answers: None
 
 
 def metric_of(task: Task) -> Metric:
-    """Return a task's metric."""
-    return _METRICS[task.metric](task)
+    """Return a task's metric.
+
+    Raises:
+        TaskError: of a task of the harness: it has no such metric, or one that is no function of sums.
+    """
+    return _of_harness(task) if isinstance(task, LmEval) else _METRICS[task.metric](task)
 
 
 def _summed(name: str, statistics: Callable[[Sequence[Answer]], Array], *, higher_is_better: bool = True) -> Metric:
@@ -164,6 +174,28 @@ def _perplexity(task: Task) -> Metric:
     return Metric("perplexity", False, statistics, from_sums, value)  # noqa: FBT003
 
 
+def _of_harness(task: LmEval) -> Metric:
+    """Return a metric of the harness: its own aggregation of its own values, and for the bootstrap the sums behind it."""
+    judge = harness.judge(task)
+    finish = _FINISHED[judge.aggregation]
+
+    def statistics(answers: Sequence[Answer]) -> Array:
+        return np.array([_NOTHING if not a.scores else (*a.scores, 1.0)[:2] for a in answers], dtype=np.float64)
+
+    def values(answers: Sequence[Answer]) -> list[Any]:
+        return [a.scores if len(a.scores) > 1 else a.scores[0] for a in answers if a.scores]
+
+    def value(answers: Sequence[Answer]) -> float:
+        known = values(answers)
+        return float(judge.aggregate(known)) if known else math.nan
+
+    def stderr(answers: Sequence[Answer]) -> float | None:
+        known = values(answers)
+        return float(judge.stderr(known)) if judge.stderr is not None and len(known) > 1 else None
+
+    return Metric(judge.metric, judge.higher_is_better, statistics, lambda sums: finish(_ratio(sums)), value, stderr)
+
+
 def _normalizer(task: Task) -> Callable[[str], str]:
     """Return what is done to answer and target before they are compared; the order is fixed."""
     steps: tuple[Normalization, ...] = getattr(task, "normalize", ())
@@ -181,6 +213,14 @@ def _normalizer(task: Task) -> Callable[[str], str]:
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_NOTHING = (0.0, 0.0)  # an example that the metric leaves out
+#: The harness's aggregations, as functions of Σ value / Σ weight.
+_FINISHED: Mapping[harness.Aggregation, Callable[[Array], Array]] = {
+    "mean": lambda ratio: ratio,
+    "perplexity": lambda ratio: np.exp(-ratio),
+    "weighted_perplexity": lambda ratio: np.exp(-ratio),
+    "bits_per_byte": lambda ratio: -ratio / math.log(2),
+}
 _METRICS: Mapping[str, Callable[[Task], Metric]] = {
     "accuracy": _accuracy,
     "macro_f1": _macro_f1,

@@ -14,12 +14,12 @@ from typing import Any, TypeAlias
 from plait.errors import TaskError, did_you_mean
 from plait.recipes.evaluation import SplitName
 from plait.tasks.optional import optional
-from plait.tasks.schema import Split, Task
+from plait.tasks.schema import RowTask, Split
 
 Row: TypeAlias = Mapping[str, Any]
 
 
-def read_rows(task: Task, name: SplitName) -> list[Row]:
+def read_rows(task: RowTask, name: SplitName) -> list[Row]:
     """Return the rows of one split, in their order.
 
     Raises:
@@ -28,7 +28,11 @@ def read_rows(task: Task, name: SplitName) -> list[Row]:
     split = task.splits.get(name)
     if split is None:
         raise TaskError(f"task {task.name!r} has no split {name!r}; it has {', '.join(task.splits)}.")
-    rows = _from_hub(task, split, name) if task.data.hub is not None else _from_file(_file(task, split, name))
+    if task.data.hub is not None:
+        where, source = f"task {task.name!r}", split.source or name
+        rows = read_hub(task.data.hub, source, config=task.data.config, revision=task.data.revision, where=where)
+    else:
+        rows = read_file(_file(task, split, name))
     if split.rows is not None:
         first, end = split.rows
         if end > len(rows):
@@ -39,7 +43,7 @@ def read_rows(task: Task, name: SplitName) -> list[Row]:
     return rows
 
 
-def _file(task: Task, split: Split, name: SplitName) -> Path:
+def _file(task: RowTask, split: Split, name: SplitName) -> Path:
     place = Path(str(task.data.path))
     if place.is_file():
         if split.source is not None:
@@ -54,7 +58,12 @@ def _file(task: Task, split: Split, name: SplitName) -> Path:
     return file
 
 
-def _from_file(file: Path) -> list[Row]:
+def read_file(file: Path) -> list[Row]:
+    """Return the rows of one file.
+
+    Raises:
+        TaskError: its ending is not known, or it cannot be read.
+    """
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
         raise TaskError(f"{file}: {file.suffix or 'no ending'!r} is not read; allowed: {', '.join(_READERS)}.")
@@ -97,14 +106,25 @@ def _parquet(file: Path) -> list[Row]:
     return rows
 
 
-def _from_hub(task: Task, split: Split, name: SplitName) -> list[Row]:
-    datasets = optional("datasets", "data", f"task {task.name!r}: data from the Hub")
-    data, source = task.data, split.source or name
+def read_hub(repo: str, split: str, *, config: str | None = None, revision: str | None = None, where: str) -> list[Row]:
+    """Return the rows of one split of a data set on the Hub, or of a folder that `datasets` reads.
+
+    Args:
+        repo: `org/name`.
+        split: as the data set calls it.
+        config: of the data set.
+        revision: commit, tag or branch.
+        where: what asks, for messages.
+
+    Raises:
+        TaskError: it cannot be read.
+    """
+    datasets = optional("datasets", "data", f"{where}: data from the Hub")
     try:
-        found = datasets.load_dataset(data.hub, data.config, split=source, revision=data.revision)
+        found = datasets.load_dataset(repo, config, split=split, revision=revision)
     except Exception as error:  # datasets and its transport raise many classes
         words = " ".join(str(error).split())
-        raise TaskError(f"task {task.name!r}: the data set {data.hub!r} (split {source!r}) cannot be read: {words}") from error
+        raise TaskError(f"{where}: the data set {repo!r} (split {split!r}) cannot be read: {words}") from error
     return list(found)
 
 

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from plait.recipes.evaluation import SplitName
 from plait.records import Record
 
+LM_EVAL = "lm_eval:"  # before the name of one of the harness's tasks, as a kind and as a reference
 SPLITS: tuple[SplitName, ...] = ("train", "calibration", "validation", "test")
 Length = Literal["sum", "tokens", "bytes"]
 Normalization = Literal["lower", "punctuation", "whitespace"]
@@ -66,11 +67,9 @@ class Message(Record):
     content: str
 
 
-class _Common(Record):
+class _Named(Record):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Unique; used in files and results.")]
     description: str = ""
-    data: Annotated[Data, Field(description="Where the rows are.")]
-    splits: Annotated[dict[SplitName, Split], Field(min_length=1, description="train, calibration, validation, test.")]
     adapter: Annotated[str | None, Field(description="Whose task this is; the adapter of the task's own name otherwise.")] = (
         None
     )
@@ -79,6 +78,11 @@ class _Common(Record):
     def own_adapter(self) -> str:
         """Name of the adapter that was trained for this task."""
         return self.adapter or self.name
+
+
+class _Common(_Named):
+    data: Annotated[Data, Field(description="Where the rows are.")]
+    splits: Annotated[dict[SplitName, Split], Field(min_length=1, description="train, calibration, validation, test.")]
 
 
 class _Prompted(_Common):
@@ -190,11 +194,37 @@ class SequenceClassification(_Common):
         return _distinct(value)
 
 
-Task: TypeAlias = Classification | MultipleChoice | Generation | Perplexity | SequenceClassification
+class LmEval(_Named):
+    """A task of EleutherAI's lm-evaluation-harness: its data, prompts and metric, asked by its own evaluator."""
+
+    kind: Annotated[str, Field(pattern=rf"^{LM_EVAL}.+$", description="`lm_eval:` and the harness's name of the task.")]
+    metric: Annotated[
+        str | None, Field(min_length=1, description="As the harness names it, with `,filter` where it has several; its first.")
+    ] = None
+    num_fewshot: Annotated[int | None, Field(ge=0, description="Examples in the prompt; as the harness has it.")] = None
+    chat: Annotated[bool, Field(description="Put prompts through the model's chat template.")] = False
+    include: Annotated[
+        str | None, Field(min_length=1, description="A folder with tasks of your own, in the harness's YAML; in place of its.")
+    ] = None
+
+    @property
+    def harness_name(self) -> str:
+        """What the harness calls it."""
+        return self.kind.removeprefix(LM_EVAL)
+
+    @property
+    def splits(self) -> tuple[SplitName, ...]:
+        """`test`: the documents that the harness evaluates on, its own test split or, where there is none, its validation."""
+        return ("test",)
+
+
+RowTask: TypeAlias = Classification | MultipleChoice | Generation | Perplexity | SequenceClassification
+Task: TypeAlias = RowTask | LmEval
 KINDS: Mapping[str, type[Task]] = {
     "classification": Classification,
     "multiple_choice": MultipleChoice,
     "generation": Generation,
     "perplexity": Perplexity,
     "sequence_classification": SequenceClassification,
+    LM_EVAL.rstrip(":"): LmEval,
 }

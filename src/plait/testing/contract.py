@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from plait.methods import METHODS, Method
-from plait.testing.properties import PROPERTIES, Broken, Property
+from plait.testing.claims import Broken
+from plait.testing.properties import PROPERTIES, Property
 from plait.testing.subject import Copies, Subject, example_params, installed
 
 CONTRACT: Mapping[str, Property] = PROPERTIES

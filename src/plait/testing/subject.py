@@ -20,8 +20,9 @@ from plait.merging.inventory import Inventory
 from plait.merging.moments import from_function
 from plait.merging.plan import MergePlan, make_plan
 from plait.merging.progress import Silent
-from plait.methods import METHODS, Method, MethodParams
+from plait.methods import METHODS, Method
 from plait.recipes.schema import AdapterEntry, Recipe
+from plait.records import Record
 from plait.stages.pipeline import Pipeline
 from plait.testing.cohorts import MOMENTS, Cohort
 
@@ -134,7 +135,7 @@ def installed(method: Method) -> Iterator[None]:
 
 
 @cache
-def _recipe_type(spec: type[MethodParams]) -> type[Recipe]:
+def _recipe_type(spec: type[Record]) -> type[Recipe]:
     """Return a recipe that takes this method alone: the one in `plait.recipes` knows registered methods only."""
     return create_model("Recipe", __base__=Recipe, method=(spec, ...))
 

@@ -68,6 +68,14 @@ def check_files(folder: Path, lock: Lock) -> tuple[FileCheck, ...]:
     )
 
 
+def is_whole(folder: Path) -> bool:
+    """Return whether a folder holds exactly what its lock says."""
+    try:
+        return all(file.state == "equal" for file in check_files(folder, read_lock(folder)))
+    except AdapterError:
+        return False
+
+
 def _state(path: Path, digest: str | None) -> State:
     if digest is None:
         return "extra"

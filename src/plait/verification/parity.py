@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +14,7 @@ from plait.adapters.adapter import CONFIG
 from plait.adapters.tensorfile import SafetensorsFile
 from plait.errors import AddressError, PlanError, RecipeError
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, resolve_model
+from plait.hub.quiet import quiet_loading
 from plait.merging.progress import Progress, Silent
 from plait.merging.record import Lock
 from plait.records import Record
@@ -173,7 +172,7 @@ def _measure(
     comparisons: list[Comparison] = []
     with tempfile.TemporaryDirectory(prefix="plait-parity-") as place:
         scratch = Path(place)
-        with _quiet():
+        with quiet_loading():
             sides = load_sides(folder, lock, found, base, scratch, progress)
         for dtype in dict.fromkeys((torch.float32, stored)):
             for model in sides.models:
@@ -195,22 +194,6 @@ def _measure(
             if rounding:
                 comparisons.append(_comparison(ROUNDING, word, rounding))
     return ParityReport(prompts=len(texts), reference=sides.reference, comparisons=tuple(comparisons))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers and PEFT from drawing bars and warning of their own affairs while they load."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _encode(folder: Path, texts: Sequence[str], device: str) -> list[dict[str, Tensor]]:

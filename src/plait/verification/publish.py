@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
+import json
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +13,17 @@ from pathlib import Path
 import yaml
 
 from plait.errors import OutputError
-from plait.hub.upload import push_folder
-from plait.merging.record import Lock
+from plait.hub.client import bars, explain
+from plait.hub.upload import check_push, push_folder
+from plait.merging.record import LOCK, Lock
 from plait.verification.lock import CARD, FileCheck, check_files, read_lock
+from plait.verification.public import public_copy
 
-#: Weights of another result in the repository would be loaded instead of these, or beside them.
+#: Weights of another result in the repository would be loaded instead of these, or beside them, as its configuration says.
 REPLACED = (
+    "adapter_config.json",
     "adapter_model*",
+    "config.json",
     "delta.safetensors",
     "model.safetensors",
     "model-?????-of-?????.safetensors",
@@ -54,8 +60,9 @@ def push_result(
 ) -> Pushed:
     """Upload a finished result: an adapter, a dense delta or a baked model.
 
-    Weights of an older result that the repository holds under other names are removed in the same commit. The card may have
-    been edited; every other file must be as it was written.
+    The same commit removes what an older result left in the repository: every file that its `plait.lock` names and this one
+    does not have, and weights and configurations of any origin. Local paths stay here (`public.py`). The card may have been
+    edited; every other file must be as it was written.
 
     Args:
         folder: of a merge, a bake, a compression or an extraction.
@@ -74,18 +81,43 @@ def push_result(
     files = check_files(folder, lock)
     _check_whole(folder, files)
     left_out = tuple(f.name for f in files if f.state == "extra")
-    url = push_folder(
-        folder,
-        repo,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        message=message or _message(lock),
-        ignore=[glob.escape(name) for name in left_out],
-        replaces=REPLACED,
-        progress=progress,
-    )
+    replaced = (*REPLACED, *(glob.escape(name) for name in _earlier_files(repo, revision)))
+    with public_copy(folder, lock) as place:
+        url = push_folder(
+            place,
+            repo,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            message=message or _message(lock),
+            replaces=replaced,
+            progress=progress,
+        )
     return Pushed(url, left_out, tuple(_notes(folder)))
+
+
+def _earlier_files(repo: str, revision: str | None) -> tuple[str, ...]:
+    """Return the files that an older result in the repository has, as its lock there says; none where there is no lock.
+
+    Raises:
+        OutputError: the repository cannot be pushed to, or the Hub does not answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    full = check_push(repo)
+    with tempfile.TemporaryDirectory(prefix="plait-push-") as place, bars(shown=False):
+        for branch in dict.fromkeys((revision, None)):  # a branch that is not there yet begins with the default one's files
+            try:
+                path = HfApi().hf_hub_download(full, LOCK, revision=branch, local_dir=place)
+                return tuple(json.loads(Path(path).read_text(encoding="utf-8"))["outputs"])
+            except RevisionNotFoundError:
+                continue
+            except (EntryNotFoundError, RepositoryNotFoundError, ValueError, KeyError, TypeError):
+                break
+            except Exception as error:  # which classes can come depends on the transport library below huggingface_hub
+                raise OutputError(f"pushing to {full!r} failed: {explain(error, full, None)}") from error
+    return ()
 
 
 def _check_whole(folder: Path, files: tuple[FileCheck, ...]) -> None:
@@ -101,6 +133,8 @@ def _check_whole(folder: Path, files: tuple[FileCheck, ...]) -> None:
 def _message(lock: Lock) -> str:
     if lock.kind == "extract":
         return f"LoRA extracted from {Path(lock.recipe['finetuned']).name}"
+    if lock.kind == "train":
+        return f"Trained on {Path(lock.recipe['base']).name}"
     names = ", ".join(entry["name"] for entry in lock.recipe["adapters"])
     done = "Bake" if lock.kind == "bake" else "Merge"
     return f"{done} {names} with {lock.recipe['method']['name']}"

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 import plait
 from plait.adapters.tensorfile import SafetensorsFile
-from plait.baking.extract import make_request, run_extract
+from plait.baking.extract import run_extract
+from plait.baking.extract_request import make_request
 from plait.baking.gaps import tensor_gap
 from plait.baking.pipeline import run_bake
 from plait.baking.plan import BakeOptions
@@ -66,8 +67,10 @@ def located_recipe(lock: Lock, inputs: Mapping[str, FoundInput]) -> Recipe:
     """Return a lock's recipe with the adapters where they are now.
 
     Raises:
-        RecipeError: this plait does not read it; another version wrote it.
+        RecipeError: this plait does not read it; another version wrote it. Or it is a training, which no lock repeats.
     """
+    if lock.kind == "train":
+        raise RecipeError("a training is repeated by training again, not from its lock; its files were checked.")
     try:
         adapters = [_located(entry, inputs[entry["name"]]) for entry in lock.recipe["adapters"]]
         return Recipe.model_validate(lock.recipe | {"adapters": adapters})

@@ -1,0 +1,96 @@
+"""sha256 of what a bake reads and writes: beside the work, and never of the same bytes twice."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from plait.baking.checkpoint import BaseCheckpoint
+from plait.baking.shards import OutShard
+from plait.hub.digests import fetched_sha256
+from plait.merging.record import sha256
+
+_CHUNK = 1 << 18  # bytes; what fits into a processor's cache
+
+
+class GrowingDigest:
+    """sha256 of a file that is written piece by piece, in any order, by several threads.
+
+    A hash takes its bytes in order: what lies whole from the start of the file on is hashed while later pieces are made, so
+    that little is left to do when the last one is there.
+
+    Args:
+        handle: the open file, readable; it stays the caller's.
+    """
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self._sha256 = hashlib.sha256()
+        self._buffer = memoryview(bytearray(_CHUNK))
+        self._pieces: dict[int, int] = {}  # start → stop of what is written beyond the mark
+        self._mark = 0  # everything before it is written
+        self._position = 0  # everything before it is hashed
+        self._notes, self._hashing = threading.Lock(), threading.Lock()
+
+    def written(self, start: int, count: int) -> None:
+        """Note that `count` bytes from `start` on are in the file."""
+        with self._notes:
+            if count:
+                self._pieces[start] = start + count
+            while self._mark in self._pieces:
+                self._mark = self._pieces.pop(self._mark)
+
+    def catch_up(self) -> None:
+        """Hash what has become whole; returns at once when another thread is doing so."""
+        if self._hashing.acquire(blocking=False):
+            try:
+                while self._position < self._mark:
+                    self._hash(self._mark)
+            finally:
+                self._hashing.release()
+
+    def finish(self, size: int) -> str:
+        """Hash the rest of the file of `size` bytes, and return the hex digest."""
+        with self._hashing:
+            while self._position < size:
+                self._hash(size)
+        return self._sha256.hexdigest()
+
+    def _hash(self, stop: int) -> None:
+        count = os.preadv(self._handle, [self._buffer[: stop - self._position]], self._position)
+        if not count:
+            raise OSError("a file that was just written ends early")
+        self._sha256.update(self._buffer[:count])
+        self._position += count
+
+
+@contextmanager
+def base_digests(
+    checkpoint: BaseCheckpoint, shards: Sequence[OutShard]
+) -> Iterator[Callable[[Mapping[str, str]], dict[str, str]]]:
+    """Hash the base's files beside the work, but for those whose sha256 is known without reading them.
+
+    Known are those that the Hub's tools have noted, and those that are copied whole: they are their result.
+
+    Yields:
+        a function of the results' digests, file → sha256, that waits for the base's.
+    """
+    copied = {s.name for s in shards if _is_copy(checkpoint, s)}
+    with ThreadPoolExecutor(1, "plait-sha256") as pool:
+        files = [s.file.path for s in checkpoint.shards if s.name not in copied]
+        futures = {path.name: pool.submit(lambda p: fetched_sha256(p) or sha256(p), path) for path in files}
+        try:
+            yield lambda results: {
+                s.name: results[s.name] if s.name in copied else futures[s.name].result() for s in checkpoint.shards
+            }
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_copy(checkpoint: BaseCheckpoint, shard: OutShard) -> bool:
+    base = next((s for s in checkpoint.shards if s.name == shard.name), None)
+    return base is not None and base.lead == shard.lead and all(t.copied for t in shard.tensors)

@@ -1,0 +1,129 @@
+"""`plait sft`."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from plait.training.sft import SftPlan, SftResult
+
+
+def sft(context: typer.Context) -> None:
+    """Train an adapter, or a whole model, on your data with TRL; then merge it with its base and upload it, if you say so.
+
+    Takes every flag of TRL's SFTConfig, ModelConfig and ScriptArguments, from the command line or a YAML file (--config), and:
+
+    --dataset_name_or_path  a .jsonl, .csv or .parquet file, a folder, the Hub
+    --dataset_format        messages, alpaca, …; found when left out
+    --test_split_size       share held out for --eval_strategy
+    --long_examples         drop or truncate what is longer than --max_length
+    --merge_adapter_with_base  write base + adapter as merged_model/
+    --push_to_hub, --hub_repo_id, --upload_merged_model
+    --dry_run               show plan and a rendered example; train nothing
+    --force                 give up another run that stands in --output_dir
+    --json                  print one JSON object on stdout
+    --help_all              every flag
+
+    With --use_peft an adapter is trained (--lora_r, --lora_alpha, --lora_target_modules all-linear, --use_dora, --load_in_4bit,
+    …), without it the whole model. Killed, the same command goes on. Exit code 1 says that training ended well, and a merge or
+    an upload behind it did not.
+
+    Example: plait sft --model_name_or_path org/model --dataset_name_or_path rows.jsonl --use_peft --output_dir run
+    """
+    from plait.cli.console import ProgressBars, print_json
+    from plait.training.arguments import all_flags, read_flags
+
+    if {"--help_all", "--help-all"} & {*context.args}:
+        typer.echo(all_flags())
+        return
+    from plait.training.folder import leads
+    from plait.training.sft import plan_sft, run_sft
+
+    flags = read_flags(context.args)
+    plan = plan_sft(flags)
+    told = leads()
+    if told:
+        _show_plan(plan)
+    if flags.get("dry_run"):
+        if flags.get("json"):
+            print_json(_plan_json(plan))
+        return
+    if flags.get("json"):
+        with redirect_stdout(sys.stderr):  # trackers and trainers print what they like
+            result = run_sft(plan, progress=ProgressBars())
+        if told:
+            print_json(_json(result))
+    else:
+        result = run_sft(plan)
+    if told:
+        _show(result)
+    if result.failures:
+        raise typer.Exit(1)
+
+
+def _show_plan(plan: SftPlan) -> None:
+    from plait.cli.console import err
+    from plait.training.sft import describe
+
+    console = err()
+    for line in describe(plan):
+        console.print(line, markup=False, soft_wrap=True)
+    given, learnt = plan.example
+    console.print("\nfirst example; the loss is on what stands in green:", style="dim")
+    console.print(given, style="dim", markup=False, end="", soft_wrap=True)
+    console.print(learnt, style="green", markup=False, soft_wrap=True)
+    console.print()
+    for note in plan.notes:
+        console.print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
+
+
+def _show(result: SftResult) -> None:
+    from plait.cli.console import err
+
+    console, record = err(), result.record
+    losses = f", loss {record.losses[0][1]:.3g} → {record.losses[-1][1]:.3g}" if record.losses else ""
+    console.print(f"trained {record.steps} steps on {record.examples} examples in {record.seconds:.0f} s{losses}")
+    for name in ("adapter", "final_model", "merged_model"):
+        if (folder := getattr(result, name)) is not None:
+            console.print(f"{name:12} {folder}", markup=False, soft_wrap=True)
+    if result.url:
+        console.print(f"pushed to    {result.url}", markup=False, soft_wrap=True)
+    for failure in result.failures:
+        console.print(f"\n{failure.step} failed:", style="bold red", end=" ")
+        console.print(failure.reason, markup=False, soft_wrap=True)
+        console.print(f"The training is whole in {result.final_model.parent}. To do this step again:\n  {failure.command}",
+                      markup=False, soft_wrap=True)  # fmt: skip
+
+
+def _json(result: SftResult) -> dict[str, object]:
+    from dataclasses import asdict
+
+    folders = {name: getattr(result, name) for name in ("adapter", "final_model", "merged_model")}
+    return {
+        **{name: None if folder is None else str(folder) for name, folder in folders.items()},
+        "url": result.url,
+        "failures": [asdict(failure) for failure in result.failures],
+        "record": result.record.model_dump(mode="json"),
+    }
+
+
+def _plan_json(plan: SftPlan) -> dict[str, object]:
+    from dataclasses import asdict
+
+    given, learnt = plan.example
+    return {
+        "job": plan.opened.job.model_dump(mode="json"),
+        "data": plan.opened.data.described,
+        "examples": len(plan.encoded[0].items),
+        "left_out": plan.encoded[0].left_out,
+        "truncated": plan.encoded[0].truncated,
+        "example": {"given": given, "learnt": learnt},
+        "estimate": asdict(plan.estimate),
+        "writes": [str(path) for path in plan.writes],
+        "uploads": None if plan.uploads is None else str(plan.uploads),
+        "notes": list(plan.notes),
+    }

@@ -1,0 +1,222 @@
+"""`plait train`."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from plait.training.attempts import Outcome
+    from plait.training.forecast import Forecast
+    from plait.training.phases import TrainingPlan
+    from plait.training.results import TrainResult
+
+
+def train(
+    phases: Annotated[Path, typer.Argument(metavar="PHASES.yaml", help="What to train.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help=r"Folder of everything. \[artifacts/trained/<file>]", show_default=False),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PHASE", help="Train this phase and stop; may be given again.", show_default=False),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help=r"Phases side by side, each a process. \[1]", show_default=False)
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="RAY", help="Run phases on Ray: ray, or ray://HOST:PORT.", show_default=False)
+    ] = None,
+    base_id: Annotated[
+        str | None, typer.Option("--base-id", help="Base model, in place of the file's.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Set any key of the file: --set arguments.max_steps=10"),
+    ] = None,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Also judge every adapter on every task.")] = False,
+    load_dtype: Annotated[str, typer.Option(help="Of the base in evaluation; auto: as it is stored.")] = "auto",
+    device_map: Annotated[str, typer.Option(help="In evaluation, as transformers takes it: auto, cpu, cuda:0.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="In evaluation: run code that lies beside the base's weights.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show phases, steps, tokens and disk; train nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Train one adapter per phase, merge them, and say what the merge kept of each.
+
+    Killed at any moment, the same command goes on. A phase that fails does not stop the others: exit code 1.
+
+    Example: plait train examples/phases.yaml -o trained
+    """
+    from plait.cli.console import ProgressBars, print_json
+    from plait.training.cohort import Places, train_cohort
+    from plait.training.finishing import Judging
+    from plait.training.reading import read_phases
+
+    place = out or Path("artifacts", "trained", phases.stem)
+    plan = read_phases(phases, out=place, base=base_id, sets=set_ or [])
+    if dry_run:
+        _dry_run(plan, only or [], json=json)
+        return
+    result = train_cohort(
+        plan,
+        only=only or [],
+        places=Places(workers, cluster),
+        judging=Judging(load_dtype, device_map, trust_remote_code, matrix),
+        watcher=PhaseBars(),
+        progress=ProgressBars(),
+    )
+    if json:
+        print_json(result.model_dump(mode="json"))
+    else:
+        _show(result, place)
+    settings = [("-o", out), ("--base-id", base_id), *(("--set", text) for text in set_ or [])]
+    words = [str(word) for flag, value in settings if value for word in (flag, value)]
+    _tell(result, shlex.join(["plait", "train", str(phases), *words]))
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def _dry_run(plan: TrainingPlan, only: Sequence[str], *, json: bool) -> None:
+    from plait.cli.console import print_json
+    from plait.training.forecast import forecast
+    from plait.training.opening import open_phases
+
+    wanted = [plan.phase(name) for name in only] or plan.phases
+    found = [forecast(p, plan.out) for p in open_phases(plan) if p.phase in wanted]
+    if json:
+        print_json({"base_model": plan.base, "out": str(plan.out), "phases": [f.model_dump(mode="json") for f in found]})
+    else:
+        _show_forecast(plan, found)
+
+
+def _show_forecast(plan: TrainingPlan, found: Sequence[Forecast]) -> None:
+    from rich.table import Table
+
+    from plait.cli.console import err, out, size
+
+    lora = plan.phases[0].job.lora
+    kind = "" if lora is None else f" · LoRA r {lora.r}, alpha {lora.alpha:g}, {found[0].parameters / 1e6:.2f} M parameters"
+    out().print(f"[bold]{plan.base}[/bold]{kind}", soft_wrap=True)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("phase", "state", "data", "examples", "steps", "tokens", "disk"):
+        table.add_column(name, justify="left" if name in ("phase", "state", "data") else "right", overflow="fold")
+    for f in found:
+        lost = "".join([f" (− {f.left_out})" * bool(f.left_out), f" ({f.truncated} cut)" * bool(f.truncated)])
+        table.add_row(f.name, f.state, f.data, f"{f.examples}{lost}", str(f.steps), f"{f.tokens:,}", size(f.bytes))
+    todo = [f for f in found if f.state != "done"]
+    table.add_row(
+        "to do",
+        "",
+        "",
+        "",
+        str(sum(f.steps for f in todo)),
+        f"{sum(f.tokens for f in todo):,}",
+        size(sum(f.bytes for f in todo)),
+    )
+    out().print(table)
+    recipe = plan.recipe
+    out().print(f"then: merge by {recipe.method_name} in {recipe.space_name}, judge on {len(recipe.tasks)} tasks → {plan.out}")
+    for note in plan.notes:
+        err().print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
+
+
+def _show(result: TrainResult, place: Path) -> None:
+    from rich.table import Table
+
+    from plait.cli.console import out
+    from plait.cli.evaluate import show_evaluation
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("phase", "state", "examples", "steps", "tokens", "seconds", "last loss"):
+        table.add_column(name, justify="left" if name in ("phase", "state") else "right")
+    for p in result.phases:
+        state = f"[bold red]{p.state}[/bold red]" if p.state == "failed" else p.state
+        numbers = [p.examples, p.steps, p.tokens]
+        seconds = "–" if p.seconds is None else f"{p.seconds:.1f}"
+        loss = "–" if p.loss is None else f"{p.loss:.3f}"
+        table.add_row(p.name, state, *("–" if n is None else str(n) for n in numbers), seconds, loss)
+    out().print(table)
+    if result.evaluation is not None:
+        out().print()
+        show_evaluation(result.evaluation)
+    for name in filter(None, (result.merged, result.report)):
+        out().print(f"[dim]{place / name}[/dim]", soft_wrap=True)
+
+
+def _tell(result: TrainResult, command: str) -> None:
+    """Say on stderr what is worth knowing, what failed, and what to run then: the command with the same settings."""
+    from plait.cli.console import err
+
+    for note in (*result.notes, *(f"{p.name}: {n}" for p in result.phases for n in p.notes)):
+        err().print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
+    for phase in result.failed:
+        err().print(f"[bold red]failed:[/bold red] {phase.name}: ", end="")
+        err().print(str(phase.error), markup=False, soft_wrap=True)
+    waiting = [p.name for p in result.phases if p.state == "waiting"]
+    if result.failed:
+        err().print(f"The other phases are kept. When it is mended, this trains what is missing and merges: {command}",
+                    markup=False, soft_wrap=True)  # fmt: skip
+    elif result.merged is None:
+        rest = f" ({', '.join(waiting)} to do)" if waiting else ""
+        err().print(f"Nothing is merged yet{rest}; this does the rest: {command}", markup=False, soft_wrap=True)
+
+
+class PhaseBars:
+    """Phases on stderr: a bar each on a terminal, a line each elsewhere."""
+
+    def __init__(self) -> None:
+        from plait.cli.console import err
+
+        self._console = err()
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._started: dict[str, float] = {}
+
+    def begin(self, phase: str, stage: str, total: int, unit: str) -> None:
+        """Show a stage."""
+        self._started.setdefault(phase, time.perf_counter())
+        if not self._console.is_terminal:
+            self._console.print(f"{phase}: {stage}, {total} {unit}", markup=False)
+            return
+        if self._bars is None:
+            self._bars = _bars(self._console)
+            self._bars.start()
+        if phase in self._tasks:
+            self._bars.remove_task(self._tasks[phase])
+        self._tasks[phase] = self._bars.add_task(f"{phase} · {stage}", total=total)
+
+    def advance(self, phase: str, steps: int) -> None:
+        """Move a bar."""
+        if phase in self._tasks:
+            self._bars.advance(self._tasks[phase], steps)
+
+    def end(self, outcome: Outcome) -> None:
+        """Say how a phase ended, and take its bar away."""
+        task = self._tasks.pop(outcome.name, None)
+        if task is not None:
+            self._bars.remove_task(task)
+        if self._bars is not None and not self._tasks:
+            self._bars.stop()
+            self._bars = None
+        seconds = time.perf_counter() - self._started.pop(outcome.name, time.perf_counter())
+        record = outcome.record
+        if record is None:
+            self._console.print(f"{outcome.name}: failed after {seconds:.0f} s", style="red", markup=False)
+            return
+        loss = f", loss {record.losses[-1][1]:.3f}" if record.losses else ""
+        self._console.print(f"{outcome.name}: {record.steps} steps in {seconds:.0f} s{loss}", markup=False)
+
+
+def _bars(console: Any) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)

@@ -1,0 +1,34 @@
+"""The layer that turns states into logits, kept from copying its matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def plain_states(model: Any) -> Iterator[None]:
+    """Give the output layer of a language model states without gaps in memory, while the block runs.
+
+    What `logits_to_keep` cuts out of the states of a batch has gaps. For such a product with a frozen matrix, torch on a
+    processor makes a copy of the matrix, (vocabulary, width), for every row of the batch, which takes several times as long as
+    all other layers together.
+    """
+    layer = model.get_output_embeddings()
+    if layer is None:
+        yield
+        return
+    hook = layer.register_forward_pre_hook(_without_gaps)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _without_gaps(layer: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # not contiguous(): it leaves the strides of a dimension of size 1 as they are, and they count here
+    return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])

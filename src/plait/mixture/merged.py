@@ -1,0 +1,163 @@
+"""Merges in memory: what `plait merge` would write, acting on the live base, and no file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from plait.adapters.lowrank import LowRank
+from plait.adapters.names import PREFIX
+from plait.errors import AddressError, RecipeError
+from plait.hub.download import resolve_model
+from plait.merging.engine import Engine, MergedModule
+from plait.merging.heads import main_heads
+from plait.merging.inventory import Inventory, take_inventory
+from plait.merging.pipeline import default_workers
+from plait.merging.plan import make_plan
+from plait.merging.portable import DTYPES
+from plait.merging.progress import Progress, Silent
+from plait.mixture.mixture import Mixture
+from plait.mixture.swaps import FullTensors
+from plait.recipes.request import read_request
+from plait.recipes.schema import Recipe
+
+
+def merged_modules(
+    inventory: Inventory, *, workers: int | None = None, progress: Progress | None = None
+) -> tuple[MergedModule, ...]:
+    """Return every merged module of a recipe, rounded to the output's dtype as writing it would round.
+
+    `Mixture.attached` makes them act; low-rank ones then give the saved adapter's outputs bit for bit in float32.
+
+    Args:
+        inventory: what there is to merge.
+        workers: modules merged at a time; never changes a bit.
+        progress: who listens.
+
+    Raises:
+        PlanError: the merge cannot be done.
+    """
+    workers = workers or default_workers()
+    engine = Engine(inventory, make_plan(inventory, workers=workers), workers=workers, progress=progress or Silent())
+    combiner = engine.prepare()
+    return tuple(_rounded(m, inventory.recipe) for m in engine.run(combiner, engine.ranks(combiner)))
+
+
+def averaged_heads(inventory: Inventory) -> FullTensors | None:
+    """Return the full tensors that a saved merge would hold in itself; None unless its recipe averages them."""
+    if inventory.recipe.heads.policy != "average":
+        return None
+    tensors, declared = main_heads(inventory.adapters, inventory.recipe.heads)
+    return FullTensors({n.removeprefix(PREFIX): t for n, t in tensors.items()}, declared.get("trainable_token_indices"))
+
+
+@dataclass(frozen=True, eq=False)
+class LiveMerge:
+    """A base model on which a merge acts, until `close`, or to the end of a `with` block.
+
+    Attributes:
+        mixture: the base with the single adapters beside the merge: `with live.mixture.active({"intent": 1.0}) as model:`
+            puts one of them in the merge's place for a while. Closed, it is the bare base, bit for bit.
+        recipe: what acts, every default spelt out.
+    """
+
+    mixture: Mixture
+    recipe: Recipe
+    _acting: ExitStack
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, merged; frozen and in evaluation mode."""
+        return self.mixture.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer; None where it has none."""
+        return self.mixture.tokenizer
+
+    def close(self) -> None:
+        """Take the merge off; the model is the bare base then."""
+        self._acting.close()
+
+    def __enter__(self) -> LiveMerge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load(
+    source: Recipe | str | Path | Sequence[str | Path] | Mapping[str, str | Path],
+    *,
+    base: str | Path | None = None,
+    heads_of: str | None = None,
+    load_dtype: str = "auto",
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> LiveMerge:
+    """Load the base model and merge adapters on it, in memory: the model that `plait merge` and PEFT would give, no file.
+
+    >>> from plait import mixture
+    >>> with mixture.load({"intent": "./intent", "langid": "./langid"}, method="ties", density=0.3) as live:
+    ...     live.model.generate(**live.tokenizer("…", return_tensors="pt"))
+
+    Args:
+        source: adapters (references, or name → reference), the path of a recipe, or a `Recipe`, as for `plait.merge`.
+        base: the base model, a folder or `org/repo[@revision]`; the recipe's or the adapters' own when None.
+        heads_of: whose heads, trained token rows and biases act, where the recipe keeps them apart (the base's when None);
+            averaged ones, and those of the adapter that the recipe names, act by themselves.
+        load_dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
+        device_map: as transformers takes it; needs accelerate.
+        trust_remote_code: let transformers run code that lies beside the weights.
+        workers: modules merged at a time; never changes a bit.
+        progress: who listens.
+        **settings: as `plait.merge` (`method`, `weights`, `density`, …).
+
+    Raises:
+        PlaitError: as `plait.merge`; the base is not known or cannot be loaded, or an adapter does not fit it.
+    """
+    recipe, folder = _recipe(source, settings)
+    inventory = take_inventory(recipe, folder)
+    name = base or inventory.base_model
+    if name is None:
+        raise AddressError("the base model is not known: no adapter names it. Give base=, or base_model in the recipe.")
+    place = resolve_model(str(name), base=None if base is not None or recipe.base_model is None else folder)
+    chosen = averaged_heads(inventory) or recipe.heads.adapter or heads_of
+    if heads_of not in (None, chosen):
+        raise RecipeError(
+            f"heads_of is {heads_of!r}, but the recipe's heads are {recipe.heads.policy!r}; leave one of them out."
+        )
+    modules = merged_modules(inventory, workers=workers, progress=progress)
+    mixture = Mixture.load(
+        place.folder, inventory.adapters, dtype=load_dtype, device_map=device_map, trust_remote_code=trust_remote_code
+    )
+    acting = ExitStack()
+    acting.enter_context(mixture.attached(modules, heads=chosen))
+    return LiveMerge(mixture, recipe, acting)
+
+
+def _recipe(source: Any, settings: Mapping[str, Any]) -> tuple[Recipe, Path | None]:
+    if not isinstance(source, Recipe):
+        is_file = isinstance(source, (str, Path))
+        return read_request(Path(source) if is_file else None, [] if is_file else source, settings)
+    if settings:
+        raise RecipeError(f"a Recipe is complete; put {', '.join(settings)} into it, or give adapters or a recipe's file.")
+    return source, None
+
+
+def _rounded(module: MergedModule, recipe: Recipe) -> MergedModule:
+    dtype = DTYPES[recipe.output.dtype]
+    if dtype == torch.float32 or module.factors is None:
+        return module
+    slices = tuple(LowRank(s.a.to(dtype).to(s.a.dtype), s.b.to(dtype).to(s.b.dtype)) for s in module.factors.slices)
+    bias = None if module.bias is None else module.bias.to(dtype).to(module.bias.dtype)
+    return replace(module, factors=replace(module.factors, slices=slices), bias=bias)

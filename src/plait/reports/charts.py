@@ -1,0 +1,316 @@
+"""Numbers → bars and coloured cells, with their places and words. The page and the figures draw the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
+from operator import attrgetter
+
+from plait.adapters.names import LayerKey, layer_key
+from plait.evaluation.comparison import Comparison
+from plait.evaluation.record import Bounds, Evaluation, TaskResult
+from plait.merging.inspection import Comparison as Conflict
+from plait.merging.record import RunRecord
+from plait.records import Record
+from plait.reports.colors import Color, css, diverging, ink, sequential
+from plait.reports.reading import LayerWeights
+
+_LEAST_SPAN = 0.1  # of a colour scale: noise is not shown as a difference
+
+
+class Cell(Record):
+    """One cell: its text and its colours."""
+
+    text: str
+    background: str
+    ink: str
+
+
+class HeatMap(Record):
+    """A table whose cells are coloured.
+
+    Attributes:
+        title: above it.
+        about: how to read it.
+        columns: their names.
+        rows: name → cells, in order.
+        legend: the colours of low, middle and high values; empty where the cells' texts say it.
+    """
+
+    title: str
+    about: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+    legend: tuple[Cell, ...] = ()
+
+
+class Bar(Record):
+    """A recovery as a bar; positions in percent of the axis' width.
+
+    Attributes:
+        name: whose it is.
+        text: the recovery.
+        interval: in words; empty where there is none.
+        good: whether it is at or above the base.
+        left: where the bar begins.
+        width: how long it is.
+        low: where the interval begins; None where there is none.
+        spread: how long the interval is.
+    """
+
+    name: str
+    text: str
+    interval: str
+    good: bool
+    left: float
+    width: float
+    low: float | None
+    spread: float
+
+
+class Bars(Record):
+    """Bars on one axis.
+
+    Attributes:
+        zero: where the base model stands, in percent of the width.
+        one: where a task's own adapter stands.
+        bars: in order.
+    """
+
+    zero: float
+    one: float
+    bars: tuple[Bar, ...]
+
+
+class Recovered(Record):
+    """A recovery and how surely it is known.
+
+    Attributes:
+        name: of a task or a merge.
+        value: the recovery; None where it is not defined.
+        interval: 95 %.
+        good: whether it is at or above the base.
+    """
+
+    name: str
+    value: float | None
+    interval: Bounds | None
+    good: bool
+
+
+def number(value: float | None) -> str:
+    """Write a metric with three digits; a dash where there is none."""
+    return "–" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def share(value: float | None) -> str:
+    """Write a share in percent, never broken before its sign; a dash where there is none."""
+    return "–" if value is None else _signed(f"{100 * value:.0f}\N{NO-BREAK SPACE}%")
+
+
+def interval(bounds: Bounds | None) -> str:
+    """Write an interval of shares."""
+    return "" if bounds is None else f"{_signed(f'{100 * bounds[0]:.0f}')} – {share(bounds[1])}"
+
+
+def of_tasks(tasks: Iterable[TaskResult]) -> list[Recovered]:
+    """Return the recoveries of one evaluation."""
+    return [Recovered(name=t.task, value=t.recovery, interval=t.recovery_interval, good=not t.below_base) for t in tasks]
+
+
+def of_places(board: Comparison) -> list[Recovered]:
+    """Return the worst recovery of every merge on a leaderboard."""
+    return [
+        Recovered(name=p.name, value=p.worst_recovery, interval=p.worst_interval, good=not p.below_base) for p in board.places
+    ]
+
+
+def bars(found: Sequence[Recovered]) -> Bars:
+    """Return bars on an axis that holds 0, 1 and all intervals."""
+    ends = [0.0, 1.0]
+    for r in found:
+        ends += [v for v in (r.value, *(r.interval or ())) if v is not None]
+    # a hopeless outlier must not press all other bars flat
+    low, high = max(-1.0, min(ends)), min(2.0, max(ends))
+
+    def place(value: float) -> float:
+        return round(100 * (min(high, max(low, value)) - low) / (high - low), 2)
+
+    drawn = []
+    for r in found:
+        start, stop = sorted((place(0.0), place(r.value or 0.0)))
+        whisker = (place(r.interval[0]), place(r.interval[1])) if r.interval else None
+        drawn.append(
+            Bar(
+                name=r.name,
+                text=share(r.value),
+                interval=interval(r.interval),
+                good=r.good,
+                left=start,
+                width=round(stop - start, 2),
+                low=whisker[0] if whisker else None,
+                spread=round(whisker[1] - whisker[0], 2) if whisker else 0.0,
+            )
+        )
+    return Bars(zero=place(0.0), one=place(1.0), bars=tuple(drawn))
+
+
+def interference(found: Evaluation) -> HeatMap | None:
+    """Return what every single adapter does to every task; None when it was not asked for."""
+    if found.matrix is None:
+        return None
+    rows = []
+    for name, values, gains in zip(found.matrix.adapters, found.matrix.values, found.matrix.recovery, strict=True):
+        cells = [
+            _cell(f"{number(v)} ({share(g)})" if g is not None else number(v), None if g is None else diverging(g))
+            for v, g in zip(values, gains, strict=True)
+        ]
+        rows.append((name, tuple(cells)))
+    return HeatMap(
+        title="What each adapter alone does to each task",
+        about="The task's metric; in brackets, of the gain that the task's own adapter brings, the share that this one brings. "
+        "Blue helps, orange harms.",
+        columns=found.matrix.tasks,
+        rows=tuple(rows),
+    )
+
+
+def layer_maps(conflict: Conflict) -> tuple[HeatMap, ...]:
+    """Return, pair by pair and layer by layer, how the adapters lie to each other."""
+    pairs = list(combinations(range(len(conflict.names)), 2))
+    names = [f"{conflict.names[i]} · {conflict.names[j]}" for i, j in pairs]
+    layers = tuple(layer.layer for layer in conflict.layers)
+
+    def table(field: str) -> list[tuple[str, list[float | None]]]:
+        matrices = [attrgetter(field)(layer) for layer in conflict.layers]
+        return [(name, [m[i][j] if m else None for m in matrices]) for name, (i, j) in zip(names, pairs, strict=True)]
+
+    cosine, conflicts = table("cosine"), table("weighted_conflict")
+    largest = _span(cosine, 0.0)
+    off = _span(conflicts, 0.5)
+    return (
+        _scaled(
+            "Cosine",
+            "⟨ΔWᵢ, ΔWⱼ⟩ over the norms. 0: independent; above: they pull together; below: apart.",
+            layers,
+            cosine,
+            (-largest, 0.0, largest),
+            lambda v: diverging(v / largest),
+            _plain,
+        ),
+        _scaled(
+            "Sign conflict",
+            "Share of |xᵢ xⱼ| where the signs differ. 50 % is chance; more is conflict.",
+            layers,
+            conflicts,
+            (0.5 - off, 0.5, 0.5 + off),
+            lambda v: diverging((0.5 - v) / off),
+            share,
+        ),
+        _scaled(
+            "Overlap of row spaces (A)",
+            "Cosine of the median principal angle of what the adapters read. Near 1 where they began with one and the same A.",
+            layers,
+            table("overlap_a"),
+            (0.0, 0.5, 1.0),
+            sequential,
+            _plain,
+        ),
+        _scaled(
+            "Overlap of column spaces (B)",
+            "The same of what the adapters write to.",
+            layers,
+            table("overlap_b"),
+            (0.0, 0.5, 1.0),
+            sequential,
+            _plain,
+        ),
+    )
+
+
+def weight_map(weights: LayerWeights) -> HeatMap:
+    """Return the coefficients, layer by layer."""
+    rows = [(name, [row[i] for row in weights.values]) for i, name in enumerate(weights.adapters)]
+    largest = _span(rows, 0.0)
+    return _scaled(
+        "Weights",
+        "What each adapter is multiplied by: the mean over a layer's modules, before the scale of the whole merge.",
+        weights.layers,
+        rows,
+        (-largest, 0.0, largest) if any(v < 0 for row in weights.values for v in row) else (0.0, largest / 2, largest),
+        lambda v: diverging(v / largest),
+        _plain,
+    )
+
+
+def energy_map(record: RunRecord) -> HeatMap:
+    """Return the energy that a truncated merge kept, by kind of module and layer."""
+    found: dict[str, dict[LayerKey | None, tuple[float, float]]] = {}
+    for m in record.modules:
+        kind = m.target.rpartition(".")[2]
+        kept, total = found.setdefault(kind, {}).get(layer_key(m.target), (0.0, 0.0))
+        energy = m.energy or 0.0
+        found[kind][layer_key(m.target)] = (kept + m.kept * energy, total + energy)
+    keys = sorted({key for places in found.values() for key in places if key is not None})
+    columns: list[LayerKey | None] = [*keys, *([None] if any(None in places for places in found.values()) else [])]
+    rows = [(kind, [_ratio(places.get(key)) for key in columns]) for kind, places in found.items()]
+    lowest = min((v for _, values in rows for v in values if v is not None), default=0.0)
+    low = min(lowest, 1 - _LEAST_SPAN)
+    return _scaled(
+        f"{record.method} at rank {record.rank}",
+        f"Share of ‖ΔW‖² that the truncation kept: {_finely(record.kept)} over all modules, in the worst "
+        f"{_finely(record.lowest_kept)}.",
+        tuple("–" if key is None else str(key) for key in columns),
+        rows,
+        (low, (low + 1) / 2, 1.0),
+        lambda v: sequential((1 - v) / (1 - low)),
+        _finely,
+    )
+
+
+def _ratio(sums: tuple[float, float] | None) -> float | None:
+    return None if sums is None else sums[0] / sums[1] if sums[1] else 1.0
+
+
+def _span(rows: Sequence[tuple[str, Sequence[float | None]]], middle: float) -> float:
+    """Return the largest distance from the middle, or what is shown at least."""
+    return max(_LEAST_SPAN, *(abs(v - middle) for _, values in rows for v in values if v is not None), 0.0)
+
+
+def _scaled(
+    title: str,
+    about: str,
+    columns: tuple[str, ...],
+    rows: Sequence[tuple[str, Sequence[float | None]]],
+    scale: tuple[float, float, float],
+    color: Callable[[float], Color],
+    form: Callable[[float], str],
+) -> HeatMap:
+    def cell(value: float | None) -> Cell:
+        return _cell("–", None) if value is None else _cell(form(value), color(value))
+
+    return HeatMap(
+        title=title,
+        about=about,
+        columns=columns,
+        rows=tuple((name, tuple(map(cell, values))) for name, values in rows),
+        legend=tuple(map(cell, scale)),
+    )
+
+
+def _plain(value: float) -> str:
+    return _signed(f"{value:.2f}")
+
+
+def _finely(value: float) -> str:
+    return f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def _cell(text: str, color: Color | None) -> Cell:
+    if color is None:
+        return Cell(text=text, background="transparent", ink="inherit")
+    return Cell(text=text, background=css(color), ink=ink(color))

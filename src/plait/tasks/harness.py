@@ -1,0 +1,218 @@
+"""Tasks of EleutherAI's lm-evaluation-harness (lm-eval), opened with its own classes.
+
+Its YAML may name Python functions: a task of the harness runs code, unlike one of plait's. Tensors and models are not seen
+here; what asks a model is `evaluation.harness`.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from typing import Any, Literal, cast
+
+from plait.errors import TaskError, did_you_mean
+from plait.recipes.evaluation import SplitName
+from plait.tasks.optional import optional
+from plait.tasks.schema import LmEval
+
+Aggregation = Literal["mean", "perplexity", "weighted_perplexity", "bits_per_byte"]
+_AGGREGATIONS: tuple[Aggregation, ...] = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
+_EXTRA = "lm-eval"
+_FEWSHOT_SEED = 1234  # the harness's default
+_NO_FILTER = "none"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document, as the harness puts it to a model without a chat template.
+
+    Attributes:
+        prompt: context of its first request; empty where a text is only read.
+        target: the right continuation, or what the task calls its target.
+        choices: continuations that are compared; empty where there are none.
+    """
+
+    prompt: str
+    target: str
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How the harness judges a task.
+
+    Attributes:
+        metric: its name there.
+        filter: which of the task's filters its answers went through.
+        aggregation: what is made of the documents' values.
+        aggregate: the harness's function that does it.
+        higher_is_better: the metric's orientation.
+        stderr: the harness's function for the standard error, where it is a formula.
+    """
+
+    metric: str
+    filter: str
+    aggregation: Aggregation
+    aggregate: Callable[[Sequence[Any]], float]
+    higher_is_better: bool
+    stderr: Callable[[Sequence[Any]], float] | None
+
+
+def fresh(task: LmEval) -> Any:
+    """Return the harness's task, as if nothing had been drawn from it: the same examples stand in every prompt.
+
+    Raises:
+        TaskError: lm-eval is not installed, has no such task, or cannot read its data; or the task is not covered.
+    """
+    inner = _opened(task)
+    inner.set_fewshot_seed(_FEWSHOT_SEED)
+    return inner
+
+
+def documents(task: LmEval, split: SplitName) -> list[Document]:
+    """Return all documents that the harness evaluates a task on, in its order.
+
+    Raises:
+        TaskError: as `fresh`; or another split is wanted.
+    """
+    if split not in task.splits:
+        raise TaskError(
+            f"task {task.name!r} has no split {split!r}: lm-eval evaluates on documents of its own choice, which are called "
+            "'test' here."
+        )
+    inner = fresh(task)
+    with quiet():
+        inner.build_all_requests()
+    requests: dict[int, list[Any]] = {}
+    for request in inner.instances:
+        requests.setdefault(request.doc_id, []).append(request)
+    return [_document(inner, requests[number]) for number in sorted(requests)]
+
+
+def judge(task: LmEval) -> Judge:
+    """Return how a task is judged.
+
+    Raises:
+        TaskError: as `fresh`; the task has no such metric, or one that is no function of sums over documents.
+    """
+    inner = _opened(task)
+    filters = [f["name"] for f in inner.config.filter_list or ()] or [_NO_FILTER]
+    aggregations = inner.aggregation()
+    usable = {metric: name for metric, function in aggregations.items() if (name := _name(function)) is not None}
+    wanted, _, through = (task.metric or next(iter(usable), "")).partition(",")
+    through = through or filters[0]
+    where = f"task {task.name!r}: metric"
+    if wanted not in usable and wanted not in aggregations:
+        near = did_you_mean(wanted, aggregations)
+        raise TaskError(f"{where} {task.metric!r}: {task.kind} has {', '.join(aggregations)}.{near}")
+    if wanted not in usable:
+        raise TaskError(
+            f"{where} {wanted!r}: lm-eval makes it of all answers together, not of sums over examples, so it has no paired "
+            f"bootstrap here. Metrics of {task.kind} that have one: {', '.join(usable) or 'none'}."
+        )
+    if through not in filters:
+        raise TaskError(f"{where} {task.metric!r}: {task.kind} has no filter {through!r}; there are {', '.join(filters)}.")
+    stderr = _metrics().mean_stderr if usable[wanted] == "mean" else None
+    return Judge(wanted, through, usable[wanted], aggregations[wanted], bool(inner.higher_is_better()[wanted]), stderr)
+
+
+def about(task: LmEval) -> Mapping[str, str]:
+    """Return what answers depend on besides the documents: the task's configuration and lm-eval's version."""
+    return {"version": version("lm_eval"), "config": str(sorted(_opened(task).dump_config().items(), key=lambda pair: pair[0]))}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep lm-eval and datasets from printing: what is asked and what comes out is told by plait."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@cache
+def _opened(task: LmEval) -> Any:
+    manager = _manager(task, task.include)
+    name = task.harness_name
+    entry = manager.task_index.get(name)
+    where = f"task {task.name!r}: {task.kind}"
+    if entry is None:
+        place = task.include or "lm-eval"
+        raise TaskError(f"{where}: {place} has no task of that name.{did_you_mean(name, manager.all_subtasks)}")
+    if entry.kind.name in ("GROUP", "TAG"):
+        raise TaskError(f"{where} is a group of tasks; name the tasks one by one. `lm_eval ls tasks` lists them.")
+    try:
+        with quiet():
+            inner = manager.load(name)["tasks"][name]
+    except Exception as error:  # lm-eval, datasets and their transport raise many classes
+        raise TaskError(f"{where} cannot be opened: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if getattr(inner, "MULTIMODAL", False):
+        raise TaskError(f"{where} shows images or sounds; only tasks of text are covered.")
+    if getattr(inner, "UNSAFE_CODE", False):
+        raise TaskError(f"{where} runs code that the model writes; that is not done here.")
+    _set_fewshot(inner, task, where)
+    return inner
+
+
+def _set_fewshot(inner: Any, task: LmEval, where: str) -> None:
+    """Set the number of examples in the prompt, as the harness does: a task that says 0 means it."""
+    given = inner.get_config("num_fewshot")
+    if task.num_fewshot and given == 0:
+        raise TaskError(f"{where}: num_fewshot is {task.num_fewshot}, but lm-eval's task is meant without examples (0).")
+    inner.set_config(key="num_fewshot", value=given or 0 if task.num_fewshot is None else task.num_fewshot)
+
+
+@cache
+def _index(include: str | None) -> Any:
+    tasks = optional("lm_eval.tasks", _EXTRA, "a task of lm-eval")
+    with quiet():
+        return tasks.TaskManager(include_path=include, include_defaults=include is None)
+
+
+def _manager(task: LmEval, include: str | None) -> Any:
+    optional("lm_eval", _EXTRA, f"task {task.name!r}: {task.kind}")
+    return _index(include)
+
+
+def _metrics() -> Any:
+    return optional("lm_eval.api.metrics", _EXTRA, "a task of lm-eval")
+
+
+def _name(function: Any) -> Aggregation | None:
+    return next((name for name in _AGGREGATIONS if getattr(_metrics(), name) is function), None)
+
+
+def _document(inner: Any, requests: Sequence[Any]) -> Document:
+    first = requests[0]
+    target = inner.doc_to_target(first.doc)
+    if first.request_type == "loglikelihood_rolling":
+        return Document("", str(first.args[0]), ())
+    if first.request_type == "generate_until":
+        return Document(_text(first.args[0]), _text(target), ())
+    asked = [r for r in requests if r.args[0]] or requests  # without those that only weigh a choice by itself
+    texts = tuple(str(r.args[1]) for r in asked)
+    if len(texts) > 1 and len(set(texts)) == 1:  # choices stand before what is scored, as in cloze tests
+        texts = tuple(_text(r.args[0]) + str(r.args[1]) for r in asked)
+        return Document("", _chosen(texts, inner.doc_to_text(first.doc)), texts)
+    return Document(_text(first.args[0]), _chosen(texts, target), texts if len(texts) > 1 else ())
+
+
+def _chosen(texts: Sequence[str], target: object) -> str:
+    """Return the right one of some texts, where it is told by its number; else the target as it stands."""
+    numbered = isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(texts)
+    return texts[cast("int", target)] if numbered else _text(target)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else str(value)

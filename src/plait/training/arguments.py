@@ -1,0 +1,251 @@
+"""The flags of `plait sft`: TRL's own, read by TRL's parser, and a few of plait's → a job and what becomes of its result.
+
+Flags, a YAML file (`--config`) and Python keywords take the same way, through the parser, so that they mean the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from plait.errors import RecipeError, collect, did_you_mean
+from plait.tasks.optional import optional
+from plait.training.encoding import LongExamples
+from plait.training.formats import FormatName
+from plait.training.job import TrainingJob
+
+#: Other names of TRL's flags.
+ALIASES = {"dataset_name_or_path": "dataset_name", "hub_repo_id": "hub_model_id"}
+_FLAGS = ("merge_adapter_with_base", "upload_merged_model", "force", "dry_run", "json")
+_OWN: Mapping[str, Mapping[str, Any]] = {
+    "dataset_format": {"choices": get_args(FormatName), "help": "How rows are read; told by their columns when auto."},
+    "dataset_limit": {"type": int, "help": "Take the first so many rows."},
+    "eval_dataset_name_or_path": {"help": "Rows that the loss is also measured on; a test split where there is one."},
+    "test_split_size": {"type": float, "help": "Share of the rows to hold out for that instead."},
+    "system_prompt": {"help": "Put before every conversation that has none."},
+    "long_examples": {"choices": get_args(LongExamples), "help": "What becomes of examples longer than --max_length."},
+    "merge_adapter_with_base": {"help": "Then write base + adapter as a full model, merged_model/."},
+    "upload_merged_model": {"help": "Upload merged_model/ instead of the adapter."},
+    "force": {"help": "Give up a run with other settings that stands in --output_dir."},
+    "dry_run": {"help": "Show plan and example, and train nothing."},
+    "json": {"help": "Print one JSON object on stdout."},
+}
+_LORA = {
+    "r": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "lora_target_modules",
+    "target_parameters": "lora_target_parameters", "modules_to_save": "lora_modules_to_save",
+    "rslora": "use_rslora", "dora": "use_dora",
+}  # fmt: skip
+_LOADING = (
+    "dtype", "attn_implementation", "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant",
+    "bnb_4bit_quant_storage", "trust_remote_code",
+)  # fmt: skip
+_UPLOADING = ("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision", "hub_strategy", "hub_always_push")
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What was said, and nothing that was not.
+
+    Attributes:
+        given: name (TRL's, or plait's own) → value.
+        trainer: names that belong to `SFTConfig`.
+        loading: names that belong to `ModelConfig`.
+    """
+
+    given: Mapping[str, Any]
+    trainer: frozenset[str]
+    loading: frozenset[str]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a value, or the default where nothing was said."""
+        return self.given.get(name, default)
+
+    @property
+    def out(self) -> Path:
+        """Where everything is written; TRL's own default."""
+        return Path(self.get("output_dir", "trainer_output")).expanduser()
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the loss is measured on other rows as well."""
+        return str(self.get("eval_strategy", "no")) != "no"
+
+
+def read_flags(argv: Sequence[str]) -> Flags:
+    """Read a command line.
+
+    Raises:
+        RecipeError: a flag is not known or its value is of the wrong kind; the `--config` file cannot be read.
+    """
+    words = list(argv)
+    config: list[str] = []
+    for i, word in enumerate(words):
+        if word == "--config" or word.startswith("--config="):
+            path = word.partition("=")[2] or "".join(words[i + 1 : i + 2])
+            config = list(_from_file(Path(path)))
+            del words[i : i + (1 if "=" in word else 2)]
+            break
+    return _parsed([*config, *words])
+
+
+def read_keywords(values: Mapping[str, Any]) -> Flags:
+    """Read Python keywords: the flags' names and values.
+
+    Raises:
+        RecipeError: as `read_flags`.
+    """
+    return _parsed(list(_words(values)))
+
+
+def all_flags() -> str:
+    """Return the help of every flag."""
+    return str(_parser().format_help())
+
+
+def job_of(flags: Flags) -> TrainingJob:
+    """Make the job that flags ask for; base and data must have been given.
+
+    Raises:
+        RecipeError: a value is out of range.
+    """
+    revision = flags.get("model_revision", "main")
+    base = flags.get("model_name_or_path") + ("" if revision == "main" else f"@{revision}")
+    trainer = {k: v for k, v in flags.given.items() if k in flags.trainer and k not in ("output_dir", "seed", *_UPLOADING)}
+    values: dict[str, Any] = {
+        "base": base,
+        "data": _data(flags, "dataset_name", flags.get("dataset_train_split", "train")),
+        "lora": None,
+        "arguments": trainer,
+        "model": {name: flags.get(name) for name in _LOADING if name in flags.given and name in flags.loading},
+        "long_examples": flags.get("long_examples", "drop"),
+        "seed": flags.get("seed", 42),
+    }
+    if flags.get("use_peft"):
+        values["lora"] = {name: _listed(flags.get(flag)) for name, flag in _LORA.items() if flag in flags.given}
+    if flags.evaluates and "test_split_size" in flags.given:
+        values["held_out"] = flags.get("test_split_size")
+    elif flags.evaluates and "eval_dataset_name_or_path" in flags.given:
+        values["eval_data"] = _data(flags, "eval_dataset_name_or_path", "train", limit=False)
+    elif flags.evaluates:
+        values["eval_data"] = _data(flags, "dataset_name", flags.get("dataset_test_split", "test"), limit=False)
+    try:
+        return TrainingJob.model_validate(values)
+    except ValidationError as error:
+        collect(RecipeError, [_said(e) for e in error.errors()], "plait sft")
+        raise
+
+
+def lora_flags(flags: Flags) -> list[str]:
+    """Return the flags given that only an adapter has."""
+    return [f"--{flag}" for flag in _LORA.values() if flag in flags.given]
+
+
+def _data(flags: Flags, place: str, split: str, *, limit: bool = True) -> dict[str, Any]:
+    return {
+        "place": flags.get(place),
+        "config": flags.get("dataset_config") if place == "dataset_name" else None,
+        "split": split,
+        "limit": flags.get("dataset_limit") if limit else None,
+        "format": flags.get("dataset_format", "auto"),
+        "text_field": flags.get("dataset_text_field", "text"),
+        "system_prompt": flags.get("system_prompt"),
+    }
+
+
+def _listed(value: Any) -> Any:
+    """Return a single word that is no plain name by itself: `all-linear`, or a pattern for PEFT."""
+    return value[0] if isinstance(value, list) and len(value) == 1 and not re.fullmatch(r"[\w.]+", value[0]) else value
+
+
+def _said(error: Any) -> str:
+    where = [str(part) for part in error["loc"]]
+    names = _LORA if where[0] == "lora" else {"held_out": "test_split_size", "limit": "dataset_limit"}
+    flag = names.get(where[-1], where[-1])
+    return f"--{flag} {error['input']!r}: {error['msg']}"
+
+
+class _Unclear(Exception):
+    """What the parser would leave the process for."""
+
+
+def _parser() -> Any:
+    """Make TRL's parser with plait's flags added; nothing has a default, so that only what is said is there."""
+    trl = optional("trl", "train", "plait sft")
+    to_bool = optional("transformers.hf_argparser", "train", "plait sft").string_to_bool
+    parser = trl.TrlParser((trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig), allow_abbrev=False, prog="plait sft")
+    known = {action.dest for action in parser._actions}
+    for alias, name in ALIASES.items():
+        parser.add_argument(*_spelt(alias), dest=name, help=f"The same as --{name}.")
+    if "warmup_ratio" not in known:
+        parser.add_argument(*_spelt("warmup_ratio"), type=float, help="Share of the steps to warm up in.")
+    for name, options in _OWN.items():
+        switch = {"type": to_bool, "nargs": "?", "const": True} if name in _FLAGS else {}
+        parser.add_argument(*_spelt(name), **switch, **options)
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+
+    def refuse(message: str) -> NoReturn:
+        raise _Unclear(message)
+
+    parser.error = refuse
+    return parser
+
+
+def _spelt(name: str) -> tuple[str, ...]:
+    """Return a flag with underscores and, as TRL has them, with dashes."""
+    return tuple(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def _parsed(words: Sequence[str]) -> Flags:
+    parser = _parser()
+    trl = optional("trl", "train", "plait sft")
+    try:
+        space, rest = parser.parse_known_args(list(words))
+    except (_Unclear, argparse.ArgumentTypeError) as error:
+        raise RecipeError(f"plait sft: {error}. `plait sft --help_all` lists every flag.") from None
+    names = [word for action in parser._actions for word in action.option_strings]
+    unknown = [word.partition("=")[0] for word in rest if word.startswith("-")] or list(rest)
+    collect(
+        RecipeError,
+        [
+            f"{word}: there is no such flag.{did_you_mean(word, names)} `plait sft --help_all` lists every one."
+            for word in unknown
+        ],
+        "plait sft",
+    )
+    trainer = frozenset(f.name for f in fields(trl.SFTConfig)) | {"warmup_ratio"}
+    return Flags(vars(space), trainer, frozenset(f.name for f in fields(trl.ModelConfig)))
+
+
+def _from_file(path: Path) -> Iterator[str]:
+    """Yield the flags that a YAML file spells; its `env` goes into the environment, as with TRL."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"--config {path}: it cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--config {path}: this is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("env", {}), dict):
+        raise RecipeError(f"--config {path}: it must be a mapping: flag: value (and env: a mapping of variables).")
+    os.environ.update({str(name): str(value) for name, value in values.pop("env", {}).items()})
+    yield from _words({str(name): value for name, value in values.items()})
+
+
+def _words(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the words of a command line that says the same; a value of None says nothing."""
+    for name, value in values.items():
+        if isinstance(value, (list, tuple)):
+            yield from (f"--{name}", *map(str, value))
+        elif isinstance(value, Mapping):
+            yield f"--{name}={json.dumps(value)}"
+        elif value is not None:
+            yield f"--{name}={value}"

@@ -1,0 +1,179 @@
+"""A job on an encoder (or decoder) with a classification head → transformers' `Trainer`.
+
+What the checkpoint lacks, the head above all, is drawn at random and then trained and saved whole beside the LoRA
+(`modules_to_save`): nothing random is left in a model that is put together again from base and adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plait.errors import PlanError, RecipeError, TaskError
+from plait.tasks.optional import optional
+from plait.training.causal import lora_config
+from plait.training.data import LoadedData
+from plait.training.formats import Completion
+from plait.training.job import OpenJob, Prepared, TrainingJob
+from plait.training.settings import trainer_settings
+
+#: Heads that PEFT itself trains and saves whole.
+_HEADS = ("classifier", "score")
+_LOADING = ("dtype", "attn_implementation", "trust_remote_code")
+#: Argument of a classifier: the longest text in tokens.
+LONGEST = "max_length"
+_UNBOUNDED = 1_000_000  # tokenizers without a limit say 1e30
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts as a trainer takes them.
+
+    Attributes:
+        items: `input_ids`, `attention_mask` (…) and `labels` of each.
+        left_out: texts longer than the limit, left out.
+        truncated: texts cut to it.
+    """
+
+    items: list[dict[str, Any]]
+    left_out: int
+    truncated: int
+
+
+def make_trainer(opened: OpenJob, out: Path) -> Prepared:
+    """Load the model and tokenize the data.
+
+    Args:
+        opened: the job; `arguments` are those of `TrainingArguments`, and `max_length`: of a text, in tokens.
+        out: folder of the checkpoints.
+
+    Raises:
+        PlaitError: arguments that contradict each other, labels that the task does not have, layers that are not there.
+    """
+    transformers = optional("transformers", "train", "training")
+    job = opened.job
+    if not job.labels or job.lora is None:
+        raise PlanError("a classifier is trained as a LoRA on a task of kind sequence_classification, whose labels it has.")
+    config = settings_of(job, out)
+    tokenizer, limit = tokenizer_of(opened)
+    train = encode_texts(opened, opened.data, tokenizer, limit)
+    held = None if opened.eval_data is None else encode_texts(opened, opened.eval_data, tokenizer, limit)
+    transformers.set_seed(config.seed)  # head and A are drawn below
+    model, fresh = _load(transformers, opened, tokenizer)
+    trainer = transformers.Trainer(
+        model=_with_lora(model, opened, fresh),
+        args=config,
+        train_dataset=train.items,
+        eval_dataset=held.items if held else None,
+        processing_class=tokenizer,
+        data_collator=transformers.DataCollatorWithPadding(tokenizer),
+    )
+    return Prepared(trainer, len(train.items), train.left_out, train.truncated, (*opened.data.notes, *_notes(train, limit)))
+
+
+def settings_of(job: TrainingJob, out: Path) -> Any:
+    """Return the job's `TrainingArguments`.
+
+    Raises:
+        RecipeError: an argument is not known, or they contradict each other.
+    """
+    arguments = {name: value for name, value in job.arguments.items() if name != LONGEST}
+    kind = optional("transformers", "train", "training").TrainingArguments
+    return trainer_settings(kind, job.model_copy(update={"arguments": arguments}), out)
+
+
+def tokenizer_of(opened: OpenJob) -> tuple[Any, int | None]:
+    """Return what tokenizes, and how many tokens a text may have: never more than the model can read."""
+    transformers = optional("transformers", "train", "training")
+    name, revision = opened.model
+    trust = _loading(opened.job.model, "trust_remote_code")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision, **trust)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # as evaluation reads texts
+    config = transformers.AutoConfig.from_pretrained(name, revision=revision, **trust)
+    bounds = opened.job.arguments.get(LONGEST), getattr(config, "max_position_embeddings", None), tokenizer.model_max_length
+    return tokenizer, min((n for n in bounds if n is not None and 0 < n < _UNBOUNDED), default=None)
+
+
+def _loading(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    unknown = [name for name in values if name not in _LOADING]
+    if unknown:
+        raise RecipeError(f"model: {', '.join(unknown)}: a classifier takes {', '.join(_LOADING)}.")
+    return {name: values[name] for name in names if name in values}
+
+
+def _load(transformers: Any, opened: OpenJob, tokenizer: Any) -> tuple[Any, list[str]]:
+    """Return the model with a head of the job's labels, and the modules that its checkpoint lacks."""
+    labels = opened.job.labels or ()
+    name, revision = opened.model
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    keywords = {"dtype": "float32", **_loading(opened.job.model, *_LOADING)}
+    try:
+        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name,
+            revision=revision,
+            num_labels=len(labels),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **names,
+            **keywords,
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        raise PlanError(f"{opened.job.base} is no model that can have a head: {' '.join(str(error).split())[:300]}") from error
+    if model.config.pad_token_id is None:  # a decoder with a head looks for the last token that is no padding
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, sorted({key.rpartition(".")[0] for key in report["missing_keys"]})
+
+
+def _with_lora(model: Any, opened: OpenJob, fresh: Sequence[str]) -> Any:
+    lora = opened.job.lora
+    if lora is None:
+        raise AssertionError("checked before")
+    own = (*(lora.modules_to_save or ()), *_HEADS)
+    more = [path for path in fresh if not any(part in own for part in path.split("."))]
+    saved = (*(lora.modules_to_save or ()), *more)
+    config = lora_config(lora.model_copy(update={"modules_to_save": saved or None}), "SEQ_CLS")
+    config.exclude_modules = more or None  # what is trained whole needs no LoRA beside it
+    try:
+        return optional("peft", "train", "LoRA").get_peft_model(model, config)
+    except ValueError as error:
+        raise PlanError(f"{opened.job.base} cannot be trained so: {' '.join(str(error).split())}") from error
+
+
+def encode_texts(opened: OpenJob, data: LoadedData, tokenizer: Any, limit: int | None) -> Texts:
+    """Tokenize texts and number their labels.
+
+    Args:
+        opened: the job, which has the labels.
+        data: of the job.
+        tokenizer: of the model.
+        limit: most tokens of one text; longer ones are left out, or cut where the job says so. None for any.
+
+    Raises:
+        TaskError: no text is left.
+    """
+    labels, cut = opened.job.labels or (), opened.job.long_examples == "truncate"
+    items: list[dict[str, Any]] = []
+    left_out = truncated = 0
+    for number, example in enumerate(data.examples):
+        if not isinstance(example, Completion):
+            raise TaskError(f"{data.described}: example {number} is no text with a label.")
+        row = dict(tokenizer(example.prompt))
+        if limit is not None and len(row["input_ids"]) > limit:
+            if not cut:
+                left_out += 1
+                continue
+            truncated += 1
+            row = dict(tokenizer(example.prompt, truncation=True, max_length=limit))
+        items.append({**row, "labels": labels.index(example.completion)})
+    if not items:
+        raise TaskError(f"{data.described}: no text is left: all {left_out} have more than {limit} tokens ({LONGEST}).")
+    return Texts(items, left_out, truncated)
+
+
+def _notes(rows: Texts, limit: int | None) -> list[str]:
+    told = [(rows.left_out, "are left out"), (rows.truncated, "are cut: their end is not learnt")]
+    return [f"{count} texts have more than {limit} tokens and {what}." for count, what in told if count]

@@ -1,0 +1,255 @@
+"""A whole cohort: adapters of one base trained phase by phase, merged, and judged on every phase's task.
+
+Everything is in one folder, and everything that stands there under its name is whole:
+
+    phases/NAME/adapter/    as PEFT loads it, with card and lock; beside it training.json and, while it trains, checkpoints
+    recipe.yaml             of the merge, for `plait merge` and `plait eval` with other methods
+    merged/                 the merge
+    evaluation/             run folders and finished answers
+    loss_curves.json, report.html, train.json
+    earlier/, logs/         adapters of other settings; what libraries printed
+
+A run that was killed goes on: finished phases are found by their digest, begun ones go on from their last checkpoint, answers
+are asked for once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from pydantic import ValidationError
+
+import plait
+from plait.errors import OutputError, RecipeError
+from plait.evaluation.files import write_atomically
+from plait.merging.progress import Progress, Silent
+from plait.training.attempts import Outcome, Watcher, in_turn
+from plait.training.estimate import estimate
+from plait.training.finishing import Judging, finish
+from plait.training.job import ADAPTER
+from plait.training.opening import OpenPhase, look, open_phases, set_aside
+from plait.training.phases import PHASES, PlannedPhase, TrainingPlan
+from plait.training.results import PhaseResult, TrainResult
+from plait.training.side_by_side import side_by_side
+
+RESULT = "train.json"
+_IN_USE = ".in-use"
+_PATIENCE = 10.0  # seconds that the processes of a killed run get to notice it
+_SPARE = 100_000_000  # bytes beside adapters and checkpoints: merge, answers, logs
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where phases run.
+
+    Attributes:
+        workers: phases at a time; None is one here, and as many as there is room for on a cluster.
+        cluster: `ray`, or `ray://HOST:PORT`; None is this machine.
+    """
+
+    workers: int | None = None
+    cluster: str | None = None
+
+
+class Unwatched:
+    """A watcher that does nothing."""
+
+    def begin(self, phase: str, stage: str, total: int, unit: str) -> None:
+        """Do nothing."""
+
+    def advance(self, phase: str, steps: int) -> None:
+        """Do nothing."""
+
+    def end(self, outcome: Outcome) -> None:
+        """Do nothing."""
+
+
+def train_cohort(
+    plan: TrainingPlan,
+    *,
+    only: Sequence[str] = (),
+    places: Places | None = None,
+    judging: Judging | None = None,
+    watcher: Watcher | None = None,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Train what is missing; when nothing is missing any more, merge, evaluate and report.
+
+    A phase that fails does not keep the others from being trained; the result says which did.
+
+    Args:
+        plan: what is asked for.
+        only: phases to train, and nothing more; all, and then the rest of the work, when empty.
+        places: where phases run.
+        judging: how merge and adapters are judged.
+        watcher: told of the phases.
+        progress: told of what comes after them.
+
+    Raises:
+        PlaitError: anything wrong with what was asked for, all of it before the first step; or merge or evaluation cannot be
+            done, with all adapters finished and kept.
+    """
+    started, watcher, places = time.perf_counter(), watcher or Unwatched(), places or Places()
+    chosen = [plan.phase(name) for name in only] or list(plan.phases)
+    _check_places(places)
+    if (plan.out / _IN_USE).exists():
+        with _alone(plan.out):  # before anything is read: the workers of a run that was killed may need a moment to leave
+            pass
+    phases = open_phases(plan)
+    with _alone(plan.out) as lock:
+        before = _before(plan.out)
+        notes = [*plan.notes, *set_aside(plan, phases)]
+        phases = tuple(look(p) for p in phases)  # now that nobody else can change what is there
+        missing = [p for p in phases if p.record is None and p.phase in chosen]
+        _check_space(plan.out, missing)
+        outcomes = {o.name: o for o in _run([p.phase for p in missing], places, watcher, lock.fileno())}
+        result = TrainResult(
+            plait=plait.__version__,
+            source=plan.source,
+            out=str(plan.out),
+            base_model=plan.base,
+            phases=tuple(_result(p, outcomes.get(p.phase.name)) for p in phases),
+            notes=tuple(notes),
+            seconds=0.0,
+        )
+        _write(plan.out, result, started)
+        if not only and all(r.state in ("done", "found") for r in result.phases):
+            records = {p.phase.name: p.record or outcomes[p.phase.name].record for p in phases}
+            known = {name: record for name, record in records.items() if record is not None}
+            result = finish(plan, result, known, before=before, judging=judging or Judging(), progress=progress or Silent())
+        return _write(plan.out, result, started)
+
+
+def _check_places(places: Places) -> None:
+    if places.workers is not None and places.workers < 1:
+        raise RecipeError(f"--workers {places.workers}: at least one phase must run at a time.")
+    if places.cluster is not None and places.cluster != "ray" and not places.cluster.startswith("ray://"):
+        raise RecipeError(f"--cluster {places.cluster!r}: it must be 'ray' or 'ray://HOST:PORT'.")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[IO[str]]:
+    """Hold the output folder: one run at a time, its workers included.
+
+    Raises:
+        OutputError: another run is at work there, or it cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / _IN_USE).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror or error}. Choose another --out.") from None
+    with file:
+        _wait_for(file, out)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield file
+
+
+def _wait_for(file: IO[str], out: Path) -> None:
+    """Take the lock; the workers of a run that was killed may hold it for a moment."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                file.seek(0)
+                who = file.read().strip() or "another process"
+                raise OutputError(f"{out} is in use by {who}: wait for it, stop it, or choose another --out.") from None
+            time.sleep(0.1)
+        else:
+            return
+
+
+def _before(out: Path) -> TrainResult | None:
+    """Return what the last run wrote."""
+    try:
+        return TrainResult.model_validate_json((out / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValidationError):
+        return None
+
+
+def _check_space(out: Path, missing: Sequence[OpenPhase]) -> None:
+    """Refuse to begin what the disk cannot hold; all phases have the same parameters.
+
+    Raises:
+        OutputError: it cannot.
+        PlanError: PEFT finds no layer to adapt.
+    """
+    if not missing:
+        return
+    first = missing[0]
+    found = estimate(first.opened, first.settings, out, examples=len(first.opened.data.examples), merged=False)
+    needed = found.bytes * len(missing) + _SPARE
+    if needed > found.free:
+        raise OutputError(
+            f"{out}: about {needed / 1e9:.2f} GB are needed ({len(missing)} adapters and their checkpoints), and "
+            f"{found.free / 1e9:.2f} GB are free. Free some, choose another --out, or keep fewer checkpoints "
+            "(arguments: {save_total_limit: 1})."
+        )
+
+
+def _run(phases: Sequence[PlannedPhase], places: Places, watcher: Watcher, lock: int) -> Iterator[Outcome]:
+    if not phases:
+        return
+    outcomes: Iterator[Outcome]
+    devices, workers = _devices(), places.workers or 1
+    if places.cluster is not None:
+        from plait.training.ray import on_ray
+
+        outcomes = on_ray(phases, watcher, address=places.cluster, workers=places.workers)
+    elif workers > 1 or len(devices) > 1:  # a trainer that sees several GPUs would take them all, for larger batches
+        outcomes = side_by_side(phases, watcher, workers=workers, lock=lock, devices=devices)
+    else:
+        outcomes = in_turn(phases, watcher)
+    folders = {p.name: p.folder for p in phases}
+    for outcome in outcomes:
+        if outcome.record is not None:
+            _tidy(folders[outcome.name])
+        watcher.end(outcome)
+        yield outcome
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what only a run that is not finished needs."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    (folder / "README.md").unlink(missing_ok=True)  # the trainer's card of its checkpoints; the adapter has its own
+
+
+def _devices() -> list[str]:
+    """Return the GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
+    return named[:count] if named else [str(i) for i in range(count)]
+
+
+def _result(phase: OpenPhase, outcome: Outcome | None) -> PhaseResult:
+    name, digest = phase.phase.name, phase.opened.digest
+    adapter = f"{PHASES}/{name}/{ADAPTER}"
+    if phase.record is not None:
+        return PhaseResult.of(name, "found", phase.record, adapter)
+    if outcome is None:
+        return PhaseResult(name=name, state="waiting", digest=digest)
+    if outcome.record is None:
+        return PhaseResult(name=name, state="failed", digest=digest, error=outcome.error)
+    return PhaseResult.of(name, "done", outcome.record, adapter)
+
+
+def _write(out: Path, result: TrainResult, started: float) -> TrainResult:
+    timed = result.model_copy(update={"seconds": round(time.perf_counter() - started, 3)})
+    write_atomically(out / RESULT, timed.model_dump(mode="json", exclude={"evaluation"}))
+    return timed

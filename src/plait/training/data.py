@@ -1,0 +1,163 @@
+"""What a job is trained on: files, folders, Hub data sets and tasks → canonical examples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from pydantic import Field
+
+from plait.errors import TaskError, did_you_mean
+from plait.recipes.evaluation import SplitName
+from plait.records import Record
+from plait.tasks.examples import read_examples
+from plait.tasks.loading import load_tasks
+from plait.tasks.rows import Row, read_file, read_hub
+from plait.training.formats import Completion, Conversation, Example, FormatName, convert, digest_form
+
+_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+
+
+class TrainingData(Record):
+    """Where the rows are, and how they are read.
+
+    Attributes:
+        place: a file (.json, .jsonl, .csv, .parquet), a folder of such files named after splits, or a data set on the Hub;
+            None with `task`.
+        task: a task file whose prompts and targets are trained on, as its evaluation asks them.
+        config: of a Hub data set.
+        revision: of a Hub data set.
+        split: of a task, a folder or a Hub data set.
+        limit: the first so many rows; all when None.
+        format: of the rows; told by their columns when `auto`.
+        text_field: column of plain text.
+        system_prompt: put before every conversation that has none.
+    """
+
+    place: str | None = None
+    task: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    limit: int | None = Field(default=None, gt=0)
+    format: FormatName = "auto"
+    text_field: str = "text"
+    system_prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """Examples, and what is worth saying of them.
+
+    Attributes:
+        described: place and format, for people.
+        examples: in the rows' order.
+        notes: rows left out.
+    """
+
+    described: str
+    examples: tuple[Example, ...]
+    notes: tuple[str, ...] = ()
+
+    def digest(self) -> str:
+        """Return a hash of the content, whatever file it came from."""
+        hashed = hashlib.sha256()
+        for example in self.examples:
+            hashed.update(_line(example))
+        return hashed.hexdigest()
+
+
+def load_data(data: TrainingData) -> LoadedData:
+    """Read and convert.
+
+    Raises:
+        TaskError: it cannot be read, holds nothing, or is in no known format.
+    """
+    if (data.place is None) == (data.task is None):
+        raise TaskError("training data is either a place (file, folder, Hub data set) or a task file; give one of them.")
+    if data.task is not None:
+        return _from_task(data, data.task)
+    place = str(data.place)
+    rows, where = _rows(data, place)
+    found = convert(
+        rows[: data.limit], where=where, format=data.format, text_field=data.text_field, system_prompt=data.system_prompt
+    )
+    left = found.unanswered
+    notes = (f"{where}: {left} of {left + len(found.examples)} rows have no answer and are left out",) if left else ()
+    return LoadedData(f"{where}, {found.columns}", found.examples, notes)
+
+
+def is_local(place: str) -> bool:
+    """Return whether a place can be nothing on the Hub: it begins like a path, goes too deep, or ends like a file of rows."""
+    return place.startswith((".", "/", "~")) or place.count("/") > 1 or place.lower().endswith(_ENDINGS)
+
+
+def hold_out(data: LoadedData, share: float, seed: int) -> tuple[LoadedData, LoadedData]:
+    """Split examples into those trained on and those held out, by the hash of seed and content.
+
+    Args:
+        data: all of them; equal examples fall on the same side.
+        share: held out, in (0, 1).
+        seed: of the choice.
+
+    Raises:
+        TaskError: one of the sides would be empty.
+    """
+    lines = [_line(example) for example in data.examples]
+    ranks = [hashlib.sha256(str(seed).encode() + line).digest() for line in lines]
+    wanted = max(1, round(share * len(ranks)))
+    edge = sorted(ranks)[wanted - 1]
+    sides = [tuple(e for e, rank in zip(data.examples, ranks, strict=True) if (rank <= edge) == out) for out in (False, True)]
+    if not sides[0]:
+        raise TaskError(f"{data.described}: holding out {share:g} of {len(ranks)} examples leaves none to train on.")
+    held = LoadedData(f"{data.described}, held out", sides[1])
+    return LoadedData(data.described, sides[0], data.notes), held
+
+
+def _line(example: Example) -> bytes:
+    return json.dumps(digest_form(example), ensure_ascii=False, sort_keys=True, default=str).encode() + b"\n"
+
+
+def _rows(data: TrainingData, place: str) -> tuple[Sequence[Row], str]:
+    path = Path(place).expanduser()
+    if path.is_dir():
+        file = _file_of(path, data.split)
+        return read_file(file), str(file)
+    if path.is_file():
+        if data.split != "train":
+            raise TaskError(f"{place} is one file and has no split {data.split!r}; a folder with {data.split}.jsonl has.")
+        return read_file(path), place
+    if is_local(place):
+        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise TaskError(f"{place}: there is no such file or folder.{did_you_mean(path.name, near)}")
+    where = f"{place} ({data.split})"
+    return read_hub(place, data.split, config=data.config, revision=data.revision, where=where), where
+
+
+def _file_of(folder: Path, split: str) -> Path:
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in _ENDINGS)
+    named = [p for p in files if p.stem == split]
+    chosen = named or (files if split == "train" and len(files) == 1 else [])
+    if len(chosen) != 1:
+        held = ", ".join(p.name for p in files) or f"no file ending in {', '.join(_ENDINGS)}"
+        raise TaskError(f"{folder}: no single file is the split {split!r}; there is {held}. Name one {split}.jsonl.")
+    return chosen[0]
+
+
+def _from_task(data: TrainingData, file: str) -> LoadedData:
+    (task,) = load_tasks([file])
+    if data.split not in get_args(SplitName):
+        raise TaskError(f"{file}: a task has the splits {', '.join(get_args(SplitName))}, not {data.split!r}.")
+    delimiter = getattr(task, "delimiter", "")
+    examples: list[Example] = []
+    for item in read_examples(task, data.split).items[: data.limit]:  # type: ignore[arg-type]
+        if isinstance(item.prompt, str):
+            examples.append(Completion(item.prompt, delimiter + item.target))
+        else:
+            asked = [{"role": role, "content": content} for role, content in item.prompt]
+            examples.append(Conversation((*asked, {"role": "assistant", "content": item.target}), len(asked)))
+    return LoadedData(f"task {task.name!r} ({data.split})", tuple(examples))

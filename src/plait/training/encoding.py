@@ -1,0 +1,261 @@
+"""Examples → tokens and labels: what carries loss, and what does not.
+
+Loss is on answers and on the token that ends them; prompts, system prompts and tool results have the label -100. What a
+chat's answer is, the model's own template says: everything that it writes behind the generation prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plait.errors import TaskError, collect
+from plait.training.formats import Completion, Conversation, Example, Message, PlainText, is_learnt
+
+IGNORED = -100
+LongExamples = Literal["drop", "truncate"]
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as the model reads it.
+
+    Attributes:
+        ids: (tokens,) int32.
+        labels: (tokens,) int32; -100 where nothing is learnt.
+    """
+
+    ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class EncodedData:
+    """All examples that are trained on.
+
+    Attributes:
+        items: in the examples' order.
+        left_out: examples longer than the limit, left out.
+        truncated: examples that were cut to it.
+        longest: tokens of the longest example before that.
+        expanded: conversations that became one example per answer.
+    """
+
+    items: tuple[Encoded, ...]
+    left_out: int = 0
+    truncated: int = 0
+    longest: int = 0
+    expanded: int = 0
+
+    def notes(self, limit: int | None) -> list[str]:
+        """Say what became of long examples and of templates that rewrite earlier turns."""
+        found = []
+        if self.left_out:
+            found.append(
+                f"{_many(self.left_out)} longer than --max_length {limit} (the longest has {self.longest} tokens) and left "
+                "out. Raise --max_length, or cut with --long_examples truncate."
+            )
+        if self.truncated:
+            found.append(
+                f"{_many(self.truncated)} cut to --max_length {limit} (the longest has {self.longest} tokens): what lies "
+                "behind is not learnt."
+            )
+        if self.expanded:
+            found.append(
+                f"{self.expanded} conversations became one example per answer, because the chat template writes earlier turns "
+                "differently once a later one follows."
+            )
+        return found
+
+
+def _many(count: int) -> str:
+    return "1 example is" if count == 1 else f"{count} examples are"
+
+
+class Encoder:
+    """Turns examples into tokens and labels.
+
+    Args:
+        tokenizer: of transformers.
+        whole: put loss on every token, not on answers alone.
+    """
+
+    def __init__(self, tokenizer: Any, *, whole: bool = False) -> None:
+        if tokenizer.eos_token_id is None:
+            raise TaskError("the tokenizer has no end-of-sequence token, so that no end can be learnt. Name one: --eos_token.")
+        self._tokenizer = tokenizer
+        self._whole = whole
+        self._end = int(tokenizer.eos_token_id)
+        self._special = frozenset(tokenizer.all_special_ids) | frozenset(
+            i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
+        )
+        self._closes = self._tokens("", special=True)[-1:] == [self._end] and tokenizer.bos_token_id != self._end
+
+    def encode(self, example: Example) -> list[Encoded]:
+        """Return the example as tokens: one item, or one per answer where the chat template rewrites earlier turns.
+
+        Raises:
+            TaskError: the chat template refuses it, or nothing in it is learnt.
+        """
+        if isinstance(example, PlainText):
+            ids = self._ended(self._tokens(example.text, special=True))
+            return [self._item(ids, ids)]
+        if isinstance(example, Completion):
+            return [self._completion(example)]
+        if self._tokenizer.chat_template is None:
+            return [self._completion(_plain(example))]
+        return self._conversation(example)
+
+    def text(self, item: Encoded) -> tuple[str, str]:
+        """Return what is given and what is learnt of an item, as texts; between learnt spans stands `…`."""
+        given, learnt = item.ids[item.labels == IGNORED], []
+        for start, stop in _spans(item.labels):
+            learnt.append(str(self._tokenizer.decode(item.ids[start:stop].tolist())))
+        return str(self._tokenizer.decode(given.tolist())), " … ".join(learnt)
+
+    def _completion(self, example: Completion) -> Encoded:
+        prompt = self._open(self._tokens(example.prompt, special=True))
+        both = self._open(self._tokens(example.prompt + example.completion, special=True))
+        if both[: len(prompt)] != prompt:  # a token reaches over the boundary; at inference the prompt ends there
+            both = prompt + self._tokens(example.completion, special=False)
+        ids = self._ended(both)
+        return self._item(ids, [IGNORED] * len(prompt) + ids[len(prompt) :])
+
+    def _conversation(self, chat: Conversation) -> list[Encoded]:
+        turns = [i for i, m in enumerate(chat.messages) if i >= chat.asked and is_learnt(m)]
+        whole = self._template(chat, turns[-1] + 1)  # nothing is learnt behind the last answer
+        labels = [IGNORED] * len(whole)
+        stop = 0
+        for i in turns:
+            before, through = self._template(chat, i, prompt=True), self._template(chat, i + 1)
+            stop = _end_of(through, self._special, _shared(before, through))
+            if through[:stop] != whole[:stop]:
+                return [self._last_turn(chat, turn) for turn in turns]
+            start = _shared(before, whole)
+            labels[start:stop] = whole[start:stop]
+        return [self._item(*self._closed(whole[:stop], labels[:stop]))]
+
+    def _last_turn(self, chat: Conversation, turn: int) -> Encoded:
+        through = self._template(chat, turn + 1)
+        start = _shared(self._template(chat, turn, prompt=True), through)
+        through = through[: _end_of(through, self._special, start)]
+        return self._item(*self._closed(through, [IGNORED] * start + through[start:]))
+
+    def _closed(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+        """Append the end of sequence where the template ends an answer with no special token."""
+        if labels[-1] != IGNORED and ids[-1] not in self._special:
+            return [*ids, self._end], [*labels, self._end]
+        return ids, labels
+
+    def _template(self, chat: Conversation, count: int, *, prompt: bool = False) -> list[int]:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(chat.messages[:count]), tools=chat.tools, tokenize=False, add_generation_prompt=prompt
+            )
+        except Exception as error:  # a template raises what it likes
+            raise TaskError(f"the chat template refuses it: {' '.join(str(error).split())}") from None
+        return self._tokens(text, special=False)
+
+    def _item(self, ids: Sequence[int], labels: Sequence[int]) -> Encoded:
+        learnt = ids if self._whole else labels
+        if all(label == IGNORED for label in learnt):
+            raise TaskError("nothing in it is learnt: the answer has no tokens.")
+        return Encoded(np.asarray(ids, np.int32), np.asarray(learnt, np.int32))
+
+    def _tokens(self, text: str, *, special: bool) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
+        return ids
+
+    def _open(self, ids: list[int]) -> list[int]:
+        """Return tokens without the end that some tokenizers put behind every text."""
+        return ids[:-1] if self._closes and ids[-1:] == [self._end] else ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        return ids if ids[-1:] == [self._end] else [*ids, self._end]
+
+
+def encode_all(
+    encoder: Encoder, examples: Sequence[Example], *, limit: int | None, long: LongExamples, where: str
+) -> EncodedData:
+    """Encode every example.
+
+    Args:
+        encoder: of the model.
+        examples: what is trained on.
+        limit: most tokens of one example; None for any.
+        long: what becomes of longer ones. One whose answer lies behind the limit is left out even with `truncate`.
+        where: what is read, for messages.
+
+    Raises:
+        TaskError: examples cannot be encoded (the first few are listed), or none is left.
+    """
+    items: list[Encoded] = []
+    problems: list[str] = []
+    found = EncodedData(())
+    for number, example in enumerate(examples):
+        try:
+            made = encoder.encode(example)
+        except TaskError as error:
+            problems.append(f"{where}: example {number}: {error}")
+            if len(problems) == _SHOWN:
+                break
+            continue
+        found = replace(found, expanded=found.expanded + (len(made) > 1))
+        for item in made:
+            found = _fitted(item, items, found, limit, long)
+    collect(TaskError, problems, f"{where}: examples that cannot be encoded, the first of them")
+    if not items:
+        raise TaskError(
+            f"{where}: no example is left: all {found.left_out} are longer than --max_length {limit} (the longest has "
+            f"{found.longest} tokens). Raise --max_length, or cut them with --long_examples truncate."
+        )
+    return replace(found, items=tuple(items))
+
+
+def _fitted(item: Encoded, items: list[Encoded], found: EncodedData, limit: int | None, long: LongExamples) -> EncodedData:
+    longest = max(found.longest, len(item.ids))
+    if limit is None or len(item.ids) <= limit:
+        items.append(item)
+        return found if longest == found.longest else replace(found, longest=longest)
+    cut = Encoded(item.ids[:limit], item.labels[:limit])
+    if long == "drop" or (cut.labels == IGNORED).all():
+        return replace(found, longest=longest, left_out=found.left_out + 1)
+    items.append(cut)
+    return replace(found, longest=longest, truncated=found.truncated + 1)
+
+
+def _plain(chat: Conversation) -> Completion:
+    """Write a question as text, for a model that has no chat template."""
+    if len(chat.messages) - 1 != sum(m["role"] != "assistant" for m in chat.messages):
+        raise TaskError("a chat of several turns needs a chat template, and the tokenizer has none: give --chat_template_path.")
+    *asked, answer = chat.messages
+    heads = {"system": "", "developer": "", "user": "### Instruction:\n"}
+    unknown = sorted({m["role"] for m in asked} - {*heads})
+    if unknown or answer["role"] != "assistant":
+        raise TaskError(f"roles {', '.join(unknown) or 'in this order'} need a chat template, and the tokenizer has none.")
+    return Completion("".join(heads[m["role"]] + _content(m) + "\n\n" for m in asked) + "### Response:\n", _content(answer))
+
+
+def _content(message: Message) -> str:
+    return str(message["content"])
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many tokens both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _end_of(ids: Sequence[int], special: frozenset[int], start: int) -> int:
+    """Return one behind the last special token from `start` on: what a template writes behind it begins the next turn."""
+    return next((i + 1 for i in range(len(ids) - 1, start - 1, -1) if ids[i] in special), len(ids))
+
+
+def _spans(labels: NDArray[np.int32]) -> list[tuple[int, int]]:
+    """Return start and end of every run of learnt tokens."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], (labels != IGNORED).astype(np.int8), [0]))))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]

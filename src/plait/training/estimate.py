@@ -1,0 +1,110 @@
+"""What a run will take, before it begins: parameters, steps, bytes on disk."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plait.errors import PlanError
+from plait.tasks.optional import optional
+from plait.training.causal import lora_config
+from plait.training.job import OpenJob
+from plait.training.quiet import quiet
+from plait.training.settings import trusts_code
+
+_MOMENTS = 2  # of Adam, per parameter
+_FLOAT32 = 4
+_CLASSIFIER = ("AutoModelForSequenceClassification", "SEQ_CLS")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes.
+
+    Attributes:
+        parameters: of the model, the adapter's left out.
+        trainable: of them, or of the adapter, that are trained.
+        steps: of the optimiser.
+        checkpoints: that stand at the same time, at most.
+        bytes: written, at most: checkpoints, results, merged model.
+        free: on the disk.
+    """
+
+    parameters: int
+    trainable: int
+    steps: int
+    checkpoints: int
+    bytes: int
+    free: int
+
+    def problem(self, out: Path) -> str | None:
+        """Return why the disk does not suffice."""
+        if self.bytes <= self.free:
+            return None
+        return (
+            f"--output_dir {out}: about {self.bytes / 1e9:.2f} GB are needed ({self.checkpoints} checkpoints among them), and "
+            f"{self.free / 1e9:.2f} GB are free. Free some, choose another place, or keep fewer with --save_total_limit."
+        )
+
+
+def estimate(opened: OpenJob, config: Any, out: Path, *, examples: int, merged: bool) -> Estimate:
+    """Count parameters on a model without weights, steps and bytes.
+
+    Args:
+        opened: the job.
+        config: its `SFTConfig`.
+        out: where everything is written.
+        examples: trained on; with packing fewer steps are taken than they would be.
+        merged: whether a merged model is written as well.
+
+    Raises:
+        PlanError: transformers does not know the model, or PEFT finds no layer to adapt.
+    """
+    with quiet():
+        parameters, trainable = _count(opened, config)
+    batch = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * math.ceil(examples / batch))
+    checkpoints = _checkpoints(config, steps)
+    weights = sum(p.stat().st_size for p in opened.base.folder.glob("*.safetensors"))
+    result = 2 * trainable * _FLOAT32 if opened.job.lora is not None else trainable * _FLOAT32
+    state = trainable * _FLOAT32 * (1 if config.save_only_model else 1 + _MOMENTS)
+    above = next(p for p in (out, *out.absolute().parents) if p.exists())
+    needed = checkpoints * state + result + (weights if merged else 0)
+    return Estimate(parameters, trainable, steps, checkpoints, needed, shutil.disk_usage(above).free)
+
+
+def _checkpoints(config: Any, steps: int) -> int:
+    strategy = str(getattr(config.save_strategy, "value", config.save_strategy))
+    if strategy == "no":
+        return 0
+    every = config.save_steps if config.save_steps >= 1 else max(1, math.ceil(config.save_steps * steps))
+    made = math.ceil(config.num_train_epochs) if strategy == "epoch" else math.ceil(steps / every)
+    return int(min(made, config.save_total_limit + 1) if config.save_total_limit else made)
+
+
+def _count(opened: OpenJob, config: Any) -> tuple[int, int]:
+    """Return all parameters, and those that are trained."""
+    import torch
+
+    transformers, name = optional("transformers", "train", "training"), opened.job.base
+    model_name, revision = opened.model
+    trust = trusts_code(opened.job, config)
+    kinds = {"causal": ("AutoModelForCausalLM", "CAUSAL_LM"), "sequence_classification": _CLASSIFIER}
+    loader, task_type = kinds[opened.job.kind]
+    try:
+        about = transformers.AutoConfig.from_pretrained(model_name, revision=revision, trust_remote_code=trust)
+        if opened.job.labels is not None:
+            about.num_labels = len(opened.job.labels)
+        with torch.device("meta"):
+            model = getattr(transformers, loader).from_config(about, trust_remote_code=trust)
+            parameters = model.num_parameters()
+            if opened.job.lora is None:
+                return parameters, parameters
+            peft = optional("peft", "train", "LoRA")
+            adapted = peft.get_peft_model(model, lora_config(opened.job.lora, task_type))
+    except (ValueError, OSError, KeyError) as error:
+        raise PlanError(f"{name} cannot be trained so: {' '.join(str(error).split())}") from error
+    return parameters, sum(p.numel() for p in adapted.parameters() if p.requires_grad)

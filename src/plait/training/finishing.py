@@ -1,0 +1,127 @@
+"""Finished adapters → merge, evaluation on every phase's task, report. What an earlier run did of that is not done again."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from plait.evaluation.card import put_results
+from plait.evaluation.contenders import merge_key
+from plait.evaluation.files import write_atomically
+from plait.evaluation.pipeline import Options, recipe_evaluator
+from plait.evaluation.record import Evaluation
+from plait.evaluation.request import recipe_name
+from plait.evaluation.workspace import write_evaluation
+from plait.merging.inventory import take_inventory
+from plait.merging.pipeline import run_recipe
+from plait.merging.progress import Progress
+from plait.recipes.writing import to_yaml
+from plait.reports.losses import CURVES, LossCurve, LossCurves
+from plait.reports.pipeline import make_report
+from plait.training.job import TrainingRecord
+from plait.training.phases import TrainingPlan
+from plait.training.results import TrainResult
+from plait.verification.lock import is_whole
+
+RECIPE, MERGED, EVALUATION, REPORT = "recipe.yaml", "merged", "evaluation", "report.html"
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How merge and adapters are judged, besides what the plan says.
+
+    Attributes:
+        dtype: of the base, as transformers takes it; `auto` is the checkpoint's.
+        device_map: as transformers takes it.
+        trust_remote_code: let transformers run code that lies beside the weights.
+        matrix: also judge every adapter on every task.
+    """
+
+    dtype: str = "auto"
+    device_map: str = "auto"
+    trust_remote_code: bool = False
+    matrix: bool = False
+
+
+def finish(
+    plan: TrainingPlan,
+    result: TrainResult,
+    records: Mapping[str, TrainingRecord],
+    *,
+    before: TrainResult | None,
+    judging: Judging,
+    progress: Progress,
+) -> TrainResult:
+    """Merge, judge and report.
+
+    Args:
+        plan: whose adapters are all finished.
+        result: what is known so far.
+        records: of the trainings.
+        before: what the last run in the same folder wrote.
+        judging: how.
+        progress: who listens.
+
+    Returns:
+        The result with what was made.
+
+    Raises:
+        PlaitError: the merge cannot be done, or judged; the adapters are kept.
+    """
+    _write_recipe(plan)
+    _write_curves(plan.out, records)
+    merged = plan.out / MERGED
+    key = merge_key(take_inventory(plan.recipe))
+    if before is None or before.merge_key != key or not is_whole(merged):
+        run_recipe(plan.recipe, out=merged, force=True, progress=progress)
+    runs = [merged, plan.out / CURVES]
+    result = result.model_copy(update={"recipe": RECIPE, "merged": MERGED, "merge_key": key})
+    if plan.recipe.tasks:
+        found, run = _judge(plan, before, judging, progress)
+        put_results(merged, found)
+        runs.insert(0, run)
+        result = result.model_copy(update={"evaluation": found, "run": run.relative_to(plan.out).as_posix()})
+    make_report(runs, out=plan.out / REPORT, force=True, progress=progress)
+    return result.model_copy(update={"report": REPORT})
+
+
+def _write_curves(out: Path, records: Mapping[str, TrainingRecord]) -> None:
+    curves = tuple(
+        LossCurve(name=name, steps=r.steps, tokens=r.tokens, seconds=r.seconds, points=r.losses, held_out=r.eval_losses)
+        for name, r in records.items()
+    )
+    write_atomically(out / CURVES, LossCurves(curves=curves).model_dump(mode="json"))
+
+
+def _write_recipe(plan: TrainingPlan) -> None:
+    """Write the recipe with adapters' paths that start at its own folder."""
+    here = [e.model_copy(update={"path": f"./{Path(e.path).relative_to(plan.out).as_posix()}"}) for e in plan.recipe.adapters]
+    beside = plan.out / f".{RECIPE}-{secrets.token_hex(3)}"
+    beside.write_text(to_yaml(plan.recipe.model_copy(update={"adapters": tuple(here)})), encoding="utf-8")
+    beside.replace(plan.out / RECIPE)
+
+
+def _judge(plan: TrainingPlan, before: TrainResult | None, judging: Judging, progress: Progress) -> tuple[Evaluation, Path]:
+    """Evaluate on every phase's task; a run folder that says the same already is the run's."""
+    options = Options(
+        workspace=plan.out / EVALUATION,
+        dtype=judging.dtype,
+        device_map=judging.device_map,
+        trust_remote_code=judging.trust_remote_code,
+        matrix=judging.matrix,
+    )
+    evaluator, inventory = recipe_evaluator(plan.recipe, None, options, progress)
+    found = evaluator.evaluate(evaluator.merge(inventory, recipe_name(plan.recipe)))
+    if before is not None and before.run is not None:
+        file = plan.out / before.run / f"eval_results_{found.split}.json"
+        try:
+            earlier = Evaluation.model_validate_json(file.read_text(encoding="utf-8"))
+        except (OSError, ValidationError):
+            earlier = None
+        if earlier is not None and (earlier.tag, earlier.matrix, earlier.tasks) == (found.tag, found.matrix, found.tasks):
+            return earlier, file.parent
+    return found, write_evaluation(plan.out / EVALUATION, found)

@@ -1,0 +1,214 @@
+"""The folder of a run: whose it is, what is finished in it, and where a killed run goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from pydantic import ValidationError
+
+from plait.errors import OutputError, PlaitError
+from plait.evaluation.files import write_atomically
+from plait.tasks.optional import optional
+from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, TrainingRecord
+from plait.verification.lock import check_files, read_lock
+
+RECORD = "training.json"
+MERGED_MODEL = "merged_model"
+_JOB, _IN_USE = "job.json", ".in-use"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_SHOWN = 6
+
+
+class JobFolder:
+    """A folder while this process trains in it.
+
+    Attributes:
+        path: where.
+    """
+
+    def __init__(self, path: Path, opened: OpenJob) -> None:
+        self.path = path
+        self._opened = opened
+
+    def finished(self) -> TrainingRecord | None:
+        """Return the record of this very job, where its result stands there as it was written."""
+        try:
+            record = TrainingRecord.model_validate_json((self.path / RECORD).read_text(encoding="utf-8"))
+            result = self.path / record.folder
+            whole = all(file.state in ("equal", "extra") for file in check_files(result, read_lock(result)))
+        except (OSError, ValidationError, PlaitError):
+            return None
+        return record if whole and record.digest == self._opened.digest else None
+
+    def finish(self, record: TrainingRecord) -> None:
+        """Write the record; from then on the run is done."""
+        write_atomically(self.path / RECORD, record.model_dump(mode="json"))
+
+
+@contextmanager
+def open_folder(out: Path, opened: OpenJob, *, force: bool) -> Iterator[JobFolder]:
+    """Hold a folder for a job; the processes of one distributed run count as one.
+
+    Args:
+        out: made when missing.
+        opened: the job.
+        force: give up what another job left there: checkpoints, results and record.
+
+    Raises:
+        OutputError: another process trains there, another job's results stand there, or it cannot be written.
+    """
+    if not leads():
+        _meet()
+        yield JobFolder(out, opened)
+        return
+    problem = folder_problem(out, opened, force=force)
+    if problem:
+        raise OutputError(problem)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = _hold(out)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{out} cannot be written: {error.strerror or error}.") from None
+    try:
+        if _differences(out, opened):
+            _clear(out)
+        write_atomically(out / _JOB, {"parts": opened.parts, "job": opened.job.model_dump(mode="json")})
+        _meet()
+        yield JobFolder(out, opened)
+    finally:
+        (out / _IN_USE).unlink(missing_ok=True)
+        held.close()
+
+
+def folder_problem(out: Path, opened: OpenJob | None, *, force: bool) -> str | None:
+    """Return why a run cannot be in a folder, without touching it; `opened` is None while the job is not known."""
+    if not leads():
+        return None
+    try:
+        if out.is_symlink() or (out.exists() and not out.is_dir()):
+            return f"{out} exists and is not a folder. Choose another --output_dir."
+        above = next(p for p in (out, *out.absolute().parents) if p.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            return f"{out} cannot be written: {above} is not a folder that may be written. Choose another --output_dir."
+        if not out.exists() or not any(p.name != _IN_USE for p in out.iterdir()):
+            return None
+        if in_use := _user(out):
+            return in_use
+        if not (out / _JOB).is_file():
+            held = ", ".join(sorted(p.name for p in out.iterdir())[:_SHOWN])
+            return f"{out} holds {held}, which no run of plait wrote. Choose another --output_dir."
+        if opened is None or force:
+            return None
+        different = _differences(out, opened)
+    except OSError as error:
+        return f"{out} cannot be read: {error.strerror or error}."
+    if not different:
+        return None
+    shown = ", ".join(different[:_SHOWN]) + (f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else "")
+    return (
+        f"{out} holds a run with other settings ({shown}). Choose another --output_dir, or give that run up with --force; "
+        "the same settings would go on with it."
+    )
+
+
+def leads() -> bool:
+    """Return whether this is the first of the processes of a run; the others leave folders to it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _meet() -> None:
+    """Wait until all processes of a run are here."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        optional("accelerate", "train", "training").PartialState().wait_for_everyone()
+
+
+def _user(out: Path) -> str | None:
+    """Return what to say when another process holds the folder."""
+    if not (out / _IN_USE).is_file():
+        return None
+    file = (out / _IN_USE).open("r+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _in_use(out, file)
+    file.close()
+    return None
+
+
+def goes_on(out: Path, opened: OpenJob) -> int | None:
+    """Return the step at which this very job would go on in a folder; None where it would begin."""
+    if not (out / _JOB).is_file() or _differences(out, opened):
+        return None
+    found = last_checkpoint(out)
+    return None if found is None else int(found.name.rpartition("-")[2])
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """Return the newest checkpoint that is whole: its state is written last."""
+    found = {int(m[1]): p for p in out.iterdir() if (m := _CHECKPOINT.fullmatch(p.name))}
+    return next((found[step] for step in sorted(found, reverse=True) if _whole(found[step])), None)
+
+
+def _whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (
+        any(checkpoint.glob("optimizer*"))
+        or any(checkpoint.glob("global_step*"))
+        or any(checkpoint.glob("pytorch_model_fsdp*"))
+    )
+
+
+def _differences(out: Path, opened: OpenJob) -> list[str]:
+    """Return what differs between the job of a folder and this one."""
+    try:
+        there = json.loads((out / _JOB).read_text(encoding="utf-8"))["parts"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError):
+        return [f"{_JOB} cannot be read"]
+    return sorted(name for name in {*there, *opened.parts} if there.get(name) != opened.parts.get(name))
+
+
+def _clear(out: Path) -> None:
+    for path in list(out.iterdir()):
+        if path.name in (ADAPTER, FINAL_MODEL, MERGED_MODEL) or _CHECKPOINT.fullmatch(path.name):
+            shutil.rmtree(path)
+    (out / RECORD).unlink(missing_ok=True)
+
+
+def _hold(out: Path) -> IO[str]:
+    """Lock the folder; the one who held it may have removed the file meanwhile."""
+    while True:
+        file = (out / _IN_USE).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(_in_use(out, file)) from None
+        with suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == (out / _IN_USE).stat().st_ino:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+                return file
+        file.close()
+
+
+def _in_use(out: Path, file: IO[str]) -> str:
+    file.seek(0)
+    who = file.read().strip() or "another process"
+    file.close()
+    return f"{out} is in use: {who} trains there. Wait for it, stop it, or choose another --output_dir."

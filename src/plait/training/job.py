@@ -1,0 +1,279 @@
+"""One training run as a value: everything that its result depends on, and what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from plait.errors import PlaitError, TaskError, collect
+from plait.evaluation.scores import model_digest
+from plait.hub.download import COMPANION_FILES, Located, resolve_model
+from plait.merging.progress import Progress
+from plait.records import Record
+from plait.training.data import LoadedData, hold_out, load_data
+from plait.training.data import TrainingData as TrainingData
+from plait.training.encoding import LongExamples
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+Kind = Literal["causal", "sequence_classification"]
+
+ADAPTER = "adapter"
+FINAL_MODEL = "final_model"
+
+#: Arguments of the trainer that change how a run is told, kept or spread over processes, not what it learns.
+TOLD = frozenset(
+    {
+        "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
+        "dataset_num_proc", "ddp_timeout", "disable_tqdm", "include_num_input_tokens_seen", "log_level", "log_level_replica",
+        "log_on_each_node", "logging_dir", "logging_first_step", "logging_nan_inf_filter", "logging_steps", "logging_strategy",
+        "output_dir", "project", "report_to", "resume_from_checkpoint", "run_name", "save_on_each_node", "save_only_model",
+        "save_steps", "save_strategy", "save_total_limit", "skip_memory_metrics", "trackio_bucket_id", "trackio_space_id",
+        "trackio_static_space_id",
+    }
+)  # fmt: skip
+#: Of those, what decides which checkpoint is the best, where that is what a run ends with.
+_CHOOSING = frozenset({"logging_steps", "logging_strategy", "save_steps", "save_strategy"})
+#: Arguments that may name a file, of which the content counts.
+_FILES = ("accelerator_config", "chat_template_path", "deepspeed", "fsdp_config")
+
+
+class LoraSettings(Record):
+    """A LoRA before training; defaults are TRL's.
+
+    Attributes:
+        r: rank.
+        alpha: numerator of the scaling.
+        dropout: in [0, 1).
+        targets: names of layers, or `all-linear`; PEFT's choice for the architecture when None.
+        target_parameters: parameters adapted by name (fused experts).
+        modules_to_save: layers trained and saved whole.
+        rslora: scaling alpha / √r.
+        dora: magnitude and direction apart.
+        init_seed: of A; the job's seed when None.
+    """
+
+    r: int = Field(default=16, gt=0)
+    alpha: float = Field(default=32, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    targets: str | tuple[str, ...] | None = None
+    target_parameters: tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] | None = None
+    rslora: bool = False
+    dora: bool = False
+    init_seed: int | None = None
+
+
+class TrainingJob(Record):
+    """Everything that one training run depends on.
+
+    Attributes:
+        base: folder or `org/repo[@revision]`.
+        base_name: what adapter and card call it, where `base` is a folder of this machine; `base` when None.
+        data: what is trained on.
+        eval_data: what the loss is also measured on; None for nothing.
+        held_out: share of `data` kept for that instead; None for nothing.
+        kind: which head the model has.
+        labels: of a classifier, in the order of the head's outputs.
+        lora: None trains the whole model.
+        arguments: values of TRL's `SFTConfig` (`transformers.TrainingArguments` for classification), without `output_dir`
+            and `seed`.
+        model: values of TRL's `ModelConfig` about loading: dtype, attn_implementation, load_in_4bit, ….
+        long_examples: what becomes of examples of more than `max_length` tokens.
+        seed: of data order, dropout and, unless `lora.init_seed` says otherwise, of A.
+    """
+
+    base: str
+    base_name: str | None = None
+    data: TrainingData
+    eval_data: TrainingData | None = None
+    held_out: float | None = Field(default=None, gt=0, lt=1)
+    kind: Kind = "causal"
+    labels: tuple[str, ...] | None = None
+    lora: LoraSettings | None = LoraSettings()
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    model: dict[str, Any] = Field(default_factory=dict)
+    long_examples: LongExamples = "drop"
+    seed: int = 42
+
+    def digest(self) -> str:
+        """Return a hash of the job, of its data's content and of the base's files; neither paths nor names are in it.
+
+        Raises:
+            PlaitError: data or base cannot be read.
+        """
+        return open_job(self).digest
+
+
+@dataclass(frozen=True)
+class OpenJob:
+    """A job with its inputs at hand.
+
+    Attributes:
+        job: what is to be done.
+        base: where the base model lies.
+        data: examples trained on.
+        eval_data: examples that the loss is also measured on.
+        parts: what the digest is made of: what → hash, so that a difference can be named.
+    """
+
+    job: TrainingJob
+    base: Located
+    data: LoadedData
+    eval_data: LoadedData | None
+    parts: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything that the result depends on."""
+        return _hash(self.parts)
+
+    @property
+    def base_reference(self) -> str:
+        """The base, and on the Hub the very commit that was trained on."""
+        return self.job.base if self.base.repo is None else _on_hub(self.base)
+
+    @property
+    def model(self) -> tuple[str, str | None]:
+        """What transformers loads, and its revision: the repository of a Hub model, otherwise the folder as it was given."""
+        if self.base.repo is None:
+            return str(Path(self.job.base).expanduser()), None
+        return (str(self.base.folder), None) if self.base.subfolder else (self.base.repo, self.base.commit)
+
+
+def open_job(job: TrainingJob) -> OpenJob:
+    """Find the base and read the data.
+
+    Raises:
+        PlaitError: either cannot be read; all that is wrong at once.
+    """
+    base, data, held = _collected(
+        lambda: resolve_model(job.base, files=("*.json", "*.safetensors", *COMPANION_FILES)),
+        lambda: load_data(job.data),
+        lambda: None if job.eval_data is None else load_data(job.eval_data),
+    )
+    if job.held_out is not None:
+        data, held = hold_out(data, job.held_out, job.seed)
+    said = job.model_dump(mode="json", exclude={"base", "base_name", "data", "eval_data", "arguments", "lora"})
+    parts = {name: _hash(value) for name, value in said.items()}
+    told = TOLD - _CHOOSING if job.arguments.get("load_best_model_at_end") else TOLD
+    parts |= {name: _hash(_content(name, value)) for name, value in job.arguments.items() if name not in told}
+    lora = None if job.lora is None else job.lora.model_dump(mode="json")
+    parts |= {"lora": "none"} if lora is None else {f"lora.{name}": _hash(value) for name, value in lora.items()}
+    parts["data"] = data.digest()
+    parts["eval_data"] = "none" if held is None else held.digest()
+    parts["base"] = _on_hub(base) if base.repo else model_digest(base.folder)
+    return OpenJob(job, base, data, held, parts)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A trainer that is ready, and what its data became.
+
+    Attributes:
+        trainer: of TRL or transformers; its `processing_class` is saved beside the weights.
+        examples: trained on.
+        left_out: examples longer than the limit.
+        truncated: examples cut to it.
+        notes: what is worth saying before training.
+    """
+
+    trainer: Trainer
+    examples: int
+    left_out: int = 0
+    truncated: int = 0
+    notes: tuple[str, ...] = ()
+
+
+class TrainingRecord(Record):
+    """What a training run did.
+
+    Attributes:
+        plait: version.
+        digest: of its job.
+        job: as run.
+        folder: what was written, beside the record: `adapter` or `final_model`.
+        examples: trained on.
+        left_out: examples longer than `max_length`.
+        truncated: examples that were cut to it.
+        trainable: parameters that were trained.
+        steps: optimiser steps.
+        tokens: seen in training, padding left out.
+        losses: (step, training loss) as logged.
+        eval_losses: (step, loss on held-out data).
+        seconds: wall time of training, in the run that ended it.
+        resumed_from: step that this run took up; None for a run from the start.
+        notes: as told before training.
+        versions: of the libraries that compute.
+        finished: local time, ISO 8601.
+    """
+
+    plait: str
+    digest: str
+    job: TrainingJob
+    folder: str
+    examples: int
+    left_out: int
+    truncated: int
+    trainable: int
+    steps: int
+    tokens: int
+    losses: tuple[tuple[int, float], ...]
+    eval_losses: tuple[tuple[int, float], ...]
+    seconds: float
+    resumed_from: int | None
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+    finished: str
+
+
+def run_job(job: TrainingJob, out: Path, *, force: bool = False, progress: Progress | None = None) -> TrainingRecord:
+    """Train, go on where a killed run of the same job stopped, or return the record of a finished one.
+
+    Args:
+        job: what to do.
+        out: its folder: checkpoints, `adapter/` (`final_model/` without LoRA), `training.json`.
+        force: give up what another job left there.
+        progress: who listens, instead of the trainer's own bar and lines; it is told of optimiser steps.
+
+    Raises:
+        PlaitError: anything wrong with what the user gave.
+    """
+    from plait.training.running import train
+
+    return train(open_job(job), out, force=force, progress=progress)
+
+
+def _collected(*steps: Callable[[], Any]) -> list[Any]:
+    """Take all steps, and only then raise what was wrong with any."""
+    results, errors = [], []
+    for step in steps:
+        try:
+            results.append(step())
+        except PlaitError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    collect(TaskError, [str(error) for error in errors], "the job")
+    return results
+
+
+def _on_hub(base: Located) -> str:
+    return f"{base.repo}@{base.commit}" + (f"/{base.subfolder}" if base.subfolder else "")
+
+
+def _content(name: str, value: Any) -> Any:
+    """Return an argument's value; of one that names a file, what the file holds."""
+    file = Path(value) if name in _FILES and isinstance(value, str) else None
+    return value if file is None or not file.is_file() else file.read_text(encoding="utf-8")
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,146 @@
+"""A plan with everything at hand that training needs: data read, arguments understood, what earlier runs left found.
+
+All that can be wrong before a model is loaded is found here, in all phases, and said at once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from plait.errors import OutputError, PlaitError
+from plait.hub.download import resolve_model
+from plait.tasks.examples import read_examples
+from plait.tasks.optional import optional
+from plait.training.classification import settings_of
+from plait.training.folder import RECORD, JobFolder, folder_problem, last_checkpoint
+from plait.training.job import OpenJob, TrainingJob, TrainingRecord, open_job
+from plait.training.phases import PlannedPhase, TrainingPlan
+from plait.training.settings import trainer_settings
+
+EARLIER = "earlier"
+
+
+@dataclass(frozen=True)
+class OpenPhase:
+    """A phase that can be trained.
+
+    Attributes:
+        phase: as planned.
+        opened: its job with data and base.
+        settings: `SFTConfig` or `TrainingArguments`.
+        record: of an earlier run that finished it; None when there is something to do.
+        checkpoint: step where an earlier run stopped; None for a beginning.
+    """
+
+    phase: PlannedPhase
+    opened: OpenJob
+    settings: Any
+    record: TrainingRecord | None
+    checkpoint: int | None
+
+
+def open_phases(plan: TrainingPlan) -> tuple[OpenPhase, ...]:
+    """Read every phase's data, and look at what stands in its folder.
+
+    Raises:
+        AddressError: the base model cannot be found.
+        RecipeError: data or arguments cannot be used; of all phases, with their lines.
+        OutputError: a phase's folder holds what no run of plait wrote.
+    """
+    _needed(plan)
+    resolve_model(plan.base)
+    opened: list[OpenPhase] = []
+    problems: list[tuple[int, str, str]] = []
+    for index, phase in enumerate(plan.phases):
+        try:
+            job = open_job(phase.job)
+            _judged(plan, phase)
+        except PlaitError as error:
+            problems.append((index, "data", str(error)))
+            continue
+        try:
+            opened.append(_opened(phase, job))
+        except OutputError:
+            raise
+        except PlaitError as error:
+            problems.append((index, "arguments", str(error)))
+    plan.refuse(problems)
+    return tuple(opened)
+
+
+def set_aside(plan: TrainingPlan, phases: Sequence[OpenPhase]) -> list[str]:
+    """Move finished adapters of other settings out of the way, and back where these settings made them; tell which.
+
+    They go to `earlier/NAME-DIGEST`: hours of training are not thrown away because a line of the file changed.
+    """
+    notes = []
+    for phase in phases:
+        folder, digest = phase.phase.folder, phase.opened.digest
+        standing = _digest(folder)
+        if standing is not None and standing != digest:
+            away = plan.out / EARLIER / f"{folder.name}-{standing[:12]}"
+            _move(folder, away)
+            notes.append(f"{folder.name}: an adapter of other settings stood there; it is in {EARLIER}/{away.name} now.")
+        kept = plan.out / EARLIER / f"{folder.name}-{digest[:12]}"
+        if kept.is_dir() and _digest(folder) is None:
+            _move(kept, folder)
+            notes.append(f"{folder.name}: these settings had been trained before; the adapter is taken back from {EARLIER}/.")
+    return notes
+
+
+def _move(source: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(target)
+
+
+def _digest(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / RECORD).read_text(encoding="utf-8"))["digest"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _needed(plan: TrainingPlan) -> None:
+    """Make sure that the packages are there which everything needs that comes after hours of training."""
+    for module in ("trl", "peft", "datasets", "accelerate"):
+        optional(module, "train", "training")
+    if any(phase.task is not None for phase in plan.phases):
+        optional("jinja2", "eval", "tasks")
+    optional("jinja2", "report", "the report")
+
+
+def _judged(plan: TrainingPlan, phase: PlannedPhase) -> None:
+    """Render what the phase is judged by: a column that is missing there must not be found after training."""
+    if phase.task is not None:
+        read_examples(phase.task, plan.recipe.eval.split)
+
+
+def _opened(phase: PlannedPhase, job: OpenJob) -> OpenPhase:
+    problem = folder_problem(phase.folder, job, force=True)
+    if problem:
+        raise OutputError(problem)
+    return look(OpenPhase(phase, job, _settings(job.job, phase.folder), None, None))
+
+
+def look(phase: OpenPhase) -> OpenPhase:
+    """Return a phase with what stands in its folder now."""
+    folder, job = phase.phase.folder, phase.opened
+    record = JobFolder(folder, job).finished()
+    checkpoint = last_checkpoint(folder) if record is None and _same_job(folder, job) else None
+    return replace(phase, record=record, checkpoint=None if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
+
+
+def _same_job(folder: Path, job: OpenJob) -> bool:
+    return folder.is_dir() and folder_problem(folder, job, force=False) is None
+
+
+def _settings(job: TrainingJob, folder: Path) -> Any:
+    if job.kind == "causal":
+        return trainer_settings(optional("trl", "train", "training").SFTConfig, job, folder)
+    return settings_of(job, folder)

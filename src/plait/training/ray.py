@@ -1,0 +1,150 @@
+"""Phases on an existing Ray cluster. Nothing of a scheduler is here: Ray places the phases and starts lost ones again.
+
+Every node must see the output folder, the base model and the data under the same paths, and have plait installed.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from plait.errors import OutputError, PlaitError
+from plait.training.attempts import Outcome, Watcher, attempt
+from plait.training.job import TrainingJob, TrainingRecord
+from plait.training.phases import PlannedPhase
+
+_POLL = 0.5  # seconds between looks at the cluster
+_LOST_NODES = 3  # how often a phase is begun again elsewhere; it goes on from its last checkpoint
+
+
+class _Sender:
+    """A watcher on a node: puts what it hears into a queue of the cluster.
+
+    Args:
+        queue: of Ray.
+    """
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def begin(self, phase: str, stage: str, total: int, unit: str) -> None:
+        """Send the beginning of a stage."""
+        self._queue.put(("begin", phase, stage, total, unit))
+
+    def advance(self, phase: str, steps: int) -> None:
+        """Send steps done."""
+        self._queue.put(("advance", phase, steps))
+
+    def end(self, outcome: Outcome) -> None:
+        """Send nothing: the outcome is what the task returns."""
+
+
+def on_ray(phases: Sequence[PlannedPhase], watcher: Watcher, *, address: str, workers: int | None) -> Iterator[Outcome]:
+    """Train phases on a cluster, all at once as far as it has room; yield them as they end.
+
+    Args:
+        phases: what is trained.
+        watcher: who listens.
+        address: `ray` for the cluster of this machine or of RAY_ADDRESS, or `ray://HOST:PORT`.
+        workers: at most so many phases at a time; a node each (or a GPU each, where there are some) when None.
+
+    Raises:
+        PlaitError: Ray is not installed, or no cluster answers.
+        OutputError: a node does not see the output folder.
+    """
+    ray = _connected(address)
+    from ray.util.queue import Queue
+
+    room, resources = _shares(ray, workers)
+    queue = Queue()
+    remote = ray.remote(max_retries=_LOST_NODES, **resources)(_train)
+    waiting = list(phases)
+    running: dict[Any, PlannedPhase] = {}
+    seen = _Beacon(phases[0].folder.parent)
+    try:
+        while waiting or running:
+            while waiting and len(running) < room:
+                phase = waiting.pop(0)
+                places = (str(phase.folder), str(phase.log), str(seen.file))
+                running[remote.remote(phase.name, phase.job.model_dump(mode="json"), places, queue)] = phase
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL)
+            _pass_on(queue, watcher)
+            for reference in ready:
+                yield _outcome(ray, reference, running.pop(reference))
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+        queue.shutdown()
+        seen.remove()
+
+
+class _Beacon:
+    """A file that a node which shares the output folder can see."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / f".seen-{secrets.token_hex(4)}"
+        self.file.touch()
+
+    def remove(self) -> None:
+        """Take it away."""
+        self.file.unlink(missing_ok=True)
+
+
+def _connected(address: str) -> Any:
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise PlaitError(f"--cluster {address} needs Ray: python -m pip install 'plait[ray]'") from None
+    if not ray.is_initialized():
+        try:
+            ray.init(address="auto" if address == "ray" else address, log_to_driver=False)
+        except ConnectionError as error:
+            words = " ".join(str(error).split())
+            raise PlaitError(
+                f"--cluster {address}: no Ray cluster answers ({words[:200]}). Start one with `ray start --head`, or name one: "
+                "--cluster ray://HOST:10001."
+            ) from None
+    return ray
+
+
+def _shares(ray: Any, workers: int | None) -> tuple[int, dict[str, float]]:
+    """Return how many phases run at a time, and what each of them gets: a node's cores, or a GPU."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    room = workers or gpus or len(nodes)
+    cores = min(node["CPU"] for node in nodes if node.get("CPU"))
+    share = max(1, int(cores // math.ceil(room / len(nodes))))
+    return room, {"num_cpus": share, **({"num_gpus": 1} if gpus else {})}
+
+
+def _train(name: str, job: dict[str, Any], places: tuple[str, str, str], queue: Any) -> dict[str, Any]:
+    """Train on a node; what comes back is plain data, so that no node needs the driver's classes."""
+    folder, log, beacon = map(Path, places)
+    if not beacon.is_file():
+        return {"unseen": True}
+    outcome = attempt(name, TrainingJob.model_validate(job), folder, log, _Sender(queue))
+    return {"record": None if outcome.record is None else outcome.record.model_dump(mode="json"), "error": outcome.error}
+
+
+def _outcome(ray: Any, reference: Any, phase: PlannedPhase) -> Outcome:
+    try:
+        found = ray.get(reference)
+    except ray.exceptions.RayError as error:  # the node is lost too often, or out of memory
+        return Outcome(phase.name, error=" ".join(str(error).split())[:500])
+    if "unseen" in found:
+        raise OutputError(
+            f"{phase.folder.parent}: a node of the cluster does not see this folder. Base model, data and output must lie on "
+            "storage that all nodes share, under the same paths."
+        )
+    record = None if found["record"] is None else TrainingRecord.model_validate(found["record"])
+    return Outcome(phase.name, record, found["error"])
+
+
+def _pass_on(queue: Any, watcher: Watcher) -> None:
+    for _ in range(queue.qsize()):
+        kind, *told = queue.get()
+        watcher.begin(*told) if kind == "begin" else watcher.advance(*told)

@@ -1,0 +1,334 @@
+"""PHASES.yaml → `TrainingPlan`, or everything that is wrong with it, by line.
+
+Reads the file and the task files that it names; no data, no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from plait.errors import AddressError, PlaitError, RecipeError
+from plait.hub.references import parse_reference
+from plait.methods import METHODS
+from plait.recipes.documents import Document, read_document, read_json
+from plait.recipes.overrides import parse_override, set_values
+from plait.recipes.paths import Plain, item
+from plait.recipes.problems import Origins, Problem, listed, show
+from plait.recipes.validation import check, explain, truth_values
+from plait.tasks.loading import load_task
+from plait.tasks.schema import SequenceClassification, Task
+from plait.training.classification import LONGEST
+from plait.training.data import TrainingData, is_local
+from plait.training.encoding import LongExamples
+from plait.training.job import ADAPTER, Kind, TrainingJob
+from plait.training.phases import PHASES, Phase, Phases, PlannedPhase, TrainingPlan, init_seed
+
+#: Arguments of phases unless the file says otherwise: a killed run loses a tenth at most; the curve has fifty points.
+_ARGUMENTS = {
+    "save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1,
+    "logging_strategy": "steps", "logging_steps": 0.02, "logging_first_step": True, "report_to": "none",
+}  # fmt: skip
+#: What phases may differ in and still be merged as adapters of one kind.
+_FREE = ("dropout", "init_seed")
+#: Keys of a recipe that the phases themselves say.
+_SAID = ("version", "adapters", "base_model", "tasks", "eval")
+
+
+def read_phases(
+    source: str | Path | Mapping[str, Plain],
+    *,
+    out: Path,
+    base: str | None = None,
+    sets: Sequence[str] = (),
+    settings: Mapping[str, Plain] | None = None,
+) -> TrainingPlan:
+    """Return what a file, or a mapping of the same form, says.
+
+    Args:
+        source: the file, or its content.
+        out: where everything is to be written.
+        base: the base model, in place of the file's.
+        sets: `PATH=VALUE`, applied on top, such as `arguments.max_steps=10`.
+        settings: keys of the file that replace its own.
+
+    Raises:
+        RecipeError: it is not valid; all that is wrong is listed with its line.
+    """
+    out = out.expanduser().absolute()
+    document, name, folder = _document(source)
+    if not isinstance(document.data, Mapping) or not document.data:
+        raise RecipeError(f"{name}: phases are a mapping (key: value) with at least 'base_model' and 'phases'.")
+    overrides = [(key, _plain(value)) for key, value in (settings or {}).items()]
+    overrides += [*([("base_model", _from_here(base))] if base else []), *(parse_override(text) for text in sets)]
+    data, overridden, dead_ends = set_values(document.data, overrides)
+    data, tasks, bad_tasks = _name_phases(data, folder)
+    origins = Origins(name, document.lines, overridden=tuple(overridden))
+    problems = [*document.problems, *dead_ends, *bad_tasks, *truth_values(data, Phases), *_merge_problems(data, out)]
+    try:
+        phases = Phases.model_validate(data)
+    except ValidationError as error:
+        origins.refuse([*problems, *explain(error, data, Phases)])
+        raise
+    problems += [*_twice(phases), *_lora_problems(phases), *_task_problems(phases, tasks), *_watch_problems(phases, tasks)]
+    base_text, bad_base = _base(phases.base_model, folder)
+    origins.refuse([*problems, *bad_base])
+    return _plan(phases, tasks, name, out, base_text, folder, origins)
+
+
+def _document(source: str | Path | Mapping[str, Plain]) -> tuple[Document, str, Path]:
+    if isinstance(source, Mapping):
+        return Document(_plain(source), {}), "the phases", Path.cwd()
+    file = Path(source).expanduser()
+    read = read_json if file.suffix.lower() == ".json" else read_document
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}: this is not text in UTF-8 (byte {error.start}).") from None
+    except OSError as error:
+        raise RecipeError(f"{file}: {error.strerror or error}. Give the file that says what to train.") from None
+    return read(text, str(source)), str(source), file.absolute().parent
+
+
+def _plain(value: Plain) -> Plain:
+    """Return a copy with keys as text, lists for tuples and texts for paths."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _from_here(base: str) -> str:
+    """Make a local path absolute: in the file, relative ones start at its folder."""
+    reference = parse_reference(base, allow_bare=True)
+    return base if reference.path is None else str(Path(reference.path).expanduser().absolute())
+
+
+def _name_phases(data: Mapping[str, Plain], folder: Path) -> tuple[dict[str, Plain], dict[int, Task], list[Problem]]:
+    """Load the tasks, and name the phases after them that have no name of their own.
+
+    Returns:
+        The data, index → task, and tasks that cannot be used.
+    """
+    entries = data.get(PHASES)
+    if not isinstance(entries, list):
+        return dict(data), {}, []
+    named: list[Plain] = []
+    tasks: dict[int, Task] = {}
+    problems: list[Problem] = []
+    for i, given in enumerate(entries):
+        entry = {"task": given} if isinstance(given, str) else given
+        text = item(entry, "task")
+        if isinstance(text, str) and text:
+            file = (folder / Path(text).expanduser()).absolute()
+            entry = {**entry, "task": str(file)}
+            try:
+                tasks[i] = load_task(file)
+            except PlaitError as error:
+                problems.append(Problem((PHASES, i, "task"), str(error)))
+                entry = {"name": f"phase-{i}", **entry}  # its name is not what is missing
+            else:
+                entry = {"name": tasks[i].own_adapter, **entry}
+        named.append(entry)
+    return {**data, PHASES: named}, tasks, problems
+
+
+def _merge_data(data: Mapping[str, Plain], out: Path) -> dict[str, Plain] | None:
+    """Return the recipe that the file's `merge` stands for; None where there is no telling."""
+    merge, entries = data.get("merge") or {}, data.get(PHASES)
+    merge = {"method": merge} if isinstance(merge, str) else merge
+    if not isinstance(merge, Mapping) or not isinstance(entries, (list, tuple)) or not entries:
+        return None
+    if not all(isinstance(item(entry, "name"), str) for entry in entries):
+        return None
+    adapters = [
+        {"name": e["name"], "path": str(out / PHASES / e["name"] / ADAPTER), "weight": e.get("weight", 1.0)} for e in entries
+    ]
+    return {**{str(k): v for k, v in merge.items() if k not in _SAID}, "adapters": adapters}
+
+
+def _merge_problems(data: Mapping[str, Plain], out: Path) -> Iterator[Problem]:
+    merge = data.get("merge")
+    said = merge if isinstance(merge, Mapping) else {}
+    for key in _SAID:
+        if key in said:
+            yield Problem(("merge", key), f"{key!r} is no part of 'merge': the phases say it. Take it out.")
+    found = _merge_data(data, out)
+    if found is None:
+        return
+    recipe, problems = check(found)
+    for problem in problems:
+        if problem.path[:1] != ("adapters",):  # of names and weights the phases' own check speaks
+            yield Problem(("merge", *problem.path), problem.text)
+    if recipe is not None and METHODS[recipe.method_name].pipeline(recipe.method).needs_moments:
+        yield Problem(
+            ("merge", "method"),
+            f"method {recipe.method_name!r} needs second moments of the modules' inputs, which only finished adapters have. "
+            "Merge here by another method, then collect them (plait.save_moments) and run `plait merge` on the recipe.yaml "
+            "that stands beside the result.",
+        )
+
+
+def _twice(phases: Phases) -> Iterator[Problem]:
+    names = [p.name for p in phases.phases]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            text = f"phases.{names.index(name)} is called {name!r} too; give names that differ (name: …)."
+            yield Problem((PHASES, i, "name"), text)
+
+
+def _lora_problems(phases: Phases) -> Iterator[Problem]:
+    """Find what phases change in the LoRA configuration and must not: adapters that are merged are of one kind."""
+    for i, phase in enumerate(phases.phases):
+        for key in sorted(phase.lora.model_fields_set):
+            own, shared = getattr(phase.lora, key), getattr(phases.lora, key)
+            if key not in _FREE and own != shared:
+                yield Problem(
+                    (PHASES, i, "lora", key),
+                    f"{key} is {show(own)}; all phases share one LoRA configuration, where it is {show(shared)}. "
+                    f"A phase has only {listed(_FREE)} of its own: set {key} under the file's own 'lora'.",
+                )
+
+
+def _task_problems(phases: Phases, tasks: Mapping[int, Task]) -> Iterator[Problem]:
+    first = next(iter(tasks.values()), None)
+    for i, phase in enumerate(phases.phases):
+        task = tasks.get(i)
+        if task is not None:
+            yield from _splits_problems(i, phase, task, phases.eval.split)
+            yield from _name_problems(i, phase, task, [t for t in tasks.values() if t is not task])
+        elif phase.task is None and first is not None and _kind(first) != "causal":
+            yield Problem((PHASES, i, "data"), "a classifier learns from a task (labels and their order); give 'task'.")
+        if task is not None and first is not None and _kind(task) != _kind(first):
+            yield Problem(
+                (PHASES, i, "task"),
+                f"{task.name!r} is {task.kind}, {first.name!r} is {first.kind}: a classification head and a language model "
+                "are different models. Train them by files of their own.",
+            )
+
+
+def _splits_problems(i: int, phase: Phase, task: Task, judged: str) -> Iterator[Problem]:
+    data, there = phase.data or TrainingData(), listed(list(task.splits))
+    if data.place is not None and _kind(task) == "sequence_classification":
+        yield Problem((PHASES, i, "data", "place"), "a classifier learns from its task's own splits; give 'split' here.")
+    if data.place is None and data.split not in task.splits:
+        text = f"task {task.name!r} has no split {data.split!r} to train on; it has {there}. Add it, or give 'data'."
+        yield Problem((PHASES, i, "data" if phase.data else "task"), text)
+    if judged not in task.splits:
+        text = f"task {task.name!r} has no split {judged!r} to be judged on; it has {there}. Add it, or change eval.split."
+        yield Problem((PHASES, i, "task"), text)
+
+
+def _watch_problems(phases: Phases, tasks: Mapping[int, Task]) -> Iterator[Problem]:
+    """Find phases that are to measure the loss on other rows, and have none."""
+    for i, phase in enumerate(phases.phases):
+        asked, task = (phases.arguments | phase.arguments).get("eval_strategy", "no"), tasks.get(i)
+        if asked != "no" and (task is None or "validation" not in task.splits):
+            what = "a phase without a task" if task is None else f"task {task.name!r}"
+            text = f"eval_strategy is {asked!r}, and {what} has no split 'validation' to measure the loss on. Leave it out."
+            yield Problem((PHASES, i, "arguments"), text)
+
+
+def _name_problems(i: int, phase: Phase, task: Task, others: Sequence[Task]) -> Iterator[Problem]:
+    if phase.name != task.own_adapter:
+        yield Problem(
+            (PHASES, i, "name"),
+            f"name is {phase.name!r}, but the own adapter of task {task.name!r} is called {task.own_adapter!r}: recovery "
+            f"would not be known. Leave the name out, or write adapter: {phase.name} into the task's file.",
+        )
+    if task.name in (t.name for t in others):
+        yield Problem((PHASES, i, "task"), f"another phase's task is called {task.name!r} too; names tell results apart.")
+
+
+def _kind(task: Task) -> Kind:
+    return "sequence_classification" if task.kind == "sequence_classification" else "causal"
+
+
+def _base(text: str, folder: Path) -> tuple[str, list[Problem]]:
+    """Return the base model as a reference that means the same in any working directory."""
+    try:
+        reference = parse_reference(text, base=folder, allow_bare=True)
+    except AddressError as error:
+        return text, [Problem(("base_model",), str(error))]
+    if reference.path is None:
+        return text, []
+    place = (folder / Path(reference.path).expanduser()).absolute()
+    if not (place / "config.json").is_file():
+        return text, [Problem(("base_model",), f"{place}: no model lies there (config.json). Give its folder, or org/repo.")]
+    return str(place), []
+
+
+def _plan(
+    phases: Phases, tasks: Mapping[int, Task], name: str, out: Path, base: str, folder: Path, origins: Origins
+) -> TrainingPlan:
+    planned = tuple(
+        PlannedPhase(p.name, _job(phases, p, tasks.get(i), base, folder), out / PHASES / p.name, tasks.get(i))
+        for i, p in enumerate(phases.phases)
+    )
+    found = _merge_data(phases.model_dump(), out)
+    if found is None:
+        raise AssertionError("phases that are valid make a recipe")
+    files = [p.task for p in phases.phases if p.task is not None]
+    recipe, _ = check({**found, "base_model": base, "tasks": files, "eval": phases.eval.model_dump(mode="json")})
+    if recipe is None:
+        raise AssertionError("a recipe without problems was not built")
+    return TrainingPlan(name, out, base, planned, recipe, tuple(_notes(planned)), origins)
+
+
+def _job(phases: Phases, phase: Phase, task: Task | None, base: str, folder: Path) -> TrainingJob:
+    lora = phases.lora.model_copy(update={key: getattr(phase.lora, key) for key in phase.lora.model_fields_set})
+    if lora.init_seed is None:
+        lora = lora.model_copy(update={"init_seed": init_seed(phases.seed, phase.name)})
+    arguments = _ARGUMENTS | phases.arguments | phase.arguments
+    if isinstance(task, SequenceClassification) and task.max_tokens is not None:
+        arguments = {LONGEST: task.max_tokens, **arguments}  # learnt as it is judged
+    data = _placed(phase.data or TrainingData(), folder)
+    if data.place is None:
+        data = data.model_copy(update={"task": phase.task})
+    watched = task is not None and "validation" in task.splits and arguments.get("eval_strategy", "no") != "no"
+    return TrainingJob(
+        base=base,
+        base_name=phases.base_name,
+        data=data,
+        eval_data=TrainingData(task=phase.task, split="validation") if watched else None,
+        kind="causal" if task is None else _kind(task),
+        labels=task.labels if isinstance(task, SequenceClassification) else None,
+        lora=lora,
+        arguments=arguments,
+        model=phases.model,
+        long_examples=_long_examples(phases, task),
+        seed=phases.seed if phase.seed is None else phase.seed,
+    )
+
+
+def _long_examples(phases: Phases, task: Task | None) -> LongExamples:
+    """Return what becomes of long examples; texts that evaluation cuts are cut."""
+    cut = isinstance(task, SequenceClassification) and task.max_tokens is not None
+    return "truncate" if cut else phases.long_examples
+
+
+def _placed(data: TrainingData, folder: Path) -> TrainingData:
+    """Make the path of local data absolute; what is not there may be a data set on the Hub."""
+    if data.place is None:
+        return data
+    place = (folder / Path(data.place).expanduser()).absolute()
+    return data.model_copy(update={"place": str(place)}) if place.exists() or is_local(data.place) else data
+
+
+def _notes(phases: Sequence[PlannedPhase]) -> Iterator[str]:
+    by_seed: dict[int | None, list[str]] = {}
+    for phase in phases:
+        if phase.job.lora is not None:
+            by_seed.setdefault(phase.job.lora.init_seed, []).append(phase.name)
+    for seed, names in by_seed.items():
+        if len(names) > 1:
+            yield (
+                f"{listed(names)} begin with one A (init_seed {seed}): such adapters span nearly the same space and merge "
+                "worse. Leave init_seed out, and every phase has its own."
+            )
+    for phase in phases:
+        if phase.task is None:
+            yield f"phase {phase.name!r} has no task: it is trained and merged, and nothing says what was kept of it."

@@ -1,0 +1,184 @@
+"""The run of a job: its folder, resuming, saving whole folders, the record. The same for every kind of trainer."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import plait
+from plait.errors import OutputError, PlanError, RecipeError
+from plait.merging.progress import Progress
+from plait.merging.staging import publish
+from plait.tasks.optional import optional
+from plait.training.folder import JobFolder, last_checkpoint, open_folder
+from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, Prepared, TrainingRecord
+from plait.training.sealing import seal
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+_LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+_SAVING = ".saving"
+_STATE = "trainer_state.json"
+
+
+def train(
+    opened: OpenJob,
+    out: Path,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    make: Callable[[OpenJob, Path], Prepared] | None = None,
+) -> TrainingRecord:
+    """Train in a folder, or go on there, or return the record of what is finished there; see `job.run_job`.
+
+    Args:
+        opened: the job.
+        out: its folder.
+        force: give up what another job left there.
+        progress: who listens.
+        make: makes the trainer; what suits the job's kind when None.
+    """
+    with open_folder(out, opened, force=force) as folder:
+        finished = folder.finished()
+        if finished is not None:
+            return finished
+        prepared = (make or _prepare)(opened, out)
+        return _run(opened, folder, prepared, progress)
+
+
+def _prepare(opened: OpenJob, out: Path) -> Prepared:
+    if opened.job.kind == "sequence_classification":
+        from plait.training.classification import make_trainer as make_classifier
+
+        return make_classifier(opened, out)
+    from plait.training.causal import make_trainer
+
+    return make_trainer(opened, out)
+
+
+def _run(opened: OpenJob, folder: JobFolder, prepared: Prepared, progress: Progress | None) -> TrainingRecord:
+    trainer, job = prepared.trainer, opened.job
+    _set_seed(trainer, job.seed)
+    if progress is not None:
+        _listen(trainer, progress)
+    checkpoint = _checkpoint(folder.path, trainer.args)
+    resumed = None if checkpoint is None else int(json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))["global_step"])
+    started = time.perf_counter()
+    with _explained(folder.path):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = round(time.perf_counter() - started, 3)
+    name = FINAL_MODEL if job.lora is None else ADAPTER
+    history = trainer.state.log_history
+    record = TrainingRecord(
+        plait=plait.__version__,
+        digest=opened.digest,
+        job=job,
+        folder=name,
+        examples=prepared.examples,
+        left_out=prepared.left_out,
+        truncated=prepared.truncated,
+        trainable=int(trainer.get_num_trainable_parameters()),
+        steps=trainer.state.global_step,
+        tokens=int(trainer.state.num_input_tokens_seen),
+        losses=tuple((int(e["step"]), float(e["loss"])) for e in history if "loss" in e),
+        eval_losses=tuple((int(e["step"]), float(e["eval_loss"])) for e in history if "eval_loss" in e),
+        seconds=seconds,
+        resumed_from=resumed,
+        notes=prepared.notes,
+        versions=_versions(),
+        finished=datetime.now().astimezone().isoformat(timespec="seconds"),
+    )
+    _save(trainer, opened, folder, record)
+    return record
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Say what to do when memory or disk did not suffice."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise PlanError(
+            f"training ran out of memory: {str(error).splitlines()[0]} Give a smaller per_device_train_batch_size with more "
+            "gradient_accumulation_steps, or a smaller max_length; these are other settings, so that training begins anew."
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror}. Free some space; the same command goes on from the last whole "
+            "checkpoint."
+        ) from error
+
+
+def _save(trainer: Trainer, opened: OpenJob, folder: JobFolder, record: TrainingRecord) -> None:
+    """Write weights, tokenizer, card and lock beside the final name; rename; then write the record."""
+    place = folder.path / _SAVING
+    if trainer.is_world_process_zero():
+        shutil.rmtree(place, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(place))  # all processes: shards may have to be gathered
+    if trainer.is_world_process_zero():
+        (place / "training_args.bin").unlink(missing_ok=True)  # a pickle that names this machine's folders
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(str(place))
+        seal(place, opened, record, home=folder.path / record.folder)
+        publish(place, folder.path / record.folder, force=True)
+        folder.finish(record)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _set_seed(trainer: Trainer, seed: int) -> None:
+    """Let data order and dropout follow the job's seed, whatever A was drawn from."""
+    trainer.args.seed = seed
+    optional("transformers", "train", "training").set_seed(seed)
+
+
+def _checkpoint(out: Path, args: Any) -> Path | None:
+    asked = args.resume_from_checkpoint
+    if isinstance(asked, str) and asked.lower() not in ("true", "false"):
+        if not (Path(asked) / _STATE).is_file():
+            raise RecipeError(f"--resume_from_checkpoint {asked}: there is no whole checkpoint.")
+        return Path(asked)
+    return last_checkpoint(out)
+
+
+def _listen(trainer: Trainer, progress: Progress) -> None:
+    """Tell a listener of every step, and nobody else."""
+    transformers = optional("transformers", "train", "training")
+
+    class Steps(transformers.TrainerCallback):  # type: ignore[name-defined,misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            progress.start("train", state.max_steps)
+            progress.advance(state.global_step)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            progress.advance()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            progress.finish()
+
+    for shown in (transformers.ProgressCallback, transformers.PrinterCallback):
+        trainer.remove_callback(shown)
+    trainer.add_callback(Steps())
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

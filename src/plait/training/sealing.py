@@ -1,0 +1,91 @@
+"""What makes saved weights a result of plait: its card, its lock, and files that everybody may read."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from plait.adapters.adapter import CONFIG
+from plait.merging import record as records
+from plait.merging.card import load_with_peft, place_name
+from plait.merging.record import Lock
+from plait.training.job import OpenJob, TrainingRecord
+
+_TASKS = {"causal": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
+_AUTO = {"causal": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}
+
+
+def seal(folder: Path, opened: OpenJob, record: TrainingRecord, *, home: Path) -> None:
+    """Write card and lock into a folder of saved weights, and give its files the modes that the umask says.
+
+    Args:
+        folder: where the weights are.
+        opened: the job.
+        record: what training did.
+        home: where the folder will stand.
+    """
+    if opened.job.base_name is not None and (folder / CONFIG).is_file():
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        records.write_json(folder / CONFIG, {**config, "base_model_name_or_path": opened.job.base_name})
+    card = folder / "README.md"
+    card.unlink(missing_ok=True)
+    card.write_text(_card(opened, record), encoding="utf-8")
+    mode = card.stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+    records.write_json(folder / records.LOCK, _lock(folder, opened, record, home))
+
+
+def _lock(folder: Path, opened: OpenJob, record: TrainingRecord, home: Path) -> Lock:
+    """Make the lock. A Hub model is known by its commit; a local one by its files."""
+    files = {} if opened.base.repo else records.weight_digests(opened.base.folder)
+    return Lock(
+        version=records.LOCK_VERSION,
+        plait=record.plait,
+        python=platform.python_version(),
+        libraries=record.versions,
+        machine=platform.machine(),
+        recipe=record.job.model_dump(mode="json"),
+        inputs={},
+        outputs=records.output_digests(folder),
+        kind="train",
+        options={"digest": record.digest},
+        base=records.locked_input(opened.base, files, home),
+    )
+
+
+def _card(opened: OpenJob, record: TrainingRecord) -> str:
+    job, lora = record.job, record.job.lora
+    front: dict[str, Any] = {"tags": ["plait", "sft"] + (["lora"] if lora else [])}
+    if (name := job.base_name or opened.base.repo) is not None:
+        front = {"base_model": name, **front}
+    front |= {"library_name": "peft" if lora else "transformers"}
+    if job.kind == "causal":
+        front |= {"pipeline_tag": "text-generation"}
+    what = "Full fine-tune" if lora is None else f"LoRA (r {lora.r}, alpha {lora.alpha:g})"
+    source = place_name(str(job.data.task or job.data.place))
+    lines = [
+        f"- **Data**: {source}, {record.examples} examples; loss on the answers only."
+        if job.arguments.get("completion_only_loss") is not False
+        else f"- **Data**: {source}, {record.examples} examples; loss on every token.",
+        f"- **Steps**: {record.steps}, {record.tokens} tokens, {record.trainable} trained parameters, seed {job.seed}.",
+    ]
+    lines += [f"- **Training loss**: {record.losses[0][1]:.4g} → {record.losses[-1][1]:.4g}."] if record.losses else []
+    lines += [f"- **Loss on held-out data**: {record.eval_losses[-1][1]:.4g}."] if record.eval_losses else []
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    base = place_name(job.base_name or job.base)
+    loading = load_with_peft(base, _TASKS[job.kind]) if lora else _loading(_AUTO[job.kind])
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {what} of {base}\n\n"
+        f"Trained by plait {record.plait} ({versions}).\n\n{chr(10).join(lines)}\n\n## Load it\n\n{loading}\n"
+        "`plait.lock` holds all settings and the sha256 of every file.\n"
+    )
+
+
+def _loading(auto: str) -> str:
+    return f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("PATH_OR_REPO")\n```\n'

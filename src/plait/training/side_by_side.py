@@ -1,0 +1,146 @@
+"""Phases side by side on this machine, each in a process of its own, with its share of cores or a GPU to itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from plait.training.attempts import Outcome, Watcher
+from plait.training.job import TrainingRecord
+from plait.training.phases import PlannedPhase
+
+_TAIL = 3
+
+
+@dataclass
+class _Child:
+    """A phase at work.
+
+    Attributes:
+        phase: which.
+        process: its own.
+        slot: the place of `workers` that it takes.
+        outcome: how it ended, as it said itself.
+        listener: reads what it says, and waits for its end.
+    """
+
+    phase: PlannedPhase
+    process: subprocess.Popen[str]
+    slot: int
+    outcome: Outcome | None = None
+    listener: threading.Thread | None = None
+
+    def stop(self) -> None:
+        """End it, where it has not ended by itself."""
+        self.process.kill()
+        if self.listener is not None:
+            self.listener.join()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def side_by_side(
+    phases: Sequence[PlannedPhase], watcher: Watcher, *, workers: int, lock: int, devices: Sequence[str]
+) -> Iterator[Outcome]:
+    """Train phases in processes, so many at a time; yield them as they end. Leaving the iterator ends them all.
+
+    Args:
+        phases: what is trained.
+        watcher: who listens.
+        workers: processes at a time.
+        lock: file descriptor of the lock on the output; it is free when this process and all of these are gone.
+        devices: GPUs, as CUDA_VISIBLE_DEVICES names them; empty where there is none.
+    """
+    waiting, free = list(phases), list(range(workers))
+    events: SimpleQueue[tuple[_Child, dict[str, Any] | None]] = SimpleQueue()
+    running: list[_Child] = []
+    try:
+        while waiting or running:
+            while waiting and free:
+                running.append(_start(waiting.pop(0), free.pop(0), workers, lock, devices, events))
+            child, event = events.get()
+            if event is not None:
+                _tell(child, event, watcher)
+                continue
+            running.remove(child)
+            child.stop()
+            free.insert(0, child.slot)
+            yield child.outcome or _died(child)
+    finally:
+        for child in running:
+            child.stop()
+
+
+def _start(phase: PlannedPhase, slot: int, workers: int, lock: int, devices: Sequence[str], events: SimpleQueue[Any]) -> _Child:
+    phase.log.parent.mkdir(parents=True, exist_ok=True)
+    places = {"folder": str(phase.folder), "log": str(phase.log)}
+    request = {"name": phase.name, "job": phase.job.model_dump(mode="json"), **places}
+    with phase.log.open("a", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "plait.training.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            encoding="utf-8",
+            pass_fds=(lock,),
+            env=_environment(slot, workers, devices),
+        )
+    child = _Child(phase, process, slot)
+    child.listener = threading.Thread(target=_listen, args=(child, events), daemon=True)
+    child.listener.start()
+    if process.stdin is None:
+        raise AssertionError("a pipe was asked for")
+    try:
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()  # and stays open: its end tells the child that this process is gone
+    except BrokenPipeError:
+        pass  # it died at once; its log says why
+    return child
+
+
+def _environment(slot: int, workers: int, devices: Sequence[str]) -> dict[str, str]:
+    """Return the environment of a worker: its share of the cores, one GPU, and this very plait."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    found = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    found["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    if devices:
+        found["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+    return found
+
+
+def _listen(child: _Child, events: SimpleQueue[Any]) -> None:
+    if child.process.stdout is None:
+        raise AssertionError("a pipe was asked for")
+    for line in child.process.stdout:
+        events.put((child, json.loads(line)))
+    child.process.wait()
+    events.put((child, None))
+
+
+def _tell(child: _Child, event: dict[str, Any], watcher: Watcher) -> None:
+    if event["event"] == "begin":
+        watcher.begin(child.phase.name, event["stage"], event["total"], event["unit"])
+    elif event["event"] == "advance":
+        watcher.advance(child.phase.name, event["steps"])
+    else:
+        record = None if event["record"] is None else TrainingRecord.model_validate(event["record"])
+        child.outcome = Outcome(child.phase.name, record, event["error"])
+
+
+def _died(child: _Child) -> Outcome:
+    """Return what is known of a process that ended without a word."""
+    log, code = child.phase.log, child.process.returncode
+    how = f"was killed by signal {-code} (9 is often a lack of memory)" if code < 0 else f"ended with code {code}"
+    last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
+    words = f": {' / '.join(last)}" if last else ""
+    return Outcome(child.phase.name, error=f"its process {how}{words} (the whole of it is in {log})")

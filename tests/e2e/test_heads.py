@@ -1,0 +1,183 @@
+"""Classification heads: each task's own beside base, single adapters and merges, from memory and from files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import plait
+from plait.errors import PlanError, RecipeError
+from plait.evaluation.scores import Answers
+from plait.mixture import load
+from tests.language_models import WORDS, tokenizer, write_task
+from tests.text_classifiers import LABELS, encoder, label, save_encoder, train_classifier, write_classification
+
+# PEFT's and torch's own
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+NAMES = ("sort", "rate", "third")
+WEIGHTS = {"sort": 0.8, "rate": 0.7, "third": 0.6}
+
+
+class House:
+    """Base, adapters with heads and their tasks on disk, made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.base = save_encoder(folder / "base")
+        self.adapters = {name: train_classifier(folder / "adapters" / name, name) for name in NAMES}
+        self.tasks = {name: write_classification(folder / "tasks", name) for name in NAMES}
+
+    def evaluate(self, source: object = None, *, names: tuple[str, ...] = NAMES, **settings: object) -> plait.Evaluation:
+        adapters = {name: self.adapters[name] for name in names}
+        wanted = {"tasks": [self.tasks[n] for n in names], "base": self.base, "workspace": None, **settings}
+        if not isinstance(source, str):
+            wanted.setdefault("weights", {n: WEIGHTS[n] for n in names})
+        return plait.evaluate(source or adapters, **wanted)
+
+    def accuracy(self, task: str, adapter: Path, head: Path) -> float:
+        """Score a task with PEFT alone: an adapter's encoder with the head of another."""
+        model = PeftModel.from_pretrained(
+            encoder(len(LABELS[task])), str(with_head(adapter, head, self.folder / "mixed"))
+        ).eval()
+        ids = torch.tensor([tokenizer()(f"very {word} :")["input_ids"] for word in WORDS])
+        with torch.no_grad():
+            found = model(input_ids=ids).logits.argmax(-1).tolist()
+        return sum(LABELS[task][i] == label(task, word) for i, word in zip(found, WORDS, strict=True)) / len(WORDS)
+
+
+def with_head(adapter: Path, head: Path, out: Path) -> Path:
+    """Write an adapter with the head of another."""
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(adapter, out)
+    own, other = (load_file(p / "adapter_model.safetensors") for p in (adapter, head))
+    body = {n: t for n, t in own.items() if "classifier" not in n}
+    config = json.loads((head / "adapter_config.json").read_text())
+    mine = json.loads((adapter / "adapter_config.json").read_text())
+    mine["modules_to_save"] = config["modules_to_save"]
+    (out / "adapter_config.json").write_text(json.dumps(mine))
+    save_file(body | {n: t for n, t in other.items() if "classifier" in n}, out / "adapter_model.safetensors")
+    return out
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    return House(tmp_path_factory.mktemp("house"))
+
+
+def test_every_side_is_judged_with_the_tasks_own_head(house, tmp_path):
+    """Base, single and merge, each against PEFT with that very head; the tasks have two and three labels."""
+    found = house.evaluate()
+    merged = plait.merge(house.adapters, weights=WEIGHTS, out=tmp_path / "out").folder
+    nothing = plait.merge(house.adapters, weights=dict.fromkeys(NAMES, 0.0), out=tmp_path / "nothing").folder
+    for task in found.tasks:
+        own = house.adapters[task.task]
+        assert task.single == house.accuracy(task.task, own, own) == 1.0
+        assert task.merged == house.accuracy(task.task, merged, own)
+        assert task.base == house.accuracy(task.task, nothing, own)
+        assert task.base < 0.8
+        assert 0 < task.recovery <= 1
+    assert len({t.merged for t in found.tasks}) > 1
+
+
+def test_a_wrong_head_is_seen(house, tmp_path):
+    """The planted bug itself: the heads of two tasks exchanged, the encoders right."""
+    wrong = {
+        "sort": with_head(house.adapters["sort"], house.adapters["rate"], tmp_path / "sort"),
+        "rate": with_head(house.adapters["rate"], house.adapters["sort"], tmp_path / "rate"),
+    }
+    tasks = [house.tasks[n] for n in wrong]
+    found = plait.evaluate(wrong, tasks=tasks, base=house.base, workspace=None)
+    assert [t.single < 0.9 for t in found.tasks] == [True, True], [t.single for t in found.tasks]
+
+
+def test_a_head_of_another_number_of_labels_is_refused(house, tmp_path):
+    task = write_classification(tmp_path, "third", name="sort", labels=LABELS["third"])
+    with pytest.raises(plait.TaskError, match=r"the model's head has outputs \[2\]; the task has 3 labels"):
+        house.evaluate(names=("sort",), tasks=[task])
+
+
+def test_the_matrix_judges_every_adapter_with_the_tasks_head(house):
+    matrix = house.evaluate(matrix=True).matrix
+    for i, task in enumerate(NAMES):
+        for j, name in enumerate(NAMES):
+            assert matrix.values[j][i] == house.accuracy(task, house.adapters[name], house.adapters[task])
+
+
+def scores(workspace: Path, name: str) -> dict[str, list[tuple[float, ...]]]:
+    """Return what the head said of every text, per task."""
+    kept = [Answers.model_validate_json(f.read_text()) for f in (workspace / ".scores").glob("*.json")]
+    return {k.task: [a.scores for a in k.answers] for k in kept if k.contender == name}
+
+
+HEADS = {
+    "apart": {},
+    "averaged": {"heads": {"policy": "average"}},
+    "averaged, bfloat16": {"heads": {"policy": "average"}, "dtype": "bfloat16"},
+    "of one": {"heads": {"policy": "from", "adapter": "rate"}},
+}
+
+
+@pytest.mark.parametrize("policy", HEADS)
+def test_memory_and_files_give_the_same_numbers(house, tmp_path, policy):
+    """Bit for bit in float32, whatever becomes of the heads."""
+    pair = ("sort", "rate")  # heads of equal shape
+    live = house.evaluate(names=pair, workspace=tmp_path / "live", **HEADS[policy])
+    adapters = {n: house.adapters[n] for n in pair}
+    weights = {n: WEIGHTS[n] for n in pair}
+    merged = plait.merge(adapters, weights=weights, out=tmp_path / "out", base_model=str(house.base), **HEADS[policy])
+    saved = house.evaluate(str(merged.folder), names=pair, workspace=tmp_path / "saved")
+    assert [t.merged for t in live.tasks] == [t.merged for t in saved.tasks]
+    found = scores(tmp_path / "live", "merged")
+    assert set(found) == set(pair)
+    assert found == scores(tmp_path / "saved", "out")
+
+
+def test_averaged_heads_are_the_mean_and_no_tasks_own(house, tmp_path):
+    pair = ("sort", "rate")
+    own = house.evaluate(names=pair, workspace=tmp_path / "own")
+    mean = house.evaluate(names=pair, workspace=tmp_path / "mean", heads={"policy": "average"})
+    apart, together = scores(tmp_path / "own", "merged"), scores(tmp_path / "mean", "merged")
+    # on the same encoder the mean of two linear heads says the mean of what they say
+    house.evaluate(names=pair, workspace=tmp_path / "first", heads={"policy": "from", "adapter": "sort"})
+    house.evaluate(names=pair, workspace=tmp_path / "second", heads={"policy": "from", "adapter": "rate"})
+    one, other = scores(tmp_path / "first", "merged")["sort"], scores(tmp_path / "second", "merged")["sort"]
+    middle = [tuple((a + b) / 2 for a, b in zip(x, y, strict=True)) for x, y in zip(one, other, strict=True)]
+    torch.testing.assert_close(torch.tensor(together["sort"]), torch.tensor(middle), atol=1e-5, rtol=1e-5)
+    assert apart["sort"] == one
+    assert apart["sort"] != together["sort"]
+    assert [t.single for t in own.tasks] == [t.single for t in mean.tasks] == [1.0, 1.0]
+
+
+def test_heads_of_different_tasks_do_not_average(house):
+    with pytest.raises(PlanError, match=r"has different shapes .* heads of different tasks do not average"):
+        house.evaluate(heads={"policy": "average"})
+
+
+@torch.no_grad()
+def test_a_live_merge_takes_the_heads_that_are_asked_for(house, tmp_path):
+    pair = {n: house.adapters[n] for n in ("sort", "rate")}
+    ids = torch.tensor([tokenizer()(f"very {word} :")["input_ids"] for word in WORDS])
+    for policy, heads_of in (("separate", "rate"), ("average", None)):
+        merged = plait.merge(pair, heads={"policy": policy}, out=tmp_path / policy).folder
+        folder = with_head(merged, pair["rate"], tmp_path / "mixed") if heads_of else merged
+        expected = PeftModel.from_pretrained(encoder(), str(folder)).eval()(input_ids=ids).logits
+        with load(pair, base=house.base, heads={"policy": policy}, heads_of=heads_of) as live:
+            torch.testing.assert_close(live.model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(RecipeError, match="heads_of is 'sort', but the recipe's heads are 'average'"):
+        load(pair, base=house.base, heads={"policy": "average"}, heads_of="sort")
+    with pytest.raises(PlanError, match="no adapter is named 'srot'"):
+        load(pair, base=house.base, heads_of="srot")
+
+
+def test_a_classifier_is_asked_for_no_texts(house):
+    task = write_task(house.folder / "texts", "sort")
+    with pytest.raises(
+        plait.TaskError, match=r"'sort' \(classification\) asks for texts, but BertForSequenceClassification says none"
+    ):
+        house.evaluate(names=("sort",), tasks=[task])

@@ -1,0 +1,411 @@
+"""`plait train`: phases → adapters → merge, evaluation and report; killed, resumed, side by side, on Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
+
+import plait
+from plait.cli.main import main
+from plait.errors import OutputError, RecipeError
+from plait.training.attempts import Outcome
+from plait.training.phases import init_seed
+from tests.language_models import WORDS, label, save_model, tokenizer, write_task
+
+SPLITS = {"train": "test.jsonl", "test": "test.jsonl"}
+PHASES = """\
+base_model: base
+lora: {r: 4, alpha: 8, dropout: 0, targets: all-linear}
+arguments: {learning_rate: 1e-2, lr_scheduler_type: constant, per_device_train_batch_size: 8, max_steps: 10}
+phases: [sort.yaml, rate.yaml]
+merge: {method: {name: ties, space: core, density: 0.5}}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several threads wait for each other far longer than these matrices take; and numbers are compared across processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture
+def place(tmp_path, model, monkeypatch):
+    (tmp_path / "base").symlink_to(model)
+    for task in ("sort", "rate"):
+        write_task(tmp_path, task, splits=SPLITS)
+    (tmp_path / "phases.yaml").write_text(PHASES)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def rewrite(*changes: tuple[str, str]) -> None:
+    text = PHASES
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    Path("phases.yaml").write_text(text)
+
+
+def tensors(out: str | Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(out) / "phases" / name / "adapter" / "adapter_model.safetensors")
+
+
+def command(capsys, *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as left:
+        main(["train", *arguments])
+    said = capsys.readouterr()
+    return int(left.value.code or 0), said.out, said.err
+
+
+def states(result) -> dict[str, str]:
+    return {p.name: p.state for p in result.phases}
+
+
+def test_from_data_to_report(place):
+    rewrite(
+        ("max_steps: 10", "max_steps: 40, save_strategy: 'no'"), ("base_model: base", "base_model: base\nbase_name: org/tiny")
+    )
+    result = plait.train("phases.yaml", out="out", matrix=True)
+    assert result.ok
+    config = json.loads(Path("out/phases/sort/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/tiny"
+    assert "org/tiny" in Path("out/phases/sort/adapter/README.md").read_text()
+    assert plait.verify("out/phases/sort/adapter", rebuild=False).ok
+    assert states(result) == {"sort": "done", "rate": "done"}
+    assert [p.steps for p in result.phases] == [40, 40]
+    found = result.evaluation
+    assert {t.task: t.adapter for t in found.tasks} == {"sort": "sort", "rate": "rate"}
+    assert all(t.single > t.base + 0.2 for t in found.tasks)
+    assert found.matrix.adapters == ("sort", "rate")
+    # the adapter that was judged is the one that PEFT loads
+    tokens = tokenizer()
+    texts = [tokens(f"sort {word} :", return_tensors="pt") for word in WORDS]
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "out/phases/sort/adapter").eval()
+    labels = tokens(["red", "blue"], add_special_tokens=False)["input_ids"]
+    scores = [adapted(**text).logits[0, -1, [row[0] for row in labels]] for text in texts]
+    right = [["red", "blue"][int(s.argmax())] == label("sort", word) for s, word in zip(scores, WORDS, strict=True)]
+    assert sum(right) / len(right) == next(t.single for t in found.tasks if t.task == "sort")
+    # the merge is that of the recipe beside it
+    again = plait.merge("out/recipe.yaml", out="again").folder
+    merged = load_file("out/merged/adapter_model.safetensors")
+    assert all(torch.equal(merged[key], tensor) for key, tensor in load_file(again / "adapter_model.safetensors").items())
+    assert plait.verify("out/merged").ok
+    assert "## Results" in Path("out/merged/README.md").read_text()
+    page = Path("out/report.html").read_text()
+    assert "How the adapters were trained" in page
+    assert "<polyline" in page
+    assert "Where the adapters collide" in page
+    # what only an unfinished run needs is gone
+    assert sorted(p.name for p in Path("out/phases/sort").iterdir()) == ["adapter", "job.json", "training.json"]
+
+
+def test_phases_begin_with_matrices_of_their_own(place):
+    """With a learning rate of 0 what is saved is the beginning: B is 0, and A is the seed's."""
+    rewrite(("learning_rate: 1e-2", "learning_rate: 0.0"), ("max_steps: 10", "max_steps: 1"))
+    plait.train("phases.yaml", out="own")
+    rewrite(
+        ("learning_rate: 1e-2", "learning_rate: 0.0"), ("max_steps: 10", "max_steps: 1"), ("{r: 4,", "{r: 4, init_seed: 5,")
+    )
+    shared = plait.train("phases.yaml", out="shared")
+    assert "begin with one A" in shared.notes[0]
+    own, one = ([tensors(out, name) for name in ("sort", "rate")] for out in ("own", "shared"))
+    for key in own[0]:
+        assert torch.equal(one[0][key], one[1][key])
+        if "lora_A" in key:
+            cosine = torch.nn.functional.cosine_similarity(own[0][key].flatten(), own[1][key].flatten(), dim=0)
+            assert abs(cosine) < 0.5, key
+    assert init_seed(0, "sort") != init_seed(0, "rate")
+
+
+def test_what_is_done_is_found(place):
+    first = plait.train("phases.yaml", out="out")
+    before = {p: p.stat().st_mtime_ns for p in Path("out/phases").rglob("*") if p.is_file()}
+    merged = Path("out/merged/adapter_model.safetensors").stat().st_mtime_ns
+    second = plait.train("phases.yaml", out="out")
+    assert states(second) == {"sort": "found", "rate": "found"}
+    assert {p: p.stat().st_mtime_ns for p in Path("out/phases").rglob("*") if p.is_file()} == before
+    assert Path("out/merged/adapter_model.safetensors").stat().st_mtime_ns == merged
+    assert second.run == first.run
+    assert len(list(Path("out/evaluation/merged").rglob("run_*"))) == 1
+    # an adapter that is not what was written any more is trained again, and so is the merge
+    Path("out/phases/rate/adapter/adapter_model.safetensors").write_bytes(b"broken")
+    third = plait.train("phases.yaml", out="out")
+    assert states(third) == {"sort": "found", "rate": "done"}
+    assert third.evaluation.tasks == first.evaluation.tasks
+
+
+def test_other_settings_put_an_adapter_aside_and_find_it_again(place):
+    plait.train("phases.yaml", out="out")
+    wanted = tensors("out", "sort")
+    rewrite(("[sort.yaml,", "[{task: sort.yaml, arguments: {max_steps: 2}},"))
+    changed = plait.train("phases.yaml", out="out")
+    assert states(changed) == {"sort": "done", "rate": "found"}
+    assert "an adapter of other settings stood there" in changed.notes[0]
+    assert len(list(Path("out/earlier").iterdir())) == 1
+    rewrite()
+    back = plait.train("phases.yaml", out="out")
+    assert states(back) == {"sort": "found", "rate": "found"}
+    assert all(torch.equal(tensors("out", "sort")[key], tensor) for key, tensor in wanted.items())
+
+
+def test_killed_and_run_again(place):
+    """Killed in the first phase, then in the second; the end is that of a run that nobody disturbed."""
+    rewrite(("max_steps: 10", "max_steps: 20"), ("dropout: 0,", "dropout: 0.1,"))
+    for watched in ("sort", "rate"):
+        run = subprocess.Popen([sys.executable, "-m", "plait", "train", "phases.yaml", "-o", "out"], stderr=subprocess.DEVNULL)
+        checkpoints = Path("out/phases", watched)
+        wait_for(lambda folder=checkpoints: any(folder.glob("checkpoint-*/trainer_state.json")), run)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert not Path("out/phases", watched, "adapter").exists()
+        assert not Path("out/merged").exists()
+    ended = plait.train("phases.yaml", out="out")
+    assert states(ended) == {"sort": "found", "rate": "done"}
+    assert [p.resumed_from is not None for p in ended.phases] == [True, True]
+    calm = plait.train("phases.yaml", out="calm")
+    for name in ("sort", "rate"):
+        assert all(torch.equal(tensors("out", name)[key], tensor) for key, tensor in tensors("calm", name).items())
+    assert ended.evaluation.tasks == calm.evaluation.tasks
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def test_a_phase_that_fails_does_not_stop_the_others(place, capsys):
+    rewrite(("[sort.yaml,", "[{task: sort.yaml, arguments: {max_length: 2}},"))
+    code, out, said = command(capsys, "phases.yaml", "-o", "out", "--json")
+    assert code == 1
+    result = json.loads(out)
+    assert [(p["name"], p["state"]) for p in result["phases"]] == [("sort", "failed"), ("rate", "done")]
+    assert (result["merged"], result["evaluation"]) == (None, None)
+    assert not Path("out/merged").exists()
+    assert "failed: sort: task 'sort' (train): no example is left" in said
+    assert "plait train phases.yaml -o out" in said
+    rewrite()
+    code, out, said = command(capsys, "phases.yaml", "-o", "out")
+    assert code == 0
+    assert "rate   found" in out
+    assert "worst (" in out
+
+
+class Killer:
+    """Kills the first worker that begins to train."""
+
+    def __init__(self) -> None:
+        self.said: list[Outcome] = []
+        self._done = False
+
+    def begin(self, phase: str, stage: str, total: int, unit: str) -> None:
+        if not self._done:
+            self._done = True
+            min(psutil.Process().children(), key=lambda child: child.pid).kill()
+
+    def advance(self, phase: str, steps: int) -> None:
+        pass
+
+    def end(self, outcome: Outcome) -> None:
+        self.said.append(outcome)
+
+
+def test_side_by_side_is_as_in_turn(place):
+    result = plait.train("phases.yaml", out="killed", workers=2, watcher=(killer := Killer()))
+    assert states(result) == {"sort": "failed", "rate": "done"}
+    assert {o.name for o in killer.said} == {"sort", "rate"}
+    assert "was killed by signal 9" in result.failed[0].error
+    assert "logs/sort.txt" in result.failed[0].error
+    together = plait.train("phases.yaml", out="killed", workers=2)
+    in_turn = plait.train("phases.yaml", out="calm")
+    assert states(together) == {"sort": "done", "rate": "found"}
+    assert [p.digest for p in together.phases] == [p.digest for p in in_turn.phases]
+    for name in ("sort", "rate"):  # each on its share of the cores: sums in another order
+        for key, tensor in tensors("calm", name).items():
+            torch.testing.assert_close(tensors("killed", name)[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_workers_leave_with_their_parent(place):
+    rewrite(("max_steps: 10", "max_steps: 100000"))
+    call = [sys.executable, "-m", "plait", "train", "phases.yaml", "-o", "out", "--workers", "2"]
+    run = subprocess.Popen(call, stderr=subprocess.PIPE, text=True)
+    try:
+        next(line for line in run.stderr if "train, 100000 steps" in line)
+        workers = psutil.Process(run.pid).children()
+        assert len(workers) == 2
+        with pytest.raises(OutputError, match=rf"out is in use by process {run.pid} on"), ShortPatience():
+            plait.train("phases.yaml", out="out")
+    finally:
+        run.kill()
+        run.wait()
+        run.stderr.close()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+
+
+class ShortPatience:
+    """Do not wait for another run."""
+
+    def __enter__(self) -> None:
+        self._patch = pytest.MonkeyPatch()
+        self._patch.setattr("plait.training.cohort._PATIENCE", 0.2)
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
+
+
+def test_one_phase_only(place, capsys):
+    code, _, said = command(capsys, "phases.yaml", "-o", "out", "--only", "rate", "--set", "seed=0")
+    assert code == 0
+    assert "Nothing is merged yet (sort to do); this does the rest: plait train phases.yaml -o out --set seed=0\n" in said
+    assert not Path("out/merged").exists()
+    assert not Path("out/phases/sort").exists()
+    result = plait.train("phases.yaml", out="out")
+    assert states(result) == {"sort": "done", "rate": "found"}
+    assert result.merged == "merged"
+
+
+def test_what_would_happen(place, capsys):
+    Path("base").unlink()
+    save_model(Path("base"))
+    code, out, _ = command(capsys, "phases.yaml", "--dry-run", "--json", "--set", "arguments.num_train_epochs=2",
+                           "--set", "arguments.max_steps=-1")  # fmt: skip
+    assert code == 0
+    sort, rate = json.loads(out)["phases"]
+    # <s>? no: 3 words, the answer, the end
+    assert (sort["state"], sort["examples"], sort["steps"]) == ("to do", 24, 6)
+    assert sort["tokens"] == 24 * 5 * 2
+    shapes = sum(t.numel() for t in lora_of("base", r=4).values())
+    assert sort["parameters"] == rate["parameters"] == shapes
+    assert sort["init_seed"] == init_seed(0, "sort")
+    assert not Path("artifacts").exists()
+    code, out, _ = command(capsys, "phases.yaml", "--dry-run")
+    assert code == 0
+    assert "then: merge by ties in core, judge on 2 tasks" in out
+
+
+def lora_of(base: str, r: int) -> dict[str, torch.Tensor]:
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    return get_peft_model_state_dict(get_peft_model(model, LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM")))
+
+
+def test_what_is_wrong_is_said_before_anything_is_trained(place, capsys):
+    (place / "rows.jsonl").write_text('{"nothing": 1}\n')
+    text = PHASES.replace("phases: [sort.yaml, rate.yaml]", """\
+phases:
+  - {task: sort.yaml, arguments: {learning_rat: 1}}
+  - {task: rate.yaml, arguments: {seed: 1}}
+  - {name: rows, data: rows.jsonl}
+  - {name: gone, data: ./gone.jsonl}""")  # fmt: skip
+    Path("phases.yaml").write_text(text)
+    code, _, said = command(capsys, "phases.yaml", "-o", "out")
+    assert code == 2
+    assert "4 problems" in said
+    assert "phases.yaml:6: phases.1.arguments: arguments: seed: said beside 'arguments', not in them." in said
+    assert "phases.yaml:5: phases.0.arguments: arguments: learning_rat: SFTConfig has none of that name." in said
+    assert "phases.yaml:7: phases.2.data:" in said
+    assert "phases.yaml:8: phases.3.data:" in said
+    assert "gone.jsonl: there is no such file" in said
+    assert not Path("out").exists()
+    rewrite(("all-linear", "nowhere"))
+    code, _, said = command(capsys, "phases.yaml", "-o", "out")
+    assert code == 2
+    assert "cannot be trained so" in said
+    with pytest.raises(RecipeError, match="--cluster 'slurm': it must be 'ray'"):
+        plait.train("phases.yaml", out="out", cluster="slurm")
+    with pytest.raises(RecipeError, match="--workers 0"):
+        plait.train("phases.yaml", out="out", workers=0)
+
+
+def test_rslora_and_dora(place):
+    rewrite(("{r: 4,", "{r: 4, rslora: true, dora: true,"), ("{name: ties, space: core, density: 0.5}", "linear"))
+    result = plait.train("phases.yaml", out="out")
+    assert result.ok
+    config = json.loads(Path("out/phases/sort/adapter/adapter_config.json").read_text())
+    assert (config["use_rslora"], config["use_dora"]) == (True, True)
+    assert any("lora_magnitude_vector" in key for key in tensors("out", "sort"))
+    assert result.evaluation.mean_recovery is not None or result.evaluation.undefined
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["with a pooler", "without one"])
+def test_encoders_with_heads(tmp_path, monkeypatch, whole):
+    """A head per task, saved with the adapter; what a checkpoint lacks besides is trained and saved too, never left random."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    words = tokenizer()
+    config = BertConfig(vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                        max_position_embeddings=32, pad_token_id=0, initializer_range=0.2)  # fmt: skip
+    encoder = BertForMaskedLM(config)
+    if whole:
+        encoder.bert.pooler = type(BertForMaskedLM(config).bert)(config).pooler
+    encoder.save_pretrained("base")
+    words.save_pretrained("base")
+    for task in ("sort", "rate"):
+        write_task(
+            tmp_path, task, splits=SPLITS, kind="sequence_classification", delimiter=None, prompt=f"{task} {{{{ word }}}}"
+        )
+    rewrite(("max_steps: 10", "max_steps: 40, save_strategy: 'no'"))
+    result = plait.train("phases.yaml", out="out")
+    assert result.ok, result.failed
+    assert all(t.single > t.base for t in result.evaluation.tasks)
+    held = {key.removeprefix("base_model.model.") for key in tensors("out", "sort") if "lora_" not in key}
+    pooler = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    lora = {key for key in tensors("out", "sort") if "lora_" in key}
+    assert lora
+    assert not [key for key in lora if "pooler" in key and not whole]
+    assert held == {"classifier.weight", "classifier.bias"} | (set() if whole else pooler)
+    # adapter and base give the answers that were judged
+    model = AutoPeftModelForSequenceClassification.from_pretrained("out/phases/rate/adapter", num_labels=2).eval()
+    right = [
+        ["good", "bad"][int(model(**words(f"rate {w}", return_tensors="pt")).logits.argmax())] == label("rate", w)
+        for w in WORDS
+    ]
+    assert sum(right) / len(right) == next(t.single for t in result.evaluation.tasks if t.task == "rate")
+    assert plait.train("phases.yaml", out="out").evaluation.tasks == result.evaluation.tasks
+
+
+def test_on_ray(place):
+    ray = pytest.importorskip("ray")
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+    )
+    try:
+        rewrite(("[sort.yaml,", "[{task: sort.yaml, arguments: {max_length: 2}},"))
+        result = plait.train("phases.yaml", out="out", cluster="ray")
+        assert states(result) == {"sort": "failed", "rate": "done"}
+        assert "no example is left" in result.failed[0].error
+        rewrite()
+        result = plait.train("phases.yaml", out="out", cluster="ray", workers=1)
+    finally:
+        ray.shutdown()
+    assert states(result) == {"sort": "done", "rate": "found"}
+    assert result.merged == "merged"

@@ -1,0 +1,55 @@
+"""Tensors read one at a time."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from plait.adapters.tensorfile import SafetensorsFile
+from plait.errors import AdapterError
+
+
+@pytest.fixture
+def stored(tmp_path) -> dict[str, torch.Tensor]:
+    """A file with tensors of several dtypes and shapes."""
+    made = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    tensors = {"wide": made, "half": made[:7].bfloat16(), "one": made[3, 4].clone(), "none": made[:0].clone()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    return tensors
+
+
+def test_tensors_and_rows_are_those_of_the_file(stored, tmp_path):
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    for name, tensor in stored.items():
+        assert torch.equal(file.read(name), tensor)
+        assert file.read(name).dtype == tensor.dtype
+    assert torch.equal(file.read_rows("half", 2, 5), stored["half"][2:5])
+    assert torch.equal(file.read_rows("wide", 39, 40), stored["wide"][39:])
+
+
+def test_a_read_that_comes_in_pieces_is_whole(stored, tmp_path, monkeypatch):
+    """The system may return fewer bytes than were asked for: on network file systems, and above 2 GiB everywhere."""
+    sizes = []
+
+    class Slow(io.FileIO):
+        def readinto(self, buffer):
+            sizes.append(len(buffer))
+            return super().readinto(memoryview(buffer)[:1000])
+
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    monkeypatch.setattr(Path, "open", lambda self, mode, buffering: Slow(self, mode))
+    assert torch.equal(file.read("wide"), stored["wide"])
+    assert sizes == [4800, 3800, 2800, 1800, 800]
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(stored, tmp_path):
+    path = tmp_path / "x.safetensors"
+    file = SafetensorsFile(path)
+    os.truncate(path, file.tensors["wide"].start + 100)
+    with pytest.raises(AdapterError, match=r"'wide' cannot be read to its end\. Did the file change"):
+        file.read("wide")
