@@ -174,6 +174,12 @@ def test_the_record_says_what_happened(place, tmp_path):
     assert str(place) not in card
 
 
+def test_the_card_says_that_plain_text_is_learnt_whole(place, tmp_path):
+    rows = write_rows(tmp_path / "text.jsonl", [{"text": "some words"}] * 4)
+    card = (train(place, tmp_path / "out", dataset_name_or_path=str(rows)).adapter / "README.md").read_text()
+    assert "text.jsonl, 4 examples; loss on every token." in card
+
+
 def test_trained_adapters_are_merged_like_any_other(place, tmp_path):
     import plait
 
@@ -524,6 +530,29 @@ def test_killed_it_goes_on_to_the_same_bytes(place, tmp_path):
     assert resumed.record.tokens == whole.record.tokens
     assert resumed.record.losses == whole.record.losses
     got, expected = (load_file(r.adapter / "adapter_model.safetensors") for r in (resumed, whole))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+BEST = {
+    "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True,
+    "eval_strategy": "steps", "eval_steps": 1, "test_split_size": 0.2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", [{}, BEST], ids=["last", "best"])
+def test_killed_behind_the_last_step_it_takes_none_more(place, tmp_path, kept):
+    """In the middle of an epoch, where a trainer that goes on would take another."""
+    asked = {"save_steps": 1, "max_steps": 2, "lr_scheduler_type": "constant", **kept}
+    whole = train(place, tmp_path / "out", **asked)
+    expected = load_file(whole.adapter / "adapter_model.safetensors")
+    (tmp_path / "out" / "training.json").unlink()
+    shutil.rmtree(whole.adapter)
+    resumed = train(place, tmp_path / "out", **asked).record
+    assert (resumed.steps, resumed.resumed_from) == (2, 2)
+    assert (resumed.tokens, resumed.losses, resumed.eval_losses) == (
+        whole.record.tokens, whole.record.losses, whole.record.eval_losses,
+    )  # fmt: skip
+    got = load_file(whole.adapter / "adapter_model.safetensors")
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 

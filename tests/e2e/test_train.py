@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -20,8 +22,11 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 import plait
 from plait.cli.main import main
 from plait.errors import OutputError, RecipeError
+from plait.training import cohort
 from plait.training.attempts import Outcome
+from plait.training.opening import open_phases
 from plait.training.phases import init_seed
+from plait.training.reading import read_phases
 from tests.language_models import WORDS, label, save_model, tokenizer, write_task
 
 SPLITS = {"train": "test.jsonl", "test": "test.jsonl"}
@@ -287,6 +292,9 @@ def test_one_phase_only(place, capsys):
     result = plait.train("phases.yaml", out="out")
     assert states(result) == {"sort": "done", "rate": "found"}
     assert result.merged == "merged"
+    code, _, said = command(capsys, "phases.yaml", "-o", "out", "--only", "rate")
+    assert (code, "Nothing is merged yet" in said) == (0, False)
+    assert json.loads(Path("out/train.json").read_text())["report"] == "report.html"
 
 
 def test_what_would_happen(place, capsys):
@@ -341,6 +349,16 @@ phases:
         plait.train("phases.yaml", out="out", cluster="slurm")
     with pytest.raises(RecipeError, match="--workers 0"):
         plait.train("phases.yaml", out="out", workers=0)
+
+
+@pytest.mark.parametrize(("workers", "enough"), [(None, True), (2, False)])
+def test_checkpoints_need_room_only_while_their_phase_is_trained(place, monkeypatch, workers, enough):
+    phases = open_phases(read_phases("phases.yaml", out=Path("out")))
+    found = cohort.estimate(phases[0].opened, phases[0].settings, Path("out"), examples=24, merged=False)
+    free = cohort._SPARE + 2 * (found.bytes - found.passing) + found.passing
+    monkeypatch.setattr(cohort, "estimate", lambda *_, **__: replace(found, free=free))
+    with nullcontext() if enough else pytest.raises(OutputError, match=r"are needed \(2 adapters and their checkpoints\)"):
+        cohort._check_space(Path("out"), phases, cohort.Places(workers))
 
 
 def test_rslora_and_dora(place):

@@ -126,4 +126,5 @@ def _plan_json(plan: SftPlan) -> dict[str, object]:
         "writes": [str(path) for path in plan.writes],
         "uploads": None if plan.uploads is None else str(plan.uploads),
         "notes": list(plan.notes),
+        "finished": plan.finished,
     }

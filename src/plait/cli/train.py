@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,14 +67,16 @@ def train(
     if dry_run:
         _dry_run(plan, only or [], json=json)
         return
-    result = train_cohort(
-        plan,
-        only=only or [],
-        places=Places(workers, cluster),
-        judging=Judging(load_dtype, device_map, trust_remote_code, matrix),
-        watcher=PhaseBars(),
-        progress=ProgressBars(),
-    )
+    bars = PhaseBars()
+    with redirect_stdout(sys.stderr), closing(bars):  # trackers and trainers print what they like
+        result = train_cohort(
+            plan,
+            only=only or [],
+            places=Places(workers, cluster),
+            judging=Judging(load_dtype, device_map, trust_remote_code, matrix),
+            watcher=bars,
+            progress=ProgressBars(),
+        )
     if json:
         print_json(result.model_dump(mode="json"))
     else:
@@ -203,9 +207,8 @@ class PhaseBars:
         task = self._tasks.pop(outcome.name, None)
         if task is not None:
             self._bars.remove_task(task)
-        if self._bars is not None and not self._tasks:
-            self._bars.stop()
-            self._bars = None
+        if not self._tasks:
+            self.close()
         seconds = time.perf_counter() - self._started.pop(outcome.name, time.perf_counter())
         record = outcome.record
         if record is None:
@@ -213,6 +216,12 @@ class PhaseBars:
             return
         loss = f", loss {record.losses[-1][1]:.3f}" if record.losses else ""
         self._console.print(f"{outcome.name}: {record.steps} steps in {seconds:.0f} s{loss}", markup=False)
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
 
 
 def _bars(console: Any) -> Any:

@@ -110,7 +110,7 @@ def train_cohort(
         notes = [*plan.notes, *set_aside(plan, phases)]
         phases = tuple(look(p) for p in phases)  # now that nobody else can change what is there
         missing = [p for p in phases if p.record is None and p.phase in chosen]
-        _check_space(plan.out, missing)
+        _check_space(plan.out, missing, places)
         outcomes = {o.name: o for o in _run([p.phase for p in missing], places, watcher, lock.fileno())}
         result = TrainResult(
             plait=plait.__version__,
@@ -121,6 +121,7 @@ def train_cohort(
             notes=tuple(notes),
             seconds=0.0,
         )
+        result = _as_before(result, before)
         _write(plan.out, result, started)
         if not only and all(r.state in ("done", "found") for r in result.phases):
             records = {p.phase.name: p.record or outcomes[p.phase.name].record for p in phases}
@@ -180,8 +181,8 @@ def _before(out: Path) -> TrainResult | None:
         return None
 
 
-def _check_space(out: Path, missing: Sequence[OpenPhase]) -> None:
-    """Refuse to begin what the disk cannot hold; all phases have the same parameters.
+def _check_space(out: Path, missing: Sequence[OpenPhase], places: Places) -> None:
+    """Refuse to begin what the disk cannot hold; all phases have the same parameters, and a finished one keeps no checkpoints.
 
     Raises:
         OutputError: it cannot.
@@ -191,7 +192,8 @@ def _check_space(out: Path, missing: Sequence[OpenPhase]) -> None:
         return
     first = missing[0]
     found = estimate(first.opened, first.settings, out, examples=len(first.opened.data.examples), merged=False)
-    needed = found.bytes * len(missing) + _SPARE
+    together = min(len(missing), places.workers or (1 if places.cluster is None else len(missing)))
+    needed = (found.bytes - found.passing) * len(missing) + found.passing * together + _SPARE
     if needed > found.free:
         raise OutputError(
             f"{out}: about {needed / 1e9:.2f} GB are needed ({len(missing)} adapters and their checkpoints), and "
@@ -247,6 +249,16 @@ def _result(phase: OpenPhase, outcome: Outcome | None) -> PhaseResult:
     if outcome.record is None:
         return PhaseResult(name=name, state="failed", digest=digest, error=outcome.error)
     return PhaseResult.of(name, "done", outcome.record, adapter)
+
+
+def _as_before(result: TrainResult, before: TrainResult | None) -> TrainResult:
+    """Return the result with what the last run made of the very same adapters; as it is where there is no such run."""
+    made = ("recipe", "merged", "merge_key", "run", "report")
+    if before is None or any(p.state != "found" for p in result.phases):
+        return result
+    if [(p.name, p.digest) for p in result.phases] != [(p.name, p.digest) for p in before.phases]:
+        return result
+    return result.model_copy(update={name: getattr(before, name) for name in made})
 
 
 def _write(out: Path, result: TrainResult, started: float) -> TrainResult:

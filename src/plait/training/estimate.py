@@ -30,6 +30,7 @@ class Estimate:
         steps: of the optimiser.
         checkpoints: that stand at the same time, at most.
         bytes: written, at most: checkpoints, results, merged model.
+        passing: of them, those of checkpoints.
         free: on the disk.
     """
 
@@ -38,6 +39,7 @@ class Estimate:
     steps: int
     checkpoints: int
     bytes: int
+    passing: int
     free: int
 
     def problem(self, out: Path) -> str | None:
@@ -72,8 +74,9 @@ def estimate(opened: OpenJob, config: Any, out: Path, *, examples: int, merged: 
     result = 2 * trainable * _FLOAT32 if opened.job.lora is not None else trainable * _FLOAT32
     state = trainable * _FLOAT32 * (1 if config.save_only_model else 1 + _MOMENTS)
     above = next(p for p in (out, *out.absolute().parents) if p.exists())
-    needed = checkpoints * state + result + (weights if merged else 0)
-    return Estimate(parameters, trainable, steps, checkpoints, needed, shutil.disk_usage(above).free)
+    passing = checkpoints * state
+    needed = passing + result + (weights if merged else 0)
+    return Estimate(parameters, trainable, steps, checkpoints, needed, passing, shutil.disk_usage(above).free)
 
 
 def _checkpoints(config: Any, steps: int) -> int:

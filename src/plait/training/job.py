@@ -15,6 +15,7 @@ from plait.errors import PlaitError, TaskError, collect
 from plait.evaluation.scores import model_digest
 from plait.hub.download import COMPANION_FILES, Located, resolve_model
 from plait.merging.progress import Progress
+from plait.merging.record import sha256
 from plait.records import Record
 from plait.training.data import LoadedData, hold_out, load_data
 from plait.training.data import TrainingData as TrainingData
@@ -271,8 +272,8 @@ def _on_hub(base: Located) -> str:
 
 def _content(name: str, value: Any) -> Any:
     """Return an argument's value; of one that names a file, what the file holds."""
-    file = Path(value) if name in _FILES and isinstance(value, str) else None
-    return value if file is None or not file.is_file() else file.read_text(encoding="utf-8")
+    named = name in _FILES and isinstance(value, str) and not value.lstrip().startswith("{")  # JSON in its place
+    return sha256(Path(value)) if named and Path(value).is_file() else value
 
 
 def _hash(value: Any) -> str:

@@ -74,7 +74,7 @@ def _run(opened: OpenJob, folder: JobFolder, prepared: Prepared, progress: Progr
     resumed = None if checkpoint is None else int(json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))["global_step"])
     started = time.perf_counter()
     with _explained(folder.path):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        _take_steps(trainer, checkpoint)
     seconds = round(time.perf_counter() - started, 3)
     name = FINAL_MODEL if job.lora is None else ADAPTER
     history = trainer.state.log_history
@@ -99,6 +99,28 @@ def _run(opened: OpenJob, folder: JobFolder, prepared: Prepared, progress: Progr
     )
     _save(trainer, opened, folder, record)
     return record
+
+
+class _NoneLeft(Exception):
+    """A run was killed behind its last step."""
+
+
+def _take_steps(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Train from a checkpoint on. From that of the last step transformers would take one more; here none is left to take."""
+    transformers = optional("transformers", "train", "training")
+
+    class Stop(transformers.TrainerCallback):  # type: ignore[name-defined,misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step >= state.max_steps:
+                raise _NoneLeft  # weights and state are loaded
+
+    trainer.add_callback(Stop())
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except _NoneLeft:
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+            trainer._load_best_model()
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
 
 
 @contextmanager

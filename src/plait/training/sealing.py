@@ -13,6 +13,7 @@ from plait.adapters.adapter import CONFIG
 from plait.merging import record as records
 from plait.merging.card import load_with_peft, place_name
 from plait.merging.record import Lock
+from plait.training.formats import PlainText
 from plait.training.job import OpenJob, TrainingRecord
 
 _TASKS = {"causal": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
@@ -70,9 +71,7 @@ def _card(opened: OpenJob, record: TrainingRecord) -> str:
     what = "Full fine-tune" if lora is None else f"LoRA (r {lora.r}, alpha {lora.alpha:g})"
     source = place_name(str(job.data.task or job.data.place))
     lines = [
-        f"- **Data**: {source}, {record.examples} examples; loss on the answers only."
-        if job.arguments.get("completion_only_loss") is not False
-        else f"- **Data**: {source}, {record.examples} examples; loss on every token.",
+        f"- **Data**: {source}, {record.examples} examples; loss on {_learnt(opened)}.",
         f"- **Steps**: {record.steps}, {record.tokens} tokens, {record.trainable} trained parameters, seed {job.seed}.",
     ]
     lines += [f"- **Training loss**: {record.losses[0][1]:.4g} → {record.losses[-1][1]:.4g}."] if record.losses else []
@@ -85,6 +84,15 @@ def _card(opened: OpenJob, record: TrainingRecord) -> str:
         f"Trained by plait {record.plait} ({versions}).\n\n{chr(10).join(lines)}\n\n## Load it\n\n{loading}\n"
         "`plait.lock` holds all settings and the sha256 of every file.\n"
     )
+
+
+def _learnt(opened: OpenJob) -> str:
+    if opened.job.kind == "sequence_classification":
+        return "the labels"
+    asked = opened.job.arguments
+    whole = asked.get("completion_only_loss") is False and not asked.get("assistant_only_loss")
+    plain = any(isinstance(example, PlainText) for example in opened.data.examples)
+    return "every token" if whole or plain else "the answers only"
 
 
 def _loading(auto: str) -> str:
