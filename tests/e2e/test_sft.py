@@ -594,7 +594,7 @@ def test_training_that_fails_leaves_no_result(place, tmp_path, monkeypatch):
         raise errors.pop(0)
 
     monkeypatch.setattr(SFTTrainer, "training_step", fail)
-    with pytest.raises(PlanError, match=r"tried to allocate 2 GiB. Give a smaller --per_device_train_batch_size"):
+    with pytest.raises(PlanError, match=r"tried to allocate 2 GiB. Give a smaller per_device_train_batch_size"):
         train(place, tmp_path / "out")
     with pytest.raises(OutputError, match="Free some space; the same command goes on"):
         train(place, tmp_path / "out")
