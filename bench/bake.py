@@ -151,14 +151,7 @@ def main() -> None:
     sizes, repeats = ((1, 2), 1) if options.quick else ((10, 28), 2)
     bench = Bench(options.cache.resolve(), sizes, repeats)
     sections = run(bench)
-    if options.quick:
-        report.unjudged(sections)
-    report.write(RESULTS, machine, sections, bench.raw)
-    if options.markdown:
-        print(report.markdown(machine, sections))
-    else:
-        print(report.describe(machine))
-        report.show(sections)
+    report.conclude(RESULTS, machine, sections, bench.raw, quick=options.quick, as_markdown=options.markdown)
 
 
 def _adapters(bench: Bench, layers: int) -> list[str]:

@@ -134,15 +134,7 @@ def main() -> None:
     machine, raw = report.machine(), {}
     machine["lm_eval"] = version("lm_eval")
     sections = run(options.cache.resolve(), 1 if options.quick else options.rounds, 8 if options.quick else EXAMPLES, raw)
-    if options.quick:
-        report.unjudged(sections)
-    else:
-        report.write(RESULTS, machine, sections, raw)
-    if options.markdown:
-        print(report.markdown(machine, sections))
-    else:
-        print(report.describe(machine))
-        report.show(sections)
+    report.conclude(RESULTS, machine, sections, raw, quick=options.quick, as_markdown=options.markdown)
 
 
 if __name__ == "__main__":

@@ -258,14 +258,7 @@ def main() -> None:
     machine = report.machine()
     bench = Bench(options.cache.resolve(), layers, modules, runs, repeat=not options.quick)
     sections = run(bench)
-    if options.quick:  # PEFT's costs are those of a whole model, and one layer says nothing about them
-        report.unjudged(sections)
-    report.write(RESULTS, machine, sections, bench.raw)
-    if options.markdown:
-        print(report.markdown(machine, sections))
-    else:
-        print(report.describe(machine))
-        report.show(sections)
+    report.conclude(RESULTS, machine, sections, bench.raw, quick=options.quick, as_markdown=options.markdown)
 
 
 def _peft_dense(bench: Bench, combination_type: str, density: float | None = None) -> dict[str, float]:

@@ -127,12 +127,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), arguments.limit)
         sections = [bench.beside_dense(), bench.growth()]
-    report.write(RESULTS, machine, sections, bench.raw)
-    if arguments.markdown:
-        print(report.markdown(machine, sections))
-    else:
-        print(report.describe(machine))
-        report.show(sections)
+    report.conclude(RESULTS, machine, sections, bench.raw, quick=False, as_markdown=arguments.markdown)
 
 
 if __name__ == "__main__":

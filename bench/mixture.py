@@ -147,14 +147,7 @@ def main() -> None:
     options = parser.parse_args()
     machine, raw = report.machine(), {}
     sections = run(options.cache.resolve(), 1 if options.quick else options.rounds, raw)
-    if options.quick:
-        report.unjudged(sections)
-    report.write(RESULTS, machine, sections, raw)
-    if options.markdown:
-        print(report.markdown(machine, sections))
-    else:
-        print(report.describe(machine))
-        report.show(sections)
+    report.conclude(RESULTS, machine, sections, raw, quick=options.quick, as_markdown=options.markdown)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,31 @@ class Section:
     notes: list[str] = field(default_factory=list)
 
 
-def unjudged(sections: Sequence[Section]) -> None:
+def conclude(
+    path: Path, machine: dict[str, Any], sections: Sequence[Section], raw: dict[str, Any], *, quick: bool, as_markdown: bool
+) -> None:
+    """Keep the results of a run and print them. A quick one is a smoke test: it has no verdicts and replaces no results.
+
+    Args:
+        path: of the JSON that is kept.
+        machine: from `machine()`.
+        sections: what was measured.
+        raw: the single figures behind it.
+        quick: whether the run was cut short.
+        as_markdown: print Markdown instead of tables.
+    """
+    if quick:
+        _unjudged(sections)
+    else:
+        write(path, machine, sections, raw)
+    if as_markdown:
+        print(markdown(machine, sections))
+    else:
+        print(describe(machine))
+        show(sections)
+
+
+def _unjudged(sections: Sequence[Section]) -> None:
     """Take the verdicts away."""
     for section in sections:
         for row in section.rows:

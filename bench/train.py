@@ -102,15 +102,7 @@ def main() -> None:
     machine["trl"] = version("trl")
     with tempfile.TemporaryDirectory(prefix="plait-bench-") as cache:
         sections = run(Path(cache), 1 if options.quick else options.steps, 1 if options.quick else options.rounds, raw)
-    if options.quick:
-        report.unjudged(sections)
-    else:
-        report.write(RESULTS, machine, sections, raw)
-    if options.markdown:
-        print(report.markdown(machine, sections))
-    else:
-        print(report.describe(machine))
-        report.show(sections)
+    report.conclude(RESULTS, machine, sections, raw, quick=options.quick, as_markdown=options.markdown)
 
 
 if __name__ == "__main__":
