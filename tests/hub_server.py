@@ -139,6 +139,7 @@ class HubServer:
         kept.pop("TRANSFORMERS_OFFLINE", None)
         kept |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
         kept |= {"HF_HUB_DISABLE_TELEMETRY": "1"}
+        kept |= {"HF_HUB_ETAG_TIMEOUT": "600", "HF_HUB_DOWNLOAD_TIMEOUT": "600"}  # a busy machine is no Hub that is down
         kept |= {"HF_TOKEN": token} if token is not None else {}
         return kept | ({"HF_HUB_OFFLINE": "1"} if offline else {})
 
@@ -183,10 +184,11 @@ class _Refused(Exception):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 100  # downloads come in parallel, and a busy machine takes a while to accept them
     hub: HubServer
 
     def handle_error(self, request: object, client_address: object) -> None:
-        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):  # a client may leave at any time
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client may leave at any time
             super().handle_error(request, client_address)
 
 
@@ -218,7 +220,6 @@ ROUTES: list[tuple[str, re.Pattern[str], str]] = [
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    timeout = 20
     server: _Server
 
     def log_message(self, *_: object) -> None:
@@ -228,8 +229,9 @@ class _Handler(BaseHTTPRequestHandler):
         hub, url = self.server.hub, urlsplit(self.path)
         self.query = parse_qs(url.query)
         self.body = self.read_body()
-        hub.requests.append(f"{self.command} {unquote(url.path)}")
-        hub.watch(hub.requests[-1])
+        request = f"{self.command} {unquote(url.path)}"
+        hub.requests.append(request)
+        hub.watch(request)
         try:
             if hub.status is not None:
                 raise _Refused(hub.status, message="down")

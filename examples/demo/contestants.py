@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-ADDS = (0.33, 0.6, 1.0)
+ADDS = (0.17, 0.33, 0.6)
 KEEPS = (0.7, 1.0, 1.4)  # the result has the size of a delta
-AVERAGES = (1.0, 1.5, 2.0)
+AVERAGES = (0.5, 0.71, 1.0, 1.4)
 SOLVES = (1.0, 1.3)
 Settings = Mapping[str, Any]
 
@@ -45,9 +45,9 @@ def plait(method: str, scales: Sequence[float], *variants: Settings, name: str =
     return Contestant(named, label, settings, scales, moments=moments)
 
 
-def peft(name: str, **settings: Any) -> Contestant:
-    """Return a merge made by PEFT itself."""
-    return Contestant(name, name, [settings], (1.0,), by_peft=True)
+def peft(name: str, scales: Sequence[float], **settings: Any) -> Contestant:
+    """Return a merge made by PEFT itself, with the scale as the weight of every adapter."""
+    return Contestant(name, name, [settings], scales, by_peft=True)
 
 
 _DENSITIES = ({"density": 0.2}, {"density": 0.5})
@@ -69,7 +69,7 @@ CONTESTANTS: tuple[Contestant, ...] = (
     plait("dc_merge", KEEPS),
     plait("cart", ADDS),
     plait("star", ADDS),
-    plait("ties", AVERAGES, *_DENSITIES, space="delta", name="ties delta"),
+    plait("ties", AVERAGES, {"density": 0.2}, space="delta", name="ties delta"),
     plait("ties", AVERAGES, {"density": 0.5}, space="knots", flavor="core_space", name="ties knots"),
     plait("dare_linear", ADDS, {"density": 0.5}, space="core", name="dare_linear core"),
     plait("dare_ties", AVERAGES, {"density": 0.5}, space="core", name="dare_ties core"),
@@ -87,8 +87,8 @@ CONTESTANTS: tuple[Contestant, ...] = (
     plait("model_stock", AVERAGES),
     plait("norm_match", KEEPS),
     # PEFT itself
-    peft("PEFT linear", weights=[1 / 3] * 3, combination_type="linear"),
-    peft("PEFT ties .2", weights=[1.0] * 3, combination_type="ties", density=0.2),
-    peft("PEFT ties .5", weights=[1.0] * 3, combination_type="ties", density=0.5),
+    peft("PEFT linear", ADDS, combination_type="linear"),
+    peft("PEFT ties .2", AVERAGES, combination_type="ties", density=0.2),
+    peft("PEFT ties .5", AVERAGES, combination_type="ties", density=0.5),
 )
 QUICK = ("linear", "ties core", "regmean", "wudi")

@@ -1,8 +1,8 @@
 """Every merge method on the three real adapters: settings chosen on validation texts, judged once on the test texts.
 
-`python examples/demo/leaderboard.py` writes the table of docs/results.md again. About two hours of processor time the first
-time; scores are kept by content (merged tensors, texts, model, scoring code), so that a run that was stopped goes on where it
-was, and a later run measures only what has changed. `--quick` tries a few methods on a few texts and writes nothing.
+`python examples/demo/leaderboard.py` writes the tables of docs/results.md again. More than an hour on two cores the first
+time; answers are kept by content, as `plait eval` keeps them, so that a run that was stopped goes on where it was, and a
+later run asks only what has changed. `--quick` tries a few methods on a few texts and writes nothing.
 
 The rule is fixed before looking: of a method's settings, the largest sum of mean and worst recovery on validation.
 """
@@ -10,45 +10,50 @@ The rule is fixed before looking: of a method's settings, the largest sum of mea
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 from base_model import base_model
 from contestants import CONTESTANTS, QUICK, Contestant
-from moments import TEXTS, collect, unlabelled
+from moments import TEXTS, collect
 from rich.console import Console
-from scoring import HERE, Outcome, Split, Task, hits, intervals, load_tasks, mean_and_worst
 
-import plait
+from plait.adapters.adapter import Adapter
+from plait.evaluation.contenders import Contender
+from plait.evaluation.pipeline import Evaluator, Options, Subject
+from plait.evaluation.record import Evaluation
+from plait.evaluation.recovery import Drawn, interval
+from plait.evaluation.request import spec_of
+from plait.evaluation.scores import adapter_digest, digest
+from plait.hub.quiet import quiet_loading
+from plait.merging.inventory import open_adapters, take_inventory
+from plait.merging.progress import Silent
 from plait.methods import METHODS
+from plait.recipes.evaluation import EvalSpec
+from plait.recipes.request import read_request
 
-if TYPE_CHECKING:
-    from live import Live
-    from numpy.typing import NDArray
-
+HERE = Path(__file__).resolve().parent
+NAMES = ("sentiment", "supersense", "langid")
+ADAPTERS = {name: str(HERE / "adapters" / name) for name in NAMES}
 RESULTS = HERE.parents[1] / "docs" / "results.md"
-CANDIDATE = "candidate"
 IN_LABEL = ("method", "space", "combination_type")  # what the name of a contestant says
 PLAIN = "linear"  # what the others are compared with
-console = Console(highlight=False, width=120)
-Measure = Callable[[float], dict[str, Outcome]]  # scale → outcome per task
 CLEARLY = 0.1  # of the sum of mean and worst recovery
 STEP, MORE = 1.4, 3  # how far, and how often, the grid of scales is extended
+BATCH = 32
+Split = Literal["validation", "test"]
+console = Console(highlight=False, width=120)
 
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """One way to run a contestant: settings of `plait.merge` (or of PEFT's merge), and a scale."""
+    """One way to run a contestant: settings of a recipe (or of PEFT's merge), and a scale."""
 
     settings: Mapping[str, Any]
     scale: float
@@ -60,125 +65,91 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """A contestant with the setting chosen for it, and what it scores."""
+    """A contestant with the setting chosen for it, and what it keeps.
+
+    Attributes:
+        contestant: the method.
+        setting: the best on validation.
+        tried: how many settings there were.
+        validation: of that setting.
+        test: of that setting.
+        drawn: bootstrap of `test`, per task.
+    """
 
     contestant: Contestant
     setting: Setting
     tried: int
-    validation: Mapping[str, Outcome]
-    test: Mapping[str, Outcome] = field(default_factory=dict)
-
-
-class Scores:
-    """Right and wrong answers on disk, by a hash of everything that decides them."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def get(self, *parts: object) -> NDArray[np.bool_] | None:
-        """Return what is known, (n,)."""
-        path = self._path(parts)
-        return np.array([c == "1" for c in path.read_text(encoding="ascii")]) if path.is_file() else None
-
-    def put(self, right: NDArray[np.bool_], *parts: object) -> None:
-        """Keep it; a stopped run leaves no half of it."""
-        path = self._path(parts)
-        fresh = path.with_suffix(f".{os.getpid()}")
-        fresh.write_text("".join("01"[int(x)] for x in right), encoding="ascii")
-        fresh.replace(path)
-
-    def _path(self, parts: Sequence[object]) -> Path:
-        return self._folder / hashlib.sha256(json.dumps([str(p) for p in parts]).encode()).hexdigest()[:32]
+    validation: Evaluation
+    test: Evaluation | None = None
+    drawn: Mapping[str, Drawn] | None = None
 
 
 class Bench:
-    """The live model, the tasks, and every score that was ever measured on them."""
+    """Two evaluators, of validation and of test; what one of them ever asked is kept in the cache folder."""
 
-    def __init__(self, cache: Path, texts: Mapping[Split, int | None]) -> None:
+    def __init__(self, cache: Path, samples: Mapping[Split, int | None], contestants: Sequence[Contestant]) -> None:
         # Threads that wait asleep: on a machine with other work, spinning ones make this ten times slower. Read by torch
-        # when it is first imported, hence the late import.
+        # when it is first imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        from live import Live
-
-        self.tasks = load_tasks()
-        self.texts = texts
         self._cache = cache
-        self._scores = Scores(cache / "scores")
-        base = base_model()
-        self.live: Live = Live(base, {task.name: task.adapter for task in self.tasks})
-        self.live.model.bfloat16()  # the adapters too, as servers run them; PEFT would compute them in float32
-        self._of_model = (base.name, *(_digest(HERE / name) for name in ("live.py", "scoring.py")))
-        self.moments: Path | None = None
+        self._base = base_model()
+        self._options = Options(cache / "evaluation", base=str(self._base), device_map="cpu")
+        located, opened = open_adapters(list(ADAPTERS.items()))
+        self._singles = list(zip(opened, located, ADAPTERS.values(), strict=True))
+        self._by_peft = {c.name: self._merged_by_peft(c) for c in contestants if c.by_peft}
+        self._evaluators = {split: self._evaluator(split, count) for split, count in samples.items()}
 
-    def reference(self, split: Split) -> dict[str, tuple[Any, Any]]:
-        """Return what the base model and the task's own adapter get right, per task."""
-        return {
-            task.name: (
-                self._right("base", "", task, split),
-                self._right(task.name, _digest(task.adapter / "adapter_model.safetensors"), task, split),
-            )
-            for task in self.tasks
-        }
-
-    @contextmanager
-    def merged(self, contestant: Contestant, settings: Mapping[str, Any], split: Split) -> Iterator[Measure]:
-        """Make a merge, and offer a function that compares it, at any scale, with the references on a split."""
-        reference = self.reference(split)
-        with tempfile.TemporaryDirectory() as scratch:
-            content = self._make(contestant, settings, Path(scratch))
-
-            def measure(scale: float) -> dict[str, Outcome]:
-                right = {t.name: self._right(CANDIDATE, f"{content} × {scale:g}", t, split, scale) for t in self.tasks}
-                return {name: Outcome(*reference[name], right[name]) for name in right}
-
-            yield measure
-        if CANDIDATE in self.live.model.peft_config:
-            self.live.remove(CANDIDATE)
-
-    def _make(self, contestant: Contestant, settings: Mapping[str, Any], scratch: Path) -> str:
-        """Merge; return what names the content. The model gets it when it is first asked something."""
+    def ask(self, contestant: Contestant, setting: Setting, split: Split) -> tuple[Evaluation, Mapping[str, Drawn]]:
+        """Merge, and compare with the base and the tasks' own adapters; return that, and its bootstrap."""
+        evaluator = self._evaluators[split]
         if contestant.by_peft:
-            names = [task.name for task in self.tasks]
-            self._pending = lambda: self.live.model.add_weighted_adapter(names, adapter_name=CANDIDATE, **settings)
-            return f"PEFT {sorted(settings.items())}"
-        more = {"moments": self.moments_of(contestant)} if contestant.moments else {}
-        folder = plait.merge({t.name: t.adapter for t in self.tasks}, out=scratch / "merged", **settings, **more).folder
-        kept = scratch / "merged"
-        self._pending = lambda: self.live.add(CANDIDATE, kept)
-        return _digest(folder / "adapter_model.safetensors")
+            subject = Subject(contestant.name, "adapter", _scaled(self._by_peft[contestant.name], setting.scale))
+        else:
+            more = {"moments": str(self._moments())} if contestant.moments else {}
+            recipe, _ = read_request(None, ADAPTERS, {**setting.settings, **more, "scale": setting.scale})
+            subject = evaluator.merge(take_inventory(recipe, None), contestant.name)
+        return evaluator.evaluate(subject), evaluator.draws(subject)
 
-    def _right(self, name: str, content: str, task: Task, split: Split, scale: float = 1.0) -> NDArray[np.bool_]:
-        examples = task.examples(split, self.texts[split])
-        key = (*self._of_model, name, content, task.prompt, *((e.text, e.label) for e in examples))
-        known = self._scores.get(*key)
-        if known is None:
-            if name == CANDIDATE:
-                self._ready(scale)
-            known = hits(examples, self.live.classify(name, task, examples))
-            self._scores.put(known, *key)
-        return known
+    def _evaluator(self, split: Split, count: int | None) -> Evaluator:
+        spec = spec_of(EvalSpec(), split=split, subset=count, batch_size=BATCH)
+        tasks = [HERE / "tasks" / f"{name}.yaml" for name in NAMES]
+        others = tuple(self._by_peft.values())
+        return Evaluator(str(self._base), None, self._singles, others, tasks, spec, self._options, Silent())
 
-    def _ready(self, scale: float) -> None:
-        if CANDIDATE not in self.live.model.peft_config:
-            self._pending()
-            self.live.model.bfloat16()
-        for module in self.live.model.modules():
-            if hasattr(module, "set_scale") and CANDIDATE in module.scaling:
-                module.set_scale(CANDIDATE, scale)
+    def _merged_by_peft(self, contestant: Contestant) -> Adapter:
+        """Return a merge by PEFT, made now: it costs seconds, and so is never stale."""
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
 
-    def moments_of(self, contestant: Contestant) -> Path:
+        first, *rest = ADAPTERS
+        merged = re.sub(r"\W+", "-", contestant.name).lower()
+        (settings,) = contestant.variants
+        with quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(self._base, dtype=torch.bfloat16)
+            model = PeftModel.from_pretrained(model, ADAPTERS[first], adapter_name=first)
+            for name in rest:
+                model.load_adapter(ADAPTERS[name], adapter_name=name)
+            model.add_weighted_adapter(list(ADAPTERS), [1.0] * len(ADAPTERS), merged, **settings)
+            folder = self._cache / "peft"
+            # save_embedding_layers: its default asks the Hub about the base model
+            model.save_pretrained(str(folder), selected_adapters=[merged], save_embedding_layers=False)
+        return Adapter.open(folder / merged, merged)
+
+    def _moments(self) -> Path:
         """Return the folder of the moments, collected now where they are not there yet."""
-        if self.moments is None:
-            name = hashlib.sha256(json.dumps([*self._of_model, _digest(HERE / "moments.py"), TEXTS]).encode()).hexdigest()
-            self.moments = self._cache / f"moments-{name[:12]}"
-            self.moments.mkdir(exist_ok=True)
-        for task in self.tasks:
-            target = self.moments / f"{task.name}.safetensors"
-            if not target.is_file():
-                console.print(f"[dim]moments of {task.name}, {TEXTS} texts[/]")
-                plait.save_moments(target, collect(self.live, task.name, task, unlabelled(task)))
-        return self.moments
+        stamp = "-".join(adapter.sha256()[:4] for adapter, _, _ in self._singles)
+        folder = _made(self._cache / f"moments-{TEXTS}-{stamp}")
+        if any(not (folder / f"{name}.safetensors").is_file() for name in NAMES):
+            console.print(f"[dim]moments of {TEXTS} texts per task[/]")
+            collect(self._base, folder, TEXTS)
+        return folder
+
+
+def _scaled(adapter: Adapter, scale: float) -> Contender:
+    """Return an adapter with a weight. PEFT gives √w of a weight w to A and to B, so that equal weights scale its result."""
+    key = digest("adapter", adapter_digest(adapter.folder), scale)
+    return Contender(adapter.name, key, lambda task: None, lambda live, _: live.mixture.active({adapter.name: scale}))
 
 
 def scan(score: Callable[[float], float], scales: Sequence[float]) -> None:
@@ -203,90 +174,95 @@ def scan(score: Callable[[float], float], scales: Sequence[float]) -> None:
 
 def place(bench: Bench, contestant: Contestant) -> Placed:
     """Try the settings of a contestant on validation, and take the best."""
-    tried: list[tuple[Setting, dict[str, Outcome]]] = []
+    tried: list[tuple[Setting, Evaluation]] = []
     for settings in contestant.variants:
-        with bench.merged(contestant, settings, "validation") as measure:
 
-            def score(scale: float, settings: Mapping[str, Any] = settings, measure: Measure = measure) -> float:
-                outcomes = measure(scale)
-                tried.append((Setting(settings, scale), outcomes))
-                console.print(f"{contestant.name:22s} {tried[-1][0]!s:50s} {_summary(outcomes)}")
-                return sum(mean_and_worst(outcomes))
+        def score(scale: float, settings: Mapping[str, Any] = settings) -> float:
+            setting = Setting(settings, scale)
+            tried.append((setting, bench.ask(contestant, setting, "validation")[0]))
+            console.print(f"{contestant.name:22s} {setting!s:50s} {_summary(tried[-1][1])}")
+            return _score(tried[-1][1])
 
-            scan(score, contestant.scales)
-    setting, outcomes = max(tried, key=lambda pair: sum(mean_and_worst(pair[1])))
-    return Placed(contestant, setting, len(tried), outcomes)
+        scan(score, contestant.scales)
+    setting, found = max(tried, key=lambda pair: _score(pair[1]))
+    return Placed(contestant, setting, len(tried), found)
 
 
 def judge(bench: Bench, placed: Placed) -> Placed:
     """Read the test texts, once, with the chosen setting."""
-    with bench.merged(placed.contestant, placed.setting.settings, "test") as measure:
-        outcomes = measure(placed.setting.scale)
-    console.print(f"test  {placed.contestant.name:22s} {placed.setting!s:44s} {_summary(outcomes)}")
-    return replace(placed, test=outcomes)
+    found, drawn = bench.ask(placed.contestant, placed.setting, "test")
+    console.print(f"test  {placed.contestant.name:22s} {placed.setting!s:44s} {_summary(found)}")
+    return replace(placed, test=found, drawn=drawn)
 
 
-def _summary(outcomes: Mapping[str, Outcome]) -> str:
-    mean, worst = mean_and_worst(outcomes)
-    shares = " ".join(f"{outcome.merged.mean():.3f}" for outcome in outcomes.values())
+def _score(found: Evaluation) -> float:
+    return sum(_mean_and_worst(found))
+
+
+def _mean_and_worst(found: Evaluation) -> tuple[float, float]:
+    if found.mean_recovery is None or found.worst_recovery is None:
+        raise ValueError(f"{found.name}: no task has a recovery")
+    return found.mean_recovery, found.worst_recovery
+
+
+def _summary(found: Evaluation) -> str:
+    shares = " ".join(f"{task.merged:.3f}" for task in found.tasks)
+    mean, worst = _mean_and_worst(found)
     return f"{shares}  {mean:+6.2f} {worst:+6.2f}"
 
 
 def table(rows: Sequence[Placed]) -> str:
-    """Return the results as a Markdown table, the largest mean recovery first."""
+    """Return the results as a Markdown table, the largest mean recovery on the test first."""
     lines = [
         "| method | needs | chosen (of) | validation | sentiment | supersense | langid | mean | worst | mean − `linear` |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    plain = next((row.test for row in rows if row.contestant.name == PLAIN), None)
-    for row in sorted(rows, key=lambda r: -mean_and_worst(r.test)[0]):
-        bounds = intervals(row.test)
+    judged = [(row, row.test) for row in rows if row.test is not None]
+    plain = next((row for row in rows if row.contestant.name == PLAIN), None)
+    for row, test in sorted(judged, key=lambda pair: -_mean_and_worst(pair[1])[0]):
+        mean, worst = _mean_and_worst(test)
         cells = [
             row.contestant.label,
             "texts" if row.contestant.moments else "–",
             f"{row.setting} ({row.tried})",
-            "{:.2f} / {:.2f}".format(*mean_and_worst(row.validation)),
-            *(f"{o.merged.mean():.3f}".lstrip("0") for o in row.test.values()),
-            *(_interval(v, bounds[w]) for w, v in zip(("mean", "worst"), mean_and_worst(row.test), strict=True)),
-            "–" if plain is None or plain is row.test else _interval(*advantage(row.test, plain), sign="+"),
+            "{:.2f} / {:.2f}".format(*_mean_and_worst(row.validation)),
+            *(_share(task.merged) for task in test.tasks),
+            _bounded(mean, test.mean_interval),
+            _bounded(worst, test.worst_interval),
+            "–" if plain is None or plain is row else _advantage(row, plain),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def advantage(
-    outcomes: Mapping[str, Outcome], others: Mapping[str, Outcome], draws: int = 2000, seed: int = 0
-) -> tuple[float, tuple[float, float]]:
-    """Return by how much the mean recovery is larger than another merge's, with a 95 % interval from paired resampling."""
-    rng = np.random.default_rng(seed)
-
-    def difference(picked: Mapping[str, NDArray[np.int64]]) -> float:
-        one, other = (
-            mean_and_worst({n: Outcome(o.base[picked[n]], o.single[picked[n]], o.merged[picked[n]]) for n, o in side.items()})[
-                0
-            ]
-            for side in (outcomes, others)
-        )
-        return one - other
-
-    sizes = {name: len(o.base) for name, o in outcomes.items()}
-    drawn = [difference({name: rng.integers(0, n, n) for name, n in sizes.items()}) for _ in range(draws)]
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return difference({name: np.arange(n) for name, n in sizes.items()}), (float(low), float(high))
+def _advantage(row: Placed, plain: Placed) -> str:
+    """Say by how much the mean recovery is larger than another merge's, from paired resampling."""
+    if row.test is None or plain.test is None or row.drawn is None or plain.drawn is None:
+        raise ValueError("only what was judged can be compared")
+    value = _mean_and_worst(row.test)[0] - _mean_and_worst(plain.test)[0]
+    draws = np.mean([row.drawn[name].recovery - plain.drawn[name].recovery for name in NAMES], axis=0)
+    return _bounded(value, interval(draws), sign="+")
 
 
-def _interval(value: float, bounds: tuple[float, float], sign: str = "") -> str:
+def _bounded(value: float, bounds: tuple[float, float] | None, sign: str = "") -> str:
+    if bounds is None:
+        raise ValueError("no draw has a recovery")
     return f"{value:{sign}.2f} ({bounds[0]:{sign}.2f} – {bounds[1]:{sign}.2f})"
 
 
-def references(bench: Bench) -> str:
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}".lstrip("0")
+
+
+def references(rows: Sequence[Placed]) -> str:
     """Return accuracies of the base model and of the tasks' own adapters as a Markdown table."""
-    found = {split: bench.reference(split) for split in ("validation", "test")}  # type: ignore[arg-type]
+    found = {"validation": rows[0].validation, "test": rows[0].test}
     lines = ["| split | model | sentiment | supersense | langid |", "|---|---|---|---|---|"]
-    for split, reference in found.items():
-        for side, words in enumerate(("base model", "its own adapter")):
-            shares = [f"{pair[side].mean():.3f}".lstrip("0") for pair in reference.values()]
-            lines.append(f"| {split} | {words} | {' | '.join(shares)} |")
+    for split, evaluation in found.items():
+        if evaluation is not None:
+            for side, words in (("base", "base model"), ("single", "its own adapter")):
+                shares = [_share(getattr(task, side)) for task in evaluation.tasks]
+                lines.append(f"| {split} | {words} | {' | '.join(shares)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -311,8 +287,9 @@ def taking_part(names: Sequence[str]) -> Iterator[Contestant]:
             yield contestant
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _cache() -> Path:
@@ -321,25 +298,26 @@ def _cache() -> Path:
 
 
 def main() -> None:
-    """Place every contestant on validation, judge all of them on the test texts, write the table."""
+    """Place every contestant on validation, judge all of them on the test texts, write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", help="only these contestants; writes nothing")
-    parser.add_argument("--cache", type=Path, default=_cache(), help="where scores and moments are kept [%(default)s]")
+    parser.add_argument("--cache", type=Path, default=_cache(), help="where answers and moments are kept [%(default)s]")
     parser.add_argument("--validation", type=int, default=100, metavar="N", help="validation texts per task [%(default)s]")
     parser.add_argument("--quick", action="store_true", help="a few methods, 20 texts per task; writes nothing")
     parser.add_argument("--no-test", action="store_true", help="stop after validation")
     options = parser.parse_args()
-    texts: dict[Split, int | None] = (
+    samples: dict[Split, int | None] = (
         {"validation": 20, "test": 20} if options.quick else {"validation": options.validation, "test": None}
     )
-    bench = Bench(options.cache, texts)
-    console.print("accuracy on sentiment, supersense, langid; mean and worst recovery")
     started = time.perf_counter()
-    chosen = [place(bench, c) for c in taking_part(QUICK if options.quick else options.methods)]
+    contestants = list(taking_part(QUICK if options.quick else options.methods))
+    bench = Bench(options.cache, samples, contestants)
+    console.print("accuracy on sentiment, supersense, langid; mean and worst recovery")
+    chosen = [place(bench, c) for c in contestants]
     if options.no_test:
         return
     judged = [judge(bench, placed) for placed in chosen]
-    parts = {"references": references(bench), "leaderboard": table(judged)}
+    parts = {"references": references(judged), "leaderboard": table(judged)}
     console.print(*parts.values(), sep="\n")
     if not options.quick and not options.methods:
         RESULTS.write_text(written(RESULTS.read_text(encoding="utf-8"), parts), encoding="utf-8")

@@ -10,20 +10,26 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from base_model import base_model
-from scoring import Example, Task, load_tasks
 
 import plait
+from plait.adapters.adapter import Adapter
+from plait.hub.quiet import quiet_loading
+from plait.tasks.examples import read_examples
+from plait.tasks.loading import load_tasks
 
 if TYPE_CHECKING:
-    from live import Live
     from torch import Tensor
 
+    from plait.mixture import Mixture
+
+HERE = Path(__file__).resolve().parent
+NAMES = ("sentiment", "supersense", "langid")
 TEXTS = 200
 
 
@@ -43,7 +49,10 @@ class _Sums:
             if self._last[0] is not x:  # q, k and v read the same tensor, gate and up too
                 rows = x.reshape(-1, x.shape[-1]).float()
                 self._last = (x, rows.mT @ rows)
-            self.sums[path] = self.sums[path] + self._last[1] if path in self.sums else self._last[1].clone()
+            if path in self.sums:
+                self.sums[path] += self._last[1]
+            else:
+                self.sums[path] = self._last[1].clone()
             self.tokens[path] = self.tokens.get(path, 0) + x.shape[:-1].numel()
 
         return take
@@ -54,13 +63,9 @@ class _Sums:
 
 
 @contextmanager
-def _watching(model: Any, sums: _Sums) -> Iterator[None]:
-    """Take in the inputs of every module that carries adapters."""
-    handles = [
-        module.register_forward_pre_hook(sums.hook(path))
-        for path, module in model.get_base_model().named_modules()
-        if hasattr(module, "lora_A")
-    ]
+def _watching(model: Any, paths: Iterable[str], sums: _Sums) -> Iterator[None]:
+    """Take in the inputs of modules."""
+    handles = [model.get_submodule(path).register_forward_pre_hook(sums.hook(path)) for path in paths]
     try:
         yield
     finally:
@@ -68,28 +73,40 @@ def _watching(model: Any, sums: _Sums) -> Iterator[None]:
             handle.remove()
 
 
-def collect(live: Live, name: str, task: Task, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Return E[x xᵀ] of every adapted module's inputs, over all tokens of a task's prompts, (d_in, d_in) float32.
+def moments(mixture: Mixture, name: str, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Return E[x xᵀ] of every adapted module's inputs, over all tokens of some prompts, (d_in, d_in) float32 each.
 
     Args:
-        live: the model.
+        mixture: the base with the adapters.
         name: the adapter that is active.
-        task: whose prompt.
-        examples: the texts; their labels are not looked at.
+        prompts: whole.
     """
     import torch
 
     sums = _Sums()
-    with _watching(live.model, sums), live.active(name) as causal:
-        for example in examples:  # one at a time: no padding
-            ids = live.tokenizer(task.ask(example), add_special_tokens=False)["input_ids"]
-            causal.model(torch.tensor([ids]))
+    with torch.inference_mode(), mixture.active({name: 1.0}) as model, _watching(model, mixture.axes.modules, sums):
+        for prompt in prompts:  # one at a time: no padding
+            ids = mixture.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            model(ids, logits_to_keep=1)
     return sums.means()
 
 
-def unlabelled(task: Task, count: int = TEXTS) -> list[Example]:
-    """Return the first training texts, in the file's order: it is shuffled, and no label decides which they are."""
-    return task.examples("train")[:count]
+def collect(base: Path, out: Path, texts: int) -> None:
+    """Write `<task>.safetensors` for every task.
+
+    Args:
+        base: folder of the base model.
+        out: folder to make them in.
+        texts: per task, the first of the training split in the file's order: it is shuffled, and no label chooses them.
+    """
+    from plait.mixture import Mixture
+
+    adapters = [Adapter.open(HERE / "adapters" / name, name) for name in NAMES]
+    with quiet_loading():
+        mixture = Mixture.load(base, adapters)
+    for task in load_tasks([HERE / "tasks" / f"{name}.yaml" for name in NAMES]):
+        prompts = [str(example.prompt) for example in read_examples(task, "train").items[:texts]]
+        plait.save_moments(out / f"{task.name}.safetensors", moments(mixture, task.name, prompts))
 
 
 def main() -> None:
@@ -99,15 +116,8 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=TEXTS, help="per task [%(default)s]")
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch when it is first imported
-    from live import Live
-
-    tasks = load_tasks()
-    live = Live(base_model(), {task.name: task.adapter for task in tasks})
-    live.model.bfloat16()  # the adapters too, as they are stored; PEFT would compute them in float32
-    for task in tasks:
-        target = options.out / f"{task.name}.safetensors"
-        plait.save_moments(target, collect(live, task.name, task, unlabelled(task, options.texts)))
-        print(f"{target}: {options.texts} texts")
+    collect(base_model(), options.out, options.texts)
+    print(f"{options.texts} texts per task: {', '.join(str(options.out / f'{name}.safetensors') for name in NAMES)}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ _HOME = {
     "ReportError": "plait.errors",
     "TaskError": "plait.errors",
     "bake": "plait.api",
+    "check_tasks": "plait.api",
     "compress": "plait.api",
     "evaluate": "plait.api",
     "extract": "plait.api",
@@ -66,6 +67,7 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
     "ReportError",
     "TaskError",
     "bake",
+    "check_tasks",
     "compress",
     "evaluate",
     "extract",
@@ -84,8 +86,24 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
 ]
 
 if TYPE_CHECKING:
+    from plait import mixture as mixture
     from plait.adapters import Adapter, LowRank
-    from plait.api import bake, compress, evaluate, extract, inspect, merge, plan, push, report, sft, train, unbake, verify
+    from plait.api import (
+        bake,
+        check_tasks,
+        compress,
+        evaluate,
+        extract,
+        inspect,
+        merge,
+        plan,
+        push,
+        report,
+        sft,
+        train,
+        unbake,
+        verify,
+    )
     from plait.errors import (
         AdapterError,
         AddressError,
@@ -108,6 +126,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "mixture":  # a room of its own, which needs torch
+        return import_module("plait.mixture")
     if name not in _HOME:
         raise AttributeError(f"module 'plait' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -19,7 +19,7 @@ from plait.merging.pipeline import MergeResult, plan_recipe, run_recipe
 from plait.merging.plan import MergePlan
 from plait.merging.progress import Progress
 from plait.recipes.evaluation import EvalSpec
-from plait.recipes.request import Adapters, read_request
+from plait.recipes.request import Adapters, base_from_here, read_request
 from plait.recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def merge(  # noqa: PLR0913 (what a command line takes)
     >>> plait.merge({"maths": "./a", "code": "org/repo@main"}, method="ties", density=0.3, out="merged")
 
     Args:
-        source: adapters (references, or name → reference), the path of a recipe, or a `Recipe`.
+        source: adapters (references, or name → reference), the path of a recipe, or a `Recipe`, whose relative paths start at
+            the folder of the file that it was loaded from.
         out: where to write; a new run folder in the workspace (`artifacts/`) when None.
         force: replace an adapter that stands at `out`.
         workers: modules worked on at a time; never changes a byte.
@@ -177,7 +178,7 @@ def bake(  # noqa: PLR0913 (what a command line takes)
     from plait.baking.plan import bake_options
 
     if isinstance(source, Recipe) and base is not None:
-        source = source.model_copy(update={"base_model": str(base)})
+        source = source.model_copy(update={"base_model": base_from_here(str(base)) if source.folder else str(base)})
     elif base is not None:
         settings = {**settings, "base_model": str(base)}
     function, settings = _moments(moments, settings)
@@ -298,7 +299,7 @@ def unbake(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> UnbakeResult:
-    """Take an adapter out of a baked model again, to within rounding.
+    """Take an adapter out of a baked model again, to within rounding; what it holds whole (heads) is left as the model has it.
 
     >>> plait.unbake("baked", "./adapter", out="restored", original="org/base").remaining
 
@@ -316,7 +317,7 @@ def unbake(
         The bake, and what remains between its result and the original, where that was given.
 
     Raises:
-        PlaitError: as `bake`; or the model's lock says that the adapter was baked in otherwise.
+        PlaitError: as `bake`; or the adapter is DoRA, or the model's lock says that it was baked in otherwise or not at all.
     """
     from plait.baking.unbake import run_unbake
 
@@ -364,9 +365,11 @@ def verify(
     Raises:
         PlaitError: there is no lock that can be read, or parity cannot be measured.
     """
-    from plait.verification.parity import check_parity
+    from plait.verification.parity import check_parity, check_parity_request
     from plait.verification.verify import verify_folder
 
+    if parity is not None:
+        check_parity_request(Path(parity), device)
     place, places = Path(folder), {name: str(path) for name, path in (inputs or {}).items()}
     found = verify_folder(place, again=rebuild, inputs=places, workers=workers, progress=progress)
     if parity is None:
@@ -640,7 +643,7 @@ def _recipe(source: Source, settings: Mapping[str, Any]) -> tuple[Recipe, Path |
             raise RecipeError(
                 f"a Recipe is complete; put {', '.join(settings)} into it, or give adapters or a recipe file instead."
             )
-        return source, None
+        return source, source.folder
     if isinstance(source, (str, Path)):
         return read_request(Path(source), [], settings)
     return read_request(None, source, settings)

@@ -133,7 +133,15 @@ def test_check_compares_with_the_live_merge(tmp_path, capsys, monkeypatch):
     assert (code, "the prompts cannot be read" in err) == (2, True)
     assert not (tmp_path / "model").exists()
     (tmp_path / "prompts.txt").write_text("w1 w2 w3\n")
-    code, out, err = plait(capsys, *arguments)
+    tokenizers = {p: p.read_bytes() for p in base.glob("tokenizer*")}
+    for path in tokenizers:
+        path.unlink()
+    code, _, err = plait(capsys, *arguments)
+    assert (code, "its tokenizer cannot be loaded" in err) == (2, True)
+    assert "The model is whole and stands in model" in err
+    for path, content in tokenizers.items():
+        path.write_bytes(content)
+    code, out, err = plait(capsys, *arguments, "--force")
     assert code == 0, err
     (row,) = json.loads(out)["parity"]["comparisons"]
     assert row["dtype"] == "float32"

@@ -11,7 +11,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import plait
+from plait.adapters.lowrank import LowRank
+from plait.baking.deltas import own_columns
 from plait.errors import PlanError
+from plait.linalg.blocks import RowBlocks
 from tests.adapters_on_disk import Conv, write_adapter
 from tests.small_models import both_active, net, peft_adapter, save_base
 
@@ -108,6 +111,67 @@ def test_a_grouped_convolution(tmp_path):
     result = plait.bake([apart.folder], base=base, out=tmp_path / "out")
     before, after = (load_file(f / "model.safetensors")["grouped.weight"].double() for f in (base, result.folder))
     torch.testing.assert_close(after, before + torch.tensor(apart.deltas["grouped"]), rtol=1e-6, atol=1e-6)
+
+
+def groups_apart(folder: Path, seed: int) -> Path:
+    """Write an adapter as PEFT stores it whose groups read their own channels alone."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(4, 6, 3, generator=generator), torch.randn(6, 2, 1, generator=generator)
+    a[:2, 3:], a[2:, :3] = 0, 0
+    folder.mkdir()
+    names = [f"base_model.model.grouped.lora_{part}.weight" for part in "AB"]
+    save_file(dict(zip(names, (a, b), strict=True)), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["grouped"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "ties", "density": 0.6}, {"method": "ties", "space": "core"}], ids=str)
+def test_groups_that_read_their_own_channels(tmp_path, settings):
+    """PEFT's LoRA on a grouped convolution, zero for the channels of other groups: in the weight what it is beside it."""
+    base = untied(tmp_path / "base")
+    pair = {name: groups_apart(tmp_path / name, seed) for seed, name in enumerate("ab")}
+    result = plait.bake(pair, base=base, weights=[0.7, -0.4], out=tmp_path / "out", **settings)
+    dense = plait.merge(pair, weights=[0.7, -0.4], out=tmp_path / "delta", kind="delta", **settings)
+    delta = load_file(dense.folder / "delta.safetensors")["grouped.weight"]  # over all channels
+    own = torch.cat([delta[:3, :3], delta[3:, 3:]])
+    torch.testing.assert_close(torch.cat([delta[:3, 3:], delta[3:, :3]]), torch.zeros(6, 3, 3), rtol=0, atol=1e-5)
+    before, after = (load_file(f / "model.safetensors")["grouped.weight"] for f in (base, result.folder))
+    torch.testing.assert_close(after, before + own, rtol=1e-5, atol=1e-5)
+    if not settings:
+        expected = both_active(pair, {"a": 0.7, "b": -0.4}, IDS)
+        torch.testing.assert_close(baked_output(result.folder), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_result_that_mixes_groups_has_no_place():
+    """Rounding outside of a group's own channels is none of it; more is an error, as factors and dense."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(3, 6, generator=generator), torch.randn(4, 3, generator=generator)
+    a[:, 2:] = 0
+    for noise, fits in ((1e-7, True), (1e-3, False)):
+        a[1, 5] = noise
+        for matrix in (LowRank(a, b), RowBlocks((4, 6), lambda i, j: (b @ a)[i:j], torch.float32)):
+            if not fits:
+                with pytest.raises(PlanError, match=r"conv\.weight \(conv\): this method makes a group"):
+                    own_columns(matrix, 0, 2, where="conv.weight (conv)")
+                continue
+            own = own_columns(matrix, 0, 2, where="conv.weight (conv)")
+            torch.testing.assert_close(own.dense(), b @ a[:, :2], rtol=1e-6, atol=1e-6)
+
+
+def test_a_lora_bias_of_zeros_needs_no_bias(tmp_path):
+    """PEFT has a lora_bias beside all layers or none; where the base has no bias it can be nothing."""
+    base = untied(tmp_path / "base")
+    adapter = peft_adapter(tmp_path / "a", 1, target_modules=["q_proj"], lora_bias=True)
+    tensors, parts = load_file(base / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    del tensors["layers.0.q_proj.bias"]
+    parts["base_model.model.layers.0.q_proj.lora_B.bias"].zero_()
+    save_file(tensors, base / "model.safetensors")
+    save_file(parts, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    result = plait.bake([adapter], base=base, out=tmp_path / "out")
+    baked = load_file(result.folder / "model.safetensors")
+    assert "layers.0.q_proj.bias" not in baked
+    assert not torch.equal(baked["layers.0.q_proj.weight"], tensors["layers.0.q_proj.weight"])
 
 
 def test_dora_under_another_method_is_refused(tmp_path):

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,20 +22,36 @@ from tests.adapters_on_disk import layers, write_adapter
 
 MODULES = {"q_proj": (24, 32), "up_proj": (48, 32)}
 SETTINGS = {"shard_size": "20KB", "method": "ties", "density": 0.5}
-# Imports everything once and forks a bake per line of its input. A bake says when it begins to finish a file, and takes its
-# time over every tensor, so that a signal finds it anywhere.
+STEPS = 38  # of a whole bake: 24 tensors, 12 files, the publication
+# Imports everything once and forks a bake per line of its input. A bake waits, and says so, before the step that the line
+# names, until it is told to go on: a signal finds it there, however busy the machine is. Steps are tensors written, files
+# noted as finished, and the two ends of the publication.
 NURSERY = """
-import json, os, resource, signal, sys, time
+import json, os, resource, signal, sys, threading
+from collections import Counter
 import plait, plait.api
 from plait.baking import journal, making
-finish, write = journal.Workshop.finish, making.write_at
-def slowly(self, *rest):
-    print("finishing", flush=True)
-    finish(self, *rest)
-def slowly_too(*rest):
-    time.sleep(0.004)
-    write(*rest)
-journal.Workshop.finish, making.write_at = slowly, slowly_too
+one_at_a_time, steps = threading.Lock(), Counter()
+def step(name):
+    with one_at_a_time:
+        for counted in (name, "any"):
+            steps[counted] += 1
+            if [counted, steps[counted]] == order["hold"]:
+                print("held", flush=True)
+                os.read(0, 1)
+def stepping(name, do):
+    def done(*rest, **more):
+        step(name)
+        do(*rest, **more)
+    return done
+journal.Workshop.finish = stepping("finish", journal.Workshop.finish)
+making.write_at = stepping("write", making.write_at)
+publish = journal.publish
+def publish_in_two_steps(*rest, **more):
+    step("publish")
+    publish(*rest, **more)
+    step("publish")
+journal.publish = publish_in_two_steps
 print("ready", flush=True)
 pid = 0
 for line in sys.stdin:
@@ -75,10 +90,19 @@ class Nursery:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
-    def start(self, out: Path, *, workers: int = 1, limit: int | None = None, base: Path | None = None) -> int:
+    def start(
+        self,
+        out: Path,
+        *,
+        workers: int = 1,
+        limit: int | None = None,
+        base: Path | None = None,
+        hold: tuple[str, int] | None = None,
+    ) -> int:
+        """Begin a bake that waits before its n-th step of a kind (`hold`); return its process."""
         order = {
             "pair": [str(p) for p in self.materials.pair], "base": str(base or self.materials.base), "out": str(out),
-            "workers": workers, "limit": limit, "settings": SETTINGS,
+            "workers": workers, "limit": limit, "settings": SETTINGS, "hold": hold,
         }  # fmt: skip
         self.say(json.dumps(order))
         return int(self.wait_for("pid"))
@@ -91,17 +115,20 @@ class Nursery:
     def wait_for(self, wanted: str) -> str:
         while True:
             word, rest = self.read()
-            assert word, "the nursery has died"
             if word == wanted:
                 return rest
+            assert word, "the nursery has died"
+            assert word != "ended", f"it ended ({rest}) before it was {wanted}"
 
-    def interrupt(self, out: Path, *, base: Path | None = None) -> Path:
-        """Kill a bake when it finishes its third file; return the folder that it left."""
-        pid = self.start(out, base=base)
-        for _ in range(3):
-            self.wait_for("finishing")
+    def kill(self, pid: int) -> None:
+        """Kill a bake that is held."""
+        self.wait_for("held")
         os.kill(pid, signal.SIGKILL)
         assert self.wait_for("ended") == str(-signal.SIGKILL)
+
+    def interrupt(self, out: Path, *, base: Path | None = None) -> Path:
+        """Kill a bake when two of its files are finished; return the folder that it left."""
+        self.kill(self.start(out, base=base, hold=("finish", 3)))
         return out.with_name(f".{out.name}.baking")
 
 
@@ -109,7 +136,7 @@ class Nursery:
 def nursery(materials):
     nursery = Nursery(materials)
     yield nursery
-    nursery.process.communicate(timeout=60)
+    nursery.process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -150,26 +177,33 @@ def test_killed_at_random_points_then_resumed(materials, nursery, undisturbed, t
         number += 1
         out = tmp_path / f"out{number}"
         for _ in range(rng.randint(2, 5)):
-            pid = nursery.start(out, workers=rng.choice((1, 3)))
-            word = code = ""
-            for _ in range(rng.randint(0, 2)):
-                word, code = nursery.read()
-                if word != "finishing":
-                    break
-            time.sleep(rng.random() * 0.04)
-            os.kill(pid, signal.SIGKILL)
-            if word != "ended":
-                code = nursery.wait_for("ended")
-            if out.exists():  # it was done before it was killed
+            pid = nursery.start(out, workers=rng.choice((1, 3)), hold=("any", rng.randint(1, STEPS)))
+            word, _ = nursery.read()
+            if word == "ended":  # less was left to do
                 break
-            assert code == str(-signal.SIGKILL)
+            assert word == "held"
+            os.kill(pid, signal.SIGKILL)
+            assert nursery.wait_for("ended") == str(-signal.SIGKILL)
             kills += 1
+            if out.exists():  # it was killed behind its publication
+                break
         if not out.exists():
             result = plait.bake(materials.pair, base=materials.base, out=out, workers=2, **SETTINGS)
             resumed += len(result.record.resumed)
             assert not (tmp_path / f".out{number}.baking").exists()
         assert contents(out) == undisturbed
     assert resumed, "the test is about finished files that are taken up again"
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["before", "behind"])
+def test_killed_around_the_publication(materials, nursery, undisturbed, tmp_path, which):
+    out = tmp_path / "out"
+    nursery.kill(nursery.start(out, hold=("publish", which)))
+    assert out.exists() == (which == 2)
+    if which == 1:
+        result = plait.bake(materials.pair, base=materials.base, out=out, **SETTINGS)
+        assert len(result.record.resumed) == len(list(out.glob("*.safetensors")))
+    assert contents(out) == undisturbed
 
 
 def test_another_recipe_throws_finished_files_away(materials, nursery, tmp_path):
@@ -209,12 +243,28 @@ def test_a_torn_journal_is_read_up_to_its_tear(materials, nursery, undisturbed, 
 
 def test_the_second_of_two_runs_is_told(materials, nursery, undisturbed, tmp_path):
     out = tmp_path / "out"
-    pid = nursery.start(out)
-    nursery.wait_for("finishing")
+    pid = nursery.start(out, hold=("finish", 1))
+    nursery.wait_for("held")
     with pytest.raises(OutputError, match=rf"\.out\.baking is in use by process {pid} on .* this model is being baked"):
         plait.bake(materials.pair, base=materials.base, out=out)
+    nursery.say("")  # go on
     assert nursery.wait_for("ended") == "0"
     assert contents(out) == undisturbed
+
+
+def test_another_bake_that_ends_takes_its_folder_along(materials, undisturbed, tmp_path, monkeypatch):
+    """Between the making of the folder and its locking, twice."""
+    make, gone = Path.mkdir, []
+
+    def mkdir(self: Path, *rest: object, **more: object) -> None:
+        make(self, *rest, **more)
+        if self.name == ".out.baking" and len(gone) < 2:
+            gone.append(self.rmdir())
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    plait.bake(materials.pair, base=materials.base, out=tmp_path / "out", **SETTINGS)
+    assert gone
+    assert contents(tmp_path / "out") == undisturbed
 
 
 def test_full_disk(materials, nursery, undisturbed, tmp_path):

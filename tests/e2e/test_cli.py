@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from plait import __version__
 from plait.cli.main import _join_lists, main
@@ -37,9 +38,33 @@ def test_dry_run_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out, _ = run(capsys, "merge", *PAIR, "--method", "ties", "--dry-run", "-o", "out")
     assert "mlp.down_proj" in out
-    assert "truncated to 16 of 576" in out
+    assert "rank 16 of 576" in out
+    assert "210 target modules · truncated to rank 16" in out
     assert "--max-lora-rank 16" in out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+@pytest.mark.parametrize("command", [["methods"], ["methods", "ties"], ["merge", *PAIR, "--method", "ties", "--dry-run"]])
+def test_lines_in_a_pipe_fit_and_end_where_their_text_ends(capsys, monkeypatch, command, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = run(capsys, *command)[0].splitlines()
+    assert max(map(cell_len, lines)) <= int(columns)
+    assert not [line for line in lines if line.endswith(" ")]
+    assert not [line for line in lines if line.startswith(("j (", "(30)"))], "module names stand on one line"
+
+
+def test_a_path_is_shown_whole_whatever_is_in_it(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    folder = tmp_path / "a [bold] folder with a long name"
+    assert f" → {folder}\n" in run(capsys, "compress", DEMO / "langid", "--rank", "2", "-o", folder)[0]
+
+
+def test_compress_takes_a_share_of_the_energy_either_way(capsys, tmp_path):
+    for name, flags in (("a", ["--rank", "energy:0.9"]), ("b", ["--energy", "0.9"])):
+        run(capsys, "compress", DEMO / "langid", *flags, "-o", tmp_path / name)
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
 
 
 def test_dry_run_for_machines(capsys):
@@ -135,14 +160,16 @@ def test_recipe_migrate(capsys, tmp_path):
     assert "exists already" in err
 
 
-def test_a_bug_of_ours_is_code_1(capsys, monkeypatch):
+def test_a_bug_of_ours_is_code_1(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("plait.merging.pipeline.run_recipe", lambda *a, **k: 1 / 0)
     _, err = run(capsys, "merge", *PAIR, code=1)
     assert "This is a bug in plait" in err
     assert "ZeroDivisionError" in err
 
 
-def test_traceback_on_request(capsys):
+def test_traceback_on_request(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert "Traceback" not in run(capsys, "merge", "./nowhere", code=2)[1]
     assert "Traceback" in run(capsys, "merge", "./nowhere", "--traceback", code=2)[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import yaml
 
 import plait
 from plait.cli.main import main
-from plait.errors import PlaitError, TaskError
-from plait.evaluation.scores import Answers
+from plait.errors import OutputError, PlaitError, TaskError
+from plait.evaluation.live import placement
+from plait.evaluation.scores import Answers, adapter_digest, model_digest
 from plait.mixture import Mixture
 from tests.language_models import LABELS, WORDS, label, save_model, train_adapter, write_task
 
@@ -143,6 +145,14 @@ def test_a_baked_model_gives_the_same_numbers(house, tmp_path):
             assert a == pytest.approx(b, abs=1e-4)
 
 
+def test_a_baked_merge_is_known_by_the_adapters_of_the_merge(house, tmp_path):
+    plait.merge(house.adapters, weights=[0.7, 0.6], base_model=str(house.base), out=tmp_path / "merged")
+    plait.bake([tmp_path / "merged"], base=house.base, out=tmp_path / "full")
+    merged, baked = (house.evaluate(None, str(tmp_path / name)) for name in ("merged", "full"))
+    assert [s.name for s in baked.sources] == list(NAMES)
+    assert [(t.single, t.recovery) for t in baked.tasks] == [(t.single, t.recovery) for t in merged.tasks]
+
+
 def test_what_is_finished_is_not_asked_again(house, tmp_path, monkeypatch):
     first = house.evaluate(tmp_path)
 
@@ -157,6 +167,28 @@ def test_what_is_finished_is_not_asked_again(house, tmp_path, monkeypatch):
         house.evaluate(tmp_path, batch_size=3)
     with pytest.raises(AssertionError, match="loaded"):
         house.evaluate(tmp_path, weights=[0.7, 0.61])
+
+
+def test_the_processor_is_one_device_whatever_it_is_called(house, tmp_path, monkeypatch):
+    """`auto` is another device on another machine; answers of one are not those of the other."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    found = house.evaluate(tmp_path, device_map="auto")
+    monkeypatch.setattr("plait.evaluation.session.answer", lambda *_, **__: pytest.fail("asked again"))
+    assert house.evaluate(tmp_path, device_map="cpu").tag == found.tag
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert str(placement("auto")) != str(placement("cpu"))
+
+
+def test_keys_are_of_files_and_of_a_models_own_code(house, tmp_path):
+    model, adapter = (shutil.copytree(f, tmp_path / f.name) for f in (house.base, house.adapters["sort"]))
+    keys = model_digest(model), adapter_digest(adapter)
+    (adapter / "adapter_old").mkdir()
+    (model / "old.json").mkdir()
+    assert (model_digest(model), adapter_digest(adapter)) == keys
+    (model / "modeling.py").write_text("# other code")
+    assert model_digest(model) != keys[0]
 
 
 def test_what_was_finished_before_a_failure_is_kept(house, tmp_path):
@@ -245,11 +277,35 @@ def test_splits_that_overlap_are_refused(house, tmp_path):
         ({"split": "dev"}, "split is 'dev'; it must be"),
         ({"subset": 0}, "max_samples is 0; it must be >= 1"),
         ({"base": "nowhere/at-all/x/y"}, "nowhere"),
+        ({"load_dtype": "float23"}, "dtype 'float23' is none; allowed are auto, float32"),
+        ({"device_map": "gpu"}, "device_map 'gpu' cannot be used here"),
     ],
 )
 def test_what_is_refused(house, settings, message):
     with pytest.raises(PlaitError, match=message):
         house.evaluate(None, **settings)
+
+
+def test_flags_that_say_nothing_here_are_refused(house, tmp_path, capsys):
+    arguments = house.arguments(tmp_path)
+    for flags, message in (
+        (["--seed", "3"], "--seed is that of the subset; give --subset"),
+        (["--source", f"sort={house.base}"], "--source: belongs to one adapter or model"),
+        (["--card"], "--card: belongs to one adapter or model"),
+        (["--base-id", str(house.adapters["sort"])], "transformers cannot load this base model"),
+    ):
+        assert run([*arguments, *flags]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_workspace_that_cannot_be_is_refused_before_anything_is_asked(house, tmp_path, monkeypatch):
+    monkeypatch.setattr(Mixture, "load", lambda *_, **__: pytest.fail("the base was loaded"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"workspace .*file/within cannot be written: .*file is no folder"):
+        house.evaluate(tmp_path / "file" / "within")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(OutputError, match="no permission in"):
+        house.evaluate(tmp_path / "work")
 
 
 def test_only_what_is_good_enough_is_saved(house, tmp_path, capsys):

@@ -394,16 +394,224 @@ def test_experts_join_a_merge_and_a_bake(tmp_path):
         torch.testing.assert_close(one[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_a_grouped_convolution_is_left_over(tmp_path):
-    import transformers as tf
-
-    model = tf.MambaForCausalLM(tf.MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1))
-    model.save_pretrained(tmp_path / "base")
+def save_pair(model: torch.nn.Module, tmp_path: Path, *, is_tuned=lambda name: True) -> tuple[Path, Path]:
+    """Save a model with random values, and the same with those changed that a function of their names says."""
+    torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.1)
+            parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_tuned(name):
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
     model.save_pretrained(tmp_path / "tuned")
-    record = plait.extract(tmp_path / "base", tmp_path / "tuned", rank=2, out=tmp_path / "out").record
-    assert "backbone.layers.0.mixer.in_proj" in [m.target for m in record.modules]
-    left = {x.tensor: (x.kind, x.kept) for x in record.leftovers}
-    assert left["backbone.layers.0.mixer.conv1d.weight"] == ("other", False)
+    return tmp_path / "base", tmp_path / "tuned"
+
+
+def regnet() -> torch.nn.Module:
+    import transformers as tf
+
+    # blocks with 3 × 3 convolutions in 2 groups
+    config = tf.RegNetConfig(embedding_size=8, hidden_sizes=[16, 16], depths=[1, 1], groups_width=8, num_labels=3)
+    return tf.RegNetForImageClassification(config)
+
+
+def see(model: torch.nn.Module) -> torch.Tensor:
+    """Return the logits of an image classifier."""
+    with torch.no_grad():
+        return model.eval()(pixel_values=torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)).logits
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # which cannot merge grouped convolutions, and says so
+def test_grouped_convolutions(tmp_path):
+    """At full rank PEFT gives the fine-tune, and so does a bake; the weights do not mix their groups."""
+    import transformers as tf
+    from peft import PeftModel
+
+    base, tuned = save_pair(regnet(), tmp_path, is_tuned=lambda name: "convolution" in name)
+    result = plait.extract(base, tuned, rank=64, out=tmp_path / "out")
+    config = json.loads((result.folder / "adapter_config.json").read_text())
+    grouped = "regnet.encoder.stages.0.layers.0.layer.1.convolution"
+    assert grouped in [m.target for m in result.record.modules]
+    assert config["r"] % 2 == 0
+    assert result.record.lost == pytest.approx(0, abs=1e-9)
+    expected = see(tf.RegNetForImageClassification.from_pretrained(tuned))
+    untuned = tf.RegNetForImageClassification.from_pretrained(base)
+    assert not torch.allclose(see(untuned), expected, atol=1e-3), "the convolutions matter"
+    torch.testing.assert_close(see(PeftModel.from_pretrained(untuned, result.folder)), expected, rtol=1e-4, atol=1e-4)
+    baked = plait.bake([result.folder], base=base, out=tmp_path / "baked").folder
+    one, two = (load_file(f / "model.safetensors") for f in (baked, tuned))
+    for name, tensor in two.items():
+        torch.testing.assert_close(one[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+    # r is PEFT's: 4 in two groups are 2 in each, as near as 2 allow
+    record = plait.extract(base, tuned, rank=4, out=tmp_path / "four", targets=[grouped]).record
+    assert (record.rank, record.modules[0].rank) == (4, 2)
+    before = load_file(base / "model.safetensors")
+    delta = (two[f"{grouped}.weight"].double() - before[f"{grouped}.weight"].double()).reshape(2, 8, -1).numpy()
+    power = np.linalg.svd(delta, compute_uv=False) ** 2
+    assert record.modules[0].kept == pytest.approx(power[:, :2].sum() / power.sum(), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_a_norm_that_counts_is_kept_with_its_count(tmp_path):
+    """Batch norms have integers beside their weights; PEFT looks for them in the file, and a bake takes them over exactly."""
+    import transformers as tf
+    from peft import PeftModel
+
+    base, tuned = save_pair(regnet(), tmp_path)
+    tensors = load_file(tuned / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("num_batches_tracked"))
+    tensors[name] = torch.tensor(2**24 + 1)  # which float32 does not have
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    result = plait.extract(base, tuned, rank=64, modules_to_save=True, out=tmp_path / "out")
+    assert result.record.lost == pytest.approx(0, abs=1e-9)
+    loaded = PeftModel.from_pretrained(tf.RegNetForImageClassification.from_pretrained(base), result.folder)
+    expected = see(tf.RegNetForImageClassification.from_pretrained(tuned))
+    torch.testing.assert_close(see(loaded), expected, rtol=1e-4, atol=1e-4)
+    baked = plait.bake([result.folder], base=base, out=tmp_path / "baked").folder
+    assert int(load_file(baked / "model.safetensors")[name]) == 2**24 + 1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_a_convolution_whose_lora_would_be_larger_than_it_is(tmp_path):
+    """PEFT lets every group read all channels: depthwise ones are kept whole, or become a LoRA where that is asked for."""
+    import transformers as tf
+    from peft import PeftModel
+
+    config = tf.ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_labels=3)
+    base, tuned = save_pair(tf.ConvNextForImageClassification(config), tmp_path, is_tuned=lambda n: "layer_scale" not in n)
+    plain = plait.extract(base, tuned, rank=8, out=tmp_path / "plain").record
+    left = {x.tensor: (x.kind, x.kept) for x in plain.leftovers}
+    assert left["convnext.encoder.stages.0.layers.0.dwconv.weight"] == ("conv", False)
+    assert any("4 grouped convolutions have changed" in note for note in plain.notes)
+    expected = see(tf.ConvNextForImageClassification.from_pretrained(tuned))
+    for name, targets in (
+        ("whole", None),
+        ("factors", ["pwconv1", "pwconv2", "dwconv", "*.1", "*.patch_embeddings", "classifier"]),
+    ):
+        result = plait.extract(base, tuned, rank=64, out=tmp_path / name, modules_to_save=True, targets=targets)
+        assert result.record.lost == pytest.approx(0, abs=1e-9)
+        assert any("dwconv" in m.target for m in result.record.modules) == (name == "factors")
+        loaded = PeftModel.from_pretrained(tf.ConvNextForImageClassification.from_pretrained(base), result.folder)
+        torch.testing.assert_close(see(loaded), expected, rtol=1e-4, atol=1e-4)
+
+
+def small(**more: object) -> dict[str, object]:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return {**sizes, "max_position_embeddings": 32, "pad_token_id": 0, **more}
+
+
+def whole_models() -> dict[str, torch.nn.Module]:
+    """Models with what PEFT treats in its own way; made when asked for."""
+    import transformers as tf
+
+    moe = {"num_experts_per_tok": 2, "num_key_value_heads": 2}
+    latent = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 4}
+    deepseek = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 12, "first_k_dense_replace": 1}
+    return {
+        "biases of some layers": lambda: tf.Qwen2ForCausalLM(
+            tf.Qwen2Config(**small(num_key_value_heads=1, tie_word_embeddings=False))
+        ),
+        "tied head": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**small(tie_word_embeddings=True))),
+        "router": lambda: tf.GraniteMoeForCausalLM(
+            tf.GraniteMoeConfig(**small(num_local_experts=4, tie_word_embeddings=False), **moe)
+        ),
+        "dense layers beside experts": lambda: tf.DeepseekV3ForCausalLM(
+            tf.DeepseekV3Config(**small(tie_word_embeddings=False), **moe, **latent, **deepseek)
+        ),
+        "kernels": lambda: tf.MambaForCausalLM(
+            tf.MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1, tie_word_embeddings=False)
+        ),
+        "head": lambda: tf.BertForSequenceClassification(tf.BertConfig(**small(num_labels=3))),
+        "head of two layers": lambda: tf.RobertaForTokenClassification(tf.RobertaConfig(**small(num_labels=3))),
+        "head called alike": lambda: tf.DistilBertForSequenceClassification(
+            tf.DistilBertConfig(vocab_size=32, dim=16, n_layers=1, n_heads=2, hidden_dim=24, max_position_embeddings=32)
+        ),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::RuntimeWarning:peft")
+@pytest.mark.parametrize("kind", list(whole_models()))
+def test_peft_and_a_bake_give_the_whole_fine_tune(kind, tmp_path):
+    """With everything kept nothing is lost, in PEFT and in a bake, whatever layers PEFT has its own way with."""
+    from peft import PeftModel
+
+    model = whole_models()[kind]()
+    names = ("A_log", "mixer.D", "e_score_correction_bias")  # parameters of no layer, which no adapter holds
+    base, tuned = save_pair(model, tmp_path, is_tuned=lambda name: not name.endswith(names))
+    result = plait.extract(base, tuned, rank=32, modules_to_save=True, out=tmp_path / "out")
+    assert result.record.lost == pytest.approx(0, abs=1e-9)
+    auto = type(model)
+    loaded = PeftModel.from_pretrained(auto.from_pretrained(base), result.folder)
+    assert not loaded.load_adapter(result.folder, "again").unexpected_keys
+    loaded.set_adapter("default")
+    ids = torch.arange(12).reshape(2, 6) + 2
+    with torch.no_grad():
+        expected = auto.from_pretrained(tuned).eval()(ids).logits
+        assert not torch.allclose(auto.from_pretrained(base).eval()(ids).logits, expected, atol=1e-3)
+        torch.testing.assert_close(loaded.eval()(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    baked = plait.bake([result.folder], base=base, out=tmp_path / "baked").folder
+    one, two = (load_file(f / "model.safetensors") for f in (baked, tuned))
+    assert one.keys() == two.keys()
+    for name, tensor in two.items():
+        torch.testing.assert_close(one[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_a_head_is_kept_even_where_nothing_else_is(tmp_path):
+    """PEFT looks for it in the file, changed or not."""
+    import transformers as tf
+    from peft import PeftModel
+
+    base, tuned = save_pair(whole_models()["head"](), tmp_path, is_tuned=lambda name: "query.weight" in name)
+    result = plait.extract(base, tuned, rank=16, out=tmp_path / "out")
+    assert (result.record.notes, result.record.saved) == ((), ("classifier",))
+    assert "vLLM does not serve it" in (result.folder / "README.md").read_text()
+    assert [m.target.rpartition(".")[2] for m in result.record.modules] == ["query", "query"]
+    loaded = PeftModel.from_pretrained(tf.BertForSequenceClassification.from_pretrained(base), result.folder).eval()
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        expected = tf.BertForSequenceClassification.from_pretrained(tuned).eval()(ids).logits
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_kept_whole_is_copied_by_rows(tmp_path, monkeypatch):
+    """The bytes are the fine-tune's, and no tensor is in memory at once."""
+    from plait.adapters.tensorfile import SafetensorsFile
+
+    base, tuned = save_pair(whole_models()["tied head"](), tmp_path)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 5 * 16)
+    read_rows, most = SafetensorsFile.read_rows, 0
+
+    def watched(self: SafetensorsFile, name: str, start: int, stop: int) -> torch.Tensor:
+        nonlocal most
+        most = max(most, stop - start)
+        return read_rows(self, name, start, stop)
+
+    monkeypatch.setattr(SafetensorsFile, "read_rows", watched)
+    monkeypatch.setattr(SafetensorsFile, "read", lambda *_: pytest.fail("a tensor was read whole"))
+    out = plait.extract(base, tuned, rank=4, modules_to_save=True, out=tmp_path / "out").folder
+    assert 5 <= most <= 16, "five rows of an embedding, all of a norm"
+    monkeypatch.undo()
+    found, expected = load_file(out / "adapter_model.safetensors"), load_file(tuned / "model.safetensors")
+    for use in ("lm_head", "model.embed_tokens"):
+        assert torch.equal(found[f"base_model.model.{use}.weight"], expected["model.embed_tokens.weight"])
+
+
+def test_an_embedding_that_is_the_head_too_stays_one(tmp_path):
+    """As a LoRA both uses get it; the bake has one tensor again."""
+    from peft import PeftModel
+
+    model = whole_models()["tied head"]()
+    base, tuned = save_pair(model, tmp_path, is_tuned=lambda name: "embed" in name)
+    result = plait.extract(base, tuned, rank=16, embeddings=True, out=tmp_path / "out")
+    assert [m.target for m in result.record.modules] == ["lm_head", "model.embed_tokens"]
+    loaded = PeftModel.from_pretrained(type(model).from_pretrained(base), result.folder).eval()
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    baked = plait.bake([result.folder], base=base, out=tmp_path / "baked").folder
+    one, two = (load_file(f / "model.safetensors") for f in (baked, tuned))
+    assert one.keys() == two.keys()
+    torch.testing.assert_close(one["model.embed_tokens.weight"], two["model.embed_tokens.weight"], rtol=1e-5, atol=1e-5)

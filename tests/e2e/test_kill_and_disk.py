@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,19 +18,25 @@ from plait.errors import OutputError
 from plait.merging.staging import staged
 from plait.testing.cohorts import cohort
 
-MERGE = "import sys, plait; plait.merge(sys.argv[2:], method='ties', out=sys.argv[1], workers=1)"
-# says when it has begun to write, and then writes slowly, so that a signal finds it in the middle
-SLOW = """
-import signal, sys, time, plait
+# Writes one tensor, says so, and waits for the end of its input: a signal finds it in the middle, however busy the machine is.
+HELD = """
+import signal, sys, plait
 from plait.adapters.tensorwriter import TensorWriter
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
 write = TensorWriter.write
-def slowly(self, *rest, **more):
-    print("writing", flush=True)
-    time.sleep(0.05)
+def write_and_wait(self, *rest, **more):
     write(self, *rest, **more)
-TensorWriter.write = slowly
+    print("written", flush=True)
+    sys.stdin.read()
+TensorWriter.write = write_and_wait
 plait.merge(sys.argv[2:], out=sys.argv[1], workers=1)
+"""
+# The kernel refuses to write files on, as on a full disk.
+LIMITED = """
+import resource, signal, sys, plait.api
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+plait.merge(sys.argv[2:], method="ties", out=sys.argv[1], workers=1)
 """
 
 
@@ -42,22 +46,27 @@ def pair(tmp_path: Path) -> list[Path]:
     return [tmp_path / "adapter0", tmp_path / "adapter1"]
 
 
-def start(code: str, out: Path, pair: list[Path], **more: object) -> subprocess.Popen[str]:
+def start(code: str, out: Path, pair: list[Path]) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", code, str(out), *map(str, pair)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)  # type: ignore[call-overload]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def send_in_the_middle(number: signal.Signals, code: str, out: Path, pair: list[Path]) -> subprocess.Popen[str]:
+    """Send a signal to a merge that has written one of its tensors; return its process when it has ended."""
+    process = start(code, out, pair)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "written\n", process.communicate()
+    assert list(out.parent.glob(f".{out.name}.staging-*")), "the tests are about a signal while the staging folder stands"
+    process.send_signal(number)
+    process.communicate()
+    return process
 
 
 def test_kill_in_the_middle_leaves_nothing_under_the_name(pair, tmp_path):
     out = tmp_path / "out"
-    process = start(SLOW, out, pair)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "writing\n"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    assert send_in_the_middle(signal.SIGKILL, HELD, out, pair).returncode == -signal.SIGKILL
     assert not out.exists()
-    left = list(tmp_path.glob(".out.staging-*"))
-    assert left, "the test is about a process killed while its staging folder stood"
+    assert list(tmp_path.glob(".out.staging-*"))
     result = plait.merge(pair, out=out)
     assert result.folder == out
     assert not list(tmp_path.glob(".out.staging-*")), "the next merge sweeps up"
@@ -65,39 +74,24 @@ def test_kill_in_the_middle_leaves_nothing_under_the_name(pair, tmp_path):
 
 def test_kill_while_replacing_leaves_the_old_adapter(pair, tmp_path):
     out = tmp_path / "out"
-    before = plait.merge(pair, out=out).record
-    process = start(SLOW.replace("workers=1", "workers=1, force=True"), out, pair)
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert plait.Adapter.open(out, "old").sha256()
-    assert before.seconds >= 0
+    plait.merge(pair, out=out, scale=2)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    forced = HELD.replace("workers=1", "workers=1, force=True")
+    assert send_in_the_middle(signal.SIGKILL, forced, out, pair).returncode == -signal.SIGKILL
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
 def test_interrupt_removes_the_staging_folder(pair, tmp_path):
     out = tmp_path / "out"
-    process = start(SLOW, out, pair)
-    assert process.stdout is not None
-    process.stdout.readline()
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert send_in_the_middle(signal.SIGINT, HELD, out, pair).returncode != 0
     assert not out.exists()
     assert not list(tmp_path.glob(".out.staging-*"))
 
 
 def test_full_disk(pair, tmp_path):
-    """A limit on file sizes makes the kernel refuse to write on, as a full disk does."""
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
     out = tmp_path / "out"
-    process = start(MERGE, out, pair, preexec_fn=limit)
-    _, stderr = process.communicate(timeout=120)
+    process = start(LIMITED, out, pair)
+    _, stderr = process.communicate()
     assert process.returncode != 0
     assert "OutputError" in stderr
     assert "cannot be written" in stderr

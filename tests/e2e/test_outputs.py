@@ -123,6 +123,8 @@ def test_heads_are_kept_apart(with_heads, tmp_path):
 
 def test_head_of_one(with_heads, tmp_path):
     result = plait.merge(with_heads, heads={"policy": "from", "adapter": "b"}, weights=[0, 1], out=tmp_path / "out")
+    file = (result.folder / "adapter_model.safetensors").read_bytes()
+    assert result.plan.output_bytes == len(file) - 8 - int.from_bytes(file[:8], "little")
     torch.testing.assert_close(loaded(result.folder, IDS), loaded(with_heads["b"], IDS), rtol=1e-5, atol=1e-5)
 
 

@@ -10,6 +10,7 @@ import torch
 
 import plait
 from plait.cli.main import main
+from plait.verification.live import as_stored
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning:peft")]
@@ -165,3 +166,37 @@ def test_the_command_line(place, tmp_path, capsys):
         main(["verify", str(merged), *prompts, "--json"])
     report = json.loads(capsys.readouterr().out)["parity"]
     assert [c["dtype"] for c in report["comparisons"]] == ["float32", "bfloat16", "bfloat16"]
+
+
+def test_square_experts_that_are_stored_transposed(place, tmp_path):
+    """Their shape does not tell; the reference is turned as the model's code says, and the bake agrees with it."""
+    import shutil
+
+    import transformers as tf
+
+    from tests.baking_models import make_adapter
+
+    sizes = {**SIZES, "intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 8}
+    config = tf.GptOssConfig(
+        vocab_size=30, num_local_experts=3, num_experts_per_tok=2, max_position_embeddings=32, pad_token_id=0, eos_token_id=1,
+        tie_word_embeddings=False, **sizes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    tf.GptOssForCausalLM(config).save_pretrained(tmp_path / "base")
+    for path in (place / "base").glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "base")
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"], "task_type": "CAUSAL_LM"}
+    adapter = make_adapter(tmp_path / "base", tmp_path / "a", 0, tf.AutoModelForCausalLM, **targets)
+    baked = plait.bake([adapter], base=tmp_path / "base", out=tmp_path / "out").folder
+    report = plait.verify(baked, rebuild=False, parity=place / "prompts.txt").parity
+    assert report.comparisons[0].overall.max_difference < 1e-5
+
+
+def test_the_delta_of_a_grouped_convolution_is_cut_to_its_groups():
+    delta = torch.zeros(4, 6, 3)
+    own = torch.randn(4, 3, 3)
+    delta[:2, :3], delta[2:, 3:] = own[:2], own[2:]
+    assert torch.equal(as_stored(delta, own.shape, transposed=False), own)
+    plain = torch.randn(4, 6, 3)
+    assert torch.equal(as_stored(plain, plain.shape, transposed=False), plain)
+    assert torch.equal(as_stored(plain, torch.Size((4, 3, 6)), transposed=False), plain.mT)

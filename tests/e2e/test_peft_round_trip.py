@@ -66,12 +66,18 @@ def pair(request, tmp_path_factory):
     return {"a": peft_adapter(folder / "a", 10, **first), "b": peft_adapter(folder / "b", 20, **second)}
 
 
+def tensor_bytes(folder: Path) -> int:
+    file = folder / "adapter_model.safetensors"
+    return file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little")
+
+
 def test_linear_equals_both_adapters_active(pair, tmp_path):
     weights = {"a": 0.7, "b": -0.4}
     expected = both_active(pair, weights, IDS)
     for layout in ("uniform", "pattern"):
         result = plait.merge(pair, weights=weights, out=tmp_path / layout, layout=layout)
         assert result.record.result == "exact"
+        assert result.plan.output_bytes == tensor_bytes(result.folder)
         torch.testing.assert_close(loaded(result.folder, IDS), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -135,7 +141,31 @@ def test_dora_merges_exactly_into_dora(tmp_path):
     result = plait.merge(pair, weights=weights, base_model=str(base), out=tmp_path / "out")
     config = json.loads((result.folder / "adapter_config.json").read_text())
     assert config["use_dora"] is True
+    assert result.plan.output_bytes == tensor_bytes(result.folder)
     merged = baked(result.folder)
     for name, weight in plain.items():
         expected = weight + sum(w * (singles[n][name] - weight) for n, w in weights.items())
         torch.testing.assert_close(merged[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "text"),
+    [
+        (
+            {"target_modules": ["c_attn"], "fan_in_fan_out": True},
+            {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
+            r"'layers.0.c_attn' is stored transposed .* no fused experts, such as 'layers.0.experts.down_proj'",
+        ),
+        (
+            {"target_modules": ["q_proj"], "use_dora": True},
+            {"target_modules": ["grouped"], "target_parameters": ["experts.down_proj"]},
+            r"'a': DoRA holds for a whole adapter.*no form on fused experts and grouped convolutions, such as 'grouped'",
+        ),
+    ],
+)
+def test_what_peft_cannot_hold_in_one_adapter_is_refused(first, second, text, tmp_path):
+    pair = {"a": peft_adapter(tmp_path / "a", 1, **first), "b": peft_adapter(tmp_path / "b", 2, **second)}
+    base = str(save_base(tmp_path / "base"))
+    with pytest.raises(plait.PlanError, match=text):
+        plait.merge(pair, base_model=base, out=tmp_path / "out")
+    plait.merge({"b": pair["b"]}, base_model=base, out=tmp_path / "alone")

@@ -47,6 +47,22 @@ def test_flags_yaml_and_python(tmp_path):
     assert locks[0] == locks[1] == locks[2]
 
 
+def test_a_loaded_recipe_knows_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "adapters").symlink_to(DEMO)
+    recipe = tmp_path / "recipes" / "recipe.yaml"
+    recipe.write_text("adapters: [../adapters/sentiment, ../adapters/langid]\nmethod: ties\noutput: {rank: 4}\n")
+    monkeypatch.chdir(tmp_path / "recipes")
+    plait.merge("recipe.yaml", out=tmp_path / "file")
+    loaded = plait.load_recipe("recipe.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert [m.target for m in plait.plan(loaded).modules]
+    plait.merge(loaded, out=tmp_path / "loaded")
+    for name in (*FILES, "plait.lock"):
+        assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "loaded" / name).read_bytes()
+    assert str(tmp_path) not in (tmp_path / "loaded" / "plait.lock").read_text()
+
+
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "linear"])
 def test_workers_and_threads(method, tmp_path):
     cohort([(96, 64)] * 12, [8, 8], dtype=torch.float32).save(tmp_path)

@@ -44,7 +44,7 @@ def place(tmp_path_factory):
 def run(hub, place, code, *, token="hf_test"):
     done = subprocess.run(
         [sys.executable, "-c", f"{HEAD}{code}\nprint('FOUND' + json.dumps(found))"],
-        cwd=place, env=hub.env(place / "home", token=token), capture_output=True, text=True, timeout=300, check=False,
+        cwd=place, env=hub.env(place / "home", token=token), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.rpartition("FOUND")[2])

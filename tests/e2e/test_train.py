@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import psutil
 import pytest
@@ -22,11 +22,12 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 import plait
 from plait.cli.main import main
 from plait.errors import OutputError, RecipeError
-from plait.training import cohort
+from plait.training import cohort, side_by_side
 from plait.training.attempts import Outcome
 from plait.training.opening import open_phases
 from plait.training.phases import init_seed
 from plait.training.reading import read_phases
+from tests.held_runs import killed_at_a_checkpoint
 from tests.language_models import WORDS, label, save_model, tokenizer, write_task
 
 SPLITS = {"train": "test.jsonl", "test": "test.jsonl"}
@@ -148,6 +149,8 @@ def test_what_is_done_is_found(place):
     first = plait.train("phases.yaml", out="out")
     before = {p: p.stat().st_mtime_ns for p in Path("out/phases").rglob("*") if p.is_file()}
     merged = Path("out/merged/adapter_model.safetensors").stat().st_mtime_ns
+    Path("out/phases/rate/checkpoint-10").mkdir()  # killed behind the last step
+    Path("out/phases/rate/checkpoint-10/trainer_state.json").write_text("{}")
     second = plait.train("phases.yaml", out="out")
     assert states(second) == {"sort": "found", "rate": "found"}
     assert {p: p.stat().st_mtime_ns for p in Path("out/phases").rglob("*") if p.is_file()} == before
@@ -179,11 +182,7 @@ def test_killed_and_run_again(place):
     """Killed in the first phase, then in the second; the end is that of a run that nobody disturbed."""
     rewrite(("max_steps: 10", "max_steps: 20"), ("dropout: 0,", "dropout: 0.1,"))
     for watched in ("sort", "rate"):
-        run = subprocess.Popen([sys.executable, "-m", "plait", "train", "phases.yaml", "-o", "out"], stderr=subprocess.DEVNULL)
-        checkpoints = Path("out/phases", watched)
-        wait_for(lambda folder=checkpoints: any(folder.glob("checkpoint-*/trainer_state.json")), run)
-        run.send_signal(signal.SIGKILL)
-        run.wait()
+        killed_at_a_checkpoint(["train", "phases.yaml", "-o", "out"], f"/phases/{watched}/")
         assert not Path("out/phases", watched, "adapter").exists()
         assert not Path("out/merged").exists()
     ended = plait.train("phases.yaml", out="out")
@@ -193,14 +192,6 @@ def test_killed_and_run_again(place):
     for name in ("sort", "rate"):
         assert all(torch.equal(tensors("out", name)[key], tensor) for key, tensor in tensors("calm", name).items())
     assert ended.evaluation.tasks == calm.evaluation.tasks
-
-
-def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def test_a_phase_that_fails_does_not_stop_the_others(place, capsys):
@@ -221,16 +212,22 @@ def test_a_phase_that_fails_does_not_stop_the_others(place, capsys):
 
 
 class Killer:
-    """Kills the first worker that begins to train."""
+    """Kills the worker of a phase when it begins to train."""
 
-    def __init__(self) -> None:
+    def __init__(self, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.said: list[Outcome] = []
-        self._done = False
+        self._phase = phase
+        self._children = {}
+        start = side_by_side._start
+
+        def noted(phase, *rest):
+            return self._children.setdefault(phase.name, start(phase, *rest))
+
+        monkeypatch.setattr(side_by_side, "_start", noted)
 
     def begin(self, phase: str, stage: str, total: int, unit: str) -> None:
-        if not self._done:
-            self._done = True
-            min(psutil.Process().children(), key=lambda child: child.pid).kill()
+        if phase == self._phase:
+            self._children[phase].process.kill()
 
     def advance(self, phase: str, steps: int) -> None:
         pass
@@ -239,12 +236,15 @@ class Killer:
         self.said.append(outcome)
 
 
-def test_side_by_side_is_as_in_turn(place):
-    result = plait.train("phases.yaml", out="killed", workers=2, watcher=(killer := Killer()))
+def test_side_by_side_is_as_in_turn(place, monkeypatch):
+    rewrite(("[sort.yaml,", "[{task: sort.yaml, arguments: {max_steps: 100000}},"))  # it does not end before it is killed
+    with monkeypatch.context() as patch:
+        result = plait.train("phases.yaml", out="killed", workers=2, watcher=(killer := Killer("sort", patch)))
     assert states(result) == {"sort": "failed", "rate": "done"}
     assert {o.name for o in killer.said} == {"sort", "rate"}
     assert "was killed by signal 9" in result.failed[0].error
     assert "logs/sort.txt" in result.failed[0].error
+    rewrite()
     together = plait.train("phases.yaml", out="killed", workers=2)
     in_turn = plait.train("phases.yaml", out="calm")
     assert states(together) == {"sort": "done", "rate": "found"}
@@ -252,6 +252,24 @@ def test_side_by_side_is_as_in_turn(place):
     for name in ("sort", "rate"):  # each on its share of the cores: sums in another order
         for key, tensor in tensors("calm", name).items():
             torch.testing.assert_close(tensors("killed", name)[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_worker_killed_in_the_middle_of_a_line():
+    events: SimpleQueue = SimpleQueue()
+    said = '{"event": "advance", "steps": 1}\n{"event": "e'
+    with subprocess.Popen([sys.executable, "-c", f"print({said!r}, end='')"], stdout=subprocess.PIPE, text=True) as process:
+        side_by_side._listen(side_by_side._Child(None, process, slot=0), events)
+    assert [events.get_nowait()[1] for _ in range(2)] == [{"event": "advance", "steps": 1}, None]
+
+
+def test_a_worker_that_never_read_its_request():
+    process = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE)
+    process.wait()
+    process.stdin.write(b"{}\n")
+    with pytest.raises(BrokenPipeError):
+        process.stdin.flush()
+    side_by_side._Child(None, process, slot=0).stop()
+    assert process.stdin.closed
 
 
 def test_workers_leave_with_their_parent(place):
@@ -268,8 +286,18 @@ def test_workers_leave_with_their_parent(place):
         run.kill()
         run.wait()
         run.stderr.close()
-    _, alive = psutil.wait_procs(workers, timeout=30)
-    assert not alive
+    end = time.monotonic() + 240
+    while any(map(alive, workers)):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def alive(process: psutil.Process) -> bool:
+    """A process that has ended stays as a zombie where nobody waits for orphans, as in a container without an init."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class ShortPatience:
@@ -349,6 +377,38 @@ phases:
         plait.train("phases.yaml", out="out", cluster="slurm")
     with pytest.raises(RecipeError, match="--workers 0"):
         plait.train("phases.yaml", out="out", workers=0)
+
+
+def test_what_is_in_the_way_is_said_before_anything_is_trained(place, capsys):
+    Path("out/merged").mkdir(parents=True)
+    Path("out/merged/mine.txt").write_text("mine")
+    for words in ([], ["--dry-run"]):
+        code, _, said = command(capsys, "phases.yaml", "-o", "out", *words)
+        assert code == 2
+        assert "out/merged was not written by plait; the merge goes there." in said
+    assert not Path("out/phases").exists()
+
+
+def test_a_template_is_tried_before_anything_is_trained(place, capsys):
+    Path("chat.jinja").write_text("{{ raise_exception('not this') }}")
+    Path("chats.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    rewrite(("rate.yaml]", "{name: chats, data: chats.jsonl, arguments: {chat_template_path: chat.jinja}}]"))
+    (place / "elsewhere").mkdir()
+    os.chdir("elsewhere")
+    code, _, said = command(capsys, "../phases.yaml", "-o", "out")
+    assert code == 2
+    assert "phases.1.arguments: the chat template refuses it: not this" in said
+    assert not Path("out").exists()
+
+
+def test_stopped_by_hand(place, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cohort, "in_turn", stop)
+    code, _, said = command(capsys, "phases.yaml", "-o", "out")
+    assert code == 130
+    assert "stopped; the same command goes on: finished phases are kept" in said
 
 
 @pytest.mark.parametrize(("workers", "enough"), [(None, True), (2, False)])

@@ -68,6 +68,56 @@ def test_the_models_lock_knows_the_weight(adapter, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_that_is_not_in_the_model(adapter, tmp_path):
+    base = model(tmp_path / "base", torch.float32)
+    baked = plait.bake({"a": adapter.folder}, base_model=str(base), out=tmp_path / "baked").folder
+    other = write_adapter(tmp_path / "other", MODULES, seed=2, base=None).folder
+    with pytest.raises(plait.PlanError, match=r"says that 'a' went into it, and .*other is none of these"):
+        plait.unbake(baked, other, out=tmp_path / "out")
+    assert plait.unbake(baked, other, weight=1, out=tmp_path / "out").weight == 1
+    (baked / "plait.lock").write_text("{}")
+    with pytest.raises(plait.AdapterError, match="not a lock that can be read"):
+        plait.unbake(baked, adapter.folder, out=tmp_path / "broken")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_what_an_adapter_holds_whole_is_left_alone(tmp_path, capsys):
+    """A head that the bake did not take is not put in; a copy of the embedding, which PEFT saves, does not undo the bake."""
+    import transformers as tf
+
+    from tests.baking_models import make_adapter, save_model
+
+    base = save_model("llama", tmp_path / "base")
+    targets = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    pair = {n: make_adapter(base, tmp_path / n, s, tf.AutoModelForCausalLM, **targets) for s, n in enumerate("ab")}
+    assert any("embed_tokens.base_layer" in name for name in load_file(pair["a"] / "adapter_model.safetensors"))
+    between = plait.bake([pair["b"]], base=base, out=tmp_path / "b-alone").folder
+    two = plait.bake(pair, base=base, out=tmp_path / "two").folder
+    result = plait.unbake(two, pair["a"], out=tmp_path / "restored")
+    assert result.left == ("lm_head.weight",)
+    one, expected, before = (load_file(f / "model.safetensors") for f in (result.bake.folder, between, base))
+    assert torch.equal(one["lm_head.weight"], before["lm_head.weight"]), "two heads: the bake had kept them apart"
+    for name in expected.keys() - {"lm_head.weight"}:
+        torch.testing.assert_close(one[name], expected[name], rtol=1e-5, atol=1e-5, msg=name)
+    assert plait.verify(result.bake.folder).ok
+    with pytest.raises(SystemExit):
+        main(["un-bake", str(two), str(pair["a"]), "-o", str(tmp_path / "again")])
+    assert "holds lm_head.weight whole" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_dora_cannot_be_subtracted(tmp_path):
+    import transformers as tf
+
+    from tests.baking_models import make_adapter, save_model
+
+    base = save_model("llama", tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "a", 0, tf.AutoModelForCausalLM, target_modules=["q_proj"], use_dora=True)
+    baked = plait.bake([adapter], base=base, out=tmp_path / "baked").folder
+    with pytest.raises(plait.PlanError, match="DoRA scales rows by the norms"):
+        plait.unbake(baked, adapter, out=tmp_path / "out")
+
+
 @pytest.mark.parametrize("weight", [0.0, float("nan")])
 def test_a_weight_that_takes_nothing_out(adapter, tmp_path, weight):
     base = model(tmp_path / "base", torch.float32)

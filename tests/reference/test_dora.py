@@ -87,6 +87,49 @@ def test_a_truncated_dora_keeps_the_row_norms(tmp_path, scene):
         np.testing.assert_allclose(gains[0], gains[1], rtol=1e-5)
 
 
+def test_what_a_truncation_keeps_is_told_of_the_whole_change(tmp_path, scene):
+    """‖ΔW‖² and what is lost of it, on dense weights; no other factors of that rank would have lost less."""
+    base_folder, base, written, _ = scene
+    exact = run(tmp_path / "exact", written, WEIGHTS, base_model=str(base_folder))
+    short = run(tmp_path / "short", written, WEIGHTS, base_model=str(base_folder), output={"rank": 2})
+    whole, kept = (merged_weights(r.folder, base) for r in (exact, short))
+    for record in short.record.modules:
+        weight = np.float32(base[record.target]).astype(np.float64)
+        energy = np.square(whole[record.target] - weight).sum()
+        lost = np.square(whole[record.target] - kept[record.target]).sum()
+        assert record.energy == pytest.approx(energy, rel=1e-5)
+        assert record.kept == pytest.approx(1 - lost / energy, abs=1e-5)
+        magnitude = (
+            load_file(exact.folder / "adapter_model.safetensors")[f"base_model.model.{record.target}.lora_magnitude_vector"]
+            .double()
+            .numpy()
+        )
+        delta = read_deltas(exact.folder, PLAIN)[record.target]
+        gain = magnitude / np.linalg.norm(weight + delta, axis=1)
+        least = np.square(np.linalg.svd(gain[:, None] * delta, compute_uv=False)[2:]).sum()
+        assert lost == pytest.approx(least, rel=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.99, 0.9999, 1.0])
+def test_a_rank_by_energy_keeps_that_share_of_the_whole_change(tmp_path, scene, share):
+    base_folder, base, written, _ = scene
+    ranks = {
+        r: run(tmp_path / str(r), written, WEIGHTS, base_model=str(base_folder), output={"rank": r}) for r in (1, 2, 3, 4, 5)
+    }
+    least = {
+        m: min(r for r, x in ranks.items() if {y.target: y.kept for y in x.record.modules}[m] >= share - 1e-9) for m in base
+    }
+    settings = {"rank": f"energy:{share}", "layout": "pattern"}
+    found = run(tmp_path / "energy", written, WEIGHTS, base_model=str(base_folder), output=settings)
+    assert {m.target: m.rank for m in found.record.modules} == least
+
+
+def test_a_transform_of_doras_is_refused(tmp_path, scene):
+    base_folder, _, written, _ = scene
+    with pytest.raises(PlanError, match="transforms: layer_l2_normalize of DoRA adapters"):
+        run(tmp_path / "out", written, WEIGHTS, base_model=str(base_folder), transforms=["layer_l2_normalize"])
+
+
 def test_one_dora_of_weight_one_is_itself(tmp_path, scene):
     base_folder, base, written, magnitudes = scene
     result = run(tmp_path / "out", {"a": written["a"]}, base_model=str(base_folder))

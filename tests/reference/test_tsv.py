@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from plait.adapters.lowrank import LowRank
+from plait.linalg.keyed import Key
+from plait.stages import Site
+from plait.stages.polar import Polar
 from plait.testing import cohort, subject_of
 from tests.adapters_on_disk import Linear
 from tests.reference.harness import adapter, adapters, assert_equal, stacks
@@ -77,6 +81,22 @@ def test_one_a_shared_by_all_is_stable_and_not_arbitrary():
     deltas = [made.weights[n] * made.delta(n, module).numpy() for n in made.factors]
     rows = np.linalg.svd(np.concatenate(deltas))[2][:2]
     np.testing.assert_allclose(found @ rows.T @ rows, found, atol=1e-10)  # the rows of the merge are those of A, no others
+
+
+@pytest.mark.parametrize("apart", [1.0, 0.3, 0.1, 0.01])
+def test_adapters_that_are_nearly_one(apart):
+    """Whichever way the joint bases are found, the result is the paper's to 1e-6."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    a, b = normal(3, 40), normal(30, 3)
+    deltas = [LowRank(a + apart * normal(3, 40), b + apart * normal(30, 3)) for _ in range(3)]
+    site = Site("module", tuple(deltas), torch.tensor(WEIGHTS, dtype=torch.float64), Key(0))
+    wanted = paper([w * d.dense().numpy() for w, d in zip(WEIGHTS, deltas, strict=True)], [3, 3, 3])
+    found = Polar().combine(site).dense().numpy()
+    assert np.abs(found - wanted).max() <= 1e-6 * np.abs(wanted).max()
 
 
 def test_a_direction_of_round_off_is_no_direction():

@@ -194,7 +194,8 @@ def test_the_lock_is_true(tmp_path):
     for name, digest in lock["base"]["files"].items():
         assert hashlib.sha256((base / name).read_bytes()).hexdigest() == digest
     assert (out / lock["base"]["path"]).resolve() == base.resolve()
-    assert lock["options"] == {"dtype": "bfloat16", "shard_size": None, "device": "cpu", "dequantize": False}
+    options = {"dtype": "bfloat16", "shard_size": None, "device": "cpu", "dequantize": False, "full_tensors": True}
+    assert lock["options"] == options
     record = json.loads((out / "merge_metadata.json").read_text())
     assert record["shards"] == {n: d for n, d in lock["outputs"].items() if n.endswith(".safetensors")}
 

@@ -139,6 +139,19 @@ def test_an_index_that_is_wrong(base, adapter):
         plan(base, adapter)
 
 
+def test_an_index_of_nothing(base, adapter):
+    (base / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {}}')
+    with pytest.raises(AdapterError, match=r"index\.json: names no tensor"):
+        plan(base, adapter)
+
+
+def test_a_link_that_leads_nowhere(base, adapter):
+    """Such as a tokenizer whose file is gone from the Hub's cache: the bake would be without."""
+    (base / "tokenizer.json").symlink_to("../../blobs/gone")
+    with pytest.raises(AdapterError, match=r"tokenizer\.json: a link that leads nowhere"):
+        plan(base, adapter)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"quantization_config": {"quant_method": "gptq"}}, {"text_config": {"quantization_config": {"quant_method": "awq"}}}],
@@ -169,6 +182,15 @@ def test_a_quantised_base_by_its_tensors(name, dtype, tmp_path, adapter):
 def test_integers_that_are_no_weights_are_copied(tmp_path, adapter):
     base = write_base(tmp_path / "ids", position_ids=torch.arange(5))
     assert plan(base, adapter).shards[1].copied == 8 * 4 + 5 * 8
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}, {"shard_size": "200B"}], ids=str)
+def test_dtypes_that_are_only_copied(settings, tmp_path, adapter):
+    odd = {"freqs": torch.randn(3, 2, dtype=torch.complex64), "table": torch.arange(5).to(torch.uint16)}
+    base = write_base(tmp_path / "odd", **odd, nothing=torch.zeros(0, 3), scale=torch.tensor(2.0))
+    found = tensors(plait.bake([adapter], base=base, out=tmp_path / "out", **settings).folder)
+    assert all(torch.equal(found[name], tensor) for name, tensor in odd.items())
+    assert (found["nothing"].shape, float(found["scale"])) == ((0, 3), 2.0)
 
 
 def test_a_folder_without_safetensors(tmp_path, adapter):

@@ -8,13 +8,15 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from rich.console import Console
 
 from plait.adapters import Adapter
 from plait.recipes.request import read_request
+from plait.tasks.examples import read_examples
+from plait.tasks.loading import load_tasks
+from plait.training.phases import init_seed
 from tests.unit.test_reports import board_of, evaluation
 from tests.unit.test_reports import task as result
 
@@ -34,11 +36,6 @@ def module(name, monkeypatch):
 
 
 @pytest.fixture
-def scoring(monkeypatch):
-    return module("scoring", monkeypatch)
-
-
-@pytest.fixture
 def base_model(monkeypatch):
     return module("base_model", monkeypatch)
 
@@ -49,8 +46,9 @@ def rows(name, split):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_split_is_complete_balanced_and_labelled_as_the_training_record_says(task):
-    labels = json.loads((DEMO / "adapters" / task / "training.json").read_text(encoding="utf-8"))["labels"]
+def test_every_split_is_complete_balanced_and_labelled_as_the_task_says(task):
+    (loaded,) = load_tasks([DEMO / "tasks" / f"{task}.yaml"])
+    labels = loaded.labels
     for split, size in SIZES[task].items():
         found = [row["label"] for row in rows(task, split)]
         assert len(found) == size
@@ -74,6 +72,20 @@ def test_adapters_open(task):
     assert not adapter.full_tensors
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_adapters_were_trained_as_the_phases_file_says(task):
+    phases = yaml.safe_load((DEMO.parent / "phases.yaml").read_text(encoding="utf-8"))
+    phase = next(p for p in phases["phases"] if Path(p["task"]).stem == task)
+    record = json.loads((DEMO / "adapters" / task / "training.json").read_text(encoding="utf-8"))
+    job = record["job"]
+    assert record["steps"] == phase["arguments"]["max_steps"]
+    assert job["base"] == phases["base_model"]
+    assert {key: job["lora"][key] for key in phases["lora"]} == phases["lora"]
+    wanted = {**phases["arguments"], **phase["arguments"]}
+    assert {key: job["arguments"][key] for key in wanted} == {**wanted, "learning_rate": 1e-3}, "YAML 1.1 reads 1e-3 as text"
+    assert (job["seed"], job["lora"]["init_seed"]) == (phases["seed"], init_seed(phases["seed"], task))
+
+
 def test_every_source_has_its_licence():
     for name, holder in (
         ("MIT-vaderSentiment", "C.J. Hutto"),
@@ -83,63 +95,13 @@ def test_every_source_has_its_licence():
         assert holder in (DEMO / "LICENSES" / f"{name}.txt").read_text(encoding="utf-8")
 
 
-def test_prompts_end_where_the_answer_begins(scoring):
-    for task in scoring.load_tasks():
-        example = task.examples("test", 1)[0]
-        prompt = task.ask(example)
-        assert f"Text: {example.text}<|im_end|>" in prompt
-        assert prompt.endswith("<|im_start|>assistant\n")
-
-
-def test_a_text_with_braces_is_asked_as_it_is(scoring):
-    task = scoring.Task.load("langid")
-    assert "{0} {x}" in task.ask(scoring.Example("{0} {x}", "Dutch"))
-
-
-def test_samples_are_stratified_fixed_and_nested(scoring):
-    for task in scoring.load_tasks():
-        sample = task.examples("test", 40)
-        counts = [sum(e.label == label for e in sample) for label in task.labels]
-        assert len(sample) == 40
-        assert max(counts) - min(counts) <= 1
-        assert task.examples("test", 41)[:40] == sample
-        everything = task.examples("test")
-        assert set(task.examples("test", 10_000)) == set(everything)
-        assert len(task.examples("test", 10_000)) == len(everything)
-
-
-def outcome(scoring, base, single, merged, n=100):
-    def right(count):
-        return np.arange(n) < count
-
-    return scoring.Outcome(right(base), right(single), right(merged))
-
-
-def test_recovery(scoring):
-    assert outcome(scoring, 50, 90, 80).recovery == pytest.approx(0.75)
-    assert outcome(scoring, 50, 90, 40).recovery == pytest.approx(-0.25)
-    assert np.isnan(outcome(scoring, 90, 90, 95).recovery)
-    both = {"a": outcome(scoring, 50, 90, 80), "b": outcome(scoring, 20, 70, 70)}
-    assert scoring.mean_and_worst(both) == pytest.approx((0.875, 0.75))
-
-
-def test_intervals_hold_the_value_and_are_the_same_every_time(scoring):
-    both = {"a": outcome(scoring, 50, 90, 80), "b": outcome(scoring, 20, 70, 60)}
-    bounds = scoring.intervals(both, draws=500)
-    assert list(bounds) == ["a", "b", "mean", "worst"]
-    values = [o.recovery for o in both.values()] + list(scoring.mean_and_worst(both))
-    assert all(low < value < high for (low, high), value in zip(bounds.values(), values, strict=True))
-    assert scoring.intervals(both, draws=500) == bounds
-
-
-def test_without_headroom_there_is_no_interval(scoring):
-    bounds = scoring.intervals({"a": outcome(scoring, 100, 100, 50)}, draws=10)
-    assert np.isnan(bounds["a"]).all()
-
-
-def test_margin_is_wilsons(scoring):
-    assert scoring.margin(np.arange(100) < 80) == pytest.approx(0.07773, abs=1e-5)  # 0.7112 to 0.8666
-    assert scoring.margin(np.ones(10, dtype=bool)) == pytest.approx(0.1388, abs=1e-4)  # 0.7225 to 1
+@pytest.mark.parametrize("task", TASKS)
+def test_prompts_hold_the_text_and_end_where_the_answer_begins(task):
+    (loaded,) = load_tasks([DEMO / "tasks" / f"{task}.yaml"])
+    texts = [row["text"] for row in rows(task, "test")]
+    for text, example in zip(texts, read_examples(loaded, "test").items, strict=True):
+        assert f"Text: {text}<|im_end|>" in example.prompt
+        assert example.prompt.endswith("<|im_start|>assistant\n")
 
 
 def test_without_the_package_the_error_says_how_to_get_it(base_model, monkeypatch):

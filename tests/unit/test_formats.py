@@ -146,14 +146,14 @@ def test_a_format_may_be_named():
 
 BAD = {
     "no rows": ([], "there are no rows"),
-    "an image": ([{"messages": [], "images": ["x"]}], "images: plait sft trains on text"),
+    "an image": ([{"messages": [], "images": ["x"]}], "images: training is on text"),
     "a list for an answer": ([{"question": "Q", "answer": ["A"]}], r"row 0: column 'answer' is no text: \['A'\]"),
     "turns that are texts": ([{"messages": ["Q", "A"]}], "row 0: column 'messages' is no list of turns"),
     "an unknown role": ([{"messages": [{"role": "narrator", "content": "x"}]}], "turn 0: the role 'narrator' is not known"),
     "no content": ([{"messages": [{"role": "user", "text": "x"}]}], "turn 0: there is no content; it has role, text"),
     "pictures in parts": (
         [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}],
-        "turn 0: plait sft trains on text",
+        "turn 0: training is on text",
     ),
 }
 

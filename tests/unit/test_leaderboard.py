@@ -1,28 +1,49 @@
-"""The parts of the demo's leaderboard that need no model."""
+"""The demo's leaderboard, without its model."""
 
 from __future__ import annotations
 
 import importlib
+import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from peft import PeftModel
 
+from plait.adapters import Adapter
+from plait.evaluation.recovery import Drawn
+from plait.mixture import Mixture
 from plait.recipes.request import read_request
+from plait.tasks.examples import read_examples
+from plait.tasks.loading import load_tasks
+from tests.language_models import WORDS, language_model, save_model, tokenizer, train_adapter
+from tests.unit.test_reports import evaluation
+from tests.unit.test_reports import task as result
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
+TASKS = ("sentiment", "supersense", "langid")
+
+
+def module(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(DEMO))
+    return importlib.import_module(name)
 
 
 @pytest.fixture
 def board(monkeypatch):
-    monkeypatch.syspath_prepend(str(DEMO))
-    return importlib.import_module("leaderboard")
+    return module("leaderboard", monkeypatch)
 
 
 @pytest.fixture
 def contestants(monkeypatch):
-    monkeypatch.syspath_prepend(str(DEMO))
-    return importlib.import_module("contestants")
+    return module("contestants", monkeypatch)
+
+
+@pytest.fixture
+def moments(monkeypatch):
+    return module("moments", monkeypatch)
 
 
 def test_every_setting_of_every_contestant_is_a_recipe(contestants):
@@ -64,34 +85,43 @@ def test_one_scale_is_not_extended(board):
     assert found == [1.0]
 
 
-def outcome(board, merged):
-    right = np.arange(100)
-    return board.Outcome(right < 20, right < 90, right < merged)
+def judged(recoveries, metrics=(0.8, 0.8, 0.9)):
+    tasks = (result(name, r, merged=m) for name, r, m in zip(TASKS, recoveries, metrics, strict=True))
+    return evaluation(*tasks, mean_interval=(0.7, 0.9), worst_interval=(0.4, 0.6))
 
 
-def placed(board, name, merged, test):
+def placed(board, name, validation, test, seed=0):
+    """Return a contestant with these recoveries; those of the bootstrap lie around the ones on the test."""
     contestant = next(c for c in board.CONTESTANTS if c.name == name)
-    tasks = ("sentiment", "supersense", "langid")
-    sides = [{t: outcome(board, m) for t, m in zip(tasks, values, strict=True)} for values in (merged, test)]
-    return board.Placed(contestant, board.Setting(contestant.variants[0], 1.5), 4, *sides)
+    noise = np.random.default_rng(seed).normal(0, 0.05, (3, 400))
+    none = np.zeros(400)
+    drawn = {n: Drawn(none, none, none, r + e) for n, r, e in zip(TASKS, test, noise, strict=True)}
+    return board.Placed(contestant, board.Setting(contestant.variants[0], 1.5), 4, judged(validation), judged(test), drawn)
 
 
 def test_the_table_is_ordered_by_the_mean_on_the_test_texts(board):
-    rows = [placed(board, "linear", (90, 90, 90), (50, 55, 60)), placed(board, "regmean", (60, 60, 60), (80, 80, 90))]
+    rows = [placed(board, "linear", (1, 1, 1), (0.4, 0.5, 0.6)), placed(board, "regmean", (0.5, 0.6, 0.7), (0.8, 0.9, 1.0))]
     lines = board.table(rows).splitlines()
     assert len(lines) == 4
-    assert lines[2].startswith("| `regmean` | texts | ridge 0.01, scale 1.5 (4) | 0.57 / 0.57 | .800 | .800 | .900 | 0.90 (")
-    assert "| +0.40 (+0.3" in lines[2]
-    assert lines[3].startswith("| `linear` | – | scale 1.5 (4) | 1.00 / 1.00 | .500 | .550 | .600 | 0.50 (")
+    assert lines[2].startswith("| `regmean` | texts | ridge 0.01, scale 1.5 (4) | 0.60 / 0.50 | .800 | .800 | .900 |")
+    assert "| 0.90 (0.70 – 0.90) | 0.80 (0.40 – 0.60) | +0.40 (+0.40 – +0.40) |" in lines[2], "paired: the noise is the same"
+    assert lines[3].startswith("| `linear` | – | scale 1.5 (4) | 1.00 / 1.00 |")
     assert lines[3].endswith(" | – |")
 
 
-def test_merges_that_are_right_on_the_same_texts_do_not_differ(board):
-    tasks = {t: outcome(board, 60) for t in ("a", "b", "c")}
-    assert board.advantage(tasks, tasks) == (0.0, (0.0, 0.0))
-    value, (low, high) = board.advantage({t: outcome(board, 70) for t in tasks}, tasks)
-    assert value == pytest.approx(1 / 7)
-    assert 0.05 < low < value < high < 0.25
+def test_the_difference_to_the_sum_has_an_interval_of_its_own(board):
+    rows = [placed(board, "linear", (1, 1, 1), (0.4, 0.5, 0.6), seed=1), placed(board, "tsv", (1, 1, 1), (0.5, 0.6, 0.7))]
+    said = board.table(rows).splitlines()[2].split(" | ")[-1]
+    value, low, high = (float(x) for x in re.findall(r"[+-]\d\.\d\d", said))
+    assert value == 0.1
+    width = 1.96 * 0.05 * np.sqrt(2 / 3)  # of a difference of two means of three
+    assert (value - low, high - value) == pytest.approx((width, width), abs=0.02)
+
+
+def test_references_of_both_splits(board):
+    said = board.references([placed(board, "linear", (1, 1, 1), (0.4, 0.5, 0.6))]).splitlines()
+    assert said[2] == "| validation | base model | .200 | .200 | .200 |"
+    assert said[5] == "| test | its own adapter | .900 | .900 | .900 |"
 
 
 def test_only_generated_parts_are_replaced(board):
@@ -110,18 +140,29 @@ def test_the_page_has_the_parts_that_are_generated(board):
         assert f"<!-- {name} -->\n{text}" not in page
 
 
-def test_scores_are_kept_by_everything_that_decides_them(board, tmp_path):
-    scores = board.Scores(tmp_path / "scores")
-    scores.put(np.array([True, False, True]), "model", "candidate", 1.0)
-    assert scores.get("model", "candidate", 1.0).tolist() == [True, False, True]
-    assert scores.get("model", "candidate", 1.5) is None
-    assert [p.suffix for p in (tmp_path / "scores").iterdir()] == [""]
+def test_texts_for_moments_are_training_texts_and_no_label_chooses_them(moments):
+    for task in load_tasks([DEMO / "tasks" / f"{name}.yaml" for name in TASKS]):
+        taken = [str(e.prompt) for e in read_examples(task, "train").items[: moments.TEXTS]]
+        rows = (DEMO / "tasks" / task.name / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        assert all(json.loads(row)["text"] in prompt for row, prompt in zip(rows, taken, strict=False))
+        assert not {*taken} & {str(e.prompt) for split in ("validation", "test") for e in read_examples(task, split).items}
 
 
-def test_texts_for_moments_are_training_texts_and_no_label_chooses_them(monkeypatch):
-    monkeypatch.syspath_prepend(str(DEMO))
-    moments, scoring = importlib.import_module("moments"), importlib.import_module("scoring")
-    for task in scoring.load_tasks():
-        texts = [e.text for e in moments.unlabelled(task)]
-        assert texts == [e.text for e in task.examples("train")[: moments.TEXTS]]
-        assert not {*texts} & {e.text for split in ("validation", "test") for e in task.examples(split)}
+def test_moments_are_those_of_the_inputs(moments, tmp_path):
+    """Against the definition, on a tiny model: every module's inputs, with the adapter active, taken by hand."""
+    base, folder = save_model(tmp_path / "base"), train_adapter(tmp_path / "own", "sort", steps=3)
+    mixture = Mixture.load(base, [Adapter.open(folder, "own")])
+    prompts = [f"sort {WORDS[0]} :", WORDS[3]]
+    found = moments.moments(mixture, "own", prompts)
+    wanted = PeftModel.from_pretrained(language_model(), str(folder))
+    seen = {}
+    for path in found:
+        place = wanted.get_base_model().get_submodule(path)
+        place.register_forward_pre_hook(lambda module, x, path=path: seen.setdefault(path, []).append(x[0][0]))
+    with torch.no_grad():
+        for prompt in prompts:
+            wanted(**tokenizer()(prompt, add_special_tokens=False, return_tensors="pt"))
+    assert {*found} == {*Adapter.open(folder, "own").targets}
+    for path, mean in found.items():
+        rows = torch.cat(seen[path]).double()
+        assert torch.allclose(mean.double(), rows.mT @ rows / len(rows), atol=1e-5), path

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+    RobertaForSequenceClassification,
+)
 
 from plait.errors import TaskError
 from plait.evaluation.answering import answer, ranked
@@ -41,7 +54,60 @@ def mistral(window: int) -> MistralForCausalLM:
     return MistralForCausalLM(config).eval()
 
 
-MODELS = {"llama": language_model, "gpt2": gpt2, "short window": lambda: mistral(8), "long window": lambda: mistral(60)}
+def mpt() -> MptForCausalLM:
+    """ALiBi, by where a token lies in the cache: no padding may come between."""
+    torch.manual_seed(0)
+    return MptForCausalLM(
+        MptConfig(vocab_size=37, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, initializer_range=0.4)
+    ).eval()
+
+
+def gpt_neo() -> GPTNeoForCausalLM:
+    """Local attention, by where a token lies in the cache."""
+    torch.manual_seed(0)
+    return GPTNeoForCausalLM(
+        GPTNeoConfig(
+            vocab_size=37,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+            window_size=6,
+            max_position_embeddings=64,
+            initializer_range=0.4,
+        )
+    ).eval()
+
+
+def roberta_config() -> RobertaConfig:
+    return RobertaConfig(
+        vocab_size=37,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=66,
+        initializer_range=0.4,
+        is_decoder=True,
+        pad_token_id=1,
+    )
+
+
+def roberta() -> RobertaForCausalLM:
+    """Positions that start behind the padding's."""
+    torch.manual_seed(0)
+    return RobertaForCausalLM(roberta_config()).eval()
+
+
+MODELS = {
+    "llama": language_model,
+    "gpt2": gpt2,
+    "short window": lambda: mistral(8),
+    "long window": lambda: mistral(60),
+    "alibi": mpt,
+    "local attention": gpt_neo,
+    "positions from behind": roberta,
+}
 
 
 def questions(shared: int, seed: int = 0) -> list[Question]:
@@ -102,6 +168,28 @@ def test_texts_that_do_not_fit():
         log_likelihoods(language_model(), [*questions(0), Question([5] * 68, [[6, 7]])], batch_size=4)
 
 
+def test_positions_that_no_token_can_have_are_not_counted():
+    """Of RoBERTa's 66 positions 64 can be used; one more would be an index error deep in torch."""
+    tokens, config = tokenizer(), roberta_config()
+    config.is_decoder, config.num_labels = False, 2
+    model = RobertaForSequenceClassification(config).eval()
+    fits, too_long = " ".join(["w1"] * 64), " ".join(["w1"] * 65)
+    assert len(classify(model, tokens, [fits], labels=2, max_tokens=None, batch_size=1)) == 1
+    with pytest.raises(TaskError, match=r"longer than the model's context of 64 tokens .the longest has 65"):
+        classify(model, tokens, [too_long], labels=2, max_tokens=None, batch_size=1)
+
+
+def test_outputs_that_are_no_numbers_are_no_answers():
+    model, tokens = language_model(), tokenizer()
+    head = LlamaForSequenceClassification(model.config).eval()
+    for broken in (model, head):
+        broken.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(TaskError, match=r"outputs are NaN \(computed in torch.float32\).*--load-dtype"):
+        log_likelihoods(model, questions(2), batch_size=4)
+    with pytest.raises(TaskError, match="outputs are NaN"):
+        classify(head, tokens, ["w1"], labels=2, max_tokens=None, batch_size=1)
+
+
 def test_how_length_counts():
     scores, texts, tokens = [-4.0, -5.0, -6.2], ["ab", "abcdef", "é" * 3], [1, 2, 2]
     assert ranked(scores, texts, tokens, "sum") == 0
@@ -151,6 +239,27 @@ def test_answers_are_what_the_model_says_alone():
     word = said[0].split()[2]
     cut = generate(model, tokens, [Question(prompts[0], [])], max_new_tokens=6, stop=(word,), batch_size=1)
     assert cut == [said[0][: said[0].index(word)]]
+
+
+def test_answers_are_greedy_whatever_the_model_is_configured_to_do():
+    """Many chat models come with a penalty on repetition, some with words that they must not say."""
+    tokens, model = tokenizer(), language_model()
+    asked = [Question(tokens(text)["input_ids"], []) for text in ("sort w1 :", "w2", "rate w3 : very w4 w5 :")]
+    plain = generate(model, tokens, asked, max_new_tokens=8, stop=(), batch_size=2)
+    own = model.generation_config
+    own.update(
+        do_sample=True, repetition_penalty=1.8, no_repeat_ngram_size=2, suppress_tokens=tokens(plain[0])["input_ids"][:2]
+    )
+    assert generate(model, tokens, asked, max_new_tokens=8, stop=(), batch_size=2) == plain
+    assert model.generation_config is own
+
+
+def test_answers_without_any_special_token():
+    model, tokens = language_model(), tokenizer()
+    asked = [Question(tokens(text)["input_ids"], []) for text in ("sort w1 :", "w2")]
+    tokens.pad_token = tokens.eos_token = model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    together = generate(model, tokens, asked, max_new_tokens=5, stop=(), batch_size=2)
+    assert together == generate(model, tokens, asked, max_new_tokens=5, stop=(), batch_size=1)
 
 
 def test_a_head_says_the_same_in_any_batch():

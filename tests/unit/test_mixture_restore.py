@@ -332,3 +332,54 @@ def test_paths_with_and_without_the_prefix_of_the_task_model(tmp_path):
     ambiguous = nn.ModuleDict({"left": net(), "right": net()})
     with pytest.raises(PlanError, match="'conv1': the model has no such module"):
         Mixture(ambiguous, opened(short))
+
+
+# beside other machinery
+
+
+def test_two_mixtures_of_one_model_never_add_up(tmp_path):
+    held = cohort(tmp_path, {"a": part("layers.0.q_proj"), "b": part("layers.0.q_proj")})
+    a, b = opened(held)
+    model = net()
+    one, other = Mixture(model, [a]), Mixture(model, [b])
+    with one.active({"a": 1.0}):
+        expected = model(IDS)
+        for attempt in (lambda: other.active({"b": 1.0}), lambda: other.active({}), lambda: other.attached({})):
+            with pytest.raises(PlanError, match=r"another Mixture acts on this model.*Leave its `with` block"), attempt():
+                pass
+        with pytest.raises(PlanError, match=r"another Mixture acts"):
+            Mixture(model, [b])
+        with one.active({}), one.active({"a": 1.0}):
+            assert torch.equal(model(IDS), expected)
+        assert torch.equal(model(IDS), expected)
+    with other.active({"b": 1.0}):
+        assert not torch.equal(model(IDS), expected)
+
+
+def test_code_compiled_before_sees_what_acts_later(mixture):
+    model = mixture.model
+    torch._dynamo.config.skip_nnmodule_hook_guards = True  # as torch has it
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        bare = compiled(IDS)
+        for weights in ({"a": 1.0}, {"b": 0.5, "c": 1.0}, {"a": 1.0}):
+            with mixture.active(weights):
+                expected = model(IDS)
+                assert not torch.allclose(expected, bare)
+                torch.testing.assert_close(compiled(IDS), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(compiled(IDS), bare, rtol=1e-4, atol=1e-4)
+
+
+def test_an_output_that_a_hook_made_a_leaf_is_not_written_into(mixture):
+    """Reentrant gradient checkpointing asks for a gradient of the embedding's output so."""
+    weights = torch.ones(5, requires_grad=True)
+    with mixture.mixed(weights) as model:
+        model(IDS).sum().backward()
+    expected, weights.grad = weights.grad, None
+    hook = mixture.model.embed.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    try:
+        with mixture.mixed(weights) as model:
+            model(IDS).sum().backward()
+    finally:
+        hook.remove()
+    torch.testing.assert_close(weights.grad, expected)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
 
-from plait.errors import RecipeError
+from plait.errors import OutputError, PlaitError, RecipeError
 from plait.reports.losses import LossCurve, loss_chart
+from plait.training import checks
+from plait.training.causal import model_config
+from plait.training.data import TrainingData
+from plait.training.job import TrainingJob
+from plait.training.output import check_output
 from plait.training.phases import init_seed
+from plait.training.ray import _shares
 from plait.training.reading import read_phases
+from plait.training.settings import trainer_settings
 from tests.language_models import write_task
 
 
@@ -185,6 +194,106 @@ def test_a_loss_on_other_rows_needs_rows(place):
     assert read(place, SHORT.replace("max_steps: 5}", "max_steps: 5, eval_strategy: no}")).phases[0].job.eval_data is None
 
 
+TEMPLATE = ("max_steps: 5}", "max_steps: 5, chat_template_path: TEMPLATE}")
+
+
+@pytest.mark.parametrize("named", ["chat.jinja", "./chat.jinja", "tokenizer"])
+def test_files_among_the_arguments_lie_beside_the_file(place, named):
+    (place / "chat.jinja").write_text("{{ 1 }}")
+    (place / "tokenizer").mkdir()
+    plan = read(place, SHORT.replace(*TEMPLATE).replace("TEMPLATE", named))
+    assert {p.job.arguments["chat_template_path"] for p in plan.phases} == {str(place / named)}
+
+
+@pytest.mark.parametrize("named", ["org/model", "{}"])
+def test_arguments_that_are_no_files_stay_as_they_are(place, named):
+    plan = read(place, SHORT.replace(*TEMPLATE).replace("TEMPLATE", f"{named!r}"))
+    assert plan.phases[0].job.arguments["chat_template_path"] == named
+
+
+def test_files_that_are_not_there(place):
+    text = SHORT.replace(*TEMPLATE).replace("TEMPLATE", "chat.jinja").replace("{max_steps: 7}", "{deepspeed: ./zero.json}")
+    said = refused(place, text)
+    assert f"phases.yaml:3: arguments.chat_template_path: {place / 'chat.jinja'}: there is no such file." in said
+    assert f"phases.yaml:6: phases.1.arguments.deepspeed: {place / 'zero.json'}: there is no such file." in said
+
+
+class TestTheOutputFolder:
+    @pytest.fixture
+    def out(self, tmp_path):
+        (tmp_path / "out").mkdir()
+        return tmp_path / "out"
+
+    def test_what_a_run_wrote_is_not_in_its_way(self, out):
+        check_output(out)
+        check_output(out / "new")
+        (out / "merged").mkdir()
+        for name in ("merged/plait.lock", "recipe.yaml", "loss_curves.json", "report.html"):
+            (out / name).write_text("")
+        (out / "train.json").write_text('{"phases": []}')
+        (out / "evaluation").mkdir()
+        check_output(out)
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("merged/mine.txt", "merged was not written by plait; the merge goes there."),
+            ("merged", "merged was not written by plait; the merge goes there."),
+            ("evaluation", "evaluation is a file; a folder of results has that name."),
+            ("phases", "phases is a file;"),
+            ("report.html/mine.txt", "report.html is a folder; a file of results has that name."),
+            ("recipe.yaml", "recipe.yaml was not written by plait train, and would be replaced."),
+            ("train.json", "train.json was not written by plait train, and would be replaced."),
+        ],
+    )
+    def test_what_is_in_the_way(self, out, name, said):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("[]")
+        with pytest.raises(OutputError) as caught:
+            check_output(out)
+        assert f"{out}/{said}" in str(caught.value)
+        assert "Move it away, or choose another output folder." in str(caught.value)
+
+    def test_all_of_it_at_once(self, out):
+        (out / "evaluation").write_text("")
+        (out / "report.html").mkdir()
+        with pytest.raises(OutputError, match=r"(?s)2 problems.*evaluation is a file.*report\.html is a folder"):
+            check_output(out)
+        with pytest.raises(OutputError, match="evaluation exists and is not a folder"):
+            check_output(out / "evaluation")
+
+
+class Cluster:
+    """Of Ray, what is asked of it."""
+
+    def __init__(self, *nodes: dict[str, float]) -> None:
+        self._nodes = nodes
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": resources} for resources in self._nodes]
+
+
+def test_the_share_of_a_phase_on_a_cluster():
+    assert _shares(Cluster({"CPU": 8}, {"CPU": 4}), None) == (2, {"num_cpus": 4})
+    assert _shares(Cluster({"CPU": 8}, {"CPU": 8}), 4) == (4, {"num_cpus": 4})
+    assert _shares(Cluster({"CPU": 8, "GPU": 2}), None) == (2, {"num_cpus": 4, "num_gpus": 1})
+    assert _shares(Cluster({"memory": 1}, {"CPU": 4}), None) == (1, {"num_cpus": 4}), "a head node that only manages"
+
+
+@pytest.mark.parametrize("nodes", [(), ({"memory": 1},), ({"CPU": 0.0},)])
+def test_a_cluster_without_a_cpu(nodes):
+    with pytest.raises(PlaitError, match="no node of the Ray cluster offers a CPU, and every phase needs one"):
+        _shares(Cluster(*nodes), None)
+
+
+def test_messages_of_training_name_no_flags_of_one_command():
+    """`plait sft`, `plait train` and Python meet the same errors, and spell settings differently."""
+    of_sft = {"arguments.py", "checks.py", "sft.py"}
+    for file in Path(checks.__file__).parent.glob("*.py"):
+        if file.name not in of_sft:
+            assert not re.findall(r"--[a-z]+_[a-z_]+", file.read_text(encoding="utf-8")), file.name
+
+
 def test_kinds_do_not_mix(place):
     heads = {"kind": "sequence_classification", "delimiter": None, "name": "heads", "prompt": "{{ word }}"}
     (place / "heads").mkdir()
@@ -221,3 +330,40 @@ def test_the_chart_of_the_losses():
     assert second.points == f"{chart.width / 2:.1f},{chart.height / 2:.1f}"
     assert second.color != first.color
     assert loss_chart([LossCurve(name="a", steps=1, tokens=1, seconds=1, points=())]) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"max_steps": "ten"}, "arguments: max_steps is 'ten'; it must be an integer."),
+        ({"max_steps": 1.5}, "arguments: max_steps is 1.5; it must be an integer."),
+        ({"max_steps": True}, "arguments: max_steps is true; it must be an integer."),
+        ({"learning_rate": "fast"}, "arguments: learning_rate is 'fast'; it must be a number."),
+        ({"packing": "yes"}, "arguments: packing is 'yes'; it must be true or false."),
+        ({"packing_strategy": "tight"}, "arguments: packing_strategy is 'tight'; it must be one of bfd, bfd_split, wrapped."),
+        ({"max_stps": 1}, "arguments: max_stps: SFTConfig has none of that name. Did you mean 'max_steps'?"),
+        ({"truncation_mode": "keep_end"}, "what is cut off long examples is their end"),
+    ],
+)
+def test_values_that_no_trainer_would_refuse(tmp_path, values, said):
+    """TRL's classes take anything, and fail in the middle of a training."""
+    trl = pytest.importorskip("trl")
+    job = TrainingJob(base="x", data=TrainingData(place="x"), arguments=values)
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        trainer_settings(trl.SFTConfig, job, tmp_path)
+
+
+def test_values_that_fit(tmp_path):
+    trl = pytest.importorskip("trl")
+    values = {"learning_rate": 1, "save_steps": 0.1, "bf16": None, "lr_scheduler_type": "constant", "report_to": ["none"]}
+    found = trainer_settings(trl.SFTConfig, TrainingJob(base="x", data=TrainingData(place="x"), arguments=values), tmp_path)
+    assert (found.learning_rate, found.save_steps, found.lr_scheduler_type) == (1, 0.1, "constant")
+
+
+def test_how_a_base_is_loaded():
+    pytest.importorskip("trl")
+    assert model_config({"dtype": "bfloat16"}).dtype == "bfloat16"
+    with pytest.raises(
+        RecipeError, match=r"(?s)model: 2 problems.*dtype is 'float33'; it must be one of auto.*'attn_implementation'"
+    ):
+        model_config({"dtype": "float33", "attn_implementatio": "eager"})

@@ -19,12 +19,16 @@ def test_the_public_names() -> None:
     assert plait.__all__ == [
         "METHODS", "SPACES", "Adapter", "AdapterError", "AddressError", "Evaluation", "Inspection", "LowRank", "MergePlan",
         "MergeResult", "OutputError", "PlaitError", "PlanError", "Recipe", "RecipeError", "ReportError", "TaskError", "bake",
-        "compress", "evaluate", "extract", "inspect", "load_recipe", "merge", "plan", "push", "report", "save_moments",
+        "check_tasks", "compress", "evaluate", "extract", "inspect", "load_recipe", "merge", "plan", "push", "report", "save_moments",
         "sft", "train", "unbake", "verify", "__version__",
     ]  # fmt: skip
     for name in plait.__all__:
         assert getattr(plait, name) is not None
     assert set(dir(plait)) == set(plait.__all__)
+
+
+def test_the_room_of_live_models_needs_no_import_of_its_own() -> None:
+    assert run("import plait; print(plait.mixture.load.__module__, plait.mixture.Mixture.__name__)").startswith("plait.mixture")
 
 
 def test_unknown_names_are_refused() -> None:

@@ -1055,7 +1055,8 @@ def test_a_mergekit_file_is_migrated(tmp_path):
         "version: 1\nbase_model: b/b\nadapters:\n  - name: maths\n    path: ./maths\n    weight: 1.0\nmethod:\n  name: ties\n"
         "  flavor: mergekit\n  space: delta\n  density: 0.5\n  divisor: weight\nscale: 1.0\n"
     )
-    assert load_recipe(text) == quietly(load_recipe, file)
+    (tmp_path / "new.yaml").write_text(text)
+    assert load_recipe(tmp_path / "new.yaml") == quietly(load_recipe, file)
 
 
 MODULES = ["model.layers.3.self_attn.q_proj", "model.layers.13.mlp.up_proj", "model.embed_tokens", "h.0.attn.c_attn", "a[b]*"]

@@ -15,6 +15,7 @@ from plait.methods import METHODS
 from plait.recipes.loading import Loaded, build_recipe, load_recipe, read_recipe
 from plait.recipes.overrides import apply_overrides, parse_override
 from plait.recipes.paths import read_path, show_path
+from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import json_schema, to_yaml
 from plait.stages import (
@@ -88,6 +89,29 @@ def test_a_text_belongs_to_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     assert read_recipe("adapters: [./a]").folder == tmp_path
+
+
+def test_only_the_recipe_of_a_file_has_a_folder(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(PAIR)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+
+    assert (recipe.folder, recipe.model_copy(update={"scale": 2.0}).folder) == (tmp_path, tmp_path)
+    assert load_recipe(PAIR).folder is None
+    assert recipe.model_dump() == load_recipe(PAIR).model_dump()
+
+
+@pytest.mark.parametrize("written", ["base", "./base"])
+def test_a_base_model_beside_a_recipe_file_lies_where_the_command_is_run(written, tmp_path, monkeypatch):
+    for folder in ("runs", "base"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "runs" / "recipe.yaml").write_text(PAIR)
+    monkeypatch.chdir(tmp_path)
+
+    def base(name: str) -> str | None:
+        return read_request(Path("runs/recipe.yaml"), [], {"base_model": name})[0].base_model
+
+    assert base(written) == str(tmp_path / "base")
+    assert [base(name) for name in ("org/model@main", "gpt2", "no such: name")] == ["org/model@main", "gpt2", "no such: name"]
 
 
 def test_adapters_are_named_and_found_from_the_recipes_folder(tmp_path, monkeypatch):

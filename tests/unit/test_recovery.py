@@ -101,6 +101,8 @@ def test_subsets_hold_every_label_in_its_share(task):
     assert (targets.count("red"), targets.count("blue")) == (18, 2)
     rare = choose(many(task, {"red": 99, "blue": 1}), Subset(max_samples=5))
     assert any(i == 99 for i in rare.indices), "one of every label while there is room"
+    few = Examples(task, "test", tuple(Example(f"w{i}", t, ("a", "b", "c")) for i, t in enumerate("a" * 100 + "bcc")))
+    assert {few.items[i].target for i in choose(few, Subset(max_samples=16)).indices} == {"a", "b", "c"}
 
 
 def test_subsets_are_a_function_of_the_examples(task):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from plait.evaluation.comparison import Comparison, Place
 from plait.evaluation.record import Evaluation, Matrix, Sample, Source, TaskResult
 from plait.evaluation.workspace import write_comparison, write_evaluation
 from plait.merging.record import ModuleRecord, RunRecord
-from plait.reports.charts import bars, energy_map, of_tasks
+from plait.reports.charts import bars, energy_map, interval, of_tasks, share
 from plait.reports.colors import css, diverging, ink
 from plait.reports.page import render
 from plait.reports.reading import Report, read_report
@@ -129,6 +130,12 @@ def test_the_verdict(tasks, begins):
         assert "the worst task, b, keeps" in found
 
 
+def test_a_share_of_nearly_nothing_has_no_sign():
+    assert share(-0.003).startswith("0")
+    assert share(-0.3).startswith("−30")
+    assert interval((-0.004, 0.2)).startswith("0 – 20")
+
+
 def test_certainty_names_examples_and_a_wide_interval():
     found = certainty(evaluation(task("a", 0.9), task("b", 0.7)))
     assert "With 80 examples the worst recovery lies between 50\xa0% and 90\xa0% (95\xa0%)" in found
@@ -174,6 +181,14 @@ def test_adapters_are_compared_where_they_still_are(tmp_path):
     gone = read_report([run])
     assert gone.conflict is None
     assert "adapter0" in gone.notes[0]
+
+
+def test_a_recipe_that_cannot_be_read_costs_only_what_is_drawn_from_it(tmp_path):
+    """One of a later version, or of a method that is not installed here."""
+    found = read_report([run_folder(tmp_path / "run", WHOLE.model_copy(update={"recipe": {"methd": "ties"}}))])
+    assert found.evaluations[0].recipe == {"methd": "ties"}
+    (note,) = found.notes
+    assert note == "how the adapters lie to each other is not shown: recipe: adapters: 'adapters' is missing."
 
 
 def test_a_written_merge_brings_its_energy_and_its_lock(tmp_path):
@@ -336,29 +351,35 @@ def test_chromium_draws_it_without_errors_or_requests(sweep, tmp_path):
     page = tmp_path / "r.html"
     cohort([(12, 10), (8, 12)], [2, 2], seed=3).save(tmp_path)
     recipe = {"adapters": [{"name": n, "path": str(tmp_path / n)} for n in ("adapter0", "adapter1")]}
-    plait.report([run_folder(tmp_path / "run", WHOLE.model_copy(update={"recipe": recipe})), sweep[0]], out=page)
+    long = "a-task-with-a-very-long-name_that_does_not_end_and_has_no_blank"
+    tasks = (WHOLE.tasks[0].model_copy(update={"task": long}), *WHOLE.tasks[1:])
+    found = WHOLE.model_copy(update={"recipe": recipe, "tasks": tasks})
+    plait.report([run_folder(tmp_path / "run", found), sweep[0]], out=page)
     probe = """<script>addEventListener("load", () => {
       const widths = what => [...document.querySelectorAll(what)].map(b => b.getBoundingClientRect().width);
       const bars = widths("#recovery .fill"), cells = widths(".cells i");
       const wide = document.documentElement.scrollWidth > innerWidth;
-      document.title = JSON.stringify({bars, cells, wide, fetched: performance.getEntriesByType("resource").length});
+      const hidden = [...document.querySelectorAll("#recovery ~ .scroll")].map(t => t.scrollWidth - t.clientWidth)[0];
+      document.title = JSON.stringify({bars, cells, wide, hidden, fetched: performance.getEntriesByType("resource").length});
     });</script>"""
     probed = tmp_path / "probed.html"
     probed.write_text(page.read_text().replace("</body>", f"{probe}</body>"))
     done = subprocess.run(
         [
             *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
-            *("--disable-component-update", "--disable-sync", "--window-size=500,900"),
+            *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=500,900"),
             f"--user-data-dir={tmp_path / 'profile'}",
             *("--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom", probed.as_uri()),
         ],
-        capture_output=True, text=True, timeout=120, check=True,
+        env={**os.environ, "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True, text=True, check=True,
     )  # fmt: skip
     found = re.search(r"<title>(.*?)</title>", done.stdout)
     assert found is not None
     told = json.loads(found[1])
     assert told["fetched"] == 0
     assert not told["wide"]
+    assert told["hidden"] == 0, "numbers pushed out of sight by a long name"
     assert [width > 0 for width in told["bars"]] == [True, True, False]
     assert len(told["cells"]) == 4 * 2, "four measures, two layers"
     assert all(width > 50 for width in told["cells"])

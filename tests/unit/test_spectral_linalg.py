@@ -63,10 +63,27 @@ def test_polar_does_not_depend_on_the_size_of_x() -> None:
 def test_joint_coordinates(dtype) -> None:
     blocks = [normal(8, 2, dtype=dtype), normal(8, 0, dtype=dtype), normal(8, 3, seed=1, dtype=dtype)]
     q, coordinates = joint_coordinates(blocks)
-    assert (q.shape, q.dtype) == ((8, 5), dtype)
+    basis = q.times(torch.eye(5, dtype=torch.float64))
+    assert (basis.shape, basis.dtype) == ((8, 5), dtype)
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(5, dtype=dtype))
     for block, x in zip(blocks, coordinates, strict=True):
         assert x.dtype == torch.float64
-        torch.testing.assert_close(q @ x.to(dtype), block)
+        torch.testing.assert_close(q.times(x), block)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("weakest", [0.5, 0.1, 0.075, 0.07, 0.03, 1e-4, 0])
+def test_bases_are_orthonormal_however_nearly_dependent_the_columns_are(weakest, dtype, tolerance) -> None:
+    """One weak direction among 64, on either side of where the Gram matrix gives way to QR."""
+    x = normal(1024, 64)
+    u, s, vh = torch.linalg.svd(x / x.norm(dim=0), full_matrices=False)
+    s[-1] = weakest
+    x = ((u * s) @ vh).to(dtype)
+    q, (coordinates,) = joint_coordinates([x])
+    basis = q.times(torch.eye(64, dtype=torch.float64)).double()
+    assert float((basis.mT @ basis - torch.eye(64, dtype=torch.float64)).abs().max()) <= tolerance
+    torch.testing.assert_close(q.times(coordinates), x)
+    torch.testing.assert_close(q.times_transposed(coordinates), x.mT)
 
 
 def test_joint_deltas_lift_to_themselves() -> None:
@@ -77,6 +94,7 @@ def test_joint_deltas_lift_to_themselves() -> None:
     ]
     joint = Joint.of(deltas)
     assert joint.dense().shape == (3, 8, 7)
+    assert Joint.of([LowRank.zero((9, 7), torch.float64)]).lift(LowRank.zero((0, 0), torch.float64)).shape == (9, 7)
     for delta, small, core in zip(deltas, joint.deltas, joint.dense(), strict=True):
         for lifted in (joint.lift(small), joint.lift_dense(core)):
             torch.testing.assert_close(lifted.dense(), delta.dense())
@@ -89,7 +107,7 @@ def test_more_columns_than_dimensions_are_brought_down() -> None:
     wide = balanced(normal(2, 5), torch.arange(5, dtype=torch.float64), normal(2, 5, seed=1))
     lifted = joint.lift(wide)
     assert lifted.rank == 2
-    torch.testing.assert_close(lifted.dense(), joint.u @ wide.dense() @ joint.v.mT)
+    torch.testing.assert_close(lifted.dense(), joint.v.times(joint.u.times(wide.dense()).mT).mT)
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,22 @@ def test_rows_of_every_format(tmp_path):
     assert "'.txt' is not read" in refused(written(tmp_path, TASK.replace("rows.jsonl", "rows.txt")))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.parquet", "no parquet", "t.parquet: this cannot be read as parquet: "),
+        ("t.csv", "text,label\na,yes,more\n", "t.csv:2: this row has other columns than the first line."),
+        ("t.json", '{"text": "a"}', "t.json: it must be a list of rows"),
+        ("t.jsonl", '{"text": "a"}\n{', "t.jsonl:2: this is not JSON"),
+        ("t.txt", "a", "'.txt' is not read; allowed: .jsonl, .json, .csv, .parquet"),
+    ],
+)
+def test_files_that_are_broken(tmp_path, name, content, message):
+    file = written(tmp_path, TASK.replace("rows.jsonl", name))
+    (tmp_path / "data" / name).write_text(content)
+    assert message in refused(file)
+
+
 def test_rows_of_one_file(tmp_path):
     text = TASK.replace("{path: data}", "{path: data/rows.jsonl}").replace("{test: rows.jsonl}", "{test: {rows: [1, 3]}}")
     assert [e.prompt for e in read_examples(load_task(written(tmp_path, text)), "test").items] == ["Q: c", "Q: d é"]
@@ -292,6 +308,14 @@ def test_perplexity_is_over_tokens(tmp_path):
     ]
     assert metric_of(task).value(given) == pytest.approx(np.exp(8 / 8))
     assert not metric_of(task).higher_is_better
+
+
+def test_rouge_is_refused_where_it_sees_nothing(tmp_path):
+    """rouge-score reads a–z and 0–9; a right answer in another script would count as wrong."""
+    text = TASK.replace("classification", "generation").replace("labels: [yes, no]", "metric: rougeL")
+    assert len(read_examples(load_task(written(tmp_path, text)), "test").items) == 3
+    told = refused(written(tmp_path, text, [{"text": "a", "label": "你好"}]))
+    assert "target '你好' has none of a–z and 0–9, all that rouge-score sees; use 'wer' or 'cer'" in told
 
 
 def test_normalization(tmp_path):

@@ -7,8 +7,10 @@ import json
 import pytest
 
 from plait.errors import PlaitError, TaskError
+from plait.evaluation.scores import model_digest
 from plait.hub.download import Located
-from plait.training.data import TrainingData, hold_out, load_data
+from plait.training import fingerprints
+from plait.training.data import EVAL_SPLITS, TrainingData, hold_out, load_data
 from plait.training.formats import Completion
 from plait.training.job import LoraSettings, TrainingJob, open_job
 from tests.chat_models import questions, save_chat_model, write_rows
@@ -39,6 +41,48 @@ def test_a_folder_has_a_file_per_split(tmp_path):
     assert len(load(tmp_path, limit=4).examples) == 4
     with pytest.raises(TaskError, match=r"no single file is the split 'validation'; there is test.jsonl, train.jsonl"):
         load(tmp_path, split="validation")
+
+
+class TestRowsToMeasureTheLossOn:
+    """Nobody says where they are: TRL's own choice of a split first, rows to train on last."""
+
+    @pytest.fixture(autouse=True)
+    def rows(self, tmp_path):
+        write_rows(tmp_path / "train.jsonl", ROWS)
+
+    def found(self, place) -> int:
+        return len(load(place, split=EVAL_SPLITS).examples)
+
+    def test_a_folder(self, tmp_path):
+        assert self.found(tmp_path) == 10
+        write_rows(tmp_path / "validation.jsonl", ROWS[:2])
+        assert self.found(tmp_path) == 2
+        write_rows(tmp_path / "test.jsonl", ROWS[:3])
+        assert self.found(tmp_path) == 3
+        assert load(tmp_path, split=EVAL_SPLITS).described.startswith(str(tmp_path / "test.jsonl"))
+
+    def test_a_file(self, tmp_path):
+        assert self.found(tmp_path / "train.jsonl") == 10
+
+    @pytest.mark.parametrize(
+        ("there", "taken"),
+        [
+            (["train", "validation"], "validation"),
+            (["validation", "test"], "test"),
+            (["train"], "train"),
+            (["train_sft"], "train"),
+        ],
+    )
+    def test_the_hub(self, monkeypatch, there, taken):
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_, **__: there)
+        monkeypatch.setattr("plait.training.data.read_hub", lambda place, split, **_: ROWS)
+        found = load_data(TrainingData(place="org/rows", split=EVAL_SPLITS))
+        assert found.described.startswith(f"org/rows ({taken}), question_answer")
+
+    def test_a_task(self, tmp_path):
+        file = write_task(tmp_path, "sort", splits={"train": "test.jsonl", "validation": "test.jsonl"})
+        assert load_data(TrainingData(task=str(file), split=EVAL_SPLITS)).described == "task 'sort' (validation)"
 
 
 def test_places_that_are_not_there(tmp_path):
@@ -112,6 +156,28 @@ class TestDigest:
         moved = template.rename(tmp_path / "moved.jinja")
         moved.write_text("{{ 1 }}")
         assert job.model_copy(update={"arguments": {"chat_template_path": str(moved)}}).digest() == before
+
+    def test_it_is_of_what_a_tokenizers_folder_holds(self, job, tmp_path):
+        import shutil
+
+        def digest(place) -> str:
+            return job.model_copy(update={"arguments": {"chat_template_path": str(place)}}).digest()
+
+        elsewhere = shutil.copytree(tmp_path / "base", tmp_path / "tokenizer")
+        before = digest(tmp_path / "base")
+        assert digest(elsewhere) == before
+        (elsewhere / "chat_template.jinja").write_text("{{ 1 }}")
+        assert digest(elsewhere) != before
+
+    def test_the_base_is_hashed_once_while_it_stays_as_it_is(self, job, tmp_path, monkeypatch):
+        hashed = []
+        monkeypatch.setattr(fingerprints, "model_digest", lambda folder: hashed.append(folder) or model_digest(folder))
+        first, second = job.digest(), job.model_copy(update={"seed": 7}).digest()
+        assert first != second
+        assert len(hashed) == 1
+        save_chat_model(tmp_path / "base", seed=1)
+        assert job.digest() != first
+        assert len(hashed) == 2
 
     def test_it_is_of_the_folder_in_a_repository(self, job, tmp_path, monkeypatch):
         def digest(subfolder: str) -> str:

@@ -169,7 +169,7 @@ class TestLongExamples:
     def test_they_are_left_out_and_counted(self):
         found = self.encode("drop")
         assert (len(found.items), found.left_out, found.truncated, found.longest) == (1, 2, 0, 22)
-        assert "2 examples are longer than --max_length 10 (the longest has 22 tokens) and left out" in found.notes(10)[0]
+        assert "2 examples are longer than max_length 10 (the longest has 22 tokens) and left out" in found.notes(10)[0]
 
     def test_or_cut_and_counted_unless_nothing_would_be_learnt(self):
         found = self.encode("truncate")
@@ -183,5 +183,5 @@ class TestLongExamples:
         assert not found.notes(None)
 
     def test_none_left_is_an_error(self):
-        with pytest.raises(TaskError, match="no example is left: all 3 are longer than --max_length 2"):
+        with pytest.raises(TaskError, match="no example is left: all 3 are longer than max_length 2"):
             self.encode("drop", limit=2)

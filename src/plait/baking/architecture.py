@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 _HEADS = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -39,6 +39,13 @@ class Part:
     rows: int | None = None
 
 
+class Layer(NamedTuple):
+    """What PEFT takes a module for."""
+
+    kind: Literal["linear", "conv1d", "embedding", "conv"]
+    groups: int = 1  # of a convolution
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A model without weights.
@@ -48,14 +55,14 @@ class Architecture:
         unknown: parameter → the conversion that plait has no form for.
         tied: parameter → the parameter that it shares its values with.
         transposed: owners of parameters that are stored as (d_in, d_out).
-        convolutions: their modules → number of groups.
+        layers: modules that PEFT can put a LoRA beside, which then is a delta of their weight.
     """
 
     parts: Mapping[str, tuple[Part, ...]] = field(repr=False)
     unknown: Mapping[str, str]
     tied: Mapping[str, str]
     transposed: frozenset[str]
-    convolutions: Mapping[str, int] = field(default_factory=dict)
+    layers: Mapping[str, Layer] = field(default_factory=dict)
 
     @staticmethod
     def of(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
@@ -73,10 +80,8 @@ class Architecture:
         transposed = {
             name for name, m in model.named_modules() if type(m).__name__ == "Conv1D" or getattr(m, "is_transposed", False)
         }
-        kinds = ("Conv1d", "Conv2d", "Conv3d")  # torch's; its Conv1d and transformers' Conv1D have nothing in common
-        convolutions = {name: int(m.groups) for name, m in model.named_modules() if type(m).__name__ in kinds}
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        return Architecture(parts, unknown, dict(tied), frozenset(transposed), convolutions)
+        return Architecture(parts, unknown, dict(tied), frozenset(transposed), dict(_layers(model)))
 
 
 class ArchitectureUnknown(Exception):
@@ -113,6 +118,27 @@ def _empty_model(folder: Path) -> Any:
     except Exception as error:  # whatever a model's code raises
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ArchitectureUnknown(f"transformers cannot build it ({text})") from None
+
+
+def _layers(model: Any) -> Iterator[tuple[str, Layer]]:
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Conv1D":  # transformers'; torch's Conv1d has nothing in common with it
+            yield name, Layer("conv1d")
+        elif isinstance(module, nn.Embedding):
+            yield name, Layer("embedding")
+        elif isinstance(module, nn.Linear):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if not isinstance(owner, nn.MultiheadAttention):  # which reads the weight itself, past any adapter
+                yield name, Layer("linear")
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and _is_plain(module):
+            yield name, Layer("conv", module.groups)
+
+
+def _is_plain(convolution: Any) -> bool:
+    """Say whether PEFT convolves alike beside it: without dilation, with zeros around."""
+    return set(convolution.dilation) == {1} and convolution.padding_mode == "zeros"
 
 
 def _parts(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, tuple[Part, ...]], dict[str, str]]:

@@ -107,6 +107,11 @@ class BaseCheckpoint:
                 problems.append(str(error))
             except OSError as error:
                 problems.append(f"{folder / name}: {error.strerror or error}. Fetch the base model again.")
+        problems += [
+            f"{path}: a link that leads nowhere. Fetch the base model again, or delete the link."
+            for path in sorted(folder.iterdir())
+            if path.is_symlink() and not path.exists() and path.name not in names
+        ]
         home = _home(shards)
         if not problems:
             problems += [
@@ -191,6 +196,8 @@ def _shard_names(folder: Path) -> tuple[list[str], Mapping[str, Any] | None, Map
             weight_map = {str(k): str(v) for k, v in index["weight_map"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterError(f"{path}: not an index of safetensors ({error}). Fetch the base model again.") from None
+        if not weight_map:
+            raise AdapterError(f"{path}: names no tensor. Fetch the base model again.")
         outside = [name for name in weight_map.values() if Path(name).name != name]
         if outside:
             raise AdapterError(f"{path}: names {outside[0]!r}, which is not a file beside it.")

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
 from plait.baking.placement import Piece
+from plait.errors import PlanError
 from plait.linalg.blocks import HOLD_ELEMENTS, RowBlocks
 from plait.merging.combine import Combiner
 from plait.merging.inventory import Inventory
 from plait.spaces.base import Merged
+
+_NEGLIGIBLE = 1e-5  # share of a delta that is rounding
 
 Rows = Callable[[int, int], Tensor]  # the rows [start, stop) of the base's tensor, float32 or float64
 
@@ -122,6 +125,38 @@ def add_rows(delta: LowRank, block: Tensor, start: int, *, transposed: bool) -> 
     stop = start + len(block)
     left, right = (delta.a[:, start:stop].mT, delta.b.mT) if transposed else (delta.b[start:stop], delta.a)
     block.addmm_(left.to(block.dtype), right.to(block.dtype))
+
+
+def own_columns(matrix: Merged, start: int, stop: int, *, where: str) -> Merged:
+    """Return the columns [start, stop) of a merged delta, all others of which are zero.
+
+    They are zero in every adapter, and stay so in whatever combines deltas; a factorisation leaves its rounding there.
+
+    Args:
+        matrix: ΔW.
+        start: first column.
+        stop: behind the last.
+        where: tensor and target, for the error.
+
+    Raises:
+        PlanError: they are not.
+    """
+
+    def cut(rows: Tensor, sizes: Tensor) -> Tensor:
+        own = rows[:, start:stop]
+        outside = (rows.double().square().sum(1) - own.double().square().sum(1)).clamp_min(0)
+        if bool((outside.sqrt() * sizes > _NEGLIGIBLE * (rows.double().norm(dim=1) * sizes).sum()).any()):
+            raise PlanError(
+                f"{where}: this method makes a group of the convolution read channels of others, which no grouped weight can "
+                "hold. Take another method, or merge into an adapter."
+            )
+        return own
+
+    if isinstance(matrix, LowRank):
+        return LowRank(cut(matrix.a, matrix.b.double().norm(dim=0)), matrix.b)
+    parts = [cut(block, torch.ones(len(block), dtype=torch.float64)) for _, block in matrix]
+    own = torch.cat(parts)  # a group's part of a kernel is small
+    return RowBlocks((matrix.shape[0], stop - start), lambda first, last: own[first:last], matrix.dtype)
 
 
 def dense_rows(matrix: RowBlocks, scratch: Path, stack: ExitStack, *, transposed: bool) -> Rows:

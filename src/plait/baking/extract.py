@@ -20,7 +20,7 @@ from plait.baking.extract_card import extract_card
 from plait.baking.extract_plan import ExtractPlan, survey
 from plait.baking.extract_record import ExtractRecord, Leftover
 from plait.baking.extract_request import ExtractRequest, select
-from plait.baking.extract_writing import ExtractWriter, task_type
+from plait.baking.extract_writing import ExtractWriter
 from plait.baking.pairing import Pair, Pairing, pair_checkpoints
 from plait.errors import OutputError
 from plait.merging import record as records
@@ -108,7 +108,7 @@ def _record(
     kept_whole = {p.name for p in (*plan.whole, *plan.biases.values())}
     leftovers = tuple(
         Leftover(tensor=p.name, kind=p.kind, energy=plan.energies[p.name], kept=p.name in kept_whole)
-        for p in pairing.pairs
+        for p in (*pairing.pairs, *pairing.copies)
         if p.name in plan.energies and p.name not in held
     )
     truncated = sum((m.energy or 0.0) * (1 - m.kept) for m in modules)
@@ -117,7 +117,7 @@ def _record(
         plait=plait.__version__,
         request=request.model_dump(mode="json"),
         base_model=base_model,
-        task_type=task_type(pairing),
+        task_type=pairing.task,
         rank=plan.rank,
         max_lora_rank=max_lora_rank(plan.rank),
         kept=_overall_kept(modules, plan),
@@ -125,6 +125,7 @@ def _record(
         lost=(truncated + math.fsum(x.energy for x in leftovers if not x.kept)) / total,
         modules=modules,
         unchanged=tuple(p.module for p in selected if p.name not in plan.energies),
+        saved=plan.saved,
         leftovers=leftovers,
         notes=tuple(_notes(pairing, plan, leftovers)),
         finished=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -139,11 +140,19 @@ def _overall_kept(modules: Sequence[ModuleRecord], plan: ExtractPlan) -> float:
 
 
 def _notes(pairing: Pairing, plan: ExtractPlan, leftovers: Sequence[Leftover]) -> Iterator[str]:
+    outweighed = {p.name for p in pairing.pairs if p.is_outweighed}
     experts = [x for x in leftovers if x.kind == "expert"]
     if experts:
         yield (
             f"{len(experts)} tensors of experts have changed, such as {experts[0].tensor!r}; they are not extracted, since it "
             "is not known as which parameters the model holds them."
+        )
+    grouped = [x for x in leftovers if x.kind == "conv" and not x.kept and x.tensor in outweighed]
+    if grouped:
+        yield (
+            f"{len(grouped)} grouped convolutions have changed, such as {grouped[0].tensor!r}; they are left out, since PEFT's "
+            "LoRA, every group of which reads all channels, would be larger than they are. --modules-to-save keeps them whole, "
+            "--targets makes them a LoRA all the same."
         )
     yield from pairing.notes
     if pairing.ties_head and any(p.kind == "embedding" for p in (*plan.targets, *plan.whole)):

@@ -43,7 +43,7 @@ adapter with plait {record.plait}.
 ## Load it
 
 {load_with_peft(base, record.task_type)}
-{_served(base, record, has_full=bool(kept))}
+{_served(base, record, has_full=bool(kept or record.saved))}
 ## Make it again
 
 `plait.lock` holds the request and the sha256 of every input and output file; `plait verify` makes it again and compares.

@@ -13,8 +13,8 @@ class Leftover(Record):
 
     Attributes:
         tensor: its name.
-        kind: what it belongs to: `linear`, `conv1d`, `conv` and `experts` were not asked for, the
-            rest cannot be a LoRA.
+        kind: what it belongs to: `linear`, `conv1d`, `conv`, `experts` and `parameter` were not asked for, a `head` is
+            kept whole, the rest cannot be a LoRA.
         energy: ‖Δ‖²_F of it.
         kept: whether the adapter holds it whole all the same.
     """
@@ -40,6 +40,7 @@ class ExtractRecord(Record):
         lost: share of ‖Δ‖²_F over all tensors that the adapter does not hold: truncated, or left over.
         modules: one record each.
         unchanged: layers asked for that are equal in both models, and have no factors.
+        saved: modules that the adapter holds whole, changed or not.
         leftovers: changed tensors without factors.
         notes: what else is worth knowing.
         finished: local time, ISO 8601.
@@ -57,6 +58,7 @@ class ExtractRecord(Record):
     lost: float
     modules: tuple[ModuleRecord, ...]
     unchanged: tuple[str, ...]
+    saved: tuple[str, ...]
     leftovers: tuple[Leftover, ...]
     notes: tuple[str, ...]
     finished: str

@@ -13,7 +13,7 @@ from plait.errors import PlanError, RecipeError, did_you_mean
 from plait.recipes.schema import Dtype, Output
 from plait.records import Record
 
-_ABLE = ("linear", "conv1d", "conv", "experts")
+_ABLE = ("linear", "conv1d", "conv", "experts", "parameter")
 
 
 class ExtractRequest(Record):
@@ -23,8 +23,8 @@ class ExtractRequest(Record):
         base: reference of the base model.
         finetuned: reference of the full fine-tune.
         rank: a number, or `energy:0.99`.
-        targets: names of layers (`q_proj`) or shell patterns over module paths; when None all Linear layers, convolutions and
-            fused experts.
+        targets: names of layers (`q_proj`) or shell patterns over module paths; when None all Linear layers, fused experts,
+            and convolutions, but for grouped ones whose LoRA would be larger than they are.
         embeddings: also take embeddings, as `lora_embedding_*`.
         modules_to_save: keep what cannot be a LoRA whole: norms and the like as `modules_to_save`, biases as `lora_bias`.
         dtype: of the written factors.
@@ -72,26 +72,27 @@ def select(pairs: Sequence[Pair], request: ExtractRequest) -> tuple[Pair, ...]:
     """
     able = [p for p in pairs if p.kind in _ABLE or (request.embeddings and p.kind == "embedding")]
     if request.targets is None:
-        return tuple(able)
+        return tuple(p for p in able if not p.is_outweighed)
     problems = [text for pattern in request.targets if (text := _unmatched(pattern, able, pairs))]
     if problems:
         raise PlanError("\n".join(problems))
-    return tuple(p for p in able if any(_matches(pattern, p.module) for pattern in request.targets))
+    return tuple(p for p in able if any(_matches(pattern, p) for pattern in request.targets))
 
 
-def _matches(pattern: str, module: str) -> bool:
+def _matches(pattern: str, pair: Pair) -> bool:
     """Say whether a pattern means a layer: the end of its path (`q_proj`, `self_attn.q_proj`), or a shell pattern."""
-    return module == pattern or module.endswith(f".{pattern}") or fnmatchcase(module, pattern)
+    path = pair.module if pair.kind == "experts" else pair.layer
+    return path == pattern or path.endswith(f".{pattern}") or fnmatchcase(path, pattern)
 
 
 def _unmatched(pattern: str, able: Sequence[Pair], pairs: Sequence[Pair]) -> str | None:
-    if any(_matches(pattern, p.module) for p in able):
+    if any(_matches(pattern, p) for p in able):
         return None
-    other = next((p for p in pairs if p.name.endswith(".weight") and _matches(pattern, p.module)), None)
+    other = next((p for p in pairs if p.name.endswith(".weight") and _matches(pattern, p)), None)
     if other is not None and other.kind == "embedding":
         return f"--targets {pattern!r} is an embedding; add --embeddings (embeddings=True)."
     if other is not None:
         return f"--targets {pattern!r}: {other.name!r} cannot be a LoRA here, shape {list(other.shape)}."
-    names = sorted({p.module.rpartition(".")[2] for p in able})
+    names = sorted({(p.module if p.kind == "experts" else p.layer).rpartition(".")[2] for p in able})
     near = did_you_mean(pattern, names)
     return f"--targets {pattern!r} is no layer of these models.{near} There are: {', '.join(names)}; or '*.layers.0.*'."

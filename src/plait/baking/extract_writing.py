@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from plait.adapters.adapter import CONFIG, WEIGHTS
 from plait.adapters.experts import expert_keys
-from plait.adapters.layouts import Layout
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import PREFIX
 from plait.adapters.tensorfile import DTYPES as STORED
@@ -23,18 +21,11 @@ from plait.baking.extract_request import ExtractRequest
 from plait.baking.pairing import Pair, Pairing
 from plait.baking.threads import in_order
 from plait.errors import PlanError
+from plait.linalg.blocks import block_ranges
 from plait.merging.emit import Emitted, emit
 from plait.merging.portable import DTYPES
 from plait.merging.progress import Progress
 from plait.merging.record import ModuleRecord
-
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
 
 
 class ExtractWriter:
@@ -49,7 +40,7 @@ class ExtractWriter:
     def __init__(self, pairing: Pairing, plan: ExtractPlan, request: ExtractRequest) -> None:
         self._pairing, self._plan, self._request = pairing, plan, request
         self._dtype = DTYPES[request.dtype]
-        self._layouts: dict[str, Layout] = {p.module: p.layout for p in plan.targets}
+        self._layouts = plan.layouts
         self._experts = [m for m, layout in self._layouts.items() if layout.kind == "experts"]
         self._keys = {m: m for m in self._layouts} | expert_keys(self._experts)
 
@@ -65,15 +56,17 @@ class ExtractWriter:
         done, plan = [], self._plan
         with TensorWriter(place / WEIGHTS, self._entries()) as writer:
             for pair in plan.whole:
-                file, name = pair.tuned
-                writer.write(PREFIX + pair.name, file.read(name))
+                _copy(pair, writer)
             for pair, emitted in zip(
                 plan.targets, in_order("extract", self._factors, plan.targets, workers, progress), strict=True
             ):
                 for name, tensor in self._tensors(pair, emitted).items():
                     writer.write(name, self._cast(pair, tensor))
                 done.append(_module_record(pair, emitted))
-        text = json.dumps(self._config(base), indent=2, ensure_ascii=False)
+        config = self._config(base)
+        if [p.kind for p in (*plan.targets, *plan.whole) if p.shares] == ["linear"]:
+            config["ensure_weight_tying"] = True  # a key of PEFT since 0.18; 0.21 fails on more uses than embedding and head
+        text = json.dumps(config, indent=2, ensure_ascii=False)
         (place / CONFIG).write_text(text + "\n", encoding="utf-8")
         return tuple(done)
 
@@ -90,13 +83,19 @@ class ExtractWriter:
         slices = [s.padded(self._rank(pair.module)) for s in emitted.slices]
         if pair.is_transposed:
             slices = [LowRank(s.b.mT, s.a.mT) for s in slices]
+        if pair.kind == "conv":
+            slices = [_among_all_channels(s, group, len(slices)) for group, s in enumerate(slices)]
         a, b = self._layouts[pair.module].pack(slices)
         name_a, name_b, name_bias = self._names(pair)
         return {name_a: a, name_b: b} | ({name_bias: self._bias(pair)} if self._plan.biases else {})
 
     def _bias(self, pair: Pair) -> Tensor:
         bias = self._plan.biases.get(pair.module)
-        return torch.zeros(self._layouts[pair.module].d_out) if bias is None else bias.delta().dense().flatten()
+        return torch.zeros(self._bias_size(pair)) if bias is None else bias.delta().dense().flatten()
+
+    def _bias_size(self, pair: Pair) -> int:
+        layout = self._layouts[pair.module]
+        return layout.d_out * (layout.stack if layout.kind == "conv" else 1)
 
     def _entries(self) -> list[Entry]:
         entries = [Entry(PREFIX + p.name, getattr(torch, STORED[p.info.dtype]), p.shape) for p in self._plan.whole]
@@ -105,11 +104,13 @@ class ExtractWriter:
             shape_a, shape_b = layout.packed_shapes(self._rank(pair.module))
             name_a, name_b, bias = self._names(pair)
             entries += [Entry(name_a, self._dtype, shape_a), Entry(name_b, self._dtype, shape_b)]
-            entries += [Entry(bias, self._dtype, (layout.d_out,))] * bool(self._plan.biases)
+            entries += [Entry(bias, self._dtype, (self._bias_size(pair),))] * bool(self._plan.biases)
         return entries
 
     def _rank(self, module: str) -> int:
-        return self._plan.rank if self._request.layout == "uniform" else self._plan.ranks[module]
+        """Return the rank that every matrix of a layer has in the file."""
+        is_uniform = self._request.layout == "uniform"
+        return self._plan.rank // self._layouts[module].rank_unit if is_uniform else self._plan.ranks[module]
 
     def _names(self, pair: Pair) -> tuple[str, str, str]:
         path = PREFIX + self._keys[pair.module]
@@ -134,8 +135,9 @@ class ExtractWriter:
     def _config(self, base: tuple[str, str | None]) -> dict[str, Any]:
         plan = self._plan
         uniform = self._request.layout == "uniform"
-        patterned = {} if uniform else {m: r for m, r in sorted(plan.ranks.items()) if r != plan.rank}
-        plain = {p.module for p in plan.targets if p.kind != "experts"}
+        own = {m: r * self._layouts[m].rank_unit for m, r in sorted(plan.ranks.items())}  # PEFT's r of every layer
+        patterned = {} if uniform else {m: r for m, r in own.items() if r != plan.rank}
+        plain = {p.module for p in plan.targets if not p.is_parameter}
         return {
             "alpha_pattern": patterned,
             "base_model_name_or_path": base[0],
@@ -146,32 +148,46 @@ class ExtractWriter:
             "lora_alpha": plan.rank,
             "lora_bias": bool(plan.biases),
             "lora_dropout": 0.0,
-            "modules_to_save": sorted({p.module for p in plan.whole}) or None,
+            "modules_to_save": list(plan.saved) or None,
             "peft_type": "LORA",
             "r": plan.rank,
             "rank_pattern": patterned,
             "revision": base[1],
-            "target_modules": _target_modules(self._pairing.pairs, plain),
+            "target_modules": _target_modules(self._pairing, plain),
             "target_parameters": self._experts or None,
-            "task_type": task_type(self._pairing),
+            "task_type": self._pairing.task,
             "use_dora": False,
             "use_rslora": False,
         }
 
 
-def _target_modules(pairs: Sequence[Pair], targets: set[str]) -> list[str]:
+def _copy(pair: Pair, writer: TensorWriter) -> None:
+    """Write a tensor of the fine-tune as it is, by rows: an embedding is large."""
+    file, name = pair.tuned
+    shape = pair.info.shape
+    if not shape:
+        writer.write(PREFIX + pair.name, file.read(name))
+        return
+    for start, stop in block_ranges(shape[0], math.prod(shape[1:])):
+        writer.write(PREFIX + pair.name, file.read_rows(name, start, stop), row=start)
+
+
+def _target_modules(pairing: Pairing, targets: set[str]) -> list[str]:
     """Return the names of the layers where they mean exactly these, else full paths."""
     names = {t.rpartition(".")[2] for t in targets}
-    meant = {p.module for p in pairs if p.module.rpartition(".")[2] in names}
+    modules: set[str] = set()  # with those that only hold others
+    for pair in (*pairing.pairs, *pairing.copies):
+        words = pair.layer.split(".")
+        modules |= {".".join(words[: i + 1]) for i in range(len(words))}
+    meant = {m for m in modules if m.rpartition(".")[2] in names}
     return sorted(names if meant == targets else targets)
 
 
-def task_type(pairing: Pairing) -> str | None:
-    """Return PEFT's task type, as the base model's architecture says; None where it says nothing."""
-    architectures = pairing.base.config.get("architectures") or [""]
-    if pairing.base.config.get("is_encoder_decoder") and "ForConditionalGeneration" in architectures[0]:
-        return "SEQ_2_SEQ_LM"
-    return next((task for end, task in _TASKS.items() if architectures[0].endswith(end)), None)
+def _among_all_channels(delta: LowRank, group: int, groups: int) -> LowRank:
+    """Return the delta of one group of a convolution as PEFT stores it: reading all channels, those of others times zero."""
+    a = delta.a.new_zeros(delta.rank, groups, delta.a.shape[1])
+    a[:, group] = delta.a
+    return LowRank(a.flatten(1), delta.b)
 
 
 def _module_record(pair: Pair, emitted: Emitted) -> ModuleRecord:

@@ -6,18 +6,16 @@ which is renamed to the output when it is whole.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from plait.errors import OutputError
+from plait.locking import locked
 from plait.merging.staging import output_problem, publish
 
 _LOCK, _JOURNAL, _MODEL = "lock", "journal.jsonl", "model"
@@ -95,45 +93,16 @@ def workshop(final: Path, *, force: bool) -> Iterator[Workshop]:
     problem = output_problem(final, force=force)
     if problem:
         raise OutputError(problem)
-    try:
-        lock = _locked(folder)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"{final} cannot be written: {error.strerror or error}.") from None
-    shop = Workshop(folder, final)
-    aside = folder / f"{_MODEL}.old"
-    if aside.exists() and not final.exists():
-        aside.rename(final)  # killed between the two renames of a replacement: the old model comes back
-    try:
-        yield shop
-    finally:
-        if not shop.finished:
-            shutil.rmtree(folder, ignore_errors=True)
-        lock.close()
-
-
-def _locked(folder: Path) -> IO[str]:
-    """Lock the folder, which is made when it is not there; the one who holds it may remove it meanwhile."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / _LOCK).open("a+", encoding="utf-8")
+    with locked(folder / _LOCK, "this model is being baked"):
+        shop = Workshop(folder, final)
+        aside = folder / f"{_MODEL}.old"
+        if aside.exists() and not final.exists():
+            aside.rename(final)  # killed between the two renames of a replacement: the old model comes back
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            who = file.read().strip() or "another process"
-            file.close()
-            raise OutputError(
-                f"{folder} is in use by {who}: this model is being baked. Wait for it, stop it, or choose another output."
-            ) from None
-        with suppress(OSError):
-            if os.fstat(file.fileno()).st_ino == (folder / _LOCK).stat().st_ino:
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
-                file.flush()
-                return file
-        file.close()
+            yield shop
+        finally:
+            if not shop.finished:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
 from plait.baking.checkpoint import BaseCheckpoint
-from plait.baking.deltas import ModuleMerge, Rows, add_rows, dense_rows, merge_dora
+from plait.baking.deltas import ModuleMerge, Rows, add_rows, dense_rows, merge_dora, own_columns
 from plait.baking.files import TORCH_DTYPES, block_ranges, write_at
 from plait.baking.placement import Piece
 from plait.baking.shards import OutTensor
@@ -50,7 +50,8 @@ class Maker:
             AdapterError: the base cannot be read.
         """
         dtype = TORCH_DTYPES[tensor.dtype]
-        exact = torch.float64 if torch.float64 in (dtype, self._source_dtype(tensor)) else torch.float32
+        wide = torch.float64 in (dtype, self._source_dtype(tensor)) or not dtype.is_floating_point
+        exact = torch.float64 if wide else torch.float32
         with ExitStack() as stack:
             adders = [*self._pieces(tensor, merges, exact, stack), *self._biases(tensor, merges)]
             self._write(tensor, adders, exact, handle, advance)
@@ -107,6 +108,8 @@ class Maker:
                 yield _low_rank(self._moved(low_rank), piece)
                 continue
             matrix = merge.matrices[piece.matrix]
+            if piece.columns is not None:
+                matrix = own_columns(matrix, *piece.columns, where=f"{tensor.name} ({piece.target})")
             if isinstance(matrix, LowRank):
                 yield _low_rank(self._moved(matrix), piece)
             else:

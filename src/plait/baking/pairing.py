@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +16,13 @@ from torch import Tensor
 from plait.adapters.layouts import Kind as LayoutKind
 from plait.adapters.layouts import Layout
 from plait.adapters.tensorfile import SafetensorsFile, TensorInfo
-from plait.baking.architecture import Architecture, ArchitectureUnknown, Part
+from plait.baking.architecture import Architecture, ArchitectureUnknown, Layer, Part
 from plait.baking.checkpoint import FLOATS, BaseCheckpoint
 from plait.baking.files import read_at
 from plait.errors import PlaitError, PlanError, collect
 from plait.linalg.blocks import RowBlocks
 
-Kind = Literal["linear", "conv1d", "conv", "experts", "embedding", "expert", "bias", "other"]
+Kind = Literal["linear", "conv1d", "conv", "experts", "parameter", "embedding", "expert", "bias", "head", "other"]
 
 _EMBEDDING = re.compile(r"(embed(_tokens|_positions|_in)?|.*_?embeddings?|wte|wpe|shared|relative_attention_bias)")
 _INPUT_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|shared|embed_in|word_embeddings)\.weight")
@@ -33,6 +33,24 @@ _CONSTANT = re.compile(r"(\.|^)(rotary_emb\.inv_freq|attn\.(masked_)?bias|positi
 # Models whose layers named c_attn, c_proj, c_fc are transformers' Conv1D; elsewhere (GPT-BigCode) they are Linear.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "decision_transformer", "imagegpt")
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
+# Layers of these models whose weights are read past an adapter, by fused kernels or by the code; PEFT refuses most of them.
+_MAMBA_MODELS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+_MAMBA = ("conv1d", "dt_proj", "out_proj")
+# Names by which PEFT means the fused experts of a model, whatever other layers have them.
+_EXPERT_LAYERS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+# What PEFT adds to `modules_to_save` for a task, and then looks for in the file.
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 _SHOWN = 4
 
 
@@ -69,11 +87,13 @@ class Pair:
 
     Attributes:
         name: of it.
-        kind: what it can become: `linear`, `conv1d`, `conv` and `experts` a LoRA, `embedding` one where asked for; the rest
-            cannot.
+        kind: what it can become: `linear`, `conv1d`, `conv`, `experts` and `parameter` (of a layer that PEFT adapts only so) a
+            LoRA, `embedding` one where asked for; `head` is kept whole, as PEFT does for its task; the rest cannot.
         shape: of it.
-        matrices: of each matrix of its stack, the rows that lie below each other; a tensor of any other shape is one matrix.
+        matrices: of each matrix of its stack (experts, groups of a convolution), the rows that lie below each other; a tensor
+            of any other shape is one matrix.
         is_transposed: the matrices are ΔWᵀ.
+        shares: the module whose embedding it shares the values of; None for a parameter of its own.
     """
 
     name: str
@@ -81,17 +101,36 @@ class Pair:
     shape: tuple[int, ...]
     matrices: tuple[tuple[Rows, ...], ...]
     is_transposed: bool = False
+    shares: str | None = None
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether an adapter names the parameter (`target_parameters`), not the layer that it belongs to."""
+        return self.kind in ("experts", "parameter")
+
+    @property
+    def layer(self) -> str:
+        """Path of the layer that it belongs to."""
+        return self.name.rpartition(".")[0]
 
     @property
     def module(self) -> str:
-        """Path of the target: the layer that it belongs to, or the parameter itself of fused experts."""
-        return self.name if self.kind == "experts" else self.name.rpartition(".")[0]
+        """Path of the target: the layer, or the parameter."""
+        return self.name if self.is_parameter else self.layer
 
     @property
     def is_stored(self) -> bool:
         """Whether one tensor of the checkpoints holds it, and nothing else."""
-        (part, *more), *others = self.matrices
-        return not more and not others and part.count * part.columns == math.prod(self.info.shape)
+        rows = [part for parts in self.matrices for part in parts]
+        same = len({part.tuned[1] for part in rows}) == 1
+        return same and sum(part.count * part.columns for part in rows) == math.prod(self.info.shape)
+
+    @property
+    def is_outweighed(self) -> bool:
+        """Whether it is a grouped convolution and the smallest LoRA there, whose groups all read all channels, is as large."""
+        if self.kind != "conv" or len(self.matrices) == 1:
+            return False
+        return sum(math.prod(shape) for shape in self.layout.packed_shapes(1)) >= math.prod(self.shape)
 
     @property
     def tuned(self) -> tuple[SafetensorsFile, str]:
@@ -109,9 +148,11 @@ class Pair:
         """How factors of it are stored."""
         rows, columns = self.matrix_shape
         d_out, d_in = (columns, rows) if self.is_transposed else (rows, columns)
-        kinds: dict[Kind, LayoutKind] = {"conv": "conv", "experts": "experts", "embedding": "embedding"}
-        kernel = self.shape[1:] if self.kind == "conv" else ()
-        return Layout(kinds.get(self.kind, "linear"), d_out, d_in, len(self.matrices), kernel)
+        if self.kind == "conv":  # every group of a LoRA reads the channels of all
+            groups = len(self.matrices)
+            return Layout("conv", d_out, groups * d_in, groups, (groups * self.shape[1], *self.shape[2:]))
+        kinds: dict[Kind, LayoutKind] = {"experts": "experts", "parameter": "experts", "embedding": "embedding"}
+        return Layout(kinds.get(self.kind, "linear"), d_out, d_in, len(self.matrices))
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -146,14 +187,20 @@ class Pairing:
         base: the base model.
         tuned: the fine-tune.
         pairs: every parameter that both have, sorted by name; constants and integers are left out.
-        ties_head: whether the head is the input embedding, and not stored.
+        copies: parameters that share the values of one of these, and are not stored.
+        constants: what else both have: integers, and constants that are computed as well.
+        ties_head: whether the head may be the input embedding, and the model's code could not be asked.
+        task: PEFT's task type, as the base model's architecture says; None where it says nothing.
         notes: what could not be known of the names.
     """
 
     base: BaseCheckpoint
     tuned: BaseCheckpoint
     pairs: tuple[Pair, ...]
+    copies: tuple[Pair, ...]
+    constants: tuple[Pair, ...]
     ties_head: bool
+    task: str | None
     notes: tuple[str, ...]
 
 
@@ -180,9 +227,34 @@ def pair_checkpoints(base: str, tuned: str, folder: Path | None = None) -> Pairi
     ]
     collect(PlanError, problems, f"{tuned} is no full fine-tune of {base} that a LoRA can be taken from")
     floats = {n: (b, t) for n, (b, t) in both.items() if not _CONSTANT.search(n) and one.info(b).dtype in FLOATS}
-    pairs, notes = _Pairs(one, two, floats).made()
-    ties = not any(_HEAD.fullmatch(p.name) for p in pairs) and bool(one.config.get("tie_word_embeddings", True))
-    return Pairing(one, two, tuple(sorted(pairs, key=lambda p: p.name)), ties, notes)
+    pairs, copies, notes = _Pairs(one, two, floats).made()
+    constants = _Pairs(one, two, {n: both[n] for n in both.keys() - floats.keys()}).as_stored()
+    task = task_type(one.config)
+    heads = TASK_HEADS.get(task or "", ())
+    pairs = [replace(p, kind="head") if is_saved(p.layer, heads) else p for p in pairs]
+    ties = bool(notes) and not any(_HEAD.fullmatch(p.name) for p in pairs) and one.config.get("tie_word_embeddings", True)
+    return Pairing(one, two, tuple(sorted(pairs, key=lambda p: p.name)), copies, constants, bool(ties), task, notes)
+
+
+def task_type(config: Mapping[str, Any]) -> str | None:
+    """Return PEFT's task type for a model, as its architecture says; None where it says nothing."""
+    architectures = config.get("architectures") or [""]
+    if config.get("is_encoder_decoder") and "ForConditionalGeneration" in architectures[0]:
+        return "SEQ_2_SEQ_LM"
+    return next((task for end, task in _TASKS.items() if architectures[0].endswith(end)), None)
+
+
+def is_saved(layer: str, names: Iterable[str]) -> bool:
+    """Say whether `modules_to_save` means a layer, or what it is part of: by the end of its path, as PEFT reads it."""
+    return saved_module(layer, names) is not None
+
+
+def saved_module(layer: str, names: Iterable[str]) -> str | None:
+    """Return the outermost module around a layer, or itself, that `modules_to_save` means."""
+    words = layer.split(".")
+    paths = (".".join(words[: i + 1]) for i in range(len(words)))
+    names = tuple(names)
+    return next((path for path in paths if path.endswith(names)), None)
 
 
 class _Pairs:
@@ -193,14 +265,17 @@ class _Pairs:
         # the base's tensor → the fine-tune's; a head that is read from the embedding has a name of its own
         self._own = {b: t for name, (b, t) in names.items() if not (_HEAD.fullmatch(name) and not _HEAD.fullmatch(b))}
 
-    def made(self) -> tuple[list[Pair], tuple[str, ...]]:
-        """Return the pairs, and notes: by the model's own code where it can be asked, else as the checkpoint names them."""
+    def made(self) -> tuple[list[Pair], tuple[Pair, ...], tuple[str, ...]]:
+        """Return the pairs, copies of embeddings among them, and notes.
+
+        Told by the model's own code where it can be asked, else by what the checkpoint's names say.
+        """
         shapes = {b: self._base.info(b).shape for b in self._own}
         try:
             model = Architecture.of(self._base.folder, shapes)
         except ArchitectureUnknown as error:
             note = f"{error}: modules are named as in the checkpoint, which PEFT may not find."
-            return [self._as_stored(name, b, t) for name, (b, t) in self._names.items()], (note,)
+            return [*self.as_stored()], (), (note,)
         known = {n: parts for n, parts in model.parts.items() if all(p.tensor in self._own for p in parts)}
         pairs = [self._of_parts(name, parts, model) for name, parts in known.items()]
         used = {p.tensor for parts in known.values() for p in parts}
@@ -209,7 +284,29 @@ class _Pairs:
                 pairs.append(replace(self._as_stored(name, b, t), kind="expert" if _EXPERT.search(name) else "other"))
             elif self._own[b] != t:
                 pairs.append(self._as_stored(name, b, t))
-        return pairs, ()
+        if any(p.kind == "experts" for p in pairs):
+            pairs = [replace(p, kind="parameter") if self._is_taken_for_expert(p) else p for p in pairs]
+        return pairs, tuple(self._copies(pairs, model)), ()
+
+    def as_stored(self) -> tuple[Pair, ...]:
+        """Return the pairs as the checkpoint names them, sorted."""
+        return tuple(self._as_stored(name, b, t) for name, (b, t) in sorted(self._names.items()))
+
+    @staticmethod
+    def _is_taken_for_expert(pair: Pair) -> bool:
+        return pair.kind == "linear" and _last(pair.name) in _EXPERT_LAYERS
+
+    @staticmethod
+    def _copies(pairs: Sequence[Pair], model: Architecture) -> Iterator[Pair]:
+        """Yield the other uses of an embedding, where the checkpoints store one tensor for all."""
+        made = {p.name: p for p in pairs}
+        for name, source in model.tied.items():
+            owner = made.get(source)
+            if name not in made and owner is not None and owner.kind == "embedding":
+                layer = model.layers.get(name.rpartition(".")[0])
+                if layer is not None and layer.kind in ("linear", "embedding"):
+                    is_embedding = layer.kind == "embedding"
+                    yield replace(owner, name=name, kind=layer.kind, is_transposed=is_embedding, shares=owner.module)
 
     def _as_stored(self, name: str, base: str, tuned: str) -> Pair:
         info = self._base.info(base)
@@ -226,16 +323,31 @@ class _Pairs:
                 whole = self._rows(parts[0].tensor, self._own[parts[0].tensor], matrix=True)
                 experts = tuple((replace(whole, first=i * shape[1], count=shape[1]),) for i in range(shape[0]))
                 return Pair(name, "experts", shape, experts, is_transposed=module in model.transposed)
-            kind = _kind(name, shape, is_conv1d=module in model.transposed, groups=model.convolutions.get(module))
-            return self._pair(name, kind, shape, ((self._rows(parts[0].tensor, self._own[parts[0].tensor]),),))
+            layer = model.layers.get(module)
+            kind = self._kind_of(name, shape, layer)
+            rows = self._rows(parts[0].tensor, self._own[parts[0].tensor])
+            groups = layer.groups if kind == "conv" and layer is not None else 1
+            count = rows.count // groups
+            return self._pair(name, kind, shape, tuple((replace(rows, first=i * count, count=count),) for i in range(groups)))
         stacks: dict[int, list[Part]] = {}
         for part in sorted(parts, key=lambda p: (p.expert or 0, p.start)):
             stacks.setdefault(part.expert or 0, []).append(part)
         matrices = tuple(tuple(self._part(p) for p in stack) for stack in stacks.values())
         shape = (sum(r.count for r in matrices[0]), *self._base.info(parts[0].tensor).shape[1:])
         if parts[0].expert is None:
-            return self._pair(name, _kind(name, shape, is_conv1d=False), shape, matrices)
+            return self._pair(name, self._kind_of(name, shape, model.layers.get(module)), shape, matrices)
         return Pair(name, "experts" if len(shape) == 2 else "other", (len(matrices), *shape), matrices)
+
+    def _kind_of(self, name: str, shape: tuple[int, ...], layer: Layer | None) -> Kind:
+        """Return what a parameter can become, with its layer as PEFT sees it."""
+        if not name.endswith(".weight"):
+            return _kind(name, shape, is_conv1d=False)
+        if _last(name) in _MAMBA and self._base.config.get("model_type") in _MAMBA_MODELS:
+            return "other"
+        if layer is not None:
+            return layer.kind
+        # a router, say: a layer of the model's own kind
+        return "parameter" if len(shape) == 2 and not _EMBEDDING.fullmatch(_last(name)) else "other"
 
     def _pair(self, name: str, kind: Kind, shape: tuple[int, ...], matrices: tuple[tuple[Rows, ...], ...]) -> Pair:
         return Pair(name, kind, shape, matrices, is_transposed=kind in ("embedding", "conv1d"))  # stored as (d_in, d_out)
@@ -334,12 +446,10 @@ def _shapes(base: str, tuned: str, shapes: Mapping[str, tuple[tuple[int, ...], t
     return problems
 
 
-def _kind(name: str, shape: tuple[int, ...], *, is_conv1d: bool, groups: int | None = None) -> Kind:
+def _kind(name: str, shape: tuple[int, ...], *, is_conv1d: bool) -> Kind:
     parameter = name.rpartition(".")[2]
     if parameter == "bias":
         return "bias"
-    if parameter == "weight" and groups == 1:
-        return "conv"
     if parameter != "weight" or len(shape) != 2:
         return "other"
     if _EMBEDDING.fullmatch(_last(name)):

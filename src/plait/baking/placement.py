@@ -33,6 +33,7 @@ class Piece:
         count: how many.
         row: the first row of the tensor, seen as rows × columns.
         transposed: the tensor stores ΔWᵀ.
+        columns: first and last column of ΔW that the tensor has, behind which it has none but zeros; None for all of them.
     """
 
     target: str
@@ -41,6 +42,7 @@ class Piece:
     count: int
     row: int
     transposed: bool
+    columns: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -201,11 +203,9 @@ class _Placing:
         rows, columns = _as_matrix(layout, shape)
         if whole:
             wanted = _stored_shape(layout, transposed=transposed)
-            if layout.kind == "conv" and layout.stack > 1 and layout.kernel[0] == shape[1] * layout.stack:
-                raise ValueError(
-                    f"{part.tensor!r} is a convolution in {layout.stack} groups, and PEFT's LoRA on it reads all input "
-                    "channels in every group: no grouped weight can hold that. Keep the adapter, or train without this layer"
-                )
+            if layout.kind == "conv" and layout.stack > 1 and shape == (wanted[0], wanted[1] // layout.stack, *wanted[2:]):
+                yield from self._groups(target, layout, part.tensor)
+                return
             if shape != wanted and not (layout.kind == "experts" and layout.stack == 1 and shape == wanted[1:]):
                 raise ValueError(
                     f"{part.tensor!r} of the base model is {list(shape)}, the adapters need {list(wanted)}. Is this the base "
@@ -221,6 +221,27 @@ class _Placing:
                 f"{list(layout.dense_shape)}. Is this the base model that they were trained on?"
             )
         yield Piece(target, part.expert or 0, part.start, count, part.row, transposed=False)
+
+    def _groups(self, target: str, layout: Layout, tensor: str) -> Iterator[Piece]:
+        """Yield the pieces of a grouped convolution under a LoRA as PEFT stores it, every group of which reads all channels.
+
+        Raises:
+            ValueError: some group reads channels of others, which the weight has no place for.
+        """
+        width = layout.d_in // layout.stack
+        for adapter in self._inventory.adapters:
+            if target not in adapter.targets:
+                continue
+            for group, delta in enumerate(adapter.read(target)):
+                if bool(delta.a[:, : group * width].any()) or bool(delta.a[:, (group + 1) * width :].any()):
+                    raise ValueError(
+                        f"{tensor!r} is a convolution in {layout.stack} groups, and the LoRA of {adapter.name!r} reads all "
+                        "input channels in every group: no grouped weight can hold that. Keep the adapter, or train without "
+                        "this layer"
+                    )
+        for i in range(layout.stack):
+            columns = (i * width, (i + 1) * width)
+            yield Piece(target, i, 0, layout.d_out, i * layout.d_out, transposed=False, columns=columns)
 
     def _transposed(self, target: str, layout: Layout, shape: tuple[int, ...] | None) -> bool:
         """Say whether a tensor stores ΔWᵀ; its shape decides, the model's code where it is square."""
@@ -241,6 +262,9 @@ class _Placing:
         return is_conv1d(target, fan_in_fan_out=any(flags))
 
     def _put_bias(self, target: str) -> None:
+        owners = [a for a in self._inventory.adapters if target in a.targets and a.targets[target].has_bias]
+        if not any(bool(a.read_part(target, "lora_B.bias").any()) for a in owners):
+            return  # PEFT has a lora_bias beside all layers or none
         parts = self._names.parts(f"{target}.bias")
         if len(parts) == 1 and parts[0] == Part(parts[0].tensor):
             self._result.add(parts[0].tensor, biases=(target,))

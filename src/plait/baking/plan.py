@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -36,12 +36,15 @@ class BakeOptions(Record):
         shard_size: largest file, such as `5GB`; None keeps the base's files.
         device: where blocks are added up, as torch names it; another kind of device rounds its sums otherwise.
         dequantize: take a quantised base for the plain model that it stands for, where that can be done here.
+        full_tensors: put adapters' heads, embeddings and other full tensors into the model, or beside it; without, those of
+            the base stay. Taking an adapter out leaves them alone.
     """
 
     dtype: BakeDtype | None = None
     shard_size: str | None = None
     device: str = "cpu"
     dequantize: bool = False
+    full_tensors: bool = True
 
     @property
     def kept(self) -> dict[str, Any]:
@@ -198,6 +201,8 @@ def prepare_bake(
     checkpoint = _open_base(recipe, folder, dequantize=options.dequantize)
     working = recipe.model_copy(update={"output": Output(), "heads": effective_heads(recipe)})
     inventory = take_inventory(working, folder, moments)
+    if not options.full_tensors:
+        inventory = replace(inventory, adapters=tuple(replace(a, full_tensors={}) for a in inventory.adapters))
     merge = make_plan(inventory, workers=workers)
     full, problems = full_tensors(inventory.adapters, working.heads)
     placement = place(inventory, merge, checkpoint, full)

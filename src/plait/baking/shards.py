@@ -69,12 +69,13 @@ class _Entry:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    itemsize: int
     source: str | None
     change: Change
 
     @property
     def nbytes(self) -> int:
-        return _itemsize(self.dtype) * math.prod(self.shape)
+        return self.itemsize * math.prod(self.shape)
 
 
 def lay_out(
@@ -133,14 +134,18 @@ def _entry(checkpoint: BaseCheckpoint, placement: Placement, name: str, dtype: s
     info = checkpoint.info(name)
     change = placement.changes.get(name, Change())
     shape = change.replaced.shape if change.replaced is not None else info.shape
-    return _Entry(name, _wanted(info.dtype, dtype), shape, name, change)
+    wanted = _wanted(info.dtype, dtype)
+    # one that is copied may have a dtype that only its header knows
+    itemsize = _itemsize(wanted) if wanted in TORCH_DTYPES else info.nbytes // max(1, math.prod(info.shape))
+    return _Entry(name, wanted, shape, itemsize, name, change)
 
 
 def _added(checkpoint: BaseCheckpoint, placement: Placement, dtype: str | None) -> Iterator[_Entry]:
     usual = _usual_dtype(checkpoint)
     for name, added in placement.added.items():
         own = checkpoint.info(added.source).dtype if added.source else usual
-        yield _Entry(name, _wanted(own, dtype), added.shape, added.source, added.change)
+        wanted = _wanted(own, dtype)
+        yield _Entry(name, wanted, added.shape, _itemsize(wanted), added.source, added.change)
 
 
 def _usual_dtype(checkpoint: BaseCheckpoint) -> str:
@@ -185,7 +190,7 @@ def _shard(checkpoint: BaseCheckpoint, name: str, entries: Sequence[_Entry], bas
         lead = base.lead
     else:
         # larger item sizes first keeps every tensor aligned; else the base's order stays
-        entries = sorted(entries, key=lambda e: -_itemsize(e.dtype))
+        entries = sorted(entries, key=lambda e: -e.itemsize)
         lead = _header(entries, checkpoint.shards[0].metadata if base is None else base.metadata)
         starts, at = [], len(lead)
         for entry in entries:

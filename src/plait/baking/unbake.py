@@ -1,7 +1,8 @@
 """Take an adapter out of a baked model again: a bake with the negative weight, and how far the result is from the original.
 
 It is no exact inverse. The bake rounded W + ΔW once to the stored dtype, and this rounds once more, so that an entry of a
-16-bit model comes back to within one unit in the last place of the larger of the two numbers.
+16-bit model comes back to within one unit in the last place of the larger of the two numbers. What an
+adapter holds whole took the place of something that the model does not have any more, and stays.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from plait.adapters.adapter import WEIGHTS
+from plait.adapters.adapter import Adapter
 from plait.adapters.tensorfile import SafetensorsFile
 from plait.baking.checkpoint import BaseCheckpoint
+from plait.baking.full import parameter_of
 from plait.baking.gaps import tensor_gap
 from plait.baking.pipeline import BakeResult, run_bake
-from plait.errors import PlanError, RecipeError
+from plait.baking.plan import BakeOptions
+from plait.errors import AdapterError, PlanError, RecipeError
 from plait.hub.download import resolve, resolve_model
 from plait.hub.references import parse_reference
 from plait.merging.progress import Progress
-from plait.merging.record import LOCK, Lock, sha256
+from plait.merging.record import LOCK, Lock
 from plait.recipes.loading import build_recipe
 from plait.records import Record
 
@@ -52,11 +55,13 @@ class UnbakeResult:
         bake: folder and record.
         weight: that was taken out.
         remaining: against the original, where that was given.
+        left: the adapter's full tensors, which are left in the model as they are there.
     """
 
     bake: BakeResult
     weight: float
     remaining: Remaining | None
+    left: tuple[str, ...] = ()
 
 
 def run_unbake(
@@ -73,33 +78,50 @@ def run_unbake(
     """Subtract an adapter from a baked model; arguments as `plait.unbake` has them, references as text.
 
     Raises:
-        PlanError: the model's lock says that the adapter was baked in with another weight, or not by a weighted sum.
+        PlanError: the adapter is DoRA; or the model's lock says that it was not baked in, with another weight, or not by a
+            weighted sum.
         PlaitError: as a bake.
     """
     if weight is not None and (not math.isfinite(weight) or weight == 0):
         raise RecipeError(f"weight is {weight}; give the number that the adapter was baked with, such as 0.7.")
     before = None if original is None else _original(original, BaseCheckpoint.open(model))
-    weight = _weight_of_lock(model, adapter) if weight is None else weight
+    opened = Adapter.open(resolve(parse_reference(adapter)).folder, "adapter")
+    if any(target.is_dora for target in opened.targets.values()):
+        raise PlanError(
+            f"{adapter}: DoRA scales rows by the norms that they had before the bake, which the model does not tell any more. "
+            "It cannot be subtracted; keep the model that it was baked into."
+        )
+    weight = _weight_of_lock(model, opened) if weight is None else weight
     recipe = build_recipe({"adapters": [{"path": adapter, "weight": -weight}], "base_model": model, "method": "linear"})
-    bake = run_bake(recipe, out=out, force=force, workers=workers, progress=progress)
-    return UnbakeResult(bake, weight, None if before is None else _remaining(BaseCheckpoint.open(str(out.absolute())), before))
+    bake = run_bake(recipe, BakeOptions(full_tensors=False), out=out, force=force, workers=workers, progress=progress)
+    remaining = None if before is None else _remaining(BaseCheckpoint.open(str(out.absolute())), before)
+    # copies of layers that LoRA adapts are no tensors of its own
+    left = tuple(parameter_of(path) for path in opened.full_tensors if ".base_layer." not in path)
+    return UnbakeResult(bake, weight, remaining, left)
 
 
-def _weight_of_lock(model: str, adapter: str) -> float:
+def _weight_of_lock(model: str, adapter: Adapter) -> float:
     """Return the weight that the adapter was baked with, as far as the model's own lock knows; else 1.
 
     Raises:
-        PlanError: it is another than 1, or no weight alone: that has to be said.
+        AdapterError: the lock cannot be read.
+        PlanError: the adapter is not in it; its weight is another than 1, or no weight alone: that has to be said.
     """
     path = resolve_model(model, files=("*.safetensors", "*.json", LOCK)).folder / LOCK
-    lock = Lock.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        lock = Lock.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        said = str(error).splitlines()[0]
+        raise AdapterError(f"{path}: not a lock that can be read ({said}). Say what is to be taken out: --weight.") from None
     if lock is None or lock.kind != "bake":
         return 1.0
-    place = resolve(parse_reference(adapter)).folder / WEIGHTS
-    digest = sha256(place) if place.is_file() else None
-    name = next((n for n, entry in lock.inputs.items() if entry.files.get(WEIGHTS) == digest), None)
+    file, digest = adapter.file.path.name, adapter.sha256()
+    name = next((n for n, entry in lock.inputs.items() if entry.files.get(file) == digest), None)
     if name is None:
-        return 1.0
+        raise PlanError(
+            f"{model}: its {LOCK} says that {', '.join(map(repr, lock.inputs))} went into it, and {adapter.folder} is none of "
+            "these. To subtract it all the same, give --weight."
+        )
     recipe = lock.recipe
     if recipe["method"]["name"] not in _PLAIN or recipe["weights"] is not None or recipe["transforms"]:
         raise PlanError(

@@ -139,17 +139,18 @@ class BakeOrder:
     def check(self) -> None:
         """Say what is wrong with the repository or the prompts before the work begins."""
         from plait.hub.upload import check_push
-        from plait.verification.parity import read_prompts
+        from plait.verification.parity import check_parity_request
 
         if self.repo is not None:
             check_push(self.repo)
         if self.prompts is not None:
-            read_prompts(self.prompts)
+            check_parity_request(self.prompts, self.options.device if self.options else "cpu")
 
     def run(self) -> tuple[BakeResult, ParityReport | None]:
         """Bake, compare with the live merge where prompts are given, and push where there is a repository."""
         from plait.baking.pipeline import run_bake
         from plait.cli.console import ProgressBars
+        from plait.errors import PlaitError
         from plait.verification.parity import check_parity
         from plait.verification.publish import push_result
 
@@ -158,11 +159,15 @@ class BakeOrder:
             progress=ProgressBars(),
         )  # fmt: skip
         parity = None
-        if self.prompts is not None:
-            device = self.options.device if self.options else "cpu"
-            parity = check_parity(result.folder, self.prompts, device=device, progress=ProgressBars())
-        if self.repo is not None:
-            result = replace(result, url=push_result(result.folder, self.repo, private=self.private).url)
+        try:
+            if self.prompts is not None:
+                device = self.options.device if self.options else "cpu"
+                parity = check_parity(result.folder, self.prompts, device=device, progress=ProgressBars())
+            if self.repo is not None:
+                result = replace(result, url=push_result(result.folder, self.repo, private=self.private).url)
+        except PlaitError as error:
+            error.add_note(f"The model is whole and stands in {result.folder}; `plait verify` and `plait push` go on from it.")
+            raise
         return result, parity
 
 

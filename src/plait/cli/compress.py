@@ -9,12 +9,17 @@ import typer
 
 
 def compress(
-    adapter: Annotated[str, typer.Argument(help=r"FOLDER or org/repo\[@revision]\[/subfolder].", show_default=False)],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help=r"FOLDER or org/repo\[@revision]\[/subfolder].", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write.", show_default=False)],
-    rank: Annotated[int | None, typer.Option(min=1, help="The new rank.", show_default=False)] = None,
+    rank: Annotated[str | None, typer.Option(help="The new rank, or energy:0.99.", show_default=False)] = None,
     energy: Annotated[
         float | None,
-        typer.Option(help="Lowest rank that keeps this share of ‖ΔW‖² in every module.", show_default=False),
+        typer.Option(
+            help="Lowest rank that keeps this share of ‖ΔW‖² in every module; the same as --rank energy:SHARE.",
+            show_default=False,
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     layout: Annotated[str, typer.Option(help="uniform: one rank for all modules; pattern: each its own.")] = "uniform",

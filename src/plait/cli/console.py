@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -23,9 +24,24 @@ from rich.progress import (
 )
 
 
+class _Unpadded:
+    """A text file that keeps the spaces at the ends of lines to itself: tables are padded to a width that no pipe has."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        return self._file.write(re.sub(r" +$", "", text, flags=re.MULTILINE) if text.endswith("\n") else text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 def out() -> Console:
-    """Return the console of results (stdout)."""
-    return Console(highlight=False)
+    """Return the console of results (stdout); in a pipe, lines end where their text ends."""
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(highlight=False, file=cast(TextIO, _Unpadded(sys.stdout)))
 
 
 def err() -> Console:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,7 +88,7 @@ def evaluate(
     Example: plait eval recipe.yaml --tasks tasks/intent.yaml tasks/langid.yaml --matrix
     """
     from plait.cli.console import print_json
-    from plait.errors import OutputError
+    from plait.errors import OutputError, RecipeError
     from plait.evaluation.card import put_results
     from plait.evaluation.pipeline import Options
     from plait.evaluation.requirement import Requirement
@@ -100,6 +100,8 @@ def evaluate(
     settings = {"method": method, "space": space, "weights": weights, "scale": scale, "density": density}
     settings = {key: value for key, value in settings.items() if value is not None}
     bounds = [Requirement.read(text) for text in require or []]
+    if seed is not None and subset is None:
+        raise RecipeError("--seed is that of the subset; give --subset N too, or set both in the recipe (eval.subset).")
     sample = {"max_samples": subset, "seed": seed} if subset is not None and seed is not None else subset
     wanted = {"split": split, "subset": sample, "batch_size": batch_size}
     files = [part for text in tasks or [] for part in text.split(",") if part]
@@ -111,6 +113,7 @@ def evaluate(
         if card:
             put_results(Path(inputs[0]).expanduser(), evaluations[0])
     else:
+        _refuse_saved({"source": source, "card": card and out is None})
         compared = _merges(inputs, files, wanted, settings, set_ or [], (methods, spaces), options, bounds)
         evaluations = list(compared.evaluations)
     runs = [write_evaluation(workspace, found) for found in evaluations]
@@ -154,6 +157,13 @@ def _refuse_merging(reference: str, given: Sequence[str]) -> None:
     if given:
         flags = ", ".join(f"--{name}" for name in given)
         raise RecipeError(f"{reference} is evaluated as it is; {flags} belong to a merge: give a recipe or several adapters.")
+
+
+def _refuse_saved(flags: Mapping[str, object]) -> None:
+    from plait.errors import RecipeError
+
+    if given := ", ".join(f"--{name}" for name, value in flags.items() if value):
+        raise RecipeError(f"{given}: belongs to one adapter or model, as its files are; these are merged in memory.")
 
 
 def _saved(

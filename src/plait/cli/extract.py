@@ -49,6 +49,8 @@ def extract(
 
     if (rank is None) == (energy is None):
         raise RecipeError("give either --rank or --energy, such as --rank 16 or --energy 0.99.")
+    if energy is not None and not 0 < energy <= 1:
+        raise RecipeError(f"--energy {energy:g}: a share of the energy is needed, in (0, 1], such as 0.99.")
     result = run(
         base,
         finetuned,
@@ -87,7 +89,7 @@ def _show(result: ExtractResult) -> None:
     if record.unchanged:
         console.print(f"the same in both models: {len(record.unchanged)} layers, such as {record.unchanged[0]}; left out")
     _show_leftovers(record)
-    if record.max_lora_rank and not any(x.kept for x in record.leftovers):
+    if record.max_lora_rank and not record.saved and not any(x.kept for x in record.leftovers):
         console.print(f"vLLM: --max-lora-rank {record.max_lora_rank}")
     for note in record.notes:
         err().print(f"note: {note}", style="dim", markup=False)

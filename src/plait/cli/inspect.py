@@ -208,7 +208,7 @@ def _matrices(comparison: Comparison, width: int) -> Iterator[RenderableType]:
         _Measure.of("overlap of A", comparison.overlap_a, comparison.overlap_a_chance, _overlap),
         _Measure.of("overlap of B", comparison.overlap_b, comparison.overlap_b_chance, _overlap),
         _Measure.of("sign conflict", comparison.conflict, 0.5, _conflict),
-        _Measure.of("… weighted", comparison.weighted_conflict, 0.5, _conflict),
+        _Measure.of("weighted", comparison.weighted_conflict, 0.5, _conflict),
     ]
     label = max(len("unrelated"), *(min(_LABEL, len(name)) + 2 for name in comparison.names[1:]))
     first = 0

@@ -211,12 +211,13 @@ def _show_plans(plan: MergePlan, baked: BakePlan | None, bake_dir: Path | None, 
 
 def _show_plan(plan: MergePlan) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from plait.cli.console import out, size
 
     console = out()
-    console.print(f"[bold]{plan.method}[/bold] in [bold]{plan.space}[/bold] space: ", end="")
-    console.print(plan.equation, markup=False)
+    head = Text.assemble((plan.method, "bold"), " in ", (plan.space, "bold"), f" space: {plan.equation}")
+    console.print(head)
     console.print(f"pipeline: {plan.pipeline}", markup=False, highlight=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name, justify in (
@@ -234,9 +235,10 @@ def _show_plan(plan: MergePlan) -> None:
         table.add_row(f"{pattern} ({count})", shape, ranks, weights, _result_words(m.result, m.rank, m.exact_rank))
     console.print(table)
     _show_missing(plan)
-    where = (
-        f"rank {plan.rank}" if plan.rank else ("dense" if plan.result == "dense" else "rank decided by the energy asked for")
-    )
+    truncated = "truncated to " if plan.result == "truncated" else ""
+    where = f"{truncated}rank {plan.rank}" if plan.rank else "rank decided by the energy asked for"
+    if plan.result == "dense":
+        where = "dense"
     console.print(
         f"\n{len(plan.modules)} target modules · {where} · {size(plan.output_bytes)} to write · "
         f"about {size(plan.peak_bytes)} of memory · {plan.passes} pass{'es' if plan.passes > 1 else ''} over the factors"
@@ -268,7 +270,7 @@ def _result_words(result: str, rank: int | None, exact: int) -> str:
         return f"exact, rank {rank}"
     if result == "dense":
         return "dense"
-    return f"truncated to {rank} of {exact}" if rank else f"truncated (rank up to {exact})"
+    return f"rank {rank} of {exact}" if rank else f"rank up to {exact}"
 
 
 def _show_missing(plan: MergePlan) -> None:
@@ -287,11 +289,13 @@ def _show_missing(plan: MergePlan) -> None:
 
 def show_result(result: MergeResult) -> None:
     """Show where the result is and what it lost."""
+    from rich.text import Text
+
     from plait.cli.console import out, size
 
     console, record = out(), result.record
     names = " + ".join(result.plan.adapters)
-    console.print(f"[bold]{names}[/bold] → [bold]{result.folder}[/bold]", highlight=False)
+    console.print(Text.assemble((names, "bold"), " → ", (str(result.folder), "bold")), soft_wrap=True)  # paths stay whole
     rank = "dense" if record.rank is None else f"rank {record.rank}"
     console.print(
         f"{record.method} in {record.space} space · {len(record.modules)} target modules · {rank} · {record.seconds:.1f} s"

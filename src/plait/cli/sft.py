@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from typing import TYPE_CHECKING
 
 import typer
@@ -52,13 +52,15 @@ def sft(context: typer.Context) -> None:
         if flags.get("json"):
             print_json(_plan_json(plan))
         return
-    if flags.get("json"):
-        with redirect_stdout(sys.stderr):  # trackers and trainers print what they like
-            result = run_sft(plan, progress=ProgressBars())
-        if told:
-            print_json(_json(result))
-    else:
-        result = run_sft(plan)
+    as_json = bool(flags.get("json"))
+    try:
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():  # trackers and trainers print what they like
+            result = run_sft(plan, progress=ProgressBars() if as_json else None)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from the last checkpoint.", err=True)
+        raise typer.Exit(130) from None
+    if told and as_json:
+        print_json(_json(result))
     if told:
         _show(result)
     if result.failures:
@@ -86,7 +88,8 @@ def _show(result: SftResult) -> None:
 
     console, record = err(), result.record
     losses = f", loss {record.losses[0][1]:.3g} → {record.losses[-1][1]:.3g}" if record.losses else ""
-    console.print(f"trained {record.steps} steps on {record.examples} examples in {record.seconds:.0f} s{losses}")
+    did = "found what an earlier run trained:" if result.found else "trained"
+    console.print(f"{did} {record.steps} steps on {record.examples} examples in {record.seconds:.0f} s{losses}")
     for name in ("adapter", "final_model", "merged_model"):
         if (folder := getattr(result, name)) is not None:
             console.print(f"{name:12} {folder}", markup=False, soft_wrap=True)
@@ -105,6 +108,7 @@ def _json(result: SftResult) -> dict[str, object]:
     folders = {name: getattr(result, name) for name in ("adapter", "final_model", "merged_model")}
     return {
         **{name: None if folder is None else str(folder) for name, folder in folders.items()},
+        "found": result.found,
         "url": result.url,
         "failures": [asdict(failure) for failure in result.failures],
         "record": result.record.model_dump(mode="json"),

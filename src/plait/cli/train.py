@@ -68,15 +68,21 @@ def train(
         _dry_run(plan, only or [], json=json)
         return
     bars = PhaseBars()
-    with redirect_stdout(sys.stderr), closing(bars):  # trackers and trainers print what they like
-        result = train_cohort(
-            plan,
-            only=only or [],
-            places=Places(workers, cluster),
-            judging=Judging(load_dtype, device_map, trust_remote_code, matrix),
-            watcher=bars,
-            progress=ProgressBars(),
+    try:
+        with redirect_stdout(sys.stderr), closing(bars):  # trackers and trainers print what they like
+            result = train_cohort(
+                plan,
+                only=only or [],
+                places=Places(workers, cluster),
+                judging=Judging(load_dtype, device_map, trust_remote_code, matrix),
+                watcher=bars,
+                progress=ProgressBars(),
+            )
+    except KeyboardInterrupt:
+        typer.echo(
+            "stopped; the same command goes on: finished phases are kept, others begin at their last checkpoint.", err=True
         )
+        raise typer.Exit(130) from None
     if json:
         print_json(result.model_dump(mode="json"))
     else:
@@ -209,7 +215,8 @@ class PhaseBars:
             self._bars.remove_task(task)
         if not self._tasks:
             self.close()
-        seconds = time.perf_counter() - self._started.pop(outcome.name, time.perf_counter())
+        now = time.perf_counter()
+        seconds = now - self._started.pop(outcome.name, now)
         record = outcome.record
         if record is None:
             self._console.print(f"{outcome.name}: failed after {seconds:.0f} s", style="red", markup=False)

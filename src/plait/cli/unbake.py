@@ -36,15 +36,23 @@ def unbake(
     if json:
         remaining = result.remaining.model_dump(mode="json") if result.remaining else None
         record = result.bake.record.model_dump(mode="json")
-        print_json({"folder": str(result.bake.folder), "weight": result.weight, "remaining": remaining, **record})
+        said = {"folder": str(result.bake.folder), "weight": result.weight, "remaining": remaining, "left": result.left}
+        print_json({**said, **record})
     else:
         _show(result)
 
 
 def _show(result: UnbakeResult) -> None:
-    from plait.cli.console import out
+    from plait.cli.console import err, out
 
     record, remaining = result.bake.record, result.remaining
+    if result.left:
+        shown = ", ".join(result.left[:4]) + (f" and {len(result.left) - 4} more" if len(result.left) > 4 else "")
+        err().print(
+            f"note: the adapter holds {shown} whole; the model keeps what it has there, since what a bake replaces is gone.",
+            style="dim",
+            markup=False,
+        )
     out().print(
         f"{record.base_model} − {result.weight:g} × {record.sources[0]['name']} → {result.bake.folder} · "
         f"{len(record.modules)} target modules · {record.seconds:.1f} s",

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,4 +27,5 @@ def write_atomically(file: Path, data: Mapping[str, Any]) -> None:
     except OSError as error:
         raise OutputError(f"{file} cannot be written: {error.strerror or error}.") from None
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)

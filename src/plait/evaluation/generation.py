@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -42,8 +43,9 @@ def generate(
     apart = bool(model.config.is_encoder_decoder)
     prompts = [len(q.prompt) for q in questions]
     check_lengths(model, [max(n, 1 + max_new_tokens) if apart else n + max_new_tokens for n in prompts])
-    # the model's own settings may ask for sampling; only its end tokens are wanted
+    # the model's own settings may ask for sampling, or punish repetition; only its end tokens are wanted
     ends = getattr(model.generation_config, "eos_token_id", None)
+    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked; any token will do
     transformers = import_module("transformers")
     criteria = transformers.StoppingCriteriaList
     config = transformers.GenerationConfig(
@@ -51,7 +53,7 @@ def generate(
         do_sample=False,
         num_beams=1,
         eos_token_id=tokenizer.eos_token_id if ends is None else ends,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad,
         **(_beginning(model) if apart else {}),
     )
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt), i))
@@ -59,9 +61,9 @@ def generate(
     for at in range(0, len(order), batch_size):
         batch = order[at : at + batch_size]
         rows = [questions[i].prompt for i in batch]
-        ids, mask = _padded(rows, tokenizer.pad_token_id, model.device, left=not apart)
+        ids, mask = _padded(rows, pad, model.device, left=not apart)
         start = 1 if apart else ids.shape[1]  # where what is said begins
-        with torch.inference_mode(), plain_states(model):
+        with torch.inference_mode(), plain_states(model), _configured(model, config):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -72,6 +74,16 @@ def generate(
             said[i] = _cut(text, stop)
         report(len(batch))
     return said
+
+
+@contextmanager
+def _configured(model: Any, config: Any) -> Iterator[None]:
+    """Put a configuration in the place of the model's own, with which `generate` fills in whatever is not said."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _beginning(model: Any) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from plait.errors import TaskError
-from plait.evaluation.likelihood import check_lengths
+from plait.evaluation.likelihood import check_lengths, check_numbers
 
 
 def classify(
@@ -33,7 +33,7 @@ def classify(
         report: called with the number of texts finished since it was last called.
 
     Raises:
-        TaskError: the model has no head of that many outputs, or a text is too long.
+        TaskError: the model has no head of that many outputs, what it says is no number, or a text is too long.
     """
     cut: dict[str, Any] = {"truncation": max_tokens is not None, "max_length": max_tokens}
     lengths = [len(row) for row in tokenizer(list(texts), **cut)["input_ids"]]
@@ -50,6 +50,7 @@ def classify(
         if logits.ndim != 2 or logits.shape[1] != labels:
             raise TaskError(f"the model's head has outputs {list(logits.shape[1:])}; the task has {labels} labels.")
         for i, row in zip(batch, logits.float().tolist(), strict=True):
+            check_numbers(model, row)
             found[i] = row
         report(len(batch))
     return found

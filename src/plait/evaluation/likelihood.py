@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
@@ -42,7 +43,7 @@ def log_likelihoods(
         One number per continuation of every question, in their order; sums are float64 of float32 log-probabilities.
 
     Raises:
-        TaskError: a text is longer than the model's context.
+        TaskError: a text is longer than the model's context, or what the model says is no number.
     """
     apart = model.config.is_encoder_decoder
     check_lengths(model, [_length(q, apart=apart) for q in questions])
@@ -51,6 +52,7 @@ def log_likelihoods(
         reader = _EncoderDecoder(model) if apart else _reader(model, questions)
         for batch in _batches(questions, batch_size):
             for i, row in zip(batch, reader([questions[i] for i in batch]), strict=True):
+                check_numbers(model, row)
                 found[i] = row
             report(len(batch))
     return found
@@ -63,11 +65,33 @@ def check_lengths(model: Any, lengths: Sequence[int]) -> None:
         TaskError: some do not.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = None if limit is None else limit - reserved_positions(model)
     too_long = [n for n in lengths if limit is not None and n > limit]
     if too_long:
         raise TaskError(
             f"{len(too_long)} of {len(lengths)} texts are longer than the model's context of {limit} tokens (the longest has "
             f"{max(too_long)}). Leave them out, or let prompts lose their beginning with 'max_tokens' in the task."
+        )
+
+
+def reserved_positions(model: Any) -> int:
+    """Return how many of a model's positions no token has: RoBERTa and its kin count from behind the padding's."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1
+    return 0
+
+
+def check_numbers(model: Any, scores: Sequence[float]) -> None:
+    """Make sure that a model says numbers, of which one can be the largest.
+
+    Raises:
+        TaskError: one is NaN.
+    """
+    if any(map(math.isnan, scores)):
+        raise TaskError(
+            f"the model's outputs are NaN (computed in {model.dtype}). A weight is broken, or the dtype too narrow: try "
+            "--load-dtype float32 (dtype='float32')."
         )
 
 
@@ -89,6 +113,8 @@ def _can_continue(model: Any, questions: Sequence[Question]) -> bool:
     slides = "sliding_attention" in kinds or (not kinds and getattr(config, "use_sliding_window", True))
     fits = not (slides and window) or longest < window
     plain = kinds <= {"full_attention", "sliding_attention"} and bool(getattr(model, "_supports_cache_class", True))
+    # they would have to be told positions that start elsewhere
+    plain = plain and not reserved_positions(model)
     return fits and plain and "past_key_values" in inspect.signature(model.forward).parameters
 
 
@@ -116,7 +142,7 @@ class _Cached:
         self._model = model
         self._takes = set(inspect.signature(model.forward).parameters)
         prompts = [q.prompt for q in questions]
-        shared = _shared(prompts) if len(prompts) > 1 else 0
+        shared = _shared(prompts) if len(prompts) > 1 and self._finds_its_place() else 0
         self._shared = shared if shared >= _SHORTEST_PREFIX else 0
         self._read: Any = None
         if self._shared:
@@ -138,6 +164,14 @@ class _Cached:
             [float(first[i, answer[0]].double()) + (next(tails) if len(answer) > 1 else 0.0) for answer in q.answers]
             for i, q in enumerate(questions)
         ]
+
+    def _finds_its_place(self) -> bool:
+        """Whether padding may stand between a shared beginning and the rest of a prompt.
+
+        Not where the model counts the distance of two tokens by where they lie in its memory: ALiBi without positions (MPT),
+        local attention (GPT-Neo).
+        """
+        return "position_ids" in self._takes and "local" not in (getattr(self._model.config, "attention_layers", None) or ())
 
     def _tails(self, past: Any, seen: Tensor, longer: Sequence[tuple[int, list[int]]]) -> list[float]:
         """Return the log-likelihood of each continuation after its first token."""

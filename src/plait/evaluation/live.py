@@ -68,13 +68,14 @@ class Live:
     def _load(self, folder: Path, adapters: Sequence[Adapter]) -> Mixture:
         self._progress.start("load", 1, "model")
         with quiet_loading():
-            loaded = Mixture.load(folder, adapters, device_map=_device_map(self._device_map), **self._keywords)
+            loaded = Mixture.load(folder, adapters, device_map=placement(self._device_map), **self._keywords)
         self._progress.advance()
         self._progress.finish()
         return loaded
 
 
-def _device_map(wanted: str) -> Any:
+def placement(wanted: str) -> Any:
+    """Return what transformers is told: `auto` is the first accelerator, or, as `cpu` is, None: the processor."""
     import torch
 
     if wanted != "auto":

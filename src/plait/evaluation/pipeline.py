@@ -14,12 +14,13 @@ import plait
 from plait.adapters.adapter import CONFIG, Adapter
 from plait.errors import AddressError, PlanError, TaskError
 from plait.evaluation.contenders import Contender, merge_of, saved, whole
-from plait.evaluation.live import Live
+from plait.evaluation.live import Live, placement
 from plait.evaluation.record import Evaluation, Kind, Source
+from plait.evaluation.recovery import Drawn
 from plait.evaluation.scores import ScoreCache, model_digest
 from plait.evaluation.session import Asked, Session
 from plait.evaluation.subsets import check_names, choose, remember
-from plait.evaluation.workspace import SCORES, check_task_names
+from plait.evaluation.workspace import SCORES, check_task_names, check_workspace
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve, resolve_model
 from plait.hub.references import parse_reference
 from plait.merging.inventory import Inventory, open_adapters, take_inventory
@@ -122,7 +123,7 @@ class Evaluator:
             progress=progress,
         )
         cache = ScoreCache(None if options.workspace is None else options.workspace / SCORES)
-        setting = (options.dtype, options.device_map)
+        setting = (options.dtype, str(placement(options.device_map)))  # `auto` is another device on another machine
         self._session = Session(live, model_digest(place.folder), self.singles, self.tasks, spec, setting, cache, progress)
 
     def evaluate(self, subject: Subject) -> Evaluation:
@@ -157,6 +158,10 @@ class Evaluator:
             finished=datetime.now().astimezone().isoformat(timespec="seconds"),
             seconds=round(time.perf_counter() - started, 3),
         )
+
+    def draws(self, subject: Subject) -> dict[str, Drawn]:
+        """Return the bootstrap draws of every task; those of two subjects are of the same examples, and so can be compared."""
+        return self._session.draws(subject.contender)
 
     def merge(self, inventory: Inventory, name: str) -> Subject:
         """Return a merge, to be made in memory.
@@ -235,6 +240,8 @@ def evaluate_saved(
 
 def _ask(paths: Sequence[str | Path], spec: EvalSpec, workspace: Path | None) -> tuple[list[Asked], list[str]]:
     """Read every task's examples, and notes on its data."""
+    if workspace is not None:
+        check_workspace(workspace)
     tasks = load_tasks(paths)
     check_names(spec.subset, [t.name for t in tasks])
     check_task_names([t.name for t in tasks])
@@ -310,8 +317,15 @@ def _sources(folder: Path, lock: Lock | None, given: Mapping[str, str]) -> tuple
     ]
     singles = []
     for name, entry in lock.inputs.items():
-        if name in found:
-            place = Located(folder=found[name].folder, repo=entry.repo, commit=entry.commit)
+        if name not in found:
+            continue
+        place = Located(folder=found[name].folder, repo=entry.repo, commit=entry.commit)
+        of_merge = read_lock(place.folder) if lock.kind == "bake" and (place.folder / LOCK).is_file() else None
+        if of_merge is not None and of_merge.kind == "merge":  # a baked merge has the single adapters of that merge
+            within, more = _sources(place.folder, of_merge, {})
+            singles += within
+            notes += more
+        else:
             singles.append((Adapter.open(place.folder, name), place, entry.path))
     return singles, notes
 

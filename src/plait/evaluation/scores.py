@@ -1,7 +1,7 @@
 """Answers, kept by the hash of everything that they depend on: what is finished is never asked again.
 
 The key holds what is put on the base (tensor files, or a whole recipe), the base with its tokenizer, the examples with
-everything of the task that matters, the code that asks, the libraries that compute, dtype and batch size.
+everything of the task that matters, the code that asks, the libraries that compute, dtype, device and batch size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from plait.tasks.metrics import Answer
 
 #: Rooms whose code decides what is answered.
 _ROOMS = ("adapters", "evaluation", "linalg", "merging", "methods", "mixture", "spaces", "stages", "tasks", "transforms")
-_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja")
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
 
 
 class Answers(Record):
@@ -71,7 +71,7 @@ def digest(*parts: object) -> str:
 
 
 def model_digest(folder: Path) -> str:
-    """Return a hash of a model's weights, configuration and tokenizer."""
+    """Return a hash of a model's weights, configuration, tokenizer and own code."""
     return digest(_hashes(p for pattern in _MODEL_FILES for p in folder.glob(pattern)))
 
 
@@ -90,7 +90,11 @@ def code_digest() -> str:
 
 
 def _hashes(files: Iterable[Path]) -> Sequence[tuple[str, str]]:
-    return [(p.name if p.parent.parent.name != "heads" else f"{p.parent.name}/{p.name}", sha256(p)) for p in sorted(files)]
+    return [
+        (p.name if p.parent.parent.name != "heads" else f"{p.parent.name}/{p.name}", sha256(p))
+        for p in sorted(files)
+        if p.is_file()
+    ]
 
 
 def _transformers_version() -> str:

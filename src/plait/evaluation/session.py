@@ -110,6 +110,19 @@ class Session:
         tasks = tuple(a.task.name for a in self.asked)
         return Matrix(adapters=tuple(self.adapters), tasks=tasks, values=tuple(values), recovery=tuple(shares))
 
+    def draws(self, contender: Contender) -> dict[str, Drawn]:
+        """Return the bootstrap draws of every task; of two contenders they hold the same examples, and so can be compared."""
+        return {a.task.name: self._draws(self._sides(contender, a), a) for a in self.asked}
+
+    def _sides(self, contender: Contender, asked: Asked) -> Sides:
+        metric, own = self._metrics[asked.task.name], self._own(asked.task)
+        alone = None if own is None else metric.statistics(self.answers(own, asked))
+        base, merged = (metric.statistics(self.answers(c, asked)) for c in (bare(self.adapters), contender))
+        return Sides(metric, np.asarray(base), alone, np.asarray(merged))
+
+    def _draws(self, sides: Sides, asked: Asked) -> Drawn:
+        return sides.draws(self.spec.draws, task_seed(self.spec.seed, asked.task.name))
+
     def _result(self, contender: Contender, asked: Asked, drawn: dict[str, Drawn]) -> TaskResult:
         task, metric = asked.task, self._metrics[asked.task.name]
         base = self.answers(bare(self.adapters), asked)
@@ -118,9 +131,7 @@ class Session:
         merged = self.answers(contender, asked)
         values = metric.value(base), None if alone is None else metric.value(alone), metric.value(merged)
         found = recovery(metric, *values)
-        statistics = [None if side is None else metric.statistics(side) for side in (base, alone, merged)]
-        sides = Sides(metric, np.asarray(statistics[0]), statistics[1], np.asarray(statistics[2]))
-        draws = sides.draws(self.spec.draws, task_seed(self.spec.seed, task.name))
+        draws = self._draws(self._sides(contender, asked), asked)
         if found is not None:
             drawn[task.name] = draws
         return TaskResult(

@@ -96,5 +96,5 @@ def _shares(sizes: Mapping[str, int], wanted: int) -> dict[str, int]:
         shares[name] += 1
         by_need.append(by_need.pop(by_need.index(name)))
     while sum(shares.values()) > wanted:
-        shares[max(shares, key=lambda name: (shares[name] - exact[name], name))] -= 1
+        shares[max((n for n in shares if shares[n] > least), key=lambda name: (shares[name] - exact[name], name))] -= 1
     return shares

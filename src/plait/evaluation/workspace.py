@@ -42,6 +42,19 @@ def check_task_names(names: Sequence[str]) -> None:
         raise TaskError(f"a task cannot be called {taken[0]!r}: results have a folder of that name beside the tasks'.")
 
 
+def check_workspace(workspace: Path) -> None:
+    """Make sure, before anything is computed, that results can be kept.
+
+    Raises:
+        OutputError: they cannot.
+    """
+    there = next(p for p in (workspace.absolute(), *workspace.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise OutputError(f"the workspace {workspace} cannot be written: {there} is no folder. Give another --workspace.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"the workspace {workspace} cannot be written: no permission in {there}. Give another --workspace.")
+
+
 def write_evaluation(workspace: Path, found: Evaluation) -> Path:
     """Write everything about one evaluation; return its run folder.
 

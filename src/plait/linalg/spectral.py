@@ -1,6 +1,6 @@
 """Spectra and subspaces: numerical rank, polar factors, coordinates shared by several matrices, Tucker bases.
 
-Everything here is small (Σ r on a side, float64), but for the one tall QR that makes it so.
+Everything here is small (Σ r on a side, float64), but for the one tall reduction that makes it so.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from plait.linalg.factored import Reduced
 
 # Singular values below this share of the largest are the round-off of products of float32 factors. What promotes weak
 # directions (whitening, equal spectra) must not see them: it would return noise of full size.
@@ -51,7 +53,7 @@ def polar(x: Tensor, *, tolerance: float = 1e-4) -> Tensor:
     return factor
 
 
-def joint_coordinates(blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def joint_coordinates(blocks: Sequence[Tensor]) -> tuple[Reduced, list[Tensor]]:
     """Return an orthonormal basis of the columns of several tall matrices, and their coordinates in it: blockₜ = Q Rₜ.
 
     The basis depends on the order of the blocks; what is computed from the coordinates must not depend on the basis.
@@ -60,10 +62,10 @@ def joint_coordinates(blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         blocks: each (m, rₜ).
 
     Returns:
-        Q (m, k) in the dtype of the blocks, k = min(m, Σ rₜ), and Rₜ (k, rₜ) in float64.
+        Q (m, k), k = min(m, Σ rₜ), which is not formed, and Rₜ (k, rₜ) in float64.
     """
-    q, r = torch.linalg.qr(torch.cat(list(blocks), dim=1))
-    return q, list(r.double().split([block.shape[1] for block in blocks], dim=1))
+    q = Reduced.of(torch.cat(list(blocks), dim=1))
+    return q, list(torch.split(q.r, [block.shape[1] for block in blocks], dim=1))
 
 
 def smooth_spectrum(s: Tensor, ratio: float) -> Tensor:

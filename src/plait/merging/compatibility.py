@@ -13,7 +13,7 @@ from itertools import combinations
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
-from plait.adapters.names import layer_key
+from plait.adapters.names import is_conv1d, layer_key
 from plait.records import Record
 
 # The values vLLM takes for its setting max_lora_rank. Newer versions also take 1, which older ones refuse.
@@ -206,6 +206,13 @@ def form_problems(adapters: Sequence[Adapter]) -> list[str]:
         problems.append(
             f"{doubled[0]!r} is adapted as a parameter (target_parameters) by one adapter and as a module by another; PEFT "
             "cannot load both. Train them with the same selection."
+        )
+    transposed = sorted({t.path for a, t in targets if is_conv1d(t.path, fan_in_fan_out=a.config.flag("fan_in_fan_out"))})
+    experts = sorted({t.path for _, t in targets if t.layout.kind == "experts"})
+    if transposed and experts:
+        problems.append(
+            f"{transposed[0]!r} is stored transposed (fan_in_fan_out), which holds for a whole adapter, and PEFT then takes no "
+            f"fused experts, such as {experts[0]!r}. Leave one of the adapters out."
         )
     for key in ("layer_replication", "alora_invocation_tokens"):
         values = {a.name: a.config.raw.get(key) for a in adapters}

@@ -3,11 +3,13 @@
 W'ₜ = mₜ ⊙ (W + sₜBₜAₜ) / ‖W + sₜBₜAₜ‖_row is a row scaling and a LoRA: with cₜ = mₜ / ‖W + sₜBₜAₜ‖_row,
 ΔWₜ = diag(cₜ − 1) W + diag(cₜ) sₜBₜAₜ. Sums stay in that form, diag(d) W + L, and
 diag(1 + d) (W + diag(1 + d)⁻¹ L) is DoRA again with B'A' = diag(1 + d)⁻¹ L and m' = (1 + d) ⊙ ‖W + B'A'‖_row.
+What a truncation leaves out of L, it leaves out of ΔW: L is truncated, before it becomes B'A'.
 Source: Liu et al. 2024 (arXiv:2402.09353), eq. 5; the closure under sums is ours.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from plait.adapters.lowrank import LowRank
 from plait.errors import PlanError
 from plait.linalg.blocks import block_ranges
+from plait.linalg.factored import rank_for_energy
 
 _SMALLEST = 1e-6  # of 1 + d: below this a row of the merged model vanishes, and its direction with it
 
@@ -48,7 +51,7 @@ def merge_dora(
         coefficients: per adapter.
 
     Returns:
-        The factors B'A', and 1 + d (d_out,); `magnitude` turns them into the magnitude vector once B'A' is final.
+        L, and 1 + d (d_out,), for `written`.
 
     Raises:
         PlanError: a row of the merged weight vanishes, so that it has no direction to rescale.
@@ -64,10 +67,27 @@ def merge_dora(
             f"{module}: {int((~sound).sum())} rows of the base model vanish under these adapters and weights; "
             "DoRA cannot express that. Change the weights."
         )
-    parts = [LowRank(d.a, d.b * (scale / gain).unsqueeze(1)) for d, scale in zip(deltas, scales, strict=True)]
+    parts = [LowRank(d.a, d.b * scale.unsqueeze(1)) for d, scale in zip(deltas, scales, strict=True)]
     return LowRank.concatenate(parts, coefficients), gain
 
 
-def magnitude(weight: Tensor, delta: LowRank, gain: Tensor) -> Tensor:
-    """Return m' = (1 + d) ⊙ ‖W + B'A'‖_row, (d_out,)."""
-    return gain * row_norms(weight, delta)
+def written(weight: Tensor, delta: LowRank, gain: Tensor) -> tuple[LowRank, Tensor]:
+    """Return B'A' and m', (d_out,), of diag(d) W + L, for L as it is kept and gain 1 + d."""
+    factors = LowRank(delta.a, delta.b / gain.unsqueeze(1))
+    return factors, gain * row_norms(weight, factors)
+
+
+def energy(weight: Tensor, delta: LowRank, gain: Tensor) -> float:
+    """Return ‖diag(d) W + L‖²_F for L and 1 + d, by blocks of rows."""
+    blocks = ((gain[i:j, None] - 1) * weight[i:j] + delta.b[i:j] @ delta.a for i, j in block_ranges(*weight.shape))
+    return math.fsum(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in blocks)
+
+
+def rank_at_energy(weight: Tensor, delta: LowRank, gain: Tensor, share: float) -> int:
+    """Return the lowest rank of L that keeps a share of ‖diag(d) W + L‖²: d is kept whole, so L may lose the rest of all."""
+    if delta.rank == 0:
+        return 1
+    s = delta.singular_values()
+    own = float(s.square().sum())
+    spared = (1 - share) * energy(weight, delta, gain)
+    return rank_for_energy(s, 1 - spared / own) if spared < own else 1

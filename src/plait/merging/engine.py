@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -21,8 +21,8 @@ from plait.adapters.lowrank import LowRank
 from plait.errors import PlaitError, PlanError
 from plait.linalg.blocks import RowBlocks
 from plait.linalg.keyed import Key
+from plait.merging import dora
 from plait.merging.combine import Combiner, Statistics, pipeline_of
-from plait.merging.dora import magnitude, merge_dora
 from plait.merging.emit import Emitted, as_blocks, emit, rank_at_energy
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan, ModulePlan
@@ -94,6 +94,8 @@ class Engine:
             return {target: rank or 0 for target, rank in planned.items()}
 
         def rank(module: ModulePlan) -> int:
+            if self._inventory.base is not None:
+                return dora.rank_at_energy(*self._dora_sum(combiner, module.target), energy)
             merged = _sound(module.target, combiner.merge(module.target))
             return rank_at_energy(merged, energy, self._key(module.target))
 
@@ -131,6 +133,16 @@ class Engine:
         return MergedModule(target, emit(_sound(target, combiner.merge(target)), rank, key), None, bias, None)
 
     def _dora_module(self, combiner: Combiner, target: str, rank: int, bias: Tensor | None) -> MergedModule:
+        weight, total, gain = self._dora_sum(combiner, target)
+        emitted = emit([total], rank, self._key(target))
+        if emitted.energy is not None and emitted.kept is not None:  # of L; what it lost, ΔW has lost
+            whole = dora.energy(weight, total, gain)
+            emitted = replace(emitted, energy=whole, kept=max(0.0, whole - (emitted.energy - emitted.kept)))
+        factors, magnitude = dora.written(weight, emitted.slices[0], gain)
+        return MergedModule(target, replace(emitted, slices=(factors,)), None, bias, magnitude)
+
+    def _dora_sum(self, combiner: Combiner, target: str) -> tuple[Tensor, LowRank, Tensor]:
+        """Return the base's weight, L, and 1 + d (see `dora`)."""
         base = self._inventory.base
         if base is None:
             raise AssertionError("DoRA without a base passed the inventory")
@@ -144,9 +156,9 @@ class Engine:
             for a in self._inventory.adapters
         ]
         (factors,) = combiner.prepared.read(target)
-        merged, gain = merge_dora(target, weight, factors.scaled(), magnitudes, combiner.coefficients(target).tolist())
-        emitted = emit(_sound(target, [merged]), rank, self._key(target))
-        return MergedModule(target, emitted, None, bias, magnitude(weight, emitted.slices[0], gain))
+        merged, gain = dora.merge_dora(target, weight, factors.scaled(), magnitudes, combiner.coefficients(target).tolist())
+        _sound(target, [merged])
+        return weight, merged, gain
 
     def _bias(self, combiner: Combiner, target: str) -> Tensor:
         layout = self._inventory.layouts[target]

@@ -58,6 +58,15 @@ def main_heads(adapters: Sequence[Adapter], heads: Heads) -> tuple[dict[str, Ten
     return {}, {}
 
 
+def main_head_bytes(adapters: Sequence[Adapter], heads: Heads) -> int:
+    """Return the size of the full tensors that go into the merged adapter itself."""
+    if heads.policy == "from":
+        have = [a for a in adapters if a.name == heads.adapter]
+    else:
+        have = [a for a in adapters if a.full_tensors and heads.policy == "average"]
+    return sum(have[0].file.tensors[name].nbytes for name in have[0].full_tensors.values()) if have else 0
+
+
 def write_heads(adapters: Sequence[Adapter], heads: Heads, folder: Path) -> None:
     """Write each adapter's full tensors under `folder/heads/<name>/`, with what is needed to use them again."""
     if heads.policy != "separate":

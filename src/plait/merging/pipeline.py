@@ -191,13 +191,13 @@ def _record(
     combiner: Combiner,
     modules: tuple[ModuleRecord, ...],
     rank: int | None,
-    digests: list[str],
+    digests: dict[Path, str],
     started: float,
 ) -> RunRecord:
     return RunRecord(
         plait=plait.__version__,
         recipe=records.recipe_json(inventory.recipe),
-        sources=records.sources(inventory, digests),
+        sources=records.sources(inventory, [digests[a.file.path] for a in inventory.adapters]),
         method=plan.method,
         space=plan.space,
         result=max((m.result for m in modules), key=("exact", "truncated", "dense").index),
@@ -213,7 +213,7 @@ def _record(
 
 
 @contextmanager
-def _digests(inventory: Inventory) -> Iterator[Callable[[], list[str]]]:
+def _digests(inventory: Inventory) -> Iterator[Callable[[], dict[Path, str]]]:
     """Hash the inputs beside the work, and hand the digests out when asked."""
     with ThreadPoolExecutor(1, "plait-sha256") as pool:
         future = pool.submit(records.input_digests, inventory)

@@ -11,7 +11,7 @@ from plait.errors import PlanError, collect
 from plait.linalg.blocks import BLOCK_ELEMENTS, HOLD_ELEMENTS
 from plait.merging.combine import pipeline_of
 from plait.merging.compatibility import excluded_spaces, max_lora_rank
-from plait.merging.heads import head_problems
+from plait.merging.heads import head_problems, main_head_bytes
 from plait.merging.inventory import Inventory
 from plait.merging.moments import moments_problems
 from plait.merging.shared_init import shared_init_pairs
@@ -73,7 +73,7 @@ class MergePlan(Record):
             `deterministic` (same recipe, same bytes), `gauge_free` (a function of the deltas, whatever their factors).
         randomised: whether the method draws (keyed) random numbers.
         passes: passes over the factors, surveys included.
-        output_bytes: size of the tensor file; None when an energy decides it.
+        output_bytes: of the tensor file but for its header; None when an energy decides it.
         peak_bytes: estimated working memory above the interpreter with torch.
         max_lora_rank: smallest value of vLLM's setting that serves the result; None when none does.
         notes: what else is worth knowing.
@@ -110,7 +110,7 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
         *_mode_problems(recipe, left_out),
         *policy_problems(recipe, list(inventory.layouts)),
         *_space_problems(inventory),
-        *_dora_problems(inventory, pipeline),
+        *_dora_problems(inventory, pipeline, kept),
         *_moments_problems(inventory, pipeline),
         *layer_problems("method", method.layers(recipe.method), list(inventory.layouts)),
         *head_problems(inventory.adapters, recipe.heads),
@@ -137,7 +137,7 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
         promises=_promises(inventory, modules),
         randomised=method.randomised or pipeline.randomised,
         passes=_passes(recipe, pipeline),
-        output_bytes=_output_bytes(recipe, kept, modules, rank),
+        output_bytes=_output_bytes(inventory, kept, modules, rank),
         peak_bytes=_peak_bytes(inventory, pipeline, modules, workers),
         max_lora_rank=None if rank is None else max_lora_rank(rank),
         notes=(*_notes(inventory, left_out), *_data_notes(inventory, pipeline, list(kept))),
@@ -173,7 +173,7 @@ def _space_problems(inventory: Inventory) -> list[str]:
     return [f"space {space!r} is not for these adapters: {reason}. Use 'delta', 'core' or 'knots'."] if reason else []
 
 
-def _dora_problems(inventory: Inventory, pipeline: Pipeline) -> list[str]:
+def _dora_problems(inventory: Inventory, pipeline: Pipeline, kept: dict[str, Layout]) -> list[str]:
     if inventory.base is None:
         return []
     if not pipeline.is_linear or inventory.recipe.space_name == "factors":
@@ -183,10 +183,17 @@ def _dora_problems(inventory: Inventory, pipeline: Pipeline) -> list[str]:
         ]
     if inventory.recipe.output.kind == "delta":
         return ["output.kind 'delta' of DoRA adapters is not offered; write an adapter."]
+    names = [str(t.name) for t in inventory.recipe.transforms if t.name != "identity"]  # type: ignore[attr-defined]
+    if names:
+        return [f"transforms: {', '.join(names)} of DoRA adapters: their magnitudes belong to B A as it is. Take it out."]
+    words = {"experts": "fused experts", "conv": "grouped convolutions"}
+    stacked = {path: words[layout.kind] for path, layout in kept.items() if layout.stack > 1}
+    if not stacked:
+        return []
+    dora = ", ".join(repr(a.name) for a in inventory.adapters if any(t.is_dora for t in a.targets.values()))
     return [
-        f"{path}: DoRA on {layout.kind} layers with {layout.stack} matrices has no form here"
-        for path, layout in inventory.layouts.items()
-        if layout.stack > 1
+        f"{dora}: DoRA holds for a whole adapter, and has no form on {' and '.join(sorted({*stacked.values()}))}, such as "
+        f"{next(iter(stacked))!r}. Leave one of the adapters out."
     ]
 
 
@@ -261,15 +268,22 @@ def _passes(recipe: Recipe, pipeline: Pipeline) -> int:
     return 1 + sum(2 if i == 0 else 1 for i, s in enumerate(surveys) if s.scope == "model") + (recipe.output.energy is not None)
 
 
-def _output_bytes(recipe: Recipe, layouts: dict[str, Layout], modules: Sequence[ModulePlan], rank: int | None) -> int | None:
-    size = BYTES[recipe.output.dtype]
-    if recipe.output.kind == "delta":
+def _output_bytes(
+    inventory: Inventory, layouts: dict[str, Layout], modules: Sequence[ModulePlan], rank: int | None
+) -> int | None:
+    output, heads = inventory.recipe.output, main_head_bytes(inventory.adapters, inventory.recipe.heads)
+    size = BYTES[output.dtype]
+    if output.kind == "delta":
         return size * sum(layout.entries for layout in layouts.values())
     if rank is None:
         return None
-    uniform = recipe.output.layout == "uniform"
-    per_rank = [(layouts[m.target], rank if uniform else m.rank or rank) for m in modules]
-    return size * sum(layout.stack * r * (layout.d_out + layout.d_in) for layout, r in per_rank)
+    uniform = output.layout == "uniform"
+    per_rank = [(x := layouts[m.target], rank // x.rank_unit if uniform else m.rank or 0) for m in modules]
+    targets = [a.targets[m.target] for a in inventory.adapters for m in modules if m.target in a.targets]
+    vectors = any(t.has_bias for t in targets) + any(t.is_dora for t in targets)  # (d_out,) of every module
+    return heads + size * sum(
+        layout.stack * (r * (layout.d_out + layout.d_in) + vectors * layout.d_out) for layout, r in per_rank
+    )
 
 
 def _peak_bytes(inventory: Inventory, pipeline: Pipeline, modules: Sequence[ModulePlan], workers: int) -> int:

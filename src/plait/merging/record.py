@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ RECORD = "merge_metadata.json"
 SUMMARY = "summary.json"
 LOCK_VERSION = 1
 Kind = Literal["merge", "bake", "extract", "train"]
+_HASHED_AT_ONCE = 4
 _LIBRARIES = ("torch", "safetensors", "numpy")
 
 
@@ -154,9 +156,13 @@ def overall_kept(modules: tuple[ModuleRecord, ...]) -> float:
     return sum((m.energy or 0.0) * m.kept for m in modules) / total if total else 1.0
 
 
-def input_digests(inventory: Inventory) -> list[str]:
-    """Return sha256 of every adapter's tensor file, in the recipe's order."""
-    return [a.sha256() for a in inventory.adapters]
+def input_digests(inventory: Inventory) -> dict[Path, str]:
+    """Return sha256 of the large files that a merge reads: adapters, second moments, the base model; several at a time."""
+    paths = [a.file.path for a in inventory.adapters]
+    paths += [file.path for file in inventory.moments.files.values()] if inventory.moments is not None else []
+    paths += weight_files(inventory.base_located.folder) if inventory.base_located is not None else []
+    with ThreadPoolExecutor(_HASHED_AT_ONCE, "plait-sha256") as pool:
+        return dict(zip(paths, pool.map(sha256, paths), strict=True))
 
 
 def sources(inventory: Inventory, digests: list[str]) -> tuple[dict[str, Any], ...]:
@@ -181,7 +187,7 @@ def sources(inventory: Inventory, digests: list[str]) -> tuple[dict[str, Any], .
 
 def make_lock(
     inventory: Inventory,
-    digests: list[str],
+    digests: Mapping[Path, str],
     folder: Path,
     plait_version: str,
     *,
@@ -194,7 +200,7 @@ def make_lock(
 
     Args:
         inventory: what was merged.
-        digests: of the adapters' tensor files.
+        digests: of the inputs (`input_digests`).
         folder: the finished files.
         plait_version: that made them.
         final: the name that the folder will have; needed where that is in another folder.
@@ -203,7 +209,7 @@ def make_lock(
         known: files of the folder whose sha256 is known already.
     """
     home = folder if final is None else final
-    base = inventory.base_located
+    base, adapters = inventory.base_located, [digests[a.file.path] for a in inventory.adapters]
     return Lock(
         version=LOCK_VERSION,
         plait=plait_version,
@@ -211,28 +217,32 @@ def make_lock(
         libraries=library_versions(),
         machine=platform.machine(),
         recipe=recipe_json(inventory.recipe),
-        inputs=adapter_inputs(inventory, digests, home),
+        inputs=adapter_inputs(inventory, adapters, home, digests),
         outputs=output_digests(folder, known),
         kind=kind,
         options=dict(options or {}),
-        base=None if base is None else locked_input(base, weight_digests(base.folder), home),
+        base=None if base is None else locked_input(base, {p.name: digests[p] for p in weight_files(base.folder)}, home),
     )
 
 
-def adapter_inputs(inventory: Inventory, digests: list[str], home: Path) -> dict[str, LockedInput]:
+def adapter_inputs(
+    inventory: Inventory, digests: list[str], home: Path, known: Mapping[Path, str] | None = None
+) -> dict[str, LockedInput]:
     """Describe the adapters, and their files of second moments, so that they can be found again.
 
     Args:
         inventory: what was merged.
         digests: of the adapters' tensor files.
         home: where the lock will stand.
+        known: sha256 of other files, where it is known.
     """
+    known = known or {}
     inputs = {
         adapter.name: locked_input(place, {adapter.file.path.name: digest, CONFIG: sha256(adapter.config.path)}, home)
         for adapter, place, digest in zip(inventory.adapters, inventory.located, digests, strict=True)
     }
     for name, file in inventory.moments.files.items() if inventory.moments is not None else ():
-        moments = LockedFile(path=relative_path(file.path, home), sha256=sha256(file.path))
+        moments = LockedFile(path=relative_path(file.path, home), sha256=known.get(file.path) or sha256(file.path))
         inputs[name] = inputs[name].model_copy(update={"moments": moments})
     return inputs
 
@@ -270,7 +280,12 @@ def output_digests(folder: Path, known: Mapping[str, str] | None = None) -> dict
 
 def weight_digests(folder: Path) -> dict[str, str]:
     """Return sha256 of a model's safetensors files."""
-    return {p.name: sha256(p) for p in sorted(folder.glob("*.safetensors"))}
+    return {p.name: sha256(p) for p in weight_files(folder)}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return a model's safetensors files, sorted."""
+    return sorted(folder.glob("*.safetensors"))
 
 
 def write_json(path: Path, value: Record | Mapping[str, Any]) -> None:

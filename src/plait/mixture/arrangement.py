@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+
+import torch
 
 from plait.mixture.layers import Adapted
 from plait.mixture.swaps import Swap
@@ -24,6 +27,7 @@ class Arrangement:
 
     def attach(self) -> None:
         """Put everything on; when something fails, nothing stays."""
+        _be_seen_by_compilers()
         with ExitStack() as undo:
             for swap in self._swaps:
                 swap.apply()
@@ -34,4 +38,17 @@ class Arrangement:
 
     def detach(self) -> None:
         """Take everything off, in reverse order."""
+        _be_seen_by_compilers()
         self._undo.close()
+
+
+def _be_seen_by_compilers() -> None:
+    """Let `torch.compile` notice hooks that come and go.
+
+    It takes it that a module's hooks never change, so what it made of the bare base would answer as the bare base for ever.
+    What it made before this is given up, once per process.
+    """
+    dynamo = sys.modules.get("torch._dynamo")  # not imported: nothing is compiled
+    if dynamo is not None and dynamo.config.skip_nnmodule_hook_guards:
+        dynamo.config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()

@@ -57,5 +57,7 @@ def _add(y: Tensor, scaled: Tensor, bt: Tensor) -> Tensor:
     # a compiler fuses the sum by itself, and autograd rebuilds the history of a view at the price of a copy
     if torch.compiler.is_compiling() or y.dtype != bt.dtype or y._is_view() or not y.is_contiguous():
         return y + (scaled @ bt).to(y.dtype)
+    if y.is_leaf and y.requires_grad:  # a hook has made it one, as gradient checkpointing does; it cannot be written into
+        return y + (scaled @ bt).to(y.dtype)
     y.view(-1, y.shape[-1]).addmm_(scaled.reshape(-1, scaled.shape[-1]), bt)
     return y

@@ -22,6 +22,7 @@ _CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 
 
@@ -37,14 +38,18 @@ def load_model(
     Raises:
         PlaitError: transformers is not installed.
         AddressError: the base cannot be found.
-        PlanError: adapters of different task types.
+        PlanError: adapters of different task types, no model, or a dtype or device that is none.
     """
     transformers = _transformers()
     folder = resolve_model(str(base)).folder
     keywords: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if device_map is not None:
         keywords["device_map"] = device_map
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _check(dtype, device_map)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{folder}: transformers cannot load this base model: {_words(error)}") from error
     labels = _labels(adapters)
     if labels is not None:
         config.num_labels = labels
@@ -52,6 +57,26 @@ def load_model(
     model, report = loader.from_pretrained(folder, config=config, output_loading_info=True, **keywords)
     _zero(model, report["missing_keys"], adapters)
     return model, _tokenizer(transformers, folder, trust_remote_code=trust_remote_code)
+
+
+def _check(dtype: Any, device_map: Any) -> None:
+    """Refuse what transformers would fail on deep within itself."""
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise PlanError(f"dtype {dtype!r} is none; allowed are auto, float32, bfloat16, float16, float64.")
+    if not isinstance(device_map, str) or device_map in _PLACEMENTS:
+        return
+    try:
+        device = torch.device(device_map)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise PlanError(
+            f"device_map {device_map!r} cannot be used here: {_words(error).rstrip('.')}. Allowed are "
+            f"{', '.join(_PLACEMENTS)}, or a device (cpu, cuda:0)."
+        ) from None
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _transformers() -> Any:
@@ -114,5 +139,6 @@ def _tokenizer(transformers: Any, folder: Path, *, trust_remote_code: bool) -> A
         return None  # audio and image models
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # batches are masked; any token will do
+        # batches are masked; any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer

@@ -151,7 +151,7 @@ def _recipe(source: Any, settings: Mapping[str, Any]) -> tuple[Recipe, Path | No
         return read_request(Path(source) if is_file else None, [] if is_file else source, settings)
     if settings:
         raise RecipeError(f"a Recipe is complete; put {', '.join(settings)} into it, or give adapters or a recipe's file.")
-    return source, None
+    return source, source.folder
 
 
 def _rounded(module: MergedModule, recipe: Recipe) -> MergedModule:

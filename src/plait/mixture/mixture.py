@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from plait.mixture.stack import Stack
 from plait.mixture.swaps import FullTensors, Swap, dense_swaps, full_swaps
 from plait.spaces.base import Merged
 
+_ACTING: WeakKeyDictionary[nn.Module, Mixture] = WeakKeyDictionary()  # model → whose block is entered
+
 
 class Mixture:
     """A base model with adapters on it, any of them active with any strength, and merge results in their place.
@@ -34,7 +37,7 @@ class Mixture:
     λ, never the base, which is frozen and in evaluation mode (no dropout).
 
     Outside its context managers the model is the bare base: no hook, no changed tensor. They nest; the inner one stands in
-    for the outer. Not safe for several threads at once.
+    for the outer. Several mixtures may share a model, one at a time. Not safe for several threads at once.
 
         mixture = Mixture.load("org/base", adapters)
         with mixture.active({"intent": 0.7, "langid": 0.3}, heads="intent") as model:
@@ -49,7 +52,7 @@ class Mixture:
 
     Raises:
         AdapterError: an adapter holds what a live model does not cover; all of them are listed.
-        PlanError: adapters that do not fit the model; all reasons are listed.
+        PlanError: adapters that do not fit the model, all reasons listed; or another mixture acts on it right now.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Mixture:
         *,
         factors: Literal["stored", "canonical"] = "stored",
     ) -> None:
+        _check_free(model, None)
         self.model = model.eval().requires_grad_(requires_grad=False)
         self.tokenizer = tokenizer
         self.names = tuple(a.name for a in adapters)
@@ -142,6 +146,8 @@ class Mixture:
         self, coefficients: Tensor, granularity: Granularity = "task", *, heads: str | None = None
     ) -> Iterator[nn.Module]:
         """Make all adapters act with Λ, which gradients reach; `set_coefficients` exchanges it while this lasts.
+
+        With gradient checkpointing, call `backward` within the block: what is computed again is computed with what acts then.
 
         Args:
             coefficients: float32 (or float64); per task (T,), layer (L, T), module (K, T) or direction (K, max R): `axes` says
@@ -258,6 +264,7 @@ class Mixture:
     @contextmanager
     def _suspended(self) -> Iterator[None]:
         """Take off what acts now, and put it back in the end."""
+        _check_free(self.model, self)
         outer, dial = self._now, self._dial.now
         if outer is not None:
             outer.detach()
@@ -273,10 +280,14 @@ class Mixture:
     def _acting(self, arrangement: Arrangement, coefficients: Coefficients) -> Iterator[None]:
         arrangement.attach()
         self._now, self._dial.now = arrangement, coefficients
+        outer = _ACTING.get(self.model)
+        _ACTING[self.model] = self
         try:
             yield
         finally:
             arrangement.detach()
+            if outer is None:
+                del _ACTING[self.model]
 
     def _own_heads(self, row: Sequence[float]) -> str | None:
         owners = [name for name, weight in zip(self.names, row, strict=True) if weight != 0 and name in self._heads]
@@ -338,6 +349,14 @@ class Mixture:
         if self._factors == "canonical":
             pieces = [None if p is None else p.canonical() for p in pieces]
         return Stack.of(place, pieces)
+
+
+def _check_free(model: nn.Module, mixture: Mixture | None) -> None:
+    """Refuse to act on, or to read, a model that another mixture has changed for now: the two would add up."""
+    if _ACTING.get(model, mixture) is not mixture:
+        raise PlanError(
+            "another Mixture acts on this model right now. Leave its `with` block first, or put all adapters into one Mixture."
+        )
 
 
 def _layers(places: Mapping[str, Place]) -> list[LayerKey | None]:

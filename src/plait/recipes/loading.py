@@ -42,10 +42,10 @@ class Loaded(NamedTuple):
 
 
 def load_recipe(path_or_text: str | Path, *, overrides: Overrides = ()) -> Recipe:
-    """Return the recipe that a file or a text describes; see `read_recipe`."""
+    """Return the recipe that a file or a text describes; that of a file knows its folder. See `read_recipe`."""
     loaded, notes = _read(path_or_text, overrides)
     _tell(notes)
-    return loaded.recipe
+    return loaded.recipe if _is_text(path_or_text) else loaded.recipe.placed(loaded.folder)
 
 
 def read_recipe(path_or_text: str | Path, *, overrides: Overrides = ()) -> Loaded:
@@ -106,8 +106,8 @@ def _tell(notes: list[Warning]) -> None:
 
 
 def _read(path_or_text: str | Path, overrides: Overrides) -> tuple[Loaded, list[Warning]]:
-    if isinstance(path_or_text, str) and _is_text(path_or_text):
-        document, source, folder = read_document(path_or_text, "recipe"), "recipe", Path.cwd()
+    if _is_text(path_or_text):
+        document, source, folder = read_document(str(path_or_text), "recipe"), "recipe", Path.cwd()
     else:
         path = Path(path_or_text).expanduser()
         document, source, folder = _document(path), str(path_or_text), path.absolute().parent
@@ -120,8 +120,8 @@ def _document(path: Path) -> Document:
     return read(_contents(path), str(path))
 
 
-def _is_text(text: str) -> bool:
-    return "\n" in text or ": " in text or text.lstrip().startswith("{")
+def _is_text(source: str | Path) -> bool:
+    return isinstance(source, str) and ("\n" in source or ": " in source or source.lstrip().startswith("{"))
 
 
 def _contents(path: Path) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plait.errors import RecipeError
+from plait.errors import AddressError, RecipeError
 from plait.hub.references import parse_reference
 from plait.recipes.loading import build_recipe, read_recipe
 from plait.recipes.overrides import apply_overrides, parse_override
@@ -37,10 +37,12 @@ def read_request(
     Raises:
         RecipeError: with everything that is wrong.
     """
-    overrides = [*_overrides(settings), *(parse_override(text) for text in sets)]
     entries = _entries(adapters)
     if file is not None:
+        if settings.get("base_model") is not None:
+            settings = {**settings, "base_model": base_from_here(str(settings["base_model"]))}
         entries = [{**entry, "path": _from_here(entry["path"])} for entry in entries]
+    overrides = [*_overrides(settings), *(parse_override(text) for text in sets)]
     try:
         weights = _checked(_weights(settings.get("weights")), entries)
     except RecipeError as error:
@@ -78,6 +80,14 @@ def extend_request(
     return build_recipe(apply_overrides(data, overrides), source="the request")
 
 
+def base_from_here(text: str) -> str:
+    """Return a base model's reference for a recipe with a folder of its own: a local path is made absolute."""
+    try:
+        return _from_here(text, allow_bare=True)
+    except AddressError:  # told where it is followed; most merges need no more than a name
+        return text
+
+
 def _add_other_problems(
     problem: str, file: Path | None, adapters: Adapters, settings: Mapping[str, Any], sets: Sequence[str]
 ) -> None:
@@ -94,9 +104,9 @@ def _entries(adapters: Adapters) -> list[dict[str, Any]]:
     return [{"path": str(path)} for path in adapters]
 
 
-def _from_here(text: str) -> str:
+def _from_here(text: str, *, allow_bare: bool = False) -> str:
     """Make a local path absolute: beside a recipe, relative paths would start at the recipe's folder."""
-    reference = parse_reference(text)
+    reference = parse_reference(text, allow_bare=allow_bare)
     if reference.path is None:
         return text
     name = f"{reference.name}=" if reference.name else ""

@@ -7,9 +7,10 @@ is computed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from plait.hub.references import parse_reference
 from plait.methods import METHODS
@@ -213,8 +214,10 @@ class Recipe(Record):
     """Everything a merge depends on.
 
     Constructing one directly raises pydantic's ValidationError; `load_recipe` and `plait.merge` say the same as a RecipeError,
-    with places and suggestions. Relative paths start at the current folder, unless the recipe is given as a file.
+    with places and suggestions. Relative paths start at `folder`, which is compared, but never written or dumped.
     """
+
+    _folder: Path | None = PrivateAttr(None)
 
     version: Literal[1] = 1
     base_model: Annotated[
@@ -296,6 +299,17 @@ class Recipe(Record):
             return [f"method {method.name!r}: {error}"]
         problems = method.pipeline(self.method).problems(self.space_name, count)
         return [f"method {method.name!r}: {problem}" for problem in problems]
+
+    @property
+    def folder(self) -> Path | None:
+        """Where relative paths start: the folder of the file that it was loaded from; None for the working directory."""
+        return self._folder
+
+    def placed(self, folder: Path) -> Recipe:
+        """Return the same recipe with relative paths that start at a folder."""
+        recipe = self.model_copy()
+        recipe._folder = folder
+        return recipe
 
     @property
     def method_name(self) -> str:

@@ -105,12 +105,12 @@ def number(value: float | None) -> str:
 
 def share(value: float | None) -> str:
     """Write a share in percent, never broken before its sign; a dash where there is none."""
-    return "–" if value is None else _signed(f"{100 * value:.0f}\N{NO-BREAK SPACE}%")
+    return "–" if value is None else _signed(f"{round(100 * value)}\N{NO-BREAK SPACE}%")
 
 
 def interval(bounds: Bounds | None) -> str:
     """Write an interval of shares."""
-    return "" if bounds is None else f"{_signed(f'{100 * bounds[0]:.0f}')} – {share(bounds[1])}"
+    return "" if bounds is None else f"{_signed(f'{round(100 * bounds[0])}')} – {share(bounds[1])}"
 
 
 def of_tasks(tasks: Iterable[TaskResult]) -> list[Recovered]:

@@ -109,8 +109,7 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
     if len(comparisons) > 1:
         problems.append(f"{len(comparisons)} leaderboards; a page shows one")
     collect(ReportError, problems, "these runs cannot be reported")
-    recipe = _recipe(tuple(once.values()))
-    conflict, weights, notes = _adapters(recipe, progress) if recipe is not None else (None, None, [])
+    conflict, weights, notes = _adapters(tuple(once.values()), progress)
     return Report(
         evaluations=tuple(once.values()),
         comparison=comparisons[0] if comparisons else None,
@@ -157,17 +156,20 @@ def _read(kind: type[Any], file: Path) -> Any:
         raise ReportError(f"{file}: not a result that this version of plait wrote ({why}). Evaluate again.") from None
 
 
-def _recipe(evaluations: Sequence[Evaluation]) -> Recipe | None:
-    data = next((e.recipe for e in evaluations if e.recipe is not None), None)
-    return build_recipe(data) if data is not None else None
-
-
-def _adapters(recipe: Recipe, progress: Progress | None) -> tuple[Conflict | None, LayerWeights | None, list[str]]:
+def _adapters(
+    evaluations: Sequence[Evaluation], progress: Progress | None
+) -> tuple[Conflict | None, LayerWeights | None, list[str]]:
     """Look at the adapters again, where they still are."""
+    data = next((e.recipe for e in evaluations if e.recipe is not None), None)
+    if data is None:
+        return None, None, []
     try:
+        recipe = build_recipe(data)
         inventory = take_inventory(recipe)
     except PlaitError as error:
-        return None, None, [f"how the adapters lie to each other is not shown: {str(error).splitlines()[0]}"]
+        head, *problems = str(error).splitlines()
+        why = problems[0].strip(" -") if problems else head
+        return None, None, [f"how the adapters lie to each other is not shown: {why}"]
     weights = _weights(recipe, list(inventory.layouts))
     if len(inventory.adapters) < 2:
         return None, weights, []

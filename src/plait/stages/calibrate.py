@@ -104,7 +104,7 @@ class Pico(StageParams, DeltaStage):
         u, s, _ = torch.linalg.svd(torch.cat(cores, dim=1), full_matrices=False)
         collision = s.square() / s.square().sum()
         shrink = (u / (1 + (count - 1) * collision)) @ u.mT  # (k, k)
-        return [LowRank(d.a, q @ (shrink @ b).to(q.dtype)) for d, b in zip(site.deltas, columns, strict=True)]
+        return [LowRank(d.a, q.times(shrink @ b)) for d, b in zip(site.deltas, columns, strict=True)]
 
 
 class StarFields(Record):

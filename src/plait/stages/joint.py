@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
-from plait.linalg.factored import ThinSVD
+from plait.linalg.factored import Reduced, ThinSVD
 from plait.linalg.spectral import joint_coordinates, numerical_rank
 
 
@@ -18,18 +18,18 @@ class Joint:
     """ΔWₜ = u Cₜ vᵀ, exactly: k and l are at most Σ rₜ, and whatever does not depend on the basis can be done on the Cₜ.
 
     Attributes:
-        u: (d_out, k), orthonormal columns, in the dtype of the deltas.
+        u: (d_out, k), orthonormal columns, not formed.
         v: (d_in, l), likewise.
         deltas: the Cₜ, each (k, l) of rank rₜ, in float64.
     """
 
-    u: Tensor
-    v: Tensor
+    u: Reduced
+    v: Reduced
     deltas: tuple[LowRank, ...]
 
     @classmethod
     def of(cls, deltas: Sequence[LowRank]) -> Joint:
-        """Take deltas to joint coordinates by two QR decompositions."""
+        """Take deltas to joint coordinates by reducing both sides."""
         u, b = joint_coordinates([d.b for d in deltas])
         v, a = joint_coordinates([d.a.mT for d in deltas])
         return cls(u, v, tuple(LowRank(x.mT, y) for x, y in zip(a, b, strict=True)))
@@ -46,14 +46,14 @@ class Joint:
     def lift(self, merged: LowRank) -> LowRank:
         """Return u C vᵀ for C (k, l) in factors."""
         small = merged.canonical() if merged.rank > min(merged.shape) else merged
-        return LowRank(small.a.to(self.v.dtype) @ self.v.mT, self.u @ small.b.to(self.u.dtype))
+        return LowRank(self.v.times_transposed(small.a.mT.double()), self.u.times(small.b.double()))
 
     def lift_dense(self, merged: Tensor) -> LowRank:
-        """Return u C vᵀ for C (k, l)."""
-        core = merged.to(self.u.dtype)
-        if core.shape[0] <= core.shape[1]:
-            return LowRank(core @ self.v.mT, self.u)
-        return LowRank(self.v.mT.contiguous(), self.u @ core)
+        """Return u C vᵀ for C (k, l) float64."""
+        k, l = merged.shape  # noqa: E741 (as above)
+        if k <= l:
+            return LowRank(self.v.times_transposed(merged.mT), self.u.times(torch.eye(k, dtype=merged.dtype)))
+        return LowRank(self.v.times_transposed(torch.eye(l, dtype=merged.dtype)), self.u.times(merged))
 
 
 def balanced(u: Tensor, s: Tensor, v: Tensor) -> LowRank:

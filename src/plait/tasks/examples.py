@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ from plait.tasks.templates import Render, template
 Prompt: TypeAlias = str | tuple[tuple[str, str], ...]  # text, or chat turns (role, content)
 _SHOWN = 5
 _NOTHING = "N/A"
+_ROUGE_SEES = re.compile("[a-z0-9]", re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ class _Maker:
         spoken = isinstance(self._task, Generation) and self._task.metric in ("wer", "cer")
         if (spoken or isinstance(self._task, Perplexity)) and not target.strip():
             raise TaskError(f"{where} is empty; {self._task.metric} needs one.")
+        if isinstance(self._task, Generation) and self._task.metric.startswith("rouge") and not _ROUGE_SEES.search(target):
+            raise TaskError(f"{where} has none of a–z and 0–9, all that rouge-score sees; use 'wer' or 'cer'.")
 
 
 def _prompt(task: RowTask, where: str) -> Callable[[Mapping[str, Any]], Prompt]:

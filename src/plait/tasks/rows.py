@@ -102,7 +102,11 @@ def _csv(file: Path) -> list[Row]:
 
 
 def _parquet(file: Path) -> list[Row]:
-    rows: list[Row] = optional("pyarrow.parquet", "data", f"{file}: reading parquet").read_table(file).to_pylist()
+    parquet = optional("pyarrow.parquet", "data", f"{file}: reading parquet")
+    try:
+        rows: list[Row] = parquet.read_table(file).to_pylist()
+    except ValueError as error:  # pyarrow's own classes are kinds of it
+        raise TaskError(f"{file}: this cannot be read as parquet: {error}") from None
     return rows
 
 

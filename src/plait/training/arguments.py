@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from plait.errors import RecipeError, collect, did_you_mean
 from plait.tasks.optional import optional
+from plait.training.data import EVAL_SPLITS
 from plait.training.encoding import LongExamples
 from plait.training.formats import FormatName
 from plait.training.job import TrainingJob
@@ -29,7 +30,9 @@ _FLAGS = ("merge_adapter_with_base", "upload_merged_model", "force", "dry_run", 
 _OWN: Mapping[str, Mapping[str, Any]] = {
     "dataset_format": {"choices": get_args(FormatName), "help": "How rows are read; told by their columns when auto."},
     "dataset_limit": {"type": int, "help": "Take the first so many rows."},
-    "eval_dataset_name_or_path": {"help": "Rows that the loss is also measured on; a test split where there is one."},
+    "eval_dataset_name_or_path": {
+        "help": "Rows that the loss is also measured on: --dataset_test_split of them, or test, validation, …, or all."
+    },
     "test_split_size": {"type": float, "help": "Share of the rows to hold out for that instead."},
     "system_prompt": {"help": "Put before every conversation that has none."},
     "long_examples": {"choices": get_args(LongExamples), "help": "What becomes of examples longer than --max_length."},
@@ -134,7 +137,9 @@ def job_of(flags: Flags) -> TrainingJob:
     if flags.evaluates and "test_split_size" in flags.given:
         values["held_out"] = flags.get("test_split_size")
     elif flags.evaluates and "eval_dataset_name_or_path" in flags.given:
-        values["eval_data"] = _data(flags, "eval_dataset_name_or_path", "train", limit=False)
+        values["eval_data"] = _data(
+            flags, "eval_dataset_name_or_path", flags.get("dataset_test_split", EVAL_SPLITS), limit=False
+        )
     elif flags.evaluates:
         values["eval_data"] = _data(flags, "dataset_name", flags.get("dataset_test_split", "test"), limit=False)
     try:
@@ -149,7 +154,7 @@ def lora_flags(flags: Flags) -> list[str]:
     return [f"--{flag}" for flag in _LORA.values() if flag in flags.given]
 
 
-def _data(flags: Flags, place: str, split: str, *, limit: bool = True) -> dict[str, Any]:
+def _data(flags: Flags, place: str, split: str | tuple[str, ...], *, limit: bool = True) -> dict[str, Any]:
     return {
         "place": flags.get(place),
         "config": flags.get("dataset_config") if place == "dataset_name" else None,

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from plait.errors import PlanError, RecipeError, TaskError
+from plait.errors import PlanError, TaskError
 from plait.tasks.optional import optional
 from plait.training.data import LoadedData
 from plait.training.encoding import EncodedData, Encoder, encode_all
 from plait.training.job import LoraSettings, OpenJob, Prepared
-from plait.training.settings import trainer_settings, trusts_code
+from plait.training.settings import check_values, made, trainer_settings, trusts_code
 
 #: What TRL does itself before training, and is done by the time it gets the data.
 _DONE = ("max_length", "completion_only_loss", "assistant_only_loss")
@@ -39,7 +39,7 @@ def make_trainer(opened: OpenJob, out: Path, *, encoded: tuple[EncodedData, Enco
         config.max_length = None  # kept to already
     config.completion_only_loss, config.assistant_only_loss = None, False
     name, revision = opened.model
-    model = _model_config(trl, job.model)
+    model = model_config(job.model)
     init = {
         "revision": revision,
         "dtype": model.dtype,
@@ -101,7 +101,7 @@ def encoder_of(opened: OpenJob, config: Any) -> Encoder:
         _take_template(tokenizer, config.chat_template_path)
     if config.eos_token is not None:
         if config.eos_token not in tokenizer.get_vocab():
-            raise TaskError(f"--eos_token {config.eos_token!r} is not in the tokenizer's vocabulary.")
+            raise TaskError(f"eos_token {config.eos_token!r} is not in the tokenizer's vocabulary.")
         tokenizer.eos_token = config.eos_token
     return Encoder(tokenizer, whole=config.completion_only_loss is False and not config.assistant_only_loss)
 
@@ -139,21 +139,33 @@ def _tokenizer(opened: OpenJob, config: Any) -> Any:
 
 def _take_template(tokenizer: Any, path: str) -> None:
     """Do to a tokenizer what TRL does to its own while it makes the trainer."""
-    if Path(path).is_file():
-        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-        return
-    source = optional("transformers", "train", "training").AutoTokenizer.from_pretrained(path)
-    tokenizer.chat_template = source.get_chat_template()
+    try:
+        if Path(path).is_file():
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+            return
+        source = optional("transformers", "train", "training").AutoTokenizer.from_pretrained(path)
+        tokenizer.chat_template = source.get_chat_template()
+    except (OSError, ValueError, KeyError) as error:
+        raise TaskError(
+            f"chat_template_path: {path} is no file with a template, and no tokenizer that has one can be loaded from there: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
     tokenizer.add_tokens([t for t in source.added_tokens_decoder.values() if t.content not in tokenizer.get_vocab()])
     tokenizer.eos_token = source.eos_token
 
 
-def _model_config(trl: Any, values: Mapping[str, Any]) -> Any:
-    known = trl.ModelConfig.__dataclass_fields__
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        raise RecipeError(f"model: {', '.join(unknown)}: TRL's ModelConfig has none of that name.")
-    return trl.ModelConfig(**values)
+def model_config(values: Mapping[str, Any]) -> Any:
+    """Return TRL's `ModelConfig`.
+
+    Args:
+        values: of a job.
+
+    Raises:
+        RecipeError: a name is not known, or a value does not fit.
+    """
+    kind = optional("trl", "train", "training").ModelConfig
+    check_values(kind, values, "model")
+    return made(kind, values)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

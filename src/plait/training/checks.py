@@ -61,8 +61,6 @@ def _inputs(flags: Flags) -> Iterator[str]:
         yield "--dataset_name_or_path is missing: a file, a folder, or a data set on the Hub."
     if flags.get("dataset_streaming"):
         yield "--dataset_streaming: plait sft reads all rows before training, to check and count them. Leave it out."
-    if flags.get("truncation_mode", "keep_start") != "keep_start":
-        yield f"--truncation_mode {flags.get('truncation_mode')}: plait sft cuts the end of long examples. Leave it out."
     if flags.get("lora_task_type", "CAUSAL_LM") != "CAUSAL_LM":
         yield "--lora_task_type: plait sft trains causal language models (CAUSAL_LM); `plait train` trains classifiers."
 

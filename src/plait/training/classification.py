@@ -89,7 +89,10 @@ def tokenizer_of(opened: OpenJob) -> tuple[Any, int | None]:
     transformers = optional("transformers", "train", "training")
     name, revision = opened.model
     trust = _loading(opened.job.model, "trust_remote_code")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision, **trust)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision, **trust)
+    except (OSError, ValueError, KeyError) as error:
+        raise TaskError(f"{opened.job.base}: no tokenizer can be loaded: {' '.join(str(error).split())[:200]}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"  # as evaluation reads texts

@@ -15,22 +15,20 @@ are asked for once.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from pydantic import ValidationError
 
 import plait
 from plait.errors import OutputError, RecipeError
 from plait.evaluation.files import write_atomically
+from plait.locking import locked
 from plait.merging.progress import Progress, Silent
 from plait.training.attempts import Outcome, Watcher, in_turn
 from plait.training.estimate import estimate
@@ -38,10 +36,9 @@ from plait.training.finishing import Judging, finish
 from plait.training.job import ADAPTER
 from plait.training.opening import OpenPhase, look, open_phases, set_aside
 from plait.training.phases import PHASES, PlannedPhase, TrainingPlan
-from plait.training.results import PhaseResult, TrainResult
+from plait.training.results import RESULT, PhaseResult, TrainResult
 from plait.training.side_by_side import side_by_side
 
-RESULT = "train.json"
 _IN_USE = ".in-use"
 _PATIENCE = 10.0  # seconds that the processes of a killed run get to notice it
 _SPARE = 100_000_000  # bytes beside adapters and checkpoints: merge, answers, logs
@@ -109,9 +106,12 @@ def train_cohort(
         before = _before(plan.out)
         notes = [*plan.notes, *set_aside(plan, phases)]
         phases = tuple(look(p) for p in phases)  # now that nobody else can change what is there
+        for phase in phases:
+            if phase.record is not None:
+                _tidy(phase.phase.folder)  # killed behind its last step, it could not do so itself
         missing = [p for p in phases if p.record is None and p.phase in chosen]
         _check_space(plan.out, missing, places)
-        outcomes = {o.name: o for o in _run([p.phase for p in missing], places, watcher, lock.fileno())}
+        outcomes = {o.name: o for o in _run([p.phase for p in missing], places, watcher, lock)}
         result = TrainResult(
             plait=plait.__version__,
             source=plan.source,
@@ -137,40 +137,9 @@ def _check_places(places: Places) -> None:
         raise RecipeError(f"--cluster {places.cluster!r}: it must be 'ray' or 'ray://HOST:PORT'.")
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[IO[str]]:
-    """Hold the output folder: one run at a time, its workers included.
-
-    Raises:
-        OutputError: another run is at work there, or it cannot be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / _IN_USE).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror or error}. Choose another --out.") from None
-    with file:
-        _wait_for(file, out)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield file
-
-
-def _wait_for(file: IO[str], out: Path) -> None:
-    """Take the lock; the workers of a run that was killed may hold it for a moment."""
-    end = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                file.seek(0)
-                who = file.read().strip() or "another process"
-                raise OutputError(f"{out} is in use by {who}: wait for it, stop it, or choose another --out.") from None
-            time.sleep(0.1)
-        else:
-            return
+def _alone(out: Path) -> AbstractContextManager[int | None]:
+    """Hold the output folder: one run at a time, its workers included; those of a run that was killed get a moment to leave."""
+    return locked(out / _IN_USE, "phases are trained there", patience=_PATIENCE)
 
 
 def _before(out: Path) -> TrainResult | None:
@@ -202,7 +171,7 @@ def _check_space(out: Path, missing: Sequence[OpenPhase], places: Places) -> Non
         )
 
 
-def _run(phases: Sequence[PlannedPhase], places: Places, watcher: Watcher, lock: int) -> Iterator[Outcome]:
+def _run(phases: Sequence[PlannedPhase], places: Places, watcher: Watcher, lock: int | None) -> Iterator[Outcome]:
     if not phases:
         return
     outcomes: Iterator[Outcome]

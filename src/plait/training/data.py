@@ -16,10 +16,13 @@ from plait.recipes.evaluation import SplitName
 from plait.records import Record
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_tasks
+from plait.tasks.optional import optional
 from plait.tasks.rows import Row, read_file, read_hub
 from plait.training.formats import Completion, Conversation, Example, FormatName, convert, digest_form
 
 _ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+#: Where rows to measure the loss on are looked for, when nobody says where: TRL's own choice first, training rows last.
+EVAL_SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "train")
 
 
 class TrainingData(Record):
@@ -31,7 +34,7 @@ class TrainingData(Record):
         task: a task file whose prompts and targets are trained on, as its evaluation asks them.
         config: of a Hub data set.
         revision: of a Hub data set.
-        split: of a task, a folder or a Hub data set.
+        split: of a task, a folder or a Hub data set; of several names, the first that is there.
         limit: the first so many rows; all when None.
         format: of the rows; told by their columns when `auto`.
         text_field: column of plain text.
@@ -42,7 +45,7 @@ class TrainingData(Record):
     task: str | None = None
     config: str | None = None
     revision: str | None = None
-    split: str = "train"
+    split: str | tuple[str, ...] = "train"
     limit: int | None = Field(default=None, gt=0)
     format: FormatName = "auto"
     text_field: str = "text"
@@ -125,21 +128,40 @@ def _line(example: Example) -> bytes:
 def _rows(data: TrainingData, place: str) -> tuple[Sequence[Row], str]:
     path = Path(place).expanduser()
     if path.is_dir():
-        file = _file_of(path, data.split)
+        file = _file_of(path, _chosen(data.split, [p.stem for p in _files(path)]))
         return read_file(file), str(file)
     if path.is_file():
-        if data.split != "train":
-            raise TaskError(f"{place} is one file and has no split {data.split!r}; a folder with {data.split}.jsonl has.")
+        if (split := _chosen(data.split, ["train"])) != "train":
+            raise TaskError(f"{place} is one file and has no split {split!r}; a folder with {split}.jsonl has.")
         return read_file(path), place
     if is_local(place):
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise TaskError(f"{place}: there is no such file or folder.{did_you_mean(path.name, near)}")
-    where = f"{place} ({data.split})"
-    return read_hub(place, data.split, config=data.config, revision=data.revision, where=where), where
+    split = data.split if isinstance(data.split, str) else _chosen(data.split, _hub_splits(data, place))
+    where = f"{place} ({split})"
+    return read_hub(place, split, config=data.config, revision=data.revision, where=where), where
+
+
+def _chosen(split: str | tuple[str, ...], there: Sequence[str]) -> str:
+    """Return the split that is meant: of several names the first that is there, and where none is, the last."""
+    return split if isinstance(split, str) else next((name for name in split if name in there), split[-1])
+
+
+def _hub_splits(data: TrainingData, place: str) -> list[str]:
+    datasets = optional("datasets", "data", f"{place}: data from the Hub")
+    try:
+        found: list[str] = datasets.get_dataset_split_names(place, data.config, revision=data.revision)
+    except Exception as error:  # datasets and its transport raise many classes
+        raise TaskError(f"the data set {place!r} cannot be read: {' '.join(str(error).split())}") from error
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in _ENDINGS)
 
 
 def _file_of(folder: Path, split: str) -> Path:
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in _ENDINGS)
+    files = _files(folder)
     named = [p for p in files if p.stem == split]
     chosen = named or (files if split == "train" and len(files) == 1 else [])
     if len(chosen) != 1:
@@ -150,14 +172,15 @@ def _file_of(folder: Path, split: str) -> Path:
 
 def _from_task(data: TrainingData, file: str) -> LoadedData:
     (task,) = load_tasks([file])
-    if data.split not in get_args(SplitName):
-        raise TaskError(f"{file}: a task has the splits {', '.join(get_args(SplitName))}, not {data.split!r}.")
+    split = _chosen(data.split, list(getattr(task, "splits", get_args(SplitName))))
+    if split not in get_args(SplitName):
+        raise TaskError(f"{file}: a task has the splits {', '.join(get_args(SplitName))}, not {split!r}.")
     delimiter = getattr(task, "delimiter", "")
     examples: list[Example] = []
-    for item in read_examples(task, data.split).items[: data.limit]:  # type: ignore[arg-type]
+    for item in read_examples(task, split).items[: data.limit]:  # type: ignore[arg-type]
         if isinstance(item.prompt, str):
             examples.append(Completion(item.prompt, delimiter + item.target))
         else:
             asked = [{"role": role, "content": content} for role, content in item.prompt]
             examples.append(Conversation((*asked, {"role": "assistant", "content": item.target}), len(asked)))
-    return LoadedData(f"task {task.name!r} ({data.split})", tuple(examples))
+    return LoadedData(f"task {task.name!r} ({split})", tuple(examples))

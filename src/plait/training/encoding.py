@@ -57,12 +57,12 @@ class EncodedData:
         found = []
         if self.left_out:
             found.append(
-                f"{_many(self.left_out)} longer than --max_length {limit} (the longest has {self.longest} tokens) and left "
-                "out. Raise --max_length, or cut with --long_examples truncate."
+                f"{_many(self.left_out)} longer than max_length {limit} (the longest has {self.longest} tokens) and left "
+                "out. Raise max_length, or cut with long_examples truncate."
             )
         if self.truncated:
             found.append(
-                f"{_many(self.truncated)} cut to --max_length {limit} (the longest has {self.longest} tokens): what lies "
+                f"{_many(self.truncated)} cut to max_length {limit} (the longest has {self.longest} tokens): what lies "
                 "behind is not learnt."
             )
         if self.expanded:
@@ -87,7 +87,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, *, whole: bool = False) -> None:
         if tokenizer.eos_token_id is None:
-            raise TaskError("the tokenizer has no end-of-sequence token, so that no end can be learnt. Name one: --eos_token.")
+            raise TaskError("the tokenizer has no end-of-sequence token, so that no end can be learnt. Name one: eos_token.")
         self._tokenizer = tokenizer
         self._whole = whole
         self._end = int(tokenizer.eos_token_id)
@@ -211,8 +211,8 @@ def encode_all(
     collect(TaskError, problems, f"{where}: examples that cannot be encoded, the first of them")
     if not items:
         raise TaskError(
-            f"{where}: no example is left: all {found.left_out} are longer than --max_length {limit} (the longest has "
-            f"{found.longest} tokens). Raise --max_length, or cut them with --long_examples truncate."
+            f"{where}: no example is left: all {found.left_out} are longer than max_length {limit} (the longest has "
+            f"{found.longest} tokens). Raise max_length, or cut them with long_examples truncate."
         )
     return replace(found, items=tuple(items))
 
@@ -232,7 +232,7 @@ def _fitted(item: Encoded, items: list[Encoded], found: EncodedData, limit: int 
 def _plain(chat: Conversation) -> Completion:
     """Write a question as text, for a model that has no chat template."""
     if len(chat.messages) - 1 != sum(m["role"] != "assistant" for m in chat.messages):
-        raise TaskError("a chat of several turns needs a chat template, and the tokenizer has none: give --chat_template_path.")
+        raise TaskError("a chat of several turns needs a chat template, and the tokenizer has none: give chat_template_path.")
     *asked, answer = chat.messages
     heads = {"system": "", "developer": "", "user": "### Instruction:\n"}
     unknown = sorted({m["role"] for m in asked} - {*heads})

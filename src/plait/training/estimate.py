@@ -47,8 +47,8 @@ class Estimate:
         if self.bytes <= self.free:
             return None
         return (
-            f"--output_dir {out}: about {self.bytes / 1e9:.2f} GB are needed ({self.checkpoints} checkpoints among them), and "
-            f"{self.free / 1e9:.2f} GB are free. Free some, choose another place, or keep fewer with --save_total_limit."
+            f"{out}: about {self.bytes / 1e9:.2f} GB are needed ({self.checkpoints} checkpoints among them), and "
+            f"{self.free / 1e9:.2f} GB are free. Free some, choose another place, or keep fewer checkpoints (save_total_limit)."
         )
 
 

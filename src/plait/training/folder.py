@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from pydantic import ValidationError
 
-from plait.errors import OutputError, PlaitError
+from plait.errors import OutputError, PlaitError, RecipeError
 from plait.evaluation.files import write_atomically
+from plait.locking import in_use, locked
 from plait.tasks.optional import optional
 from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, TrainingRecord
 from plait.verification.lock import check_files, read_lock
 
 RECORD = "training.json"
 MERGED_MODEL = "merged_model"
+STATE = "trainer_state.json"  # of a checkpoint, written last
 _JOB, _IN_USE = "job.json", ".in-use"
+_WORK = "a model is trained there"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _SHOWN = 6
 
@@ -73,22 +73,15 @@ def open_folder(out: Path, opened: OpenJob, *, force: bool) -> Iterator[JobFolde
     problem = folder_problem(out, opened, force=force)
     if problem:
         raise OutputError(problem)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        held = _hold(out)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"{out} cannot be written: {error.strerror or error}.") from None
-    try:
-        if _differences(out, opened):
-            _clear(out)
-        write_atomically(out / _JOB, {"parts": opened.parts, "job": opened.job.model_dump(mode="json")})
-        _meet()
-        yield JobFolder(out, opened)
-    finally:
-        (out / _IN_USE).unlink(missing_ok=True)
-        held.close()
+    with locked(out / _IN_USE, _WORK):
+        try:
+            if _differences(out, opened):
+                _clear(out)
+            write_atomically(out / _JOB, {"parts": opened.parts, "job": opened.job.model_dump(mode="json")})
+            _meet()
+            yield JobFolder(out, opened)
+        finally:
+            (out / _IN_USE).unlink(missing_ok=True)
 
 
 def folder_problem(out: Path, opened: OpenJob | None, *, force: bool) -> str | None:
@@ -97,17 +90,17 @@ def folder_problem(out: Path, opened: OpenJob | None, *, force: bool) -> str | N
         return None
     try:
         if out.is_symlink() or (out.exists() and not out.is_dir()):
-            return f"{out} exists and is not a folder. Choose another --output_dir."
+            return f"{out} exists and is not a folder. Choose another output folder."
         above = next(p for p in (out, *out.absolute().parents) if p.exists())
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            return f"{out} cannot be written: {above} is not a folder that may be written. Choose another --output_dir."
+            return f"{out} cannot be written: {above} is not a folder that may be written. Choose another output folder."
         if not out.exists() or not any(p.name != _IN_USE for p in out.iterdir()):
             return None
-        if in_use := _user(out):
-            return in_use
+        if used := in_use(out / _IN_USE, _WORK):
+            return used
         if not (out / _JOB).is_file():
             held = ", ".join(sorted(p.name for p in out.iterdir())[:_SHOWN])
-            return f"{out} holds {held}, which no run of plait wrote. Choose another --output_dir."
+            return f"{out} holds {held}, which no run of plait wrote. Choose another output folder."
         if opened is None or force:
             return None
         different = _differences(out, opened)
@@ -117,8 +110,8 @@ def folder_problem(out: Path, opened: OpenJob | None, *, force: bool) -> str | N
         return None
     shown = ", ".join(different[:_SHOWN]) + (f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else "")
     return (
-        f"{out} holds a run with other settings ({shown}). Choose another --output_dir, or give that run up with --force; "
-        "the same settings would go on with it."
+        f"{out} holds a run with other settings ({shown}). Choose another output folder, or give that run up with "
+        "--force (force=True); the same settings would go on with it."
     )
 
 
@@ -133,19 +126,6 @@ def _meet() -> None:
         optional("accelerate", "train", "training").PartialState().wait_for_everyone()
 
 
-def _user(out: Path) -> str | None:
-    """Return what to say when another process holds the folder."""
-    if not (out / _IN_USE).is_file():
-        return None
-    file = (out / _IN_USE).open("r+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _in_use(out, file)
-    file.close()
-    return None
-
-
 def goes_on(out: Path, opened: OpenJob) -> int | None:
     """Return the step at which this very job would go on in a folder; None where it would begin."""
     if not (out / _JOB).is_file() or _differences(out, opened):
@@ -154,15 +134,31 @@ def goes_on(out: Path, opened: OpenJob) -> int | None:
     return None if found is None else int(found.name.rpartition("-")[2])
 
 
+def named_checkpoint(asked: str | None) -> Path | None:
+    """Return the checkpoint that `resume_from_checkpoint` names; None where it names none.
+
+    Raises:
+        RecipeError: there is no whole checkpoint.
+    """
+    if asked is None or str(asked).lower() in ("true", "false"):
+        return None
+    if not (Path(asked) / STATE).is_file():
+        raise RecipeError(
+            f"resume_from_checkpoint: {asked} is no whole checkpoint (it has no {STATE}). Leave it out: a run that was "
+            "killed goes on by itself."
+        )
+    return Path(asked)
+
+
 def last_checkpoint(out: Path) -> Path | None:
-    """Return the newest checkpoint that is whole: its state is written last."""
+    """Return the newest checkpoint that is whole."""
     found = {int(m[1]): p for p in out.iterdir() if (m := _CHECKPOINT.fullmatch(p.name))}
     return next((found[step] for step in sorted(found, reverse=True) if _whole(found[step])), None)
 
 
 def _whole(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return (
@@ -188,27 +184,3 @@ def _clear(out: Path) -> None:
         if path.name in (ADAPTER, FINAL_MODEL, MERGED_MODEL) or _CHECKPOINT.fullmatch(path.name):
             shutil.rmtree(path)
     (out / RECORD).unlink(missing_ok=True)
-
-
-def _hold(out: Path) -> IO[str]:
-    """Lock the folder; the one who held it may have removed the file meanwhile."""
-    while True:
-        file = (out / _IN_USE).open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(_in_use(out, file)) from None
-        with suppress(FileNotFoundError):
-            if os.fstat(file.fileno()).st_ino == (out / _IN_USE).stat().st_ino:
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
-                return file
-        file.close()
-
-
-def _in_use(out: Path, file: IO[str]) -> str:
-    file.seek(0)
-    who = file.read().strip() or "another process"
-    file.close()
-    return f"{out} is in use: {who} trains there. Wait for it, stop it, or choose another --output_dir."

@@ -194,7 +194,7 @@ def detect(rows: Sequence[Row], *, where: str, format: FormatName = "auto", text
     held = {name for row in rows for name in row}
     images = sorted(name for name in held if name.lower() in ("image", "images", "audio", "video", "videos"))
     if images:
-        raise TaskError(f"{where}: column {', '.join(images)}: plait sft trains on text; images and sound are not read.")
+        raise TaskError(f"{where}: column {', '.join(images)}: training is on text; images and sound are not read.")
     for columns in _candidates(named, text_field):
         if format in ("auto", columns.format):
             texts = not any(isinstance(v, list) for k, v in rows[0].items() if k in (columns.question, columns.answer))
@@ -208,8 +208,8 @@ def detect(rows: Sequence[Row], *, where: str, format: FormatName = "auto", text
     known = "\n".join(f"    {line}" for line in _ALLOWED)
     raise TaskError(
         f"{where}: {wanted}: the columns that every row has are {', '.join(present) or 'none'}"
-        f"{_sometimes(held, present)}. Allowed:\n{known}\n  Rename the columns, or name a column of plain text: "
-        "--dataset_text_field."
+        f"{_sometimes(held, present)}. Allowed:\n{known}\n  Rename the columns, or name a column of plain text "
+        "(dataset_text_field; text_field under a phase's data)."
     )
 
 
@@ -322,7 +322,7 @@ def _turn(turn: Mapping[str, Any], where: str) -> Message:
 def _joined(parts: Sequence[Any], where: str) -> str:
     """Return the text of a content that is written as parts."""
     if not all(isinstance(p, Mapping) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
-        raise TaskError(f"{where}: plait sft trains on text, and the content has other parts: {_short(parts)}")
+        raise TaskError(f"{where}: training is on text, and the content has other parts: {_short(parts)}")
     return "".join(p["text"] for p in parts)
 
 

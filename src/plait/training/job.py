@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from plait.errors import PlaitError, TaskError, collect
-from plait.evaluation.scores import model_digest
 from plait.hub.download import COMPANION_FILES, Located, resolve_model
 from plait.merging.progress import Progress
 from plait.merging.record import sha256
@@ -20,6 +19,7 @@ from plait.records import Record
 from plait.training.data import LoadedData, hold_out, load_data
 from plait.training.data import TrainingData as TrainingData
 from plait.training.encoding import LongExamples
+from plait.training.fingerprints import base_digest
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -43,7 +43,7 @@ TOLD = frozenset(
 #: Of those, what decides which checkpoint is the best, where that is what a run ends with.
 _CHOOSING = frozenset({"logging_steps", "logging_strategy", "save_steps", "save_strategy"})
 #: Arguments that may name a file, of which the content counts.
-_FILES = ("accelerator_config", "chat_template_path", "deepspeed", "fsdp_config")
+FILES = ("accelerator_config", "chat_template_path", "deepspeed", "fsdp_config")
 
 
 class LoraSettings(Record):
@@ -158,7 +158,7 @@ def open_job(job: TrainingJob) -> OpenJob:
     base, data, held = _collected(
         lambda: resolve_model(job.base, files=("*.json", "*.safetensors", *COMPANION_FILES)),
         lambda: load_data(job.data),
-        lambda: None if job.eval_data is None else load_data(job.eval_data),
+        lambda: None if job.eval_data is None else _watched(job.eval_data),
     )
     if job.held_out is not None:
         data, held = hold_out(data, job.held_out, job.seed)
@@ -170,7 +170,7 @@ def open_job(job: TrainingJob) -> OpenJob:
     parts |= {"lora": "none"} if lora is None else {f"lora.{name}": _hash(value) for name, value in lora.items()}
     parts["data"] = data.digest()
     parts["eval_data"] = "none" if held is None else held.digest()
-    parts["base"] = _on_hub(base) if base.repo else model_digest(base.folder)
+    parts["base"] = _on_hub(base) if base.repo else base_digest(base.folder)
     return OpenJob(job, base, data, held, parts)
 
 
@@ -266,14 +266,29 @@ def _collected(*steps: Callable[[], Any]) -> list[Any]:
     return results
 
 
+def _watched(data: TrainingData) -> LoadedData:
+    """Read what the loss is also measured on."""
+    try:
+        return load_data(data)
+    except TaskError as error:
+        raise TaskError(
+            f"rows to measure the loss on: {error} Name others (eval_dataset_name_or_path), hold some of those trained on out "
+            "(test_split_size), or leave eval_strategy out."
+        ) from error
+
+
 def _on_hub(base: Located) -> str:
     return f"{base.repo}@{base.commit}" + (f"/{base.subfolder}" if base.subfolder else "")
 
 
 def _content(name: str, value: Any) -> Any:
-    """Return an argument's value; of one that names a file, what the file holds."""
-    named = name in _FILES and isinstance(value, str) and not value.lstrip().startswith("{")  # JSON in its place
-    return sha256(Path(value)) if named and Path(value).is_file() else value
+    """Return an argument's value; of one that names a file or a tokenizer's folder, what that holds."""
+    if name not in FILES or not isinstance(value, str) or value.lstrip().startswith("{"):  # JSON in its place
+        return value
+    place = Path(value)
+    if place.is_dir():
+        return {file.name: sha256(file) for file in sorted(place.glob("*.j*")) if file.is_file()}
+    return sha256(place) if place.is_file() else value
 
 
 def _hash(value: Any) -> str:

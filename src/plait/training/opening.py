@@ -16,13 +16,14 @@ from plait.errors import OutputError, PlaitError
 from plait.hub.download import resolve_model
 from plait.tasks.examples import read_examples
 from plait.tasks.optional import optional
-from plait.training.classification import settings_of
-from plait.training.folder import RECORD, JobFolder, folder_problem, last_checkpoint
+from plait.training.causal import encoder_of, model_config
+from plait.training.classification import settings_of, tokenizer_of
+from plait.training.folder import RECORD, JobFolder, folder_problem, last_checkpoint, named_checkpoint
 from plait.training.job import OpenJob, TrainingJob, TrainingRecord, open_job
+from plait.training.output import EARLIER, check_output
 from plait.training.phases import PlannedPhase, TrainingPlan
+from plait.training.quiet import quiet
 from plait.training.settings import trainer_settings
-
-EARLIER = "earlier"
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ def open_phases(plan: TrainingPlan) -> tuple[OpenPhase, ...]:
     Raises:
         AddressError: the base model cannot be found.
         RecipeError: data or arguments cannot be used; of all phases, with their lines.
-        OutputError: a phase's folder holds what no run of plait wrote.
+        OutputError: the output folder, or a phase's, holds what no run of plait wrote.
     """
     _needed(plan)
+    check_output(plan.out)
     resolve_model(plan.base)
     opened: list[OpenPhase] = []
     problems: list[tuple[int, str, str]] = []
@@ -125,7 +127,21 @@ def _opened(phase: PlannedPhase, job: OpenJob) -> OpenPhase:
     problem = folder_problem(phase.folder, job, force=True)
     if problem:
         raise OutputError(problem)
-    return look(OpenPhase(phase, job, _settings(job.job, phase.folder), None, None))
+    found = look(OpenPhase(phase, job, _settings(job.job, phase.folder), None, None))
+    if found.record is None:
+        named_checkpoint(found.settings.resume_from_checkpoint)
+        _try_tokenizer(found)
+    return found
+
+
+def _try_tokenizer(phase: OpenPhase) -> None:
+    """Read the first example as training will: a template that is missing, or refuses it, must not be found hours later."""
+    with quiet():
+        if phase.opened.job.kind == "causal":
+            model_config(phase.opened.job.model)
+            encoder_of(phase.opened, phase.settings).encode(phase.opened.data.examples[0])
+        else:
+            tokenizer_of(phase.opened)
 
 
 def look(phase: OpenPhase) -> OpenPhase:

@@ -22,7 +22,7 @@ from plait.tasks.schema import Task
 from plait.training.data import TrainingData
 from plait.training.job import ADAPTER, LoraSettings, TrainingJob
 
-PHASES = "phases"
+PHASES, LOGS = "phases", "logs"
 
 
 class Phase(Record):
@@ -125,7 +125,7 @@ class PlannedPhase:
     @property
     def log(self) -> Path:
         """What its libraries printed, and the traceback of a failure; not in the folder, which is the run's own."""
-        return self.folder.parents[1] / "logs" / f"{self.name}.txt"
+        return self.folder.parents[1] / LOGS / f"{self.name}.txt"
 
 
 @dataclass(frozen=True)

@@ -102,10 +102,10 @@ def _connected(address: str) -> Any:
     if not ray.is_initialized():
         try:
             ray.init(address="auto" if address == "ray" else address, log_to_driver=False)
-        except ConnectionError as error:
+        except Exception as error:  # Ray raises many classes
             words = " ".join(str(error).split())
             raise PlaitError(
-                f"--cluster {address}: no Ray cluster answers ({words[:200]}). Start one with `ray start --head`, or name one: "
+                f"--cluster {address}: no Ray cluster answers ({words[:300]}). Start one with `ray start --head`, or name one: "
                 "--cluster ray://HOST:10001."
             ) from None
     return ray
@@ -113,10 +113,15 @@ def _connected(address: str) -> Any:
 
 def _shares(ray: Any, workers: int | None) -> tuple[int, dict[str, float]]:
     """Return how many phases run at a time, and what each of them gets: a node's cores, or a GPU."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    if not nodes:
+        raise PlaitError(
+            "--cluster: no node of the Ray cluster offers a CPU, and every phase needs one. Add a node that does "
+            "(`ray start --address=… --num-cpus=N`), or train here, without --cluster."
+        )
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     room = workers or gpus or len(nodes)
-    cores = min(node["CPU"] for node in nodes if node.get("CPU"))
+    cores = min(node["CPU"] for node in nodes)
     share = max(1, int(cores // math.ceil(room / len(nodes))))
     return room, {"num_cpus": share, **({"num_gpus": 1} if gpus else {})}
 

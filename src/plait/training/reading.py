@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -23,7 +24,7 @@ from plait.tasks.schema import SequenceClassification, Task
 from plait.training.classification import LONGEST
 from plait.training.data import TrainingData, is_local
 from plait.training.encoding import LongExamples
-from plait.training.job import ADAPTER, Kind, TrainingJob
+from plait.training.job import ADAPTER, FILES, Kind, TrainingJob
 from plait.training.phases import PHASES, Phase, Phases, PlannedPhase, TrainingPlan, init_seed
 
 #: Arguments of phases unless the file says otherwise: a killed run loses a tenth at most; the curve has fifty points.
@@ -31,6 +32,8 @@ _ARGUMENTS = {
     "save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1,
     "logging_strategy": "steps", "logging_steps": 0.02, "logging_first_step": True, "report_to": "none",
 }  # fmt: skip
+#: Arguments that may name a file.
+_PATHS = (*FILES, "resume_from_checkpoint")
 #: What phases may differ in and still be merged as adapters of one kind.
 _FREE = ("dropout", "init_seed")
 #: Keys of a recipe that the phases themselves say.
@@ -73,6 +76,7 @@ def read_phases(
         origins.refuse([*problems, *explain(error, data, Phases)])
         raise
     problems += [*_twice(phases), *_lora_problems(phases), *_task_problems(phases, tasks), *_watch_problems(phases, tasks)]
+    problems += _path_problems(phases, folder)
     base_text, bad_base = _base(phases.base_model, folder)
     origins.refuse([*problems, *bad_base])
     return _plan(phases, tasks, name, out, base_text, folder, origins)
@@ -282,7 +286,7 @@ def _job(phases: Phases, phase: Phase, task: Task | None, base: str, folder: Pat
     lora = phases.lora.model_copy(update={key: getattr(phase.lora, key) for key in phase.lora.model_fields_set})
     if lora.init_seed is None:
         lora = lora.model_copy(update={"init_seed": init_seed(phases.seed, phase.name)})
-    arguments = _ARGUMENTS | phases.arguments | phase.arguments
+    arguments = _ARGUMENTS | _located(phases.arguments | phase.arguments, folder)
     if isinstance(task, SequenceClassification) and task.max_tokens is not None:
         arguments = {LONGEST: task.max_tokens, **arguments}  # learnt as it is judged
     data = _placed(phase.data or TrainingData(), folder)
@@ -302,6 +306,30 @@ def _job(phases: Phases, phase: Phase, task: Task | None, base: str, folder: Pat
         long_examples=_long_examples(phases, task),
         seed=phases.seed if phase.seed is None else phase.seed,
     )
+
+
+def _located(arguments: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return arguments with paths made absolute."""
+    paths = {name: _path(value, folder) for name, value in arguments.items() if name in _PATHS}
+    return {**arguments, **{name: str(path) for name, path in paths.items() if path is not None}}
+
+
+def _path(value: Any, folder: Path) -> Path | None:
+    """Return the local path that an argument is, which may lead nowhere; None where it is another kind of value."""
+    if not isinstance(value, str) or value.lower() in ("", "true", "false") or value.lstrip().startswith("{"):
+        return None
+    place = (folder / Path(value).expanduser()).absolute()
+    return place if place.exists() or is_local(value) or value.endswith(".jinja") else None
+
+
+def _path_problems(phases: Phases, folder: Path) -> Iterator[Problem]:
+    """Find arguments that name files which are not there."""
+    said = [(("arguments",), phases.arguments), *(((PHASES, i, "arguments"), p.arguments) for i, p in enumerate(phases.phases))]
+    for where, arguments in said:
+        for name in _PATHS:
+            path = _path(arguments.get(name), folder)
+            if path is not None and not path.exists():
+                yield Problem((*where, name), f"{path}: there is no such file. Relative paths start at this file's folder.")
 
 
 def _long_examples(phases: Phases, task: Task | None) -> LongExamples:

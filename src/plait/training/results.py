@@ -9,6 +9,7 @@ from plait.records import Record
 from plait.training.job import TrainingRecord
 
 VERSION = 1
+RESULT = "train.json"
 State = Literal["done", "found", "failed", "waiting"]
 
 

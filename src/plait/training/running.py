@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import plait
-from plait.errors import OutputError, PlanError, RecipeError
+from plait.errors import OutputError, PlanError
 from plait.merging.progress import Progress
 from plait.merging.staging import publish
 from plait.tasks.optional import optional
-from plait.training.folder import JobFolder, last_checkpoint, open_folder
+from plait.training.folder import STATE, JobFolder, last_checkpoint, named_checkpoint, open_folder
 from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, Prepared, TrainingRecord
 from plait.training.sealing import seal
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 _SAVING = ".saving"
-_STATE = "trainer_state.json"
 
 
 def train(
@@ -70,8 +69,8 @@ def _run(opened: OpenJob, folder: JobFolder, prepared: Prepared, progress: Progr
     _set_seed(trainer, job.seed)
     if progress is not None:
         _listen(trainer, progress)
-    checkpoint = _checkpoint(folder.path, trainer.args)
-    resumed = None if checkpoint is None else int(json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))["global_step"])
+    checkpoint = named_checkpoint(trainer.args.resume_from_checkpoint) or last_checkpoint(folder.path)
+    resumed = None if checkpoint is None else int(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
     started = time.perf_counter()
     with _explained(folder.path):
         _take_steps(trainer, checkpoint)
@@ -165,15 +164,6 @@ def _set_seed(trainer: Trainer, seed: int) -> None:
     """Let data order and dropout follow the job's seed, whatever A was drawn from."""
     trainer.args.seed = seed
     optional("transformers", "train", "training").set_seed(seed)
-
-
-def _checkpoint(out: Path, args: Any) -> Path | None:
-    asked = args.resume_from_checkpoint
-    if isinstance(asked, str) and asked.lower() not in ("true", "false"):
-        if not (Path(asked) / _STATE).is_file():
-            raise RecipeError(f"--resume_from_checkpoint {asked}: there is no whole checkpoint.")
-        return Path(asked)
-    return last_checkpoint(out)
 
 
 def _listen(trainer: Trainer, progress: Progress) -> None:

@@ -13,6 +13,7 @@ from plait.adapters.adapter import CONFIG
 from plait.merging import record as records
 from plait.merging.card import load_with_peft, place_name
 from plait.merging.record import Lock
+from plait.training.fingerprints import base_files
 from plait.training.formats import PlainText
 from plait.training.job import OpenJob, TrainingRecord
 
@@ -44,7 +45,7 @@ def seal(folder: Path, opened: OpenJob, record: TrainingRecord, *, home: Path) -
 
 def _lock(folder: Path, opened: OpenJob, record: TrainingRecord, home: Path) -> Lock:
     """Make the lock. A Hub model is known by its commit; a local one by its files."""
-    files = {} if opened.base.repo else records.weight_digests(opened.base.folder)
+    files = {} if opened.base.repo else base_files(opened.base.folder)
     return Lock(
         version=records.LOCK_VERSION,
         plait=record.plait,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
-from plait.errors import RecipeError, did_you_mean
+from plait.errors import RecipeError, collect, did_you_mean
+from plait.recipes.problems import show
 from plait.training.job import TrainingJob
 
 _PRECISION = ("bf16", "fp16")
+_PLAIN: Mapping[Any, str] = {bool: "true or false", int: "an integer", float: "a number", NoneType: "null"}
 
 
 def trainer_settings(kind: type, job: TrainingJob, out: Path) -> Any:
@@ -35,10 +38,9 @@ def trainer_settings(kind: type, job: TrainingJob, out: Path) -> Any:
         raise RecipeError(f"arguments: {', '.join(elsewhere)}: said beside 'arguments', not in them. Take it out.")
     if uploading := [name for name in values if name.startswith(("hub_", "push_to_hub"))]:
         raise RecipeError(f"arguments: {', '.join(uploading)}: training uploads nothing. Take it out; `plait push` uploads.")
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        hints = "".join(did_you_mean(name, known) for name in unknown)
-        raise RecipeError(f"arguments: {', '.join(unknown)}: {kind.__name__} has none of that name.{hints}")
+    check_values(kind, values, "arguments")
+    if values.get("truncation_mode", "keep_start") != "keep_start":
+        raise RecipeError("arguments: truncation_mode: what is cut off long examples is their end (keep_start). Take it out.")
     if not has_accelerator():
         values.setdefault("use_cpu", True)
         if not any(name in values for name in _PRECISION):
@@ -47,6 +49,34 @@ def trainer_settings(kind: type, job: TrainingJob, out: Path) -> Any:
         values.setdefault("include_num_input_tokens_seen", "non_padding")
     seed = job.seed if job.lora is None or job.lora.init_seed is None else job.lora.init_seed
     return made(kind, {**values, "output_dir": str(out), "seed": seed})
+
+
+def check_values(kind: type, values: Mapping[str, Any], where: str) -> None:
+    """Make sure that values have the kinds which a configuration class declares; the classes themselves take anything.
+
+    Args:
+        kind: a dataclass of TRL or transformers.
+        values: name → value.
+        where: what they are called, for messages.
+
+    Raises:
+        RecipeError: a name is not known, or a value does not fit; all of them.
+    """
+    hints = get_type_hints(kind)
+    fields = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    problems = []
+    for name, value in values.items():
+        if name not in fields:
+            problems.append(f"{where}: {name}: {kind.__name__} has none of that name.{did_you_mean(name, fields)}")
+            continue
+        wanted, choices = set(get_args(hints[name]) or (hints[name],)), fields[name].metadata.get("choices")
+        fits = wanted | ({int} if float in wanted else set())
+        if wanted <= set(_PLAIN) and type(value) not in fits:
+            kinds = " or ".join(said for plain, said in _PLAIN.items() if plain in wanted and plain is not NoneType)
+            problems.append(f"{where}: {name} is {show(value)}; it must be {kinds}.")
+        elif choices is not None and value is not None and value not in choices:
+            problems.append(f"{where}: {name} is {show(value)}; it must be one of {', '.join(map(str, choices))}.")
+    collect(RecipeError, problems, where)
 
 
 def made(kind: type, values: Mapping[str, Any]) -> Any:

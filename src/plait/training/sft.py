@@ -10,7 +10,6 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,9 @@ from plait.training.arguments import Flags, job_of
 from plait.training.checks import contradictions, push_problem, token
 from plait.training.encoding import EncodedData
 from plait.training.estimate import Estimate, estimate
-from plait.training.folder import MERGED_MODEL, JobFolder, folder_problem, goes_on, leads
+from plait.training.folder import MERGED_MODEL, JobFolder, folder_problem, goes_on, leads, named_checkpoint
 from plait.training.formats import PlainText
-from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, TrainingRecord, open_job
+from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, Prepared, TrainingRecord, open_job
 from plait.training.running import train
 from plait.training.settings import trainer_settings
 from plait.verification.lock import is_whole, read_lock
@@ -96,6 +95,7 @@ class SftResult:
         record: of training.
         adapter: its folder; None after a full fine-tune.
         final_model: its folder.
+        found: whether an earlier run had finished the training, so that this one trained nothing.
         merged_model: its folder; None when none was asked for, or the merge failed.
         url: where the result was uploaded; None when it was not.
         failures: of merge and upload; empty when everything was done.
@@ -104,6 +104,7 @@ class SftResult:
     record: TrainingRecord
     adapter: Path | None
     final_model: Path
+    found: bool = False
     merged_model: Path | None = None
     url: str | None = None
     failures: tuple[Failure, ...] = ()
@@ -145,9 +146,15 @@ def run_sft(plan: SftPlan, *, progress: Progress | None = None) -> SftResult:
         PlaitError: training is not possible. A failed merge or upload raises nothing; the result tells of it.
     """
     out, opened = plan.flags.out, plan.opened
-    make = partial(causal.make_trainer, encoded=plan.encoded)
+    begun = False
+
+    def make(opened: OpenJob, out: Path) -> Prepared:
+        nonlocal begun
+        begun = True
+        return causal.make_trainer(opened, out, encoded=plan.encoded)
+
     record = train(opened, out, force=bool(plan.flags.get("force")), progress=progress, make=make)
-    result = SftResult(record, None if opened.job.lora is None else out / ADAPTER, out / FINAL_MODEL)
+    result = SftResult(record, None if opened.job.lora is None else out / ADAPTER, out / FINAL_MODEL, found=not begun)
     if not leads():
         return result
     if result.adapter is not None:
@@ -162,6 +169,7 @@ def _planned(flags: Flags, opened: OpenJob, config: Any, problems: list[str]) ->
     if plain and (config.completion_only_loss or config.assistant_only_loss):
         problems.append("--completion_only_loss, --assistant_only_loss: rows of plain text have no answer. Leave them out.")
     merged = bool(flags.get("merge_adapter_with_base"))
+    _kept(problems, lambda: named_checkpoint(config.resume_from_checkpoint))
     encoded = causal.encode_data(opened, config)
     found = estimate(opened, config, flags.out, examples=len(encoded[0].items), merged=merged)
     finished = JobFolder(flags.out, opened).finished() is not None
@@ -272,12 +280,13 @@ def describe(plan: SftPlan) -> Iterator[str]:
     what = "all parameters" if lora is None else f"LoRA r {lora.r}, alpha {lora.alpha:g}{variant} on {targets} layers"
     yield f"model      {job.base}: {found.parameters:,} parameters; {what}, {found.trainable:,} trained"
     data, held = plan.encoded
+    watched = plan.opened.eval_data
     tokens = sum(len(item.ids) for item in data.items)
     learnt = sum(int((item.labels >= 0).sum()) for item in data.items)
     yield f"data       {plan.opened.data.described}"
     yield f"           {len(data.items)} examples, {tokens:,} tokens, {learnt:,} of them learnt; the longest has {data.longest}"
-    if held is not None:
-        yield f"           {len(held.items)} examples held out"
+    if held is not None and watched is not None:
+        yield f"           {len(held.items)} examples to measure the loss on: {watched.described}"
     most = "at most " * bool(job.arguments.get("packing"))
     step = goes_on(plan.flags.out, plan.opened)
     state = "; finished already" if plan.finished else "" if step is None else f"; goes on at step {step}"

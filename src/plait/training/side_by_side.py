@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -45,11 +46,12 @@ class _Child:
             self.listener.join()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(BrokenPipeError):  # it died before it read its request
+                    pipe.close()
 
 
 def side_by_side(
-    phases: Sequence[PlannedPhase], watcher: Watcher, *, workers: int, lock: int, devices: Sequence[str]
+    phases: Sequence[PlannedPhase], watcher: Watcher, *, workers: int, lock: int | None, devices: Sequence[str]
 ) -> Iterator[Outcome]:
     """Train phases in processes, so many at a time; yield them as they end. Leaving the iterator ends them all.
 
@@ -57,7 +59,7 @@ def side_by_side(
         phases: what is trained.
         watcher: who listens.
         workers: processes at a time.
-        lock: file descriptor of the lock on the output; it is free when this process and all of these are gone.
+        lock: file descriptor of the lock on the output, free when this process and all of these are gone; None for no lock.
         devices: GPUs, as CUDA_VISIBLE_DEVICES names them; empty where there is none.
     """
     waiting, free = list(phases), list(range(workers))
@@ -80,7 +82,9 @@ def side_by_side(
             child.stop()
 
 
-def _start(phase: PlannedPhase, slot: int, workers: int, lock: int, devices: Sequence[str], events: SimpleQueue[Any]) -> _Child:
+def _start(
+    phase: PlannedPhase, slot: int, workers: int, lock: int | None, devices: Sequence[str], events: SimpleQueue[Any]
+) -> _Child:
     phase.log.parent.mkdir(parents=True, exist_ok=True)
     places = {"folder": str(phase.folder), "log": str(phase.log)}
     request = {"name": phase.name, "job": phase.job.model_dump(mode="json"), **places}
@@ -92,7 +96,7 @@ def _start(phase: PlannedPhase, slot: int, workers: int, lock: int, devices: Seq
             stderr=log,
             text=True,
             encoding="utf-8",
-            pass_fds=(lock,),
+            pass_fds=() if lock is None else (lock,),
             env=_environment(slot, workers, devices),
         )
     child = _Child(phase, process, slot)
@@ -122,7 +126,8 @@ def _listen(child: _Child, events: SimpleQueue[Any]) -> None:
     if child.process.stdout is None:
         raise AssertionError("a pipe was asked for")
     for line in child.process.stdout:
-        events.put((child, json.loads(line)))
+        if line.endswith("\n"):  # a kill may cut the last one off
+            events.put((child, json.loads(line)))
     child.process.wait()
     events.put((child, None))
 

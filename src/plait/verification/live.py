@@ -195,6 +195,25 @@ def _with_delta(model: Any, recipe: Recipe, scratch: Path, progress: Progress) -
     file = SafetensorsFile(scratch / "delta" / DELTA)
     with torch.no_grad():
         for name in file.tensors:
-            parameter, delta = model.get_parameter(name), file.read(name)
-            parameter += delta if delta.shape == parameter.shape else delta.mT
+            delta = file.read(name)
+            if name.endswith(".bias") and not bool(delta.any()):
+                continue  # there is a lora_bias beside all layers or none, and the base may have no bias
+            parameter = model.get_parameter(name)
+            owner = model.get_submodule(name.rpartition(".")[0])
+            parameter += as_stored(delta, parameter.shape, transposed=bool(getattr(owner, "is_transposed", False)))
     return model
+
+
+def as_stored(delta: Tensor, shape: torch.Size, *, transposed: bool) -> Tensor:
+    """Return a dense delta in the form of the parameter that it is added to.
+
+    Args:
+        delta: in the form of `plait merge` with output.kind `delta`.
+        shape: of the parameter.
+        transposed: its owner stores matrices as (d_in, d_out), which their shape does not tell when they are square.
+    """
+    if delta.ndim > 2 and not transposed and delta.shape[:1] == shape[:1] and delta.shape[2:] == shape[2:]:
+        groups = delta.shape[1] // shape[1]  # of a convolution, whose LoRA reads the channels of all in each
+        parts = (rows[:, i * shape[1] : (i + 1) * shape[1]] for i, rows in enumerate(delta.chunk(groups)))
+        return torch.cat(tuple(parts))
+    return delta if delta.shape == shape and not transposed else delta.mT

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from plait.adapters.adapter import CONFIG
 from plait.adapters.tensorfile import SafetensorsFile
+from plait.baking.plan import usable_device
 from plait.errors import AddressError, PlanError, RecipeError
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, resolve_model
 from plait.hub.quiet import quiet_loading
@@ -85,6 +86,22 @@ def _prompt(path: Path, number: int, line: str) -> str:
     return prompt
 
 
+def check_parity_request(prompts: Path, device: str) -> None:
+    """Say what is wrong with a parity check before any work is done for it.
+
+    Args:
+        prompts: the file.
+        device: where to compute.
+
+    Raises:
+        PlanError: transformers or PEFT are not installed.
+        RecipeError: there are no prompts, or no such device.
+    """
+    _need_libraries()
+    usable_device(device)
+    read_prompts(prompts)
+
+
 def check_parity(
     folder: Path,
     prompts: Path,
@@ -108,9 +125,9 @@ def check_parity(
         progress: who listens.
 
     Raises:
-        PlaitError: transformers or PEFT are not there, an input or the base model is not found, or nothing can be run.
+        PlaitError: as `check_parity_request`; or an input or the base model is not found, or nothing can be run.
     """
-    _need_libraries()
+    check_parity_request(prompts, device)
     texts = read_prompts(prompts)
     lock = read_lock(folder)
     checks, found = check_inputs(folder, lock, inputs or {})

@@ -1,0 +1,115 @@
+"""An advisory lock on a folder: one process at a time is at work there.
+
+The lock is the system's (`flock`), on a small file that says who holds it. It is free again when the process that took it, and
+those that inherited it, are gone, however they ended. Where there is no `flock` (Windows) nobody is kept out.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO
+
+from plait.errors import OutputError
+
+_PAUSE = 0.1  # seconds between tries
+
+
+@contextmanager
+def locked(file: Path, work: str, *, patience: float = 0.0) -> Iterator[int | None]:
+    """Hold a folder, made when missing, while the block runs.
+
+    Args:
+        file: of the lock, in that folder. It is left there; the block may remove it, and the folder.
+        work: what is done in the folder, for the message that another process gets.
+        patience: seconds to wait while somebody else holds it.
+
+    Yields:
+        The lock's file descriptor: a child process that inherits it holds the lock too. None where there is no `flock`.
+
+    Raises:
+        OutputError: another process holds it, or the file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = _taken(file, work, patience) if _has_flock() else None
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{file.parent} cannot be written: {error.strerror or error}.") from None
+    if handle is None:
+        yield None
+        return
+    with handle:
+        yield handle.fileno()
+
+
+def in_use(file: Path, work: str) -> str | None:
+    """Return what to say where another process holds a lock; None where nobody does."""
+    if not _has_flock():
+        return None
+    try:
+        handle = file.open("r+", encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    with handle:
+        return None if _lock(handle) else _said(file, handle, work)
+
+
+def _taken(file: Path, work: str, patience: float) -> IO[str]:
+    """Lock the file; the one who held it may have removed it meanwhile, and its folder."""
+    end = time.monotonic() + patience
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = file.open("a+", encoding="utf-8")
+        except FileNotFoundError:
+            continue
+        if not _lock(handle):
+            with handle:
+                said = _said(file, handle, work)
+            if time.monotonic() >= end:
+                raise OutputError(said)
+            time.sleep(_PAUSE)
+        elif not _stands(file, handle):
+            handle.close()
+        else:
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
+            handle.flush()
+            return handle
+
+
+def _has_flock() -> bool:
+    return find_spec("fcntl") is not None
+
+
+def _lock(handle: IO[str]) -> bool:
+    """Return whether the lock is ours."""
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _stands(file: Path, handle: IO[str]) -> bool:
+    """Return whether an open file still has its name."""
+    try:
+        return os.fstat(handle.fileno()).st_ino == file.stat().st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _said(file: Path, handle: IO[str], work: str) -> str:
+    handle.seek(0)
+    who = handle.read().strip() or "another process"
+    return f"{file.parent} is in use by {who}: {work}. Wait for it, stop it, or choose another output."

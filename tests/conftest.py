@@ -1,0 +1,27 @@
+"""Tests fail for what they find: never for how long a busy machine takes, nor for what was drawn, or ran, before them.
+
+`pytest --hypothesis-profile default` draws other examples.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL tells the Hub that it is used; read when the libraries are imported
+
+settings.register_profile("plait", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("plait")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed what is drawn without a generator, fixtures of modules included."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (what libraries draw from)
+    torch.manual_seed(0)
