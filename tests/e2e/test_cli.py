@@ -108,7 +108,7 @@ def test_merge_for_people_and_for_machines(capsys, tmp_path):
     record = json.loads(out)
     assert record["folder"] == str(tmp_path / "b")
     assert record["result"] == "truncated"
-    assert 0.9 < record["lowest_kept"] <= record["kept"] < 1
+    assert 0.5 < record["lowest_kept"] <= record["kept"] < 1
     assert json.loads((tmp_path / "b" / "summary.json").read_text())["energy_kept"] == record["kept"]
 
 

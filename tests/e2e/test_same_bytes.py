@@ -102,3 +102,10 @@ def test_the_workspace(tmp_path, monkeypatch):
         assert result.folder.name.startswith("run_2")
         names = {p.name for p in result.folder.iterdir()}
         assert names == {*FILES, "merge_metadata.json", "plait.lock", "summary.json"}
+
+
+def test_a_refused_merge_leaves_no_workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(plait.AddressError):
+        plait.merge(["./nowhere", "./neither"])
+    assert not list(tmp_path.iterdir())

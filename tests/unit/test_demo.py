@@ -201,7 +201,7 @@ def test_commands_run_as_they_are_shown(monkeypatch, capsys):
     monkeypatch.chdir(DEMO.parents[1])
     demo._plait(Console(), "merge", demo._adapters(), *demo.MERGE, "-o 'out/a b'", "--force")
     shown = capsys.readouterr().out
-    assert shown.startswith("$ plait merge examples/demo/adapters/* --method ties")
+    assert shown.startswith("$ plait merge examples/demo/adapters/* --method dc_merge")
     assert all(len(line) < 80 for line in shown.splitlines())
     folders = [f"examples/demo/adapters/{name}" for name in sorted(TASKS)]
     options = shlex.split(shown.replace("\\\n", " "))[4:]

@@ -240,8 +240,9 @@ def _claimed(recipe: Recipe) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        with suppress(OSError):
-            folder.rmdir()  # goes only while it is empty
+        with suppress(OSError):  # folders go only while they are empty
+            for place in (folder, *folder.parents):
+                place.rmdir()
 
 
 def _check_not_an_input(inventory: Inventory, out: Path) -> None:

@@ -18,6 +18,7 @@ from plait.training.formats import PlainText
 from plait.training.job import OpenJob, TrainingRecord
 
 _TASKS = {"causal": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
+_SETS = ("target_modules", "modules_to_save", "exclude_modules")
 _AUTO = {"causal": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}
 
 
@@ -30,9 +31,8 @@ def seal(folder: Path, opened: OpenJob, record: TrainingRecord, *, home: Path) -
         record: what training did.
         home: where the folder will stand.
     """
-    if opened.job.base_name is not None and (folder / CONFIG).is_file():
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        records.write_json(folder / CONFIG, {**config, "base_model_name_or_path": opened.job.base_name})
+    if (folder / CONFIG).is_file():
+        _settle(folder / CONFIG, opened.job.base_name)
     card = folder / "README.md"
     card.unlink(missing_ok=True)
     card.write_text(_card(opened, record), encoding="utf-8")
@@ -41,6 +41,14 @@ def seal(folder: Path, opened: OpenJob, record: TrainingRecord, *, home: Path) -
         if path.is_file():
             path.chmod(mode)
     records.write_json(folder / records.LOCK, _lock(folder, opened, record, home))
+
+
+def _settle(config: Path, base_name: str | None) -> None:
+    """Name the base as the job says, and sort what PEFT writes in the order of a set: another one in every process."""
+    data = json.loads(config.read_text(encoding="utf-8"))
+    sets = {key: sorted(value) for key, value in data.items() if key in _SETS and isinstance(value, list)}
+    named = {} if base_name is None else {"base_model_name_or_path": base_name}
+    records.write_json(config, {**data, **sets, **named})
 
 
 def _lock(folder: Path, opened: OpenJob, record: TrainingRecord, home: Path) -> Lock:
