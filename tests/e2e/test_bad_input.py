@@ -163,7 +163,7 @@ def test_missing_tensors(place, capsys):
 
 def test_config_that_is_no_json(place, capsys):
     (place / "b" / "adapter_config.json").write_text("{")
-    assert "not valid JSON" in merge(capsys, "a", "b")
+    assert "b/adapter_config.json:1: this is not JSON" in merge(capsys, "a", "b")
 
 
 def test_pickle_with_code(place, capsys):
@@ -382,7 +382,7 @@ def test_configurations_that_say_nonsense(place, capsys, config, words):
 
 def test_config_that_is_nested_without_end(place, capsys):
     (place / "b" / "adapter_config.json").write_text("[" * 100_000)
-    assert "b/adapter_config.json: not valid JSON" in merge(capsys, "a", "b")
+    assert "b/adapter_config.json: nested too deeply" in merge(capsys, "a", "b")
 
 
 def test_factors_that_are_no_floats(place, capsys):

@@ -130,7 +130,7 @@ def test_check_compares_with_the_live_merge(tmp_path, capsys, monkeypatch):
     make_adapter(base, tmp_path / "a", 1, tf.AutoModelForCausalLM, target_modules=["q_proj"], task_type="CAUSAL_LM")
     arguments = ("bake", "./a", "--base-id", "./base", "-o", "model", "--json", "--check", "prompts.txt")
     code, _, err = plait(capsys, *arguments)
-    assert (code, "the prompts cannot be read" in err) == (2, True)
+    assert (code, "prompts.txt: No such file or directory. Give a file of prompts" in err) == (2, True)
     assert not (tmp_path / "model").exists()
     (tmp_path / "prompts.txt").write_text("w1 w2 w3\n")
     tokenizers = {p: p.read_bytes() for p in base.glob("tokenizer*")}

@@ -126,7 +126,7 @@ def test_prompts_that_are_not_there_are_said_before_a_rebuild(tmp_path, monkeypa
     adapter = write_adapter(tmp_path / "a", layers(1, {"q_proj": (4, 4)}))
     merged = plait.merge([adapter.folder], out=tmp_path / "out").folder
     monkeypatch.setattr("plait.verification.verify.rebuild", lambda *_: pytest.fail("rebuilt in vain"))
-    with pytest.raises(RecipeError, match="the prompts cannot be read"):
+    with pytest.raises(RecipeError, match=r"nothing\.txt: No such file or directory\. Give a file of prompts"):
         plait.verify(merged, parity=tmp_path / "nothing.txt")
 
 

@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "plait"
 # from the ground up; names on one line stand side by side and do not import each other
 FLOORS = [
     {"errors", "records"},
-    {"linalg", "locking"},
+    {"linalg", "locking", "parsing"},
     {"hub"},
     {"adapters"},
     {"spaces", "transforms"},

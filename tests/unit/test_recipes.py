@@ -196,7 +196,7 @@ def test_merge_keys_and_anchors_work():
         ("a: [1\nb: 2\n", "{f}:2: this is not YAML: while parsing a flow sequence expected ',' or ']', but got ':'."),
         ("a: 1\n---\nb: 2\n", "{f}:2: this is not YAML: expected a single document in the stream but found another document."),
         ("a: !!python/name:os.system\n", "{f}:1: this is not YAML:"),
-        ("a: !!int x\n", "{f}:1: this is not YAML: 'x' is no int."),
+        ("a: !!int x\n", "{f}:1: this is not YAML: 'x' cannot be read as int."),
         ("a: !mine {b: 1}\n", "{f}:1: this is not YAML: the tag '!mine' is not allowed."),
         ("a: &x [*x]\n", "{f}:1: this is not YAML: aliases (*name) make it endless or huge."),
         ("a: *x\n", "{f}:1: this is not YAML: found undefined alias 'x'."),

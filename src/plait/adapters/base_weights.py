@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from plait.adapters.base_files import INDEX, read_index
 from plait.adapters.layouts import Layout
 from plait.adapters.names import is_conv1d
 from plait.adapters.tensorfile import SafetensorsFile
@@ -26,9 +26,8 @@ class BaseWeights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if (folder / INDEX).is_file():
+            names = sorted(set(read_index(folder / INDEX)[1].values()))
         else:
             names = sorted(p.name for p in folder.glob("*.safetensors") if p.name != "adapter_model.safetensors")
         if not names:

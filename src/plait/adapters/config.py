@@ -5,7 +5,6 @@ The tensors in the file are the truth for modules and ranks; the configuration s
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import AdapterError
+from plait.parsing import read_object
 
 _BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _UNSUPPORTED = {
@@ -49,12 +49,7 @@ class AdapterConfig:
                 f"{path}: no such file. An adapter is a folder with adapter_config.json and adapter_model.safetensors; "
                 f"{_what_is_there(path.parent)}"
             )
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise AdapterError(f"{path}: not valid JSON ({error}).") from None
-        if not isinstance(raw, dict):
-            raise AdapterError(f"{path}: expected a JSON object, found {type(raw).__name__}.")
+        raw = read_object(path, AdapterError, constants=True)
         config = AdapterConfig(raw, path)
         problem = config._unsupported()
         if problem:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 import pickle
-import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
+from plait.adapters.header import TensorInfo, read_header
 from plait.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -20,29 +18,25 @@ DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-_ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_MAX_HEADER = 100_000_000  # the limit of the safetensors format
-
-
-class TensorInfo(NamedTuple):
-    """What a header says of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' names: F32, F16, BF16, …
-    nbytes: int
-    start: int = 0  # of its bytes in the file
 
 
 class SafetensorsFile:
-    """A safetensors file whose header was read and checked against the file's size.
+    """A safetensors file whose header was read and checked, against the format and the file's size (`header.py`).
+
+    Attributes:
+        path: of the file.
+        tensors: name → what the header says of it.
+        metadata: of the header.
 
     Raises:
-        AdapterError: the file is truncated or not safetensors.
+        AdapterError: there is no such file, or it is damaged, cut off, or not safetensors.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tensors: Mapping[str, TensorInfo] = _read_header(path)
+        header = read_header(path)
+        self.tensors: Mapping[str, TensorInfo] = header.tensors
+        self.metadata: Mapping[str, str] = header.metadata
 
     def read(self, name: str) -> Tensor:
         """Return one tensor.
@@ -115,30 +109,3 @@ class PickleFile:
 
 
 TensorFile = SafetensorsFile | PickleFile
-
-
-def _read_header(path: Path) -> dict[str, TensorInfo]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        lead = file.read(8)
-        length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER, max(0, size - 8)):
-            raise AdapterError(f"{path}: not a safetensors file, or cut off inside its header ({size} bytes). Fetch it again.")
-        try:
-            header = json.loads(file.read(length))
-            infos = {name: _info(entry, 8 + length) for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise AdapterError(f"{path}: the safetensors header is not valid. Fetch the file again.") from None
-    end = max((info.start + info.nbytes for info in infos.values()), default=8 + length)
-    if end != size:
-        raise AdapterError(f"{path}: truncated: the header promises {end} bytes, the file has {size}. Fetch it again.")
-    return infos
-
-
-def _info(entry: Mapping[str, Any], data: int) -> TensorInfo:
-    """Read one entry of a header; `data` is where tensors begin. A ValueError means that it contradicts itself."""
-    shape, dtype, (start, end) = tuple(entry["shape"]), entry["dtype"], entry["data_offsets"]
-    itemsize = _ITEMSIZE.get(dtype)
-    if min((start, end - start, *shape)) < 0 or (itemsize is not None and math.prod(shape) * itemsize != end - start):
-        raise ValueError(f"{shape} of {dtype} in {end - start} bytes")
-    return TensorInfo(shape, dtype, end - start, data + start)

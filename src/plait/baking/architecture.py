@@ -6,12 +6,13 @@ of: since version 5 experts are fused, and some models are renamed, on loading. 
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from plait.adapters.base_files import architectures, read_config
 
 _HEADS = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -108,7 +109,7 @@ def _empty_model(folder: Path) -> Any:
     except ImportError:
         raise ArchitectureUnknown("transformers, which knows the model's code, is not installed") from None
     try:
-        names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+        names = architectures(read_config(folder))
         model_class = next(getattr(transformers, n) for n in names if hasattr(transformers, n))
         config = transformers.AutoConfig.from_pretrained(folder)
         with torch.device("meta"):

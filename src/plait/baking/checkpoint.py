@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,16 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from plait.adapters.tensorfile import SafetensorsFile, TensorInfo
+from plait.adapters.base_files import INDEX, SINGLE, read_config, read_index
+from plait.adapters.header import TensorInfo
+from plait.adapters.tensorfile import SafetensorsFile
 from plait.baking.dequantize import FORMATS, PlainFile, dequantised
 from plait.baking.files import read_at
 from plait.baking.quantisation import quantisation, way_out
 from plait.errors import AdapterError, PlanError, collect
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve_model
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
 FILES = (*MODEL_FILES, *COMPANION_FILES, "*.py", "NOTICE*")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -51,7 +49,7 @@ class Shard:
         with path.open("rb") as stream:
             length = stream.read(8)
             lead = length + stream.read(int.from_bytes(length, "little"))
-        return Shard(path.name, file, lead, json.loads(lead[8:]).get("__metadata__") or {})
+        return Shard(path.name, file, lead, file.metadata)
 
     @property
     def is_plain(self) -> bool:
@@ -120,7 +118,7 @@ class BaseCheckpoint:
                 if tensor not in home or home[tensor].name != name
             ][:5]
         collect(AdapterError, problems, f"{folder}: the base model is not whole")
-        checkpoint = BaseCheckpoint(located, _config(folder), tuple(shards), index, home)
+        checkpoint = BaseCheckpoint(located, read_config(folder), tuple(shards), index, home)
         found = quantisation(checkpoint.config, {n: s.file.tensors[n] for n, s in home.items()})
         if found is None:
             return checkpoint
@@ -191,16 +189,7 @@ def _shard_names(folder: Path) -> tuple[list[str], Mapping[str, Any] | None, Map
     """Return the files with tensors, and metadata and map of the index when there is one."""
     path = folder / INDEX
     if path.is_file():
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            weight_map = {str(k): str(v) for k, v in index["weight_map"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise AdapterError(f"{path}: not an index of safetensors ({error}). Fetch the base model again.") from None
-        if not weight_map:
-            raise AdapterError(f"{path}: names no tensor. Fetch the base model again.")
-        outside = [name for name in weight_map.values() if Path(name).name != name]
-        if outside:
-            raise AdapterError(f"{path}: names {outside[0]!r}, which is not a file beside it.")
+        index, weight_map = read_index(path)
         return sorted(set(weight_map.values())), index.get("metadata") or {}, weight_map
     if (folder / SINGLE).is_file():
         return [SINGLE], None, {}
@@ -212,16 +201,3 @@ def _shard_names(folder: Path) -> tuple[list[str], Mapping[str, Any] | None, Map
         gguf = f", gguf_file={other[0]!r}, quantization_config=GgufConfig(dequantize=True)" * other[0].endswith(".gguf")
         hint = f" It holds {other[0]}; convert it first: transformers' from_pretrained(…{gguf}), then save_pretrained."
     raise AdapterError(f"{folder}: neither {SINGLE} nor {INDEX} is here.{hint}")
-
-
-def _config(folder: Path) -> Mapping[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{path}: not valid JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path}: expected a JSON object, found {type(config).__name__}.")
-    return config

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.adapter import Adapter
+from plait.adapters.base_files import CONFIG, INDEX
 from plait.baking.architecture import head_class
-from plait.baking.checkpoint import CONFIG, INDEX, BaseCheckpoint
+from plait.baking.checkpoint import BaseCheckpoint
 from plait.baking.placement import Placement
 from plait.merging.inventory import Inventory
 

@@ -21,7 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from plait.adapters.tensorfile import SafetensorsFile, TensorInfo
+from plait.adapters.header import TensorInfo
+from plait.adapters.tensorfile import SafetensorsFile
 from plait.baking.files import SHORT, TORCH_DTYPES, read_bytes
 
 #: Methods of `quantization_config` that can be dequantised here.

@@ -17,6 +17,7 @@ from typing import Any
 from plait.errors import OutputError
 from plait.locking import locked
 from plait.merging.staging import output_problem, publish
+from plait.parsing import parse_json, read_text
 
 _LOCK, _JOURNAL, _MODEL = "lock", "journal.jsonl", "model"
 
@@ -106,12 +107,24 @@ def workshop(final: Path, *, force: bool) -> Iterator[Workshop]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Read the journal; a kill may have cut its last line off."""
-    entries = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
+    """Read the journal; a kill may have cut its last line off, and nothing behind a line that is no entry counts."""
+    entries: list[dict[str, Any]] = []
+    try:
+        for line in read_text(path, OutputError).splitlines() if path.is_file() else ():
+            entry = parse_json(line, str(path), OutputError)
+            if not _is_entry(entry, first=not entries):
                 break
+            entries.append(entry)
+    except OutputError:
+        pass  # what is finished is made again
     return entries
+
+
+def _is_entry(entry: Any, *, first: bool) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    if first:
+        return isinstance(entry.get("digest"), str)
+    shard = entry.get("shard")
+    plain = isinstance(shard, str) and Path(shard).name == shard and shard not in ("", ".", "..")
+    return plain and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from plait.adapters.header import TensorInfo
 from plait.adapters.layouts import Kind as LayoutKind
 from plait.adapters.layouts import Layout
-from plait.adapters.tensorfile import SafetensorsFile, TensorInfo
+from plait.adapters.tensorfile import SafetensorsFile
 from plait.baking.architecture import Architecture, ArchitectureUnknown, Layer, Part
 from plait.baking.checkpoint import FLOATS, BaseCheckpoint
 from plait.baking.files import read_at

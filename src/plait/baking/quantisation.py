@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from plait.adapters.tensorfile import TensorInfo
+from plait.adapters.header import TensorInfo
 from plait.baking.dequantize import FORMATS
 
 # names under which bitsandbytes, GPTQ, AWQ, compressed-tensors and fp8 checkpoints store what a float weight is not

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from plait.baking.checkpoint import FLOATS, INDEX, SINGLE, BaseCheckpoint, Shard
+from plait.adapters.base_files import INDEX, SINGLE
+from plait.baking.checkpoint import FLOATS, BaseCheckpoint, Shard
 from plait.baking.files import TORCH_DTYPES
 from plait.baking.placement import Change, Placement
 from plait.errors import RecipeError

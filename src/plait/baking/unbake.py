@@ -23,6 +23,7 @@ from plait.hub.download import resolve, resolve_model
 from plait.hub.references import parse_reference
 from plait.merging.progress import Progress
 from plait.merging.record import LOCK, Lock
+from plait.parsing import read_record
 from plait.recipes.loading import build_recipe
 from plait.records import Record
 
@@ -108,11 +109,8 @@ def _weight_of_lock(model: str, adapter: Adapter) -> float:
         PlanError: the adapter is not in it; its weight is another than 1, or no weight alone: that has to be said.
     """
     path = resolve_model(model, files=("*.safetensors", "*.json", LOCK)).folder / LOCK
-    try:
-        lock = Lock.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        said = str(error).splitlines()[0]
-        raise AdapterError(f"{path}: not a lock that can be read ({said}). Say what is to be taken out: --weight.") from None
+    advice = "Say what is to be taken out: --weight."
+    lock = read_record(Lock, path, AdapterError, what="a lock", advice=advice) if path.is_file() else None
     if lock is None or lock.kind != "bake":
         return 1.0
     file, digest = adapter.file.path.name, adapter.sha256()

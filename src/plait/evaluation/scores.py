@@ -12,8 +12,6 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
-from pydantic import ValidationError
-
 import plait
 from plait.evaluation.files import write_atomically
 from plait.merging.record import library_versions, sha256
@@ -55,7 +53,7 @@ class ScoreCache:
             return None
         try:
             return Answers.model_validate_json((self._folder / f"{key}.json").read_text(encoding="utf-8"))
-        except (OSError, ValidationError):
+        except (OSError, ValueError):  # not UTF-8, not JSON, or not answers
             return None
 
     def keep(self, key: str, answers: Answers) -> None:

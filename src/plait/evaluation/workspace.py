@@ -12,7 +12,6 @@ Tags are hashes of everything that a result depends on, so no result stands unde
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 from plait.errors import OutputError, TaskError
 from plait.evaluation.files import write_atomically
 from plait.evaluation.record import Evaluation, TaskResult
+from plait.parsing import read_object
 
 SCORES = ".scores"
 _TAKEN = ("merged", "compared")  # names of folders beside the tasks'
@@ -174,10 +174,10 @@ def _append(index: Path, entry: Mapping[str, Any]) -> None:
     with _alone(index):
         entries: list[Any] = []
         if index.is_file():
-            try:
-                entries = json.loads(index.read_text(encoding="utf-8"))["entries"]
-            except (OSError, ValueError, KeyError, TypeError):
-                raise OutputError(f"{index} cannot be read; move it away, and a new one is begun.") from None
+            advice = "It cannot be added to; move it away, and a new one is begun."
+            entries = read_object(index, OutputError, advice=advice).get("entries", ())
+            if not isinstance(entries, list):
+                raise OutputError(f"{index}: 'entries' must be a list. {advice}")
         write_atomically(index, {"entries": [*entries, entry]})
 
 

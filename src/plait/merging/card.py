@@ -15,6 +15,7 @@ from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan
 from plait.merging.record import RunRecord, recipe_json
 from plait.methods import METHODS
+from plait.recipes.documents import read_front_matter
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 AUTO_MODELS = {
@@ -181,15 +182,8 @@ def hub_id(name: str | None) -> str | None:
 
 def licence_of(folder: Path) -> tuple[tuple[str, str], ...] | None:
     """Return the licence keys that the card in a folder states, or None."""
-    path = folder / "README.md"
-    if not path.is_file():
-        return None
-    found = re.match(r"^---\n(.*?)\n---", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    try:
-        data = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
-        return None
-    if not isinstance(data, dict) or not isinstance(data.get("license"), str):
+    data = read_front_matter(folder / "README.md")
+    if not isinstance(data.get("license"), str):
         return None
     return tuple((k, data[k]) for k in ("license", "license_name", "license_link") if isinstance(data.get(k), str))
 

@@ -6,17 +6,22 @@ a recipe may hold.
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
 from plait.errors import RecipeError
+from plait.parsing import MOST_BITS, MOST_LEVELS, parse_json
 from plait.recipes.paths import KeyPath, Plain
 from plait.recipes.problems import Problem, listed
 
 _MOST_NODES = 200_000
+_MOST_CHARACTERS = 4 << 20  # of YAML, which is read character by character
+_LONGEST_CARD = 1 << 20  # bytes in which its front matter is looked for
+_FRONT_MATTER = re.compile(r"^---\r?\n(.*?)\r?\n---", re.DOTALL)
 FLOAT = re.compile(
     r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
@@ -55,14 +60,21 @@ class Document:
     problems: tuple[Problem, ...] = ()
 
 
-def read_document(text: str, source: str) -> Document:
+def read_document(text: str, source: str, *, loader: type[yaml.SafeLoader] = _Loader) -> Document:
     """Read one YAML document.
+
+    Args:
+        text: of the document.
+        source: the file that a refusal names.
+        loader: by whose rules types are guessed; those of YAML 1.2, unless given.
 
     Raises:
         RecipeError: the text is not YAML; the message says in which line.
     """
+    if len(text) > _MOST_CHARACTERS:
+        raise RecipeError(f"{source}: larger than {_MOST_CHARACTERS >> 20} MB, which no such YAML is.")
     try:
-        return _compose(text)
+        return _compose(text, loader)
     except yaml.MarkedYAMLError as error:
         raise RecipeError(_syntax_error(error, source)) from None
     except yaml.YAMLError as error:
@@ -71,8 +83,19 @@ def read_document(text: str, source: str) -> Document:
         raise RecipeError(f"{source}: this is nested too deeply to be a recipe.") from None
 
 
-def _compose(text: str) -> Document:
-    loader = _Loader(text)
+def read_front_matter(card: Path) -> Mapping[str, Plain]:
+    """Return the front matter of a model card; empty where there is none that can be read: no number depends on it."""
+    try:
+        with card.open("rb") as file:
+            found = _FRONT_MATTER.match(file.read(_LONGEST_CARD).decode("utf-8", "replace"))
+        data = read_document(found[1], str(card)).data if found else None
+    except (OSError, RecipeError):
+        return {}
+    return data if isinstance(data, Mapping) else {}
+
+
+def _compose(text: str, kind: type[yaml.SafeLoader]) -> Document:
+    loader = kind(text)
     try:
         return _Builder(loader).document(loader.get_single_node())
     finally:
@@ -87,12 +110,9 @@ def read_json(text: str, source: str) -> Document:
     """
     if not text.strip():
         return Document(None, {})
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{source}:{error.lineno}: this is not JSON: {error.msg} (column {error.colno}).") from None
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{source}: this is not JSON that can be read: {error}.") from None
+    data = parse_json(text, source, RecipeError, constants=True)
+    if len(text) > _MOST_CHARACTERS:
+        return Document(data, {})
     try:
         # JSON may be indented with tabs, YAML may not; inside of JSON's strings there are none
         marked = read_document(text.replace("\t", " "), source)
@@ -104,7 +124,7 @@ def read_json(text: str, source: str) -> Document:
 class _Builder:
     """Turns the nodes of one document into data and remembers lines."""
 
-    def __init__(self, loader: _Loader) -> None:
+    def __init__(self, loader: yaml.SafeLoader) -> None:
         self._loader = loader
         self._lines: dict[KeyPath, int] = {}
         self._problems: list[Problem] = []
@@ -122,6 +142,8 @@ class _Builder:
             raise yaml.composer.ComposerError(None, None, "aliases (*name) make it endless or huge", node.start_mark)
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
+        if len(self._open) >= MOST_LEVELS:
+            raise RecursionError
         if node.tag not in (f"{_TAG}map", f"{_TAG}seq"):
             raise yaml.constructor.ConstructorError(None, None, f"the tag {node.tag!r} is not allowed", node.start_mark)
         self._open.append(node)
@@ -132,10 +154,13 @@ class _Builder:
 
     def _scalar(self, node: yaml.ScalarNode) -> Plain:
         try:
-            return self._loader.construct_object(node)
-        except (ValueError, LookupError, AttributeError, TypeError):  # `!!int x`, or a number of thousands of digits
-            words = f"{node.value[:40]!r} is no {node.tag.rpartition(':')[2]}"
-            raise yaml.constructor.ConstructorError(None, None, words, node.start_mark) from None
+            value = self._loader.construct_object(node)
+        except (ValueError, LookupError, AttributeError, TypeError, OverflowError):  # `!!int x`, `!!timestamp x`, 5,000 digits
+            value = node
+        if value is node or (type(value) is int and value.bit_length() > MOST_BITS):
+            words = f"{node.value[:40]!r} cannot be read as {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, words, node.start_mark)
+        return value
 
     def _sequence(self, node: yaml.Node, path: KeyPath) -> list[Plain]:
         return [self._build(item, (*path, i)) for i, item in enumerate(node.value)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plait.errors import AddressError, RecipeError, did_you_mean
+from plait.parsing import read_text
 from plait.recipes.documents import Document, read_document, read_json
 from plait.recipes.entries import named_entry
 from plait.recipes.mergekit import convert_mergekit, is_mergekit
@@ -126,15 +127,15 @@ def _is_text(source: str | Path) -> bool:
 
 def _contents(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        path.stat()
     except FileNotFoundError:
         raise RecipeError(f"{path}: there is no such file.{_near(path)}") from None
-    except IsADirectoryError:
-        raise RecipeError(f"{path} is a folder; give the recipe's file.{_near(path / 'recipe.yaml')}") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: this is not text in UTF-8 (byte {error.start}).") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror or error}.") from None
+    except (OSError, ValueError):
+        pass  # said when it is read
+    else:
+        if path.is_dir():
+            raise RecipeError(f"{path} is a folder; give the recipe's file.{_near(path / 'recipe.yaml')}")
+    return read_text(path, RecipeError)
 
 
 def _near(path: Path) -> str:

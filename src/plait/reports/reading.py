@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
-
-from pydantic import ValidationError
 
 from plait.adapters.names import LayerKey, layer_key
 from plait.errors import PlaitError, ReportError, collect
@@ -20,6 +17,7 @@ from plait.merging.inventory import take_inventory
 from plait.merging.progress import Progress
 from plait.merging.record import LOCK, RECORD, RunRecord
 from plait.merging.weighting import module_weights, towers_of
+from plait.parsing import read_record, read_text
 from plait.recipes.loading import build_recipe
 from plait.recipes.schema import Recipe
 from plait.records import Record
@@ -100,7 +98,7 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
                 evaluations += _places(file, board)
             merges += [_read(RunRecord, f) for f in found if f.name == RECORD and (f.parent / LOCK).is_file()]
             losses += [curve for f in found if f.name == CURVES for curve in _read(LossCurves, f).curves]
-            locks |= {str(f): f.read_text(encoding="utf-8") for f in found if f.name == LOCK}
+            locks |= {str(f): read_text(f, ReportError) for f in found if f.name == LOCK}
         except ReportError as error:
             problems.append(str(error))
     once: dict[str, Evaluation] = {}
@@ -148,12 +146,8 @@ def _places(file: Path, board: Comparison) -> list[Evaluation]:
 
 
 def _read(kind: type[Any], file: Path) -> Any:
-    try:
-        return kind.model_validate(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, ValidationError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
-        raise ReportError(f"{file}: not a result that this version of plait wrote ({why}). Evaluate again.") from None
+    what = "a result that this version of plait wrote, nothing else"
+    return read_record(kind, file, ReportError, what=what, advice="Evaluate again.")
 
 
 def _adapters(

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from plait.errors import PlaitError, RecipeError, TaskError, collect, did_you_mean
+from plait.parsing import read_text
 from plait.recipes.documents import Document, read_document, read_json
 from plait.recipes.paths import Plain, item
 from plait.recipes.problems import Origins, Problem, listed, show
@@ -128,16 +129,12 @@ def _is_harness(reference: str | Path) -> bool:
 
 def _document(file: Path) -> Document:
     read = read_json if file.suffix.lower() == ".json" else read_document
+    if not file.exists():
+        raise TaskError(f"{file}: there is no such file.{_near(file)}")
     try:
-        return read(file.read_text(encoding="utf-8-sig"), str(file))
+        return read(read_text(file, TaskError), str(file))
     except RecipeError as error:
         raise TaskError(str(error)) from None
-    except FileNotFoundError:
-        raise TaskError(f"{file}: there is no such file.{_near(file)}") from None
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{file}: this is not text in UTF-8 (byte {error.start}).") from None
-    except OSError as error:
-        raise TaskError(f"{file}: {error.strerror or error}.") from None
 
 
 def _near(file: Path) -> str:

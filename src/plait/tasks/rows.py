@@ -6,12 +6,12 @@ Formats are told by the file's ending. Parquet files and the Hub need the extra 
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from plait.errors import TaskError, did_you_mean
+from plait.parsing import parse_json
 from plait.recipes.evaluation import SplitName
 from plait.tasks.optional import optional
 from plait.tasks.schema import RowTask, Split
@@ -79,12 +79,12 @@ def _jsonl(file: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
-            rows.append(_mapping(_parsed(line, f"{file}:{number}"), f"{file}:{number}"))
+            rows.append(_mapping(_parsed(line, file, number), f"{file}:{number}"))
     return rows
 
 
 def _json(file: Path) -> list[Row]:
-    data = _parsed(file.read_text(encoding="utf-8-sig"), str(file))
+    data = _parsed(file.read_text(encoding="utf-8-sig"), file)
     if not isinstance(data, list):
         raise TaskError(f"{file}: it must be a list of rows; one row per line is .jsonl.")
     return [_mapping(row, f"{file}: row {i}") for i, row in enumerate(data)]
@@ -132,11 +132,8 @@ def read_hub(repo: str, split: str, *, config: str | None = None, revision: str 
     return list(found)
 
 
-def _parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise TaskError(f"{place}: this is not JSON: {error}.") from None
+def _parsed(text: str, file: Path, line: int | None = None) -> Any:
+    return parse_json(text, str(file), TaskError, at=line, constants=True, nul=True)
 
 
 def _mapping(row: Any, place: str) -> Row:

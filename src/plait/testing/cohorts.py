@@ -13,10 +13,11 @@ from torch import Tensor
 
 from plait.adapters.adapter import CONFIG, WEIGHTS, Adapter, Target
 from plait.adapters.config import AdapterConfig
+from plait.adapters.header import TensorInfo
 from plait.adapters.layouts import Layout
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import PREFIX
-from plait.adapters.tensorfile import SafetensorsFile, TensorInfo
+from plait.adapters.tensorfile import SafetensorsFile
 from plait.adapters.tensorwriter import write_tensors
 
 Shape = tuple[int, int]

@@ -18,6 +18,8 @@ import yaml
 from pydantic import ValidationError
 
 from plait.errors import RecipeError, collect, did_you_mean
+from plait.parsing import read_text
+from plait.recipes.documents import read_document
 from plait.tasks.optional import optional
 from plait.training.data import EVAL_SPLITS
 from plait.training.encoding import LongExamples
@@ -233,12 +235,9 @@ def _parsed(words: Sequence[str]) -> Flags:
 
 def _from_file(path: Path) -> Iterator[str]:
     """Yield the flags that a YAML file spells; its `env` goes into the environment, as with TRL."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"--config {path}: it cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--config {path}: this is not YAML: {' '.join(str(error).split())}") from None
+    values = read_document(
+        read_text(path, RecipeError, advice="Give --config a YAML file."), f"--config {path}", loader=yaml.SafeLoader
+    ).data
     if not isinstance(values, dict) or not isinstance(values.get("env", {}), dict):
         raise RecipeError(f"--config {path}: it must be a mapping: flag: value (and env: a mapping of variables).")
     os.environ.update({str(name): str(value) for name, value in values.pop("env", {}).items()})

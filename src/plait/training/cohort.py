@@ -23,8 +23,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 import plait
 from plait.errors import OutputError, RecipeError
 from plait.evaluation.files import write_atomically
@@ -146,7 +144,7 @@ def _before(out: Path) -> TrainResult | None:
     """Return what the last run wrote."""
     try:
         return TrainResult.model_validate_json((out / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValidationError):
+    except (OSError, ValueError):  # not UTF-8, not JSON, or of another version
         return None
 
 

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from plait.evaluation.card import put_results
 from plait.evaluation.contenders import merge_key
 from plait.evaluation.files import write_atomically
@@ -120,7 +118,7 @@ def _judge(plan: TrainingPlan, before: TrainResult | None, judging: Judging, pro
         file = plan.out / before.run / f"eval_results_{found.split}.json"
         try:
             earlier = Evaluation.model_validate_json(file.read_text(encoding="utf-8"))
-        except (OSError, ValidationError):
+        except (OSError, ValueError):  # not UTF-8, not JSON, or of another version
             earlier = None
         if earlier is not None and (earlier.tag, earlier.matrix, earlier.tasks) == (found.tag, found.matrix, found.tasks):
             return earlier, file.parent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -10,11 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from plait.errors import OutputError, PlaitError, RecipeError
+from plait.errors import OutputError, RecipeError
 from plait.evaluation.files import write_atomically
 from plait.locking import in_use, locked
+from plait.parsing import read_object, shown
 from plait.tasks.optional import optional
 from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, TrainingRecord
 from plait.verification.lock import check_files, read_lock
@@ -45,7 +43,7 @@ class JobFolder:
             record = TrainingRecord.model_validate_json((self.path / RECORD).read_text(encoding="utf-8"))
             result = self.path / record.folder
             whole = all(file.state in ("equal", "extra") for file in check_files(result, read_lock(result)))
-        except (OSError, ValidationError, PlaitError):
+        except (OSError, ValueError):  # which PlaitErrors of a file are too
             return None
         return record if whole and record.digest == self._opened.digest else None
 
@@ -156,10 +154,22 @@ def last_checkpoint(out: Path) -> Path | None:
     return next((found[step] for step in sorted(found, reverse=True) if _whole(found[step])), None)
 
 
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the number of steps behind a checkpoint.
+
+    Raises:
+        RecipeError: its state cannot be read.
+    """
+    step = read_object(checkpoint / STATE, RecipeError, constants=True).get("global_step")
+    if not isinstance(step, int):
+        raise RecipeError(f"{checkpoint / STATE}: 'global_step' must be a whole number, got {shown(step)}.")
+    return step
+
+
 def _whole(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        checkpoint_step(checkpoint)
+    except RecipeError:
         return False
     return (
         any(checkpoint.glob("optimizer*"))
@@ -171,11 +181,11 @@ def _whole(checkpoint: Path) -> bool:
 def _differences(out: Path, opened: OpenJob) -> list[str]:
     """Return what differs between the job of a folder and this one."""
     try:
-        there = json.loads((out / _JOB).read_text(encoding="utf-8"))["parts"]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError):
-        return [f"{_JOB} cannot be read"]
+        there = read_object(out / _JOB, OutputError).get("parts")
+    except OutputError:
+        there = None
+    if not isinstance(there, dict):
+        return [f"{_JOB} cannot be read"] if (out / _JOB).exists() else []
     return sorted(name for name in {*there, *opened.parts} if there.get(name) != opened.parts.get(name))
 
 

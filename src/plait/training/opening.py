@@ -5,7 +5,6 @@ All that can be wrong before a model is loaded is found here, in all phases, and
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from plait.errors import OutputError, PlaitError
 from plait.hub.download import resolve_model
+from plait.parsing import read_object
 from plait.tasks.examples import read_examples
 from plait.tasks.optional import optional
 from plait.training.causal import encoder_of, model_config
@@ -103,9 +103,10 @@ def _move(source: Path, target: Path) -> None:
 
 def _digest(folder: Path) -> str | None:
     try:
-        return str(json.loads((folder / RECORD).read_text(encoding="utf-8"))["digest"])
-    except (OSError, ValueError, KeyError):
+        digest = read_object(folder / RECORD, OutputError).get("digest")
+    except OutputError:
         return None
+    return digest if isinstance(digest, str) else None
 
 
 def _needed(plan: TrainingPlan) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from plait.errors import OutputError, collect
 from plait.merging.staging import output_problem
+from plait.parsing import read_object
 from plait.reports.losses import CURVES
 from plait.training.finishing import EVALUATION, MERGED, RECIPE, REPORT
 from plait.training.phases import LOGS, PHASES
@@ -50,6 +50,6 @@ def _in_the_way(out: Path) -> Iterator[tuple[Path, str]]:
 def _is_ours(result: Path) -> bool:
     """Return whether a run of plait train, of whatever version, has written a result there."""
     try:
-        return "phases" in json.loads(result.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        return "phases" in read_object(result, OutputError)
+    except OutputError:
         return False

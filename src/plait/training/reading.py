@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from plait.errors import AddressError, PlaitError, RecipeError
 from plait.hub.references import parse_reference
 from plait.methods import METHODS
+from plait.parsing import read_text
 from plait.recipes.documents import Document, read_document, read_json
 from plait.recipes.overrides import parse_override, set_values
 from plait.recipes.paths import Plain, item
@@ -87,12 +88,7 @@ def _document(source: str | Path | Mapping[str, Plain]) -> tuple[Document, str, 
         return Document(_plain(source), {}), "the phases", Path.cwd()
     file = Path(source).expanduser()
     read = read_json if file.suffix.lower() == ".json" else read_document
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{file}: this is not text in UTF-8 (byte {error.start}).") from None
-    except OSError as error:
-        raise RecipeError(f"{file}: {error.strerror or error}. Give the file that says what to train.") from None
+    text = read_text(file, RecipeError, advice="Give the file that says what to train.")
     return read(text, str(source)), str(source), file.absolute().parent
 
 

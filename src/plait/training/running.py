@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from plait.errors import OutputError, PlanError
 from plait.merging.progress import Progress
 from plait.merging.staging import publish
 from plait.tasks.optional import optional
-from plait.training.folder import STATE, JobFolder, last_checkpoint, named_checkpoint, open_folder
+from plait.training.folder import JobFolder, checkpoint_step, last_checkpoint, named_checkpoint, open_folder
 from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, Prepared, TrainingRecord
 from plait.training.sealing import seal
 
@@ -70,7 +69,7 @@ def _run(opened: OpenJob, folder: JobFolder, prepared: Prepared, progress: Progr
     if progress is not None:
         _listen(trainer, progress)
     checkpoint = named_checkpoint(trainer.args.resume_from_checkpoint) or last_checkpoint(folder.path)
-    resumed = None if checkpoint is None else int(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
+    resumed = None if checkpoint is None else checkpoint_step(checkpoint)
     started = time.perf_counter()
     with _explained(folder.path):
         _take_steps(trainer, checkpoint)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from plait.merging.combine import pipeline_of
 from plait.merging.inventory import open_adapters
 from plait.merging.record import RECORD, Lock, recipe_json, relative_path
 from plait.merging.weighting import module_weights, towers_of
+from plait.parsing import read_object
 from plait.recipes.loading import build_recipe
 from plait.recipes.request import Adapters, extend_request
 from plait.recipes.schema import Recipe
@@ -200,7 +200,7 @@ def _relation(folder: Path, every: Recipe, *, exact: bool) -> str:
             f"adapters at once: {why}. The sources are needed for that one."
         )
     record = folder / RECORD
-    result = json.loads(record.read_text(encoding="utf-8")).get("result") if record.is_file() else None
+    result = read_object(record, AdapterError).get("result") if record.is_file() else None
     if result == "truncated":
         return (
             f"the earlier merge was truncated: what it lost is missing here too, against merging all {count} adapters at once."

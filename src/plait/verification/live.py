@@ -5,7 +5,6 @@ Needs transformers and PEFT, which everything else here does without.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from plait.adapters.adapter import CONFIG, WEIGHTS
+from plait.adapters.base_files import architectures, read_config
 from plait.adapters.names import PREFIX
 from plait.adapters.tensorfile import SafetensorsFile
-from plait.errors import PlanError
+from plait.errors import AdapterError, PlanError
 from plait.merging.card import AUTO_MODELS
 from plait.merging.combine import pipeline_of
 from plait.merging.delta_file import NAME as DELTA
@@ -27,6 +27,7 @@ from plait.merging.pipeline import default_workers, run_recipe
 from plait.merging.plan import make_plan
 from plait.merging.progress import Progress
 from plait.merging.record import Lock
+from plait.parsing import read_object
 from plait.recipes.schema import Heads, Output, Recipe
 from plait.verification.inputs import FoundInput
 from plait.verification.rebuild import located_recipe
@@ -130,7 +131,7 @@ def load_sides(
 def _task_type(folder: Path, found: Mapping[str, FoundInput]) -> str | None:
     for place in (folder, *(f.folder for f in found.values())):
         if (place / CONFIG).is_file():
-            task = json.loads((place / CONFIG).read_text(encoding="utf-8")).get("task_type")
+            task = read_object(place / CONFIG, AdapterError, constants=True).get("task_type")
             return task if isinstance(task, str) else None
     return None
 
@@ -138,8 +139,8 @@ def _task_type(folder: Path, found: Mapping[str, FoundInput]) -> str | None:
 def _model(folder: Path, task: str | None) -> Any:
     import transformers
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = [AUTO_MODELS[task]] if task in AUTO_MODELS else config.get("architectures") or []
+    config = read_config(folder)
+    names = [AUTO_MODELS[task]] if task in AUTO_MODELS else architectures(config)
     kind = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), transformers.AutoModelForCausalLM)
     torch.manual_seed(0)  # a head that the base lacks is drawn at random, on both sides alike
     return kind.from_pretrained(folder, dtype=torch.float32).eval()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
 from plait.errors import AdapterError
 from plait.merging.record import LOCK, LOCK_VERSION, RECORD, SUMMARY, Lock, sha256
+from plait.parsing import as_record, read_object, shown
 from plait.records import Record
 
 CARD = "README.md"
@@ -45,18 +43,11 @@ def read_lock(folder: Path) -> Lock:
             f"{folder}: there is no {LOCK}, so this is no whole result of plait. It holds: {held}. Give the folder that "
             "`plait merge`, `bake`, `compress` or `extract` wrote."
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["version"] != LOCK_VERSION:
-            raise AdapterError(
-                f"{path}: a lock of version {data['version']}; this plait reads {LOCK_VERSION}. Make the result again."
-            )
-        return Lock.model_validate(data)
-    except (ValidationError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, AdapterError):
-            raise
-        said = str(error).splitlines()[0]
-        raise AdapterError(f"{path}: not a lock that can be read ({said}). Make the result again.") from None
+    advice = "Make the result again."
+    data = read_object(path, AdapterError, advice=advice)
+    if data.get("version", LOCK_VERSION) != LOCK_VERSION:
+        raise AdapterError(f"{path}: a lock of version {shown(data['version'])}; this plait reads {LOCK_VERSION}. {advice}")
+    return as_record(Lock, data, str(path), AdapterError, what="a lock", advice=advice)
 
 
 def check_files(folder: Path, lock: Lock) -> tuple[FileCheck, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +12,12 @@ from torch import Tensor
 from plait.adapters.adapter import CONFIG
 from plait.adapters.tensorfile import SafetensorsFile
 from plait.baking.plan import usable_device
-from plait.errors import AddressError, PlanError, RecipeError
+from plait.errors import AdapterError, AddressError, PlanError, RecipeError
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, resolve_model
 from plait.hub.quiet import quiet_loading
 from plait.merging.progress import Progress, Silent
 from plait.merging.record import Lock
+from plait.parsing import parse_json, read_object, read_text
 from plait.records import Record
 from plait.verification.inputs import BASE, FoundInput, check_inputs
 from plait.verification.lock import read_lock
@@ -65,10 +65,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         RecipeError: it cannot be read, or has none.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: the prompts cannot be read ({error}).") from None
+    lines = read_text(path, RecipeError, advice="Give a file of prompts, one a line.").splitlines()
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     prompts = [_prompt(path, number, line) if path.suffix == ".jsonl" else line for number, line in numbered]
     if not prompts:
@@ -77,10 +74,8 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _prompt(path: Path, number: int, line: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
-        prompt = None
+    row = parse_json(line, str(path), RecipeError, at=number)
+    prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise RecipeError(f'{path}, line {number}: expected a JSON object with a text under "prompt".')
     return prompt
@@ -158,7 +153,7 @@ def _base_folder(folder: Path, lock: Lock, found: Mapping[str, FoundInput], give
 
 def _named_base(folder: Path) -> str | None:
     path = folder / CONFIG
-    name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") if path.is_file() else None
+    name = read_object(path, AdapterError, constants=True).get("base_model_name_or_path") if path.is_file() else None
     return name if isinstance(name, str) else None
 
 

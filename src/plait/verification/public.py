@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from plait.errors import AdapterError
 from plait.merging.record import LOCK, RECORD, SUMMARY, Lock, write_json
+from plait.parsing import read_json
 from plait.verification.lock import CARD
 
 _LOCAL = ("/", "~", "./", "../")
@@ -35,7 +36,7 @@ def public_copy(folder: Path, lock: Lock) -> Iterator[Path]:
                 (place / name).symlink_to((folder / name).resolve())
         for name in (LOCK, RECORD):
             if (folder / name).is_file():
-                write_json(place / name, without_folders(json.loads((folder / name).read_text(encoding="utf-8"))))
+                write_json(place / name, without_folders(read_json(folder / name, AdapterError)))
         yield place
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import glob
-import json
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from plait.errors import OutputError
 from plait.hub.client import bars, explain
 from plait.hub.upload import check_push, push_folder
 from plait.merging.record import LOCK, Lock
+from plait.parsing import read_object
+from plait.recipes.documents import read_front_matter
 from plait.verification.lock import CARD, FileCheck, check_files, read_lock
 from plait.verification.public import public_copy
 
@@ -30,7 +28,6 @@ REPLACED = (
     "*.safetensors.index.json",
     "pytorch_model*",
 )
-_FRONT_MATTER = re.compile(r"^---\n(.*?)\n---", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -110,10 +107,11 @@ def _earlier_files(repo: str, revision: str | None) -> tuple[str, ...]:
         for branch in dict.fromkeys((revision, None)):  # a branch that is not there yet begins with the default one's files
             try:
                 path = HfApi().hf_hub_download(full, LOCK, revision=branch, local_dir=place)
-                return tuple(json.loads(Path(path).read_text(encoding="utf-8"))["outputs"])
+                outputs = read_object(Path(path), OutputError).get("outputs")
+                return tuple(outputs) if isinstance(outputs, dict) else ()
             except RevisionNotFoundError:
                 continue
-            except (EntryNotFoundError, RepositoryNotFoundError, ValueError, KeyError, TypeError):
+            except (EntryNotFoundError, RepositoryNotFoundError, OutputError):
                 break
             except Exception as error:  # which classes can come depends on the transport library below huggingface_hub
                 raise OutputError(f"pushing to {full!r} failed: {explain(error, full, None)}") from error
@@ -142,17 +140,12 @@ def _message(lock: Lock) -> str:
 
 def _notes(folder: Path) -> Iterator[str]:
     """Say what the Hub will not know of the result."""
-    path = folder / CARD
-    found = _FRONT_MATTER.match(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
-    try:
-        data = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
-        data = None
-    front = data if isinstance(data, dict) else {}
+    front = read_front_matter(folder / CARD)
     if "base_model" not in front:
         yield f"{CARD} names no base model on the Hub: add base_model: org/name, and the Hub links the two."
     elif "license" not in front:
-        base = front["base_model"][0] if isinstance(front["base_model"], list) else front["base_model"]
+        named = front["base_model"]
+        base = named[0] if isinstance(named, list) and named else named
         stated = _licence_on_hub(str(base))
         known = f"{base} states {stated!r}" if stated else "its sources state none, or not the same"
         yield f"{CARD} states no licence ({known}): add license: to it and push again."

@@ -1,0 +1,55 @@
+"""The JSON files of a base model: its index and its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from plait.errors import AdapterError
+from plait.parsing import read_object, shown
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+_AGAIN = "Fetch the base model again."
+
+
+def read_index(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """Return an index as it is, and its map: tensor name → the file beside it that holds the tensor.
+
+    Raises:
+        AdapterError: it is no index, names no tensor, or a file that is not beside it.
+    """
+    index = read_object(path, AdapterError, advice=_AGAIN, constants=True)
+    found = index.get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise AdapterError(f"{path}: 'weight_map' must map names of tensors to names of files. {_AGAIN}")
+    if not found:
+        raise AdapterError(f"{path}: names no tensor. {_AGAIN}")
+    outside = next((name for name in found.values() if not _is_name(name)), None)
+    if outside is not None:
+        raise AdapterError(f"{path}: names {shown(outside)}, which is not a file beside it.")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise AdapterError(f"{path}: 'metadata' must be a mapping. {_AGAIN}")
+    return index, found
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """Return a base model's `config.json`; nothing where there is none.
+
+    Raises:
+        AdapterError: it is not a JSON object.
+    """
+    path = folder / CONFIG
+    return read_object(path, AdapterError, constants=True) if path.is_file() else {}
+
+
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of transformers' classes that a configuration gives; none where it gives no list of names."""
+    found = config.get("architectures")
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
+def _is_name(name: str) -> bool:
+    return Path(name).name == name and name not in ("", ".", "..")

@@ -1,0 +1,244 @@
+"""Text and JSON from outside, read under limits: whatever cannot be read is a refusal that names the file, and the place in it.
+
+A file may be damaged, or made to do harm. So size and depth are bounded, numbers fit a float, names can be written as UTF-8,
+and no key has two values. `plait.recipes.documents` reads YAML under the same limits, `plait.adapters.header` safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from plait.errors import PlaitError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    Model = TypeVar("Model", bound=BaseModel)
+
+MOST_BYTES = 64 << 20  # of a text that is read whole; the largest index of a model has 20 MB
+MOST_LEVELS = 100  # of lists and mappings in each other
+MOST_BITS = 1023  # of a whole number: it is still a float
+_SHOWN = 60
+
+# What is looked at one by one, since a text without any of it is fine: numbers that no float holds, surrogates, NUL, constants.
+_SUSPECT = re.compile(r"\d{309}|[eE]\+?\d{3}|\\u(?:[dD][89a-fA-F]|0000)|NaN|Infinity")
+
+
+class _Unreadable(ValueError):
+    """Why a text cannot be read; the sentence goes on behind the file's name."""
+
+
+def read_text(path: Path, error: type[PlaitError], *, advice: str = "", most: int = MOST_BYTES) -> str:
+    """Return the text of a file; a byte order mark at its beginning is dropped.
+
+    Args:
+        path: of a file, or of a pipe that its user named.
+        error: what a refusal raises.
+        advice: the last sentence of a refusal: what to do.
+        most: bytes that it may have.
+
+    Raises:
+        PlaitError: (`error`) there is no such file, it cannot be read, is too large, or is not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
+                raise error(f"{path}: this is a device, not a file.{_then(advice)}")
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise error(f"{path}: larger than {most >> 20} MB, which no such file is.{_then(advice)}")
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as found:
+        raise error(f"{path}: this is not text in UTF-8 (byte {found.start}).{_then(advice)}") from None
+    except OSError as found:
+        if isinstance(found, PlaitError):
+            raise
+        raise error(f"{path}: {found.strerror or found}.{_then(advice)}") from None
+    except ValueError as found:  # a path with NUL in it
+        if isinstance(found, PlaitError):
+            raise
+        raise error(f"{str(path)!r}: {found}.{_then(advice)}") from None
+
+
+def read_json(path: Path, error: type[PlaitError], *, advice: str = "", constants: bool = False) -> Any:
+    """Return what a JSON file holds; arguments as `read_text` and `parse_json` have them.
+
+    Raises:
+        PlaitError: (`error`) it cannot be read.
+    """
+    return parse_json(read_text(path, error, advice=advice), str(path), error, advice=advice, constants=constants)
+
+
+def read_object(path: Path, error: type[PlaitError], *, advice: str = "", constants: bool = False) -> dict[str, Any]:
+    """Return the JSON object that a file holds.
+
+    Raises:
+        PlaitError: (`error`) it cannot be read, or holds something else.
+    """
+    found = read_json(path, error, advice=advice, constants=constants)
+    if not isinstance(found, dict):
+        raise error(f"{path}: expected a JSON object, found {kind_of(found)}.{_then(advice)}")
+    return found
+
+
+def read_record(kind: type[Model], path: Path, error: type[PlaitError], *, what: str, advice: str = "") -> Model:
+    """Return a record that plait has written as JSON.
+
+    Args:
+        kind: of record.
+        path: of the file.
+        error: what a refusal raises.
+        what: it should be, with its article: `a lock`.
+        advice: the last sentence of a refusal.
+
+    Raises:
+        PlaitError: (`error`) it cannot be read, or is none.
+    """
+    return as_record(kind, read_json(path, error, advice=advice), str(path), error, what=what, advice=advice)
+
+
+def as_record(kind: type[Model], data: Any, source: str, error: type[PlaitError], *, what: str, advice: str = "") -> Model:
+    """Return a record from plain data; arguments as `read_record` has them.
+
+    Raises:
+        PlaitError: (`error`) it is none; the first field that is wrong is named.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return kind.model_validate(data)
+    except ValidationError as found:
+        first = found.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise error(f"{source}: not {what} that can be read ({place or 'the file'}: {first['msg']}).{_then(advice)}") from None
+
+
+def parse_json(
+    text: str,
+    source: str,
+    error: type[PlaitError],
+    *,
+    at: int | None = None,
+    advice: str = "",
+    constants: bool = False,
+    nul: bool = False,
+) -> Any:
+    """Return what a JSON text holds.
+
+    Args:
+        text: JSON.
+        source: the file that a refusal names.
+        error: what a refusal raises.
+        at: the line of the file that the text is; None where it is the whole file.
+        advice: the last sentence of a refusal.
+        constants: take NaN and Infinity, as Python's own JSON has them.
+        nul: take texts with U+0000 in them, which no file's name may have.
+
+    Raises:
+        PlaitError: (`error`) it is not JSON, nested too deeply, holds a number too large for a float, half a character, or a
+            key with two values.
+    """
+    place = source if at is None else f"{source}:{at}"
+    try:
+        found = json.loads(text, object_pairs_hook=_mapping)
+        check_levels(found)
+        if _SUSPECT.search(text):
+            _look_through(found, constants=constants, nul=nul)
+    except json.JSONDecodeError as wrong:
+        raise error(
+            f"{source}:{at or wrong.lineno}: this is not JSON: {wrong.msg} (column {wrong.colno}).{_then(advice)}"
+        ) from None
+    except RecursionError:
+        raise error(f"{place}: nested too deeply, more than {MOST_LEVELS} levels.{_then(advice)}") from None
+    except _Unreadable as wrong:
+        raise error(f"{place}: {wrong}.{_then(advice)}") from None
+    except ValueError:  # of int(): Python converts no more than 4,300 digits
+        raise error(f"{place}: it holds a number of thousands of digits.{_then(advice)}") from None
+    return found
+
+
+def check_levels(value: Any) -> None:
+    """Make sure that lists and mappings are not nested too deeply for whoever walks them by recursion.
+
+    Raises:
+        RecursionError: they are.
+    """
+    level = [value]
+    for _ in range(MOST_LEVELS + 1):
+        level = [v for v in level if isinstance(v, (dict, list))]
+        if not level:
+            return
+        level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
+    raise RecursionError
+
+
+def kind_of(value: object) -> str:
+    """Return what a value of JSON is called."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: on one line, short."""
+    text = repr(value if not isinstance(value, str) else value[: 2 * _SHOWN])
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen and seen[key] != value:
+                raise _Unreadable(f"the key {shown(key)} is given twice, with different values")
+            seen[key] = value
+    return found
+
+
+def _look_through(value: Any, *, constants: bool, nul: bool) -> None:
+    for path, leaf in _leaves(value, ()):
+        why = _wrong_text(leaf, nul=nul) if isinstance(leaf, str) else None if constants else _wrong_number(leaf)
+        if type(leaf) is int and leaf.bit_length() > MOST_BITS:
+            why = "a whole number too large for a float"
+        if why:
+            raise _Unreadable(f"{shown('.'.join(map(str, path)))} is {why}" if path else why)
+
+
+def _wrong_text(text: str, *, nul: bool) -> str | None:
+    if "\0" in text and not nul:
+        return "a text with the character NUL"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "a text with half a character (a lone surrogate)"
+    return None
+
+
+def _wrong_number(value: Any) -> str | None:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return f"{value}, not a finite number"
+    return None
+
+
+def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Yield keys, as texts at the place of their mapping, and scalars."""
+    inside: Iterable[tuple[str | int, Any]] = ()
+    if isinstance(value, dict):
+        yield from ((path, key) for key in value)
+        inside = value.items()
+    elif isinstance(value, list):
+        inside = enumerate(value)
+    else:
+        yield path, value
+    for key, inner in inside:
+        yield from _leaves(inner, (*path, key))
+
+
+def _then(advice: str) -> str:
+    return f" {advice}" if advice else ""
