@@ -147,7 +147,7 @@ def test_bos_is_given_once():
 
 def test_a_template_that_refuses_is_named_with_the_example():
     picky = "{% if messages[0].role != 'user' %}{{ raise_exception('starts with user') }}{% endif %}" + CHATML
-    with pytest.raises(TaskError, match=r"rows: example 1: the chat template refuses it: .*starts with user"):
+    with pytest.raises(TaskError, match=r"rows: example 1: the chat template: it refuses this chat: starts with user"):
         encode_all(
             Encoder(byte_tokenizer(picky)), [chat("Q", "A"), chat("Q", "A", system="S")], limit=None, long="drop", where="rows"
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
 import torch
 
 from plait.tasks import harness
+from plait.tasks.chat import limited_chats, template_name
 from plait.tasks.examples import Example, Examples
 from plait.tasks.metrics import Answer
 from plait.tasks.schema import LmEval
@@ -37,7 +38,8 @@ def ask(
         raise AssertionError(task.kind)
     judge, inner = harness.judge(task), harness.fresh(task)
     name = inner.task_name
-    with harness.quiet(), _tied_as_it_is(model), torch.random.fork_rng():
+    chats = limited_chats(template_name(tokenizer)) if task.chat else nullcontext()
+    with harness.quiet(), _tied_as_it_is(model), torch.random.fork_rng(), chats:
         torch.manual_seed(_SEED)  # for tasks whose answers are sampled
         found = import_module("lm_eval.evaluator").evaluate(
             lm=import_module("lm_eval.models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plait.errors import TaskError
+from plait.tasks.chat import chat_text
 from plait.tasks.examples import Examples, Prompt
 from plait.tasks.schema import Task
 
@@ -57,7 +58,7 @@ class Encoder:
         if isinstance(prompt, str):
             return prompt
         turns = [{"role": role, "content": content} for role, content in prompt]
-        return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        return chat_text(self._tokenizer, turns, add_generation_prompt=True)
 
     def questions(self, examples: Examples, answers: Sequence[Sequence[str]]) -> list[Question]:
         """Return every example's prompt with its answers.

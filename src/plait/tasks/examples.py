@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from plait.errors import TaskError, collect
 from plait.recipes.evaluation import SplitName
@@ -24,10 +24,12 @@ from plait.tasks.schema import (
     SequenceClassification,
     Task,
 )
-from plait.tasks.templates import Render, template
+from plait.tasks.templates import Template
 
 Prompt: TypeAlias = str | tuple[tuple[str, str], ...]  # text, or chat turns (role, content)
 _SHOWN = 5
+_PORTION = 4096  # rows between two looks at what was wrong
+_T = TypeVar("_T")
 _NOTHING = "N/A"
 _ROUGE_SEES = re.compile("[a-z0-9]", re.IGNORECASE | re.ASCII)
 
@@ -101,15 +103,16 @@ def read_examples(task: Task, split: SplitName) -> Examples:
     make = _Maker(task)
     items: list[Example] = []
     problems: list[str] = []
-    for number, row in enumerate(rows):
-        try:
-            items.append(make(row))
-        except TaskError as error:
-            problems.append(f"{error} (row {number} of split {split!r})")
-            if len(problems) == _SHOWN:
-                break
-    collect(TaskError, problems, f"task {task.name!r}: rows that do not fit, the first of them")
-    blank = make.prompt(dict.fromkeys(rows[0], _NOTHING)) if getattr(task, "calibrated", False) else None
+    for start in range(0, len(rows), _PORTION):
+        for number, made in enumerate(make(rows[start : start + _PORTION]), start):
+            if isinstance(made, Example):
+                items.append(made)
+            else:
+                problems.append(f"{made} (row {number} of split {split!r})")
+        if len(problems) >= _SHOWN:
+            break
+    collect(TaskError, problems[:_SHOWN], f"task {task.name!r}: rows that do not fit, the first of them")
+    blank = make.blank(rows[0]) if getattr(task, "calibrated", False) else None
     return Examples(task, split, tuple(items), blank)
 
 
@@ -119,16 +122,46 @@ class _Maker:
     def __init__(self, task: RowTask) -> None:
         self._task = task
         where = f"task {task.name!r}"
-        self.prompt = _prompt(task, where)
-        self._target = template(task.target, f"{where}: target")
+        self._prompts = _prompts(task, where)
+        self._target = Template(task.target, f"{where}: target")
         self._choices = _choices(task, where)
 
-    def __call__(self, row: Row) -> Example:
-        choices = self._choices(row)
-        prompt = self.prompt(row)
-        target = self._target({**row, **({"choices": choices} if choices else {}), **self._labels()})
-        self._check(target, choices)
+    def __call__(self, rows: Sequence[Row]) -> list[Example | TaskError]:
+        """Return the example of every row, or why there is none."""
+        choices = self._choices(rows)
+        columns = [{**row, **self._more(chosen)} for row, chosen in zip(rows, choices, strict=True)]
+        parts = zip(self._prompts(rows), choices, self._target.each(columns), strict=True)
+        return [self._example(*part) for part in parts]
+
+    def blank(self, row: Row) -> Prompt:
+        """Return the prompt that asks nothing.
+
+        Raises:
+            TaskError: the template does not take it.
+        """
+        (found,) = self._prompts([dict.fromkeys(row, _NOTHING)])
+        if isinstance(found, TaskError):
+            raise found
+        return found
+
+    def _example(
+        self, prompt: Prompt | TaskError, choices: tuple[str, ...] | TaskError, target: str | TaskError
+    ) -> Example | TaskError:
+        if isinstance(choices, TaskError):
+            return choices
+        if isinstance(prompt, TaskError):
+            return prompt
+        if isinstance(target, TaskError):
+            return target
+        try:
+            self._check(target, choices)
+        except TaskError as error:
+            return error
         return Example(prompt, target, choices)
+
+    def _more(self, choices: tuple[str, ...] | TaskError) -> dict[str, Any]:
+        """Return what a target may read beside the row's columns."""
+        return {**({"choices": choices} if choices and isinstance(choices, tuple) else {}), **self._labels()}
 
     def _labels(self) -> dict[str, Any]:
         labelled = isinstance(self._task, (Classification, SequenceClassification))
@@ -146,37 +179,49 @@ class _Maker:
             raise TaskError(f"{where} has none of a–z and 0–9, all that rouge-score sees; use 'wer' or 'cer'.")
 
 
-def _prompt(task: RowTask, where: str) -> Callable[[Mapping[str, Any]], Prompt]:
+def _prompts(task: RowTask, where: str) -> Callable[[Sequence[Row]], Sequence[Prompt | TaskError]]:
     messages = None if isinstance(task, SequenceClassification) else task.messages
     if messages is not None:
-        turns = [(m.role, template(m.content, f"{where}: messages")) for m in messages]
-        return lambda row: tuple((role, render(row)) for role, render in turns)
-    return template(task.prompt, f"{where}: prompt") if task.prompt is not None else lambda _: ""
+        roles = [m.role for m in messages]
+        turns = [Template(m.content, f"{where}: messages") for m in messages]
+        return lambda rows: _joined(turns, rows, lambda texts: tuple(zip(roles, texts, strict=True)))
+    return Template(task.prompt, f"{where}: prompt").each if task.prompt is not None else lambda rows: [""] * len(rows)
 
 
-def _choices(task: RowTask, where: str) -> Callable[[Row], tuple[str, ...]]:
+def _choices(task: RowTask, where: str) -> Callable[[Sequence[Row]], Sequence[tuple[str, ...] | TaskError]]:
     if isinstance(task, (Classification, SequenceClassification)):
         labels = task.labels
-        return lambda _: labels
+        return lambda rows: [labels] * len(rows)
     if not isinstance(task, MultipleChoice):
-        return lambda _: ()
+        return lambda rows: [()] * len(rows)
     if isinstance(task.choices, str):
         column = task.choices
-        return lambda row: _listed(row, column, where)
-    renders: list[Render] = [template(t, f"{where}: choices") for t in task.choices]
-    return lambda row: _distinct(tuple(render(row) for render in renders), where)
+        return lambda rows: [_listed(row, column, where) for row in rows]
+    templates = [Template(t, f"{where}: choices") for t in task.choices]
+    return lambda rows: _joined(templates, rows, lambda texts: _distinct(texts, where))
 
 
-def _listed(row: Row, column: str, where: str) -> tuple[str, ...]:
+def _joined(
+    templates: Sequence[Template], rows: Sequence[Row], make: Callable[[tuple[str, ...]], _T | TaskError]
+) -> list[_T | TaskError]:
+    """Return what is made of all templates' texts of every row, or the first error among them."""
+    found: list[_T | TaskError] = []
+    for texts in zip(*(t.each(rows) for t in templates), strict=True):
+        errors = [text for text in texts if isinstance(text, TaskError)]
+        found.append(errors[0] if errors else make(tuple(text for text in texts if isinstance(text, str))))
+    return found
+
+
+def _listed(row: Row, column: str, where: str) -> tuple[str, ...] | TaskError:
     value = row.get(column)
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
-        raise TaskError(f"{where}: choices: column {column!r} is no list of texts; the row has {', '.join(row)}.")
+        return TaskError(f"{where}: choices: column {column!r} is no list of texts; the row has {', '.join(row)}.")
     return _distinct(tuple(value), where)
 
 
-def _distinct(choices: tuple[str, ...], where: str) -> tuple[str, ...]:
+def _distinct(choices: tuple[str, ...], where: str) -> tuple[str, ...] | TaskError:
     if len(set(choices)) < max(2, len(choices)):
-        raise TaskError(f"{where}: choices: {list(choices)} are not two or more different texts.")
+        return TaskError(f"{where}: choices: {list(choices)} are not two or more different texts.")
     return choices
 
 

@@ -1,51 +1,52 @@
-"""Jinja2 templates over the columns of a row, in a sandbox: a task file from elsewhere may not run anything here.
+"""Jinja2 templates over the columns of a row, in a sandbox and under limits: a task file from elsewhere may not run anything
+here, nor take all time or memory.
 
 A column that is not there is an error, never an empty text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cache
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from plait.errors import TaskError
 from plait.tasks.optional import optional
+from plait.tasks.rendering import Absent, Limited
 
-Render: TypeAlias = Callable[[Mapping[str, Any]], str]
 
-
-def template(source: str, where: str) -> Render:
-    """Compile a template; the result turns columns into text.
+class Template:
+    """Turns columns into text.
 
     Args:
         source: Jinja2; a newline at the end is kept.
         where: what messages call it, such as `task 'x': prompt`.
 
     Raises:
-        TaskError: it is no template; rendering raises it for what a row lacks.
+        TaskError: it is not a template.
     """
-    jinja2 = optional("jinja2", "eval", where)
-    try:
-        compiled = _environment().from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise TaskError(f"{where}: line {error.lineno} is not Jinja2: {error.message}.") from None
 
-    def render(columns: Mapping[str, Any]) -> str:
-        try:
-            return str(compiled.render(columns))
-        except jinja2.UndefinedError as error:
-            raise TaskError(f"{where}: {error.message}; there are {', '.join(columns)}.") from None
-        except jinja2.TemplateError as error:  # what the sandbox refuses
-            raise TaskError(f"{where}: {error.message}.") from None
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise TaskError(f"{where}: {type(error).__name__}: {error}.") from None
+    def __init__(self, source: str, where: str) -> None:
+        optional("jinja2", "eval", where)
+        self._limited = Limited(source, where, "task")
 
-    return render
+    def __call__(self, columns: Mapping[str, Any]) -> str:
+        """Return the text of one row.
 
+        Raises:
+            TaskError: the row lacks a column, or the template fails, or takes too much.
+        """
+        (found,) = self.each([columns])
+        if isinstance(found, TaskError):
+            raise found
+        return found
 
-@cache
-def _environment() -> Any:
-    sandbox = optional("jinja2.sandbox", "eval", "a task's template")
-    undefined = optional("jinja2", "eval", "a task's template").StrictUndefined
-    return sandbox.ImmutableSandboxedEnvironment(undefined=undefined, keep_trailing_newline=True)
+    def each(self, rows: Sequence[Mapping[str, Any]]) -> list[str | TaskError]:
+        """Return the text of every row, or why there is none.
+
+        Raises:
+            TaskError: the template takes too much time.
+        """
+        return [self._explained(found, row) for found, row in zip(self._limited.render(rows), rows, strict=True)]
+
+    def _explained(self, found: str | TaskError, row: Mapping[str, Any]) -> str | TaskError:
+        return TaskError(f"{found}; there are {', '.join(row)}.") if isinstance(found, Absent) else found

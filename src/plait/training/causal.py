@@ -103,7 +103,8 @@ def encoder_of(opened: OpenJob, config: Any) -> Encoder:
         if config.eos_token not in tokenizer.get_vocab():
             raise TaskError(f"eos_token {config.eos_token!r} is not in the tokenizer's vocabulary.")
         tokenizer.eos_token = config.eos_token
-    return Encoder(tokenizer, whole=config.completion_only_loss is False and not config.assistant_only_loss)
+    whole = config.completion_only_loss is False and not config.assistant_only_loss
+    return Encoder(tokenizer, whole=whole, template=config.chat_template_path)
 
 
 def lora_config(lora: LoraSettings, task_type: str) -> Any:

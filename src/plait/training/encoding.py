@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plait.errors import TaskError, collect
+from plait.tasks.chat import chat_text
 from plait.training.formats import Completion, Conversation, Example, Message, PlainText, is_learnt
 
 IGNORED = -100
@@ -83,13 +84,15 @@ class Encoder:
     Args:
         tokenizer: of transformers.
         whole: put loss on every token, not on answers alone.
+        template: file of the chat template, for messages; the tokenizer's own when None.
     """
 
-    def __init__(self, tokenizer: Any, *, whole: bool = False) -> None:
+    def __init__(self, tokenizer: Any, *, whole: bool = False, template: str | None = None) -> None:
         if tokenizer.eos_token_id is None:
             raise TaskError("the tokenizer has no end-of-sequence token, so that no end can be learnt. Name one: eos_token.")
         self._tokenizer = tokenizer
         self._whole = whole
+        self._home = template
         self._end = int(tokenizer.eos_token_id)
         self._special = frozenset(tokenizer.all_special_ids) | frozenset(
             i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
@@ -153,12 +156,8 @@ class Encoder:
         return ids, labels
 
     def _template(self, chat: Conversation, count: int, *, prompt: bool = False) -> list[int]:
-        try:
-            text = self._tokenizer.apply_chat_template(
-                list(chat.messages[:count]), tools=chat.tools, tokenize=False, add_generation_prompt=prompt
-            )
-        except Exception as error:  # a template raises what it likes
-            raise TaskError(f"the chat template refuses it: {' '.join(str(error).split())}") from None
+        messages = chat.messages[:count]
+        text = chat_text(self._tokenizer, messages, tools=chat.tools, add_generation_prompt=prompt, home=self._home)
         return self._tokens(text, special=False)
 
     def _item(self, ids: Sequence[int], labels: Sequence[int]) -> Encoded:

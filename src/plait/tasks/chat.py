@@ -1,0 +1,104 @@
+"""Chats → texts, by the chat template of a tokenizer, under the limits of every template.
+
+transformers renders chat templates without limits. What it does before and after (names of messages, tools, special tokens)
+is its own; only the rendering in the middle is taken out of its hands.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib import import_module
+from threading import RLock
+from typing import Any
+
+from plait.errors import PlaitError, TaskError
+from plait.tasks.rendering import Limited
+
+#: Where transformers makes a chat template's text an object with a method `render`.
+_MODULE, _COMPILE = "transformers.utils.chat_template_utils", "_compile_jinja_template"
+_one_at_a_time = RLock()
+
+
+def chat_text(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Any = None,
+    add_generation_prompt: bool = False,
+    home: str | None = None,
+) -> str:
+    """Return a chat as its model reads it.
+
+    Args:
+        tokenizer: of transformers, with a chat template.
+        messages: with `role` and `content`.
+        tools: that the model may call, as the template takes them.
+        add_generation_prompt: end with what an answer begins behind.
+        home: file of the template, for messages; the tokenizer's folder when None.
+
+    Raises:
+        TaskError: the template refuses the chat, fails, or takes too much; or it is not a template.
+    """
+    where = template_name(tokenizer) if home is None else f"{home}: the chat template"
+    with limited_chats(where):
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        except PlaitError:
+            raise
+        except Exception as error:  # what a damaged template makes transformers raise
+            raise TaskError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())[:400]}") from error
+
+
+def template_name(tokenizer: Any) -> str:
+    """Return what messages call a tokenizer's chat template."""
+    home = getattr(tokenizer, "name_or_path", "") or ""
+    return f"{home}: the chat template" if home else "the chat template"
+
+
+@contextmanager
+def limited_chats(where: str) -> Iterator[None]:
+    """Put what transformers renders inside the block under limits.
+
+    Args:
+        where: what messages call the template.
+    """
+    module = import_module(_MODULE)
+    original = getattr(module, _COMPILE, None)
+    if original is None:
+        warnings.warn(
+            "this release of transformers renders chat templates in a way that plait does not know: they have no limits of "
+            "time and memory here.",
+            stacklevel=4,
+        )
+        yield
+        return
+    with _one_at_a_time:
+        setattr(module, _COMPILE, lambda source: _rendered(source, where))
+        try:
+            yield
+        finally:
+            setattr(module, _COMPILE, original)
+
+
+class _Rendered:
+    """What transformers takes for Jinja's object."""
+
+    def __init__(self, source: str, where: str) -> None:
+        self._limited = Limited(source, where, "chat")
+
+    def render(self, **columns: Any) -> str:
+        """Return the text of a chat."""
+        (found,) = self._limited.render([columns])
+        if isinstance(found, TaskError):
+            raise found
+        return found
+
+
+_rendered = lru_cache(maxsize=64)(_Rendered)
