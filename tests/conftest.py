@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from plait import notices
+
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL tells the Hub that it is used; read when the libraries are imported
 
 settings.register_profile("plait", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -21,7 +23,8 @@ settings.load_profile("plait")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Seed what is drawn without a generator, fixtures of modules included."""
+    """Seed what is drawn without a generator, fixtures of modules included; nothing has been announced yet."""
+    notices.forget()
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (what libraries draw from)
     torch.manual_seed(0)

@@ -55,13 +55,26 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def warnings_as_notes() -> Iterator[None]:
-    """Print what is warned of within the block as notes on stderr."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+def warnings_as_notes(wanted: type[Warning] = Warning) -> Iterator[None]:
+    """Print what is warned of within the block as notes on stderr, at once: what takes long is announced before it is done."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, wanted):
+            err().print(f"note: {message}", style="dim", markup=False, soft_wrap=True)
+        else:
+            shown(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        shown, warnings.showwarning = warnings.showwarning, show
+        warnings.simplefilter("always", wanted)
         yield
-    for warning in caught:
-        err().print(f"note: {warning.message}", style="dim", markup=False)
 
 
 class ProgressBars:

@@ -30,6 +30,7 @@ from plait.cli.train import train
 from plait.cli.unbake import unbake
 from plait.cli.verify import verify
 from plait.errors import PlaitError
+from plait.notices import PlaitWarning
 
 #: Options that take several values in a row, and what such a value looks like.
 _LISTS = {
@@ -81,12 +82,15 @@ def _options(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process: 0 done, 1 our fault, 2 the user's."""
     atexit.register(gc.freeze)  # the last collections would look all of torch through, for nothing: the process ends
+    from plait.cli.console import warnings_as_notes
+
     arguments = _join_lists(list(sys.argv[1:] if argv is None else argv))
     wants_traceback = "--traceback" in arguments
     # accepted anywhere, though it belongs to the command itself
     arguments = [a for a in arguments if a != "--traceback"]
     try:
-        app(arguments)
+        with warnings_as_notes(PlaitWarning):
+            app(arguments)
     except PlaitError as error:
         _show(error, wants_traceback=wants_traceback)
         sys.exit(2)

@@ -2,17 +2,18 @@
 
 What all prompts begin with is read once; each prompt is read once, however many continuations it has; the first token of
 every continuation is read off the prompt's last position, and only longer continuations are read at all. Padding is on the
-left of a prompt and masked, with positions counted without it, so that a batch says what its rows would say alone.
+left of a prompt and masked, with positions counted without it, so that a batch says what its rows would say alone. Models that
+count by where a token lies in their memory get prompts of one length at a time instead, without padding.
 
-Models whose memory of the past cannot be copied and continued so (sliding windows shorter than the text, state spaces) are
-given every prompt with every continuation, whole. Encoder-decoder models read every prompt once, in their encoder.
+Models whose memory of the past cannot be copied and continued so (state spaces) are given every prompt with every continuation
+of several tokens, whole, in batches; this is announced. Encoder-decoder models read every prompt once, in their encoder.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from plait.errors import TaskError
 from plait.evaluation.output_layer import plain_states
+from plait.libraries import transformers as library
+from plait.notices import announce
 from plait.tasks.encoding import Question
 
 _SHORTEST_PREFIX = 4  # tokens; below, a pass of its own costs more than it saves
@@ -49,8 +52,8 @@ def log_likelihoods(
     check_lengths(model, [_length(q, apart=apart) for q in questions])
     found: list[list[float]] = [[] for _ in questions]
     with torch.inference_mode(), plain_states(model):
-        reader = _EncoderDecoder(model) if apart else _reader(model, questions)
-        for batch in _batches(questions, batch_size):
+        reader = _EncoderDecoder(model) if apart else _reader(model, questions, batch_size)
+        for batch in _batches(questions, batch_size, aligned=reader.aligned):
             for i, row in zip(batch, reader([questions[i] for i in batch]), strict=True):
                 check_numbers(model, row)
                 found[i] = row
@@ -65,21 +68,13 @@ def check_lengths(model: Any, lengths: Sequence[int]) -> None:
         TaskError: some do not.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = None if limit is None else limit - reserved_positions(model)
+    limit = None if limit is None else limit - library.reserved_positions(model)
     too_long = [n for n in lengths if limit is not None and n > limit]
     if too_long:
         raise TaskError(
             f"{len(too_long)} of {len(lengths)} texts are longer than the model's context of {limit} tokens (the longest has "
             f"{max(too_long)}). Leave them out, or let prompts lose their beginning with 'max_tokens' in the task."
         )
-
-
-def reserved_positions(model: Any) -> int:
-    """Return how many of a model's positions no token has: RoBERTa and its kin count from behind the padding's."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(module.padding_idx) + 1
-    return 0
 
 
 def check_numbers(model: Any, scores: Sequence[float]) -> None:
@@ -101,32 +96,49 @@ def _length(question: Question, *, apart: bool) -> int:
     return max(prompt, 1 + len(question.lead) + longest) if apart else prompt + longest
 
 
-def _reader(model: Any, questions: Sequence[Question]) -> _Cached | _Whole:
-    return _Cached(model, questions) if _can_continue(model, questions) else _Whole(model)
+def _reader(model: Any, questions: Sequence[Question], batch_size: int) -> _Cached | _Whole:
+    forward, reason = _Forward(model), library.why_not_continued(model)
+    if reason is None and not forward.masks:
+        reason = "its forward takes no mask of padding"
+    if reason is None and library.cache_argument(model) is None and not forward.may_cache():
+        reason = "its forward takes no cache of what it has read"
+    if reason is not None:
+        return _whole(model, questions, batch_size, reason)
+    try:
+        return _Cached(model, questions, batch_size)
+    except _NotContinuedError as error:
+        return _whole(model, questions, batch_size, str(error), padded=False)
 
 
-def _can_continue(model: Any, questions: Sequence[Question]) -> bool:
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
-    longest = max(len(q.prompt) + max(map(len, q.answers)) for q in questions)
-    slides = "sliding_attention" in kinds or (not kinds and getattr(config, "use_sliding_window", True))
-    fits = not (slides and window) or longest < window
-    plain = kinds <= {"full_attention", "sliding_attention"} and bool(getattr(model, "_supports_cache_class", True))
-    # they would have to be told positions that start elsewhere
-    plain = plain and not reserved_positions(model)
-    return fits and plain and "past_key_values" in inspect.signature(model.forward).parameters
+def _whole(model: Any, questions: Sequence[Question], batch_size: int, reason: str, *, padded: bool = True) -> _Whole:
+    """Return the slower reader, and say so where it is slower.
+
+    Args:
+        model: that is asked.
+        questions: that it will be asked.
+        batch_size: texts at a time.
+        reason: why the faster reader does not suit it.
+        padded: whether texts of different lengths may be read together.
+    """
+    if any(len(answer) > 1 for q in questions for answer in q.answers) or _shared([q.prompt for q in questions]) > 0:
+        announce(
+            f"{type(model).__name__} is evaluated the slower way, every prompt read anew with each of its longer answers: "
+            f"{reason}.",
+            once=f"whole {type(model).__qualname__}",
+        )
+    return _Whole(model, batch_size, padded=padded)
 
 
-def _batches(questions: Sequence[Question], batch_size: int) -> Iterator[list[int]]:
-    """Group questions of like length, so that there is little padding; long continuations make small batches."""
+def _batches(questions: Sequence[Question], batch_size: int, *, aligned: bool) -> Iterator[list[int]]:
+    """Group questions of like length (of one length when aligned), so that there is little padding; long answers, few rows."""
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt), i))
     batch: list[int] = []
     rows = width = 0
     for i in order:
         q = questions[i]
         more, wider = len(q.answers), max(width, max(map(len, q.answers)))
-        if batch and (len(batch) == batch_size or (rows + more) * wider > _MOST_POSITIONS):
+        other = aligned and batch and len(q.prompt) != len(questions[batch[0]].prompt)
+        if batch and (other or len(batch) == batch_size or (rows + more) * wider > _MOST_POSITIONS):
             yield batch
             batch, rows, wider = [], 0, max(map(len, q.answers))
         batch.append(i)
@@ -135,79 +147,225 @@ def _batches(questions: Sequence[Question], batch_size: int) -> Iterator[list[in
         yield batch
 
 
+class _NotContinuedError(Exception):
+    """What a model has read cannot be continued; the message says why."""
+
+
+class _Forward:
+    """Calls a model with what its forward takes."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._takes = set(library.forward_parameters(model))
+        self._any = library.takes_any_keyword(model)
+        self._offset = library.reserved_positions(model)
+        self._argument: str | None = None
+        self._continued = False
+
+    @property
+    def masks(self) -> bool:
+        """Whether it can be told which tokens are padding."""
+        return "attention_mask" in self._takes or not self._takes - {"args", "kwargs"}
+
+    def may_cache(self) -> bool:
+        """Whether it can be asked for a cache."""
+        return self._any or "use_cache" in self._takes
+
+    def read(self, ids: Tensor, mask: Tensor, *, keep: int | None = None) -> Any:
+        """Read texts from their beginning, and keep nothing; `keep`: the last positions whose logits are wanted."""
+        return self._call(ids, mask, keep=keep, use_cache=False)
+
+    def begin(self, ids: Tensor, mask: Tensor, *, use_cache: bool) -> tuple[Any, Any]:
+        """Read the beginning of texts; return the logits at the end and the cache, where one is wanted.
+
+        Raises:
+            _NotContinuedError: the model gives no cache that can be continued.
+        """
+        out = self._attempt(ids, mask, keep=1, use_cache=use_cache, **self._positions(ids, mask))
+        return out.logits, self._cache(out) if use_cache else None
+
+    def go_on(self, ids: Tensor, mask: Tensor, cache: Any, *, last: bool) -> tuple[Any, Any]:
+        """Read on from a cache, which takes up what is read; return the logits and the cache.
+
+        Args:
+            ids: what is read (n, w).
+            mask: 1 where a token is, (n, tokens in the cache + w).
+            cache: of what was read.
+            last: whether only the logits at the end are wanted.
+
+        Raises:
+            _NotContinuedError: the model does not take up the cache.
+        """
+        before = int(cache.get_seq_length())
+        past = {str(self._argument): cache}
+        out = self._attempt(ids, mask, keep=1 if last else None, use_cache=True, **past, **self._positions(ids, mask))
+        if int(cache.get_seq_length()) != before + ids.shape[1]:
+            raise _NotContinuedError(f"its forward takes '{self._argument}' but does not read on from it")
+        self._continued = True
+        return out.logits, cache
+
+    def _attempt(self, ids: Tensor, mask: Tensor, **keywords: Any) -> Any:
+        """Call the model; until it has read on from a cache once, a failure only says that it cannot."""
+        try:
+            return self._call(ids, mask, **keywords)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if self._continued:
+                raise
+            words = " ".join(str(error).split())[:200]
+            raise _NotContinuedError(f"reading on from what it has read fails ({type(error).__name__}: {words})") from error
+
+    def _cache(self, out: Any) -> Any:
+        found = library.cache_of(out)
+        if found is None:
+            raise _NotContinuedError("its output holds no cache that can be copied row by row")
+        field, cache = found
+        reason = library.why_cache_not_continued(cache)
+        if reason is not None:
+            raise _NotContinuedError(reason)
+        if self._argument is None:
+            named = field if field in self._takes else library.cache_argument(self._model)
+            self._argument = named or (field if self._any else None)
+        if self._argument is None:
+            raise _NotContinuedError(f"its output holds a cache as '{field}', but its forward takes none")
+        return cache
+
+    def _positions(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        if "position_ids" not in self._takes:
+            return {}
+        return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :] + self._offset}
+
+    def _call(self, ids: Tensor, mask: Tensor, *, keep: int | None, use_cache: bool, **more: Any) -> Any:
+        if self.masks:
+            more["attention_mask"] = mask
+        if keep is not None and "logits_to_keep" in self._takes:
+            more["logits_to_keep"] = keep
+        if self.may_cache():
+            more["use_cache"] = use_cache
+        return self._model(input_ids=ids, **more)
+
+
 class _Cached:
     """Reads what all prompts share once, then every prompt once, then the rest of longer continuations."""
 
-    def __init__(self, model: Any, questions: Sequence[Question]) -> None:
+    def __init__(self, model: Any, questions: Sequence[Question], batch_size: int) -> None:
         self._model = model
-        self._takes = set(inspect.signature(model.forward).parameters)
+        self._forward = _Forward(model)
+        self._batch_size = batch_size
+        self._instead: _Whole | None = None
+        longest = max(len(q.prompt) + max(map(len, q.answers)) for q in questions)
+        window = library.attention_window(model)
+        self.aligned = library.counts_by_place(model) or (window is not None and longest >= window)
         prompts = [q.prompt for q in questions]
-        shared = _shared(prompts) if len(prompts) > 1 and self._finds_its_place() else 0
+        shared = _shared(prompts) if len(prompts) > 1 else 0
         self._shared = shared if shared >= _SHORTEST_PREFIX else 0
         self._read: Any = None
         if self._shared:
             ids = torch.tensor([prompts[0][: self._shared]], device=model.device)
-            self._read = model(input_ids=ids, use_cache=True, **self._only_last()).past_key_values
+            self._read = self._forward.begin(ids, torch.ones_like(ids), use_cache=True)[1]
 
     def __call__(self, questions: Sequence[Question]) -> list[list[float]]:
+        if self._instead is None:
+            try:
+                return self._ask(questions)
+            except _NotContinuedError as error:
+                self._instead = _whole(self._model, questions, self._batch_size, str(error), padded=False)
+        return self._instead(questions)
+
+    def _ask(self, questions: Sequence[Question]) -> list[list[float]]:
         rests = [q.prompt[self._shared :] for q in questions]
-        longer = [(i, answer) for i, q in enumerate(questions) for answer in q.answers if len(answer) > 1]
+        asked = [_Stems(q.answers) for q in questions]
         ids, mask = _left_padded(rests, self._model.device)
         seen = torch.cat([mask.new_ones(len(rests), self._shared), mask], 1)
-        past = copy.deepcopy(self._read)
-        if past is not None:
-            past.reorder_cache(torch.zeros(len(rests), dtype=torch.long, device=ids.device))
-        out = self._forward(ids, seen, past, use_cache=bool(longer), last=True)
-        first = out.logits[:, -1].float().log_softmax(-1)
-        tails = iter(self._tails(out.past_key_values, seen, longer)) if longer else iter(())
+        goes_on = any(map(any, (stems.read for stems in asked)))
+        if self._shared:
+            past = copy.deepcopy(self._read)
+            library.copy_rows(past, torch.zeros(len(rests), dtype=torch.long, device=ids.device))
+            logits, past = self._forward.go_on(ids, seen, past, last=True)
+        else:
+            logits, past = self._forward.begin(ids, seen, use_cache=goes_on)
+        first = logits[:, -1].float().log_softmax(-1)
+        tails = self._tails(past, seen, asked) if goes_on else {}
         return [
-            [float(first[i, answer[0]].double()) + (next(tails) if len(answer) > 1 else 0.0) for answer in q.answers]
-            for i, q in enumerate(questions)
+            [
+                float(first[i, answer[0]].double()) + (_sum(tails[i, stems.of(answer)], answer[1:]) if len(answer) > 1 else 0.0)
+                for answer in q.answers
+            ]
+            for i, (q, stems) in enumerate(zip(questions, asked, strict=True))
         ]
 
-    def _finds_its_place(self) -> bool:
-        """Whether padding may stand between a shared beginning and the rest of a prompt.
+    def _tails(self, past: Any, seen: Tensor, asked: Sequence[_Stems]) -> dict[tuple[int, int], Tensor]:
+        """Read what continuations begin with; return the logits by row and beginning."""
+        wanted = [(i, k, stem) for i, stems in enumerate(asked) for k, stem in enumerate(stems.read) if stem]
+        rows = torch.tensor([i for i, _, _ in wanted], device=seen.device)
+        library.copy_rows(past, rows)
+        ids, mask = _right_padded([stem for _, _, stem in wanted], seen.device)
+        logits, _ = self._forward.go_on(ids, torch.cat([seen[rows], mask], 1), past, last=False)
+        return {(i, k): row for (i, k, _), row in zip(wanted, logits, strict=True)}
 
-        Not where the model counts the distance of two tokens by where they lie in its memory: ALiBi without positions (MPT),
-        local attention (GPT-Neo).
-        """
-        return "position_ids" in self._takes and "local" not in (getattr(self._model.config, "attention_layers", None) or ())
 
-    def _tails(self, past: Any, seen: Tensor, longer: Sequence[tuple[int, list[int]]]) -> list[float]:
-        """Return the log-likelihood of each continuation after its first token."""
-        rows = torch.tensor([i for i, _ in longer], device=seen.device)
-        past.reorder_cache(rows)
-        ids, mask = _right_padded([answer[:-1] for _, answer in longer], seen.device)
-        logits = self._forward(ids, torch.cat([seen[rows], mask], 1), past, use_cache=True, last=False).logits
-        return [_sum(logits[row], answer[1:]) for row, (_, answer) in enumerate(longer)]
+class _Stems:
+    """What must be read of several continuations: all but the last token of each, once where one begins as another does."""
 
-    def _forward(self, ids: Tensor, seen: Tensor, past: Any, *, use_cache: bool, last: bool) -> Any:
-        extra: dict[str, Any] = self._only_last() if last else {}
-        if "position_ids" in self._takes:
-            extra["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        return self._model(input_ids=ids, attention_mask=seen, past_key_values=past, use_cache=use_cache, **extra)
+    def __init__(self, answers: Sequence[Sequence[int]]) -> None:
+        self.read: list[tuple[int, ...]] = []  # in ascending order, where all that begin with a stem come right behind it
+        for stem in sorted({tuple(a[:-1]) for a in answers}, reverse=True):
+            if not self.read or self.read[-1][: len(stem)] != stem:
+                self.read.append(stem)
+        self.read.reverse()
 
-    def _only_last(self) -> dict[str, Any]:
-        return {"logits_to_keep": 1} if "logits_to_keep" in self._takes else {}
+    def of(self, answer: Sequence[int]) -> int:
+        """Return from which stem an answer is read."""
+        return bisect_left(self.read, tuple(answer[:-1]))
 
 
 class _Whole:
-    """Reads every prompt with every continuation, from the beginning."""
+    """Reads every prompt with every continuation of several tokens, from the beginning; those of one token with any of them."""
 
-    def __init__(self, model: Any) -> None:
+    aligned = False
+
+    def __init__(self, model: Any, batch_size: int, *, padded: bool) -> None:
         self._model = model
+        self._forward = _Forward(model)
+        self._batch_size = batch_size
+        self._padded = padded and self._forward.masks
 
     def __call__(self, questions: Sequence[Question]) -> list[list[float]]:
-        return [[self._one(q.prompt, answer) for answer in q.answers] for q in questions]
+        asked = [_Stems(q.answers) for q in questions]
+        wanted = [(i, k, [*q.prompt, *stem]) for i, q in enumerate(questions) for k, stem in enumerate(asked[i].read)]
+        wanted.sort(key=lambda one: len(one[2]))
+        found = [[0.0] * len(q.answers) for q in questions]
+        for texts in self._groups(wanted):
+            ids, mask = _right_padded([text for _, _, text in texts], self._model.device)
+            width, shortest = ids.shape[1], min(len(questions[i].prompt) for i, _, _ in texts)
+            logits = self._forward.read(ids, mask, keep=width - shortest + 1).logits
+            cut = width - logits.shape[1]  # nothing where the model gives the logits of all positions
+            for (i, k, _), row in zip(texts, logits, strict=True):
+                own = row[len(questions[i].prompt) - 1 - cut :]
+                for n, answer in enumerate(questions[i].answers):
+                    if asked[i].of(answer) == k:
+                        found[i][n] = _sum(own, answer)
+        return found
 
-    def _one(self, prompt: list[int], answer: list[int]) -> float:
-        ids = torch.tensor([prompt + answer[:-1]], device=self._model.device)
-        logits = self._model(input_ids=ids, use_cache=False).logits
-        return _sum(logits[0, len(prompt) - 1 :], answer)
+    def _groups(self, wanted: Sequence[tuple[int, int, list[int]]]) -> Iterator[list[tuple[int, int, list[int]]]]:
+        """Group texts, in ascending order of length, so that a batch has not too many rows nor too many logits."""
+        group: list[tuple[int, int, list[int]]] = []
+        for one in wanted:
+            kept = len(one[2])
+            other = not self._padded and group and kept != len(group[0][2])
+            if group and (other or len(group) == self._batch_size or (len(group) + 1) * kept > _MOST_POSITIONS):
+                yield group
+                group = []
+            group.append(one)
+        if group:
+            yield group
 
 
 class _EncoderDecoder:
     """Reads every prompt once in the encoder, and every continuation in the decoder."""
+
+    aligned = False
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -217,9 +375,10 @@ class _EncoderDecoder:
         device = self._model.device
         ids, mask = _right_padded([q.prompt for q in questions], device)
         read = self._model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-        asked = [(i, q.lead, answer) for i, q in enumerate(questions) for answer in q.answers]
-        rows = torch.tensor([i for i, _, _ in asked], device=device)
-        said, said_mask = _right_padded([[self._start, *lead, *answer[:-1]] for _, lead, answer in asked], device)
+        asked = [_Stems(q.answers) for q in questions]
+        wanted = [(i, k, stem) for i, stems in enumerate(asked) for k, stem in enumerate(stems.read)]
+        rows = torch.tensor([i for i, _, _ in wanted], device=device)
+        said, said_mask = _right_padded([[self._start, *questions[i].lead, *stem] for i, _, stem in wanted], device)
         logits = self._model(
             encoder_outputs=(read[rows],),
             attention_mask=mask[rows],
@@ -227,8 +386,11 @@ class _EncoderDecoder:
             decoder_attention_mask=said_mask,
             use_cache=False,
         ).logits
-        sums = iter([_sum(logits[row, len(lead) :], answer) for row, (_, lead, answer) in enumerate(asked)])
-        return [[next(sums) for _ in q.answers] for q in questions]
+        found = {(i, k): row[len(questions[i].lead) :] for (i, k, _), row in zip(wanted, logits, strict=True)}
+        return [
+            [_sum(found[i, stems.of(answer)], answer) for answer in q.answers]
+            for i, (q, stems) in enumerate(zip(questions, asked, strict=True))
+        ]
 
 
 def decoder_start(model: Any) -> int:

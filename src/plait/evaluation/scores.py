@@ -19,7 +19,19 @@ from plait.records import Record
 from plait.tasks.metrics import Answer
 
 #: Rooms whose code decides what is answered.
-_ROOMS = ("adapters", "evaluation", "linalg", "merging", "methods", "mixture", "spaces", "stages", "tasks", "transforms")
+_ROOMS = (
+    "adapters",
+    "evaluation",
+    "libraries",
+    "linalg",
+    "merging",
+    "methods",
+    "mixture",
+    "spaces",
+    "stages",
+    "tasks",
+    "transforms",
+)
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plait.errors import AddressError, RecipeError, did_you_mean
+from plait.notices import PlaitWarning
 from plait.parsing import read_text
 from plait.recipes.documents import Document, read_document, read_json
 from plait.recipes.entries import named_entry
@@ -26,7 +27,7 @@ from plait.recipes.writing import to_yaml
 _SUFFIXES = (".yaml", ".yml", ".json")
 
 
-class RecipeWarning(UserWarning):
+class RecipeWarning(PlaitWarning):
     """Something about a recipe of another tool that its user should know: where numbers will differ."""
 
 

@@ -1,0 +1,45 @@
+"""What plait does otherwise than its user may expect is announced once, with the reason."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from pathlib import Path
+
+_OWN = str(Path(__file__).parent)
+_announced: set[str] = set()
+
+
+class PlaitWarning(UserWarning):
+    """Plait takes another way than its user may expect: a slower one, a copy, a guess; the message says why."""
+
+
+def announce(text: str, *, once: str | None = None) -> None:
+    """Warn of something, once in a process; the command line prints it as a note.
+
+    The warning points at the line outside plait that called it.
+
+    Args:
+        text: what is done otherwise, and why.
+        once: what it is about: nothing more is announced about the same; the text itself when None.
+    """
+    about = once or text
+    if about in _announced:
+        return
+    _announced.add(about)
+    warnings.warn(text, PlaitWarning, stacklevel=_frames_within())
+
+
+def forget() -> None:
+    """Forget what has been announced, so that it is announced again."""
+    _announced.clear()
+
+
+def _frames_within() -> int:
+    """Return the stack level of the nearest caller outside plait, seen from `announce`."""
+    frame = inspect.currentframe()
+    frame = None if frame is None else frame.f_back
+    level = 1
+    while frame is not None and frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
+        frame, level = frame.f_back, level + 1
+    return level
