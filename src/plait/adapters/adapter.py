@@ -17,7 +17,8 @@ from plait.adapters.experts import ExpertNaming
 from plait.adapters.layouts import Kind, Layout
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import is_training_only, parse_lora_name, strip_prefix
-from plait.adapters.tensorfile import PickleFile, SafetensorsFile, TensorFile
+from plait.adapters.pickled import PickleFile
+from plait.adapters.tensorfile import SafetensorsFile, TensorFile
 from plait.errors import AdapterError, collect
 
 WEIGHTS = "adapter_model.safetensors"

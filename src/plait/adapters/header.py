@@ -152,15 +152,15 @@ def _info(name: str, entry: Any, data: int) -> TensorInfo:
         for length in shape if whole else ():
             whole = whole and type(length) is int and length >= 0
             bits *= length if whole else 0
-        if whole and 0 <= start <= end and bits == (end - start) * 8 and (bits or _can_be(shape)):
+        if whole and 0 <= start <= end and bits == (end - start) * 8 and (bits or is_countable(shape)):
             return TensorInfo(tuple(shape), entry["dtype"], end - start, data + start)
     except (KeyError, TypeError, ValueError):
         pass
     raise _Invalid(f"{shown(name)}: {_wrong_entry(entry)}")
 
 
-def _can_be(shape: list[int]) -> bool:
-    """Say whether torch can count a shape that has a zero in it."""
+def is_countable(shape: list[int]) -> bool:
+    """Say whether torch can count the values of a shape, its zeros left out."""
     return math.prod(length or 1 for length in shape) < _MOST_VALUES
 
 
@@ -170,7 +170,7 @@ def _wrong_entry(entry: Any) -> str:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         return f"{shown(dtype)} is not a dtype of the format"
-    if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS or not _are_counts(shape) or not _can_be(shape):
+    if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS or not _are_counts(shape) or not is_countable(shape):
         return f"the shape is {shown(shape)}; whole numbers from 0 are needed, with a product below 2^63"
     if not isinstance(offsets, list) or len(offsets) != 2 or not _are_counts(offsets) or offsets[0] > offsets[1]:
         return f"data_offsets is {shown(offsets)}; a begin and an end are needed"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,23 +18,16 @@ DTYPES = {
 }  # fmt: skip
 
 
-class SafetensorsFile:
-    """A safetensors file whose header was read and checked, against the format and the file's size (`header.py`).
+class TensorFile:
+    """A file of tensors, each at its place in it.
 
     Attributes:
         path: of the file.
-        tensors: name → what the header says of it.
-        metadata: of the header.
-
-    Raises:
-        AdapterError: there is no such file, or it is damaged, cut off, or not safetensors.
+        tensors: name → shape, dtype and place.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        header = read_header(path)
-        self.tensors: Mapping[str, TensorInfo] = header.tensors
-        self.metadata: Mapping[str, str] = header.metadata
+    path: Path
+    tensors: Mapping[str, TensorInfo]
 
     def read(self, name: str) -> Tensor:
         """Return one tensor.
@@ -45,15 +36,15 @@ class SafetensorsFile:
         every tensor, and mapping it keeps pages of the file resident.
         """
         shape = self.tensors[name].shape
-        return self._read(name, 0, self.tensors[name].nbytes).reshape(shape)
+        return self._values(name, self.tensors[name].start, self.tensors[name].nbytes).reshape(shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return the rows [start, stop) of a tensor along its first dimension."""
         info = self.tensors[name]
         row = info.nbytes // max(1, info.shape[0])
-        return self._read(name, start * row, (stop - start) * row).reshape(stop - start, *info.shape[1:])
+        return self._values(name, info.start + start * row, (stop - start) * row).reshape(stop - start, *info.shape[1:])
 
-    def _read(self, name: str, offset: int, nbytes: int) -> Tensor:
+    def _values(self, name: str, place: int, nbytes: int) -> Tensor:
         import torch
 
         info = self.tensors[name]
@@ -62,7 +53,7 @@ class SafetensorsFile:
         data = torch.empty(nbytes, dtype=torch.uint8)
         left = memoryview(data.numpy())  # type: ignore[arg-type]
         with self.path.open("rb", buffering=0) as file:  # straight into place, through no buffer
-            file.seek(info.start + offset)
+            file.seek(place)
             while left:
                 count = file.readinto(left)
                 if not count:
@@ -73,39 +64,18 @@ class SafetensorsFile:
         return data.view(getattr(torch, DTYPES[info.dtype]))
 
 
-class PickleFile:
-    """A legacy `.bin` file, read by torch with `weights_only`: tensors, never code.
+class SafetensorsFile(TensorFile):
+    """A safetensors file whose header was read and checked, against the format and the file's size (`header.py`).
+
+    Attributes:
+        metadata: of the header.
 
     Raises:
-        AdapterError: the file is broken, or unpickling it would run code.
+        AdapterError: there is no such file, or it is damaged, cut off, or not safetensors.
     """
 
     def __init__(self, path: Path) -> None:
-        import torch
-
         self.path = path
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torch, about pickle protocols; what matters is raised
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise AdapterError(
-                f"{path}: this pickle holds more than tensors ({str(error).splitlines()[0]}). plait never runs code from a "
-                "file: load it where you trust it and save it as adapter_model.safetensors."
-            ) from None
-        except (RuntimeError, EOFError, OSError, ValueError) as error:
-            raise AdapterError(f"{path}: not a file that torch.load can read ({error}). Download or save it again.") from None
-        if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
-            raise AdapterError(f"{path}: expected a mapping of names to tensors, found {type(loaded).__name__}.")
-        self._loaded: dict[str, Tensor] = loaded
-        names = {getattr(torch, name): short for short, name in DTYPES.items()}
-        self.tensors: Mapping[str, TensorInfo] = {
-            k: TensorInfo(tuple(v.shape), names.get(v.dtype, str(v.dtype)), v.nbytes) for k, v in loaded.items()
-        }
-
-    def read(self, name: str) -> Tensor:
-        """Return one tensor."""
-        return self._loaded[name]
-
-
-TensorFile = SafetensorsFile | PickleFile
+        header = read_header(path)
+        self.tensors = header.tensors
+        self.metadata = header.metadata

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plait.adapters.tensorfile import DTYPES, PickleFile, SafetensorsFile
+from plait.adapters.pickled import PickleFile
+from plait.adapters.tensorfile import DTYPES, TensorFile
 from plait.errors import AdapterError
 
 SHORT = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -30,13 +31,13 @@ def block_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
         yield start, min(rows, start + step)
 
 
-def read_at(file: SafetensorsFile | PickleFile, name: str, first: int, count: int) -> Tensor:
+def read_at(file: TensorFile, name: str, first: int, count: int) -> Tensor:
     """Return `count` values of a tensor from the value `first` on, flat.
 
     Raises:
         AdapterError: the file ends early or cannot be read.
     """
-    if isinstance(file, PickleFile):
+    if isinstance(file, PickleFile) and not file.is_in_order(name):
         return file.read(name).reshape(-1)[first : first + count]
     info = file.tensors[name]
     dtype = TORCH_DTYPES[info.dtype]
