@@ -247,6 +247,27 @@ def test_a_recipe_with_its_own_tasks(house, tmp_path):
     assert found.draws == 100
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_older_recipe_is_evaluated_on_its_own_split_and_subset(house, tmp_path):
+    task = write_task(tmp_path / "tasks", "sort", splits={"test": "test.jsonl", "validation": "validation.jsonl"}, rows=WORDS[:12])
+    rows = [json.dumps({"word": word, "label": label("sort", word)}) for word in WORDS[12:]]
+    (tmp_path / "tasks" / "sort" / "validation.jsonl").write_text("\n".join(rows) + "\n")
+    old = {
+        "adapters": [str(path) for path in house.adapters.values()],
+        "method": "uniform_delta",
+        "split": "validation",
+        "eval_tasks": ["sort"],
+        "eval_subset": {"max_samples": 6},
+    }
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump(old))
+    of_its_own = plait.evaluate(file, base=house.base, workspace=None)
+    given = plait.evaluate(file, tasks=[task], base=house.base, workspace=None)
+    for found in (of_its_own, given):
+        assert (found.split, [(t.task, t.examples) for t in found.tasks]) == ("validation", [("sort", 6)])
+        assert not {s.prompt for t in found.tasks for s in t.samples} & {f"sort {word} :" for word in WORDS[:12]}
+
+
 def test_a_task_without_an_adapter_has_no_recovery(house, tmp_path):
     task = write_task(tmp_path, "sort", name="other")
     (result,) = house.evaluate(None, tasks=[task]).tasks

@@ -43,6 +43,12 @@ def quietly(load, recipe, overrides=None):
         return load(recipe) if overrides is None else load(recipe, overrides=overrides)
 
 
+WEIGHTED = (
+    "the numbers of `method: weighted` differ from before. It interpolated A and B apart and scaled their product as the first "
+    "adapter's; now the deltas are interpolated."
+)
+
+
 # --- the older framework ---------------------------------------------------------------------------------------------
 
 
@@ -157,9 +163,9 @@ def quietly(load, recipe, overrides=None):
                 "optimizer": {"type": "none", "params": {}},
                 "post_sweep_eval": {"enabled": False},
                 "grid": None,
-                "split": "test",
-                "eval_tasks": ["asr"],
-                "eval_subset": {"max_samples": 10},
+                "split": None,
+                "eval_tasks": None,
+                "eval_subset": None,
                 "save_merged": True,
                 "output_dir": "x",
                 "constraint_nonnegative": False,
@@ -178,7 +184,7 @@ def test_old_forms(old, new):
 
     assert found == {"version": 1, "merge_mode": "common", "adapters": ADAPTERS, **new}
     assert data == before
-    assert all(note.startswith("`") and " is an old form: " in note for note in notes)
+    assert all(" is an old form: " in note or " differ from before. " in note for note in notes)
     assert quietly(build_recipe, data) == build_recipe(found) == load_recipe(to_yaml(found))
     assert migrate(found) == (found, [])
 
@@ -197,12 +203,13 @@ def test_old_forms(old, new):
                 "`adapters: [asr]` is an old form: write `adapters: [{name: asr, path: ./asr}]`. They were folders or tasks; "
                 "each is read as a folder now.",
                 "`method_params: {lambda: 0.6}` is an old form: write `method: {name: weighted, lambda: 0.6}`.",
+                WEIGHTED,
             ],
         ),
         (
             {"adapters": ["./a", "./b"], "method": "ties", "lambda": 2, "split": "test"},
             [
-                "`split: test` is an old form: leave it out. It changes nothing in a merge.",
+                "`split: test` is an old form: write `eval: {split: test}`.",
                 "`lambda: 2` is an old form: write `method: {name: ties, kept: ceil, zero_sign: drop, scope: model, "
                 "density: 0.2}` and `scale: 2`.",
                 "`method: ties` is an old form: write `method: {name: ties, kept: ceil, zero_sign: drop, scope: model, "
@@ -222,11 +229,11 @@ def test_old_forms(old, new):
             [
                 "`lambda_policy: {type: per_layer, default: 0.5, overrides: {'3': 0.8}}` is an old form: write "
                 "`method: linear` "
-                "and `weights: {policy: per_layer, default: {a: 0.5, b: 0.5}, layers: {'3': {a: 0.8, b: 0.2}}}`. It "
-                "interpolated A and B apart; now the deltas are interpolated.",
+                "and `weights: {policy: per_layer, default: {a: 0.5, b: 0.5}, layers: {'3': {a: 0.8, b: 0.2}}}`.",
                 "`transforms: [{name: identity, params: {}}]` is an old form: write `transforms: [{name: identity}]`.",
                 "`ties_scaffold` is an old form: write `identity`. It never did anything.",
                 "`optimizer: {type: none}` is an old form: leave it out.",
+                WEIGHTED,
             ],
         ),
     ],

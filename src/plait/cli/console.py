@@ -56,7 +56,11 @@ def print_json(value: Any) -> None:
 
 @contextmanager
 def warnings_as_notes(wanted: type[Warning] = Warning) -> Iterator[None]:
-    """Print what is warned of within the block as notes on stderr, at once: what takes long is announced before it is done."""
+    """Print what is warned of within the block as notes on stderr, at once: what takes long is announced before it is done.
+
+    A text is printed once, however often it is warned of.
+    """
+    printed: set[str] = set()
 
     def show(
         message: Warning | str,
@@ -66,10 +70,11 @@ def warnings_as_notes(wanted: type[Warning] = Warning) -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if issubclass(category, wanted):
-            err().print(f"note: {message}", style="dim", markup=False, soft_wrap=True)
-        else:
+        if not issubclass(category, wanted):
             shown(message, category, filename, lineno, file, line)
+        elif (text := str(message)) not in printed:
+            printed.add(text)
+            err().print(f"note: {text}", style="dim", markup=False, soft_wrap=True)
 
     with warnings.catch_warnings():
         shown, warnings.showwarning = warnings.showwarning, show

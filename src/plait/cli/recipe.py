@@ -50,6 +50,7 @@ def migrate(
 ) -> None:
     """Write a recipe in today's form; what changed, and where numbers will differ, goes to stderr."""
     from plait.cli.console import err
+    from plait.cli.console import out as stdout
     from plait.errors import OutputError
     from plait.recipes.loading import migrate_file
 
@@ -62,3 +63,4 @@ def migrate(
     if out.exists() and not force:
         raise OutputError(f"{out} exists already. Choose another output, or replace it with --force.")
     out.write_text(text, encoding="utf-8")
+    stdout().print(f"{file} → {out}: today's form.", markup=False, soft_wrap=True)

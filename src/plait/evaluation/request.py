@@ -35,7 +35,7 @@ def spec_of(given: EvalSpec, **changes: Any) -> EvalSpec:
 
     Args:
         given: the recipe's.
-        **changes: `split`, `subset` (a number, or a mapping as in a recipe), `batch_size`.
+        **changes: `split`, `subset` (a number, of every task, or a mapping as in a recipe), `batch_size`.
 
     Raises:
         RecipeError: a value is not allowed.
@@ -43,7 +43,7 @@ def spec_of(given: EvalSpec, **changes: Any) -> EvalSpec:
     changed = {key: value for key, value in changes.items() if value is not None}
     if isinstance(changed.get("subset"), int):
         before = {} if given.subset is None else given.subset.model_dump()
-        changed["subset"] = {**before, "max_samples": changed["subset"]}
+        changed["subset"] = {**before, "max_samples": changed["subset"], "per_task": {}}
     data = {**given.model_dump(mode="json"), **changed}
     try:
         return EvalSpec.model_validate(data)

@@ -41,7 +41,7 @@ def choose(examples: Examples, subset: Subset) -> ChosenSubset | None:
     """
     wanted = subset.per_task.get(examples.task.name, subset.max_samples)
     items = examples.items
-    if wanted >= len(items):
+    if wanted is None or wanted >= len(items):
         return None
     closed = examples.task.kind in ("classification", "sequence_classification")
     groups: dict[str, list[int]] = {}

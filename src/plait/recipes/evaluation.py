@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from plait.records import Record
 
@@ -15,12 +15,20 @@ Count = Annotated[int, Field(ge=1)]
 class Subset(Record):
     """A fixed sample of a split: the same examples on every machine, and a larger one holds every smaller one of its label."""
 
-    max_samples: Annotated[int, Field(ge=1, description="Per task; smaller splits are taken whole.")]
+    max_samples: Annotated[
+        int | None, Field(ge=1, description="Per task; smaller splits are taken whole, and all of them without it.")
+    ] = None
     stratified: Annotated[bool, Field(description="Every label in its share, where a task has fixed labels.")] = True
     seed: Annotated[int, Field(ge=0)] = 0
-    per_task: Annotated[dict[str, Count], Field(description="Task → its own number in place of max_samples.")] = Field(
-        default_factory=dict
-    )
+    per_task: Annotated[
+        dict[str, Count | None], Field(description="Task → its own number in place of max_samples; null for all examples.")
+    ] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> Subset:
+        if self.max_samples is None and not self.per_task:
+            raise ValueError("a subset needs max_samples, or per_task; leave it out for all examples")
+        return self
 
 
 class EvalSpec(Record):

@@ -5,18 +5,21 @@ Knows nothing of adapters: whether a path leads anywhere is found when it is fol
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import plait
 from plait.errors import AddressError, RecipeError, did_you_mean
 from plait.notices import PlaitWarning
 from plait.parsing import read_text
 from plait.recipes.documents import Document, read_document, read_json
 from plait.recipes.entries import named_entry
 from plait.recipes.mergekit import convert_mergekit, is_mergekit
-from plait.recipes.migration import convert_old
+from plait.recipes.migration import convert_old, number_note
 from plait.recipes.overrides import Overrides, set_values
 from plait.recipes.paths import KeyPath, Plain
 from plait.recipes.problems import Converted, Origins, Problem, show
@@ -25,6 +28,7 @@ from plait.recipes.validation import check
 from plait.recipes.writing import to_yaml
 
 _SUFFIXES = (".yaml", ".yml", ".json")
+_HERE = str(Path(plait.__file__).parent) + os.sep
 
 
 class RecipeWarning(PlaitWarning):
@@ -98,13 +102,20 @@ def migrate_file(file: str | Path) -> tuple[str, list[str]]:
     document, folder = _document(path), path.absolute().parent
     _, notes = _resolve(document, str(file), folder, ())
     if not notes:
-        return _contents(path), []
-    return to_yaml(_converted(document.data, folder).data), [str(note) for note in notes]
+        note = None if "version" in document.data else number_note(document.data)
+        return _contents(path), [] if note is None else [note]
+    converted = _converted(document.data, folder)
+    Origins(str(file), document.lines, converted.moved).refuse(converted.missing)
+    return to_yaml(converted.data), [str(note) for note in notes]
 
 
 def _tell(notes: list[Warning]) -> None:
+    """Warn in the line outside of plait that asked for the recipe, through whatever function it did."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+        frame, level = frame.f_back, level + 1
     for note in notes:
-        warnings.warn(note, stacklevel=3)
+        warnings.warn(note, stacklevel=level)
 
 
 def _read(path_or_text: str | Path, overrides: Overrides) -> tuple[Loaded, list[Warning]]:

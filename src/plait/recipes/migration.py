@@ -14,31 +14,64 @@ from typing import TypeGuard
 
 from plait.errors import AddressError
 from plait.recipes.entries import named_entry
+from plait.recipes.older_evaluation import KEYS as EVALUATION
+from plait.recipes.older_evaluation import take_evaluation
 from plait.recipes.paths import KeyPath, Plain
 from plait.recipes.problems import Converted, Origins, Problem, show, spell
 from plait.recipes.validation import cannot_yet, unknown_key
 
-#: Keys that change how something else was done, not what is merged.
-_WITHOUT_EFFECT = (
-    "split",
-    "eval_tasks",
-    "eval_subset",
-    "save_merged",
-    "output_dir",
-    "constraint_nonnegative",
-    "compute_missing_interference_baselines",
-)
+#: Keys that a recipe does not have any more, and what does the same now.
+_ELSEWHERE = {
+    "save_merged": "plait merge always writes the merge, plait eval where it is given -o",
+    "output_dir": "the command line says where to write, with -o (out= in Python)",
+    "constraint_nonnegative": "it bounded what a search tried; weights that are given are taken as they are",
+    "compute_missing_interference_baselines": "an evaluation always scores the base model and every single adapter too",
+}
 _NOT_YET = {"grid": "search", "post_sweep_eval": "search and evaluate", "optimizer": "learn coefficients"}
 _PARAMS = ("method_params", "params")
-_OLD_KEYS = frozenset((*_WITHOUT_EFFECT, *_NOT_YET, *_PARAMS, "lambda", "lambda_policy"))
+_OLD_KEYS = frozenset((*EVALUATION, *_ELSEWHERE, *_NOT_YET, *_PARAMS, "lambda", "lambda_policy"))
+_ALL_KEYS = _OLD_KEYS | {"adapters", "method", "merge_mode", "transforms", "search"}
 _PAIRS = ("weighted", "weighted_delta")
 _WITHOUT_LAMBDA = ("uniform", "uniform_delta", "uniform_scalar_delta", "task_vector", "weighted_delta_n")
+_METHODS = frozenset((*_PAIRS, *_WITHOUT_LAMBDA, "dare", "ties"))
+_ON_FACTORS = ("uniform", "weighted", "uniform_delta", "uniform_scalar_delta")  # there, transforms acted on A and B
+#: Methods whose results are others than before, and why.
+_OTHER_NUMBERS = {
+    "uniform": "It averaged A and B apart and scaled their product as the first adapter's; now the deltas are averaged",
+    "weighted": "It interpolated A and B apart and scaled their product as the first adapter's; now the deltas are interpolated",
+    "dare": "Its random masks are drawn in another way, so they are those of another seed",
+}
 
 
 def is_old(data: Mapping[str, Plain]) -> bool:
     """Say whether a recipe uses a form that only the older framework knew."""
     transforms = data.get("transforms")
-    return not _OLD_KEYS.isdisjoint(data) or (isinstance(transforms, list) and any(map(_is_old_transform, transforms)))
+    return (
+        not _OLD_KEYS.isdisjoint(data)
+        or (isinstance(transforms, list) and any(map(_is_old_transform, transforms)))
+        or _is_old_by_its_adapters(data)
+    )
+
+
+def _is_old_by_its_adapters(data: Mapping[str, Plain]) -> bool:
+    """Say whether a recipe without a version holds nothing that was not known then, and adapters as bare words."""
+    adapters, method = data.get("adapters"), data.get("method")
+    return (
+        _ALL_KEYS.issuperset(data)
+        and isinstance(method, str)
+        and method in _METHODS
+        and isinstance(adapters, list)
+        and all(isinstance(a, str) for a in adapters)
+        and any(_is_word(a) for a in adapters)
+    )
+
+
+def number_note(data: Mapping[str, Plain]) -> str | None:
+    """Say that a recipe's numbers differ from those of the older framework, when its method is one whose do."""
+    method = data.get("method")
+    name = method.get("name") if isinstance(method, Mapping) else method
+    why = _OTHER_NUMBERS.get(name) if isinstance(name, str) else None
+    return None if why is None else f"the numbers of `method: {name}` differ from before. {why}."
 
 
 def migrate(data: Mapping[str, Plain]) -> tuple[dict[str, Plain], list[str]]:
@@ -52,7 +85,7 @@ def migrate(data: Mapping[str, Plain]) -> tuple[dict[str, Plain], list[str]]:
         RecipeError: a part of the recipe has no counterpart; all such parts are listed.
     """
     converted = convert_old(data)
-    Origins("recipe").refuse(converted.problems)
+    Origins("recipe").refuse([*converted.problems, *converted.missing])
     return converted.data, list(converted.notes)
 
 
@@ -77,6 +110,8 @@ class _Migration:
         self._method_forms: list[tuple[str, str]] = []  # what is said by the new `method`, and what to add to that
         self._moved: dict[KeyPath, KeyPath] = {}
         self._problems: list[Problem] = []
+        self._missing: list[Problem] = []
+        self._remarks: list[str] = []  # where numbers differ
 
     def run(self) -> Converted:
         self._take_params()
@@ -85,10 +120,13 @@ class _Migration:
         self._apply_method()
         self._flatten_transforms()
         self._refuse_what_cannot_be_done()
-        self._drop_what_has_no_effect()
+        self._take_evaluation()
+        self._point_elsewhere()
         self._put_method()
         self._keep_merge_mode()
-        return Converted({"version": 1, **self._data}, tuple(self._notes), self._moved, tuple(self._problems))
+        notes = (*self._notes, *self._remarks)
+        problems, missing = tuple(self._problems), tuple(self._missing)
+        return Converted({"version": 1, **self._data}, notes, self._moved, problems, missing)
 
     @property
     def _method(self) -> str | None:
@@ -154,10 +192,12 @@ class _Migration:
         }
         if words := [a for a in adapters if isinstance(a, str) and _is_word(a)]:
             new = f"adapters: {spell([e for e, a in zip(entries, adapters, strict=True) if a in words])}"
-            self._note(f"adapters: {spell(words)}", new, " They were folders or tasks; each is read as a folder now.")
+            more = " They were folders or tasks; each is read as a folder now."
+            self._note(f"adapters: {spell(words)}", new, more)
 
     def _apply_method(self) -> None:
         """Carry over what the method did with its parameters and with `lambda_policy`."""
+        self._say_where_numbers_differ()
         policy = self._data.pop("lambda_policy", None)
         if policy is not None:
             self._take_policy(policy)
@@ -171,6 +211,16 @@ class _Migration:
         if self._method in _WITHOUT_LAMBDA and "lambda" in self._params:
             value = self._params.pop("lambda")
             self._note(f"lambda: {spell(value)}", "", f" It never had an effect on {self._method!r}.")
+
+    def _say_where_numbers_differ(self) -> None:
+        if (note := number_note({"method": self._method})) is not None:
+            self._remarks.append(note)
+        names = [_name(t) for t in self._data.get("transforms") or [] if isinstance(self._data.get("transforms"), list)]
+        if self._method in _ON_FACTORS and not {"identity", "ties_scaffold"}.issuperset(map(str, names)):
+            self._remarks.append(
+                f"the numbers of `transforms` differ from before. With {self._method!r} they acted on A and B; they act on the "
+                "deltas now."
+            )
 
     def _take_ties(self) -> None:
         if "k" in self._params and "density" in self._params:
@@ -237,7 +287,7 @@ class _Migration:
         if "value" in policy:
             self._params["lambda"] = policy["value"]
             self._moved["method", "lambda"] = ("lambda_policy", "value")
-        self._method_forms.append((f"lambda_policy: {spell(dict(policy))}", _factor_note(self._method)))
+        self._method_forms.append((f"lambda_policy: {spell(dict(policy))}", _policy_note(self._method)))
 
     def _take_layers(self, policy: Mapping[str, Plain]) -> None:
         """Express λ of the first and 1 − λ of the second adapter, layer by layer."""
@@ -265,7 +315,7 @@ class _Migration:
             "layers": {str(key): _shares(names, value) for key, value in layers.items()},
         }
         new = f"method: linear` and `weights: {spell(self._data['weights'])}"
-        self._note(f"lambda_policy: {spell(dict(policy))}", new, _factor_note(method))
+        self._note(f"lambda_policy: {spell(dict(policy))}", new, _policy_note(method))
 
     def _flatten_transforms(self) -> None:
         transforms = self._data.get("transforms")
@@ -308,10 +358,22 @@ class _Migration:
             elif value is not None:
                 self._note(f"{key}: {spell(value)}", "")
 
-    def _drop_what_has_no_effect(self) -> None:
-        for key in _WITHOUT_EFFECT:
-            if key in self._data:
-                self._note(f"{key}: {spell(self._data.pop(key))}", "", " It changes nothing in a merge.")
+    def _take_evaluation(self) -> None:
+        found = take_evaluation(self._data, self._folder or Path.cwd())
+        given = self._data.get("eval")
+        if "eval" in found.data and (given is None or isinstance(given, Mapping)):
+            self._data["eval"] = {**(given or {}), **found.data.pop("eval")}
+        self._data |= {key: value for key, value in found.data.items() if key not in self._data}
+        self._moved |= found.moved
+        self._problems += found.problems
+        self._missing += found.missing
+        for note in found.notes:
+            self._note(*note)
+
+    def _point_elsewhere(self) -> None:
+        for key, why in _ELSEWHERE.items():
+            if (value := self._data.pop(key, None)) is not None:
+                self._notes.append(f"`{key}: {spell(value)}` is an old form: a recipe does not say this now; {why}.")
 
     def _put_method(self) -> None:
         if self._method is None:
@@ -345,8 +407,8 @@ def _name(transform: Plain) -> Plain:
     return transform.get("name") if isinstance(transform, Mapping) else transform
 
 
-def _factor_note(method: str | None) -> str:
-    return " It interpolated A and B apart; now the deltas are interpolated." if method == "weighted" else ""
+def _policy_note(method: str | None) -> str:
+    return f" It had no effect on {method!r} before; it has one now." if method == "weighted_delta" else ""
 
 
 def _is_word(text: str) -> bool:

@@ -40,12 +40,14 @@ class Converted:
         notes: what was found, what it has become, and where numbers will differ; one sentence or more each.
         moved: path in `data` → the path where its user wrote it.
         problems: what cannot be carried over, by the user's paths.
+        missing: files that `data` names and that are not there yet; only an evaluation needs them.
     """
 
     data: dict[str, Any]
     notes: tuple[str, ...] = ()
     moved: Moves = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+    missing: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True)
