@@ -249,7 +249,9 @@ def test_a_recipe_with_its_own_tasks(house, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_older_recipe_is_evaluated_on_its_own_split_and_subset(house, tmp_path):
-    task = write_task(tmp_path / "tasks", "sort", splits={"test": "test.jsonl", "validation": "validation.jsonl"}, rows=WORDS[:12])
+    task = write_task(
+        tmp_path / "tasks", "sort", splits={"test": "test.jsonl", "validation": "validation.jsonl"}, rows=WORDS[:12]
+    )
     rows = [json.dumps({"word": word, "label": label("sort", word)}) for word in WORDS[12:]]
     (tmp_path / "tasks" / "sort" / "validation.jsonl").write_text("\n".join(rows) + "\n")
     old = {

@@ -44,8 +44,8 @@ def quietly(load, recipe, overrides=None):
 
 
 WEIGHTED = (
-    "the numbers of `method: weighted` differ from before. It interpolated A and B apart and scaled their product as the first "
-    "adapter's; now the deltas are interpolated."
+    "the numbers of `method: weighted` differ from before. It interpolated A and B apart and took the first adapter's scaling; "
+    "now the deltas are interpolated."
 )
 
 

@@ -37,8 +37,8 @@ _METHODS = frozenset((*_PAIRS, *_WITHOUT_LAMBDA, "dare", "ties"))
 _ON_FACTORS = ("uniform", "weighted", "uniform_delta", "uniform_scalar_delta")  # there, transforms acted on A and B
 #: Methods whose results are others than before, and why.
 _OTHER_NUMBERS = {
-    "uniform": "It averaged A and B apart and scaled their product as the first adapter's; now the deltas are averaged",
-    "weighted": "It interpolated A and B apart and scaled their product as the first adapter's; now the deltas are interpolated",
+    "uniform": "It averaged A and B apart and took the first adapter's scaling; now the deltas are averaged",
+    "weighted": "It interpolated A and B apart and took the first adapter's scaling; now the deltas are interpolated",
     "dare": "Its random masks are drawn in another way, so they are those of another seed",
 }
 
