@@ -213,7 +213,7 @@ def test_other_kinds_of_adapter(place, capsys, kind):
 def test_dora_without_the_base(place, capsys):
     folder = adapter(place / "c", use_dora=True)
     tensors = load_file(folder / "adapter_model.safetensors")
-    tensors["base_model.model.layers.0.q_proj.lora_magnitude_vector"] = torch.ones(8)
+    tensors |= {f"base_model.model.{module}.lora_magnitude_vector": torch.ones(8) for module in MODULES}
     save_file(tensors, folder / "adapter_model.safetensors")
     said = merge(capsys, "a", "c")
     assert "DoRA in 'c': it rescales the rows of the base model's weights" in said
@@ -361,7 +361,31 @@ def test_one_weight_as_module_and_as_parameter(place, capsys):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"alpha_pattern": {"(": 3}}, "alpha_pattern: '(' is no regular expression"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern: '(': not a regular expression"),
+        ({"alpha_pattern": {"(q)\\1": 3}}, "alpha_pattern: '(q)\\\\1': groupref stands in it"),
+        ({"alpha_pattern": {"((((a?){99}){99}){99}){99}" + "q_proj": 3}}, "it takes too long to match"),
+        ({"rank_pattern": {"q": 2.5}}, "rank_pattern['q'] is 2.5; a whole number from 1"),
+        ({"alpha_pattern": {"q": 10**400}}, "c/adapter_config.json: 'alpha_pattern.q' is a whole number too large for a float"),
+        ({"r": 10**400}, "'r' is a whole number too large for a float"),
+        ({"r": 10**20}, "r is 100000000000000000000; a whole number from 1 to 2147483647"),
+        ({"r": 2.0}, "r is 2.0; a whole number"),
+        ({"r": True}, "r is True; a whole number"),
+        ({"r": None}, "r is None; a whole number"),
+        ({"lora_alpha": [8]}, "lora_alpha is [8]; a number"),
+        ({"use_rslora": "false"}, "use_rslora is 'false'; true or false is needed"),
+        ({"use_dora": 2}, "use_dora is 2; true or false"),
+        ({"fan_in_fan_out": []}, "fan_in_fan_out is []; true or false"),
+        ({"lora_bias": "no"}, "lora_bias is 'no'; true or false"),
+        ({"target_modules": {"q": 1}}, "target_modules is {'q': 1}; a text or a list of names"),
+        ({"target_modules": [["q"]]}, "target_modules is [['q']]; a text or a list of names"),
+        ({"modules_to_save": "head"}, "modules_to_save is 'head'; a list of names"),
+        ({"layers_to_transform": [1.5]}, "layers_to_transform is [1.5]; a whole number, or a list"),
+        ({"trainable_token_indices": {"embed": 1}}, "trainable_token_indices is {'embed': 1}"),
+        ({"task_type": 3}, "task_type is 3; a text"),
+        ({"revision": ["main"]}, "revision is ['main']; a text"),
+        ({"peft_type": ["LORA"] * 99}, "peft_type is"),
+        ({"bias": {}}, "bias is {}; a text"),
+        ({"r": 0, "lora_alpha": None}, "values that cannot be read: 2 problems"),
         ({"alpha_pattern": ["a"]}, "alpha_pattern is ['a']; a mapping"),
         ({"alpha_pattern": {"q": None}}, "alpha_pattern['q'] is None; a number"),
         ({"alpha_pattern": {"q": math.nan}}, "alpha_pattern['q'] is nan; a number"),

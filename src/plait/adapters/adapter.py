@@ -179,6 +179,12 @@ def _understand(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Targ
             problems.append(f"{module!r}: {error}")
         else:
             targets[target.path] = target
+    if config.flag("use_dora") and (plain := [t.path for t in targets.values() if not t.is_dora]):
+        problems.append(
+            f"use_dora is set, but {len(plain)} of {len(targets)} modules have no lora_magnitude_vector: "
+            f"{_sample(sorted(plain))}. "
+            "Without it their delta is not known. Fetch or save the adapter again"
+        )
     return dict(sorted(targets.items())), full, problems
 
 

@@ -6,15 +6,16 @@ The tensors in the file are the truth for modules and ranks; the configuration s
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plait.errors import AdapterError
-from plait.parsing import read_object
+from plait.adapters.patterns import PatternError, module_pattern
+from plait.errors import AdapterError, collect
+from plait.parsing import read_object, shown
 
+_LARGEST_RANK = 2**31 - 1
 _BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _UNSUPPORTED = {
     "use_bdlora": "BD-LoRA's block-diagonal factors",
@@ -51,9 +52,9 @@ class AdapterConfig:
             )
         raw = read_object(path, AdapterError, constants=True)
         config = AdapterConfig(raw, path)
-        problem = config._unsupported()
-        if problem:
-            raise AdapterError(f"{path}: {problem}")
+        wrong = config._unsupported()
+        problems = [wrong] if wrong else list(config._wrong_values())
+        collect(AdapterError, [f"{path}: {problem}" for problem in problems], f"{path}: values that cannot be read")
         return config
 
     def _unsupported(self) -> str | None:
@@ -61,34 +62,33 @@ class AdapterConfig:
         if kind == "ADALORA":
             return "peft_type is ADALORA; its ranks are masked while training. Convert it to LoRA first (peft.convert_to_lora)."
         if kind != "LORA":
-            return f"peft_type is {kind!r}; plait merges LoRA. Convert it first, where PEFT can (peft.convert_to_lora)."
+            return f"peft_type is {shown(kind)}; plait merges LoRA. Convert it first, where PEFT can (peft.convert_to_lora)."
         init = self.raw.get("init_lora_weights", True)
         if isinstance(init, str) and init.lower().startswith(_BASE_CHANGED):
             return (
-                f"init_lora_weights is {init!r} and was not converted: the file is relative to a base model that this "
+                f"init_lora_weights is {shown(init)} and was not converted: the file is relative to a base model that this "
                 "initialisation changed, not to the published one. Save it with PEFT's "
                 "save_pretrained(..., path_initial_model_for_weight_conversion=...) and merge that."
             )
         for key, what in _UNSUPPORTED.items():
             if self.raw.get(key):
                 return f"{key} is set: {what} has no exact form here yet."
-        return next(self._wrong_values(), None)
+        return None
 
     def _wrong_values(self) -> Iterator[str]:
         """Find values that later reading would stumble over."""
         rank, alpha = self.raw.get("r", 8), self.raw.get("lora_alpha", 8)
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            yield f"r is {rank!r}; a whole number from 1 is needed."
+        if not _is_rank(rank):
+            yield f"r is {shown(rank)}; a whole number from 1 to {_LARGEST_RANK} is needed."
         if not _is_number(alpha):
-            yield f"lora_alpha is {alpha!r}; a number is needed."
+            yield f"lora_alpha is {shown(alpha)}; a number is needed."
         for key in ("rank_pattern", "alpha_pattern"):
             yield from _wrong_pattern(key, self.raw.get(key) or {})
-        name = self.raw.get("base_model_name_or_path")
-        if name is not None and not isinstance(name, str):
-            yield f"base_model_name_or_path is {name!r}; a text is needed."
-        parameters = self.raw.get("target_parameters") or []
-        if not isinstance(parameters, list) or not all(isinstance(p, str) for p in parameters):
-            yield f"target_parameters is {parameters!r}; a list of names is needed."
+        for keys, fits, needed in _KINDS:
+            for key in keys:
+                value = self.raw.get(key)
+                if value is not None and not fits(value):
+                    yield f"{key} is {shown(value)}; {needed} is needed."
 
     def flag(self, key: str) -> bool:
         """Return a boolean key; absent means false."""
@@ -134,8 +134,11 @@ class AdapterConfig:
 
     def _pattern(self, key: str, target: str, default: Any) -> Any:
         for pattern, value in (self.raw.get(key) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", target):
-                return value
+            try:
+                if module_pattern(pattern)(target):
+                    return value
+            except PatternError as error:
+                raise AdapterError(f"{self.path}: {key}: {shown(pattern)}: {error}.") from None
         return default
 
 
@@ -143,17 +146,61 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _LARGEST_RANK
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, int) and value in (0, 1))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, str) or _are_texts(value)
+
+
+def _are_indices(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+
+
+def _are_token_rows(value: object) -> bool:
+    return _are_indices(value) or (isinstance(value, dict) and all(_are_indices(rows) for rows in value.values()))
+
+
+#: What the values of keys must be, where they are not null, and how that is said.
+_KINDS: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
+    (("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), _is_flag, "true or false"),
+    (("base_model_name_or_path", "revision", "task_type", "bias", "peft_version"), _is_text, "a text"),
+    (("target_parameters",), _are_texts, "a list of names"),
+    (("modules_to_save",), _are_texts, "a list of names"),
+    (("target_modules", "exclude_modules", "layers_pattern"), _are_names, "a text or a list of names"),
+    (("layers_to_transform",), lambda v: _are_indices([v]) or _are_indices(v), "a whole number, or a list of them"),
+    (("alora_invocation_tokens",), _are_indices, "a list of whole numbers"),
+    (("trainable_token_indices",), _are_token_rows, "a list of whole numbers, or names with such lists"),
+    (("init_lora_weights",), lambda v: _is_flag(v) or _is_text(v), "true, false or a text"),
+)
+
+
 def _wrong_pattern(key: str, patterns: object) -> Iterator[str]:
     if not isinstance(patterns, dict):
-        yield f"{key} is {patterns!r}; a mapping of module patterns to numbers is needed."
+        yield f"{key} is {shown(patterns)}; a mapping of module patterns to numbers is needed."
         return
     for pattern, value in patterns.items():
-        if not _is_number(value) or (key == "rank_pattern" and value < 1):
-            yield f"{key}[{pattern!r}] is {value!r}; a number is needed."
+        if key == "rank_pattern" and not _is_rank(value):
+            yield f"{key}[{shown(pattern)}] is {shown(value)}; a whole number from 1 to {_LARGEST_RANK} is needed."
+        elif not _is_number(value):
+            yield f"{key}[{shown(pattern)}] is {shown(value)}; a number is needed."
         try:
-            re.compile(pattern)
-        except re.error as error:
-            yield f"{key}: {pattern!r} is no regular expression ({error})."
+            module_pattern(pattern)
+        except PatternError as error:
+            yield f"{key}: {shown(pattern)}: {error}."
 
 
 def _what_is_there(folder: Path) -> str:

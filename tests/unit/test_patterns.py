@@ -1,0 +1,70 @@
+"""Module patterns: what PEFT matches, in bounded time."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+
+from plait.adapters.patterns import PatternError, module_pattern
+
+PARTS = [
+    "a", "b", ".", r"\.", "[ab]", "[^a]", r"[\d-z]", r"\d", r"\D", r"\w", r"\W", r"\s", r"\S", "a*", "b+", "(a|b)", "(ab)?",
+    "(a*)*", "a{2}", "a{0,3}", "(?:a|ab)+?", "^", "$", r"\A", r"\Z", r"\b", r"\B", "(?=a)", "(?!b)", "(?<=a)", "(?<!b.)",
+    "q_proj", "layers", r"[0-9]+", "x|y",
+]  # fmt: skip
+MODULES = [
+    "",
+    "a",
+    "ab",
+    "aab.ab",
+    "layers.0.q_proj",
+    "model.layers.11.a.b",
+    "b.b.b",
+    "aaaaab",
+    "x.layers",
+    "1a",
+    "a1b",
+    "a b.a",
+]
+
+
+def test_patterns_mean_what_peft_reads_in_them():
+    chosen = random.Random(0)
+    compared = 0
+    for _ in range(3000):
+        pattern = "".join(chosen.choice(PARTS) for _ in range(chosen.randint(1, 5)))
+        try:
+            asked = re.compile(rf"(.*\.)?({pattern})$")
+        except re.error:
+            continue
+        matches = module_pattern(pattern)
+        for module in MODULES:
+            assert matches(module) is bool(asked.match(module)), (pattern, module)
+            compared += 1
+    assert compared > 20_000
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|a)*b", "(a|aa)+$b", "(.*)*(.*)*(.*)*x", "([a-z]+)*7", "(a|a)" * 200 + "b"])
+def test_patterns_that_take_for_ever_are_answered(pattern):
+    assert not module_pattern(pattern)("a" * 200)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("[", "not a regular expression"),
+        ("(" * 1500, r"not a regular expression|nested too deeply"),
+        ("a" * 3000 + "*", "3001 characters"),
+        ("a{99999999999999999999}", "the repetition number is too large"),
+        ("(?i)a", "flags"),
+        ("(?i:a)", "subpattern stands in it"),
+        (r"(a)\1", "groupref stands in it"),
+        ("(((((a?){99}){99}){99}){99}){99}", "too long to match"),
+        ("(?=(((((a?){99}){99}){99}){99}){99})b", "too long to match"),
+    ],
+)
+def test_patterns_that_are_refused(pattern, said):
+    with pytest.raises(PatternError, match=said):
+        module_pattern(pattern)("a" * 100)
