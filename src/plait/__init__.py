@@ -23,6 +23,7 @@ _HOME = {
     "LowRank": "plait.adapters",
     "MergePlan": "plait.merging.plan",
     "MergeResult": "plait.merging.pipeline",
+    "MissingPackageError": "plait.errors",
     "OutputError": "plait.errors",
     "PlaitError": "plait.errors",
     "PlanError": "plait.errors",
@@ -59,6 +60,7 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
     "LowRank",
     "MergePlan",
     "MergeResult",
+    "MissingPackageError",
     "OutputError",
     "PlaitError",
     "PlanError",
@@ -107,6 +109,7 @@ if TYPE_CHECKING:
     from plait.errors import (
         AdapterError,
         AddressError,
+        MissingPackageError,
         OutputError,
         PlaitError,
         PlanError,

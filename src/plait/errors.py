@@ -7,6 +7,7 @@
     ├── PlanError        the adapters do not fit together, or the method      (also ValueError)
     ├── TaskError        a task, its data or its scoring cannot be used       (also ValueError)
     ├── ReportError      a file is not the result of a run                    (also ValueError)
+    ├── MissingPackageError  a package of an extra is not installed           (also ImportError)
     └── OutputError      the result cannot be written, or must not be         (also OSError)
 
 A message says where, what was found, what is allowed and what to do. Stages collect all their problems before they
@@ -46,6 +47,10 @@ class TaskError(PlaitError, ValueError):
 
 class ReportError(PlaitError, ValueError):
     """A file or folder does not hold the result of a run that can be reported."""
+
+
+class MissingPackageError(PlaitError, ImportError):
+    """A package that only a part of plait needs is not installed; the message names the extra that brings it."""
 
 
 class OutputError(PlaitError, OSError):

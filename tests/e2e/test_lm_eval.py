@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import plait
 from plait.cli.main import main
-from plait.errors import TaskError
+from plait.errors import MissingPackageError, TaskError
 from plait.evaluation.answering import answer
 from plait.mixture import Mixture
 from plait.tasks.examples import read_examples
@@ -322,6 +322,6 @@ def test_without_lm_eval_the_extra_is_named(house, monkeypatch):
     for name in [n for n in sys.modules if n.split(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(TaskError) as found:
+    with pytest.raises(MissingPackageError) as found:
         house.evaluate(tasks=[house.task("sort", description="not seen before")])
     assert "needs the package 'lm_eval': python -m pip install 'plait[lm-eval]'" in str(found.value)

@@ -149,7 +149,7 @@ def test_what_cannot_be_run(place, tmp_path, monkeypatch):
         parity(dense, place)
     merged = plait.merge({"a": place / "a"}, out=tmp_path / "out").folder
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(plait.PlanError, match=r"peft is not installed: pip install"):
+    with pytest.raises(plait.MissingPackageError, match=r"needs the package 'peft': python -m pip install 'plait\[parity\]'"):
         parity(merged, place)
 
 

@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "plait"
 # from the ground up; names on one line stand side by side and do not import each other
 FLOORS = [
     {"errors", "notices", "records"},
+    {"extras"},
     {"libraries", "linalg", "locking", "parsing"},
     {"hub"},
     {"adapters"},

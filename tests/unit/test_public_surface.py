@@ -18,9 +18,9 @@ def run(code: str) -> str:
 def test_the_public_names() -> None:
     assert plait.__all__ == [
         "METHODS", "SPACES", "Adapter", "AdapterError", "AddressError", "Evaluation", "Inspection", "LowRank", "MergePlan",
-        "MergeResult", "OutputError", "PlaitError", "PlanError", "Recipe", "RecipeError", "ReportError", "TaskError", "bake",
-        "check_tasks", "compress", "evaluate", "extract", "inspect", "load_recipe", "merge", "plan", "push", "report",
-        "save_moments", "sft", "train", "unbake", "verify", "__version__",
+        "MergeResult", "MissingPackageError", "OutputError", "PlaitError", "PlanError", "Recipe", "RecipeError", "ReportError",
+        "TaskError", "bake", "check_tasks", "compress", "evaluate", "extract", "inspect", "load_recipe", "merge", "plan",
+        "push", "report", "save_moments", "sft", "train", "unbake", "verify", "__version__",
     ]  # fmt: skip
     for name in plait.__all__:
         assert getattr(plait, name) is not None
@@ -62,6 +62,6 @@ def test_a_merge_enters_no_room_above_its_own(tmp_path) -> None:
 def test_the_error_tree_is_documented() -> None:
     from plait import errors
 
-    for name in ("AdapterError", "AddressError", "OutputError", "PlanError", "RecipeError"):
+    for name in ("AdapterError", "AddressError", "MissingPackageError", "OutputError", "PlanError", "RecipeError"):
         assert issubclass(getattr(errors, name), errors.PlaitError)
         assert name in (errors.__doc__ or "")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from plait.adapters.base_files import architectures, read_config
+from plait.extras import missing, optional
 
 _HEADS = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -90,15 +91,16 @@ class ArchitectureUnknown(Exception):
 
 
 def head_class(model_type: str, task_type: str) -> str | None:
-    """Return the name of transformers' class for a model with a task's head; None where it has none."""
+    """Return the name of transformers' class for a model with a task's head; None where it has none.
+
+    Raises:
+        MissingPackageError: transformers is not installed.
+    """
     table = _HEADS.get(task_type)
     if table is None:
         return None
-    try:
-        from transformers.models.auto import modeling_auto
-    except ImportError:
-        return None
-    name = getattr(modeling_auto, table, {}).get(model_type)
+    known = optional("transformers.models.auto.modeling_auto", "eval", f"a model with a head ({task_type})")
+    name = getattr(known, table, {}).get(model_type)
     return name if isinstance(name, str) else None
 
 
@@ -107,7 +109,7 @@ def _empty_model(folder: Path) -> Any:
         import torch
         import transformers
     except ImportError:
-        raise ArchitectureUnknown("transformers, which knows the model's code, is not installed") from None
+        raise ArchitectureUnknown(missing("reading the model's code", {"eval": ["transformers"]})) from None
     try:
         names = architectures(read_config(folder))
         model_class = next(getattr(transformers, n) for n in names if hasattr(transformers, n))

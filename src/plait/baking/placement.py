@@ -336,8 +336,8 @@ class _Placing:
             groups = self._names.tied_groups()
         except ArchitectureUnknown as error:
             self._result.problems.append(
-                f"an embedding is changed, and whether the model uses it as its output head too is not known: {error}. Install "
-                "transformers, or set tie_word_embeddings in the base's config.json."
+                f"an embedding is changed, and whether the model uses it as its output head too is not known: {error}. "
+                "The base's config.json may say it, too: tie_word_embeddings."
             )
             return
         for group in groups:

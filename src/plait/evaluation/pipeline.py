@@ -21,6 +21,7 @@ from plait.evaluation.scores import ScoreCache, model_digest
 from plait.evaluation.session import Asked, Session
 from plait.evaluation.subsets import check_names, choose, remember
 from plait.evaluation.workspace import SCORES, check_task_names, check_workspace
+from plait.extras import require
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve, resolve_model
 from plait.hub.references import parse_reference
 from plait.merging.inventory import Inventory, open_adapters, take_inventory
@@ -30,6 +31,7 @@ from plait.recipes.evaluation import EvalSpec
 from plait.recipes.schema import Recipe
 from plait.tasks.examples import Examples, read_examples
 from plait.tasks.loading import load_tasks, placed
+from plait.tasks.metrics import metric_of
 from plait.tasks.overlap import check_disjoint, overlaps
 from plait.tasks.schema import SPLITS, Task
 from plait.verification.inputs import check_inputs
@@ -182,6 +184,7 @@ def recipe_evaluator(
     Raises:
         PlaitError: anything that is not there, or does not fit.
     """
+    _require_libraries()
     if not recipe.tasks:
         raise TaskError("there are no tasks; give --tasks FILE.yaml, or 'tasks' in the recipe (tasks=[...] in Python).")
     inventory = take_inventory(recipe, folder)
@@ -216,6 +219,7 @@ def evaluate_saved(
     Raises:
         PlaitError: anything wrong with what was given.
     """
+    _require_libraries()
     if not tasks:
         raise TaskError("there are no tasks; give --tasks FILE.yaml (tasks=[...] in Python).")
     place, is_adapter = _find(reference)
@@ -238,6 +242,10 @@ def evaluate_saved(
     )
 
 
+def _require_libraries() -> None:
+    require("an evaluation", {"eval": ["transformers", "accelerate", "jinja2"]})
+
+
 def _ask(paths: Sequence[str | Path], spec: EvalSpec, workspace: Path | None) -> tuple[list[Asked], list[str]]:
     """Read every task's examples, and notes on its data."""
     if workspace is not None:
@@ -247,6 +255,7 @@ def _ask(paths: Sequence[str | Path], spec: EvalSpec, workspace: Path | None) ->
     check_task_names([t.name for t in tasks])
     asked, notes = [], []
     for task in tasks:
+        metric_of(task)  # the packages that it needs are installed, or this says that they are not
         read = _splits(task, spec)
         notes += check_disjoint(task, overlaps(read))
         examples = read[spec.split]

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from plait.adapters.adapter import Adapter
-from plait.errors import PlaitError, PlanError
+from plait.errors import PlanError
+from plait.extras import require
 from plait.hub.download import resolve_model
 
 # PEFT's task types → transformers' classes
@@ -26,6 +27,15 @@ _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 
 
+def require_libraries(device_map: Any = None) -> None:
+    """Make sure that a model can be loaded, before any work is done for it.
+
+    Raises:
+        MissingPackageError: transformers is not installed, or accelerate, which a `device_map` needs.
+    """
+    require("a live model", {"eval": ["transformers", *["accelerate"] * (device_map is not None)]})
+
+
 def load_model(
     base: str | Path, adapters: Sequence[Adapter], *, dtype: str, device_map: Any, trust_remote_code: bool
 ) -> tuple[nn.Module, Any]:
@@ -36,11 +46,13 @@ def load_model(
     rather than something random.
 
     Raises:
-        PlaitError: transformers is not installed.
+        MissingPackageError: transformers is not installed, or accelerate, which `device_map` needs.
         AddressError: the base cannot be found.
         PlanError: adapters of different task types, no model, or a dtype or device that is none.
     """
-    transformers = _transformers()
+    require_libraries(device_map)
+    import transformers
+
     folder = resolve_model(str(base)).folder
     keywords: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if device_map is not None:
@@ -77,16 +89,6 @@ def _check(dtype: Any, device_map: Any) -> None:
 
 def _words(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        if error.name != "transformers":
-            raise
-        raise PlaitError("a live model needs transformers. Install it: python -m pip install 'plait[eval]'") from None
-    return transformers
 
 
 def _class_name(transformers: Any, adapters: Sequence[Adapter], config: Any) -> str:

@@ -22,6 +22,7 @@ from plait.merging.pipeline import default_workers
 from plait.merging.plan import make_plan
 from plait.merging.portable import DTYPES
 from plait.merging.progress import Progress, Silent
+from plait.mixture.loading import require_libraries
 from plait.mixture.mixture import Mixture
 from plait.mixture.swaps import FullTensors
 from plait.recipes.request import read_request
@@ -125,6 +126,7 @@ def load(
     Raises:
         PlaitError: as `plait.merge`; the base is not known or cannot be loaded, or an adapter does not fit it.
     """
+    require_libraries(device_map)
     recipe, folder = _recipe(source, settings)
     inventory = take_inventory(recipe, folder)
     name = base or inventory.base_model

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plait.errors import OutputError, ReportError
+from plait.errors import OutputError
 from plait.reports.charts import Cell, HeatMap, Recovered, energy_map, interference, layer_maps, of_places, of_tasks, weight_map
 from plait.reports.colors import css, diverging
 from plait.reports.reading import Report
@@ -29,14 +29,11 @@ def write_figures(report: Report, folder: Path) -> list[Path]:
         folder: where to write `<figure>.svg` and `<figure>.png`; files of these names are replaced.
 
     Raises:
-        ReportError: matplotlib is not installed.
         OutputError: the folder cannot be written.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ReportError("figures are drawn by matplotlib, which is not installed; pip install 'plait[report]'.") from None
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)

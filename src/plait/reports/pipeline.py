@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from plait.errors import OutputError, ReportError
+from plait.errors import OutputError
+from plait.extras import require
 from plait.merging.progress import Progress
 from plait.reports.figures import write_figures
 from plait.reports.page import render
@@ -49,19 +50,17 @@ def make_report(
         progress: who listens.
 
     Raises:
-        ReportError: a path holds no run, or a library is missing.
+        ReportError: a path holds no run.
+        MissingPackageError: jinja2 is not installed, or matplotlib, which draws the figures.
         OutputError: the page cannot be written, or stands already.
     """
+    require("a report", {"report": ["jinja2", *["matplotlib"] * (figures is not None)]})
     if out.is_dir() or (out.exists() and not force):
         raise OutputError(
             f"{out} exists already. Choose another file" + ("." if out.is_dir() else ", or replace it with --force.")
         )
     report = read_report(runs, progress)
-    try:
-        text = render(report, title=title or _title(report))
-    except ImportError:
-        raise ReportError("the page is made with jinja2, which is not installed; pip install 'plait[report]'.") from None
-    _write(out, text)
+    _write(out, render(report, title=title or _title(report)))
     drawn = write_figures(report, figures) if figures is not None else []
     return ReportResult(out, tuple(drawn), report)
 

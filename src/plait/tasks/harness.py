@@ -17,8 +17,8 @@ from importlib.metadata import version
 from typing import Any, Literal, cast
 
 from plait.errors import TaskError, did_you_mean
+from plait.extras import optional
 from plait.recipes.evaluation import SplitName
-from plait.tasks.optional import optional
 from plait.tasks.schema import LmEval
 
 Aggregation = Literal["mean", "perplexity", "weighted_perplexity", "bits_per_byte"]
@@ -68,7 +68,8 @@ def fresh(task: LmEval) -> Any:
     """Return the harness's task, as if nothing had been drawn from it: the same examples stand in every prompt.
 
     Raises:
-        TaskError: lm-eval is not installed, has no such task, or cannot read its data; or the task is not covered.
+        MissingPackageError: lm-eval is not installed.
+        TaskError: lm-eval has no such task, or cannot read its data; or the task is not covered.
     """
     inner = _opened(task)
     inner.set_fewshot_seed(_FEWSHOT_SEED)

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from plait.extras import optional, require
 from plait.records import Record
 from plait.tasks import harness
-from plait.tasks.optional import optional
 from plait.tasks.schema import LmEval, Normalization, Task
 
 Array = NDArray[np.float64]
@@ -99,6 +99,7 @@ def _accuracy(task: Task) -> Metric:
 
 def _macro_f1(task: Task) -> Metric:
     """Mean of the classes' F1 over the classes that occur as target or answer, as scikit-learn's default."""
+    require("metric 'macro_f1'", {"eval": ["sklearn"]})
     classes: tuple[str, ...] = task.labels  # type: ignore[union-attr]
 
     def statistics(answers: Sequence[Answer]) -> Array:

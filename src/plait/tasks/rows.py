@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from plait.errors import TaskError, did_you_mean
+from plait.extras import optional
 from plait.parsing import parse_json
 from plait.recipes.evaluation import SplitName
-from plait.tasks.optional import optional
 from plait.tasks.schema import RowTask, Split
 
 Row: TypeAlias = Mapping[str, Any]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plait.errors import TaskError
-from plait.tasks.optional import optional
+from plait.extras import optional
 from plait.tasks.rendering import Absent, Limited
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from plait.errors import TaskError
+from plait.extras import optional
 from plait.hub.download import resolve_model
-from plait.tasks.optional import optional
 
 #: What a tokenizer is made of; the first pattern is in every model folder.
 _FILES = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -20,7 +20,8 @@ def load_tokenizer(model: str) -> Any:
 
     Raises:
         AddressError: the reference leads nowhere.
-        TaskError: there is no tokenizer, or transformers is not installed.
+        MissingPackageError: transformers is not installed.
+        TaskError: there is no tokenizer.
     """
     transformers = optional("transformers", "eval", "a tokenizer")
     folder = resolve_model(model, files=_FILES).folder

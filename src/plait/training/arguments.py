@@ -18,13 +18,13 @@ import yaml
 from pydantic import ValidationError
 
 from plait.errors import RecipeError, collect, did_you_mean
+from plait.extras import optional, require
 from plait.parsing import read_text
 from plait.recipes.documents import read_document
-from plait.tasks.optional import optional
 from plait.training.data import EVAL_SPLITS
 from plait.training.encoding import LongExamples
 from plait.training.formats import FormatName
-from plait.training.job import TrainingJob
+from plait.training.job import PACKAGES, TrainingJob
 
 #: Other names of TRL's flags.
 ALIASES = {"dataset_name_or_path": "dataset_name", "hub_repo_id": "hub_model_id"}
@@ -186,6 +186,7 @@ class _Unclear(Exception):
 
 def _parser() -> Any:
     """Make TRL's parser with plait's flags added; nothing has a default, so that only what is said is there."""
+    require("plait sft", {"train": PACKAGES})
     trl = optional("trl", "train", "plait sft")
     to_bool = optional("transformers.hf_argparser", "train", "plait sft").string_to_bool
     parser = trl.TrlParser((trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig), allow_abbrev=False, prog="plait sft")

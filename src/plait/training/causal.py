@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlanError, TaskError
-from plait.tasks.optional import optional
+from plait.extras import optional
 from plait.training.data import LoadedData
 from plait.training.encoding import EncodedData, Encoder, encode_all
 from plait.training.job import LoraSettings, OpenJob, Prepared

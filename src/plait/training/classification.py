@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlanError, RecipeError, TaskError
-from plait.tasks.optional import optional
+from plait.extras import optional
 from plait.training.causal import lora_config
 from plait.training.data import LoadedData
 from plait.training.formats import Completion

@@ -26,12 +26,13 @@ from pathlib import Path
 import plait
 from plait.errors import OutputError, RecipeError
 from plait.evaluation.files import write_atomically
+from plait.extras import require
 from plait.locking import locked
 from plait.merging.progress import Progress, Silent
 from plait.training.attempts import Outcome, Watcher, in_turn
 from plait.training.estimate import estimate
 from plait.training.finishing import Judging, finish
-from plait.training.job import ADAPTER
+from plait.training.job import ADAPTER, PACKAGES
 from plait.training.opening import OpenPhase, look, open_phases, set_aside
 from plait.training.phases import PHASES, PlannedPhase, TrainingPlan
 from plait.training.results import RESULT, PhaseResult, TrainResult
@@ -129,6 +130,7 @@ def train_cohort(
 
 
 def _check_places(places: Places) -> None:
+    require("plait train", {"train": PACKAGES, "ray": ["ray"] * (places.cluster is not None)})
     if places.workers is not None and places.workers < 1:
         raise RecipeError(f"--workers {places.workers}: at least one phase must run at a time.")
     if places.cluster is not None and places.cluster != "ray" and not places.cluster.startswith("ray://"):

@@ -12,11 +12,11 @@ from typing import get_args
 from pydantic import Field
 
 from plait.errors import TaskError, did_you_mean
+from plait.extras import optional
 from plait.recipes.evaluation import SplitName
 from plait.records import Record
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_tasks
-from plait.tasks.optional import optional
 from plait.tasks.rows import Row, read_file, read_hub
 from plait.training.formats import Completion, Conversation, Example, FormatName, convert, digest_form
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlanError
-from plait.tasks.optional import optional
+from plait.extras import optional
 from plait.training.causal import lora_config
 from plait.training.job import OpenJob
 from plait.training.quiet import quiet

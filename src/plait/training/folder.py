@@ -11,9 +11,9 @@ from pathlib import Path
 
 from plait.errors import OutputError, RecipeError
 from plait.evaluation.files import write_atomically
+from plait.extras import optional
 from plait.locking import in_use, locked
 from plait.parsing import read_object, shown
-from plait.tasks.optional import optional
 from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, TrainingRecord
 from plait.verification.lock import check_files, read_lock
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["causal", "sequence_classification"]
 
+#: What training needs, and what comes behind it: a template of chats, an evaluation, a report.
+PACKAGES = ("trl", "transformers", "peft", "datasets", "accelerate", "jinja2")
+
 ADAPTER = "adapter"
 FINAL_MODEL = "final_model"
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import OutputError, PlaitError
+from plait.extras import optional, require
 from plait.hub.download import resolve_model
 from plait.parsing import read_object
 from plait.tasks.examples import read_examples
-from plait.tasks.optional import optional
 from plait.training.causal import encoder_of, model_config
 from plait.training.classification import settings_of, tokenizer_of
 from plait.training.folder import RECORD, JobFolder, folder_problem, last_checkpoint, named_checkpoint
-from plait.training.job import OpenJob, TrainingJob, TrainingRecord, open_job
+from plait.training.job import PACKAGES, OpenJob, TrainingJob, TrainingRecord, open_job
 from plait.training.output import EARLIER, check_output
 from plait.training.phases import PlannedPhase, TrainingPlan
 from plait.training.quiet import quiet
@@ -49,11 +49,12 @@ def open_phases(plan: TrainingPlan) -> tuple[OpenPhase, ...]:
     """Read every phase's data, and look at what stands in its folder.
 
     Raises:
+        MissingPackageError: a package is not installed that training needs, or what comes after hours of it.
         AddressError: the base model cannot be found.
         RecipeError: data or arguments cannot be used; of all phases, with their lines.
         OutputError: the output folder, or a phase's, holds what no run of plait wrote.
     """
-    _needed(plan)
+    require("plait train", {"train": PACKAGES})
     check_output(plan.out)
     resolve_model(plan.base)
     opened: list[OpenPhase] = []
@@ -107,15 +108,6 @@ def _digest(folder: Path) -> str | None:
     except OutputError:
         return None
     return digest if isinstance(digest, str) else None
-
-
-def _needed(plan: TrainingPlan) -> None:
-    """Make sure that the packages are there which everything needs that comes after hours of training."""
-    for module in ("trl", "peft", "datasets", "accelerate"):
-        optional(module, "train", "training")
-    if any(phase.task is not None for phase in plan.phases):
-        optional("jinja2", "eval", "tasks")
-    optional("jinja2", "report", "the report")
 
 
 def _judged(plan: TrainingPlan, phase: PlannedPhase) -> None:

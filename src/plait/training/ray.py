@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import OutputError, PlaitError
+from plait.extras import optional
 from plait.training.attempts import Outcome, Watcher, attempt
 from plait.training.job import TrainingJob, TrainingRecord
 from plait.training.phases import PlannedPhase
@@ -52,7 +53,8 @@ def on_ray(phases: Sequence[PlannedPhase], watcher: Watcher, *, address: str, wo
         workers: at most so many phases at a time; a node each (or a GPU each, where there are some) when None.
 
     Raises:
-        PlaitError: Ray is not installed, or no cluster answers.
+        MissingPackageError: Ray is not installed.
+        PlaitError: no cluster answers.
         OutputError: a node does not see the output folder.
     """
     ray = _connected(address)
@@ -95,10 +97,7 @@ class _Beacon:
 
 
 def _connected(address: str) -> Any:
-    try:
-        import ray
-    except ModuleNotFoundError:
-        raise PlaitError(f"--cluster {address} needs Ray: python -m pip install 'plait[ray]'") from None
+    ray = optional("ray", "ray", f"--cluster {address}")
     if not ray.is_initialized():
         try:
             ray.init(address="auto" if address == "ray" else address, log_to_driver=False)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import plait
 from plait.errors import OutputError, PlanError
+from plait.extras import optional
 from plait.merging.progress import Progress
 from plait.merging.staging import publish
-from plait.tasks.optional import optional
 from plait.training.folder import JobFolder, checkpoint_step, last_checkpoint, named_checkpoint, open_folder
 from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, Prepared, TrainingRecord
 from plait.training.sealing import seal

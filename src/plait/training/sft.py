@@ -16,11 +16,11 @@ from typing import Any
 from plait.baking.checkpoint import BaseCheckpoint
 from plait.baking.pipeline import run_bake
 from plait.errors import OutputError, PlaitError, RecipeError, collect
+from plait.extras import optional
 from plait.merging.progress import Progress
 from plait.merging.record import sha256
 from plait.merging.staging import output_problem, staged
 from plait.recipes.request import read_request
-from plait.tasks.optional import optional
 from plait.training import causal
 from plait.training.arguments import Flags, job_of
 from plait.training.checks import contradictions, push_problem, token

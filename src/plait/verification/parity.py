@@ -12,7 +12,8 @@ from torch import Tensor
 from plait.adapters.adapter import CONFIG
 from plait.adapters.tensorfile import SafetensorsFile
 from plait.baking.plan import usable_device
-from plait.errors import AdapterError, AddressError, PlanError, RecipeError
+from plait.errors import AdapterError, AddressError, RecipeError
+from plait.extras import require
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, resolve_model
 from plait.hub.quiet import quiet_loading
 from plait.merging.progress import Progress, Silent
@@ -89,10 +90,10 @@ def check_parity_request(prompts: Path, device: str) -> None:
         device: where to compute.
 
     Raises:
-        PlanError: transformers or PEFT are not installed.
+        MissingPackageError: transformers or PEFT are not installed.
         RecipeError: there are no prompts, or no such device.
     """
-    _need_libraries()
+    require("a parity check", {"parity": ["peft", "transformers"]})
     usable_device(device)
     read_prompts(prompts)
 
@@ -131,14 +132,6 @@ def check_parity(
         raise AddressError(f"the live result needs every input; give --input NAME=PATH. {' '.join(lost)}")
     base = _base_folder(folder, lock, found, base_model)
     return _measure(folder, lock, found, base, texts, device, progress or Silent())
-
-
-def _need_libraries() -> None:
-    try:
-        import peft  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise PlanError(f"--parity runs the models, and {error.name} is not installed: pip install 'plait[parity]'.") from None
 
 
 def _base_folder(folder: Path, lock: Lock, found: Mapping[str, FoundInput], given: str | None) -> Path:
