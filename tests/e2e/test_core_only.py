@@ -163,6 +163,8 @@ def asked_for() -> set[tuple[str, str]]:
                 found.add((extra, ast.literal_eval(module).partition(".")[0]))
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
                 needed = node.args[1]
+                if not isinstance(needed, ast.Dict):
+                    continue  # another function of that name
                 for key, value in zip(needed.keys, needed.values, strict=True):
                     listed = PACKAGES if getattr(value, "id", "") == "PACKAGES" else _texts(value)
                     found |= {(ast.literal_eval(key), name) for name in listed}
