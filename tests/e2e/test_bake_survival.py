@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import plait
 from plait.errors import AdapterError, OutputError
 from tests.adapters_on_disk import layers, write_adapter
+from tests.locks import write_lock
 
 MODULES = {"q_proj": (24, 32), "up_proj": (48, 32)}
 SETTINGS = {"shard_size": "20KB", "method": "ties", "density": 0.5}
@@ -343,7 +344,6 @@ def test_force_replaces_and_nothing_else_does(materials, tmp_path):
 
 
 def test_the_base_is_never_the_output(materials, tmp_path):
-    base = Path(shutil.copytree(materials.base, tmp_path / "base"))
-    (base / "plait.lock").write_text("{}")
+    base = write_lock(Path(shutil.copytree(materials.base, tmp_path / "base")))
     with pytest.raises(OutputError, match=r"is an input of this bake \(the base model\)"):
         plait.bake(materials.pair, base=base, out=base, force=True)

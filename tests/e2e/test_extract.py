@@ -14,6 +14,7 @@ import plait
 from plait.cli.main import main
 from plait.linalg import blocks
 from tests.adapters_on_disk import Linear, read_deltas
+from tests.locks import write_lock
 
 SHAPES = {"model.layers.0.q_proj": (24, 16), "model.layers.0.up_proj": (40, 16), "model.layers.1.q_proj": (24, 16)}
 MODULES = {name: Linear(d_out=m, d_in=n) for name, (m, n) in SHAPES.items()}
@@ -192,7 +193,7 @@ def test_embeddings_as_lora_in_peft(tmp_path):
 
 def test_a_model_is_not_replaced_by_what_is_extracted_from_it(base, tmp_path):
     tuned = checkpoint(tmp_path / "tuned", tuned_with({"model.layers.0.q_proj.weight": low_rank((24, 16), 2, 1)}))
-    (tuned / "plait.lock").write_text("{}")  # as a baked model has
+    write_lock(tuned)  # as a baked model has
     with pytest.raises(plait.OutputError, match="is an input of this extraction"):
         plait.extract(base, tuned, rank=2, out=tuned, force=True)
 

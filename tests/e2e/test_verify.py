@@ -192,7 +192,7 @@ def test_numbers_that_come_out_otherwise_are_measured(merged, capsys):
 @pytest.mark.parametrize(
     ("break_it", "said"),
     [
-        (lambda d: (d / "plait.lock").unlink(), "no plait.lock, so this is no whole result of plait"),
+        (lambda d: (d / "plait.lock").unlink(), "no plait.lock, so this is not a whole result of plait"),
         (lambda d: (d / "plait.lock").write_text("{"), "plait.lock:1: this is not JSON"),
         (lambda d: (d / "plait.lock").write_text('{"version": 99}'), "a lock of version 99"),
         (lambda d: (d / "plait.lock").write_text('{"version": 1}'), "not a lock that can be read"),

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "plait"
 FLOORS = [
     {"errors", "notices", "records"},
     {"extras"},
-    {"libraries", "linalg", "locking", "parsing"},
+    {"folders", "libraries", "linalg", "locking", "parsing"},
     {"hub"},
     {"adapters"},
     {"spaces", "transforms"},

@@ -21,6 +21,7 @@ from plait.training.ray import _shares
 from plait.training.reading import read_phases
 from plait.training.settings import trainer_settings
 from tests.language_models import write_task
+from tests.locks import write_lock
 
 
 @pytest.fixture
@@ -228,8 +229,10 @@ class TestTheOutputFolder:
         check_output(out)
         check_output(out / "new")
         (out / "merged").mkdir()
-        for name in ("merged/plait.lock", "recipe.yaml", "loss_curves.json", "report.html"):
+        write_lock(out / "merged")
+        for name in ("recipe.yaml", "loss_curves.json"):
             (out / name).write_text("")
+        (out / "report.html").write_text('<meta name="generator" content="plait">')
         (out / "train.json").write_text('{"phases": []}')
         (out / "evaluation").mkdir()
         check_output(out)
@@ -237,8 +240,8 @@ class TestTheOutputFolder:
     @pytest.mark.parametrize(
         ("name", "said"),
         [
-            ("merged/mine.txt", "merged was not written by plait; the merge goes there."),
-            ("merged", "merged was not written by plait; the merge goes there."),
+            ("merged/mine.txt", "merged was not written by plait (it has no plait.lock); --force replaces only what was."),
+            ("merged", "merged exists and is not a folder."),
             ("evaluation", "evaluation is a file; a folder of results has that name."),
             ("phases", "phases is a file;"),
             ("report.html/mine.txt", "report.html is a folder; a file of results has that name."),
@@ -253,6 +256,16 @@ class TestTheOutputFolder:
             check_output(out)
         assert f"{out}/{said}" in str(caught.value)
         assert "Move it away, or choose another output folder." in str(caught.value)
+
+    def test_a_merge_with_more_in_it_and_a_page_of_somebody_else(self, out):
+        (out / "merged").mkdir()
+        write_lock(out / "merged")
+        (out / "merged" / "notes.txt").write_text("mine")
+        (out / "train.json").write_text('{"phases": []}')
+        (out / "report.html").write_text("mine")
+        with pytest.raises(OutputError, match=r"(?s)2 problems.*'notes\.txt'|2 problems.*report") as caught:
+            check_output(out)
+        assert f"{out}/report.html was not written by plait report" in str(caught.value)
 
     def test_all_of_it_at_once(self, out):
         (out / "evaluation").write_text("")

@@ -339,7 +339,11 @@ def test_a_page_is_replaced_only_when_asked(tmp_path):
     page.write_text("mine")
     with pytest.raises(OutputError, match="exists already"):
         plait.report(run, out=page)
+    with pytest.raises(OutputError, match="was not written by plait report"):
+        plait.report(run, out=page, force=True)
     assert page.read_text() == "mine"
+    page.unlink()
+    plait.report(run, out=page, title="the first")
     plait.report(run, out=page, force=True)
     assert "What ties kept" in page.read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.html", "run"]

@@ -9,7 +9,8 @@ import yaml
 
 from plait.baking.plan import Bake
 from plait.baking.record import BakeRecord
-from plait.merging.card import AUTO_MODELS, PIPELINES, hub_id, licence_of, place_name, public_recipe, source_row
+from plait.merging.card import AUTO_MODELS, PIPELINES, base_name, hub_id, licence_of, public_recipe, source_row, task_type_of
+from plait.merging.quoting import block, code, prose
 from plait.merging.record import recipe_json
 from plait.methods import METHODS
 
@@ -18,15 +19,15 @@ def model_card(bake: Bake, record: BakeRecord) -> str:
     """Return README.md: front matter for the Hub, then the page for people."""
     front = yaml.safe_dump(_front_matter(bake), sort_keys=False, allow_unicode=True)
     recipe = yaml.safe_dump(public_recipe(recipe_json(bake.recipe)), sort_keys=False, allow_unicode=True)
-    base = place_name(bake.recipe.base_model or "")
+    base = base_name(bake.recipe.base_model)
     rows = "\n".join(source_row(s) for s in record.sources)
     names = "+".join(bake.merge.adapters)
     return f"""---
 {front}---
 
-# {base} with {names}
+# {prose(base)} with {names}
 
-A full model: the weights of `{base}` with {_count(len(bake.merge.adapters))} merged into them by plait {record.plait}.
+A full model: the weights of {code(base)} with {_count(len(bake.merge.adapters))} merged into them by plait {record.plait}.
 
 | adapter | from | weight | rank | sha256 |
 |---|---|---|---|---|
@@ -41,9 +42,7 @@ A full model: the weights of `{base}` with {_count(len(bake.merge.adapters))} me
 
 `plait.lock` holds the recipe and the sha256 of every input and output file.
 
-```yaml
-{recipe}```
-"""
+{block(recipe, "yaml")}"""
 
 
 def _facts(bake: Bake) -> Iterator[str]:
@@ -53,7 +52,7 @@ def _facts(bake: Bake) -> Iterator[str]:
     yield "**Loss**: none but rounding: base and deltas are added in float32 and rounded once."
     if bake.options.dtype:
         yield f"**Stored as** {bake.options.dtype}; the base is not necessarily."
-    yield from bake.plan.notes
+    yield from map(prose, bake.plan.notes)
 
 
 def _loading(bake: Bake) -> str:
@@ -80,15 +79,11 @@ With Unsloth: `FastLanguageModel.from_pretrained("PATH_OR_REPO")`.
 
 
 def _auto_model(bake: Bake) -> str:
-    task = _task_type(bake)
+    task = task_type_of(bake.inventory.adapters)
     if task in AUTO_MODELS:
         return AUTO_MODELS[task]
-    names = " ".join(bake.checkpoint.config.get("architectures") or [])
+    names = str(bake.checkpoint.config.get("architectures"))
     return "AutoModelForCausalLM" if "ForCausalLM" in names or "LMHeadModel" in names else "AutoModel"
-
-
-def _task_type(bake: Bake) -> str:
-    return next((t for a in bake.inventory.adapters if (t := a.config.raw.get("task_type"))), "")
 
 
 def _front_matter(bake: Bake) -> dict[str, Any]:
@@ -97,7 +92,7 @@ def _front_matter(bake: Bake) -> dict[str, Any]:
     if base:
         front |= {"base_model": base.partition("@")[0], "base_model_relation": "merge"}
     front["tags"] = ["merge", "lora", "plait"]
-    if (task := _task_type(bake)) in PIPELINES:
+    if (task := task_type_of(bake.inventory.adapters)) in PIPELINES:
         front["pipeline_tag"] = PIPELINES[task]
     front |= dict(licence_of(bake.checkpoint.folder) or ())
     repos = [p.repo for p in bake.inventory.located if p.repo]

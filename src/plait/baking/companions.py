@@ -11,11 +11,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from plait.adapters.adapter import Adapter
 from plait.adapters.base_files import CONFIG, INDEX
 from plait.baking.architecture import head_class
 from plait.baking.checkpoint import BaseCheckpoint
 from plait.baking.placement import Placement
+from plait.errors import AdapterError, collect
+from plait.folders import OutsideError, file_in, name_problem, open_in
 from plait.merging.inventory import Inventory
 
 _TOKENIZER = (
@@ -35,8 +36,11 @@ _WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.npz",
     "*.index.json",
 )  # fmt: skip
-# the card, and what plait itself or an adapter left there
-_OWN = ("README.md", ".*", "plait.lock", "merge_metadata.json", "summary.json", "adapter_config.json")
+# the card, and what plait itself, an adapter or a training left there
+_OWN = (
+    "README.md", ".*", "plait.lock", "merge_metadata.json", "summary.json", "adapter_config.json", "trainer_state.json",
+    "training_args.*", "training.json", "*_results.json", "*.log", "events.out.tfevents.*",
+)  # fmt: skip
 _LABELLED = ("classifier", "score", "out_proj")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -60,7 +64,8 @@ class Companions:
     def write(self, folder: Path) -> None:
         """Put everything into a folder."""
         for name, path in self.files.items():
-            shutil.copyfile(path, folder / name)
+            with open_in(path.parent, path.name) as source, (folder / name).open("xb") as target:
+                shutil.copyfileobj(source, target)
         for name, text in self.texts.items():
             (folder / name).write_text(text, encoding="utf-8")
 
@@ -81,9 +86,11 @@ def gather_companions(
 
     The base's files do, but for weights and its card; an adapter's tokenizer takes the place of the base's where it differs.
     """
-    files = {p.name: p for p in sorted(checkpoint.folder.iterdir()) if p.is_file() and not _matches(p.name, (*_WEIGHTS, *_OWN))}
+    files = {p.name: p for p in _copied(checkpoint.folder) if not _matches(p.name, (*_WEIGHTS, *_OWN))}
+    brought = {a.name: {p.name: p for p in _copied(a.folder) if _matches(p.name, _TOKENIZER)} for a in inventory.adapters}
+    _check_contained([*files.values(), *(path for each in brought.values() for path in each.values())])
     described = dict.fromkeys(files, "base")
-    tokenizer, notes = _tokenizer(inventory.adapters, files)
+    tokenizer, notes = _tokenizer(brought, files)
     files |= {name: path for name, (_, path) in tokenizer.items()}
     described |= {name: f"adapter {owner}" for name, (owner, _) in tokenizer.items()}
     texts = {}
@@ -98,12 +105,39 @@ def gather_companions(
     return Companions(files, texts, dict(sorted(described.items())), tuple(notes))
 
 
-def _tokenizer(adapters: Sequence[Adapter], base: Mapping[str, Path]) -> tuple[dict[str, tuple[str, Path]], list[str]]:
+def _copied(folder: Path) -> list[Path]:
+    """Return what a folder holds at its top but for folders, by names that a result can have."""
+    return [p for p in sorted(folder.iterdir()) if not p.is_dir() and not name_problem(p.name)]
+
+
+def _check_contained(paths: Sequence[Path]) -> None:
+    """Refuse what is no file of its folder: a result holds copies, and may be published.
+
+    Raises:
+        AdapterError: with all of them.
+    """
+    problems = []
+    for path in paths:
+        try:
+            file_in(path.parent, path.name)
+        except FileNotFoundError:
+            problems.append(f"{path}: a link that leads nowhere. Delete it, or put the file itself there.")
+        except OutsideError as error:
+            problems.append(
+                f"{path}: {error}. A baked model holds a copy of this file: put the file itself there, or delete it."
+            )
+        except OSError as error:
+            problems.append(f"{path}: cannot be read ({error.strerror or error}).")
+    collect(AdapterError, problems, "files that would be copied cannot be")
+
+
+def _tokenizer(
+    brought: Mapping[str, Mapping[str, Path]], base: Mapping[str, Path]
+) -> tuple[dict[str, tuple[str, Path]], list[str]]:
     """Return name → (adapter, file) of tokenizer files that are not the base's, and notes.
 
     When adapters bring tokenizers that differ from each other, none of them is the merged model's: the base's stays.
     """
-    brought = {a.name: _tokenizer_files(a.folder) for a in adapters}
     carriers = {name: files for name, files in brought.items() if files}
     different: dict[str, tuple[str, Path]] = {}
     for file in sorted({f for files in carriers.values() for f in files}):
@@ -122,10 +156,6 @@ def _tokenizer(adapters: Sequence[Adapter], base: Mapping[str, Path]) -> tuple[d
         owner = next(iter(different.values()))[0]
         notes.append(f"the tokenizer is that of {owner}; it differs from the base's in {', '.join(different)}.")
     return different, notes
-
-
-def _tokenizer_files(folder: Path) -> dict[str, Path]:
-    return {p.name: p for p in folder.iterdir() if p.is_file() and _matches(p.name, _TOKENIZER)}
 
 
 def _config(checkpoint: BaseCheckpoint, inventory: Inventory, placement: Placement, dtype: str | None) -> Mapping[str, Any]:
@@ -182,4 +212,5 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open_in(path.parent, path.name) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

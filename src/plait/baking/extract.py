@@ -28,10 +28,11 @@ from plait.merging.compatibility import max_lora_rank
 from plait.merging.progress import Progress, Silent
 from plait.merging.record import Lock, ModuleRecord
 from plait.merging.staging import output_problem, staged
+from plait.records import Shown
 
 
-@dataclass(frozen=True)
-class ExtractResult:
+@dataclass(frozen=True, repr=False)
+class ExtractResult(Shown):
     """A finished extraction: the adapter's folder and what happened."""
 
     folder: Path
@@ -77,7 +78,7 @@ def run_extract(
         modules = ExtractWriter(pairing, plan, request).write(place, name, workers, progress)
         record = _record(pairing, plan, selected, modules, request, name[0], started)
         (place / "README.md").write_text(extract_card(pairing, record), encoding="utf-8")
-        records.write_json(place / records.LOCK, _lock(pairing, request, place))
+        records.write_json(place / records.LOCK, _lock(pairing, request, place, out))
         records.write_json(place / records.RECORD, record)
     return ExtractResult(out, record)
 
@@ -159,7 +160,7 @@ def _notes(pairing: Pairing, plan: ExtractPlan, leftovers: Sequence[Leftover]) -
         yield "the embedding is tied to the head in these models; the adapter changes the embedding alone."
 
 
-def _lock(pairing: Pairing, request: ExtractRequest, place: Path) -> Lock:
+def _lock(pairing: Pairing, request: ExtractRequest, place: Path, out: Path) -> Lock:
     sides = {"base": pairing.base.located, "finetuned": pairing.tuned.located}
     return Lock(
         version=records.LOCK_VERSION,
@@ -168,7 +169,7 @@ def _lock(pairing: Pairing, request: ExtractRequest, place: Path) -> Lock:
         libraries=records.library_versions(),
         machine=platform.machine(),
         recipe=request.model_dump(mode="json"),
-        inputs={name: records.locked_input(p, records.weight_digests(p.folder), place) for name, p in sides.items()},
+        inputs={name: records.locked_input(p, records.weight_digests(p.folder), out) for name, p in sides.items()},
         outputs=records.output_digests(place),
         kind="extract",
     )

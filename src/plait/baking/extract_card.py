@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from plait.baking.pairing import Pairing
 from plait.hub.download import Located
-from plait.merging.card import PIPELINES, hub_id, licence_of, load_with_peft, serve_with_vllm
+from plait.merging.card import PIPELINES, base_name, hub_id, licence_of, load_with_peft, serve_with_vllm
+from plait.merging.public import public_values
+from plait.merging.quoting import block, code, prose
 
 if TYPE_CHECKING:
     from plait.baking.extract_record import ExtractRecord
@@ -18,26 +19,26 @@ if TYPE_CHECKING:
 def extract_card(pairing: Pairing, record: ExtractRecord) -> str:
     """Return README.md: front matter for the Hub, then the page for people."""
     front = yaml.safe_dump(_front_matter(pairing, record), sort_keys=False, allow_unicode=True)
-    base = _base_on_hub(pairing, record) or Path(record.base_model).name
+    base = _base_on_hub(pairing, record) or base_name(record.base_model)
     kept = [x for x in record.leftovers if x.kept]
     lost = [x for x in record.leftovers if not x.kept]
     request = {**record.request, "base": _name(pairing.base.located), "finetuned": _name(pairing.tuned.located)}
-    settings = yaml.safe_dump(request, sort_keys=False, allow_unicode=True)
+    settings = yaml.safe_dump(public_values(request), sort_keys=False, allow_unicode=True)
     facts = [
         f"**Rank**: {record.rank}, scaling baked in (`lora_alpha` = `r`); {len(record.modules)} target modules.",
         f"**Energy**: {record.kept:.2%} of ‖ΔW‖² of these modules is kept, {record.lowest_kept:.2%} in the worst.",
         f"**Loss**: {record.lost:.2%} of the whole difference ‖Δ‖² between the models is not in the adapter.",
         *([f"**Kept whole**: {len(kept)} tensors that cannot be a LoRA."] if kept else []),
-        *([f"**Left out**: {len(lost)} changed tensors, such as `{lost[0].tensor}`."] if lost else []),
+        *([f"**Left out**: {len(lost)} changed tensors, such as {code(lost[0].tensor)}."] if lost else []),
     ]
     lines = "".join(f"- {fact}\n" for fact in facts)
     return f"""---
 {front}---
 
-# {_name(pairing.tuned.located)}, as a LoRA of rank {record.rank}
+# {prose(_name(pairing.tuned.located))}, as a LoRA of rank {record.rank}
 
-The difference between the full fine-tune {_link(pairing.tuned.located)} and its base model `{base}`, approximated by one LoRA
-adapter with plait {record.plait}.
+The difference between the full fine-tune {_link(pairing.tuned.located)} and its base model {code(base)}, approximated by one
+LoRA adapter with plait {record.plait}.
 
 {lines}
 ## Load it
@@ -48,9 +49,7 @@ adapter with plait {record.plait}.
 
 `plait.lock` holds the request and the sha256 of every input and output file; `plait verify` makes it again and compares.
 
-```yaml
-{settings}```
-"""
+{block(settings, "yaml")}"""
 
 
 def _front_matter(pairing: Pairing, record: ExtractRecord) -> dict[str, Any]:
@@ -81,10 +80,10 @@ def _base_on_hub(pairing: Pairing, record: ExtractRecord) -> str | None:
 
 
 def _name(place: Located) -> str:
-    return place.repo or place.folder.name
+    return place.repo or base_name(str(place.folder))
 
 
 def _link(place: Located) -> str:
     if place.repo is None:
-        return f"`{place.folder.name}` (local files)"
+        return f"{code(_name(place))} (local files)"
     return f"[{place.repo}](https://huggingface.co/{place.repo}) @ `{place.commit}`"

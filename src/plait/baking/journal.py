@@ -1,7 +1,7 @@
 """The folder in which a model is baked: locked by one process, and found again by the next run after a kill.
 
-`.NAME.baking/` stands beside the output. It holds the lock, the journal of finished shards with their sha256, and `model/`,
-which is renamed to the output when it is whole.
+`.NAME.baking/` stands beside the output (`.plait-baking/` in it, where it cannot be replaced as a whole). It holds the lock,
+the journal of finished shards with their sha256, and `model/`, which is renamed to the output when it is whole.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import OutputError
+from plait.folders import name_problem
 from plait.locking import locked
-from plait.merging.staging import output_problem, publish
+from plait.merging.staging import baking_folder, output_problem, publish
 from plait.parsing import parse_json, read_text
 
 _LOCK, _JOURNAL, _MODEL = "lock", "journal.jsonl", "model"
@@ -54,12 +55,15 @@ class Workshop:
             entries = []
         self.model.mkdir(exist_ok=True)
         for entry in entries[1:]:
-            path = self.model / entry["shard"]
-            if path.is_file() and path.stat().st_size == entry["size"]:
-                self.finished[entry["shard"]] = (entry["size"], entry["sha256"])
+            shard, size, sha256 = (entry.get(key) for key in ("shard", "size", "sha256"))
+            if not isinstance(shard, str) or name_problem(shard) or not isinstance(sha256, str) or not isinstance(size, int):
+                continue  # a journal from elsewhere
+            path = self.model / shard
+            if path.is_file() and not path.is_symlink() and path.stat().st_size == size:
+                self.finished[shard] = (size, sha256)
         for path in self.model.iterdir():
             if path.name not in self.finished:
-                path.unlink() if path.is_file() else shutil.rmtree(path)
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def finish(self, shard: str, size: int, sha256: str) -> None:
         """Note a finished shard; it must be on disk already."""
@@ -90,10 +94,10 @@ def workshop(final: Path, *, force: bool) -> Iterator[Workshop]:
         OutputError: the output must not be written, or another process is baking it.
     """
     final = Path(os.path.abspath(final))  # noqa: PTH100 (resolve() would follow links)
-    folder = final.with_name(f".{final.name}.baking")
     problem = output_problem(final, force=force)
-    if problem:
-        raise OutputError(problem)
+    folder = baking_folder(final)
+    if problem or folder.is_symlink():
+        raise OutputError(problem or f"{folder} is a link, and models are baked there. Delete it, or choose another output.")
     with locked(folder / _LOCK, "this model is being baked"):
         shop = Workshop(folder, final)
         aside = folder / f"{_MODEL}.old"

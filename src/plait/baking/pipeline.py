@@ -35,12 +35,13 @@ from plait.merging.progress import Progress, Silent
 from plait.merging.record import Lock, ModuleRecord
 from plait.merging.staging import output_problem
 from plait.recipes.schema import Recipe
+from plait.records import Shown
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 
 
-@dataclass(frozen=True)
-class BakeResult:
+@dataclass(frozen=True, repr=False)
+class BakeResult(Shown):
     """A finished bake.
 
     Attributes:
@@ -255,4 +256,6 @@ def _explained(out: Path, shop: Workshop, shards: int) -> Iterator[None]:
             raise found from error
         if shop.finished:
             error.add_note(left)
+        elif not isinstance(error, Exception):  # stopped by its user
+            error.add_note("No file was finished; the same command starts from the beginning.")
         raise

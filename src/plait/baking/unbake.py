@@ -8,6 +8,7 @@ adapter holds whole took the place of something that the model does not have any
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +19,13 @@ from plait.baking.full import parameter_of
 from plait.baking.gaps import tensor_gap
 from plait.baking.pipeline import BakeResult, run_bake
 from plait.baking.plan import BakeOptions
-from plait.errors import AdapterError, PlanError, RecipeError
+from plait.errors import PlanError, RecipeError
 from plait.hub.download import resolve, resolve_model
 from plait.hub.references import parse_reference
 from plait.merging.progress import Progress
-from plait.merging.record import LOCK, Lock
-from plait.parsing import read_record
+from plait.merging.record import LOCK, read_lock
 from plait.recipes.loading import build_recipe
-from plait.records import Record
+from plait.records import Record, Shown
 
 _PLAIN = ("linear", "cat", "task_arithmetic")  # a weight there is the coefficient
 
@@ -48,8 +48,8 @@ class Remaining(Record):
     where: str | None
 
 
-@dataclass(frozen=True)
-class UnbakeResult:
+@dataclass(frozen=True, repr=False)
+class UnbakeResult(Shown):
     """A model without the adapter.
 
     Attributes:
@@ -108,9 +108,9 @@ def _weight_of_lock(model: str, adapter: Adapter) -> float:
         AdapterError: the lock cannot be read.
         PlanError: the adapter is not in it; its weight is another than 1, or no weight alone: that has to be said.
     """
-    path = resolve_model(model, files=("*.safetensors", "*.json", LOCK)).folder / LOCK
-    advice = "Say what is to be taken out: --weight."
-    lock = read_record(Lock, path, AdapterError, what="a lock", advice=advice) if path.is_file() else None
+    folder = resolve_model(model, files=("*.safetensors", "*.json", LOCK)).folder
+    has_lock = os.path.lexists(folder / LOCK)
+    lock = read_lock(folder, advice="Say what is to be taken out: --weight.") if has_lock else None
     if lock is None or lock.kind != "bake":
         return 1.0
     file, digest = adapter.file.path.name, adapter.sha256()

@@ -178,12 +178,11 @@ def bake_json(result: BakeResult) -> dict[str, object]:
 
 def show_bake_plan(plan: BakePlan, out: Path) -> None:
     """Show what would be written, and what it takes."""
-    import shutil
-
     from rich.table import Table
 
     from plait.cli.console import out as console
     from plait.cli.console import size
+    from plait.merging.staging import free_space
 
     names = " + ".join(plan.adapters)
     console().print(f"[bold]{plan.base}[/bold] with [bold]{names}[/bold]: {plan.method} in {plan.space} space")
@@ -195,10 +194,9 @@ def show_bake_plan(plan: BakePlan, out: Path) -> None:
     console().print(table)
     carried = ", ".join(f"{name} ({source})" if source != "base" else name for name, source in plan.carried.items())
     console().print(f"\ngoes along: {carried or 'nothing'}", markup=False)
-    parent = next(p for p in out.absolute().parents if p.exists())
     console().print(
         f"{plan.target_modules} target modules, each in its place · {size(plan.output_bytes)} to write, "
-        f"{size(shutil.disk_usage(parent).free)} free · about {size(plan.peak_bytes)} of memory"
+        f"{size(free_space(out)[1])} free · about {size(plan.peak_bytes)} of memory"
     )
     _show_notes(plan)
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.errors import MarkupError
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -22,6 +23,31 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.segment import Segment
+from rich.text import Text
+
+#: Characters that command a terminal or turn the direction of text; names of files and tensors may hold them.
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+
+
+class _Console(Console):
+    """A console on which text from elsewhere is shown, and commands nothing."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield what is shown, with escapes in the place of characters that would not be."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=_COMMANDS.sub(_escaped, segment.text))
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return text with its markup; text with brackets that are no markup as it stands."""
+        try:
+            return super().render_str(text, **options)
+        except MarkupError:
+            return super().render_str(text, **{**options, "markup": False})
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
 
 
 class _Unpadded:
@@ -40,18 +66,20 @@ class _Unpadded:
 def out() -> Console:
     """Return the console of results (stdout); in a pipe, lines end where their text ends."""
     if sys.stdout.isatty():
-        return Console(highlight=False)
-    return Console(highlight=False, file=cast(TextIO, _Unpadded(sys.stdout)))
+        return _Console(highlight=False)
+    return _Console(highlight=False, file=cast(TextIO, _Unpadded(sys.stdout)))
 
 
 def err() -> Console:
     """Return the console of everything else (stderr)."""
-    return Console(stderr=True, highlight=False)
+    return _Console(stderr=True, highlight=False)
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Print one JSON object on stdout: as it is where the stream has Unicode, with JSON's escapes elsewhere."""
+    has_unicode = str(sys.stdout.encoding).lower().replace("-", "") in ("utf8", "utf16", "utf32")
+    text = json.dumps(value, indent=2, ensure_ascii=not has_unicode)
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")  # of a name that is no text
 
 
 @contextmanager

@@ -88,6 +88,7 @@ def evaluate(
     Example: plait eval recipe.yaml --tasks tasks/intent.yaml tasks/langid.yaml --matrix
     """
     from plait.cli.console import print_json
+    from plait.cli.stopping import noted
     from plait.errors import OutputError, RecipeError
     from plait.evaluation.card import put_results
     from plait.evaluation.pipeline import Options
@@ -107,15 +108,16 @@ def evaluate(
     files = [part for text in tasks or [] for part in text.split(",") if part]
     options = Options(workspace, base_id, load_dtype, device_map, trust_remote_code, matrix, workers)
     several = methods is not None or spaces is not None
-    if _is_saved(inputs):
-        _refuse_merging(inputs[0], [*settings, *["methods"] * several, *["set"] * bool(set_), *["out"] * (out is not None)])
-        evaluations, compared = [_saved(inputs[0], files, wanted, options, source or [], bounds)], None
-        if card:
-            put_results(Path(inputs[0]).expanduser(), evaluations[0])
-    else:
-        _refuse_saved({"source": source, "card": card and out is None})
-        compared = _merges(inputs, files, wanted, settings, set_ or [], (methods, spaces), options, bounds)
-        evaluations = list(compared.evaluations)
+    with noted(lambda: _kept(workspace)):
+        if _is_saved(inputs):
+            _refuse_merging(inputs[0], [*settings, *["methods"] * several, *["set"] * bool(set_), *["out"] * (out is not None)])
+            evaluations, compared = [_saved(inputs[0], files, wanted, options, source or [], bounds)], None
+        else:
+            _refuse_saved({"source": source, "card": card and out is None})
+            compared = _merges(inputs, files, wanted, settings, set_ or [], (methods, spaces), options, bounds)
+            evaluations = list(compared.evaluations)
+    if card and compared is None:
+        put_results(Path(inputs[0]).expanduser(), evaluations[0])
     runs = [write_evaluation(workspace, found) for found in evaluations]
     run = runs[0]
     if several and compared is not None:
@@ -134,6 +136,15 @@ def evaluate(
         _show_verdict(best, bounds, saved, run)
     if failed:
         raise typer.Exit(NOT_MET)
+
+
+def _kept(workspace: Path) -> str:
+    from plait.evaluation.workspace import SCORES
+
+    count = sum(1 for _ in (workspace / SCORES).glob("*.json"))
+    if not count:
+        return "No task was finished; the same command starts from the beginning."
+    return f"The answers of {count} finished tasks are kept in {workspace / SCORES}; the same command continues from there."
 
 
 def _checker(bounds: Sequence[Requirement]) -> Callable[[list[str]], None]:

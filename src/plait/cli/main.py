@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import os
 import re
 import sys
 import traceback
@@ -25,6 +24,8 @@ from plait.cli.push import push
 from plait.cli.recipe import recipe_app
 from plait.cli.report import report
 from plait.cli.sft import sft
+from plait.cli.stopping import Stopped, stoppable
+from plait.cli.streams import StreamError, give_up_stdout, guarded
 from plait.cli.tasks import tasks_app
 from plait.cli.train import train
 from plait.cli.unbake import unbake
@@ -80,40 +81,58 @@ def _options(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and leave the process: 0 done, 1 our fault, 2 the user's."""
+    """Run the command line and leave the process: 0 done, 1 our fault, 2 the user's, 128 + n stopped by a signal."""
     atexit.register(gc.freeze)  # the last collections would look all of torch through, for nothing: the process ends
-    from plait.cli.console import warnings_as_notes
 
     arguments = _join_lists(list(sys.argv[1:] if argv is None else argv))
     wants_traceback = "--traceback" in arguments
     # accepted anywhere, though it belongs to the command itself
     arguments = [a for a in arguments if a != "--traceback"]
+    with guarded():
+        try:
+            code = _run(arguments, wants_traceback=wants_traceback)
+            sys.stdout.flush()
+        except StreamError as error:
+            code = give_up_stdout(error)
+    sys.exit(code)
+
+
+def _run(arguments: list[str], *, wants_traceback: bool) -> int:
+    """Run a command and return the exit code."""
+    from plait.cli.console import warnings_as_notes
+
     try:
-        with warnings_as_notes(PlaitWarning):
+        with warnings_as_notes(PlaitWarning), stoppable():
             app(arguments)
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    except Stopped as stop:
+        if not hasattr(stop, "__notes__"):
+            stop.add_note("The same command starts from the beginning.")
+        _show(stop, "", wants_traceback=False)
+        return stop.code
     except PlaitError as error:
-        _show(error, wants_traceback=wants_traceback)
-        sys.exit(2)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        _show(error, "error: ", wants_traceback=wants_traceback)
+        return 2
+    except StreamError:
+        raise
     except Exception as error:  # a bug of ours: say so, with what a report needs
         traceback.print_exc()
         typer.echo(f"\nThis is a bug in plait {__version__}: {type(error).__name__}. Please report the lines above.", err=True)
-        sys.exit(1)
+        return 1
+    return 0
 
 
-def _show(error: PlaitError, *, wants_traceback: bool) -> None:
+def _show(error: BaseException, head: str, *, wants_traceback: bool) -> None:
     if wants_traceback:
         traceback.print_exc()
         return
-    from rich.console import Console
+    from plait.cli.console import err
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print("[bold red]error:[/bold red] ", end="")
-    console.print(str(error), markup=False)
-    for note in getattr(error, "__notes__", []):
-        console.print(note, markup=False)
+    console = err()
+    console.print(head, style="bold red", end="")
+    for line in (str(error), *getattr(error, "__notes__", [])):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _join_lists(arguments: list[str]) -> list[str]:

@@ -147,13 +147,14 @@ def merge(
         result = _pushed(result, push_adapter_repo, private=private)
     for note in result.record.notes:
         err().print(f"note: {note}", style="dim", markup=False)
+    model = None if beside is None else beside.run()[0]  # before anything is printed: stdout may be closed
     if json:
         merged = {"folder": str(result.folder), "url": result.url, **result.record.model_dump(mode="json")}
-        print_json(merged | ({} if beside is None else {"bake": bake_json(beside.run()[0])}))
-    else:
-        show_result(result)
-        if beside is not None:
-            show_bake(beside.run()[0])
+        print_json(merged | ({} if model is None else {"bake": bake_json(model)}))
+        return
+    show_result(result)
+    if model is not None:
+        show_bake(model)
 
 
 def _check_uploads(adapter: str | None, baked: str | None, bake_dir: Path | None, *, private: bool) -> None:

@@ -52,6 +52,7 @@ def migrate(
     from plait.cli.console import err
     from plait.cli.console import out as stdout
     from plait.errors import OutputError
+    from plait.merging.staging import write_whole
     from plait.recipes.loading import migrate_file
 
     text, notes = migrate_file(file)
@@ -60,7 +61,9 @@ def migrate(
     if out is None:
         typer.echo(text, nl=False)
         return
+    if out.is_symlink() or (out.exists() and not out.is_file()):
+        raise OutputError(f"{out} exists already, and is not a file. Choose another output.")
     if out.exists() and not force:
         raise OutputError(f"{out} exists already. Choose another output, or replace it with --force.")
-    out.write_text(text, encoding="utf-8")
+    write_whole(out, text)
     stdout().print(f"{file} → {out}: today's form.", markup=False, soft_wrap=True)

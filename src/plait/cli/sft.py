@@ -53,12 +53,8 @@ def sft(context: typer.Context) -> None:
             print_json(_plan_json(plan))
         return
     as_json = bool(flags.get("json"))
-    try:
-        with redirect_stdout(sys.stderr) if as_json else nullcontext():  # trackers and trainers print what they like
-            result = run_sft(plan, progress=ProgressBars() if as_json else None)
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from the last checkpoint.", err=True)
-        raise typer.Exit(130) from None
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # trackers and trainers print what they like
+        result = run_sft(plan, progress=ProgressBars() if as_json else None)
     if told and as_json:
         print_json(_json(result))
     if told:

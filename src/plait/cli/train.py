@@ -58,6 +58,7 @@ def train(
     Example: plait train examples/phases.yaml -o trained
     """
     from plait.cli.console import ProgressBars, print_json
+    from plait.cli.stopping import noted
     from plait.training.cohort import Places, train_cohort
     from plait.training.finishing import Judging
     from plait.training.reading import read_phases
@@ -68,21 +69,15 @@ def train(
         _dry_run(plan, only or [], json=json)
         return
     bars = PhaseBars()
-    try:
-        with redirect_stdout(sys.stderr), closing(bars):  # trackers and trainers print what they like
-            result = train_cohort(
-                plan,
-                only=only or [],
-                places=Places(workers, cluster),
-                judging=Judging(load_dtype, device_map, trust_remote_code, matrix),
-                watcher=bars,
-                progress=ProgressBars(),
-            )
-    except KeyboardInterrupt:
-        typer.echo(
-            "stopped; the same command goes on: finished phases are kept, others begin at their last checkpoint.", err=True
+    with redirect_stdout(sys.stderr), noted(lambda: _kept(plan)), closing(bars):  # trackers and trainers print what they like
+        result = train_cohort(
+            plan,
+            only=only or [],
+            places=Places(workers, cluster),
+            judging=Judging(load_dtype, device_map, trust_remote_code, matrix),
+            watcher=bars,
+            progress=ProgressBars(),
         )
-        raise typer.Exit(130) from None
     if json:
         print_json(result.model_dump(mode="json"))
     else:
@@ -92,6 +87,15 @@ def train(
     _tell(result, shlex.join(["plait", "train", str(phases), *words]))
     if not result.ok:
         raise typer.Exit(1)
+
+
+def _kept(plan: TrainingPlan) -> str:
+    from plait.training.folder import RECORD
+
+    done = sum((p.folder / RECORD).is_file() for p in plan.phases)
+    return (
+        f"{done} of {len(plan.phases)} phases are finished and kept in {plan.out}; the same command continues with the others."
+    )
 
 
 def _dry_run(plan: TrainingPlan, only: Sequence[str], *, json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -11,6 +12,8 @@ from pathlib import Path
 from plait.errors import OutputError
 from plait.evaluation.files import write_atomically
 from plait.evaluation.record import Evaluation, TaskResult
+from plait.folders import open_in
+from plait.merging.quoting import code, prose
 from plait.merging.record import LOCK, sha256
 from plait.verification.lock import CARD, read_lock
 
@@ -33,10 +36,13 @@ def put_results(folder: Path, found: Evaluation) -> None:
     file = folder / CARD
     beside = file.with_name(f".{CARD}-{os.getpid()}-{secrets.token_hex(3)}")
     try:
-        text, before = file.read_text(encoding="utf-8"), sha256(file)
+        with open_in(folder, CARD) as card:
+            data = card.read()
+        text, before = data.decode("utf-8"), hashlib.sha256(data).hexdigest()
         beside.write_text(_with_section(text, results_section(found)), encoding="utf-8")
         beside.replace(file)
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        error = error if isinstance(error, OSError) else OSError("not text in UTF-8")
         raise OutputError(f"{file}: the results cannot be put into the card: {error.strerror or error}.") from None
     finally:
         beside.unlink(missing_ok=True)
@@ -51,7 +57,7 @@ def results_section(found: Evaluation) -> str:
     rows = "\n".join(_row(t) for t in found.tasks)
     return f"""## Results
 
-Split `{found.split}`, base model in {found.dtype}; intervals: 95 %, paired bootstrap over examples, {found.draws} draws.
+Split {code(found.split)}, base model in {found.dtype}; intervals: 95 %, paired bootstrap over examples, {found.draws} draws.
 Recovery is (merged − base) / (own adapter − base): 0 is the base model, 1 the task's own adapter.
 
 | task | metric | examples | base | own adapter | this | recovery |
@@ -69,17 +75,18 @@ def _row(t: TaskResult) -> str:
     if t.recovery is not None and t.recovery_interval is not None:
         share += f" ({t.recovery_interval[0]:.2f} – {t.recovery_interval[1]:.2f})"
     sample = f"{t.examples} (`{t.subset}`)" if t.subset else str(t.examples)
-    return f"| {t.task} | {t.metric}{arrow} | {sample} | {t.base:.3f} | {single} | {t.merged:.3f} | {share} |"
+    return f"| {prose(t.task)} | {prose(t.metric)}{arrow} | {sample} | {t.base:.3f} | {single} | {t.merged:.3f} | {share} |"
 
 
 def _facts(found: Evaluation) -> Iterator[str]:
     if found.worst_recovery is not None and found.mean_recovery is not None:
-        yield f"**Recovery**: mean {found.mean_recovery:.2f}, worst {found.worst_recovery:.2f} ({found.worst_task})."
+        worst = prose(found.worst_task or "")
+        yield f"**Recovery**: mean {found.mean_recovery:.2f}, worst {found.worst_recovery:.2f} ({worst})."
     if found.below_base:
-        yield f"**Worse than the base model** on {', '.join(found.below_base)}."
+        yield f"**Worse than the base model** on {prose(', '.join(found.below_base))}."
     for t in found.tasks:
         if t.undefined is not None:
-            yield f"**{t.task}** has no recovery: {t.undefined}."
+            yield f"**{prose(t.task)}** has no recovery: {prose(t.undefined)}."
 
 
 def _with_section(card: str, section: str) -> str:

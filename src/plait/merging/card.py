@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,19 @@ from plait.adapters.adapter import Adapter
 from plait.merging.compatibility import serving
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan
-from plait.merging.record import RunRecord, recipe_json
+from plait.merging.public import place_name, public_values
+from plait.merging.quoting import UNKNOWN_BASE, block, code, is_plain_name, prose, python, shell
+from plait.merging.record import CARD, RunRecord, recipe_json
 from plait.methods import METHODS
 from plait.recipes.documents import read_front_matter
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
+#: What a card may say of its licence, and as what; anything else is not known.
+_LICENCE = {
+    "license": re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}"),
+    "license_name": re.compile(r"[\w][\w .+()-]{0,100}"),
+    "license_link": re.compile(r"https://[\w./?=&%#~:+-]{1,300}|[\w.-]{1,100}"),
+}
 AUTO_MODELS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -46,7 +54,7 @@ def card(inventory: Inventory, plan: MergePlan, record: RunRecord, folder: Path)
 
 # {"+".join(plan.adapters)}, merged with {plan.method}
 
-{what} of `{_base(inventory)}`, made from {len(plan.adapters)} adapters by plait {record.plait}.
+{what} of {code(base_name(inventory.base_model))}, made from {len(plan.adapters)} adapters by plait {record.plait}.
 
 | adapter | from | weight | rank | sha256 |
 |---|---|---|---|---|
@@ -61,9 +69,7 @@ def card(inventory: Inventory, plan: MergePlan, record: RunRecord, folder: Path)
 
 `plait.lock` holds the recipe and the sha256 of every input and output file; `plait verify` makes it again and compares.
 
-```yaml
-{recipe}```
-"""
+{block(recipe, "yaml")}"""
 
 
 def _facts(inventory: Inventory, plan: MergePlan, record: RunRecord) -> Iterator[str]:
@@ -79,71 +85,62 @@ def _facts(inventory: Inventory, plan: MergePlan, record: RunRecord) -> Iterator
 
 
 def _loading(inventory: Inventory, record: RunRecord, folder: Path) -> str:
-    base = _base(inventory)
+    base = base_name(inventory.base_model)
     if record.result == "dense":
         return (
             "`delta.safetensors` holds one tensor per adapted weight, under the name of that weight in the base model, "
             "to be added to it.\n"
         )
-    with_peft = load_with_peft(base, _task_type(inventory))
+    with_peft = load_with_peft(base, task_type_of(inventory.adapters))
     (served,) = serving([Adapter.open(folder, "merged")]).adapters
     if served.refused:
-        return f"{with_peft}\nvLLM does not serve it: {'; '.join(served.refused)}.\n"
+        return f"{with_peft}\nvLLM does not serve it: {prose('; '.join(served.refused))}.\n"
     return f"{with_peft}\n{serve_with_vllm(base, record.max_lora_rank)}"
 
 
 def load_with_peft(base: str, task_type: str | None) -> str:
     """Return how an adapter is loaded for inference."""
     auto = AUTO_MODELS.get(task_type or "", "AutoModel")
-    return f"""With PEFT:
-
-```python
-from peft import PeftModel
+    lines = f"""from peft import PeftModel
 from transformers import {auto}
 
-model = {auto}.from_pretrained("{base}")
-model = PeftModel.from_pretrained(model, "PATH_OR_REPO")
-```
-"""
+model = {auto}.from_pretrained({python(base)})
+model = PeftModel.from_pretrained(model, "PATH_OR_REPO")"""
+    return f"With PEFT:\n\n{block(lines, 'python')}"
 
 
 def serve_with_vllm(base: str, max_lora_rank: int | None) -> str:
     """Return how an adapter is served, by vLLM and by Unsloth."""
     if max_lora_rank is None:
         return "Its rank is larger than any `--max-lora-rank` of vLLM; `plait compress` makes it smaller.\n"
+    line = f"vllm serve {shell(base)} --enable-lora --max-lora-rank {max_lora_rank} --lora-modules adapter=PATH_OR_REPO"
     return f"""With vLLM:
 
-```bash
-vllm serve {base} --enable-lora --max-lora-rank {max_lora_rank} --lora-modules adapter=PATH_OR_REPO
-```
-
+{block(line, "bash")}
 With Unsloth: `FastLanguageModel.from_pretrained("PATH_OR_REPO")`.
 """
 
 
 def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe without the folders of this machine: what lies there is named by its folder alone."""
-    adapters = [{**a, "path": place_name(a["path"])} for a in recipe["adapters"]]
-    base = recipe["base_model"]
-    return {**recipe, "adapters": adapters, "base_model": None if base is None else place_name(base)}
+    found: dict[str, Any] = public_values(recipe)
+    return found
 
 
-def place_name(text: str) -> str:
-    """Return a reference without the folders of this machine."""
-    return Path(text).name if text.startswith((".", "/", "~")) else text
+def base_name(name: str | None) -> str:
+    """Return what a card calls a base model: its name, without the folders of this machine; a placeholder where it has none."""
+    found = place_name(name or UNKNOWN_BASE)
+    return found if is_plain_name(found) else UNKNOWN_BASE
 
 
-def _base(inventory: Inventory) -> str:
-    return place_name(inventory.base_model or "BASE_MODEL")
-
-
-def _task_type(inventory: Inventory) -> str | None:
-    return next((a.config.raw.get("task_type") for a in inventory.adapters if a.config.raw.get("task_type")), None)
+def task_type_of(adapters: Sequence[Adapter]) -> str | None:
+    """Return what the first adapter that says so was trained for."""
+    return next((t for a in adapters if isinstance(t := a.config.raw.get("task_type"), str) and t), None)
 
 
 def _front_matter(inventory: Inventory) -> dict[str, Any]:
     base = hub_id(inventory.base_model)
-    task = _task_type(inventory)
+    task = task_type_of(inventory.adapters)
     front: dict[str, Any] = {"library_name": "peft"}
     if base:
         front |= {"base_model": base, "base_model_relation": "adapter"}
@@ -177,15 +174,14 @@ def _base_folder(inventory: Inventory) -> Path | None:
 
 def hub_id(name: str | None) -> str | None:
     """Return a base model's name where it can be a repository on the Hub; a card links to nothing else."""
-    return name if name is not None and _HUB_ID.match(name) else None
+    return name if name is not None and _HUB_ID.fullmatch(name) else None
 
 
 def licence_of(folder: Path) -> tuple[tuple[str, str], ...] | None:
     """Return the licence keys that the card in a folder states, or None."""
-    data = read_front_matter(folder / "README.md")
-    if not isinstance(data.get("license"), str):
-        return None
-    return tuple((k, data[k]) for k in ("license", "license_name", "license_link") if isinstance(data.get(k), str))
+    data = read_front_matter(folder / CARD)
+    stated = {key: value for key, form in _LICENCE.items() if isinstance(value := data.get(key), str) and form.fullmatch(value)}
+    return tuple(stated.items()) if "license" in stated else None
 
 
 def source_row(source: Mapping[str, Any]) -> str:
@@ -196,7 +192,7 @@ def source_row(source: Mapping[str, Any]) -> str:
         else "local files"
     )
     ranks = ", ".join(map(str, source["ranks"]))
-    return f"| {source['name']} | {place} | {source['weight']:g} | {ranks} | `{source['sha256'][:16]}…` |"
+    return f"| {prose(source['name'])} | {place} | {source['weight']:g} | {ranks} | `{source['sha256'][:16]}…` |"
 
 
 def _loss(record: RunRecord) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,12 +33,13 @@ from plait.merging.plan import MergePlan, make_plan
 from plait.merging.portable import PortableAdapter
 from plait.merging.progress import Progress, Silent
 from plait.merging.record import ModuleRecord, RunRecord
-from plait.merging.staging import output_problem, staged
+from plait.merging.staging import free_space, output_problem, staged
 from plait.recipes.schema import Recipe
+from plait.records import Shown
 
 
-@dataclass(frozen=True)
-class MergeResult:
+@dataclass(frozen=True, repr=False)
+class MergeResult(Shown):
     """A finished merge.
 
     Attributes:
@@ -125,7 +125,7 @@ def run_recipe(
         modules, rank, written = _write(inventory, plan, engine, combiner, place)
         record = _record(inventory, plan, combiner, modules, rank, digests(), started)
         (place / "README.md").write_text(card(inventory, plan, record, place), encoding="utf-8")
-        lock = records.make_lock(inventory, digests(), place, plait.__version__, known=written)
+        lock = records.make_lock(inventory, digests(), place, plait.__version__, final=out, known=written)
         records.write_json(place / records.LOCK, lock)
         records.write_json(place / records.RECORD, record)
         records.write_json(place / records.SUMMARY, records.summary(record))
@@ -254,8 +254,7 @@ def _check_not_an_input(inventory: Inventory, out: Path) -> None:
 def _check_space(plan: MergePlan, out: Path) -> None:
     if plan.output_bytes is None:
         return
-    parent = next(p for p in out.absolute().parents if p.exists())
-    free = shutil.disk_usage(parent).free
+    parent, free = free_space(out)
     if free < plan.output_bytes:
         raise OutputError(
             f"{out}: the result needs {plan.output_bytes / 1e6:.0f} MB, {parent} has {free / 1e6:.0f} MB free. "

@@ -10,24 +10,39 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from plait.adapters.adapter import CONFIG
+from plait.errors import AdapterError
+from plait.folders import entries, file_in, name_problem
 from plait.hub.download import Located
 from plait.merging.inventory import Inventory
 from plait.merging.plan import Result
+from plait.parsing import as_record, read_object, shown
 from plait.recipes.schema import Recipe
 from plait.records import Record
 
 LOCK = "plait.lock"
 RECORD = "merge_metadata.json"
 SUMMARY = "summary.json"
+CARD = "README.md"
 LOCK_VERSION = 1
 Kind = Literal["merge", "bake", "extract", "train"]
 _HASHED_AT_ONCE = 4
 _LIBRARIES = ("torch", "safetensors", "numpy")
+
+
+def _digests(files: dict[str, str]) -> dict[str, str]:
+    """Refuse names that are not those of files in a folder: a lock may come from elsewhere."""
+    for name in files:
+        if problem := name_problem(name):
+            raise ValueError(f"the file name {name!r} {problem}")
+    return files
+
+
+FileDigests = Annotated[dict[str, str], AfterValidator(_digests)]
 
 
 class ModuleRecord(Record):
@@ -110,7 +125,7 @@ class LockedInput(Record):
     path: str
     repo: str | None
     commit: str | None
-    files: dict[str, str]
+    files: FileDigests
     moments: LockedFile | None = None
 
 
@@ -138,10 +153,58 @@ class Lock(Record):
     machine: str
     recipe: dict[str, Any]
     inputs: dict[str, LockedInput]
-    outputs: dict[str, str]
+    outputs: FileDigests
     kind: Kind = "merge"
     options: dict[str, Any] = Field(default_factory=dict)
     base: LockedInput | None = None
+
+    @model_validator(mode="after")
+    def _names_its_sources(self) -> Self:
+        """Refuse a recipe without what every reader of a lock asks it for."""
+        recipe, text = self.recipe, (str, type(None))
+        if self.kind in ("merge", "bake"):
+            adapters, method = recipe.get("adapters"), recipe.get("method")
+            named = isinstance(adapters, list) and all(isinstance(a, dict) and isinstance(a.get("name"), str) for a in adapters)
+            if not named or not isinstance(method, dict) or not isinstance(method.get("name"), str):
+                raise ValueError("the recipe names no adapters, or no method")
+            if lacking := [a["name"] for a in adapters or () if a["name"] not in self.inputs]:
+                raise ValueError(f"the recipe's adapter {lacking[0]!r} is not among the inputs")
+        elif self.kind == "extract":
+            fields = all(isinstance(recipe.get(key), text) for key in ("base", "finetuned", "base_id"))
+            if not fields or not {"base", "finetuned"} <= self.inputs.keys():
+                raise ValueError("the request names no base and no fine-tune")
+        elif not isinstance(recipe.get("base"), str):
+            raise ValueError("the job names no base model")
+        return self
+
+    @property
+    def files(self) -> set[str]:
+        """Names of all files that make up the result, lock and records included."""
+        return {*self.outputs, CARD, LOCK, RECORD, SUMMARY}
+
+
+def read_lock(folder: Path, *, advice: str = "Make the result again.") -> Lock:
+    """Return the lock of a result; `advice` is the last sentence of a refusal.
+
+    Raises:
+        AdapterError: there is none, or it cannot be read.
+    """
+    path = folder / LOCK
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: there is no such folder. Give the folder of a merge, a bake or an extraction.")
+    if not os.path.lexists(path):
+        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise AdapterError(
+            f"{folder}: there is no {LOCK}, so this is not a whole result of plait. It holds: {held}. Give the folder that "
+            "`plait merge`, `bake`, `compress` or `extract` wrote."
+        )
+    try:
+        data = read_object(file_in(folder, LOCK), AdapterError, advice=advice)
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read ({error.strerror or error}). {advice}") from None
+    if data.get("version", LOCK_VERSION) != LOCK_VERSION:
+        raise AdapterError(f"{path}: a lock of version {shown(data['version'])}; this plait reads {LOCK_VERSION}. {advice}")
+    return as_record(Lock, data, str(path), AdapterError, what="a lock", advice=advice)
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
@@ -274,8 +337,8 @@ def relative_path(path: Path, folder: Path) -> str:
 def output_digests(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return sha256 of every file of a result but for lock and run record, by their path in it; `known` are not computed."""
     known = known or {}
-    made = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (LOCK, RECORD, SUMMARY))
-    return {name: known.get(name) or sha256(folder / name) for name in (p.relative_to(folder).as_posix() for p in made)}
+    made = [name for name in sorted(entries(folder)) if name not in (LOCK, RECORD, SUMMARY)]
+    return {name: known.get(name) or sha256(file_in(folder, name)) for name in made}
 
 
 def weight_digests(folder: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from plait.errors import RecipeError
+from plait.folders import open_in
 from plait.parsing import MOST_BITS, MOST_LEVELS, parse_json
 from plait.recipes.paths import KeyPath, Plain
 from plait.recipes.problems import Problem, listed
@@ -86,7 +87,7 @@ def read_document(text: str, source: str, *, loader: type[yaml.SafeLoader] = _Lo
 def read_front_matter(card: Path) -> Mapping[str, Plain]:
     """Return the front matter of a model card; empty where there is none that can be read: no number depends on it."""
     try:
-        with card.open("rb") as file:
+        with open_in(card.parent, card.name) as file:
             found = _FRONT_MATTER.match(file.read(_LONGEST_CARD).decode("utf-8", "replace"))
         data = read_document(found[1], str(card)).data if found else None
     except (OSError, RecipeError):

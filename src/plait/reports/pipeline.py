@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,18 @@ from pathlib import Path
 from plait.errors import OutputError
 from plait.extras import require
 from plait.merging.progress import Progress
+from plait.merging.staging import write_whole
+from plait.records import Shown
 from plait.reports.figures import write_figures
 from plait.reports.page import render
 from plait.reports.reading import Report, read_report
 
+_GENERATOR = b'<meta name="generator" content="plait">'  # of the template
+_HEAD_BYTES = 1024
 
-@dataclass(frozen=True)
-class ReportResult:
+
+@dataclass(frozen=True, repr=False)
+class ReportResult(Shown):
     """A written report.
 
     Attributes:
@@ -55,14 +59,25 @@ def make_report(
         OutputError: the page cannot be written, or stands already.
     """
     require("a report", {"report": ["jinja2", *["matplotlib"] * (figures is not None)]})
-    if out.is_dir() or (out.exists() and not force):
-        raise OutputError(
-            f"{out} exists already. Choose another file" + ("." if out.is_dir() else ", or replace it with --force.")
-        )
+    if problem := page_problem(out, force=force):
+        raise OutputError(problem)
     report = read_report(runs, progress)
-    _write(out, render(report, title=title or _title(report)))
+    write_whole(out, render(report, title=title or _title(report)))
     drawn = write_figures(report, figures) if figures is not None else []
     return ReportResult(out, tuple(drawn), report)
+
+
+def page_problem(page: Path, *, force: bool) -> str | None:
+    """Return why a page must not be written; with `force` it may take the place of another page, and of nothing else."""
+    if page.is_symlink() or (page.exists() and not page.is_file()):
+        return f"{page} exists already, and is not a file. Choose another file."
+    if not page.exists():
+        return None
+    if not force:
+        return f"{page} exists already. Choose another file, or replace it with --force."
+    with page.open("rb") as file:
+        is_page = _GENERATOR in file.read(_HEAD_BYTES)
+    return None if is_page else f"{page} was not written by plait report; --force replaces only what was. Choose another file."
 
 
 def _title(report: Report) -> str:
@@ -71,17 +86,3 @@ def _title(report: Report) -> str:
     if report.comparison is not None:
         return f"Merges of {' + '.join(report.comparison.adapters)}"
     return f"Merge by {report.merges[0].method}" if report.merges else "Training"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that appears whole."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(3)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            draft.write_text(text, encoding="utf-8")
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from plait.evaluation.workspace import write_evaluation
 from plait.merging.inventory import take_inventory
 from plait.merging.pipeline import run_recipe
 from plait.merging.progress import Progress
+from plait.merging.staging import write_whole
 from plait.recipes.writing import to_yaml
 from plait.reports.losses import CURVES, LossCurve, LossCurves
 from plait.reports.pipeline import make_report
@@ -98,9 +98,7 @@ def _write_curves(out: Path, records: Mapping[str, TrainingRecord]) -> None:
 def _write_recipe(plan: TrainingPlan) -> None:
     """Write the recipe with adapters' paths that start at its own folder."""
     here = [e.model_copy(update={"path": f"./{Path(e.path).relative_to(plan.out).as_posix()}"}) for e in plan.recipe.adapters]
-    beside = plan.out / f".{RECIPE}-{secrets.token_hex(3)}"
-    beside.write_text(to_yaml(plan.recipe.model_copy(update={"adapters": tuple(here)})), encoding="utf-8")
-    beside.replace(plan.out / RECIPE)
+    write_whole(plan.out / RECIPE, to_yaml(plan.recipe.model_copy(update={"adapters": tuple(here)})))
 
 
 def _judge(plan: TrainingPlan, before: TrainResult | None, judging: Judging, progress: Progress) -> tuple[Evaluation, Path]:

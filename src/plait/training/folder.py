@@ -7,12 +7,15 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from plait.errors import OutputError, RecipeError
 from plait.evaluation.files import write_atomically
 from plait.extras import optional
+from plait.folders import entries, file_in
 from plait.locking import in_use, locked
+from plait.merging.staging import output_problem
 from plait.parsing import read_object, shown
 from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, TrainingRecord
 from plait.verification.lock import check_files, read_lock
@@ -23,6 +26,14 @@ STATE = "trainer_state.json"  # of a checkpoint, written last
 _JOB, _IN_USE = "job.json", ".in-use"
 _WORK = "a model is trained there"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+#: What trainers write into a checkpoint; anything else there is its user's.
+_CHECKPOINT_FILES = (
+    STATE, "adapter_*", "model*.safetensors*", "pytorch_model*", "optimizer*", "scheduler*", "scaler*", "rng_state*",
+    "README.md", "training_args.bin", "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*", "merges.txt", "spiece.model", "chat_template*", "*processor_config.json", "global_step*", "latest",
+    "zero_to_fp32.py", "fsdp_*", "distributed_checkpoint/*", "*.py",
+)  # fmt: skip
 _SHOWN = 6
 
 
@@ -87,21 +98,20 @@ def folder_problem(out: Path, opened: OpenJob | None, *, force: bool) -> str | N
     if not leads():
         return None
     try:
-        if out.is_symlink() or (out.exists() and not out.is_dir()):
-            return f"{out} exists and is not a folder. Choose another output folder."
-        above = next(p for p in (out, *out.absolute().parents) if p.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            return f"{out} cannot be written: {above} is not a folder that may be written. Choose another output folder."
+        if problem := _place_problem(out):
+            return problem
         if not out.exists() or not any(p.name != _IN_USE for p in out.iterdir()):
             return None
         if used := in_use(out / _IN_USE, _WORK):
             return used
-        if not (out / _JOB).is_file():
+        if not _is_run(out):
             held = ", ".join(sorted(p.name for p in out.iterdir())[:_SHOWN])
             return f"{out} holds {held}, which no run of plait wrote. Choose another output folder."
-        if opened is None or force:
+        if opened is None:
             return None
         different = _differences(out, opened)
+        if different and force:
+            return _not_to_be_cleared(out)
     except OSError as error:
         return f"{out} cannot be read: {error.strerror or error}."
     if not different:
@@ -111,6 +121,17 @@ def folder_problem(out: Path, opened: OpenJob | None, *, force: bool) -> str | N
         f"{out} holds a run with other settings ({shown}). Choose another output folder, or give that run up with "
         "--force (force=True); the same settings would go on with it."
     )
+
+
+def _place_problem(out: Path) -> str | None:
+    if str(out).startswith("~") or "\0" in str(out):
+        return f"{str(out)!r} is not a folder's name: '~' is not expanded here. Write the whole path."
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        return f"{out} exists and is not a folder. Choose another output folder."
+    above = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        return f"{out} cannot be written: {above} is not a folder that may be written. Choose another output folder."
+    return None
 
 
 def leads() -> bool:
@@ -150,7 +171,7 @@ def named_checkpoint(asked: str | None) -> Path | None:
 
 def last_checkpoint(out: Path) -> Path | None:
     """Return the newest checkpoint that is whole."""
-    found = {int(m[1]): p for p in out.iterdir() if (m := _CHECKPOINT.fullmatch(p.name))}
+    found = {int(p.name.rpartition("-")[2]): p for p in _checkpoints(out)}
     return next((found[step] for step in sorted(found, reverse=True) if _whole(found[step])), None)
 
 
@@ -189,8 +210,37 @@ def _differences(out: Path, opened: OpenJob) -> list[str]:
     return sorted(name for name in {*there, *opened.parts} if there.get(name) != opened.parts.get(name))
 
 
+def _is_run(out: Path) -> bool:
+    """Return whether a run has begun in a folder: it has left a job there that can be read."""
+    try:
+        job = read_object(file_in(out, _JOB), OutputError)
+    except OSError:  # an OutputError is one too
+        return False
+    return isinstance(job.get("parts"), dict) and isinstance(job.get("job"), dict)
+
+
+def result_problem(out: Path) -> str | None:
+    """Return why a new result must not take the place of an earlier one in a folder: something beside it would be lost."""
+    problems = [output_problem(out / name, force=True) for name in (ADAPTER, FINAL_MODEL, MERGED_MODEL)]
+    return next((problem for problem in problems if problem), None)
+
+
+def _not_to_be_cleared(out: Path) -> str | None:
+    """Return why what another run left in a folder must not be removed."""
+    for checkpoint in _checkpoints(out):
+        others = [name for name in entries(checkpoint) if not any(fnmatch(name, form) for form in _CHECKPOINT_FILES)]
+        if checkpoint.is_symlink() or others:
+            shown = ", ".join(sorted(others)[:_SHOWN]) or "is a link"
+            return f"{checkpoint} is not what a trainer wrote alone ({shown}); --force would delete it. Move it away."
+    return result_problem(out)
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    return [path for path in sorted(out.iterdir()) if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+
+
 def _clear(out: Path) -> None:
-    for path in list(out.iterdir()):
-        if path.name in (ADAPTER, FINAL_MODEL, MERGED_MODEL) or _CHECKPOINT.fullmatch(path.name):
+    for path in (*_checkpoints(out), *(out / name for name in (ADAPTER, FINAL_MODEL, MERGED_MODEL))):
+        if path.is_dir():
             shutil.rmtree(path)
     (out / RECORD).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from plait.errors import OutputError, collect
 from plait.merging.staging import output_problem
 from plait.parsing import read_object
 from plait.reports.losses import CURVES
+from plait.reports.pipeline import page_problem
 from plait.training.finishing import EVALUATION, MERGED, RECIPE, REPORT
 from plait.training.phases import LOGS, PHASES
 from plait.training.results import RESULT
@@ -43,8 +44,11 @@ def _in_the_way(out: Path) -> Iterator[tuple[Path, str]]:
             yield path, "is a folder; a file of results has that name. Move it away, or choose another output folder."
         elif path.exists() and not ours:
             yield path, "was not written by plait train, and would be replaced. Move it away, or choose another output folder."
-    if output_problem(out / MERGED, force=True) is not None:
-        yield out / MERGED, "was not written by plait; the merge goes there. Move it away, or choose another output folder."
+        elif path.name == REPORT and page_problem(path, force=True):
+            yield path, "was not written by plait report, and would be replaced. Move it away, or choose another output folder."
+    if problem := output_problem(out / MERGED, force=True):
+        said = problem.removeprefix(f"{out / MERGED} ")
+        yield out / MERGED, f"{said} The merge goes there. Move it away, or choose another output folder."
 
 
 def _is_ours(result: Path) -> bool:

@@ -17,7 +17,7 @@ from plait.errors import RecipeError, did_you_mean
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.problems import Origins, Problem, listed
 from plait.recipes.schema import Recipe, Weight
-from plait.records import Record
+from plait.records import Record, Shown
 from plait.tasks.schema import Task
 from plait.training.data import TrainingData
 from plait.training.job import ADAPTER, LoraSettings, TrainingJob
@@ -128,8 +128,8 @@ class PlannedPhase:
         return self.folder.parents[1] / LOGS / f"{self.name}.txt"
 
 
-@dataclass(frozen=True)
-class TrainingPlan:
+@dataclass(frozen=True, repr=False)
+class TrainingPlan(Shown):
     """What a PHASES.yaml says.
 
     Attributes:

@@ -17,7 +17,14 @@ from plait.errors import OutputError, PlanError
 from plait.extras import optional
 from plait.merging.progress import Progress
 from plait.merging.staging import publish
-from plait.training.folder import JobFolder, checkpoint_step, last_checkpoint, named_checkpoint, open_folder
+from plait.training.folder import (
+    JobFolder,
+    checkpoint_step,
+    last_checkpoint,
+    named_checkpoint,
+    open_folder,
+    result_problem,
+)
 from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, Prepared, TrainingRecord
 from plait.training.sealing import seal
 
@@ -49,6 +56,8 @@ def train(
         finished = folder.finished()
         if finished is not None:
             return finished
+        if problem := result_problem(out):
+            raise OutputError(problem)
         prepared = (make or _prepare)(opened, out)
         return _run(opened, folder, prepared, progress)
 
@@ -123,7 +132,7 @@ def _take_steps(trainer: Trainer, checkpoint: Path | None) -> None:
 
 @contextmanager
 def _explained(out: Path) -> Iterator[None]:
-    """Say what to do when memory or disk did not suffice."""
+    """Say what to do when memory or disk did not suffice, and what is kept when the user stops it."""
     import torch
 
     try:
@@ -136,10 +145,20 @@ def _explained(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise OutputError(
-            f"{out} cannot be written: {error.strerror}. Free some space; the same command goes on from the last whole "
-            "checkpoint."
-        ) from error
+        raise OutputError(f"{out} cannot be written: {error.strerror}. Free some space. {_what_goes_on(out)}") from error
+    except Exception:
+        raise
+    except BaseException as error:  # stopped by its user
+        error.add_note(_what_goes_on(out))
+        raise
+
+
+def _what_goes_on(out: Path) -> str:
+    """Return what is kept of a training that ended early, and what the same command does next."""
+    found = last_checkpoint(out) if out.is_dir() else None
+    if found is None:
+        return f"No checkpoint was saved yet in {out}; the same command starts from the beginning."
+    return f"{found} is kept; the same command continues from there."
 
 
 def _save(trainer: Trainer, opened: OpenJob, folder: JobFolder, record: TrainingRecord) -> None:

@@ -11,7 +11,9 @@ import yaml
 
 from plait.adapters.adapter import CONFIG
 from plait.merging import record as records
-from plait.merging.card import load_with_peft, place_name
+from plait.merging.card import base_name, load_with_peft
+from plait.merging.public import place_name
+from plait.merging.quoting import prose
 from plait.merging.record import Lock
 from plait.training.fingerprints import base_files
 from plait.training.formats import PlainText
@@ -72,13 +74,13 @@ def _lock(folder: Path, opened: OpenJob, record: TrainingRecord, home: Path) -> 
 def _card(opened: OpenJob, record: TrainingRecord) -> str:
     job, lora = record.job, record.job.lora
     front: dict[str, Any] = {"tags": ["plait", "sft"] + (["lora"] if lora else [])}
-    if (name := job.base_name or opened.base.repo) is not None:
+    if (name := job.base_name or opened.base.repo) is not None and name == base_name(name):
         front = {"base_model": name, **front}
     front |= {"library_name": "peft" if lora else "transformers"}
     if job.kind == "causal":
         front |= {"pipeline_tag": "text-generation"}
     what = "Full fine-tune" if lora is None else f"LoRA (r {lora.r}, alpha {lora.alpha:g})"
-    source = place_name(str(job.data.task or job.data.place))
+    source = prose(place_name(str(job.data.task or job.data.place)))
     lines = [
         f"- **Data**: {source}, {record.examples} examples; loss on {_learnt(opened)}.",
         f"- **Steps**: {record.steps}, {record.tokens} tokens, {record.trainable} trained parameters, seed {job.seed}.",
@@ -86,10 +88,10 @@ def _card(opened: OpenJob, record: TrainingRecord) -> str:
     lines += [f"- **Training loss**: {record.losses[0][1]:.4g} → {record.losses[-1][1]:.4g}."] if record.losses else []
     lines += [f"- **Loss on held-out data**: {record.eval_losses[-1][1]:.4g}."] if record.eval_losses else []
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
-    base = place_name(job.base_name or job.base)
+    base = base_name(job.base_name or job.base)
     loading = load_with_peft(base, _TASKS[job.kind]) if lora else _loading(_AUTO[job.kind])
     return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {what} of {base}\n\n"
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {what} of {prose(base)}\n\n"
         f"Trained by plait {record.plait} ({versions}).\n\n{chr(10).join(lines)}\n\n## Load it\n\n{loading}\n"
         "`plait.lock` holds all settings and the sha256 of every file.\n"
     )

@@ -21,12 +21,21 @@ from plait.merging.progress import Progress
 from plait.merging.record import sha256
 from plait.merging.staging import output_problem, staged
 from plait.recipes.request import read_request
+from plait.records import Shown
 from plait.training import causal
 from plait.training.arguments import Flags, job_of
 from plait.training.checks import contradictions, push_problem, token
 from plait.training.encoding import EncodedData
 from plait.training.estimate import Estimate, estimate
-from plait.training.folder import MERGED_MODEL, JobFolder, folder_problem, goes_on, leads, named_checkpoint
+from plait.training.folder import (
+    MERGED_MODEL,
+    JobFolder,
+    folder_problem,
+    goes_on,
+    leads,
+    named_checkpoint,
+    result_problem,
+)
 from plait.training.formats import PlainText
 from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, Prepared, TrainingRecord, open_job
 from plait.training.running import train
@@ -35,8 +44,8 @@ from plait.verification.lock import is_whole, read_lock
 from plait.verification.publish import push_result
 
 
-@dataclass(frozen=True)
-class SftPlan:
+@dataclass(frozen=True, repr=False)
+class SftPlan(Shown):
     """What a run will do; everything that can be checked before it has been.
 
     Attributes:
@@ -87,8 +96,8 @@ class Failure:
     command: str
 
 
-@dataclass(frozen=True)
-class SftResult:
+@dataclass(frozen=True, repr=False)
+class SftResult(Shown):
     """What a run made.
 
     Attributes:
@@ -173,8 +182,8 @@ def _planned(flags: Flags, opened: OpenJob, config: Any, problems: list[str]) ->
     encoded = causal.encode_data(opened, config)
     found = estimate(opened, config, flags.out, examples=len(encoded[0].items), merged=merged)
     finished = JobFolder(flags.out, opened).finished() is not None
-    if not finished and (problem := found.problem(flags.out)):
-        problems.append(problem)
+    if not finished:
+        problems += filter(None, (found.problem(flags.out), result_problem(flags.out)))
     encoder = causal.encoder_of(opened, config)
     notes = causal.notes_of(opened, encoded, config)
     return SftPlan(flags, opened, encoded, found, encoder.text(encoded[0].items[0]), notes, finished)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Literal
 
 from plait.errors import AdapterError
-from plait.merging.record import LOCK, LOCK_VERSION, RECORD, SUMMARY, Lock, sha256
-from plait.parsing import as_record, read_object, shown
+from plait.folders import OutsideError, entries, open_in
+from plait.merging.record import CARD as CARD
+from plait.merging.record import LOCK, RECORD, SUMMARY, Lock
+from plait.merging.record import read_lock as read_lock
 from plait.records import Record
 
-CARD = "README.md"
-State = Literal["equal", "changed", "missing", "extra"]
+State = Literal["equal", "changed", "missing", "extra", "outside"]
 _BESIDE = (LOCK, RECORD, SUMMARY)
 _LEFT_BY_THE_HUB = (".gitattributes", ".cache", ".git")
 
@@ -21,55 +24,39 @@ class FileCheck(Record):
 
     Attributes:
         name: its path in the folder.
-        state: against the lock.
+        state: against the lock; `outside` for a link that leads out of the folder and for what is not a file: nothing of it
+            is read.
     """
 
     name: str
     state: State
 
 
-def read_lock(folder: Path) -> Lock:
-    """Return the lock of a result.
-
-    Raises:
-        AdapterError: there is none, or it cannot be read.
-    """
-    path = folder / LOCK
-    if not folder.is_dir():
-        raise AdapterError(f"{folder}: there is no such folder. Give the folder of a merge, a bake or an extraction.")
-    if not path.is_file():
-        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise AdapterError(
-            f"{folder}: there is no {LOCK}, so this is no whole result of plait. It holds: {held}. Give the folder that "
-            "`plait merge`, `bake`, `compress` or `extract` wrote."
-        )
-    advice = "Make the result again."
-    data = read_object(path, AdapterError, advice=advice)
-    if data.get("version", LOCK_VERSION) != LOCK_VERSION:
-        raise AdapterError(f"{path}: a lock of version {shown(data['version'])}; this plait reads {LOCK_VERSION}. {advice}")
-    return as_record(Lock, data, str(path), AdapterError, what="a lock", advice=advice)
-
-
 def check_files(folder: Path, lock: Lock) -> tuple[FileCheck, ...]:
     """Compare every file with the lock; lock, run record and what the Hub's tools leave beside them are no part of it."""
-    here = {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
-    names = {p.as_posix() for p in here if p.as_posix() not in _BESIDE and p.parts[0] not in _LEFT_BY_THE_HUB}
+    names = {n for n in entries(folder) if n not in _BESIDE and n.split("/")[0] not in _LEFT_BY_THE_HUB}
     return tuple(
-        FileCheck(name=name, state=_state(folder / name, lock.outputs.get(name))) for name in sorted(names | {*lock.outputs})
+        FileCheck(name=name, state=_state(folder, name, lock.outputs.get(name))) for name in sorted(names | {*lock.outputs})
     )
 
 
 def is_whole(folder: Path) -> bool:
-    """Return whether a folder holds exactly what its lock says."""
+    """Return whether everything that its lock names stands in a folder as it was written, whatever lies beside it."""
     try:
-        return all(file.state == "equal" for file in check_files(folder, read_lock(folder)))
+        return all(file.state in ("equal", "extra") for file in check_files(folder, read_lock(folder)))
     except AdapterError:
         return False
 
 
-def _state(path: Path, digest: str | None) -> State:
+def _state(folder: Path, name: str, digest: str | None) -> State:
     if digest is None:
         return "extra"
-    if not path.is_file():
+    if not os.path.lexists(folder / name):
         return "missing"
-    return "equal" if sha256(path) == digest else "changed"
+    try:
+        with open_in(folder, name) as file:
+            return "equal" if hashlib.file_digest(file, "sha256").hexdigest() == digest else "changed"
+    except (OutsideError, FileNotFoundError):
+        return "outside"
+    except OSError as error:
+        raise AdapterError(f"{folder / name}: cannot be read ({error.strerror or error}).") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from plait.hub.download import COMPANION_FILES, MODEL_FILES, resolve_model
 from plait.hub.quiet import quiet_loading
 from plait.merging.progress import Progress, Silent
 from plait.merging.record import Lock
+from plait.merging.staging import scratch
 from plait.parsing import parse_json, read_object, read_text
 from plait.records import Record
 from plait.verification.inputs import BASE, FoundInput, check_inputs
@@ -175,10 +175,9 @@ def _measure(
     encoded = _encode(home, texts, device)
     stored = _stored_dtype(home)
     comparisons: list[Comparison] = []
-    with tempfile.TemporaryDirectory(prefix="plait-parity-") as place:
-        scratch = Path(place)
+    with scratch("parity") as place:
         with quiet_loading():
-            sides = load_sides(folder, lock, found, base, scratch, progress)
+            sides = load_sides(folder, lock, found, base, place, progress)
         for dtype in dict.fromkeys((torch.float32, stored)):
             for model in sides.models:
                 model.to(device=device, dtype=dtype)
@@ -188,7 +187,7 @@ def _measure(
             for number, inputs in enumerate(encoded):
                 live = sides.live.logits(inputs)
                 against.append(compare_logits(live, sides.result.logits(inputs)))
-                exact = scratch / f"{number}.pt"
+                exact = place / f"{number}.pt"
                 if dtype != torch.float32:
                     rounding.append(compare_logits(torch.load(exact), live))
                 elif stored != torch.float32:

@@ -2,48 +2,87 @@
 
 from __future__ import annotations
 
-import tempfile
+import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from plait.errors import AdapterError
-from plait.merging.record import LOCK, RECORD, SUMMARY, Lock, write_json
-from plait.parsing import read_json
+from plait.errors import OutputError
+from plait.folders import open_in
+from plait.merging.public import public_file, public_text
+from plait.merging.record import LOCK, Lock, write_json
+from plait.merging.staging import scratch
 from plait.verification.lock import CARD
 
-_LOCAL = ("/", "~", "./", "../")
+_LARGEST = 64 << 20  # bytes of a JSON file that is looked through
 
 
 @contextmanager
 def public_copy(folder: Path, lock: Lock) -> Iterator[Path]:
-    """Offer a folder of links to exactly the files of a result, with a lock and a run record that name no local folder.
+    """Offer a folder with exactly the files of a result, in which nothing names a local folder.
 
-    An input on this machine keeps its own name and its sha256 there. Its path leads nowhere from where the result is
-    published; `plait verify --input NAME=PATH` says where it lies for someone who has it.
+    An input on this machine keeps its own name and its sha256. Its path leads nowhere from where the result is
+    published; `plait verify --input NAME=PATH` says where it lies for someone who has it. The lock has the hashes of the files
+    as they are published. Weights are not copied: links lead to them.
 
     Args:
         folder: the result.
         lock: of it.
+
+    Raises:
+        OutputError: a file leads out of the folder, or cannot be read.
     """
-    with tempfile.TemporaryDirectory(prefix="plait-push-") as scratch:
-        place = Path(scratch) / folder.resolve().name
+    hidden = _folders(folder, lock)
+    with scratch("push") as place:
+        place = place / folder.resolve().name
         place.mkdir()
-        for name in sorted({*lock.outputs, CARD, SUMMARY}):
-            if (folder / name).is_file():
-                (place / name).parent.mkdir(parents=True, exist_ok=True)
-                (place / name).symlink_to((folder / name).resolve())
-        for name in (LOCK, RECORD):
-            if (folder / name).is_file():
-                write_json(place / name, without_folders(read_json(folder / name, AdapterError)))
+        outputs = dict(lock.outputs)
+        for name in sorted(lock.files - {LOCK}):
+            if os.path.lexists(folder / name):
+                digest = _publish(folder, place, name, hidden)
+                if digest is not None and name in outputs:
+                    outputs[name] = digest
+        write_json(place / LOCK, lock.model_copy(update={"outputs": outputs}))
+        (place / LOCK).write_bytes(public_file(LOCK, (place / LOCK).read_bytes(), hidden))
         yield place
 
 
-def without_folders(value: Any) -> Any:
-    """Return plain values in which every local path is its last part alone."""
-    if isinstance(value, dict):
-        return {key: without_folders(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_folders(item) for item in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(_LOCAL) else value
+def public_digest(path: Path) -> str:
+    """Return the sha256 that a file of a result has where it is published."""
+    return hashlib.sha256(public_file(path.name, path.read_bytes())).hexdigest()
+
+
+def _publish(folder: Path, place: Path, name: str, hidden: list[str]) -> str | None:
+    """Put one file into the public folder; return its sha256 where it is another than here."""
+    target = place / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open_in(folder, name) as file:
+            if not name.endswith((".json", ".md")) or os.fstat(file.fileno()).st_size > _LARGEST:
+                target.symlink_to(_real(file.fileno(), folder / name))
+                return None
+            data = file.read()
+        text = public_text(data.decode("utf-8", "surrogateescape"), hidden) if name == CARD else None
+        public = public_file(name, data, hidden) if text is None else text.encode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise OutputError(f"cannot push {folder}: {name} cannot be read ({error.strerror or error}).") from None
+    except ValueError as error:
+        raise OutputError(f"cannot push {folder}: {error}. Make the result again.") from None
+    target.write_bytes(public)
+    return None if public == data else hashlib.sha256(public).hexdigest()
+
+
+def _real(handle: int, path: Path) -> Path:
+    """Return the real place of an open file."""
+    found = Path(f"/proc/self/fd/{handle}")
+    return found.readlink() if found.exists() else path.resolve()
+
+
+def _folders(folder: Path, lock: Lock) -> list[str]:
+    """Return the folders that are not to be named, the longest first: home, the result's own, and those of inputs here."""
+    sources = [*lock.inputs.values(), *([lock.base] if lock.base is not None else [])]
+    places = [folder, *(folder / source.path for source in sources if not source.repo)]
+    home = os.path.expanduser("~")  # noqa: PTH111 (as text)
+    found = {home, *map(os.path.realpath, places), *(os.path.abspath(p) for p in places)}  # noqa: PTH100 (both spellings)
+    return sorted((p for p in found if len(Path(p).parts) > 2 or (p == home and len(Path(p).parts) > 1)), key=len, reverse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,12 @@ from pathlib import Path
 from plait.errors import OutputError
 from plait.hub.client import bars, explain
 from plait.hub.upload import check_push, push_folder
+from plait.merging.public import place_name
 from plait.merging.record import LOCK, Lock
+from plait.merging.staging import scratch
 from plait.parsing import read_object
 from plait.recipes.documents import read_front_matter
+from plait.records import Shown
 from plait.verification.lock import CARD, FileCheck, check_files, read_lock
 from plait.verification.public import public_copy
 
@@ -28,10 +30,11 @@ REPLACED = (
     "*.safetensors.index.json",
     "pytorch_model*",
 )
+_SHOWN = 6
 
 
-@dataclass(frozen=True)
-class Pushed:
+@dataclass(frozen=True, repr=False)
+class Pushed(Shown):
     """What became of a push.
 
     Attributes:
@@ -103,7 +106,7 @@ def _earlier_files(repo: str, revision: str | None) -> tuple[str, ...]:
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     full = check_push(repo)
-    with tempfile.TemporaryDirectory(prefix="plait-push-") as place, bars(shown=False):
+    with scratch("push") as place, bars(shown=False):
         for branch in dict.fromkeys((revision, None)):  # a branch that is not there yet begins with the default one's files
             try:
                 path = HfApi().hf_hub_download(full, LOCK, revision=branch, local_dir=place)
@@ -119,20 +122,30 @@ def _earlier_files(repo: str, revision: str | None) -> tuple[str, ...]:
 
 
 def _check_whole(folder: Path, files: tuple[FileCheck, ...]) -> None:
+    outside = [f.name for f in files if f.state == "outside"]
+    if outside:
+        raise OutputError(
+            f"cannot push {folder}: {_listed(outside)}: a link out of the folder, or not a file. Only what lies in the folder "
+            "is uploaded: put the file itself there, or make the result again."
+        )
     wrong = [f"{f.name} ({f.state})" for f in files if f.state in ("changed", "missing") and f.name != CARD]
     if wrong:
         raise OutputError(
-            f"cannot push {folder}: {', '.join(wrong[:6])}{f' and {len(wrong) - 6} more' if len(wrong) > 6 else ''}: not what "
+            f"cannot push {folder}: {_listed(wrong)}: not what "
             "plait.lock says was written. A stale or half-written result is never uploaded; make it again (`plait verify` "
             "shows what differs)."
         )
 
 
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
 def _message(lock: Lock) -> str:
     if lock.kind == "extract":
-        return f"LoRA extracted from {Path(lock.recipe['finetuned']).name}"
+        return f"LoRA extracted from {place_name(lock.recipe['finetuned'])}"
     if lock.kind == "train":
-        return f"Trained on {Path(lock.recipe['base']).name}"
+        return f"Trained on {place_name(lock.recipe['base'])}"
     names = ", ".join(entry["name"] for entry in lock.recipe["adapters"])
     done = "Bake" if lock.kind == "bake" else "Merge"
     return f"{done} {names} with {lock.recipe['method']['name']}"
@@ -141,7 +154,7 @@ def _message(lock: Lock) -> str:
 def _notes(folder: Path) -> Iterator[str]:
     """Say what the Hub will not know of the result."""
     front = read_front_matter(folder / CARD)
-    if "base_model" not in front:
+    if not front.get("base_model"):
         yield f"{CARD} names no base model on the Hub: add base_model: org/name, and the Hub links the two."
     elif "license" not in front:
         named = front["base_model"]

@@ -16,6 +16,7 @@ from plait.baking.gaps import tensor_gap
 from plait.baking.pipeline import run_bake
 from plait.baking.plan import BakeOptions
 from plait.errors import PlaitError, RecipeError
+from plait.folders import entries, file_in
 from plait.merging.pipeline import run_recipe
 from plait.merging.progress import Progress
 from plait.merging.record import Lock, sha256
@@ -23,6 +24,7 @@ from plait.recipes.schema import Recipe
 from plait.records import Record
 from plait.verification.inputs import BASE, FoundInput
 from plait.verification.lock import CARD
+from plait.verification.public import public_digest
 
 
 class RebuiltFile(Record):
@@ -51,7 +53,10 @@ def rebuild(lock: Lock, inputs: Mapping[str, FoundInput], out: Path, workers: in
     """
     if lock.kind == "extract":
         places = {side: str(inputs[side].folder) for side in ("base", "finetuned")}
-        request = make_request(**lock.recipe | places)
+        try:
+            request = make_request(**lock.recipe | places)
+        except TypeError as error:
+            raise RecipeError(f"the lock's request is not of this plait ({error}).") from None
         run_extract(request, out=out, workers=workers, progress=progress, written_as=_base_name(lock))
         return
     recipe = located_recipe(lock, inputs)
@@ -81,7 +86,7 @@ def located_recipe(lock: Lock, inputs: Mapping[str, FoundInput]) -> Recipe:
 
 def compare(folder: Path, rebuilt: Path, lock: Lock) -> tuple[RebuiltFile, ...]:
     """Compare what was made again with the lock; the card, which tells of places and versions, is not compared."""
-    here = {p.relative_to(rebuilt).as_posix() for p in rebuilt.rglob("*") if p.is_file()}
+    here = set(entries(rebuilt))
     beside = {"plait.lock", "merge_metadata.json", "summary.json", CARD}
     names = sorted((here | {*lock.outputs}) - beside)
     return tuple(_compared(folder, rebuilt, name, lock.outputs.get(name)) for name in names)
@@ -93,16 +98,22 @@ def _compared(folder: Path, rebuilt: Path, name: str, digest: str | None) -> Reb
         return RebuiltFile(name=name, state="extra")
     if not again.is_file():
         return RebuiltFile(name=name, state="missing")
-    if sha256(again) == digest:
-        return _own(name, folder / name, again, digest)
-    if not name.endswith(".safetensors") or not (folder / name).is_file():
+    try:
+        own = file_in(folder, name)
+    except OSError:
+        own = None
+    if sha256(again) == digest or (
+        name.endswith(".json") and public_digest(again) == digest
+    ):  # here, or where it was published
+        return _own(name, own, again, digest)
+    if not name.endswith(".safetensors") or own is None:
         return RebuiltFile(name=name, state="differs")
-    return _differences(name, folder / name, again)
+    return _differences(name, own, again)
 
 
-def _own(name: str, own: Path, again: Path, digest: str) -> RebuiltFile:
+def _own(name: str, own: Path | None, again: Path, digest: str) -> RebuiltFile:
     """Describe a file that comes out as locked, with how far the folder's own is from it where that was changed."""
-    if name.endswith(".safetensors") and own.is_file() and sha256(own) != digest:
+    if name.endswith(".safetensors") and own is not None and sha256(own) != digest:
         return _differences(name, own, again).model_copy(update={"state": "equal"})
     return RebuiltFile(name=name, state="equal")
 

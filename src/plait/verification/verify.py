@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import plait
 from plait.errors import PlaitError
 from plait.merging.progress import Progress, Silent
 from plait.merging.record import Lock, library_versions
+from plait.merging.staging import scratch
 from plait.records import Record
 from plait.verification.inputs import InputCheck, check_inputs
 from plait.verification.lock import FileCheck, check_files, read_lock
@@ -81,8 +81,8 @@ def verify_folder(
     if again:
         reason = _obstacle(checks)
     if again and reason is None:
-        with tempfile.TemporaryDirectory(prefix="plait-verify-") as place:
-            out = Path(place) / "again"
+        with scratch("verify") as place:
+            out = place / "again"
             try:
                 rebuild(lock, found, out, workers, progress or Silent())
                 rebuilt = compare(folder, out, lock)

@@ -1,0 +1,68 @@
+"""Signals that end a command: everything is cleared away as for any error, and the exit code says which signal it was."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+
+
+class Stopped(BaseException):
+    """The command was told to stop.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+    @property
+    def code(self) -> int:
+        """The exit code, as shells count it."""
+        return 128 + self.number
+
+    def __str__(self) -> str:
+        return "stopped" if self.number == signal.SIGINT else f"stopped by {signal.Signals(self.number).name}"
+
+
+@contextmanager
+def noted(state: Callable[[], str]) -> Iterator[None]:
+    """Say what is kept, and how to continue, when the block is stopped."""
+    try:
+        yield
+    except Stopped as stop:
+        stop.add_note(state())
+        raise
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Raise `Stopped` in the block for the first signal; those that the caller ignores (`nohup`) stay ignored.
+
+    While things are cleared away, a second Ctrl-C ends the process at once and other signals are ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread alone
+        return
+    numbers = [int(getattr(signal, name)) for name in _NAMES if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    caught = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in caught:
+            signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
+        raise Stopped(number)
+
+    for number in caught:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, before[number])

@@ -1,0 +1,99 @@
+"""What lies in a folder, and nothing beyond it.
+
+A folder may come from elsewhere, and hold links that lead out of it, pipes that never end, and lists that name files of others.
+What is copied, hashed or published of a folder is opened here: a regular file that lies in it, or in the blobs of the Hub cache
+that it is part of, since a snapshot there is made of links to them.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+_DRIVE = re.compile(r"[A-Za-z]:")
+_ONCE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+class OutsideError(OSError):
+    """A name leads out of its folder, or to something that is not a regular file."""
+
+
+def name_problem(name: str) -> str | None:
+    """Return why a name cannot be that of a file in a folder, with `/` between its parts; None where it can."""
+    parts = name.split("/")
+    if not name or "\0" in name:
+        return "is empty or holds a NUL character"
+    if "\\" in name or _DRIVE.match(name):
+        return "holds a backslash or a drive letter"
+    if name.startswith("/"):
+        return "starts at the root of the file system"
+    if ".." in parts:
+        return "climbs out of the folder"
+    if "" in parts or "." in parts:
+        return "names a folder"
+    return None
+
+
+def file_in(folder: Path, name: str) -> Path:
+    """Return where a file of a folder really lies.
+
+    Args:
+        folder: may be a link itself: its user has named it.
+        name: of the file, from the folder.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name, or a link that leads nowhere.
+        OutsideError: it is not a regular file of the folder.
+    """
+    problem = name_problem(name)
+    if problem:
+        raise OutsideError(f"{name!r} {problem}")
+    try:
+        real = Path(os.path.realpath(folder / name, strict=True))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OutsideError(f"{name} is a link that leads in a circle") from None
+        raise
+    if not any(real.is_relative_to(root) for root in _roots(folder)):
+        raise OutsideError(f"{name} is a link to {real}, which is outside the folder")
+    if not stat.S_ISREG(real.stat().st_mode):
+        raise OutsideError(f"{name} is not a regular file")
+    return real
+
+
+def open_in(folder: Path, name: str) -> io.BufferedReader:
+    """Open a file of a folder for reading; one that has been exchanged for a link or a pipe in the meantime is refused.
+
+    Raises:
+        OSError: as `file_in`, or it cannot be read.
+    """
+    real = file_in(folder, name)
+    handle = os.open(real, os.O_RDONLY | _ONCE)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OutsideError(f"{name} is not a regular file")
+    return io.open(handle, "rb")  # noqa: UP020 (its type is known)
+
+
+def entries(folder: Path) -> Iterator[str]:
+    """Yield what is in a folder and below and is not a folder itself, links among it, by its name from there."""
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if Path(place, name).is_symlink()]  # which are not followed
+        yield from (Path(place, name).relative_to(folder).as_posix() for name in (*files, *links))
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Return the real places that files of a folder may lie in."""
+    real = Path(os.path.realpath(folder))
+    roots = [real]
+    for place in (real, *real.parents):
+        if place.parent.name == "snapshots":  # <repository>/snapshots/<commit>/… → <repository>/blobs, or blobs shared by all
+            storage = place.parent.parent
+            shared = (storage / "blobs", storage.parent / "blobs")
+            roots += [blobs for blobs in shared if blobs.is_dir() and not blobs.is_symlink()]
+    return roots
