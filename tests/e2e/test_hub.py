@@ -287,12 +287,14 @@ def test_a_cache_with_a_link_that_leads_out_is_refused(hub, home):
     assert f"/sub is a link to {outside}, outside the snapshot. Delete " in after["sub"]
 
 
-def test_base_models_bring_safetensors_and_json_alone(hub, home):
+def test_base_models_bring_their_weights_and_json_alone(hub, home):
     weights = {"model-1-of-1.safetensors": b"w", "config.json": b"{}", "tokenizer.json": b"{} "}
     text = {"merges.txt": b"a b", "chat_template.jinja": b"{{ x }}"}
     waste = {"pytorch_model.bin": b"w", "consolidated.safetensors": b"w", "onnx/config.json": b"{}", "m.gguf": b"w"}
     commit = hub.add("org/base", {**weights, **text, **waste})
-    hub.add("org/old", {"config.json": b"{}", "pytorch_model.bin": b"w"})
+    old = {"config.json": b"{}", "pytorch_model-1-of-1.bin": b"w", "pytorch_model.bin.index.json": b"{}"}
+    hub.add("org/old", {**old, "flax_model.msgpack": b"w"})
+    hub.add("org/flax", {"config.json": b"{}", "flax_model.msgpack": b"w"})
     found = run(
         hub,
         home,
@@ -300,6 +302,7 @@ def test_base_models_bring_safetensors_and_json_alone(hub, home):
 attempt("base", resolve_model, "org/base@main")
 attempt("whole", resolve_model, "org/base", files=MODEL_FILES + COMPANION_FILES)
 attempt("old", resolve_model, "org/old")
+attempt("flax", resolve_model, "org/flax")
 attempt("bare", resolve_model, "gpt2")
 attempt("named", resolve_model, "x=org/base")
 """,
@@ -308,9 +311,12 @@ attempt("named", resolve_model, "x=org/base")
     assert names(found["whole"]["folder"]) == {**weights, **text}
     fetched = {request.split("/resolve/")[1].split("/", 1)[1] for request in hub.asked("GET /org/base/resolve")}
     assert fetched == {*weights, *text}
-    assert found["old"].startswith(
-        "AddressError: 'org/old' has no *.safetensors. It holds: config.json, pytorch_model.bin. Give a model that"
+    assert names(found["old"]["folder"]) == old
+    assert found["flax"].startswith(
+        "AddressError: 'org/flax' has no *.safetensors. It holds: config.json, flax_model.msgpack. Give a model that"
     )
+    offline = run(hub, home, 'attempt("old", resolve_model, "org/old")', offline=True)
+    assert names(offline["old"]["folder"]) == old
     assert f"'gpt2': {hub.url} has no such repository" in found["bare"]
     assert found["named"] == "AddressError: 'x=org/base': a base model has no name. Write 'org/base'."
 

@@ -195,8 +195,11 @@ def test_dtypes_that_are_only_copied(settings, tmp_path, adapter):
 
 def test_a_folder_without_safetensors(tmp_path, adapter):
     (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "consolidated.pth").write_bytes(b"x")
+    with pytest.raises(AdapterError, match=r"It holds consolidated\.pth; convert it first"):
+        plan(tmp_path / "old", adapter)
     (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(AdapterError, match=r"It holds pytorch_model\.bin; convert it first"):
+    with pytest.raises(AdapterError, match=r"pytorch_model\.bin: not a file of tensors that plait can read"):
         plan(tmp_path / "old", adapter)
     with pytest.raises(AdapterError, match="It holds an adapter; give the base model"):
         plan(

@@ -1,18 +1,60 @@
-"""The JSON files of a base model: its index and its configuration."""
+"""The files of a base model: which hold its tensors, its index, and its configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from plait.adapters.pickled import PickleFile
+from plait.adapters.tensorfile import SafetensorsFile, TensorFile
 from plait.errors import AdapterError
 from plait.parsing import read_object, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 _AGAIN = "Fetch the base model again."
+
+
+class WeightFiles(NamedTuple):
+    """Which files of a base model hold its tensors.
+
+    Attributes:
+        names: of the files, sorted.
+        index: the index as it is; None for a single file.
+        home: tensor name → file, as the index says.
+    """
+
+    names: tuple[str, ...]
+    index: Mapping[str, Any] | None
+    home: Mapping[str, str]
+
+
+def find_weights(folder: Path) -> WeightFiles | None:
+    """Return the files that hold a model's tensors, those of safetensors before `.bin`, as transformers chooses; None without.
+
+    Raises:
+        AdapterError: an index that is none.
+    """
+    for single, name in ((SINGLE, INDEX), (PICKLED, PICKLED_INDEX)):
+        if (folder / name).is_file():
+            index, home = read_index(folder / name)
+            return WeightFiles(tuple(sorted(set(home.values()))), index, home)
+        if (folder / single).is_file():
+            return WeightFiles((single,), None, {})
+    return None
+
+
+def open_weights(path: Path) -> TensorFile:
+    """Open a file with tensors of a base model; of a `.bin` nothing is run.
+
+    Raises:
+        AdapterError: it is damaged, or holds more than tensors.
+    """
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
 
 
 def read_index(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:

@@ -1,4 +1,4 @@
-"""The base model's weights, read lazily from safetensors: only what DoRA needs them for, one module at a time."""
+"""The base model's weights, read lazily: only what DoRA needs them for, one module at a time."""
 
 from __future__ import annotations
 
@@ -7,32 +7,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plait.adapters.base_files import INDEX, read_index
+from plait.adapters.base_files import find_weights, open_weights
 from plait.adapters.layouts import Layout
 from plait.adapters.names import is_conv1d
-from plait.adapters.tensorfile import SafetensorsFile
 from plait.errors import AdapterError
 
 
 class BaseWeights:
-    """The safetensors of a base model.
+    """The tensors of a base model.
 
     Args:
-        folder: with `model.safetensors`, or shards and their index.
+        folder: with `model.safetensors` or `pytorch_model.bin`, or shards and their index.
 
     Raises:
-        AdapterError: no safetensors there.
+        AdapterError: no such files there.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if (folder / INDEX).is_file():
-            names = sorted(set(read_index(folder / INDEX)[1].values()))
-        else:
-            names = sorted(p.name for p in folder.glob("*.safetensors") if p.name != "adapter_model.safetensors")
+        found = find_weights(folder)
+        names = found.names if found else _other_safetensors(folder)
         if not names:
-            raise AdapterError(f"{folder}: no safetensors of a base model here; DoRA needs its weights.")
-        self._files = [SafetensorsFile(folder / name) for name in names]
+            raise AdapterError(f"{folder}: no weights of a base model here; DoRA needs them.")
+        self._files = [open_weights(folder / name) for name in names]
         self._home = {tensor: file for file in self._files for tensor in file.tensors}
 
     def matrix(self, module: str, layout: Layout, *, fan_in_fan_out: bool, dtype: torch.dtype) -> Tensor:
@@ -77,3 +74,7 @@ class BaseWeights:
             what = f"found {', '.join(map(repr, found))}" if found else f"it holds names such as {next(iter(self._home))!r}"
             raise AdapterError(f"{self.folder}: no single weight for module {module!r}; {what}.")
         return found[0]
+
+
+def _other_safetensors(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(p.name for p in folder.glob("*.safetensors") if p.name != "adapter_model.safetensors"))

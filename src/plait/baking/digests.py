@@ -85,7 +85,8 @@ def base_digests(
         futures = {path.name: pool.submit(lambda p: fetched_sha256(p) or sha256(p), path) for path in files}
         try:
             yield lambda results: {
-                s.name: results[s.name] if s.name in copied else futures[s.name].result() for s in checkpoint.shards
+                s.file.path.name: results[s.name] if s.name in copied else futures[s.file.path.name].result()
+                for s in checkpoint.shards
             }
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -31,13 +31,18 @@ def block_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
         yield start, min(rows, start + step)
 
 
+def is_in_order(file: TensorFile, name: str) -> bool:
+    """Say whether a tensor's values lie behind each other in its file, so that its bytes can be copied."""
+    return not isinstance(file, PickleFile) or file.is_in_order(name)
+
+
 def read_at(file: TensorFile, name: str, first: int, count: int) -> Tensor:
     """Return `count` values of a tensor from the value `first` on, flat.
 
     Raises:
         AdapterError: the file ends early or cannot be read.
     """
-    if isinstance(file, PickleFile) and not file.is_in_order(name):
+    if not is_in_order(file, name):
         return file.read(name).reshape(-1)[first : first + count]
     info = file.tensors[name]
     dtype = TORCH_DTYPES[info.dtype]

@@ -185,6 +185,7 @@ def _shard(checkpoint: BaseCheckpoint, name: str, entries: Sequence[_Entry], bas
     if (
         base is not None
         and base.is_plain
+        and not base.is_pickled
         and [(e.name, e.dtype, e.shape) for e in entries] == [(n, i.dtype, i.shape) for n, i in base.in_order]
     ):
         starts = [info.start for _, info in base.in_order]

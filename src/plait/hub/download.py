@@ -39,6 +39,9 @@ BESIDE = (
 )
 #: What is fetched of a base model unless the caller asks for more.
 MODEL_FILES = ("*.safetensors", "*.json")
+_SAFETENSORS = MODEL_FILES[0]
+#: What is fetched in place of safetensors where a model has none.
+PICKLED_MODEL = "pytorch_model*.bin"
 #: What a whole model needs beside its weights and its json files; `resolve_model(files=...)` takes both together.
 COMPANION_FILES = ("*.jinja", "*.model", "*.txt", "LICENSE*", "README.md")
 _SHOWN = 12
@@ -107,7 +110,8 @@ def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] =
         text: a path or a place on the Hub. A repository without owner (`gpt2`) is one of the Hub's oldest and allowed.
         base: the folder that a relative path starts from; the working directory when absent.
         files: shell patterns of the files to fetch, of that folder alone and not of those below it; at least one file
-            has to match the first. Second copies of the weights in another layout (`consolidated*`) are never fetched.
+            has to match the first. Where a model has no safetensors, its `pytorch_model*.bin` are fetched in their place.
+            Second copies of the weights in another layout (`consolidated*`) are never fetched.
         progress: draw progress bars while downloading.
 
     Raises:
@@ -122,13 +126,16 @@ def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] =
     try:
         commit, names = _listing(reference)
     except Exception as error:  # which classes can come depends on the transport library below huggingface_hub
-        snapshot = _from_cache(error, reference, [glob.escape(prefix) + pattern for pattern in files], base=base)
-        if not any((snapshot / prefix).glob(files[0])):
+        patterns = [glob.escape(prefix) + pattern for pattern in (*files, PICKLED_MODEL)]
+        snapshot = _from_cache(error, reference, patterns, base=base)
+        if not any(path for pattern in _first(files) for path in (snapshot / prefix).glob(pattern)):
             raise AddressError(_why(error, reference, base)) from error
     else:
         here = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         here = [name for name in here if "/" not in name and not name.startswith("consolidated")]
         wanted = {pattern: fnmatch.filter(here, pattern) for pattern in files}
+        if not wanted.get(_SAFETENSORS, True):
+            wanted[_SAFETENSORS] = fnmatch.filter(here, PICKLED_MODEL)
         if not wanted[files[0]]:
             raise AddressError(
                 f"{reference.address!r} has no {files[0]}. It holds: {_listed(names) or 'nothing'}. Give a model that "
@@ -137,6 +144,11 @@ def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] =
         paths = sorted({prefix + name for found in wanted.values() for name in found})
         snapshot = _fetch(reference, commit, paths, base=base, progress=progress)
     return _located(reference, snapshot)
+
+
+def _first(files: Sequence[str]) -> tuple[str, ...]:
+    """Return the patterns of which one has to match."""
+    return (files[0], PICKLED_MODEL) if files[0] == _SAFETENSORS else (files[0],)
 
 
 def _prefix(reference: Reference) -> str:

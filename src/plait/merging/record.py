@@ -342,13 +342,13 @@ def output_digests(folder: Path, known: Mapping[str, str] | None = None) -> dict
 
 
 def weight_digests(folder: Path) -> dict[str, str]:
-    """Return sha256 of a model's safetensors files."""
+    """Return sha256 of a model's files of weights."""
     return {p.name: sha256(p) for p in weight_files(folder)}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return a model's safetensors files, sorted."""
-    return sorted(folder.glob("*.safetensors"))
+    """Return a model's files of weights, sorted: those of safetensors, or where there is none, `pytorch_model*.bin`."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def write_json(path: Path, value: Record | Mapping[str, Any]) -> None:

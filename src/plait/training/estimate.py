@@ -10,6 +10,8 @@ from typing import Any
 
 from plait.errors import PlanError
 from plait.extras import optional
+from plait.merging.record import weight_files
+from plait.tasks.optional import optional
 from plait.training.causal import lora_config
 from plait.training.job import OpenJob
 from plait.training.quiet import quiet
@@ -70,7 +72,7 @@ def estimate(opened: OpenJob, config: Any, out: Path, *, examples: int, merged: 
     batch = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * math.ceil(examples / batch))
     checkpoints = _checkpoints(config, steps)
-    weights = sum(p.stat().st_size for p in opened.base.folder.glob("*.safetensors"))
+    weights = sum(p.stat().st_size for p in weight_files(opened.base.folder))
     result = 2 * trainable * _FLOAT32 if opened.job.lora is not None else trainable * _FLOAT32
     state = trainable * _FLOAT32 * (1 if config.save_only_model else 1 + _MOMENTS)
     above = next(p for p in (out, *out.absolute().parents) if p.exists())
