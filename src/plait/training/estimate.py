@@ -11,7 +11,6 @@ from typing import Any
 from plait.errors import PlanError
 from plait.extras import optional
 from plait.merging.record import weight_files
-from plait.tasks.optional import optional
 from plait.training.causal import lora_config
 from plait.training.job import OpenJob
 from plait.training.quiet import quiet
