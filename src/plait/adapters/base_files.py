@@ -24,12 +24,12 @@ class WeightFiles(NamedTuple):
 
     Attributes:
         names: of the files, sorted.
-        index: the index as it is; None for a single file.
+        listing: the index as it is; None for a single file.
         home: tensor name → file, as the index says.
     """
 
     names: tuple[str, ...]
-    index: Mapping[str, Any] | None
+    listing: Mapping[str, Any] | None
     home: Mapping[str, str]
 
 

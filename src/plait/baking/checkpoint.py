@@ -12,7 +12,7 @@ from torch import Tensor
 from plait.adapters.base_files import INDEX, PICKLED, PICKLED_INDEX, SINGLE, find_weights, open_weights, read_config
 from plait.adapters.header import TensorInfo
 from plait.adapters.pickled import PickleFile
-from plait.adapters.tensorfile import TensorFile
+from plait.adapters.tensorfile import SafetensorsFile, TensorFile
 from plait.baking.architecture import Architecture, ArchitectureUnknown
 from plait.baking.dequantize import FORMATS, PlainFile, dequantised
 from plait.baking.files import is_in_order, read_at
@@ -196,7 +196,7 @@ class BaseCheckpoint:
         Raises:
             PlanError: tensors that have no plain form here.
         """
-        found = dequantised([s.file for s in self.shards], self.config)
+        found = dequantised([s.file for s in self.shards if isinstance(s.file, SafetensorsFile)], self.config)
         if found.problems:
             raise PlanError(
                 f"{self.folder}: {len(found.problems)} tensors cannot be dequantised here: {', '.join(found.problems[:4])}. "
@@ -230,7 +230,7 @@ def _shard_names(folder: Path) -> tuple[tuple[str, ...], Mapping[str, Any] | Non
     """Return the files with tensors, and metadata and map of the index when there is one."""
     weights = find_weights(folder)
     if weights is not None:
-        index = None if weights.index is None else weights.index.get("metadata") or {}
+        index = None if weights.listing is None else weights.listing.get("metadata") or {}
         return weights.names, index, weights.home
     found = sorted(p.name for p in folder.iterdir())
     hint = " It holds an adapter; give the base model." if "adapter_config.json" in found else ""

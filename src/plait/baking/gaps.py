@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from plait.adapters.tensorfile import SafetensorsFile
+from plait.adapters.tensorfile import TensorFile
 from plait.linalg.blocks import block_ranges
 
 
@@ -27,7 +27,7 @@ class Gap(NamedTuple):
     entries: int
 
 
-def tensor_gap(one: SafetensorsFile, two: SafetensorsFile, name: str) -> Gap:
+def tensor_gap(one: TensorFile, two: TensorFile, name: str) -> Gap:
     """Compare a tensor that two files have under one name, of one shape."""
     shape = one.tensors[name].shape
     pairs: Iterable[tuple[Tensor, Tensor]]

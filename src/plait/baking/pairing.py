@@ -16,7 +16,7 @@ from torch import Tensor
 from plait.adapters.header import TensorInfo
 from plait.adapters.layouts import Kind as LayoutKind
 from plait.adapters.layouts import Layout
-from plait.adapters.tensorfile import SafetensorsFile
+from plait.adapters.tensorfile import TensorFile
 from plait.baking.architecture import Architecture, ArchitectureUnknown, Layer, Part
 from plait.baking.checkpoint import FLOATS, BaseCheckpoint
 from plait.baking.files import read_at
@@ -67,8 +67,8 @@ class Rows:
         columns: of each.
     """
 
-    base: tuple[SafetensorsFile, str]
-    tuned: tuple[SafetensorsFile, str]
+    base: tuple[TensorFile, str]
+    tuned: tuple[TensorFile, str]
     first: int
     count: int
     columns: int
@@ -134,7 +134,7 @@ class Pair:
         return sum(math.prod(shape) for shape in self.layout.packed_shapes(1)) >= math.prod(self.shape)
 
     @property
-    def tuned(self) -> tuple[SafetensorsFile, str]:
+    def tuned(self) -> tuple[TensorFile, str]:
         """File and name in the fine-tune, of a parameter that is stored as it is."""
         return self.matrices[0][0].tuned
 

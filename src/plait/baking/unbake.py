@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.adapters.adapter import Adapter
-from plait.adapters.tensorfile import SafetensorsFile
+from plait.adapters.tensorfile import TensorFile
 from plait.baking.checkpoint import BaseCheckpoint
 from plait.baking.full import parameter_of
 from plait.baking.gaps import tensor_gap
@@ -166,5 +166,5 @@ def _described(checkpoint: BaseCheckpoint, name: str) -> tuple[object, ...]:
     return checkpoint.info(name)[:2] if name in checkpoint.home else ()
 
 
-def _file(checkpoint: BaseCheckpoint, name: str) -> SafetensorsFile:
+def _file(checkpoint: BaseCheckpoint, name: str) -> TensorFile:
     return checkpoint.home[name].file
