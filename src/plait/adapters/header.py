@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +59,10 @@ def read_header(path: Path) -> Header:
         AdapterError: there is no such file, it is cut off, or it is not safetensors.
     """
     try:
-        size = path.stat().st_size
+        found = path.stat()
+        size = found.st_size
+        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for without an end
+            raise AdapterError(f"{path}: not a regular file. {_AGAIN}")
         with path.open("rb") as file:
             lead = file.read(8)
             length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else 0

@@ -9,6 +9,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 _ERRORS = "plait"
@@ -94,15 +95,17 @@ def guarded() -> Iterator[None]:
     _open_closed()
     codecs.register_error(_ERRORS, _in_plain_letters)
     before = sys.stdout, sys.stderr
-    for stream in before:
-        reconfigure = getattr(stream, "reconfigure", None)  # a caller may have put something else in its place
-        if reconfigure is not None:
-            reconfigure(errors=_ERRORS)
-    sys.stdout, sys.stderr = Stream(before[0], is_quiet=False), Stream(before[1], is_quiet=True)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        out, err = (nowhere if stream is None else stream for stream in before)  # None: it was closed when Python began
+        for stream in (out, err):
+            reconfigure = getattr(stream, "reconfigure", None)  # a caller may have put something else in its place
+            if reconfigure is not None:
+                reconfigure(errors=_ERRORS)
+        sys.stdout, sys.stderr = Stream(out, is_quiet=False), Stream(err, is_quiet=True)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
 
 
 def give_up_stdout(error: StreamError) -> int:
@@ -124,10 +127,6 @@ def _open_closed() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 (for as long as the process lives)
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
 
 
 def _in_plain_letters(error: UnicodeError) -> tuple[str, int]:

@@ -11,6 +11,7 @@ from plait.adapters.names import LayerKey, layer_key
 from plait.errors import PlaitError, ReportError, collect
 from plait.evaluation.comparison import Comparison
 from plait.evaluation.record import Evaluation
+from plait.folders import file_in
 from plait.merging.inspection import Comparison as Conflict
 from plait.merging.inspection import inspect_adapters
 from plait.merging.inventory import take_inventory
@@ -121,11 +122,17 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        found = [path] if path.match(RESULTS) or path.name in (LEADERBOARD, RECORD, LOCK, CURVES) else []
-    else:
+    if path.is_dir():
         names = (RESULTS, LEADERBOARD, RECORD, LOCK, CURVES)
-        found = [f for name in names for f in sorted(path.glob(name))] if path.is_dir() else []
+        found = [f for name in names for f in sorted(path.glob(name))]
+        for file in found:
+            try:
+                file_in(path, file.name)
+            except OSError as error:
+                raise ReportError(f"{file}: {error}. A page shows only what lies in the run's own folder.") from None
+    else:
+        found = [path] if path.match(RESULTS) or path.name in (LEADERBOARD, RECORD, LOCK, CURVES) else []
+        found = [f for f in found if f.is_file()]
     if not found:
         what = "is no file or folder" if not path.exists() else "holds no run"
         raise ReportError(

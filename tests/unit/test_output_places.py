@@ -1,0 +1,212 @@
+"""Where results may be written, and what `--force` may take away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plait.errors import OutputError
+from plait.merging import staging
+from plait.merging.staging import output_problem, scratch, staged
+from tests.locks import write_lock
+
+
+def result(folder: Path, text: str = "old") -> Path:
+    (folder / "heads" / "a").mkdir(parents=True)
+    (folder / "weights").write_text(text)
+    (folder / "heads" / "a" / "h").write_text(text)
+    return write_lock(folder)
+
+
+def write(folder: Path, *, force: bool) -> None:
+    with staged(folder, force=force) as place:
+        result(place / "x", "new")
+        for path in (place / "x").iterdir():
+            path.rename(place / path.name)
+        (place / "x").rmdir()
+
+
+def files(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+
+
+RESULT = {"weights", "heads/a/h", "plait.lock"}
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "heads/a/notes.txt", "deep/er/notes.txt", ".git/HEAD", ".env"])
+def test_force_keeps_what_no_lock_names(tmp_path, name):
+    out = result(tmp_path / "out")
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text("mine")
+    with pytest.raises(OutputError, match=f"also holds what plait did not write: '{name}'"):
+        write(out, force=True)
+    assert (out / name).read_text() == "mine"
+    assert (out / "weights").read_text() == "old"
+
+
+def test_a_link_to_a_folder_in_a_result_is_its_users(tmp_path):
+    out = result(tmp_path / "out")
+    (tmp_path / "data").mkdir()
+    (out / "data").symlink_to(tmp_path / "data")
+    assert "'data'" in (output_problem(out, force=True) or "")
+
+
+@pytest.mark.parametrize("lock", ["", "{}", "[]", "null", '{"version": 1}', "\0", "[" * 5000])
+def test_a_lock_that_says_nothing_makes_no_folder_plaits(tmp_path, lock):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "plait.lock").write_text(lock)
+    (tmp_path / "out" / "thesis").write_text("mine")
+    with pytest.raises(OutputError, match="is not replaced, since what plait wrote there is not known"):
+        write(tmp_path / "out", force=True)
+    assert files(tmp_path / "out") == {"plait.lock", "thesis"}
+
+
+def test_a_result_is_replaced(tmp_path):
+    out = result(tmp_path / "out")
+    (out / ".cache" / "huggingface").mkdir(parents=True)
+    (out / ".cache" / "huggingface" / "note").write_text("of a download")
+    write(out, force=True)
+    assert files(out) == RESULT
+    assert (out / "weights").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_many_others_are_counted(tmp_path):
+    out = result(tmp_path / "out")
+    for i in range(9):
+        (out / f"n{i}").write_text("")
+    assert "'n0', 'n1', 'n2', 'n3', 'n4', 'n5' and 3 more" in (output_problem(out, force=True) or "")
+
+
+def test_places_that_cannot_be(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for place in (
+        "/",
+        "~/out",
+        "~",
+        tmp_path / "file",
+        tmp_path / "link",
+        tmp_path / "file" / "out",
+        tmp_path / ("x" * 300),
+        "a\0b",
+    ):
+        for force in (True, False):
+            assert output_problem(Path(place), force=force), place
+    monkeypatch.chdir(tmp_path)
+    assert "exists already" in (output_problem(Path(), force=False) or "")
+
+
+def test_odd_names_are_names(tmp_path):
+    for name in ("with\nnewline", "[*]", "x" * 250, "模" * 80):
+        write(tmp_path / name, force=False)
+        write(tmp_path / name, force=True)
+        assert files(tmp_path / name) == RESULT
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.fixture(params=["mount", "working directory", "parent without permission"])
+def fixed(request, tmp_path, monkeypatch):
+    """A folder that cannot be exchanged for another."""
+    out = tmp_path / "volume"
+    out.mkdir()
+    if request.param == "mount":
+        mounts = tmp_path / "mountinfo"
+        mounts.write_text(f"36 35 98:0 / {str(out).replace('v', chr(92) + '166')} rw - ext4 none rw\n")
+        monkeypatch.setattr(staging, "_MOUNTS", mounts)
+    elif request.param == "working directory":
+        monkeypatch.chdir(out)
+    else:
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda p, mode: Path(p) != tmp_path and access(p, mode))
+    return out
+
+
+def test_a_folder_that_stays_is_filled(fixed):
+    number = fixed.stat().st_ino
+    (fixed / "lost+found").mkdir()
+    write(fixed, force=False)
+    assert files(fixed) == RESULT
+    with pytest.raises(OutputError, match="exists already"):
+        write(fixed, force=False)
+    (fixed / "notes").write_text("mine")
+    with pytest.raises(OutputError, match="'notes'"):
+        write(fixed, force=True)
+    (fixed / "notes").unlink()
+    write(fixed, force=True)
+    assert (fixed / "weights").read_text() == "new"
+    assert files(fixed) == RESULT
+    assert fixed.stat().st_ino == number
+
+
+def test_a_failure_leaves_such_a_folder_as_it_was(fixed):
+    def fail() -> None:
+        with staged(fixed, force=False) as place:
+            assert place.parent == fixed
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail()
+    assert list(fixed.iterdir()) == []
+
+
+def test_a_kill_while_such_a_folder_is_filled_is_cleared_away(fixed, monkeypatch):
+    """The process ends between two of its files: no lock stands there, and the next run needs no --force."""
+    moved = []
+
+    def move_one(source, target, draft):
+        if moved:
+            raise SystemExit  # and nothing is cleared away
+        moved.append(source.replace(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "_move", move_one)
+        patch.setattr(staging, "_remove", lambda folder, names: None)
+        patch.setattr(Path, "unlink", lambda self, **_: None)
+        with pytest.raises(SystemExit):
+            write(fixed, force=False)
+    assert len(files(fixed) & RESULT) == 1
+    assert "plait.lock" not in files(fixed)
+    write(fixed, force=False)
+    assert files(fixed) == RESULT
+
+
+def test_a_mount_point_that_nothing_told_of(tmp_path, monkeypatch):
+    """The system refuses the rename: the files go up one by one."""
+    (tmp_path / "out").mkdir()
+    rename = Path.rename
+
+    def busy(self, target):
+        if Path(target) == tmp_path / "out":
+            raise OSError(16, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    write(tmp_path / "out", force=False)
+    assert files(tmp_path / "out") == RESULT
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_scratch_of_the_dead_goes_and_of_the_living_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(staging.tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import os, sys, tempfile\nfrom plait.merging.staging import scratch\n"
+        f"tempfile.tempdir = {str(tmp_path)!r}\n"
+        "with scratch('push') as place:\n    print(place.name, flush=True)\n    sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        held = process.stdout.readline().strip()
+        (tmp_path / "plait-push-theirs").mkdir()
+        with scratch("push") as place:
+            assert {p.name for p in tmp_path.iterdir()} == {held, place.name, "plait-push-theirs"}
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert (tmp_path / held).exists()
+    with scratch("push") as place:
+        assert {p.name for p in tmp_path.iterdir()} == {place.name, "plait-push-theirs"}

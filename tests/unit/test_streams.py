@@ -1,0 +1,148 @@
+"""Streams that are closed, full or without Unicode, signals, and reprs: no traceback, the right exit code, a few lines."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+import plait
+from plait.cli import main as command
+from plait.cli.console import err, out
+from plait.cli.main import main
+from plait.cli.stopping import Stopped, noted, stoppable
+from plait.cli.streams import guarded
+from plait.merging.staging import staged
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo" / "adapters"
+PAIR = [f"sentiment={DEMO / 'sentiment'}", f"langid={DEMO / 'langid'}"]
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as leave:
+        main([*map(str, arguments)])
+    return int(leave.value.code or 0)
+
+
+class Full(io.TextIOWrapper):
+    """A stream that cannot be written."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(io.BytesIO(), encoding="utf-8")
+        self.number = number
+
+    def write(self, text: str) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(errno.ENOSPC, 1, "are whole"), (errno.EPIPE, 141, ""), (errno.EBADF, 1, "whole")]
+)
+def test_a_result_stays_when_stdout_cannot_be_written(monkeypatch, capsys, tmp_path, number, code, said):
+    monkeypatch.setattr(sys, "stdout", Full(number))
+    assert run("compress", DEMO / "langid", "--rank", 2, "-o", tmp_path / "out") == code
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "Traceback" not in shown
+    assert (tmp_path / "out" / "plait.lock").is_file()
+
+
+def test_a_closed_stdout_is_silence(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run("compress", DEMO / "langid", "--rank", 2, "-o", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "plait.lock").is_file()
+
+
+def test_a_full_stderr_ends_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stderr", Full(errno.ENOSPC))
+    assert run("compress", DEMO / "langid", "--rank", 2, "-o", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["methods"], ["methods", "ties"], ["methods", "dc_merge"], ["--help"], ["merge", "--help"], ["compress", "--help"],
+        ["eval", "--help"], ["sft", "--help"], ["train", "--help"], ["inspect", *PAIR], ["inspect", *PAIR, "--json"],
+        ["merge", *PAIR, "--method", "ties", "--dry-run"], ["merge", "nothing-here-γ", "-o", "x"],
+    ],
+)  # fmt: skip
+def test_no_terminal_is_too_simple(monkeypatch, encoding, arguments):
+    raw = io.BytesIO(), io.BytesIO()
+    for name, stream in zip(("stdout", "stderr"), raw, strict=True):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding=encoding, errors="strict", write_through=True))
+    assert run(*arguments) == (2 if "-o" in arguments else 0)
+    shown = raw[0].getvalue().decode(encoding) + raw[1].getvalue().decode(encoding)
+    assert shown
+    assert "Traceback" not in shown
+
+
+def test_symbols_in_plain_letters(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
+    with guarded():
+        out().print("γ → ‖ΔW‖² é \udcff 模", markup=False)
+    assert raw.getvalue().decode("ascii").strip() == "gamma -> ||delta W||2 e \\udcff \\u6a21"
+
+
+def test_a_terminal_is_not_commanded(capsys):
+    with guarded():
+        err().print("\x1b[2J\x1b]0;title\x07 \u202eevil \x9b", markup=False)
+        err().print("[/no] [bold")
+    shown = capsys.readouterr().err
+    assert not set(shown) & set("\x1b\x07\u202e\x9b")
+    assert "[/no] [bold" in shown
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_clears_away_and_says_what_is_left(monkeypatch, capsys, tmp_path, name, code):
+    before = signal.getsignal(signal.SIGINT)
+
+    def work(arguments: list[str]) -> None:
+        with staged(tmp_path / "out", force=False) as place:
+            (place / "half").write_text("")
+            os.kill(os.getpid(), getattr(signal, name))
+            signal.pause()
+
+    monkeypatch.setattr(command, "app", work)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell begins without it
+    try:
+        assert run("merge") == code
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert list(tmp_path.iterdir()) == []
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("stopped" if name == "SIGINT" else f"stopped by {name}")
+    assert "out was not written; the same command starts from the beginning." in said
+
+
+def test_signals_that_the_caller_ignores_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stoppable():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_is_kept_is_said():
+    with pytest.raises(Stopped) as caught, noted(lambda: "three are kept"):
+        raise Stopped(signal.SIGTERM)
+    assert caught.value.__notes__ == ["three are kept"]
+
+
+def test_reprs_are_a_few_lines(tmp_path):
+    merged = plait.merge(dict(pair.split("=") for pair in PAIR), out=tmp_path / "out")
+    for value in (merged, merged.plan, merged.record, plait.inspect([str(DEMO / "langid")])):
+        assert len(repr(value)) < 1500
+        assert repr(value).count("\n") < 15
+        assert repr(value).startswith(f"{type(value).__name__}(")
+    assert "210 × ModuleRecord" in repr(merged.record)
+    assert "method='linear'" in str(merged.plan)
