@@ -87,6 +87,7 @@ def _demo(console: Console, out: Path, samples: int) -> None:
     # Threads that wait asleep: on a machine with other work, spinning ones make this ten times slower. Read by torch when
     # it is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries would cut through the text; read by tqdm as torch does
     console.print(
         f"Three LoRA adapters of SmolLM2-135M-Instruct ({', '.join(NAMES)}) become [bold]one[/bold], and one "
         "model then does all three jobs."
@@ -100,10 +101,11 @@ def _demo(console: Console, out: Path, samples: int) -> None:
 
     _heading(console, "3 · What they answer, loaded by PEFT")
     _unpack(console, first_time=not cached(gguf).is_dir())
-    console.print(_answers(console, _load(console, out)))
+    dtype = _dtype(console)
+    console.print(_answers(console, _load(console, out, dtype)))
 
     _heading(console, "4 · What the merge keeps, on texts that no training saw")
-    compared = _compare(console, out, samples)
+    compared = _compare(console, out, samples, dtype)
     console.print(*_kept(next(e for e in compared.evaluations if e.name == CHOSEN)), sep="\n")
 
     _heading(console, "5 · Beside other ways to merge the same adapters")
@@ -192,11 +194,23 @@ def _unpack(console: Console, *, first_time: bool) -> None:
             base_model()
 
 
-def _load(console: Console, merged: Path) -> Speaker:
+def _dtype(console: Console) -> str:
+    """Return the dtype in which this processor is the faster, and say which."""
+    from torch import bfloat16
+
+    from plait.linalg.speed import fast_dtype, slowness
+
+    ratio, chosen = slowness(bfloat16), str(fast_dtype()).removeprefix("torch.")
+    speed = f"{1 / ratio:.1f} times faster" if ratio < 1 else f"{ratio:.1f} times slower"
+    console.print(f"[green]✓[/] computing in {chosen}: this processor multiplies bfloat16 {speed} than float32")
+    return chosen
+
+
+def _load(console: Console, merged: Path, dtype: str) -> Speaker:
     with _working(console, "base model and four adapters: no tensor missing, none left over"):
         from speaking import Speaker
 
-        return Speaker(base_model(), {"merged": merged} | {name: HERE / "adapters" / name for name in NAMES})
+        return Speaker(base_model(), {"merged": merged} | {name: HERE / "adapters" / name for name in NAMES}, dtype)
 
 
 def _answers(console: Console, speaker: Speaker) -> Table:
@@ -235,7 +249,7 @@ def _text(prompt: str) -> str:
     return prompt.partition("Text: ")[2].partition("<|im_end|>")[0]
 
 
-def _compare(console: Console, out: Path, samples: int) -> Compared:
+def _compare(console: Console, out: Path, samples: int, dtype: str) -> Compared:
     """Evaluate all merges; the base model is loaded once, and every answer is asked for once."""
     from plait.cli.console import ProgressBars
     from plait.evaluation.comparison import compare
@@ -248,7 +262,7 @@ def _compare(console: Console, out: Path, samples: int) -> Compared:
         label: asked(read_request(None, adapters, settings)[0], _tasks(), subset=samples, batch_size=32)
         for label, settings in MERGES.items()
     }
-    options = Options(_workspace(out), base=str(base_model()), device_map="cpu", matrix=True)
+    options = Options(_workspace(out), base=str(base_model()), dtype=dtype, device_map="cpu", matrix=True)
     progress = ProgressBars() if console.is_terminal else None
     with _timed(console, f"{samples} texts per task, asked of the base, {len(NAMES)} adapters and {len(MERGES)} merges"):
         return compare(recipes, None, options, progress)

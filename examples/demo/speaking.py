@@ -23,16 +23,17 @@ class Speaker:
     Args:
         base: folder of the model.
         adapters: name → folder.
+        dtype: to compute in.
     """
 
-    def __init__(self, base: Path, adapters: Mapping[str, Path]) -> None:
+    def __init__(self, base: Path, adapters: Mapping[str, Path], dtype: str) -> None:
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         self._tokenizer = AutoTokenizer.from_pretrained(base)
         if self._tokenizer.pad_token is None:  # transformers 4 does not take it from the GGUF file
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         (first, folder), *others = adapters.items()
         self._model = PeftModel.from_pretrained(model, str(folder), adapter_name=first).eval()
         for name, other in others:
