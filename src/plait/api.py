@@ -452,12 +452,15 @@ def evaluate(  # noqa: PLR0913 (what a command line takes)
     return found
 
 
-def check_tasks(tasks: Sequence[str | Path], *, model: str | Path | None = None) -> list[TaskCheck]:
+def check_tasks(
+    tasks: Sequence[str | Path], *, model: str | Path | None = None, trust_remote_code: bool = False
+) -> list[TaskCheck]:
     """Describe tasks: rendered examples, token counts, label balance, overlap between splits.
 
     Args:
         tasks: their files.
         model: reference of the model whose tokenizer and chat template are used; nothing is said about tokens without one.
+        trust_remote_code: run code that lies beside that tokenizer.
 
     Raises:
         PlaitError: files or data that cannot be read, rows that do not fit.
@@ -467,7 +470,7 @@ def check_tasks(tasks: Sequence[str | Path], *, model: str | Path | None = None)
     from plait.tasks.tokenizers import load_tokenizer
 
     loaded = load_tasks(tasks)
-    tokenizer = None if model is None else load_tokenizer(str(model))
+    tokenizer = None if model is None else load_tokenizer(str(model), trust_remote_code=trust_remote_code)
     return [check_task(task, tokenizer) for task in loaded]
 
 

@@ -137,7 +137,7 @@ def test_check_compares_with_the_live_merge(tmp_path, capsys, monkeypatch):
     for path in tokenizers:
         path.unlink()
     code, _, err = plait(capsys, *arguments)
-    assert (code, "its tokenizer cannot be loaded" in err) == (2, True)
+    assert (code, "the tokenizer cannot be loaded" in err) == (2, True)
     assert "The model is whole and stands in model" in err
     for path, content in tokenizers.items():
         path.write_bytes(content)

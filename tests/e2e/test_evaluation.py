@@ -315,7 +315,7 @@ def test_flags_that_say_nothing_here_are_refused(house, tmp_path, capsys):
         (["--seed", "3"], "--seed is that of the subset; give --subset"),
         (["--source", f"sort={house.base}"], "--source: belongs to one adapter or model"),
         (["--card"], "--card: belongs to one adapter or model"),
-        (["--base-id", str(house.adapters["sort"])], "transformers cannot load this base model"),
+        (["--base-id", str(house.adapters["sort"])], "the model's configuration cannot be loaded"),
     ):
         assert run([*arguments, *flags]) == 2
         assert message in " ".join(capsys.readouterr().err.split())

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from plait.adapters.base_files import architectures, read_config
 from plait.extras import missing, optional
+from plait.hub.pretrained import load_config
 
 _HEADS = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -113,7 +114,7 @@ def _empty_model(folder: Path) -> Any:
     try:
         names = architectures(read_config(folder))
         model_class = next(getattr(transformers, n) for n in names if hasattr(transformers, n))
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = load_config(folder)
         with torch.device("meta"):
             return model_class(config)
     except StopIteration:

@@ -25,6 +25,9 @@ def check(
         str | None,
         typer.Option(help="Model whose tokenizer and chat template are used: FOLDER or org/repo.", show_default=False),
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that lies beside the model's tokenizer.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Show what a task asks: rendered examples, token counts, label balance, overlap between splits.
@@ -36,7 +39,7 @@ def check(
     from plait.api import check_tasks
     from plait.cli.console import print_json
 
-    checks = check_tasks(tasks, model=model)
+    checks = check_tasks(tasks, model=model, trust_remote_code=trust_remote_code)
     if json:
         print_json({"tasks": [c.model_dump(mode="json") for c in checks]})
     else:

@@ -9,7 +9,7 @@ from plait.errors import TaskError
 from plait.evaluation import harness
 from plait.evaluation.generation import generate
 from plait.evaluation.heads import classify
-from plait.evaluation.likelihood import log_likelihoods
+from plait.evaluation.likelihood import log_likelihoods, vocabulary
 from plait.tasks.encoding import Encoder
 from plait.tasks.examples import Examples
 from plait.tasks.metrics import Answer
@@ -110,7 +110,7 @@ def _say(model: Any, tokenizer: Any, examples: Examples, batch_size: int, report
 
 
 def _encoder(model: Any, tokenizer: Any, task: Task) -> Encoder:
-    return Encoder(tokenizer, task, apart=bool(model.config.is_encoder_decoder))
+    return Encoder(tokenizer, task, apart=bool(model.config.is_encoder_decoder), vocabulary=vocabulary(model))
 
 
 def _read(model: Any, tokenizer: Any, examples: Examples, batch_size: int, report: Report) -> list[Answer]:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from plait.errors import TaskError
-from plait.evaluation.likelihood import check_lengths, check_numbers
+from plait.evaluation.likelihood import check_lengths, check_numbers, vocabulary
+from plait.hub.pretrained import refusing
+from plait.tasks.encoding import check_tokens
 
 
 def classify(
@@ -36,7 +38,10 @@ def classify(
         TaskError: the model has no head of that many outputs, what it says is no number, or a text is too long.
     """
     cut: dict[str, Any] = {"truncation": max_tokens is not None, "max_length": max_tokens}
-    lengths = [len(row) for row in tokenizer(list(texts), **cut)["input_ids"]]
+    with refusing(getattr(tokenizer, "name_or_path", ""), "the tokenizer cannot read the texts", TaskError):
+        rows = tokenizer(list(texts), **cut)["input_ids"]
+    check_tokens(rows, vocabulary(model))
+    lengths = [len(row) for row in rows]
     check_lengths(model, lengths)
     if model.config.pad_token_id is None:  # a decoder with a head looks for the last token that is no padding
         model.config.pad_token_id = tokenizer.pad_token_id

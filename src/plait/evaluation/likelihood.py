@@ -77,6 +77,11 @@ def check_lengths(model: Any, lengths: Sequence[int]) -> None:
         )
 
 
+def vocabulary(model: Any) -> int | None:
+    """Return how many tokens a model has embeddings for; None where that is not known."""
+    return getattr(model.get_input_embeddings(), "num_embeddings", None)
+
+
 def check_numbers(model: Any, scores: Sequence[float]) -> None:
     """Make sure that a model says numbers, of which one can be the largest.
 

@@ -12,6 +12,7 @@ from torch import nn
 from plait.adapters.adapter import Adapter
 from plait.errors import PlanError
 from plait.extras import require
+from plait.hub import pretrained
 from plait.hub.download import resolve_model
 
 # PEFT's task types → transformers' classes
@@ -49,26 +50,27 @@ def load_model(
         MissingPackageError: transformers is not installed, or accelerate, which `device_map` needs.
         AddressError: the base cannot be found.
         PlanError: adapters of different task types, no model, or a dtype or device that is none.
+        TaskError: the tokenizer's files are damaged.
     """
     require_libraries(device_map)
     import transformers
 
     folder = resolve_model(str(base)).folder
-    keywords: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    keywords: dict[str, Any] = {"dtype": dtype}
     if device_map is not None:
         keywords["device_map"] = device_map
     _check(dtype, device_map)
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise PlanError(f"{folder}: transformers cannot load this base model: {_words(error)}") from error
+    config = pretrained.load_config(folder, trust_remote_code=trust_remote_code)
     labels = _labels(adapters)
     if labels is not None:
         config.num_labels = labels
     loader = getattr(transformers, _class_name(transformers, adapters, config))
-    model, report = loader.from_pretrained(folder, config=config, output_loading_info=True, **keywords)
+    tokenizer = _tokenizer(folder, trust_remote_code=trust_remote_code)
+    model, report = pretrained.load_model(
+        loader, folder, trust_remote_code=trust_remote_code, config=config, output_loading_info=True, **keywords
+    )
     _zero(model, report["missing_keys"], adapters)
-    return model, _tokenizer(transformers, folder, trust_remote_code=trust_remote_code)
+    return model, tokenizer
 
 
 def _check(dtype: Any, device_map: Any) -> None:
@@ -136,11 +138,7 @@ def _zero(model: nn.Module, missing: Sequence[str], adapters: Sequence[Adapter])
             model.get_parameter(key).zero_()
 
 
-def _tokenizer(transformers: Any, folder: Path, *, trust_remote_code: bool) -> Any:
+def _tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
         return None  # audio and image models
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if tokenizer.pad_token is None:
-        # batches are masked; any token will do
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
+    return pretrained.padded(pretrained.load_tokenizer(folder, trust_remote_code=trust_remote_code))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from plait.errors import TaskError
+from plait.hub.pretrained import refusing
 from plait.tasks.chat import chat_text
 from plait.tasks.examples import Examples, Prompt
 from plait.tasks.schema import Task
@@ -29,6 +30,24 @@ class Question:
     lead: list[int] = field(default_factory=list)
 
 
+def check_tokens(rows: Iterable[Sequence[int]], vocabulary: int | None) -> None:
+    """Make sure that a model has embeddings for all tokens.
+
+    Args:
+        rows: tokens.
+        vocabulary: how many tokens the model has embeddings for; any when None.
+
+    Raises:
+        TaskError: it has not.
+    """
+    largest = max((max(row, default=0) for row in rows), default=0)
+    if vocabulary is not None and largest >= vocabulary:
+        raise TaskError(
+            f"the tokenizer gives token {largest}, and the model has embeddings for tokens 0 to {vocabulary - 1}: they do not "
+            "belong together."
+        )
+
+
 class Encoder:
     """Turns a task's texts into tokens.
 
@@ -43,10 +62,12 @@ class Encoder:
         tokenizer: of transformers.
         task: whose texts they are.
         apart: for an encoder-decoder model.
+        vocabulary: tokens that the model has embeddings for; any when None.
     """
 
-    def __init__(self, tokenizer: Any, task: Task, *, apart: bool = False) -> None:
+    def __init__(self, tokenizer: Any, task: Task, *, apart: bool = False, vocabulary: int | None = None) -> None:
         self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
         self._task = task
         self._apart = apart
         self._chat = getattr(task, "messages", None) is not None
@@ -78,8 +99,13 @@ class Encoder:
 
     def _encode(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[Question]:
         texts = [self.text(p) for p in prompts]
-        if self._apart:
-            return self._encode_apart(texts, answers)
+        home = getattr(self._tokenizer, "name_or_path", "") or "the model"
+        with refusing(home, f"the tokenizer cannot read the texts of task {self._task.name!r}", TaskError):
+            questions = self._encode_apart(texts, answers) if self._apart else self._encode_joined(texts, answers)
+        check_tokens((part for q in questions for part in (q.prompt, q.lead, *q.answers)), self._vocabulary)
+        return questions
+
+    def _encode_joined(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[Question]:
         delimiter = getattr(self._task, "delimiter", "")
         whole = [text + delimiter + a for text, some in zip(texts, answers, strict=True) for a in some]
         alone = sorted({delimiter + a for some in answers for a in some})

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from plait.errors import TaskError
 from plait.extras import optional
+from plait.hub import pretrained
 from plait.hub.download import resolve_model
 
 #: What a tokenizer is made of; the first pattern is in every model folder.
 _FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
-def load_tokenizer(model: str) -> Any:
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a model.
 
     Args:
         model: a folder, or `org/repo[@revision]`.
+        trust_remote_code: run code that lies beside its files.
 
     Raises:
         AddressError: the reference leads nowhere.
         MissingPackageError: transformers is not installed.
         TaskError: there is no tokenizer.
     """
-    transformers = optional("transformers", "eval", "a tokenizer")
+    optional("transformers", "eval", "a tokenizer")
     folder = resolve_model(model, files=_FILES).folder
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise TaskError(f"{folder}: no tokenizer can be loaded: {' '.join(str(error).split())[:200]}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer
+    return pretrained.padded(pretrained.load_tokenizer(folder, trust_remote_code=trust_remote_code))

@@ -9,6 +9,7 @@ from typing import Any
 
 from plait.errors import PlanError, TaskError
 from plait.extras import optional
+from plait.hub.pretrained import load_tokenizer, refusing
 from plait.training.data import LoadedData
 from plait.training.encoding import EncodedData, Encoder, encode_all
 from plait.training.job import LoraSettings, OpenJob, Prepared
@@ -44,11 +45,11 @@ def make_trainer(opened: OpenJob, out: Path, *, encoded: tuple[EncodedData, Enco
         "revision": revision,
         "dtype": model.dtype,
         "attn_implementation": model.attn_implementation,
-        "trust_remote_code": trusts_code(job, config) or None,
+        "trust_remote_code": trusts_code(job, config),  # where it is left out, transformers asks on the terminal
         "quantization_config": trl.get_quantization_config(model),
     }
     config.model_init_kwargs = {**{k: v for k, v in init.items() if v is not None}, **_mapping(config.model_init_kwargs)}
-    try:
+    with refusing(job.base, "it cannot be trained so", PlanError, folder=opened.base.folder):
         trainer = trl.SFTTrainer(
             model=name,
             args=config,
@@ -57,8 +58,6 @@ def make_trainer(opened: OpenJob, out: Path, *, encoded: tuple[EncodedData, Enco
             processing_class=_tokenizer(opened, config),
             peft_config=None if job.lora is None else lora_config(job.lora, "CAUSAL_LM"),
         )
-    except (ValueError, ImportError) as error:
-        raise PlanError(f"{job.base} cannot be trained so: {' '.join(str(error).split())}") from error
     return Prepared(trainer, len(train.items), train.left_out, train.truncated, notes)
 
 
@@ -129,13 +128,9 @@ def lora_config(lora: LoraSettings, task_type: str) -> Any:
 
 def _tokenizer(opened: OpenJob, config: Any) -> Any:
     name, revision = opened.model
-    transformers = optional("transformers", "train", "training")
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trusts_code(opened.job, config)
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise TaskError(f"{opened.job.base}: no tokenizer can be loaded: {' '.join(str(error).split())[:200]}") from error
+    optional("transformers", "train", "training")
+    trust = trusts_code(opened.job, config)
+    return load_tokenizer(name, revision=revision, trust_remote_code=trust, folder=opened.base.folder)
 
 
 def _take_template(tokenizer: Any, path: str) -> None:
@@ -144,9 +139,9 @@ def _take_template(tokenizer: Any, path: str) -> None:
         if Path(path).is_file():
             tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
             return
-        source = optional("transformers", "train", "training").AutoTokenizer.from_pretrained(path)
+        source = load_tokenizer(path)
         tokenizer.chat_template = source.get_chat_template()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise TaskError(
             f"chat_template_path: {path} is no file with a template, and no tokenizer that has one can be loaded from there: "
             f"{' '.join(str(error).split())[:200]}"

@@ -13,6 +13,7 @@ from typing import Any
 
 from plait.errors import PlanError, RecipeError, TaskError
 from plait.extras import optional
+from plait.hub.pretrained import load_config, load_model, load_tokenizer, padded
 from plait.training.causal import lora_config
 from plait.training.data import LoadedData
 from plait.training.formats import Completion
@@ -86,19 +87,18 @@ def settings_of(job: TrainingJob, out: Path) -> Any:
 
 def tokenizer_of(opened: OpenJob) -> tuple[Any, int | None]:
     """Return what tokenizes, and how many tokens a text may have: never more than the model can read."""
-    transformers = optional("transformers", "train", "training")
+    optional("transformers", "train", "training")
     name, revision = opened.model
-    trust = _loading(opened.job.model, "trust_remote_code")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision, **trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise TaskError(f"{opened.job.base}: no tokenizer can be loaded: {' '.join(str(error).split())[:200]}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    trust, folder = _trusts(opened), opened.base.folder
+    tokenizer = padded(load_tokenizer(name, revision=revision, trust_remote_code=trust, folder=folder))
     tokenizer.padding_side = "right"  # as evaluation reads texts
-    config = transformers.AutoConfig.from_pretrained(name, revision=revision, **trust)
+    config = load_config(name, revision=revision, trust_remote_code=trust, folder=folder)
     bounds = opened.job.arguments.get(LONGEST), getattr(config, "max_position_embeddings", None), tokenizer.model_max_length
     return tokenizer, min((n for n in bounds if n is not None and 0 < n < _UNBOUNDED), default=None)
+
+
+def _trusts(opened: OpenJob) -> bool:
+    return bool(_loading(opened.job.model, "trust_remote_code").get("trust_remote_code", False))
 
 
 def _loading(values: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -112,20 +112,20 @@ def _load(transformers: Any, opened: OpenJob, tokenizer: Any) -> tuple[Any, list
     """Return the model with a head of the job's labels, and the modules that its checkpoint lacks."""
     labels = opened.job.labels or ()
     name, revision = opened.model
-    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    keywords = {"dtype": "float32", **_loading(opened.job.model, *_LOADING)}
-    try:
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name,
-            revision=revision,
-            num_labels=len(labels),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **names,
-            **keywords,
-        )
-    except (ValueError, OSError, RuntimeError) as error:
-        raise PlanError(f"{opened.job.base} is no model that can have a head: {' '.join(str(error).split())[:300]}") from error
+    names: dict[str, Any] = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    keywords: dict[str, Any] = {"dtype": "float32", **_loading(opened.job.model, *_LOADING)}
+    keywords["trust_remote_code"] = _trusts(opened)
+    model, report = load_model(
+        transformers.AutoModelForSequenceClassification,
+        name,
+        folder=opened.base.folder,
+        revision=revision,
+        num_labels=len(labels),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **names,
+        **keywords,
+    )
     if model.config.pad_token_id is None:  # a decoder with a head looks for the last token that is no padding
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, sorted({key.rpartition(".")[0] for key in report["missing_keys"]})

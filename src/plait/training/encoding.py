@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plait.errors import TaskError, collect
+from plait.hub.pretrained import refusing
 from plait.tasks.chat import chat_text
 from plait.training.formats import Completion, Conversation, Example, Message, PlainText, is_learnt
 
@@ -167,7 +168,8 @@ class Encoder:
         return Encoded(np.asarray(ids, np.int32), np.asarray(learnt, np.int32))
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
+        with refusing(getattr(self._tokenizer, "name_or_path", ""), "the tokenizer cannot read a text", TaskError):
+            ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids
 
     def _open(self, ids: list[int]) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from plait.errors import PlanError
 from plait.extras import optional
+from plait.hub.pretrained import load_config, refusing
 from plait.merging.record import weight_files
 from plait.training.causal import lora_config
 from plait.training.job import OpenJob
@@ -98,17 +99,14 @@ def _count(opened: OpenJob, config: Any) -> tuple[int, int]:
     trust = trusts_code(opened.job, config)
     kinds = {"causal": ("AutoModelForCausalLM", "CAUSAL_LM"), "sequence_classification": _CLASSIFIER}
     loader, task_type = kinds[opened.job.kind]
-    try:
-        about = transformers.AutoConfig.from_pretrained(model_name, revision=revision, trust_remote_code=trust)
-        if opened.job.labels is not None:
-            about.num_labels = len(opened.job.labels)
-        with torch.device("meta"):
-            model = getattr(transformers, loader).from_config(about, trust_remote_code=trust)
-            parameters = model.num_parameters()
-            if opened.job.lora is None:
-                return parameters, parameters
-            peft = optional("peft", "train", "LoRA")
-            adapted = peft.get_peft_model(model, lora_config(opened.job.lora, task_type))
-    except (ValueError, OSError, KeyError) as error:
-        raise PlanError(f"{name} cannot be trained so: {' '.join(str(error).split())}") from error
+    about = load_config(model_name, revision=revision, trust_remote_code=trust, folder=opened.base.folder)
+    if opened.job.labels is not None:
+        about.num_labels = len(opened.job.labels)
+    with refusing(name, "this model cannot be trained so", PlanError, folder=opened.base.folder), torch.device("meta"):
+        model = getattr(transformers, loader).from_config(about, trust_remote_code=trust)
+        parameters = model.num_parameters()
+        if opened.job.lora is None:
+            return parameters, parameters
+        peft = optional("peft", "train", "LoRA")
+        adapted = peft.get_peft_model(model, lora_config(opened.job.lora, task_type))
     return parameters, sum(p.numel() for p in adapted.parameters() if p.requires_grad)

@@ -18,6 +18,7 @@ from plait.adapters.base_files import architectures, read_config
 from plait.adapters.names import PREFIX
 from plait.adapters.tensorfile import SafetensorsFile
 from plait.errors import AdapterError, PlanError
+from plait.hub.pretrained import load_model, refusing
 from plait.merging.card import AUTO_MODELS
 from plait.merging.combine import pipeline_of
 from plait.merging.delta_file import NAME as DELTA
@@ -143,7 +144,7 @@ def _model(folder: Path, task: str | None) -> Any:
     names = [AUTO_MODELS[task]] if task in AUTO_MODELS else architectures(config)
     kind = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), transformers.AutoModelForCausalLM)
     torch.manual_seed(0)  # a head that the base lacks is drawn at random, on both sides alike
-    return kind.from_pretrained(folder, dtype=torch.float32).eval()
+    return load_model(kind, folder, dtype=torch.float32).eval()
 
 
 def _attached(model: Any, adapters: Mapping[str, Path]) -> Any:
@@ -151,9 +152,11 @@ def _attached(model: Any, adapters: Mapping[str, Path]) -> Any:
     from peft import PeftModel
 
     first, *others = adapters.items()
-    wrapped = PeftModel.from_pretrained(model, first[1], adapter_name=first[0])
+    with refusing(first[1], "PEFT cannot load the adapter", PlanError):
+        wrapped = PeftModel.from_pretrained(model, first[1], adapter_name=first[0])
     for name, folder in others:
-        wrapped.load_adapter(folder, name)
+        with refusing(folder, "PEFT cannot load the adapter", PlanError):
+            wrapped.load_adapter(folder, name)
     return wrapped.eval()
 
 

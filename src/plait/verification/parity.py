@@ -14,6 +14,7 @@ from plait.baking.plan import usable_device
 from plait.errors import AdapterError, AddressError, RecipeError
 from plait.extras import require
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, resolve_model
+from plait.hub.pretrained import load_tokenizer, refusing
 from plait.hub.quiet import quiet_loading
 from plait.merging.progress import Progress, Silent
 from plait.merging.record import Lock
@@ -201,14 +202,11 @@ def _measure(
 
 
 def _encode(folder: Path, texts: Sequence[str], device: str) -> list[dict[str, Tensor]]:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # whatever a tokenizer's files make it raise
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AddressError(f"{folder}: its tokenizer cannot be loaded ({said}); prompts need one.") from None
-    encoded = [tokenizer(text, return_tensors="pt") for text in texts]
+    tokenizer = load_tokenizer(folder, error=AddressError)
+    with refusing(folder, "the tokenizer cannot read the prompts", AddressError):
+        encoded = [tokenizer(text, return_tensors="pt") for text in texts]
+    if empty := [str(number) for number, tokens in enumerate(encoded, 1) if tokens["input_ids"].numel() == 0]:
+        raise RecipeError(f"the tokenizer of {folder} makes no tokens of prompt {', '.join(empty)}; leave it out.")
     return [{k: e[k].to(device) for k in ("input_ids", "attention_mask") if k in e} for e in encoded]
 
 

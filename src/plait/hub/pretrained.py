@@ -1,0 +1,201 @@
+"""Tokenizers, configurations and models as transformers reads them from files: whatever it raises on the way is a refusal.
+
+Every such call of plait is here. Files may be damaged in any way, and transformers, its Rust tokenizers and torch raise any
+class of error then; each becomes one that names the folder, the file where one is at fault, and the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from plait.errors import PlaitError, PlanError, TaskError
+from plait.parsing import read_json, read_object
+
+_TRUST = "--trust-remote-code (trust_remote_code=True in Python)"
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+_GENERATION = "generation_config.json"
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+_MODEL = ("config.json", _GENERATION, "model.safetensors.index.json")
+_TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+_WORDS = 300  # characters of a library's message
+
+
+def load_tokenizer(
+    place: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    folder: Path | None = None,
+    error: type[PlaitError] = TaskError,
+) -> Any:
+    """Return a tokenizer that has tokenized a text.
+
+    Args:
+        place: a folder, or a repository on the Hub.
+        trust_remote_code: run code that lies beside its files.
+        revision: of a repository.
+        folder: where the files of a repository lie on this machine.
+        error: what a refusal raises.
+
+    Raises:
+        PlaitError: (`error`) it cannot be loaded, or does not tokenize.
+    """
+    with refusing(place, "the tokenizer cannot be loaded", error, folder=folder, files=_TOKENIZER):
+        tokenizer = import_module("transformers").AutoTokenizer.from_pretrained(
+            place, revision=revision, trust_remote_code=trust_remote_code
+        )
+        _try(tokenizer)
+    return tokenizer
+
+
+def padded(tokenizer: Any) -> Any:
+    """Return a tokenizer that has a token to pad with, whichever: batches are masked."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def load_config(
+    place: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    folder: Path | None = None,
+    error: type[PlaitError] = PlanError,
+) -> Any:
+    """Return a model's configuration; arguments as `load_tokenizer` has them.
+
+    Raises:
+        PlaitError: (`error`) it cannot be loaded.
+    """
+    with refusing(place, "the model's configuration cannot be loaded", error, folder=folder, files=_MODEL[:1]):
+        return import_module("transformers").AutoConfig.from_pretrained(
+            place, revision=revision, trust_remote_code=trust_remote_code
+        )
+
+
+def load_model(
+    kind: Any,
+    place: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    folder: Path | None = None,
+    error: type[PlaitError] = PlanError,
+    **keywords: Any,
+) -> Any:
+    """Return what a class of transformers loads.
+
+    Args:
+        kind: the class, a model's or an Auto class.
+        place: a folder, or a repository on the Hub.
+        trust_remote_code: run code that lies beside the weights.
+        folder: where the files of a repository lie on this machine.
+        error: what a refusal raises.
+        **keywords: of its `from_pretrained`.
+
+    Raises:
+        PlaitError: (`error`) it cannot be loaded.
+    """
+    with refusing(place, "the model cannot be loaded", error, folder=folder, files=_MODEL):
+        found = kind.from_pretrained(place, trust_remote_code=trust_remote_code, **keywords)
+        _check_generation(Path(place if folder is None else folder), found[0] if isinstance(found, tuple) else found)
+    return found
+
+
+@contextmanager
+def refusing(
+    place: str | Path, what: str, error: type[PlaitError], *, folder: Path | None = None, files: Sequence[str] = ()
+) -> Iterator[None]:
+    """Turn whatever a library raises inside the block into a refusal.
+
+    Args:
+        place: whose files are read.
+        what: does not happen, such as `the tokenizer cannot be loaded`.
+        error: what is raised.
+        folder: where the files lie; `place` when None.
+        files: that are read, for the message where none of them is known to be at fault.
+
+    Raises:
+        PlaitError: (`error`) something was raised.
+    """
+    try:
+        yield
+    except (PlaitError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as found:  # tokenizers' panics are no kinds of Exception
+        home = Path(place if folder is None else folder)
+        why = _foreign_code(str(found)) or _damage(home, found) or f"{_words(found)}{_among(home, files)}"
+        raise error(f"{place}: {what}: {why.rstrip('.')}.") from found
+
+
+def _check_generation(folder: Path, model: Any) -> None:
+    """Look at what transformers takes as it is, or leaves out without a word where it cannot be read.
+
+    Raises:
+        ValueError: `generation_config.json` is damaged.
+    """
+    file = folder / _GENERATION
+    if file.is_file() and (wrong := _damaged(file)):
+        raise ValueError(wrong)
+    for name in _TOKENS:
+        value = getattr(getattr(model, "generation_config", None), name, None)
+        some = value if isinstance(value, list) else [value]
+        if any(isinstance(v, bool) or not isinstance(v, int | None) for v in some):
+            raise TypeError(f"{_GENERATION}: {name} must be a token's number, got {value!r}")
+
+
+def _foreign_code(text: str) -> str | None:
+    if "trust_remote_code" not in text:
+        return None
+    return f"it names code of its own (auto_map), which runs only where you trust it. Read it, then give {_TRUST}"
+
+
+def _damage(folder: Path, raised: BaseException) -> str | None:
+    """Return which JSON file of a folder is damaged, and how, and what was raised."""
+    for file in sorted(folder.glob("*.json")):
+        if wrong := _damaged(file):
+            return wrong if wrong in str(raised) else f"{wrong} ({_words(raised)})"
+    return None
+
+
+def _damaged(file: Path) -> str | None:
+    try:
+        with file.open("rb") as data:
+            if data.read(3) == b"\xef\xbb\xbf":
+                return f"{file.name} begins with a byte order mark; save it as UTF-8 without one"
+        (read_object if file.name in (*_TOKENIZER, *_MODEL) else read_json)(file, PlanError, constants=True)
+    except (PlaitError, OSError) as error:
+        return str(error).removeprefix(f"{file.parent}/").rstrip(".")
+    return None
+
+
+def _among(folder: Path, files: Sequence[str]) -> str:
+    there = [name for name in files if (folder / name).is_file()]
+    return f" (while {', '.join(there)} were read)" if there else ""
+
+
+def _words(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:_WORDS]
+    return text if isinstance(error, (ValueError, OSError)) and text else f"{type(error).__name__}: {text}".rstrip(".")
+
+
+def _try(tokenizer: Any) -> None:
+    """Use a tokenizer once: types that nothing has looked at fail here."""
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)):
+        raise TypeError(f"tokenizer_config.json: model_max_length must be a number, got {longest!r}")
+    for name in _SPECIAL:
+        token, number = getattr(tokenizer, name, None), getattr(tokenizer, f"{name}_id", None)
+        if not isinstance(token, str | None) or not isinstance(number, int | None):
+            raise TypeError(f"tokenizer_config.json: {name} must be a token, got {token!r}")
+    vocabulary = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if not vocabulary:  # transformers makes an empty tokenizer of a model's kind where there are no files
+        raise ValueError(
+            "it has no tokens: the files of a tokenizer (tokenizer.json, vocab.json, *.model) are missing or empty"
+        )
+    ids = tokenizer(["a b", "c"])["input_ids"]
+    tokenizer.decode(ids[0])
