@@ -1,4 +1,4 @@
-"""Write the generated parts of README.md and docs/methods/ again; `--check` only says whether they are current.
+"""Write the generated parts of README.md, docs/coming-from.md and docs/methods/ again; `--check` says whether they are current.
 
 python docs/generate.py [--check]
 
@@ -15,12 +15,15 @@ from typing import Any
 
 from plait.cli.methods import describe
 from plait.methods import METHODS
+from plait.recipes.other_tools import page as words
 from plait.recipes.problems import spell
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+OTHER_TOOLS = ROOT / "docs" / "coming-from.md"
 PAGES = ("linear", "elementwise", "spectral", "geometric", "solved", "compatibility")
 _BLOCK = re.compile(r"(?<=<!-- methods: )([\w\s]+?)( -->\n).*?(?=<!-- /methods -->)", re.DOTALL)
+_WORDS = re.compile(r"(?<=<!-- words -->\n).*?(?=<!-- /words -->)", re.DOTALL)
 _TABLE = re.compile(r"(?<=<!-- methods -->\n).*?(?=<!-- /methods -->)", re.DOTALL)
 _RESULT = {"linear": "exact", "deltas": "exact", "entries": "exact in `core`, `knots`; dense in `delta`"}
 
@@ -85,13 +88,15 @@ def generated(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path == README:
         return _TABLE.sub(lambda _: f"\n{table()}\n", text)
+    if path == OTHER_TOOLS:
+        return _WORDS.sub(lambda _: f"\n{words()}\n", text)
     return _BLOCK.sub(lambda m: f"{m[1]}{m[2]}\n" + "\n".join(section(name) for name in m[1].split()) + "\n", text)
 
 
 def main() -> int:
     """Write, or check."""
     stale = []
-    for path in (*map(page, PAGES), README):
+    for path in (*map(page, PAGES), README, OTHER_TOOLS):
         after = generated(path)
         if after != path.read_text(encoding="utf-8"):
             stale.append(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from plait.recipes.loading import load_recipe
 from tests.adapters_on_disk import Linear, layers, write_adapter
 from tests.reference.harness import adapter, adapters, assert_equal, dense, recipe, stacks
 from tests.reference.keyed_integers import mask
@@ -133,6 +134,20 @@ def test_dare_is_lambda_times_the_mean_of_what_is_left(tmp_path, three, drop_rat
     }
     method = {"name": "dare", "drop_rate": drop_rate, "lambda": scale}
     assert_equal(dense(tmp_path / "out", three, method=method, seed=42), expected)
+
+
+def test_dare_takes_density_in_place_of_the_drop_rate(three):
+    one, two = (recipe(three, method={"name": "dare", **more}) for more in ({"density": 0.3}, {"drop_rate": 0.7}))
+    assert one == two
+    assert recipe(three, method={"name": "dare", "density": 1}).method.drop_rate == 0.0
+    with pytest.raises(ValueError, match="density is 1 − drop_rate, and both are given; keep one"):
+        recipe(three, method={"name": "dare", "density": 0.3, "drop_rate": 0.7})
+    for bad in (0, 1.5, "x"):
+        with pytest.raises(ValueError, match="density"):
+            recipe(three, method={"name": "dare", "density": bad})
+    for name in ("dare_linear", "dare_ties"):
+        with pytest.raises(ValueError, match="Write density: it is 1 − drop_rate"):
+            load_recipe(f"version: 1\nadapters: [./a, ./b]\nmethod: {{name: {name}, drop_rate: 0.7}}\n")
 
 
 def test_dare_defaults(three):

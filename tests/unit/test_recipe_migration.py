@@ -274,7 +274,7 @@ def test_one_warning_per_old_form_says_what_to_write(old, notes):
         (
             {"method": "dare", "method_params": {"drop_rte": 0.5}},
             [
-                "method_params.drop_rte: 'drop_rte' is not known here; allowed: drop_rate, lambda, name, space. "
+                "method_params.drop_rte: 'drop_rte' is not known here; allowed: drop_rate, density, lambda, name, space. "
                 "Did you mean 'drop_rate'?"
             ],
         ),
@@ -296,7 +296,7 @@ def test_one_warning_per_old_form_says_what_to_write(old, notes):
             {"method": "della", "lambda": 1.1},
             [
                 "lambda: 'lambda' is not known here; allowed: density, epsilon, sign, weighted_vote, zero_sign, "
-                "divisor, name, space."
+                "divisor, name, space. The factor on the merged delta is scale, beside the method."
             ],
         ),
         (
@@ -379,11 +379,10 @@ def test_one_warning_per_old_form_says_what_to_write(old, notes):
                 "eval_tasks": ["asr"],
             },
             [
-                "optimizer: this version of plait merges adapters; it cannot learn coefficients yet. Take this part out.",
-                "grid: this version of plait merges adapters; it cannot search yet. Take this part out.",
-                "post_sweep_eval: this version of plait merges adapters; it cannot search and evaluate yet. Take this "
-                "part out.",
-                "search: this version of plait merges adapters; it cannot search yet. Take this part out.",
+                "optimizer: this version of plait cannot learn coefficients yet. Take this part out.",
+                "grid: this version of plait cannot search yet. Take this part out.",
+                "post_sweep_eval: this version of plait cannot search and evaluate yet. Take this part out.",
+                "search: this version of plait cannot search yet. Take this part out.",
             ],
         ),
     ],

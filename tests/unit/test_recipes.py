@@ -349,8 +349,8 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
             [
                 "recipe:4: tasks: tasks is 'x'; it must be a list.",
                 "recipe:5: eval.split: split is 'dev'; it must be 'train', 'calibration', 'validation' or 'test'.",
-                "recipe:6: tune: this version of plait merges adapters; it cannot learn coefficients yet. Take this part out.",
-                "recipe:7: search: this version of plait merges adapters; it cannot search yet. Take this part out.",
+                "recipe:6: tune: this version of plait cannot learn coefficients yet. Take this part out.",
+                "recipe:7: search: this version of plait cannot search yet. Take this part out.",
             ],
         ),
     ],

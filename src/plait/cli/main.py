@@ -103,7 +103,7 @@ def _run(arguments: list[str], *, wants_traceback: bool) -> int:
 
     try:
         with warnings_as_notes(PlaitWarning), stoppable():
-            app(arguments)
+            app(_translated(arguments))
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except Stopped as stop:
@@ -121,6 +121,32 @@ def _run(arguments: list[str], *, wants_traceback: bool) -> int:
         typer.echo(f"\nThis is a bug in plait {__version__}: {type(error).__name__}. Please report the lines above.", err=True)
         return 1
     return 0
+
+
+def _translated(arguments: list[str]) -> list[str]:
+    """Return the command line with the words of other tools in plait's.
+
+    Raises:
+        RecipeError: some of them mean something else here.
+    """
+    from plait.cli.console import err
+    from plait.cli.spellings import in_plaits_words, refuse_foreign_command
+
+    at = next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)
+    if at is None:
+        return arguments
+    commands = {info.name: info for info in app.registered_commands}
+    if arguments[at] not in commands:
+        refuse_foreign_command(arguments[at])
+        return arguments
+    if not any(word.startswith("--") for word in arguments[at:]):
+        return arguments
+    command = typer.main.get_command(app).commands[arguments[at]]  # type: ignore[attr-defined]
+    known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    words, notes = in_plaits_words(arguments[at:], known)
+    for note in notes:
+        err().print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
+    return [*arguments[:at], *words]
 
 
 def _show(error: BaseException, head: str, *, wants_traceback: bool) -> None:

@@ -169,7 +169,20 @@ class DareMeanParams(MethodParams):
     """Parameters of `dare`."""
 
     drop_rate: Annotated[float, Field(ge=0, lt=1, description="Probability with which an entry is dropped.")] = 0.9
+    density: Annotated[float | None, Field(gt=0, le=1, description="In place of drop_rate: 1 − drop_rate.")] = None
     lambda_: Annotated[float, Field(alias="lambda", description="Factor on the mean.", allow_inf_nan=False)] = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_rate_from_density(cls, data: Any) -> Any:
+        density = data.get("density") if isinstance(data, dict) else None
+        if density is None:
+            return data
+        if data.get("drop_rate") is not None:
+            raise ValueError("density is 1 − drop_rate, and both are given; keep one")
+        if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+            return data  # the field says what is wrong
+        return {key: value for key, value in data.items() if key != "density"} | {"drop_rate": round(1 - density, 16)}
 
 
 register(

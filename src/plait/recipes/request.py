@@ -9,12 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plait.errors import AddressError, RecipeError
+from plait.errors import AddressError, RecipeError, collect
 from plait.hub.references import parse_reference
 from plait.recipes.loading import build_recipe, read_recipe
+from plait.recipes.other_tools import keyword_hints
 from plait.recipes.overrides import apply_overrides, parse_override
 from plait.recipes.schema import Recipe
+from plait.recipes.validation import PLANNED, cannot_yet
 
+_PLANNED = {**PLANNED, "optimizer": PLANNED["tune"], "grid": PLANNED["search"]}
 _OUTPUT = ("kind", "rank", "dtype", "layout")
 _TOP = tuple(name for name in Recipe.model_fields if name not in ("method", "weights", "output", "adapters"))
 
@@ -115,6 +118,10 @@ def _from_here(text: str, *, allow_bare: bool = False) -> str:
 
 def _overrides(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Translate settings to paths in a recipe; the method comes first, its parameters go into it."""
+    hints = keyword_hints([key for key in settings if settings[key] is not None])
+    collect(RecipeError, hints, "these keywords are those of other tools")
+    planned = {key: _PLANNED[key] for key in settings if key in _PLANNED and settings[key] is not None}
+    collect(RecipeError, [f"{key}: {cannot_yet(what)}" for key, what in planned.items()], "the request")
     found: list[tuple[str, Any]] = []
     if settings.get("method") is not None:
         found.append(("method", settings["method"]))

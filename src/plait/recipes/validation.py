@@ -21,6 +21,14 @@ from plait.stages import STAGES, DeltaStage, EntryStage, MergedStage
 
 #: Parts of a recipe that are planned, and what they are for.
 PLANNED = {"tune": "learn coefficients", "search": "search"}
+#: Parameters as other tools call them: the key that means the same, and how to write it.
+_ELSEWHERE = {
+    "drop_rate": ("density", "Write density: it is 1 − drop_rate."),
+    "p": ("density", "Write density: it is 1 − p, the share that is kept."),
+    "k": ("density", "Write density: it is k / 100."),
+    "majority_sign_method": ("sign", "Write sign."),
+    "method_params": ("method", "Parameters stand beside the method's name: method: {name: …, …}."),
+}
 _KINDS = {
     "float_type": "a number",
     "float_parsing": "a number",
@@ -72,14 +80,19 @@ def check(data: Mapping[str, Plain]) -> tuple[Recipe | None, list[Problem]]:
 
 
 def cannot_yet(what: str) -> str:
-    """Say that this version merges and cannot do `what`."""
-    return f"this version of plait merges adapters; it cannot {what} yet. Take this part out."
+    """Say that this version cannot do `what`."""
+    return f"this version of plait cannot {what} yet. Take this part out."
+
+
+def _same_elsewhere(key: str, allowed: Sequence[str]) -> str:
+    """Say which of the allowed keys means what an unknown one means elsewhere."""
+    return next((f" {said}" for other, (own, said) in _ELSEWHERE.items() if key == other and own in allowed), "")
 
 
 def unknown_key(key: str, allowed: Sequence[str]) -> str:
     """Say that a key is not known, what is, and which is nearest."""
     known = f"allowed: {', '.join(allowed)}" if allowed else "nothing is allowed here"
-    return f"{key!r} is not known here; {known}.{did_you_mean(key, allowed)}"
+    return f"{key!r} is not known here; {known}.{_same_elsewhere(key, allowed) or did_you_mean(key, allowed)}"
 
 
 def truth_values(data: Mapping[str, Plain], root: type[BaseModel] = Recipe) -> Iterator[Problem]:
@@ -198,7 +211,8 @@ def _unknown(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) ->
     if root is Recipe and len(path) == 1 and key in PLANNED:
         return cannot_yet(PLANNED[key])
     model = model_at(path[:-1], data, root)
-    return unknown_key(key, field_names(model) if model else [])
+    scale = " The factor on the merged delta is scale, beside the method." if path == ("method", "lambda") else ""
+    return unknown_key(key, field_names(model) if model else []) + scale
 
 
 def _hint(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) -> str:

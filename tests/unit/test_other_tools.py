@@ -1,0 +1,120 @@
+"""Words of other tools: read, or answered with plait's own; the page of all of them says the same."""
+
+from __future__ import annotations
+
+import pytest
+import typer
+
+import plait
+from plait.cli.main import app, main
+from plait.cli.spellings import in_plaits_words
+from plait.errors import RecipeError
+from plait.methods import METHODS
+from plait.recipes.other_tools import TABLE, Row, command_hint, flag_row, keyword_hints, page
+from plait.recipes.schema import Output, Recipe
+
+FLAGS = [(row, command) for row in TABLE if row.kind == "flag" for command in row.commands]
+
+
+def options(command: str) -> set[str]:
+    parameters = typer.main.get_command(app).commands[command].params
+    return {name for p in parameters for name in (*p.opts, *p.secondary_opts)}
+
+
+@pytest.mark.parametrize(("row", "command"), FLAGS, ids=lambda x: x.old if isinstance(x, Row) else x)
+def test_every_flag_is_read_or_answered_as_the_page_says(row, command):
+    assert row.old not in options(command), "plait has the flag itself"
+    arguments = [command, "x", row.old, "1"]
+    if row.old in ("--a1-sub", "--a1-name"):
+        arguments += ["--a1-repo", "org/repo"]
+    if not row.read:
+        with pytest.raises(RecipeError) as error:
+            in_plaits_words(arguments, options(command))
+        assert str(error.value) == row.hint
+        assert row.new in str(error.value)
+    else:
+        words, notes = in_plaits_words(arguments, options(command))
+        assert row.old not in words
+        assert words[0] == command
+        assert words != [command, "x"] or notes
+    assert f"| `{row.old}` |" in page()
+
+
+@pytest.mark.parametrize("row", [r for r in TABLE if r.kind == "command"], ids=lambda r: r.old)
+def test_every_command_is_answered(row, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([row.old, "--config", "x.yaml"])
+    assert left.value.code == 2
+    assert row.new in " ".join(capsys.readouterr().err.split())
+    assert command_hint(row.old)
+    assert row.old not in typer.main.get_command(app).commands
+
+
+@pytest.mark.parametrize("row", [r for r in TABLE if r.kind == "keyword"], ids=lambda r: r.old)
+def test_every_keyword_is_answered_in_python(row):
+    own = {n for m in METHODS.values() for n in m.params.model_fields} | {*Recipe.model_fields, *Output.model_fields}
+    assert row.old not in own
+    assert keyword_hints([row.old]) == [row.hint]
+    with pytest.raises(RecipeError, match=row.old):
+        plait.plan(["./a", "./b"], **{row.old: 1})
+
+
+def test_commands_that_hints_name_exist():
+    commands = set(typer.main.get_command(app).commands)
+    named = {row.new.split()[1] for row in TABLE if row.new.startswith("plait ")}
+    assert named <= commands
+    for row in TABLE:
+        for word in row.new.replace(",", " ").split():
+            if word.startswith("--") and row.kind == "flag" and not row.new.startswith("plait "):
+                assert any(word in options(command) for command in row.commands), row
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (
+            "--base-id o/b --a1-repo o/x --a1-sub checkpoint-9 --a1-name m --a2-repo o/y --method ties --out z",
+            "--base-id o/b --method ties --out z m=o/x/checkpoint-9 o/y",
+        ),
+        ("--a10-repo o/j --a2-repo o/b --a1-repo=o/a", "o/a o/b o/j"),
+        ("--a2_repo ./dir --a2_sub sub/ -o z", "-o z ./dir/sub"),
+        ("--config r.yaml --output z", "r.yaml --out z"),
+        ("--adapters a b --method weighted --lambda 0.4", "--method weighted --set method.lambda=0.4 a b"),
+        ("--adapters a b -- ", "-- a b"),
+        ("r.yaml --adapters=a --lambda=1", "r.yaml --set method.lambda=1 a"),
+        ("a b --weights 1,-1", "a b --weights 1,-1"),
+    ],
+)
+def test_what_is_certain_is_read(given, read):
+    assert in_plaits_words(["merge", *given.split()], options("merge"))[0] == ["merge", *read.split()]
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("--a1-name m", "--a1-name is given without --a1-repo"),
+        ("a --lambda", "--lambda needs a value"),
+        ("a --k 20 --grid x", "2 problems"),
+    ],
+)
+def test_what_is_not_is_refused(given, problem):
+    with pytest.raises(RecipeError, match=problem):
+        in_plaits_words(["merge", *given.split()], options("merge"))
+
+
+def test_a_flag_of_another_command_is_left_to_it():
+    assert flag_row("--model_name_or_path", "sft") is None
+    assert flag_row("--model_name_or_path", "merge") is not None
+    assert flag_row("--frobnicate", "merge") is None
+
+
+def test_trust_is_noted_once(capsys):
+    with pytest.raises(SystemExit):
+        main(["merge", "./nowhere", "./neither", "--trust-remote-code"])
+    assert " ".join(capsys.readouterr().err.split()).count("--trust-remote-code changes nothing here") == 1
+
+
+def test_what_is_planned_is_not_called_unknown():
+    for word, what in (("optimizer", "learn coefficients"), ("search", "search"), ("grid", "search")):
+        with pytest.raises(RecipeError, match=f"{word}: this version of plait cannot {what} yet"):
+            plait.plan(["./a", "./b"], **{word: {"type": "x"}})
