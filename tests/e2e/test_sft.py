@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plait.cli.main import main
 from plait.errors import OutputError, PlaitError, PlanError, RecipeError
-from plait.training import causal, estimate, sft
+from plait.training import causal, estimate, running, sft
 from plait.training.arguments import job_of, read_flags, read_keywords
 from plait.training.encoding import IGNORED
 from plait.training.job import LoraSettings, TrainingData, TrainingJob, run_job
@@ -514,7 +514,21 @@ def test_stopped_by_hand(place, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as left:
         main([*words, "--use_peft", "--output_dir", str(tmp_path / "out")])
     assert left.value.code == 130
-    assert "stopped; the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert "stopped\nThe same command starts from the beginning." in capsys.readouterr().err
+
+
+def test_a_stopped_training_says_which_checkpoint_there_is(tmp_path):
+    def stop(folder: Path) -> list[str]:
+        with pytest.raises(KeyboardInterrupt) as caught, running._explained(folder):
+            raise KeyboardInterrupt
+        return caught.value.__notes__
+
+    assert stop(tmp_path) == [f"No checkpoint was saved yet in {tmp_path}; the same command starts from the beginning."]
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").write_text("")
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    assert stop(tmp_path) == [f"{tmp_path / 'checkpoint-2'} is kept; the same command continues from there."], "10 is not whole"
 
 
 def test_a_run_with_other_settings_is_not_overwritten(place, tmp_path):
@@ -634,7 +648,7 @@ def test_training_that_fails_leaves_no_result(place, tmp_path, monkeypatch):
     monkeypatch.setattr(SFTTrainer, "training_step", fail)
     with pytest.raises(PlanError, match=r"tried to allocate 2 GiB. Give a smaller per_device_train_batch_size"):
         train(place, tmp_path / "out")
-    with pytest.raises(OutputError, match="Free some space; the same command goes on"):
+    with pytest.raises(OutputError, match=r"Free some space\. .*; the same command"):
         train(place, tmp_path / "out")
     assert not (tmp_path / "out" / "adapter").exists()
     assert not (tmp_path / "out" / "training.json").exists()

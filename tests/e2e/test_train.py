@@ -387,7 +387,7 @@ def test_what_is_in_the_way_is_said_before_anything_is_trained(place, capsys):
     for words in ([], ["--dry-run"]):
         code, _, said = command(capsys, "phases.yaml", "-o", "out", *words)
         assert code == 2
-        assert "out/merged was not written by plait; the merge goes there." in said
+        assert "out/merged was not written by plait (it has no plait.lock)" in said
     assert not Path("out/phases").exists()
 
 
@@ -411,7 +411,8 @@ def test_stopped_by_hand(place, monkeypatch, capsys):
     monkeypatch.setattr(cohort, "in_turn", stop)
     code, _, said = command(capsys, "phases.yaml", "-o", "out")
     assert code == 130
-    assert "stopped; the same command goes on: finished phases are kept" in said
+    assert "stopped\n0 of 2 phases are finished and kept in" in said
+    assert "the same command continues with the others." in " ".join(said.split())
 
 
 @pytest.mark.parametrize(("workers", "enough"), [(None, True), (2, False)])

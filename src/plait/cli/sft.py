@@ -35,6 +35,7 @@ def sft(context: typer.Context) -> None:
     Example: plait sft --model_name_or_path org/model --dataset_name_or_path rows.jsonl --use_peft --output_dir run
     """
     from plait.cli.console import ProgressBars, print_json
+    from plait.cli.stopping import noted
     from plait.training.arguments import all_flags, read_flags
 
     if {"--help_all", "--help-all"} & {*context.args}:
@@ -53,7 +54,7 @@ def sft(context: typer.Context) -> None:
             print_json(_plan_json(plan))
         return
     as_json = bool(flags.get("json"))
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # trackers and trainers print what they like
+    with noted(), redirect_stdout(sys.stderr) if as_json else nullcontext():  # trackers and trainers print what they like
         result = run_sft(plan, progress=ProgressBars() if as_json else None)
     if told and as_json:
         print_json(_json(result))

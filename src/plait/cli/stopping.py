@@ -32,13 +32,20 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def noted(state: Callable[[], str]) -> Iterator[None]:
-    """Say what is kept, and how to continue, when the block is stopped."""
+def noted(state: Callable[[], str] | None = None) -> Iterator[None]:
+    """Say what is kept, and how to continue, when the block is stopped; also where a library raises KeyboardInterrupt itself.
+
+    Args:
+        state: says it, besides the notes that were made where the block was stopped.
+    """
     try:
         yield
-    except Stopped as stop:
-        stop.add_note(state())
-        raise
+    except (Stopped, KeyboardInterrupt) as found:
+        stop = found if isinstance(found, Stopped) else Stopped(signal.SIGINT)
+        notes = [] if stop is found else getattr(found, "__notes__", [])
+        for note in (*notes, *([state()] if state is not None else [])):
+            stop.add_note(note)
+        raise stop from None
 
 
 @contextmanager
