@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from plait.errors import OutputError
+from plait.notices import announce
 
 _PAUSE = 0.1  # seconds between tries
 
@@ -38,7 +39,7 @@ def locked(file: Path, work: str, *, patience: float = 0.0) -> Iterator[int | No
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle = _taken(file, work, patience) if _has_flock() else None
+        handle = _taken(file, work, patience) if has_locks() else None
     except OSError as error:
         if isinstance(error, OutputError):
             raise
@@ -52,7 +53,7 @@ def locked(file: Path, work: str, *, patience: float = 0.0) -> Iterator[int | No
 
 def in_use(file: Path, work: str) -> str | None:
     """Return what to say where another process holds a lock; None where nobody does."""
-    if not _has_flock():
+    if not has_locks():
         return None
     try:
         handle = file.open("r+", encoding="utf-8")
@@ -86,8 +87,12 @@ def _taken(file: Path, work: str, patience: float) -> IO[str]:
             return handle
 
 
-def _has_flock() -> bool:
-    return find_spec("fcntl") is not None
+def has_locks() -> bool:
+    """Return whether this system locks files; announce it where it does not."""
+    if find_spec("fcntl") is not None:
+        return True
+    announce("this system has no file locks (fcntl): let no two processes of plait write in one folder at the same time.")
+    return False
 
 
 def _lock(handle: IO[str]) -> bool:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import plait
 from plait.errors import AdapterError, OutputError
+from plait.notices import PlaitWarning
 from tests.adapters_on_disk import layers, write_adapter
 from tests.locks import write_lock
 
@@ -230,7 +231,8 @@ def test_a_damaged_finished_file_is_made_again(materials, nursery, undisturbed, 
     with first.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x7f")
-    plait.bake(materials.pair, base=materials.base, out=tmp_path / "out", **SETTINGS)
+    with pytest.warns(PlaitWarning, match=rf"^{first.name} is made again: what an earlier run finished has been changed since"):
+        plait.bake(materials.pair, base=materials.base, out=tmp_path / "out", **SETTINGS)
     assert contents(tmp_path / "out") == undisturbed
 
 
@@ -238,7 +240,8 @@ def test_a_torn_journal_is_read_up_to_its_tear(materials, nursery, undisturbed, 
     left = nursery.interrupt(tmp_path / "out")
     journal = left / "journal.jsonl"
     journal.write_bytes(journal.read_bytes()[:-10])
-    plait.bake(materials.pair, base=materials.base, out=tmp_path / "out", **SETTINGS)
+    with pytest.warns(PlaitWarning, match=rf"{journal} is used up to its entry \d+; what was finished after it is made again"):
+        plait.bake(materials.pair, base=materials.base, out=tmp_path / "out", **SETTINGS)
     assert contents(tmp_path / "out") == undisturbed
 
 

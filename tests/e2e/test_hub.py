@@ -53,8 +53,9 @@ def run(hub, home, code, *, token=None, offline=False, **env):
         [sys.executable, "-c", script], env=variables, cwd=home.parent, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.replace(NOISE, "") == ""
-    found = json.loads(done.stdout)
+    noted = [line.partition("PlaitWarning: ")[2] for line in done.stderr.splitlines() if "PlaitWarning: " in line]
+    assert [line for line in done.stderr.replace(NOISE, "").splitlines() if "PlaitWarning: " not in line] == []
+    found = json.loads(done.stdout) | ({"noted": noted} if noted else {})
     assert not [word for word in ("httpx", "Traceback", "RuntimeError") if word in done.stdout]
     return found
 
@@ -260,12 +261,19 @@ def test_a_hub_that_is_down_or_unreachable_is_told_apart(hub, home):
     assert down["down"] == f"AddressError: 'org/repo': {hub.url} answers 503: try again later."
     assert down["push"] == f"OutputError: cannot push to 'org/repo': {hub.url} answers 503: try again later."
     assert down["cached"] == cached["cached"]
+    commit = Path(cached["cached"]["folder"]).name
+    assert down["noted"] == [
+        f"'org/cached' is taken from the cache, as of commit {commit}: {hub.url} answers 503: try again later."
+    ]
     with socket.socket() as silent:  # holds a port, and does not listen there
         silent.bind(("127.0.0.1", 0))
         nowhere = f"http://127.0.0.1:{silent.getsockname()[1]}"
         gone = run(hub, home, code, token=TOKEN, HF_ENDPOINT=nowhere)
     assert f"{nowhere} cannot be reached, or does not answer as a Hub does (ConnectError: " in gone["down"]
     assert gone["cached"] == cached["cached"]
+    assert gone["noted"][0].startswith(
+        f"'org/cached' is taken from the cache, as of commit {commit}: {nowhere} cannot be reached"
+    )
     assert "Check the network, its proxy and HF_ENDPOINT." in gone["down"]
     assert gone["push"].startswith(f"OutputError: cannot push to 'org/repo': {nowhere} cannot be reached")
 

@@ -14,6 +14,7 @@ import pytest
 from plait import locking
 from plait.errors import OutputError
 from plait.locking import in_use, locked
+from plait.notices import PlaitWarning
 from tests.adapters_on_disk import layers, write_adapter
 
 SOURCE = Path(locking.__file__).parent
@@ -76,7 +77,9 @@ def test_a_folder_that_cannot_be_made(file):
 
 def test_without_flock_nobody_is_kept_out(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    with locked(file, "mine") as handle, locked(file, "mine"):
+    with pytest.warns(PlaitWarning, match="no file locks"):
+        assert in_use(file, "mine") is None
+    with locked(file, "mine") as handle, locked(file, "mine"):  # announced once
         assert handle is None
         assert in_use(file, "mine") is None
         assert file.parent.is_dir()

@@ -19,6 +19,7 @@ from plait.baking.files import is_in_order, read_at
 from plait.baking.quantisation import quantisation, way_out
 from plait.errors import AdapterError, PlanError, collect
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve_model
+from plait.notices import announce
 
 FILES = (*MODEL_FILES, *COMPANION_FILES, "*.py", "NOTICE*")
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -183,8 +184,9 @@ class BaseCheckpoint:
             return self
         try:
             tied = Architecture.of(self.folder, {n: s.file.tensors[n].shape for n, s in self.home.items()}).tied
-        except ArchitectureUnknown:
-            return self  # both are written, as they are read
+        except ArchitectureUnknown as error:
+            announce(f"{self.folder}: tensors that it holds under several names are written under all of them: {error}.")
+            return self
         one = {name: tied.get(name, name) for name in (*again, *again.values())}
         left = {name for name, first in again.items() if one[name] == one[first]}
         home = {name: shard for name, shard in self.home.items() if name not in left}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +13,11 @@ from torch import Tensor
 from plait.adapters.pickled import PickleFile
 from plait.adapters.tensorfile import DTYPES, TensorFile
 from plait.errors import AdapterError
+from plait.notices import announce
 
 SHORT = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_THROUGH_HERE = "unchanged tensors are copied the slower way, through this process"
+_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # of the disk, whichever way bytes are copied
 TORCH_DTYPES = {name: getattr(torch, said) for name, said in DTYPES.items()}
 _CHUNK = 1 << 25  # bytes handed to the kernel at a time: progress stays alive, a kill waits for no more
 _BUFFER = 1 << 20
@@ -101,12 +105,16 @@ def copy_range(source: int, start: int, target: int, position: int, count: int, 
         SourceError: the source ends early or cannot be read.
     """
     kernel = hasattr(os, "copy_file_range")
+    if not kernel:
+        announce(f"{_THROUGH_HERE}: this system has no copy_file_range.", once=_THROUGH_HERE)
     while count:
         if kernel:
             try:
                 done = os.copy_file_range(source, target, min(count, _CHUNK), start, position)
-            except OSError:  # other file systems, old kernels; a real fault comes again below
+            except OSError as error:  # other file systems, old kernels; a real fault comes again below
                 kernel = False
+                if error.errno not in _FAULTS:
+                    announce(f"{_THROUGH_HERE}: copy_file_range fails ({error.strerror or error}).", once=_THROUGH_HERE)
                 continue
         else:
             data = _read(source, min(count, _BUFFER), start)

@@ -18,6 +18,7 @@ from plait.errors import OutputError
 from plait.folders import name_problem
 from plait.locking import locked
 from plait.merging.staging import baking_folder, output_problem, publish
+from plait.notices import announce
 from plait.parsing import parse_json, read_text
 
 _LOCK, _JOURNAL, _MODEL = "lock", "journal.jsonl", "model"
@@ -61,6 +62,8 @@ class Workshop:
             path = self.model / shard
             if path.is_file() and not path.is_symlink() and path.stat().st_size == size:
                 self.finished[shard] = (size, sha256)
+            else:
+                announce(f"{path} is made again: it is not as the earlier run that finished it has left it.")
         for path in self.model.iterdir():
             if path.name not in self.finished:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -113,14 +116,18 @@ def workshop(final: Path, *, force: bool) -> Iterator[Workshop]:
 def _read(path: Path) -> list[dict[str, Any]]:
     """Read the journal; a kill may have cut its last line off, and nothing behind a line that is no entry counts."""
     entries: list[dict[str, Any]] = []
+    why = "it ends within a line"
     try:
         for line in read_text(path, OutputError).splitlines() if path.is_file() else ():
             entry = parse_json(line, str(path), OutputError)
             if not _is_entry(entry, first=not entries):
                 break
             entries.append(entry)
-    except OutputError:
-        pass  # what is finished is made again
+        else:
+            return entries
+    except OutputError as error:
+        why = str(error)
+    announce(f"{path} is used up to its entry {len(entries)}; what was finished after it is made again: {why.rstrip('.')}.")
     return entries
 
 

@@ -24,6 +24,7 @@ from plait.merging.combine import Combiner
 from plait.merging.inventory import Inventory
 from plait.merging.progress import Progress
 from plait.merging.record import sha256
+from plait.notices import announce
 
 _RUN = 1 << 26  # bytes that one thread copies at a time; a long run is shared
 
@@ -117,6 +118,7 @@ class ShardWriter:
         if sha256(self.shop.model / shard.name) == self.shop.finished[shard.name][1]:
             self._advance(shard.size)
         else:
+            announce(f"{shard.name} is made again: what an earlier run finished has been changed since.")
             del self.shop.finished[shard.name]
 
     def _open(self, shard: OutShard) -> _Open:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plait.evaluation.likelihood import check_lengths, decoder_start
 from plait.evaluation.output_layer import plain_states
+from plait.notices import announce
 from plait.tasks.encoding import Question
 
 
@@ -63,7 +64,7 @@ def generate(
         rows = [questions[i].prompt for i in batch]
         ids, mask = _padded(rows, pad, model.device, left=not apart)
         start = 1 if apart else ids.shape[1]  # where what is said begins
-        with torch.inference_mode(), plain_states(model), _configured(model, config):
+        with torch.inference_mode(), plain_states(model), _configured(model, config), announced_rereading(model):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -74,6 +75,31 @@ def generate(
             said[i] = _cut(text, stop)
         report(len(batch))
     return said
+
+
+@contextmanager
+def announced_rereading(model: Any) -> Iterator[None]:
+    """Announce it where a model reads the whole text again for every token that it generates within the block."""
+    calls = 0
+
+    def count(_: Any, given: Any, keywords: Mapping[str, Any]) -> None:
+        nonlocal calls
+        ids = keywords.get("decoder_input_ids")
+        ids = keywords.get("input_ids") if ids is None else ids
+        calls += 1
+        if calls > 1 and ids is not None and ids.shape[1] > 1:
+            name = type(model).__name__
+            announce(
+                f"{name} generates the slower way, the whole text read anew for every token: its generation keeps no cache of "
+                "what it has read.",
+                once=f"rereading {type(model).__qualname__}",
+            )
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 import plait
 from plait.evaluation.files import write_atomically
 from plait.merging.record import library_versions, sha256
+from plait.notices import announce
 from plait.records import Record
 from plait.tasks.metrics import Answer
 
@@ -63,9 +64,13 @@ class ScoreCache:
         """Return what was kept, where it is whole."""
         if self._folder is None:
             return None
+        file = self._folder / f"{key}.json"
         try:
-            return Answers.model_validate_json((self._folder / f"{key}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # not UTF-8, not JSON, or not answers
+            return Answers.model_validate_json(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:  # not UTF-8, not JSON, or not answers
+            announce(f"{file} does not hold whole answers ({type(error).__name__}); the model is asked again.")
             return None
 
     def keep(self, key: str, answers: Answers) -> None:

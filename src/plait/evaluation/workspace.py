@@ -24,6 +24,8 @@ from typing import Any
 from plait.errors import OutputError, TaskError
 from plait.evaluation.files import write_atomically
 from plait.evaluation.record import Evaluation, TaskResult
+from plait.locking import has_locks
+from plait.notices import announce
 from plait.parsing import read_object
 
 SCORES = ".scores"
@@ -135,7 +137,10 @@ def _link(link: Path, file: Path) -> None:
         with suppress(FileExistsError):
             try:
                 link.symlink_to(os.path.relpath(file.resolve(), link.parent.resolve()))
-            except (NotImplementedError, PermissionError):  # Windows, without the right to make links
+            except (NotImplementedError, PermissionError) as error:  # Windows, without the right to make links
+                announce(
+                    f"{link.parent} and folders like it hold copies of results, not links: {error}.", once="copied results"
+                )
                 shutil.copyfile(file, link)
     except OSError as error:
         raise OutputError(f"{link} cannot be written: {error.strerror or error}.") from None
@@ -184,11 +189,11 @@ def _append(index: Path, entry: Mapping[str, Any]) -> None:
 @contextmanager
 def _alone(file: Path) -> Iterator[None]:
     """Keep other processes from the same file while the block runs, where the system can."""
-    try:
-        import fcntl
-    except ImportError:
+    if not has_locks():
         yield
         return
+    import fcntl
+
     file.parent.mkdir(parents=True, exist_ok=True)
     with (file.parent / f".{file.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

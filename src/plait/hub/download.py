@@ -16,6 +16,7 @@ from pathlib import Path
 from plait.errors import AddressError, did_you_mean
 from plait.hub.client import bars, explain
 from plait.hub.references import Reference, parse_reference
+from plait.notices import announce
 from plait.records import Record
 
 CONFIG = "adapter_config.json"
@@ -226,20 +227,32 @@ def _fetch(reference: Reference, commit: str, names: list[str], *, base: Path | 
 
 
 def _from_cache(error: Exception, reference: Reference, patterns: list[str], *, base: Path | None) -> Path:
-    """Return the snapshot that the cache holds, when `error` says that the Hub did not answer rather than refused."""
-    from huggingface_hub import snapshot_download
+    """Return the snapshot that the cache holds, when `error` says that the Hub did not answer rather than refused.
+
+    It may be older than what the Hub holds, so it is announced, unless the user has asked for offline mode.
+    """
+    from huggingface_hub import constants
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is None or status == 429 or status >= 500:
-        try:
-            return Path(
-                snapshot_download(
-                    reference.repo or "", revision=reference.revision, allow_patterns=patterns, local_files_only=True
-                )
-            )
-        except Exception:  # what has to be told is why the Hub could not be asked
-            pass
+        cached = _cached(reference, patterns)
+        if cached is not None:
+            if not constants.HF_HUB_OFFLINE:
+                why = explain(error, reference.repo or "", reference.revision)
+                announce(f"{reference.address!r} is taken from the cache, as of commit {cached.name}: {why}")
+            return cached
     raise AddressError(_why(error, reference, base)) from error
+
+
+def _cached(reference: Reference, patterns: list[str]) -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(reference.repo or "", revision=reference.revision, allow_patterns=patterns, local_files_only=True)
+        )
+    except Exception:  # what has to be said is why the Hub could not be asked
+        return None
 
 
 def _why(error: Exception, reference: Reference, base: Path | None) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from plait.errors import AdapterError, OutputError
 from plait.folders import entries, file_in, name_problem
+from plait.locking import has_locks
 from plait.merging.record import LOCK, read_lock
 
 _STAGING, _MARK, _BAKING = ".plait-staging", ".plait-writing", ".plait-baking"  # in a folder that is filled where it stands
@@ -289,10 +290,10 @@ def _locked(place: Path) -> int | None:
     Raises:
         BlockingIOError: another process holds it.
     """
-    try:
-        import fcntl
-    except ImportError:
+    if not has_locks():
         return None
+    import fcntl
+
     try:
         handle = os.open(place, os.O_RDONLY)
     except OSError:

@@ -1,0 +1,129 @@
+"""Whatever goes another way than expected says so once, with the reason: in Python as a warning, in the terminal as a note."""
+
+from __future__ import annotations
+
+import errno
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from plait import notices
+from plait.baking.files import copy_range
+from plait.baking.journal import _read
+from plait.cli.console import warnings_as_notes
+from plait.evaluation import workspace
+from plait.evaluation.generation import generate
+from plait.evaluation.scores import Answers, ScoreCache
+from plait.notices import PlaitWarning, announce
+from plait.tasks.encoding import Question
+from tests.language_models import language_model, tokenizer
+
+
+def test_once_about_the_same():
+    with pytest.warns(PlaitWarning, match="a, since 1") as caught:
+        announce("a, since 1", once="a")
+    assert caught[0].filename == __file__
+    announce("a, since 2", once="a")  # any warning is an error here
+    notices.forget()
+    with pytest.warns(PlaitWarning, match="a, since 4"):
+        announce("a, since 4", once="a")
+
+
+def test_notes_are_printed_at_once_and_others_warnings_are_left_alone(capsys):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with warnings_as_notes(PlaitWarning):
+            announce("slower, since [x] is so")
+            assert capsys.readouterr().err == "note: slower, since [x] is so\n"
+            warnings.warn("of a library", FutureWarning, stacklevel=1)
+        assert [str(w.message) for w in caught] == ["of a library"]
+    assert capsys.readouterr().err == ""
+
+
+def copied(folder: Path) -> bytes:
+    (folder / "from").write_bytes(bytes(range(200)))
+    with (folder / "from").open("rb") as source, (folder / "to").open("w+b") as target:
+        copy_range(source.fileno(), 10, target.fileno(), 0, 100, lambda done: None)
+    return (folder / "to").read_bytes()
+
+
+def test_bytes_copied_through_the_process(tmp_path, monkeypatch):
+    def refused(*_: object) -> int:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "copy_file_range", refused, raising=False)
+    with pytest.warns(PlaitWarning, match=r"copied the slower way.*copy_file_range fails \(Invalid cross-device link\)"):
+        assert copied(tmp_path) == bytes(range(10, 110))
+    notices.forget()
+    monkeypatch.delattr(os, "copy_file_range")
+    with pytest.warns(PlaitWarning, match="this system has no copy_file_range"):
+        assert copied(tmp_path) == bytes(range(10, 110))
+
+
+def test_a_journal_that_cannot_be_read_to_its_end(tmp_path):
+    journal = tmp_path / "journal.jsonl"
+    journal.write_text('{"digest": "x"}\n')
+    assert len(_read(journal)) == 1
+    assert _read(tmp_path / "none") == []
+    journal.write_text('{"digest": "x"}\n{"sha')
+    with pytest.warns(
+        PlaitWarning, match=r"journal\.jsonl is used up to its entry 1; what was finished after it is made again"
+    ):
+        assert len(_read(journal)) == 1
+
+
+def test_kept_answers_that_are_damaged(tmp_path):
+    cache = ScoreCache(tmp_path)
+    assert cache.find("k") is None
+    cache.keep("k", Answers(contender="c", task="t", answers=()))
+    assert cache.find("k") is not None
+    (tmp_path / "k.json").write_text("{")
+    with pytest.warns(PlaitWarning, match=r"k\.json does not hold whole answers .*the model is asked again"):
+        assert cache.find("k") is None
+
+
+def test_results_without_links(tmp_path, monkeypatch):
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    with pytest.warns(PlaitWarning, match="hold copies of results, not links"):
+        workspace._link(tmp_path / "a" / "link", tmp_path / "file")
+    assert (tmp_path / "a" / "link").read_text() == "x"
+
+
+class Rereading(transformers.LlamaForCausalLM):
+    """Its generation gives all of the text to every call."""
+
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        return {"input_ids": input_ids, "use_cache": False}
+
+
+def test_generation_that_reads_everything_again():
+    tokens = tokenizer()
+    model = language_model()
+    asked = [Question(tokens(text)["input_ids"], []) for text in ("sort w1 :", "rate w2 :")]
+    expected = generate(model, tokens, asked, max_new_tokens=4, stop=(), batch_size=2)
+    slow = Rereading(model.config).eval()
+    slow.load_state_dict(model.state_dict())
+    with pytest.warns(PlaitWarning, match="Rereading generates the slower way"):
+        assert generate(slow, tokens, asked, max_new_tokens=4, stop=(), batch_size=2) == expected
+
+
+def test_generation_reads_prompts_once_and_then_token_by_token():
+    tokens, model, shapes = tokenizer(), language_model(), []
+    model.config.use_cache = False  # as training leaves it in a checkpoint
+    model.generation_config.use_cache = False
+    model.register_forward_pre_hook(lambda _, a, k: shapes.append(tuple(k["input_ids"].shape)), with_kwargs=True)
+    asked = [Question(tokens(text)["input_ids"], []) for text in ("sort w1 :", "w3", "rate w2 : very w4")]
+    with torch.no_grad():
+        generate(model, tokens, asked, max_new_tokens=5, stop=(), batch_size=4)
+    width = max(len(q.prompt) for q in asked)
+    assert shapes[0] == (3, width)
+    assert set(shapes[1:]) == {(3, 1)}
+    assert len(shapes) <= 5
