@@ -14,20 +14,7 @@ PARTS = [
     "(a*)*", "a{2}", "a{0,3}", "(?:a|ab)+?", "^", "$", r"\A", r"\Z", r"\b", r"\B", "(?=a)", "(?!b)", "(?<=a)", "(?<!b.)",
     "q_proj", "layers", r"[0-9]+", "x|y",
 ]  # fmt: skip
-MODULES = [
-    "",
-    "a",
-    "ab",
-    "aab.ab",
-    "layers.0.q_proj",
-    "model.layers.11.a.b",
-    "b.b.b",
-    "aaaaab",
-    "x.layers",
-    "1a",
-    "a1b",
-    "a b.a",
-]
+MODULES = ["a", "ab", "aab.ab", "layers.0.q_proj", "model.layers.11.a.b", "b.b.b", "aaaaab", "x.layers", "1a", "a1b", "a b.a"]
 
 
 def test_patterns_mean_what_peft_reads_in_them():
