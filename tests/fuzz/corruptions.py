@@ -1,0 +1,276 @@
+"""What may be wrong with a file: bits, parts, values and places, drawn from a seed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+#: Texts that stand in a document in place of what `json.dumps` or `yaml.safe_dump` could not write.
+RAW = {
+    "@digits@": "9" * 400,
+    "@more-digits@": "7" * 5000,
+    "@deep@": "[" * 3000 + "]" * 3000,
+    "@open@": "[" * 3000,
+    "@huge@": "1e999",
+    "@nan@": "NaN",
+    "@half@": '"\\ud800"',
+    "@nul@": '"a\\u0000b"',
+}
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 2, 1.5, -0.0, 1e308, -1e308, 1e-320, 2**31, 2**63, 10**30, "", " ", "\n", "0", "1e9", "true", "null",
+    "‮evil", "\x1b[31m", "a" * 5000, "../../etc/passwd", "/etc/passwd", "~nobody/x", ".", "..", "https://x.y/z", "{{ 7 * 7 }}",
+    "{% for i in range(10**9) %}x{% endfor %}", "(a+)+$", "[", "a|b|", "*", "!!python/object:os.system", "%s%n", "é\u0301", "💥",
+    [], {}, [[]], [None], {"a": {"b": [1]}}, [1, "a", None, {}], list(range(300)), {"": ""}, *RAW,
+)  # fmt: skip
+Change = Callable[[random.Random, Path], str]
+
+
+def corrupt(chosen: random.Random, path: Path) -> str:
+    """Damage a file in one of the ways that suit it; return what was done."""
+    kinds: list[Change] = [_bytes, _bytes, _bytes, _place]
+    if path.suffix in (".json", ".lock"):
+        kinds += [_json] * 7
+    elif path.suffix in (".yaml", ".yml"):
+        kinds += [_yaml] * 6 + [_yaml_text]
+    elif path.suffix == ".jsonl":
+        kinds += [_json_line] * 5
+    elif path.suffix == ".safetensors":
+        kinds += [_header] * 6 + [_values]
+    elif path.suffix == ".bin":
+        kinds += [_archive] * 4
+    elif path.suffix == ".md":
+        kinds += [_front_matter] * 6
+    return chosen.choice(kinds)(chosen, path)
+
+
+def _bytes(chosen: random.Random, path: Path) -> str:
+    data = bytearray(path.read_bytes())
+    size, at = len(data), chosen.randrange(len(data) + 1)
+    if chosen.random() < 0.5:  # headers and the like are where most is decided
+        at = min(at, chosen.randrange(600))
+    length = chosen.choice([1, 2, 8, 100, 5000])
+    kind = chosen.choice(
+        ["flip", "set", "cut off", "take out", "zero", "repeat", "put in", "add", "empty", "utf-16", "bom", "latin"]
+    )
+    if kind == "flip" and at < size:
+        data[at] ^= 1 << chosen.randrange(8)
+    elif kind == "set" and at < size:
+        data[at] = chosen.choice([0, 0x20, 0x22, 0x2C, 0x5B, 0x7B, 0x7D, 0x80, 0xFF, chosen.randrange(256)])
+    elif kind == "cut off":
+        del data[at:]
+    elif kind == "take out":
+        del data[at : at + length]
+    elif kind == "zero":
+        data[at : at + length] = bytes(len(data[at : at + length]))
+    elif kind == "repeat":
+        data[at:at] = data[at : at + length]
+    elif kind == "put in":
+        data[at:at] = chosen.randbytes(length)
+    elif kind == "add":
+        data += chosen.choice([b"\0", b" ", b"x", b"\n---\n"]) * length
+    elif kind == "empty":
+        data.clear()
+    elif kind == "utf-16":
+        data = bytearray(data.decode("latin-1").encode("utf-16"))
+    elif kind == "bom":
+        data[:0] = b"\xef\xbb\xbf"
+    else:
+        data[at:at] = "café".encode("latin-1")
+    path.write_bytes(data)
+    return f"{kind} {length} at {at}"
+
+
+def _place(chosen: random.Random, path: Path) -> str:
+    kind = chosen.choice(["gone", "a folder", "a loop", "a dead link", "unreadable", "another file", "a device", "a pipe"])
+    if kind == "unreadable":
+        path.chmod(0)
+        return kind
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a loop":
+        path.symlink_to(path.name)
+    elif kind == "a dead link":
+        path.symlink_to("nowhere")
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "another file":
+        others = sorted(p for p in path.parent.iterdir() if p.is_file() and p.read_bytes() != content)
+        if others:
+            shutil.copyfile(chosen.choice(others), path)
+    return kind
+
+
+def _spots(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from _spots(inner, (*path, key))
+
+
+def _changed(chosen: random.Random, data: Any) -> tuple[Any, str]:
+    """Change one value, key or item of plain data."""
+    spots = list(_spots(data))
+    shallow = [s for s in spots if len(s) == 1]
+    path = chosen.choice(shallow if shallow and chosen.random() < 0.4 else spots)
+    value = chosen.choice(VALUES)
+    if not path:
+        return value, f"all → {str(value)[:40]!r}"
+    inside = data
+    for key in path[:-1]:
+        inside = inside[key]
+    kind = chosen.choice(["set"] * 8 + ["drop", "rename", "add"])
+    if kind == "drop":
+        del inside[path[-1]]
+    elif kind == "set" or not isinstance(inside, dict):
+        inside[path[-1]] = value
+    elif kind == "rename":
+        inside[str(value)] = inside.pop(path[-1])
+    else:
+        inside[chosen.choice(["", "r", "path", "name", "\x00", "__class__", "a.b"])] = value
+    return data, f"{kind} {'.'.join(map(str, path))[:60]} → {str(value)[:40]!r}"
+
+
+def _unquoted(text: str) -> str:
+    for word, raw in RAW.items():
+        text = text.replace(json.dumps(word), raw).replace(f"'{word}'", raw).replace(word, raw)
+    return text
+
+
+def _json(chosen: random.Random, path: Path) -> str:
+    data, what = _changed(chosen, json.loads(path.read_text(encoding="utf-8")))
+    text = json.dumps(data, indent=chosen.choice([None, 1]))
+    if isinstance(data, dict) and data and chosen.random() < 0.1:
+        text = f"{text.rstrip()[:-1]}, {json.dumps(chosen.choice(list(data)))}: 7}}"
+        what += ", a key twice"
+    path.write_text(_unquoted(text), encoding="utf-8")
+    return what
+
+
+def _json_line(chosen: random.Random, path: Path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    at = chosen.randrange(len(lines))
+    data, what = _changed(chosen, json.loads(lines[at]))
+    lines[at] = _unquoted(json.dumps(data))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return f"line {at + 1}: {what}"
+
+
+def _yaml(chosen: random.Random, path: Path) -> str:
+    data, what = _changed(chosen, yaml.safe_load(path.read_text(encoding="utf-8")))
+    path.write_text(_unquoted(yaml.safe_dump(data, sort_keys=False)), encoding="utf-8")
+    return what
+
+
+_LINES = (
+    "x: 2024-13-45", "x: !!timestamp 2024-13-45", "x: !!int x", "x: !!binary %%%", "x: !!python/name:os.system", "x: &a [*a]", "? [a]\n: b",
+    "x: !!set {a}", "<<: [1]", "<<: *a", "a: &a {b: *a}", "\t- x", "%YAML 9.9", "...", "---", "x: |\n  y\n z", "- 1", "x: 1: 2", "@", "x: 0x" + "f" * 400,
+    "x: .nan", "x: 1_000_000", "x: ~", "x: '", 'x: "\\ud800"', "x: \x07", "x: " + "{a: " * 200 + "1" + "}" * 200,
+    "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+)  # fmt: skip
+
+
+def _yaml_text(chosen: random.Random, path: Path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    line = chosen.choice(_LINES)
+    lines.insert(chosen.randrange(len(lines) + 1), line)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return f"a line {line[:40]!r}"
+
+
+def _front_matter(chosen: random.Random, path: Path) -> str:
+    line = chosen.choice(
+        [*_LINES, "license: [mit]", "license: {a: 1}", "base_model: []", "license: " + "x" * 10_000, "license: '\\e[31m'"]
+    )
+    path.write_text(f"---\n{line}\n---\n# card\n", encoding="utf-8")
+    return f"front matter {line[:40]!r}"
+
+
+def _header(chosen: random.Random, path: Path) -> str:
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    names = [n for n in header if n != "__metadata__"]
+    one, other = chosen.choice(names), chosen.choice(names)
+    kind = chosen.choice(
+        ["value", "value", "value", "same place", "twice", "hole", "name", "shape", "dtype", "floats", "swap", "length"]
+    )
+    if kind == "value":
+        header, what = _changed(chosen, header)
+        kind += f" {what}"
+    elif kind == "same place":
+        header[one]["data_offsets"] = header[other]["data_offsets"]
+    elif kind == "hole":
+        body += bytes(8)
+        header[one]["data_offsets"] = [n + 8 for n in header[one]["data_offsets"]]
+    elif kind == "name":
+        header[chosen.choice([other, f"{one}x", one.replace("lora_A", "lora_B"), "", "x" * 3000, one.upper()])] = header.pop(
+            one
+        )
+    elif kind == "shape":
+        header[one]["shape"] = chosen.choice(
+            [header[one]["shape"][::-1], [1, *header[one]["shape"]], [0], [2**40, 2**40], [-1]]
+        )
+    elif kind == "dtype":
+        header[one]["dtype"] = chosen.choice(["I32", "F16", "BF16", "F64", "F8_E4M3", "U8", "BOOL", "Q4", "", "f32"])
+    elif kind == "floats":
+        header[one]["shape"] = [float(n) for n in header[one]["shape"]]
+    elif kind == "swap":
+        header[one], header[other] = header[other], header[one]
+    text = _unquoted(json.dumps(header)).encode()
+    if kind == "twice":
+        text = text[:-1] + b"," + json.dumps(one).encode() + b":" + json.dumps(header[other]).encode() + b"}"
+    size = chosen.choice([0, 1, len(text) - 1, 2**63, 2**32, len(text) + 9]) if kind == "length" else len(text)
+    path.write_bytes(struct.pack("<Q", size) + text + body)
+    return f"header: {kind} of {one[:60]}"
+
+
+def _values(chosen: random.Random, path: Path) -> str:
+    """Put odd numbers into the tensors."""
+    data = bytearray(path.read_bytes())
+    length = struct.unpack("<Q", data[:8])[0]
+    value = chosen.choice([float("nan"), float("inf"), 3.4e38, -3.4e38, 1e30, 1e-45, -0.0])
+    for _ in range(chosen.choice([1, 1, 50])):
+        at = 8 + length + 4 * chosen.randrange((len(data) - 8 - length) // 4)
+        data[at : at + 4] = struct.pack("<f", value)
+    path.write_bytes(data)
+    return f"values {value}"
+
+
+def _archive(chosen: random.Random, path: Path) -> str:
+    tensors = torch.load(path, weights_only=True)
+    name = chosen.choice(list(tensors))
+    tensor = tensors[name]
+    kind = chosen.choice(
+        ["sparse", "meta", "parameter", "expanded", "number", "nested", "turned", "old", "packed", "lie", "list", "int"]
+    )
+    changes = {
+        "sparse": lambda: tensor.to_sparse(), "meta": lambda: tensor.to("meta"), "parameter": lambda: torch.nn.Parameter(tensor),
+        "expanded": lambda: torch.ones(1).expand(tensor.shape), "number": lambda: 3, "nested": lambda: {"a": tensor},
+        "turned": lambda: tensor.T.contiguous().T, "int": lambda: tensor.int(),
+    }  # fmt: skip
+    if kind in changes:
+        tensors[name] = changes[kind]()
+    torch.save([*tensors.values()] if kind == "list" else tensors, path, _use_new_zipfile_serialization=kind != "old")
+    if kind in ("packed", "lie"):
+        saved = io.BytesIO(path.read_bytes())
+        way = zipfile.ZIP_DEFLATED if kind == "packed" else zipfile.ZIP_STORED
+        with zipfile.ZipFile(saved) as before, zipfile.ZipFile(path, "w", way) as after:
+            for entry in before.infolist():
+                content = before.read(entry)
+                shorter = kind == "lie" and "/data/" in entry.filename and chosen.random() < 0.3
+                after.writestr(entry.filename, content[: len(content) // 2] if shorter else content)
+    return f"{kind} {name[:60]}"

@@ -1,0 +1,191 @@
+"""Tiny models, adapters and results, and every command that reads them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import plait
+from plait.cli.main import main
+from tests.adapters_on_disk import Linear, write_adapter
+from tests.language_models import LABELS, save_model, write_task
+
+SHAPES = {
+    f"model.layers.{i}.{name}": shape
+    for i in range(2)
+    for name, shape in (("self_attn.q_proj", (32, 32)), ("self_attn.v_proj", (32, 32)), ("mlp.up_proj", (48, 32)))
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, and the files that it reads.
+
+    Attributes:
+        words: of the command line, in the folder of the world.
+        files: patterns of the files that are damaged, one at a time.
+        needs: what of the world it needs.
+        share: how often it is drawn.
+        exact: the result is compared with an independent reading.
+    """
+
+    words: tuple[str, ...]
+    files: tuple[str, ...]
+    needs: tuple[str, ...]
+    share: int = 2
+    exact: bool = False
+
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+OUT = ("-o", "out")
+BASE = ("config.json", "model.safetensors", "generation_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+
+def _in(folder: str, names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{folder}/{name}" for name in names)
+
+
+COMMANDS = (
+    Command(("merge", "first", "second", "--weights", "0.7", "-0.3", *OUT), _in("first", ADAPTER), ("first", "second"), 14, exact=True),
+    Command(("merge", "pickled", "second", *OUT), ("pickled/adapter_model.bin",), ("pickled", "second"), 8, exact=True),
+    Command(("merge", "first", "second", "--method", "ties", *OUT), _in("first", ADAPTER), ("first", "second"), 3),
+    Command(("merge", "first", "second", "--method", "tsv", *OUT), _in("first", ADAPTER), ("first", "second"), 2),
+    Command(("merge", "first", "second", *OUT), ("first/README.md",), ("first", "second"), 3, exact=True),
+    Command(("merge", "recipe.yaml", *OUT), ("recipe.yaml",), ("first", "second", "recipe.yaml"), 6),
+    Command(("merge", "recipe.json", *OUT), ("recipe.json",), ("first", "second", "recipe.json"), 4),
+    Command(("merge", "mergekit.yaml", *OUT), ("mergekit.yaml",), ("first", "second", "mergekit.yaml"), 3),
+    Command(
+        ("merge", "first", "second", "--method", "regmean", "--moments", "moments", *OUT),
+        ("moments/first.safetensors",), ("first", "second", "moments"), 5,
+    ),
+    Command(("merge", "dora", "second", "--base-id", "base", *OUT), _in("base", BASE[:2]) + _in("dora", ADAPTER), ("dora", "second", "base"), 5),
+    Command(("merge", "merged", "--add", "third=second", *OUT), _in("merged", ("plait.lock", "merge_metadata.json")), ("first", "second", "merged"), 2),
+    Command(("inspect", "first", "second"), _in("first", ADAPTER), ("first", "second"), 4),
+    Command(("compress", "first", "--rank", "1", *OUT), _in("first", ADAPTER), ("first",), 3),
+    Command(("bake", "first", "second", "--base-id", "base", *OUT), _in("base", BASE + TOKENIZER), ("first", "second", "base"), 8),
+    Command(
+        ("bake", "first", "second", "--base-id", "sharded", *OUT),
+        ("sharded/model.safetensors.index.json", "sharded/model-00001-of-*.safetensors"), ("first", "second", "sharded"), 6,
+    ),
+    Command(("bake", "first", "second", "--base-id", "base", *OUT), (".out.baking/journal.jsonl",), ("first", "second", "base", ".out.baking"), 4),
+    Command(("un-bake", "baked", "first", *OUT), _in("baked", ("plait.lock", *BASE)), ("baked", "first"), 4),
+    Command(("extract", "base", "tuned", "--rank", "2", *OUT), _in("base", BASE) + _in("tuned", BASE), ("base", "tuned"), 5),
+    Command(("verify", "merged"), _in("merged", ("plait.lock", "merge_metadata.json", "README.md", "adapter_config.json")), ("merged", "first", "second"), 5),
+    Command(("verify", "merged", "--rebuild"), ("merged/plait.lock", *_in("first", ADAPTER)), ("merged", "first", "second"), 3),
+    Command(("push", "merged", "org/name"), _in("merged", ("plait.lock", "merge_metadata.json", "README.md")), ("merged",), 3),
+    Command(("recipe", "check", "recipe.yaml"), ("recipe.yaml",), ("recipe.yaml", "first", "second"), 5),
+    Command(("recipe", "migrate", "mergekit.yaml"), ("mergekit.yaml",), ("mergekit.yaml", "first", "second"), 4),
+    Command(("tasks", "check", "tasks/sort.yaml"), ("tasks/sort.yaml", "tasks/sort/test.jsonl"), ("tasks",), 8),
+    Command(("tasks", "check", "tasks/sort.yaml", "--base-id", "base"), _in("base", TOKENIZER), ("tasks", "base"), 3),
+    Command(
+        ("eval", "sort=first", "--base-id", "base", "--tasks", "tasks/sort.yaml", "--workspace", "ws"),
+        ("tasks/sort.yaml", "tasks/sort/test.jsonl", *_in("base", BASE + TOKENIZER), *_in("first", ADAPTER)), ("first", "base", "tasks"), 4,
+    ),
+    Command(
+        ("eval", "sort=first", "--base-id", "base", "--tasks", "tasks/sort.yaml", "--workspace", "ws"),
+        ("ws/.scores/*.json", "ws/merged/*/*/eval/index.json"), ("first", "base", "tasks", "ws"), 3,
+    ),
+    Command(("report", "ws/run", "-o", "page.html"), ("ws/run/eval_results_test.json", "merged/merge_metadata.json"), ("ws", "merged", "first"), 5),
+    Command(("report", "merged", "-o", "page.html"), _in("merged", ("plait.lock", "merge_metadata.json")), ("merged", "first"), 3),
+    Command(("train", "phases.yaml", "-o", "runs", "--dry-run"), ("phases.yaml", "tasks/sort/test.jsonl", *_in("base", BASE[:2])), ("phases.yaml", "tasks", "base"), 3),
+    Command(("train", "phases.yaml", "-o", "runs", "--dry-run"), ("runs/train.json", "runs/phases/sort/training.json"), ("phases.yaml", "tasks", "base", "runs"), 2),
+    Command(("sft", "--config", "sft.yaml", "--dry_run"), ("sft.yaml", "rows.jsonl"), ("sft.yaml", "rows.jsonl", "base"), 3),
+)  # fmt: skip
+
+
+def build(folder: Path) -> None:
+    """Make the world; needs a second or two, and transformers."""
+    base = save_model(folder / "base")
+    _adapter(folder / "first", 1)
+    _adapter(folder / "second", 2)
+    _adapter(folder / "dora", 3, magnitude=True)
+    (folder / "first" / "README.md").write_text("---\nlicense: mit\n---\n# card\n")
+    shutil.copytree(folder / "first", folder / "pickled")
+    torch.save(load_file(folder / "pickled" / ADAPTER[1]), folder / "pickled" / "adapter_model.bin")
+    (folder / "pickled" / ADAPTER[1]).unlink()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.save_pretrained(folder / "sharded", max_shard_size="12KB")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.ones_like(parameter))
+    model.save_pretrained(folder / "tuned")
+    _moments(folder / "moments")
+    for task in LABELS:
+        write_task(
+            folder / "tasks",
+            task,
+            splits={"train": {"rows": [0, 12]}, "test": {"rows": [12, 24]}},
+            data={"path": f"{task}/test.jsonl"},
+        )
+    _documents(folder)
+    _results(folder)
+
+
+def _adapter(folder: Path, seed: int, *, magnitude: bool = False) -> None:
+    modules = {}
+    for path, shape in SHAPES.items():
+        modules[path] = Linear(*shape, magnitude=torch.rand(shape[0]).add(0.5).numpy() if magnitude else None)
+    write_adapter(folder, modules, seed=seed, base="./base", alpha_pattern={"mlp.up_proj": 3.0}, task_type="CAUSAL_LM")
+
+
+def _moments(folder: Path) -> None:
+    for name in ("first", "second"):
+        inputs = {path: torch.randn(50, d_in) for path, (_, d_in) in SHAPES.items()}
+        plait.save_moments(folder / f"{name}.safetensors", {path: x.T @ x / len(x) for path, x in inputs.items()})
+
+
+def _documents(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text(
+        "version: 1\nadapters:\n  - {name: first, path: ./first, weight: 0.7}\n  - {name: second, path: ./second}\n"
+        "method: {name: ties, space: core, density: 0.5}\nmerge_mode: union\n"
+        "transforms: [{name: layer_l2_normalize, target_norm: 1.0}]\n"
+        "weights: {policy: per_layer, default: 1.0, layers: {1: {second: 0.5}}}\n"
+        "scale: 1.5\noutput: {rank: auto, dtype: float32}\nseed: 0\n"
+    )
+    adapters = [{"name": "first", "path": "./first"}, {"name": "second", "path": "./second"}]
+    (folder / "recipe.json").write_text(
+        json.dumps({"version": 1, "adapters": adapters, "method": {"name": "linear"}}, indent=1)
+    )
+    (folder / "mergekit.yaml").write_text(
+        "merge_method: dare_ties\nbase_model: ./base\nmodels:\n  - model: ./base+./first\n    parameters: {weight: 0.5, density: 0.5}\n"
+        "  - model: ./base+./second\n    parameters: {weight: [0.1, 0.9], density: 0.5}\nparameters: {normalize: false}\ndtype: float32\n"
+    )
+    (folder / "phases.yaml").write_text(
+        "base_model: ./base\nlora: {r: 4, alpha: 8, targets: [q_proj, v_proj]}\n"
+        "arguments: {learning_rate: 1e-3, max_steps: 2, per_device_train_batch_size: 2, use_cpu: true}\n"
+        "phases: [tasks/sort.yaml, tasks/rate.yaml]\nmerge: {method: linear}\n"
+    )
+    (folder / "sft.yaml").write_text(
+        "model_name_or_path: ./base\ndataset_name_or_path: ./rows.jsonl\noutput_dir: ./tuned-by-sft\nuse_peft: true\n"
+        "lora_r: 4\nlearning_rate: 1e-3\nmax_steps: 2\nuse_cpu: true\n"
+    )
+    rows = [{"prompt": f"sort w{i} :", "completion": " red"} for i in range(8)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _results(folder: Path) -> None:
+    for words in (
+        ("merge", "first", "second", "-o", "merged"),
+        ("bake", "first", "--base-id", "base", "-o", "baked"),
+        ("eval", "sort=first", "--base-id", "base", "--tasks", "tasks/sort.yaml", "--workspace", "ws"),
+    ):
+        with suppress(SystemExit):
+            main(words)
+    runs = next((folder / "ws").glob("*/*/*/runs/run_*"))
+    shutil.copytree(runs, folder / "ws" / "run")
+    baking = folder / ".out.baking"
+    (baking / "model").mkdir(parents=True)
+    lines = [{"digest": "0" * 64}, {"shard": "model.safetensors", "size": 3, "sha256": "1" * 64}]
+    (baking / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "runs" / "phases" / "sort").mkdir(parents=True)
+    (folder / "runs" / "train.json").write_text(json.dumps({"phases": [], "out": "runs"}))
+    (folder / "runs" / "phases" / "sort" / "training.json").write_text(json.dumps({"digest": "0" * 64}))
