@@ -6,13 +6,14 @@ and no key has two values. `plait.recipes.documents` reads YAML under the same l
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from plait.errors import PlaitError
 
@@ -47,10 +48,7 @@ def read_text(path: Path, error: type[PlaitError], *, advice: str = "", most: in
         PlaitError: (`error`) there is no such file, it cannot be read, is too large, or is not UTF-8.
     """
     try:
-        with path.open("rb") as file:
-            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
-                raise error(f"{path}: this is a device, not a file.{_then(advice)}")
-            data = file.read(most + 1)
+        data = _contents(path, most + 1)
         if len(data) > most:
             raise error(f"{path}: larger than {most >> 20} MB, which no such file is.{_then(advice)}")
         return data.decode("utf-8-sig")
@@ -64,6 +62,45 @@ def read_text(path: Path, error: type[PlaitError], *, advice: str = "", most: in
         if isinstance(found, PlaitError):
             raise
         raise error(f"{str(path)!r}: {found}.{_then(advice)}") from None
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """Open a file to be read, and nothing that one might wait for.
+
+    Raises:
+        OSError: there is no such file, or it is a folder, a pipe or a device.
+    """
+    handle = _handle(path)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    raise OSError(errno.EINVAL, "a folder, a pipe or a device, not a file", str(path))
+
+
+def _handle(path: Path) -> int:
+    wanted = ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY")  # as far as the system has them
+    return os.open(path, os.O_RDONLY | sum(getattr(os, name, 0) for name in wanted))
+
+
+def _contents(path: Path, most: int) -> bytes:
+    """Return the bytes of a file, or of a pipe that somebody writes to (`<(command)` of a shell), up to a number."""
+    handle = _handle(path)
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISFIFO(mode):
+        os.close(handle)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with open_bytes(path) as file:
+            return file.read(most)
+    with os.fdopen(handle, "rb", buffering=0) as pipe:
+        first = pipe.read(1)  # None while its writer says nothing, nothing where there is no writer
+        if first == b"":
+            return b""
+        os.set_blocking(handle, True)
+        data = bytearray(first or b"")
+        while len(data) < most and (more := pipe.read(most - len(data))):
+            data += more
+        return bytes(data)
 
 
 def read_json(path: Path, error: type[PlaitError], *, advice: str = "", constants: bool = False) -> Any:

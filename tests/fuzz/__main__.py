@@ -1,7 +1,7 @@
 """Try many corruptions: `python -m tests.fuzz 3000 [first seed]`; exit code 1 when there is a finding.
 
-Each worker is a process that does its seeds one by one. One that is silent for too long, or dies, is a finding, and another one goes
-on behind it. `python -m tests.fuzz --seed 17` does one again and shows all of it.
+Each worker is a process that does its seeds one by one. One that is silent for too long, or dies, is a finding, and another one
+goes on behind it. `python -m tests.fuzz --seed 17` does one again and shows all of it.
 """
 
 from __future__ import annotations
@@ -40,11 +40,16 @@ def main() -> int:
 
 
 def make(world: Path) -> None:
-    """Build the world in a process of its own."""
-    code = "import os, sys; from pathlib import Path; from tests.fuzz.world import build; p = Path(sys.argv[1]); p.mkdir(); os.chdir(p); build(p)"
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(world)], check=True, stdout=subprocess.DEVNULL, env=environment()
-    )
+    """Build the world in a process of its own, and in the world: what is built names relative paths."""
+    world.mkdir()
+    words = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        "from pathlib import Path; from tests.fuzz.world import build; build(Path())",
+    ]
+    subprocess.run(words, check=True, cwd=world, capture_output=True, env=environment())
 
 
 def environment() -> dict[str, str]:
@@ -83,18 +88,10 @@ class Worker:
 
     def __init__(self, first: int, step: int, end: int, world: Path, lines: queue.Queue[tuple[Worker, str | None]]) -> None:
         self.next, self.step, self.end, self.heard = first, step, end, time.monotonic()
-        words = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "tests.fuzz",
-            "--world",
-            str(world),
-            "--work",
-            *map(str, (first, step, end)),
-        ]
-        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment())
+        words = [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--world", str(world), "--work"]
+        words += map(str, (first, step, end))
+        quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(words, text=True, env=environment(), **quiet)
         threading.Thread(target=self._read, args=(lines,), daemon=True).start()
 
     def _read(self, lines: queue.Queue[tuple[Worker, str | None]]) -> None:

@@ -28,10 +28,10 @@ RAW = {
     "@nul@": '"a\\u0000b"',
 }
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 1.5, -0.0, 1e308, -1e308, 1e-320, 2**31, 2**63, 10**30, "", " ", "\n", "0", "1e9", "true", "null",
-    "‮evil", "\x1b[31m", "a" * 5000, "../../etc/passwd", "/etc/passwd", "~nobody/x", ".", "..", "https://x.y/z", "{{ 7 * 7 }}",
-    "{% for i in range(10**9) %}x{% endfor %}", "(a+)+$", "[", "a|b|", "*", "!!python/object:os.system", "%s%n", "é\u0301", "💥",
-    [], {}, [[]], [None], {"a": {"b": [1]}}, [1, "a", None, {}], list(range(300)), {"": ""}, *RAW,
+    None, True, False, 0, -1, 1, 2, 1.5, -0.0, 1e308, -1e308, 1e-320, 2**31, 2**63, 10**30, "", " ", "\n", "0", "1e9", "true",
+    "null", "\u202eevil", "\x1b[31m", "a" * 5000, "../../etc/passwd", "/etc/passwd", "~nobody/x", ".", "..", "https://x.y/z",
+    "{{ 7 * 7 }}", "{% for i in range(10**9) %}x{% endfor %}", "(a+)+$", "[", "a|b|", "*", "!!python/object:os.system", "%s%n",
+    "é\u0301", "\U0001f4a5", [], {}, [[]], [None], {"a": {"b": [1]}}, [1, "a", None, {}], list(range(300)), {"": ""}, *RAW,
 )  # fmt: skip
 Change = Callable[[random.Random, Path], str]
 
@@ -56,39 +56,37 @@ def corrupt(chosen: random.Random, path: Path) -> str:
 
 def _bytes(chosen: random.Random, path: Path) -> str:
     data = bytearray(path.read_bytes())
-    size, at = len(data), chosen.randrange(len(data) + 1)
+    at = chosen.randrange(len(data) + 1)
     if chosen.random() < 0.5:  # headers and the like are where most is decided
         at = min(at, chosen.randrange(600))
     length = chosen.choice([1, 2, 8, 100, 5000])
-    kind = chosen.choice(
-        ["flip", "set", "cut off", "take out", "zero", "repeat", "put in", "add", "empty", "utf-16", "bom", "latin"]
-    )
-    if kind == "flip" and at < size:
-        data[at] ^= 1 << chosen.randrange(8)
-    elif kind == "set" and at < size:
-        data[at] = chosen.choice([0, 0x20, 0x22, 0x2C, 0x5B, 0x7B, 0x7D, 0x80, 0xFF, chosen.randrange(256)])
-    elif kind == "cut off":
-        del data[at:]
-    elif kind == "take out":
-        del data[at : at + length]
-    elif kind == "zero":
-        data[at : at + length] = bytes(len(data[at : at + length]))
-    elif kind == "repeat":
-        data[at:at] = data[at : at + length]
-    elif kind == "put in":
-        data[at:at] = chosen.randbytes(length)
-    elif kind == "add":
-        data += chosen.choice([b"\0", b" ", b"x", b"\n---\n"]) * length
-    elif kind == "empty":
-        data.clear()
+    kind = chosen.choice(["flip", "set", *_EDITS, "utf-16"])
+    there = data[at : at + length]
+    if kind == "flip":
+        data[at : at + 1] = bytes(b ^ 1 << chosen.randrange(8) for b in there[:1])
+    elif kind == "set":
+        data[at : at + 1] = chosen.choice([b"\0", b" ", b'"', b",", b"[", b"{", b"}", b"\x80", b"\xff", chosen.randbytes(1)])
     elif kind == "utf-16":
         data = bytearray(data.decode("latin-1").encode("utf-16"))
-    elif kind == "bom":
-        data[:0] = b"\xef\xbb\xbf"
     else:
-        data[at:at] = "café".encode("latin-1")
+        start, end, new = _EDITS[kind](chosen, at, length, len(data), bytes(there))
+        data[start:end] = new
     path.write_bytes(data)
     return f"{kind} {length} at {at}"
+
+
+#: What is put in place of the bytes from a start to an end.
+_EDITS: dict[str, Callable[[random.Random, int, int, int, bytes], tuple[int, int, bytes]]] = {
+    "cut off": lambda _, at, length, size, there: (at, size, b""),
+    "take out": lambda _, at, length, size, there: (at, at + length, b""),
+    "zero": lambda _, at, length, size, there: (at, at + length, bytes(len(there))),
+    "repeat": lambda _, at, length, size, there: (at, at, there),
+    "put in": lambda chosen, at, length, size, there: (at, at, chosen.randbytes(length)),
+    "add": lambda chosen, at, length, size, there: (size, size, chosen.choice([b"\0", b" ", b"x", b"\n---\n"]) * length),
+    "empty": lambda _, at, length, size, there: (0, size, b""),
+    "bom": lambda _, at, length, size, there: (0, 0, b"\xef\xbb\xbf"),
+    "latin": lambda _, at, length, size, there: (at, at, "café".encode("latin-1")),
+}
 
 
 def _place(chosen: random.Random, path: Path) -> str:
@@ -175,11 +173,14 @@ def _yaml(chosen: random.Random, path: Path) -> str:
     return what
 
 
+_BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(
+    f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
 _LINES = (
-    "x: 2024-13-45", "x: !!timestamp 2024-13-45", "x: !!int x", "x: !!binary %%%", "x: !!python/name:os.system", "x: &a [*a]", "? [a]\n: b",
-    "x: !!set {a}", "<<: [1]", "<<: *a", "a: &a {b: *a}", "\t- x", "%YAML 9.9", "...", "---", "x: |\n  y\n z", "- 1", "x: 1: 2", "@", "x: 0x" + "f" * 400,
-    "x: .nan", "x: 1_000_000", "x: ~", "x: '", 'x: "\\ud800"', "x: \x07", "x: " + "{a: " * 200 + "1" + "}" * 200,
-    "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+    "x: 2024-13-45", "x: !!timestamp 2024-13-45", "x: !!int x", "x: !!binary %%%", "x: !!python/name:os.system", "x: &a [*a]",
+    "? [a]\n: b", "x: !!set {a}", "<<: [1]", "<<: *a", "a: &a {b: *a}", "\t- x", "%YAML 9.9", "...", "---", "x: |\n  y\n z",
+    "- 1", "x: 1: 2", "@", "x: 0x" + "f" * 400, "x: .nan", "x: 1_000_000", "x: ~", "x: '", 'x: "\\ud800"', "x: \x07",
+    "x: " + "{a: " * 200 + "1" + "}" * 200, _BOMB,
 )  # fmt: skip
 
 
@@ -205,37 +206,38 @@ def _header(chosen: random.Random, path: Path) -> str:
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     names = [n for n in header if n != "__metadata__"]
     one, other = chosen.choice(names), chosen.choice(names)
-    kind = chosen.choice(
-        ["value", "value", "value", "same place", "twice", "hole", "name", "shape", "dtype", "floats", "swap", "length"]
-    )
+    kind = chosen.choice(["value", "value", "value", "hole", "swap", "name", *_FIELDS, "twice", "length"])
     if kind == "value":
         header, what = _changed(chosen, header)
         kind += f" {what}"
-    elif kind == "same place":
-        header[one]["data_offsets"] = header[other]["data_offsets"]
     elif kind == "hole":
         body += bytes(8)
         header[one]["data_offsets"] = [n + 8 for n in header[one]["data_offsets"]]
-    elif kind == "name":
-        header[chosen.choice([other, f"{one}x", one.replace("lora_A", "lora_B"), "", "x" * 3000, one.upper()])] = header.pop(
-            one
-        )
-    elif kind == "shape":
-        header[one]["shape"] = chosen.choice(
-            [header[one]["shape"][::-1], [1, *header[one]["shape"]], [0], [2**40, 2**40], [-1]]
-        )
-    elif kind == "dtype":
-        header[one]["dtype"] = chosen.choice(["I32", "F16", "BF16", "F64", "F8_E4M3", "U8", "BOOL", "Q4", "", "f32"])
-    elif kind == "floats":
-        header[one]["shape"] = [float(n) for n in header[one]["shape"]]
     elif kind == "swap":
         header[one], header[other] = header[other], header[one]
+    elif kind == "name":
+        new = chosen.choice([other, f"{one}x", one.replace("lora_A", "lora_B"), "", "x" * 3000, one.upper()])
+        header[new] = header.pop(one)
+    elif kind in _FIELDS:
+        header[one] |= _FIELDS[kind](chosen, header[one], header[other])
     text = _unquoted(json.dumps(header)).encode()
     if kind == "twice":
         text = text[:-1] + b"," + json.dumps(one).encode() + b":" + json.dumps(header[other]).encode() + b"}"
     size = chosen.choice([0, 1, len(text) - 1, 2**63, 2**32, len(text) + 9]) if kind == "length" else len(text)
     path.write_bytes(struct.pack("<Q", size) + text + body)
     return f"header: {kind} of {one[:60]}"
+
+
+_DTYPES = ("I32", "F16", "BF16", "F64", "F8_E4M3", "U8", "BOOL", "Q4", "", "f32")
+#: What is said of one tensor, in place of what is true.
+_FIELDS: dict[str, Callable[[random.Random, dict[str, Any], dict[str, Any]], dict[str, Any]]] = {
+    "same place": lambda _, one, other: {"data_offsets": other["data_offsets"]},
+    "shape": lambda chosen, one, other: {
+        "shape": chosen.choice([one["shape"][::-1], [1, *one["shape"]], [0], [2**40, 2**40], [-1], other["shape"]])
+    },
+    "dtype": lambda chosen, one, other: {"dtype": chosen.choice(_DTYPES)},
+    "floats": lambda _, one, other: {"shape": [float(n) for n in one["shape"]]},
+}
 
 
 def _values(chosen: random.Random, path: Path) -> str:
@@ -253,17 +255,9 @@ def _values(chosen: random.Random, path: Path) -> str:
 def _archive(chosen: random.Random, path: Path) -> str:
     tensors = torch.load(path, weights_only=True)
     name = chosen.choice(list(tensors))
-    tensor = tensors[name]
-    kind = chosen.choice(
-        ["sparse", "meta", "parameter", "expanded", "number", "nested", "turned", "old", "packed", "lie", "list", "int"]
-    )
-    changes = {
-        "sparse": lambda: tensor.to_sparse(), "meta": lambda: tensor.to("meta"), "parameter": lambda: torch.nn.Parameter(tensor),
-        "expanded": lambda: torch.ones(1).expand(tensor.shape), "number": lambda: 3, "nested": lambda: {"a": tensor},
-        "turned": lambda: tensor.T.contiguous().T, "int": lambda: tensor.int(),
-    }  # fmt: skip
-    if kind in changes:
-        tensors[name] = changes[kind]()
+    kind = chosen.choice([*_ENTRIES, "old", "packed", "lie", "list"])
+    if kind in _ENTRIES:
+        tensors[name] = _ENTRIES[kind](tensors[name])
     torch.save([*tensors.values()] if kind == "list" else tensors, path, _use_new_zipfile_serialization=kind != "old")
     if kind in ("packed", "lie"):
         saved = io.BytesIO(path.read_bytes())
@@ -274,3 +268,16 @@ def _archive(chosen: random.Random, path: Path) -> str:
                 shorter = kind == "lie" and "/data/" in entry.filename and chosen.random() < 0.3
                 after.writestr(entry.filename, content[: len(content) // 2] if shorter else content)
     return f"{kind} {name[:60]}"
+
+
+#: What stands in place of a tensor.
+_ENTRIES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "sparse": lambda tensor: tensor.to_sparse(),
+    "meta": lambda tensor: tensor.to("meta"),
+    "parameter": torch.nn.Parameter,
+    "expanded": lambda tensor: torch.ones(1).expand(tensor.shape),
+    "number": lambda tensor: 3,
+    "nested": lambda tensor: {"a": tensor},
+    "turned": lambda tensor: tensor.T.contiguous().T,
+    "int": lambda tensor: tensor.int(),
+}

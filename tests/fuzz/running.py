@@ -31,6 +31,10 @@ _MOST_MEMORY = 1 << 30  # bytes that one command may add to the largest size of 
 _LEFTOVERS = re.compile(r"(^|/)\.(?!out\.baking|scores|index\.json\.lock)[^/]*(staging|baking|tmp|old)")
 
 
+#: Refusals that are right without a file's name: what comes after the files were read.
+_SAID = {"push": ("HF_HUB_OFFLINE",), "verify": ("not verified",), "sft": ("cannot be a repository", "HF_HUB_OFFLINE")}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of one corruption.
@@ -112,9 +116,11 @@ def judge(command: Command, folder: Path, target: Path, code: int | str | None, 
     if code == 2:
         if partial := sorted(name for name in new if name.startswith(("out/", "page.html"))):
             return f"refused, and written all the same: {partial[:3]}"
-        here = {target.name, target.parent.name, str(target.relative_to(folder))}
-        offline = command.words[0] == "push" and "HF_HUB_OFFLINE" in said
-        return None if offline or any(name in said for name in here) else "a refusal that names no file"
+        if any(words in said for words in _SAID.get(command.words[0], ())):
+            return None
+        stem = [target.stem] if target.suffix == ".yaml" else []  # tasks are spoken of by their names
+        here = {target.name, target.parent.name, str(target.relative_to(folder)), *stem}
+        return None if any(name in said for name in here) else "a refusal that names no file"
     return _compare(folder, command) if command.exact else None
 
 

@@ -55,7 +55,13 @@ def _in(folder: str, names: Sequence[str]) -> tuple[str, ...]:
 
 
 COMMANDS = (
-    Command(("merge", "first", "second", "--weights", "0.7", "-0.3", *OUT), _in("first", ADAPTER), ("first", "second"), 14, exact=True),
+    Command(
+        ("merge", "first", "second", "--weights", "0.7", "-0.3", *OUT),
+        _in("first", ADAPTER),
+        ("first", "second"),
+        14,
+        exact=True,
+    ),
     Command(("merge", "pickled", "second", *OUT), ("pickled/adapter_model.bin",), ("pickled", "second"), 8, exact=True),
     Command(("merge", "first", "second", "--method", "ties", *OUT), _in("first", ADAPTER), ("first", "second"), 3),
     Command(("merge", "first", "second", "--method", "tsv", *OUT), _in("first", ADAPTER), ("first", "second"), 2),
@@ -65,21 +71,47 @@ COMMANDS = (
     Command(("merge", "mergekit.yaml", *OUT), ("mergekit.yaml",), ("first", "second", "mergekit.yaml"), 3),
     Command(
         ("merge", "first", "second", "--method", "regmean", "--moments", "moments", *OUT),
-        ("moments/first.safetensors",), ("first", "second", "moments"), 5,
+        ("moments/first.safetensors",),
+        ("first", "second", "moments"),
+        5,
     ),
-    Command(("merge", "dora", "second", "--base-id", "base", *OUT), _in("base", BASE[:2]) + _in("dora", ADAPTER), ("dora", "second", "base"), 5),
-    Command(("merge", "merged", "--add", "third=second", *OUT), _in("merged", ("plait.lock", "merge_metadata.json")), ("first", "second", "merged"), 2),
+    Command(
+        ("merge", "dora", "second", "--base-id", "base", *OUT),
+        _in("base", BASE[:2]) + _in("dora", ADAPTER),
+        ("dora", "second", "base"),
+        5,
+    ),
+    Command(
+        ("merge", "merged", "--add", "third=second", *OUT),
+        _in("merged", ("plait.lock", "merge_metadata.json")),
+        ("first", "second", "merged"),
+        2,
+    ),
     Command(("inspect", "first", "second"), _in("first", ADAPTER), ("first", "second"), 4),
     Command(("compress", "first", "--rank", "1", *OUT), _in("first", ADAPTER), ("first",), 3),
-    Command(("bake", "first", "second", "--base-id", "base", *OUT), _in("base", BASE + TOKENIZER), ("first", "second", "base"), 8),
+    Command(
+        ("bake", "first", "second", "--base-id", "base", *OUT), _in("base", BASE + TOKENIZER), ("first", "second", "base"), 8
+    ),
     Command(
         ("bake", "first", "second", "--base-id", "sharded", *OUT),
-        ("sharded/model.safetensors.index.json", "sharded/model-00001-of-*.safetensors"), ("first", "second", "sharded"), 6,
+        ("sharded/model.safetensors.index.json", "sharded/model-00001-of-*.safetensors"),
+        ("first", "second", "sharded"),
+        6,
     ),
-    Command(("bake", "first", "second", "--base-id", "base", *OUT), (".out.baking/journal.jsonl",), ("first", "second", "base", ".out.baking"), 4),
+    Command(
+        ("bake", "first", "second", "--base-id", "base", *OUT),
+        (".out.baking/journal.jsonl",),
+        ("first", "second", "base", ".out.baking"),
+        4,
+    ),
     Command(("un-bake", "baked", "first", *OUT), _in("baked", ("plait.lock", *BASE)), ("baked", "first"), 4),
     Command(("extract", "base", "tuned", "--rank", "2", *OUT), _in("base", BASE) + _in("tuned", BASE), ("base", "tuned"), 5),
-    Command(("verify", "merged"), _in("merged", ("plait.lock", "merge_metadata.json", "README.md", "adapter_config.json")), ("merged", "first", "second"), 5),
+    Command(
+        ("verify", "merged"),
+        _in("merged", ("plait.lock", "merge_metadata.json", "README.md", "adapter_config.json")),
+        ("merged", "first", "second"),
+        5,
+    ),
     Command(("verify", "merged", "--rebuild"), ("merged/plait.lock", *_in("first", ADAPTER)), ("merged", "first", "second"), 3),
     Command(("push", "merged", "org/name"), _in("merged", ("plait.lock", "merge_metadata.json", "README.md")), ("merged",), 3),
     Command(("recipe", "check", "recipe.yaml"), ("recipe.yaml",), ("recipe.yaml", "first", "second"), 5),
@@ -88,18 +120,39 @@ COMMANDS = (
     Command(("tasks", "check", "tasks/sort.yaml", "--base-id", "base"), _in("base", TOKENIZER), ("tasks", "base"), 3),
     Command(
         ("eval", "sort=first", "--base-id", "base", "--tasks", "tasks/sort.yaml", "--workspace", "ws"),
-        ("tasks/sort.yaml", "tasks/sort/test.jsonl", *_in("base", BASE + TOKENIZER), *_in("first", ADAPTER)), ("first", "base", "tasks"), 4,
+        ("tasks/sort.yaml", "tasks/sort/test.jsonl", *_in("base", BASE + TOKENIZER), *_in("first", ADAPTER)),
+        ("first", "base", "tasks"),
+        4,
     ),
     Command(
         ("eval", "sort=first", "--base-id", "base", "--tasks", "tasks/sort.yaml", "--workspace", "ws"),
-        ("ws/.scores/*.json", "ws/merged/*/*/eval/index.json"), ("first", "base", "tasks", "ws"), 3,
+        ("ws/.scores/*.json", "ws/merged/*/*/eval/index.json"),
+        ("first", "base", "tasks", "ws"),
+        3,
     ),
-    Command(("report", "ws/run", "-o", "page.html"), ("ws/run/eval_results_test.json", "merged/merge_metadata.json"), ("ws", "merged", "first"), 5),
-    Command(("report", "merged", "-o", "page.html"), _in("merged", ("plait.lock", "merge_metadata.json")), ("merged", "first"), 3),
-    Command(("train", "phases.yaml", "-o", "runs", "--dry-run"), ("phases.yaml", "tasks/sort/test.jsonl", *_in("base", BASE[:2])), ("phases.yaml", "tasks", "base"), 3),
-    Command(("train", "phases.yaml", "-o", "runs", "--dry-run"), ("runs/train.json", "runs/phases/sort/training.json"), ("phases.yaml", "tasks", "base", "runs"), 2),
+    Command(
+        ("report", "ws/run", "-o", "page.html"),
+        ("ws/run/eval_results_test.json", "merged/merge_metadata.json"),
+        ("ws", "merged", "first"),
+        5,
+    ),
+    Command(
+        ("report", "merged", "-o", "page.html"), _in("merged", ("plait.lock", "merge_metadata.json")), ("merged", "first"), 3
+    ),
+    Command(
+        ("train", "phases.yaml", "-o", "runs", "--dry-run"),
+        ("phases.yaml", "tasks/sort/test.jsonl", *_in("base", BASE[:2])),
+        ("phases.yaml", "tasks", "base"),
+        3,
+    ),
+    Command(
+        ("train", "phases.yaml", "-o", "runs", "--dry-run"),
+        ("runs/train.json", "runs/phases/sort/training.json"),
+        ("phases.yaml", "tasks", "base", "runs"),
+        2,
+    ),
     Command(("sft", "--config", "sft.yaml", "--dry_run"), ("sft.yaml", "rows.jsonl"), ("sft.yaml", "rows.jsonl", "base"), 3),
-)  # fmt: skip
+)
 
 
 def build(folder: Path) -> None:
@@ -156,8 +209,10 @@ def _documents(folder: Path) -> None:
         json.dumps({"version": 1, "adapters": adapters, "method": {"name": "linear"}}, indent=1)
     )
     (folder / "mergekit.yaml").write_text(
-        "merge_method: dare_ties\nbase_model: ./base\nmodels:\n  - model: ./base+./first\n    parameters: {weight: 0.5, density: 0.5}\n"
-        "  - model: ./base+./second\n    parameters: {weight: [0.1, 0.9], density: 0.5}\nparameters: {normalize: false}\ndtype: float32\n"
+        "merge_method: dare_ties\nbase_model: ./base\nmodels:\n"
+        "  - model: ./base+./first\n    parameters: {weight: 0.5, density: 0.5}\n"
+        "  - model: ./base+./second\n    parameters: {weight: [0.1, 0.9], density: 0.5}\n"
+        "parameters: {normalize: false}\ndtype: float32\n"
     )
     (folder / "phases.yaml").write_text(
         "base_model: ./base\nlora: {r: 4, alpha: 8, targets: [q_proj, v_proj]}\n"

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from plait.errors import AdapterError
-from plait.parsing import shown
+from plait.parsing import open_bytes, shown
 
 #: Bits of a value, by the name of its dtype.
 BITS = {
@@ -59,11 +59,8 @@ def read_header(path: Path) -> Header:
         AdapterError: there is no such file, it is cut off, or it is not safetensors.
     """
     try:
-        found = path.stat()
-        size = found.st_size
-        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for without an end
-            raise AdapterError(f"{path}: not a regular file. {_AGAIN}")
-        with path.open("rb") as file:
+        with open_bytes(path) as file:
+            size = os.fstat(file.fileno()).st_size
             lead = file.read(8)
             length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else 0
             if not 2 <= length <= min(_LONGEST, max(0, size - 8)):
@@ -115,7 +112,9 @@ def _parsed(raw: bytes) -> dict[str, Any]:
 
 def _is_plain(text: str, header: Any) -> bool:
     """Say whether nothing in a header is given twice, escaped or no plain number, without looking at every part of it."""
-    entries = len(header) - ("__metadata__" in header) if isinstance(header, dict) else -1
+    if not isinstance(header, dict):
+        return True  # which is all that is wrong with it
+    entries = len(header) - ("__metadata__" in header)
     counts = {text.count(word) for word in ('"dtype"', '"shape"', '"data_offsets"')}
     odd = "\\" in text or "NaN" in text or "Infinity" in text or _MINUS_ZERO.search(text) is not None
     return counts == {entries} and text.count('"__metadata__"') <= 1 and not odd

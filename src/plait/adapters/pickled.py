@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import mmap
+import os
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from plait.adapters.header import BITS, TensorInfo, is_countable
 from plait.adapters.opcodes import Call, Name, PickleError, Reference, read_pickle
 from plait.adapters.tensorfile import TensorFile
 from plait.errors import AdapterError, collect
-from plait.parsing import kind_of, shown
+from plait.parsing import kind_of, open_bytes, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,8 +72,8 @@ class PickleFile(TensorFile):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
+            with open_bytes(path) as file:
+                size = os.fstat(file.fileno()).st_size
                 found = _Zip(file, size) if file.read(2) == b"PK" else _Old(file)
         except PickleError as error:
             raise AdapterError(f"{path}: not a file of tensors that plait can read: {error}. {_ADVICE}") from None

@@ -75,7 +75,8 @@ def survey(
         size = math.fsum(one for one, _ in looked)
         if not math.isfinite(size):
             raise PlanError(
-                f"{pair.name!r}: the difference holds NaN or infinite values, or overflows float32. One of the two models is "
+                f"{pairing.base.folder} and {pairing.tuned.folder}: {pair.name!r}: the "
+                f"difference holds NaN or infinite values, or overflows float32. One of the two models is "
                 "damaged, or its training diverged; use another checkpoint."
             )
         if size == 0 or not is_wanted:

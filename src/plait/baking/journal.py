@@ -50,8 +50,8 @@ class Workshop:
         """
         entries = _read(self._folder / _JOURNAL)
         if not entries or entries[0].get("digest") != digest:
-            shutil.rmtree(self.model, ignore_errors=True)
-            (self._folder / _JOURNAL).unlink(missing_ok=True)
+            _remove(self.model)
+            _remove(self._folder / _JOURNAL)
             self._note({"digest": digest})
             entries = []
         self.model.mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ class Workshop:
                 announce(f"{path} is made again: it is not as the earlier run that finished it has left it.")
         for path in self.model.iterdir():
             if path.name not in self.finished:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                _remove(path)
 
     def finish(self, shard: str, size: int, sha256: str) -> None:
         """Note a finished shard; it must be on disk already."""
@@ -111,6 +111,14 @@ def workshop(final: Path, *, force: bool) -> Iterator[Workshop]:
         finally:
             if not shop.finished:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove what may be there; what a link leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -19,14 +19,17 @@ from plait.baking.full import parameter_of
 from plait.baking.gaps import tensor_gap
 from plait.baking.pipeline import BakeResult, run_bake
 from plait.baking.plan import BakeOptions
-from plait.errors import PlanError, RecipeError
+from plait.errors import AdapterError, PlanError, RecipeError
 from plait.hub.download import resolve, resolve_model
 from plait.hub.references import parse_reference
 from plait.merging.progress import Progress
 from plait.merging.record import LOCK, read_lock
+from plait.parsing import as_record
 from plait.recipes.loading import build_recipe
+from plait.recipes.schema import Recipe
 from plait.records import Record, Shown
 
+_SAY_IT = "Say what is to be taken out: --weight."
 _PLAIN = ("linear", "cat", "task_arithmetic")  # a weight there is the coefficient
 
 
@@ -110,7 +113,7 @@ def _weight_of_lock(model: str, adapter: Adapter) -> float:
     """
     folder = resolve_model(model, files=("*.safetensors", "*.json", LOCK)).folder
     has_lock = os.path.lexists(folder / LOCK)
-    lock = read_lock(folder, advice="Say what is to be taken out: --weight.") if has_lock else None
+    lock = read_lock(folder, advice=_SAY_IT) if has_lock else None
     if lock is None or lock.kind != "bake":
         return 1.0
     file, digest = adapter.file.path.name, adapter.sha256()
@@ -120,13 +123,13 @@ def _weight_of_lock(model: str, adapter: Adapter) -> float:
             f"{model}: its {LOCK} says that {', '.join(map(repr, lock.inputs))} went into it, and {adapter.folder} is none of "
             "these. To subtract it all the same, give --weight."
         )
-    recipe = lock.recipe
-    if recipe["method"]["name"] not in _PLAIN or recipe["weights"] is not None or recipe["transforms"]:
+    recipe = as_record(Recipe, lock.recipe, str(folder / LOCK), AdapterError, what="a recipe", advice=_SAY_IT)
+    if recipe.method_name not in _PLAIN or recipe.weights is not None or recipe.transforms:
         raise PlanError(
             f"{model}: its {LOCK} says that {name!r} was not baked in as a plain weighted delta (method "
-            f"{recipe['method']['name']!r}); subtracting the adapter does not undo that. To do so all the same, give --weight."
+            f"{recipe.method_name!r}); subtracting the adapter does not undo that. To do so all the same, give --weight."
         )
-    found: float = next(a["weight"] for a in recipe["adapters"] if a["name"] == name) * recipe["scale"]
+    found = next(a.weight for a in recipe.adapters if a.name == name) * recipe.scale
     if found != 1:
         raise PlanError(f"{model}: its {LOCK} says that {name!r} was baked in with weight {found:g}; give --weight {found:g}.")
     return 1.0

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
 import plait
+from plait.errors import TaskError
 from plait.evaluation.files import write_atomically
 from plait.merging.record import library_versions, sha256
 from plait.notices import announce
+from plait.parsing import read_text
 from plait.records import Record
 from plait.tasks.metrics import Answer
 
@@ -65,10 +68,10 @@ class ScoreCache:
         if self._folder is None:
             return None
         file = self._folder / f"{key}.json"
-        try:
-            return Answers.model_validate_json(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not os.path.lexists(file):
             return None
+        try:
+            return Answers.model_validate_json(read_text(file, TaskError))
         except (OSError, ValueError) as error:  # not UTF-8, not JSON, or not answers
             announce(f"{file} does not hold whole answers ({type(error).__name__}); the model is asked again.")
             return None

@@ -99,7 +99,7 @@ def _bad_kind(kind: Plain) -> Problem:
     known = listed([repr(f"{LM_EVAL}NAME" if model is LmEval else name) for name, model in KINDS.items()], "or")
     if kind is None:
         return Problem(("kind",), f"'kind' is missing; it must be {known}.")
-    if kind in _NO_TEXT:
+    if isinstance(kind, str) and kind in _NO_TEXT:
         return Problem(
             ("kind",), f"kind is {show(kind)}: only tasks of text are covered, not {_NO_TEXT[kind]}. It may be {known}."
         )

@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 
 from plait.errors import TaskError, did_you_mean
 from plait.extras import optional
-from plait.parsing import parse_json
+from plait.parsing import parse_json, read_text
 from plait.recipes.evaluation import SplitName
 from plait.tasks.schema import RowTask, Split
 
+_MOST_BYTES = 4 << 30  # of a file with rows, which is read whole
 Row: TypeAlias = Mapping[str, Any]
 
 
@@ -77,14 +78,14 @@ def read_file(file: Path) -> list[Row]:
 
 def _jsonl(file: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_text(file, TaskError, most=_MOST_BYTES).split("\n"), 1):
         if line.strip():
             rows.append(_mapping(_parsed(line, file, number), f"{file}:{number}"))
     return rows
 
 
 def _json(file: Path) -> list[Row]:
-    data = _parsed(file.read_text(encoding="utf-8-sig"), file)
+    data = _parsed(read_text(file, TaskError, most=_MOST_BYTES), file)
     if not isinstance(data, list):
         raise TaskError(f"{file}: it must be a list of rows; one row per line is .jsonl.")
     return [_mapping(row, f"{file}: row {i}") for i, row in enumerate(data)]

@@ -93,13 +93,15 @@ def read_flags(argv: Sequence[str]) -> Flags:
     """
     words = list(argv)
     config: list[str] = []
+    place = "plait sft"
     for i, word in enumerate(words):
         if word == "--config" or word.startswith("--config="):
             path = word.partition("=")[2] or "".join(words[i + 1 : i + 2])
             config = list(_from_file(Path(path)))
+            place = f"plait sft, with {path}"
             del words[i : i + (1 if "=" in word else 2)]
             break
-    return _parsed([*config, *words])
+    return _parsed([*config, *words], place)
 
 
 def read_keywords(values: Mapping[str, Any]) -> Flags:
@@ -213,22 +215,22 @@ def _spelt(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
-def _parsed(words: Sequence[str]) -> Flags:
+def _parsed(words: Sequence[str], place: str = "plait sft") -> Flags:
     parser = _parser()
     trl = optional("trl", "train", "plait sft")
     try:
         space, rest = parser.parse_known_args(list(words))
     except (_Unclear, argparse.ArgumentTypeError) as error:
-        raise RecipeError(f"plait sft: {error}. `plait sft --help_all` lists every flag.") from None
+        raise RecipeError(f"{place}: {error}. `plait sft --help_all` lists every flag.") from None
     names = [word for action in parser._actions for word in action.option_strings]
     unknown = [word.partition("=")[0] for word in rest if word.startswith("-")] or list(rest)
     collect(
         RecipeError,
         [
-            f"{word}: there is no such flag.{did_you_mean(word, names)} `plait sft --help_all` lists every one."
+            f"{place}: {word}: there is no such flag.{did_you_mean(word, names)} `plait sft --help_all` lists every one."
             for word in unknown
         ],
-        "plait sft",
+        place,
     )
     trainer = frozenset(f.name for f in fields(trl.SFTConfig)) | {"warmup_ratio"}
     return Flags(vars(space), trainer, frozenset(f.name for f in fields(trl.ModelConfig)))

@@ -29,6 +29,7 @@ from plait.evaluation.files import write_atomically
 from plait.extras import require
 from plait.locking import locked
 from plait.merging.progress import Progress, Silent
+from plait.parsing import read_text
 from plait.training.attempts import Outcome, Watcher, in_turn
 from plait.training.estimate import estimate
 from plait.training.finishing import Judging, finish
@@ -145,7 +146,7 @@ def _alone(out: Path) -> AbstractContextManager[int | None]:
 def _before(out: Path) -> TrainResult | None:
     """Return what the last run wrote."""
     try:
-        return TrainResult.model_validate_json((out / RESULT).read_text(encoding="utf-8"))
+        return TrainResult.model_validate_json(read_text(out / RESULT, OutputError))
     except (OSError, ValueError):  # not UTF-8, not JSON, or of another version
         return None
 

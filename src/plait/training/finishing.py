@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from plait.errors import OutputError
 from plait.evaluation.card import put_results
 from plait.evaluation.contenders import merge_key
 from plait.evaluation.files import write_atomically
@@ -17,6 +18,7 @@ from plait.merging.inventory import take_inventory
 from plait.merging.pipeline import run_recipe
 from plait.merging.progress import Progress
 from plait.merging.staging import write_whole
+from plait.parsing import read_text
 from plait.recipes.writing import to_yaml
 from plait.reports.losses import CURVES, LossCurve, LossCurves
 from plait.reports.pipeline import make_report
@@ -115,7 +117,7 @@ def _judge(plan: TrainingPlan, before: TrainResult | None, judging: Judging, pro
     if before is not None and before.run is not None:
         file = plan.out / before.run / f"eval_results_{found.split}.json"
         try:
-            earlier = Evaluation.model_validate_json(file.read_text(encoding="utf-8"))
+            earlier = Evaluation.model_validate_json(read_text(file, OutputError))
         except (OSError, ValueError):  # not UTF-8, not JSON, or of another version
             earlier = None
         if earlier is not None and (earlier.tag, earlier.matrix, earlier.tasks) == (found.tag, found.matrix, found.tasks):

@@ -16,7 +16,7 @@ from plait.extras import optional
 from plait.folders import entries, file_in
 from plait.locking import in_use, locked
 from plait.merging.staging import output_problem
-from plait.parsing import read_object, shown
+from plait.parsing import read_object, read_text, shown
 from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, TrainingRecord
 from plait.verification.lock import check_files, read_lock
 
@@ -51,7 +51,7 @@ class JobFolder:
     def finished(self) -> TrainingRecord | None:
         """Return the record of this very job, where its result stands there as it was written."""
         try:
-            record = TrainingRecord.model_validate_json((self.path / RECORD).read_text(encoding="utf-8"))
+            record = TrainingRecord.model_validate_json(read_text(self.path / RECORD, OutputError))
             result = self.path / record.folder
             whole = all(file.state in ("equal", "extra") for file in check_files(result, read_lock(result)))
         except (OSError, ValueError):  # which PlaitErrors of a file are too

@@ -81,7 +81,9 @@ def located_recipe(lock: Lock, inputs: Mapping[str, FoundInput]) -> Recipe:
         return Recipe.model_validate(lock.recipe | {"adapters": adapters})
     except (ValidationError, KeyError, TypeError) as error:
         said = str(error).splitlines()[0]
-        raise RecipeError(f"the lock's recipe is of plait {lock.plait}, and this is {plait.__version__}: {said}.") from None
+        raise RecipeError(
+            f"plait.lock: its recipe is of plait {lock.plait}, and this is {plait.__version__}: {said}."
+        ) from None
 
 
 def compare(folder: Path, rebuilt: Path, lock: Lock) -> tuple[RebuiltFile, ...]:
