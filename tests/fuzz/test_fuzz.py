@@ -22,8 +22,7 @@ def world(tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("first", range(0, _SEEDS, _AT_ONCE))
-def test_a_damaged_file_is_refused_by_name_or_read_rightly(world, tmp_path, monkeypatch, first):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_damaged_file_is_refused_by_name_or_read_rightly(world, tmp_path, first):
     outcomes = [attempt(seed, world, tmp_path / "scratch") for seed in range(first, first + _AT_ONCE)]
     found = [f"seed {o.seed}: {o.finding}\n  {o.what}\n{o.said}" for o in outcomes if o.finding]
     assert not found, "\n".join(found)
