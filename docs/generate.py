@@ -3,13 +3,15 @@
 python docs/generate.py [--check]
 
 A page of docs/methods/ names its methods in a comment, `<!-- methods: ties della -->`, and gets their descriptions from the
-registry between that and `<!-- /methods -->`. README.md gets one table of all of them, in the order of the pages.
+registry between that and `<!-- /methods -->`. README.md gets one table of all of them, in the order of the pages, and one
+of the versions in constraints.txt and pyproject.toml.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ PAGES = ("linear", "elementwise", "spectral", "geometric", "solved", "compatibil
 _BLOCK = re.compile(r"(?<=<!-- methods: )([\w\s]+?)( -->\n).*?(?=<!-- /methods -->)", re.DOTALL)
 _WORDS = re.compile(r"(?<=<!-- words -->\n).*?(?=<!-- /words -->)", re.DOTALL)
 _TABLE = re.compile(r"(?<=<!-- methods -->\n).*?(?=<!-- /methods -->)", re.DOTALL)
+_VERSIONS = re.compile(r"(?<=<!-- versions -->\n).*?(?=<!-- /versions -->)", re.DOTALL)
 _RESULT = {"linear": "exact", "deltas": "exact", "entries": "exact in `core`, `knots`; dense in `delta`"}
 
 
@@ -83,10 +86,26 @@ def table() -> str:
     return head + "\n".join(rows) + "\n"
 
 
+def versions() -> str:
+    """Return which versions of what plait runs with are tested, and which it allows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: needs for name, needs in project["optional-dependencies"].items() if name not in ("demo", "dev")}
+    needed = {"": project["dependencies"], **extras}
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    rows = []
+    for name in sorted({need.split(">=")[0] for needs in needed.values() for need in needs}, key=str.lower):
+        pairs = ((extra, *need.split(">=")) for extra, needs in needed.items() for need in needs)
+        bounds = {extra: bound for extra, package, bound in pairs if package == name}
+        brought = "plait" if "" in bounds else ", ".join(f"`{extra}`" for extra in bounds)
+        rows.append(f"| {name} | {pins[name]} | {next(iter(bounds.values()))} | {brought} |")
+    return "\n".join(["", "| package | tested | oldest allowed | comes with |", "|---|---|---|---|", *rows, ""])
+
+
 def generated(path: Path) -> str:
     """Return a file with its generated parts made again."""
     text = path.read_text(encoding="utf-8")
     if path == README:
+        text = _VERSIONS.sub(lambda _: f"{versions()}\n", text)
         return _TABLE.sub(lambda _: f"\n{table()}\n", text)
     if path == OTHER_TOOLS:
         return _WORDS.sub(lambda _: f"\n{words()}\n", text)

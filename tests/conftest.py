@@ -20,6 +20,9 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL tells the Hub that it is use
 settings.register_profile("plait", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("plait")
 
+#: Set where everything that the tests need is installed (`.ci/run`): a skipped test is a failure there.
+NOTHING_SKIPPED = "PLAIT_NOTHING_SKIPPED"
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
@@ -28,3 +31,14 @@ def pytest_runtest_setup() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (what libraries draw from)
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail where nothing may be skipped and something was."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not os.environ.get(NOTHING_SKIPPED) or session.exitstatus != pytest.ExitCode.OK:
+        return
+    if skipped := reporter.stats.get("skipped"):
+        reporter.write_line(f"{len(skipped)} skipped, and {NOTHING_SKIPPED} is set", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

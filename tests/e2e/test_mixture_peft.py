@@ -379,5 +379,5 @@ def peft_only_lora(folder: Path, out: Path) -> Path:
 
 def test_transformers_missing_is_said_with_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(PlaitError, match=r"a live model needs transformers\. .* 'plait\[eval\]'"):
+    with pytest.raises(PlaitError, match=r"a live model needs the package 'transformers': .* 'plait\[eval\]'"):
         Mixture.load("anywhere", [])

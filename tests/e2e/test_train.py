@@ -473,7 +473,7 @@ def test_encoders_with_heads(tmp_path, monkeypatch, whole):
 
 
 def test_on_ray(place):
-    ray = pytest.importorskip("ray")
+    ray = pytest.importorskip("ray", reason="Ray is not installed: `make .venv/.ray` installs it")
     ray.init(
         num_cpus=2,
         include_dashboard=False,

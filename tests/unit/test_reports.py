@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from html import escape, unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -24,6 +25,19 @@ from plait.reports.reading import Report, read_report
 from plait.reports.verdict import certainty, verdict
 from plait.testing import cohort
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+WIDTHS = (360, 500, 1200)  # of a phone, of a small window, of a desk
+_PROBE = """<script>addEventListener("load", () => {
+  document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(({contentWindow: frame}) => {
+    const root = frame.document.documentElement, all = what => [...frame.document.querySelectorAll(what)];
+    const widths = what => all(what).map(b => b.getBoundingClientRect().width);
+    return {
+      width: frame.innerWidth, needed: root.scrollWidth, bars: widths("#recovery .fill"), cells: widths(".cells i"),
+      hidden: all("#recovery ~ .scroll").map(t => t.scrollWidth - t.clientWidth)[0],
+      fetched: frame.performance.getEntriesByType("resource").length,
+    };
+  }));
+});</script>"""
 HOSTILE = "<script>document.title='broken'</script> & \"quoted\""
 
 
@@ -349,9 +363,10 @@ def test_a_page_is_replaced_only_when_asked(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.html", "run"]
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+@pytest.mark.skipif(BROWSER is None, reason="no browser: install Chromium (apt-get install chromium) to have the page drawn")
 def test_chromium_draws_it_without_errors_or_requests(sweep, tmp_path):
     """The page's own bars have widths, nothing is fetched, nothing is logged; at the width of a phone nothing sticks out."""
+    assert BROWSER is not None
     page = tmp_path / "r.html"
     cohort([(12, 10), (8, 12)], [2, 2], seed=3).save(tmp_path)
     recipe = {"adapters": [{"name": n, "path": str(tmp_path / n)} for n in ("adapter0", "adapter1")]}
@@ -359,32 +374,28 @@ def test_chromium_draws_it_without_errors_or_requests(sweep, tmp_path):
     tasks = (WHOLE.tasks[0].model_copy(update={"task": long}), *WHOLE.tasks[1:])
     found = WHOLE.model_copy(update={"recipe": recipe, "tasks": tasks})
     plait.report([run_folder(tmp_path / "run", found), sweep[0]], out=page)
-    probe = """<script>addEventListener("load", () => {
-      const widths = what => [...document.querySelectorAll(what)].map(b => b.getBoundingClientRect().width);
-      const bars = widths("#recovery .fill"), cells = widths(".cells i");
-      const wide = document.documentElement.scrollWidth > innerWidth;
-      const hidden = [...document.querySelectorAll("#recovery ~ .scroll")].map(t => t.scrollWidth - t.clientWidth)[0];
-      document.title = JSON.stringify({bars, cells, wide, hidden, fetched: performance.getEntriesByType("resource").length});
-    });</script>"""
-    probed = tmp_path / "probed.html"
-    probed.write_text(page.read_text().replace("</body>", f"{probe}</body>"))
+    frames = "".join(f'<iframe width={w} height=900 srcdoc="{escape(page.read_text())}"></iframe>' for w in WIDTHS)
+    frame = tmp_path / "frame.html"
+    frame.write_text(f"<!doctype html><meta charset=utf-8><title></title>{frames}{_PROBE}", encoding="utf-8")
     done = subprocess.run(
         [
-            *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
-            *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=500,900"),
+            *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
+            *("--disable-component-update", "--disable-sync", "--disable-quic", "--disable-dev-shm-usage"),
             f"--user-data-dir={tmp_path / 'profile'}",
-            *("--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom", probed.as_uri()),
+            *("--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom", frame.as_uri()),
         ],
         env={**os.environ, "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    found = re.search(r"<title>(.*?)</title>", done.stdout)
-    assert found is not None
-    told = json.loads(found[1])
-    assert told["fetched"] == 0
-    assert not told["wide"]
-    assert told["hidden"] == 0, "numbers pushed out of sight by a long name"
-    assert [width > 0 for width in told["bars"]] == [True, True, False]
-    assert len(told["cells"]) == 4 * 2, "four measures, two layers"
-    assert all(width > 50 for width in told["cells"])
     assert "CONSOLE" not in done.stderr
+    found = re.search(r"<title>(.+?)</title>", done.stdout)
+    assert found is not None
+    drawn = json.loads(unescape(found[1]))
+    assert [d["width"] for d in drawn] == list(WIDTHS)
+    for one in drawn:
+        assert one["fetched"] == 0
+        assert one["needed"] <= one["width"], "the page sticks out at the side"
+        assert one["hidden"] == 0, "numbers pushed out of sight by a long name"
+        assert [width > 0 for width in one["bars"]] == [True, True, False]
+        assert len(one["cells"]) == 4 * 2, "four measures, two layers"
+        assert all(width > 50 for width in one["cells"])

@@ -131,11 +131,11 @@ def train_cohort(
 
 
 def _check_places(places: Places) -> None:
-    require("plait train", {"train": PACKAGES, "ray": ["ray"] * (places.cluster is not None)})
     if places.workers is not None and places.workers < 1:
         raise RecipeError(f"--workers {places.workers}: at least one phase must run at a time.")
     if places.cluster is not None and places.cluster != "ray" and not places.cluster.startswith("ray://"):
         raise RecipeError(f"--cluster {places.cluster!r}: it must be 'ray' or 'ray://HOST:PORT'.")
+    require("plait train", {"train": PACKAGES, "ray": ["ray"] * (places.cluster is not None)})
 
 
 def _alone(out: Path) -> AbstractContextManager[int | None]:
