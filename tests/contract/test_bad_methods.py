@@ -231,6 +231,18 @@ def test_a_rank_that_is_taken_for_the_delta_is_found() -> None:
     check_property(subject_of(preset), "core", "gauge")
 
 
+def test_squares_in_float32_are_found() -> None:
+    """What plait gives is wide enough; a method that makes it narrow again is not."""
+
+    def shares(block, params):
+        energy = block.x.float().square().sum((1, 2))
+        return summed(block) * (energy / energy.sum()).max().to(block.x.dtype)
+
+    with pytest.raises(AssertionError, match=r"breaks 'extremes' .*: deltas of 1e30: model\.layers\.0\.proj differs by nan"):
+        check_property(subject_of(elementwise(shares)), "delta", "extremes")
+    check_property(subject_of(GOOD), "delta", "extremes")
+
+
 def test_undone_randomness_is_found() -> None:
     """Declared, but not there: the run record would lie."""
     subject = subject_of(replace(GOOD, randomised=True))

@@ -94,4 +94,4 @@ def test_no_row_is_lost() -> None:
     assert all("shared_init" in names for (_, space), names in covered.items() if space != "factors")
     presets = {label for label, _ in covered if isinstance(SUBJECTS[label].method, Preset)}
     assert {label for (label, _), names in covered.items() if "spelled" in names} == presets
-    assert len(CONTRACT) == 23
+    assert len(CONTRACT) == 24

@@ -80,7 +80,7 @@ class Combiner:
     def merge(self, module: str) -> list[Merged]:
         """Return the merged delta of every matrix of a module: low rank, or row blocks of a dense one."""
         pipeline, space = self.pipeline, self.recipe.space_name
-        stack = self.prepared.read(module)
+        stack = self.read(module)
         if pipeline.is_linear and space != "factors":
             c = self.coefficients(module).tolist()
             return [LowRank.concatenate(f.deltas, [x * s for x, s in zip(c, f.scalings, strict=True)]) for f in stack]
@@ -95,6 +95,13 @@ class Combiner:
             c = self._shares(module).tolist()
             merged = [LowRank.concatenate(site.deltas, c) for site in sites]
         return [self._finish(part, site) for part, site in zip(merged, sites, strict=True)]
+
+    def read(self, module: str) -> list[Factors]:
+        """Return a module's factors, with a remark where they are computed with otherwise than those of other modules."""
+        stack = self.prepared.read(module)
+        for extreme in self.prepared.extremes.get(module, ()):
+            self.remarks.add(module, extreme.note)
+        return stack
 
     def _finish(self, merged: Merged, site: Site) -> Merged:
         for stage in self.pipeline.post:

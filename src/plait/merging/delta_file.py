@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from plait.adapters.names import is_conv1d
 from plait.adapters.tensorwriter import Entry, TensorWriter
+from plait.merging.emit import rounded
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan
@@ -48,17 +49,18 @@ class DeltaFile:
             raise AssertionError(f"{merged.target!r} has no dense delta")
         name, shape = self._name(merged.target), self._shape(merged.target)
         if merged.bias is not None:
-            writer.write(f"{merged.target}.bias", merged.bias)
+            writer.write(f"{merged.target}.bias", rounded(merged.target, merged.bias, self._dtype))
         if merged.target in self._transposed:
-            writer.write(name, merged.dense[0].dense().mT)
+            writer.write(name, rounded(merged.target, merged.dense[0].dense(), self._dtype).mT)
             return
         layout = self._layouts[merged.target]
         for index, matrix in enumerate(merged.dense):
             if layout.kind == "experts":
-                writer.write(name, matrix.dense().reshape(1, *shape[1:]), row=index)
+                writer.write(name, rounded(merged.target, matrix.dense(), self._dtype).reshape(1, *shape[1:]), row=index)
                 continue
             for start, block in matrix:
-                writer.write(name, block.reshape(len(block), *shape[1:]), row=index * layout.d_out + start)
+                rows = rounded(merged.target, block, self._dtype)
+                writer.write(name, rows.reshape(len(block), *shape[1:]), row=index * layout.d_out + start)
 
     def _name(self, target: str) -> str:
         return target if self._layouts[target].kind == "experts" else f"{target}.weight"

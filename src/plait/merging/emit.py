@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
+from plait.errors import PlanError
 from plait.linalg.blocks import RowBlocks, truncated_svd
 from plait.linalg.factored import rank_for_energy
 from plait.linalg.keyed import Key
 from plait.merging.plan import DENSE_RANK_CAP
 from plait.spaces.base import Merged
+
+_WIDER = "write another dtype (bfloat16 or float32)"
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,22 @@ def _rank_at_energy(merged: Merged, energy: float, key: Key) -> int:
         if rank <= len(s) or len(s) == min(merged.shape):
             return min(rank, len(s))
         width *= 2
+
+
+def rounded(target: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of a merge in the output's dtype.
+
+    Raises:
+        PlanError: it overflows there, or vanishes.
+    """
+    cast = tensor.to(dtype)
+    name = str(dtype).removeprefix("torch.")
+    low, high = (float(x) for x in cast.aminmax()) if cast.numel() else (0.0, 0.0)  # one pass for all that is asked
+    if not math.isfinite(low + high):
+        raise PlanError(f"{target}: the merged values overflow in {name}; the weights or the scale are too large, or {_WIDER}.")
+    if low == high == 0 and bool(tensor.any()):
+        raise PlanError(f"{target}: the merged values are too small for {name} and vanish; {_WIDER}.")
+    return cast
 
 
 def as_blocks(merged: Merged) -> RowBlocks:

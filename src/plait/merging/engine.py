@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -26,11 +27,11 @@ from plait.merging.combine import Combiner, Statistics, pipeline_of
 from plait.merging.emit import Emitted, as_blocks, emit, rank_at_energy
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan, ModulePlan
-from plait.merging.prepared import Prepared
+from plait.merging.prepared import NeedsDouble, Prepared
 from plait.merging.progress import Progress
 from plait.spaces import SPACES
 from plait.spaces.base import Merged
-from plait.stages.base import GramCombine, Reduction
+from plait.stages.base import GramCombine, LinearCombine, Reduction
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -71,15 +72,24 @@ class Engine:
         self._workers = workers
         self._progress = progress
         self._has_bias = any(t.has_bias for a in inventory.adapters for t in a.targets.values())
+        self._side_by_side = _is_side_by_side(inventory, plan)
 
     def prepare(self) -> Combiner:
         """Make the surveys over the whole model that transforms and method need."""
+        try:
+            return self._prepare(of_one_width=False)
+        except NeedsDouble:
+            return self._prepare(of_one_width=True)
+
+    def _prepare(self, *, of_one_width: bool) -> Combiner:
+        recipe, moments, pipeline = self._inventory.recipe, self._inventory.moments, pipeline_of(self._inventory.recipe)
+        whole = any(survey.scope == "model" for survey in pipeline.surveys())
+        prepare = partial(Prepared, is_exact=self._side_by_side, whole=whole, of_one_width=of_one_width)
         with _pool(self._workers) as pool:
-            prepared = pool.submit(Prepared, self._inventory, self._progress).result()
+            prepared = pool.submit(prepare, self._inventory, self._progress).result()
             statistics: Statistics = ()
-            recipe, moments = self._inventory.recipe, self._inventory.moments
             gram = self._gram(Combiner(recipe, prepared, moments=moments), pool)  # of the deltas, so it waits for no survey
-            for survey in pipeline_of(recipe).surveys():
+            for survey in pipeline.surveys():
                 over_model = None
                 if survey.scope == "model":
                     over_model = self._survey(Combiner(recipe, prepared, statistics, gram, moments), survey.start, pool)
@@ -96,7 +106,8 @@ class Engine:
         def rank(module: ModulePlan) -> int:
             if self._inventory.base is not None:
                 return dora.rank_at_energy(*self._dora_sum(combiner, module.target), energy)
-            merged = _sound(module.target, combiner.merge(module.target))
+            with blaming(combiner, module.target):
+                merged = _sound(module.target, combiner.merge(module.target))
             return rank_at_energy(merged, energy, self._key(module.target))
 
         with _pool(self._workers) as pool:
@@ -112,7 +123,8 @@ class Engine:
 
         def work(module: ModulePlan) -> R:
             try:
-                return then(self._module(combiner, module.target, ranks[module.target]))
+                with blaming(combiner, module.target):
+                    return then(self._module(combiner, module.target, ranks[module.target]))
             except PlaitError:
                 raise
             except Exception as error:
@@ -130,7 +142,23 @@ class Engine:
             return MergedModule(target, None, dense, bias, None)
         if self._inventory.base is not None:
             return self._dora_module(combiner, target, rank, bias)
-        return MergedModule(target, emit(_sound(target, combiner.merge(target)), rank, key), None, bias, None)
+        emitted = emit(_sound(target, combiner.merge(target)), rank, key)
+        if self._side_by_side and not any(bool(s.b.any()) for s in emitted.slices):
+            self._check_zero(combiner, target)
+        return MergedModule(target, emitted, None, bias, None)
+
+    def _check_zero(self, combiner: Combiner, target: str) -> None:
+        """Make sure that a sum of factors side by side is zero because nothing is in it.
+
+        Raises:
+            PlanError: what is in it was lost in the multiplication with the weights.
+        """
+        for factors in combiner.prepared.read(target):
+            for c, s, delta in zip(combiner.coefficients(target).tolist(), factors.scalings, factors.deltas, strict=True):
+                if c * s != 0 and bool(delta.b.any()) and bool(delta.a.any()):
+                    raise PlanError(
+                        f"{target}: the weights or the scale are so small that the merged values vanish in float32."
+                    )
 
     def _dora_module(self, combiner: Combiner, target: str, rank: int, bias: Tensor | None) -> MergedModule:
         weight, total, gain = self._dora_sum(combiner, target)
@@ -146,16 +174,16 @@ class Engine:
         base = self._inventory.base
         if base is None:
             raise AssertionError("DoRA without a base passed the inventory")
+        (factors,) = combiner.read(target)
         layout = self._inventory.layouts[target]
         transposed = any(a.config.flag("fan_in_fan_out") for a in self._inventory.adapters if target in a.targets)
-        weight = base.matrix(target, layout, fan_in_fan_out=transposed, dtype=combiner.prepared.dtype)
+        weight = base.matrix(target, layout, fan_in_fan_out=transposed, dtype=factors.deltas[0].a.dtype)
         magnitudes = [
             a.read_part(target, "lora_magnitude_vector", weight.dtype)
             if target in a.targets and a.targets[target].is_dora
             else None
             for a in self._inventory.adapters
         ]
-        (factors,) = combiner.prepared.read(target)
         merged, gain = dora.merge_dora(target, weight, factors.scaled(), magnitudes, combiner.coefficients(target).tolist())
         _sound(target, [merged])
         return weight, merged, gain
@@ -212,6 +240,14 @@ class Engine:
             self._progress.finish()
 
 
+def _is_side_by_side(inventory: Inventory, plan: MergePlan) -> bool:
+    """Whether factors are only put side by side, so that nothing depends on the square of a value."""
+    recipe, pipeline = inventory.recipe, pipeline_of(inventory.recipe)
+    linear = isinstance(pipeline.combine, LinearCombine) and pipeline.is_linear and recipe.space_name != "factors"
+    whole = all(m.rank is not None and m.rank >= m.exact_rank for m in plan.modules) and recipe.output.energy is None
+    return linear and whole and not recipe.transforms and inventory.base is None
+
+
 def _sound(target: str, merged: list[Merged]) -> list[Merged]:
     """Return merged deltas as they are.
 
@@ -226,6 +262,18 @@ def _sound(target: str, merged: list[Merged]) -> list[Merged]:
         if not finite:
             raise PlanError(f"{target}: the merged values overflow; the weights or the scale are too large.")
     return merged
+
+
+@contextmanager
+def blaming(combiner: Combiner, target: str) -> Iterator[None]:
+    """Name the adapters with extreme values in errors about a target module that the block raises."""
+    try:
+        yield
+    except PlanError as error:
+        found = [str(e) for e in combiner.prepared.find_extremes(target)]
+        if not found:
+            raise
+        raise PlanError(f"{str(error).removesuffix('.')}: {'; '.join(found)}.") from None
 
 
 def _finite(x: Tensor) -> bool:

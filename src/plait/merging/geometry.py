@@ -24,6 +24,7 @@ from plait.adapters.lowrank import LowRank
 from plait.adapters.names import layer_key
 from plait.linalg.blocks import block_ranges
 from plait.linalg.factored import rank_for_energy
+from plait.merging.extremes import out_of_range
 
 Matrix = tuple[tuple[float | None, ...], ...]  # (T, T); None where a value is not defined
 _NULL = 1e-5  # directions of a factor below this share of its largest singular value are round-off
@@ -118,7 +119,10 @@ def row_overlaps(adapters: Sequence[Adapter], path: str) -> list[Overlap]:
 
 def _measure(adapters: Sequence[Adapter], path: str, dtype: torch.dtype, blocks: _Blocks) -> Measured:
     targets = {t: a.targets[path] for t, a in enumerate(adapters) if path in a.targets}
-    stacks = {t: [d.scaled(target.scaling) for d in adapters[t].read(path, dtype)] for t, target in targets.items()}
+    raw = {t: adapters[t].read(path, dtype) for t in targets}
+    if any(out_of_range(raw[t], target.scaling) is not None for t, target in targets.items()):
+        raw = {t: adapters[t].read(path, torch.float64) for t in targets}
+    stacks = {t: [d.scaled(target.scaling) for d in raw[t]] for t, target in targets.items()}
     powers = {t: [_squared_singular_values(delta) for delta in stack] for t, stack in stacks.items()}
     if len({target.layout for target in targets.values()}) > 1:
         return Measured(path, powers, None, [])

@@ -25,7 +25,7 @@ from plait.merging.combine import Combiner
 from plait.merging.compatibility import max_lora_rank
 from plait.merging.delta_file import NAME as DELTA
 from plait.merging.delta_file import DeltaFile
-from plait.merging.engine import Engine, MergedModule
+from plait.merging.engine import Engine, MergedModule, blaming
 from plait.merging.heads import main_heads, write_heads
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.moments import MomentsOf
@@ -153,7 +153,8 @@ def _write(
         dense = DeltaFile(inventory, plan)
         with TensorWriter(place / DELTA, dense.entries()) as writer:
             for merged in engine.run(combiner, ranks):
-                dense.write(merged, writer)
+                with blaming(combiner, merged.target):
+                    dense.write(merged, writer)
                 done.append(ModuleRecord(target=merged.target, rank=None, result="dense", energy=None, kept=1.0))
         return tuple(done), None, {DELTA: writer.sha256}
     portable = PortableAdapter(inventory, ranks, inventory.recipe.output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,13 +13,12 @@ from plait.adapters.experts import expert_keys
 from plait.adapters.layouts import Layout, uniform_rank
 from plait.adapters.names import PREFIX
 from plait.adapters.tensorwriter import Entry
-from plait.errors import PlanError
+from plait.merging.emit import rounded
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
 from plait.recipes.schema import Output
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_WIDER = "write another dtype (bfloat16 or float32)"
 _SELECTORS = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
 
 
@@ -79,7 +77,7 @@ class PortableAdapter:
         if merged.magnitude is not None:
             ones = (1,) * len(layout.kernel)
             found[names[3]] = merged.magnitude.reshape((1, -1, *ones[1:]) if layout.kind == "conv" else (-1,))
-        return {name: self._cast(merged.target, tensor) for name, tensor in found.items()}
+        return {name: rounded(merged.target, tensor, self._dtype) for name, tensor in found.items()}
 
     def config(self, declared_heads: Mapping[str, object]) -> dict[str, Any]:
         """Return `adapter_config.json`."""
@@ -109,23 +107,6 @@ class PortableAdapter:
             **declared_heads,
         }
         return dict(sorted(config.items()))
-
-    def _cast(self, target: str, tensor: Tensor) -> Tensor:
-        """Return a tensor in the output's dtype.
-
-        Raises:
-            PlanError: it overflows there, or vanishes.
-        """
-        cast = tensor.to(self._dtype)
-        name = str(self._dtype).removeprefix("torch.")
-        low, high = (float(x) for x in cast.aminmax()) if cast.numel() else (0.0, 0.0)  # one pass for all that is asked
-        if not math.isfinite(low + high):
-            raise PlanError(
-                f"{target}: the merged values overflow in {name}; the weights or the scale are too large, or {_WIDER}."
-            )
-        if low == high == 0 and bool(tensor.any()):
-            raise PlanError(f"{target}: the merged values are too small for {name} and vanish; {_WIDER}.")
-        return cast
 
     def _slice_rank(self, target: str) -> int:
         return self._ranks[target] // self._layouts[target].rank_unit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,9 +10,10 @@ import torch
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.lowrank import LowRank
+from plait.merging.extremes import Extreme, out_of_range
 from plait.merging.inventory import Inventory
 from plait.merging.progress import Progress
-from plait.merging.weighting import Towers, towers_of
+from plait.merging.weighting import Towers, module_weights, towers_of
 from plait.transforms import TRANSFORMS, Transform, TransformParams
 
 
@@ -34,21 +35,43 @@ class _Step:
     found: tuple[Mapping[str, Any], ...]  # per adapter
 
 
+class NeedsDouble(Exception):
+    """Some values need float64, and all target modules need one dtype."""
+
+
 class Prepared:
     """Reads factors and applies the recipe's transforms.
 
     Args:
         inventory: what there is.
         progress: told of the surveys that transforms need.
+        is_exact: nothing is squared: factors are written as they are, side by side.
+        whole: all target modules need one dtype, since magnitudes are compared over the model.
+        of_one_width: that one is float64.
+
+    Attributes:
+        dtype: float32, in which everything is computed; float64 where an adapter is stored so, or `of_one_width`.
+        extremes: target module → deltas that float32 does not suffice for, of the modules that have been read.
     """
 
-    def __init__(self, inventory: Inventory, progress: Progress) -> None:
+    def __init__(
+        self,
+        inventory: Inventory,
+        progress: Progress,
+        *,
+        is_exact: bool = False,
+        whole: bool = False,
+        of_one_width: bool = False,
+    ) -> None:
         self._inventory = inventory
         self.towers: Towers = towers_of(inventory.layouts)
         self._steps: list[_Step] = []
         adapters = inventory.adapters
         double = any("F64" in a.dtypes for a in adapters)
-        self.dtype = torch.float64 if double else torch.float32
+        self.dtype = torch.float64 if double or of_one_width else torch.float32
+        self._looks = not double and not is_exact
+        self._whole = whole and not of_one_width
+        self.extremes: dict[str, tuple[Extreme, ...]] = {}
         for params in inventory.recipe.transforms:
             transform = TRANSFORMS[str(params.name)]  # type: ignore[attr-defined]
             found: tuple[Mapping[str, Any], ...] = ({},) * len(adapters)
@@ -58,18 +81,41 @@ class Prepared:
                 progress.finish()
             self._steps.append(_Step(transform, params, found))
 
+    def find_extremes(self, module: str) -> tuple[Extreme, ...]:
+        """Return the deltas of a target module that float32 does not suffice for."""
+        return self._extremes(module, self._raw(module, torch.float32))
+
+    def _extremes(self, module: str, raw: Sequence[list[LowRank]]) -> tuple[Extreme, ...]:
+        weights = module_weights(self._inventory.recipe, module, self.towers).tolist()
+        found = []
+        for adapter, slices, weight in zip(self._inventory.adapters, raw, weights, strict=True):
+            size = out_of_range(slices, adapter.targets[module].scaling * weight) if slices else None
+            found += [] if size is None else [Extreme(module, adapter.name, size)]
+        return tuple(found)
+
     def read(self, module: str) -> list[Factors]:
-        """Return the factors of every matrix of a target module."""
-        layout = self._inventory.layouts[module]
+        """Return the factors of every matrix of a target module; in float64 where float32 does not suffice for some of them.
+
+        Raises:
+            NeedsDouble: it does not, and all target modules need one dtype.
+        """
+        layout, dtype = self._inventory.layouts[module], self.dtype
         scalings = tuple(a.targets[module].scaling if module in a.targets else 1.0 for a in self._inventory.adapters)
-        stacks = [self._slices(a, i, module) for i, a in enumerate(self._inventory.adapters)]
-        absent = [LowRank.zero((layout.d_out, layout.d_in), self.dtype)] * layout.stack
+        raw = self._raw(module, dtype)
+        if self._looks and (found := self._extremes(module, raw)):
+            if self._whole:
+                raise NeedsDouble
+            self.extremes[module] = found
+            dtype = torch.float64
+            raw = raw if dtype == self.dtype else self._raw(module, dtype)
+        stacks = [self._transformed(slices, i, module) for i, slices in enumerate(raw)]
+        absent = [LowRank.zero((layout.d_out, layout.d_in), dtype)] * layout.stack
         return [Factors(tuple(row), scalings) for row in zip(*(s or absent for s in stacks), strict=True)]
 
-    def _slices(self, adapter: Adapter, index: int, module: str) -> list[LowRank]:
-        if module not in adapter.targets:
-            return []
-        slices = adapter.read(module, self.dtype)
+    def _raw(self, module: str, dtype: torch.dtype) -> list[list[LowRank]]:
+        return [a.read(module, dtype) if module in a.targets else [] for a in self._inventory.adapters]
+
+    def _transformed(self, slices: list[LowRank], index: int, module: str) -> list[LowRank]:
         for step in self._steps:
             slices = [step.transform.apply(s, step.params, step.found[index].get(module)) for s in slices]
         return slices
@@ -77,6 +123,7 @@ class Prepared:
     def _energies(self, adapter: Adapter, index: int, progress: Progress) -> dict[str, float]:
         energies = {}
         for module, target in adapter.targets.items():
-            energies[module] = target.scaling**2 * sum(s.energy() for s in self._slices(adapter, index, module))
+            slices = self._transformed(adapter.read(module, self.dtype), index, module)
+            energies[module] = target.scaling**2 * sum(s.energy() for s in slices)
             progress.advance()
         return energies

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import PREFIX
 from plait.errors import AddressError, RecipeError
 from plait.hub.download import resolve_model
+from plait.merging.emit import rounded
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.heads import main_heads
 from plait.merging.inventory import Inventory, take_inventory
@@ -158,8 +158,12 @@ def _recipe(source: Any, settings: Mapping[str, Any]) -> tuple[Recipe, Path | No
 
 def _rounded(module: MergedModule, recipe: Recipe) -> MergedModule:
     dtype = DTYPES[recipe.output.dtype]
-    if dtype == torch.float32 or module.factors is None:
+    if module.factors is None or dtype == module.factors.slices[0].a.dtype:
         return module
-    slices = tuple(LowRank(s.a.to(dtype).to(s.a.dtype), s.b.to(dtype).to(s.b.dtype)) for s in module.factors.slices)
-    bias = None if module.bias is None else module.bias.to(dtype).to(module.bias.dtype)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return rounded(module.target, tensor, dtype).to(tensor.dtype)
+
+    slices = tuple(LowRank(cast(s.a), cast(s.b)) for s in module.factors.slices)
+    bias = None if module.bias is None else cast(module.bias)
     return replace(module, factors=replace(module.factors, slices=slices), bias=bias)

@@ -54,6 +54,22 @@ def degenerate(subject: Subject, space: str) -> Iterator[tuple[str, Cohort]]:
     yield "only one adapter has a module", alone
 
 
+def extreme(subject: Subject, space: str) -> Iterator[tuple[str, Cohort]]:
+    """Yield float32 cohorts whose deltas, or single entries, have squares that float32 does not hold."""
+    single = ordinary(subject, space, dtype=torch.float32)
+    first, module = next(iter(single.factors)), next(iter(single.shapes))
+
+    def one_entry(adapter: str, target: str, f: LowRank) -> LowRank:
+        b = f.b.clone()
+        b[0, 0] = torch.finfo(b.dtype).max if (adapter, target) == (first, module) else b[0, 0]
+        return LowRank(f.a, b)
+
+    yield "deltas of 1e30", single.scaled(1e30)
+    yield "deltas of 1e-30", single.map(lambda adapter, target, f: LowRank(f.a * 1e-12, f.b * 1e-18))
+    yield "one adapter of 1e20", single.map(lambda adapter, target, f: LowRank(f.a, f.b * (1e20 if adapter == first else 1)))
+    yield "one entry of 3.4e38", single.map(one_entry)
+
+
 def ranked(subject: Subject, space: str) -> Iterator[tuple[str, Cohort]]:
     """Yield cohorts whose ranks fit into their shapes, do not fit, and are not what they seem."""
     yield "shapes with room for all ranks", ordinary(subject, space)

@@ -24,7 +24,7 @@ from plait.merging.pipeline import run_recipe
 from plait.merging.record import LOCK
 from plait.methods import METHODS, Preset
 from plait.stages.base import StageParams
-from plait.testing.cases import ORDINARY, SMALL, degenerate, nearly_equal, ordinary, ranked
+from plait.testing.cases import ORDINARY, SMALL, degenerate, extreme, nearly_equal, ordinary, ranked
 from plait.testing.claims import Broken, case, close, identical, not_all_zero, require, sound
 from plait.testing.cohorts import cohort
 from plait.testing.parameters import parameter_problems
@@ -32,6 +32,7 @@ from plait.testing.subject import Subject, installed
 from plait.testing.watched import watched
 
 _RANK = 1e-9  # singular values below this share of the largest are round-off
+_SINGLE = 1e-5  # the round-off of float32, on the way through a few products
 _BOUND = 4.0  # a merge of adapters that all but agree is at most so many times Σ ‖wₜ ΔWₜ‖; rescaling at random doubles it
 
 
@@ -88,6 +89,15 @@ def nonzero(subject: Subject, space: str) -> None:
         with case("small shapes, nothing dropped"):
             for module, merged in subject.merge(ordinary(subject, space, SMALL), space, subject.identity).items():
                 not_all_zero({module: merged})
+
+
+def extremes(subject: Subject, space: str) -> None:
+    """Factors as large or as small as float32 holds merge as the same numbers in float64 do."""
+    for kind, adapters in extreme(subject, space):
+        with case(kind):
+            double = adapters.map(lambda adapter, module, f: f.to(torch.float64))
+            found = {module: x.double() for module, x in subject.merge(adapters, space).items()}
+            close(found, subject.merge(double, space), _SINGLE)
 
 
 def inputs(subject: Subject, space: str) -> None:
@@ -333,6 +343,7 @@ PROPERTIES: Mapping[str, Property] = {
         _row(shapes),
         _row(zero),
         _row(nonzero),
+        _row(extremes),
         _row(inputs),
         _row(global_state),
         _row(seed),

@@ -1,0 +1,111 @@
+"""Factors near the ends of float32: the right result, or a refusal that names module and adapter; never zeros."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import plait
+from plait.cli.main import main
+from plait.errors import PlanError
+
+MODULES = {f"model.layers.0.self_attn.{p}_proj": (12, 10) for p in "qkv"}
+
+
+def adapter(folder: Path, seed: int, *, b: float = 1.0, a: float = 1.0, entry: float | None = None) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for module, (rows, columns) in MODULES.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a * torch.randn(3, columns, generator=generator)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b * torch.randn(rows, 3, generator=generator)
+    if entry is not None:
+        tensors["base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight"][2, 1] = entry
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "base_model_name_or_path": "base", "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def deltas(folder: Path) -> dict[str, torch.Tensor]:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    scaling = config["lora_alpha"] / config["r"]
+    tensors = {n: t.double() for n, t in load_file(folder / "adapter_model.safetensors").items()}
+    names = [n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")]
+    return {n: scaling * tensors[f"{n}.lora_B.weight"] @ tensors[f"{n}.lora_A.weight"] for n in names}
+
+
+def run(*argv: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in argv])
+    return caught.value.code or 0
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter(tmp_path / "plain", 0)
+
+
+@pytest.mark.parametrize("settings", [{"b": 1e30}, {"a": 1e19, "b": 1e-25}, {"b": 1e-19, "a": 1e-19}, {"b": 1e-41}])
+@pytest.mark.parametrize("rank", ["auto", 3])
+def test_a_sum_is_the_sum_of_the_deltas(tmp_path, settings, rank):
+    adapter(tmp_path / "odd", 1, **settings)
+    result = plait.merge(["odd", "plain"], out="out", method="linear", rank=rank)
+    ours, first, second = (deltas(tmp_path / n) for n in ("out", "odd", "plain"))
+    for module, delta in ours.items():
+        whole = first[module] + second[module]
+        if rank == 3:
+            u, s, vh = torch.linalg.svd(whole)
+            whole = (u[:, :3] * s[:3]) @ vh[:3]
+        assert (delta - whole).norm() <= 1e-5 * whole.norm()
+    told = any("computed in float64" in note for note in result.record.notes)
+    assert told == (rank == 3), "what is only put side by side needs no squares"
+
+
+@pytest.mark.parametrize("method", ["sce", "pcb", "tsv", "iso_c", "ties"])
+def test_a_method_gives_what_it_gives_for_the_same_numbers_of_ordinary_size(tmp_path, method):
+    for name, size in (("a", 1e30), ("b", 1e30), ("x", 1.0), ("y", 1.0)):
+        adapter(tmp_path / name, {"a": 1, "x": 1}.get(name, 2), b=size)
+    plait.merge(["a", "b"], out="large", method=method, rank=6)
+    plait.merge(["x", "y"], out="usual", method=method, rank=6)
+    usual = deltas(tmp_path / "usual")
+    for module, delta in deltas(tmp_path / "large").items():
+        assert usual[module].any()
+        assert (delta * 1e-30 - usual[module]).norm() <= 1e-4 * usual[module].norm()
+
+
+def test_one_entry_at_the_end_of_float32(tmp_path, capsys):
+    adapter(tmp_path / "odd", 1, entry=3.4e38)
+    for method in ("tsv", "sce"):
+        assert run("merge", "odd", "plain", "--method", method, "-o", f"out-{method}") == 0
+        assert all(torch.isfinite(d).all() and d.any() for d in deltas(tmp_path / f"out-{method}").values())
+        assert "computed in float64, since adapter 'odd' has extreme values: 1 target modules" in " ".join(
+            capsys.readouterr().err.split()
+        )
+    assert run("inspect", "odd", "plain") == 0
+    assert run("compress", "odd", "--energy", "0.9", "-o", "small") == 0
+
+
+@pytest.mark.parametrize(
+    "output", [{}, {"rank": 2, "method": "ties", "dtype": "float16"}, {"kind": "delta", "dtype": "float16"}]
+)
+def test_what_overflows_names_module_and_adapter(tmp_path, output):
+    adapter(tmp_path / "odd", 1, entry=3.4e38)
+    said = r"k_proj: the merged values overflow.*: adapter 'odd' has values of the order of 3\.4e\+38 there\.$"
+    with pytest.raises(PlanError, match=said):
+        plait.merge(["odd", "plain"], out="out", **output)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_leave_nothing_are_refused(tmp_path):
+    adapter(tmp_path / "odd", 1, b=1e-38)
+    said = r"k_proj: the weights or the scale are so small that the merged values vanish in float32: adapter 'odd' has"
+    with pytest.raises(PlanError, match=said):
+        plait.merge(["odd"], out="out", method="linear", weights=[1e-10])
+    adapter(tmp_path / "untrained", 2, b=0.0)
+    plait.merge(["untrained"], out="zero", method="linear")
