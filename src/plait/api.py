@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from plait.adapters.adapter import WEIGHTS
 from plait.errors import RecipeError
 from plait.hub.references import parse_reference
 from plait.hub.upload import check_push
@@ -18,6 +19,7 @@ from plait.merging.moments import MomentsOf
 from plait.merging.pipeline import MergeResult, plan_recipe, run_recipe
 from plait.merging.plan import MergePlan
 from plait.merging.progress import Progress
+from plait.notices import announce
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.request import Adapters, base_from_here, read_request
 from plait.recipes.schema import Recipe
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from plait.verification.publish import Pushed
     from plait.verification.verify import Verification
 
+_SMALLER = 0.98  # of the bytes before: less than that is saved by headers alone
 Written = TypeVar("Written", MergeResult, "BakeResult")
 Source = Recipe | str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 
@@ -220,7 +223,9 @@ def compress(
     name = reference.default_name()
     heads = {"policy": "from", "adapter": name}
     source = {name: reference.address}
-    return merge(source, out=out, force=force, workers=workers, progress=progress, rank=rank, heads=heads, **settings)
+    result = merge(source, out=out, force=force, workers=workers, progress=progress, rank=rank, heads=heads, **settings)
+    _say_if_not_smaller(result, reference.address)
+    return result
 
 
 def extract(
@@ -624,6 +629,28 @@ def train(  # noqa: PLR0913 (what a command line takes)
         watcher=watcher,
         progress=progress,
     )
+
+
+def _say_if_not_smaller(result: MergeResult, adapter: str) -> None:
+    """Announce that a compressed adapter has hardly fewer bytes than it had, and what would have."""
+    (opened,) = open_adapters([(None, adapter)])[1]
+    before = opened.file.path.stat().st_size
+    after = (result.folder / WEIGHTS).stat().st_size
+    if after < _SMALLER * before:
+        return
+    ranks = {m.target: m.rank or 0 for m in result.record.modules}
+    largest = max(ranks.values(), default=0)
+    size = {"float32": 4}.get(result.record.recipe["output"]["dtype"], 2)
+    padding = sum((largest - ranks[m.target]) * sum(m.shape) * m.stack * size for m in result.plan.modules)
+    text = f"the adapter is not smaller than it was: {after / 1e6:.1f} MB, before {before / 1e6:.1f} MB."
+    if result.record.recipe["output"]["layout"] == "uniform" and after - padding < _SMALLER * before:
+        text += (
+            f" Every module is stored with the largest rank, {largest}: with --layout pattern (layout='pattern') it has "
+            f"{(after - padding) / 1e6:.1f} MB."
+        )
+    else:
+        text += " Choose a lower rank or energy, or --dtype bfloat16."
+    announce(text)
 
 
 def _pushed(result: Written, repo: str, *, private: bool) -> Written:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from pathlib import Path
 
-_OWN = str(Path(__file__).parent)
+_OWN = str(Path(__file__).parent) + os.sep
 _announced: set[str] = set()
 
 
@@ -27,7 +28,7 @@ def announce(text: str, *, once: str | None = None) -> None:
     if about in _announced:
         return
     _announced.add(about)
-    warnings.warn(text, PlaitWarning, stacklevel=_frames_within())
+    warnings.warn(text, PlaitWarning, stacklevel=frames_within())
 
 
 def forget() -> None:
@@ -35,8 +36,8 @@ def forget() -> None:
     _announced.clear()
 
 
-def _frames_within() -> int:
-    """Return the stack level of the nearest caller outside plait, seen from `announce`."""
+def frames_within() -> int:
+    """Return the stack level of the nearest caller outside plait, as the function that asks gives it to `warnings.warn`."""
     frame = inspect.currentframe()
     frame = None if frame is None else frame.f_back
     level = 1

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     Model = TypeVar("Model", bound=BaseModel)
 
+#: What Git puts in the place of a file that was not fetched.
+_POINTER = b"version https://git-lfs.github.com/spec/"
 MOST_BYTES = 64 << 20  # of a text that is read whole; the largest index of a model has 20 MB
 MOST_LEVELS = 100  # of lists and mappings in each other
 MOST_BITS = 1023  # of a whole number: it is still a float
@@ -49,6 +51,8 @@ def read_text(path: Path, error: type[PlaitError], *, advice: str = "", most: in
     """
     try:
         data = _contents(path, most + 1)
+        if problem := pointer_problem(data):
+            raise error(f"{path}: {problem}")
         if len(data) > most:
             raise error(f"{path}: larger than {most >> 20} MB, which no such file is.{_then(advice)}")
         return data.decode("utf-8-sig")
@@ -101,6 +105,17 @@ def _contents(path: Path, most: int) -> bytes:
         while len(data) < most and (more := pipe.read(most - len(data))):
             data += more
         return bytes(data)
+
+
+def pointer_problem(head: bytes) -> str | None:
+    """Say that a file begins as a Git LFS pointer does, and what to do; None where it does not.
+
+    Args:
+        head: 40 bytes or more.
+    """
+    if not head.startswith(_POINTER):
+        return None
+    return "a Git LFS pointer, which stands in the place of the file itself. Fetch that: git lfs pull."
 
 
 def read_json(path: Path, error: type[PlaitError], *, advice: str = "", constants: bool = False) -> Any:

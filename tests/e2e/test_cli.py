@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
 
 from plait import __version__
+from plait.cli.evaluate import show_evaluation
 from plait.cli.main import _join_lists, main
+from plait.evaluation.record import Evaluation
 from plait.methods import METHODS
+from plait.notices import forget
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "adapters"
 PAIR = [f"sentiment={DEMO / 'sentiment'}", f"langid={DEMO / 'langid'}"]
@@ -187,3 +191,45 @@ def test_traceback_on_request(capsys, tmp_path, monkeypatch):
 )
 def test_weights_may_stand_apart(given, joined):
     assert _join_lists(given) == joined
+
+
+def test_a_compression_that_saves_nothing_says_what_would(capsys, tmp_path):
+    adapter = DEMO / "sentiment"
+    _, err = run(capsys, "compress", adapter, "--energy", "0.99", "-o", tmp_path / "same")
+    assert "the adapter is not smaller than it was" in " ".join(err.split())
+    assert "--layout pattern" in err
+    promised = float(re.search(r"it has ([\d.]+) MB", " ".join(err.split()))[1])
+    _, err = run(capsys, "compress", adapter, "--energy", "0.99", "--layout", "pattern", "-o", tmp_path / "less")
+    assert "not smaller" not in err
+    assert (tmp_path / "less" / "adapter_model.safetensors").stat().st_size / 1e6 == pytest.approx(promised, abs=0.1)
+    forget()
+    _, err = run(capsys, "compress", adapter, "--rank", "4", "-o", tmp_path / "half")
+    assert "not smaller" not in err
+
+
+def test_a_dry_run_shows_the_scale(capsys):
+    assert "scale 0.5" in run(capsys, "merge", *PAIR, "--method", "linear", "--scale", "0.5", "--dry-run")[0]
+    assert (
+        "scale" not in run(capsys, "merge", *PAIR, "--method", "linear", "--dry-run")[0].split("pipeline:")[1].splitlines()[0]
+    )
+
+
+def test_a_pointer_of_git_lfs_is_recognized(capsys, tmp_path):
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9823216\n"
+    for name, config in (("adapter_model.safetensors", True), ("adapter_model.bin", True), ("adapter_config.json", False)):
+        folder = tmp_path / name
+        folder.mkdir()
+        if config:
+            (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+        (folder / name).write_text(pointer)
+        _, err = run(capsys, "inspect", folder, code=2)
+        assert f"{folder / name}: a Git LFS pointer" in err
+        assert "git lfs pull" in err
+
+
+def test_an_adapter_alone_has_a_header_without_gaps(capsys):
+    found = Evaluation.model_construct(
+        name="x", split="test", sources=(), tasks=(), mean_recovery=None, below_base=(), matrix=None
+    )
+    show_evaluation(found)
+    assert capsys.readouterr().out.splitlines()[0] == "x · test"

@@ -389,7 +389,8 @@ def test_an_adapter_alone(house, tmp_path, capsys):
     arguments += ["--workspace", str(tmp_path)]
     assert run(arguments) == 0
     shown = capsys.readouterr()
-    assert "no adapter is called 'sort'" in shown.out
+    assert shown.out.startswith("sort · test\n")
+    assert "the task's own adapter is not known; name it with --source sort=PATH" in " ".join(shown.out.split())
     assert "--source NAME=PATH" in shown.err
     assert run([*arguments, "--source", f"sort={house.adapters['sort']}"]) == 0
     assert "1.00" in capsys.readouterr().out
@@ -404,3 +405,26 @@ def test_check_of_tasks(house, capsys):
     assert sort["splits"]["test"]["targets"] == dict.fromkeys(LABELS["sort"], 12)
     assert run(["tasks", "check", str(house.tasks[0])]) == 0
     assert "sort w0 :⟦ red⟧" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"entries": 3}'])
+@pytest.mark.parametrize("kind", ["merge", "leaderboard", "adapter"])
+def test_a_broken_index_is_found_before_anything_is_asked(house, tmp_path, monkeypatch, kind, content):
+    place = {"merge": "linear/rate_sort", "leaderboard": "ties/rate_sort", "adapter": "adapter/sort"}[kind]
+    index = tmp_path / "merged" / place / "eval" / "index.json"
+    index.parent.mkdir(parents=True)
+    index.write_text(content)
+    monkeypatch.setattr("plait.evaluation.session.Session.results", lambda *_: pytest.fail("asked"))
+    arguments = house.arguments(tmp_path)
+    if kind == "leaderboard":
+        arguments += ["--methods", "linear,ties"]
+    if kind == "adapter":
+        arguments[1:3] = [str(house.adapters["sort"])]
+    assert run(arguments) == 2
+    assert index.read_text() == content
+    index.unlink()
+
+
+def test_an_adapter_alone_is_told_how_to_name_the_tasks_own(house, tmp_path):
+    found = house.evaluate(None, source=str(house.adapters["sort"]), tasks=house.tasks[:1])
+    assert found.tasks[0].undefined == "the task's own adapter is not known; name it with --source sort=PATH (sources=)"

@@ -254,7 +254,7 @@ def test_the_documented_command_line(place, tmp_path):
         files(out / "final_model") == files(out / "adapter") >= {"adapter_config.json", "adapter_model.safetensors", *tokenizer}
     )
     assert files(out / "merged_model") >= {"config.json", "model.safetensors", *tokenizer}
-    assert "first example; the loss is on what stands in green:" in done.stderr
+    assert "first example; the loss is on what stands in ⟦ ⟧:" in done.stderr
     assert "<|im_start|>user\nWhat is 0 + 0?<|im_end|>\n<|im_start|>assistant\n0<|im_end|>" in done.stderr
 
 

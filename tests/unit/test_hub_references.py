@@ -202,7 +202,7 @@ def test_a_reference_cannot_be_made_of_what_cannot_be_written(fields):
         ("~nobody-of-that-name/b", "b"),
         ("/", "adapter"),
         ("./.hidden", "hidden"),
-        ("./ümlaut", "mlaut"),
+        ("./ümlaut", "umlaut"),
     ],
 )
 def test_default_names(text, name, tmp_path):
@@ -255,3 +255,14 @@ def test_any_text_is_read_or_refused(text):
             parse_reference(text)
     else:
         assert parse_reference(reference.spec) == reference
+
+
+def test_names_of_other_scripts_are_kept_apart():
+    names = [
+        parse_reference(f"./{text}").default_name() for text in ("模型", "数据", "模型-v2", "数据-v2", "modèle", "Ünïcode")
+    ]
+    assert len(set(names)) == len(names)
+    assert names[4:] == ["modele", "Unicode"]
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) for name in names)
+    assert names[0] == parse_reference("./模型").default_name()
+    assert parse_reference("./a b").default_name() == "a-b"

@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plait.errors import AdapterError
+<<<<<<< HEAD
 from plait.parsing import open_bytes, shown
+=======
+from plait.parsing import pointer_problem, shown
+>>>>>>> 4bae12a (Broken indexes found first; all linear layers by default; what a compression saves; names of other scripts; small answers)
 
 #: Bits of a value, by the name of its dtype.
 BITS = {
@@ -63,6 +67,8 @@ def read_header(path: Path) -> Header:
             size = os.fstat(file.fileno()).st_size
             lead = file.read(8)
             length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else 0
+            if problem := pointer_problem(lead + file.read(64) if lead == b"version " else b""):
+                raise AdapterError(f"{path}: {problem}")
             if not 2 <= length <= min(_LONGEST, max(0, size - 8)):
                 raise AdapterError(
                     f"{path}: not a safetensors file, or cut off inside its header ({size} bytes). Fetch it again."

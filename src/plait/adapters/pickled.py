@@ -22,7 +22,11 @@ from plait.adapters.header import BITS, TensorInfo, is_countable
 from plait.adapters.opcodes import Call, Name, PickleError, Reference, read_pickle
 from plait.adapters.tensorfile import TensorFile
 from plait.errors import AdapterError, collect
+<<<<<<< HEAD
 from plait.parsing import kind_of, open_bytes, shown
+=======
+from plait.parsing import kind_of, pointer_problem, shown
+>>>>>>> 4bae12a (Broken indexes found first; all linear layers by default; what a compression saves; names of other scripts; small answers)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,8 +76,16 @@ class PickleFile(TensorFile):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+<<<<<<< HEAD
             with open_bytes(path) as file:
                 size = os.fstat(file.fileno()).st_size
+=======
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                if problem := pointer_problem(file.read(64)):
+                    raise AdapterError(f"{path}: {problem}")
+                file.seek(0)
+>>>>>>> 4bae12a (Broken indexes found first; all linear layers by default; what a compression saves; names of other scripts; small answers)
                 found = _Zip(file, size) if file.read(2) == b"PK" else _Old(file)
         except PickleError as error:
             raise AdapterError(f"{path}: not a file of tensors that plait can read: {error}. {_ADVICE}") from None

@@ -253,7 +253,8 @@ def show_evaluation(found: Evaluation) -> None:
     from plait.cli.console import out
 
     console = out()
-    console.print(f"[bold]{found.name}[/bold] · {found.split} · {' + '.join(s.name for s in found.sources)}", markup=True)
+    parts = [f"[bold]{found.name}[/bold]", found.split, " + ".join(s.name for s in found.sources)]
+    console.print(" · ".join(part for part in parts if part), markup=True)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("task", "metric", "n", "base", "single", "merged", "recovery", "95 %"):
         table.add_column(name, justify="left" if name in ("task", "metric") else "right")

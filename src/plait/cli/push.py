@@ -28,7 +28,10 @@ def push(
     if json:
         print_json({"url": pushed.url, "left_out": pushed.left_out, "notes": pushed.notes})
         return
-    out().print(f"pushed to {pushed.url}", soft_wrap=True)
+    if create_pr and "/discussions/" not in pushed.url:
+        out().print(f"no pull request: the default branch of {pushed.url} holds these files already", soft_wrap=True)
+    else:
+        out().print(f"pushed to {pushed.url}", soft_wrap=True)
     if pushed.left_out:
         out().print(f"left out, being no part of the result: {', '.join(pushed.left_out)}", markup=False)
     for note in pushed.notes:

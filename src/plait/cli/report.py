@@ -12,7 +12,7 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...|SWEEP",
+            metavar="RUN...",
             help="Run folders of `plait eval` (or their result files), of one merge or of a leaderboard of many; and folders "
             "of written merges, for the energy they kept. The page is about the first; of a leaderboard, about the best.",
             show_default=False,

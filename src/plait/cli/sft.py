@@ -72,9 +72,9 @@ def _show_plan(plan: SftPlan) -> None:
     for line in describe(plan):
         console.print(line, markup=False, soft_wrap=True)
     given, learnt = plan.example
-    console.print("\nfirst example; the loss is on what stands in green:", style="dim")
+    console.print("\nfirst example; the loss is on what stands in ⟦ ⟧:", style="dim")
     console.print(given, style="dim", markup=False, end="", soft_wrap=True)
-    console.print(learnt, style="green", markup=False, soft_wrap=True)
+    console.print(f"⟦{learnt}⟧", style="green", markup=False, soft_wrap=True)
     console.print()
     for note in plan.notes:
         console.print(f"note: {note}", style="dim", markup=False, soft_wrap=True)

@@ -10,6 +10,7 @@ import plait
 from plait.errors import PlanError, collect
 from plait.evaluation.pipeline import Options, recipe_evaluator
 from plait.evaluation.record import VERSION, Bounds, Evaluation
+from plait.evaluation.workspace import check_index
 from plait.merging.inventory import take_inventory
 from plait.merging.plan import make_plan
 from plait.merging.progress import Progress
@@ -113,6 +114,9 @@ def compare(
     Raises:
         PlaitError: none of them can be done, or anything wrong with what they share.
     """
+    if options.workspace is not None:
+        for recipe in recipes.values():
+            check_index(options.workspace, recipe.method_name, [entry.name for entry in recipe.adapters])
     evaluator, first = recipe_evaluator(next(iter(recipes.values())), folder, options, progress)
     check([asked.task.name for asked in evaluator.tasks])
     inventories, impossible = {}, dict(skipped or {})

@@ -20,7 +20,7 @@ from plait.evaluation.recovery import Drawn
 from plait.evaluation.scores import ScoreCache, model_digest
 from plait.evaluation.session import Asked, Session
 from plait.evaluation.subsets import check_names, choose, remember
-from plait.evaluation.workspace import SCORES, check_task_names, check_workspace
+from plait.evaluation.workspace import SCORES, check_index, check_task_names, check_workspace
 from plait.extras import require
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve, resolve_model
 from plait.hub.references import parse_reference
@@ -230,13 +230,15 @@ def evaluate_saved(
     taken = [a.name for a, _, _ in singles]
     label = next(n for i in count(1) if (n := name if i == 1 else f"{name}-{i}") not in taken)
     others = [Adapter.open(place.folder, label)] if is_adapter else []
+    recipe = lock.recipe if lock is not None and lock.kind in ("merge", "bake") else None
+    method = recipe["method"] if recipe else {}
+    if options.workspace is not None:
+        check_index(options.workspace, method.get("name") or ("adapter" if is_adapter else "model"), taken or [name])
     evaluator = Evaluator(base, None, singles, others, tasks, spec, options, progress or Silent())
     evaluator.notes.extend(notes)
     check([asked.task.name for asked in evaluator.tasks])
     known = {**evaluator.singles, **{a.name: a for a in others}}
     contender = saved(label, known) if is_adapter else whole(name, place.folder)
-    recipe = lock.recipe if lock is not None and lock.kind in ("merge", "bake") else None
-    method = recipe["method"] if recipe else {}
     return evaluator.evaluate(
         Subject(name, "adapter" if is_adapter else "model", contender, method.get("name"), method.get("space"), recipe)
     )

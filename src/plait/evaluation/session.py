@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,7 +153,7 @@ class Session:
             merged_stderr=metric.stderr(merged),
             recovery=found,
             recovery_interval=None if found is None else interval(draws.recovery),
-            undefined=_why(task, values, found),
+            undefined=_why(task, values, found, self.adapters),
             below_base=values[2] < values[0] if metric.higher_is_better else values[2] > values[0],
             samples=_samples(asked.examples.items, base, alone, merged),
         )
@@ -193,11 +193,13 @@ class Session:
         return self._metrics[asked.task.name].value(self.answers(contender, asked))
 
 
-def _why(task: Task, values: tuple[float, float | None, float], found: float | None) -> str | None:
+def _why(task: Task, values: tuple[float, float | None, float], found: float | None, singles: Collection[str]) -> str | None:
     base, alone, _ = values
     if found is not None:
         return None
     if alone is None:
+        if not singles:
+            return f"the task's own adapter is not known; name it with --source {task.own_adapter}=PATH (sources=)"
         return f"no adapter is called {task.own_adapter!r}; name the task's own with 'adapter' in its file"
     return f"no headroom: the single adapter ({alone:.4g}) is not better than the base ({base:.4g})"
 

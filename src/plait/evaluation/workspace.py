@@ -57,13 +57,27 @@ def check_workspace(workspace: Path) -> None:
         raise OutputError(f"the workspace {workspace} cannot be written: no permission in {there}. Give another --workspace.")
 
 
+def check_index(workspace: Path, what: str, names: Sequence[str]) -> None:
+    """Make sure, before anything is computed, that the index of some results can be added to.
+
+    Args:
+        workspace: where results are kept.
+        what: the method, or what kind of thing is evaluated.
+        names: of the single adapters; of what is evaluated where there is none.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    _entries(_home(workspace, what, names) / "eval" / "index.json")
+
+
 def write_evaluation(workspace: Path, found: Evaluation) -> Path:
     """Write everything about one evaluation; return its run folder.
 
     Raises:
         OutputError: it cannot be written.
     """
-    home = workspace / "merged" / (found.method or found.kind) / _joined([s.name for s in found.sources] or [found.name])
+    home = _home(workspace, found.method or found.kind, [s.name for s in found.sources] or [found.name])
     results = home / "eval" / found.split / f"eval_results_{found.tag}_{found.split}.json"
     data = found.model_dump(mode="json")
     if not results.is_file():
@@ -177,13 +191,26 @@ def _append(index: Path, entry: Mapping[str, Any]) -> None:
         OutputError: it cannot be read or written.
     """
     with _alone(index):
-        entries: list[Any] = []
-        if index.is_file():
-            advice = "It cannot be added to; move it away, and a new one is begun."
-            entries = read_object(index, OutputError, advice=advice).get("entries", ())
-            if not isinstance(entries, list):
-                raise OutputError(f"{index}: 'entries' must be a list. {advice}")
-        write_atomically(index, {"entries": [*entries, entry]})
+        write_atomically(index, {"entries": [*_entries(index), entry]})
+
+
+def _home(workspace: Path, what: str, names: Sequence[str]) -> Path:
+    return workspace / "merged" / what / _joined(names)
+
+
+def _entries(index: Path) -> list[Any]:
+    """Return what an index holds; nothing where there is none.
+
+    Raises:
+        OutputError: it is no index.
+    """
+    if not index.exists():
+        return []
+    advice = "It cannot be added to; move it away, and a new one is begun."
+    entries = read_object(index, OutputError, advice=advice).get("entries", ())
+    if not isinstance(entries, list):
+        raise OutputError(f"{index}: 'entries' must be a list. {advice}")
+    return entries
 
 
 @contextmanager

@@ -9,7 +9,9 @@ repository.
 
 from __future__ import annotations
 
+import hashlib
 import re
+import unicodedata
 from pathlib import Path
 from typing import Self
 
@@ -109,8 +111,13 @@ class Reference(Record):
             if not _GENERIC.fullmatch(kept[0]):
                 break
             kept.insert(0, part)
-        name = re.sub(r"-{2,}", "-", re.sub(r"[^A-Za-z0-9._-]", "-", "-".join(kept))).lstrip("._-").rstrip("-")
-        return name or "adapter"
+        text = unicodedata.normalize("NFKD", "-".join(kept))
+        text = "".join(c for c in text if not unicodedata.combining(c))
+        name = re.sub(r"-{2,}", "-", re.sub(r"[^A-Za-z0-9._-]", "-", text)).lstrip("._-").rstrip("-") or "adapter"
+        if not any(c.isalnum() and not c.isascii() for c in text):
+            return name
+        # letters that a name cannot hold: a hash of them keeps two such names apart
+        return f"{name}-{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:6]}"
 
 
 def parse_reference(text: str, *, base: Path | None = None, allow_bare: bool = False) -> Reference:

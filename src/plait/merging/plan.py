@@ -68,7 +68,7 @@ class MergePlan(Record):
         left_out: target modules that `merge_mode: common` drops, with who lacks them.
         rank: the rank of the written adapter; None when an energy decides it, or for a dense output.
         result: the worst over the modules.
-        pipeline: the stages that the method stands for.
+        pipeline: the stages that the method stands for, and the scale behind them where it is not 1.
         promises: what holds, known before running: `exact` (nothing is truncated), `rank` (the written rank is known),
             `deterministic` (same recipe, same bytes), `gauge_free` (a function of the deltas, whatever their factors).
         randomised: whether the method draws (keyed) random numbers.
@@ -133,7 +133,7 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
         left_out=left_out,
         rank=rank,
         result=_worst([m.result for m in modules]),
-        pipeline=str(pipeline),
+        pipeline=str(pipeline) if recipe.scale == 1 else f"{pipeline} → scale {recipe.scale:g}",
         promises=_promises(inventory, modules),
         randomised=method.randomised or pipeline.randomised,
         passes=_passes(recipe, pipeline),

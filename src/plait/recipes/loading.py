@@ -5,16 +5,13 @@ Knows nothing of adapters: whether a path leads anywhere is found when it is fol
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import plait
 from plait.errors import AddressError, RecipeError, did_you_mean
-from plait.notices import PlaitWarning
+from plait.notices import PlaitWarning, frames_within
 from plait.parsing import read_text
 from plait.recipes.documents import Document, read_document, read_json
 from plait.recipes.entries import named_entry
@@ -28,7 +25,6 @@ from plait.recipes.validation import check
 from plait.recipes.writing import to_yaml
 
 _SUFFIXES = (".yaml", ".yml", ".json")
-_HERE = str(Path(plait.__file__).parent) + os.sep
 
 
 class RecipeWarning(PlaitWarning):
@@ -111,11 +107,8 @@ def migrate_file(file: str | Path) -> tuple[str, list[str]]:
 
 def _tell(notes: list[Warning]) -> None:
     """Warn in the line outside of plait that asked for the recipe, through whatever function it did."""
-    frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
-        frame, level = frame.f_back, level + 1
     for note in notes:
-        warnings.warn(note, stacklevel=level)
+        warnings.warn(note, stacklevel=frames_within())
 
 
 def _read(path_or_text: str | Path, overrides: Overrides) -> tuple[Loaded, list[Warning]]:

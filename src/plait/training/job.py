@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from plait.errors import PlaitError, TaskError, collect
 from plait.hub.download import COMPANION_FILES, Located, resolve_model
@@ -50,13 +50,14 @@ FILES = ("accelerator_config", "chat_template_path", "deepspeed", "fsdp_config")
 
 
 class LoraSettings(Record):
-    """A LoRA before training; defaults are TRL's.
+    """A LoRA before training; defaults are TRL's, but for the layers.
 
     Attributes:
         r: rank.
         alpha: numerator of the scaling.
         dropout: in [0, 1).
-        targets: names of layers, or `all-linear`; PEFT's choice for the architecture when None.
+        targets: names of layers, or `all-linear`, which is the default unless `target_parameters` are given; PEFT's choice for
+            the architecture when None.
         target_parameters: parameters adapted by name (fused experts).
         modules_to_save: layers trained and saved whole.
         rslora: scaling alpha / √r.
@@ -67,12 +68,19 @@ class LoraSettings(Record):
     r: int = Field(default=16, gt=0)
     alpha: float = Field(default=32, gt=0)
     dropout: float = Field(default=0.05, ge=0, lt=1)
-    targets: str | tuple[str, ...] | None = None
+    targets: str | tuple[str, ...] | None = "all-linear"
     target_parameters: tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] | None = None
     rslora: bool = False
     dora: bool = False
     init_seed: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parameters_alone(cls, data: Any) -> Any:
+        """Adapt no layer beside parameters that are named."""
+        alone = isinstance(data, dict) and data.get("target_parameters") and "targets" not in data
+        return {**data, "targets": None} if alone else data
 
 
 class TrainingJob(Record):
