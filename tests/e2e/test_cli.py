@@ -15,6 +15,7 @@ from plait.cli.main import _join_lists, main
 from plait.evaluation.record import Evaluation
 from plait.methods import METHODS
 from plait.notices import forget
+from plait.verification.publish import Pushed
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "adapters"
 PAIR = [f"sentiment={DEMO / 'sentiment'}", f"langid={DEMO / 'langid'}"]
@@ -209,9 +210,8 @@ def test_a_compression_that_saves_nothing_says_what_would(capsys, tmp_path):
 
 def test_a_dry_run_shows_the_scale(capsys):
     assert "scale 0.5" in run(capsys, "merge", *PAIR, "--method", "linear", "--scale", "0.5", "--dry-run")[0]
-    assert (
-        "scale" not in run(capsys, "merge", *PAIR, "--method", "linear", "--dry-run")[0].split("pipeline:")[1].splitlines()[0]
-    )
+    (line,) = (x for x in run(capsys, "merge", *PAIR, "--method", "linear", "--dry-run")[0].splitlines() if "pipeline:" in x)
+    assert "scale" not in line
 
 
 def test_a_pointer_of_git_lfs_is_recognized(capsys, tmp_path):
@@ -233,3 +233,10 @@ def test_an_adapter_alone_has_a_header_without_gaps(capsys):
     )
     show_evaluation(found)
     assert capsys.readouterr().out.splitlines()[0] == "x · test"
+
+
+def test_a_pull_request_that_would_change_nothing_is_not_called_pushed(capsys, monkeypatch):
+    for url, expected in (("https://hub/org/x/discussions/3", "pushed to"), ("https://hub/org/x", "no pull request")):
+        monkeypatch.setattr("plait.api.push", lambda *_, url=url, **__: Pushed(url=url, left_out=(), notes=()))
+        assert run(capsys, "push", "merged", "org/x", "--create-pr")[0].startswith(expected)
+    assert run(capsys, "push", "merged", "org/x")[0].startswith("pushed to")

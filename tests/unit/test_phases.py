@@ -14,7 +14,7 @@ from plait.reports.losses import LossCurve, loss_chart
 from plait.training import checks
 from plait.training.causal import model_config
 from plait.training.data import TrainingData
-from plait.training.job import TrainingJob
+from plait.training.job import LoraSettings, TrainingJob
 from plait.training.output import check_output
 from plait.training.phases import init_seed
 from plait.training.ray import _shares
@@ -380,3 +380,11 @@ def test_how_a_base_is_loaded():
         RecipeError, match=r"(?s)model: 2 problems.*dtype is 'float33'; it must be one of auto.*'attn_implementation'"
     ):
         model_config({"dtype": "float33", "attn_implementatio": "eager"})
+
+
+def test_a_lora_adapts_all_linear_layers_unless_something_else_is_named():
+    assert LoraSettings().targets == "all-linear"
+    assert LoraSettings(r=4).model_fields_set == {"r"}
+    assert LoraSettings(targets=None).targets is None, "PEFT's choice, where that is asked for"
+    assert LoraSettings(target_parameters=("experts.down_proj",)).targets is None
+    assert LoraSettings(target_parameters=("experts.down_proj",), targets=("q_proj",)).targets == ("q_proj",)

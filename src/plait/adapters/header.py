@@ -16,11 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plait.errors import AdapterError
-<<<<<<< HEAD
-from plait.parsing import open_bytes, shown
-=======
-from plait.parsing import pointer_problem, shown
->>>>>>> 4bae12a (Broken indexes found first; all linear layers by default; what a compression saves; names of other scripts; small answers)
+from plait.parsing import open_bytes, pointer_problem, shown
 
 #: Bits of a value, by the name of its dtype.
 BITS = {

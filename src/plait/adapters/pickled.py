@@ -22,11 +22,7 @@ from plait.adapters.header import BITS, TensorInfo, is_countable
 from plait.adapters.opcodes import Call, Name, PickleError, Reference, read_pickle
 from plait.adapters.tensorfile import TensorFile
 from plait.errors import AdapterError, collect
-<<<<<<< HEAD
-from plait.parsing import kind_of, open_bytes, shown
-=======
-from plait.parsing import kind_of, pointer_problem, shown
->>>>>>> 4bae12a (Broken indexes found first; all linear layers by default; what a compression saves; names of other scripts; small answers)
+from plait.parsing import kind_of, open_bytes, pointer_problem, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,18 +72,14 @@ class PickleFile(TensorFile):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-<<<<<<< HEAD
             with open_bytes(path) as file:
                 size = os.fstat(file.fileno()).st_size
-=======
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                if problem := pointer_problem(file.read(64)):
-                    raise AdapterError(f"{path}: {problem}")
+                pointer = pointer_problem(file.read(64))
                 file.seek(0)
->>>>>>> 4bae12a (Broken indexes found first; all linear layers by default; what a compression saves; names of other scripts; small answers)
                 found = _Zip(file, size) if file.read(2) == b"PK" else _Old(file)
         except PickleError as error:
+            if pointer is not None:
+                raise AdapterError(f"{path}: {pointer}") from None
             raise AdapterError(f"{path}: not a file of tensors that plait can read: {error}. {_ADVICE}") from None
         except (OSError, ValueError) as error:
             raise AdapterError(f"{path}: it cannot be read ({getattr(error, 'strerror', None) or error}).") from None
