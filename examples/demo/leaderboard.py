@@ -31,7 +31,7 @@ from plait.evaluation.record import Evaluation
 from plait.evaluation.recovery import Drawn, interval
 from plait.evaluation.request import spec_of
 from plait.evaluation.scores import adapter_digest, digest
-from plait.hub.quiet import quiet_loading
+from plait.libraries.transformers import quiet_loading
 from plait.merging.inventory import open_adapters, take_inventory
 from plait.merging.progress import Silent
 from plait.methods import METHODS

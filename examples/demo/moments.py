@@ -19,7 +19,7 @@ from base_model import base_model
 
 import plait
 from plait.adapters.adapter import Adapter
-from plait.hub.quiet import quiet_loading
+from plait.libraries.transformers import quiet_loading
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_tasks
 

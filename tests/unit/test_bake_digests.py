@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import plait
 from plait.baking import digests
 from plait.baking.digests import GrowingDigest
-from plait.hub.digests import fetched_sha256
+from plait.libraries.huggingface_hub import fetched_sha256
 from tests.adapters_on_disk import Linear, write_adapter
 
 

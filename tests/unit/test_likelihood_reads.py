@@ -78,7 +78,15 @@ ALIGNED: dict[str, Callable[[], nn.Module]] = {
 # those whose memory is a running state
 WHOLE: dict[str, Callable[[], nn.Module]] = {
     "mamba": lambda: made("Mamba", state_size=4),
-    "jamba": lambda: made("Jamba", num_experts=2, mamba_d_state=4, mamba_dt_rank=2, attn_layer_period=2, attn_layer_offset=1),
+    "jamba": lambda: made(
+        "Jamba",
+        num_experts=2,
+        mamba_d_state=4,
+        mamba_dt_rank=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        use_mamba_kernels=False,
+    ),
     "falcon-mamba": lambda: made("FalconMamba", state_size=4),
 }
 

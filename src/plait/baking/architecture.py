@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from plait.adapters.base_files import architectures, read_config
 from plait.extras import missing, optional
 from plait.hub.pretrained import load_config
+from plait.libraries.transformers import checkpoint_conversion, holds_transposed, is_conv1d, steps_of, tied_parameters
 
 _HEADS = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -80,11 +81,8 @@ class Architecture:
         """
         model = _empty_model(folder)
         parts, unknown = _parts(model, shapes)
-        transposed = {
-            name for name, m in model.named_modules() if type(m).__name__ == "Conv1D" or getattr(m, "is_transposed", False)
-        }
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        return Architecture(parts, unknown, dict(tied), frozenset(transposed), dict(_layers(model)))
+        transposed = {name for name, m in model.named_modules() if is_conv1d(m) or holds_transposed(m)}
+        return Architecture(parts, unknown, tied_parameters(model), frozenset(transposed), dict(_layers(model)))
 
 
 class ArchitectureUnknown(Exception):
@@ -128,7 +126,7 @@ def _layers(model: Any) -> Iterator[tuple[str, Layer]]:
     from torch import nn
 
     for name, module in model.named_modules():
-        if type(module).__name__ == "Conv1D":  # transformers'; torch's Conv1d has nothing in common with it
+        if is_conv1d(module):
             yield name, Layer("conv1d")
         elif isinstance(module, nn.Embedding):
             yield name, Layer("embedding")
@@ -148,20 +146,13 @@ def _is_plain(convolution: Any) -> bool:
 def _parts(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, tuple[Part, ...]], dict[str, str]]:
     """Ask transformers where every checkpoint tensor goes, as its own loading does."""
     parameters = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-    except ImportError:  # before version 5 a checkpoint has the parameters' own names
+    conversion = checkpoint_conversion(model)
+    if conversion is None:
         return {name: (Part(name),) for name in parameters if name in shapes}, {}
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    prefix, meta = model.base_model_prefix, model.state_dict()
     parts: dict[str, tuple[Part, ...]] = {}
     gathered: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for tensor in sorted(shapes, key=dot_natural_key):
-        name, pattern = rename_source_key(tensor, renamings, converters, prefix, meta)
+    for tensor in sorted(shapes, key=conversion.order):
+        name, pattern = conversion.rename(tensor)
         if name not in parameters and tensor in parameters:
             name, pattern = tensor, None
         if pattern is not None and name in parameters:
@@ -170,11 +161,11 @@ def _parts(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str,
             parts[name] = (Part(tensor),)
     unknown = {}
     for name, sources in gathered.items():
-        converter = by_pattern[next(iter(sources))]
+        converter = conversion.by_pattern[next(iter(sources))]
         try:
             parts |= _converted(name, converter, sources, shapes)
         except _NoForm:
-            unknown[name] = " + ".join(type(op).__name__ for op in converter.operations)
+            unknown[name] = " + ".join(step for step, _ in steps_of(converter))
     return parts, unknown
 
 
@@ -186,7 +177,7 @@ def _converted(
     name: str, converter: Any, sources: Mapping[str, list[str]], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[Part, ...]]:
     """Return the parts of the parameters behind one converter: a list of experts stacked, matrices put together or apart."""
-    steps = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
+    steps = steps_of(converter)
     ordered = [sources[p] for p in converter.source_patterns if p in sources]
     if steps == [("MergeModulelist", 0)] and len(ordered) == 1:
         return {name: tuple(Part(t, expert=i) for i, t in enumerate(ordered[0]))}

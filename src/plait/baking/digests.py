@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from plait.baking.checkpoint import BaseCheckpoint
 from plait.baking.shards import OutShard
-from plait.hub.digests import fetched_sha256
+from plait.libraries.huggingface_hub import fetched_sha256
 from plait.merging.record import sha256
 
 _CHUNK = 1 << 18  # bytes; what fits into a processor's cache

@@ -10,7 +10,7 @@ from typing import Any
 
 from plait.adapters.adapter import Adapter
 from plait.errors import TaskError
-from plait.hub.quiet import quiet_loading
+from plait.libraries.transformers import quiet_loading
 from plait.merging.progress import Progress
 from plait.mixture import Mixture
 from plait.notices import announce

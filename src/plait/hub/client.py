@@ -1,4 +1,4 @@
-"""The manners of `huggingface_hub`: what its failures mean to a user, and its progress bars.
+"""What failures of `huggingface_hub` mean to a user.
 
 Knows nothing of adapters; whether a failure is an `AddressError` or an `OutputError` is the caller's to say.
 `huggingface_hub` is imported inside functions, because it costs more than the rest of this package together.
@@ -7,23 +7,8 @@ Knows nothing of adapters; whether a failure is an `AddressError` or an `OutputE
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-
-@contextmanager
-def bars(*, shown: bool) -> Iterator[None]:
-    """Keep `huggingface_hub` from drawing progress bars inside the block, unless they are to be `shown`."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
+from plait.libraries.huggingface_hub import cause_of, is_of_transport, status_of, words_of
 
 
 def login_hint() -> str:
@@ -40,7 +25,7 @@ def login_hint() -> str:
     return f"A token is set ({source}): check with `hf auth whoami` whose it is and what it may do."
 
 
-def explain(error: Exception, repo: str, revision: str | None) -> str:
+def explain(error: Exception, repo: str, revision: str | None, *, cached: bool = False) -> str:
     """Turn a failure of `huggingface_hub` into what happened and what to do, without the address it happened to.
 
     Args:
@@ -48,6 +33,7 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
             from one `huggingface_hub` to the next.
         repo: the repository that was asked for.
         revision: the revision that was asked for.
+        cached: whether it was found in the cache all the same.
     """
     from huggingface_hub import constants, errors
 
@@ -57,22 +43,21 @@ def explain(error: Exception, repo: str, revision: str | None) -> str:
             f"whole in the cache {constants.HF_HUB_CACHE}. Unset HF_HUB_OFFLINE, or fetch it once where there is a "
             f"network: `hf download {repo}`."
         )
-    # Without a network the library first looks into its cache; the reason is then one step back.
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+    cause = cause_of(error)
     if isinstance(cause, errors.GatedRepoError):
         return f"the repository is gated. Ask for access at {constants.ENDPOINT}/{repo}. {login_hint()}"
     if isinstance(cause, errors.RevisionNotFoundError):
         return f"the repository has no revision {revision!r}."
     if isinstance(cause, errors.RepositoryNotFoundError):
         return f"{constants.ENDPOINT} has no such repository, or it is private. {login_hint()}"
-    return _by_status(cause) or _by_shape(cause)
+    return _by_status(cause) or _by_shape(cause, cached=cached)
 
 
 def _by_status(cause: BaseException) -> str:
     from huggingface_hub import constants
 
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    if not isinstance(status, int):
+    status = status_of(cause)
+    if status is None:
         return ""
     if status == 401:
         return f"{constants.ENDPOINT} refuses the token. {login_hint()}"
@@ -83,21 +68,21 @@ def _by_status(cause: BaseException) -> str:
     return f"{constants.ENDPOINT} answers {status} ({_words(cause)})."
 
 
-def _by_shape(cause: BaseException) -> str:
-    from huggingface_hub import constants, errors
+def _by_shape(cause: BaseException, *, cached: bool) -> str:
+    from huggingface_hub import constants
 
     if isinstance(cause, OSError) and cause.errno is not None and cause.filename is not None:
         return f"{cause.filename}: {cause.strerror}."
-    # The class after the library's own is the root of the errors of whichever transport it was built on.
-    if isinstance(cause, (OSError, errors.HfHubHTTPError.__mro__[1])):
+    if is_of_transport(cause):
+        missing = "" if cached else f", and the cache {constants.HF_HUB_CACHE} does not hold it"
         return (
-            f"{constants.ENDPOINT} cannot be reached, or does not answer as a Hub does ({_words(cause)}), and the "
-            f"cache {constants.HF_HUB_CACHE} does not hold it. Check the network, its proxy and HF_ENDPOINT."
+            f"{constants.ENDPOINT} cannot be reached, or does not answer as a Hub does ({_words(cause)}){missing}. "
+            "Check the network, its proxy and HF_ENDPOINT."
         )
     return _words(cause)
 
 
 def _words(error: BaseException) -> str:
-    said = getattr(error, "server_message", None)  # the Hub's own words, where they came through
+    said = words_of(error)
     text = " ".join(str(said or error).split())[:300]
     return text if said else f"{type(error).__name__}: {text}".removesuffix(": ")

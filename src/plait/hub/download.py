@@ -14,8 +14,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from plait.errors import AddressError, did_you_mean
-from plait.hub.client import bars, explain
+from plait.hub.client import explain
 from plait.hub.references import Reference, parse_reference
+from plait.libraries.huggingface_hub import bars, status_of
 from plait.notices import announce
 from plait.records import Record
 
@@ -233,12 +234,12 @@ def _from_cache(error: Exception, reference: Reference, patterns: list[str], *, 
     """
     from huggingface_hub import constants
 
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = status_of(error)
     if status is None or status == 429 or status >= 500:
         cached = _cached(reference, patterns)
         if cached is not None:
             if not constants.HF_HUB_OFFLINE:
-                why = explain(error, reference.repo or "", reference.revision)
+                why = explain(error, reference.repo or "", reference.revision, cached=True)
                 announce(f"{reference.address!r} is taken from the cache, as of commit {cached.name}: {why}")
             return cached
     raise AddressError(_why(error, reference, base)) from error

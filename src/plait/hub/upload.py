@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import OutputError
-from plait.hub.client import bars, explain, login_hint
+from plait.hub.client import explain, login_hint
 from plait.hub.references import repo_problem
+from plait.libraries.huggingface_hub import bars, status_of
 
 
 def check_push(repo: str) -> str:
@@ -140,7 +141,7 @@ def push_folder(
 
 
 def _refusal(error: Exception, repo: str) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = status_of(error)
     if status == 401:
         source = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the stored token"
         return f"the Hub does not accept {source}. Log in with `hf auth login --force`, or set a valid HF_TOKEN."

@@ -1,4 +1,4 @@
-"""What plait knows of transformers' models beyond their documented use.
+"""What plait knows of transformers beyond its documented use.
 
 How a model takes up what it has already read is asked of the model, not known by name: its `forward` has had an argument
 `past_key_values` (4.x) and `cache` (5.x); its output has a field that holds a cache.
@@ -7,8 +7,11 @@ How a model takes up what it has already read is asked of the model, not known b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, NamedTuple
 
 _KNOWN_ARGUMENTS = ("cache", "past_key_values")
 _CONTINUED_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -106,3 +109,95 @@ def reserved_positions(model: Any) -> int:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.padding_idx) + 1
     return 0
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers and PEFT from drawing bars and warning while they load a model inside the block.
+
+    What plait says would drown in them.
+    """
+    logging = import_module("transformers.utils.logging")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """As `quiet_loading`, and keep transformers from logging of its own affairs too; errors are shown."""
+    logging = import_module("transformers.utils.logging")
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with quiet_loading():
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def is_conv1d(module: Any) -> bool:
+    """Whether a module is transformers' Conv1D, a linear layer with a matrix (d_in, d_out); torch's Conv1d is another thing."""
+    return type(module).__name__ == "Conv1D"
+
+
+def holds_transposed(module: Any) -> bool:
+    """Whether a module of fused experts holds its matrices as (d_in, d_out); PEFT reads the same flag."""
+    return bool(getattr(module, "is_transposed", False))
+
+
+def tied_parameters(model: Any) -> dict[str, str]:
+    """Return parameter → the parameter that it shares its values with; nothing before version 5, which does not say."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def embedding_scale(module: Any) -> Any:
+    """Return what an embedding multiplies its rows with (Gemma, BART), a number or a tensor; None where nothing."""
+    return getattr(module, "embed_scale", None)
+
+
+class Conversion(NamedTuple):
+    """How transformers itself makes a model's parameters of a checkpoint's tensors, since version 5.
+
+    Attributes:
+        order: sorts tensors as loading does.
+        rename: tensor → the parameter that it goes to, and the pattern of the converter that takes it (None: as it is).
+        by_pattern: pattern → the converter, with `source_patterns`, `target_patterns` and `operations`.
+    """
+
+    order: Any
+    rename: Any
+    by_pattern: Mapping[str, Any]
+
+
+def checkpoint_conversion(model: Any) -> Conversion | None:
+    """Return how a model is loaded; None before version 5, when a checkpoint had the parameters' own names."""
+    try:
+        mapping = import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
+        loading = import_module("transformers.core_model_loading")
+    except ImportError:
+        return None
+    renamings = [m for m in mapping if isinstance(m, loading.WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, loading.WeightConverter)]
+    prefix, meta = model.base_model_prefix, model.state_dict()
+    return Conversion(
+        loading.dot_natural_key,
+        lambda tensor: loading.rename_source_key(tensor, renamings, converters, prefix, meta),
+        {pattern: c for c in converters for pattern in c.source_patterns},
+    )
+
+
+def steps_of(converter: Any) -> list[tuple[str, int | None]]:
+    """Return the operations of a converter: the name of each, and the dimension that it works along."""
+    return [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
+
+
+def load_best_model(trainer: Any) -> None:
+    """Let a `Trainer` take back the best of its checkpoints, as it does by itself at the end of a training."""
+    trainer._load_best_model()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plait.errors import PlanError
+from plait.libraries.transformers import embedding_scale
 from plait.mixture.coefficients import Dial
 from plait.mixture.lift import lift
 from plait.mixture.places import Place
@@ -136,7 +137,7 @@ class EmbeddingLayer(_Output):
         """Return y + (Aᵀ[ids] ⊙ λ) Bᵀ."""
         share, first, last = self.per_rank(x.shape[0] if x.ndim else None)
         h = F.embedding(x, self.stack.a[0, first:last].mT)
-        scale = getattr(self.place.module, "embed_scale", None)
+        scale = embedding_scale(self.place.module)
         if scale is not None:
             h = h * torch.as_tensor(scale, device=h.device).to(h.dtype)
         return lift(y, h, _middle(share, h.ndim), self.stack.bt[0, first:last])

@@ -14,6 +14,7 @@ from plait.errors import PlanError
 from plait.extras import require
 from plait.hub import pretrained
 from plait.hub.download import resolve_model
+from plait.libraries.accelerate import PLACEMENTS
 
 # PEFT's task types → transformers' classes
 _CLASSES = {
@@ -24,7 +25,6 @@ _CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 
 
@@ -77,7 +77,7 @@ def _check(dtype: Any, device_map: Any) -> None:
     """Refuse what transformers would fail on deep within itself."""
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise PlanError(f"dtype {dtype!r} is none; allowed are auto, float32, bfloat16, float16, float64.")
-    if not isinstance(device_map, str) or device_map in _PLACEMENTS:
+    if not isinstance(device_map, str) or device_map in PLACEMENTS:
         return
     try:
         device = torch.device(device_map)
@@ -85,7 +85,7 @@ def _check(dtype: Any, device_map: Any) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise PlanError(
             f"device_map {device_map!r} cannot be used here: {_words(error).rstrip('.')}. Allowed are "
-            f"{', '.join(_PLACEMENTS)}, or a device (cpu, cuda:0)."
+            f"{', '.join(PLACEMENTS)}, or a device (cpu, cuda:0)."
         ) from None
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from plait.adapters.layouts import Layout
 from plait.errors import did_you_mean
+from plait.libraries.transformers import holds_transposed, is_conv1d
 
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that layers compute in
 
@@ -141,7 +142,7 @@ class Places:
                 f"{name!r}: {type(module).__name__} is not covered; linear layers, Conv1D, embeddings, convolutions and "
                 "fused experts are. Bake the merge and evaluate the baked model."
             )
-        return Place(name, module, "weight", Layout("linear", *shape), transposed=type(module).__name__ == "Conv1D")
+        return Place(name, module, "weight", Layout("linear", *shape), transposed=is_conv1d(module))
 
     def _parameter(self, owner: str, name: str) -> Place:
         module = self._modules[owner]
@@ -149,8 +150,7 @@ class Places:
         path = f"{owner}.{name}"
         if parameter is None or parameter.ndim not in (2, 3):
             raise ValueError(f"{path!r}: only parameters of 2 or 3 dimensions are covered.")
-        # the flag of transformers' expert modules; PEFT reads it the same way
-        transposed = parameter.ndim == 3 and bool(getattr(module, "is_transposed", False))
+        transposed = parameter.ndim == 3 and holds_transposed(module)
         d_out, d_in = parameter.shape[-2:] if not transposed else reversed(parameter.shape[-2:])
         layout = Layout("experts", d_out, d_in, parameter.shape[0] if parameter.ndim == 3 else 1)
         return Place(path, module, name, layout, transposed)
@@ -158,7 +158,7 @@ class Places:
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """Return (d_out, d_in) of a module that maps vectors linearly; None for any other."""
-    if type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor):
+    if is_conv1d(module) and isinstance(module.weight, Tensor):
         return module.weight.shape[1], module.weight.shape[0]
     d_out, d_in = getattr(module, "out_features", None), getattr(module, "in_features", None)
     # quantised layers are no nn.Linear, but say what they map

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 from plait.errors import PlaitError
+from plait.libraries.transformers import quiet
 from plait.training.job import TrainingJob, TrainingRecord, run_job
 from plait.training.phases import PlannedPhase
-from plait.training.quiet import quiet
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from typing import Any
 from plait.errors import PlanError, TaskError
 from plait.extras import optional
 from plait.hub.pretrained import load_tokenizer, refusing
+from plait.libraries.trl import trusts_code
 from plait.training.data import LoadedData
 from plait.training.encoding import EncodedData, Encoder, encode_all
 from plait.training.job import LoraSettings, OpenJob, Prepared
-from plait.training.settings import check_values, made, trainer_settings, trusts_code
+from plait.training.settings import check_values, made, trainer_settings
 
 #: What TRL does itself before training, and is done by the time it gets the data.
 _DONE = ("max_length", "completion_only_loss", "assistant_only_loss")
@@ -45,7 +46,7 @@ def make_trainer(opened: OpenJob, out: Path, *, encoded: tuple[EncodedData, Enco
         "revision": revision,
         "dtype": model.dtype,
         "attn_implementation": model.attn_implementation,
-        "trust_remote_code": trusts_code(job, config),  # where it is left out, transformers asks on the terminal
+        "trust_remote_code": trusts_code(config, job.model),  # where it is left out, transformers asks on the terminal
         "quantization_config": trl.get_quantization_config(model),
     }
     config.model_init_kwargs = {**{k: v for k, v in init.items() if v is not None}, **_mapping(config.model_init_kwargs)}
@@ -129,7 +130,7 @@ def lora_config(lora: LoraSettings, task_type: str) -> Any:
 def _tokenizer(opened: OpenJob, config: Any) -> Any:
     name, revision = opened.model
     optional("transformers", "train", "training")
-    trust = trusts_code(opened.job, config)
+    trust = trusts_code(config, opened.job.model)
     return load_tokenizer(name, revision=revision, trust_remote_code=trust, folder=opened.base.folder)
 
 

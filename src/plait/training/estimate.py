@@ -11,11 +11,11 @@ from typing import Any
 from plait.errors import PlanError
 from plait.extras import optional
 from plait.hub.pretrained import load_config, refusing
+from plait.libraries.transformers import quiet
+from plait.libraries.trl import trusts_code
 from plait.merging.record import weight_files
 from plait.training.causal import lora_config
 from plait.training.job import OpenJob
-from plait.training.quiet import quiet
-from plait.training.settings import trusts_code
 
 _MOMENTS = 2  # of Adam, per parameter
 _FLOAT32 = 4
@@ -96,7 +96,7 @@ def _count(opened: OpenJob, config: Any) -> tuple[int, int]:
 
     transformers, name = optional("transformers", "train", "training"), opened.job.base
     model_name, revision = opened.model
-    trust = trusts_code(opened.job, config)
+    trust = trusts_code(config, opened.job.model)
     kinds = {"causal": ("AutoModelForCausalLM", "CAUSAL_LM"), "sequence_classification": _CLASSIFIER}
     loader, task_type = kinds[opened.job.kind]
     about = load_config(model_name, revision=revision, trust_remote_code=trust, folder=opened.base.folder)

@@ -14,6 +14,7 @@ from typing import Any
 from plait.errors import OutputError, PlaitError
 from plait.extras import optional, require
 from plait.hub.download import resolve_model
+from plait.libraries.transformers import quiet
 from plait.parsing import read_object
 from plait.tasks.examples import read_examples
 from plait.training.causal import encoder_of, model_config
@@ -22,7 +23,6 @@ from plait.training.folder import RECORD, JobFolder, folder_problem, last_checkp
 from plait.training.job import PACKAGES, OpenJob, TrainingJob, TrainingRecord, open_job
 from plait.training.output import EARLIER, check_output
 from plait.training.phases import PlannedPhase, TrainingPlan
-from plait.training.quiet import quiet
 from plait.training.settings import trainer_settings
 
 

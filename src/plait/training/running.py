@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import plait
 from plait.errors import OutputError, PlanError
 from plait.extras import optional
+from plait.libraries.transformers import load_best_model
 from plait.merging.progress import Progress
 from plait.merging.staging import publish
 from plait.training.folder import (
@@ -126,7 +127,7 @@ def _take_steps(trainer: Trainer, checkpoint: Path | None) -> None:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except _NoneLeft:
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
-            trainer._load_best_model()
+            load_best_model(trainer)
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
 
 

@@ -93,11 +93,6 @@ def made(kind: type, values: Mapping[str, Any]) -> Any:
         raise RecipeError(f"{kind.__name__}: {' '.join(str(error).split())}") from error
 
 
-def trusts_code(job: TrainingJob, settings: Any) -> bool:
-    """Return whether code beside the weights may be run; releases of TRL have it in one configuration or the other."""
-    return bool(getattr(settings, "trust_remote_code", False) or job.model.get("trust_remote_code", False))
-
-
 def has_accelerator() -> bool:
     """Return whether torch can use anything but the processor."""
     import torch

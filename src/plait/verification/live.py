@@ -19,6 +19,8 @@ from plait.adapters.names import PREFIX
 from plait.adapters.tensorfile import SafetensorsFile
 from plait.errors import AdapterError, PlanError
 from plait.hub.pretrained import load_model, refusing
+from plait.libraries.peft import scalings
+from plait.libraries.transformers import holds_transposed
 from plait.merging.card import AUTO_MODELS
 from plait.merging.combine import pipeline_of
 from plait.merging.delta_file import NAME as DELTA
@@ -163,8 +165,8 @@ def _attached(model: Any, adapters: Mapping[str, Path]) -> Any:
 def _weigh(model: Any, names: tuple[str, ...], weights: Mapping[str, list[float]]) -> None:
     """Multiply the adapters' scalings with their coefficients, module by module."""
     for path, module in model.named_modules():
-        scaling = getattr(module, "scaling", None)
-        if isinstance(scaling, dict):
+        scaling = scalings(module)
+        if scaling is not None:
             row = weights.get(path.removeprefix(PREFIX), [0.0] * len(names))
             for name, weight in zip(names, row, strict=True):
                 if name in scaling:
@@ -204,7 +206,7 @@ def _with_delta(model: Any, recipe: Recipe, scratch: Path, progress: Progress) -
                 continue  # there is a lora_bias beside all layers or none, and the base may have no bias
             parameter = model.get_parameter(name)
             owner = model.get_submodule(name.rpartition(".")[0])
-            parameter += as_stored(delta, parameter.shape, transposed=bool(getattr(owner, "is_transposed", False)))
+            parameter += as_stored(delta, parameter.shape, transposed=holds_transposed(owner))
     return model
 
 

@@ -15,7 +15,7 @@ from plait.errors import AdapterError, AddressError, RecipeError
 from plait.extras import require
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, resolve_model
 from plait.hub.pretrained import load_tokenizer, refusing
-from plait.hub.quiet import quiet_loading
+from plait.libraries.transformers import quiet_loading
 from plait.merging.progress import Progress, Silent
 from plait.merging.record import Lock
 from plait.merging.staging import scratch

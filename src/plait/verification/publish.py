@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.errors import OutputError
-from plait.hub.client import bars, explain
+from plait.hub.client import explain
 from plait.hub.upload import check_push, push_folder
+from plait.libraries.huggingface_hub import bars
 from plait.merging.public import place_name
 from plait.merging.record import LOCK, Lock
 from plait.merging.staging import scratch

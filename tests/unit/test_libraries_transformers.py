@@ -1,0 +1,149 @@
+"""What plait expects of transformers beyond its documented use. A test that fails names what a release has changed."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from plait.libraries import transformers as library
+from tests.language_models import language_model
+
+MODERN = int(transformers.__version__.split(".")[0]) >= 5
+
+
+def small(name: str, **more: object) -> nn.Module:
+    sizes = {"vocab_size": 37, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**{**sizes, **more})).eval()
+
+
+def test_a_models_forward_names_the_argument_that_takes_a_cache():
+    argument = library.cache_argument(language_model())
+    assert argument in library.forward_parameters(language_model())
+    assert argument != "use_cache"
+
+
+def test_a_cache_is_found_in_the_output_and_copies_its_rows():
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    found = library.cache_of(language_model()(ids, use_cache=True))
+    assert found is not None
+    _, cache = found
+    assert isinstance(cache, transformers.Cache)
+    assert cache.get_seq_length() == 3
+    library.copy_rows(cache, torch.tensor([1, 1, 0]))
+    assert cache.layers[0].keys.shape[0] == 3
+    assert torch.equal(cache.layers[0].keys[0], cache.layers[0].keys[1])
+    assert library.why_cache_not_continued(cache) is None
+    assert library.cache_of(language_model()(ids, use_cache=False)) is None
+
+
+def test_what_is_not_a_cache_is_not_taken_for_one():
+    assert library.cache_of({"past_key_values": ((1, 2),), "logits": torch.zeros(1)}) is None
+    assert library.cache_argument(SimpleNamespace(forward=lambda ids, use_cache=True: None)) is None
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Mistral", "Gemma2", "GPTNeoX"])
+def test_attention_can_be_continued(name):
+    assert library.why_not_continued(small(name)) is None
+
+
+def test_running_states_cannot_be_continued():
+    assert library.why_not_continued(small("Mamba", state_size=4)) is not None
+
+
+def test_a_cache_of_running_states_is_known_by_what_its_layers_hold():
+    layer = SimpleNamespace(keys=None, recurrent_states=None)
+    assert "recurrent_states" in str(library.why_cache_not_continued(SimpleNamespace(layers=[layer])))
+
+
+def test_windows():
+    assert library.attention_window(small("Mistral", sliding_window=9)) == 9
+    assert library.attention_window(small("Gemma2", sliding_window=9)) == 9
+    assert library.attention_window(small("Mistral", sliding_window=None)) is None
+    assert library.attention_window(small("Qwen2")) is None, "it has the setting, and does not use it"
+    assert library.attention_window(small("Llama")) is None
+
+
+def test_positions():
+    assert not library.counts_by_place(small("Llama"))
+    assert library.counts_by_place(small("Bloom"))
+    neo = transformers.GPTNeoConfig(
+        vocab_size=37, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    )
+    assert library.counts_by_place(transformers.GPTNeoForCausalLM(neo))
+    assert library.reserved_positions(small("Roberta", is_decoder=True)) == 2
+    assert library.reserved_positions(small("Llama")) == 0
+
+
+def test_conv1d_is_known_by_its_class():
+    block = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=37, n_embd=32, n_layer=1, n_head=4)).transformer.h[
+        0
+    ]
+    assert library.is_conv1d(block.attn.c_attn)
+    assert block.attn.c_attn.weight.shape == (32, 96)
+    assert not library.is_conv1d(nn.Conv1d(2, 2, 1))
+
+
+def test_fused_experts_say_how_they_lie():
+    config = transformers.GptOssConfig(
+        vocab_size=37,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+    )
+    experts = transformers.GptOssForCausalLM(config).model.layers[0].mlp.experts
+    assert library.holds_transposed(experts) is MODERN, "since version 5 they say so"
+    assert experts.gate_up_proj.shape == (2, 32, 48), "(experts, d_in, d_out)"
+    assert not library.holds_transposed(small("Llama").model.layers[0].mlp)
+
+
+def test_tied_parameters_are_named():
+    tied = library.tied_parameters(small("Llama", tie_word_embeddings=True))
+    assert tied == ({"lm_head.weight": "model.embed_tokens.weight"} if MODERN else {}), "since version 5 they are named"
+    assert library.tied_parameters(small("Llama", tie_word_embeddings=False)) == {}
+
+
+def test_embeddings_with_a_scale_of_their_own():
+    assert library.embedding_scale(small("Llama").model.embed_tokens) is None
+    gemma = transformers.Gemma3TextConfig(
+        vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, head_dim=8
+    )
+    scale = library.embedding_scale(transformers.Gemma3ForCausalLM(gemma).model.embed_tokens)
+    assert float(scale) == pytest.approx(32**0.5, rel=1e-2)
+
+
+def test_conversion_says_where_experts_of_a_checkpoint_go():
+    with torch.device("meta"):
+        model = small("Mixtral", num_local_experts=2, num_key_value_heads=2)
+    conversion = library.checkpoint_conversion(model)
+    assert (conversion is not None) is MODERN, "since version 5"
+    if conversion is None:
+        return
+    name, pattern = conversion.rename("model.layers.0.block_sparse_moe.experts.1.w1.weight")
+    assert name in dict(model.named_parameters())
+    assert library.steps_of(conversion.by_pattern[pattern]) == [("MergeModulelist", 0), ("Concatenate", 1)]
+    name, pattern = conversion.rename("model.layers.0.self_attn.q_proj.weight")
+    assert (name, pattern) == ("model.layers.0.self_attn.q_proj.weight", None)
+    assert sorted(["a.10.w", "a.9.w"], key=conversion.order) == ["a.9.w", "a.10.w"]
+
+
+def test_quiet_keeps_bars_logs_and_warnings_back_and_gives_them_back():
+    logging = transformers.utils.logging
+    before = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    with library.quiet():
+        assert not logging.is_progress_bar_enabled()
+        assert logging.get_verbosity() == logging.ERROR
+        warnings.warn("of its own affairs", UserWarning, stacklevel=1)  # any warning that comes through is an error here
+    assert (logging.is_progress_bar_enabled(), logging.get_verbosity()) == before
+
+
+def test_the_trainer_takes_back_its_best_checkpoint_by_a_method_of_this_name():
+    assert callable(transformers.Trainer._load_best_model)
