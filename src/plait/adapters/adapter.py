@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from plait.adapters.config import AdapterConfig
+from plait.adapters.contents import other_files, sort_tensors
 from plait.adapters.experts import ExpertNaming
 from plait.adapters.layouts import Kind, Layout
 from plait.adapters.lowrank import LowRank
-from plait.adapters.names import is_training_only, parse_lora_name, strip_prefix
+from plait.adapters.names import clean_settings
 from plait.adapters.pickled import PickleFile
 from plait.adapters.tensorfile import SafetensorsFile, TensorFile
 from plait.errors import AdapterError, collect
@@ -24,6 +24,7 @@ from plait.errors import AdapterError, collect
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PICKLE = "adapter_model.bin"
+ALPHA = "alpha"  # the part of a module whose file brings its own
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -37,7 +38,8 @@ class Target:
         rank: of one matrix; PEFT's r is `rank · layout.rank_unit`.
         scaling: s in ΔW = s · B A.
         dtype: of the stored factors (safetensors' names).
-        tensors: part (`lora_A`, `lora_B`, `lora_B.bias`, `lora_magnitude_vector`, …) → tensor name in the file.
+        tensors: part (`lora_A`, `lora_B`, `lora_B.bias`, `lora_magnitude_vector`, …; `alpha` where the file has its own) →
+            tensor name in the file.
     """
 
     path: str
@@ -87,6 +89,7 @@ class Adapter:
             AdapterError: with everything that is wrong with it.
         """
         config = AdapterConfig.read(folder / CONFIG)
+        config = replace(config, raw=clean_settings(config.raw))
         file = _open_file(folder)
         targets, full, problems = _understand(config, file)
         collect(AdapterError, [f"{file.path}: {p}" for p in problems], f"{folder}: not an adapter that plait can merge")
@@ -150,28 +153,17 @@ def _open_file(folder: Path) -> TensorFile:
         return SafetensorsFile(folder / WEIGHTS)
     if (folder / _PICKLE).is_file():
         return PickleFile(folder / _PICKLE)
-    raise AdapterError(f"{folder / WEIGHTS}: no such file, and no {_PICKLE} either. Was the download cut short?")
+    instead = other_files(folder) or "Was the download cut short?"
+    raise AdapterError(f"{folder / WEIGHTS}: no such file, and no {_PICKLE} either. {instead}")
 
 
 def _understand(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Target], dict[str, str], list[str]]:
     """Sort a file's tensors into targets and full tensors; return them with what is wrong."""
-    modules: dict[str, dict[str, str]] = defaultdict(dict)
-    full: dict[str, str] = {}
-    problems: list[str] = []
-    for name in sorted(file.tensors):
-        if is_training_only(name):
-            continue
-        parsed = parse_lora_name(name)
-        if parsed is None:
-            full[strip_prefix(name)] = name
-        elif parsed.part in modules[parsed.module]:
-            problems.append(f"{name!r} and {modules[parsed.module][parsed.part]!r} are the same part of one module")
-        else:
-            modules[parsed.module][parsed.part] = name
-    naming = ExpertNaming(config.target_parameters, modules)
-    problems += naming.problems
+    contents = sort_tensors(file)
+    naming = ExpertNaming(config.target_parameters, contents.modules)
+    problems = [*contents.problems, *naming.problems]
     targets: dict[str, Target] = {}
-    for module, parts in modules.items():
+    for module, parts in contents.modules.items():
         try:
             path, kind = naming.path_and_kind(module, parts)
             target = _target(config, file, path, kind, parts)
@@ -185,7 +177,7 @@ def _understand(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Targ
             f"{_sample(sorted(plain))}. "
             "Without it their delta is not known. Fetch or save the adapter again"
         )
-    return dict(sorted(targets.items())), full, problems
+    return dict(sorted(targets.items())), contents.full, problems
 
 
 def _target(config: AdapterConfig, file: TensorFile, path: str, kind: Kind, parts: Mapping[str, str]) -> Target:
@@ -202,7 +194,23 @@ def _target(config: AdapterConfig, file: TensorFile, path: str, kind: Kind, part
     layout, rank = Layout.of(kind, info_a.shape, info_b.shape, config.rank(path))
     if rank == 0:
         raise ValueError("has rank 0")
-    return Target(path, layout, rank, config.scaling(path, rank * layout.rank_unit), info_b.dtype, dict(parts))
+    if ALPHA in parts:
+        scaling = _own_scaling(config, file, parts[ALPHA], rank * layout.rank_unit)
+    else:
+        scaling = config.scaling(path, rank * layout.rank_unit)
+    return Target(path, layout, rank, scaling, info_b.dtype, dict(parts))
+
+
+def _own_scaling(config: AdapterConfig, file: TensorFile, name: str, rank: int) -> float:
+    """Return the scaling that a module's own alpha in the file gives, as kohya's scripts do."""
+    if math.prod(file.tensors[name].shape) != 1:
+        raise ValueError(f"{name!r} is {list(file.tensors[name].shape)}; an alpha is one number")
+    if config.flag("use_rslora"):
+        raise ValueError(f"{name!r} is an alpha for alpha / rank, and the configuration asks for alpha / sqrt(rank)")
+    alpha = float(file.read(name))
+    if not math.isfinite(alpha):
+        raise ValueError(f"{name!r} is {alpha}; an alpha is a finite number")
+    return alpha / rank
 
 
 def _sample(names: list[str]) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plait.adapters.base_files import find_weights, open_weights
+from plait.adapters.base_files import find_weights, open_weights, read_config
 from plait.adapters.layouts import Layout
-from plait.adapters.names import is_conv1d
+from plait.adapters.orientation import has_conv1d, is_transposed
 from plait.errors import AdapterError
 
 
@@ -31,6 +31,7 @@ class BaseWeights:
             raise AdapterError(f"{folder}: no weights of a base model here; DoRA needs them.")
         self._files = [open_weights(folder / name) for name in names]
         self._home = {tensor: file for file in self._files for tensor in file.tensors}
+        self._conv1d = has_conv1d(read_config(folder), {n: f.tensors[n].shape for n, f in self._home.items()})
 
     def matrix(self, module: str, layout: Layout, *, fan_in_fan_out: bool, dtype: torch.dtype) -> Tensor:
         """Return a module's weight as (d_out, d_in), the orientation of B @ A.
@@ -38,8 +39,7 @@ class BaseWeights:
         Args:
             module: path as the adapter names it.
             layout: of its factors.
-            fan_in_fan_out: the adapter's flag for bases that store weights transposed (GPT-2's Conv1D); the shape decides
-                wherever it can.
+            fan_in_fan_out: the adapter's flag for bases that store weights transposed (see `orientation`).
             dtype: of the result.
 
         Raises:
@@ -49,7 +49,9 @@ class BaseWeights:
         weight = self._home[name].read(name).to(dtype)
         if layout.kind == "conv":
             weight = weight.flatten(1)
-        elif layout.kind == "embedding" or self._is_transposed(module, weight, layout, fan_in_fan_out=fan_in_fan_out):
+        elif layout.kind == "embedding" or is_transposed(
+            module, (layout.d_out, layout.d_in), stored=tuple(weight.shape), conv1d=self._conv1d, flag=fan_in_fan_out
+        ):
             weight = weight.mT
         if tuple(weight.shape) != (layout.d_out, layout.d_in):
             raise AdapterError(
@@ -57,12 +59,6 @@ class BaseWeights:
                 f"{[layout.d_out, layout.d_in]}. Is this the base model that it was trained on?"
             )
         return weight
-
-    @staticmethod
-    def _is_transposed(module: str, weight: Tensor, layout: Layout, *, fan_in_fan_out: bool) -> bool:
-        if layout.d_out != layout.d_in:
-            return tuple(weight.shape) == (layout.d_in, layout.d_out)
-        return is_conv1d(module, fan_in_fan_out=fan_in_fan_out)
 
     def _name(self, module: str) -> str:
         wanted = f"{module}.weight"

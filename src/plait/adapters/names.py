@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PREFIX = "base_model.model."
 
-# the modules that transformers builds as Conv1D, whose weight is stored as (d_in, d_out)
-_CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+# what torch puts into names for torch.compile, activation checkpointing, FSDP (old and new), and Lightning and DeepSpeed do
+_WRAPPERS = (
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module",
+    "_fpw_module",
+    "_forward_module",
+)
+_DEFAULT = "default"  # what PEFT calls an adapter that was given no name
+_PARALLEL = "module"  # of DDP, DataParallel and DeepSpeed; models have modules of this name too, within their layers
 _LORA = re.compile(
     r"^(?P<module>.+)\.(?P<part>"
     r"lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_diag|lora_velora_embed)"
-    r"(?:\.(?P<rest>.+))?$"
+    r"(?:\.(?P<owner>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?$"
+)
+_FULL = re.compile(
+    r"^(?P<module>.+)\.(?:(?P<saved>modules_to_save)|(?P<original>original_module))\.(?P<leaf>.+)$"
+    r"|^(?P<table>.+\.token_adapter)\.trainable_tokens_(?P<rows>delta|original)(?:\.(?P<owner>[^.]+))?$"
 )
 _TRAINING_ONLY = re.compile(r"\.lora_(?:velora_embed|monteclora_sampler)(?:\.|$)")
 _FIRST_INDEX = re.compile(r"^(?P<tower>(?:[^.]+\.)*?[^.\d][^.]*)\.(?P<index>\d+)(?:\.|$)")
+# Tensors of other methods and other programs. None of them may pass for a head.
+_FOREIGN = {
+    "LoRA as kohya's scripts write it (lora_down, lora_up)": r"(?:^|\.)lora_(?:down|up|mid)(?:\.|$)|\.dora_scale$",
+    "LoRA as mlx writes it (lora_a, lora_b; transposed)": r"(?:^|\.)lora_[ab]$",
+    "LoRA as torchtune writes it (lora_a.weight, lora_b.weight)": r"(?:^|\.)lora_[ab]\.",
+    "LoRA as diffusers writes it (lora.down, lora.up)": r"lora\.(?:down|up)(?:\.|$)|\.lora_(?:linear|conv2d)_layer\.",
+    "LoHa, LoKr or OFT as LyCORIS and PEFT write them": r"\.(?:hada_|lokr_|b?oft_|glora_)\w+(?:\.|$)",
+    "AdaLoRA (lora_E)": r"\.(?:lora_E|ranknum)(?:\.|$)",
+    "IA3": r"\.ia3_l(?:\.|$)",
+    "VeRA, RandLoRA or VB-LoRA, whose matrices are shared": r"(?:^|\.)(?:vera|pvera|randlora|vblora)_\w+(?:\.|$)",
+    "prompt tuning or prefix tuning": r"(?:^|\.)(?:prompt_embeddings|prompt_encoder|adaption_(?:prompt|gate))(?:\.|$)",
+    "another method of PEFT": r"\.(?:fourierft|hra|bone|miss|shira|c3a|road|waveft|delora|gralora|randlora|ln_tuning|poly_lora"
+    r"|internal_xlora|vblora)_\w+(?:\.|$)",
+    "quantised weights": r"\.(?:nested_)?(?:absmax|quant_map)$|\.quant_state\."
+    r"|\.(?:SCB|qweight|qzeros|g_idx|weight_scale_inv)$",
+    "FSDP's flattened parameters": r"(?:^|\.)_?flat_param(?:_\d+)?(?:\.|$)",
+    "a LoRA of a kind that is not known": r"(?:^|\.)(?:lora_[A-Z]\w*|loras?)(?:\.|$)|\.lora_(?:embedding|magnitude|diag)\w*\.",
+}
+_FOREIGN_PATTERNS = {what: re.compile(pattern) for what, pattern in _FOREIGN.items()}
 
 
 class LoraName(NamedTuple):
@@ -24,17 +56,38 @@ class LoraName(NamedTuple):
 
     module: str
     part: str  # lora_A, lora_B, lora_B.bias, lora_embedding_A, lora_embedding_B, lora_magnitude_vector, lora_diag
+    owner: str | None = None  # the adapter's name in memory, where it was left in
+
+
+class FullName(NamedTuple):
+    """The name of a tensor that is not part of a LoRA."""
+
+    path: str  # of the parameter in the base model; with `.base_layer.` for the table below a LoRA or trained rows
+    owner: str | None = None  # the adapter's name in memory, where it was left in
+    is_copy: bool = False  # the live model's own second copy, `modules_to_save.…`
+    is_untrained: bool = False  # what stood there before training
 
 
 def strip_prefix(name: str) -> str:
-    """Return a tensor's name as a path in the base model; wrappers of torch.compile, FSDP, DDP and PEFT are removed."""
-    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module."):
-        name = name.replace(wrapper, "")
-    if name.startswith(f"module.{PREFIX}"):
-        name = name.removeprefix("module.")
-    while name.startswith(PREFIX):
-        name = name.removeprefix(PREFIX)
-    return name
+    """Return a tensor's name as a path in the base model, without wrappers.
+
+    Removed are, at any depth, PEFT's own prefix and what torch.compile, activation checkpointing, FSDP and Lightning put into
+    names; the `module` of DDP and DeepSpeed where it stands before the first numbered layer or beside another wrapper.
+    """
+    kept: list[str] = []
+    words = name.split(".")
+    numbered = beside = False
+    for i, word in enumerate(words):
+        last = i == len(words) - 1
+        following = words[i + 1] if not last else ""
+        if not last and (word in _WRAPPERS or (word == _PARALLEL and (not numbered or beside or following in _WRAPPERS))):
+            beside = True
+            continue
+        beside = False
+        numbered = numbered or word.isdigit()
+        kept.append(word)
+    path = ".".join(kept)
+    return re.sub(r"(?:^|(?<=\.))base_model\.model\.", "", path)
 
 
 def parse_lora_name(name: str) -> LoraName | None:
@@ -43,19 +96,101 @@ def parse_lora_name(name: str) -> LoraName | None:
     Accepts names with and without PEFT's prefix, and with an adapter name left in (`lora_A.default.weight`).
     """
     found = _LORA.match(strip_prefix(name))
-    if found is None:
+    if found is None or (found["leaf"] == "bias" and found["part"] != "lora_B"):
         return None
-    rest = found["rest"] or ""
-    part = found["part"] + (".bias" if rest == "bias" or rest.endswith(".bias") else "")
-    return LoraName(found["module"], part)
+    return LoraName(found["module"], found["part"] + (".bias" if found["leaf"] == "bias" else ""), found["owner"])
 
 
-def is_conv1d(module: str, *, fan_in_fan_out: bool) -> bool:
-    """Say whether a base layer stores its weight transposed.
+def parse_full_name(name: str, owners: Collection[str] = (), untrained: Collection[str] = ()) -> FullName:
+    """Take the name of a tensor apart that is not part of a LoRA.
 
-    The flag alone does not tell: PEFT writes that of the layer it wrapped last, and Linear layers may carry these names too.
+    Args:
+        name: as it stands in the file.
+        owners: adapters' names that the factors beside it have (`lora_A.default.weight`).
+        untrained: cleaned names of untrained copies beside it (`….original_module.…`). Both tell the adapter's name in
+            `head.modules_to_save.default.weight` from a module's in `head.modules_to_save.dense.weight`.
     """
-    return fan_in_fan_out and module.rpartition(".")[2] in _CONV1D
+    path = strip_prefix(name)
+    found = _FULL.match(path)
+    if found is None:
+        return FullName(path.replace(".token_adapter.base_layer.", ".base_layer."))
+    if found["table"]:
+        return FullName(f"{found['table']}.trainable_tokens_delta", found["owner"], is_untrained=found["rows"] == "original")
+    module, leaf = found["module"], found["leaf"]
+    if found["original"]:
+        return FullName(f"{module}.{leaf}", is_untrained=True)
+    owner, _, rest = leaf.partition(".")
+    before = f"{module}.original_module"
+    named = owner in owners or owner == _DEFAULT or f"{before}.{rest}" in untrained
+    if rest and named and f"{before}.{leaf}" not in untrained:
+        return FullName(f"{module}.{rest}", owner, is_copy=True)
+    return FullName(f"{module}.{leaf}", is_copy=True)
+
+
+def foreign_tensors(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return what other methods and programs have left in a file: what it is → tensor names, in order."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        path = strip_prefix(name)
+        for what, pattern in _FOREIGN_PATTERNS.items():
+            if pattern.search(path):
+                found.setdefault(what, []).append(name)
+                break
+    return found
+
+
+def kohya_part(name: str) -> LoraName | None:
+    """Take a name of kohya's scripts apart that has the module's path: `….lora_down.weight`, `….lora_up.weight`, `….alpha`.
+
+    None for all others, and for paths with underscores in place of dots (`lora_te_…`), which cannot be told from names.
+    """
+    found = re.match(r"^(?P<module>.+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)$", strip_prefix(name))
+    if found is None or re.match(r"lora_[a-z]+\d*_", found["module"]):
+        return None
+    return LoraName(found["module"], _KOHYA[found["part"]])
+
+
+_KOHYA = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B", "alpha": "alpha"}
+
+
+def clean_settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return an adapter's configuration with the names and patterns of modules in it cleaned as tensor names are."""
+    return {key: _clean(value) if key in _NAMING else value for key, value in raw.items()}
+
+
+_NAMING = frozenset({
+    "target_modules", "target_parameters", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern",
+    "trainable_token_indices", "layers_pattern",
+})  # fmt: skip
+_WRAPPER_IN_PATTERN = re.compile(rf"(?:{'|'.join(_WRAPPERS)})\\?\.")
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return _WRAPPER_IN_PATTERN.sub("", value)
+    if isinstance(value, list):
+        return [_clean(v) for v in value]
+    if isinstance(value, Mapping):
+        return {_clean(k): v for k, v in value.items()}
+    return value
+
+
+# Older and newer names of vision-language models differ by containers that transformers put into their paths, or took out.
+_LANGUAGE = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?(?=(?:layers|embed_tokens)\.|embed_tokens$)")
+_VISION = re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?")
+_OLDER = ((_LANGUAGE, r"language_model\.(?:model\.)?"), (_VISION, r"vision_tower\.(?:vision_model\.)?"))
+
+
+def pattern_of(path: str) -> str:
+    """Return a pattern for PEFT's settings that a module has in all versions of a model; the path itself where they agree.
+
+    PEFT matches it behind any prefix (`rank_pattern`, `alpha_pattern`).
+    """
+    for older, pattern in _OLDER:
+        found = older.match(path)
+        if found is not None:
+            return pattern + re.escape(path[found.end() :])
+    return path
 
 
 def is_training_only(name: str) -> bool:

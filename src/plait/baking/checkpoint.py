@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from plait.adapters.base_files import INDEX, PICKLED, PICKLED_INDEX, SINGLE, find_weights, open_weights, read_config
 from plait.adapters.header import TensorInfo
+from plait.adapters.orientation import has_conv1d
 from plait.adapters.pickled import PickleFile
 from plait.adapters.tensorfile import SafetensorsFile, TensorFile
 from plait.baking.architecture import Architecture, ArchitectureUnknown
@@ -144,6 +146,11 @@ class BaseCheckpoint:
     def folder(self) -> Path:
         """Where it lies."""
         return self.located.folder
+
+    @cached_property
+    def has_conv1d(self) -> bool | None:
+        """Whether its layers that can be Conv1D by their names are; None where neither tensors nor configuration tell."""
+        return has_conv1d(self.config, {n: s.file.tensors[n].shape for n, s in self.home.items()})
 
     def info(self, tensor: str) -> TensorInfo:
         """Return what the header says of a tensor."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from plait.adapters.header import TensorInfo
 from plait.adapters.layouts import Kind as LayoutKind
 from plait.adapters.layouts import Layout
+from plait.adapters.orientation import may_be_conv1d
 from plait.adapters.tensorfile import TensorFile
 from plait.baking.architecture import Architecture, ArchitectureUnknown, Layer, Part
 from plait.baking.checkpoint import FLOATS, BaseCheckpoint
@@ -31,9 +32,6 @@ _HEAD = re.compile(r"(.*\.)?(lm_head|embed_out)\.weight")
 _EXPERT = re.compile(r"\.experts\.(\d+\.|[^.]+$)")
 # Constants that some versions of transformers store and others compute.
 _CONSTANT = re.compile(r"(\.|^)(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids|token_type_ids)$")
-# Models whose layers named c_attn, c_proj, c_fc are transformers' Conv1D; elsewhere (GPT-BigCode) they are Linear.
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "decision_transformer", "imagegpt")
-_CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 # Layers of these models whose weights are read past an adapter, by fused kernels or by the code; PEFT refuses most of them.
 _MAMBA_MODELS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 _MAMBA = ("conv1d", "dt_proj", "out_proj")
@@ -311,7 +309,7 @@ class _Pairs:
 
     def _as_stored(self, name: str, base: str, tuned: str) -> Pair:
         info = self._base.info(base)
-        conv1d = str(self._base.config.get("model_type")) in _CONV1D_MODELS and _last(name) in _CONV1D
+        conv1d = may_be_conv1d(name.rpartition(".")[0]) and bool(self._base.has_conv1d)
         kind = "expert" if _EXPERT.search(name) else _kind(name, info.shape, is_conv1d=conv1d)
         return self._pair(name, kind, info.shape, ((self._rows(base, tuned),),))
 

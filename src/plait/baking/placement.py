@@ -10,7 +10,7 @@ import torch
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
-from plait.adapters.names import is_conv1d
+from plait.adapters.orientation import is_transposed
 from plait.baking.architecture import ArchitectureUnknown, Part
 from plait.baking.checkpoint import FLOATS, BaseCheckpoint, sections
 from plait.baking.full import FullTensor, full_tensor, parameter_of
@@ -249,9 +249,7 @@ class _Placing:
             return False
         if layout.kind == "embedding":
             return True
-        if layout.d_out != layout.d_in:
-            return shape[-2:] == (layout.d_in, layout.d_out)
-        if layout.kind == "experts":
+        if layout.kind == "experts" and layout.d_out == layout.d_in:
             said = self._names.is_transposed(target.rpartition(".")[0])
             if said is None:
                 raise ValueError(
@@ -259,7 +257,8 @@ class _Placing:
                 )
             return said
         flags = [a.config.flag("fan_in_fan_out") for a in self._inventory.adapters if target in a.targets]
-        return is_conv1d(target, fan_in_fan_out=any(flags))
+        size = layout.d_out, layout.d_in
+        return is_transposed(target, size, stored=shape, conv1d=self._checkpoint.has_conv1d, flag=any(flags))
 
     def _put_bias(self, target: str) -> None:
         owners = [a for a in self._inventory.adapters if target in a.targets and a.targets[target].has_bias]

@@ -24,6 +24,7 @@ from plait.evaluation.workspace import SCORES, check_index, check_task_names, ch
 from plait.extras import require
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve, resolve_model
 from plait.hub.references import parse_reference
+from plait.merging.doubts import doubts
 from plait.merging.inventory import Inventory, open_adapters, take_inventory
 from plait.merging.progress import Progress, Silent
 from plait.merging.record import LOCK, Lock, recipe_json
@@ -111,7 +112,8 @@ class Evaluator:
         self.options = options
         self.progress = progress
         self.singles = {a.name: a for a, _, _ in singles}
-        self.tasks, self.notes = _ask(tasks, spec, options.workspace)
+        self.tasks, asked = _ask(tasks, spec, options.workspace)
+        self.notes = [*asked, *doubts([*self.singles.values(), *others])]
         self.base, place = _base(base, folder, [*self.singles.values(), *others], options)
         self._sources = tuple(
             Source(name=a.name, path=text, repo=p.repo, commit=p.commit, sha256=a.sha256()) for a, p, text in singles

@@ -193,7 +193,8 @@ def _try(tokenizer: Any) -> None:
         if not isinstance(token, str | None) or not isinstance(number, int | None):
             raise TypeError(f"tokenizer_config.json: {name} must be a token, got {token!r}")
     vocabulary = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
-    if not vocabulary:  # transformers makes an empty tokenizer of a model's kind where there are no files
+    # transformers makes an empty tokenizer of a model's kind where there are no files; T5's has one token then
+    if len(vocabulary) <= 1:
         raise ValueError(
             "it has no tokens: the files of a tokenizer (tokenizer.json, vocab.json, *.model) are missing or empty"
         )

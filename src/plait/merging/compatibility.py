@@ -13,12 +13,51 @@ from itertools import combinations
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
-from plait.adapters.names import is_conv1d, layer_key
+from plait.adapters.names import layer_key
+from plait.adapters.orientation import may_be_conv1d
 from plait.records import Record
 
 # The values vLLM takes for its setting max_lora_rank. Newer versions also take 1, which older ones refuse.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _SHOWN = 4
+# Projections that models have either as one matrix or as several: the one's names, and the several's.
+_FUSED = (
+    (
+        (
+            "qkv_proj",
+            "Wqkv",
+            "W_pack",
+            "query_key_value",
+            "qkv",
+            "c_attn",
+            "in_proj",
+            "in_proj_qkv",
+            "attn_qkv",
+            "to_qkv",
+            "wqkv",
+        ),
+        (
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "query",
+            "key",
+            "value",
+            "wq",
+            "wk",
+            "wv",
+            "to_q",
+            "to_k",
+            "to_v",
+            "q_lin",
+            "k_lin",
+            "v_lin",
+        ),
+    ),
+    (("kv_proj", "to_kv", "key_value", "kv"), ("k_proj", "v_proj", "key", "value", "wk", "wv", "to_k", "to_v")),
+    (("gate_up_proj", "up_gate_proj", "w13", "w1w3"), ("gate_proj", "up_proj", "w1", "w3")),
+    (("w12",), ("w1", "w2")),
+)
 
 
 class Compatibility(Record):
@@ -170,6 +209,19 @@ def naming_problems(adapters: Sequence[Adapter]) -> list[str]:
                     f"{first.name!r} adapts the fused experts {fused!r}, {second.name!r} the same experts one by one. "
                     "Save one of them again in the form of the other (transformers 5 fuses experts on loading)."
                 )
+            cut = _fused_projections(first, second)
+            if cut:
+                problems.append(
+                    f"{first.name!r} adapts {cut[0][0]!r}, one matrix for what {second.name!r} has apart ({cut[0][1]!r}; "
+                    f"{_count(len(cut), 'place')} in all). No model has both, so nothing could load their union. Train both "
+                    "on one form of the model."
+                )
+        wrapped = _under_a_wrapper(one, two)
+        if wrapped is not None:
+            problems.append(
+                f"{wrapped[0]!r} of {one.name!r} and {wrapped[1]!r} of {two.name!r} differ by the word 'module' alone, which "
+                "DDP and DeepSpeed put into names. If they are the same module, rename the tensors of one adapter."
+            )
     return problems
 
 
@@ -207,7 +259,7 @@ def form_problems(adapters: Sequence[Adapter]) -> list[str]:
             f"{doubled[0]!r} is adapted as a parameter (target_parameters) by one adapter and as a module by another; PEFT "
             "cannot load both. Train them with the same selection."
         )
-    transposed = sorted({t.path for a, t in targets if is_conv1d(t.path, fan_in_fan_out=a.config.flag("fan_in_fan_out"))})
+    transposed = sorted({t.path for a, t in targets if a.config.flag("fan_in_fan_out") and may_be_conv1d(t.path)})
     experts = sorted({t.path for _, t in targets if t.layout.kind == "experts"})
     if transposed and experts:
         problems.append(
@@ -334,6 +386,30 @@ def _fused_and_separate(fused: Adapter, separate: Adapter) -> str | None:
         if target.layout.kind == "experts" and any(re.match(rf"{re.escape(experts)}\.\d+\.", p) for p in separate.targets):
             return path
     return None
+
+
+def _fused_projections(fused: Adapter, separate: Adapter) -> list[tuple[str, str]]:
+    """Return the pairs of a fused projection and one of its parts beside it, where no adapter shows that a model has both."""
+    found: dict[str, str] = {}
+    both: set[str] = set()
+    for wholes, parts in _FUSED:
+        for path in fused.targets:
+            owner, _, name = path.rpartition(".")
+            if name not in wholes:
+                continue
+            beside = [p for part in parts if (p := f"{owner}.{part}" if owner else part) in separate.targets]
+            if beside:
+                found.setdefault(path, beside[0])
+            if path in separate.targets or any(p in fused.targets for p in beside):
+                both.add(name)
+    return [(path, part) for path, part in found.items() if path.rpartition(".")[2] not in both]
+
+
+def _under_a_wrapper(one: Adapter, two: Adapter) -> tuple[str, str] | None:
+    """Return two paths that differ by components called `module` alone, where they stand within a layer (see `names`)."""
+    bare = {re.sub(r"(?<=\.)module\.", "", path): path for path in two.targets}
+    pairs = ((path, bare.get(re.sub(r"(?<=\.)module\.", "", path))) for path in one.targets)
+    return next(((path, other) for path, other in pairs if other is not None and other != path), None)
 
 
 def _base_notes(adapters: Sequence[Adapter], given_base: str | None) -> list[str]:

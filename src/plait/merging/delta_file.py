@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plait.adapters.names import is_conv1d
+from plait.adapters.orientation import has_conv1d, is_transposed
 from plait.adapters.tensorwriter import Entry, TensorWriter
 from plait.merging.emit import rounded
 from plait.merging.engine import MergedModule
@@ -29,12 +29,14 @@ class DeltaFile:
         self._layouts = {m.target: inventory.layouts[m.target] for m in plan.modules}
         self._has_bias = any(t.has_bias for a in inventory.adapters for t in a.targets.values())
         self._dtype = DTYPES[inventory.recipe.output.dtype]
-        flags = [(a.targets, a.config.flag("fan_in_fan_out")) for a in inventory.adapters]
+        conv1d, flag = has_conv1d(inventory.base_config, {}), any(a.config.flag("fan_in_fan_out") for a in inventory.adapters)
         self._transposed = {
             t
             for t, layout in self._layouts.items()
             if layout.kind == "embedding"
-            or (layout.kind == "linear" and any(t in targets and is_conv1d(t, fan_in_fan_out=f) for targets, f in flags))
+            or (
+                layout.kind == "linear" and is_transposed(t, (layout.d_out, layout.d_in), stored=None, conv1d=conv1d, flag=flag)
+            )
         }
 
     def entries(self) -> list[Entry]:

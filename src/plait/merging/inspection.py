@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Literal
 
-from plait.adapters.adapter import Adapter, Target
+from plait.adapters.adapter import Adapter
 from plait.adapters.names import layer_key
 from plait.errors import PlanError
 from plait.merging.compatibility import Compatibility, Serving, check_compatibility, serving, short_name
+from plait.merging.doubts import contradictions
 from plait.merging.geometry import Matrix, Pairs, Spectra, Sums, layer_name, measure_all
 from plait.merging.progress import Progress, Silent
 from plait.records import Record
@@ -357,13 +358,7 @@ def _warnings(adapter: Adapter, spectra: Spectra) -> Iterator[str]:
     config, targets = adapter.config, adapter.targets
     if not targets:
         yield "It has no LoRA tensors, only tensors trained in full: there is no delta to merge."
-    other = [t for t in targets.values() if _stored_rank(t) != config.rank(t.path)]
-    if other:
-        yield (
-            f"The configuration gives {len(other)} of {len(targets)} modules another rank than their tensors have (such "
-            f"as {other[0].path!r}: {config.rank(other[0].path)}, in the file {_stored_rank(other[0])}). The tensors "
-            "count, for the scaling too."
-        )
+    yield from (text[0].upper() + text[1:] for text in contradictions(adapter))
     zero = [path for path, energy in spectra.energies.items() if energy == 0]
     if zero:
         yield f"{len(zero)} of {len(targets)} modules have a zero delta (such as {zero[0]!r}): they were not trained."
@@ -375,11 +370,6 @@ def _warnings(adapter: Adapter, spectra: Spectra) -> Iterator[str]:
         yield "Activated LoRA (aLoRA): alone it acts only after its invocation tokens, merged it acts on every token."
     if config.raw.get("layer_replication"):
         yield "layer_replication: its layers are those of a base model with repeated layers, not of the published one."
-
-
-def _stored_rank(target: Target) -> int:
-    """Return the rank as PEFT counts it: a grouped convolution's is spread over its groups."""
-    return target.rank * (target.layout.stack if target.layout.kind == "conv" else 1)
 
 
 def _compare(names: Sequence[str], pairs: Pairs) -> Comparison:

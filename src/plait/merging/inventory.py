@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from plait.adapters.adapter import Adapter
+from plait.adapters.base_files import read_config
 from plait.adapters.base_weights import BaseWeights
 from plait.adapters.layouts import Layout
 from plait.errors import AdapterError, AddressError, PlaitError, PlanError, collect
@@ -30,6 +32,7 @@ class Inventory:
         base: the base model's weights, where the merge needs them (DoRA).
         base_located: where those came from.
         moments: second moments of the modules' inputs, where the recipe or the caller gives them.
+        base_config: the base model's `config.json`, where a dense output needs it and it lies in a folder here; else empty.
     """
 
     recipe: Recipe
@@ -39,6 +42,7 @@ class Inventory:
     base: BaseWeights | None
     base_located: Located | None = None
     moments: Moments | None = None
+    base_config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def base_model(self) -> str | None:
@@ -71,7 +75,19 @@ def take_inventory(
         place = resolve_model(recipe.base_model, base=folder) if base_folder is None else Located(folder=base_folder)
         base = BaseWeights(place.folder)
     found = _moments(recipe, folder, moments, {a.name: a.targets for a in adapters})
-    return Inventory(recipe, tuple(adapters), tuple(located), dict(sorted(layouts.items())), base, place, found)
+    inventory = Inventory(recipe, tuple(adapters), tuple(located), dict(sorted(layouts.items())), base, place, found)
+    return (
+        replace(inventory, base_config=_base_config(inventory, folder, base_folder))
+        if recipe.output.kind == "delta"
+        else inventory
+    )
+
+
+def _base_config(inventory: Inventory, folder: Path | None, given: Path | None) -> Mapping[str, Any]:
+    """Return the base's configuration where it lies here: a dense output asks it for the orientation of layers."""
+    named = inventory.base_model
+    place = given if given is not None or named is None else (folder or Path()) / Path(named).expanduser()
+    return {} if place is None or not place.is_dir() else read_config(place)
 
 
 def _moments(

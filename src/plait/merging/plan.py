@@ -11,6 +11,7 @@ from plait.errors import PlanError, collect
 from plait.linalg.blocks import BLOCK_ELEMENTS, HOLD_ELEMENTS
 from plait.merging.combine import pipeline_of
 from plait.merging.compatibility import excluded_spaces, max_lora_rank
+from plait.merging.doubts import doubts
 from plait.merging.heads import head_problems, main_head_bytes
 from plait.merging.inventory import Inventory
 from plait.merging.moments import moments_problems
@@ -98,7 +99,9 @@ class MergePlan(Record):
 
 
 def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
-    """Decide everything that can be decided from headers; of methods that solve, three modules' factors are read too.
+    """Decide everything that can be decided from headers.
+
+    Read are only a few modules' factors: to see that the adapters were trained, and three for methods that solve.
 
     Raises:
         PlanError: with everything that does not fit, all at once.
@@ -322,7 +325,7 @@ def _data_notes(inventory: Inventory, pipeline: Pipeline, paths: list[str]) -> l
 
 def _notes(inventory: Inventory, left_out: dict[str, tuple[str, ...]]) -> list[str]:
     recipe = inventory.recipe
-    notes = []
+    notes = doubts(inventory.adapters)
     if left_out:
         first, lacking = next(iter(left_out.items()))
         notes.append(f"merge_mode 'common' leaves {len(left_out)} modules out, such as {first} (not in {', '.join(lacking)}).")

@@ -11,11 +11,12 @@ from torch import Tensor
 from plait.adapters.adapter import Adapter
 from plait.adapters.experts import expert_keys
 from plait.adapters.layouts import Layout, uniform_rank
-from plait.adapters.names import PREFIX
+from plait.adapters.names import PREFIX, pattern_of
 from plait.adapters.tensorwriter import Entry
 from plait.merging.emit import rounded
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
+from plait.merging.selection import full_paths, joined_selection
 from plait.recipes.schema import Output
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -82,7 +83,7 @@ class PortableAdapter:
     def config(self, declared_heads: Mapping[str, object]) -> dict[str, Any]:
         """Return `adapter_config.json`."""
         adapters = self._inventory.adapters
-        patterned = {t: r for t, r in self._ranks.items() if r != self.rank}
+        patterned = {pattern_of(t): r for t, r in self._ranks.items() if r != self.rank}
         task_types = [a.config.raw.get("task_type") for a in adapters if a.config.raw.get("task_type")]
         config: dict[str, Any] = {
             "peft_type": "LORA",
@@ -126,7 +127,9 @@ class PortableAdapter:
         """Return what makes PEFT wrap exactly these modules.
 
         An adapter with the same targets got them by its own selection, which is short and known to be right (modules that it
-        saved whole are exempt from it, and would be wrapped now); without one, full paths say it.
+        saved whole are exempt from it, and would be wrapped now). So did all adapters together: their selections side by side
+        mean the union, whatever the modules are called in the version of the model that it is loaded into. Where neither
+        holds, full paths say it.
         """
         for adapter in self._inventory.adapters:
             raw = adapter.config.raw
@@ -135,10 +138,13 @@ class PortableAdapter:
                 return {
                     k: sorted(v) if isinstance(v := raw.get(k), list) and k != "layers_to_transform" else v for k in _SELECTORS
                 }
+        joined = joined_selection(self._inventory.adapters, set(self._layouts))
+        if joined is not None:
+            return {k: None for k in _SELECTORS} | {"target_modules": joined}
         plain = [t for t, layout in self._layouts.items() if layout.kind != "experts"]
         experts = [t for t, layout in self._layouts.items() if layout.kind == "experts"]
         return {
-            "target_modules": plain if plain or not experts else [],
+            "target_modules": full_paths(plain),
             "target_parameters": experts or None,
             "layers_to_transform": None,
             "layers_pattern": None,

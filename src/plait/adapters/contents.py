@@ -1,0 +1,149 @@
+"""What the tensors of an adapter's file are, from their names: parts of a LoRA, full tensors, or something else."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from plait.adapters.names import (
+    FullName,
+    LoraName,
+    foreign_tensors,
+    is_training_only,
+    kohya_part,
+    parse_full_name,
+    parse_lora_name,
+    strip_prefix,
+)
+from plait.adapters.tensorfile import TensorFile
+from plait.linalg.blocks import block_ranges
+
+_SHOWN = 3
+_OTHER_FILES = (  # what programs other than PEFT call their files, and what to do with them
+    ("adapters.safetensors", "mlx's adapter", "Convert it to PEFT's form first (lora_a, lora_b are transposed there)"),
+    ("adapters.npz", "mlx's adapter", "Convert it to PEFT's form first"),
+    ("pytorch_lora_weights.safetensors", "diffusers' LoRA", "Convert it to PEFT's form first"),
+    ("adapter_model-*-of-*.safetensors", "an adapter in several files", "Save it again in one: PEFT's save_pretrained"),
+    ("adapter_model-*-of-*.bin", "an adapter in several files", "Save it again in one: PEFT's save_pretrained"),
+    ("*.gguf", "a GGUF file", "plait reads the adapter that it was made from"),
+    ("ggml-adapter-model.bin", "llama.cpp's adapter", "plait reads the adapter that it was made from"),
+    ("adapter_*.pt", "torchtune's adapter", "Save it in PEFT's form (save_adapter_weights_only with the Hugging Face format)"),
+    ("model*.safetensors", "a whole model", "plait extract makes an adapter of it"),
+    ("pytorch_model*.bin", "a whole model", "plait extract makes an adapter of it"),
+)
+
+
+@dataclass
+class Contents:
+    """A file's tensors, sorted.
+
+    Attributes:
+        modules: module path → part (`lora_A`, …; `alpha` where the file brings its own) → tensor name.
+        full: path in the base model → tensor name.
+        problems: what is not understood or is there twice.
+    """
+
+    modules: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    full: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def sort_tensors(file: TensorFile) -> Contents:
+    """Sort a file's tensors by their names.
+
+    Every tensor ends up somewhere: in a module, as a full tensor, or in a problem. Left out are only tensors that steer
+    training, and the untrained copies that a live model keeps of what it trains.
+    """
+    contents = Contents()
+    names = sorted(n for n in file.tensors if not is_training_only(n))
+    loras = {n: parsed for n in names if (parsed := parse_lora_name(n))}
+    rest = [n for n in names if n not in loras]
+    if not loras:  # a file is of one program; beside PEFT's factors kohya's are nobody's
+        loras = _kohya(rest)
+        rest = [n for n in rest if n not in loras]
+    foreign = foreign_tensors(rest)
+    contents.problems += [_foreign(what, found) for what, found in foreign.items()]
+    others = {n for found in foreign.values() for n in found}
+    owners = {p.owner for p in loras.values() if p.owner}
+    untrained = {strip_prefix(n) for n in rest if ".original_module." in n}
+    full = {n: parse_full_name(n, owners, untrained) for n in rest if n not in others}
+    owners |= {p.owner for p in full.values() if p.owner}
+    if len(owners) > 1:
+        contents.problems.append(
+            f"it holds several adapters ({', '.join(sorted(owners))}), as a live model has them. Save each by itself: "
+            "save_pretrained(..., selected_adapters=[NAME])"
+        )
+        return contents
+    for name, parsed in loras.items():
+        _put(contents, contents.modules[parsed.module], parsed.part, name, "part of one module")
+    _sort_full(contents, file, full)
+    return contents
+
+
+def other_files(folder: Path) -> str:
+    """Say what a folder without PEFT's tensor file holds in its place; empty when it is nothing known."""
+    for pattern, what, advice in _OTHER_FILES:
+        found = sorted(folder.glob(pattern))
+        if found:
+            return f"It holds {found[0].name}: {what}. {advice}."
+    return ""
+
+
+def _kohya(names: Iterable[str]) -> dict[str, LoraName]:
+    """Return the factors that kohya's names tell, where every module has both factors and its alpha; else nothing."""
+    found = {n: parsed for n in names if (parsed := kohya_part(n))}
+    modules: dict[str, set[str]] = defaultdict(set)
+    for parsed in found.values():
+        modules[parsed.module].add(parsed.part)
+    whole = {module for module, parts in modules.items() if parts == {"lora_A", "lora_B", "alpha"}}
+    return {n: parsed for n, parsed in found.items() if parsed.module in whole}
+
+
+def _foreign(what: str, names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (
+        f"{len(names)} tensors are {what}, which plait does not read: {', '.join(map(repr, names[:_SHOWN]))}{more}. Convert "
+        "the adapter to PEFT's LoRA form first (lora_A, lora_B and adapter_config.json)"
+    )
+
+
+def _put(contents: Contents, into: dict[str, str], key: str, name: str, what: str) -> None:
+    if key in into:
+        contents.problems.append(f"{name!r} and {into[key]!r} are the same {what}")
+    else:
+        into[key] = name
+
+
+def _sort_full(contents: Contents, file: TensorFile, full: dict[str, FullName]) -> None:
+    for name, parsed in full.items():
+        if not parsed.is_copy and not parsed.is_untrained:
+            _put(contents, contents.full, parsed.path, name, "parameter")
+    for name, parsed in full.items():
+        if not parsed.is_copy:
+            continue
+        if (plain := contents.full.get(parsed.path)) is None:
+            contents.full[parsed.path] = name
+        elif not _equal(file, plain, name):
+            contents.problems.append(
+                f"{plain!r} and {name!r} are one parameter and have different values; keep the trained one"
+            )
+    for name, parsed in full.items():
+        if parsed.is_untrained and parsed.path not in contents.full:
+            contents.problems.append(
+                f"{name!r} is what stood there before training; the trained {parsed.path!r} is not in the file. Save it again"
+            )
+    contents.full = dict(sorted(contents.full.items()))
+
+
+def _equal(file: TensorFile, one: str, two: str) -> bool:
+    """Say whether two tensors of a file have the same values; both are read, by blocks of rows."""
+    shape, dtype = file.tensors[one].shape, file.tensors[one].dtype
+    if (shape, dtype) != (file.tensors[two].shape, file.tensors[two].dtype):
+        return False
+    if not shape:
+        return bool(file.read(one) == file.read(two))
+    ranges = block_ranges(shape[0], math.prod(shape[1:]))
+    return all(bool((file.read_rows(one, i, j) == file.read_rows(two, i, j)).all()) for i, j in ranges)

@@ -1,0 +1,59 @@
+"""Which layers of a base model store their weight as (d_in, d_out): transformers' Conv1D, as GPT-2 has it.
+
+The adapter does not tell: PEFT writes `fan_in_fan_out` of the layer that it wrapped last, and corrects it on loading by the
+class of each layer. So it is decided per layer: by its shape, and where that is square, by the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# What Conv1D layers are called, in the models that have them. In others (GPT-BigCode, Qwen 1) layers of these names are Linear.
+_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+_MODELS = frozenset({"gpt2", "openai-gpt", "decision_transformer", "imagegpt", "clvp", "clvp_decoder"})
+
+
+def may_be_conv1d(module: str) -> bool:
+    """Say whether a module has a name that Conv1D layers have."""
+    return module.rpartition(".")[2] in _NAMES
+
+
+def has_conv1d(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> bool | None:
+    """Say whether the layers of a model that `may_be_conv1d` are; None where nothing tells.
+
+    Args:
+        config: the model's `config.json`.
+        shapes: tensor → shape, of its checkpoint; a bias is as long as the layer's output.
+    """
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if module == name or not may_be_conv1d(module) or len(shape) != 2 or shape[0] == shape[1]:
+            continue
+        bias = shapes.get(f"{module}.bias")
+        if bias in ((shape[0],), (shape[1],)):
+            return bias == (shape[1],)
+    types = _model_types(config)
+    return bool(types & _MODELS) if types else None
+
+
+def is_transposed(
+    module: str, size: tuple[int, int], *, stored: tuple[int, ...] | None, conv1d: bool | None, flag: bool
+) -> bool:
+    """Say whether a linear layer's weight is stored as (d_in, d_out).
+
+    Args:
+        module: its path.
+        size: (d_out, d_in) of its delta.
+        stored: shape of the weight, where it is known; it decides unless it is square.
+        conv1d: what `has_conv1d` says of the model.
+        flag: `fan_in_fan_out` of some adapter of the layer; believed only where nothing else tells.
+    """
+    if stored is not None and size[0] != size[1]:
+        return stored[-2:] == (size[1], size[0])
+    return may_be_conv1d(module) and (flag if conv1d is None else conv1d)
+
+
+def _model_types(config: Mapping[str, Any]) -> set[str]:
+    parts = [config, *(v for v in config.values() if isinstance(v, Mapping))]  # an encoder and a decoder have theirs
+    return {str(part["model_type"]) for part in parts if part.get("model_type")}

@@ -1,0 +1,74 @@
+"""Which modules PEFT wraps: the selections of several adapters as one, and full paths where there is no shorter way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+from plait.adapters.adapter import Adapter
+from plait.adapters.names import pattern_of
+
+_SHORTHAND = "all-linear"
+# what narrows `target_modules` down, in a way that holds for one adapter and not for the union
+_NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters", "modules_to_save")
+
+
+def joined_selection(adapters: Sequence[Adapter], targets: Collection[str]) -> list[str] | str | None:
+    """Return `target_modules` for the union of some adapters' targets: the entries of all, or one regular expression.
+
+    None where the selections do not mean that: they are narrowed down, an adapter lacks a module that its own selection names,
+    or the union is not what is wanted.
+
+    Args:
+        adapters: opened.
+        targets: what is to be wrapped.
+    """
+    selecting = [a for a in adapters if a.targets]
+    if {path for a in selecting for path in a.targets} != set(targets):
+        return None
+    selections = [_plain(a) for a in selecting]
+    known = [s for s in selections if s is not None]
+    if len(known) < len(selections) or any(
+        selects(s, path) and path not in a.targets for a, s in zip(selecting, known, strict=True) for path in targets
+    ):
+        return None
+    lists = [s for s in known if isinstance(s, list)]
+    if len(lists) == len(known):
+        return sorted({entry for s in lists for entry in s})
+    patterns = dict.fromkeys(s if isinstance(s, str) else _pattern(s) for s in known)
+    joined = "|".join(f"(?:{p})" for p in patterns) if len(patterns) > 1 else next(iter(patterns))
+    try:
+        re.compile(joined)
+    except re.error:  # flags at the beginning of an expression cannot stand in its middle
+        return None
+    return joined
+
+
+def selects(selection: list[str] | str, path: str) -> bool:
+    """Say whether PEFT wraps a module for this `target_modules`."""
+    if isinstance(selection, str):
+        return re.fullmatch(selection, path) is not None
+    return any(path == entry or path.endswith(f".{entry}") for entry in selection)
+
+
+def full_paths(paths: list[str]) -> list[str] | str:
+    """Return `target_modules` for exactly some modules: their paths, or a pattern where versions of a model differ in them."""
+    if all(pattern_of(path) == path for path in paths):
+        return paths
+    return rf"(?:.*\.)?(?:{'|'.join(p if (p := pattern_of(path)) != path else re.escape(path) for path in paths)})"
+
+
+def _plain(adapter: Adapter) -> list[str] | str | None:
+    """Return an adapter's selection where it consists of names or a pattern alone."""
+    raw = adapter.config.raw
+    selection = raw.get("target_modules")
+    if any(raw.get(key) for key in _NARROWING) or not selection or selection == _SHORTHAND:
+        return None
+    if isinstance(selection, str):
+        return selection
+    entries = isinstance(selection, list) and all(isinstance(entry, str) for entry in selection)
+    return selection if entries else None
+
+
+def _pattern(entries: list[str]) -> str:
+    return rf"(?:.*\.)?(?:{'|'.join(re.escape(entry) for entry in sorted(entries))})"
