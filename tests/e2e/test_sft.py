@@ -255,7 +255,7 @@ def test_the_documented_command_line(place, tmp_path):
     )
     assert files(out / "merged_model") >= {"config.json", "model.safetensors", *tokenizer}
     assert "first example; the loss is on what stands in ⟦ ⟧:" in done.stderr
-    assert "<|im_start|>user\nWhat is 0 + 0?<|im_end|>\n<|im_start|>assistant\n0<|im_end|>" in done.stderr
+    assert "<|im_start|>user\nWhat is 0 + 0?<|im_end|>\n<|im_start|>assistant\n⟦0<|im_end|>⟧" in done.stderr
 
 
 def test_yaml_and_python_say_the_same(place, tmp_path):
