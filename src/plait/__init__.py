@@ -44,6 +44,7 @@ _HOME = {
     "report": "plait.api",
     "sft": "plait.api",
     "train": "plait.api",
+    "tune": "plait.api",
     "unbake": "plait.api",
     "save_moments": "plait.merging.moments",
     "verify": "plait.api",
@@ -82,6 +83,7 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
     "save_moments",
     "sft",
     "train",
+    "tune",
     "unbake",
     "verify",
     "__version__",
@@ -103,6 +105,7 @@ if TYPE_CHECKING:
         report,
         sft,
         train,
+        tune,
         unbake,
         verify,
     )

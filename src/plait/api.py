@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from plait.training.attempts import Watcher
     from plait.training.results import TrainResult
     from plait.training.sft import SftResult
+    from plait.tuning.pipeline import TuneResult
     from plait.verification.publish import Pushed
     from plait.verification.verify import Verification
 
@@ -266,6 +267,57 @@ def extract(
 
     request = make_request(base=str(base), finetuned=str(finetuned), rank=rank, **settings)
     return run_extract(request, out=Path(out), force=force, workers=workers, progress=progress)
+
+
+def tune(  # noqa: PLR0913 (what a command line takes)
+    source: Source,
+    *,
+    tasks: Sequence[str | Path] | None = None,
+    out: str | Path,
+    control: bool = False,
+    load_dtype: str = "auto",
+    device_map: str = "auto",
+    trust_remote_code: bool = False,
+    workers: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    sets: Sequence[str] = (),
+    **settings: Any,
+) -> TuneResult:
+    """Merge adapters, and let the merge learn from unlabelled texts what it lost; no label is read.
+
+    >>> plait.tune({"intent": "./intent", "langid": "./langid"}, tasks=["intent.yaml", "langid.yaml"], out="tuned")
+
+    The merge starts at `regmean`, its second moments taken on the texts, at the scale that brings it nearest to the adapters;
+    then its factors learn to answer as each task's own adapter does.
+
+    Args:
+        source: adapters, the path of a recipe, or a `Recipe`, as for `merge`.
+        tasks: files of the tasks, every adapter's own among them; the recipe's when None.
+        out: where to write the adapter.
+        control: also let a fresh LoRA of the same rank learn the same, and record how far it comes.
+        load_dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
+        device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
+        trust_remote_code: let transformers run code that lies beside the weights.
+        workers: modules merged at a time; never changes a bit.
+        force: replace a result that stands at `out`.
+        progress: told of the work.
+        sets: `PATH=VALUE` for keys of the recipe, as on the command line.
+        **settings: as `merge` (`method` of the start, `scale`, `rank`, `base_model`, …), and `tune`: a mapping as in a recipe
+            (`texts`, `files`, `count`, `split`, `steps`, `prompts`, `learning_rate`, `seed`, …).
+
+    Returns:
+        Folder and record: what was seen, the divergences from the adapters before and after, and how far the result has moved.
+
+    Raises:
+        PlaitError: anything wrong with what was given; nothing is left at `out` then.
+    """
+    from plait.tuning.pipeline import TuneOptions, run_tune
+    from plait.tuning.request import tune_request
+
+    recipe, folder = tune_request(source, tasks, settings, sets)
+    options = TuneOptions(None, load_dtype, device_map, trust_remote_code, control, workers)
+    return run_tune(recipe, folder=folder, out=Path(out), force=force, options=options, progress=progress)
 
 
 def inspect(

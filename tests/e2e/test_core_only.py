@@ -48,6 +48,7 @@ NEEDS = {
     "eval a b --tasks tasks/sort.yaml --base-id base": says("an evaluation", EVAL, "eval"),
     "eval a --tasks tasks/sort.yaml --base-id base": says("an evaluation", EVAL, "eval"),
     "eval a b --tasks lm_eval:piqa --base-id base": says("an evaluation", EVAL, "eval"),
+    "tune a b --tasks tasks/sort.yaml --base-id base -o tuned-merge": says("plait tune", EVAL, "eval"),
     "verify merged --parity prompts.txt --base-id base": says("a parity check", ["peft", "transformers"], "parity"),
     "bake a b --base-id base -o other --check prompts.txt": says("a parity check", ["peft", "transformers"], "parity"),
     "report merged -o other.html --figures figures": says("a report", ["matplotlib"], "report"),
@@ -62,6 +63,7 @@ NEEDS = {
     "tasks check parquet/sort.yaml": says("rows.parquet: reading parquet", ["pyarrow"], "data"),
     "tasks check hub/sort.yaml": says("task 'sort': data from the Hub", ["datasets"], "data"),
     "plait.evaluate(['a', 'b'], tasks=['tasks/sort.yaml'], base='base')": says("an evaluation", EVAL, "eval"),
+    "plait.tune(['a', 'b'], tasks=['tasks/sort.yaml'], base_model='base', out='tuned-merge')": says("plait tune", EVAL, "eval"),
     "plait.sft(model_name_or_path='base', dataset_name_or_path='rows.jsonl', output_dir='run')": says(
         "plait sft", TRAIN, "train"
     ),

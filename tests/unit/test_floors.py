@@ -24,6 +24,8 @@ FLOORS = [
     {"verification"},
     {"mixture", "tasks"},
     {"evaluation"},
+    {"calibration"},
+    {"tuning"},
     {"reports"},
     {"training"},
     {"api"},

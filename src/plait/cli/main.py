@@ -28,6 +28,7 @@ from plait.cli.stopping import Stopped, stoppable
 from plait.cli.streams import StreamError, give_up_stdout, guarded
 from plait.cli.tasks import tasks_app
 from plait.cli.train import train
+from plait.cli.tune import tune
 from plait.cli.unbake import unbake
 from plait.cli.verify import verify
 from plait.errors import PlaitError
@@ -56,6 +57,7 @@ app.command("extract")(extract)
 app.command("verify")(verify)
 app.command("push")(push)
 app.command("eval")(evaluate)
+app.command("tune")(tune)
 app.command("report")(report)
 app.command("sft", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(sft)
 app.command("train")(train)

@@ -41,11 +41,58 @@ def generate(
     Raises:
         TaskError: a prompt and its answer may be longer than the model's context.
     """
+    said = [""] * len(questions)
+    for batch, tokens in _answered(model, tokenizer, questions, max_new_tokens, stop, batch_size):
+        for i, text in zip(batch, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
+            said[i] = _cut(text, stop)
+        report(len(batch))
+    return said
+
+
+def generate_tokens(
+    model: Any, tokenizer: Any, questions: Sequence[Question], *, max_new_tokens: int, batch_size: int
+) -> list[list[int]]:
+    """Return the greedy answer to every prompt as tokens, up to and with the end token.
+
+    Args:
+        model: as `generate` takes it.
+        tokenizer: its tokenizer.
+        questions: prompts as tokens; their answers are not looked at.
+        max_new_tokens: longest answer.
+        batch_size: prompts answered at a time.
+
+    Raises:
+        TaskError: as `generate`.
+    """
+    ends = _ends(model, tokenizer)
+    said: list[list[int]] = [[] for _ in questions]
+    for batch, rows in _answered(model, tokenizer, questions, max_new_tokens, (), batch_size):
+        for i, row in zip(batch, rows.tolist(), strict=True):
+            end = next((at for at, token in enumerate(row) if token in ends), len(row) - 1)
+            said[i] = row[: end + 1]
+    return said
+
+
+def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end an answer."""
+    # the model's own settings may ask for sampling, or punish repetition; only its end tokens are wanted
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return frozenset(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
+
+
+def _answered(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    batch_size: int,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield batches of questions by their places, with the tokens of their answers, padded on the right."""
     apart = bool(model.config.is_encoder_decoder)
     prompts = [len(q.prompt) for q in questions]
     check_lengths(model, [max(n, 1 + max_new_tokens) if apart else n + max_new_tokens for n in prompts])
-    # the model's own settings may ask for sampling, or punish repetition; only its end tokens are wanted
-    ends = getattr(model.generation_config, "eos_token_id", None)
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked; any token will do
     transformers = import_module("transformers")
     criteria = transformers.StoppingCriteriaList
@@ -53,12 +100,11 @@ def generate(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+        eos_token_id=sorted(_ends(model, tokenizer)) or None,
         pad_token_id=pad,
         **(_beginning(model) if apart else {}),
     )
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt), i))
-    said = [""] * len(questions)
     for at in range(0, len(order), batch_size):
         batch = order[at : at + batch_size]
         rows = [questions[i].prompt for i in batch]
@@ -71,10 +117,7 @@ def generate(
                 generation_config=config,
                 stopping_criteria=criteria([_Stop(tokenizer, stop, start)]),
             )
-        for i, text in zip(batch, tokenizer.batch_decode(out[:, start:], skip_special_tokens=True), strict=True):
-            said[i] = _cut(text, stop)
-        report(len(batch))
-    return said
+        yield batch, out[:, start:]
 
 
 @contextmanager

@@ -232,7 +232,7 @@ def evaluate_saved(
     taken = [a.name for a, _, _ in singles]
     label = next(n for i in count(1) if (n := name if i == 1 else f"{name}-{i}") not in taken)
     others = [Adapter.open(place.folder, label)] if is_adapter else []
-    recipe = lock.recipe if lock is not None and lock.kind in ("merge", "bake") else None
+    recipe = lock.recipe if lock is not None and lock.has_adapters else None
     method = recipe["method"] if recipe else {}
     if options.workspace is not None:
         check_index(options.workspace, method.get("name") or ("adapter" if is_adapter else "model"), taken or [name])
@@ -315,7 +315,7 @@ def _sources(folder: Path, lock: Lock | None, given: Mapping[str, str]) -> tuple
         return list(zip(adapters, located, given.values(), strict=True)), []
     if lock is None:
         return [], ["no single adapters are known; name them with --source NAME=PATH, and recovery is computed."]
-    if lock.kind not in ("merge", "bake"):
+    if not lock.has_adapters:
         return [], []
     checks, found = check_inputs(folder, lock, {})
     changed = [c.name for c in checks if c.state == "changed" and c.name in lock.inputs]

@@ -45,7 +45,7 @@ def card(inventory: Inventory, plan: MergePlan, record: RunRecord, folder: Path)
         record: what happened.
         folder: with the written files, whose adapter is looked at for what can serve it.
     """
-    front = yaml.safe_dump(_front_matter(inventory), sort_keys=False, allow_unicode=True)
+    front = yaml.safe_dump(front_matter(inventory), sort_keys=False, allow_unicode=True)
     recipe = yaml.safe_dump(public_recipe(recipe_json(inventory.recipe)), sort_keys=False, allow_unicode=True)
     what = "The dense deltas" if record.result == "dense" else "One LoRA adapter"
     rows = "\n".join(source_row(s) for s in record.sources)
@@ -85,17 +85,28 @@ def _facts(inventory: Inventory, plan: MergePlan, record: RunRecord) -> Iterator
 
 
 def _loading(inventory: Inventory, record: RunRecord, folder: Path) -> str:
-    base = base_name(inventory.base_model)
     if record.result == "dense":
         return (
             "`delta.safetensors` holds one tensor per adapted weight, under the name of that weight in the base model, "
             "to be added to it.\n"
         )
+    return loading(inventory, record.max_lora_rank, folder)
+
+
+def loading(inventory: Inventory, max_lora_rank: int | None, folder: Path) -> str:
+    """Return how a merged adapter is loaded.
+
+    Args:
+        inventory: the sources.
+        max_lora_rank: vLLM's setting that holds it; None where none does.
+        folder: where it lies; it is looked at for what can serve it.
+    """
+    base = base_name(inventory.base_model)
     with_peft = load_with_peft(base, task_type_of(inventory.adapters))
     (served,) = serving([Adapter.open(folder, "merged")]).adapters
     if served.refused:
         return f"{with_peft}\nvLLM does not serve it: {prose('; '.join(served.refused))}.\n"
-    return f"{with_peft}\n{serve_with_vllm(base, record.max_lora_rank)}"
+    return f"{with_peft}\n{serve_with_vllm(base, max_lora_rank)}"
 
 
 def load_with_peft(base: str, task_type: str | None) -> str:
@@ -138,7 +149,8 @@ def task_type_of(adapters: Sequence[Adapter]) -> str | None:
     return next((t for a in adapters if isinstance(t := a.config.raw.get("task_type"), str) and t), None)
 
 
-def _front_matter(inventory: Inventory) -> dict[str, Any]:
+def front_matter(inventory: Inventory) -> dict[str, Any]:
+    """Return what the Hub reads of a merged adapter's card."""
     base = hub_id(inventory.base_model)
     task = task_type_of(inventory.adapters)
     front: dict[str, Any] = {"library_name": "peft"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +15,10 @@ from pathlib import Path
 from torch import Tensor
 
 import plait
-from plait.adapters.adapter import CONFIG, WEIGHTS
-from plait.adapters.tensorwriter import Entry, TensorWriter
+from plait.adapters.tensorwriter import TensorWriter
 from plait.errors import OutputError
 from plait.merging import record as records
+from plait.merging.adapter_folder import write_adapter
 from plait.merging.card import card
 from plait.merging.combine import Combiner
 from plait.merging.compatibility import max_lora_rank
@@ -115,7 +114,7 @@ def run_recipe(
     if problem:
         raise OutputError(problem)
     inventory = take_inventory(recipe, folder, moments, base_folder)
-    _check_not_an_input(inventory, out)
+    check_not_an_input(inventory, out)
     plan = make_plan(inventory, workers=workers)
     plan = plan.model_copy(update={"notes": (*plan.notes, *notes)})
     _check_space(plan, out)
@@ -159,21 +158,17 @@ def _write(
         return tuple(done), None, {DELTA: writer.sha256}
     portable = PortableAdapter(inventory, ranks, inventory.recipe.output)
     exact_ranks = {m.target: m.exact_rank for m in plan.modules}
-    extra = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in heads.items()]
 
     def finish(merged: MergedModule) -> tuple[ModuleRecord, dict[str, Tensor]]:
         return _module_record(merged, exact_ranks[merged.target]), portable.tensors(merged)
 
-    with TensorWriter(place / WEIGHTS, [*portable.entries(), *extra]) as writer:
-        for name, tensor in heads.items():
-            writer.write(name, tensor)
+    def finished() -> Iterator[dict[str, Tensor]]:
         for module, tensors in engine.each(combiner, ranks, finish):
             done.append(module)
-            for name in list(tensors):
-                writer.write(name, tensors.pop(name))  # let go of at once
-    text = json.dumps(portable.config(declared), indent=2, ensure_ascii=False)
-    (place / CONFIG).write_text(text + "\n", encoding="utf-8")
-    return tuple(done), portable.rank, {WEIGHTS: writer.sha256}
+            yield tensors
+
+    digests = write_adapter(portable, heads, declared, finished(), place)
+    return tuple(done), portable.rank, digests
 
 
 def _module_record(merged: MergedModule, exact_rank: int) -> ModuleRecord:
@@ -246,7 +241,12 @@ def _claimed(recipe: Recipe) -> Iterator[Path]:
                 place.rmdir()
 
 
-def _check_not_an_input(inventory: Inventory, out: Path) -> None:
+def check_not_an_input(inventory: Inventory, out: Path) -> None:
+    """Refuse to write where an adapter of the merge lies.
+
+    Raises:
+        OutputError: it does.
+    """
     for adapter in inventory.adapters:
         if out.exists() and (out.resolve() in (adapter.folder.resolve(), *adapter.folder.resolve().parents)):
             raise OutputError(f"{out} is an input of this merge (adapter {adapter.name!r}). Choose another output.")

@@ -29,7 +29,7 @@ RECORD = "merge_metadata.json"
 SUMMARY = "summary.json"
 CARD = "README.md"
 LOCK_VERSION = 1
-Kind = Literal["merge", "bake", "extract", "train"]
+Kind = Literal["merge", "bake", "extract", "train", "tune"]
 _HASHED_AT_ONCE = 4
 _LIBRARIES = ("torch", "safetensors", "numpy")
 
@@ -158,11 +158,16 @@ class Lock(Record):
     options: dict[str, Any] = Field(default_factory=dict)
     base: LockedInput | None = None
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether its inputs are the adapters of a recipe."""
+        return self.kind in ("merge", "bake", "tune")
+
     @model_validator(mode="after")
     def _names_its_sources(self) -> Self:
         """Refuse a recipe without what every reader of a lock asks it for."""
         recipe, text = self.recipe, (str, type(None))
-        if self.kind in ("merge", "bake"):
+        if self.has_adapters:
             adapters, method = recipe.get("adapters"), recipe.get("method")
             named = isinstance(adapters, list) and all(isinstance(a, dict) and isinstance(a.get("name"), str) for a in adapters)
             if not named or not isinstance(method, dict) or not isinstance(method.get("name"), str):
@@ -209,7 +214,7 @@ def read_lock(folder: Path, *, advice: str = "Make the result again.") -> Lock:
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
     """Return what a merge depends on as plain values, with every default; how it is evaluated is no part of that."""
-    data: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude={"tasks", "eval"})
+    data: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude={"tasks", "eval", "tune"})
     return data
 
 

@@ -210,9 +210,17 @@ class _Product(torch.autograd.Function):
         return (bt * coefficients.unsqueeze(-1)).to(bt.dtype).mT @ a
 
     @staticmethod
-    def backward(ctx: Any, dw: Tensor) -> tuple[None, None, Tensor]:
+    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         a, bt, coefficients = ctx.saved_tensors
-        return None, None, ((bt @ dw).to(coefficients.dtype) * a).sum((0, 2))
+        needs_a, needs_bt, needs_coefficients = ctx.needs_input_grad
+        moved = bt @ dw if needs_a or needs_coefficients else None  # (slices, r, d_in)
+        da = dc = dbt = None
+        if moved is not None:
+            da = (moved * coefficients.unsqueeze(-1)).to(a.dtype) if needs_a else None
+            dc = (moved.to(coefficients.dtype) * a).sum((0, 2)) if needs_coefficients else None
+        if needs_bt:
+            dbt = ((a @ dw.mT) * coefficients.unsqueeze(-1)).to(bt.dtype)
+        return da, dbt, dc
 
 
 KINDS: dict[str, type[Adapted]] = {

@@ -16,12 +16,13 @@ def lift(y: Tensor, h: Tensor, coefficients: Tensor, bt: Tensor) -> Tensor:
         y: (…, d_out), of the base layer; consumed.
         h: (…, R), x Aᵀ.
         coefficients: float32, (R,), or broadcastable to h; rounded to h's dtype only after the product.
-        bt: (R, d_out).
+        bt: (R, d_out); gradients reach it where it asks for them.
 
     Returns:
         y + (h ⊙ λ) Bᵀ, of y's dtype.
     """
-    if torch.is_grad_enabled() and (y.requires_grad or h.requires_grad or coefficients.requires_grad):
+    learnt = (y, h, coefficients, bt)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in learnt):
         lifted: Tensor = _Lift.apply(y, h, coefficients, bt)  # type: ignore[no-untyped-call]
         return lifted
     return _add(y, _scale(h, coefficients), bt)
@@ -42,11 +43,16 @@ class _Lift(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         h, coefficients, bt = ctx.saved_tensors
-        _, needs_h, needs_coefficients, _ = ctx.needs_input_grad
-        g = dy.to(bt.dtype) @ bt.mT  # (…, R)
-        dh = (g * coefficients).to(h.dtype) if needs_h else None
-        dc = (h.to(coefficients.dtype) * g).sum_to_size(coefficients.shape) if needs_coefficients else None
-        return dy, dh, dc, None
+        _, needs_h, needs_coefficients, needs_bt = ctx.needs_input_grad
+        dy_here = dy.to(bt.dtype)
+        dh = dc = dbt = None
+        if needs_h or needs_coefficients:
+            g = dy_here @ bt.mT  # (…, R)
+            dh = (g * coefficients).to(h.dtype) if needs_h else None
+            dc = (h.to(coefficients.dtype) * g).sum_to_size(coefficients.shape) if needs_coefficients else None
+        if needs_bt:
+            dbt = _scale(h, coefficients).reshape(-1, h.shape[-1]).mT @ dy_here.reshape(-1, dy.shape[-1])
+        return dy, dh, dc, dbt
 
 
 def _scale(h: Tensor, coefficients: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from plait.errors import PlanError, collect, did_you_mean
 from plait.merging.engine import MergedModule
 from plait.mixture.arrangement import Arrangement
 from plait.mixture.coefficients import Axes, Coefficients, Dial, Granularity, span
+from plait.mixture.factors import LearntFactors
 from plait.mixture.layers import KINDS, Adapted, ParameterLayer
 from plait.mixture.loading import load_model
 from plait.mixture.pieces import Dense, Piece, merged_pieces
@@ -208,6 +209,58 @@ class Mixture:
             with self._acting(arrangement, self._dial.now):
                 yield self.model
 
+    def module(self, target: str) -> nn.Module:
+        """Return the module that a target of the adapters names, whose inputs the delta reads.
+
+        Raises:
+            PlanError: the model has none; or it is a fused parameter, whose inputs are its module's own affair.
+        """
+        try:
+            place = self._places.find(target)
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+        if place.layout.kind not in ("linear", "conv") or place.layout.stack > 1:
+            raise PlanError(
+                f"{target!r} is of kind {place.layout.kind}, whose inputs cannot be collected here; use a method that needs no "
+                "second moments, such as dc_merge."
+            )
+        return place.module
+
+    def learnt(
+        self, merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule], *, rank: int | None = None
+    ) -> LearntFactors:
+        """Return the factors of a low-rank merge result as parameters, for `learning`.
+
+        Args:
+            merged: as `attached` takes it; low-rank.
+            rank: what is above is truncated; None keeps every rank.
+
+        Raises:
+            PlanError: a dense delta, DoRA, a target that the model does not have, or another shape.
+        """
+        pieces: dict[str, tuple[Place, Piece]] = {}
+        for target, delta in merged_pieces(merged):
+            if isinstance(delta, Dense) or delta.magnitude is not None:
+                found = "dense" if isinstance(delta, Dense) else "DoRA"
+                raise PlanError(f"{target!r}: the merged delta is {found}; only the factors of a low-rank delta can be learnt.")
+            pieces[target] = (self._merged_place(target, delta), delta)
+        return LearntFactors(pieces, rank)
+
+    @contextmanager
+    def learning(self, factors: LearntFactors, *, heads: str | FullTensors | None = None) -> Iterator[nn.Module]:
+        """Make learnt factors act, and nothing else; gradients reach them.
+
+        Args:
+            factors: of `learnt`; call their `refresh` after every change, before the forward pass.
+            heads: whose full tensors act.
+
+        Raises:
+            PlanError: an unknown name.
+        """
+        swaps = self._swaps(heads)
+        with self._suspended(), self._acting(Arrangement(factors.layers, swaps), self._dial.now):
+            yield self.model
+
     @property
     def coefficients(self) -> Tensor:
         """Λ as it is now: the tensor that was given, not a copy."""
@@ -248,18 +301,27 @@ class Mixture:
         dial = Dial(Coefficients(torch.ones(1), "task", 0, 1))
         layers: list[Adapted] = []
         for target, delta in merged_pieces(merged):
-            try:
-                place = self._places.find(target)
-            except ValueError as error:
-                raise PlanError(str(error)) from None
-            problem = _misfit(place, [s.shape for s in delta.slices])
-            if problem:
-                raise PlanError(problem)
+            place = self._merged_place(target, delta)
             if isinstance(delta, Dense):
                 swaps += dense_swaps(place, delta)
             else:
                 layers.append(KINDS[place.layout.kind](place, Stack.of(place, [delta]), dial, 0, 0))
         return Arrangement(layers, swaps)
+
+    def _merged_place(self, target: str, delta: Piece | Dense) -> Place:
+        """Return where a merged delta acts.
+
+        Raises:
+            PlanError: the model has no such target, or one of another shape.
+        """
+        try:
+            place = self._places.find(target)
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+        problem = _misfit(place, [s.shape for s in delta.slices])
+        if problem:
+            raise PlanError(problem)
+        return place
 
     @contextmanager
     def _suspended(self) -> Iterator[None]:

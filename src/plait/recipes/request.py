@@ -17,7 +17,7 @@ from plait.recipes.overrides import apply_overrides, parse_override
 from plait.recipes.schema import Recipe
 from plait.recipes.validation import PLANNED, cannot_yet
 
-_PLANNED = {**PLANNED, "optimizer": PLANNED["tune"], "grid": PLANNED["search"]}
+_PLANNED = {**PLANNED, "optimizer": "learn coefficients", "grid": PLANNED["search"]}
 _OUTPUT = ("kind", "rank", "dtype", "layout")
 _TOP = tuple(name for name in Recipe.model_fields if name not in ("method", "weights", "output", "adapters"))
 
@@ -25,7 +25,7 @@ Adapters = Sequence[str | Path] | Mapping[str, str | Path]
 
 
 def read_request(
-    file: Path | None, adapters: Adapters, settings: Mapping[str, Any], sets: Sequence[str] = ()
+    file: Path | None, adapters: Adapters, settings: Mapping[str, Any], sets: Sequence[str] = (), *, method: str = "linear"
 ) -> tuple[Recipe, Path | None]:
     """Return the recipe that is asked for, and the folder that its relative paths start from.
 
@@ -36,6 +36,7 @@ def read_request(
             the adapters, name → number, or a whole policy), `moments` (a folder of `<name>.safetensors`, or name → file), and
             parameters of the method.
         sets: `PATH=VALUE`, applied last.
+        method: where there is no file and nothing else names one.
 
     Raises:
         RecipeError: with everything that is wrong.
@@ -52,7 +53,7 @@ def read_request(
         _add_other_problems(str(error), file, adapters, settings, sets)
         raise
     if file is None:
-        data = apply_overrides({"adapters": _weighed(entries, weights), "method": "linear"}, overrides)
+        data = apply_overrides({"adapters": _weighed(entries, weights), "method": method}, overrides)
         return _with_moments(build_recipe(data, source="the request"), settings.get("moments")), None
     if entries:
         overrides.insert(0, ("adapters", _weighed(entries, weights)))

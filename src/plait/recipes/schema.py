@@ -16,6 +16,7 @@ from plait.hub.references import parse_reference
 from plait.methods import METHODS
 from plait.methods.base import MethodParams
 from plait.recipes.evaluation import EvalSpec
+from plait.recipes.tuning import TuneSpec
 from plait.records import Record
 from plait.transforms import TRANSFORMS, TransformParams
 
@@ -240,6 +241,7 @@ class Recipe(Record):
         tuple[Annotated[str, Field(min_length=1)], ...], Field(description="Files of the tasks that judge the result.")
     ] = ()
     eval: EvalSpec = EvalSpec()
+    tune: TuneSpec = TuneSpec()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @field_validator("method", mode="before")

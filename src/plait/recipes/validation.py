@@ -20,7 +20,7 @@ from plait.recipes.shapes import bounds_at, field_names, is_number_only, model_a
 from plait.stages import STAGES, DeltaStage, EntryStage, MergedStage
 
 #: Parts of a recipe that are planned, and what they are for.
-PLANNED = {"tune": "learn coefficients", "search": "search"}
+PLANNED = {"search": "search"}
 #: Parameters as other tools call them: the key that means the same, and how to write it.
 _ELSEWHERE = {
     "drop_rate": ("density", "Write density: it is 1 − drop_rate."),

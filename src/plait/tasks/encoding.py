@@ -91,13 +91,14 @@ class Encoder:
         Raises:
             TaskError: an answer has no tokens.
         """
-        return self._encode([e.prompt for e in examples.items], answers)
+        return self.encode([e.prompt for e in examples.items], answers)
 
     def question(self, prompt: Prompt, answers: Sequence[str]) -> Question:
         """Return one prompt with its answers."""
-        return self._encode([prompt], [answers])[0]
+        return self.encode([prompt], [answers])[0]
 
-    def _encode(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[Question]:
+    def encode(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[Question]:
+        """Return prompts with their answers; see `questions`."""
         texts = [self.text(p) for p in prompts]
         home = getattr(self._tokenizer, "name_or_path", "") or "the model"
         with refusing(home, f"the tokenizer cannot read the texts of task {self._task.name!r}", TaskError):

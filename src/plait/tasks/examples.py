@@ -116,6 +116,38 @@ def read_examples(task: Task, split: SplitName) -> Examples:
     return Examples(task, split, tuple(items), blank)
 
 
+def fields_of(task: RowTask) -> tuple[str, ...]:
+    """Return the columns that a task's prompt and choices read, sorted."""
+    sources = [task.prompt] if task.prompt is not None else []
+    if not isinstance(task, SequenceClassification) and task.messages is not None:
+        sources = [m.content for m in task.messages]
+    if isinstance(task, Perplexity):
+        sources.append(task.target)
+    if isinstance(task, MultipleChoice) and not isinstance(task.choices, str):
+        sources += task.choices
+    return tuple(sorted({name for source in sources for name in Template(source, f"task {task.name!r}").columns}))
+
+
+def prompts_of(task: RowTask, rows: Sequence[Row]) -> list[tuple[Prompt, tuple[str, ...]]]:
+    """Return prompt and choices of every row, without a target; the text itself is the only choice of a perplexity task.
+
+    Raises:
+        TaskError: rows do not fit the templates; the first few are listed.
+    """
+    where = f"task {task.name!r}"
+    texts = Template(task.target, f"{where}: target").each(rows) if isinstance(task, Perplexity) else None
+    choices = _choices(task, where)(rows) if texts is None else [(t,) if isinstance(t, str) else t for t in texts]
+    found: list[tuple[Prompt, tuple[str, ...]]] = []
+    problems: list[str] = []
+    for number, (prompt, chosen) in enumerate(zip(_prompts(task, where)(rows), choices, strict=True)):
+        if isinstance(prompt, TaskError) or isinstance(chosen, TaskError):
+            problems.append(f"{prompt if isinstance(prompt, TaskError) else chosen} (text {number})")
+        else:
+            found.append((prompt, chosen))
+    collect(TaskError, problems[:_SHOWN], f"{where}: texts that do not fit, the first of them")
+    return found
+
+
 class _Maker:
     """Makes the examples of one task."""
 

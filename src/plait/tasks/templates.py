@@ -50,3 +50,8 @@ class Template:
 
     def _explained(self, found: str | TaskError, row: Mapping[str, Any]) -> str | TaskError:
         return TaskError(f"{found}; there are {', '.join(row)}.") if isinstance(found, Absent) else found
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The columns that it may read."""
+        return self._limited.columns

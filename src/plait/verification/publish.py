@@ -148,7 +148,7 @@ def _message(lock: Lock) -> str:
     if lock.kind == "train":
         return f"Trained on {place_name(lock.recipe['base'])}"
     names = ", ".join(entry["name"] for entry in lock.recipe["adapters"])
-    done = "Bake" if lock.kind == "bake" else "Merge"
+    done = {"bake": "Bake", "tune": "Merge and tune"}.get(lock.kind, "Merge")
     return f"{done} {names} with {lock.recipe['method']['name']}"
 
 

@@ -76,6 +76,10 @@ def located_recipe(lock: Lock, inputs: Mapping[str, FoundInput]) -> Recipe:
     """
     if lock.kind == "train":
         raise RecipeError("a training is repeated by training again, not from its lock; its files were checked.")
+    if lock.kind == "tune":
+        raise RecipeError(
+            "a tuning is repeated by `plait tune`, with the recipe and texts that tuning.json names; its files were checked."
+        )
     try:
         adapters = [_located(entry, inputs[entry["name"]]) for entry in lock.recipe["adapters"]]
         return Recipe.model_validate(lock.recipe | {"adapters": adapters})

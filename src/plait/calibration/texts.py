@@ -1,0 +1,145 @@
+"""Unlabelled texts, put into a task's prompt: what an adapter is shown to see what it does.
+
+They come from one of the task's splits, from a file, or from nothing of the user's: generic lines that plait ships, or the bare
+prompt with every field `N/A`. No label is read in any of these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from plait.errors import TaskError
+from plait.recipes.evaluation import SplitName
+from plait.tasks.examples import Prompt, fields_of, prompts_of
+from plait.tasks.loading import placed
+from plait.tasks.rows import Row, read_file, read_rows
+from plait.tasks.schema import LmEval, RowTask, Task
+
+TextKind = Literal["split", "file", "lines", "template"]
+_NOTHING = "N/A"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of one task.
+
+    Attributes:
+        task: whose prompt they are in.
+        kind: where they come from.
+        source: the same in words: `train.jsonl` is not told from others of that name, its content is.
+        prompts: as the model reads them, before its chat template.
+        choices: per prompt, the answers that the task offers; empty where the answer is free.
+    """
+
+    task: RowTask
+    kind: TextKind
+    source: str
+    prompts: tuple[Prompt, ...]
+    choices: tuple[tuple[str, ...], ...]
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything that is read, 16 hex digits."""
+        return hashlib.sha256(repr((self.prompts, self.choices)).encode()).hexdigest()[:16]
+
+
+def read_texts(
+    task: Task,
+    *,
+    kind: TextKind | None,
+    count: int,
+    seed: int,
+    split: SplitName | None = None,
+    file: str | Path | None = None,
+) -> Texts:
+    """Return texts for a task, chosen by the seed.
+
+    Args:
+        task: whose prompt they are put into.
+        kind: where they come from; None: a file where one is given, else the split where there is one, else lines.
+        count: how many, at most.
+        seed: which of them, and in which order.
+        split: of the task; `calibration` where it has one, else `train`, when None.
+        file: rows whose columns are the prompt's fields; or a text file, whose lines each fill the one field of the prompt.
+
+    Raises:
+        TaskError: the task asks nothing by a prompt of its own, or the texts do not fit it.
+    """
+    if isinstance(task, LmEval):
+        raise TaskError(f"task {task.name!r} ({task.kind}) has no prompt of its own to put texts into; use a task file.")
+    if kind is None:
+        kind = "file" if file is not None else "split"
+    rows, source = _rows(task, kind, split, file)
+    if kind != "template":
+        order = list(range(len(rows)))
+        random.Random(f"texts {seed} {task.name}").shuffle(order)
+        rows = [rows[i] for i in sorted(order[:count])]
+    found = prompts_of(task, rows)
+    return Texts(task, kind, source, tuple(prompt for prompt, _ in found), tuple(choices for _, choices in found))
+
+
+def _rows(task: RowTask, kind: TextKind, split: SplitName | None, file: str | Path | None) -> tuple[Sequence[Row], str]:
+    match kind:
+        case "split":
+            name = split or ("calibration" if "calibration" in task.splits else "train")
+            return read_rows(task, name), f"split {name!r}"
+        case "file":
+            return _file_rows(task, Path(placed(str(file)))), Path(str(file)).name
+        case "lines":
+            return _filled(task, generic_lines()), "lines that plait ships"
+        case "template":
+            return [_row(task, [_NOTHING])], "the bare prompt"
+
+
+def _file_rows(task: RowTask, path: Path) -> Sequence[Row]:
+    if path.suffix.lower() != ".txt":
+        return read_file(path)
+    fields = fields_of(task)
+    if len(fields) != 1:
+        raise TaskError(
+            f"{path}: lines of a text file fill the one field of a prompt, and that of task {task.name!r} has "
+            f"{', '.join(fields) or 'none'}. Give rows with these columns (.jsonl, .csv, .parquet)."
+        )
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return _filled(task, [line for line in lines if line])
+
+
+def _filled(task: RowTask, lines: Sequence[str]) -> list[Row]:
+    """Return one row per line; a prompt of several fields gets the next lines in the others."""
+    return [_row(task, [*lines[i:], *lines[:i]]) for i in range(len(lines))]
+
+
+def _row(task: RowTask, lines: Sequence[str]) -> dict[str, Any]:
+    fields = fields_of(task)
+    row: dict[str, Any] = {name: lines[i % len(lines)] for i, name in enumerate(fields)}
+    listed = getattr(task, "choices", None)
+    if isinstance(listed, str):  # a column that lists the answers
+        row[listed] = list(dict.fromkeys([*lines[1:4], "yes", "no"]))[:4]
+    return row
+
+
+@cache
+def generic_lines() -> tuple[str, ...]:
+    """Return the lines that plait ships: short texts of many kinds and languages, made up for this purpose."""
+    text = files("plait.calibration").joinpath("lines.txt").read_text(encoding="utf-8")
+    return tuple(line for line in text.splitlines() if line)
+
+
+def shown(prompt: Prompt) -> str:
+    """Return a prompt as one text, for people."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{role}: {content}" for role, content in prompt)
+
+
+def counts(texts: Mapping[str, Texts]) -> str:
+    """Say in words what a merge has seen."""
+    kinds = {(t.kind, t.source, len(t.prompts)) for t in texts.values()}
+    return "; ".join(f"{n} of {source}" for _, source, n in sorted(kinds))

@@ -1,0 +1,152 @@
+"""`plait tune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from plait.tuning.pipeline import TuneResult
+    from plait.tuning.record import TuneRecord
+
+
+def tune(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="RECIPE|ADAPTER...", help="A recipe, or several adapters.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the adapter.", show_default=False)],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--tasks", metavar="TASK...", help="Task files; the recipe's otherwise.", show_default=False),
+    ] = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="split, lines (generic ones that plait ships), template (the bare prompt), or TASK=FILE (.txt, .jsonl, …). "
+            r"\[split]",
+            show_default=False,
+        ),
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help=r"Texts per task, at most. \[128]", show_default=False)] = None,
+    split: Annotated[
+        str | None, typer.Option(help=r"Of the tasks. \[calibration where there is one, else train]", show_default=False)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help=r"Updates; 0 for the closed form at its best scale. \[48]", show_default=False)
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help=r"\[0.0005]", show_default=False)] = None,
+    rank: Annotated[str | None, typer.Option(help=r"Of the adapter. \[the largest source's]", show_default=False)] = None,
+    method: Annotated[str | None, typer.Option(help=r"Merge that it starts from. \[regmean]", show_default=False)] = None,
+    scale: Annotated[
+        float | None, typer.Option(help=r"Factor on the start. \[the one nearest to the adapters]", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help=r"Of texts and order. \[0]", show_default=False)] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also let a fresh LoRA learn the same, for comparison (doubles the time).")
+    ] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set any recipe key: --set tune.prompts=8")
+    ] = None,
+    base_id: Annotated[str | None, typer.Option("--base-id", help="Base model.", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help=r"Of the written tensors. \[float32]", show_default=False)] = None,
+    load_dtype: Annotated[str, typer.Option(help="Of the base in memory; auto: as it is stored.")] = "auto",
+    device_map: Annotated[str, typer.Option(help="As transformers takes it: auto, cpu, cuda:0, balanced.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that lies beside the base's weights.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Modules merged at a time.", show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a result at --out.")] = False,
+) -> None:
+    """Merge adapters, and let the merge learn from unlabelled texts what it lost.
+
+    Every task's own adapter is the teacher; no label is read. Without texts of yours: --texts lines.
+
+    Example: plait tune ./intent ./langid --tasks tasks/intent.yaml tasks/langid.yaml -o tuned
+    """
+    from plait.api import tune as run
+    from plait.cli.console import ProgressBars, print_json
+    from plait.evaluation.request import is_recipe_file
+
+    kind, files = _texts(texts or [])
+    settings: dict[str, Any] = {"method": method, "scale": scale, "rank": rank, "dtype": dtype}
+    spec: dict[str, Any] = {"texts": kind, "files": files or None, "count": count, "split": split, "steps": steps}
+    spec |= {"learning_rate": learning_rate, "seed": seed}
+    recipe = Path(inputs[0]) if is_recipe_file(inputs[0]) else None
+    result = run(
+        recipe if recipe is not None and len(inputs) == 1 else inputs,
+        tasks=[part for text in tasks or [] for part in text.split(",") if part] or None,
+        out=out,
+        base_model=base_id,
+        control=control,
+        load_dtype=load_dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+        workers=workers,
+        force=force,
+        progress=ProgressBars(),
+        sets=set_ or [],
+        tune={key: value for key, value in spec.items() if value is not None},
+        **{key: value for key, value in settings.items() if value is not None},
+    )
+    if json:
+        print_json({"folder": str(result.folder), **result.record.model_dump(mode="json")})
+    else:
+        _show(result)
+
+
+def _texts(given: list[str]) -> tuple[str | None, dict[str, str]]:
+    """Return the kind of texts, and task → file."""
+    from plait.errors import RecipeError
+
+    files = {}
+    kinds = []
+    for text in given:
+        name, sign, path = text.partition("=")
+        if sign and name and path:
+            files[name] = path
+        else:
+            kinds.append(text)
+    if len(kinds) > 1 or any(kind not in ("split", "lines", "template") for kind in kinds):
+        found = ", ".join(kinds)
+        raise RecipeError(f"--texts must be split, lines or template, and TASK=FILE for single tasks; got {found}.")
+    return (kinds[0] if kinds else None), files
+
+
+def _show(result: TuneResult) -> None:
+    from rich.table import Table
+
+    from plait.cli.console import err, out, size
+
+    console, record = out(), result.record
+    written = sum(p.stat().st_size for p in result.folder.rglob("*") if p.is_file())
+    console.print(f"[bold]{' + '.join(s['name'] for s in record.sources)}[/bold] → [bold]{result.folder}[/bold]")
+    seconds = sum(record.seconds.values())
+    console.print(f"rank {record.rank} · scale {record.scale:.3g} · step {record.kept_step} of {len(record.losses)} kept · "
+                  f"{size(written)} · {seconds:.0f} s")  # fmt: skip
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("task", "texts", "base", record.recipe["method"]["name"], "tuned", *["fresh LoRA"] * bool(record.control)):
+        table.add_column(name, justify="left" if name in ("task", "texts") else "right")
+    for t in record.texts:
+        cells = [record.base[t.task], record.start.divergence[t.task], record.kept.divergence[t.task]]
+        cells += [record.control.held.divergence[t.task]] if record.control else []
+        table.add_row(t.task, f"{t.count}, {t.source}", *(f"{value:.3g}" for value in cells))
+    shares = [1.0, record.start.share, record.kept.share, *([record.control.held.share] if record.control else [])]
+    table.add_row("share of the base's", "", *(f"{share:.1%}" for share in shares))
+    console.print(table)
+    console.print("[dim]KL from each task's own adapter on held-out texts, in nats: 0 answers as the adapter does.[/dim]")
+    _show_distance(record)
+    for note in record.notes:
+        err().print(f"note: {note}", style="dim", markup=False)
+
+
+def _show_distance(record: TuneRecord) -> None:
+    from plait.cli.console import out
+
+    out().print(
+        f"[dim]moved by {record.distance:.0%} of its start's norm; {record.outside:.1%} of its energy is outside of what the "
+        "adapters span[/dim]"
+    )

@@ -1,0 +1,1 @@
+"""Merges that learn from unlabelled texts what they lost."""

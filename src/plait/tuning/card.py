@@ -1,0 +1,65 @@
+"""The model card of a tuned merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from plait.merging.card import front_matter, loading, public_recipe, source_row
+from plait.merging.compatibility import max_lora_rank
+from plait.merging.inventory import Inventory
+from plait.merging.record import recipe_json
+from plait.tuning.record import TuneRecord
+
+
+def tune_card(inventory: Inventory, record: TuneRecord, folder: Path) -> str:
+    """Return README.md: front matter for the Hub, then the page for people.
+
+    Args:
+        inventory: the sources.
+        record: what was done.
+        folder: with the written files, whose adapter is looked at for what can serve it.
+    """
+    front = yaml.safe_dump(front_matter(inventory), sort_keys=False, allow_unicode=True)
+    recipe = yaml.safe_dump(public_recipe(recipe_json(inventory.recipe)), sort_keys=False, allow_unicode=True)
+    names = [a.name for a in inventory.adapters]
+    rows = "\n".join(source_row(s) for s in record.sources)
+    kept = "\n".join(
+        f"| {t.task} | {t.count}, {t.source} | {record.base[t.task]:.3g} | {record.start.divergence[t.task]:.3g} "
+        f"| {record.kept.divergence[t.task]:.3g} |"
+        for t in record.texts
+    )
+    return f"""---
+{front}---
+
+# {"+".join(names)}, merged with {inventory.recipe.method_name} and tuned
+
+One LoRA adapter of rank {record.rank}, made from {len(names)} adapters by plait {record.plait}. It starts at the closed form of
+`{inventory.recipe.method_name}` × {record.scale:.3g}, and its factors have learnt to answer as each task's own adapter does on
+unlabelled texts of that task.
+
+| adapter | from | weight | rank | sha256 |
+|---|---|---|---|---|
+{rows}
+
+| task | texts | KL of the base | KL of the start | KL of this adapter |
+|---|---|---|---|---|
+{kept}
+
+KL is the mean divergence from the task's own adapter, in nats, on texts that were held out.
+
+- **Steps**: {len(record.losses)}; the factors of step {record.kept_step} were kept.
+- **Distance from the start**: {record.distance:.3g} of its norm; {record.outside:.2%} of the energy is outside of what the
+  sources span.
+
+## Load it
+
+{loading(inventory, max_lora_rank(record.rank), folder)}
+## The start
+
+`tuning.json` holds everything that was seen and done, `plait.lock` the sha256 of every input and output file.
+
+```yaml
+{recipe}```
+"""

@@ -1,0 +1,100 @@
+"""What a tuning did, as it is kept beside its result in `tuning.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from plait.calibration.texts import TextKind
+from plait.records import Record
+from plait.tuning.learning import Held
+
+TUNING = "tuning.json"
+
+
+class SeenTexts(Record):
+    """The texts of one task.
+
+    Attributes:
+        task: its name.
+        adapter: whose answers were followed.
+        kind: a split, a file, generic lines or the bare prompt.
+        source: the same in words.
+        count: how many.
+        learned: how many of them were learnt from; the others were only looked at.
+        digest: hash of what was read.
+        shown: the first three, as the model read them.
+    """
+
+    task: str
+    adapter: str
+    kind: TextKind
+    source: str
+    count: int
+    learned: int
+    digest: str
+    shown: tuple[str, ...]
+
+
+class Control(Record):
+    """A fresh LoRA of the same rank that learnt the same texts for as many steps: what the merge as a start is worth.
+
+    Attributes:
+        held: its last look at the held-out texts.
+        losses: mean KL of every step, nats.
+    """
+
+    held: Held
+    losses: tuple[float, ...]
+
+
+class TuneRecord(Record):
+    """What was done.
+
+    Attributes:
+        plait: version.
+        recipe: as run, every default spelt out.
+        sources: the adapters; see `merging.record.sources`.
+        texts: what was seen, per task.
+        scale: factor on the closed form.
+        scales: every scale that was tried, with the mean share of divergence (see `Held`) that it left.
+        base: task → mean KL(own adapter ‖ base) on all its texts, nats.
+        looks: at the held-out texts, from the start on.
+        losses: mean KL of every step on its texts, nats.
+        kept_step: the step whose factors were kept.
+        rank: of the written adapter.
+        distance: ‖M − M₀‖ / ‖M₀‖ of the result M and its start M₀.
+        outside: share of ‖M‖² outside of the joint row and column spaces of the sources: 0 for a weighted sum of them;
+            `regmean` moves rows.
+        control: a fresh LoRA, where it was asked for.
+        notes: what else is to be known.
+        seconds: stage → wall time.
+        finished: local time, ISO 8601.
+    """
+
+    plait: str
+    recipe: dict[str, Any]
+    sources: tuple[dict[str, Any], ...]
+    texts: tuple[SeenTexts, ...]
+    scale: float
+    scales: tuple[tuple[float, float], ...]
+    base: dict[str, float]
+    looks: tuple[Held, ...]
+    losses: tuple[float, ...]
+    kept_step: int
+    rank: int
+    distance: float
+    outside: float
+    control: Control | None
+    notes: tuple[str, ...]
+    seconds: dict[str, float]
+    finished: str
+
+    @property
+    def start(self) -> Held:
+        """The closed form at its scale, before the first step."""
+        return self.looks[0]
+
+    @property
+    def kept(self) -> Held:
+        """What was written."""
+        return next(h for h in self.looks if h.step == self.kept_step)

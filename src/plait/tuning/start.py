@@ -1,0 +1,113 @@
+"""The start of a tuning: the recipe's merge in memory, with second moments from the texts where its method needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from plait.calibration.moments import take_moments
+from plait.calibration.passages import Passage
+from plait.merging.engine import Engine, MergedModule
+from plait.merging.inventory import Inventory
+from plait.merging.moments import from_function
+from plait.merging.plan import MergePlan, make_plan
+from plait.merging.progress import Progress
+from plait.methods import METHODS
+from plait.mixture import Mixture
+from plait.tuning.teaching import Lesson
+
+_MOST_TEXTS = 64  # of a task, that second moments are taken on; more change little
+MOST_BYTES = 4 << 30  # of second moments held at a time; more are taken in several passes over the texts
+
+
+def needs_moments(inventory: Inventory) -> bool:
+    """Say whether the recipe's method asks for second moments that the recipe does not name."""
+    recipe = inventory.recipe
+    return inventory.moments is None and METHODS[recipe.method_name].pipeline(recipe.method).needs_moments
+
+
+def planned(inventory: Inventory) -> MergePlan:
+    """Return what the start will be; moments that are still to be taken count as given.
+
+    Raises:
+        PlanError: it cannot be done.
+    """
+    return make_plan(_with(inventory, {}) if needs_moments(inventory) else inventory, workers=1)
+
+
+def closed_form(
+    inventory: Inventory, mixture: Mixture, lessons: Sequence[Lesson], *, workers: int, progress: Progress
+) -> tuple[MergedModule, ...]:
+    """Merge in memory.
+
+    Args:
+        inventory: the adapters and the recipe.
+        mixture: the base with them.
+        lessons: whose passages, read with their own adapters, give the second moments.
+        workers: modules merged at a time; never changes a bit.
+        progress: told of the work.
+    """
+    if not needs_moments(inventory):
+        return tuple(_run(inventory, make_plan(inventory, workers=workers), workers, progress))
+    plan = planned(inventory)
+    merged: list[MergedModule] = []
+    for targets in _groups(inventory, [m.target for m in plan.modules]):
+        found = _moments(mixture, lessons, targets, progress)
+        part = plan.model_copy(update={"modules": tuple(m for m in plan.modules if m.target in set(targets))})
+        merged += _run(_with(inventory, found), part, workers, progress)
+    return tuple(merged)
+
+
+def _run(inventory: Inventory, plan: MergePlan, workers: int, progress: Progress) -> Iterator[MergedModule]:
+    engine = Engine(inventory, plan, workers=workers, progress=progress)
+    combiner = engine.prepare()
+    yield from engine.run(combiner, engine.ranks(combiner))
+
+
+def _moments(
+    mixture: Mixture, lessons: Sequence[Lesson], targets: Sequence[str], progress: Progress
+) -> dict[str, dict[str, Tensor]]:
+    """Return adapter → target → E[x xᵀ], each adapter's over the texts of its tasks."""
+    modules: Mapping[str, nn.Module] = {target: mixture.module(target) for target in targets}
+    found: dict[str, dict[str, Tensor]] = {}
+    read = {x.task: _sample(x.passages) for x in lessons}
+    progress.start("second moments", sum(map(len, read.values())), "texts")
+    try:
+        for name in dict.fromkeys(x.adapter for x in lessons):
+            own = [x for x in lessons if x.adapter == name]
+            passages = [p for x in own for p in read[x.task]]
+            with mixture.active({name: 1.0}) as model:
+                found[name] = take_moments(model, modules, passages, head=own[0].head, report=progress.advance)
+    finally:
+        progress.finish()
+    return found
+
+
+def _sample(passages: Sequence[Passage]) -> Sequence[Passage]:
+    """Return at most so many, evenly spread."""
+    step = max(1, -(-len(passages) // _MOST_TEXTS))
+    return passages[::step]
+
+
+def _with(inventory: Inventory, found: Mapping[str, Mapping[str, Tensor]]) -> Inventory:
+    targets = {a.name: a.targets for a in inventory.adapters}
+    moments = from_function(lambda adapter, module: found[adapter].get(module), targets)
+    return replace(inventory, moments=moments)
+
+
+def _groups(inventory: Inventory, targets: Sequence[str]) -> Iterator[list[str]]:
+    """Yield targets in groups whose second moments fit into memory together."""
+    group: list[str] = []
+    size = 0
+    for target in targets:
+        layout = inventory.layouts[target]
+        own = 4 * layout.stack * layout.d_in**2 * len(inventory.adapters)
+        if group and size + own > MOST_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(target)
+        size += own
+    if group:
+        yield group

@@ -1,0 +1,266 @@
+"""`plait tune` on a small model whose plain merge is bad: what it learns, from what, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import plait
+from plait.cli.main import main
+from plait.errors import PlaitError, RecipeError, TaskError
+from plait.tuning.pipeline import TuneResult
+from tests.language_models import LABELS, WORDS, label, language_model, save_model, tokenizer, train_adapter, write_task
+
+# a word's label says nothing of another's, so nothing can be chosen on words that are held out
+QUICK = {"steps": 24, "prompts": 8, "learning_rate": 1e-2, "look_every": 6, "held_out": 0}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a base, two adapters of it, and their tasks, whose texts are the calibration split."""
+    folder = tmp_path_factory.mktemp("tune")
+    save_model(folder / "base")
+    for task in ("sort", "rate"):
+        train_adapter(folder / task, task)
+        write_task(folder, task, splits={"calibration": "test.jsonl"})
+    return folder
+
+
+@pytest.fixture
+def tuned(place: Path, tmp_path: Path) -> TuneResult:
+    return tune(place, tmp_path / "tuned")
+
+
+def tune(place: Path, out: Path, tasks: Any = ("sort", "rate"), **changes: Any) -> TuneResult:
+    spec = {**QUICK, **changes.pop("tune", {})}
+    return plait.tune(
+        [place / "sort", place / "rate"],
+        tasks=[place / f"{t}.yaml" for t in tasks],
+        out=out,
+        base_model=str(place / "base"),
+        tune=spec,
+        **changes,
+    )
+
+
+def right(folder: Path | None) -> dict[str, float]:
+    """Return the share of words with the right label, per task, as PEFT loads the adapter."""
+    model: Any = language_model()
+    if folder is not None:
+        model = PeftModel.from_pretrained(model, folder)
+    tokens = tokenizer()
+    found = {}
+    for task, labels in LABELS.items():
+        ids = torch.tensor([tokens(f"{task} {word} :")["input_ids"] for word in WORDS])
+        with torch.no_grad():
+            scores = model(input_ids=ids).logits[:, -1, tokens.convert_tokens_to_ids(labels)]
+        said = [labels[i] for i in scores.argmax(-1).tolist()]
+        found[task] = sum(a == label(task, w) for a, w in zip(said, WORDS, strict=True)) / len(WORDS)
+    return found
+
+
+def test_starts_bad_and_ends_good(place: Path, tmp_path: Path, tuned: TuneResult) -> None:
+    plait.merge([place / "sort", place / "rate"], out=tmp_path / "sum")
+    assert min(right(tmp_path / "sum").values()) < 0.9  # the plain sum loses something
+    assert min(right(tuned.folder).values()) > 0.95
+    record = tuned.record
+    assert record.kept.share < record.start.share < 1
+    assert record.rank == 4  # of the largest source, not of both together
+    assert record.losses[-1] < record.losses[0]
+    assert 0 < record.distance < 10
+    assert 0 < record.outside < 1
+
+
+def test_the_scale_is_the_one_nearest_to_the_adapters(tuned: TuneResult) -> None:
+    record = tuned.record
+    assert len(record.scales) >= 4
+    assert record.scale == min(record.scales, key=lambda pair: pair[1])[0]
+    assert record.start.share == min(share for _, share in record.scales)
+
+
+def test_no_step_gives_the_closed_form(place: Path, tmp_path: Path) -> None:
+    record = tune(place, tmp_path / "closed", tune={"steps": 0}, scale=1.5, rank=8, method="linear").record
+    assert (record.scale, record.scales, record.losses, record.kept_step) == (1.5, (), (), 0)
+    assert record.distance == pytest.approx(0, abs=1e-6)
+    assert record.outside == pytest.approx(0, abs=1e-4)  # a sum recombines what there is
+
+
+def test_the_divergence_is_that_of_the_written_adapter(place: Path, tuned: TuneResult) -> None:
+    """Held-out KL of the record, from what PEFT loads: teacher, positions and texts are the right ones."""
+    tokens, lines = tokenizer(), {t.task: t for t in tuned.record.texts}
+    merged = PeftModel.from_pretrained(language_model(), tuned.folder)
+    for task in ("sort", "rate"):
+        own = PeftModel.from_pretrained(language_model(), place / task)
+        assert lines[task].adapter == task
+        ids = torch.tensor([tokens(f"{task} {word} :")["input_ids"] for word in WORDS])
+        with torch.no_grad():
+            p, q = (m(input_ids=ids).logits[:, -1].double().log_softmax(-1) for m in (own, merged))
+        every = (p.exp() * (p - q)).sum(-1)  # held-out words are among these
+        assert float(every.min()) <= tuned.record.kept.divergence[task] <= float(every.max())
+
+
+def test_no_label_is_read(place: Path, tmp_path: Path, tuned: TuneResult) -> None:
+    other = tmp_path / "other"
+    for task in ("sort", "rate"):
+        write_task(other, task, splits={"calibration": "test.jsonl"})
+        rows = [{"word": w, "label": LABELS[task][0]} for w in WORDS]  # all the same, so mostly wrong
+        (other / task / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    again = plait.tune(
+        [place / "sort", place / "rate"],
+        tasks=[other / "sort.yaml", other / "rate.yaml"],
+        out=tmp_path / "again",
+        base_model=str(place / "base"),
+        tune=QUICK,
+    )
+    assert same_tensors(again.folder, tuned.folder)
+
+
+def same_tensors(one: Path, two: Path) -> bool:
+    first, second = (load_file(f / "adapter_model.safetensors") for f in (one, two))
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(place: Path, tmp_path: Path, tuned: TuneResult) -> None:
+    assert same_tensors(tune(place, tmp_path / "same").folder, tuned.folder)
+    assert not same_tensors(tune(place, tmp_path / "else", tune={"seed": 1}).folder, tuned.folder)
+
+
+def test_command_line_recipe_and_python_say_the_same(place: Path, tmp_path: Path, tuned: TuneResult) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"version: 1\nbase_model: {place}/base\nadapters: [{place}/sort, {place}/rate]\n"
+        f"tasks: [{place}/sort.yaml, {place}/rate.yaml]\ntune: {json.dumps(QUICK)}\n"
+    )
+    flags = [str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
+    flags += ["--base-id", str(place / "base"), "--steps", "24", "--learning-rate", "0.01"]
+    flags += ["--set", "tune.prompts=8", "--set", "tune.look_every=6", "--set", "tune.held_out=0"]
+    for name, arguments in {"file": [str(recipe)], "flags": flags}.items():
+        assert run(["tune", *arguments, "-o", str(tmp_path / name)]) == 0
+        assert same_tensors(tmp_path / name, tuned.folder)
+
+
+def run(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    return int(left.value.code or 0)
+
+
+def test_says_what_it_did(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
+    arguments += ["--base-id", str(place / "base"), "--steps", "2", "--texts", "template", "--control"]
+    assert run(["tune", *arguments, "-o", str(tmp_path / "said")]) == 0
+    shown = capsys.readouterr()
+    for words in ("sort + rate", "1, the bare prompt", "fresh LoRA", "share of the base's"):
+        assert words in shown.out
+    assert "no texts were held out" in shown.err
+    assert run(["tune", *arguments, "-o", str(tmp_path / "json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["control"]["held"]["share"] > 0
+
+
+def test_texts_that_are_held_out_are_not_learnt(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import plait.tuning.learning as learning
+
+    drawn: list[tuple[int, ...]] = []
+    monkeypatch.setattr(learning, "_drawn", lambda items, *rest: drawn.append(tuple(items)) or list(items)[:2])
+    record = tune(place, tmp_path / "held", tune={"held_out": 0.2}).record
+    sizes = {t.task: (t.count, t.learned) for t in record.texts}
+    assert sizes == {"sort": (24, 19), "rate": (24, 19)}
+    assert {len(set(items)) for items in drawn} == {19}
+
+
+def test_a_fresh_lora_is_a_control(place: Path, tmp_path: Path, tuned: TuneResult) -> None:
+    found = tune(place, tmp_path / "control", control=True)
+    assert same_tensors(found.folder, tuned.folder)  # the control changes nothing
+    assert found.record.control is not None
+    assert found.record.control.held.share > found.record.kept.share
+
+
+def test_lines_that_plait_ships_need_no_data(place: Path, tmp_path: Path) -> None:
+    record = tune(place, tmp_path / "lines", tune={"texts": "lines", "count": 16}).record
+    assert {t.kind for t in record.texts} == {"lines"}
+    assert all(len(t.shown) == 3 for t in record.texts)
+    assert record.kept.share < record.start.share
+
+
+def test_another_method_as_the_start(place: Path, tmp_path: Path) -> None:
+    record = tune(place, tmp_path / "ties", method="iso_c").record
+    assert record.recipe["method"]["name"] == "iso_c"
+    assert record.kept.share < record.start.share
+
+
+def test_the_result_is_one_of_plaits(tuned: TuneResult) -> None:
+    assert {"plait.lock", "tuning.json", "README.md", "adapter_config.json", "adapter_model.safetensors"} == {
+        p.name for p in tuned.folder.iterdir()
+    }
+    checked = plait.verify(tuned.folder, rebuild=False)
+    assert {f.state for f in checked.files} == {"equal"}
+    assert {i.state for i in checked.inputs} == {"equal"}
+    card = (tuned.folder / "README.md").read_text()
+    assert "learnt to answer as each task's own adapter does" in card
+
+
+def test_a_tuned_merge_is_evaluated_beside_its_sources(place: Path, tmp_path: Path, tuned: TuneResult) -> None:
+    tasks = [write_task(tmp_path, t) for t in ("sort", "rate")]
+    found = plait.evaluate(tuned.folder, tasks=tasks, workspace=tmp_path / "ws")
+    assert found.worst_recovery is not None
+    assert found.worst_recovery > 0.85
+    assert [s.name for s in found.sources] == ["sort", "rate"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tasks": ()}, "there are no tasks"),
+        ({"tasks": ("sort",)}, "adapter 'rate' has no task"),
+        ({"rank": "energy:0.9"}, "a fixed rank"),
+        ({"tune": {"files": {"other": "x.txt"}}}, "'other' is not a task"),
+        ({"tune": {"texts": "split", "split": "validation"}}, "has no split 'validation'"),
+        ({"tune": {"steps": -1}}, "steps"),
+        ({"tune": {"stepz": 3}}, "stepz"),
+        ({"method": "no"}, "no"),
+    ],
+)
+def test_bad_requests_are_refused_before_the_base_is_loaded(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
+) -> None:
+    monkeypatch.setattr("plait.mixture.Mixture.load", lambda *a, **k: pytest.fail("the base was loaded"))
+    with pytest.raises(PlaitError, match=words):
+        tune(place, tmp_path / "no", **changes)
+    assert not (tmp_path / "no").exists()
+
+
+def test_everything_wrong_with_the_tasks_is_said_at_once(place: Path, tmp_path: Path) -> None:
+    stray = write_task(tmp_path, "sort", name="stray", splits={"calibration": "test.jsonl"})
+    with pytest.raises(TaskError) as error:
+        plait.tune([place / "sort", place / "rate"], tasks=[stray], out=tmp_path / "no", base_model=str(place / "base"))
+    for words in ("'stray' belongs to adapter 'stray'", "adapter 'sort' has no task", "adapter 'rate' has no task"):
+        assert words in str(error.value)
+
+
+def test_a_whole_recipe_takes_no_settings(place: Path, tmp_path: Path) -> None:
+    recipe = plait.Recipe.model_validate({"adapters": [str(place / "sort"), str(place / "rate")]})
+    with pytest.raises(RecipeError, match="scale"):
+        plait.tune(recipe, out=tmp_path / "no", scale=2.0)
+
+
+def test_an_output_that_stands_is_kept(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("x")
+    with pytest.raises(PlaitError, match="exists"):
+        tune(place, tmp_path / "mine")
+    assert (tmp_path / "mine" / "file").read_text() == "x"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,175 @@
+"""Texts as tokens, second moments and teachers' answers, beside the plainest way to compute them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from plait.calibration.moments import take_moments
+from plait.calibration.passages import Passage, Reader
+from plait.calibration.teachers import Answers, answers_of, ask
+from plait.calibration.texts import generic_lines, read_texts
+from plait.errors import TaskError
+from plait.tasks.loading import load_task
+from tests.language_models import language_model, write_task
+
+PASSAGES = [Passage((4, 13, 6), (9,)), Passage((5, 17, 14, 6), (10, 2)), Passage((4, 20), (9, 10, 2))]
+
+
+def plain_logits(model: Any, passage: Passage) -> torch.Tensor:
+    ids = torch.tensor([[*passage.prompt, *passage.answer]])
+    found: torch.Tensor = model(input_ids=ids).logits[0, len(passage.prompt) - 1 : -1]
+    return found
+
+
+def test_logits_are_those_of_every_passage_alone() -> None:
+    model = language_model()
+    found = Reader(model).logits(PASSAGES)
+    torch.testing.assert_close(found, torch.cat([plain_logits(model, p) for p in PASSAGES]))
+
+
+def test_the_output_layer_sees_only_the_answers() -> None:
+    model = language_model()
+    seen = []
+    hook = model.lm_head.register_forward_hook(lambda layer, inputs, output: seen.append(output.shape))
+    Reader(model).logits(PASSAGES)
+    hook.remove()
+    assert [tuple(s) for s in seen] == [(1, 6, model.config.vocab_size)]
+
+
+def test_logits_of_an_encoder_decoder() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    found = Reader(model).logits([Passage((4, 13, 6), (9, 1)), Passage((5, 17), (10,), (7,))])
+    one = model(input_ids=torch.tensor([[4, 13, 6]]), decoder_input_ids=torch.tensor([[0, 9]])).logits[0]
+    two = model(input_ids=torch.tensor([[5, 17]]), decoder_input_ids=torch.tensor([[0, 7]])).logits[0, 1:]
+    torch.testing.assert_close(found, torch.cat([one, two]))
+
+
+def test_moments_are_the_mean_outer_product_of_the_inputs() -> None:
+    model = language_model()
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    inputs: dict[str, list[torch.Tensor]] = {n: [] for n in names}
+    hooks = [
+        model.get_submodule(n).register_forward_hook(lambda m, x, y, n=n: inputs[n].append(x[0].reshape(-1, x[0].shape[-1])))
+        for n in names
+    ]
+    for p in PASSAGES:
+        model(input_ids=torch.tensor([[*p.prompt, *p.answer[:-1]]]))
+    for hook in hooks:
+        hook.remove()
+    found = take_moments(model, {n: model.get_submodule(n) for n in names}, PASSAGES)
+    for name, rows in inputs.items():
+        x = torch.cat(rows).double()
+        torch.testing.assert_close(found[name].double(), x.T @ x / len(x), rtol=1e-5, atol=1e-6, msg=name)
+    q, k = (found[f"model.layers.0.self_attn.{part}_proj"] for part in "qk")
+    assert q.data_ptr() == k.data_ptr()  # one sum for what is one tensor
+    assert found["model.layers.0.mlp.down_proj"].data_ptr() != q.data_ptr()
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Conv1d(3, 4, 3, stride=2, padding=1), torch.nn.Conv2d(2, 4, (2, 3), dilation=2)])
+def test_moments_of_a_convolution_are_those_of_its_patches(layer: Any) -> None:
+    from plait.calibration.moments import InputMoments
+
+    drawn = torch.Generator().manual_seed(0)
+    shape = (2, 3, 9) if isinstance(layer, torch.nn.Conv1d) else (2, 2, 7, 8)
+    x = torch.randn(shape, generator=drawn)
+    moments = InputMoments({"conv": layer})
+    with moments.watching(), torch.no_grad():
+        y = layer(x)
+    gram = moments.means()["conv"].double()
+    weight = layer.weight.detach().reshape(4, -1).double()
+    plain = (y.detach() - layer.bias.detach().reshape(-1, *(1,) * (y.ndim - 2))).double()
+    wanted = plain.transpose(0, 1).reshape(4, -1)
+    torch.testing.assert_close(weight @ gram @ weight.T, wanted @ wanted.T / wanted.shape[1], rtol=1e-4, atol=1e-5)
+
+
+def test_divergence_is_the_sum_over_the_vocabulary() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(3, 7, generator=drawn) for _ in range(2))
+    found = answers_of(p, positions=3).divergence(q)
+    a, b = p.double().softmax(-1), q.double().softmax(-1)
+    wanted = torch.stack([sum(a[i, v] * (a[i, v] / b[i, v]).log() for v in range(7)) for i in range(3)])
+    torch.testing.assert_close(found.double(), wanted)
+
+
+def test_divergence_with_the_largest_entries_only_is_a_lower_bound_near_it() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    p, q = (4 * torch.randn(3, 50, generator=drawn) for _ in range(2))
+    whole = answers_of(p, positions=3)
+    top = whole.log_p.topk(20, -1)
+    rest = torch.log1p(-top.values.exp().sum(-1, keepdim=True))
+    part = Answers(torch.cat([top.values, rest], -1), top.indices).divergence(q)
+    assert bool((part <= whole.divergence(q) + 1e-5).all())
+    torch.testing.assert_close(part, whole.divergence(q), rtol=0.05, atol=0.05)
+
+
+def test_answers_come_in_the_order_of_the_passages() -> None:
+    model = language_model()
+    found = ask(model, PASSAGES, batch_size=2)
+    wanted = torch.cat([plain_logits(model, p) for p in PASSAGES]).log_softmax(-1)
+    torch.testing.assert_close(found.log_p, wanted)
+
+
+def words(texts: Sequence[Any]) -> set[str]:
+    return {str(p).split()[1] for p in texts}
+
+
+def test_texts_of_a_split_are_chosen_by_the_seed(tmp_path: Path) -> None:
+    task = load_task(write_task(tmp_path, "sort", splits={"calibration": "test.jsonl"}))
+    one, two, same = (read_texts(task, kind=None, count=6, seed=seed) for seed in (0, 1, 0))
+    assert one.kind == "split"
+    assert one.source == "split 'calibration'"
+    assert len(one.prompts) == 6
+    assert one.prompts == same.prompts
+    assert one.digest == same.digest
+    assert words(one.prompts) != words(two.prompts)
+    assert one.choices[0] == ("red", "blue")
+
+
+def test_a_smaller_number_of_texts_is_part_of_a_larger(tmp_path: Path) -> None:
+    task = load_task(write_task(tmp_path, "sort", splits={"train": "test.jsonl"}))
+    few, more = (read_texts(task, kind=None, count=n, seed=3) for n in (5, 11))
+    assert words(few.prompts) < words(more.prompts)
+
+
+def test_texts_from_nothing_and_from_files(tmp_path: Path) -> None:
+    task = load_task(write_task(tmp_path, "sort"))
+    assert read_texts(task, kind="template", count=9, seed=0).prompts == ("sort N/A :",)
+    lines = read_texts(task, kind="lines", count=9, seed=0)
+    assert len(lines.prompts) == 9
+    assert all(str(p).removeprefix("sort ").removesuffix(" :") in generic_lines() for p in lines.prompts)
+    (tmp_path / "mine.txt").write_text("w1\n\n  w2\n")
+    assert set(read_texts(task, kind=None, count=9, seed=0, file=tmp_path / "mine.txt").prompts) == {"sort w1 :", "sort w2 :"}
+    (tmp_path / "mine.jsonl").write_text('{"word": "w7"}\n')
+    assert read_texts(task, kind=None, count=9, seed=0, file=tmp_path / "mine.jsonl").prompts == ("sort w7 :",)
+
+
+def test_fields_of_a_prompt_get_different_lines(tmp_path: Path) -> None:
+    task = load_task(write_task(tmp_path, "sort", prompt="{{ one }} | {{ two }}"))
+    for prompt in read_texts(task, kind="lines", count=4, seed=0).prompts:
+        first, second = str(prompt).split(" | ")
+        assert first != second
+    (tmp_path / "mine.txt").write_text("w1\n")
+    with pytest.raises(TaskError, match="one, two"):
+        read_texts(task, kind=None, count=4, seed=0, file=tmp_path / "mine.txt")
+
+
+def test_a_file_without_the_column_is_refused(tmp_path: Path) -> None:
+    task = load_task(write_task(tmp_path, "sort"))
+    (tmp_path / "mine.jsonl").write_text('{"text": "w7"}\n')
+    with pytest.raises(TaskError, match="word"):
+        read_texts(task, kind=None, count=9, seed=0, file=tmp_path / "mine.jsonl")
+
+
+def test_generic_lines_differ() -> None:
+    assert len(set(generic_lines())) == len(generic_lines()) >= 100
