@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plait.adapters.base_files import find_weights, open_weights, read_config
+from plait.adapters.base_files import INPUT_EMBEDDING, OUTPUT_HEAD, find_weights, open_weights, read_config
 from plait.adapters.layouts import Layout
 from plait.adapters.orientation import has_conv1d, is_transposed
 from plait.errors import AdapterError
@@ -31,7 +31,10 @@ class BaseWeights:
             raise AdapterError(f"{folder}: no weights of a base model here; DoRA needs them.")
         self._files = [open_weights(folder / name) for name in names]
         self._home = {tensor: file for file in self._files for tensor in file.tensors}
-        self._conv1d = has_conv1d(read_config(folder), {n: f.tensors[n].shape for n, f in self._home.items()})
+        config = read_config(folder)
+        self._conv1d = has_conv1d(config, {n: f.tensors[n].shape for n, f in self._home.items()})
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        self._ties = all(part.get("tie_word_embeddings", True) for part in parts)
 
     def matrix(self, module: str, layout: Layout, *, fan_in_fan_out: bool, dtype: torch.dtype) -> Tensor:
         """Return a module's weight as (d_out, d_in), the orientation of B @ A.
@@ -66,6 +69,8 @@ class BaseWeights:
         found = [n for n in self._home if n == wanted] or [
             n for n in self._home if n.endswith("." + wanted) or wanted.endswith("." + n)
         ]
+        if not found and self._ties and OUTPUT_HEAD.fullmatch(wanted):
+            found = [n for n in self._home if INPUT_EMBEDDING.fullmatch(n)]
         if len(found) != 1:
             what = f"found {', '.join(map(repr, found))}" if found else f"it holds names such as {next(iter(self._home))!r}"
             raise AdapterError(f"{self.folder}: no single weight for module {module!r}; {what}.")

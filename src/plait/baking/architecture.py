@@ -7,7 +7,7 @@ of: since version 5 experts are fused, and some models are renamed, on loading. 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,13 +15,21 @@ from typing import Any, Literal, NamedTuple
 from plait.adapters.base_files import architectures, read_config
 from plait.extras import missing, optional
 from plait.hub.pretrained import load_config
-from plait.libraries.transformers import checkpoint_conversion, holds_transposed, is_conv1d, steps_of, tied_parameters
+from plait.libraries.transformers import (
+    Conversion,
+    checkpoint_conversion,
+    holds_transposed,
+    is_conv1d,
+    steps_of,
+    tied_parameters,
+)
 
 _HEADS = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
 }
+HEADED_TASKS = frozenset(_HEADS)  # PEFT's names of the tasks whose head a model has or not
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Architecture:
         tied: parameter → the parameter that it shares its values with.
         transposed: owners of parameters that are stored as (d_in, d_out).
         layers: modules that PEFT can put a LoRA beside, which then is a delta of their weight.
+        renamed: what loading makes of a name that older versions of the code gave, `language_model.model.layers…` for one.
     """
 
     parts: Mapping[str, tuple[Part, ...]] = field(repr=False)
@@ -67,6 +76,7 @@ class Architecture:
     tied: Mapping[str, str]
     transposed: frozenset[str]
     layers: Mapping[str, Layer] = field(default_factory=dict)
+    renamed: Callable[[str], str] = field(default=str, repr=False)
 
     @staticmethod
     def of(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
@@ -80,9 +90,11 @@ class Architecture:
             ArchitectureUnknown: transformers is not installed, or has no class for it.
         """
         model = _empty_model(folder)
-        parts, unknown = _parts(model, shapes)
+        conversion = checkpoint_conversion(model)
+        parts, unknown = _parts(model, conversion, shapes)
         transposed = {name for name, m in model.named_modules() if is_conv1d(m) or holds_transposed(m)}
-        return Architecture(parts, unknown, tied_parameters(model), frozenset(transposed), dict(_layers(model)))
+        tied, layers, renamed = tied_parameters(model), dict(_layers(model)), str if conversion is None else conversion.renamed
+        return Architecture(parts, unknown, tied, frozenset(transposed), layers, renamed)
 
 
 class ArchitectureUnknown(Exception):
@@ -143,10 +155,11 @@ def _is_plain(convolution: Any) -> bool:
     return set(convolution.dilation) == {1} and convolution.padding_mode == "zeros"
 
 
-def _parts(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, tuple[Part, ...]], dict[str, str]]:
+def _parts(
+    model: Any, conversion: Conversion | None, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[Part, ...]], dict[str, str]]:
     """Ask transformers where every checkpoint tensor goes, as its own loading does."""
     parameters = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    conversion = checkpoint_conversion(model)
     if conversion is None:
         return {name: (Part(name),) for name in parameters if name in shapes}, {}
     parts: dict[str, tuple[Part, ...]] = {}

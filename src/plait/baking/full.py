@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,12 +27,14 @@ class FullTensor:
         shape: of it.
         indices: which rows of an embedding these are; empty for a whole tensor.
         adapters: whose.
+        table: the whole table that the rows are put into, where the adapter brings it (a resized vocabulary); else the base's.
     """
 
     names: tuple[tuple[str, str], ...]
     shape: tuple[int, ...]
     indices: tuple[int, ...] = ()
     adapters: tuple[Adapter, ...] = field(default=(), repr=False, compare=False)
+    table: FullTensor | None = field(default=None, repr=False)
 
     def values(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
         """Return `count` values from the value `first` on, flat; the mean over adapters is accumulated in float64."""
@@ -83,6 +85,9 @@ def full_tensors(adapters: Sequence[Adapter], heads: Heads) -> tuple[dict[str, F
                 f"{path} has {tensor.shape[0]} rows, trainable_token_indices of {tensor.names[0][0]!r} names "
                 f"{len(tensor.indices)}; the adapter contradicts itself."
             )
+        elif parameter in found and bool(tensor.indices) != bool(found[parameter].indices):
+            rows, table = sorted((tensor, found[parameter]), key=lambda t: not t.indices)
+            found[parameter] = replace(rows, table=table)
         elif parameter in found:
             problems.append(f"{path} and {found[parameter].names[0][1]!r} are both the values of {parameter}; keep one.")
         else:

@@ -60,28 +60,30 @@ class Names:
         name = self.prefix(parameter)
         if name in self._checkpoint.home:
             return (Part(name),)
-        if self._architecture is None:
-            return ()
-        return self._architecture.parts.get(self._code_prefix(parameter), ())
+        architecture = self.architecture
+        return () if architecture is None else architecture.parts.get(self._in_code(parameter, architecture), ())
 
     def source_of(self, parameter: str) -> tuple[str, str] | None:
         """Return (own name, name of the parameter that it shares its values with) in the model; None when it shares none."""
         architecture = self.architecture
         if architecture is None:
             return None
-        name = self._code_prefix(parameter)
+        name = self._in_code(parameter, architecture)
         return (name, architecture.tied[name]) if name in architecture.tied else None
 
     def is_transposed(self, module: str) -> bool | None:
         """Say whether the code stores a module's parameters as (d_in, d_out); None when it cannot be asked."""
         architecture = self.architecture
-        return None if architecture is None else self._code_prefix(module) in architecture.transposed
+        return None if architecture is None else self._in_code(module, architecture) in architecture.transposed
 
     def why_not(self, parameter: str) -> str:
         """Say why a parameter was not found."""
         if self._unknown is not None:
             return f"no tensor has its name, and {self._unknown}"
-        if self._architecture is not None and (name := self._code_prefix(parameter)) in self._architecture.unknown:
+        if (
+            self._architecture is not None
+            and (name := self._in_code(parameter, self._architecture)) in self._architecture.unknown
+        ):
             return f"the checkpoint stores it converted ({self._architecture.unknown[name]}), which plait cannot write yet"
         return "neither a tensor of the checkpoint nor a parameter of the model has its name"
 
@@ -104,7 +106,16 @@ class Names:
 
     def model_name(self, parameter: str) -> str:
         """Return a parameter's name in the model's code."""
-        return self._code_prefix(parameter) if self._code_prefix != Prefix() else self.prefix(parameter)
+        if self._architecture is not None and (name := self._in_code(parameter, self._architecture)) != parameter:
+            return name
+        return self.prefix(parameter)
+
+    def _in_code(self, name: str, architecture: Architecture) -> str:
+        """Return a name as the model's code has it: behind the prefix that most need, or as loading renames an older one."""
+        own = self._code_prefix(name)
+        known = architecture.parts, architecture.tied, architecture.unknown, architecture.transposed
+        older = architecture.renamed(name)
+        return older if not any(own in k for k in known) and any(older in k for k in known) else own
 
 
 def _common_prefix(wanted: Collection[str], names: Collection[str]) -> Prefix:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from plait.adapters.base_files import INPUT_EMBEDDING, OUTPUT_HEAD
 from plait.adapters.header import TensorInfo
 from plait.adapters.layouts import Kind as LayoutKind
 from plait.adapters.layouts import Layout
@@ -27,8 +28,6 @@ from plait.linalg.blocks import RowBlocks
 Kind = Literal["linear", "conv1d", "conv", "experts", "parameter", "embedding", "expert", "bias", "head", "other"]
 
 _EMBEDDING = re.compile(r"(embed(_tokens|_positions|_in)?|.*_?embeddings?|wte|wpe|shared|relative_attention_bias)")
-_INPUT_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|shared|embed_in|word_embeddings)\.weight")
-_HEAD = re.compile(r"(.*\.)?(lm_head|embed_out)\.weight")
 _EXPERT = re.compile(r"\.experts\.(\d+\.|[^.]+$)")
 # Constants that some versions of transformers store and others compute.
 _CONSTANT = re.compile(r"(\.|^)(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids|token_type_ids)$")
@@ -231,7 +230,7 @@ def pair_checkpoints(base: str, tuned: str, folder: Path | None = None) -> Pairi
     task = task_type(one.config)
     heads = TASK_HEADS.get(task or "", ())
     pairs = [replace(p, kind="head") if is_saved(p.layer, heads) else p for p in pairs]
-    ties = bool(notes) and not any(_HEAD.fullmatch(p.name) for p in pairs) and one.config.get("tie_word_embeddings", True)
+    ties = bool(notes) and not any(OUTPUT_HEAD.fullmatch(p.name) for p in pairs) and one.config.get("tie_word_embeddings", True)
     return Pairing(one, two, tuple(sorted(pairs, key=lambda p: p.name)), copies, constants, bool(ties), task, notes)
 
 
@@ -262,7 +261,9 @@ class _Pairs:
     def __init__(self, base: BaseCheckpoint, tuned: BaseCheckpoint, names: Mapping[str, tuple[str, str]]) -> None:
         self._base, self._tuned, self._names = base, tuned, names
         # the base's tensor → the fine-tune's; a head that is read from the embedding has a name of its own
-        self._own = {b: t for name, (b, t) in names.items() if not (_HEAD.fullmatch(name) and not _HEAD.fullmatch(b))}
+        self._own = {
+            b: t for name, (b, t) in names.items() if not (OUTPUT_HEAD.fullmatch(name) and not OUTPUT_HEAD.fullmatch(b))
+        }
 
     def made(self) -> tuple[list[Pair], tuple[Pair, ...], tuple[str, ...]]:
         """Return the pairs, copies of embeddings among them, and notes.
@@ -406,11 +407,11 @@ def _prefix(without: set[str], with_: set[str]) -> str:
 
 def _tie(names: dict[str, tuple[str | None, str | None]], one: BaseCheckpoint, two: BaseCheckpoint) -> None:
     """Let a head that one side does not store, being tied to the embedding, be read from there."""
-    for head in [n for n in names if _HEAD.fullmatch(n) and None in names[n]]:
+    for head in [n for n in names if OUTPUT_HEAD.fullmatch(n) and None in names[n]]:
         sides = list(names[head])
         for i, checkpoint in enumerate((one, two)):
             if sides[i] is None and checkpoint.config.get("tie_word_embeddings", True):
-                sides[i] = next((n for n in sorted(checkpoint.home) if _INPUT_EMBEDDING.fullmatch(n)), None)
+                sides[i] = next((n for n in sorted(checkpoint.home) if INPUT_EMBEDDING.fullmatch(n)), None)
         names[head] = (sides[0], sides[1])
 
 
@@ -433,7 +434,7 @@ def _shapes(base: str, tuned: str, shapes: Mapping[str, tuple[tuple[int, ...], t
         if one == two:
             continue
         said = f"{name!r} is {list(one)} in {base} and {list(two)} in {tuned}"
-        if one[1:] == two[1:] and (_INPUT_EMBEDDING.fullmatch(name) or _HEAD.fullmatch(name)):
+        if one[1:] == two[1:] and (INPUT_EMBEDDING.fullmatch(name) or OUTPUT_HEAD.fullmatch(name)):
             problems.append(
                 f"{said}: the vocabulary was resized. A LoRA cannot add tokens; resize the base model first "
                 f"(model.resize_token_embeddings({two[0]})), save it, and extract against that."

@@ -34,7 +34,7 @@ from plait.merging.pipeline import default_workers
 from plait.merging.progress import Progress, Silent
 from plait.merging.record import Lock, ModuleRecord
 from plait.merging.staging import output_problem
-from plait.recipes.schema import Recipe
+from plait.recipes.schema import Heads, Recipe
 from plait.records import Shown
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
@@ -139,7 +139,7 @@ def _write_heads(bake: Bake, folder: Path) -> None:
     """Write what is kept apart, without the copies of the base's tensors that adapters carry."""
     apart = bake.placement.apart
     adapters = [replace(a, full_tensors={p: a.full_tensors[p] for p in apart.get(a.name, ())}) for a in bake.inventory.adapters]
-    write_heads(adapters, bake.inventory.recipe.heads, folder)
+    write_heads(adapters, Heads(), folder)
 
 
 def _adapter_digests(bake: Bake) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
 from plait.adapters.orientation import is_transposed
-from plait.baking.architecture import ArchitectureUnknown, Part
+from plait.baking.architecture import HEADED_TASKS, ArchitectureUnknown, Part
 from plait.baking.checkpoint import FLOATS, BaseCheckpoint, sections
 from plait.baking.full import FullTensor, full_tensor, parameter_of
 from plait.baking.names import Names
@@ -138,7 +138,7 @@ class _Placing:
         self._placed: set[str] = set()
 
     def run(self) -> Placement:
-        self._full = {p: t for p, t in self._full.items() if not self._is_copy(p, t)}
+        self._full = {p: self._own_table(p, t) for p, t in self._full.items() if not self._is_copy(p, t)}
         lost = []
         for target, layout in self._layouts.items():
             parts = self._names.parts(_weight(target, layout))
@@ -273,6 +273,11 @@ class _Placing:
             "Merge these adapters into an adapter, or train without lora_bias."
         )
 
+    def _own_table(self, parameter: str, tensor: FullTensor) -> FullTensor:
+        """Return trained rows without the table that they are put into, where that is the base's."""
+        copied = tensor.table is not None and self._is_copy(parameter, tensor.table)
+        return replace(tensor, table=None) if copied else tensor
+
     def _is_copy(self, parameter: str, tensor: FullTensor) -> bool:
         """Say whether a full tensor is the base's own: PEFT saves a copy of an embedding that LoRA adapts."""
         if tensor.indices:
@@ -314,15 +319,35 @@ class _Placing:
                 f"{parameter}: the checkpoint stores it in pieces ({parts[0].tensor!r}, …); no full tensor can go there yet."
             )
         elif parts:
-            problem = _misfit(parameter, tensor, self._checkpoint.info(parts[0].tensor).shape)
+            shape = self._checkpoint.info(parts[0].tensor).shape
+            if tensor.table is not None:
+                problem = _misfit(parameter, tensor.table, shape)
+                self._result.problems += [problem] if problem else []
+                self._result.add(parts[0].tensor, replaced=tensor.table)
+                shape = tensor.table.shape
+            problem = _misfit(parameter, tensor, shape)
             self._result.problems += [problem] if problem else []
             self._result.add(parts[0].tensor, **{kind: tensor})
         elif self._names.source_of(parameter) is None:
             if tensor.indices:
                 self._result.problems.append(f"{parameter}: trained token rows, but the base model has no such embedding.")
                 return
+            self._put_new(parameter, tensor)
+
+    def _put_new(self, parameter: str, tensor: FullTensor) -> None:
+        """Add a task's head to the model; a parameter that no class of this model has is kept beside it."""
+        tasks = {a.config.raw.get("task_type") for a in tensor.adapters}
+        if self._names.architecture is None or tasks & HEADED_TASKS:
             self._result.added[parameter] = Added(tensor.shape, None, Change(replaced=tensor))
             self._result.notes.append(f"{parameter} is not in the base model and is added.")
+            return
+        for adapter, (_, name) in zip(tensor.adapters, tensor.names, strict=True):
+            path = next(p for p, n in adapter.full_tensors.items() if n == name)
+            self._result.apart[adapter.name] = (*self._result.apart.get(adapter.name, ()), path)
+        self._result.notes.append(
+            f"{parameter} of {', '.join(a.name for a in tensor.adapters)} is not a parameter of the base model, whose code "
+            "would not load it: it is kept under heads/<name>/."
+        )
 
     def _untie(self) -> None:
         """See to tensors that the model uses twice, as input embedding and as output head: each use gets its own change.
@@ -360,7 +385,8 @@ class _Placing:
         if self._agree(list(uses.values())):
             for name in group[1:]:
                 self._result.added.pop(name, None)
-            self._result.changes[stored] = next(c for c in uses.values() if c is not None)
+            made = [c for c in uses.values() if c is not None]
+            self._result.changes[stored] = next((c for c in made if c.tokens), made[0])
             return
         if len(group) > 2:
             self._part(owner, stored, uses)
@@ -437,7 +463,7 @@ class _Placing:
         if not pieces and full is None:
             return None
         if full is not None and full.indices:
-            return Change(pieces, tokens=full)
+            return Change(pieces, tokens=full, replaced=full.table)
         return Change(pieces, replaced=full)
 
     def _check_copy(self, target: str, layout: Layout, name: str, *, transposed: bool) -> None:
@@ -457,8 +483,9 @@ class _Placing:
         Trained token rows always are: PEFT ties their adapter to the head where the model ties the weights.
         """
         made = [u for u in uses if u is not None]
-        if all(u.tokens is not None and not u.pieces and u.replaced is None for u in made):
-            return len({u.tokens.names for u in made if u.tokens}) == 1
+        tokens, tables = {u.tokens.names for u in made if u.tokens}, [u.replaced for u in made if u.replaced]
+        if tokens and not any(u.pieces for u in made) and all(u.tokens or u.replaced for u in made):
+            return len(tokens) == 1 and all(tables[0].same_values(table) for table in tables[1:])
         if len(made) < len(uses):
             return False
         if any((u.replaced is None) != (made[0].replaced is None) or len(u.pieces) != len(made[0].pieces) for u in made):
@@ -494,7 +521,7 @@ class _Placing:
     def _clashes(self) -> list[str]:
         problems = []
         for tensor, change in self._result.changes.items():
-            if change.tokens is not None and (change.pieces or change.replaced):
+            if change.tokens is not None and (change.pieces or change.replaced != change.tokens.table):
                 problems.append(f"{tensor}: trained token rows on a tensor that is changed otherwise too; cannot be baked yet.")
             if change.replaced is not None and change.biases:
                 problems.append(f"{tensor}: a trained bias and a lora_bias on the same tensor; cannot be baked yet.")

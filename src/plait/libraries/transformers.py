@@ -175,6 +175,14 @@ class Conversion(NamedTuple):
     rename: Any
     by_pattern: Mapping[str, Any]
 
+    def renamed(self, name: str) -> str:
+        """Return the name that a parameter of an older version of the model's code has now.
+
+        It is the same where nothing was renamed, and where the parameter has become a part of another one.
+        """
+        found, pattern = self.rename(name)
+        return str(found) if pattern is None else name
+
 
 def checkpoint_conversion(model: Any) -> Conversion | None:
     """Return how a model is loaded; None before version 5, when a checkpoint had the parameters' own names."""

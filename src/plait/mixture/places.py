@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from plait.adapters.layouts import Layout
 from plait.errors import did_you_mean
-from plait.libraries.transformers import holds_transposed, is_conv1d
+from plait.libraries.transformers import Conversion, checkpoint_conversion, holds_transposed, is_conv1d
 
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that layers compute in
 
@@ -78,6 +79,7 @@ class Places:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._model = model
 
     def find(self, path: str) -> Place:
         """Return the place that a path names.
@@ -85,7 +87,9 @@ class Places:
         Raises:
             ValueError: there is none, or a kind of layer that is not covered; the text says what to do.
         """
-        name = self._unique(path, self._modules)
+        name = self._unique(path, self._modules) or self._unique(
+            self._renamed(f"{path}.weight").removesuffix(".weight"), self._modules
+        )
         if name is not None:
             return self._module(name)
         owner, _, parameter = path.rpartition(".")
@@ -101,11 +105,19 @@ class Places:
             ValueError: there is none.
         """
         owner, _, leaf = path.rpartition(".")
-        name = self._unique(owner, self._modules)
+        name = self._unique(owner, self._modules) or self._unique(self._renamed(path).rpartition(".")[0], self._modules)
         module = self._modules[name] if name is not None else None
         if module is None or (leaf not in module._parameters and leaf not in module._buffers):
             raise ValueError(f"{path!r}: the model has no such tensor; load it with the class that the adapter was trained on.")
         return module, leaf
+
+    @cached_property
+    def _conversion(self) -> Conversion | None:
+        return checkpoint_conversion(self._model) if hasattr(self._model, "base_model_prefix") else None
+
+    def _renamed(self, parameter: str) -> str:
+        """Return a parameter's name as loading changes one of an older version of the model's code."""
+        return parameter if self._conversion is None else self._conversion.renamed(parameter)
 
     @staticmethod
     def _unique(path: str, known: dict[str, nn.Module]) -> str | None:
