@@ -277,6 +277,11 @@ class TestOtherPrograms:
         with pytest.raises(AdapterError, match=what):
             plait.plan([tmp_path / "a"])
 
+    def test_a_whole_model_under_an_adapters_name(self, tmp_path):
+        write_adapter(tmp_path / "a", {}, extra={f"{path}.weight": torch.ones(4, 8) for path in _MODULES})
+        with pytest.raises(AdapterError, match="2 weights of layers"):
+            plait.plan([tmp_path / "a"])
+
 
 class TestOlderVisionLanguageNames:
     """Names from before transformers 4.52, which it renames on loading; the settings of an adapter it does not."""

@@ -14,6 +14,7 @@ from plait.adapters.names import (
     foreign_tensors,
     is_training_only,
     kohya_part,
+    layer_key,
     parse_full_name,
     parse_lora_name,
     strip_prefix,
@@ -80,6 +81,11 @@ def sort_tensors(file: TensorFile) -> Contents:
     for name, parsed in loras.items():
         _put(contents, contents.modules[parsed.module], parsed.part, name, "part of one module")
     _sort_full(contents, file, full)
+    if not contents.modules and (whole := _layer_weights(contents, file)):
+        contents.problems.append(
+            f"it holds no LoRA tensor, but {len(whole)} weights of layers, such as {whole[0]!r}: a whole model, or an adapter "
+            "merged into one. plait extract makes a LoRA of it and its base model"
+        )
     return contents
 
 
@@ -136,6 +142,15 @@ def _sort_full(contents: Contents, file: TensorFile, full: dict[str, FullName]) 
                 f"{name!r} is what stood there before training; the trained {parsed.path!r} is not in the file. Save it again"
             )
     contents.full = dict(sorted(contents.full.items()))
+
+
+def _layer_weights(contents: Contents, file: TensorFile) -> list[str]:
+    """Return full tensors that are matrices within numbered layers: what a LoRA adapts, and no head."""
+    return [
+        name
+        for path, name in contents.full.items()
+        if path.endswith(".weight") and layer_key(path) is not None and len(file.tensors[name].shape) > 1
+    ]
 
 
 def _equal(file: TensorFile, one: str, two: str) -> bool:
