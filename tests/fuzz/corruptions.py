@@ -216,7 +216,7 @@ def _header(chosen: random.Random, path: Path) -> str:
     elif kind == "swap":
         header[one], header[other] = header[other], header[one]
     elif kind == "name":
-        new = chosen.choice([other, f"{one}x", one.replace("lora_A", "lora_B"), "", "x" * 3000, one.upper()])
+        new = chosen.choice([other, f"x{one}", one.replace("lora_A", "lora_B"), "", "x" * 3000, one.upper()])
         header[new] = header.pop(one)
     elif kind in _FIELDS:
         header[one] |= _FIELDS[kind](chosen, header[one], header[other])

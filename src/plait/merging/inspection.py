@@ -445,7 +445,10 @@ def _findings(comparison: Comparison) -> Iterator[str]:
     if not conflicts:
         yield "No two adapters change the same module, so there is nothing to compare and nothing in conflict."
         return
-    yield _alignment(min(cosines), max(cosines), f"cosine of the task vectors {_span(cosines)}")
+    if cosines:
+        yield _alignment(min(cosines), max(cosines), f"cosine of the task vectors {_span(cosines)}")
+    else:
+        yield "Norms of these adapters, or products of them, are zero or overflow: no angle between them is known."
     weighted = _span(_above_diagonal(comparison.weighted_conflict), percent=True)
     yield (
         f"Where {'both' if len(names) == 2 else 'two of them'} change an entry, the signs differ in "
