@@ -98,6 +98,8 @@ def parse_lora_name(name: str) -> LoraName | None:
     found = _LORA.match(strip_prefix(name))
     if found is None or (found["leaf"] == "bias" and found["part"] != "lora_B"):
         return None
+    if found["owner"] and not found["leaf"] and found["part"] in ("lora_A", "lora_B"):
+        return None  # these are layers, and have weights; other parts are parameters, and end in the adapter's name
     return LoraName(found["module"], found["part"] + (".bias" if found["leaf"] == "bias" else ""), found["owner"])
 
 

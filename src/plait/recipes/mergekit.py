@@ -119,14 +119,16 @@ class _Conversion:
             if "models" in self._data:
                 self._problem(("models",), f"models is {show(models)}; it must be a list of models.")
             raise _GiveUpError
-        bases = {_base_of(m.get("model")) for m in models if isinstance(m, Mapping)} | {self._data.get("base_model")}
+        bases = {_base_of(m.get("model")) for m in models if isinstance(m, Mapping)}
+        if isinstance(given := self._data.get("base_model"), str):
+            bases.add(given)
         for i, model in enumerate(models):
             if isinstance(model, Mapping) and isinstance(model.get("model"), str):
                 yield self._model(i, model, bases)
             else:
                 self._problem(("models", i), "it must be a mapping with the text 'model', such as {model: BASE+LORA}.")
 
-    def _model(self, index: int, model: Mapping[str, Plain], bases: set[Plain]) -> Model:
+    def _model(self, index: int, model: Mapping[str, Plain], bases: set[str | None]) -> Model:
         path = ("models", index)
         for key in model.keys() - {"model", "parameters"}:
             self._problem((*path, key), unknown_key(key, ["model", "parameters"]))
