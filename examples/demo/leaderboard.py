@@ -241,7 +241,7 @@ def _advantage(row: Placed, plain: Placed) -> str:
         raise ValueError("only what was judged can be compared")
     value = _mean_and_worst(row.test)[0] - _mean_and_worst(plain.test)[0]
     draws = np.mean([row.drawn[name].recovery - plain.drawn[name].recovery for name in NAMES], axis=0)
-    return _bounded(value, interval(draws), sign="+")
+    return _bounded(value, interval(draws, value), sign="+")
 
 
 def _bounded(value: float, bounds: tuple[float, float] | None, sign: str = "") -> str:

@@ -88,7 +88,7 @@ def test_a_merge_of_one_adapter_alone_is_that_adapter(house, tmp_path):
     found = house.evaluate(tmp_path, {"sort": house.adapters["sort"]}, tasks=house.tasks[:1], weights=[1.0])
     (task,) = found.tasks
     assert task.recovery == 1.0
-    assert task.recovery_interval == (1.0, 1.0)
+    assert task.recovery_interval[0] < 1.0 <= task.recovery_interval[1], "24 examples without a difference are not certainty"
     scores = kept_scores(tmp_path, "sort"), kept_scores(tmp_path, "linear, delta")
     assert scores[0]["sort"] == scores[1].get("sort", kept_scores(tmp_path, "merged").get("sort"))
 

@@ -49,7 +49,7 @@ class TaskResult(Record):
         base: the bare base's metric.
         single: the own adapter's metric.
         merged: the metric of what is evaluated.
-        base_interval: 95 %, bootstrap over examples; so are all intervals.
+        base_interval: 95 %, Bayesian bootstrap over examples; so are all intervals.
         single_interval: see `base_interval`.
         merged_interval: see `base_interval`.
         base_stderr: standard error of `base` as lm-eval reports it, for its tasks; None for others, and where it has no

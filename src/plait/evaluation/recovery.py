@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -38,25 +39,39 @@ class Sides:
     merged: Array
 
     def draws(self, count: int, seed: tuple[int, ...]) -> Drawn:
-        """Draw as many examples with replacement, the same ones for all sides, `count` times."""
-        rng = np.random.default_rng(seed)
-        n = len(self.base)
+        """Weigh the examples at random, alike on all sides, `count` times.
+
+        The Bayesian bootstrap (Rubin 1981): weights are Dirichlet's. Where examples are right or wrong, what has not been seen
+        has a share of one example among all outcomes that the sides may have together, so that four right answers of four
+        are not certainty. Of a single side that is Jeffreys' interval of a proportion.
+        """
+        seen, more = np.random.default_rng(seed), np.random.default_rng((*seed, 1))  # apart: two contenders share the examples
         sides = [s for s in (self.base, self.single, self.merged) if s is not None]
-        stacked = np.concatenate(sides, axis=1)
+        stacked, unseen = np.concatenate(sides, axis=1), self._unseen(sides)
         sums = []
         for at in range(0, count, _CHUNK):
-            times = rng.multinomial(n, np.full(n, 1 / n), size=min(_CHUNK, count - at))
-            sums.append(times @ stacked)
+            size = min(_CHUNK, count - at)
+            sums.append(seen.standard_exponential((size, len(stacked))) @ stacked)
+            if unseen is not None:
+                sums[-1] += more.standard_gamma(1 / len(unseen), (size, len(unseen))) @ unseen
         parts = np.split(np.concatenate(sums), len(sides), axis=1)
         values = [self.metric.from_sums(part) for part in parts]
         sign = 1.0 if self.metric.higher_is_better else -1.0
         single = values[1] if self.single is not None else np.full(count, math.nan)
         return Drawn(values[0], single, values[-1], recoveries(sign * values[0], sign * single, sign * values[-1]))
 
+    def _unseen(self, sides: list[Array]) -> Array | None:
+        """Return all outcomes that the sides may have together, as rows of statistics; None where there is no such list."""
+        found = self.metric.outcomes(np.concatenate(sides))
+        if found is None:
+            return None
+        rows = [np.concatenate(chosen) for variant in found for chosen in product(variant, repeat=len(sides))]
+        return np.stack(rows)
+
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """Bootstrap values of one task, (draws,) each; NaN where undefined."""
+    """Drawn values of one task, (draws,) each; NaN where undefined."""
 
     base: Array
     single: Array
@@ -85,13 +100,18 @@ def task_seed(seed: int, task: str) -> tuple[int, ...]:
     return (seed, zlib.crc32(task.encode()))
 
 
-def interval(values: Array) -> Interval | None:
-    """Return the middle 95 % of the defined values; None when there are none."""
+def interval(values: Array, found: float) -> Interval | None:
+    """Return the middle 95 % of the defined values; None when there are none.
+
+    Args:
+        values: drawn.
+        found: what was measured; it lies in the interval, at its end where all examples are right, or all wrong.
+    """
     known = values[np.isfinite(values)]
     if not len(known):
         return None
     low, high = np.percentile(known, _TAILS)
-    return float(low), float(high)
+    return (min(float(low), found), max(float(high), found)) if math.isfinite(found) else (float(low), float(high))
 
 
 def mean_and_worst(recoveries_: Mapping[str, Array]) -> tuple[Array, Array]:

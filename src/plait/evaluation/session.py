@@ -145,14 +145,14 @@ class Session:
             base=values[0],
             single=values[1],
             merged=values[2],
-            base_interval=interval(draws.base),
-            single_interval=None if own is None else interval(draws.single),
-            merged_interval=interval(draws.merged),
+            base_interval=interval(draws.base, values[0]),
+            single_interval=None if own is None else interval(draws.single, values[1] or 0.0),
+            merged_interval=interval(draws.merged, values[2]),
             base_stderr=metric.stderr(base),
             single_stderr=None if alone is None else metric.stderr(alone),
             merged_stderr=metric.stderr(merged),
             recovery=found,
-            recovery_interval=None if found is None else interval(draws.recovery),
+            recovery_interval=None if found is None else interval(draws.recovery, found),
             undefined=_why(task, values, found, self.adapters),
             below_base=values[2] < values[0] if metric.higher_is_better else values[2] > values[0],
             samples=_samples(asked.examples.items, base, alone, merged),
@@ -210,7 +210,8 @@ def _totals(results: Sequence[TaskResult], drawn: Mapping[str, Drawn]) -> Totals
         return Totals(None, None, None, None, None)
     mean, worst = mean_and_worst({name: d.recovery for name, d in drawn.items()})
     lowest = min(known, key=known.__getitem__)
-    return Totals(sum(known.values()) / len(known), interval(mean), known[lowest], interval(worst), lowest)
+    average = sum(known.values()) / len(known)
+    return Totals(average, interval(mean, average), known[lowest], interval(worst, known[lowest]), lowest)
 
 
 def _samples(

@@ -55,6 +55,8 @@ class Metric:
         from_sums: (…, k) → (…); NaN where it is not defined.
         value: answers → the reported number.
         stderr: answers → its standard error, as the harness's own tasks report it; None for other tasks.
+        outcomes: statistics → what one more example might be, (variants, 2, k): wrong and right, in so many ways. None where
+            examples are not right or wrong.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Metric:
     from_sums: Callable[[Array], Array]
     value: Callable[[Sequence[Answer]], float]
     stderr: Callable[[Sequence[Answer]], float | None] = lambda answers: None
+    outcomes: Callable[[Array], Array | None] = lambda statistics: None
 
 
 def metric_of(task: Task) -> Metric:
@@ -75,12 +78,19 @@ def metric_of(task: Task) -> Metric:
 
 
 def _summed(name: str, statistics: Callable[[Sequence[Answer]], Array], *, higher_is_better: bool = True) -> Metric:
-    """Return a ratio of two sums."""
+    """Return a ratio of two sums: a mean of shares where higher is better."""
 
     def value(answers: Sequence[Answer]) -> float:
         return float(_ratio(statistics(answers).sum(0)))
 
-    return Metric(name, higher_is_better, statistics, _ratio, value)
+    return Metric(name, higher_is_better, statistics, _ratio, value, outcomes=_of_shares)
+
+
+def _of_shares(statistics: Array) -> Array | None:
+    """Return the worst and the best example of a mean of shares; None where values are not shares."""
+    values, weights = statistics[:, 0], statistics[:, 1]
+    plain = np.isin(weights, (0, 1)).all() and (values >= 0).all() and (values <= 1).all()
+    return np.array([[[0.0, 1.0], [1.0, 1.0]]]) if plain else None
 
 
 def _ratio(sums: Array) -> Array:
@@ -116,7 +126,15 @@ def _macro_f1(task: Task) -> Metric:
         f1_score = optional("sklearn.metrics", "eval", "metric 'macro_f1'").f1_score
         return float(f1_score([a.target for a in answers], [a.given for a in answers], average="macro"))
 
-    return Metric("macro_f1", True, statistics, from_sums, value)  # noqa: FBT003
+    def outcomes(statistics: Array) -> Array:
+        """Return an example of every class that occurs, taken for the next of them and for itself."""
+        one = np.eye(len(classes))
+        occurring = np.flatnonzero(np.split(statistics, 2, axis=1)[1].sum(0))
+        wrong = [np.concatenate([0 * one[c], one[c] + one[d]]) for c, d in zip(occurring, np.roll(occurring, 1), strict=True)]
+        right = [np.concatenate([one[c], 2 * one[c]]) for c in occurring]
+        return np.stack([np.stack(wrong), np.stack(right)], axis=1)
+
+    return Metric("macro_f1", True, statistics, from_sums, value, outcomes=outcomes)  # noqa: FBT003
 
 
 def _one_hot(words: Sequence[str | None], classes: Sequence[str]) -> Array:
@@ -190,11 +208,13 @@ def _of_harness(task: LmEval) -> Metric:
         known = values(answers)
         return float(judge.aggregate(known)) if known else math.nan
 
+    shares = _of_shares if judge.aggregation == "mean" and judge.higher_is_better else lambda statistics: None
+
     def stderr(answers: Sequence[Answer]) -> float | None:
         known = values(answers)
         return float(judge.stderr(known)) if judge.stderr is not None and len(known) > 1 else None
 
-    return Metric(judge.metric, judge.higher_is_better, statistics, lambda sums: finish(_ratio(sums)), value, stderr)
+    return Metric(judge.metric, judge.higher_is_better, statistics, lambda sums: finish(_ratio(sums)), value, stderr, shares)
 
 
 def _normalizer(task: Task) -> Callable[[str], str]:
