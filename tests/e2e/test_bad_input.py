@@ -276,6 +276,15 @@ def test_existing_output(place, capsys):
     assert (place / "out" / "mine.txt").read_text() == "precious"
 
 
+def test_an_existing_output_hides_nothing_else(place, capsys):
+    (place / "out").mkdir()
+    (place / "out" / "mine.txt").write_text("precious")
+    for more in ([], ["--dry-run"]):
+        said = refused(capsys, "merge", "a", "./nowhere", "-o", "out", *more)
+        assert "nowhere" in said
+        assert "out exists already" in said
+
+
 def test_force_replaces_an_adapter(place):
     for _ in range(2):
         with pytest.raises(SystemExit) as leave:

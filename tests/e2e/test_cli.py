@@ -188,6 +188,10 @@ def test_traceback_on_request(capsys, tmp_path, monkeypatch):
         (["--weights", "a"], ["--weights", "a"]),
         (["--weights"], ["--weights"]),
         (["--weights", "1e-3", ".5", "--weights", "2", "b"], ["--weights", "1e-3,.5", "--weights", "2", "b"]),
+        (["--weights", "1", "2", "--tasks", "a.yaml"], ["--weights", "1,2", "--tasks", "a.yaml"]),
+        (["--tasks", "a.yaml", "b,c/d.yaml", "-o", "x"], ["--tasks", "a.yaml", "--tasks", "b,c/d.yaml", "-o", "x"]),
+        (["--weights", "1", "--weights", "2", "3"], ["--weights", "1", "--weights", "2,3"]),
+        (["x", "--tasks", "a.yaml", ""], ["x", "--tasks", "a.yaml", ""]),
     ],
 )
 def test_weights_may_stand_apart(given, joined):

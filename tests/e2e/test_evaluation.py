@@ -15,6 +15,7 @@ from plait.errors import OutputError, PlaitError, TaskError
 from plait.evaluation.live import placement
 from plait.evaluation.scores import Answers, adapter_digest, model_digest
 from plait.mixture import Mixture
+from plait.notices import PlaitWarning
 from tests.language_models import LABELS, WORDS, label, save_model, train_adapter, write_task
 
 # PEFT's and torch's own
@@ -272,7 +273,8 @@ def test_an_older_recipe_is_evaluated_on_its_own_split_and_subset(house, tmp_pat
 
 def test_a_task_without_an_adapter_has_no_recovery(house, tmp_path):
     task = write_task(tmp_path, "sort", name="other")
-    (result,) = house.evaluate(None, tasks=[task]).tasks
+    with pytest.warns(PlaitWarning, match=r"task 'other': no adapter is called 'other', so that its recovery is not defined"):
+        (result,) = house.evaluate(None, tasks=[task]).tasks
     assert (result.single, result.recovery) == (None, None)
     assert "no adapter is called 'other'" in result.undefined
 

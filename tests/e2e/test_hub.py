@@ -325,7 +325,8 @@ attempt("named", resolve_model, "x=org/base")
     )
     offline = run(hub, home, 'attempt("old", resolve_model, "org/old")', offline=True)
     assert names(offline["old"]["folder"]) == old
-    assert f"'gpt2': {hub.url} has no such repository" in found["bare"]
+    assert found["bare"].endswith("(Models of the Hub are called org/name; it has no such model either.)")
+    assert "'gpt2': there is no folder '" in found["bare"]
     assert found["named"] == "AddressError: 'x=org/base': a base model has no name. Write 'org/base'."
 
 

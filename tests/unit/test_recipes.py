@@ -251,6 +251,27 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
         ("sed: 1", [f"recipe:4: sed: 'sed' is not known here; allowed: {TOP}. Did you mean 'seed'?"]),
         ("zzz: 1", [f"recipe:4: zzz: 'zzz' is not known here; allowed: {TOP}."]),
         (
+            "method:\n  name: ties\n  scal: 2",
+            [
+                f"recipe:6: method.scal: 'scal' is not known here; allowed: {TIES}. "
+                "Did you mean 'scale', a key of the recipe itself?"
+            ],
+        ),
+        (
+            "eval: {subset: 8}",
+            [
+                "recipe:4: eval.subset: subset is 8; it must be a mapping with the keys max_samples, stratified, seed and "
+                "per_task, such as subset: {max_samples: 8}."
+            ],
+        ),
+        (
+            "eval: 3",
+            [
+                "recipe:4: eval: eval is 3; it must be a mapping with the keys split, subset, batch_size, draws and seed, "
+                "such as eval: {batch_size: 3}."
+            ],
+        ),
+        (
             "method:\n  name: ties\n  densty: 0.3",
             [f"recipe:6: method.densty: 'densty' is not known here; allowed: {TIES}. Did you mean 'density'?"],
         ),
@@ -261,7 +282,7 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
                 "recipe:4: method.lambda_: 'lambda_' is not known here; allowed: lambda, name, space. Did you mean 'lambda'?",
             ],
         ),
-        ("method: tise", [f"recipe:4: method: method is 'tise'; it must be {METHOD_NAMES}. Did you mean 'ties'?"]),
+        ("method: tise", [f"recipe:4: method: method is 'tise'. Did you mean 'ties'? It must be {METHOD_NAMES}."]),
         (
             "method: {name: qqq, a: 1}",
             [f"recipe:4: method.name: name is 'qqq'; it must be {METHOD_NAMES}."],
@@ -305,7 +326,13 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
             "output: {rank: 0}",
             ["recipe:4: output.rank: 0 is no rank: give 'auto', a number from 1, or 'energy:SHARE' with a share in (0, 1]."],
         ),
-        ("output: 3", ["recipe:4: output: output is 3; it must be a mapping."]),
+        (
+            "output: 3",
+            [
+                "recipe:4: output: output is 3; it must be a mapping with the keys kind, rank, dtype and layout, "
+                "such as output: {rank: 3}."
+            ],
+        ),
         (
             "weights: {policy: per_layr}",
             [
@@ -385,7 +412,7 @@ def one_of(names: list[str]) -> str:
              "7: method.pre.1.densty: 'densty' is not known here; allowed: name, density, scope, kept. Did you mean 'density'?",
              "8: method.pre.2.density: density is 3; it must be > 0 and <= 1."],
         ),
-        ("  combine: elct", [f"5: method.combine: combine is 'elct'; {one_of(COMBINES)} Did you mean 'elect'?"]),
+        ("  combine: elct", [f"5: method.combine: combine is 'elct'. Did you mean 'elect'? I{one_of(COMBINES)[1:]}"]),
         ("  combine: norm_match", [
             f"5: method.combine: combine is 'norm_match'; {one_of(COMBINES)} 'norm_match' stands under 'post'.",
         ]),
@@ -443,7 +470,7 @@ FORMS = "Allowed: [name=]PATH (a folder, as ./a, /a, ~/a) or [name=]org/repo[@re
         ("adapters: []", ["recipe:1: adapters: adapters is empty; give at least 1."]),
         ("adapters: ./a", ["recipe:1: adapters: adapters is './a'; it must be a list."]),
         ("adapters: [3, {name: a}]", [
-            "recipe:1: adapters.0: adapters.0 is 3; it must be a mapping.",
+            "recipe:1: adapters.0: adapters.0 is 3; it must be a mapping with the keys name, path, weight and moments.",
             "recipe:1: adapters.1.path: 'path' is missing. A folder, or `org/repo[@revision][/subfolder]`.",
         ]),
         ("adapters: [{path: ''}]", [

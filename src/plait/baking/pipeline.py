@@ -33,7 +33,7 @@ from plait.merging.moments import Moments, MomentsOf
 from plait.merging.pipeline import default_workers
 from plait.merging.progress import Progress, Silent
 from plait.merging.record import Lock, ModuleRecord
-from plait.merging.staging import output_problem
+from plait.merging.staging import checking_output
 from plait.recipes.schema import Heads, Recipe
 from plait.records import Shown
 
@@ -105,10 +105,8 @@ def run_bake(
     """
     started = time.perf_counter()
     options, workers = options or BakeOptions(), workers or default_workers()
-    problem = output_problem(out, force=force)
-    if problem:
-        raise OutputError(problem)
-    bake = prepare_bake(recipe, options, folder=folder, workers=workers, moments=moments)
+    with checking_output(out, force=force):
+        bake = prepare_bake(recipe, options, folder=folder, workers=workers, moments=moments)
     _check_not_an_input(bake, out)
     with workshop(out, force=force) as shop, _explained(out, shop, len(bake.shards)):
         digests = _adapter_digests(bake)

@@ -129,12 +129,10 @@ class BakeOrder:
     def plan(self) -> BakePlan:
         """Say what is wrong with recipe or output, or what would happen."""
         from plait.baking.pipeline import plan_bake
-        from plait.errors import OutputError
-        from plait.merging.staging import output_problem
+        from plait.merging.staging import checking_output
 
-        if problem := output_problem(self.out, force=self.force):
-            raise OutputError(problem)
-        return plan_bake(self.recipe, self.options, folder=self.folder, workers=self.workers)
+        with checking_output(self.out, force=self.force):
+            return plan_bake(self.recipe, self.options, folder=self.folder, workers=self.workers)
 
     def check(self) -> None:
         """Say what is wrong with the repository or the prompts before the work begins."""

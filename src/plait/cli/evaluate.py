@@ -105,7 +105,7 @@ def evaluate(
         raise RecipeError("--seed is that of the subset; give --subset N too, or set both in the recipe (eval.subset).")
     sample = {"max_samples": subset, "seed": seed} if subset is not None and seed is not None else subset
     wanted = {"split": split, "subset": sample, "batch_size": batch_size}
-    files = [part for text in tasks or [] for part in text.split(",") if part]
+    files = [part for text in tasks or [] for part in ([text] if Path(text).is_file() else text.split(",")) if part]
     options = Options(workspace, base_id, load_dtype, device_map, trust_remote_code, matrix, workers)
     several = methods is not None or spaces is not None
     with noted(lambda: _kept(workspace)):

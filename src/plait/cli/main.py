@@ -164,20 +164,20 @@ def _show(error: BaseException, head: str, *, wants_traceback: bool) -> None:
 
 
 def _join_lists(arguments: list[str]) -> list[str]:
-    """Turn `--weights 0.7 0.3` into `--weights 0.7,0.3`, and `--tasks a.yaml b.yaml` into `--tasks a.yaml,b.yaml`."""
+    """Turn `--weights 0.7 0.3` into `--weights 0.7,0.3`, and `--tasks a.yaml b.yaml` into `--tasks a.yaml --tasks b.yaml`."""
     joined: list[str] = []
-    queue = iter(arguments)
-    for argument in queue:
-        joined.append(argument)
-        if argument not in _LISTS:
+    option, items = "", list[str]()
+    for argument in [*arguments, ""]:
+        if option and _LISTS[option].fullmatch(argument):
+            items.append(argument)
             continue
-        items: list[str] = []
-        for following in queue:
-            if _LISTS[argument].fullmatch(following):
-                items.append(following)
-                continue
-            joined += [",".join(items)] * bool(items) + [following]
-            break
-        else:
-            joined += [",".join(items)] * bool(items)
-    return joined
+        if option:
+            joined += [option, ",".join(items)] if option == "--weights" and items else _repeated(option, items)
+        option, items = (argument, []) if argument in _LISTS else ("", [])
+        joined += [] if option else [argument]
+    return joined[:-1]
+
+
+def _repeated(option: str, items: list[str]) -> list[str]:
+    """Return an option before each of its values: a path may have a comma in it."""
+    return [part for item in items for part in (option, item)] or [option]

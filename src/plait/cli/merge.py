@@ -97,10 +97,9 @@ def merge(
     """
     from plait.cli.bake import BakeOrder, bake_json, show_bake
     from plait.cli.console import ProgressBars, err, print_json, warnings_as_notes
-    from plait.errors import OutputError
     from plait.hub.upload import check_push
     from plait.merging.pipeline import plan_recipe, run_recipe
-    from plait.merging.staging import output_problem
+    from plait.merging.staging import checking_output
     from plait.recipes.request import read_request
 
     settings = {
@@ -125,9 +124,8 @@ def merge(
         baked = beside.plan()
         beside.check()
     if dry_run:
-        if out is not None and (problem := output_problem(out, force=force)):
-            raise OutputError(problem)
-        plan = plan_recipe(recipe, folder=folder, workers=workers)
+        with checking_output(out, force=force):
+            plan = plan_recipe(recipe, folder=folder, workers=workers)
         plan = plan.model_copy(update={"notes": (*plan.notes, *notes)})
         _show_plans(plan, baked, bake_dir, json=json)
         return

@@ -12,7 +12,7 @@ from typing import Any
 
 import plait
 from plait.adapters.adapter import CONFIG, Adapter
-from plait.errors import AddressError, PlanError, TaskError
+from plait.errors import AddressError, PlanError, TaskError, did_you_mean
 from plait.evaluation.contenders import Contender, merge_of, saved, whole
 from plait.evaluation.live import Live, placement
 from plait.evaluation.record import Evaluation, Kind, Source
@@ -28,6 +28,7 @@ from plait.merging.doubts import doubts
 from plait.merging.inventory import Inventory, open_adapters, take_inventory
 from plait.merging.progress import Progress, Silent
 from plait.merging.record import LOCK, Lock, recipe_json
+from plait.notices import announce
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.schema import Recipe
 from plait.tasks.examples import Examples, read_examples
@@ -114,6 +115,8 @@ class Evaluator:
         self.singles = {a.name: a for a, _, _ in singles}
         self.tasks, asked = _ask(tasks, spec, options.workspace)
         self.notes = [*asked, *doubts([*self.singles.values(), *others])]
+        if self.singles:
+            _announce_alone(self.tasks, self.singles)
         self.base, place = _base(base, folder, [*self.singles.values(), *others], options)
         self._sources = tuple(
             Source(name=a.name, path=text, repo=p.repo, commit=p.commit, sha256=a.sha256()) for a, p, text in singles
@@ -270,6 +273,17 @@ def _ask(paths: Sequence[str | Path], spec: EvalSpec, workspace: Path | None) ->
             examples = examples.take(chosen.indices)
         asked.append(Asked(examples, chosen))
     return asked, notes
+
+
+def _announce_alone(tasks: Sequence[Asked], singles: Mapping[str, Adapter]) -> None:
+    """Say which tasks have no adapter of their own, before hours are spent on them."""
+    for task in (asked.task for asked in tasks):
+        if task.own_adapter not in singles:
+            near = did_you_mean(task.own_adapter, singles)
+            announce(
+                f"task {task.name!r}: no adapter is called {task.own_adapter!r}, so that its recovery is not defined; there "
+                f"are {', '.join(singles)}.{near} Name its own with 'adapter' in the task's file, or call it so (NAME=PATH)."
+            )
 
 
 def _splits(task: Task, spec: EvalSpec) -> dict[Any, Examples]:

@@ -260,6 +260,11 @@ def _why(error: Exception, reference: Reference, base: Path | None) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     repo = reference.repo or ""
+    if "/" not in repo:  # a folder that is not there, far more likely than one of the Hub's few models without an owner
+        where = Path.cwd() / (base or Path())
+        asked = "has no such model either" if isinstance(error, RepositoryNotFoundError) else "could not be asked for one"
+        found = f"{reference.address!r}: there is no folder {str(where / repo)!r}.{did_you_mean(repo, _folders(where))}"
+        return f"{found} (Models of the Hub are called org/name; it {asked}.)"
     message = f"{reference.address!r}: {explain(error, repo, reference.revision)}"
     if isinstance(error, RevisionNotFoundError):
         return message + _revisions(repo, reference.revision or "")

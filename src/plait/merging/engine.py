@@ -259,7 +259,7 @@ def _sound(target: str, merged: list[Merged]) -> list[Merged]:
             finite = _finite(part.a) and _finite(part.b)
         else:  # the energy is wanted anyway, and infinite when an entry is
             finite = math.isfinite(part.energy()) or all(_finite(block) for _, block in part)
-        if not finite:
+        if not finite or _above_float32(part):
             raise PlanError(f"{target}: the merged values overflow; the weights or the scale are too large.")
     return merged
 
@@ -274,6 +274,15 @@ def blaming(combiner: Combiner, target: str) -> Iterator[None]:
         if not found:
             raise
         raise PlanError(f"{str(error).removesuffix('.')}: {'; '.join(found)}.") from None
+
+
+def _above_float32(part: Merged) -> bool:
+    """Whether a delta that was computed in float64 has entries that no model in float32 can add."""
+    most = torch.finfo(torch.float32).max
+    if (part.b.dtype if isinstance(part, LowRank) else part.dtype) != torch.float64 or part.energy() ** 0.5 <= most:
+        return False
+    blocks = as_blocks(part)
+    return any(float(block.abs().max()) > most for _, block in blocks)
 
 
 def _finite(x: Tensor) -> bool:

@@ -32,7 +32,7 @@ from plait.merging.plan import MergePlan, make_plan
 from plait.merging.portable import PortableAdapter
 from plait.merging.progress import Progress, Silent
 from plait.merging.record import ModuleRecord, RunRecord
-from plait.merging.staging import free_space, output_problem, staged
+from plait.merging.staging import checking_output, free_space, staged
 from plait.recipes.schema import Recipe
 from plait.records import Shown
 
@@ -110,12 +110,10 @@ def run_recipe(
             )
     started = time.perf_counter()
     workers = workers or default_workers()
-    problem = output_problem(out, force=force)
-    if problem:
-        raise OutputError(problem)
-    inventory = take_inventory(recipe, folder, moments, base_folder)
+    with checking_output(out, force=force):
+        inventory = take_inventory(recipe, folder, moments, base_folder)
+        plan = make_plan(inventory, workers=workers)
     check_not_an_input(inventory, out)
-    plan = make_plan(inventory, workers=workers)
     plan = plan.model_copy(update={"notes": (*plan.notes, *notes)})
     _check_space(plan, out)
     engine = Engine(inventory, plan, workers=workers, progress=progress or Silent())

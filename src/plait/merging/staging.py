@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from plait.errors import AdapterError, OutputError
+from plait.errors import AdapterError, OutputError, PlaitError, collect
 from plait.folders import entries, file_in, name_problem
 from plait.locking import has_locks
 from plait.merging.record import LOCK, read_lock
@@ -32,6 +32,29 @@ _LONGEST = 150  # bytes of an output's name that the names of its working folder
 _SHOWN = 6
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 _MOUNTS = Path("/proc/self/mountinfo")
+
+
+@contextmanager
+def checking_output(out: Path | None, *, force: bool) -> Iterator[None]:
+    """Refuse an output that cannot be written, together with whatever else is found wrong inside the block.
+
+    Args:
+        out: where something is to be written; None for nowhere yet.
+        force: replace what stands there, where that is allowed.
+
+    Raises:
+        OutputError: it cannot be written.
+        PlaitError: something else is wrong; both are said where both are.
+    """
+    problem = None if out is None else output_problem(out, force=force)
+    try:
+        yield
+    except PlaitError as error:
+        if problem:
+            collect(type(error), [str(error), problem], "nothing was done")
+        raise
+    if problem:
+        raise OutputError(problem)
 
 
 def output_problem(folder: Path, *, force: bool) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import get_args
 
 from pydantic import BaseModel, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -47,6 +48,7 @@ _KINDS = {
     "tuple_type": "a list",
     "list_type": "a list",
 }
+_MANY = 12  # names; more of them are a wall of text
 _BOUNDED = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 _PATTERNS = {
     r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "start with a letter or digit and hold only letters, digits, '.', '_' and '-'",
@@ -160,12 +162,24 @@ def explain(error: ValidationError, data: Mapping[str, Plain], root: type[BaseMo
         deeper = any(len(other) > len(path) and other[: len(path)] == path for other in by_path)
         kinds = [_KINDS[e["type"]] for e in errors if e["type"] in _KINDS]
         if kinds and not deeper:  # the members of a union each complain: one sentence for all
-            wanted = " or ".join(dict.fromkeys(kinds))
+            wanted = " or ".join(dict.fromkeys(kinds)) + _keys_of(path, data, root, errors)
             yield Problem(path, f"{_subject(path)} is {show(errors[0]['input'])}; it must be {wanted}.")
         for found in errors:
             # that items are too few is said even when there are enough, of which some are invalid
             if found["type"] not in _KINDS and not (found["type"] == "too_short" and deeper):
                 yield Problem(path, _sentence(found, path, data, root))
+
+
+def _keys_of(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel], errors: Sequence[ErrorDetails]) -> str:
+    """Say which keys a mapping has that something else was given in place of; an empty text where it is not a record."""
+    if not any(e["type"] in ("model_type", "model_attributes_type") for e in errors):
+        return ""
+    model = model_at(path, data, root)
+    names = field_names(model) if model else []
+    value = errors[0]["input"]
+    numbers = [n for n, f in (model.model_fields.items() if model else ()) if int in (f.annotation, *get_args(f.annotation))]
+    example = f", such as {path[-1]}: {{{numbers[0]}: {value}}}" if numbers and type(value) is int else ""
+    return f" with the keys {listed(names, 'and')}{example}" if names else ""
 
 
 def _path(error: ErrorDetails, data: Plain) -> KeyPath:
@@ -212,7 +226,9 @@ def _unknown(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) ->
         return cannot_yet(PLANNED[key])
     model = model_at(path[:-1], data, root)
     scale = " The factor on the merged delta is scale, beside the method." if path == ("method", "lambda") else ""
-    return unknown_key(key, field_names(model) if model else []) + scale
+    said = unknown_key(key, field_names(model) if model else [])
+    beside = "" if len(path) == 1 or "?" in said else did_you_mean(key, [n for n in Recipe.model_fields if n not in PLANNED])
+    return said + scale + beside.replace("?", ", a key of the recipe itself?")
 
 
 def _hint(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) -> str:
@@ -229,7 +245,10 @@ def _hint(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) -> st
 
 def _not_among(value: Plain, path: KeyPath, allowed: Sequence[str]) -> str:
     near = did_you_mean(str(value), allowed)
-    return f"{_subject(path)} is {show(value)}; it must be {listed([_quoted(a) for a in allowed], 'or')}.{near}"
+    known = listed([_quoted(a) for a in allowed], "or")
+    if near and len(allowed) > _MANY:  # the guess would stand behind a screen of names
+        return f"{_subject(path)} is {show(value)}.{near} It must be {known}."
+    return f"{_subject(path)} is {show(value)}; it must be {known}.{near}"
 
 
 def _elsewhere(word: str, path: KeyPath) -> str:
