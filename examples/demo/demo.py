@@ -45,6 +45,7 @@ MERGES: Mapping[str, Mapping[str, Any]] = {
     "linear": {"method": "linear", "scale": 0.17},
 }
 CHOSEN = next(iter(MERGES))
+BATCH = 32  # prompts at a time
 PROMPTS = 3  # per task, whose answers are shown
 WIDEST = 100  # columns; tables do not read better when they are wider
 
@@ -112,6 +113,9 @@ def _demo(console: Console, out: Path, samples: int) -> None:
     console.print(*_leaderboard(compared.board), sep="\n")
     _report(console, compared, out)
 
+    _heading(console, "6 · A merge that has seen what the adapters see: 16 generic lines per task, no label")
+    _tuned(console, out, samples, dtype)
+
     _heading(console, f"Done in {time.perf_counter() - started:.0f} s")
     _what_next(console, out, cached(gguf))
 
@@ -143,6 +147,10 @@ def _tasks() -> list[Path]:
 
 def _workspace(out: Path) -> Path:
     return out.with_name(f"{out.name}-eval")
+
+
+def _tuning(out: Path) -> Path:
+    return out.with_name(f"{out.name}-tuned")
 
 
 def _page(out: Path) -> Path:
@@ -259,7 +267,7 @@ def _compare(console: Console, out: Path, samples: int, dtype: str) -> Compared:
 
     adapters = {name: HERE / "adapters" / name for name in NAMES}
     recipes = {
-        label: asked(read_request(None, adapters, settings)[0], _tasks(), subset=samples, batch_size=32)
+        label: asked(read_request(None, adapters, settings)[0], _tasks(), subset=samples, batch_size=BATCH)
         for label, settings in MERGES.items()
     }
     options = Options(_workspace(out), base=str(base_model()), dtype=dtype, device_map="cpu", matrix=True)
@@ -322,6 +330,18 @@ def _report(console: Console, compared: Compared, out: Path) -> None:
         make_report([runs[CHOSEN], board, out], out=_page(out), title="Three adapters in one", force=True)
 
 
+def _tuned(console: Console, out: Path, samples: int, dtype: str) -> None:
+    """Let plait choose a closed form on texts that it ships, and judge it on the same test texts; the references are kept."""
+    base = shlex.quote(str(base_model()))
+    tasks = f"--tasks {shlex.quote(str(_short(HERE / 'tasks')))}/*.yaml"
+    tuned = shlex.quote(str(_tuning(out)))
+    where = (f"--base-id {base}", f"--load-dtype {dtype}", "--device-map cpu")
+    _plait(console, "tune", _adapters(), tasks, "--texts lines --count 16 --steps 0", f"-o {tuned}", *where, "--force")
+    console.print()
+    sample = f"--subset {samples} --batch-size {BATCH}"
+    _plait(console, "eval", tuned, tasks, sample, f"--workspace {shlex.quote(str(_workspace(out)))}", *where)
+
+
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.0f} %"
 
@@ -334,6 +354,7 @@ def _what_next(console: Console, out: Path, base: Path) -> None:
     """Say what lies where, and what to try now."""
     for what, place in (
         ("merged adapter", out),
+        ("tuned adapter", _tuning(out)),
         ("report", f"{_page(out)}   (open it in a browser)"),
         ("results", _workspace(out)),
         ("base model", base),
