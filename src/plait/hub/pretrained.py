@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlaitError, PlanError, TaskError
-from plait.parsing import read_json, read_object
+from plait.parsing import open_bytes, read_json, read_object
 
 _TRUST = "--trust-remote-code (trust_remote_code=True in Python)"
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -164,7 +164,7 @@ def _damage(folder: Path, raised: BaseException) -> str | None:
 
 def _damaged(file: Path) -> str | None:
     try:
-        with file.open("rb") as data:
+        with open_bytes(file) as data:
             if data.read(3) == b"\xef\xbb\xbf":
                 return f"{file.name} begins with a byte order mark; save it as UTF-8 without one"
         (read_object if file.name in (*_TOKENIZER, *_MODEL) else read_json)(file, PlanError, constants=True)
