@@ -211,7 +211,7 @@ def test_a_recipe_of_another_version_is_no_crash(merged):
     (merged / "plait.lock").write_text(json.dumps(lock | {"plait": "9.9"}))
     found = plait.verify(merged)
     assert not found.ok
-    assert "the lock's recipe is of plait 9.9" in (found.not_rebuilt or "")
+    assert "plait.lock: its recipe is of plait 9.9" in (found.not_rebuilt or "")
 
 
 def test_the_command_line(merged, capsys):

@@ -208,8 +208,8 @@ class _Placing:
                 return
             if shape != wanted and not (layout.kind == "experts" and layout.stack == 1 and shape == wanted[1:]):
                 raise ValueError(
-                    f"{part.tensor!r} in {self._checkpoint.folder} is {list(shape)}, the adapters need {list(wanted)}. Is this the "
-                    "base model that they were trained on?"
+                    f"{part.tensor!r} in {self._checkpoint.folder} is {list(shape)}, the adapters need {list(wanted)}. Is this "
+                    "the base model that they were trained on?"
                 )
             height = layout.d_in if transposed else layout.d_out
             yield from (Piece(target, i, 0, height, i * height, transposed) for i in range(layout.stack))
