@@ -35,6 +35,32 @@ def module_pattern(pattern: str) -> Callable[[str], bool]:
     """
     if _PLAIN.fullmatch(pattern):
         return lambda module: _is_tail(pattern, module)
+    parsed = _parsed(pattern)
+
+    def matches(module: str) -> bool:
+        starts = frozenset({0, *(i + 1 for i, c in enumerate(module) if c == ".")})
+        return len(module) in _Matcher(module).run(parsed, starts)
+
+    return matches
+
+
+@lru_cache(maxsize=4096)
+def whole_pattern(pattern: str) -> Callable[[str], bool]:
+    """Return a function that says whether a pattern is the whole of a module's path, as a text of `target_modules` has to be.
+
+    Raises:
+        PatternError: as `module_pattern`.
+    """
+    parsed = _parsed(pattern)
+    return lambda module: len(module) in _Matcher(module).run(parsed, frozenset({0}))
+
+
+def _parsed(pattern: str) -> Any:
+    """Return a pattern's parts.
+
+    Raises:
+        PatternError: as `module_pattern`.
+    """
     if len(pattern) > _LONGEST:
         raise PatternError(f"it has {len(pattern)} characters; up to {_LONGEST} are read")
     try:
@@ -48,12 +74,7 @@ def module_pattern(pattern: str) -> Callable[[str], bool]:
     if parsed.state.flags & ~re.UNICODE:
         raise PatternError("flags stand in it, which PEFT does not take either")
     _Matcher("").run(parsed, frozenset({0}))  # what is not known is found now
-
-    def matches(module: str) -> bool:
-        starts = frozenset({0, *(i + 1 for i, c in enumerate(module) if c == ".")})
-        return len(module) in _Matcher(module).run(parsed, starts)
-
-    return matches
+    return parsed
 
 
 def _is_tail(pattern: str, module: str) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from plait.adapters.adapter import ALPHA, Adapter, Target
 from plait.adapters.names import layer_key
+from plait.adapters.patterns import module_pattern
 
 
 def doubts(adapters: Sequence[Adapter]) -> list[str]:
@@ -32,7 +32,7 @@ def contradictions(adapter: Adapter) -> Iterator[str]:
             f"tensors count, for the scaling too ({config.alpha(first.path):g} as alpha gives {first.scaling:g} there)."
         )
     for key in ("rank_pattern", "alpha_pattern"):
-        idle = [p for p in config.raw.get(key) or {} if not any(re.match(rf"(.*\.)?({p})$", t) for t in targets)]
+        idle = [p for p in config.raw.get(key) or {} if not any(map(module_pattern(p), targets))]
         if idle and targets:
             yield f"{key} has {', '.join(map(repr, idle[:4]))}, which no module of the file has as its name."
     nothing = [t.path for t in targets.values() if t.scaling == 0]

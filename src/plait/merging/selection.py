@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.names import pattern_of
+from plait.adapters.patterns import PatternError, whole_pattern
 
 _SHORTHAND = "all-linear"
 # what narrows `target_modules` down, in a way that holds for one adapter and not for the union
@@ -28,9 +29,13 @@ def joined_selection(adapters: Sequence[Adapter], targets: Collection[str]) -> l
         return None
     selections = [_plain(a) for a in selecting]
     known = [s for s in selections if s is not None]
-    if len(known) < len(selections) or any(
-        selects(s, path) and path not in a.targets for a, s in zip(selecting, known, strict=True) for path in targets
-    ):
+    if len(known) < len(selections):
+        return None
+    try:
+        beyond = [p for a, s in zip(selecting, known, strict=True) for p in targets if selects(s, p) and p not in a.targets]
+    except PatternError:  # an expression that is not matched here: full paths say the same
+        return None
+    if beyond:
         return None
     lists = [s for s in known if isinstance(s, list)]
     if len(lists) == len(known):
@@ -45,9 +50,13 @@ def joined_selection(adapters: Sequence[Adapter], targets: Collection[str]) -> l
 
 
 def selects(selection: list[str] | str, path: str) -> bool:
-    """Say whether PEFT wraps a module for this `target_modules`."""
+    """Say whether PEFT wraps a module for this `target_modules`.
+
+    Raises:
+        PatternError: an expression that cannot be matched in bounded time.
+    """
     if isinstance(selection, str):
-        return re.fullmatch(selection, path) is not None
+        return whole_pattern(selection)(path)
     return any(path == entry or path.endswith(f".{entry}") for entry in selection)
 
 
