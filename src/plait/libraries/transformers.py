@@ -154,7 +154,13 @@ def holds_transposed(module: Any) -> bool:
 
 def tied_parameters(model: Any) -> dict[str, str]:
     """Return parameter → the parameter that it shares its values with; nothing before version 5, which does not say."""
-    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+    named = getattr(model, "all_tied_weights_keys", None)
+    if named is not None:
+        return dict(named)
+    model.tie_weights()  # before version 5 only the objects say it
+    first: dict[int, str] = {}
+    owners = {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+    return {name: owner for name, owner in owners.items() if name != owner}
 
 
 def embedding_scale(module: Any) -> Any:
