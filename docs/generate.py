@@ -89,7 +89,7 @@ def table() -> str:
 def versions() -> str:
     """Return which versions of what plait runs with are tested, and which it allows."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = {name: needs for name, needs in project["optional-dependencies"].items() if name not in ("demo", "dev")}
+    extras = {name: needs for name, needs in project["optional-dependencies"].items() if name not in ("demo", "dev", "test")}
     needed = {"": project["dependencies"], **extras}
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
     rows = []
@@ -97,7 +97,9 @@ def versions() -> str:
         pairs = ((extra, *need.split(">=")) for extra, needs in needed.items() for need in needs)
         bounds = {extra: bound for extra, package, bound in pairs if package == name}
         brought = "plait" if "" in bounds else ", ".join(f"`{extra}`" for extra in bounds)
-        rows.append(f"| {name} | {pins[name]} | {next(iter(bounds.values()))} | {brought} |")
+        least = next(iter(bounds.values()))
+        more = "".join(f"; {bound} for `{extra}`" for extra, bound in bounds.items() if bound != least)
+        rows.append(f"| {name} | {pins[name]} | {least}{more} | {brought} |")
     return "\n".join(["", "| package | tested | oldest allowed | comes with |", "|---|---|---|---|", *rows, ""])
 
 

@@ -14,9 +14,11 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from plait import notices
+from tests import library_warnings
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL tells the Hub that it is used; read when the libraries are imported
 
+library_warnings.watch()
 settings.register_profile("plait", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("plait")
 
@@ -28,9 +30,18 @@ NOTHING_SKIPPED = "PLAIT_NOTHING_SKIPPED"
 def pytest_runtest_setup() -> None:
     """Seed what is drawn without a generator, fixtures of modules included; nothing has been announced yet."""
     notices.forget()
+    library_warnings.found.clear()
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (what libraries draw from)
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Fail where a library has said that plait uses something deprecated of it, whoever filters it."""
+    if said := list(dict.fromkeys(library_warnings.found)):
+        library_warnings.found.clear()
+        pytest.fail("plait uses what is deprecated:\n" + "\n".join(said), pytrace=False)
 
 
 @pytest.hookimpl(trylast=True)

@@ -316,10 +316,10 @@ def test_offloaded_weights_work_where_they_are_not_read(tmp_path):
     with pytest.raises(PlaitError, match=r"DoRA needs the base's weights\. .* its weight is offloaded"):
         Mixture(model, [dora])
     fused = Adapter.open(
-        trained(mixtral, tmp_path / "m", 1, target_modules=[], target_parameters=["mlp.experts.down_proj"]), "m"
+        trained(gpt_oss, tmp_path / "m", 1, target_modules=[], target_parameters=["mlp.experts.down_proj"]), "m"
     )
     with pytest.raises(PlanError, match=r"'model\.layers\.0\.mlp\.experts\.down_proj': its weight is offloaded"):
-        Mixture(cpu_offload(built(mixtral), torch.device("cpu")), [fused])
+        Mixture(cpu_offload(built(gpt_oss), torch.device("cpu")), [fused])
 
 
 def test_a_compiled_model_takes_part(tmp_path):

@@ -7,6 +7,7 @@ import gc
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -82,6 +83,9 @@ def _options(
     pass
 
 
+_LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "torch", "transformers", "trl")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process: 0 done, 1 our fault, 2 the user's, 128 + n stopped by a signal."""
     atexit.register(gc.freeze)  # the last collections would look all of torch through, for nothing: the process ends
@@ -99,12 +103,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
+def _hide_deprecations() -> None:
+    """Keep to themselves what libraries say of each other's use, which is nothing that a user can change."""
+    if not sys.warnoptions:  # PYTHONWARNINGS, or -W: whoever asks for warnings gets them
+        for library in _LIBRARIES:
+            warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}(\.|$)")
+
+
 def _run(arguments: list[str], *, wants_traceback: bool) -> int:
     """Run a command and return the exit code."""
     from plait.cli.console import warnings_as_notes
 
     try:
         with warnings_as_notes(PlaitWarning), stoppable():
+            _hide_deprecations()
             app(_translated(arguments))
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)

@@ -153,7 +153,7 @@ def holds_transposed(module: Any) -> bool:
 
 
 def tied_parameters(model: Any) -> dict[str, str]:
-    """Return parameter → the parameter that it shares its values with; nothing before version 5, which does not say."""
+    """Return parameter → the parameter that it shares its values with."""
     named = getattr(model, "all_tied_weights_keys", None)
     if named is not None:
         return dict(named)
