@@ -107,7 +107,7 @@ def test_fused_experts_say_how_they_lie():
 
 def test_tied_parameters_are_named():
     tied = library.tied_parameters(small("Llama", tie_word_embeddings=True))
-    assert tied == ({"lm_head.weight": "model.embed_tokens.weight"} if MODERN else {}), "since version 5 they are named"
+    assert tied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert library.tied_parameters(small("Llama", tie_word_embeddings=False)) == {}
 
 
