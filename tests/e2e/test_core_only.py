@@ -148,9 +148,7 @@ def test_every_command_is_called():
 def test_there_is_something_to_leave_out():
     """What this test takes for the core is neither everything nor nothing."""
     left_out = beyond_the_core()
-    assert {"transformers", "peft", "datasets", "accelerate", "lm_eval", "matplotlib", "pyarrow", "sklearn"} <= {
-        *left_out
-    }
+    assert {"transformers", "peft", "datasets", "accelerate", "lm_eval", "matplotlib", "pyarrow", "sklearn"} <= {*left_out}
     assert not {"torch", "numpy", "safetensors", "huggingface_hub", "pydantic", "typer", "rich", "yaml"} & {*left_out}
 
 
