@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from plait.adapters.header import read_header
 from plait.adapters.tensorfile import SafetensorsFile
 from plait.errors import AdapterError, RecipeError, TaskError
 from plait.merging.card import licence_of
+from plait.merging.record import weight_files
 from plait.parsing import parse_json, read_object, read_text
 from plait.recipes.documents import read_document
 
@@ -116,6 +118,32 @@ def test_files_that_are_not_there_are_refused(tmp_path):
     for path in (tmp_path / "no.safetensors", tmp_path, tmp_path / "x\0y"):
         with pytest.raises(AdapterError, match="it cannot be read"):
             SafetensorsFile(path)
+
+
+def test_weights_that_are_no_files_are_refused(tmp_path):
+    (tmp_path / "a.safetensors").symlink_to("a.safetensors")
+    (tmp_path / "b.safetensors").mkdir()
+    with pytest.raises(AdapterError, match="2 problems") as error:
+        weight_files(tmp_path)
+    assert "a.safetensors: this is not a file that can be read" in str(error.value)
+
+
+def test_a_pipe_is_read_where_somebody_writes_to_it(tmp_path):
+    """As a shell offers one: `plait merge <(command)`; one that nobody writes to is not waited for."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert read_text(pipe, TaskError) == ""
+    with pytest.raises(AdapterError, match="a pipe or a device"):
+        SafetensorsFile(pipe)
+    both = os.open(pipe, os.O_RDWR)
+    writer = os.open(pipe, os.O_WRONLY)
+    os.write(writer, b"a: 1\n")
+    os.close(both)
+    later = threading.Timer(0.1, lambda: (os.write(writer, b"b: 2\n"), os.close(writer)))
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # keeps what was written
+    later.start()
+    assert read_text(pipe, TaskError) == "a: 1\nb: 2\n"
+    os.close(reader)
 
 
 @pytest.mark.parametrize(

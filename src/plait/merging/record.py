@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from plait.adapters.adapter import CONFIG
-from plait.errors import AdapterError
+from plait.errors import AdapterError, collect
 from plait.folders import entries, file_in, name_problem
 from plait.hub.download import Located
 from plait.merging.inventory import Inventory
@@ -352,8 +352,15 @@ def weight_digests(folder: Path) -> dict[str, str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return a model's files of weights, sorted: those of safetensors, or where there is none, `pytorch_model*.bin`."""
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    """Return a model's files of weights, sorted: those of safetensors, or where there is none, `pytorch_model*.bin`.
+
+    Raises:
+        AdapterError: one of them is a link that leads nowhere, a folder, a pipe or a device.
+    """
+    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    odd = [f"{path}: this is not a file that can be read. Fetch the model again." for path in found if not path.is_file()]
+    collect(AdapterError, odd, f"{folder}: the model is not whole")
+    return found
 
 
 def write_json(path: Path, value: Record | Mapping[str, Any]) -> None:
