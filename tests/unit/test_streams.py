@@ -110,6 +110,7 @@ def test_a_signal_clears_away_and_says_what_is_left(monkeypatch, capsys, tmp_pat
             signal.pause()
 
     monkeypatch.setattr(command, "app", work)
+    monkeypatch.setattr(command, "_translated", list)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell begins without it
     try:
         assert run("merge") == code
