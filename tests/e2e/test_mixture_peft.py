@@ -277,7 +277,9 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     mixture, gradients = Mixture(built(llama), [Adapter.open(folder, "a")]), []
     for checkpointing in (False, True):
         if checkpointing:
-            mixture.model.gradient_checkpointing_enable({"use_reentrant": False})
+            model = mixture.model  # its name since version 5, or before
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
             mixture.model.train()  # transformers checkpoints in training mode only
         values = torch.full((3, 1), 0.5, requires_grad=True)  # lm_head stands in no layer
         with mixture.mixed(values[: len(mixture.axes.layers)], "layer") as model:
