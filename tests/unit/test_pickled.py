@@ -149,6 +149,15 @@ def test_a_file_with_any_byte_changed_is_read_or_refused(tmp_path, options):
             PickleFile(path)
 
 
+def test_names_are_taken_at_their_word(tmp_path):
+    """What is not torch's own function or storage is not what it looks like, beside the entries too."""
+    torch.save({"a": torch.arange(6.0)}, tmp_path / "x.bin")
+    for one, other in ((b"torch\nFloatStorage", b"torcx\nFloatStorage"), (b"OrderedDict", b"Or eredDict")):
+        change = lambda name, data, one=one, other=other: data.replace(one, other)  # noqa: E731
+        with pytest.raises(AdapterError, match="holds more than tensors"):
+            PickleFile(rewritten(tmp_path / "x.bin", tmp_path / "y.bin", change))
+
+
 def test_pickles_of_something_else(tmp_path):
     for content in (
         b"",

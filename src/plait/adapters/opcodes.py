@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any, Final
+from typing import IO, Any, Final, NamedTuple
 
 _MARK: Final = object()
 _PLAIN_KEYS = (str, int, float, bool, type(None))
@@ -54,21 +54,32 @@ class Reference:
     parts: Any
 
 
-def read_pickle(stream: IO[bytes]) -> tuple[Any, list[Reference]]:
+class Pickle(NamedTuple):
+    """What a pickle says.
+
+    Attributes:
+        content: the value.
+        references: all of them, in order.
+        functions: `module.name` of all that would be called.
+    """
+
+    content: Any
+    references: list[Reference]
+    functions: set[str]
+
+
+def read_pickle(stream: IO[bytes]) -> Pickle:
     """Read one pickle from where a stream stands, and leave the stream behind it.
 
     Args:
         stream: whose `read(n)` returns no more than there is.
-
-    Returns:
-        What it holds, and the references in it.
 
     Raises:
         PickleError: it is cut off, damaged, or holds what no file of tensors holds.
     """
     try:
         reader = _Reader()
-        return reader.run(stream), reader.references
+        return Pickle(reader.run(stream), reader.references, reader.functions)
     except PickleError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError, RecursionError):
@@ -82,6 +93,7 @@ class _Reader:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self.references: list[Reference] = []
+        self.functions: set[str] = set()
 
     def run(self, stream: IO[bytes]) -> Any:
         for operation, argument, _ in self._operations(stream):
@@ -163,11 +175,13 @@ class _Reader:
         if function.path == "collections.OrderedDict" and not arguments:
             self._stack.append({})
         else:
+            self.functions.add(function.path)
             self._stack.append(Call(function.path, arguments))
 
     def make(self) -> None:
         kind, arguments = self.pop(2)
         path = kind.path if isinstance(kind, Name) else "an object"
+        self.functions.add(path)
         self._stack.append(Call(path, arguments if isinstance(arguments, tuple) else ()))
 
     def build(self) -> None:

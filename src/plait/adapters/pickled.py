@@ -11,6 +11,7 @@ import io
 import math
 import mmap
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from plait.adapters.header import BITS, TensorInfo, is_countable
-from plait.adapters.opcodes import Call, Name, PickleError, Reference, read_pickle
+from plait.adapters.opcodes import Call, Name, Pickle, PickleError, Reference, read_pickle
 from plait.adapters.tensorfile import TensorFile
 from plait.errors import AdapterError, collect
 from plait.parsing import kind_of, open_bytes, pointer_problem, shown
@@ -34,6 +35,7 @@ _MOST_TIMES = 100  # that a file's bytes may be used by tensors that share them
 _MOST_DIMENSIONS = 64
 _ADVICE = "Load it where you trust it, and save it as safetensors."
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+_STORAGE = re.compile(r"torch\.(?:storage\.)?([A-Z][A-Za-z0-9]*)Storage")
 _DTYPES = {
     "double": "F64", "float": "F32", "half": "F16", "bfloat16": "BF16", "long": "I64", "int": "I32", "short": "I16",
     "char": "I8", "byte": "U8", "bool": "BOOL", "complexfloat": "C64", "untyped": "U8",
@@ -50,6 +52,7 @@ _WHAT = {
 }
 _PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _TENSOR = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
+_KNOWN = frozenset({*_PARAMETER, *_TENSOR, "torch._tensor._rebuild_from_type_v2", "torch.Size", "collections.OrderedDict"})
 _TYPED = ("torch.Tensor", "torch.nn.parameter.Parameter")
 
 
@@ -83,7 +86,7 @@ class PickleFile(TensorFile):
             raise AdapterError(f"{path}: not a file of tensors that plait can read: {error}. {_ADVICE}") from None
         except (OSError, ValueError) as error:
             raise AdapterError(f"{path}: it cannot be read ({getattr(error, 'strerror', None) or error}).") from None
-        self._views = _views(path, found.content, found.places, size)
+        self._views = _views(path, found.pickle, found.places, size)
         self.tensors: Mapping[str, TensorInfo] = {name: view.info for name, view in self._views.items()}
 
     def is_in_order(self, name: str) -> bool:
@@ -156,7 +159,7 @@ class _Zip:
         order = by_name.get("byteorder")
         if order is not None and self._bytes(order) != b"little":
             raise PickleError("its numbers are stored with the highest byte first")
-        self.content, _ = read_pickle(io.BytesIO(self._bytes(pickles[0])))
+        self.pickle = read_pickle(io.BytesIO(self._bytes(pickles[0])))
         keys = {n.removeprefix("data/"): e for n, e in by_name.items() if n.startswith("data/")}
         self.places = {key: (self._start(e), e.file_size) for key, e in keys.items()}
 
@@ -185,16 +188,16 @@ class _Old:
         except ValueError:
             raise PickleError("it is empty") from None
         with data:
-            if read_pickle(data)[0] != _MAGIC or read_pickle(data)[0] != _PROTOCOL:
+            if read_pickle(data).content != _MAGIC or read_pickle(data).content != _PROTOCOL:
                 raise PickleError("it was not written by torch.save")
-            system, _ = read_pickle(data)
+            system = read_pickle(data).content
             if not isinstance(system, dict) or system.get("little_endian") is not True:
                 raise PickleError("its numbers are stored with the highest byte first")
-            self.content, references = read_pickle(data)
-            keys, _ = read_pickle(data)
+            self.pickle = read_pickle(data)
+            keys = read_pickle(data).content
             if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
                 raise PickleError("it is damaged")
-            self.places = self._places(data, keys, references)
+            self.places = self._places(data, keys, self.pickle.references)
 
     @staticmethod
     def _places(data: Any, keys: list[str], references: list[Reference]) -> dict[str, tuple[int, int]]:
@@ -224,7 +227,8 @@ def _item_sizes(references: list[Reference]) -> dict[str, int]:
     return sizes
 
 
-def _views(path: Path, content: Any, places: Mapping[str, tuple[int, int]], size: int) -> dict[str, _View]:
+def _views(path: Path, pickle: Pickle, places: Mapping[str, tuple[int, int]], size: int) -> dict[str, _View]:
+    content = pickle.content
     if not isinstance(content, dict):
         raise AdapterError(f"{path}: expected a mapping of names to tensors, found {_kind(content)}.")
     found: dict[str, _View] = {}
@@ -240,6 +244,9 @@ def _views(path: Path, content: Any, places: Mapping[str, tuple[int, int]], size
             problems.append(f"the name {shown(name)} holds half a character")
         except PickleError as error:
             problems.append(f"{shown(name)} {error}")
+    unknown = sorted(pickle.functions - _KNOWN)
+    if unknown and not problems:  # beside the entries, where it would change nothing
+        problems.append(f"it calls {shown(unknown[0])}, which is not run")
     if sum(view.info.nbytes for view in found.values()) > _MOST_TIMES * size:
         problems.append(f"its tensors have more than {_MOST_TIMES} times the bytes of the file")
     more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
@@ -305,7 +312,8 @@ def _storage(reference: Reference) -> tuple[str, str, int]:
     _, kind, key, location, count = parts[:5]
     if location == "meta":
         raise PickleError(f"is {_WHAT['torch._utils._rebuild_meta_tensor_no_storage']}")
-    dtype = _DTYPES.get(kind.path.rpartition(".")[2].removesuffix("Storage").lower())
+    named = _STORAGE.fullmatch(kind.path)
+    dtype = _DTYPES.get(named[1].lower()) if named else None
     if dtype is None:
         raise PickleError(f"has values of {shown(kind.path)}, which have no place in safetensors")
     if not isinstance(key, str) or not _are_counts((count,)) or (len(parts) == 6 and parts[5] is not None):
