@@ -113,7 +113,7 @@ def _demo(console: Console, out: Path, samples: int) -> None:
     console.print(*_leaderboard(compared.board), sep="\n")
     _report(console, compared, out)
 
-    _heading(console, "6 · A merge that has seen what the adapters see: 16 generic lines per task, no label")
+    _heading(console, "6 · Merged once more, with 16 generic lines per task to look at, and no label")
     _tuned(console, out, samples, dtype)
 
     _heading(console, f"Done in {time.perf_counter() - started:.0f} s")
