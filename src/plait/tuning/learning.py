@@ -84,7 +84,7 @@ def best_scale(
     """Find the factor on the merge that brings it nearest to the adapters, and leave the factors so; no label is read.
 
     The share of KL (see `Held`) has one minimum in the scale in all that was measured; it is bracketed from 1 and 1.4 by steps
-    of √2, and found by a parabola in log scale.
+    of 1.4, and found by a parabola in log scale.
     """
     known: dict[float, Held] = {}
     start = factors.state()
