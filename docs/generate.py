@@ -17,7 +17,7 @@ from typing import Any
 
 from plait.cli.methods import describe
 from plait.methods import METHODS
-from plait.recipes.other_tools import page as words
+from plait.recipes.importers.other_tools import page as words
 from plait.recipes.problems import spell
 
 ROOT = Path(__file__).parents[1]

@@ -33,10 +33,10 @@ from plait.evaluation.request import spec_of
 from plait.evaluation.scores import adapter_digest, digest
 from plait.libraries.transformers import quiet_loading
 from plait.merging.inventory import open_adapters, take_inventory
-from plait.merging.progress import Silent
 from plait.methods import METHODS
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.request import read_request
+from plait.results.progress import Silent
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("sentiment", "supersense", "langid")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from plait.version import __version__ as __version__
 
 _HOME = {
     "METHODS": "plait.methods",
@@ -19,7 +19,7 @@ _HOME = {
     "AdapterError": "plait.errors",
     "AddressError": "plait.errors",
     "Evaluation": "plait.evaluation.record",
-    "Inspection": "plait.merging.inspection",
+    "Inspection": "plait.inspection.report",
     "LowRank": "plait.adapters",
     "MergePlan": "plait.merging.plan",
     "MergeResult": "plait.merging.pipeline",
@@ -121,7 +121,7 @@ if TYPE_CHECKING:
         TaskError,
     )
     from plait.evaluation.record import Evaluation
-    from plait.merging.inspection import Inspection
+    from plait.inspection.report import Inspection
     from plait.merging.moments import save_moments
     from plait.merging.pipeline import MergeResult
     from plait.merging.plan import MergePlan

@@ -18,18 +18,18 @@ from plait.merging.inventory import open_adapters
 from plait.merging.moments import MomentsOf
 from plait.merging.pipeline import MergeResult, plan_recipe, run_recipe
 from plait.merging.plan import MergePlan
-from plait.merging.progress import Progress
 from plait.notices import announce
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.request import Adapters, base_from_here, read_request
 from plait.recipes.schema import Recipe
+from plait.results.progress import Progress
 
 if TYPE_CHECKING:
-    from plait.baking.extract import ExtractResult
     from plait.baking.pipeline import BakeResult
     from plait.baking.unbake import UnbakeResult
     from plait.evaluation.record import Evaluation
-    from plait.merging.inspection import Inspection
+    from plait.extraction.pipeline import ExtractResult
+    from plait.inspection.report import Inspection
     from plait.reports.pipeline import ReportResult
     from plait.tasks.checking import TaskCheck
     from plait.training.attempts import Watcher
@@ -262,8 +262,8 @@ def extract(
     Raises:
         PlaitError: anything wrong with what was given; nothing is left at `out` then.
     """
-    from plait.baking.extract import run_extract
-    from plait.baking.extract_request import make_request
+    from plait.extraction.pipeline import run_extract
+    from plait.extraction.request import make_request
 
     request = make_request(base=str(base), finetuned=str(finetuned), rank=rank, **settings)
     return run_extract(request, out=Path(out), force=force, workers=workers, progress=progress)
@@ -338,7 +338,7 @@ def inspect(
     Raises:
         PlaitError: adapters cannot be found or opened; all of them at once.
     """
-    from plait.merging.inspection import inspect_adapters
+    from plait.inspection.report import inspect_adapters
 
     pairs = source.items() if isinstance(source, Mapping) else [(None, reference) for reference in source]
     _, adapters = open_adapters([(name, str(text)) for name, text in pairs])

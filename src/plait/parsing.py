@@ -1,7 +1,7 @@
 """Text and JSON from outside, read under limits: whatever cannot be read is a refusal that names the file, and the place in it.
 
 A file may be damaged, or made to do harm. So size and depth are bounded, numbers fit a float, names can be written as UTF-8,
-and no key has two values. `plait.recipes.documents` reads YAML under the same limits, `plait.adapters.header` safetensors.
+and no key has two values. `plait.recipes.documents` reads YAML under the same limits, `plait.tensorfiles.header` safetensors.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import plait
-from plait.baking import files
+from plait.checkpoints import blocks as files
 from plait.errors import AdapterError, PlanError
 from tests.adapters_on_disk import Linear, read_deltas, write_adapter
 

@@ -287,7 +287,7 @@ def test_full_disk(materials, nursery, undisturbed, tmp_path):
 
 def test_too_little_space_is_said_before_any_work(materials, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(OutputError, match=r"needs .* GB, .* GB free"):
+    with pytest.raises(OutputError, match=r"needs .* free"):
         plait.bake(materials.pair, base=materials.base, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -579,7 +579,7 @@ def test_a_head_is_kept_even_where_nothing_else_is(tmp_path):
 
 def test_what_is_kept_whole_is_copied_by_rows(tmp_path, monkeypatch):
     """The bytes are the fine-tune's, and no tensor is in memory at once."""
-    from plait.adapters.tensorfile import SafetensorsFile
+    from plait.tensorfiles.reader import SafetensorsFile
 
     base, tuned = save_pair(whole_models()["tied head"](), tmp_path)
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 5 * 16)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from plait.adapters import Adapter
 from plait.cli.inspect import _bars, _ruler
 from plait.cli.main import main
-from plait.merging.inspection import inspect_adapters
+from plait.inspection.report import inspect_adapters
 from tests.unit.test_inspection import drawing, key, linear, open_linear, write
 
 SHAPES = {f"model.layers.{i}.self_attn.{m}": (24, 32) for i in range(6) for m in ("q_proj", "v_proj")}
@@ -179,7 +179,7 @@ def test_help_does_not_load_torch():
         "import sys; sys.argv = ['plait', 'inspect', '--help']\n"
         "from plait.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "assert 'torch' not in sys.modules and 'plait.merging.inspection' not in sys.modules"
+        "assert 'torch' not in sys.modules and 'plait.inspection.report' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "COLUMNS": "140"}, check=False)
     assert done.returncode == 0, done.stderr.decode()

@@ -15,13 +15,13 @@ import torch
 
 import plait
 from plait.errors import OutputError
-from plait.merging.staging import staged
+from plait.results.staging import staged
 from plait.testing.cohorts import cohort
 
 # Writes one tensor, says so, and waits for the end of its input: a signal finds it in the middle, however busy the machine is.
 HELD = """
 import signal, sys, plait
-from plait.adapters.tensorwriter import TensorWriter
+from plait.tensorfiles.writer import TensorWriter
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
 write = TensorWriter.write
 def write_and_wait(self, *rest, **more):

@@ -33,9 +33,9 @@ from plait.errors import PlaitError, PlanError
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.inventory import take_inventory
 from plait.merging.plan import make_plan
-from plait.merging.progress import Silent
 from plait.mixture import Mixture
 from plait.recipes.request import read_request
+from plait.results.progress import Silent
 from tests.e2e.test_peft_round_trip import CASES as LAYOUTS
 from tests.e2e.test_peft_round_trip import IDS
 from tests.mixtures import cohort, fingerprint, part

@@ -242,7 +242,7 @@ def test_runs_of_one_second_do_not_share_a_folder(pair, tmp_path, monkeypatch):
 
 def test_somebody_else_was_faster(pair, tmp_path):
     """Without --force a folder that appears while the merge runs is left alone."""
-    from plait.merging.staging import staged
+    from plait.results.staging import staged
 
     def race() -> None:
         with staged(tmp_path / "out", force=False) as place:

@@ -23,7 +23,8 @@ from plait.errors import OutputError, PlaitError, PlanError, RecipeError
 from plait.training import causal, estimate, running, sft
 from plait.training.arguments import job_of, read_flags, read_keywords
 from plait.training.encoding import IGNORED
-from plait.training.job import LoraSettings, TrainingData, TrainingJob, run_job
+from plait.training.job import LoraSettings, TrainingData, TrainingJob
+from plait.training.running import run_job
 from plait.training.sft import plan_sft, run_sft
 from tests.chat_models import byte_tokenizer, questions, save_chat_model, write_rows
 from tests.held_runs import killed_at_a_checkpoint

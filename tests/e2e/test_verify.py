@@ -165,7 +165,7 @@ def test_the_lock_names_no_folder_of_this_machine(merged, tmp_path):
 
 def test_numbers_that_come_out_otherwise_are_measured(merged, capsys):
     """As on a machine that rounds otherwise: the lock and the folder agree, what is made again does not."""
-    from plait.merging.record import sha256
+    from plait.results.digests import sha256
 
     tensors = load_file(merged / WEIGHTS)
     name = sorted(tensors)[-1]

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import plait
-from plait.baking import deltas, files
+from plait.baking import deltas
+from plait.checkpoints import blocks as files
 from plait.errors import PlanError
 from plait.linalg import blocks
 from tests.adapters_on_disk import Embedding, Linear, write_adapter

@@ -16,8 +16,8 @@ from plait.merging.engine import Engine, MergedModule
 from plait.merging.inventory import take_inventory
 from plait.merging.plan import make_plan
 from plait.merging.portable import PortableAdapter
-from plait.merging.progress import Silent
 from plait.recipes.request import read_request
+from plait.results.progress import Silent
 from plait.testing import cohort
 
 

@@ -9,9 +9,9 @@ import pytest
 from plait.errors import AdapterError, OutputError, ReportError
 from plait.evaluation.card import put_results
 from plait.folders import OutsideError, entries, file_in, name_problem, open_in
-from plait.merging.record import read_lock
 from plait.reports.reading import read_report
-from plait.verification.lock import check_files
+from plait.results.checks import check_files
+from plait.results.lock import read_lock
 from plait.verification.public import public_copy
 from tests.locks import write_lock
 

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from plait.adapters import Adapter
 from plait.errors import AdapterError, PlanError
-from plait.linalg import blocks
-from plait.merging.compatibility import (
+from plait.inspection.compatibility import (
     base_model_problems,
     check_compatibility,
     dora_problems,
@@ -26,7 +25,8 @@ from plait.merging.compatibility import (
     shape_problems,
     short_name,
 )
-from plait.merging.inspection import Inspection, inspect_adapters
+from plait.inspection.report import Inspection, inspect_adapters
+from plait.linalg import blocks
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 Q, V, UP = (f"model.layers.{{}}.{m}" for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from plait import locking
 from plait.errors import OutputError
-from plait.locking import in_use, locked
 from plait.notices import PlaitWarning
+from plait.results import locking
+from plait.results.locking import in_use, locked
 from tests.adapters_on_disk import layers, write_adapter
 
 SOURCE = Path(locking.__file__).parent

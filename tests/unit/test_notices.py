@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from plait import notices
-from plait.baking.files import copy_range
 from plait.baking.journal import _read
+from plait.checkpoints.blocks import copy_range
 from plait.cli.console import warnings_as_notes
 from plait.evaluation import workspace
 from plait.evaluation.generation import generate

@@ -15,8 +15,8 @@ import plait
 from plait.cli.main import main
 from plait.errors import RecipeError
 from plait.evaluation.request import asked
+from plait.recipes.importers.migration import convert_old, migrate
 from plait.recipes.loading import build_recipe, load_recipe, migrate_file
-from plait.recipes.migration import convert_old, migrate
 from tests.adapters_on_disk import layers, write_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -10,7 +10,7 @@ from plait.cli.main import app, main
 from plait.cli.spellings import in_plaits_words
 from plait.errors import RecipeError
 from plait.methods import METHODS
-from plait.recipes.other_tools import TABLE, Row, command_hint, flag_row, keyword_hints, page
+from plait.recipes.importers.other_tools import TABLE, Row, command_hint, flag_row, keyword_hints, page
 from plait.recipes.schema import Output, Recipe
 
 FLAGS = [(row, command) for row in TABLE if row.kind == "flag" for command in row.commands]

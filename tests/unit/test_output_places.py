@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from plait.errors import OutputError
-from plait.merging import staging
-from plait.merging.staging import output_problem, scratch, staged
+from plait.results import staging
+from plait.results.staging import output_problem, scratch, staged
 from tests.locks import write_lock
 
 
@@ -195,7 +195,7 @@ def test_a_mount_point_that_nothing_told_of(tmp_path, monkeypatch):
 def test_scratch_of_the_dead_goes_and_of_the_living_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(staging.tempfile, "tempdir", str(tmp_path))
     code = (
-        "import os, sys, tempfile\nfrom plait.merging.staging import scratch\n"
+        "import os, sys, tempfile\nfrom plait.results.staging import scratch\n"
         f"tempfile.tempdir = {str(tmp_path)!r}\n"
         "with scratch('push') as place:\n    print(place.name, flush=True)\n    sys.stdin.read()"
     )

@@ -13,13 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from plait.adapters.header import read_header
-from plait.adapters.tensorfile import SafetensorsFile
+from plait.checkpoints.digests import weight_files
 from plait.errors import AdapterError, RecipeError, TaskError
 from plait.merging.card import licence_of
-from plait.merging.record import weight_files
 from plait.parsing import parse_json, read_object, read_text
 from plait.recipes.documents import read_document
+from plait.tensorfiles.header import read_header
+from plait.tensorfiles.reader import SafetensorsFile
 
 
 def write(path: Path, header: bytes | dict, body: bytes) -> Path:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from plait.adapters.pickled import PickleFile
-from plait.baking.files import read_at
+from plait.checkpoints.blocks import read_at
 from plait.errors import AdapterError
+from plait.tensorfiles.pickled import PickleFile
 
 
 def tensors() -> dict[str, torch.Tensor]:

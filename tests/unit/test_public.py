@@ -11,9 +11,10 @@ import yaml
 
 import plait
 from plait.merging.card import base_name, hub_id, licence_of, load_with_peft, serve_with_vllm
-from plait.merging.public import place_name, public_file, public_text, public_values
-from plait.merging.quoting import block, code, prose
-from plait.verification.lock import check_files, read_lock
+from plait.results.checks import check_files
+from plait.results.lock import read_lock
+from plait.results.public import place_name, public_file, public_text, public_values
+from plait.results.quoting import block, code, prose
 from plait.verification.public import public_copy
 from plait.verification.verify import verify_folder
 from tests.adapters_on_disk import layers, write_adapter

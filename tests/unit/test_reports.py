@@ -17,12 +17,13 @@ from plait.errors import OutputError, ReportError
 from plait.evaluation.comparison import Comparison, Place
 from plait.evaluation.record import Evaluation, Matrix, Sample, Source, TaskResult
 from plait.evaluation.workspace import write_comparison, write_evaluation
-from plait.merging.record import ModuleRecord, RunRecord
+from plait.merging.record import RunRecord
 from plait.reports.charts import bars, energy_map, interval, of_tasks, share
 from plait.reports.colors import css, diverging, ink
 from plait.reports.page import render
 from plait.reports.reading import Report, read_report
 from plait.reports.verdict import certainty, verdict
+from plait.results.records import ModuleRecord
 from plait.testing import cohort
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -18,7 +18,7 @@ from plait.cli.console import err, out
 from plait.cli.main import main
 from plait.cli.stopping import Stopped, noted, stoppable
 from plait.cli.streams import guarded
-from plait.merging.staging import staged
+from plait.results.staging import staged
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "adapters"
 PAIR = [f"sentiment={DEMO / 'sentiment'}", f"langid={DEMO / 'langid'}"]

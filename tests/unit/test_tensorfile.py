@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from plait.adapters.tensorfile import SafetensorsFile
 from plait.errors import AdapterError
+from plait.tensorfiles.reader import SafetensorsFile
 
 
 @pytest.fixture

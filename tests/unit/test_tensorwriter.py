@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from plait.adapters.tensorwriter import Entry, TensorWriter
+from plait.tensorfiles.writer import Entry, TensorWriter
 
 
 @pytest.mark.parametrize("order", ["abc", "cab", "bca"])

@@ -17,9 +17,9 @@ from plait.adapters.experts import ExpertNaming
 from plait.adapters.layouts import Kind, Layout
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import clean_settings
-from plait.adapters.pickled import PickleFile
-from plait.adapters.tensorfile import SafetensorsFile, TensorFile
 from plait.errors import AdapterError, collect
+from plait.tensorfiles.pickled import PickleFile
+from plait.tensorfiles.reader import SafetensorsFile, TensorFile
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

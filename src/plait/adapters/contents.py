@@ -19,8 +19,8 @@ from plait.adapters.names import (
     parse_lora_name,
     strip_prefix,
 )
-from plait.adapters.tensorfile import TensorFile
 from plait.linalg.blocks import block_ranges
+from plait.tensorfiles.reader import TensorFile
 
 _SHOWN = 3
 _OTHER_FILES = (  # what programs other than PEFT call their files, and what to do with them

@@ -10,9 +10,9 @@ import yaml
 from plait.baking.plan import Bake
 from plait.baking.record import BakeRecord
 from plait.merging.card import AUTO_MODELS, PIPELINES, base_name, hub_id, licence_of, public_recipe, source_row, task_type_of
-from plait.merging.quoting import block, code, prose
-from plait.merging.record import recipe_json
 from plait.methods import METHODS
+from plait.recipes.writing import recipe_json
+from plait.results.quoting import block, code, prose
 
 
 def model_card(bake: Bake, record: BakeRecord) -> str:

@@ -11,10 +11,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from plait.adapters.base_files import CONFIG, INDEX
-from plait.baking.architecture import head_class
-from plait.baking.checkpoint import BaseCheckpoint
 from plait.baking.placement import Placement
+from plait.checkpoints.architecture import head_class
+from plait.checkpoints.checkpoint import BaseCheckpoint
+from plait.checkpoints.layout import CONFIG, INDEX
 from plait.errors import AdapterError, collect
 from plait.folders import OutsideError, file_in, name_problem, open_in
 from plait.merging.inventory import Inventory

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from plait.baking.checkpoint import BaseCheckpoint
 from plait.baking.shards import OutShard
+from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.libraries.huggingface_hub import fetched_sha256
-from plait.merging.record import sha256
+from plait.results.digests import sha256
 
 _CHUNK = 1 << 18  # bytes; what fits into a processor's cache
 

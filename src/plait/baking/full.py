@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from plait.adapters.adapter import Adapter
-from plait.baking.checkpoint import BaseCheckpoint
-from plait.baking.files import BLOCK_ELEMENTS, TORCH_DTYPES, read_at
+from plait.checkpoints.blocks import BLOCK_ELEMENTS, TORCH_DTYPES, read_at
+from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.recipes.schema import Heads, Recipe
 
 _TOKENS = ".token_adapter.trainable_tokens_delta"

@@ -16,10 +16,10 @@ from typing import Any
 
 from plait.errors import OutputError
 from plait.folders import name_problem
-from plait.locking import locked
-from plait.merging.staging import baking_folder, output_problem, publish
 from plait.notices import announce
 from plait.parsing import parse_json, read_text
+from plait.results.locking import locked
+from plait.results.staging import baking_folder, output_problem, publish
 
 _LOCK, _JOURNAL, _MODEL = "lock", "journal.jsonl", "model"
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
-from plait.baking.checkpoint import BaseCheckpoint
 from plait.baking.deltas import ModuleMerge, Rows, add_rows, dense_rows, merge_dora, own_columns
-from plait.baking.files import TORCH_DTYPES, block_ranges, write_at
 from plait.baking.placement import Piece
 from plait.baking.shards import OutTensor
+from plait.checkpoints.blocks import TORCH_DTYPES, block_ranges, write_at
+from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import PlanError
 
 Adder = Callable[[Tensor, int], None]  # adds to the rows of a block that starts at a row

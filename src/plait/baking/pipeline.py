@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import platform
-import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -16,7 +13,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-import plait
 from plait.adapters.adapter import Adapter
 from plait.baking.card import model_card
 from plait.baking.digests import base_digests
@@ -26,18 +22,22 @@ from plait.baking.plan import Bake, BakeOptions, BakePlan, prepare_bake
 from plait.baking.record import BakeRecord
 from plait.baking.writing import ShardWriter
 from plait.errors import OutputError, PlaitError
-from plait.merging import record as records
 from plait.merging.engine import Engine
 from plait.merging.heads import write_heads
 from plait.merging.moments import Moments, MomentsOf
-from plait.merging.pipeline import default_workers
-from plait.merging.progress import Progress, Silent
-from plait.merging.record import Lock, ModuleRecord
-from plait.merging.staging import checking_output
+from plait.merging.pipeline import default_workers, input_folders
+from plait.merging.record import adapter_inputs, sources, summary
 from plait.recipes.schema import Heads, Recipe
+from plait.recipes.writing import recipe_json
 from plait.records import Shown
-
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+from plait.results.digests import sha256
+from plait.results.disk import UNWRITABLE, check_not_an_input, check_space
+from plait.results.lock import LOCK, RECORD, SUMMARY, Lock, locked_input, new_lock, output_digests
+from plait.results.progress import Progress, Silent
+from plait.results.records import ModuleRecord, write_json
+from plait.results.staging import checking_output
+from plait.results.versions import library_versions
+from plait.version import __version__
 
 
 @dataclass(frozen=True, repr=False)
@@ -107,12 +107,14 @@ def run_bake(
     options, workers = options or BakeOptions(), workers or default_workers()
     with checking_output(out, force=force):
         bake = prepare_bake(recipe, options, folder=folder, workers=workers, moments=moments)
-    _check_not_an_input(bake, out)
+    inputs = input_folders(bake.inventory) | {"the base model": bake.checkpoint.folder}
+    check_not_an_input(out, inputs, command="bake")
     with workshop(out, force=force) as shop, _explained(out, shop, len(bake.shards)):
         digests = _adapter_digests(bake)
         shop.begin(_digest(bake, digests))
         resumed = tuple(sorted(shop.finished))
-        _check_space(bake, shop, out)
+        left = bake.plan.output_bytes - sum(size for size, _ in shop.finished.values())
+        check_space(out, left, what="the model", on=shop.folder, advice="--dtype bfloat16")
         with base_digests(bake.checkpoint, bake.shards) as digests_of_base:
             shards = _write_shards(bake, shop, workers, progress or Silent())
             bake.companions.write(shop.model)
@@ -120,9 +122,9 @@ def run_bake(
             record = _record(bake, digests, shards, resumed, started)
             (shop.model / "README.md").write_text(model_card(bake, record), encoding="utf-8")
             lock = _lock(bake, digests, shards, digests_of_base(shards), shop.model, out)
-        records.write_json(shop.model / records.LOCK, lock)
-        records.write_json(shop.model / records.RECORD, record)
-        records.write_json(shop.model / records.SUMMARY, records.summary(record))
+        write_json(shop.model / LOCK, lock)
+        write_json(shop.model / RECORD, record)
+        write_json(shop.model / SUMMARY, summary(record))
         shop.publish(force=force)
     return BakeResult(out, bake.plan, record)
 
@@ -151,12 +153,12 @@ def _digest(bake: Bake, adapters: list[str]) -> str:
     moments = bake.inventory.moments
     stats = {s.name: s.file.path.stat() for s in bake.checkpoint.shards}
     said = {
-        "plait": plait.__version__,
-        "libraries": records.library_versions(),
-        "recipe": records.recipe_json(bake.recipe),
+        "plait": __version__,
+        "libraries": library_versions(),
+        "recipe": recipe_json(bake.recipe),
         "options": bake.options.kept,
         "moments": None if moments is None else _moments_digest(moments),
-        "adapters": [(d, records.sha256(a.config.path)) for d, a in zip(adapters, bake.inventory.adapters, strict=True)],
+        "adapters": [(d, sha256(a.config.path)) for d, a in zip(adapters, bake.inventory.adapters, strict=True)],
         "base": {
             s.name: (stats[s.name].st_size, stats[s.name].st_mtime_ns, hashlib.sha256(s.lead).hexdigest())
             for s in bake.checkpoint.shards
@@ -171,15 +173,15 @@ def _moments_digest(moments: Moments) -> dict[str, str]:
     """Return adapter → sha256 of its second moments; of a function nothing is known, and no two are the same."""
     if not moments.files:
         return {"function": uuid.uuid4().hex}
-    return {name: records.sha256(file.path) for name, file in moments.files.items()}
+    return {name: sha256(file.path) for name, file in moments.files.items()}
 
 
 def _record(bake: Bake, digests: list[str], shards: dict[str, str], resumed: tuple[str, ...], started: float) -> BakeRecord:
     copied = sum(s.copied for s in bake.plan.shards)
     return BakeRecord(
-        plait=plait.__version__,
-        recipe=records.recipe_json(bake.recipe),
-        sources=records.sources(bake.inventory, digests),
+        plait=__version__,
+        recipe=recipe_json(bake.recipe),
+        sources=sources(bake.inventory, digests),
         method=bake.merge.method,
         space=bake.merge.space,
         result="dense",
@@ -205,36 +207,14 @@ def _record(bake: Bake, digests: list[str], shards: dict[str, str], resumed: tup
 
 def _lock(bake: Bake, digests: list[str], shards: dict[str, str], base: dict[str, str], folder: Path, out: Path) -> Lock:
     """Make the lock; shards are not read again, their hashes are known."""
-    return Lock(
-        version=records.LOCK_VERSION,
-        plait=plait.__version__,
-        python=platform.python_version(),
-        libraries=records.library_versions(),
-        machine=platform.machine(),
-        recipe=records.recipe_json(bake.recipe),
-        inputs=records.adapter_inputs(bake.inventory, digests, out),
-        outputs=records.output_digests(folder, shards),
-        kind="bake",
+    return new_lock(
+        "bake",
+        recipe=recipe_json(bake.recipe),
+        inputs=adapter_inputs(bake.inventory, digests, out),
+        outputs=output_digests(folder, shards),
         options=bake.options.kept,
-        base=records.locked_input(bake.checkpoint.located, base, out),
+        base=locked_input(bake.checkpoint.located, base, out),
     )
-
-
-def _check_not_an_input(bake: Bake, out: Path) -> None:
-    inputs = {f"adapter {a.name!r}": a.folder for a in bake.inventory.adapters} | {"the base model": bake.checkpoint.folder}
-    for what, folder in inputs.items():
-        if out.exists() and out.resolve() in (folder.resolve(), *folder.resolve().parents):
-            raise OutputError(f"{out} is an input of this bake ({what}). Choose another output.")
-
-
-def _check_space(bake: Bake, shop: Workshop, out: Path) -> None:
-    needed = bake.plan.output_bytes - sum(size for size, _ in shop.finished.values())
-    free = shutil.disk_usage(shop.folder).free
-    if free < needed:
-        raise OutputError(
-            f"{out}: the model needs {needed / 1e9:.2f} GB, {shop.folder.parent} has {free / 1e9:.2f} GB free. Free some "
-            "space, choose another place, or write fewer bytes (--dtype bfloat16)."
-        )
 
 
 @contextmanager
@@ -247,7 +227,7 @@ def _explained(out: Path, shop: Workshop, shards: int) -> Iterator[None]:
             f"{len(shop.finished)} of {shards} files are finished in {shop.folder}; the same command goes on from there. "
             "Delete that folder to give them up."
         )
-        if isinstance(error, OSError) and not isinstance(error, PlaitError) and error.errno in _DISK_ERRORS:
+        if isinstance(error, OSError) and not isinstance(error, PlaitError) and error.errno in UNWRITABLE:
             found = OutputError(f"{out} cannot be written: {error.strerror}. Free some space or choose another place.")
             if shop.finished:
                 found.add_note(left)

@@ -11,14 +11,14 @@ from typing import Any, Literal, get_args
 import torch
 from pydantic import ValidationError
 
-from plait.baking.checkpoint import BaseCheckpoint
 from plait.baking.companions import Companions, gather_companions
-from plait.baking.files import BLOCK_ELEMENTS, SHORT
 from plait.baking.full import effective_heads, full_tensors
 from plait.baking.placement import Placement, place
 from plait.baking.shards import OutShard, index_of, lay_out, parse_size
+from plait.checkpoints.blocks import BLOCK_ELEMENTS, SHORT
+from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import AddressError, PlanError, RecipeError, collect
-from plait.merging.compatibility import base_model_problems
+from plait.inspection.compatibility import base_model_problems
 from plait.merging.inventory import Inventory, open_adapters, take_inventory
 from plait.merging.moments import MomentsOf
 from plait.merging.plan import MergePlan, make_plan

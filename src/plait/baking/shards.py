@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from plait.adapters.base_files import INDEX, SINGLE
-from plait.baking.checkpoint import FLOATS, BaseCheckpoint, Shard
-from plait.baking.files import TORCH_DTYPES
 from plait.baking.placement import Change, Placement
+from plait.checkpoints.blocks import TORCH_DTYPES
+from plait.checkpoints.checkpoint import FLOATS, BaseCheckpoint, Shard
+from plait.checkpoints.layout import INDEX, SINGLE
 from plait.errors import RecipeError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -13,21 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.adapters.adapter import Adapter
-from plait.adapters.tensorfile import TensorFile
-from plait.baking.checkpoint import BaseCheckpoint
 from plait.baking.full import parameter_of
-from plait.baking.gaps import tensor_gap
 from plait.baking.pipeline import BakeResult, run_bake
 from plait.baking.plan import BakeOptions
+from plait.checkpoints.checkpoint import BaseCheckpoint
+from plait.checkpoints.distance import tensor_gap
 from plait.errors import AdapterError, PlanError, RecipeError
 from plait.hub.download import resolve, resolve_model
 from plait.hub.references import parse_reference
-from plait.merging.progress import Progress
-from plait.merging.record import LOCK, read_lock
 from plait.parsing import as_record
 from plait.recipes.loading import build_recipe
 from plait.recipes.schema import Recipe
 from plait.records import Record, Shown
+from plait.results.lock import LOCK, read_lock
+from plait.results.progress import Progress
+from plait.tensorfiles.reader import TensorFile
 
 _SAY_IT = "Say what is to be taken out: --weight."
 _PLAIN = ("linear", "cat", "task_arithmetic")  # a weight there is the coefficient

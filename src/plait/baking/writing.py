@@ -11,20 +11,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from plait.baking.checkpoint import BaseCheckpoint
 from plait.baking.deltas import ModuleMerge
 from plait.baking.digests import GrowingDigest
-from plait.baking.files import SourceError, copy_range
 from plait.baking.journal import Workshop
 from plait.baking.making import Maker
 from plait.baking.shards import OutShard, OutTensor
-from plait.baking.threads import one_thread_each
+from plait.checkpoints.blocks import SourceError, copy_range
+from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import AdapterError
 from plait.merging.combine import Combiner
 from plait.merging.inventory import Inventory
-from plait.merging.progress import Progress
-from plait.merging.record import sha256
 from plait.notices import announce
+from plait.results.digests import sha256
+from plait.results.progress import Progress
+from plait.results.threads import one_thread_each
 
 _RUN = 1 << 26  # bytes that one thread copies at a time; a long run is shared
 

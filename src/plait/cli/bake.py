@@ -79,8 +79,8 @@ def bake(
     Example: plait bake math=./a code=./b --weights 0.7 0.3 --base-id org/model -o model
     """
     from plait.baking.plan import bake_options
+    from plait.cli.arguments import adapters_of, recipe_file
     from plait.cli.console import print_json, warnings_as_notes
-    from plait.cli.merge import adapters_of, recipe_file
     from plait.cli.verify import show_parity
     from plait.errors import RecipeError
     from plait.recipes.request import read_request
@@ -129,7 +129,7 @@ class BakeOrder:
     def plan(self) -> BakePlan:
         """Say what is wrong with recipe or output, or what would happen."""
         from plait.baking.pipeline import plan_bake
-        from plait.merging.staging import checking_output
+        from plait.results.staging import checking_output
 
         with checking_output(self.out, force=self.force):
             return plan_bake(self.recipe, self.options, folder=self.folder, workers=self.workers)
@@ -180,7 +180,7 @@ def show_bake_plan(plan: BakePlan, out: Path) -> None:
 
     from plait.cli.console import out as console
     from plait.cli.console import size
-    from plait.merging.staging import free_space
+    from plait.results.disk import free_space
 
     names = " + ".join(plan.adapters)
     console().print(f"[bold]{plan.base}[/bold] with [bold]{names}[/bold]: {plan.method} in {plan.space} space")

@@ -94,7 +94,7 @@ def evaluate(
     from plait.evaluation.pipeline import Options
     from plait.evaluation.requirement import Requirement
     from plait.evaluation.workspace import write_comparison, write_evaluation
-    from plait.merging.staging import output_problem
+    from plait.results.staging import output_problem
 
     if out is not None and (problem := output_problem(out, force=force)):
         raise OutputError(problem)

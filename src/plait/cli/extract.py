@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from plait.baking.extract import ExtractResult
-    from plait.baking.extract_record import ExtractRecord
+    from plait.extraction.pipeline import ExtractResult
+    from plait.extraction.record import ExtractRecord
 
 
 def extract(

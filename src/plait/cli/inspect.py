@@ -1,4 +1,4 @@
-"""`plait inspect`: the drawing half; every number and sentence comes from `plait.merging.inspection`."""
+"""`plait inspect`: the drawing half; every number and sentence comes from `plait.inspection.report`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from plait.merging.geometry import Matrix
-    from plait.merging.inspection import AdapterReport, Comparison, Inspection, LayerComparison
+    from plait.inspection.geometry import Matrix
+    from plait.inspection.report import AdapterReport, Comparison, Inspection, LayerComparison
 
 _BARS = "▁▂▃▄▅▆▇█"
 # What a terminal without Unicode shows instead.
@@ -271,7 +271,7 @@ def _strips(inspection: Inspection, width: int) -> Iterator[RenderableType]:
 
 def _alone(adapter: AdapterReport) -> tuple[LayerComparison, ...]:
     from plait.adapters import layer_key
-    from plait.merging.inspection import LayerComparison
+    from plait.inspection.report import LayerComparison
 
     return tuple(
         LayerComparison(

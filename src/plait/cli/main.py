@@ -13,7 +13,6 @@ from typing import Annotated
 
 import typer
 
-from plait import __version__
 from plait.cli.bake import bake
 from plait.cli.compress import compress
 from plait.cli.evaluate import evaluate
@@ -34,6 +33,7 @@ from plait.cli.unbake import unbake
 from plait.cli.verify import verify
 from plait.errors import PlaitError
 from plait.notices import PlaitWarning
+from plait.version import __version__
 
 #: Options that take several values in a row, and what such a value looks like.
 _LISTS = {

@@ -13,10 +13,9 @@ if TYPE_CHECKING:
     from plait.baking.plan import BakePlan
     from plait.merging.pipeline import MergeResult
     from plait.merging.plan import MergePlan
-    from plait.merging.record import ModuleRecord
+    from plait.results.records import ModuleRecord
     from plait.verification.extend import Extension
 
-_RECIPES = (".yaml", ".yml", ".json")
 _PROMISES = {
     "exact": "exact",
     "rank": "of a rank known beforehand",
@@ -95,12 +94,13 @@ def merge(
 
     Example: plait merge math=./a code=org/repo@main/checkpoint-100 --method ties --density 0.3 -o merged
     """
+    from plait.cli.arguments import adapters_of, recipe_file
     from plait.cli.bake import BakeOrder, bake_json, show_bake
     from plait.cli.console import ProgressBars, err, print_json, warnings_as_notes
     from plait.hub.upload import check_push
     from plait.merging.pipeline import plan_recipe, run_recipe
-    from plait.merging.staging import checking_output
     from plait.recipes.request import read_request
+    from plait.results.staging import checking_output
 
     settings = {
         "method": method, "space": space, "weights": weights, "scale": scale, "density": density, "sign": sign,
@@ -173,6 +173,7 @@ def _pushed(result: MergeResult, repo: str, *, private: bool) -> MergeResult:
 def _extension(
     inputs: list[str], add: list[str] | None, settings: dict[str, Any], sets: list[str], places: list[str], *, from_merged: bool
 ) -> Extension:
+    from plait.cli.arguments import recipe_file
     from plait.errors import RecipeError
     from plait.verification.extend import extend
 
@@ -184,16 +185,6 @@ def _extension(
         raise RecipeError(f"--input {wrong[0]}: write NAME=PATH.")
     found = dict(place.split("=", 1) for place in places)
     return extend(Path(inputs[0]), add, settings, sets, inputs=found, from_merged=from_merged)
-
-
-def recipe_file(inputs: list[str]) -> Path | None:
-    """Return the recipe among a command's arguments; it comes first."""
-    return Path(inputs[0]) if inputs[0].lower().endswith(_RECIPES) else None
-
-
-def adapters_of(inputs: list[str]) -> list[str]:
-    """Return the adapters among a command's arguments."""
-    return inputs[1:] if inputs[0].lower().endswith(_RECIPES) else inputs
 
 
 def _show_plans(plan: MergePlan, baked: BakePlan | None, bake_dir: Path | None, *, json: bool) -> None:

@@ -28,8 +28,8 @@ def check(
 ) -> None:
     """Check a recipe; every problem is listed at once, with its line."""
     from plait.cli.console import out, print_json, warnings_as_notes
-    from plait.merging.record import recipe_json
     from plait.recipes.loading import load_recipe
+    from plait.recipes.writing import recipe_json
 
     with warnings_as_notes():
         recipe = load_recipe(file)
@@ -52,8 +52,8 @@ def migrate(
     from plait.cli.console import err
     from plait.cli.console import out as stdout
     from plait.errors import OutputError
-    from plait.merging.staging import write_whole
     from plait.recipes.loading import migrate_file
+    from plait.results.writing import write_whole
 
     text, notes = migrate_file(file)
     for note in notes:

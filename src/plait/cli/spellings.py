@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from plait.errors import RecipeError, collect
-from plait.recipes.other_tools import command_hint, flag_row
+from plait.recipes.importers.other_tools import command_hint, flag_row
 
 _ADAPTER = re.compile(r"--a(\d+)-(repo|sub|name)")
 

@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import plait
 from plait.errors import PlanError, collect
 from plait.evaluation.pipeline import Options, recipe_evaluator
 from plait.evaluation.record import VERSION, Bounds, Evaluation
 from plait.evaluation.workspace import check_index
 from plait.merging.inventory import take_inventory
 from plait.merging.plan import make_plan
-from plait.merging.progress import Progress
 from plait.recipes.evaluation import SplitName
 from plait.recipes.schema import Recipe
 from plait.records import Record
+from plait.results.progress import Progress
+from plait.version import __version__
 
 
 class Place(Record):
@@ -139,7 +139,7 @@ def compare(
 def _board(evaluations: tuple[Evaluation, ...], skipped: Mapping[str, str]) -> Comparison:
     best = evaluations[0]
     return Comparison(
-        plait=plait.__version__,
+        plait=__version__,
         split=best.split,
         adapters=tuple(s.name for s in best.sources),
         base={t.task: t.base for t in best.tasks},

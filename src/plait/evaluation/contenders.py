@@ -20,9 +20,10 @@ from plait.evaluation.scores import adapter_digest, digest, model_digest
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
 from plait.merging.plan import make_plan
-from plait.merging.progress import Progress
-from plait.merging.record import recipe_json, sha256
 from plait.mixture.merged import averaged_heads, merged_modules
+from plait.recipes.writing import recipe_json
+from plait.results.digests import sha256
+from plait.results.progress import Progress
 from plait.tasks.schema import Task
 
 Heads = Callable[[Task], str | None]

@@ -11,9 +11,9 @@ from typing import Any
 from plait.adapters.adapter import Adapter
 from plait.errors import TaskError
 from plait.libraries.transformers import quiet_loading
-from plait.merging.progress import Progress
 from plait.mixture import Mixture
 from plait.notices import announce
+from plait.results.progress import Progress
 
 _FLOAT32 = 4  # bytes
 _LARGE = 20_000_000  # parameters, from which on it matters how fast they are multiplied

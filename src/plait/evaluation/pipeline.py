@@ -10,7 +10,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import plait
 from plait.adapters.adapter import CONFIG, Adapter
 from plait.errors import AddressError, PlanError, TaskError, did_you_mean
 from plait.evaluation.contenders import Contender, merge_of, saved, whole
@@ -24,20 +23,21 @@ from plait.evaluation.workspace import SCORES, check_index, check_task_names, ch
 from plait.extras import require
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve, resolve_model
 from plait.hub.references import parse_reference
-from plait.merging.doubts import doubts
+from plait.inspection.doubts import doubts
 from plait.merging.inventory import Inventory, open_adapters, take_inventory
-from plait.merging.progress import Progress, Silent
-from plait.merging.record import LOCK, Lock, recipe_json
 from plait.notices import announce
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.schema import Recipe
+from plait.recipes.writing import recipe_json
+from plait.results.lock import LOCK, Lock, read_lock
+from plait.results.progress import Progress, Silent
 from plait.tasks.examples import Examples, read_examples
 from plait.tasks.loading import load_tasks, placed
 from plait.tasks.metrics import metric_of
 from plait.tasks.overlap import check_disjoint, overlaps
 from plait.tasks.schema import SPLITS, Task
 from plait.verification.inputs import check_inputs
-from plait.verification.lock import read_lock
+from plait.version import __version__
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Evaluator:
         started = time.perf_counter()
         results, totals = self._session.results(subject.contender)
         return Evaluation(
-            plait=plait.__version__,
+            plait=__version__,
             name=subject.name,
             kind=subject.kind,
             tag=f"{subject.method or subject.kind}_{self._session.tag(subject.contender)}",

@@ -13,10 +13,10 @@ from plait.evaluation.contenders import Contender, bare, single
 from plait.evaluation.live import Live
 from plait.evaluation.record import Bounds, Matrix, Sample, TaskResult
 from plait.evaluation.recovery import Drawn, Sides, interval, mean_and_worst, recovery, task_seed
-from plait.evaluation.scores import Answers, ScoreCache, adapter_digest, code_digest, digest
+from plait.evaluation.scores import Answers, ScoreCache, adapter_digest, answers_digest, digest
 from plait.evaluation.subsets import ChosenSubset
-from plait.merging.progress import Progress
 from plait.recipes.evaluation import EvalSpec
+from plait.results.progress import Progress
 from plait.tasks.examples import Example, Examples
 from plait.tasks.metrics import Answer, Metric, metric_of
 from plait.tasks.schema import Task
@@ -77,7 +77,7 @@ class Session:
         self.spec = spec
         self.adapters = adapters
         self._live = live
-        self._setting = (base_key, code_digest(), *setting, spec.batch_size)
+        self._setting = (base_key, answers_digest(), *setting, spec.batch_size)
         self._cache = cache
         self._progress = progress
         self._metrics: dict[str, Metric] = {a.task.name: metric_of(a.task) for a in asked}

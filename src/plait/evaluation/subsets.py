@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from plait.errors import TaskError, did_you_mean
-from plait.evaluation.files import write_atomically
 from plait.recipes.evaluation import Subset
 from plait.records import Record
+from plait.results.writing import write_json_whole
 from plait.tasks.examples import Example, Examples
 
 
@@ -71,7 +71,7 @@ def remember(workspace: Path, examples: Examples, chosen: ChosenSubset) -> Path:
     """Write which examples were taken to `<workspace>/<task>/subsets/<split>_<tag>.json`; return that file."""
     file = workspace / examples.task.name / "subsets" / f"{examples.split}_{chosen.tag}.json"
     if not file.is_file():  # the tag says what is in it
-        write_atomically(file, chosen.model_dump(mode="json"))
+        write_json_whole(file, chosen.model_dump(mode="json"))
     return file
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from plait.adapters.adapter import CONFIG, WEIGHTS
-from plait.adapters.tensorwriter import Entry, TensorWriter
 from plait.merging.portable import PortableAdapter
+from plait.tensorfiles.writer import Entry, TensorWriter
 
 
 def write_adapter(

@@ -10,14 +10,16 @@ from typing import Any
 import yaml
 
 from plait.adapters.adapter import Adapter
-from plait.merging.compatibility import serving
+from plait.inspection.compatibility import serving
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan
-from plait.merging.public import place_name, public_values
-from plait.merging.quoting import UNKNOWN_BASE, block, code, is_plain_name, prose, python, shell
-from plait.merging.record import CARD, RunRecord, recipe_json
+from plait.merging.record import RunRecord
 from plait.methods import METHODS
 from plait.recipes.documents import read_front_matter
+from plait.recipes.writing import recipe_json
+from plait.results.lock import CARD
+from plait.results.public import place_name, public_values
+from plait.results.quoting import UNKNOWN_BASE, block, code, is_plain_name, prose, python, shell
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
 #: What a card may say of its licence, and as what; anything else is not known.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from plait.adapters.orientation import has_conv1d, is_transposed
-from plait.adapters.tensorwriter import Entry, TensorWriter
 from plait.merging.emit import rounded
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan
 from plait.merging.portable import DTYPES
+from plait.tensorfiles.writer import Entry, TensorWriter
 
 NAME = "delta.safetensors"
 

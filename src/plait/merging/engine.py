@@ -28,7 +28,7 @@ from plait.merging.emit import Emitted, as_blocks, emit, rank_at_energy
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan, ModulePlan
 from plait.merging.prepared import NeedsDouble, Prepared
-from plait.merging.progress import Progress
+from plait.results.progress import Progress
 from plait.spaces import SPACES
 from plait.spaces.base import Merged
 from plait.stages.base import GramCombine, LinearCombine, Reduction

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.names import PREFIX
-from plait.adapters.tensorwriter import write_tensors
 from plait.recipes.schema import Heads
+from plait.tensorfiles.writer import write_tensors
 
 FOLDER = "heads"
 _CARRIED = ("modules_to_save", "trainable_token_indices", "bias", "task_type")

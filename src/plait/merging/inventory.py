@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.adapter import Adapter
-from plait.adapters.base_files import read_config
-from plait.adapters.base_weights import BaseWeights
 from plait.adapters.layouts import Layout
+from plait.checkpoints.layout import read_config
+from plait.checkpoints.weights import BaseWeights
 from plait.errors import AdapterError, AddressError, PlaitError, PlanError, collect
 from plait.hub.download import Located, resolve, resolve_model
 from plait.hub.references import parse_reference
-from plait.merging.compatibility import check_compatibility
+from plait.inspection.compatibility import check_compatibility
 from plait.merging.moments import Moments, MomentsOf, from_files, from_function
 from plait.recipes.schema import Recipe
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from plait.adapters.layouts import Layout
-from plait.adapters.tensorfile import SafetensorsFile
-from plait.adapters.tensorwriter import write_tensors
 from plait.errors import AdapterError, OutputError
+from plait.tensorfiles.reader import SafetensorsFile
+from plait.tensorfiles.writer import write_tensors
 
 MomentsOf = Callable[[str, str], Tensor | None]  # (adapter, target module) → E[x xᵀ]; None where the adapter lacks the module
 _ASYMMETRY = 1e-3  # of the largest entry: sums in bfloat16 stay below it

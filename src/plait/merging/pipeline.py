@@ -14,14 +14,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-import plait
-from plait.adapters.tensorwriter import TensorWriter
 from plait.errors import OutputError
-from plait.merging import record as records
+from plait.inspection.compatibility import max_lora_rank
 from plait.merging.adapter_folder import write_adapter
 from plait.merging.card import card
 from plait.merging.combine import Combiner
-from plait.merging.compatibility import max_lora_rank
 from plait.merging.delta_file import NAME as DELTA
 from plait.merging.delta_file import DeltaFile
 from plait.merging.engine import Engine, MergedModule, blaming
@@ -30,11 +27,17 @@ from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.moments import MomentsOf
 from plait.merging.plan import MergePlan, make_plan
 from plait.merging.portable import PortableAdapter
-from plait.merging.progress import Progress, Silent
-from plait.merging.record import ModuleRecord, RunRecord
-from plait.merging.staging import checking_output, free_space, staged
+from plait.merging.record import RunRecord, input_digests, make_lock, sources, summary
 from plait.recipes.schema import Recipe
+from plait.recipes.writing import recipe_json
 from plait.records import Shown
+from plait.results.disk import check_not_an_input, check_space
+from plait.results.lock import LOCK, RECORD, SUMMARY
+from plait.results.progress import Progress, Silent
+from plait.results.records import ModuleRecord, overall_kept, write_json
+from plait.results.staging import checking_output, staged
+from plait.tensorfiles.writer import TensorWriter
+from plait.version import __version__
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,19 +116,20 @@ def run_recipe(
     with checking_output(out, force=force):
         inventory = take_inventory(recipe, folder, moments, base_folder)
         plan = make_plan(inventory, workers=workers)
-    check_not_an_input(inventory, out)
+    check_not_an_input(out, input_folders(inventory), command="merge")
     plan = plan.model_copy(update={"notes": (*plan.notes, *notes)})
-    _check_space(plan, out)
+    if plan.output_bytes is not None:
+        check_space(out, plan.output_bytes, what="the result", advice="--rank, --dtype bfloat16")
     engine = Engine(inventory, plan, workers=workers, progress=progress or Silent())
     with staged(out, force=force) as place, _digests(inventory) as digests:
         combiner = engine.prepare()
         modules, rank, written = _write(inventory, plan, engine, combiner, place)
         record = _record(inventory, plan, combiner, modules, rank, digests(), started)
         (place / "README.md").write_text(card(inventory, plan, record, place), encoding="utf-8")
-        lock = records.make_lock(inventory, digests(), place, plait.__version__, final=out, known=written)
-        records.write_json(place / records.LOCK, lock)
-        records.write_json(place / records.RECORD, record)
-        records.write_json(place / records.SUMMARY, records.summary(record))
+        lock = make_lock(inventory, digests(), place, final=out, known=written)
+        write_json(place / LOCK, lock)
+        write_json(place / RECORD, record)
+        write_json(place / SUMMARY, summary(record))
     return MergeResult(out, plan, record)
 
 
@@ -189,15 +193,15 @@ def _record(
     started: float,
 ) -> RunRecord:
     return RunRecord(
-        plait=plait.__version__,
-        recipe=records.recipe_json(inventory.recipe),
-        sources=records.sources(inventory, [digests[a.file.path] for a in inventory.adapters]),
+        plait=__version__,
+        recipe=recipe_json(inventory.recipe),
+        sources=sources(inventory, [digests[a.file.path] for a in inventory.adapters]),
         method=plan.method,
         space=plan.space,
         result=max((m.result for m in modules), key=("exact", "truncated", "dense").index),
         rank=rank,
         max_lora_rank=None if rank is None else max_lora_rank(rank),
-        kept=records.overall_kept(modules),
+        kept=overall_kept(modules),
         lowest_kept=min(m.kept for m in modules),
         modules=modules,
         notes=(*plan.notes, *combiner.remarks.notes()),
@@ -210,7 +214,7 @@ def _record(
 def _digests(inventory: Inventory) -> Iterator[Callable[[], dict[Path, str]]]:
     """Hash the inputs beside the work, and hand the digests out when asked."""
     with ThreadPoolExecutor(1, "plait-sha256") as pool:
-        future = pool.submit(records.input_digests, inventory)
+        future = pool.submit(input_digests, inventory)
         yield future.result
 
 
@@ -239,23 +243,7 @@ def _claimed(recipe: Recipe) -> Iterator[Path]:
                 place.rmdir()
 
 
-def check_not_an_input(inventory: Inventory, out: Path) -> None:
-    """Refuse to write where an adapter of the merge lies.
-
-    Raises:
-        OutputError: it does.
-    """
-    for adapter in inventory.adapters:
-        if out.exists() and (out.resolve() in (adapter.folder.resolve(), *adapter.folder.resolve().parents)):
-            raise OutputError(f"{out} is an input of this merge (adapter {adapter.name!r}). Choose another output.")
-
-
-def _check_space(plan: MergePlan, out: Path) -> None:
-    if plan.output_bytes is None:
-        return
-    parent, free = free_space(out)
-    if free < plan.output_bytes:
-        raise OutputError(
-            f"{out}: the result needs {plan.output_bytes / 1e6:.0f} MB, {parent} has {free / 1e6:.0f} MB free. "
-            "Free some space, choose another place, or write fewer bytes (--rank, --dtype bfloat16)."
-        )
+def input_folders(inventory: Inventory) -> dict[str, Path]:
+    """Return what a merge reads and must not replace: what each is → its folder."""
+    found = {f"adapter {a.name!r}": a.folder for a in inventory.adapters}
+    return found if inventory.base_located is None else found | {"the base model": inventory.base_located.folder}

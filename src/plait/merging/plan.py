@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout, uniform_rank
 from plait.errors import PlanError, collect
+from plait.inspection.compatibility import excluded_spaces, max_lora_rank
+from plait.inspection.doubts import doubts
+from plait.inspection.shared_init import shared_init_pairs
 from plait.linalg.blocks import BLOCK_ELEMENTS, HOLD_ELEMENTS
 from plait.merging.combine import pipeline_of
-from plait.merging.compatibility import excluded_spaces, max_lora_rank
-from plait.merging.doubts import doubts
 from plait.merging.heads import head_problems, main_head_bytes
 from plait.merging.inventory import Inventory
 from plait.merging.moments import moments_problems
-from plait.merging.shared_init import shared_init_pairs
 from plait.merging.weighting import Towers, layer_problems, module_weights, policy_problems, towers_of
 from plait.methods import METHODS
 from plait.methods.base import Method
 from plait.recipes.schema import Recipe
 from plait.records import Record
+from plait.results.records import Result
 from plait.stages.pipeline import Pipeline
 
 DENSE_RANK_CAP = 256  # `auto` rank of a result that has no low rank of its own
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-Result = Literal["exact", "truncated", "dense"]
 
 
 class ModulePlan(Record):

@@ -12,12 +12,12 @@ from plait.adapters.adapter import Adapter
 from plait.adapters.experts import expert_keys
 from plait.adapters.layouts import Layout, uniform_rank
 from plait.adapters.names import PREFIX, pattern_of
-from plait.adapters.tensorwriter import Entry
 from plait.merging.emit import rounded
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
 from plait.merging.selection import full_paths, joined_selection
 from plait.recipes.schema import Output
+from plait.tensorfiles.writer import Entry
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SELECTORS = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 
 from plait.adapters.adapter import Adapter
+from plait.adapters.extremes import Extreme, out_of_range
 from plait.adapters.lowrank import LowRank
-from plait.merging.extremes import Extreme, out_of_range
 from plait.merging.inventory import Inventory
-from plait.merging.progress import Progress
 from plait.merging.weighting import Towers, module_weights, towers_of
+from plait.results.progress import Progress
 from plait.transforms import TRANSFORMS, Transform, TransformParams
 
 

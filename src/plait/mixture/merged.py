@@ -21,12 +21,12 @@ from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.pipeline import default_workers
 from plait.merging.plan import make_plan
 from plait.merging.portable import DTYPES
-from plait.merging.progress import Progress, Silent
 from plait.mixture.loading import require_libraries
 from plait.mixture.mixture import Mixture
 from plait.mixture.swaps import FullTensors
 from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
+from plait.results.progress import Progress, Silent
 
 
 def merged_modules(

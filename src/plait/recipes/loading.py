@@ -14,9 +14,9 @@ from plait.errors import AddressError, RecipeError, did_you_mean
 from plait.notices import PlaitWarning, frames_within
 from plait.parsing import read_text
 from plait.recipes.documents import Document, read_document, read_json
-from plait.recipes.entries import named_entry
-from plait.recipes.mergekit import convert_mergekit, is_mergekit
-from plait.recipes.migration import convert_old, number_note
+from plait.recipes.importers.entries import named_entry
+from plait.recipes.importers.mergekit import convert_mergekit, is_mergekit
+from plait.recipes.importers.migration import convert_old, number_note
 from plait.recipes.overrides import Overrides, set_values
 from plait.recipes.paths import KeyPath, Plain
 from plait.recipes.problems import Converted, Origins, Problem, show

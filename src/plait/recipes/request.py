@@ -11,8 +11,8 @@ from typing import Any
 
 from plait.errors import AddressError, RecipeError, collect
 from plait.hub.references import parse_reference
+from plait.recipes.importers.other_tools import keyword_hints
 from plait.recipes.loading import build_recipe, read_recipe
-from plait.recipes.other_tools import keyword_hints
 from plait.recipes.overrides import apply_overrides, parse_override
 from plait.recipes.schema import Recipe
 from plait.recipes.validation import PLANNED, cannot_yet

@@ -117,3 +117,9 @@ def _with_numbers(value: Plain) -> Plain:
     if isinstance(value, Mapping):
         return {int(k) if _INDEX.fullmatch(str(k)) else k: _with_numbers(v) for k, v in value.items()}
     return [_with_numbers(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def recipe_json(recipe: Recipe) -> dict[str, Any]:
+    """Return what a merge depends on as plain values, with every default; how it is evaluated is no part of that."""
+    data: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude={"tasks", "eval", "tune"})
+    return data

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from plait.errors import OutputError
 from plait.extras import require
-from plait.merging.progress import Progress
-from plait.merging.staging import write_whole
 from plait.records import Shown
 from plait.reports.figures import write_figures
 from plait.reports.page import render
 from plait.reports.reading import Report, read_report
+from plait.results.progress import Progress
+from plait.results.writing import write_whole
 
 _GENERATOR = b'<meta name="generator" content="plait">'  # of the template
 _HEAD_BYTES = 1024

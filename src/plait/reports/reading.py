@@ -12,17 +12,18 @@ from plait.errors import PlaitError, ReportError, collect
 from plait.evaluation.comparison import Comparison
 from plait.evaluation.record import Evaluation
 from plait.folders import file_in
-from plait.merging.inspection import Comparison as Conflict
-from plait.merging.inspection import inspect_adapters
+from plait.inspection.report import Comparison as Conflict
+from plait.inspection.report import inspect_adapters
 from plait.merging.inventory import take_inventory
-from plait.merging.progress import Progress
-from plait.merging.record import LOCK, RECORD, RunRecord
+from plait.merging.record import RunRecord
 from plait.merging.weighting import module_weights, towers_of
 from plait.parsing import read_record, read_text
 from plait.recipes.loading import build_recipe
 from plait.recipes.schema import Recipe
 from plait.records import Record
 from plait.reports.losses import CURVES, LossCurve, LossCurves
+from plait.results.lock import LOCK, RECORD
+from plait.results.progress import Progress
 
 LEADERBOARD = "leaderboard.json"
 RESULTS = "eval_results_*.json"

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from plait.adapters.adapter import CONFIG, WEIGHTS, Adapter, Target
 from plait.adapters.config import AdapterConfig
-from plait.adapters.header import TensorInfo
 from plait.adapters.layouts import Layout
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import PREFIX
-from plait.adapters.tensorfile import SafetensorsFile
-from plait.adapters.tensorwriter import write_tensors
+from plait.tensorfiles.header import TensorInfo
+from plait.tensorfiles.reader import SafetensorsFile
+from plait.tensorfiles.writer import write_tensors
 
 Shape = tuple[int, int]
 MOMENTS = "moments.safetensors"  # beside an adapter's own files

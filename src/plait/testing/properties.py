@@ -21,8 +21,8 @@ from plait.adapters.adapter import CONFIG, WEIGHTS
 from plait.adapters.lowrank import LowRank
 from plait.linalg import blocks
 from plait.merging.pipeline import run_recipe
-from plait.merging.record import LOCK
 from plait.methods import METHODS, Preset
+from plait.results.lock import LOCK
 from plait.stages.base import StageParams
 from plait.testing.cases import ORDINARY, SMALL, degenerate, extreme, nearly_equal, ordinary, ranked
 from plait.testing.claims import Broken, case, close, identical, not_all_zero, require, sound

@@ -19,10 +19,10 @@ from plait.merging.engine import Engine
 from plait.merging.inventory import Inventory
 from plait.merging.moments import from_function
 from plait.merging.plan import MergePlan, make_plan
-from plait.merging.progress import Silent
 from plait.methods import METHODS, Method
 from plait.recipes.schema import AdapterEntry, Recipe
 from plait.records import Record
+from plait.results.progress import Silent
 from plait.stages.pipeline import Pipeline
 from plait.testing.cohorts import MOMENTS, Cohort
 

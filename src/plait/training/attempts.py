@@ -11,8 +11,9 @@ from typing import Protocol
 
 from plait.errors import PlaitError
 from plait.libraries.transformers import quiet
-from plait.training.job import TrainingJob, TrainingRecord, run_job
+from plait.training.job import TrainingJob, TrainingRecord
 from plait.training.phases import PlannedPhase
+from plait.training.running import run_job
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-import plait
 from plait.errors import OutputError, RecipeError
-from plait.evaluation.files import write_atomically
 from plait.extras import require
-from plait.locking import locked
-from plait.merging.progress import Progress, Silent
 from plait.parsing import read_text
+from plait.results.locking import locked
+from plait.results.progress import Progress, Silent
+from plait.results.writing import write_json_whole
 from plait.training.attempts import Outcome, Watcher, in_turn
 from plait.training.estimate import estimate
 from plait.training.finishing import Judging, finish
@@ -38,6 +37,7 @@ from plait.training.opening import OpenPhase, look, open_phases, set_aside
 from plait.training.phases import PHASES, PlannedPhase, TrainingPlan
 from plait.training.results import RESULT, PhaseResult, TrainResult
 from plait.training.side_by_side import side_by_side
+from plait.version import __version__
 
 _IN_USE = ".in-use"
 _PATIENCE = 10.0  # seconds that the processes of a killed run get to notice it
@@ -113,7 +113,7 @@ def train_cohort(
         _check_space(plan.out, missing, places)
         outcomes = {o.name: o for o in _run([p.phase for p in missing], places, watcher, lock)}
         result = TrainResult(
-            plait=plait.__version__,
+            plait=__version__,
             source=plan.source,
             out=str(plan.out),
             base_model=plan.base,
@@ -233,5 +233,5 @@ def _as_before(result: TrainResult, before: TrainResult | None) -> TrainResult:
 
 def _write(out: Path, result: TrainResult, started: float) -> TrainResult:
     timed = result.model_copy(update={"seconds": round(time.perf_counter() - started, 3)})
-    write_atomically(out / RESULT, timed.model_dump(mode="json", exclude={"evaluation"}))
+    write_json_whole(out / RESULT, timed.model_dump(mode="json", exclude={"evaluation"}))
     return timed

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plait.checkpoints.digests import weight_files
 from plait.errors import PlanError
 from plait.extras import optional
 from plait.hub.pretrained import load_config, refusing
 from plait.libraries.transformers import quiet
 from plait.libraries.trl import trusts_code
-from plait.merging.record import weight_files
+from plait.results.disk import free_space
 from plait.training.causal import lora_config
 from plait.training.job import OpenJob
 
@@ -75,10 +75,9 @@ def estimate(opened: OpenJob, config: Any, out: Path, *, examples: int, merged: 
     weights = sum(p.stat().st_size for p in weight_files(opened.base.folder))
     result = 2 * trainable * _FLOAT32 if opened.job.lora is not None else trainable * _FLOAT32
     state = trainable * _FLOAT32 * (1 if config.save_only_model else 1 + _MOMENTS)
-    above = next(p for p in (out, *out.absolute().parents) if p.exists())
     passing = checkpoints * state
     needed = passing + result + (weights if merged else 0)
-    return Estimate(parameters, trainable, steps, checkpoints, needed, passing, shutil.disk_usage(above).free)
+    return Estimate(parameters, trainable, steps, checkpoints, needed, passing, free_space(out)[1])
 
 
 def _checkpoints(config: Any, steps: int) -> int:

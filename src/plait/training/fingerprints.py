@@ -6,8 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
+from plait.checkpoints.digests import weight_digests
 from plait.evaluation.scores import model_digest
-from plait.merging.record import weight_digests
 
 _Stamps: TypeAlias = tuple[tuple[str, int, int, int], ...]
 

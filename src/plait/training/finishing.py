@@ -9,23 +9,22 @@ from pathlib import Path
 from plait.errors import OutputError
 from plait.evaluation.card import put_results
 from plait.evaluation.contenders import merge_key
-from plait.evaluation.files import write_atomically
 from plait.evaluation.pipeline import Options, recipe_evaluator
 from plait.evaluation.record import Evaluation
 from plait.evaluation.request import recipe_name
 from plait.evaluation.workspace import write_evaluation
 from plait.merging.inventory import take_inventory
 from plait.merging.pipeline import run_recipe
-from plait.merging.progress import Progress
-from plait.merging.staging import write_whole
 from plait.parsing import read_text
 from plait.recipes.writing import to_yaml
 from plait.reports.losses import CURVES, LossCurve, LossCurves
 from plait.reports.pipeline import make_report
+from plait.results.checks import is_whole
+from plait.results.progress import Progress
+from plait.results.writing import write_json_whole, write_whole
 from plait.training.job import TrainingRecord
 from plait.training.phases import TrainingPlan
 from plait.training.results import TrainResult
-from plait.verification.lock import is_whole
 
 RECIPE, MERGED, EVALUATION, REPORT = "recipe.yaml", "merged", "evaluation", "report.html"
 
@@ -94,7 +93,7 @@ def _write_curves(out: Path, records: Mapping[str, TrainingRecord]) -> None:
         LossCurve(name=name, steps=r.steps, tokens=r.tokens, seconds=r.seconds, points=r.losses, held_out=r.eval_losses)
         for name, r in records.items()
     )
-    write_atomically(out / CURVES, LossCurves(curves=curves).model_dump(mode="json"))
+    write_json_whole(out / CURVES, LossCurves(curves=curves).model_dump(mode="json"))
 
 
 def _write_recipe(plan: TrainingPlan) -> None:

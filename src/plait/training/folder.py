@@ -11,14 +11,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from plait.errors import OutputError, RecipeError
-from plait.evaluation.files import write_atomically
 from plait.extras import optional
 from plait.folders import entries, file_in
-from plait.locking import in_use, locked
-from plait.merging.staging import output_problem
 from plait.parsing import read_object, read_text, shown
+from plait.results.checks import check_files
+from plait.results.lock import read_lock
+from plait.results.locking import in_use, locked
+from plait.results.staging import output_problem
+from plait.results.writing import write_json_whole
 from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, TrainingRecord
-from plait.verification.lock import check_files, read_lock
 
 RECORD = "training.json"
 MERGED_MODEL = "merged_model"
@@ -60,7 +61,7 @@ class JobFolder:
 
     def finish(self, record: TrainingRecord) -> None:
         """Write the record; from then on the run is done."""
-        write_atomically(self.path / RECORD, record.model_dump(mode="json"))
+        write_json_whole(self.path / RECORD, record.model_dump(mode="json"))
 
 
 @contextmanager
@@ -86,7 +87,7 @@ def open_folder(out: Path, opened: OpenJob, *, force: bool) -> Iterator[JobFolde
         try:
             if _differences(out, opened):
                 _clear(out)
-            write_atomically(out / _JOB, {"parts": opened.parts, "job": opened.job.model_dump(mode="json")})
+            write_json_whole(out / _JOB, {"parts": opened.parts, "job": opened.job.model_dump(mode="json")})
             _meet()
             yield JobFolder(out, opened)
         finally:

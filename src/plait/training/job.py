@@ -13,9 +13,8 @@ from pydantic import Field, model_validator
 
 from plait.errors import PlaitError, TaskError, collect
 from plait.hub.download import COMPANION_FILES, Located, resolve_model
-from plait.merging.progress import Progress
-from plait.merging.record import sha256
 from plait.records import Record
+from plait.results.digests import sha256
 from plait.training.data import LoadedData, hold_out, load_data
 from plait.training.data import TrainingData as TrainingData
 from plait.training.encoding import LongExamples
@@ -244,23 +243,6 @@ class TrainingRecord(Record):
     notes: tuple[str, ...]
     versions: dict[str, str]
     finished: str
-
-
-def run_job(job: TrainingJob, out: Path, *, force: bool = False, progress: Progress | None = None) -> TrainingRecord:
-    """Train, go on where a killed run of the same job stopped, or return the record of a finished one.
-
-    Args:
-        job: what to do.
-        out: its folder: checkpoints, `adapter/` (`final_model/` without LoRA), `training.json`.
-        force: give up what another job left there.
-        progress: who listens, instead of the trainer's own bar and lines; it is told of optimiser steps.
-
-    Raises:
-        PlaitError: anything wrong with what the user gave.
-    """
-    from plait.training.running import train
-
-    return train(open_job(job), out, force=force, progress=progress)
 
 
 def _collected(*steps: Callable[[], Any]) -> list[Any]:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from plait.errors import OutputError, collect
-from plait.merging.staging import output_problem
 from plait.parsing import read_object
 from plait.reports.losses import CURVES
 from plait.reports.pipeline import page_problem
+from plait.results.staging import output_problem
 from plait.training.finishing import EVALUATION, MERGED, RECIPE, REPORT
 from plait.training.phases import LOGS, PHASES
 from plait.training.results import RESULT

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import plait
 from plait.errors import OutputError, PlanError
 from plait.extras import optional
 from plait.libraries.transformers import load_best_model
-from plait.merging.progress import Progress
-from plait.merging.staging import publish
+from plait.results.disk import DISK_FULL
+from plait.results.progress import Progress
+from plait.results.staging import publish
+from plait.results.versions import library_versions
 from plait.training.folder import (
     JobFolder,
     checkpoint_step,
@@ -26,14 +25,30 @@ from plait.training.folder import (
     open_folder,
     result_problem,
 )
-from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, Prepared, TrainingRecord
+from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, Prepared, TrainingJob, TrainingRecord, open_job
 from plait.training.sealing import seal
+from plait.version import __version__
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 _SAVING = ".saving"
+
+
+def run_job(job: TrainingJob, out: Path, *, force: bool = False, progress: Progress | None = None) -> TrainingRecord:
+    """Train, go on where a killed run of the same job stopped, or return the record of a finished one.
+
+    Args:
+        job: what to do.
+        out: its folder: checkpoints, `adapter/` (`final_model/` without LoRA), `training.json`.
+        force: give up what another job left there.
+        progress: who listens, instead of the trainer's own bar and lines; it is told of optimiser steps.
+
+    Raises:
+        PlaitError: anything wrong with what the user gave.
+    """
+    return train(open_job(job), out, force=force, progress=progress)
 
 
 def train(
@@ -44,7 +59,7 @@ def train(
     progress: Progress | None = None,
     make: Callable[[OpenJob, Path], Prepared] | None = None,
 ) -> TrainingRecord:
-    """Train in a folder, or go on there, or return the record of what is finished there; see `job.run_job`.
+    """Train in a folder, or go on there, or return the record of what is finished there; see `run_job`.
 
     Args:
         opened: the job.
@@ -87,7 +102,7 @@ def _run(opened: OpenJob, folder: JobFolder, prepared: Prepared, progress: Progr
     name = FINAL_MODEL if job.lora is None else ADAPTER
     history = trainer.state.log_history
     record = TrainingRecord(
-        plait=plait.__version__,
+        plait=__version__,
         digest=opened.digest,
         job=job,
         folder=name,
@@ -102,7 +117,7 @@ def _run(opened: OpenJob, folder: JobFolder, prepared: Prepared, progress: Progr
         seconds=seconds,
         resumed_from=resumed,
         notes=prepared.notes,
-        versions=_versions(),
+        versions=library_versions(*_LIBRARIES),
         finished=datetime.now().astimezone().isoformat(timespec="seconds"),
     )
     _save(trainer, opened, folder, record)
@@ -144,7 +159,7 @@ def _explained(out: Path) -> Iterator[None]:
             "gradient_accumulation_steps, or a smaller max_length; these are other settings, so that training begins anew."
         ) from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         raise OutputError(f"{out} cannot be written: {error.strerror}. Free some space. {_what_goes_on(out)}") from error
     except Exception:
@@ -203,13 +218,3 @@ def _listen(trainer: Trainer, progress: Progress) -> None:
     for shown in (transformers.ProgressCallback, transformers.PrinterCallback):
         trainer.remove_callback(shown)
     trainer.add_callback(Steps())
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

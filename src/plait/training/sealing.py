@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from plait.adapters.adapter import CONFIG
-from plait.merging import record as records
 from plait.merging.card import base_name, load_with_peft
-from plait.merging.public import place_name
-from plait.merging.quoting import prose
-from plait.merging.record import Lock
+from plait.results.lock import LOCK, Lock, locked_input, new_lock, output_digests
+from plait.results.public import place_name
+from plait.results.quoting import prose
+from plait.results.records import write_json
 from plait.training.fingerprints import base_files
 from plait.training.formats import PlainText
 from plait.training.job import OpenJob, TrainingRecord
@@ -42,7 +41,7 @@ def seal(folder: Path, opened: OpenJob, record: TrainingRecord, *, home: Path) -
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)
-    records.write_json(folder / records.LOCK, _lock(folder, opened, record, home))
+    write_json(folder / LOCK, _lock(folder, opened, record, home))
 
 
 def _settle(config: Path, base_name: str | None) -> None:
@@ -50,24 +49,20 @@ def _settle(config: Path, base_name: str | None) -> None:
     data = json.loads(config.read_text(encoding="utf-8"))
     sets = {key: sorted(value) for key, value in data.items() if key in _SETS and isinstance(value, list)}
     named = {} if base_name is None else {"base_model_name_or_path": base_name}
-    records.write_json(config, {**data, **sets, **named})
+    write_json(config, {**data, **sets, **named})
 
 
 def _lock(folder: Path, opened: OpenJob, record: TrainingRecord, home: Path) -> Lock:
     """Make the lock. A Hub model is known by its commit; a local one by its files."""
     files = {} if opened.base.repo else base_files(opened.base.folder)
-    return Lock(
-        version=records.LOCK_VERSION,
-        plait=record.plait,
-        python=platform.python_version(),
-        libraries=record.versions,
-        machine=platform.machine(),
+    return new_lock(
+        "train",
         recipe=record.job.model_dump(mode="json"),
         inputs={},
-        outputs=records.output_digests(folder),
-        kind="train",
+        outputs=output_digests(folder),
         options={"digest": record.digest},
-        base=records.locked_input(opened.base, files, home),
+        base=locked_input(opened.base, files, home),
+        versions=(record.plait, record.versions),
     )
 
 

@@ -13,15 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from plait.baking.checkpoint import BaseCheckpoint
 from plait.baking.pipeline import run_bake
+from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import OutputError, PlaitError, RecipeError, collect
 from plait.extras import optional
-from plait.merging.progress import Progress
-from plait.merging.record import sha256
-from plait.merging.staging import output_problem, staged
 from plait.recipes.request import read_request
 from plait.records import Shown
+from plait.results.checks import is_whole
+from plait.results.digests import sha256
+from plait.results.lock import read_lock
+from plait.results.progress import Progress
+from plait.results.staging import output_problem, staged
 from plait.training import causal
 from plait.training.arguments import Flags, job_of
 from plait.training.checks import contradictions, push_problem, token
@@ -40,7 +42,6 @@ from plait.training.formats import PlainText
 from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, Prepared, TrainingRecord, open_job
 from plait.training.running import train
 from plait.training.settings import trainer_settings
-from plait.verification.lock import is_whole, read_lock
 from plait.verification.publish import push_result
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import yaml
 
+from plait.inspection.compatibility import max_lora_rank
 from plait.merging.card import front_matter, loading, public_recipe, source_row
-from plait.merging.compatibility import max_lora_rank
 from plait.merging.inventory import Inventory
-from plait.merging.record import recipe_json
+from plait.recipes.writing import recipe_json
 from plait.tuning.record import TuneRecord
 
 

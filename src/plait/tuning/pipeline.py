@@ -8,27 +8,31 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-import plait
 from plait.adapters.lowrank import LowRank
 from plait.calibration.texts import Texts, read_texts, shown
+from plait.checkpoints.digests import weight_files
 from plait.errors import OutputError, PlanError, TaskError, collect
 from plait.evaluation.live import Live
 from plait.extras import require
 from plait.hub.download import Located, resolve_model
-from plait.merging import record as records
 from plait.merging.adapter_folder import write_adapter
 from plait.merging.emit import Emitted
 from plait.merging.engine import MergedModule
 from plait.merging.heads import main_heads, write_heads
 from plait.merging.inventory import Inventory, take_inventory
-from plait.merging.pipeline import check_not_an_input, default_workers
+from plait.merging.pipeline import default_workers, input_folders
 from plait.merging.portable import PortableAdapter
-from plait.merging.progress import Progress, Silent
-from plait.merging.staging import output_problem, staged
+from plait.merging.record import input_digests, make_lock, sources
 from plait.mixture import Mixture
 from plait.mixture.factors import LearntFactors
 from plait.recipes.schema import Recipe
 from plait.recipes.tuning import TuneSpec
+from plait.results.digests import sha256
+from plait.results.disk import check_not_an_input
+from plait.results.lock import LOCK, locked_input
+from plait.results.progress import Progress, Silent
+from plait.results.records import write_json
+from plait.results.staging import output_problem, staged
 from plait.tasks.loading import load_tasks, placed
 from plait.tasks.schema import Task
 from plait.tuning.card import tune_card
@@ -37,6 +41,7 @@ from plait.tuning.record import TUNING, Control, SeenTexts, TuneRecord
 from plait.tuning.span import distance, outside
 from plait.tuning.start import closed_form, planned
 from plait.tuning.teaching import Lesson, lesson_of, passages_of
+from plait.version import __version__
 
 _SHOWN = 3
 _HELD_MOST = 24  # texts of a task that are held out, at most
@@ -117,7 +122,7 @@ def run_tune(
     if problem := output_problem(out, force=force):
         raise OutputError(problem)
     inventory = take_inventory(recipe, folder)
-    check_not_an_input(inventory, out)
+    check_not_an_input(out, input_folders(inventory), command="tuning")
     planned(inventory)
     rank = _rank(inventory)
     texts, owners = _texts(recipe, folder, inventory)
@@ -145,11 +150,11 @@ def run_tune(
     kept = min(looks, key=lambda h: (h.share, h.step))
     with staged(out, force=force) as place:
         written, digest_of = _write(inventory, _merged(merged, deltas), place)
-        digests = records.input_digests(inventory)
+        digests = input_digests(inventory)
         record = TuneRecord(
-            plait=plait.__version__,
+            plait=__version__,
             recipe=recipe.model_dump(mode="json", by_alias=True),
-            sources=records.sources(inventory, [digests[a.file.path] for a in inventory.adapters]),
+            sources=sources(inventory, [digests[a.file.path] for a in inventory.adapters]),
             texts=_seen(texts, owners, taught),
             scale=scale,
             scales=tuple(scales),
@@ -166,11 +171,11 @@ def run_tune(
             finished=datetime.now().astimezone().isoformat(timespec="seconds"),
         )
         (place / "README.md").write_text(tune_card(inventory, record, place), encoding="utf-8")
-        records.write_json(place / TUNING, record)
-        lock = records.make_lock(inventory, digests, place, plait.__version__, kind="tune", known=digest_of)
-        base_files = {p.name: records.sha256(p) for p in records.weight_files(base.folder)}
-        locked_base = records.locked_input(base, base_files, out)
-        records.write_json(place / records.LOCK, lock.model_copy(update={"base": locked_base}))
+        write_json(place / TUNING, record)
+        lock = make_lock(inventory, digests, place, kind="tune", known=digest_of)
+        base_files = {p.name: sha256(p) for p in weight_files(base.folder)}
+        locked_base = locked_input(base, base_files, out)
+        write_json(place / LOCK, lock.model_copy(update={"base": locked_base}))
     return TuneResult(out, record)
 
 

@@ -13,9 +13,9 @@ from plait.merging.engine import Engine, MergedModule
 from plait.merging.inventory import Inventory
 from plait.merging.moments import from_function
 from plait.merging.plan import MergePlan, make_plan
-from plait.merging.progress import Progress
 from plait.methods import METHODS
 from plait.mixture import Mixture
+from plait.results.progress import Progress
 from plait.tuning.teaching import Lesson
 
 _MOST_TEXTS = 64  # of a task, that second moments are taken on; more change little

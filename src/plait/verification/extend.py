@@ -15,15 +15,15 @@ from plait.errors import AdapterError, PlanError, RecipeError
 from plait.hub.references import parse_reference
 from plait.merging.combine import pipeline_of
 from plait.merging.inventory import open_adapters
-from plait.merging.record import RECORD, Lock, recipe_json, relative_path
 from plait.merging.weighting import module_weights, towers_of
 from plait.parsing import read_object
 from plait.recipes.loading import build_recipe
 from plait.recipes.request import Adapters, extend_request
 from plait.recipes.schema import Recipe
+from plait.recipes.writing import recipe_json
+from plait.results.lock import RECORD, Lock, read_lock, relative_path
 from plait.stages.base import LinearCombine
 from plait.verification.inputs import BASE, FoundInput, check_inputs
-from plait.verification.lock import read_lock
 from plait.verification.rebuild import located_recipe
 
 Coefficients = dict[str, list[float]]  # target module → one factor per adapter

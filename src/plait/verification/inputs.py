@@ -11,8 +11,9 @@ from typing import Literal
 from plait.errors import PlaitError, RecipeError, did_you_mean
 from plait.hub.download import resolve, resolve_model
 from plait.hub.references import parse_reference
-from plait.merging.record import Lock, LockedInput, sha256
 from plait.records import Record
+from plait.results.digests import sha256
+from plait.results.lock import Lock, LockedInput
 
 BASE = "base_model"  # what the base model of a merge or bake is called among the inputs
 _MODELS = ("extract",)  # kinds whose inputs are models, not adapters

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from plait.adapters.adapter import CONFIG, WEIGHTS
-from plait.adapters.base_files import architectures, read_config
 from plait.adapters.names import PREFIX
-from plait.adapters.tensorfile import SafetensorsFile
+from plait.checkpoints.layout import architectures, read_config
 from plait.errors import AdapterError, PlanError
 from plait.hub.pretrained import load_model, refusing
 from plait.libraries.peft import scalings
@@ -28,10 +27,11 @@ from plait.merging.engine import Engine
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.pipeline import default_workers, run_recipe
 from plait.merging.plan import make_plan
-from plait.merging.progress import Progress
-from plait.merging.record import Lock
 from plait.parsing import read_object
 from plait.recipes.schema import Heads, Output, Recipe
+from plait.results.lock import Lock
+from plait.results.progress import Progress
+from plait.tensorfiles.reader import SafetensorsFile
 from plait.verification.inputs import FoundInput
 from plait.verification.rebuild import located_recipe
 

@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 from plait.adapters.adapter import CONFIG
-from plait.adapters.tensorfile import SafetensorsFile
 from plait.baking.plan import usable_device
 from plait.errors import AdapterError, AddressError, RecipeError
 from plait.extras import require
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, resolve_model
 from plait.hub.pretrained import load_tokenizer, refusing
 from plait.libraries.transformers import quiet_loading
-from plait.merging.progress import Progress, Silent
-from plait.merging.record import Lock
-from plait.merging.staging import scratch
 from plait.parsing import parse_json, read_object, read_text
 from plait.records import Record
+from plait.results.lock import Lock, read_lock
+from plait.results.progress import Progress, Silent
+from plait.results.staging import scratch
+from plait.tensorfiles.reader import SafetensorsFile
 from plait.verification.inputs import BASE, FoundInput, check_inputs
-from plait.verification.lock import read_lock
 from plait.verification.logits import Parity, compare_logits, pool
 
 ROUNDING = "rounding alone"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from plait.errors import OutputError
 from plait.folders import open_in
-from plait.merging.public import public_file, public_text
-from plait.merging.record import LOCK, Lock, write_json
-from plait.merging.staging import scratch
-from plait.verification.lock import CARD
+from plait.results.lock import CARD, LOCK, Lock
+from plait.results.public import public_file, public_text
+from plait.results.records import write_json
+from plait.results.staging import scratch
 
 _LARGEST = 64 << 20  # bytes of a JSON file that is looked through
 

@@ -11,13 +11,13 @@ from plait.errors import OutputError
 from plait.hub.client import explain
 from plait.hub.upload import check_push, push_folder
 from plait.libraries.huggingface_hub import bars
-from plait.merging.public import place_name
-from plait.merging.record import LOCK, Lock
-from plait.merging.staging import scratch
 from plait.parsing import read_object
 from plait.recipes.documents import read_front_matter
 from plait.records import Shown
-from plait.verification.lock import CARD, FileCheck, check_files, read_lock
+from plait.results.checks import FileCheck, check_files
+from plait.results.lock import CARD, LOCK, Lock, read_lock
+from plait.results.public import place_name
+from plait.results.staging import scratch
 from plait.verification.public import public_copy
 
 #: Weights of another result in the repository would be loaded instead of these, or beside them, as its configuration says.

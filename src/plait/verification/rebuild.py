@@ -8,23 +8,23 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-import plait
-from plait.adapters.tensorfile import SafetensorsFile
-from plait.baking.extract import run_extract
-from plait.baking.extract_request import make_request
-from plait.baking.gaps import tensor_gap
 from plait.baking.pipeline import run_bake
 from plait.baking.plan import BakeOptions
+from plait.checkpoints.distance import tensor_gap
 from plait.errors import PlaitError, RecipeError
+from plait.extraction.pipeline import run_extract
+from plait.extraction.request import make_request
 from plait.folders import entries, file_in
 from plait.merging.pipeline import run_recipe
-from plait.merging.progress import Progress
-from plait.merging.record import Lock, sha256
 from plait.recipes.schema import Recipe
 from plait.records import Record
+from plait.results.digests import sha256
+from plait.results.lock import CARD, Lock
+from plait.results.progress import Progress
+from plait.tensorfiles.reader import SafetensorsFile
 from plait.verification.inputs import BASE, FoundInput
-from plait.verification.lock import CARD
 from plait.verification.public import public_digest
+from plait.version import __version__
 
 
 class RebuiltFile(Record):
@@ -85,9 +85,7 @@ def located_recipe(lock: Lock, inputs: Mapping[str, FoundInput]) -> Recipe:
         return Recipe.model_validate(lock.recipe | {"adapters": adapters})
     except (ValidationError, KeyError, TypeError) as error:
         said = str(error).splitlines()[0]
-        raise RecipeError(
-            f"plait.lock: its recipe is of plait {lock.plait}, and this is {plait.__version__}: {said}."
-        ) from None
+        raise RecipeError(f"plait.lock: its recipe is of plait {lock.plait}, and this is {__version__}: {said}.") from None
 
 
 def compare(folder: Path, rebuilt: Path, lock: Lock) -> tuple[RebuiltFile, ...]:

@@ -6,16 +6,17 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-import plait
 from plait.errors import PlaitError
-from plait.merging.progress import Progress, Silent
-from plait.merging.record import Lock, library_versions
-from plait.merging.staging import scratch
 from plait.records import Record
+from plait.results.checks import FileCheck, check_files
+from plait.results.lock import Lock, read_lock
+from plait.results.progress import Progress, Silent
+from plait.results.staging import scratch
+from plait.results.versions import library_versions
 from plait.verification.inputs import InputCheck, check_inputs
-from plait.verification.lock import FileCheck, check_files, read_lock
 from plait.verification.parity import ParityReport
 from plait.verification.rebuild import RebuiltFile, compare, rebuild
+from plait.version import __version__
 
 
 class Verification(Record):
@@ -113,5 +114,5 @@ def _obstacle(checks: tuple[InputCheck, ...]) -> str | None:
 def _versions(lock: Lock) -> dict[str, tuple[str, str]]:
     """Return what differs here of everything that may change how numbers are rounded."""
     then = {"plait": lock.plait, **lock.libraries, "machine": lock.machine}
-    now = {"plait": plait.__version__, **library_versions(), "machine": platform.machine()}
+    now = {"plait": __version__, **library_versions(), "machine": platform.machine()}
     return {name: (then[name], now[name]) for name in then if name in now and then[name] != now[name]}

@@ -1,0 +1,217 @@
+"""What only the model's code knows: how parameters are called in a checkpoint, which are tied, which are transposed.
+
+transformers builds the model without weights, and its own conversion mapping says which checkpoint tensors a parameter is made
+of: since version 5 experts are fused, and some models are renamed, on loading. Asked only where names alone do not tell.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from plait.checkpoints.layout import architectures, read_config
+from plait.extras import missing, optional
+from plait.hub.pretrained import load_config
+from plait.libraries.transformers import (
+    Conversion,
+    checkpoint_conversion,
+    holds_transposed,
+    is_conv1d,
+    steps_of,
+    tied_parameters,
+)
+
+_HEADS = {
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+}
+HEADED_TASKS = frozenset(_HEADS)  # PEFT's names of the tasks whose head a model has or not
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which piece of a model's parameter one checkpoint tensor holds.
+
+    Attributes:
+        tensor: name in the checkpoint.
+        expert: which matrix of a stack; None for the whole parameter, or for rows of a single matrix.
+        start: its first row in the parameter's matrix.
+        row: where that row lies in the tensor.
+        rows: how many; None for all that the tensor has.
+    """
+
+    tensor: str
+    expert: int | None = None
+    start: int = 0
+    row: int = 0
+    rows: int | None = None
+
+
+class Layer(NamedTuple):
+    """What PEFT takes a module for."""
+
+    kind: Literal["linear", "conv1d", "embedding", "conv"]
+    groups: int = 1  # of a convolution
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model without weights.
+
+    Attributes:
+        parts: parameter → the checkpoint tensors that it is made of.
+        unknown: parameter → the conversion that plait has no form for.
+        tied: parameter → the parameter that it shares its values with.
+        transposed: owners of parameters that are stored as (d_in, d_out).
+        layers: modules that PEFT can put a LoRA beside, which then is a delta of their weight.
+        renamed: what loading makes of a name that older versions of the code gave, `language_model.model.layers…` for one.
+    """
+
+    parts: Mapping[str, tuple[Part, ...]] = field(repr=False)
+    unknown: Mapping[str, str]
+    tied: Mapping[str, str]
+    transposed: frozenset[str]
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+    renamed: Callable[[str], str] = field(default=str, repr=False)
+
+    @staticmethod
+    def of(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
+        """Build the model of a folder's `config.json`.
+
+        Args:
+            folder: of the base model.
+            shapes: checkpoint tensor → shape.
+
+        Raises:
+            ArchitectureUnknown: transformers is not installed, or has no class for it.
+        """
+        model = _empty_model(folder)
+        conversion = checkpoint_conversion(model)
+        parts, unknown = _parts(model, conversion, shapes)
+        transposed = {name for name, m in model.named_modules() if is_conv1d(m) or holds_transposed(m)}
+        tied, layers, renamed = tied_parameters(model), dict(_layers(model)), str if conversion is None else conversion.renamed
+        return Architecture(parts, unknown, tied, frozenset(transposed), layers, renamed)
+
+
+class ArchitectureUnknown(Exception):
+    """The model cannot be built; the text says why, as the end of a sentence."""
+
+
+def head_class(model_type: str, task_type: str) -> str | None:
+    """Return the name of transformers' class for a model with a task's head; None where it has none.
+
+    Raises:
+        MissingPackageError: transformers is not installed.
+    """
+    table = _HEADS.get(task_type)
+    if table is None:
+        return None
+    known = optional("transformers.models.auto.modeling_auto", "eval", f"a model with a head ({task_type})")
+    name = getattr(known, table, {}).get(model_type)
+    return name if isinstance(name, str) else None
+
+
+def _empty_model(folder: Path) -> Any:
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        raise ArchitectureUnknown(missing("reading the model's code", {"eval": ["transformers"]})) from None
+    try:
+        names = architectures(read_config(folder))
+        model_class = next(getattr(transformers, n) for n in names if hasattr(transformers, n))
+        config = load_config(folder)
+        with torch.device("meta"):
+            return model_class(config)
+    except StopIteration:
+        raise ArchitectureUnknown(f"transformers has no class for its architectures {names}") from None
+    except Exception as error:  # whatever a model's code raises
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArchitectureUnknown(f"transformers cannot build it ({text})") from None
+
+
+def _layers(model: Any) -> Iterator[tuple[str, Layer]]:
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if is_conv1d(module):
+            yield name, Layer("conv1d")
+        elif isinstance(module, nn.Embedding):
+            yield name, Layer("embedding")
+        elif isinstance(module, nn.Linear):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if not isinstance(owner, nn.MultiheadAttention):  # which reads the weight itself, past any adapter
+                yield name, Layer("linear")
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and _is_plain(module):
+            yield name, Layer("conv", module.groups)
+
+
+def _is_plain(convolution: Any) -> bool:
+    """Say whether PEFT convolves alike beside it: without dilation, with zeros around."""
+    return set(convolution.dilation) == {1} and convolution.padding_mode == "zeros"
+
+
+def _parts(
+    model: Any, conversion: Conversion | None, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[Part, ...]], dict[str, str]]:
+    """Ask transformers where every checkpoint tensor goes, as its own loading does."""
+    parameters = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    if conversion is None:
+        return {name: (Part(name),) for name in parameters if name in shapes}, {}
+    parts: dict[str, tuple[Part, ...]] = {}
+    gathered: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for tensor in sorted(shapes, key=conversion.order):
+        name, pattern = conversion.rename(tensor)
+        if name not in parameters and tensor in parameters:
+            name, pattern = tensor, None
+        if pattern is not None and name in parameters:
+            gathered[name][pattern].append(tensor)
+        elif name in parameters:
+            parts[name] = (Part(tensor),)
+    unknown = {}
+    for name, sources in gathered.items():
+        converter = conversion.by_pattern[next(iter(sources))]
+        try:
+            parts |= _converted(name, converter, sources, shapes)
+        except _NoForm:
+            unknown[name] = " + ".join(step for step, _ in steps_of(converter))
+    return parts, unknown
+
+
+class _NoForm(Exception):
+    pass
+
+
+def _converted(
+    name: str, converter: Any, sources: Mapping[str, list[str]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[Part, ...]]:
+    """Return the parts of the parameters behind one converter: a list of experts stacked, matrices put together or apart."""
+    steps = steps_of(converter)
+    ordered = [sources[p] for p in converter.source_patterns if p in sources]
+    if steps == [("MergeModulelist", 0)] and len(ordered) == 1:
+        return {name: tuple(Part(t, expert=i) for i, t in enumerate(ordered[0]))}
+    if steps == [("MergeModulelist", 0), ("Concatenate", 1)]:
+        return {name: tuple(Part(t, expert=i, start=s) for group, s in _stacked(ordered, shapes) for i, t in enumerate(group))}
+    if steps == [("Concatenate", 0)] and all(len(group) == 1 for group in ordered):
+        return {name: tuple(Part(group[0], start=s) for group, s in _stacked(ordered, shapes))}
+    if steps == [("Chunk", 0)] and len(ordered) == 1 and len(ordered[0]) == 1:
+        tensor, targets = ordered[0][0], converter.target_patterns
+        rows, rest = divmod(shapes[tensor][0], len(targets))
+        ends = [t.replace("\\", "") for t in targets]
+        if rest or ends[0] not in name:
+            raise _NoForm
+        return {name.replace(ends[0], e): (Part(tensor, row=k * rows, rows=rows),) for k, e in enumerate(ends)}
+    raise _NoForm
+
+
+def _stacked(groups: Iterable[list[str]], shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[list[str], int]]:
+    """Return groups of tensors with the row at which each begins when they are put below each other."""
+    found, start = [], 0
+    for group in groups:
+        found.append((group, start))
+        start += shapes[group[0]][0]
+    return found

@@ -1,0 +1,131 @@
+"""Bytes of tensors in files: blocks of rows in and out, and ranges copied by the kernel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from plait.errors import AdapterError
+from plait.notices import announce
+from plait.results.disk import DISK_FAULTS
+from plait.tensorfiles.pickled import PickleFile
+from plait.tensorfiles.reader import DTYPES, TensorFile
+
+SHORT = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_THROUGH_HERE = "unchanged tensors are copied the slower way, through this process"
+TORCH_DTYPES = {name: getattr(torch, said) for name, said in DTYPES.items()}
+_CHUNK = 1 << 25  # bytes handed to the kernel at a time: progress stays alive, a kill waits for no more
+_BUFFER = 1 << 20
+BLOCK_ELEMENTS = 1 << 20  # rows per block × columns: few calls per tensor, a few MB of memory
+
+
+class SourceError(Exception):
+    """Bytes to be copied cannot be had; the text says why, as the end of a sentence."""
+
+
+def block_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Yield the row ranges in which a tensor is made; a function of the shape alone, so that its bytes are too."""
+    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def is_in_order(file: TensorFile, name: str) -> bool:
+    """Say whether a tensor's values lie behind each other in its file, so that its bytes can be copied."""
+    return not isinstance(file, PickleFile) or file.is_in_order(name)
+
+
+def read_at(file: TensorFile, name: str, first: int, count: int) -> Tensor:
+    """Return `count` values of a tensor from the value `first` on, flat.
+
+    Raises:
+        AdapterError: the file ends early or cannot be read.
+    """
+    if not is_in_order(file, name):
+        return file.read(name).reshape(-1)[first : first + count]
+    info = file.tensors[name]
+    dtype = TORCH_DTYPES[info.dtype]
+    return read_bytes(file.path, name, info.start + first * dtype.itemsize, count * dtype.itemsize).view(dtype)
+
+
+def read_bytes(path: Path, name: str, position: int, count: int) -> Tensor:
+    """Return bytes of a file, uint8.
+
+    Args:
+        path: of the file.
+        name: of the tensor there, for people.
+        position: of the first byte.
+        count: of bytes.
+
+    Raises:
+        AdapterError: the file ends early or cannot be read.
+    """
+    data = torch.empty(count, dtype=torch.uint8)
+    view = memoryview(data.numpy().data)
+    try:
+        with path.open("rb", buffering=0) as stream:
+            stream.seek(position)
+            while view:
+                done = stream.readinto(view)
+                if not done:
+                    raise AdapterError(f"{path}: {name!r} ends early. Did the file change while it was read?")
+                view = view[done:]
+    except OSError as error:
+        raise AdapterError(f"{path}: {name!r} cannot be read ({error.strerror or error}). Fetch the file again.") from None
+    return data
+
+
+def write_at(handle: int, position: int, tensor: Tensor) -> None:
+    """Write a tensor's bytes at a place in an open file."""
+    if not tensor.numel():
+        return
+    view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    while view:
+        done = os.pwrite(handle, view, position)
+        view, position = view[done:], position + done
+
+
+def copy_range(source: int, start: int, target: int, position: int, count: int, advance: Callable[[int], None]) -> None:
+    """Copy bytes from one open file into another, without taking them into this process where the system can.
+
+    Args:
+        source: descriptor to read from.
+        start: place there.
+        target: descriptor to write to.
+        position: place there.
+        count: bytes.
+        advance: told of every chunk.
+
+    Raises:
+        SourceError: the source ends early or cannot be read.
+    """
+    kernel = hasattr(os, "copy_file_range")
+    if not kernel:
+        announce(f"{_THROUGH_HERE}: this system has no copy_file_range.", once=_THROUGH_HERE)
+    while count:
+        if kernel:
+            try:
+                done = os.copy_file_range(source, target, min(count, _CHUNK), start, position)
+            except OSError as error:  # other file systems, old kernels; a real fault comes again below
+                kernel = False
+                if error.errno not in DISK_FAULTS:
+                    announce(f"{_THROUGH_HERE}: copy_file_range fails ({error.strerror or error}).", once=_THROUGH_HERE)
+                continue
+        else:
+            data = _read(source, min(count, _BUFFER), start)
+            done = os.pwrite(target, data, position) if data else 0
+        if not done:
+            raise SourceError("ends early; did the file change while it was read?")
+        start, position, count = start + done, position + done, count - done
+        advance(done)
+
+
+def _read(source: int, count: int, start: int) -> bytes:
+    try:
+        return os.pread(source, count, start)
+    except OSError as error:
+        raise SourceError(f"cannot be read ({error.strerror or error})") from None

@@ -1,0 +1,101 @@
+"""The files of a base model: which hold its tensors, its index, and its configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plait.errors import AdapterError
+from plait.parsing import read_object, shown
+from plait.tensorfiles.pickled import PickleFile
+from plait.tensorfiles.reader import SafetensorsFile, TensorFile
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+# the input embedding, and the head that reads its values where a model ties the two
+INPUT_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|shared|embed_in|word_embeddings)\.weight")
+OUTPUT_HEAD = re.compile(r"(.*\.)?(lm_head|embed_out)\.weight")
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+_AGAIN = "Fetch the base model again."
+
+
+class WeightFiles(NamedTuple):
+    """Which files of a base model hold its tensors.
+
+    Attributes:
+        names: of the files, sorted.
+        listing: the index as it is; None for a single file.
+        home: tensor name → file, as the index says.
+    """
+
+    names: tuple[str, ...]
+    listing: Mapping[str, Any] | None
+    home: Mapping[str, str]
+
+
+def find_weights(folder: Path) -> WeightFiles | None:
+    """Return the files that hold a model's tensors, those of safetensors before `.bin`, as transformers chooses; None without.
+
+    Raises:
+        AdapterError: an index that is none.
+    """
+    for single, name in ((SINGLE, INDEX), (PICKLED, PICKLED_INDEX)):
+        if (folder / name).is_file():
+            index, home = read_index(folder / name)
+            return WeightFiles(tuple(sorted(set(home.values()))), index, home)
+        if (folder / single).is_file():
+            return WeightFiles((single,), None, {})
+    return None
+
+
+def open_weights(path: Path) -> TensorFile:
+    """Open a file with tensors of a base model; of a `.bin` nothing is run.
+
+    Raises:
+        AdapterError: it is damaged, or holds more than tensors.
+    """
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
+
+
+def read_index(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """Return an index as it is, and its map: tensor name → the file beside it that holds the tensor.
+
+    Raises:
+        AdapterError: it is no index, names no tensor, or a file that is not beside it.
+    """
+    index = read_object(path, AdapterError, advice=_AGAIN, constants=True)
+    found = index.get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise AdapterError(f"{path}: 'weight_map' must map names of tensors to names of files. {_AGAIN}")
+    if not found:
+        raise AdapterError(f"{path}: names no tensor. {_AGAIN}")
+    outside = next((name for name in found.values() if not _is_name(name)), None)
+    if outside is not None:
+        raise AdapterError(f"{path}: names {shown(outside)}, which is not a file beside it.")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise AdapterError(f"{path}: 'metadata' must be a mapping. {_AGAIN}")
+    return index, found
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """Return a base model's `config.json`; nothing where there is none.
+
+    Raises:
+        AdapterError: it is not a JSON object.
+    """
+    path = folder / CONFIG
+    return read_object(path, AdapterError, constants=True) if path.is_file() else {}
+
+
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of transformers' classes that a configuration gives; none where it gives no list of names."""
+    found = config.get("architectures")
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
+def _is_name(name: str) -> bool:
+    return Path(name).name == name and name not in ("", ".", "..")

@@ -1,0 +1,81 @@
+"""The base model's weights, read lazily: only what DoRA needs them for, one module at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from plait.adapters.layouts import Layout
+from plait.adapters.orientation import has_conv1d, is_transposed
+from plait.checkpoints.layout import INPUT_EMBEDDING, OUTPUT_HEAD, find_weights, open_weights, read_config
+from plait.errors import AdapterError
+
+
+class BaseWeights:
+    """The tensors of a base model.
+
+    Args:
+        folder: with `model.safetensors` or `pytorch_model.bin`, or shards and their index.
+
+    Raises:
+        AdapterError: no such files there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        found = find_weights(folder)
+        names = found.names if found else _other_safetensors(folder)
+        if not names:
+            raise AdapterError(f"{folder}: no weights of a base model here; DoRA needs them.")
+        self._files = [open_weights(folder / name) for name in names]
+        self._home = {tensor: file for file in self._files for tensor in file.tensors}
+        config = read_config(folder)
+        self._conv1d = has_conv1d(config, {n: f.tensors[n].shape for n, f in self._home.items()})
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        self._ties = all(part.get("tie_word_embeddings", True) for part in parts)
+
+    def matrix(self, module: str, layout: Layout, *, fan_in_fan_out: bool, dtype: torch.dtype) -> Tensor:
+        """Return a module's weight as (d_out, d_in), the orientation of B @ A.
+
+        Args:
+            module: path as the adapter names it.
+            layout: of its factors.
+            fan_in_fan_out: the adapter's flag for bases that store weights transposed (see `orientation`).
+            dtype: of the result.
+
+        Raises:
+            AdapterError: no such weight, or one of another shape.
+        """
+        name = self._name(module)
+        weight = self._home[name].read(name).to(dtype)
+        if layout.kind == "conv":
+            weight = weight.flatten(1)
+        elif layout.kind == "embedding" or is_transposed(
+            module, (layout.d_out, layout.d_in), stored=tuple(weight.shape), conv1d=self._conv1d, flag=fan_in_fan_out
+        ):
+            weight = weight.mT
+        if tuple(weight.shape) != (layout.d_out, layout.d_in):
+            raise AdapterError(
+                f"{self.folder}: {name!r} is {list(weight.shape)}, the adapter's module {module!r} needs "
+                f"{[layout.d_out, layout.d_in]}. Is this the base model that it was trained on?"
+            )
+        return weight
+
+    def _name(self, module: str) -> str:
+        wanted = f"{module}.weight"
+        # Checkpoints are saved with or without the task head's prefix ("model.", "transformer.").
+        found = [n for n in self._home if n == wanted] or [
+            n for n in self._home if n.endswith("." + wanted) or wanted.endswith("." + n)
+        ]
+        if not found and self._ties and OUTPUT_HEAD.fullmatch(wanted):
+            found = [n for n in self._home if INPUT_EMBEDDING.fullmatch(n)]
+        if len(found) != 1:
+            what = f"found {', '.join(map(repr, found))}" if found else f"it holds names such as {next(iter(self._home))!r}"
+            raise AdapterError(f"{self.folder}: no single weight for module {module!r}; {what}.")
+        return found[0]
+
+
+def _other_safetensors(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(p.name for p in folder.glob("*.safetensors") if p.name != "adapter_model.safetensors"))

@@ -1,0 +1,1 @@
+"""Base + full fine-tune → adapter."""

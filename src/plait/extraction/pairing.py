@@ -1,0 +1,471 @@
+"""A base model and its full fine-tune, aligned parameter by parameter from their headers. No tensor is read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from plait.adapters.layouts import Kind as LayoutKind
+from plait.adapters.layouts import Layout
+from plait.adapters.orientation import may_be_conv1d
+from plait.checkpoints.architecture import Architecture, ArchitectureUnknown, Layer, Part
+from plait.checkpoints.blocks import read_at
+from plait.checkpoints.checkpoint import FLOATS, BaseCheckpoint
+from plait.checkpoints.layout import INPUT_EMBEDDING, OUTPUT_HEAD
+from plait.errors import PlaitError, PlanError, collect
+from plait.linalg.blocks import RowBlocks
+from plait.tensorfiles.header import TensorInfo
+from plait.tensorfiles.reader import TensorFile
+
+Kind = Literal["linear", "conv1d", "conv", "experts", "parameter", "embedding", "expert", "bias", "head", "other"]
+
+_EMBEDDING = re.compile(r"(embed(_tokens|_positions|_in)?|.*_?embeddings?|wte|wpe|shared|relative_attention_bias)")
+_EXPERT = re.compile(r"\.experts\.(\d+\.|[^.]+$)")
+# Constants that some versions of transformers store and others compute.
+_CONSTANT = re.compile(r"(\.|^)(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids|token_type_ids)$")
+# Layers of these models whose weights are read past an adapter, by fused kernels or by the code; PEFT refuses most of them.
+_MAMBA_MODELS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+_MAMBA = ("conv1d", "dt_proj", "out_proj")
+# Names by which PEFT means the fused experts of a model, whatever other layers have them.
+_EXPERT_LAYERS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+# What PEFT adds to `modules_to_save` for a task, and then looks for in the file.
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one tensor in both checkpoints, seen as rows × columns.
+
+    Attributes:
+        base: file and name in the base model.
+        tuned: file and name in the fine-tune.
+        first: the first row.
+        count: how many.
+        columns: of each.
+    """
+
+    base: tuple[TensorFile, str]
+    tuned: tuple[TensorFile, str]
+    first: int
+    count: int
+    columns: int
+
+    def delta(self, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) of fine-tune − base, in float32; the difference is taken in float64 where one is."""
+        sides = (self.tuned, self.base)
+        is_double = "F64" in {file.tensors[name].dtype for file, name in sides}
+        at, size = (self.first + start) * self.columns, (stop - start) * self.columns
+        tuned, base = (read_at(*side, at, size).to(torch.float64 if is_double else torch.float32) for side in sides)
+        return (tuned - base).to(torch.float32).view(-1, self.columns)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One parameter of the model, in both checkpoints.
+
+    Attributes:
+        name: of it.
+        kind: what it can become: `linear`, `conv1d`, `conv`, `experts` and `parameter` (of a layer that PEFT adapts only so) a
+            LoRA, `embedding` one where asked for; `head` is kept whole, as PEFT does for its task; the rest cannot.
+        shape: of it.
+        matrices: of each matrix of its stack (experts, groups of a convolution), the rows that lie below each other; a tensor
+            of any other shape is one matrix.
+        is_transposed: the matrices are ΔWᵀ.
+        shares: the module whose embedding it shares the values of; None for a parameter of its own.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    matrices: tuple[tuple[Rows, ...], ...]
+    is_transposed: bool = False
+    shares: str | None = None
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether an adapter names the parameter (`target_parameters`), not the layer that it belongs to."""
+        return self.kind in ("experts", "parameter")
+
+    @property
+    def layer(self) -> str:
+        """Path of the layer that it belongs to."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def module(self) -> str:
+        """Path of the target: the layer, or the parameter."""
+        return self.name if self.is_parameter else self.layer
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether one tensor of the checkpoints holds it, and nothing else."""
+        rows = [part for parts in self.matrices for part in parts]
+        same = len({part.tuned[1] for part in rows}) == 1
+        return same and sum(part.count * part.columns for part in rows) == math.prod(self.info.shape)
+
+    @property
+    def is_outweighed(self) -> bool:
+        """Whether it is a grouped convolution and the smallest LoRA there, whose groups all read all channels, is as large."""
+        if self.kind != "conv" or len(self.matrices) == 1:
+            return False
+        return sum(math.prod(shape) for shape in self.layout.packed_shapes(1)) >= math.prod(self.shape)
+
+    @property
+    def tuned(self) -> tuple[TensorFile, str]:
+        """File and name in the fine-tune, of a parameter that is stored as it is."""
+        return self.matrices[0][0].tuned
+
+    @property
+    def info(self) -> TensorInfo:
+        """What the fine-tune's header says of it."""
+        file, name = self.tuned
+        return file.tensors[name]
+
+    @property
+    def layout(self) -> Layout:
+        """How factors of it are stored."""
+        rows, columns = self.matrix_shape
+        d_out, d_in = (columns, rows) if self.is_transposed else (rows, columns)
+        if self.kind == "conv":  # every group of a LoRA reads the channels of all
+            groups = len(self.matrices)
+            return Layout("conv", d_out, groups * d_in, groups, (groups * self.shape[1], *self.shape[2:]))
+        kinds: dict[Kind, LayoutKind] = {"experts": "experts", "parameter": "experts", "embedding": "embedding"}
+        return Layout(kinds.get(self.kind, "linear"), d_out, d_in, len(self.matrices))
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns of one matrix, as stored."""
+        return sum(part.count for part in self.matrices[0]), self.matrices[0][0].columns
+
+    def delta(self, number: int = 0) -> RowBlocks:
+        """Return fine-tune − base of one matrix, as stored, read by blocks of rows."""
+        return _stacked(self.matrices[number])
+
+
+def _stacked(parts: tuple[Rows, ...]) -> RowBlocks:
+    """Return the difference of rows that lie below each other."""
+
+    def block(start: int, stop: int) -> Tensor:
+        found, row = [], 0
+        for part in parts:
+            low, high = max(start, row), min(stop, row + part.count)
+            if low < high:
+                found.append(part.delta(low - row, high - row))
+            row += part.count
+        return torch.cat(found)
+
+    return RowBlocks((sum(p.count for p in parts), parts[0].columns), block, torch.float32)
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Two checkpoints, aligned.
+
+    Attributes:
+        base: the base model.
+        tuned: the fine-tune.
+        pairs: every parameter that both have, sorted by name; constants and integers are left out.
+        copies: parameters that share the values of one of these, and are not stored.
+        constants: what else both have: integers, and constants that are computed as well.
+        ties_head: whether the head may be the input embedding, and the model's code could not be asked.
+        task: PEFT's task type, as the base model's architecture says; None where it says nothing.
+        notes: what could not be known of the names.
+    """
+
+    base: BaseCheckpoint
+    tuned: BaseCheckpoint
+    pairs: tuple[Pair, ...]
+    copies: tuple[Pair, ...]
+    constants: tuple[Pair, ...]
+    ties_head: bool
+    task: str | None
+    notes: tuple[str, ...]
+
+
+def pair_checkpoints(base: str, tuned: str, folder: Path | None = None) -> Pairing:
+    """Open both models and align them.
+
+    Args:
+        base: reference of the base model.
+        tuned: reference of the fine-tune.
+        folder: what relative paths are relative to; the current folder when None.
+
+    Raises:
+        AddressError: a reference leads nowhere.
+        AdapterError: files that are no checkpoint.
+        PlanError: a quantised model, or two models that are no base and fine-tune of it, with everything that does not fit.
+    """
+    one, two = _open_both((base, tuned), folder)
+    names = _align(set(one.home), set(two.home))
+    _tie(names, one, two)
+    both = {name: (b, t) for name, (b, t) in names.items() if b is not None and t is not None}
+    problems = [
+        *_missing(base, tuned, names),
+        *_shapes(base, tuned, {n: (one.info(b).shape, two.info(t).shape) for n, (b, t) in both.items()}),
+    ]
+    collect(PlanError, problems, f"{tuned} is no full fine-tune of {base} that a LoRA can be taken from")
+    floats = {n: (b, t) for n, (b, t) in both.items() if not _CONSTANT.search(n) and one.info(b).dtype in FLOATS}
+    pairs, copies, notes = _Pairs(one, two, floats).made()
+    constants = _Pairs(one, two, {n: both[n] for n in both.keys() - floats.keys()}).as_stored()
+    task = task_type(one.config)
+    heads = TASK_HEADS.get(task or "", ())
+    pairs = [replace(p, kind="head") if is_saved(p.layer, heads) else p for p in pairs]
+    ties = bool(notes) and not any(OUTPUT_HEAD.fullmatch(p.name) for p in pairs) and one.config.get("tie_word_embeddings", True)
+    return Pairing(one, two, tuple(sorted(pairs, key=lambda p: p.name)), copies, constants, bool(ties), task, notes)
+
+
+def task_type(config: Mapping[str, Any]) -> str | None:
+    """Return PEFT's task type for a model, as its architecture says; None where it says nothing."""
+    architectures = config.get("architectures") or [""]
+    if config.get("is_encoder_decoder") and "ForConditionalGeneration" in architectures[0]:
+        return "SEQ_2_SEQ_LM"
+    return next((task for end, task in _TASKS.items() if architectures[0].endswith(end)), None)
+
+
+def is_saved(layer: str, names: Iterable[str]) -> bool:
+    """Say whether `modules_to_save` means a layer, or what it is part of: by the end of its path, as PEFT reads it."""
+    return saved_module(layer, names) is not None
+
+
+def saved_module(layer: str, names: Iterable[str]) -> str | None:
+    """Return the outermost module around a layer, or itself, that `modules_to_save` means."""
+    words = layer.split(".")
+    paths = (".".join(words[: i + 1]) for i in range(len(words)))
+    names = tuple(names)
+    return next((path for path in paths if path.endswith(names)), None)
+
+
+class _Pairs:
+    """Makes pairs of tensors that both checkpoints have: name → (in the base, in the fine-tune)."""
+
+    def __init__(self, base: BaseCheckpoint, tuned: BaseCheckpoint, names: Mapping[str, tuple[str, str]]) -> None:
+        self._base, self._tuned, self._names = base, tuned, names
+        # the base's tensor → the fine-tune's; a head that is read from the embedding has a name of its own
+        self._own = {
+            b: t for name, (b, t) in names.items() if not (OUTPUT_HEAD.fullmatch(name) and not OUTPUT_HEAD.fullmatch(b))
+        }
+
+    def made(self) -> tuple[list[Pair], tuple[Pair, ...], tuple[str, ...]]:
+        """Return the pairs, copies of embeddings among them, and notes.
+
+        Told by the model's own code where it can be asked, else by what the checkpoint's names say.
+        """
+        shapes = {b: self._base.info(b).shape for b in self._own}
+        try:
+            model = Architecture.of(self._base.folder, shapes)
+        except ArchitectureUnknown as error:
+            note = f"{error}: modules are named as in the checkpoint, which PEFT may not find."
+            return [*self.as_stored()], (), (note,)
+        known = {n: parts for n, parts in model.parts.items() if all(p.tensor in self._own for p in parts)}
+        pairs = [self._of_parts(name, parts, model) for name, parts in known.items()]
+        used = {p.tensor for parts in known.values() for p in parts}
+        for name, (b, t) in self._names.items():
+            if b not in used:  # the model has no such parameter, or makes several of it in a way that has no form here
+                pairs.append(replace(self._as_stored(name, b, t), kind="expert" if _EXPERT.search(name) else "other"))
+            elif self._own[b] != t:
+                pairs.append(self._as_stored(name, b, t))
+        if any(p.kind == "experts" for p in pairs):
+            pairs = [replace(p, kind="parameter") if self._is_taken_for_expert(p) else p for p in pairs]
+        return pairs, tuple(self._copies(pairs, model)), ()
+
+    def as_stored(self) -> tuple[Pair, ...]:
+        """Return the pairs as the checkpoint names them, sorted."""
+        return tuple(self._as_stored(name, b, t) for name, (b, t) in sorted(self._names.items()))
+
+    @staticmethod
+    def _is_taken_for_expert(pair: Pair) -> bool:
+        return pair.kind == "linear" and _last(pair.name) in _EXPERT_LAYERS
+
+    @staticmethod
+    def _copies(pairs: Sequence[Pair], model: Architecture) -> Iterator[Pair]:
+        """Yield the other uses of an embedding, where the checkpoints store one tensor for all."""
+        made = {p.name: p for p in pairs}
+        for name, source in model.tied.items():
+            owner = made.get(source)
+            if name not in made and owner is not None and owner.kind == "embedding":
+                layer = model.layers.get(name.rpartition(".")[0])
+                if layer is not None and layer.kind in ("linear", "embedding"):
+                    is_embedding = layer.kind == "embedding"
+                    yield replace(owner, name=name, kind=layer.kind, is_transposed=is_embedding, shares=owner.module)
+
+    def _as_stored(self, name: str, base: str, tuned: str) -> Pair:
+        info = self._base.info(base)
+        conv1d = may_be_conv1d(name.rpartition(".")[0]) and bool(self._base.has_conv1d)
+        kind = "expert" if _EXPERT.search(name) else _kind(name, info.shape, is_conv1d=conv1d)
+        return self._pair(name, kind, info.shape, ((self._rows(base, tuned),),))
+
+    def _of_parts(self, name: str, parts: tuple[Part, ...], model: Architecture) -> Pair:
+        """Return a parameter of the model from the tensors that hold it."""
+        module = name.rpartition(".")[0]
+        if parts == (Part(parts[0].tensor),):
+            shape = self._base.info(parts[0].tensor).shape
+            if len(shape) == 3 and _EXPERT.search(name):
+                whole = self._rows(parts[0].tensor, self._own[parts[0].tensor], matrix=True)
+                experts = tuple((replace(whole, first=i * shape[1], count=shape[1]),) for i in range(shape[0]))
+                return Pair(name, "experts", shape, experts, is_transposed=module in model.transposed)
+            layer = model.layers.get(module)
+            kind = self._kind_of(name, shape, layer)
+            rows = self._rows(parts[0].tensor, self._own[parts[0].tensor])
+            groups = layer.groups if kind == "conv" and layer is not None else 1
+            count = rows.count // groups
+            return self._pair(name, kind, shape, tuple((replace(rows, first=i * count, count=count),) for i in range(groups)))
+        stacks: dict[int, list[Part]] = {}
+        for part in sorted(parts, key=lambda p: (p.expert or 0, p.start)):
+            stacks.setdefault(part.expert or 0, []).append(part)
+        matrices = tuple(tuple(self._part(p) for p in stack) for stack in stacks.values())
+        shape = (sum(r.count for r in matrices[0]), *self._base.info(parts[0].tensor).shape[1:])
+        if parts[0].expert is None:
+            return self._pair(name, self._kind_of(name, shape, model.layers.get(module)), shape, matrices)
+        return Pair(name, "experts" if len(shape) == 2 else "other", (len(matrices), *shape), matrices)
+
+    def _kind_of(self, name: str, shape: tuple[int, ...], layer: Layer | None) -> Kind:
+        """Return what a parameter can become, with its layer as PEFT sees it."""
+        if not name.endswith(".weight"):
+            return _kind(name, shape, is_conv1d=False)
+        if _last(name) in _MAMBA and self._base.config.get("model_type") in _MAMBA_MODELS:
+            return "other"
+        if layer is not None:
+            return layer.kind
+        # a router, say: a layer of the model's own kind
+        return "parameter" if len(shape) == 2 and not _EMBEDDING.fullmatch(_last(name)) else "other"
+
+    def _pair(self, name: str, kind: Kind, shape: tuple[int, ...], matrices: tuple[tuple[Rows, ...], ...]) -> Pair:
+        return Pair(name, kind, shape, matrices, is_transposed=kind in ("embedding", "conv1d"))  # stored as (d_in, d_out)
+
+    def _part(self, part: Part) -> Rows:
+        whole = self._rows(part.tensor, self._own[part.tensor])
+        return whole if part.rows is None else replace(whole, first=part.row, count=part.rows)
+
+    def _rows(self, base: str, tuned: str, *, matrix: bool = False) -> Rows:
+        """Return all rows of a tensor: of its first dimension, or of its last matrix and all that are stacked on it."""
+        shape = self._base.info(base).shape or (1,)
+        columns = shape[-1] if matrix else math.prod(shape[1:])
+        sides = (self._base.home[base].file, base), (self._tuned.home[tuned].file, tuned)
+        return Rows(*sides, 0, math.prod(shape) // max(1, columns), columns)
+
+
+def _open_both(texts: tuple[str, str], folder: Path | None) -> tuple[BaseCheckpoint, BaseCheckpoint]:
+    opened: list[BaseCheckpoint] = []
+    errors: list[PlaitError] = []
+    for text in texts:
+        try:
+            opened.append(BaseCheckpoint.open(text, base=folder))
+        except PlaitError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    collect(PlanError, [str(e) for e in errors], "neither model can be used")
+    return opened[0], opened[1]
+
+
+def _align(base: set[str], tuned: set[str]) -> dict[str, tuple[str | None, str | None]]:
+    """Match names; checkpoints are saved with or without the task head's prefix (`model.`, `transformer.`).
+
+    Returns:
+        the longer name → (name in the base, name in the fine-tune); None where it is missing.
+    """
+    named: dict[str, list[str | None]] = {}
+    for side, (own, other) in enumerate(((base, tuned), (tuned, base))):
+        prefix = _prefix(own, other)
+        for name in sorted(own):
+            longer = prefix + name
+            named.setdefault(longer if prefix and longer in other else name, [None, None])[side] = name
+    return {name: (sides[0], sides[1]) for name, sides in named.items()}
+
+
+def _prefix(without: set[str], with_: set[str]) -> str:
+    """Return what most names of `without` lack in front to be names of `with_`; empty when some are names already."""
+    if without & with_:
+        return ""
+    found: Counter[str] = Counter()
+    for name in sorted(with_):
+        for dot in re.finditer(r"\.", name):
+            if name[dot.end() :] in without:
+                found[name[: dot.end()]] += 1
+    return found.most_common(1)[0][0] if found else ""
+
+
+def _tie(names: dict[str, tuple[str | None, str | None]], one: BaseCheckpoint, two: BaseCheckpoint) -> None:
+    """Let a head that one side does not store, being tied to the embedding, be read from there."""
+    for head in [n for n in names if OUTPUT_HEAD.fullmatch(n) and None in names[n]]:
+        sides = list(names[head])
+        for i, checkpoint in enumerate((one, two)):
+            if sides[i] is None and checkpoint.config.get("tie_word_embeddings", True):
+                sides[i] = next((n for n in sorted(checkpoint.home) if INPUT_EMBEDDING.fullmatch(n)), None)
+        names[head] = (sides[0], sides[1])
+
+
+def _missing(base: str, tuned: str, names: Mapping[str, tuple[str | None, str | None]]) -> list[str]:
+    wanted = {n: sides for n, sides in names.items() if not _CONSTANT.search(n)}
+    problems = []
+    for text, other, side in ((tuned, base, 1), (base, tuned, 0)):
+        lacking = [n for n, sides in wanted.items() if sides[side] is None]
+        if lacking:
+            problems.append(
+                f"{text} lacks {len(lacking)} of {other}'s tensors: {_listed(lacking)}. Is it a fine-tune of the same "
+                "architecture, saved whole by the same version of transformers?"
+            )
+    return problems
+
+
+def _shapes(base: str, tuned: str, shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> list[str]:
+    problems, other = [], []
+    for name, (one, two) in shapes.items():
+        if one == two:
+            continue
+        said = f"{name!r} is {list(one)} in {base} and {list(two)} in {tuned}"
+        if one[1:] == two[1:] and (INPUT_EMBEDDING.fullmatch(name) or OUTPUT_HEAD.fullmatch(name)):
+            problems.append(
+                f"{said}: the vocabulary was resized. A LoRA cannot add tokens; resize the base model first "
+                f"(model.resize_token_embeddings({two[0]})), save it, and extract against that."
+            )
+        else:
+            other.append(said)
+    if other:
+        problems.append(f"{len(other)} tensors have other shapes: {'; '.join(other[:_SHOWN])}{_more(other)}.")
+    return problems
+
+
+def _kind(name: str, shape: tuple[int, ...], *, is_conv1d: bool) -> Kind:
+    parameter = name.rpartition(".")[2]
+    if parameter == "bias":
+        return "bias"
+    if parameter != "weight" or len(shape) != 2:
+        return "other"
+    if _EMBEDDING.fullmatch(_last(name)):
+        return "embedding"
+    return "conv1d" if is_conv1d else "linear"
+
+
+def _last(name: str) -> str:
+    """Return the name of the layer that a parameter belongs to."""
+    return name.rpartition(".")[0].rpartition(".")[2]
+
+
+def _listed(words: Iterable[str]) -> str:
+    words = list(words)
+    return ", ".join(words[:_SHOWN]) + _more(words)
+
+
+def _more(words: Sequence[str]) -> str:
+    return f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""

@@ -1,0 +1,65 @@
+"""What an extraction did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from plait.records import Record
+from plait.results.records import ModuleRecord
+
+
+class Leftover(Record):
+    """A changed tensor that the factors do not hold.
+
+    Attributes:
+        tensor: its name.
+        kind: what it belongs to: `linear`, `conv1d`, `conv`, `experts` and `parameter` were not asked for, a `head` is
+            kept whole, the rest cannot be a LoRA.
+        energy: ‖Δ‖²_F of it.
+        kept: whether the adapter holds it whole all the same.
+    """
+
+    tensor: str
+    kind: str
+    energy: float
+    kept: bool
+
+
+class ExtractRecord(Record):
+    """What an extraction did. A function of the request and the models, but for `seconds` and `finished`.
+
+    Attributes:
+        plait: version.
+        request: as run.
+        base_model: the base model's name, as written into the adapter.
+        task_type: PEFT's, as the base model's architecture says; None where it says nothing.
+        rank: of the adapter (PEFT's r).
+        max_lora_rank: smallest value of vLLM's setting that holds it; None when none does.
+        kept: share of ‖ΔW‖²_F kept over the target modules.
+        lowest_kept: the smallest share of a module.
+        lost: share of ‖Δ‖²_F over all tensors that the adapter does not hold: truncated, or left over.
+        modules: one record each.
+        unchanged: layers asked for that are equal in both models, and have no factors.
+        saved: modules that the adapter holds whole, changed or not.
+        leftovers: changed tensors without factors.
+        notes: what else is worth knowing.
+        finished: local time, ISO 8601.
+        seconds: wall time.
+    """
+
+    plait: str
+    request: dict[str, Any]
+    base_model: str
+    task_type: str | None
+    rank: int
+    max_lora_rank: int | None
+    kept: float
+    lowest_kept: float
+    lost: float
+    modules: tuple[ModuleRecord, ...]
+    unchanged: tuple[str, ...]
+    saved: tuple[str, ...]
+    leftovers: tuple[Leftover, ...]
+    notes: tuple[str, ...]
+    finished: str
+    seconds: float

@@ -1,0 +1,1 @@
+"""What adapters are and how they relate: compatibility, geometry, doubts."""

@@ -1,0 +1,286 @@
+"""How the deltas of adapters lie to each other: Gram matrices, principal angles, signs, spectra.
+
+Everything is a function of ΔW = s·B·A, so it is the same for any factors of it (B G, G⁻¹ A). Almost all of it comes from
+the two Gram matrices A Aᵀ and Bᵀ B of the joined factors, in float64; only the signs need the entries of ΔW, which pass by
+in blocks of rows. Knows nothing of what the numbers are called in a report.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, combinations, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from plait.adapters.adapter import Adapter
+from plait.adapters.extremes import out_of_range
+from plait.adapters.lowrank import LowRank
+from plait.adapters.names import layer_key
+from plait.linalg.blocks import block_ranges
+from plait.linalg.factored import rank_for_energy
+
+Matrix = tuple[tuple[float | None, ...], ...]  # (T, T); None where a value is not defined
+_NULL = 1e-5  # directions of a factor below this share of its largest singular value are round-off
+
+
+class Sums:
+    """Sums over the entries of one module, or over the modules of a layer; each (T, T), float64."""
+
+    def __init__(self, count: int) -> None:
+        self.inner = torch.zeros(count, count, dtype=torch.float64)  # ⟨x, y⟩
+        self.magnitude = torch.zeros_like(self.inner)  # ⟨|x|, |y|⟩
+        self.nonzero = torch.zeros_like(self.inner)  # number of entries non-zero in both
+        self.signs = torch.zeros_like(self.inner)  # ⟨sign x, sign y⟩: agreeing entries − opposed ones
+
+    def __iadd__(self, other: Sums) -> Sums:
+        self.inner += other.inner
+        self.magnitude += other.magnitude
+        self.nonzero += other.nonzero
+        self.signs += other.signs
+        return self
+
+    def norms(self) -> tuple[float, ...]:
+        """Return every adapter's ‖ΔW‖_F."""
+        return tuple(math.sqrt(max(0.0, x)) for x in self.inner.diagonal().tolist())
+
+    def cosine(self) -> Matrix:
+        """Return ⟨ΔWᵢ, ΔWⱼ⟩ / (‖ΔWᵢ‖ ‖ΔWⱼ‖), (T, T)."""
+        norm = self.inner.diagonal().clamp_min(0).sqrt()
+        return as_matrix((self.inner / torch.outer(norm, norm)).clamp(-1, 1))
+
+    def conflict(self) -> Matrix:
+        """Return, of the entries that are non-zero in both, the share whose signs differ, (T, T)."""
+        return as_matrix((1 - self.signs / self.nonzero) / 2)
+
+    def weighted_conflict(self) -> Matrix:
+        """Return the same share with every entry counted by |xᵢ xⱼ|, (T, T)."""
+        # The two sums round differently: equal adapters must not come out a hair below 0.
+        return as_matrix(((1 - self.inner / self.magnitude) / 2).clamp(0, 1))
+
+
+class Overlap(NamedTuple):
+    """How the spaces of one factor of two adapters lie to each other, in one matrix.
+
+    Attributes:
+        factor: `a` (row space) or `b` (column space).
+        pair: (i, j) with i < j.
+        median: cosine of the median principal angle.
+        chance: the root mean square cosine between random subspaces of these sizes.
+    """
+
+    factor: str
+    pair: tuple[int, int]
+    median: float
+    chance: float
+
+
+class Measured(NamedTuple):
+    """What one target module tells.
+
+    Attributes:
+        path: of the module.
+        powers: adapter → the squared singular values of each of its matrices; only adapters that have the module.
+        sums: None when the adapters store it in different shapes, so that nothing can be compared.
+        overlaps: of all its matrices.
+    """
+
+    path: str
+    powers: dict[int, list[Tensor]]
+    sums: Sums | None
+    overlaps: list[Overlap]
+
+
+def measure_all(adapters: Sequence[Adapter], paths: Sequence[str], workers: int) -> Iterator[Measured]:
+    """Yield what the modules tell, in their order. In every worker torch keeps to one thread: the tensors are small."""
+    dtype = torch.float64 if any("F64" in a.dtypes for a in adapters) else torch.float32
+    blocks = _Blocks()
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, "plait-inspect", torch.set_num_threads, (1,)) as pool:
+        try:
+            yield from pool.map(lambda path: _measure(adapters, path, dtype, blocks), paths)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)
+
+
+def row_overlaps(adapters: Sequence[Adapter], path: str) -> list[Overlap]:
+    """Return how the row spaces of A lie to each other in one module, pair by pair; only adapters that have it."""
+    present = [t for t, adapter in enumerate(adapters) if path in adapter.targets]
+    stacks = [adapters[t].read(path, torch.float64) for t in present]
+    return [found for parts in zip(*stacks, strict=True) for found in _Grams(parts).overlaps(present) if found.factor == "a"]
+
+
+def _measure(adapters: Sequence[Adapter], path: str, dtype: torch.dtype, blocks: _Blocks) -> Measured:
+    targets = {t: a.targets[path] for t, a in enumerate(adapters) if path in a.targets}
+    raw = {t: adapters[t].read(path, dtype) for t in targets}
+    if any(out_of_range(raw[t], target.scaling) is not None for t, target in targets.items()):
+        raw = {t: adapters[t].read(path, torch.float64) for t in targets}
+    stacks = {t: [d.scaled(target.scaling) for d in raw[t]] for t, target in targets.items()}
+    powers = {t: [_squared_singular_values(delta) for delta in stack] for t, stack in stacks.items()}
+    if len({target.layout for target in targets.values()}) > 1:
+        return Measured(path, powers, None, [])
+    present = list(stacks)
+    grid = torch.meshgrid(torch.tensor(present), torch.tensor(present), indexing="ij")
+    sums = Sums(len(adapters))
+    overlaps: list[Overlap] = []
+    for parts in zip(*stacks.values(), strict=True):
+        grams = _Grams(parts)
+        sums.inner[grid] += grams.inner()
+        if len(parts) > 1:
+            signs, magnitude, nonzero = blocks.sums(parts)
+            sums.signs[grid] += signs
+            sums.magnitude[grid] += magnitude
+            sums.nonzero[grid] += nonzero
+            overlaps += grams.overlaps(present)
+    return Measured(path, powers, sums, overlaps)
+
+
+def _squared_singular_values(delta: LowRank) -> Tensor:
+    """Return σ² of B A, descending, (r,), float64: the eigenvalues of Rᵀ (Bᵀ B) R, where A Aᵀ = R Rᵀ."""
+    a, b = delta.a.double(), delta.b.double()
+    values, vectors = torch.linalg.eigh(a @ a.mT)
+    root = vectors * values.clamp_min(0).sqrt()
+    power: Tensor = torch.linalg.eigvalsh(root.mT @ (b.mT @ b) @ root)
+    return power.clamp_min(0).flip(0)
+
+
+class _Grams:
+    """The Gram matrices of several deltas of one shape: A Aᵀ and Bᵀ B of all factors joined, (R, R), float64."""
+
+    def __init__(self, parts: Sequence[LowRank]) -> None:
+        ends = [0, *accumulate(p.rank for p in parts)]
+        self._spans = [slice(start, stop) for start, stop in pairwise(ends)]
+        a = torch.cat([p.a for p in parts]).double()
+        b = torch.cat([p.b for p in parts], dim=1).double()
+        self._dims = {"a": a.shape[1], "b": b.shape[0]}
+        self._grams = {"a": a @ a.mT, "b": b.mT @ b}
+
+    def inner(self) -> Tensor:
+        """Return ⟨ΔW_i, ΔW_j⟩, (T, T)."""
+        product = self._grams["a"] * self._grams["b"]
+        return torch.stack([torch.stack([product[i, j].sum() for j in self._spans]) for i in self._spans])
+
+    def overlaps(self, adapters: Sequence[int]) -> Iterator[Overlap]:
+        """Yield the overlaps of all pairs; `adapters` are the numbers of the parts."""
+        for factor, gram in self._grams.items():
+            whiteners = [_whitener(gram[span, span]) for span in self._spans]
+            for (i, one), (j, two) in combinations(enumerate(whiteners), 2):
+                if one.shape[1] and two.shape[1]:
+                    cosines = torch.linalg.svdvals(one.mT @ gram[self._spans[i], self._spans[j]] @ two).clamp(0, 1)
+                    chance = math.sqrt(max(one.shape[1], two.shape[1]) / self._dims[factor])
+                    yield Overlap(factor, (adapters[i], adapters[j]), statistics.median(cosines.tolist()), chance)
+
+
+def _whitener(gram: Tensor) -> Tensor:
+    """Return W (r, k) with Wᵀ G W = I on the k directions of a Gram matrix G (r, r) that are not round-off."""
+    values, vectors = torch.linalg.eigh(gram)
+    kept = values > _NULL**2 * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
+    whitener: Tensor = vectors[:, kept] / values[kept].sqrt()
+    return whitener
+
+
+class _Blocks(threading.local):
+    """Passes over the entries of deltas in blocks of rows, through one buffer per thread.
+
+    New memory for every block would cost more than the arithmetic on it.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def sums(self, parts: Sequence[LowRank]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ⟨sign x, sign y⟩, ⟨|x|, |y|⟩ and the number of entries non-zero in both, each (T, T), float64.
+
+        A block holds at most 2²⁰ entries or one row of each delta, so its sums of signs are exact in float32.
+        """
+        count, (m, n) = len(parts), parts[0].shape
+        signs, magnitude, nonzero = (torch.zeros(count, count, dtype=torch.float64) for _ in range(3))
+        for start, stop in block_ranges(m, count * n):
+            x, s = self._room(parts[0].a.dtype, 2, count, stop - start, n)
+            for t, part in enumerate(parts):
+                torch.mm(part.b[start:stop], part.a, out=x[t])
+            x, s = x.flatten(1), torch.sign(x, out=s).flatten(1)
+            signs += s @ s.mT
+            magnitude += x.abs_() @ x.mT
+            nonzero += s.abs_() @ s.mT
+        return signs, magnitude, nonzero
+
+    def _room(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if self._buffer.dtype != dtype or len(self._buffer) < size:
+            self._buffer = torch.empty(size, dtype=dtype)
+        return self._buffer[:size].view(shape)
+
+
+class Spectra:
+    """What the singular values of one adapter's matrices say."""
+
+    def __init__(self) -> None:
+        self.energies: dict[str, float] = {}  # path → ‖ΔW‖²
+        self.stable_ranks: list[float] = []
+        self.ranks_for_99: list[int] = []
+
+    def add(self, path: str, powers: Sequence[Tensor]) -> None:
+        """Take in the squared singular values of a module's matrices."""
+        self.energies[path] = sum(float(power.sum()) for power in powers)
+        for power in powers:
+            if float(power[0]) > 0:
+                self.stable_ranks.append(float(power.sum() / power[0]))
+                self.ranks_for_99.append(rank_for_energy(power.sqrt(), 0.99))
+
+
+class Pairs:
+    """What adapters have in common, layer by layer."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.layers: dict[str, Sums] = {}
+        self.overlaps: dict[tuple[str, str, tuple[int, int]], list[float]] = defaultdict(list)  # layer, factor, pair
+        self.chances: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, measured: Measured) -> None:
+        """Take in what one module tells."""
+        if measured.sums is None:
+            return
+        name = layer_name(measured.path)
+        layer = self.layers.setdefault(name, Sums(self.count))
+        layer += measured.sums
+        of_module: dict[tuple[str, tuple[int, int]], list[float]] = defaultdict(list)
+        for found in measured.overlaps:
+            of_module[found.factor, found.pair].append(found.median)
+            self.chances[found.factor].append(found.chance)
+        for (factor, pair), medians in of_module.items():
+            self.overlaps[name, factor, pair].append(statistics.median(medians))
+
+    def overlap(self, factor: str, layer: str | None = None) -> Matrix:
+        """Return the (T, T) median overlaps of one factor, over all modules or those of one layer."""
+        values = torch.full((self.count, self.count), math.nan, dtype=torch.float64).fill_diagonal_(1)
+        found: dict[tuple[int, int], list[float]] = defaultdict(list)
+        for (where, of, pair), medians in self.overlaps.items():
+            if of == factor and layer in (None, where):
+                found[pair] += medians
+        for (i, j), medians in found.items():
+            values[i, j] = values[j, i] = statistics.median(medians)
+        return as_matrix(values)
+
+    def chance(self, factor: str) -> float | None:
+        """Return the median chance level of one factor's overlaps."""
+        return statistics.median(self.chances[factor]) if self.chances[factor] else None
+
+
+def as_matrix(values: Tensor) -> Matrix:
+    """Return a symmetric matrix, to the last bit, with None where a value is not defined (0 / 0)."""
+    rows = (values.triu() + values.triu(1).mT).tolist()
+    return tuple(tuple(None if math.isnan(value) else float(value) for value in row) for row in rows)
+
+
+def layer_name(path: str) -> str:
+    """Return the layer of a module, or the module itself outside of layers."""
+    return str(layer_key(path) or path)

@@ -1,0 +1,506 @@
+"""What adapters are, one by one and side by side: everything `plait inspect` reports, as numbers and words.
+
+The numbers come from `geometry`. Knows nothing of how they are shown.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from typing import Literal
+
+from plait.adapters.adapter import Adapter
+from plait.adapters.names import layer_key
+from plait.errors import PlanError
+from plait.inspection.compatibility import Compatibility, Serving, check_compatibility, serving, short_name
+from plait.inspection.doubts import contradictions
+from plait.inspection.geometry import Matrix, Pairs, Spectra, Sums, layer_name, measure_all
+from plait.records import Record
+from plait.results.progress import Progress, Silent
+
+COLLAPSED = 0.9  # overlap of the A row spaces above which adapters count as one initialisation
+SEPARATE = 0.5  # and below which as independent ones
+
+
+class ModuleKind(Record):
+    """Target modules of one name.
+
+    Attributes:
+        name: the last part of the path (`q_proj`).
+        kind: how the factors are stored: `linear`, `embedding`, `conv`, `experts`.
+        count: how many.
+    """
+
+    name: str
+    kind: str
+    count: int
+
+
+class Tower(Record):
+    """A stack of numbered layers.
+
+    Attributes:
+        name: path of the container (`model.layers`).
+        layers: number of layers that have target modules.
+        modules: number of target modules.
+    """
+
+    name: str
+    layers: int
+    modules: int
+
+
+class LayerNorm(Record):
+    """The size of one adapter's delta in one layer.
+
+    Attributes:
+        layer: `tower.index`, or the path of a module that is in no layer.
+        norm: ‖ΔW‖_F over the layer's modules.
+    """
+
+    layer: str
+    norm: float
+
+
+class FullTensor(Record):
+    """A tensor that is no low-rank delta.
+
+    Attributes:
+        path: in the base model.
+        role: a `head` or other module trained in full, an `embedding`, trained `tokens` (rows of one), or a `bias`.
+        shape: as stored.
+        dtype: as stored (safetensors' names).
+    """
+
+    path: str
+    role: Literal["head", "embedding", "tokens", "bias"]
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class AdapterReport(Record):
+    """One adapter.
+
+    Attributes:
+        name: what it is called here.
+        folder: where it lies.
+        base_model: as its configuration names it.
+        revision: of the base model.
+        kind: `LoRA`, `rsLoRA`, `DoRA` or `rsLoRA + DoRA`.
+        lora_bias: whether any module has one.
+        peft_version: that wrote the configuration.
+        config_rank: `r` of the configuration; the tensors decide (`ranks`).
+        ranks: the distinct ranks of the tensors, ascending.
+        alphas: the distinct values of lora_alpha over the modules, ascending.
+        scaling_rule: `alpha/r` or `alpha/sqrt(r)`.
+        scalings: the distinct s in ΔW = s·B·A, ascending.
+        modules: number of target modules.
+        module_kinds: what they are, the most frequent first.
+        towers: the layers they stand in.
+        outside: paths of target modules that stand in no layer.
+        dtypes: of the stored tensors.
+        parameters: number of stored values.
+        bytes: size of the tensor file.
+        norm: ‖ΔW‖_F over all modules. For DoRA, ΔW is s·B·A without the magnitudes, here and everywhere below.
+        layers: the same per layer, in the order of the model.
+        stable_rank: mean over matrices of ‖ΔW‖_F² / ‖ΔW‖₂², in [1, rank]: how many directions matter; None if all
+            are 0.
+        rank_for_99: mean over matrices of the rank that holds 99 % of ‖ΔW‖_F²; None if all are 0.
+        full_tensors: heads and other tensors outside the LoRA.
+        warnings: what deserves a look.
+    """
+
+    name: str
+    folder: str
+    base_model: str | None
+    revision: str | None
+    kind: str
+    lora_bias: bool
+    peft_version: str | None
+    config_rank: int
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    scaling_rule: str
+    scalings: tuple[float, ...]
+    modules: int
+    module_kinds: tuple[ModuleKind, ...]
+    towers: tuple[Tower, ...]
+    outside: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    parameters: int
+    bytes: int
+    norm: float
+    layers: tuple[LayerNorm, ...]
+    stable_rank: float | None
+    rank_for_99: float | None
+    full_tensors: tuple[FullTensor, ...]
+    warnings: tuple[str, ...]
+
+
+class LayerComparison(Record):
+    """The adapters side by side in one layer; see `Comparison` for the measures.
+
+    Attributes:
+        layer: `tower.index`, or the path of a module that is in no layer.
+        tower: None for a module that is in no layer.
+        index: within the tower.
+        norms: ‖ΔWₜ‖_F per adapter.
+        scale_ratio: the largest of them over the smallest; None when one is 0.
+        cosine: (T, T).
+        conflict: (T, T).
+        weighted_conflict: (T, T).
+        overlap_a: (T, T).
+        overlap_b: (T, T).
+    """
+
+    layer: str
+    tower: str | None
+    index: int | None
+    norms: tuple[float, ...]
+    scale_ratio: float | None
+    cosine: Matrix
+    conflict: Matrix
+    weighted_conflict: Matrix
+    overlap_a: Matrix = ()
+    overlap_b: Matrix = ()
+
+
+class SharedInit(Record):
+    """Whether adapters started from the same random A, which PEFT draws anew only when the seed changes.
+
+    Attributes:
+        status: `shared` when some pair's overlap of A is above 0.9, `separate` when all are below 0.5, else `partial`.
+            What chance gives is never held against them: modules can be so small that any two spaces overlap.
+        overlap: the largest overlap of A between two adapters.
+        chance: what unrelated subspaces of these sizes would show.
+        pairs: the pairs of names above 0.9.
+        words: what that means for merging.
+    """
+
+    status: Literal["shared", "partial", "separate"]
+    overlap: float
+    chance: float
+    pairs: tuple[tuple[str, str], ...]
+    words: str
+
+
+class Comparison(Record):
+    """The adapters side by side, over all target modules whose shapes agree; a module an adapter lacks is a zero delta.
+
+    Attributes:
+        names: of the adapters, in the order of rows and columns.
+        norms: ‖ΔWₜ‖_F per adapter.
+        scale_ratio: the largest of them over the smallest; None when one is 0.
+        cosine: (T, T) ⟨ΔW_i, ΔW_j⟩ / (‖ΔW_i‖ ‖ΔW_j‖) of the whole task vectors; None beside a zero.
+        overlap_a: (T, T) overlap of the row spaces of A. Of one matrix it is the median cosine of the principal angles,
+            σ_med(V_iᵀ V_j) with orthonormal bases V, of a module the median over its matrices, and here the median over
+            the modules that both have; None if there is none. 1 for equal spaces.
+        overlap_b: (T, T) the same of the column spaces of B.
+        overlap_a_chance: √(max(r_i, r_j) / d_in), the root mean square cosine between random subspaces, as a median
+            over modules and pairs: what "unrelated" looks like, or a little more, for the median cosine is lower. None
+            if no two adapters share a module.
+        overlap_b_chance: the same of B with d_out.
+        conflict: (T, T) share of the entries non-zero in both ΔW_i and ΔW_j whose signs differ: 0 for equal signs, 0.5
+            for unrelated adapters, 1 for opposite ones; None if there are no such entries.
+        weighted_conflict: (T, T) the same with every entry counting |x·y|, so that entries that matter to neither, or
+            to one alone, hardly count. It is (1 − ⟨x, y⟩ / ⟨|x|, |y|⟩) / 2.
+        layers: the same per layer, in the order of the model.
+        shared_init: the audit of A; None if no two adapters share a module.
+        findings: the above in sentences.
+    """
+
+    names: tuple[str, ...]
+    norms: tuple[float, ...]
+    scale_ratio: float | None
+    cosine: Matrix
+    overlap_a: Matrix
+    overlap_b: Matrix
+    overlap_a_chance: float | None
+    overlap_b_chance: float | None
+    conflict: Matrix
+    weighted_conflict: Matrix
+    layers: tuple[LayerComparison, ...]
+    shared_init: SharedInit | None
+    findings: tuple[str, ...]
+
+
+class Inspection(Record):
+    """Everything known of some adapters.
+
+    Attributes:
+        adapters: one report each.
+        comparison: side by side; None for a single adapter.
+        compatibility: whether they can be merged.
+        serving: what vLLM needs.
+    """
+
+    adapters: tuple[AdapterReport, ...]
+    comparison: Comparison | None
+    compatibility: Compatibility
+    serving: Serving
+
+
+def inspect_adapters(
+    adapters: Sequence[Adapter],
+    *,
+    base_model: str | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Inspection:
+    """Measure adapters, compare them, and judge whether they can be merged.
+
+    Every tensor is read once. Memory, per worker: the factors of one target module of all adapters, and 8 MiB.
+
+    Args:
+        adapters: opened; at least one.
+        base_model: the base model that the user names, as for a merge (see `check_compatibility`).
+        workers: target modules looked at at the same time; as many as there are processors when None. The numbers do
+            not depend on it.
+        progress: told of one step per target module.
+
+    Raises:
+        AdapterError: a value is NaN or infinite.
+        PlanError: there are no adapters.
+    """
+    if not adapters:
+        raise PlanError("there is no adapter to inspect; name at least one.")
+    paths = sorted({path for a in adapters for path in a.targets}, key=_model_order)
+    spectra = [Spectra() for _ in adapters]
+    pairs = Pairs(len(adapters))
+    listener = progress or Silent()
+    listener.start("compare" if len(adapters) > 1 else "measure", len(paths))
+    try:
+        for measured in measure_all(adapters, paths, workers or os.cpu_count() or 1):
+            for t, powers in measured.powers.items():
+                spectra[t].add(measured.path, powers)
+            pairs.add(measured)
+            listener.advance()
+    finally:
+        listener.finish()
+    return Inspection(
+        adapters=tuple(_report(a, s) for a, s in zip(adapters, spectra, strict=True)),
+        comparison=_compare([a.name for a in adapters], pairs) if len(adapters) > 1 else None,
+        compatibility=check_compatibility(adapters, base_model=base_model),
+        serving=serving(adapters),
+    )
+
+
+def _report(adapter: Adapter, spectra: Spectra) -> AdapterReport:
+    config, targets = adapter.config, adapter.targets.values()
+    kinds = Counter((short_name(t.path), t.layout.kind) for t in targets)
+    energies: dict[str, float] = defaultdict(float)
+    for path, energy in spectra.energies.items():
+        energies[layer_name(path)] += energy
+    version = config.raw.get("peft_version")
+    return AdapterReport(
+        name=adapter.name,
+        folder=str(adapter.folder),
+        base_model=config.base_model,
+        revision=config.revision,
+        kind=_kind(adapter),
+        lora_bias=any(t.has_bias for t in targets),
+        peft_version=str(version) if version else None,
+        config_rank=int(config.raw.get("r", 8)),
+        ranks=adapter.ranks,
+        alphas=tuple(sorted({config.alpha(t.path) for t in targets})),
+        scaling_rule=config.scaling_rule,
+        scalings=tuple(sorted({t.scaling for t in targets})),
+        modules=len(targets),
+        module_kinds=tuple(ModuleKind(name=n, kind=k, count=c) for (n, k), c in kinds.most_common()),
+        towers=_towers(adapter),
+        outside=tuple(t.path for t in targets if layer_key(t.path) is None),
+        dtypes=adapter.dtypes,
+        parameters=adapter.parameters,
+        bytes=adapter.file.path.stat().st_size,
+        norm=math.sqrt(sum(energies.values())),
+        layers=tuple(LayerNorm(layer=layer, norm=math.sqrt(energy)) for layer, energy in energies.items()),
+        stable_rank=statistics.fmean(spectra.stable_ranks) if spectra.stable_ranks else None,
+        rank_for_99=statistics.fmean(spectra.ranks_for_99) if spectra.ranks_for_99 else None,
+        full_tensors=_full_tensors(adapter),
+        warnings=tuple(_warnings(adapter, spectra)),
+    )
+
+
+def _kind(adapter: Adapter) -> str:
+    kinds = ["rsLoRA"] if adapter.config.flag("use_rslora") else []
+    if any(t.is_dora for t in adapter.targets.values()):
+        kinds.append("DoRA")
+    return " + ".join(kinds) or "LoRA"
+
+
+def _towers(adapter: Adapter) -> tuple[Tower, ...]:
+    keys = [key for path in adapter.targets if (key := layer_key(path))]
+    modules = Counter(key.tower for key in keys)
+    layers = Counter(key.tower for key in set(keys))
+    return tuple(Tower(name=name, layers=layers[name], modules=count) for name, count in modules.items())
+
+
+def _full_tensors(adapter: Adapter) -> tuple[FullTensor, ...]:
+    found = []
+    for path, name in adapter.full_tensors.items():
+        info = adapter.file.tensors[name]
+        role: Literal["head", "embedding", "tokens", "bias"] = "head"
+        if path.endswith(".trainable_tokens_delta"):
+            role = "tokens"
+        elif path.endswith(".bias") and f"{path.removesuffix('bias')}weight" not in adapter.full_tensors:
+            role = "bias"
+        elif "embed" in path or ".wte." in path:
+            role = "embedding"
+        found.append(FullTensor(path=path, role=role, shape=info.shape, dtype=info.dtype))
+    return tuple(found)
+
+
+def _warnings(adapter: Adapter, spectra: Spectra) -> Iterator[str]:
+    config, targets = adapter.config, adapter.targets
+    if not targets:
+        yield "It has no LoRA tensors, only tensors trained in full: there is no delta to merge."
+    yield from (text[0].upper() + text[1:] for text in contradictions(adapter))
+    zero = [path for path, energy in spectra.energies.items() if energy == 0]
+    if zero:
+        yield f"{len(zero)} of {len(targets)} modules have a zero delta (such as {zero[0]!r}): they were not trained."
+    if any(t.is_dora for t in targets.values()):
+        yield "DoRA: all numbers here are of s·B·A alone; the rescaling of the base model's rows comes on top."
+    if any(path.endswith(".trainable_tokens_delta") for path in adapter.full_tensors):
+        yield "It trained the embeddings of single tokens, which are kept like a head and not merged."
+    if config.raw.get("alora_invocation_tokens"):
+        yield "Activated LoRA (aLoRA): alone it acts only after its invocation tokens, merged it acts on every token."
+    if config.raw.get("layer_replication"):
+        yield "layer_replication: its layers are those of a base model with repeated layers, not of the published one."
+
+
+def _compare(names: Sequence[str], pairs: Pairs) -> Comparison:
+    total = Sums(pairs.count)
+    for sums in pairs.layers.values():
+        total += sums
+    overlap_a, chance_a = pairs.overlap("a"), pairs.chance("a")
+    comparison = Comparison(
+        names=tuple(names),
+        norms=total.norms(),
+        scale_ratio=_ratio(total.norms()),
+        cosine=total.cosine(),
+        overlap_a=overlap_a,
+        overlap_b=pairs.overlap("b"),
+        overlap_a_chance=chance_a,
+        overlap_b_chance=pairs.chance("b"),
+        conflict=total.conflict(),
+        weighted_conflict=total.weighted_conflict(),
+        layers=tuple(_layer(name, sums, pairs) for name, sums in pairs.layers.items()),
+        shared_init=_shared_init(names, overlap_a, chance_a),
+        findings=(),
+    )
+    return comparison.model_copy(update={"findings": tuple(_findings(comparison))})
+
+
+def _layer(name: str, sums: Sums, pairs: Pairs) -> LayerComparison:
+    key = layer_key(name)
+    norms = sums.norms()
+    return LayerComparison(
+        layer=name,
+        tower=key.tower if key else None,
+        index=key.index if key else None,
+        norms=norms,
+        scale_ratio=_ratio(norms),
+        cosine=sums.cosine(),
+        conflict=sums.conflict(),
+        weighted_conflict=sums.weighted_conflict(),
+        overlap_a=pairs.overlap("a", name),
+        overlap_b=pairs.overlap("b", name),
+    )
+
+
+def _shared_init(names: Sequence[str], overlap: Matrix, chance: float | None) -> SharedInit | None:
+    found = {(i, j): value for i, j in combinations(range(len(names)), 2) if (value := overlap[i][j]) is not None}
+    if not found or chance is None:
+        return None
+    highest = max(found.values())
+    pairs = tuple((names[i], names[j]) for (i, j), value in found.items() if value > max(COLLAPSED, chance))
+    measured = f"overlap {_span(list(found.values()))}, by chance {chance:.2f}"
+    who = "All A matrices" if len(pairs) == len(found) else f"The A matrices of {_and([f'{i} + {j}' for i, j in pairs])}"
+    status: Literal["shared", "partial", "separate"] = "shared"
+    if pairs:
+        words = (
+            f"{who} span nearly the same space ({measured}): a shared initialisation, as one seed for all training runs "
+            "gives. Sums and sparsifying methods (linear, ties, dare) do not mind. Methods that solve or whiten "
+            "(regmean, ssr, wudi; tsv, iso) are ill-conditioned on it: keep their ridge, and compare with linear."
+        )
+    elif highest >= max(SEPARATE, chance):
+        status = "partial"
+        words = (
+            f"The A matrices lie in partly overlapping spaces ({measured}). Methods that solve or whiten (regmean, ssr, "
+            "wudi; tsv, iso) need their ridge here; sums and sparsifying methods do not mind."
+        )
+    else:
+        status = "separate"
+        words = f"The A matrices lie in separate spaces ({measured}), so every method has room to work."
+    return SharedInit(status=status, overlap=highest, chance=chance, pairs=pairs, words=words)
+
+
+def _findings(comparison: Comparison) -> Iterator[str]:
+    names, norms, ratio = comparison.names, comparison.norms, comparison.scale_ratio
+    cosines, conflicts = _above_diagonal(comparison.cosine), _above_diagonal(comparison.conflict)
+    if not conflicts:
+        yield "No two adapters change the same module, so there is nothing to compare and nothing in conflict."
+        return
+    if cosines:
+        yield _alignment(min(cosines), max(cosines), f"cosine of the task vectors {_span(cosines)}")
+    else:
+        yield "Norms of these adapters, or products of them, are zero or overflow: no angle between them is known."
+    weighted = _span(_above_diagonal(comparison.weighted_conflict), percent=True)
+    yield (
+        f"Where {'both' if len(names) == 2 else 'two of them'} change an entry, the signs differ in "
+        f"{_span(conflicts, percent=True)} of the cases, and in {weighted} when large entries count more (unrelated "
+        "adapters: 50 %)."
+    )
+    if comparison.shared_init:
+        yield comparison.shared_init.words
+    if ratio is not None and ratio >= 1.5:
+        large, small = names[norms.index(max(norms))], names[norms.index(min(norms))]
+        yield (
+            f"{large!r} is {ratio:.1f} times as large as {small!r} (‖ΔW‖ {_short(max(norms))} and {_short(min(norms))}) "
+            "and outweighs it in an even sum. Weights, or the transform layer_l2_normalize, even that out."
+        )
+    elif ratio is not None:
+        ends = "–".join(dict.fromkeys((_short(min(norms)), _short(max(norms)))))
+        yield f"They are of similar size (‖ΔW‖ {ends}), so equal weights are fair."
+
+
+def _alignment(low: float, high: float, measured: str) -> str:
+    if low < -0.1:
+        return f"Some work against each other ({measured}): a sum cancels part of both."
+    if high > 0.5:
+        return f"Some do much the same ({measured}): their sum does it twice over."
+    if high > 0.1:
+        return f"They have a little in common ({measured})."
+    return f"They do different things: their task vectors are nearly orthogonal ({measured})."
+
+
+def _above_diagonal(matrix: Matrix) -> list[float]:
+    return [value for i, row in enumerate(matrix) for value in row[i + 1 :] if value is not None]
+
+
+def _span(values: Sequence[float], *, percent: bool = False) -> str:
+    """Write the range of some values: `0.02–0.08`, `46–49 %`."""
+    ends = [f"{100 * v:.0f}" if percent else f"{round(v, 2) + 0.0:.2f}" for v in (min(values), max(values))]
+    return ("–" if "-" not in "".join(ends) else " to ").join(dict.fromkeys(ends)) + (" %" if percent else "")
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def _ratio(norms: Sequence[float]) -> float | None:
+    return max(norms) / min(norms) if min(norms) > 0 else None
+
+
+def _model_order(path: str) -> tuple[bool, str, int, str]:
+    """Sort key: layers by tower and number, then the modules that stand in no layer."""
+    key = layer_key(path)
+    return (False, key.tower, key.index, path) if key else (True, "", 0, path)

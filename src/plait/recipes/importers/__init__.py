@@ -1,0 +1,1 @@
+"""Recipes in other forms: earlier releases, mergekit, other tools."""

@@ -1,0 +1,454 @@
+"""The forms of an older merging framework's recipes, in the present form.
+
+What is written here is what that framework did, in plait's words; where plait cannot do it yet, it says so. Knows
+nothing of files, and does not check what it passes on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import TypeGuard
+
+from plait.errors import AddressError
+from plait.recipes.importers.entries import named_entry
+from plait.recipes.importers.older_evaluation import KEYS as EVALUATION
+from plait.recipes.importers.older_evaluation import take_evaluation
+from plait.recipes.paths import KeyPath, Plain
+from plait.recipes.problems import Converted, Origins, Problem, show, spell
+from plait.recipes.validation import cannot_yet, unknown_key
+
+#: Keys that a recipe does not have any more, and what does the same now.
+_ELSEWHERE = {
+    "save_merged": "plait merge always writes the merge, plait eval where it is given -o",
+    "output_dir": "the command line says where to write, with -o (out= in Python)",
+    "constraint_nonnegative": "it bounded what a search tried; weights that are given are taken as they are",
+    "compute_missing_interference_baselines": "an evaluation always scores the base model and every single adapter too",
+}
+_NOT_YET = {"grid": "search", "post_sweep_eval": "search and evaluate", "optimizer": "learn coefficients"}
+_PARAMS = ("method_params", "params")
+_OLD_KEYS = frozenset((*EVALUATION, *_ELSEWHERE, *_NOT_YET, *_PARAMS, "lambda", "lambda_policy"))
+_ALL_KEYS = _OLD_KEYS | {"adapters", "method", "merge_mode", "transforms", "search"}
+_PAIRS = ("weighted", "weighted_delta")
+_WITHOUT_LAMBDA = ("uniform", "uniform_delta", "uniform_scalar_delta", "task_vector", "weighted_delta_n")
+_METHODS = frozenset((*_PAIRS, *_WITHOUT_LAMBDA, "dare", "ties"))
+_ON_FACTORS = ("uniform", "weighted", "uniform_delta", "uniform_scalar_delta")  # there, transforms acted on A and B
+#: Methods whose results are others than before, and why.
+_OTHER_NUMBERS = {
+    "uniform": "It averaged A and B apart and took the first adapter's scaling; now the deltas are averaged",
+    "weighted": "It interpolated A and B apart and took the first adapter's scaling; now the deltas are interpolated",
+    "dare": "Its random masks are drawn in another way, so they are those of another seed",
+}
+
+
+def is_old(data: Mapping[str, Plain]) -> bool:
+    """Say whether a recipe uses a form that only the older framework knew."""
+    transforms = data.get("transforms")
+    return (
+        not _OLD_KEYS.isdisjoint(data)
+        or (isinstance(transforms, list) and any(map(_is_old_transform, transforms)))
+        or _is_old_by_its_adapters(data)
+    )
+
+
+def _is_old_by_its_adapters(data: Mapping[str, Plain]) -> bool:
+    """Say whether a recipe without a version holds nothing that was not known then, and adapters as bare words."""
+    adapters, method = data.get("adapters"), data.get("method")
+    return (
+        _ALL_KEYS.issuperset(data)
+        and isinstance(method, str)
+        and method in _METHODS
+        and isinstance(adapters, list)
+        and all(isinstance(a, str) for a in adapters)
+        and any(_is_word(a) for a in adapters)
+    )
+
+
+def number_note(data: Mapping[str, Plain]) -> str | None:
+    """Say that a recipe's numbers differ from those of the older framework, when its method is one whose do."""
+    method = data.get("method")
+    name = method.get("name") if isinstance(method, Mapping) else method
+    why = _OTHER_NUMBERS.get(name) if isinstance(name, str) else None
+    return None if why is None else f"the numbers of `method: {name}` differ from before. {why}."
+
+
+def migrate(data: Mapping[str, Plain]) -> tuple[dict[str, Plain], list[str]]:
+    """Rewrite a recipe in the present form.
+
+    Returns:
+        The new data, and one note per old form: what was found, and what says the same now. A recipe without old forms
+        comes back as it is, without notes.
+
+    Raises:
+        RecipeError: a part of the recipe has no counterpart; all such parts are listed.
+    """
+    converted = convert_old(data)
+    Origins("recipe").refuse([*converted.problems, *converted.missing])
+    return converted.data, list(converted.notes)
+
+
+def convert_old(data: Mapping[str, Plain], folder: Path | None = None) -> Converted:
+    """Do what `migrate` does, and say what moved where and what could not be carried over instead of raising.
+
+    Args:
+        data: a recipe as plain data.
+        folder: where relative paths start; the working directory when None.
+    """
+    return _Migration(data, folder).run() if is_old(data) else Converted(dict(data))
+
+
+class _Migration:
+    """One recipe on its way from the old form to the new one; each step takes one old form out of it."""
+
+    def __init__(self, data: Mapping[str, Plain], folder: Path | None) -> None:
+        self._folder = folder
+        self._data: dict[str, Plain] = copy.deepcopy(dict(data))
+        self._params: dict[str, Plain] = {}
+        self._notes: list[str] = []
+        self._method_forms: list[tuple[str, str]] = []  # what is said by the new `method`, and what to add to that
+        self._moved: dict[KeyPath, KeyPath] = {}
+        self._problems: list[Problem] = []
+        self._missing: list[Problem] = []
+        self._remarks: list[str] = []  # where numbers differ
+
+    def run(self) -> Converted:
+        self._take_params()
+        self._take_lambda()
+        self._name_adapters()
+        self._apply_method()
+        self._flatten_transforms()
+        self._refuse_what_cannot_be_done()
+        self._take_evaluation()
+        self._point_elsewhere()
+        self._put_method()
+        self._keep_merge_mode()
+        notes = (*self._notes, *self._remarks)
+        problems, missing = tuple(self._problems), tuple(self._missing)
+        return Converted({"version": 1, **self._data}, notes, self._moved, problems, missing)
+
+    @property
+    def _method(self) -> str | None:
+        method = self._data.get("method")
+        name = method.get("name") if isinstance(method, Mapping) else method
+        return name if isinstance(name, str) else None
+
+    def _problem(self, path: KeyPath, text: str) -> None:
+        self._problems.append(Problem(path, text))
+
+    def _take_params(self) -> None:
+        """Collect the method's parameters from wherever they stand."""
+        method = self._data.get("method")
+        if isinstance(method, Mapping):
+            self._params = {k: v for k, v in method.items() if k != "name"}
+        holder = "method" if self._params else None
+        for key in (k for k in _PARAMS if k in self._data):
+            params = self._data.pop(key)
+            if params is None:
+                continue
+            if not isinstance(params, Mapping):
+                self._problem((key,), f"{key} is {show(params)}; it must be a mapping.")
+            elif holder:
+                self._problem((key,), f"the method's parameters stand in {holder} and in {key}; keep those in method.")
+            else:
+                self._take_mapping(key, params)
+                holder = key
+
+    def _take_mapping(self, key: str, params: Mapping[str, Plain]) -> None:
+        self._params = dict(params)
+        self._moved |= {("method", name): (key, name) for name in params}
+        self._method_forms.append((f"{key}: {spell(dict(params))}", ""))
+        if "transforms" in self._params:
+            self._move_hidden_transforms(key)
+
+    def _move_hidden_transforms(self, key: str) -> None:
+        hidden = self._params.pop("transforms")
+        if "transforms" in self._data:
+            self._problem((key, "transforms"), "transforms stand here and at the top; keep those at the top.")
+            return
+        self._data["transforms"] = hidden
+        self._moved["transforms",] = (key, "transforms")
+
+    def _take_lambda(self) -> None:
+        if "lambda" not in self._data:
+            return
+        value = self._data.pop("lambda")
+        if "lambda" in self._params:
+            self._problem(("lambda",), "lambda stands at the top and among the method's parameters; keep the latter.")
+            return
+        self._params["lambda"] = value
+        self._moved["method", "lambda"] = ("lambda",)
+        self._method_forms.append((f"lambda: {spell(value)}", ""))
+
+    def _name_adapters(self) -> None:
+        adapters = self._data.get("adapters")
+        if not isinstance(adapters, list) or not any(isinstance(a, str) for a in adapters):
+            return
+        entries = [_entry(a, self._folder) if isinstance(a, str) else a for a in adapters]
+        self._data["adapters"] = entries
+        self._moved |= {
+            ("adapters", i, key): ("adapters", i) for i, a in enumerate(adapters) if isinstance(a, str) for key in entries[i]
+        }
+        if words := [a for a in adapters if isinstance(a, str) and _is_word(a)]:
+            new = f"adapters: {spell([e for e, a in zip(entries, adapters, strict=True) if a in words])}"
+            more = " They were folders or tasks; each is read as a folder now."
+            self._note(f"adapters: {spell(words)}", new, more)
+
+    def _apply_method(self) -> None:
+        """Carry over what the method did with its parameters and with `lambda_policy`."""
+        self._say_where_numbers_differ()
+        policy = self._data.pop("lambda_policy", None)
+        if policy is not None:
+            self._take_policy(policy)
+        match self._method:
+            case "ties":
+                self._take_ties()
+            case "dare":
+                self._take_seed()
+            case None if "method" not in self._data:
+                self._problem((), "'method' is missing.")
+        if self._method in _WITHOUT_LAMBDA and "lambda" in self._params:
+            value = self._params.pop("lambda")
+            self._note(f"lambda: {spell(value)}", "", f" It never had an effect on {self._method!r}.")
+
+    def _say_where_numbers_differ(self) -> None:
+        if (note := number_note({"method": self._method})) is not None:
+            self._remarks.append(note)
+        names = [_name(t) for t in self._data.get("transforms") or [] if isinstance(self._data.get("transforms"), list)]
+        if self._method in _ON_FACTORS and not {"identity", "ties_scaffold"}.issuperset(map(str, names)):
+            self._remarks.append(
+                f"the numbers of `transforms` differ from before. With {self._method!r} they acted on A and B; they act on the "
+                "deltas now."
+            )
+
+    def _take_ties(self) -> None:
+        if "k" in self._params and "density" in self._params:
+            self._problem(self._old("k"), "k (percent) and density say the same; keep density.")
+            del self._params["k"]
+        elif "density" not in self._params:
+            path = self._old("k")
+            k = self._params.pop("k", 20)
+            self._moved["method", "density"] = path
+            if (problem := _percent_problem(k)) is not None:
+                self._problem(path, problem)
+            else:
+                self._params["density"] = k / 100
+        exact = {"kept": "ceil", "zero_sign": "drop", "scope": "model"}
+        self._params = {**exact, **self._params}
+        if "lambda" in self._params:
+            self._take_scale(self._params.pop("lambda"))
+        more = " k was the percentage kept, 20 when not given, and lambda is scale now."
+        self._method_forms.append(("method: ties", more))
+
+    def _take_scale(self, value: Plain) -> None:
+        old = self._moved.get(("method", "lambda"), ("method", "lambda"))
+        if "scale" in self._data:
+            self._problem(old, "lambda of 'ties' is scale now, and scale is given too; keep scale.")
+            return
+        self._data["scale"] = value
+        self._moved["scale",] = old
+
+    def _take_seed(self) -> None:
+        if "seed" not in self._params:
+            return
+        seed, old = self._params.pop("seed"), self._old("seed")
+        if "seed" in self._data and self._data["seed"] != seed:
+            self._problem(old, "seed of 'dare' is the recipe's seed now, which is given too; keep the latter.")
+            return
+        self._data["seed"] = seed
+        self._moved["seed",] = old
+        self._note(f"seed: {spell(seed)} of method 'dare'", f"seed: {spell(seed)}", " It is the whole recipe's now.")
+
+    def _take_policy(self, policy: Plain) -> None:
+        path: KeyPath = ("lambda_policy",)
+        if not isinstance(policy, Mapping):
+            self._problem(path, f"lambda_policy is {show(policy)}; it must be a mapping.")
+            return
+        allowed = {"scalar": ["type", "value"], "per_layer": ["type", "default", "overrides"]}.get(str(policy.get("type")))
+        if allowed is None:
+            found = show(policy.get("type"))
+            self._problem((*path, "type"), f"type is {found}; it must be 'scalar' or 'per_layer'.")
+            return
+        for key in policy.keys() - set(allowed):
+            self._problem((*path, key), unknown_key(str(key), allowed))
+        if self._method in (*_WITHOUT_LAMBDA, "ties", "dare"):
+            self._note(f"lambda_policy: {spell(dict(policy))}", "", f" It never had an effect on {self._method!r}.")
+        elif self._method not in _PAIRS:
+            self._problem(path, f"method {self._method!r} never had a lambda_policy; write weights: {{policy: …}}.")
+        elif "weights" in self._data:
+            self._problem(path, "lambda_policy and weights say the same; keep weights.")
+        elif policy["type"] == "scalar":
+            self._take_scalar(policy)
+        else:
+            self._take_layers(policy)
+
+    def _take_scalar(self, policy: Mapping[str, Plain]) -> None:
+        if "value" in policy:
+            self._params["lambda"] = policy["value"]
+            self._moved["method", "lambda"] = ("lambda_policy", "value")
+        self._method_forms.append((f"lambda_policy: {spell(dict(policy))}", _policy_note(self._method)))
+
+    def _take_layers(self, policy: Mapping[str, Plain]) -> None:
+        """Express λ of the first and 1 − λ of the second adapter, layer by layer."""
+        path: KeyPath = ("lambda_policy",)
+        method, given = self._method, self._params.pop("lambda", None)
+        self._data["method"] = "linear"
+        names = [a.get("name") for a in self._data.get("adapters") or [] if isinstance(a, Mapping)]
+        if len(names) != 2 or None in names:
+            self._problem(("adapters",), f"a lambda_policy of {method!r} needs 2 adapters that have names.")
+            return
+        layers = policy.get("overrides") or {}
+        if not isinstance(layers, Mapping):
+            self._problem((*path, "overrides"), f"overrides is {show(layers)}; it must map layers to numbers.")
+            return
+        default = policy.get("default", given)
+        lambdas = {(*path, "default"): default, **{(*path, "overrides", key): value for key, value in layers.items()}}
+        wrong = {p: v for p, v in lambdas.items() if not _is_share(v)}
+        for place, value in wrong.items():
+            self._problem(place, f"lambda of {place[-1]} is {show(value)}; it must be a number, >= 0 and <= 1.")
+        if wrong:
+            return
+        self._data["weights"] = {
+            "policy": "per_layer",
+            "default": _shares(names, default),
+            "layers": {str(key): _shares(names, value) for key, value in layers.items()},
+        }
+        new = f"method: linear` and `weights: {spell(self._data['weights'])}"
+        self._note(f"lambda_policy: {spell(dict(policy))}", new, _policy_note(method))
+
+    def _flatten_transforms(self) -> None:
+        transforms = self._data.get("transforms")
+        if not isinstance(transforms, list):
+            return
+        origin = self._moved.get(("transforms",), ("transforms",))
+        flat = [self._flat(t, (*origin, i), i) for i, t in enumerate(transforms)]
+        self._data["transforms"] = flat
+        nested = [t for t in transforms if isinstance(t, Mapping) and "params" in t]
+        if nested:
+            new = [f for f, t in zip(flat, transforms, strict=True) if t in nested]
+            self._note(f"transforms: {spell(nested)}", f"transforms: {spell(new)}")
+        if any(_name(t) == "ties_scaffold" for t in transforms):
+            self._note("ties_scaffold", "identity", " It never did anything.")
+
+    def _flat(self, transform: Plain, path: KeyPath, index: int) -> Plain:
+        if _name(transform) == "ties_scaffold":
+            return {"name": "identity"}
+        if not isinstance(transform, Mapping) or "params" not in transform:
+            return transform
+        flat = {k: v for k, v in transform.items() if k != "params"}
+        params = {} if transform["params"] is None else transform["params"]
+        if not isinstance(params, Mapping):
+            self._problem((*path, "params"), f"params is {show(params)}; it must be a mapping.")
+            return flat
+        for key, value in params.items():
+            if key in flat:
+                self._problem((*path, "params", key), f"{key} stands here and beside the name; keep the latter.")
+            self._moved["transforms", index, key] = (*path, "params", key)
+            flat.setdefault(key, value)
+        return flat
+
+    def _refuse_what_cannot_be_done(self) -> None:
+        for key, what in _NOT_YET.items():
+            if key not in self._data:
+                continue
+            value = self._data.pop(key)
+            if not _is_off(key, value):
+                self._problem((key,), cannot_yet(what))
+            elif value is not None:
+                self._note(f"{key}: {spell(value)}", "")
+
+    def _take_evaluation(self) -> None:
+        found = take_evaluation(self._data, self._folder or Path.cwd())
+        given = self._data.get("eval")
+        if "eval" in found.data and (given is None or isinstance(given, Mapping)):
+            self._data["eval"] = {**(given or {}), **found.data.pop("eval")}
+        self._data |= {key: value for key, value in found.data.items() if key not in self._data}
+        self._moved |= found.moved
+        self._problems += found.problems
+        self._missing += found.missing
+        for note in found.notes:
+            self._note(*note)
+
+    def _point_elsewhere(self) -> None:
+        for key, why in _ELSEWHERE.items():
+            if (value := self._data.pop(key, None)) is not None:
+                self._notes.append(f"`{key}: {spell(value)}` is an old form: a recipe does not say this now; {why}.")
+
+    def _put_method(self) -> None:
+        if self._method is None:
+            return
+        self._data["method"] = {"name": self._method, **self._params} if self._params else self._method
+        new = f"method: {spell(self._data['method'])}"
+        if ("scale",) in self._moved:
+            new += f"` and `scale: {spell(self._data['scale'])}"
+        for found, more in self._method_forms:
+            self._note(found, new, more)
+
+    def _keep_merge_mode(self) -> None:
+        if "merge_mode" not in self._data:
+            self._data["merge_mode"] = "common"
+            more = " It was the default, and plait's own is union."
+            self._note("no merge_mode", "merge_mode: common", more)
+
+    def _old(self, param: str) -> KeyPath:
+        return self._moved.get(("method", param), ("method", param))
+
+    def _note(self, found: str, new: str, more: str = "") -> None:
+        advice = f"write `{new}`" if new else "leave it out"
+        self._notes.append(f"`{found}` is an old form: {advice}.{more}")
+
+
+def _is_old_transform(transform: Plain) -> bool:
+    return _name(transform) == "ties_scaffold" or (isinstance(transform, Mapping) and "params" in transform)
+
+
+def _name(transform: Plain) -> Plain:
+    return transform.get("name") if isinstance(transform, Mapping) else transform
+
+
+def _policy_note(method: str | None) -> str:
+    return f" It had no effect on {method!r} before; it has one now." if method == "weighted_delta" else ""
+
+
+def _is_word(text: str) -> bool:
+    return not any(c in "/=@" for c in text) and not text.startswith((".", "~"))
+
+
+def _entry(text: str, folder: Path | None) -> dict[str, Plain]:
+    """Return a listed adapter with its name; what is no reference keeps its text, for the check to refuse."""
+    try:
+        return named_entry(f"./{text}" if _is_word(text) else text, folder)
+    except AddressError:
+        return {"path": text}
+
+
+def _is_off(key: str, value: Plain) -> bool:
+    """Say whether an old section asks for nothing."""
+    kind = value.get("type", "none") if isinstance(value, Mapping) else value
+    if key == "optimizer":
+        return kind is None or str(kind).lower() == "none"
+    if key == "post_sweep_eval" and isinstance(value, Mapping):
+        return not value.get("enabled", False)
+    return not value
+
+
+def _is_number(value: Plain) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_share(value: Plain) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _percent_problem(k: Plain) -> str | None:
+    if _is_number(k) and 0 < k <= 100:
+        return None
+    if _is_number(k) and k == 0:
+        return "k is 0, which keeps no entry: the merge would be zero. It must be > 0 and <= 100."
+    return f"k is {show(k)}; it must be a percentage, > 0 and <= 100."
+
+
+def _shares(names: list[Plain], value: float) -> dict[str, float]:
+    """Return λ for the first adapter and 1 − λ, taken in decimals as λ is written, for the second."""
+    return {names[0]: float(value), names[1]: float(1 - Decimal(repr(value)))}

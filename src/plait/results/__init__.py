@@ -1,0 +1,1 @@
+"""What all results share: the lock, parts of run records, outputs that appear whole, progress, versions."""

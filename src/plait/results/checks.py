@@ -1,0 +1,60 @@
+"""A finished folder and its lock: whether every file is as it was written."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Literal
+
+from plait.errors import AdapterError
+from plait.folders import OutsideError, entries, open_in
+from plait.records import Record
+from plait.results.lock import LOCK, RECORD, SUMMARY, Lock, read_lock
+
+State = Literal["equal", "changed", "missing", "extra", "outside"]
+_BESIDE = (LOCK, RECORD, SUMMARY)
+_LEFT_BY_THE_HUB = (".gitattributes", ".cache", ".git")
+
+
+class FileCheck(Record):
+    """One file of a result.
+
+    Attributes:
+        name: its path in the folder.
+        state: against the lock; `outside` for a link that leads out of the folder and for what is not a file: nothing of it
+            is read.
+    """
+
+    name: str
+    state: State
+
+
+def check_files(folder: Path, lock: Lock) -> tuple[FileCheck, ...]:
+    """Compare every file with the lock; lock, run record and what the Hub's tools leave beside them are no part of it."""
+    names = {n for n in entries(folder) if n not in _BESIDE and n.split("/")[0] not in _LEFT_BY_THE_HUB}
+    return tuple(
+        FileCheck(name=name, state=_state(folder, name, lock.outputs.get(name))) for name in sorted(names | {*lock.outputs})
+    )
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether everything that its lock names stands in a folder as it was written, whatever lies beside it."""
+    try:
+        return all(file.state in ("equal", "extra") for file in check_files(folder, read_lock(folder)))
+    except AdapterError:
+        return False
+
+
+def _state(folder: Path, name: str, digest: str | None) -> State:
+    if digest is None:
+        return "extra"
+    if not os.path.lexists(folder / name):
+        return "missing"
+    try:
+        with open_in(folder, name) as file:
+            return "equal" if hashlib.file_digest(file, "sha256").hexdigest() == digest else "changed"
+    except (OutsideError, FileNotFoundError):
+        return "outside"
+    except OSError as error:
+        raise AdapterError(f"{folder / name}: cannot be read ({error.strerror or error}).") from None

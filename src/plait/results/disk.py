@@ -1,0 +1,63 @@
+"""Where an output may be written: not over an input, on a disk with space for it; and what its failures are."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from plait.errors import OutputError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS)
+DISK_FAULTS = (*DISK_FULL, errno.EIO)  # of the disk, whichever way bytes are copied
+
+
+def free_space(folder: Path) -> tuple[Path, int]:
+    """Return the existing folder whose file system an output will be on, and the bytes that are free there."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return place, shutil.disk_usage(place).free
+
+
+def check_space(out: Path, needed: int, *, what: str, on: Path | None = None, advice: str) -> None:
+    """Refuse an output for which the disk has no space.
+
+    Args:
+        out: where it will be.
+        needed: bytes still to be written.
+        what: is written, such as "the model".
+        on: an existing folder on the file system that takes the bytes; that of `out` when None.
+        advice: ways to write fewer bytes, as the end of a sentence.
+
+    Raises:
+        OutputError: there is too little.
+    """
+    place, free = free_space(out if on is None else on)
+    if free < needed:
+        raise OutputError(
+            f"{out}: {what} needs {_size(needed)}, {place} has {_size(free)} free. Free some space, choose another place, or "
+            f"write fewer bytes ({advice})."
+        )
+
+
+def check_not_an_input(out: Path, inputs: Mapping[str, Path], *, command: str) -> None:
+    """Refuse an output that would take the place of what the command reads.
+
+    Args:
+        out: the output.
+        inputs: what each is → its folder.
+        command: as a noun, such as "merge".
+
+    Raises:
+        OutputError: `out` is one of the folders, or holds one.
+    """
+    if not out.exists():
+        return
+    for what, folder in inputs.items():
+        if out.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise OutputError(f"{out} is an input of this {command} ({what}). Choose another output.")
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"

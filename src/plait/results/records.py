@@ -1,0 +1,42 @@
+"""Parts that the run records of several commands share, and how a record is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from plait.records import Record
+
+Result = Literal["exact", "truncated", "dense"]
+
+
+class ModuleRecord(Record):
+    """What happened to one target module.
+
+    Attributes:
+        target: its path.
+        rank: written.
+        result: `exact`, `truncated`, or `dense`.
+        energy: ‖ΔW‖²_F of the merge before truncation; None when nothing was truncated.
+        kept: share of it that was kept, in [0, 1].
+    """
+
+    target: str
+    rank: int | None
+    result: Result
+    energy: float | None
+    kept: float
+
+
+def overall_kept(modules: tuple[ModuleRecord, ...]) -> float:
+    """Return the share of energy kept over the modules that were truncated; 1 when none was."""
+    total = sum(m.energy or 0.0 for m in modules)
+    return sum((m.energy or 0.0) * m.kept for m in modules) / total if total else 1.0
+
+
+def write_json(path: Path, value: Record | Mapping[str, Any]) -> None:
+    """Write a record as indented JSON."""
+    data = value.model_dump(mode="json") if isinstance(value, Record) else value
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,413 @@
+"""Output folders: what may be written and replaced, and a folder that appears whole or not at all.
+
+A folder is made beside its final name and renamed. Where that cannot be, because the final name is a mount point (a container's
+volume), the working directory, or in a folder that may not be written, it is made inside it, and its files are moved up, the
+lock last; what belongs to plait is noted meanwhile, so that a killed process leaves nothing that the next one would not clear
+away.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from plait.errors import AdapterError, OutputError, PlaitError, collect
+from plait.folders import entries, file_in, name_problem
+from plait.results.disk import UNWRITABLE
+from plait.results.lock import LOCK, read_lock
+from plait.results.locking import has_locks
+
+_STAGING, _MARK, _BAKING = ".plait-staging", ".plait-writing", ".plait-baking"  # in a folder that is filled where it stands
+_NOT_WORK = (".cache/huggingface/", ".gitattributes", ".DS_Store", "lost+found")  # left by tools and file systems
+_LONGEST = 150  # bytes of an output's name that the names of its working folders repeat
+_SHOWN = 6
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+@contextmanager
+def checking_output(out: Path | None, *, force: bool) -> Iterator[None]:
+    """Refuse an output that cannot be written, together with whatever else is found wrong inside the block.
+
+    Args:
+        out: where something is to be written; None for nowhere yet.
+        force: replace what stands there, where that is allowed.
+
+    Raises:
+        OutputError: it cannot be written.
+        PlaitError: something else is wrong; both are said where both are.
+    """
+    problem = None if out is None else output_problem(out, force=force)
+    try:
+        yield
+    except PlaitError as error:
+        if problem:
+            collect(type(error), [str(error), problem], "nothing was done")
+        raise
+    if problem:
+        raise OutputError(problem)
+
+
+def output_problem(folder: Path, *, force: bool) -> str | None:
+    """Return why a folder must not be written, before any work is done."""
+    if "\0" in str(folder):
+        return f"{str(folder)!r} holds a NUL character. Choose another output."
+    if str(folder).startswith("~"):
+        return f"{folder}: '~' is not expanded here. Write the whole path, such as {Path.home() / 'merged'}."
+    try:
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            return f"{folder} exists and is not a folder. Choose another output."
+        above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        if not above.is_dir():
+            return f"{folder}: {above} is not a folder. Choose another output."
+        if taken := _taken(folder, force=force):
+            return taken
+        place = _working_folder(folder)
+        place = next(p for p in (place, *place.parents) if p.exists())
+        if not os.access(place, os.W_OK | os.X_OK):
+            return f"{folder} cannot be written: no permission to write in {place}. Choose another output."
+    except OSError as error:
+        return f"{folder} cannot be written: {error.strerror or error}."
+    return None
+
+
+def _taken(folder: Path, *, force: bool) -> str | None:
+    """Return why what stands in a folder must not be replaced."""
+    if not folder.exists():
+        return None
+    own = _unfinished(folder)
+    if all(name in own for name in _contents(folder)):
+        return None
+    if not force:
+        return f"{folder} exists already. Choose another output, or replace it with --force (force=True)."
+    if not own and not os.path.lexists(folder / LOCK):
+        return (
+            f"{folder} was not written by plait (it has no {LOCK}); --force replaces only what was. It holds "
+            f"{_listed(p.name for p in folder.iterdir())}. Choose another output."
+        )
+    if os.path.lexists(folder / LOCK):
+        try:
+            own |= read_lock(folder).files
+        except AdapterError as error:
+            return f"{folder} is not replaced, since what plait wrote there is not known: {error} Or choose another output."
+    others = [name for name in _contents(folder) if name not in own]
+    if not others:
+        return None
+    return (
+        f"{folder} also holds what plait did not write: {_listed(others)}. --force would delete it. Move it away, or choose "
+        "another output."
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more
+
+
+@contextmanager
+def staged(folder: Path, *, force: bool) -> Iterator[Path]:
+    """Offer a new folder; make it `folder` when the block ends well, remove it otherwise.
+
+    A killed process leaves its staging folder behind, never a half-written `folder`; the next one with this output removes it.
+
+    Args:
+        folder: the final name.
+        force: replace a result of plait that stands there.
+
+    Raises:
+        OutputError: it cannot be written (permissions, a full disk), or stands already.
+    """
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 (resolve() would follow links)
+    problem = output_problem(folder, force=force)
+    if problem:
+        raise OutputError(problem)
+    try:
+        above = _working_folder(folder)
+        above.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        place = above / f"{_stem(folder, 'staging')}-{os.getpid()}-{secrets.token_hex(3)}"
+        place.mkdir()
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from None
+    try:
+        with _held(place):
+            yield place
+            publish(place, folder, force=force)
+    except OSError as error:
+        about = Path(error.filename) if isinstance(error.filename, (str, os.PathLike)) else place
+        if isinstance(error, OutputError) or (error.errno not in UNWRITABLE and not about.is_relative_to(above)):
+            raise
+        raise OutputError(
+            f"{folder} cannot be written: {error.strerror or error}. Nothing was left there; free some space or choose another "
+            "place."
+        ) from error
+    except BaseException as error:
+        if not isinstance(error, Exception):  # stopped by its user
+            state = "is as it was before" if folder.exists() else "was not written"
+            error.add_note(f"{folder} {state}; the same command starts from the beginning.")
+        raise
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def scratch(purpose: str) -> Iterator[Path]:
+    """Offer a temporary folder, gone when the block ends; what killed processes left of the same purpose goes first."""
+    found = re.compile(rf"plait-{purpose}-(\d+)-\w+")
+    for stale in Path(tempfile.gettempdir()).glob(f"plait-{purpose}-*"):
+        with suppress(OSError):
+            name = found.fullmatch(stale.name)
+            own = not stale.is_symlink() and stale.stat().st_uid == os.getuid() if hasattr(os, "getuid") else False
+            if name and own and _is_abandoned(stale, int(name[1])):
+                shutil.rmtree(stale, ignore_errors=True)
+    place = Path(tempfile.mkdtemp(prefix=f"plait-{purpose}-{os.getpid()}-"))
+    try:
+        with _held(place):
+            yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def publish(place: Path, folder: Path, *, force: bool) -> None:
+    """Flush a finished folder and give it its final name; with `force`, in the place of what stands there.
+
+    Raises:
+        OutputError: somebody else has written there in the meantime, and nothing may be replaced.
+    """
+    _flush(place)
+    if place.is_relative_to(folder) or _is_fixed(folder):
+        _fill(place, folder, force=force)
+    else:
+        _swap(place, folder, force=force)
+
+
+def baking_folder(folder: Path) -> Path:
+    """Return where a model is baked that will stand in `folder`: beside it, or in it where it cannot be replaced as a whole."""
+    return _working_folder(folder) / _stem(folder, "baking")
+
+
+def _working_folder(folder: Path) -> Path:
+    """Return where a result is made before it has its name."""
+    folder = folder.absolute()
+    return folder if _is_fixed(folder) else folder.parent
+
+
+def _stem(folder: Path, purpose: str) -> str:
+    if _is_fixed(folder):
+        return {"staging": _STAGING, "baking": _BAKING}[purpose]
+    raw = os.fsencode(folder.name)
+    name = folder.name if len(raw) <= _LONGEST else hashlib.sha256(raw).hexdigest()[:24]
+    return f".{name}.{purpose}"
+
+
+def _is_fixed(folder: Path) -> bool:
+    """Return whether a folder stands and cannot, or should not, be exchanged for another one."""
+    if not folder.is_dir():
+        return False
+    folder = folder.absolute()
+    with suppress(OSError):  # the working directory may be gone
+        here = Path.cwd()
+        if folder in (here, *here.parents):
+            return True
+    return folder.is_mount() or str(folder.resolve()) in _mounts() or not os.access(folder.parent, os.W_OK | os.X_OK)
+
+
+def _mounts() -> set[str]:
+    """Return the system's mount points, those of folders of one file system on another of its folders included."""
+    try:
+        lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return set()
+    return {re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), line.split(" ")[4]) for line in lines if line.count(" ") > 4}
+
+
+def _contents(folder: Path) -> Iterator[str]:
+    """Yield what is in a folder, but for what plait works with and what tools and file systems leave everywhere."""
+    working = (_MARK, _STAGING, _BAKING)
+    return (n for n in entries(folder) if not n.startswith(working) and not n.startswith(_NOT_WORK))
+
+
+def _unfinished(folder: Path) -> set[str]:
+    """Return the names that a killed process was about to write or remove where the folder stands."""
+    try:
+        names = json.loads(file_in(folder, _MARK).read_text(encoding="utf-8"))["names"]
+        return {n for n in names if not name_problem(n)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left of the same output."""
+    above, stem = _working_folder(folder), _stem(folder, "staging")
+    for stale in above.glob(f"{glob.escape(stem)}-*"):
+        found = re.fullmatch(r"-(\d+)-[0-9a-f]+(\.old)?", stale.name.removeprefix(stem))
+        if found is None or not _is_abandoned(stale, int(found[1])):
+            continue
+        if found[2] and not folder.exists():
+            stale.rename(folder)  # killed between the two renames of a replacement: the old result comes back
+        else:
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+@contextmanager
+def _held(place: Path) -> Iterator[None]:
+    """Lock a folder while it is worked in, so that no process removes it, whatever it can see of this one's number."""
+    handle = _locked(place)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _is_abandoned(place: Path, pid: int) -> bool:
+    """Return whether the process that worked in a folder is gone, here and in other containers that share the folder."""
+    if _alive(pid):
+        return False
+    try:
+        handle = _locked(place)
+    except BlockingIOError:
+        return False
+    if handle is not None:
+        os.close(handle)
+    return True
+
+
+def _locked(place: Path) -> int | None:
+    """Return a handle that holds a folder's lock; None where the system has none.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    if not has_locks():
+        return None
+    import fcntl
+
+    try:
+        handle = os.open(place, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return handle
+
+
+def _alive(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # signal 0 asks on POSIX only; elsewhere it would end the process
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _swap(place: Path, folder: Path, *, force: bool) -> None:
+    """Rename; an old result is moved aside first, so that one of the two always stands under the name or beside it.
+
+    Raises:
+        OutputError: another process has written there in the meantime, and nothing may be replaced.
+    """
+    aside = place.with_name(place.name + ".old")
+    try:
+        if force and folder.exists():
+            if problem := _taken(folder, force=True):  # of somebody else, in the meantime
+                raise OutputError(problem)
+            folder.rename(aside)
+        place.rename(folder)  # onto nothing, or onto an empty folder; the system refuses a full one
+    except OSError as error:
+        if aside.exists():
+            aside.rename(folder)
+        if error.errno in (errno.EBUSY, errno.EXDEV) and folder.is_dir():  # a mount point after all, or a layer of a container
+            _fill(place, folder, force=force)
+            return
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise OutputError(f"{folder} was written by somebody else in the meantime. Choose another output.") from None
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):  # not every file system can flush a folder
+        _flush(folder.parent, deep=False)
+
+
+def _fill(place: Path, folder: Path, *, force: bool) -> None:
+    """Move a finished folder's files into one that stands, in the place of an old result's.
+
+    The old lock goes first and the new one comes last: what stands under a lock is whole.
+
+    Raises:
+        OutputError: another process has written there in the meantime, and nothing may be replaced.
+    """
+    if _taken(folder, force=force):
+        raise OutputError(f"{folder} was written by somebody else in the meantime. Choose another output.")
+    new, old = list(entries(place)), list(_contents(folder))
+    _note(folder, {*new, *old})
+    _remove(folder, old)
+    moved: list[str] = []
+    try:
+        for name in sorted(new, key=lambda n: n == LOCK):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            moved.append(name)
+            _move(place / name, target, folder / f"{_MARK}-{secrets.token_hex(3)}")
+    except BaseException:
+        _remove(folder, moved)
+        (folder / _MARK).unlink(missing_ok=True)
+        raise
+    with suppress(OSError):
+        _flush(folder, deep=False)
+    (folder / _MARK).unlink(missing_ok=True)
+
+
+def _note(folder: Path, names: Iterable[str]) -> None:
+    draft = folder / f"{_MARK}-{secrets.token_hex(3)}"
+    draft.write_text(json.dumps({"names": sorted(names)}), encoding="utf-8")
+    draft.replace(folder / _MARK)
+
+
+def _remove(folder: Path, names: list[str]) -> None:
+    """Remove files, the lock first, and the folders that are empty then."""
+    for name in sorted(names, key=lambda n: n != LOCK):
+        (folder / name).unlink(missing_ok=True)
+        for above in (folder / name).relative_to(folder).parents:
+            with suppress(OSError):  # not empty
+                if above.parts:
+                    (folder / above).rmdir()
+
+
+def _move(source: Path, target: Path, draft: Path) -> None:
+    """Give a file its final name; from another file system by way of `draft`, so that it is whole under that name."""
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copyfile(source, draft)
+        _flush(draft, deep=False)
+        draft.replace(target)
+
+
+def _flush(folder: Path, *, deep: bool = True) -> None:
+    targets = [p for p in folder.rglob("*") if p.is_file()] if deep else [folder]
+    for path in targets:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

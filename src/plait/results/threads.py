@@ -1,0 +1,39 @@
+"""Work on several items at a time with the results, and the bits, of one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from plait.results.progress import Progress
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def in_order(stage: str, work: Callable[[T], R], items: Sequence[T], workers: int, progress: Progress) -> Iterator[R]:
+    """Run `work` in threads of one torch thread each, and yield results in order."""
+    progress.start(stage, len(items))
+    try:
+        with one_thread_each(workers) as pool:
+            for result in pool.map(work, items):
+                yield result
+                progress.advance()
+    finally:
+        progress.finish()
+
+
+@contextmanager
+def one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Offer threads in which torch uses one thread each, so that the bytes do not depend on their number."""
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, "plait-work", torch.set_num_threads, (1,)) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(before)

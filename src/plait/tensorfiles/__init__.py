@@ -1,0 +1,1 @@
+"""Files of tensors: safetensors and pickles, read under limits and written in order."""
