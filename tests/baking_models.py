@@ -103,7 +103,7 @@ def run(model: torch.nn.Module) -> torch.Tensor:
 
 
 def make_adapter(base: Path, folder: Path, seed: int, auto: Any, **config: Any) -> Path:
-    """Make an adapter with PEFT and random values everywhere, so that nothing is zero by initialisation."""
+    """Make an adapter with PEFT and random values everywhere, so that nothing is zero by initialization."""
     torch.manual_seed(seed)
     model = get_peft_model(auto.from_pretrained(base, dtype=torch.float32), LoraConfig(**{"r": 3, "lora_alpha": 6, **config}))
     generator = torch.Generator().manual_seed(seed + 1)

@@ -42,7 +42,7 @@ def save_chat_model(folder: Path, *, seed: int = 0, tokenizer: PreTrainedTokeniz
     model = LlamaForCausalLM(settings)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(4)  # the initialisation is so small that all characters look alike
+            parameter.mul_(4)  # the initialization is so small that all characters look alike
     model.save_pretrained(folder)
     tokens.save_pretrained(folder)
     return folder

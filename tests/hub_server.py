@@ -105,7 +105,7 @@ class HubServer:
     """A running Hub; use it as a context manager.
 
     Args:
-        tokens: token to account. By default `hf_test` belongs to `tester`, who is in the organisation `org`.
+        tokens: token to account. By default `hf_test` belongs to `tester`, who is in the organization `org`.
         lfs_from: files of this many bytes or more are uploaded as large files; by default none is.
     """
 

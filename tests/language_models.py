@@ -51,7 +51,7 @@ def language_model(seed: int = 0, **config: object) -> LlamaForCausalLM:
     model = LlamaForCausalLM(settings)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(4)  # the initialisation is so small that all words look alike
+            parameter.mul_(4)  # the initialization is so small that all words look alike
     return model.eval()
 
 

@@ -72,7 +72,7 @@ def save_base(folder: Path) -> Path:
 
 
 def peft_adapter(folder: Path, seed: int, **config: object) -> Path:
-    """Make an adapter with PEFT and random values everywhere, so that nothing is zero by initialisation."""
+    """Make an adapter with PEFT and random values everywhere, so that nothing is zero by initialization."""
     torch.manual_seed(seed)
     model = get_peft_model(net(), LoraConfig(**{"r": 4, "lora_alpha": 8, **config}))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed + 1)

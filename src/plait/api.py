@@ -168,7 +168,7 @@ def bake(  # noqa: PLR0913 (what a command line takes)
         force: replace a model that stands at `out`.
         workers: threads; never change a byte.
         device: where blocks are added up, as torch names it; the lock names it, since other devices round otherwise.
-        dequantize: take a quantised base (fp8, mxfp4) for the plain model that it stands for; refused without.
+        dequantize: take a quantized base (fp8, mxfp4) for the plain model that it stands for; refused without.
         progress: who listens; it is told of bytes.
         push_to: Hub repository to upload the model to.
         private: create that repository as private.

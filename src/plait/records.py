@@ -29,7 +29,7 @@ class Shown:
 
 
 class Record(Shown, BaseModel):
-    """A frozen value; unknown keys are errors, so that a misspelt one can never be dropped in silence."""
+    """A frozen value; unknown keys are errors, so that a misspelled one can never be dropped in silence."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
 

@@ -1,4 +1,4 @@
-"""Quantised bases: the plain model that transformers makes of them without a GPU, plus the deltas; others are refused."""
+"""Quantized bases: the plain model that transformers makes of them without a GPU, plus the deltas; others are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MXFP4 = {
 
 
 def save(model: tf.PreTrainedModel, folder: Path, settings: dict[str, object], change: Callable[..., dict]) -> Path:
-    """Save a model in bfloat16, its tensors changed into quantised ones, in two files."""
+    """Save a model in bfloat16, its tensors changed into quantized ones, in two files."""
     model.bfloat16().save_pretrained(folder)
     changed: dict[str, torch.Tensor] = {}
     for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
@@ -149,7 +149,7 @@ def test_workers_and_blocks_change_no_byte(tmp_path, monkeypatch):
                 assert torch.equal(tensors[tensor], made[1][name][tensor]), tensor
 
 
-def test_adapters_of_dequantised_experts(tmp_path):
+def test_adapters_of_dequantized_experts(tmp_path):
     """The parameter behind `…_blocks` and `…_scales` is a target like any other."""
     from plait.adapters.layouts import Layout
     from plait.adapters.lowrank import LowRank
@@ -177,16 +177,16 @@ def test_adapters_of_dequantised_experts(tmp_path):
         ("bitsandbytes", "bitsandbytes unpacks its weights with kernels of its own"),
         ("compressed-tensors", "known to the compressed-tensors library alone"),
         ("gptq", "transformers has no way back from it"),
-        ("bitnet", "does not dequantise it on a processor"),
+        ("bitnet", "does not dequantize it on a processor"),
     ],
 )
-def test_what_cannot_be_dequantised_is_refused_with_the_reason(method, reason, tmp_path):
+def test_what_cannot_be_dequantized_is_refused_with_the_reason(method, reason, tmp_path):
     base = fp8_llama(tmp_path / "base")
     config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
     (base / "config.json").write_text(json.dumps(config))
     adapter = write_adapter(tmp_path / "a", TARGETS).folder
     with pytest.raises(
-        PlanError, match=rf"quantised \({method}, in config\.json\).*--dequantize knows fp8 and mxfp4: .*{reason}"
+        PlanError, match=rf"quantized \({method}, in config\.json\).*--dequantize knows fp8 and mxfp4: .*{reason}"
     ):
         plait.bake([adapter], base=base, dequantize=True, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -195,7 +195,7 @@ def test_what_cannot_be_dequantised_is_refused_with_the_reason(method, reason, t
 def test_without_the_flag_it_is_named(tmp_path):
     base = fp8_llama(tmp_path / "base")
     adapter = write_adapter(tmp_path / "a", TARGETS).folder
-    with pytest.raises(PlanError, match=r"quantised \(fp8, in config\.json\).*bake --dequantize"):
+    with pytest.raises(PlanError, match=r"quantized \(fp8, in config\.json\).*bake --dequantize"):
         plait.bake([adapter], base=base, out=tmp_path / "out")
 
 
@@ -212,7 +212,7 @@ def test_tensors_without_a_plain_form_are_all_named(tmp_path):
     with pytest.raises(PlanError) as caught:
         plait.bake([adapter], base=base, dequantize=True, out=tmp_path / "out")
     said = str(caught.value)
-    assert "2 tensors cannot be dequantised here" in said
+    assert "2 tensors cannot be dequantized here" in said
     assert "8-bit floats without a weight_scale_inv" in said
     assert "with scales [3, 3] for blocks of 32 × 16" in said
 

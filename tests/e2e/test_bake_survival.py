@@ -46,7 +46,7 @@ def stepping(name, do):
         step(name)
         do(*rest, **more)
     return done
-journal.Workshop.finish = stepping("finish", journal.Workshop.finish)
+journal.BakeJournal.finish = stepping("finish", journal.BakeJournal.finish)
 making.write_at = stepping("write", making.write_at)
 publish = journal.publish
 def publish_in_two_steps(*rest, **more):
@@ -296,13 +296,13 @@ def test_a_base_that_ends_early_while_it_is_read(materials, tmp_path, monkeypatc
     from plait.baking import journal
 
     base = Path(shutil.copytree(materials.base, tmp_path / "base"))
-    begin = journal.Workshop.begin
+    begin = journal.BakeJournal.begin
 
-    def cut(self: journal.Workshop, digest: str) -> None:
+    def cut(self: journal.BakeJournal, digest: str) -> None:
         begin(self, digest)
         os.truncate(base / "model.safetensors", 40_000)
 
-    monkeypatch.setattr(journal.Workshop, "begin", cut)
+    monkeypatch.setattr(journal.BakeJournal, "begin", cut)
     with pytest.raises(AdapterError, match=r"model\.safetensors.* ends early.*change") as caught:
         plait.bake(materials.pair, base=base, out=tmp_path / "out", shard_size="20KB", workers=1)
     assert not (tmp_path / "out").exists()
@@ -310,12 +310,12 @@ def test_a_base_that_ends_early_while_it_is_read(materials, tmp_path, monkeypatc
 
 
 def test_a_failure_before_a_file_is_finished_leaves_nothing(materials, tmp_path, monkeypatch):
-    from plait.baking.making import Maker
+    from plait.baking.tensors import ShardTensorBuilder
 
     def broken(*_: object) -> None:
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(Maker, "make", broken)
+    monkeypatch.setattr(ShardTensorBuilder, "make", broken)
     with pytest.raises(RuntimeError, match="in the middle"):
         plait.bake(materials.pair, base=materials.base, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -218,10 +218,10 @@ def test_everything_that_does_not_fit_is_said_at_once(base, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_quantised_models_are_refused(base, tmp_path):
+def test_quantized_models_are_refused(base, tmp_path):
     config = {"quantization_config": {"quant_method": "gptq"}}
     tuned = checkpoint(tmp_path / "tuned", tensors(), **config)
-    with pytest.raises(plait.PlanError, match="quantised"):
+    with pytest.raises(plait.PlanError, match="quantized"):
         plait.extract(base, tuned, rank=2, out=tmp_path / "out")
 
 

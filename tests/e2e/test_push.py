@@ -226,4 +226,4 @@ def test_the_command_line(hub, merged, tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"pushed to {hub.url}/org/cli\n"
-    assert "note: README.md states no licence" in " ".join(done.stderr.split())
+    assert "note: README.md states no license" in " ".join(done.stderr.split())

@@ -435,8 +435,8 @@ def test_everything_is_refused_at_once_with_exit_code_2(place, tmp_path, capsys)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_quantised_training_is_refused_without_cuda(place, tmp_path):
-    with pytest.raises(RecipeError, match=r"--load_in_4bit: quantised training \(QLoRA\) needs a CUDA device"):
+def test_quantized_training_is_refused_without_cuda(place, tmp_path):
+    with pytest.raises(RecipeError, match=r"--load_in_4bit: quantized training \(QLoRA\) needs a CUDA device"):
         plan_sft(flags(place, tmp_path / "out", load_in_4bit=True))
     with pytest.raises(RecipeError, match="--load_in_4bit without --use_peft"):
         plan_sft(flags(place, tmp_path / "out", load_in_4bit=True, **dict.fromkeys(LORA)))
@@ -449,11 +449,11 @@ def test_a_disk_that_is_too_small(place, tmp_path, monkeypatch):
         plan_sft(flags(place, tmp_path / "out"))
 
 
-def test_a_quantised_base_is_not_merged_into(place, tmp_path):
+def test_a_quantized_base_is_not_merged_into(place, tmp_path):
     shutil.copytree(place / "base", tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(RecipeError, match=r"the base model is quantised \(gptq"):
+    with pytest.raises(RecipeError, match=r"the base model is quantized \(gptq"):
         plan_sft(flags(place, tmp_path / "out", model_name_or_path=str(tmp_path / "base"), merge_adapter_with_base=True))
 
 

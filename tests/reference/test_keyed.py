@@ -67,7 +67,7 @@ def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
     return float(torch.corrcoef(torch.stack([x.flatten(), y.flatten()]).double())[0, 1])
 
 
-def test_streams_and_neighbours_are_independent() -> None:
+def test_streams_and_neighbors_are_independent() -> None:
     """Between streams whose keys differ in one word or in the seed, and along rows and columns of one stream."""
     keys = [Key(3, ("a", "m")), Key(3, ("b", "m")), Key(3, ("a", "n")), Key(4, ("a", "m")), Key(3, ("am",)), Key(3, ("m", "a"))]
     streams = [uniform(k, 0, 150, 150) for k in keys]

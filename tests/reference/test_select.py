@@ -33,7 +33,7 @@ def awkward(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_rank_of_awkward_values(dtype):
-    """Ties, zeros of both signs, denormals, the largest numbers, neighbours that differ in the last bit."""
+    """Ties, zeros of both signs, denormals, the largest numbers, neighbors that differ in the last bit."""
     x = awkward(dtype)
     entries = x.shape[1]
     found, used = select(x, list(range(1, entries + 1)))

@@ -157,10 +157,10 @@ def test_a_link_that_leads_nowhere(base, adapter):
     "settings",
     [{"quantization_config": {"quant_method": "gptq"}}, {"text_config": {"quantization_config": {"quant_method": "awq"}}}],
 )
-def test_a_quantised_base_by_its_configuration(settings, base, adapter):
+def test_a_quantized_base_by_its_configuration(settings, base, adapter):
     (base / "config.json").write_text(json.dumps(settings))
     with pytest.raises(
-        PlanError, match=r"the base model is quantised \((gptq|awq), in config\.json\).*Give the 16- or 32-bit model"
+        PlanError, match=r"the base model is quantized \((gptq|awq), in config\.json\).*Give the 16- or 32-bit model"
     ):
         plan(base, adapter)
 
@@ -174,9 +174,9 @@ def test_a_quantised_base_by_its_configuration(settings, base, adapter):
         ("x.SCB", torch.float32),
     ],
 )
-def test_a_quantised_base_by_its_tensors(name, dtype, tmp_path, adapter):
-    base = write_base(tmp_path / "quantised", **{name: torch.zeros(4, 4).to(dtype)})
-    with pytest.raises(PlanError, match="the base model is quantised"):
+def test_a_quantized_base_by_its_tensors(name, dtype, tmp_path, adapter):
+    base = write_base(tmp_path / "quantized", **{name: torch.zeros(4, 4).to(dtype)})
+    with pytest.raises(PlanError, match="the base model is quantized"):
         plan(base, adapter)
 
 
@@ -258,7 +258,7 @@ def test_tokenizers_that_differ_leave_the_bases(base, tmp_path):
     assert any("bring different tokenizers (tokenizer.json of a, b): the base's is kept" in note for note in found.notes)
 
 
-def test_the_licence_is_the_bases_word(base, adapter, tmp_path):
+def test_the_license_is_the_bases_word(base, adapter, tmp_path):
     out = tmp_path / "out"
     plait.bake([adapter], base=base, out=out)
     assert "license" not in (out / "README.md").read_text().split("---")[1]

@@ -30,7 +30,7 @@ SIZES = {
 
 
 def module(name, monkeypatch):
-    """Import a file of the demo as the demo itself does, beside its neighbours."""
+    """Import a file of the demo as the demo itself does, beside its neighbors."""
     monkeypatch.syspath_prepend(str(DEMO))
     return importlib.import_module(name)
 
@@ -86,7 +86,7 @@ def test_adapters_were_trained_as_the_phases_file_says(task):
     assert (job["seed"], job["lora"]["init_seed"]) == (phases["seed"], init_seed(phases["seed"], task))
 
 
-def test_every_source_has_its_licence():
+def test_every_source_has_its_license():
     for name, holder in (
         ("MIT-vaderSentiment", "C.J. Hutto"),
         ("WordNet-3.0", "Princeton University"),

@@ -161,7 +161,7 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, object, int]:
 
 @settings(deadline=None)
 @given(layouts(), seeds)
-def test_layout_is_recognised_and_packs_what_it_unpacks(case, seed) -> None:
+def test_layout_is_recognized_and_packs_what_it_unpacks(case, seed) -> None:
     """From the shapes on disk to matrices and back, to the bit; and the matrices are the module's delta."""
     layout, module, r = case
     shape_a, shape_b = module.shapes(r)

@@ -305,18 +305,18 @@ def test_a_bake_without_them_is_refused(sources, base, tmp_path):
 
 @pytest.mark.parametrize("by_function", [False, True])
 def test_other_moments_do_not_take_up_what_was_baked_with_these(sources, folder, base, tmp_path, monkeypatch, by_function):
-    from plait.baking.journal import Workshop
+    from plait.baking.journal import BakeJournal
 
-    publish = Workshop.publish
+    publish = BakeJournal.publish
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     moments = (lambda adapter, module: gram(3)) if by_function else folder
-    monkeypatch.setattr(Workshop, "publish", interrupted)
+    monkeypatch.setattr(BakeJournal, "publish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         plait.bake(sources, method="regmean", base=base, moments=moments, out=tmp_path / "out")
-    monkeypatch.setattr(Workshop, "publish", publish)
+    monkeypatch.setattr(BakeJournal, "publish", publish)
     assert list((tmp_path / ".out.baking" / "model").glob("*.safetensors"))
     for name in PATHS:
         change(folder, name, gram(7).float())

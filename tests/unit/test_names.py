@@ -162,7 +162,7 @@ def test_an_untrained_copy_tells_an_adapters_name_from_a_modules():
         ("base_model.vera_A", "VeRA"),
         ("prompt_embeddings", "prompt"),
         (f"{Q}.fourierft_spectrum", "another method"),
-        (f"{Q}.base_layer.weight.absmax", "quantised"),
+        (f"{Q}.base_layer.weight.absmax", "quantized"),
         ("_fsdp_wrapped_module._flat_param", "FSDP"),
         (f"{Q}.lora_A.bias", "not known"),
         (f"{Q}.lora_A0.weight", "not known"),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from plait.checkpoints.digests import weight_files
 from plait.errors import AdapterError, RecipeError, TaskError
-from plait.merging.card import licence_of
+from plait.merging.card import license_of
 from plait.parsing import parse_json, read_object, read_text
 from plait.recipes.documents import read_document
 from plait.tensorfiles.header import read_header
@@ -246,9 +246,9 @@ def test_yaml_that_is_refused(text, said):
 def test_front_matter_of_strangers_ends_nothing(tmp_path, front):
     card = tmp_path / "README.md"
     card.write_bytes(f"---\nlicense: mit\n{front}\n---\n# card\n".encode())
-    assert licence_of(tmp_path) in (None, (("license", "mit"),), (("license", "9999-99-99"),))
+    assert license_of(tmp_path) in (None, (("license", "mit"),), (("license", "9999-99-99"),))
     card.write_bytes(b"---\nlicense: mit\n---\n caf\xe9")
-    assert licence_of(tmp_path) == (("license", "mit"),)
+    assert license_of(tmp_path) == (("license", "mit"),)
     card.unlink()
     card.mkdir()
-    assert licence_of(tmp_path) is None
+    assert license_of(tmp_path) is None

@@ -102,7 +102,7 @@ CONFIG = {
     "an unknown activation": {"hidden_act": "nope"},
     "positions that are a text": {"rope_parameters": "x", "rope_scaling": "x"},
     "an unknown dtype": {"dtype": "floaty", "torch_dtype": "floaty"},
-    "a quantisation that is a text": {"quantization_config": "x"},
+    "a quantization that is a text": {"quantization_config": "x"},
     "code of its own": {"auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}, "model_type": "own"},
 }
 GENERATION = {

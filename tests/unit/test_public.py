@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import plait
-from plait.merging.card import base_name, hub_id, licence_of, load_with_peft, serve_with_vllm
+from plait.merging.card import base_name, hub_id, license_of, load_with_peft, serve_with_vllm
 from plait.results.checks import check_files
 from plait.results.lock import read_lock
 from plait.results.public import place_name, public_file, public_text, public_values
@@ -153,15 +153,15 @@ def test_a_merge_of_hostile_adapters(tmp_path, name):
 
 
 @pytest.mark.parametrize("front", ["license: mit", 'license: "mit"\nlicense_link: https://x.org/a'])
-def test_a_licence_is_taken_over(tmp_path, front):
+def test_a_license_is_taken_over(tmp_path, front):
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
-    assert (licence_of(tmp_path) or ())[0] == ("license", "mit")
+    assert (license_of(tmp_path) or ())[0] == ("license", "mit")
 
 
 @pytest.mark.parametrize("front", ["license: [mit]", "license: 1", "license: 'a b <x>'", ""])
-def test_a_licence_that_is_not_plain_is_not_known(tmp_path, front):
+def test_a_license_that_is_not_plain_is_not_known(tmp_path, front):
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
-    assert licence_of(tmp_path) is None
+    assert license_of(tmp_path) is None
 
 
 def test_a_block_is_not_ended_from_within():

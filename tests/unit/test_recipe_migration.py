@@ -1042,7 +1042,7 @@ def test_a_note_says_where_numbers_differ(config, notes):
     assert {w.filename for w in caught} <= {__file__}
 
 
-def test_mergekit_needs_more_than_its_method_to_be_recognised():
+def test_mergekit_needs_more_than_its_method_to_be_recognized():
     with pytest.raises(RecipeError, match=r"merge_method: 'merge_method' is not known here; .* Did you mean 'merge_mode'"):
         build_recipe({"adapters": ["./a"], "merge_method": "ties"})
 

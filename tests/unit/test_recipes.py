@@ -521,7 +521,7 @@ def test_a_top_level_key_that_lacks_a_letter_is_refused_with_a_suggestion(data):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_misspelt_parameter_of_any_method_is_refused(name):
+def test_a_misspelled_parameter_of_any_method_is_refused(name):
     spec = METHODS[name].spec
     for parameter in (f.alias or n for n, f in spec.model_fields.items()):
         typo = parameter[:-1] + "qz"

@@ -67,7 +67,7 @@ class AdapterConfig:
         if isinstance(init, str) and init.lower().startswith(_BASE_CHANGED):
             return (
                 f"init_lora_weights is {shown(init)} and was not converted: the file is relative to a base model that this "
-                "initialisation changed, not to the published one. Save it with PEFT's "
+                "initialization changed, not to the published one. Save it with PEFT's "
                 "save_pretrained(..., path_initial_model_for_weight_conversion=...) and merge that."
             )
         for key, what in _UNSUPPORTED.items():

@@ -40,7 +40,7 @@ class Layout:
 
     @staticmethod
     def of(kind: Kind, a: tuple[int, ...], b: tuple[int, ...], config_rank: int) -> tuple[Layout, int]:
-        """Recognise a layout from the shapes of A and B; return it with the rank of one matrix.
+        """Recognize a layout from the shapes of A and B; return it with the rank of one matrix.
 
         Args:
             kind: what the names and the configuration say it is.

@@ -43,7 +43,7 @@ _FOREIGN = {
     "prompt tuning or prefix tuning": r"(?:^|\.)(?:prompt_embeddings|prompt_encoder|adaption_(?:prompt|gate))(?:\.|$)",
     "another method of PEFT": r"\.(?:fourierft|hra|bone|miss|shira|c3a|road|waveft|delora|gralora|randlora|ln_tuning|poly_lora"
     r"|internal_xlora|vblora)_\w+(?:\.|$)",
-    "quantised weights": r"\.(?:nested_)?(?:absmax|quant_map)$|\.quant_state\."
+    "quantized weights": r"\.(?:nested_)?(?:absmax|quant_map)$|\.quant_state\."
     r"|\.(?:SCB|qweight|qzeros|g_idx|weight_scale_inv)$",
     "FSDP's flattened parameters": r"(?:^|\.)_?flat_param(?:_\d+)?(?:\.|$)",
     "a LoRA of a kind that is not known": r"(?:^|\.)(?:lora_[A-Z]\w*|loras?)(?:\.|$)|\.lora_(?:embedding|magnitude|diag)\w*\.",

@@ -1,4 +1,4 @@
-"""The model card of a baked model: what it is, how it was made, how to load it. The licence is the base's own word."""
+"""The model card of a baked model: what it is, how it was made, how to load it. The license is the base's own word."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 from plait.baking.plan import Bake
 from plait.baking.record import BakeRecord
-from plait.merging.card import AUTO_MODELS, PIPELINES, base_name, hub_id, licence_of, public_recipe, source_row, task_type_of
+from plait.merging.card import AUTO_MODELS, PIPELINES, base_name, hub_id, license_of, public_recipe, source_row, task_type_of
 from plait.methods import METHODS
 from plait.recipes.writing import recipe_json
 from plait.results.quoting import block, code, prose
@@ -94,7 +94,7 @@ def _front_matter(bake: Bake) -> dict[str, Any]:
     front["tags"] = ["merge", "lora", "plait"]
     if (task := task_type_of(bake.inventory.adapters)) in PIPELINES:
         front["pipeline_tag"] = PIPELINES[task]
-    front |= dict(licence_of(bake.checkpoint.folder) or ())
+    front |= dict(license_of(bake.checkpoint.folder) or ())
     repos = [p.repo for p in bake.inventory.located if p.repo]
     if repos:
         front["merged_adapters"] = repos

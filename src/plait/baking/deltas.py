@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
-from plait.baking.placement import Piece
+from plait.baking.placement import RowRange
 from plait.errors import PlanError
 from plait.linalg.blocks import HOLD_ELEMENTS, RowBlocks
 from plait.merging.combine import Combiner
@@ -22,7 +22,7 @@ from plait.spaces.base import Merged
 
 _NEGLIGIBLE = 1e-5  # share of a delta that is rounding
 
-Rows = Callable[[int, int], Tensor]  # the rows [start, stop) of the base's tensor, float32 or float64
+RowReader = Callable[[int, int], Tensor]  # the rows [start, stop) of the base's tensor, float32 or float64
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ModuleMerge:
         return parts
 
 
-def merge_dora(parts: Sequence[DoraPart], piece: Piece, blocks: Iterator[tuple[int, Tensor]]) -> tuple[LowRank, Tensor]:
+def merge_dora(parts: Sequence[DoraPart], span: RowRange, blocks: Iterator[tuple[int, Tensor]]) -> tuple[LowRank, Tensor]:
     """Return L and g of the merged weight g ⊙ W + L, with g (d_out,) a factor per row of ΔW.
 
     One DoRA is m/n ⊙ (W + sBA), n the row norms of W + sBA; so Σ c (m/n ⊙ (W + sBA) − W) + W has
@@ -85,7 +85,7 @@ def merge_dora(parts: Sequence[DoraPart], piece: Piece, blocks: Iterator[tuple[i
 
     Args:
         parts: per adapter.
-        piece: where the module lies.
+        span: where the module lies.
         blocks: (first row, rows) of the base's tensor.
     """
     squares = [torch.zeros(piece_rows(parts[0]), dtype=torch.float64) for _ in parts]
@@ -93,8 +93,8 @@ def merge_dora(parts: Sequence[DoraPart], piece: Piece, blocks: Iterator[tuple[i
         for part, square in zip(parts, squares, strict=True):
             if part.magnitude is None:
                 continue
-            moved = block + low_rank_rows(part.delta, start, start + len(block), transposed=piece.transposed)
-            if piece.transposed:
+            moved = block + low_rank_rows(part.delta, start, start + len(block), transposed=span.transposed)
+            if span.transposed:
                 square += moved.double().square().sum(0)
             else:
                 square[start : start + len(block)] = moved.double().square().sum(1)
@@ -130,7 +130,7 @@ def add_rows(delta: LowRank, block: Tensor, start: int, *, transposed: bool) -> 
 def own_columns(matrix: Merged, start: int, stop: int, *, where: str) -> Merged:
     """Return the columns [start, stop) of a merged delta, all others of which are zero.
 
-    They are zero in every adapter, and stay so in whatever combines deltas; a factorisation leaves its rounding there.
+    They are zero in every adapter, and stay so in whatever combines deltas; a factorization leaves its rounding there.
 
     Args:
         matrix: ΔW.
@@ -159,7 +159,7 @@ def own_columns(matrix: Merged, start: int, stop: int, *, where: str) -> Merged:
     return RowBlocks((matrix.shape[0], stop - start), lambda first, last: own[first:last], matrix.dtype)
 
 
-def dense_rows(matrix: RowBlocks, scratch: Path, stack: ExitStack, *, transposed: bool) -> Rows:
+def dense_rows(matrix: RowBlocks, scratch: Path, stack: ExitStack, *, transposed: bool) -> RowReader:
     """Return a dense delta as a function of rows, to be asked in ascending order.
 
     The transpose of a matrix that comes by rows needs all of them: a small one is held, a large one goes through a file.

@@ -24,7 +24,7 @@ from plait.results.staging import baking_folder, output_problem, publish
 _LOCK, _JOURNAL, _MODEL = "lock", "journal.jsonl", "model"
 
 
-class Workshop:
+class BakeJournal:
     """The folder, while this process holds it.
 
     Attributes:
@@ -86,7 +86,7 @@ class Workshop:
 
 
 @contextmanager
-def workshop(final: Path, *, force: bool) -> Iterator[Workshop]:
+def open_journal(final: Path, *, force: bool) -> Iterator[BakeJournal]:
     """Open the folder beside an output and hold its lock; it stays when something in it is worth going on with.
 
     Args:
@@ -102,14 +102,14 @@ def workshop(final: Path, *, force: bool) -> Iterator[Workshop]:
     if problem or folder.is_symlink():
         raise OutputError(problem or f"{folder} is a link, and models are baked there. Delete it, or choose another output.")
     with locked(folder / _LOCK, "this model is being baked"):
-        shop = Workshop(folder, final)
+        journal = BakeJournal(folder, final)
         aside = folder / f"{_MODEL}.old"
         if aside.exists() and not final.exists():
             aside.rename(final)  # killed between the two renames of a replacement: the old model comes back
         try:
-            yield shop
+            yield journal
         finally:
-            if not shop.finished:
+            if not journal.finished:
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from plait.adapters.adapter import Adapter
 from plait.baking.card import model_card
 from plait.baking.digests import base_digests
-from plait.baking.journal import Workshop, workshop
-from plait.baking.making import Maker
+from plait.baking.journal import BakeJournal, open_journal
 from plait.baking.plan import Bake, BakeOptions, BakePlan, prepare_bake
 from plait.baking.record import BakeRecord
+from plait.baking.tensors import ShardTensorBuilder
 from plait.baking.writing import ShardWriter
 from plait.errors import OutputError, PlaitError
 from plait.merging.engine import Engine
@@ -109,30 +109,30 @@ def run_bake(
         bake = prepare_bake(recipe, options, folder=folder, workers=workers, moments=moments)
     inputs = input_folders(bake.inventory) | {"the base model": bake.checkpoint.folder}
     check_not_an_input(out, inputs, command="bake")
-    with workshop(out, force=force) as shop, _explained(out, shop, len(bake.shards)):
+    with open_journal(out, force=force) as journal, _explained(out, journal, len(bake.shards)):
         digests = _adapter_digests(bake)
-        shop.begin(_digest(bake, digests))
-        resumed = tuple(sorted(shop.finished))
-        left = bake.plan.output_bytes - sum(size for size, _ in shop.finished.values())
-        check_space(out, left, what="the model", on=shop.folder, advice="--dtype bfloat16")
+        journal.begin(_digest(bake, digests))
+        resumed = tuple(sorted(journal.finished))
+        left = bake.plan.output_bytes - sum(size for size, _ in journal.finished.values())
+        check_space(out, left, what="the model", on=journal.folder, advice="--dtype bfloat16")
         with base_digests(bake.checkpoint, bake.shards) as digests_of_base:
-            shards = _write_shards(bake, shop, workers, progress or Silent())
-            bake.companions.write(shop.model)
-            _write_heads(bake, shop.model)
+            shards = _write_shards(bake, journal, workers, progress or Silent())
+            bake.auxiliary.write(journal.model)
+            _write_heads(bake, journal.model)
             record = _record(bake, digests, shards, resumed, started)
-            (shop.model / "README.md").write_text(model_card(bake, record), encoding="utf-8")
-            lock = _lock(bake, digests, shards, digests_of_base(shards), shop.model, out)
-        write_json(shop.model / LOCK, lock)
-        write_json(shop.model / RECORD, record)
-        write_json(shop.model / SUMMARY, summary(record))
-        shop.publish(force=force)
+            (journal.model / "README.md").write_text(model_card(bake, record), encoding="utf-8")
+            lock = _lock(bake, digests, shards, digests_of_base(shards), journal.model, out)
+        write_json(journal.model / LOCK, lock)
+        write_json(journal.model / RECORD, record)
+        write_json(journal.model / SUMMARY, summary(record))
+        journal.publish(force=force)
     return BakeResult(out, bake.plan, record)
 
 
-def _write_shards(bake: Bake, shop: Workshop, workers: int, progress: Progress) -> dict[str, str]:
+def _write_shards(bake: Bake, journal: BakeJournal, workers: int, progress: Progress) -> dict[str, str]:
     combiner = Engine(bake.inventory, bake.merge, workers=workers, progress=progress).prepare()
-    maker = Maker(bake.checkpoint, bake.device, shop.folder)
-    return ShardWriter(bake.checkpoint, bake.inventory, combiner, maker, shop, workers, progress).write(bake.shards)
+    builder = ShardTensorBuilder(bake.checkpoint, bake.device, journal.folder)
+    return ShardWriter(bake.checkpoint, bake.inventory, combiner, builder, journal, workers, progress).write(bake.shards)
 
 
 def _write_heads(bake: Bake, folder: Path) -> None:
@@ -218,21 +218,21 @@ def _lock(bake: Bake, digests: list[str], shards: dict[str, str], base: dict[str
 
 
 @contextmanager
-def _explained(out: Path, shop: Workshop, shards: int) -> Iterator[None]:
+def _explained(out: Path, journal: BakeJournal, shards: int) -> Iterator[None]:
     """Say what is left when a bake fails, and that it can go on."""
     try:
         yield
     except BaseException as error:
         left = (
-            f"{len(shop.finished)} of {shards} files are finished in {shop.folder}; the same command goes on from there. "
+            f"{len(journal.finished)} of {shards} files are finished in {journal.folder}; the same command goes on from there. "
             "Delete that folder to give them up."
         )
         if isinstance(error, OSError) and not isinstance(error, PlaitError) and error.errno in UNWRITABLE:
             found = OutputError(f"{out} cannot be written: {error.strerror}. Free some space or choose another place.")
-            if shop.finished:
+            if journal.finished:
                 found.add_note(left)
             raise found from error
-        if shop.finished:
+        if journal.finished:
             error.add_note(left)
         elif not isinstance(error, Exception):  # stopped by its user
             error.add_note("No file was finished; the same command starts from the beginning.")

@@ -23,7 +23,7 @@ _TRANSPOSED = "is stored as (d_in, d_out) and cut into several tensors"
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowRange:
     """Rows of one merged matrix and where they go.
 
     Attributes:
@@ -50,13 +50,13 @@ class Change:
     """What becomes of one tensor.
 
     Attributes:
-        pieces: deltas that are added.
+        ranges: deltas that are added.
         biases: targets whose `lora_bias` is added.
         replaced: the adapters' own tensor that takes the base's place.
         tokens: trained rows that take the place of the base's.
     """
 
-    pieces: tuple[Piece, ...] = ()
+    ranges: tuple[RowRange, ...] = ()
     biases: tuple[str, ...] = ()
     replaced: FullTensor | None = None
     tokens: FullTensor | None = None
@@ -64,7 +64,7 @@ class Change:
     @property
     def targets(self) -> tuple[str, ...]:
         """The target modules whose merge is needed for it."""
-        return tuple(dict.fromkeys([p.target for p in self.pieces] + list(self.biases)))
+        return tuple(dict.fromkeys([p.target for p in self.ranges] + list(self.biases)))
 
 
 @dataclass(frozen=True)
@@ -171,10 +171,10 @@ class _Placing:
         rows = 0
         try:
             for part in parts:
-                pieces = tuple(self._pieces(target, layout, part, alone=len(parts) == 1))
-                self._result.add(part.tensor, pieces=pieces)
-                rows += sum(p.count for p in pieces)
-            wanted = layout.stack * (layout.d_in if pieces[0].transposed else layout.d_out)
+                ranges = tuple(self._ranges(target, layout, part, alone=len(parts) == 1))
+                self._result.add(part.tensor, ranges=ranges)
+                rows += sum(r.count for r in ranges)
+            wanted = layout.stack * (layout.d_in if ranges[0].transposed else layout.d_out)
             if rows != wanted:
                 raise ValueError(
                     f"the base model has a place for {rows} of its delta's {wanted} rows. Is its checkpoint whole?"
@@ -183,8 +183,8 @@ class _Placing:
         except ValueError as error:
             self._result.problems.append(f"{target}: {error}")
 
-    def _pieces(self, target: str, layout: Layout, part: Part, *, alone: bool) -> Iterator[Piece]:
-        """Yield the pieces that land in one tensor.
+    def _ranges(self, target: str, layout: Layout, part: Part, *, alone: bool) -> Iterator[RowRange]:
+        """Yield the ranges that land in one tensor.
 
         Raises:
             ValueError: shapes contradict each other; the text says how.
@@ -212,7 +212,7 @@ class _Placing:
                     "the base model that they were trained on?"
                 )
             height = layout.d_in if transposed else layout.d_out
-            yield from (Piece(target, i, 0, height, i * height, transposed) for i in range(layout.stack))
+            yield from (RowRange(target, i, 0, height, i * height, transposed) for i in range(layout.stack))
             return
         count = rows if part.rows is None else part.rows
         if columns != layout.d_in or part.start + count > layout.d_out or (part.expert or 0) >= layout.stack:
@@ -220,10 +220,10 @@ class _Placing:
                 f"{part.tensor!r} in {self._checkpoint.folder} is {list(shape)}, the adapters need a part of "
                 f"{list(layout.dense_shape)}. Is this the base model that they were trained on?"
             )
-        yield Piece(target, part.expert or 0, part.start, count, part.row, transposed=False)
+        yield RowRange(target, part.expert or 0, part.start, count, part.row, transposed=False)
 
-    def _groups(self, target: str, layout: Layout, tensor: str) -> Iterator[Piece]:
-        """Yield the pieces of a grouped convolution under a LoRA as PEFT stores it, every group of which reads all channels.
+    def _groups(self, target: str, layout: Layout, tensor: str) -> Iterator[RowRange]:
+        """Yield the ranges of a grouped convolution under a LoRA as PEFT stores it, every group of which reads all channels.
 
         Raises:
             ValueError: some group reads channels of others, which the weight has no place for.
@@ -241,7 +241,7 @@ class _Placing:
                     )
         for i in range(layout.stack):
             columns = (i * width, (i + 1) * width)
-            yield Piece(target, i, 0, layout.d_out, i * layout.d_out, transposed=False, columns=columns)
+            yield RowRange(target, i, 0, layout.d_out, i * layout.d_out, transposed=False, columns=columns)
 
     def _transposed(self, target: str, layout: Layout, shape: tuple[int, ...] | None) -> bool:
         """Say whether a tensor stores ΔWᵀ; its shape decides, the model's code where it is square."""
@@ -453,18 +453,18 @@ class _Placing:
         stored = self._stored(name)
         if stored is not None:
             return self._result.changes.get(stored)
-        pieces: tuple[Piece, ...] = ()
+        ranges: tuple[RowRange, ...] = ()
         for target, layout in self._layouts.items():
             if self._names.model_name(_weight(target, layout)) == name:
                 transposed = layout.kind == "embedding"
                 self._check_copy(target, layout, name, transposed=transposed)
-                pieces += (Piece(target, 0, 0, layout.d_in if transposed else layout.d_out, 0, transposed),)
+                ranges += (RowRange(target, 0, 0, layout.d_in if transposed else layout.d_out, 0, transposed),)
         full = next((t for p, t in self._full.items() if self._names.model_name(p) == name), None)
-        if not pieces and full is None:
+        if not ranges and full is None:
             return None
         if full is not None and full.indices:
-            return Change(pieces, tokens=full, replaced=full.table)
-        return Change(pieces, replaced=full)
+            return Change(ranges, tokens=full, replaced=full.table)
+        return Change(ranges, replaced=full)
 
     def _check_copy(self, target: str, layout: Layout, name: str, *, transposed: bool) -> None:
         owner = next(g[0] for g in self._names.tied_groups() if name in g)
@@ -484,18 +484,18 @@ class _Placing:
         """
         made = [u for u in uses if u is not None]
         tokens, tables = {u.tokens.names for u in made if u.tokens}, [u.replaced for u in made if u.replaced]
-        if tokens and not any(u.pieces for u in made) and all(u.tokens or u.replaced for u in made):
+        if tokens and not any(u.ranges for u in made) and all(u.tokens or u.replaced for u in made):
             return len(tokens) == 1 and all(tables[0].same_values(table) for table in tables[1:])
         if len(made) < len(uses):
             return False
-        if any((u.replaced is None) != (made[0].replaced is None) or len(u.pieces) != len(made[0].pieces) for u in made):
+        if any((u.replaced is None) != (made[0].replaced is None) or len(u.ranges) != len(made[0].ranges) for u in made):
             return False
         first = made[0].replaced
         if first is not None and not all(first.same_values(u.replaced) for u in made[1:] if u.replaced is not None):
             return False
-        return all(self._same_delta(made[0].pieces, u.pieces) for u in made[1:])
+        return all(self._same_delta(made[0].ranges, u.ranges) for u in made[1:])
 
-    def _same_delta(self, one: tuple[Piece, ...], two: tuple[Piece, ...]) -> bool:
+    def _same_delta(self, one: tuple[RowRange, ...], two: tuple[RowRange, ...]) -> bool:
         """Say whether two targets have equal deltas in every adapter: with a linear method they are merged alike."""
         if one and not pipeline_of(self._inventory.recipe).is_linear:
             return False
@@ -521,11 +521,11 @@ class _Placing:
     def _clashes(self) -> list[str]:
         problems = []
         for tensor, change in self._result.changes.items():
-            if change.tokens is not None and (change.pieces or change.replaced != change.tokens.table):
+            if change.tokens is not None and (change.ranges or change.replaced != change.tokens.table):
                 problems.append(f"{tensor}: trained token rows on a tensor that is changed otherwise too; cannot be baked yet.")
             if change.replaced is not None and change.biases:
                 problems.append(f"{tensor}: a trained bias and a lora_bias on the same tensor; cannot be baked yet.")
-            targets = [p.target for p in change.pieces]
+            targets = [p.target for p in change.ranges]
             dora = [t for t in targets for a in self._inventory.adapters if t in a.targets and a.targets[t].is_dora]
             if dora and len(set(targets)) > 1:
                 problems.append(f"{tensor}: DoRA on one of several modules that share a tensor; cannot be baked yet.")
@@ -558,7 +558,7 @@ def _misfit(parameter: str, tensor: FullTensor, shape: tuple[int, ...]) -> str |
     return None
 
 
-def _same_factors(adapter: Adapter, one: Piece, two: Piece) -> bool:
+def _same_factors(adapter: Adapter, one: RowRange, two: RowRange) -> bool:
     if (one.target in adapter.targets) != (two.target in adapter.targets):
         return False
     if one.target not in adapter.targets:

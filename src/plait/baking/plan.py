@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from pydantic import ValidationError
 
-from plait.baking.companions import Companions, gather_companions
+from plait.baking.auxiliary_files import AuxiliaryFiles, gather_auxiliary_files
 from plait.baking.full import effective_heads, full_tensors
 from plait.baking.placement import Placement, place
 from plait.baking.shards import OutShard, index_of, lay_out, parse_size
@@ -35,7 +35,7 @@ class BakeOptions(Record):
         dtype: of all float tensors; None keeps each one's own.
         shard_size: largest file, such as `5GB`; None keeps the base's files.
         device: where blocks are added up, as torch names it; another kind of device rounds its sums otherwise.
-        dequantize: take a quantised base for the plain model that it stands for, where that can be done here.
+        dequantize: take a quantized base for the plain model that it stands for, where that can be done here.
         full_tensors: put adapters' heads, embeddings and other full tensors into the model, or beside it; without, those of
             the base stay. Taking an adapter out leaves them alone.
     """
@@ -156,14 +156,14 @@ class Bake:
     """A bake that can be run.
 
     Attributes:
-        recipe: as asked for, the base model spelt out.
+        recipe: as asked for, the base model spelled out.
         options: beside it.
         inventory: the adapters.
         merge: the plan of the merge.
         checkpoint: the base.
         placement: where everything goes.
         shards: what is written.
-        companions: what goes along.
+        auxiliary: what goes along.
         device: where blocks are added up.
         plan: all of this for people.
     """
@@ -175,7 +175,7 @@ class Bake:
     checkpoint: BaseCheckpoint
     placement: Placement
     shards: tuple[OutShard, ...]
-    companions: Companions
+    auxiliary: AuxiliaryFiles
     device: torch.device
     plan: BakePlan
 
@@ -208,14 +208,14 @@ def prepare_bake(
     placement = place(inventory, merge, checkpoint, full)
     collect(PlanError, [*problems, *placement.problems], f"{checkpoint.folder}: this bake cannot be done")
     shards = lay_out(checkpoint, placement, dtype=SHORT[options.dtype] if options.dtype else None, shard_size=limit)
-    companions = gather_companions(checkpoint, inventory, placement, options.dtype, index_of(checkpoint, shards))
-    notes = (*_notes(recipe, merge), *checkpoint.notes, *placement.notes, *companions.notes)
-    plan = _plan(recipe, checkpoint, merge, shards, companions, notes, workers)
-    return Bake(recipe, options, inventory, merge, checkpoint, placement, shards, companions, device, plan)
+    auxiliary = gather_auxiliary_files(checkpoint, inventory, placement, options.dtype, index_of(checkpoint, shards))
+    notes = (*_notes(recipe, merge), *checkpoint.notes, *placement.notes, *auxiliary.notes)
+    plan = _plan(recipe, checkpoint, merge, shards, auxiliary, notes, workers)
+    return Bake(recipe, options, inventory, merge, checkpoint, placement, shards, auxiliary, device, plan)
 
 
 def _with_base(recipe: Recipe, folder: Path | None) -> Recipe:
-    """Return the recipe with its base model spelt out: its own, or the one that the adapters name."""
+    """Return the recipe with its base model spelled out: its own, or the one that the adapters name."""
     if recipe.base_model is not None:
         return recipe
     _, adapters = open_adapters([(entry.name, entry.path) for entry in recipe.adapters], folder)
@@ -253,7 +253,7 @@ def _plan(
     checkpoint: BaseCheckpoint,
     merge: MergePlan,
     shards: Sequence[OutShard],
-    companions: Companions,
+    auxiliary: AuxiliaryFiles,
     notes: tuple[str, ...],
     workers: int,
 ) -> BakePlan:
@@ -265,7 +265,7 @@ def _plan(
         adapters=merge.adapters,
         target_modules=len(merge.modules),
         shards=tuple(_shard_plan(s) for s in shards),
-        carried=companions.described,
+        carried=auxiliary.described,
         output_bytes=sum(s.size for s in shards),
         peak_bytes=merge.peak_bytes + blocks,
         notes=notes,

@@ -17,7 +17,7 @@ from plait.baking.full import parameter_of
 from plait.baking.pipeline import BakeResult, run_bake
 from plait.baking.plan import BakeOptions
 from plait.checkpoints.checkpoint import BaseCheckpoint
-from plait.checkpoints.distance import tensor_gap
+from plait.checkpoints.distance import tensor_distance
 from plait.errors import AdapterError, PlanError, RecipeError
 from plait.hub.download import resolve, resolve_model
 from plait.hub.references import parse_reference
@@ -33,7 +33,7 @@ _SAY_IT = "Say what is to be taken out: --weight."
 _PLAIN = ("linear", "cat", "task_arithmetic")  # a weight there is the coefficient
 
 
-class Remaining(Record):
+class Residual(Record):
     """What is left between a model that an adapter was taken out of, and the original.
 
     Attributes:
@@ -64,7 +64,7 @@ class UnbakeResult(Shown):
 
     bake: BakeResult
     weight: float
-    remaining: Remaining | None
+    remaining: Residual | None
     left: tuple[str, ...] = ()
 
 
@@ -151,15 +151,15 @@ def _original(text: str, baked: BaseCheckpoint) -> BaseCheckpoint:
     return before
 
 
-def _remaining(after: BaseCheckpoint, before: BaseCheckpoint) -> Remaining:
+def _remaining(after: BaseCheckpoint, before: BaseCheckpoint) -> Residual:
     """Compare two models of the same tensors."""
-    gaps = {n: tensor_gap(_file(after, n), _file(before, n), n) for n in sorted(after.home)}
-    apart = {n: gap for n, gap in gaps.items() if gap.unequal}
+    distances = {n: tensor_distance(_file(after, n), _file(before, n), n) for n in sorted(after.home)}
+    apart = {n: distance for n, distance in distances.items() if distance.unequal}
     where = max(apart, key=lambda n: apart[n].largest, default=None)
-    return Remaining(
+    return Residual(
         tensors=len(apart),
         unequal=sum(g.unequal for g in apart.values()),
-        entries=sum(g.entries for g in gaps.values()),
+        entries=sum(g.entries for g in distances.values()),
         largest=apart[where].largest if where is not None else 0.0,
         where=where,
     )

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from plait.baking.deltas import ModuleMerge
 from plait.baking.digests import GrowingDigest
-from plait.baking.journal import Workshop
-from plait.baking.making import Maker
+from plait.baking.journal import BakeJournal
 from plait.baking.shards import OutShard, OutTensor
+from plait.baking.tensors import ShardTensorBuilder
 from plait.checkpoints.blocks import SourceError, copy_range
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import AdapterError
@@ -41,8 +41,8 @@ class ShardWriter:
         checkpoint: the base.
         inventory: the adapters.
         combiner: merges.
-        maker: makes changed tensors.
-        shop: where.
+        builder: makes changed tensors.
+        journal: where.
         workers: threads; never change a byte.
         progress: told of bytes.
     """
@@ -50,8 +50,8 @@ class ShardWriter:
     checkpoint: BaseCheckpoint
     inventory: Inventory
     combiner: Combiner
-    maker: Maker
-    shop: Workshop
+    builder: ShardTensorBuilder
+    journal: BakeJournal
     workers: int
     progress: Progress
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -65,18 +65,18 @@ class ShardWriter:
             # flushing waits for the disk, and keeps no thread from computing
             with ThreadPoolExecutor(self.workers, "plait-flush") as flushing, one_thread_each(self.workers) as pool:
                 try:
-                    for done in [pool.submit(self._check, s) for s in shards if s.name in self.shop.finished]:
+                    for done in [pool.submit(self._check, s) for s in shards if s.name in self.journal.finished]:
                         done.result()
-                    todo = deque(s for s in shards if s.name not in self.shop.finished)
+                    todo = deque(s for s in shards if s.name not in self.journal.finished)
                     self._work_off(todo, opened, pool, flushing)
                 except BaseException:
                     self._stop.set()
                     raise
         finally:
             for one in opened:
-                one.close(keep=one.shard.name in self.shop.finished)
+                one.close(keep=one.shard.name in self.journal.finished)
             self.progress.finish()
-        return {s.name: self.shop.finished[s.name][1] for s in shards}
+        return {s.name: self.journal.finished[s.name][1] for s in shards}
 
     def _work_off(
         self, todo: deque[OutShard], opened: list[_Open], pool: ThreadPoolExecutor, flushing: ThreadPoolExecutor
@@ -115,14 +115,14 @@ class ShardWriter:
 
     def _check(self, shard: OutShard) -> None:
         """See whether a shard of an earlier run is what its journal says."""
-        if sha256(self.shop.model / shard.name) == self.shop.finished[shard.name][1]:
+        if sha256(self.journal.model / shard.name) == self.journal.finished[shard.name][1]:
             self._advance(shard.size)
         else:
             announce(f"{shard.name} is made again: what an earlier run finished has been changed since.")
-            del self.shop.finished[shard.name]
+            del self.journal.finished[shard.name]
 
     def _open(self, shard: OutShard) -> _Open:
-        path = self.shop.model / shard.name
+        path = self.journal.model / shard.name
         one = _Open(shard, path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666), deque(self._jobs(shard)))
         try:
             if hasattr(os, "posix_fallocate"):
@@ -139,7 +139,7 @@ class ShardWriter:
         digest = one.digest.finish(one.shard.size)
         os.fsync(one.handle)
         with self._talk:
-            self.shop.finish(one.shard.name, one.shard.size, digest)
+            self.journal.finish(one.shard.name, one.shard.size, digest)
 
     def _advance(self, count: int) -> None:
         if self._stop.is_set():
@@ -162,7 +162,7 @@ class ShardWriter:
         merges = {t: ModuleMerge(self.combiner, self.inventory, t) for t in targets}
         for tensor in tensors:
             try:
-                self.maker.make(tensor, merges, handle, self._advance)
+                self.builder.make(tensor, merges, handle, self._advance)
             except _StoppedError:
                 raise
             except Exception as error:
@@ -213,7 +213,7 @@ class _Run:
 
 
 def _runs(checkpoint: BaseCheckpoint, shard: OutShard) -> Iterator[_Run]:
-    """Yield the copied tensors of a shard, neighbours joined, long runs cut."""
+    """Yield the copied tensors of a shard, neighbors joined, long runs cut."""
     joined: list[_Run] = []
     for tensor in shard.tensors:
         if not tensor.copied or tensor.source is None or not tensor.nbytes:

@@ -13,9 +13,9 @@ from torch import Tensor
 from plait.adapters.orientation import has_conv1d
 from plait.checkpoints.architecture import Architecture, ArchitectureUnknown
 from plait.checkpoints.blocks import is_in_order, read_at
-from plait.checkpoints.dequantize import FORMATS, PlainFile, dequantised
+from plait.checkpoints.dequantize import FORMATS, PlainFile, dequantized
 from plait.checkpoints.layout import INDEX, PICKLED, PICKLED_INDEX, SINGLE, find_weights, open_weights, read_config
-from plait.checkpoints.quantization import quantisation, way_out
+from plait.checkpoints.quantization import quantization, way_out
 from plait.errors import AdapterError, PlanError, collect
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve_model
 from plait.notices import announce
@@ -67,7 +67,7 @@ class Shard:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the file is described as it lies; a quantised one may be described as what it stands for."""
+        """Whether the file is described as it lies; a quantized one may be described as what it stands for."""
         return not isinstance(self.file, PlainFile)
 
     @property
@@ -102,12 +102,12 @@ class BaseCheckpoint:
         Args:
             reference: a folder, or `org/repo[@revision][/subfolder]`.
             base: what a relative path is relative to.
-            dequantize: take a quantised one for the plain model that it stands for.
+            dequantize: take a quantized one for the plain model that it stands for.
 
         Raises:
             AddressError: it leads nowhere.
             AdapterError: files that are missing, cut off or not safetensors, all at once.
-            PlanError: it is quantised, and is not to be dequantised or cannot be.
+            PlanError: it is quantized, and is not to be dequantized or cannot be.
         """
         located = resolve_model(reference, base=base, files=FILES)
         folder = located.folder
@@ -135,12 +135,12 @@ class BaseCheckpoint:
             ][:5]
         collect(AdapterError, problems, f"{folder}: the base model is not whole")
         checkpoint = BaseCheckpoint(located, read_config(folder), tuple(shards), index, home)._without_copies()
-        found = quantisation(checkpoint.config, {n: s.file.tensors[n] for n, s in home.items()})
+        found = quantization(checkpoint.config, {n: s.file.tensors[n] for n, s in home.items()})
         if found is None:
             return checkpoint
         if dequantize and found.method in FORMATS and not any(s.is_pickled for s in shards):
             return checkpoint._plain()
-        raise PlanError(f"{folder}: the base model is quantised ({found.said}). {way_out(found.method, asked=dequantize)}")
+        raise PlanError(f"{folder}: the base model is quantized ({found.said}). {way_out(found.method, asked=dequantize)}")
 
     @property
     def folder(self) -> Path:
@@ -163,15 +163,15 @@ class BaseCheckpoint:
         if pickled:
             return [f"the base model is stored as {', '.join(s.file.path.name for s in pickled[:3])}; safetensors are written."]
         made = sum(len(s.file.computed) for s in self.shards if isinstance(s.file, PlainFile))
-        return [f"{made} tensors of the base model are quantised, and are dequantised as they are read."] if made else []
+        return [f"{made} tensors of the base model are quantized, and are dequantized as they are read."] if made else []
 
     def is_computed(self, tensor: str) -> bool:
-        """Say whether a tensor's values are made as they are read (dequantised, put in order): no bytes of it can be copied."""
+        """Say whether a tensor's values are made as they are read (dequantized, put in order): no bytes of it can be copied."""
         file = self.home[tensor].file
         return tensor in file.computed if isinstance(file, PlainFile) else not is_in_order(file, tensor)
 
     def values(self, tensor: str, first: int, count: int) -> Tensor:
-        """Return `count` values of a tensor from the value `first` on, flat; dequantised ones in float32, not rounded yet.
+        """Return `count` values of a tensor from the value `first` on, flat; dequantized ones in float32, not rounded yet.
 
         Raises:
             AdapterError: the file ends early or cannot be read.
@@ -200,15 +200,15 @@ class BaseCheckpoint:
         return replace(self, home=home, shards=tuple(replace(s, left=frozenset(left)) for s in self.shards))
 
     def _plain(self) -> BaseCheckpoint:
-        """Return the plain model that a quantised one stands for.
+        """Return the plain model that a quantized one stands for.
 
         Raises:
             PlanError: tensors that have no plain form here.
         """
-        found = dequantised([s.file for s in self.shards if isinstance(s.file, SafetensorsFile)], self.config)
+        found = dequantized([s.file for s in self.shards if isinstance(s.file, SafetensorsFile)], self.config)
         if found.problems:
             raise PlanError(
-                f"{self.folder}: {len(found.problems)} tensors cannot be dequantised here: {', '.join(found.problems[:4])}. "
+                f"{self.folder}: {len(found.problems)} tensors cannot be dequantized here: {', '.join(found.problems[:4])}. "
                 "Give the 16- or 32-bit model that it was made from (--base-id)."
             )
         shards = tuple(replace(s, file=f) for s, f in zip(self.shards, found.files, strict=True))
@@ -245,7 +245,7 @@ def _shard_names(folder: Path) -> tuple[tuple[str, ...], Mapping[str, Any] | Non
     hint = " It holds an adapter; give the base model." if "adapter_config.json" in found else ""
     other = [name for name in found if name.endswith((".bin", ".pt", ".pth", ".gguf"))]
     if other:
-        # transformers dequantises GGUF on loading, but saves what it made of it only when told so
+        # transformers dequantizes GGUF on loading, but saves what it made of it only when told so
         gguf = f", gguf_file={other[0]!r}, quantization_config=GgufConfig(dequantize=True)" * other[0].endswith(".gguf")
         hint = f" It holds {other[0]}; convert it first: transformers' from_pretrained(…{gguf}), then save_pretrained."
     raise AdapterError(f"{folder}: neither {SINGLE} nor {INDEX} is here, nor {PICKLED} or {PICKLED_INDEX}.{hint}")

@@ -1,4 +1,4 @@
-"""A quantised checkpoint as the plain one that it stands for: tensors are dequantised as they are read, rows at a time.
+"""A quantized checkpoint as the plain one that it stands for: tensors are dequantized as they are read, rows at a time.
 
 Two formats whose values transformers too computes without a GPU, and to the same bits:
 
@@ -25,7 +25,7 @@ from plait.checkpoints.blocks import SHORT, TORCH_DTYPES, read_bytes
 from plait.tensorfiles.header import TensorInfo
 from plait.tensorfiles.reader import SafetensorsFile
 
-#: Methods of `quantization_config` that can be dequantised here.
+#: Methods of `quantization_config` that can be dequantized here.
 FORMATS = ("fp8", "mxfp4")
 _FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _EXPONENTS = ("U8", "F8_E8M0")  # a byte that is the exponent of a power of two, plus 127
@@ -128,11 +128,11 @@ class _Mxfp4:
 
 
 class PlainFile(SafetensorsFile):
-    """A file of a quantised checkpoint, described and read as if it were plain.
+    """A file of a quantized checkpoint, described and read as if it were plain.
 
     Args:
         file: the file.
-        computed: tensor → what it is made of, of those that are stored quantised.
+        computed: tensor → what it is made of, of those that are stored quantized.
         parts: tensors of the file that are scales or codes, and no tensor of a plain checkpoint.
         dtype: of the computed tensors, safetensors' name.
     """
@@ -171,20 +171,20 @@ class PlainFile(SafetensorsFile):
 
 
 @dataclass
-class Dequantised:
+class Dequantized:
     """The files of a checkpoint as plain ones.
 
     Attributes:
         files: in the order given.
-        problems: quantised tensors that have no plain form here.
+        problems: quantized tensors that have no plain form here.
     """
 
     files: list[SafetensorsFile] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
-def dequantised(files: Sequence[SafetensorsFile], config: Mapping[str, Any]) -> Dequantised:
-    """Describe a quantised checkpoint as plain; reads no tensor.
+def dequantized(files: Sequence[SafetensorsFile], config: Mapping[str, Any]) -> Dequantized:
+    """Describe a quantized checkpoint as plain; reads no tensor.
 
     Args:
         files: of the checkpoint.
@@ -193,7 +193,7 @@ def dequantised(files: Sequence[SafetensorsFile], config: Mapping[str, Any]) -> 
     stored = {name: _Stored(file, name) for file in files for name in file.tensors}
     settings = config.get("quantization_config") or config["text_config"]["quantization_config"]
     dtype = _plain_dtype(config)
-    found = Dequantised()
+    found = Dequantized()
     for file in files:
         computed: dict[str, Computed] = {}
         parts = {n for n in file.tensors if n.endswith(_DROPPED)}

@@ -13,7 +13,7 @@ from plait.linalg.blocks import block_ranges
 from plait.tensorfiles.reader import TensorFile
 
 
-class Gap(NamedTuple):
+class Distance(NamedTuple):
     """The difference of two tensors.
 
     Attributes:
@@ -27,7 +27,7 @@ class Gap(NamedTuple):
     entries: int
 
 
-def tensor_gap(one: TensorFile, two: TensorFile, name: str) -> Gap:
+def tensor_distance(one: TensorFile, two: TensorFile, name: str) -> Distance:
     """Compare a tensor that two files have under one name, of one shape."""
     shape = one.tensors[name].shape
     pairs: Iterable[tuple[Tensor, Tensor]]
@@ -40,6 +40,6 @@ def tensor_gap(one: TensorFile, two: TensorFile, name: str) -> Gap:
     for a, b in pairs:
         if a.numel() and not torch.equal(a, b):
             unequal += int((a != b).sum())
-            gap = float((a.double() - b.double()).abs().max())
-            largest = max(largest, gap if math.isfinite(gap) else math.inf)
-    return Gap(largest, unequal, math.prod(shape))
+            distance = float((a.double() - b.double()).abs().max())
+            largest = max(largest, distance if math.isfinite(distance) else math.inf)
+    return Distance(largest, unequal, math.prod(shape))

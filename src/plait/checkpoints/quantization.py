@@ -1,4 +1,4 @@
-"""Is a checkpoint quantised, how, and what can be done about it."""
+"""Is a checkpoint quantized, how, and what can be done about it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from plait.checkpoints.dequantize import FORMATS
 from plait.tensorfiles.header import TensorInfo
 
 # names under which bitsandbytes, GPTQ, AWQ, compressed-tensors and fp8 checkpoints store what a float weight is not
-_QUANTISED = re.compile(
+_QUANTIZED = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|absmax|quant_map|SCB|weight_format"
     r"|\w+_blocks|weight\.(absmax|quant_map|quant_state\.\S+))$"
 )
 _ORIGINAL = (
     "Rounding a merge to a few bits again would lose most of it. Give the 16- or 32-bit model that it was made from "
-    "(--base-id), bake that, and quantise the result"
+    "(--base-id), bake that, and quantize the result"
 )
 _REASONS = {
     "bitsandbytes": "bitsandbytes unpacks its weights with kernels of its own, which transformers does not come with",
@@ -24,11 +24,11 @@ _REASONS = {
     "gptq": "transformers has no way back from it",
     "awq": "transformers has no way back from it",
 }
-_OTHER = "transformers does not dequantise it on a processor"
+_OTHER = "transformers does not dequantize it on a processor"
 
 
-class Quantisation(NamedTuple):
-    """How a checkpoint is quantised.
+class Quantization(NamedTuple):
+    """How a checkpoint is quantized.
 
     Attributes:
         method: as `quantization_config` calls it; None where it names none.
@@ -39,8 +39,8 @@ class Quantisation(NamedTuple):
     said: str
 
 
-def quantisation(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Quantisation | None:
-    """Return how a checkpoint is quantised; None when it is plain.
+def quantization(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Quantization | None:
+    """Return how a checkpoint is quantized; None when it is plain.
 
     Args:
         config: its `config.json`.
@@ -50,24 +50,24 @@ def quantisation(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
         settings = holder.get("quantization_config")
         if settings:
             method = settings.get("quant_method") if isinstance(settings, dict) else str(settings)
-            return Quantisation(method, f"{method or 'a method that is not named'}, in config.json")
+            return Quantization(method, f"{method or 'a method that is not named'}, in config.json")
     for name, info in tensors.items():
-        if _QUANTISED.search(name) or info.dtype.startswith(("F8", "F4", "F6")):
-            return Quantisation(None, f"{name!r} is stored as {info.dtype}")
+        if _QUANTIZED.search(name) or info.dtype.startswith(("F8", "F4", "F6")):
+            return Quantization(None, f"{name!r} is stored as {info.dtype}")
     return None
 
 
 def way_out(method: str | None, *, asked: bool) -> str:
-    """Return what to do about a quantised base.
+    """Return what to do about a quantized base.
 
     Args:
-        method: how it is quantised, where that is known.
-        asked: that it be dequantised.
+        method: how it is quantized, where that is known.
+        asked: that it be dequantized.
     """
     if method in FORMATS:
         return f"{_ORIGINAL}; or bake the plain model that it stands for (bake --dequantize)."
     why = f"--dequantize knows {' and '.join(FORMATS)}: {_REASONS.get(method or '', _OTHER)}. " if asked else ""
     return (
-        f"{why}{_ORIGINAL}; or load it where its library runs, dequantise it there (model.dequantize() or "
+        f"{why}{_ORIGINAL}; or load it where its library runs, dequantize it there (model.dequantize() or "
         "quantization_config=…(dequantize=True), then save_pretrained) and give that folder."
     )

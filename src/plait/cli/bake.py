@@ -57,7 +57,7 @@ def bake(
     ] = None,
     device: Annotated[str, typer.Option(help="Where deltas are added up: cpu, cuda, …")] = "cpu",
     dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Take a quantised base (fp8, mxfp4) for the plain model it stands for.")
+        bool, typer.Option("--dequantize", help="Take a quantized base (fp8, mxfp4) for the plain model it stands for.")
     ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default=False)] = None,
     check: Annotated[

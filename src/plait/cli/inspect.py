@@ -13,7 +13,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from plait.inspection.geometry import Matrix
-    from plait.inspection.report import AdapterReport, Comparison, Inspection, LayerComparison
+    from plait.inspection.report import AdapterComparison, AdapterReport, Inspection, LayerComparison
 
 _BARS = "▁▂▃▄▅▆▇█"
 # What a terminal without Unicode shows instead.
@@ -201,7 +201,7 @@ class _Measure(NamedTuple):
         return Text(" ").join([Text(" " * (self.cell - len(cell))).append_text(cell) for cell in cells])
 
 
-def _matrices(comparison: Comparison, width: int) -> Iterator[RenderableType]:
+def _matrices(comparison: AdapterComparison, width: int) -> Iterator[RenderableType]:
     """Draw the lower triangles side by side, as many as fit, each with what unrelated adapters would show."""
     measures = [
         _Measure.of("cosine", comparison.cosine, 0.0, _cosine),
@@ -313,7 +313,7 @@ def _strip(tower: str, layers: Sequence[LayerComparison], names: Sequence[str], 
 
 
 def _bars(values: Sequence[float | None], low: float, high: float, room: int) -> str:
-    """Return one to three cells per value, or one per group of neighbours where there is no room; a blank for None.
+    """Return one to three cells per value, or one per group of neighbors where there is no room; a blank for None.
 
     Bars grow from `low` to `high`, or from 0.8 · `high` if that is lower: a difference of a few per cent is none to see.
     """

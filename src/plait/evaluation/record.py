@@ -132,7 +132,7 @@ class Evaluation(Record):
         tag: `<method>_<hash>` of everything that the result depends on but the tasks; names files apart.
         method: of the merge; None for what is no merge of plait's.
         space: of the merge.
-        recipe: as run, every default spelt out; None where it is not known.
+        recipe: as run, every default spelled out; None where it is not known.
         base_model: as it was written.
         sources: the single adapters.
         split: of every task.

@@ -8,7 +8,7 @@ import yaml
 
 from plait.extraction.pairing import Pairing
 from plait.hub.download import Located
-from plait.merging.card import PIPELINES, base_name, hub_id, licence_of, load_with_peft, serve_with_vllm
+from plait.merging.card import PIPELINES, base_name, hub_id, license_of, load_with_peft, serve_with_vllm
 from plait.results.public import public_values
 from plait.results.quoting import block, code, prose
 
@@ -60,9 +60,9 @@ def _front_matter(pairing: Pairing, record: ExtractRecord) -> dict[str, Any]:
     front["tags"] = ["lora", "peft", "plait", *([f"base_model:adapter:{base}"] if base else [])]
     if record.task_type in PIPELINES:
         front["pipeline_tag"] = PIPELINES[record.task_type]
-    licences = {licence_of(side.located.folder) for side in (pairing.base, pairing.tuned)}
-    if len(licences) == 1 and (licence := licences.pop()):
-        front |= dict(licence)
+    licenses = {license_of(side.located.folder) for side in (pairing.base, pairing.tuned)}
+    if len(licenses) == 1 and (license := licenses.pop()):
+        front |= dict(license)
     if pairing.tuned.located.repo:
         front["extracted_from"] = pairing.tuned.located.repo
     return front

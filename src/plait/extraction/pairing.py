@@ -53,7 +53,7 @@ _SHOWN = 4
 
 
 @dataclass(frozen=True)
-class Rows:
+class PairedRows:
     """Rows of one tensor in both checkpoints, seen as rows × columns.
 
     Attributes:
@@ -97,7 +97,7 @@ class Pair:
     name: str
     kind: Kind
     shape: tuple[int, ...]
-    matrices: tuple[tuple[Rows, ...], ...]
+    matrices: tuple[tuple[PairedRows, ...], ...]
     is_transposed: bool = False
     shares: str | None = None
 
@@ -162,7 +162,7 @@ class Pair:
         return _stacked(self.matrices[number])
 
 
-def _stacked(parts: tuple[Rows, ...]) -> RowBlocks:
+def _stacked(parts: tuple[PairedRows, ...]) -> RowBlocks:
     """Return the difference of rows that lie below each other."""
 
     def block(start: int, stop: int) -> Tensor:
@@ -213,7 +213,7 @@ def pair_checkpoints(base: str, tuned: str, folder: Path | None = None) -> Pairi
     Raises:
         AddressError: a reference leads nowhere.
         AdapterError: files that are no checkpoint.
-        PlanError: a quantised model, or two models that are no base and fine-tune of it, with everything that does not fit.
+        PlanError: a quantized model, or two models that are no base and fine-tune of it, with everything that does not fit.
     """
     one, two = _open_both((base, tuned), folder)
     names = _align(set(one.home), set(two.home))
@@ -349,19 +349,19 @@ class _Pairs:
         # a router, say: a layer of the model's own kind
         return "parameter" if len(shape) == 2 and not _EMBEDDING.fullmatch(_last(name)) else "other"
 
-    def _pair(self, name: str, kind: Kind, shape: tuple[int, ...], matrices: tuple[tuple[Rows, ...], ...]) -> Pair:
+    def _pair(self, name: str, kind: Kind, shape: tuple[int, ...], matrices: tuple[tuple[PairedRows, ...], ...]) -> Pair:
         return Pair(name, kind, shape, matrices, is_transposed=kind in ("embedding", "conv1d"))  # stored as (d_in, d_out)
 
-    def _part(self, part: Part) -> Rows:
+    def _part(self, part: Part) -> PairedRows:
         whole = self._rows(part.tensor, self._own[part.tensor])
         return whole if part.rows is None else replace(whole, first=part.row, count=part.rows)
 
-    def _rows(self, base: str, tuned: str, *, matrix: bool = False) -> Rows:
+    def _rows(self, base: str, tuned: str, *, matrix: bool = False) -> PairedRows:
         """Return all rows of a tensor: of its first dimension, or of its last matrix and all that are stacked on it."""
         shape = self._base.info(base).shape or (1,)
         columns = shape[-1] if matrix else math.prod(shape[1:])
         sides = (self._base.home[base].file, base), (self._tuned.home[tuned].file, tuned)
-        return Rows(*sides, 0, math.prod(shape) // max(1, columns), columns)
+        return PairedRows(*sides, 0, math.prod(shape) // max(1, columns), columns)
 
 
 def _open_both(texts: tuple[str, str], folder: Path | None) -> tuple[BaseCheckpoint, BaseCheckpoint]:

@@ -21,7 +21,7 @@ def check_push(repo: str) -> str:
     """Check that `repo` can be pushed to, as far as that can be known without writing anything.
 
     The name is one that the Hub allows; a token is set, valid and not read-only; a repository that does not exist yet
-    would belong to the user or to one of the user's organisations. Meant to be called before hours of work.
+    would belong to the user or to one of the user's organizations. Meant to be called before hours of work.
 
     Args:
         repo: `org/name`, or `name` for the user's own.
@@ -113,7 +113,7 @@ def push_folder(
     api = HfApi()
     try:
         with bars(shown=progress):
-            # None leaves the choice to the organisation, some of which make every new repository private.
+            # None leaves the choice to the organization, some of which make every new repository private.
             url = api.create_repo(full, private=private or None, exist_ok=True)
             if private and not api.model_info(full).private:
                 raise OutputError(

@@ -65,7 +65,7 @@ class Sums:
         return as_matrix(((1 - self.inner / self.magnitude) / 2).clamp(0, 1))
 
 
-class Overlap(NamedTuple):
+class RowSpaceOverlap(NamedTuple):
     """How the spaces of one factor of two adapters lie to each other, in one matrix.
 
     Attributes:
@@ -94,7 +94,7 @@ class Measured(NamedTuple):
     path: str
     powers: dict[int, list[Tensor]]
     sums: Sums | None
-    overlaps: list[Overlap]
+    overlaps: list[RowSpaceOverlap]
 
 
 def measure_all(adapters: Sequence[Adapter], paths: Sequence[str], workers: int) -> Iterator[Measured]:
@@ -110,7 +110,7 @@ def measure_all(adapters: Sequence[Adapter], paths: Sequence[str], workers: int)
             torch.set_num_threads(before)
 
 
-def row_overlaps(adapters: Sequence[Adapter], path: str) -> list[Overlap]:
+def row_overlaps(adapters: Sequence[Adapter], path: str) -> list[RowSpaceOverlap]:
     """Return how the row spaces of A lie to each other in one module, pair by pair; only adapters that have it."""
     present = [t for t, adapter in enumerate(adapters) if path in adapter.targets]
     stacks = [adapters[t].read(path, torch.float64) for t in present]
@@ -129,7 +129,7 @@ def _measure(adapters: Sequence[Adapter], path: str, dtype: torch.dtype, blocks:
     present = list(stacks)
     grid = torch.meshgrid(torch.tensor(present), torch.tensor(present), indexing="ij")
     sums = Sums(len(adapters))
-    overlaps: list[Overlap] = []
+    overlaps: list[RowSpaceOverlap] = []
     for parts in zip(*stacks.values(), strict=True):
         grams = _Grams(parts)
         sums.inner[grid] += grams.inner()
@@ -167,7 +167,7 @@ class _Grams:
         product = self._grams["a"] * self._grams["b"]
         return torch.stack([torch.stack([product[i, j].sum() for j in self._spans]) for i in self._spans])
 
-    def overlaps(self, adapters: Sequence[int]) -> Iterator[Overlap]:
+    def overlaps(self, adapters: Sequence[int]) -> Iterator[RowSpaceOverlap]:
         """Yield the overlaps of all pairs; `adapters` are the numbers of the parts."""
         for factor, gram in self._grams.items():
             whiteners = [_whitener(gram[span, span]) for span in self._spans]
@@ -175,7 +175,7 @@ class _Grams:
                 if one.shape[1] and two.shape[1]:
                     cosines = torch.linalg.svdvals(one.mT @ gram[self._spans[i], self._spans[j]] @ two).clamp(0, 1)
                     chance = math.sqrt(max(one.shape[1], two.shape[1]) / self._dims[factor])
-                    yield Overlap(factor, (adapters[i], adapters[j]), statistics.median(cosines.tolist()), chance)
+                    yield RowSpaceOverlap(factor, (adapters[i], adapters[j]), statistics.median(cosines.tolist()), chance)
 
 
 def _whitener(gram: Tensor) -> Tensor:

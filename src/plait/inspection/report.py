@@ -22,7 +22,7 @@ from plait.inspection.geometry import Matrix, Pairs, Spectra, Sums, layer_name, 
 from plait.records import Record
 from plait.results.progress import Progress, Silent
 
-COLLAPSED = 0.9  # overlap of the A row spaces above which adapters count as one initialisation
+COLLAPSED = 0.9  # overlap of the A row spaces above which adapters count as one initialization
 SEPARATE = 0.5  # and below which as independent ones
 
 
@@ -66,7 +66,7 @@ class LayerNorm(Record):
     norm: float
 
 
-class FullTensor(Record):
+class FullTensorSummary(Record):
     """A tensor that is no low-rank delta.
 
     Attributes:
@@ -137,12 +137,12 @@ class AdapterReport(Record):
     layers: tuple[LayerNorm, ...]
     stable_rank: float | None
     rank_for_99: float | None
-    full_tensors: tuple[FullTensor, ...]
+    full_tensors: tuple[FullTensorSummary, ...]
     warnings: tuple[str, ...]
 
 
 class LayerComparison(Record):
-    """The adapters side by side in one layer; see `Comparison` for the measures.
+    """The adapters side by side in one layer; see `AdapterComparison` for the measures.
 
     Attributes:
         layer: `tower.index`, or the path of a module that is in no layer.
@@ -188,7 +188,7 @@ class SharedInit(Record):
     words: str
 
 
-class Comparison(Record):
+class AdapterComparison(Record):
     """The adapters side by side, over all target modules whose shapes agree; a module an adapter lacks is a zero delta.
 
     Attributes:
@@ -239,7 +239,7 @@ class Inspection(Record):
     """
 
     adapters: tuple[AdapterReport, ...]
-    comparison: Comparison | None
+    comparison: AdapterComparison | None
     compatibility: Compatibility
     serving: Serving
 
@@ -339,7 +339,7 @@ def _towers(adapter: Adapter) -> tuple[Tower, ...]:
     return tuple(Tower(name=name, layers=layers[name], modules=count) for name, count in modules.items())
 
 
-def _full_tensors(adapter: Adapter) -> tuple[FullTensor, ...]:
+def _full_tensors(adapter: Adapter) -> tuple[FullTensorSummary, ...]:
     found = []
     for path, name in adapter.full_tensors.items():
         info = adapter.file.tensors[name]
@@ -350,7 +350,7 @@ def _full_tensors(adapter: Adapter) -> tuple[FullTensor, ...]:
             role = "bias"
         elif "embed" in path or ".wte." in path:
             role = "embedding"
-        found.append(FullTensor(path=path, role=role, shape=info.shape, dtype=info.dtype))
+        found.append(FullTensorSummary(path=path, role=role, shape=info.shape, dtype=info.dtype))
     return tuple(found)
 
 
@@ -372,12 +372,12 @@ def _warnings(adapter: Adapter, spectra: Spectra) -> Iterator[str]:
         yield "layer_replication: its layers are those of a base model with repeated layers, not of the published one."
 
 
-def _compare(names: Sequence[str], pairs: Pairs) -> Comparison:
+def _compare(names: Sequence[str], pairs: Pairs) -> AdapterComparison:
     total = Sums(pairs.count)
     for sums in pairs.layers.values():
         total += sums
     overlap_a, chance_a = pairs.overlap("a"), pairs.chance("a")
-    comparison = Comparison(
+    comparison = AdapterComparison(
         names=tuple(names),
         norms=total.norms(),
         scale_ratio=_ratio(total.norms()),
@@ -423,7 +423,7 @@ def _shared_init(names: Sequence[str], overlap: Matrix, chance: float | None) ->
     status: Literal["shared", "partial", "separate"] = "shared"
     if pairs:
         words = (
-            f"{who} span nearly the same space ({measured}): a shared initialisation, as one seed for all training runs "
+            f"{who} span nearly the same space ({measured}): a shared initialization, as one seed for all training runs "
             "gives. Sums and sparsifying methods (linear, ties, dare) do not mind. Methods that solve or whiten "
             "(regmean, ssr, wudi; tsv, iso) are ill-conditioned on it: keep their ridge, and compare with linear."
         )
@@ -439,7 +439,7 @@ def _shared_init(names: Sequence[str], overlap: Matrix, chance: float | None) ->
     return SharedInit(status=status, overlap=highest, chance=chance, pairs=pairs, words=words)
 
 
-def _findings(comparison: Comparison) -> Iterator[str]:
+def _findings(comparison: AdapterComparison) -> Iterator[str]:
     names, norms, ratio = comparison.names, comparison.norms, comparison.scale_ratio
     cosines, conflicts = _above_diagonal(comparison.cosine), _above_diagonal(comparison.conflict)
     if not conflicts:

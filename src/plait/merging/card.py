@@ -1,4 +1,4 @@
-"""The model card of a merged adapter: what it is, how it was made, how to load it. Licences are read, never guessed."""
+"""The model card of a merged adapter: what it is, how it was made, how to load it. Licenses are read, never guessed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from plait.results.public import place_name, public_values
 from plait.results.quoting import UNKNOWN_BASE, block, code, is_plain_name, prose, python, shell
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
-#: What a card may say of its licence, and as what; anything else is not known.
+#: What a card may say of its license, and as what; anything else is not known.
 _LICENCE = {
     "license": re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}"),
     "license_name": re.compile(r"[\w][\w .+()-]{0,100}"),
@@ -161,19 +161,19 @@ def front_matter(inventory: Inventory) -> dict[str, Any]:
     front["tags"] = ["lora", "peft", "merge", "plait", *([f"base_model:adapter:{base}"] if base else [])]
     if task is not None and task in PIPELINES:
         front["pipeline_tag"] = PIPELINES[task]
-    front |= dict(_licence(inventory) or ())
+    front |= dict(_license(inventory) or ())
     repos = [p.repo for p in inventory.located if p.repo]
     if repos:
         front["merged_adapters"] = repos
     return front
 
 
-def _licence(inventory: Inventory) -> tuple[tuple[str, str], ...] | None:
-    """Return the licence that every source states, the base model included where it lies here; None when they differ."""
+def _license(inventory: Inventory) -> tuple[tuple[str, str], ...] | None:
+    """Return the license that every source states, the base model included where it lies here; None when they differ."""
     folders = [a.folder for a in inventory.adapters]
     base = _base_folder(inventory)
-    stated = {licence_of(folder) for folder in folders}
-    if base is not None and (of_base := licence_of(base)):
+    stated = {license_of(folder) for folder in folders}
+    if base is not None and (of_base := license_of(base)):
         # an adapter without a card of its own adds no condition that anybody stated
         stated = (stated - {None}) | {of_base}
     return stated.pop() if len(stated) == 1 else None
@@ -191,8 +191,8 @@ def hub_id(name: str | None) -> str | None:
     return name if name is not None and _HUB_ID.fullmatch(name) else None
 
 
-def licence_of(folder: Path) -> tuple[tuple[str, str], ...] | None:
-    """Return the licence keys that the card in a folder states, or None."""
+def license_of(folder: Path) -> tuple[tuple[str, str], ...] | None:
+    """Return the license keys that the card in a folder states, or None."""
     data = read_front_matter(folder / CARD)
     stated = {key: value for key, form in _LICENCE.items() if isinstance(value := data.get(key), str) and form.fullmatch(value)}
     return tuple(stated.items()) if "license" in stated else None

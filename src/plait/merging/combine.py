@@ -13,7 +13,7 @@ from plait.adapters.lowrank import LowRank
 from plait.linalg.blocks import RowBlocks, block_ranges
 from plait.linalg.keyed import Key
 from plait.merging.moments import Moments
-from plait.merging.prepared import Factors, Prepared
+from plait.merging.prepared import MatrixFactors, PreparedAdapters
 from plait.merging.remarks import Remarks
 from plait.merging.weighting import module_weights
 from plait.methods import METHODS
@@ -40,7 +40,7 @@ class Combiner:
     """
 
     recipe: Recipe
-    prepared: Prepared
+    prepared: PreparedAdapters
     statistics: Statistics = ()
     gram: Tensor | None = None
     moments: Moments | None = None
@@ -96,7 +96,7 @@ class Combiner:
             merged = [LowRank.concatenate(site.deltas, c) for site in sites]
         return [self._finish(part, site) for part, site in zip(merged, sites, strict=True)]
 
-    def read(self, module: str) -> list[Factors]:
+    def read(self, module: str) -> list[MatrixFactors]:
         """Return a module's factors, with a remark where they are computed with otherwise than those of other modules."""
         stack = self.prepared.read(module)
         for extreme in self.prepared.extremes.get(module, ()):
@@ -110,7 +110,7 @@ class Combiner:
             merged = stage.apply(merged, site)
         return merged.scaled(self.recipe.scale)
 
-    def _sites(self, module: str, stack: Sequence[Factors]) -> list[Site]:
+    def _sites(self, module: str, stack: Sequence[MatrixFactors]) -> list[Site]:
         """Return what stages on deltas see of every matrix of a module, with the deltas after those that run before."""
         weights = self._weights(module)
         key = Key(self.recipe.seed).child("stages", module)
@@ -126,7 +126,7 @@ class Combiner:
             sites.append(site)
         return sites
 
-    def _frames(self, stack: Sequence[Factors], sites: Sequence[Site]) -> list[Frame]:
+    def _frames(self, stack: Sequence[MatrixFactors], sites: Sequence[Site]) -> list[Frame]:
         space = SPACES[self.recipe.space_name]
         if space.name == "factors":  # its coordinates are the unscaled factors themselves
             return [space.frame(f.deltas, f.scalings) for f in stack]

@@ -27,7 +27,7 @@ from plait.merging.combine import Combiner, Statistics, pipeline_of
 from plait.merging.emit import Emitted, as_blocks, emit, rank_at_energy
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan, ModulePlan
-from plait.merging.prepared import NeedsDouble, Prepared
+from plait.merging.prepared import NeedsDouble, PreparedAdapters
 from plait.results.progress import Progress
 from plait.spaces import SPACES
 from plait.spaces.base import Merged
@@ -84,7 +84,7 @@ class Engine:
     def _prepare(self, *, of_one_width: bool) -> Combiner:
         recipe, moments, pipeline = self._inventory.recipe, self._inventory.moments, pipeline_of(self._inventory.recipe)
         whole = any(survey.scope == "model" for survey in pipeline.surveys())
-        prepare = partial(Prepared, is_exact=self._side_by_side, whole=whole, of_one_width=of_one_width)
+        prepare = partial(PreparedAdapters, is_exact=self._side_by_side, whole=whole, of_one_width=of_one_width)
         with _pool(self._workers) as pool:
             prepared = pool.submit(prepare, self._inventory, self._progress).result()
             statistics: Statistics = ()

@@ -17,7 +17,7 @@ from plait.results.progress import Progress
 from plait.transforms import TRANSFORMS, Transform, TransformParams
 
 
-class Factors(NamedTuple):
+class MatrixFactors(NamedTuple):
     """One matrix of one target module: every adapter's factors and scaling; rank 0 where an adapter lacks the module."""
 
     deltas: tuple[LowRank, ...]
@@ -39,7 +39,7 @@ class NeedsDouble(Exception):
     """Some values need float64, and all target modules need one dtype."""
 
 
-class Prepared:
+class PreparedAdapters:
     """Reads factors and applies the recipe's transforms.
 
     Args:
@@ -93,7 +93,7 @@ class Prepared:
             found += [] if size is None else [Extreme(module, adapter.name, size)]
         return tuple(found)
 
-    def read(self, module: str) -> list[Factors]:
+    def read(self, module: str) -> list[MatrixFactors]:
         """Return the factors of every matrix of a target module; in float64 where float32 does not suffice for some of them.
 
         Raises:
@@ -110,7 +110,7 @@ class Prepared:
             raw = raw if dtype == self.dtype else self._raw(module, dtype)
         stacks = [self._transformed(slices, i, module) for i, slices in enumerate(raw)]
         absent = [LowRank.zero((layout.d_out, layout.d_in), dtype)] * layout.stack
-        return [Factors(tuple(row), scalings) for row in zip(*(s or absent for s in stacks), strict=True)]
+        return [MatrixFactors(tuple(row), scalings) for row in zip(*(s or absent for s in stacks), strict=True)]
 
     def _raw(self, module: str, dtype: torch.dtype) -> list[list[LowRank]]:
         return [a.read(module, dtype) if module in a.targets else [] for a in self._inventory.adapters]

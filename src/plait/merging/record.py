@@ -24,7 +24,7 @@ class RunRecord(Record):
 
     Attributes:
         plait: version.
-        recipe: as run, every default spelt out.
+        recipe: as run, every default spelled out.
         sources: per adapter: name, path or Hub place, ranks, sha256 of the tensor file.
         method: name.
         space: name.

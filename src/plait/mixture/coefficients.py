@@ -92,8 +92,8 @@ class Coefficients:
 
 
 @dataclass(eq=False)
-class Dial:
-    """The coefficients that hooks read: one place to turn, however many modules there are."""
+class CoefficientState:
+    """The coefficients that all hooks read, and that are exchanged in one place."""
 
     now: Coefficients
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from plait.adapters.lowrank import LowRank
-from plait.mixture.coefficients import Coefficients, Dial
+from plait.mixture.coefficients import Coefficients, CoefficientState
+from plait.mixture.deltas import AdapterDelta
 from plait.mixture.layers import KINDS, Adapted
-from plait.mixture.pieces import Piece
-from plait.mixture.places import Place
+from plait.mixture.modules import TargetModule
 from plait.mixture.stack import Stack
 
 
@@ -38,21 +38,21 @@ class LearntFactors:
     that one learning rate suits A and B.
 
     Args:
-        pieces: target → (place, delta); a delta above `rank` is truncated by its SVD.
+        deltas: path → (target module, delta); a delta above `rank` is truncated by its SVD.
         rank: largest rank of a matrix; None keeps every rank.
     """
 
-    def __init__(self, pieces: Mapping[str, tuple[Place, Piece]], rank: int | None = None) -> None:
-        self._dial = Dial(Coefficients(torch.ones(1), "task", 0, 1))
+    def __init__(self, deltas: Mapping[str, tuple[TargetModule, AdapterDelta]], rank: int | None = None) -> None:
+        self._state = CoefficientState(Coefficients(torch.ones(1), "task", 0, 1))
         self._learnt: dict[str, _Learnt] = {}
-        for target, (place, piece) in pieces.items():
-            widest = min(piece.rank if rank is None else rank, place.layout.full_rank)
-            slices = [s.to(torch.float32).truncated(widest)[0].padded(widest) for s in piece.slices]
-            balanced = replace(piece, slices=tuple(slices))
-            layer = KINDS[place.layout.kind](place, Stack.of(place, [balanced]), self._dial, 0, 0)
+        for path, (target, delta) in deltas.items():
+            widest = min(delta.rank if rank is None else rank, target.layout.full_rank)
+            slices = [s.to(torch.float32).truncated(widest)[0].padded(widest) for s in delta.slices]
+            balanced = replace(delta, slices=tuple(slices))
+            layer = KINDS[target.layout.kind](target, Stack.of(target, [balanced]), self._state, 0, 0)
             a, bt = torch.stack([s.a for s in slices]), torch.stack([s.b.mT for s in slices])
-            device = place.home[0] if place.home is not None else None
-            self._learnt[target] = _Learnt(
+            device = target.home[0] if target.home is not None else None
+            self._learnt[path] = _Learnt(
                 layer, nn.Parameter(a.to(device).contiguous()), nn.Parameter(bt.to(device).contiguous())
             )
         self.refresh()

@@ -12,30 +12,30 @@ from torch import Tensor, nn
 
 from plait.errors import PlanError
 from plait.libraries.transformers import embedding_scale
-from plait.mixture.coefficients import Dial
+from plait.mixture.coefficients import CoefficientState
 from plait.mixture.lift import lift
-from plait.mixture.places import Place
+from plait.mixture.modules import TargetModule
 from plait.mixture.stack import Stack
 
 
 class Adapted(ABC):
-    """A place with adapters on it. It does nothing until attached.
+    """A target module with adapters on it. It does nothing until attached.
 
     Args:
-        place: where.
+        target: the adapted weight.
         stack: the factors.
-        dial: the coefficients.
+        state: the coefficients.
         module: its row in Λ per module.
         layer: its row in Λ per layer.
     """
 
-    def __init__(self, place: Place, stack: Stack, dial: Dial, module: int, layer: int) -> None:
-        self.place = place
+    def __init__(self, target: TargetModule, stack: Stack, state: CoefficientState, module: int, layer: int) -> None:
+        self.target = target
         self.stack = stack
-        self._dial = dial
+        self._state = state
         self._module = module
         self._layer = layer
-        self._placed = place.home is not None
+        self._placed = target.home is not None
 
     @abstractmethod
     def attach(self, undo: ExitStack) -> None:
@@ -44,7 +44,7 @@ class Adapted(ABC):
     @property
     def acts(self) -> bool:
         """Whether any of the adapters that act has ranks here."""
-        now, bounds = self._dial.now, self.stack.bounds
+        now, bounds = self._state.now, self.stack.bounds
         return bounds[now.last] > bounds[now.first]
 
     def per_rank(self, batch: int | None) -> tuple[Tensor, int, int]:
@@ -53,7 +53,7 @@ class Adapted(ABC):
         Args:
             batch: the first dimension of what the layer computes; None where it has no batch.
         """
-        now, stack = self._dial.now, self.stack
+        now, stack = self._state.now, self.stack
         first, last = stack.bounds[now.first], stack.bounds[now.last]
         share = self._rows(now.share(self._module, self._layer).to(stack.owners.device), batch)
         if now.granularity == "direction":
@@ -62,17 +62,17 @@ class Adapted(ABC):
 
     def per_task(self, batch: int | None) -> Tensor:
         """Return λ per adapter, (T,) or (batch, T); adapters that do not act have 0."""
-        now = self._dial.now
+        now = self._state.now
         return self._rows(now.share(self._module, self._layer).to(self.stack.owners.device), batch)
 
     def _rows(self, share: Tensor, batch: int | None) -> Tensor:
         """Repeat coefficients per row as often as a row of the batch became several here (beams, flattened tokens)."""
-        if not self._dial.now.per_row:
+        if not self._state.now.per_row:
             return share
         if batch is None or batch % share.shape[0]:
             found = "no rows" if batch is None else f"{batch} rows"
             raise PlanError(
-                f"{self.place.path!r} sees {found}, the candidates are {share.shape[0]} rows; evaluate them one by one."
+                f"{self.target.path!r} sees {found}, the candidates are {share.shape[0]} rows; evaluate them one by one."
             )
         return share.repeat_interleave(batch // share.shape[0], 0) if batch != share.shape[0] else share
 
@@ -84,10 +84,10 @@ class _Output(Adapted):
 
     def attach(self, undo: ExitStack) -> None:
         """Begin to act, until `undo` is closed."""
-        undo.callback(self.place.module.register_forward_hook(self._correct, with_kwargs=True).remove)
+        undo.callback(self.target.module.register_forward_hook(self._correct, with_kwargs=True).remove)
 
     def _correct(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-        if not self._placed or self.stack.a.device != y.device:  # the weight did not tell: offloaded, quantised
+        if not self._placed or self.stack.a.device != y.device:  # the weight did not tell: offloaded, quantized
             self.stack = self.stack.to(y.device, self.stack.a.dtype if self._placed else y.dtype)
             self._placed = True
         x = args[0] if args else next(iter(kwargs.values()))
@@ -98,7 +98,7 @@ class _Output(Adapted):
         gains, biases = self.stack.gains, self.stack.biases
         if gains is None and biases is None:
             return y
-        now, tail = self._dial.now, (1,) * self.dimensions
+        now, tail = self._state.now, (1,) * self.dimensions
         share = self.per_task(len(y))[..., now.first : now.last]
 
         def spread(rows: Tensor) -> Tensor:  # (T, d_out) → (d_out, *tail), or (batch, …, d_out, *tail)
@@ -108,7 +108,7 @@ class _Output(Adapted):
 
         total = y.to(share.dtype)
         if gains is not None:
-            bias = getattr(self.place.module, "bias", None)
+            bias = getattr(self.target.module, "bias", None)
             plain = total if bias is None else total - bias.to(share.dtype).view(-1, *tail)
             total = total + spread(gains) * plain
         if biases is not None:
@@ -121,7 +121,7 @@ class _Output(Adapted):
 
 
 class LinearLayer(_Output):
-    """`nn.Linear`, Conv1D, and quantised layers that map vectors linearly."""
+    """`nn.Linear`, Conv1D, and quantized layers that map vectors linearly."""
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y + (x Aᵀ ⊙ λ) Bᵀ."""
@@ -137,7 +137,7 @@ class EmbeddingLayer(_Output):
         """Return y + (Aᵀ[ids] ⊙ λ) Bᵀ."""
         share, first, last = self.per_rank(x.shape[0] if x.ndim else None)
         h = F.embedding(x, self.stack.a[0, first:last].mT)
-        scale = embedding_scale(self.place.module)
+        scale = embedding_scale(self.target.module)
         if scale is not None:
             h = h * torch.as_tensor(scale, device=h.device).to(h.dtype)
         return lift(y, h, _middle(share, h.ndim), self.stack.bt[0, first:last])
@@ -149,11 +149,11 @@ class ConvLayer(_Output):
     @property
     def dimensions(self) -> int:  # type: ignore[override]
         """Spatial dimensions."""
-        return len(self.place.layout.kernel) - 1
+        return len(self.target.layout.kernel) - 1
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y + B * (λ ⊙ (A * x)), * being convolution."""
-        layout, stack = self.place.layout, self.stack
+        layout, stack = self.target.layout, self.stack
         ones = (1,) * self.dimensions
         share, first, last = self.per_rank(x.shape[0] if x.ndim == self.dimensions + 2 else None)
         a = stack.a[:, first:last].reshape(-1, *layout.kernel)
@@ -165,7 +165,7 @@ class ConvLayer(_Output):
         return y + mixed.to(y.dtype)
 
     def _convolve(self, x: Tensor, a: Tensor) -> Tensor:
-        module: Any = self.place.module
+        module: Any = self.target.module
         padding = module.padding
         if module.padding_mode != "zeros":
             x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
@@ -184,21 +184,21 @@ class ParameterLayer(Adapted):
 
     def attach(self, undo: ExitStack) -> None:
         """Begin to act, until `undo` is closed."""
-        undo.callback(self.place.module.register_forward_hook(self._uncover, always_call=True).remove)
-        undo.callback(self.place.module.register_forward_pre_hook(self._shadow).remove)
+        undo.callback(self.target.module.register_forward_hook(self._uncover, always_call=True).remove)
+        undo.callback(self.target.module.register_forward_pre_hook(self._shadow).remove)
 
     def _shadow(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not self.acts:
             return
-        base = self.place.weight
+        base = self.target.weight
         share, first, last = self.per_rank(None)
         delta = _Product.apply(self.stack.a[:, first:last], self.stack.bt[:, first:last], share)  # type: ignore[no-untyped-call]
-        delta = delta.mT if self.place.transposed else delta
+        delta = delta.mT if self.target.transposed else delta
         # an attribute of the instance hides the parameter without touching it
-        module.__dict__[self.place.parameter] = base + delta.view_as(base) if base.ndim == 2 else base + delta
+        module.__dict__[self.target.parameter] = base + delta.view_as(base) if base.ndim == 2 else base + delta
 
     def _uncover(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        module.__dict__.pop(self.place.parameter, None)
+        module.__dict__.pop(self.target.parameter, None)
 
 
 class _Product(torch.autograd.Function):

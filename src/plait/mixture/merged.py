@@ -23,7 +23,7 @@ from plait.merging.plan import make_plan
 from plait.merging.portable import DTYPES
 from plait.mixture.loading import require_libraries
 from plait.mixture.mixture import Mixture
-from plait.mixture.swaps import FullTensors
+from plait.mixture.swaps import FullTensorSet
 from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
 from plait.results.progress import Progress, Silent
@@ -50,12 +50,12 @@ def merged_modules(
     return tuple(_rounded(m, inventory.recipe) for m in engine.run(combiner, engine.ranks(combiner)))
 
 
-def averaged_heads(inventory: Inventory) -> FullTensors | None:
+def averaged_heads(inventory: Inventory) -> FullTensorSet | None:
     """Return the full tensors that a saved merge would hold in itself; None unless its recipe averages them."""
     if inventory.recipe.heads.policy != "average":
         return None
     tensors, declared = main_heads(inventory.adapters, inventory.recipe.heads)
-    return FullTensors({n.removeprefix(PREFIX): t for n, t in tensors.items()}, declared.get("trainable_token_indices"))
+    return FullTensorSet({n.removeprefix(PREFIX): t for n, t in tensors.items()}, declared.get("trainable_token_indices"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class LiveMerge:
     Attributes:
         mixture: the base with the single adapters beside the merge: `with live.mixture.active({"intent": 1.0}) as model:`
             puts one of them in the merge's place for a while. Closed, it is the bare base, bit for bit.
-        recipe: what acts, every default spelt out.
+        recipe: what acts, every default spelled out.
     """
 
     mixture: Mixture

@@ -17,14 +17,14 @@ from plait.adapters.names import LayerKey, layer_key
 from plait.errors import PlanError, collect, did_you_mean
 from plait.merging.engine import MergedModule
 from plait.mixture.arrangement import Arrangement
-from plait.mixture.coefficients import Axes, Coefficients, Dial, Granularity, span
+from plait.mixture.coefficients import Axes, Coefficients, CoefficientState, Granularity, span
+from plait.mixture.deltas import AdapterDelta, DenseDelta, merged_deltas
 from plait.mixture.factors import LearntFactors
 from plait.mixture.layers import KINDS, Adapted, ParameterLayer
 from plait.mixture.loading import load_model
-from plait.mixture.pieces import Dense, Piece, merged_pieces
-from plait.mixture.places import Place, Places
+from plait.mixture.modules import ModuleIndex, TargetModule
 from plait.mixture.stack import Stack
-from plait.mixture.swaps import FullTensors, Swap, dense_swaps, full_swaps
+from plait.mixture.swaps import FullTensorSet, Swap, dense_swaps, full_swaps
 from plait.spaces.base import Merged
 
 _ACTING: WeakKeyDictionary[nn.Module, Mixture] = WeakKeyDictionary()  # model → whose block is entered
@@ -45,7 +45,7 @@ class Mixture:
             model.generate(...)
 
     Args:
-        model: the base, loaded with any `device_map`, dtype or quantisation; it is put into evaluation mode and frozen.
+        model: the base, loaded with any `device_map`, dtype or quantization; it is put into evaluation mode and frozen.
         adapters: with distinct names.
         tokenizer: kept for those who need it.
         factors: `stored`: as trained; `canonical`: balanced singular directions of every adapter's delta, which coefficients
@@ -71,22 +71,22 @@ class Mixture:
         if len(set(self.names)) < len(self.names):
             raise PlanError(f"adapters need distinct names; these are {', '.join(self.names)}.")
         self._factors = factors
-        self._places = Places(model)
+        self._index = ModuleIndex(model)
         self._now: Arrangement | None = None  # what acts
-        places = self._fit(adapters)
-        layers = _layers(places)
-        self._dial = Dial(Coefficients(torch.zeros(len(self.names)), "task"))
+        modules = self._fit(adapters)
+        layers = _layers(modules)
+        self._state = CoefficientState(Coefficients(torch.zeros(len(self.names)), "task"))
         self._adapted = [
-            KINDS[place.layout.kind](
-                place, self._stack(place, target, adapters), self._dial, k, layers.index(layer_key(place.path))
+            KINDS[target.layout.kind](
+                target, self._stack(target, path, adapters), self._state, k, layers.index(layer_key(target.path))
             )
-            for k, (target, place) in enumerate(places.items())
+            for k, (path, target) in enumerate(modules.items())
         ]
         self._heads = self._full_tensors(adapters)
         self.axes = Axes(
             self.names,
             tuple(str(key or "") for key in layers),
-            tuple(p.path for p in places.values()),
+            tuple(t.path for t in modules.values()),
             tuple(a.stack.rank for a in self._adapted),
         )
 
@@ -171,7 +171,7 @@ class Mixture:
 
         Args:
             rows: (batch, *shape of Λ), see `mixed`. Layers whose input has a multiple of `batch` rows (beams, flattened
-                tokens) take it that each row became as many neighbouring ones.
+                tokens) take it that each row became as many neighboring ones.
             granularity: what the entries stand for.
             heads: whose full tensors act, for all rows.
 
@@ -179,7 +179,7 @@ class Mixture:
             PlanError: as `mixed`; or an adapter is on a fused parameter, whose module mixes the rows of a batch.
         """
         checked = self._checked(rows, granularity, per_row=True)
-        fused = [a.place.path for a in self._adapted if isinstance(a, ParameterLayer)]
+        fused = [a.target.path for a in self._adapted if isinstance(a, ParameterLayer)]
         if fused:
             raise PlanError(
                 f"{fused[0]!r} is a fused parameter, shared by all rows of a batch; evaluate candidates one by one."
@@ -189,7 +189,7 @@ class Mixture:
 
     @contextmanager
     def attached(
-        self, merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule], heads: str | FullTensors | None = None
+        self, merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule], heads: str | FullTensorSet | None = None
     ) -> Iterator[nn.Module]:
         """Make a merge result act, and nothing else.
 
@@ -206,7 +206,7 @@ class Mixture:
         swaps = self._swaps(heads)
         with self._suspended():
             arrangement = self._arranged(merged, swaps)
-            with self._acting(arrangement, self._dial.now):
+            with self._acting(arrangement, self._state.now):
                 yield self.model
 
     def module(self, target: str) -> nn.Module:
@@ -216,15 +216,15 @@ class Mixture:
             PlanError: the model has none; or it is a fused parameter, whose inputs are its module's own affair.
         """
         try:
-            place = self._places.find(target)
+            found = self._index.find(target)
         except ValueError as error:
             raise PlanError(str(error)) from None
-        if place.layout.kind not in ("linear", "conv") or place.layout.stack > 1:
+        if found.layout.kind not in ("linear", "conv") or found.layout.stack > 1:
             raise PlanError(
-                f"{target!r} is of kind {place.layout.kind}, whose inputs cannot be collected here; use a method that needs no "
+                f"{target!r} is of kind {found.layout.kind}, whose inputs cannot be collected here; use a method that needs no "
                 "second moments, such as dc_merge."
             )
-        return place.module
+        return found.module
 
     def learnt(
         self, merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule], *, rank: int | None = None
@@ -238,16 +238,16 @@ class Mixture:
         Raises:
             PlanError: a dense delta, DoRA, a target that the model does not have, or another shape.
         """
-        pieces: dict[str, tuple[Place, Piece]] = {}
-        for target, delta in merged_pieces(merged):
-            if isinstance(delta, Dense) or delta.magnitude is not None:
-                found = "dense" if isinstance(delta, Dense) else "DoRA"
+        deltas: dict[str, tuple[TargetModule, AdapterDelta]] = {}
+        for target, delta in merged_deltas(merged):
+            if isinstance(delta, DenseDelta) or delta.magnitude is not None:
+                found = "dense" if isinstance(delta, DenseDelta) else "DoRA"
                 raise PlanError(f"{target!r}: the merged delta is {found}; only the factors of a low-rank delta can be learnt.")
-            pieces[target] = (self._merged_place(target, delta), delta)
-        return LearntFactors(pieces, rank)
+            deltas[target] = (self._merged_target(target, delta), delta)
+        return LearntFactors(deltas, rank)
 
     @contextmanager
-    def learning(self, factors: LearntFactors, *, heads: str | FullTensors | None = None) -> Iterator[nn.Module]:
+    def learning(self, factors: LearntFactors, *, heads: str | FullTensorSet | None = None) -> Iterator[nn.Module]:
         """Make learnt factors act, and nothing else; gradients reach them.
 
         Args:
@@ -258,18 +258,18 @@ class Mixture:
             PlanError: an unknown name.
         """
         swaps = self._swaps(heads)
-        with self._suspended(), self._acting(Arrangement(factors.layers, swaps), self._dial.now):
+        with self._suspended(), self._acting(Arrangement(factors.layers, swaps), self._state.now):
             yield self.model
 
     @property
     def coefficients(self) -> Tensor:
         """Λ as it is now: the tensor that was given, not a copy."""
-        return self._dial.now.values
+        return self._state.now.values
 
     @property
     def granularity(self) -> Granularity:
         """What the entries of Λ stand for."""
-        return self._dial.now.granularity
+        return self._state.now.granularity
 
     def set_coefficients(self, coefficients: Tensor, granularity: Granularity | None = None) -> None:
         """Exchange Λ within `active`, `mixed` or `candidates`; all adapters act with it. Costs a check of its shape.
@@ -285,63 +285,63 @@ class Mixture:
             raise PlanError(
                 "coefficients act within `mixed`, `candidates`, or `active` with an adapter; enter one of them first."
             )
-        self._dial.now = self._checked(coefficients, granularity or self.granularity, per_row=self._dial.now.per_row)
+        self._state.now = self._checked(coefficients, granularity or self.granularity, per_row=self._state.now.per_row)
 
     def _checked(self, values: Tensor, granularity: Granularity, *, per_row: bool = False) -> Coefficients:
         if granularity == "direction":
             if self._factors != "canonical":
                 raise PlanError("coefficients per direction need canonical factors: Mixture(..., factors='canonical').")
-            beside = [a.place.path for a in self._adapted if a.stack.gains is not None or a.stack.biases is not None]
+            beside = [a.target.path for a in self._adapted if a.stack.gains is not None or a.stack.biases is not None]
             if beside:
                 raise PlanError(f"{beside[0]!r} has DoRA or lora_bias, which are no directions; use coefficients per module.")
         return Coefficients.of(values, granularity, self.axes, per_row=per_row)
 
     def _arranged(self, merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule], swaps: list[Swap]) -> Arrangement:
         """Turn a merge result into layers and swaps; the base must be bare, since it is read."""
-        dial = Dial(Coefficients(torch.ones(1), "task", 0, 1))
+        state = CoefficientState(Coefficients(torch.ones(1), "task", 0, 1))
         layers: list[Adapted] = []
-        for target, delta in merged_pieces(merged):
-            place = self._merged_place(target, delta)
-            if isinstance(delta, Dense):
-                swaps += dense_swaps(place, delta)
+        for path, delta in merged_deltas(merged):
+            target = self._merged_target(path, delta)
+            if isinstance(delta, DenseDelta):
+                swaps += dense_swaps(target, delta)
             else:
-                layers.append(KINDS[place.layout.kind](place, Stack.of(place, [delta]), dial, 0, 0))
+                layers.append(KINDS[target.layout.kind](target, Stack.of(target, [delta]), state, 0, 0))
         return Arrangement(layers, swaps)
 
-    def _merged_place(self, target: str, delta: Piece | Dense) -> Place:
+    def _merged_target(self, path: str, delta: AdapterDelta | DenseDelta) -> TargetModule:
         """Return where a merged delta acts.
 
         Raises:
             PlanError: the model has no such target, or one of another shape.
         """
         try:
-            place = self._places.find(target)
+            target = self._index.find(path)
         except ValueError as error:
             raise PlanError(str(error)) from None
-        problem = _misfit(place, [s.shape for s in delta.slices])
+        problem = _misfit(target, [s.shape for s in delta.slices])
         if problem:
             raise PlanError(problem)
-        return place
+        return target
 
     @contextmanager
     def _suspended(self) -> Iterator[None]:
         """Take off what acts now, and put it back in the end."""
         _check_free(self.model, self)
-        outer, dial = self._now, self._dial.now
+        outer, state = self._now, self._state.now
         if outer is not None:
             outer.detach()
         self._now = None
         try:
             yield
         finally:
-            self._now, self._dial.now = outer, dial
+            self._now, self._state.now = outer, state
             if outer is not None:
                 outer.attach()
 
     @contextmanager
     def _acting(self, arrangement: Arrangement, coefficients: Coefficients) -> Iterator[None]:
         arrangement.attach()
-        self._now, self._dial.now = arrangement, coefficients
+        self._now, self._state.now = arrangement, coefficients
         outer = _ACTING.get(self.model)
         _ACTING[self.model] = self
         try:
@@ -360,10 +360,10 @@ class Mixture:
             )
         return owners[0] if owners else None
 
-    def _swaps(self, heads: str | FullTensors | None) -> list[Swap]:
-        if isinstance(heads, FullTensors):
+    def _swaps(self, heads: str | FullTensorSet | None) -> list[Swap]:
+        if isinstance(heads, FullTensorSet):
             try:
-                return full_swaps(heads, self._places)
+                return full_swaps(heads, self._index)
             except ValueError as error:
                 raise PlanError(str(error)) from None
         if heads is not None and heads not in self.names:
@@ -373,25 +373,25 @@ class Mixture:
     def _unknown(self, name: str) -> str:
         return f"no adapter is named {name!r}; there are {', '.join(self.names) or 'none'}.{did_you_mean(name, self.names)}"
 
-    def _fit(self, adapters: Sequence[Adapter]) -> dict[str, Place]:
-        """Return target → place, over all adapters, sorted; check that every target fits."""
-        places: dict[str, Place] = {}
+    def _fit(self, adapters: Sequence[Adapter]) -> dict[str, TargetModule]:
+        """Return path → target module of the model, over all adapters, sorted; check that every target fits."""
+        modules: dict[str, TargetModule] = {}
         problems: dict[str, None] = {}
         for adapter in adapters:
             for path, target in adapter.targets.items():
                 try:
-                    place = places.get(path) or self._places.find(path)
+                    found = modules.get(path) or self._index.find(path)
                 except ValueError as error:
                     problems[f"adapter {adapter.name!r}: {error}"] = None
                     continue
                 layout = target.layout
-                found = [(layout.d_out, layout.d_in)] * layout.stack
-                problem = _misfit(place, found) if layout.kind == place.layout.kind else _other_kind(place, layout.kind)
+                shapes = [(layout.d_out, layout.d_in)] * layout.stack
+                problem = _misfit(found, shapes) if layout.kind == found.layout.kind else _other_kind(found, layout.kind)
                 if problem:
                     problems[f"adapter {adapter.name!r}: {problem}"] = None
-                places[path] = place
+                modules[path] = found
         collect(PlanError, list(problems), "these adapters do not fit the model")
-        return dict(sorted(places.items()))
+        return dict(sorted(modules.items()))
 
     def _full_tensors(self, adapters: Sequence[Adapter]) -> dict[str, list[Swap]]:
         swaps: dict[str, list[Swap]] = {}
@@ -399,18 +399,18 @@ class Mixture:
         for adapter in adapters:
             if adapter.full_tensors:
                 try:
-                    swaps[adapter.name] = full_swaps(FullTensors.of(adapter), self._places)
+                    swaps[adapter.name] = full_swaps(FullTensorSet.of(adapter), self._index)
                 except ValueError as error:
                     problems.append(f"adapter {adapter.name!r}: {error}")
         collect(PlanError, problems, "these adapters do not fit the model")
         return swaps
 
-    def _stack(self, place: Place, target: str, adapters: Sequence[Adapter]) -> Stack:
-        dtype = torch.float64 if place.home is not None and place.home[1] == torch.float64 else torch.float32
-        pieces = [Piece.read(a, target, dtype) if target in a.targets else None for a in adapters]
+    def _stack(self, target: TargetModule, path: str, adapters: Sequence[Adapter]) -> Stack:
+        dtype = torch.float64 if target.home is not None and target.home[1] == torch.float64 else torch.float32
+        deltas = [AdapterDelta.read(a, path, dtype) if path in a.targets else None for a in adapters]
         if self._factors == "canonical":
-            pieces = [None if p is None else p.canonical() for p in pieces]
-        return Stack.of(place, pieces)
+            deltas = [None if d is None else d.canonical() for d in deltas]
+        return Stack.of(target, deltas)
 
 
 def _check_free(model: nn.Module, mixture: Mixture | None) -> None:
@@ -421,25 +421,25 @@ def _check_free(model: nn.Module, mixture: Mixture | None) -> None:
         )
 
 
-def _layers(places: Mapping[str, Place]) -> list[LayerKey | None]:
-    """Return the layers that places stand in, in order; None last, when some stand in none."""
-    keys = {layer_key(p.path) for p in places.values()}
+def _layers(modules: Mapping[str, TargetModule]) -> list[LayerKey | None]:
+    """Return the layers of target modules, in order; None last, where some are in no numbered layer."""
+    keys = {layer_key(m.path) for m in modules.values()}
     return [*sorted(k for k in keys if k is not None), *([None] if None in keys else [])]
 
 
-def _misfit(place: Place, found: Sequence[tuple[int, int]]) -> str | None:
-    layout = place.layout
-    if layout.kind == "experts" and place.home is None:
-        return place.dense_problem()
+def _misfit(target: TargetModule, found: Sequence[tuple[int, int]]) -> str | None:
+    layout = target.layout
+    if layout.kind == "experts" and target.home is None:
+        return target.dense_problem()
     if list(found) == [(layout.d_out, layout.d_in)] * layout.stack:
         return None
     return (
-        f"{place.path!r} maps {layout.d_in} → {layout.d_out}{f' × {layout.stack}' if layout.stack > 1 else ''} in the model, "
+        f"{target.path!r} maps {layout.d_in} → {layout.d_out}{f' × {layout.stack}' if layout.stack > 1 else ''} in the model, "
         f"the delta is {found[0][1]} → {found[0][0]}{f' × {len(found)}' if len(found) > 1 else ''}. Is it the right base?"
     )
 
 
-def _other_kind(place: Place, kind: str) -> str:
+def _other_kind(target: TargetModule, kind: str) -> str:
     return (
-        f"{place.path!r} is of kind {place.layout.kind} in the model and of kind {kind} in the adapter. Is it the right base?"
+        f"{target.path!r} is of kind {target.layout.kind} in the model and of kind {kind} in the adapter. Is it the right base?"
     )

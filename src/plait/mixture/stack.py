@@ -12,13 +12,13 @@ from torch import Tensor
 from plait.adapters.lowrank import LowRank
 from plait.errors import AdapterError
 from plait.merging.dora import row_norms
-from plait.mixture.pieces import Piece
-from plait.mixture.places import Place
+from plait.mixture.deltas import AdapterDelta
+from plait.mixture.modules import TargetModule
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """The pieces of T adapters at one target.
+    """The deltas of T adapters at one target.
 
     ΔW = Σₖ λ[owner(k)] bₖ aₖ; where adapters are DoRA or have a bias, the output also gets (Σₜ λₜ gainₜ) ⊙ W x + Σₜ λₜ biasₜ.
 
@@ -39,25 +39,25 @@ class Stack:
     biases: Tensor | None
 
     @staticmethod
-    def of(place: Place, pieces: Sequence[Piece | None]) -> Stack:
-        """Stack one piece per adapter; None where an adapter lacks the target. Factors take the weight's dtype and device.
+    def of(target: TargetModule, deltas: Sequence[AdapterDelta | None]) -> Stack:
+        """Stack one delta per adapter; None where an adapter lacks the target. Factors take the weight's dtype and device.
 
         Factors in the base's dtype lose nothing that shows: what they add is rounded to that dtype by every layer's output.
 
         Raises:
             AdapterError: DoRA or a bias where it has no form here.
         """
-        if place.layout.kind in ("embedding", "experts") and any(p is not None and p.bias is not None for p in pieces):
-            raise AdapterError(f"{place.path!r}: lora_bias on an embedding or a fused parameter is not covered.")
-        pieces, gains = _resolve_dora(place, pieces)
-        present = [p for p in pieces if p is not None]
-        ranks = [p.rank if p is not None else 0 for p in pieces]
-        a = torch.stack([torch.cat([p.slices[i].a for p in present]) for i in range(place.layout.stack)])
-        bt = torch.stack([torch.cat([p.slices[i].b.mT for p in present]) for i in range(place.layout.stack)])
-        biases = _rows([p.bias if p is not None else None for p in pieces], place)
+        if target.layout.kind in ("embedding", "experts") and any(d is not None and d.bias is not None for d in deltas):
+            raise AdapterError(f"{target.path!r}: lora_bias on an embedding or a fused parameter is not covered.")
+        deltas, gains = _resolve_dora(target, deltas)
+        present = [d for d in deltas if d is not None]
+        ranks = [d.rank if d is not None else 0 for d in deltas]
+        a = torch.stack([torch.cat([d.slices[i].a for d in present]) for i in range(target.layout.stack)])
+        bt = torch.stack([torch.cat([d.slices[i].b.mT for d in present]) for i in range(target.layout.stack)])
+        biases = _rows([d.bias if d is not None else None for d in deltas], target)
         owners = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
         stack = Stack(a, bt, (0, *accumulate(ranks)), owners, gains, biases)
-        return stack.to(*place.home) if place.home is not None else stack
+        return stack.to(*target.home) if target.home is not None else stack
 
     @property
     def rank(self) -> int:
@@ -76,35 +76,37 @@ class Stack:
         )
 
 
-def _resolve_dora(place: Place, pieces: Sequence[Piece | None]) -> tuple[list[Piece | None], Tensor | None]:
+def _resolve_dora(
+    target: TargetModule, deltas: Sequence[AdapterDelta | None]
+) -> tuple[list[AdapterDelta | None], Tensor | None]:
     """Turn DoRA into LoRA and a gain: ΔW = diag(c − 1) W + diag(c) s B A with c = m / ‖W + s B A‖ (see `merging.dora`)."""
-    if not any(p is not None and p.magnitude is not None for p in pieces):
-        return list(pieces), None
-    problem = place.dense_problem()
-    if place.layout.stack > 1 or place.layout.kind == "experts":
-        problem = f"{place.path!r}: DoRA on groups or fused parameters is not covered."
+    if not any(d is not None and d.magnitude is not None for d in deltas):
+        return list(deltas), None
+    problem = target.dense_problem()
+    if target.layout.stack > 1 or target.layout.kind == "experts":
+        problem = f"{target.path!r}: DoRA on groups or fused parameters is not covered."
     if problem:
         raise AdapterError(f"DoRA needs the base's weights. {problem}")
-    resolved: list[Piece | None] = []
+    resolved: list[AdapterDelta | None] = []
     gains: list[Tensor | None] = []
-    for piece in pieces:
-        if piece is None or piece.magnitude is None:
-            resolved.append(piece)
+    for delta in deltas:
+        if delta is None or delta.magnitude is None:
+            resolved.append(delta)
             gains.append(None)
             continue
-        delta = piece.slices[0]
-        (weight,) = place.matrices(place.weight.detach().to("cpu", delta.a.dtype))
-        scale = piece.magnitude / row_norms(weight, delta)
+        factors = delta.slices[0]
+        (weight,) = target.matrices(target.weight.detach().to("cpu", factors.a.dtype))
+        scale = delta.magnitude / row_norms(weight, factors)
         if not bool(torch.isfinite(scale).all()):
-            raise AdapterError(f"{place.path!r}: a row of W + s B A is zero; DoRA cannot rescale it.")
-        resolved.append(Piece((LowRank(delta.a, delta.b * scale.unsqueeze(1)),), piece.bias))
+            raise AdapterError(f"{target.path!r}: a row of W + s B A is zero; DoRA cannot rescale it.")
+        resolved.append(AdapterDelta((LowRank(factors.a, factors.b * scale.unsqueeze(1)),), delta.bias))
         gains.append(scale - 1)
-    return resolved, _rows(gains, place)
+    return resolved, _rows(gains, target)
 
 
-def _rows(parts: Sequence[Tensor | None], place: Place) -> Tensor | None:
+def _rows(parts: Sequence[Tensor | None], target: TargetModule) -> Tensor | None:
     """Stack vectors (d_out,) to (T, d_out), zero where there is none; None when there is none at all."""
     if all(p is None for p in parts):
         return None
-    width = place.layout.stack * place.layout.d_out
+    width = target.layout.stack * target.layout.d_out
     return torch.stack([torch.zeros(width) if p is None else p.float() for p in parts])

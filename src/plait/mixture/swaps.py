@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from plait.adapters.adapter import Adapter
 from plait.errors import PlanError
-from plait.mixture.pieces import Dense
-from plait.mixture.places import Place, Places
+from plait.mixture.deltas import DenseDelta
+from plait.mixture.modules import ModuleIndex, TargetModule
 
 _ROWS = ".token_adapter.trainable_tokens_delta"
 _WRAPPED = ".base_layer"
@@ -82,7 +82,7 @@ class RowSwap:
 
 
 @dataclass(frozen=True, eq=False)
-class FullTensors:
+class FullTensorSet:
     """Heads, trained token rows and trained biases that belong together.
 
     Attributes:
@@ -94,13 +94,13 @@ class FullTensors:
     token_indices: Any = None
 
     @staticmethod
-    def of(adapter: Adapter) -> FullTensors:
+    def of(adapter: Adapter) -> FullTensorSet:
         """Read an adapter's."""
         tensors = {path: adapter.read_full(path) for path in adapter.full_tensors}
-        return FullTensors(tensors, adapter.config.raw.get("trainable_token_indices"))
+        return FullTensorSet(tensors, adapter.config.raw.get("trainable_token_indices"))
 
 
-def full_swaps(full: FullTensors, places: Places) -> list[Swap]:
+def full_swaps(full: FullTensorSet, modules: ModuleIndex) -> list[Swap]:
     """Return what makes full tensors act.
 
     Raises:
@@ -109,9 +109,9 @@ def full_swaps(full: FullTensors, places: Places) -> list[Swap]:
     swaps: list[Swap] = []
     for path, tensor in full.tensors.items():
         if path.endswith(_ROWS):
-            swaps.append(_token_rows(path, tensor, full.token_indices, places))
+            swaps.append(_token_rows(path, tensor, full.token_indices, modules))
             continue
-        module, name = places.tensor(path.replace(_WRAPPED, ""))
+        module, name = modules.tensor(path.replace(_WRAPPED, ""))
         swaps.append(_whole(path, tensor, module, name))
     return swaps
 
@@ -125,21 +125,21 @@ def _whole(path: str, tensor: Tensor, module: nn.Module, name: str) -> Swap:
             f"{path!r}: the model's tensor is offloaded and cannot be exchanged; keep it on a device (device_map)."
         )
     if not present.is_floating_point() and tensor.is_floating_point():
-        raise ValueError(f"{path!r}: the model's tensor is quantised; exclude this module from quantisation.")
+        raise ValueError(f"{path!r}: the model's tensor is quantized; exclude this module from quantization.")
     # a head of another task may have another number of labels
     if tensor.shape != present.shape and not (isinstance(module, nn.Linear) and tensor.shape[1:] == present.shape[1:]):
         raise ValueError(f"{path!r}: the adapter's tensor is {list(tensor.shape)}, the model's is {list(present.shape)}.")
     return TensorSwap(module, name, tensor.to(present.device, present.dtype))
 
 
-def _token_rows(path: str, rows: Tensor, declared: Any, places: Places) -> Swap:
+def _token_rows(path: str, rows: Tensor, declared: Any, modules: ModuleIndex) -> Swap:
     owner = path.removesuffix(_ROWS).removesuffix(_WRAPPED)
-    module, name = places.tensor(f"{owner}.weight")
+    module, name = modules.tensor(f"{owner}.weight")
     weight, indices = getattr(module, name), _indices(declared, owner)
     if indices is None or len(indices) != len(rows):
         raise ValueError(f"{path!r}: {len(rows)} rows, but trainable_token_indices lists {indices} for {owner!r}.")
     if weight.is_meta or not weight.is_floating_point():
-        raise ValueError(f"{path!r}: the model's tensor is offloaded or quantised; its rows cannot be exchanged.")
+        raise ValueError(f"{path!r}: the model's tensor is offloaded or quantized; its rows cannot be exchanged.")
     if rows.shape[1:] != weight.shape[1:] or max(indices, default=0) >= len(weight):
         raise ValueError(f"{path!r}: rows {indices} of {list(rows.shape[1:])} do not fit the model's {list(weight.shape)}.")
     return RowSwap(weight, torch.tensor(indices, device=weight.device), rows.to(weight.device, weight.dtype))
@@ -152,26 +152,26 @@ def _indices(declared: Any, owner: str) -> list[int] | None:
     return list(declared) if declared is not None else None
 
 
-def dense_swaps(place: Place, delta: Dense) -> list[Swap]:
+def dense_swaps(target: TargetModule, delta: DenseDelta) -> list[Swap]:
     """Return the weight W + ΔW, added in float32 and rounded once, as a bake writes it; and the bias, where there is one.
 
     Raises:
         PlanError: the weight cannot be replaced.
     """
-    problem = place.dense_problem()
+    problem = target.dense_problem()
     if problem is not None:
         raise PlanError(f"a dense delta cannot be attached. {problem}")
-    weight = place.weight.detach()
+    weight = target.weight.detach()
     new = weight.clone(memory_format=torch.contiguous_format)
-    for matrix, blocks in zip(place.matrices(new), delta.slices, strict=True):
+    for matrix, blocks in zip(target.matrices(new), delta.slices, strict=True):
         for start, block in blocks:
             rows = matrix[start : start + len(block)]
             rows.copy_(rows.to(block.dtype) + block.to(rows.device))
-    swaps: list[Swap] = [TensorSwap(place.module, place.parameter, new)]
+    swaps: list[Swap] = [TensorSwap(target.module, target.parameter, new)]
     if delta.bias is not None:
-        present = getattr(place.module, "bias", None)
-        if "bias" not in place.module._parameters:
-            raise PlanError(f"{place.path!r}: has no place for a bias.")
+        present = getattr(target.module, "bias", None)
+        if "bias" not in target.module._parameters:
+            raise PlanError(f"{target.path!r}: has no place for a bias.")
         total = delta.bias.to(weight.device) + (0 if present is None else present.detach().to(delta.bias.dtype))
-        swaps.append(TensorSwap(place.module, "bias", total.to(weight.dtype)))
+        swaps.append(TensorSwap(target.module, "bias", total.to(weight.dtype)))
     return swaps

@@ -1,4 +1,4 @@
-"""Paths into plain data, and how they are spelt: `method.density`, `adapters.0.weight`, `weights.modules."*.q_proj"`.
+"""Paths into plain data, and how they are spelled: `method.density`, `adapters.0.weight`, `weights.modules."*.q_proj"`.
 
 Knows nothing of what a recipe holds.
 """

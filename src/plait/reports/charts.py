@@ -9,7 +9,7 @@ from operator import attrgetter
 from plait.adapters.names import LayerKey, layer_key
 from plait.evaluation.comparison import Comparison
 from plait.evaluation.record import Bounds, Evaluation, TaskResult
-from plait.inspection.report import Comparison as Conflict
+from plait.inspection.report import AdapterComparison as Conflict
 from plait.merging.record import RunRecord
 from plait.records import Record
 from plait.reports.colors import Color, css, diverging, ink, sequential

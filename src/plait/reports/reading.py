@@ -12,7 +12,7 @@ from plait.errors import PlaitError, ReportError, collect
 from plait.evaluation.comparison import Comparison
 from plait.evaluation.record import Evaluation
 from plait.folders import file_in
-from plait.inspection.report import Comparison as Conflict
+from plait.inspection.report import AdapterComparison as Conflict
 from plait.inspection.report import inspect_adapters
 from plait.merging.inventory import take_inventory
 from plait.merging.record import RunRecord

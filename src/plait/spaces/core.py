@@ -18,7 +18,7 @@ class Core(Space):
     Deviations, all towards invariance: every adapter's factors are first balanced by their SVD (the paper takes them raw, so
     that B → BG, A → G⁻¹A changes the result), the bases are singular bases of the joint factors (a QR basis depends on the
     order of the adapters), their signs are fixed, and directions below 1e-6 of the largest are dropped (shared
-    initialisations make the joint factors rank deficient).
+    initializations make the joint factors rank deficient).
     """
 
     name = "core"

@@ -132,7 +132,7 @@ class Stage(ABC):  # noqa: B024 (its kinds, below, are abstract each in their ow
     Attributes:
         randomised: whether it draws random numbers (always from keys).
         needs_moments: whether it needs second moments of inputs.
-        solves: whether it solves a system of equations, which adapters that share an initialisation make ill-conditioned.
+        solves: whether it solves a system of equations, which adapters that share an initialization make ill-conditioned.
     """
 
     randomised: ClassVar[bool] = False

@@ -52,7 +52,7 @@ class _Solve(RidgeFields, StageParams, DeltaCombine):
     weight −1 is undone there. Where the Gram matrices say nothing, the ridge leaves the mean of the deltas.
 
     The ridge is raised tenfold at a time while ‖M‖_F > 2 √T · mean ‖wₜ ΔWₜ‖_F: √T is what T orthogonal deltas add up to. Beyond
-    it M is made of differences between inputs that hardly differ, as adapters of one initialisation have them.
+    it M is made of differences between inputs that hardly differ, as adapters of one initialization have them.
     """
 
     solves: ClassVar[bool] = True

@@ -47,7 +47,7 @@ _DTYPES = {
 _WHAT = {
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
     "torch._utils._rebuild_nested_tensor": "a nested tensor",
-    "torch._utils._rebuild_qtensor": "a quantised tensor",
+    "torch._utils._rebuild_qtensor": "a quantized tensor",
     "torch._utils._rebuild_meta_tensor_no_storage": "a tensor on the meta device, which has no values",
 }
 _PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
@@ -69,7 +69,7 @@ class PickleFile(TensorFile):
 
     Raises:
         AdapterError: there is no such file, it is damaged or cut off, its parts lie about their sizes, or an entry is no plain
-            tensor under a text: code, sparse, quantised and meta tensors, nested mappings.
+            tensor under a text: code, sparse, quantized and meta tensors, nested mappings.
     """
 
     def __init__(self, path: Path) -> None:

@@ -63,7 +63,7 @@ class Cohort:
         return self.map(turn)
 
     def zeroed(self, *adapters: str) -> Cohort:
-        """Return the cohort with some adapters' deltas zero: B as LoRA initialises it."""
+        """Return the cohort with some adapters' deltas zero: B as LoRA initializes it."""
         return self.map(lambda adapter, module, f: LowRank(f.a, f.b * 0) if adapter in adapters else f)
 
     def without(self, adapter: str, module: str) -> Cohort:

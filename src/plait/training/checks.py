@@ -26,7 +26,7 @@ _TRACKERS: Mapping[str, tuple[str, ...]] = {
 
 def contradictions(flags: Flags) -> list[str]:
     """Return everything that is wrong with the flags, without reading data or asking anybody."""
-    checks = (_inputs, _adapter, _quantised, _merging, _pushing, _evaluating, _best, _trackers)
+    checks = (_inputs, _adapter, _quantized, _merging, _pushing, _evaluating, _best, _trackers)
     return [problem for check in checks for problem in check(flags)]
 
 
@@ -72,15 +72,15 @@ def _adapter(flags: Flags) -> Iterator[str]:
         yield f"{', '.join(given)} without --use_peft: the whole model would be trained. Add --use_peft, or leave them out."
     for flag in ("load_in_4bit", "load_in_8bit"):
         if flags.get(flag):
-            yield f"--{flag} without --use_peft: a quantised model cannot be trained, only an adapter on it. Add --use_peft."
+            yield f"--{flag} without --use_peft: a quantized model cannot be trained, only an adapter on it. Add --use_peft."
 
 
-def _quantised(flags: Flags) -> Iterator[str]:
+def _quantized(flags: Flags) -> Iterator[str]:
     wanted = [f"--{flag}" for flag in ("load_in_4bit", "load_in_8bit") if flags.get(flag)]
     if len(wanted) == 2:
         yield "--load_in_4bit and --load_in_8bit: give one of them."
     if wanted and not _cuda():
-        yield f"{wanted[0]}: quantised training (QLoRA) needs a CUDA device, and torch finds none here. Leave it out."
+        yield f"{wanted[0]}: quantized training (QLoRA) needs a CUDA device, and torch finds none here. Leave it out."
     if wanted and find_spec("bitsandbytes") is None:
         yield f"{wanted[0]} needs the package bitsandbytes: python -m pip install bitsandbytes."
 

@@ -52,7 +52,7 @@ class TuneRecord(Record):
 
     Attributes:
         plait: version.
-        recipe: as run, every default spelt out.
+        recipe: as run, every default spelled out.
         sources: the adapters; see `merging.record.sources`.
         texts: what was seen, per task.
         scale: factor on the closed form.

@@ -160,18 +160,18 @@ def _notes(folder: Path) -> Iterator[str]:
     elif "license" not in front:
         named = front["base_model"]
         base = named[0] if isinstance(named, list) and named else named
-        stated = _licence_on_hub(str(base))
+        stated = _license_on_hub(str(base))
         known = f"{base} states {stated!r}" if stated else "its sources state none, or not the same"
-        yield f"{CARD} states no licence ({known}): add license: to it and push again."
+        yield f"{CARD} states no license ({known}): add license: to it and push again."
 
 
-def _licence_on_hub(repo: str) -> str | None:
-    """Return the licence that a repository's card states; None where it states none, or cannot be asked."""
+def _license_on_hub(repo: str) -> str | None:
+    """Return the license that a repository's card states; None where it states none, or cannot be asked."""
     from huggingface_hub import HfApi
 
     try:
         card = HfApi().model_info(repo).card_data
     except Exception:  # a note is all that is lost
         return None
-    licence = getattr(card, "license", None)
-    return licence if isinstance(licence, str) else None
+    found = getattr(card, "license", None)
+    return found if isinstance(found, str) else None

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from plait.baking.pipeline import run_bake
 from plait.baking.plan import BakeOptions
-from plait.checkpoints.distance import tensor_gap
+from plait.checkpoints.distance import tensor_distance
 from plait.errors import PlaitError, RecipeError
 from plait.extraction.pipeline import run_extract
 from plait.extraction.request import make_request
@@ -131,7 +131,7 @@ def _differences(name: str, first: Path, second: Path) -> RebuiltFile:
     described = [{n: (i.shape, i.dtype) for n, i in file.tensors.items()} for file in (one, two)]
     if described[0] != described[1]:
         return RebuiltFile(name=name, state="differs")
-    apart = {n: size for n in sorted(one.tensors) if (size := tensor_gap(one, two, n).largest) > 0}
+    apart = {n: size for n in sorted(one.tensors) if (size := tensor_distance(one, two, n).largest) > 0}
     where = max(apart, key=lambda n: apart[n], default=None)
     largest = apart[where] if where is not None else 0.0
     return RebuiltFile(name=name, state="differs", tensors=len(apart), difference=largest, where=where)

@@ -1,4 +1,4 @@
-"""What belongs to a model besides its weights: configuration, tokenizer, templates, code, licence."""
+"""What belongs to a model besides its weights: configuration, tokenizer, templates, code, license."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
-class Companions:
+class AuxiliaryFiles:
     """Files that go along.
 
     Attributes:
@@ -75,13 +75,13 @@ class Companions:
         return files | {name: hashlib.sha256(text.encode()).hexdigest() for name, text in self.texts.items()}
 
 
-def gather_companions(
+def gather_auxiliary_files(
     checkpoint: BaseCheckpoint,
     inventory: Inventory,
     placement: Placement,
     dtype: str | None,
     index: Mapping[str, Any] | None,
-) -> Companions:
+) -> AuxiliaryFiles:
     """Decide what goes along with the weights.
 
     The base's files do, but for weights and its card; an adapter's tokenizer takes the place of the base's where it differs.
@@ -102,7 +102,7 @@ def gather_companions(
     if index is not None:
         texts[INDEX] = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         described[INDEX] = "new"
-    return Companions(files, texts, dict(sorted(described.items())), tuple(notes))
+    return AuxiliaryFiles(files, texts, dict(sorted(described.items())), tuple(notes))
 
 
 def _copied(folder: Path) -> list[Path]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
-from plait.baking.deltas import ModuleMerge, Rows, add_rows, dense_rows, merge_dora, own_columns
-from plait.baking.placement import Piece
+from plait.baking.deltas import ModuleMerge, RowReader, add_rows, dense_rows, merge_dora, own_columns
+from plait.baking.placement import RowRange
 from plait.baking.shards import OutTensor
 from plait.checkpoints.blocks import TORCH_DTYPES, block_ranges, write_at
 from plait.checkpoints.checkpoint import BaseCheckpoint
@@ -23,7 +23,7 @@ Adder = Callable[[Tensor, int], None]  # adds to the rows of a block that starts
 
 
 @dataclass(frozen=True)
-class Maker:
+class ShardTensorBuilder:
     """Makes tensors.
 
     Attributes:
@@ -53,7 +53,7 @@ class Maker:
         wide = torch.float64 in (dtype, self._source_dtype(tensor)) or not dtype.is_floating_point
         exact = torch.float64 if wide else torch.float32
         with ExitStack() as stack:
-            adders = [*self._pieces(tensor, merges, exact, stack), *self._biases(tensor, merges)]
+            adders = [*self._ranges(tensor, merges, exact, stack), *self._biases(tensor, merges)]
             self._write(tensor, adders, exact, handle, advance)
 
     def _write(
@@ -79,9 +79,9 @@ class Maker:
         shape = tensor.shape
         if len(shape) < 2:
             return math.prod(shape), 1
-        # pieces of a convolution count output channels, all others rows of the last dimension
-        height = max((p.row + p.count for p in tensor.change.pieces), default=0)
-        if tensor.change.pieces and height == shape[0]:
+        # ranges of a convolution count output channels, all others rows of the last dimension
+        height = max((p.row + p.count for p in tensor.change.ranges), default=0)
+        if tensor.change.ranges and height == shape[0]:
             return shape[0], math.prod(shape[1:])
         return math.prod(shape[:-1]), shape[-1]
 
@@ -97,23 +97,23 @@ class Maker:
             raise AssertionError(f"{tensor.name!r} has no values")
         return self.checkpoint.values(tensor.source, first, count).to(self.device).to(dtype)
 
-    def _pieces(
+    def _ranges(
         self, tensor: OutTensor, merges: Mapping[str, ModuleMerge], dtype: torch.dtype, stack: ExitStack
     ) -> Iterator[Adder]:
-        for piece in tensor.change.pieces:
-            merge = merges[piece.target]
+        for span in tensor.change.ranges:
+            merge = merges[span.target]
             if merge.is_dora:
-                low_rank, gain = merge_dora(merge.dora(), piece, self._blocks(tensor, dtype))
-                yield _scaled(gain.to(self.device), piece)
-                yield _low_rank(self._moved(low_rank), piece)
+                low_rank, gain = merge_dora(merge.dora(), span, self._blocks(tensor, dtype))
+                yield _scaled(gain.to(self.device), span)
+                yield _low_rank(self._moved(low_rank), span)
                 continue
-            matrix = merge.matrices[piece.matrix]
-            if piece.columns is not None:
-                matrix = own_columns(matrix, *piece.columns, where=f"{tensor.name} ({piece.target})")
+            matrix = merge.matrices[span.matrix]
+            if span.columns is not None:
+                matrix = own_columns(matrix, *span.columns, where=f"{tensor.name} ({span.target})")
             if isinstance(matrix, LowRank):
-                yield _low_rank(self._moved(matrix), piece)
+                yield _low_rank(self._moved(matrix), span)
             else:
-                yield _dense(dense_rows(matrix, self.scratch, stack, transposed=piece.transposed), piece)
+                yield _dense(dense_rows(matrix, self.scratch, stack, transposed=span.transposed), span)
 
     def _blocks(self, tensor: OutTensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         rows, columns = self._matrix(tensor)
@@ -163,33 +163,33 @@ def _finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x.sum(dtype=wide))) or bool(torch.isfinite(x).all())
 
 
-def _overlap(piece: Piece, block: Tensor, start: int) -> tuple[Tensor, int]:
-    """Return the rows of a block that a piece covers, and the first of them in the piece."""
-    low, high = max(piece.row, start), min(piece.row + piece.count, start + len(block))
-    return block[max(0, low - start) : max(0, high - start)], low - piece.row
+def _overlap(span: RowRange, block: Tensor, start: int) -> tuple[Tensor, int]:
+    """Return the rows of a block that a span covers, and the first of them in the span."""
+    low, high = max(span.row, start), min(span.row + span.count, start + len(block))
+    return block[max(0, low - start) : max(0, high - start)], low - span.row
 
 
-def _low_rank(delta: LowRank, piece: Piece) -> Adder:
+def _low_rank(delta: LowRank, span: RowRange) -> Adder:
     def add(block: Tensor, start: int) -> None:
-        rows, first = _overlap(piece, block, start)
+        rows, first = _overlap(span, block, start)
         if len(rows):
-            add_rows(delta, rows, piece.first + first, transposed=piece.transposed)
+            add_rows(delta, rows, span.first + first, transposed=span.transposed)
 
     return add
 
 
-def _dense(rows_of: Rows, piece: Piece) -> Adder:
+def _dense(rows_of: RowReader, span: RowRange) -> Adder:
     def add(block: Tensor, start: int) -> None:
-        rows, first = _overlap(piece, block, start)
+        rows, first = _overlap(span, block, start)
         if len(rows):
-            rows += rows_of(piece.first + first, piece.first + first + len(rows)).to(block)
+            rows += rows_of(span.first + first, span.first + first + len(rows)).to(block)
 
     return add
 
 
-def _scaled(gain: Tensor, piece: Piece) -> Adder:
+def _scaled(gain: Tensor, span: RowRange) -> Adder:
     def scale(block: Tensor, start: int) -> None:
-        rows, first = _overlap(piece, block, start)
-        rows *= (gain if piece.transposed else gain[first : first + len(rows)].unsqueeze(1)).to(block.dtype)
+        rows, first = _overlap(span, block, start)
+        rows *= (gain if span.transposed else gain[first : first + len(rows)].unsqueeze(1)).to(block.dtype)
 
     return scale

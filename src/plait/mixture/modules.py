@@ -16,7 +16,7 @@ _COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dty
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class TargetModule:
     """One adapted weight of a model.
 
     Attributes:
@@ -43,7 +43,7 @@ class Place:
 
     @property
     def home(self) -> tuple[torch.device, torch.dtype] | None:
-        """Device and dtype of the weight; None where it tells nothing: offloaded or quantised."""
+        """Device and dtype of the weight; None where it tells nothing: offloaded or quantized."""
         weight = self.module._parameters.get(self.parameter)
         return None if weight is None or weight.is_meta or weight.dtype not in _COMPUTED else (weight.device, weight.dtype)
 
@@ -55,7 +55,7 @@ class Place:
         if weight is not None and weight.is_meta:
             return f"{self.path!r}: its weight is offloaded; keep the module on a device (device_map)."
         if weight is None or weight.dtype not in _COMPUTED or weight.numel() != self.layout.entries:
-            return f"{self.path!r}: its weight is quantised; load the base unquantised."
+            return f"{self.path!r}: its weight is quantized; load the base unquantized."
         return None
 
     def matrices(self, weight: Tensor) -> list[Tensor]:
@@ -67,8 +67,8 @@ class Place:
         return [m.mT for m in stack] if self.transposed else stack
 
 
-class Places:
-    """Finds the places of a model by the paths that adapters use.
+class ModuleIndex:
+    """Finds the target modules of a model by the paths that adapters use.
 
     A path that the model does not know exactly is taken for the one whose tail it is, or that is its tail: checkpoints are
     saved with and without the prefix of the task's model (`model.`, `transformer.`).
@@ -81,8 +81,8 @@ class Places:
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._model = model
 
-    def find(self, path: str) -> Place:
-        """Return the place that a path names.
+    def find(self, path: str) -> TargetModule:
+        """Return the target module that a path names.
 
         Raises:
             ValueError: there is none, or a kind of layer that is not covered; the text says what to do.
@@ -129,7 +129,7 @@ class Places:
         found = [n for n in near if n.endswith("." + path) or len(n) == longest]
         return found[0] if path and len(found) == 1 else None
 
-    def _module(self, name: str) -> Place:
+    def _module(self, name: str) -> TargetModule:
         module = self._modules[name]
         if isinstance(module, nn.MultiheadAttention) or isinstance(
             self._modules[name.rpartition(".")[0]], nn.MultiheadAttention
@@ -142,21 +142,21 @@ class Places:
             if module.max_norm is not None:
                 raise ValueError(f"{name!r}: an embedding with max_norm has no linear delta.")
             layout = Layout("embedding", module.embedding_dim, module.num_embeddings)
-            return Place(name, module, "weight", layout, transposed=True)
+            return TargetModule(name, module, "weight", layout, transposed=True)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             kernel = (module.in_channels, *module.kernel_size)  # PEFT's A reads all channels, whatever the base's groups
             d_in = int(torch.Size(kernel).numel())
             layout = Layout("conv", module.out_channels // module.groups, d_in, module.groups, kernel)
-            return Place(name, module, "weight", layout, transposed=False)
+            return TargetModule(name, module, "weight", layout, transposed=False)
         shape = _linear_shape(module)
         if shape is None:
             raise ValueError(
                 f"{name!r}: {type(module).__name__} is not covered; linear layers, Conv1D, embeddings, convolutions and "
                 "fused experts are. Bake the merge and evaluate the baked model."
             )
-        return Place(name, module, "weight", Layout("linear", *shape), transposed=is_conv1d(module))
+        return TargetModule(name, module, "weight", Layout("linear", *shape), transposed=is_conv1d(module))
 
-    def _parameter(self, owner: str, name: str) -> Place:
+    def _parameter(self, owner: str, name: str) -> TargetModule:
         module = self._modules[owner]
         parameter = module._parameters[name]
         path = f"{owner}.{name}"
@@ -165,7 +165,7 @@ class Places:
         transposed = parameter.ndim == 3 and holds_transposed(module)
         d_out, d_in = parameter.shape[-2:] if not transposed else reversed(parameter.shape[-2:])
         layout = Layout("experts", d_out, d_in, parameter.shape[0] if parameter.ndim == 3 else 1)
-        return Place(path, module, name, layout, transposed)
+        return TargetModule(path, module, name, layout, transposed)
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -173,5 +173,5 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if is_conv1d(module) and isinstance(module.weight, Tensor):
         return module.weight.shape[1], module.weight.shape[0]
     d_out, d_in = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    # quantised layers are no nn.Linear, but say what they map
+    # quantized layers are no nn.Linear, but say what they map
     return (d_out, d_in) if isinstance(d_out, int) and isinstance(d_in, int) else None

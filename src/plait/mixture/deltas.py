@@ -17,7 +17,7 @@ from plait.spaces.base import Merged
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class AdapterDelta:
     """A low-rank delta with what may go with it; every scaling is folded in.
 
     Attributes:
@@ -36,7 +36,7 @@ class Piece:
         return self.slices[0].rank
 
     @staticmethod
-    def read(adapter: Adapter, target: str, dtype: torch.dtype) -> Piece:
+    def read(adapter: Adapter, target: str, dtype: torch.dtype) -> AdapterDelta:
         """Read an adapter's part of a target.
 
         Raises:
@@ -46,22 +46,22 @@ class Piece:
         slices = tuple(s.scaled(entry.scaling) for s in adapter.read(target, dtype))
         bias = adapter.read_part(target, "lora_B.bias", dtype) * entry.scaling if entry.has_bias else None
         magnitude = adapter.read_part(target, "lora_magnitude_vector", dtype) if entry.is_dora else None
-        return Piece(slices, bias, magnitude).trimmed()
+        return AdapterDelta(slices, bias, magnitude).trimmed()
 
-    def trimmed(self) -> Piece:
+    def trimmed(self) -> AdapterDelta:
         """Return it without ranks that are zero in every slice: zero-padding, as merged adapters are written with."""
         used = torch.stack([s.a.any(1) & s.b.any(0) for s in self.slices]).any(0)
         if bool(used.all()):
             return self
         return replace(self, slices=tuple(LowRank(s.a[used], s.b[:, used]) for s in self.slices))
 
-    def canonical(self) -> Piece:
+    def canonical(self) -> AdapterDelta:
         """Return the same delta in balanced singular directions, σ descending: free of the gauge B → BG, A → G⁻¹A."""
         return replace(self, slices=tuple(s.canonical() for s in self.slices))
 
 
 @dataclass(frozen=True, eq=False)
-class Dense:
+class DenseDelta:
     """A dense delta.
 
     Attributes:
@@ -73,9 +73,9 @@ class Dense:
     bias: Tensor | None = None
 
 
-def merged_pieces(
+def merged_deltas(
     merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule],
-) -> Iterator[tuple[str, Piece | Dense]]:
+) -> Iterator[tuple[str, AdapterDelta | DenseDelta]]:
     """Yield (target, delta) of a merge result; a target with a dense matrix among its slices is dense as a whole."""
     if isinstance(merged, Mapping):
         for target, parts in merged.items():
@@ -83,14 +83,14 @@ def merged_pieces(
         return
     for module in merged:
         if module.factors is not None:
-            yield module.target, Piece(module.factors.slices, module.bias, module.magnitude).trimmed()
+            yield module.target, AdapterDelta(module.factors.slices, module.bias, module.magnitude).trimmed()
         elif module.dense is not None:
-            yield module.target, Dense(module.dense, module.bias)
+            yield module.target, DenseDelta(module.dense, module.bias)
 
 
-def _delta(parts: Sequence[Merged]) -> Piece | Dense:
+def _delta(parts: Sequence[Merged]) -> AdapterDelta | DenseDelta:
     low_rank = [p for p in parts if isinstance(p, LowRank)]
     if len(low_rank) < len(parts):
-        return Dense(tuple(as_blocks(p) for p in parts))
+        return DenseDelta(tuple(as_blocks(p) for p in parts))
     widest = max(p.rank for p in low_rank)
-    return Piece(tuple(p.padded(widest) for p in low_rank)).trimmed()
+    return AdapterDelta(tuple(p.padded(widest) for p in low_rank)).trimmed()
