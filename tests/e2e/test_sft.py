@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plait.cli.main import main
 from plait.errors import OutputError, PlaitError, PlanError, RecipeError
-from plait.training import causal, estimate, running, sft
+from plait.results import disk
+from plait.training import causal, running, sft
 from plait.training.arguments import job_of, read_flags, read_keywords
 from plait.training.encoding import IGNORED
 from plait.training.job import LoraSettings, TrainingData, TrainingJob
@@ -444,7 +445,7 @@ def test_quantized_training_is_refused_without_cuda(place, tmp_path):
 
 def test_a_disk_that_is_too_small(place, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(RecipeError, match=r"about 0.00 GB are needed \(1 checkpoints among them\)"):
         plan_sft(flags(place, tmp_path / "out"))
 
@@ -478,7 +479,7 @@ def test_the_same_command_again_does_nothing_twice(place, tmp_path, trainers, mo
     assert (first.found, again) == (False, replace(first, found=True))
     assert (first.merged_model / "model.safetensors").stat().st_mtime_ns == written
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     plan = plan_sft(flags(place, tmp_path / "out", merge_adapter_with_base=True))  # nothing of it is left to write
     assert "2 steps, seed 42; finished already" in "\n".join(sft.describe(plan))
 
