@@ -151,13 +151,13 @@ def test_workers_and_blocks_change_no_byte(tmp_path, monkeypatch):
 
 def test_adapters_of_dequantized_experts(tmp_path):
     """The parameter behind `…_blocks` and `…_scales` is a target like any other."""
-    from plait.adapters.layouts import Layout
+    from plait.adapters.layouts import Parameter
     from plait.adapters.lowrank import LowRank
 
     base = gpt_oss(tmp_path / "base")
     torch.manual_seed(1)
     slices = [LowRank(torch.randn(2, 64), torch.randn(64, 2)) for _ in range(3)]
-    a, b = Layout("experts", 64, 64, 3).pack(slices)
+    a, b = Parameter(64, 64, 3).pack(slices)
     path = "base_model.model.model.layers.0.mlp.experts"
     (tmp_path / "a").mkdir()
     save_file({f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}, tmp_path / "a" / "adapter_model.safetensors")

@@ -11,11 +11,11 @@ import torch
 
 from plait.adapters.adapter import Adapter
 from plait.errors import PlanError
+from plait.merging.adapter_output import MergedAdapter
 from plait.merging.combine import Combiner
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.inventory import take_inventory
 from plait.merging.plan import make_plan
-from plait.merging.portable import PortableAdapter
 from plait.recipes.request import read_request
 from plait.results.progress import Silent
 from plait.testing import cohort
@@ -101,7 +101,6 @@ def test_factors_are_read_once_a_pass(settings, passes, tmp_path, monkeypatch):
 def test_a_dtype_that_is_too_narrow_is_refused_by_the_worker(scale, dtype, word, tmp_path):
     engine, combiner = prepared(tmp_path, scale=scale, dtype=dtype)
     ranks = engine.ranks(combiner)
-    inventory = combiner.prepared._inventory
-    portable = PortableAdapter(inventory, ranks, inventory.recipe.output)
+    adapter = MergedAdapter(combiner.prepared._inventory, ranks)
     with pytest.raises(PlanError, match=word):
-        list(engine.each(combiner, ranks, portable.tensors))
+        list(engine.each(combiner, ranks, adapter.tensors))

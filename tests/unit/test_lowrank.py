@@ -8,7 +8,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from plait.adapters.layouts import Layout
+from plait.adapters import layouts as kinds
+from plait.adapters.layouts import LAYOUTS, Layout, layout_type
 from plait.adapters.lowrank import LowRank
 from tests.adapters_on_disk import Conv, Embedding, Experts, Linear
 
@@ -148,14 +149,14 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, object, int]:
     kind = draw(st.sampled_from(["linear", "embedding", "conv", "experts"]))
     m, n, rank = draw(sizes), draw(sizes), draw(st.integers(1, 4))
     if kind == "linear":
-        return Layout("linear", m, n), Linear(m, n), rank
+        return kinds.Linear(m, n), Linear(m, n), rank
     if kind == "embedding":
-        return Layout("embedding", m, n), Embedding(n, m), rank
+        return kinds.Embedding(m, n), Embedding(n, m), rank
     if kind == "experts":
         count = draw(st.integers(1, 4))
-        return Layout("experts", m, n, count), Experts(count, m, n), rank
+        return kinds.Parameter(m, n, count), Experts(count, m, n), rank
     groups, kernel = draw(st.integers(1, 3)), tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=2)))
-    layout = Layout("conv", m, n * int(np.prod(kernel)), groups, (n, *kernel))
+    layout = kinds.Convolution(m, n * int(np.prod(kernel)), groups, (n, *kernel))
     return layout, Conv(m * groups, n * groups, kernel, groups), rank * groups
 
 
@@ -165,8 +166,10 @@ def test_layout_is_recognized_and_packs_what_it_unpacks(case, seed) -> None:
     """From the shapes on disk to matrices and back, to the bit; and the matrices are the module's delta."""
     layout, module, r = case
     shape_a, shape_b = module.shapes(r)
-    found, rank = Layout.of("linear" if layout.kind == "conv" else layout.kind, shape_a, shape_b, r)
+    shapes = {layout.a_part: shape_a, layout.b_part: shape_b}
+    found, rank = layout_type(shapes, is_parameter=layout.names_parameter).of(shape_a, shape_b, r)
     assert found == layout
+    assert [kind for kind in LAYOUTS if kind.kind == layout.kind] == [type(layout)]
     assert rank * layout.rank_unit == r
     assert layout.packed_shapes(rank) == (shape_a, shape_b)
     rng = np.random.default_rng(seed)
@@ -181,6 +184,12 @@ def test_layout_is_recognized_and_packs_what_it_unpacks(case, seed) -> None:
     expected = torch.tensor(module.delta(a.numpy(), b.numpy()))
     expected = expected.mT if layout.kind == "embedding" else expected
     close(dense.reshape(expected.shape), expected)
+    if layout.fits_weight:  # a weight of the base as matrices, in the orientation of the deltas, and as rows × columns
+        transposed = bool(layout.is_stored_transposed)
+        weight = expected.mT if transposed else expected
+        assert layout.fits(tuple(weight.shape), transposed=transposed)
+        close(torch.stack(layout.matrices(weight, transposed=transposed)), dense)
+        assert weight.reshape(layout.as_matrix(tuple(weight.shape))).numel() == layout.entries
     assert layout.entries == expected.numel()
     assert tuple(expected.shape) == layout.dense_shape
 
@@ -188,16 +197,16 @@ def test_layout_is_recognized_and_packs_what_it_unpacks(case, seed) -> None:
 @pytest.mark.parametrize(
     ("kind", "a", "b", "text"),
     [
-        ("linear", (3, 5), (4, 2), "the rank must be A's first and B's second"),
-        ("linear", (3,), (4, 3), "same number of dimensions"),
-        ("linear", (3,), (4,), "at least 2"),
-        ("experts", (7, 5), (4, 7), "experts × rank 2"),
-        ("experts", (6, 5), (4, 8), "experts × rank 2"),
-        ("linear", (4, 3, 3), (5, 3, 1), "no \\(grouped\\) convolution"),
-        ("linear", (4, 3, 3), (4, 4, 3), "no \\(grouped\\) convolution"),
-        ("linear", (4, 3, 3), (5, 2, 1), "no \\(grouped\\) convolution"),
+        (kinds.Linear, (3, 5), (4, 2), "the rank must be A's first and B's second"),
+        (kinds.Linear, (3,), (4, 3), "same number of dimensions"),
+        (kinds.Linear, (3,), (4,), "at least 2"),
+        (kinds.Parameter, (7, 5), (4, 7), "experts × rank 2"),
+        (kinds.Parameter, (6, 5), (4, 8), "experts × rank 2"),
+        (kinds.Convolution, (4, 3, 3), (5, 3, 1), "not a \\(grouped\\) convolution"),
+        (kinds.Convolution, (4, 3, 3), (4, 4, 3), "not a \\(grouped\\) convolution"),
+        (kinds.Convolution, (4, 3, 3), (5, 2, 1), "not a \\(grouped\\) convolution"),
     ],
 )
 def test_shapes_that_contradict_each_other(kind, a, b, text) -> None:
     with pytest.raises(ValueError, match=text):
-        Layout.of(kind, a, b, 2)
+        kind.of(a, b, 2)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from plait.adapters.config import AdapterConfig
 from plait.adapters.contents import other_files, sort_tensors
-from plait.adapters.experts import ExpertNaming
-from plait.adapters.layouts import Kind, Layout
+from plait.adapters.layouts import Layout, layout_type
+from plait.adapters.layouts.parameter import ParameterNaming
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import clean_settings
 from plait.errors import AdapterError, collect
@@ -105,8 +105,8 @@ class Adapter:
         """
         target = self.targets[path]
         names = target.tensors
-        part_a, part_b = ("lora_embedding_A", "lora_embedding_B") if target.layout.kind == "embedding" else ("lora_A", "lora_B")
-        return target.layout.unpack(self._tensor(names[part_a], dtype), self._tensor(names[part_b], dtype))
+        a, b = (self._tensor(names[part], dtype) for part in (target.layout.a_part, target.layout.b_part))
+        return target.layout.unpack(a, b)
 
     def read_part(self, path: str, part: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Read another part of a target as a vector: `lora_B.bias` (d_out,) or `lora_magnitude_vector` (d_out,)."""
@@ -160,13 +160,12 @@ def _open_file(folder: Path) -> TensorFile:
 def _understand(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Target], dict[str, str], list[str]]:
     """Sort a file's tensors into targets and full tensors; return them with what is wrong."""
     contents = sort_tensors(file)
-    naming = ExpertNaming(config.target_parameters, contents.modules)
+    naming = ParameterNaming(config.target_parameters, contents.modules)
     problems = [*contents.problems, *naming.problems]
     targets: dict[str, Target] = {}
     for module, parts in contents.modules.items():
         try:
-            path, kind = naming.path_and_kind(module, parts)
-            target = _target(config, file, path, kind, parts)
+            target = _target(config, file, module, naming.parameter(module), parts)
         except ValueError as error:
             problems.append(f"{module!r}: {error}")
         else:
@@ -180,10 +179,12 @@ def _understand(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Targ
     return dict(sorted(targets.items())), contents.full, problems
 
 
-def _target(config: AdapterConfig, file: TensorFile, path: str, kind: Kind, parts: Mapping[str, str]) -> Target:
+def _target(config: AdapterConfig, file: TensorFile, module: str, parameter: str | None, parts: Mapping[str, str]) -> Target:
     if "lora_diag" in parts:
         raise ValueError("has lora_diag (KaSA), which also changes the base model; it has no exact form here")
-    pair = ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A", "lora_B")
+    kind = layout_type({part: file.tensors[name].shape for part, name in parts.items()}, is_parameter=parameter is not None)
+    path = parameter if parameter is not None and kind.names_parameter else module
+    pair = kind.a_part, kind.b_part
     missing = [p for p in pair if p not in parts]
     if missing:
         raise ValueError(f"{' and '.join(missing)} missing; found {', '.join(sorted(parts))}")
@@ -191,7 +192,7 @@ def _target(config: AdapterConfig, file: TensorFile, path: str, kind: Kind, part
     for part, info in zip(pair, (info_a, info_b), strict=True):
         if info.dtype not in _FLOATS:
             raise ValueError(f"{part} is stored as {info.dtype}; factors are read as {', '.join(_FLOATS)}")
-    layout, rank = Layout.of(kind, info_a.shape, info_b.shape, config.rank(path))
+    layout, rank = kind.of(info_a.shape, info_b.shape, config.rank(path))
     if rank == 0:
         raise ValueError("has rank 0")
     if ALPHA in parts:

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from plait.adapters.layouts import factor_parts
+
 PREFIX = "base_model.model."
 
 # what torch puts into names for torch.compile, activation checkpointing, FSDP (old and new), and Lightning and DeepSpeed do
@@ -19,9 +21,10 @@ _WRAPPERS = (
 )
 _DEFAULT = "default"  # what PEFT calls an adapter that was given no name
 _PARALLEL = "module"  # of DDP, DataParallel and DeepSpeed; models have modules of this name too, within their layers
+_FACTORS = factor_parts()
 _LORA = re.compile(
     r"^(?P<module>.+)\.(?P<part>"
-    r"lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_diag|lora_velora_embed)"
+    rf"{'|'.join(_FACTORS)}|lora_magnitude_vector|lora_diag|lora_velora_embed)"
     r"(?:\.(?P<owner>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?$"
 )
 _FULL = re.compile(
@@ -98,7 +101,7 @@ def parse_lora_name(name: str) -> LoraName | None:
     found = _LORA.match(strip_prefix(name))
     if found is None or (found["leaf"] == "bias" and found["part"] != "lora_B"):
         return None
-    if found["owner"] and not found["leaf"] and found["part"] in ("lora_A", "lora_B"):
+    if found["owner"] and not found["leaf"] and _FACTORS.get(found["part"]):
         return None  # these are layers, and have weights; other parts are parameters, and end in the adapter's name
     return LoraName(found["module"], found["part"] + (".bias" if found["leaf"] == "bias" else ""), found["owner"])
 

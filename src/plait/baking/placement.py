@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
-from plait.adapters.orientation import is_transposed
 from plait.baking.full import FullTensor, full_tensor, parameter_of
 from plait.checkpoints.architecture import HEADED_TASKS, ArchitectureUnknown, Part
 from plait.checkpoints.checkpoint import FLOATS, BaseCheckpoint, sections
@@ -119,7 +117,7 @@ def place(inventory: Inventory, plan: MergePlan, checkpoint: BaseCheckpoint, ful
         full: heads and other full tensors that go into the model: parameter → tensor.
     """
     layouts = {m.target: inventory.layouts[m.target] for m in plan.modules}
-    names = Names(checkpoint, [_weight(t, layout) for t, layout in layouts.items()])
+    names = Names(checkpoint, [layout.weight_name(t) for t, layout in layouts.items()])
     return _Placing(inventory, checkpoint, names, layouts, full).run()
 
 
@@ -141,11 +139,11 @@ class _Placing:
         self._full = {p: self._own_table(p, t) for p, t in self._full.items() if not self._is_copy(p, t)}
         lost = []
         for target, layout in self._layouts.items():
-            parts = self._names.parts(_weight(target, layout))
+            parts = self._names.parts(layout.weight_name(target))
             if parts:
                 self._put(target, layout, parts)
-            elif self._names.source_of(_weight(target, layout)) is None:
-                lost.append(f"{target} ({self._names.why_not(_weight(target, layout))})")
+            elif self._names.source_of(layout.weight_name(target)) is None:
+                lost.append(f"{target} ({self._names.why_not(layout.weight_name(target))})")
             if any(target in a.targets and a.targets[target].has_bias for a in self._inventory.adapters):
                 self._put_bias(target)
         if lost:
@@ -191,24 +189,27 @@ class _Placing:
         """
         info = self._checkpoint.info(part.tensor)
         if info.dtype not in FLOATS:
-            raise ValueError(f"{part.tensor!r} is stored as {info.dtype}; deltas are added to {', '.join(FLOATS)}")
+            raise ValueError(
+                f"{part.tensor!r} in {self._checkpoint.home[part.tensor].file.path} is stored as {info.dtype}; deltas are "
+                f"added to {', '.join(FLOATS)}"
+            )
         shape = info.shape
-        replaced = self._full.get(_weight(target, layout))
+        replaced = self._full.get(layout.weight_name(target))
         if replaced is not None:  # the deltas belong to the trained tensor that takes the base's place
             shape = replaced.shape
         whole = part.expert is None and part.row == 0 and part.rows is None and alone
         transposed = self._transposed(target, layout, shape if whole else None)
         if transposed and not whole:
             raise ValueError(f"{part.tensor!r} {_TRANSPOSED}, which plait cannot write yet")
-        rows, columns = _as_matrix(layout, shape)
+        rows, columns = layout.as_matrix(shape)
         if whole:
-            wanted = _stored_shape(layout, transposed=transposed)
-            if layout.kind == "conv" and layout.stack > 1 and shape == (wanted[0], wanted[1] // layout.stack, *wanted[2:]):
-                yield from self._groups(target, layout, part.tensor)
+            if (columns_of := layout.own_columns(shape)) is not None:
+                yield from self._groups(target, layout, columns_of, part.tensor)
                 return
-            if shape != wanted and not (layout.kind == "experts" and layout.stack == 1 and shape == wanted[1:]):
+            if not layout.fits(shape, transposed=transposed):
+                wanted = list(layout.stored_shape(transposed=transposed))
                 raise ValueError(
-                    f"{part.tensor!r} in {self._checkpoint.folder} is {list(shape)}, the adapters need {list(wanted)}. Is this "
+                    f"{part.tensor!r} in {self._checkpoint.folder} is {list(shape)}, the adapters need {wanted}. Is this "
                     "the base model that they were trained on?"
                 )
             height = layout.d_in if transposed else layout.d_out
@@ -222,43 +223,36 @@ class _Placing:
             )
         yield RowRange(target, part.expert or 0, part.start, count, part.row, transposed=False)
 
-    def _groups(self, target: str, layout: Layout, tensor: str) -> Iterator[RowRange]:
+    def _groups(self, target: str, layout: Layout, columns_of: Sequence[tuple[int, int]], tensor: str) -> Iterator[RowRange]:
         """Yield the ranges of a grouped convolution under a LoRA as PEFT stores it, every group of which reads all channels.
 
         Raises:
-            ValueError: some group reads channels of others, which the weight has no place for.
+            ValueError: some group reads channels of others, which the weight has no entries for.
         """
-        width = layout.d_in // layout.stack
         for adapter in self._inventory.adapters:
             if target not in adapter.targets:
                 continue
-            for group, delta in enumerate(adapter.read(target)):
-                if bool(delta.a[:, : group * width].any()) or bool(delta.a[:, (group + 1) * width :].any()):
+            for delta, (first, stop) in zip(adapter.read(target), columns_of, strict=True):
+                if bool(delta.a[:, :first].any()) or bool(delta.a[:, stop:].any()):
                     raise ValueError(
                         f"{tensor!r} is a convolution in {layout.stack} groups, and the LoRA of {adapter.name!r} reads all "
                         "input channels in every group: no grouped weight can hold that. Keep the adapter, or train without "
                         "this layer"
                     )
-        for i in range(layout.stack):
-            columns = (i * width, (i + 1) * width)
+        for i, columns in enumerate(columns_of):
             yield RowRange(target, i, 0, layout.d_out, i * layout.d_out, transposed=False, columns=columns)
 
     def _transposed(self, target: str, layout: Layout, shape: tuple[int, ...] | None) -> bool:
         """Say whether a tensor stores ΔWᵀ; its shape decides, the model's code where it is square."""
-        if layout.kind == "conv" or shape is None:
+        if shape is None:
             return False
-        if layout.kind == "embedding":
-            return True
-        if layout.kind == "experts" and layout.d_out == layout.d_in:
-            said = self._names.is_transposed(target.rpartition(".")[0])
-            if said is None:
-                raise ValueError(
-                    "its matrices are square, and without transformers it is not known whether they are transposed"
-                )
-            return said
-        flags = [a.config.flag("fan_in_fan_out") for a in self._inventory.adapters if target in a.targets]
-        size = layout.d_out, layout.d_in
-        return is_transposed(target, size, stored=shape, conv1d=self._checkpoint.has_conv1d, flag=any(flags))
+        flag = any(a.config.flag("fan_in_fan_out") for a in self._inventory.adapters if target in a.targets)
+        found = layout.is_transposed(target, stored=shape, conv1d=self._checkpoint.has_conv1d, flag=flag)
+        if found is None:
+            found = self._names.is_transposed(target.rpartition(".")[0])
+        if found is None:
+            raise ValueError("its matrices are square, and without transformers it is not known whether they are transposed")
+        return found
 
     def _put_bias(self, target: str) -> None:
         owners = [a for a in self._inventory.adapters if target in a.targets and a.targets[target].has_bias]
@@ -370,8 +364,8 @@ class _Placing:
     def _may_touch_tied(self) -> bool:
         vocabulary = {s.get("vocab_size") for s in (self._checkpoint.config, self._checkpoint.config.get("text_config") or {})}
         touched = {self._checkpoint.info(t).shape[:1] for t in self._result.changes}
-        embeddings = any(layout.kind == "embedding" for layout in self._layouts.values())
-        orphan = any(not self._names.parts(_weight(t, layout)) for t, layout in self._layouts.items())
+        embeddings = any(layout.reads_tokens for layout in self._layouts.values())
+        orphan = any(not self._names.parts(layout.weight_name(t)) for t, layout in self._layouts.items())
         orphan = orphan or any(not self._names.parts(p) for p in self._full)
         return embeddings or orphan or any((size,) in touched for size in vocabulary if size)
 
@@ -455,8 +449,8 @@ class _Placing:
             return self._result.changes.get(stored)
         ranges: tuple[RowRange, ...] = ()
         for target, layout in self._layouts.items():
-            if self._names.model_name(_weight(target, layout)) == name:
-                transposed = layout.kind == "embedding"
+            if self._names.model_name(layout.weight_name(target)) == name:
+                transposed = bool(layout.is_stored_transposed)
                 self._check_copy(target, layout, name, transposed=transposed)
                 ranges += (RowRange(target, 0, 0, layout.d_in if transposed else layout.d_out, 0, transposed),)
         full = next((t for p, t in self._full.items() if self._names.model_name(p) == name), None)
@@ -468,9 +462,9 @@ class _Placing:
 
     def _check_copy(self, target: str, layout: Layout, name: str, *, transposed: bool) -> None:
         owner = next(g[0] for g in self._names.tied_groups() if name in g)
-        stored, full = self._stored(owner), self._full.get(_weight(target, layout))
+        stored, full = self._stored(owner), self._full.get(layout.weight_name(target))
         shape = full.shape if full else self._checkpoint.info(stored).shape if stored else ()
-        wanted = _stored_shape(layout, transposed=transposed)
+        wanted = layout.stored_shape(transposed=transposed)
         if shape != wanted:
             self._result.problems.append(
                 f"{target}: {stored!r} of the base model, whose values it shares, is {list(shape)}, the adapters need "
@@ -530,20 +524,6 @@ class _Placing:
             if dora and len(set(targets)) > 1:
                 problems.append(f"{tensor}: DoRA on one of several modules that share a tensor; cannot be baked yet.")
         return problems
-
-
-def _weight(target: str, layout: Layout) -> str:
-    return target if layout.kind == "experts" else f"{target}.weight"
-
-
-def _as_matrix(layout: Layout, shape: tuple[int, ...]) -> tuple[int, int]:
-    columns = math.prod(shape[1:]) if layout.kind == "conv" else shape[-1]
-    return math.prod(shape) // columns, columns
-
-
-def _stored_shape(layout: Layout, *, transposed: bool) -> tuple[int, ...]:
-    shape = layout.dense_shape
-    return (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
 
 
 def _misfit(parameter: str, tensor: FullTensor, shape: tuple[int, ...]) -> str | None:

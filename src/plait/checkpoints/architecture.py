@@ -10,8 +10,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from plait.adapters.layouts import Conv1D, Convolution, Embedding, Layout, Linear
 from plait.checkpoints.layout import architectures, read_config
 from plait.extras import missing, optional
 from plait.hub.pretrained import load_config
@@ -54,7 +55,7 @@ class Part:
 class Layer(NamedTuple):
     """What PEFT takes a module for."""
 
-    kind: Literal["linear", "conv1d", "embedding", "conv"]
+    layout: type[Layout]
     groups: int = 1  # of a convolution
 
 
@@ -139,15 +140,15 @@ def _layers(model: Any) -> Iterator[tuple[str, Layer]]:
 
     for name, module in model.named_modules():
         if is_conv1d(module):
-            yield name, Layer("conv1d")
+            yield name, Layer(Conv1D)
         elif isinstance(module, nn.Embedding):
-            yield name, Layer("embedding")
+            yield name, Layer(Embedding)
         elif isinstance(module, nn.Linear):
             owner = model.get_submodule(name.rpartition(".")[0])
             if not isinstance(owner, nn.MultiheadAttention):  # which reads the weight itself, past any adapter
-                yield name, Layer("linear")
+                yield name, Layer(Linear)
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and _is_plain(module):
-            yield name, Layer("conv", module.groups)
+            yield name, Layer(Convolution, module.groups)
 
 
 def _is_plain(convolution: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from plait.adapters.orientation import has_conv1d
+from plait.adapters.layouts.conv1d import has_conv1d
 from plait.checkpoints.architecture import Architecture, ArchitectureUnknown
 from plait.checkpoints.blocks import is_in_order, read_at
 from plait.checkpoints.dequantize import FORMATS, PlainFile, dequantized

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.layouts import Layout
-from plait.adapters.orientation import has_conv1d, is_transposed
+from plait.adapters.layouts.conv1d import has_conv1d
 from plait.checkpoints.layout import INPUT_EMBEDDING, OUTPUT_HEAD, find_weights, open_weights, read_config
 from plait.errors import AdapterError
 
@@ -42,7 +42,7 @@ class BaseWeights:
         Args:
             module: path as the adapter names it.
             layout: of its factors.
-            fan_in_fan_out: the adapter's flag for bases that store weights transposed (see `orientation`).
+            fan_in_fan_out: the adapter's flag for bases that store weights transposed (see `Layout.is_transposed`).
             dtype: of the result.
 
         Raises:
@@ -50,12 +50,8 @@ class BaseWeights:
         """
         name = self._name(module)
         weight = self._home[name].read(name).to(dtype)
-        if layout.kind == "conv":
-            weight = weight.flatten(1)
-        elif layout.kind == "embedding" or is_transposed(
-            module, (layout.d_out, layout.d_in), stored=tuple(weight.shape), conv1d=self._conv1d, flag=fan_in_fan_out
-        ):
-            weight = weight.mT
+        transposed = layout.is_transposed(module, stored=tuple(weight.shape), conv1d=self._conv1d, flag=fan_in_fan_out)
+        (weight,) = layout.matrices(weight, transposed=bool(transposed))
         if tuple(weight.shape) != (layout.d_out, layout.d_in):
             raise AdapterError(
                 f"{self.folder}: {name!r} is {list(weight.shape)}, the adapter's module {module!r} needs "

@@ -105,11 +105,7 @@ def _show_leftovers(record: ExtractRecord) -> None:
         out().print(f"kept whole: {len(kept)} changed tensors, such as {kept[0].tensor}", markup=False)
     if not lost:
         return
-    ways = dict.fromkeys(("linear", "conv1d", "conv", "experts"), "--targets") | {"embedding": "--embeddings"}
-    if not record.request["modules_to_save"]:
-        ways |= {"other": "--modules-to-save", "bias": "--modules-to-save"}
-    hints = sorted({ways[x.kind] for x in lost if x.kind in ways})
-    hint = f"; {' and '.join(hints)} would keep more" if hints else ""
+    hint = f"; {' and '.join(record.would_keep_more)} would keep more" if record.would_keep_more else ""
     out().print(
         f"left out: {len(lost)} other changed tensors, such as {lost[0].tensor}{hint}. "
         f"In all, {record.lost:.2%} of the difference ‖Δ‖² is not in the adapter.",

@@ -168,7 +168,7 @@ def _targets(adapters: Sequence[AdapterReport]) -> Iterator[RenderableType]:
 def _targets_words(adapter: AdapterReport) -> str:
     counts: dict[int, list[str]] = {}
     for kind in adapter.module_kinds:
-        counts.setdefault(kind.count, []).append(kind.name + ("" if kind.kind == "linear" else f" ({kind.kind})"))
+        counts.setdefault(kind.count, []).append(kind.label)
     kinds = "; ".join(f"{count} × {' '.join(names)}" for count, names in counts.items())
     towers = ", ".join(f"{t.layers} layers of {t.name}" for t in adapter.towers)
     return (kinds + (f", in {towers}" if towers else "")) or "no module"

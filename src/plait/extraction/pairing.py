@@ -13,9 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from plait.adapters.layouts import Kind as LayoutKind
-from plait.adapters.layouts import Layout
-from plait.adapters.orientation import may_be_conv1d
+from plait.adapters.layouts import Conv1D, Convolution, Embedding, Layout, Linear, Parameter
+from plait.adapters.layouts.conv1d import may_be_conv1d
 from plait.checkpoints.architecture import Architecture, ArchitectureUnknown, Layer, Part
 from plait.checkpoints.blocks import read_at
 from plait.checkpoints.checkpoint import FLOATS, BaseCheckpoint
@@ -25,7 +24,8 @@ from plait.linalg.blocks import RowBlocks
 from plait.tensorfiles.header import TensorInfo
 from plait.tensorfiles.reader import TensorFile
 
-Kind = Literal["linear", "conv1d", "conv", "experts", "parameter", "embedding", "expert", "bias", "head", "other"]
+Role = Literal["expert", "bias", "head", "other"]  # of a parameter that cannot become factors
+Form = type[Layout] | Role
 
 _EMBEDDING = re.compile(r"(embed(_tokens|_positions|_in)?|.*_?embeddings?|wte|wpe|shared|relative_attention_bias)")
 _EXPERT = re.compile(r"\.experts\.(\d+\.|[^.]+$)")
@@ -85,8 +85,8 @@ class Pair:
 
     Attributes:
         name: of it.
-        kind: what it can become: `linear`, `conv1d`, `conv`, `experts` and `parameter` (of a layer that PEFT adapts only so) a
-            LoRA, `embedding` one where asked for; `head` is kept whole, as PEFT does for its task; the rest cannot.
+        form: the layout of the factors that it can become; or what it is, where it cannot be a LoRA: a `head` is kept as it
+            is, as PEFT does for its task.
         shape: of it.
         matrices: of each matrix of its stack (experts, groups of a convolution), the rows that lie below each other; a tensor
             of any other shape is one matrix.
@@ -95,16 +95,28 @@ class Pair:
     """
 
     name: str
-    kind: Kind
+    form: Form
     shape: tuple[int, ...]
     matrices: tuple[tuple[PairedRows, ...], ...]
     is_transposed: bool = False
     shares: str | None = None
 
     @property
+    def kind(self) -> str:
+        """What a record calls it: the layout's kind, but `parameter` for a single matrix that is adapted by its own name."""
+        if not isinstance(self.form, type):
+            return self.form
+        return "parameter" if self.is_parameter and not self.is_experts else self.form.kind
+
+    @property
     def is_parameter(self) -> bool:
         """Whether an adapter names the parameter (`target_parameters`), not the layer that it belongs to."""
-        return self.kind in ("experts", "parameter")
+        return isinstance(self.form, type) and self.form.names_parameter
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether it is a stack of fused experts."""
+        return self.is_parameter and len(self.shape) == 3
 
     @property
     def layer(self) -> str:
@@ -126,7 +138,7 @@ class Pair:
     @property
     def is_outweighed(self) -> bool:
         """Whether it is a grouped convolution and the smallest LoRA there, whose groups all read all channels, is as large."""
-        if self.kind != "conv" or len(self.matrices) == 1:
+        if self.form is not Convolution or len(self.matrices) == 1:
             return False
         return sum(math.prod(shape) for shape in self.layout.packed_shapes(1)) >= math.prod(self.shape)
 
@@ -146,11 +158,12 @@ class Pair:
         """How factors of it are stored."""
         rows, columns = self.matrix_shape
         d_out, d_in = (columns, rows) if self.is_transposed else (rows, columns)
-        if self.kind == "conv":  # every group of a LoRA reads the channels of all
+        if self.form is Convolution:  # every group of a LoRA reads the channels of all
             groups = len(self.matrices)
-            return Layout("conv", d_out, groups * d_in, groups, (groups * self.shape[1], *self.shape[2:]))
-        kinds: dict[Kind, LayoutKind] = {"experts": "experts", "parameter": "experts", "embedding": "embedding"}
-        return Layout(kinds.get(self.kind, "linear"), d_out, d_in, len(self.matrices))
+            return Convolution(d_out, groups * d_in, groups, (groups * self.shape[1], *self.shape[2:]))
+        if not isinstance(self.form, type):
+            raise AssertionError(f"{self.name!r} cannot be a LoRA ({self.form})")
+        return self.form(d_out, d_in, len(self.matrices))
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -229,7 +242,7 @@ def pair_checkpoints(base: str, tuned: str, folder: Path | None = None) -> Pairi
     constants = _Pairs(one, two, {n: both[n] for n in both.keys() - floats.keys()}).as_stored()
     task = task_type(one.config)
     heads = TASK_HEADS.get(task or "", ())
-    pairs = [replace(p, kind="head") if is_saved(p.layer, heads) else p for p in pairs]
+    pairs = [replace(p, form="head") if is_saved(p.layer, heads) else p for p in pairs]
     ties = bool(notes) and not any(OUTPUT_HEAD.fullmatch(p.name) for p in pairs) and one.config.get("tie_word_embeddings", True)
     return Pairing(one, two, tuple(sorted(pairs, key=lambda p: p.name)), copies, constants, bool(ties), task, notes)
 
@@ -281,11 +294,11 @@ class _Pairs:
         used = {p.tensor for parts in known.values() for p in parts}
         for name, (b, t) in self._names.items():
             if b not in used:  # the model has no such parameter, or makes several of it in a way that has no form here
-                pairs.append(replace(self._as_stored(name, b, t), kind="expert" if _EXPERT.search(name) else "other"))
+                pairs.append(replace(self._as_stored(name, b, t), form="expert" if _EXPERT.search(name) else "other"))
             elif self._own[b] != t:
                 pairs.append(self._as_stored(name, b, t))
-        if any(p.kind == "experts" for p in pairs):
-            pairs = [replace(p, kind="parameter") if self._is_taken_for_expert(p) else p for p in pairs]
+        if any(p.is_experts for p in pairs):
+            pairs = [replace(p, form=Parameter) if self._is_taken_for_expert(p) else p for p in pairs]
         return pairs, tuple(self._copies(pairs, model)), ()
 
     def as_stored(self) -> tuple[Pair, ...]:
@@ -294,7 +307,7 @@ class _Pairs:
 
     @staticmethod
     def _is_taken_for_expert(pair: Pair) -> bool:
-        return pair.kind == "linear" and _last(pair.name) in _EXPERT_LAYERS
+        return pair.form is Linear and _last(pair.name) in _EXPERT_LAYERS
 
     @staticmethod
     def _copies(pairs: Sequence[Pair], model: Architecture) -> Iterator[Pair]:
@@ -302,17 +315,17 @@ class _Pairs:
         made = {p.name: p for p in pairs}
         for name, source in model.tied.items():
             owner = made.get(source)
-            if name not in made and owner is not None and owner.kind == "embedding":
+            if name not in made and owner is not None and owner.form is Embedding:
                 layer = model.layers.get(name.rpartition(".")[0])
-                if layer is not None and layer.kind in ("linear", "embedding"):
-                    is_embedding = layer.kind == "embedding"
-                    yield replace(owner, name=name, kind=layer.kind, is_transposed=is_embedding, shares=owner.module)
+                if layer is not None and layer.layout in (Linear, Embedding):
+                    is_transposed = bool(layer.layout.is_stored_transposed)
+                    yield replace(owner, name=name, form=layer.layout, is_transposed=is_transposed, shares=owner.module)
 
     def _as_stored(self, name: str, base: str, tuned: str) -> Pair:
         info = self._base.info(base)
         conv1d = may_be_conv1d(name.rpartition(".")[0]) and bool(self._base.has_conv1d)
-        kind = "expert" if _EXPERT.search(name) else _kind(name, info.shape, is_conv1d=conv1d)
-        return self._pair(name, kind, info.shape, ((self._rows(base, tuned),),))
+        form: Form = "expert" if _EXPERT.search(name) else _form(name, info.shape, is_conv1d=conv1d)
+        return self._pair(name, form, info.shape, ((self._rows(base, tuned),),))
 
     def _of_parts(self, name: str, parts: tuple[Part, ...], model: Architecture) -> Pair:
         """Return a parameter of the model from the tensors that hold it."""
@@ -322,35 +335,35 @@ class _Pairs:
             if len(shape) == 3 and _EXPERT.search(name):
                 whole = self._rows(parts[0].tensor, self._own[parts[0].tensor], matrix=True)
                 experts = tuple((replace(whole, first=i * shape[1], count=shape[1]),) for i in range(shape[0]))
-                return Pair(name, "experts", shape, experts, is_transposed=module in model.transposed)
+                return Pair(name, Parameter, shape, experts, is_transposed=module in model.transposed)
             layer = model.layers.get(module)
-            kind = self._kind_of(name, shape, layer)
+            form = self._form_of(name, shape, layer)
             rows = self._rows(parts[0].tensor, self._own[parts[0].tensor])
-            groups = layer.groups if kind == "conv" and layer is not None else 1
+            groups = layer.groups if layer is not None and form is layer.layout else 1
             count = rows.count // groups
-            return self._pair(name, kind, shape, tuple((replace(rows, first=i * count, count=count),) for i in range(groups)))
+            return self._pair(name, form, shape, tuple((replace(rows, first=i * count, count=count),) for i in range(groups)))
         stacks: dict[int, list[Part]] = {}
         for part in sorted(parts, key=lambda p: (p.expert or 0, p.start)):
             stacks.setdefault(part.expert or 0, []).append(part)
         matrices = tuple(tuple(self._part(p) for p in stack) for stack in stacks.values())
         shape = (sum(r.count for r in matrices[0]), *self._base.info(parts[0].tensor).shape[1:])
         if parts[0].expert is None:
-            return self._pair(name, self._kind_of(name, shape, model.layers.get(module)), shape, matrices)
-        return Pair(name, "experts" if len(shape) == 2 else "other", (len(matrices), *shape), matrices)
+            return self._pair(name, self._form_of(name, shape, model.layers.get(module)), shape, matrices)
+        return Pair(name, Parameter if len(shape) == 2 else "other", (len(matrices), *shape), matrices)
 
-    def _kind_of(self, name: str, shape: tuple[int, ...], layer: Layer | None) -> Kind:
+    def _form_of(self, name: str, shape: tuple[int, ...], layer: Layer | None) -> Form:
         """Return what a parameter can become, with its layer as PEFT sees it."""
         if not name.endswith(".weight"):
-            return _kind(name, shape, is_conv1d=False)
+            return _form(name, shape, is_conv1d=False)
         if _last(name) in _MAMBA and self._base.config.get("model_type") in _MAMBA_MODELS:
             return "other"
         if layer is not None:
-            return layer.kind
+            return layer.layout
         # a router, say: a layer of the model's own kind
-        return "parameter" if len(shape) == 2 and not _EMBEDDING.fullmatch(_last(name)) else "other"
+        return Parameter if len(shape) == 2 and not _EMBEDDING.fullmatch(_last(name)) else "other"
 
-    def _pair(self, name: str, kind: Kind, shape: tuple[int, ...], matrices: tuple[tuple[PairedRows, ...], ...]) -> Pair:
-        return Pair(name, kind, shape, matrices, is_transposed=kind in ("embedding", "conv1d"))  # stored as (d_in, d_out)
+    def _pair(self, name: str, form: Form, shape: tuple[int, ...], matrices: tuple[tuple[PairedRows, ...], ...]) -> Pair:
+        return Pair(name, form, shape, matrices, is_transposed=isinstance(form, type) and bool(form.is_stored_transposed))
 
     def _part(self, part: Part) -> PairedRows:
         whole = self._rows(part.tensor, self._own[part.tensor])
@@ -446,15 +459,15 @@ def _shapes(base: str, tuned: str, shapes: Mapping[str, tuple[tuple[int, ...], t
     return problems
 
 
-def _kind(name: str, shape: tuple[int, ...], *, is_conv1d: bool) -> Kind:
+def _form(name: str, shape: tuple[int, ...], *, is_conv1d: bool) -> Form:
     parameter = name.rpartition(".")[2]
     if parameter == "bias":
         return "bias"
     if parameter != "weight" or len(shape) != 2:
         return "other"
     if _EMBEDDING.fullmatch(_last(name)):
-        return "embedding"
-    return "conv1d" if is_conv1d else "linear"
+        return Embedding
+    return Conv1D if is_conv1d else Linear
 
 
 def _last(name: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from plait.adapters.layouts import Embedding
 from plait.checkpoints.digests import weight_digests
 from plait.errors import OutputError
 from plait.extraction.card import extract_card
@@ -21,7 +22,7 @@ from plait.extraction.pairing import Pair, Pairing, pair_checkpoints
 from plait.extraction.plan import ExtractPlan, survey
 from plait.extraction.record import ExtractRecord, Leftover
 from plait.extraction.request import ExtractRequest, select
-from plait.extraction.writing import ExtractWriter
+from plait.extraction.writing import write_extraction
 from plait.inspection.compatibility import max_lora_rank
 from plait.records import Shown
 from plait.results.disk import check_not_an_input
@@ -78,7 +79,7 @@ def run_extract(
     selected = select(pairing.pairs, request)
     plan = survey(pairing, selected, request, workers, progress)
     with staged(out, force=force) as place:
-        modules = ExtractWriter(pairing, plan, request).write(place, name, workers, progress)
+        modules = write_extraction(pairing, plan, request, place, name, workers, progress)
         record = _record(pairing, plan, selected, modules, request, name[0], started)
         (place / "README.md").write_text(extract_card(pairing, record), encoding="utf-8")
         write_json(place / LOCK, _lock(pairing, request, place, out))
@@ -139,13 +140,14 @@ def _overall_kept(modules: Sequence[ModuleRecord], plan: ExtractPlan) -> float:
 
 def _notes(pairing: Pairing, plan: ExtractPlan, leftovers: Sequence[Leftover]) -> Iterator[str]:
     outweighed = {p.name for p in pairing.pairs if p.is_outweighed}
-    experts = [x for x in leftovers if x.kind == "expert"]
+    role = {p.name: p.form for p in (*pairing.pairs, *pairing.copies)}
+    experts = [x for x in leftovers if role[x.tensor] == "expert"]
     if experts:
         yield (
             f"{len(experts)} tensors of experts have changed, such as {experts[0].tensor!r}; they are not extracted, since it "
             "is not known as which parameters the model holds them."
         )
-    grouped = [x for x in leftovers if x.kind == "conv" and not x.kept and x.tensor in outweighed]
+    grouped = [x for x in leftovers if not x.kept and x.tensor in outweighed]
     if grouped:
         yield (
             f"{len(grouped)} grouped convolutions have changed, such as {grouped[0].tensor!r}; they are left out, since PEFT's "
@@ -153,7 +155,7 @@ def _notes(pairing: Pairing, plan: ExtractPlan, leftovers: Sequence[Leftover]) -
             "--targets makes them a LoRA all the same."
         )
     yield from pairing.notes
-    if pairing.ties_head and any(p.kind == "embedding" for p in (*plan.targets, *plan.whole)):
+    if pairing.ties_head and any(p.form is Embedding for p in (*plan.targets, *plan.whole)):
         yield "the embedding is tied to the head in these models; the adapter changes the embedding alone."
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from plait.adapters.layouts import Layout, uniform_rank
+from plait.adapters.layouts import Embedding, Layout, uniform_rank
 from plait.errors import PlanError
 from plait.extraction.pairing import TASK_HEADS, Pair, Pairing, is_saved, saved_module
 from plait.extraction.request import ExtractRequest
@@ -16,8 +16,6 @@ from plait.merging.emit import rank_at_energy
 from plait.recipes.schema import Output
 from plait.results.progress import Progress
 from plait.results.threads import in_order
-
-_WITH_BIAS = ("linear", "conv1d", "conv")
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,8 @@ def _biases(pairs: Sequence[Pair], targets: Sequence[Pair], energies: dict[str, 
     """Return target module → its bias, where that has changed; PEFT has lora_bias beside neither embeddings nor parameters."""
     if any(p.is_parameter and p.name in energies for p in targets):
         return {}
-    layers = {p.layer for p in targets if p.kind in _WITH_BIAS}
-    return {p.layer: p for p in pairs if p.kind == "bias" and p.name in energies and p.layer in layers}
+    layers = {p.layer for p in targets if p.layout.takes_bias}
+    return {p.layer: p for p in pairs if p.form == "bias" and p.name in energies and p.layer in layers}
 
 
 def _saved(pairing: Pairing, selected: Sequence[Pair], energies: dict[str, float], request: ExtractRequest) -> tuple[str, ...]:
@@ -135,7 +133,7 @@ def _saved(pairing: Pairing, selected: Sequence[Pair], energies: dict[str, float
 
 
 def _is_kept(pair: Pair) -> bool:
-    return pair.kind in ("other", "embedding") or pair.is_outweighed
+    return pair.form in ("other", Embedding) or pair.is_outweighed
 
 
 def key_of(pair: Pair, number: int) -> Key:

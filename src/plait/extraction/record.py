@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from plait.adapters.layouts import LAYOUTS, Embedding
 from plait.records import Record
 from plait.results.records import ModuleRecord
 
@@ -23,6 +24,15 @@ class Leftover(Record):
     kind: str
     energy: float
     kept: bool
+
+    @property
+    def option(self) -> str | None:
+        """The option of an extraction that would have the adapter hold it; None where there is none."""
+        if self.kind in ("bias", "other"):
+            return "--modules-to-save"
+        if self.kind == Embedding.kind:
+            return "--embeddings"
+        return "--targets" if self.kind in ("parameter", *(layout.kind for layout in LAYOUTS)) else None
 
 
 class ExtractRecord(Record):
@@ -63,3 +73,9 @@ class ExtractRecord(Record):
     notes: tuple[str, ...]
     finished: str
     seconds: float
+
+    @property
+    def would_keep_more(self) -> tuple[str, ...]:
+        """The options that would have the adapter hold more of what is left out, sorted."""
+        options = {x.option for x in self.leftovers if not x.kept} - {None}
+        return tuple(sorted(str(o) for o in options if o != "--modules-to-save" or not self.request["modules_to_save"]))

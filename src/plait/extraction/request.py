@@ -8,12 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
+from plait.adapters.layouts import Embedding
 from plait.errors import PlanError, RecipeError, did_you_mean
 from plait.extraction.pairing import Pair
 from plait.recipes.schema import Dtype, Output
 from plait.records import Record
-
-_ABLE = ("linear", "conv1d", "conv", "experts", "parameter")
 
 
 class ExtractRequest(Record):
@@ -70,7 +69,7 @@ def select(pairs: Sequence[Pair], request: ExtractRequest) -> tuple[Pair, ...]:
     Raises:
         PlanError: a pattern that no layer has, all of them at once.
     """
-    able = [p for p in pairs if p.kind in _ABLE or (request.embeddings and p.kind == "embedding")]
+    able = [p for p in pairs if isinstance(p.form, type) and (request.embeddings or p.form is not Embedding)]
     if request.targets is None:
         return tuple(p for p in able if not p.is_outweighed)
     problems = [text for pattern in request.targets if (text := _unmatched(pattern, able, pairs))]
@@ -81,7 +80,7 @@ def select(pairs: Sequence[Pair], request: ExtractRequest) -> tuple[Pair, ...]:
 
 def _matches(pattern: str, pair: Pair) -> bool:
     """Say whether a pattern means a layer: the end of its path (`q_proj`, `self_attn.q_proj`), or a shell pattern."""
-    path = pair.module if pair.kind == "experts" else pair.layer
+    path = pair.module if pair.is_experts else pair.layer
     return path == pattern or path.endswith(f".{pattern}") or fnmatchcase(path, pattern)
 
 
@@ -89,10 +88,10 @@ def _unmatched(pattern: str, able: Sequence[Pair], pairs: Sequence[Pair]) -> str
     if any(_matches(pattern, p) for p in able):
         return None
     other = next((p for p in pairs if p.name.endswith(".weight") and _matches(pattern, p)), None)
-    if other is not None and other.kind == "embedding":
+    if other is not None and other.form is Embedding:
         return f"--targets {pattern!r} is an embedding; add --embeddings (embeddings=True)."
     if other is not None:
         return f"--targets {pattern!r}: {other.name!r} cannot be a LoRA here, shape {list(other.shape)}."
-    names = sorted({(p.module if p.kind == "experts" else p.layer).rpartition(".")[2] for p in able})
+    names = sorted({(p.module if p.is_experts else p.layer).rpartition(".")[2] for p in able})
     near = did_you_mean(pattern, names)
     return f"--targets {pattern!r} is no layer of these models.{near} There are: {', '.join(names)}; or '*.layers.0.*'."

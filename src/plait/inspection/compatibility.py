@@ -13,8 +13,8 @@ from itertools import combinations
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
+from plait.adapters.layouts.conv1d import may_be_conv1d
 from plait.adapters.names import layer_key
-from plait.adapters.orientation import may_be_conv1d
 from plait.records import Record
 
 # The values vLLM takes for its setting max_lora_rank. Newer versions also take 1, which older ones refuse.
@@ -171,7 +171,7 @@ def shape_problems(adapters: Sequence[Adapter]) -> list[str]:
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = defaultdict(list)
     for path, layouts in _layouts(adapters).items():
         if len(set(layouts.values())) > 1:
-            said = tuple((name, _describe(layout)) for name, layout in layouts.items())
+            said = tuple((name, str(layout)) for name, layout in layouts.items())
             groups[short_name(path), said].append(path)
     problems = []
     for (short, said), paths in groups.items():
@@ -244,7 +244,7 @@ def form_problems(adapters: Sequence[Adapter]) -> list[str]:
     biased = [a for a in adapters if any(t.has_bias for t in a.targets.values())]
     problems = []
     if biased:
-        without = sorted({t.path for _, t in targets if t.layout.kind in ("embedding", "experts")})
+        without = sorted({t.path for _, t in targets if not t.layout.takes_bias})
         if without:
             problems.append(
                 f"{_names(biased)}: lora_bias holds for a whole adapter, and PEFT has none for embeddings and experts, "
@@ -252,19 +252,19 @@ def form_problems(adapters: Sequence[Adapter]) -> list[str]:
             )
         if any(_is_dora(a) for a in adapters):
             problems.append(f"{_names(biased)}: lora_bias and DoRA do not go together in PEFT.")
-    linear = {t.path for _, t in targets if t.layout.kind != "experts"}
-    doubled = sorted({t.path for _, t in targets if t.layout.kind == "experts" and t.path.removesuffix(".weight") in linear})
+    modules = {t.path for _, t in targets if not t.layout.names_parameter}
+    parameters = sorted({t.path for _, t in targets if t.layout.names_parameter})
+    doubled = [path for path in parameters if path.removesuffix(".weight") in modules]
     if doubled:
         problems.append(
             f"{doubled[0]!r} is adapted as a parameter (target_parameters) by one adapter and as a module by another; PEFT "
             "cannot load both. Train them with the same selection."
         )
     transposed = sorted({t.path for a, t in targets if a.config.flag("fan_in_fan_out") and may_be_conv1d(t.path)})
-    experts = sorted({t.path for _, t in targets if t.layout.kind == "experts"})
-    if transposed and experts:
+    if transposed and parameters:
         problems.append(
             f"{transposed[0]!r} is stored transposed (fan_in_fan_out), which holds for a whole adapter, and PEFT then takes no "
-            f"fused experts, such as {experts[0]!r}. Leave one of the adapters out."
+            f"fused experts, such as {parameters[0]!r}. Leave one of the adapters out."
         )
     for key in ("layer_replication", "alora_invocation_tokens"):
         values = {a.name: a.config.raw.get(key) for a in adapters}
@@ -320,7 +320,7 @@ def _served(adapter: Adapter) -> Served:
     rank = max((*adapter.ranks, configured)) if adapter.targets else 0
     scaling = alpha / (math.sqrt(configured) if config.flag("use_rslora") else configured)
     other = [t for t in adapter.targets.values() if not math.isclose(t.scaling, scaling)]
-    convolutions = [t.path for t in adapter.targets.values() if t.layout.kind == "conv"]
+    convolutions = [t.path for t in adapter.targets.values() if not t.layout.served_by_vllm]
     refused = []
     if _is_dora(adapter):
         refused.append("DoRA")
@@ -341,11 +341,6 @@ def _layouts(adapters: Sequence[Adapter]) -> dict[str, dict[str, Layout]]:
         for path, target in adapter.targets.items():
             layouts[path][adapter.name] = target.layout
     return layouts
-
-
-def _describe(layout: Layout) -> str:
-    kind = "" if layout.kind == "linear" else f"{layout.kind} "
-    return f"{kind}{list(layout.dense_shape)}"
 
 
 def _different_beginnings(one: Adapter, two: Adapter) -> tuple[str, str] | None:
@@ -383,7 +378,7 @@ def _words(begun: str) -> set[str]:
 def _fused_and_separate(fused: Adapter, separate: Adapter) -> str | None:
     for path, target in fused.targets.items():
         experts = path.rpartition(".")[0]
-        if target.layout.kind == "experts" and any(re.match(rf"{re.escape(experts)}\.\d+\.", p) for p in separate.targets):
+        if target.layout.names_parameter and any(re.match(rf"{re.escape(experts)}\.\d+\.", p) for p in separate.targets):
             return path
     return None
 

@@ -45,7 +45,7 @@ def contradictions(adapter: Adapter) -> Iterator[str]:
 
 def stored_rank(target: Target) -> int:
     """Return the rank as PEFT counts it: a grouped convolution's is spread over its groups."""
-    return target.rank * (target.layout.stack if target.layout.kind == "conv" else 1)
+    return target.rank * target.layout.rank_unit
 
 
 def _untrained(adapter: Adapter) -> Iterator[str]:
@@ -66,6 +66,5 @@ def _is_zero(adapter: Adapter, target: Target) -> bool:
     # DoRA acts through its magnitudes, lora_bias through its bias
     if target.is_dora or target.has_bias:
         return False
-    embedding = target.layout.kind == "embedding"
-    parts = ("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_B", "lora_A")
+    parts = (target.layout.b_part, target.layout.a_part)
     return any(not bool(adapter.file.read(target.tensors[part]).any()) for part in parts)

@@ -14,6 +14,7 @@ from itertools import combinations
 from typing import Literal
 
 from plait.adapters.adapter import Adapter
+from plait.adapters.layouts import Linear
 from plait.adapters.names import layer_key
 from plait.errors import PlanError
 from plait.inspection.compatibility import Compatibility, Serving, check_compatibility, serving, short_name
@@ -31,13 +32,18 @@ class ModuleKind(Record):
 
     Attributes:
         name: the last part of the path (`q_proj`).
-        kind: how the factors are stored: `linear`, `embedding`, `conv`, `experts`.
+        kind: how the factors are stored, as `plait.adapters.layouts` calls it.
         count: how many.
     """
 
     name: str
     kind: str
     count: int
+
+    @property
+    def label(self) -> str:
+        """The name, with the kind where it is not a linear layer."""
+        return self.name if self.kind == Linear.kind else f"{self.name} ({self.kind})"
 
 
 class Tower(Record):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from plait.adapters.orientation import has_conv1d, is_transposed
+from plait.adapters.layouts.conv1d import has_conv1d
+from plait.adapters.writing import DTYPES
 from plait.merging.emit import rounded
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan
-from plait.merging.portable import DTYPES
 from plait.tensorfiles.writer import Entry, TensorWriter
 
 NAME = "delta.safetensors"
@@ -31,18 +31,13 @@ class DeltaFile:
         self._dtype = DTYPES[inventory.recipe.output.dtype]
         conv1d, flag = has_conv1d(inventory.base_config, {}), any(a.config.flag("fan_in_fan_out") for a in inventory.adapters)
         self._transposed = {
-            t
-            for t, layout in self._layouts.items()
-            if layout.kind == "embedding"
-            or (
-                layout.kind == "linear" and is_transposed(t, (layout.d_out, layout.d_in), stored=None, conv1d=conv1d, flag=flag)
-            )
+            t for t, layout in self._layouts.items() if layout.is_transposed(t, stored=None, conv1d=conv1d, flag=flag)
         }
 
     def entries(self) -> list[Entry]:
         """Return every tensor of the file."""
         weights = [Entry(self._name(t), self._dtype, self._shape(t)) for t in self._layouts]
-        biases = [Entry(f"{t}.bias", self._dtype, (layout.d_out,)) for t, layout in self._layouts.items() if self._has_bias]
+        biases = [Entry(f"{t}.bias", self._dtype, (layout.outputs,)) for t, layout in self._layouts.items() if self._has_bias]
         return weights + biases
 
     def write(self, merged: MergedModule, writer: TensorWriter) -> None:
@@ -57,7 +52,7 @@ class DeltaFile:
             return
         layout = self._layouts[merged.target]
         for index, matrix in enumerate(merged.dense):
-            if layout.kind == "experts":
+            if layout.names_parameter:
                 writer.write(name, rounded(merged.target, matrix.dense(), self._dtype).reshape(1, *shape[1:]), row=index)
                 continue
             for start, block in matrix:
@@ -65,7 +60,7 @@ class DeltaFile:
                 writer.write(name, rows.reshape(len(block), *shape[1:]), row=index * layout.d_out + start)
 
     def _name(self, target: str) -> str:
-        return target if self._layouts[target].kind == "experts" else f"{target}.weight"
+        return self._layouts[target].weight_name(target)
 
     def _shape(self, target: str) -> tuple[int, ...]:
         layout = self._layouts[target]

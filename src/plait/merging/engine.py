@@ -190,7 +190,7 @@ class Engine:
 
     def _bias(self, combiner: Combiner, target: str) -> Tensor:
         layout = self._inventory.layouts[target]
-        total = torch.zeros(layout.d_out, dtype=torch.float64)
+        total = torch.zeros(layout.outputs, dtype=torch.float64)
         for adapter, c in zip(self._inventory.adapters, combiner.coefficients(target).tolist(), strict=True):
             if target in adapter.targets and adapter.targets[target].has_bias:
                 total += c * adapter.targets[target].scaling * adapter.read_part(target, "lora_B.bias", torch.float64)

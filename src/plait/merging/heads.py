@@ -47,13 +47,13 @@ def main_heads(adapters: Sequence[Adapter], heads: Heads) -> tuple[dict[str, Ten
     have = [a for a in adapters if a.full_tensors]
     if heads.policy == "from":
         chosen = next(a for a in adapters if a.name == heads.adapter)
-        return {PREFIX + p: chosen.read_full(p) for p in chosen.full_tensors}, _declared(chosen)
+        return {p: chosen.read_full(p) for p in chosen.full_tensors}, _declared(chosen)
     if heads.policy == "average" and have:
         tensors = {}
         for path in have[0].full_tensors:
             stack = [a.read_full(path) for a in have]
             mean = torch.stack([t.to(torch.float64) for t in stack]).mean(0)
-            tensors[PREFIX + path] = mean.to(stack[0].dtype)
+            tensors[path] = mean.to(stack[0].dtype)
         return tensors, _declared(have[0])
     return {}, {}
 

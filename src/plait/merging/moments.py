@@ -112,7 +112,7 @@ def from_function(given: MomentsOf, targets: Mapping[str, Collection[str]]) -> M
 def moments_problems(moments: Moments, layouts: Mapping[str, Layout]) -> list[str]:
     """Return what does not fit: no moments of a module that an adapter has, another shape, inputs that are no vectors."""
     problems = []
-    if embeddings := [path for path, layout in layouts.items() if layout.kind == "embedding"]:
+    if embeddings := [path for path, layout in layouts.items() if layout.reads_tokens]:
         problems.append(
             f"{', '.join(embeddings)}: the inputs of an embedding are tokens, with as many second moments as the vocabulary "
             "has pairs. Merge these adapters with a method that needs no moments"
@@ -121,7 +121,7 @@ def moments_problems(moments: Moments, layouts: Mapping[str, Layout]) -> list[st
         wrong = [
             f"{path} ({_found(file, path)}, needs {list(_shape(layout))})"
             for path, layout in layouts.items()
-            if (path in file.tensors or path in moments.targets[name]) and layout.kind != "embedding"
+            if (path in file.tensors or path in moments.targets[name]) and not layout.reads_tokens
             if path not in file.tensors or file.tensors[path].shape != _shape(layout)
         ]
         if wrong:

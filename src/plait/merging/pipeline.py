@@ -16,17 +16,16 @@ from torch import Tensor
 
 from plait.errors import OutputError
 from plait.inspection.compatibility import max_lora_rank
-from plait.merging.adapter_folder import write_adapter
+from plait.merging.adapter_output import MergedAdapter
 from plait.merging.card import card
 from plait.merging.combine import Combiner
 from plait.merging.delta_file import NAME as DELTA
 from plait.merging.delta_file import DeltaFile
 from plait.merging.engine import Engine, MergedModule, blaming
-from plait.merging.heads import main_heads, write_heads
+from plait.merging.heads import write_heads
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.moments import MomentsOf
 from plait.merging.plan import MergePlan, make_plan
-from plait.merging.portable import PortableAdapter
 from plait.merging.record import RunRecord, input_digests, make_lock, sources, summary
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json
@@ -148,7 +147,6 @@ def _write(
     """
     ranks = engine.ranks(combiner)
     write_heads(inventory.adapters, inventory.recipe.heads, place)
-    heads, declared = main_heads(inventory.adapters, inventory.recipe.heads)
     done: list[ModuleRecord] = []
     if inventory.recipe.output.kind == "delta":
         dense = DeltaFile(inventory, plan)
@@ -158,19 +156,19 @@ def _write(
                     dense.write(merged, writer)
                 done.append(ModuleRecord(target=merged.target, rank=None, result="dense", energy=None, kept=1.0))
         return tuple(done), None, {DELTA: writer.sha256}
-    portable = PortableAdapter(inventory, ranks, inventory.recipe.output)
+    adapter = MergedAdapter(inventory, ranks)
     exact_ranks = {m.target: m.exact_rank for m in plan.modules}
 
     def finish(merged: MergedModule) -> tuple[ModuleRecord, dict[str, Tensor]]:
-        return _module_record(merged, exact_ranks[merged.target]), portable.tensors(merged)
+        return _module_record(merged, exact_ranks[merged.target]), adapter.tensors(merged)
 
     def finished() -> Iterator[dict[str, Tensor]]:
         for module, tensors in engine.each(combiner, ranks, finish):
             done.append(module)
             yield tensors
 
-    digests = write_adapter(portable, heads, declared, finished(), place)
-    return tuple(done), portable.rank, digests
+    digests = adapter.write(place, finished())
+    return tuple(done), adapter.rank, digests
 
 
 def _module_record(merged: MergedModule, exact_rank: int) -> ModuleRecord:

@@ -187,8 +187,7 @@ def _dora_problems(inventory: Inventory, pipeline: Pipeline, kept: dict[str, Lay
     names = [str(t.name) for t in inventory.recipe.transforms if t.name != "identity"]  # type: ignore[attr-defined]
     if names:
         return [f"transforms: {', '.join(names)} of DoRA adapters: their magnitudes belong to B A as it is. Take it out."]
-    words = {"experts": "fused experts", "conv": "grouped convolutions"}
-    stacked = {path: words[layout.kind] for path, layout in kept.items() if layout.stack > 1}
+    stacked = {path: layout.several for path, layout in kept.items() if layout.stack > 1}
     if not stacked:
         return []
     dora = ", ".join(repr(a.name) for a in inventory.adapters if any(t.is_dora for t in a.targets.values()))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from plait.adapters.lowrank import LowRank
 from plait.mixture.coefficients import Coefficients, CoefficientState
 from plait.mixture.deltas import AdapterDelta
-from plait.mixture.layers import KINDS, Adapted
+from plait.mixture.layers import Adapted, adapted
 from plait.mixture.modules import TargetModule
 from plait.mixture.stack import Stack
 
@@ -49,7 +49,7 @@ class LearntFactors:
             widest = min(delta.rank if rank is None else rank, target.layout.full_rank)
             slices = [s.to(torch.float32).truncated(widest)[0].padded(widest) for s in delta.slices]
             balanced = replace(delta, slices=tuple(slices))
-            layer = KINDS[target.layout.kind](target, Stack.of(target, [balanced]), self._state, 0, 0)
+            layer = adapted(target, Stack.of(target, [balanced]), self._state)
             a, bt = torch.stack([s.a for s in slices]), torch.stack([s.b.mT for s in slices])
             device = target.home[0] if target.home is not None else None
             self._learnt[path] = _Learnt(

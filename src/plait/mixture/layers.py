@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plait.adapters.layouts import Convolution, Embedding, Layout, Linear, Parameter
 from plait.errors import PlanError
 from plait.libraries.transformers import embedding_scale
 from plait.mixture.coefficients import CoefficientState
@@ -143,17 +144,24 @@ class EmbeddingLayer(_Output):
         return lift(y, h, _middle(share, h.ndim), self.stack.bt[0, first:last])
 
 
-class ConvLayer(_Output):
+class ConvolutionLayer(_Output):
     """`nn.Conv1d`, `Conv2d`, `Conv3d`: A convolves all channels with the base's kernel, B mixes channels within groups."""
 
     @property
     def dimensions(self) -> int:  # type: ignore[override]
         """Spatial dimensions."""
-        return len(self.target.layout.kernel) - 1
+        return len(self._layout.kernel) - 1
+
+    @property
+    def _layout(self) -> Convolution:
+        layout = self.target.layout
+        if not isinstance(layout, Convolution):
+            raise AssertionError(f"{self.target.path!r}: {layout} is not a convolution")
+        return layout
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y + B * (λ ⊙ (A * x)), * being convolution."""
-        layout, stack = self.target.layout, self.stack
+        layout, stack = self._layout, self.stack
         ones = (1,) * self.dimensions
         share, first, last = self.per_rank(x.shape[0] if x.ndim == self.dimensions + 2 else None)
         a = stack.a[:, first:last].reshape(-1, *layout.kernel)
@@ -223,12 +231,17 @@ class _Product(torch.autograd.Function):
         return da, dbt, dc
 
 
-KINDS: dict[str, type[Adapted]] = {
-    "linear": LinearLayer,
-    "embedding": EmbeddingLayer,
-    "conv": ConvLayer,
-    "experts": ParameterLayer,
+_LAYERS: dict[type[Layout], type[Adapted]] = {
+    Linear: LinearLayer,
+    Embedding: EmbeddingLayer,
+    Convolution: ConvolutionLayer,
+    Parameter: ParameterLayer,
 }
+
+
+def adapted(target: TargetModule, stack: Stack, state: CoefficientState, *, module: int = 0, layer: int = 0) -> Adapted:
+    """Return what makes a stack of deltas act on a target module; arguments as `Adapted` has them."""
+    return _LAYERS[type(target.layout)](target, stack, state, module, layer)
 
 
 def _middle(share: Tensor, ndim: int) -> Tensor:

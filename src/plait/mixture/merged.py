@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from plait.adapters.lowrank import LowRank
-from plait.adapters.names import PREFIX
+from plait.adapters.writing import DTYPES
 from plait.errors import AddressError, RecipeError
 from plait.hub.download import resolve_model
 from plait.merging.emit import rounded
@@ -20,7 +20,6 @@ from plait.merging.heads import main_heads
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.pipeline import default_workers
 from plait.merging.plan import make_plan
-from plait.merging.portable import DTYPES
 from plait.mixture.loading import require_libraries
 from plait.mixture.mixture import Mixture
 from plait.mixture.swaps import FullTensorSet
@@ -55,7 +54,7 @@ def averaged_heads(inventory: Inventory) -> FullTensorSet | None:
     if inventory.recipe.heads.policy != "average":
         return None
     tensors, declared = main_heads(inventory.adapters, inventory.recipe.heads)
-    return FullTensorSet({n.removeprefix(PREFIX): t for n, t in tensors.items()}, declared.get("trainable_token_indices"))
+    return FullTensorSet(tensors, declared.get("trainable_token_indices"))
 
 
 @dataclass(frozen=True, eq=False)

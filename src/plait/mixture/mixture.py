@@ -20,7 +20,7 @@ from plait.mixture.arrangement import Arrangement
 from plait.mixture.coefficients import Axes, Coefficients, CoefficientState, Granularity, span
 from plait.mixture.deltas import AdapterDelta, DenseDelta, merged_deltas
 from plait.mixture.factors import LearntFactors
-from plait.mixture.layers import KINDS, Adapted, ParameterLayer
+from plait.mixture.layers import Adapted, ParameterLayer, adapted
 from plait.mixture.loading import load_model
 from plait.mixture.modules import ModuleIndex, TargetModule
 from plait.mixture.stack import Stack
@@ -77,8 +77,8 @@ class Mixture:
         layers = _layers(modules)
         self._state = CoefficientState(Coefficients(torch.zeros(len(self.names)), "task"))
         self._adapted = [
-            KINDS[target.layout.kind](
-                target, self._stack(target, path, adapters), self._state, k, layers.index(layer_key(target.path))
+            adapted(
+                target, self._stack(target, path, adapters), self._state, module=k, layer=layers.index(layer_key(target.path))
             )
             for k, (path, target) in enumerate(modules.items())
         ]
@@ -219,7 +219,7 @@ class Mixture:
             found = self._index.find(target)
         except ValueError as error:
             raise PlanError(str(error)) from None
-        if found.layout.kind not in ("linear", "conv") or found.layout.stack > 1:
+        if not found.layout.reads_vectors:
             raise PlanError(
                 f"{target!r} is of kind {found.layout.kind}, whose inputs cannot be collected here; use a method that needs no "
                 "second moments, such as dc_merge."
@@ -305,7 +305,7 @@ class Mixture:
             if isinstance(delta, DenseDelta):
                 swaps += dense_swaps(target, delta)
             else:
-                layers.append(KINDS[target.layout.kind](target, Stack.of(target, [delta]), state, 0, 0))
+                layers.append(adapted(target, Stack.of(target, [delta]), state))
         return Arrangement(layers, swaps)
 
     def _merged_target(self, path: str, delta: AdapterDelta | DenseDelta) -> TargetModule:
@@ -386,7 +386,8 @@ class Mixture:
                     continue
                 layout = target.layout
                 shapes = [(layout.d_out, layout.d_in)] * layout.stack
-                problem = _misfit(found, shapes) if layout.kind == found.layout.kind else _other_kind(found, layout.kind)
+                same = type(layout) is type(found.layout)
+                problem = _misfit(found, shapes) if same else _other_kind(found, layout.kind)
                 if problem:
                     problems[f"adapter {adapter.name!r}: {problem}"] = None
                 modules[path] = found
@@ -429,7 +430,7 @@ def _layers(modules: Mapping[str, TargetModule]) -> list[LayerKey | None]:
 
 def _misfit(target: TargetModule, found: Sequence[tuple[int, int]]) -> str | None:
     layout = target.layout
-    if layout.kind == "experts" and target.home is None:
+    if layout.names_parameter and target.home is None:
         return target.dense_problem()
     if list(found) == [(layout.d_out, layout.d_in)] * layout.stack:
         return None

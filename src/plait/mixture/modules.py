@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from plait.adapters.layouts import Layout
+from plait.adapters.layouts import Convolution, Embedding, Layout, Linear, Parameter
 from plait.errors import did_you_mean
 from plait.libraries.transformers import Conversion, checkpoint_conversion, holds_transposed, is_conv1d
 
@@ -20,10 +20,10 @@ class TargetModule:
     """One adapted weight of a model.
 
     Attributes:
-        path: in the model, of the module (of the parameter, for `experts`).
+        path: in the model, of the module, or of a parameter that is targeted by its own name.
         module: that owns the weight.
         parameter: its name there.
-        layout: of factors that fit; `experts` for every parameter that is targeted by its own name.
+        layout: of factors that fit.
         transposed: whether the weight is stored as (…, d_in, d_out).
     """
 
@@ -49,7 +49,7 @@ class TargetModule:
 
     def dense_problem(self) -> str | None:
         """Say why the weight cannot be read and replaced; None when it can."""
-        if self.layout.kind == "conv" and self.layout.stack > 1:
+        if not self.layout.fits_weight:
             return f"{self.path!r}: the delta of a grouped convolution reads all channels and does not fit into its weight."
         weight = self.module._parameters.get(self.parameter)
         if weight is not None and weight.is_meta:
@@ -60,11 +60,7 @@ class TargetModule:
 
     def matrices(self, weight: Tensor) -> list[Tensor]:
         """Return a tensor of the weight's shape as matrices (d_out, d_in), one per slice; views wherever it is contiguous."""
-        layout = self.layout
-        if layout.kind == "conv":
-            return [weight.view(layout.d_out, layout.d_in)]
-        stack = list(weight) if weight.ndim == 3 else [weight]
-        return [m.mT for m in stack] if self.transposed else stack
+        return self.layout.matrices(weight, transposed=self.transposed)
 
 
 class ModuleIndex:
@@ -141,12 +137,12 @@ class ModuleIndex:
         if isinstance(module, nn.Embedding):
             if module.max_norm is not None:
                 raise ValueError(f"{name!r}: an embedding with max_norm has no linear delta.")
-            layout = Layout("embedding", module.embedding_dim, module.num_embeddings)
-            return TargetModule(name, module, "weight", layout, transposed=True)
+            embedding = Embedding(module.embedding_dim, module.num_embeddings)
+            return TargetModule(name, module, "weight", embedding, transposed=True)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             kernel = (module.in_channels, *module.kernel_size)  # PEFT's A reads all channels, whatever the base's groups
             d_in = int(torch.Size(kernel).numel())
-            layout = Layout("conv", module.out_channels // module.groups, d_in, module.groups, kernel)
+            layout = Convolution(module.out_channels // module.groups, d_in, module.groups, kernel)
             return TargetModule(name, module, "weight", layout, transposed=False)
         shape = _linear_shape(module)
         if shape is None:
@@ -154,7 +150,7 @@ class ModuleIndex:
                 f"{name!r}: {type(module).__name__} is not covered; linear layers, Conv1D, embeddings, convolutions and "
                 "fused experts are. Bake the merge and evaluate the baked model."
             )
-        return TargetModule(name, module, "weight", Layout("linear", *shape), transposed=is_conv1d(module))
+        return TargetModule(name, module, "weight", Linear(*shape), transposed=is_conv1d(module))
 
     def _parameter(self, owner: str, name: str) -> TargetModule:
         module = self._modules[owner]
@@ -164,7 +160,7 @@ class ModuleIndex:
             raise ValueError(f"{path!r}: only parameters of 2 or 3 dimensions are covered.")
         transposed = parameter.ndim == 3 and holds_transposed(module)
         d_out, d_in = parameter.shape[-2:] if not transposed else reversed(parameter.shape[-2:])
-        layout = Layout("experts", d_out, d_in, parameter.shape[0] if parameter.ndim == 3 else 1)
+        layout = Parameter(d_out, d_in, parameter.shape[0] if parameter.ndim == 3 else 1)
         return TargetModule(path, module, name, layout, transposed)
 
 

@@ -47,7 +47,7 @@ class Stack:
         Raises:
             AdapterError: DoRA or a bias where it has no form here.
         """
-        if target.layout.kind in ("embedding", "experts") and any(d is not None and d.bias is not None for d in deltas):
+        if not target.layout.takes_bias and any(d is not None and d.bias is not None for d in deltas):
             raise AdapterError(f"{target.path!r}: lora_bias on an embedding or a fused parameter is not covered.")
         deltas, gains = _resolve_dora(target, deltas)
         present = [d for d in deltas if d is not None]
@@ -83,7 +83,7 @@ def _resolve_dora(
     if not any(d is not None and d.magnitude is not None for d in deltas):
         return list(deltas), None
     problem = target.dense_problem()
-    if target.layout.stack > 1 or target.layout.kind == "experts":
+    if not target.layout.takes_dora:
         problem = f"{target.path!r}: DoRA on groups or fused parameters is not covered."
     if problem:
         raise AdapterError(f"DoRA needs the base's weights. {problem}")
@@ -108,5 +108,5 @@ def _rows(parts: Sequence[Tensor | None], target: TargetModule) -> Tensor | None
     """Stack vectors (d_out,) to (T, d_out), zero where there is none; None when there is none at all."""
     if all(p is None for p in parts):
         return None
-    width = target.layout.stack * target.layout.d_out
+    width = target.layout.outputs
     return torch.stack([torch.zeros(width) if p is None else p.float() for p in parts])

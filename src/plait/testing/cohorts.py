@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plait.adapters.adapter import CONFIG, WEIGHTS, Adapter, Target
 from plait.adapters.config import AdapterConfig
-from plait.adapters.layouts import Layout
+from plait.adapters.layouts import Layout, Linear
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import PREFIX
 from plait.tensorfiles.header import TensorInfo
@@ -117,7 +117,7 @@ class Cohort:
     def layouts(self) -> dict[str, Layout]:
         """Return how every module is stored, in the order of work."""
         present = {m for modules in self.factors.values() for m in modules}
-        return {m: Layout("linear", *shape) for m, shape in self.shapes.items() if m in present}
+        return {m: Linear(*shape) for m, shape in self.shapes.items() if m in present}
 
     def save(self, folder: Path) -> None:
         """Write every adapter to `folder/<name>` as PEFT would, and its moments. It needs one rank in all modules."""
@@ -143,7 +143,7 @@ class Cohort:
         targets = {
             module: Target(
                 path=module,
-                layout=Layout("linear", *f.shape),
+                layout=Linear(*f.shape),
                 rank=f.rank,
                 scaling=self.scalings[name],
                 dtype=_DTYPES[f.b.dtype],

@@ -15,13 +15,12 @@ from plait.errors import OutputError, PlanError, TaskError, collect
 from plait.evaluation.live import Live
 from plait.extras import require
 from plait.hub.download import Located, resolve_model
-from plait.merging.adapter_folder import write_adapter
+from plait.merging.adapter_output import MergedAdapter
 from plait.merging.emit import Emitted
 from plait.merging.engine import MergedModule
-from plait.merging.heads import main_heads, write_heads
+from plait.merging.heads import write_heads
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.pipeline import default_workers, input_folders
-from plait.merging.portable import PortableAdapter
 from plait.merging.record import input_digests, make_lock, sources
 from plait.mixture import Mixture
 from plait.mixture.factors import LearntFactors
@@ -300,9 +299,8 @@ def _write(inventory: Inventory, merged: Sequence[MergedModule], place: Path) ->
     """Write the adapter, and each source's heads beside it; return its rank, and the sha256 of its tensor file by name."""
     recipe = inventory.recipe
     write_heads(inventory.adapters, recipe.heads, place)
-    heads, declared = main_heads(inventory.adapters, recipe.heads)
-    portable = PortableAdapter(inventory, {m.target: m.factors.rank for m in merged if m.factors is not None}, recipe.output)
-    return portable.rank, write_adapter(portable, heads, declared, map(portable.tensors, merged), place)
+    adapter = MergedAdapter(inventory, {m.target: m.factors.rank for m in merged if m.factors is not None})
+    return adapter.rank, adapter.write(place, map(adapter.tensors, merged))
 
 
 def _merged(merged: Sequence[MergedModule], deltas: Mapping[str, tuple[LowRank, ...]]) -> list[MergedModule]:

@@ -189,7 +189,7 @@ def _coefficients(inventory: Inventory, progress: Progress) -> dict[str, list[fl
         if is_sum and len(inventory.adapters) == 1 and all(row == [1.0] for row in found.values()):
             return found
         raise PlanError("parity of weighted DoRA adapters cannot be measured: PEFT does not add them up.")
-    if not is_sum or any(layout.kind == "experts" for layout in inventory.layouts.values()):
+    if not is_sum or any(layout.names_parameter for layout in inventory.layouts.values()):
         return None
     return found
 

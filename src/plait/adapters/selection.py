@@ -3,15 +3,62 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from plait.adapters.adapter import Adapter
+from plait.adapters.layouts import Layout
 from plait.adapters.names import pattern_of
 from plait.adapters.patterns import PatternError, whole_pattern
 
 _SHORTHAND = "all-linear"
+_SELECTORS = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
 # what narrows `target_modules` down, in a way that holds for one adapter and not for the union
 _NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters", "modules_to_save")
+
+
+def selection_of(adapters: Sequence[Adapter], layouts: Mapping[str, Layout]) -> dict[str, Any]:
+    """Return the keys of `adapter_config.json` that make PEFT wrap exactly these targets.
+
+    An adapter with the same targets got them by its own selection, which is short and known to be right (modules that it saved
+    in full are exempt from it, and would be wrapped now). So did all adapters together: their selections side by side mean the
+    union, whatever the modules are called in the version of the model that it is loaded into. Where neither holds, full paths
+    name them.
+
+    Args:
+        adapters: whose selections may serve.
+        layouts: of the targets.
+    """
+    for adapter in adapters:
+        raw = adapter.config.raw
+        selected = (raw.get("target_modules") or raw.get("target_parameters")) and not raw.get("modules_to_save")
+        if selected and set(adapter.targets) == set(layouts):
+            return {k: sorted(v) if isinstance(v := raw.get(k), list) and k != "layers_to_transform" else v for k in _SELECTORS}
+    selection = dict.fromkeys(_SELECTORS)
+    joined = joined_selection(adapters, set(layouts))
+    if joined is not None:
+        return selection | {"target_modules": joined}
+    modules = [t for t, layout in layouts.items() if not layout.names_parameter]
+    return selection | {
+        "target_modules": full_paths(modules),
+        "target_parameters": [t for t in layouts if t not in modules] or None,
+    }
+
+
+def names_or_paths(targets: Collection[str], layers: Collection[str]) -> list[str]:
+    """Return `target_modules` for some modules: the ends of their paths where these mean exactly them, else full paths.
+
+    Args:
+        targets: paths of modules.
+        layers: every layer of the model.
+    """
+    ends = {t.rpartition(".")[2] for t in targets}
+    modules: set[str] = set()  # with those that only hold others
+    for layer in layers:
+        words = layer.split(".")
+        modules |= {".".join(words[: i + 1]) for i in range(len(words))}
+    meant = {m for m in modules if m.rpartition(".")[2] in ends}
+    return sorted(ends if meant == set(targets) else targets)
 
 
 def joined_selection(adapters: Sequence[Adapter], targets: Collection[str]) -> list[str] | str | None:

@@ -1,17 +1,33 @@
-"""Which layers of a base model store their weight as (d_in, d_out): transformers' Conv1D, as GPT-2 has it.
+"""Which linear layers of a base model store their weight as (d_in, d_out): transformers' Conv1D, as GPT-2 has it.
 
-The adapter does not tell: PEFT writes `fan_in_fan_out` of the layer that it wrapped last, and corrects it on loading by the
-class of each layer. So it is decided per layer: by its shape, and where that is square, by the model.
+No adapter says: PEFT writes `fan_in_fan_out` of the layer that it wrapped last, and corrects it on loading by the class of each
+layer. So it is decided per layer: by its shape, and where that is square, by the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from plait.adapters.layouts.base import Layout
 
 # What Conv1D layers are called, in the models that have them. In others (GPT-BigCode, Qwen 1) layers of these names are Linear.
 _NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 _MODELS = frozenset({"gpt2", "openai-gpt", "decision_transformer", "imagegpt", "clvp", "clvp_decoder"})
+
+
+@dataclass(frozen=True)
+class Conv1D(Layout):
+    """A linear layer of the base whose weight is (d_in, d_out). Known where the model is; in adapters it is a `Linear`."""
+
+    kind = "conv1d"
+    is_stored_transposed = True
+
+    @classmethod
+    def claims(cls, shapes: Mapping[str, tuple[int, ...]], *, is_parameter: bool) -> bool:
+        """Say no: factors are those of any linear layer."""
+        return False
 
 
 def may_be_conv1d(module: str) -> bool:
@@ -35,23 +51,6 @@ def has_conv1d(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
             return bias == (shape[1],)
     types = _model_types(config)
     return bool(types & _MODELS) if types else None
-
-
-def is_transposed(
-    module: str, size: tuple[int, int], *, stored: tuple[int, ...] | None, conv1d: bool | None, flag: bool
-) -> bool:
-    """Say whether a linear layer's weight is stored as (d_in, d_out).
-
-    Args:
-        module: its path.
-        size: (d_out, d_in) of its delta.
-        stored: shape of the weight, where it is known; it decides unless it is square.
-        conv1d: what `has_conv1d` says of the model.
-        flag: `fan_in_fan_out` of some adapter of the layer; believed only where nothing else tells.
-    """
-    if stored is not None and size[0] != size[1]:
-        return stored[-2:] == (size[1], size[0])
-    return may_be_conv1d(module) and (flag if conv1d is None else conv1d)
 
 
 def _model_types(config: Mapping[str, Any]) -> set[str]:

@@ -1,0 +1,26 @@
+"""`nn.Embedding`: a weight (tokens, features), so ΔWᵀ; factors that are parameters, under names of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from plait.adapters.layouts.base import Layout
+
+
+@dataclass(frozen=True)
+class Embedding(Layout):
+    """A (r, tokens), B (features, r)."""
+
+    kind = "embedding"
+    a_part = "lora_embedding_A"
+    b_part = "lora_embedding_B"
+    suffix = ""
+    is_stored_transposed = True
+    reads_tokens = True
+    takes_bias = False
+
+    @classmethod
+    def claims(cls, shapes: Mapping[str, tuple[int, ...]], *, is_parameter: bool) -> bool:
+        """Say whether a part has an embedding's name."""
+        return cls.a_part in shapes or cls.b_part in shapes

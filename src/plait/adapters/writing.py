@@ -1,0 +1,148 @@
+"""The one writer of adapters: scaling baked in, alpha = rank, plain names; what PEFT, vLLM and Unsloth load.
+
+Merges, tuned merges, compressed adapters and extractions are written here: each gives its target modules with their layouts and
+ranks, factors, full tensors, and the settings of `adapter_config.json` that are its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plait.adapters.adapter import CONFIG, WEIGHTS
+from plait.adapters.layouts import Layout, module_keys, uniform_rank
+from plait.adapters.lowrank import LowRank
+from plait.adapters.names import PREFIX, pattern_of
+from plait.tensorfiles.writer import Entry, TensorWriter
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+FullTensors = Sequence[tuple[Entry, Iterable[tuple[int, Tensor]]]]  # by path in the base model; (first row, rows) as they come
+
+
+def held_tensors(tensors: Mapping[str, Tensor]) -> FullTensors:
+    """Return tensors in memory, path → tensor, as `AdapterWriter.write` takes full ones."""
+    return [(Entry(path, tensor.dtype, tuple(tensor.shape)), [(0, tensor)]) for path, tensor in tensors.items()]
+
+
+class AdapterWriter:
+    """Names, shapes, configuration and files of one adapter.
+
+    Args:
+        layouts: target → layout.
+        ranks: target → rank of one of its matrices.
+        dtype: of the tensors that belong to targets.
+        uniform: one rank for all targets, zero-padded; else every target has its own (`rank_pattern`, `alpha_pattern`).
+        has_bias: every target has a `lora_bias`.
+        is_dora: every target has DoRA's magnitudes.
+
+    Attributes:
+        rank: PEFT's r.
+        dtype: as given.
+    """
+
+    def __init__(
+        self,
+        layouts: Mapping[str, Layout],
+        ranks: Mapping[str, int],
+        *,
+        dtype: torch.dtype,
+        uniform: bool,
+        has_bias: bool = False,
+        is_dora: bool = False,
+    ) -> None:
+        self._layouts = layouts
+        own = {t: rank * layouts[t].rank_unit for t, rank in ranks.items()}  # PEFT's r of every target
+        self.rank = uniform_rank(ranks, layouts)
+        self._ranks = dict.fromkeys(own, self.rank) if uniform else own
+        self._names = {t: layouts[t].tensor_names(PREFIX + key) for t, key in module_keys(layouts).items()}
+        self.dtype, self._has_bias, self._is_dora = dtype, has_bias, is_dora
+
+    def entries(self) -> list[Entry]:
+        """Return every tensor that belongs to a target."""
+        entries = []
+        for target, layout in self._layouts.items():
+            names = self._names[target]
+            shape_a, shape_b = layout.packed_shapes(self._slice_rank(target))
+            entries += [Entry(names.a, self.dtype, shape_a), Entry(names.b, self.dtype, shape_b)]
+            entries += [Entry(names.bias, self.dtype, (layout.outputs,))] * self._has_bias
+            entries += [Entry(names.magnitude, self.dtype, layout.magnitude_shape)] * self._is_dora
+        return entries
+
+    def tensors(
+        self, target: str, slices: Sequence[LowRank], *, bias: Tensor | None = None, magnitude: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return one target's tensors by their names in the file, in the dtype that they come in.
+
+        Args:
+            target: its path.
+            slices: one delta per matrix, at most of the target's rank.
+            bias: (d_out,), for an adapter that has them.
+            magnitude: (d_out,), for DoRA.
+        """
+        layout, names = self._layouts[target], self._names[target]
+        a, b = layout.pack([s.padded(self._slice_rank(target)) for s in slices])
+        found = {names.a: a, names.b: b}
+        if bias is not None:
+            found[names.bias] = bias
+        if magnitude is not None:
+            found[names.magnitude] = magnitude.reshape(layout.magnitude_shape)
+        return found
+
+    def config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `adapter_config.json`.
+
+        Args:
+            settings: what does not follow from layouts and ranks: base model, task, which modules (`selection`).
+        """
+        patterned = {pattern_of(t): rank for t, rank in self._ranks.items() if rank != self.rank}
+        config = {
+            "peft_type": "LORA",
+            "r": self.rank,
+            "lora_alpha": self.rank,
+            "lora_dropout": 0.0,
+            "use_rslora": False,
+            "use_dora": self._is_dora,
+            "lora_bias": self._has_bias,
+            "rank_pattern": patterned,
+            "alpha_pattern": patterned,
+            "bias": "none",
+            "init_lora_weights": True,
+            "inference_mode": True,
+            "modules_to_save": None,
+            **settings,
+        }
+        return dict(sorted(config.items()))
+
+    def write(
+        self, folder: Path, targets: Iterable[dict[str, Tensor]], config: Mapping[str, Any], full: FullTensors = ()
+    ) -> dict[str, str]:
+        """Write the tensor file and `adapter_config.json`.
+
+        Args:
+            folder: an existing one.
+            targets: every target's tensors (`tensors`), in any order; emptied as they are written.
+            config: as `config` makes it.
+            full: full tensors that the adapter holds.
+
+        Returns:
+            The sha256 of the tensor file by its name.
+        """
+        others = [entry._replace(name=PREFIX + entry.name) for entry, _ in full]
+        with TensorWriter(folder / WEIGHTS, [*self.entries(), *others]) as writer:
+            for entry, blocks in full:
+                for row, block in blocks:
+                    writer.write(PREFIX + entry.name, block, row=row)
+            for tensors in targets:
+                for name in list(tensors):
+                    writer.write(name, tensors.pop(name))  # let go of at once
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return {WEIGHTS: writer.sha256}
+
+    def _slice_rank(self, target: str) -> int:
+        return self._ranks[target] // self._layouts[target].rank_unit

@@ -1,0 +1,70 @@
+"""A merge as an adapter: what of the sources goes into its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from plait.adapters.selection import selection_of
+from plait.adapters.writing import DTYPES, AdapterWriter, held_tensors
+from plait.merging.emit import rounded
+from plait.merging.engine import MergedModule
+from plait.merging.heads import main_heads
+from plait.merging.inventory import Inventory
+
+
+class MergedAdapter:
+    """Writes the adapter of a merge.
+
+    Args:
+        inventory: the sources, and what is asked for.
+        ranks: target → rank of one of its matrices.
+    """
+
+    def __init__(self, inventory: Inventory, ranks: Mapping[str, int]) -> None:
+        output, targets = inventory.recipe.output, [a.targets[t] for a in inventory.adapters for t in ranks if t in a.targets]
+        self._inventory = inventory
+        self._layouts = {t: inventory.layouts[t] for t in ranks}
+        self._writer = AdapterWriter(
+            self._layouts,
+            ranks,
+            dtype=DTYPES[output.dtype],
+            uniform=output.layout == "uniform",
+            has_bias=any(t.has_bias for t in targets),
+            is_dora=any(t.is_dora for t in targets),
+        )
+        self.rank = self._writer.rank  # PEFT's r
+
+    def tensors(self, merged: MergedModule) -> dict[str, Tensor]:
+        """Return one merged module's tensors by their names, in the output's dtype.
+
+        Raises:
+            PlanError: a value overflows there, or all of them vanish.
+        """
+        if merged.factors is None:
+            raise AssertionError(f"{merged.target!r} has no factors")
+        found = self._writer.tensors(merged.target, merged.factors.slices, bias=merged.bias, magnitude=merged.magnitude)
+        return {name: rounded(merged.target, tensor, self._writer.dtype) for name, tensor in found.items()}
+
+    def write(self, folder: Path, modules: Iterable[dict[str, Tensor]]) -> dict[str, str]:
+        """Write every module's tensors, the heads that the adapter itself holds, and `adapter_config.json`.
+
+        Returns:
+            The sha256 of the tensor file by its name.
+        """
+        adapters, recipe = self._inventory.adapters, self._inventory.recipe
+        heads, declared = main_heads(adapters, recipe.heads)
+        # keys that change what the base model is or when the adapter acts; the sources agree on them (`inventory`)
+        keys = ("layer_replication", "alora_invocation_tokens")
+        settings = {
+            "task_type": next((t for a in adapters if (t := a.config.raw.get("task_type"))), None),
+            "base_model_name_or_path": self._inventory.base_model,
+            "revision": next((a.config.revision for a in adapters if a.config.revision), None),
+            "fan_in_fan_out": any(a.config.flag("fan_in_fan_out") for a in adapters),
+            **selection_of(adapters, self._layouts),
+            **{key: value for key in keys if (value := adapters[0].config.raw.get(key)) is not None},
+            **declared,
+        }
+        return self._writer.write(folder, modules, self._writer.config(settings), held_tensors(heads))
