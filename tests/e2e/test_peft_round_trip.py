@@ -48,6 +48,10 @@ CASES = {
         {"target_modules": ["q_proj"], "lora_bias": True},
         {"target_modules": ["q_proj", "v_proj"], "lora_bias": True},
     ),
+    "lora_bias of a grouped convolution": (
+        {"target_modules": ["grouped", "conv2"], "lora_bias": True},
+        {"target_modules": ["grouped"], "lora_bias": True, "r": 6},
+    ),
     "experts": (
         {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
         {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},

@@ -106,6 +106,14 @@ def test_all_shapes_that_differ_are_told_at_once(base, tmp_path):
     assert re.search(r"'model.layers.0.q_proj.weight' in \S+ is \[6, 8\], the adapters need \[9, 8\]", str(caught.value))
 
 
+def test_integers_take_no_delta_and_their_file_is_named(base, adapter):
+    file = next(p for p in base.glob("*.safetensors") if "model.layers.0.q_proj.weight" in load_file(p))
+    save_file({n: t.int() if n.endswith("0.q_proj.weight") else t for n, t in load_file(file).items()}, file)
+    wanted = f"'model.layers.0.q_proj.weight' in {file} is stored as I32; deltas are added to F64, F32, F16, BF16"
+    with pytest.raises(PlanError, match=re.escape(wanted)):
+        plan(base, adapter)
+
+
 def test_no_base_model_anywhere(adapter):
     with pytest.raises(RecipeError, match=r"a bake needs the base model.*--base-id"):
         plan(None, adapter)

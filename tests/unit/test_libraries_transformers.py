@@ -147,3 +147,53 @@ def test_quiet_keeps_bars_logs_and_warnings_back_and_gives_them_back():
 
 def test_the_trainer_takes_back_its_best_checkpoint_by_a_method_of_this_name():
     assert callable(transformers.Trainer._load_best_model)
+
+
+def test_tasks_are_told_by_the_names_of_classes():
+    known = transformers.models.auto.modeling_auto
+    assert all(hasattr(transformers, name) for name in library.AUTO_MODELS.values())
+    for task, table in library._HEADS.items():
+        assert library.head_class("bert", task) == getattr(known, table)["bert"]
+        assert library.task_of({"architectures": [getattr(known, table)["bert"]]}) == task
+    assert library.head_class("bert", "CAUSAL_LM") is None
+    for name in ("LlamaForCausalLM", "GPT2LMHeadModel"):
+        assert hasattr(transformers, name)
+        assert library.task_of({"architectures": [name]}) == "CAUSAL_LM"
+    assert library.task_of({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}) == "SEQ_2_SEQ_LM"
+    assert library.task_of({"architectures": ["BertModel"]}) is None
+    assert library.task_of({}) is None
+
+
+@pytest.mark.parametrize(("name", "sizes"), [
+    ("GPT2", {"n_embd": 32, "n_layer": 1, "n_head": 4}),
+    ("OpenAIGPT", {"n_embd": 32, "n_layer": 1, "n_head": 4}),
+    ("ImageGPT", {"n_embd": 32, "n_layer": 1, "n_head": 4}),
+    ("DecisionTransformer", {"hidden_size": 32, "n_layer": 1, "n_head": 4}),
+])  # fmt: skip
+def test_models_whose_layers_are_conv1d(name, sizes):
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    assert config.model_type in library.CONV1D_MODELS
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}Model")(config)
+    for path, module in model.named_modules():
+        named = path.rpartition(".")[2] in library.CONV1D_LAYERS
+        assert library.is_conv1d(module) is named, path
+
+
+def test_layers_of_these_names_are_linear_elsewhere():
+    config = transformers.GPTBigCodeConfig(vocab_size=37, n_embd=32, n_layer=1, n_head=4)
+    assert config.model_type not in library.CONV1D_MODELS
+    with torch.device("meta"):
+        model = transformers.GPTBigCodeForCausalLM(config)
+    assert isinstance(model.get_submodule("transformer.h.0.attn.c_attn"), nn.Linear)
+
+
+@pytest.mark.skipif(not MODERN, reason="experts are fused since version 5")
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
+def test_fused_experts_declare_their_parameters_in_this_order(name):
+    with torch.device("meta"):
+        model = small(name, num_local_experts=2, num_experts=2, num_key_value_heads=2)
+    experts = [p for p, _ in model.named_parameters() if ".experts." in p]
+    names = [p.rpartition(".")[2] for p in experts]
+    assert names
+    assert names == sorted(names, key=library.EXPERT_PARAMETERS.index)

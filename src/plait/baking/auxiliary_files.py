@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from plait.baking.placement import Placement
-from plait.checkpoints.architecture import head_class
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.checkpoints.layout import CONFIG, INDEX
 from plait.errors import AdapterError, collect
 from plait.folders import OutsideError, file_in, name_problem, open_in
+from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
+from plait.libraries.transformers import LABEL_LAYERS, head_class
 from plait.merging.inventory import Inventory
 
 _TOKENIZER = (
@@ -41,7 +42,6 @@ _OWN = (
     "README.md", ".*", "plait.lock", "merge_metadata.json", "summary.json", "adapter_config.json", "trainer_state.json",
     "training_args.*", "training.json", "*_results.json", "*.log", "events.out.tfevents.*",
 )  # fmt: skip
-_LABELLED = ("classifier", "score", "out_proj")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
@@ -192,13 +192,13 @@ def _set_head(config: dict[str, Any], inventory: Inventory, placement: Placement
     """See to the number of labels, and to a class that has the head when the base's has none."""
     tasks = {a.config.raw.get("task_type") for a in inventory.adapters} - {None}
     task = tasks.pop() if len(tasks) == 1 else None
-    if task not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+    if task not in TASK_HEADS:
         return
     shapes = {n: c.replaced.shape for n, c in placement.changes.items() if c.replaced is not None}
     shapes |= {n: a.shape for n, a in placement.added.items()}
     for name, shape in shapes.items():
         owner, _, kind = name.rpartition(".")
-        if kind == "weight" and owner.rpartition(".")[2] in _LABELLED and task != "QUESTION_ANS":
+        if kind == "weight" and owner.rpartition(".")[2] in LABEL_LAYERS and task in LABELED_TASKS:
             labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
             if shape[0] != labels:
                 config["id2label"] = {str(i): f"LABEL_{i}" for i in range(shape[0])}

@@ -9,7 +9,8 @@ import yaml
 
 from plait.baking.plan import Bake
 from plait.baking.record import BakeRecord
-from plait.merging.card import AUTO_MODELS, PIPELINES, base_name, hub_id, license_of, public_recipe, source_row, task_type_of
+from plait.libraries.transformers import AUTO_MODELS
+from plait.merging.card import PIPELINES, base_name, hub_id, license_of, public_recipe, source_row, task_type_of
 from plait.methods import METHODS
 from plait.recipes.writing import recipe_json
 from plait.results.quoting import block, code, prose

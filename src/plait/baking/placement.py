@@ -10,9 +10,10 @@ import torch
 from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
 from plait.baking.full import FullTensor, full_tensor, parameter_of
-from plait.checkpoints.architecture import HEADED_TASKS, ArchitectureUnknown, Part
+from plait.checkpoints.architecture import ArchitectureUnknown, Part
 from plait.checkpoints.checkpoint import FLOATS, BaseCheckpoint, sections
 from plait.checkpoints.names import Names
+from plait.libraries.transformers import HEADED_TASKS
 from plait.merging.combine import pipeline_of
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from plait.adapters.layouts import Conv1D, Convolution, Embedding, Layout, Linear
 from plait.checkpoints.layout import architectures, read_config
-from plait.extras import missing, optional
+from plait.extras import missing
 from plait.hub.pretrained import load_config
 from plait.libraries.transformers import (
     Conversion,
@@ -24,13 +24,6 @@ from plait.libraries.transformers import (
     steps_of,
     tied_parameters,
 )
-
-_HEADS = {
-    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
-    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
-}
-HEADED_TASKS = frozenset(_HEADS)  # PEFT's names of the tasks whose head a model has or not
 
 
 @dataclass(frozen=True)
@@ -100,20 +93,6 @@ class Architecture:
 
 class ArchitectureUnknown(Exception):
     """The model cannot be built; the text says why, as the end of a sentence."""
-
-
-def head_class(model_type: str, task_type: str) -> str | None:
-    """Return the name of transformers' class for a model with a task's head; None where it has none.
-
-    Raises:
-        MissingPackageError: transformers is not installed.
-    """
-    table = _HEADS.get(task_type)
-    if table is None:
-        return None
-    known = optional("transformers.models.auto.modeling_auto", "eval", f"a model with a head ({task_type})")
-    name = getattr(known, table, {}).get(model_type)
-    return name if isinstance(name, str) else None
 
 
 def _empty_model(folder: Path) -> Any:

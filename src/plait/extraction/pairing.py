@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from plait.checkpoints.blocks import read_at
 from plait.checkpoints.checkpoint import FLOATS, BaseCheckpoint
 from plait.checkpoints.layout import INPUT_EMBEDDING, OUTPUT_HEAD
 from plait.errors import PlaitError, PlanError, collect
+from plait.libraries.peft import EXPERT_LAYERS, TASK_HEADS, reads_past_adapters
+from plait.libraries.transformers import task_of
 from plait.linalg.blocks import RowBlocks
 from plait.tensorfiles.header import TensorInfo
 from plait.tensorfiles.reader import TensorFile
@@ -31,24 +33,6 @@ _EMBEDDING = re.compile(r"(embed(_tokens|_positions|_in)?|.*_?embeddings?|wte|wp
 _EXPERT = re.compile(r"\.experts\.(\d+\.|[^.]+$)")
 # Constants that some versions of transformers store and others compute.
 _CONSTANT = re.compile(r"(\.|^)(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids|token_type_ids)$")
-# Layers of these models whose weights are read past an adapter, by fused kernels or by the code; PEFT refuses most of them.
-_MAMBA_MODELS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-_MAMBA = ("conv1d", "dt_proj", "out_proj")
-# Names by which PEFT means the fused experts of a model, whatever other layers have them.
-_EXPERT_LAYERS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
-# What PEFT adds to `modules_to_save` for a task, and then looks for in the file.
-TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 _SHOWN = 4
 
 
@@ -240,19 +224,11 @@ def pair_checkpoints(base: str, tuned: str, folder: Path | None = None) -> Pairi
     floats = {n: (b, t) for n, (b, t) in both.items() if not _CONSTANT.search(n) and one.info(b).dtype in FLOATS}
     pairs, copies, notes = _Pairs(one, two, floats).made()
     constants = _Pairs(one, two, {n: both[n] for n in both.keys() - floats.keys()}).as_stored()
-    task = task_type(one.config)
+    task = task_of(one.config)
     heads = TASK_HEADS.get(task or "", ())
     pairs = [replace(p, form="head") if is_saved(p.layer, heads) else p for p in pairs]
     ties = bool(notes) and not any(OUTPUT_HEAD.fullmatch(p.name) for p in pairs) and one.config.get("tie_word_embeddings", True)
     return Pairing(one, two, tuple(sorted(pairs, key=lambda p: p.name)), copies, constants, bool(ties), task, notes)
-
-
-def task_type(config: Mapping[str, Any]) -> str | None:
-    """Return PEFT's task type for a model, as its architecture says; None where it says nothing."""
-    architectures = config.get("architectures") or [""]
-    if config.get("is_encoder_decoder") and "ForConditionalGeneration" in architectures[0]:
-        return "SEQ_2_SEQ_LM"
-    return next((task for end, task in _TASKS.items() if architectures[0].endswith(end)), None)
 
 
 def is_saved(layer: str, names: Iterable[str]) -> bool:
@@ -307,7 +283,7 @@ class _Pairs:
 
     @staticmethod
     def _is_taken_for_expert(pair: Pair) -> bool:
-        return pair.form is Linear and _last(pair.name) in _EXPERT_LAYERS
+        return pair.form is Linear and _last(pair.name) in EXPERT_LAYERS
 
     @staticmethod
     def _copies(pairs: Sequence[Pair], model: Architecture) -> Iterator[Pair]:
@@ -355,7 +331,7 @@ class _Pairs:
         """Return what a parameter can become, with its layer as PEFT sees it."""
         if not name.endswith(".weight"):
             return _form(name, shape, is_conv1d=False)
-        if _last(name) in _MAMBA and self._base.config.get("model_type") in _MAMBA_MODELS:
+        if reads_past_adapters(self._base.config.get("model_type"), _last(name)):
             return "other"
         if layer is not None:
             return layer.layout

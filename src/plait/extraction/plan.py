@@ -9,8 +9,9 @@ from functools import cached_property
 
 from plait.adapters.layouts import Embedding, Layout, uniform_rank
 from plait.errors import PlanError
-from plait.extraction.pairing import TASK_HEADS, Pair, Pairing, is_saved, saved_module
+from plait.extraction.pairing import Pair, Pairing, is_saved, saved_module
 from plait.extraction.request import ExtractRequest
+from plait.libraries.peft import TASK_HEADS
 from plait.linalg.keyed import Key
 from plait.merging.emit import rank_at_energy
 from plait.recipes.schema import Output

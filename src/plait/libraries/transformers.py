@@ -13,6 +13,36 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from plait.extras import optional
+
+#: PEFT's task type → the Auto class that loads a model for it.
+AUTO_MODELS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+_ARCHITECTURES = {  # how the names of classes end → PEFT's task type
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+_HEADS = {
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+}
+HEADED_TASKS = frozenset(_HEADS)  #: PEFT's task types whose head a model has or not
+#: The layers whose output is one value per label.
+LABEL_LAYERS = ("classifier", "score", "out_proj")
+#: What Conv1D layers are called in the models that have them. In others (GPT-BigCode, Qwen 1) layers of these names are Linear.
+CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "decision_transformer", "imagegpt", "clvp", "clvp_decoder"})
+#: The order in which modules of fused experts declare their parameters.
+EXPERT_PARAMETERS = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
 _KNOWN_ARGUMENTS = ("cache", "past_key_values")
 _CONTINUED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
@@ -140,6 +170,32 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(level)
+
+
+def task_of(config: Mapping[str, Any]) -> str | None:
+    """Return PEFT's task type for a model, as the name of its class ends; None where it tells nothing.
+
+    Args:
+        config: its `config.json`.
+    """
+    architectures = config.get("architectures") or [""]
+    if config.get("is_encoder_decoder") and "ForConditionalGeneration" in architectures[0]:
+        return "SEQ_2_SEQ_LM"
+    return next((task for end, task in _ARCHITECTURES.items() if architectures[0].endswith(end)), None)
+
+
+def head_class(model_type: str, task_type: str) -> str | None:
+    """Return the name of the class of a model with a task's head; None where there is none.
+
+    Raises:
+        MissingPackageError: transformers is not installed.
+    """
+    table = _HEADS.get(task_type)
+    if table is None:
+        return None
+    known = optional("transformers.models.auto.modeling_auto", "eval", f"a model with a head ({task_type})")
+    name = getattr(known, table, {}).get(model_type)
+    return name if isinstance(name, str) else None
 
 
 def is_conv1d(module: Any) -> bool:

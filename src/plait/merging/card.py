@@ -11,6 +11,7 @@ import yaml
 
 from plait.adapters.adapter import Adapter
 from plait.inspection.compatibility import serving
+from plait.libraries.transformers import AUTO_MODELS
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan
 from plait.merging.record import RunRecord
@@ -27,13 +28,6 @@ _LICENCE = {
     "license": re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}"),
     "license_name": re.compile(r"[\w][\w .+()-]{0,100}"),
     "license_link": re.compile(r"https://[\w./?=&%#~:+-]{1,300}|[\w.-]{1,100}"),
-}
-AUTO_MODELS = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_2_SEQ_LM": "text2text-generation", "SEQ_CLS": "text-classification"}
 

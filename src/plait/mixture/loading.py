@@ -15,17 +15,11 @@ from plait.extras import require
 from plait.hub import pretrained
 from plait.hub.download import resolve_model
 from plait.libraries.accelerate import PLACEMENTS
+from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
+from plait.libraries.transformers import AUTO_MODELS
 
-# PEFT's task types → transformers' classes
-_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-_HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+_CLASSES = {**AUTO_MODELS, "FEATURE_EXTRACTION": "AutoModel"}
+_LABELED_WEIGHTS = tuple(f"{layer}.weight" for layer in (*TASK_HEADS["SEQ_CLS"], "classifier.out_proj"))
 
 
 def require_libraries(device_map: Any = None) -> None:
@@ -113,9 +107,9 @@ def _class_name(transformers: Any, adapters: Sequence[Adapter], config: Any) -> 
 def _labels(adapters: Sequence[Adapter]) -> int | None:
     """Return the number of labels of the first adapter that brings a classification head."""
     for adapter in adapters:
-        if adapter.config.raw.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
+        if adapter.config.raw.get("task_type") in LABELED_TASKS:
             for path, tensor in adapter.full_tensors.items():
-                if path.endswith(_HEADS):
+                if path.endswith(_LABELED_WEIGHTS):
                     return adapter.file.tensors[tensor].shape[0]
     return None
 

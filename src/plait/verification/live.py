@@ -19,8 +19,7 @@ from plait.checkpoints.layout import architectures, read_config
 from plait.errors import AdapterError, PlanError
 from plait.hub.pretrained import load_model, refusing
 from plait.libraries.peft import scalings
-from plait.libraries.transformers import holds_transposed
-from plait.merging.card import AUTO_MODELS
+from plait.libraries.transformers import AUTO_MODELS, holds_transposed
 from plait.merging.combine import pipeline_of
 from plait.merging.delta_file import NAME as DELTA
 from plait.merging.engine import Engine

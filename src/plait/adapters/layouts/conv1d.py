@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plait.adapters.layouts.base import Layout
-
-# What Conv1D layers are called, in the models that have them. In others (GPT-BigCode, Qwen 1) layers of these names are Linear.
-_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
-_MODELS = frozenset({"gpt2", "openai-gpt", "decision_transformer", "imagegpt", "clvp", "clvp_decoder"})
+from plait.libraries.transformers import CONV1D_LAYERS, CONV1D_MODELS
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Conv1D(Layout):
 
 def may_be_conv1d(module: str) -> bool:
     """Say whether a module has a name that Conv1D layers have."""
-    return module.rpartition(".")[2] in _NAMES
+    return module.rpartition(".")[2] in CONV1D_LAYERS
 
 
 def has_conv1d(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> bool | None:
@@ -50,7 +47,7 @@ def has_conv1d(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
         if bias in ((shape[0],), (shape[1],)):
             return bias == (shape[1],)
     types = _model_types(config)
-    return bool(types & _MODELS) if types else None
+    return bool(types & CONV1D_MODELS) if types else None
 
 
 def _model_types(config: Mapping[str, Any]) -> set[str]:

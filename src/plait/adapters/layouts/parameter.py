@@ -17,10 +17,9 @@ from torch import Tensor
 
 from plait.adapters.layouts.base import Layout
 from plait.adapters.lowrank import LowRank
+from plait.libraries.transformers import EXPERT_PARAMETERS
 
 _WRAPPED = ".base_layer"
-# The order in which transformers' expert modules declare their parameters.
-_ORDER = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class ParameterNaming:
             if not names:
                 continue
             wrappers.sort(key=len, reverse=True)  # innermost first
-            known = all(name in _ORDER for name in names) or len(names) == 1
+            known = all(name in EXPERT_PARAMETERS for name in names) or len(names) == 1
             if len(wrappers) != len(names) or not known:
                 self.problems.append(
                     f"{bare!r}: {len(wrappers)} LoRA layers for parameters {', '.join(names)}; which is which cannot be told"
@@ -138,4 +137,4 @@ def _targets(parameter: str, module: str) -> bool:
 
 
 def _declared(name: str) -> tuple[int, str]:
-    return (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)
+    return (EXPERT_PARAMETERS.index(name) if name in EXPERT_PARAMETERS else len(EXPERT_PARAMETERS), name)
