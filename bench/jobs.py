@@ -217,7 +217,7 @@ def bake_arithmetic(adapters: list[str], layers: int, workers: int) -> dict[str,
     import plait
     import synthetic
     from plait.baking.deltas import add_rows
-    from plait.checkpoints.blocks import block_ranges
+    from plait.tensorfiles.blocks import block_ranges
 
     opened = [plait.Adapter.open(Path(a), n) for a, n in zip(adapters, "ab", strict=True)]
 

@@ -12,8 +12,8 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 import plait
-from plait.checkpoints import blocks as files
 from plait.errors import AdapterError, PlanError
+from plait.tensorfiles import blocks as files
 from tests.adapters_on_disk import Linear, read_deltas, write_adapter
 
 SMALL = {

@@ -32,7 +32,7 @@ NURSERY = """
 import json, os, resource, signal, sys, threading
 from collections import Counter
 import plait, plait.api
-from plait.baking import journal, making
+from plait.baking import journal, tensors
 one_at_a_time, steps = threading.Lock(), Counter()
 def step(name):
     with one_at_a_time:
@@ -47,7 +47,7 @@ def stepping(name, do):
         do(*rest, **more)
     return done
 journal.BakeJournal.finish = stepping("finish", journal.BakeJournal.finish)
-making.write_at = stepping("write", making.write_at)
+tensors.write_at = stepping("write", tensors.write_at)
 publish = journal.publish
 def publish_in_two_steps(*rest, **more):
     step("publish")
@@ -322,13 +322,13 @@ def test_a_failure_before_a_file_is_finished_leaves_nothing(materials, tmp_path,
 
 
 def test_killed_while_replacing_keeps_one_of_the_two(materials, tmp_path, monkeypatch):
-    """Between the two renames of a replacement the old model stands in the workshop; the next run puts it back first."""
+    """Between the two renames of a replacement the old model is in the working folder; the next run puts it back first."""
     out = tmp_path / "out"
     before = plait.bake(materials.pair, base=materials.base, out=out).folder
     expected = contents(before)
-    workshop = tmp_path / ".out.baking"
-    workshop.mkdir()
-    out.rename(workshop / "model.old")
+    working = tmp_path / ".out.baking"
+    working.mkdir()
+    out.rename(working / "model.old")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
     with pytest.raises(OutputError, match="needs"):
         plait.bake(materials.pair, base=materials.base, out=out, force=True)

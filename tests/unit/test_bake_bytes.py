@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import plait
 from plait.baking import deltas
-from plait.checkpoints import blocks as files
 from plait.errors import PlanError
 from plait.linalg import blocks
+from plait.tensorfiles import blocks as files
 from tests.adapters_on_disk import Embedding, Linear, write_adapter
 from tests.unit.test_bake_plan import MODULES, tensors, write_base
 

@@ -13,13 +13,13 @@ import transformers
 
 from plait import notices
 from plait.baking.journal import _read
-from plait.checkpoints.blocks import copy_range
 from plait.cli.console import warnings_as_notes
 from plait.evaluation import workspace
 from plait.evaluation.generation import generate
 from plait.evaluation.scores import Answers, ScoreCache
 from plait.notices import PlaitWarning, announce
 from plait.tasks.encoding import Question
+from plait.tensorfiles.blocks import copy_range
 from tests.language_models import language_model, tokenizer
 
 

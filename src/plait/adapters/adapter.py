@@ -18,14 +18,12 @@ from plait.adapters.layouts.parameter import ParameterNaming
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import clean_settings
 from plait.errors import AdapterError, collect
-from plait.tensorfiles.pickled import PickleFile
-from plait.tensorfiles.reader import SafetensorsFile, TensorFile
+from plait.tensorfiles.formats import FORMATS
+from plait.tensorfiles.reader import FLOATS, SafetensorsFile, TensorFile
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = SafetensorsFile.adapter_name
 CONFIG = "adapter_config.json"
-_PICKLE = "adapter_model.bin"
 ALPHA = "alpha"  # the part of a module whose file brings its own
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -149,12 +147,12 @@ class Adapter:
 
 
 def _open_file(folder: Path) -> TensorFile:
-    if (folder / WEIGHTS).is_file():
-        return SafetensorsFile(folder / WEIGHTS)
-    if (folder / _PICKLE).is_file():
-        return PickleFile(folder / _PICKLE)
+    for kind in FORMATS:
+        if (folder / kind.adapter_name).is_file():
+            return kind(folder / kind.adapter_name)
     instead = other_files(folder) or "Was the download cut short?"
-    raise AdapterError(f"{folder / WEIGHTS}: no such file, and no {_PICKLE} either. {instead}")
+    others = " or ".join(kind.adapter_name for kind in FORMATS[1:])
+    raise AdapterError(f"{folder / WEIGHTS}: no such file, and no {others} either. {instead}")
 
 
 def _understand(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Target], dict[str, str], list[str]]:
@@ -190,8 +188,8 @@ def _target(config: AdapterConfig, file: TensorFile, module: str, parameter: str
         raise ValueError(f"{' and '.join(missing)} missing; found {', '.join(sorted(parts))}")
     info_a, info_b = (file.tensors[parts[p]] for p in pair)
     for part, info in zip(pair, (info_a, info_b), strict=True):
-        if info.dtype not in _FLOATS:
-            raise ValueError(f"{part} is stored as {info.dtype}; factors are read as {', '.join(_FLOATS)}")
+        if info.dtype not in FLOATS:
+            raise ValueError(f"{part} is stored as {info.dtype}; factors are read as {', '.join(FLOATS)}")
     layout, rank = kind.of(info_a.shape, info_b.shape, config.rank(path))
     if rank == 0:
         raise ValueError("has rank 0")

@@ -13,7 +13,7 @@ from typing import Any
 
 from plait.baking.placement import Placement
 from plait.checkpoints.checkpoint import BaseCheckpoint
-from plait.checkpoints.layout import CONFIG, INDEX
+from plait.checkpoints.files import CONFIG, INDEX
 from plait.errors import AdapterError, collect
 from plait.folders import OutsideError, file_in, name_problem, open_in
 from plait.libraries.peft import LABELED_TASKS, TASK_HEADS

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from plait.adapters.adapter import Adapter
-from plait.checkpoints.blocks import BLOCK_ELEMENTS, TORCH_DTYPES, read_at
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.recipes.schema import Heads, Recipe
+from plait.tensorfiles.blocks import BLOCK_ELEMENTS, TORCH_DTYPES
 
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 
@@ -38,7 +38,7 @@ class FullTensor:
 
     def values(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
         """Return `count` values from the value `first` on, flat; the mean over adapters is accumulated in float64."""
-        parts = [read_at(a.file, name, first, count) for a, (_, name) in zip(self.adapters, self.names, strict=True)]
+        parts = [a.file.values(name, first, count) for a, (_, name) in zip(self.adapters, self.names, strict=True)]
         return parts[0].to(dtype) if len(parts) == 1 else torch.stack([p.double() for p in parts]).mean(0).to(dtype)
 
     def equals(self, checkpoint: BaseCheckpoint, name: str) -> bool:

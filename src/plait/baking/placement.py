@@ -11,12 +11,13 @@ from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
 from plait.baking.full import FullTensor, full_tensor, parameter_of
 from plait.checkpoints.architecture import ArchitectureUnknown, Part
-from plait.checkpoints.checkpoint import FLOATS, BaseCheckpoint, sections
+from plait.checkpoints.checkpoint import BaseCheckpoint, sections
 from plait.checkpoints.names import Names
 from plait.libraries.transformers import HEADED_TASKS
 from plait.merging.combine import pipeline_of
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan
+from plait.tensorfiles.reader import FLOATS
 
 _TRANSPOSED = "is stored as (d_in, d_out) and cut into several tensors"
 

@@ -15,7 +15,6 @@ from plait.baking.auxiliary_files import AuxiliaryFiles, gather_auxiliary_files
 from plait.baking.full import effective_heads, full_tensors
 from plait.baking.placement import Placement, place
 from plait.baking.shards import OutShard, index_of, lay_out, parse_size
-from plait.checkpoints.blocks import BLOCK_ELEMENTS, SHORT
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import AddressError, PlanError, RecipeError, collect
 from plait.inspection.compatibility import base_model_problems
@@ -24,6 +23,7 @@ from plait.merging.moments import MomentsOf
 from plait.merging.plan import MergePlan, make_plan
 from plait.recipes.schema import Output, Recipe
 from plait.records import Record
+from plait.tensorfiles.blocks import BLOCK_ELEMENTS, SHORT
 
 BakeDtype = Literal["float64", "float32", "float16", "bfloat16"]
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plait.baking.placement import Change, Placement
-from plait.checkpoints.blocks import TORCH_DTYPES
-from plait.checkpoints.checkpoint import FLOATS, BaseCheckpoint, Shard
-from plait.checkpoints.layout import INDEX, SINGLE
+from plait.checkpoints.checkpoint import BaseCheckpoint, Shard
+from plait.checkpoints.files import SINGLE
 from plait.errors import RecipeError
+from plait.tensorfiles.blocks import TORCH_DTYPES
+from plait.tensorfiles.reader import FLOATS
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -113,11 +114,6 @@ def index_of(checkpoint: BaseCheckpoint, shards: Sequence[OutShard]) -> dict[str
     return {"metadata": metadata, "weight_map": {t.name: s.name for s in shards for t in s.tensors}}
 
 
-def index_name() -> str:
-    """Return the name of the index file."""
-    return INDEX
-
-
 def parse_size(text: str) -> int:
     """Read a size such as `5GB` (decimal, as transformers reads it) or `4GiB`.
 
@@ -185,7 +181,7 @@ def _shard(checkpoint: BaseCheckpoint, name: str, entries: Sequence[_Entry], bas
     if (
         base is not None
         and base.is_plain
-        and not base.is_pickled
+        and base.is_safetensors
         and [(e.name, e.dtype, e.shape) for e in entries] == [(n, i.dtype, i.shape) for n, i in base.in_order]
     ):
         starts = [info.start for _, info in base.in_order]

@@ -15,9 +15,9 @@ from plait.adapters.lowrank import LowRank
 from plait.baking.deltas import ModuleMerge, RowReader, add_rows, dense_rows, merge_dora, own_columns
 from plait.baking.placement import RowRange
 from plait.baking.shards import OutTensor
-from plait.checkpoints.blocks import TORCH_DTYPES, block_ranges, write_at
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import PlanError
+from plait.tensorfiles.blocks import TORCH_DTYPES, block_ranges, write_at
 
 Adder = Callable[[Tensor, int], None]  # adds to the rows of a block that starts at a row
 

@@ -16,7 +16,6 @@ from plait.baking.digests import GrowingDigest
 from plait.baking.journal import BakeJournal
 from plait.baking.shards import OutShard, OutTensor
 from plait.baking.tensors import ShardTensorBuilder
-from plait.checkpoints.blocks import SourceError, copy_range
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import AdapterError
 from plait.merging.combine import Combiner
@@ -25,6 +24,7 @@ from plait.notices import announce
 from plait.results.digests import sha256
 from plait.results.progress import Progress
 from plait.results.threads import one_thread_each
+from plait.tensorfiles.blocks import SourceError, copy_range
 
 _RUN = 1 << 26  # bytes that one thread copies at a time; a long run is shared
 

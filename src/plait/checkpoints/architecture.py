@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plait.adapters.layouts import Conv1D, Convolution, Embedding, Layout, Linear
-from plait.checkpoints.layout import architectures, read_config
+from plait.checkpoints.files import architectures, read_config
 from plait.extras import missing
 from plait.hub.pretrained import load_config
 from plait.libraries.transformers import (

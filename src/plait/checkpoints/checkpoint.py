@@ -12,19 +12,18 @@ from torch import Tensor
 
 from plait.adapters.layouts.conv1d import has_conv1d
 from plait.checkpoints.architecture import Architecture, ArchitectureUnknown
-from plait.checkpoints.blocks import is_in_order, read_at
 from plait.checkpoints.dequantize import FORMATS, PlainFile, dequantized
-from plait.checkpoints.layout import INDEX, PICKLED, PICKLED_INDEX, SINGLE, find_weights, open_weights, read_config
+from plait.checkpoints.files import INDEX, SINGLE, WeightFiles, find_weights, index_of, read_config
 from plait.checkpoints.quantization import quantization, way_out
 from plait.errors import AdapterError, PlanError, collect
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve_model
 from plait.notices import announce
+from plait.tensorfiles.formats import FORMATS as FILE_FORMATS
+from plait.tensorfiles.formats import open_tensors
 from plait.tensorfiles.header import TensorInfo
-from plait.tensorfiles.pickled import PickleFile
 from plait.tensorfiles.reader import SafetensorsFile, TensorFile
 
 FILES = (*MODEL_FILES, *COMPANION_FILES, "*.py", "NOTICE*")
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -52,18 +51,19 @@ class Shard:
         Raises:
             AdapterError: the file is truncated or damaged.
         """
-        file = open_weights(path)
-        if isinstance(file, PickleFile):
-            return Shard(path.name.replace("pytorch_model", "model", 1).removesuffix(".bin") + ".safetensors", file, b"", {})
+        file = open_tensors(path)
+        if not isinstance(file, SafetensorsFile):
+            stem = path.name.removesuffix(file.suffix).replace(Path(file.model_name).stem, Path(SINGLE).stem, 1)
+            return Shard(stem + SafetensorsFile.suffix, file, b"", {})
         with path.open("rb") as stream:
             length = stream.read(8)
             lead = length + stream.read(int.from_bytes(length, "little"))
-        return Shard(path.name, file, lead, getattr(file, "metadata", {}))
+        return Shard(path.name, file, lead, file.metadata)
 
     @property
-    def is_pickled(self) -> bool:
-        """Whether it is a `.bin`, which is written as safetensors."""
-        return isinstance(self.file, PickleFile)
+    def is_safetensors(self) -> bool:
+        """Whether it is of the format that is written; one of another has no header to keep."""
+        return isinstance(self.file, SafetensorsFile)
 
     @property
     def is_plain(self) -> bool:
@@ -111,8 +111,9 @@ class BaseCheckpoint:
         """
         located = resolve_model(reference, base=base, files=FILES)
         folder = located.folder
-        names, index, weight_map = _shard_names(folder)
-        said = "the index" if index is None else PICKLED_INDEX if names[0].endswith(".bin") else INDEX
+        weights, index = _weight_files(folder)
+        names = weights.names
+        where = folder / (weights.index_name or "the index")
         shards, problems = [], []
         for name in names:
             try:
@@ -129,8 +130,8 @@ class BaseCheckpoint:
         home = _home(shards)
         if not problems:
             problems += [
-                f"{folder / said}: {tensor!r} should be in {name}, but is not. Fetch the base model again."
-                for tensor, name in weight_map.items()
+                f"{where}: {tensor!r} should be in {name}, but is not. Fetch the base model again."
+                for tensor, name in weights.home.items()
                 if tensor not in home or home[tensor].file.path.name != name
             ][:5]
         collect(AdapterError, problems, f"{folder}: the base model is not whole")
@@ -138,7 +139,7 @@ class BaseCheckpoint:
         found = quantization(checkpoint.config, {n: s.file.tensors[n] for n, s in home.items()})
         if found is None:
             return checkpoint
-        if dequantize and found.method in FORMATS and not any(s.is_pickled for s in shards):
+        if dequantize and found.method in FORMATS and all(s.is_safetensors for s in shards):
             return checkpoint._plain()
         raise PlanError(f"{folder}: the base model is quantized ({found.said}). {way_out(found.method, asked=dequantize)}")
 
@@ -159,16 +160,15 @@ class BaseCheckpoint:
     @property
     def notes(self) -> list[str]:
         """What a user should know of it."""
-        pickled = [s for s in self.shards if s.is_pickled]
-        if pickled:
-            return [f"the base model is stored as {', '.join(s.file.path.name for s in pickled[:3])}; safetensors are written."]
+        other = [s.file.path.name for s in self.shards if not s.is_safetensors]
+        if other:
+            return [f"the base model is stored as {', '.join(other[:3])}; safetensors are written."]
         made = sum(len(s.file.computed) for s in self.shards if isinstance(s.file, PlainFile))
         return [f"{made} tensors of the base model are quantized, and are dequantized as they are read."] if made else []
 
     def is_computed(self, tensor: str) -> bool:
         """Say whether a tensor's values are made as they are read (dequantized, put in order): no bytes of it can be copied."""
-        file = self.home[tensor].file
-        return tensor in file.computed if isinstance(file, PlainFile) else not is_in_order(file, tensor)
+        return not self.home[tensor].file.is_in_order(tensor)
 
     def values(self, tensor: str, first: int, count: int) -> Tensor:
         """Return `count` values of a tensor from the value `first` on, flat; dequantized ones in float32, not rounded yet.
@@ -176,17 +176,14 @@ class BaseCheckpoint:
         Raises:
             AdapterError: the file ends early or cannot be read.
         """
-        file = self.home[tensor].file
-        if isinstance(file, PlainFile) and tensor in file.computed:
-            return file.values(tensor, first, count)
-        return read_at(file, tensor, first, count)
+        return self.home[tensor].file.values(tensor, first, count)
 
     def _without_copies(self) -> BaseCheckpoint:
         """Return the checkpoint without further names of a stored tensor that the model's code ties to it anyway.
 
         A `.bin` names a tied tensor as often as the model has it; safetensors hold it once, under the name that it has first.
         """
-        again = {name: first for shard in self.shards if shard.is_pickled for name, first in _repeated(shard.file)}
+        again = {name: first for shard in self.shards if not shard.is_safetensors for name, first in _repeated(shard.file)}
         if not again or not any(s.get("tie_word_embeddings", True) for s in sections(self.config)):
             return self
         try:
@@ -219,7 +216,7 @@ def _repeated(file: TensorFile) -> Iterator[tuple[str, str]]:
     """Yield the further names of tensors that have several, each with the first."""
     first: dict[object, str] = {}
     for name, info in file.tensors.items():
-        if info.nbytes and is_in_order(file, name) and first.setdefault(info, name) != name:
+        if info.nbytes and file.is_in_order(name) and first.setdefault(info, name) != name:
             yield name, first[info]
 
 
@@ -235,12 +232,11 @@ def sections(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield text
 
 
-def _shard_names(folder: Path) -> tuple[tuple[str, ...], Mapping[str, Any] | None, Mapping[str, str]]:
-    """Return the files with tensors, and metadata and map of the index when there is one."""
+def _weight_files(folder: Path) -> tuple[WeightFiles, Mapping[str, Any] | None]:
+    """Return the files with tensors, and the metadata of the index where there is one."""
     weights = find_weights(folder)
     if weights is not None:
-        index = None if weights.listing is None else weights.listing.get("metadata") or {}
-        return weights.names, index, weights.home
+        return weights, None if weights.listing is None else weights.listing.get("metadata") or {}
     found = sorted(p.name for p in folder.iterdir())
     hint = " It holds an adapter; give the base model." if "adapter_config.json" in found else ""
     other = [name for name in found if name.endswith((".bin", ".pt", ".pth", ".gguf"))]
@@ -248,4 +244,5 @@ def _shard_names(folder: Path) -> tuple[tuple[str, ...], Mapping[str, Any] | Non
         # transformers dequantizes GGUF on loading, but saves what it made of it only when told so
         gguf = f", gguf_file={other[0]!r}, quantization_config=GgufConfig(dequantize=True)" * other[0].endswith(".gguf")
         hint = f" It holds {other[0]}; convert it first: transformers' from_pretrained(…{gguf}), then save_pretrained."
-    raise AdapterError(f"{folder}: neither {SINGLE} nor {INDEX} is here, nor {PICKLED} or {PICKLED_INDEX}.{hint}")
+    others = [name for kind in FILE_FORMATS[1:] for name in (kind.model_name, index_of(kind.model_name))]
+    raise AdapterError(f"{folder}: neither {SINGLE} nor {INDEX} is here, nor {' or '.join(others)}.{hint}")

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from plait.checkpoints.blocks import SHORT, TORCH_DTYPES, read_bytes
+from plait.tensorfiles.blocks import SHORT, TORCH_DTYPES
 from plait.tensorfiles.header import TensorInfo
-from plait.tensorfiles.reader import SafetensorsFile
+from plait.tensorfiles.reader import SafetensorsFile, read_bytes
 
 #: Methods of `quantization_config` that can be dequantized here.
 FORMATS = ("fp8", "mxfp4")
@@ -147,8 +147,14 @@ class PlainFile(SafetensorsFile):
             tensors[name] = TensorInfo(made.shape, dtype, math.prod(made.shape) * size, at)
         self.tensors = tensors
 
+    def is_in_order(self, name: str) -> bool:
+        """Say whether a tensor's bytes can be copied: those of a computed one are another's."""
+        return name not in self.computed
+
     def values(self, name: str, first: int, count: int) -> Tensor:
-        """Return `count` values of a computed tensor from the value `first` on, flat, float32: not rounded to its dtype."""
+        """Return `count` values of a tensor from the value `first` on, flat; computed ones in float32, not rounded yet."""
+        if name not in self.computed:
+            return super().values(name, first, count)
         made = self.computed[name]
         width = made.shape[-1]
         start, stop = first // width, -(-(first + count) // width)

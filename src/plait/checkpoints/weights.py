@@ -9,8 +9,9 @@ from torch import Tensor
 
 from plait.adapters.layouts import Layout
 from plait.adapters.layouts.conv1d import has_conv1d
-from plait.checkpoints.layout import INPUT_EMBEDDING, OUTPUT_HEAD, find_weights, open_weights, read_config
+from plait.checkpoints.files import INPUT_EMBEDDING, OUTPUT_HEAD, find_weights, read_config
 from plait.errors import AdapterError
+from plait.tensorfiles.formats import open_tensors
 
 
 class BaseWeights:
@@ -29,7 +30,7 @@ class BaseWeights:
         names = found.names if found else _other_safetensors(folder)
         if not names:
             raise AdapterError(f"{folder}: no weights of a base model here; DoRA needs them.")
-        self._files = [open_weights(folder / name) for name in names]
+        self._files = [open_tensors(folder / name) for name in names]
         self._home = {tensor: file for file in self._files for tensor in file.tensors}
         config = read_config(folder)
         self._conv1d = has_conv1d(config, {n: f.tensors[n].shape for n, f in self._home.items()})

@@ -16,15 +16,14 @@ from torch import Tensor
 from plait.adapters.layouts import Conv1D, Convolution, Embedding, Layout, Linear, Parameter
 from plait.adapters.layouts.conv1d import may_be_conv1d
 from plait.checkpoints.architecture import Architecture, ArchitectureUnknown, Layer, Part
-from plait.checkpoints.blocks import read_at
-from plait.checkpoints.checkpoint import FLOATS, BaseCheckpoint
-from plait.checkpoints.layout import INPUT_EMBEDDING, OUTPUT_HEAD
+from plait.checkpoints.checkpoint import BaseCheckpoint
+from plait.checkpoints.files import INPUT_EMBEDDING, OUTPUT_HEAD
 from plait.errors import PlaitError, PlanError, collect
 from plait.libraries.peft import EXPERT_LAYERS, TASK_HEADS, reads_past_adapters
 from plait.libraries.transformers import task_of
 from plait.linalg.blocks import RowBlocks
 from plait.tensorfiles.header import TensorInfo
-from plait.tensorfiles.reader import TensorFile
+from plait.tensorfiles.reader import FLOATS, TensorFile
 
 Role = Literal["expert", "bias", "head", "other"]  # of a parameter that cannot become factors
 Form = type[Layout] | Role
@@ -59,7 +58,7 @@ class PairedRows:
         sides = (self.tuned, self.base)
         is_double = "F64" in {file.tensors[name].dtype for file, name in sides}
         at, size = (self.first + start) * self.columns, (stop - start) * self.columns
-        tuned, base = (read_at(*side, at, size).to(torch.float64 if is_double else torch.float32) for side in sides)
+        tuned, base = (file.values(name, at, size).to(torch.float64 if is_double else torch.float32) for file, name in sides)
         return (tuned - base).to(torch.float32).view(-1, self.columns)
 
 

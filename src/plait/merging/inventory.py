@@ -10,7 +10,7 @@ from typing import Any
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
-from plait.checkpoints.layout import read_config
+from plait.checkpoints.files import read_config
 from plait.checkpoints.weights import BaseWeights
 from plait.errors import AdapterError, AddressError, PlaitError, PlanError, collect
 from plait.hub.download import Located, resolve, resolve_model

@@ -72,6 +72,10 @@ class PickleFile(TensorFile):
             tensor under a text: code, sparse, quantized and meta tensors, nested mappings.
     """
 
+    suffix = ".bin"
+    adapter_name = "adapter_model.bin"
+    model_name = "pytorch_model.bin"
+
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
@@ -90,7 +94,7 @@ class PickleFile(TensorFile):
         self.tensors: Mapping[str, TensorInfo] = {name: view.info for name, view in self._views.items()}
 
     def is_in_order(self, name: str) -> bool:
-        """Say whether a tensor's values lie behind each other in the file, row by row."""
+        """Say whether a tensor's values lie behind each other in the file, row by row, so that its bytes can be copied."""
         return self._views[name].is_in_order
 
     def read(self, name: str) -> Tensor:
@@ -106,6 +110,12 @@ class PickleFile(TensorFile):
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return the rows [start, stop) of a tensor along its first dimension."""
         return super().read_rows(name, start, stop) if self.is_in_order(name) else self.read(name)[start:stop]
+
+    def values(self, name: str, first: int, count: int) -> Tensor:
+        """Return `count` values of a tensor from the value `first` on, flat."""
+        if self.is_in_order(name):
+            return super().values(name, first, count)
+        return self.read(name).reshape(-1)[first : first + count]
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from plait.errors import AdapterError
 from plait.tensorfiles.header import TensorInfo, read_header
@@ -18,6 +19,9 @@ DTYPES = {
 }  # fmt: skip
 
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
 class TensorFile:
     """A file of tensors, each at its place in it.
 
@@ -26,42 +30,77 @@ class TensorFile:
         tensors: name → shape, dtype and place.
     """
 
+    suffix: ClassVar[str]  #: of a file's name
+    adapter_name: ClassVar[str]  #: the file of an adapter
+    model_name: ClassVar[str]  #: the only file of a base model; shards and index are named after it
+
     path: Path
     tensors: Mapping[str, TensorInfo]
+
+    def is_in_order(self, name: str) -> bool:
+        """Say whether a tensor's values lie behind each other in the file, so that its bytes can be copied."""
+        return True
 
     def read(self, name: str) -> Tensor:
         """Return one tensor.
 
         Its bytes are read into memory of their own: opening the file through safetensors parses the whole header again for
         every tensor, and mapping it keeps pages of the file resident.
+
+        Raises:
+            AdapterError: the file ends early or cannot be read, or a dtype that plait does not read.
         """
-        shape = self.tensors[name].shape
-        return self._values(name, self.tensors[name].start, self.tensors[name].nbytes).reshape(shape)
+        info = self.tensors[name]
+        return self._values(name, info.start, info.nbytes).reshape(info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return the rows [start, stop) of a tensor along its first dimension."""
+        """Return the rows [start, stop) of a tensor along its first dimension; errors as `read`."""
         info = self.tensors[name]
         row = info.nbytes // max(1, info.shape[0])
         return self._values(name, info.start + start * row, (stop - start) * row).reshape(stop - start, *info.shape[1:])
 
-    def _values(self, name: str, place: int, nbytes: int) -> Tensor:
+    def values(self, name: str, first: int, count: int) -> Tensor:
+        """Return `count` values of a tensor from the value `first` on, flat; errors as `read`."""
+        info = self.tensors[name]
+        size = info.nbytes // max(1, math.prod(info.shape))
+        return self._values(name, info.start + first * size, count * size)
+
+    def _values(self, name: str, position: int, nbytes: int) -> Tensor:
         import torch
 
         info = self.tensors[name]
         if info.dtype not in DTYPES:
             raise AdapterError(f"{self.path}: {name!r} is stored as {info.dtype}; plait reads {', '.join(DTYPES)}.")
-        data = torch.empty(nbytes, dtype=torch.uint8)
-        left = memoryview(data.numpy())  # type: ignore[arg-type]
-        with self.path.open("rb", buffering=0) as file:  # straight into place, through no buffer
-            file.seek(place)
-            while left:
-                count = file.readinto(left)
-                if not count:
-                    raise AdapterError(
-                        f"{self.path}: {name!r} cannot be read to its end. Did the file change while it was read?"
-                    )
-                left = left[count:]
-        return data.view(getattr(torch, DTYPES[info.dtype]))
+        return read_bytes(self.path, name, position, nbytes).view(getattr(torch, DTYPES[info.dtype]))
+
+
+def read_bytes(path: Path, name: str, position: int, count: int) -> Tensor:
+    """Return bytes of a file, uint8 (count,).
+
+    Args:
+        path: of the file.
+        name: of the tensor there, for messages.
+        position: of the first byte.
+        count: of bytes.
+
+    Raises:
+        AdapterError: the file ends early or cannot be read.
+    """
+    import torch
+
+    data = torch.empty(count, dtype=torch.uint8)
+    view = memoryview(data.numpy().data)
+    try:
+        with path.open("rb", buffering=0) as file:  # straight into place, through no buffer
+            file.seek(position)
+            while view:
+                done = file.readinto(view)
+                if not done:
+                    raise AdapterError(f"{path}: {name!r} ends early. Did the file change while it was read?")
+                view = view[done:]
+    except OSError as error:
+        raise AdapterError(f"{path}: {name!r} cannot be read ({error.strerror or error}). Fetch the file again.") from None
+    return data
 
 
 class SafetensorsFile(TensorFile):
@@ -73,6 +112,10 @@ class SafetensorsFile(TensorFile):
     Raises:
         AdapterError: there is no such file, or it is damaged, cut off, or not safetensors.
     """
+
+    suffix = ".safetensors"
+    adapter_name = "adapter_model.safetensors"
+    model_name = "model.safetensors"
 
     def __init__(self, path: Path) -> None:
         self.path = path

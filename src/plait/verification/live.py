@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plait.adapters.adapter import CONFIG, WEIGHTS
 from plait.adapters.names import PREFIX
-from plait.checkpoints.layout import architectures, read_config
+from plait.checkpoints.files import architectures, read_config
 from plait.errors import AdapterError, PlanError
 from plait.hub.pretrained import load_model, refusing
 from plait.libraries.peft import scalings

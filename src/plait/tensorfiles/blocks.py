@@ -1,23 +1,20 @@
-"""Bytes of tensors in files: blocks of rows in and out, and ranges copied by the kernel."""
+"""Bytes of tensors in files: the blocks of rows in which they are made, and ranges copied by the kernel."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from plait.errors import AdapterError
 from plait.notices import announce
 from plait.results.disk import DISK_FAULTS
-from plait.tensorfiles.pickled import PickleFile
-from plait.tensorfiles.reader import DTYPES, TensorFile
+from plait.tensorfiles.reader import DTYPES, FLOATS
 
-SHORT = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SHORT = {DTYPES[name]: name for name in FLOATS}
 _THROUGH_HERE = "unchanged tensors are copied the slower way, through this process"
-TORCH_DTYPES = {name: getattr(torch, said) for name, said in DTYPES.items()}
+TORCH_DTYPES = {name: getattr(torch, full) for name, full in DTYPES.items()}
 _CHUNK = 1 << 25  # bytes handed to the kernel at a time: progress stays alive, a kill waits for no more
 _BUFFER = 1 << 20
 BLOCK_ELEMENTS = 1 << 20  # rows per block × columns: few calls per tensor, a few MB of memory
@@ -32,51 +29,6 @@ def block_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     step = max(1, BLOCK_ELEMENTS // max(1, columns))
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
-
-
-def is_in_order(file: TensorFile, name: str) -> bool:
-    """Say whether a tensor's values lie behind each other in its file, so that its bytes can be copied."""
-    return not isinstance(file, PickleFile) or file.is_in_order(name)
-
-
-def read_at(file: TensorFile, name: str, first: int, count: int) -> Tensor:
-    """Return `count` values of a tensor from the value `first` on, flat.
-
-    Raises:
-        AdapterError: the file ends early or cannot be read.
-    """
-    if not is_in_order(file, name):
-        return file.read(name).reshape(-1)[first : first + count]
-    info = file.tensors[name]
-    dtype = TORCH_DTYPES[info.dtype]
-    return read_bytes(file.path, name, info.start + first * dtype.itemsize, count * dtype.itemsize).view(dtype)
-
-
-def read_bytes(path: Path, name: str, position: int, count: int) -> Tensor:
-    """Return bytes of a file, uint8.
-
-    Args:
-        path: of the file.
-        name: of the tensor there, for people.
-        position: of the first byte.
-        count: of bytes.
-
-    Raises:
-        AdapterError: the file ends early or cannot be read.
-    """
-    data = torch.empty(count, dtype=torch.uint8)
-    view = memoryview(data.numpy().data)
-    try:
-        with path.open("rb", buffering=0) as stream:
-            stream.seek(position)
-            while view:
-                done = stream.readinto(view)
-                if not done:
-                    raise AdapterError(f"{path}: {name!r} ends early. Did the file change while it was read?")
-                view = view[done:]
-    except OSError as error:
-        raise AdapterError(f"{path}: {name!r} cannot be read ({error.strerror or error}). Fetch the file again.") from None
-    return data
 
 
 def write_at(handle: int, position: int, tensor: Tensor) -> None:

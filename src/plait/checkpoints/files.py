@@ -9,17 +9,15 @@ from typing import Any, NamedTuple
 
 from plait.errors import AdapterError
 from plait.parsing import read_object, shown
-from plait.tensorfiles.pickled import PickleFile
-from plait.tensorfiles.reader import SafetensorsFile, TensorFile
+from plait.tensorfiles.formats import FORMATS
+from plait.tensorfiles.reader import SafetensorsFile
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SINGLE = SafetensorsFile.model_name
+INDEX = f"{SINGLE}.index.json"
 CONFIG = "config.json"
 # the input embedding, and the head that reads its values where a model ties the two
 INPUT_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|shared|embed_in|word_embeddings)\.weight")
 OUTPUT_HEAD = re.compile(r"(.*\.)?(lm_head|embed_out)\.weight")
-PICKLED = "pytorch_model.bin"
-PICKLED_INDEX = "pytorch_model.bin.index.json"
 _AGAIN = "Fetch the base model again."
 
 
@@ -28,37 +26,36 @@ class WeightFiles(NamedTuple):
 
     Attributes:
         names: of the files, sorted.
+        index_name: of the index; None for a single file.
         listing: the index as it is; None for a single file.
         home: tensor name → file, as the index says.
     """
 
     names: tuple[str, ...]
+    index_name: str | None
     listing: Mapping[str, Any] | None
     home: Mapping[str, str]
 
 
 def find_weights(folder: Path) -> WeightFiles | None:
-    """Return the files that hold a model's tensors, those of safetensors before `.bin`, as transformers chooses; None without.
+    """Return the files that hold a model's tensors, in the first format that is there, as transformers chooses; None without.
 
     Raises:
         AdapterError: an index that is none.
     """
-    for single, name in ((SINGLE, INDEX), (PICKLED, PICKLED_INDEX)):
+    for kind in FORMATS:
+        name = index_of(kind.model_name)
         if (folder / name).is_file():
             index, home = read_index(folder / name)
-            return WeightFiles(tuple(sorted(set(home.values()))), index, home)
-        if (folder / single).is_file():
-            return WeightFiles((single,), None, {})
+            return WeightFiles(tuple(sorted(set(home.values()))), name, index, home)
+        if (folder / kind.model_name).is_file():
+            return WeightFiles((kind.model_name,), None, None, {})
     return None
 
 
-def open_weights(path: Path) -> TensorFile:
-    """Open a file with tensors of a base model; of a `.bin` nothing is run.
-
-    Raises:
-        AdapterError: it is damaged, or holds more than tensors.
-    """
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
+def index_of(single: str) -> str:
+    """Return the name of the index beside shards, in the format of a single file of this name."""
+    return f"{single}.index.json"
 
 
 def read_index(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
