@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from plait.calibration.moments import take_moments
+from plait.calibration.moments import InputMoments, take_moments
 from plait.calibration.passages import Passage, Reader
 from plait.calibration.teachers import Answers, answers_of, ask
 from plait.calibration.texts import generic_lines, read_texts
 from plait.errors import TaskError
+from plait.linalg.inputs import InputRows
 from plait.tasks.loading import load_task
 from tests.language_models import language_model, write_task
 
@@ -67,26 +68,80 @@ def test_moments_are_the_mean_outer_product_of_the_inputs() -> None:
         model(input_ids=torch.tensor([[*p.prompt, *p.answer[:-1]]]))
     for hook in hooks:
         hook.remove()
-    found = take_moments(model, {n: model.get_submodule(n) for n in names}, PASSAGES)
-    for name, rows in inputs.items():
-        x = torch.cat(rows).double()
-        torch.testing.assert_close(found[name].double(), x.T @ x / len(x), rtol=1e-5, atol=1e-6, msg=name)
-    q, k = (found[f"model.layers.0.self_attn.{part}_proj"] for part in "qk")
-    assert q.data_ptr() == k.data_ptr()  # one sum for what is one tensor
-    assert found["model.layers.0.mlp.down_proj"].data_ptr() != q.data_ptr()
+    modules = {n: model.get_submodule(n) for n in names}
+    for passages, times in ((PASSAGES, 1), (PASSAGES * 20, 20)):  # fewer tokens than inputs have entries, and more
+        found = take_moments(model, modules, passages).found()
+        for name, rows in inputs.items():
+            x = torch.cat(rows).double()
+            torch.testing.assert_close(dense(found[name]), x.T @ x / len(x), rtol=1e-5, atol=1e-5, msg=name)
+            assert isinstance(found[name], InputRows) == (len(x) * times < x.shape[1])
+        q, k = (found[f"model.layers.0.self_attn.{part}_proj"] for part in "qk")
+        assert q is k  # one for what is one tensor
+        assert found["model.layers.0.mlp.down_proj"] is not q
+
+
+def dense(found: torch.Tensor | InputRows) -> torch.Tensor:
+    return found.dense() if isinstance(found, InputRows) else found.double()
+
+
+def test_moments_do_not_depend_on_how_passages_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = language_model()
+    modules = {"q": model.model.layers[0].self_attn.q_proj, "down": model.model.layers[0].mlp.down_proj}
+    passages = [Passage((4, 13 + i % 3, *range(4, 4 + i % 4)), (9,)) for i in range(40)]
+    whole = take_moments(model, modules, passages, most_rows=8).found()
+    monkeypatch.setattr("plait.calibration.moments._BATCH_TOKENS", 7)
+    single = take_moments(model, modules, passages, most_rows=8).found()
+    for name, found in whole.items():
+        torch.testing.assert_close(dense(single[name]), dense(found), rtol=1e-5, atol=1e-6)
+
+
+def test_of_many_tokens_some_are_kept_evenly_and_by_the_seed() -> None:
+    layer = torch.nn.Linear(50, 3)
+    x = torch.randn(900, 50, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = torch.arange(900)
+
+    def kept(seed: int, most: int, pieces: int = 30) -> InputMoments:
+        moments = InputMoments({"a": layer}, most_rows=most, seed=seed)
+        with moments.watching():
+            for part in x.split(pieces):
+                layer(part)
+        return moments
+
+    moments = kept(0, 40)
+    found = moments.found()["a"]
+    assert isinstance(found, InputRows)
+    assert moments.sampled == {"a": (40, 900)}
+    places = found.x[:, 0].long()
+    torch.testing.assert_close(found.x, x[places])  # rows as they came
+    gaps = places.diff()
+    assert 10 <= int(gaps.min()) <= int(gaps.max()) <= 40  # 900 / 40 = 22.5 on average
+    again, other, batched = kept(0, 40).found()["a"], kept(1, 40).found()["a"], kept(0, 40, 7).found()["a"]
+    assert torch.equal(again.x, found.x)  # type: ignore[union-attr]
+    assert torch.equal(batched.x, found.x)  # type: ignore[union-attr]
+    assert not torch.equal(other.x, found.x)  # type: ignore[union-attr]
+    assert isinstance(kept(0, 50).found()["a"], torch.Tensor)  # the matrix is not larger than so many rows
+    assert kept(0, 50).sampled == {}
+
+
+def test_kept_inputs_have_the_dtype_of_the_model() -> None:
+    layer = torch.nn.Linear(50, 3).bfloat16()
+    moments = InputMoments({"a": layer})
+    with moments.watching():
+        layer(torch.randn(9, 50, generator=torch.Generator().manual_seed(0)).bfloat16())
+    found = moments.found()["a"]
+    assert isinstance(found, InputRows)
+    assert found.x.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("layer", [torch.nn.Conv1d(3, 4, 3, stride=2, padding=1), torch.nn.Conv2d(2, 4, (2, 3), dilation=2)])
 def test_moments_of_a_convolution_are_those_of_its_patches(layer: Any) -> None:
-    from plait.calibration.moments import InputMoments
-
     drawn = torch.Generator().manual_seed(0)
     shape = (2, 3, 9) if isinstance(layer, torch.nn.Conv1d) else (2, 2, 7, 8)
     x = torch.randn(shape, generator=drawn)
     moments = InputMoments({"conv": layer})
     with moments.watching(), torch.no_grad():
         y = layer(x)
-    gram = moments.means()["conv"].double()
+    gram = dense(moments.found()["conv"])
     weight = layer.weight.detach().reshape(4, -1).double()
     plain = (y.detach() - layer.bias.detach().reshape(-1, *(1,) * (y.ndim - 2))).double()
     wanted = plain.transpose(0, 1).reshape(4, -1)

@@ -12,8 +12,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import plait
+from plait.adapters.adapter import Adapter
 from plait.cli.main import app
 from plait.errors import AdapterError, OutputError, PlanError, RecipeError
+from plait.linalg.inputs import InputRows
+from plait.linalg.solve import RidgeSystem
+from plait.merging.moments import MomentsFile, MomentsOrigin, write_moments
 from plait.recipes.request import read_request
 from tests.adapters_on_disk import Embedding, Linear, layers, write_adapter
 
@@ -178,6 +182,106 @@ def test_values_are_checked_when_they_are_saved(tmp_path, words):
     with pytest.raises(AdapterError, match=f"moments of q: .*{words}"):
         plait.save_moments(tmp_path / "x.safetensors", {"q": BAD[words]})
     assert not list(tmp_path.iterdir())
+
+
+def inputs(seed: int, tokens: int, d_in: int = 5) -> InputRows:
+    return InputRows(torch.randn(tokens, d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", ["regmean", "ssr"])
+@pytest.mark.parametrize("tokens", [(1, 2), (2, 7)])  # fewer together than inputs have entries, and more
+def test_inputs_in_place_of_the_matrix_merge_alike(sources, tmp_path, method, tokens):
+    rows = {n: {m: inputs(s, t) for m in PATHS} for (s, n), t in zip(enumerate("ab"), tokens, strict=True)}
+    for name, found in rows.items():
+        plait.save_moments(tmp_path / "rows" / f"{name}.safetensors", found)
+    one = plait.merge(sources, out=tmp_path / "1", method=method, moments=tmp_path / "rows", kind="delta")
+    two = plait.merge(sources, out=tmp_path / "2", method=method, moments=lambda a, m: rows[a][m].dense(), kind="delta")
+    for name, delta in load_file(one.folder / "delta.safetensors").items():
+        torch.testing.assert_close(delta, load_file(two.folder / "delta.safetensors")[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("off_diagonal", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("ridge", [0.0, 1e-2, 10.0])
+def test_the_solution_from_rows_is_that_from_matrices_to_round_off(off_diagonal, ridge):
+    """Woodbury against Cholesky of all n columns, float64."""
+    one, two = RidgeSystem(40), RidgeSystem(40)
+    for seed, tokens in enumerate((5, 1, 12)):
+        rows = torch.randn(3, 40, generator=torch.Generator().manual_seed(9 + seed), dtype=torch.float64)
+        found = inputs(seed, tokens, 40)
+        gram = found.dense() * off_diagonal
+        gram.diagonal().copy_(found.dense().diagonal())
+        one.add(rows, found.damped(off_diagonal))
+        two.add(rows, gram)
+    torch.testing.assert_close(one.solve(ridge), two.solve(ridge), rtol=1e-8, atol=1e-9)
+
+
+def test_no_square_matrix_is_made_of_few_rows(monkeypatch):
+    monkeypatch.setattr(RidgeSystem, "_dense", lambda self: pytest.fail("an n x n matrix was made"))
+    system = RidgeSystem(10)
+    system.add(torch.ones(2, 10, dtype=torch.float64), inputs(0, 4, 10).damped(0.9))
+    system.add(torch.ones(2, 10, dtype=torch.float64), inputs(1, 5, 10).damped(0.9))
+    assert system.solve(0.01).shape == (4, 10)
+
+
+def test_zero_rows_leave_the_mean():
+    system = RidgeSystem(10)
+    system.add(torch.ones(2, 10, dtype=torch.float64), InputRows(torch.zeros(3, 10)).damped(0.9))
+    assert torch.equal(system.solve(0.01), torch.ones(2, 10, dtype=torch.float64))
+
+
+def test_what_modules_share_is_stored_once(tmp_path):
+    shared, own = inputs(0, 3), gram()
+    plait.save_moments(tmp_path / "x.safetensors", {"q": shared, "k": shared, "v": own, "o": own})
+    assert sorted(load_file(tmp_path / "x.safetensors")) == ["q:rows", "v"]
+    file = MomentsFile(tmp_path / "x.safetensors")
+    assert torch.equal(file.read("k", None).x, shared.x)
+    assert torch.equal(file.read("o", None), own.float())
+    assert file.read("up", None) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [(torch.ones(2, 4), "rows, needs .* or rows of 5"), (torch.ones(0, 5), "rows"), (torch.ones(2, 3, 5), "rows")],
+)
+def test_rows_of_another_shape_are_refused_before_running(sources, folder, rows, words):
+    change(folder, PATHS[1], None)
+    save_file({**load_file(folder / "a.safetensors"), f"{PATHS[1]}:rows": rows}, folder / "a.safetensors")
+    with pytest.raises(PlanError, match=words):
+        plait.plan(sources, method="regmean", moments=folder)
+
+
+def test_rows_that_are_not_finite_are_refused(sources, folder, tmp_path):
+    change(folder, PATHS[1], None)
+    rows = torch.full((2, 5), torch.inf)
+    save_file({**load_file(folder / "a.safetensors"), f"{PATHS[1]}:rows": rows}, folder / "a.safetensors")
+    with pytest.raises(AdapterError, match=f"moments of 'a', {PATHS[1]}: .*not finite"):
+        merge(sources, tmp_path, moments=folder)
+
+
+def test_moments_of_another_adapter_are_refused(sources, folder):
+    origin = MomentsOrigin(adapter="0" * 64, base="b", texts={"t": "d"}, tokens=9, key="k", plait="0")
+    write_moments(folder / "b.safetensors", {m: gram() for m in PATHS}, origin)
+    with pytest.raises(AdapterError, match=r"moments of 'b': .*b.safetensors was taken of another adapter.*plait calibrate"):
+        plait.plan(sources, method="regmean", moments=folder)
+    own = origin.model_copy(update={"adapter": Adapter.open(sources["b"], "b").sha256()})
+    write_moments(folder / "b.safetensors", {m: gram() for m in PATHS}, own)
+    assert plait.plan(sources, method="regmean", moments=folder).method == "regmean"
+
+
+@pytest.mark.parametrize("metadata", [{"plait.shared": "[1]"}, {"plait.shared": "{"}, {"plait.origin": '{"adapter": 3}'}])
+def test_metadata_that_is_not_that_of_moments_is_refused(sources, folder, metadata):
+    save_file(load_file(folder / "a.safetensors"), folder / "a.safetensors", metadata)
+    with pytest.raises(AdapterError, match=r"a\.safetensors"):
+        plait.plan(sources, method="regmean", moments=folder)
+
+
+def test_memory_of_rows_is_in_the_plan(tmp_path):
+    modules = {"layers.0.q_proj": Linear(8, 300)}
+    sources = {n: write_adapter(tmp_path / n, modules, r=2, alpha=4.0, seed=s).folder for s, n in enumerate("ab")}
+    for name in sources:
+        plait.save_moments(tmp_path / "m" / f"{name}.safetensors", {"layers.0.q_proj": inputs(0, 4, 300)})
+    with_moments = plait.plan(sources, method="ssr", moments=tmp_path / "m").peak_bytes
+    assert with_moments - plait.plan(sources, method="wudi").peak_bytes == 4 * (6 * 8 * 300 + 4 * 8**2)
 
 
 def test_what_is_no_matrix_is_not_saved(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,22 +14,31 @@ from torch import Tensor, nn
 
 from plait.calibration.passages import Passage, Reader
 from plait.errors import PlanError
+from plait.linalg.inputs import InputRows
 
 _BATCH_TOKENS = 4096
+MOST_ROWS = 2048  # inputs that are kept of a module; up to this width their sum of x xᵀ is, over all tokens
+_GOLDEN = (5**0.5 - 1) / 2  # multiples of it modulo 1 are spread evenly, and in step with no length of texts
 
 
 class InputMoments:
-    """Σ x xᵀ over the tokens that enter modules, float32; modules that read one tensor (q, k and v) share one sum.
+    """E[x xᵀ] of what enters modules; modules that read one tensor (q, k and v) share one.
+
+    Of a width d ≤ `most_rows` it is the sum of x xᵀ over all tokens, in float32, once there are d of them. Before that, and for
+    larger d, the inputs themselves are kept, in their own dtype: all of them, or `most_rows` spread evenly over the tokens.
 
     Args:
         modules: path → module, all of one model.
+        most_rows: inputs kept per module.
+        seed: of the choice of tokens.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], *, most_rows: int = MOST_ROWS, seed: int = 0) -> None:
         self._modules = modules
-        self._sums: dict[str, Tensor] = {}
-        self._tokens: dict[str, int] = defaultdict(int)
-        self._source: dict[str, str] = {}  # path → path under which its sum is kept
+        self._most = most_rows
+        self._offset = random.Random(f"tokens {seed}").random()
+        self._taken: dict[str, _Taken] = {}
+        self._source: dict[str, str] = {}  # path → path under which its inputs are kept
         self._last: tuple[str, Any] = ("", None)
 
     @contextmanager
@@ -42,10 +52,16 @@ class InputMoments:
             for hook in hooks:
                 hook.remove()
 
-    def means(self) -> dict[str, Tensor]:
-        """Return path → E[x xᵀ], (d_in, d_in) float32; modules that share inputs share the tensor."""
-        means = {path: total / self._tokens[path] for path, total in self._sums.items()}
+    def found(self) -> dict[str, Tensor | InputRows]:
+        """Return path → E[x xᵀ], (d_in, d_in) float32 or `InputRows`, on the processor; modules that share inputs share it."""
+        means = {path: taken.mean() for path, taken in self._taken.items()}
         return {path: means[source] for path, source in self._source.items()}
+
+    @property
+    def sampled(self) -> dict[str, tuple[int, int]]:
+        """Path → (tokens kept, tokens seen), of modules that keep some only."""
+        counts = {path: (taken.kept, taken.seen) for path, taken in self._taken.items()}
+        return {path: counts[source] for path, source in self._source.items() if counts[source][0] < counts[source][1]}
 
     def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def take(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -56,25 +72,74 @@ class InputMoments:
                 return  # counted already
             if source != path:  # other modules were run in between: a tensor of the same values, of which nobody knows
                 source = self._source[path] = path
-            rows = _rows(module, x)
-            if path in self._sums:
-                self._sums[path].addmm_(rows.mT, rows)
-            else:
-                self._sums[path] = rows.mT @ rows
-            self._tokens[path] += len(rows)
+            if path not in self._taken:
+                self._taken[path] = _Taken(self._most, self._offset)
+            self._taken[path].take(_rows(module, x))
             self._last = (path, x)
 
         return take
 
 
+class _Taken:
+    """The inputs of one module so far: rows, or their sum of x xᵀ."""
+
+    def __init__(self, most: int, offset: float) -> None:
+        self._most = most
+        self._offset = offset
+        self._total: Tensor | None = None
+        self._rows: list[Tensor] = []
+        self._keys: list[Tensor] = []
+        self._below = 2.0  # keys of tokens that are kept; every key is below 1
+        self.seen = self._held = 0
+
+    @property
+    def kept(self) -> int:
+        return self.seen if self._total is not None else min(self._held, self._most)
+
+    def take(self, x: Tensor) -> None:
+        """Take in (tokens, d)."""
+        start, self.seen, width = self.seen, self.seen + len(x), x.shape[1]
+        if self._total is not None:
+            x = x.float()
+            self._total.addmm_(x.mT, x)
+            return
+        if width <= self._most and self.seen >= width:
+            rows = torch.cat([*(r.to(x.device) for r in self._rows), x]).float()
+            self._total, self._rows, self._keys = rows.mT @ rows, [], []
+            return
+        keys = (torch.arange(start, self.seen, dtype=torch.float64) * _GOLDEN + self._offset) % 1
+        chosen = keys < self._below
+        self._rows.append(x[chosen.to(x.device)].cpu())  # a copy: the activation is freed
+        self._keys.append(keys[chosen])
+        self._held += len(self._keys[-1])
+        if self._held > self._most + self._most // 2:
+            self._prune()
+
+    def _prune(self) -> None:
+        """Keep the tokens with the smallest keys."""
+        keys = torch.cat(self._keys)
+        if len(keys) > self._most:
+            self._below = float(keys.kthvalue(self._most + 1).values)
+        chosen = keys < self._below
+        self._rows, self._keys = [torch.cat(self._rows)[chosen]], [keys[chosen]]
+        self._held = len(self._keys[0])
+
+    def mean(self) -> Tensor | InputRows:
+        if self._total is not None:
+            return (self._total / self.seen).cpu()
+        self._prune()
+        return InputRows(self._rows[0])
+
+
 def _rows(module: nn.Module, x: Tensor) -> Tensor:
-    """Return a module's inputs as (tokens, d_in) float32: of a convolution its unfolded patches.
+    """Return a module's inputs as (tokens, d_in), float32 or narrower: of a convolution its unfolded patches.
 
     Raises:
         PlanError: a convolution whose patches are not unfolded here.
     """
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return x.detach().reshape(-1, x.shape[-1]).float()
+        x = x.detach().reshape(-1, x.shape[-1])
+        return x.float() if x.dtype == torch.float64 else x
     if isinstance(module, nn.Conv3d) or module.groups > 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
         raise PlanError(
             f"the inputs of {module} cannot be collected; use a method that needs no second moments, or give files."
@@ -107,20 +172,24 @@ def take_moments(
     passages: Sequence[Passage],
     *,
     head: bool = False,
+    most_rows: int = MOST_ROWS,
+    seed: int = 0,
     report: Callable[[int], object] = lambda done: None,
-) -> dict[str, Tensor]:
-    """Return path → E[x xᵀ] over all tokens of some passages, as a model that acts now reads them.
+) -> InputMoments:
+    """Return the second moments of modules' inputs over all tokens of some passages, as a model that acts now reads them.
 
     Args:
         model: of transformers, with whatever acts on it.
         modules: path → module of the model.
         passages: read once each.
         head: whether the model answers by a classification head.
+        most_rows: inputs kept per module.
+        seed: of the choice of tokens.
         report: called with the number of passages read since it was last called.
     """
-    moments, reader = InputMoments(modules), Reader(model, head=head)
+    moments, reader = InputMoments(modules, most_rows=most_rows, seed=seed), Reader(model, head=head)
     with torch.inference_mode(), moments.watching():
         for batch in equal_lengths(passages):
             reader.read(batch)
             report(len(batch))
-    return moments.means()
+    return moments

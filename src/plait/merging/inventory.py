@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -74,7 +74,7 @@ def take_inventory(
     if recipe.base_model is not None and any(t.is_dora for a in adapters for t in a.targets.values()):
         place = resolve_model(recipe.base_model, base=folder) if base_folder is None else Located(folder=base_folder)
         base = BaseWeights(place.folder)
-    found = _moments(recipe, folder, moments, {a.name: a.targets for a in adapters})
+    found = _moments(recipe, folder, moments, adapters)
     inventory = Inventory(recipe, tuple(adapters), tuple(located), dict(sorted(layouts.items())), base, place, found)
     return (
         replace(inventory, base_config=_base_config(inventory, folder, base_folder))
@@ -90,17 +90,15 @@ def _base_config(inventory: Inventory, folder: Path | None, given: Path | None) 
     return {} if place is None or not place.is_dir() else read_config(place)
 
 
-def _moments(
-    recipe: Recipe, folder: Path | None, given: MomentsOf | None, targets: Mapping[str, Collection[str]]
-) -> Moments | None:
+def _moments(recipe: Recipe, folder: Path | None, given: MomentsOf | None, adapters: Sequence[Adapter]) -> Moments | None:
     if given is not None:
-        return from_function(given, targets)
+        return from_function(given, {a.name: a.targets for a in adapters})
     paths = {a.name: (folder or Path()) / Path(a.moments).expanduser() for a in recipe.adapters if a.moments is not None}
     if not paths:
         return None
-    if lacking := [name for name in targets if name not in paths]:
+    if lacking := [a.name for a in adapters if a.name not in paths]:
         raise PlanError(f"adapters[].moments: given for {', '.join(paths)}, not for {', '.join(lacking)}; all need them.")
-    return from_files(paths, targets)
+    return from_files(paths, adapters)
 
 
 def open_adapters(

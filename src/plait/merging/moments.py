@@ -1,27 +1,118 @@
 """Second moments of modules' inputs, E[x xᵀ]: what methods that solve a least-squares problem need of the data.
 
-A file holds one adapter's, taken on that adapter's own inputs: per target module one (d_in, d_in) matrix, averaged over tokens,
-so that a task with more text does not weigh more. A module of several matrices (experts, groups of a convolution) has as many
-inputs: (stack, d_in, d_in). Knows nothing of how they are used.
+A file holds one adapter's, taken on that adapter's own inputs, averaged over tokens, so that a task with more text does not
+weigh more. Per target module it has one (d_in, d_in) matrix under the module's name, or, since that does not scale, some of the
+inputs themselves: (k, d_in) under the name and `:rows`, whose mean of x xᵀ it is. A module of several matrices (experts, groups
+of a convolution) has as many inputs: (stack, d_in, d_in). Modules that read the same tensor (q, k and v) share one entry:
+`plait.shared` in the header's metadata lists them, and `plait.origin` says what the moments were taken of. Knows nothing of how
+they are used.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
 from plait.errors import AdapterError, OutputError
+from plait.linalg.inputs import InputRows
+from plait.parsing import as_record, parse_json
+from plait.records import Record
 from plait.tensorfiles.reader import SafetensorsFile
 from plait.tensorfiles.writer import write_tensors
 
-MomentsOf = Callable[[str, str], Tensor | None]  # (adapter, target module) → E[x xᵀ]; None where the adapter lacks the module
+Found = Tensor | InputRows
+MomentsOf = Callable[[str, str], Found | None]  # (adapter, target module) → E[x xᵀ]; None where the adapter lacks the module
 _ASYMMETRY = 1e-3  # of the largest entry: sums in bfloat16 stay below it
+_ROWS = ":rows"
+_PREFIX = "plait."  # of what is plait's in the metadata of a header
+_AGAIN = "Make them with `plait calibrate`, or plait.save_moments."
+
+
+class MomentsOrigin(Record):
+    """What second moments were taken of, as their file says it.
+
+    Attributes:
+        adapter: sha256 of the adapter's tensor file.
+        base: digest of the base model's files.
+        texts: task → digest of its texts.
+        tokens: that were read.
+        key: digest of everything that the file depends on.
+        plait: version that made it.
+    """
+
+    adapter: str
+    base: str
+    texts: dict[str, str]
+    tokens: int
+    key: str
+    plait: str
+
+
+class _Metadata(Record):
+    """What a file's header holds besides tensors: module → module whose entry is also its own, and where all are from."""
+
+    shared: dict[str, str] = Field(default_factory=dict)
+    origin: MomentsOrigin | None = None
+
+
+class MomentsFile:
+    """One adapter's second moments on disk; its header was read.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        path: of the file.
+        origin: what they were taken of; None where the file does not say it.
+
+    Raises:
+        AdapterError: the file is missing, damaged, or its metadata is not that of moments.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = SafetensorsFile(path)
+        written = {name: self._file.metadata.get(_PREFIX + name) for name in _Metadata.model_fields}
+        found = {k: parse_json(v, f"{path}: {_PREFIX}{k}", AdapterError) for k, v in written.items() if v is not None}
+        metadata = as_record(_Metadata, found, str(path), AdapterError, what="metadata of moments", advice=_AGAIN)
+        self._shared, self.origin = metadata.shared, metadata.origin
+
+    def shape(self, module: str) -> tuple[tuple[int, ...], bool] | None:
+        """Return the shape of a module's entry, and whether it holds rows; None where there is none."""
+        name = self._shared.get(module, module)
+        for key, is_rows in ((name, False), (name + _ROWS, True)):
+            if key in self._file.tensors:
+                return self._file.tensors[key].shape, is_rows
+        return None
+
+    def problem(self, module: str, layout: Layout) -> str | None:
+        """Return why a module's entry does not fit its matrix."""
+        wanted = f"needs {list(_shape(layout))}"
+        found = self.shape(module)
+        if found is None:
+            return f"missing, {wanted}"
+        shape, is_rows = found
+        if is_rows and (layout.stack > 1 or len(shape) != 2 or shape[0] < 1 or shape[1] != layout.d_in):
+            return f"{list(shape)} rows, {wanted} or rows of {layout.d_in}"
+        return None if is_rows or shape == _shape(layout) else f"{list(shape)}, {wanted}"
+
+    def read(self, module: str, matrix: int | None) -> Found | None:
+        """Return a module's entry: (d_in, d_in), or rows (k, d_in); None where there is none."""
+        found, name = self.shape(module), self._shared.get(module, module)
+        if found is None:
+            return None
+        if found[1]:
+            return InputRows(self._file.read(name + _ROWS))
+        return self._file.read(name) if matrix is None else self._file.read_rows(name, matrix, matrix + 1)[0]
 
 
 @dataclass(frozen=True)
@@ -30,16 +121,16 @@ class Moments:
 
     Attributes:
         targets: adapter → its target modules, in the recipe's order.
-        read: (adapter, target module, which of its matrices) → E[x xᵀ], (d_in, d_in); None where there are none.
+        read: (adapter, target module, which of its matrices) → E[x xᵀ], (d_in, d_in) or as rows; None where there are none.
         files: adapter → file; empty when they come from a function.
     """
 
     targets: Mapping[str, Collection[str]]
-    read: Callable[[str, str, int | None], Tensor | None]
-    files: Mapping[str, SafetensorsFile]
+    read: Callable[[str, str, int | None], Found | None]
+    files: Mapping[str, MomentsFile]
 
-    def of(self, module: str, d_in: int, matrix: int | None = None) -> Callable[[int], Tensor | None]:
-        """Return a function of the adapter's index that reads a module's moments: a new (d_in, d_in) float64, or None.
+    def of(self, module: str, d_in: int, matrix: int | None = None) -> Callable[[int], Found | None]:
+        """Return a function of the adapter's index that reads a module's moments: a new (d_in, d_in) float64, rows, or None.
 
         An adapter that lacks the module may have none. It has when its texts went through the module all the same: then its
         zero delta is one to keep.
@@ -50,48 +141,60 @@ class Moments:
             matrix: which of its matrices; None for the only one.
 
         Raises:
-            AdapterError: what is read is no second moment; by the function that is returned.
+            AdapterError: what is read is not a second moment; by the function that is returned.
         """
         names = list(self.targets)
 
-        def read(index: int) -> Tensor | None:
+        def read(index: int) -> Found | None:
             where = f"moments of {names[index]!r}, {module}"
             found = self.read(names[index], module, matrix)
             if found is None and module in self.targets[names[index]]:
                 raise AdapterError(f"{where}: there are none, and the adapter has the module.")
-            return None if found is None else _checked(found, d_in, where).to(torch.float64, copy=True)
+            if found is None or isinstance(found, InputRows):
+                return None if found is None else _checked_rows(found, d_in, where)
+            return _checked(found, d_in, where).to(torch.float64, copy=True)
 
         return read
 
+    def working(self, module: str, d_in: int) -> int:
+        """Return how many float32 numbers solving with a module's moments takes at most."""
+        shapes = [file.shape(module) for file in self.files.values()]
+        rows = sum(shape[0] for shape, is_rows in filter(None, shapes) if is_rows)
+        if rows and rows < d_in and all(found is None or found[1] for found in shapes):
+            return 6 * rows * d_in + 4 * rows**2  # in float64: the rows, the same scaled, and their products
+        return 6 * d_in**2  # in float64: the sum of the moments, and an adapter's or the factors of the sum
 
-def from_files(paths: Mapping[str, Path], targets: Mapping[str, Collection[str]]) -> Moments:
+
+def from_files(paths: Mapping[str, Path], adapters: Sequence[Adapter]) -> Moments:
     """Open one file per adapter; headers only.
 
     Args:
         paths: adapter → file.
-        targets: adapter → its target modules.
+        adapters: that they are of.
 
     Raises:
-        AdapterError: a file is missing or broken; all of them at once.
+        AdapterError: a file is missing or broken, or was taken of another adapter; all of them at once.
     """
     files, problems = {}, []
     for name, path in paths.items():
         try:
-            files[name] = SafetensorsFile(path)
+            files[name] = MomentsFile(path)
         except OSError as error:
             problems.append(f"moments of {name!r}: {path} cannot be read ({error.strerror or error})")
         except AdapterError as error:
-            problems.append(f"moments of {name!r}: {error}")
+            problems.append(f"moments of {name!r}: {str(error).removesuffix('.')}")
+    problems += [
+        f"moments of {a.name!r}: {files[a.name].path} was taken of another adapter, or of other contents of this one"
+        for a in adapters
+        if a.name in files and (origin := files[a.name].origin) is not None and origin.adapter != a.sha256()
+    ]
     if problems:
-        raise AdapterError("; ".join(problems) + ". Make them with plait.save_moments.")
+        raise AdapterError("; ".join(problems) + f". {_AGAIN}")
 
-    def read(adapter: str, module: str, matrix: int | None) -> Tensor | None:
-        file = files[adapter]
-        if module not in file.tensors:
-            return None
-        return file.read(module) if matrix is None else file.read_rows(module, matrix, matrix + 1)[0]
+    def read(adapter: str, module: str, matrix: int | None) -> Found | None:
+        return files[adapter].read(module, matrix)
 
-    return Moments(targets, read, files)
+    return Moments({a.name: a.targets for a in adapters}, read, files)
 
 
 def from_function(given: MomentsOf, targets: Mapping[str, Collection[str]]) -> Moments:
@@ -102,27 +205,27 @@ def from_function(given: MomentsOf, targets: Mapping[str, Collection[str]]) -> M
         targets: adapter → its target modules.
     """
 
-    def read(adapter: str, module: str, matrix: int | None) -> Tensor | None:
+    def read(adapter: str, module: str, matrix: int | None) -> Found | None:
         found = given(adapter, module)
-        return found if found is None or matrix is None else found[matrix]
+        return found if matrix is None or not isinstance(found, Tensor) else found[matrix]
 
     return Moments(targets, read, {})
 
 
 def moments_problems(moments: Moments, layouts: Mapping[str, Layout]) -> list[str]:
-    """Return what does not fit: no moments of a module that an adapter has, another shape, inputs that are no vectors."""
+    """Return what does not fit: no moments of a module that an adapter has, another shape, inputs that are not vectors."""
     problems = []
-    if embeddings := [path for path, layout in layouts.items() if layout.reads_tokens]:
+    if embeddings := [path for path, layout in layouts.items() if layout.kind == "embedding"]:
         problems.append(
             f"{', '.join(embeddings)}: the inputs of an embedding are tokens, with as many second moments as the vocabulary "
             "has pairs. Merge these adapters with a method that needs no moments"
         )
     for name, file in moments.files.items():
         wrong = [
-            f"{path} ({_found(file, path)}, needs {list(_shape(layout))})"
+            f"{path} ({problem})"
             for path, layout in layouts.items()
-            if (path in file.tensors or path in moments.targets[name]) and not layout.reads_tokens
-            if path not in file.tensors or file.tensors[path].shape != _shape(layout)
+            if (file.shape(path) is not None or path in moments.targets[name]) and layout.kind != "embedding"
+            if (problem := file.problem(path, layout))
         ]
         if wrong:
             more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -130,8 +233,10 @@ def moments_problems(moments: Moments, layouts: Mapping[str, Layout]) -> list[st
     return problems
 
 
-def save_moments(path: str | Path, moments: Mapping[str, Tensor]) -> None:
+def save_moments(path: str | Path, moments: Mapping[str, Found]) -> None:
     """Write one adapter's second moments, as `regmean` and its like read them.
+
+    `plait calibrate` takes them and writes the same; this is for moments that come from elsewhere.
 
     >>> plait.save_moments("moments/maths.safetensors", {"model.layers.0.mlp.up_proj": x.T @ x / len(x), ...})
 
@@ -145,17 +250,40 @@ def save_moments(path: str | Path, moments: Mapping[str, Tensor]) -> None:
         AdapterError: a matrix is not square, not symmetric, or has values that are not finite.
         OutputError: there is a file of that name.
     """
-    for module, matrix in moments.items():
-        for part in matrix if matrix.ndim == 3 else (matrix,):
+    for module, found in moments.items():
+        if isinstance(found, InputRows):
+            _checked_rows(found, found.x.shape[-1], f"moments of {module}")
+            continue
+        for part in found if found.ndim == 3 else (found,):
             _checked(part, part.shape[-1] if part.ndim else 0, f"moments of {module}")
     target = Path(path)
     if target.exists():
         raise OutputError(f"{target} exists. Remove it, or choose another name.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.{os.getpid()}")
+    write_moments(target, moments)
+
+
+def write_moments(path: Path, moments: Mapping[str, Found], origin: MomentsOrigin | None = None) -> None:
+    """Write one adapter's second moments, complete or not at all; what several modules share is stored once.
+
+    Args:
+        path: of the file; one of this name is replaced.
+        moments: target module → E[x xᵀ]; modules with the same object share it. Rows keep their dtype.
+        origin: what they were taken of.
+    """
+    first: dict[int, str] = {}
+    owners = {module: first.setdefault(id(found), module) for module, found in moments.items()}
+    tensors: dict[str, Tensor] = {}
+    for module in dict.fromkeys(owners.values()):
+        found = moments[module]
+        tensors |= {module + _ROWS: found.x} if isinstance(found, InputRows) else {module: found.float()}
+    metadata = {_PREFIX + "origin": origin.model_dump_json()} if origin is not None else {}
+    if shared := {module: owner for module, owner in owners.items() if owner != module}:
+        metadata[_PREFIX + "shared"] = json.dumps(shared, separators=(",", ":"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write_tensors(fresh, {module: matrix.float() for module, matrix in moments.items()})
-        fresh.rename(target)
+        write_tensors(fresh, tensors, metadata)
+        fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
 
@@ -176,10 +304,16 @@ def _checked(found: Tensor, d_in: int, where: str) -> Tensor:
     return found
 
 
+def _checked_rows(found: InputRows, d_in: int, where: str) -> InputRows:
+    """Return rows that can be inputs."""
+    x = found.x
+    if x.ndim != 2 or len(x) < 1 or x.shape[1] != d_in:
+        raise AdapterError(f"{where}: the shape of the inputs is {list(x.shape)}, needed are rows of {d_in}.")
+    if not bool(torch.isfinite(x.sum(dtype=torch.float64))):
+        raise AdapterError(f"{where}: there are values that are not finite.")
+    return found
+
+
 def _shape(layout: Layout) -> tuple[int, ...]:
     matrix = (layout.d_in, layout.d_in)
     return matrix if layout.stack == 1 else (layout.stack, *matrix)
-
-
-def _found(file: SafetensorsFile, path: str) -> str:
-    return str(list(file.tensors[path].shape)) if path in file.tensors else "missing"

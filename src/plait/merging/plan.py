@@ -203,7 +203,7 @@ def _moments_problems(inventory: Inventory, pipeline: Pipeline) -> list[str]:
     if inventory.moments is None:
         return [
             f"method {inventory.recipe.method_name!r} needs second moments of the modules' inputs: give one file per adapter "
-            "(adapters[].moments, --moments FOLDER, moments=…), made with plait.save_moments"
+            "(adapters[].moments, --moments FOLDER, moments=…), made with `plait calibrate` or plait.save_moments"
         ]
     return moments_problems(inventory.moments, inventory.layouts)
 
@@ -299,8 +299,8 @@ def _peak_bytes(inventory: Inventory, pipeline: Pipeline, modules: Sequence[Modu
             values += min(entries, HOLD_ELEMENTS) + 6 * adapters * min(entries, BLOCK_ELEMENTS) + sketch
         elif not pipeline.is_linear:
             values += 4 * adapters * m.exact_rank * both
-        if pipeline.needs_moments:  # in float64: the sum of the moments, and an adapter's or the factors of the sum
-            values += 6 * m.shape[1] ** 2
+        if pipeline.needs_moments and inventory.moments is not None:
+            values += inventory.moments.working(m.target, m.shape[1])
         return 4 * values
 
     return sum(sorted((working(m) for m in modules), reverse=True)[: max(1, workers)])

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
+from plait.linalg.inputs import InputRows
 from plait.linalg.keyed import Key, uniform
 from plait.records import Record
 
@@ -95,8 +96,8 @@ class Site:
         deltas: one per adapter, scaling folded in; rank 0 where an adapter lacks the module.
         weights: (T,), float64, already per module.
         key: names a random stream of this matrix.
-        moments: adapter index → E[x xᵀ] of the matrix' inputs, a new (d_in, d_in) float64, or None where an adapter without the
-            module has none; None when the recipe gives none at all.
+        moments: adapter index → E[x xᵀ] of the matrix' inputs: a new (d_in, d_in) float64, or `InputRows` (k, d_in) whose
+            mean it is; or None where an adapter without the module has none; None when the recipe gives none at all.
         sources: the deltas as the adapters have them, before stages on deltas; None when those are `deltas`.
         remark: told what is worth knowing of this module afterwards; the run record counts equal remarks.
     """
@@ -105,7 +106,7 @@ class Site:
     deltas: tuple[LowRank, ...]
     weights: Tensor
     key: Key
-    moments: Callable[[int], Tensor | None] | None = None
+    moments: Callable[[int], Tensor | InputRows | None] | None = None
     sources: tuple[LowRank, ...] | None = None
     remark: Callable[[str], None] = field(default=lambda text: None)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from plait.adapters.lowrank import LowRank
 from plait.errors import PlanError
 from plait.linalg.factored import left_basis
+from plait.linalg.inputs import InputRows, RowGram
 from plait.linalg.solve import IndefiniteError, RidgeSystem
 from plait.records import Record
 from plait.stages.base import DeltaCombine, Site, StageParams, register_stage
@@ -28,7 +29,7 @@ _ROUND_OFF = 1e-6  # directions below this share of a delta's largest are none o
 _RAISES = 12  # tenfold each: at 10¹² times the mean eigenvalue nothing is left but the mean
 
 
-Term = tuple[Tensor, Tensor]  # an adapter's rows (r, n) and the Gram matrix of its inputs (n, n), both float64
+Term = tuple[Tensor, Tensor | RowGram]  # an adapter's rows (r, n) and the Gram matrix of its inputs (n, n), both float64
 
 
 class RidgeFields(Record):
@@ -115,8 +116,10 @@ class SolveInputs(SolveInputsFields, _Solve):
 
         return self._solved(site, term)
 
-    def _damped(self, gram: Tensor) -> Tensor:
-        """Return the Gram matrix with smaller off-diagonal entries, in place."""
+    def _damped(self, gram: Tensor | InputRows) -> Tensor | RowGram:
+        """Return the Gram matrix with smaller off-diagonal entries; a matrix in place."""
+        if isinstance(gram, InputRows):
+            return gram.damped(self.off_diagonal)
         diagonal = gram.diagonal().clone()
         gram.mul_(self.off_diagonal).diagonal().copy_(diagonal)
         return gram
@@ -136,7 +139,10 @@ class SolveCoreInputs(_Solve):
 
         def term(index: int) -> Term | None:
             gram = _moments(site, index)
-            return None if gram is None else (site.deltas[index].a.double() @ v, v.mT @ (gram @ v))
+            if gram is None:
+                return None
+            seen = gram.seen(v) if isinstance(gram, InputRows) else v.mT @ (gram @ v)
+            return site.deltas[index].a.double() @ v, seen
 
         return self._solved(site, term, v)
 
@@ -160,7 +166,7 @@ class SolveDeltas(_Solve):
         return self._solved(site, term, v)
 
 
-def _moments(site: Site, index: int) -> Tensor | None:
+def _moments(site: Site, index: int) -> Tensor | InputRows | None:
     """Return E[x xᵀ] of an adapter's inputs; None for one that lacks the module and has none: it has no say."""
     if site.moments is None:
         raise AssertionError(f"{site.module}: a merge without second moments reached the solver")

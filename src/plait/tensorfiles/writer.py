@@ -113,8 +113,8 @@ class TensorWriter:
             self._file.close()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a whole safetensors file."""
-    with TensorWriter(path, [Entry(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]) as writer:
+    with TensorWriter(path, [Entry(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], metadata) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
-from plait.calibration.moments import take_moments
+from plait.calibration.moments import MOST_ROWS, take_moments
 from plait.calibration.passages import Passage
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.inventory import Inventory
-from plait.merging.moments import from_function
+from plait.merging.moments import Found, from_function
 from plait.merging.plan import MergePlan, make_plan
 from plait.methods import METHODS
 from plait.mixture import Mixture
@@ -68,10 +68,10 @@ def _run(inventory: Inventory, plan: MergePlan, workers: int, progress: Progress
 
 def _moments(
     mixture: Mixture, lessons: Sequence[Lesson], targets: Sequence[str], progress: Progress
-) -> dict[str, dict[str, Tensor]]:
+) -> dict[str, dict[str, Found]]:
     """Return adapter → target → E[x xᵀ], each adapter's over the texts of its tasks."""
     modules: Mapping[str, nn.Module] = {target: mixture.module(target) for target in targets}
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, Found]] = {}
     read = {x.task: _sample(x.passages) for x in lessons}
     progress.start("second moments", sum(map(len, read.values())), "texts")
     try:
@@ -79,7 +79,7 @@ def _moments(
             own = [x for x in lessons if x.adapter == name]
             passages = [p for x in own for p in read[x.task]]
             with mixture.active({name: 1.0}) as model:
-                found[name] = take_moments(model, modules, passages, head=own[0].head, report=progress.advance)
+                found[name] = take_moments(model, modules, passages, head=own[0].head, report=progress.advance).found()
     finally:
         progress.finish()
     return found
@@ -91,7 +91,7 @@ def _sample(passages: Sequence[Passage]) -> Sequence[Passage]:
     return passages[::step]
 
 
-def _with(inventory: Inventory, found: Mapping[str, Mapping[str, Tensor]]) -> Inventory:
+def _with(inventory: Inventory, found: Mapping[str, Mapping[str, Found]]) -> Inventory:
     targets = {a.name: a.targets for a in inventory.adapters}
     moments = from_function(lambda adapter, module: found[adapter].get(module), targets)
     return replace(inventory, moments=moments)
@@ -103,7 +103,7 @@ def _groups(inventory: Inventory, targets: Sequence[str]) -> Iterator[list[str]]
     size = 0
     for target in targets:
         layout = inventory.layouts[target]
-        own = 4 * layout.stack * layout.d_in**2 * len(inventory.adapters)
+        own = 4 * layout.stack * layout.d_in * min(layout.d_in, MOST_ROWS) * len(inventory.adapters)
         if group and size + own > MOST_BYTES:
             yield group
             group, size = [], 0
