@@ -319,7 +319,7 @@ def test_two_adapters_of_one_name(place, capsys):
 
 def test_policy_for_a_layer_that_is_not_there(capsys):
     said = merge(capsys, "a", "b", "--set", "weights={policy: per_layer, layers: {7: 0.5}}")
-    assert "weights.layers: '7' is no layer of these adapters" in said
+    assert "weights.layers: '7' is not a layer of these adapters" in said
 
 
 def test_policy_for_a_layer_in_two_towers(place, capsys):
@@ -327,7 +327,7 @@ def test_policy_for_a_layer_in_two_towers(place, capsys):
     adapter(place / "c", modules=modules)
     adapter(place / "d", modules=modules)
     said = merge(capsys, "c", "d", "--set", "weights={policy: per_layer, layers: {0: 0.5}}")
-    assert "'0' stands in 2 towers; say which: audio.layers.0, text.layers.0" in said
+    assert "'0' is a layer of 2 towers; name one of audio.layers.0, text.layers.0" in said
 
 
 def test_half_precision_that_overflows_or_vanishes(place, capsys):
@@ -371,7 +371,7 @@ def test_one_weight_as_module_and_as_parameter(place, capsys):
     ("config", "words"),
     [
         ({"alpha_pattern": {"(": 3}}, "alpha_pattern: '(': not a regular expression"),
-        ({"alpha_pattern": {"(q)\\1": 3}}, "alpha_pattern: '(q)\\\\1': groupref stands in it"),
+        ({"alpha_pattern": {"(q)\\1": 3}}, "alpha_pattern: '(q)\\\\1': it has groupref"),
         ({"alpha_pattern": {"((((a?){99}){99}){99}){99}" + "q_proj": 3}}, "it takes too long to match"),
         ({"rank_pattern": {"q": 2.5}}, "rank_pattern['q'] is 2.5; a whole number from 1"),
         ({"alpha_pattern": {"q": 10**400}}, "c/adapter_config.json: 'alpha_pattern.q' is a whole number too large for a float"),
@@ -442,7 +442,7 @@ def test_outputs_that_cannot_be(capsys, out, message):
 
 def test_layers_that_a_method_names(capsys):
     said = merge(capsys, "a", "b", "--method", "weighted_delta_n", "--set", "method.layer_task_coefficients={99: [0.3, 0.7]}")
-    assert "method: '99' is no layer of these adapters; they have layers.0 to layers.1" in said
+    assert "method: '99' is not a layer of these adapters; they have layers.0 to layers.1" in said
 
 
 def test_a_layer_named_twice(capsys):

@@ -1,4 +1,4 @@
-"""Whatever happens while baking, the final name holds a whole model or nothing, and the same command goes on."""
+"""Whatever happens while baking, the final name holds a complete model or nothing, and the same command continues."""
 
 from __future__ import annotations
 
@@ -306,7 +306,7 @@ def test_a_base_that_ends_early_while_it_is_read(materials, tmp_path, monkeypatc
     with pytest.raises(AdapterError, match=r"model\.safetensors.* ends early.*change") as caught:
         plait.bake(materials.pair, base=base, out=tmp_path / "out", shard_size="20KB", workers=1)
     assert not (tmp_path / "out").exists()
-    assert "the same command goes on from there" in "".join(caught.value.__notes__)
+    assert "the same command continues from there" in "".join(caught.value.__notes__)
 
 
 def test_a_failure_before_a_file_is_finished_leaves_nothing(materials, tmp_path, monkeypatch):

@@ -183,7 +183,7 @@ class TestNamesOfALiveModel:
 
     def test_the_untrained_head_alone(self, tmp_path):
         write_adapter(tmp_path / "a", _MODULES, extra={"score.original_module.weight": torch.ones(2, 8)})
-        with pytest.raises(AdapterError, match="what stood there before training"):
+        with pytest.raises(AdapterError, match="is the value before training"):
             plait.inspect([tmp_path / "a"])
 
 
@@ -268,7 +268,7 @@ class TestOtherPrograms:
             ("pytorch_lora_weights.safetensors", "diffusers"),
             ("adapter_model-00001-of-00002.safetensors", "several files"),
             ("lora.gguf", "GGUF"),
-            ("model.safetensors", "a whole model"),
+            ("model.safetensors", "a full model"),
         ],
     )
     def test_files_of_other_programs_are_known_by_name(self, tmp_path, file, what):

@@ -134,7 +134,7 @@ def test_a_missing_and_a_truncated_shard_are_told_together(base, adapter):
     first, second = sorted(base.glob("*.safetensors"))
     first.unlink()
     second.write_bytes(second.read_bytes()[:-4])
-    with pytest.raises(AdapterError, match="the base model is not whole: 2 problems") as caught:
+    with pytest.raises(AdapterError, match="the base model is not complete: 2 problems") as caught:
         plan(base, adapter)
     assert "No such file" in str(caught.value)
     assert "truncated" in str(caught.value)
@@ -230,7 +230,7 @@ def test_options():
     assert bake_options(dtype="bfloat16", shard_size="5GB").shard_size == "5GB"
     with pytest.raises(RecipeError, match="dtype 'int8' is not allowed; there are float64, float32, float16, bfloat16"):
         bake_options(dtype="int8")
-    with pytest.raises(RecipeError, match="'5 apples' is no size of a shard"):
+    with pytest.raises(RecipeError, match="'5 apples' is not a size of a shard"):
         bake_options(shard_size="5 apples")
     assert [parse_size(t) for t in ("900", "5GB", "1.5 mb", "2KiB")] == [900, 5 * 10**9, 1_500_000, 2048]
 

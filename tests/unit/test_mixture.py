@@ -254,7 +254,7 @@ def test_directions_leave_no_room_for_biases(tmp_path):
     biased = dataclasses.replace(PLAIN["head"], bias=np.ones(4))
     held = cohort(tmp_path, {"a": {"head": biased}})
     mixture = Mixture(net(), opened(held), factors="canonical")
-    with pytest.raises(PlanError, match="'head' has DoRA or lora_bias, which are no directions"):
+    with pytest.raises(PlanError, match="'head' has DoRA or lora_bias, which are not directions"):
         mixture.mixed(torch.ones(1, 2), "direction").__enter__()
 
 

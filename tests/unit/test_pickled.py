@@ -103,7 +103,7 @@ def test_archives_that_lie(tmp_path):
         return data.replace(b"K\x06", b"K\xfa") if name.endswith("data.pkl") else data
 
     for change in (shorter, longer):
-        with pytest.raises(AdapterError, match=r"lies about the size of its storage|reaches beyond"):
+        with pytest.raises(AdapterError, match=r"gives a wrong size of its storage|reaches beyond"):
             PickleFile(rewritten(source, tmp_path / "y.bin", change))
     with pytest.raises(AdapterError, match="is packed to"):
         PickleFile(rewritten(source, tmp_path / "y.bin", compression=zipfile.ZIP_DEFLATED))

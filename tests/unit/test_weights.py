@@ -79,12 +79,12 @@ def test_patterns_know_case() -> None:
         (
             {"policy": "per_layer", "layers": {"7": 1.0}},
             LLAMA,
-            "'7' is no layer of these adapters",
+            "'7' is not a layer of these adapters",
         ),
         (
             {"policy": "per_layer", "layers": {"3": 1.0}},
             TOWERS,
-            "'3' stands in 2 towers; say which: audio_tower.layers.3, language_model.layers.3",
+            "'3' is a layer of 2 towers; name one of audio_tower.layers.3, language_model.layers.3",
         ),
         ({"policy": "per_layer", "layers": {"0": 1.0}}, ["lm_head"], "they have no layers"),
         ({"policy": "per_module", "modules": {"*.k_proj": 1.0}}, LLAMA, "'*.k_proj' matches no target module; they look like"),
@@ -105,7 +105,7 @@ def test_names_that_lead_somewhere_are_fine(weights) -> None:
 
 def test_the_plan_refuses_them(tmp_path) -> None:
     written = adapters(tmp_path, 2)
-    with pytest.raises(PlanError, match="'9' is no layer"):
+    with pytest.raises(PlanError, match="'9' is not a layer"):
         plan_recipe(recipe(written, weights={"policy": "per_layer", "layers": {"9": 1.0}}))
 
 

@@ -64,10 +64,10 @@ class Adapter:
 
     Attributes:
         name: unique within a merge.
-        folder: where it lies.
+        folder: of its files.
         config: its configuration.
         targets: path → target, sorted by path.
-        full_tensors: tensors that are no low-rank delta: heads (`modules_to_save`), trainable token rows, trained biases;
+        full_tensors: tensors that are not low-rank deltas: heads (`modules_to_save`), trainable token rows, trained biases;
             path in the base model → tensor name in the file.
         file: the tensor file.
     """

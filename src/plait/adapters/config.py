@@ -31,7 +31,7 @@ class AdapterConfig:
     """The read configuration of one adapter.
 
     Attributes:
-        raw: the whole JSON object, for keys that are only passed on.
+        raw: the complete JSON object, for keys that are only passed on.
         path: of the file, for messages.
     """
 
@@ -174,7 +174,7 @@ def _are_token_rows(value: object) -> bool:
     return _are_indices(value) or (isinstance(value, dict) and all(_are_indices(rows) for rows in value.values()))
 
 
-#: What the values of keys must be, where they are not null, and how that is said.
+#: What the values of keys must be, where they are not null, with the words for it.
 _KINDS: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
     (("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), _is_flag, "true or false"),
     (("base_model_name_or_path", "revision", "task_type", "bias", "peft_version"), _is_text, "a text"),

@@ -32,8 +32,8 @@ _OTHER_FILES = (  # what programs other than PEFT call their files, and what to 
     ("*.gguf", "a GGUF file", "plait reads the adapter that it was made from"),
     ("ggml-adapter-model.bin", "llama.cpp's adapter", "plait reads the adapter that it was made from"),
     ("adapter_*.pt", "torchtune's adapter", "Save it in PEFT's form (save_adapter_weights_only with the Hugging Face format)"),
-    ("model*.safetensors", "a whole model", "plait extract makes an adapter of it"),
-    ("pytorch_model*.bin", "a whole model", "plait extract makes an adapter of it"),
+    ("model*.safetensors", "a full model", "plait extract makes an adapter of it"),
+    ("pytorch_model*.bin", "a full model", "plait extract makes an adapter of it"),
 )
 
 
@@ -62,7 +62,7 @@ def sort_tensors(file: TensorFile) -> Contents:
     names = sorted(n for n in file.tensors if not is_training_only(n))
     loras = {n: parsed for n in names if (parsed := parse_lora_name(n))}
     rest = [n for n in names if n not in loras]
-    if not loras:  # a file is of one program; beside PEFT's factors kohya's are nobody's
+    if not loras:  # a file is of one program; with PEFT's factors in it kohya's have no owner
         loras = _kohya(rest)
         rest = [n for n in rest if n not in loras]
     foreign = foreign_tensors(rest)
@@ -83,7 +83,7 @@ def sort_tensors(file: TensorFile) -> Contents:
     _sort_full(contents, file, full)
     if not contents.modules and (whole := _layer_weights(contents, file)):
         contents.problems.append(
-            f"it holds no LoRA tensor, but {len(whole)} weights of layers, such as {whole[0]!r}: a whole model, or an adapter "
+            f"it holds no LoRA tensor, but {len(whole)} weights of layers, such as {whole[0]!r}: a full model, or an adapter "
             "merged into one. plait extract makes a LoRA of it and its base model"
         )
     return contents
@@ -99,7 +99,7 @@ def other_files(folder: Path) -> str:
 
 
 def _kohya(names: Iterable[str]) -> dict[str, LoraName]:
-    """Return the factors that kohya's names tell, where every module has both factors and its alpha; else nothing."""
+    """Return the factors that have kohya's names, where every module has both factors and its alpha; else nothing."""
     found = {n: parsed for n in names if (parsed := kohya_part(n))}
     modules: dict[str, set[str]] = defaultdict(set)
     for parsed in found.values():
@@ -139,7 +139,7 @@ def _sort_full(contents: Contents, file: TensorFile, full: dict[str, FullName]) 
     for name, parsed in full.items():
         if parsed.is_untrained and parsed.path not in contents.full:
             contents.problems.append(
-                f"{name!r} is what stood there before training; the trained {parsed.path!r} is not in the file. Save it again"
+                f"{name!r} is the value before training; the trained {parsed.path!r} is not in the file. Save it again"
             )
     contents.full = dict(sorted(contents.full.items()))
 

@@ -35,7 +35,7 @@ class Extreme:
 
     @property
     def note(self) -> str:
-        """What is told of the target module."""
+        """The note on the target module."""
         return f"computed in float64, since adapter {self.adapter!r} has extreme values"
 
     def __str__(self) -> str:

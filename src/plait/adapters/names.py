@@ -68,7 +68,7 @@ class FullName(NamedTuple):
     path: str  # of the parameter in the base model; with `.base_layer.` for the table below a LoRA or trained rows
     owner: str | None = None  # the adapter's name in memory, where it was left in
     is_copy: bool = False  # the live model's own second copy, `modules_to_save.…`
-    is_untrained: bool = False  # what stood there before training
+    is_untrained: bool = False  # the value before training
 
 
 def strip_prefix(name: str) -> str:
@@ -110,9 +110,9 @@ def parse_full_name(name: str, owners: Collection[str] = (), untrained: Collecti
     """Take the name of a tensor apart that is not part of a LoRA.
 
     Args:
-        name: as it stands in the file.
+        name: as in the file.
         owners: adapters' names that the factors beside it have (`lora_A.default.weight`).
-        untrained: cleaned names of untrained copies beside it (`….original_module.…`). Both tell the adapter's name in
+        untrained: cleaned names of untrained copies beside it (`….original_module.…`). Both show the adapter's name in
             `head.modules_to_save.default.weight` from a module's in `head.modules_to_save.dense.weight`.
     """
     path = strip_prefix(name)
@@ -147,7 +147,7 @@ def foreign_tensors(names: Iterable[str]) -> dict[str, list[str]]:
 def kohya_part(name: str) -> LoraName | None:
     """Take a name of kohya's scripts apart that has the module's path: `….lora_down.weight`, `….lora_up.weight`, `….alpha`.
 
-    None for all others, and for paths with underscores in place of dots (`lora_te_…`), which cannot be told from names.
+    None for all others, and for paths with underscores in place of dots (`lora_te_…`), which names alone do not resolve.
     """
     found = re.match(r"^(?P<module>.+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)$", strip_prefix(name))
     if found is None or re.match(r"lora_[a-z]+\d*_", found["module"]):
@@ -189,7 +189,7 @@ _OLDER = ((_LANGUAGE, r"language_model\.(?:model\.)?"), (_VISION, r"vision_tower
 def pattern_of(path: str) -> str:
     """Return a pattern for PEFT's settings that a module has in all versions of a model; the path itself where they agree.
 
-    PEFT matches it behind any prefix (`rank_pattern`, `alpha_pattern`).
+    PEFT matches it after any prefix (`rank_pattern`, `alpha_pattern`).
     """
     for older, pattern in _OLDER:
         found = older.match(path)
@@ -205,7 +205,7 @@ def is_training_only(name: str) -> bool:
 
 @dataclass(frozen=True, order=True)
 class LayerKey:
-    """A layer: the container it stands in (the tower) and its index there.
+    """A layer: the container that it is in (the tower) and its index there.
 
     An audio encoder and a language model both have a layer 3; their towers tell them apart.
     """
@@ -223,7 +223,7 @@ class LayerKey:
 
 
 def layer_key(module: str) -> LayerKey | None:
-    """Return the layer of a module path: the first numbered component and what stands before it; None for embeddings, heads.
+    """Return the layer of a module path: the first numbered component and what precedes it; None for embeddings, heads.
 
     Holds for `model.layers.3.…` (Llama), `transformer.h.3.…` (GPT-2), `bert.encoder.layer.3.…`, `vit.encoder.layer.3.…`,
     `blocks.3.…`, `model.encoder.layers.3.…` (Whisper) and `encoder.block.3.layer.1.…` (T5, whose inner index is not a layer).

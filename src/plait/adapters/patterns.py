@@ -1,7 +1,7 @@
 r"""Module patterns of an adapter's configuration, matched as PEFT matches them, in bounded time.
 
-PEFT asks `re.match(rf"(.*\.)?({pattern})$", module)`. A stranger's pattern (`(a+)+b`) may take Python's matcher longer than
-anybody waits, so it is not asked: a pattern is taken apart by Python's own parser, and the set of all places at which each part
+PEFT asks `re.match(rf"(.*\.)?({pattern})$", module)`. A stranger's pattern (`(a+)+b`) may take Python's matcher for
+ever, so it is not used: a pattern is parsed by Python's own parser, and the set of all places at which each part
 can end is carried along. That is exact for all that needs no memory of what was matched before; the rest is refused.
 """
 
@@ -28,7 +28,7 @@ class PatternError(ValueError):
 
 @lru_cache(maxsize=4096)
 def module_pattern(pattern: str) -> Callable[[str], bool]:
-    """Return a function that says whether a pattern names a module: the whole of its path, or a tail that begins behind a dot.
+    """Return a function that says whether a pattern names a module: its complete path, or a tail that begins after a dot.
 
     Raises:
         PatternError: it is not a regular expression, or one that cannot be matched in bounded time.
@@ -46,7 +46,7 @@ def module_pattern(pattern: str) -> Callable[[str], bool]:
 
 @lru_cache(maxsize=4096)
 def whole_pattern(pattern: str) -> Callable[[str], bool]:
-    """Return a function that says whether a pattern is the whole of a module's path, as a text of `target_modules` has to be.
+    """Return a function that says whether a pattern matches a complete path, as a text of `target_modules` has to.
 
     Raises:
         PatternError: as `module_pattern`.
@@ -72,13 +72,13 @@ def _parsed(pattern: str) -> Any:
     except (re.error, ValueError, OverflowError) as error:
         raise PatternError(f"not a regular expression ({str(error)[:80]})") from None
     if parsed.state.flags & ~re.UNICODE:
-        raise PatternError("flags stand in it, which PEFT does not take either")
+        raise PatternError("it has flags, which PEFT does not take either")
     _Matcher("").run(parsed, frozenset({0}))  # what is not known is found now
     return parsed
 
 
 def _is_tail(pattern: str, module: str) -> bool:
-    """Match a pattern of letters, and dots that stand for any character."""
+    """Match a pattern of letters, and of dots, which match any character."""
     at = len(module) - len(pattern)
     if at < 0 or (at > 0 and module[at - 1] != "."):
         return False
@@ -120,7 +120,7 @@ class _Matcher:
             return frozenset(i for i in starts if _PLACES[value](self._text, i))
         if kind in (op.ASSERT, op.ASSERT_NOT):
             return self._look(value, starts, wanted=kind is op.ASSERT)
-        raise PatternError(f"{str(kind).lower()} stands in it. {_ADVICE}")
+        raise PatternError(f"it has {str(kind).lower()}. {_ADVICE}")
 
     def _repeat(self, least: int, most: int, parts: Any, starts: Ends) -> Ends:
         # of more repetitions than characters at least one is empty, and an empty one can be left out or done again

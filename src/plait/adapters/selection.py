@@ -91,7 +91,7 @@ def joined_selection(adapters: Sequence[Adapter], targets: Collection[str]) -> l
     joined = "|".join(f"(?:{p})" for p in patterns) if len(patterns) > 1 else next(iter(patterns))
     try:
         re.compile(joined)
-    except re.error:  # flags at the beginning of an expression cannot stand in its middle
+    except re.error:  # flags at the beginning of an expression are not allowed in its middle
         return None
     return joined
 

@@ -52,13 +52,13 @@ class AuxiliaryFiles:
     Attributes:
         files: name → the file that is copied.
         texts: name → what is written.
-        described: name → where it comes from, for people.
+        origins: name → where it comes from, in words.
         notes: what is worth knowing.
     """
 
     files: Mapping[str, Path] = field(repr=False)
     texts: Mapping[str, str] = field(repr=False)
-    described: dict[str, str]
+    origins: dict[str, str]
     notes: tuple[str, ...]
 
     def write(self, folder: Path) -> None:
@@ -111,7 +111,7 @@ def _copied(folder: Path) -> list[Path]:
 
 
 def _check_contained(paths: Sequence[Path]) -> None:
-    """Refuse what is no file of its folder: a result holds copies, and may be published.
+    """Refuse what is not a file of its folder: a result holds copies, and may be published.
 
     Raises:
         AdapterError: with all of them.

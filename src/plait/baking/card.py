@@ -17,7 +17,7 @@ from plait.results.quoting import block, code, prose
 
 
 def model_card(bake: Bake, record: BakeRecord) -> str:
-    """Return README.md: front matter for the Hub, then the page for people."""
+    """Return README.md: front matter for the Hub, then the page."""
     front = yaml.safe_dump(_front_matter(bake), sort_keys=False, allow_unicode=True)
     recipe = yaml.safe_dump(public_recipe(recipe_json(bake.recipe)), sort_keys=False, allow_unicode=True)
     base = base_name(bake.recipe.base_model)

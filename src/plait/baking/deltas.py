@@ -85,7 +85,7 @@ def merge_dora(parts: Sequence[DoraPart], span: RowRange, blocks: Iterator[tuple
 
     Args:
         parts: per adapter.
-        span: where the module lies.
+        span: the rows of the module.
         blocks: (first row, rows) of the base's tensor.
     """
     squares = [torch.zeros(piece_rows(parts[0]), dtype=torch.float64) for _ in parts]
@@ -135,7 +135,7 @@ def own_columns(matrix: Merged, start: int, stop: int, *, where: str) -> Merged:
     Args:
         matrix: ΔW.
         start: first column.
-        stop: behind the last.
+        stop: one past the last.
         where: tensor and target, for the error.
 
     Raises:

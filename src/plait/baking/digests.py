@@ -1,4 +1,4 @@
-"""sha256 of what a bake reads and writes: beside the work, and never of the same bytes twice."""
+"""sha256 of what a bake reads and writes: during the work, and never of the same bytes twice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CHUNK = 1 << 18  # bytes; what fits into a processor's cache
 class GrowingDigest:
     """sha256 of a file that is written piece by piece, in any order, by several threads.
 
-    A hash takes its bytes in order: what lies whole from the start of the file on is hashed while later pieces are made, so
+    A hash takes its bytes in order: what is complete from the start of the file is hashed while later pieces are made, so
     that little is left to do when the last one is there.
 
     Args:
@@ -45,7 +45,7 @@ class GrowingDigest:
                 self._mark = self._pieces.pop(self._mark)
 
     def catch_up(self) -> None:
-        """Hash what has become whole; returns at once when another thread is doing so."""
+        """Hash what has become complete; returns at once when another thread is doing so."""
         if self._hashing.acquire(blocking=False):
             try:
                 while self._position < self._mark:
@@ -72,7 +72,7 @@ class GrowingDigest:
 def base_digests(
     checkpoint: BaseCheckpoint, shards: Sequence[OutShard]
 ) -> Iterator[Callable[[Mapping[str, str]], dict[str, str]]]:
-    """Hash the base's files beside the work, but for those whose sha256 is known without reading them.
+    """Hash the base's files during the work, but for those whose sha256 is known without reading them.
 
     Known are those that the Hub's tools have noted, and those that are copied whole: they are their result.
 

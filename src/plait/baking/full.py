@@ -23,7 +23,7 @@ class FullTensor:
     """One full tensor, or the mean of several adapters'.
 
     Attributes:
-        names: (adapter, tensor in its file), for people and for comparing.
+        names: (adapter, tensor in its file), for messages and for comparing.
         shape: of it.
         indices: which rows of an embedding these are; empty for a whole tensor.
         adapters: whose.
@@ -42,7 +42,7 @@ class FullTensor:
         return parts[0].to(dtype) if len(parts) == 1 else torch.stack([p.double() for p in parts]).mean(0).to(dtype)
 
     def equals(self, checkpoint: BaseCheckpoint, name: str) -> bool:
-        """Say whether a tensor of the base has these values, as far as the dtype of these can tell."""
+        """Say whether a tensor of the base has these values, as far as the dtype of these can show."""
         if checkpoint.info(name).shape != self.shape or len(self.adapters) != 1:
             return False
         dtype = TORCH_DTYPES[self.adapters[0].file.tensors[self.names[0][1]].dtype]
@@ -104,15 +104,15 @@ def full_tensor(parameter: str, path: str, owners: tuple[Adapter, ...]) -> FullT
 
 
 def parameter_of(path: str) -> str:
-    """Return the model's parameter that a full tensor of an adapter stands for."""
+    """Return the model's parameter that a full tensor of an adapter replaces."""
     if path.endswith(_TOKENS):
         return path.removesuffix(_TOKENS) + ".weight"
     return re.sub(r"\.base_layer(?=\.)", "", path)
 
 
 def _indices(adapter: Adapter, parameter: str) -> tuple[int, ...]:
-    said = adapter.config.raw.get("trainable_token_indices") or []
-    if isinstance(said, Mapping):
+    declared = adapter.config.raw.get("trainable_token_indices") or []
+    if isinstance(declared, Mapping):
         module = parameter.removesuffix(".weight")
-        said = next((v for k, v in said.items() if module == k or module.endswith("." + k)), [])
-    return tuple(int(i) for i in said)
+        declared = next((v for k, v in declared.items() if module == k or module.endswith("." + k)), [])
+    return tuple(int(i) for i in declared)

@@ -1,7 +1,7 @@
 """The folder in which a model is baked: locked by one process, and found again by the next run after a kill.
 
-`.NAME.baking/` stands beside the output (`.plait-baking/` in it, where it cannot be replaced as a whole). It holds the lock,
-the journal of finished shards with their sha256, and `model/`, which is renamed to the output when it is whole.
+`.NAME.baking/` is next to the output (`.plait-baking/` in it, where it cannot be replaced as a whole). It holds the lock,
+the journal of finished shards with their sha256, and `model/`, which is renamed to the output when it is complete.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class BakeJournal:
 
     @property
     def folder(self) -> Path:
-        """Where it stands."""
+        """Its path."""
         return self._folder
 
     def begin(self, digest: str) -> None:
@@ -87,11 +87,11 @@ class BakeJournal:
 
 @contextmanager
 def open_journal(final: Path, *, force: bool) -> Iterator[BakeJournal]:
-    """Open the folder beside an output and hold its lock; it stays when something in it is worth going on with.
+    """Open the folder next to an output and hold its lock; it is kept where another run can continue with it.
 
     Args:
         final: the output.
-        force: replace a model that stands there.
+        force: replace a model there.
 
     Raises:
         OutputError: the output must not be written, or another process is baking it.
@@ -122,7 +122,7 @@ def _remove(path: Path) -> None:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Read the journal; a kill may have cut its last line off, and nothing behind a line that is no entry counts."""
+    """Read the journal; a kill may have cut its last line off, and nothing after a line that is not an entry counts."""
     entries: list[dict[str, Any]] = []
     why = "it ends within a line"
     try:

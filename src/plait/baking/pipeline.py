@@ -1,4 +1,4 @@
-"""recipe + base → plan → shards → whole model under its final name: the one function behind the command line and Python."""
+"""recipe + base → plan → shards → full model under its final name: the one function of the command line and Python."""
 
 from __future__ import annotations
 
@@ -87,21 +87,21 @@ def run_bake(
 ) -> BakeResult:
     """Write base + merge as a full model.
 
-    Killed at any moment, the same call goes on with what was finished; `out` appears when it is whole.
+    Killed at any moment, the same call continues with what was finished; `out` appears when it is complete.
 
     Args:
         recipe: what is merged, with its base model.
         options: dtype, size of files and device.
         out: where to write.
         folder: what the recipe's relative paths are relative to; the current folder when None.
-        force: replace a model that stands at `out`.
+        force: replace a model at `out`.
         workers: threads; never change a byte.
         moments: second moments of inputs, in place of files that the recipe names. A bake with them starts from the
             beginning when it was killed, since nothing says that the function is the same one.
-        progress: who listens; it is told of bytes.
+        progress: receives the bytes done.
 
     Raises:
-        PlaitError: anything wrong with what the user gave; nothing stands at `out` then.
+        PlaitError: anything wrong with what the user gave; nothing is written at `out` then.
     """
     started = time.perf_counter()
     options, workers = options or BakeOptions(), workers or default_workers()
@@ -136,7 +136,7 @@ def _write_shards(bake: Bake, journal: BakeJournal, workers: int, progress: Prog
 
 
 def _write_heads(bake: Bake, folder: Path) -> None:
-    """Write what is kept apart, without the copies of the base's tensors that adapters carry."""
+    """Write what is kept apart, without the copies of the base's tensors that adapters hold."""
     apart = bake.placement.apart
     adapters = [replace(a, full_tensors={p: a.full_tensors[p] for p in apart.get(a.name, ())}) for a in bake.inventory.adapters]
     write_heads(adapters, Heads(), folder)
@@ -152,7 +152,7 @@ def _digest(bake: Bake, adapters: list[str]) -> str:
     """Return a digest of everything that the bytes of the shards depend on."""
     moments = bake.inventory.moments
     stats = {s.name: s.file.path.stat() for s in bake.checkpoint.shards}
-    said = {
+    content = {
         "plait": __version__,
         "libraries": library_versions(),
         "recipe": recipe_json(bake.recipe),
@@ -166,7 +166,7 @@ def _digest(bake: Bake, adapters: list[str]) -> str:
         "config": bake.checkpoint.config,
         "headers": {s.name: hashlib.sha256(s.lead).hexdigest() for s in bake.shards},
     }
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _moments_digest(moments: Moments) -> dict[str, str]:
@@ -219,13 +219,13 @@ def _lock(bake: Bake, digests: list[str], shards: dict[str, str], base: dict[str
 
 @contextmanager
 def _explained(out: Path, journal: BakeJournal, shards: int) -> Iterator[None]:
-    """Say what is left when a bake fails, and that it can go on."""
+    """Add to an error what is left when a bake fails, and how to continue."""
     try:
         yield
     except BaseException as error:
         left = (
-            f"{len(journal.finished)} of {shards} files are finished in {journal.folder}; the same command goes on from there. "
-            "Delete that folder to give them up."
+            f"{len(journal.finished)} of {shards} files are finished in {journal.folder}; the same command continues from "
+            "there. Delete that folder to give them up."
         )
         if isinstance(error, OSError) and not isinstance(error, PlaitError) and error.errno in UNWRITABLE:
             found = OutputError(f"{out} cannot be written: {error.strerror}. Free some space or choose another place.")

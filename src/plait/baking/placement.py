@@ -33,7 +33,7 @@ class RowRange:
         count: how many.
         row: the first row of the tensor, seen as rows × columns.
         transposed: the tensor stores ΔWᵀ.
-        columns: first and last column of ΔW that the tensor has, behind which it has none but zeros; None for all of them.
+        columns: first and last column of ΔW that the tensor has, beyond which it has only zeros; None for all of them.
     """
 
     target: str
@@ -90,7 +90,7 @@ class Placement:
         changes: tensor of the base → what becomes of it.
         added: new tensors.
         untied: the output head no longer shares the input embedding's values.
-        apart: adapter → its full tensors that are kept beside the model.
+        apart: adapter → its full tensors that are kept under heads/.
         problems: everything that has no place; complete messages.
         notes: what is worth knowing.
     """
@@ -177,7 +177,7 @@ class _Placing:
             wanted = layout.stack * (layout.d_in if ranges[0].transposed else layout.d_out)
             if rows != wanted:
                 raise ValueError(
-                    f"the base model has a place for {rows} of its delta's {wanted} rows. Is its checkpoint whole?"
+                    f"the base model has tensors for {rows} of its delta's {wanted} rows. Is its checkpoint complete?"
                 )
             self._placed.add(target)
         except ValueError as error:
@@ -259,7 +259,7 @@ class _Placing:
     def _put_bias(self, target: str) -> None:
         owners = [a for a in self._inventory.adapters if target in a.targets and a.targets[target].has_bias]
         if not any(bool(a.read_part(target, "lora_B.bias").any()) for a in owners):
-            return  # PEFT has a lora_bias beside all layers or none
+            return  # PEFT has a lora_bias in all layers or none
         parts = self._names.parts(f"{target}.bias")
         if len(parts) == 1 and parts[0] == Part(parts[0].tensor):
             self._result.add(parts[0].tensor, biases=(target,))
@@ -286,7 +286,7 @@ class _Placing:
         return tensor.equals(self._checkpoint, parts[0].tensor)
 
     def _keep_apart(self) -> None:
-        """Find the full tensors that stay beside the model, one set per task."""
+        """Find the full tensors that are kept under heads/, one set per task."""
         for adapter in self._inventory.adapters:
             kept = []
             for path in adapter.full_tensors:
@@ -331,7 +331,7 @@ class _Placing:
             self._put_new(parameter, tensor)
 
     def _put_new(self, parameter: str, tensor: FullTensor) -> None:
-        """Add a task's head to the model; a parameter that no class of this model has is kept beside it."""
+        """Add a task's head to the model; a parameter that no class of this model has is kept under heads/."""
         tasks = {a.config.raw.get("task_type") for a in tensor.adapters}
         if self._names.architecture is None or tasks & HEADED_TASKS:
             self._result.added[parameter] = Added(tensor.shape, None, Change(replaced=tensor))

@@ -29,15 +29,15 @@ BakeDtype = Literal["float64", "float32", "float16", "bfloat16"]
 
 
 class BakeOptions(Record):
-    """What a bake is told besides the recipe.
+    """What a bake needs besides the recipe.
 
     Attributes:
         dtype: of all float tensors; None keeps each one's own.
         shard_size: largest file, such as `5GB`; None keeps the base's files.
         device: where blocks are added up, as torch names it; another kind of device rounds its sums otherwise.
-        dequantize: take a quantized base for the plain model that it stands for, where that can be done here.
-        full_tensors: put adapters' heads, embeddings and other full tensors into the model, or beside it; without, those of
-            the base stay. Taking an adapter out leaves them alone.
+        dequantize: take a quantized base for the plain model that it encodes, where that can be done here.
+        full_tensors: put adapters' heads, embeddings and other full tensors into the model, or under heads/; without, the
+            base's stay. Taking an adapter out leaves them alone.
     """
 
     dtype: BakeDtype | None = None
@@ -80,9 +80,9 @@ def usable_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        said = str(error).splitlines()[0].rstrip(".")
+        reason = str(error).splitlines()[0].rstrip(".")
         raise RecipeError(
-            f"device {name!r} cannot be used: {said}. Use 'cpu', or an accelerator that torch sees here."
+            f"device {name!r} cannot be used: {reason}. Use 'cpu', or an accelerator that torch sees here."
         ) from None
     if device.type == "meta":
         raise RecipeError("device 'meta' holds no values. Use 'cpu', or an accelerator that torch sees here.")
@@ -157,7 +157,7 @@ class Bake:
 
     Attributes:
         recipe: as asked for, the base model spelled out.
-        options: beside it.
+        options: besides the recipe.
         inventory: the adapters.
         merge: the plan of the merge.
         checkpoint: the base.
@@ -165,7 +165,7 @@ class Bake:
         shards: what is written.
         auxiliary: what goes along.
         device: where blocks are added up.
-        plan: all of this for people.
+        plan: all of this as a record.
     """
 
     recipe: Recipe
@@ -187,7 +187,7 @@ def prepare_bake(
 
     Args:
         recipe: what is asked for.
-        options: beside it.
+        options: besides the recipe.
         folder: what relative paths are relative to; the current folder when None.
         workers: threads; they decide the memory estimate.
         moments: second moments of inputs, in place of files that the recipe names.
@@ -238,7 +238,7 @@ def _open_base(recipe: Recipe, folder: Path | None, *, dequantize: bool) -> Base
 
 
 def _notes(recipe: Recipe, merge: MergePlan) -> list[str]:
-    # what becomes of heads is told by the placement, which knows more than a merge does
+    # the placement notes what becomes of heads, with more knowledge than a merge has
     notes = [note for note in merge.notes if not note.startswith("heads and other full tensors")]
     if recipe.output.rank != "auto":
         notes.append(
@@ -265,7 +265,7 @@ def _plan(
         adapters=merge.adapters,
         target_modules=len(merge.modules),
         shards=tuple(_shard_plan(s) for s in shards),
-        carried=auxiliary.described,
+        carried=auxiliary.origins,
         output_bytes=sum(s.size for s in shards),
         peak_bytes=merge.peak_bytes + blocks,
         notes=notes,

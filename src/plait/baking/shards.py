@@ -1,4 +1,4 @@
-"""What is written: shards, their headers and where every tensor lies in them; known before a byte is."""
+"""What is written: shards, their headers and the position of every tensor; known before a byte is written."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
     unit = found[2].upper() if found else None
     if found is None or unit not in _UNITS or not float(found[1]):
-        raise RecipeError(f"{text!r} is no size of a shard; write a number of bytes with a unit, such as 5GB or 900MB.")
+        raise RecipeError(f"{text!r} is not a size of a shard; it must be a number of bytes with a unit, such as 5GB or 900MB.")
     return int(float(found[1]) * _UNITS[unit])
 
 

@@ -43,7 +43,7 @@ class ShardTensorBuilder:
             tensor: what to make.
             merges: of its targets.
             handle: of the file.
-            advance: told of the bytes written.
+            advance: called with the number of bytes written.
 
         Raises:
             PlanError: a value is NaN or infinite.

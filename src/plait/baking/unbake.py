@@ -1,6 +1,6 @@
 """Take an adapter out of a baked model again: a bake with the negative weight, and how far the result is from the original.
 
-It is no exact inverse. The bake rounded W + ΔW once to the stored dtype, and this rounds once more, so that an entry of a
+It is not an exact inverse. The bake rounded W + ΔW once to the stored dtype, and this rounds once more, so that an entry of a
 16-bit model comes back to within one unit in the last place of the larger of the two numbers. What an
 adapter holds whole took the place of something that the model does not have any more, and stays.
 """
@@ -92,14 +92,14 @@ def run_unbake(
     opened = Adapter.open(resolve(parse_reference(adapter)).folder, "adapter")
     if any(target.is_dora for target in opened.targets.values()):
         raise PlanError(
-            f"{adapter}: DoRA scales rows by the norms that they had before the bake, which the model does not tell any more. "
+            f"{adapter}: DoRA scales rows by the norms that they had before the bake, which the model no longer holds. "
             "It cannot be subtracted; keep the model that it was baked into."
         )
     weight = _weight_of_lock(model, opened) if weight is None else weight
     recipe = build_recipe({"adapters": [{"path": adapter, "weight": -weight}], "base_model": model, "method": "linear"})
     bake = run_bake(recipe, BakeOptions(full_tensors=False), out=out, force=force, workers=workers, progress=progress)
     remaining = None if before is None else _remaining(BaseCheckpoint.open(str(out.absolute())), before)
-    # copies of layers that LoRA adapts are no tensors of its own
+    # copies of layers that LoRA adapts are not tensors of its own
     left = tuple(parameter_of(path) for path in opened.full_tensors if ".base_layer." not in path)
     return UnbakeResult(bake, weight, remaining, left)
 
@@ -109,7 +109,7 @@ def _weight_of_lock(model: str, adapter: Adapter) -> float:
 
     Raises:
         AdapterError: the lock cannot be read.
-        PlanError: the adapter is not in it; its weight is another than 1, or no weight alone: that has to be said.
+        PlanError: the adapter is not in it; its weight is another than 1, or not a plain coefficient: then it must be given.
     """
     folder = resolve_model(model, files=("*.safetensors", "*.json", LOCK)).folder
     has_lock = os.path.lexists(folder / LOCK)

@@ -1,4 +1,4 @@
-"""All shards by several threads; what is written is hashed meanwhile, what is finished is flushed beside the next ones."""
+"""All shards by several threads; what is written is hashed, and what is finished flushed, during the work."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ShardWriter:
         builder: makes changed tensors.
         journal: where.
         workers: threads; never change a byte.
-        progress: told of bytes.
+        progress: receives the bytes done.
     """
 
     checkpoint: BaseCheckpoint
@@ -107,7 +107,7 @@ class ShardWriter:
                 one.close(keep=True)
 
     def _do(self, job: _Job, one: _Open) -> None:
-        """Do one job of a file, and hash as far as the file is whole now."""
+        """Do one job of a file, and hash as far as the file is complete now."""
         job.do(one.handle)
         for start, count in job.pieces:
             one.digest.written(start, count)

@@ -1,7 +1,7 @@
 """What only the model's code knows: how parameters are called in a checkpoint, which are tied, which are transposed.
 
 transformers builds the model without weights, and its own conversion mapping says which checkpoint tensors a parameter is made
-of: since version 5 experts are fused, and some models are renamed, on loading. Asked only where names alone do not tell.
+of: since version 5 experts are fused, and some models are renamed, on loading. Asked only where names alone do not decide.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Part:
         tensor: name in the checkpoint.
         expert: which matrix of a stack; None for the whole parameter, or for rows of a single matrix.
         start: its first row in the parameter's matrix.
-        row: where that row lies in the tensor.
+        row: the index of that row in the tensor.
         rows: how many; None for all that the tensor has.
     """
 
@@ -61,7 +61,7 @@ class Architecture:
         unknown: parameter → the conversion that plait has no form for.
         tied: parameter → the parameter that it shares its values with.
         transposed: owners of parameters that are stored as (d_in, d_out).
-        layers: modules that PEFT can put a LoRA beside, which then is a delta of their weight.
+        layers: modules on which PEFT's LoRA is a delta of the weight.
         renamed: what loading makes of a name that older versions of the code gave, `language_model.model.layers…` for one.
     """
 
@@ -131,7 +131,7 @@ def _layers(model: Any) -> Iterator[tuple[str, Layer]]:
 
 
 def _is_plain(convolution: Any) -> bool:
-    """Say whether PEFT convolves alike beside it: without dilation, with zeros around."""
+    """Say whether PEFT's LoRA convolves as the layer does: without dilation, with zeros around."""
     return set(convolution.dilation) == {1} and convolution.padding_mode == "zeros"
 
 

@@ -67,7 +67,7 @@ class Shard:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the file is described as it lies; a quantized one may be described as what it stands for."""
+        """Whether the file is described as stored; a quantized one may be described as what it encodes."""
         return not isinstance(self.file, PlainFile)
 
     @property
@@ -102,7 +102,7 @@ class BaseCheckpoint:
         Args:
             reference: a folder, or `org/repo[@revision][/subfolder]`.
             base: what a relative path is relative to.
-            dequantize: take a quantized one for the plain model that it stands for.
+            dequantize: take a quantized one for the plain model that it encodes.
 
         Raises:
             AddressError: it leads nowhere.
@@ -134,23 +134,25 @@ class BaseCheckpoint:
                 for tensor, name in weights.home.items()
                 if tensor not in home or home[tensor].file.path.name != name
             ][:5]
-        collect(AdapterError, problems, f"{folder}: the base model is not whole")
+        collect(AdapterError, problems, f"{folder}: the base model is not complete")
         checkpoint = BaseCheckpoint(located, read_config(folder), tuple(shards), index, home)._without_copies()
         found = quantization(checkpoint.config, {n: s.file.tensors[n] for n, s in home.items()})
         if found is None:
             return checkpoint
         if dequantize and found.method in FORMATS and all(s.is_safetensors for s in shards):
             return checkpoint._plain()
-        raise PlanError(f"{folder}: the base model is quantized ({found.said}). {way_out(found.method, asked=dequantize)}")
+        raise PlanError(
+            f"{folder}: the base model is quantized ({found.description}). {way_out(found.method, asked=dequantize)}"
+        )
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """Its folder."""
         return self.located.folder
 
     @cached_property
     def has_conv1d(self) -> bool | None:
-        """Whether its layers that can be Conv1D by their names are; None where neither tensors nor configuration tell."""
+        """Whether its layers that can be Conv1D by their names are; None where neither tensors nor configuration decide."""
         return has_conv1d(self.config, {n: s.file.tensors[n].shape for n, s in self.home.items()})
 
     def info(self, tensor: str) -> TensorInfo:
@@ -197,7 +199,7 @@ class BaseCheckpoint:
         return replace(self, home=home, shards=tuple(replace(s, left=frozenset(left)) for s in self.shards))
 
     def _plain(self) -> BaseCheckpoint:
-        """Return the plain model that a quantized one stands for.
+        """Return the plain model that a quantized one encodes.
 
         Raises:
             PlanError: tensors that have no plain form here.
@@ -241,7 +243,7 @@ def _weight_files(folder: Path) -> tuple[WeightFiles, Mapping[str, Any] | None]:
     hint = " It holds an adapter; give the base model." if "adapter_config.json" in found else ""
     other = [name for name in found if name.endswith((".bin", ".pt", ".pth", ".gguf"))]
     if other:
-        # transformers dequantizes GGUF on loading, but saves what it made of it only when told so
+        # transformers dequantizes GGUF on loading, but saves what it made of it only on request
         gguf = f", gguf_file={other[0]!r}, quantization_config=GgufConfig(dequantize=True)" * other[0].endswith(".gguf")
         hint = f" It holds {other[0]}; convert it first: transformers' from_pretrained(…{gguf}), then save_pretrained."
     others = [name for kind in FILE_FORMATS[1:] for name in (kind.model_name, index_of(kind.model_name))]

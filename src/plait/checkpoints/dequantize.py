@@ -1,4 +1,4 @@
-"""A quantized checkpoint as the plain one that it stands for: tensors are dequantized as they are read, rows at a time.
+"""A quantized checkpoint as the plain one that it encodes: tensors are dequantized as they are read, rows at a time.
 
 Two formats whose values transformers too computes without a GPU, and to the same bits:
 
@@ -47,7 +47,7 @@ class Computed(Protocol):
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor as it lies in a file."""
+    """A tensor as stored in a file."""
 
     file: SafetensorsFile
     name: str
@@ -258,7 +258,7 @@ def _scales(stored: _Stored) -> Tensor:
 def _plain_dtype(config: Mapping[str, Any]) -> str:
     """Return safetensors' name of the dtype that the model computes in; bfloat16 where its configuration names none."""
     for holder in (config, config.get("text_config") or {}):
-        said = str(holder.get("dtype") or holder.get("torch_dtype") or "").removeprefix("torch.")
-        if said in SHORT:
-            return SHORT[said]
+        name = str(holder.get("dtype") or holder.get("torch_dtype") or "").removeprefix("torch.")
+        if name in SHORT:
+            return SHORT[name]
     return "BF16"

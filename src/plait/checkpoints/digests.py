@@ -21,5 +21,5 @@ def weight_files(folder: Path) -> list[Path]:
     """
     found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     odd = [f"{path}: this is not a file that can be read. Fetch the model again." for path in found if not path.is_file()]
-    collect(AdapterError, odd, f"{folder}: the model is not whole")
+    collect(AdapterError, odd, f"{folder}: the model is not complete")
     return found

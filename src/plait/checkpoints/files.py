@@ -54,15 +54,15 @@ def find_weights(folder: Path) -> WeightFiles | None:
 
 
 def index_of(single: str) -> str:
-    """Return the name of the index beside shards, in the format of a single file of this name."""
+    """Return the name of the index next to shards, in the format of a single file of this name."""
     return f"{single}.index.json"
 
 
 def read_index(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
-    """Return an index as it is, and its map: tensor name → the file beside it that holds the tensor.
+    """Return an index as it is, and its map: tensor name → the file in the same folder that holds it.
 
     Raises:
-        AdapterError: it is no index, names no tensor, or a file that is not beside it.
+        AdapterError: it is not an index, names no tensor, or names a file in another folder.
     """
     index = read_object(path, AdapterError, advice=_AGAIN, constants=True)
     found = index.get("weight_map")
@@ -72,7 +72,7 @@ def read_index(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
         raise AdapterError(f"{path}: names no tensor. {_AGAIN}")
     outside = next((name for name in found.values() if not _is_name(name)), None)
     if outside is not None:
-        raise AdapterError(f"{path}: names {shown(outside)}, which is not a file beside it.")
+        raise AdapterError(f"{path}: names {shown(outside)}, which is not a file in the same folder.")
     if not isinstance(index.get("metadata") or {}, dict):
         raise AdapterError(f"{path}: 'metadata' must be a mapping. {_AGAIN}")
     return index, found

@@ -1,4 +1,4 @@
-"""Where the parameters that adapters speak of lie in a checkpoint: by name, behind a prefix, or as the model's code says."""
+"""Where the parameters that adapters name are in a checkpoint: by name, with another prefix, or as the model's code says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plait.checkpoints.checkpoint import BaseCheckpoint, sections
 
 @dataclass(frozen=True)
 class Prefix:
-    """What stands before a name here and not there: adapters name a whole model, checkpoints may hold it without its head."""
+    """What precedes a name here and not there: adapters name a full model, checkpoints may hold it without its head."""
 
     removed: str = ""
     added: str = ""
@@ -93,8 +93,8 @@ class Names:
         Raises:
             ArchitectureUnknown: the configuration leaves it open, and the model's code cannot be asked.
         """
-        said = [s["tie_word_embeddings"] for s in sections(self._checkpoint.config) if "tie_word_embeddings" in s]
-        if said and not any(said):
+        ties = [s["tie_word_embeddings"] for s in sections(self._checkpoint.config) if "tie_word_embeddings" in s]
+        if ties and not any(ties):
             return []
         architecture = self.architecture
         if architecture is None:

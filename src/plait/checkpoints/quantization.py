@@ -32,11 +32,11 @@ class Quantization(NamedTuple):
 
     Attributes:
         method: as `quantization_config` calls it; None where it names none.
-        said: the same for people, with where it was found.
+        description: the same in words, with where it was found.
     """
 
     method: str | None
-    said: str
+    description: str
 
 
 def quantization(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Quantization | None:
@@ -44,7 +44,7 @@ def quantization(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 
     Args:
         config: its `config.json`.
-        tensors: all of them; what they are called and stored as tells where the configuration says nothing.
+        tensors: all of them; their names and dtypes decide where the configuration names no method.
     """
     for holder in (config, config.get("text_config") or {}):
         settings = holder.get("quantization_config")
@@ -65,7 +65,7 @@ def way_out(method: str | None, *, asked: bool) -> str:
         asked: that it be dequantized.
     """
     if method in FORMATS:
-        return f"{_ORIGINAL}; or bake the plain model that it stands for (bake --dequantize)."
+        return f"{_ORIGINAL}; or bake the plain model that it encodes (bake --dequantize)."
     why = f"--dequantize knows {' and '.join(FORMATS)}: {_REASONS.get(method or '', _OTHER)}. " if asked else ""
     return (
         f"{why}{_ORIGINAL}; or load it where its library runs, dequantize it there (model.dequantize() or "

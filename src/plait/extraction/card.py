@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def extract_card(pairing: Pairing, record: ExtractRecord) -> str:
-    """Return README.md: front matter for the Hub, then the page for people."""
+    """Return README.md: front matter for the Hub, then the page."""
     front = yaml.safe_dump(_front_matter(pairing, record), sort_keys=False, allow_unicode=True)
     base = _base_on_hub(pairing, record) or base_name(record.base_model)
     kept = [x for x in record.leftovers if x.kept]

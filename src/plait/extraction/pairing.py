@@ -208,8 +208,8 @@ def pair_checkpoints(base: str, tuned: str, folder: Path | None = None) -> Pairi
 
     Raises:
         AddressError: a reference leads nowhere.
-        AdapterError: files that are no checkpoint.
-        PlanError: a quantized model, or two models that are no base and fine-tune of it, with everything that does not fit.
+        AdapterError: files that are not a checkpoint.
+        PlanError: a quantized model, or two models that are not a base and its fine-tune, with everything that does not fit.
     """
     one, two = _open_both((base, tuned), folder)
     names = _align(set(one.home), set(two.home))
@@ -219,7 +219,7 @@ def pair_checkpoints(base: str, tuned: str, folder: Path | None = None) -> Pairi
         *_missing(base, tuned, names),
         *_shapes(base, tuned, {n: (one.info(b).shape, two.info(t).shape) for n, (b, t) in both.items()}),
     ]
-    collect(PlanError, problems, f"{tuned} is no full fine-tune of {base} that a LoRA can be taken from")
+    collect(PlanError, problems, f"{tuned} is not a full fine-tune of {base} that a LoRA can be extracted from")
     floats = {n: (b, t) for n, (b, t) in both.items() if not _CONSTANT.search(n) and one.info(b).dtype in FLOATS}
     pairs, copies, notes = _Pairs(one, two, floats).made()
     constants = _Pairs(one, two, {n: both[n] for n in both.keys() - floats.keys()}).as_stored()
@@ -411,7 +411,7 @@ def _missing(base: str, tuned: str, names: Mapping[str, tuple[str | None, str | 
         if lacking:
             problems.append(
                 f"{text} lacks {len(lacking)} of {other}'s tensors: {_listed(lacking)}. Is it a fine-tune of the same "
-                "architecture, saved whole by the same version of transformers?"
+                "architecture, saved in full by the same version of transformers?"
             )
     return problems
 
@@ -421,14 +421,14 @@ def _shapes(base: str, tuned: str, shapes: Mapping[str, tuple[tuple[int, ...], t
     for name, (one, two) in shapes.items():
         if one == two:
             continue
-        said = f"{name!r} is {list(one)} in {base} and {list(two)} in {tuned}"
+        differs = f"{name!r} is {list(one)} in {base} and {list(two)} in {tuned}"
         if one[1:] == two[1:] and (INPUT_EMBEDDING.fullmatch(name) or OUTPUT_HEAD.fullmatch(name)):
             problems.append(
-                f"{said}: the vocabulary was resized. A LoRA cannot add tokens; resize the base model first "
+                f"{differs}: the vocabulary was resized. A LoRA cannot add tokens; resize the base model first "
                 f"(model.resize_token_embeddings({two[0]})), save it, and extract against that."
             )
         else:
-            other.append(said)
+            other.append(differs)
     if other:
         problems.append(f"{len(other)} tensors have other shapes: {'; '.join(other[:_SHOWN])}{_more(other)}.")
     return problems

@@ -57,9 +57,9 @@ def run_extract(
         request: what is asked for.
         out: where to write.
         folder: what relative paths are relative to; the current folder when None.
-        force: replace an adapter that stands at `out`.
+        force: replace an adapter at `out`.
         workers: tensors worked on at a time; never changes a byte.
-        progress: who listens.
+        progress: receives stages and steps.
         written_as: name and revision of the base model in the adapter; as the request says when None.
 
     Raises:

@@ -60,7 +60,7 @@ def survey(
         selected: parameters that are to become factors.
         request: ranks, and what else to keep.
         workers: threads.
-        progress: who listens.
+        progress: receives stages and steps.
 
     Raises:
         PlanError: values that are not finite, or nothing that changed.
@@ -113,7 +113,7 @@ def _look(pair: Pair, number: int, energy: float | None) -> tuple[float, int]:
 
 
 def _biases(pairs: Sequence[Pair], targets: Sequence[Pair], energies: dict[str, float]) -> dict[str, Pair]:
-    """Return target module → its bias, where that has changed; PEFT has lora_bias beside neither embeddings nor parameters."""
+    """Return target module → its bias, where that has changed; PEFT has no lora_bias on embeddings and parameters."""
     if any(p.is_parameter and p.name in energies for p in targets):
         return {}
     layers = {p.layer for p in targets if p.layout.takes_bias}

@@ -59,8 +59,8 @@ def make_request(**settings: Any) -> ExtractRequest:
     try:
         return ExtractRequest(**settings)
     except ValidationError as error:
-        said = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
-        raise RecipeError("\n".join(dict.fromkeys(said))) from None
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        raise RecipeError("\n".join(dict.fromkeys(problems))) from None
 
 
 def select(pairs: Sequence[Pair], request: ExtractRequest) -> tuple[Pair, ...]:
@@ -94,4 +94,4 @@ def _unmatched(pattern: str, able: Sequence[Pair], pairs: Sequence[Pair]) -> str
         return f"--targets {pattern!r}: {other.name!r} cannot be a LoRA here, shape {list(other.shape)}."
     names = sorted({(p.module if p.is_experts else p.layer).rpartition(".")[2] for p in able})
     near = did_you_mean(pattern, names)
-    return f"--targets {pattern!r} is no layer of these models.{near} There are: {', '.join(names)}; or '*.layers.0.*'."
+    return f"--targets {pattern!r} is not a layer of these models.{near} Layers are {', '.join(names)}; or '*.layers.0.*'."

@@ -61,7 +61,7 @@ _FUSED = (
 
 
 class Compatibility(Record):
-    """What stands in the way of merging.
+    """What prevents a merge.
 
     Attributes:
         can_merge: there are no problems.
@@ -112,7 +112,7 @@ class Serving(Record):
 
 
 def check_compatibility(adapters: Sequence[Adapter], *, base_model: str | None = None) -> Compatibility:
-    """Collect everything that stands in the way of merging, and what is worth knowing.
+    """Collect everything that prevents a merge, and what is worth knowing.
 
     Args:
         adapters: opened; at least one.
@@ -159,9 +159,9 @@ def base_model_problems(adapters: Sequence[Adapter], given_base: str | None) -> 
             named[adapter.config.base_model.rstrip("/").casefold()].append(adapter)
     if given_base is not None or len(named) < 2:
         return []
-    said = "; ".join(f"{_names(group)}: {group[0].config.base_model!r}" for group in named.values())
+    listed = "; ".join(f"{_names(group)}: {group[0].config.base_model!r}" for group in named.values())
     return [
-        f"the adapters name different base models ({said}). Deltas of different models do not add up. If these are the "
+        f"the adapters name different base models ({listed}). Deltas of different models do not add up. If these are the "
         "same weights under several names or paths, give the one to use: --base-id, or base_model in a recipe."
     ]
 
@@ -171,13 +171,13 @@ def shape_problems(adapters: Sequence[Adapter]) -> list[str]:
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = defaultdict(list)
     for path, layouts in _layouts(adapters).items():
         if len(set(layouts.values())) > 1:
-            said = tuple((name, str(layout)) for name, layout in layouts.items())
-            groups[short_name(path), said].append(path)
+            listed = tuple((name, str(layout)) for name, layout in layouts.items())
+            groups[short_name(path), listed].append(path)
     problems = []
-    for (short, said), paths in groups.items():
+    for (short, listed), paths in groups.items():
         where = repr(paths[0]) if len(paths) == 1 else f"{short} in {len(paths)} places, such as {paths[0]!r}"
         problems.append(
-            f"shapes differ for {where}: {'; '.join(f'{name!r} has {shape}' for name, shape in said)}. "
+            f"shapes differ for {where}: {'; '.join(f'{name!r} has {shape}' for name, shape in listed)}. "
             "The adapters were trained on different models, or on different versions of one."
         )
     return problems
@@ -187,11 +187,11 @@ def naming_problems(adapters: Sequence[Adapter]) -> list[str]:
     """Say which adapters call the same modules by different names.
 
     Two adapters that share no target are suspected when most modules of the smaller have a partner of the same layout
-    in the other whose path differs only in what stands before the numbered layer, and when one of these two beginnings
+    in the other whose path differs only in what precedes the numbered layer, and when one of these two beginnings
     holds all words of the other (`model.language_model` and `language_model.model`; `model` and
     `model.language_model`). An encoder and a decoder therefore are not.
 
-    Fused experts beside separate ones are the other case: the same weights, cut differently.
+    Fused experts in one adapter and separate ones in the other are the other case: the same weights, cut differently.
     """
     problems = []
     for one, two in combinations(adapters, 2):
@@ -212,7 +212,7 @@ def naming_problems(adapters: Sequence[Adapter]) -> list[str]:
             cut = _fused_projections(first, second)
             if cut:
                 problems.append(
-                    f"{first.name!r} adapts {cut[0][0]!r}, one matrix for what {second.name!r} has apart ({cut[0][1]!r}; "
+                    f"{first.name!r} adapts {cut[0][0]!r}, one matrix for what {second.name!r} has as several ({cut[0][1]!r}; "
                     f"{_count(len(cut), 'place')} in all). No model has both, so nothing could load their union. Train both "
                     "on one form of the model."
                 )
@@ -239,7 +239,7 @@ def dora_problems(adapters: Sequence[Adapter], given_base: str | None) -> list[s
 
 
 def form_problems(adapters: Sequence[Adapter]) -> list[str]:
-    """Say what cannot stand together in one adapter file, because PEFT would not load it or would read it otherwise."""
+    """Say what cannot be in one adapter file, because PEFT would not load it or would read it otherwise."""
     targets = [(a, t) for a in adapters for t in a.targets.values()]
     biased = [a for a in adapters if any(t.has_bias for t in a.targets.values())]
     problems = []
@@ -269,8 +269,8 @@ def form_problems(adapters: Sequence[Adapter]) -> list[str]:
     for key in ("layer_replication", "alora_invocation_tokens"):
         values = {a.name: a.config.raw.get(key) for a in adapters}
         if len({repr(v) for v in values.values()}) > 1:
-            said = ", ".join(f"{name} {value}" for name, value in values.items())
-            problems.append(f"{key} differs ({said}); it decides for the whole adapter where or when it acts.")
+            listed = ", ".join(f"{name} {value}" for name, value in values.items())
+            problems.append(f"{key} differs ({listed}); it decides for the whole adapter where or when it acts.")
     return problems
 
 
@@ -284,10 +284,10 @@ def excluded_spaces(adapters: Sequence[Adapter]) -> dict[str, str]:
     if not found:
         return {}
     path, ranks = found[0]
-    said = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
+    listed = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
     return {
         "factors": f"it adds factors and needs equal ranks, but they differ in {_count(len(found), 'module')}, such as "
-        f"{path!r} ({said})"
+        f"{path!r} ({listed})"
     }
 
 
@@ -401,7 +401,7 @@ def _fused_projections(fused: Adapter, separate: Adapter) -> list[tuple[str, str
 
 
 def _under_a_wrapper(one: Adapter, two: Adapter) -> tuple[str, str] | None:
-    """Return two paths that differ by components called `module` alone, where they stand within a layer (see `names`)."""
+    """Return two paths that differ by components called `module` alone, within a layer (see `names`)."""
     bare = {re.sub(r"(?<=\.)module\.", "", path): path for path in two.targets}
     pairs = ((path, bare.get(re.sub(r"(?<=\.)module\.", "", path))) for path in one.targets)
     return next(((path, other) for path, other in pairs if other is not None and other != path), None)
@@ -414,18 +414,18 @@ def _base_notes(adapters: Sequence[Adapter], given_base: str | None) -> list[str
         notes.append(f"{_names(unnamed)} name{'s' * (len(unnamed) == 1)} no base model, so it could not be compared.")
     revisions = {a.name: a.config.revision for a in adapters}
     if len(set(revisions.values())) > 1:
-        said = ", ".join(f"{name} {revision or 'none'}" for name, revision in revisions.items())
-        notes.append(f"The adapters name different revisions of the base model ({said}).")
+        listed = ", ".join(f"{name} {revision or 'none'}" for name, revision in revisions.items())
+        notes.append(f"The adapters name different revisions of the base model ({listed}).")
     return notes
 
 
 def _coverage_notes(adapters: Sequence[Adapter], everywhere: set[str]) -> list[str]:
     if len(adapters) < 2 or all(set(a.targets) == everywhere for a in adapters):
         return []
-    said = ", ".join(f"{a.name} {len(a.targets)}" for a in adapters)
+    listed = ", ".join(f"{a.name} {len(a.targets)}" for a in adapters)
     union = len({path for a in adapters for path in a.targets})
     return [
-        f"{len(everywhere)} of {union} target modules are in every adapter ({said}); a missing module counts as a zero "
+        f"{len(everywhere)} of {union} target modules are in every adapter ({listed}); a missing module counts as a zero "
         "delta (merge_mode 'union'), or is left out ('common')."
     ]
 
@@ -434,8 +434,8 @@ def _part_notes(adapters: Sequence[Adapter]) -> list[str]:
     notes = []
     heads = [a for a in adapters if a.full_tensors]
     if heads:
-        said = "; ".join(f"{a.name}: {_listed(_owners(a.full_tensors))}" for a in heads)
-        notes.append(f"Heads and other full tensors ({said}) are kept per adapter under heads/<name>/, not merged.")
+        listed = "; ".join(f"{a.name}: {_listed(_owners(a.full_tensors))}" for a in heads)
+        notes.append(f"Heads and other full tensors ({listed}) are kept per adapter under heads/<name>/, not merged.")
     biased = [a for a in adapters if any(t.has_bias for t in a.targets.values())]
     if biased:
         notes.append(f"lora_bias in {_names(biased)} is merged as a weighted sum, whatever the method.")

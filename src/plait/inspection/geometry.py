@@ -82,7 +82,7 @@ class RowSpaceOverlap(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What one target module tells.
+    """The measures of one target module.
 
     Attributes:
         path: of the module.
@@ -98,7 +98,7 @@ class Measured(NamedTuple):
 
 
 def measure_all(adapters: Sequence[Adapter], paths: Sequence[str], workers: int) -> Iterator[Measured]:
-    """Yield what the modules tell, in their order. In every worker torch keeps to one thread: the tensors are small."""
+    """Yield the measures of the modules, in their order. In every worker torch keeps to one thread: the tensors are small."""
     dtype = torch.float64 if any("F64" in a.dtypes for a in adapters) else torch.float32
     blocks = _Blocks()
     before = torch.get_num_threads()
@@ -246,7 +246,7 @@ class Pairs:
         self.chances: dict[str, list[float]] = defaultdict(list)
 
     def add(self, measured: Measured) -> None:
-        """Take in what one module tells."""
+        """Add the measures of one module."""
         if measured.sums is None:
             return
         name = layer_name(measured.path)

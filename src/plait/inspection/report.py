@@ -73,7 +73,7 @@ class LayerNorm(Record):
 
 
 class FullTensorSummary(Record):
-    """A tensor that is no low-rank delta.
+    """A tensor that is not a low-rank delta.
 
     Attributes:
         path: in the base model.
@@ -93,7 +93,7 @@ class AdapterReport(Record):
 
     Attributes:
         name: what it is called here.
-        folder: where it lies.
+        folder: of its files.
         base_model: as its configuration names it.
         revision: of the base model.
         kind: `LoRA`, `rsLoRA`, `DoRA` or `rsLoRA + DoRA`.
@@ -106,8 +106,8 @@ class AdapterReport(Record):
         scalings: the distinct s in ΔW = s·B·A, ascending.
         modules: number of target modules.
         module_kinds: what they are, the most frequent first.
-        towers: the layers they stand in.
-        outside: paths of target modules that stand in no layer.
+        towers: the layers that they are in.
+        outside: paths of target modules outside numbered layers.
         dtypes: of the stored tensors.
         parameters: number of stored values.
         bytes: size of the tensor file.
@@ -201,7 +201,7 @@ class AdapterComparison(Record):
         names: of the adapters, in the order of rows and columns.
         norms: ‖ΔWₜ‖_F per adapter.
         scale_ratio: the largest of them over the smallest; None when one is 0.
-        cosine: (T, T) ⟨ΔW_i, ΔW_j⟩ / (‖ΔW_i‖ ‖ΔW_j‖) of the whole task vectors; None beside a zero.
+        cosine: (T, T) ⟨ΔW_i, ΔW_j⟩ / (‖ΔW_i‖ ‖ΔW_j‖) of the whole task vectors; None where one is zero.
         overlap_a: (T, T) overlap of the row spaces of A. Of one matrix it is the median cosine of the principal angles,
             σ_med(V_iᵀ V_j) with orthonormal bases V, of a module the median over its matrices, and here the median over
             the modules that both have; None if there is none. 1 for equal spaces.
@@ -266,7 +266,7 @@ def inspect_adapters(
         base_model: the base model that the user names, as for a merge (see `check_compatibility`).
         workers: target modules looked at at the same time; as many as there are processors when None. The numbers do
             not depend on it.
-        progress: told of one step per target module.
+        progress: receives one step per target module.
 
     Raises:
         AdapterError: a value is NaN or infinite.
@@ -441,7 +441,7 @@ def _shared_init(names: Sequence[str], overlap: Matrix, chance: float | None) ->
         )
     else:
         status = "separate"
-        words = f"The A matrices lie in separate spaces ({measured}), so every method has room to work."
+        words = f"The A matrices span separate spaces ({measured}), which suits every method."
     return SharedInit(status=status, overlap=highest, chance=chance, pairs=pairs, words=words)
 
 
@@ -507,6 +507,6 @@ def _ratio(norms: Sequence[float]) -> float | None:
 
 
 def _model_order(path: str) -> tuple[bool, str, int, str]:
-    """Sort key: layers by tower and number, then the modules that stand in no layer."""
+    """Sort key: layers by tower and number, then the modules outside layers."""
     key = layer_key(path)
     return (False, key.tower, key.index, path) if key else (True, "", 0, path)

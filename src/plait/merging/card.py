@@ -33,7 +33,7 @@ PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_2_SEQ_LM": "text2text-generati
 
 
 def card(inventory: Inventory, plan: MergePlan, record: RunRecord, folder: Path) -> str:
-    """Return README.md: front matter for the Hub, then the page for people.
+    """Return README.md: front matter for the Hub, then the page.
 
     Args:
         inventory: the sources.
@@ -95,7 +95,7 @@ def loading(inventory: Inventory, max_lora_rank: int | None, folder: Path) -> st
     Args:
         inventory: the sources.
         max_lora_rank: vLLM's setting that holds it; None where none does.
-        folder: where it lies; it is looked at for what can serve it.
+        folder: of its files, which decide what can serve it.
     """
     base = base_name(inventory.base_model)
     with_peft = load_with_peft(base, task_type_of(inventory.adapters))
@@ -129,7 +129,7 @@ With Unsloth: `FastLanguageModel.from_pretrained("PATH_OR_REPO")`.
 
 
 def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe without the folders of this machine: what lies there is named by its folder alone."""
+    """Return a recipe without the folders of this machine: what is in them is named by its folder alone."""
     found: dict[str, Any] = public_values(recipe)
     return found
 
@@ -163,12 +163,12 @@ def front_matter(inventory: Inventory) -> dict[str, Any]:
 
 
 def _license(inventory: Inventory) -> tuple[tuple[str, str], ...] | None:
-    """Return the license that every source states, the base model included where it lies here; None when they differ."""
+    """Return the license that every source states, the base model included where it is local; None when they differ."""
     folders = [a.folder for a in inventory.adapters]
     base = _base_folder(inventory)
     stated = {license_of(folder) for folder in folders}
     if base is not None and (of_base := license_of(base)):
-        # an adapter without a card of its own adds no condition that anybody stated
+        # an adapter without a card of its own adds no stated condition
         stated = (stated - {None}) | {of_base}
     return stated.pop() if len(stated) == 1 else None
 

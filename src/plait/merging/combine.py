@@ -36,7 +36,7 @@ class Combiner:
         statistics: results of the surveys over the whole model.
         gram: ⟨ΔWᵢ, ΔWⱼ⟩ over the whole model, (T, T) float64, where coefficients depend on it.
         moments: second moments of the modules' inputs, where the recipe names them.
-        remarks: what stages have said of modules so far.
+        remarks: notes of stages on modules so far.
     """
 
     recipe: Recipe
@@ -190,7 +190,7 @@ class Combiner:
 
 
 def pipeline_of(recipe: Recipe) -> Pipeline:
-    """Return the stages that a recipe's method stands for."""
+    """Return the stages of a recipe's method."""
     return METHODS[recipe.method_name].pipeline(recipe.method)
 
 

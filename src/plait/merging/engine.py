@@ -63,7 +63,7 @@ class Engine:
         inventory: the adapters.
         plan: what to do.
         workers: modules worked on at a time; changes speed and memory, never a byte.
-        progress: who listens.
+        progress: receives stages and steps.
     """
 
     def __init__(self, inventory: Inventory, plan: MergePlan, *, workers: int, progress: Progress) -> None:

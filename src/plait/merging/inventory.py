@@ -32,7 +32,7 @@ class Inventory:
         base: the base model's weights, where the merge needs them (DoRA).
         base_located: where those came from.
         moments: second moments of the modules' inputs, where the recipe or the caller gives them.
-        base_config: the base model's `config.json`, where a dense output needs it and it lies in a folder here; else empty.
+        base_config: the base model's `config.json`, where a dense output needs it and it is in a local folder; else empty.
     """
 
     recipe: Recipe
@@ -59,11 +59,11 @@ def take_inventory(
         recipe: what was asked for.
         folder: what relative paths are relative to; the current folder when None.
         moments: gives the second moments of modules' inputs, in place of files that the recipe names.
-        base_folder: where the base model lies, when its name does not lead there.
+        base_folder: of the base model, where its name does not lead there.
 
     Raises:
         AddressError: references that lead nowhere.
-        AdapterError: files that are no adapters.
+        AdapterError: files that are not adapters.
         PlanError: adapters that do not belong together.
     """
     located, adapters = open_adapters([(entry.name, entry.path) for entry in recipe.adapters], folder)
@@ -84,7 +84,7 @@ def take_inventory(
 
 
 def _base_config(inventory: Inventory, folder: Path | None, given: Path | None) -> Mapping[str, Any]:
-    """Return the base's configuration where it lies here: a dense output asks it for the orientation of layers."""
+    """Return the base's configuration where it is in a local folder: a dense output asks it for the orientation of layers."""
     named = inventory.base_model
     place = given if given is not None or named is None else (folder or Path()) / Path(named).expanduser()
     return {} if place is None or not place.is_dir() else read_config(place)
@@ -112,7 +112,7 @@ def open_adapters(
 
     Raises:
         AddressError: references that lead nowhere, all at once.
-        AdapterError: files that are no adapters, all at once.
+        AdapterError: files that are not adapters, all at once.
     """
     located: list[Located] = []
     adapters: list[Adapter] = []

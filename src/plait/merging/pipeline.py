@@ -1,4 +1,4 @@
-"""recipe → inventory → plan → stream → writer → run record: the one function behind the command line and Python."""
+"""recipe → inventory → plan → stream → writer → run record: the one function of the command line and Python."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ def run_recipe(
         recipe: what is asked for.
         folder: what its relative paths are relative to; the current folder when None.
         out: where to write; a new run folder in the workspace (`artifacts/`) when None.
-        force: replace an adapter that stands at `out`.
+        force: replace an adapter at `out`.
         workers: modules worked on at a time; never changes a byte.
-        progress: who listens.
-        base_folder: where the base model lies, when its name does not lead there.
+        progress: receives stages and steps.
+        base_folder: of the base model, where its name does not lead there.
         moments: second moments of inputs, in place of files that the recipe names.
-        notes: what else is to be told of the result, beside the plan's notes.
+        notes: on the result, in addition to the plan's.
 
     Raises:
         PlaitError: anything wrong with what the user gave; nothing is left under `out` then.
@@ -210,7 +210,7 @@ def _record(
 
 @contextmanager
 def _digests(inventory: Inventory) -> Iterator[Callable[[], dict[Path, str]]]:
-    """Hash the inputs beside the work, and hand the digests out when asked."""
+    """Hash the inputs during the work, and hand the digests out when asked."""
     with ThreadPoolExecutor(1, "plait-sha256") as pool:
         future = pool.submit(input_digests, inventory)
         yield future.result

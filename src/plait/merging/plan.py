@@ -67,7 +67,7 @@ class MergePlan(Record):
         left_out: target modules that `merge_mode: common` drops, with who lacks them.
         rank: the rank of the written adapter; None when an energy decides it, or for a dense output.
         result: the worst over the modules.
-        pipeline: the stages that the method stands for, and the scale behind them where it is not 1.
+        pipeline: the stages of the method, followed by the scale where it is not 1.
         promises: what holds, known before running: `exact` (nothing is truncated), `rank` (the written rank is known),
             `deterministic` (same recipe, same bytes), `gauge_free` (a function of the deltas, whatever their factors).
         randomised: whether the method draws (keyed) random numbers.
@@ -312,10 +312,10 @@ def _data_notes(inventory: Inventory, pipeline: Pipeline, paths: list[str]) -> l
     if inventory.moments is not None and not pipeline.needs_moments:
         notes.append(f"method {inventory.recipe.method_name!r} uses no second moments; those given change nothing.")
     if pipeline.solves and (pairs := shared_init_pairs(inventory.adapters, paths)):
-        said = ", ".join(f"{one} + {other}" for one, other in pairs)
+        listed = ", ".join(f"{one} + {other}" for one, other in pairs)
         notes.append(
-            f"the A matrices of {said} span nearly the same space, as one seed for all training runs gives (plait inspect says "
-            "more). Solving amplifies noise then: keep the ridge, and compare with linear."
+            f"the A matrices of {listed} span nearly the same space, as one seed for all training runs gives (plait inspect "
+            "says more). Solving amplifies noise then: keep the ridge, and compare with linear."
         )
     return notes
 
@@ -328,14 +328,14 @@ def _notes(inventory: Inventory, left_out: dict[str, tuple[str, ...]]) -> list[s
         notes.append(f"merge_mode 'common' leaves {len(left_out)} modules out, such as {first} (not in {', '.join(lacking)}).")
     if recipe.space_name == "factors":
         notes.append(
-            "space 'factors' merges A and B apart as PEFT does: the result is no function of the deltas. For reproduction."
+            "space 'factors' merges A and B apart as PEFT does: the result is not a function of the deltas. For reproduction."
         )
     if any(t.has_bias for a in inventory.adapters for t in a.targets.values()):
         notes.append("lora_bias is merged as the weighted sum of the biases, whatever the method.")
     tasks = {a.name: a.config.raw.get("task_type") for a in inventory.adapters}
     if len(set(tasks.values())) > 1:
-        said = ", ".join(f"{name} {task}" for name, task in tasks.items())
-        notes.append(f"the adapters have different task types ({said}); the first is written.")
+        listed = ", ".join(f"{name} {task}" for name, task in tasks.items())
+        notes.append(f"the adapters have different task types ({listed}); the first is written.")
     with_full = [a.name for a in inventory.adapters if a.full_tensors]
     if with_full:
         done = {

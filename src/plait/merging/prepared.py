@@ -44,7 +44,7 @@ class PreparedAdapters:
 
     Args:
         inventory: what there is.
-        progress: told of the surveys that transforms need.
+        progress: receives the surveys that transforms need.
         is_exact: nothing is squared: factors are written as they are, side by side.
         whole: all target modules need one dtype, since magnitudes are compared over the model.
         of_one_width: that one is float64.

@@ -34,7 +34,7 @@ class RunRecord(Record):
         kept: share of ‖ΔW‖²_F kept over all modules.
         lowest_kept: the smallest share of a module.
         modules: one record each.
-        notes: of the plan, and what stages said while they ran.
+        notes: of the plan, and the notes of stages while they ran.
         finished: local time, ISO 8601.
         seconds: wall time.
     """
@@ -125,7 +125,7 @@ def adapter_inputs(
     Args:
         inventory: what was merged.
         digests: of the adapters' tensor files.
-        home: where the lock will stand.
+        home: the folder of the lock.
         known: sha256 of other files, where it is known.
     """
     known = known or {}

@@ -28,7 +28,7 @@ Towers = Mapping[str, int]  # tower → index of its last layer
 
 
 def towers_of(modules: Iterable[str]) -> dict[str, int]:
-    """Return the towers that target modules stand in, each with the index of its last layer."""
+    """Return the towers of target modules, each with the index of its last layer."""
     towers: dict[str, int] = {}
     for key in (layer_key(m) for m in modules):
         if key is not None:
@@ -95,7 +95,7 @@ def _factor(recipe: Recipe, adapter: str, module: str, towers: Towers) -> float:
 
 
 def _depth(module: str, towers: Towers, count: int | None) -> float | None:
-    """Return how deep in its tower a module stands, in [0, 1]; None outside of layers."""
+    """Return the depth of a module in its tower, in [0, 1]; None outside of layers."""
     key = layer_key(module)
     if key is None:
         return None
@@ -139,10 +139,10 @@ def _layer_problem(where: str, name: str, modules: Iterable[str]) -> list[str]:
     towers = sorted({key.tower for key in keys if key.matches(name)})
     if len(towers) > 1:
         index = name.rpartition(".")[2]
-        said = ", ".join(f"{t}.{index}" for t in towers)
-        return [f"{where}: {name!r} stands in {len(towers)} towers; say which: {said}"]
+        listed = ", ".join(f"{t}.{index}" for t in towers)
+        return [f"{where}: {name!r} is a layer of {len(towers)} towers; name one of {listed}"]
     if not towers:
         last = {tower: max(k.index for k in keys if k.tower == tower) for tower in sorted({k.tower for k in keys})}
         known = ", ".join(f"{tower}.0 to {tower}.{index}" for tower, index in last.items()) or "no layers"
-        return [f"{where}: {name!r} is no layer of these adapters; they have {known}"]
+        return [f"{where}: {name!r} is not a layer of these adapters; they have {known}"]
     return []

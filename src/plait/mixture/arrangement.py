@@ -17,7 +17,7 @@ class Arrangement:
 
     Args:
         layers: that act.
-        swaps: that stand in.
+        swaps: of tensors.
     """
 
     def __init__(self, layers: Sequence[Adapted], swaps: Sequence[Swap]) -> None:

@@ -17,11 +17,11 @@ GRANULARITIES: tuple[Granularity, ...] = ("task", "layer", "module", "direction"
 
 @dataclass(frozen=True)
 class Axes:
-    """What the entries of Λ stand for.
+    """The axes of the entries.
 
     Attributes:
         tasks: the adapters' names, T.
-        layers: L; the last one is `""` where some modules stand in no numbered layer.
+        layers: L; the last one is `""` where some modules are in no numbered layer.
         modules: K.
         ranks: per module, the sum of its adapters' ranks; Λ per direction has max(ranks) columns, a module uses the first.
     """
@@ -51,7 +51,7 @@ class Coefficients:
     Attributes:
         values: Λ itself, not a copy, so that gradients reach it and writing into it is seen; one more dimension in front
             where every row of the batch has its own.
-        granularity: what its entries stand for.
+        granularity: the axes of the entries.
         first: of the adapters that act.
         last: one past the last of them.
         per_row: whether there is that dimension.

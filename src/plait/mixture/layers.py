@@ -81,21 +81,21 @@ class Adapted(ABC):
 class _Output(Adapted):
     """A layer whose output is corrected after it ran, wherever and however its own weight is stored."""
 
-    dimensions = 0  # of the output behind its features
+    dimensions = 0  # of the output after its features
 
     def attach(self, undo: ExitStack) -> None:
         """Begin to act, until `undo` is closed."""
         undo.callback(self.target.module.register_forward_hook(self._correct, with_kwargs=True).remove)
 
     def _correct(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-        if not self._placed or self.stack.a.device != y.device:  # the weight did not tell: offloaded, quantized
+        if not self._placed or self.stack.a.device != y.device:  # the weight does not show it: offloaded, quantized
             self.stack = self.stack.to(y.device, self.stack.a.dtype if self._placed else y.dtype)
             self._placed = True
         x = args[0] if args else next(iter(kwargs.values()))
         return self.delta(x.to(y.device), self._beside(y)) if self.acts else self._beside(y)
 
     def _beside(self, y: Tensor) -> Tensor:
-        """Add what is no low-rank delta: DoRA's row scaling of W x, and trained biases."""
+        """Add what is not a low-rank delta: DoRA's row scaling of W x, and trained biases."""
         gains, biases = self.stack.gains, self.stack.biases
         if gains is None and biases is None:
             return y
@@ -185,7 +185,7 @@ _CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class ParameterLayer(Adapted):
-    """A parameter that its module reads as it likes, such as fused experts: W + ΔW stands in its place during a call.
+    """A parameter that its module reads as it likes, such as fused experts: W + ΔW replaces it during a call.
 
     This is how PEFT treats `target_parameters`. It forms ΔW densely for the time of the call, and knows no rows of a batch.
     """

@@ -38,7 +38,7 @@ def merged_modules(
     Args:
         inventory: what there is to merge.
         workers: modules merged at a time; never changes a bit.
-        progress: who listens.
+        progress: receives stages and steps.
 
     Raises:
         PlanError: the merge cannot be done.
@@ -62,7 +62,7 @@ class LiveMerge:
     """A base model on which a merge acts, until `close`, or to the end of a `with` block.
 
     Attributes:
-        mixture: the base with the single adapters beside the merge: `with live.mixture.active({"intent": 1.0}) as model:`
+        mixture: the base with the single adapters and the merge: `with live.mixture.active({"intent": 1.0}) as model:`
             puts one of them in the merge's place for a while. Closed, it is the bare base, bit for bit.
         recipe: what acts, every default spelled out.
     """
@@ -117,9 +117,9 @@ def load(
             averaged ones, and those of the adapter that the recipe names, act by themselves.
         load_dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
         device_map: as transformers takes it; needs accelerate.
-        trust_remote_code: let transformers run code that lies beside the weights.
+        trust_remote_code: let transformers run code from the folder of the weights.
         workers: modules merged at a time; never changes a bit.
-        progress: who listens.
+        progress: receives stages and steps.
         **settings: as `plait.merge` (`method`, `weights`, `density`, …).
 
     Raises:

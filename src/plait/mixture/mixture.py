@@ -37,8 +37,8 @@ class Mixture:
     matrix of W's size, and a change of strength is a change of λ. λ is float32; factors have the base's dtype. Gradients reach
     λ, never the base, which is frozen and in evaluation mode (no dropout).
 
-    Outside its context managers the model is the bare base: no hook, no changed tensor. They nest; the inner one stands in
-    for the outer. Several mixtures may share a model, one at a time. Not safe for several threads at once.
+    Outside its context managers the model is the bare base: no hook, no changed tensor. They nest; the inner one replaces
+    the outer. Several mixtures may share a model, one at a time. Not safe for several threads at once.
 
         mixture = Mixture.load("org/base", adapters)
         with mixture.active({"intent": 0.7, "langid": 0.3}, heads="intent") as model:
@@ -108,7 +108,7 @@ class Mixture:
             adapters: opened; their `task_type` says which class of model.
             dtype: of the base, as transformers takes it; `auto` is the checkpoint's.
             device_map: as transformers takes it; needs accelerate.
-            trust_remote_code: let transformers run code that lies beside the weights.
+            trust_remote_code: let transformers run code from the folder of the weights.
             factors: see the class.
 
         Raises:
@@ -127,7 +127,7 @@ class Mixture:
                 for none, a name for those of this adapter, active or not.
 
         Raises:
-            PlanError: an unknown name, a weight that is no finite number, or several active adapters with heads and no choice.
+            PlanError: an unknown name, a weight that is not finite, or several active adapters with heads and no choice.
         """
         given = dict(weights or {})
         problems = [self._unknown(name) for name in given if name not in self.names]
@@ -151,9 +151,9 @@ class Mixture:
         With gradient checkpointing, call `backward` within the block: what is computed again is computed with what acts then.
 
         Args:
-            coefficients: float32 (or float64); per task (T,), layer (L, T), module (K, T) or direction (K, max R): `axes` says
-                what the entries stand for. The tensor itself is used: writing into it is seen by the next forward pass.
-            granularity: what the entries stand for.
+            coefficients: float32 (or float64); per task (T,), layer (L, T), module (K, T) or direction (K, max R): `axes` names
+                them. The tensor itself is used: writing into it is seen by the next forward pass.
+            granularity: the axes of the entries.
             heads: whose full tensors act.
 
         Raises:
@@ -172,7 +172,7 @@ class Mixture:
         Args:
             rows: (batch, *shape of Λ), see `mixed`. Layers whose input has a multiple of `batch` rows (beams, flattened
                 tokens) take it that each row became as many neighboring ones.
-            granularity: what the entries stand for.
+            granularity: the axes of the entries.
             heads: whose full tensors act, for all rows.
 
         Raises:
@@ -194,11 +194,11 @@ class Mixture:
         """Make a merge result act, and nothing else.
 
         Low-rank results act as the adapter would that `plait merge` writes of them, bit for bit in float32. A dense one acts
-        as the baked model: W + ΔW, rounded once to the base's dtype, held beside W as long as this lasts.
+        as the baked model: W + ΔW, rounded once to the base's dtype, held in addition to W as long as this lasts.
 
         Args:
             merged: target → one delta per slice, or merged modules as the engine yields them.
-            heads: whose full tensors act, or the full tensors themselves (averaged heads are no adapter's).
+            heads: whose full tensors act, or the full tensors themselves (averaged heads belong to no adapter).
 
         Raises:
             PlanError: a target that the model does not have, another shape, or a weight that cannot be replaced.
@@ -268,7 +268,7 @@ class Mixture:
 
     @property
     def granularity(self) -> Granularity:
-        """What the entries of Λ stand for."""
+        """The axes of the entries."""
         return self._state.now.granularity
 
     def set_coefficients(self, coefficients: Tensor, granularity: Granularity | None = None) -> None:
@@ -276,7 +276,7 @@ class Mixture:
 
         Args:
             coefficients: see `mixed`.
-            granularity: what the entries stand for; as it was when None.
+            granularity: the axes of the entries; as it was when None.
 
         Raises:
             PlanError: a wrong shape or dtype, or nothing is active.
@@ -293,7 +293,7 @@ class Mixture:
                 raise PlanError("coefficients per direction need canonical factors: Mixture(..., factors='canonical').")
             beside = [a.target.path for a in self._adapted if a.stack.gains is not None or a.stack.biases is not None]
             if beside:
-                raise PlanError(f"{beside[0]!r} has DoRA or lora_bias, which are no directions; use coefficients per module.")
+                raise PlanError(f"{beside[0]!r} has DoRA or lora_bias, which are not directions; use coefficients per module.")
         return Coefficients.of(values, granularity, self.axes, per_row=per_row)
 
     def _arranged(self, merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule], swaps: list[Swap]) -> Arrangement:

@@ -1,4 +1,4 @@
-"""Where a target's delta acts in a live model: the module or parameter behind a path, and what its weight looks like."""
+"""Where a target's delta acts in a live model: the module or parameter of a path, and what its weight looks like."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TargetModule:
 
     @property
     def home(self) -> tuple[torch.device, torch.dtype] | None:
-        """Device and dtype of the weight; None where it tells nothing: offloaded or quantized."""
+        """Device and dtype of the weight; None where it is offloaded or quantized."""
         weight = self.module._parameters.get(self.parameter)
         return None if weight is None or weight.is_meta or weight.dtype not in _COMPUTED else (weight.device, weight.dtype)
 
@@ -169,5 +169,5 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if is_conv1d(module) and isinstance(module.weight, Tensor):
         return module.weight.shape[1], module.weight.shape[0]
     d_out, d_in = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    # quantized layers are no nn.Linear, but say what they map
+    # quantized layers are not nn.Linear, but have the sizes that they map
     return (d_out, d_in) if isinstance(d_out, int) and isinstance(d_in, int) else None

@@ -1,4 +1,4 @@
-"""Tensors of the base that something else stands in for, for a while: heads, trained token rows and biases, dense deltas."""
+"""Tensors of the base that are replaced for a while: heads, trained token rows and biases, dense deltas."""
 
 from __future__ import annotations
 

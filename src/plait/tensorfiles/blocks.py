@@ -50,7 +50,7 @@ def copy_range(source: int, start: int, target: int, position: int, count: int, 
         target: descriptor to write to.
         position: place there.
         count: bytes.
-        advance: told of every chunk.
+        advance: called with the size of every chunk.
 
     Raises:
         SourceError: the source ends early or cannot be read.

@@ -35,8 +35,8 @@ class Call:
     """What a function would have made of arguments.
 
     Attributes:
-        function: `module.name`; what it is when it is no name.
-        arguments: as they stand in the pickle.
+        function: `module.name`; a description where it is not a name.
+        arguments: as in the pickle.
     """
 
     function: str
@@ -69,7 +69,7 @@ class Pickle(NamedTuple):
 
 
 def read_pickle(stream: IO[bytes]) -> Pickle:
-    """Read one pickle from where a stream stands, and leave the stream behind it.
+    """Read one pickle from the position of a stream, and leave the stream after it.
 
     Args:
         stream: whose `read(n)` returns no more than there is.
@@ -160,7 +160,7 @@ class _Reader:
             raise PickleError("it holds more than tensors")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, _PLAIN_KEYS):
-                raise PickleError("a name in it is no text")
+                raise PickleError("a name in it is not text")
             target[key] = value
 
     def append(self, items: list[Any]) -> None:

@@ -68,7 +68,7 @@ class PickleFile(TensorFile):
         tensors: name → shape, dtype and place.
 
     Raises:
-        AdapterError: there is no such file, it is damaged or cut off, its parts lie about their sizes, or an entry is no plain
+        AdapterError: there is no such file, it is damaged or cut off, its parts give wrong sizes, or an entry is not a plain
             tensor under a text: code, sparse, quantized and meta tensors, nested mappings.
     """
 
@@ -190,7 +190,7 @@ class _Zip:
 
 
 class _Old:
-    """The form before torch 1.6: pickles, and behind them the storages with their lengths."""
+    """The form before torch 1.6: pickles, and after them the storages with their lengths."""
 
     def __init__(self, file: IO[bytes]) -> None:
         try:
@@ -260,8 +260,8 @@ def _views(path: Path, pickle: Pickle, places: Mapping[str, tuple[int, int]], si
     if sum(view.info.nbytes for view in found.values()) > _MOST_TIMES * size:
         problems.append(f"its tensors have more than {_MOST_TIMES} times the bytes of the file")
     more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
-    said = [f"{path}: this pickle holds more than tensors: {p}. {_ADVICE}" for p in problems[:5]]
-    collect(AdapterError, said + more, f"{path}: not a file of tensors that plait can read")
+    lines = [f"{path}: this pickle holds more than tensors: {p}. {_ADVICE}" for p in problems[:5]]
+    collect(AdapterError, lines + more, f"{path}: not a file of tensors that plait can read")
     return found
 
 
@@ -284,7 +284,7 @@ def _view(value: Any, places: Mapping[str, tuple[int, int]]) -> _View:
     """Return the tensor that an entry is.
 
     Raises:
-        PickleError: it is none; the words go on behind its name.
+        PickleError: it is not one; the text continues a sentence that begins with its name.
     """
     call = _tensor_call(value)
     if not isinstance(call, Call) or call.function not in _TENSOR:
@@ -301,7 +301,7 @@ def _view(value: Any, places: Mapping[str, tuple[int, int]]) -> _View:
     if not _are_counts((offset,)) or not _are_counts(shape) or not _are_counts(stride) or len(shape) != len(stride):
         raise PickleError("has a shape, strides or an offset that it cannot have")
     if key not in places or places[key][1] != nbytes:
-        what = "lies about the size of its storage" if key in places else "has a storage that is not in the file"
+        what = "gives a wrong size of its storage" if key in places else "has a storage that is not in the file"
         raise PickleError(what)
     size, values = BITS[dtype] // 8, math.prod(shape)
     extent = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if values else 0
@@ -318,7 +318,7 @@ def _storage(reference: Reference) -> tuple[str, str, int]:
     """Return key, dtype and bytes of a storage, as the pickle has them."""
     parts = reference.parts
     if not isinstance(parts, tuple) or len(parts) not in (5, 6) or parts[0] != "storage" or not isinstance(parts[1], Name):
-        raise PickleError("is made of something that is no storage")
+        raise PickleError("is made of something that is not a storage")
     _, kind, key, location, count = parts[:5]
     if location == "meta":
         raise PickleError(f"is {_WHAT['torch._utils._rebuild_meta_tensor_no_storage']}")

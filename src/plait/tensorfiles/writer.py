@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 
 
 class TensorWriter:
-    """A safetensors file whose header is known and whose tensors arrive in any order, whole or by rows.
+    """A safetensors file whose header is known and whose tensors arrive in any order, at once or by rows.
 
     Args:
         path: of the new file; it must not exist.
@@ -38,7 +38,7 @@ class TensorWriter:
     Use as a context manager; leaving it checks that every byte was written and flushes to disk.
 
     Attributes:
-        sha256: hex digest of the whole file, once it is left.
+        sha256: hex digest of the complete file, once it is left.
     """
 
     def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> None:
@@ -114,7 +114,7 @@ class TensorWriter:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a whole safetensors file."""
+    """Write a safetensors file."""
     with TensorWriter(path, [Entry(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], metadata) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)

@@ -33,7 +33,7 @@ def may_be_conv1d(module: str) -> bool:
 
 
 def has_conv1d(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> bool | None:
-    """Say whether the layers of a model that `may_be_conv1d` are; None where nothing tells.
+    """Say whether the layers of a model that `may_be_conv1d` are; None where neither checkpoint nor configuration decides.
 
     Args:
         config: the model's `config.json`.

@@ -17,7 +17,7 @@ class Linear(Layout):
 
     @classmethod
     def claims(cls, shapes: Mapping[str, tuple[int, ...]], *, is_parameter: bool) -> bool:
-        """Say whether nothing speaks for another kind."""
+        """Claim what no other kind has claimed."""
         return True
 
     def is_transposed(self, target: str, *, stored: tuple[int, ...] | None, conv1d: bool | None, flag: bool) -> bool:

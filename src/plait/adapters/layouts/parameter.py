@@ -94,7 +94,7 @@ class ParameterNaming:
         modules: module paths as the keys spell them, with the parts found there.
 
     Attributes:
-        problems: what cannot be told apart; empty when all is clear.
+        problems: keys that cannot be assigned to parameters; empty when all can.
     """
 
     def __init__(self, target_parameters: tuple[str, ...], modules: Mapping[str, object]) -> None:
@@ -111,7 +111,7 @@ class ParameterNaming:
             known = all(name in EXPERT_PARAMETERS for name in names) or len(names) == 1
             if len(wrappers) != len(names) or not known:
                 self.problems.append(
-                    f"{bare!r}: {len(wrappers)} LoRA layers for parameters {', '.join(names)}; which is which cannot be told"
+                    f"{bare!r}: {len(wrappers)} LoRA layers for parameters {', '.join(names)}; which is whose is not known"
                 )
                 continue
             self._paths |= {module: f"{bare}.{name}" for module, name in zip(wrappers, names, strict=True)}
