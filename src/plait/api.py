@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from plait.inspection.report import Inspection
     from plait.reports.pipeline import ReportResult
     from plait.tasks.checking import TaskCheck
-    from plait.training.attempts import Watcher
     from plait.training.results import TrainResult
+    from plait.training.runners import PhaseListener
     from plait.training.sft import SftResult
     from plait.tuning.pipeline import TuneResult
     from plait.verification.publish import Pushed
@@ -636,7 +636,7 @@ def train(  # noqa: PLR0913 (what a command line takes)
     load_dtype: str = "auto",
     device_map: str = "auto",
     trust_remote_code: bool = False,
-    watcher: Watcher | None = None,
+    watcher: PhaseListener | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> TrainResult:
@@ -669,16 +669,16 @@ def train(  # noqa: PLR0913 (what a command line takes)
     Raises:
         PlaitError: anything wrong with what was given, before the first step; or merge or evaluation cannot be done.
     """
-    from plait.training.cohort import Places, train_cohort
-    from plait.training.finishing import Judging
+    from plait.training.cohort import Scheduling, train_cohort
+    from plait.training.post_training import EvalOptions
     from plait.training.reading import read_phases
 
     return train_cohort(
         read_phases(phases, out=Path(out), base=None if base is None else str(base), settings=settings),
         only=only,
-        places=Places(workers, cluster),
-        judging=Judging(load_dtype, device_map, trust_remote_code, matrix),
-        watcher=watcher,
+        scheduling=Scheduling(workers, cluster),
+        evaluation=EvalOptions(load_dtype, device_map, trust_remote_code, matrix),
+        listener=watcher,
         progress=progress,
     )
 

@@ -23,10 +23,10 @@ import plait
 from plait.cli.main import main
 from plait.errors import OutputError, RecipeError
 from plait.training import cohort, side_by_side
-from plait.training.attempts import Outcome
-from plait.training.opening import open_phases
 from plait.training.phases import init_seed
+from plait.training.preflight import resolve_phases
 from plait.training.reading import read_phases
+from plait.training.runners import PhaseStatus
 from tests.held_runs import killed_at_a_checkpoint
 from tests.language_models import WORDS, label, save_model, tokenizer, write_task
 
@@ -217,7 +217,7 @@ class Killer:
     """Kills the worker of a phase when it begins to train."""
 
     def __init__(self, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.said: list[Outcome] = []
+        self.said: list[PhaseStatus] = []
         self._phase = phase
         self._children = {}
         start = side_by_side._start
@@ -234,7 +234,7 @@ class Killer:
     def advance(self, phase: str, steps: int) -> None:
         pass
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, outcome: PhaseStatus) -> None:
         self.said.append(outcome)
 
 
@@ -417,12 +417,12 @@ def test_stopped_by_hand(place, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("workers", "enough"), [(None, True), (2, False)])
 def test_checkpoints_need_room_only_while_their_phase_is_trained(place, monkeypatch, workers, enough):
-    phases = open_phases(read_phases("phases.yaml", out=Path("out")))
+    phases = resolve_phases(read_phases("phases.yaml", out=Path("out")))
     found = cohort.estimate(phases[0].opened, phases[0].settings, Path("out"), examples=24, merged=False)
     free = cohort._SPARE + 2 * (found.bytes - found.passing) + found.passing
     monkeypatch.setattr(cohort, "estimate", lambda *_, **__: replace(found, free=free))
     with nullcontext() if enough else pytest.raises(OutputError, match=r"are needed \(2 adapters and their checkpoints\)"):
-        cohort._check_space(Path("out"), phases, cohort.Places(workers))
+        cohort._check_space(Path("out"), phases, cohort.Scheduling(workers))
 
 
 def test_rslora_and_dora(place):

@@ -138,7 +138,7 @@ def test_conversion_says_where_experts_of_a_checkpoint_go():
 def test_quiet_keeps_bars_logs_and_warnings_back_and_gives_them_back():
     logging = transformers.utils.logging
     before = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    with library.quiet():
+    with library.silence():
         assert not logging.is_progress_bar_enabled()
         assert logging.get_verbosity() == logging.ERROR
         warnings.warn("of its own affairs", UserWarning, stacklevel=1)  # any warning that comes through is an error here

@@ -1,4 +1,4 @@
-"""Places of training data, what is held out, and what a job's digest depends on."""
+"""Scheduling of training data, what is held out, and what a job's digest depends on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plait.hub.download import Located
 from plait.training import fingerprints
 from plait.training.data import EVAL_SPLITS, TrainingData, hold_out, load_data
 from plait.training.formats import Completion
-from plait.training.job import LoraSettings, TrainingJob, open_job
+from plait.training.job import LoraSettings, TrainingJob, resolve_job
 from tests.chat_models import questions, save_chat_model, write_rows
 from tests.language_models import WORDS, write_task
 
@@ -59,7 +59,7 @@ class TestRowsToMeasureTheLossOn:
         assert self.found(tmp_path) == 2
         write_rows(tmp_path / "test.jsonl", ROWS[:3])
         assert self.found(tmp_path) == 3
-        assert load(tmp_path, split=EVAL_SPLITS).described.startswith(str(tmp_path / "test.jsonl"))
+        assert load(tmp_path, split=EVAL_SPLITS).summary.startswith(str(tmp_path / "test.jsonl"))
 
     def test_a_file(self, tmp_path):
         assert self.found(tmp_path / "train.jsonl") == 10
@@ -78,11 +78,11 @@ class TestRowsToMeasureTheLossOn:
         monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_, **__: there)
         monkeypatch.setattr("plait.training.data.read_hub", lambda place, split, **_: ROWS)
         found = load_data(TrainingData(place="org/rows", split=EVAL_SPLITS))
-        assert found.described.startswith(f"org/rows ({taken}), question_answer")
+        assert found.summary.startswith(f"org/rows ({taken}), question_answer")
 
     def test_a_task(self, tmp_path):
         file = write_task(tmp_path, "sort", splits={"train": "test.jsonl", "validation": "test.jsonl"})
-        assert load_data(TrainingData(task=str(file), split=EVAL_SPLITS)).described == "task 'sort' (validation)"
+        assert load_data(TrainingData(task=str(file), split=EVAL_SPLITS)).summary == "task 'sort' (validation)"
 
 
 def test_places_that_are_not_there(tmp_path):
@@ -204,10 +204,10 @@ class TestDigest:
         assert job.model_copy(update=change).digest() != job.digest()
 
     def test_it_is_of_the_data_and_the_weights(self, job, tmp_path):
-        before = open_job(job).parts
+        before = resolve_job(job).parts
         write_rows(tmp_path / "a.jsonl", ROWS[:-1])
         save_chat_model(tmp_path / "base", seed=1)
-        after = open_job(job).parts
+        after = resolve_job(job).parts
         assert {name for name in before if before[name] != after[name]} == {"data", "base"}
 
     def test_base_and_data_that_are_not_there_are_said_at_once(self, job, tmp_path):

@@ -118,7 +118,7 @@ def _plan_json(plan: SftPlan) -> dict[str, object]:
     given, learnt = plan.example
     return {
         "job": plan.opened.job.model_dump(mode="json"),
-        "data": plan.opened.data.described,
+        "data": plan.opened.data.summary,
         "examples": len(plan.encoded[0].items),
         "left_out": plan.encoded[0].left_out,
         "truncated": plan.encoded[0].truncated,

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from plait.training.attempts import Outcome
     from plait.training.forecast import Forecast
     from plait.training.phases import TrainingPlan
     from plait.training.results import TrainResult
+    from plait.training.runners import PhaseStatus
 
 
 def train(
@@ -59,8 +59,8 @@ def train(
     """
     from plait.cli.console import ProgressBars, print_json
     from plait.cli.stopping import noted
-    from plait.training.cohort import Places, train_cohort
-    from plait.training.finishing import Judging
+    from plait.training.cohort import Scheduling, train_cohort
+    from plait.training.post_training import EvalOptions
     from plait.training.reading import read_phases
 
     place = out or Path("artifacts", "trained", phases.stem)
@@ -73,9 +73,9 @@ def train(
         result = train_cohort(
             plan,
             only=only or [],
-            places=Places(workers, cluster),
-            judging=Judging(load_dtype, device_map, trust_remote_code, matrix),
-            watcher=bars,
+            scheduling=Scheduling(workers, cluster),
+            evaluation=EvalOptions(load_dtype, device_map, trust_remote_code, matrix),
+            listener=bars,
             progress=ProgressBars(),
         )
     if json:
@@ -101,10 +101,10 @@ def _kept(plan: TrainingPlan) -> str:
 def _dry_run(plan: TrainingPlan, only: Sequence[str], *, json: bool) -> None:
     from plait.cli.console import print_json
     from plait.training.forecast import forecast
-    from plait.training.opening import open_phases
+    from plait.training.preflight import resolve_phases
 
     wanted = [plan.phase(name) for name in only] or plan.phases
-    found = [forecast(p, plan.out) for p in open_phases(plan) if p.phase in wanted]
+    found = [forecast(p, plan.out) for p in resolve_phases(plan) if p.phase in wanted]
     if json:
         print_json({"base_model": plan.base, "out": str(plan.out), "phases": [f.model_dump(mode="json") for f in found]})
     else:
@@ -212,7 +212,7 @@ class PhaseBars:
         if phase in self._tasks:
             self._bars.advance(self._tasks[phase], steps)
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, outcome: PhaseStatus) -> None:
         """Say how a phase ended, and take its bar away."""
         task = self._tasks.pop(outcome.name, None)
         if task is not None:

@@ -160,7 +160,7 @@ def quiet_loading() -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """As `quiet_loading`, and keep transformers from logging of its own affairs too; errors are shown."""
     logging = import_module("transformers.utils.logging")
     level = logging.get_verbosity()

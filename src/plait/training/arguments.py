@@ -137,7 +137,7 @@ def job_of(flags: Flags) -> TrainingJob:
         "seed": flags.get("seed", 42),
     }
     if flags.get("use_peft"):
-        values["lora"] = {name: _listed(flags.get(flag)) for name, flag in _LORA.items() if flag in flags.given}
+        values["lora"] = {name: _pattern_or_names(flags.get(flag)) for name, flag in _LORA.items() if flag in flags.given}
     if flags.evaluates and "test_split_size" in flags.given:
         values["held_out"] = flags.get("test_split_size")
     elif flags.evaluates and "eval_dataset_name_or_path" in flags.given:
@@ -149,7 +149,7 @@ def job_of(flags: Flags) -> TrainingJob:
     try:
         return TrainingJob.model_validate(values)
     except ValidationError as error:
-        collect(RecipeError, [_said(e) for e in error.errors()], "plait sft")
+        collect(RecipeError, [_error_text(e) for e in error.errors()], "plait sft")
         raise
 
 
@@ -170,12 +170,12 @@ def _data(flags: Flags, place: str, split: str | tuple[str, ...], *, limit: bool
     }
 
 
-def _listed(value: Any) -> Any:
+def _pattern_or_names(value: Any) -> Any:
     """Return a single word that is no plain name by itself: `all-linear`, or a pattern for PEFT."""
     return value[0] if isinstance(value, list) and len(value) == 1 and not re.fullmatch(r"[\w.]+", value[0]) else value
 
 
-def _said(error: Any) -> str:
+def _error_text(error: Any) -> str:
     where = [str(part) for part in error["loc"]]
     names = _LORA if where[0] == "lora" else {"held_out": "test_split_size", "limit": "dataset_limit"}
     flag = names.get(where[-1], where[-1])

@@ -13,7 +13,7 @@ from plait.hub.pretrained import load_tokenizer, refusing
 from plait.libraries.trl import trusts_code
 from plait.training.data import LoadedData
 from plait.training.encoding import EncodedData, Encoder, encode_all
-from plait.training.job import LoraSettings, OpenJob, Prepared
+from plait.training.job import LoraSettings, Prepared, ResolvedJob
 from plait.training.settings import check_values, made, trainer_settings
 
 #: What TRL does itself before training, and is done by the time it gets the data.
@@ -21,7 +21,7 @@ _DONE = ("max_length", "completion_only_loss", "assistant_only_loss")
 _SPLITTING = ("bfd_split", "wrapped")
 
 
-def make_trainer(opened: OpenJob, out: Path, *, encoded: tuple[EncodedData, EncodedData | None] | None = None) -> Prepared:
+def make_trainer(opened: ResolvedJob, out: Path, *, encoded: tuple[EncodedData, EncodedData | None] | None = None) -> Prepared:
     """Load the model and tokenize the data.
 
     Args:
@@ -62,7 +62,7 @@ def make_trainer(opened: OpenJob, out: Path, *, encoded: tuple[EncodedData, Enco
     return Prepared(trainer, len(train.items), train.left_out, train.truncated, notes)
 
 
-def encode_data(opened: OpenJob, config: Any) -> tuple[EncodedData, EncodedData | None]:
+def encode_data(opened: ResolvedJob, config: Any) -> tuple[EncodedData, EncodedData | None]:
     """Tokenize and label what is trained on, and what the loss is also measured on.
 
     Args:
@@ -74,12 +74,12 @@ def encode_data(opened: OpenJob, config: Any) -> tuple[EncodedData, EncodedData 
     limit = None if splits else config.max_length
 
     def encoded(data: LoadedData) -> EncodedData:
-        return encode_all(encoder, data.examples, limit=limit, long=opened.job.long_examples, where=data.described)
+        return encode_all(encoder, data.examples, limit=limit, long=opened.job.long_examples, where=data.summary)
 
     return encoded(opened.data), None if opened.eval_data is None else encoded(opened.eval_data)
 
 
-def notes_of(opened: OpenJob, encoded: tuple[EncodedData, EncodedData | None], config: Any) -> tuple[str, ...]:
+def notes_of(opened: ResolvedJob, encoded: tuple[EncodedData, EncodedData | None], config: Any) -> tuple[str, ...]:
     """Say which rows and examples were left out or cut, of those trained on and of those that the loss is also measured on.
 
     Args:
@@ -94,7 +94,7 @@ def notes_of(opened: OpenJob, encoded: tuple[EncodedData, EncodedData | None], c
     return (*notes, *(f"held out: {note}" for note in (*opened.eval_data.notes, *held.notes(config.max_length))))
 
 
-def encoder_of(opened: OpenJob, config: Any) -> Encoder:
+def encoder_of(opened: ResolvedJob, config: Any) -> Encoder:
     """Return what tokenizes for a job, with the chat template and the end that the trainer will set."""
     tokenizer = _tokenizer(opened, config)
     if config.chat_template_path is not None:
@@ -127,7 +127,7 @@ def lora_config(lora: LoraSettings, task_type: str) -> Any:
     )
 
 
-def _tokenizer(opened: OpenJob, config: Any) -> Any:
+def _tokenizer(opened: ResolvedJob, config: Any) -> Any:
     name, revision = opened.model
     optional("transformers", "train", "training")
     trust = trusts_code(config, opened.job.model)

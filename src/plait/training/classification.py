@@ -17,7 +17,7 @@ from plait.hub.pretrained import load_config, load_model, load_tokenizer, padded
 from plait.training.causal import lora_config
 from plait.training.data import LoadedData
 from plait.training.formats import Completion
-from plait.training.job import OpenJob, Prepared, TrainingJob
+from plait.training.job import Prepared, ResolvedJob, TrainingJob
 from plait.training.settings import trainer_settings
 
 #: Heads that PEFT itself trains and saves whole.
@@ -43,7 +43,7 @@ class Texts:
     truncated: int
 
 
-def make_trainer(opened: OpenJob, out: Path) -> Prepared:
+def make_trainer(opened: ResolvedJob, out: Path) -> Prepared:
     """Load the model and tokenize the data.
 
     Args:
@@ -85,7 +85,7 @@ def settings_of(job: TrainingJob, out: Path) -> Any:
     return trainer_settings(kind, job.model_copy(update={"arguments": arguments}), out)
 
 
-def tokenizer_of(opened: OpenJob) -> tuple[Any, int | None]:
+def tokenizer_of(opened: ResolvedJob) -> tuple[Any, int | None]:
     """Return what tokenizes, and how many tokens a text may have: never more than the model can read."""
     optional("transformers", "train", "training")
     name, revision = opened.model
@@ -97,7 +97,7 @@ def tokenizer_of(opened: OpenJob) -> tuple[Any, int | None]:
     return tokenizer, min((n for n in bounds if n is not None and 0 < n < _UNBOUNDED), default=None)
 
 
-def _trusts(opened: OpenJob) -> bool:
+def _trusts(opened: ResolvedJob) -> bool:
     return bool(_loading(opened.job.model, "trust_remote_code").get("trust_remote_code", False))
 
 
@@ -108,7 +108,7 @@ def _loading(values: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: values[name] for name in names if name in values}
 
 
-def _load(transformers: Any, opened: OpenJob, tokenizer: Any) -> tuple[Any, list[str]]:
+def _load(transformers: Any, opened: ResolvedJob, tokenizer: Any) -> tuple[Any, list[str]]:
     """Return the model with a head of the job's labels, and the modules that its checkpoint lacks."""
     labels = opened.job.labels or ()
     name, revision = opened.model
@@ -131,7 +131,7 @@ def _load(transformers: Any, opened: OpenJob, tokenizer: Any) -> tuple[Any, list
     return model, sorted({key.rpartition(".")[0] for key in report["missing_keys"]})
 
 
-def _with_lora(model: Any, opened: OpenJob, fresh: Sequence[str]) -> Any:
+def _with_lora(model: Any, opened: ResolvedJob, fresh: Sequence[str]) -> Any:
     lora = opened.job.lora
     if lora is None:
         raise AssertionError("checked before")
@@ -146,7 +146,7 @@ def _with_lora(model: Any, opened: OpenJob, fresh: Sequence[str]) -> Any:
         raise PlanError(f"{opened.job.base} cannot be trained so: {' '.join(str(error).split())}") from error
 
 
-def encode_texts(opened: OpenJob, data: LoadedData, tokenizer: Any, limit: int | None) -> Texts:
+def encode_texts(opened: ResolvedJob, data: LoadedData, tokenizer: Any, limit: int | None) -> Texts:
     """Tokenize texts and number their labels.
 
     Args:
@@ -163,7 +163,7 @@ def encode_texts(opened: OpenJob, data: LoadedData, tokenizer: Any, limit: int |
     left_out = truncated = 0
     for number, example in enumerate(data.examples):
         if not isinstance(example, Completion):
-            raise TaskError(f"{data.described}: example {number} is no text with a label.")
+            raise TaskError(f"{data.summary}: example {number} is no text with a label.")
         row = dict(tokenizer(example.prompt))
         if limit is not None and len(row["input_ids"]) > limit:
             if not cut:
@@ -173,7 +173,7 @@ def encode_texts(opened: OpenJob, data: LoadedData, tokenizer: Any, limit: int |
             row = dict(tokenizer(example.prompt, truncation=True, max_length=limit))
         items.append({**row, "labels": labels.index(example.completion)})
     if not items:
-        raise TaskError(f"{data.described}: no text is left: all {left_out} have more than {limit} tokens ({LONGEST}).")
+        raise TaskError(f"{data.summary}: no text is left: all {left_out} have more than {limit} tokens ({LONGEST}).")
     return Texts(items, left_out, truncated)
 
 

@@ -29,13 +29,13 @@ from plait.parsing import read_text
 from plait.results.locking import locked
 from plait.results.progress import Progress, Silent
 from plait.results.writing import write_json_whole
-from plait.training.attempts import Outcome, Watcher, in_turn
 from plait.training.estimate import estimate
-from plait.training.finishing import Judging, finish
 from plait.training.job import ADAPTER, PACKAGES
-from plait.training.opening import OpenPhase, look, open_phases, set_aside
 from plait.training.phases import PHASES, PlannedPhase, TrainingPlan
+from plait.training.post_training import EvalOptions, finish
+from plait.training.preflight import ResolvedPhase, look, resolve_phases, set_aside
 from plait.training.results import RESULT, PhaseResult, TrainResult
+from plait.training.runners import PhaseListener, PhaseStatus, in_turn
 from plait.training.side_by_side import side_by_side
 from plait.version import __version__
 
@@ -45,7 +45,7 @@ _SPARE = 100_000_000  # bytes beside adapters and checkpoints: merge, answers, l
 
 
 @dataclass(frozen=True)
-class Places:
+class Scheduling:
     """Where phases run.
 
     Attributes:
@@ -57,8 +57,8 @@ class Places:
     cluster: str | None = None
 
 
-class Unwatched:
-    """A watcher that does nothing."""
+class SilentPhases:
+    """A listener that does nothing."""
 
     def begin(self, phase: str, stage: str, total: int, unit: str) -> None:
         """Do nothing."""
@@ -66,7 +66,7 @@ class Unwatched:
     def advance(self, phase: str, steps: int) -> None:
         """Do nothing."""
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, outcome: PhaseStatus) -> None:
         """Do nothing."""
 
 
@@ -74,9 +74,9 @@ def train_cohort(
     plan: TrainingPlan,
     *,
     only: Sequence[str] = (),
-    places: Places | None = None,
-    judging: Judging | None = None,
-    watcher: Watcher | None = None,
+    scheduling: Scheduling | None = None,
+    evaluation: EvalOptions | None = None,
+    listener: PhaseListener | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train what is missing; when nothing is missing any more, merge, evaluate and report.
@@ -86,22 +86,22 @@ def train_cohort(
     Args:
         plan: what is asked for.
         only: phases to train, and nothing more; all, and then the rest of the work, when empty.
-        places: where phases run.
-        judging: how merge and adapters are judged.
-        watcher: told of the phases.
+        scheduling: where phases run.
+        evaluation: how merge and adapters are judged.
+        listener: told of the phases.
         progress: told of what comes after them.
 
     Raises:
         PlaitError: anything wrong with what was asked for, all of it before the first step; or merge or evaluation cannot be
             done, with all adapters finished and kept.
     """
-    started, watcher, places = time.perf_counter(), watcher or Unwatched(), places or Places()
+    started, listener, scheduling = time.perf_counter(), listener or SilentPhases(), scheduling or Scheduling()
     chosen = [plan.phase(name) for name in only] or list(plan.phases)
-    _check_places(places)
+    _check_scheduling(scheduling)
     if (plan.out / _IN_USE).exists():
         with _alone(plan.out):  # before anything is read: the workers of a run that was killed may need a moment to leave
             pass
-    phases = open_phases(plan)
+    phases = resolve_phases(plan)
     with _alone(plan.out) as lock:
         before = _before(plan.out)
         notes = [*plan.notes, *set_aside(plan, phases)]
@@ -110,8 +110,8 @@ def train_cohort(
             if phase.record is not None:
                 _tidy(phase.phase.folder)  # killed behind its last step, it could not do so itself
         missing = [p for p in phases if p.record is None and p.phase in chosen]
-        _check_space(plan.out, missing, places)
-        outcomes = {o.name: o for o in _run([p.phase for p in missing], places, watcher, lock)}
+        _check_space(plan.out, missing, scheduling)
+        outcomes = {o.name: o for o in _run([p.phase for p in missing], scheduling, listener, lock)}
         result = TrainResult(
             plait=__version__,
             source=plan.source,
@@ -126,16 +126,18 @@ def train_cohort(
         if not only and all(r.state in ("done", "found") for r in result.phases):
             records = {p.phase.name: p.record or outcomes[p.phase.name].record for p in phases}
             known = {name: record for name, record in records.items() if record is not None}
-            result = finish(plan, result, known, before=before, judging=judging or Judging(), progress=progress or Silent())
+            result = finish(
+                plan, result, known, before=before, evaluation=evaluation or EvalOptions(), progress=progress or Silent()
+            )
         return _write(plan.out, result, started)
 
 
-def _check_places(places: Places) -> None:
-    if places.workers is not None and places.workers < 1:
-        raise RecipeError(f"--workers {places.workers}: at least one phase must run at a time.")
-    if places.cluster is not None and places.cluster != "ray" and not places.cluster.startswith("ray://"):
-        raise RecipeError(f"--cluster {places.cluster!r}: it must be 'ray' or 'ray://HOST:PORT'.")
-    require("plait train", {"train": PACKAGES, "ray": ["ray"] * (places.cluster is not None)})
+def _check_scheduling(scheduling: Scheduling) -> None:
+    if scheduling.workers is not None and scheduling.workers < 1:
+        raise RecipeError(f"--workers {scheduling.workers}: at least one phase must run at a time.")
+    if scheduling.cluster is not None and scheduling.cluster != "ray" and not scheduling.cluster.startswith("ray://"):
+        raise RecipeError(f"--cluster {scheduling.cluster!r}: it must be 'ray' or 'ray://HOST:PORT'.")
+    require("plait train", {"train": PACKAGES, "ray": ["ray"] * (scheduling.cluster is not None)})
 
 
 def _alone(out: Path) -> AbstractContextManager[int | None]:
@@ -151,7 +153,7 @@ def _before(out: Path) -> TrainResult | None:
         return None
 
 
-def _check_space(out: Path, missing: Sequence[OpenPhase], places: Places) -> None:
+def _check_space(out: Path, missing: Sequence[ResolvedPhase], scheduling: Scheduling) -> None:
     """Refuse to begin what the disk cannot hold; all phases have the same parameters, and a finished one keeps no checkpoints.
 
     Raises:
@@ -162,7 +164,7 @@ def _check_space(out: Path, missing: Sequence[OpenPhase], places: Places) -> Non
         return
     first = missing[0]
     found = estimate(first.opened, first.settings, out, examples=len(first.opened.data.examples), merged=False)
-    together = min(len(missing), places.workers or (1 if places.cluster is None else len(missing)))
+    together = min(len(missing), scheduling.workers or (1 if scheduling.cluster is None else len(missing)))
     needed = (found.bytes - found.passing) * len(missing) + found.passing * together + _SPARE
     if needed > found.free:
         raise OutputError(
@@ -172,24 +174,26 @@ def _check_space(out: Path, missing: Sequence[OpenPhase], places: Places) -> Non
         )
 
 
-def _run(phases: Sequence[PlannedPhase], places: Places, watcher: Watcher, lock: int | None) -> Iterator[Outcome]:
+def _run(
+    phases: Sequence[PlannedPhase], scheduling: Scheduling, listener: PhaseListener, lock: int | None
+) -> Iterator[PhaseStatus]:
     if not phases:
         return
-    outcomes: Iterator[Outcome]
-    devices, workers = _devices(), places.workers or 1
-    if places.cluster is not None:
+    outcomes: Iterator[PhaseStatus]
+    devices, workers = _devices(), scheduling.workers or 1
+    if scheduling.cluster is not None:
         from plait.training.ray import on_ray
 
-        outcomes = on_ray(phases, watcher, address=places.cluster, workers=places.workers)
+        outcomes = on_ray(phases, listener, address=scheduling.cluster, workers=scheduling.workers)
     elif workers > 1 or len(devices) > 1:  # a trainer that sees several GPUs would take them all, for larger batches
-        outcomes = side_by_side(phases, watcher, workers=workers, lock=lock, devices=devices)
+        outcomes = side_by_side(phases, listener, workers=workers, lock=lock, devices=devices)
     else:
-        outcomes = in_turn(phases, watcher)
+        outcomes = in_turn(phases, listener)
     folders = {p.name: p.folder for p in phases}
     for outcome in outcomes:
         if outcome.record is not None:
             _tidy(folders[outcome.name])
-        watcher.end(outcome)
+        listener.end(outcome)
         yield outcome
 
 
@@ -209,7 +213,7 @@ def _devices() -> list[str]:
     return named[:count] if named else [str(i) for i in range(count)]
 
 
-def _result(phase: OpenPhase, outcome: Outcome | None) -> PhaseResult:
+def _result(phase: ResolvedPhase, outcome: PhaseStatus | None) -> PhaseResult:
     name, digest = phase.phase.name, phase.opened.digest
     adapter = f"{PHASES}/{name}/{ADAPTER}"
     if phase.record is not None:

@@ -57,12 +57,12 @@ class LoadedData:
     """Examples, and what is worth saying of them.
 
     Attributes:
-        described: place and format, for people.
+        summary: place and format, for people.
         examples: in the rows' order.
         notes: rows left out.
     """
 
-    described: str
+    summary: str
     examples: tuple[Example, ...]
     notes: tuple[str, ...] = ()
 
@@ -116,9 +116,9 @@ def hold_out(data: LoadedData, share: float, seed: int) -> tuple[LoadedData, Loa
     edge = sorted(ranks)[wanted - 1]
     sides = [tuple(e for e, rank in zip(data.examples, ranks, strict=True) if (rank <= edge) == out) for out in (False, True)]
     if not sides[0]:
-        raise TaskError(f"{data.described}: holding out {share:g} of {len(ranks)} examples leaves none to train on.")
-    held = LoadedData(f"{data.described}, held out", sides[1])
-    return LoadedData(data.described, sides[0], data.notes), held
+        raise TaskError(f"{data.summary}: holding out {share:g} of {len(ranks)} examples leaves none to train on.")
+    held = LoadedData(f"{data.summary}, held out", sides[1])
+    return LoadedData(data.summary, sides[0], data.notes), held
 
 
 def _line(example: Example) -> bytes:

@@ -11,11 +11,11 @@ from plait.checkpoints.digests import weight_files
 from plait.errors import PlanError
 from plait.extras import optional
 from plait.hub.pretrained import load_config, refusing
-from plait.libraries.transformers import quiet
+from plait.libraries.transformers import silence
 from plait.libraries.trl import trusts_code
 from plait.results.disk import free_space
 from plait.training.causal import lora_config
-from plait.training.job import OpenJob
+from plait.training.job import ResolvedJob
 
 _MOMENTS = 2  # of Adam, per parameter
 _FLOAT32 = 4
@@ -54,7 +54,7 @@ class Estimate:
         )
 
 
-def estimate(opened: OpenJob, config: Any, out: Path, *, examples: int, merged: bool) -> Estimate:
+def estimate(opened: ResolvedJob, config: Any, out: Path, *, examples: int, merged: bool) -> Estimate:
     """Count parameters on a model without weights, steps and bytes.
 
     Args:
@@ -67,7 +67,7 @@ def estimate(opened: OpenJob, config: Any, out: Path, *, examples: int, merged: 
     Raises:
         PlanError: transformers does not know the model, or PEFT finds no layer to adapt.
     """
-    with quiet():
+    with silence():
         parameters, trainable = _count(opened, config)
     batch = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * math.ceil(examples / batch))
@@ -89,7 +89,7 @@ def _checkpoints(config: Any, steps: int) -> int:
     return int(min(made, config.save_total_limit + 1) if config.save_total_limit else made)
 
 
-def _count(opened: OpenJob, config: Any) -> tuple[int, int]:
+def _count(opened: ResolvedJob, config: Any) -> tuple[int, int]:
     """Return all parameters, and those that are trained."""
     import torch
 

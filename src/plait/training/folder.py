@@ -19,7 +19,7 @@ from plait.results.lock import read_lock
 from plait.results.locking import in_use, locked
 from plait.results.staging import output_problem
 from plait.results.writing import write_json_whole
-from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, TrainingRecord
+from plait.training.job import ADAPTER, FINAL_MODEL, ResolvedJob, TrainingRecord
 
 RECORD = "training.json"
 MERGED_MODEL = "merged_model"
@@ -45,7 +45,7 @@ class JobFolder:
         path: where.
     """
 
-    def __init__(self, path: Path, opened: OpenJob) -> None:
+    def __init__(self, path: Path, opened: ResolvedJob) -> None:
         self.path = path
         self._opened = opened
 
@@ -65,7 +65,7 @@ class JobFolder:
 
 
 @contextmanager
-def open_folder(out: Path, opened: OpenJob, *, force: bool) -> Iterator[JobFolder]:
+def open_folder(out: Path, opened: ResolvedJob, *, force: bool) -> Iterator[JobFolder]:
     """Hold a folder for a job; the processes of one distributed run count as one.
 
     Args:
@@ -94,7 +94,7 @@ def open_folder(out: Path, opened: OpenJob, *, force: bool) -> Iterator[JobFolde
             (out / _IN_USE).unlink(missing_ok=True)
 
 
-def folder_problem(out: Path, opened: OpenJob | None, *, force: bool) -> str | None:
+def folder_problem(out: Path, opened: ResolvedJob | None, *, force: bool) -> str | None:
     """Return why a run cannot be in a folder, without touching it; `opened` is None while the job is not known."""
     if not leads():
         return None
@@ -146,7 +146,7 @@ def _meet() -> None:
         optional("accelerate", "train", "training").PartialState().wait_for_everyone()
 
 
-def goes_on(out: Path, opened: OpenJob) -> int | None:
+def goes_on(out: Path, opened: ResolvedJob) -> int | None:
     """Return the step at which this very job would go on in a folder; None where it would begin."""
     if not (out / _JOB).is_file() or _differences(out, opened):
         return None
@@ -200,7 +200,7 @@ def _whole(checkpoint: Path) -> bool:
     )
 
 
-def _differences(out: Path, opened: OpenJob) -> list[str]:
+def _differences(out: Path, opened: ResolvedJob) -> list[str]:
     """Return what differs between the job of a folder and this one."""
     try:
         there = read_object(out / _JOB, OutputError).get("parts")

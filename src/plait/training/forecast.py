@@ -8,7 +8,7 @@ from plait.records import Record
 from plait.training.causal import encode_data
 from plait.training.classification import encode_texts, tokenizer_of
 from plait.training.estimate import estimate
-from plait.training.opening import OpenPhase
+from plait.training.preflight import ResolvedPhase
 
 
 class Forecast(Record):
@@ -41,7 +41,7 @@ class Forecast(Record):
     init_seed: int | None
 
 
-def forecast(phase: OpenPhase, out: Path) -> Forecast:
+def forecast(phase: ResolvedPhase, out: Path) -> Forecast:
     """Return what a phase would cost.
 
     Args:
@@ -58,7 +58,7 @@ def forecast(phase: OpenPhase, out: Path) -> Forecast:
     return Forecast(
         name=phase.phase.name,
         state="done" if phase.record else "to do" if phase.checkpoint is None else f"from step {phase.checkpoint}",
-        data=phase.opened.data.described,
+        data=phase.opened.data.summary,
         examples=len(lengths),
         left_out=left_out,
         truncated=truncated,
@@ -70,7 +70,7 @@ def forecast(phase: OpenPhase, out: Path) -> Forecast:
     )
 
 
-def _lengths(phase: OpenPhase) -> tuple[list[int], int, int]:
+def _lengths(phase: ResolvedPhase) -> tuple[list[int], int, int]:
     """Return the tokens of every example that is trained on, and how many were left out and cut."""
     opened = phase.opened
     if opened.job.kind == "causal":

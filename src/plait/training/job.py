@@ -32,7 +32,7 @@ ADAPTER = "adapter"
 FINAL_MODEL = "final_model"
 
 #: Arguments of the trainer that change how a run is told, kept or spread over processes, not what it learns.
-TOLD = frozenset(
+NON_SEMANTIC_ARGUMENTS = frozenset(
     {
         "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
         "dataset_num_proc", "ddp_timeout", "disable_tqdm", "include_num_input_tokens_seen", "log_level", "log_level_replica",
@@ -43,7 +43,7 @@ TOLD = frozenset(
     }
 )  # fmt: skip
 #: Of those, what decides which checkpoint is the best, where that is what a run ends with.
-_CHOOSING = frozenset({"logging_steps", "logging_strategy", "save_steps", "save_strategy"})
+_CHECKPOINT_KEYS = frozenset({"logging_steps", "logging_strategy", "save_steps", "save_strategy"})
 #: Arguments that may name a file, of which the content counts.
 FILES = ("accelerator_config", "chat_template_path", "deepspeed", "fsdp_config")
 
@@ -120,11 +120,11 @@ class TrainingJob(Record):
         Raises:
             PlaitError: data or base cannot be read.
         """
-        return open_job(self).digest
+        return resolve_job(self).digest
 
 
 @dataclass(frozen=True)
-class OpenJob:
+class ResolvedJob:
     """A job with its inputs at hand.
 
     Attributes:
@@ -159,7 +159,7 @@ class OpenJob:
         return (str(self.base.folder), None) if self.base.subfolder else (self.base.repo, self.base.commit)
 
 
-def open_job(job: TrainingJob) -> OpenJob:
+def resolve_job(job: TrainingJob) -> ResolvedJob:
     """Find the base and read the data.
 
     Raises:
@@ -174,14 +174,14 @@ def open_job(job: TrainingJob) -> OpenJob:
         data, held = hold_out(data, job.held_out, job.seed)
     said = job.model_dump(mode="json", exclude={"base", "base_name", "data", "eval_data", "arguments", "lora"})
     parts = {name: _hash(value) for name, value in said.items()}
-    told = TOLD - _CHOOSING if job.arguments.get("load_best_model_at_end") else TOLD
+    told = NON_SEMANTIC_ARGUMENTS - _CHECKPOINT_KEYS if job.arguments.get("load_best_model_at_end") else NON_SEMANTIC_ARGUMENTS
     parts |= {name: _hash(_content(name, value)) for name, value in job.arguments.items() if name not in told}
     lora = None if job.lora is None else job.lora.model_dump(mode="json")
     parts |= {"lora": "none"} if lora is None else {f"lora.{name}": _hash(value) for name, value in lora.items()}
     parts["data"] = data.digest()
     parts["eval_data"] = "none" if held is None else held.digest()
     parts["base"] = _on_hub(base) if base.repo else base_digest(base.folder)
-    return OpenJob(job, base, data, held, parts)
+    return ResolvedJob(job, base, data, held, parts)
 
 
 @dataclass(frozen=True)

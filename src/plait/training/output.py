@@ -10,8 +10,8 @@ from plait.parsing import read_object
 from plait.reports.losses import CURVES
 from plait.reports.pipeline import page_problem
 from plait.results.staging import output_problem
-from plait.training.finishing import EVALUATION, MERGED, RECIPE, REPORT
 from plait.training.phases import LOGS, PHASES
+from plait.training.post_training import EVALUATION, MERGED, RECIPE, REPORT
 from plait.training.results import RESULT
 
 EARLIER = "earlier"

@@ -13,16 +13,16 @@ from typing import Any
 
 from plait.errors import OutputError, PlaitError
 from plait.extras import optional
-from plait.training.attempts import Outcome, Watcher, attempt
 from plait.training.job import TrainingJob, TrainingRecord
 from plait.training.phases import PlannedPhase
+from plait.training.runners import PhaseListener, PhaseStatus, attempt
 
 _POLL = 0.5  # seconds between looks at the cluster
 _LOST_NODES = 3  # how often a phase is begun again elsewhere; it goes on from its last checkpoint
 
 
 class _Sender:
-    """A watcher on a node: puts what it hears into a queue of the cluster.
+    """A listener on a node: puts what it hears into a queue of the cluster.
 
     Args:
         queue: of Ray.
@@ -39,16 +39,18 @@ class _Sender:
         """Send steps done."""
         self._queue.put(("advance", phase, steps))
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, outcome: PhaseStatus) -> None:
         """Send nothing: the outcome is what the task returns."""
 
 
-def on_ray(phases: Sequence[PlannedPhase], watcher: Watcher, *, address: str, workers: int | None) -> Iterator[Outcome]:
+def on_ray(
+    phases: Sequence[PlannedPhase], listener: PhaseListener, *, address: str, workers: int | None
+) -> Iterator[PhaseStatus]:
     """Train phases on a cluster, all at once as far as it has room; yield them as they end.
 
     Args:
         phases: what is trained.
-        watcher: who listens.
+        listener: who listens.
         address: `ray` for the cluster of this machine or of RAY_ADDRESS, or `ray://HOST:PORT`.
         workers: at most so many phases at a time; a node each (or a GPU each, where there are some) when None.
 
@@ -73,7 +75,7 @@ def on_ray(phases: Sequence[PlannedPhase], watcher: Watcher, *, address: str, wo
                 places = (str(phase.folder), str(phase.log), str(seen.file))
                 running[remote.remote(phase.name, phase.job.model_dump(mode="json"), places, queue)] = phase
             ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL)
-            _pass_on(queue, watcher)
+            _pass_on(queue, listener)
             for reference in ready:
                 yield _outcome(ray, reference, running.pop(reference))
     finally:
@@ -134,21 +136,21 @@ def _train(name: str, job: dict[str, Any], places: tuple[str, str, str], queue: 
     return {"record": None if outcome.record is None else outcome.record.model_dump(mode="json"), "error": outcome.error}
 
 
-def _outcome(ray: Any, reference: Any, phase: PlannedPhase) -> Outcome:
+def _outcome(ray: Any, reference: Any, phase: PlannedPhase) -> PhaseStatus:
     try:
         found = ray.get(reference)
     except ray.exceptions.RayError as error:  # the node is lost too often, or out of memory
-        return Outcome(phase.name, error=" ".join(str(error).split())[:500])
+        return PhaseStatus(phase.name, error=" ".join(str(error).split())[:500])
     if "unseen" in found:
         raise OutputError(
             f"{phase.folder.parent}: a node of the cluster does not see this folder. Base model, data and output must lie on "
             "storage that all nodes share, under the same paths."
         )
     record = None if found["record"] is None else TrainingRecord.model_validate(found["record"])
-    return Outcome(phase.name, record, found["error"])
+    return PhaseStatus(phase.name, record, found["error"])
 
 
-def _pass_on(queue: Any, watcher: Watcher) -> None:
+def _pass_on(queue: Any, listener: PhaseListener) -> None:
     for _ in range(queue.qsize()):
         kind, *told = queue.get()
-        watcher.begin(*told) if kind == "begin" else watcher.advance(*told)
+        listener.begin(*told) if kind == "begin" else listener.advance(*told)

@@ -36,9 +36,9 @@ _ARGUMENTS = {
 #: Arguments that may name a file.
 _PATHS = (*FILES, "resume_from_checkpoint")
 #: What phases may differ in and still be merged as adapters of one kind.
-_FREE = ("dropout", "init_seed")
+_PER_PHASE_KEYS = ("dropout", "init_seed")
 #: Keys of a recipe that the phases themselves say.
-_SAID = ("version", "adapters", "base_model", "tasks", "eval")
+_RESERVED_KEYS = ("version", "adapters", "base_model", "tasks", "eval")
 
 
 def read_phases(
@@ -147,13 +147,13 @@ def _merge_data(data: Mapping[str, Plain], out: Path) -> dict[str, Plain] | None
     adapters = [
         {"name": e["name"], "path": str(out / PHASES / e["name"] / ADAPTER), "weight": e.get("weight", 1.0)} for e in entries
     ]
-    return {**{str(k): v for k, v in merge.items() if k not in _SAID}, "adapters": adapters}
+    return {**{str(k): v for k, v in merge.items() if k not in _RESERVED_KEYS}, "adapters": adapters}
 
 
 def _merge_problems(data: Mapping[str, Plain], out: Path) -> Iterator[Problem]:
     merge = data.get("merge")
     said = merge if isinstance(merge, Mapping) else {}
-    for key in _SAID:
+    for key in _RESERVED_KEYS:
         if key in said:
             yield Problem(("merge", key), f"{key!r} is no part of 'merge': the phases say it. Take it out.")
     found = _merge_data(data, out)
@@ -185,11 +185,11 @@ def _lora_problems(phases: Phases) -> Iterator[Problem]:
     for i, phase in enumerate(phases.phases):
         for key in sorted(phase.lora.model_fields_set):
             own, shared = getattr(phase.lora, key), getattr(phases.lora, key)
-            if key not in _FREE and own != shared:
+            if key not in _PER_PHASE_KEYS and own != shared:
                 yield Problem(
                     (PHASES, i, "lora", key),
                     f"{key} is {show(own)}; all phases share one LoRA configuration, where it is {show(shared)}. "
-                    f"A phase has only {listed(_FREE)} of its own: set {key} under the file's own 'lora'.",
+                    f"A phase has only {listed(_PER_PHASE_KEYS)} of its own: set {key} under the file's own 'lora'.",
                 )
 
 

@@ -25,8 +25,8 @@ from plait.training.folder import (
     open_folder,
     result_problem,
 )
-from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, Prepared, TrainingJob, TrainingRecord, open_job
-from plait.training.sealing import seal
+from plait.training.job import ADAPTER, FINAL_MODEL, Prepared, ResolvedJob, TrainingJob, TrainingRecord, resolve_job
+from plait.training.provenance import seal
 from plait.version import __version__
 
 if TYPE_CHECKING:
@@ -48,16 +48,16 @@ def run_job(job: TrainingJob, out: Path, *, force: bool = False, progress: Progr
     Raises:
         PlaitError: anything wrong with what the user gave.
     """
-    return train(open_job(job), out, force=force, progress=progress)
+    return train(resolve_job(job), out, force=force, progress=progress)
 
 
 def train(
-    opened: OpenJob,
+    opened: ResolvedJob,
     out: Path,
     *,
     force: bool = False,
     progress: Progress | None = None,
-    make: Callable[[OpenJob, Path], Prepared] | None = None,
+    make: Callable[[ResolvedJob, Path], Prepared] | None = None,
 ) -> TrainingRecord:
     """Train in a folder, or go on there, or return the record of what is finished there; see `run_job`.
 
@@ -78,7 +78,7 @@ def train(
         return _run(opened, folder, prepared, progress)
 
 
-def _prepare(opened: OpenJob, out: Path) -> Prepared:
+def _prepare(opened: ResolvedJob, out: Path) -> Prepared:
     if opened.job.kind == "sequence_classification":
         from plait.training.classification import make_trainer as make_classifier
 
@@ -88,7 +88,7 @@ def _prepare(opened: OpenJob, out: Path) -> Prepared:
     return make_trainer(opened, out)
 
 
-def _run(opened: OpenJob, folder: JobFolder, prepared: Prepared, progress: Progress | None) -> TrainingRecord:
+def _run(opened: ResolvedJob, folder: JobFolder, prepared: Prepared, progress: Progress | None) -> TrainingRecord:
     trainer, job = prepared.trainer, opened.job
     _set_seed(trainer, job.seed)
     if progress is not None:
@@ -96,7 +96,7 @@ def _run(opened: OpenJob, folder: JobFolder, prepared: Prepared, progress: Progr
     checkpoint = named_checkpoint(trainer.args.resume_from_checkpoint) or last_checkpoint(folder.path)
     resumed = None if checkpoint is None else checkpoint_step(checkpoint)
     started = time.perf_counter()
-    with _explained(folder.path):
+    with _error_context(folder.path):
         _take_steps(trainer, checkpoint)
     seconds = round(time.perf_counter() - started, 3)
     name = FINAL_MODEL if job.lora is None else ADAPTER
@@ -147,7 +147,7 @@ def _take_steps(trainer: Trainer, checkpoint: Path | None) -> None:
 
 
 @contextmanager
-def _explained(out: Path) -> Iterator[None]:
+def _error_context(out: Path) -> Iterator[None]:
     """Say what to do when memory or disk did not suffice, and what is kept when the user stops it."""
     import torch
 
@@ -177,7 +177,7 @@ def _what_goes_on(out: Path) -> str:
     return f"{found} is kept; the same command continues from there."
 
 
-def _save(trainer: Trainer, opened: OpenJob, folder: JobFolder, record: TrainingRecord) -> None:
+def _save(trainer: Trainer, opened: ResolvedJob, folder: JobFolder, record: TrainingRecord) -> None:
     """Write weights, tokenizer, card and lock beside the final name; rename; then write the record."""
     place = folder.path / _SAVING
     if trainer.is_world_process_zero():

@@ -39,7 +39,7 @@ from plait.training.folder import (
     result_problem,
 )
 from plait.training.formats import PlainText
-from plait.training.job import ADAPTER, FINAL_MODEL, OpenJob, Prepared, TrainingRecord, open_job
+from plait.training.job import ADAPTER, FINAL_MODEL, Prepared, ResolvedJob, TrainingRecord, resolve_job
 from plait.training.running import train
 from plait.training.settings import trainer_settings
 from plait.verification.publish import push_result
@@ -60,7 +60,7 @@ class SftPlan(Shown):
     """
 
     flags: Flags
-    opened: OpenJob
+    opened: ResolvedJob
     encoded: tuple[EncodedData, EncodedData | None]
     estimate: Estimate
     example: tuple[str, str]
@@ -129,7 +129,7 @@ def plan_sft(flags: Flags) -> SftPlan:
     problems = contradictions(flags)
     opened = config = None
     if flags.get("model_name_or_path") and flags.get("dataset_name"):
-        opened = _kept(problems, lambda: open_job(job_of(flags)))
+        opened = _kept(problems, lambda: resolve_job(job_of(flags)))
         config = _kept(problems, lambda: _settings(flags))
     if problem := folder_problem(flags.out, opened, force=bool(flags.get("force"))):
         problems.append(problem)
@@ -158,7 +158,7 @@ def run_sft(plan: SftPlan, *, progress: Progress | None = None) -> SftResult:
     out, opened = plan.flags.out, plan.opened
     begun = False
 
-    def make(opened: OpenJob, out: Path) -> Prepared:
+    def make(opened: ResolvedJob, out: Path) -> Prepared:
         nonlocal begun
         begun = True
         return causal.make_trainer(opened, out, encoded=plan.encoded)
@@ -174,7 +174,7 @@ def run_sft(plan: SftPlan, *, progress: Progress | None = None) -> SftResult:
     return _pushed(plan, result)
 
 
-def _planned(flags: Flags, opened: OpenJob, config: Any, problems: list[str]) -> SftPlan:
+def _planned(flags: Flags, opened: ResolvedJob, config: Any, problems: list[str]) -> SftPlan:
     plain = any(isinstance(example, PlainText) for example in opened.data.examples)
     if plain and (config.completion_only_loss or config.assistant_only_loss):
         problems.append("--completion_only_loss, --assistant_only_loss: rows of plain text have no answer. Leave them out.")
@@ -293,10 +293,10 @@ def describe(plan: SftPlan) -> Iterator[str]:
     watched = plan.opened.eval_data
     tokens = sum(len(item.ids) for item in data.items)
     learnt = sum(int((item.labels >= 0).sum()) for item in data.items)
-    yield f"data       {plan.opened.data.described}"
+    yield f"data       {plan.opened.data.summary}"
     yield f"           {len(data.items)} examples, {tokens:,} tokens, {learnt:,} of them learnt; the longest has {data.longest}"
     if held is not None and watched is not None:
-        yield f"           {len(held.items)} examples to measure the loss on: {watched.described}"
+        yield f"           {len(held.items)} examples to measure the loss on: {watched.summary}"
     most = "at most " * bool(job.arguments.get("packing"))
     step = goes_on(plan.flags.out, plan.opened)
     state = "; finished already" if plan.finished else "" if step is None else f"; goes on at step {step}"

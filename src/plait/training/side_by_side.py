@@ -14,9 +14,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from plait.training.attempts import Outcome, Watcher
 from plait.training.job import TrainingRecord
 from plait.training.phases import PlannedPhase
+from plait.training.runners import PhaseListener, PhaseStatus
 
 _TAIL = 3
 
@@ -36,7 +36,7 @@ class _Child:
     phase: PlannedPhase
     process: subprocess.Popen[str]
     slot: int
-    outcome: Outcome | None = None
+    outcome: PhaseStatus | None = None
     listener: threading.Thread | None = None
 
     def stop(self) -> None:
@@ -51,13 +51,13 @@ class _Child:
 
 
 def side_by_side(
-    phases: Sequence[PlannedPhase], watcher: Watcher, *, workers: int, lock: int | None, devices: Sequence[str]
-) -> Iterator[Outcome]:
+    phases: Sequence[PlannedPhase], listener: PhaseListener, *, workers: int, lock: int | None, devices: Sequence[str]
+) -> Iterator[PhaseStatus]:
     """Train phases in processes, so many at a time; yield them as they end. Leaving the iterator ends them all.
 
     Args:
         phases: what is trained.
-        watcher: who listens.
+        listener: who listens.
         workers: processes at a time.
         lock: file descriptor of the lock on the output, free when this process and all of these are gone; None for no lock.
         devices: GPUs, as CUDA_VISIBLE_DEVICES names them; empty where there is none.
@@ -71,7 +71,7 @@ def side_by_side(
                 running.append(_start(waiting.pop(0), free.pop(0), workers, lock, devices, events))
             child, event = events.get()
             if event is not None:
-                _tell(child, event, watcher)
+                _tell(child, event, listener)
                 continue
             running.remove(child)
             child.stop()
@@ -132,20 +132,20 @@ def _listen(child: _Child, events: SimpleQueue[Any]) -> None:
     events.put((child, None))
 
 
-def _tell(child: _Child, event: dict[str, Any], watcher: Watcher) -> None:
+def _tell(child: _Child, event: dict[str, Any], listener: PhaseListener) -> None:
     if event["event"] == "begin":
-        watcher.begin(child.phase.name, event["stage"], event["total"], event["unit"])
+        listener.begin(child.phase.name, event["stage"], event["total"], event["unit"])
     elif event["event"] == "advance":
-        watcher.advance(child.phase.name, event["steps"])
+        listener.advance(child.phase.name, event["steps"])
     else:
         record = None if event["record"] is None else TrainingRecord.model_validate(event["record"])
-        child.outcome = Outcome(child.phase.name, record, event["error"])
+        child.outcome = PhaseStatus(child.phase.name, record, event["error"])
 
 
-def _died(child: _Child) -> Outcome:
+def _died(child: _Child) -> PhaseStatus:
     """Return what is known of a process that ended without a word."""
     log, code = child.phase.log, child.process.returncode
     how = f"was killed by signal {-code} (9 is often a lack of memory)" if code < 0 else f"ended with code {code}"
     last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
     words = f": {' / '.join(last)}" if last else ""
-    return Outcome(child.phase.name, error=f"its process {how}{words} (the whole of it is in {log})")
+    return PhaseStatus(child.phase.name, error=f"its process {how}{words} (the whole of it is in {log})")

@@ -13,12 +13,12 @@ import threading
 from pathlib import Path
 from typing import Any, TextIO
 
-from plait.training.attempts import Outcome, attempt
 from plait.training.job import TrainingJob
+from plait.training.runners import PhaseStatus, attempt
 
 
 class EventWriter:
-    """A watcher that writes what it hears, one line of JSON each.
+    """A listener that writes what it hears, one line of JSON each.
 
     Args:
         stream: where to.
@@ -35,7 +35,7 @@ class EventWriter:
         """Write steps done."""
         self._write({"event": "advance", "steps": steps})
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, outcome: PhaseStatus) -> None:
         """Write how the phase ended."""
         record = None if outcome.record is None else outcome.record.model_dump(mode="json")
         self._write({"event": "end", "record": record, "error": outcome.error})

@@ -14,20 +14,20 @@ from typing import Any
 from plait.errors import OutputError, PlaitError
 from plait.extras import optional, require
 from plait.hub.download import resolve_model
-from plait.libraries.transformers import quiet
+from plait.libraries.transformers import silence
 from plait.parsing import read_object
 from plait.tasks.examples import read_examples
 from plait.training.causal import encoder_of, model_config
 from plait.training.classification import settings_of, tokenizer_of
 from plait.training.folder import RECORD, JobFolder, folder_problem, last_checkpoint, named_checkpoint
-from plait.training.job import PACKAGES, OpenJob, TrainingJob, TrainingRecord, open_job
+from plait.training.job import PACKAGES, ResolvedJob, TrainingJob, TrainingRecord, resolve_job
 from plait.training.output import EARLIER, check_output
 from plait.training.phases import PlannedPhase, TrainingPlan
 from plait.training.settings import trainer_settings
 
 
 @dataclass(frozen=True)
-class OpenPhase:
+class ResolvedPhase:
     """A phase that can be trained.
 
     Attributes:
@@ -39,13 +39,13 @@ class OpenPhase:
     """
 
     phase: PlannedPhase
-    opened: OpenJob
+    opened: ResolvedJob
     settings: Any
     record: TrainingRecord | None
     checkpoint: int | None
 
 
-def open_phases(plan: TrainingPlan) -> tuple[OpenPhase, ...]:
+def resolve_phases(plan: TrainingPlan) -> tuple[ResolvedPhase, ...]:
     """Read every phase's data, and look at what stands in its folder.
 
     Raises:
@@ -57,11 +57,11 @@ def open_phases(plan: TrainingPlan) -> tuple[OpenPhase, ...]:
     require("plait train", {"train": PACKAGES})
     check_output(plan.out)
     resolve_model(plan.base)
-    opened: list[OpenPhase] = []
+    opened: list[ResolvedPhase] = []
     problems: list[tuple[int, str, str]] = []
     for index, phase in enumerate(plan.phases):
         try:
-            job = open_job(phase.job)
+            job = resolve_job(phase.job)
             _judged(plan, phase)
         except PlaitError as error:
             problems.append((index, "data", str(error)))
@@ -76,7 +76,7 @@ def open_phases(plan: TrainingPlan) -> tuple[OpenPhase, ...]:
     return tuple(opened)
 
 
-def set_aside(plan: TrainingPlan, phases: Sequence[OpenPhase]) -> list[str]:
+def set_aside(plan: TrainingPlan, phases: Sequence[ResolvedPhase]) -> list[str]:
     """Move finished adapters of other settings out of the way, and back where these settings made them; tell which.
 
     They go to `earlier/NAME-DIGEST`: hours of training are not thrown away because a line of the file changed.
@@ -116,20 +116,20 @@ def _judged(plan: TrainingPlan, phase: PlannedPhase) -> None:
         read_examples(phase.task, plan.recipe.eval.split)
 
 
-def _opened(phase: PlannedPhase, job: OpenJob) -> OpenPhase:
+def _opened(phase: PlannedPhase, job: ResolvedJob) -> ResolvedPhase:
     problem = folder_problem(phase.folder, job, force=True)
     if problem:
         raise OutputError(problem)
-    found = look(OpenPhase(phase, job, _settings(job.job, phase.folder), None, None))
+    found = look(ResolvedPhase(phase, job, _settings(job.job, phase.folder), None, None))
     if found.record is None:
         named_checkpoint(found.settings.resume_from_checkpoint)
         _try_tokenizer(found)
     return found
 
 
-def _try_tokenizer(phase: OpenPhase) -> None:
+def _try_tokenizer(phase: ResolvedPhase) -> None:
     """Read the first example as training will: a template that is missing, or refuses it, must not be found hours later."""
-    with quiet():
+    with silence():
         if phase.opened.job.kind == "causal":
             model_config(phase.opened.job.model)
             encoder_of(phase.opened, phase.settings).encode(phase.opened.data.examples[0])
@@ -137,7 +137,7 @@ def _try_tokenizer(phase: OpenPhase) -> None:
             tokenizer_of(phase.opened)
 
 
-def look(phase: OpenPhase) -> OpenPhase:
+def look(phase: ResolvedPhase) -> ResolvedPhase:
     """Return a phase with what stands in its folder now."""
     folder, job = phase.phase.folder, phase.opened
     record = JobFolder(folder, job).finished()
@@ -145,7 +145,7 @@ def look(phase: OpenPhase) -> OpenPhase:
     return replace(phase, record=record, checkpoint=None if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
 
 
-def _same_job(folder: Path, job: OpenJob) -> bool:
+def _same_job(folder: Path, job: ResolvedJob) -> bool:
     return folder.is_dir() and folder_problem(folder, job, force=False) is None
 
 

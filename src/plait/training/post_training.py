@@ -30,7 +30,7 @@ RECIPE, MERGED, EVALUATION, REPORT = "recipe.yaml", "merged", "evaluation", "rep
 
 
 @dataclass(frozen=True)
-class Judging:
+class EvalOptions:
     """How merge and adapters are judged, besides what the plan says.
 
     Attributes:
@@ -52,7 +52,7 @@ def finish(
     records: Mapping[str, TrainingRecord],
     *,
     before: TrainResult | None,
-    judging: Judging,
+    evaluation: EvalOptions,
     progress: Progress,
 ) -> TrainResult:
     """Merge, judge and report.
@@ -62,7 +62,7 @@ def finish(
         result: what is known so far.
         records: of the trainings.
         before: what the last run in the same folder wrote.
-        judging: how.
+        evaluation: how.
         progress: who listens.
 
     Returns:
@@ -80,7 +80,7 @@ def finish(
     runs = [merged, plan.out / CURVES]
     result = result.model_copy(update={"recipe": RECIPE, "merged": MERGED, "merge_key": key})
     if plan.recipe.tasks:
-        found, run = _judge(plan, before, judging, progress)
+        found, run = _evaluate(plan, before, evaluation, progress)
         put_results(merged, found)
         runs.insert(0, run)
         result = result.model_copy(update={"evaluation": found, "run": run.relative_to(plan.out).as_posix()})
@@ -102,14 +102,16 @@ def _write_recipe(plan: TrainingPlan) -> None:
     write_whole(plan.out / RECIPE, to_yaml(plan.recipe.model_copy(update={"adapters": tuple(here)})))
 
 
-def _judge(plan: TrainingPlan, before: TrainResult | None, judging: Judging, progress: Progress) -> tuple[Evaluation, Path]:
+def _evaluate(
+    plan: TrainingPlan, before: TrainResult | None, evaluation: EvalOptions, progress: Progress
+) -> tuple[Evaluation, Path]:
     """Evaluate on every phase's task; a run folder that says the same already is the run's."""
     options = Options(
         workspace=plan.out / EVALUATION,
-        dtype=judging.dtype,
-        device_map=judging.device_map,
-        trust_remote_code=judging.trust_remote_code,
-        matrix=judging.matrix,
+        dtype=evaluation.dtype,
+        device_map=evaluation.device_map,
+        trust_remote_code=evaluation.trust_remote_code,
+        matrix=evaluation.matrix,
     )
     evaluator, inventory = recipe_evaluator(plan.recipe, None, options, progress)
     found = evaluator.evaluate(evaluator.merge(inventory, recipe_name(plan.recipe)))

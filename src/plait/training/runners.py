@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Protocol
 
 from plait.errors import PlaitError
-from plait.libraries.transformers import quiet
+from plait.libraries.transformers import silence
 from plait.training.job import TrainingJob, TrainingRecord
 from plait.training.phases import PlannedPhase
 from plait.training.running import run_job
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PhaseStatus:
     """How a phase ended.
 
     Attributes:
@@ -31,7 +31,7 @@ class Outcome:
     error: str | None = None
 
 
-class Watcher(Protocol):
+class PhaseListener(Protocol):
     """A listener to phases, of which several may run at a time."""
 
     def begin(self, phase: str, stage: str, total: int, unit: str) -> None:
@@ -40,20 +40,20 @@ class Watcher(Protocol):
     def advance(self, phase: str, steps: int) -> None:
         """Learn of steps done."""
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, outcome: PhaseStatus) -> None:
         """Learn that a phase is over."""
 
 
 class PhaseProgress:
-    """A phase's `Progress`, told to a watcher of many.
+    """A phase's `Progress`, told to a listener of many.
 
     Args:
         phase: its name.
-        watcher: who listens.
+        listener: who listens.
     """
 
-    def __init__(self, phase: str, watcher: Watcher) -> None:
-        self._phase, self._watcher = phase, watcher
+    def __init__(self, phase: str, listener: PhaseListener) -> None:
+        self._phase, self._watcher = phase, listener
 
     def start(self, stage: str, total: int, unit: str = "steps") -> None:
         """Begin a stage."""
@@ -67,25 +67,25 @@ class PhaseProgress:
         """End a stage; what comes next says so."""
 
 
-def attempt(name: str, job: TrainingJob, folder: Path, log: Path, watcher: Watcher) -> Outcome:
+def attempt(name: str, job: TrainingJob, folder: Path, log: Path, listener: PhaseListener) -> PhaseStatus:
     """Train one phase, or go on with it; a failure is an outcome, and its traceback goes into the phase's log."""
     try:
         # what another job left unfinished there is of no use; what it finished has been moved away before
-        return Outcome(name, record=run_job(job, folder, force=True, progress=PhaseProgress(name, watcher)))
+        return PhaseStatus(name, record=run_job(job, folder, force=True, progress=PhaseProgress(name, listener)))
     except PlaitError as error:
-        return Outcome(name, error=str(error))
+        return PhaseStatus(name, error=str(error))
     except Exception as error:  # trainers raise anything, and the other phases must not suffer
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as file:
             traceback.print_exc(file=file)
         words = " ".join(str(error).split())
-        return Outcome(name, error=f"{type(error).__name__}: {words[:300]} (the whole of it is in {log})")
+        return PhaseStatus(name, error=f"{type(error).__name__}: {words[:300]} (the whole of it is in {log})")
 
 
-def in_turn(phases: Sequence[PlannedPhase], watcher: Watcher) -> Iterator[Outcome]:
+def in_turn(phases: Sequence[PlannedPhase], listener: PhaseListener) -> Iterator[PhaseStatus]:
     """Train phases one after another in this process."""
     for phase in phases:
-        with quiet():
-            outcome = attempt(phase.name, phase.job, phase.folder, phase.log, watcher)
+        with silence():
+            outcome = attempt(phase.name, phase.job, phase.folder, phase.log, listener)
         yield outcome
         gc.collect()  # a trainer and its model hold each other

@@ -16,14 +16,14 @@ from plait.results.quoting import prose
 from plait.results.records import write_json
 from plait.training.fingerprints import base_files
 from plait.training.formats import PlainText
-from plait.training.job import OpenJob, TrainingRecord
+from plait.training.job import ResolvedJob, TrainingRecord
 
 _TASKS = {"causal": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
 _SETS = ("target_modules", "modules_to_save", "exclude_modules")
 _AUTO = {"causal": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}
 
 
-def seal(folder: Path, opened: OpenJob, record: TrainingRecord, *, home: Path) -> None:
+def seal(folder: Path, opened: ResolvedJob, record: TrainingRecord, *, home: Path) -> None:
     """Write card and lock into a folder of saved weights, and give its files the modes that the umask says.
 
     Args:
@@ -52,7 +52,7 @@ def _settle(config: Path, base_name: str | None) -> None:
     write_json(config, {**data, **sets, **named})
 
 
-def _lock(folder: Path, opened: OpenJob, record: TrainingRecord, home: Path) -> Lock:
+def _lock(folder: Path, opened: ResolvedJob, record: TrainingRecord, home: Path) -> Lock:
     """Make the lock. A Hub model is known by its commit; a local one by its files."""
     files = {} if opened.base.repo else base_files(opened.base.folder)
     return new_lock(
@@ -66,7 +66,7 @@ def _lock(folder: Path, opened: OpenJob, record: TrainingRecord, home: Path) -> 
     )
 
 
-def _card(opened: OpenJob, record: TrainingRecord) -> str:
+def _card(opened: ResolvedJob, record: TrainingRecord) -> str:
     job, lora = record.job, record.job.lora
     front: dict[str, Any] = {"tags": ["plait", "sft"] + (["lora"] if lora else [])}
     if (name := job.base_name or opened.base.repo) is not None and name == base_name(name):
@@ -92,7 +92,7 @@ def _card(opened: OpenJob, record: TrainingRecord) -> str:
     )
 
 
-def _learnt(opened: OpenJob) -> str:
+def _learnt(opened: ResolvedJob) -> str:
     if opened.job.kind == "sequence_classification":
         return "the labels"
     asked = opened.job.arguments
