@@ -141,9 +141,9 @@ def test_factors_hold_a_and_b_unscaled_and_weigh_them_by_roots() -> None:
         assert torch.equal(rows(b)[t], made.factors[name][module].b)
     weights = torch.tensor([2.0, -0.5, 0.0], dtype=torch.float64)
     s = torch.tensor(list(made.scalings.values()), dtype=torch.float64)
-    torch.testing.assert_close(a.emphasis(weights), (weights * s).sign() * (weights * s).abs().sqrt())
-    torch.testing.assert_close(b.emphasis(weights), (weights * s).abs().sqrt())
-    torch.testing.assert_close(a.emphasis(weights) * b.emphasis(weights), weights * s)
+    torch.testing.assert_close(a.weight_transform(weights), (weights * s).sign() * (weights * s).abs().sqrt())
+    torch.testing.assert_close(b.weight_transform(weights), (weights * s).abs().sqrt())
+    torch.testing.assert_close(a.weight_transform(weights) * b.weight_transform(weights), weights * s)
 
 
 def test_factors_of_an_absent_adapter_are_zeros() -> None:

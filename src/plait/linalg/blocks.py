@@ -15,10 +15,10 @@ from torch import Tensor
 from plait.linalg.factored import ThinSVD
 from plait.linalg.keyed import Key, normal
 
-Guide = Callable[[Tensor], Tensor]
+RangeHint = Callable[[Tensor], Tensor]
 
 BLOCK_ELEMENTS = 1 << 17  # rows per block × columns: with a handful of temporaries of its size it stays in the cache
-_CHANCE = 1e-3  # share of the random part in a sketch that has a guide
+_CHANCE = 1e-3  # share of the random part in a sketch that has a hint
 HOLD_ELEMENTS = 1 << 24  # a matrix up to 64 MiB (float32) is computed once and held
 
 
@@ -30,16 +30,20 @@ class RowBlocks:
         rows: `rows(start, stop)` returns the rows [start, stop), (stop − start, n). It must be pure: it is called again in
             every pass.
         dtype: of the blocks.
-        guide: x (n, k) ↦ Nᵀ N x, (n, k), of a matrix N whose leading row space is believed to be near this one's. It spares
-            `truncated_svd` iterations when that is so and costs one when it is not.
+        range_hint: x (n, k) ↦ Nᵀ N x, (n, k), of a matrix N whose leading row space is believed to be near this one's. It
+            spares `truncated_svd` iterations when that is so and costs one when it is not.
     """
 
     def __init__(
-        self, shape: tuple[int, int], rows: Callable[[int, int], Tensor], dtype: torch.dtype, guide: Guide | None = None
+        self,
+        shape: tuple[int, int],
+        rows: Callable[[int, int], Tensor],
+        dtype: torch.dtype,
+        range_hint: RangeHint | None = None,
     ) -> None:
         self.shape = shape
         self.dtype = dtype
-        self.guide = guide
+        self.range_hint = range_hint
         self._rows = rows
         self._held: Tensor | None = None
         self._energy: float | None = None
@@ -74,7 +78,7 @@ class RowBlocks:
         """Return the matrix times a number."""
         if factor == 1:
             return self
-        return RowBlocks(self.shape, lambda start, stop: self._rows(start, stop) * factor, self.dtype, self.guide)
+        return RowBlocks(self.shape, lambda start, stop: self._rows(start, stop) * factor, self.dtype, self.range_hint)
 
     def dense(self) -> Tensor:
         """Return the whole matrix, (m, n)."""
@@ -121,9 +125,9 @@ def truncated_svd(
 
     Halko, Martinsson & Tropp 2011 (arXiv:0909.4061), algorithms 4.4 and 5.1: randomized subspace iteration, with the shift of
     Feng, Yu, Xie & Tang 2024 (arXiv:2404.09276), which hastens it where the spectrum hardly falls. Deviations: it ends when
-    an iteration no longer helps, and it begins with the matrix's `guide` where there is one. The sketch is drawn from `key`,
-    never from a global generator. Where the sketch would be half as wide as the matrix, a dense SVD is both exact and cheaper,
-    and is used instead.
+    an iteration no longer helps, and it begins with the matrix's `range_hint` where there is one. The sketch is drawn from
+    `key`, never from a global generator. Where the sketch would be half as wide as the matrix, a dense SVD is both exact and
+    cheaper, and is used instead.
 
     Args:
         matrix: (m, n), float32 or float64.
@@ -156,15 +160,15 @@ def truncated_svd(
 
 
 def _sketch(matrix: RowBlocks, key: Key, width: int) -> Tensor:
-    """Return (n, width) random columns, turned towards where the guide says the leading row space is."""
+    """Return (n, width) random columns, turned towards where the hint has the leading row space."""
     x = normal(key, matrix.shape[1], width, matrix.dtype)
-    if matrix.guide is None:
+    if matrix.range_hint is None:
         return x
-    near = matrix.guide(x)
+    near = matrix.range_hint(x)
     size = float(torch.linalg.vector_norm(near, dtype=torch.float64))
     if not 0 < size < math.inf:
         return x
-    # some chance stays in: a guide of low rank leaves directions empty
+    # some chance stays in: a hint of low rank leaves directions empty
     return _CHANCE * x + near * (float(torch.linalg.vector_norm(x)) / size)
 
 

@@ -136,7 +136,7 @@ class Combiner:
         merged = []
         for array in frame.arrays:
             block = self._blocks(module, index, array, statistics[array.name])
-            merged.append(RowBlocks(array.shape, self._rows(block), frame.dtype, array.guide))
+            merged.append(RowBlocks(array.shape, self._rows(block), frame.dtype, array.range_hint))
         return frame.lift(merged)
 
     def _rows(self, block: Callable[[int, int], Block]) -> Callable[[int, int], Tensor]:
@@ -146,7 +146,7 @@ class Combiner:
         key = Key(self.recipe.seed)
         keys = tuple(key.child(a.name, module, str(index), array.name) for a in self.recipe.adapters)
         entrywise = isinstance(self.pipeline.combine, EntryCombine)
-        weights = array.emphasis(self._weights(module) if entrywise else self._shares(module))
+        weights = array.weight_transform(self._weights(module) if entrywise else self._shares(module))
         return lambda start, stop, stride=1: Block(array.rows(start, stop, stride), weights, start, keys, statistics)
 
     def _local(self, module: str, frames: Sequence[Frame]) -> dict[str, tuple[Tensor, ...]]:

@@ -215,7 +215,7 @@ def from_function(given: MomentsOf, targets: Mapping[str, Collection[str]]) -> M
 def moments_problems(moments: Moments, layouts: Mapping[str, Layout]) -> list[str]:
     """Return what does not fit: no moments of a module that an adapter has, another shape, inputs that are not vectors."""
     problems = []
-    if embeddings := [path for path, layout in layouts.items() if layout.kind == "embedding"]:
+    if embeddings := [path for path, layout in layouts.items() if layout.reads_tokens]:
         problems.append(
             f"{', '.join(embeddings)}: the inputs of an embedding are tokens, with as many second moments as the vocabulary "
             "has pairs. Merge these adapters with a method that needs no moments"
@@ -224,7 +224,7 @@ def moments_problems(moments: Moments, layouts: Mapping[str, Layout]) -> list[st
         wrong = [
             f"{path} ({problem})"
             for path, layout in layouts.items()
-            if (file.shape(path) is not None or path in moments.targets[name]) and layout.kind != "embedding"
+            if (file.shape(path) is not None or path in moments.targets[name]) and not layout.reads_tokens
             if (problem := file.problem(path, layout))
         ]
         if wrong:

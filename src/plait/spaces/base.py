@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
-from plait.linalg.blocks import Guide, RowBlocks
+from plait.linalg.blocks import RangeHint, RowBlocks
 
 
 class Rows(Protocol):
@@ -32,15 +32,15 @@ class Array:
         name: tells the arrays of one frame apart (`factors` has two).
         shape: (p, q).
         rows: `rows(start, stop)` returns (T, stop − start, q).
-        emphasis: how an adapter's weight enters this array: multiplied by itself (1) or as ±√|weight| (see `factors`).
-        guide: to where the leading row space of a merge is likely to be (see `RowBlocks`).
+        weight_transform: how an adapter's weight enters this array: multiplied by itself (1) or as ±√|weight| (see `factors`).
+        range_hint: to where the leading row space of a merge is likely to be (see `RowBlocks`).
     """
 
     name: str
     shape: tuple[int, int]
     rows: Rows
-    emphasis: Callable[[Tensor], Tensor]
-    guide: Guide | None = None
+    weight_transform: Callable[[Tensor], Tensor]
+    range_hint: RangeHint | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,6 @@ def unchanged(weights: Tensor) -> Tensor:
     return weights
 
 
-def held(x: Tensor) -> Rows:
+def in_memory(x: Tensor) -> Rows:
     """Return the row function of a stack (T, p, q) that is in memory."""
     return lambda start, stop, stride=1: x[:, start:stop:stride]

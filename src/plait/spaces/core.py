@@ -9,7 +9,7 @@ import torch
 from plait.adapters.lowrank import LowRank
 from plait.linalg.blocks import RowBlocks
 from plait.linalg.factored import left_basis, orient
-from plait.spaces.base import Array, Frame, Merged, Space, held, unchanged
+from plait.spaces.base import Array, Frame, Merged, Space, in_memory, unchanged
 
 
 class Core(Space):
@@ -40,7 +40,7 @@ class Core(Space):
                 return LowRank(core @ v.mT, u)
             return LowRank(v.mT.contiguous(), u @ core)
 
-        return Frame((Array("core", (u.shape[1], v.shape[1]), held(cores), unchanged),), lift, cores.dtype)
+        return Frame((Array("core", (u.shape[1], v.shape[1]), in_memory(cores), unchanged),), lift, cores.dtype)
 
     def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """Return min(Σ rₜ, d_out, d_in)."""

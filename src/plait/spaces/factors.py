@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
 from plait.linalg.blocks import RowBlocks
-from plait.spaces.base import Array, Frame, Merged, Space, held
+from plait.spaces.base import Array, Frame, Merged, Space, in_memory
 
 
 class Factors(Space):
@@ -39,8 +39,8 @@ class Factors(Space):
             return (weights.double() * s).abs().sqrt()
 
         arrays = (
-            Array("A", (a.shape[1], a.shape[2]), held(a), on_a),
-            Array("B", (b.shape[1], b.shape[2]), held(b), on_b),
+            Array("A", (a.shape[1], a.shape[2]), in_memory(a), on_a),
+            Array("B", (b.shape[1], b.shape[2]), in_memory(b), on_b),
         )
         return Frame(arrays, _product, a.dtype)
 

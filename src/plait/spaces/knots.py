@@ -9,7 +9,7 @@ import torch
 from plait.adapters.lowrank import LowRank
 from plait.linalg.blocks import RowBlocks
 from plait.linalg.factored import orient
-from plait.spaces.base import Array, Frame, Merged, Space, held, unchanged
+from plait.spaces.base import Array, Frame, Merged, Space, in_memory, unchanged
 
 _TOLERANCE = 1e-6
 
@@ -45,7 +45,7 @@ class Knots(Space):
         def lift(merged: Sequence[RowBlocks]) -> Merged:
             return LowRank(merged[0].dense(), basis)
 
-        return Frame((Array("knots", (kept, coordinates.shape[2]), held(coordinates), unchanged),), lift, basis.dtype)
+        return Frame((Array("knots", (kept, coordinates.shape[2]), in_memory(coordinates), unchanged),), lift, basis.dtype)
 
     def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """Return min(Σ rₜ, d_out, d_in)."""
