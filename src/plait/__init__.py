@@ -32,6 +32,7 @@ _HOME = {
     "ReportError": "plait.errors",
     "TaskError": "plait.errors",
     "bake": "plait.api",
+    "calibrate": "plait.api",
     "check_tasks": "plait.api",
     "compress": "plait.api",
     "evaluate": "plait.api",
@@ -70,6 +71,7 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
     "ReportError",
     "TaskError",
     "bake",
+    "calibrate",
     "check_tasks",
     "compress",
     "evaluate",
@@ -94,6 +96,7 @@ if TYPE_CHECKING:
     from plait.adapters import Adapter, LowRank
     from plait.api import (
         bake,
+        calibrate,
         check_tasks,
         compress,
         evaluate,

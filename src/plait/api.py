@@ -27,6 +27,7 @@ from plait.results.progress import Progress
 if TYPE_CHECKING:
     from plait.baking.pipeline import BakeResult
     from plait.baking.unbake import UnbakeResult
+    from plait.calibration.pipeline import CalibrateResult
     from plait.evaluation.record import Evaluation
     from plait.extraction.pipeline import ExtractResult
     from plait.inspection.report import Inspection
@@ -267,6 +268,55 @@ def extract(
 
     request = make_request(base=str(base), finetuned=str(finetuned), rank=rank, **settings)
     return run_extract(request, out=Path(out), force=force, workers=workers, progress=progress)
+
+
+def calibrate(  # noqa: PLR0913 (what a command line takes)
+    source: Source,
+    *,
+    tasks: Sequence[str | Path] | None = None,
+    out: str | Path,
+    base_model: str | Path | None = None,
+    load_dtype: str = "auto",
+    device_map: str = "auto",
+    trust_remote_code: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    sets: Sequence[str] = (),
+    **settings: Any,
+) -> CalibrateResult:
+    """Take the second moments of every adapted module's inputs, each adapter on its own tasks' texts; no label is read.
+
+    >>> plait.calibrate({"intent": "./intent", "langid": "./langid"}, tasks=["intent.yaml", "langid.yaml"], out="moments")
+    >>> plait.merge({"intent": "./intent", "langid": "./langid"}, method="regmean", moments="moments", out="merged")
+
+    A run that was killed is taken up by the next one with the same output, adapter by adapter.
+
+    Args:
+        source: adapters, the path of a recipe, or a `Recipe`, as for `merge`.
+        tasks: files of the tasks, every adapter's own among them; the recipe's when None.
+        out: where to write `<adapter>.safetensors`, `calibration.json` and the lock.
+        base_model: its name or folder; the recipe's, or the adapters', when None.
+        load_dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
+        device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
+        trust_remote_code: let transformers run code that comes with the weights.
+        force: replace a result at `out`.
+        progress: receives stages and steps.
+        sets: `PATH=VALUE` for keys of the recipe, as on the command line.
+        **settings: keys of the recipe's `calibration`: `texts` (`split`, `lines`, `template`), `files` (task → file), `count`
+            (texts per task, 32), `split`, `tokens` (inputs kept per module, 2048), `seed`.
+
+    Returns:
+        Folder and record: what was seen, and what is stored of every adapter.
+
+    Raises:
+        PlaitError: anything wrong with what was given; nothing is left at `out` then.
+    """
+    from plait.calibration.pipeline import run_calibrate
+    from plait.calibration.request import CalibrateOptions, calibration_recipe
+
+    recipe, folder = calibration_recipe(source, tasks, None if base_model is None else str(base_model), settings, sets)
+    options = CalibrateOptions(None, load_dtype, device_map, trust_remote_code)
+    return run_calibrate(recipe, folder=folder, out=Path(out), force=force, options=options, progress=progress)
 
 
 def tune(  # noqa: PLR0913 (what a command line takes)

@@ -259,7 +259,7 @@ def test_rows_that_are_not_finite_are_refused(sources, folder, tmp_path):
 
 
 def test_moments_of_another_adapter_are_refused(sources, folder):
-    origin = MomentsOrigin(adapter="0" * 64, base="b", texts={"t": "d"}, tokens=9, key="k", plait="0")
+    origin = MomentsOrigin(adapter="0" * 64, base="b", texts={"t": "d"}, tokens=9, sampled=0, key="k", plait="0")
     write_moments(folder / "b.safetensors", {m: gram() for m in PATHS}, origin)
     with pytest.raises(AdapterError, match=r"moments of 'b': .*b.safetensors was taken of another adapter.*plait calibrate"):
         plait.plan(sources, method="regmean", moments=folder)

@@ -240,7 +240,10 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
 
 # --- messages --------------------------------------------------------------------------------------------------------
 
-TOP = "version, base_model, adapters, method, merge_mode, transforms, weights, scale, heads, output, tasks, eval, tune, seed"
+TOP = (
+    "version, base_model, adapters, method, merge_mode, transforms, weights, scale, heads, output, tasks, eval, calibration, "
+    "tune, seed"
+)
 TIES = "flavor, density, scope, kept, sign, weighted_vote, zero_sign, divisor, name, space"
 METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1]!r}"
 

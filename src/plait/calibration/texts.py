@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 from plait.errors import TaskError
 from plait.recipes.evaluation import SplitName
-from plait.tasks.examples import Prompt, fields_of, prompts_of
+from plait.tasks.examples import Example, Prompt, fields_of, prompts_of
 from plait.tasks.loading import placed
 from plait.tasks.rows import Row, read_file, read_rows
-from plait.tasks.schema import LmEval, RowTask, Task
+from plait.tasks.schema import LmEval, Perplexity, RowTask, Task
 
 TextKind = Literal["split", "file", "lines", "template"]
 _NOTHING = "N/A"
@@ -63,7 +63,8 @@ def read_texts(
 
     Args:
         task: whose prompt they are put into.
-        kind: where they come from; None: a file where one is given, else the split where there is one, else lines.
+        kind: where they come from; None: a file where one is given, else `split` (or `calibration`, or `train`) where the task
+            has it, else lines.
         count: how many, at most.
         seed: which of them, and in which order.
         split: of the task; `calibration` where it has one, else `train`, when None.
@@ -75,7 +76,8 @@ def read_texts(
     if isinstance(task, LmEval):
         raise TaskError(f"task {task.name!r} ({task.kind}) has no prompt of its own to put texts into; use a task file.")
     if kind is None:
-        kind = "file" if file is not None else "split"
+        own = split is not None or not {"calibration", "train"}.isdisjoint(task.splits)
+        kind = "file" if file is not None else "split" if own else "lines"
     rows, source = _rows(task, kind, split, file)
     if kind != "template":
         order = list(range(len(rows)))
@@ -83,6 +85,30 @@ def read_texts(
         rows = [rows[i] for i in sorted(order[:count])]
     found = prompts_of(task, rows)
     return Texts(task, kind, source, tuple(prompt for prompt, _ in found), tuple(choices for _, choices in found))
+
+
+def judged_texts(texts: Texts) -> list[str]:
+    """Return, in words, which texts are questions that the task's validation or test split asks: those must be disjoint."""
+    task = texts.task
+    own = _questions(task, zip(texts.prompts, texts.choices, strict=True))
+    problems = []
+    for split in ("validation", "test"):
+        if split in task.splits:
+            asked = set(_questions(task, prompts_of(task, read_rows(task, split))))
+            shared = [prompt for prompt, question in zip(texts.prompts, own, strict=True) if question in asked]
+            if shared:
+                problems.append(
+                    f"task {task.name!r}: {len(shared)} of {len(own)} texts ({texts.source}) are asked in split {split!r} too, "
+                    f"such as {shown(shared[0])[-80:]!r}. Give other texts, or take them out of one of the two."
+                )
+    return problems
+
+
+def _questions(task: RowTask, pairs: Iterable[tuple[Prompt, tuple[str, ...]]]) -> list[str]:
+    """Return the hash of what is asked, as `Example.question` has it, of (prompt, choices)."""
+    if isinstance(task, Perplexity):  # whose text is the target
+        return [Example(prompt, text).question for prompt, (text,) in pairs]
+    return [Example(prompt, "", choices).question for prompt, choices in pairs]
 
 
 def _rows(task: RowTask, kind: TextKind, split: SplitName | None, file: str | Path | None) -> tuple[Sequence[Row], str]:

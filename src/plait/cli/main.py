@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from plait.cli.bake import bake
+from plait.cli.calibrate import calibrate
 from plait.cli.compress import compress
 from plait.cli.evaluate import evaluate
 from plait.cli.extract import extract
@@ -58,6 +59,7 @@ app.command("extract")(extract)
 app.command("verify")(verify)
 app.command("push")(push)
 app.command("eval")(evaluate)
+app.command("calibrate")(calibrate)
 app.command("tune")(tune)
 app.command("report")(report)
 app.command("sft", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(sft)

@@ -45,6 +45,7 @@ class MomentsOrigin(Record):
         base: digest of the base model's files.
         texts: task → digest of its texts.
         tokens: that were read.
+        sampled: modules that keep some of their inputs only.
         key: digest of everything that the file depends on.
         plait: version that made it.
     """
@@ -53,6 +54,7 @@ class MomentsOrigin(Record):
     base: str
     texts: dict[str, str]
     tokens: int
+    sampled: int
     key: str
     plait: str
 
@@ -85,6 +87,12 @@ class MomentsFile:
         found = {k: parse_json(v, f"{path}: {_PREFIX}{k}", AdapterError) for k, v in written.items() if v is not None}
         metadata = as_record(_Metadata, found, str(path), AdapterError, what="metadata of moments", advice=_AGAIN)
         self._shared, self.origin = metadata.shared, metadata.origin
+
+    @property
+    def entries(self) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """Module → shape, and whether it is rows, of everything that is stored."""
+        names = (name.removesuffix(_ROWS) for name in self._file.tensors)
+        return {name: found for name in names if (found := self.shape(name)) is not None}
 
     def shape(self, module: str) -> tuple[tuple[int, ...], bool] | None:
         """Return the shape of a module's entry, and whether it holds rows; None where there is none."""

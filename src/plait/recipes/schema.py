@@ -15,6 +15,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from plait.hub.references import parse_reference
 from plait.methods import METHODS
 from plait.methods.base import MethodParams
+from plait.recipes.calibration import CalibrationSpec
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.tuning import TuneSpec
 from plait.records import Record
@@ -241,6 +242,7 @@ class Recipe(Record):
         tuple[Annotated[str, Field(min_length=1)], ...], Field(description="Files of the tasks that judge the result.")
     ] = ()
     eval: EvalSpec = EvalSpec()
+    calibration: CalibrationSpec = CalibrationSpec()
     tune: TuneSpec = TuneSpec()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 

@@ -121,5 +121,5 @@ def _with_numbers(value: Plain) -> Plain:
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
     """Return what a merge depends on as plain values, with every default; how it is evaluated is no part of that."""
-    data: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude={"tasks", "eval", "tune"})
+    data: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude={"tasks", "eval", "calibration", "tune"})
     return data

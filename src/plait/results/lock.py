@@ -24,7 +24,7 @@ RECORD = "merge_metadata.json"
 SUMMARY = "summary.json"
 CARD = "README.md"
 LOCK_VERSION = 1
-Kind = Literal["merge", "bake", "extract", "train", "tune"]
+Kind = Literal["merge", "bake", "extract", "train", "tune", "calibrate"]
 
 
 def _digests(files: dict[str, str]) -> dict[str, str]:
@@ -118,7 +118,7 @@ class Lock(Record):
             if not fields or not {"base", "finetuned"} <= self.inputs.keys():
                 raise ValueError("the request names no base and no fine-tune")
         elif not isinstance(recipe.get("base"), str):
-            raise ValueError("the job names no base model")
+            raise ValueError("the request names no base model")
         return self
 
     @property

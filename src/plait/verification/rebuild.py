@@ -76,6 +76,10 @@ def located_recipe(lock: Lock, inputs: Mapping[str, FoundInput]) -> Recipe:
     """
     if lock.kind == "train":
         raise RecipeError("a training is repeated by training again, not from its lock; its files were checked.")
+    if lock.kind == "calibrate":
+        raise RecipeError(
+            "moments are taken again by `plait calibrate`, from the texts that calibration.json names; its files were checked."
+        )
     if lock.kind == "tune":
         raise RecipeError(
             "a tuning is repeated by `plait tune`, with the recipe and texts that tuning.json names; its files were checked."

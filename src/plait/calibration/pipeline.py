@@ -1,0 +1,292 @@
+"""recipe + tasks → second moments of every adapter's inputs: for `plait calibrate`, and for merges that need them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from plait.adapters.adapter import Adapter
+from plait.calibration.inputs import inputs_of
+from plait.calibration.moments import take_moments
+from plait.calibration.record import CALIBRATION, CalibratedAdapter, CalibrationRecord
+from plait.calibration.request import CalibrateOptions, CalibrationRequest, read_calibration
+from plait.errors import AdapterError, OutputError
+from plait.evaluation.live import Live
+from plait.extras import require
+from plait.merging.moments import MomentsFile, MomentsOrigin, write_moments
+from plait.merging.pipeline import input_folders
+from plait.merging.record import adapter_inputs, input_digests
+from plait.methods import METHODS
+from plait.mixture import Mixture
+from plait.notices import announce
+from plait.recipes.schema import Recipe
+from plait.results.digests import sha256
+from plait.results.disk import check_not_an_input, check_space
+from plait.results.lock import LOCK, locked_input, new_lock, output_digests
+from plait.results.locking import locked
+from plait.results.progress import Progress, Silent
+from plait.results.records import write_json
+from plait.results.staging import calibrating_folder, output_problem, publish
+from plait.results.versions import library_versions
+from plait.version import __version__
+
+STORE = Path("artifacts", "moments")  # in the workspace: moments by content
+
+
+@dataclass(frozen=True)
+class CalibrateResult:
+    """A finished calibration.
+
+    Attributes:
+        folder: where the moments were written, `<adapter>.safetensors` each.
+        record: what was done.
+    """
+
+    folder: Path
+    record: CalibrationRecord
+
+
+def run_calibrate(
+    recipe: Recipe,
+    *,
+    folder: Path | None,
+    out: Path,
+    force: bool = False,
+    options: CalibrateOptions | None = None,
+    progress: Progress | None = None,
+) -> CalibrateResult:
+    """Take the second moments of every adapted module's inputs, each adapter on its own tasks' texts.
+
+    A run that was killed is taken up by the next one with the same output, adapter by adapter.
+
+    Args:
+        recipe: adapters, tasks and `calibration`.
+        folder: what its relative paths are relative to; the current folder when None.
+        out: where to write.
+        force: replace a result at `out`.
+        options: how, on this machine.
+        progress: receives stages and steps.
+
+    Raises:
+        PlaitError: anything wrong with what was given; nothing is left at `out` then.
+    """
+    require("plait calibrate", {"eval": ["transformers", "accelerate", "jinja2"]})
+    started, progress = time.perf_counter(), progress or Silent()
+    if problem := output_problem(out, force=force):
+        raise OutputError(problem)
+    request = read_calibration(recipe, folder, options or CalibrateOptions())
+    check_not_an_input(out, input_folders(request.inventory), command="calibration")
+    check_space(out, request.plan().bytes, what="second moments", advice="fewer adapters, or --set calibration.tokens=N")
+    with _work(out) as place:
+        taken = take_all(request, lambda a: place / f"{a.name}.safetensors", progress)
+        record = _record(request, taken, started)
+        for stale in set(place.iterdir()) - {place / a.file for a in taken}:
+            stale.unlink()
+        write_json(place / CALIBRATION, record)
+        inventory = request.inventory
+        digests = input_digests(inventory)
+        lock = new_lock(
+            "calibrate",
+            recipe={
+                "base": record.base,
+                "calibration": request.spec.model_dump(mode="json"),
+                "texts": {t.task: t.digest for t in record.texts},
+            },
+            inputs=adapter_inputs(inventory, [digests[a.file.path] for a in inventory.adapters], out),
+            outputs=output_digests(place, {a.file: a.sha256 for a in taken}),
+            base=locked_input(request.base, request.base_files, out),
+        )
+        write_json(place / LOCK, lock)
+        publish(place, Path(os.path.abspath(out)), force=force)  # noqa: PTH100 (resolve() would follow links)
+    return CalibrateResult(out, record)
+
+
+def with_moments(
+    recipe: Recipe,
+    *,
+    folder: Path | None,
+    options: CalibrateOptions | None = None,
+    progress: Progress | None = None,
+) -> Recipe:
+    """Return a recipe whose method has the second moments that it needs, taken on its tasks' texts where it names none.
+
+    They are kept in the workspace by content, and used again by the next merge with the same base, adapters and texts.
+
+    Args:
+        recipe: any; it comes back as it is where its method needs no moments, where it names them, or where it has no tasks.
+        folder: what its relative paths are relative to; the current folder when None.
+        options: how, on this machine.
+        progress: receives stages and steps.
+
+    Raises:
+        PlaitError: the moments cannot be taken.
+    """
+    if not wants_moments(recipe):
+        return recipe
+    require("a method that needs second moments", {"eval": ["transformers", "accelerate", "jinja2"]})
+    request = read_calibration(recipe, folder, options or CalibrateOptions())
+    names = {a.name: f"{a.name}-{request.key(a)}.safetensors" for a in request.inventory.adapters}
+    STORE.mkdir(parents=True, exist_ok=True)
+    taken = take_all(request, lambda a: STORE / names[a.name], progress or Silent())
+    fresh = [a.name for a in taken if not a.reused]
+    announce(
+        f"second moments of {', '.join(a.name for a in taken)} are in {STORE}"
+        + (f", taken now on {_counts(request)}." if fresh else ", taken by an earlier run on the same texts.")
+    )
+    home = STORE if folder is None else STORE.absolute()
+    entries = (e.model_copy(update={"moments": str(home / names[e.name])}) for e in recipe.adapters)
+    return recipe.model_copy(update={"adapters": tuple(entries)})
+
+
+def wants_moments(recipe: Recipe) -> bool:
+    """Whether a recipe's method needs second moments, it names none, and it has tasks to take them on."""
+    needed = METHODS[recipe.method_name].pipeline(recipe.method).needs_moments
+    return needed and bool(recipe.tasks) and all(a.moments is None for a in recipe.adapters)
+
+
+def take_all(
+    request: CalibrationRequest, place: Callable[[Adapter], Path], progress: Progress
+) -> tuple[CalibratedAdapter, ...]:
+    """Take the moments of every adapter whose file is not there yet; the base is loaded only for these.
+
+    Args:
+        request: what is to be taken.
+        place: adapter → its file; one with another content is replaced.
+        progress: receives stages and steps.
+    """
+    adapters = request.inventory.adapters
+    keys = {a.name: request.key(a) for a in adapters}
+    missing = [a for a in adapters if _origin(place(a)) != keys[a.name]]
+    if missing:
+        mixture = _load(request, progress)
+        for adapter in missing:
+            _take(request, mixture, adapter, keys[adapter.name], place(adapter), progress)
+    lacking = {a.name for a in missing}
+    return tuple(_described(request, a, place(a), reused=a.name not in lacking) for a in adapters)
+
+
+def _take(request: CalibrationRequest, mixture: Mixture, adapter: Adapter, key: str, file: Path, progress: Progress) -> None:
+    name = adapter.name
+    passages = [p for task in request.tasks_of(name) for p in inputs_of(mixture, request.texts[task], name)]
+    progress.start(f"inputs of {name}", len(passages), "texts")
+    try:
+        with mixture.active({name: 1.0}) as model:
+            moments = take_moments(
+                model,
+                {target: mixture.module(target) for target in request.targets},
+                passages,
+                head=request.has_head(name),
+                most_rows=request.spec.tokens,
+                seed=request.spec.seed,
+                report=progress.advance,
+            )
+    finally:
+        progress.finish()
+    origin = MomentsOrigin(
+        adapter=adapter.sha256(),
+        base=request.base_digest,
+        texts=request.text_digests(name),
+        tokens=sum(p.tokens for p in passages),
+        sampled=len(moments.sampled),
+        key=key,
+        plait=__version__,
+    )
+    write_moments(file, moments.found(), origin)
+
+
+def _load(request: CalibrationRequest, progress: Progress) -> Mixture:
+    return Live(
+        request.base.folder,
+        request.inventory.adapters,
+        dtype=request.options.dtype,
+        device_map=request.options.device_map,
+        trust_remote_code=request.options.trust_remote_code,
+        progress=progress,
+    ).mixture
+
+
+def _origin(file: Path) -> str | None:
+    """Return the key of a file of moments; None where there is none that can be read."""
+    if not file.is_file():
+        return None
+    try:
+        origin = MomentsFile(file).origin
+    except AdapterError as error:
+        announce(f"{file} is made again: {error}")
+        return None
+    return None if origin is None else origin.key
+
+
+def _described(request: CalibrationRequest, adapter: Adapter, file: Path, *, reused: bool) -> CalibratedAdapter:
+    moments = MomentsFile(file)
+    if moments.origin is None:
+        raise AssertionError(f"{file} was written without its origin")
+    return CalibratedAdapter(
+        name=adapter.name,
+        file=file.name,
+        sha256=sha256(file),
+        bytes=file.stat().st_size,
+        modules=len(request.targets),
+        stored=len(moments.entries),
+        rows=sum(is_rows for _, is_rows in moments.entries.values()),
+        sampled=moments.origin.sampled,
+        tokens=moments.origin.tokens,
+        reused=reused,
+    )
+
+
+def _record(request: CalibrationRequest, taken: tuple[CalibratedAdapter, ...], started: float) -> CalibrationRecord:
+    plan = request.plan()
+    notes = [
+        f"{a.name}: {a.sampled} modules are wider than {request.spec.tokens} and keep so many of their inputs, evenly spread "
+        f"over {a.tokens} tokens."
+        for a in taken
+        if a.sampled
+    ]
+    if plan.left_out:
+        notes.append(
+            f"{len(plan.left_out)} target modules have no vectors as inputs, or none that can be collected, and were left out, "
+            f"such as {plan.left_out[0]}."
+        )
+    return CalibrationRecord(
+        plait=__version__,
+        libraries=library_versions("transformers"),
+        base=request.options.base or request.inventory.base_model or str(request.base.folder),
+        base_digest=request.base_digest,
+        dtype=request.options.dtype,
+        settings=request.spec,
+        texts=plan.texts,
+        adapters=taken,
+        notes=tuple(notes),
+        seconds=round(time.perf_counter() - started, 2),
+        finished=datetime.now().astimezone().isoformat(timespec="seconds"),
+    )
+
+
+def _counts(request: CalibrationRequest) -> str:
+    kinds = {(t.source, len(t.prompts)) for t in request.texts.values()}
+    return "; ".join(f"{count} texts per task ({source})" for source, count in sorted(kinds))
+
+
+@contextmanager
+def _work(out: Path) -> Iterator[Path]:
+    """Hold the folder in which moments are collected; what is finished in it stays for the next run with this output."""
+    work = calibrating_folder(Path(os.path.abspath(out)))  # noqa: PTH100 (resolve() would follow links)
+    if work.is_symlink():
+        raise OutputError(f"{work} is a link, and moments are collected there. Delete it, or choose another output.")
+    with locked(work / "lock", "these adapters are being calibrated"):
+        place, aside = work / "moments", work / "moments.old"
+        if aside.exists() and not out.exists():
+            aside.rename(out)  # killed between the two renames of a replacement: the old result comes back
+        place.mkdir(exist_ok=True)
+        try:
+            yield place
+        finally:
+            if not any(place.glob("*.safetensors")):  # published, or nothing was finished
+                shutil.rmtree(work, ignore_errors=True)

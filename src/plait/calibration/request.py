@@ -1,0 +1,239 @@
+"""Recipe and tasks → what is to be calibrated: adapters, their texts, the base, and hashes of all; no model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from plait.adapters.adapter import Adapter
+from plait.calibration.record import CalibratedTexts, CalibrationPlan
+from plait.calibration.texts import Texts, judged_texts, read_texts, shown
+from plait.checkpoints.digests import weight_files
+from plait.errors import PlanError, RecipeError, TaskError, collect
+from plait.evaluation.scores import adapter_digest, digest
+from plait.hub.download import Located, resolve_model
+from plait.merging.inventory import Inventory, take_inventory
+from plait.recipes.calibration import CalibrationSpec
+from plait.recipes.request import read_request
+from plait.recipes.schema import Recipe
+from plait.results.digests import sha256
+from plait.results.versions import library_versions
+from plait.tasks.loading import load_tasks, placed
+from plait.tasks.schema import SequenceClassification, Task
+
+#: Raised by every change of plait after which moments of the same texts may be others.
+MOMENTS_VERSION = 1
+_SHOWN = 3
+_BESIDE = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")  # files beside a base's weights that decide what it computes
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """How to calibrate on this machine, besides what the recipe says.
+
+    Attributes:
+        base: the base model, in place of the one that recipe or adapters name.
+        dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
+        device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
+        trust_remote_code: let transformers run code that comes with the weights.
+    """
+
+    base: str | None = None
+    dtype: str = "auto"
+    device_map: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationRequest:
+    """What is to be calibrated.
+
+    Attributes:
+        inventory: the recipe and its adapters.
+        base: the base model.
+        options: of this machine.
+        texts: task → its texts.
+        owners: task → its adapter.
+    """
+
+    inventory: Inventory
+    base: Located
+    options: CalibrateOptions
+    texts: Mapping[str, Texts]
+    owners: Mapping[str, str]
+
+    @property
+    def spec(self) -> CalibrationSpec:
+        """The recipe's settings."""
+        return self.inventory.recipe.calibration
+
+    @cached_property
+    def targets(self) -> tuple[str, ...]:
+        """The modules whose inputs are taken: all that some adapter has, and that read vectors."""
+        return tuple(path for path, layout in self.inventory.layouts.items() if layout.reads_vectors)
+
+    @cached_property
+    def base_files(self) -> dict[str, str]:
+        """Name → sha256 of the base's weights, configuration, tokenizer and own code."""
+        folder = self.base.folder
+        others = sorted(p for pattern in _BESIDE for p in folder.glob(pattern) if p.is_file())
+        return {p.name: sha256(p) for p in [*weight_files(folder), *others]}
+
+    @cached_property
+    def base_digest(self) -> str:
+        """Hash of these files."""
+        return digest(self.base_files)
+
+    def tasks_of(self, adapter: str) -> list[str]:
+        """Return the tasks that an adapter owns."""
+        return [task for task, owner in self.owners.items() if owner == adapter]
+
+    def has_head(self, adapter: str) -> bool:
+        """Whether an adapter's tasks are answered by a classification head."""
+        return all(isinstance(self.texts[task].task, SequenceClassification) for task in self.tasks_of(adapter))
+
+    def text_digests(self, adapter: str) -> dict[str, str]:
+        """Return task → digest of its texts, of an adapter's tasks."""
+        return {task: self.texts[task].digest for task in self.tasks_of(adapter)}
+
+    def key(self, adapter: Adapter) -> str:
+        """Return a hash of everything that an adapter's moments depend on."""
+        forms = [
+            self.texts[task].task.model_dump(mode="json", exclude={"data", "splits"}) for task in self.tasks_of(adapter.name)
+        ]
+        about = (self.spec.tokens, self.spec.seed, self.options.dtype, library_versions("transformers"))
+        texts = self.text_digests(adapter.name)
+        own = adapter_digest(adapter.folder)
+        return digest(MOMENTS_VERSION, self.base_digest, own, self.targets, texts, forms, about)
+
+    def seen(self) -> tuple[CalibratedTexts, ...]:
+        """Describe the texts."""
+        return tuple(
+            CalibratedTexts(
+                task=name,
+                adapter=self.owners[name],
+                kind=t.kind,
+                source=t.source,
+                count=len(t.prompts),
+                digest=t.digest,
+                shown=tuple(shown(p) for p in t.prompts[:_SHOWN]),
+            )
+            for name, t in self.texts.items()
+        )
+
+    def plan(self) -> CalibrationPlan:
+        """Say what would be done."""
+        layouts = self.inventory.layouts
+        size = 4 * sum(layouts[t].d_in * min(layouts[t].d_in, self.spec.tokens) for t in self.targets)
+        return CalibrationPlan(
+            base=str(self.base.folder),
+            texts=self.seen(),
+            adapters={a.name: len(self.targets) for a in self.inventory.adapters},
+            left_out=tuple(sorted(set(layouts) - set(self.targets))),
+            bytes=size * len(self.inventory.adapters),
+        )
+
+
+def calibration_recipe(
+    source: Recipe | str | Path | Sequence[str | Path] | Mapping[str, str | Path],
+    tasks: Sequence[str | Path] | None,
+    base_model: str | None,
+    spec: Mapping[str, Any],
+    sets: Sequence[str] = (),
+) -> tuple[Recipe, Path | None]:
+    """Return what a command line or a Python call asks for, and the folder that its relative paths start from.
+
+    Args:
+        source: adapters, the path of a recipe, or a `Recipe`.
+        tasks: files, from the working directory; the recipe's own when None.
+        base_model: its name; the recipe's or the adapters' when None.
+        spec: keys of the recipe's `calibration`.
+        sets: `PATH=VALUE` for any key.
+
+    Raises:
+        RecipeError: everything that is wrong with it.
+    """
+    if isinstance(source, Recipe):
+        if spec or sets or base_model:
+            raise RecipeError("a Recipe is complete; put the settings into it, or give adapters or a file.")
+        recipe, folder = source, source.folder
+    else:
+        file, adapters = (Path(source), []) if isinstance(source, (str, Path)) else (None, source)
+        own = [f"calibration.{key}={value!r}" for key, value in spec.items()]
+        recipe, folder = read_request(file, adapters, {"base_model": base_model} if base_model else {}, [*own, *sets])
+    if tasks is not None:
+        recipe = recipe.model_copy(update={"tasks": tuple(placed(t) for t in tasks)})
+    return recipe, folder
+
+
+def read_calibration(recipe: Recipe, folder: Path | None, options: CalibrateOptions) -> CalibrationRequest:
+    """Find adapters, base, tasks and texts.
+
+    Args:
+        recipe: adapters, tasks, and `calibration`.
+        folder: what its relative paths are relative to; the current folder when None.
+        options: of this machine.
+
+    Raises:
+        PlaitError: something of it cannot be used; texts are not disjoint from what the tasks are judged on.
+    """
+    inventory = take_inventory(recipe, folder)
+    texts, owners = task_texts(recipe, recipe.calibration, folder, [a.name for a in inventory.adapters])
+    problems = [problem for t in texts.values() for problem in judged_texts(t)]
+    collect(TaskError, problems, "texts must be disjoint from the validation and test splits, and are not")
+    name = options.base or inventory.base_model
+    if name is None:
+        raise PlanError("the base model is not known: no adapter names it. Give --base-id (base_model=).")
+    own = options.base is None and recipe.base_model is not None
+    return CalibrationRequest(inventory, resolve_model(name, base=folder if own else None), options, texts, owners)
+
+
+def task_texts(
+    recipe: Recipe, spec: Any, folder: Path | None, adapters: Sequence[str]
+) -> tuple[dict[str, Texts], dict[str, str]]:
+    """Read every task's texts; return task → texts and task → adapter.
+
+    Args:
+        recipe: its tasks.
+        spec: `texts`, `files`, `count`, `seed` and `split` of the recipe's `calibration` or `tune`.
+        folder: what relative paths are relative to.
+        adapters: names.
+
+    Raises:
+        TaskError: there are no tasks, one has no adapter, an adapter has no task, or texts cannot be read; all at once.
+    """
+    if not recipe.tasks:
+        raise TaskError("there are no tasks; give --tasks FILE.yaml, or 'tasks' in the recipe (tasks=[...] in Python).")
+    tasks = load_tasks([placed(text, folder) for text in recipe.tasks])
+    owners = {t.name: t.own_adapter for t in tasks}
+    problems = [
+        f"task {t!r} belongs to adapter {a!r}, and there are {', '.join(adapters)}; name it with 'adapter' in the task's file."
+        for t, a in owners.items()
+        if a not in adapters
+    ]
+    problems += [
+        f"adapter {name!r} has no task, so there are no texts for it. Give a task of its name, or one with 'adapter: {name}'."
+        for name in adapters
+        if name not in owners.values()
+    ]
+    unknown = sorted(set(spec.files) - {t.name for t in tasks})
+    problems += [f"calibration.files: {name!r} is not a task; there are {', '.join(owners)}." for name in unknown]
+    found: dict[str, Texts] = {}
+    for task in tasks:
+        try:
+            found[task.name] = _read(task, spec, folder)
+        except TaskError as error:
+            problems.append(str(error))
+    collect(TaskError, problems, "these tasks and adapters do not suit each other")
+    return found, owners
+
+
+def _read(task: Task, spec: Any, folder: Path | None) -> Texts:
+    file = spec.files.get(task.name)
+    if file is not None:
+        file = placed(file, folder)
+    kind = None if file is not None else spec.texts
+    return read_texts(task, kind=kind, count=spec.count, seed=spec.seed, split=spec.split, file=file)

@@ -1,0 +1,34 @@
+"""The part of a recipe that says on which texts second moments, and a scale, are taken."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from plait.recipes.evaluation import SplitName
+from plait.records import Record
+
+
+class CalibrationSpec(Record):
+    """What every adapter reads, with its own task's prompt, when its inputs are looked at. No label is read."""
+
+    texts: Annotated[
+        Literal["split", "lines", "template"] | None,
+        Field(
+            description="A split of each task, generic lines that plait ships, or the bare prompt; when not given: a file "
+            "where `files` names one, else a split where the task has `calibration` or `train`, else lines."
+        ),
+    ] = None
+    files: Annotated[dict[str, str], Field(description="Task → file of its texts, in place of `texts`.")] = Field(
+        default_factory=dict
+    )
+    count: Annotated[int, Field(ge=1, description="Texts per task, at most.")] = 32
+    split: Annotated[
+        SplitName | None, Field(description="Of the tasks; `calibration` where there is one, else `train`, when not given.")
+    ] = None
+    tokens: Annotated[
+        int,
+        Field(ge=1, description="Inputs kept per module at most, evenly spread; up to this width the sum over all tokens is."),
+    ] = 2048
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="Of the choice of texts and tokens.")] = 0
