@@ -19,8 +19,8 @@ def test_the_public_names() -> None:
     assert plait.__all__ == [
         "METHODS", "SPACES", "Adapter", "AdapterError", "AddressError", "Evaluation", "Inspection", "LowRank", "MergePlan",
         "MergeResult", "MissingPackageError", "OutputError", "PlaitError", "PlanError", "Recipe", "RecipeError", "ReportError",
-        "TaskError", "bake", "calibrate", "check_tasks", "compress", "evaluate", "extract", "inspect", "load_recipe", "merge", "plan",
-        "push", "report", "save_moments", "sft", "train", "tune", "unbake", "verify", "__version__",
+        "TaskError", "bake", "calibrate", "check_tasks", "compress", "evaluate", "extract", "inspect", "load_recipe", "merge",
+        "plan", "push", "report", "save_moments", "sft", "train", "tune", "unbake", "verify", "__version__",
     ]  # fmt: skip
     for name in plait.__all__:
         assert getattr(plait, name) is not None
