@@ -521,7 +521,7 @@ def test_stopped_by_hand(place, tmp_path, monkeypatch, capsys):
 
 def test_a_stopped_training_says_which_checkpoint_there_is(tmp_path):
     def stop(folder: Path) -> list[str]:
-        with pytest.raises(KeyboardInterrupt) as caught, running._explained(folder):
+        with pytest.raises(KeyboardInterrupt) as caught, running._error_context(folder):
             raise KeyboardInterrupt
         return caught.value.__notes__
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -292,6 +293,48 @@ def test_workers_leave_with_their_parent(place):
     while any(map(alive, workers)):
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+# Imported by every Python; workers wait behind their first checkpoint, so that a signal finds them there on any machine.
+HELD_WORKERS = """
+import sys, time
+if "plait.training.worker" in sys.orig_argv:
+    from transformers import TrainerState
+    save = TrainerState.save_to_json
+    def save_and_wait(self, path):
+        save(self, path)
+        time.sleep(600)
+    TrainerState.save_to_json = save_and_wait
+"""
+
+
+def test_sigterm_ends_the_workers_too_and_the_same_command_continues(place, capsys):
+    (place / "held").mkdir()
+    (place / "held" / "sitecustomize.py").write_text(HELD_WORKERS)
+    words = ["phases.yaml", "-o", "out", "--workers", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(place / "held")}
+    run = subprocess.Popen([sys.executable, "-m", "plait", "train", *words], stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        end = time.monotonic() + 240
+        while len(list(Path("out").glob("phases/*/checkpoint-1/trainer_state.json"))) < 2:
+            assert run.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        workers = psutil.Process(run.pid).children()
+        run.terminate()
+        _, said = run.communicate(timeout=120)
+    finally:
+        run.kill()
+        run.communicate()
+    assert run.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM\n0 of 2 phases are finished and kept in" in said
+    assert "Traceback" not in said
+    assert len(workers) == 3, "two phases, and the process that renders templates"
+    assert not any(map(alive, workers))
+    code, _, _ = command(capsys, *words)
+    assert code == 0
+    phases = json.loads(Path("out/train.json").read_text())["phases"]
+    assert [(p["state"], p["resumed_from"], p["steps"]) for p in phases] == [("done", 1, 10)] * 2
 
 
 def alive(process: psutil.Process) -> bool:
