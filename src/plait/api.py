@@ -325,6 +325,7 @@ def tune(  # noqa: PLR0913 (what a command line takes)
     tasks: Sequence[str | Path] | None = None,
     out: str | Path,
     control: bool = False,
+    controls: bool = False,
     load_dtype: str = "auto",
     device_map: str = "auto",
     trust_remote_code: bool = False,
@@ -346,6 +347,7 @@ def tune(  # noqa: PLR0913 (what a command line takes)
         tasks: files of the tasks, every adapter's own among them; the recipe's when None.
         out: where to write the adapter.
         control: also let a fresh LoRA of the same rank learn the same, and record how far it comes.
+        controls: the same, and random adapters of equal norms.
         load_dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
         device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
         trust_remote_code: let transformers run code that lies beside the weights.
@@ -366,7 +368,7 @@ def tune(  # noqa: PLR0913 (what a command line takes)
     from plait.tuning.request import tune_request
 
     recipe, folder = tune_request(source, tasks, settings, sets)
-    options = TuneOptions(None, load_dtype, device_map, trust_remote_code, control, workers)
+    options = TuneOptions(None, load_dtype, device_map, trust_remote_code, control, controls, workers)
     return run_tune(recipe, folder=folder, out=Path(out), force=force, options=options, progress=progress)
 
 

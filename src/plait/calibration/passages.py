@@ -59,17 +59,27 @@ class Reader:
 
     def logits(self, passages: Sequence[Passage]) -> Tensor:
         """Return the scores of the next token at every position of every answer, in order: (Σ positions, V) float32."""
+        return self._run(passages)[0]
+
+    def states(self, passages: Sequence[Passage]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the same scores, and the hidden states behind every layer at the same positions, (Σ positions, d) each."""
+        return self._run(passages, output_hidden_states=True)
+
+    def _run(self, passages: Sequence[Passage], **more: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         if self._head:
             ids, mask = _padded([p.prompt for p in passages], self._model.device)
-            found: Tensor = self._model(input_ids=ids, attention_mask=mask).logits.float()
-            return found
+            out = self._model(input_ids=ids, attention_mask=mask, **more)
+            last = mask.sum(1) - 1
+            hidden = getattr(out, "decoder_hidden_states", None) or getattr(out, "hidden_states", None) or ()
+            return out.logits.float(), tuple(h[torch.arange(len(h), device=h.device), last] for h in hidden[1:])
         sequences = [self._sequence(p) for p in passages]
         ids, _ = _padded(sequences, self._model.device)
         rows, columns = _answers(passages, [len(s) for s in sequences], ids.device)
         with _only(self._model, rows, columns) as gathered:
-            out = self._model(**self._inputs(passages, ids), use_cache=False).logits
-        scores: Tensor = out[0] if gathered else out[rows, columns]
-        return scores.float()
+            out = self._model(**self._inputs(passages, ids), use_cache=False, **more)
+        hidden = getattr(out, "decoder_hidden_states", None) or getattr(out, "hidden_states", None) or ()
+        scores: Tensor = out.logits[0] if gathered else out.logits[rows, columns]
+        return scores.float(), tuple(h[rows.to(h.device), columns.to(h.device)] for h in hidden[1:])
 
     def read(self, passages: Sequence[Passage]) -> None:
         """Run the model over passages of one length, for hooks that look at its layers."""

@@ -47,6 +47,33 @@ def tune(
     control: Annotated[
         bool, typer.Option("--control", help="Also let a fresh LoRA learn the same, for comparison (doubles the time).")
     ] = False,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="The same, and random adapters of equal norms (three times the time).")
+    ] = False,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help=r"distill, hidden, adamerging; with labels: gradient, supermerge, regret_smoothmax. \[distill]",
+            show_default=False,
+        ),
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(help=r"factors, or coefficients. \[factors, without --granularity]", show_default=False),
+    ] = None,
+    granularity: Annotated[
+        str | None,
+        typer.Option(
+            "--granularity",
+            "--coefficients",
+            help="Learn coefficients per task, layer, module or direction: a plain recipe anyone can run.",
+            show_default=False,
+        ),
+    ] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(help="Of coefficients: raw, projected, sigmoid, tanh, softmax, simplex_scaled.", show_default=False),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set any recipe key: --set tune.prompts=8")
     ] = None,
@@ -75,6 +102,7 @@ def tune(
     settings: dict[str, Any] = {"method": method, "scale": scale, "rank": rank, "dtype": dtype}
     spec: dict[str, Any] = {"texts": kind, "files": files or None, "count": count, "split": split, "steps": steps}
     spec |= {"learning_rate": learning_rate, "seed": seed}
+    spec |= {"objective": objective, "train": train, "granularity": granularity, "link": link}
     recipe = Path(inputs[0]) if is_recipe_file(inputs[0]) else None
     result = run(
         recipe if recipe is not None and len(inputs) == 1 else inputs,
@@ -82,6 +110,7 @@ def tune(
         out=out,
         base_model=base_id,
         control=control,
+        controls=controls,
         load_dtype=load_dtype,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
@@ -128,13 +157,14 @@ def _show(result: TuneResult) -> None:
     console.print(f"rank {record.rank} · scale {record.scale:.3g} · step {record.kept_step} of {len(record.losses)} kept · "
                   f"{size(written)} · {seconds:.0f} s")  # fmt: skip
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("task", "texts", "base", record.recipe["method"]["name"], "tuned", *["fresh LoRA"] * bool(record.control)):
+    others = {"fresh LoRA": record.control, "random": record.random}
+    shown = {"tuned": record.kept} | {name: c.held for name, c in others.items() if c is not None}
+    for name in ("task", "texts", "base", record.recipe["method"]["name"], *shown):
         table.add_column(name, justify="left" if name in ("task", "texts") else "right")
     for t in record.texts:
-        cells = [record.base[t.task], record.start.divergence[t.task], record.kept.divergence[t.task]]
-        cells += [record.control.held.divergence[t.task]] if record.control else []
+        cells = [record.base[t.task], record.start.divergence[t.task], *(h.divergence[t.task] for h in shown.values())]
         table.add_row(t.task, f"{t.count}, {t.source}", *(f"{value:.3g}" for value in cells))
-    shares = [1.0, record.start.share, record.kept.share, *([record.control.held.share] if record.control else [])]
+    shares = [1.0, record.start.share, *(h.share for h in shown.values())]
     table.add_row("share of the base's", "", *(f"{share:.1%}" for share in shares))
     console.print(table)
     console.print("[dim]KL from each task's own adapter on held-out texts, in nats: 0 answers as the adapter does.[/dim]")

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from plait.adapters.adapter import Adapter
-from plait.adapters.names import LayerKey, layer_key
+from plait.adapters.lowrank import LowRank
+from plait.adapters.names import layer_key
 from plait.errors import PlanError, collect, did_you_mean
 from plait.merging.engine import MergedModule
 from plait.mixture.arrangement import Arrangement
 from plait.mixture.coefficients import Axes, Coefficients, CoefficientState, Granularity, span
+from plait.mixture.columns import Columns, layers_of
 from plait.mixture.deltas import AdapterDelta, DenseDelta, merged_deltas
 from plait.mixture.factors import LearntFactors
 from plait.mixture.layers import Adapted, ParameterLayer, adapted
@@ -74,7 +76,7 @@ class Mixture:
         self._index = ModuleIndex(model)
         self._now: Arrangement | None = None  # what acts
         modules = self._fit(adapters)
-        layers = _layers(modules)
+        layers = layers_of(t.path for t in modules.values())
         self._state = CoefficientState(Coefficients(torch.zeros(len(self.names)), "task"))
         self._adapted = [
             adapted(
@@ -240,10 +242,8 @@ class Mixture:
         """
         deltas: dict[str, tuple[TargetModule, AdapterDelta]] = {}
         for target, delta in merged_deltas(merged):
-            if isinstance(delta, DenseDelta) or delta.magnitude is not None:
-                found = "dense" if isinstance(delta, DenseDelta) else "DoRA"
-                raise PlanError(f"{target!r}: the merged delta is {found}; only the factors of a low-rank delta can be learnt.")
-            deltas[target] = (self._merged_target(target, delta), delta)
+            only = _low_rank(target, delta, "learnt")
+            deltas[target] = (self._merged_target(target, only), only)
         return LearntFactors(deltas, rank)
 
     @contextmanager
@@ -260,6 +260,83 @@ class Mixture:
         swaps = self._swaps(heads)
         with self._suspended(), self._acting(Arrangement(factors.layers, swaps), self._state.now):
             yield self.model
+
+    def columns(
+        self,
+        columns: Mapping[str, Mapping[str, Sequence[Merged]] | Iterable[MergedModule]],
+        *,
+        factors: Literal["stored", "canonical"] = "stored",
+    ) -> Columns:
+        """Put low-rank deltas side by side, for `combined`: adapters as a recipe prepares them, or merge results.
+
+        Args:
+            columns: name → deltas, as `attached` takes them; low-rank.
+            factors: `canonical` for coefficients per direction, see the class.
+
+        Raises:
+            PlanError: a dense delta, DoRA, a target that the model does not have, or another shape.
+        """
+        found: dict[str, list[AdapterDelta | None]] = {}
+        for t, merged in enumerate(columns.values()):
+            for path, delta in merged_deltas(merged):
+                only = _low_rank(path, delta, "combined")
+                row = found.setdefault(path, [None] * len(columns))
+                row[t] = only.canonical() if factors == "canonical" else only
+        rows = {p: (self._merged_target(p, next(d for d in row if d is not None)), row) for p, row in sorted(found.items())}
+        return Columns(rows, tuple(columns))
+
+    @contextmanager
+    def combined(
+        self,
+        columns: Columns,
+        coefficients: Tensor,
+        granularity: Granularity = "task",
+        *,
+        heads: str | FullTensorSet | None = None,
+    ) -> Iterator[nn.Module]:
+        """Make columns act with Λ, and nothing else; gradients reach Λ. The same as `mixed`, with other deltas.
+
+        Args:
+            columns: of `columns`, whose `axes` say what the entries of Λ stand for.
+            coefficients: float32 (or float64), see `mixed`.
+            granularity: what the entries stand for.
+            heads: whose full tensors act.
+
+        Raises:
+            PlanError: a wrong shape or dtype, or an unknown name.
+        """
+        swaps = self._swaps(heads)
+        columns.state.now = Coefficients.of(coefficients, granularity, columns.axes)
+        with self._suspended(), self._acting(Arrangement(columns.layers, swaps), self._state.now):
+            yield self.model
+
+    def merged(self, coefficients: Tensor, granularity: Granularity = "task") -> dict[str, tuple[LowRank, ...]]:
+        """Return what acts with Λ as deltas: target → one `LowRank` per matrix, of the base's dtype, on the processor.
+
+        `attached` takes them, and so does whatever writes a merge result. Exact in the factors that act.
+
+        Args:
+            coefficients: see `mixed`.
+            granularity: what the entries stand for.
+
+        Raises:
+            PlanError: a wrong shape or dtype; DoRA or lora_bias, which are not low-rank deltas.
+        """
+        checked = self._checked(coefficients.detach(), granularity)
+        beside = [a.target.path for a in self._adapted if a.stack.gains is not None or a.stack.biases is not None]
+        if beside:
+            raise PlanError(f"{beside[0]!r} has DoRA or lora_bias, which are not low-rank deltas; merge with a recipe instead.")
+        layers = layers_of(self.axes.modules)
+        found = {}
+        for k, layer in enumerate(self._adapted):
+            stack, share = layer.stack, checked.share(k, layers.index(layer_key(layer.target.path))).cpu()
+            per_rank = share[: stack.rank] if granularity == "direction" else share[stack.owners.cpu()]
+            slices = [
+                LowRank(a, (bt * per_rank.to(bt.dtype).unsqueeze(1)).mT)
+                for a, bt in zip(stack.a.cpu(), stack.bt.cpu(), strict=True)
+            ]
+            found[layer.target.path] = tuple(slices)
+        return found
 
     @property
     def coefficients(self) -> Tensor:
@@ -422,10 +499,11 @@ def _check_free(model: nn.Module, mixture: Mixture | None) -> None:
         )
 
 
-def _layers(modules: Mapping[str, TargetModule]) -> list[LayerKey | None]:
-    """Return the layers of target modules, in order; None last, where some are in no numbered layer."""
-    keys = {layer_key(m.path) for m in modules.values()}
-    return [*sorted(k for k in keys if k is not None), *([None] if None in keys else [])]
+def _low_rank(path: str, delta: AdapterDelta | DenseDelta, done: str) -> AdapterDelta:
+    if isinstance(delta, DenseDelta) or delta.magnitude is not None:
+        found = "dense" if isinstance(delta, DenseDelta) else "DoRA"
+        raise PlanError(f"{path!r}: the merged delta is {found}; only the factors of a low-rank delta can be {done}.")
+    return delta
 
 
 def _misfit(target: TargetModule, found: Sequence[tuple[int, int]]) -> str | None:

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from plait.recipes.evaluation import SplitName
 from plait.records import Record
 
+Objective = Literal["distill", "hidden", "adamerging", "gradient", "supermerge", "regret_smoothmax"]
+Granularity = Literal["task", "layer", "module", "direction"]
+Link = Literal["raw", "projected", "sigmoid", "tanh", "softmax", "simplex_scaled"]
+Sampler = Literal["uniform", "none", "inverse", "sqrt_inverse", "balanced"]
+Criterion = Literal["mean", "worst", "geometric", "l2_shortfall", "hypervolume"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+LABELED: tuple[Objective, ...] = ("gradient", "supermerge", "regret_smoothmax")  # the objectives that read labels
+LINKS: dict[Objective, Link] = {
+    "distill": "raw",
+    "hidden": "raw",
+    "adamerging": "projected",
+    "gradient": "projected",
+    "supermerge": "tanh",
+    "regret_smoothmax": "raw",
+}
+
 
 class TuneSpec(Record):
-    """How a merge is tuned: what it sees, and how it learns."""
+    """How a merge is tuned: what it sees, what is learnt, and how."""
 
     texts: Annotated[
         Literal["split", "lines", "template"] | None,
@@ -26,9 +45,132 @@ class TuneSpec(Record):
     split: Annotated[
         SplitName | None, Field(description="Of the tasks; `calibration` where there is one, else `train`, when not given.")
     ] = None
-    steps: Annotated[int, Field(ge=0, description="Updates of the factors; 0 for the closed form at its best scale.")] = 48
-    prompts: Annotated[int, Field(ge=1, description="Texts of every task per step.")] = 4
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-4
+    allow_test: Annotated[bool, Field(description="Learn from the split `test`; the result cannot be judged on it.")] = False
+    objective: Annotated[Objective, Field(description="What is minimized.")] = "distill"
+    train: Annotated[
+        Literal["factors", "coefficients"] | None,
+        Field(description="The merge's factors, or coefficients of its columns; factors where no granularity is given."),
+    ] = None
+    granularity: Annotated[
+        Granularity | None, Field(description="One coefficient per column and model, layer, module or rank; `module`.")
+    ] = None
+    link: Annotated[Link | None, Field(description="From parameters to coefficients; the objective's own when not given.")] = (
+        None
+    )
+    initial: Annotated[
+        Finite | None,
+        Field(description="First coefficient of every adapter; those of the recipe, at its scale, when not given."),
+    ] = None
+    lowest: Annotated[Finite, Field(description="Of coefficients, for `projected`.")] = 0.0
+    highest: Annotated[Finite, Field(description="Of coefficients, for `projected`.")] = 1.0
+    normalize: Annotated[bool, Field(description="Divide an adapter's coefficients by their sum over the adapters.")] = False
+    magnitude: Annotated[
+        Literal["global", "per_layer", "per_task"], Field(description="What shares a magnitude, for `simplex_scaled`.")
+    ] = "per_layer"
+    magnitude_initial: Annotated[
+        Positive | None, Field(description="For `simplex_scaled`; the sum of the first coefficients when not given.")
+    ] = None
+    learn_magnitude: Annotated[bool, Field(description="For `simplex_scaled`.")] = True
+    steps: Annotated[int, Field(ge=0, description="Updates; 0 for the closed form at its best scale.")] = 48
+    prompts: Annotated[int, Field(ge=1, description="Texts of every task read at a time.")] = 4
+    accumulate: Annotated[int, Field(ge=1, description="Batches of `prompts` texts per task and update.")] = 1
+    learning_rate: Annotated[
+        float | None, Field(gt=0, le=1, description="5e-4 for factors, 0.02 for coefficients, when not given.")
+    ] = None
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
+    clip: Annotated[Positive | None, Field(description="Largest norm of a gradient.")] = 1.0
+    schedule: Annotated[Literal["linear", "cosine", "constant"], Field(description="Of the rate behind the warm-up.")] = (
+        "linear"
+    )
+    warmup: Annotated[int | None, Field(ge=0, description="Updates; a fifth of the steps, at most 5, when not given.")] = None
+    sampler: Annotated[
+        Sampler, Field(description="How texts are drawn: in turn, or by the counts of their answers, with replacement.")
+    ] = "uniform"
+    samplers: Annotated[dict[str, Sampler], Field(description="Task → its own sampler.")] = Field(default_factory=dict)
+    task_weights: Annotated[
+        Literal["equal", "manual", "baseline_normalized"] | dict[str, NotNegative],
+        Field(description="For `gradient` and `supermerge`; task → number for weights of your own."),
+    ] = "equal"
+    baseline_floor: Annotated[Positive, Field(description="Smallest loss that `baseline_normalized` divides by.")] = 1e-6
+    weight_cap: Annotated[Positive | None, Field(description="Largest weight of `baseline_normalized`.")] = None
+    baseline_batches: Annotated[
+        int, Field(ge=1, description="Batches per task on which the losses of base and own adapter are taken.")
+    ] = 64
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    entropy_over: Annotated[
+        Literal["labels", "vocabulary"], Field(description="For `adamerging`; the vocabulary where answers are free.")
+    ] = "labels"
+    entropy_temperature: Positive = 1.0
+    tau: Annotated[Positive, Field(description="Of the smooth maximum of regrets: small is near the maximum.")] = 0.1
+    regret_eps: Annotated[Positive, Field(description="Least headroom of a task between base and own adapter.")] = 1e-4
+    group_size: Annotated[
+        int | None, Field(ge=2, description="Learn `supermerge` in a tree of groups of at most so many adapters.")
+    ] = None
+    polish_steps: Annotated[int, Field(ge=0, description="Updates of all coefficients behind the tree.")] = 50
     held_out: Annotated[float, Field(ge=0, lt=1, description="Share of the texts that are only looked at; 0 for none.")] = 0.2
     look_every: Annotated[int, Field(ge=1, description="Steps between two looks at them.")] = 12
+    criterion: Annotated[Criterion, Field(description="Over the tasks' kept shares; the largest is the best step.")] = "mean"
+    judge: Annotated[
+        Literal["divergence", "loss"],
+        Field(
+            description="What a kept share is of: KL from the own adapter, or the loss on labels (objectives that read them)."
+        ),
+    ] = "divergence"
+    patience: Annotated[int, Field(ge=0, description="Stop after so many looks without a gain; 0 for never.")] = 0
+    threshold: Annotated[NotNegative, Field(description="Smallest gain that counts.")] = 0.0
+    min_steps: Annotated[int, Field(ge=0, description="No stop before so many updates.")] = 20
+    stop_warmup: Annotated[int, Field(ge=0, description="Looks at earlier updates cost no patience.")] = 20
+    restore_best: Annotated[bool, Field(description="Keep the best step, rather than the last.")] = True
+    log_every: Annotated[int, Field(ge=0, description="Updates between two lines on stderr: objective, look; 0 for none.")] = 0
+    checkpointing: Annotated[bool, Field(description="Compute activations again in the backward pass, to save memory.")] = False
+    compute_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(description="Of the products while learning; auto: of the base in memory."),
+    ] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _fits(self) -> TuneSpec:
+        problems = []
+        if self.train == "factors":
+            given = {"granularity", "link", "initial", "normalize", "group_size"} & self.model_fields_set
+            problems += [f"{name!r} is of coefficients; train is 'factors'" for name in sorted(given)]
+        if self.learns_factors and self.objective == "adamerging":
+            problems.append("'adamerging' learns coefficients: factors that only lower an entropy collapse; give a granularity")
+        if self.granularity == "direction" and (self.used_link not in ("raw", "projected") or self.normalize):
+            problems.append("coefficients per direction have no link but 'raw' and 'projected', and are not normalized")
+        if self.group_size and (self.objective != "supermerge" or self.granularity not in ("task", "layer")):
+            problems.append("'group_size' is of objective 'supermerge' with granularity 'task' or 'layer'")
+        if self.group_size and self.used_link != "tanh":
+            problems.append("'group_size' needs the link 'tanh', of which a product of levels is one again")
+        if self.lowest > self.highest:
+            problems.append(f"lowest is {self.lowest:g} and highest {self.highest:g}")
+        if self.task_weights == "manual":
+            problems.append("task_weights: 'manual' needs the numbers: task_weights: {task: number, …}")
+        if self.judge == "loss" and self.objective not in LABELED:
+            problems.append(f"judge 'loss' reads labels, and objective {self.objective!r} does not; use 'divergence'")
+        if self.split == "test" and not self.allow_test:
+            problems.append("split 'test' judges results and is not learnt from; give another, or allow_test: true")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def learns_factors(self) -> bool:
+        """Whether factors are learnt, rather than coefficients."""
+        return self.train == "factors" or (self.train is None and self.granularity is None)
+
+    @property
+    def used_granularity(self) -> Granularity:
+        """The granularity, where coefficients are learnt."""
+        return self.granularity or "module"
+
+    @property
+    def used_link(self) -> Link:
+        """The link, where coefficients are learnt."""
+        return self.link or LINKS[self.objective]
+
+    @property
+    def used_rate(self) -> float:
+        """The learning rate."""
+        return self.learning_rate or (5e-4 if self.learns_factors else 2e-2)

@@ -28,7 +28,8 @@ from plait.results.lock import LOCK, read_lock
 from plait.results.locking import has_locks
 
 # in a folder that is filled where it stands
-_STAGING, _MARK, _BAKING, _CALIBRATING = ".plait-staging", ".plait-writing", ".plait-baking", ".plait-calibrating"
+_STAGING, _MARK, _BAKING = ".plait-staging", ".plait-writing", ".plait-baking"
+_CALIBRATING, _TUNING = ".plait-calibrating", ".plait-tuning"
 _NOT_WORK = (".cache/huggingface/", ".gitattributes", ".DS_Store", "lost+found")  # left by tools and file systems
 _LONGEST = 150  # bytes of an output's name that the names of its working folders repeat
 _SHOWN = 6
@@ -202,6 +203,11 @@ def calibrating_folder(folder: Path) -> Path:
     return _working_folder(folder) / _stem(folder, "calibrating")
 
 
+def tuning_folder(folder: Path) -> Path:
+    """Return where a tuning keeps its state whose result will stand in `folder`; beside it or in it likewise."""
+    return _working_folder(folder) / _stem(folder, "tuning")
+
+
 def _working_folder(folder: Path) -> Path:
     """Return where a result is made before it has its name."""
     folder = folder.absolute()
@@ -210,7 +216,7 @@ def _working_folder(folder: Path) -> Path:
 
 def _stem(folder: Path, purpose: str) -> str:
     if _is_fixed(folder):
-        return {"staging": _STAGING, "baking": _BAKING, "calibrating": _CALIBRATING}[purpose]
+        return {"staging": _STAGING, "baking": _BAKING, "calibrating": _CALIBRATING, "tuning": _TUNING}[purpose]
     raw = os.fsencode(folder.name)
     name = folder.name if len(raw) <= _LONGEST else hashlib.sha256(raw).hexdigest()[:24]
     return f".{name}.{purpose}"
@@ -239,7 +245,7 @@ def _mounts() -> set[str]:
 
 def _contents(folder: Path) -> Iterator[str]:
     """Yield what is in a folder, but for what plait works with and what tools and file systems leave everywhere."""
-    working = (_MARK, _STAGING, _BAKING, _CALIBRATING)
+    working = (_MARK, _STAGING, _BAKING, _CALIBRATING, _TUNING)
     return (n for n in entries(folder) if not n.startswith(working) and not n.startswith(_NOT_WORK))
 
 

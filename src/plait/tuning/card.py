@@ -10,6 +10,7 @@ from plait.inspection.compatibility import max_lora_rank
 from plait.merging.card import front_matter, loading, public_recipe, source_row
 from plait.merging.inventory import Inventory
 from plait.recipes.writing import recipe_json
+from plait.tuning.objectives import OBJECTIVES
 from plait.tuning.record import TuneRecord
 
 
@@ -36,8 +37,7 @@ def tune_card(inventory: Inventory, record: TuneRecord, folder: Path) -> str:
 # {"+".join(names)}, merged with {inventory.recipe.method_name} and tuned
 
 One LoRA adapter of rank {record.rank}, made from {len(names)} adapters by plait {record.plait}. It starts at the closed form of
-`{inventory.recipe.method_name}` × {record.scale:.3g}, and its factors have learnt to answer as each task's own adapter does on
-unlabelled texts of that task.
+`{inventory.recipe.method_name}` × {record.scale:.3g}, and {_learnt(record)}.
 
 | adapter | from | weight | rank | sha256 |
 |---|---|---|---|---|
@@ -49,11 +49,11 @@ unlabelled texts of that task.
 
 KL is the mean divergence from the task's own adapter, in nats, on texts that were held out.
 
-- **Steps**: {len(record.losses)}; the factors of step {record.kept_step} were kept.
+- **Steps**: {len(record.losses)}; what step {record.kept_step} had learnt was kept.
 - **Distance from the start**: {record.distance:.3g} of its norm; {record.outside:.2%} of the energy is outside of what the
   sources span.
 
-## Load it
+{_how(record)}## Load it
 
 {loading(inventory, max_lora_rank(record.rank), folder)}
 ## The start
@@ -63,3 +63,17 @@ KL is the mean divergence from the task's own adapter, in nats, on texts that we
 ```yaml
 {recipe}```
 """
+
+
+def _learnt(record: TuneRecord) -> str:
+    what = "its factors have" if record.coefficients is None else f"coefficients per {record.coefficients.granularity} have"
+    if record.objective == "distill":
+        return f"{what} learnt to answer as each task's own adapter does on\nunlabelled texts of that task"
+    return f"{what} been learnt: {OBJECTIVES[record.objective].summary}\n(`{record.objective}`)"
+
+
+def _how(record: TuneRecord) -> str:
+    if record.coefficients is None or record.coefficients.granularity == "direction":
+        return ""
+    start = " `start/` holds the closed form that it names." if len(record.coefficients.columns) > len(record.sources) else ""
+    return f"`plait merge recipe.yaml` makes the same adapter without any text.{start}\n\n"

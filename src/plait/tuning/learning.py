@@ -1,29 +1,38 @@
-"""The loop: a merge's factors learn to answer as each task's own adapter does on that task's texts.
+"""The loop: what learns minimizes an objective on the texts of all tasks.
 
-min over A, B of Σₜ KL(pₜ(· | x) ‖ p(· | x; A, B)) / T on unlabelled x of task t: distillation from several teachers (Hinton et
-al. 2015, arXiv:1503.02531, at temperature 1; SAMerging 2025, arXiv:2512.21288, and Expert Merging 2025, arXiv:2509.25712, learn
-coefficients from the same divergence; here the factors themselves are learnt, from a closed form).
+By default min Σₜ KL(pₜ(· | x) ‖ p(· | x; A, B)) / T over the factors A, B of a merge, on unlabelled x of task t: distillation
+from several teachers (Hinton et al. 2015, arXiv:1503.02531, at temperature 1; SAMerging 2025, arXiv:2512.21288, and Expert
+Merging 2025, arXiv:2509.25712, learn coefficients from the same divergence). See `objectives` for the others.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
+from pydantic import Field
+from torch import Tensor, nn
 
+from plait.errors import PlanError
 from plait.mixture import Mixture
-from plait.mixture.factors import LearntFactors
 from plait.recipes.tuning import TuneSpec
 from plait.records import Record
+from plait.tuning.learners import FactorLearner, Learner
+from plait.tuning.objectives import OBJECTIVES, Objective, References, regret_weights, regrets, smooth_maximum
+from plait.tuning.sampling import draw
+from plait.tuning.selection import score
 from plait.tuning.teaching import Lesson, divergence_over
+from plait.tuning.working import Working
 
-_BETAS = (0.9, 0.99)
-_CLIP = 1.0
 _WIDEST = 4.0  # scales that are tried: at most this
 _FIRST = (1.0, 1.4)
+_BATCH = 16  # texts read at a time without gradients
 
 
 class Held(Record):
@@ -33,11 +42,16 @@ class Held(Record):
         step: of the loop; 0 before the first.
         divergence: task → mean KL(own adapter ‖ merge), nats.
         share: mean over the tasks of divergence / KL(own adapter ‖ base): 0 is the adapters themselves, 1 the base.
+        kept: task → what is kept of what the own adapter has over the base, 1 for all: of the divergence, or of the loss on
+            labels, as the recipe judges.
+        score: the recipe's criterion over these; larger is better.
     """
 
     step: int
     divergence: dict[str, float]
     share: float
+    kept: dict[str, float] = Field(default_factory=dict)
+    score: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +62,23 @@ class Class:
         lessons: one per task.
         learn: task → texts that are learnt from.
         held: task → texts that are only looked at, to choose the scale and the step; those learnt from where there are few.
+        learned: losses of base and own adapters on the texts that are learnt from, where the objective needs them.
+        judged: the same on the texts that are held out, where labels judge.
+        own: task → per text that is learnt from, sum and count of the own adapter's loss; where regrets need it.
     """
 
     lessons: tuple[Lesson, ...]
     learn: Mapping[str, tuple[int, ...]]
     held: Mapping[str, tuple[int, ...]]
+    learned: References = field(default_factory=lambda: References({}, {}))
+    judged: References = field(default_factory=lambda: References({}, {}))
+    own: Mapping[str, Mapping[int, tuple[float, int]]] = field(default_factory=dict)
+
+    def only(self, tasks: Sequence[str]) -> Class:
+        """Return the class of some of the tasks."""
+        return Class(
+            tuple(x for x in self.lessons if x.task in tasks), self.learn, self.held, self.learned, self.judged, self.own
+        )
 
 
 def split_off(lessons: Sequence[Lesson], *, share: float, most: int, seed: int) -> Class:
@@ -67,19 +93,84 @@ def split_off(lessons: Sequence[Lesson], *, share: float, most: int, seed: int) 
     return Class(tuple(lessons), learn, held)
 
 
-def look(mixture: Mixture, factors: LearntFactors, taught: Class, step: int) -> Held:
-    """Measure the divergence on the held-out texts."""
-    found = {}
+def with_references(mixture: Mixture, taught: Class, spec: TuneSpec) -> Class:
+    """Take the losses of base and own adapters that the objective, its task weights or the judge need.
+
+    Raises:
+        PlanError: in no task does the own adapter have a smaller loss than the base, so that there is nothing to regret.
+    """
+    objective = OBJECTIVES[spec.objective]
+    needs_learned = objective.coupled or spec.task_weights == "baseline_normalized"
+    if objective.needs != "labels" or not (needs_learned or spec.judge == "loss"):
+        return taught
+    found: dict[str, dict[str, float]] = {key: {} for key in ("base", "own", "held base", "held own")}
+    own: dict[str, dict[int, tuple[float, int]]] = {}
     for lesson in taught.lessons:
-        part = _part(lesson, taught.held[lesson.task])
-        with mixture.learning(factors, heads=lesson.adapter if lesson.head else None) as model:
-            found[lesson.task] = divergence_over(part, model)
+        head = lesson.adapter if lesson.head else False
+        some = taught.learn[lesson.task]
+        fixed = some[: spec.baseline_batches * spec.prompts]
+        base_model = partial(mixture.active, None, heads=head)
+        own_model = partial(mixture.active, {lesson.adapter: 1.0})
+        own[lesson.task] = text_losses(lesson, own_model, objective, spec, some)
+        found["own"][lesson.task] = _mean(own[lesson.task], fixed)
+        found["base"][lesson.task] = _mean(text_losses(lesson, base_model, objective, spec, fixed), fixed)
+        if spec.judge == "loss":
+            held = taught.held[lesson.task]
+            found["held base"][lesson.task] = _mean(text_losses(lesson, base_model, objective, spec, held), held)
+            found["held own"][lesson.task] = _mean(text_losses(lesson, own_model, objective, spec, held), held)
+    learned, judged = References(found["base"], found["own"]), References(found["held base"], found["held own"])
+    if objective.coupled and not any(learned.base[t] - learned.own[t] > spec.regret_eps for t in learned.base):
+        listed = ", ".join(f"{t}: {learned.base[t]:.3g} and {learned.own[t]:.3g}" for t in learned.base)
+        raise PlanError(f"regret_smoothmax: no adapter has a smaller loss on its labels than the base ({listed}, in nats).")
+    return Class(taught.lessons, taught.learn, taught.held, learned, judged, own)
+
+
+def text_losses(
+    lesson: Lesson,
+    acting: Callable[[], AbstractContextManager[nn.Module]],
+    objective: Objective,
+    spec: TuneSpec,
+    wanted: Sequence[int],
+) -> dict[int, tuple[float, int]]:
+    """Return text → (sum of the loss, over how many positions), of some texts with what `acting` makes act."""
+    order = sorted(wanted, key=lambda i: (lesson.passages[i].tokens, i))
+    found = {}
+    with torch.no_grad(), acting() as model:
+        for at in range(0, len(order), _BATCH):
+            batch = order[at : at + _BATCH]
+            values = objective.loss(lesson.said(model, batch), spec).double().cpu()
+            sizes = [counted(lesson, objective, i) for i in batch]
+            for i, part in zip(batch, torch.split(values, sizes), strict=True):
+                found[i] = (float(part.sum()), len(part))
+    return found
+
+
+def counted(lesson: Lesson, objective: Objective, text: int) -> int:
+    """Return over how many losses of a text a mean is taken."""
+    return 1 if objective.per == "text" or lesson.head else lesson.passages[text].positions
+
+
+def look(mixture: Mixture, learner: Learner, taught: Class, step: int, spec: TuneSpec | None = None) -> Held:
+    """Measure the divergence on the held-out texts, and what is kept."""
+    spec = spec or TuneSpec()
+    found, kept = {}, {}
+    for lesson in taught.lessons:
+        held = taught.held[lesson.task]
+        acting = partial(learner.acting, lesson.adapter if lesson.head else None)
+        with torch.no_grad(), acting() as model:
+            found[lesson.task] = divergence_over(_part(lesson, held), model)
+        kept[lesson.task] = 1 - found[lesson.task] / max(lesson.base, 1e-6)
+        if spec.judge == "loss":
+            base, own = taught.judged.base[lesson.task], taught.judged.own[lesson.task]
+            loss = _mean(text_losses(lesson, acting, OBJECTIVES[spec.objective], spec, held), held)
+            kept[lesson.task] = (base - loss) / max(base - own, spec.regret_eps)
     shares = [found[x.task] / max(x.base, 1e-6) for x in taught.lessons]
-    return Held(step=step, divergence=found, share=sum(shares) / len(shares))
+    share = sum(shares) / len(shares)
+    return Held(step=step, divergence=found, share=share, kept=kept, score=score(kept, spec.criterion))
 
 
 def best_scale(
-    mixture: Mixture, factors: LearntFactors, taught: Class, report: Callable[[float, Held], object] = lambda s, h: None
+    mixture: Mixture, learner: FactorLearner, taught: Class, report: Callable[[float, Held], object] = lambda s, h: None
 ) -> tuple[float, Held]:
     """Find the factor on the merge that brings it nearest to the adapters, and leave the factors so; no label is read.
 
@@ -87,13 +178,13 @@ def best_scale(
     of 1.4, and found by a parabola in log scale.
     """
     known: dict[float, Held] = {}
-    start = factors.state()
+    start = learner.state()
 
     def at(scale: float) -> float:
         if scale not in known:
-            factors.load(start)
-            factors.scale(scale)
-            known[scale] = look(mixture, factors, taught, 0)
+            learner.load(start)
+            learner.factors.scale(scale)
+            known[scale] = look(mixture, learner, taught, 0)
             report(scale, known[scale])
         return known[scale].share
 
@@ -108,76 +199,261 @@ def best_scale(
     scale = _vertex([(math.log(s), at(s)) for s in (left, middle, right)])
     at(scale)
     best = min(known, key=lambda s: known[s].share)
-    factors.load(start)
-    factors.scale(best)
+    learner.load(start)
+    learner.factors.scale(best)
     return best, known[best]
+
+
+@dataclass
+class Run:
+    """A loop, as far as it has come.
+
+    Attributes:
+        looks: at the held-out texts.
+        losses: the objective at every step.
+        step: updates made.
+        best: the look whose parameters are kept.
+        waited: looks without a gain.
+        ended: whether it has ended.
+    """
+
+    looks: list[Held]
+    losses: list[float]
+    step: int
+    best: Held
+    waited: int = 0
+    ended: bool = False
 
 
 def learn(
     mixture: Mixture,
-    factors: LearntFactors,
+    learner: Learner,
     taught: Class,
     spec: TuneSpec,
     start: Held,
-    report: Callable[[int, float, Held | None], object],
-) -> tuple[list[Held], list[float]]:
-    """Run the loop, and leave the factors as they were where the held-out divergence was smallest.
+    report: Callable[[int, float, Held | None], object] = lambda step, loss, held: None,
+    *,
+    steps: int | None = None,
+    working: Working | None = None,
+    name: str = "state",
+) -> Run:
+    """Run the loop, and leave the parameters as they were where the held-out score was best, or as they are in the end.
 
-    Every step reads `spec.prompts` texts of every task. AdamW without decay, rate linear up over the first steps and down to 0,
-    gradients clipped to norm 1. The order of texts is a function of the seed, the task and the step.
+    Every step reads `spec.prompts` × `spec.accumulate` texts of every task. AdamW without decay; gradients clipped. Which texts
+    are read is a function of the seed, the task and the step.
 
-    Returns:
-        The held-out divergences, and the mean KL of every step, nats.
+    Args:
+        mixture: base and adapters.
+        learner: what learns.
+        taught: from what.
+        spec: how.
+        start: the look before the first step.
+        report: called behind every step with its number, the objective before it, and the look, where there was one.
+        steps: updates; the recipe's when None.
+        working: where the state is kept, and found again.
+        name: of this loop's state there.
+
+    Raises:
+        PlanError: the objective is not a finite number any more.
     """
-    optimizer = torch.optim.AdamW(factors.parameters(), lr=spec.learning_rate, betas=_BETAS, weight_decay=0.0)
-    warm = max(1, min(5, spec.steps // 5))
-    best, best_state = start, factors.state()
-    seen, losses = [start], []
-    for step in range(1, spec.steps + 1):
-        rate = spec.learning_rate * min(step / warm, (spec.steps - step + 1) / max(1, spec.steps - warm + 1))
+    steps = spec.steps if steps is None else steps
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=spec.used_rate, betas=spec.betas, weight_decay=0.0)
+    run, best_state = Run([start], [], 0, start), learner.state()
+    if working is not None and (found := working.load(name)) is not None:
+        run, best_state = _resume(learner, optimizer, *found)
+        report(run.step, math.nan, None)
+    while run.step < steps and not run.ended:
+        step = run.step = run.step + 1
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        losses.append(_step(mixture, factors, taught, spec, step, optimizer))
+            group["lr"] = rate(spec, step, steps)
+        run.losses.append(_step(mixture, learner, taught, spec, step, optimizer))
         held = None
-        if step % spec.look_every == 0 or step == spec.steps:
-            held = look(mixture, factors, taught, step)
-            seen.append(held)
-            if held.share < best.share:
-                best, best_state = held, factors.state()
-        report(step, losses[-1], held)
-    factors.load(best_state)
-    return seen, losses
+        if step % spec.look_every == 0 or step == steps:
+            held = look(mixture, learner, taught, step, spec)
+            run.looks.append(held)
+            if held.score > run.best.score + spec.threshold:
+                run.best, run.waited, best_state = held, 0, learner.state()
+            elif step > spec.stop_warmup:
+                run.waited += 1
+            run.ended = bool(spec.patience) and run.waited >= spec.patience and step >= spec.min_steps
+            if working is not None:
+                working.save(name, *_saved(learner, optimizer, run, best_state))
+        report(step, run.losses[-1], held)
+    if spec.restore_best:
+        learner.load(best_state)
+    else:
+        run.best = run.looks[-1]
+    return run
+
+
+def rate(spec: TuneSpec, step: int, steps: int) -> float:
+    """Return the learning rate of a step: linear up over the warm-up, then as the schedule has it."""
+    warm = max(1, min(5, steps // 5)) if spec.warmup is None else spec.warmup
+    rise = min(1.0, step / warm) if warm else 1.0
+    left = steps - step + 1
+    match spec.schedule:
+        case "linear":
+            return spec.used_rate * min(rise, left / max(1, steps - warm + 1))
+        case "cosine":
+            past = max(0, step - warm) / max(1, steps - warm + 1)
+            return spec.used_rate * min(rise, 0.5 * (1 + math.cos(math.pi * past)))
+        case _:
+            return spec.used_rate * rise
 
 
 def _step(
-    mixture: Mixture, factors: LearntFactors, taught: Class, spec: TuneSpec, step: int, optimizer: torch.optim.Optimizer
+    mixture: Mixture, learner: Learner, taught: Class, spec: TuneSpec, step: int, optimizer: torch.optim.Optimizer
 ) -> float:
-    """Make one update; return the mean over the tasks of the KL before it, nats."""
+    """Make one update; return the objective before it."""
+    objective = OBJECTIVES[spec.objective]
     optimizer.zero_grad(set_to_none=True)
-    factors.refresh()
+    learner.settle()
+    drawn = {x.task: _drawn(x, taught, spec, step) for x in taught.lessons}
+    if objective.coupled:
+        weights, value = _regretted(mixture, learner, taught, spec, drawn)
+    else:
+        weights, value = objective.weights(dict.fromkeys(drawn, 0.0), taught.learned, spec), None
     total = 0.0
     for lesson in taught.lessons:
-        wanted = _drawn(taught.learn[lesson.task], spec.prompts, step, f"{spec.seed} {lesson.task}")
-        with mixture.learning(factors, heads=lesson.adapter if lesson.head else None) as model:
-            loss = lesson.divergence(model, wanted).mean() / len(taught.lessons)
-            loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-    torch.nn.utils.clip_grad_norm_(factors.parameters(), _CLIP)
+        weight = weights[lesson.task]
+        texts = drawn[lesson.task]
+        count = sum(counted(lesson, objective, i) for i in texts)
+        for at in range(0, len(texts), spec.prompts):
+            wanted = texts[at : at + spec.prompts]
+            if weight:
+                total += _backward(mixture, learner, lesson, objective, spec, wanted, weight / count)
+    value = total if value is None else value
+    if not math.isfinite(value):
+        raise PlanError(
+            f"tune: the objective is {value} in step {step}; the learning rate {spec.used_rate:g} is too large. "
+            "Lower tune.learning_rate."
+        )
+    if spec.clip is not None:
+        torch.nn.utils.clip_grad_norm_(learner.parameters(), spec.clip)
     optimizer.step()
-    factors.refresh()
-    return total
+    learner.settle()
+    return value
 
 
-def _drawn(items: Sequence[int], count: int, step: int, key: str) -> list[int]:
-    """Return the texts of a step: a new order for every time that all have been read."""
-    count = min(count, len(items))
-    first, drawn = (step - 1) * count, []
-    for position in range(first, first + count):
-        round_, at = divmod(position, len(items))
-        order = list(items)
-        random.Random(f"{key} {round_}").shuffle(order)
-        drawn.append(order[at])
-    return drawn
+def _backward(
+    mixture: Mixture,
+    learner: Learner,
+    lesson: Lesson,
+    objective: Objective,
+    spec: TuneSpec,
+    wanted: Sequence[int],
+    factor: float,
+) -> float:
+    """Add the gradient of factor × the summed loss of some texts; return that."""
+    head = lesson.adapter if lesson.head else None
+    states = None
+    if objective.needs == "hidden":
+        with mixture.active({lesson.adapter: 1.0}) as model:
+            states = lesson.states(model, wanted)
+    with learner.acting(head) as model, _memory(model, spec), _computing(model, spec):
+        loss = factor * objective.loss(lesson.said(model, wanted, hidden=states), spec).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
+
+
+def _regretted(
+    mixture: Mixture, learner: Learner, taught: Class, spec: TuneSpec, drawn: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, float], float]:
+    """Return the tasks' weights, and the smooth maximum of their regrets, from a pass over the same texts."""
+    objective = OBJECTIVES[spec.objective]
+    losses, own = {}, {}
+    for lesson in taught.lessons:
+        texts = drawn[lesson.task]
+        acting = partial(learner.acting, lesson.adapter if lesson.head else None)
+        losses[lesson.task] = _mean(text_losses(lesson, acting, objective, spec, texts), texts)
+        own[lesson.task] = _mean(taught.own[lesson.task], texts)
+    found = regrets(losses, own, taught.learned, spec)
+    return regret_weights(losses, own, taught.learned, spec), smooth_maximum(list(found.values()), spec.tau)
+
+
+def _drawn(lesson: Lesson, taught: Class, spec: TuneSpec, step: int) -> list[int]:
+    items = taught.learn[lesson.task]
+    classes = lesson.classes()
+    return draw(
+        items,
+        [classes[i] for i in items],
+        spec.samplers.get(lesson.task, spec.sampler),
+        spec.prompts * spec.accumulate,
+        step,
+        f"{spec.seed} {lesson.task}",
+    )
+
+
+@contextmanager
+def _memory(model: Any, spec: TuneSpec) -> Iterator[None]:
+    """Let layers keep no activations but compute them again, where that is wanted; dropout stays off."""
+    if not spec.checkpointing:
+        yield
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    rates = [
+        (m, name, value)
+        for m in layers
+        for name, value in vars(m).items()
+        if "dropout" in name and isinstance(value, float) and value
+    ]
+    try:
+        for m in layers:
+            m.training = True  # of these modules alone: transformers computes again in training mode only
+        for m, name, _ in rates:
+            setattr(m, name, 0.0)
+        yield
+    finally:
+        for m in layers:
+            m.training = False
+        for m, name, value in rates:
+            setattr(m, name, value)
+        model.gradient_checkpointing_disable()
+
+
+def _computing(model: Any, spec: TuneSpec) -> AbstractContextManager[Any]:
+    if spec.compute_dtype == "auto":
+        return nullcontext()
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, getattr(torch, spec.compute_dtype), enabled=spec.compute_dtype != "float32")
+
+
+def _saved(
+    learner: Learner, optimizer: torch.optim.Optimizer, run: Run, best: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return everything that a loop goes on from."""
+    tensors: dict[str, Tensor] = {f"best.{name}": value for name, value in best.items()}
+    for name, p in learner.named().items():
+        tensors[f"now.{name}"] = p
+        tensors |= {f"{key}.{name}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+    info = {
+        "looks": [h.model_dump(mode="json") for h in run.looks],
+        "losses": run.losses,
+        "step": run.step,
+        "best": run.best.step,
+        "waited": run.waited,
+        "ended": run.ended,
+    }
+    return tensors, info
+
+
+def _resume(
+    learner: Learner, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], info: Mapping[str, Any]
+) -> tuple[Run, dict[str, Tensor]]:
+    """Put a saved state in place; return the loop, and the best parameters."""
+    learner.load({name: tensors[f"now.{name}"] for name in learner.named()})
+    for name, p in learner.named().items():
+        state = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.tensor(float(info["step"])), **state}
+    looks = [Held.model_validate(h) for h in info["looks"]]
+    best = next(h for h in looks if h.step == info["best"])
+    run = Run(looks, list(info["losses"]), info["step"], best, info["waited"], info["ended"])
+    return run, {name: tensors[f"best.{name}"].to(p.device) for name, p in learner.named().items()}
+
+
+def _mean(losses: Mapping[int, tuple[float, int]], texts: Sequence[int]) -> float:
+    return math.fsum(losses[i][0] for i in texts) / sum(losses[i][1] for i in texts)
 
 
 def _part(lesson: Lesson, wanted: Sequence[int]) -> Lesson:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
 from plait.calibration.texts import Texts, read_texts, shown
@@ -21,28 +28,47 @@ from plait.merging.engine import MergedModule
 from plait.merging.heads import write_heads
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.pipeline import default_workers, input_folders
+from plait.merging.plan import make_plan
 from plait.merging.record import input_digests, make_lock, sources
 from plait.mixture import Mixture
-from plait.mixture.factors import LearntFactors
-from plait.recipes.schema import Recipe
-from plait.recipes.tuning import TuneSpec
+from plait.recipes.schema import Dtype, Heads, Recipe
+from plait.recipes.tuning import LABELED, TuneSpec
+from plait.recipes.writing import to_yaml
 from plait.results.digests import sha256
 from plait.results.disk import check_not_an_input
-from plait.results.lock import LOCK, locked_input
+from plait.results.lock import LOCK, locked_input, relative_path
 from plait.results.progress import Progress, Silent
 from plait.results.records import write_json
-from plait.results.staging import output_problem, staged
+from plait.results.staging import output_problem, staged, tuning_folder
 from plait.tasks.loading import load_tasks, placed
 from plait.tasks.schema import Task
+from plait.tensorfiles.writer import write_tensors
+from plait.tuning import coefficients
 from plait.tuning.card import tune_card
-from plait.tuning.learning import Class, Held, best_scale, learn, look, split_off
+from plait.tuning.coefficients import (
+    Coefficients,
+    Sources,
+    described,
+    learn_in_tree,
+    learner_of,
+    learnt_recipe,
+    needed_rank,
+    random_like,
+    sources_of,
+)
+from plait.tuning.labels import read_labeled
+from plait.tuning.learners import FactorLearner, Learner
+from plait.tuning.learning import Class, Held, Run, best_scale, learn, look, split_off, with_references
 from plait.tuning.record import TUNING, Control, SeenTexts, TuneRecord
 from plait.tuning.span import distance, outside
-from plait.tuning.start import closed_form, planned
-from plait.tuning.teaching import Lesson, lesson_of, passages_of
+from plait.tuning.start import closed_form, planned, run_plan
+from plait.tuning.teaching import Lesson, lesson_of
+from plait.tuning.working import Working
 from plait.version import __version__
 
 _SHOWN = 3
+RECIPE, START, DIRECTIONS = "recipe.yaml", "start", "coefficients.safetensors"
+_FRESH_RATE = 2e-3  # at which a fresh LoRA learns best, as a control of coefficients
 _HELD_MOST = 24  # texts of a task that are held out, at most
 
 
@@ -56,6 +82,7 @@ class TuneOptions:
         device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
         trust_remote_code: let transformers run code that lies beside the weights.
         control: also let a fresh LoRA of the same rank learn the same, and record how far it comes.
+        controls: the same, and random adapters of equal norms.
         workers: modules merged at a time; never changes a bit.
     """
 
@@ -64,6 +91,7 @@ class TuneOptions:
     device_map: str = "auto"
     trust_remote_code: bool = False
     control: bool = False
+    controls: bool = False
     workers: int | None = None
 
 
@@ -117,65 +145,314 @@ def run_tune(
     """
     require("plait tune", {"eval": ["transformers", "accelerate", "jinja2"]})
     options, progress, clock = options or TuneOptions(), progress or Silent(), _Clock()
-    workers = options.workers or default_workers()
+    spec = recipe.tune
     if problem := output_problem(out, force=force):
         raise OutputError(problem)
     inventory = take_inventory(recipe, folder)
     check_not_an_input(out, input_folders(inventory), command="tuning")
     planned(inventory)
     rank = _rank(inventory)
-    texts, owners = _texts(recipe, folder, inventory)
+    if not spec.learns_factors:
+        coefficients.check(inventory)
+    texts, right, owners = _texts(recipe, folder, inventory)
     base = _base(inventory, folder, options)
+    digests = input_digests(inventory)
+    base_files = {p.name: sha256(p) for p in weight_files(base.folder)}
+    working = Working(tuning_folder(out), _digest(recipe, options, texts, right, [*digests.values(), *base_files.values()]))
     clock.lap("check")
 
     mixture = _load(base, inventory, options, progress)
     clock.lap("load")
-    lessons = _lessons(mixture, texts, owners, progress)
+    lessons = _lessons(mixture, texts, right, owners, progress)
     clock.lap("answers of the adapters")
-    merged = closed_form(inventory, mixture, lessons, workers=workers, progress=progress)
-    factors = mixture.learnt(merged, rank=rank)
+    closed = _closed_form(inventory, mixture, lessons, options, working, progress)
+    factors = FactorLearner(mixture, mixture.learnt(closed, rank=rank if spec.learns_factors else None))
     clock.lap("closed form")
-    taught = split_off(lessons, share=recipe.tune.held_out, most=_HELD_MOST, seed=recipe.tune.seed)
-    scale, scales, start = _scaled(mixture, factors, taught, recipe, progress)
+    taught = split_off(lessons, share=spec.held_out, most=_HELD_MOST, seed=spec.seed)
+    taught = with_references(mixture, taught, spec)
+    scale, scales, start = _scaled(mixture, factors, taught, recipe, working, progress)
     clock.lap("scale")
-    before = factors.deltas()
-    looks, losses = _learned(mixture, factors, taught, recipe.tune, start, progress)
+    before = factors.factors.deltas()
+    tuning = _Tuning(inventory, mixture, taught, closed, scale, working, progress)
+    learnt = tuning.factors(factors, start) if spec.learns_factors else tuning.coefficients(factors)
     clock.lap("learning")
-    control = _control(mixture, factors, taught, recipe.tune, progress) if options.control else None
+    controls = {}
     if options.control:
+        controls["control"] = tuning.fresh_lora(rank)
         clock.lap("control")
+    if options.controls:
+        controls = {"control": controls.get("control") or tuning.fresh_lora(rank), "random": tuning.random()}
+        clock.lap("controls")
 
-    deltas = factors.deltas()
-    kept = min(looks, key=lambda h: (h.share, h.step))
     with staged(out, force=force) as place:
-        written, digest_of = _write(inventory, _merged(merged, deltas), place)
-        digests = input_digests(inventory)
+        made = _write_learnt(inventory, learnt, closed, before, place, out)
         record = TuneRecord(
             plait=__version__,
             recipe=recipe.model_dump(mode="json", by_alias=True),
             sources=sources(inventory, [digests[a.file.path] for a in inventory.adapters]),
             texts=_seen(texts, owners, taught),
+            objective=spec.objective,
             scale=scale,
             scales=tuple(scales),
             base={x.task: x.base for x in lessons},
-            looks=tuple(looks),
-            losses=tuple(losses),
-            kept_step=kept.step,
-            rank=written,
-            distance=distance(deltas, before),
-            outside=outside(deltas, inventory),
-            control=control,
-            notes=tuple(_notes(texts, taught)),
+            looks=tuple(learnt.run.looks),
+            losses=tuple(learnt.run.losses),
+            kept_step=learnt.run.best.step,
+            rank=made.rank,
+            distance=distance(made.deltas, before),
+            outside=outside(made.deltas, inventory),
+            coefficients=learnt.coefficients,
+            tree=learnt.tree,
+            notes=(*_notes(texts, right, taught, learnt.run.looks), *learnt.notes),
             seconds=clock.seconds,
             finished=datetime.now().astimezone().isoformat(timespec="seconds"),
+            **controls,
         )
         (place / "README.md").write_text(tune_card(inventory, record, place), encoding="utf-8")
         write_json(place / TUNING, record)
-        lock = make_lock(inventory, digests, place, kind="tune", known=digest_of)
-        base_files = {p.name: sha256(p) for p in weight_files(base.folder)}
+        lock = make_lock(made.inventory, {**digests, **made.digests}, place, kind="tune", known=made.known)
         locked_base = locked_input(base, base_files, out)
         write_json(place / LOCK, lock.model_copy(update={"base": locked_base}))
+    working.remove()
     return TuneResult(out, record)
+
+
+@dataclass(frozen=True, eq=False)
+class _Learnt:
+    """What a tuning came to.
+
+    Attributes:
+        run: of the loop.
+        deltas: target → what was learnt, where no recipe says it.
+        sources: the columns, where coefficients were learnt.
+        values: Λ over them.
+        coefficients: the same for the record.
+        tree: per node of a hierarchy, its children.
+        notes: what is to be known.
+    """
+
+    run: Run
+    deltas: Mapping[str, tuple[LowRank, ...]]
+    sources: Sources | None = None
+    values: Tensor | None = None
+    coefficients: Coefficients | None = None
+    tree: tuple[tuple[tuple[str, ...], ...], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Tuning:
+    """A tuning behind its closed form."""
+
+    inventory: Inventory
+    mixture: Mixture
+    taught: Class
+    closed: Sequence[MergedModule]
+    scale: float
+    working: Working
+    progress: Progress
+
+    @property
+    def spec(self) -> TuneSpec:
+        return self.inventory.recipe.tune
+
+    def factors(self, learner: FactorLearner, start: Held) -> _Learnt:
+        """Let the merge's factors learn."""
+        if self.spec.judge == "loss" or self.spec.criterion != "mean":
+            start = look(self.mixture, learner, self.taught, 0, self.spec)
+        run = self._run(learner, start, "factors")
+        return _Learnt(run, learner.factors.deltas())
+
+    def coefficients(self, closed: FactorLearner) -> _Learnt:
+        """Let coefficients of the closed form, at its scale, and of the adapters learn."""
+        spec = self.spec
+        found = sources_of(self.inventory, self.mixture, _merged(self.closed, closed.factors.deltas()), self.scale)
+        learner = learner_of(self.mixture, found, spec)
+        first = learner.values().detach().clone()
+        start = look(self.mixture, learner, self.taught, 0, spec)
+        tree: tuple[tuple[tuple[str, ...], ...], ...] = ()
+        if spec.group_size and len(found.names) > spec.group_size:
+            self.progress.start("learning", spec.steps + spec.polish_steps, "steps")
+            try:
+                learner, run, tree = learn_in_tree(
+                    self.mixture, found, self.taught, spec, start, lambda *_: self.progress.advance(), working=self.working
+                )
+            finally:
+                self.progress.finish()
+        else:
+            run = self._run(learner, start, "coefficients")
+        values = learner.values().detach()
+        merged = found.columns.merged(values, spec.used_granularity)
+        about = described(found, spec.used_granularity, values, first)
+        return _Learnt(run, merged, found, values, about, tree, found.notes)
+
+    def fresh_lora(self, rank: int) -> Control:
+        """Let a fresh LoRA of the output's rank learn the same for as many steps."""
+        learner = FactorLearner(self.mixture, self.mixture.learnt(self.closed, rank=rank))
+        learner.factors.restart(self.spec.seed)
+        return self._control(learner, "fresh")
+
+    def random(self) -> Control:
+        """Let random adapters, and a random start, of equal norms learn the same in the same way."""
+        if self.spec.learns_factors:
+            drawn = torch.Generator().manual_seed(self.spec.seed)
+            closed = [random_like(m, drawn) for m in self.closed if m.factors is not None]
+            rank = _rank(self.inventory)
+            learner: Learner = FactorLearner(self.mixture, self.mixture.learnt(closed, rank=rank))
+            return self._control(learner, "random")
+        found = sources_of(self.inventory, self.mixture, self.closed, self.scale, random=self.spec.seed)
+        return self._control(learner_of(self.mixture, found, self.spec), "random")
+
+    def _control(self, learner: Learner, name: str) -> Control:
+        spec = self.spec
+        if isinstance(learner, FactorLearner) and not spec.learns_factors:
+            kept = spec.model_dump(
+                exclude={"train", "granularity", "link", "initial", "normalize", "group_size", "learning_rate"}
+            )
+            objective = "distill" if spec.objective == "adamerging" else spec.objective
+            spec = TuneSpec.model_validate({**kept, "objective": objective, "learning_rate": _FRESH_RATE})
+        start = look(self.mixture, learner, self.taught, 0, spec)
+        run = self._run(learner, start, name, spec)
+        return Control(held=run.best, losses=tuple(run.losses))
+
+    def _run(self, learner: Learner, start: Held, name: str, spec: TuneSpec | None = None) -> Run:
+        spec = spec or self.spec
+        self.progress.start("learning", spec.steps, "steps")
+        done = 0
+
+        def report(step: int, loss: float, held: Held | None) -> None:
+            nonlocal done
+            self.progress.advance(step - done)
+            done = step
+            if spec.log_every and step % spec.log_every == 0:
+                about = "" if held is None else f", share of the base's divergence {held.share:.4g}, score {held.score:.4g}"
+                sys.stderr.write(f"{name} {step}/{spec.steps}: objective {loss:.6g}{about}\n")
+
+        try:
+            return learn(self.mixture, learner, self.taught, spec, start, report, working=self.working, name=name)
+        finally:
+            self.progress.finish()
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """What was written.
+
+    Attributes:
+        inventory: what the adapter is a merge of.
+        rank: of the adapter.
+        deltas: that were written.
+        known: file → sha256.
+        digests: of inputs besides the adapters.
+    """
+
+    inventory: Inventory
+    rank: int
+    deltas: Mapping[str, tuple[LowRank, ...]]
+    known: dict[str, str]
+    digests: dict[Path, str]
+
+
+def _write_learnt(
+    inventory: Inventory,
+    learnt: _Learnt,
+    closed: Sequence[MergedModule],
+    before: Mapping[str, tuple[LowRank, ...]],
+    place: Path,
+    out: Path,
+) -> _Made:
+    """Write the adapter; for coefficients that a recipe can say, the recipe and the start that it names, and what it makes."""
+    spec, found = inventory.recipe.tune, learnt.sources
+    if found is None or learnt.values is None:
+        rank, known = _write(inventory, _merged(closed, learnt.deltas), place)
+        return _Made(inventory, rank, learnt.deltas, known, {})
+    wanted = inventory.recipe.output.rank
+    rank = int(wanted) if wanted != "auto" else needed_rank(learnt.deltas)
+    if spec.used_granularity == "direction":
+        deltas = {t: tuple(s.truncated(rank)[0].padded(rank) for s in slices) for t, slices in learnt.deltas.items()}
+        written, known = _write(inventory, _merged(closed, deltas), place)
+        write_tensors(place / DIRECTIONS, {"coefficients": learnt.values.contiguous()})
+        return _Made(inventory, written, deltas, known, {})
+    paths = {a.name: str(located.folder) for a, located in zip(inventory.adapters, inventory.located, strict=True)}
+    public = {
+        a.name: relative_path(located.folder, place)
+        if located.repo is None
+        else f"{located.repo}@{located.commit}" + (f"/{located.subfolder}" if located.subfolder else "")
+        for a, located in zip(inventory.adapters, inventory.located, strict=True)
+    }
+    digests: dict[Path, str] = {}
+    if found.start is not None:
+        (place / START).mkdir()
+        _write(inventory, _merged(closed, before), place / START, heads=False, dtype="float32")
+        paths[found.start] = str(place / START)
+        public[found.start] = f"./{START}"
+    made = take_inventory(learnt_recipe(inventory.recipe, found, learnt.values, rank, paths))
+    digests = input_digests(made)
+    plan = make_plan(made, workers=1)
+    merged = list(run_plan(made, plan, default_workers(), Silent()))
+    written, known = _write(made, merged, place)
+    recipe = learnt_recipe(inventory.recipe, found, learnt.values, rank, public)
+    (place / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
+    deltas = {m.target: m.factors.slices for m in merged if m.factors is not None}
+    named = [
+        at.model_copy(update={"folder": place / START}) if a.name == found.start else at
+        for a, at in zip(made.adapters, made.located, strict=True)
+    ]
+    return _Made(replace(made, recipe=recipe, located=tuple(named)), written, deltas, known, digests)
+
+
+def _digest(
+    recipe: Recipe,
+    options: TuneOptions,
+    texts: Mapping[str, Texts],
+    right: Mapping[str, tuple[str, ...]],
+    files: Sequence[str],
+) -> str:
+    """Return a hash of everything that a tuning's state depends on."""
+    read = {name: (t.digest, right.get(name)) for name, t in texts.items()}
+    about = [recipe.model_dump(mode="json", by_alias=True), options.dtype, options.device_map, read, sorted(files)]
+    versions = [__version__, torch.__version__, torch.get_num_threads()]
+    return hashlib.sha256(json.dumps([about, versions], sort_keys=True).encode()).hexdigest()
+
+
+def _closed_form(
+    inventory: Inventory,
+    mixture: Mixture,
+    lessons: Sequence[Lesson],
+    options: TuneOptions,
+    working: Working,
+    progress: Progress,
+) -> tuple[MergedModule, ...]:
+    """Return the start, and keep it, so that a killed tuning does not take second moments again."""
+    if not inventory.recipe.tune.learns_factors and inventory.recipe.output.rank != "auto":
+        whole = inventory.recipe.model_copy(update={"output": inventory.recipe.output.model_copy(update={"rank": "auto"})})
+        inventory = replace(inventory, recipe=whole)
+    if (found := working.load("closed-form")) is not None:
+        return _from_tensors(*found)
+    merged = closed_form(inventory, mixture, lessons, workers=options.workers or default_workers(), progress=progress)
+    tensors: dict[str, Tensor] = {}
+    for m in merged:
+        if m.factors is None or m.magnitude is not None:
+            return merged  # refused by what follows
+        for i, s in enumerate(m.factors.slices):
+            tensors |= {f"{i}.a.{m.target}": s.a, f"{i}.b.{m.target}": s.b}
+        if m.bias is not None:
+            tensors[f"bias.{m.target}"] = m.bias
+    working.save("closed-form", tensors, {"targets": {m.target: len(m.factors.slices) for m in merged if m.factors}})
+    return merged
+
+
+def _from_tensors(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> tuple[MergedModule, ...]:
+    return tuple(
+        MergedModule(
+            target,
+            Emitted(tuple(LowRank(tensors[f"{i}.a.{target}"], tensors[f"{i}.b.{target}"]) for i in range(count))),
+            None,
+            tensors.get(f"bias.{target}"),
+            None,
+        )
+        for target, count in info["targets"].items()
+    )
 
 
 def _rank(inventory: Inventory) -> int:
@@ -186,8 +463,10 @@ def _rank(inventory: Inventory) -> int:
     return int(wanted.rank) if wanted.rank != "auto" else max(r for a in inventory.adapters for r in a.ranks)
 
 
-def _texts(recipe: Recipe, folder: Path | None, inventory: Inventory) -> tuple[dict[str, Texts], dict[str, str]]:
-    """Read every task's texts; return them and task → adapter.
+def _texts(
+    recipe: Recipe, folder: Path | None, inventory: Inventory
+) -> tuple[dict[str, Texts], dict[str, tuple[str, ...]], dict[str, str]]:
+    """Read every task's texts; return them, the right answers where labels are learnt from, and task → adapter.
 
     Raises:
         TaskError: there are no tasks, one has no adapter, an adapter has no task, or texts cannot be read; all at once.
@@ -207,16 +486,24 @@ def _texts(recipe: Recipe, folder: Path | None, inventory: Inventory) -> tuple[d
         for name in names
         if name not in owners.values()
     ]
-    unknown = sorted(set(recipe.tune.files) - {t.name for t in tasks})
-    problems += [f"tune.files: {name!r} is not a task; there are {', '.join(owners)}." for name in unknown]
+    spec = recipe.tune
+    weights = spec.task_weights if isinstance(spec.task_weights, dict) else {}
+    named: dict[str, Mapping[str, object]] = {"files": spec.files, "samplers": spec.samplers, "task_weights": weights}
+    for key, given in named.items():
+        unknown = sorted(set(given) - {t.name for t in tasks})
+        problems += [f"tune.{key}: {name!r} is not a task; there are {', '.join(owners)}." for name in unknown]
     found: dict[str, Texts] = {}
+    right: dict[str, tuple[str, ...]] = {}
     for task in tasks:
         try:
-            found[task.name] = _read(task, recipe.tune, folder)
+            if spec.objective in LABELED:
+                found[task.name], right[task.name] = read_labeled(task, spec)
+            else:
+                found[task.name] = _read(task, spec, folder)
         except TaskError as error:
             problems.append(str(error))
     collect(TaskError, problems, "these tasks and adapters do not suit each other")
-    return found, owners
+    return found, right, owners
 
 
 def _read(task: Task, spec: TuneSpec, folder: Path | None) -> Texts:
@@ -247,21 +534,31 @@ def _load(base: Located, inventory: Inventory, options: TuneOptions, progress: P
     return live.mixture
 
 
-def _lessons(mixture: Mixture, texts: Mapping[str, Texts], owners: Mapping[str, str], progress: Progress) -> tuple[Lesson, ...]:
-    passages = {name: passages_of(mixture, t, owners[name]) for name, t in texts.items()}
-    progress.start("answers of the adapters", sum(map(len, passages.values())), "texts")
+def _lessons(
+    mixture: Mixture,
+    texts: Mapping[str, Texts],
+    right: Mapping[str, tuple[str, ...]],
+    owners: Mapping[str, str],
+    progress: Progress,
+) -> tuple[Lesson, ...]:
+    progress.start("answers of the adapters", sum(len(t.prompts) for t in texts.values()), "texts")
     try:
-        return tuple(lesson_of(mixture, t, passages[name], owners[name], progress.advance) for name, t in texts.items())
+        return tuple(
+            lesson_of(mixture, t, owners[name], right=right.get(name), report=progress.advance) for name, t in texts.items()
+        )
     finally:
         progress.finish()
 
 
 def _scaled(
-    mixture: Mixture, factors: LearntFactors, taught: Class, recipe: Recipe, progress: Progress
+    mixture: Mixture, learner: FactorLearner, taught: Class, recipe: Recipe, working: Working, progress: Progress
 ) -> tuple[float, list[tuple[float, float]], Held]:
     """Give the start its scale: the recipe's where it has one, else the one that is nearest to the adapters."""
     if "scale" in recipe.model_fields_set:
-        return recipe.scale, [], look(mixture, factors, taught, 0)
+        return recipe.scale, [], look(mixture, learner, taught, 0)
+    if (found := working.load("scale")) is not None:
+        learner.factors.scale(found[1]["scale"])
+        return found[1]["scale"], [tuple(pair) for pair in found[1]["tried"]], Held.model_validate(found[1]["held"])
     tried: list[tuple[float, float]] = []
 
     def report(scale: float, held: Held) -> None:
@@ -270,35 +567,24 @@ def _scaled(
 
     progress.start("scale", 6, "scales")
     try:
-        scale, start = best_scale(mixture, factors, taught, report)
+        scale, start = best_scale(mixture, learner, taught, report)
     finally:
         progress.finish()
+    working.save("scale", {}, {"scale": scale, "tried": tried, "held": start.model_dump(mode="json")})
     return scale, tried, start
 
 
-def _learned(
-    mixture: Mixture, factors: LearntFactors, taught: Class, spec: TuneSpec, start: Held, progress: Progress
-) -> tuple[list[Held], list[float]]:
-    progress.start("learning", spec.steps, "steps")
-    try:
-        return learn(mixture, factors, taught, spec, start, lambda *_: progress.advance())
-    finally:
-        progress.finish()
-
-
-def _control(mixture: Mixture, factors: LearntFactors, taught: Class, spec: TuneSpec, progress: Progress) -> Control:
-    """Let a fresh LoRA of the same shape learn the same, and put the factors back."""
-    learnt = factors.state()
-    factors.restart(spec.seed)
-    looks, losses = _learned(mixture, factors, taught, spec, look(mixture, factors, taught, 0), progress)
-    factors.load(learnt)
-    return Control(held=min(looks, key=lambda h: (h.share, h.step)), losses=tuple(losses))
-
-
-def _write(inventory: Inventory, merged: Sequence[MergedModule], place: Path) -> tuple[int, dict[str, str]]:
+def _write(
+    inventory: Inventory, merged: Sequence[MergedModule], place: Path, *, heads: bool = True, dtype: Dtype | None = None
+) -> tuple[int, dict[str, str]]:
     """Write the adapter, and each source's heads beside it; return its rank, and the sha256 of its tensor file by name."""
-    recipe = inventory.recipe
-    write_heads(inventory.adapters, recipe.heads, place)
+    if heads:
+        write_heads(inventory.adapters, inventory.recipe.heads, place)
+    else:
+        inventory = replace(inventory, recipe=inventory.recipe.model_copy(update={"heads": Heads()}))
+    if dtype is not None:
+        output = inventory.recipe.output.model_copy(update={"dtype": dtype})
+        inventory = replace(inventory, recipe=inventory.recipe.model_copy(update={"output": output}))
     adapter = MergedAdapter(inventory, {m.target: m.factors.rank for m in merged if m.factors is not None})
     return adapter.rank, adapter.write(place, map(adapter.tensors, merged))
 
@@ -308,6 +594,7 @@ def _merged(merged: Sequence[MergedModule], deltas: Mapping[str, tuple[LowRank, 
     return [
         MergedModule(m.target, Emitted(tuple(s.canonical().padded(s.rank) for s in deltas[m.target])), None, m.bias, None)
         for m in merged
+        if m.target in deltas
     ]
 
 
@@ -327,9 +614,16 @@ def _seen(texts: Mapping[str, Texts], owners: Mapping[str, str], taught: Class) 
     )
 
 
-def _notes(texts: Mapping[str, Texts], taught: Class) -> list[str]:
+def _notes(texts: Mapping[str, Texts], right: Mapping[str, tuple[str, ...]], taught: Class, looks: Sequence[Held]) -> list[str]:
     trained = [name for name, t in texts.items() if t.source == "split 'train'"]
+    tested = [name for name, t in texts.items() if t.source == "split 'test'"]
     notes = []
+    if right:
+        notes.append(f"labels were read: {sum(map(len, right.values()))} in all.")
+    if tested:
+        notes.append(f"{', '.join(tested)}: learnt from the split 'test', as allow_test allows; do not judge the result on it.")
+    if len(looks) > 1 and max(looks, key=lambda h: h.score).step == 0:
+        notes.append("no step was better than the start on the held-out texts.")
     if trained:
         notes.append(
             f"{', '.join(trained)}: the texts are of the training split, which the adapters have probably seen: "

@@ -6,6 +6,7 @@ from typing import Any
 
 from plait.calibration.texts import TextKind
 from plait.records import Record
+from plait.tuning.coefficients import Coefficients
 from plait.tuning.learning import Held
 
 TUNING = "tuning.json"
@@ -36,11 +37,11 @@ class SeenTexts(Record):
 
 
 class Control(Record):
-    """A fresh LoRA of the same rank that learnt the same texts for as many steps: what the merge as a start is worth.
+    """What something else has learnt from the same texts in as many steps: what the merge, or its adapters, are worth.
 
     Attributes:
-        held: its last look at the held-out texts.
-        losses: mean KL of every step, nats.
+        held: its best look at the held-out texts.
+        losses: the objective at every step.
     """
 
     held: Held
@@ -59,13 +60,17 @@ class TuneRecord(Record):
         scales: every scale that was tried, with the mean share of divergence (see `Held`) that it left.
         base: task → mean KL(own adapter ‖ base) on all its texts, nats.
         looks: at the held-out texts, from the start on.
-        losses: mean KL of every step on its texts, nats.
+        losses: the objective at every step, on its texts.
         kept_step: the step whose factors were kept.
         rank: of the written adapter.
         distance: ‖M − M₀‖ / ‖M₀‖ of the result M and its start M₀.
         outside: share of ‖M‖² outside of the joint row and column spaces of the sources: 0 for a weighted sum of them;
             `regmean` moves rows.
+        objective: what was minimized.
+        coefficients: that were learnt; None where factors were.
+        tree: per node of a hierarchy, the adapters of each of its children.
         control: a fresh LoRA, where it was asked for.
+        random: random adapters of equal norms that learnt in the same way, where they were asked for.
         notes: what else is to be known.
         seconds: stage → wall time.
         finished: local time, ISO 8601.
@@ -84,10 +89,14 @@ class TuneRecord(Record):
     rank: int
     distance: float
     outside: float
-    control: Control | None
     notes: tuple[str, ...]
     seconds: dict[str, float]
     finished: str
+    control: Control | None = None
+    random: Control | None = None
+    coefficients: Coefficients | None = None
+    tree: tuple[tuple[tuple[str, ...], ...], ...] = ()
+    objective: str = "distill"
 
     @property
     def start(self) -> Held:

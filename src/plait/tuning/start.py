@@ -50,17 +50,18 @@ def closed_form(
         progress: told of the work.
     """
     if not needs_moments(inventory):
-        return tuple(_run(inventory, make_plan(inventory, workers=workers), workers, progress))
+        return tuple(run_plan(inventory, make_plan(inventory, workers=workers), workers, progress))
     plan = planned(inventory)
     merged: list[MergedModule] = []
     for targets in _groups(inventory, [m.target for m in plan.modules]):
         found = _moments(mixture, lessons, targets, progress)
         part = plan.model_copy(update={"modules": tuple(m for m in plan.modules if m.target in set(targets))})
-        merged += _run(_with(inventory, found), part, workers, progress)
+        merged += run_plan(_with(inventory, found), part, workers, progress)
     return tuple(merged)
 
 
-def _run(inventory: Inventory, plan: MergePlan, workers: int, progress: Progress) -> Iterator[MergedModule]:
+def run_plan(inventory: Inventory, plan: MergePlan, workers: int, progress: Progress) -> Iterator[MergedModule]:
+    """Yield what a plan makes."""
     engine = Engine(inventory, plan, workers=workers, progress=progress)
     combiner = engine.prepare()
     yield from engine.run(combiner, engine.ranks(combiner))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from plait.evaluation.likelihood import check_lengths, log_likelihoods
 from plait.mixture import Mixture
 from plait.tasks.encoding import Encoder, Question
 from plait.tasks.schema import Generation, Perplexity, SequenceClassification
+from plait.tuning.objectives import Said
 
 _SPOKEN = 32  # tokens of a free answer that are compared, at most
 
@@ -32,6 +33,9 @@ class Lesson:
         passages: what is read.
         answers: what the adapter says there, one row per position.
         base: mean KL(adapter ‖ base) over the positions, in nats: what knowing nothing costs.
+        labels: per passage, the first tokens of the labels that the task offers; empty where answers are free.
+        targets: per passage, the right labels of a classification head; empty where they are tokens, or not read.
+        labeled: whether the passages' answers are labels of the data, rather than what the adapter answers.
     """
 
     task: str
@@ -40,6 +44,9 @@ class Lesson:
     passages: tuple[Passage, ...]
     answers: Answers
     base: float
+    labels: tuple[tuple[int, ...], ...] = ()
+    targets: tuple[int, ...] = ()
+    labeled: bool = False
 
     def batch(self, wanted: Sequence[int]) -> tuple[list[Passage], Answers]:
         """Return some passages, with the answers to them."""
@@ -51,6 +58,43 @@ class Lesson:
         """Return KL(own adapter ‖ what acts now) per position of some passages, nats; gradients reach what acts."""
         passages, answers = self.batch(wanted)
         return answers.divergence(Reader(model, head=self.head).logits(passages))
+
+    def said(self, model: Any, wanted: Sequence[int], *, hidden: Sequence[torch.Tensor] | None = None) -> Said:
+        """Return what acts now answers to some passages, with everything that an objective may compare it with.
+
+        Args:
+            model: with whatever acts on it.
+            wanted: passages.
+            hidden: the own adapter's hidden states (`states`), where they are compared.
+        """
+        passages, answers = self.batch(wanted)
+        reader = Reader(model, head=self.head)
+        logits, states = (reader.logits(passages), ()) if hidden is None else reader.states(passages)
+        starts = [0]
+        for p in passages[:-1]:
+            starts.append(starts[-1] + (1 if self.head else p.positions))
+        tokens = [self.targets[i] for i in wanted] if self.head else [t for p in passages for t in p.answer]
+        at = logits.device
+        return Said(
+            logits,
+            torch.tensor(starts, device=at),
+            answers,
+            torch.tensor(tokens, device=at) if self.labeled else None,
+            _rectangle([self.labels[i] for i in wanted], at) if self.labels and not self.head else None,
+            states,
+            tuple(hidden or ()),
+        )
+
+    def states(self, model: Any, wanted: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """Return the hidden states behind every layer of what acts now, at the positions of some passages; no gradients."""
+        with torch.no_grad():
+            return Reader(model, head=self.head).states(self.batch(wanted)[0])[1]
+
+    def classes(self) -> list[Any]:
+        """Return what every passage is counted as by samplers: its answer."""
+        if not self.head:
+            return [p.answer for p in self.passages]
+        return list(self.targets) if self.labeled else self.answers.log_p.argmax(-1).tolist()
 
     def _starts(self) -> list[int]:
         starts = [0]
@@ -73,6 +117,13 @@ def passages_of(mixture: Mixture, texts: Texts, adapter: str) -> tuple[Passage, 
     Raises:
         TaskError: the base has no tokenizer, or a text is longer than its context.
     """
+    return _passages(mixture, texts, adapter, None)[0]
+
+
+def _passages(
+    mixture: Mixture, texts: Texts, adapter: str, right: Sequence[str] | None
+) -> tuple[tuple[Passage, ...], tuple[tuple[int, ...], ...]]:
+    """Return passages, and the first tokens of the labels that each offers; answers are the right ones where they are given."""
     task, tokenizer = texts.task, mixture.tokenizer
     if tokenizer is None:
         raise TaskError("the base model has no tokenizer; only tasks of text can be calibrated on.")
@@ -81,31 +132,54 @@ def passages_of(mixture: Mixture, texts: Texts, adapter: str) -> tuple[Passage, 
         cut: dict[str, Any] = {"truncation": task.max_tokens is not None, "max_length": task.max_tokens}
         rows = tokenizer([str(p) for p in texts.prompts], **cut)["input_ids"]
         check_lengths(model, [len(r) for r in rows])
-        return tuple(Passage(tuple(r)) for r in rows)
+        return tuple(Passage(tuple(r)) for r in rows), ()
     encoder = Encoder(tokenizer, task, apart=bool(model.config.is_encoder_decoder))
     questions = encoder.encode(texts.prompts, texts.choices)
     longest = [len(q.prompt) + max([_SPOKEN, *map(len, q.answers)]) for q in questions]
     check_lengths(model, longest)
+    free = isinstance(task, (Perplexity, Generation))
+    labels = () if free else tuple(tuple(dict.fromkeys(a[0] for a in q.answers)) for q in questions)
+    if right is not None:
+        asked = encoder.encode(texts.prompts, [(text,) for text in right])
+        check_lengths(model, [len(q.prompt) + len(q.answers[0]) for q in asked])
+        return tuple(_passage(q, q.answers[0]) for q in asked), labels
     if isinstance(task, Perplexity):
-        return tuple(_passage(q, q.answers[0]) for q in questions)
+        return tuple(_passage(q, q.answers[0]) for q in questions), labels
     with mixture.active({adapter: 1.0}) as acting:
-        if isinstance(task, Generation):
-            return tuple(
-                _passage(q, said) for q, said in zip(questions, _spoken(acting, tokenizer, questions, task), strict=True)
-            )
-        return tuple(_passage(q, best) for q, best in zip(questions, _likeliest(acting, questions), strict=True))
+        answers = _spoken(acting, tokenizer, questions, task) if isinstance(task, Generation) else _likeliest(acting, questions)
+    return tuple(_passage(q, answer) for q, answer in zip(questions, answers, strict=True)), labels
 
 
 def lesson_of(
-    mixture: Mixture, texts: Texts, passages: Sequence[Passage], adapter: str, report: Callable[[int], object]
+    mixture: Mixture,
+    texts: Texts,
+    adapter: str,
+    *,
+    right: Sequence[str] | None = None,
+    report: Callable[[int], object] = lambda done: None,
 ) -> Lesson:
-    """Ask a task's own adapter, and the base, about passages."""
+    """Put texts into tokens, and ask the task's own adapter, and the base, about them.
+
+    Args:
+        mixture: the base with the adapters.
+        texts: of the task.
+        adapter: the task's own.
+        right: the right answer of every text, where labels are learnt from.
+        report: called with the number of texts asked since it was last called.
+
+    Raises:
+        TaskError: as `passages_of`; or a label is not one of the task's.
+    """
+    passages, labels = _passages(mixture, texts, adapter, right)
     head = isinstance(texts.task, SequenceClassification)
+    targets: tuple[int, ...] = ()
+    if right is not None and isinstance(texts.task, SequenceClassification):
+        targets = tuple(texts.task.labels.index(text) for text in right)
     with mixture.active({adapter: 1.0}) as model:
         answers = ask(model, passages, head=head, report=report)
+    lesson = Lesson(texts.task.name, adapter, head, passages, answers, 0.0, labels, targets, right is not None)
     with mixture.active(None, heads=adapter if head else False) as model, torch.inference_mode():
-        base = divergence_over(Lesson(texts.task.name, adapter, head, tuple(passages), answers, 0.0), model)
-    return Lesson(texts.task.name, adapter, head, tuple(passages), answers, base)
+        return replace(lesson, base=divergence_over(lesson, model))
 
 
 def divergence_over(lesson: Lesson, model: Any, *, batch_size: int = 16) -> float:
@@ -114,6 +188,12 @@ def divergence_over(lesson: Lesson, model: Any, *, batch_size: int = 16) -> floa
     with torch.inference_mode():
         parts = [lesson.divergence(model, order[at : at + batch_size]) for at in range(0, len(order), batch_size)]
     return float(torch.cat(parts).double().mean())
+
+
+def _rectangle(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """Return rows filled up with -1, (B, C) int64."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows], device=device)
 
 
 def _passage(question: Question, answer: Sequence[int]) -> Passage:
