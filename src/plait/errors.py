@@ -72,6 +72,12 @@ def collect(error: type[PlaitError], problems: Sequence[str], heading: str) -> N
     raise error(f"{heading}: {len(problems)} problems\n" + "\n".join(f"  - {p}" for p in problems))
 
 
+def listed(words: Iterable[str], most: int = 4, separator: str = ", ") -> str:
+    """Return the first words, and how many more there are: `a, b, c, d and 3 more`."""
+    words = list(words)
+    return separator.join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+
+
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the nearest allowed word, or an empty string."""
     near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)

@@ -101,5 +101,5 @@ def test_an_expert_that_is_missing_in_the_checkpoint_is_told(tmp_path):
     tensors = load_file(base / "model.safetensors")
     del tensors["model.layers.1.mlp.experts.3.down_proj.weight"]
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PlanError, match=r"1\.mlp\.experts\.down_proj: .* a place for 48 of its delta's 64 rows"):
+    with pytest.raises(PlanError, match=r"1\.mlp\.experts\.down_proj: .* has tensors for 48 of its delta's 64 rows"):
         plait.bake([adapter], base=base, out=tmp_path / "out")

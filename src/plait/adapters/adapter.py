@@ -17,7 +17,8 @@ from plait.adapters.layouts import Layout, layout_type
 from plait.adapters.layouts.parameter import ParameterNaming
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import clean_settings
-from plait.errors import AdapterError, collect
+from plait.errors import AdapterError, collect, listed
+from plait.linalg.finite import all_finite
 from plait.tensorfiles.formats import FORMATS
 from plait.tensorfiles.reader import FLOATS, SafetensorsFile, TensorFile
 
@@ -92,7 +93,8 @@ class Adapter:
         targets, full, problems = _understand(config, file)
         collect(AdapterError, [f"{file.path}: {p}" for p in problems], f"{folder}: not an adapter that plait can merge")
         if not targets and not full:
-            raise AdapterError(f"{file.path}: no LoRA tensors found; it holds {_sample(list(file.tensors))}.")
+            held = listed(map(repr, file.tensors), 3) or "nothing"
+            raise AdapterError(f"{file.path}: no LoRA tensors found; it holds {held}.")
         return Adapter(name, folder, config, targets, full, file)
 
     def read(self, path: str, dtype: torch.dtype = torch.float32) -> list[LowRank]:
@@ -116,8 +118,7 @@ class Adapter:
 
     def _tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         tensor = self.file.read(name).to(dtype)
-        # the sum is finite when all entries are, short of an overflow, and costs one pass without a copy
-        if not math.isfinite(float(tensor.sum())) and not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise AdapterError(
                 f"adapter {self.name!r}: tensor {name!r} in {self.file.path} holds {bad} NaN or infinite values. "
@@ -171,7 +172,7 @@ def _understand(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Targ
     if config.flag("use_dora") and (plain := [t.path for t in targets.values() if not t.is_dora]):
         problems.append(
             f"use_dora is set, but {len(plain)} of {len(targets)} modules have no lora_magnitude_vector: "
-            f"{_sample(sorted(plain))}. "
+            f"{listed(map(repr, sorted(plain)), 3)}. "
             "Without it their delta is not known. Fetch or save the adapter again"
         )
     return dict(sorted(targets.items())), contents.full, problems
@@ -210,7 +211,3 @@ def _own_scaling(config: AdapterConfig, file: TensorFile, name: str, rank: int) 
     if not math.isfinite(alpha):
         raise ValueError(f"{name!r} is {alpha}; an alpha is a finite number")
     return alpha / rank
-
-
-def _sample(names: list[str]) -> str:
-    return ", ".join(repr(n) for n in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"

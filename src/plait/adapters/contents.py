@@ -19,10 +19,10 @@ from plait.adapters.names import (
     parse_lora_name,
     strip_prefix,
 )
+from plait.errors import listed
 from plait.linalg.blocks import block_ranges
 from plait.tensorfiles.reader import TensorFile
 
-_SHOWN = 3
 _OTHER_FILES = (  # what programs other than PEFT call their files, and what to do with them
     ("adapters.safetensors", "mlx's adapter", "Convert it to PEFT's form first (lora_a, lora_b are transposed there)"),
     ("adapters.npz", "mlx's adapter", "Convert it to PEFT's form first"),
@@ -66,7 +66,11 @@ def sort_tensors(file: TensorFile) -> Contents:
         loras = _kohya(rest)
         rest = [n for n in rest if n not in loras]
     foreign = foreign_tensors(rest)
-    contents.problems += [_foreign(what, found) for what, found in foreign.items()]
+    contents.problems += [
+        f"{len(found)} tensors are {what}, which plait does not read: {listed(map(repr, found), 3)}. Convert the adapter to "
+        "PEFT's LoRA form first (lora_A, lora_B and adapter_config.json)"
+        for what, found in foreign.items()
+    ]
     others = {n for found in foreign.values() for n in found}
     owners = {p.owner for p in loras.values() if p.owner}
     untrained = {strip_prefix(n) for n in rest if ".original_module." in n}
@@ -81,10 +85,16 @@ def sort_tensors(file: TensorFile) -> Contents:
     for name, parsed in loras.items():
         _put(contents, contents.modules[parsed.module], parsed.part, name, "part of one module")
     _sort_full(contents, file, full)
-    if not contents.modules and (whole := _layer_weights(contents, file)):
+    # full tensors that are matrices within numbered layers: what a LoRA adapts, and not a head
+    matrices = [
+        name
+        for path, name in contents.full.items()
+        if path.endswith(".weight") and layer_key(path) is not None and len(file.tensors[name].shape) > 1
+    ]
+    if not contents.modules and matrices:
         contents.problems.append(
-            f"it holds no LoRA tensor, but {len(whole)} weights of layers, such as {whole[0]!r}: a full model, or an adapter "
-            "merged into one. plait extract makes a LoRA of it and its base model"
+            f"it holds no LoRA tensor, but {len(matrices)} weights of layers, such as {matrices[0]!r}: a full model, or an "
+            "adapter merged into one. plait extract makes a LoRA of it and its base model"
         )
     return contents
 
@@ -106,14 +116,6 @@ def _kohya(names: Iterable[str]) -> dict[str, LoraName]:
         modules[parsed.module].add(parsed.part)
     whole = {module for module, parts in modules.items() if parts == {"lora_A", "lora_B", "alpha"}}
     return {n: parsed for n, parsed in found.items() if parsed.module in whole}
-
-
-def _foreign(what: str, names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return (
-        f"{len(names)} tensors are {what}, which plait does not read: {', '.join(map(repr, names[:_SHOWN]))}{more}. Convert "
-        "the adapter to PEFT's LoRA form first (lora_A, lora_B and adapter_config.json)"
-    )
 
 
 def _put(contents: Contents, into: dict[str, str], key: str, name: str, what: str) -> None:
@@ -142,15 +144,6 @@ def _sort_full(contents: Contents, file: TensorFile, full: dict[str, FullName]) 
                 f"{name!r} is the value before training; the trained {parsed.path!r} is not in the file. Save it again"
             )
     contents.full = dict(sorted(contents.full.items()))
-
-
-def _layer_weights(contents: Contents, file: TensorFile) -> list[str]:
-    """Return full tensors that are matrices within numbered layers: what a LoRA adapts, and no head."""
-    return [
-        name
-        for path, name in contents.full.items()
-        if path.endswith(".weight") and layer_key(path) is not None and len(file.tensors[name].shape) > 1
-    ]
 
 
 def _equal(file: TensorFile, one: str, two: str) -> bool:

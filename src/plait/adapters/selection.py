@@ -87,7 +87,9 @@ def joined_selection(adapters: Sequence[Adapter], targets: Collection[str]) -> l
     lists = [s for s in known if isinstance(s, list)]
     if len(lists) == len(known):
         return sorted({entry for s in lists for entry in s})
-    patterns = dict.fromkeys(s if isinstance(s, str) else _pattern(s) for s in known)
+    patterns = dict.fromkeys(
+        s if isinstance(s, str) else rf"(?:.*\.)?(?:{'|'.join(re.escape(entry) for entry in sorted(s))})" for s in known
+    )
     joined = "|".join(f"(?:{p})" for p in patterns) if len(patterns) > 1 else next(iter(patterns))
     try:
         re.compile(joined)
@@ -124,7 +126,3 @@ def _plain(adapter: Adapter) -> list[str] | str | None:
         return selection
     entries = isinstance(selection, list) and all(isinstance(entry, str) for entry in selection)
     return selection if entries else None
-
-
-def _pattern(entries: list[str]) -> str:
-    return rf"(?:.*\.)?(?:{'|'.join(re.escape(entry) for entry in sorted(entries))})"

@@ -23,12 +23,13 @@ def model_card(bake: Bake, record: BakeRecord) -> str:
     base = base_name(bake.recipe.base_model)
     rows = "\n".join(source_row(s) for s in record.sources)
     names = "+".join(bake.merge.adapters)
+    count = f"{len(bake.merge.adapters)} LoRA adapter{'s' * (len(bake.merge.adapters) != 1)}"
     return f"""---
 {front}---
 
 # {prose(base)} with {names}
 
-A full model: the weights of {code(base)} with {_count(len(bake.merge.adapters))} merged into them by plait {record.plait}.
+A full model: the weights of {code(base)} with {count} merged into them by plait {record.plait}.
 
 | adapter | from | weight | rank | sha256 |
 |---|---|---|---|---|
@@ -57,7 +58,10 @@ def _facts(bake: Bake) -> Iterator[str]:
 
 
 def _loading(bake: Bake) -> str:
-    auto = _auto_model(bake)
+    names = str(bake.checkpoint.config.get("architectures"))
+    causal = "ForCausalLM" in names or "LMHeadModel" in names
+    task = task_type_of(bake.inventory.adapters) or ""
+    auto = AUTO_MODELS.get(task, "AutoModelForCausalLM" if causal else "AutoModel")
     text = f"""With transformers:
 
 ```python
@@ -79,14 +83,6 @@ With Unsloth: `FastLanguageModel.from_pretrained("PATH_OR_REPO")`.
     return text
 
 
-def _auto_model(bake: Bake) -> str:
-    task = task_type_of(bake.inventory.adapters)
-    if task in AUTO_MODELS:
-        return AUTO_MODELS[task]
-    names = str(bake.checkpoint.config.get("architectures"))
-    return "AutoModelForCausalLM" if "ForCausalLM" in names or "LMHeadModel" in names else "AutoModel"
-
-
 def _front_matter(bake: Bake) -> dict[str, Any]:
     base = hub_id(bake.recipe.base_model)
     front: dict[str, Any] = {"library_name": "transformers"}
@@ -100,7 +96,3 @@ def _front_matter(bake: Bake) -> dict[str, Any]:
     if repos:
         front["merged_adapters"] = repos
     return front
-
-
-def _count(adapters: int) -> str:
-    return f"{adapters} LoRA adapter{'s' * (adapters != 1)}"

@@ -110,7 +110,8 @@ def run_bake(
     inputs = input_folders(bake.inventory) | {"the base model": bake.checkpoint.folder}
     check_not_an_input(out, inputs, command="bake")
     with open_journal(out, force=force) as journal, _explained(out, journal, len(bake.shards)):
-        digests = _adapter_digests(bake)
+        with ThreadPoolExecutor(min(4, len(bake.inventory.adapters)), "plait-sha256") as pool:
+            digests = list(pool.map(Adapter.sha256, bake.inventory.adapters))
         journal.begin(_digest(bake, digests))
         resumed = tuple(sorted(journal.finished))
         left = bake.plan.output_bytes - sum(size for size, _ in journal.finished.values())
@@ -140,12 +141,6 @@ def _write_heads(bake: Bake, folder: Path) -> None:
     apart = bake.placement.apart
     adapters = [replace(a, full_tensors={p: a.full_tensors[p] for p in apart.get(a.name, ())}) for a in bake.inventory.adapters]
     write_heads(adapters, Heads(), folder)
-
-
-def _adapter_digests(bake: Bake) -> list[str]:
-    """Return sha256 of every adapter's tensor file, in the recipe's order."""
-    with ThreadPoolExecutor(min(4, len(bake.inventory.adapters)), "plait-sha256") as pool:
-        return list(pool.map(Adapter.sha256, bake.inventory.adapters))
 
 
 def _digest(bake: Bake, adapters: list[str]) -> str:

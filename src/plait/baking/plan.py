@@ -257,7 +257,8 @@ def _plan(
     notes: tuple[str, ...],
     workers: int,
 ) -> BakePlan:
-    blocks = 4 * max(1, workers) * max(4 * BLOCK_ELEMENTS, _widest(checkpoint))
+    widest = max((math.prod(checkpoint.info(name).shape[1:]) for name in checkpoint.home), default=0)
+    blocks = 4 * max(1, workers) * max(4 * BLOCK_ELEMENTS, widest)
     return BakePlan(
         base=recipe.base_model or "",
         method=merge.method,
@@ -270,10 +271,6 @@ def _plan(
         peak_bytes=merge.peak_bytes + blocks,
         notes=notes,
     )
-
-
-def _widest(checkpoint: BaseCheckpoint) -> int:
-    return max((math.prod(s[1:]) for s in (checkpoint.info(n).shape for n in checkpoint.home)), default=0)
 
 
 def _shard_plan(shard: OutShard) -> ShardPlan:

@@ -17,6 +17,7 @@ from plait.baking.placement import RowRange
 from plait.baking.shards import OutTensor
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import PlanError
+from plait.linalg.finite import all_finite
 from plait.tensorfiles.blocks import TORCH_DTYPES, block_ranges, write_at
 
 Adder = Callable[[Tensor, int], None]  # adds to the rows of a block that starts at a row
@@ -50,7 +51,8 @@ class ShardTensorBuilder:
             AdapterError: the base cannot be read.
         """
         dtype = TORCH_DTYPES[tensor.dtype]
-        wide = torch.float64 in (dtype, self._source_dtype(tensor)) or not dtype.is_floating_point
+        source = TORCH_DTYPES[self.checkpoint.info(tensor.source).dtype] if tensor.source else None
+        wide = torch.float64 in (dtype, source) or not dtype.is_floating_point
         exact = torch.float64 if wide else torch.float32
         with ExitStack() as stack:
             adders = [*self._ranges(tensor, merges, exact, stack), *self._biases(tensor, merges)]
@@ -68,7 +70,7 @@ class ShardTensorBuilder:
                 add(block, start)
             self._put_tokens(tensor, block, start)
             out = block.to(dtype).cpu()
-            if not _finite(out):
+            if not all_finite(out):
                 self._check(tensor, block)
             write_at(handle, position, out)
             position += out.nbytes
@@ -84,9 +86,6 @@ class ShardTensorBuilder:
         if tensor.change.ranges and height == shape[0]:
             return shape[0], math.prod(shape[1:])
         return math.prod(shape[:-1]), shape[-1]
-
-    def _source_dtype(self, tensor: OutTensor) -> torch.dtype | None:
-        return TORCH_DTYPES[self.checkpoint.info(tensor.source).dtype] if tensor.source else None
 
     def _base(self, tensor: OutTensor, first: int, count: int, dtype: torch.dtype) -> Tensor:
         """Return values that deltas are added to, flat, in memory of their own."""
@@ -155,12 +154,6 @@ class ShardTensorBuilder:
                 f"{tensor.name}{where}: the sum has NaN or infinite values: the base model has them, or the weights or the "
                 "scale are too large."
             )
-
-
-def _finite(x: Tensor) -> bool:
-    # the sum is finite when all entries are, short of an overflow, and costs one pass without a copy
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return bool(torch.isfinite(x.sum(dtype=wide))) or bool(torch.isfinite(x).all())
 
 
 def _overlap(span: RowRange, block: Tensor, start: int) -> tuple[Tensor, int]:

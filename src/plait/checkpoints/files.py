@@ -70,7 +70,7 @@ def read_index(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
         raise AdapterError(f"{path}: 'weight_map' must map names of tensors to names of files. {_AGAIN}")
     if not found:
         raise AdapterError(f"{path}: names no tensor. {_AGAIN}")
-    outside = next((name for name in found.values() if not _is_name(name)), None)
+    outside = next((name for name in found.values() if Path(name).name != name or name in ("", ".", "..")), None)
     if outside is not None:
         raise AdapterError(f"{path}: names {shown(outside)}, which is not a file in the same folder.")
     if not isinstance(index.get("metadata") or {}, dict):
@@ -92,7 +92,3 @@ def architectures(config: Mapping[str, Any]) -> list[str]:
     """Return the names of transformers' classes that a configuration gives; none where it gives no list of names."""
     found = config.get("architectures")
     return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
-
-
-def _is_name(name: str) -> bool:
-    return Path(name).name == name and name not in ("", ".", "..")

@@ -12,6 +12,7 @@ from plait.adapters.layouts.conv1d import has_conv1d
 from plait.checkpoints.files import INPUT_EMBEDDING, OUTPUT_HEAD, find_weights, read_config
 from plait.errors import AdapterError
 from plait.tensorfiles.formats import open_tensors
+from plait.tensorfiles.reader import SafetensorsFile
 
 
 class BaseWeights:
@@ -27,7 +28,8 @@ class BaseWeights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         found = find_weights(folder)
-        names = found.names if found else _other_safetensors(folder)
+        other = sorted(p.name for p in folder.glob("*.safetensors") if p.name != SafetensorsFile.adapter_name)
+        names = found.names if found else other
         if not names:
             raise AdapterError(f"{folder}: no weights of a base model here; DoRA needs them.")
         self._files = [open_tensors(folder / name) for name in names]
@@ -72,7 +74,3 @@ class BaseWeights:
             what = f"found {', '.join(map(repr, found))}" if found else f"it holds names such as {next(iter(self._home))!r}"
             raise AdapterError(f"{self.folder}: no single weight for module {module!r}; {what}.")
         return found[0]
-
-
-def _other_safetensors(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(p.name for p in folder.glob("*.safetensors") if p.name != "adapter_model.safetensors"))

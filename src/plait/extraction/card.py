@@ -32,6 +32,9 @@ def extract_card(pairing: Pairing, record: ExtractRecord) -> str:
         *([f"**Left out**: {len(lost)} changed tensors, such as {code(lost[0].tensor)}."] if lost else []),
     ]
     lines = "".join(f"- {fact}\n" for fact in facts)
+    served = serve_with_vllm(base, record.max_lora_rank)
+    if kept or record.saved:
+        served = "vLLM does not serve it: it holds full tensors (`modules_to_save`) or `lora_bias`.\n"
     return f"""---
 {front}---
 
@@ -44,7 +47,7 @@ LoRA adapter with plait {record.plait}.
 ## Load it
 
 {load_with_peft(base, record.task_type)}
-{_served(base, record, has_full=bool(kept or record.saved))}
+{served}
 ## Make it again
 
 `plait.lock` holds the request and the sha256 of every input and output file; `plait verify` makes it again and compares.
@@ -66,12 +69,6 @@ def _front_matter(pairing: Pairing, record: ExtractRecord) -> dict[str, Any]:
     if pairing.tuned.located.repo:
         front["extracted_from"] = pairing.tuned.located.repo
     return front
-
-
-def _served(base: str, record: ExtractRecord, *, has_full: bool) -> str:
-    if has_full:
-        return "vLLM does not serve it: it holds full tensors (`modules_to_save`) or `lora_bias`.\n"
-    return serve_with_vllm(base, record.max_lora_rank)
 
 
 def _base_on_hub(pairing: Pairing, record: ExtractRecord) -> str | None:

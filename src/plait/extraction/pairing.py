@@ -18,7 +18,7 @@ from plait.adapters.layouts.conv1d import may_be_conv1d
 from plait.checkpoints.architecture import Architecture, ArchitectureUnknown, Layer, Part
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.checkpoints.files import INPUT_EMBEDDING, OUTPUT_HEAD
-from plait.errors import PlaitError, PlanError, collect
+from plait.errors import PlaitError, PlanError, collect, listed
 from plait.libraries.peft import EXPERT_LAYERS, TASK_HEADS, reads_past_adapters
 from plait.libraries.transformers import task_of
 from plait.linalg.blocks import RowBlocks
@@ -32,7 +32,6 @@ _EMBEDDING = re.compile(r"(embed(_tokens|_positions|_in)?|.*_?embeddings?|wte|wp
 _EXPERT = re.compile(r"\.experts\.(\d+\.|[^.]+$)")
 # Constants that some versions of transformers store and others compute.
 _CONSTANT = re.compile(r"(\.|^)(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids|token_type_ids)$")
-_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -256,7 +255,7 @@ class _Pairs:
     def made(self) -> tuple[list[Pair], tuple[Pair, ...], tuple[str, ...]]:
         """Return the pairs, copies of embeddings among them, and notes.
 
-        Told by the model's own code where it can be asked, else by what the checkpoint's names say.
+        From the model's own code where it can be asked, else from the names in the checkpoint.
         """
         shapes = {b: self._base.info(b).shape for b in self._own}
         try:
@@ -273,16 +272,12 @@ class _Pairs:
             elif self._own[b] != t:
                 pairs.append(self._as_stored(name, b, t))
         if any(p.is_experts for p in pairs):
-            pairs = [replace(p, form=Parameter) if self._is_taken_for_expert(p) else p for p in pairs]
+            pairs = [replace(p, form=Parameter) if p.form is Linear and _last(p.name) in EXPERT_LAYERS else p for p in pairs]
         return pairs, tuple(self._copies(pairs, model)), ()
 
     def as_stored(self) -> tuple[Pair, ...]:
         """Return the pairs as the checkpoint names them, sorted."""
         return tuple(self._as_stored(name, b, t) for name, (b, t) in sorted(self._names.items()))
-
-    @staticmethod
-    def _is_taken_for_expert(pair: Pair) -> bool:
-        return pair.form is Linear and _last(pair.name) in EXPERT_LAYERS
 
     @staticmethod
     def _copies(pairs: Sequence[Pair], model: Architecture) -> Iterator[Pair]:
@@ -410,7 +405,7 @@ def _missing(base: str, tuned: str, names: Mapping[str, tuple[str | None, str | 
         lacking = [n for n, sides in wanted.items() if sides[side] is None]
         if lacking:
             problems.append(
-                f"{text} lacks {len(lacking)} of {other}'s tensors: {_listed(lacking)}. Is it a fine-tune of the same "
+                f"{text} lacks {len(lacking)} of {other}'s tensors: {listed(lacking)}. Is it a fine-tune of the same "
                 "architecture, saved in full by the same version of transformers?"
             )
     return problems
@@ -430,7 +425,7 @@ def _shapes(base: str, tuned: str, shapes: Mapping[str, tuple[tuple[int, ...], t
         else:
             other.append(differs)
     if other:
-        problems.append(f"{len(other)} tensors have other shapes: {'; '.join(other[:_SHOWN])}{_more(other)}.")
+        problems.append(f"{len(other)} tensors have other shapes: {listed(other, separator='; ')}.")
     return problems
 
 
@@ -448,12 +443,3 @@ def _form(name: str, shape: tuple[int, ...], *, is_conv1d: bool) -> Form:
 def _last(name: str) -> str:
     """Return the name of the layer that a parameter belongs to."""
     return name.rpartition(".")[0].rpartition(".")[2]
-
-
-def _listed(words: Iterable[str]) -> str:
-    words = list(words)
-    return ", ".join(words[:_SHOWN]) + _more(words)
-
-
-def _more(words: Sequence[str]) -> str:
-    return f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""

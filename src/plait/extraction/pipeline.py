@@ -75,7 +75,8 @@ def run_extract(
     check_not_an_input(
         out, {"the base model": pairing.base.folder, "the fine-tune": pairing.tuned.folder}, command="extraction"
     )
-    name = written_as or _base_name(pairing, request)
+    located = pairing.base.located
+    name = written_as or ((request.base_id, None) if request.base_id else (located.repo or request.base, located.commit))
     selected = select(pairing.pairs, request)
     plan = survey(pairing, selected, request, workers, progress)
     with staged(out, force=force) as place:
@@ -85,13 +86,6 @@ def run_extract(
         write_json(place / LOCK, _lock(pairing, request, place, out))
         write_json(place / RECORD, record)
     return ExtractResult(out, record)
-
-
-def _base_name(pairing: Pairing, request: ExtractRequest) -> tuple[str, str | None]:
-    """Return the base model's name, and its commit where it came from the Hub."""
-    if request.base_id:
-        return request.base_id, None
-    return pairing.base.located.repo or request.base, pairing.base.located.commit
 
 
 def _record(
@@ -111,7 +105,9 @@ def _record(
         if p.name in plan.energies and p.name not in held
     )
     truncated = sum((m.energy or 0.0) * (1 - m.kept) for m in modules)
-    total = math.fsum(plan.energies.values())
+    energies = [plan.energies.get(p.name, 0.0) for p in plan.targets]
+    of_targets = math.fsum(energies)
+    held_energy = math.fsum(e * m.kept for e, m in zip(energies, modules, strict=True))
     return ExtractRecord(
         plait=__version__,
         request=request.model_dump(mode="json"),
@@ -119,9 +115,9 @@ def _record(
         task_type=pairing.task,
         rank=plan.rank,
         max_lora_rank=max_lora_rank(plan.rank),
-        kept=_overall_kept(modules, plan),
+        kept=held_energy / of_targets if of_targets else 1.0,
         lowest_kept=min(m.kept for m in modules),
-        lost=(truncated + math.fsum(x.energy for x in leftovers if not x.kept)) / total,
+        lost=(truncated + math.fsum(x.energy for x in leftovers if not x.kept)) / math.fsum(plan.energies.values()),
         modules=modules,
         unchanged=tuple(p.module for p in selected if p.name not in plan.energies),
         saved=plan.saved,
@@ -130,12 +126,6 @@ def _record(
         finished=datetime.now().astimezone().isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - started, 3),
     )
-
-
-def _overall_kept(modules: Sequence[ModuleRecord], plan: ExtractPlan) -> float:
-    energies = [plan.energies.get(p.name, 0.0) for p in plan.targets]
-    total = math.fsum(energies)
-    return math.fsum(e * m.kept for e, m in zip(energies, modules, strict=True)) / total if total else 1.0
 
 
 def _notes(pairing: Pairing, plan: ExtractPlan, leftovers: Sequence[Leftover]) -> Iterator[str]:

@@ -125,16 +125,16 @@ def _saved(pairing: Pairing, selected: Sequence[Pair], energies: dict[str, float
     names = TASK_HEADS.get(pairing.task or "", ())
     saved = {module for p in pairing.pairs if (module := saved_module(p.layer, names)) is not None}
     if request.modules_to_save:
-        factors = {p.layer for p in selected}
-        able = {p.layer for p in pairing.pairs if p.name == f"{p.layer}.weight" and _is_kept(p) and p.layer not in factors}
+        able = {
+            p.layer
+            for p in pairing.pairs
+            if p.name == f"{p.layer}.weight" and (p.form in ("other", Embedding) or p.is_outweighed)
+        }
+        able -= {p.layer for p in selected}
         able -= {p.layer for p in pairing.pairs if not p.is_stored}
         changed = {p.layer for p in pairing.pairs if p.name in energies and p.layer in able}
         saved |= changed | {c.layer for c in pairing.copies if c.shares in changed}
     return tuple(sorted(saved))
-
-
-def _is_kept(pair: Pair) -> bool:
-    return pair.form in ("other", Embedding) or pair.is_outweighed
 
 
 def key_of(pair: Pair, number: int) -> Key:

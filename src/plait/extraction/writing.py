@@ -72,8 +72,9 @@ def write_extraction(
     def tensors() -> Iterator[dict[str, Tensor]]:
         found = in_order("extract", lambda pair: _factors(plan, pair), plan.targets, workers, progress)
         for pair, emitted in zip(plan.targets, found, strict=True):
-            bias = _bias(plan, pair) if plan.biases else None
-            named = writer.tensors(pair.module, _slices(pair, emitted), bias=bias)
+            bias = plan.biases.get(pair.module)
+            values = torch.zeros(pair.layout.outputs) if bias is None else bias.delta().dense().flatten()
+            named = writer.tensors(pair.module, _slices(pair, emitted), bias=values if plan.biases else None)
             yield {name: _cast(pair, tensor, request.dtype) for name, tensor in named.items()}
             done.append(_module_record(pair, emitted))
 
@@ -94,14 +95,13 @@ def _factors(plan: ExtractPlan, pair: Pair) -> Emitted:
 def _slices(pair: Pair, emitted: Emitted) -> list[LowRank]:
     """Return the factors of every matrix in the orientation of the layout."""
     slices = [LowRank(s.b.mT, s.a.mT) if pair.is_transposed else s for s in emitted.slices]
-    if pair.form is Convolution:
-        return [_among_all_channels(s, group, len(slices)) for group, s in enumerate(slices)]
+    if pair.form is not Convolution:
+        return slices
+    for group, delta in enumerate(slices):  # PEFT's A reads all channels: those of other groups times zero
+        a = delta.a.new_zeros(delta.rank, len(slices), delta.a.shape[1])
+        a[:, group] = delta.a
+        slices[group] = LowRank(a.flatten(1), delta.b)
     return slices
-
-
-def _bias(plan: ExtractPlan, pair: Pair) -> Tensor:
-    bias = plan.biases.get(pair.module)
-    return torch.zeros(pair.layout.outputs) if bias is None else bias.delta().dense().flatten()
 
 
 def _cast(pair: Pair, tensor: Tensor, dtype: str) -> Tensor:
@@ -128,13 +128,6 @@ def _rows(pair: Pair) -> Iterator[tuple[int, Tensor]]:
         return
     for start, stop in block_ranges(shape[0], math.prod(shape[1:])):
         yield start, file.read_rows(name, start, stop)
-
-
-def _among_all_channels(delta: LowRank, group: int, groups: int) -> LowRank:
-    """Return the delta of one group of a convolution as PEFT stores it: reading all channels, those of others times zero."""
-    a = delta.a.new_zeros(delta.rank, groups, delta.a.shape[1])
-    a[:, group] = delta.a
-    return LowRank(a.flatten(1), delta.b)
 
 
 def _module_record(pair: Pair, emitted: Emitted) -> ModuleRecord:

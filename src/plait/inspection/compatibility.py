@@ -15,11 +15,11 @@ from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
 from plait.adapters.layouts.conv1d import may_be_conv1d
 from plait.adapters.names import layer_key
+from plait.errors import listed
 from plait.records import Record
 
 # The values vLLM takes for its setting max_lora_rank. Newer versions also take 1, which older ones refuse.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_SHOWN = 4
 # Projections that models have either as one matrix or as several: the one's names, and the several's.
 _FUSED = (
     (
@@ -159,9 +159,9 @@ def base_model_problems(adapters: Sequence[Adapter], given_base: str | None) -> 
             named[adapter.config.base_model.rstrip("/").casefold()].append(adapter)
     if given_base is not None or len(named) < 2:
         return []
-    listed = "; ".join(f"{_names(group)}: {group[0].config.base_model!r}" for group in named.values())
+    text = "; ".join(f"{_names(group)}: {group[0].config.base_model!r}" for group in named.values())
     return [
-        f"the adapters name different base models ({listed}). Deltas of different models do not add up. If these are the "
+        f"the adapters name different base models ({text}). Deltas of different models do not add up. If these are the "
         "same weights under several names or paths, give the one to use: --base-id, or base_model in a recipe."
     ]
 
@@ -169,15 +169,19 @@ def base_model_problems(adapters: Sequence[Adapter], given_base: str | None) -> 
 def shape_problems(adapters: Sequence[Adapter]) -> list[str]:
     """Say which target modules have one path, but not one layout (kind, rows, columns, stack) in all adapters."""
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = defaultdict(list)
-    for path, layouts in _layouts(adapters).items():
+    by_path: dict[str, dict[str, Layout]] = defaultdict(dict)
+    for adapter in adapters:
+        for path, target in adapter.targets.items():
+            by_path[path][adapter.name] = target.layout
+    for path, layouts in by_path.items():
         if len(set(layouts.values())) > 1:
-            listed = tuple((name, str(layout)) for name, layout in layouts.items())
-            groups[short_name(path), listed].append(path)
+            text = tuple((name, str(layout)) for name, layout in layouts.items())
+            groups[short_name(path), text].append(path)
     problems = []
-    for (short, listed), paths in groups.items():
+    for (short, text), paths in groups.items():
         where = repr(paths[0]) if len(paths) == 1 else f"{short} in {len(paths)} places, such as {paths[0]!r}"
         problems.append(
-            f"shapes differ for {where}: {'; '.join(f'{name!r} has {shape}' for name, shape in listed)}. "
+            f"shapes differ for {where}: {'; '.join(f'{name!r} has {shape}' for name, shape in text)}. "
             "The adapters were trained on different models, or on different versions of one."
         )
     return problems
@@ -269,8 +273,8 @@ def form_problems(adapters: Sequence[Adapter]) -> list[str]:
     for key in ("layer_replication", "alora_invocation_tokens"):
         values = {a.name: a.config.raw.get(key) for a in adapters}
         if len({repr(v) for v in values.values()}) > 1:
-            listed = ", ".join(f"{name} {value}" for name, value in values.items())
-            problems.append(f"{key} differs ({listed}); it decides for the whole adapter where or when it acts.")
+            text = ", ".join(f"{name} {value}" for name, value in values.items())
+            problems.append(f"{key} differs ({text}); it decides for the whole adapter where or when it acts.")
     return problems
 
 
@@ -284,10 +288,10 @@ def excluded_spaces(adapters: Sequence[Adapter]) -> dict[str, str]:
     if not found:
         return {}
     path, ranks = found[0]
-    listed = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
+    text = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
     return {
         "factors": f"it adds factors and needs equal ranks, but they differ in {_count(len(found), 'module')}, such as "
-        f"{path!r} ({listed})"
+        f"{path!r} ({text})"
     }
 
 
@@ -325,22 +329,14 @@ def _served(adapter: Adapter) -> Served:
     if _is_dora(adapter):
         refused.append("DoRA")
     if adapter.full_tensors:
-        refused.append(f"full tensors ({_listed(_owners(adapter.full_tensors))})")
+        refused.append(f"full tensors ({listed(_owners(adapter.full_tensors))})")
     if any(t.has_bias for t in adapter.targets.values()):
         refused.append("lora_bias")
     if convolutions:
-        refused.append(f"convolutions ({_listed({short_name(p) for p in convolutions})})")
+        refused.append(f"convolutions ({listed(sorted({short_name(p) for p in convolutions}))})")
     if other:
         refused.append(f"scalings of {_count(len(other), 'module')} (it reads r and lora_alpha, no patterns)")
     return Served(name=adapter.name, rank=rank, max_lora_rank=max_lora_rank(rank), refused=tuple(refused))
-
-
-def _layouts(adapters: Sequence[Adapter]) -> dict[str, dict[str, Layout]]:
-    layouts: dict[str, dict[str, Layout]] = defaultdict(dict)
-    for adapter in adapters:
-        for path, target in adapter.targets.items():
-            layouts[path][adapter.name] = target.layout
-    return layouts
 
 
 def _different_beginnings(one: Adapter, two: Adapter) -> tuple[str, str] | None:
@@ -414,18 +410,18 @@ def _base_notes(adapters: Sequence[Adapter], given_base: str | None) -> list[str
         notes.append(f"{_names(unnamed)} name{'s' * (len(unnamed) == 1)} no base model, so it could not be compared.")
     revisions = {a.name: a.config.revision for a in adapters}
     if len(set(revisions.values())) > 1:
-        listed = ", ".join(f"{name} {revision or 'none'}" for name, revision in revisions.items())
-        notes.append(f"The adapters name different revisions of the base model ({listed}).")
+        text = ", ".join(f"{name} {revision or 'none'}" for name, revision in revisions.items())
+        notes.append(f"The adapters name different revisions of the base model ({text}).")
     return notes
 
 
 def _coverage_notes(adapters: Sequence[Adapter], everywhere: set[str]) -> list[str]:
     if len(adapters) < 2 or all(set(a.targets) == everywhere for a in adapters):
         return []
-    listed = ", ".join(f"{a.name} {len(a.targets)}" for a in adapters)
+    text = ", ".join(f"{a.name} {len(a.targets)}" for a in adapters)
     union = len({path for a in adapters for path in a.targets})
     return [
-        f"{len(everywhere)} of {union} target modules are in every adapter ({listed}); a missing module counts as a zero "
+        f"{len(everywhere)} of {union} target modules are in every adapter ({text}); a missing module counts as a zero "
         "delta (merge_mode 'union'), or is left out ('common')."
     ]
 
@@ -434,8 +430,8 @@ def _part_notes(adapters: Sequence[Adapter]) -> list[str]:
     notes = []
     heads = [a for a in adapters if a.full_tensors]
     if heads:
-        listed = "; ".join(f"{a.name}: {_listed(_owners(a.full_tensors))}" for a in heads)
-        notes.append(f"Heads and other full tensors ({listed}) are kept per adapter under heads/<name>/, not merged.")
+        text = "; ".join(f"{a.name}: {listed(_owners(a.full_tensors))}" for a in heads)
+        notes.append(f"Heads and other full tensors ({text}) are kept per adapter under heads/<name>/, not merged.")
     biased = [a for a in adapters if any(t.has_bias for t in a.targets.values())]
     if biased:
         notes.append(f"lora_bias in {_names(biased)} is merged as a weighted sum, whatever the method.")
@@ -453,12 +449,6 @@ def _owners(tensors: Iterable[str]) -> list[str]:
 
 def _names(adapters: Iterable[Adapter]) -> str:
     return ", ".join(repr(a.name) for a in adapters)
-
-
-def _listed(words: Iterable[str]) -> str:
-    words = list(words)
-    more = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
-    return ", ".join(words[:_SHOWN]) + more
 
 
 def _count(number: int, word: str) -> str:

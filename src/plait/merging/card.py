@@ -74,7 +74,9 @@ def _facts(inventory: Inventory, plan: MergePlan, record: RunRecord) -> Iterator
         yield f"**Differs from its source**: {deviation}"
     if record.rank is not None:
         yield f"**Rank**: {record.rank}, scaling baked in (`lora_alpha` = `r`)."
-    yield f"**Loss**: {_loss(record)}"
+    losses = {"exact": "none; the factors hold the merge exactly.", "dense": "none; the dense deltas are stored."}
+    truncated = f"truncated: {record.kept:.2%} of ‖ΔW‖² kept overall, {record.lowest_kept:.2%} in the worst module."
+    yield f"**Loss**: {losses.get(record.result, truncated)}"
     heads = [a.name for a in inventory.adapters if a.full_tensors]
     if heads and inventory.recipe.heads.policy == "separate":
         yield f"**Heads** of {', '.join(heads)} are kept under `heads/`, one folder per adapter; they are not merged."
@@ -165,19 +167,14 @@ def front_matter(inventory: Inventory) -> dict[str, Any]:
 def _license(inventory: Inventory) -> tuple[tuple[str, str], ...] | None:
     """Return the license that every source states, the base model included where it is local; None when they differ."""
     folders = [a.folder for a in inventory.adapters]
-    base = _base_folder(inventory)
+    located = inventory.base_located
+    base = Path(inventory.base_model or "") if located is None else located.folder
+    is_here = located is not None or (base.is_absolute() and base.is_dir())
     stated = {license_of(folder) for folder in folders}
-    if base is not None and (of_base := license_of(base)):
+    if is_here and (of_base := license_of(base)):
         # an adapter without a card of its own adds no stated condition
         stated = (stated - {None}) | {of_base}
     return stated.pop() if len(stated) == 1 else None
-
-
-def _base_folder(inventory: Inventory) -> Path | None:
-    if inventory.base_located is not None:
-        return inventory.base_located.folder
-    folder = Path(inventory.base_model) if inventory.base_model else None
-    return folder if folder is not None and folder.is_absolute() and folder.is_dir() else None
 
 
 def hub_id(name: str | None) -> str | None:
@@ -201,11 +198,3 @@ def source_row(source: Mapping[str, Any]) -> str:
     )
     ranks = ", ".join(map(str, source["ranks"]))
     return f"| {prose(source['name'])} | {place} | {source['weight']:g} | {ranks} | `{source['sha256'][:16]}…` |"
-
-
-def _loss(record: RunRecord) -> str:
-    if record.result == "exact":
-        return "none; the factors hold the merge exactly."
-    if record.result == "dense":
-        return "none; the dense deltas are stored."
-    return f"truncated: {record.kept:.2%} of ‖ΔW‖² kept overall, {record.lowest_kept:.2%} in the worst module."

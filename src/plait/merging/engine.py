@@ -21,6 +21,7 @@ from torch import Tensor
 from plait.adapters.lowrank import LowRank
 from plait.errors import PlaitError, PlanError
 from plait.linalg.blocks import RowBlocks
+from plait.linalg.finite import all_finite
 from plait.linalg.keyed import Key
 from plait.merging import dora
 from plait.merging.combine import Combiner, Statistics, pipeline_of
@@ -256,9 +257,9 @@ def _sound(target: str, merged: list[Merged]) -> list[Merged]:
     """
     for part in merged:
         if isinstance(part, LowRank):
-            finite = _finite(part.a) and _finite(part.b)
+            finite = all_finite(part.a) and all_finite(part.b)
         else:  # the energy is wanted anyway, and infinite when an entry is
-            finite = math.isfinite(part.energy()) or all(_finite(block) for _, block in part)
+            finite = math.isfinite(part.energy()) or all(all_finite(block) for _, block in part)
         if not finite or _above_float32(part):
             raise PlanError(f"{target}: the merged values overflow; the weights or the scale are too large.")
     return merged
@@ -283,11 +284,6 @@ def _above_float32(part: Merged) -> bool:
         return False
     blocks = as_blocks(part)
     return any(float(block.abs().max()) > most for _, block in blocks)
-
-
-def _finite(x: Tensor) -> bool:
-    # the sum is finite when all entries are, short of an overflow, and costs one pass without a copy
-    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -120,7 +120,8 @@ def run_recipe(
     if plan.output_bytes is not None:
         check_space(out, plan.output_bytes, what="the result", advice="--rank, --dtype bfloat16")
     engine = Engine(inventory, plan, workers=workers, progress=progress or Silent())
-    with staged(out, force=force) as place, _digests(inventory) as digests:
+    with staged(out, force=force) as place, ThreadPoolExecutor(1, "plait-sha256") as pool:
+        digests = pool.submit(input_digests, inventory).result  # hashed during the work
         combiner = engine.prepare()
         modules, rank, written = _write(inventory, plan, engine, combiner, place)
         record = _record(inventory, plan, combiner, modules, rank, digests(), started)
@@ -206,14 +207,6 @@ def _record(
         finished=datetime.now().astimezone().isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - started, 3),
     )
-
-
-@contextmanager
-def _digests(inventory: Inventory) -> Iterator[Callable[[], dict[Path, str]]]:
-    """Hash the inputs during the work, and hand the digests out when asked."""
-    with ThreadPoolExecutor(1, "plait-sha256") as pool:
-        future = pool.submit(input_digests, inventory)
-        yield future.result
 
 
 @contextmanager

@@ -107,10 +107,12 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
     recipe = inventory.recipe
     method, pipeline = METHODS[recipe.method_name], pipeline_of(recipe)
     kept, left_out = _select(inventory)
+    space = recipe.space_name
+    why = excluded_spaces(inventory.adapters).get(space)
     problems = [
         *_mode_problems(recipe, left_out),
         *policy_problems(recipe, list(inventory.layouts)),
-        *_space_problems(inventory),
+        *([f"space {space!r} is not for these adapters: {why}. Use 'delta', 'core' or 'knots'."] if why else []),
         *_dora_problems(inventory, pipeline, kept),
         *_moments_problems(inventory, pipeline),
         *layer_problems("method", method.layers(recipe.method), list(inventory.layouts)),
@@ -127,13 +129,13 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
     rank = uniform_rank(ranks, kept) if len(ranks) == len(modules) else None
     return MergePlan(
         method=method.name,
-        space=recipe.space_name,
+        space=space,
         equation=method.equation,
         adapters=tuple(a.name for a in inventory.adapters),
         modules=modules,
         left_out=left_out,
         rank=rank,
-        result=_worst([m.result for m in modules]),
+        result=max((m.result for m in modules), key=("exact", "truncated", "dense").index),
         pipeline=str(pipeline) if recipe.scale == 1 else f"{pipeline} → scale {recipe.scale:g}",
         promises=_promises(inventory, modules),
         randomised=method.randomised or pipeline.randomised,
@@ -166,12 +168,6 @@ def _mode_problems(recipe: Recipe, left_out: dict[str, tuple[str, ...]]) -> list
         f"merge_mode is 'strict' and {len(left_out)} target modules are not in every adapter: {', '.join(lines)}{more}. "
         "Use 'union' to count a missing module as a zero delta, or 'common' to leave it out."
     ]
-
-
-def _space_problems(inventory: Inventory) -> list[str]:
-    space = inventory.recipe.space_name
-    reason = excluded_spaces(inventory.adapters).get(space)
-    return [f"space {space!r} is not for these adapters: {reason}. Use 'delta', 'core' or 'knots'."] if reason else []
 
 
 def _dora_problems(inventory: Inventory, pipeline: Pipeline, kept: dict[str, Layout]) -> list[str]:
@@ -249,10 +245,6 @@ def _written_rank(
     return exact_rank if low_rank else min(largest * len(adapters), DENSE_RANK_CAP, layout.full_rank)
 
 
-def _worst(results: Sequence[Result]) -> Result:
-    return max(results, key=("exact", "truncated", "dense").index)
-
-
 def _promises(inventory: Inventory, modules: Sequence[ModulePlan]) -> dict[str, bool]:
     recipe = inventory.recipe
     return {
@@ -312,9 +304,9 @@ def _data_notes(inventory: Inventory, pipeline: Pipeline, paths: list[str]) -> l
     if inventory.moments is not None and not pipeline.needs_moments:
         notes.append(f"method {inventory.recipe.method_name!r} uses no second moments; those given change nothing.")
     if pipeline.solves and (pairs := shared_init_pairs(inventory.adapters, paths)):
-        listed = ", ".join(f"{one} + {other}" for one, other in pairs)
+        text = ", ".join(f"{one} + {other}" for one, other in pairs)
         notes.append(
-            f"the A matrices of {listed} span nearly the same space, as one seed for all training runs gives (plait inspect "
+            f"the A matrices of {text} span nearly the same space, as one seed for all training runs gives (plait inspect "
             "says more). Solving amplifies noise then: keep the ridge, and compare with linear."
         )
     return notes
@@ -334,8 +326,8 @@ def _notes(inventory: Inventory, left_out: dict[str, tuple[str, ...]]) -> list[s
         notes.append("lora_bias is merged as the weighted sum of the biases, whatever the method.")
     tasks = {a.name: a.config.raw.get("task_type") for a in inventory.adapters}
     if len(set(tasks.values())) > 1:
-        listed = ", ".join(f"{name} {task}" for name, task in tasks.items())
-        notes.append(f"the adapters have different task types ({listed}); the first is written.")
+        text = ", ".join(f"{name} {task}" for name, task in tasks.items())
+        notes.append(f"the adapters have different task types ({text}); the first is written.")
     with_full = [a.name for a in inventory.adapters if a.full_tensors]
     if with_full:
         done = {

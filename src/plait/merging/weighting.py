@@ -139,8 +139,8 @@ def _layer_problem(where: str, name: str, modules: Iterable[str]) -> list[str]:
     towers = sorted({key.tower for key in keys if key.matches(name)})
     if len(towers) > 1:
         index = name.rpartition(".")[2]
-        listed = ", ".join(f"{t}.{index}" for t in towers)
-        return [f"{where}: {name!r} is a layer of {len(towers)} towers; name one of {listed}"]
+        text = ", ".join(f"{t}.{index}" for t in towers)
+        return [f"{where}: {name!r} is a layer of {len(towers)} towers; name one of {text}"]
     if not towers:
         last = {tower: max(k.index for k in keys if k.tower == tower) for tower in sorted({k.tower for k in keys})}
         known = ", ".join(f"{tower}.0 to {tower}.{index}" for tower, index in last.items()) or "no layers"

@@ -46,10 +46,6 @@ def has_conv1d(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
         bias = shapes.get(f"{module}.bias")
         if bias in ((shape[0],), (shape[1],)):
             return bias == (shape[1],)
-    types = _model_types(config)
-    return bool(types & CONV1D_MODELS) if types else None
-
-
-def _model_types(config: Mapping[str, Any]) -> set[str]:
     parts = [config, *(v for v in config.values() if isinstance(v, Mapping))]  # an encoder and a decoder have theirs
-    return {str(part["model_type"]) for part in parts if part.get("model_type")}
+    types = {str(part["model_type"]) for part in parts if part.get("model_type")}
+    return bool(types & CONV1D_MODELS) if types else None

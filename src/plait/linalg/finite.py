@@ -1,0 +1,12 @@
+"""Whether all entries of a tensor are finite, in one pass without a copy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def all_finite(x: Tensor) -> bool:
+    """Say whether no entry is NaN or infinite: then their sum is finite too, unless it overflows, which a second pass finds."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return bool(torch.isfinite(x.sum(dtype=wide))) or bool(torch.isfinite(x).all())
