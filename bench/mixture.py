@@ -37,7 +37,7 @@ MB = 1e6
 
 def run(cache: Path, rounds: int, raw: dict[str, Any]) -> list[Section]:
     """Measure everything."""
-    common: dict[str, Any] = {"base": str(base_model()), "adapters": _adapters(cache)}
+    common: dict[str, Any] = {"base": str(base_model()), "adapters": adapters(cache)}
 
     def job(label: str, name: str, **arguments: Any) -> dict[str, Any]:
         raw[label] = run_job(name, script=SCRIPT, **common, **arguments)
@@ -55,7 +55,8 @@ def run(cache: Path, rounds: int, raw: dict[str, Any]) -> list[Section]:
     return sections
 
 
-def _adapters(cache: Path) -> list[str]:
+def adapters(cache: Path) -> list[str]:
+    """Return the folders of the four adapters; the random one is made in the cache."""
     folders = sorted(str(p) for p in DEMO.iterdir() if p.is_dir())
     random = cache / "random"
     run_job("random_adapter", script=SCRIPT, like=folders[0], out=str(random))

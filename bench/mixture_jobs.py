@@ -142,6 +142,25 @@ def _mixture(base: str, adapters: list[str], dtype: str) -> Iterator[Run]:
 
 
 @contextmanager
+def _learnt(base: str, adapters: list[str], dtype: str) -> Iterator[Run]:
+    """The factors of the adapters' sum, of their total rank, as `plait tune` learns them: in float32."""
+    from plait.mixture import Mixture
+
+    opened = _open(adapters)
+    mixture = Mixture(_model(base, dtype), opened)
+    factors = mixture.learnt({path: _summed(opened, path) for path in opened[0].targets})
+    with mixture.learning(factors) as model:
+        yield model, factors.parameters()
+
+
+def _summed(opened: Sequence[Any], path: str) -> list[Any]:
+    from plait.adapters import LowRank
+
+    parts = [a.read(path)[0].scaled(a.targets[path].scaling) for a in opened]
+    return [LowRank.concatenate(parts, [LAMBDA] * len(parts))]
+
+
+@contextmanager
 def _peft(base: str, adapters: list[str], dtype: str, *, float32: bool = True) -> Iterator[Run]:
     """One active LoRA of the adapters' total rank, trained as PEFT trains: its factors are float32 unless told otherwise."""
     from peft import LoraConfig, get_peft_model
@@ -264,6 +283,7 @@ class _Streamed(torch.autograd.Function):
 VARIANTS: dict[str, Any] = {
     "base": _bare,
     "mixture": _mixture,
+    "learnt": _learnt,
     "PEFT": _peft,
     "PEFT, the base's dtype": _peft_same_dtype,
     "applied": _applied,
