@@ -235,8 +235,8 @@ class Killer:
     def advance(self, phase: str, steps: int) -> None:
         pass
 
-    def end(self, outcome: PhaseStatus) -> None:
-        self.said.append(outcome)
+    def end(self, status: PhaseStatus) -> None:
+        self.said.append(status)
 
 
 def test_side_by_side_is_as_in_turn(place, monkeypatch):
@@ -259,10 +259,10 @@ def test_side_by_side_is_as_in_turn(place, monkeypatch):
 
 def test_a_worker_killed_in_the_middle_of_a_line():
     events: SimpleQueue = SimpleQueue()
-    said = '{"event": "advance", "steps": 1}\n{"event": "e'
+    said = '["advance", 1]\n["adv'
     with subprocess.Popen([sys.executable, "-c", f"print({said!r}, end='')"], stdout=subprocess.PIPE, text=True) as process:
-        side_by_side._listen(side_by_side._Child(None, process, slot=0), events)
-    assert [events.get_nowait()[1] for _ in range(2)] == [{"event": "advance", "steps": 1}, None]
+        side_by_side._read(side_by_side._Child(None, process, slot=0), events)
+    assert [events.get_nowait()[1] for _ in range(2)] == [["advance", 1], None]
 
 
 def test_a_worker_that_never_read_its_request():

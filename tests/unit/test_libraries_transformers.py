@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from plait.libraries import transformers as library
+from tests.chat_models import byte_tokenizer
 from tests.language_models import language_model
 
 MODERN = int(transformers.__version__.split(".")[0]) >= 5
@@ -147,6 +148,42 @@ def test_quiet_keeps_bars_logs_and_warnings_back_and_gives_them_back():
 
 def test_the_trainer_takes_back_its_best_checkpoint_by_a_method_of_this_name():
     assert callable(transformers.Trainer._load_best_model)
+
+
+def trainer(folder, **changes: object) -> transformers.Trainer:
+    quick = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "per_device_train_batch_size": 1}
+    arguments = transformers.TrainingArguments(str(folder), **{**quick, "max_steps": 3, "save_steps": 1, **changes})
+    rows = [{"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, 2])} for _ in range(4)]
+    return transformers.Trainer(small("Llama"), arguments, train_dataset=rows)
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, about itself
+def test_steps_are_reported_and_none_is_taken_after_the_last(tmp_path):
+    seen: list[object] = []
+    report = {"start": lambda *n: seen.append(n), "step": lambda: seen.append("step"), "end": lambda: seen.append("end")}
+    first = trainer(tmp_path)
+    library.report_steps(first, **report)
+    library.take_steps(first, None)
+    assert seen == [(3, 0), "step", "step", "step", "end"]
+    seen.clear()
+    again = trainer(tmp_path)
+    library.report_steps(again, **report)
+    library.take_steps(again, str(tmp_path / "checkpoint-3"))
+    assert again.state.global_step == 3
+    assert "step" not in seen
+    assert seen[-1] == "end"
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
+
+
+def test_chats_are_rendered_in_one_place():
+    assert library.renders_chats_by_a_function()
+    tokens = byte_tokenizer("{{ messages }}")
+    with library.chats_rendered_by(lambda source: SimpleNamespace(render=lambda **columns: f"{source}: {sorted(columns)}")):
+        found = tokens.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert found.startswith("{{ messages }}: ")
+    assert "'messages'" in found
+    assert tokens.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).startswith("[")
 
 
 def test_tasks_are_told_by_the_names_of_classes():

@@ -117,8 +117,8 @@ def _plan_json(plan: SftPlan) -> dict[str, object]:
 
     given, learnt = plan.example
     return {
-        "job": plan.opened.job.model_dump(mode="json"),
-        "data": plan.opened.data.summary,
+        "job": plan.phase.opened.job.model_dump(mode="json"),
+        "data": plan.phase.opened.data.summary,
         "examples": len(plan.encoded[0].items),
         "left_out": plan.encoded[0].left_out,
         "truncated": plan.encoded[0].truncated,
@@ -127,5 +127,5 @@ def _plan_json(plan: SftPlan) -> dict[str, object]:
         "writes": [str(path) for path in plan.writes],
         "uploads": None if plan.uploads is None else str(plan.uploads),
         "notes": list(plan.notes),
-        "finished": plan.finished,
+        "finished": plan.phase.record is not None,
     }

@@ -212,21 +212,21 @@ class PhaseBars:
         if phase in self._tasks:
             self._bars.advance(self._tasks[phase], steps)
 
-    def end(self, outcome: PhaseStatus) -> None:
+    def end(self, status: PhaseStatus, /) -> None:
         """Say how a phase ended, and take its bar away."""
-        task = self._tasks.pop(outcome.name, None)
+        task = self._tasks.pop(status.name, None)
         if task is not None:
             self._bars.remove_task(task)
         if not self._tasks:
             self.close()
         now = time.perf_counter()
-        seconds = now - self._started.pop(outcome.name, now)
-        record = outcome.record
+        seconds = now - self._started.pop(status.name, now)
+        record = status.record
         if record is None:
-            self._console.print(f"{outcome.name}: failed after {seconds:.0f} s", style="red", markup=False)
+            self._console.print(f"{status.name}: failed after {seconds:.0f} s", style="red", markup=False)
             return
         loss = f", loss {record.losses[-1][1]:.3f}" if record.losses else ""
-        self._console.print(f"{outcome.name}: {record.steps} steps in {seconds:.0f} s{loss}", markup=False)
+        self._console.print(f"{status.name}: {record.steps} steps in {seconds:.0f} s{loss}", markup=False)
 
     def close(self) -> None:
         """Give the terminal back."""

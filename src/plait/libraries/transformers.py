@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -268,6 +268,84 @@ def steps_of(converter: Any) -> list[tuple[str, int | None]]:
     return [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
 
 
-def load_best_model(trainer: Any) -> None:
-    """Let a `Trainer` take back the best of its checkpoints, as it does by itself at the end of a training."""
-    trainer._load_best_model()
+class _NoStepsLeft(Exception):
+    """A run was ended after its last step, before its result was written."""
+
+
+def take_steps(trainer: Any, checkpoint: str | None) -> None:
+    """Train from a checkpoint on. From that of the last step transformers would take one more; here none is left to take.
+
+    Args:
+        trainer: a `Trainer`, at whose end is the state that it has at the end of a training.
+        checkpoint: its folder; None for the beginning.
+    """
+
+    class Stop(_callback_class()):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step >= state.max_steps:
+                raise _NoStepsLeft  # weights and state are loaded
+
+    trainer.add_callback(Stop())
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except _NoStepsLeft:
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+            trainer._load_best_model()
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+
+
+def report_steps(
+    trainer: Any, start: Callable[[int, int], object], step: Callable[[], object], end: Callable[[], object]
+) -> None:
+    """Call functions as a `Trainer` takes its steps, in place of its own bar and lines.
+
+    Args:
+        trainer: a `Trainer`.
+        start: takes the number of steps in all, and of those that are done already.
+        step: called after each.
+        end: called after the last.
+    """
+    callbacks = import_module("transformers")
+
+    class Steps(_callback_class()):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            start(state.max_steps, state.global_step)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            step()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            end()
+
+    for shown in (callbacks.ProgressCallback, callbacks.PrinterCallback):
+        trainer.remove_callback(shown)
+    trainer.add_callback(Steps())
+
+
+def _callback_class() -> Any:
+    return import_module("transformers").TrainerCallback
+
+
+#: Where transformers makes a chat template's text an object with a method `render`.
+_CHATS, _COMPILE = "transformers.utils.chat_template_utils", "_compile_jinja_template"
+
+
+def renders_chats_by_a_function() -> bool:
+    """Whether chat templates are rendered in the one place that `chats_rendered_by` replaces."""
+    return hasattr(import_module(_CHATS), _COMPILE)
+
+
+@contextmanager
+def chats_rendered_by(make: Callable[[str], Any]) -> Iterator[None]:
+    """Let transformers render chat templates by other objects inside the block; not for several threads at a time.
+
+    Args:
+        make: template's text → what has a method `render(**columns)`, in place of Jinja's object.
+    """
+    module = import_module(_CHATS)
+    original = getattr(module, _COMPILE)
+    setattr(module, _COMPILE, make)
+    try:
+        yield
+    finally:
+        setattr(module, _COMPILE, original)

@@ -10,15 +10,13 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib import import_module
 from threading import RLock
 from typing import Any
 
 from plait.errors import PlaitError, TaskError
+from plait.libraries.transformers import chats_rendered_by, renders_chats_by_a_function
 from plait.tasks.rendering import Limited
 
-#: Where transformers makes a chat template's text an object with a method `render`.
-_MODULE, _COMPILE = "transformers.utils.chat_template_utils", "_compile_jinja_template"
 _one_at_a_time = RLock()
 
 
@@ -69,9 +67,7 @@ def limited_chats(where: str) -> Iterator[None]:
     Args:
         where: what messages call the template.
     """
-    module = import_module(_MODULE)
-    original = getattr(module, _COMPILE, None)
-    if original is None:
+    if not renders_chats_by_a_function():
         warnings.warn(
             "this release of transformers renders chat templates in a way that plait does not know: they have no limits of "
             "time and memory here.",
@@ -79,12 +75,8 @@ def limited_chats(where: str) -> Iterator[None]:
         )
         yield
         return
-    with _one_at_a_time:
-        setattr(module, _COMPILE, lambda source: _rendered(source, where))
-        try:
-            yield
-        finally:
-            setattr(module, _COMPILE, original)
+    with _one_at_a_time, chats_rendered_by(lambda source: _rendered(source, where)):
+        yield
 
 
 class _Rendered:

@@ -5,20 +5,20 @@ Flags, a YAML file (`--config`) and Python keywords take the same way, through t
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
 from plait.errors import RecipeError, collect, did_you_mean
 from plait.extras import optional, require
+from plait.libraries.trl import FlagError, FlagParser
 from plait.parsing import read_text
 from plait.recipes.documents import read_document
 from plait.training.data import EVAL_SPLITS
@@ -30,7 +30,7 @@ from plait.training.job import PACKAGES, TrainingJob
 ALIASES = {"dataset_name_or_path": "dataset_name", "hub_repo_id": "hub_model_id"}
 _FLAGS = ("merge_adapter_with_base", "upload_merged_model", "force", "dry_run", "json")
 _OWN: Mapping[str, Mapping[str, Any]] = {
-    "dataset_format": {"choices": get_args(FormatName), "help": "How rows are read; told by their columns when auto."},
+    "dataset_format": {"choices": get_args(FormatName), "help": "How rows are read; found by their columns when auto."},
     "dataset_limit": {"type": int, "help": "Take the first so many rows."},
     "eval_dataset_name_or_path": {
         "help": "Rows that the loss is also measured on: --dataset_test_split of them, or test, validation, …, or all."
@@ -58,7 +58,7 @@ _UPLOADING = ("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "h
 
 @dataclass(frozen=True)
 class Flags:
-    """What was said, and nothing that was not.
+    """What was given, and nothing that was not.
 
     Attributes:
         given: name (TRL's, or plait's own) → value.
@@ -71,7 +71,7 @@ class Flags:
     loading: frozenset[str]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return a value, or the default where nothing was said."""
+        """Return a value, or the default where nothing was given."""
         return self.given.get(name, default)
 
     @property
@@ -115,7 +115,7 @@ def read_keywords(values: Mapping[str, Any]) -> Flags:
 
 def all_flags() -> str:
     """Return the help of every flag."""
-    return str(_parser().format_help())
+    return _parser().help()
 
 
 def job_of(flags: Flags) -> TrainingJob:
@@ -182,58 +182,38 @@ def _error_text(error: Any) -> str:
     return f"--{flag} {error['input']!r}: {error['msg']}"
 
 
-class _Unclear(Exception):
-    """What the parser would leave the process for."""
-
-
-def _parser() -> Any:
-    """Make TRL's parser with plait's flags added; nothing has a default, so that only what is said is there."""
+def _parser() -> FlagParser:
+    """Make TRL's parser with plait's flags added."""
     require("plait sft", {"train": PACKAGES})
     trl = optional("trl", "train", "plait sft")
-    to_bool = optional("transformers.hf_argparser", "train", "plait sft").string_to_bool
-    parser = trl.TrlParser((trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig), allow_abbrev=False, prog="plait sft")
-    known = {action.dest for action in parser._actions}
+    parser = FlagParser((trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig), "plait sft")
     for alias, name in ALIASES.items():
-        parser.add_argument(*_spelt(alias), dest=name, help=f"The same as --{name}.")
-    if "warmup_ratio" not in known:
-        parser.add_argument(*_spelt("warmup_ratio"), type=float, help="Share of the steps to warm up in.")
+        parser.add(alias, dest=name, help=f"The same as --{name}.")
+    if "--warmup_ratio" not in parser.flags:
+        parser.add("warmup_ratio", type=float, help="Share of the steps to warm up in.")
     for name, options in _OWN.items():
-        switch = {"type": to_bool, "nargs": "?", "const": True} if name in _FLAGS else {}
-        parser.add_argument(*_spelt(name), **switch, **options)
-    for action in parser._actions:
-        action.default, action.required = argparse.SUPPRESS, False
-
-    def refuse(message: str) -> NoReturn:
-        raise _Unclear(message)
-
-    parser.error = refuse
+        parser.add(name, switch=name in _FLAGS, **options)
     return parser
-
-
-def _spelt(name: str) -> tuple[str, ...]:
-    """Return a flag with underscores and, as TRL has them, with dashes."""
-    return tuple(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 def _parsed(words: Sequence[str], place: str = "plait sft") -> Flags:
     parser = _parser()
     trl = optional("trl", "train", "plait sft")
     try:
-        space, rest = parser.parse_known_args(list(words))
-    except (_Unclear, argparse.ArgumentTypeError) as error:
+        given, rest = parser.parse(words)
+    except FlagError as error:
         raise RecipeError(f"{place}: {error}. `plait sft --help_all` lists every flag.") from None
-    names = [word for action in parser._actions for word in action.option_strings]
     unknown = [word.partition("=")[0] for word in rest if word.startswith("-")] or list(rest)
     collect(
         RecipeError,
         [
-            f"{place}: {word}: there is no such flag.{did_you_mean(word, names)} `plait sft --help_all` lists every one."
+            f"{place}: {word}: there is no such flag.{did_you_mean(word, parser.flags)} `plait sft --help_all` lists every one."
             for word in unknown
         ],
         place,
     )
     trainer = frozenset(f.name for f in fields(trl.SFTConfig)) | {"warmup_ratio"}
-    return Flags(vars(space), trainer, frozenset(f.name for f in fields(trl.ModelConfig)))
+    return Flags(given, trainer, frozenset(f.name for f in fields(trl.ModelConfig)))
 
 
 def _from_file(path: Path) -> Iterator[str]:

@@ -57,19 +57,6 @@ class Scheduling:
     cluster: str | None = None
 
 
-class SilentPhases:
-    """A listener that does nothing."""
-
-    def begin(self, phase: str, stage: str, total: int, unit: str) -> None:
-        """Do nothing."""
-
-    def advance(self, phase: str, steps: int) -> None:
-        """Do nothing."""
-
-    def end(self, outcome: PhaseStatus) -> None:
-        """Do nothing."""
-
-
 def train_cohort(
     plan: TrainingPlan,
     *,
@@ -88,14 +75,14 @@ def train_cohort(
         only: phases to train, and nothing more; all, and then the rest of the work, when empty.
         scheduling: where phases run.
         evaluation: how merge and adapters are judged.
-        listener: told of the phases.
-        progress: told of what comes after them.
+        listener: receives the progress of the phases.
+        progress: receives that of what comes after them.
 
     Raises:
         PlaitError: anything wrong with what was asked for, all of it before the first step; or merge or evaluation cannot be
             done, with all adapters finished and kept.
     """
-    started, listener, scheduling = time.perf_counter(), listener or SilentPhases(), scheduling or Scheduling()
+    started, scheduling = time.perf_counter(), scheduling or Scheduling()
     chosen = [plan.phase(name) for name in only] or list(plan.phases)
     _check_scheduling(scheduling)
     if (plan.out / _IN_USE).exists():
@@ -111,20 +98,20 @@ def train_cohort(
                 _tidy(phase.phase.folder)  # killed behind its last step, it could not do so itself
         missing = [p for p in phases if p.record is None and p.phase in chosen]
         _check_space(plan.out, missing, scheduling)
-        outcomes = {o.name: o for o in _run([p.phase for p in missing], scheduling, listener, lock)}
+        ended = {o.name: o for o in _run([p.phase for p in missing], scheduling, listener, lock)}
         result = TrainResult(
             plait=__version__,
             source=plan.source,
             out=str(plan.out),
             base_model=plan.base,
-            phases=tuple(_result(p, outcomes.get(p.phase.name)) for p in phases),
+            phases=tuple(_result(p, ended.get(p.phase.name)) for p in phases),
             notes=tuple(notes),
             seconds=0.0,
         )
         result = _as_before(result, before)
         _write(plan.out, result, started)
         if not only and all(r.state in ("done", "found") for r in result.phases):
-            records = {p.phase.name: p.record or outcomes[p.phase.name].record for p in phases}
+            records = {p.phase.name: p.record or ended[p.phase.name].record for p in phases}
             known = {name: record for name, record in records.items() if record is not None}
             result = finish(
                 plan, result, known, before=before, evaluation=evaluation or EvalOptions(), progress=progress or Silent()
@@ -165,36 +152,32 @@ def _check_space(out: Path, missing: Sequence[ResolvedPhase], scheduling: Schedu
     first = missing[0]
     found = estimate(first.opened, first.settings, out, examples=len(first.opened.data.examples), merged=False)
     together = min(len(missing), scheduling.workers or (1 if scheduling.cluster is None else len(missing)))
-    needed = (found.bytes - found.passing) * len(missing) + found.passing * together + _SPARE
-    if needed > found.free:
-        raise OutputError(
-            f"{out}: about {needed / 1e9:.2f} GB are needed ({len(missing)} adapters and their checkpoints), and "
-            f"{found.free / 1e9:.2f} GB are free. Free some, choose another --out, or keep fewer checkpoints "
-            "(arguments: {save_total_limit: 1})."
-        )
+    if problem := found.problem(out, phases=len(missing), together=together, spare=_SPARE):
+        raise OutputError(problem)
 
 
 def _run(
-    phases: Sequence[PlannedPhase], scheduling: Scheduling, listener: PhaseListener, lock: int | None
+    phases: Sequence[PlannedPhase], scheduling: Scheduling, listener: PhaseListener | None, lock: int | None
 ) -> Iterator[PhaseStatus]:
     if not phases:
         return
-    outcomes: Iterator[PhaseStatus]
+    ended: Iterator[PhaseStatus]
     devices, workers = _devices(), scheduling.workers or 1
     if scheduling.cluster is not None:
         from plait.training.ray import on_ray
 
-        outcomes = on_ray(phases, listener, address=scheduling.cluster, workers=scheduling.workers)
+        ended = on_ray(phases, listener, address=scheduling.cluster, workers=scheduling.workers)
     elif workers > 1 or len(devices) > 1:  # a trainer that sees several GPUs would take them all, for larger batches
-        outcomes = side_by_side(phases, listener, workers=workers, lock=lock, devices=devices)
+        ended = side_by_side(phases, listener, workers=workers, lock=lock, devices=devices)
     else:
-        outcomes = in_turn(phases, listener)
+        ended = in_turn(phases, listener)
     folders = {p.name: p.folder for p in phases}
-    for outcome in outcomes:
-        if outcome.record is not None:
-            _tidy(folders[outcome.name])
-        listener.end(outcome)
-        yield outcome
+    for status in ended:
+        if status.record is not None:
+            _tidy(folders[status.name])
+        if listener is not None:
+            listener.end(status)
+        yield status
 
 
 def _tidy(folder: Path) -> None:
@@ -213,16 +196,16 @@ def _devices() -> list[str]:
     return named[:count] if named else [str(i) for i in range(count)]
 
 
-def _result(phase: ResolvedPhase, outcome: PhaseStatus | None) -> PhaseResult:
+def _result(phase: ResolvedPhase, status: PhaseStatus | None) -> PhaseResult:
     name, digest = phase.phase.name, phase.opened.digest
     adapter = f"{PHASES}/{name}/{ADAPTER}"
     if phase.record is not None:
         return PhaseResult.of(name, "found", phase.record, adapter)
-    if outcome is None:
+    if status is None:
         return PhaseResult(name=name, state="waiting", digest=digest)
-    if outcome.record is None:
-        return PhaseResult(name=name, state="failed", digest=digest, error=outcome.error)
-    return PhaseResult.of(name, "done", outcome.record, adapter)
+    if status.record is None:
+        return PhaseResult(name=name, state="failed", digest=digest, error=status.error)
+    return PhaseResult.of(name, "done", status.record, adapter)
 
 
 def _as_before(result: TrainResult, before: TrainResult | None) -> TrainResult:

@@ -44,13 +44,22 @@ class Estimate:
     passing: int
     free: int
 
-    def problem(self, out: Path) -> str | None:
-        """Return why the disk does not suffice."""
-        if self.bytes <= self.free:
+    def problem(self, out: Path, *, phases: int = 1, together: int = 1, spare: int = 0) -> str | None:
+        """Return why the disk does not suffice; None where it does.
+
+        Args:
+            out: where everything is written.
+            phases: runs of this size.
+            together: of them, those that have checkpoints at the same time.
+            spare: bytes of what else is written.
+        """
+        needed = (self.bytes - self.passing) * phases + self.passing * together + spare
+        if needed <= self.free:
             return None
+        what = f"{self.checkpoints} checkpoints among them" if phases == 1 else f"{phases} adapters and their checkpoints"
         return (
-            f"{out}: about {self.bytes / 1e9:.2f} GB are needed ({self.checkpoints} checkpoints among them), and "
-            f"{self.free / 1e9:.2f} GB are free. Free some, choose another place, or keep fewer checkpoints (save_total_limit)."
+            f"{out}: about {needed / 1e9:.2f} GB are needed ({what}), and {self.free / 1e9:.2f} GB are free. Free some, choose "
+            "another output folder, or keep fewer checkpoints (save_total_limit: 1)."
         )
 
 

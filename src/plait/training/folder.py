@@ -146,14 +146,6 @@ def _meet() -> None:
         optional("accelerate", "train", "training").PartialState().wait_for_everyone()
 
 
-def goes_on(out: Path, opened: ResolvedJob) -> int | None:
-    """Return the step at which this very job would go on in a folder; None where it would begin."""
-    if not (out / _JOB).is_file() or _differences(out, opened):
-        return None
-    found = last_checkpoint(out)
-    return None if found is None else int(found.name.rpartition("-")[2])
-
-
 def named_checkpoint(asked: str | None) -> Path | None:
     """Return the checkpoint that `resume_from_checkpoint` names; None where it names none.
 

@@ -6,12 +6,13 @@ All that can be wrong before a model is loaded is found here, in all phases, and
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from plait.errors import OutputError, PlaitError
+from plait.errors import OutputError, PlaitError, collect
 from plait.extras import optional, require
 from plait.hub.download import resolve_model
 from plait.libraries.transformers import silence
@@ -24,6 +25,8 @@ from plait.training.job import PACKAGES, ResolvedJob, TrainingJob, TrainingRecor
 from plait.training.output import EARLIER, check_output
 from plait.training.phases import PlannedPhase, TrainingPlan
 from plait.training.settings import trainer_settings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,23 +60,60 @@ def resolve_phases(plan: TrainingPlan) -> tuple[ResolvedPhase, ...]:
     require("plait train", {"train": PACKAGES})
     check_output(plan.out)
     resolve_model(plan.base)
-    opened: list[ResolvedPhase] = []
+    resolved: list[ResolvedPhase] = []
     problems: list[tuple[int, str, str]] = []
+    occupied: list[str] = []
     for index, phase in enumerate(plan.phases):
-        try:
-            job = resolve_job(phase.job)
-            _judged(plan, phase)
-        except PlaitError as error:
-            problems.append((index, "data", str(error)))
+        found, errors = resolve_phase(phase, force=True, also=partial(_read_eval_rows, plan, phase))
+        occupied += [text for key, text in errors if key == "folder"]
+        problems += [(index, key, text) for key, text in errors if key != "folder"]
+        if found is None:
             continue
-        try:
-            opened.append(_opened(phase, job))
-        except OutputError:
-            raise
-        except PlaitError as error:
-            problems.append((index, "arguments", str(error)))
+        resolved.append(found)
+        if found.record is None and not errors:
+            try:
+                _try_tokenizer(found)
+            except PlaitError as error:
+                problems.append((index, "arguments", str(error)))
+    collect(OutputError, occupied, f"{plan.out} cannot take this run")
     plan.refuse(problems)
-    return tuple(opened)
+    return tuple(resolved)
+
+
+def resolve_phase(
+    phase: PlannedPhase, *, force: bool, also: Callable[[ResolvedJob], object] | None = None
+) -> tuple[ResolvedPhase | None, list[tuple[str, str]]]:
+    """Find everything that can be known of a phase before its model is loaded: the one way of a cohort and of a single run.
+
+    Args:
+        phase: as planned.
+        force: give up what another job left in its folder.
+        also: looks at the job with its inputs at hand, and may raise an error of plait.
+
+    Returns:
+        The phase, None where it cannot be trained; and all that is wrong: (`data`, `arguments` or `folder`, what).
+    """
+    problems: list[tuple[str, str]] = []
+
+    def step(key: str, action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except PlaitError as error:
+            problems.append((key, str(error)))
+            return None
+
+    opened = step("data", lambda: resolve_job(phase.job))
+    settings = step("arguments", lambda: _settings(phase.job, phase.folder))
+    if also is not None and opened is not None:
+        step("data", lambda: also(opened))
+    if problem := folder_problem(phase.folder, opened, force=force):
+        problems.append(("folder", problem))
+    if opened is None or settings is None:
+        return None, problems
+    found = look(ResolvedPhase(phase, opened, settings, None, None))
+    if found.record is None:
+        step("arguments", lambda: named_checkpoint(settings.resume_from_checkpoint))
+    return found, problems
 
 
 def set_aside(plan: TrainingPlan, phases: Sequence[ResolvedPhase]) -> list[str]:
@@ -110,21 +150,10 @@ def _digest(folder: Path) -> str | None:
     return digest if isinstance(digest, str) else None
 
 
-def _judged(plan: TrainingPlan, phase: PlannedPhase) -> None:
-    """Render what the phase is judged by: a column that is missing there must not be found after training."""
+def _read_eval_rows(plan: TrainingPlan, phase: PlannedPhase, _: ResolvedJob) -> None:
+    """Render what the phase is evaluated on: a column that is missing there must not be found after training."""
     if phase.task is not None:
         read_examples(phase.task, plan.recipe.eval.split)
-
-
-def _opened(phase: PlannedPhase, job: ResolvedJob) -> ResolvedPhase:
-    problem = folder_problem(phase.folder, job, force=True)
-    if problem:
-        raise OutputError(problem)
-    found = look(ResolvedPhase(phase, job, _settings(job.job, phase.folder), None, None))
-    if found.record is None:
-        named_checkpoint(found.settings.resume_from_checkpoint)
-        _try_tokenizer(found)
-    return found
 
 
 def _try_tokenizer(phase: ResolvedPhase) -> None:

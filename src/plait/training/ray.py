@@ -13,44 +13,22 @@ from typing import Any
 
 from plait.errors import OutputError, PlaitError
 from plait.extras import optional
-from plait.training.job import TrainingJob, TrainingRecord
+from plait.training.job import TrainingJob
 from plait.training.phases import PlannedPhase
-from plait.training.runners import PhaseListener, PhaseStatus, attempt
+from plait.training.runners import PhaseListener, PhaseProgress, PhaseStatus, SentProgress, attempt, replay
 
 _POLL = 0.5  # seconds between looks at the cluster
 _LOST_NODES = 3  # how often a phase is begun again elsewhere; it goes on from its last checkpoint
 
 
-class _Sender:
-    """A listener on a node: puts what it hears into a queue of the cluster.
-
-    Args:
-        queue: of Ray.
-    """
-
-    def __init__(self, queue: Any) -> None:
-        self._queue = queue
-
-    def begin(self, phase: str, stage: str, total: int, unit: str) -> None:
-        """Send the beginning of a stage."""
-        self._queue.put(("begin", phase, stage, total, unit))
-
-    def advance(self, phase: str, steps: int) -> None:
-        """Send steps done."""
-        self._queue.put(("advance", phase, steps))
-
-    def end(self, outcome: PhaseStatus) -> None:
-        """Send nothing: the outcome is what the task returns."""
-
-
 def on_ray(
-    phases: Sequence[PlannedPhase], listener: PhaseListener, *, address: str, workers: int | None
+    phases: Sequence[PlannedPhase], listener: PhaseListener | None, *, address: str, workers: int | None
 ) -> Iterator[PhaseStatus]:
     """Train phases on a cluster, all at once as far as it has room; yield them as they end.
 
     Args:
         phases: what is trained.
-        listener: who listens.
+        listener: receives their progress.
         address: `ray` for the cluster of this machine or of RAY_ADDRESS, or `ray://HOST:PORT`.
         workers: at most so many phases at a time; a node each (or a GPU each, where there are some) when None.
 
@@ -75,9 +53,10 @@ def on_ray(
                 places = (str(phase.folder), str(phase.log), str(seen.file))
                 running[remote.remote(phase.name, phase.job.model_dump(mode="json"), places, queue)] = phase
             ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL)
-            _pass_on(queue, listener)
+            for name, call in (queue.get() for _ in range(queue.qsize())):
+                replay(call, PhaseProgress(name, listener))
             for reference in ready:
-                yield _outcome(ray, reference, running.pop(reference))
+                yield _status(ray, reference, running.pop(reference))
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
@@ -132,11 +111,11 @@ def _train(name: str, job: dict[str, Any], places: tuple[str, str, str], queue: 
     folder, log, beacon = map(Path, places)
     if not beacon.is_file():
         return {"unseen": True}
-    outcome = attempt(name, TrainingJob.model_validate(job), folder, log, _Sender(queue))
-    return {"record": None if outcome.record is None else outcome.record.model_dump(mode="json"), "error": outcome.error}
+    send = SentProgress(lambda call: queue.put((name, call)))
+    return attempt(name, TrainingJob.model_validate(job), folder, log, send).to_json()
 
 
-def _outcome(ray: Any, reference: Any, phase: PlannedPhase) -> PhaseStatus:
+def _status(ray: Any, reference: Any, phase: PlannedPhase) -> PhaseStatus:
     try:
         found = ray.get(reference)
     except ray.exceptions.RayError as error:  # the node is lost too often, or out of memory
@@ -146,11 +125,4 @@ def _outcome(ray: Any, reference: Any, phase: PlannedPhase) -> PhaseStatus:
             f"{phase.folder.parent}: a node of the cluster does not see this folder. Base model, data and output must lie on "
             "storage that all nodes share, under the same paths."
         )
-    record = None if found["record"] is None else TrainingRecord.model_validate(found["record"])
-    return PhaseStatus(phase.name, record, found["error"])
-
-
-def _pass_on(queue: Any, listener: PhaseListener) -> None:
-    for _ in range(queue.qsize()):
-        kind, *told = queue.get()
-        listener.begin(*told) if kind == "begin" else listener.advance(*told)
+    return PhaseStatus.from_json(phase.name, found)

@@ -1,16 +1,17 @@
-"""One phase as an attempt that may fail without the others, and all of them one after another in this process."""
+"""How one phase is run, so that it may fail without the others: in this process here, elsewhere by `worker` and `ray`."""
 
 from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from plait.errors import PlaitError
 from plait.libraries.transformers import silence
+from plait.results.progress import Progress
 from plait.training.job import TrainingJob, TrainingRecord
 from plait.training.phases import PlannedPhase
 from plait.training.running import run_job
@@ -30,48 +31,87 @@ class PhaseStatus:
     record: TrainingRecord | None = None
     error: str | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` takes, as plain data for another process."""
+        return {"record": None if self.record is None else self.record.model_dump(mode="json"), "error": self.error}
+
+    @classmethod
+    def from_json(cls, name: str, data: Mapping[str, Any]) -> PhaseStatus:
+        """Return the status of the phase `name` that another process has sent."""
+        return cls(name, None if data["record"] is None else TrainingRecord.model_validate(data["record"]), data["error"])
+
 
 class PhaseListener(Protocol):
-    """A listener to phases, of which several may run at a time."""
+    """Receives the progress of phases, of which several may run at a time."""
 
     def begin(self, phase: str, stage: str, total: int, unit: str) -> None:
-        """Learn that a phase begins a stage of `total` steps; the one before is over."""
+        """A phase begins a stage of `total` steps; the one before is over."""
 
     def advance(self, phase: str, steps: int) -> None:
-        """Learn of steps done."""
+        """A phase has taken steps."""
 
-    def end(self, outcome: PhaseStatus) -> None:
-        """Learn that a phase is over."""
+    def end(self, status: PhaseStatus, /) -> None:
+        """A phase is over."""
 
 
 class PhaseProgress:
-    """A phase's `Progress`, told to a listener of many.
+    """The `Progress` of one phase, passed on to a listener to all of them.
 
     Args:
         phase: its name.
-        listener: who listens.
+        listener: to all phases; None for none.
     """
 
-    def __init__(self, phase: str, listener: PhaseListener) -> None:
-        self._phase, self._watcher = phase, listener
+    def __init__(self, phase: str, listener: PhaseListener | None) -> None:
+        self._phase, self._listener = phase, listener
 
     def start(self, stage: str, total: int, unit: str = "steps") -> None:
         """Begin a stage."""
-        self._watcher.begin(self._phase, stage, total, unit)
+        if self._listener is not None:
+            self._listener.begin(self._phase, stage, total, unit)
 
     def advance(self, steps: int = 1) -> None:
         """Report steps done."""
-        self._watcher.advance(self._phase, steps)
+        if self._listener is not None:
+            self._listener.advance(self._phase, steps)
 
     def finish(self) -> None:
-        """End a stage; what comes next says so."""
+        """End a stage; the next one, or the phase's end, implies it."""
 
 
-def attempt(name: str, job: TrainingJob, folder: Path, log: Path, listener: PhaseListener) -> PhaseStatus:
-    """Train one phase, or go on with it; a failure is an outcome, and its traceback goes into the phase's log."""
+class SentProgress:
+    """The `Progress` of a phase in another process: every call becomes a tuple of plain data, for `replay` over there.
+
+    Args:
+        send: takes `("start", stage, total, unit)` or `("advance", steps)`.
+    """
+
+    def __init__(self, send: Callable[[tuple[Any, ...]], object]) -> None:
+        self._send = send
+
+    def start(self, stage: str, total: int, unit: str = "steps") -> None:
+        """Send the beginning of a stage."""
+        self._send(("start", stage, total, unit))
+
+    def advance(self, steps: int = 1) -> None:
+        """Send steps done."""
+        self._send(("advance", steps))
+
+    def finish(self) -> None:
+        """Send nothing, as in `PhaseProgress`."""
+
+
+def replay(call: Sequence[Any], progress: Progress) -> None:
+    """Make a call that `SentProgress` has sent."""
+    name, *arguments = call
+    progress.start(*arguments) if name == "start" else progress.advance(*arguments)
+
+
+def attempt(name: str, job: TrainingJob, folder: Path, log: Path, progress: Progress) -> PhaseStatus:
+    """Train one phase, or go on with it; a failure is a status, and its traceback goes into the phase's log."""
     try:
         # what another job left unfinished there is of no use; what it finished has been moved away before
-        return PhaseStatus(name, record=run_job(job, folder, force=True, progress=PhaseProgress(name, listener)))
+        return PhaseStatus(name, record=run_job(job, folder, force=True, progress=progress))
     except PlaitError as error:
         return PhaseStatus(name, error=str(error))
     except Exception as error:  # trainers raise anything, and the other phases must not suffer
@@ -82,10 +122,10 @@ def attempt(name: str, job: TrainingJob, folder: Path, log: Path, listener: Phas
         return PhaseStatus(name, error=f"{type(error).__name__}: {words[:300]} (the whole of it is in {log})")
 
 
-def in_turn(phases: Sequence[PlannedPhase], listener: PhaseListener) -> Iterator[PhaseStatus]:
+def in_turn(phases: Sequence[PlannedPhase], listener: PhaseListener | None) -> Iterator[PhaseStatus]:
     """Train phases one after another in this process."""
     for phase in phases:
         with silence():
-            outcome = attempt(phase.name, phase.job, phase.folder, phase.log, listener)
-        yield outcome
+            status = attempt(phase.name, phase.job, phase.folder, phase.log, PhaseProgress(phase.name, listener))
+        yield status
         gc.collect()  # a trainer and its model hold each other

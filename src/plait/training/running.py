@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from plait.errors import OutputError, PlanError
 from plait.extras import optional
-from plait.libraries.transformers import load_best_model
+from plait.libraries.transformers import report_steps, take_steps
 from plait.results.disk import DISK_FULL
 from plait.results.progress import Progress
 from plait.results.staging import publish
 from plait.results.versions import library_versions
+from plait.training import causal, classification
+from plait.training.encoding import EncodedData
 from plait.training.folder import (
     JobFolder,
     checkpoint_step,
@@ -43,12 +46,12 @@ def run_job(job: TrainingJob, out: Path, *, force: bool = False, progress: Progr
         job: what to do.
         out: its folder: checkpoints, `adapter/` (`final_model/` without LoRA), `training.json`.
         force: give up what another job left there.
-        progress: who listens, instead of the trainer's own bar and lines; it is told of optimiser steps.
+        progress: receives optimizer steps, in place of the trainer's own bar and lines.
 
     Raises:
         PlaitError: anything wrong with what the user gave.
     """
-    return train(resolve_job(job), out, force=force, progress=progress)
+    return train(resolve_job(job), out, force=force, progress=progress)[0]
 
 
 def train(
@@ -57,47 +60,43 @@ def train(
     *,
     force: bool = False,
     progress: Progress | None = None,
-    make: Callable[[ResolvedJob, Path], Prepared] | None = None,
-) -> TrainingRecord:
+    encoded: tuple[EncodedData, EncodedData | None] | None = None,
+) -> tuple[TrainingRecord, bool]:
     """Train in a folder, or go on there, or return the record of what is finished there; see `run_job`.
 
     Args:
         opened: the job.
         out: its folder.
         force: give up what another job left there.
-        progress: who listens.
-        make: makes the trainer; what suits the job's kind when None.
+        progress: receives optimizer steps, in place of the trainer's own bar and lines.
+        encoded: the data of a causal language model, where it was tokenized before.
+
+    Returns:
+        The record, and whether an earlier run had finished it, so that this one trained nothing.
     """
     with open_folder(out, opened, force=force) as folder:
         finished = folder.finished()
         if finished is not None:
-            return finished
+            return finished, True
         if problem := result_problem(out):
             raise OutputError(problem)
-        prepared = (make or _prepare)(opened, out)
-        return _run(opened, folder, prepared, progress)
-
-
-def _prepare(opened: ResolvedJob, out: Path) -> Prepared:
-    if opened.job.kind == "sequence_classification":
-        from plait.training.classification import make_trainer as make_classifier
-
-        return make_classifier(opened, out)
-    from plait.training.causal import make_trainer
-
-    return make_trainer(opened, out)
+        if opened.job.kind == "sequence_classification":
+            prepared = classification.make_trainer(opened, out)
+        else:
+            prepared = causal.make_trainer(opened, out, encoded=encoded)
+        return _run(opened, folder, prepared, progress), False
 
 
 def _run(opened: ResolvedJob, folder: JobFolder, prepared: Prepared, progress: Progress | None) -> TrainingRecord:
     trainer, job = prepared.trainer, opened.job
     _set_seed(trainer, job.seed)
     if progress is not None:
-        _listen(trainer, progress)
+        report_steps(trainer, partial(_begin, progress), progress.advance, progress.finish)
     checkpoint = named_checkpoint(trainer.args.resume_from_checkpoint) or last_checkpoint(folder.path)
     resumed = None if checkpoint is None else checkpoint_step(checkpoint)
     started = time.perf_counter()
     with _error_context(folder.path):
-        _take_steps(trainer, checkpoint)
+        take_steps(trainer, None if checkpoint is None else str(checkpoint))
     seconds = round(time.perf_counter() - started, 3)
     name = FINAL_MODEL if job.lora is None else ADAPTER
     history = trainer.state.log_history
@@ -122,28 +121,6 @@ def _run(opened: ResolvedJob, folder: JobFolder, prepared: Prepared, progress: P
     )
     _save(trainer, opened, folder, record)
     return record
-
-
-class _NoneLeft(Exception):
-    """A run was killed behind its last step."""
-
-
-def _take_steps(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Train from a checkpoint on. From that of the last step transformers would take one more; here none is left to take."""
-    transformers = optional("transformers", "train", "training")
-
-    class Stop(transformers.TrainerCallback):  # type: ignore[name-defined,misc]
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step >= state.max_steps:
-                raise _NoneLeft  # weights and state are loaded
-
-    trainer.add_callback(Stop())
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except _NoneLeft:
-        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
-            load_best_model(trainer)
-        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
 
 
 @contextmanager
@@ -200,21 +177,6 @@ def _set_seed(trainer: Trainer, seed: int) -> None:
     optional("transformers", "train", "training").set_seed(seed)
 
 
-def _listen(trainer: Trainer, progress: Progress) -> None:
-    """Tell a listener of every step, and nobody else."""
-    transformers = optional("transformers", "train", "training")
-
-    class Steps(transformers.TrainerCallback):  # type: ignore[name-defined,misc]
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            progress.start("train", state.max_steps)
-            progress.advance(state.global_step)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            progress.advance()
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            progress.finish()
-
-    for shown in (transformers.ProgressCallback, transformers.PrinterCallback):
-        trainer.remove_callback(shown)
-    trainer.add_callback(Steps())
+def _begin(progress: Progress, total: int, done: int) -> None:
+    progress.start("train", total)
+    progress.advance(done)

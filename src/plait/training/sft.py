@@ -16,7 +16,6 @@ from typing import Any
 from plait.baking.pipeline import run_bake
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import OutputError, PlaitError, RecipeError, collect
-from plait.extras import optional
 from plait.recipes.request import read_request
 from plait.records import Shown
 from plait.results.checks import is_whole
@@ -31,17 +30,15 @@ from plait.training.encoding import EncodedData
 from plait.training.estimate import Estimate, estimate
 from plait.training.folder import (
     MERGED_MODEL,
-    JobFolder,
     folder_problem,
-    goes_on,
     leads,
-    named_checkpoint,
     result_problem,
 )
 from plait.training.formats import PlainText
-from plait.training.job import ADAPTER, FINAL_MODEL, Prepared, ResolvedJob, TrainingRecord, resolve_job
+from plait.training.job import ADAPTER, FINAL_MODEL, TrainingJob, TrainingRecord
+from plait.training.phases import PlannedPhase
+from plait.training.preflight import ResolvedPhase, resolve_phase
 from plait.training.running import train
-from plait.training.settings import trainer_settings
 from plait.verification.publish import push_result
 
 
@@ -51,26 +48,25 @@ class SftPlan(Shown):
 
     Attributes:
         flags: as given.
-        opened: the job with its inputs.
+        phase: the one that is trained, with its inputs; its record when training is done already, and only what follows it
+            may be missing.
         encoded: examples and held-out examples as tokens.
         estimate: parameters, steps, bytes.
         example: what the first example gives, and what is learnt of it.
         notes: rows and examples left out or cut.
-        finished: whether training is done already, and only what comes behind it may be missing.
     """
 
     flags: Flags
-    opened: ResolvedJob
+    phase: ResolvedPhase
     encoded: tuple[EncodedData, EncodedData | None]
     estimate: Estimate
     example: tuple[str, str]
     notes: tuple[str, ...]
-    finished: bool
 
     @property
     def writes(self) -> tuple[Path, ...]:
         """The folders of the result."""
-        names = [FINAL_MODEL] if self.opened.job.lora is None else [ADAPTER, FINAL_MODEL]
+        names = [FINAL_MODEL] if self.phase.opened.job.lora is None else [ADAPTER, FINAL_MODEL]
         return tuple(self.flags.out / n for n in [*names, *[MERGED_MODEL] * bool(self.flags.get("merge_adapter_with_base"))])
 
     @property
@@ -79,7 +75,7 @@ class SftPlan(Shown):
         if not self.flags.get("push_to_hub"):
             return None
         merged = self.flags.get("upload_merged_model")
-        return self.flags.out / (MERGED_MODEL if merged else FINAL_MODEL if self.opened.job.lora is None else ADAPTER)
+        return self.flags.out / (MERGED_MODEL if merged else FINAL_MODEL if self.phase.opened.job.lora is None else ADAPTER)
 
 
 @dataclass(frozen=True)
@@ -121,50 +117,44 @@ class SftResult(Shown):
 
 
 def plan_sft(flags: Flags) -> SftPlan:
-    """Check everything that can be checked before training, and say what will happen. Writes nothing.
+    """Check everything that can be checked before training. Writes nothing.
 
     Raises:
         RecipeError: flags, data, disk, folder or Hub do not allow it; everything that is wrong at once.
     """
     problems = contradictions(flags)
-    opened = config = None
-    if flags.get("model_name_or_path") and flags.get("dataset_name"):
-        opened = _kept(problems, lambda: resolve_job(job_of(flags)))
-        config = _kept(problems, lambda: _settings(flags))
-    if problem := folder_problem(flags.out, opened, force=bool(flags.get("force"))):
+    phase = None
+    force = bool(flags.get("force"))
+    job = _job(flags, problems)
+    if job is not None:
+        merged = bool(flags.get("merge_adapter_with_base"))
+        also = (lambda opened: BaseCheckpoint.open(opened.job.base)) if merged else None
+        phase, found = resolve_phase(PlannedPhase(ADAPTER, job, flags.out, None), force=force, also=also)
+        problems += [text for _, text in found]
+    elif problem := folder_problem(flags.out, None, force=force):
         problems.append(problem)
-    if flags.get("merge_adapter_with_base") and opened is not None:
-        _kept(problems, lambda: BaseCheckpoint.open(opened.job.base))
     if flags.get("push_to_hub") and not any("--hub_repo_id" in p for p in problems) and (problem := push_problem(flags)):
         problems.append(problem)
-    plan: SftPlan | None = None
-    if opened is not None and config is not None:
-        plan = _kept(problems, lambda: _planned(flags, opened, config, problems))
+    plan = None if phase is None else _planned(flags, phase, problems)
     collect(RecipeError, list(dict.fromkeys(problems)), "plait sft cannot begin")
     assert plan is not None
     return plan
 
 
 def run_sft(plan: SftPlan, *, progress: Progress | None = None) -> SftResult:
-    """Train, then merge and upload as the flags say. Killed, the same call goes on.
+    """Train, then merge and upload as the flags ask for. Killed, the same call continues.
 
     Args:
         plan: from `plan_sft`.
-        progress: who listens, instead of TRL's own bar and lines.
+        progress: receives stages and steps, in place of TRL's own bar and lines.
 
     Raises:
-        PlaitError: training is not possible. A failed merge or upload raises nothing; the result tells of it.
+        PlaitError: training is not possible. A failed merge or upload raises nothing; the result names it.
     """
-    out, opened = plan.flags.out, plan.opened
-    begun = False
-
-    def make(opened: ResolvedJob, out: Path) -> Prepared:
-        nonlocal begun
-        begun = True
-        return causal.make_trainer(opened, out, encoded=plan.encoded)
-
-    record = train(opened, out, force=bool(plan.flags.get("force")), progress=progress, make=make)
-    result = SftResult(record, None if opened.job.lora is None else out / ADAPTER, out / FINAL_MODEL, found=not begun)
+    out = plan.flags.out
+    force = bool(plan.flags.get("force"))
+    record, found = train(plan.phase.opened, out, force=force, progress=progress, encoded=plan.encoded)
+    result = SftResult(record, None if record.job.lora is None else out / ADAPTER, out / FINAL_MODEL, found=found)
     if not leads():
         return result
     if result.adapter is not None:
@@ -174,38 +164,37 @@ def run_sft(plan: SftPlan, *, progress: Progress | None = None) -> SftResult:
     return _pushed(plan, result)
 
 
-def _planned(flags: Flags, opened: ResolvedJob, config: Any, problems: list[str]) -> SftPlan:
-    plain = any(isinstance(example, PlainText) for example in opened.data.examples)
-    if plain and (config.completion_only_loss or config.assistant_only_loss):
-        problems.append("--completion_only_loss, --assistant_only_loss: rows of plain text have no answer. Leave them out.")
-    merged = bool(flags.get("merge_adapter_with_base"))
-    _kept(problems, lambda: named_checkpoint(config.resume_from_checkpoint))
-    encoded = causal.encode_data(opened, config)
-    found = estimate(opened, config, flags.out, examples=len(encoded[0].items), merged=merged)
-    finished = JobFolder(flags.out, opened).finished() is not None
-    if not finished:
-        problems += filter(None, (found.problem(flags.out), result_problem(flags.out)))
-    encoder = causal.encoder_of(opened, config)
-    notes = causal.notes_of(opened, encoded, config)
-    return SftPlan(flags, opened, encoded, found, encoder.text(encoded[0].items[0]), notes, finished)
-
-
-def _settings(flags: Flags) -> Any:
-    """Make the trainer's configuration, but for what `checks` has words of its own for."""
-    job = job_of(flags)
-    arguments = {k: v for k, v in job.arguments.items() if k != "load_best_model_at_end"}
-    trl = optional("trl", "train", "plait sft")
-    kept = job.arguments if not any("load_best" in problem for problem in contradictions(flags)) else arguments
-    return trainer_settings(trl.SFTConfig, job.model_copy(update={"arguments": kept}), flags.out)
-
-
-def _kept(problems: list[str], step: Callable[[], Any]) -> Any:
-    """Take a step; note what is wrong and return None where it fails."""
+def _job(flags: Flags, problems: list[str]) -> TrainingJob | None:
+    """Return the job that flags ask for, less what `problems` explains already and transformers would refuse again."""
+    if not flags.get("model_name_or_path") or not flags.get("dataset_name"):
+        return None
     try:
-        return step()
+        job = job_of(flags)
     except PlaitError as error:
         problems.append(str(error))
         return None
+    if not any("load_best" in problem for problem in problems):
+        return job
+    kept = {name: value for name, value in job.arguments.items() if name != "load_best_model_at_end"}
+    return job.model_copy(update={"arguments": kept})
+
+
+def _planned(flags: Flags, phase: ResolvedPhase, problems: list[str]) -> SftPlan | None:
+    opened, config = phase.opened, phase.settings
+    plain = any(isinstance(example, PlainText) for example in opened.data.examples)
+    if plain and (config.completion_only_loss or config.assistant_only_loss):
+        problems.append("--completion_only_loss, --assistant_only_loss: rows of plain text have no answer. Leave them out.")
+    try:
+        encoded = causal.encode_data(opened, config)
+        merged = bool(flags.get("merge_adapter_with_base"))
+        found = estimate(opened, config, flags.out, examples=len(encoded[0].items), merged=merged)
+        if phase.record is None:
+            problems += filter(None, (found.problem(flags.out), result_problem(flags.out)))
+        example = causal.encoder_of(opened, config).text(encoded[0].items[0])
+    except PlaitError as error:
+        problems.append(str(error))
+        return None
+    return SftPlan(flags, phase, encoded, found, example, causal.notes_of(opened, encoded, config))
 
 
 def _copied(result: SftResult, adapter: Path) -> SftResult:
@@ -221,7 +210,7 @@ def _copied(result: SftResult, adapter: Path) -> SftResult:
 
 
 def _merged(plan: SftPlan, result: SftResult, progress: Progress | None) -> SftResult:
-    out, base = plan.flags.out / MERGED_MODEL, plan.opened.base_reference
+    out, base = plan.flags.out / MERGED_MODEL, plan.phase.opened.base_reference
     assert result.adapter is not None
     adapter = result.adapter
     again = _command("bake", str(adapter), "--base-id", base, "-o", str(out), "--force")
@@ -283,23 +272,23 @@ def _command(*words: str) -> str:
 
 def describe(plan: SftPlan) -> Iterator[str]:
     """Yield a plan line by line, for people."""
-    job, found = plan.opened.job, plan.estimate
+    job, found = plan.phase.opened.job, plan.estimate
     lora = job.lora
     targets = "" if lora is None else lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets or ("PEFT's",))
     variant = "" if lora is None else " rsLoRA" * lora.rslora + " DoRA" * lora.dora
     what = "all parameters" if lora is None else f"LoRA r {lora.r}, alpha {lora.alpha:g}{variant} on {targets} layers"
     yield f"model      {job.base}: {found.parameters:,} parameters; {what}, {found.trainable:,} trained"
     data, held = plan.encoded
-    watched = plan.opened.eval_data
+    watched = plan.phase.opened.eval_data
     tokens = sum(len(item.ids) for item in data.items)
     learnt = sum(int((item.labels >= 0).sum()) for item in data.items)
-    yield f"data       {plan.opened.data.summary}"
+    yield f"data       {plan.phase.opened.data.summary}"
     yield f"           {len(data.items)} examples, {tokens:,} tokens, {learnt:,} of them learnt; the longest has {data.longest}"
     if held is not None and watched is not None:
         yield f"           {len(held.items)} examples to measure the loss on: {watched.summary}"
     most = "at most " * bool(job.arguments.get("packing"))
-    step = goes_on(plan.flags.out, plan.opened)
-    state = "; finished already" if plan.finished else "" if step is None else f"; goes on at step {step}"
+    step = plan.phase.checkpoint
+    state = "; finished already" if plan.phase.record else "" if step is None else f"; goes on at step {step}"
     yield f"training   {most}{found.steps} steps, seed {job.seed}{state}"
     yield f"writes     {', '.join(str(path) for path in plan.writes)}; at most {found.bytes / 1e6:,.1f} MB"
     if plan.uploads is not None:

@@ -14,9 +14,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from plait.training.job import TrainingRecord
 from plait.training.phases import PlannedPhase
-from plait.training.runners import PhaseListener, PhaseStatus
+from plait.training.runners import PhaseListener, PhaseProgress, PhaseStatus, replay
 
 _TAIL = 3
 
@@ -29,21 +28,21 @@ class _Child:
         phase: which.
         process: its own.
         slot: the place of `workers` that it takes.
-        outcome: how it ended, as it said itself.
-        listener: reads what it says, and waits for its end.
+        status: how it ended, as it said itself.
+        reader: reads what it writes, and waits for its end.
     """
 
     phase: PlannedPhase
     process: subprocess.Popen[str]
     slot: int
-    outcome: PhaseStatus | None = None
-    listener: threading.Thread | None = None
+    status: PhaseStatus | None = None
+    reader: threading.Thread | None = None
 
     def stop(self) -> None:
         """End it, where it has not ended by itself."""
         self.process.kill()
-        if self.listener is not None:
-            self.listener.join()
+        if self.reader is not None:
+            self.reader.join()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 with suppress(BrokenPipeError):  # it died before it read its request
@@ -51,32 +50,35 @@ class _Child:
 
 
 def side_by_side(
-    phases: Sequence[PlannedPhase], listener: PhaseListener, *, workers: int, lock: int | None, devices: Sequence[str]
+    phases: Sequence[PlannedPhase], listener: PhaseListener | None, *, workers: int, lock: int | None, devices: Sequence[str]
 ) -> Iterator[PhaseStatus]:
     """Train phases in processes, so many at a time; yield them as they end. Leaving the iterator ends them all.
 
     Args:
         phases: what is trained.
-        listener: who listens.
+        listener: receives their progress.
         workers: processes at a time.
         lock: file descriptor of the lock on the output, free when this process and all of these are gone; None for no lock.
         devices: GPUs, as CUDA_VISIBLE_DEVICES names them; empty where there is none.
     """
     waiting, free = list(phases), list(range(workers))
-    events: SimpleQueue[tuple[_Child, dict[str, Any] | None]] = SimpleQueue()
+    events: SimpleQueue[tuple[_Child, Any]] = SimpleQueue()
     running: list[_Child] = []
     try:
         while waiting or running:
             while waiting and free:
                 running.append(_start(waiting.pop(0), free.pop(0), workers, lock, devices, events))
             child, event = events.get()
+            if isinstance(event, list):
+                replay(event, PhaseProgress(child.phase.name, listener))
+                continue
             if event is not None:
-                _tell(child, event, listener)
+                child.status = PhaseStatus.from_json(child.phase.name, event)
                 continue
             running.remove(child)
             child.stop()
             free.insert(0, child.slot)
-            yield child.outcome or _died(child)
+            yield child.status or _died(child)
     finally:
         for child in running:
             child.stop()
@@ -100,8 +102,8 @@ def _start(
             env=_environment(slot, workers, devices),
         )
     child = _Child(phase, process, slot)
-    child.listener = threading.Thread(target=_listen, args=(child, events), daemon=True)
-    child.listener.start()
+    child.reader = threading.Thread(target=_read, args=(child, events), daemon=True)
+    child.reader.start()
     if process.stdin is None:
         raise AssertionError("a pipe was asked for")
     try:
@@ -122,7 +124,7 @@ def _environment(slot: int, workers: int, devices: Sequence[str]) -> dict[str, s
     return found
 
 
-def _listen(child: _Child, events: SimpleQueue[Any]) -> None:
+def _read(child: _Child, events: SimpleQueue[Any]) -> None:
     if child.process.stdout is None:
         raise AssertionError("a pipe was asked for")
     for line in child.process.stdout:
@@ -130,16 +132,6 @@ def _listen(child: _Child, events: SimpleQueue[Any]) -> None:
             events.put((child, json.loads(line)))
     child.process.wait()
     events.put((child, None))
-
-
-def _tell(child: _Child, event: dict[str, Any], listener: PhaseListener) -> None:
-    if event["event"] == "begin":
-        listener.begin(child.phase.name, event["stage"], event["total"], event["unit"])
-    elif event["event"] == "advance":
-        listener.advance(child.phase.name, event["steps"])
-    else:
-        record = None if event["record"] is None else TrainingRecord.model_validate(event["record"])
-        child.outcome = PhaseStatus(child.phase.name, record, event["error"])
 
 
 def _died(child: _Child) -> PhaseStatus:

@@ -1,7 +1,8 @@
 """One phase in a process of its own: `python -m plait.training.worker`.
 
-Reads a request (one line of JSON) on stdin and writes events (lines of JSON) on stdout; whatever libraries print goes to
-stderr. Leaves when its parent is gone, which the end of stdin tells: two processes never work on one phase.
+Reads a request (one line of JSON) on stdin and writes lines of JSON on stdout: a list for every call of its `Progress`, then
+a mapping with the status. Whatever libraries print goes to stderr. Leaves when its parent is gone, which the end of stdin
+shows: two processes never work on one phase.
 """
 
 from __future__ import annotations
@@ -11,48 +12,24 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import Any, TextIO
 
 from plait.training.job import TrainingJob
-from plait.training.runners import PhaseStatus, attempt
-
-
-class EventWriter:
-    """A listener that writes what it hears, one line of JSON each.
-
-    Args:
-        stream: where to.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def begin(self, phase: str, stage: str, total: int, unit: str) -> None:
-        """Write the beginning of a stage."""
-        self._write({"event": "begin", "stage": stage, "total": total, "unit": unit})
-
-    def advance(self, phase: str, steps: int) -> None:
-        """Write steps done."""
-        self._write({"event": "advance", "steps": steps})
-
-    def end(self, outcome: PhaseStatus) -> None:
-        """Write how the phase ended."""
-        record = None if outcome.record is None else outcome.record.model_dump(mode="json")
-        self._write({"event": "end", "record": record, "error": outcome.error})
-
-    def _write(self, event: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(event) + "\n")
-        self._stream.flush()
+from plait.training.runners import SentProgress, attempt
 
 
 def main() -> None:
     """Do what stdin asks for."""
-    events = EventWriter(os.fdopen(os.dup(1), "w", encoding="utf-8"))
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     request = json.loads(_line())
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    job = TrainingJob.model_validate(request["job"])
-    events.end(attempt(request["name"], job, Path(request["folder"]), Path(request["log"]), events))
+
+    def write(event: object) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    job, folder, log = TrainingJob.model_validate(request["job"]), Path(request["folder"]), Path(request["log"])
+    write(attempt(request["name"], job, folder, log, SentProgress(write)).to_json())
 
 
 def _line() -> bytes:
