@@ -55,6 +55,7 @@ def merge(  # noqa: PLR0913 (what a command line takes)
     push_to: str | None = None,
     private: bool = False,
     moments: str | Path | Mapping[str, str | Path] | MomentsOf | None = None,
+    tasks: Sequence[str | Path] | None = None,
     add: Adapters | None = None,
     inputs: Mapping[str, str | Path] | None = None,
     from_merged: bool = False,
@@ -76,6 +77,8 @@ def merge(  # noqa: PLR0913 (what a command line takes)
         moments: second moments of the modules' inputs, for methods that solve (`regmean`, `ssr`): a folder of
             `<adapter>.safetensors` or name → file, as `save_moments` writes them, or a function (adapter, target module) →
             E[x xᵀ]. A function is in no recipe: what it makes cannot be rebuilt from its lock.
+        tasks: files of the adapters' tasks, the recipe's when None. On their unlabelled texts (`calibration`) a merge takes the
+            second moments that its method needs and nobody gives, and the scale of `scale="auto"`; both need the base model.
         add: adapters that an earlier merge gets besides its own; `source` is that merge's folder, with its `plait.lock`, and
             `weights` are theirs. The result is that of merging all at once.
         inputs: with `add`: name → reference, for sources that lie elsewhere than the lock says.
@@ -106,10 +109,12 @@ def merge(  # noqa: PLR0913 (what a command line takes)
         recipe, folder = _recipe(source, settings)
     if push_to is not None:
         check_push(push_to)
+    how: dict[str, Any] = {"force": force, "workers": workers, "progress": progress}
+    recipe, found = _complete(_with_tasks(recipe, tasks), folder, out, function, **how)
     result = run_recipe(
         recipe,
         base_folder=base_folder,
-        notes=notes,
+        notes=(*notes, *found),
         moments=function,
         folder=folder,
         out=None if out is None else Path(out),
@@ -125,6 +130,7 @@ def plan(
     *,
     workers: int | None = None,
     moments: str | Path | Mapping[str, str | Path] | MomentsOf | None = None,
+    tasks: Sequence[str | Path] | None = None,
     **settings: Any,
 ) -> MergePlan:
     """Return what `merge` would do with the same arguments; reads headers, no tensor.
@@ -134,7 +140,7 @@ def plan(
     """
     function, settings = _moments(moments, settings)
     recipe, folder = _recipe(source, settings)
-    return plan_recipe(recipe, folder=folder, workers=workers, moments=function)
+    return plan_recipe(_with_tasks(recipe, tasks), folder=folder, workers=workers, moments=function)
 
 
 def bake(  # noqa: PLR0913 (what a command line takes)
@@ -152,6 +158,7 @@ def bake(  # noqa: PLR0913 (what a command line takes)
     push_to: str | None = None,
     private: bool = False,
     moments: str | Path | Mapping[str, str | Path] | MomentsOf | None = None,
+    tasks: Sequence[str | Path] | None = None,
     **settings: Any,
 ) -> BakeResult:
     """Write base model + merge as a full model, shard by shard.
@@ -174,6 +181,7 @@ def bake(  # noqa: PLR0913 (what a command line takes)
         push_to: Hub repository to upload the model to.
         private: create that repository as private.
         moments: second moments of the modules' inputs, as `merge` takes them.
+        tasks: files of the adapters' tasks, as `merge` takes them.
         **settings: as `merge`, but for what shapes an adapter (`rank`, `kind`, `layout`).
 
     Raises:
@@ -191,6 +199,8 @@ def bake(  # noqa: PLR0913 (what a command line takes)
     options = bake_options(dtype=dtype, shard_size=shard_size, device=device, dequantize=dequantize)
     if push_to is not None:
         check_push(push_to)
+    how: dict[str, Any] = {"force": force, "workers": workers, "progress": progress}
+    recipe, _ = _complete(_with_tasks(recipe, tasks), folder, out, function, **how)
     result = run_bake(
         recipe, options, out=Path(out), folder=folder, force=force, workers=workers, moments=function, progress=progress
     )
@@ -769,6 +779,26 @@ def _moments(given: Any, settings: dict[str, Any]) -> tuple[MomentsOf | None, di
     if given is None or callable(given):
         return given, settings
     return None, {**settings, "moments": given}
+
+
+def _complete(
+    recipe: Recipe, folder: Path | None, out: str | Path | None, moments: MomentsOf | None, **how: Any
+) -> tuple[Recipe, tuple[str, ...]]:
+    """Take what a recipe leaves to its tasks' texts; return it, and notes."""
+    if recipe.scale != "auto" and (moments is not None or not recipe.lacks_moments):
+        return recipe, ()  # and no package for live models is needed
+    from plait.calibration.completion import complete
+
+    done = complete(recipe, folder=folder, out=None if out is None else Path(out), moments=moments, **how)
+    return done.recipe, done.notes
+
+
+def _with_tasks(recipe: Recipe, tasks: Sequence[str | Path] | None) -> Recipe:
+    if tasks is None:
+        return recipe
+    from plait.tasks.loading import placed
+
+    return recipe.model_copy(update={"tasks": tuple(placed(task) for task in tasks)})
 
 
 def _recipe(source: Source, settings: Mapping[str, Any]) -> tuple[Recipe, Path | None]:

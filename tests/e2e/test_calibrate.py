@@ -341,6 +341,109 @@ def test_an_encoder_decoder(tmp_path: Path) -> None:
             torch.testing.assert_close(dense(file.read(name, None)), gram, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def adapter(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def merge(place: Path, out: Path, **settings: Any) -> plait.MergeResult:
+    settings = {"method": "regmean", "tasks": [place / "sort.yaml", place / "rate.yaml"], **settings}
+    return plait.merge([place / "sort", place / "rate"], base_model=str(place / "base"), out=out, **settings)
+
+
+def test_a_merge_with_tasks_takes_the_moments_by_itself_once(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments = calibrate(place, tmp_path / "moments").folder
+    wanted = plait.merge([place / "sort", place / "rate"], method="regmean", moments=moments, out=tmp_path / "wanted")
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match=r"second moments of sort, rate, taken now on 16 texts per task"):
+        merged = merge(place, tmp_path / "merged")
+    assert adapter(merged.folder) == adapter(wanted.folder)
+    kept = {p.name.split("-")[0]: p for p in (tmp_path / "artifacts" / "moments").iterdir()}
+    assert kept["sort"].read_bytes() == (moments / "sort.safetensors").read_bytes()
+    lock = json.loads((merged.folder / "plait.lock").read_text())
+    (texts,) = (t for t in json.loads((moments / "calibration.json").read_text())["texts"] if t["task"] == "sort")
+    assert lock["inputs"]["sort"]["moments"]["texts"] == {"sort": texts["digest"]}
+    assert plait.verify(merged.folder).ok
+    with monkeypatch.context() as patch:
+        patch.setattr("plait.mixture.Mixture.load", lambda *a, **k: pytest.fail("the base was loaded"))
+        with pytest.warns(UserWarning, match="taken by an earlier run"):
+            again = merge(place, tmp_path / "again")
+    assert adapter(again.folder) == adapter(merged.folder)
+    recipe = tmp_path / "below" / "recipe.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text(
+        f"version: 1\nbase_model: {place}/base\nadapters: [{place}/sort, {place}/rate]\nmethod: regmean\n"
+        f"tasks: [{place}/sort.yaml, {place}/rate.yaml]\n"
+    )
+    assert adapter(plait.merge(recipe, out=tmp_path / "recipe").folder) == adapter(merged.folder)
+    flags = [str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
+    flags += ["--base-id", str(place / "base"), "--method", "regmean"]
+    assert run(["merge", *flags, "-o", str(tmp_path / "flags")]) == 0
+    assert adapter(tmp_path / "flags") == adapter(merged.folder)
+
+
+def test_a_plan_says_what_is_taken_first(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
+    assert run(["merge", *flags, "--method", "regmean", "--scale", "auto", "--dry-run"]) == 0
+    shown = capsys.readouterr().out.replace("\n", " ")
+    assert "second moments are taken first" in shown
+    assert "the scale is found on the tasks' texts" in shown
+
+
+def test_a_scale_is_found_without_labels(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = merge(place, tmp_path / "merged", method="linear", scale="auto")
+    scale = result.record.recipe["scale"]
+    assert 0.25 <= scale <= 4
+    assert any(f"scale {scale:.4g} was found on 16 texts per task" in note for note in result.record.notes)
+    assert json.loads((result.folder / "plait.lock").read_text())["recipe"]["scale"] == scale
+    assert plait.verify(result.folder).ok
+    same = plait.merge([place / "sort", place / "rate"], scale=scale, out=tmp_path / "same")
+    assert adapter(same.folder) == adapter(result.folder)
+    shares = {factor: share(place, tmp_path, scale * factor) for factor in (0.7, 1.0, 1.5)}
+    assert min(shares, key=lambda factor: shares[factor]) == 1.0
+
+
+def share(place: Path, tmp_path: Path, scale: float) -> float:
+    """Return the mean over the tasks of KL(own ‖ merge) / KL(own ‖ base) on their calibration words, by PEFT in float64."""
+    out = plait.merge([place / "sort", place / "rate"], scale=scale, out=tmp_path / f"at {scale}").folder
+    encode, found = tokenizer(), []
+    for task in ("sort", "rate"):
+        ids = torch.tensor([encode(f"{task} {word} :")["input_ids"] for word in SEEN])
+        own, merged = (PeftModel.from_pretrained(language_model(), folder) for folder in (place / task, out))
+        with torch.no_grad():
+            p, q, b = (m(input_ids=ids).logits[:, -1].double().log_softmax(-1) for m in (own, merged, language_model()))
+        found.append(float((p.exp() * (p - q)).sum() / (p.exp() * (p - b)).sum()))
+    return sum(found) / len(found)
+
+
+def test_a_scale_of_a_solved_and_of_a_dense_merge(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="second moments"):
+        solved = merge(place, tmp_path / "solved", scale="auto").record
+    assert solved.recipe["scale"] != 1
+    dense = merge(place, tmp_path / "dense", method="ties", space="delta", kind="delta", scale="auto").record
+    assert dense.recipe["scale"] != 1
+
+
+def test_a_scale_of_auto_is_refused_without_tasks(place: Path, tmp_path: Path) -> None:
+    sources = [place / "sort", place / "rate"]
+    for call in (lambda: plait.merge(sources, scale="auto", out=tmp_path / "no"), lambda: plait.plan(sources, scale="auto")):
+        with pytest.raises(PlaitError, match="'auto' is found"):
+            call()
+    with pytest.raises(PlaitError, match="scale"):
+        plait.merge(sources, scale="much", out=tmp_path / "no")
+
+
+def test_an_output_is_checked_before_anything_is_taken(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plait.mixture.Mixture.load", lambda *a, **k: pytest.fail("the base was loaded"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    with pytest.raises(OutputError, match="exists"):
+        merge(place, tmp_path / "mine", scale="auto")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()

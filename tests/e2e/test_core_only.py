@@ -49,6 +49,8 @@ NEEDS = {
     "eval a --tasks tasks/sort.yaml --base-id base": says("an evaluation", EVAL, "eval"),
     "eval a b --tasks lm_eval:piqa --base-id base": says("an evaluation", EVAL, "eval"),
     "tune a b --tasks tasks/sort.yaml --base-id base -o tuned-merge": says("plait tune", EVAL, "eval"),
+    "calibrate a b --tasks tasks/sort.yaml --base-id base -o moments": says("plait calibrate", EVAL, "eval"),
+    "merge a b --method regmean --tasks tasks/sort.yaml -o solved": says("a merge that reads texts", EVAL, "eval"),
     "verify merged --parity prompts.txt --base-id base": says("a parity check", ["peft", "transformers"], "parity"),
     "bake a b --base-id base -o other --check prompts.txt": says("a parity check", ["peft", "transformers"], "parity"),
     "report merged -o other.html --figures figures": says("a report", ["matplotlib"], "report"),

@@ -942,7 +942,7 @@ def test_mergekit_recipes(config, expected):
             gta("della", A, B, parameters={"density": 0.9}),
             ["method: density ± epsilon is 0.9 ± 0.15; both ends must lie in (0, 1]."],
         ),
-        (gta("ties", A, B, parameters={"lambda": "x"}), ["parameters.lambda: scale is 'x'; it must be a number."]),
+        (gta("ties", A, B, parameters={"lambda": "x"}), ["parameters.lambda: scale is 'x'; it must be a number, or 'auto'."]),
         (gta("ties", A, B, parameters={"normalize": 1}), ["parameters.normalize: normalize is 1; it must be true or false."]),
         (
             gta("ties", A, B, parameters={"rescale": True}),

@@ -129,7 +129,7 @@ def _weight_of_lock(model: str, adapter: Adapter) -> float:
             f"{model}: its {LOCK} says that {name!r} was not baked in as a plain weighted delta (method "
             f"{recipe.method_name!r}); subtracting the adapter does not undo that. To do so all the same, give --weight."
         )
-    found = next(a.weight for a in recipe.adapters if a.name == name) * recipe.scale
+    found = next(a.weight for a in recipe.adapters if a.name == name) * recipe.factor
     if found != 1:
         raise PlanError(f"{model}: its {LOCK} says that {name!r} was baked in with weight {found:g}; give --weight {found:g}.")
     return 1.0

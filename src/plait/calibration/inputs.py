@@ -16,16 +16,18 @@ from plait.tasks.schema import Generation, Perplexity, SequenceClassification
 _ANSWER = 32  # tokens of a free answer that a decoder reads, at most
 
 
-def inputs_of(mixture: Mixture, texts: Texts, adapter: str) -> tuple[Passage, ...]:
+def inputs_of(mixture: Mixture, texts: Texts, adapter: str, *, answered: bool = False) -> tuple[Passage, ...]:
     """Return a task's texts as tokens: the prompts, and the texts themselves of a perplexity task.
 
     The decoder of an encoder-decoder model reads nothing of a prompt; it gets the answer that the task's own adapter gives: the
-    label that it finds likeliest, or its greedy answer, up to 32 tokens. No label of the data is read.
+    label that it finds likeliest, or its greedy answer, up to 32 tokens. So does a causal model, `answered`. No label of the
+    data is read.
 
     Args:
         mixture: the base with the adapters.
         texts: of the task.
         adapter: the task's own.
+        answered: with answers.
 
     Raises:
         TaskError: the base has no tokenizer, or a text is longer than its context.
@@ -40,13 +42,14 @@ def inputs_of(mixture: Mixture, texts: Texts, adapter: str) -> tuple[Passage, ..
         check_lengths(model, [len(r) for r in rows])
         return tuple(Passage(tuple(r)) for r in rows)
     apart = bool(getattr(config, "is_encoder_decoder", False))
-    answers = texts.choices if apart or isinstance(task, Perplexity) else [()] * len(texts.prompts)
+    answered = answered or apart
+    answers = texts.choices if answered or isinstance(task, Perplexity) else [()] * len(texts.prompts)
     questions = Encoder(tokenizer, task, apart=apart).encode(texts.prompts, answers)
     check_lengths(model, [len(q.prompt) + max(map(len, q.answers), default=0) for q in questions])
     chosen: list[list[int]] = [[] for _ in questions]
     if isinstance(task, Perplexity):
         chosen = [q.answers[0] for q in questions]
-    elif apart:
+    elif answered:
         with mixture.active({adapter: 1.0}) as acting:
             if isinstance(task, Generation):
                 most = min(_ANSWER, task.max_new_tokens)

@@ -22,7 +22,6 @@ from plait.extras import require
 from plait.merging.moments import MomentsFile, MomentsOrigin, write_moments
 from plait.merging.pipeline import input_folders
 from plait.merging.record import adapter_inputs, input_digests
-from plait.methods import METHODS
 from plait.mixture import Mixture
 from plait.notices import announce
 from plait.recipes.schema import Recipe
@@ -35,8 +34,6 @@ from plait.results.records import write_json
 from plait.results.staging import calibrating_folder, output_problem, publish
 from plait.results.versions import library_versions
 from plait.version import __version__
-
-STORE = Path("artifacts", "moments")  # in the workspace: moments by content
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def run_calibrate(
     check_not_an_input(out, input_folders(request.inventory), command="calibration")
     check_space(out, request.plan().bytes, what="second moments", advice="fewer adapters, or --set calibration.tokens=N")
     with _work(out) as place:
-        taken = take_all(request, lambda a: place / f"{a.name}.safetensors", progress)
+        taken = take_all(request, lambda a: place / f"{a.name}.safetensors", lambda: load_base(request, progress), progress)
         record = _record(request, taken, started)
         for stale in set(place.iterdir()) - {place / a.file for a in taken}:
             stale.unlink()
@@ -107,64 +104,22 @@ def run_calibrate(
     return CalibrateResult(out, record)
 
 
-def with_moments(
-    recipe: Recipe,
-    *,
-    folder: Path | None,
-    options: CalibrateOptions | None = None,
-    progress: Progress | None = None,
-) -> Recipe:
-    """Return a recipe whose method has the second moments that it needs, taken on its tasks' texts where it names none.
-
-    They are kept in the workspace by content, and used again by the next merge with the same base, adapters and texts.
-
-    Args:
-        recipe: any; it comes back as it is where its method needs no moments, where it names them, or where it has no tasks.
-        folder: what its relative paths are relative to; the current folder when None.
-        options: how, on this machine.
-        progress: receives stages and steps.
-
-    Raises:
-        PlaitError: the moments cannot be taken.
-    """
-    if not wants_moments(recipe):
-        return recipe
-    require("a method that needs second moments", {"eval": ["transformers", "accelerate", "jinja2"]})
-    request = read_calibration(recipe, folder, options or CalibrateOptions())
-    names = {a.name: f"{a.name}-{request.key(a)}.safetensors" for a in request.inventory.adapters}
-    STORE.mkdir(parents=True, exist_ok=True)
-    taken = take_all(request, lambda a: STORE / names[a.name], progress or Silent())
-    fresh = [a.name for a in taken if not a.reused]
-    announce(
-        f"second moments of {', '.join(a.name for a in taken)} are in {STORE}"
-        + (f", taken now on {_counts(request)}." if fresh else ", taken by an earlier run on the same texts.")
-    )
-    home = STORE if folder is None else STORE.absolute()
-    entries = (e.model_copy(update={"moments": str(home / names[e.name])}) for e in recipe.adapters)
-    return recipe.model_copy(update={"adapters": tuple(entries)})
-
-
-def wants_moments(recipe: Recipe) -> bool:
-    """Whether a recipe's method needs second moments, it names none, and it has tasks to take them on."""
-    needed = METHODS[recipe.method_name].pipeline(recipe.method).needs_moments
-    return needed and bool(recipe.tasks) and all(a.moments is None for a in recipe.adapters)
-
-
 def take_all(
-    request: CalibrationRequest, place: Callable[[Adapter], Path], progress: Progress
+    request: CalibrationRequest, place: Callable[[Adapter], Path], base: Callable[[], Mixture], progress: Progress
 ) -> tuple[CalibratedAdapter, ...]:
     """Take the moments of every adapter whose file is not there yet; the base is loaded only for these.
 
     Args:
         request: what is to be taken.
         place: adapter → its file; one with another content is replaced.
+        base: loads the base with the adapters.
         progress: receives stages and steps.
     """
     adapters = request.inventory.adapters
     keys = {a.name: request.key(a) for a in adapters}
     missing = [a for a in adapters if _origin(place(a)) != keys[a.name]]
     if missing:
-        mixture = _load(request, progress)
+        mixture = base()
         for adapter in missing:
             _take(request, mixture, adapter, keys[adapter.name], place(adapter), progress)
     lacking = {a.name for a in missing}
@@ -200,7 +155,8 @@ def _take(request: CalibrationRequest, mixture: Mixture, adapter: Adapter, key: 
     write_moments(file, moments.found(), origin)
 
 
-def _load(request: CalibrationRequest, progress: Progress) -> Mixture:
+def load_base(request: CalibrationRequest, progress: Progress) -> Mixture:
+    """Load the base with the adapters of a request."""
     return Live(
         request.base.folder,
         request.inventory.adapters,
@@ -267,11 +223,6 @@ def _record(request: CalibrationRequest, taken: tuple[CalibratedAdapter, ...], s
         seconds=round(time.perf_counter() - started, 2),
         finished=datetime.now().astimezone().isoformat(timespec="seconds"),
     )
-
-
-def _counts(request: CalibrationRequest) -> str:
-    kinds = {(t.source, len(t.prompts)) for t in request.texts.values()}
-    return "; ".join(f"{count} texts per task ({source})" for source, count in sorted(kinds))
 
 
 @contextmanager

@@ -36,13 +36,25 @@ def bake(
     weights: Annotated[
         str | None, typer.Option(help=r"One per adapter: 0.7 0.3, or 0.7,0.3. \[1.0 each]", show_default=False)
     ] = None,
-    scale: Annotated[float | None, typer.Option(help=r"Factor on the merged delta. \[1.0]", show_default=False)] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option(help=r"Factor on the merged delta; auto: the one found on the tasks' texts. \[1.0]", show_default=False),
+    ] = None,
     density: Annotated[float | None, typer.Option(help="Share of entries kept (ties, dare, …).", show_default=False)] = None,
     merge_mode: Annotated[str | None, typer.Option(help=r"union, common or strict. \[union]", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(help=r"Of randomised methods. \[0]", show_default=False)] = None,
     moments: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Second moments, <adapter>.safetensors each (regmean, ssr).", show_default=False),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            metavar="TASK...",
+            help="Task files: moments and --scale auto are taken on their texts.",
+            show_default=False,
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -79,7 +91,7 @@ def bake(
     Example: plait bake math=./a code=./b --weights 0.7 0.3 --base-id org/model -o model
     """
     from plait.baking.plan import bake_options
-    from plait.cli.arguments import adapters_of, recipe_file
+    from plait.cli.arguments import adapters_of, completed, recipe_file, with_tasks
     from plait.cli.console import print_json, warnings_as_notes
     from plait.cli.verify import show_parity
     from plait.errors import RecipeError
@@ -95,6 +107,9 @@ def bake(
     with warnings_as_notes():
         given = {k: v for k, v in settings.items() if v is not None}
         recipe, folder = read_request(recipe_file(inputs), adapters_of(inputs), given, set_ or [])
+        recipe = with_tasks(recipe, tasks)
+    if not dry_run:
+        recipe, _ = completed(recipe, folder, out, force=force, workers=workers)
     order = BakeOrder(
         recipe, folder, out, push_baked_repo, private=private, force=force, workers=workers, options=options, prompts=check
     )

@@ -52,7 +52,10 @@ def merge(
     weights: Annotated[
         str | None, typer.Option(help=r"One per adapter: 0.7 0.3, or 0.7,0.3. \[1.0 each]", show_default=False)
     ] = None,
-    scale: Annotated[float | None, typer.Option(help=r"Factor on the merged delta. \[1.0]", show_default=False)] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option(help=r"Factor on the merged delta; auto: the one found on the tasks' texts. \[1.0]", show_default=False),
+    ] = None,
     density: Annotated[float | None, typer.Option(help="Share of entries kept (ties, dare, …).", show_default=False)] = None,
     sign: Annotated[str | None, typer.Option(help="Sign election: total or frequency.", show_default=False)] = None,
     flavor: Annotated[str | None, typer.Option(help="Which TIES: paper, peft, mergekit, …", show_default=False)] = None,
@@ -64,6 +67,15 @@ def merge(
     moments: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Second moments, <adapter>.safetensors each (regmean, ssr).", show_default=False),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            metavar="TASK...",
+            help="Task files: moments and --scale auto are taken on their texts.",
+            show_default=False,
+        ),
     ] = None,
     merge_mode: Annotated[str | None, typer.Option(help=r"union, common or strict. \[union]", show_default=False)] = None,
     base_id: Annotated[
@@ -90,11 +102,11 @@ def merge(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Create these repositories as private.")] = False,
 ) -> None:
-    """Merge LoRA adapters into one, without the base model.
+    """Merge LoRA adapters into one, without the base model; with --tasks, moments and scale are taken on their texts.
 
     Example: plait merge math=./a code=org/repo@main/checkpoint-100 --method ties --density 0.3 -o merged
     """
-    from plait.cli.arguments import adapters_of, recipe_file
+    from plait.cli.arguments import adapters_of, completed, recipe_file, with_tasks
     from plait.cli.bake import BakeOrder, bake_json, show_bake
     from plait.cli.console import ProgressBars, err, print_json, warnings_as_notes
     from plait.hub.upload import check_push
@@ -118,7 +130,13 @@ def merge(
             base_folder, notes = extension.base_folder, extension.notes
         else:
             recipe, folder = read_request(recipe_file(inputs), adapters_of(inputs), given, set_ or [])
+        recipe = with_tasks(recipe, tasks)
     beside = baked = None
+    if push_adapter_repo is not None and not dry_run:
+        check_push(push_adapter_repo)
+    if not dry_run:
+        recipe, found = completed(recipe, folder, out, force=force, workers=workers)
+        notes = (*notes, *found)
     if bake_dir is not None:
         beside = BakeOrder(recipe, folder, bake_dir, push_baked_repo, private=private, force=force, workers=workers)
         baked = beside.plan()
@@ -129,8 +147,6 @@ def merge(
         plan = plan.model_copy(update={"notes": (*plan.notes, *notes)})
         _show_plans(plan, baked, bake_dir, json=json)
         return
-    if push_adapter_repo is not None:
-        check_push(push_adapter_repo)
     result = run_recipe(
         recipe,
         folder=folder,

@@ -56,7 +56,7 @@ class Combiner:
 
         Under any other method: its weight times `scale`, which is what biases are merged with.
         """
-        return self._shares(module) * self.recipe.scale
+        return self._shares(module) * self.recipe.factor
 
     def _shares(self, module: str) -> Tensor:
         weights, combine = self._weights(module), self.pipeline.combine
@@ -108,7 +108,7 @@ class Combiner:
             if not isinstance(merged, LowRank):
                 raise AssertionError(f"{stage} needs a low-rank delta")
             merged = stage.apply(merged, site)
-        return merged.scaled(self.recipe.scale)
+        return merged.scaled(self.recipe.factor)
 
     def _sites(self, module: str, stack: Sequence[MatrixFactors]) -> list[Site]:
         """Return what stages on deltas see of every matrix of a module, with the deltas after those that run before."""

@@ -24,7 +24,7 @@ from plait.merging.delta_file import DeltaFile
 from plait.merging.engine import Engine, MergedModule, blaming
 from plait.merging.heads import write_heads
 from plait.merging.inventory import Inventory, take_inventory
-from plait.merging.moments import MomentsOf
+from plait.merging.moments import Found, MomentsOf
 from plait.merging.plan import MergePlan, make_plan
 from plait.merging.record import RunRecord, input_digests, make_lock, sources, summary
 from plait.recipes.schema import Recipe
@@ -61,13 +61,30 @@ def plan_recipe(
 ) -> MergePlan:
     """Return what a recipe would do; reads headers, no tensor.
 
+    What a merge takes from the tasks' texts first (second moments, a scale of `auto`) is not taken; notes say so.
+
     Args:
         recipe: what is asked for.
         folder: what its relative paths are relative to; the current folder when None.
         workers: modules worked on at a time; decides the memory estimate.
         moments: second moments of inputs, in place of files that the recipe names.
     """
-    return make_plan(take_inventory(recipe, folder, moments), workers=workers or default_workers())
+    notes = []
+    if moments is None and recipe.lacks_moments:
+        moments = _not_taken_yet
+        notes.append(
+            f"second moments are taken first: each adapter reads its tasks' texts, at most {recipe.calibration.count} of each, "
+            "with the base in memory."
+        )
+    if recipe.scale == "auto" and recipe.tasks:
+        recipe = recipe.model_copy(update={"scale": 1.0})
+        notes.append("the scale is found on the tasks' texts; this plan has scale 1.")
+    plan = make_plan(take_inventory(recipe, folder, moments), workers=workers or default_workers())
+    return plan.model_copy(update={"notes": (*plan.notes, *notes)})
+
+
+def _not_taken_yet(adapter: str, module: str) -> Found | None:
+    raise AssertionError(f"a plan asked for the moments of {adapter}, {module}")
 
 
 def run_recipe(

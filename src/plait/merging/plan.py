@@ -136,7 +136,7 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
         left_out=left_out,
         rank=rank,
         result=max((m.result for m in modules), key=("exact", "truncated", "dense").index),
-        pipeline=str(pipeline) if recipe.scale == 1 else f"{pipeline} → scale {recipe.scale:g}",
+        pipeline=str(pipeline) if recipe.factor == 1 else f"{pipeline} → scale {recipe.factor:g}",
         promises=_promises(inventory, modules),
         randomised=method.randomised or pipeline.randomised,
         passes=_passes(recipe, pipeline),
@@ -199,7 +199,8 @@ def _moments_problems(inventory: Inventory, pipeline: Pipeline) -> list[str]:
     if inventory.moments is None:
         return [
             f"method {inventory.recipe.method_name!r} needs second moments of the modules' inputs: give one file per adapter "
-            "(adapters[].moments, --moments FOLDER, moments=…), made with `plait calibrate` or plait.save_moments"
+            "(adapters[].moments, --moments FOLDER, moments=…), made with `plait calibrate` or "
+            "plait.save_moments; or --tasks, on whose texts they are taken"
         ]
     return moments_problems(inventory.moments, inventory.layouts)
 

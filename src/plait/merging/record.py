@@ -134,7 +134,11 @@ def adapter_inputs(
         for adapter, place, digest in zip(inventory.adapters, inventory.located, digests, strict=True)
     }
     for name, file in inventory.moments.files.items() if inventory.moments is not None else ():
-        moments = LockedFile(path=relative_path(file.path, home), sha256=known.get(file.path) or sha256(file.path))
+        moments = LockedFile(
+            path=relative_path(file.path, home),
+            sha256=known.get(file.path) or sha256(file.path),
+            texts=file.origin.texts if file.origin is not None else None,
+        )
         inputs[name] = inputs[name].model_copy(update={"moments": moments})
     return inputs
 

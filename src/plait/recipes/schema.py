@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from plait.errors import PlanError
 from plait.hub.references import parse_reference
 from plait.methods import METHODS
 from plait.methods.base import MethodParams
@@ -235,7 +236,12 @@ class Recipe(Record):
     ] = "union"
     transforms: tuple[TransformSpec, ...] = ()
     weights: Weights | None = None
-    scale: Annotated[Weight, Field(description="Factor on the merged delta (the papers' λ).")] = 1.0
+    scale: Annotated[
+        Weight | Literal["auto"],
+        Field(
+            description="Factor on the merged delta (the papers' λ); `auto`: the one nearest to the adapters on `tasks`' texts."
+        ),
+    ] = 1.0
     heads: Heads = Heads()
     output: Output = Output()
     tasks: Annotated[
@@ -314,6 +320,23 @@ class Recipe(Record):
         recipe = self.model_copy()
         recipe._folder = folder
         return recipe
+
+    @property
+    def factor(self) -> float:
+        """The scale as a number.
+
+        Raises:
+            PlanError: it is still to be found.
+        """
+        if self.scale == "auto":
+            raise PlanError("scale: 'auto' is found by a merge with tasks (--tasks, tasks=…); give a number here.")
+        return self.scale
+
+    @property
+    def lacks_moments(self) -> bool:
+        """Whether its method needs second moments, it names none, and it has tasks to take them on."""
+        needed = METHODS[self.method_name].pipeline(self.method).needs_moments
+        return needed and bool(self.tasks) and all(a.moments is None for a in self.adapters)
 
     @property
     def method_name(self) -> str:

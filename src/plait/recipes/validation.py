@@ -159,15 +159,21 @@ def explain(error: ValidationError, data: Mapping[str, Plain], root: type[BaseMo
     for found in error.errors(include_url=False):
         by_path.setdefault(_path(found, data), []).append(found)
     for path, errors in by_path.items():
+        words = [e for e in errors if e["type"] == "literal_error"]
+        beside = ""  # of a word, beside which other values are allowed
+        if 0 < len(words) < len(errors):
+            errors = [e for e in errors if e not in words]
+            beside = f", or {_words(words[0]['ctx']['expected'])[0]!r}"
         deeper = any(len(other) > len(path) and other[: len(path)] == path for other in by_path)
         kinds = [_KINDS[e["type"]] for e in errors if e["type"] in _KINDS]
         if kinds and not deeper:  # the members of a union each complain: one sentence for all
             wanted = " or ".join(dict.fromkeys(kinds)) + _keys_of(path, data, root, errors)
-            yield Problem(path, f"{_subject(path)} is {show(errors[0]['input'])}; it must be {wanted}.")
+            yield Problem(path, f"{_subject(path)} is {show(errors[0]['input'])}; it must be {wanted}{beside}.")
         for found in errors:
             # that items are too few is said even when there are enough, of which some are invalid
             if found["type"] not in _KINDS and not (found["type"] == "too_short" and deeper):
-                yield Problem(path, _sentence(found, path, data, root))
+                text = _sentence(found, path, data, root)
+                yield Problem(path, text.removesuffix(".") + f"{beside}." if beside else text)
 
 
 def _keys_of(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel], errors: Sequence[ErrorDetails]) -> str:

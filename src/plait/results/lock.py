@@ -44,10 +44,12 @@ class LockedFile(Record):
     Attributes:
         path: from the lock's own folder.
         sha256: of it.
+        texts: task → digest of the texts that it was taken on, where the file names them.
     """
 
     path: str
     sha256: str
+    texts: dict[str, str] | None = None
 
 
 class LockedInput(Record):

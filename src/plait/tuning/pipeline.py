@@ -554,8 +554,8 @@ def _scaled(
     mixture: Mixture, learner: FactorLearner, taught: Class, recipe: Recipe, working: Working, progress: Progress
 ) -> tuple[float, list[tuple[float, float]], Held]:
     """Give the start its scale: the recipe's where it has one, else the one that is nearest to the adapters."""
-    if "scale" in recipe.model_fields_set:
-        return recipe.scale, [], look(mixture, learner, taught, 0)
+    if "scale" in recipe.model_fields_set and recipe.scale != "auto":
+        return recipe.factor, [], look(mixture, learner, taught, 0)
     if (found := working.load("scale")) is not None:
         learner.factors.scale(found[1]["scale"])
         return found[1]["scale"], [tuple(pair) for pair in found[1]["tried"]], Held.model_validate(found[1]["held"])

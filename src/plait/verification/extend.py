@@ -163,14 +163,14 @@ def _coefficients(recipe: Recipe, module: str, towers: Mapping[str, int]) -> Ten
     combine = pipeline_of(recipe).combine
     if not isinstance(combine, LinearCombine):
         raise AssertionError(f"{combine} is not linear")
-    return combine.coefficients(module_weights(recipe, module, towers), module) * recipe.scale
+    return combine.coefficients(module_weights(recipe, module, towers), module) * recipe.factor
 
 
 def _plain_factors(every: Recipe, opened: Sequence[Adapter], count: int) -> Coefficients:
     """Return 1 for the merged adapter and the weights of the new ones, times the scale that the merged one has in it."""
     modules = sorted({m for a in opened for m in a.targets})
     towers = towers_of(modules)
-    return {m: [1.0, *(module_weights(every, m, towers)[count:] * every.scale).tolist()] for m in modules}
+    return {m: [1.0, *(module_weights(every, m, towers)[count:] * every.factor).tolist()] for m in modules}
 
 
 def _weighed(data: dict[str, Any], factors: Coefficients) -> dict[str, Any]:

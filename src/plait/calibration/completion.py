@@ -1,0 +1,113 @@
+"""What a recipe leaves to its tasks' texts: second moments that its method needs, and a scale that is to be found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from plait.calibration.pipeline import load_base, take_all
+from plait.calibration.request import CalibrateOptions, CalibrationRequest, read_calibration
+from plait.calibration.scale import FoundScale, find_scale
+from plait.errors import OutputError, PlanError
+from plait.extras import require
+from plait.merging.inventory import take_inventory
+from plait.merging.moments import MomentsOf
+from plait.merging.pipeline import default_workers
+from plait.mixture import Mixture
+from plait.notices import announce
+from plait.recipes.schema import Recipe
+from plait.results.progress import Progress, Silent
+from plait.results.staging import output_problem
+
+STORE = Path("artifacts", "moments")  # in the workspace: moments by content
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A recipe that a merge can run.
+
+    Attributes:
+        recipe: with files of moments, and a number for its scale.
+        scale: how that was found; None where the recipe had a number.
+        notes: on what was found, for the record of the merge.
+    """
+
+    recipe: Recipe
+    scale: FoundScale | None = None
+    notes: tuple[str, ...] = ()
+
+
+def complete(
+    recipe: Recipe,
+    *,
+    folder: Path | None,
+    out: Path | None = None,
+    force: bool = False,
+    moments: MomentsOf | None = None,
+    options: CalibrateOptions | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Completed:
+    """Take what a recipe lacks from its tasks' texts; no label is read.
+
+    Second moments are kept in the workspace by content, and used again by the next merge of the same base, adapters and texts.
+
+    Args:
+        recipe: any; it comes back as it is where it lacks nothing, and where it has no tasks but needs no scale.
+        folder: what its relative paths are relative to; the current folder when None.
+        out: where the merge will be written, which is checked before anything is computed.
+        force: replace a result at `out`.
+        moments: second moments that are given as a function.
+        options: how, on this machine.
+        workers: modules merged at a time.
+        progress: receives stages and steps.
+
+    Raises:
+        PlaitError: what it lacks cannot be taken.
+    """
+    lacks_moments = moments is None and recipe.lacks_moments
+    if not lacks_moments and recipe.scale != "auto":
+        return Completed(recipe)
+    if not recipe.tasks:
+        raise PlanError("scale: 'auto' is found on texts of tasks, and there are none; give --tasks FILE.yaml, or a number.")
+    require("a merge that reads texts", {"eval": ["transformers", "accelerate", "jinja2"]})
+    if out is not None and (problem := output_problem(out, force=force)):
+        raise OutputError(problem)
+    progress = progress or Silent()
+    request = read_calibration(recipe, folder, options or CalibrateOptions())
+    mixture = cache(lambda: load_base(request, progress))
+    if lacks_moments:
+        recipe = _with_moments(recipe, request, folder, mixture, progress)
+    if recipe.scale != "auto":
+        return Completed(recipe)
+    inventory = take_inventory(recipe.model_copy(update={"scale": 1.0}), folder, moments)
+    found = find_scale(request, mixture(), inventory, workers or default_workers(), progress)
+    note = (
+        f"scale {found.scale:.4g} was found on {_counts(request)}: nearest to each task's own adapter, with {found.share:.1%} "
+        f"of the base's divergence from it; no label was read. Texts: {_digests(request)}."
+    )
+    return Completed(recipe.model_copy(update={"scale": found.scale}), found, (note,))
+
+
+def _with_moments(
+    recipe: Recipe, request: CalibrationRequest, folder: Path | None, mixture: Callable[[], Mixture], progress: Progress
+) -> Recipe:
+    names = {a.name: f"{a.name}-{request.key(a)}.safetensors" for a in request.inventory.adapters}
+    taken = take_all(request, lambda a: STORE / names[a.name], mixture, progress)
+    fresh = [a.name for a in taken if not a.reused]
+    how = f"taken now on {_counts(request)}" if fresh else "taken by an earlier run on the same texts"
+    announce(f"second moments of {', '.join(names)}, {how}, are kept in {STORE}.")
+    home = STORE if folder is None else STORE.absolute()
+    entries = (e.model_copy(update={"moments": str(home / names[e.name])}) for e in recipe.adapters)
+    return recipe.model_copy(update={"adapters": tuple(entries)})
+
+
+def _counts(request: CalibrationRequest) -> str:
+    kinds = {(t.source, len(t.prompts)) for t in request.texts.values()}
+    return "; ".join(f"{count} texts per task ({source})" for source, count in sorted(kinds))
+
+
+def _digests(request: CalibrationRequest) -> str:
+    return ", ".join(f"{name} {t.digest}" for name, t in request.texts.items())
