@@ -10,9 +10,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from plait.adapters.layouts import Conv1D, Convolution, Embedding, Layout, Linear
+from plait.adapters.layouts import Convolution, Layout, module_layout
 from plait.checkpoints.files import architectures, read_config
 from plait.extras import missing
 from plait.hub.pretrained import load_config
@@ -45,13 +45,6 @@ class Part:
     rows: int | None = None
 
 
-class Layer(NamedTuple):
-    """What PEFT takes a module for."""
-
-    layout: type[Layout]
-    groups: int = 1  # of a convolution
-
-
 @dataclass(frozen=True)
 class Architecture:
     """A model without weights.
@@ -61,7 +54,7 @@ class Architecture:
         unknown: parameter → the conversion that plait has no form for.
         tied: parameter → the parameter that it shares its values with.
         transposed: owners of parameters that are stored as (d_in, d_out).
-        layers: modules on which PEFT's LoRA is a delta of the weight.
+        layers: modules on which PEFT's LoRA is a delta of the weight → layout of its factors.
         renamed: what loading makes of a name that older versions of the code gave, `language_model.model.layers…` for one.
     """
 
@@ -69,7 +62,7 @@ class Architecture:
     unknown: Mapping[str, str]
     tied: Mapping[str, str]
     transposed: frozenset[str]
-    layers: Mapping[str, Layer] = field(default_factory=dict)
+    layers: Mapping[str, Layout] = field(default_factory=dict)
     renamed: Callable[[str], str] = field(default=str, repr=False)
 
     @staticmethod
@@ -114,25 +107,17 @@ def _empty_model(folder: Path) -> Any:
         raise ArchitectureUnknown(f"transformers cannot build it ({text})") from None
 
 
-def _layers(model: Any) -> Iterator[tuple[str, Layer]]:
+def _layers(model: Any) -> Iterator[tuple[str, Layout]]:
     from torch import nn
 
     for name, module in model.named_modules():
-        if is_conv1d(module):
-            yield name, Layer(Conv1D)
-        elif isinstance(module, nn.Embedding):
-            yield name, Layer(Embedding)
-        elif isinstance(module, nn.Linear):
-            owner = model.get_submodule(name.rpartition(".")[0])
-            if not isinstance(owner, nn.MultiheadAttention):  # which reads the weight itself, past any adapter
-                yield name, Layer(Linear)
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and _is_plain(module):
-            yield name, Layer(Convolution, module.groups)
-
-
-def _is_plain(convolution: Any) -> bool:
-    """Say whether PEFT's LoRA convolves as the layer does: without dilation, with zeros around."""
-    return set(convolution.dilation) == {1} and convolution.padding_mode == "zeros"
+        layout = module_layout(module)
+        # attention reads such a weight itself, past any adapter
+        if layout is None or isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            continue
+        # PEFT's LoRA convolves without dilation, and with zeros around
+        if not isinstance(layout, Convolution) or (set(module.dilation) == {1} and module.padding_mode == "zeros"):
+            yield name, layout
 
 
 def _parts(

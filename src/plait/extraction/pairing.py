@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from plait.adapters.layouts import Conv1D, Convolution, Embedding, Layout, Linear, Parameter
+from plait.adapters.layouts import Conv1D, Embedding, Layout, Linear, Parameter
 from plait.adapters.layouts.conv1d import may_be_conv1d
-from plait.checkpoints.architecture import Architecture, ArchitectureUnknown, Layer, Part
+from plait.checkpoints.architecture import Architecture, ArchitectureUnknown, Part
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.checkpoints.files import INPUT_EMBEDDING, OUTPUT_HEAD
 from plait.errors import PlaitError, PlanError, collect, listed
@@ -120,7 +120,7 @@ class Pair:
     @property
     def is_outweighed(self) -> bool:
         """Whether it is a grouped convolution and the smallest LoRA there, whose groups all read all channels, is as large."""
-        if self.form is not Convolution or len(self.matrices) == 1:
+        if not isinstance(self.form, type) or self.layout.fits_weight:
             return False
         return sum(math.prod(shape) for shape in self.layout.packed_shapes(1)) >= math.prod(self.shape)
 
@@ -140,12 +140,9 @@ class Pair:
         """How factors of it are stored."""
         rows, columns = self.matrix_shape
         d_out, d_in = (columns, rows) if self.is_transposed else (rows, columns)
-        if self.form is Convolution:  # every group of a LoRA reads the channels of all
-            groups = len(self.matrices)
-            return Convolution(d_out, groups * d_in, groups, (groups * self.shape[1], *self.shape[2:]))
         if not isinstance(self.form, type):
             raise AssertionError(f"{self.name!r} cannot be a LoRA ({self.form})")
-        return self.form(d_out, d_in, len(self.matrices))
+        return self.form.of_weight(d_out, d_in, len(self.matrices), self.shape)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -287,9 +284,9 @@ class _Pairs:
             owner = made.get(source)
             if name not in made and owner is not None and owner.form is Embedding:
                 layer = model.layers.get(name.rpartition(".")[0])
-                if layer is not None and layer.layout in (Linear, Embedding):
-                    is_transposed = bool(layer.layout.is_stored_transposed)
-                    yield replace(owner, name=name, form=layer.layout, is_transposed=is_transposed, shares=owner.module)
+                if isinstance(layer, Linear | Embedding):
+                    is_transposed = bool(layer.is_stored_transposed)
+                    yield replace(owner, name=name, form=type(layer), is_transposed=is_transposed, shares=owner.module)
 
     def _as_stored(self, name: str, base: str, tuned: str) -> Pair:
         info = self._base.info(base)
@@ -309,7 +306,7 @@ class _Pairs:
             layer = model.layers.get(module)
             form = self._form_of(name, shape, layer)
             rows = self._rows(parts[0].tensor, self._own[parts[0].tensor])
-            groups = layer.groups if layer is not None and form is layer.layout else 1
+            groups = layer.stack if layer is not None and form is type(layer) else 1
             count = rows.count // groups
             return self._pair(name, form, shape, tuple((replace(rows, first=i * count, count=count),) for i in range(groups)))
         stacks: dict[int, list[Part]] = {}
@@ -321,14 +318,14 @@ class _Pairs:
             return self._pair(name, self._form_of(name, shape, model.layers.get(module)), shape, matrices)
         return Pair(name, Parameter if len(shape) == 2 else "other", (len(matrices), *shape), matrices)
 
-    def _form_of(self, name: str, shape: tuple[int, ...], layer: Layer | None) -> Form:
+    def _form_of(self, name: str, shape: tuple[int, ...], layer: Layout | None) -> Form:
         """Return what a parameter can become, with its layer as PEFT sees it."""
         if not name.endswith(".weight"):
             return _form(name, shape, is_conv1d=False)
         if reads_past_adapters(self._base.config.get("model_type"), _last(name)):
             return "other"
         if layer is not None:
-            return layer.layout
+            return type(layer)
         # a router, say: a layer of the model's own kind
         return Parameter if len(shape) == 2 and not _EMBEDDING.fullmatch(_last(name)) else "other"
 

@@ -69,7 +69,7 @@ def select(pairs: Sequence[Pair], request: ExtractRequest) -> tuple[Pair, ...]:
     Raises:
         PlanError: a pattern that no layer has, all of them at once.
     """
-    able = [p for p in pairs if isinstance(p.form, type) and (request.embeddings or p.form is not Embedding)]
+    able = [p for p in pairs if isinstance(p.form, type) and (request.embeddings or not p.form.reads_tokens)]
     if request.targets is None:
         return tuple(p for p in able if not p.is_outweighed)
     problems = [text for pattern in request.targets if (text := _unmatched(pattern, able, pairs))]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plait.adapters.layouts import Conv1D, Convolution, Linear
+from plait.adapters.layouts import Linear
 from plait.adapters.lowrank import LowRank
 from plait.adapters.selection import names_or_paths
 from plait.adapters.writing import DTYPES, AdapterWriter
@@ -57,7 +57,7 @@ def write_extraction(
             "base_model_name_or_path": base[0],
             "revision": base[1],
             "task_type": pairing.task,
-            "fan_in_fan_out": any(p.form is Conv1D for p in plan.targets),
+            "fan_in_fan_out": any(layout.fan_in_fan_out for layout in plan.layouts.values()),
             "target_modules": names_or_paths(
                 {p.module for p in plan.targets if not p.is_parameter}, {p.layer for p in (*pairing.pairs, *pairing.copies)}
             ),
@@ -74,7 +74,9 @@ def write_extraction(
         for pair, emitted in zip(plan.targets, found, strict=True):
             bias = plan.biases.get(pair.module)
             values = torch.zeros(pair.layout.outputs) if bias is None else bias.delta().dense().flatten()
-            named = writer.tensors(pair.module, _slices(pair, emitted), bias=values if plan.biases else None)
+            slices = [LowRank(s.b.mT, s.a.mT) if pair.is_transposed else s for s in emitted.slices]
+            slices = plan.layouts[pair.module].as_factors(slices)
+            named = writer.tensors(pair.module, slices, bias=values if plan.biases else None)
             yield {name: _cast(pair, tensor, request.dtype) for name, tensor in named.items()}
             done.append(_module_record(pair, emitted))
 
@@ -90,18 +92,6 @@ def _factors(plan: ExtractPlan, pair: Pair) -> Emitted:
     parts = [emit([pair.delta(i)], plan.ranks[pair.module], key_of(pair, i)) for i in range(len(pair.matrices))]
     slices = tuple(s for part in parts for s in part.slices)
     return Emitted(slices, math.fsum(p.energy or 0.0 for p in parts), math.fsum(p.kept or 0.0 for p in parts))
-
-
-def _slices(pair: Pair, emitted: Emitted) -> list[LowRank]:
-    """Return the factors of every matrix in the orientation of the layout."""
-    slices = [LowRank(s.b.mT, s.a.mT) if pair.is_transposed else s for s in emitted.slices]
-    if pair.form is not Convolution:
-        return slices
-    for group, delta in enumerate(slices):  # PEFT's A reads all channels: those of other groups times zero
-        a = delta.a.new_zeros(delta.rank, len(slices), delta.a.shape[1])
-        a[:, group] = delta.a
-        slices[group] = LowRank(a.flatten(1), delta.b)
-    return slices
 
 
 def _cast(pair: Pair, tensor: Tensor, dtype: str) -> Tensor:

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from plait.adapters.layouts import Convolution, Embedding, Layout, Linear, Parameter
+from plait.adapters.layouts import Conv1D, Layout, Linear, Parameter, module_layout
 from plait.errors import did_you_mean
-from plait.libraries.transformers import Conversion, checkpoint_conversion, holds_transposed, is_conv1d
+from plait.libraries.transformers import Conversion, checkpoint_conversion, holds_transposed
 
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that layers compute in
 
@@ -134,23 +134,17 @@ class ModuleIndex:
                 f"{name!r}: nn.MultiheadAttention reads its weights without calling a layer, which is not covered; "
                 "bake the merge and evaluate the baked model."
             )
-        if isinstance(module, nn.Embedding):
-            if module.max_norm is not None:
-                raise ValueError(f"{name!r}: an embedding with max_norm has no linear delta.")
-            embedding = Embedding(module.embedding_dim, module.num_embeddings)
-            return TargetModule(name, module, "weight", embedding, transposed=True)
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            kernel = (module.in_channels, *module.kernel_size)  # PEFT's A reads all channels, whatever the base's groups
-            d_in = int(torch.Size(kernel).numel())
-            layout = Convolution(module.out_channels // module.groups, d_in, module.groups, kernel)
-            return TargetModule(name, module, "weight", layout, transposed=False)
-        shape = _linear_shape(module)
-        if shape is None:
+        if getattr(module, "max_norm", None) is not None:
+            raise ValueError(f"{name!r}: an embedding with max_norm has no linear delta.")
+        layout = module_layout(module) or _of_sizes(module)
+        if layout is None:
             raise ValueError(
                 f"{name!r}: {type(module).__name__} is not covered; linear layers, Conv1D, embeddings, convolutions and "
                 "fused experts are. Bake the merge and evaluate the baked model."
             )
-        return TargetModule(name, module, "weight", Linear(*shape), transposed=is_conv1d(module))
+        transposed = bool(layout.is_stored_transposed)
+        own = Linear(layout.d_out, layout.d_in) if isinstance(layout, Conv1D) else layout  # as adapters have it
+        return TargetModule(name, module, "weight", own, transposed)
 
     def _parameter(self, owner: str, name: str) -> TargetModule:
         module = self._modules[owner]
@@ -164,10 +158,7 @@ class ModuleIndex:
         return TargetModule(path, module, name, layout, transposed)
 
 
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Return (d_out, d_in) of a module that maps vectors linearly; None for any other."""
-    if is_conv1d(module) and isinstance(module.weight, Tensor):
-        return module.weight.shape[1], module.weight.shape[0]
+def _of_sizes(module: nn.Module) -> Layout | None:
+    """Return the layout of a module that says what it maps: quantized layers are not nn.Linear."""
     d_out, d_in = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    # quantized layers are not nn.Linear, but have the sizes that they map
-    return (d_out, d_in) if isinstance(d_out, int) and isinstance(d_in, int) else None
+    return Linear(d_out, d_in) if isinstance(d_out, int) and isinstance(d_in, int) else None

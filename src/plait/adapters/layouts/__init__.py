@@ -7,6 +7,7 @@ model runs it through a forward pass of its own, a class in `plait.mixture.layer
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from plait.adapters.layouts.base import Layout, TensorNames, uniform_rank
 from plait.adapters.layouts.conv1d import Conv1D
@@ -17,7 +18,7 @@ from plait.adapters.layouts.parameter import Parameter
 
 __all__ = [
     "LAYOUTS", "Conv1D", "Convolution", "Embedding", "Layout", "Linear", "Parameter", "TensorNames",
-    "factor_parts", "layout_type", "module_keys", "uniform_rank",
+    "factor_parts", "layout_type", "module_keys", "module_layout", "uniform_rank",
 ]  # fmt: skip
 
 LAYOUTS: tuple[type[Layout], ...] = (Embedding, Parameter, Convolution, Conv1D, Linear)  # the first that claims a target has it
@@ -31,6 +32,11 @@ def layout_type(shapes: Mapping[str, tuple[int, ...]], *, is_parameter: bool) ->
         is_parameter: whether the configuration names it in `target_parameters`.
     """
     return next(layout for layout in LAYOUTS if layout.claims(shapes, is_parameter=is_parameter))
+
+
+def module_layout(module: Any) -> Layout | None:
+    """Return the layout of factors on a module of a live model; None where there is none."""
+    return next((found for layout in LAYOUTS if (found := layout.of_module(module)) is not None), None)
 
 
 def module_keys(layouts: Mapping[str, Layout]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
@@ -47,6 +47,7 @@ class Layout(ABC):
     names_parameter: ClassVar[bool] = False  #: an adapter's target is the path of a parameter, not of a module
     is_stored_transposed: ClassVar[bool | None] = None  #: the base has (d_in, d_out); None: `is_transposed` decides
     reads_tokens: ClassVar[bool] = False  #: its inputs are indices, not vectors
+    fan_in_fan_out: ClassVar[bool] = False  #: the flag that PEFT needs in the configuration
     takes_bias: ClassVar[bool] = True  #: PEFT has a `lora_bias` there
     served_by_vllm: ClassVar[bool] = True
 
@@ -81,6 +82,23 @@ class Layout(ABC):
         if a[0] != b[1]:
             raise ValueError(f"A is {list(a)} and B is {list(b)}; the rank must be A's first and B's second dimension")
         return cls(b[0], a[1]), a[0]
+
+    @classmethod
+    def of_module(cls, module: Any) -> Self | None:
+        """Return the layout of factors on a module of a live model; None where it is not of this kind."""
+        return None
+
+    @classmethod
+    def of_weight(cls, d_out: int, d_in: int, stack: int, shape: tuple[int, ...]) -> Self:
+        """Return the layout of factors on a weight of the base.
+
+        Args:
+            d_out: rows of each of its matrices, as ΔW.
+            d_in: columns of each.
+            stack: how many matrices it holds.
+            shape: of it.
+        """
+        return cls(d_out, d_in, stack)
 
     @classmethod
     def module_keys(cls, targets: Sequence[str]) -> dict[str, str]:
@@ -177,6 +195,10 @@ class Layout(ABC):
     def as_matrix(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Return the rows and columns that a stored weight is seen as, matrices of a stack below each other."""
         return math.prod(shape[:-1]), shape[-1]
+
+    def as_factors(self, slices: Sequence[LowRank]) -> list[LowRank]:
+        """Return the deltas of a weight's matrices as deltas of this layout's: they differ for grouped convolutions alone."""
+        return list(slices)
 
     def unpack(self, a: Tensor, b: Tensor) -> list[LowRank]:
         """Take the stored A and B apart into one `LowRank` per matrix of the stack."""

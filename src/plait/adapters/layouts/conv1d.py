@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from plait.adapters.layouts.base import Layout
-from plait.libraries.transformers import CONV1D_LAYERS, CONV1D_MODELS
+from plait.libraries.transformers import CONV1D_LAYERS, CONV1D_MODELS, is_conv1d
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,17 @@ class Conv1D(Layout):
 
     kind = "conv1d"
     is_stored_transposed = True
+    fan_in_fan_out = True
 
     @classmethod
     def claims(cls, shapes: Mapping[str, tuple[int, ...]], *, is_parameter: bool) -> bool:
         """Say no: factors are those of any linear layer."""
         return False
+
+    @classmethod
+    def of_module(cls, module: Any) -> Self | None:
+        """Return the layout of factors on transformers' Conv1D."""
+        return cls(module.weight.shape[1], module.weight.shape[0]) if is_conv1d(module) else None
 
 
 def may_be_conv1d(module: str) -> bool:

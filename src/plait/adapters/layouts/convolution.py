@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plait.adapters.layouts.base import Layout
 from plait.adapters.lowrank import LowRank
@@ -43,6 +43,19 @@ class Convolution(Layout):
         if rest or groups < 1 or b[0] % groups or math.prod(b[2:]) != 1:
             raise ValueError(f"A is {list(a)} and B is {list(b)}; that is not a (grouped) convolution of rank {a[0]}")
         return cls(b[0] // groups, math.prod(a[1:]), groups, a[1:]), a[0] // groups
+
+    @classmethod
+    def of_module(cls, module: Any) -> Self | None:
+        """Return the layout of factors on a convolution."""
+        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return None
+        kernel = (module.in_channels, *module.kernel_size)
+        return cls(module.out_channels // module.groups, math.prod(kernel), module.groups, kernel)
+
+    @classmethod
+    def of_weight(cls, d_out: int, d_in: int, stack: int, shape: tuple[int, ...]) -> Self:
+        """Return the layout of factors on a weight, every group of which reads the channels of all."""
+        return cls(d_out, stack * d_in, stack, (stack * shape[1], *shape[2:]))
 
     @property
     def rank_unit(self) -> int:
@@ -83,6 +96,15 @@ class Convolution(Layout):
     def as_matrix(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Return output channels × the rest."""
         return shape[0], math.prod(shape[1:])
+
+    def as_factors(self, slices: Sequence[LowRank]) -> list[LowRank]:
+        """Return the groups' deltas reading all channels, those of other groups times zero."""
+        found = []
+        for group, delta in enumerate(slices):
+            a = delta.a.new_zeros(delta.rank, self.stack, self.d_in // self.stack)
+            a[:, group] = delta.a
+            found.append(LowRank(a.flatten(1), delta.b))
+        return found
 
     def unpack(self, a: Tensor, b: Tensor) -> list[LowRank]:
         """Take A and B apart: group-major, so that a group reads the rows of its own ranks."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import nn
 
 from plait.adapters.layouts.base import Layout
 
@@ -24,3 +27,8 @@ class Embedding(Layout):
     def claims(cls, shapes: Mapping[str, tuple[int, ...]], *, is_parameter: bool) -> bool:
         """Say whether a part has an embedding's name."""
         return cls.a_part in shapes or cls.b_part in shapes
+
+    @classmethod
+    def of_module(cls, module: Any) -> Self | None:
+        """Return the layout of factors on an `nn.Embedding`."""
+        return cls(module.embedding_dim, module.num_embeddings) if isinstance(module, nn.Embedding) else None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import nn
 
 from plait.adapters.layouts.base import Layout
 from plait.adapters.layouts.conv1d import may_be_conv1d
@@ -19,6 +22,11 @@ class Linear(Layout):
     def claims(cls, shapes: Mapping[str, tuple[int, ...]], *, is_parameter: bool) -> bool:
         """Claim what no other kind has claimed."""
         return True
+
+    @classmethod
+    def of_module(cls, module: Any) -> Self | None:
+        """Return the layout of factors on an `nn.Linear`."""
+        return cls(module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
 
     def is_transposed(self, target: str, *, stored: tuple[int, ...] | None, conv1d: bool | None, flag: bool) -> bool:
         """Say whether it is a Conv1D in the base: by the shape of the weight, unless it is square, then by name and model."""
