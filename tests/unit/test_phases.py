@@ -319,7 +319,7 @@ def test_kinds_do_not_mix(place):
 
 
 def test_a_file_that_is_none(place):
-    with pytest.raises(RecipeError, match=r"nowhere\.yaml: No such file or directory"):
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml: there is no such file\. Did you mean"):
         read_phases(place / "nowhere.yaml", out=place)
     assert "phases are a mapping" in refused(place, "- a\n- b\n")
     assert "phases.yaml:2: this is not YAML" in refused(place, "a: 1\n b: }\n")

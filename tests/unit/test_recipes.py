@@ -224,7 +224,7 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe4\n")
 
     assert problems(tmp_path / "recpe.yaml") == [f"{tmp_path}/recpe.yaml: there is no such file. Did you mean 'recipe.yaml'?"]
-    assert problems(tmp_path) == [f"{tmp_path} is a folder; give the recipe's file. Did you mean 'recipe.yaml'?"]
+    assert problems(tmp_path) == [f"{tmp_path} is a folder; give the file. Did you mean 'recipe.yaml'?"]
     assert problems(tmp_path / "latin.yaml") == [f"{tmp_path}/latin.yaml: this is not text in UTF-8 (byte 3)."]
     assert problems("recipe.yml")[0] == "recipe.yml: there is no such file."
     for name, content in (("x.json", '{"a": 1,}'), ("y.json", "{")):

@@ -6,15 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from plait.errors import RecipeError
 from plait.methods import METHODS
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.problems import Origins
 from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
-from plait.recipes.validation import explain
+from plait.recipes.validation import validate
 from plait.tasks.loading import placed
 
 _RECIPES = (".yaml", ".yml", ".json")
@@ -45,11 +43,11 @@ def spec_of(given: EvalSpec, **changes: Any) -> EvalSpec:
         before = {} if given.subset is None else given.subset.model_dump()
         changed["subset"] = {**before, "max_samples": changed["subset"], "per_task": {}}
     data = {**given.model_dump(mode="json"), **changed}
-    try:
-        return EvalSpec.model_validate(data)
-    except ValidationError as error:
-        Origins("the request").refuse(explain(error, data, EvalSpec))
-        raise
+    spec, problems = validate(EvalSpec, data)
+    Origins("the request").refuse(problems)
+    if spec is None:
+        raise AssertionError("a specification without problems was not built")
+    return spec
 
 
 def asked(recipe: Recipe, tasks: Sequence[str | Path], **changes: Any) -> Recipe:

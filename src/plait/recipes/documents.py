@@ -13,12 +13,13 @@ from pathlib import Path
 
 import yaml
 
-from plait.errors import RecipeError
+from plait.errors import PlaitError, RecipeError, did_you_mean
 from plait.folders import open_in
-from plait.parsing import MOST_BITS, MOST_LEVELS, parse_json
+from plait.parsing import MOST_BITS, MOST_LEVELS, parse_json, read_text
 from plait.recipes.paths import KeyPath, Plain
 from plait.recipes.problems import Problem, listed
 
+_SUFFIXES = (".yaml", ".yml", ".json")
 _MOST_NODES = 200_000
 _MOST_CHARACTERS = 4 << 20  # of YAML, which is read character by character
 _LONGEST_CARD = 1 << 20  # bytes in which its front matter is looked for
@@ -59,6 +60,42 @@ class Document:
     data: Plain
     lines: dict[KeyPath, int]
     problems: tuple[Problem, ...] = ()
+
+
+def open_document(file: Path, *, source: str | None = None, error: type[PlaitError] = RecipeError) -> Document:
+    """Read a file that holds one YAML document, or JSON where its name ends so.
+
+    Args:
+        file: a recipe, a task, phases.
+        source: what messages call it; its path when None.
+        error: what a refusal raises.
+
+    Raises:
+        PlaitError: (`error`) there is no such file, it cannot be read, or it is not YAML.
+    """
+    try:
+        file.stat()
+    except FileNotFoundError:
+        raise error(f"{file}: there is no such file.{_near(file)}") from None
+    except (OSError, ValueError):
+        pass  # raised when it is read
+    else:
+        if file.is_dir():
+            raise error(f"{file} is a folder; give the file.{_near(file / 'recipe.yaml')}")
+    read = read_json if file.suffix.lower() == ".json" else read_document
+    text = read_text(file, error)
+    try:
+        return read(text, source or str(file))
+    except RecipeError as found:
+        raise error(str(found)) from None
+
+
+def _near(file: Path) -> str:
+    try:
+        files = sorted(p.name for p in file.parent.iterdir() if p.suffix in _SUFFIXES)
+    except OSError:
+        return ""
+    return did_you_mean(file.name, files)
 
 
 def read_document(text: str, source: str, *, loader: type[yaml.SafeLoader] = _Loader) -> Document:

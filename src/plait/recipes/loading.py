@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from plait.errors import AddressError, RecipeError, did_you_mean
+from plait.errors import AddressError, RecipeError
 from plait.notices import PlaitWarning, frames_within
 from plait.parsing import read_text
-from plait.recipes.documents import Document, read_document, read_json
+from plait.recipes.documents import Document, open_document, read_document
 from plait.recipes.importers.entries import named_entry
 from plait.recipes.importers.mergekit import convert_mergekit, is_mergekit
 from plait.recipes.importers.migration import convert_old, number_note
@@ -23,8 +23,6 @@ from plait.recipes.problems import Converted, Origins, Problem, show
 from plait.recipes.schema import Recipe
 from plait.recipes.validation import check
 from plait.recipes.writing import to_yaml
-
-_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 class RecipeWarning(PlaitWarning):
@@ -95,11 +93,11 @@ def migrate_file(file: str | Path) -> tuple[str, list[str]]:
         RecipeError: it cannot be read, a part of it has no counterpart, or it is not valid.
     """
     path = Path(file).expanduser()
-    document, folder = _document(path), path.absolute().parent
+    document, folder = open_document(path), path.absolute().parent
     _, notes = _resolve(document, str(file), folder, ())
     if not notes:
         note = None if "version" in document.data else number_note(document.data)
-        return _contents(path), [] if note is None else [note]
+        return read_text(path, RecipeError), [] if note is None else [note]
     converted = _converted(document.data, folder)
     Origins(str(file), document.lines, converted.moved).refuse(converted.missing)
     return to_yaml(converted.data), [str(note) for note in notes]
@@ -116,39 +114,13 @@ def _read(path_or_text: str | Path, overrides: Overrides) -> tuple[Loaded, list[
         document, source, folder = read_document(str(path_or_text), "recipe"), "recipe", Path.cwd()
     else:
         path = Path(path_or_text).expanduser()
-        document, source, folder = _document(path), str(path_or_text), path.absolute().parent
+        document, source, folder = open_document(path), str(path_or_text), path.absolute().parent
     recipe, notes = _resolve(document, source, folder, overrides)
     return Loaded(recipe, folder), notes
 
 
-def _document(path: Path) -> Document:
-    read = read_json if path.suffix.lower() == ".json" else read_document
-    return read(_contents(path), str(path))
-
-
 def _is_text(source: str | Path) -> bool:
     return isinstance(source, str) and ("\n" in source or ": " in source or source.lstrip().startswith("{"))
-
-
-def _contents(path: Path) -> str:
-    try:
-        path.stat()
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: there is no such file.{_near(path)}") from None
-    except (OSError, ValueError):
-        pass  # said when it is read
-    else:
-        if path.is_dir():
-            raise RecipeError(f"{path} is a folder; give the recipe's file.{_near(path / 'recipe.yaml')}")
-    return read_text(path, RecipeError)
-
-
-def _near(path: Path) -> str:
-    try:
-        files = sorted(p.name for p in path.parent.iterdir() if p.suffix in _SUFFIXES)
-    except OSError:
-        return ""
-    return did_you_mean(path.name, files)
 
 
 def _resolve(document: Document, source: str, folder: Path | None, overrides: Overrides) -> tuple[Recipe, list[Warning]]:

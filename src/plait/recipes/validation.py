@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import get_args
+from typing import TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -53,6 +53,7 @@ _BOUNDED = ("greater_than", "greater_than_equal", "less_than", "less_than_equal"
 _PATTERNS = {
     r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "start with a letter or digit and hold only letters, digits, '.', '_' and '-'",
 }
+RecordT = TypeVar("RecordT", bound=BaseModel)
 
 
 class _Draft(Recipe):
@@ -79,6 +80,20 @@ def check(data: Mapping[str, Plain]) -> tuple[Recipe | None, list[Problem]]:
     else:
         problems += [Problem(("method",), f"{text}.") for text in draft._method_problems()]
     return (None, problems) if problems else (Recipe.model_validate(data), [])
+
+
+def validate(kind: type[RecordT], data: Mapping[str, Plain]) -> tuple[RecordT | None, list[Problem]]:
+    """Return the record that `data` describes, or None and all that is wrong with it in plain words.
+
+    Args:
+        kind: of the record.
+        data: mappings with keys as text, lists and scalars.
+    """
+    problems = [*truth_values(data, kind)]
+    try:
+        return kind.model_validate(data), problems
+    except ValidationError as error:
+        return None, [*problems, *explain(error, data, kind)]
 
 
 def cannot_yet(what: str) -> str:

@@ -6,14 +6,11 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from plait.errors import PlaitError, RecipeError, TaskError, collect, did_you_mean
-from plait.parsing import read_text
-from plait.recipes.documents import Document, read_document, read_json
+from plait.errors import PlaitError, TaskError, collect, did_you_mean
+from plait.recipes.documents import Document, open_document
 from plait.recipes.paths import Plain, item
 from plait.recipes.problems import Origins, Problem, listed, show
-from plait.recipes.validation import explain, truth_values
+from plait.recipes.validation import validate
 from plait.tasks.schema import KINDS, LM_EVAL, LmEval, Task
 
 _NO_TEXT = {"asr": "sound", "audio_classification": "sound", "image_classification": "images"}
@@ -31,7 +28,7 @@ def load_task(path: str | Path) -> Task:
     if _is_harness(path):
         return _without_file(str(path))
     file = Path(path).expanduser()
-    return build_task(_document(file), source=str(path), folder=file.absolute().parent)
+    return build_task(open_document(file, error=TaskError), source=str(path), folder=file.absolute().parent)
 
 
 def load_tasks(paths: Iterable[str | Path]) -> tuple[Task, ...]:
@@ -85,13 +82,10 @@ def build_task(document: Document, *, source: str = "task", folder: Path | None 
     if not isinstance(family, str) or family not in KINDS:
         origins.refuse([*document.problems, _bad_kind(kind)])
     model = KINDS[str(family)]
-    problems = [*document.problems, *truth_values(data, model)]
-    try:
-        task = model.model_validate(_placed(data, folder or Path.cwd()))
-    except ValidationError as error:
-        origins.refuse([*problems, *explain(error, data, model)])
-        raise
-    origins.refuse(problems)
+    task, problems = validate(model, _placed(data, folder or Path.cwd()))
+    origins.refuse([*document.problems, *problems])
+    if task is None:
+        raise AssertionError("a task without problems was not built")
     return task
 
 
@@ -125,20 +119,3 @@ def _placed(data: Mapping[str, Plain], folder: Path) -> dict[str, Plain]:
 
 def _is_harness(reference: str | Path) -> bool:
     return str(reference).startswith(LM_EVAL)
-
-
-def _document(file: Path) -> Document:
-    read = read_json if file.suffix.lower() == ".json" else read_document
-    if not file.exists():
-        raise TaskError(f"{file}: there is no such file.{_near(file)}")
-    try:
-        return read(read_text(file, TaskError), str(file))
-    except RecipeError as error:
-        raise TaskError(str(error)) from None
-
-
-def _near(file: Path) -> str:
-    try:
-        return did_you_mean(file.name, sorted(p.name for p in file.parent.iterdir() if p.suffix in (".yaml", ".yml", ".json")))
-    except OSError:
-        return ""

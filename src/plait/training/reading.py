@@ -9,17 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from plait.errors import AddressError, PlaitError, RecipeError
 from plait.hub.references import parse_reference
 from plait.methods import METHODS
-from plait.parsing import read_text
-from plait.recipes.documents import Document, read_document, read_json
+from plait.recipes.documents import Document, open_document
 from plait.recipes.overrides import parse_override, set_values
 from plait.recipes.paths import Plain, item
 from plait.recipes.problems import Origins, Problem, listed, show
-from plait.recipes.validation import check, explain, truth_values
+from plait.recipes.validation import check, validate
 from plait.tasks.loading import load_task
 from plait.tasks.schema import SequenceClassification, Task
 from plait.training.classification import LONGEST
@@ -70,12 +67,12 @@ def read_phases(
     data, overridden, dead_ends = set_values(document.data, overrides)
     data, tasks, bad_tasks = _name_phases(data, folder)
     origins = Origins(name, document.lines, overridden=tuple(overridden))
-    problems = [*document.problems, *dead_ends, *bad_tasks, *truth_values(data, Phases), *_merge_problems(data, out)]
-    try:
-        phases = Phases.model_validate(data)
-    except ValidationError as error:
-        origins.refuse([*problems, *explain(error, data, Phases)])
-        raise
+    problems = [*document.problems, *dead_ends, *bad_tasks, *_merge_problems(data, out)]
+    phases, invalid = validate(Phases, data)
+    problems += invalid
+    if phases is None:
+        origins.refuse(problems)
+        raise AssertionError("phases without problems were not built")
     problems += [*_twice(phases), *_lora_problems(phases), *_task_problems(phases, tasks), *_watch_problems(phases, tasks)]
     problems += _path_problems(phases, folder)
     base_text, bad_base = _base(phases.base_model, folder)
@@ -87,9 +84,7 @@ def _document(source: str | Path | Mapping[str, Plain]) -> tuple[Document, str, 
     if isinstance(source, Mapping):
         return Document(_plain(source), {}), "the phases", Path.cwd()
     file = Path(source).expanduser()
-    read = read_json if file.suffix.lower() == ".json" else read_document
-    text = read_text(file, RecipeError, advice="Give the file that says what to train.")
-    return read(text, str(source)), str(source), file.absolute().parent
+    return open_document(file, source=str(source)), str(source), file.absolute().parent
 
 
 def _plain(value: Plain) -> Plain:
