@@ -115,6 +115,6 @@ def test_trust_is_noted_once(capsys):
 
 
 def test_what_is_planned_is_not_called_unknown():
-    for word, what in (("optimizer", "learn coefficients"), ("search", "search"), ("grid", "search")):
+    for word, what in (("search", "search"), ("grid", "search")):
         with pytest.raises(RecipeError, match=f"{word}: this version of plait cannot {what} yet"):
             plait.plan(["./a", "./b"], **{word: {"type": "x"}})

@@ -379,7 +379,8 @@ def test_one_warning_per_old_form_says_what_to_write(old, notes):
                 "eval_tasks": ["asr"],
             },
             [
-                "optimizer: this version of plait cannot learn coefficients yet. Take this part out.",
+                "optimizer.type: adamerging learnt the coefficients of method 'weighted_delta_n', and the method is 'uniform'; "
+                "write method: weighted_delta_n.",
                 "grid: this version of plait cannot search yet. Take this part out.",
                 "post_sweep_eval: this version of plait cannot search and evaluate yet. Take this part out.",
                 "search: this version of plait cannot search yet. Take this part out.",
@@ -410,7 +411,7 @@ def test_problems_of_an_old_file_have_its_lines(tmp_path):
 
 
 def test_migrate_lists_what_it_cannot_carry_over():
-    with pytest.raises(RecipeError, match=r"recipe: 2 problems\n  - recipe: method_params.k: .*\n  - recipe: optimizer: "):
+    with pytest.raises(RecipeError, match=r"recipe: 2 problems\n  - recipe: method_params.k: .*\n  - recipe: optimizer.type: "):
         migrate({"adapters": ["./a"], "method": "ties", "method_params": {"k": 0}, "optimizer": {"type": "gradient"}})
 
 

@@ -17,7 +17,7 @@ from plait.recipes.overrides import apply_overrides, parse_override
 from plait.recipes.schema import Recipe
 from plait.recipes.validation import PLANNED, cannot_yet
 
-_PLANNED = {**PLANNED, "optimizer": "learn coefficients", "grid": PLANNED["search"]}
+_PLANNED = {**PLANNED, "grid": PLANNED["search"]}
 _OUTPUT = ("kind", "rank", "dtype", "layout")
 _TOP = tuple(name for name in Recipe.model_fields if name not in ("method", "weights", "output", "adapters"))
 

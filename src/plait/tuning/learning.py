@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from plait.errors import PlanError
 from plait.mixture import Mixture
@@ -385,31 +386,32 @@ def _drawn(lesson: Lesson, taught: Class, spec: TuneSpec, step: int) -> list[int
 
 
 @contextmanager
-def _memory(model: Any, spec: TuneSpec) -> Iterator[None]:
-    """Let layers keep no activations but compute them again, where that is wanted; dropout stays off."""
+def _memory(model: nn.Module, spec: TuneSpec) -> Iterator[None]:
+    """Let layers keep no activations but compute them again, where that is wanted; dropout stays off.
+
+    transformers does so in layers that are in training mode, which is set on those modules alone: what is in them stays in
+    evaluation mode.
+
+    Raises:
+        PlanError: the model has no such layers.
+    """
     if not spec.checkpointing:
         yield
         return
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    rates = [
-        (m, name, value)
-        for m in layers
-        for name, value in vars(m).items()
-        if "dropout" in name and isinstance(value, float) and value
-    ]
+    layers = [m for m in model.modules() if hasattr(type(m), "gradient_checkpointing")]
+    if not layers:
+        raise PlanError(f"tune.checkpointing: {type(model).__name__} has no layers that can compute their activations again.")
+    again = partial(checkpoint, use_reentrant=False)
+    before = [dict(vars(m)) for m in layers]
     try:
         for m in layers:
-            m.training = True  # of these modules alone: transformers computes again in training mode only
-        for m, name, _ in rates:
-            setattr(m, name, 0.0)
+            rates = {name: 0.0 for name, value in vars(m).items() if "dropout" in name and isinstance(value, float)}
+            vars(m).update(rates, training=True, gradient_checkpointing=True, _gradient_checkpointing_func=again)
         yield
     finally:
-        for m in layers:
-            m.training = False
-        for m, name, value in rates:
-            setattr(m, name, value)
-        model.gradient_checkpointing_disable()
+        for m, attributes in zip(layers, before, strict=True):
+            vars(m).clear()
+            vars(m).update(attributes)
 
 
 def _computing(model: Any, spec: TuneSpec) -> AbstractContextManager[Any]:

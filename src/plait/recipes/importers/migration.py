@@ -16,6 +16,7 @@ from plait.errors import AddressError
 from plait.recipes.importers.entries import named_entry
 from plait.recipes.importers.older_evaluation import KEYS as EVALUATION
 from plait.recipes.importers.older_evaluation import take_evaluation
+from plait.recipes.importers.older_tuning import take_tuning
 from plait.recipes.paths import KeyPath, Plain
 from plait.recipes.problems import Converted, Origins, Problem, show, spell
 from plait.recipes.validation import cannot_yet, unknown_key
@@ -27,9 +28,9 @@ _ELSEWHERE = {
     "constraint_nonnegative": "it bounded what a search tried; weights that are given are taken as they are",
     "compute_missing_interference_baselines": "an evaluation always scores the base model and every single adapter too",
 }
-_NOT_YET = {"grid": "search", "post_sweep_eval": "search and evaluate", "optimizer": "learn coefficients"}
+_NOT_YET = {"grid": "search", "post_sweep_eval": "search and evaluate"}
 _PARAMS = ("method_params", "params")
-_OLD_KEYS = frozenset((*EVALUATION, *_ELSEWHERE, *_NOT_YET, *_PARAMS, "lambda", "lambda_policy"))
+_OLD_KEYS = frozenset((*EVALUATION, *_ELSEWHERE, *_NOT_YET, *_PARAMS, "optimizer", "lambda", "lambda_policy"))
 _ALL_KEYS = _OLD_KEYS | {"adapters", "method", "merge_mode", "transforms", "search"}
 _PAIRS = ("weighted", "weighted_delta")
 _WITHOUT_LAMBDA = ("uniform", "uniform_delta", "uniform_scalar_delta", "task_vector", "weighted_delta_n")
@@ -120,6 +121,7 @@ class _Migration:
         self._apply_method()
         self._flatten_transforms()
         self._refuse_what_cannot_be_done()
+        self._take_optimizer()
         self._take_evaluation()
         self._point_elsewhere()
         self._put_method()
@@ -357,6 +359,32 @@ class _Migration:
                 self._problem((key,), cannot_yet(what))
             elif value is not None:
                 self._note(f"{key}: {spell(value)}", "")
+
+    def _take_optimizer(self) -> None:
+        if "optimizer" not in self._data:
+            return
+        value = self._data.pop("optimizer")
+        if _is_off("optimizer", value):
+            if value is not None:
+                self._note(f"optimizer: {spell(value)}", "")
+            return
+        found = take_tuning(value, self._method)
+        self._problems += found.problems
+        if "tune" in self._data:
+            self._problem(("optimizer",), "optimizer and tune say the same; keep tune.")
+            return
+        if found.tune:
+            self._data["tune"] = found.tune
+            self._data.setdefault("scale", 1.0)  # the first coefficients were taken as they are
+        if found.tasks is not None:
+            if self._data.get("eval_tasks", found.tasks) != found.tasks:
+                text = "other tasks than eval_tasks; every adapter learns and is judged by the same, so give them once."
+                self._problem(("optimizer", "params", "tasks"), text)
+            elif "tasks" not in self._data:
+                self._data["eval_tasks"] = found.tasks
+        self._moved |= found.moved
+        for note in found.notes:
+            self._note(*note)
 
     def _take_evaluation(self) -> None:
         found = take_evaluation(self._data, self._folder or Path.cwd())

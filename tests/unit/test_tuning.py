@@ -1,0 +1,539 @@
+"""Objectives, links, samplers, criteria, schedules and trees of `plait tune`, each against a literal reading in float64."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from plait.adapters import Adapter
+from plait.adapters.lowrank import LowRank
+from plait.calibration.texts import Texts
+from plait.errors import PlanError, RecipeError
+from plait.linalg.blocks import RowBlocks
+from plait.mixture import Mixture
+from plait.recipes.tuning import TuneSpec
+from plait.tasks.loading import load_tasks
+from plait.tuning.hierarchy import levels, similarity
+from plait.tuning.learners import CoefficientLearner
+from plait.tuning.learning import Class, Held, learn, look, rate, split_off, text_losses, with_references
+from plait.tuning.links import LINKS, normalized
+from plait.tuning.objectives import OBJECTIVES, References, Said, regret_weights, regrets, smooth_maximum, task_weights
+from plait.tuning.sampling import class_weight, draw
+from plait.tuning.selection import CRITERIA
+from plait.tuning.teaching import Lesson, lesson_of
+from tests.language_models import LABELS, WORDS, label, language_model, tokenizer, train_adapter, write_task
+from tests.mixtures import IDS, PLAIN, cohort, dense_output, opened
+from tests.small_models import net
+
+SPEC = TuneSpec(held_out=0, prompts=4, granularity="module", learning_rate=0.05)
+
+
+# --- gradients of Λ, against float64 autograd of the dense merge
+
+
+@pytest.mark.parametrize("granularity", ["task", "layer", "module"])
+def test_columns_act_as_the_dense_merge_and_so_do_their_gradients(tmp_path: Path, granularity: Any) -> None:
+    written = cohort(tmp_path, {name: PLAIN for name in "abc"})
+    mixture = Mixture(net().double(), opened(written))
+    deltas = {
+        a.name: {t: [s.scaled(e.scaling) for s in a.read(t, torch.float64)] for t, e in a.targets.items()}
+        for a in opened(written)
+    }
+    columns = mixture.columns(deltas)
+    torch.manual_seed(0)
+    values = torch.randn(columns.axes.shape(granularity), dtype=torch.float64, requires_grad=True)
+    with mixture.combined(columns, values, granularity) as model:
+        said = model(IDS)
+        said.square().sum().backward()
+    free = values.detach().clone().requires_grad_()
+    rows = dict(zip(columns.deltas, columns.row_of_module().tolist(), strict=True))
+    at = {"task": lambda p: free, "layer": lambda p: free[rows[p]], "module": lambda p: free[list(rows).index(p)]}[granularity]
+    wanted = dense_output(written, lambda name, path: at(path)["abc".index(name)])
+    wanted.square().sum().backward()
+    torch.testing.assert_close(said.detach(), wanted.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(values.grad, free.grad, rtol=1e-8, atol=1e-8)
+
+
+def test_coefficients_per_direction_have_the_gradients_of_the_singular_directions(tmp_path: Path) -> None:
+    written = cohort(tmp_path, {name: {"layers.0.q_proj": PLAIN["layers.0.q_proj"]} for name in "ab"})
+    mixture = Mixture(net().double(), opened(written))
+    deltas = {
+        a.name: {t: [s.scaled(e.scaling) for s in a.read(t, torch.float64)] for t, e in a.targets.items()}
+        for a in opened(written)
+    }
+    columns = mixture.columns(deltas, factors="canonical")
+    values = torch.linspace(-1, 1, 5, dtype=torch.float64).reshape(1, 5).requires_grad_()
+    with mixture.combined(columns, values, "direction") as model:
+        model(IDS).square().sum().backward()
+    free = values.detach().clone().requires_grad_()
+    parts = []
+    for name in "ab":
+        u, s, v = torch.linalg.svd(torch.tensor(written[name].deltas["layers.0.q_proj"], dtype=torch.float64))
+        parts += [s[i] * torch.outer(u[:, i], v[i]) for i in range(2 if name == "a" else 3)]
+    total = sum(free[0, i] * part for i, part in enumerate(parts))
+    base = net().double()
+    weights = {**dict(base.named_parameters()), "layers.0.q_proj.weight": base.get_parameter("layers.0.q_proj.weight") + total}
+    torch.func.functional_call(base, weights, (IDS,)).square().sum().backward()
+    torch.testing.assert_close(values.grad, free.grad, rtol=1e-8, atol=1e-8)
+    (merged,) = columns.merged(values, "direction")["layers.0.q_proj"]
+    torch.testing.assert_close(merged.dense(), total.detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("granularity", ["task", "layer", "module", "direction"])
+def test_what_acts_with_coefficients_can_be_taken_out(tmp_path: Path, granularity: Any) -> None:
+    written = cohort(tmp_path, {name: PLAIN for name in "ab"})
+    mixture = Mixture(net().double(), opened(written), factors="canonical")
+    torch.manual_seed(0)
+    values = torch.randn(mixture.axes.shape(granularity), dtype=torch.float64)
+    with mixture.mixed(values, granularity) as model, torch.no_grad():
+        said = model(IDS).clone()
+    with mixture.attached(mixture.merged(values, granularity)) as model, torch.no_grad():
+        torch.testing.assert_close(model(IDS), said, rtol=1e-9, atol=1e-9)
+
+
+def test_dense_columns_are_refused(tmp_path: Path) -> None:
+    mixture = Mixture(net(), opened(cohort(tmp_path, {"a": {"head": PLAIN["head"]}})))
+    with pytest.raises(PlanError, match="only the factors of a low-rank delta can be combined"):
+        mixture.columns({"x": {"head": [RowBlocks((4, 6), lambda start, stop: torch.zeros(stop - start, 6), torch.float32)]}})
+
+
+# --- objectives
+
+
+def said(**changes: Any) -> Said:
+    torch.manual_seed(1)
+    return replace(Said(torch.randn(5, 7), torch.tensor([0, 2, 3]), targets=torch.tensor([1, 6, 0, 3, 3])), **changes)
+
+
+def softmax(row: Tensor) -> list[float]:
+    raised = [math.exp(float(x)) for x in row.double()]
+    return [r / sum(raised) for r in raised]
+
+
+def close(found: Tensor, wanted: list[float]) -> None:
+    torch.testing.assert_close(found.double(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+
+
+def test_cross_entropy() -> None:
+    found = said()
+    rows = [softmax(r) for r in found.logits]
+    plain = [-math.log(p[y]) for p, y in zip(rows, [1, 6, 0, 3, 3], strict=True)]
+    close(OBJECTIVES["gradient"].loss(found, SPEC), plain)
+    smooth = [0.9 * own + 0.1 * sum(-math.log(q) for q in p) / 7 for own, p in zip(plain, rows, strict=True)]
+    close(OBJECTIVES["supermerge"].loss(found, SPEC.model_copy(update={"label_smoothing": 0.1})), smooth)
+
+
+def test_entropy() -> None:
+    labels = torch.tensor([[2, 5, -1], [0, 1, 4], [3, 6, 2]])
+    found = said(labels=labels)
+    for over, chosen in {"labels": [[2, 5], [0, 1, 4], [3, 6, 2]], "vocabulary": [range(7)] * 3}.items():
+        spec = SPEC.model_copy(update={"entropy_over": over, "entropy_temperature": 2.0})
+        rows = [softmax(found.logits[i][list(c)] / 2.0) for i, c in zip([0, 2, 3], chosen, strict=True)]
+        close(OBJECTIVES["adamerging"].loss(found, spec), [-sum(p * math.log(p) for p in row) for row in rows])
+
+
+def test_the_entropy_of_missing_labels_has_gradients() -> None:
+    found = said(labels=torch.tensor([[2, 5, -1], [0, 1, 4], [3, 6, 2]]))
+    logits = found.logits.requires_grad_()
+    OBJECTIVES["adamerging"].loss(found, SPEC).sum().backward()
+    assert logits.grad is not None
+    assert bool(torch.isfinite(logits.grad).all())
+
+
+def test_hidden() -> None:
+    torch.manual_seed(2)
+    h, w = ([torch.randn(5, 3) for _ in range(2)] for _ in range(2))
+    found = said(hidden=tuple(h), wanted=tuple(w))
+    literal = [
+        sum(float((a[i] - b[i]).double().square().sum() / b[i].double().square().sum()) for a, b in zip(h, w, strict=True)) / 2
+        for i in range(5)
+    ]
+    close(OBJECTIVES["hidden"].loss(found, SPEC), literal)
+
+
+def test_task_weights() -> None:
+    losses, references = {"a": 0.0, "b": 0.0}, References({}, {"a": 0.5, "b": 4.0})
+    assert task_weights(losses, references, SPEC) == {"a": 0.5, "b": 0.5}
+
+    def given(**changes: Any) -> dict[str, float]:
+        return task_weights(losses, references, SPEC.model_copy(update=changes))
+
+    assert given(task_weights={"a": 1.0, "b": 3.0}) == {"a": 0.25, "b": 0.75}
+    assert given(task_weights="baseline_normalized") == {"a": 1.0, "b": 0.125}
+    assert given(task_weights="baseline_normalized", weight_cap=0.6) == {"a": 0.6, "b": 0.125}
+    assert given(task_weights="baseline_normalized", baseline_floor=10.0) == {"a": 0.05, "b": 0.05}
+    with pytest.raises(RecipeError, match="every task a number"):
+        given(task_weights={"a": 1.0})
+
+
+def test_the_weights_of_regrets_are_the_gradient_of_their_smooth_maximum() -> None:
+    spec = SPEC.model_copy(update={"tau": 0.1, "regret_eps": 1e-4})
+    own, references = {"a": 0.2, "b": 0.1, "c": 1.0}, References({"a": 2.0, "b": 0.6, "c": 0.9}, {"a": 0.3, "b": 0.1, "c": 1.0})
+    losses = torch.tensor([0.9, 0.4, 3.0], dtype=torch.float64, requires_grad=True)
+    r = [(losses[0] - 0.2) / (1.7 + 1e-4), (losses[1] - 0.1) / (0.5 + 1e-4)]  # c has no headroom
+    value = 0.1 * torch.logsumexp(torch.stack(r) / 0.1, 0)
+    value.backward()
+    plain = dict(zip("abc", losses.tolist(), strict=True))
+    found = regrets(plain, own, references, spec)
+    assert smooth_maximum(list(found.values()), 0.1) == pytest.approx(float(value.detach()))
+    weights = regret_weights(plain, own, references, spec)
+    assert losses.grad is not None
+    assert list(weights.values()) == pytest.approx(losses.grad.tolist())
+
+
+# --- a language model: positions, teachers and labels
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lessons")
+    for task in LABELS:
+        train_adapter(folder / task, task)
+        write_task(folder, task, splits={"test": "test.jsonl"}, labels=[f"{LABELS[task][0]} very", LABELS[task][1]])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def mixture(place: Path) -> Mixture:
+    return Mixture(language_model(), [Adapter.open(place / t, t) for t in LABELS], tokenizer())
+
+
+def lesson(mixture: Mixture, place: Path, task: str, *, labeled: bool) -> Lesson:
+    (found,) = load_tasks([str(place / f"{task}.yaml")])
+    choices = (f"{LABELS[task][0]} very", LABELS[task][1])  # one of two tokens
+    texts = Texts(found, "split", "x", tuple(f"{task} {w} :" for w in WORDS), (choices,) * len(WORDS))  # type: ignore[arg-type]
+    right = [choices[LABELS[task].index(label(task, w))] for w in WORDS] if labeled else None
+    return lesson_of(mixture, texts, task, right=right)
+
+
+def literal(mixture: Mixture, weights: dict[str, float], passage: Any, *, shift: int = 1) -> tuple[Tensor, Tensor]:
+    """Return log p (n, V) float64 of each token of the answer, and the tokens, from one plain forward pass."""
+    ids = torch.tensor([[*passage.prompt, *passage.answer]])
+    with mixture.active(weights) as model, torch.no_grad():
+        log_p = model(input_ids=ids).logits[0].double().log_softmax(-1)
+    first = len(passage.prompt) - shift
+    return log_p[first : first + len(passage.answer)], torch.tensor(passage.answer)
+
+
+def test_the_loss_is_the_models_own_shifted_cross_entropy(mixture: Mixture, place: Path) -> None:
+    found = lesson(mixture, place, "sort", labeled=True)
+    assert {len(p.answer) for p in found.passages} == {1, 2}
+    every = range(len(found.passages))
+    got = text_losses(found, lambda: mixture.active({"rate": 0.5}), OBJECTIVES["gradient"], SPEC, every)
+    for shift in (1, 0):
+        wanted = {}
+        for i in every:
+            log_p, tokens = literal(mixture, {"rate": 0.5}, found.passages[i], shift=shift)
+            wanted[i] = (-float(log_p.gather(1, tokens.unsqueeze(1)).sum()), len(tokens))
+        near = all(got[i] == (pytest.approx(wanted[i][0], abs=1e-4), wanted[i][1]) for i in every)
+        assert near == (shift == 1)  # a loss that is not shifted is another
+
+
+def test_the_teacher_is_the_tasks_own_adapter(mixture: Mixture, place: Path) -> None:
+    found = lesson(mixture, place, "rate", labeled=False)
+    some = list(range(6))
+    with mixture.active({"sort": 0.3}) as model, torch.no_grad():
+        got = OBJECTIVES["distill"].loss(found.said(model, some), SPEC)
+    for teacher in ("rate", "sort"):
+        rows = []
+        for i in some:
+            p, _ = literal(mixture, {teacher: 1.0}, found.passages[i])
+            q, _ = literal(mixture, {"sort": 0.3}, found.passages[i])
+            rows += (p.exp() * (p - q)).sum(-1).tolist()
+        assert (got.tolist() == pytest.approx(rows, abs=1e-4)) == (teacher == "rate")  # another teacher is another loss
+
+
+def test_labels_are_not_in_lessons_that_read_none(mixture: Mixture, place: Path) -> None:
+    found = lesson(mixture, place, "rate", labeled=False)
+    with mixture.active(None) as model, torch.no_grad():
+        answers = found.said(model, [0, 1, 2])
+    assert answers.targets is None
+    tokens = tokenizer().convert_tokens_to_ids(LABELS["rate"])
+    assert answers.labels is not None
+    assert answers.labels.tolist() == [tokens] * 3  # those that the task offers
+    assert found.targets == ()
+
+
+def test_hidden_states_are_those_behind_every_layer(mixture: Mixture, place: Path) -> None:
+    found = lesson(mixture, place, "sort", labeled=True)
+    with mixture.active({"sort": 1.0}) as model:
+        states = found.states(model, [3, 20])
+        with torch.no_grad():
+            at = 0
+            for i in (3, 20):
+                p = found.passages[i]
+                out = model(input_ids=torch.tensor([[*p.prompt, *p.answer]]), output_hidden_states=True).hidden_states[1:]
+                for got, layer in zip(states, out, strict=True):
+                    part = layer[0, len(p.prompt) - 1 : len(p.prompt) - 1 + len(p.answer)]
+                    torch.testing.assert_close(got[at : at + len(p.answer)], part, rtol=1e-4, atol=1e-4)
+                at += len(p.answer)
+
+
+def ready(mixture: Mixture, place: Path, spec: TuneSpec) -> tuple[CoefficientLearner, Class]:
+    labeled = OBJECTIVES[spec.objective].needs == "labels"
+    taught = split_off([lesson(mixture, place, t, labeled=labeled) for t in LABELS], share=0, most=8, seed=0)
+    deltas = {}
+    for t in LABELS:
+        a = Adapter.open(place / t, t)
+        deltas[t] = {path: [s.scaled(e.scaling) for s in a.read(path)] for path, e in a.targets.items()}
+    columns = mixture.columns(deltas)
+    start = torch.full(columns.axes.shape(spec.used_granularity), 0.4)
+    return CoefficientLearner(mixture, columns, spec.used_granularity, start, spec), with_references(mixture, taught, spec)
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_four_batches_of_one_step_as_one_of_four(mixture: Mixture, place: Path, objective: str) -> None:
+    found = []
+    for prompts, accumulate in ((8, 1), (2, 4)):
+        spec = SPEC.model_copy(update={"prompts": prompts, "accumulate": accumulate, "objective": objective, "steps": 1})
+        learner, taught = ready(mixture, place, spec)
+        run = learn(
+            mixture, learner, taught, spec.model_copy(update={"restore_best": False}), look(mixture, learner, taught, 0, spec)
+        )
+        found.append((run.losses[0], learner.values().detach()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_the_gradient_is_that_of_finite_differences(mixture: Mixture, place: Path, objective: str) -> None:
+    """Of J itself, its task weights included, at task granularity, through the model."""
+    from plait.tuning import learning
+
+    spec = SPEC.model_copy(update={"objective": objective, "granularity": "task", "clip": None, "prompts": 24, "link": "raw"})
+    double = Mixture(language_model().double(), [Adapter.open(place / t, t) for t in LABELS], tokenizer())
+    learner, taught = ready(double, place, spec)
+
+    def value() -> float:
+        frozen = torch.optim.SGD(learner.parameters(), lr=0.0)
+        return learning._step(double, learner, taught, spec, 1, frozen)
+
+    value()
+    u = learner.named()["u"]
+    assert u.grad is not None
+    gradient = u.grad.clone()
+    for i in range(2):
+        u.data[i] += 1e-2
+        up = value()
+        u.data[i] -= 2e-2
+        down = value()
+        u.data[i] += 1e-2
+        assert float(gradient[i]) == pytest.approx((up - down) / 2e-2, rel=2e-2, abs=1e-4)
+
+
+def test_activations_that_are_computed_again_change_nothing(mixture: Mixture, place: Path) -> None:
+    found = []
+    for again in (False, True):
+        spec = SPEC.model_copy(update={"checkpointing": again, "steps": 3, "restore_best": False})
+        learner, taught = ready(mixture, place, spec)
+        learn(mixture, learner, taught, spec, look(mixture, learner, taught, 0, spec))
+        found.append(learner.values().detach())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    assert not any(m.training for m in mixture.model.modules())
+
+
+def test_products_of_another_dtype_are_near(mixture: Mixture, place: Path) -> None:
+    losses = {}
+    for dtype in ("auto", "float32", "bfloat16"):
+        spec = SPEC.model_copy(update={"compute_dtype": dtype, "steps": 1})
+        learner, taught = ready(mixture, place, spec)
+        losses[dtype] = learn(mixture, learner, taught, spec, look(mixture, learner, taught, 0, spec)).losses[0]
+    assert losses["auto"] == losses["float32"]
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.1)
+
+
+def test_patience_counts_looks_and_threshold_and_warm_up_hold(mixture: Mixture, place: Path) -> None:
+    def steps(**changes: Any) -> int:
+        spec = SPEC.model_copy(
+            update={"steps": 12, "look_every": 1, "min_steps": 0, "stop_warmup": 0, "threshold": 10.0, **changes}
+        )
+        learner, taught = ready(mixture, place, spec)
+        return learn(mixture, learner, taught, spec, look(mixture, learner, taught, 0, spec)).step
+
+    assert steps() == 12  # never
+    assert steps(patience=2) == 2
+    assert steps(patience=2, look_every=3) == 6
+    assert steps(patience=2, min_steps=7) == 7
+    assert steps(patience=2, stop_warmup=4) == 6
+    assert steps(patience=2, threshold=0.0) > 2
+
+
+def test_an_objective_that_is_no_number_stops(mixture: Mixture, place: Path) -> None:
+    spec = SPEC.model_copy(update={"steps": 3, "learning_rate": 1.0})
+    learner, taught = ready(mixture, place, spec)
+    with torch.no_grad():
+        learner.named()["u"].fill_(math.nan)
+    with pytest.raises(PlanError, match="learning_rate"):
+        learn(mixture, learner, taught, spec, Held(step=0, divergence={}, share=1.0))
+
+
+def test_without_headroom_there_is_nothing_to_regret(mixture: Mixture, place: Path) -> None:
+    spec = SPEC.model_copy(update={"objective": "regret_smoothmax", "regret_eps": 100.0})
+    with pytest.raises(PlanError, match="no adapter has a smaller loss"):
+        ready(mixture, place, spec)
+
+
+def test_labels_judge_where_they_are_read(mixture: Mixture, place: Path) -> None:
+    spec = SPEC.model_copy(update={"objective": "gradient", "judge": "loss", "granularity": "task", "link": "raw"})
+    learner, taught = ready(mixture, place, spec)
+    with torch.no_grad():
+        learner.named()["u"].copy_(torch.tensor([1.0, 0.0]))
+    kept = look(mixture, learner, taught, 0, spec).kept
+    assert kept["sort"] == pytest.approx(1.0, abs=1e-3)
+    with torch.no_grad():
+        learner.named()["u"].zero_()
+    assert look(mixture, learner, taught, 0, spec).kept["sort"] == pytest.approx(0.0, abs=1e-3)
+
+
+# --- links, samplers, criteria, schedules, trees
+
+
+@pytest.mark.parametrize("name", sorted(LINKS))
+def test_links_begin_where_they_are_told(name: str) -> None:
+    values = torch.tensor([[0.3, 0.2], [0.6, 0.1]])
+    link = LINKS[name](SPEC)
+    found = link.values(link.begin(values))
+    shares = values / values.sum(-1, keepdim=True)
+    torch.testing.assert_close(found, shares if name == "softmax" else values, rtol=1e-4, atol=1e-5)
+
+
+def test_links_hold_their_bounds() -> None:
+    for name, low, high in (("sigmoid", 0.0, 1.0), ("tanh", -1.0, 1.0)):
+        link = LINKS[name](SPEC)
+        found = link.values({"u": torch.tensor([-3.0, 3.0])})
+        assert low < float(found[0]) < float(found[1]) < high
+        wanted = {"sigmoid": 1 / (1 + math.exp(-3.0)), "tanh": math.tanh(3.0)}[name]
+        assert float(found[1]) == pytest.approx(wanted)
+    spec = SPEC.model_copy(update={"lowest": -0.5, "highest": 0.25})
+    u = {"u": torch.tensor([-3.0, 0.1, 3.0])}
+    LINKS["projected"](spec).settle(u)
+    assert u["u"].tolist() == pytest.approx([-0.5, 0.1, 0.25])
+
+
+@pytest.mark.parametrize(("magnitude", "shape"), [("global", (1, 1)), ("per_layer", (2, 1)), ("per_task", (2, 3))])
+def test_magnitudes(magnitude: str, shape: tuple[int, ...]) -> None:
+    spec = SPEC.model_copy(update={"magnitude": magnitude, "magnitude_initial": 2.0})
+    link = LINKS["simplex_scaled"](spec)
+    parameters = link.begin(torch.full((2, 3), 0.3))
+    assert parameters["m"].shape == shape
+    torch.testing.assert_close(link.values(parameters), torch.full((2, 3), 2 / 3))
+    leaves = {k: v.requires_grad_() for k, v in parameters.items()}
+    LINKS["simplex_scaled"](spec.model_copy(update={"learn_magnitude": False})).values(leaves)[0, 0].backward()
+    assert leaves["m"].grad is None
+
+
+def test_normalized() -> None:
+    torch.testing.assert_close(normalized(torch.tensor([[1.0, 3.0]])), torch.tensor([[0.25, 0.75]]))
+
+
+def test_samplers() -> None:
+    classes = ["a"] * 8 + ["b"] * 2
+    assert class_weight("inverse", 8, 10, 2) == 1 / 8
+    assert class_weight("sqrt_inverse", 9, 10, 2) == pytest.approx(1 / 3)
+    assert class_weight("balanced", 8, 10, 2) == 10 / 16
+    for sampler, share in {"inverse": 0.5, "balanced": 0.5, "sqrt_inverse": 2**0.5 / (8**0.5 + 2**0.5)}.items():
+        counts: Counter[str] = Counter()
+        for step in range(1, 401):
+            counts.update(classes[i] for i in draw(range(10), classes, sampler, 10, step, "k"))  # type: ignore[arg-type]
+        assert counts["b"] / 4000 == pytest.approx(share, abs=0.03)
+    for sampler in ("uniform", "none"):
+        read = [i for step in range(1, 6) for i in draw(range(10), classes, sampler, 4, step, "k")]  # type: ignore[arg-type]
+        assert Counter(read) == dict.fromkeys(range(10), 2)  # all in turn
+    assert draw(range(10), classes, "inverse", 4, 7, "k") == draw(range(10), classes, "inverse", 4, 7, "k")
+
+
+def test_criteria() -> None:
+    kept = [0.5, 0.8]
+    assert CRITERIA["mean"](kept) == 0.65
+    assert CRITERIA["worst"](kept) == 0.5
+    assert CRITERIA["geometric"](kept) == pytest.approx(0.4**0.5)
+    assert CRITERIA["geometric"]([-0.5, 2.0]) == -0.5
+    assert CRITERIA["l2_shortfall"]([0.5, 1.4]) == pytest.approx(-((0.25 / 2) ** 0.5))
+    assert CRITERIA["hypervolume"](kept) == pytest.approx(0.4)
+    assert CRITERIA["hypervolume"]([-1.0, -1.0]) == 0
+
+
+def test_schedules() -> None:
+    def rates(**changes: Any) -> list[float]:
+        spec = TuneSpec(learning_rate=1.0, steps=10, **changes)
+        return [rate(spec, step, 10) for step in range(1, 11)]
+
+    assert rates(schedule="constant", warmup=0) == [1.0] * 10
+    assert rates(schedule="constant", warmup=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates(warmup=0) == pytest.approx([(11 - s) / 11 for s in range(1, 11)])
+    cosine = rates(schedule="cosine", warmup=2)
+    assert cosine[:2] == [0.5, 1.0]
+    assert cosine[5] == pytest.approx(0.5 * (1 + math.cos(math.pi * 4 / 9)))
+
+
+def test_trees() -> None:
+    gram = torch.eye(5, dtype=torch.float64)
+    for i, j, cos in ((0, 3, 0.9), (1, 4, -0.8), (0, 2, 0.1)):  # a negative cosine is a similarity too
+        gram[i, j] = gram[j, i] = cos
+    found = levels(similarity(gram * 4), 2)
+    assert found[0] == [((0,), (3,)), ((1,), (4,))]
+    assert [len(level) for level in found] == [2, 1, 1]
+    assert sorted(leaf for child in found[-1][0] for leaf in child) == [0, 1, 2, 3, 4]
+    assert all(len(node) <= 2 for level in found for node in level)
+    assert levels(similarity(gram), 8) == [[((0,), (1,), (2,), (3,), (4,))]]
+
+
+def test_grams(tmp_path: Path) -> None:
+    written = cohort(tmp_path, {name: PLAIN for name in "ab"})
+    mixture = Mixture(net(), opened(written))
+    columns = mixture.columns(
+        {a.name: {t: [s.scaled(e.scaling) for s in a.read(t)] for t, e in a.targets.items()} for a in opened(written)}
+    )
+    dense = {
+        name: torch.cat([torch.tensor(d).double().flatten() for _, d in sorted(w.deltas.items())])
+        for name, w in written.items()
+    }
+    wanted = torch.stack([torch.stack([dense[s] @ dense[t] for t in "ab"]) for s in "ab"])
+    torch.testing.assert_close(columns.gram(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_node_of_a_tree_is_the_explicit_product(tmp_path: Path) -> None:
+    written = cohort(tmp_path, {name: PLAIN for name in "abc"})
+    mixture = Mixture(net().double(), opened(written))
+    columns = mixture.columns(
+        {
+            a.name: {t: [s.scaled(e.scaling) for s in a.read(t, torch.float64)] for t, e in a.targets.items()}
+            for a in opened(written)
+        }
+    )
+    spec = TuneSpec(objective="supermerge", granularity="task")
+    lower = torch.tensor([0.5, 0.25, 0.8])
+    node = CoefficientLearner(
+        mixture, columns, "task", torch.tensor([0.9, 0.6]), spec, fixed=lower, groups=torch.tensor([0, 0, 1])
+    )
+    torch.testing.assert_close(node.values().detach(), torch.tensor([0.45, 0.225, 0.48]), rtol=1e-5, atol=1e-6)
+    with node.acting() as model, torch.no_grad():
+        said_ = model(IDS)
+    shares = dict(zip("abc", [0.45, 0.225, 0.48], strict=True))
+    torch.testing.assert_close(said_, dense_output(written, lambda n, p: shares[n]).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_exact_sums_have_the_rank_of_what_they_span() -> None:
+    from plait.tuning.coefficients import needed_rank
+
+    torch.manual_seed(0)
+    b = torch.randn(9, 3)
+    one, two = LowRank(torch.randn(3, 8), b), LowRank(torch.randn(3, 8), b @ torch.randn(3, 3))
+    assert needed_rank({"x": (LowRank.concatenate([one, two], [1.0, 0.5]),)}) == 3
