@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from plait.adapters.layouts import LAYOUTS, Conv1D
 from plait.errors import PlanError
 from plait.mixture import Mixture
+from plait.mixture import layers as live
 from tests.mixtures import EVERY, FUSED, IDS, PLAIN, cohort, dense_output, opened
 from tests.small_models import net
 
@@ -298,3 +300,8 @@ def test_order_of_adapters_is_no_matter(written):
             outputs.append(model(IDS))
     for other in outputs[1:]:
         torch.testing.assert_close(other, outputs[0], **CLOSE)
+
+
+def test_every_layout_of_an_adapter_has_a_live_layer():
+    assert {*live._LAYERS} == {*LAYOUTS} - {Conv1D}, "the factors of a Conv1D are those of a linear layer"
+    assert len({layout.kind for layout in LAYOUTS}) == len(LAYOUTS)
