@@ -1,33 +1,29 @@
-"""The public functions. They say the same things as the command line, and make the same bytes.
+"""The public functions. They take what the command line takes, refuse what it refuses, and make the same bytes.
 
-Rooms beyond merging are entered when they are used: a merge loads no evaluation.
+Each builds an order of `plait.commands` and runs it. Packages beyond merging are imported when used: a merge loads no
+evaluation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from plait.adapters.adapter import WEIGHTS
-from plait.errors import RecipeError
-from plait.hub.references import parse_reference
-from plait.hub.upload import check_push
-from plait.merging.inventory import open_adapters
+from plait.commands.compress import CompressOrder
+from plait.commands.merge import Merged, MergeOrder
+from plait.commands.request import Request, Source
 from plait.merging.moments import MomentsOf
-from plait.merging.pipeline import MergeResult, plan_recipe, run_recipe
+from plait.merging.pipeline import MergeResult
 from plait.merging.plan import MergePlan
-from plait.notices import announce
-from plait.recipes.evaluation import EvalSpec
-from plait.recipes.request import Adapters, base_from_here, read_request
-from plait.recipes.schema import Recipe
+from plait.recipes.request import Adapters
 from plait.results.progress import Progress
 
 if TYPE_CHECKING:
-    from plait.baking.pipeline import BakeResult
+    from plait.baking.plan import BakePlan
     from plait.baking.unbake import UnbakeResult
     from plait.calibration.pipeline import CalibrateResult
+    from plait.commands.bake import Baked
     from plait.evaluation.record import Evaluation
     from plait.extraction.pipeline import ExtractResult
     from plait.inspection.report import Inspection
@@ -39,10 +35,6 @@ if TYPE_CHECKING:
     from plait.tuning.pipeline import TuneResult
     from plait.verification.publish import Pushed
     from plait.verification.verify import Verification
-
-_SMALLER = 0.98  # of the bytes before: less than that is saved by headers alone
-Written = TypeVar("Written", MergeResult, "BakeResult")
-Source = Recipe | str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 
 
 def merge(  # noqa: PLR0913 (what a command line takes)
@@ -59,8 +51,10 @@ def merge(  # noqa: PLR0913 (what a command line takes)
     add: Adapters | None = None,
     inputs: Mapping[str, str | Path] | None = None,
     from_merged: bool = False,
+    bake_dir: str | Path | None = None,
+    push_baked_to: str | None = None,
     **settings: Any,
-) -> MergeResult:
+) -> Merged:
     """Merge adapters into one.
 
     >>> plait.merge({"maths": "./a", "code": "org/repo@main"}, method="ties", density=0.3, out="merged")
@@ -69,9 +63,9 @@ def merge(  # noqa: PLR0913 (what a command line takes)
         source: adapters (references, or name → reference), the path of a recipe, or a `Recipe`, whose relative paths start at
             the folder of the file that it was loaded from.
         out: where to write; a new run folder in the workspace (`artifacts/`) when None.
-        force: replace an adapter that stands at `out`.
+        force: replace an adapter at `out`.
         workers: modules worked on at a time; never changes a byte.
-        progress: who listens.
+        progress: receives stages and steps.
         push_to: Hub repository to upload the result to.
         private: create that repository as private.
         moments: second moments of the modules' inputs, for methods that solve (`regmean`, `ssr`): a folder of
@@ -81,9 +75,11 @@ def merge(  # noqa: PLR0913 (what a command line takes)
             second moments that its method needs and nobody gives, and the scale of `scale="auto"`; both need the base model.
         add: adapters that an earlier merge gets besides its own; `source` is that merge's folder, with its `plait.lock`, and
             `weights` are theirs. The result is that of merging all at once.
-        inputs: with `add`: name → reference, for sources that lie elsewhere than the lock says.
+        inputs: with `add`: name → reference, for sources in other places than in the lock.
         from_merged: with `add`: take the merged adapter in place of its sources: the same for linear methods, and another
             merge for all others, as a note says.
+        bake_dir: also write base + merge as a full model there, as `bake` does; it is the result's `baked`.
+        push_baked_to: Hub repository to upload that model to.
         **settings: keys of a recipe (`method`, `scale`, `seed`, `merge_mode`, `transforms`, `heads`, `base_model`), of its
             output (`kind`, `rank`, `dtype`, `layout`), `weights` (numbers in order, name → number, or a policy), and the
             method's own parameters (`space`, `density`, …).
@@ -94,35 +90,19 @@ def merge(  # noqa: PLR0913 (what a command line takes)
     Raises:
         PlaitError: anything wrong with what was given, all of it at once; nothing is left at `out` then.
     """
-    function, settings = _moments(moments, settings)
-    base_folder: Path | None = None
-    notes: tuple[str, ...] = ()
-    if add is not None:
-        if not isinstance(source, (str, Path)):
-            raise RecipeError("add: the source is the folder of an earlier merge, with its plait.lock.")
-        from plait.verification.extend import extend
-
-        places = {name: str(place) for name, place in (inputs or {}).items()}
-        extension = extend(Path(source), add, settings, inputs=places, from_merged=from_merged)
-        recipe, folder, base_folder, notes = extension.recipe, None, extension.base_folder, extension.notes
-    else:
-        recipe, folder = _recipe(source, settings)
-    if push_to is not None:
-        check_push(push_to)
-    how: dict[str, Any] = {"force": force, "workers": workers, "progress": progress}
-    recipe, found = _complete(_with_tasks(recipe, tasks), folder, out, function, **how)
-    result = run_recipe(
-        recipe,
-        base_folder=base_folder,
-        notes=(*notes, *found),
-        moments=function,
-        folder=folder,
-        out=None if out is None else Path(out),
+    return MergeOrder(
+        Request(source, settings, moments=moments, tasks=tasks),
+        out=_path(out),
         force=force,
         workers=workers,
-        progress=progress,
-    )
-    return result if push_to is None else _pushed(result, push_to, private=private)
+        push_to=push_to,
+        private=private,
+        add=add,
+        inputs=inputs or {},
+        from_merged=from_merged,
+        bake_dir=_path(bake_dir),
+        push_baked_to=push_baked_to,
+    ).run(progress)
 
 
 def plan(
@@ -131,16 +111,18 @@ def plan(
     workers: int | None = None,
     moments: str | Path | Mapping[str, str | Path] | MomentsOf | None = None,
     tasks: Sequence[str | Path] | None = None,
+    add: Adapters | None = None,
+    inputs: Mapping[str, str | Path] | None = None,
+    from_merged: bool = False,
     **settings: Any,
 ) -> MergePlan:
-    """Return what `merge` would do with the same arguments; reads headers, no tensor.
+    """Return what `merge` would do with the same arguments; reads headers, no tensor. Of a bake, see `plan_bake`.
 
     Raises:
         PlaitError: as `merge`.
     """
-    function, settings = _moments(moments, settings)
-    recipe, folder = _recipe(source, settings)
-    return plan_recipe(_with_tasks(recipe, tasks), folder=folder, workers=workers, moments=function)
+    request = Request(source, settings, moments=moments, tasks=tasks)
+    return MergeOrder(request, workers=workers, add=add, inputs=inputs or {}, from_merged=from_merged).plan()
 
 
 def bake(  # noqa: PLR0913 (what a command line takes)
@@ -155,17 +137,18 @@ def bake(  # noqa: PLR0913 (what a command line takes)
     device: str = "cpu",
     dequantize: bool = False,
     progress: Progress | None = None,
+    check: str | Path | None = None,
     push_to: str | None = None,
     private: bool = False,
     moments: str | Path | Mapping[str, str | Path] | MomentsOf | None = None,
     tasks: Sequence[str | Path] | None = None,
     **settings: Any,
-) -> BakeResult:
+) -> Baked:
     """Write base model + merge as a full model, shard by shard.
 
     >>> plait.bake({"maths": "./a", "code": "org/repo"}, base="org/model", weights=[0.7, 0.3], out="model")
 
-    Killed at any moment, the same call goes on with what it had finished; `out` appears when it is whole.
+    Killed at any moment, the same call continues with what it had finished; `out` appears when it is complete.
 
     Args:
         source: adapters (references, or name → reference), the path of a recipe, or a `Recipe`.
@@ -173,11 +156,12 @@ def bake(  # noqa: PLR0913 (what a command line takes)
         base: the base model, a folder or `org/repo[@revision]`; the recipe's or the adapters' own when None.
         dtype: of all float tensors (`bfloat16`, …); every tensor keeps its own when None.
         shard_size: largest file, such as `5GB`; the base's files when None.
-        force: replace a model that stands at `out`.
+        force: replace a model at `out`.
         workers: threads; never change a byte.
         device: where blocks are added up, as torch names it; the lock names it, since other devices round otherwise.
         dequantize: take a quantized base (fp8, mxfp4) for the plain model that it stands for; refused without.
-        progress: who listens; it is told of bytes.
+        progress: receives the bytes done.
+        check: a file of prompts: then compare the model's logits with those of the live merge; the result's `parity`.
         push_to: Hub repository to upload the model to.
         private: create that repository as private.
         moments: second moments of the modules' inputs, as `merge` takes them.
@@ -187,30 +171,52 @@ def bake(  # noqa: PLR0913 (what a command line takes)
     Raises:
         PlaitError: anything wrong with what was given, all of it at once; nothing is left at `out` then.
     """
-    from plait.baking.pipeline import run_bake
-    from plait.baking.plan import bake_options
+    from plait.commands.bake import BakeOrder
 
-    if isinstance(source, Recipe) and base is not None:
-        source = source.model_copy(update={"base_model": base_from_here(str(base)) if source.folder else str(base)})
-    elif base is not None:
-        settings = {**settings, "base_model": str(base)}
-    function, settings = _moments(moments, settings)
-    recipe, folder = _recipe(source, settings)
-    options = bake_options(dtype=dtype, shard_size=shard_size, device=device, dequantize=dequantize)
-    if push_to is not None:
-        check_push(push_to)
-    how: dict[str, Any] = {"force": force, "workers": workers, "progress": progress}
-    recipe, _ = _complete(_with_tasks(recipe, tasks), folder, out, function, **how)
-    result = run_bake(
-        recipe, options, out=Path(out), folder=folder, force=force, workers=workers, moments=function, progress=progress
-    )
-    return result if push_to is None else _pushed(result, push_to, private=private)
+    return BakeOrder(
+        Request(source, settings, moments=moments, base=base, tasks=tasks),
+        out=Path(out),
+        dtype=dtype,
+        shard_size=shard_size,
+        device=device,
+        dequantize=dequantize,
+        force=force,
+        workers=workers,
+        prompts=_path(check),
+        push_to=push_to,
+        private=private,
+    ).run(progress)
+
+
+def plan_bake(
+    source: Source,
+    *,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    shard_size: str | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+    dequantize: bool = False,
+    moments: str | Path | Mapping[str, str | Path] | MomentsOf | None = None,
+    tasks: Sequence[str | Path] | None = None,
+    **settings: Any,
+) -> BakePlan:
+    """Return what `bake` would write with the same arguments; reads headers, no tensor.
+
+    Raises:
+        PlaitError: as `bake`.
+    """
+    from plait.commands.bake import BakeOrder
+
+    request = Request(source, settings, moments=moments, base=base, tasks=tasks)
+    return BakeOrder(request, dtype=dtype, shard_size=shard_size, device=device, dequantize=dequantize, workers=workers).plan()
 
 
 def compress(
     adapter: str | Path,
     *,
-    rank: int | str,
+    rank: int | str | None = None,
+    energy: float | None = None,
     out: str | Path,
     force: bool = False,
     workers: int | None = None,
@@ -222,29 +228,25 @@ def compress(
     Args:
         adapter: a reference.
         rank: a number, or `energy:0.99` for the lowest rank that keeps that share of ‖ΔW‖² in every module.
+        energy: that share, in place of a rank.
         out: where to write.
-        force: replace an adapter that stands at `out`.
+        force: replace an adapter at `out`.
         workers: modules worked on at a time.
-        progress: who listens.
+        progress: receives stages and steps.
         **settings: as `merge` (`dtype`, `layout`, `base_model`).
 
     Raises:
         PlaitError: as `merge`.
     """
-    reference = parse_reference(str(adapter))
-    name = reference.default_name()
-    heads = {"policy": "from", "adapter": name}
-    source = {name: reference.address}
-    result = merge(source, out=out, force=force, workers=workers, progress=progress, rank=rank, heads=heads, **settings)
-    _say_if_not_smaller(result, reference.address)
-    return result
+    return CompressOrder(str(adapter), Path(out), rank, energy, settings, force, workers).run(progress)
 
 
 def extract(
     base: str | Path,
     finetuned: str | Path,
     *,
-    rank: int | str,
+    rank: int | str | None = None,
+    energy: float | None = None,
     out: str | Path,
     force: bool = False,
     workers: int | None = None,
@@ -259,13 +261,14 @@ def extract(
         base: reference of the base model.
         finetuned: reference of the fine-tune, a full model of the same architecture.
         rank: a number, or `energy:0.99` for the lowest rank that keeps that share of ‖ΔW‖² in every module.
+        energy: that share, in place of a rank.
         out: where to write.
-        force: replace an adapter that stands at `out`.
+        force: replace an adapter at `out`.
         workers: tensors worked on at a time; never changes a byte.
-        progress: who listens.
+        progress: receives stages and steps.
         **settings: `targets` (names of layers or shell patterns; all Linear layers, convolutions and fused experts when None),
-            `embeddings` (take them too), `modules_to_save` (keep norms and biases whole), `dtype`, `layout`, `base_id` (the
-            base model's name to write).
+            `embeddings` (take them too), `modules_to_save` (keep norms and biases as full tensors), `dtype`, `layout`,
+            `base_id` (the base model's name to write).
 
     Returns:
         Folder and record: energy per module, what was left out, and how much of the difference that is.
@@ -273,10 +276,11 @@ def extract(
     Raises:
         PlaitError: anything wrong with what was given; nothing is left at `out` then.
     """
+    from plait.commands.request import rank_or_energy
     from plait.extraction.pipeline import run_extract
     from plait.extraction.request import make_request
 
-    request = make_request(base=str(base), finetuned=str(finetuned), rank=rank, **settings)
+    request = make_request(base=str(base), finetuned=str(finetuned), rank=rank_or_energy(rank, energy), **settings)
     return run_extract(request, out=Path(out), force=force, workers=workers, progress=progress)
 
 
@@ -321,12 +325,12 @@ def calibrate(  # noqa: PLR0913 (what a command line takes)
     Raises:
         PlaitError: anything wrong with what was given; nothing is left at `out` then.
     """
-    from plait.calibration.pipeline import run_calibrate
-    from plait.calibration.request import CalibrateOptions, calibration_recipe
+    from plait.calibration.request import CalibrateOptions
+    from plait.commands.calibrate import CalibrateOrder
 
-    recipe, folder = calibration_recipe(source, tasks, None if base_model is None else str(base_model), settings, sets)
     options = CalibrateOptions(None, load_dtype, device_map, trust_remote_code)
-    return run_calibrate(recipe, folder=folder, out=Path(out), force=force, options=options, progress=progress)
+    base = None if base_model is None else str(base_model)
+    return CalibrateOrder(source, tasks, Path(out), base, settings, sets, options, force).run(progress)
 
 
 def tune(  # noqa: PLR0913 (what a command line takes)
@@ -360,10 +364,10 @@ def tune(  # noqa: PLR0913 (what a command line takes)
         controls: the same, and random adapters of equal norms.
         load_dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
         device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
-        trust_remote_code: let transformers run code that lies beside the weights.
+        trust_remote_code: let transformers run code that comes with the weights.
         workers: modules merged at a time; never changes a bit.
-        force: replace a result that stands at `out`.
-        progress: told of the work.
+        force: replace a result at `out`.
+        progress: receives stages and steps.
         sets: `PATH=VALUE` for keys of the recipe, as on the command line.
         **settings: as `merge` (`method` of the start, `scale`, `rank`, `base_model`, …), and `tune`: a mapping as in a recipe
             (`texts`, `files`, `count`, `split`, `steps`, `prompts`, `learning_rate`, `seed`, …).
@@ -374,12 +378,11 @@ def tune(  # noqa: PLR0913 (what a command line takes)
     Raises:
         PlaitError: anything wrong with what was given; nothing is left at `out` then.
     """
-    from plait.tuning.pipeline import TuneOptions, run_tune
-    from plait.tuning.request import tune_request
+    from plait.commands.tune import TuneOrder
+    from plait.tuning.pipeline import TuneOptions
 
-    recipe, folder = tune_request(source, tasks, settings, sets)
     options = TuneOptions(None, load_dtype, device_map, trust_remote_code, control, controls, workers)
-    return run_tune(recipe, folder=folder, out=Path(out), force=force, options=options, progress=progress)
+    return TuneOrder(source, Path(out), tasks, settings, sets, options, force).run(progress)
 
 
 def inspect(
@@ -395,12 +398,13 @@ def inspect(
         source: references, or name → reference.
         base_model: the base model, when the adapters name it differently.
         workers: target modules looked at at the same time.
-        progress: who listens.
+        progress: receives stages and steps.
 
     Raises:
         PlaitError: adapters cannot be found or opened; all of them at once.
     """
     from plait.inspection.report import inspect_adapters
+    from plait.merging.inventory import open_adapters
 
     pairs = source.items() if isinstance(source, Mapping) else [(None, reference) for reference in source]
     _, adapters = open_adapters([(name, str(text)) for name, text in pairs])
@@ -418,7 +422,7 @@ def unbake(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> UnbakeResult:
-    """Take an adapter out of a baked model again, to within rounding; what it holds whole (heads) is left as the model has it.
+    """Take an adapter out of a baked model again, to within rounding; its full tensors (heads) are left as in the model.
 
     >>> plait.unbake("baked", "./adapter", out="restored", original="org/base").remaining
 
@@ -428,9 +432,9 @@ def unbake(
         out: where to write.
         weight: that it was baked with; 1 when None, unless the model's lock says another.
         original: reference of the model before the bake, to compare with.
-        force: replace a model that stands at `out`.
+        force: replace a model at `out`.
         workers: threads; never change a byte.
-        progress: who listens.
+        progress: receives stages and steps.
 
     Returns:
         The bake, and what remains between its result and the original, where that was given.
@@ -463,38 +467,30 @@ def verify(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Check a result against its `plait.lock`: its files, its inputs, and the whole made again.
+    """Check a result against its `plait.lock`: its files, its inputs, and the complete result made again.
 
     >>> plait.verify("merged").ok
 
     Args:
         folder: of a merge, a bake, a compression or an extraction.
         rebuild: make it again in a temporary folder (TMPDIR) and compare; otherwise hashes only.
-        inputs: name → reference, for inputs that lie elsewhere than the lock says.
+        inputs: name → reference, for inputs in other places than in the lock.
         parity: a file of prompts, one a line or .jsonl with "prompt": compare the logits of the result with those of the live
             merge. Needs transformers and PEFT.
         base_model: reference of the base model for that; else the lock's, else the one that the adapter names.
         device: where to compute the logits, as torch names it.
         workers: modules worked on at a time.
-        progress: who listens.
+        progress: receives stages and steps.
 
     Returns:
-        What was found; its `ok` says whether everything is equal. Parity is told, not judged.
+        What was found; its `ok` says whether everything is equal. Parity is reported, not judged.
 
     Raises:
         PlaitError: there is no lock that can be read, or parity cannot be measured.
     """
-    from plait.verification.parity import check_parity, check_parity_request
-    from plait.verification.verify import verify_folder
+    from plait.commands.verify import VerifyOrder
 
-    if parity is not None:
-        check_parity_request(Path(parity), device)
-    place, places = Path(folder), {name: str(path) for name, path in (inputs or {}).items()}
-    found = verify_folder(place, again=rebuild, inputs=places, workers=workers, progress=progress)
-    if parity is None:
-        return found
-    report = check_parity(place, Path(parity), base_model=base_model, inputs=places, device=device, progress=progress)
-    return found.model_copy(update={"parity": report})
+    return VerifyOrder(Path(folder), rebuild, inputs or {}, _path(parity), base_model, device, workers).run(progress)
 
 
 def evaluate(  # noqa: PLR0913 (what a command line takes)
@@ -515,7 +511,7 @@ def evaluate(  # noqa: PLR0913 (what a command line takes)
     progress: Progress | None = None,
     **settings: Any,
 ) -> Evaluation:
-    """Say what a merge kept of every adapter: base, each task's own adapter and the merge on the same examples.
+    """Evaluate what a merge kept of every adapter: base, each task's own adapter and the merge on the same examples.
 
     >>> found = plait.evaluate({"intent": "./intent", "langid": "./langid"}, method="ties",
     ...                        tasks=["tasks/intent.yaml", "tasks/langid.yaml"])
@@ -523,7 +519,7 @@ def evaluate(  # noqa: PLR0913 (what a command line takes)
 
     Args:
         source: adapters (references, or name → reference), the path of a recipe, or a `Recipe`: merged in memory, nothing of
-            it is written. Or one reference as text, of an adapter or a whole model: read from its files.
+            it is written. Or one reference as text, of an adapter or a full model: read from its files.
         tasks: task files; the recipe's when empty.
         split: `test`, `validation`, `calibration` or `train`; the recipe's, else `test`, when None.
         subset: examples per task, or a mapping as a recipe's `eval.subset`; the recipe's, else all, when None.
@@ -533,22 +529,20 @@ def evaluate(  # noqa: PLR0913 (what a command line takes)
         base: the base model; the recipe's or the adapters' own when None.
         load_dtype: of the base model, as transformers takes it; `auto` is the checkpoint's.
         device_map: as transformers takes it; `auto` is the first accelerator, or the processor where there is none.
-        trust_remote_code: let transformers run code that lies beside the weights.
+        trust_remote_code: let transformers run code that comes with the weights.
         workspace: where results and finished answers are kept; None keeps nothing.
         workers: modules merged at a time; never changes a number.
-        progress: who listens.
+        progress: receives stages and steps.
         **settings: as `merge`.
 
     Raises:
         PlaitError: anything wrong with what was given. Answers that were finished are kept, and not asked for again.
     """
-    from plait.evaluation.comparison import compare
-    from plait.evaluation.pipeline import Options, evaluate_saved
-    from plait.evaluation.request import asked, is_recipe_file, recipe_name, spec_of
-    from plait.evaluation.workspace import write_evaluation
+    from plait.commands.evaluate import EvaluateOrder
+    from plait.evaluation.pipeline import Options
 
     options = Options(
-        workspace=None if workspace is None else Path(workspace),
+        workspace=_path(workspace),
         base=None if base is None else str(base),
         dtype=load_dtype,
         device_map=device_map,
@@ -556,19 +550,19 @@ def evaluate(  # noqa: PLR0913 (what a command line takes)
         matrix=matrix,
         workers=workers,
     )
-    wanted = {"split": split, "subset": subset, "batch_size": batch_size}
-    if isinstance(source, (str, Path)) and not is_recipe_file(source):
-        if settings:
-            raise RecipeError(f"{source} is evaluated as it is; {', '.join(settings)} would change a merge.")
-        places = {name: str(path) for name, path in (sources or {}).items()}
-        files, spec = [Path(t) for t in tasks], spec_of(EvalSpec(), **wanted)
-        found = evaluate_saved(str(source), files, spec, options, sources=places, progress=progress)
-    else:
-        recipe, folder = _recipe(source, settings)
-        (found,) = compare({recipe_name(recipe): asked(recipe, tasks, **wanted)}, folder, options, progress).evaluations
-    if options.workspace is not None:
-        write_evaluation(options.workspace, found)
-    return found
+    return (
+        EvaluateOrder(
+            Request(source, settings),
+            tasks=tasks,
+            split=split,
+            subset=subset,
+            batch_size=batch_size,
+            sources=sources or {},
+            options=options,
+        )
+        .run(progress)
+        .best
+    )
 
 
 def check_tasks(
@@ -578,8 +572,8 @@ def check_tasks(
 
     Args:
         tasks: their files.
-        model: reference of the model whose tokenizer and chat template are used; nothing is said about tokens without one.
-        trust_remote_code: run code that lies beside that tokenizer.
+        model: reference of the model whose tokenizer and chat template are used; tokens are not counted without one.
+        trust_remote_code: run code that comes with that tokenizer.
 
     Raises:
         PlaitError: files or data that cannot be read, rows that do not fit.
@@ -594,15 +588,15 @@ def check_tasks(
 
 
 def sft(*, progress: Progress | None = None, **flags: Any) -> SftResult:
-    """Train an adapter, or a whole model, on data with TRL; then merge it with its base and upload it, where that is asked for.
+    """Train an adapter, or a full model, on data with TRL; then merge it with its base and upload it, where that is asked for.
 
     >>> plait.sft(model_name_or_path="org/model", dataset_name_or_path="rows.jsonl", use_peft=True, lora_r=16, max_steps=100,
     ...           output_dir="run", merge_adapter_with_base=True).merged_model
 
-    Killed, the same call goes on; a finished one trains nothing again.
+    Killed, the same call continues; a finished one trains nothing again.
 
     Args:
-        progress: who listens, instead of TRL's own bar and lines.
+        progress: receives stages and steps, in place of TRL's own bar and lines.
         **flags: of `plait sft`: all of TRL's `SFTConfig`, `ModelConfig` and `ScriptArguments`, and plait's.
 
     Returns:
@@ -626,7 +620,7 @@ def report(
     force: bool = False,
     progress: Progress | None = None,
 ) -> ReportResult:
-    """Write one page that shows what a merge kept: readable offline, with nothing beside it.
+    """Write one page that shows what a merge kept: readable offline, in one file.
 
     Args:
         runs: run folders or result files of evaluations and leaderboards, and folders of written merges, for the energy they
@@ -634,12 +628,12 @@ def report(
         out: the page.
         title: of the page; the first evaluation's name when None.
         figures: folder for the same figures as SVG and PNG; none are drawn when None.
-        force: replace a file that stands at `out`.
-        progress: who listens.
+        force: replace a file at `out`.
+        progress: receives stages and steps.
 
     Raises:
         ReportError: a path holds no run, or a library is missing; all paths at once.
-        OutputError: the page cannot be written, or stands already.
+        OutputError: the page cannot be written, or exists already.
     """
     from plait.reports.pipeline import make_report
 
@@ -663,7 +657,7 @@ def push(
     create_pr: bool = False,
     message: str | None = None,
 ) -> Pushed:
-    """Upload a finished result to the Hub; one that is not what its `plait.lock` says is refused.
+    """Upload a finished result to the Hub; one that differs from its `plait.lock` is refused.
 
     >>> plait.push("merged", "me/merged", private=True).url
 
@@ -679,7 +673,7 @@ def push(
         Where it is, which files stayed here, and what the card lacks.
 
     Raises:
-        PlaitError: the folder is no whole result, or the Hub refuses.
+        PlaitError: the folder is not a complete result, or the Hub refuses.
     """
     from plait.verification.publish import push_result
 
@@ -689,7 +683,7 @@ def push(
 def train(  # noqa: PLR0913 (what a command line takes)
     phases: str | Path | Mapping[str, Any],
     *,
-    out: str | Path,
+    out: str | Path | None = None,
     only: Sequence[str] = (),
     workers: int | None = None,
     cluster: str | None = None,
@@ -702,26 +696,27 @@ def train(  # noqa: PLR0913 (what a command line takes)
     progress: Progress | None = None,
     **settings: Any,
 ) -> TrainResult:
-    """Train one adapter per phase on one base, merge them, and say what the merge kept of each.
+    """Train one adapter per phase on one base, merge them, and report what the merge kept of each.
 
     >>> found = plait.train("examples/phases.yaml", out="trained")
     >>> found.evaluation.worst_recovery, found.failed
 
-    Killed at any moment, the same call goes on: finished phases are found again, begun ones go on from their last checkpoint.
+    Killed at any moment, the same call continues: finished phases are found again, others resume from a checkpoint.
 
     Args:
         phases: a file, or the same as a mapping (relative paths then start at the working directory).
-        out: folder of everything: `phases/NAME/adapter`, `merged`, `recipe.yaml`, `report.html`, `train.json`.
+        out: folder of everything: `phases/NAME/adapter`, `merged`, `recipe.yaml`, `report.html`, `train.json`; of a file,
+            `artifacts/trained/<file>` when None.
         only: phases to train, and nothing more; all, and then the rest of the work, when empty.
         workers: phases side by side, each a process of its own; one after another in this one when None.
         cluster: `ray` or `ray://HOST:PORT`: run the phases there.
         base: the base model, in place of the file's.
-        matrix: also judge every adapter on every task.
+        matrix: also evaluate every adapter on every task.
         load_dtype: of the base in evaluation, as transformers takes it.
         device_map: in evaluation, as transformers takes it.
-        trust_remote_code: in evaluation: let transformers run code that lies beside the weights.
-        watcher: told of the phases.
-        progress: told of merge and evaluation.
+        trust_remote_code: in evaluation: let transformers run code that comes with the weights.
+        watcher: receives stages and steps of the phases.
+        progress: receives those of merge and evaluation.
         **settings: keys of the file that replace its own (`lora`, `arguments`, `merge`, `eval`, `seed`, …).
 
     Returns:
@@ -731,83 +726,22 @@ def train(  # noqa: PLR0913 (what a command line takes)
     Raises:
         PlaitError: anything wrong with what was given, before the first step; or merge or evaluation cannot be done.
     """
-    from plait.training.cohort import Scheduling, train_cohort
-    from plait.training.post_training import EvalOptions
-    from plait.training.reading import read_phases
+    from plait.commands.train import TrainOrder
 
-    return train_cohort(
-        read_phases(phases, out=Path(out), base=None if base is None else str(base), settings=settings),
+    return TrainOrder(
+        phases,
+        out=_path(out),
         only=only,
-        scheduling=Scheduling(workers, cluster),
-        evaluation=EvalOptions(load_dtype, device_map, trust_remote_code, matrix),
-        listener=watcher,
-        progress=progress,
-    )
+        workers=workers,
+        cluster=cluster,
+        base=None if base is None else str(base),
+        settings=settings,
+        matrix=matrix,
+        load_dtype=load_dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    ).run(progress, watcher)
 
 
-def _say_if_not_smaller(result: MergeResult, adapter: str) -> None:
-    """Announce that a compressed adapter has hardly fewer bytes than it had, and what would have."""
-    (opened,) = open_adapters([(None, adapter)])[1]
-    before = opened.file.path.stat().st_size
-    after = (result.folder / WEIGHTS).stat().st_size
-    if after < _SMALLER * before:
-        return
-    ranks = {m.target: m.rank or 0 for m in result.record.modules}
-    largest = max(ranks.values(), default=0)
-    size = {"float32": 4}.get(result.record.recipe["output"]["dtype"], 2)
-    padding = sum((largest - ranks[m.target]) * sum(m.shape) * m.stack * size for m in result.plan.modules)
-    text = f"the adapter is not smaller than it was: {after / 1e6:.1f} MB, before {before / 1e6:.1f} MB."
-    if result.record.recipe["output"]["layout"] == "uniform" and after - padding < _SMALLER * before:
-        text += (
-            f" Every module is stored with the largest rank, {largest}: with --layout pattern (layout='pattern') it has "
-            f"{(after - padding) / 1e6:.1f} MB."
-        )
-    else:
-        text += " Choose a lower rank or energy, or --dtype bfloat16."
-    announce(text)
-
-
-def _pushed(result: Written, repo: str, *, private: bool) -> Written:
-    """Upload what was written, and say where it is."""
-    from plait.verification.publish import push_result
-
-    return replace(result, url=push_result(result.folder, repo, private=private).url)
-
-
-def _moments(given: Any, settings: dict[str, Any]) -> tuple[MomentsOf | None, dict[str, Any]]:
-    """Tell a function, which no recipe can hold, from files, which are settings like others."""
-    if given is None or callable(given):
-        return given, settings
-    return None, {**settings, "moments": given}
-
-
-def _complete(
-    recipe: Recipe, folder: Path | None, out: str | Path | None, moments: MomentsOf | None, **how: Any
-) -> tuple[Recipe, tuple[str, ...]]:
-    """Take what a recipe leaves to its tasks' texts; return it, and notes."""
-    if recipe.scale != "auto" and (moments is not None or not recipe.lacks_moments):
-        return recipe, ()  # and no package for live models is needed
-    from plait.calibration.completion import complete
-
-    done = complete(recipe, folder=folder, out=None if out is None else Path(out), moments=moments, **how)
-    return done.recipe, done.notes
-
-
-def _with_tasks(recipe: Recipe, tasks: Sequence[str | Path] | None) -> Recipe:
-    if tasks is None:
-        return recipe
-    from plait.tasks.loading import placed
-
-    return recipe.model_copy(update={"tasks": tuple(placed(task) for task in tasks)})
-
-
-def _recipe(source: Source, settings: Mapping[str, Any]) -> tuple[Recipe, Path | None]:
-    if isinstance(source, Recipe):
-        if settings:
-            raise RecipeError(
-                f"a Recipe is complete; put {', '.join(settings)} into it, or give adapters or a recipe file instead."
-            )
-        return source, source.folder
-    if isinstance(source, (str, Path)):
-        return read_request(Path(source), [], settings)
-    return read_request(None, source, settings)
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)

@@ -182,8 +182,8 @@ def test_weights_that_change_against_each_other_are_refused(place):
     [
         (["a", "--add", "./d"], "a: there is no plait.lock"),
         (["nowhere", "--add", "./d"], "nowhere: there is no such folder"),
-        (["a", "b", "--add", "./d"], "--add takes one earlier merge, a folder with its plait.lock; got a b"),
-        (["a", "--from-merged"], "--from-merged and --input are for --add NEW"),
+        (["a", "b", "--add", "./d"], "--add (add=) takes one earlier merge, a folder with its plait.lock; got a b"),
+        (["a", "--from-merged"], "--from-merged (from_merged=) and --input (inputs=) are for --add NEW (add=)"),
         (["earlier", "--add", "d=./d", "--input", "x"], "--input x: write NAME=PATH"),
         (["earlier", "--add", "d=./d", "--input", "x=./d"], "--input x: no input is called so"),
         (["earlier", "--add", "a=./d"], "is called 'a' too; give names"),

@@ -138,7 +138,7 @@ def test_check_compares_with_the_live_merge(tmp_path, capsys, monkeypatch):
         path.unlink()
     code, _, err = plait(capsys, *arguments)
     assert (code, "the tokenizer cannot be loaded" in err) == (2, True)
-    assert "The model is whole and stands in model" in err
+    assert "The model is complete in model" in err
     for path, content in tokenizers.items():
         path.write_bytes(content)
     code, out, err = plait(capsys, *arguments, "--force")

@@ -315,8 +315,8 @@ def test_flags_that_say_nothing_here_are_refused(house, tmp_path, capsys):
     arguments = house.arguments(tmp_path)
     for flags, message in (
         (["--seed", "3"], "--seed is that of the subset; give --subset"),
-        (["--source", f"sort={house.base}"], "--source: belongs to one adapter or model"),
-        (["--card"], "--card: belongs to one adapter or model"),
+        (["--source", f"sort={house.base}"], "--source (sources=): belongs to one adapter or model"),
+        (["--card"], "--card (card=): belongs to one adapter or model"),
         (["--base-id", str(house.adapters["sort"])], "the model's configuration cannot be loaded"),
     ):
         assert run([*arguments, *flags]) == 2

@@ -30,6 +30,7 @@ ORDER = [
     {"tuning"},
     {"reports"},
     {"training"},
+    {"commands"},
     {"api"},
     {"cli"},
     {"__main__"},

@@ -1,43 +1,25 @@
-"""The positional arguments that several commands take."""
+"""Texts of a command line that several commands take apart in the same way."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from plait.recipes.schema import Recipe
-
-_RECIPES = (".yaml", ".yml", ".json")
 
 
-def recipe_file(inputs: list[str]) -> Path | None:
-    """Return the recipe among a command's arguments; it comes first."""
-    return Path(inputs[0]) if inputs[0].lower().endswith(_RECIPES) else None
+def named_paths(flag: str, texts: Iterable[str]) -> dict[str, str]:
+    """Return name → path of a flag's values, `NAME=PATH` each.
+
+    Raises:
+        RecipeError: a value is not of that form; all of them.
+    """
+    from plait.errors import RecipeError, collect
+
+    pairs = {text: text.partition("=") for text in texts}
+    wrong = [text for text, (name, _, path) in pairs.items() if not (name and path)]
+    collect(RecipeError, [f"{flag} {w}: write NAME=PATH, such as {flag} math=./adapters/math." for w in wrong], "the command")
+    return {name: path for name, _, path in pairs.values()}
 
 
-def adapters_of(inputs: list[str]) -> list[str]:
-    """Return the adapters among a command's arguments."""
-    return inputs[1:] if inputs[0].lower().endswith(_RECIPES) else inputs
-
-
-def with_tasks(recipe: Recipe, tasks: list[str] | None) -> Recipe:
-    """Return a recipe with the tasks of `--tasks`, where there are some."""
-    from plait.tasks.loading import placed
-
-    names = [part for text in tasks or [] for part in text.split(",") if part]
-    return recipe.model_copy(update={"tasks": tuple(placed(name) for name in names)}) if names else recipe
-
-
-def completed(
-    recipe: Recipe, folder: Path | None, out: Path | None, *, force: bool, workers: int | None
-) -> tuple[Recipe, tuple[str, ...]]:
-    """Take what a recipe leaves to its tasks' texts; return it, and notes."""
-    if recipe.scale != "auto" and not recipe.lacks_moments:
-        return recipe, ()  # and no package for live models is needed
-    from plait.calibration.completion import complete
-    from plait.cli.console import ProgressBars, warnings_as_notes
-
-    with warnings_as_notes():
-        done = complete(recipe, folder=folder, out=out, force=force, workers=workers, progress=ProgressBars())
-    return done.recipe, done.notes
+def task_files(texts: Iterable[str]) -> list[str]:
+    """Return the task files of `--tasks`: an option each, or with commas between them where no file has that name."""
+    return [part for text in texts for part in ([text] if Path(text).is_file() else text.split(",")) if part]

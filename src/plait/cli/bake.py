@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,9 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from plait.baking.pipeline import BakeResult
-    from plait.baking.plan import BakeOptions, BakePlan, TensorPlan
-    from plait.recipes.schema import Recipe
-    from plait.verification.parity import ParityReport
+    from plait.baking.plan import BakePlan, TensorPlan
 
 
 def bake(
@@ -90,98 +87,42 @@ def bake(
 
     Example: plait bake math=./a code=./b --weights 0.7 0.3 --base-id org/model -o model
     """
-    from plait.baking.plan import bake_options
-    from plait.cli.arguments import adapters_of, completed, recipe_file, with_tasks
-    from plait.cli.console import print_json, warnings_as_notes
+    from plait.cli.arguments import task_files
+    from plait.cli.console import ProgressBars, print_json, warnings_as_notes
     from plait.cli.verify import show_parity
-    from plait.errors import RecipeError
-    from plait.recipes.request import read_request
+    from plait.commands.bake import BakeOrder
+    from plait.commands.request import Request
 
-    if private and push_baked_repo is None:
-        raise RecipeError("--private is for the repository of --push-baked-repo; give both or neither.")
     settings = {
-        "base_model": base_id, "method": method, "space": space, "weights": weights, "scale": scale, "density": density,
-        "merge_mode": merge_mode, "seed": seed, "moments": moments,
+        "method": method, "space": space, "weights": weights, "scale": scale, "density": density,
+        "merge_mode": merge_mode, "seed": seed,
     }  # fmt: skip
-    options = bake_options(dtype=dtype, shard_size=shard_size, device=device, dequantize=dequantize)
-    with warnings_as_notes():
-        given = {k: v for k, v in settings.items() if v is not None}
-        recipe, folder = read_request(recipe_file(inputs), adapters_of(inputs), given, set_ or [])
-        recipe = with_tasks(recipe, tasks)
-    if not dry_run:
-        recipe, _ = completed(recipe, folder, out, force=force, workers=workers)
     order = BakeOrder(
-        recipe, folder, out, push_baked_repo, private=private, force=force, workers=workers, options=options, prompts=check
+        Request(inputs, settings, set_ or [], moments, base_id, task_files(tasks or []) or None),
+        out=out,
+        dtype=dtype,
+        shard_size=shard_size,
+        device=device,
+        dequantize=dequantize,
+        force=force,
+        workers=workers,
+        prompts=check,
+        push_to=push_baked_repo,
+        private=private,
     )
+    with warnings_as_notes():
+        order.check()
     if dry_run:
         plan = order.plan()
         print_json(plan.model_dump(mode="json")) if json else show_bake_plan(plan, out)
         return
-    order.check()
-    result, parity = order.run()
+    result = order.run(ProgressBars())
     if json:
-        print_json(bake_json(result) | ({} if parity is None else {"parity": parity.model_dump(mode="json")}))
+        print_json(bake_json(result) | ({} if result.parity is None else {"parity": result.parity.model_dump(mode="json")}))
         return
     show_bake(result)
-    if parity is not None:
-        show_parity(parity)
-
-
-@dataclass
-class BakeOrder:
-    """A bake that a command makes: alone, or beside its adapter (`plait merge --bake-dir`)."""
-
-    recipe: Recipe
-    folder: Path | None
-    out: Path
-    repo: str | None
-    private: bool
-    force: bool
-    workers: int | None
-    options: BakeOptions | None = None
-    prompts: Path | None = None
-
-    def plan(self) -> BakePlan:
-        """Say what is wrong with recipe or output, or what would happen."""
-        from plait.baking.pipeline import plan_bake
-        from plait.results.staging import checking_output
-
-        with checking_output(self.out, force=self.force):
-            return plan_bake(self.recipe, self.options, folder=self.folder, workers=self.workers)
-
-    def check(self) -> None:
-        """Say what is wrong with the repository or the prompts before the work begins."""
-        from plait.hub.upload import check_push
-        from plait.verification.parity import check_parity_request
-
-        if self.repo is not None:
-            check_push(self.repo)
-        if self.prompts is not None:
-            check_parity_request(self.prompts, self.options.device if self.options else "cpu")
-
-    def run(self) -> tuple[BakeResult, ParityReport | None]:
-        """Bake, compare with the live merge where prompts are given, and push where there is a repository."""
-        from plait.baking.pipeline import run_bake
-        from plait.cli.console import ProgressBars
-        from plait.errors import PlaitError
-        from plait.verification.parity import check_parity
-        from plait.verification.publish import push_result
-
-        result = run_bake(
-            self.recipe, self.options, out=self.out, folder=self.folder, force=self.force, workers=self.workers,
-            progress=ProgressBars(),
-        )  # fmt: skip
-        parity = None
-        try:
-            if self.prompts is not None:
-                device = self.options.device if self.options else "cpu"
-                parity = check_parity(result.folder, self.prompts, device=device, progress=ProgressBars())
-            if self.repo is not None:
-                result = replace(result, url=push_result(result.folder, self.repo, private=self.private).url)
-        except PlaitError as error:
-            error.add_note(f"The model is whole and stands in {result.folder}; `plait verify` and `plait push` go on from it.")
-            raise
-        return result, parity
+    if result.parity is not None:
+        show_parity(result.parity)
 
 
 def bake_json(result: BakeResult) -> dict[str, object]:

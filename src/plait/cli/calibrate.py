@@ -53,29 +53,21 @@ def calibrate(
 
     Example: plait calibrate ./intent ./langid --tasks tasks/intent.yaml tasks/langid.yaml -o moments
     """
-    from plait.calibration.pipeline import run_calibrate
-    from plait.calibration.request import CalibrateOptions, calibration_recipe, read_calibration
-    from plait.cli.arguments import adapters_of, recipe_file
+    from plait.calibration.request import CalibrateOptions
+    from plait.cli.arguments import task_files
     from plait.cli.console import ProgressBars, print_json, warnings_as_notes
-    from plait.errors import RecipeError
+    from plait.commands.calibrate import CalibrateOrder
 
     kind, files = text_source(texts or [])
     spec = {"texts": kind, "files": files or None, "count": count, "split": split, "seed": seed}
-    given = {key: value for key, value in spec.items() if value is not None}
-    file, adapters = recipe_file(inputs), adapters_of(inputs)
-    if file is not None and adapters:
-        raise RecipeError(f"a recipe names its adapters; got {file} and {', '.join(adapters)}.")
-    names = [part for text in tasks or [] for part in text.split(",") if part] or None
+    options = CalibrateOptions(None, load_dtype, device_map, trust_remote_code)
+    order = CalibrateOrder(inputs, task_files(tasks or []) or None, out, base_id, spec, set_ or [], options, force)
     with warnings_as_notes():
-        recipe, folder = calibration_recipe(adapters if file is None else file, names, base_id, given, set_ or [])
-        options = CalibrateOptions(None, load_dtype, device_map, trust_remote_code)
         if dry_run:
-            plan = read_calibration(recipe, folder, options).plan()
+            plan = order.plan()
             print_json(plan.model_dump(mode="json")) if json else _show_plan(plan)
             return
-        if out is None:
-            raise RecipeError("--out FOLDER (-o) is missing: where should the moments be written?")
-        result = run_calibrate(recipe, folder=folder, out=out, force=force, options=options, progress=ProgressBars())
+        result = order.run(ProgressBars())
     if json:
         print_json({"folder": str(result.folder), **result.record.model_dump(mode="json")})
     else:

@@ -34,16 +34,12 @@ def compress(
 
     Example: plait compress ./adapter --rank 16 -o small
     """
-    from plait.api import compress as run
     from plait.cli.console import ProgressBars, print_json
     from plait.cli.merge import show_result
-    from plait.errors import RecipeError
+    from plait.commands.compress import CompressOrder
 
-    if (rank is None) == (energy is None):
-        raise RecipeError("give either --rank or --energy, such as --rank 16 or --energy 0.99.")
-    wanted = rank if rank is not None else f"energy:{energy!r}"
-    settings = {"dtype": dtype, "layout": layout} | ({} if base_id is None else {"base_model": base_id})
-    result = run(adapter, rank=wanted, out=out, force=force, workers=workers, progress=ProgressBars(), **settings)
+    settings = {"dtype": dtype, "layout": layout, "base_model": base_id}
+    result = CompressOrder(adapter, out, rank, energy, settings, force, workers).run(ProgressBars())
     if json:
         print_json({"folder": str(result.folder), **result.record.model_dump(mode="json")})
     else:

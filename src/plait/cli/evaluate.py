@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from plait.evaluation.comparison import Compared, Comparison
-    from plait.evaluation.pipeline import Options
+    from plait.commands.evaluate import Evaluated
+    from plait.evaluation.comparison import Comparison
     from plait.evaluation.record import Bounds, Evaluation
-    from plait.evaluation.requirement import Requirement
 
 NOT_MET = 3  # exit code: evaluated, but not good enough
 
@@ -87,54 +85,45 @@ def evaluate(
 
     Example: plait eval recipe.yaml --tasks tasks/intent.yaml tasks/langid.yaml --matrix
     """
-    from plait.cli.console import print_json
+    from plait.cli.arguments import named_paths, task_files
+    from plait.cli.console import ProgressBars, print_json, warnings_as_notes
     from plait.cli.stopping import noted
-    from plait.errors import OutputError, RecipeError
-    from plait.evaluation.card import put_results
+    from plait.commands.evaluate import EvaluateOrder
+    from plait.commands.request import Request
+    from plait.errors import RecipeError
     from plait.evaluation.pipeline import Options
-    from plait.evaluation.requirement import Requirement
-    from plait.evaluation.workspace import write_comparison, write_evaluation
-    from plait.results.staging import output_problem
 
-    if out is not None and (problem := output_problem(out, force=force)):
-        raise OutputError(problem)
-    settings = {"method": method, "space": space, "weights": weights, "scale": scale, "density": density}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    bounds = [Requirement.read(text) for text in require or []]
     if seed is not None and subset is None:
         raise RecipeError("--seed is that of the subset; give --subset N too, or set both in the recipe (eval.subset).")
-    sample = {"max_samples": subset, "seed": seed} if subset is not None and seed is not None else subset
-    wanted = {"split": split, "subset": sample, "batch_size": batch_size}
-    files = [part for text in tasks or [] for part in ([text] if Path(text).is_file() else text.split(",")) if part]
-    options = Options(workspace, base_id, load_dtype, device_map, trust_remote_code, matrix, workers)
-    several = methods is not None or spaces is not None
+    settings = {"method": method, "space": space, "weights": weights, "scale": scale, "density": density}
+    order = EvaluateOrder(
+        Request(inputs if len(inputs) > 1 else inputs[0], settings, set_ or []),
+        tasks=task_files(tasks or []),
+        split=split,
+        subset={"max_samples": subset, "seed": seed} if seed is not None else subset,
+        batch_size=batch_size,
+        methods=[part for part in (methods or "").split(",") if part],
+        spaces=[part for part in (spaces or "").split(",") if part],
+        require=require or [],
+        out=out,
+        force=force,
+        sources=named_paths("--source", source or []),
+        card=card,
+        options=Options(workspace, base_id, load_dtype, device_map, trust_remote_code, matrix, workers),
+    )
+    with warnings_as_notes():
+        order.check()
     with noted(lambda: _kept(workspace)):
-        if _is_saved(inputs):
-            _refuse_merging(inputs[0], [*settings, *["methods"] * several, *["set"] * bool(set_), *["out"] * (out is not None)])
-            evaluations, compared = [_saved(inputs[0], files, wanted, options, source or [], bounds)], None
-        else:
-            _refuse_saved({"source": source, "card": card and out is None})
-            compared = _merges(inputs, files, wanted, settings, set_ or [], (methods, spaces), options, bounds)
-            evaluations = list(compared.evaluations)
-    if card and compared is None:
-        put_results(Path(inputs[0]).expanduser(), evaluations[0])
-    runs = [write_evaluation(workspace, found) for found in evaluations]
-    run = runs[0]
-    if several and compared is not None:
-        run = write_comparison(workspace, compared.board.adapters, compared.board.model_dump(mode="json"))
-    best = evaluations[0]
-    failed = [b for b in bounds if not b.met(best)]
-    saved = _save(compared, out, force=force, workers=workers) if compared and out and not failed else None
-    if saved is not None:
-        put_results(Path(saved), best)
-    board = compared.board if several and compared else None
+        found = order.run(ProgressBars())
+    best, board = found.best, found.board
     if json:
-        required = [{"bound": str(b), "value": b.value(best), "met": b.met(best)} for b in bounds]
-        print_json({**(board or best).model_dump(mode="json"), "run": str(run), "required": required, "saved": saved})
+        saved = None if found.saved is None else str(found.saved)
+        required = [{"bound": str(b), "value": b.value(best), "met": b.met(best)} for b in found.required]
+        print_json({**(board or best).model_dump(mode="json"), "run": str(found.run), "required": required, "saved": saved})
     else:
         show_evaluation(best) if board is None else _show_board(board)
-        _show_verdict(best, bounds, saved, run)
-    if failed:
+        _show_verdict(found)
+    if not found.ok:
         raise typer.Exit(NOT_MET)
 
 
@@ -145,105 +134,6 @@ def _kept(workspace: Path) -> str:
     if not count:
         return "No task was finished; the same command starts from the beginning."
     return f"The answers of {count} finished tasks are kept in {workspace / SCORES}; the same command continues from there."
-
-
-def _checker(bounds: Sequence[Requirement]) -> Callable[[list[str]], None]:
-    def check(tasks: list[str]) -> None:
-        for bound in bounds:
-            bound.check_tasks(tasks)
-
-    return check
-
-
-def _is_saved(inputs: Sequence[str]) -> bool:
-    """Say whether one adapter or model is meant, and not a merge."""
-    from plait.evaluation.request import is_recipe_file
-
-    return len(inputs) == 1 and not is_recipe_file(inputs[0])
-
-
-def _refuse_merging(reference: str, given: Sequence[str]) -> None:
-    from plait.errors import RecipeError
-
-    if given:
-        flags = ", ".join(f"--{name}" for name in given)
-        raise RecipeError(f"{reference} is evaluated as it is; {flags} belong to a merge: give a recipe or several adapters.")
-
-
-def _refuse_saved(flags: Mapping[str, object]) -> None:
-    from plait.errors import RecipeError
-
-    if given := ", ".join(f"--{name}" for name, value in flags.items() if value):
-        raise RecipeError(f"{given}: belongs to one adapter or model, as its files are; these are merged in memory.")
-
-
-def _saved(
-    reference: str,
-    files: Sequence[str],
-    wanted: dict[str, Any],
-    options: Options,
-    source: Sequence[str],
-    bounds: Sequence[Requirement],
-) -> Evaluation:
-    from plait.cli.console import ProgressBars
-    from plait.errors import RecipeError
-    from plait.evaluation.pipeline import evaluate_saved
-    from plait.evaluation.request import spec_of
-    from plait.recipes.evaluation import EvalSpec
-
-    pairs = [text.partition("=") for text in source]
-    if wrong := [name for name, sign, path in pairs if not (name and sign and path)]:
-        raise RecipeError(f"--source {wrong[0]!r}: write NAME=PATH.")
-    found = evaluate_saved(
-        reference,
-        [Path(f) for f in files],
-        spec_of(EvalSpec(), **wanted),
-        options,
-        sources={name: path for name, _, path in pairs},
-        progress=ProgressBars(),
-        check=_checker(bounds),
-    )
-    return found
-
-
-def _merges(
-    inputs: Sequence[str],
-    files: Sequence[str],
-    wanted: dict[str, Any],
-    settings: dict[str, Any],
-    sets: Sequence[str],
-    several: tuple[str | None, str | None],
-    options: Options,
-    bounds: Sequence[Requirement],
-) -> Compared:
-    from plait.cli.console import ProgressBars, warnings_as_notes
-    from plait.evaluation.comparison import compare
-    from plait.evaluation.request import asked, is_recipe_file, variants
-
-    file = Path(inputs[0]) if is_recipe_file(inputs[0]) else None
-    adapters = list(inputs[1:] if file else inputs)
-    methods, spaces = ([part for part in (text or "").split(",") if part] for text in several)
-    with warnings_as_notes():
-        recipes, folder, skipped = variants(file, adapters, settings, sets, methods, spaces)
-    recipes = {name: asked(recipe, files, **wanted) for name, recipe in recipes.items()}
-    return compare(
-        recipes,
-        folder,
-        options,
-        ProgressBars(),
-        skipped=skipped,
-        check=_checker(bounds),
-    )
-
-
-def _save(compared: Compared, out: Path, *, force: bool, workers: int | None) -> str:
-    from plait.cli.console import ProgressBars
-    from plait.merging.pipeline import run_recipe
-
-    result = run_recipe(
-        compared.recipes[0], folder=compared.folder, out=out, force=force, workers=workers, progress=ProgressBars()
-    )
-    return str(result.folder)
 
 
 def show_evaluation(found: Evaluation) -> None:
@@ -316,18 +206,19 @@ def _show_board(board: Comparison) -> None:
         out().print(f"left out: {name}: {why}", markup=False)
 
 
-def _show_verdict(best: Evaluation, bounds: Sequence[Requirement], saved: str | None, run: Path) -> None:
+def _show_verdict(found: Evaluated) -> None:
     from plait.cli.console import err, out
 
-    for bound in bounds:
+    best = found.best
+    for bound in found.required:
         word = "[green]met[/green]" if bound.met(best) else "[bold red]not met[/bold red]"
         value = bound.value(best)
         out().print(f"{bound}: {word} ({best.name}: {'undefined' if value is None else f'{value:.3f}'})")
-    if saved is not None:
-        out().print(f"{best.name} → [bold]{saved}[/bold]")
+    if found.saved is not None:
+        out().print(f"{best.name} → [bold]{found.saved}[/bold]")
     for note in best.notes:
         err().print(f"note: {note}", style="dim", markup=False)
-    out().print(f"[dim]{run}[/dim]", soft_wrap=True)
+    out().print(f"[dim]{found.run}[/dim]", soft_wrap=True)
 
 
 def _number(value: float | None) -> str:

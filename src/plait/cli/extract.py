@@ -45,16 +45,12 @@ def extract(
     """
     from plait.api import extract as run
     from plait.cli.console import ProgressBars, print_json
-    from plait.errors import RecipeError
 
-    if (rank is None) == (energy is None):
-        raise RecipeError("give either --rank or --energy, such as --rank 16 or --energy 0.99.")
-    if energy is not None and not 0 < energy <= 1:
-        raise RecipeError(f"--energy {energy:g}: a share of the energy is needed, in (0, 1], such as 0.99.")
     result = run(
         base,
         finetuned,
-        rank=rank if rank is not None else f"energy:{energy!r}",
+        rank=rank,
+        energy=energy,
         out=out,
         targets=None if targets is None else [name.strip() for text in targets for name in text.split(",")],
         embeddings=embeddings,

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from plait.baking.plan import BakePlan
     from plait.merging.pipeline import MergeResult
     from plait.merging.plan import MergePlan
     from plait.results.records import ModuleRecord
-    from plait.verification.extend import Extension
 
 _PROMISES = {
     "exact": "exact",
@@ -106,113 +103,51 @@ def merge(
 
     Example: plait merge math=./a code=org/repo@main/checkpoint-100 --method ties --density 0.3 -o merged
     """
-    from plait.cli.arguments import adapters_of, completed, recipe_file, with_tasks
-    from plait.cli.bake import BakeOrder, bake_json, show_bake
+    from plait.cli.arguments import named_paths, task_files
+    from plait.cli.bake import bake_json, show_bake, show_bake_plan
     from plait.cli.console import ProgressBars, err, print_json, warnings_as_notes
-    from plait.hub.upload import check_push
-    from plait.merging.pipeline import plan_recipe, run_recipe
-    from plait.recipes.request import read_request
-    from plait.results.staging import checking_output
+    from plait.commands.merge import MergeOrder
+    from plait.commands.request import Request
 
     settings = {
         "method": method, "space": space, "weights": weights, "scale": scale, "density": density, "sign": sign,
         "flavor": flavor, "rank": rank, "dtype": dtype, "kind": kind, "merge_mode": merge_mode, "base_model": base_id,
-        "seed": seed, "moments": moments,
+        "seed": seed,
     }  # fmt: skip
-    _check_uploads(push_adapter_repo, push_baked_repo, bake_dir, private=private)
-    given = {k: v for k, v in settings.items() if v is not None}
-    base_folder: Path | None = None
-    notes: tuple[str, ...] = ()
-    with warnings_as_notes():
-        if add or from_merged or input_:
-            extension = _extension(inputs, add, given, set_ or [], input_ or [], from_merged=from_merged)
-            recipe, folder = extension.recipe, None
-            base_folder, notes = extension.base_folder, extension.notes
-        else:
-            recipe, folder = read_request(recipe_file(inputs), adapters_of(inputs), given, set_ or [])
-        recipe = with_tasks(recipe, tasks)
-    beside = baked = None
-    if push_adapter_repo is not None and not dry_run:
-        check_push(push_adapter_repo)
-    if not dry_run:
-        recipe, found = completed(recipe, folder, out, force=force, workers=workers)
-        notes = (*notes, *found)
-    if bake_dir is not None:
-        beside = BakeOrder(recipe, folder, bake_dir, push_baked_repo, private=private, force=force, workers=workers)
-        baked = beside.plan()
-        beside.check()
-    if dry_run:
-        with checking_output(out, force=force):
-            plan = plan_recipe(recipe, folder=folder, workers=workers)
-        plan = plan.model_copy(update={"notes": (*plan.notes, *notes)})
-        _show_plans(plan, baked, bake_dir, json=json)
-        return
-    result = run_recipe(
-        recipe,
-        folder=folder,
+    order = MergeOrder(
+        Request(inputs, settings, set_ or [], moments, tasks=task_files(tasks or []) or None),
         out=out,
         force=force,
         workers=workers,
-        progress=ProgressBars(),
-        base_folder=base_folder,
-        notes=notes,
+        push_to=push_adapter_repo,
+        private=private,
+        add=add,
+        inputs=named_paths("--input", input_ or []),
+        from_merged=from_merged,
+        bake_dir=bake_dir,
+        push_baked_to=push_baked_repo,
     )
-    if push_adapter_repo is not None:
-        result = _pushed(result, push_adapter_repo, private=private)
+    with warnings_as_notes():
+        order.check()
+    if dry_run:
+        baked, plan = order.plan_bake(), order.plan()
+        if json:
+            print_json(plan.model_dump(mode="json") | ({} if baked is None else {"bake": baked.model_dump(mode="json")}))
+            return
+        _show_plan(plan)
+        if baked is not None and bake_dir is not None:
+            show_bake_plan(baked, bake_dir)
+        return
+    result = order.run(ProgressBars())
     for note in result.record.notes:
         err().print(f"note: {note}", style="dim", markup=False)
-    model = None if beside is None else beside.run()[0]  # before anything is printed: stdout may be closed
     if json:
         merged = {"folder": str(result.folder), "url": result.url, **result.record.model_dump(mode="json")}
-        print_json(merged | ({} if model is None else {"bake": bake_json(model)}))
+        print_json(merged | ({} if result.baked is None else {"bake": bake_json(result.baked)}))
         return
     show_result(result)
-    if model is not None:
-        show_bake(model)
-
-
-def _check_uploads(adapter: str | None, baked: str | None, bake_dir: Path | None, *, private: bool) -> None:
-    from plait.errors import RecipeError
-
-    if private and adapter is None and baked is None:
-        raise RecipeError("--private is for the repository of --push-adapter-repo; give both or neither.")
-    if baked is not None and bake_dir is None:
-        raise RecipeError("--push-baked-repo uploads the model of --bake-dir; give both or neither.")
-
-
-def _pushed(result: MergeResult, repo: str, *, private: bool) -> MergeResult:
-    from plait.verification.publish import push_result
-
-    return replace(result, url=push_result(result.folder, repo, private=private).url)
-
-
-def _extension(
-    inputs: list[str], add: list[str] | None, settings: dict[str, Any], sets: list[str], places: list[str], *, from_merged: bool
-) -> Extension:
-    from plait.cli.arguments import recipe_file
-    from plait.errors import RecipeError
-    from plait.verification.extend import extend
-
-    if not add:
-        raise RecipeError("--from-merged and --input are for --add NEW, which adds an adapter to an earlier merge.")
-    if len(inputs) != 1 or recipe_file(inputs):
-        raise RecipeError(f"--add takes one earlier merge, a folder with its plait.lock; got {' '.join(inputs)}.")
-    if wrong := [place for place in places if not all(place.partition("="))]:
-        raise RecipeError(f"--input {wrong[0]}: write NAME=PATH.")
-    found = dict(place.split("=", 1) for place in places)
-    return extend(Path(inputs[0]), add, settings, sets, inputs=found, from_merged=from_merged)
-
-
-def _show_plans(plan: MergePlan, baked: BakePlan | None, bake_dir: Path | None, *, json: bool) -> None:
-    from plait.cli.bake import show_bake_plan
-    from plait.cli.console import print_json
-
-    if json:
-        print_json(plan.model_dump(mode="json") | ({} if baked is None else {"bake": baked.model_dump(mode="json")}))
-        return
-    _show_plan(plan)
-    if baked is not None and bake_dir is not None:
-        show_bake_plan(baked, bake_dir)
+    if result.baked is not None:
+        show_bake(result.baked)
 
 
 def _show_plan(plan: MergePlan) -> None:

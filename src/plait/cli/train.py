@@ -59,29 +59,36 @@ def train(
     """
     from plait.cli.console import ProgressBars, print_json
     from plait.cli.stopping import noted
-    from plait.training.cohort import Scheduling, train_cohort
-    from plait.training.post_training import EvalOptions
-    from plait.training.reading import read_phases
+    from plait.commands.train import TrainOrder
 
-    place = out or Path("artifacts", "trained", phases.stem)
-    plan = read_phases(phases, out=place, base=base_id, sets=set_ or [])
+    order = TrainOrder(
+        phases,
+        out=out,
+        only=only or [],
+        workers=workers,
+        cluster=cluster,
+        base=base_id,
+        sets=set_ or [],
+        matrix=matrix,
+        load_dtype=load_dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
+    plan = order.training
     if dry_run:
-        _dry_run(plan, only or [], json=json)
+        found = order.plan()
+        if json:
+            print_json({"base_model": plan.base, "out": str(plan.out), "phases": [f.model_dump(mode="json") for f in found]})
+        else:
+            _show_forecast(plan, found)
         return
     bars = PhaseBars()
     with redirect_stdout(sys.stderr), noted(lambda: _kept(plan)), closing(bars):  # trackers and trainers print what they like
-        result = train_cohort(
-            plan,
-            only=only or [],
-            scheduling=Scheduling(workers, cluster),
-            evaluation=EvalOptions(load_dtype, device_map, trust_remote_code, matrix),
-            listener=bars,
-            progress=ProgressBars(),
-        )
+        result = order.run(ProgressBars(), bars)
     if json:
         print_json(result.model_dump(mode="json"))
     else:
-        _show(result, place)
+        _show(result, order.folder)
     settings = [("-o", out), ("--base-id", base_id), *(("--set", text) for text in set_ or [])]
     words = [str(word) for flag, value in settings if value for word in (flag, value)]
     _tell(result, shlex.join(["plait", "train", str(phases), *words]))
@@ -96,19 +103,6 @@ def _kept(plan: TrainingPlan) -> str:
     return (
         f"{done} of {len(plan.phases)} phases are finished and kept in {plan.out}; the same command continues with the others."
     )
-
-
-def _dry_run(plan: TrainingPlan, only: Sequence[str], *, json: bool) -> None:
-    from plait.cli.console import print_json
-    from plait.training.forecast import forecast
-    from plait.training.preflight import resolve_phases
-
-    wanted = [plan.phase(name) for name in only] or plan.phases
-    found = [forecast(p, plan.out) for p in resolve_phases(plan) if p.phase in wanted]
-    if json:
-        print_json({"base_model": plan.base, "out": str(plan.out), "phases": [f.model_dump(mode="json") for f in found]})
-    else:
-        _show_forecast(plan, found)
 
 
 def _show_forecast(plan: TrainingPlan, found: Sequence[Forecast]) -> None:

@@ -82,7 +82,7 @@ def tune(
     load_dtype: Annotated[str, typer.Option(help="Of the base in memory; auto: as it is stored.")] = "auto",
     device_map: Annotated[str, typer.Option(help="As transformers takes it: auto, cpu, cuda:0, balanced.")] = "auto",
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that lies beside the base's weights.")
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base's weights.")
     ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Modules merged at a time.", show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
@@ -94,55 +94,25 @@ def tune(
 
     Example: plait tune ./intent ./langid --tasks tasks/intent.yaml tasks/langid.yaml -o tuned
     """
-    from plait.api import tune as run
+    from plait.cli.arguments import task_files
+    from plait.cli.calibrate import text_source
     from plait.cli.console import ProgressBars, print_json
-    from plait.evaluation.request import is_recipe_file
+    from plait.commands.tune import TuneOrder
+    from plait.tuning.pipeline import TuneOptions
 
-    kind, files = _texts(texts or [])
-    settings: dict[str, Any] = {"method": method, "scale": scale, "rank": rank, "dtype": dtype}
+    kind, files = text_source(texts or [])
     spec: dict[str, Any] = {"texts": kind, "files": files or None, "count": count, "split": split, "steps": steps}
     spec |= {"learning_rate": learning_rate, "seed": seed}
     spec |= {"objective": objective, "train": train, "granularity": granularity, "link": link}
-    recipe = Path(inputs[0]) if is_recipe_file(inputs[0]) else None
-    result = run(
-        recipe if recipe is not None and len(inputs) == 1 else inputs,
-        tasks=[part for text in tasks or [] for part in text.split(",") if part] or None,
-        out=out,
-        base_model=base_id,
-        control=control,
-        controls=controls,
-        load_dtype=load_dtype,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-        workers=workers,
-        force=force,
-        progress=ProgressBars(),
-        sets=set_ or [],
-        tune={key: value for key, value in spec.items() if value is not None},
-        **{key: value for key, value in settings.items() if value is not None},
-    )
+    settings: dict[str, Any] = {"method": method, "scale": scale, "rank": rank, "dtype": dtype, "base_model": base_id}
+    settings["tune"] = {key: value for key, value in spec.items() if value is not None}
+    options = TuneOptions(None, load_dtype, device_map, trust_remote_code, control, controls, workers)
+    order = TuneOrder(inputs, out, task_files(tasks or []) or None, settings, set_ or [], options, force)
+    result = order.run(ProgressBars())
     if json:
         print_json({"folder": str(result.folder), **result.record.model_dump(mode="json")})
     else:
         _show(result)
-
-
-def _texts(given: list[str]) -> tuple[str | None, dict[str, str]]:
-    """Return the kind of texts, and task → file."""
-    from plait.errors import RecipeError
-
-    files = {}
-    kinds = []
-    for text in given:
-        name, sign, path = text.partition("=")
-        if sign and name and path:
-            files[name] = path
-        else:
-            kinds.append(text)
-    if len(kinds) > 1 or any(kind not in ("split", "lines", "template") for kind in kinds):
-        found = ", ".join(kinds)
-        raise RecipeError(f"--texts must be split, lines or template, and TASK=FILE for single tasks; got {found}.")
-    return (kinds[0] if kinds else None), files
 
 
 def _show(result: TuneResult) -> None:

@@ -39,35 +39,18 @@ def verify(
 
     Example: plait verify merged
     """
-    from plait.api import verify as run
+    from plait.cli.arguments import named_paths
     from plait.cli.console import ProgressBars, print_json
+    from plait.commands.verify import VerifyOrder
 
-    found = run(
-        folder,
-        rebuild=rebuild,
-        inputs=_pairs(inputs or []),
-        parity=parity,
-        base_model=base_id,
-        device=device,
-        workers=workers,
-        progress=ProgressBars(),
-    )
+    places = named_paths("--input", inputs or [])
+    found = VerifyOrder(folder, rebuild, places, parity, base_id, device, workers).run(ProgressBars())
     if json:
         print_json({"ok": found.ok, **found.model_dump(mode="json")})
     else:
         _show(found)
     if not found.ok:
         raise typer.Exit(2)
-
-
-def _pairs(texts: list[str]) -> dict[str, str]:
-    from plait.errors import RecipeError
-
-    split = [text.partition("=") for text in texts]
-    wrong = [text for text, (name, equals, path) in zip(texts, split, strict=True) if not (name and equals and path)]
-    if wrong:
-        raise RecipeError(f"--input {wrong[0]!r}: write NAME=PATH, such as --input math=./adapters/math.")
-    return {name: path for name, _, path in split}
 
 
 def _show(found: Verification) -> None:

@@ -15,13 +15,6 @@ from plait.recipes.schema import Recipe
 from plait.recipes.validation import validate
 from plait.tasks.loading import placed
 
-_RECIPES = (".yaml", ".yml", ".json")
-
-
-def is_recipe_file(text: str | Path) -> bool:
-    """Say whether a reference is a recipe's file, and not an adapter or a model."""
-    return Path(text).suffix.lower() in _RECIPES
-
 
 def recipe_name(recipe: Recipe) -> str:
     """Return what a merge is called for people."""

@@ -21,7 +21,14 @@ _PLANNED = {**PLANNED, "grid": PLANNED["search"]}
 _OUTPUT = ("kind", "rank", "dtype", "layout")
 _TOP = tuple(name for name in Recipe.model_fields if name not in ("method", "weights", "output", "adapters"))
 
+_FILES = (".yaml", ".yml", ".json")
+
 Adapters = Sequence[str | Path] | Mapping[str, str | Path]
+
+
+def is_recipe_file(text: str | Path) -> bool:
+    """Whether a reference is a recipe's file, and not an adapter or a model."""
+    return Path(text).suffix.lower() in _FILES
 
 
 def read_request(

@@ -1,0 +1,120 @@
+"""`plait bake`, `plait.bake`, `plait.plan_bake`; and the bake of `plait merge --bake-dir`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plait.baking.pipeline import BakeResult, plan_bake, run_bake
+from plait.baking.plan import BakeOptions, BakePlan, bake_options
+from plait.commands.request import Request
+from plait.errors import PlaitError, RecipeError
+from plait.hub.upload import check_push
+from plait.results.progress import Progress
+from plait.results.staging import checking_output
+
+if TYPE_CHECKING:
+    from plait.verification.parity import ParityReport
+
+
+@dataclass(frozen=True, repr=False)
+class Baked(BakeResult):
+    """A finished bake, and how it compares with the live merge.
+
+    Attributes:
+        parity: of the logits; None where there were no prompts.
+    """
+
+    parity: ParityReport | None = None
+
+
+@dataclass(frozen=True)
+class BakeOrder:
+    """A bake that is asked for; see `plait.bake`."""
+
+    request: Request
+    out: Path | None = None
+    dtype: str | None = None
+    shard_size: str | None = None
+    device: str = "cpu"
+    dequantize: bool = False
+    force: bool = False
+    workers: int | None = None
+    prompts: Path | None = None
+    push_to: str | None = None
+    private: bool = False
+
+    @cached_property
+    def options(self) -> BakeOptions:
+        """Dtype, size of files and device."""
+        return bake_options(dtype=self.dtype, shard_size=self.shard_size, device=self.device, dequantize=self.dequantize)
+
+    def check(self) -> None:
+        """Refuse what does not go together, and a recipe or options that are not valid.
+
+        Raises:
+            PlaitError: with what is wrong.
+        """
+        if self.private and self.push_to is None:
+            raise RecipeError(
+                "--private (private=) is for the repository of --push-baked-repo (push_to=); give both or neither."
+            )
+        _ = self.options, self.request.resolved
+
+    def check_beforehand(self) -> None:
+        """Refuse a repository or prompts that cannot be used, before the work begins."""
+        if self.push_to is not None:
+            check_push(self.push_to)
+        if self.prompts is not None:
+            from plait.verification.parity import check_parity_request
+
+            check_parity_request(self.prompts, self.device)
+
+    def plan(self) -> BakePlan:
+        """Return what would be written; reads headers, no tensor.
+
+        Raises:
+            PlaitError: as `plait.bake`, as far as that shows without computing.
+        """
+        self.check()
+        recipe, folder = self.request.resolved
+        with checking_output(self.out, force=self.force):
+            return plan_bake(recipe, self.options, folder=folder, workers=self.workers, moments=self.request.function)
+
+    def run(self, progress: Progress | None = None) -> Baked:
+        """Bake, compare with the live merge, upload.
+
+        Raises:
+            PlaitError: anything wrong with what was given; what is wrong after the bake leaves the model where it is.
+        """
+        self.check()
+        self.check_beforehand()
+        if self.out is None:
+            raise AssertionError("both doors ask for an output")
+        recipe, folder = self.request.resolved
+        result = run_bake(
+            recipe,
+            self.options,
+            out=self.out,
+            folder=folder,
+            force=self.force,
+            workers=self.workers,
+            moments=self.request.function,
+            progress=progress,
+        )
+        parity = None
+        try:
+            if self.prompts is not None:
+                from plait.verification.parity import check_parity
+
+                parity = check_parity(result.folder, self.prompts, device=self.device, progress=progress)
+            if self.push_to is not None:
+                from plait.verification.publish import push_result
+
+                result = replace(result, url=push_result(result.folder, self.push_to, private=self.private).url)
+        except PlaitError as error:
+            error.add_note(f"The model is complete in {result.folder}; `plait verify` and `plait push` continue from it.")
+            raise
+        return Baked(**{f.name: getattr(result, f.name) for f in fields(result)}, parity=parity)

@@ -1,0 +1,196 @@
+"""`plait eval`, `plait.evaluate`: one adapter or model as its files are, a merge in memory, or a leaderboard of merges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from plait.commands.request import Request
+from plait.errors import OutputError, RecipeError
+from plait.evaluation.card import put_results
+from plait.evaluation.comparison import Comparison, compare
+from plait.evaluation.pipeline import Options, evaluate_saved
+from plait.evaluation.record import Evaluation
+from plait.evaluation.request import asked, recipe_name, spec_of, variants
+from plait.evaluation.requirement import Requirement
+from plait.evaluation.workspace import write_comparison, write_evaluation
+from plait.merging.pipeline import run_recipe
+from plait.recipes.evaluation import EvalSpec
+from plait.recipes.request import is_recipe_file
+from plait.recipes.schema import Recipe
+from plait.results.progress import Progress
+from plait.results.staging import output_problem
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What was evaluated.
+
+    Attributes:
+        best: the evaluation; of a leaderboard, the best merge's.
+        board: the leaderboard; None where one thing was evaluated.
+        run: where the results are; None without a workspace.
+        required: every requirement, whether it is met or not.
+        saved: where the best merge was written; None where it was not.
+    """
+
+    best: Evaluation
+    board: Comparison | None
+    run: Path | None
+    required: tuple[Requirement, ...]
+    saved: Path | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every requirement is met."""
+        return all(bound.met(self.best) for bound in self.required)
+
+
+@dataclass(frozen=True)
+class EvaluateOrder:
+    """An evaluation that is asked for; see `plait.evaluate`.
+
+    Attributes:
+        request: its source is one adapter or model when it is one reference that is not a recipe's file.
+        tasks: task files; the recipe's when empty.
+        split: of every task.
+        subset: examples per task, or a mapping as a recipe's `eval.subset`.
+        batch_size: prompts at a time.
+        methods: several: one leaderboard.
+        spaces: several: one leaderboard.
+        require: bounds such as `worst_recovery>=0.8`.
+        out: where to write the (best) merge, if it meets what is required.
+        force: replace an adapter at `out`.
+        sources: the tasks' own adapters, for one adapter or model.
+        card: put the results into the card of one adapter or model.
+        options: of this machine.
+    """
+
+    request: Request
+    tasks: Sequence[str | Path] = ()
+    split: str | None = None
+    subset: int | Mapping[str, Any] | None = None
+    batch_size: int | None = None
+    methods: Sequence[str] = ()
+    spaces: Sequence[str] = ()
+    require: Sequence[str] = ()
+    out: Path | None = None
+    force: bool = False
+    sources: Mapping[str, str | Path] = field(default_factory=dict)
+    card: bool = False
+    options: Options = field(default_factory=Options)
+
+    @cached_property
+    def saved(self) -> str | None:
+        """The reference of the one adapter or model that is evaluated as it is; None for a merge."""
+        source = self.request.source
+        return str(source) if isinstance(source, (str, Path)) and not is_recipe_file(source) else None
+
+    @cached_property
+    def bounds(self) -> tuple[Requirement, ...]:
+        """The requirements, read.
+
+        Raises:
+            RecipeError: one is not of that form.
+        """
+        return tuple(Requirement.read(text) for text in self.require)
+
+    def check(self) -> None:
+        """Refuse what does not go together, and recipes that are not valid.
+
+        Raises:
+            PlaitError: with what is wrong.
+        """
+        if self.out is not None and (problem := output_problem(self.out, force=self.force)):
+            raise OutputError(problem)
+        _ = self.bounds
+        if self.saved is None:
+            if given := _spelled({"source": ("sources", self.sources), "card": ("card", self.card and self.out is None)}):
+                raise RecipeError(f"{given}: belongs to one adapter or model, as its files are; these are merged in memory.")
+            _ = self._merges
+            return
+        merging = {key: (key, value) for key, value in self.request.given.items()}
+        merging |= {"methods": ("methods", self.methods), "spaces": ("spaces", self.spaces)}
+        merging |= {"set": ("sets", self.request.sets), "out": ("out", self.out)}
+        if given := _spelled(merging):
+            raise RecipeError(
+                f"{self.saved} is evaluated as it is; {given} belong to a merge: give a recipe or several adapters."
+            )
+
+    @cached_property
+    def _merges(self) -> tuple[dict[str, Recipe], Path | None, dict[str, str]]:
+        """Name → recipe, with tasks and `eval` as asked for; the folder that their paths start from; name → why left out."""
+        if isinstance(self.request.source, Recipe):
+            recipe, folder = self.request.resolved
+            recipes, skipped = {recipe_name(recipe): recipe}, dict[str, str]()
+            if self.methods or self.spaces:
+                raise RecipeError("a Recipe has one method and space; give adapters or a recipe file for a leaderboard.")
+        else:
+            file, adapters = self.request.parts
+            recipes, folder, skipped = variants(
+                file, adapters, self.request.given, self.request.sets, self.methods, self.spaces
+            )
+        return {name: asked(recipe, self.tasks, **self._changes) for name, recipe in recipes.items()}, folder, skipped
+
+    @property
+    def _changes(self) -> dict[str, Any]:
+        return {"split": self.split, "subset": self.subset, "batch_size": self.batch_size}
+
+    def run(self, progress: Progress | None = None) -> Evaluated:
+        """Evaluate; write results, card and merge.
+
+        Raises:
+            PlaitError: as `plait.evaluate`.
+        """
+        self.check()
+        compared = None
+        if self.saved is None:
+            recipes, folder, skipped = self._merges
+            compared = compare(recipes, folder, self.options, progress, skipped=skipped, check=self._check_tasks)
+            evaluations = compared.evaluations
+        else:
+            evaluations = (self._as_saved(self.saved, progress),)
+            if self.card:
+                put_results(Path(self.saved).expanduser(), evaluations[0])
+        board = compared.board if compared is not None and (self.methods or self.spaces) else None
+        run, workspace = None, self.options.workspace
+        if workspace is not None:
+            run, *_ = [write_evaluation(workspace, found) for found in evaluations]
+            if board is not None:
+                run = write_comparison(workspace, board.adapters, board.model_dump(mode="json"))
+        evaluated = Evaluated(evaluations[0], board, run, self.bounds, None)
+        if compared is None or self.out is None or not evaluated.ok:
+            return evaluated
+        saved = run_recipe(
+            compared.recipes[0],
+            folder=compared.folder,
+            out=self.out,
+            force=self.force,
+            workers=self.options.workers,
+            progress=progress,
+        ).folder
+        put_results(saved, evaluated.best)
+        return replace(evaluated, saved=saved)
+
+    def _check_tasks(self, tasks: list[str]) -> None:
+        for bound in self.bounds:
+            bound.check_tasks(tasks)
+
+    def _as_saved(self, reference: str, progress: Progress | None) -> Evaluation:
+        return evaluate_saved(
+            reference,
+            [Path(t) for t in self.tasks],
+            spec_of(EvalSpec(), **self._changes),
+            self.options,
+            sources={name: str(path) for name, path in self.sources.items()},
+            progress=progress,
+            check=self._check_tasks,
+        )
+
+
+def _spelled(given: Mapping[str, tuple[str, object]]) -> str:
+    """Name the options that are given, as both doors call them: flag → (name in Python, value)."""
+    return ", ".join(f"--{flag} ({name}=)" for flag, (name, value) in given.items() if value)

@@ -1,0 +1,165 @@
+"""`plait merge`, `plait.merge`, `plait.plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plait.commands.request import Request
+from plait.errors import PlanError, RecipeError
+from plait.hub.upload import check_push
+from plait.merging.pipeline import MergeResult, plan_recipe, run_recipe
+from plait.merging.plan import MergePlan
+from plait.recipes.request import Adapters, is_recipe_file
+from plait.recipes.schema import Recipe
+from plait.results.progress import Progress
+from plait.results.staging import checking_output
+
+if TYPE_CHECKING:
+    from plait.baking.pipeline import BakeResult
+    from plait.baking.plan import BakePlan
+    from plait.commands.bake import BakeOrder
+
+
+@dataclass(frozen=True, repr=False)
+class Merged(MergeResult):
+    """A finished merge, and the model that was baked with it.
+
+    Attributes:
+        baked: the model; None where there is none.
+    """
+
+    baked: BakeResult | None = None
+
+
+@dataclass(frozen=True)
+class MergeOrder:
+    """A merge that is asked for; see `plait.merge`."""
+
+    request: Request
+    out: Path | None = None
+    force: bool = False
+    workers: int | None = None
+    push_to: str | None = None
+    private: bool = False
+    add: Adapters | None = None
+    inputs: Mapping[str, str | Path] = field(default_factory=dict)
+    from_merged: bool = False
+    bake_dir: Path | None = None
+    push_baked_to: str | None = None
+
+    def check(self) -> None:
+        """Refuse what does not go together, and a recipe that is not valid.
+
+        Raises:
+            PlaitError: with what is wrong.
+        """
+        if self.private and self.push_to is None and self.push_baked_to is None:
+            raise RecipeError(
+                "--private (private=) is for the repository of --push-adapter-repo (push_to=); give both or neither."
+            )
+        if self.push_baked_to is not None and self.bake_dir is None:
+            raise RecipeError(
+                "--push-baked-repo (push_baked_to=) uploads the model of --bake-dir (bake_dir=); give both or neither."
+            )
+        if not self.add and (self.from_merged or self.inputs):
+            raise RecipeError(
+                "--from-merged (from_merged=) and --input (inputs=) are for --add NEW (add=), which adds an adapter to an "
+                "earlier merge."
+            )
+        _ = self._resolved
+
+    @cached_property
+    def _resolved(self) -> tuple[Recipe, Path | None, Path | None, tuple[str, ...]]:
+        """Recipe, where its paths start, the base model's folder, and notes."""
+        if not self.add:
+            return *self.request.resolved, None, ()
+        from plait.verification.extend import extend
+
+        source = self.request.source
+        sources = [source] if isinstance(source, (str, Path)) else [] if isinstance(source, Recipe) else list(source)
+        if len(sources) != 1 or isinstance(source, Mapping) or is_recipe_file(sources[0]):
+            found = "a Recipe" if isinstance(source, Recipe) else " ".join(map(str, sources))
+            raise RecipeError(f"--add (add=) takes one earlier merge, a folder with its plait.lock; got {found}.")
+        places = {name: str(place) for name, place in self.inputs.items()}
+        folder, request = Path(sources[0]), self.request
+        extended = extend(folder, self.add, request.given, request.sets, inputs=places, from_merged=self.from_merged)
+        return extended.recipe, None, extended.base_folder, extended.notes
+
+    @contextmanager
+    def _naming_the_lock(self) -> Iterator[None]:
+        """Name the file that holds the recipe of an earlier merge in what is refused of it."""
+        try:
+            yield
+        except (PlanError, RecipeError) as error:
+            lock = f"{self.request.parts[1][0]}/plait.lock" if self.add else ""
+            if not lock or lock in str(error):
+                raise
+            raise type(error)(f"{lock}, with what is added to its recipe: {error}") from None
+
+    @cached_property
+    def bake(self) -> BakeOrder | None:
+        """The bake of the same recipe."""
+        if self.bake_dir is None:
+            return None
+        from plait.commands.bake import BakeOrder
+
+        recipe, folder, _, _ = self._resolved
+        request = Request(recipe if folder is None else recipe.placed(folder), moments=self.request.function)
+        return BakeOrder(
+            request, out=self.bake_dir, force=self.force, workers=self.workers, push_to=self.push_baked_to,
+            private=self.private and self.push_baked_to is not None,
+        )  # fmt: skip
+
+    def plan(self) -> MergePlan:
+        """Return what would happen; reads headers, no tensor.
+
+        Raises:
+            PlaitError: as `plait.merge`, as far as that shows without computing.
+        """
+        self.check()
+        recipe, folder, _, notes = self._resolved
+        with checking_output(self.out, force=self.force), self._naming_the_lock():
+            plan = plan_recipe(recipe, folder=folder, workers=self.workers, moments=self.request.function)
+        return plan.model_copy(update={"notes": (*plan.notes, *notes)})
+
+    def plan_bake(self) -> BakePlan | None:
+        """Return what the bake would do; None where there is none."""
+        self.check()
+        return None if self.bake is None else self.bake.plan()
+
+    def run(self, progress: Progress | None = None) -> Merged:
+        """Merge, upload, bake.
+
+        Raises:
+            PlaitError: anything wrong with what was given; nothing is left at the output then.
+        """
+        self.check()
+        if self.bake is not None:
+            self.bake.plan()
+            self.bake.check_beforehand()
+        if self.push_to is not None:
+            check_push(self.push_to)
+        recipe, folder, base_folder, notes = self._resolved
+        with self._naming_the_lock():
+            result = run_recipe(
+                recipe,
+                folder=folder,
+                out=self.out,
+                force=self.force,
+                workers=self.workers,
+                progress=progress,
+                base_folder=base_folder,
+                moments=self.request.function,
+                notes=notes,
+            )
+        if self.push_to is not None:
+            from plait.verification.publish import push_result
+
+            result = replace(result, url=push_result(result.folder, self.push_to, private=self.private).url)
+        values = {f.name: getattr(result, f.name) for f in fields(result)}
+        return Merged(**values, baked=None if self.bake is None else self.bake.run(progress))

@@ -1,0 +1,89 @@
+"""`plait train`, `plait.train`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from plait.errors import RecipeError
+from plait.results.progress import Progress
+from plait.training.cohort import Scheduling, train_cohort
+from plait.training.forecast import Forecast, forecast
+from plait.training.phases import TrainingPlan
+from plait.training.post_training import EvalOptions
+from plait.training.preflight import resolve_phases
+from plait.training.reading import read_phases
+from plait.training.results import TrainResult
+from plait.training.runners import PhaseListener
+
+
+@dataclass(frozen=True)
+class TrainOrder:
+    """A training that is asked for; see `plait.train`."""
+
+    phases: str | Path | Mapping[str, Any]
+    out: Path | None = None
+    only: Sequence[str] = ()
+    workers: int | None = None
+    cluster: str | None = None
+    base: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    sets: Sequence[str] = ()
+    matrix: bool = False
+    load_dtype: str = "auto"
+    device_map: str = "auto"
+    trust_remote_code: bool = False
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where everything is written: of a file, in the workspace when no folder is given.
+
+        Raises:
+            RecipeError: neither file nor folder is given.
+        """
+        if self.out is not None:
+            return self.out
+        if isinstance(self.phases, Mapping):
+            raise RecipeError("--out FOLDER (out=) is missing: phases that are not a file have no folder of their own.")
+        return Path("artifacts", "trained", Path(self.phases).stem)
+
+    @cached_property
+    def training(self) -> TrainingPlan:
+        """The phases.
+
+        Raises:
+            PlaitError: with everything that is wrong with them.
+        """
+        return read_phases(self.phases, out=self.folder, base=self.base, settings=self.settings, sets=self.sets)
+
+    def plan(self) -> list[Forecast]:
+        """Return what every phase would take; trains nothing.
+
+        Raises:
+            PlaitError: as `plait.train`, before the first step.
+        """
+        plan = self.training
+        wanted = [plan.phase(name) for name in self.only] or plan.phases
+        return [forecast(p, plan.out) for p in resolve_phases(plan) if p.phase in wanted]
+
+    def run(self, progress: Progress | None = None, listener: PhaseListener | None = None) -> TrainResult:
+        """Train, merge, evaluate, report.
+
+        Args:
+            progress: receives stages and steps of merge and evaluation.
+            listener: receives those of the phases.
+
+        Raises:
+            PlaitError: as `plait.train`.
+        """
+        return train_cohort(
+            self.training,
+            only=self.only,
+            scheduling=Scheduling(self.workers, self.cluster),
+            evaluation=EvalOptions(self.load_dtype, self.device_map, self.trust_remote_code, self.matrix),
+            listener=listener,
+            progress=progress,
+        )
