@@ -16,6 +16,7 @@ from plait.merging.pipeline import MergeResult, plan_recipe, run_recipe
 from plait.merging.plan import MergePlan
 from plait.recipes.request import Adapters, is_recipe_file
 from plait.recipes.schema import Recipe
+from plait.results.lock import LOCK
 from plait.results.progress import Progress
 from plait.results.staging import checking_output
 
@@ -74,21 +75,26 @@ class MergeOrder:
         _ = self._resolved
 
     @cached_property
+    def _earlier(self) -> Path:
+        """The folder of the earlier merge that adapters are added to."""
+        source = self.request.source
+        given = [source] if isinstance(source, (str, Path, Recipe)) else list(source)
+        if len(given) != 1 or isinstance(source, (Recipe, Mapping)) or is_recipe_file(str(given[0])):
+            found = "a Recipe" if isinstance(source, Recipe) else " ".join(map(str, given))
+            raise RecipeError(f"--add (add=) takes one earlier merge, a folder with its plait.lock; got {found}.")
+        return Path(str(given[0]))
+
+    @cached_property
     def _resolved(self) -> tuple[Recipe, Path | None, Path | None, tuple[str, ...]]:
         """Recipe, where its paths start, the base model's folder, and notes."""
         if not self.add:
             return *self.request.resolved, None, ()
         from plait.verification.extend import extend
 
-        source = self.request.source
-        sources = [source] if isinstance(source, (str, Path)) else [] if isinstance(source, Recipe) else list(source)
-        if len(sources) != 1 or isinstance(source, Mapping) or is_recipe_file(sources[0]):
-            found = "a Recipe" if isinstance(source, Recipe) else " ".join(map(str, sources))
-            raise RecipeError(f"--add (add=) takes one earlier merge, a folder with its plait.lock; got {found}.")
         places = {name: str(place) for name, place in self.inputs.items()}
-        folder, request = Path(sources[0]), self.request
-        extended = extend(folder, self.add, request.given, request.sets, inputs=places, from_merged=self.from_merged)
-        return extended.recipe, None, extended.base_folder, extended.notes
+        given, sets = self.request.given, self.request.sets
+        found = extend(self._earlier, self.add, given, sets, inputs=places, from_merged=self.from_merged)
+        return found.recipe, None, found.base_folder, found.notes
 
     @contextmanager
     def _naming_the_lock(self) -> Iterator[None]:
@@ -96,10 +102,9 @@ class MergeOrder:
         try:
             yield
         except (PlanError, RecipeError) as error:
-            lock = f"{self.request.parts[1][0]}/plait.lock" if self.add else ""
-            if not lock or lock in str(error):
+            if not self.add:
                 raise
-            raise type(error)(f"{lock}, with what is added to its recipe: {error}") from None
+            raise type(error)(f"{self._earlier / LOCK}, its recipe with what is added: {error}") from None
 
     @cached_property
     def bake(self) -> BakeOrder | None:
