@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plait.commands.request import Request
+from plait.commands.request import Request, completed
 from plait.errors import PlanError, RecipeError
 from plait.hub.upload import check_push
 from plait.merging.pipeline import MergeResult, plan_recipe, run_recipe
@@ -94,7 +94,7 @@ class MergeOrder:
         places = {name: str(place) for name, place in self.inputs.items()}
         given, sets = self.request.given, self.request.sets
         found = extend(self._earlier, self.add, given, sets, inputs=places, from_merged=self.from_merged)
-        return found.recipe, None, found.base_folder, found.notes
+        return self.request.with_tasks(found.recipe), None, found.base_folder, found.notes
 
     @contextmanager
     def _naming_the_lock(self) -> Iterator[None]:
@@ -106,19 +106,20 @@ class MergeOrder:
                 raise
             raise type(error)(f"{self._earlier / LOCK}, its recipe with what is added: {error}") from None
 
-    @cached_property
-    def bake(self) -> BakeOrder | None:
-        """The bake of the same recipe."""
+    def _bake(self, recipe: Recipe, folder: Path | None) -> BakeOrder | None:
+        """The bake of the same recipe; None where none is asked for."""
         if self.bake_dir is None:
             return None
         from plait.commands.bake import BakeOrder
 
-        recipe, folder, _, _ = self._resolved
-        request = Request(recipe if folder is None else recipe.placed(folder), moments=self.request.function)
         return BakeOrder(
-            request, out=self.bake_dir, force=self.force, workers=self.workers, push_to=self.push_baked_to,
+            Request(recipe if folder is None else recipe.placed(folder), moments=self.request.function),
+            out=self.bake_dir,
+            force=self.force,
+            workers=self.workers,
+            push_to=self.push_baked_to,
             private=self.private and self.push_baked_to is not None,
-        )  # fmt: skip
+        )
 
     def plan(self) -> MergePlan:
         """Return what would happen; reads headers, no tensor.
@@ -135,7 +136,8 @@ class MergeOrder:
     def plan_bake(self) -> BakePlan | None:
         """Return what the bake would do; None where there is none."""
         self.check()
-        return None if self.bake is None else self.bake.plan()
+        bake = self._bake(*self._resolved[:2])
+        return None if bake is None else bake.plan()
 
     def run(self, progress: Progress | None = None) -> Merged:
         """Merge, upload, bake.
@@ -144,12 +146,21 @@ class MergeOrder:
             PlaitError: anything wrong with what was given; nothing is left at the output then.
         """
         self.check()
-        if self.bake is not None:
-            self.bake.plan()
-            self.bake.check_beforehand()
         if self.push_to is not None:
             check_push(self.push_to)
         recipe, folder, base_folder, notes = self._resolved
+        recipe, found = completed(
+            recipe,
+            folder,
+            out=self.out,
+            moments=self.request.function,
+            force=self.force,
+            workers=self.workers,
+            progress=progress,
+        )
+        if (bake := self._bake(recipe, folder)) is not None:
+            bake.plan()
+            bake.check_beforehand()
         with self._naming_the_lock():
             result = run_recipe(
                 recipe,
@@ -160,11 +171,11 @@ class MergeOrder:
                 progress=progress,
                 base_folder=base_folder,
                 moments=self.request.function,
-                notes=notes,
+                notes=(*notes, *found),
             )
         if self.push_to is not None:
             from plait.verification.publish import push_result
 
             result = replace(result, url=push_result(result.folder, self.push_to, private=self.private).url)
         values = {f.name: getattr(result, f.name) for f in fields(result)}
-        return Merged(**values, baked=None if self.bake is None else self.bake.run(progress))
+        return Merged(**values, baked=None if bake is None else bake.run(progress))

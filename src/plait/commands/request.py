@@ -12,6 +12,7 @@ from plait.errors import RecipeError
 from plait.merging.moments import MomentsOf
 from plait.recipes.request import Adapters, base_from_here, is_recipe_file, read_request
 from plait.recipes.schema import Recipe
+from plait.results.progress import Progress
 
 Source = Recipe | str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 
@@ -26,6 +27,7 @@ class Request:
         sets: `PATH=VALUE`, applied last.
         moments: second moments of inputs: files, which become part of the recipe, or a function, which no recipe can hold.
         base: the base model, in place of the recipe's or the adapters' own.
+        tasks: files of the tasks, relative to the working directory; the recipe's own when None.
     """
 
     source: Source
@@ -33,6 +35,7 @@ class Request:
     sets: Sequence[str] = ()
     moments: str | Path | Mapping[str, str | Path] | MomentsOf | None = None
     base: str | Path | None = None
+    tasks: Sequence[str | Path] | None = None
 
     @cached_property
     def given(self) -> dict[str, Any]:
@@ -70,7 +73,8 @@ class Request:
             RecipeError: with everything that is wrong.
         """
         if not isinstance(self.source, Recipe):
-            return read_request(*self.parts, self.given, self.sets)
+            recipe, folder = read_request(*self.parts, self.given, self.sets)
+            return self.with_tasks(recipe), folder
         changes = [key for key in [*self.given, *self.sets] if key != "base_model" or self.base is None]
         if changes:
             raise RecipeError(
@@ -79,7 +83,34 @@ class Request:
         recipe, folder = self.source, self.source.folder
         if self.base is not None:
             recipe = recipe.model_copy(update={"base_model": base_from_here(str(self.base)) if folder else str(self.base)})
-        return recipe, folder
+        return self.with_tasks(recipe), folder
+
+    def with_tasks(self, recipe: Recipe) -> Recipe:
+        """Return a recipe with the tasks that are asked for."""
+        if self.tasks is None:
+            return recipe
+        from plait.tasks.loading import placed
+
+        return recipe.model_copy(update={"tasks": tuple(placed(task) for task in self.tasks)})
+
+
+def completed(
+    recipe: Recipe,
+    folder: Path | None,
+    *,
+    out: Path | None,
+    moments: MomentsOf | None,
+    force: bool,
+    workers: int | None,
+    progress: Progress | None,
+) -> tuple[Recipe, tuple[str, ...]]:
+    """Take what a recipe leaves to its tasks' texts: moments, and the scale of `scale: auto`; return it, and notes."""
+    if recipe.scale != "auto" and (moments is not None or not recipe.lacks_moments):
+        return recipe, ()  # and no package for live models is needed
+    from plait.calibration.completion import complete
+
+    done = complete(recipe, folder=folder, out=out, moments=moments, force=force, workers=workers, progress=progress)
+    return done.recipe, done.notes
 
 
 def recipe_or_adapters(source: Source) -> Source:
