@@ -49,7 +49,7 @@ def sides(base: str, file: str, dtype: str, batch_size: int, rounds: int) -> dic
 
 
 def _plait(model: Any, tokenizer: Any, file: str, batch_size: int) -> Callable[[], Scores]:
-    from plait.evaluation.answering import answer
+    from plait.evaluation.scoring import answer
     from plait.tasks.examples import read_examples
     from plait.tasks.schema import Data, MultipleChoice, Split
 

@@ -22,10 +22,10 @@ import numpy as np
 from base_model import base_model
 from contestants import CONTESTANTS, QUICK, Contestant
 from moments import TEXTS, collect
+from plait.evaluation.contenders import Contender
 from rich.console import Console
 
 from plait.adapters.adapter import Adapter
-from plait.evaluation.contenders import Contender
 from plait.evaluation.pipeline import Evaluator, Options, Subject
 from plait.evaluation.record import Evaluation
 from plait.evaluation.recovery import Drawn, interval

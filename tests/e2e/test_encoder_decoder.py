@@ -20,7 +20,7 @@ from transformers import (
 
 import plait
 from plait.errors import TaskError
-from plait.evaluation.answering import answer
+from plait.evaluation.scoring import answer
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_task
 from tests.language_models import LABELS, WORDS, label, tokenizer, write_task

@@ -12,7 +12,7 @@ import yaml
 import plait
 from plait.cli.main import main
 from plait.errors import OutputError, PlaitError, TaskError
-from plait.evaluation.live import placement
+from plait.evaluation.loaded_base import placement
 from plait.evaluation.scores import Answers, adapter_digest, model_digest
 from plait.mixture import Mixture
 from plait.notices import PlaitWarning
@@ -58,11 +58,11 @@ def run(arguments: list[str]) -> int:
 
 
 def kept_scores(workspace: Path, name: str) -> dict[str, tuple[tuple[float, ...], ...]]:
-    """Return every log-likelihood of a contender, per task, as the cache holds them."""
+    """Return every log-likelihood of a candidate, per task, as the cache holds them."""
     found = {}
     for file in (workspace / ".scores").glob("*.json"):
         answers = Answers.model_validate_json(file.read_text())
-        if answers.contender == name:
+        if answers.candidate == name:
             found[answers.task] = tuple(a.scores for a in answers.answers)
     return found
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import plait
 from plait.cli.main import main
 from plait.errors import MissingPackageError, TaskError
-from plait.evaluation.answering import answer
+from plait.evaluation.scoring import answer
 from plait.mixture import Mixture
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_task, placed

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from plait.errors import TaskError
-from plait.evaluation.answering import answer, ranked
 from plait.evaluation.generation import generate
 from plait.evaluation.heads import classify
 from plait.evaluation.likelihood import log_likelihoods
+from plait.evaluation.scoring import answer, ranked
 from plait.tasks.encoding import Question
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_task

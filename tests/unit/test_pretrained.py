@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from plait.errors import PlaitError, PlanError, TaskError
-from plait.evaluation.answering import answer
 from plait.evaluation.generation import generate
+from plait.evaluation.scoring import answer
 from plait.hub.pretrained import load_config, load_tokenizer, padded, refusing
 from plait.mixture.loading import load_model
-from plait.tasks.encoding import Encoder, Question
+from plait.tasks.encoding import PromptEncoder, Question
 from plait.tasks.examples import Example, Examples
 from plait.tasks.schema import Classification, Data, Split
 from tests.chat_models import byte_tokenizer
@@ -210,4 +210,4 @@ def test_a_text_that_the_tokenizer_cannot_read():
     with pytest.raises(
         TaskError, match=r"^the/folder: the tokenizer cannot read the texts of task 't': PanicException: no such"
     ):
-        Encoder(Unable(), TASK).question("x", ["red"])
+        PromptEncoder(Unable(), TASK).question("x", ["red"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from plait.errors import RecipeError, TaskError
-from plait.evaluation.recovery import Sides, interval, mean_and_worst, recoveries, recovery, task_seed
+from plait.evaluation.recovery import PairedStatistics, interval, mean_and_worst, recoveries, recovery, task_seed
 from plait.evaluation.requirement import Requirement
 from plait.evaluation.subsets import check_names, choose
 from plait.recipes.evaluation import Subset
@@ -42,14 +42,14 @@ def test_recovery_is_not_invented(task):
     assert recovery(accuracy, 0.5, None, 0.8) is None
 
 
-def sides(task, seed: int = 0) -> Sides:
+def sides(task, seed: int = 0) -> PairedStatistics:
     metric = metric_of(task)
     rng = np.random.default_rng(seed)
     made = []
     for share in (0.4, 0.95, 0.7):
         given = ["red" if x else "blue" for x in rng.random(60) < share]
         made.append(metric.statistics([Answer(id=str(i), target="red", given=g) for i, g in enumerate(given)]))
-    return Sides(metric, *made)
+    return PairedStatistics(metric, *made)
 
 
 def test_the_bootstrap_is_paired_and_seeded(task):
@@ -57,14 +57,14 @@ def test_the_bootstrap_is_paired_and_seeded(task):
     drawn, again = one.draws(300, (0, 1)), one.draws(300, (0, 1))
     np.testing.assert_array_equal(drawn.recovery, again.recovery)
     assert not np.array_equal(drawn.recovery, one.draws(300, (0, 2)).recovery)
-    alike = one.draws(300, (0, 1)).base - Sides(one.metric, one.base, one.single, one.single).draws(300, (0, 1)).base
-    assert abs(alike).max() == 0, "contenders are weighed on the same examples"
+    alike = one.draws(300, (0, 1)).base - PairedStatistics(one.metric, one.base, one.single, one.single).draws(300, (0, 1)).base
+    assert abs(alike).max() == 0, "candidates are weighed on the same examples"
 
 
 def test_the_same_examples_are_drawn_for_all_sides(perplexity):
     rng = np.random.default_rng(0)
     base, single = (np.stack([mean * rng.random(30), np.full(30, 2.0)], axis=1) for mean in (9.0, 3.0))
-    drawn = Sides(perplexity, base, single, single).draws(300, (0, 1))
+    drawn = PairedStatistics(perplexity, base, single, single).draws(300, (0, 1))
     np.testing.assert_allclose(drawn.recovery, 1.0)
     assert drawn.base.std() > 0
 
@@ -77,7 +77,7 @@ def answers(right: int, n: int, turned: bool = False) -> list[Answer]:
 def test_four_of_four_are_not_certainty(task):
     metric = metric_of(task)
     none, all_ = metric.statistics(answers(0, 4)), metric.statistics(answers(4, 4))
-    drawn = Sides(metric, none, all_, all_).draws(2000, (0, 1))
+    drawn = PairedStatistics(metric, none, all_, all_).draws(2000, (0, 1))
     low, high = interval(drawn.merged, 1.0)
     assert (low, high) == (pytest.approx(0.56, abs=0.06), 1.0), "Jeffreys' interval of 4 of 4"
     assert interval(drawn.base, 0.0) == (0.0, pytest.approx(0.44, abs=0.06))
@@ -85,7 +85,7 @@ def test_four_of_four_are_not_certainty(task):
     assert low < 0.9
     assert high >= 1.0
     many = [np.repeat(s, 250, axis=0) for s in (none, all_, all_)]
-    low, high = interval(Sides(metric, *many).draws(2000, (0, 1)).recovery, 1.0)
+    low, high = interval(PairedStatistics(metric, *many).draws(2000, (0, 1)).recovery, 1.0)
     assert 0.99 < low <= 1.0 <= high < 1.01, "a thousand examples are nearly certain"
 
 
@@ -93,7 +93,7 @@ def test_four_of_four_are_not_certainty(task):
 def test_intervals_of_a_share_are_jeffreys(task, right, n):
     metric = metric_of(task)
     one = metric.statistics(answers(right, n))
-    low, high = interval(Sides(metric, one, None, one).draws(20_000, (0, 1)).base, right / n)
+    low, high = interval(PairedStatistics(metric, one, None, one).draws(20_000, (0, 1)).base, right / n)
     exact = np.percentile(np.random.default_rng(1).beta(right + 0.5, n - right + 0.5, 200_000), (2.5, 97.5))
     assert low == pytest.approx(0 if right == 0 else exact[0], abs=0.01)
     assert high == pytest.approx(1 if right == n else exact[1], abs=0.01)
@@ -104,7 +104,7 @@ def test_intervals_cover_what_they_are_of(task):
     metric, rng, held = metric_of(task), np.random.default_rng(3), 0
     for _ in range(300):
         one = metric.statistics(answers(int(rng.binomial(12, 0.9)), 12))
-        low, high = interval(Sides(metric, one, None, one).draws(400, (0, 1)).base, float(one[:, 0].mean()))
+        low, high = interval(PairedStatistics(metric, one, None, one).draws(400, (0, 1)).base, float(one[:, 0].mean()))
         held += low <= 0.9 <= high
     assert held / 300 > 0.9
 
@@ -112,11 +112,11 @@ def test_intervals_cover_what_they_are_of(task):
 def test_macro_f1_of_few_is_not_certain_either(tmp_path):
     metric = metric_of(load_task(write_task(tmp_path, "sort", metric="macro_f1")))
     rows = metric.statistics([Answer(id=str(i), target=t, given=t) for i, t in enumerate(["red", "blue"] * 3)])
-    low, high = interval(Sides(metric, rows, None, rows).draws(2000, (0, 1)).base, 1.0)
+    low, high = interval(PairedStatistics(metric, rows, None, rows).draws(2000, (0, 1)).base, 1.0)
     assert low < 0.9
     assert high == 1.0
     alone = metric.statistics([Answer(id="0", target="red", given="red")] * 3)
-    drawn = Sides(metric, alone, None, alone).draws(200, (0, 1)).base
+    drawn = PairedStatistics(metric, alone, None, alone).draws(200, (0, 1)).base
     assert np.isfinite(drawn).all(), "a class that never occurs has no part in it"
 
 

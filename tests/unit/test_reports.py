@@ -14,7 +14,7 @@ import pytest
 
 import plait
 from plait.errors import OutputError, ReportError
-from plait.evaluation.comparison import Comparison, Place
+from plait.evaluation.comparison import Leaderboard, Place
 from plait.evaluation.record import Evaluation, Matrix, Sample, Source, TaskResult
 from plait.evaluation.workspace import write_comparison, write_evaluation
 from plait.merging.record import RunRecord
@@ -256,7 +256,7 @@ def test_energy_is_weighed_by_kind_and_layer():
     assert up[2].background == "transparent"
 
 
-def board_of(*evaluations: Evaluation) -> Comparison:
+def board_of(*evaluations: Evaluation) -> Leaderboard:
     places = tuple(
         Place(
             name=f"{e.name}!", tag=e.tag, method=e.method, space=e.space, mean_recovery=e.mean_recovery,
@@ -266,7 +266,7 @@ def board_of(*evaluations: Evaluation) -> Comparison:
         for e in evaluations
     )  # fmt: skip
     first = evaluations[0]
-    return Comparison(
+    return Leaderboard(
         plait=plait.__version__, split="test", adapters=("a",), base={t.task: t.base for t in first.tasks},
         single={t.task: t.single for t in first.tasks}, places=places, skipped={"slerp": "takes two"}, notes=(),
     )  # fmt: skip

@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from plait.errors import TaskError
 from plait.tasks.checking import check_task
-from plait.tasks.encoding import Encoder
+from plait.tasks.encoding import PromptEncoder
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_task, load_tasks
 from plait.tasks.metrics import Answer, metric_of
@@ -221,7 +221,7 @@ def test_what_check_says(tmp_path):
 def test_prompt_and_answer_are_tokenized_as_one_text(tmp_path):
     examples = read_examples(load_task(write_task(tmp_path, "sort", rows=["w3"])), "test")
     tokens = tokenizer()
-    (question,) = Encoder(tokens, examples.task).questions(examples, [("red", "very blue")])
+    (question,) = PromptEncoder(tokens, examples.task).questions(examples, [("red", "very blue")])
     assert tokens.convert_ids_to_tokens(question.prompt) == ["sort", "w3", ":"]
     assert [tokens.convert_ids_to_tokens(a) for a in question.answers] == [["red"], ["very", "blue"]]
 
@@ -230,14 +230,14 @@ def test_a_boundary_inside_a_token(tmp_path):
     """`:` and `red` would be one word without a blank between them: then each is tokenized by itself."""
     examples = read_examples(load_task(write_task(tmp_path, "sort", rows=["w3"], delimiter="")), "test")
     tokens = tokenizer()
-    (question,) = Encoder(tokens, examples.task).questions(examples, [("red",)])
+    (question,) = PromptEncoder(tokens, examples.task).questions(examples, [("red",)])
     assert tokens.convert_ids_to_tokens(question.prompt + question.answers[0]) == ["sort", "w3", ":", "red"]
 
 
 def test_long_prompts_lose_their_beginning(tmp_path):
     examples = read_examples(load_task(write_task(tmp_path, "sort", rows=["w3"], max_tokens=2)), "test")
     tokens = tokenizer()
-    (question,) = Encoder(tokens, examples.task).questions(examples, [("red",)])
+    (question,) = PromptEncoder(tokens, examples.task).questions(examples, [("red",)])
     assert tokens.convert_ids_to_tokens(question.prompt) == ["w3", ":"]
     assert question.truncated
 
@@ -247,11 +247,11 @@ def test_chat_needs_a_template(tmp_path):
     examples = read_examples(load_task(file), "test")
     tokens = tokenizer()
     with pytest.raises(TaskError, match="no chat template"):
-        Encoder(tokens, examples.task)
+        PromptEncoder(tokens, examples.task)
     tokens.chat_template = (
         "{% for m in messages %}<s> {{ m.content }}{% endfor %}{% if add_generation_prompt %} very{% endif %}"
     )
-    (first, *_) = Encoder(tokens, examples.task).questions(examples, [("red",)] * 24)
+    (first, *_) = PromptEncoder(tokens, examples.task).questions(examples, [("red",)] * 24)
     assert tokens.convert_ids_to_tokens(first.prompt) == ["<s>", "sort", "w0", ":", "very"]
 
 

@@ -10,7 +10,7 @@ from plait.errors import TaskError
 from plait.evaluation.generation import generate_tokens
 from plait.evaluation.likelihood import check_lengths, log_likelihoods
 from plait.mixture import Mixture
-from plait.tasks.encoding import Encoder
+from plait.tasks.encoding import PromptEncoder
 from plait.tasks.schema import Generation, Perplexity, SequenceClassification
 
 _ANSWER = 32  # tokens of a free answer that a decoder reads, at most
@@ -44,7 +44,7 @@ def inputs_of(mixture: Mixture, texts: Texts, adapter: str, *, answered: bool = 
     apart = bool(getattr(config, "is_encoder_decoder", False))
     answered = answered or apart
     answers = texts.choices if answered or isinstance(task, Perplexity) else [()] * len(texts.prompts)
-    questions = Encoder(tokenizer, task, apart=apart).encode(texts.prompts, answers)
+    questions = PromptEncoder(tokenizer, task, apart=apart).encode(texts.prompts, answers)
     check_lengths(model, [len(q.prompt) + max(map(len, q.answers), default=0) for q in questions])
     chosen: list[list[int]] = [[] for _ in questions]
     if isinstance(task, Perplexity):

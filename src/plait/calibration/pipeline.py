@@ -17,7 +17,7 @@ from plait.calibration.moments import take_moments
 from plait.calibration.record import CALIBRATION, CalibratedAdapter, CalibrationRecord
 from plait.calibration.request import CalibrateOptions, CalibrationRequest, read_calibration
 from plait.errors import AdapterError, OutputError
-from plait.evaluation.live import Live
+from plait.evaluation.loaded_base import LoadedBase
 from plait.extras import require
 from plait.merging.moments import MomentsFile, MomentsOrigin, write_moments
 from plait.merging.pipeline import input_folders
@@ -157,7 +157,7 @@ def _take(request: CalibrationRequest, mixture: Mixture, adapter: Adapter, key: 
 
 def load_base(request: CalibrationRequest, progress: Progress) -> Mixture:
     """Load the base with the adapters of a request."""
-    return Live(
+    return LoadedBase(
         request.base.folder,
         request.inventory.adapters,
         dtype=request.options.dtype,

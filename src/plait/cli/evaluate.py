@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from plait.commands.evaluate import Evaluated
-    from plait.evaluation.comparison import Comparison
+    from plait.evaluation.comparison import Leaderboard
     from plait.evaluation.record import Bounds, Evaluation
 
 NOT_MET = 3  # exit code: evaluated, but not good enough
@@ -182,7 +182,7 @@ def _show_matrix(found: Evaluation) -> None:
     out().print("", table)
 
 
-def _show_board(board: Comparison) -> None:
+def _show_board(board: Leaderboard) -> None:
     from rich.table import Table
 
     from plait.cli.console import out

@@ -11,10 +11,10 @@ from typing import Any
 from plait.commands.request import Request
 from plait.errors import OutputError, RecipeError
 from plait.evaluation.card import put_results
-from plait.evaluation.comparison import Comparison, compare
+from plait.evaluation.comparison import Leaderboard, compare
 from plait.evaluation.pipeline import Options, evaluate_saved
 from plait.evaluation.record import Evaluation
-from plait.evaluation.request import asked, recipe_name, spec_of, variants
+from plait.evaluation.request import eval_spec, recipe_name, variants, with_tasks
 from plait.evaluation.requirement import Requirement
 from plait.evaluation.workspace import write_comparison, write_evaluation
 from plait.merging.pipeline import run_recipe
@@ -38,7 +38,7 @@ class Evaluated:
     """
 
     best: Evaluation
-    board: Comparison | None
+    board: Leaderboard | None
     run: Path | None
     required: tuple[Requirement, ...]
     saved: Path | None
@@ -133,7 +133,7 @@ class EvaluateOrder:
             recipes, folder, skipped = variants(
                 file, adapters, self.request.given, self.request.sets, self.methods, self.spaces
             )
-        return {name: asked(recipe, self.tasks, **self._changes) for name, recipe in recipes.items()}, folder, skipped
+        return {name: with_tasks(recipe, self.tasks, **self._changes) for name, recipe in recipes.items()}, folder, skipped
 
     @property
     def _changes(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class EvaluateOrder:
         return evaluate_saved(
             reference,
             [Path(t) for t in self.tasks],
-            spec_of(EvalSpec(), **self._changes),
+            eval_spec(EvalSpec(), **self._changes),
             self.options,
             sources={name: str(path) for name, path in self.sources.items()},
             progress=progress,

@@ -49,7 +49,7 @@ class Place(Record):
     metric: dict[str, float]
 
 
-class Comparison(Record):
+class Leaderboard(Record):
     """A leaderboard: the largest worst recovery first, ties by the mean.
 
     Attributes:
@@ -86,7 +86,7 @@ class Compared:
         folder: where their relative paths start.
     """
 
-    board: Comparison
+    board: Leaderboard
     evaluations: tuple[Evaluation, ...]
     recipes: tuple[Recipe, ...]
     folder: Path | None
@@ -136,9 +136,9 @@ def compare(
     return Compared(_board(evaluations, impossible), evaluations, tuple(recipe for _, recipe in found), folder)
 
 
-def _board(evaluations: tuple[Evaluation, ...], skipped: Mapping[str, str]) -> Comparison:
+def _board(evaluations: tuple[Evaluation, ...], skipped: Mapping[str, str]) -> Leaderboard:
     best = evaluations[0]
-    return Comparison(
+    return Leaderboard(
         plait=__version__,
         split=best.split,
         adapters=tuple(s.name for s in best.sources),

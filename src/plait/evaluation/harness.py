@@ -36,7 +36,7 @@ def ask(
     task = examples.task
     if not isinstance(task, LmEval):
         raise AssertionError(task.kind)
-    judge, inner = harness.judge(task), harness.fresh(task)
+    metric, inner = harness.metric_of(task), harness.fresh(task)
     name = inner.task_name
     chats = limited_chats(template_name(tokenizer)) if task.chat else nullcontext()
     with harness.quiet(), _tied_as_it_is(model), torch.random.fork_rng(), chats:
@@ -49,10 +49,10 @@ def ask(
             apply_chat_template=task.chat,
             fewshot_as_multiturn=task.chat,
         )
-    logged = {s["doc_id"]: s for s in found["samples"][name] if s["filter"] == judge.filter}
+    logged = {s["doc_id"]: s for s in found["samples"][name] if s["filter"] == metric.filter}
     rows = range(len(examples.items)) if examples.rows is None else examples.rows
     report(len(examples.items))
-    return [_answer(example, logged[row], judge.metric) for example, row in zip(examples.items, rows, strict=True)]
+    return [_answer(example, logged[row], metric.metric) for example, row in zip(examples.items, rows, strict=True)]
 
 
 def _answer(example: Example, sample: Mapping[str, Any], metric: str) -> Answer:

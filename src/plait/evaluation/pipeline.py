@@ -12,12 +12,12 @@ from typing import Any
 
 from plait.adapters.adapter import CONFIG, Adapter
 from plait.errors import AddressError, PlanError, TaskError, did_you_mean
-from plait.evaluation.contenders import Contender, merge_of, saved, whole
-from plait.evaluation.live import Live, placement
+from plait.evaluation.candidates import Candidate, merge_of, saved, whole
+from plait.evaluation.loaded_base import LoadedBase, placement
 from plait.evaluation.record import Evaluation, Kind, Source
 from plait.evaluation.recovery import Drawn
 from plait.evaluation.scores import ScoreCache, model_digest
-from plait.evaluation.session import Asked, Session
+from plait.evaluation.session import Session, TaskExamples
 from plait.evaluation.subsets import check_names, choose, remember
 from plait.evaluation.workspace import SCORES, check_index, check_task_names, check_workspace
 from plait.extras import require
@@ -64,13 +64,13 @@ class Options:
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class EvalSubject:
     """What is evaluated.
 
     Attributes:
         name: for people.
         kind: a merge, or what files hold.
-        contender: puts it on the base.
+        candidate: puts it on the base.
         method: of the merge, where it is known.
         space: of the merge.
         recipe: of the merge.
@@ -78,7 +78,7 @@ class Subject:
 
     name: str
     kind: Kind
-    contender: Contender
+    candidate: Candidate
     method: str | None = None
     space: str | None = None
     recipe: Mapping[str, Any] | None = None
@@ -121,7 +121,7 @@ class Evaluator:
         self._sources = tuple(
             Source(name=a.name, path=text, repo=p.repo, commit=p.commit, sha256=a.sha256()) for a, p, text in singles
         )
-        live = Live(
+        live = LoadedBase(
             place.folder,
             [*self.singles.values(), *others],
             dtype=options.dtype,
@@ -133,15 +133,15 @@ class Evaluator:
         setting = (options.dtype, str(placement(options.device_map)))  # `auto` is another device on another machine
         self._session = Session(live, model_digest(place.folder), self.singles, self.tasks, spec, setting, cache, progress)
 
-    def evaluate(self, subject: Subject) -> Evaluation:
+    def evaluate(self, subject: EvalSubject) -> Evaluation:
         """Evaluate one thing beside base and single adapters."""
         started = time.perf_counter()
-        results, totals = self._session.results(subject.contender)
+        results, totals = self._session.results(subject.candidate)
         return Evaluation(
             plait=__version__,
             name=subject.name,
             kind=subject.kind,
-            tag=f"{subject.method or subject.kind}_{self._session.tag(subject.contender)}",
+            tag=f"{subject.method or subject.kind}_{self._session.tag(subject.candidate)}",
             method=subject.method,
             space=subject.space,
             recipe=None if subject.recipe is None else dict(subject.recipe),
@@ -166,19 +166,19 @@ class Evaluator:
             seconds=round(time.perf_counter() - started, 3),
         )
 
-    def draws(self, subject: Subject) -> dict[str, Drawn]:
+    def draws(self, subject: EvalSubject) -> dict[str, Drawn]:
         """Return the bootstrap draws of every task; those of two subjects are of the same examples, and so can be compared."""
-        return self._session.draws(subject.contender)
+        return self._session.draws(subject.candidate)
 
-    def merge(self, inventory: Inventory, name: str) -> Subject:
+    def merge(self, inventory: Inventory, name: str) -> EvalSubject:
         """Return a merge, to be made in memory.
 
         Raises:
             PlanError: it cannot be done.
         """
         recipe = inventory.recipe
-        contender = merge_of(inventory, self.singles, workers=self.options.workers, progress=self.progress)
-        return Subject(name, "merge", contender, recipe.method_name, recipe.space_name, recipe_json(recipe))
+        candidate = merge_of(inventory, self.singles, workers=self.options.workers, progress=self.progress)
+        return EvalSubject(name, "merge", candidate, recipe.method_name, recipe.space_name, recipe_json(recipe))
 
 
 def recipe_evaluator(
@@ -243,9 +243,9 @@ def evaluate_saved(
     evaluator.notes.extend(notes)
     check([asked.task.name for asked in evaluator.tasks])
     known = {**evaluator.singles, **{a.name: a for a in others}}
-    contender = saved(label, known) if is_adapter else whole(name, place.folder)
+    candidate = saved(label, known) if is_adapter else whole(name, place.folder)
     return evaluator.evaluate(
-        Subject(name, "adapter" if is_adapter else "model", contender, method.get("name"), method.get("space"), recipe)
+        EvalSubject(name, "adapter" if is_adapter else "model", candidate, method.get("name"), method.get("space"), recipe)
     )
 
 
@@ -253,7 +253,7 @@ def _require_libraries() -> None:
     require("an evaluation", {"eval": ["transformers", "accelerate", "jinja2"]})
 
 
-def _ask(paths: Sequence[str | Path], spec: EvalSpec, workspace: Path | None) -> tuple[list[Asked], list[str]]:
+def _ask(paths: Sequence[str | Path], spec: EvalSpec, workspace: Path | None) -> tuple[list[TaskExamples], list[str]]:
     """Read every task's examples, and notes on its data."""
     if workspace is not None:
         check_workspace(workspace)
@@ -271,11 +271,11 @@ def _ask(paths: Sequence[str | Path], spec: EvalSpec, workspace: Path | None) ->
             if workspace is not None:
                 remember(workspace, examples, chosen)
             examples = examples.take(chosen.indices)
-        asked.append(Asked(examples, chosen))
+        asked.append(TaskExamples(examples, chosen))
     return asked, notes
 
 
-def _announce_alone(tasks: Sequence[Asked], singles: Mapping[str, Adapter]) -> None:
+def _announce_alone(tasks: Sequence[TaskExamples], singles: Mapping[str, Adapter]) -> None:
     """Say which tasks have no adapter of their own, before hours are spent on them."""
     for task in (asked.task for asked in tasks):
         if task.own_adapter not in singles:

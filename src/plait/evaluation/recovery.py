@@ -23,7 +23,7 @@ _LEAST_HEADROOM = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
-class Sides:
+class PairedStatistics:
     """One task's statistics, (n, k) each, over the same examples.
 
     Attributes:
@@ -45,7 +45,7 @@ class Sides:
         has a share of one example among all outcomes that the sides may have together, so that four right answers of four
         are not certainty. Of a single side that is Jeffreys' interval of a proportion.
         """
-        seen, more = np.random.default_rng(seed), np.random.default_rng((*seed, 1))  # apart: two contenders share the examples
+        seen, more = np.random.default_rng(seed), np.random.default_rng((*seed, 1))  # apart: two candidates share the examples
         sides = [s for s in (self.base, self.single, self.merged) if s is not None]
         stacked, unseen = np.concatenate(sides, axis=1), self._unseen(sides)
         sums = []

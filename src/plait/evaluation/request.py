@@ -21,7 +21,7 @@ def recipe_name(recipe: Recipe) -> str:
     return f"{recipe.method_name}, {recipe.space_name}"
 
 
-def spec_of(given: EvalSpec, **changes: Any) -> EvalSpec:
+def eval_spec(given: EvalSpec, **changes: Any) -> EvalSpec:
     """Return how to evaluate, with what is not None changed.
 
     Args:
@@ -43,13 +43,13 @@ def spec_of(given: EvalSpec, **changes: Any) -> EvalSpec:
     return spec
 
 
-def asked(recipe: Recipe, tasks: Sequence[str | Path], **changes: Any) -> Recipe:
-    """Return a recipe with other tasks, where some are given, and `spec_of` its `eval`.
+def with_tasks(recipe: Recipe, tasks: Sequence[str | Path], **changes: Any) -> Recipe:
+    """Return a recipe with other tasks, where some are given, and `eval_spec` its `eval`.
 
     Given tasks are relative to the working directory, a recipe's own to its folder.
     """
     files = tuple(placed(t) for t in tasks) or recipe.tasks
-    return recipe.model_copy(update={"tasks": files, "eval": spec_of(recipe.eval, **changes)})
+    return recipe.model_copy(update={"tasks": files, "eval": eval_spec(recipe.eval, **changes)})
 
 
 def variants(

@@ -29,10 +29,10 @@ _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja
 
 
 class Answers(Record):
-    """What one contender answered to one task.
+    """What one candidate answered to one task.
 
     Attributes:
-        contender: its name, for people.
+        contender: name of the candidate, for people; the key is that of earlier releases, so that kept answers are still found.
         task: its name, for people.
         answers: in the order of the examples.
     """

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from plait.adapters.adapter import Adapter
-from plait.evaluation.answering import answer
-from plait.evaluation.contenders import Contender, bare, single
-from plait.evaluation.live import Live
+from plait.evaluation.candidates import Candidate, bare, single
+from plait.evaluation.loaded_base import LoadedBase
 from plait.evaluation.record import Bounds, Matrix, Sample, TaskResult
-from plait.evaluation.recovery import Drawn, Sides, interval, mean_and_worst, recovery, task_seed
+from plait.evaluation.recovery import Drawn, PairedStatistics, interval, mean_and_worst, recovery, task_seed
 from plait.evaluation.scores import Answers, ScoreCache, adapter_digest, answers_digest, digest
+from plait.evaluation.scoring import answer
 from plait.evaluation.subsets import ChosenSubset
 from plait.recipes.evaluation import EvalSpec
 from plait.results.progress import Progress
@@ -25,7 +25,7 @@ _SAMPLES = 5
 
 
 @dataclass(frozen=True)
-class Asked:
+class TaskExamples:
     """The examples of one task that are asked, and the sample that they are."""
 
     examples: Examples
@@ -64,10 +64,10 @@ class Session:
 
     def __init__(
         self,
-        live: Live,
+        live: LoadedBase,
         base_key: str,
         adapters: Mapping[str, Adapter],
-        asked: Sequence[Asked],
+        asked: Sequence[TaskExamples],
         spec: EvalSpec,
         setting: Sequence[str],
         cache: ScoreCache,
@@ -83,14 +83,14 @@ class Session:
         self._metrics: dict[str, Metric] = {a.task.name: metric_of(a.task) for a in asked}
         self._known: dict[str, tuple[Answer, ...]] = {}
 
-    def tag(self, contender: Contender) -> str:
-        """Return a hash of everything that the results of a contender depend on; 10 hex digits."""
-        return digest(contender.key, self._setting, [a.examples.digest for a in self.asked])[:10]
+    def tag(self, candidate: Candidate) -> str:
+        """Return a hash of everything that the results of a candidate depend on; 10 hex digits."""
+        return digest(candidate.key, self._setting, [a.examples.digest for a in self.asked])[:10]
 
-    def results(self, contender: Contender) -> tuple[tuple[TaskResult, ...], Totals]:
-        """Evaluate a contender on every task, beside base and single adapters."""
+    def results(self, candidate: Candidate) -> tuple[tuple[TaskResult, ...], Totals]:
+        """Evaluate a candidate on every task, beside base and single adapters."""
         drawn: dict[str, Drawn] = {}
-        results = [self._result(contender, asked, drawn) for asked in self.asked]
+        results = [self._result(candidate, asked, drawn) for asked in self.asked]
         return tuple(results), _totals(results, drawn)
 
     def matrix(self) -> Matrix:
@@ -110,28 +110,28 @@ class Session:
         tasks = tuple(a.task.name for a in self.asked)
         return Matrix(adapters=tuple(self.adapters), tasks=tasks, values=tuple(values), recovery=tuple(shares))
 
-    def draws(self, contender: Contender) -> dict[str, Drawn]:
-        """Return the bootstrap draws of every task; of two contenders they hold the same examples, and so can be compared."""
-        return {a.task.name: self._draws(self._sides(contender, a), a) for a in self.asked}
+    def draws(self, candidate: Candidate) -> dict[str, Drawn]:
+        """Return the bootstrap draws of every task; of two candidates they hold the same examples, and so can be compared."""
+        return {a.task.name: self._draws(self._sides(candidate, a), a) for a in self.asked}
 
-    def _sides(self, contender: Contender, asked: Asked) -> Sides:
+    def _sides(self, candidate: Candidate, asked: TaskExamples) -> PairedStatistics:
         metric, own = self._metrics[asked.task.name], self._own(asked.task)
         alone = None if own is None else metric.statistics(self.answers(own, asked))
-        base, merged = (metric.statistics(self.answers(c, asked)) for c in (bare(self.adapters), contender))
-        return Sides(metric, np.asarray(base), alone, np.asarray(merged))
+        base, merged = (metric.statistics(self.answers(c, asked)) for c in (bare(self.adapters), candidate))
+        return PairedStatistics(metric, np.asarray(base), alone, np.asarray(merged))
 
-    def _draws(self, sides: Sides, asked: Asked) -> Drawn:
+    def _draws(self, sides: PairedStatistics, asked: TaskExamples) -> Drawn:
         return sides.draws(self.spec.draws, task_seed(self.spec.seed, asked.task.name))
 
-    def _result(self, contender: Contender, asked: Asked, drawn: dict[str, Drawn]) -> TaskResult:
+    def _result(self, candidate: Candidate, asked: TaskExamples, drawn: dict[str, Drawn]) -> TaskResult:
         task, metric = asked.task, self._metrics[asked.task.name]
         base = self.answers(bare(self.adapters), asked)
         own = self._own(task)
         alone = None if own is None else self.answers(own, asked)
-        merged = self.answers(contender, asked)
+        merged = self.answers(candidate, asked)
         values = metric.value(base), None if alone is None else metric.value(alone), metric.value(merged)
         found = recovery(metric, *values)
-        draws = self._draws(self._sides(contender, asked), asked)
+        draws = self._draws(self._sides(candidate, asked), asked)
         if found is not None:
             drawn[task.name] = draws
         return TaskResult(
@@ -158,39 +158,39 @@ class Session:
             samples=_samples(asked.examples.items, base, alone, merged),
         )
 
-    def answers(self, contender: Contender, asked: Asked) -> tuple[Answer, ...]:
-        """Return what a contender answers to a task: known, kept, or asked for now."""
-        examples, owner = asked.examples, contender.heads(asked.task)
-        # full tensors of its own are in a contender's key
+    def answers(self, candidate: Candidate, asked: TaskExamples) -> tuple[Answer, ...]:
+        """Return what a candidate answers to a task: known, kept, or asked for now."""
+        examples, owner = asked.examples, candidate.heads(asked.task)
+        # full tensors of its own are in a candidate's key
         heads = adapter_digest(self.adapters[owner].folder) if owner is not None and owner in self.adapters else None
-        key = digest(contender.key, heads, examples.digest, self._setting)
+        key = digest(candidate.key, heads, examples.digest, self._setting)
         if key not in self._known:
             found = self._cache.find(key)
             if found is None:
-                found = self._ask(contender, owner, examples)
+                found = self._ask(candidate, owner, examples)
                 self._cache.keep(key, found)
             self._known[key] = found.answers
         return self._known[key]
 
-    def _ask(self, contender: Contender, owner: str | None, examples: Examples) -> Answers:
+    def _ask(self, candidate: Candidate, owner: str | None, examples: Examples) -> Answers:
         tokenizer, name = self._live.tokenizer, examples.task.name
-        with contender.act(self._live, owner) as model:
-            self._progress.start(f"{contender.name} · {name}", len(examples.items), "examples")
+        with candidate.act(self._live, owner) as model:
+            self._progress.start(f"{candidate.name} · {name}", len(examples.items), "examples")
             try:
                 found = answer(model, tokenizer, examples, batch_size=self.spec.batch_size, report=self._progress.advance)
             finally:
                 self._progress.finish()
-        return Answers(contender=contender.name, task=name, answers=tuple(found))
+        return Answers(contender=candidate.name, task=name, answers=tuple(found))
 
-    def _own(self, task: Task) -> Contender | None:
+    def _own(self, task: Task) -> Candidate | None:
         return single(task.own_adapter, self.adapters) if task.own_adapter in self.adapters else None
 
-    def _own_value(self, asked: Asked) -> float | None:
+    def _own_value(self, asked: TaskExamples) -> float | None:
         own = self._own(asked.task)
         return None if own is None else self._value(own, asked)
 
-    def _value(self, contender: Contender, asked: Asked) -> float:
-        return self._metrics[asked.task.name].value(self.answers(contender, asked))
+    def _value(self, candidate: Candidate, asked: TaskExamples) -> float:
+        return self._metrics[asked.task.name].value(self.answers(candidate, asked))
 
 
 def _why(task: Task, values: tuple[float, float | None, float], found: float | None, singles: Collection[str]) -> str | None:

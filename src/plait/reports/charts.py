@@ -7,7 +7,7 @@ from itertools import combinations
 from operator import attrgetter
 
 from plait.adapters.names import LayerKey, layer_key
-from plait.evaluation.comparison import Comparison
+from plait.evaluation.comparison import Leaderboard
 from plait.evaluation.record import Bounds, Evaluation, TaskResult
 from plait.inspection.report import AdapterComparison as Conflict
 from plait.merging.record import RunRecord
@@ -118,7 +118,7 @@ def of_tasks(tasks: Iterable[TaskResult]) -> list[Recovered]:
     return [Recovered(name=t.task, value=t.recovery, interval=t.recovery_interval, good=not t.below_base) for t in tasks]
 
 
-def of_places(board: Comparison) -> list[Recovered]:
+def of_places(board: Leaderboard) -> list[Recovered]:
     """Return the worst recovery of every merge on a leaderboard."""
     return [
         Recovered(name=p.name, value=p.worst_recovery, interval=p.worst_interval, good=not p.below_base) for p in board.places

@@ -9,7 +9,7 @@ from typing import Any
 
 from plait.adapters.names import LayerKey, layer_key
 from plait.errors import PlaitError, ReportError, collect
-from plait.evaluation.comparison import Comparison
+from plait.evaluation.comparison import Leaderboard
 from plait.evaluation.record import Evaluation
 from plait.folders import file_in
 from plait.inspection.report import AdapterComparison as Conflict
@@ -63,7 +63,7 @@ class Report(Record):
     """
 
     evaluations: tuple[Evaluation, ...] = ()
-    comparison: Comparison | None = None
+    comparison: Leaderboard | None = None
     merges: tuple[RunRecord, ...] = ()
     conflict: Conflict | None = None
     weights: LayerWeights | None = None
@@ -85,7 +85,7 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
         ReportError: a path holds no run, or one of another version; all of them at once.
     """
     evaluations: list[Evaluation] = []
-    comparisons: list[Comparison] = []
+    comparisons: list[Leaderboard] = []
     merges: list[RunRecord] = []
     losses: list[LossCurve] = []
     locks: dict[str, str] = {}
@@ -94,7 +94,7 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
         try:
             found = _files(path)
             evaluations += [_read(Evaluation, f) for f in found if f.match(RESULTS)]
-            boards = {f: _read(Comparison, f) for f in found if f.name == LEADERBOARD}
+            boards = {f: _read(Leaderboard, f) for f in found if f.name == LEADERBOARD}
             comparisons += boards.values()
             for file, board in boards.items():
                 evaluations += _places(file, board)
@@ -143,7 +143,7 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _places(file: Path, board: Comparison) -> list[Evaluation]:
+def _places(file: Path, board: Leaderboard) -> list[Evaluation]:
     """Read what stands behind the places of a leaderboard, as far as the workspace in which it lies still holds it."""
     workspace = file.absolute().parents[3]  # <workspace>/compared/<adapters>/run_<time>/leaderboard.json
     found = []

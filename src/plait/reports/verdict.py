@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plait.evaluation.comparison import Comparison
+from plait.evaluation.comparison import Leaderboard
 from plait.evaluation.record import Evaluation
 from plait.reports.charts import share
 
@@ -37,7 +37,7 @@ def certainty(found: Evaluation) -> str:
     return f"With {examples} examples the worst recovery lies between {bounds}. {sure}".strip()
 
 
-def standing(found: Evaluation, board: Comparison) -> str:
+def standing(found: Evaluation, board: Leaderboard) -> str:
     """Say where an evaluation stands on a leaderboard; nothing where it is not on it, or alone."""
     tags = [place.tag for place in board.places]
     if found.tag not in tags or len(tags) < 2:

@@ -7,7 +7,7 @@ from typing import Any
 
 from plait.recipes.evaluation import SplitName
 from plait.records import Record
-from plait.tasks.encoding import Encoder
+from plait.tasks.encoding import PromptEncoder
 from plait.tasks.examples import Examples, read_examples
 from plait.tasks.metrics import metric_of
 from plait.tasks.overlap import Overlap, overlaps
@@ -104,7 +104,7 @@ def check_task(task: Task, tokenizer: Any | None = None) -> TaskCheck:
         TaskError: data that cannot be read, or rows that do not fit.
     """
     splits = {name: read_examples(task, name) for name in SPLITS if name in task.splits}
-    encoder = Encoder(tokenizer, task) if tokenizer is not None else None
+    encoder = PromptEncoder(tokenizer, task) if tokenizer is not None else None
     return TaskCheck(
         name=task.name,
         kind=task.kind,
@@ -116,7 +116,7 @@ def check_task(task: Task, tokenizer: Any | None = None) -> TaskCheck:
     )
 
 
-def _check_split(examples: Examples, encoder: Encoder | None) -> SplitCheck:
+def _check_split(examples: Examples, encoder: PromptEncoder | None) -> SplitCheck:
     items = examples.items
     closed = examples.task.kind in ("classification", "sequence_classification")
     counts = Counter(e.target for e in items)
@@ -131,7 +131,7 @@ def _check_split(examples: Examples, encoder: Encoder | None) -> SplitCheck:
     )
 
 
-def _rendered(examples: Examples, index: int, encoder: Encoder | None) -> Rendered:
+def _rendered(examples: Examples, index: int, encoder: PromptEncoder | None) -> Rendered:
     example = examples.items[index]
     if encoder is not None:
         prompt = encoder.text(example.prompt)
@@ -140,7 +140,7 @@ def _rendered(examples: Examples, index: int, encoder: Encoder | None) -> Render
     return Rendered(prompt=prompt, target=getattr(examples.task, "delimiter", "") + example.target)
 
 
-def _tokens(examples: Examples, encoder: Encoder) -> Tokens:
+def _tokens(examples: Examples, encoder: PromptEncoder) -> Tokens:
     questions = encoder.questions(examples, [e.choices or (e.target,) for e in examples.items])
     lengths = sorted(len(q.prompt) for q in questions)
     return Tokens(

@@ -48,7 +48,7 @@ def check_tokens(rows: Iterable[Sequence[int]], vocabulary: int | None) -> None:
         )
 
 
-class Encoder:
+class PromptEncoder:
     """Turns a task's texts into tokens.
 
     Text prompts get the tokenizer's special tokens (a beginning-of-sequence token, where there is one); chat prompts get

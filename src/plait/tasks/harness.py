@@ -44,7 +44,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Judge:
+class HarnessMetric:
     """How the harness judges a task.
 
     Attributes:
@@ -96,7 +96,7 @@ def documents(task: LmEval, split: SplitName) -> list[Document]:
     return [_document(inner, requests[number]) for number in sorted(requests)]
 
 
-def judge(task: LmEval) -> Judge:
+def metric_of(task: LmEval) -> HarnessMetric:
     """Return how a task is judged.
 
     Raises:
@@ -120,7 +120,7 @@ def judge(task: LmEval) -> Judge:
     if through not in filters:
         raise TaskError(f"{where} {task.metric!r}: {task.kind} has no filter {through!r}; there are {', '.join(filters)}.")
     stderr = _metrics().mean_stderr if usable[wanted] == "mean" else None
-    return Judge(wanted, through, usable[wanted], aggregations[wanted], bool(inner.higher_is_better()[wanted]), stderr)
+    return HarnessMetric(wanted, through, usable[wanted], aggregations[wanted], bool(inner.higher_is_better()[wanted]), stderr)
 
 
 def about(task: LmEval) -> Mapping[str, str]:

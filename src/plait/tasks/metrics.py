@@ -195,8 +195,8 @@ def _perplexity(task: Task) -> Metric:
 
 def _of_harness(task: LmEval) -> Metric:
     """Return a metric of the harness: its own aggregation of its own values, and for the bootstrap the sums behind it."""
-    judge = harness.judge(task)
-    finish = _FINISHED[judge.aggregation]
+    found = harness.metric_of(task)
+    finish = _FINISHED[found.aggregation]
 
     def statistics(answers: Sequence[Answer]) -> Array:
         return np.array([_NOTHING if not a.scores else (*a.scores, 1.0)[:2] for a in answers], dtype=np.float64)
@@ -206,15 +206,15 @@ def _of_harness(task: LmEval) -> Metric:
 
     def value(answers: Sequence[Answer]) -> float:
         known = values(answers)
-        return float(judge.aggregate(known)) if known else math.nan
+        return float(found.aggregate(known)) if known else math.nan
 
-    shares = _of_shares if judge.aggregation == "mean" and judge.higher_is_better else lambda statistics: None
+    shares = _of_shares if found.aggregation == "mean" and found.higher_is_better else lambda statistics: None
 
     def stderr(answers: Sequence[Answer]) -> float | None:
         known = values(answers)
-        return float(judge.stderr(known)) if judge.stderr is not None and len(known) > 1 else None
+        return float(found.stderr(known)) if found.stderr is not None and len(known) > 1 else None
 
-    return Metric(judge.metric, judge.higher_is_better, statistics, lambda sums: finish(_ratio(sums)), value, stderr, shares)
+    return Metric(found.metric, found.higher_is_better, statistics, lambda sums: finish(_ratio(sums)), value, stderr, shares)
 
 
 def _normalizer(task: Task) -> Callable[[str], str]:

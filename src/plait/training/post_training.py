@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.errors import OutputError
+from plait.evaluation.candidates import merge_key
 from plait.evaluation.card import put_results
-from plait.evaluation.contenders import merge_key
 from plait.evaluation.pipeline import Options, recipe_evaluator
 from plait.evaluation.record import Evaluation
 from plait.evaluation.request import recipe_name

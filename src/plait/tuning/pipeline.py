@@ -19,7 +19,7 @@ from plait.adapters.lowrank import LowRank
 from plait.calibration.texts import Texts, read_texts, shown
 from plait.checkpoints.digests import weight_files
 from plait.errors import OutputError, PlanError, TaskError, collect
-from plait.evaluation.live import Live
+from plait.evaluation.loaded_base import LoadedBase
 from plait.extras import require
 from plait.hub.download import Located, resolve_model
 from plait.merging.adapter_output import MergedAdapter
@@ -523,7 +523,7 @@ def _base(inventory: Inventory, folder: Path | None, options: TuneOptions) -> Lo
 
 
 def _load(base: Located, inventory: Inventory, options: TuneOptions, progress: Progress) -> Mixture:
-    live = Live(
+    live = LoadedBase(
         base.folder,
         inventory.adapters,
         dtype=options.dtype,

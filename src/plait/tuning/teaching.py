@@ -15,7 +15,7 @@ from plait.errors import TaskError
 from plait.evaluation.generation import generate_tokens
 from plait.evaluation.likelihood import check_lengths, log_likelihoods
 from plait.mixture import Mixture
-from plait.tasks.encoding import Encoder, Question
+from plait.tasks.encoding import PromptEncoder, Question
 from plait.tasks.schema import Generation, Perplexity, SequenceClassification
 from plait.tuning.objectives import Said
 
@@ -133,7 +133,7 @@ def _passages(
         rows = tokenizer([str(p) for p in texts.prompts], **cut)["input_ids"]
         check_lengths(model, [len(r) for r in rows])
         return tuple(Passage(tuple(r)) for r in rows), ()
-    encoder = Encoder(tokenizer, task, apart=bool(model.config.is_encoder_decoder))
+    encoder = PromptEncoder(tokenizer, task, apart=bool(model.config.is_encoder_decoder))
     questions = encoder.encode(texts.prompts, texts.choices)
     longest = [len(q.prompt) + max([_SPOKEN, *map(len, q.answers)]) for q in questions]
     check_lengths(model, longest)

@@ -20,7 +20,7 @@ _LARGE = 20_000_000  # parameters, from which on it matters how fast they are mu
 _SLOW = 1.5
 
 
-class Live:
+class LoadedBase:
     """A mixture that costs nothing until it is used.
 
     Args:

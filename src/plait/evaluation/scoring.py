@@ -10,7 +10,7 @@ from plait.evaluation import harness
 from plait.evaluation.generation import generate
 from plait.evaluation.heads import classify
 from plait.evaluation.likelihood import log_likelihoods, vocabulary
-from plait.tasks.encoding import Encoder
+from plait.tasks.encoding import PromptEncoder
 from plait.tasks.examples import Examples
 from plait.tasks.metrics import Answer
 from plait.tasks.schema import (
@@ -81,7 +81,9 @@ def _choose(model: Any, tokenizer: Any, examples: Examples, batch_size: int, rep
     return answers
 
 
-def _blank_scores(model: Any, encoder: Encoder, examples: Examples, batch_size: int) -> Mapping[tuple[str, ...], list[float]]:
+def _blank_scores(
+    model: Any, encoder: PromptEncoder, examples: Examples, batch_size: int
+) -> Mapping[tuple[str, ...], list[float]]:
     """Return each answer's log-likelihood after the content-free prompt (Zhao et al. 2021, Calibrate Before Use, §4).
 
     Taking it off is the paper's W = diag(p_cf)⁻¹ with b = 0: the same answer is the largest.
@@ -109,8 +111,8 @@ def _say(model: Any, tokenizer: Any, examples: Examples, batch_size: int, report
     return [Answer(id=e.id, target=e.target, given=text) for e, text in zip(examples.items, said, strict=True)]
 
 
-def _encoder(model: Any, tokenizer: Any, task: Task) -> Encoder:
-    return Encoder(tokenizer, task, apart=bool(model.config.is_encoder_decoder), vocabulary=vocabulary(model))
+def _encoder(model: Any, tokenizer: Any, task: Task) -> PromptEncoder:
+    return PromptEncoder(tokenizer, task, apart=bool(model.config.is_encoder_decoder), vocabulary=vocabulary(model))
 
 
 def _read(model: Any, tokenizer: Any, examples: Examples, batch_size: int, report: Report) -> list[Answer]:

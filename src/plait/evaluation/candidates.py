@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.adapter import Adapter
-from plait.evaluation.live import Live
+from plait.evaluation.loaded_base import LoadedBase
 from plait.evaluation.scores import adapter_digest, digest, model_digest
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
@@ -31,7 +31,7 @@ _FREE = ("base_model", "tasks", "eval")  # keys of a recipe that its result does
 
 
 @dataclass(frozen=True, eq=False)
-class Contender:
+class Candidate:
     """Something that answers.
 
     Attributes:
@@ -44,19 +44,19 @@ class Contender:
     name: str
     key: str
     heads: Heads
-    act: Callable[[Live, str | None], AbstractContextManager[Any]]
+    act: Callable[[LoadedBase, str | None], AbstractContextManager[Any]]
 
 
-def bare(adapters: Mapping[str, Adapter]) -> Contender:
+def bare(adapters: Mapping[str, Adapter]) -> Candidate:
     """Return the base model."""
 
     def heads(task: Task) -> str | None:
         return _own(task, adapters) if task.kind == "sequence_classification" else None
 
-    return Contender("base", "base", heads, lambda live, owner: live.mixture.active(None, heads=owner or False))
+    return Candidate("base", "base", heads, lambda live, owner: live.mixture.active(None, heads=owner or False))
 
 
-def single(name: str, adapters: Mapping[str, Adapter]) -> Contender:
+def single(name: str, adapters: Mapping[str, Adapter]) -> Candidate:
     """Return one adapter as it was trained."""
 
     def heads(task: Task) -> str | None:
@@ -65,14 +65,14 @@ def single(name: str, adapters: Mapping[str, Adapter]) -> Contender:
         return name if adapters[name].full_tensors else None
 
     key = digest("adapter", adapter_digest(adapters[name].folder))
-    return Contender(name, key, heads, lambda live, owner: live.mixture.active({name: 1.0}, heads=owner or False))
+    return Candidate(name, key, heads, lambda live, owner: live.mixture.active({name: 1.0}, heads=owner or False))
 
 
-def saved(name: str, adapters: Mapping[str, Adapter]) -> Contender:
+def saved(name: str, adapters: Mapping[str, Adapter]) -> Candidate:
     """Return an adapter that is no task's own: a merge read from its files."""
     own = name if adapters[name].full_tensors else None
     key = digest("adapter", adapter_digest(adapters[name].folder))
-    return Contender(
+    return Candidate(
         name,
         key,
         lambda task: own or _own(task, adapters),
@@ -80,12 +80,12 @@ def saved(name: str, adapters: Mapping[str, Adapter]) -> Contender:
     )
 
 
-def whole(name: str, folder: Path) -> Contender:
+def whole(name: str, folder: Path) -> Candidate:
     """Return a whole model in the base's place."""
-    return Contender(name, digest("model", model_digest(folder)), lambda task: None, lambda live, owner: live.model(folder))
+    return Candidate(name, digest("model", model_digest(folder)), lambda task: None, lambda live, owner: live.model(folder))
 
 
-def merge_of(inventory: Inventory, adapters: Mapping[str, Adapter], *, workers: int | None, progress: Progress) -> Contender:
+def merge_of(inventory: Inventory, adapters: Mapping[str, Adapter], *, workers: int | None, progress: Progress) -> Candidate:
     """Return a merge, made in memory when it is first needed: the same factors that `plait merge` would write.
 
     Raises:
@@ -107,10 +107,10 @@ def merge_of(inventory: Inventory, adapters: Mapping[str, Adapter], *, workers: 
             case "separate":
                 return _own(task, adapters)
 
-    def act(live: Live, owner: str | None) -> AbstractContextManager[Any]:
+    def act(live: LoadedBase, owner: str | None) -> AbstractContextManager[Any]:
         return live.mixture.attached(modules(), heads=owner or averaged_heads(inventory))
 
-    return Contender("merged", merge_key(inventory), heads, act)
+    return Candidate("merged", merge_key(inventory), heads, act)
 
 
 def merge_key(inventory: Inventory) -> str:
