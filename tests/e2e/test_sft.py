@@ -364,7 +364,8 @@ CONTRADICTIONS = {
     "a place and no push": ({"hub_repo_id": "org/x"}, "--hub_repo_id org/x without --push_to_hub"),
     "save steps between eval steps": (
         {"load_best_model_at_end": True, "eval_strategy": "steps", "save_steps": 100, "eval_steps": 70, "test_split_size": 0.2},
-        "--save_steps 100 is no multiple of --eval_steps 70, so that some checkpoints would have no loss. Give --save_steps 70",
+        "--save_steps 100 is not a multiple of --eval_steps 70, so that some checkpoints would have no loss. "
+        "Give --save_steps 70",
     ),
     "best without evaluation": ({"load_best_model_at_end": True}, "--load_best_model_at_end needs --eval_strategy"),
     "best with two rhythms": (
@@ -385,7 +386,7 @@ CONTRADICTIONS = {
     "both precisions": ({"fp16": True, "bf16": True}, "SFTConfig: At most one of fp16 and bf16 can be True"),
     "no such layers": ({"lora_target_modules": ["q_prj"]}, "cannot be trained so: Target modules"),
     "no such end": ({"eos_token": "<nothing>"}, "eos_token '<nothing>' is not in the tokenizer's vocabulary"),
-    "no such template": ({"chat_template_path": "./no.jinja"}, "chat_template_path: ./no.jinja is no file with a template"),
+    "no such template": ({"chat_template_path": "./no.jinja"}, "chat_template_path: ./no.jinja is not a file with a template"),
     "no rows to measure on": ({"eval_strategy": "steps"}, "has no split 'test'; a folder with test.jsonl has. Name others"),
     "no model": ({"model_name_or_path": None}, "--model_name_or_path is missing"),
     "another model": ({"model_name_or_path": "./nowhere"}, "'./nowhere': there is no folder"),
@@ -576,7 +577,7 @@ def test_killed_it_goes_on_to_the_same_bytes(place, tmp_path):
     plan = plan_sft(flags(place, tmp_path / "out", **long))
     told = "\n".join(sft.describe(plan))
     resumed = run_sft(plan)
-    assert "30 steps, seed 42; goes on at step 8\n" in told
+    assert "30 steps, seed 42; continues at step 8\n" in told
     assert resumed.record.resumed_from == 8
     assert resumed.record.steps == 30
     whole = train(place, tmp_path / "whole", **long)
@@ -678,7 +679,7 @@ def test_a_checkpoint_may_be_named(place, tmp_path):
     again = train(place, tmp_path / "b", max_steps=4, resume_from_checkpoint=str(tmp_path / "kept"))
     assert (again.record.resumed_from, again.record.steps) == (2, 4)
     assert again.record.losses == first.record.losses
-    with pytest.raises(RecipeError, match="nowhere is no whole checkpoint"):
+    with pytest.raises(RecipeError, match="nowhere is not a complete checkpoint"):
         plan_sft(flags(place, tmp_path / "c", resume_from_checkpoint=str(tmp_path / "nowhere")))
 
 

@@ -173,7 +173,7 @@ def test_other_settings_put_an_adapter_aside_and_find_it_again(place):
     rewrite(("[sort.yaml,", "[{task: sort.yaml, arguments: {max_steps: 2}},"))
     changed = plait.train("phases.yaml", out="out")
     assert states(changed) == {"sort": "done", "rate": "found"}
-    assert "an adapter of other settings stood there" in changed.notes[0]
+    assert "an adapter of other settings was there" in changed.notes[0]
     assert len(list(Path("out/earlier").iterdir())) == 1
     rewrite()
     back = plait.train("phases.yaml", out="out")
@@ -408,7 +408,7 @@ phases:
     code, _, said = command(capsys, "phases.yaml", "-o", "out")
     assert code == 2
     assert "4 problems" in said
-    assert "phases.yaml:6: phases.1.arguments: arguments: seed: said beside 'arguments', not in them." in said
+    assert "phases.yaml:6: phases.1.arguments: arguments: seed: a key of its own, not one of 'arguments'." in said
     assert "phases.yaml:5: phases.0.arguments: arguments: learning_rat: SFTConfig has none of that name." in said
     assert "phases.yaml:7: phases.2.data:" in said
     assert "phases.yaml:8: phases.3.data:" in said

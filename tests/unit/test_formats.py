@@ -147,8 +147,8 @@ def test_a_format_may_be_named():
 BAD = {
     "no rows": ([], "there are no rows"),
     "an image": ([{"messages": [], "images": ["x"]}], "images: training is on text"),
-    "a list for an answer": ([{"question": "Q", "answer": ["A"]}], r"row 0: column 'answer' is no text: \['A'\]"),
-    "turns that are texts": ([{"messages": ["Q", "A"]}], "row 0: column 'messages' is no list of turns"),
+    "a list for an answer": ([{"question": "Q", "answer": ["A"]}], r"row 0: column 'answer' is not a text: \['A'\]"),
+    "turns that are texts": ([{"messages": ["Q", "A"]}], "row 0: column 'messages' is not a list of turns"),
     "an unknown role": ([{"messages": [{"role": "narrator", "content": "x"}]}], "turn 0: the role 'narrator' is not known"),
     "no content": ([{"messages": [{"role": "user", "text": "x"}]}], "turn 0: there is no content; it has role, text"),
     "pictures in parts": (

@@ -163,7 +163,7 @@ merge: {method: {name: ties, density: 3}, adapters: [./a]}
     assert "phases.yaml:6: phases.2.wieght: 'wieght' is not known here;" in said
     assert "phases.yaml:7: phases.3.name: name is 'no good'; it must start with a letter" in said
     assert "phases.yaml:8: merge.method.density: density is 3; it must be > 0 and <= 1." in said
-    assert "phases.yaml:8: merge.adapters: 'adapters' is no part of 'merge'" in said
+    assert "phases.yaml:8: merge.adapters: 'adapters' is not a key of 'merge'" in said
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ merge: {method: {name: ties, density: 3}, adapters: [./a]}
         (("{task: rate.yaml,", "{task: rate.yaml, name: other,"), "name is 'other', but the own adapter of task 'rate' is"),
         (("- sort.yaml", "- rate.yaml"), "phases.0 is called 'rate' too; give names that differ"),
         (("- sort.yaml", "- {task: sort.yaml, data: {split: validation}}"), "no split 'validation' to train on; it has"),
-        (("split: test", "split: validation"), "task 'sort' has no split 'validation' to be judged on"),
-        (("./base", "./nothing"), "no model lies there (config.json)"),
+        (("split: test", "split: validation"), "task 'sort' has no split 'validation' to evaluate on"),
+        (("./base", "./nothing"), "there is no model (config.json)"),
         (("- sort.yaml", "- {name: a}"), "give 'task' (a task file) or 'data' (rows to train on)"),
         (("{name: ties, density: 0.3}", "regmean"), "method 'regmean' needs second moments of the modules' inputs"),
         (("ties,", "tise,"), "merge.method.name: name is 'tise'"),

@@ -1,1 +1,1 @@
-"""Adapters from data: TRL trains; plait reads the data, checks what can be checked, and writes results whole."""
+"""Adapters from data: TRL trains; plait reads the data, checks what can be checked, and writes complete results."""

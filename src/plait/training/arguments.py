@@ -40,7 +40,7 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     "long_examples": {"choices": get_args(LongExamples), "help": "What becomes of examples longer than --max_length."},
     "merge_adapter_with_base": {"help": "Then write base + adapter as a full model, merged_model/."},
     "upload_merged_model": {"help": "Upload merged_model/ instead of the adapter."},
-    "force": {"help": "Give up a run with other settings that stands in --output_dir."},
+    "force": {"help": "Give up a run with other settings in --output_dir."},
     "dry_run": {"help": "Show plan and example, and train nothing."},
     "json": {"help": "Print one JSON object on stdout."},
 }
@@ -171,7 +171,7 @@ def _data(flags: Flags, place: str, split: str | tuple[str, ...], *, limit: bool
 
 
 def _pattern_or_names(value: Any) -> Any:
-    """Return a single word that is no plain name by itself: `all-linear`, or a pattern for PEFT."""
+    """Return a single word that is not a plain name by itself: `all-linear`, or a pattern for PEFT."""
     return value[0] if isinstance(value, list) and len(value) == 1 and not re.fullmatch(r"[\w.]+", value[0]) else value
 
 
@@ -228,7 +228,7 @@ def _from_file(path: Path) -> Iterator[str]:
 
 
 def _words(values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the words of a command line that says the same; a value of None says nothing."""
+    """Yield the words of the equivalent command line; a value of None gives none."""
     for name, value in values.items():
         if isinstance(value, (list, tuple)):
             yield from (f"--{name}", *map(str, value))

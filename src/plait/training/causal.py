@@ -144,7 +144,7 @@ def _take_template(tokenizer: Any, path: str) -> None:
         tokenizer.chat_template = source.get_chat_template()
     except (OSError, ValueError) as error:
         raise TaskError(
-            f"chat_template_path: {path} is no file with a template, and no tokenizer that has one can be loaded from there: "
+            f"chat_template_path: {path} is not a file with a template, and no tokenizer with one can be loaded from there: "
             f"{' '.join(str(error).split())[:200]}"
         ) from error
     tokenizer.add_tokens([t for t in source.added_tokens_decoder.values() if t.content not in tokenizer.get_vocab()])

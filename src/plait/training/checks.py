@@ -1,4 +1,4 @@
-"""What is wrong with the flags of `plait sft` as they stand: contradictions, and things that this machine does not have."""
+"""What is wrong with the flags of `plait sft`: contradictions, and things that this machine does not have."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _adapter(flags: Flags) -> Iterator[str]:
     if flags.get("use_peft"):
         return
     if given := lora_flags(flags):
-        yield f"{', '.join(given)} without --use_peft: the whole model would be trained. Add --use_peft, or leave them out."
+        yield f"{', '.join(given)} without --use_peft: the complete model would be trained. Add --use_peft, or leave them out."
     for flag in ("load_in_4bit", "load_in_8bit"):
         if flags.get(flag):
             yield f"--{flag} without --use_peft: a quantized model cannot be trained, only an adapter on it. Add --use_peft."
@@ -89,7 +89,7 @@ def _merging(flags: Flags) -> Iterator[str]:
     if flags.get("merge_adapter_with_base") and not flags.get("use_peft"):
         yield (
             "--merge_adapter_with_base without --use_peft: there is no adapter to merge. Add --use_peft, or leave the merge "
-            "out: a full fine-tune is a whole model already."
+            "out: a full fine-tune is a complete model already."
         )
     if flags.get("upload_merged_model"):
         missing = [f"--{flag}" for flag in ("merge_adapter_with_base", "push_to_hub") if not flags.get(flag)]
@@ -118,7 +118,7 @@ def _evaluating(flags: Flags) -> Iterator[str]:
 
 
 def _best(flags: Flags) -> Iterator[str]:
-    """Check what transformers would refuse, in words that say what to change."""
+    """Check what transformers would refuse, with what to change."""
     if not flags.get("load_best_model_at_end"):
         return
     evals, saves = str(flags.get("eval_strategy", "no")), str(flags.get("save_strategy", "steps"))
@@ -130,7 +130,7 @@ def _best(flags: Flags) -> Iterator[str]:
         save, measure = flags.get("save_steps", 500), flags.get("eval_steps", flags.get("logging_steps", 10))
         if save >= 1 and measure >= 1 and save % measure:
             yield (
-                f"--load_best_model_at_end: --save_steps {save:g} is no multiple of --eval_steps {measure:g}, so that some "
+                f"--load_best_model_at_end: --save_steps {save:g} is not a multiple of --eval_steps {measure:g}, so that some "
                 f"checkpoints would have no loss. Give --save_steps {max(1, round(save / measure)) * measure:g}."
             )
 

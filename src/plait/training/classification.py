@@ -1,6 +1,6 @@
 """A job on an encoder (or decoder) with a classification head → transformers' `Trainer`.
 
-What the checkpoint lacks, the head above all, is drawn at random and then trained and saved whole beside the LoRA
+What the checkpoint lacks, the head above all, is drawn at random and then trained and saved completely with the LoRA
 (`modules_to_save`): nothing random is left in a model that is put together again from base and adapter.
 """
 
@@ -20,7 +20,7 @@ from plait.training.formats import Completion
 from plait.training.job import Prepared, ResolvedJob, TrainingJob
 from plait.training.settings import trainer_settings
 
-#: Heads that PEFT itself trains and saves whole.
+#: Heads that PEFT itself trains and saves completely.
 _HEADS = ("classifier", "score")
 _LOADING = ("dtype", "attn_implementation", "trust_remote_code")
 #: Argument of a classifier: the longest text in tokens.
@@ -139,7 +139,7 @@ def _with_lora(model: Any, opened: ResolvedJob, fresh: Sequence[str]) -> Any:
     more = [path for path in fresh if not any(part in own for part in path.split("."))]
     saved = (*(lora.modules_to_save or ()), *more)
     config = lora_config(lora.model_copy(update={"modules_to_save": saved or None}), "SEQ_CLS")
-    config.exclude_modules = more or None  # what is trained whole needs no LoRA beside it
+    config.exclude_modules = more or None  # what is trained completely needs no LoRA too
     try:
         return optional("peft", "train", "LoRA").get_peft_model(model, config)
     except ValueError as error:
@@ -163,7 +163,7 @@ def encode_texts(opened: ResolvedJob, data: LoadedData, tokenizer: Any, limit: i
     left_out = truncated = 0
     for number, example in enumerate(data.examples):
         if not isinstance(example, Completion):
-            raise TaskError(f"{data.summary}: example {number} is no text with a label.")
+            raise TaskError(f"{data.summary}: example {number} is not a text with a label.")
         row = dict(tokenizer(example.prompt))
         if limit is not None and len(row["input_ids"]) > limit:
             if not cut:
@@ -178,5 +178,5 @@ def encode_texts(opened: ResolvedJob, data: LoadedData, tokenizer: Any, limit: i
 
 
 def _notes(rows: Texts, limit: int | None) -> list[str]:
-    told = [(rows.left_out, "are left out"), (rows.truncated, "are cut: their end is not learnt")]
-    return [f"{count} texts have more than {limit} tokens and {what}." for count, what in told if count]
+    counts = [(rows.left_out, "are left out"), (rows.truncated, "are cut: their end is not learnt")]
+    return [f"{count} texts have more than {limit} tokens and {what}." for count, what in counts if count]

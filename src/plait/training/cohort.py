@@ -1,15 +1,15 @@
-"""A whole cohort: adapters of one base trained phase by phase, merged, and judged on every phase's task.
+"""A cohort: adapters of one base trained phase by phase, merged, and evaluated on every phase's task.
 
-Everything is in one folder, and everything that stands there under its name is whole:
+Everything is in one folder, and everything there under its name is complete:
 
-    phases/NAME/adapter/    as PEFT loads it, with card and lock; beside it training.json and, while it trains, checkpoints
+    phases/NAME/adapter/    as PEFT loads it, with card and lock; next to it training.json and, while it trains, checkpoints
     recipe.yaml             of the merge, for `plait merge` and `plait eval` with other methods
     merged/                 the merge
     evaluation/             run folders and finished answers
     loss_curves.json, report.html, train.json
     earlier/, logs/         adapters of other settings; what libraries printed
 
-A run that was killed goes on: finished phases are found by their digest, begun ones go on from their last checkpoint, answers
+A run that was killed continues: finished phases are found by their digest, begun ones start from their last checkpoint, answers
 are asked for once.
 """
 
@@ -41,7 +41,7 @@ from plait.version import __version__
 
 _IN_USE = ".in-use"
 _PATIENCE = 10.0  # seconds that the processes of a killed run get to notice it
-_SPARE = 100_000_000  # bytes beside adapters and checkpoints: merge, answers, logs
+_SPARE = 100_000_000  # bytes besides adapters and checkpoints: merge, answers, logs
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Scheduling:
     """Where phases run.
 
     Attributes:
-        workers: phases at a time; None is one here, and as many as there is room for on a cluster.
+        workers: phases at a time; None is one here, and as many as the cluster has capacity for.
         cluster: `ray`, or `ray://HOST:PORT`; None is this machine.
     """
 
@@ -74,7 +74,7 @@ def train_cohort(
         plan: what is asked for.
         only: phases to train, and nothing more; all, and then the rest of the work, when empty.
         scheduling: where phases run.
-        evaluation: how merge and adapters are judged.
+        evaluation: how merge and adapters are evaluated.
         listener: receives the progress of the phases.
         progress: receives that of what comes after them.
 
@@ -92,7 +92,7 @@ def train_cohort(
     with _alone(plan.out) as lock:
         before = _before(plan.out)
         notes = [*plan.notes, *set_aside(plan, phases)]
-        phases = tuple(look(p) for p in phases)  # now that nobody else can change what is there
+        phases = tuple(look(p) for p in phases)  # now that no other run can change what is there
         for phase in phases:
             if phase.record is not None:
                 _tidy(phase.phase.folder)  # killed behind its last step, it could not do so itself

@@ -21,7 +21,7 @@ from plait.tasks.rows import Row, read_file, read_hub
 from plait.training.formats import Completion, Conversation, Example, FormatName, convert, digest_form
 
 _ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
-#: Where rows to measure the loss on are looked for, when nobody says where: TRL's own choice first, training rows last.
+#: Where rows to measure the loss on are looked for where none are named: TRL's own choice first, training rows last.
 EVAL_SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "train")
 
 
@@ -36,7 +36,7 @@ class TrainingData(Record):
         revision: of a Hub data set.
         split: of a task, a folder or a Hub data set; of several names, the first that is there.
         limit: the first so many rows; all when None.
-        format: of the rows; told by their columns when `auto`.
+        format: of the rows; found by their columns when `auto`.
         text_field: column of plain text.
         system_prompt: put before every conversation that has none.
     """

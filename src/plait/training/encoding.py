@@ -1,7 +1,7 @@
 """Examples → tokens and labels: what carries loss, and what does not.
 
 Loss is on answers and on the token that ends them; prompts, system prompts and tool results have the label -100. What a
-chat's answer is, the model's own template says: everything that it writes behind the generation prompt.
+chat's answer is, is defined by the model's own template: everything that it writes behind the generation prompt.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Encoder:
         return self._conversation(example)
 
     def text(self, item: Encoded) -> tuple[str, str]:
-        """Return what is given and what is learnt of an item, as texts; between learnt spans stands `…`."""
+        """Return what is given and what is learnt of an item, as texts; between learnt spans is `…`."""
         given, learnt = item.ids[item.labels == IGNORED], []
         for start, stop in _spans(item.labels):
             learnt.append(str(self._tokenizer.decode(item.ids[start:stop].tolist())))
@@ -189,7 +189,7 @@ def encode_all(
         encoder: of the model.
         examples: what is trained on.
         limit: most tokens of one example; None for any.
-        long: what becomes of longer ones. One whose answer lies behind the limit is left out even with `truncate`.
+        long: what becomes of longer ones. One whose answer is behind the limit is left out even with `truncate`.
         where: what is read, for messages.
 
     Raises:

@@ -29,8 +29,8 @@ class Estimate:
     Attributes:
         parameters: of the model, the adapter's left out.
         trainable: of them, or of the adapter, that are trained.
-        steps: of the optimiser.
-        checkpoints: that stand at the same time, at most.
+        steps: of the optimizer.
+        checkpoints: that exist at the same time, at most.
         bytes: written, at most: checkpoints, results, merged model.
         passing: of them, those of checkpoints.
         free: on the disk.

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what is finished in it, and where a killed run goes on."""
+"""The folder of a run: whose it is, what is finished in it, and where a killed run continues."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class JobFolder:
         self._opened = opened
 
     def finished(self) -> TrainingRecord | None:
-        """Return the record of this very job, where its result stands there as it was written."""
+        """Return the record of this very job, where its result is there as it was written."""
         try:
             record = TrainingRecord.model_validate_json(read_text(self.path / RECORD, OutputError))
             result = self.path / record.folder
@@ -74,7 +74,7 @@ def open_folder(out: Path, opened: ResolvedJob, *, force: bool) -> Iterator[JobF
         force: give up what another job left there: checkpoints, results and record.
 
     Raises:
-        OutputError: another process trains there, another job's results stand there, or it cannot be written.
+        OutputError: another process trains there, another job's results are there, or it cannot be written.
     """
     if not leads():
         _meet()
@@ -120,13 +120,13 @@ def folder_problem(out: Path, opened: ResolvedJob | None, *, force: bool) -> str
     shown = ", ".join(different[:_SHOWN]) + (f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else "")
     return (
         f"{out} holds a run with other settings ({shown}). Choose another output folder, or give that run up with "
-        "--force (force=True); the same settings would go on with it."
+        "--force (force=True); the same settings would continue it."
     )
 
 
 def _place_problem(out: Path) -> str | None:
     if str(out).startswith("~") or "\0" in str(out):
-        return f"{str(out)!r} is not a folder's name: '~' is not expanded here. Write the whole path."
+        return f"{str(out)!r} is not a folder's name: '~' is not expanded here. Write the complete path."
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         return f"{out} exists and is not a folder. Choose another output folder."
     above = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
@@ -150,22 +150,22 @@ def named_checkpoint(asked: str | None) -> Path | None:
     """Return the checkpoint that `resume_from_checkpoint` names; None where it names none.
 
     Raises:
-        RecipeError: there is no whole checkpoint.
+        RecipeError: there is no complete checkpoint.
     """
     if asked is None or str(asked).lower() in ("true", "false"):
         return None
     if not (Path(asked) / STATE).is_file():
         raise RecipeError(
-            f"resume_from_checkpoint: {asked} is no whole checkpoint (it has no {STATE}). Leave it out: a run that was "
-            "killed goes on by itself."
+            f"resume_from_checkpoint: {asked} is not a complete checkpoint (it has no {STATE}). Leave it out: a run that was "
+            "killed continues by itself."
         )
     return Path(asked)
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """Return the newest checkpoint that is whole."""
+    """Return the newest checkpoint that is complete."""
     found = {int(p.name.rpartition("-")[2]): p for p in _checkpoints(out)}
-    return next((found[step] for step in sorted(found, reverse=True) if _whole(found[step])), None)
+    return next((found[step] for step in sorted(found, reverse=True) if _is_complete(found[step])), None)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -180,7 +180,7 @@ def checkpoint_step(checkpoint: Path) -> int:
     return step
 
 
-def _whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
         checkpoint_step(checkpoint)
     except RecipeError:
@@ -213,7 +213,7 @@ def _is_run(out: Path) -> bool:
 
 
 def result_problem(out: Path) -> str | None:
-    """Return why a new result must not take the place of an earlier one in a folder: something beside it would be lost."""
+    """Return why a new result must not take the place of an earlier one in a folder: something else would be lost."""
     problems = [output_problem(out / name, force=True) for name in (ADAPTER, FINAL_MODEL, MERGED_MODEL)]
     return next((problem for problem in problems if problem), None)
 

@@ -21,7 +21,7 @@ class Forecast(Record):
         examples: trained on.
         left_out: longer than the limit.
         truncated: cut to it.
-        steps: optimiser steps in all.
+        steps: optimizer steps in all.
         tokens: read in training, padding left out; about, as the last batch of an epoch may be smaller.
         parameters: trained.
         bytes: of adapter and checkpoints on disk, at most.

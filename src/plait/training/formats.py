@@ -46,7 +46,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Completion:
-    """A text and how it goes on; the second is learnt."""
+    """A text and how it continues; the second is learnt."""
 
     prompt: str
     completion: str
@@ -85,10 +85,10 @@ class Columns:
     def __str__(self) -> str:
         """Say it in words."""
         parts = [self.question, *self.context] if self.context else [self.question]
-        said = " + ".join(parts) + (f" → {self.answer}" if self.answer else "")
+        columns_text = " + ".join(parts) + (f" → {self.answer}" if self.answer else "")
         system = f", system prompt from {self.system}" if self.system else ""
         unused = f"; not used: {', '.join(self.unused)}" if self.unused else ""
-        return f"{self.format} ({said}{system}){unused}"
+        return f"{self.format} ({columns_text}{system}){unused}"
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def convert(
     Args:
         rows: column → value.
         where: what is read, for messages.
-        format: of the rows; told by their columns when `auto`.
+        format: of the rows; found by their columns when `auto`.
         text_field: the column of plain text.
         system_prompt: for conversations that have none.
 
@@ -199,7 +199,7 @@ def detect(rows: Sequence[Row], *, where: str, format: FormatName = "auto", text
         if format in ("auto", columns.format):
             texts = not any(isinstance(v, list) for k, v in rows[0].items() if k in (columns.question, columns.answer))
             if columns.format == "prompt_completion" and texts:
-                columns = replace(columns, system=None)  # texts are learnt as they stand
+                columns = replace(columns, system=None)  # texts are learnt as they are
             used = {columns.question, columns.answer, columns.system, *columns.context}
             extra = {"tools"} if columns.format in ("messages", "sharegpt", "prompt_completion") else set()
             unused = tuple(name for name in present if name not in used and name not in extra)
@@ -298,7 +298,7 @@ def _answered(conversation: Conversation) -> Conversation | None:
 def _turns(value: Any, column: str) -> list[Message]:
     value = _parsed(value)
     if not isinstance(value, (list, tuple)) or not all(isinstance(turn, Mapping) for turn in value):
-        raise TaskError(f"column {column!r} is no list of turns: {_short(value)}")
+        raise TaskError(f"column {column!r} is not a list of turns: {_short(value)}")
     return [_turn(turn, f"column {column!r}, turn {i}") for i, turn in enumerate(value)]
 
 
@@ -339,7 +339,7 @@ def _system(row: Row, columns: Columns, system_prompt: str | None) -> str | None
 def _tools(row: Row) -> Sequence[Any] | None:
     tools = _parsed(row.get("tools"))
     if tools is not None and not isinstance(tools, list):
-        raise TaskError(f"column 'tools' is no list: {_short(tools)}")
+        raise TaskError(f"column 'tools' is not a list: {_short(tools)}")
     return tools or None
 
 
@@ -363,7 +363,7 @@ def _text(row: Row, column: str) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise TaskError(f"column {column!r} is no text: {_short(value)}")
+        raise TaskError(f"column {column!r} is not a text: {_short(value)}")
     return value
 
 

@@ -31,7 +31,7 @@ PACKAGES = ("trl", "transformers", "peft", "datasets", "accelerate", "jinja2")
 ADAPTER = "adapter"
 FINAL_MODEL = "final_model"
 
-#: Arguments of the trainer that change how a run is told, kept or spread over processes, not what it learns.
+#: Arguments of the trainer that change how a run is logged, kept or spread over processes, not what it learns.
 NON_SEMANTIC_ARGUMENTS = frozenset(
     {
         "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
@@ -58,7 +58,7 @@ class LoraSettings(Record):
         targets: names of layers, or `all-linear`, which is the default unless `target_parameters` are given; PEFT's choice for
             the architecture when None.
         target_parameters: parameters adapted by name (fused experts).
-        modules_to_save: layers trained and saved whole.
+        modules_to_save: layers trained and saved completely.
         rslora: scaling alpha / √r.
         dora: magnitude and direction apart.
         init_seed: of A; the job's seed when None.
@@ -77,7 +77,7 @@ class LoraSettings(Record):
     @model_validator(mode="before")
     @classmethod
     def _parameters_alone(cls, data: Any) -> Any:
-        """Adapt no layer beside parameters that are named."""
+        """Adapt no layer besides parameters that are named."""
         alone = isinstance(data, dict) and data.get("target_parameters") and "targets" not in data
         return {**data, "targets": None} if alone else data
 
@@ -93,12 +93,12 @@ class TrainingJob(Record):
         held_out: share of `data` kept for that instead; None for nothing.
         kind: which head the model has.
         labels: of a classifier, in the order of the head's outputs.
-        lora: None trains the whole model.
+        lora: None trains the complete model.
         arguments: values of TRL's `SFTConfig` (`transformers.TrainingArguments` for classification), without `output_dir`
             and `seed`.
         model: values of TRL's `ModelConfig` about loading: dtype, attn_implementation, load_in_4bit, ….
         long_examples: what becomes of examples of more than `max_length` tokens.
-        seed: of data order, dropout and, unless `lora.init_seed` says otherwise, of A.
+        seed: of data order, dropout and, unless there is a `lora.init_seed`, of A.
     """
 
     base: str
@@ -129,7 +129,7 @@ class ResolvedJob:
 
     Attributes:
         job: what is to be done.
-        base: where the base model lies.
+        base: where the base model is.
         data: examples trained on.
         eval_data: examples that the loss is also measured on.
         parts: what the digest is made of: what → hash, so that a difference can be named.
@@ -172,10 +172,12 @@ def resolve_job(job: TrainingJob) -> ResolvedJob:
     )
     if job.held_out is not None:
         data, held = hold_out(data, job.held_out, job.seed)
-    said = job.model_dump(mode="json", exclude={"base", "base_name", "data", "eval_data", "arguments", "lora"})
-    parts = {name: _hash(value) for name, value in said.items()}
-    told = NON_SEMANTIC_ARGUMENTS - _CHECKPOINT_KEYS if job.arguments.get("load_best_model_at_end") else NON_SEMANTIC_ARGUMENTS
-    parts |= {name: _hash(_content(name, value)) for name, value in job.arguments.items() if name not in told}
+    settings = job.model_dump(mode="json", exclude={"base", "base_name", "data", "eval_data", "arguments", "lora"})
+    parts = {name: _hash(value) for name, value in settings.items()}
+    left_out = (
+        NON_SEMANTIC_ARGUMENTS - _CHECKPOINT_KEYS if job.arguments.get("load_best_model_at_end") else NON_SEMANTIC_ARGUMENTS
+    )
+    parts |= {name: _hash(_content(name, value)) for name, value in job.arguments.items() if name not in left_out}
     lora = None if job.lora is None else job.lora.model_dump(mode="json")
     parts |= {"lora": "none"} if lora is None else {f"lora.{name}": _hash(value) for name, value in lora.items()}
     parts["data"] = data.digest()
@@ -189,7 +191,7 @@ class Prepared:
     """A trainer that is ready, and what its data became.
 
     Attributes:
-        trainer: of TRL or transformers; its `processing_class` is saved beside the weights.
+        trainer: of TRL or transformers; its `processing_class` is saved with the weights.
         examples: trained on.
         left_out: examples longer than the limit.
         truncated: examples cut to it.
@@ -210,18 +212,18 @@ class TrainingRecord(Record):
         plait: version.
         digest: of its job.
         job: as run.
-        folder: what was written, beside the record: `adapter` or `final_model`.
+        folder: what was written, next to the record: `adapter` or `final_model`.
         examples: trained on.
         left_out: examples longer than `max_length`.
         truncated: examples that were cut to it.
         trainable: parameters that were trained.
-        steps: optimiser steps.
+        steps: optimizer steps.
         tokens: seen in training, padding left out.
         losses: (step, training loss) as logged.
         eval_losses: (step, loss on held-out data).
         seconds: wall time of training, in the run that ended it.
         resumed_from: step that this run took up; None for a run from the start.
-        notes: as told before training.
+        notes: as reported before training.
         versions: of the libraries that compute.
         finished: local time, ISO 8601.
     """

@@ -1,4 +1,4 @@
-"""The output folder of a cohort before the first step: nothing may stand where a run writes, nothing of others be replaced."""
+"""The output folder of a cohort before the first step: nothing may be in the way, and no file of others is replaced."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def _in_the_way(out: Path) -> Iterator[tuple[Path, str]]:
         elif path.name == REPORT and page_problem(path, force=True):
             yield path, "was not written by plait report, and would be replaced. Move it away, or choose another output folder."
     if problem := output_problem(out / MERGED, force=True):
-        said = problem.removeprefix(f"{out / MERGED} ")
-        yield out / MERGED, f"{said} The merge goes there. Move it away, or choose another output folder."
+        reason = problem.removeprefix(f"{out / MERGED} ")
+        yield out / MERGED, f"{reason} The merge goes there. Move it away, or choose another output folder."
 
 
 def _is_ours(result: Path) -> bool:

@@ -26,7 +26,7 @@ PHASES, LOGS = "phases", "logs"
 
 
 class Phase(Record):
-    """One adapter: what it is trained on, what judges it, and in what it differs from the others."""
+    """One adapter: what it is trained on, what it is evaluated on, and in what it differs from the others."""
 
     name: Annotated[
         str,
@@ -34,7 +34,7 @@ class Phase(Record):
     ]
     task: Annotated[
         str | None,
-        Field(min_length=1, description="A task file: its train split is trained on, its test split judges."),
+        Field(min_length=1, description="A task file: its train split is trained on, its test split is evaluated on."),
     ] = None
     data: Annotated[
         TrainingData | None,
@@ -63,7 +63,7 @@ class Phase(Record):
         if self.task is None and data.place is None:
             raise ValueError("give 'task' (a task file) or 'data' (rows to train on)")
         if data.task is not None:
-            raise ValueError("'data.task' belongs to single runs; here it is 'task', beside 'data'")
+            raise ValueError("'data.task' belongs to single runs; here it is 'task', next to 'data'")
         return self
 
 
@@ -109,7 +109,7 @@ class PlannedPhase:
         name: of phase and adapter.
         job: what is trained.
         folder: where, absolute.
-        task: what judges it; None when nothing does.
+        task: what it is evaluated on; None when nothing.
     """
 
     name: str
@@ -130,7 +130,7 @@ class PlannedPhase:
 
 @dataclass(frozen=True, repr=False)
 class TrainingPlan(Shown):
-    """What a PHASES.yaml says.
+    """What a PHASES.yaml asks for.
 
     Attributes:
         source: the file's name, for messages.
@@ -139,7 +139,7 @@ class TrainingPlan(Shown):
         phases: in the file's order.
         recipe: of the merge; all its paths are absolute.
         notes: what is right, and probably not meant.
-        origins: where each part of the file stands.
+        origins: the line of each part of the file.
     """
 
     source: str

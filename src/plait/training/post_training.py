@@ -31,13 +31,13 @@ RECIPE, MERGED, EVALUATION, REPORT = "recipe.yaml", "merged", "evaluation", "rep
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How merge and adapters are judged, besides what the plan says.
+    """How merge and adapters are evaluated, besides what the plan says.
 
     Attributes:
         dtype: of the base, as transformers takes it; `auto` is the checkpoint's.
         device_map: as transformers takes it.
-        trust_remote_code: let transformers run code that lies beside the weights.
-        matrix: also judge every adapter on every task.
+        trust_remote_code: let transformers run code from the folder of the weights.
+        matrix: also evaluate every adapter on every task.
     """
 
     dtype: str = "auto"
@@ -55,7 +55,7 @@ def finish(
     evaluation: EvalOptions,
     progress: Progress,
 ) -> TrainResult:
-    """Merge, judge and report.
+    """Merge, evaluate and report.
 
     Args:
         plan: whose adapters are all finished.
@@ -63,13 +63,13 @@ def finish(
         records: of the trainings.
         before: what the last run in the same folder wrote.
         evaluation: how.
-        progress: who listens.
+        progress: receives stages and steps.
 
     Returns:
         The result with what was made.
 
     Raises:
-        PlaitError: the merge cannot be done, or judged; the adapters are kept.
+        PlaitError: the merge cannot be done, or evaluated; the adapters are kept.
     """
     _write_recipe(plan)
     _write_curves(plan.out, records)
@@ -105,7 +105,7 @@ def _write_recipe(plan: TrainingPlan) -> None:
 def _evaluate(
     plan: TrainingPlan, before: TrainResult | None, evaluation: EvalOptions, progress: Progress
 ) -> tuple[Evaluation, Path]:
-    """Evaluate on every phase's task; a run folder that says the same already is the run's."""
+    """Evaluate on every phase's task; a run folder that holds the same already is the run's."""
     options = Options(
         workspace=plan.out / EVALUATION,
         dtype=evaluation.dtype,

@@ -1,6 +1,6 @@
 """A plan with everything at hand that training needs: data read, arguments understood, what earlier runs left found.
 
-All that can be wrong before a model is loaded is found here, in all phases, and said at once.
+All that can be wrong before a model is loaded is found here, in all phases, and raised at once.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ResolvedPhase:
 
 
 def resolve_phases(plan: TrainingPlan) -> tuple[ResolvedPhase, ...]:
-    """Read every phase's data, and look at what stands in its folder.
+    """Read every phase's data, and look at what is in its folder.
 
     Raises:
         MissingPackageError: a package is not installed that training needs, or what comes after hours of it.
@@ -117,7 +117,7 @@ def resolve_phase(
 
 
 def set_aside(plan: TrainingPlan, phases: Sequence[ResolvedPhase]) -> list[str]:
-    """Move finished adapters of other settings out of the way, and back where these settings made them; tell which.
+    """Move finished adapters of other settings out of the way, and back where these settings made them; return notes of it.
 
     They go to `earlier/NAME-DIGEST`: hours of training are not thrown away because a line of the file changed.
     """
@@ -128,7 +128,7 @@ def set_aside(plan: TrainingPlan, phases: Sequence[ResolvedPhase]) -> list[str]:
         if standing is not None and standing != digest:
             away = plan.out / EARLIER / f"{folder.name}-{standing[:12]}"
             _move(folder, away)
-            notes.append(f"{folder.name}: an adapter of other settings stood there; it is in {EARLIER}/{away.name} now.")
+            notes.append(f"{folder.name}: an adapter of other settings was there; it is now in {EARLIER}/{away.name}.")
         kept = plan.out / EARLIER / f"{folder.name}-{digest[:12]}"
         if kept.is_dir() and _digest(folder) is None:
             _move(kept, folder)
@@ -167,7 +167,7 @@ def _try_tokenizer(phase: ResolvedPhase) -> None:
 
 
 def look(phase: ResolvedPhase) -> ResolvedPhase:
-    """Return a phase with what stands in its folder now."""
+    """Return a phase with what is in its folder now."""
     folder, job = phase.phase.folder, phase.opened
     record = JobFolder(folder, job).finished()
     checkpoint = last_checkpoint(folder) if record is None and _same_job(folder, job) else None

@@ -1,4 +1,4 @@
-"""What makes saved weights a result of plait: its card, its lock, and files that everybody may read."""
+"""What makes saved weights a result of plait: its card, its lock, and files with the usual modes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _AUTO = {"causal": "AutoModelForCausalLM", "sequence_classification": "AutoModel
 
 
 def seal(folder: Path, opened: ResolvedJob, record: TrainingRecord, *, home: Path) -> None:
-    """Write card and lock into a folder of saved weights, and give its files the modes that the umask says.
+    """Write card and lock into a folder of saved weights, and give its files the modes of the umask.
 
     Args:
         folder: where the weights are.
         opened: the job.
         record: what training did.
-        home: where the folder will stand.
+        home: where the folder will be.
     """
     if (folder / CONFIG).is_file():
         _settle(folder / CONFIG, opened.job.base_name)
@@ -45,7 +45,7 @@ def seal(folder: Path, opened: ResolvedJob, record: TrainingRecord, *, home: Pat
 
 
 def _settle(config: Path, base_name: str | None) -> None:
-    """Name the base as the job says, and sort what PEFT writes in the order of a set: another one in every process."""
+    """Name the base as the job does, and sort what PEFT writes in the order of a set: another one in every process."""
     data = json.loads(config.read_text(encoding="utf-8"))
     sets = {key: sorted(value) for key, value in data.items() if key in _SETS and isinstance(value, list)}
     named = {} if base_name is None else {"base_model_name_or_path": base_name}

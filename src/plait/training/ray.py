@@ -18,13 +18,13 @@ from plait.training.phases import PlannedPhase
 from plait.training.runners import PhaseListener, PhaseProgress, PhaseStatus, SentProgress, attempt, replay
 
 _POLL = 0.5  # seconds between looks at the cluster
-_LOST_NODES = 3  # how often a phase is begun again elsewhere; it goes on from its last checkpoint
+_LOST_NODES = 3  # how often a phase is begun again elsewhere; it continues from its last checkpoint
 
 
 def on_ray(
     phases: Sequence[PlannedPhase], listener: PhaseListener | None, *, address: str, workers: int | None
 ) -> Iterator[PhaseStatus]:
-    """Train phases on a cluster, all at once as far as it has room; yield them as they end.
+    """Train phases on a cluster, all at once as far as it has capacity; yield them as they end.
 
     Args:
         phases: what is trained.
@@ -40,7 +40,7 @@ def on_ray(
     ray = _connected(address)
     from ray.util.queue import Queue
 
-    room, resources = _shares(ray, workers)
+    at_once, resources = _shares(ray, workers)
     queue = Queue()
     remote = ray.remote(max_retries=_LOST_NODES, **resources)(_train)
     waiting = list(phases)
@@ -48,7 +48,7 @@ def on_ray(
     seen = _Beacon(phases[0].folder.parent)
     try:
         while waiting or running:
-            while waiting and len(running) < room:
+            while waiting and len(running) < at_once:
                 phase = waiting.pop(0)
                 places = (str(phase.folder), str(phase.log), str(seen.file))
                 running[remote.remote(phase.name, phase.job.model_dump(mode="json"), places, queue)] = phase
@@ -100,10 +100,10 @@ def _shares(ray: Any, workers: int | None) -> tuple[int, dict[str, float]]:
             "(`ray start --address=… --num-cpus=N`), or train here, without --cluster."
         )
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    room = workers or gpus or len(nodes)
+    at_once = workers or gpus or len(nodes)
     cores = min(node["CPU"] for node in nodes)
-    share = max(1, int(cores // math.ceil(room / len(nodes))))
-    return room, {"num_cpus": share, **({"num_gpus": 1} if gpus else {})}
+    share = max(1, int(cores // math.ceil(at_once / len(nodes))))
+    return at_once, {"num_cpus": share, **({"num_gpus": 1} if gpus else {})}
 
 
 def _train(name: str, job: dict[str, Any], places: tuple[str, str, str], queue: Any) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _status(ray: Any, reference: Any, phase: PlannedPhase) -> PhaseStatus:
         return PhaseStatus(phase.name, error=" ".join(str(error).split())[:500])
     if "unseen" in found:
         raise OutputError(
-            f"{phase.folder.parent}: a node of the cluster does not see this folder. Base model, data and output must lie on "
+            f"{phase.folder.parent}: a node of the cluster does not see this folder. Base model, data and output must be on "
             "storage that all nodes share, under the same paths."
         )
     return PhaseStatus.from_json(phase.name, found)

@@ -25,7 +25,7 @@ from plait.training.encoding import LongExamples
 from plait.training.job import ADAPTER, FILES, Kind, TrainingJob
 from plait.training.phases import PHASES, Phase, Phases, PlannedPhase, TrainingPlan, init_seed
 
-#: Arguments of phases unless the file says otherwise: a killed run loses a tenth at most; the curve has fifty points.
+#: Arguments of phases unless the file has others: a killed run loses a tenth at most; the curve has fifty points.
 _ARGUMENTS = {
     "save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1,
     "logging_strategy": "steps", "logging_steps": 0.02, "logging_first_step": True, "report_to": "none",
@@ -34,7 +34,7 @@ _ARGUMENTS = {
 _PATHS = (*FILES, "resume_from_checkpoint")
 #: What phases may differ in and still be merged as adapters of one kind.
 _PER_PHASE_KEYS = ("dropout", "init_seed")
-#: Keys of a recipe that the phases themselves say.
+#: Keys of a recipe that follow from the phases.
 _RESERVED_KEYS = ("version", "adapters", "base_model", "tasks", "eval")
 
 
@@ -46,7 +46,7 @@ def read_phases(
     sets: Sequence[str] = (),
     settings: Mapping[str, Plain] | None = None,
 ) -> TrainingPlan:
-    """Return what a file, or a mapping of the same form, says.
+    """Return what a file, or a mapping of the same form, asks for.
 
     Args:
         source: the file, or its content.
@@ -132,7 +132,7 @@ def _name_phases(data: Mapping[str, Plain], folder: Path) -> tuple[dict[str, Pla
 
 
 def _merge_data(data: Mapping[str, Plain], out: Path) -> dict[str, Plain] | None:
-    """Return the recipe that the file's `merge` stands for; None where there is no telling."""
+    """Return the recipe that the file's `merge` describes; None where it is not known."""
     merge, entries = data.get("merge") or {}, data.get(PHASES)
     merge = {"method": merge} if isinstance(merge, str) else merge
     if not isinstance(merge, Mapping) or not isinstance(entries, (list, tuple)) or not entries:
@@ -147,23 +147,22 @@ def _merge_data(data: Mapping[str, Plain], out: Path) -> dict[str, Plain] | None
 
 def _merge_problems(data: Mapping[str, Plain], out: Path) -> Iterator[Problem]:
     merge = data.get("merge")
-    said = merge if isinstance(merge, Mapping) else {}
     for key in _RESERVED_KEYS:
-        if key in said:
-            yield Problem(("merge", key), f"{key!r} is no part of 'merge': the phases say it. Take it out.")
+        if isinstance(merge, Mapping) and key in merge:
+            yield Problem(("merge", key), f"{key!r} is not a key of 'merge': the phases determine it. Take it out.")
     found = _merge_data(data, out)
     if found is None:
         return
     recipe, problems = check(found)
     for problem in problems:
-        if problem.path[:1] != ("adapters",):  # of names and weights the phases' own check speaks
+        if problem.path[:1] != ("adapters",):  # names and weights are checked as those of phases
             yield Problem(("merge", *problem.path), problem.text)
     if recipe is not None and METHODS[recipe.method_name].pipeline(recipe.method).needs_moments:
         yield Problem(
             ("merge", "method"),
             f"method {recipe.method_name!r} needs second moments of the modules' inputs, which only finished adapters have. "
             "Merge here by another method, then collect them (plait.save_moments) and run `plait merge` on the recipe.yaml "
-            "that stands beside the result.",
+            "in the output folder.",
         )
 
 
@@ -205,15 +204,15 @@ def _task_problems(phases: Phases, tasks: Mapping[int, Task]) -> Iterator[Proble
             )
 
 
-def _splits_problems(i: int, phase: Phase, task: Task, judged: str) -> Iterator[Problem]:
+def _splits_problems(i: int, phase: Phase, task: Task, evaluated: str) -> Iterator[Problem]:
     data, there = phase.data or TrainingData(), listed(list(task.splits))
     if data.place is not None and _kind(task) == "sequence_classification":
         yield Problem((PHASES, i, "data", "place"), "a classifier learns from its task's own splits; give 'split' here.")
     if data.place is None and data.split not in task.splits:
         text = f"task {task.name!r} has no split {data.split!r} to train on; it has {there}. Add it, or give 'data'."
         yield Problem((PHASES, i, "data" if phase.data else "task"), text)
-    if judged not in task.splits:
-        text = f"task {task.name!r} has no split {judged!r} to be judged on; it has {there}. Add it, or change eval.split."
+    if evaluated not in task.splits:
+        text = f"task {task.name!r} has no split {evaluated!r} to evaluate on; it has {there}. Add it, or change eval.split."
         yield Problem((PHASES, i, "task"), text)
 
 
@@ -252,7 +251,7 @@ def _base(text: str, folder: Path) -> tuple[str, list[Problem]]:
         return text, []
     place = (folder / Path(reference.path).expanduser()).absolute()
     if not (place / "config.json").is_file():
-        return text, [Problem(("base_model",), f"{place}: no model lies there (config.json). Give its folder, or org/repo.")]
+        return text, [Problem(("base_model",), f"{place}: there is no model (config.json). Give its folder, or org/repo.")]
     return str(place), []
 
 
@@ -279,7 +278,7 @@ def _job(phases: Phases, phase: Phase, task: Task | None, base: str, folder: Pat
         lora = lora.model_copy(update={"init_seed": init_seed(phases.seed, phase.name)})
     arguments = _ARGUMENTS | _located(phases.arguments | phase.arguments, folder)
     if isinstance(task, SequenceClassification) and task.max_tokens is not None:
-        arguments = {LONGEST: task.max_tokens, **arguments}  # learnt as it is judged
+        arguments = {LONGEST: task.max_tokens, **arguments}  # learnt as it is evaluated
     data = _placed(phase.data or TrainingData(), folder)
     if data.place is None:
         data = data.model_copy(update={"task": phase.task})
@@ -315,8 +314,8 @@ def _path(value: Any, folder: Path) -> Path | None:
 
 def _path_problems(phases: Phases, folder: Path) -> Iterator[Problem]:
     """Find arguments that name files which are not there."""
-    said = [(("arguments",), phases.arguments), *(((PHASES, i, "arguments"), p.arguments) for i, p in enumerate(phases.phases))]
-    for where, arguments in said:
+    own = (((PHASES, i, "arguments"), p.arguments) for i, p in enumerate(phases.phases))
+    for where, arguments in [(("arguments",), phases.arguments), *own]:
         for name in _PATHS:
             path = _path(arguments.get(name), folder)
             if path is not None and not path.exists():
@@ -350,4 +349,4 @@ def _notes(phases: Sequence[PlannedPhase]) -> Iterator[str]:
             )
     for phase in phases:
         if phase.task is None:
-            yield f"phase {phase.name!r} has no task: it is trained and merged, and nothing says what was kept of it."
+            yield f"phase {phase.name!r} has no task: it is trained and merged, and what the merge keeps of it is not measured."

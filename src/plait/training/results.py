@@ -22,7 +22,7 @@ class PhaseResult(Record):
         adapter: its folder, from the output's; None while there is none.
         digest: of the job.
         examples: trained on.
-        steps: optimiser steps.
+        steps: optimizer steps.
         tokens: seen in training, padding left out.
         seconds: of training, in the run that ended it.
         loss: the last that was logged; None where none was.

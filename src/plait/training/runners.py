@@ -108,7 +108,7 @@ def replay(call: Sequence[Any], progress: Progress) -> None:
 
 
 def attempt(name: str, job: TrainingJob, folder: Path, log: Path, progress: Progress) -> PhaseStatus:
-    """Train one phase, or go on with it; a failure is a status, and its traceback goes into the phase's log."""
+    """Train one phase, or continue it; a failure is a status, and its traceback goes into the phase's log."""
     try:
         # what another job left unfinished there is of no use; what it finished has been moved away before
         return PhaseStatus(name, record=run_job(job, folder, force=True, progress=progress))
@@ -119,7 +119,7 @@ def attempt(name: str, job: TrainingJob, folder: Path, log: Path, progress: Prog
         with log.open("a", encoding="utf-8") as file:
             traceback.print_exc(file=file)
         words = " ".join(str(error).split())
-        return PhaseStatus(name, error=f"{type(error).__name__}: {words[:300]} (the whole of it is in {log})")
+        return PhaseStatus(name, error=f"{type(error).__name__}: {words[:300]} (all of it is in {log})")
 
 
 def in_turn(phases: Sequence[PlannedPhase], listener: PhaseListener | None) -> Iterator[PhaseStatus]:

@@ -1,4 +1,4 @@
-"""The run of a job: its folder, resuming, saving whole folders, the record. The same for every kind of trainer."""
+"""The run of a job: its folder, resuming, saving complete folders, the record. The same for every kind of trainer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _SAVING = ".saving"
 
 
 def run_job(job: TrainingJob, out: Path, *, force: bool = False, progress: Progress | None = None) -> TrainingRecord:
-    """Train, go on where a killed run of the same job stopped, or return the record of a finished one.
+    """Train, continue where a killed run of the same job stopped, or return the record of a finished one.
 
     Args:
         job: what to do.
@@ -62,7 +62,7 @@ def train(
     progress: Progress | None = None,
     encoded: tuple[EncodedData, EncodedData | None] | None = None,
 ) -> tuple[TrainingRecord, bool]:
-    """Train in a folder, or go on there, or return the record of what is finished there; see `run_job`.
+    """Train in a folder, or continue there, or return the record of what is finished there; see `run_job`.
 
     Args:
         opened: the job.
@@ -155,7 +155,7 @@ def _what_goes_on(out: Path) -> str:
 
 
 def _save(trainer: Trainer, opened: ResolvedJob, folder: JobFolder, record: TrainingRecord) -> None:
-    """Write weights, tokenizer, card and lock beside the final name; rename; then write the record."""
+    """Write weights, tokenizer, card and lock next to the final name; rename; then write the record."""
     place = folder.path / _SAVING
     if trainer.is_world_process_zero():
         shutil.rmtree(place, ignore_errors=True)

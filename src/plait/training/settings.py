@@ -35,7 +35,7 @@ def trainer_settings(kind: type, job: TrainingJob, out: Path) -> Any:
     if "warmup_ratio" in values and "warmup_ratio" not in known:
         values.setdefault("warmup_steps", values.pop("warmup_ratio"))
     if elsewhere := [name for name in values if name in ("output_dir", "seed")]:
-        raise RecipeError(f"arguments: {', '.join(elsewhere)}: said beside 'arguments', not in them. Take it out.")
+        raise RecipeError(f"arguments: {', '.join(elsewhere)}: a key of its own, not one of 'arguments'. Take it out.")
     if uploading := [name for name in values if name.startswith(("hub_", "push_to_hub"))]:
         raise RecipeError(f"arguments: {', '.join(uploading)}: training uploads nothing. Take it out; `plait push` uploads.")
     check_values(kind, values, "arguments")
@@ -72,7 +72,7 @@ def check_values(kind: type, values: Mapping[str, Any], where: str) -> None:
         wanted, choices = set(get_args(hints[name]) or (hints[name],)), fields[name].metadata.get("choices")
         fits = wanted | ({int} if float in wanted else set())
         if wanted <= set(_PLAIN) and type(value) not in fits:
-            kinds = " or ".join(said for plain, said in _PLAIN.items() if plain in wanted and plain is not NoneType)
+            kinds = " or ".join(text for plain, text in _PLAIN.items() if plain in wanted and plain is not NoneType)
             problems.append(f"{where}: {name} is {show(value)}; it must be {kinds}.")
         elif choices is not None and value is not None and value not in choices:
             problems.append(f"{where}: {name} is {show(value)}; it must be one of {', '.join(map(str, choices))}.")

@@ -1,7 +1,7 @@
 """flags → checks → plan → training → adapter, final model, merged model → upload: what `plait sft` does.
 
-Training is over, and its result whole under its name, before merge and upload begin. Neither can lose it: what fails there is
-said with the command that does it again, and nothing but what this run has made or checked is uploaded.
+Training is over, and its result complete under its name, before merge and upload begin. Neither can lose it: what fails is
+reported with the command that does it again, and nothing but what this run has made or checked is uploaded.
 """
 
 from __future__ import annotations
@@ -250,14 +250,14 @@ def _tried(step: str, command: str, action: Callable[[], Any]) -> tuple[tuple[Fa
     """Do something that must not take the finished training down with it."""
     try:
         return (), action()
-    except Exception as error:  # whatever it is, the adapter is safe, and the user is told
+    except Exception as error:  # whatever it is, the adapter is safe, and the reason is reported
         reason = str(error) if isinstance(error, PlaitError) else f"{type(error).__name__}: {error}"
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
         return (Failure(step, reason + notes, command),), None
 
 
 def _is_of(merged: Path, adapter: Path) -> bool:
-    """Return whether a merged model is whole and made of exactly this adapter."""
+    """Return whether a merged model is complete and made of exactly this adapter."""
     if not is_whole(merged):
         return False
     made_of = read_lock(merged).inputs.get(ADAPTER)
@@ -288,7 +288,7 @@ def describe(plan: SftPlan) -> Iterator[str]:
         yield f"           {len(held.items)} examples to measure the loss on: {watched.summary}"
     most = "at most " * bool(job.arguments.get("packing"))
     step = plan.phase.checkpoint
-    state = "; finished already" if plan.phase.record else "" if step is None else f"; goes on at step {step}"
+    state = "; finished already" if plan.phase.record else "" if step is None else f"; continues at step {step}"
     yield f"training   {most}{found.steps} steps, seed {job.seed}{state}"
     yield f"writes     {', '.join(str(path) for path in plan.writes)}; at most {found.bytes / 1e6:,.1f} MB"
     if plan.uploads is not None:

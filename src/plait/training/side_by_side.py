@@ -28,7 +28,7 @@ class _Child:
         phase: which.
         process: its own.
         slot: the place of `workers` that it takes.
-        status: how it ended, as it said itself.
+        status: how it ended, as it reported itself.
         reader: reads what it writes, and waits for its end.
     """
 
@@ -108,9 +108,9 @@ def _start(
         raise AssertionError("a pipe was asked for")
     try:
         process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()  # and stays open: its end tells the child that this process is gone
+        process.stdin.flush()  # and stays open: its end shows the child that this process is gone
     except BrokenPipeError:
-        pass  # it died at once; its log says why
+        pass  # it died at once; its log has the reason
     return child
 
 
@@ -140,4 +140,4 @@ def _died(child: _Child) -> PhaseStatus:
     how = f"was killed by signal {-code} (9 is often a lack of memory)" if code < 0 else f"ended with code {code}"
     last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
     words = f": {' / '.join(last)}" if last else ""
-    return PhaseStatus(child.phase.name, error=f"its process {how}{words} (the whole of it is in {log})")
+    return PhaseStatus(child.phase.name, error=f"its process {how}{words} (all of it is in {log})")
