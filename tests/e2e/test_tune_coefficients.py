@@ -249,3 +249,28 @@ def test_transforms_act_while_learning_as_in_the_recipe(place: Path, tmp_path: P
     assert found.record.distance > 0
     with pytest.raises(PlaitError, match="transforms would change the start"):
         tune(place, tmp_path / "no", tune={"granularity": "module"}, transforms=changes["transforms"])
+
+
+@pytest.mark.parametrize("granularity", ["task", "layer", "module", "direction"])
+def test_a_report_shows_what_was_learnt_and_kept(place: Path, tmp_path: Path, granularity: str) -> None:
+    found = tune(place, tmp_path / "tuned", tune={"granularity": granularity, "steps": 6}, controls=granularity == "layer")
+    made = plait.report([found.folder], out=tmp_path / "page.html", figures=tmp_path / "figures")
+    text = (tmp_path / "page.html").read_text()
+    assert "What tuning kept" in text
+    assert f"coefficients per {granularity}" in text
+    assert ("fresh LoRA" in text) == (granularity == "layer")
+    weights = made.report.weights
+    if granularity == "direction":
+        assert weights is None
+        return
+    assert weights is not None
+    assert weights.adapters == ("start", "sort", "rate")
+    assert weights.layers == (("model",) if granularity == "task" else ("model.layers.0", "model.layers.1"))
+    record = found.record.coefficients
+    assert record is not None
+    if granularity != "module":
+        assert weights.values == record.values
+    else:
+        rows = [v for name, v in zip(record.rows, record.values, strict=True) if "layers.1." in name]
+        assert weights.values[1] == pytest.approx([sum(column) / len(rows) for column in zip(*rows, strict=True)])
+    assert (tmp_path / "figures" / "weights.svg").exists() == (granularity != "task")

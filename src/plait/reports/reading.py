@@ -24,6 +24,7 @@ from plait.records import Record
 from plait.reports.losses import CURVES, LossCurve, LossCurves
 from plait.results.lock import LOCK, RECORD
 from plait.results.progress import Progress
+from plait.tuning.record import TUNING, TuneRecord
 
 LEADERBOARD = "leaderboard.json"
 RESULTS = "eval_results_*.json"
@@ -55,6 +56,7 @@ class Report(Record):
         evaluations: of merges, adapters or models; the first is the one that the verdict is about.
         comparison: a leaderboard of many merges.
         merges: run records of written merges, for the energy that they kept.
+        tunings: records of tuned merges, for what they learnt and kept.
         conflict: how the adapters lie to each other; None where their files are not at hand.
         weights: per layer; None where they are not known.
         losses: how the adapters were trained, where that is known.
@@ -65,6 +67,7 @@ class Report(Record):
     evaluations: tuple[Evaluation, ...] = ()
     comparison: Leaderboard | None = None
     merges: tuple[RunRecord, ...] = ()
+    tunings: tuple[TuneRecord, ...] = ()
     conflict: Conflict | None = None
     weights: LayerWeights | None = None
     losses: tuple[LossCurve, ...] = ()
@@ -87,6 +90,7 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
     evaluations: list[Evaluation] = []
     comparisons: list[Leaderboard] = []
     merges: list[RunRecord] = []
+    tunings: list[TuneRecord] = []
     losses: list[LossCurve] = []
     locks: dict[str, str] = {}
     problems: list[str] = []
@@ -99,6 +103,7 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
             for file, board in boards.items():
                 evaluations += _places(file, board)
             merges += [_read(RunRecord, f) for f in found if f.name == RECORD and (f.parent / LOCK).is_file()]
+            tunings += [_read(TuneRecord, f) for f in found if f.name == TUNING]
             losses += [curve for f in found if f.name == CURVES for curve in _read(LossCurves, f).curves]
             locks |= {str(f): read_text(f, ReportError) for f in found if f.name == LOCK}
         except ReportError as error:
@@ -110,12 +115,14 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
         problems.append(f"{len(comparisons)} leaderboards; a page shows one")
     collect(ReportError, problems, "these runs cannot be reported")
     conflict, weights, notes = _adapters(tuple(once.values()), progress)
+    learnt = next((w for w in map(_learnt, tunings) if w is not None), None)
     return Report(
         evaluations=tuple(once.values()),
         comparison=comparisons[0] if comparisons else None,
         merges=tuple(merges),
+        tunings=tuple(tunings),
         conflict=conflict,
-        weights=weights,
+        weights=learnt or weights,
         losses=tuple(losses),
         locks=locks,
         notes=tuple(notes),
@@ -124,7 +131,7 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        names = (RESULTS, LEADERBOARD, RECORD, LOCK, CURVES)
+        names = (RESULTS, LEADERBOARD, RECORD, TUNING, LOCK, CURVES)
         found = [f for name in names for f in sorted(path.glob(name))]
         for file in found:
             try:
@@ -132,7 +139,7 @@ def _files(path: Path) -> list[Path]:
             except OSError as error:
                 raise ReportError(f"{file}: {error}. A page shows only what lies in the run's own folder.") from None
     else:
-        found = [path] if path.match(RESULTS) or path.name in (LEADERBOARD, RECORD, LOCK, CURVES) else []
+        found = [path] if path.match(RESULTS) or path.name in (LEADERBOARD, RECORD, TUNING, LOCK, CURVES) else []
         found = [f for f in found if f.is_file()]
     if not found:
         what = "is no file or folder" if not path.exists() else "holds no run"
@@ -176,6 +183,29 @@ def _adapters(
     if len(inventory.adapters) < 2:
         return None, weights, []
     return inspect_adapters(inventory.adapters, base_model=recipe.base_model, progress=progress).comparison, weights, []
+
+
+def _learnt(record: TuneRecord) -> LayerWeights | None:
+    """Return learnt coefficients per layer: the mean over its modules where they are per module."""
+    found = record.coefficients
+    if found is None or not found.values:
+        return None
+    if found.granularity == "task":
+        return LayerWeights(adapters=found.columns, layers=found.rows, values=found.values)
+    rows: dict[str, list[tuple[float, ...]]] = {}
+    for name, values in zip(found.rows, found.values, strict=True):
+        rows.setdefault(name if found.granularity == "layer" else str(layer_key(name) or ""), []).append(values)
+    means = [tuple(mean(column) for column in zip(*lines, strict=True)) for lines in rows.values()]
+    order = sorted(range(len(rows)), key=lambda i: _depth(list(rows)[i]))
+    names = list(rows)
+    return LayerWeights(
+        adapters=found.columns, layers=tuple(names[i] or "–" for i in order), values=tuple(means[i] for i in order)
+    )
+
+
+def _depth(layer: str) -> tuple[str, int]:
+    tower, _, index = layer.rpartition(".")
+    return (tower, int(index)) if index.isdigit() else ("\uffff", 0)
 
 
 def _weights(recipe: Recipe, modules: Sequence[str]) -> LayerWeights | None:
