@@ -3,8 +3,8 @@
 python docs/generate.py [--check]
 
 A page of docs/methods/ names its methods in a comment, `<!-- methods: ties della -->`, and gets their descriptions from the
-registry between that and `<!-- /methods -->`. README.md gets one table of all of them, in the order of the pages, and one
-of the versions in constraints.txt and pyproject.toml.
+registry between that and `<!-- /methods -->`. A method that no page names is added to the page of its kind. README.md
+gets one table of all of them, in the order of the pages, and one of the versions in constraints.txt and pyproject.toml.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _BLOCK = re.compile(r"(?<=<!-- methods: )([\w\s]+?)( -->\n).*?(?=<!-- /methods -
 _WORDS = re.compile(r"(?<=<!-- words -->\n).*?(?=<!-- /words -->)", re.DOTALL)
 _TABLE = re.compile(r"(?<=<!-- methods -->\n).*?(?=<!-- /methods -->)", re.DOTALL)
 _VERSIONS = re.compile(r"(?<=<!-- versions -->\n).*?(?=<!-- /versions -->)", re.DOTALL)
+_PAGE = {"linear": "linear", "entries": "elementwise", "deltas": "spectral"}  # of a method that no page names yet
 _RESULT = {"linear": "exact", "deltas": "exact", "entries": "exact in `core`, `knots`; dense in `delta`"}
 
 
@@ -39,6 +40,17 @@ def page(name: str) -> Path:
 def methods_of(text: str) -> list[str]:
     """Return the methods that a page describes, in its order."""
     return [name for names, _ in _BLOCK.findall(text) for name in names.split()]
+
+
+def complete(path: Path) -> str:
+    """Return a page with the names of methods of its kind that no page names, after those of its last block."""
+    text = path.read_text(encoding="utf-8")
+    named = {name for other in PAGES for name in methods_of(page(other).read_text(encoding="utf-8"))}
+    new = [name for name, method in METHODS.items() if name not in named and _PAGE[method.kind] == path.stem]
+    if not new:
+        return text
+    end = [match.end(1) for match in _BLOCK.finditer(text)][-1]
+    return " ".join([text[:end], *new]) + text[end:]
 
 
 def section(name: str) -> str:
@@ -82,7 +94,7 @@ def _needs_data(name: str) -> bool:
 def table() -> str:
     """Return the table of all methods."""
     head = "| method | what it does | result | | source |\n|---|---|---|---|---|\n"
-    rows = [row(name, p) for p in PAGES for name in methods_of(page(p).read_text(encoding="utf-8"))]
+    rows = [row(name, p) for p in PAGES for name in methods_of(complete(page(p)))]
     return head + "\n".join(rows) + "\n"
 
 
@@ -111,7 +123,7 @@ def generated(path: Path) -> str:
         return _TABLE.sub(lambda _: f"\n{table()}\n", text)
     if path == OTHER_TOOLS:
         return _WORDS.sub(lambda _: f"\n{words()}\n", text)
-    return _BLOCK.sub(lambda m: f"{m[1]}{m[2]}\n" + "\n".join(section(name) for name in m[1].split()) + "\n", text)
+    return _BLOCK.sub(lambda m: f"{m[1]}{m[2]}\n" + "\n".join(section(name) for name in m[1].split()) + "\n", complete(path))
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """Every failure that plait reports to its user, and nothing else.
 
     PlaitError
-    ├── RecipeError      the recipe does not say something that can be done   (also ValueError)
+    ├── RecipeError      the recipe asks for something that cannot be done   (also ValueError)
     ├── AddressError     an adapter or repository reference leads nowhere     (also ValueError)
     ├── AdapterError     a file is not an adapter that can be merged          (also ValueError)
     ├── PlanError        the adapters do not fit together, or the method      (also ValueError)

@@ -1,7 +1,7 @@
-"""What lies in a folder, and nothing beyond it.
+"""What is in a folder, and nothing beyond it.
 
 A folder may come from elsewhere, and hold links that lead out of it, pipes that never end, and lists that name files of others.
-What is copied, hashed or published of a folder is opened here: a regular file that lies in it, or in the blobs of the Hub cache
+What is copied, hashed or published of a folder is opened here: a regular file that is in it, or in the blobs of the Hub cache
 that it is part of, since a snapshot there is made of links to them.
 """
 
@@ -40,7 +40,7 @@ def name_problem(name: str) -> str | None:
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """Return where a file of a folder really lies.
+    """Return where a file of a folder really is.
 
     Args:
         folder: may be a link itself: its user has named it.
@@ -88,7 +88,7 @@ def entries(folder: Path) -> Iterator[str]:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Return the real places that files of a folder may lie in."""
+    """Return the real places that files of a folder may be in."""
     real = Path(os.path.realpath(folder))
     roots = [real]
     for place in (real, *real.parents):

@@ -12,7 +12,7 @@ _announced: set[str] = set()
 
 
 class PlaitWarning(UserWarning):
-    """Plait takes another way than its user may expect: a slower one, a copy, a guess; the message says why."""
+    """Plait does something that its user may not expect (a slower path, a copy, a guess); the message says why."""
 
 
 def announce(text: str, *, once: str | None = None) -> None:

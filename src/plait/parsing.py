@@ -34,7 +34,7 @@ _SUSPECT = re.compile(r"\d{309}|[eE]\+?\d{3}|\\u(?:[dD][89a-fA-F]|0000)|NaN|Infi
 
 
 class _Unreadable(ValueError):
-    """Why a text cannot be read; the sentence goes on behind the file's name."""
+    """Why a text cannot be read; the sentence follows the file's name."""
 
 
 def read_text(path: Path, error: type[PlaitError], *, advice: str = "", most: int = MOST_BYTES) -> str:
@@ -97,7 +97,7 @@ def _contents(path: Path, most: int) -> bytes:
         with open_bytes(path) as file:
             return file.read(most)
     with os.fdopen(handle, "rb", buffering=0) as pipe:
-        first = pipe.read(1)  # None while its writer says nothing, nothing where there is no writer
+        first = pipe.read(1)  # None while its writer is silent, empty where there is no writer
         if first == b"":
             return b""
         os.set_blocking(handle, True)
@@ -115,7 +115,7 @@ def pointer_problem(head: bytes) -> str | None:
     """
     if not head.startswith(_POINTER):
         return None
-    return "a Git LFS pointer, which stands in the place of the file itself. Fetch that: git lfs pull."
+    return "a Git LFS pointer in place of the file itself. Fetch that: git lfs pull."
 
 
 def read_json(path: Path, error: type[PlaitError], *, advice: str = "", constants: bool = False) -> Any:

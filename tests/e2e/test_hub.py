@@ -176,7 +176,7 @@ at("word/as/path", "./org/repo")
     assert "It looks like a whole model, which plait takes as a base model." in found["base"]
     assert found["half"] == (
         "AddressError: 'org/half' has adapter_config.json, but neither adapter_model.safetensors nor adapter_model.bin "
-        "beside it. It holds: adapter_config.json, notes.txt."
+        "next to it. It holds: adapter_config.json, notes.txt."
     )
     assert found["empty"].endswith("No other folder has one. It holds: nothing.")
     assert found["word/as/path"].endswith("If you mean the repository on the Hub, write 'org/repo'.")

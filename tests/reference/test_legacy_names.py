@@ -111,11 +111,11 @@ def test_weighted_delta_n(tmp_path, three, case):
     [
         ({"task_coefficients": [0.5, 0.5]}, "2 coefficients for 3 adapters"),
         ({"layer_task_coefficients": {"0": [1, 0, 0, 0]}}, "4 coefficients for 3 adapters"),
-        ({"task_coefficients": [0.5, 0.5, 1.5]}, r"must lie in \[0, 1\]"),
-        ({"task_coefficients": [0.5, -0.5, 1]}, r"must lie in \[0, 1\]"),
-        ({"task_coefficients": [0.5, -1.5, 1], "allow_negative_coefficients": True}, r"must lie in \[-1, 1\]"),
+        ({"task_coefficients": [0.5, 0.5, 1.5]}, r"must be in \[0, 1\]"),
+        ({"task_coefficients": [0.5, -0.5, 1]}, r"must be in \[0, 1\]"),
+        ({"task_coefficients": [0.5, -1.5, 1], "allow_negative_coefficients": True}, r"must be in \[-1, 1\]"),
         ({"task_coefficients": [float("nan"), 1, 1], "allow_unbounded_coefficients": True}, "must be finite"),
-        ({"task_coefficients": [0, 0, 0]}, "cannot be normalised"),
+        ({"task_coefficients": [0, 0, 0]}, "cannot be normalized"),
         ({"default_task_coefficients": [0, 0, 1]}, "it names none"),
     ],
 )

@@ -133,13 +133,13 @@ def test_given_for_some_only(sources, folder):
 
 
 def test_given_for_an_adapter_that_is_not_there(sources, folder):
-    with pytest.raises(RecipeError, match="moments: 'c' is no adapter of this merge; there are a, b"):
+    with pytest.raises(RecipeError, match="moments: 'c' is not an adapter of this merge; there are a, b"):
         plait.plan(sources, method="regmean", moments={"c": folder / "a.safetensors"})
 
 
 def test_a_recipe_holds_no_function(sources):
     for given in (5, gram):
-        with pytest.raises(RecipeError, match=r"moments: .* is no folder and no mapping of names to files"):
+        with pytest.raises(RecipeError, match=r"moments: .* is a folder nor a mapping of names to files"):
             read_request(None, sources, {"moments": given})
 
 

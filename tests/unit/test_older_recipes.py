@@ -109,8 +109,8 @@ def test_shuffled_samples_need_no_remark():
         ({"eval_subset": {"per_task": {"asr": {"max": 3}}}}, "eval_subset.per_task.asr.max: 'max' is not known here"),
         ({"eval_subset": {"per_task": {"asr": {"max_samples": -3}}}}, "eval_subset.per_task.asr.max_samples: "),
         ({"eval_tasks": {"asr": 1}}, "it must be a list of tasks"),
-        ({"eval_tasks": ["asr"], "tasks": ["a.yaml"]}, "eval_tasks: eval_tasks and tasks say the same; keep tasks"),
-        ({"split": "test", "eval": {"split": "test"}}, "split: split and eval.split say the same; keep eval.split"),
+        ({"eval_tasks": ["asr"], "tasks": ["a.yaml"]}, "eval_tasks: eval_tasks and tasks mean the same; keep tasks"),
+        ({"split": "test", "eval": {"split": "test"}}, "split: split and eval.split mean the same; keep eval.split"),
     ],
 )
 def test_what_is_wrong_is_named_where_it_was_written(old, problem):

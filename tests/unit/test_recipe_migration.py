@@ -260,7 +260,7 @@ def test_one_warning_per_old_form_says_what_to_write(old, notes):
         ({"method": "ties", "params": {"k": True}}, ["params.k: k is true; it must be a percentage, > 0 and <= 100."]),
         (
             {"method": "ties", "method_params": {"k": 20, "density": 0.2}},
-            ["method_params.k: k (percent) and density say the same; keep density."],
+            ["method_params.k: k (percent) and density mean the same; keep density."],
         ),
         (
             {"method": "ties", "lambda": 2, "scale": 1},
@@ -269,7 +269,7 @@ def test_one_warning_per_old_form_says_what_to_write(old, notes):
         ({"method": "weighted", "lambda": 1.5}, ["lambda: lambda is 1.5; it must be >= 0 and <= 1."]),
         (
             {"method": "weighted", "method_params": {"lambda": 0.5}, "lambda": 0.5},
-            ["lambda: lambda stands at the top and among the method's parameters; keep the latter."],
+            ["lambda: lambda is given at the top and among the method's parameters; keep the latter."],
         ),
         (
             {"method": "dare", "method_params": {"drop_rte": 0.5}},
@@ -285,18 +285,18 @@ def test_one_warning_per_old_form_says_what_to_write(old, notes):
         ({"method": "dare", "method_params": {"seed": "x"}}, ["method_params.seed: seed is 'x'; it must be a whole number."]),
         (
             {"method": {"name": "dare", "drop_rate": 0.1}, "method_params": {"drop_rate": 0.5}},
-            ["method_params: the method's parameters stand in method and in method_params; keep those in method."],
+            ["method_params: the method's parameters are given in method and in method_params; keep those in method."],
         ),
         (
             {"method": "dare", "method_params": {"drop_rate": 0.1}, "params": {"drop_rate": 0.5}},
-            ["params: the method's parameters stand in method_params and in params; keep those in method."],
+            ["params: the method's parameters are given in method_params and in params; keep those in method."],
         ),
         ({"method": "dare", "method_params": 3}, ["method_params: method_params is 3; it must be a mapping."]),
         (
             {"method": "della", "lambda": 1.1},
             [
                 "lambda: 'lambda' is not known here; allowed: density, epsilon, sign, weighted_vote, zero_sign, "
-                "divisor, name, space. The factor on the merged delta is scale, beside the method."
+                "divisor, name, space. The factor on the merged delta is scale, next to the method."
             ],
         ),
         (
@@ -340,7 +340,7 @@ def test_one_warning_per_old_form_says_what_to_write(old, notes):
                 "lambda_policy": {"type": "scalar", "value": 1},
                 "weights": {"policy": "scalar"},
             },
-            ["lambda_policy: lambda_policy and weights say the same; keep weights."],
+            ["lambda_policy: lambda_policy and weights mean the same; keep weights."],
         ),
         (
             {"method": "weighted", "adapters": ["./a", "./b", "./c"], "lambda_policy": {"type": "per_layer", "default": 1}},
@@ -357,7 +357,7 @@ def test_one_warning_per_old_form_says_what_to_write(old, notes):
         ),
         (
             {"method": "uniform", "transforms": [{"name": "layer_l2_normalize", "params": {"eps": 1}, "eps": 2}]},
-            ["transforms.0.params.eps: eps stands here and beside the name; keep the latter."],
+            ["transforms.0.params.eps: eps is given here and next to the name; keep the latter."],
         ),
         (
             {"method": "uniform", "transforms": [{"name": "identity", "params": 1}]},
@@ -365,7 +365,7 @@ def test_one_warning_per_old_form_says_what_to_write(old, notes):
         ),
         (
             {"method": "uniform", "transforms": [], "params": {"transforms": []}},
-            ["params.transforms: transforms stand here and at the top; keep those at the top."],
+            ["params.transforms: transforms are given here and at the top; keep those at the top."],
         ),
         ({"split": "test"}, ["'method' is missing."]),
         ({"method": "continual", "split": "test"}, None),
@@ -941,7 +941,7 @@ def test_mergekit_recipes(config, expected):
         (gta("ties", A, B, parameters={"density": 1.5}), ["parameters.density: density is 1.5; it must be > 0 and <= 1."]),
         (
             gta("della", A, B, parameters={"density": 0.9}),
-            ["method: density ± epsilon is 0.9 ± 0.15; both ends must lie in (0, 1]."],
+            ["method: density ± epsilon is 0.9 ± 0.15; both ends must be in (0, 1]."],
         ),
         (gta("ties", A, B, parameters={"lambda": "x"}), ["parameters.lambda: scale is 'x'; it must be a number, or 'auto'."]),
         (gta("ties", A, B, parameters={"normalize": 1}), ["parameters.normalize: normalize is 1; it must be true or false."]),
@@ -957,7 +957,7 @@ def test_mergekit_recipes(config, expected):
         (gta("ties", A, B, dtype="int8"), ["dtype: dtype is 'int8'; it must be 'float32', 'bfloat16' or 'float16'."]),
         (
             gta("ties", A, model("org/other+./b", weight=1)),
-            ["models: the adapters stand on 2 base models, 'org/base' and 'org/other'; plait needs one."],
+            ["models: the adapters are of 2 base models, 'org/base' and 'org/other'; plait needs one."],
         ),
         (
             gta("ties", A, model("org/base+./b+./c", weight=1)),
@@ -973,7 +973,7 @@ def test_mergekit_recipes(config, expected):
         ),
         (
             {"merge_method": "linear", "models": [model("./a", weight=1), model("./b", weight=-1)]},
-            ["models: the weights sum to 0 and cannot be normalised."],
+            ["models: the weights sum to 0 and cannot be normalized."],
         ),
         ({"merge_method": "linear", "models": [model("./a/../../../x y/@", weight=1), model("nowhere", weight=1)]}, None),
     ],
@@ -1006,7 +1006,7 @@ X, Y = model("/x", weight=1), model("/y", weight=1)
         (
             gta("dare_ties", X, Y, parameters={"density": 0.5, "rescale": False}),
             [
-                "rescale: false is said by a scale that is multiplied by density.",
+                "rescale: false is expressed by a scale that is multiplied by density.",
                 f"{KEYED} survivors to the tensor's L1 norm, where plait divides them by density.",
             ],
         ),

@@ -315,7 +315,7 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
         ),
         (
             "method: {name: della, density: 0.99}",
-            ["recipe:4: method: density ± epsilon is 0.99 ± 0.07; both ends must lie in (0, 1]."],
+            ["recipe:4: method: density ± epsilon is 0.99 ± 0.07; both ends must be in (0, 1]."],
         ),
         ("seed: -1", ["recipe:4: seed: seed is -1; it must be >= 0 and < 9223372036854775808."]),
         ("seed: 1.5", ["recipe:4: seed: seed is 1.5; it must be a whole number."]),
@@ -327,7 +327,7 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
         ("output: {rank: [1]}", ["recipe:4: output.rank: rank is [1]; it must be a whole number or text."]),
         (
             "output: {rank: 0}",
-            ["recipe:4: output.rank: 0 is no rank: give 'auto', a number from 1, or 'energy:SHARE' with a share in (0, 1]."],
+            ["recipe:4: output.rank: 0 is not a rank: give 'auto', a number from 1, or 'energy:SHARE' with a share in (0, 1]."],
         ),
         (
             "output: 3",
@@ -349,17 +349,17 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
             [
                 "recipe:7: weights.layers.3: layers.3 is 'x'; it must be a number or a mapping.",
                 "recipe:8: weights.layers.4.a: a is 'q'; it must be a number.",
-                "recipe:9: weights.layers.5.aa: 'aa' is no adapter of this recipe; there are a, b. Did you mean 'a'?",
+                "recipe:9: weights.layers.5.aa: 'aa' is not an adapter of this recipe; there are a, b. Did you mean 'a'?",
                 "recipe:10: weights.layers.6.a: a is true; it must be a number.",
             ],
         ),
         (
             "weights: {policy: per_adapter, adapters: {c: 1}}",
-            ["recipe:4: weights.adapters.c: 'c' is no adapter of this recipe; there are a, b."],
+            ["recipe:4: weights.adapters.c: 'c' is not an adapter of this recipe; there are a, b."],
         ),
         (
             "heads: {policy: from, adapter: c}",
-            ["recipe:4: heads.adapter: 'c' is no adapter of this recipe; there are a, b."],
+            ["recipe:4: heads.adapter: 'c' is not an adapter of this recipe; there are a, b."],
         ),
         ("heads: {policy: from}", ["recipe:4: heads: 'adapter' is needed with policy 'from', and only there."]),
         (
@@ -417,16 +417,16 @@ def one_of(names: list[str]) -> str:
         ),
         ("  combine: elct", [f"5: method.combine: combine is 'elct'. Did you mean 'elect'? I{one_of(COMBINES)[1:]}"]),
         ("  combine: norm_match", [
-            f"5: method.combine: combine is 'norm_match'; {one_of(COMBINES)} 'norm_match' stands under 'post'.",
+            f"5: method.combine: combine is 'norm_match'; {one_of(COMBINES)} 'norm_match' is under 'post'.",
         ]),
         (
             "  combine: sum\n  post: [trim]",
-            [f"6: method.post.0: post.0 is 'trim'; {one_of(AFTER)} 'trim' stands under 'pre'."],
+            [f"6: method.post.0: post.0 is 'trim'; {one_of(AFTER)} 'trim' is under 'pre'."],
         ),
         (
             "  combine: ties",
             [f"5: method.combine: combine is 'ties'; {one_of(COMBINES)} 'ties' is a method, not a stage: `plait methods ties` "
-             "prints the stages that it stands for."],
+             "prints the stages that it represents."],
         ),
         ("  combine: {factor: 2}", [f"5: method.combine.name: 'name' is missing. Allowed: {', '.join(COMBINES)}."]),
         ("  combine: sum\n  pst: [truncate]", [
@@ -581,11 +581,11 @@ def test_overrides_are_read(text, path, value):
     ("text", "message"),
     [
         ("method.density", "'method.density' sets nothing: write PATH=VALUE, such as method.density=0.3."),
-        ("=3", "'=3' is no path: it has an empty key."),
-        ("a..b=3", "'a..b=3' is no path: it has an empty key."),
-        ("a.=3", "'a.=3' is no path: it has an empty key."),
-        ('a."b=3', "'a.\"b=3' is no path: the quote at character 3 is not closed."),
-        ('a."b"c=3', "'a.\"b\"c=3' is no path: after a quoted key comes '.' or '=', not 'c'."),
+        ("=3", "'=3' is not a path: it has an empty key."),
+        ("a..b=3", "'a..b=3' is not a path: it has an empty key."),
+        ("a.=3", "'a.=3' is not a path: it has an empty key."),
+        ('a."b=3', "'a.\"b=3' is not a path: the quote at character 3 is not closed."),
+        ('a."b"c=3', "'a.\"b\"c=3' is not a path: after a quoted key comes '.' or '=', not 'c'."),
         ("a=[1", "a=[1:1: this is not YAML: while parsing a flow sequence expected ',' or ']', but got '<stream end>'. Put"),
         ("a=*.q", "a=*.q:1: this is not YAML: while scanning an alias expected alphabetic or numeric character"),
         ("a={b: 1, b: 2}", "a={b: 1, b: 2}: b: 'b' is given twice, in line 1; keep one."),
@@ -663,7 +663,7 @@ def test_what_was_set_is_there_and_the_rest_is_as_before(data, keys, value):
 
 
 def _is_blocked(data, keys):
-    """Say whether a value that is no mapping stands in the way; `method: TEXT` is short for a mapping."""
+    """Return whether a value that is no mapping stands in the way; `method: TEXT` is short for a mapping."""
     for depth, key in enumerate(keys[:-1]):
         data = data.get(key)
         if data is None:

@@ -132,7 +132,7 @@ def test_the_plan_shows_every_modules_weights(tmp_path) -> None:
     ],
 )
 def test_adapters_that_are_not_there_are_refused(weights) -> None:
-    with pytest.raises(ValueError, match="'c' is no adapter of this recipe; there are a, b"):
+    with pytest.raises(ValueError, match="'c' is not an adapter of this recipe; there are a, b"):
         made(weights)
 
 
@@ -233,8 +233,11 @@ def test_a_curve_over_nothing_is_told(weights, modules, text) -> None:
         ({"policy": "schedule", "points": [1.0]}, "weights.points"),
         ({"policy": "schedule", "points": [1.0, 2.0], "first": 0.5}, "curve by themselves; take first out, or the points"),
         ({"policy": "schedule", "curve": "sine"}, "weights.curve: curve is 'sine'; it must be 'linear' or 'cosine'"),
-        ({"policy": "schedule", "first": {"c": 1.0}}, "weights.first.c: 'c' is no adapter of this recipe; there are a, b"),
-        ({"policy": "schedule", "points": {"c": [1, 2]}}, "weights.points.c: 'c' is no adapter of this recipe; there are a, b"),
+        ({"policy": "schedule", "first": {"c": 1.0}}, "weights.first.c: 'c' is not an adapter of this recipe; there are a, b"),
+        (
+            {"policy": "schedule", "points": {"c": [1, 2]}},
+            "weights.points.c: 'c' is not an adapter of this recipe; there are a, b",
+        ),
         (
             {"policy": "schedule", "frist": 1.0},
             "allowed: policy, curve, first, last, points, default, layers. Did you mean 'first'?",

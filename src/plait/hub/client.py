@@ -1,6 +1,6 @@
 """What failures of `huggingface_hub` mean to a user.
 
-Knows nothing of adapters; whether a failure is an `AddressError` or an `OutputError` is the caller's to say.
+Knows nothing of adapters; whether a failure is an `AddressError` or an `OutputError` is the caller's decision.
 `huggingface_hub` is imported inside functions, because it costs more than the rest of this package together.
 """
 
@@ -83,6 +83,6 @@ def _by_shape(cause: BaseException, *, cached: bool) -> str:
 
 
 def _words(error: BaseException) -> str:
-    said = words_of(error)
-    text = " ".join(str(said or error).split())[:300]
-    return text if said else f"{type(error).__name__}: {text}".removesuffix(": ")
+    words = words_of(error)
+    text = " ".join(str(words or error).split())[:300]
+    return text if words else f"{type(error).__name__}: {text}".removesuffix(": ")

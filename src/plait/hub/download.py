@@ -1,4 +1,4 @@
-"""Find the folder that a reference leads to, and fetch it from the Hub where it lies there.
+"""Find the folder that a reference leads to, and fetch it where it is on the Hub.
 
 Of an adapter only its own few files are fetched, never the weights of a base model. Everything goes through
 `huggingface_hub`, so its cache and HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN mean what they mean elsewhere. Knows
@@ -23,7 +23,7 @@ from plait.records import Record
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-#: What may lie beside an adapter and is wanted next to the merge: the card, the tokenizer and the chat template.
+#: What may be next to an adapter and is wanted next to the merge: the card, the tokenizer and the chat template.
 BESIDE = (
     "README.md",
     "added_tokens.json",
@@ -44,7 +44,7 @@ MODEL_FILES = ("*.safetensors", "*.json")
 _SAFETENSORS = MODEL_FILES[0]
 #: What is fetched in place of safetensors where a model has none.
 PICKLED_MODEL = "pytorch_model*.bin"
-#: What a whole model needs beside its weights and its json files; `resolve_model(files=...)` takes both together.
+#: What a whole model needs next to its weights and its json files; `resolve_model(files=...)` takes both together.
 COMPANION_FILES = ("*.jinja", "*.model", "*.txt", "LICENSE*", "README.md")
 _SHOWN = 12
 
@@ -56,7 +56,7 @@ class Located(Record):
         folder: absolute; for the Hub inside the snapshot of `commit` in the cache.
         repo: `org/repo`, or None for a local folder.
         revision: as it was asked for, or None.
-        commit: the 40 hexadecimal digits that `revision` stood for, or None for a local folder.
+        commit: the 40 hexadecimal digits that `revision` resolved to, or None for a local folder.
         subfolder: as it was asked for, or None.
     """
 
@@ -71,7 +71,7 @@ def resolve(reference: Reference, *, base: Path | None = None, progress: bool = 
     """Return the folder of an adapter, fetched from the Hub when the reference leads there.
 
     A local folder is only checked to be one; what it holds is for the reader of adapters to judge. When the Hub does
-    not answer, an adapter that lies in the cache is taken from there.
+    not answer, an adapter that is in the cache is taken from there.
 
     Args:
         reference: from `parse_reference`.
@@ -97,7 +97,7 @@ def resolve(reference: Reference, *, base: Path | None = None, progress: bool = 
         weights = [name for name in (WEIGHTS, PICKLED) if prefix + name in names][:1]
         if not weights:
             raise AddressError(
-                f"{reference.address!r} has {CONFIG}, but neither {WEIGHTS} nor {PICKLED} beside it. It holds: "
+                f"{reference.address!r} has {CONFIG}, but neither {WEIGHTS} nor {PICKLED} next to it. It holds: "
                 f"{_listed(names)}."
             )
         wanted = [prefix + name for name in (CONFIG, *weights, *BESIDE) if prefix + name in names]
@@ -218,7 +218,7 @@ def _fetch(reference: Reference, commit: str, names: list[str], *, base: Path | 
     patterns = [glob.escape(name) for name in names]
     try:
         with bars(shown=progress):
-            # By the revision as it was asked for: only so does the cache learn what it stands for, to know it offline.
+            # By the revision as it was asked for: only so does the cache record what it resolves to, for use offline.
             snapshot = Path(snapshot_download(reference.repo or "", revision=reference.revision, allow_patterns=patterns))
             if snapshot.name != commit:  # the branch has moved since it was asked about
                 snapshot = Path(snapshot_download(reference.repo or "", revision=commit, allow_patterns=patterns))
@@ -252,7 +252,7 @@ def _cached(reference: Reference, patterns: list[str]) -> Path | None:
         return Path(
             snapshot_download(reference.repo or "", revision=reference.revision, allow_patterns=patterns, local_files_only=True)
         )
-    except Exception:  # what has to be said is why the Hub could not be asked
+    except Exception:  # what has to be reported is why the Hub could not be asked
         return None
 
 

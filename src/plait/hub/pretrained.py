@@ -36,9 +36,9 @@ def load_tokenizer(
 
     Args:
         place: a folder, or a repository on the Hub.
-        trust_remote_code: run code that lies beside its files.
+        trust_remote_code: run code that is next to its files.
         revision: of a repository.
-        folder: where the files of a repository lie on this machine.
+        folder: where the files of a repository are on this machine.
         error: what a refusal raises.
 
     Raises:
@@ -92,8 +92,8 @@ def load_model(
     Args:
         kind: the class, a model's or an Auto class.
         place: a folder, or a repository on the Hub.
-        trust_remote_code: run code that lies beside the weights.
-        folder: where the files of a repository lie on this machine.
+        trust_remote_code: run code that is next to the weights.
+        folder: where the files of a repository are on this machine.
         error: what a refusal raises.
         **keywords: of its `from_pretrained`.
 
@@ -116,7 +116,7 @@ def refusing(
         place: whose files are read.
         what: does not happen, such as `the tokenizer cannot be loaded`.
         error: what is raised.
-        folder: where the files lie; `place` when None.
+        folder: where the files are; `place` when None.
         files: that are read, for the message where none of them is known to be at fault.
 
     Raises:
@@ -126,7 +126,7 @@ def refusing(
         yield
     except (PlaitError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as found:  # tokenizers' panics are no kinds of Exception
+    except BaseException as found:  # tokenizers' panics are not kinds of Exception
         home = Path(place if folder is None else folder)
         why = _foreign_code(str(found)) or _damage(home, found) or f"{_words(found)}{_among(home, files)}"
         raise error(f"{place}: {what}: {why.rstrip('.')}.") from found

@@ -3,7 +3,7 @@
     [name=]PATH                              ./adapters/code    ~/runs/7/final    code=/data/code
     [name=]org/repo[@revision][/subfolder]   code=org/repo@v2/checkpoint-2874
 
-Knows nothing of networks, caches or what an adapter holds: it looks at the disk only to tell a folder from a
+Knows nothing of networks, caches or what an adapter holds: it looks at the disk only to distinguish a folder from a
 repository.
 """
 
@@ -29,7 +29,7 @@ _HUB = re.compile(
 )
 _BARE = re.compile(r"(?P<repo>[^/@]+)(?:@(?P<revision>[^/]*))?")
 _WEB = re.compile(r"https?://[^/]+/(?P<repo>[^/]+/[^/]+)(?:/tree/(?P<revision>[^/]+)(?:/(?P<sub>.+?))?)?/?")
-# Folder names that trainers give to every run, so that they say nothing about the adapter.
+# Folder names that trainers give to every run, so that they do not identify the adapter.
 _GENERIC = re.compile(
     r"(?:lora[-_])?(?:adapters?|checkpoints?|final|best|last|latest|outputs?|model|lora)"
     r"(?:[-_](?:adapter|checkpoint|model|weights))?|(?:checkpoint|epoch|step)[-_]?[0-9]+",
@@ -39,7 +39,7 @@ FORMS = "[name=]PATH (a folder, as ./a, /a, ~/a) or [name=]org/repo[@revision][/
 
 
 class Reference(Record):
-    """Where an adapter lies: either `path` or `repo` is set, never both.
+    """Where an adapter is: either `path` or `repo` is set, never both.
 
     Attributes:
         name: what the user calls the adapter, or None.
@@ -97,7 +97,7 @@ class Reference(Record):
     def default_name(self, base: Path | None = None) -> str:
         """Return the user's name for the adapter, or one made from the last telling parts of its address.
 
-        A last part that says nothing (`checkpoint-123`, `final`, `adapter`, …) keeps the part before it:
+        A last part that identifies nothing (`checkpoint-123`, `final`, `adapter`, …) keeps the part before it:
         `org/repo/checkpoint-123` is `repo-checkpoint-123`.
 
         Args:
@@ -123,7 +123,7 @@ class Reference(Record):
 def parse_reference(text: str, *, base: Path | None = None, allow_bare: bool = False) -> Reference:
     """Read `[name=]PATH` or `[name=]org/repo[@revision][/subfolder]`.
 
-    The name is what stands before the first `=`, when it can be a name. The rest is a path when it starts with `.`,
+    The name is the text before the first `=`, when it can be a name. The rest is a path when it starts with `.`,
     `/` or `~`, or when it exists on disk; anything else must be a place on the Hub. A folder `org/repo` therefore
     hides the repository of that name; `org/repo@main` still reaches it.
 
@@ -148,7 +148,7 @@ def parse_reference(text: str, *, base: Path | None = None, allow_bare: bool = F
         raise AddressError(_neither(text, address, base))
     repo, revision, subfolder = match["repo"], match["revision"], match.groupdict().get("sub")
     problems = _problems(repo, revision, subfolder)
-    if "=" in repo:  # what stands before it was meant as a name, so that no word on the repository would help
+    if "=" in repo:  # the text before it was meant as a name, so that an explanation of the repository would not help
         problems = [name_problem(head)]
     start = f"{text!r}: " if len(problems) == 1 else ""
     collect(AddressError, [f"{start}{problem}." for problem in problems], f"{text!r} is not a reference")

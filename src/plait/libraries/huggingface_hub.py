@@ -15,10 +15,10 @@ _TOLERANCE = 1.0  # seconds between the last write and the note of it, as huggin
 
 
 def fetched_sha256(path: Path) -> str | None:
-    """Return the sha256 that a large file was fetched under; None where nobody noted it, or the file changed since.
+    """Return the sha256 that a large file was fetched under; None where it was not noted, or the file changed since.
 
     The cache names its files by their hash. `hf download --local-dir` notes hash and time in `.cache/huggingface/download/`
-    beside the file, and the note counts while the file is not younger than it.
+    next to the file, and the note counts while the file is not younger than it.
 
     Args:
         path: of the file; links are followed.
@@ -73,5 +73,5 @@ def is_of_transport(error: BaseException) -> bool:
 
 def words_of(error: BaseException) -> str | None:
     """Return the Hub's own words on a failure, where they came through."""
-    said = getattr(error, "server_message", None)
-    return str(said) if said else None
+    message = getattr(error, "server_message", None)
+    return str(message) if message else None

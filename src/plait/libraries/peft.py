@@ -29,6 +29,6 @@ def reads_past_adapters(model_type: object, layer: str) -> bool:
 
 
 def scalings(module: Any) -> dict[str, float] | None:
-    """Return the scalings of a LoRA layer, adapter → s in s · B A, to be changed in place; None where it is no LoRA layer."""
+    """Return the scalings of a LoRA layer, adapter → s in s · B A, to be changed in place; None for any other layer."""
     found = getattr(module, "scaling", None)
     return found if isinstance(found, dict) else None

@@ -125,7 +125,7 @@ def attention_window(model: Any) -> int | None:
 
 
 def counts_by_place(model: Any) -> bool:
-    """Whether a model takes the distance of two tokens from where they lie in its memory, padding included.
+    """Whether a model takes the distance of two tokens from where they are in its memory, padding included.
 
     So do models that cannot be given positions (MPT's ALiBi, models of an encoder-decoder's decoder) and local attention
     (GPT-Neo).
@@ -145,7 +145,7 @@ def reserved_positions(model: Any) -> int:
 def quiet_loading() -> Iterator[None]:
     """Keep transformers and PEFT from drawing bars and warning while they load a model inside the block.
 
-    What plait says would drown in them.
+    They would hide plait's own messages.
     """
     logging = import_module("transformers.utils.logging")
     shown = logging.is_progress_bar_enabled()
@@ -173,7 +173,7 @@ def silence() -> Iterator[None]:
 
 
 def task_of(config: Mapping[str, Any]) -> str | None:
-    """Return PEFT's task type for a model, as the name of its class ends; None where it tells nothing.
+    """Return PEFT's task type for a model, as the name of its class ends; None where it is not known.
 
     Args:
         config: its `config.json`.
@@ -213,7 +213,7 @@ def tied_parameters(model: Any) -> dict[str, str]:
     named = getattr(model, "all_tied_weights_keys", None)
     if named is not None:
         return dict(named)
-    model.tie_weights()  # before version 5 only the objects say it
+    model.tie_weights()  # before version 5 only the objects know it
     first: dict[int, str] = {}
     owners = {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
     return {name: owner for name, owner in owners.items() if name != owner}

@@ -72,7 +72,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def trusts_code(config: Any, model: Mapping[str, Any]) -> bool:
-    """Return whether code beside the weights may be run; releases have it in `SFTConfig` or in `ModelConfig`.
+    """Return whether code next to the weights may be run; releases have it in `SFTConfig` or in `ModelConfig`.
 
     Args:
         config: an `SFTConfig`.

@@ -28,7 +28,7 @@ def elect_sign(x: Tensor, vote: Vote) -> Tensor:
 
 
 def agreement(voters: Tensor, sign: Tensor) -> Tensor:
-    """Return 1 for voters (T, p, q) that agree with the elected sign (p, q), else 0; a zero agrees with nobody."""
+    """Return 1 for voters (T, p, q) that agree with the elected sign (p, q), else 0; a zero never agrees."""
     return (voters * sign).clamp_min_(0).sign_()
 
 
@@ -42,7 +42,7 @@ def merge_agreeing(x: Tensor, agrees: Tensor, weights: Tensor, divisor: Divisor)
         divisor: `count` of the agreeing adapters, their summed `weight`, or `none`. Weights that cancel do not divide.
 
     Returns:
-        (p, q); 0 where nobody agrees.
+        (p, q); 0 where none agrees.
     """
     masks = agrees.to(x.dtype)
     total = torch.zeros_like(x[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 # The largest mean of 1/σ² over the singular values of a matrix with columns of norm 1, by the dtype of its Gram matrix. One σ
 # may hold all of it, and the round-off of its direction grows with 1/σ²: float32 has no digits to spare.
 _WELL_CONDITIONED = {torch.float32: 1.5, torch.float64: 4.0}
-_RESOLVED = 1e-3  # singular values above this share of the largest are told from their squares with digits to spare
+_RESOLVED = 1e-3  # singular values above this share of the largest are found from their squares with digits to spare
 
 
 class ThinSVD(NamedTuple):

@@ -22,10 +22,10 @@ Bits = NDArray[np.unsignedinteger[Any]]
 class MagnitudeSelect:
     """The k-th largest |x|, for several k and several rows at once, by radix selection on IEEE bit patterns.
 
-    Non-negative floats sort like the integers their bits spell. The first pass is a sample, whose leading 16 bits tell about
-    where an answer lies. The second counts the patterns around there one by one (float64: the next 16 of their bits), and how
+    Non-negative floats sort like the integers their bits spell. The first pass is a sample, whose leading 16 bits show about
+    where an answer is. The second counts the patterns around there one by one (float64: the next 16 of their bits), and how
     many entries are above. That settles float32; float64 takes two passes more, and so does a statistic of which the sample
-    was wrong. Where few entries lie around there, or in all, their patterns are kept instead, and the second pass settles
+    was wrong. Where few entries are around there, or in all, their patterns are kept instead, and the second pass settles
     either. The answer is exact, the memory bounded, and the order of the blocks without influence.
 
     Args:
@@ -84,13 +84,13 @@ class MagnitudeSelect:
 
 
 class _Window:
-    """Counts the bit patterns [low, low + units · 2^shift), in steps of 2^shift, and what lies above.
+    """Counts the bit patterns [low, low + units · 2^shift), in steps of 2^shift, and what is above.
 
     Args:
         dtype: of the patterns.
         low: the first pattern.
         units: how many steps.
-        shift: bits that are not told apart.
+        shift: bits that are not distinguished.
     """
 
     def __init__(self, dtype: type[np.unsignedinteger[Any]], low: int, units: int, shift: int) -> None:
@@ -103,7 +103,7 @@ class _Window:
 
     @staticmethod
     def of_all(dtype: type[np.unsignedinteger[Any]]) -> _Window:
-        """Return the window in which every magnitude lies, by leading digits."""
+        """Return the window in which every magnitude is, by leading digits."""
         return _Window(dtype, 0, 1 << (_DIGIT - 1), 8 * np.dtype(dtype).itemsize - _DIGIT)  # the sign bit is 0
 
     def count(self, bits: Bits) -> None:
@@ -120,7 +120,7 @@ class _Window:
                 self._add_up()
 
     def around(self, rank: int) -> _Window:
-        """Return a finer window around where the rank-th largest entry of a sample lies."""
+        """Return a finer window around where the rank-th largest entry of a sample is."""
         found = self._find(max(1, rank))
         few = self._counts is None and self._held * _STRIDE < self._units  # so that all can be kept in the next pass
         if found is None or few:
@@ -142,7 +142,7 @@ class _Window:
         return None, float(bits.view(f"f{bits.itemsize}"))
 
     def _find(self, rank: int) -> tuple[int, int] | None:
-        """Return where above `low` the rank-th largest entry lies, and how many of the last bits of that are not known yet.
+        """Return where above `low` the rank-th largest entry is, and how many of the last bits of that are not known yet.
 
         None when it is not in this window.
         """

@@ -2,7 +2,7 @@
 
     min_M  Σₜ tr (M − Xₜ) Gₜ (M − Xₜ)ᵀ + ρ ‖M − X̄‖²_F     ⇒     M (Σ Gₜ + ρI) = Σ Xₜ Gₜ + ρ X̄,     X̄ = (1/T) Σ Xₜ
 
-The Bₜ stand on the left of both sides and are never looked at: only their rows change, so that the rank stays Σ rₜ.
+The Bₜ are on the left of both sides and are never looked at: only their rows change, so that the rank stays Σ rₜ.
 
 Where the Gram matrices come as few rows, Σ Gₜ = diag(e) + YᵀY with Y (k, n), k < n, no n × n matrix is made: with
 D = diag(e) + ρI,

@@ -1,4 +1,4 @@
-"""How fast the processor multiplies matrices of one dtype beside those of another: measured, since flags do not tell."""
+"""How fast the processor multiplies matrices of one dtype compared with another: measured, since flags do not show it."""
 
 from __future__ import annotations
 

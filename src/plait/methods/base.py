@@ -1,6 +1,6 @@
 """What a merge method is, and the registry of all of them.
 
-A method is a name, parameters with defaults, and the `Pipeline` that they stand for. There are three ways to write one:
+A method is a name, parameters with defaults, and the `Pipeline` that they represent. There are three ways to write one:
 
 - a `Preset` spells its pipeline with public stages;
 - an `ElementwiseMethod` is one function on a block of coordinates, entry by entry, in any space that offers coordinates;
@@ -93,7 +93,7 @@ class Method(ABC):
 
     @abstractmethod
     def pipeline(self, params: Any) -> Pipeline:
-        """Return the stages that it stands for with these parameters."""
+        """Return the stages that it represents with these parameters."""
 
     @cached_property
     def spec(self) -> type[Record]:
@@ -125,7 +125,7 @@ class Preset(Method):
         return self.combines
 
     def pipeline(self, params: Any) -> Pipeline:
-        """Return the stages that it stands for with these parameters."""
+        """Return the stages that it represents with these parameters."""
         return self.stages(params)
 
 

@@ -74,7 +74,7 @@ register(
             "`reading: code` is what the authors' `pcb-merging.py` does: products instead of softmaxes, 0.01 % of outliers "
             "clamped at both ends; without its tanh, which changes nothing on entries below 0.03 and would make the result "
             "depend on their unit. (Their scripts for vision clamp 1 %, take products of normed entries, and keep .05.) "
-            "Entries that are zero, or of negative β, have no say. In the paper's reading β̂ = β / max β, which is its norm "
+            "Entries that are zero, or of negative β, do not count. In the paper's reading β̂ = β / max β, which is its norm "
             "wherever an entry is dropped. λ is `scale` (theirs is 1.2) or the weights; `density` is their code's."
         ),
         stages=lambda params: Pipeline(Compete.of(params)),

@@ -51,7 +51,7 @@ register(
         params=MultiSlerpFields,
         source=Source("mergekit, multislerp", _MERGEKIT),
         deviation=(
-            "mergekit goes on to the tangent space at m, where the weighted sum of the unit deltas is zero by construction: "
+            "mergekit continues to the tangent space at m, where the weighted sum of the unit deltas is zero by construction: "
             "this is all of it. A negative weight turns its delta round. Unit deltas that cancel give the weighted mean "
             "(there an error)."
         ),
@@ -120,7 +120,7 @@ register(
         equation="ΔW = mean ‖wₜ ΔWₜ‖ · m / ‖m‖,  m = Σ wₜ ΔWₜ",
         params=NormMatchFields,
         source=Source("the norm rule of Pico (2026), on task arithmetic", "https://arxiv.org/abs/2604.16826"),
-        deviation="Adapters without the module have no say in the norm.",
+        deviation="Adapters without the module do not count toward the norm.",
         spaces=_SPACES,
         combines="deltas",
         stages=lambda params: Pipeline(Sum(), post=(NormMatch.of(params),)),

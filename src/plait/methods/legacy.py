@@ -19,7 +19,7 @@ from plait.stages.pipeline import Pipeline
 from plait.stages.sparsify import Drop
 from plait.stages.sums import Mean, Sum
 
-_SOURCE = Source("the LoRA merging framework whose names plait continues")
+_SOURCE = Source("an earlier LoRA merging framework, whose method names plait keeps")
 
 
 UNIFORM = Preset(
@@ -28,7 +28,7 @@ UNIFORM = Preset(
     equation="ΔW = (1/T) Σ wₜ ΔWₜ",
     params=NoParams,
     source=_SOURCE,
-    deviation="It averaged A and B apart under the first adapter's scaling; the mean of the deltas is what it stood for.",
+    deviation="It averaged A and B apart under the first adapter's scaling; the mean of the deltas is what was meant.",
     min_adapters=2,
     combines="linear",
     stages=lambda params: Pipeline(Mean()),
@@ -84,7 +84,7 @@ register(replace(WEIGHTED, name="weighted_delta", deviation="", spaces=("delta",
 
 
 class CoefficientParams(MethodParams):
-    """Parameters of `weighted_delta_n`. Coefficients stand in the order of the adapters."""
+    """Parameters of `weighted_delta_n`. Coefficients are in the order of the adapters."""
 
     task_coefficients: Annotated[tuple[float, ...] | None, Field(description="One per adapter; 1/T each when not given.")] = (
         None
@@ -117,9 +117,9 @@ class CoefficientParams(MethodParams):
             if not all(torch.tensor(row, dtype=torch.float64).isfinite()):
                 raise ValueError(f"coefficients {list(row)} must be finite")
             if not self.allow_unbounded_coefficients and not all(low <= c <= high for c in row):
-                raise ValueError(f"coefficients {list(row)} must lie in [{low:g}, {high:g}]; see allow_negative_coefficients")
+                raise ValueError(f"coefficients {list(row)} must be in [{low:g}, {high:g}]; see allow_negative_coefficients")
             if self.normalize_coefficients and sum(row) <= 0:
-                raise ValueError(f"coefficients {list(row)} sum to {sum(row):g} and cannot be normalised")
+                raise ValueError(f"coefficients {list(row)} sum to {sum(row):g} and cannot be normalized")
         return self
 
     def rows(self) -> list[tuple[float, ...]]:
@@ -154,7 +154,7 @@ register(
     LinearMethod(
         name="weighted_delta_n",
         summary="Coefficients per adapter, and per layer where given.",
-        equation="ΔW = Σ cₜ(layer) wₜ ΔWₜ,  c normalised to sum 1 unless told otherwise",
+        equation="ΔW = Σ cₜ(layer) wₜ ΔWₜ,  c normalized to sum 1 unless asked otherwise",
         params=CoefficientParams,
         source=_SOURCE,
         min_adapters=2,

@@ -33,7 +33,7 @@ register(
         name="magnitude_prune_svd",
         summary="PEFT's `magnitude_prune_svd`: on the dense deltas, truncated to the largest source rank.",
         source=Source("PEFT add_weighted_adapter(combination_type='magnitude_prune_svd')"),
-        deviation="Randomised truncation by row blocks instead of a dense SVD; √S on both factors.",
+        deviation="Randomized truncation by row blocks instead of a dense SVD; √S on both factors.",
         spaces=("delta",),
         auto_rank="largest",
     )

@@ -68,7 +68,7 @@ def _named(value: Any) -> Any:
 
 
 def _one_of(*kinds: type[Stage]) -> Any:
-    """Return the shape of a stage in a recipe: one of some kinds, told apart by `name`."""
+    """Return the shape of a stage in a recipe: one of some kinds, distinguished by `name`."""
     return Annotated[Union[tuple(stages_of(*kinds).values())], Field(discriminator="name")]  # noqa: UP007 (built at run time)
 
 

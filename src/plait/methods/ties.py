@@ -25,7 +25,7 @@ class _Flavored(MethodParams):
     ] = None
 
 
-class TiesParams(ElectFields, TrimFields, _Flavored):  # fields stand in the order of the last base first
+class TiesParams(ElectFields, TrimFields, _Flavored):  # fields are in the order of the last base first
     """Parameters of `ties`."""
 
     @model_validator(mode="before")
@@ -92,7 +92,7 @@ register(
         summary="PEFT's `ties_svd`: TIES on the dense deltas with PEFT's readings, truncated to the largest source rank.",
         params=TiesSvdParams,
         source=Source("PEFT add_weighted_adapter(combination_type='ties_svd')"),
-        deviation="Randomised truncation by row blocks instead of a dense SVD; √S on both factors.",
+        deviation="Randomized truncation by row blocks instead of a dense SVD; √S on both factors.",
         spaces=("delta",),
         auto_rank="largest",
     )

@@ -1,4 +1,4 @@
-"""A recipe's file → `Recipe`, whatever form it is written in, with everything that is wrong said at once.
+"""A recipe's file → `Recipe`, whatever form it is written in, with everything that is wrong reported at once.
 
 Knows nothing of adapters: whether a path leads anywhere is found when it is followed.
 """
@@ -170,9 +170,9 @@ def _name_adapters(data: dict[str, Plain], folder: Path | None) -> tuple[dict[st
 
 
 def _unsaid(problems: list[Problem], known: list[Problem]) -> list[Problem]:
-    """Drop what the check says again of adapters whose path is known to be wrong."""
-    said: set[KeyPath] = {p.path[:2] for p in known if p.path[:1] == ("adapters",)}
-    return [p for p in problems if not (len(p.path) == 2 and p.path in said)]
+    """Drop what the check repeats about adapters whose path is known to be wrong."""
+    reported: set[KeyPath] = {p.path[:2] for p in known if p.path[:1] == ("adapters",)}
+    return [p for p in problems if not (len(p.path) == 2 and p.path in reported)]
 
 
 def _plain(value: Plain) -> Plain:

@@ -16,7 +16,7 @@ from plait.recipes.paths import KeyPath, Plain, item, read_path, show_path, spli
 from plait.recipes.problems import Origins, Problem, show
 
 Overrides: TypeAlias = Mapping[str, Plain] | Sequence[tuple[str, Plain]]
-#: What a text stands for where a mapping is wanted: `method: ties`, `transforms: [identity]`, `adapters: [./code]`.
+#: What a text represents where a mapping is wanted: `method: ties`, `transforms: [identity]`, `adapters: [./code]`.
 _SHORT_FOR = {"method": "name", "transforms": "name", "adapters": "path"}
 
 
@@ -94,7 +94,7 @@ def _set(data: dict[str, Plain], keys: tuple[str, ...], value: Plain) -> KeyPath
 
 
 def _opened(value: Plain, path: KeyPath) -> Plain:
-    """Return what stands at a path as something that can be stepped into."""
+    """Return what is at a path as something that can be stepped into."""
     if value is None:
         return {}
     if isinstance(value, (dict, list)):

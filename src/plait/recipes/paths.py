@@ -30,7 +30,7 @@ def read_path(text: str) -> tuple[str, ...]:
     """
     keys, rest = split_assignment(text)
     if rest is not None:
-        raise RecipeError(f"{text!r} is no path: a key that holds '=' needs double quotes.")
+        raise RecipeError(f"{text!r} is not a path: a key that holds '=' needs double quotes.")
     return keys
 
 
@@ -72,15 +72,15 @@ def _read_key(text: str, start: int) -> tuple[str, int]:
         try:
             key, end = _QUOTED.raw_decode(text, start)
         except json.JSONDecodeError:
-            raise RecipeError(f"{text!r} is no path: the quote at character {start + 1} is not closed.") from None
+            raise RecipeError(f"{text!r} is not a path: the quote at character {start + 1} is not closed.") from None
         if end < len(text) and text[end] not in ".=":
-            raise RecipeError(f"{text!r} is no path: after a quoted key comes '.' or '=', not {text[end]!r}.")
+            raise RecipeError(f"{text!r} is not a path: after a quoted key comes '.' or '=', not {text[end]!r}.")
         return key, end
     end = min((at for at in (text.find(".", start), text.find("=", start)) if at >= 0), default=len(text))
     key = text[start:end].strip()
     if not key:
         raise RecipeError(
-            f"{text!r} is no path: it has an empty key. Write keys with dots between them, such as 'method.density'; "
+            f"{text!r} is not a path: it has an empty key. Write keys with dots between them, such as 'method.density'; "
             'a key that holds a dot needs double quotes, such as weights.modules."*.q_proj".'
         )
     return key, end

@@ -89,7 +89,7 @@ class Origins:
         return path
 
     def _is_overridden(self, path: KeyPath) -> bool:
-        """Say whether a path was set, or made on the way to one that was set."""
+        """Return whether a path was set, or made on the way to one that was set."""
         made = self.lines.keys().isdisjoint({path, self._as_written(path)})
         return any(path[: len(o)] == o or (made and path and o[: len(path)] == path) for o in self.overridden)
 

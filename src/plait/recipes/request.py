@@ -1,6 +1,6 @@
-"""What a command line or a Python call asks for, as a recipe: both say the same settings, and so make the same bytes.
+"""What a command line or a Python call asks for, as a recipe: both give the same settings, and so make the same bytes.
 
-Knows which short settings stand for which keys of a recipe; checks nothing itself.
+Knows which short settings represent which keys of a recipe; checks nothing itself.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def base_from_here(text: str) -> str:
     """Return a base model's reference for a recipe with a folder of its own: a local path is made absolute."""
     try:
         return _from_here(text, allow_bare=True)
-    except AddressError:  # told where it is followed; most merges need no more than a name
+    except AddressError:  # reported where it is followed; most merges need no more than a name
         return text
 
 
@@ -116,7 +116,7 @@ def _entries(adapters: Adapters) -> list[dict[str, Any]]:
 
 
 def _from_here(text: str, *, allow_bare: bool = False) -> str:
-    """Make a local path absolute: beside a recipe, relative paths would start at the recipe's folder."""
+    """Make a local path absolute: next to a recipe, relative paths would start at the recipe's folder."""
     reference = parse_reference(text, allow_bare=allow_bare)
     if reference.path is None:
         return text
@@ -149,17 +149,19 @@ def _with_moments(recipe: Recipe, given: Any, *, absolute: bool = False) -> Reci
     Args:
         recipe: what is asked for.
         given: folder or files; None for those that the recipe has.
-        absolute: beside a recipe's file relative paths would start at its folder.
+        absolute: next to a recipe's file relative paths would start at its folder.
     """
     if given is None:
         return recipe
     if not isinstance(given, (str, Path, Mapping)):
-        raise RecipeError(f"moments: {given!r} is no folder and no mapping of names to files; a recipe holds nothing else.")
+        raise RecipeError(
+            f"moments: {given!r} is neither a folder nor a mapping of names to files; a recipe holds nothing else."
+        )
     names = [entry.name for entry in recipe.adapters]
     files = dict(given) if isinstance(given, Mapping) else {name: Path(given) / f"{name}.safetensors" for name in names}
     if unknown := [name for name in files if name not in names]:
         raise RecipeError(
-            f"moments: {', '.join(map(repr, unknown))} is no adapter of this merge; there are {', '.join(names)}."
+            f"moments: {', '.join(map(repr, unknown))} is not an adapter of this merge; there are {', '.join(names)}."
         )
     texts = {name: str(Path(file).expanduser().absolute() if absolute else file) for name, file in files.items()}
     entries = (entry.model_copy(update={"moments": texts.get(entry.name, entry.moments)}) for entry in recipe.adapters)
@@ -176,11 +178,11 @@ def _weights(value: Any) -> list[Any] | dict[str, Any] | None:
 
 
 def _checked(weights: list[Any] | dict[str, Any] | None, entries: list[dict[str, Any]]) -> list[Any] | dict[str, Any] | None:
-    """Return weights that suit the adapters given beside them; those of a recipe's file are checked by the recipe."""
+    """Return weights that suit the adapters given next to them; those of a recipe's file are checked by the recipe."""
     if isinstance(weights, dict) and entries:
         unknown = [name for name in weights if name not in {e.get("name") for e in entries}]
         if unknown:
-            raise RecipeError(f"weights: {', '.join(map(repr, unknown))} is no name given to an adapter (name=path).")
+            raise RecipeError(f"weights: {', '.join(map(repr, unknown))} is not a name given to an adapter (name=path).")
     if isinstance(weights, list) and entries and len(weights) != len(entries):
         raise RecipeError(f"weights: {len(weights)} numbers for {len(entries)} adapters; give one for each, in their order.")
     return weights
@@ -203,4 +205,4 @@ def _number(word: str) -> float:
     try:
         return float(word)
     except ValueError:
-        raise RecipeError(f"weights: {word!r} is no number; write 0.7 0.3 or 0.7,0.3.") from None
+        raise RecipeError(f"weights: {word!r} is not a number; write 0.7 0.3 or 0.7,0.3.") from None

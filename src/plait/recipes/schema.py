@@ -38,7 +38,7 @@ else:
 
 
 def named_method(value: Any) -> Any:
-    """Return what stands under `method` with its name where stages are spelled out without one."""
+    """Return what is under `method` with its name where stages are spelled out without one."""
     stages = isinstance(value, Mapping) and "name" not in value and not {"pre", "combine", "post"}.isdisjoint(value)
     return {"name": "pipeline", **value} if stages else value
 
@@ -190,7 +190,7 @@ class Output(Record):
             value = int(value)
         if value == "auto" or (isinstance(value, int) and value >= 1) or (isinstance(value, str) and _is_share(value)):
             return value
-        raise ValueError(f"{value!r} is no rank: give 'auto', a number from 1, or 'energy:SHARE' with a share in (0, 1]")
+        raise ValueError(f"{value!r} is not a rank: give 'auto', a number from 1, or 'energy:SHARE' with a share in (0, 1]")
 
     @model_validator(mode="after")
     def _dense_has_no_rank(self) -> Output:
@@ -205,7 +205,7 @@ class Output(Record):
 
 
 def _is_share(text: str) -> bool:
-    """Say whether a text is `energy:` and a share in (0, 1]."""
+    """Return whether a text is `energy:` and a share in (0, 1]."""
     word, _, number = text.partition(":")
     try:
         return word == "energy" and 0 < float(number) <= 1
@@ -216,7 +216,7 @@ def _is_share(text: str) -> bool:
 class Recipe(Record):
     """Everything a merge depends on.
 
-    Constructing one directly raises pydantic's ValidationError; `load_recipe` and `plait.merge` say the same as a RecipeError,
+    Constructing one directly raises pydantic's ValidationError; `load_recipe` and `plait.merge` raise a RecipeError instead,
     with places and suggestions. Relative paths start at `folder`, which is compared, but never written or dumped.
     """
 
@@ -276,7 +276,7 @@ class Recipe(Record):
             f"two adapters are called {n!r}; give names (name=path)" for n in sorted({n for n in names if names.count(n) > 1})
         ]
         used = set(self._adapter_names_used())
-        problems += [f"{n!r} is no adapter of this recipe; there are {', '.join(names)}" for n in sorted(used - set(names))]
+        problems += [f"{n!r} is not an adapter of this recipe; there are {', '.join(names)}" for n in sorted(used - set(names))]
         return problems
 
     def _adapter_names_used(self) -> list[str]:

@@ -33,7 +33,7 @@ def model_at(path: KeyPath, data: Plain, root: type[BaseModel] = Recipe) -> type
 
 
 def tags_at(path: KeyPath, data: Plain, root: type[BaseModel] = Recipe) -> list[str]:
-    """Return the names that tell the models apart which are allowed at a path; none where there is one model or none."""
+    """Return the names that distinguish the models which are allowed at a path; none where there is one model or none."""
     models = [m for m in _members(_walk(path, data, root)[0]) if _is_model(m) and "name" in m.model_fields]
     return [get_args(m.model_fields["name"].annotation)[0] for m in models] if len(models) > 1 else []
 
@@ -47,12 +47,12 @@ def bounds_at(path: KeyPath, data: Plain, root: type[BaseModel] = Recipe) -> str
 
 
 def spell_number(value: float) -> str:
-    """Write a number without a decimal point that says nothing."""
+    """Write a number without a needless decimal point."""
     return str(int(value)) if value == int(value) else repr(value)
 
 
 def is_number_only(path: KeyPath, data: Plain, root: type[BaseModel] = Recipe) -> bool:
-    """Say whether the schema wants a number at a path and would not take a truth value."""
+    """Return whether the schema wants a number at a path and would not take a truth value."""
     kinds = set(_leaves(_walk(path, data, root)[0]))
     return bool(kinds & {int, float}) and bool not in kinds
 
@@ -96,13 +96,13 @@ def _choose(shape: Shape, value: Plain) -> Shape:
 
 
 def _has_tag(model: type[BaseModel], value: Mapping[str, Plain]) -> bool:
-    """Say whether a value carries what tells this model from others: a field with one allowed value."""
+    """Return whether a value has what distinguishes this model from others: a field with one allowed value."""
     tags = ((n, f.annotation) for n, f in model.model_fields.items())
     return any(_origin(a) is Literal and get_args(a) == (value.get(n),) for n, a in tags)
 
 
 def _members(shape: Shape) -> Iterator[Shape]:
-    """Yield the members of a union, without None and without annotations; a shape that is no union yields itself."""
+    """Yield the members of a union, without None and without annotations; a shape that is not a union yields itself."""
     if _origin(shape) is Annotated:
         yield from _members(get_args(shape)[0])
     elif _origin(shape) in (Union, UnionType):

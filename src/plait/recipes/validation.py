@@ -28,7 +28,7 @@ _ELSEWHERE = {
     "p": ("density", "Write density: it is 1 − p, the share that is kept."),
     "k": ("density", "Write density: it is k / 100."),
     "majority_sign_method": ("sign", "Write sign."),
-    "method_params": ("method", "Parameters stand beside the method's name: method: {name: …, …}."),
+    "method_params": ("method", "Parameters go next to the method's name: method: {name: …, …}."),
 }
 _KINDS = {
     "float_type": "a number",
@@ -103,7 +103,7 @@ def cannot_yet(what: str) -> str:
 
 def _same_elsewhere(key: str, allowed: Sequence[str]) -> str:
     """Say which of the allowed keys means what an unknown one means elsewhere."""
-    return next((f" {said}" for other, (own, said) in _ELSEWHERE.items() if key == other and own in allowed), "")
+    return next((f" {hint}" for other, (own, hint) in _ELSEWHERE.items() if key == other and own in allowed), "")
 
 
 def unknown_key(key: str, allowed: Sequence[str]) -> str:
@@ -142,12 +142,12 @@ def _name_problems(data: Mapping[str, Plain]) -> Iterator[Problem]:
         if path[-1] not in known:
             name = str(path[-1])
             path = path if path[0] == "weights" else path[:-1]
-            there = f"{name!r} is no adapter of this recipe; there are {', '.join(dict.fromkeys(known))}."
+            there = f"{name!r} is not an adapter of this recipe; there are {', '.join(dict.fromkeys(known))}."
             yield Problem(path, there + did_you_mean(name, known))
 
 
 def _uses(data: Mapping[str, Plain]) -> Iterator[KeyPath]:
-    """Yield where a recipe speaks of an adapter by name; the name is the last key."""
+    """Yield where a recipe names an adapter; the name is the last key."""
     if isinstance(name := item(data.get("heads"), "adapter"), str):
         yield ("heads", "adapter", name)
     weights = data.get("weights")
@@ -185,7 +185,7 @@ def explain(error: ValidationError, data: Mapping[str, Plain], root: type[BaseMo
             wanted = " or ".join(dict.fromkeys(kinds)) + _keys_of(path, data, root, errors)
             yield Problem(path, f"{_subject(path)} is {show(errors[0]['input'])}; it must be {wanted}{beside}.")
         for found in errors:
-            # that items are too few is said even when there are enough, of which some are invalid
+            # that items are too few is reported even when there are enough, of which some are invalid
             if found["type"] not in _KINDS and not (found["type"] == "too_short" and deeper):
                 text = _sentence(found, path, data, root)
                 yield Problem(path, text.removesuffix(".") + f"{beside}." if beside else text)
@@ -246,10 +246,12 @@ def _unknown(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) ->
     if root is Recipe and len(path) == 1 and key in PLANNED:
         return cannot_yet(PLANNED[key])
     model = model_at(path[:-1], data, root)
-    scale = " The factor on the merged delta is scale, beside the method." if path == ("method", "lambda") else ""
-    said = unknown_key(key, field_names(model) if model else [])
-    beside = "" if len(path) == 1 or "?" in said else did_you_mean(key, [n for n in Recipe.model_fields if n not in PLANNED])
-    return said + scale + beside.replace("?", ", a key of the recipe itself?")
+    scale = " The factor on the merged delta is scale, next to the method." if path == ("method", "lambda") else ""
+    problem = unknown_key(key, field_names(model) if model else [])
+    elsewhere = (
+        "" if len(path) == 1 or "?" in problem else did_you_mean(key, [n for n in Recipe.model_fields if n not in PLANNED])
+    )
+    return problem + scale + elsewhere.replace("?", ", a key of the recipe itself?")
 
 
 def _hint(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) -> str:
@@ -267,7 +269,7 @@ def _hint(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) -> st
 def _not_among(value: Plain, path: KeyPath, allowed: Sequence[str]) -> str:
     near = did_you_mean(str(value), allowed)
     known = listed([_quoted(a) for a in allowed], "or")
-    if near and len(allowed) > _MANY:  # the guess would stand behind a screen of names
+    if near and len(allowed) > _MANY:  # the guess would come after a screen of names
         return f"{_subject(path)} is {show(value)}.{near} It must be {known}."
     return f"{_subject(path)} is {show(value)}; it must be {known}.{near}"
 
@@ -279,9 +281,9 @@ def _elsewhere(word: str, path: KeyPath) -> str:
     if path in (("method",), ("method", "name")):
         return f" {word!r} is a stage; spell a pipeline: method: {{{_stage_place(word)}: …}}." if word in STAGES else ""
     if word in STAGES:
-        return f" {word!r} stands under '{_stage_place(word)}'."
+        return f" {word!r} is under '{_stage_place(word)}'."
     if word in METHODS:
-        return f" {word!r} is a method, not a stage: `plait methods {word}` prints the stages that it stands for."
+        return f" {word!r} is a method, not a stage: `plait methods {word}` prints the stages that it represents."
     return ""
 
 
@@ -306,7 +308,7 @@ def _words(expected: str) -> list[str]:
 
 
 def _subject(path: KeyPath) -> str:
-    """Name what a sentence is about: the last key, with what it stands in when it is an index."""
+    """Name what a sentence is about: the last key, with its container when it is an index."""
     if not path:
         return "the recipe"
     names = [i for i, key in enumerate(path) if isinstance(key, str) and not key.isdecimal()]

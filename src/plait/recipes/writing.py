@@ -79,7 +79,7 @@ def _allow_short_pipelines(pipeline: dict[str, Any]) -> None:
 
 
 def _with_names(schema: dict[str, Any], names: Mapping[str, object]) -> dict[str, Any]:
-    """Allow a bare name where a mapping with a name stands; what describes the field as a whole stays outside."""
+    """Allow a bare name in place of a mapping with a name; what describes the field as a whole stays outside."""
     outside: dict[str, Any] = {key: schema[key] for key in ("description", "default", "title") if key in schema}
     inside = {key: value for key, value in schema.items() if key not in outside}
     return {**outside, "anyOf": [{"type": "string", "enum": list(names)}, inside]}
@@ -120,6 +120,6 @@ def _with_numbers(value: Plain) -> Plain:
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
-    """Return what a merge depends on as plain values, with every default; how it is evaluated is no part of that."""
+    """Return what a merge depends on as plain values, with every default; how it is evaluated is not part of that."""
     data: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude={"tasks", "eval", "calibration", "tune"})
     return data

@@ -31,7 +31,7 @@ class FileCheck(Record):
 
 
 def check_files(folder: Path, lock: Lock) -> tuple[FileCheck, ...]:
-    """Compare every file with the lock; lock, run record and what the Hub's tools leave beside them are no part of it."""
+    """Compare every file with the lock; lock, run record and what the Hub's tools leave next to them are not part of it."""
     names = {n for n in entries(folder) if n not in _BESIDE and n.split("/")[0] not in _LEFT_BY_THE_HUB}
     return tuple(
         FileCheck(name=name, state=_state(folder, name, lock.outputs.get(name))) for name in sorted(names | {*lock.outputs})
@@ -39,7 +39,7 @@ def check_files(folder: Path, lock: Lock) -> tuple[FileCheck, ...]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Return whether everything that its lock names stands in a folder as it was written, whatever lies beside it."""
+    """Return whether everything that its lock names is in a folder as it was written, whatever is next to it."""
     try:
         return all(file.state in ("equal", "extra") for file in check_files(folder, read_lock(folder)))
     except AdapterError:

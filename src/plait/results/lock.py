@@ -39,7 +39,7 @@ FileDigests = Annotated[dict[str, str], AfterValidator(_digests)]
 
 
 class LockedFile(Record):
-    """A file beside an adapter that the merge read.
+    """A file next to an adapter that the merge read.
 
     Attributes:
         path: from the lock's own folder.
@@ -79,11 +79,11 @@ class Lock(Record):
         python: version.
         libraries: versions of what computes.
         machine: processor architecture.
-        recipe: as asked for; the request of its kind where that is no merge.
-        inputs: adapter → where it lies, where it came from, and sha256 of its files.
+        recipe: as asked for; the request of its kind where that is not a merge.
+        inputs: adapter → where it is, where it came from, and sha256 of its files.
         outputs: file → sha256.
         kind: which command rebuilds it.
-        options: what that command was told besides the recipe.
+        options: what that command was given besides the recipe.
         base: the base model, as an input is described; None where none was read.
     """
 
@@ -168,7 +168,7 @@ def new_lock(
     Args:
         kind: which command makes it again.
         recipe: what that command was asked for.
-        inputs: name → where it lies and its hashes.
+        inputs: name → where it is and its hashes.
         outputs: file → sha256 (`output_digests`).
         options: what the command was given besides the recipe.
         base: the base model, where one was read.
@@ -196,7 +196,7 @@ def locked_input(place: Located, files: Mapping[str, str], folder: Path) -> Lock
     Args:
         place: where it was found.
         files: name → sha256.
-        folder: where the lock will stand, or a folder beside that.
+        folder: where the lock will be, or a folder next to that.
     """
     if place.repo is None:
         path = relative_path(place.folder, folder)

@@ -1,7 +1,7 @@
 """An advisory lock on a folder: one process at a time is at work there.
 
 The lock is the system's (`flock`), on a small file that says who holds it. It is free again when the process that took it, and
-those that inherited it, are gone, however they ended. Where there is no `flock` (Windows) nobody is kept out.
+those that inherited it, are gone, however they ended. Where there is no `flock` (Windows) no process is kept out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def locked(file: Path, work: str, *, patience: float = 0.0) -> Iterator[int | No
 
 
 def in_use(file: Path, work: str) -> str | None:
-    """Return what to say where another process holds a lock; None where nobody does."""
+    """Return what to say where another process holds a lock; None where none does."""
     if not has_locks():
         return None
     try:
@@ -60,7 +60,7 @@ def in_use(file: Path, work: str) -> str | None:
     except FileNotFoundError:
         return None
     with handle:
-        return None if _lock(handle) else _said(file, handle, work)
+        return None if _lock(handle) else _holder(file, handle, work)
 
 
 def _taken(file: Path, work: str, patience: float) -> IO[str]:
@@ -74,9 +74,9 @@ def _taken(file: Path, work: str, patience: float) -> IO[str]:
             continue
         if not _lock(handle):
             with handle:
-                said = _said(file, handle, work)
+                problem = _holder(file, handle, work)
             if time.monotonic() >= end:
-                raise OutputError(said)
+                raise OutputError(problem)
             time.sleep(_PAUSE)
         elif not _stands(file, handle):
             handle.close()
@@ -114,7 +114,7 @@ def _stands(file: Path, handle: IO[str]) -> bool:
         return False
 
 
-def _said(file: Path, handle: IO[str], work: str) -> str:
+def _holder(file: Path, handle: IO[str], work: str) -> str:
     handle.seek(0)
     who = handle.read().strip() or "another process"
     return f"{file.parent} is in use by {who}: {work}. Wait for it, stop it, or choose another output."

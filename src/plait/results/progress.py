@@ -1,4 +1,4 @@
-"""How long work says how far it is, without knowing who listens."""
+"""Progress of long work: a protocol that knows nothing of how it is shown."""
 
 from __future__ import annotations
 

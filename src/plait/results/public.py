@@ -40,7 +40,7 @@ def public_values(value: Any, hidden: Sequence[str] = ()) -> Any:
 
     Args:
         value: of JSON.
-        hidden: folders that are replaced wherever in a text they stand, the longest first.
+        hidden: folders that are replaced wherever they occur in a text, the longest first.
     """
     if isinstance(value, dict):
         return {key: public_values(item, hidden) for key, item in value.items()}

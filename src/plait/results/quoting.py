@@ -1,4 +1,4 @@
-"""Text from elsewhere in a card: quoted for the place where it stands, so that it says what it is and does nothing."""
+"""Text from elsewhere in a card: quoted for the place where it is, so that it is shown as it is and does nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_plain_name(text: str) -> bool:
 
 
 def one_line(text: str) -> str:
-    """Return a text on one line, without characters that nobody sees."""
+    """Return a text on one line, without invisible characters."""
     return "".join(c for c in " ".join(text.split()) if unicodedata.category(c) not in _HIDDEN)
 
 

@@ -1,6 +1,6 @@
 """Output folders: what may be written and replaced, and a folder that appears whole or not at all.
 
-A folder is made beside its final name and renamed. Where that cannot be, because the final name is a mount point (a container's
+A folder is made next to its final name and renamed. Where that cannot be, as the final name is a mount point (a container's
 volume), the working directory, or in a folder that may not be written, it is made inside it, and its files are moved up, the
 lock last; what belongs to plait is noted meanwhile, so that a killed process leaves nothing that the next one would not clear
 away.
@@ -27,7 +27,7 @@ from plait.results.disk import UNWRITABLE
 from plait.results.lock import LOCK, read_lock
 from plait.results.locking import has_locks
 
-# in a folder that is filled where it stands
+# in a folder that is filled in place
 _STAGING, _MARK, _BAKING = ".plait-staging", ".plait-writing", ".plait-baking"
 _CALIBRATING, _TUNING = ".plait-calibrating", ".plait-tuning"
 _NOT_WORK = (".cache/huggingface/", ".gitattributes", ".DS_Store", "lost+found")  # left by tools and file systems
@@ -42,11 +42,11 @@ def checking_output(out: Path | None, *, force: bool) -> Iterator[None]:
 
     Args:
         out: where something is to be written; None for nowhere yet.
-        force: replace what stands there, where that is allowed.
+        force: replace what is there, where that is allowed.
 
     Raises:
         OutputError: it cannot be written.
-        PlaitError: something else is wrong; both are said where both are.
+        PlaitError: something else is wrong; both are reported where both are.
     """
     problem = None if out is None else output_problem(out, force=force)
     try:
@@ -83,7 +83,7 @@ def output_problem(folder: Path, *, force: bool) -> str | None:
 
 
 def _taken(folder: Path, *, force: bool) -> str | None:
-    """Return why what stands in a folder must not be replaced."""
+    """Return why what is in a folder must not be replaced."""
     if not folder.exists():
         return None
     own = _unfinished(folder)
@@ -124,10 +124,10 @@ def staged(folder: Path, *, force: bool) -> Iterator[Path]:
 
     Args:
         folder: the final name.
-        force: replace a result of plait that stands there.
+        force: replace a result of plait that is there.
 
     Raises:
-        OutputError: it cannot be written (permissions, a full disk), or stands already.
+        OutputError: it cannot be written (permissions, a full disk), or exists already.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 (resolve() would follow links)
     problem = output_problem(folder, force=force)
@@ -181,7 +181,7 @@ def scratch(purpose: str) -> Iterator[Path]:
 
 
 def publish(place: Path, folder: Path, *, force: bool) -> None:
-    """Flush a finished folder and give it its final name; with `force`, in the place of what stands there.
+    """Flush a finished folder and give it its final name; with `force`, in the place of what is there.
 
     Raises:
         OutputError: somebody else has written there in the meantime, and nothing may be replaced.
@@ -194,17 +194,17 @@ def publish(place: Path, folder: Path, *, force: bool) -> None:
 
 
 def baking_folder(folder: Path) -> Path:
-    """Return where a model is baked that will stand in `folder`: beside it, or in it where it cannot be replaced as a whole."""
+    """Return where a model is baked that will be in `folder`: next to it, or in it where it cannot be replaced as a whole."""
     return _working_folder(folder) / _stem(folder, "baking")
 
 
 def calibrating_folder(folder: Path) -> Path:
-    """Return where moments are collected that will stand in `folder`."""
+    """Return where moments are collected that will be in `folder`."""
     return _working_folder(folder) / _stem(folder, "calibrating")
 
 
 def tuning_folder(folder: Path) -> Path:
-    """Return where a tuning keeps its state whose result will stand in `folder`; beside it or in it likewise."""
+    """Return where a tuning keeps its state whose result will be in `folder`; next to it or in it likewise."""
     return _working_folder(folder) / _stem(folder, "tuning")
 
 
@@ -223,7 +223,7 @@ def _stem(folder: Path, purpose: str) -> str:
 
 
 def _is_fixed(folder: Path) -> bool:
-    """Return whether a folder stands and cannot, or should not, be exchanged for another one."""
+    """Return whether a folder exists and cannot, or should not, be exchanged for another one."""
     if not folder.is_dir():
         return False
     folder = folder.absolute()
@@ -250,7 +250,7 @@ def _contents(folder: Path) -> Iterator[str]:
 
 
 def _unfinished(folder: Path) -> set[str]:
-    """Return the names that a killed process was about to write or remove where the folder stands."""
+    """Return the names that a killed process was about to write or remove where the folder is."""
     try:
         names = json.loads(file_in(folder, _MARK).read_text(encoding="utf-8"))["names"]
         return {n for n in names if not name_problem(n)}
@@ -332,7 +332,7 @@ def _alive(pid: int) -> bool:
 
 
 def _swap(place: Path, folder: Path, *, force: bool) -> None:
-    """Rename; an old result is moved aside first, so that one of the two always stands under the name or beside it.
+    """Rename; an old result is moved aside first, so that one of the two always has the name or is next to it.
 
     Raises:
         OutputError: another process has written there in the meantime, and nothing may be replaced.
@@ -359,9 +359,9 @@ def _swap(place: Path, folder: Path, *, force: bool) -> None:
 
 
 def _fill(place: Path, folder: Path, *, force: bool) -> None:
-    """Move a finished folder's files into one that stands, in the place of an old result's.
+    """Move a finished folder's files into an existing one, in the place of an old result's.
 
-    The old lock goes first and the new one comes last: what stands under a lock is whole.
+    The old lock goes first and the new one comes last: what is under a lock is whole.
 
     Raises:
         OutputError: another process has written there in the meantime, and nothing may be replaced.

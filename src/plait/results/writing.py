@@ -14,7 +14,7 @@ from plait.errors import OutputError
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a text file beside its place and rename it there.
+    """Write a text file next to its place and rename it there.
 
     Raises:
         OutputError: it cannot be written.

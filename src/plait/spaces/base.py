@@ -29,7 +29,7 @@ class Array:
     """One stack of coordinates, (T, p, q), given by blocks of rows.
 
     Attributes:
-        name: tells the arrays of one frame apart (`factors` has two).
+        name: distinguishes the arrays of one frame (`factors` has two).
         shape: (p, q).
         rows: `rows(start, stop)` returns (T, stop − start, q).
         weight_transform: how an adapter's weight enters this array: multiplied by itself (1) or as ±√|weight| (see `factors`).

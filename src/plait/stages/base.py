@@ -99,7 +99,7 @@ class Site:
         moments: adapter index → E[x xᵀ] of the matrix' inputs: a new (d_in, d_in) float64, or `InputRows` (k, d_in) whose
             mean it is; or None where an adapter without the module has none; None when the recipe gives none at all.
         sources: the deltas as the adapters have them, before stages on deltas; None when those are `deltas`.
-        remark: told what is worth knowing of this module afterwards; the run record counts equal remarks.
+        remark: called with what is worth knowing of this module afterwards; the run record counts equal remarks.
     """
 
     module: str
@@ -194,7 +194,7 @@ class GramCombine(Stage):
     """
 
     if TYPE_CHECKING:
-        scope: Scope  # a subclass's field: declared here it would stand before that one's name
+        scope: Scope  # a subclass's field: declared here it would be before that one's name
 
     @abstractmethod
     def coefficients(self, weights: Tensor, gram: Tensor) -> Tensor:
@@ -246,10 +246,10 @@ Combine = LinearCombine | GramCombine | EntryCombine | DeltaCombine
 
 
 class StageParams(Record):
-    """Base of the stages that a recipe can spell: their fields are their parameters, `name` tells them apart.
+    """Base of the stages that a recipe can spell: their fields are their parameters, `name` distinguishes them.
 
     Every field has bounds, a default and a description, as those of methods do; the docstring's first line is what people read.
-    Parameters that methods take too stand in a record of their own (`TrimFields`), of which both inherit; `StageParams` comes
+    Parameters that methods take too are in a record of their own (`TrimFields`), of which both inherit; `StageParams` comes
     after it in the bases, so that `name` stays the first field.
     """
 
@@ -267,8 +267,8 @@ class StageParams(Record):
 
     def __str__(self) -> str:
         """Return it as people read it: `trim(density=0.3)`, with what differs from the defaults."""
-        said = {k: v for k, v in self.model_dump(exclude_defaults=True, by_alias=True).items() if k != "name"}
-        return f"{self.spelled()}({', '.join(f'{k}={_plain(v)}' for k, v in said.items())})" if said else self.spelled()
+        given = {k: v for k, v in self.model_dump(exclude_defaults=True, by_alias=True).items() if k != "name"}
+        return f"{self.spelled()}({', '.join(f'{k}={_plain(v)}' for k, v in given.items())})" if given else self.spelled()
 
 
 def _plain(value: Any) -> str:

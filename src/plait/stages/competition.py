@@ -23,7 +23,7 @@ class CompeteFields(Record):
 
     reading: Annotated[Reading, Field(description="The paper's softmax, or the authors' products and clamps.")] = "paper"
     density: Annotated[float, Field(gt=0, le=1, description="Share of entries that an adapter keeps (the paper's r).")] = 0.1
-    scope: Annotated[Scope, Field(description="Normalise and rank over the whole model, or within each module.")] = "model"
+    scope: Annotated[Scope, Field(description="Normalize and rank over the whole model, or within each module.")] = "model"
 
 
 @register_stage
@@ -38,13 +38,13 @@ class Compete(CompeteFields, StageParams, EntryCombine):
 
     norm maps the smallest to 0 and the largest to 1. The code takes tanh of its products, which for entries below 0.03 changes
     nothing in float32 and for larger ones would make the result depend on their unit; here there is none. Entries that are zero
-    have no say, nor those whose β is negative.
+    do not count, nor those whose β is negative.
     """
 
     name: Literal["compete"] = "compete"
 
     def surveys(self) -> tuple[Survey, ...]:
-        """Ask for the ranges that are normalised by, and for the largest and the smallest β that is kept."""
+        """Ask for the ranges that are normalized by, and for the largest and the smallest β that is kept."""
         best = magnitudes(self.scope, self._ranks, self._beta)
         if self.reading == "code":
             return magnitudes(self.scope, _clamps), best
@@ -71,7 +71,7 @@ class Compete(CompeteFields, StageParams, EntryCombine):
 
 
 def _by_paper(block: Block) -> Tensor:
-    """Return β up to a factor per adapter, which its normalisation takes out again, (T, p, q)."""
+    """Return β up to a factor per adapter, which its normalization takes out again, (T, p, q)."""
     x, adapters, sums = block.x, len(block.x), block.statistics[1]
     rows = []
     for t in range(adapters):

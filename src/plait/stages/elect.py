@@ -1,4 +1,4 @@
-"""Sign election: which adapters have a say in an entry."""
+"""Sign election: which adapters count in an entry."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class NormMatchFields(Record):
 class NormMatch(NormMatchFields, StageParams, MergedStage):
     """Scale the merged delta to the norm of the adapters' own, ‖wₜ ΔWₜ‖_F: their mean, median or largest.
 
-    Adapters without the module, and those of norm 0, have no say.
+    Adapters without the module, and those of norm 0, do not count.
     """
 
     name: Literal["norm_match"] = "norm_match"

@@ -75,11 +75,11 @@ class Pipeline:
         return any(s.solves for s in self.stages)
 
     def needs_coordinates(self, space: str) -> bool:
-        """Say whether deltas are turned into a space's coordinates; `factors` are no function of the deltas."""
+        """Return whether deltas are turned into a space's coordinates; `factors` are not a function of the deltas."""
         return isinstance(self.combine, EntryCombine) or bool(self.on_entries) or space == "factors"
 
     def low_rank(self, space: str) -> bool:
-        """Say whether the result has an exact low-rank form."""
+        """Return whether the result has an exact low-rank form."""
         return not self.needs_coordinates(space) or SPACES[space].low_rank
 
     def rank(self, space: str, ranks: Sequence[int], shape: tuple[int, int]) -> int:

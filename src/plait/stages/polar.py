@@ -69,7 +69,7 @@ class CommonSpecific(CommonSpecificFields, StageParams, DeltaCombine):
         size = min(sum(len(svd.s) for svd in alone), *site.shape)
         each = self._specific(size, len(present))
         total = LowRank.concatenate(joint.deltas, [1.0] * len(joint.deltas)).svd()
-        weakest = max(largest for _, largest in present)  # what the adapters cancel to is no direction
+        weakest = max(largest for _, largest in present)  # what the adapters cancel to is not a direction
         common = total.head(min(size - each * len(present), numerical_rank(total.s, weakest)))
         outside = [(LowRank(d.a, d.b - common.u @ (common.u.mT @ d.b)).svd(), largest) for d, largest in present]
         specific = [svd.head(min(each, numerical_rank(svd.s, largest))) for svd, largest in outside]
@@ -100,7 +100,7 @@ class CoverFields(Record):
 class Cover(CoverFields, StageParams, DeltaCombine):
     """Smooth every spectrum, elect signs per entry in coordinates that cover all adapters, keep the diagonal blocks (DC-Merge).
 
-    Smoothing is part of it, because directions can no longer be told apart once their singular values are equal.
+    Smoothing is part of it, because directions can no longer be distinguished once their singular values are equal.
     """
 
     name: Literal["cover"] = "cover"

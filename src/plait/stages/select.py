@@ -1,4 +1,4 @@
-"""Which entries are kept by what all adapters say there, or by how large they are."""
+"""Which entries are kept by the values of all adapters there, or by how large they are."""
 
 from __future__ import annotations
 

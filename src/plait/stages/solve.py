@@ -50,7 +50,7 @@ class _Solve(RidgeFields, StageParams, DeltaCombine):
     """M (Σ Gₜ + ρI) = Σ wₜ ΔWₜ Gₜ + ρ (1/T) Σ wₜ ΔWₜ; the kinds differ in Gₜ.
 
     Weights multiply the deltas, not the inputs: an adapter of weight ½ is followed at half strength on its inputs, one of
-    weight −1 is undone there. Where the Gram matrices say nothing, the ridge leaves the mean of the deltas.
+    weight −1 is undone there. Where the Gram matrices are zero, the ridge leaves the mean of the deltas.
 
     The ridge is raised tenfold at a time while ‖M‖_F > 2 √T · mean ‖wₜ ΔWₜ‖_F: √T is what T orthogonal deltas add up to. Beyond
     it M is made of differences between inputs that hardly differ, as adapters of one initialization have them.
@@ -88,7 +88,7 @@ class _Solve(RidgeFields, StageParams, DeltaCombine):
                 rows = system.solve(max(self.ridge, 1e-6) * 10.0**raised if raised else self.ridge)
             except IndefiniteError:
                 raise PlanError(
-                    f"{site.module}: its second moments are not positive semidefinite, so they are no averages of x xᵀ. "
+                    f"{site.module}: its second moments are not positive semidefinite, so they are not averages of x xᵀ. "
                     "Collect them again, in float32 or better."
                 ) from None
             merged = LowRank((rows if basis is None else rows @ basis.mT).to(dtype), b)
@@ -154,7 +154,7 @@ class SolveDeltas(_Solve):
     name: Literal["solve_deltas"] = "solve_deltas"
 
     def combine(self, site: Site) -> LowRank:
-        """Return the solution over the joint row space; every Gₜ is zero beside it."""
+        """Return the solution over the joint row space; every Gₜ is zero outside of it."""
         v = _row_space(site.deltas)
 
         def term(index: int) -> Term:
@@ -167,7 +167,7 @@ class SolveDeltas(_Solve):
 
 
 def _moments(site: Site, index: int) -> Tensor | InputRows | None:
-    """Return E[x xᵀ] of an adapter's inputs; None for one that lacks the module and has none: it has no say."""
+    """Return E[x xᵀ] of an adapter's inputs; None for one that lacks the module and has none: it does not count."""
     if site.moments is None:
         raise AssertionError(f"{site.module}: a merge without second moments reached the solver")
     return site.moments(index)

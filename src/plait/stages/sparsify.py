@@ -112,7 +112,7 @@ class DropByRankFields(Record):
     @model_validator(mode="after")
     def _probabilities(self) -> Self:
         if not 0 < self.density - self.epsilon <= self.density + self.epsilon <= 1:
-            raise ValueError(f"density ± epsilon is {self.density} ± {self.epsilon}; both ends must lie in (0, 1]")
+            raise ValueError(f"density ± epsilon is {self.density} ± {self.epsilon}; both ends must be in (0, 1]")
         return self
 
 

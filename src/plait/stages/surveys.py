@@ -1,4 +1,4 @@
-"""The questions that methods ask about a whole model or module."""
+"""Statistics of a complete model or module that methods ask for."""
 
 from __future__ import annotations
 

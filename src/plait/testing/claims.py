@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plait.testing.cohorts import Cohort
 
-CLOSE = 1e-9  # values are compared in float64, where a difference above this share of the largest is no rounding
+CLOSE = 1e-9  # values are compared in float64, where a difference above this share of the largest is not rounding
 
 
 class Broken(AssertionError):

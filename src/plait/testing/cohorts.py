@@ -21,7 +21,7 @@ from plait.tensorfiles.reader import SafetensorsFile
 from plait.tensorfiles.writer import write_tensors
 
 Shape = tuple[int, int]
-MOMENTS = "moments.safetensors"  # beside an adapter's own files
+MOMENTS = "moments.safetensors"  # next to an adapter's own files
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 
 

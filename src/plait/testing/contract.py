@@ -1,4 +1,4 @@
-"""`check_method`: the whole contract for one method, in one call."""
+"""`check_method`: the complete contract for one method, in one call."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def subject_of(
         odd: see `Subject`.
 
     Raises:
-        ValueError: there is no telling what a parameter may be.
+        ValueError: it is not known what a parameter may be.
     """
     method = METHODS[method] if isinstance(method, str) else method
     given = dict(params or {})

@@ -18,7 +18,7 @@ from plait.testing.subject import bounds
 def parameter_problems(method: Method, required: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with a method's parameters.
 
-    A number is bounded when it refuses what is no finite number; a whole number when it has two bounds.
+    A number is bounded when it refuses what is not a finite number; a whole number when it has two bounds.
 
     Args:
         method: whose parameters.

@@ -121,7 +121,7 @@ def global_state(subject: Subject, space: str) -> None:
 
 
 def seed(subject: Subject, space: str) -> None:
-    """One seed gives one result, to the bit; another seed gives another exactly when the method says it is randomised."""
+    """One seed gives one result, to the bit; another seed gives another exactly when the method says it is randomized."""
     adapters = ordinary(subject, space)
     with case("seed 7 twice"):
         first = subject.merge(adapters, space, seed=7)

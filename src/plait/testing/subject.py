@@ -40,7 +40,7 @@ class Subject:
             went in, and so do copies of it; None when it promises no such thing.
         copies: what T copies of an adapter make under `identity`: the adapter itself when each has weight 1/T (`sum`) or when
             each has weight 1 (`mean`); None when neither holds.
-        by_position: parameters stand in the order of the adapters, so that another order is another merge.
+        by_position: parameters are in the order of the adapters, so that another order is another merge.
         odd: merging −ΔW gives −1 times the merge of ΔW.
     """
 
@@ -60,7 +60,7 @@ class Subject:
     def recipe(
         self, cohort: Cohort, space: str, changes: Mapping[str, Any] | None = None, *, folder: Path | None = None, **fields: Any
     ) -> Recipe:
-        """Return the recipe that merges a cohort; `changes` go on top of the parameters, `fields` are keys of the recipe."""
+        """Return the recipe that merges a cohort; `changes` override the parameters, `fields` are keys of the recipe."""
         place = folder or Path("/nowhere")
         spec = {**self.params, **(changes or {}), "name": self.method.name, "space": space}
         moments = self.method.pipeline(self.method.spec.model_validate(spec)).needs_moments
@@ -73,7 +73,7 @@ class Subject:
         return _recipe_type(self.method.spec).model_validate({"adapters": entries, "method": spec, **fields})
 
     def pipeline(self, space: str) -> Pipeline:
-        """Return the stages that the method stands for with its parameters, which may depend on the space."""
+        """Return the stages that the method represents with its parameters, which may depend on the space."""
         spec = {**self.params, "name": self.method.name, "space": space}
         return self.method.pipeline(self.method.spec.model_validate(spec))
 
@@ -144,7 +144,7 @@ def example_params(method: Method) -> dict[str, Any]:
     """Return a value for every parameter without a default: its first example, its first choice, or one between its bounds.
 
     Raises:
-        ValueError: there is no telling what a parameter may be.
+        ValueError: it is not known what a parameter may be.
     """
     fields = method.params.model_fields
     return {f.alias or name: _example(method, name, f) for name, f in fields.items() if f.is_required()}

@@ -20,7 +20,7 @@ def named_entry(entry: str | Mapping[str, Plain], folder: Path | None) -> dict[s
         folder: where relative paths start; the working directory when None.
 
     Raises:
-        AddressError: the path is no reference.
+        AddressError: the path is not a reference.
     """
     given = {"path": entry} if isinstance(entry, str) else dict(entry)
     reference = parse_reference(given["path"], base=folder)

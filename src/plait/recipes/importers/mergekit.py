@@ -36,11 +36,11 @@ _ARITHMETIC = ("weight", "density", "epsilon", "gamma", "lambda", "normalize", "
 
 
 class _GiveUpError(Exception):
-    """Nothing more can be said about a recipe."""
+    """No further problem of a recipe can be found."""
 
 
 def is_mergekit(data: Mapping[str, Plain]) -> bool:
-    """Say whether this is a recipe of mergekit's."""
+    """Return whether this is a recipe of mergekit's."""
     return "merge_method" in data and any(key in data for key in ("models", "slices", "modules"))
 
 
@@ -153,7 +153,7 @@ class _Conversion:
         bases = list(dict.fromkeys([*([given] if given else []), *(m.base for m in models if m.base)]))
         if len(bases) > 1:
             shown = listed([repr(b) for b in bases])
-            self._problem(("models",), f"the adapters stand on {len(bases)} base models, {shown}; plait needs one.")
+            self._problem(("models",), f"the adapters are of {len(bases)} base models, {shown}; plait needs one.")
         if not any(m.adapter for m in models):
             self._problem(("models",), "there is no adapter among them; write BASE+LORA, or the adapter alone.")
         return bases[0] if bases else None
@@ -328,7 +328,7 @@ class _Conversion:
             if abs(total) >= 1e-8:
                 weights = [w / total for w in weights]
             elif averages:
-                self._problem(("models",), f"the weights sum to {total:g} and cannot be normalised.")
+                self._problem(("models",), f"the weights sum to {total:g} and cannot be normalized.")
         elif averages and abs(total - 1) > 1e-9:
             text = f"normalize is false and the weights sum to {total:g}: mergekit multiplies the base model by that too"
             self.notes.append(f"{text}, plait leaves it as it is.")
@@ -347,7 +347,7 @@ class _Conversion:
         if self._name == "della":
             self._problem(path, "plait's 'della' always rescales what it keeps; leave it out.")
         if _is_number(density) and _is_number(scale):
-            self.notes.append("rescale: false is said by a scale that is multiplied by density.")
+            self.notes.append("rescale: false is expressed by a scale that is multiplied by density.")
             return scale * density
         return scale
 

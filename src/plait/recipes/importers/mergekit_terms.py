@@ -21,11 +21,11 @@ class MergekitMethod:
         normalize: mergekit's default for dividing by the sum of the weights.
         rescale: mergekit's default for rescaling what survives a mask.
         params: the parameters besides `weight`, with mergekit's defaults.
-        fixed: what plait's method is told in any case.
+        fixed: parameters that plait's method always gets.
         elects: whether signs are elected.
         notes: where numbers differ.
         name: what plait calls it; mergekit's own name when empty.
-        places: where in plait's method a parameter stands; under its own name when it is not listed.
+        places: where in plait's method a parameter is; under its own name when it is not listed.
         weighted: whether it needs a weight per model; one without takes none.
         arithmetic: whether it is one of those on task vectors, with `lambda`, `normalize` and `rescale`.
         only: parameters that must have this value, and why.
@@ -202,7 +202,7 @@ def pattern(part: str) -> str:
 
 
 def is_loose(part: str) -> bool:
-    """Say whether `part` may end within `.weight`, so that `pattern` misses a module whose path ends where it does."""
+    """Return whether `part` may end within `.weight`, so that `pattern` misses a module whose path ends where it does."""
     return any(part.endswith(_SUFFIX[:n]) for n in range(1, len(_SUFFIX))) and part not in _SUFFIX
 
 

@@ -45,7 +45,7 @@ _OTHER_NUMBERS = {
 
 
 def is_old(data: Mapping[str, Plain]) -> bool:
-    """Say whether a recipe uses a form that only the older framework knew."""
+    """Return whether a recipe uses a form that only the older framework knew."""
     transforms = data.get("transforms")
     return (
         not _OLD_KEYS.isdisjoint(data)
@@ -55,7 +55,7 @@ def is_old(data: Mapping[str, Plain]) -> bool:
 
 
 def _is_old_by_its_adapters(data: Mapping[str, Plain]) -> bool:
-    """Say whether a recipe without a version holds nothing that was not known then, and adapters as bare words."""
+    """Return whether a recipe without a version holds nothing that was not known then, and adapters as bare words."""
     adapters, method = data.get("adapters"), data.get("method")
     return (
         _ALL_KEYS.issuperset(data)
@@ -79,7 +79,7 @@ def migrate(data: Mapping[str, Plain]) -> tuple[dict[str, Plain], list[str]]:
     """Rewrite a recipe in the present form.
 
     Returns:
-        The new data, and one note per old form: what was found, and what says the same now. A recipe without old forms
+        The new data, and one note per old form: what was found, and what means the same now. A recipe without old forms
         comes back as it is, without notes.
 
     Raises:
@@ -91,7 +91,7 @@ def migrate(data: Mapping[str, Plain]) -> tuple[dict[str, Plain], list[str]]:
 
 
 def convert_old(data: Mapping[str, Plain], folder: Path | None = None) -> Converted:
-    """Do what `migrate` does, and say what moved where and what could not be carried over instead of raising.
+    """Do what `migrate` does, and report what moved where and what could not be carried over instead of raising.
 
     Args:
         data: a recipe as plain data.
@@ -108,7 +108,7 @@ class _Migration:
         self._data: dict[str, Plain] = copy.deepcopy(dict(data))
         self._params: dict[str, Plain] = {}
         self._notes: list[str] = []
-        self._method_forms: list[tuple[str, str]] = []  # what is said by the new `method`, and what to add to that
+        self._method_forms: list[tuple[str, str]] = []  # what the new `method` expresses, and what to add to that
         self._moved: dict[KeyPath, KeyPath] = {}
         self._problems: list[Problem] = []
         self._missing: list[Problem] = []
@@ -140,7 +140,7 @@ class _Migration:
         self._problems.append(Problem(path, text))
 
     def _take_params(self) -> None:
-        """Collect the method's parameters from wherever they stand."""
+        """Collect the method's parameters from wherever they are."""
         method = self._data.get("method")
         if isinstance(method, Mapping):
             self._params = {k: v for k, v in method.items() if k != "name"}
@@ -152,7 +152,7 @@ class _Migration:
             if not isinstance(params, Mapping):
                 self._problem((key,), f"{key} is {show(params)}; it must be a mapping.")
             elif holder:
-                self._problem((key,), f"the method's parameters stand in {holder} and in {key}; keep those in method.")
+                self._problem((key,), f"the method's parameters are given in {holder} and in {key}; keep those in method.")
             else:
                 self._take_mapping(key, params)
                 holder = key
@@ -167,7 +167,7 @@ class _Migration:
     def _move_hidden_transforms(self, key: str) -> None:
         hidden = self._params.pop("transforms")
         if "transforms" in self._data:
-            self._problem((key, "transforms"), "transforms stand here and at the top; keep those at the top.")
+            self._problem((key, "transforms"), "transforms are given here and at the top; keep those at the top.")
             return
         self._data["transforms"] = hidden
         self._moved["transforms",] = (key, "transforms")
@@ -177,7 +177,7 @@ class _Migration:
             return
         value = self._data.pop("lambda")
         if "lambda" in self._params:
-            self._problem(("lambda",), "lambda stands at the top and among the method's parameters; keep the latter.")
+            self._problem(("lambda",), "lambda is given at the top and among the method's parameters; keep the latter.")
             return
         self._params["lambda"] = value
         self._moved["method", "lambda"] = ("lambda",)
@@ -226,7 +226,7 @@ class _Migration:
 
     def _take_ties(self) -> None:
         if "k" in self._params and "density" in self._params:
-            self._problem(self._old("k"), "k (percent) and density say the same; keep density.")
+            self._problem(self._old("k"), "k (percent) and density mean the same; keep density.")
             del self._params["k"]
         elif "density" not in self._params:
             path = self._old("k")
@@ -279,7 +279,7 @@ class _Migration:
         elif self._method not in _PAIRS:
             self._problem(path, f"method {self._method!r} never had a lambda_policy; write weights: {{policy: …}}.")
         elif "weights" in self._data:
-            self._problem(path, "lambda_policy and weights say the same; keep weights.")
+            self._problem(path, "lambda_policy and weights mean the same; keep weights.")
         elif policy["type"] == "scalar":
             self._take_scalar(policy)
         else:
@@ -345,7 +345,7 @@ class _Migration:
             return flat
         for key, value in params.items():
             if key in flat:
-                self._problem((*path, "params", key), f"{key} stands here and beside the name; keep the latter.")
+                self._problem((*path, "params", key), f"{key} is given here and next to the name; keep the latter.")
             self._moved["transforms", index, key] = (*path, "params", key)
             flat.setdefault(key, value)
         return flat
@@ -401,7 +401,7 @@ class _Migration:
     def _point_elsewhere(self) -> None:
         for key, why in _ELSEWHERE.items():
             if (value := self._data.pop(key, None)) is not None:
-                self._notes.append(f"`{key}: {spell(value)}` is an old form: a recipe does not say this now; {why}.")
+                self._notes.append(f"`{key}: {spell(value)}` is an old form: a recipe does not have this now; {why}.")
 
     def _put_method(self) -> None:
         if self._method is None:
@@ -444,7 +444,7 @@ def _is_word(text: str) -> bool:
 
 
 def _entry(text: str, folder: Path | None) -> dict[str, Plain]:
-    """Return a listed adapter with its name; what is no reference keeps its text, for the check to refuse."""
+    """Return a listed adapter with its name; what is not a reference keeps its text, for the check to refuse."""
     try:
         return named_entry(f"./{text}" if _is_word(text) else text, folder)
     except AddressError:
@@ -452,7 +452,7 @@ def _entry(text: str, folder: Path | None) -> dict[str, Plain]:
 
 
 def _is_off(key: str, value: Plain) -> bool:
-    """Say whether an old section asks for nothing."""
+    """Return whether an old section asks for nothing."""
     kind = value.get("type", "none") if isinstance(value, Mapping) else value
     if key == "optimizer":
         return kind is None or str(kind).lower() == "none"

@@ -33,7 +33,7 @@ class Evaluation:
 
     Attributes:
         data: `eval` and `tasks`, as far as something is wished.
-        notes: what was found, what says the same now, and what to know of it.
+        notes: what was found, what means the same now, and what to know of it.
         moved: path in `data` → the path where its user wrote it.
         problems: what cannot be carried over.
         missing: tasks without a file; nothing that a merge needs.
@@ -57,7 +57,7 @@ def take_evaluation(data: dict[str, Plain], folder: Path) -> Evaluation:
     old = {key: value for key in KEYS if (value := data.pop(key, None)) is not None}
     for key, place in (("split", ("eval", "split")), ("eval_subset", ("eval", "subset")), ("eval_tasks", ("tasks",))):
         if key in old and _is_given(data, place):
-            found.problems.append(Problem((key,), f"{key} and {'.'.join(place)} say the same; keep {'.'.join(place)}."))
+            found.problems.append(Problem((key,), f"{key} and {'.'.join(place)} mean the same; keep {'.'.join(place)}."))
             del old[key]
     if "split" in old:
         found.data["eval"] = {"split": old["split"]}
@@ -175,16 +175,16 @@ def _take_tasks(old: Plain, folder: Path, found: Evaluation) -> None:
         found.missing.append(
             Problem(
                 (*path, names.index(name)),
-                f"task {name!r} has no file: there is no {places} beside the recipe. Write one ({places}; see docs/tasks.md), "
+                f"task {name!r} has no file: there is no {places} next to the recipe. Write one ({places}; see docs/tasks.md), "
                 "or take eval_tasks out and name the tasks' files when you evaluate (--tasks, tasks=[...]).",
             )
         )
-    more = f" {listed(lost, 'and')}: no such file lies there yet; a merge needs none, an evaluation does." if lost else ""
+    more = f" {listed(lost, 'and')}: no such file is there yet; a merge needs none, an evaluation does." if lost else ""
     found.notes.append((f"eval_tasks: {spell(old)}", f"tasks: {spell(found.data['tasks'])}", more))
 
 
 def _task_file(name: str, folder: Path) -> str | None:
-    """Return the file that describes a task, as a recipe beside it names it; None where there is none."""
+    """Return the file that describes a task, as a recipe next to it names it; None where there is none."""
     if name.startswith("lm_eval:") or "/" in name or name.endswith(_SUFFIXES):
         return name
     names = (f"{place}{name}{suffix}" for place in _FOLDERS for suffix in _SUFFIXES)

@@ -1,4 +1,4 @@
-"""What other tools call what, and what says the same to plait: the one table behind hints and docs/coming-from.md.
+"""What other tools call what, and what means the same to plait: the one table behind hints and docs/coming-from.md.
 
 Knows nothing of what the words mean: who reads a command line or a call asks here about a word that plait does not know.
 """
@@ -27,7 +27,7 @@ class Row:
         tool: whose.
         kind: a command, a flag of the command line, a keyword of a Python call, or code that is only in the page.
         old: the word there.
-        new: what says the same to plait, as code; empty where nothing is needed.
+        new: what means the same to plait, as code; empty where nothing is needed.
         more: what to know of it, as a sentence.
         commands: of plait, that a flag may be given to.
         read: whether plait takes the flag as it is.
@@ -65,7 +65,7 @@ TABLE: tuple[Row, ...] = (
     Row(MERGEKIT, "command", "mergekit-extract-lora", "plait extract BASE FINETUNED --rank N -o OUT"),
     Row(MERGEKIT, "flag", "--out-shard-size", "plait bake --shard-size", commands=_WRITES),
     Row(MERGEKIT, "flag", "--cuda", "plait bake --device cuda", commands=_WRITES),
-    Row(MERGEKIT, "flag", "--copy-tokenizer", "", "What lies beside the base model goes along.", _WRITES),
+    Row(MERGEKIT, "flag", "--copy-tokenizer", "", "Other files of the base model are copied.", _WRITES),
     Row(MERGEKIT, "flag", "--lazy-unpickle", "", "Tensors are always read one at a time, and no pickle is run."),
     Row(MERGEKIT, "flag", "--low-cpu-memory", "", "Memory is bounded anyway."),
     Row(MERGEKIT, "flag", "--allow-crimes", "", "What cannot be merged is refused."),
