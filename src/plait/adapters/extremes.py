@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
 
-# Of the largest entry of a factor and of a bound of the delta's entries. Deltas of trained adapters lie between 1e-8 and 1e2;
+# Of the largest entry of a factor and of a bound of the delta's entries. Deltas of trained adapters are between 1e-8 and 1e2;
 # within the range sums of squares of 2³⁰ entries do not overflow, and squares of a thousandth of the largest do not vanish.
 _LARGEST, _SMALLEST = 2.0**40, 2.0**-50
 

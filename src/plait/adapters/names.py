@@ -75,7 +75,7 @@ def strip_prefix(name: str) -> str:
     """Return a tensor's name as a path in the base model, without wrappers.
 
     Removed are, at any depth, PEFT's own prefix and what torch.compile, activation checkpointing, FSDP and Lightning put into
-    names; the `module` of DDP and DeepSpeed where it stands before the first numbered layer or beside another wrapper.
+    names; the `module` of DDP and DeepSpeed before the first numbered layer or next to another wrapper.
     """
     kept: list[str] = []
     words = name.split(".")
@@ -111,8 +111,8 @@ def parse_full_name(name: str, owners: Collection[str] = (), untrained: Collecti
 
     Args:
         name: as in the file.
-        owners: adapters' names that the factors beside it have (`lora_A.default.weight`).
-        untrained: cleaned names of untrained copies beside it (`….original_module.…`). Both show the adapter's name in
+        owners: adapters' names that the factors of the file have (`lora_A.default.weight`).
+        untrained: cleaned names of untrained copies in the file (`….original_module.…`). Both show the adapter's name in
             `head.modules_to_save.default.weight` from a module's in `head.modules_to_save.dense.weight`.
     """
     path = strip_prefix(name)
@@ -207,7 +207,7 @@ def is_training_only(name: str) -> bool:
 class LayerKey:
     """A layer: the container that it is in (the tower) and its index there.
 
-    An audio encoder and a language model both have a layer 3; their towers tell them apart.
+    An audio encoder and a language model both have a layer 3; their towers distinguish them.
     """
 
     tower: str

@@ -53,7 +53,7 @@ class OutShard:
     Attributes:
         name: of the file.
         lead: length and header.
-        tensors: as they lie in the file.
+        tensors: in the order of the file.
     """
 
     name: str

@@ -72,7 +72,7 @@ class Shard:
 
     @property
     def in_order(self) -> list[tuple[str, TensorInfo]]:
-        """The tensors as they lie in the file."""
+        """The tensors in the order of the file."""
         own = ((name, info) for name, info in self.file.tensors.items() if name not in self.left)
         return sorted(own, key=lambda item: (item[1].start, item[1].nbytes, item[0]))
 

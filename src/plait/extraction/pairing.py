@@ -70,8 +70,8 @@ class Pair:
         form: the layout of the factors that it can become; or what it is, where it cannot be a LoRA: a `head` is kept as it
             is, as PEFT does for its task.
         shape: of it.
-        matrices: of each matrix of its stack (experts, groups of a convolution), the rows that lie below each other; a tensor
-            of any other shape is one matrix.
+        matrices: of each matrix of its stack (experts, groups of a convolution), the rows that are put below each other; a
+            tensor of any other shape is one matrix.
         is_transposed: the matrices are ΔWᵀ.
         shares: the module whose embedding it shares the values of; None for a parameter of its own.
     """
@@ -155,7 +155,7 @@ class Pair:
 
 
 def _stacked(parts: tuple[PairedRows, ...]) -> RowBlocks:
-    """Return the difference of rows that lie below each other."""
+    """Return the difference of rows that are put below each other."""
 
     def block(start: int, stop: int) -> Tensor:
         found, row = [], 0

@@ -380,7 +380,7 @@ def _fused_and_separate(fused: Adapter, separate: Adapter) -> str | None:
 
 
 def _fused_projections(fused: Adapter, separate: Adapter) -> list[tuple[str, str]]:
-    """Return the pairs of a fused projection and one of its parts beside it, where no adapter shows that a model has both."""
+    """Return the pairs of a fused projection and one of its parts, where no adapter shows that a model has both."""
     found: dict[str, str] = {}
     both: set[str] = set()
     for wholes, parts in _FUSED:

@@ -1,4 +1,4 @@
-"""How the deltas of adapters lie to each other: Gram matrices, principal angles, signs, spectra.
+"""The relative geometry of adapters' deltas: Gram matrices, principal angles, signs, spectra.
 
 Everything is a function of ΔW = s·B·A, so it is the same for any factors of it (B G, G⁻¹ A). Almost all of it comes from
 the two Gram matrices A Aᵀ and Bᵀ B of the joined factors, in float64; only the signs need the entries of ΔW, which pass by
@@ -66,7 +66,7 @@ class Sums:
 
 
 class RowSpaceOverlap(NamedTuple):
-    """How the spaces of one factor of two adapters lie to each other, in one matrix.
+    """The overlap of the spaces of one factor of two adapters, in one matrix.
 
     Attributes:
         factor: `a` (row space) or `b` (column space).
@@ -111,7 +111,7 @@ def measure_all(adapters: Sequence[Adapter], paths: Sequence[str], workers: int)
 
 
 def row_overlaps(adapters: Sequence[Adapter], path: str) -> list[RowSpaceOverlap]:
-    """Return how the row spaces of A lie to each other in one module, pair by pair; only adapters that have it."""
+    """Return the overlap of the row spaces of A in one module, pair by pair; only adapters that have it."""
     present = [t for t, adapter in enumerate(adapters) if path in adapter.targets]
     stacks = [adapters[t].read(path, torch.float64) for t in present]
     return [found for parts in zip(*stacks, strict=True) for found in _Grams(parts).overlaps(present) if found.factor == "a"]

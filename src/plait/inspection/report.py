@@ -302,12 +302,15 @@ def _report(adapter: Adapter, spectra: Spectra) -> AdapterReport:
     for path, energy in spectra.energies.items():
         energies[layer_name(path)] += energy
     version = config.raw.get("peft_version")
+    variants = (("rsLoRA", config.flag("use_rslora")), ("DoRA", any(t.is_dora for t in targets)))
+    keys = [key for path in adapter.targets if (key := layer_key(path))]
+    modules, layers = Counter(key.tower for key in keys), Counter(key.tower for key in set(keys))
     return AdapterReport(
         name=adapter.name,
         folder=str(adapter.folder),
         base_model=config.base_model,
         revision=config.revision,
-        kind=_kind(adapter),
+        kind=" + ".join(word for word, has in variants if has) or "LoRA",
         lora_bias=any(t.has_bias for t in targets),
         peft_version=str(version) if version else None,
         config_rank=int(config.raw.get("r", 8)),
@@ -317,7 +320,7 @@ def _report(adapter: Adapter, spectra: Spectra) -> AdapterReport:
         scalings=tuple(sorted({t.scaling for t in targets})),
         modules=len(targets),
         module_kinds=tuple(ModuleKind(name=n, kind=k, count=c) for (n, k), c in kinds.most_common()),
-        towers=_towers(adapter),
+        towers=tuple(Tower(name=name, layers=layers[name], modules=count) for name, count in modules.items()),
         outside=tuple(t.path for t in targets if layer_key(t.path) is None),
         dtypes=adapter.dtypes,
         parameters=adapter.parameters,
@@ -329,20 +332,6 @@ def _report(adapter: Adapter, spectra: Spectra) -> AdapterReport:
         full_tensors=_full_tensors(adapter),
         warnings=tuple(_warnings(adapter, spectra)),
     )
-
-
-def _kind(adapter: Adapter) -> str:
-    kinds = ["rsLoRA"] if adapter.config.flag("use_rslora") else []
-    if any(t.is_dora for t in adapter.targets.values()):
-        kinds.append("DoRA")
-    return " + ".join(kinds) or "LoRA"
-
-
-def _towers(adapter: Adapter) -> tuple[Tower, ...]:
-    keys = [key for path in adapter.targets if (key := layer_key(path))]
-    modules = Counter(key.tower for key in keys)
-    layers = Counter(key.tower for key in set(keys))
-    return tuple(Tower(name=name, layers=layers[name], modules=count) for name, count in modules.items())
 
 
 def _full_tensors(adapter: Adapter) -> tuple[FullTensorSummary, ...]:
@@ -436,7 +425,7 @@ def _shared_init(names: Sequence[str], overlap: Matrix, chance: float | None) ->
     elif highest >= max(SEPARATE, chance):
         status = "partial"
         words = (
-            f"The A matrices lie in partly overlapping spaces ({measured}). Methods that solve or whiten (regmean, ssr, "
+            f"The A matrices span partly overlapping spaces ({measured}). Methods that solve or whiten (regmean, ssr, "
             "wudi; tsv, iso) need their ridge here; sums and sparsifying methods do not mind."
         )
     else:

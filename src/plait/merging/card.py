@@ -24,7 +24,7 @@ from plait.results.quoting import UNKNOWN_BASE, block, code, is_plain_name, pros
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
 #: What a card may say of its license, and as what; anything else is not known.
-_LICENCE = {
+_LICENSE = {
     "license": re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}"),
     "license_name": re.compile(r"[\w][\w .+()-]{0,100}"),
     "license_link": re.compile(r"https://[\w./?=&%#~:+-]{1,300}|[\w.-]{1,100}"),
@@ -185,7 +185,7 @@ def hub_id(name: str | None) -> str | None:
 def license_of(folder: Path) -> tuple[tuple[str, str], ...] | None:
     """Return the license keys that the card in a folder states, or None."""
     data = read_front_matter(folder / CARD)
-    stated = {key: value for key, form in _LICENCE.items() if isinstance(value := data.get(key), str) and form.fullmatch(value)}
+    stated = {key: value for key, form in _LICENSE.items() if isinstance(value := data.get(key), str) and form.fullmatch(value)}
     return tuple(stated.items()) if "license" in stated else None
 
 

@@ -76,21 +76,18 @@ class DenseDelta:
 def merged_deltas(
     merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule],
 ) -> Iterator[tuple[str, AdapterDelta | DenseDelta]]:
-    """Yield (target, delta) of a merge result; a target with a dense matrix among its slices is dense as a whole."""
+    """Yield (target, delta) of a merge result; a target with a dense matrix among its slices is dense altogether."""
     if isinstance(merged, Mapping):
         for target, parts in merged.items():
-            yield target, _delta(parts)
+            low_rank = [p for p in parts if isinstance(p, LowRank)]
+            if len(low_rank) < len(parts):
+                yield target, DenseDelta(tuple(as_blocks(p) for p in parts))
+            else:
+                widest = max(p.rank for p in low_rank)
+                yield target, AdapterDelta(tuple(p.padded(widest) for p in low_rank)).trimmed()
         return
     for module in merged:
         if module.factors is not None:
             yield module.target, AdapterDelta(module.factors.slices, module.bias, module.magnitude).trimmed()
         elif module.dense is not None:
             yield module.target, DenseDelta(module.dense, module.bias)
-
-
-def _delta(parts: Sequence[Merged]) -> AdapterDelta | DenseDelta:
-    low_rank = [p for p in parts if isinstance(p, LowRank)]
-    if len(low_rank) < len(parts):
-        return DenseDelta(tuple(as_blocks(p) for p in parts))
-    widest = max(p.rank for p in low_rank)
-    return AdapterDelta(tuple(p.padded(widest) for p in low_rank)).trimmed()

@@ -77,14 +77,11 @@ def _check(dtype: Any, device_map: Any) -> None:
         device = torch.device(device_map)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
         raise PlanError(
-            f"device_map {device_map!r} cannot be used here: {_words(error).rstrip('.')}. Allowed are "
+            f"device_map {device_map!r} cannot be used here: {reason}. Allowed are "
             f"{', '.join(PLACEMENTS)}, or a device (cpu, cuda:0)."
         ) from None
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _class_name(transformers: Any, adapters: Sequence[Adapter], config: Any) -> str:

@@ -297,9 +297,9 @@ class Mixture:
         """Make columns act with Λ, and nothing else; gradients reach Λ. The same as `mixed`, with other deltas.
 
         Args:
-            columns: of `columns`, whose `axes` say what the entries of Λ stand for.
+            columns: of `columns`, whose `axes` name the entries of Λ.
             coefficients: float32 (or float64), see `mixed`.
-            granularity: what the entries stand for.
+            granularity: the axes of the entries.
             heads: whose full tensors act.
 
         Raises:
@@ -317,7 +317,7 @@ class Mixture:
 
         Args:
             coefficients: see `mixed`.
-            granularity: what the entries stand for.
+            granularity: the axes of the entries.
 
         Raises:
             PlanError: a wrong shape or dtype; DoRA or lora_bias, which are not low-rank deltas.
@@ -463,8 +463,12 @@ class Mixture:
                     continue
                 layout = target.layout
                 shapes = [(layout.d_out, layout.d_in)] * layout.stack
-                same = type(layout) is type(found.layout)
-                problem = _misfit(found, shapes) if same else _other_kind(found, layout.kind)
+                problem = _misfit(found, shapes)
+                if type(layout) is not type(found.layout):
+                    problem = (
+                        f"{found.path!r} is of kind {found.layout.kind} in the model and of kind {layout.kind} in the adapter. "
+                        "Is it the right base?"
+                    )
                 if problem:
                     problems[f"adapter {adapter.name!r}: {problem}"] = None
                 modules[path] = found
@@ -515,10 +519,4 @@ def _misfit(target: TargetModule, found: Sequence[tuple[int, int]]) -> str | Non
     return (
         f"{target.path!r} maps {layout.d_in} → {layout.d_out}{f' × {layout.stack}' if layout.stack > 1 else ''} in the model, "
         f"the delta is {found[0][1]} → {found[0][0]}{f' × {len(found)}' if len(found) > 1 else ''}. Is it the right base?"
-    )
-
-
-def _other_kind(target: TargetModule, kind: str) -> str:
-    return (
-        f"{target.path!r} is of kind {target.layout.kind} in the model and of kind {kind} in the adapter. Is it the right base?"
     )

@@ -1,6 +1,6 @@
 """The header of a safetensors file, read by the rules of the format: what the safetensors library refuses is refused here.
 
-The tensors lie one behind the other from the end of the header to the end of the file, without a gap, and every byte belongs
+The tensors follow each other from the end of the header to the end of the file, without a gap, and every byte belongs
 to one tensor. The header is a JSON object in UTF-8; shapes and offsets are whole numbers.
 """
 
@@ -187,12 +187,12 @@ def _are_counts(numbers: list[Any]) -> bool:
 
 
 def _places(tensors: Mapping[str, TensorInfo], first: int, size: int) -> str | None:
-    """Return what is wrong with where tensors lie: they follow each other from the header to the end of the file."""
+    """Return what is wrong with the positions of tensors: they follow each other from the header to the end of the file."""
     here, before = first, "the header"
     for name, info in sorted(tensors.items(), key=lambda item: item[1][3:1:-1]):
         if info.start > here:
             return f"{info.start - here} bytes between {before} and {shown(name)} belong to no tensor"
         if info.start < here:
-            return f"{before} and {shown(name)} lie in the same bytes"
+            return f"{before} and {shown(name)} share bytes"
         here, before = here + info.nbytes, shown(name)
     return None if here == size else f"{size - here} bytes behind {before} belong to no tensor"

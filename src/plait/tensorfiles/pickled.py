@@ -59,7 +59,7 @@ _TYPED = ("torch.Tensor", "torch.nn.parameter.Parameter")
 class PickleFile(TensorFile):
     """A file of `torch.save`, of any age: names → tensors or parameters. Nothing in it is run; values are read when asked for.
 
-    This is the one reader of `.bin` files, of adapters and of shards of base models alike. A tensor whose values lie in order
+    This is the one reader of `.bin` files, of adapters and of shards of base models alike. A tensor whose values are in order
     (`is_in_order`; nearly all do) has its place in the file, `tensors[name].start`, and is read by rows and bytes as one of
     safetensors is. Of the others `start` is 0: `read` and `read_rows` put their values in order.
 
@@ -94,7 +94,7 @@ class PickleFile(TensorFile):
         self.tensors: Mapping[str, TensorInfo] = {name: view.info for name, view in self._views.items()}
 
     def is_in_order(self, name: str) -> bool:
-        """Say whether a tensor's values lie behind each other in the file, row by row, so that its bytes can be copied."""
+        """Say whether a tensor's values follow each other in the file, row by row, so that its bytes can be copied."""
         return self._views[name].is_in_order
 
     def read(self, name: str) -> Tensor:
@@ -255,7 +255,7 @@ def _views(path: Path, pickle: Pickle, places: Mapping[str, tuple[int, int]], si
         except PickleError as error:
             problems.append(f"{shown(name)} {error}")
     unknown = sorted(pickle.functions - _KNOWN)
-    if unknown and not problems:  # beside the entries, where it would change nothing
+    if unknown and not problems:  # not part of an entry, where it would change nothing
         problems.append(f"it calls {shown(unknown[0])}, which is not run")
     if sum(view.info.nbytes for view in found.values()) > _MOST_TIMES * size:
         problems.append(f"its tensors have more than {_MOST_TIMES} times the bytes of the file")

@@ -38,7 +38,7 @@ class TensorFile:
     tensors: Mapping[str, TensorInfo]
 
     def is_in_order(self, name: str) -> bool:
-        """Say whether a tensor's values lie behind each other in the file, so that its bytes can be copied."""
+        """Say whether a tensor's values follow each other in the file, so that its bytes can be copied."""
         return True
 
     def read(self, name: str) -> Tensor:
