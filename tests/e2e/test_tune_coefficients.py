@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 import plait
 from plait.errors import PlaitError
 from plait.tuning.pipeline import TuneResult
+from tests import text_classifiers
+from tests.e2e import test_encoder_decoder as encoder_decoder
 from tests.language_models import LABELS, WORDS, save_model, train_adapter, write_task
 
 QUICK = {"steps": 24, "prompts": 8, "learning_rate": 5e-2, "look_every": 6, "held_out": 0}
@@ -274,3 +276,35 @@ def test_a_report_shows_what_was_learnt_and_kept(place: Path, tmp_path: Path, gr
         rows = [v for name, v in zip(record.rows, record.values, strict=True) if "layers.1." in name]
         assert weights.values[1] == pytest.approx([sum(column) / len(rows) for column in zip(*rows, strict=True)])
     assert (tmp_path / "figures" / "weights.svg").exists() == (granularity != "task")
+
+
+OBJECTIVES = ["distill", "hidden", "adamerging", "gradient", "supermerge", "regret_smoothmax"]
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return folders with a base, two adapters and their tasks: a classifier, an encoder-decoder, and free answers."""
+    folder = tmp_path_factory.mktemp("families")
+    splits = {"calibration": "test.jsonl"}
+    text_classifiers.save_encoder(folder / "heads" / "base")
+    encoder_decoder.t5().save_pretrained(folder / "apart" / "base")
+    encoder_decoder.closing("$A </s>").save_pretrained(folder / "apart" / "base")
+    save_model(folder / "free" / "base")
+    for task in ("sort", "rate"):
+        text_classifiers.train_classifier(folder / "heads" / task, task)
+        text_classifiers.write_classification(folder / "heads", task, splits=splits)
+        encoder_decoder.train(folder / "apart" / task, task)
+        write_task(folder / "apart", task, splits=splits)
+        train_adapter(folder / "free" / task, task)
+        write_task(folder / "free", task, splits=splits, kind="generation", labels=None, max_new_tokens=2)
+    return {name: folder / name for name in ("heads", "apart", "free")}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("family", ["heads", "apart", "free"])
+def test_other_models_and_tasks(families: dict[str, Path], tmp_path: Path, family: str, objective: str) -> None:
+    spec = {"objective": objective, "granularity": "module", "steps": 12, "checkpointing": True, "link": "raw"}
+    record = tune(families[family], tmp_path / "tuned", method="linear", tune=spec).record
+    assert record.losses[-1] < record.losses[0]
+    assert record.kept.share <= record.start.share

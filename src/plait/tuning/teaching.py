@@ -73,13 +73,13 @@ class Lesson:
         starts = [0]
         for p in passages[:-1]:
             starts.append(starts[-1] + (1 if self.head else p.positions))
-        tokens = [self.targets[i] for i in wanted] if self.head else [t for p in passages for t in p.answer]
         at = logits.device
+        right = [self.targets[i] for i in wanted] if self.targets else [t for p in passages for t in p.answer]
         return Said(
             logits,
             torch.tensor(starts, device=at),
             answers,
-            torch.tensor(tokens, device=at) if self.labeled else None,
+            torch.tensor(right, device=at) if self.labeled else None,
             _rectangle([self.labels[i] for i in wanted], at) if self.labels and not self.head else None,
             states,
             tuple(hidden or ()),
