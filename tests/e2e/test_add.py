@@ -111,7 +111,8 @@ def test_sources_that_are_gone_or_changed_are_told(place, capsys):
     assert "- a: " in said
     assert "has other files than then (adapter_config.json)" in said
     assert (
-        "Say where they lie now (--input a=PATH --input b=PATH), or add to the merged adapter itself (--from-merged):" in said
+        "Give their present places (--input a=PATH --input b=PATH), or add to the merged adapter itself (--from-merged):"
+        in said
     )
     assert "with 'ties' another result than merging all at once" in said
     assert not (place / "out").exists()

@@ -21,7 +21,7 @@ from plait.recipes.loading import build_recipe
 from plait.recipes.request import Adapters, extend_request
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json
-from plait.results.lock import RECORD, Lock, read_lock, relative_path
+from plait.results.lock import LOCK, RECORD, Lock, read_lock, relative_path
 from plait.stages.base import LinearCombine
 from plait.verification.inputs import BASE, FoundInput, check_inputs
 from plait.verification.rebuild import located_recipe
@@ -84,9 +84,10 @@ def extend(
         given = " ".join(f"--input {name}=PATH" for name in lost)
         raise AdapterError(
             f"{folder}: {len(lost)} of {len(checks)} sources of this merge are not what they were:\n{lines}\n"
-            f"Say where they lie now ({given}), or add to the merged adapter itself (--from-merged): {_prospect(lock)}."
+            f"Give their present places ({given}), or add to the merged adapter itself (--from-merged): "
+            f"{_prospect(folder, lock)}."
         )
-    earlier = recipe_json(located_recipe(lock, found))
+    earlier = recipe_json(located_recipe(lock, found, str(folder / LOCK)))
     for entry in earlier["adapters"]:
         entry["path"] = _address(lock, entry["name"], found[entry["name"]], inputs or {})
     base = found[BASE].folder if BASE in found else None
@@ -97,16 +98,16 @@ def _said(state: str, path: str, detail: str) -> str:
     return f"{path} has other files than then ({detail})" if state == "changed" else detail or f"{path} is not there"
 
 
-def _prospect(lock: Lock) -> str:
-    recipe = _recipe(lock)
+def _prospect(folder: Path, lock: Lock) -> str:
+    recipe = _recipe(folder, lock)
     if _is_exact(recipe):
         return f"exact for {recipe.method_name!r}, by arithmetic on the weights"
     return f"with {recipe.method_name!r} another result than merging all at once"
 
 
-def _recipe(lock: Lock) -> Recipe:
+def _recipe(folder: Path, lock: Lock) -> Recipe:
     """Return a lock's recipe; its paths are not looked at."""
-    return located_recipe(lock, {name: FoundInput(Path("/", name), None) for name in lock.inputs})
+    return located_recipe(lock, {name: FoundInput(Path("/", name), None) for name in lock.inputs}, str(folder / LOCK))
 
 
 def _address(lock: Lock, name: str, found: FoundInput, given: Mapping[str, str]) -> str:
@@ -116,7 +117,7 @@ def _address(lock: Lock, name: str, found: FoundInput, given: Mapping[str, str])
 
 
 def _from_merged(folder: Path, lock: Lock, add: Adapters, settings: Mapping[str, Any], sets: Sequence[str]) -> Extension:
-    earlier = _recipe(lock)
+    earlier = _recipe(folder, lock)
     if lock.kind != "merge" or earlier.output.kind != "adapter":
         raise PlanError(f"{folder}: --from-merged needs a merged adapter, and this is a {lock.kind} of dense weights.")
     every = extend_request(recipe_json(earlier), add, settings, sets)

@@ -19,7 +19,7 @@ from plait.merging.pipeline import run_recipe
 from plait.recipes.schema import Recipe
 from plait.records import Record
 from plait.results.digests import sha256
-from plait.results.lock import CARD, Lock
+from plait.results.lock import CARD, LOCK, Lock
 from plait.results.progress import Progress
 from plait.tensorfiles.reader import SafetensorsFile
 from plait.verification.inputs import BASE, FoundInput
@@ -68,7 +68,7 @@ def rebuild(lock: Lock, inputs: Mapping[str, FoundInput], out: Path, workers: in
     run_recipe(recipe, out=out, workers=workers, progress=progress, base_folder=base)
 
 
-def located_recipe(lock: Lock, inputs: Mapping[str, FoundInput]) -> Recipe:
+def located_recipe(lock: Lock, inputs: Mapping[str, FoundInput], name: str = LOCK) -> Recipe:
     """Return a lock's recipe with the adapters where they are now.
 
     Raises:
@@ -89,7 +89,7 @@ def located_recipe(lock: Lock, inputs: Mapping[str, FoundInput]) -> Recipe:
         return Recipe.model_validate(lock.recipe | {"adapters": adapters})
     except (ValidationError, KeyError, TypeError) as error:
         said = str(error).splitlines()[0]
-        raise RecipeError(f"plait.lock: its recipe is of plait {lock.plait}, and this is {__version__}: {said}.") from None
+        raise RecipeError(f"{name}: its recipe is of plait {lock.plait}, and this is {__version__}: {said}.") from None
 
 
 def compare(folder: Path, rebuilt: Path, lock: Lock) -> tuple[RebuiltFile, ...]:

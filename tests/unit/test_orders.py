@@ -1,0 +1,255 @@
+"""Both doors of every command: each option of the command line is one of Python, and what one refuses the other refuses."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+import plait
+from plait.cli.main import main
+from plait.methods import METHODS
+from plait.recipes.calibration import CalibrationSpec
+from plait.recipes.schema import Output, Recipe
+from plait.recipes.tuning import TuneSpec
+from plait.testing import cohort
+from tests.adapters_on_disk import write_adapter
+from tests.unit.test_bake_plan import MODULES, write_base
+
+PRESENTATION = {"json", "dry_run"}  # a plan is `plait.plan` and `plait.plan_bake` in Python
+SETTINGS = {*Recipe.model_fields, *Output.model_fields, "weights", "space"} | {
+    field.alias or name for m in METHODS.values() for name, field in m.params.model_fields.items()
+}
+RENAMED = {
+    "merge": {"inputs": "source", "input_": "inputs", "push_adapter_repo": "push_to", "push_baked_repo": "push_baked_to",
+              "base_id": "base_model"},
+    "bake": {"inputs": "source", "base_id": "base", "push_baked_repo": "push_to"},
+    "compress": {"base_id": "base_model"},
+    "extract": {},
+    "verify": {"base_id": "base_model"},
+    "evaluate": {"inputs": "source", "source": "sources", "base_id": "base"},
+    "calibrate": {"inputs": "source", "base_id": "base_model", "set_": "sets"},
+    "tune": {"inputs": "source", "base_id": "base_model", "set_": "sets"},
+    "unbake": {},
+    "push": {},
+    "report": {},
+    "train": {"base_id": "base"},
+}  # fmt: skip
+# what the order has and the Python function has not, and what stands for it there
+ORDER_ONLY = {
+    "evaluate": {
+        "methods": "evaluate in a loop", "spaces": "evaluate in a loop", "require": "the numbers of the Evaluation",
+        "out": "merge", "force": "merge", "card": "the order's alone", "seed": "subset={'max_samples': …, 'seed': …}",
+    },
+}  # fmt: skip
+SETS = "set_"  # `--set PATH=VALUE`: in Python a keyword, or a mapping under a recipe's key
+SPECS = {"tune": TuneSpec, "calibrate": CalibrationSpec}
+
+
+@pytest.mark.parametrize("command", RENAMED)
+def test_every_option_is_one_of_python(command: str) -> None:
+    shell = getattr(import_module(f"plait.cli.{command}"), command)
+    python = inspect.signature(getattr(plait, command)).parameters
+    settings = SETTINGS | set(SPECS[command].model_fields if command in SPECS else ())
+    takes_settings = any(p.kind is p.VAR_KEYWORD for p in python.values())
+    renamed, only = RENAMED[command], ORDER_ONLY.get(command, {})
+    missing = []
+    for name in inspect.signature(shell).parameters:
+        known = renamed.get(name, name)
+        as_setting = takes_settings and (known in settings or name == SETS or command == "extract")
+        if not (name in PRESENTATION or known in python or name in only or as_setting):
+            missing.append(name)
+    assert not missing
+    assert not set(only) & set(python), "no longer of the order alone"
+
+
+def test_every_parameter_of_python_is_an_option() -> None:
+    """`progress` shows, `watcher` too; a function of moments and a mapping of phases have no text."""
+    for command, renamed in RENAMED.items():
+        shell = getattr(import_module(f"plait.cli.{command}"), command)
+        flags = {renamed.get(name, name) for name in inspect.signature(shell).parameters}
+        found = inspect.signature(getattr(plait, command)).parameters.values()
+        names = {p.name for p in found if p.kind is not p.VAR_KEYWORD} - {"progress", "watcher"}
+        assert names <= flags, (command, names - flags)
+
+
+Refused = tuple[list[str], Callable[[], Any]]
+#: what neither door does: a command line, and the same call
+REFUSED: dict[str, Refused] = {
+    "private without a repository": (
+        ["merge", "a", "b", "-o", "out", "--private"],
+        lambda: plait.merge(["a", "b"], out="out", private=True),
+    ),
+    "a baked repository without a bake": (
+        ["merge", "a", "b", "-o", "out", "--push-baked-repo", "me/x"],
+        lambda: plait.merge(["a", "b"], out="out", push_baked_to="me/x"),
+    ),
+    "inputs without add": (
+        ["merge", "a", "b", "-o", "out", "--input", "a=./a"],
+        lambda: plait.merge(["a", "b"], out="out", inputs={"a": "./a"}),
+    ),
+    "from_merged without add": (
+        ["merge", "a", "b", "-o", "out", "--from-merged"],
+        lambda: plait.merge(["a", "b"], out="out", from_merged=True),
+    ),
+    "a plan with from_merged and without add": (
+        ["merge", "a", "b", "--dry-run", "--from-merged"],
+        lambda: plait.plan(["a", "b"], from_merged=True),
+    ),
+    "add to two": (
+        ["merge", "a", "b", "-o", "out", "--add", "c"],
+        lambda: plait.merge(["a", "b"], out="out", add=["c"]),
+    ),
+    "add to no merge": (["merge", "a", "-o", "out", "--add", "c"], lambda: plait.merge("a", out="out", add=["c"])),
+    "an unknown input": (
+        ["merge", "earlier", "-o", "out", "--add", "c=./a", "--input", "x=./a"],
+        lambda: plait.merge("earlier", out="out", add={"c": "./a"}, inputs={"x": "./a"}),
+    ),
+    "a private bake without a repository": (
+        ["bake", "a", "b", "-o", "out", "--private"],
+        lambda: plait.bake(["a", "b"], out="out", private=True),
+    ),
+    "a dtype of a bake": (
+        ["bake", "a", "b", "-o", "out", "--dtype", "int3"],
+        lambda: plait.bake(["a", "b"], out="out", dtype="int3"),
+    ),
+    "a plan of a bake": (
+        ["bake", "a", "b", "-o", "out", "--dry-run", "--shard-size", "much"],
+        lambda: plait.plan_bake(["a", "b"], shard_size="much"),
+    ),
+    "neither rank nor energy": (["compress", "a", "-o", "out"], lambda: plait.compress("a", out="out")),
+    "rank and energy": (
+        ["compress", "a", "-o", "out", "--rank", "1", "--energy", "0.9"],
+        lambda: plait.compress("a", out="out", rank=1, energy=0.9),
+    ),
+    "no share": (
+        ["compress", "a", "-o", "out", "--energy", "1.5"],
+        lambda: plait.compress("a", out="out", energy=1.5),
+    ),
+    "neither, of an extraction": (["extract", "a", "b", "-o", "out"], lambda: plait.extract("a", "b", out="out")),
+    "no share, of an extraction": (
+        ["extract", "a", "b", "-o", "out", "--energy", "0"],
+        lambda: plait.extract("a", "b", out="out", energy=0.0),
+    ),
+    "a method for one adapter as it is": (
+        ["eval", "a", "--method", "ties"],
+        lambda: plait.evaluate("a", method="ties"),
+    ),
+    "sources of a merge": (
+        ["eval", "a", "b", "--source", "a=./a"],
+        lambda: plait.evaluate(["a", "b"], sources={"a": "./a"}),
+    ),
+    "a recipe with adapters, calibrated": (
+        ["calibrate", "r.yaml", "a", "-o", "out"],
+        lambda: plait.calibrate(["r.yaml", "a"], out="out"),
+    ),
+    "a recipe with adapters, tuned": (
+        ["tune", "r.yaml", "a", "-o", "out"],
+        lambda: plait.tune(["r.yaml", "a"], out="out"),
+    ),
+    "parity without prompts": (
+        ["verify", "earlier", "--parity", "none.txt"],
+        lambda: plait.verify("earlier", parity="none.txt"),
+    ),
+    "an unknown key": (
+        ["merge", "a", "b", "-o", "out", "--set", "method.densty=0.3"],
+        lambda: plait.merge(["a", "b"], out="out", densty=0.3),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_both_refuse_it_with_the_same_sentence(case: str, tmp_path, monkeypatch, capsys) -> None:
+    cohort([(6, 4)], [2, 2]).save(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate("ab"):
+        (tmp_path / f"adapter{number}").rename(name)
+    (tmp_path / "r.yaml").write_text("adapters: [./a, ./b]\n")
+    if "earlier" in REFUSED[case][0]:
+        plait.merge(["./a", "./b"], out="earlier")
+    before = {p.name for p in tmp_path.iterdir()}
+    words, call = REFUSED[case]
+    with pytest.raises(SystemExit) as leave:
+        main([w if w not in ("a", "b", "c") else f"./{w}" for w in words])
+    assert leave.value.code == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    with pytest.raises(plait.PlaitError) as error:
+        call()
+    sentence = " ".join(str(error.value).split())
+    assert sentence.replace("./", "") in printed.replace("./", "")
+    assert {p.name for p in tmp_path.iterdir()} == before
+
+
+def printed_plan(capsys: Any, *words: str) -> Any:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as leave:
+        main([*words, "--dry-run", "--json"])
+    assert leave.value.code == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_plans_are_the_same_behind_both_doors(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_base(tmp_path / "base")
+    for number, name in enumerate("abc"):
+        write_adapter(tmp_path / name, MODULES, base=None, seed=number)
+    plait.merge(["./a", "./b"], method="ties", out="earlier")
+    added = plait.plan("earlier", add={"c": "./c"}, weights=[0.5])
+    assert printed_plan(capsys, "merge", "earlier", "--add", "c=./c", "--weights", "0.5") == added.model_dump(mode="json")
+    assert added.adapters == ("a", "b", "c")
+    baked = plait.plan_bake(["./a", "./b"], base="base", dtype="bfloat16")
+    words = ["./a", "./b", "--base-id", "base"]
+    assert printed_plan(capsys, "bake", *words, "--dtype", "bfloat16", "-o", "model") == baked.model_dump(mode="json")
+    both = printed_plan(capsys, "merge", *words, "--bake-dir", "model")
+    assert both["bake"] == plait.plan_bake(["./a", "./b"], base="base").model_dump(mode="json")
+
+
+def test_a_merge_bakes_behind_both_doors(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_base(tmp_path / "base")
+    for number, name in enumerate("ab"):
+        write_adapter(tmp_path / name, MODULES, base=None, seed=number)
+    with pytest.raises(SystemExit) as leave:
+        main(["merge", "./a", "./b", "--base-id", "base", "-o", "out", "--bake-dir", "model"])
+    assert leave.value.code == 0
+    result = plait.merge(["./a", "./b"], base_model="base", out="out2", bake_dir="model2")
+    assert result.baked is not None
+    for file in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        assert (tmp_path / "model" / file).read_bytes() == (result.baked.folder / file).read_bytes()
+
+
+def test_paths_of_a_recipe_start_at_its_folder(tmp_path, monkeypatch) -> None:
+    """Loaded from a file, then merged and planned from elsewhere, with another base named from here."""
+    (tmp_path / "there").mkdir()
+    write_base(tmp_path / "base")
+    for number, name in enumerate("ab"):
+        write_adapter(tmp_path / "there" / name, MODULES, base=None, seed=number)
+    (tmp_path / "there" / "r.yaml").write_text("adapters: [./a, ./b]\n")
+    monkeypatch.chdir(tmp_path)
+    recipe = plait.load_recipe("there/r.yaml")
+    assert plait.merge(recipe, out="one").plan.adapters == ("a", "b")
+    assert plait.plan_bake(recipe, base="base") == plait.plan_bake("there/r.yaml", base="base")
+    with pytest.raises(plait.RecipeError, match="a Recipe is complete; put method into it"):
+        plait.merge(recipe, method="ties", out="two")
+
+
+def test_a_refusal_of_a_locks_recipe_names_the_lock(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate("abc"):
+        write_adapter(tmp_path / name, MODULES, base=None, seed=number)
+    plait.merge(["./a", "./b"], out="earlier")
+    lock = json.loads((tmp_path / "earlier/plait.lock").read_text())
+    lock["recipe"]["adapters"][1]["moments"] = "x"
+    (tmp_path / "earlier/plait.lock").write_text(json.dumps(lock))
+    for call in (plait.plan, lambda *a, **k: plait.merge(*a, out="out", **k)):
+        with pytest.raises(plait.PlanError, match=r"^earlier/plait.lock, .*: adapters\[\].moments: given for b, not for a, c"):
+            call("earlier", add=["./c"])
+    lock["recipe"]["adapters"][1].pop("moments")
+    lock["recipe"]["scale"] = "much"
+    (tmp_path / "earlier/plait.lock").write_text(json.dumps(lock))
+    with pytest.raises(plait.PlaitError, match=r"^earlier/plait\.lock: its recipe"):
+        plait.plan("earlier", add=["./c"])
