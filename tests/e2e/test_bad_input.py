@@ -352,7 +352,7 @@ def test_lora_bias_beside_an_embedding(place, capsys):
             tensors |= {"base_model.model.embed.lora_embedding_B": torch.ones(6, 2)}
         save_file(tensors, folder / "adapter_model.safetensors")
     said = merge(capsys, "c", "d")
-    assert "lora_bias holds for a whole adapter" in said
+    assert "lora_bias applies to all of an adapter" in said
     assert "'embed'" in said
 
 

@@ -163,7 +163,7 @@ def test_dora_merges_exactly_into_dora(tmp_path):
         (
             {"target_modules": ["q_proj"], "use_dora": True},
             {"target_modules": ["grouped"], "target_parameters": ["experts.down_proj"]},
-            r"'a': DoRA holds for a whole adapter.*no form on fused experts and grouped convolutions, such as 'grouped'",
+            r"'a': DoRA applies to all of an adapter.*no form on fused experts and grouped convolutions, such as 'grouped'",
         ),
     ],
 )

@@ -74,7 +74,7 @@ def base_digests(
 ) -> Iterator[Callable[[Mapping[str, str]], dict[str, str]]]:
     """Hash the base's files during the work, but for those whose sha256 is known without reading them.
 
-    Known are those that the Hub's tools have noted, and those that are copied whole: they are their result.
+    Known are those that the Hub's tools have noted, and those that are copied unchanged: they are their result.
 
     Yields:
         a function of the results' digests, file → sha256, that waits for the base's.

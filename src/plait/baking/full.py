@@ -25,9 +25,9 @@ class FullTensor:
     Attributes:
         names: (adapter, tensor in its file), for messages and for comparing.
         shape: of it.
-        indices: which rows of an embedding these are; empty for a whole tensor.
+        indices: which rows of an embedding these are; empty for a complete tensor.
         adapters: whose.
-        table: the whole table that the rows are put into, where the adapter brings it (a resized vocabulary); else the base's.
+        table: the table that the rows are put into, where the adapter brings it (a resized vocabulary); else the base's.
     """
 
     names: tuple[tuple[str, str], ...]

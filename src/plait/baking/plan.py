@@ -242,7 +242,7 @@ def _notes(recipe: Recipe, merge: MergePlan) -> list[str]:
     notes = [note for note in merge.notes if not note.startswith("heads and other full tensors")]
     if recipe.output.rank != "auto":
         notes.append(
-            f"output.rank {recipe.output.rank!r} is for adapters: the bake holds the whole merge. To bake the truncated "
+            f"output.rank {recipe.output.rank!r} is for adapters: the bake holds the complete merge. To bake the truncated "
             "adapter, write it first and bake that."
         )
     return notes

@@ -2,7 +2,7 @@
 
 It is not an exact inverse. The bake rounded W + ΔW once to the stored dtype, and this rounds once more, so that an entry of a
 16-bit model comes back to within one unit in the last place of the larger of the two numbers. What an
-adapter holds whole took the place of something that the model does not have any more, and stays.
+adapter holds in full took the place of something that the model does not have any more, and stays.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def extract_card(pairing: Pairing, record: ExtractRecord) -> str:
     facts = [
         f"**Rank**: {record.rank}, scaling baked in (`lora_alpha` = `r`); {len(record.modules)} target modules.",
         f"**Energy**: {record.kept:.2%} of ‖ΔW‖² of these modules is kept, {record.lowest_kept:.2%} in the worst.",
-        f"**Loss**: {record.lost:.2%} of the whole difference ‖Δ‖² between the models is not in the adapter.",
-        *([f"**Kept whole**: {len(kept)} tensors that cannot be a LoRA."] if kept else []),
+        f"**Loss**: {record.lost:.2%} of the difference ‖Δ‖² between the models is not in the adapter.",
+        *([f"**Kept in full**: {len(kept)} tensors that cannot be a LoRA."] if kept else []),
         *([f"**Left out**: {len(lost)} changed tensors, such as {code(lost[0].tensor)}."] if lost else []),
     ]
     lines = "".join(f"- {fact}\n" for fact in facts)

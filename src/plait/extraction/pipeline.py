@@ -98,9 +98,9 @@ def _record(
     started: float,
 ) -> ExtractRecord:
     held = {p.name for p in plan.targets}
-    kept_whole = {p.name for p in (*plan.whole, *plan.biases.values())}
+    kept_in_full = {p.name for p in (*plan.full, *plan.biases.values())}
     leftovers = tuple(
-        Leftover(tensor=p.name, kind=p.kind, energy=plan.energies[p.name], kept=p.name in kept_whole)
+        Leftover(tensor=p.name, kind=p.kind, energy=plan.energies[p.name], kept=p.name in kept_in_full)
         for p in (*pairing.pairs, *pairing.copies)
         if p.name in plan.energies and p.name not in held
     )
@@ -141,11 +141,11 @@ def _notes(pairing: Pairing, plan: ExtractPlan, leftovers: Sequence[Leftover]) -
     if grouped:
         yield (
             f"{len(grouped)} grouped convolutions have changed, such as {grouped[0].tensor!r}; they are left out, since PEFT's "
-            "LoRA, every group of which reads all channels, would be larger than they are. --modules-to-save keeps them whole, "
-            "--targets makes them a LoRA all the same."
+            "LoRA, every group of which reads all channels, would be larger than they are. --modules-to-save keeps them in "
+            "full, --targets makes them a LoRA all the same."
         )
     yield from pairing.notes
-    if pairing.ties_head and any(p.form is Embedding for p in (*plan.targets, *plan.whole)):
+    if pairing.ties_head and any(p.form is Embedding for p in (*plan.targets, *plan.full)):
         yield "the embedding is tied to the head in these models; the adapter changes the embedding alone."
 
 

@@ -28,8 +28,8 @@ class ExtractPlan:
         ranks: target module → its own rank, of one matrix.
         energies: tensor → ‖Δ‖²_F; tensors that did not change are left out.
         biases: target module → pair of its changed bias, to be kept as `lora_bias`.
-        saved: modules to be kept whole, as `modules_to_save` names them.
-        whole: their pairs.
+        saved: modules to be kept in full, as `modules_to_save` names them.
+        full: their pairs.
     """
 
     targets: tuple[Pair, ...]
@@ -37,7 +37,7 @@ class ExtractPlan:
     energies: dict[str, float]
     biases: dict[str, Pair]
     saved: tuple[str, ...]
-    whole: tuple[Pair, ...]
+    full: tuple[Pair, ...]
 
     @cached_property
     def layouts(self) -> dict[str, Layout]:
@@ -87,7 +87,7 @@ def survey(
     energies = {p.name: size for p, (size, _) in zip(pairing.pairs, found, strict=True) if size}
     ranks = {p.module: rank for p, (_, rank) in zip(pairing.pairs, found, strict=True) if rank}
     saved = _saved(pairing, selected, energies, request)
-    whole = tuple(p for p in (*pairing.pairs, *pairing.copies, *pairing.constants) if is_saved(p.layer, saved))
+    full = tuple(p for p in (*pairing.pairs, *pairing.copies, *pairing.constants) if is_saved(p.layer, saved))
     able = [p for p in selected if not is_saved(p.layer, saved)]
     biases = _biases(pairing.pairs, able, energies) if request.modules_to_save and not request.embeddings else {}
     ranks |= {module: 1 for module in biases if module not in ranks}
@@ -97,10 +97,10 @@ def survey(
         what = "these layers are" if request.targets or energies else "the two models are"
         raise PlanError(f"{what} the same in {request.base} and {request.finetuned}: there is nothing to extract.")
     for copy in pairing.copies:
-        if copy in targets or copy in whole:  # every use counts
+        if copy in targets or copy in full:  # every use counts
             energies |= dict.fromkeys([copy.name], energies.get(f"{copy.shares}.weight", 0.0))
     ranks = {p.module: ranks[p.shares or p.module] for p in targets}
-    return ExtractPlan(tuple(sorted(targets, key=lambda p: p.name)), ranks, energies, biases, saved, whole)
+    return ExtractPlan(tuple(sorted(targets, key=lambda p: p.name)), ranks, energies, biases, saved, full)
 
 
 def _look(pair: Pair, number: int, energy: float | None) -> tuple[float, int]:
@@ -121,7 +121,7 @@ def _biases(pairs: Sequence[Pair], targets: Sequence[Pair], energies: dict[str, 
 
 
 def _saved(pairing: Pairing, selected: Sequence[Pair], energies: dict[str, float], request: ExtractRequest) -> tuple[str, ...]:
-    """Return the modules that are kept whole: a task's head always, and what has changed and cannot be a LoRA if asked for."""
+    """Return the modules that are kept in full: a task's head, and on request what has changed and cannot be a LoRA."""
     names = TASK_HEADS.get(pairing.task or "", ())
     saved = {module for p in pairing.pairs if (module := saved_module(p.layer, names)) is not None}
     if request.modules_to_save:

@@ -15,9 +15,9 @@ class Leftover(Record):
     Attributes:
         tensor: its name.
         kind: what it belongs to: `linear`, `conv1d`, `conv`, `experts` and `parameter` were not asked for, a `head` is
-            kept whole, the rest cannot be a LoRA.
+            kept in full, the rest cannot be a LoRA.
         energy: ‖Δ‖²_F of it.
-        kept: whether the adapter holds it whole all the same.
+        kept: whether the adapter holds it in full.
     """
 
     tensor: str
@@ -50,7 +50,7 @@ class ExtractRecord(Record):
         lost: share of ‖Δ‖²_F over all tensors that the adapter does not hold: truncated, or left over.
         modules: one record each.
         unchanged: layers asked for that are equal in both models, and have no factors.
-        saved: modules that the adapter holds whole, changed or not.
+        saved: modules that the adapter holds in full, changed or not.
         leftovers: changed tensors without factors.
         notes: what else is worth knowing.
         finished: local time, ISO 8601.

@@ -25,7 +25,7 @@ class ExtractRequest(Record):
         targets: names of layers (`q_proj`) or shell patterns over module paths; when None all Linear layers, fused experts,
             and convolutions, but for grouped ones whose LoRA would be larger than they are.
         embeddings: also take embeddings, as `lora_embedding_*`.
-        modules_to_save: keep what cannot be a LoRA whole: norms and the like as `modules_to_save`, biases as `lora_bias`.
+        modules_to_save: keep what cannot be a LoRA in full: norms and the like as `modules_to_save`, biases as `lora_bias`.
         dtype: of the written factors.
         layout: one rank for all modules, or each its own.
         base_id: the base model's name in the adapter; the reference as given when None.

@@ -65,7 +65,7 @@ def write_extraction(
             "modules_to_save": list(plan.saved) or None,
         }
     )
-    if [p.form for p in (*plan.targets, *plan.whole) if p.shares] == [Linear]:
+    if [p.form for p in (*plan.targets, *plan.full) if p.shares] == [Linear]:
         config["ensure_weight_tying"] = True  # a key of PEFT since 0.18; 0.21 fails on more uses than embedding and head
     done: list[ModuleRecord] = []
 
@@ -80,7 +80,7 @@ def write_extraction(
             yield {name: _cast(pair, tensor, request.dtype) for name, tensor in named.items()}
             done.append(_module_record(pair, emitted))
 
-    full = [(Entry(p.name, getattr(torch, STORED[p.info.dtype]), p.shape), _rows(p)) for p in plan.whole]
+    full = [(Entry(p.name, getattr(torch, STORED[p.info.dtype]), p.shape), _rows(p)) for p in plan.full]
     writer.write(place, tensors(), config, full)
     return tuple(done)
 

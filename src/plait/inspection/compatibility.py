@@ -251,7 +251,7 @@ def form_problems(adapters: Sequence[Adapter]) -> list[str]:
         without = sorted({t.path for _, t in targets if not t.layout.takes_bias})
         if without:
             problems.append(
-                f"{_names(biased)}: lora_bias holds for a whole adapter, and PEFT has none for embeddings and experts, "
+                f"{_names(biased)}: lora_bias applies to all of an adapter, and PEFT has none for embeddings and experts, "
                 f"such as {without[0]!r}. Leave one of the adapters out."
             )
         if any(_is_dora(a) for a in adapters):
@@ -267,14 +267,14 @@ def form_problems(adapters: Sequence[Adapter]) -> list[str]:
     transposed = sorted({t.path for a, t in targets if a.config.flag("fan_in_fan_out") and may_be_conv1d(t.path)})
     if transposed and parameters:
         problems.append(
-            f"{transposed[0]!r} is stored transposed (fan_in_fan_out), which holds for a whole adapter, and PEFT then takes no "
-            f"fused experts, such as {parameters[0]!r}. Leave one of the adapters out."
+            f"{transposed[0]!r} is stored transposed (fan_in_fan_out), which applies to all of an adapter, and PEFT then takes "
+            f"no fused experts, such as {parameters[0]!r}. Leave one of the adapters out."
         )
     for key in ("layer_replication", "alora_invocation_tokens"):
         values = {a.name: a.config.raw.get(key) for a in adapters}
         if len({repr(v) for v in values.values()}) > 1:
             text = ", ".join(f"{name} {value}" for name, value in values.items())
-            problems.append(f"{key} differs ({text}); it decides for the whole adapter where or when it acts.")
+            problems.append(f"{key} differs ({text}); it decides for all of an adapter where or when it acts.")
     return problems
 
 

@@ -18,7 +18,7 @@ class DeltaFile:
 
     Tensors are called `<module>.weight` (for fused experts, by the parameter), and `<module>.bias`
     for `lora_bias`. Layers that store their weight as (d_in, d_out),
-    embeddings and GPT-2's Conv1D, are transposed here too, and so are held whole while they are written.
+    embeddings and GPT-2's Conv1D, are transposed here too, and so are held in memory while they are written.
 
     Args:
         inventory: the sources.

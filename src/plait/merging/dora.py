@@ -84,7 +84,7 @@ def energy(weight: Tensor, delta: LowRank, gain: Tensor) -> float:
 
 
 def rank_at_energy(weight: Tensor, delta: LowRank, gain: Tensor, share: float) -> int:
-    """Return the lowest rank of L that keeps a share of ‖diag(d) W + L‖²: d is kept whole, so L may lose the rest of all."""
+    """Return the lowest rank of L that keeps a share of ‖diag(d) W + L‖²: d is kept exactly, so L may lose the rest of all."""
     if delta.rank == 0:
         return 1
     s = delta.singular_values()

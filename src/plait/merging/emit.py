@@ -73,9 +73,9 @@ def _rank_at_energy(merged: Merged, energy: float, key: Key) -> int:
     if isinstance(merged, LowRank):
         return rank_for_energy(merged.singular_values(), energy) if merged.rank else 1
     total, width = merged.energy(), DENSE_RANK_CAP
-    while True:  # the sketch is widened until it holds the share, at the latest when it is the whole spectrum
+    while True:  # the sketch is widened until it holds the share, at the latest when it is the complete spectrum
         s = truncated_svd(merged, width, key).s
-        # what was not computed is put last, as one value, so that the share is of the whole energy
+        # what was not computed is put last, as one value, so that the share is of the total energy
         rest = math.sqrt(max(0.0, total - float(s.square().sum())))
         rank = rank_for_energy(torch.cat([s, s.new_tensor([rest])]), energy)
         if rank <= len(s) or len(s) == min(merged.shape):

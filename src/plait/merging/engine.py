@@ -78,14 +78,14 @@ class Engine:
     def prepare(self) -> Combiner:
         """Make the surveys over the whole model that transforms and method need."""
         try:
-            return self._prepare(of_one_width=False)
+            return self._prepare(in_double=False)
         except NeedsDouble:
-            return self._prepare(of_one_width=True)
+            return self._prepare(in_double=True)
 
-    def _prepare(self, *, of_one_width: bool) -> Combiner:
+    def _prepare(self, *, in_double: bool) -> Combiner:
         recipe, moments, pipeline = self._inventory.recipe, self._inventory.moments, pipeline_of(self._inventory.recipe)
-        whole = any(survey.scope == "model" for survey in pipeline.surveys())
-        prepare = partial(PreparedAdapters, is_exact=self._side_by_side, whole=whole, of_one_width=of_one_width)
+        one_dtype = any(survey.scope == "model" for survey in pipeline.surveys())
+        prepare = partial(PreparedAdapters, is_exact=self._side_by_side, needs_one_dtype=one_dtype, in_double=in_double)
         with _pool(self._workers) as pool:
             prepared = pool.submit(prepare, self._inventory, self._progress).result()
             statistics: Statistics = ()
@@ -165,8 +165,8 @@ class Engine:
         weight, total, gain = self._dora_sum(combiner, target)
         emitted = emit([total], rank, self._key(target))
         if emitted.energy is not None and emitted.kept is not None:  # of L; what it lost, ΔW has lost
-            whole = dora.energy(weight, total, gain)
-            emitted = replace(emitted, energy=whole, kept=max(0.0, whole - (emitted.energy - emitted.kept)))
+            total_energy = dora.energy(weight, total, gain)
+            emitted = replace(emitted, energy=total_energy, kept=max(0.0, total_energy - (emitted.energy - emitted.kept)))
         factors, magnitude = dora.written(weight, emitted.slices[0], gain)
         return MergedModule(target, replace(emitted, slices=(factors,)), None, bias, magnitude)
 
@@ -245,8 +245,8 @@ def _is_side_by_side(inventory: Inventory, plan: MergePlan) -> bool:
     """Whether factors are only put side by side, so that nothing depends on the square of a value."""
     recipe, pipeline = inventory.recipe, pipeline_of(inventory.recipe)
     linear = isinstance(pipeline.combine, LinearCombine) and pipeline.is_linear and recipe.space_name != "factors"
-    whole = all(m.rank is not None and m.rank >= m.exact_rank for m in plan.modules) and recipe.output.energy is None
-    return linear and whole and not recipe.transforms and inventory.base is None
+    is_exact = all(m.rank is not None and m.rank >= m.exact_rank for m in plan.modules) and recipe.output.energy is None
+    return linear and is_exact and not recipe.transforms and inventory.base is None
 
 
 def _sound(target: str, merged: list[Merged]) -> list[Merged]:

@@ -188,7 +188,7 @@ def _dora_problems(inventory: Inventory, pipeline: Pipeline, kept: dict[str, Lay
         return []
     dora = ", ".join(repr(a.name) for a in inventory.adapters if any(t.is_dora for t in a.targets.values()))
     return [
-        f"{dora}: DoRA holds for a whole adapter, and has no form on {' and '.join(sorted({*stacked.values()}))}, such as "
+        f"{dora}: DoRA applies to all of an adapter, and has no form on {' and '.join(sorted({*stacked.values()}))}, such as "
         f"{next(iter(stacked))!r}. Leave one of the adapters out."
     ]
 

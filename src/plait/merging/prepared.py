@@ -46,11 +46,11 @@ class PreparedAdapters:
         inventory: what there is.
         progress: receives the surveys that transforms need.
         is_exact: nothing is squared: factors are written as they are, side by side.
-        whole: all target modules need one dtype, since magnitudes are compared over the model.
-        of_one_width: that one is float64.
+        needs_one_dtype: all target modules need one dtype, since magnitudes are compared over the model.
+        in_double: that one is float64.
 
     Attributes:
-        dtype: float32, in which everything is computed; float64 where an adapter is stored so, or `of_one_width`.
+        dtype: float32, in which everything is computed; float64 where an adapter is stored so, or `in_double`.
         extremes: target module → deltas that float32 does not suffice for, of the modules that have been read.
     """
 
@@ -60,17 +60,17 @@ class PreparedAdapters:
         progress: Progress,
         *,
         is_exact: bool = False,
-        whole: bool = False,
-        of_one_width: bool = False,
+        needs_one_dtype: bool = False,
+        in_double: bool = False,
     ) -> None:
         self._inventory = inventory
         self.towers: Towers = towers_of(inventory.layouts)
         self._steps: list[_Step] = []
         adapters = inventory.adapters
         double = any("F64" in a.dtypes for a in adapters)
-        self.dtype = torch.float64 if double or of_one_width else torch.float32
+        self.dtype = torch.float64 if double or in_double else torch.float32
         self._looks = not double and not is_exact
-        self._whole = whole and not of_one_width
+        self._needs_one_dtype = needs_one_dtype and not in_double
         self.extremes: dict[str, tuple[Extreme, ...]] = {}
         for params in inventory.recipe.transforms:
             transform = TRANSFORMS[str(params.name)]  # type: ignore[attr-defined]
@@ -103,7 +103,7 @@ class PreparedAdapters:
         scalings = tuple(a.targets[module].scaling if module in a.targets else 1.0 for a in self._inventory.adapters)
         raw = self._raw(module, dtype)
         if self._looks and (found := self._extremes(module, raw)):
-            if self._whole:
+            if self._needs_one_dtype:
                 raise NeedsDouble
             self.extremes[module] = found
             dtype = torch.float64
