@@ -75,8 +75,12 @@ def test_the_learnt_recipe_makes_the_same_adapter_without_data(
     assert record.coefficients.columns == (("start",) if method == "regmean" else ()) + ("sort", "rate")
     assert (tmp_path / "tuned" / "start").exists() == (method == "regmean")
     assert record.rank == 8  # columns that span the same need no more
-    checked = plait.verify(found.folder, rebuild=False)
+    checked = plait.verify(found.folder)
     assert {x.state for x in (*checked.files, *checked.inputs)} == {"equal"}
+    assert {x.name: x.state for x in checked.rebuilt or ()} == {
+        "adapter_config.json": "equal",
+        "adapter_model.safetensors": "equal",
+    }
 
 
 @pytest.mark.parametrize("method", ["regmean", "linear"])

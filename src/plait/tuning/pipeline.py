@@ -36,7 +36,7 @@ from plait.recipes.tuning import LABELED, TuneSpec
 from plait.recipes.writing import to_yaml
 from plait.results.digests import sha256
 from plait.results.disk import check_not_an_input
-from plait.results.lock import LOCK, locked_input, relative_path
+from plait.results.lock import LEARNT_RECIPE, LEARNT_START, LOCK, locked_input, relative_path
 from plait.results.progress import Progress, Silent
 from plait.results.records import write_json
 from plait.results.staging import output_problem, staged, tuning_folder
@@ -67,7 +67,7 @@ from plait.tuning.working import Working
 from plait.version import __version__
 
 _SHOWN = 3
-RECIPE, START, DIRECTIONS = "recipe.yaml", "start", "coefficients.safetensors"
+DIRECTIONS = "coefficients.safetensors"
 _FRESH_RATE = 2e-3  # at which a fresh LoRA learns best, as a control of coefficients
 _HELD_MOST = 24  # texts of a task that are held out, at most
 
@@ -382,20 +382,20 @@ def _write_learnt(
     }
     digests: dict[Path, str] = {}
     if found.start is not None:
-        (place / START).mkdir()
-        _write(inventory, _merged(closed, before), place / START, heads=False, dtype="float32")
-        paths[found.start] = str(place / START)
-        public[found.start] = f"./{START}"
+        (place / LEARNT_START).mkdir()
+        _write(inventory, _merged(closed, before), place / LEARNT_START, heads=False, dtype="float32")
+        paths[found.start] = str(place / LEARNT_START)
+        public[found.start] = f"./{LEARNT_START}"
     made = take_inventory(learnt_recipe(inventory.recipe, found, learnt.values, rank, paths))
     digests = input_digests(made)
     plan = make_plan(made, workers=1)
     merged = list(run_plan(made, plan, default_workers(), Silent()))
     written, known = _write(made, merged, place)
     recipe = learnt_recipe(inventory.recipe, found, learnt.values, rank, public)
-    (place / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
+    (place / LEARNT_RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
     deltas = {m.target: m.factors.slices for m in merged if m.factors is not None}
     named = [
-        at.model_copy(update={"folder": place / START}) if a.name == found.start else at
+        at.model_copy(update={"folder": place / LEARNT_START}) if a.name == found.start else at
         for a, at in zip(made.adapters, made.located, strict=True)
     ]
     return _Made(replace(made, recipe=recipe, located=tuple(named)), written, deltas, known, digests)
