@@ -85,6 +85,7 @@ fuzz: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python bench/merge.py
 	$(BIN)/python bench/mixture.py
+	$(BIN)/python bench/calibrate.py
 	$(BIN)/python bench/tune.py
 	$(BIN)/python bench/evaluation.py
 	$(BIN)/python bench/methods.py

@@ -18,6 +18,7 @@ from plait.linalg.inputs import InputRows
 
 _BATCH_TOKENS = 4096
 MOST_ROWS = 2048  # inputs that are kept of a module; up to this width their sum of x xᵀ is, over all tokens
+_STRIP = 256  # rows of Σ x xᵀ that are added to at once
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it modulo 1 are spread evenly, and in step with no length of texts
 
 
@@ -99,21 +100,30 @@ class _Taken:
     def take(self, x: Tensor) -> None:
         """Take in (tokens, d)."""
         start, self.seen, width = self.seen, self.seen + len(x), x.shape[1]
-        if self._total is not None:
-            x = x.float()
-            self._total.addmm_(x.mT, x)
-            return
-        if width <= self._most and self.seen >= width:
-            rows = torch.cat([*(r.to(x.device) for r in self._rows), x]).float()
-            self._total, self._rows, self._keys = rows.mT @ rows, [], []
+        if width <= self._most:
+            self._rows.append(x.clone())  # the activation is freed
+            self._held += len(x)
+            if self._held >= width:
+                self._fold()
             return
         keys = (torch.arange(start, self.seen, dtype=torch.float64) * _GOLDEN + self._offset) % 1
         chosen = keys < self._below
-        self._rows.append(x[chosen.to(x.device)].cpu())  # a copy: the activation is freed
+        self._rows.append(x[chosen.to(x.device)].cpu())  # a copy, as well
         self._keys.append(keys[chosen])
         self._held += len(self._keys[-1])
         if self._held > self._most + self._most // 2:
             self._prune()
+
+    def _fold(self) -> None:
+        """Add the rows to Σ x xᵀ: many at once, and only its lower triangle, in strips."""
+        x = torch.cat(self._rows).float()
+        self._rows, self._held = [], 0
+        width = x.shape[1]
+        if self._total is None:
+            self._total = x.new_zeros(width, width)
+        for start in range(0, width, _STRIP):
+            stop = min(start + _STRIP, width)
+            self._total[start:stop, :stop].addmm_(x[:, start:stop].mT, x[:, :stop])
 
     def _prune(self) -> None:
         """Keep the tokens with the smallest keys."""
@@ -126,9 +136,16 @@ class _Taken:
 
     def mean(self) -> Tensor | InputRows:
         if self._total is not None:
+            with torch.inference_mode():  # as the sum was begun
+                if self._rows:
+                    self._fold()
+                for start in range(_STRIP, len(self._total), _STRIP):
+                    strip = self._total[start : start + _STRIP, :start]
+                    self._total[:start, start : start + _STRIP].copy_(strip.mT)
             return (self._total / self.seen).cpu()
-        self._prune()
-        return InputRows(self._rows[0])
+        if self._keys:
+            self._prune()
+        return InputRows(torch.cat(self._rows).cpu())
 
 
 def _rows(module: nn.Module, x: Tensor) -> Tensor:
