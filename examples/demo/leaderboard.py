@@ -10,6 +10,7 @@ The rule is fixed before looking: of a method's settings, the largest sum of mea
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import time
@@ -21,10 +22,10 @@ from typing import Any, Literal
 import numpy as np
 from base_model import base_model
 from contestants import CONTESTANTS, QUICK, Contestant
-from moments import TEXTS, collect
 from plait.evaluation.contenders import Contender
 from rich.console import Console
 
+import plait
 from plait.adapters.adapter import Adapter
 from plait.evaluation.pipeline import Evaluator, Options, Subject
 from plait.evaluation.record import Evaluation
@@ -47,6 +48,7 @@ PLAIN = "linear"  # what the others are compared with
 CLEARLY = 0.1  # of the sum of mean and worst recovery
 STEP, MORE = 1.4, 3  # how far, and how often, the grid of scales is extended
 BATCH = 32
+TEXTS = 200  # per task, for second moments
 Split = Literal["validation", "test"]
 console = Console(highlight=False, width=120)
 
@@ -139,11 +141,28 @@ class Bench:
     def _moments(self) -> Path:
         """Return the folder of the moments, collected now where they are not there yet."""
         stamp = "-".join(adapter.sha256()[:4] for adapter, _, _ in self._singles)
-        folder = _made(self._cache / f"moments-{TEXTS}-{stamp}")
-        if any(not (folder / f"{name}.safetensors").is_file() for name in NAMES):
+        folder = self._cache / f"calibration-{TEXTS}-{stamp}"
+        if not (folder / "plait.lock").is_file():
             console.print(f"[dim]moments of {TEXTS} texts per task[/]")
-            collect(self._base, folder, TEXTS)
+            files = texts_of_moments(_made(self._cache / "texts"))
+            tasks = [HERE / "tasks" / f"{name}.yaml" for name in NAMES]
+            plait.calibrate(
+                ADAPTERS, tasks=tasks, base_model=self._base, out=folder, files=files, count=TEXTS, device_map="cpu"
+            )
         return folder
+
+
+def texts_of_moments(folder: Path) -> dict[str, str]:
+    """Write the first training texts of every task, in the file's order: it is shuffled, and no label chooses them.
+
+    Returns:
+        Task → file.
+    """
+    files = {name: folder / f"{name}.jsonl" for name in NAMES}
+    for name, file in files.items():
+        rows = (HERE / "tasks" / name / "train.jsonl").read_text(encoding="utf-8").splitlines()[:TEXTS]
+        file.write_text("".join(json.dumps({"text": json.loads(row)["text"]}) + "\n" for row in rows), encoding="utf-8")
+    return {name: str(file) for name, file in files.items()}
 
 
 def _scaled(adapter: Adapter, scale: float) -> Contender:

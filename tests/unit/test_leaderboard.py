@@ -9,16 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from peft import PeftModel
 
-from plait.adapters import Adapter
+from plait.calibration.texts import judged_texts, read_texts
 from plait.evaluation.recovery import Drawn
-from plait.mixture import Mixture
 from plait.recipes.request import read_request
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_tasks
-from tests.language_models import WORDS, language_model, save_model, tokenizer, train_adapter
 from tests.unit.test_reports import evaluation
 from tests.unit.test_reports import task as result
 
@@ -39,11 +35,6 @@ def board(monkeypatch):
 @pytest.fixture
 def contestants(monkeypatch):
     return module("contestants", monkeypatch)
-
-
-@pytest.fixture
-def moments(monkeypatch):
-    return module("moments", monkeypatch)
 
 
 def test_every_setting_of_every_contestant_is_a_recipe(contestants):
@@ -140,29 +131,11 @@ def test_the_page_has_the_parts_that_are_generated(board):
         assert f"<!-- {name} -->\n{text}" not in page
 
 
-def test_texts_for_moments_are_training_texts_and_no_label_chooses_them(moments):
+def test_texts_for_moments_are_training_texts_and_no_label_chooses_them(board, tmp_path):
+    files = board.texts_of_moments(tmp_path)
     for task in load_tasks([DEMO / "tasks" / f"{name}.yaml" for name in TASKS]):
-        taken = [str(e.prompt) for e in read_examples(task, "train").items[: moments.TEXTS]]
-        rows = (DEMO / "tasks" / task.name / "train.jsonl").read_text(encoding="utf-8").splitlines()
-        assert all(json.loads(row)["text"] in prompt for row, prompt in zip(rows, taken, strict=False))
-        assert not {*taken} & {str(e.prompt) for split in ("validation", "test") for e in read_examples(task, split).items}
-
-
-def test_moments_are_those_of_the_inputs(moments, tmp_path):
-    """Against the definition, on a tiny model: every module's inputs, with the adapter active, taken by hand."""
-    base, folder = save_model(tmp_path / "base"), train_adapter(tmp_path / "own", "sort", steps=3)
-    mixture = Mixture.load(base, [Adapter.open(folder, "own")])
-    prompts = [f"sort {WORDS[0]} :", WORDS[3]]
-    found = moments.moments(mixture, "own", prompts)
-    wanted = PeftModel.from_pretrained(language_model(), str(folder))
-    seen = {}
-    for path in found:
-        place = wanted.get_base_model().get_submodule(path)
-        place.register_forward_pre_hook(lambda module, x, path=path: seen.setdefault(path, []).append(x[0][0]))
-    with torch.no_grad():
-        for prompt in prompts:
-            wanted(**tokenizer()(prompt, add_special_tokens=False, return_tensors="pt"))
-    assert {*found} == {*Adapter.open(folder, "own").targets}
-    for path, mean in found.items():
-        rows = torch.cat(seen[path]).double()
-        assert torch.allclose(mean.double(), rows.mT @ rows / len(rows), atol=1e-5), path
+        texts = read_texts(task, kind="file", count=board.TEXTS, seed=0, file=files[task.name])
+        taken = [str(e.prompt) for e in read_examples(task, "train").items[: board.TEXTS]]
+        assert [str(p) for p in texts.prompts] == taken
+        assert judged_texts(texts) == []
+        assert "label" not in Path(files[task.name]).read_text(encoding="utf-8")
