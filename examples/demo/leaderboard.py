@@ -22,15 +22,15 @@ from typing import Any, Literal
 import numpy as np
 from base_model import base_model
 from contestants import CONTESTANTS, QUICK, Contestant
-from plait.evaluation.contenders import Contender
 from rich.console import Console
 
 import plait
 from plait.adapters.adapter import Adapter
-from plait.evaluation.pipeline import Evaluator, Options, Subject
+from plait.evaluation.candidates import Candidate
+from plait.evaluation.pipeline import EvalSubject, Evaluator, Options
 from plait.evaluation.record import Evaluation
 from plait.evaluation.recovery import Drawn, interval
-from plait.evaluation.request import spec_of
+from plait.evaluation.request import eval_spec
 from plait.evaluation.scores import adapter_digest, digest
 from plait.libraries.transformers import quiet_loading
 from plait.merging.inventory import open_adapters, take_inventory
@@ -105,7 +105,7 @@ class Bench:
         """Merge, and compare with the base and the tasks' own adapters; return that, and its bootstrap."""
         evaluator = self._evaluators[split]
         if contestant.by_peft:
-            subject = Subject(contestant.name, "adapter", _scaled(self._by_peft[contestant.name], setting.scale))
+            subject = EvalSubject(contestant.name, "adapter", _scaled(self._by_peft[contestant.name], setting.scale))
         else:
             more = {"moments": str(self._moments())} if contestant.moments else {}
             recipe, _ = read_request(None, ADAPTERS, {**setting.settings, **more, "scale": setting.scale})
@@ -113,7 +113,7 @@ class Bench:
         return evaluator.evaluate(subject), evaluator.draws(subject)
 
     def _evaluator(self, split: Split, count: int | None) -> Evaluator:
-        spec = spec_of(EvalSpec(), split=split, subset=count, batch_size=BATCH)
+        spec = eval_spec(EvalSpec(), split=split, subset=count, batch_size=BATCH)
         tasks = [HERE / "tasks" / f"{name}.yaml" for name in NAMES]
         others = tuple(self._by_peft.values())
         return Evaluator(str(self._base), None, self._singles, others, tasks, spec, self._options, Silent())
@@ -165,10 +165,10 @@ def texts_of_moments(folder: Path) -> dict[str, str]:
     return {name: str(file) for name, file in files.items()}
 
 
-def _scaled(adapter: Adapter, scale: float) -> Contender:
+def _scaled(adapter: Adapter, scale: float) -> Candidate:
     """Return an adapter with a weight. PEFT gives √w of a weight w to A and to B, so that equal weights scale its result."""
     key = digest("adapter", adapter_digest(adapter.folder), scale)
-    return Contender(adapter.name, key, lambda task: None, lambda live, _: live.mixture.active({adapter.name: scale}))
+    return Candidate(adapter.name, key, lambda task: None, lambda live, _: live.mixture.active({adapter.name: scale}))
 
 
 def scan(score: Callable[[float], float], scales: Sequence[float]) -> None:
