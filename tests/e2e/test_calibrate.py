@@ -106,7 +106,7 @@ def test_more_tokens_than_a_width_are_summed(place: Path, tmp_path: Path) -> Non
     few = calibrate(place, tmp_path / "few", count=16, tokens=40)  # 48 tokens; widths 32 and 48
     assert [(a.rows, a.stored, a.sampled) for a in few.record.adapters] == [(2, 6, 2)] * 2
     assert MomentsFile(tmp_path / "few" / "sort.safetensors").entries["model.layers.0.mlp.down_proj"] == ((40, 48), True)
-    assert any("keep so many of their inputs" in note for note in few.record.notes)
+    assert any("evenly spread ones are used" in note for note in few.record.notes)
 
 
 def test_a_folder_of_moments_is_one_of_plaits_results(place: Path, tmp_path: Path) -> None:

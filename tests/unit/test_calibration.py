@@ -123,6 +123,21 @@ def test_of_many_tokens_some_are_kept_evenly_and_by_the_seed() -> None:
     assert kept(0, 50).sampled == {}
 
 
+def test_of_very_many_tokens_evenly_spread_ones_are_summed() -> None:
+    layer = torch.nn.Linear(6, 3)
+    x = torch.randn(900, 6, generator=torch.Generator().manual_seed(0))
+    moments = InputMoments({"a": layer}, share=0.25)
+    with moments.watching():
+        for part in x.split(30):
+            layer(part)
+    keys = (torch.arange(900, dtype=torch.float64) * ((5**0.5 - 1) / 2) + moments._offset) % 1
+    keys[0] = 0  # so that no module is left without inputs
+    chosen = x[keys < 0.25].double()
+    assert 220 <= len(chosen) <= 230
+    torch.testing.assert_close(dense(moments.found()["a"]), chosen.T @ chosen / len(chosen), rtol=1e-5, atol=1e-6)
+    assert moments.sampled == {"a": (len(chosen), 900)}
+
+
 def test_kept_inputs_have_the_dtype_of_the_model() -> None:
     layer = torch.nn.Linear(50, 3).bfloat16()
     moments = InputMoments({"a": layer})

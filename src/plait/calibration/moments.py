@@ -25,19 +25,23 @@ _GOLDEN = (5**0.5 - 1) / 2  # multiples of it modulo 1 are spread evenly, and in
 class InputMoments:
     """E[x xᵀ] of what enters modules; modules that read one tensor (q, k and v) share one.
 
-    Of a width d ≤ `most_rows` it is the sum of x xᵀ over all tokens, in float32, once there are d of them. Before that, and for
+    Of a width d ≤ `most_rows` it is the sum of x xᵀ over the tokens, in float32, once there are d of them. Before that, and for
     larger d, the inputs themselves are kept, in their own dtype: all of them, or `most_rows` spread evenly over the tokens.
 
     Args:
         modules: path → module, all of one model.
         most_rows: inputs kept per module.
         seed: of the choice of tokens.
+        share: of the tokens that are looked at, evenly spread; the others are not summed either.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], *, most_rows: int = MOST_ROWS, seed: int = 0) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], *, most_rows: int = MOST_ROWS, seed: int = 0, share: float = 1.0
+    ) -> None:
         self._modules = modules
         self._most = most_rows
         self._offset = random.Random(f"tokens {seed}").random()
+        self._share = share
         self._taken: dict[str, _Taken] = {}
         self._source: dict[str, str] = {}  # path → path under which its inputs are kept
         self._last: tuple[str, Any] = ("", None)
@@ -74,7 +78,7 @@ class InputMoments:
             if source != path:  # other modules were run in between: a tensor of the same values, of which nobody knows
                 source = self._source[path] = path
             if path not in self._taken:
-                self._taken[path] = _Taken(self._most, self._offset)
+                self._taken[path] = _Taken(self._most, self._offset, self._share)
             self._taken[path].take(_rows(module, x))
             self._last = (path, x)
 
@@ -84,29 +88,31 @@ class InputMoments:
 class _Taken:
     """The inputs of one module so far: rows, or their sum of x xᵀ."""
 
-    def __init__(self, most: int, offset: float) -> None:
+    def __init__(self, most: int, offset: float, share: float) -> None:
         self._most = most
         self._offset = offset
         self._total: Tensor | None = None
         self._rows: list[Tensor] = []
         self._keys: list[Tensor] = []
-        self._below = 2.0  # keys of tokens that are kept; every key is below 1
-        self.seen = self._held = 0
+        self._below = share  # keys of tokens that are kept; every key is below 1
+        self.seen = self._held = self._summed = 0
 
     @property
     def kept(self) -> int:
-        return self.seen if self._total is not None else min(self._held, self._most)
+        return self._summed + min(self._held, self._most)
 
     def take(self, x: Tensor) -> None:
         """Take in (tokens, d)."""
         start, self.seen, width = self.seen, self.seen + len(x), x.shape[1]
         if width <= self._most:
-            self._rows.append(x.clone())  # the activation is freed
+            # a copy: the activation is freed
+            self._rows.append(x.clone() if self._below >= 1 else x[(self._key(start) < self._below).to(x.device)])
+            x = self._rows[-1]
             self._held += len(x)
             if self._held >= width:
                 self._fold()
             return
-        keys = (torch.arange(start, self.seen, dtype=torch.float64) * _GOLDEN + self._offset) % 1
+        keys = self._key(start)
         chosen = keys < self._below
         self._rows.append(x[chosen.to(x.device)].cpu())  # a copy, as well
         self._keys.append(keys[chosen])
@@ -114,10 +120,16 @@ class _Taken:
         if self._held > self._most + self._most // 2:
             self._prune()
 
+    def _key(self, start: int) -> Tensor:
+        """Return the keys in [0, 1) of the tokens from one on that were seen last; the very first is kept always."""
+        keys = (torch.arange(start, self.seen, dtype=torch.float64) * _GOLDEN + self._offset) % 1
+        keys[: start == 0] = 0
+        return keys
+
     def _fold(self) -> None:
         """Add the rows to Σ x xᵀ: many at once, and only its lower triangle, in strips."""
         x = torch.cat(self._rows).float()
-        self._rows, self._held = [], 0
+        self._rows, self._held, self._summed = [], 0, self._summed + len(x)
         width = x.shape[1]
         if self._total is None:
             self._total = x.new_zeros(width, width)
@@ -142,7 +154,7 @@ class _Taken:
                 for start in range(_STRIP, len(self._total), _STRIP):
                     strip = self._total[start : start + _STRIP, :start]
                     self._total[:start, start : start + _STRIP].copy_(strip.mT)
-            return (self._total / self.seen).cpu()
+            return (self._total / self._summed).cpu()
         if self._keys:
             self._prune()
         return InputRows(torch.cat(self._rows).cpu())
@@ -193,7 +205,9 @@ def take_moments(
     seed: int = 0,
     report: Callable[[int], object] = lambda done: None,
 ) -> InputMoments:
-    """Return the second moments of modules' inputs over all tokens of some passages, as a model that acts now reads them.
+    """Return the second moments of modules' inputs over the tokens of some passages, as a model that acts now reads them.
+
+    Of many tokens, twice `most_rows` are looked at, evenly spread: sums over all of them would cost as much as the model.
 
     Args:
         model: of transformers, with whatever acts on it.
@@ -204,7 +218,8 @@ def take_moments(
         seed: of the choice of tokens.
         report: called with the number of passages read since it was last called.
     """
-    moments, reader = InputMoments(modules, most_rows=most_rows, seed=seed), Reader(model, head=head)
+    share = min(1.0, 2 * most_rows / sum(p.tokens for p in passages))
+    moments, reader = InputMoments(modules, most_rows=most_rows, seed=seed, share=share), Reader(model, head=head)
     with torch.inference_mode(), moments.watching():
         for batch in equal_lengths(passages):
             reader.read(batch)

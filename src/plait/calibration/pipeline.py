@@ -200,8 +200,8 @@ def _described(request: CalibrationRequest, adapter: Adapter, file: Path, *, reu
 def _record(request: CalibrationRequest, taken: tuple[CalibratedAdapter, ...], started: float) -> CalibrationRecord:
     plan = request.plan()
     notes = [
-        f"{a.name}: {a.sampled} modules are wider than {request.spec.tokens} and keep so many of their inputs, evenly spread "
-        f"over {a.tokens} tokens."
+        f"{a.name}: of {a.tokens} tokens, evenly spread ones are used in {a.sampled} modules: {2 * request.spec.tokens}, "
+        f"or {request.spec.tokens} where inputs are wider than that and are kept themselves."
         for a in taken
         if a.sampled
     ]

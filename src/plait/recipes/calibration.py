@@ -29,6 +29,9 @@ class CalibrationSpec(Record):
     ] = None
     tokens: Annotated[
         int,
-        Field(ge=1, description="Inputs kept per module at most, evenly spread; up to this width the sum over all tokens is."),
+        Field(
+            ge=16,
+            description="Inputs kept per module at most, evenly spread; narrower modules keep their sum, over twice as many.",
+        ),
     ] = 2048
     seed: Annotated[int, Field(ge=0, lt=2**63, description="Of the choice of texts and tokens.")] = 0
