@@ -139,7 +139,7 @@ def test_given_for_an_adapter_that_is_not_there(sources, folder):
 
 def test_a_recipe_holds_no_function(sources):
     for given in (5, gram):
-        with pytest.raises(RecipeError, match=r"moments: .* is a folder nor a mapping of names to files"):
+        with pytest.raises(RecipeError, match=r"moments: .* is neither a folder nor a mapping of names to files"):
             read_request(None, sources, {"moments": given})
 
 
