@@ -14,9 +14,18 @@ import torch
 import plait
 from plait.testing.cohorts import cohort
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo" / "adapters"
-PAIR = {"sentiment": DEMO / "sentiment", "langid": DEMO / "langid"}
 FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> dict[str, Path]:
+    """Two adapters of a dozen modules, with other ranks."""
+    folder = tmp_path_factory.mktemp("adapters")
+    cohort([(96, 64), (64, 96), (40, 64)] * 4, [8, 4], dtype=torch.float32).save(folder)
+    return {
+        "sentiment": (folder / "adapter0").rename(folder / "sentiment"),
+        "langid": (folder / "adapter1").rename(folder / "langid"),
+    }
 
 
 def cli(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
@@ -24,10 +33,10 @@ def cli(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, check=False)
 
 
-def test_flags_yaml_and_python(tmp_path):
+def test_flags_yaml_and_python(tmp_path, pair):
     settings = {"method": "dare_ties", "space": "core", "density": 0.3, "sign": "total", "seed": 7, "weights": [0.7, 0.3]}
-    plait.merge(PAIR, out=tmp_path / "python", **settings)
-    references = [f"{name}={path}" for name, path in PAIR.items()]
+    plait.merge(pair, out=tmp_path / "python", **settings)
+    references = [f"{name}={path}" for name, path in pair.items()]
     flags = ["--method", "dare_ties", "--space", "core", "--density", "0.3", "--sign", "total", "--seed", "7"]
     flags += ["--weights", "0.7", "0.3"]
     done = cli("merge", *references, *flags, "-o", tmp_path / "flags", PYTHONHASHSEED="1")
@@ -35,7 +44,7 @@ def test_flags_yaml_and_python(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "adapters:\n"
-        + "".join(f"  - {{name: {n}, path: {p}, weight: {w}}}\n" for (n, p), w in zip(PAIR.items(), (0.7, 0.3), strict=True))
+        + "".join(f"  - {{name: {n}, path: {p}, weight: {w}}}\n" for (n, p), w in zip(pair.items(), (0.7, 0.3), strict=True))
         + "method: {name: dare_ties, space: core, density: 0.3, sign: total}\nseed: 7\n"
     )
     done = cli("merge", recipe, "-o", tmp_path / "yaml", "--workers", 3, PYTHONHASHSEED="2")
@@ -47,9 +56,9 @@ def test_flags_yaml_and_python(tmp_path):
     assert locks[0] == locks[1] == locks[2]
 
 
-def test_a_loaded_recipe_knows_its_folder(tmp_path, monkeypatch):
+def test_a_loaded_recipe_knows_its_folder(tmp_path, monkeypatch, pair):
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "adapters").symlink_to(DEMO)
+    (tmp_path / "adapters").symlink_to(pair["sentiment"].parent)
     recipe = tmp_path / "recipes" / "recipe.yaml"
     recipe.write_text("adapters: [../adapters/sentiment, ../adapters/langid]\nmethod: ties\noutput: {rank: 4}\n")
     monkeypatch.chdir(tmp_path / "recipes")
@@ -79,23 +88,23 @@ def test_workers_and_threads(method, tmp_path):
     assert len(digests) == 1
 
 
-def test_the_lock_is_true(tmp_path):
+def test_the_lock_is_true(tmp_path, pair):
     import hashlib
 
-    result = plait.merge(PAIR, out=tmp_path / "out")
+    result = plait.merge(pair, out=tmp_path / "out")
     lock = json.loads((result.folder / "plait.lock").read_text())
     for name, digest in lock["outputs"].items():
         assert hashlib.sha256((result.folder / name).read_bytes()).hexdigest() == digest
     for name, source in lock["inputs"].items():
         for file, digest in source["files"].items():
-            assert hashlib.sha256((PAIR[name] / file).read_bytes()).hexdigest() == digest
+            assert hashlib.sha256((pair[name] / file).read_bytes()).hexdigest() == digest
     again = plait.merge(plait.Recipe.model_validate(lock["recipe"]), out=tmp_path / "again")
     assert json.loads((again.folder / "plait.lock").read_text()) == lock
 
 
-def test_the_workspace(tmp_path, monkeypatch):
+def test_the_workspace(tmp_path, monkeypatch, pair):
     monkeypatch.chdir(tmp_path)
-    first, second = plait.merge(PAIR), plait.merge(PAIR)
+    first, second = plait.merge(pair), plait.merge(pair)
     assert first.folder != second.folder
     for result in (first, second):
         assert result.folder.parts[:-1] == ("artifacts", "merged", "linear", "langid_sentiment", "runs")
