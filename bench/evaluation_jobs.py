@@ -51,7 +51,8 @@ def sides(base: str, file: str, dtype: str, batch_size: int, rounds: int) -> dic
 def _plait(model: Any, tokenizer: Any, file: str, batch_size: int) -> Callable[[], Scores]:
     from plait.evaluation.scoring import answer
     from plait.tasks.examples import read_examples
-    from plait.tasks.schema import Data, MultipleChoice, Split
+    from plait.tasks.kinds.multiple_choice import MultipleChoice
+    from plait.tasks.schema import Data, Split
 
     task = MultipleChoice(
         name="choices",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from plait.evaluation.comparison import Compared, Comparison
     from plait.evaluation.record import Bounds, Evaluation
-    from plait.tasks.examples import Example
+    from plait.tasks.inputs import Example
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("sentiment", "supersense", "langid")

@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "plait"
 # from the bottom up; names on one line do not import each other
 ORDER = [
     {"errors", "notices", "records", "version"},
-    {"extras"},
+    {"extras", "plugins"},
     {"folders", "libraries", "linalg", "parsing"},
     {"hub"},
     {"results"},

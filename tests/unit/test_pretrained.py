@@ -15,8 +15,10 @@ from plait.evaluation.scoring import answer
 from plait.hub.pretrained import load_config, load_tokenizer, padded, refusing
 from plait.mixture.loading import load_model
 from plait.tasks.encoding import PromptEncoder, Question
-from plait.tasks.examples import Example, Examples
-from plait.tasks.schema import Classification, Data, Split
+from plait.tasks.examples import Examples
+from plait.tasks.inputs import Example
+from plait.tasks.kinds.classification import Classification
+from plait.tasks.schema import Data, Split
 from tests.chat_models import byte_tokenizer
 from tests.language_models import save_model
 
@@ -48,7 +50,7 @@ def changed(file: Path, **more: object) -> None:
 def evaluate(base: Path, *, trust: bool = False) -> None:
     """Do with a base what an evaluation does with it."""
     model, tokenizer = load_model(base, (), dtype="auto", device_map=None, trust_remote_code=trust)
-    items = (Example("sort w1 : ", "red", ("red", "blue")), Example("sort w20 : ", "blue", ("red", "blue")))
+    items = (Example.of("sort w1 : ", "red", ("red", "blue")), Example.of("sort w20 : ", "blue", ("red", "blue")))
     assert len(answer(model, tokenizer, Examples(TASK, "test", items), batch_size=2)) == 2
     generate(model, tokenizer, [Question([5, 6], [])], max_new_tokens=2, stop=(), batch_size=1)
 

@@ -12,9 +12,11 @@ from plait.evaluation.recovery import PairedStatistics, interval, mean_and_worst
 from plait.evaluation.requirement import Requirement
 from plait.evaluation.subsets import check_names, choose
 from plait.recipes.evaluation import Subset
-from plait.tasks.examples import Example, Examples
+from plait.tasks.answers import Answer
+from plait.tasks.examples import Examples
+from plait.tasks.inputs import Example
 from plait.tasks.loading import load_task
-from plait.tasks.metrics import Answer, metric_of
+from plait.tasks.metrics import metric_of
 from tests.language_models import write_task
 
 
@@ -149,7 +151,7 @@ def test_a_tasks_draws_do_not_depend_on_other_tasks():
 
 
 def many(task, counts: dict[str, int], *, turned: bool = False) -> Examples:
-    items = [Example(f"{label} {i}", label, ("red", "blue")) for label, n in counts.items() for i in range(n)]
+    items = [Example.of(f"{label} {i}", label, ("red", "blue")) for label, n in counts.items() for i in range(n)]
     return Examples(task, "test", tuple(items[::-1] if turned else items))
 
 
@@ -160,7 +162,7 @@ def test_subsets_hold_every_label_in_its_share(task):
     assert (targets.count("red"), targets.count("blue")) == (18, 2)
     rare = choose(many(task, {"red": 99, "blue": 1}), Subset(max_samples=5))
     assert any(i == 99 for i in rare.indices), "one of every label while there is room"
-    few = Examples(task, "test", tuple(Example(f"w{i}", t, ("a", "b", "c")) for i, t in enumerate("a" * 100 + "bcc")))
+    few = Examples(task, "test", tuple(Example.of(f"w{i}", t, ("a", "b", "c")) for i, t in enumerate("a" * 100 + "bcc")))
     assert {few.items[i].target for i in choose(few, Subset(max_samples=16)).indices} == {"a", "b", "c"}
 
 
@@ -182,7 +184,7 @@ def test_subsets_are_as_large_as_wanted(task, wanted):
 
 
 def test_equal_examples_are_told_apart(task):
-    twice = Examples(task, "test", (Example("x", "red", ("red", "blue")),) * 10)
+    twice = Examples(task, "test", (Example.of("x", "red", ("red", "blue")),) * 10)
     found = choose(twice, Subset(max_samples=4))
     assert len(set(found.indices)) == 4
 

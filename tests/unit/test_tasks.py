@@ -14,14 +14,15 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score
 
 from plait.errors import TaskError
+from plait.tasks.answers import Answer
 from plait.tasks.checking import check_task
 from plait.tasks.encoding import PromptEncoder
 from plait.tasks.examples import read_examples
+from plait.tasks.kinds import KINDS
 from plait.tasks.loading import load_task, load_tasks
-from plait.tasks.metrics import Answer, metric_of
+from plait.tasks.metrics import metric_of
 from plait.tasks.overlap import check_disjoint, overlaps
 from plait.tasks.rows import read_rows
-from plait.tasks.schema import KINDS
 from tests.language_models import tokenizer, write_task
 
 ROWS = [{"text": "a b", "label": "yes"}, {"text": "c", "label": "no"}, {"text": "d é", "label": "yes"}]
@@ -75,7 +76,7 @@ def test_paths_start_at_the_file(tmp_path, monkeypatch):
         ("kind: classification", "kind: clasification", "Did you mean 'classification'?"),
         ("kind: classification\n", "", "'kind' is missing"),
         ("labels: [yes, no]", "labels: [yes]", "t.yaml:7: labels"),
-        ("labels: [yes, no]", "labels: [yes, yes]", "'yes' stands there more than once"),
+        ("labels: [yes, no]", "labels: [yes, yes]", "'yes' is given more than once"),
         ("labels: [yes, no]", "labels: [yes, no]\nmetric: f1", "it must be 'accuracy' or 'macro_f1'"),
         ("labels: [yes, no]", "labels: [yes, no]\nmax_tokens: true", "it must be a number"),
         ("data: {path: data}", "data: {path: data, hub: a/b}", "give either 'path' (files) or 'hub'"),
@@ -179,7 +180,7 @@ def test_choices_of_a_row(tmp_path):
     each = text.replace("choices: options", 'choices: ["{{ text }}1", "{{ text }}2"]')
     (example,) = read_examples(load_task(written(tmp_path, each, rows)), "test").items
     assert (example.choices, example.target) == (("x1", "x2"), "x2")
-    assert "no list of texts" in refused(written(tmp_path, text.replace("choices: options", "choices: text"), rows))
+    assert "is not a list of texts" in refused(written(tmp_path, text.replace("choices: options", "choices: text"), rows))
 
 
 def split_task(folder: Path, **splits: list[dict[str, object]]) -> Path:

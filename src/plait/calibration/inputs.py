@@ -10,8 +10,8 @@ from plait.errors import TaskError
 from plait.evaluation.generation import generate_tokens
 from plait.evaluation.likelihood import check_lengths, log_likelihoods
 from plait.mixture import Mixture
+from plait.tasks.asking import Generated, Head, Target
 from plait.tasks.encoding import PromptEncoder
-from plait.tasks.schema import Generation, Perplexity, SequenceClassification
 
 _ANSWER = 32  # tokens of a free answer that a decoder reads, at most
 
@@ -36,23 +36,23 @@ def inputs_of(mixture: Mixture, texts: Texts, adapter: str, *, answered: bool = 
     config: Any = model.config
     if tokenizer is None:
         raise TaskError("the base model has no tokenizer; only tasks of text can be calibrated on.")
-    if isinstance(task, SequenceClassification):
-        cut: dict[str, Any] = {"truncation": task.max_tokens is not None, "max_length": task.max_tokens}
+    if isinstance(task.ask, Head):
+        cut: dict[str, Any] = {"truncation": task.ask.max_tokens is not None, "max_length": task.ask.max_tokens}
         rows = tokenizer([str(p) for p in texts.prompts], **cut)["input_ids"]
         check_lengths(model, [len(r) for r in rows])
         return tuple(Passage(tuple(r)) for r in rows)
     apart = bool(getattr(config, "is_encoder_decoder", False))
     answered = answered or apart
-    answers = texts.choices if answered or isinstance(task, Perplexity) else [()] * len(texts.prompts)
+    answers = texts.choices if answered or isinstance(task.ask, Target) else [()] * len(texts.prompts)
     questions = PromptEncoder(tokenizer, task, apart=apart).encode(texts.prompts, answers)
     check_lengths(model, [len(q.prompt) + max(map(len, q.answers), default=0) for q in questions])
     chosen: list[list[int]] = [[] for _ in questions]
-    if isinstance(task, Perplexity):
+    if isinstance(task.ask, Target):
         chosen = [q.answers[0] for q in questions]
     elif answered:
         with mixture.active({adapter: 1.0}) as acting:
-            if isinstance(task, Generation):
-                most = min(_ANSWER, task.max_new_tokens)
+            if isinstance(task.ask, Generated):
+                most = min(_ANSWER, task.ask.max_new_tokens)
                 chosen = generate_tokens(acting, tokenizer, questions, max_new_tokens=most, batch_size=16)
             else:
                 scores = log_likelihoods(acting, questions, batch_size=16)

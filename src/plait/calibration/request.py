@@ -21,8 +21,9 @@ from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
 from plait.results.digests import sha256
 from plait.results.versions import library_versions
+from plait.tasks.asking import Head
 from plait.tasks.loading import load_tasks, placed
-from plait.tasks.schema import SequenceClassification, Task
+from plait.tasks.schema import Task
 
 #: Raised by every change of plait after which moments of the same texts may be others.
 MOMENTS_VERSION = 1
@@ -93,7 +94,7 @@ class CalibrationRequest:
 
     def has_head(self, adapter: str) -> bool:
         """Whether an adapter's tasks are answered by a classification head."""
-        return all(isinstance(self.texts[task].task, SequenceClassification) for task in self.tasks_of(adapter))
+        return all(isinstance(self.texts[task].task.ask, Head) for task in self.tasks_of(adapter))
 
     def text_digests(self, adapter: str) -> dict[str, str]:
         """Return task → digest of its texts, of an adapter's tasks."""

@@ -17,10 +17,12 @@ from typing import Any, Literal
 
 from plait.errors import TaskError
 from plait.recipes.evaluation import SplitName
-from plait.tasks.examples import Example, Prompt, fields_of, prompts_of
+from plait.tasks.asking import Target
+from plait.tasks.examples import fields_of, prompts_of
+from plait.tasks.inputs import Example, Prompt, Row
 from plait.tasks.loading import placed
-from plait.tasks.rows import Row, read_file, read_rows
-from plait.tasks.schema import LmEval, Perplexity, RowTask, Task
+from plait.tasks.rows import read_file, read_rows
+from plait.tasks.schema import RowTask, Task
 
 TextKind = Literal["split", "file", "lines", "template"]
 _NOTHING = "N/A"
@@ -73,7 +75,7 @@ def read_texts(
     Raises:
         TaskError: the task asks nothing by a prompt of its own, or the texts do not fit it.
     """
-    if isinstance(task, LmEval):
+    if not isinstance(task, RowTask):
         raise TaskError(f"task {task.name!r} ({task.kind}) has no prompt of its own to put texts into; use a task file.")
     if kind is None:
         own = split is not None or not {"calibration", "train"}.isdisjoint(task.splits)
@@ -106,9 +108,9 @@ def judged_texts(texts: Texts) -> list[str]:
 
 def _questions(task: RowTask, pairs: Iterable[tuple[Prompt, tuple[str, ...]]]) -> list[str]:
     """Return the hash of what is asked, as `Example.question` has it, of (prompt, choices)."""
-    if isinstance(task, Perplexity):  # whose text is the target
-        return [Example(prompt, text).question for prompt, (text,) in pairs]
-    return [Example(prompt, "", choices).question for prompt, choices in pairs]
+    if isinstance(task.ask, Target):  # whose text is the target
+        return [Example.of(prompt, text).question for prompt, (text,) in pairs]
+    return [Example.of(prompt, "", choices).question for prompt, choices in pairs]
 
 
 def _rows(task: RowTask, kind: TextKind, split: SplitName | None, file: str | Path | None) -> tuple[Sequence[Row], str]:

@@ -24,6 +24,7 @@ from plait.mixture.merged import averaged_heads, merged_modules
 from plait.recipes.writing import recipe_json
 from plait.results.digests import sha256
 from plait.results.progress import Progress
+from plait.tasks.asking import Head
 from plait.tasks.schema import Task
 
 Heads = Callable[[Task], str | None]
@@ -51,7 +52,7 @@ def bare(adapters: Mapping[str, Adapter]) -> Candidate:
     """Return the base model."""
 
     def heads(task: Task) -> str | None:
-        return _own(task, adapters) if task.kind == "sequence_classification" else None
+        return _own(task, adapters) if isinstance(task.ask, Head) else None
 
     return Candidate("base", "base", heads, lambda live, owner: live.mixture.active(None, heads=owner or False))
 
@@ -60,7 +61,7 @@ def single(name: str, adapters: Mapping[str, Adapter]) -> Candidate:
     """Return one adapter as it was trained."""
 
     def heads(task: Task) -> str | None:
-        if task.kind == "sequence_classification":
+        if isinstance(task.ask, Head):
             return _own(task, adapters)
         return name if adapters[name].full_tensors else None
 

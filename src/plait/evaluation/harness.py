@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from plait.tasks import harness
+from plait.errors import TaskError
+from plait.tasks.answers import Answer
 from plait.tasks.chat import limited_chats, template_name
-from plait.tasks.examples import Example, Examples
-from plait.tasks.metrics import Answer
-from plait.tasks.schema import LmEval
+from plait.tasks.examples import Examples
+from plait.tasks.inputs import Example
+from plait.tasks.kinds import lm_eval
+from plait.tasks.kinds.lm_eval import LmEval
 
 _SEED = 1234  # the harness's default
 
@@ -31,15 +33,15 @@ def ask(
         report: called with the number of examples when all are done.
 
     Raises:
-        TaskError: as `tasks.harness.fresh`.
+        TaskError: as `tasks.kinds.lm_eval.fresh`.
     """
     task = examples.task
     if not isinstance(task, LmEval):
-        raise AssertionError(task.kind)
-    metric, inner = harness.metric_of(task), harness.fresh(task)
+        raise TaskError(f"task {task.name!r}: lm-eval can evaluate only its own tasks (lm_eval:NAME), not {task.kind!r}.")
+    metric, inner = lm_eval.metric_of(task), lm_eval.fresh(task)
     name = inner.task_name
     chats = limited_chats(template_name(tokenizer)) if task.chat else nullcontext()
-    with harness.quiet(), _tied_as_it_is(model), torch.random.fork_rng(), chats:
+    with lm_eval.quiet(), _tied_as_it_is(model), torch.random.fork_rng(), chats:
         torch.manual_seed(_SEED)  # for tasks whose answers are sampled
         found = import_module("lm_eval.evaluator").evaluate(
             lm=import_module("lm_eval.models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),

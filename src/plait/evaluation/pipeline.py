@@ -288,7 +288,7 @@ def _announce_alone(tasks: Sequence[TaskExamples], singles: Mapping[str, Adapter
 
 def _splits(task: Task, spec: EvalSpec) -> dict[Any, Examples]:
     """Read the split that is wanted, and those that must not share examples with it; the training split only when wanted."""
-    wanted = [name for name in SPLITS if name == spec.split or (name in task.splits and name != "train")]
+    wanted = [name for name in SPLITS if name == spec.split or (name in task.split_names and name != "train")]
     return {name: read_examples(task, name) for name in wanted}
 
 

@@ -14,7 +14,7 @@ from itertools import product
 
 import numpy as np
 
-from plait.tasks.metrics import Array, Metric
+from plait.tasks.answers import Array, Metric
 
 Interval = tuple[float, float]
 _TAILS = (2.5, 97.5)  # percentiles: 95 %

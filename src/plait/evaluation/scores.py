@@ -21,7 +21,7 @@ from plait.records import Record
 from plait.results.digests import sha256
 from plait.results.versions import library_versions
 from plait.results.writing import write_json_whole
-from plait.tasks.metrics import Answer
+from plait.tasks.answers import Answer
 
 #: Raised by every change of plait after which a model may answer otherwise; tests/golden holds answers of this version.
 ANSWERS_VERSION = 1

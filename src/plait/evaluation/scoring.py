@@ -10,19 +10,11 @@ from plait.evaluation import harness
 from plait.evaluation.generation import generate
 from plait.evaluation.heads import classify
 from plait.evaluation.likelihood import log_likelihoods, vocabulary
+from plait.tasks.answers import Answer
+from plait.tasks.asking import Choices, Generated, Harness, Head, Length, Target
 from plait.tasks.encoding import PromptEncoder
 from plait.tasks.examples import Examples
-from plait.tasks.metrics import Answer
-from plait.tasks.schema import (
-    Classification,
-    Generation,
-    Length,
-    LmEval,
-    MultipleChoice,
-    Perplexity,
-    SequenceClassification,
-    Task,
-)
+from plait.tasks.schema import Task
 
 Report = Callable[[int], object]
 
@@ -42,12 +34,16 @@ def answer(
     Raises:
         TaskError: the task does not suit the model.
     """
-    if not isinstance(examples.task, SequenceClassification) and not model.can_generate():
+    task, ask = examples.task, examples.task.ask
+    if not isinstance(ask, Head) and not model.can_generate():
         raise TaskError(
-            f"task {examples.task.name!r} ({examples.task.kind}) asks for texts, but {type(model).__name__} says none; "
+            f"task {task.name!r} ({task.kind}) asks for texts, but {type(model).__name__} generates none; "
             "only 'sequence_classification' suits it."
         )
-    return _ASKED_BY[type(examples.task)](model, tokenizer, examples, batch_size, report)
+    others = {name for e in examples.items for name in e.inputs} - {"text", "messages"}
+    if others:
+        raise TaskError(f"task {task.name!r} ({task.kind}) has inputs {', '.join(sorted(others))}; models are given only text.")
+    return _WAYS[type(ask)](model, tokenizer, examples, ask, batch_size, report)
 
 
 def ranked(scores: Sequence[float], texts: Sequence[str], tokens: Sequence[int], length: Length) -> int:
@@ -64,11 +60,8 @@ def ranked(scores: Sequence[float], texts: Sequence[str], tokens: Sequence[int],
     return fair.index(max(fair))
 
 
-def _choose(model: Any, tokenizer: Any, examples: Examples, batch_size: int, report: Report) -> list[Answer]:
-    task = examples.task
-    if not isinstance(task, (Classification, MultipleChoice)):
-        raise AssertionError(task.kind)
-    encoder = _encoder(model, tokenizer, task)
+def _choose(model: Any, tokenizer: Any, examples: Examples, ask: Choices, batch_size: int, report: Report) -> list[Answer]:
+    encoder = _encoder(model, tokenizer, examples.task)
     questions = encoder.questions(examples, [e.choices for e in examples.items])
     scores = log_likelihoods(model, questions, batch_size=batch_size, report=report)
     blanks = _blank_scores(model, encoder, examples, batch_size)
@@ -76,7 +69,7 @@ def _choose(model: Any, tokenizer: Any, examples: Examples, batch_size: int, rep
     for example, question, row in zip(examples.items, questions, scores, strict=True):
         gain = [s - b for s, b in zip(row, blanks[example.choices], strict=True)] if blanks else row
         tokens = tuple(map(len, question.answers))
-        given = example.choices[ranked(gain, example.choices, tokens, task.length)]
+        given = example.choices[ranked(gain, example.choices, tokens, ask.length)]
         answers.append(Answer(id=example.id, target=example.target, given=given, scores=tuple(row), tokens=tokens))
     return answers
 
@@ -95,27 +88,24 @@ def _blank_scores(
     return dict(zip(kinds, log_likelihoods(model, asked, batch_size=batch_size), strict=True))
 
 
-def _say(model: Any, tokenizer: Any, examples: Examples, batch_size: int, report: Report) -> list[Answer]:
-    task = examples.task
-    if not isinstance(task, Generation):
-        raise AssertionError(task.kind)
-    said = generate(
+def _generate(model: Any, tokenizer: Any, examples: Examples, ask: Generated, batch_size: int, report: Report) -> list[Answer]:
+    texts = generate(
         model,
         tokenizer,
-        _encoder(model, tokenizer, task).questions(examples, [()] * len(examples.items)),
-        max_new_tokens=task.max_new_tokens,
-        stop=task.stop,
+        _encoder(model, tokenizer, examples.task).questions(examples, [()] * len(examples.items)),
+        max_new_tokens=ask.max_new_tokens,
+        stop=ask.stop,
         batch_size=batch_size,
         report=report,
     )
-    return [Answer(id=e.id, target=e.target, given=text) for e, text in zip(examples.items, said, strict=True)]
+    return [Answer(id=e.id, target=e.target, given=text) for e, text in zip(examples.items, texts, strict=True)]
 
 
 def _encoder(model: Any, tokenizer: Any, task: Task) -> PromptEncoder:
     return PromptEncoder(tokenizer, task, apart=bool(model.config.is_encoder_decoder), vocabulary=vocabulary(model))
 
 
-def _read(model: Any, tokenizer: Any, examples: Examples, batch_size: int, report: Report) -> list[Answer]:
+def _score_target(model: Any, tokenizer: Any, examples: Examples, ask: Target, batch_size: int, report: Report) -> list[Answer]:
     encoder = _encoder(model, tokenizer, examples.task)
     questions = encoder.questions(examples, [(e.target,) for e in examples.items])
     scores = log_likelihoods(model, questions, batch_size=batch_size, report=report)
@@ -125,34 +115,33 @@ def _read(model: Any, tokenizer: Any, examples: Examples, batch_size: int, repor
     ]
 
 
-def _look(model: Any, tokenizer: Any, examples: Examples, batch_size: int, report: Report) -> list[Answer]:
-    task = examples.task
-    if not isinstance(task, SequenceClassification):
-        raise AssertionError(task.kind)
+def _classify(model: Any, tokenizer: Any, examples: Examples, ask: Head, batch_size: int, report: Report) -> list[Answer]:
     rows = classify(
         model,
         tokenizer,
         [str(e.prompt) for e in examples.items],
-        labels=len(task.labels),
-        max_tokens=task.max_tokens,
+        labels=len(ask.labels),
+        max_tokens=ask.max_tokens,
         batch_size=batch_size,
         report=report,
     )
     return [
-        Answer(id=e.id, target=e.target, given=task.labels[row.index(max(row))], scores=tuple(row))
+        Answer(id=e.id, target=e.target, given=ask.labels[row.index(max(row))], scores=tuple(row))
         for e, row in zip(examples.items, rows, strict=True)
     ]
 
 
-def _through_harness(model: Any, tokenizer: Any, examples: Examples, batch_size: int, report: Report) -> list[Answer]:
+def _through_harness(
+    model: Any, tokenizer: Any, examples: Examples, ask: Harness, batch_size: int, report: Report
+) -> list[Answer]:
     return harness.ask(model, tokenizer, examples, batch_size=batch_size, report=report)
 
 
-_ASKED_BY: Mapping[type, Callable[[Any, Any, Examples, int, Report], list[Answer]]] = {
-    Classification: _choose,
-    MultipleChoice: _choose,
-    Generation: _say,
-    Perplexity: _read,
-    SequenceClassification: _look,
-    LmEval: _through_harness,
+#: Way of asking → what does it; the kinds of tasks that ask so are not known here.
+_WAYS: Mapping[type, Callable[[Any, Any, Examples, Any, int, Report], list[Answer]]] = {
+    Choices: _choose,
+    Generated: _generate,
+    Target: _score_target,
+    Head: _classify,
+    Harness: _through_harness,
 }

@@ -17,8 +17,10 @@ from plait.evaluation.scoring import answer
 from plait.evaluation.subsets import ChosenSubset
 from plait.recipes.evaluation import EvalSpec
 from plait.results.progress import Progress
-from plait.tasks.examples import Example, Examples
-from plait.tasks.metrics import Answer, Metric, metric_of
+from plait.tasks.answers import Answer, Metric
+from plait.tasks.examples import Examples
+from plait.tasks.inputs import Example
+from plait.tasks.metrics import metric_of
 from plait.tasks.schema import Task
 
 _SAMPLES = 5
@@ -224,7 +226,7 @@ def _samples(
     return tuple(
         Sample(
             id=items[i].id,
-            prompt=_prompt_text(items[i]),
+            prompt=items[i].prompt_text,
             target=items[i].target,
             base=base[i].given,
             single=None if alone is None else alone[i].given,
@@ -232,9 +234,3 @@ def _samples(
         )
         for i in order
     )
-
-
-def _prompt_text(example: Example) -> str:
-    if isinstance(example.prompt, str):
-        return example.prompt
-    return "\n".join(f"{role}: {content}" for role, content in example.prompt)

@@ -11,7 +11,8 @@ from plait.errors import TaskError, did_you_mean
 from plait.recipes.evaluation import Subset
 from plait.records import Record
 from plait.results.writing import write_json_whole
-from plait.tasks.examples import Example, Examples
+from plait.tasks.examples import Examples
+from plait.tasks.inputs import Example
 
 
 class ChosenSubset(Record):
@@ -43,7 +44,7 @@ def choose(examples: Examples, subset: Subset) -> ChosenSubset | None:
     items = examples.items
     if wanted is None or wanted >= len(items):
         return None
-    closed = examples.task.kind in ("classification", "sequence_classification")
+    closed = examples.task.closed_labels is not None
     groups: dict[str, list[int]] = {}
     for i, example in enumerate(items):
         groups.setdefault(example.target if subset.stratified and closed else "", []).append(i)

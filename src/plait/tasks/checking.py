@@ -7,6 +7,7 @@ from typing import Any
 
 from plait.recipes.evaluation import SplitName
 from plait.records import Record
+from plait.tasks.asking import Head
 from plait.tasks.encoding import PromptEncoder
 from plait.tasks.examples import Examples, read_examples
 from plait.tasks.metrics import metric_of
@@ -103,7 +104,7 @@ def check_task(task: Task, tokenizer: Any | None = None) -> TaskCheck:
     Raises:
         TaskError: data that cannot be read, or rows that do not fit.
     """
-    splits = {name: read_examples(task, name) for name in SPLITS if name in task.splits}
+    splits = {name: read_examples(task, name) for name in SPLITS if name in task.split_names}
     encoder = PromptEncoder(tokenizer, task) if tokenizer is not None else None
     return TaskCheck(
         name=task.name,
@@ -118,14 +119,13 @@ def check_task(task: Task, tokenizer: Any | None = None) -> TaskCheck:
 
 def _check_split(examples: Examples, encoder: PromptEncoder | None) -> SplitCheck:
     items = examples.items
-    closed = examples.task.kind in ("classification", "sequence_classification")
+    labels = examples.task.closed_labels
     counts = Counter(e.target for e in items)
-    targets = {label: counts[label] for label in items[0].choices} if closed else None
     return SplitCheck(
         examples=len(items),
         duplicates=len(items) - len({e.question for e in items}),
-        targets=targets,
-        majority=max(counts.values()) / len(items) if closed else None,
+        targets=None if labels is None else {label: counts[label] for label in labels},
+        majority=None if labels is None else max(counts.values()) / len(items),
         rendered=tuple(_rendered(examples, i, encoder) for i in range(min(_SHOWN, len(items)))),
         tokens=None if encoder is None else _tokens(examples, encoder),
     )
@@ -133,10 +133,7 @@ def _check_split(examples: Examples, encoder: PromptEncoder | None) -> SplitChec
 
 def _rendered(examples: Examples, index: int, encoder: PromptEncoder | None) -> Rendered:
     example = examples.items[index]
-    if encoder is not None:
-        prompt = encoder.text(example.prompt)
-    else:
-        prompt = example.prompt if isinstance(example.prompt, str) else "\n".join(f"{r}: {c}" for r, c in example.prompt)
+    prompt = example.prompt_text if encoder is None else encoder.text(example.prompt)
     return Rendered(prompt=prompt, target=getattr(examples.task, "delimiter", "") + example.target)
 
 
@@ -156,10 +153,10 @@ def _notes(splits: dict[SplitName, Examples]) -> list[str]:
     task = next(iter(splits.values())).task
     prompt = next(iter(splits.values())).items[0].prompt
     notes = []
-    if isinstance(prompt, str) and prompt.endswith(" ") and task.kind != "sequence_classification":
+    if isinstance(prompt, str) and prompt.endswith(" ") and not isinstance(task.ask, Head):
         notes.append("the prompt ends in a blank, which most tokenizers join to the next word; put it into 'delimiter'.")
     for name, examples in splits.items():
-        absent = {c for e in examples.items for c in e.choices} - {e.target for e in examples.items}
-        if absent and task.kind != "multiple_choice":
+        absent = set(task.closed_labels or ()) - {e.target for e in examples.items}
+        if absent:
             notes.append(f"split {name!r} has no example of {', '.join(sorted(absent))}.")
     return notes

@@ -9,7 +9,8 @@ from typing import Any
 from plait.errors import TaskError
 from plait.hub.pretrained import refusing
 from plait.tasks.chat import chat_text
-from plait.tasks.examples import Examples, Prompt
+from plait.tasks.examples import Examples
+from plait.tasks.inputs import Prompt
 from plait.tasks.schema import Task
 
 

@@ -11,7 +11,10 @@ from plait.recipes.documents import Document, open_document
 from plait.recipes.paths import Plain, item
 from plait.recipes.problems import Origins, Problem, listed, show
 from plait.recipes.validation import validate
-from plait.tasks.schema import KINDS, LM_EVAL, LmEval, Task
+from plait.tasks.kinds import KINDS
+from plait.tasks.kinds.lm_eval import LM_EVAL, LmEval
+from plait.tasks.metrics import metrics_of, not_a_metric
+from plait.tasks.schema import Task
 
 _NO_TEXT = {"asr": "sound", "audio_classification": "sound", "image_classification": "images"}
 
@@ -83,6 +86,9 @@ def build_task(document: Document, *, source: str = "task", folder: Path | None 
         origins.refuse([*document.problems, _bad_kind(kind)])
     model = KINDS[str(family)]
     task, problems = validate(model, _placed(data, folder or Path.cwd()))
+    name, has_own = data.get("metric"), model.model_fields["metric"].default is None
+    if isinstance(name, str) and not has_own and name not in metrics_of(model, str(family)):
+        problems.append(Problem(("metric",), f"metric {not_a_metric(model, str(family), name)}"))
     origins.refuse([*document.problems, *problems])
     if task is None:
         raise AssertionError("a task without problems was not built")

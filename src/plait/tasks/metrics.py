@@ -1,101 +1,83 @@
-"""Answers → a number.
-
-Every metric is a function of sums over examples: `statistics` are what is summed, `from_sums` makes the number. So a
-bootstrap over examples is a product of two matrices. Macro-F1's own value is scikit-learn's, word alignment is jiwer's,
-ROUGE is rouge-score's.
-"""
+"""The metrics, one function each. Macro-F1's own value is scikit-learn's, word alignment is jiwer's, ROUGE is rouge-score's."""
 
 from __future__ import annotations
 
-import math
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
+from plait.errors import TaskError, did_you_mean
 from plait.extras import optional, require
-from plait.records import Record
-from plait.tasks import harness
-from plait.tasks.schema import LmEval, Normalization, Task
+from plait.plugins import Registry
+from plait.tasks.answers import Answer, Array, Metric, ratio, summed
+from plait.tasks.schema import Normalization, Task
 
-Array = NDArray[np.float64]
-
-
-class Answer(Record):
-    """What was made of one example.
-
-    Attributes:
-        id: of the example.
-        target: the right answer.
-        given: the answer; None for perplexity, where none is given.
-        scores: log-likelihood per choice (nats, before `length` and `calibrated`); of the target alone for perplexity;
-            the head's outputs for sequence classification; empty for generation. Of the harness's tasks, its metric's value
-            of this example, one number or a sum and its weight; empty where it has none.
-        tokens: number of tokens of each scored text; empty for sequence classification, generation and the harness.
-    """
-
-    id: str
-    target: str
-    given: str | None
-    scores: tuple[float, ...] = ()
-    tokens: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How answers are judged.
-
-    Attributes:
-        name: as in a task's file.
-        higher_is_better: its orientation.
-        statistics: answers → (n, k), to be summed over examples.
-        from_sums: (…, k) → (…); NaN where it is not defined.
-        value: answers → the reported number.
-        stderr: answers → its standard error, as the harness's own tasks report it; None for other tasks.
-        outcomes: statistics → what one more example might be, (variants, 2, k): wrong and right, in so many ways. None where
-            examples are not right or wrong.
-    """
-
-    name: str
-    higher_is_better: bool
-    statistics: Callable[[Sequence[Answer]], Array]
-    from_sums: Callable[[Array], Array]
-    value: Callable[[Sequence[Answer]], float]
-    stderr: Callable[[Sequence[Answer]], float | None] = lambda answers: None
-    outcomes: Callable[[Array], Array | None] = lambda statistics: None
+OfTask: TypeAlias = Callable[[Task], Metric]
+#: Name → what makes a task's metric. Third parties add theirs by the entry-point group `plait.metrics`, under the name.
+METRICS: Registry[OfTask] = Registry("plait.metrics", "metric")
+_NAMED_BY: dict[str, tuple[str, ...]] = {}  # metric → kinds of tasks that it names
 
 
 def metric_of(task: Task) -> Metric:
     """Return a task's metric.
 
     Raises:
-        TaskError: of a task of the harness: it has no such metric, or one that is no function of sums.
+        TaskError: there is no such metric, or it does not suit the task.
     """
-    return _of_harness(task) if isinstance(task, LmEval) else _METRICS[task.metric](task)
+    own = task.own_metric()
+    if own is not None:
+        return own
+    if task.metric not in metrics_of(type(task), task.kind):
+        raise TaskError(f"task {task.name!r}: metric {not_a_metric(type(task), task.kind, str(task.metric))}")
+    return METRICS[str(task.metric)](task)
 
 
-def _summed(name: str, statistics: Callable[[Sequence[Answer]], Array], *, higher_is_better: bool = True) -> Metric:
-    """Return a ratio of two sums: a mean of shares where higher is better."""
-
-    def value(answers: Sequence[Answer]) -> float:
-        return float(_ratio(statistics(answers).sum(0)))
-
-    return Metric(name, higher_is_better, statistics, _ratio, value, outcomes=_of_shares)
+def metrics_of(task: type[Task], kind: str) -> tuple[str, ...]:
+    """Return the names of the metrics that suit a kind of task: those that it names, and those that name it."""
+    return tuple(name for name in METRICS if name in task.metrics or kind in _NAMED_BY.get(name, ()))
 
 
-def _of_shares(statistics: Array) -> Array | None:
-    """Return the worst and the best example of a mean of shares; None where values are not shares."""
-    values, weights = statistics[:, 0], statistics[:, 1]
-    plain = np.isin(weights, (0, 1)).all() and (values >= 0).all() and (values <= 1).all()
-    return np.array([[[0.0, 1.0], [1.0, 1.0]]]) if plain else None
+def not_a_metric(task: type[Task], kind: str, name: str) -> str:
+    """Return, in words, which metrics a task may have in place of one that does not suit it."""
+    known = metrics_of(task, kind)
+    allowed = ", ".join(map(repr, known[:-1])) + (" or " if known[1:] else "") + "".join(map(repr, known[-1:]))
+    return f"is {name!r}; it must be {allowed}.{did_you_mean(name, known)}"
 
 
-def _ratio(sums: Array) -> Array:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(sums[..., 0] / sums[..., 1])
+def metric(name: str, *, kinds: Sequence[str] = ()) -> Callable[[OfTask], OfTask]:
+    """Register a function that makes the metric of a task.
+
+    Args:
+        name: as a task's file has it.
+        kinds: of tasks that it suits, besides those that name it.
+    """
+
+    def register(make: OfTask) -> OfTask:
+        METRICS.add(name, make)
+        _NAMED_BY[name] = tuple(kinds)
+        return make
+
+    return register
+
+
+def mean(name: str, *, kinds: Sequence[str] = ()) -> Callable[[Callable[[Task], Callable[[Answer], float]]], OfTask]:
+    """Register a function of a task that returns the score of one answer; the metric is the mean, and higher is better.
+
+    Args:
+        name: as a task's file has it.
+        kinds: of tasks that it suits, besides those that name it.
+    """
+
+    def register(make: Callable[[Task], Callable[[Answer], float]]) -> OfTask:
+        def of_task(task: Task) -> Metric:
+            score = make(task)
+            return summed(name, lambda answers: _with_ones(score(a) for a in answers))
+
+        return metric(name, kinds=kinds)(of_task)
+
+    return register
 
 
 def _with_ones(values: Iterable[float]) -> Array:
@@ -103,14 +85,16 @@ def _with_ones(values: Iterable[float]) -> Array:
     return np.stack([column, np.ones_like(column)], axis=1)
 
 
-def _accuracy(task: Task) -> Metric:
-    return _summed("accuracy", lambda answers: _with_ones(a.given == a.target for a in answers))
+@mean("accuracy")
+def _accuracy(task: Task) -> Callable[[Answer], float]:
+    return lambda answer: answer.given == answer.target
 
 
+@metric("macro_f1")
 def _macro_f1(task: Task) -> Metric:
     """Mean of the classes' F1 over the classes that occur as target or answer, as scikit-learn's default."""
     require("metric 'macro_f1'", {"eval": ["sklearn"]})
-    classes: tuple[str, ...] = task.labels  # type: ignore[union-attr]
+    classes = task.closed_labels or ()
 
     def statistics(answers: Sequence[Answer]) -> Array:
         given, target = (_one_hot([a.given for a in answers], classes), _one_hot([a.target for a in answers], classes))
@@ -141,43 +125,60 @@ def _one_hot(words: Sequence[str | None], classes: Sequence[str]) -> Array:
     return np.array([[word == c for c in classes] for word in words], dtype=np.float64)
 
 
-def _exact_match(task: Task) -> Metric:
+@mean("exact_match")
+def _exact_match(task: Task) -> Callable[[Answer], float]:
     clean = _normalizer(task)
-    return _summed("exact_match", lambda answers: _with_ones(clean(a.given or "") == clean(a.target) for a in answers))
+    return lambda answer: clean(answer.given or "") == clean(answer.target)
 
 
-def _error_rate(name: str) -> Callable[[Task], Metric]:
-    def metric(task: Task) -> Metric:
-        clean = _normalizer(task)
-        align = optional("jiwer", "eval", f"metric {name!r}")
-        process = align.process_words if name == "wer" else align.process_characters
+def _error_rate(task: Task, name: str) -> Metric:
+    clean = _normalizer(task)
+    align = optional("jiwer", "eval", f"metric {name!r}")
+    process = align.process_words if name == "wer" else align.process_characters
 
-        def statistics(answers: Sequence[Answer]) -> Array:
-            rows = []
-            for a in answers:
-                found = process(clean(a.target), clean(a.given or ""))
-                errors = found.substitutions + found.deletions + found.insertions
-                rows.append((errors, found.hits + found.substitutions + found.deletions))
-            return np.array(rows, dtype=np.float64)
+    def statistics(answers: Sequence[Answer]) -> Array:
+        rows = []
+        for a in answers:
+            found = process(clean(a.target), clean(a.given or ""))
+            errors = found.substitutions + found.deletions + found.insertions
+            rows.append((errors, found.hits + found.substitutions + found.deletions))
+        return np.array(rows, dtype=np.float64)
 
-        return _summed(name, statistics, higher_is_better=False)
-
-    return metric
+    return summed(name, statistics, higher_is_better=False)
 
 
-def _rouge(name: str) -> Callable[[Task], Metric]:
-    def metric(task: Task) -> Metric:
-        clean = _normalizer(task)
-        scorer = optional("rouge_score.rouge_scorer", "eval", f"metric {name!r}").RougeScorer([name])
-
-        def statistics(answers: Sequence[Answer]) -> Array:
-            return _with_ones(scorer.score(clean(a.target), clean(a.given or ""))[name].fmeasure for a in answers)
-
-        return _summed(name, statistics)
-
-    return metric
+@metric("wer")
+def _wer(task: Task) -> Metric:
+    return _error_rate(task, "wer")
 
 
+@metric("cer")
+def _cer(task: Task) -> Metric:
+    return _error_rate(task, "cer")
+
+
+def _rouge(task: Task, name: str) -> Callable[[Answer], float]:
+    clean = _normalizer(task)
+    scorer = optional("rouge_score.rouge_scorer", "eval", f"metric {name!r}").RougeScorer([name])
+    return lambda answer: scorer.score(clean(answer.target), clean(answer.given or ""))[name].fmeasure
+
+
+@mean("rouge1")
+def _rouge1(task: Task) -> Callable[[Answer], float]:
+    return _rouge(task, "rouge1")
+
+
+@mean("rouge2")
+def _rouge2(task: Task) -> Callable[[Answer], float]:
+    return _rouge(task, "rouge2")
+
+
+@mean("rougeL")
+def _rouge_l(task: Task) -> Callable[[Answer], float]:
+    return _rouge(task, "rougeL")
+
+
+@metric("perplexity")
 def _perplexity(task: Task) -> Metric:
     """Exp of the mean negative log-likelihood per token, over all tokens of all texts."""
 
@@ -185,36 +186,12 @@ def _perplexity(task: Task) -> Metric:
         return np.array([(-a.scores[0], a.tokens[0]) for a in answers], dtype=np.float64)
 
     def from_sums(sums: Array) -> Array:
-        return np.asarray(np.exp(_ratio(sums)))
+        return np.asarray(np.exp(ratio(sums)))
 
     def value(answers: Sequence[Answer]) -> float:
         return float(from_sums(statistics(answers).sum(0)))
 
     return Metric("perplexity", False, statistics, from_sums, value)  # noqa: FBT003
-
-
-def _of_harness(task: LmEval) -> Metric:
-    """Return a metric of the harness: its own aggregation of its own values, and for the bootstrap the sums behind it."""
-    found = harness.metric_of(task)
-    finish = _FINISHED[found.aggregation]
-
-    def statistics(answers: Sequence[Answer]) -> Array:
-        return np.array([_NOTHING if not a.scores else (*a.scores, 1.0)[:2] for a in answers], dtype=np.float64)
-
-    def values(answers: Sequence[Answer]) -> list[Any]:
-        return [a.scores if len(a.scores) > 1 else a.scores[0] for a in answers if a.scores]
-
-    def value(answers: Sequence[Answer]) -> float:
-        known = values(answers)
-        return float(found.aggregate(known)) if known else math.nan
-
-    shares = _of_shares if found.aggregation == "mean" and found.higher_is_better else lambda statistics: None
-
-    def stderr(answers: Sequence[Answer]) -> float | None:
-        known = values(answers)
-        return float(found.stderr(known)) if found.stderr is not None and len(known) > 1 else None
-
-    return Metric(found.metric, found.higher_is_better, statistics, lambda sums: finish(_ratio(sums)), value, stderr, shares)
 
 
 def _normalizer(task: Task) -> Callable[[str], str]:
@@ -234,22 +211,4 @@ def _normalizer(task: Task) -> Callable[[str], str]:
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_NOTHING = (0.0, 0.0)  # an example that the metric leaves out
-#: The harness's aggregations, as functions of Σ value / Σ weight.
-_FINISHED: Mapping[harness.Aggregation, Callable[[Array], Array]] = {
-    "mean": lambda ratio: ratio,
-    "perplexity": lambda ratio: np.exp(-ratio),
-    "weighted_perplexity": lambda ratio: np.exp(-ratio),
-    "bits_per_byte": lambda ratio: -ratio / math.log(2),
-}
-_METRICS: Mapping[str, Callable[[Task], Metric]] = {
-    "accuracy": _accuracy,
-    "macro_f1": _macro_f1,
-    "exact_match": _exact_match,
-    "wer": _error_rate("wer"),
-    "cer": _error_rate("cer"),
-    "rouge1": _rouge("rouge1"),
-    "rouge2": _rouge("rouge2"),
-    "rougeL": _rouge("rougeL"),
-    "perplexity": _perplexity,
-}
+METRICS.load_plugins()

@@ -8,16 +8,16 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from plait.errors import TaskError, did_you_mean
 from plait.extras import optional
 from plait.parsing import parse_json, read_text
 from plait.recipes.evaluation import SplitName
+from plait.tasks.inputs import Row
 from plait.tasks.schema import RowTask, Split
 
 _MOST_BYTES = 4 << 30  # of a file with rows, which is read whole
-Row: TypeAlias = Mapping[str, Any]
 
 
 def read_rows(task: RowTask, name: SplitName) -> list[Row]:

@@ -1,23 +1,30 @@
-"""The task: what is asked, on which data, and how answers are judged. One record per kind, frozen.
+"""What all kinds of tasks share: where the rows are, which belong to a split, and the bases that kinds are made from.
 
 Knows nothing of how data is read or how a model is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from plait.errors import TaskError
+from plait.plugins import Registry
 from plait.recipes.evaluation import SplitName
 from plait.records import Record
+from plait.tasks.answers import Metric
+from plait.tasks.asking import Ask, Choices, Length
+from plait.tasks.inputs import Example, Inputs, Row, inputs_of
+from plait.tasks.templates import Template as Compiled
 
-LM_EVAL = "lm_eval:"  # before the name of one of the harness's tasks, as a kind and as a reference
 SPLITS: tuple[SplitName, ...] = ("train", "calibration", "validation", "test")
-Length = Literal["sum", "tokens", "bytes"]
 Normalization = Literal["lower", "punctuation", "whitespace"]
 Template = Annotated[str, Field(min_length=1)]
+InputMaker: TypeAlias = Callable[[Sequence[Row]], Sequence[Inputs | TaskError]]
+ChoiceMaker: TypeAlias = Callable[[Sequence[Row]], Sequence[tuple[str, ...] | TaskError]]
+_T = TypeVar("_T")
 
 
 class Data(Record):
@@ -67,50 +74,135 @@ class Message(Record):
     content: str
 
 
-class _Named(Record):
+class Task(Record):
+    """What is asked, on which data, and how answers are judged; the base of every kind."""
+
+    metrics: ClassVar[tuple[str, ...]] = ()  # names of metrics that suit the kind, besides those that name it
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Unique; used in files and results.")]
+    kind: str
     description: str = ""
     adapter: Annotated[str | None, Field(description="Whose task this is; the adapter of the task's own name otherwise.")] = (
         None
     )
+    metric: str | None = None
 
     @property
     def own_adapter(self) -> str:
         """Name of the adapter that was trained for this task."""
         return self.adapter or self.name
 
+    @property
+    def where(self) -> str:
+        """What messages call it."""
+        return f"task {self.name!r}"
 
-class _Common(_Named):
+    @property
+    def ask(self) -> Ask:
+        """How answers are asked of a model."""
+        raise NotImplementedError
+
+    @property
+    def closed_labels(self) -> tuple[str, ...] | None:
+        """All possible answers, where every example has the same; else None."""
+        return None
+
+    @property
+    def split_names(self) -> tuple[SplitName, ...]:
+        """The splits that it has."""
+        raise NotImplementedError
+
+    def read(self, split: SplitName) -> list[Example]:
+        """Return the examples of a split, for tasks that are not made of rows.
+
+        Raises:
+            TaskError: they cannot be read.
+        """
+        raise NotImplementedError
+
+    def own_metric(self) -> Metric | None:
+        """Return a metric that belongs to this task alone; None: it is registered under `metric`."""
+        return None
+
+    def own_digest(self) -> Mapping[str, Any]:
+        """Return what answers depend on besides the fields and the examples."""
+        return {}
+
+
+class RowTask(Task):
+    """A task whose examples are made of rows, by templates."""
+
     data: Annotated[Data, Field(description="Where the rows are.")]
     splits: Annotated[dict[SplitName, Split], Field(min_length=1, description="train, calibration, validation, test.")]
-
-
-class _Prompted(_Common):
     prompt: Annotated[Template | None, Field(description="Jinja2 template of the text before the answer.")] = None
+    target: Annotated[Template, Field(description="Jinja2 template of the right answer.")]
+
+    @property
+    def split_names(self) -> tuple[SplitName, ...]:
+        """The splits that it has."""
+        return tuple(self.splits)
+
+    def sources(self) -> list[str]:
+        """Return the templates that are filled from a row before its target."""
+        return [] if self.prompt is None else [self.prompt]
+
+    def inputs_of(self) -> InputMaker:
+        """Return what makes an example's inputs of every row; an error in place of those of a row that does not fit."""
+        if self.prompt is None:
+            return lambda rows: [inputs_of("")] * len(rows)
+        template = Compiled(self.prompt, f"{self.where}: prompt")
+        return lambda rows: [text if isinstance(text, TaskError) else inputs_of(text) for text in template.each(rows)]
+
+    def choices_of(self) -> ChoiceMaker:
+        """Return what makes an example's possible answers of every row; empty where the answer is free."""
+        return lambda rows: [()] * len(rows)
+
+    def check_target(self, target: str) -> None:
+        """Make sure that an example can be judged by its target.
+
+        Raises:
+            TaskError: it cannot.
+        """
+
+
+class PromptedTask(RowTask):
+    """A task that puts a text, or chat turns, before the answer."""
+
     messages: Annotated[
         tuple[Message, ...] | None,
         Field(min_length=1, description="Chat turns before the answer, put through the model's chat template."),
     ] = None
-    target: Annotated[Template, Field(description="Jinja2 template of the right answer.")]
-    delimiter: Annotated[str, Field(description="What stands between prompt and answer, such as a blank.")] = ""
+    delimiter: Annotated[str, Field(description="What is put between prompt and answer, such as a blank.")] = ""
     max_tokens: Annotated[
         int | None, Field(ge=1, description="Longer prompts lose their beginning; otherwise they are an error.")
     ] = None
 
     @model_validator(mode="after")
-    def _one_prompt(self) -> _Prompted:
+    def _one_prompt(self) -> PromptedTask:
         if self.prompt is not None and self.messages is not None:
             raise ValueError("give 'prompt' or 'messages', not both")
-        if self.prompt is None and self.messages is None and self._needs_prompt():
+        if self.prompt is None and self.messages is None and self.needs_prompt():
             raise ValueError("give 'prompt' or 'messages'")
         return self
 
     @classmethod
-    def _needs_prompt(cls) -> bool:
+    def needs_prompt(cls) -> bool:
+        """Whether there must be a prompt."""
         return True
 
+    def sources(self) -> list[str]:
+        """Return the templates that are filled from a row before its target."""
+        return super().sources() if self.messages is None else [m.content for m in self.messages]
 
-class _Ranked(_Prompted):
+    def inputs_of(self) -> InputMaker:
+        """Return what makes an example's text or chat turns of every row."""
+        if self.messages is None:
+            return super().inputs_of()
+        roles = [m.role for m in self.messages]
+        turns = [Compiled(m.content, f"{self.where}: messages") for m in self.messages]
+        return lambda rows: joined(turns, rows, lambda texts: inputs_of(tuple(zip(roles, texts, strict=True))))
+
+
+class RankedTask(PromptedTask):
     """A task whose answers are a few texts, of which the likeliest is taken."""
 
     length: Annotated[
@@ -120,111 +212,52 @@ class _Ranked(_Prompted):
         bool, Field(description="Take off each answer's log-likelihood after the prompt with every field N/A.")
     ] = False
 
+    @property
+    def ask(self) -> Choices:
+        """How answers are asked of a model."""
+        return Choices(self.length, self.calibrated)
+
 
 def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise ValueError(f"labels: {', '.join(map(repr, twice))} stands there more than once")
+        raise ValueError(f"labels: {', '.join(map(repr, twice))} is given more than once")
     return labels
 
 
-Labels = Annotated[tuple[Template, ...], Field(min_length=2, description="All possible answers.")]
+Labels = Annotated[tuple[Template, ...], Field(min_length=2, description="All possible answers."), AfterValidator(_distinct)]
 
 
-class Classification(_Ranked):
-    """One of a fixed set of labels; the likeliest continuation of the prompt is the prediction."""
-
-    kind: Literal["classification"]
-    labels: Labels
-    metric: Literal["accuracy", "macro_f1"] = "accuracy"
-
-    @field_validator("labels")
-    @classmethod
-    def _labels_differ(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _distinct(value)
+def joined(
+    templates: Sequence[Compiled], rows: Sequence[Row], make: Callable[[tuple[str, ...]], _T | TaskError]
+) -> list[_T | TaskError]:
+    """Return what is made of all templates' texts of every row, or the first error among them."""
+    found: list[_T | TaskError] = []
+    for texts in zip(*(t.each(rows) for t in templates), strict=True):
+        errors = [text for text in texts if isinstance(text, TaskError)]
+        found.append(errors[0] if errors else make(tuple(text for text in texts if isinstance(text, str))))
+    return found
 
 
-class MultipleChoice(_Ranked):
-    """One of each row's own choices; the likeliest continuation of the prompt is the prediction."""
-
-    kind: Literal["multiple_choice"]
-    choices: Annotated[str | tuple[Template, ...], Field(description="The column that lists them, or one template per choice.")]
-    metric: Literal["accuracy"] = "accuracy"
+def _check_kind(offered: object) -> None:
+    if not (isinstance(offered, type) and issubclass(offered, Task)):
+        raise TypeError(f"an entry point of plait.task_kinds must name a subclass of plait.tasks.schema.Task, got {offered!r}")
 
 
-class Generation(_Prompted):
-    """What the model says, greedily, compared with the target."""
-
-    kind: Literal["generation"]
-    metric: Literal["exact_match", "wer", "cer", "rouge1", "rouge2", "rougeL"] = "exact_match"
-    max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    stop: Annotated[tuple[Template, ...], Field(description="Texts at which an answer ends; they are cut off.")] = ()
-    normalize: Annotated[
-        tuple[Normalization, ...],
-        Field(description="Done to answer and target before they are compared; blanks at the ends go."),
-    ] = ()
+#: Kind → its task. Third parties add theirs by the entry-point group `plait.task_kinds`, under the kind's name.
+KINDS: Registry[type[Task]] = Registry("plait.task_kinds", "kind of task", _check_kind)
+_K = TypeVar("_K", bound=type[Task])
 
 
-class Perplexity(_Prompted):
-    """How surprised the model is by the target, per token, after the prompt (which may be empty)."""
+def kind(name: str) -> Callable[[_K], _K]:
+    """Register the class below as a kind of task.
 
-    kind: Literal["perplexity"]
-    metric: Literal["perplexity"] = "perplexity"
+    Args:
+        name: as a task's file has it.
+    """
 
-    @classmethod
-    def _needs_prompt(cls) -> bool:
-        return False
+    def register(task: _K) -> _K:
+        KINDS.add(name, task)
+        return task
 
-
-class SequenceClassification(_Common):
-    """One of a fixed set of labels, by a classification head on the model; heads belong to the task's own adapter."""
-
-    kind: Literal["sequence_classification"]
-    prompt: Annotated[Template, Field(description="Jinja2 template of the text that is classified.")]
-    target: Annotated[Template, Field(description="Jinja2 template of the right label.")]
-    labels: Annotated[Labels, Field(description="In the order of the head's outputs.")]
-    metric: Literal["accuracy", "macro_f1"] = "accuracy"
-    max_tokens: Annotated[int | None, Field(ge=1, description="Longer texts lose their end; otherwise they are an error.")] = (
-        None
-    )
-
-    @field_validator("labels")
-    @classmethod
-    def _labels_differ(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _distinct(value)
-
-
-class LmEval(_Named):
-    """A task of EleutherAI's lm-evaluation-harness: its data, prompts and metric, asked by its own evaluator."""
-
-    kind: Annotated[str, Field(pattern=rf"^{LM_EVAL}.+$", description="`lm_eval:` and the harness's name of the task.")]
-    metric: Annotated[
-        str | None, Field(min_length=1, description="As the harness names it, with `,filter` where it has several; its first.")
-    ] = None
-    num_fewshot: Annotated[int | None, Field(ge=0, description="Examples in the prompt; as the harness has it.")] = None
-    chat: Annotated[bool, Field(description="Put prompts through the model's chat template.")] = False
-    include: Annotated[
-        str | None, Field(min_length=1, description="A folder with tasks of your own, in the harness's YAML; in place of its.")
-    ] = None
-
-    @property
-    def harness_name(self) -> str:
-        """What the harness calls it."""
-        return self.kind.removeprefix(LM_EVAL)
-
-    @property
-    def splits(self) -> tuple[SplitName, ...]:
-        """`test`: the documents that the harness evaluates on, its own test split or, where there is none, its validation."""
-        return ("test",)
-
-
-RowTask: TypeAlias = Classification | MultipleChoice | Generation | Perplexity | SequenceClassification
-Task: TypeAlias = RowTask | LmEval
-KINDS: Mapping[str, type[Task]] = {
-    "classification": Classification,
-    "multiple_choice": MultipleChoice,
-    "generation": Generation,
-    "perplexity": Perplexity,
-    "sequence_classification": SequenceClassification,
-    LM_EVAL.rstrip(":"): LmEval,
-}
+    return register

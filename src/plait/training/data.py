@@ -16,8 +16,9 @@ from plait.extras import optional
 from plait.recipes.evaluation import SplitName
 from plait.records import Record
 from plait.tasks.examples import read_examples
+from plait.tasks.inputs import Row
 from plait.tasks.loading import load_tasks
-from plait.tasks.rows import Row, read_file, read_hub
+from plait.tasks.rows import read_file, read_hub
 from plait.training.formats import Completion, Conversation, Example, FormatName, convert, digest_form
 
 _ENDINGS = (".jsonl", ".json", ".csv", ".parquet")

@@ -17,8 +17,9 @@ from plait.recipes.overrides import parse_override, set_values
 from plait.recipes.paths import Plain, item
 from plait.recipes.problems import Origins, Problem, listed, show
 from plait.recipes.validation import check, validate
+from plait.tasks.asking import Head
 from plait.tasks.loading import load_task
-from plait.tasks.schema import SequenceClassification, Task
+from plait.tasks.schema import Task
 from plait.training.classification import LONGEST
 from plait.training.data import TrainingData, is_local
 from plait.training.encoding import LongExamples
@@ -205,13 +206,13 @@ def _task_problems(phases: Phases, tasks: Mapping[int, Task]) -> Iterator[Proble
 
 
 def _splits_problems(i: int, phase: Phase, task: Task, evaluated: str) -> Iterator[Problem]:
-    data, there = phase.data or TrainingData(), listed(list(task.splits))
+    data, there = phase.data or TrainingData(), listed(task.split_names)
     if data.place is not None and _kind(task) == "sequence_classification":
         yield Problem((PHASES, i, "data", "place"), "a classifier learns from its task's own splits; give 'split' here.")
-    if data.place is None and data.split not in task.splits:
+    if data.place is None and data.split not in task.split_names:
         text = f"task {task.name!r} has no split {data.split!r} to train on; it has {there}. Add it, or give 'data'."
         yield Problem((PHASES, i, "data" if phase.data else "task"), text)
-    if evaluated not in task.splits:
+    if evaluated not in task.split_names:
         text = f"task {task.name!r} has no split {evaluated!r} to evaluate on; it has {there}. Add it, or change eval.split."
         yield Problem((PHASES, i, "task"), text)
 
@@ -220,7 +221,7 @@ def _watch_problems(phases: Phases, tasks: Mapping[int, Task]) -> Iterator[Probl
     """Find phases that are to measure the loss on other rows, and have none."""
     for i, phase in enumerate(phases.phases):
         asked, task = (phases.arguments | phase.arguments).get("eval_strategy", "no"), tasks.get(i)
-        if asked != "no" and (task is None or "validation" not in task.splits):
+        if asked != "no" and (task is None or "validation" not in task.split_names):
             what = "a phase without a task" if task is None else f"task {task.name!r}"
             text = f"eval_strategy is {asked!r}, and {what} has no split 'validation' to measure the loss on. Leave it out."
             yield Problem((PHASES, i, "arguments"), text)
@@ -238,7 +239,7 @@ def _name_problems(i: int, phase: Phase, task: Task, others: Sequence[Task]) -> 
 
 
 def _kind(task: Task) -> Kind:
-    return "sequence_classification" if task.kind == "sequence_classification" else "causal"
+    return "sequence_classification" if isinstance(task.ask, Head) else "causal"
 
 
 def _base(text: str, folder: Path) -> tuple[str, list[Problem]]:
@@ -277,19 +278,20 @@ def _job(phases: Phases, phase: Phase, task: Task | None, base: str, folder: Pat
     if lora.init_seed is None:
         lora = lora.model_copy(update={"init_seed": init_seed(phases.seed, phase.name)})
     arguments = _ARGUMENTS | _located(phases.arguments | phase.arguments, folder)
-    if isinstance(task, SequenceClassification) and task.max_tokens is not None:
-        arguments = {LONGEST: task.max_tokens, **arguments}  # learnt as it is evaluated
+    head = task.ask if task is not None and isinstance(task.ask, Head) else None
+    if head is not None and head.max_tokens is not None:
+        arguments = {LONGEST: head.max_tokens, **arguments}  # learnt as it is evaluated
     data = _placed(phase.data or TrainingData(), folder)
     if data.place is None:
         data = data.model_copy(update={"task": phase.task})
-    watched = task is not None and "validation" in task.splits and arguments.get("eval_strategy", "no") != "no"
+    watched = task is not None and "validation" in task.split_names and arguments.get("eval_strategy", "no") != "no"
     return TrainingJob(
         base=base,
         base_name=phases.base_name,
         data=data,
         eval_data=TrainingData(task=phase.task, split="validation") if watched else None,
         kind="causal" if task is None else _kind(task),
-        labels=task.labels if isinstance(task, SequenceClassification) else None,
+        labels=None if head is None else head.labels,
         lora=lora,
         arguments=arguments,
         model=phases.model,
@@ -324,7 +326,7 @@ def _path_problems(phases: Phases, folder: Path) -> Iterator[Problem]:
 
 def _long_examples(phases: Phases, task: Task | None) -> LongExamples:
     """Return what becomes of long examples; texts that evaluation cuts are cut."""
-    cut = isinstance(task, SequenceClassification) and task.max_tokens is not None
+    cut = task is not None and isinstance(task.ask, Head) and task.ask.max_tokens is not None
     return "truncate" if cut else phases.long_examples
 
 

@@ -8,7 +8,7 @@ from plait.calibration.texts import Texts
 from plait.errors import TaskError
 from plait.recipes.tuning import TuneSpec
 from plait.tasks.examples import read_examples
-from plait.tasks.schema import LmEval, Task
+from plait.tasks.schema import RowTask, Task
 
 
 def read_labeled(task: Task, spec: TuneSpec) -> tuple[Texts, tuple[str, ...]]:
@@ -17,7 +17,7 @@ def read_labeled(task: Task, spec: TuneSpec) -> tuple[Texts, tuple[str, ...]]:
     Raises:
         TaskError: the task has no split to read labels from, or rows that do not fit it.
     """
-    if isinstance(task, LmEval):
+    if not isinstance(task, RowTask):
         raise TaskError(f"task {task.name!r} ({task.kind}) has no prompt of its own to put texts into; use a task file.")
     if task.name in spec.files or spec.texts in ("lines", "template"):
         given = "a file" if task.name in spec.files else f"texts: {spec.texts}"

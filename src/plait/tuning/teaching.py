@@ -15,8 +15,8 @@ from plait.errors import TaskError
 from plait.evaluation.generation import generate_tokens
 from plait.evaluation.likelihood import check_lengths, log_likelihoods
 from plait.mixture import Mixture
+from plait.tasks.asking import Generated, Head, Target
 from plait.tasks.encoding import PromptEncoder, Question
-from plait.tasks.schema import Generation, Perplexity, SequenceClassification
 from plait.tuning.objectives import Said
 
 _SPOKEN = 32  # tokens of a free answer that are compared, at most
@@ -128,8 +128,8 @@ def _passages(
     if tokenizer is None:
         raise TaskError("the base model has no tokenizer; only tasks of text can be calibrated on.")
     model: Any = mixture.model
-    if isinstance(task, SequenceClassification):
-        cut: dict[str, Any] = {"truncation": task.max_tokens is not None, "max_length": task.max_tokens}
+    if isinstance(task.ask, Head):
+        cut: dict[str, Any] = {"truncation": task.ask.max_tokens is not None, "max_length": task.ask.max_tokens}
         rows = tokenizer([str(p) for p in texts.prompts], **cut)["input_ids"]
         check_lengths(model, [len(r) for r in rows])
         return tuple(Passage(tuple(r)) for r in rows), ()
@@ -137,16 +137,20 @@ def _passages(
     questions = encoder.encode(texts.prompts, texts.choices)
     longest = [len(q.prompt) + max([_SPOKEN, *map(len, q.answers)]) for q in questions]
     check_lengths(model, longest)
-    free = isinstance(task, (Perplexity, Generation))
+    free = isinstance(task.ask, (Target, Generated))
     labels = () if free else tuple(tuple(dict.fromkeys(a[0] for a in q.answers)) for q in questions)
     if right is not None:
         asked = encoder.encode(texts.prompts, [(text,) for text in right])
         check_lengths(model, [len(q.prompt) + len(q.answers[0]) for q in asked])
         return tuple(_passage(q, q.answers[0]) for q in asked), labels
-    if isinstance(task, Perplexity):
+    if isinstance(task.ask, Target):
         return tuple(_passage(q, q.answers[0]) for q in questions), labels
     with mixture.active({adapter: 1.0}) as acting:
-        answers = _spoken(acting, tokenizer, questions, task) if isinstance(task, Generation) else _likeliest(acting, questions)
+        answers = (
+            _spoken(acting, tokenizer, questions, task.ask)
+            if isinstance(task.ask, Generated)
+            else _likeliest(acting, questions)
+        )
     return tuple(_passage(q, answer) for q, answer in zip(questions, answers, strict=True)), labels
 
 
@@ -171,10 +175,10 @@ def lesson_of(
         TaskError: as `passages_of`; or a label is not one of the task's.
     """
     passages, labels = _passages(mixture, texts, adapter, right)
-    head = isinstance(texts.task, SequenceClassification)
+    head = isinstance(texts.task.ask, Head)
     targets: tuple[int, ...] = ()
-    if right is not None and isinstance(texts.task, SequenceClassification):
-        targets = tuple(texts.task.labels.index(text) for text in right)
+    if right is not None and isinstance(texts.task.ask, Head):
+        targets = tuple(texts.task.ask.labels.index(text) for text in right)
     with mixture.active({adapter: 1.0}) as model:
         answers = ask(model, passages, head=head, report=report)
     lesson = Lesson(texts.task.name, adapter, head, passages, answers, 0.0, labels, targets, right is not None)
@@ -206,6 +210,6 @@ def _likeliest(model: Any, questions: Sequence[Question]) -> list[list[int]]:
     return [q.answers[row.index(max(row))] for q, row in zip(questions, scores, strict=True)]
 
 
-def _spoken(model: Any, tokenizer: Any, questions: Sequence[Question], task: Generation) -> list[list[int]]:
+def _spoken(model: Any, tokenizer: Any, questions: Sequence[Question], ask: Generated) -> list[list[int]]:
     """Return the first tokens of every greedy answer."""
-    return generate_tokens(model, tokenizer, questions, max_new_tokens=min(_SPOKEN, task.max_new_tokens), batch_size=16)
+    return generate_tokens(model, tokenizer, questions, max_new_tokens=min(_SPOKEN, ask.max_new_tokens), batch_size=16)

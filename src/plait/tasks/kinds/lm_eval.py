@@ -8,39 +8,116 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
+
+import numpy as np
+from pydantic import Field
 
 from plait.errors import TaskError, did_you_mean
 from plait.extras import optional
 from plait.recipes.evaluation import SplitName
-from plait.tasks.schema import LmEval
+from plait.tasks.answers import Answer, Array, Metric, of_shares, ratio
+from plait.tasks.asking import Harness
+from plait.tasks.inputs import Example
+from plait.tasks.schema import Task, kind
 
+LM_EVAL = "lm_eval:"  # before the name of one of the harness's tasks, as a kind and as a reference
 Aggregation = Literal["mean", "perplexity", "weighted_perplexity", "bits_per_byte"]
 _AGGREGATIONS: tuple[Aggregation, ...] = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
 _EXTRA = "lm-eval"
 _FEWSHOT_SEED = 1234  # the harness's default
 _NO_FILTER = "none"
+_NOTHING = (0.0, 0.0)  # an example that the metric leaves out
+#: The harness's aggregations, as functions of Σ value / Σ weight.
+_FINISHED: Mapping[Aggregation, Callable[[Array], Array]] = {
+    "mean": lambda ratio: ratio,
+    "perplexity": lambda ratio: np.exp(-ratio),
+    "weighted_perplexity": lambda ratio: np.exp(-ratio),
+    "bits_per_byte": lambda ratio: -ratio / math.log(2),
+}
 
 
-@dataclass(frozen=True)
-class Document:
-    """One document, as the harness puts it to a model without a chat template.
+@kind("lm_eval")
+class LmEval(Task):
+    """A task of EleutherAI's lm-evaluation-harness: its data, prompts and metric, asked by its own evaluator."""
 
-    Attributes:
-        prompt: context of its first request; empty where a text is only read.
-        target: the right continuation, or what the task calls its target.
-        choices: continuations that are compared; empty where there are none.
-    """
+    kind: Annotated[str, Field(pattern=rf"^{LM_EVAL}.+$", description="`lm_eval:` and the harness's name of the task.")]
+    metric: Annotated[
+        str | None, Field(min_length=1, description="As the harness names it, with `,filter` where it has several; its first.")
+    ] = None
+    num_fewshot: Annotated[int | None, Field(ge=0, description="Examples in the prompt; as the harness has it.")] = None
+    chat: Annotated[bool, Field(description="Put prompts through the model's chat template.")] = False
+    include: Annotated[
+        str | None, Field(min_length=1, description="A folder with tasks of your own, in the harness's YAML; in place of its.")
+    ] = None
 
-    prompt: str
-    target: str
-    choices: tuple[str, ...]
+    @property
+    def harness_name(self) -> str:
+        """What the harness calls it."""
+        return self.kind.removeprefix(LM_EVAL)
+
+    @property
+    def split_names(self) -> tuple[SplitName, ...]:
+        """`test`: the documents that the harness evaluates on, its own test split or, where there is none, its validation."""
+        return ("test",)
+
+    @property
+    def ask(self) -> Harness:
+        """How answers are asked of a model."""
+        return Harness()
+
+    def read(self, split: SplitName) -> list[Example]:
+        """Return all documents that the harness evaluates on, in its order, as it puts them without a chat template.
+
+        Raises:
+            TaskError: as `fresh`; or another split is wanted.
+        """
+        if split not in self.split_names:
+            raise TaskError(
+                f"task {self.name!r} has no split {split!r}: lm-eval evaluates on documents of its own choice, which are "
+                "called 'test' here."
+            )
+        inner = fresh(self)
+        with quiet():
+            inner.build_all_requests()
+        requests: dict[int, list[Any]] = {}
+        for request in inner.instances:
+            requests.setdefault(request.doc_id, []).append(request)
+        return [_example(inner, requests[number]) for number in sorted(requests)]
+
+    def own_digest(self) -> Mapping[str, Any]:
+        """Return what answers depend on besides the documents: the task's configuration and lm-eval's version."""
+        config = sorted(_opened(self).dump_config().items(), key=lambda pair: pair[0])
+        return {"harness": {"version": version("lm_eval"), "config": str(config)}}
+
+    def own_metric(self) -> Metric:
+        """Return a metric of the harness: its own aggregation of its own values, and for the bootstrap the sums behind it."""
+        found = metric_of(self)
+        finish = _FINISHED[found.aggregation]
+
+        def statistics(answers: Sequence[Answer]) -> Array:
+            return np.array([_NOTHING if not a.scores else (*a.scores, 1.0)[:2] for a in answers], dtype=np.float64)
+
+        def values(answers: Sequence[Answer]) -> list[Any]:
+            return [a.scores if len(a.scores) > 1 else a.scores[0] for a in answers if a.scores]
+
+        def value(answers: Sequence[Answer]) -> float:
+            known = values(answers)
+            return float(found.aggregate(known)) if known else math.nan
+
+        def stderr(answers: Sequence[Answer]) -> float | None:
+            known = values(answers)
+            return float(found.stderr(known)) if found.stderr is not None and len(known) > 1 else None
+
+        shares = of_shares if found.aggregation == "mean" and found.higher_is_better else lambda statistics: None
+        return Metric(found.metric, found.higher_is_better, statistics, lambda sums: finish(ratio(sums)), value, stderr, shares)
 
 
 @dataclass(frozen=True)
@@ -76,26 +153,6 @@ def fresh(task: LmEval) -> Any:
     return inner
 
 
-def documents(task: LmEval, split: SplitName) -> list[Document]:
-    """Return all documents that the harness evaluates a task on, in its order.
-
-    Raises:
-        TaskError: as `fresh`; or another split is wanted.
-    """
-    if split not in task.splits:
-        raise TaskError(
-            f"task {task.name!r} has no split {split!r}: lm-eval evaluates on documents of its own choice, which are called "
-            "'test' here."
-        )
-    inner = fresh(task)
-    with quiet():
-        inner.build_all_requests()
-    requests: dict[int, list[Any]] = {}
-    for request in inner.instances:
-        requests.setdefault(request.doc_id, []).append(request)
-    return [_document(inner, requests[number]) for number in sorted(requests)]
-
-
 def metric_of(task: LmEval) -> HarnessMetric:
     """Return how a task is judged.
 
@@ -121,11 +178,6 @@ def metric_of(task: LmEval) -> HarnessMetric:
         raise TaskError(f"{where} {task.metric!r}: {task.kind} has no filter {through!r}; there are {', '.join(filters)}.")
     stderr = _metrics().mean_stderr if usable[wanted] == "mean" else None
     return HarnessMetric(wanted, through, usable[wanted], aggregations[wanted], bool(inner.higher_is_better()[wanted]), stderr)
-
-
-def about(task: LmEval) -> Mapping[str, str]:
-    """Return what answers depend on besides the documents: the task's configuration and lm-eval's version."""
-    return {"version": version("lm_eval"), "config": str(sorted(_opened(task).dump_config().items(), key=lambda pair: pair[0]))}
 
 
 @contextmanager
@@ -194,19 +246,19 @@ def _name(function: Any) -> Aggregation | None:
     return next((name for name in _AGGREGATIONS if getattr(_metrics(), name) is function), None)
 
 
-def _document(inner: Any, requests: Sequence[Any]) -> Document:
+def _example(inner: Any, requests: Sequence[Any]) -> Example:
     first = requests[0]
     target = inner.doc_to_target(first.doc)
     if first.request_type == "loglikelihood_rolling":
-        return Document("", str(first.args[0]), ())
+        return Example.of("", str(first.args[0]), ())
     if first.request_type == "generate_until":
-        return Document(_text(first.args[0]), _text(target), ())
+        return Example.of(_text(first.args[0]), _text(target), ())
     asked = [r for r in requests if r.args[0]] or requests  # without those that only weigh a choice by itself
     texts = tuple(str(r.args[1]) for r in asked)
     if len(texts) > 1 and len(set(texts)) == 1:  # choices stand before what is scored, as in cloze tests
         texts = tuple(_text(r.args[0]) + str(r.args[1]) for r in asked)
-        return Document("", _chosen(texts, inner.doc_to_text(first.doc)), texts)
-    return Document(_text(first.args[0]), _chosen(texts, target), texts if len(texts) > 1 else ())
+        return Example.of("", _chosen(texts, inner.doc_to_text(first.doc)), texts)
+    return Example.of(_text(first.args[0]), _chosen(texts, target), texts if len(texts) > 1 else ())
 
 
 def _chosen(texts: Sequence[str], target: object) -> str:

@@ -1,0 +1,60 @@
+"""How the answers of a task are asked of a model: one record per way. `evaluation.scoring` does it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Length = Literal["sum", "tokens", "bytes"]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The likeliest of an example's choices, as continuation of its prompt.
+
+    Attributes:
+        length: log-likelihood as it is, or divided by the answer's tokens or UTF-8 bytes.
+        calibrated: less each answer's log-likelihood after the prompt with every field `N/A`.
+    """
+
+    length: Length = "sum"
+    calibrated: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """The likelihood of the target after the prompt, which may be empty; no answer is taken."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Greedy text after the prompt.
+
+    Attributes:
+        max_new_tokens: longest answer.
+        stop: texts at which an answer ends; they are cut off.
+    """
+
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Head:
+    """The largest output of a classification head, which belongs to the task's own adapter.
+
+    Attributes:
+        labels: in the order of the outputs.
+        max_tokens: longer texts lose their end; None: they are an error.
+    """
+
+    labels: tuple[str, ...]
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Harness:
+    """By lm-eval's own evaluator."""
+
+
+Ask: TypeAlias = Choices | Target | Generated | Head | Harness

@@ -1,0 +1,114 @@
+"""One example: what a model is given, by name, and the right answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+Row: TypeAlias = Mapping[str, Any]
+Messages: TypeAlias = tuple[tuple[str, str], ...]  # chat turns (role, content)
+Prompt: TypeAlias = str | Messages
+Input: TypeAlias = Prompt | bytes  # bytes: an encoded file of audio or an image
+Inputs: TypeAlias = Mapping[str, Input]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question.
+
+    Attributes:
+        inputs: name → what the model is given: `text` or `messages`, `audio`, `image`; cannot be changed.
+        target: the right answer.
+        choices: all possible answers; empty where the answer is free.
+    """
+
+    inputs: Inputs
+    target: str
+    choices: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", MappingProxyType(dict(self.inputs)))
+
+    def __reduce__(self) -> tuple[type[Example], tuple[dict[str, Input], str, tuple[str, ...]]]:
+        return Example, (dict(self.inputs), self.target, self.choices)
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    @classmethod
+    def of(cls, prompt: Prompt, target: str, choices: tuple[str, ...] = ()) -> Example:
+        """Return an example whose only input is a prompt."""
+        return cls(inputs_of(prompt), target, choices)
+
+    @property
+    def text(self) -> str | None:
+        """The text; None where there is none."""
+        found = self.inputs.get("text")
+        return found if isinstance(found, str) else None
+
+    @property
+    def messages(self) -> Messages | None:
+        """The chat turns; None where there are none."""
+        found = self.inputs.get("messages")
+        return found if isinstance(found, tuple) else None
+
+    @property
+    def audio(self) -> bytes | None:
+        """The audio file's bytes; None where there is none."""
+        found = self.inputs.get("audio")
+        return found if isinstance(found, bytes) else None
+
+    @property
+    def image(self) -> bytes | None:
+        """The image file's bytes; None where there is none."""
+        found = self.inputs.get("image")
+        return found if isinstance(found, bytes) else None
+
+    @property
+    def prompt(self) -> Prompt:
+        """What is read as text: the chat turns or the text; empty where there is neither."""
+        return self.messages if self.messages is not None else self.text or ""
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt for people: chat turns as lines of `role: content`."""
+        return shown(self.prompt)
+
+    @cached_property
+    def id(self) -> str:
+        """Hash of the complete content, 16 hex digits: equal for equal examples, whatever row they are in."""
+        return content_digest(self._content, self.choices, self.target)
+
+    @cached_property
+    def question(self) -> str:
+        """Hash of what is asked, without the answer; of the target itself where nothing is asked."""
+        content = self._content
+        return content_digest(content, self.choices) if content else content_digest(self.target)
+
+    @property
+    def _content(self) -> Any:
+        """The prompt alone where there is nothing else, so that hashes of text are those of every release."""
+        if self.inputs.keys() <= {"text", "messages"}:
+            return self.prompt
+        return {k: hashlib.sha256(v).hexdigest() if isinstance(v, bytes) else v for k, v in self.inputs.items()}
+
+
+def inputs_of(prompt: Prompt) -> Inputs:
+    """Return a prompt as the only input, by its name."""
+    return {"text" if isinstance(prompt, str) else "messages": prompt}
+
+
+def shown(prompt: Prompt) -> str:
+    """Return a prompt as one text, for people."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{role}: {content}" for role, content in prompt)
+
+
+def content_digest(*parts: Any) -> str:
+    """Return a hash of plain values, 16 hex digits."""
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

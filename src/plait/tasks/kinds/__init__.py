@@ -1,0 +1,15 @@
+"""Kinds of tasks: one file per kind, which registers it. A new kind is one file and one line here."""
+
+from plait.tasks.kinds import (  # noqa: F401
+    classification,
+    generation,
+    lm_eval,
+    multiple_choice,
+    perplexity,
+    sequence_classification,
+)
+from plait.tasks.schema import KINDS
+
+KINDS.load_plugins()
+
+__all__ = ["KINDS"]
