@@ -318,6 +318,10 @@ def test_figures_are_drawn_and_the_same_twice(tmp_path):
     for one, other in zip(first.figures, second.figures, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
     assert first.figures[1].read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(OutputError, match=rf"has {names[0]}, .* already"):
+        plait.report(run, out=tmp_path / "c.html", figures=tmp_path / "a")
+    assert not (tmp_path / "c.html").exists()
+    plait.report(run, out=tmp_path / "c.html", figures=tmp_path / "a", force=True)
     assert "maths" in first.figures[0].read_text()
 
 

@@ -24,7 +24,7 @@ def report(
     figures: Annotated[
         Path | None, typer.Option(help="Also write the figures here, as SVG and PNG.", show_default=False)
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the page that stands at --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the page at --out, and the figures.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Write one page that shows what a merge kept: readable offline, with nothing beside it.

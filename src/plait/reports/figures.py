@@ -21,6 +21,11 @@ _RECOVERY = "recovery: (merged − base) / (own adapter − base), 95 % interval
 _LAYERS = ("cosine", "sign_conflict", "overlap_a", "overlap_b")
 
 
+def figure_files(report: Report, folder: Path) -> list[Path]:
+    """Return the files that `write_figures` writes."""
+    return [folder / f"{name}.{kind}" for name, _ in _drawings(report) for kind in FORMATS]
+
+
 def write_figures(report: Report, folder: Path) -> list[Path]:
     """Draw every figure that a report has the numbers for.
 

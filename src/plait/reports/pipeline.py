@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from plait.errors import OutputError
 from plait.extras import require
 from plait.records import Shown
-from plait.reports.figures import write_figures
+from plait.reports.figures import figure_files, write_figures
 from plait.reports.page import render
 from plait.reports.reading import Report, read_report
 from plait.results.progress import Progress
@@ -50,18 +51,21 @@ def make_report(
         out: the page.
         title: of the page; what it is about when None.
         figures: folder for the same figures as SVG and PNG; none are drawn when None.
-        force: replace a file that stands at `out`.
+        force: replace the page at `out`, and files of the figures' names in `figures`.
         progress: who listens.
 
     Raises:
         ReportError: a path holds no run.
         MissingPackageError: jinja2 is not installed, or matplotlib, which draws the figures.
-        OutputError: the page cannot be written, or stands already.
+        OutputError: the page or a figure cannot be written, or exists already.
     """
     require("a report", {"report": ["jinja2", *["matplotlib"] * (figures is not None)]})
     if problem := page_problem(out, force=force):
         raise OutputError(problem)
     report = read_report(runs, progress)
+    existing = [] if figures is None or force else [f.name for f in figure_files(report, figures) if os.path.lexists(f)]
+    if existing:
+        raise OutputError(f"{figures} has {', '.join(existing)} already. Choose another folder, or replace them with --force.")
     write_whole(out, render(report, title=title or _title(report)))
     drawn = write_figures(report, figures) if figures is not None else []
     return ReportResult(out, tuple(drawn), report)
