@@ -264,3 +264,27 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_texts_that_the_test_split_asks_are_left_out(place: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    for task in ("sort", "rate"):
+        write_task(folder, task, splits={"calibration": "calibration.jsonl", "test": "test.jsonl"})
+        lines = (folder / task / "test.jsonl").read_text().splitlines(keepends=True)
+        (folder / task / "calibration.jsonl").write_text("".join(lines))
+        (folder / task / "test.jsonl").write_text("".join(lines[:3]))
+
+    def run(out: str) -> TuneResult:
+        return plait.tune(
+            [place / "sort", place / "rate"], tasks=[folder / "sort.yaml", folder / "rate.yaml"], out=tmp_path / out,
+            base_model=str(place / "base"), tune={**QUICK, "steps": 0},
+        )  # fmt: skip
+
+    record = run("tuned").record
+    assert all(t.count == len(lines) - 3 for t in record.texts)
+    assert any("3 of" in note and "'test' asks them too" in note for note in record.notes)
+
+    (folder / "rate" / "test.jsonl").write_text((folder / "rate" / "calibration.jsonl").read_text())
+    with pytest.raises(TaskError, match="asks every one of these texts"):
+        run("none")
+    assert not (tmp_path / "none").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,8 @@ from plait.results.versions import library_versions
 from plait.tasks.asking import Head
 from plait.tasks.loading import load_tasks, placed
 from plait.tasks.schema import Task
+
+MISMATCH = "these tasks and adapters do not suit each other"
 
 #: Raised by every change of plait after which moments of the same texts may be others.
 MOMENTS_VERSION = 1
@@ -206,33 +208,54 @@ def task_texts(
     Raises:
         TaskError: there are no tasks, one has no adapter, an adapter has no task, or texts cannot be read; all at once.
     """
-    if not recipe.tasks:
-        raise TaskError("there are no tasks; give --tasks FILE.yaml, or 'tasks' in the recipe (tasks=[...] in Python).")
-    tasks = load_tasks([placed(text, folder) for text in recipe.tasks])
-    owners = {t.name: t.own_adapter for t in tasks}
-    problems = [
-        f"task {t!r} belongs to adapter {a!r}, and there are {', '.join(adapters)}; name it with 'adapter' in the task's file."
-        for t, a in owners.items()
-        if a not in adapters
-    ]
-    problems += [
-        f"adapter {name!r} has no task, so there are no texts for it. Give a task of its name, or one with 'adapter: {name}'."
-        for name in adapters
-        if name not in owners.values()
-    ]
-    unknown = sorted(set(spec.files) - {t.name for t in tasks})
-    problems += [f"calibration.files: {name!r} is not a task; there are {', '.join(owners)}." for name in unknown]
+    tasks, problems = paired_tasks(recipe, folder, adapters)
+    problems += not_tasks("calibration.files", spec.files, tasks)
     found: dict[str, Texts] = {}
     for task in tasks:
         try:
-            found[task.name] = _read(task, spec, folder)
+            found[task.name] = texts_of(task, spec, folder)
         except TaskError as error:
             problems.append(str(error))
-    collect(TaskError, problems, "these tasks and adapters do not suit each other")
-    return found, owners
+    collect(TaskError, problems, MISMATCH)
+    return found, {t.name: t.own_adapter for t in tasks}
 
 
-def _read(task: Task, spec: Any, folder: Path | None) -> Texts:
+def paired_tasks(recipe: Recipe, folder: Path | None, adapters: Sequence[str]) -> tuple[Sequence[Task], list[str]]:
+    """Return a recipe's tasks, and what is wrong with them: tasks of other adapters, adapters without a task.
+
+    Raises:
+        TaskError: there are no tasks, or one cannot be read.
+    """
+    if not recipe.tasks:
+        raise TaskError("there are no tasks; give --tasks FILE.yaml, or 'tasks' in the recipe (tasks=[...] in Python).")
+    tasks = load_tasks([placed(text, folder) for text in recipe.tasks])
+    problems = [
+        f"task {t.name!r} belongs to adapter {t.own_adapter!r}, and there are {', '.join(adapters)}; name it with 'adapter' in "
+        "the task's file."
+        for t in tasks
+        if t.own_adapter not in adapters
+    ]
+    owned = {t.own_adapter for t in tasks}
+    problems += [
+        f"adapter {name!r} has no task, so nothing of it would be kept. Give a task of its name, or one with 'adapter: {name}'."
+        for name in adapters
+        if name not in owned
+    ]
+    return tasks, problems
+
+
+def not_tasks(key: str, given: Iterable[str], tasks: Sequence[Task]) -> list[str]:
+    """Return what is wrong with a key of the recipe that names tasks."""
+    names = [t.name for t in tasks]
+    return [f"{key}: {name!r} is not a task; there are {', '.join(names)}." for name in sorted(set(given) - {*names})]
+
+
+def texts_of(task: Task, spec: Any, folder: Path | None) -> Texts:
+    """Read one task's texts; arguments as `task_texts` has them.
+
+    Raises:
+        TaskError: they cannot be read.
+    """
     file = spec.files.get(task.name)
     if file is not None:
         file = placed(file, folder)

@@ -35,7 +35,7 @@ class Texts:
     Attributes:
         task: whose prompt they are in.
         kind: where they come from.
-        source: the same in words: `train.jsonl` is not told from others of that name, its content is.
+        source: the same in words; content is known by `digest` alone.
         prompts: as the model reads them, before its chat template.
         choices: per prompt, the answers that the task offers; empty where the answer is free.
     """
@@ -91,19 +91,25 @@ def read_texts(
 
 def judged_texts(texts: Texts) -> list[str]:
     """Return, in words, which texts are questions that the task's validation or test split asks: those must be disjoint."""
-    task = texts.task
-    own = _questions(task, zip(texts.prompts, texts.choices, strict=True))
     problems = []
     for split in ("validation", "test"):
-        if split in task.splits:
-            asked = set(_questions(task, prompts_of(task, read_rows(task, split))))
-            shared = [prompt for prompt, question in zip(texts.prompts, own, strict=True) if question in asked]
-            if shared:
-                problems.append(
-                    f"task {task.name!r}: {len(shared)} of {len(own)} texts ({texts.source}) are asked in split {split!r} too, "
-                    f"such as {shown(shared[0])[-80:]!r}. Give other texts, or take them out of one of the two."
-                )
+        if shared := asked_in(texts, split):
+            problems.append(
+                f"task {texts.task.name!r}: {len(shared)} of {len(texts.prompts)} texts ({texts.source}) are asked in split "
+                f"{split!r} too, such as {shown(texts.prompts[shared[0]])[-80:]!r}. Give other texts, or take them out of one "
+                "of the two."
+            )
     return problems
+
+
+def asked_in(texts: Texts, split: SplitName) -> list[int]:
+    """Return which texts are questions that a split of their task asks; none where there is no such split."""
+    task = texts.task
+    if split not in task.splits:
+        return []
+    asked = set(_questions(task, prompts_of(task, read_rows(task, split))))
+    own = _questions(task, zip(texts.prompts, texts.choices, strict=True))
+    return [i for i, question in enumerate(own) if question in asked]
 
 
 def _questions(task: RowTask, pairs: Iterable[tuple[Prompt, tuple[str, ...]]]) -> list[str]:

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from plait.calibration.scale import lowest
 from plait.errors import PlanError
 from plait.mixture import Mixture
 from plait.recipes.tuning import TuneSpec
@@ -31,8 +32,6 @@ from plait.tuning.selection import score
 from plait.tuning.teaching import Lesson, divergence_over
 from plait.tuning.working import Working
 
-_WIDEST = 4.0  # scales that are tried: at most this
-_FIRST = (1.0, 1.4)
 _BATCH = 16  # texts read at a time without gradients
 
 
@@ -175,8 +174,7 @@ def best_scale(
 ) -> tuple[float, Held]:
     """Find the factor on the merge that brings it nearest to the adapters, and leave the factors so; no label is read.
 
-    The share of KL (see `Held`) has one minimum in the scale in all that was measured; it is bracketed from 1 and 1.4 by steps
-    of 1.4, and found by a parabola in log scale.
+    The share of KL (see `Held`) has one minimum in the scale in all that was measured.
     """
     known: dict[float, Held] = {}
     start = learner.state()
@@ -189,17 +187,7 @@ def best_scale(
             report(scale, known[scale])
         return known[scale].share
 
-    low, high = _FIRST
-    step = high / low
-    if at(low) < at(high):
-        low, high, step = high, low, low / high
-    while at(high) <= at(low) and 1 / _WIDEST < high < _WIDEST:  # go on downhill
-        low, high = high, high * step
-    middle, left, right = (low, low / step, high) if at(high) > at(low) else (high, low, high * step)
-    at(left), at(right)
-    scale = _vertex([(math.log(s), at(s)) for s in (left, middle, right)])
-    at(scale)
-    best = min(known, key=lambda s: known[s].share)
+    best = lowest(at)
     learner.load(start)
     learner.factors.scale(best)
     return best, known[best]
@@ -461,13 +449,3 @@ def _mean(losses: Mapping[int, tuple[float, int]], texts: Sequence[int]) -> floa
 def _part(lesson: Lesson, wanted: Sequence[int]) -> Lesson:
     passages, answers = lesson.batch(wanted)
     return Lesson(lesson.task, lesson.adapter, lesson.head, tuple(passages), answers, lesson.base)
-
-
-def _vertex(points: Sequence[tuple[float, float]]) -> float:
-    """Return e to the abscissa of the lowest point of the parabola through three points, kept between the outer two."""
-    (x0, y0), (x1, y1), (x2, y2) = sorted(points)
-    below = (x1 - x0) * (y1 - y2) - (x1 - x2) * (y1 - y0)
-    if below == 0:
-        return math.exp(x1)
-    vertex = x1 - 0.5 * ((x1 - x0) ** 2 * (y1 - y2) - (x1 - x2) ** 2 * (y1 - y0)) / below
-    return math.exp(min(max(vertex, x0), x2))

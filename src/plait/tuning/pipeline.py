@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
-from plait.calibration.texts import Texts, read_texts, shown
+from plait.calibration.request import MISMATCH, not_tasks, paired_tasks, texts_of
+from plait.calibration.texts import Texts, asked_in, shown
 from plait.checkpoints.digests import weight_files
 from plait.errors import OutputError, PlanError, TaskError, collect
 from plait.evaluation.loaded_base import LoadedBase
@@ -40,8 +41,6 @@ from plait.results.lock import LEARNT_RECIPE, LEARNT_START, LOCK, locked_input, 
 from plait.results.progress import Progress, Silent
 from plait.results.records import write_json
 from plait.results.staging import output_problem, staged, tuning_folder
-from plait.tasks.loading import load_tasks, placed
-from plait.tasks.schema import Task
 from plait.tensorfiles.writer import write_tensors
 from plait.tuning import coefficients
 from plait.tuning.card import tune_card
@@ -155,6 +154,7 @@ def run_tune(
     if not spec.learns_factors:
         coefficients.check(inventory)
     texts, right, owners = _texts(recipe, folder, inventory)
+    texts, right, excluded = (texts, right, []) if spec.allow_test else _without_tested(texts, right)
     base = _base(inventory, folder, options)
     digests = input_digests(inventory)
     base_files = {p.name: sha256(p) for p in weight_files(base.folder)}
@@ -203,7 +203,7 @@ def run_tune(
             outside=outside(made.deltas, inventory),
             coefficients=learnt.coefficients,
             tree=learnt.tree,
-            notes=(*_notes(texts, right, taught, learnt.run.looks), *learnt.notes),
+            notes=(*excluded, *_notes(texts, right, taught, learnt.run.looks), *learnt.notes),
             seconds=clock.seconds,
             finished=datetime.now().astimezone().isoformat(timespec="seconds"),
             **controls,
@@ -471,27 +471,12 @@ def _texts(
     Raises:
         TaskError: there are no tasks, one has no adapter, an adapter has no task, or texts cannot be read; all at once.
     """
-    if not recipe.tasks:
-        raise TaskError("there are no tasks; give --tasks FILE.yaml, or 'tasks' in the recipe (tasks=[...] in Python).")
-    tasks = load_tasks([placed(text, folder) for text in recipe.tasks])
-    names = [a.name for a in inventory.adapters]
-    owners = {t.name: t.own_adapter for t in tasks}
-    problems = [
-        f"task {t!r} belongs to adapter {a!r}, and there are {', '.join(names)}; name it with 'adapter' in the task's file."
-        for t, a in owners.items()
-        if a not in names
-    ]
-    problems += [
-        f"adapter {name!r} has no task, so nothing of it would be kept. Give a task of its name, or one with 'adapter: {name}'."
-        for name in names
-        if name not in owners.values()
-    ]
+    tasks, problems = paired_tasks(recipe, folder, [a.name for a in inventory.adapters])
     spec = recipe.tune
     weights = spec.task_weights if isinstance(spec.task_weights, dict) else {}
     named: dict[str, Mapping[str, object]] = {"files": spec.files, "samplers": spec.samplers, "task_weights": weights}
     for key, given in named.items():
-        unknown = sorted(set(given) - {t.name for t in tasks})
-        problems += [f"tune.{key}: {name!r} is not a task; there are {', '.join(owners)}." for name in unknown]
+        problems += not_tasks(f"tune.{key}", given, tasks)
     found: dict[str, Texts] = {}
     right: dict[str, tuple[str, ...]] = {}
     for task in tasks:
@@ -499,19 +484,36 @@ def _texts(
             if spec.objective in LABELED:
                 found[task.name], right[task.name] = read_labeled(task, spec)
             else:
-                found[task.name] = _read(task, spec, folder)
+                found[task.name] = texts_of(task, spec, folder)
         except TaskError as error:
             problems.append(str(error))
-    collect(TaskError, problems, "these tasks and adapters do not suit each other")
-    return found, right, owners
+    collect(TaskError, problems, MISMATCH)
+    return found, right, {t.name: t.own_adapter for t in tasks}
 
 
-def _read(task: Task, spec: TuneSpec, folder: Path | None) -> Texts:
-    file = spec.files.get(task.name)
-    if file is not None:
-        file = placed(file, folder)
-    kind = None if file is not None else spec.texts
-    return read_texts(task, kind=kind, count=spec.count, seed=spec.seed, split=spec.split, file=file)
+def _without_tested(
+    texts: dict[str, Texts], right: dict[str, tuple[str, ...]]
+) -> tuple[dict[str, Texts], dict[str, tuple[str, ...]], list[str]]:
+    """Leave out texts that the test split asks too; return what remains, with notes.
+
+    Raises:
+        TaskError: nothing remains of a task.
+    """
+    kept_texts, kept_right = dict(texts), dict(right)
+    notes: list[str] = []
+    problems: list[str] = []
+    for name, t in texts.items():
+        asked = set(asked_in(t, "test"))
+        kept = [i for i in range(len(t.prompts)) if i not in asked]
+        if not kept:
+            problems.append(f"task {name!r}: its split 'test' asks every one of these texts ({t.source}) too; give others.")
+        elif asked:
+            notes.append(f"{name}: {len(asked)} of {len(t.prompts)} texts are left out, since the split 'test' asks them too.")
+            kept_texts[name] = replace(t, prompts=tuple(t.prompts[i] for i in kept), choices=tuple(t.choices[i] for i in kept))
+            if name in right:
+                kept_right[name] = tuple(right[name][i] for i in kept)
+    collect(TaskError, problems, "texts must be disjoint from those that judge the result")
+    return kept_texts, kept_right, notes
 
 
 def _base(inventory: Inventory, folder: Path | None, options: TuneOptions) -> Located:
