@@ -72,7 +72,7 @@ def merge(  # noqa: PLR0913 (what a command line takes)
             `<adapter>.safetensors` or name → file, as `save_moments` writes them, or a function (adapter, target module) →
             E[x xᵀ]. A function is in no recipe: what it makes cannot be rebuilt from its lock.
         tasks: files of the adapters' tasks, the recipe's when None. On their unlabelled texts (`calibration`) a merge takes the
-            second moments that its method needs and nobody gives, and the scale of `scale="auto"`; both need the base model.
+            second moments that its method lacks, and the scale of `scale="auto"`; both need the base model.
         add: adapters that an earlier merge gets besides its own; `source` is that merge's folder, with its `plait.lock`, and
             `weights` are theirs. The result is that of merging all at once.
         inputs: with `add`: name → reference, for sources in other places than in the lock.

@@ -45,7 +45,7 @@ def place(tmp_path, monkeypatch):
 
 
 def refused(capsys, *arguments: object) -> str:
-    """Run the command line; expect code 2, no traceback, no output folder; return what it said."""
+    """Run the command line; expect code 2, no traceback, no output folder; return its message."""
     before = sorted(Path().iterdir())
     with pytest.raises(SystemExit) as leave:
         main([*map(str, arguments)])
@@ -489,3 +489,9 @@ def test_no_arguments_show_the_usage(capsys):
 def test_compress_needs_one_of_rank_and_energy(capsys):
     assert "either --rank or --energy" in refused(capsys, "compress", "a", "-o", "out")
     assert "energy" in refused(capsys, "compress", "a", "-o", "out", "--energy", "1.5")
+
+
+def test_an_evaluation_names_an_output_that_exists_beside_what_else_is_wrong(capsys):
+    said = refused(capsys, "eval", "a", "b", "--tasks", "none.yaml", "--require", "worst>0.5", "-o", "a")
+    assert "a exists already" in said
+    assert "worst>0.5" in said

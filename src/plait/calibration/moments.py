@@ -75,7 +75,7 @@ class InputMoments:
             source = self._source.setdefault(path, first if seen is x else path)
             if source != path and seen is x:
                 return  # counted already
-            if source != path:  # other modules were run in between: a tensor of the same values, of which nobody knows
+            if source != path:  # other modules were run in between: a tensor of the same values, which cannot be seen
                 source = self._source[path] = path
             if path not in self._taken:
                 self._taken[path] = _Taken(self._most, self._offset, self._share)

@@ -77,7 +77,7 @@ def bake(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a model that stands at --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model at --out.")] = False,
     push_baked_repo: Annotated[
         str | None, typer.Option("--push-baked-repo", help="Hub repository to upload to.", show_default=False)
     ] = None,

@@ -28,7 +28,7 @@ def compress(
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Modules worked on at a time.", show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that stands at --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter at --out.")] = False,
 ) -> None:
     """Write one adapter at a lower rank, with the energy that this keeps.
 

@@ -73,13 +73,13 @@ def evaluate(
     load_dtype: Annotated[str, typer.Option(help="Of the base in memory; auto: as it is stored.")] = "auto",
     device_map: Annotated[str, typer.Option(help="As transformers takes it: auto, cpu, cuda:0, balanced.")] = "auto",
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that lies beside the base's weights.")
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base's weights.")
     ] = False,
     workspace: Annotated[Path, typer.Option(help="Where results and finished answers are kept.")] = Path("artifacts"),
     workers: Annotated[int | None, typer.Option(min=1, help="Modules merged at a time.", show_default=False)] = None,
     card: Annotated[bool, typer.Option("--card", help="Put the results into the card of the adapter or model.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that stands at --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter at --out.")] = False,
 ) -> None:
     """Say what a merge kept of every adapter, task by task, beside the base model and each task's own adapter.
 

@@ -37,7 +37,7 @@ def extract(
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at a time.", show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that stands at --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter at --out.")] = False,
 ) -> None:
     """Write a LoRA adapter from a full fine-tune: what it changed, at a low rank, with the energy that this keeps.
 

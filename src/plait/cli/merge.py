@@ -40,7 +40,7 @@ def merge(
     ] = False,
     input_: Annotated[
         list[str] | None,
-        typer.Option("--input", metavar="NAME=PATH", help="With --add: where a source lies now.", show_default=False),
+        typer.Option("--input", metavar="NAME=PATH", help="With --add: where a source is now.", show_default=False),
     ] = None,
     method: Annotated[
         str | None, typer.Option(help=r"Merge method; see `plait methods`. \[linear]", show_default=False)
@@ -85,7 +85,7 @@ def merge(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that stands at --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter at --out.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Modules worked on at a time.", show_default=False)] = None,
     push_adapter_repo: Annotated[
         str | None, typer.Option("--push-adapter-repo", help="Hub repository to upload to.", show_default=False)

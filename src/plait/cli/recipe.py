@@ -46,7 +46,7 @@ def migrate(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where to write; stdout otherwise.", show_default=False)
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file that stands there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file there.")] = False,
 ) -> None:
     """Write a recipe in today's form; what changed, and where numbers will differ, goes to stderr."""
     from plait.cli.console import err

@@ -12,7 +12,7 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 
 class Stopped(BaseException):
-    """The command was told to stop.
+    """The command received a signal to stop.
 
     Attributes:
         number: of the signal.

@@ -1,4 +1,4 @@
-"""The standard streams of a command, wherever they lead: closed, full, a pipe that nobody reads, a terminal without Unicode."""
+"""The standard streams of a command, wherever they lead: closed, full, a pipe without a reader, a terminal without Unicode."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def check(
         typer.Option(help="Model whose tokenizer and chat template are used: FOLDER or org/repo.", show_default=False),
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that lies beside the model's tokenizer.")
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's tokenizer.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:

@@ -46,7 +46,7 @@ def train(
     load_dtype: Annotated[str, typer.Option(help="Of the base in evaluation; auto: as it is stored.")] = "auto",
     device_map: Annotated[str, typer.Option(help="In evaluation, as transformers takes it: auto, cpu, cuda:0.")] = "auto",
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="In evaluation: run code that lies beside the base's weights.")
+        bool, typer.Option("--trust-remote-code", help="In evaluation: run code that comes with the base's weights.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show phases, steps, tokens and disk; train nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,

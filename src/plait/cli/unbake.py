@@ -21,7 +21,7 @@ def unbake(
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a model that stands at --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model at --out.")] = False,
 ) -> None:
     """Take an adapter out of a baked model again, to within rounding.
 

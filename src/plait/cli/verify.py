@@ -22,7 +22,7 @@ def verify(
     ] = True,
     inputs: Annotated[
         list[str] | None,
-        typer.Option("--input", metavar="NAME=PATH", help="Where an input lies now.", show_default=False),
+        typer.Option("--input", metavar="NAME=PATH", help="Where an input is now.", show_default=False),
     ] = None,
     parity: Annotated[
         Path | None,

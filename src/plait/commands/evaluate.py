@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.commands.request import Request
-from plait.errors import OutputError, RecipeError
+from plait.errors import RecipeError
 from plait.evaluation.card import put_results
 from plait.evaluation.comparison import Leaderboard, compare
 from plait.evaluation.pipeline import Options, evaluate_saved
@@ -22,7 +22,7 @@ from plait.recipes.evaluation import EvalSpec
 from plait.recipes.request import is_recipe_file
 from plait.recipes.schema import Recipe
 from plait.results.progress import Progress
-from plait.results.staging import output_problem
+from plait.results.staging import checking_output
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,10 @@ class EvaluateOrder:
         Raises:
             PlaitError: with what is wrong.
         """
-        if self.out is not None and (problem := output_problem(self.out, force=self.force)):
-            raise OutputError(problem)
+        with checking_output(self.out, force=self.force):
+            self._check_options()
+
+    def _check_options(self) -> None:
         _ = self.bounds
         if self.saved is None:
             if given := _spelled({"source": ("sources", self.sources), "card": ("card", self.card and self.out is None)}):

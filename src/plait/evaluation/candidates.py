@@ -93,7 +93,7 @@ def merge_of(inventory: Inventory, adapters: Mapping[str, Adapter], *, workers: 
         PlanError: it cannot be done.
     """
     recipe = inventory.recipe
-    make_plan(inventory, workers=1)  # what cannot be done is said now
+    make_plan(inventory, workers=1)  # what cannot be done is refused now
 
     @cache
     def modules() -> tuple[MergedModule, ...]:

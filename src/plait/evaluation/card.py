@@ -24,7 +24,7 @@ _NEXT = re.compile(r"^## ", re.MULTILINE)
 def put_results(folder: Path, found: Evaluation) -> None:
     """Write a section of results into the card of a result, in the place of an earlier one.
 
-    Where the card was as `plait.lock` says, the lock is told of the new one, so that `plait verify` still finds all equal.
+    Where the card was as `plait.lock` says, the lock gets the hash of the new one, so `plait verify` still finds all equal.
 
     Args:
         folder: of a merge or a bake.

@@ -107,7 +107,7 @@ def compare(
         recipes: name → recipe; they differ only in how the adapters are merged.
         folder: where relative paths start; the working directory when None.
         options: how to evaluate.
-        progress: who listens.
+        progress: receives stages and steps.
         skipped: merges that are known to be impossible, and why.
         check: given the tasks' names before anything is computed; may raise.
 

@@ -64,7 +64,7 @@ def _answer(example: Example, sample: Mapping[str, Any], metric: str) -> Answer:
 
 
 def _given(example: Example, responses: list[Any]) -> str | None:
-    """Return the answer for people: what was said, or the likeliest choice; None where a text was only read."""
+    """Return the answer for people: what was generated, or the likeliest choice; None where a text was only read."""
     if example.choices:
         likelihoods = [float(r[0]) for r in responses[: len(example.choices)]]
         return example.choices[likelihoods.index(max(likelihoods))]

@@ -169,7 +169,7 @@ class _Forward:
 
     @property
     def masks(self) -> bool:
-        """Whether it can be told which tokens are padding."""
+        """Whether padding tokens can be recognized."""
         return "attention_mask" in self._takes or not self._takes - {"args", "kwargs"}
 
     def may_cache(self) -> bool:

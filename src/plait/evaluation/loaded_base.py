@@ -28,8 +28,8 @@ class LoadedBase:
         adapters: that can be made active.
         dtype: of the base, as transformers takes it.
         device_map: as transformers takes it; `auto` is the first accelerator, or the processor where there is none.
-        trust_remote_code: let transformers run code that lies beside the weights.
-        progress: who listens.
+        trust_remote_code: let transformers run code that comes with the weights.
+        progress: receives stages and steps.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ def _announce_a_slow_dtype(model: Any) -> None:
 
 
 def placement(wanted: str) -> Any:
-    """Return what transformers is told: `auto` is the first accelerator, or, as `cpu` is, None: the processor."""
+    """Return what transformers is given: `auto` is the first accelerator, or, as `cpu` is, None: the processor."""
     import torch
 
     if wanted != "auto":

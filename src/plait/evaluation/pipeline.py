@@ -49,7 +49,7 @@ class Options:
         base: the base model, in place of the one that recipe or adapters name.
         dtype: of the base, as transformers takes it; `auto` is the checkpoint's.
         device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
-        trust_remote_code: let transformers run code that lies beside the weights.
+        trust_remote_code: let transformers run code that comes with the weights.
         matrix: evaluate every single adapter on every task.
         workers: modules merged at a time.
     """
@@ -95,7 +95,7 @@ class Evaluator:
         tasks: files, or `lm_eval:NAME`.
         spec: how to evaluate.
         options: how to evaluate, on this machine.
-        progress: who listens.
+        progress: receives stages and steps.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ def evaluate_saved(
         spec: how to evaluate.
         options: how to evaluate, on this machine.
         sources: name → reference of the tasks' own adapters; those of its `plait.lock` when empty.
-        progress: who listens.
+        progress: receives stages and steps.
         check: given the tasks' names before anything is computed; may raise.
 
     Raises:

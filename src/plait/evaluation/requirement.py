@@ -56,7 +56,7 @@ class Requirement:
         return requirement
 
     def check_tasks(self, tasks: list[str]) -> None:
-        """Make sure that the task it speaks of is evaluated.
+        """Make sure that its task is evaluated.
 
         Raises:
             RecipeError: it is not.
@@ -66,7 +66,7 @@ class Requirement:
             raise RecipeError(f"--require {self}: {task!r} is none of the tasks {', '.join(tasks)}.{did_you_mean(task, tasks)}")
 
     def value(self, found: Evaluation) -> float | None:
-        """Return the number that it speaks of; None where it is not defined."""
+        """Return its number; None where it is not defined."""
         if self.what == "below_base":
             return float(len(found.below_base))
         if self.what in _TOTALS:

@@ -61,7 +61,7 @@ class Session:
         spec: how to evaluate.
         setting: what else answers depend on (dtype, device).
         cache: of finished answers.
-        progress: who listens.
+        progress: receives stages and steps.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ class Columns:
         names: of the columns.
 
     Attributes:
-        axes: what the entries of Λ stand for; modules by their paths in the adapters.
+        axes: what the entries of Λ mean; modules by their paths in the adapters.
         deltas: as given, on the processor: path → delta per column.
         layers: what acts on the base.
         state: the coefficients that they read.

@@ -72,8 +72,8 @@ class Bars(Record):
     """Bars on one axis.
 
     Attributes:
-        zero: where the base model stands, in percent of the width.
-        one: where a task's own adapter stands.
+        zero: where the base model is, in percent of the width.
+        one: where a task's own adapter is.
         bars: in order.
     """
 

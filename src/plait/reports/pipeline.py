@@ -52,7 +52,7 @@ def make_report(
         title: of the page; what it is about when None.
         figures: folder for the same figures as SVG and PNG; none are drawn when None.
         force: replace the page at `out`, and files of the figures' names in `figures`.
-        progress: who listens.
+        progress: receives stages and steps.
 
     Raises:
         ReportError: a path holds no run.

@@ -82,7 +82,7 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
         paths: run folders and result files of evaluations (`eval_results_*.json`), leaderboards (`leaderboard.json`; what
             stands behind their places is found in the workspace), folders of written merges, and loss curves
             (`loss_curves.json`).
-        progress: told of the adapters' comparison, where their files are still at hand.
+        progress: receives stages of the adapters' comparison, where their files are still at hand.
 
     Raises:
         ReportError: a path holds no run, or one of another version; all of them at once.

@@ -99,7 +99,7 @@ def check_task(task: Task, tokenizer: Any | None = None) -> TaskCheck:
 
     Args:
         task: to be looked at.
-        tokenizer: of the model that it is for; without one nothing is said about tokens.
+        tokenizer: of the model that it is for; without one tokens are not described.
 
     Raises:
         TaskError: data that cannot be read, or rows that do not fit.

@@ -1,4 +1,4 @@
-"""A task's file → `Task`, with everything that is wrong said at once, by line."""
+"""A task's file → `Task`, with everything that is wrong, at once, by line."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from plait.tasks.schema import Task
 
 
 class Overlap(Record):
-    """Two splits with questions in common, told by the hash of what the model is asked.
+    """Two splits with questions in common, compared by the hash of what the model is asked.
 
     Attributes:
         first: a split.

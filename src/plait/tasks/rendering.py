@@ -158,7 +158,7 @@ class _Worker:
         except (BrokenPipeError, EOFError):
             raise _Ended(self._why()) from None
         finally:
-            if not finished:  # an answer that nobody reads must not be taken for that of the next request
+            if not finished:  # an answer that was not read must not be taken for that of the next request
                 self.close()
 
     @property

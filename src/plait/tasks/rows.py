@@ -1,6 +1,6 @@
 """Files and Hub data sets → rows: column → value.
 
-Formats are told by the file's ending. Parquet files and the Hub need the extra `data`.
+Formats are known by the file's ending. Parquet files and the Hub need the extra `data`.
 """
 
 from __future__ import annotations

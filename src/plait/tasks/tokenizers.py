@@ -17,7 +17,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
 
     Args:
         model: a folder, or `org/repo[@revision]`.
-        trust_remote_code: run code that lies beside its files.
+        trust_remote_code: run code that comes with its files.
 
     Raises:
         AddressError: the reference leads nowhere.

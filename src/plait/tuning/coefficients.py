@@ -206,7 +206,7 @@ def learnt_recipe(recipe: Recipe, sources: Sources, values: Tensor, rank: int | 
         sources: the columns.
         values: Λ; not per direction.
         rank: of the adapter.
-        paths: where each column lies.
+        paths: where each column is.
     """
     rows = dict(zip(_rows(sources.columns, recipe.tune.used_granularity), _table(values), strict=True))
     weights: dict[str, Any]

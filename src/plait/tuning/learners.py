@@ -73,7 +73,7 @@ class CoefficientLearner(Learner):
     Args:
         mixture: whose base the columns act on.
         columns: deltas side by side.
-        granularity: what the entries of Λ stand for.
+        granularity: what the entries of Λ mean.
         start: Λ at the start; float32.
         spec: link and bounds.
         free: columns at the front that are without a link.

@@ -79,7 +79,7 @@ class TuneOptions:
         base: the base model, in place of the one that recipe or adapters name.
         dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
         device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
-        trust_remote_code: let transformers run code that lies beside the weights.
+        trust_remote_code: let transformers run code that comes with the weights.
         control: also let a fresh LoRA of the same rank learn the same, and record how far it comes.
         controls: the same, and random adapters of equal norms.
         workers: modules merged at a time; never changes a bit.
@@ -135,9 +135,9 @@ def run_tune(
         recipe: adapters, tasks, `tune`, and the method of the start.
         folder: what its relative paths are relative to; the current folder when None.
         out: where to write the adapter.
-        force: replace a result that stands at `out`.
+        force: replace a result at `out`.
         options: how, on this machine.
-        progress: told of the work.
+        progress: receives stages and steps.
 
     Raises:
         PlaitError: anything wrong with what was given; nothing is left at `out` then.

@@ -47,7 +47,7 @@ def closed_form(
         mixture: the base with them.
         lessons: whose passages, read with their own adapters, give the second moments.
         workers: modules merged at a time; never changes a bit.
-        progress: told of the work.
+        progress: receives stages and steps.
     """
     if not needs_moments(inventory):
         return tuple(run_plan(inventory, make_plan(inventory, workers=workers), workers, progress))

@@ -35,7 +35,7 @@ class Extension:
 
     Attributes:
         recipe: relative paths start from the working directory.
-        base_folder: where the base model lies, when the earlier merge read it.
+        base_folder: where the base model is, when the earlier merge read it.
         notes: how the result relates to merging all adapters at once.
     """
 
@@ -111,7 +111,7 @@ def _recipe(folder: Path, lock: Lock) -> Recipe:
 
 
 def _address(lock: Lock, name: str, found: FoundInput, given: Mapping[str, str]) -> str:
-    """Return where a source lies: on the Hub, or from the working directory, so that no home folder is published."""
+    """Return where a source is: on the Hub, or from the working directory, so that no home folder is published."""
     source = lock.inputs[name]
     return source.path if source.repo and name not in given else relative_path(found.folder, Path.cwd())
 

@@ -47,7 +47,7 @@ def check_inputs(folder: Path, lock: Lock, given: Mapping[str, str]) -> tuple[tu
     """Find every input and compare its files with the lock.
 
     Args:
-        folder: where the lock stands; local paths in it start there.
+        folder: where the lock is; local paths in it start there.
         lock: of the result.
         given: name → reference, for inputs that lie elsewhere now.
 

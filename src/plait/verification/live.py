@@ -97,7 +97,7 @@ def load_sides(
         found: its inputs.
         base: the base model's folder.
         scratch: for a dense merge.
-        progress: who listens.
+        progress: receives stages and steps.
 
     Raises:
         PlaitError: the result cannot be run, or has no live form.

@@ -118,7 +118,7 @@ def check_parity(
         base_model: reference of the base model; else the lock's, else the one that the adapter names.
         inputs: name → reference, for inputs that lie elsewhere than the lock says.
         device: where to compute, as torch names it.
-        progress: who listens.
+        progress: receives stages and steps.
 
     Raises:
         PlaitError: as `check_parity_request`; or an input or the base model is not found, or nothing can be run.

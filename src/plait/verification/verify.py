@@ -68,7 +68,7 @@ def verify_folder(
         again: make it again in a temporary folder (of TMPDIR) and compare.
         inputs: name → reference, for inputs that lie elsewhere than the lock says.
         workers: as when it was made; never changes a byte.
-        progress: who listens.
+        progress: receives stages and steps.
 
     Raises:
         AdapterError: there is no lock that can be read.

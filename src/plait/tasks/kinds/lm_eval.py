@@ -182,7 +182,7 @@ def metric_of(task: LmEval) -> HarnessMetric:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep lm-eval and datasets from printing: what is asked and what comes out is told by plait."""
+    """Keep lm-eval and datasets from printing: plait reports what is asked and what comes out."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -262,7 +262,7 @@ def _example(inner: Any, requests: Sequence[Any]) -> Example:
 
 
 def _chosen(texts: Sequence[str], target: object) -> str:
-    """Return the right one of some texts, where it is told by its number; else the target as it stands."""
+    """Return the right one of some texts, where it is given by its number; else the target as it is."""
     numbered = isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(texts)
     return texts[cast("int", target)] if numbered else _text(target)
 
