@@ -487,7 +487,7 @@ def test_no_arguments_show_the_usage(capsys):
 
 
 def test_compress_needs_one_of_rank_and_energy(capsys):
-    assert "either --rank or --energy" in refused(capsys, "compress", "a", "-o", "out")
+    assert "either --rank (rank=) or --energy (energy=)" in refused(capsys, "compress", "a", "-o", "out")
     assert "energy" in refused(capsys, "compress", "a", "-o", "out", "--energy", "1.5")
 
 

@@ -62,7 +62,7 @@ def kept_scores(workspace: Path, name: str) -> dict[str, tuple[tuple[float, ...]
     found = {}
     for file in (workspace / ".scores").glob("*.json"):
         answers = Answers.model_validate_json(file.read_text())
-        if answers.candidate == name:
+        if answers.contender == name:
             found[answers.task] = tuple(a.scores for a in answers.answers)
     return found
 

@@ -112,7 +112,7 @@ def test_the_matrix_judges_every_adapter_with_the_tasks_head(house):
 def scores(workspace: Path, name: str) -> dict[str, list[tuple[float, ...]]]:
     """Return what the head said of every text, per task."""
     kept = [Answers.model_validate_json(f.read_text()) for f in (workspace / ".scores").glob("*.json")]
-    return {k.task: [a.scores for a in k.answers] for k in kept if k.candidate == name}
+    return {k.task: [a.scores for a in k.answers] for k in kept if k.contender == name}
 
 
 HEADS = {
@@ -178,6 +178,6 @@ def test_a_live_merge_takes_the_heads_that_are_asked_for(house, tmp_path):
 def test_a_classifier_is_asked_for_no_texts(house):
     task = write_task(house.folder / "texts", "sort")
     with pytest.raises(
-        plait.TaskError, match=r"'sort' \(classification\) asks for texts, but BertForSequenceClassification says none"
+        plait.TaskError, match=r"'sort' \(classification\) asks for texts, but BertForSequenceClassification generates none"
     ):
         house.evaluate(names=("sort",), tasks=[task])

@@ -19,7 +19,7 @@ from plait.errors import PlaitError
 from plait.tuning.pipeline import TuneResult
 from tests import text_classifiers
 from tests.e2e import test_encoder_decoder as encoder_decoder
-from tests.language_models import LABELS, WORDS, save_model, train_adapter, write_task
+from tests.language_models import LABELS, WORDS, label, save_model, train_adapter, write_task
 
 QUICK = {"steps": 24, "prompts": 8, "learning_rate": 5e-2, "look_every": 6, "held_out": 0}
 
@@ -30,7 +30,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(folder / "base")
     for task in ("sort", "rate"):
         train_adapter(folder / task, task)
-        write_task(folder, task, splits={"calibration": "test.jsonl", "test": "test.jsonl"})
+        write_task(folder, task, splits={"calibration": "calibration.jsonl", "test": "test.jsonl"})
+        (folder / task / "test.jsonl").rename(folder / task / "calibration.jsonl")
+        others = [json.dumps({"word": f"{word} {word}", "label": label(task, word)}) for word in WORDS]
+        (folder / task / "test.jsonl").write_text("\n".join(others) + "\n")
     return folder
 
 

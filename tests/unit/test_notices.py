@@ -79,7 +79,7 @@ def test_a_journal_that_cannot_be_read_to_its_end(tmp_path):
 def test_kept_answers_that_are_damaged(tmp_path):
     cache = ScoreCache(tmp_path)
     assert cache.find("k") is None
-    cache.keep("k", Answers(candidate="c", task="t", answers=()))
+    cache.keep("k", Answers(contender="c", task="t", answers=()))
     assert cache.find("k") is not None
     (tmp_path / "k.json").write_text("{")
     with pytest.warns(PlaitWarning, match=r"k\.json does not hold whole answers .*the model is asked again"):
