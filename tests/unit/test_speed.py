@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from plait.evaluation import live
+from plait.evaluation import loaded_base
 from plait.linalg import speed
 from plait.notices import PlaitWarning
 
@@ -33,8 +33,8 @@ def model(parameters: int, dtype: torch.dtype, device: str = "cpu") -> SimpleNam
 def test_a_dtype_that_is_slow_here_is_announced(monkeypatch):
     monkeypatch.setattr(speed, "slowness", lambda dtype: 5.2)
     for quick in (model(10_000, torch.bfloat16), model(10**9, torch.float32), model(10**9, torch.bfloat16, "meta")):
-        live._announce_a_slow_dtype(quick)  # any warning is an error here
+        loaded_base._announce_a_slow_dtype(quick)  # any warning is an error here
     with pytest.warns(PlaitWarning, match=r"bfloat16, which this processor multiplies 5\.2 times slower.*--load-dtype float32"):
-        live._announce_a_slow_dtype(model(10**9, torch.bfloat16))
+        loaded_base._announce_a_slow_dtype(model(10**9, torch.bfloat16))
     monkeypatch.setattr(speed, "slowness", lambda dtype: 0.5)
-    live._announce_a_slow_dtype(model(10**9, torch.bfloat16))
+    loaded_base._announce_a_slow_dtype(model(10**9, torch.bfloat16))
