@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import os
 import warnings
 from pathlib import Path
 
 _OWN = str(Path(__file__).parent) + os.sep
+_BETWEEN = (contextlib.__file__, functools.__file__)  # a cached property calls its function through functools
 _announced: set[str] = set()
 
 
@@ -41,6 +44,10 @@ def frames_within() -> int:
     frame = inspect.currentframe()
     frame = None if frame is None else frame.f_back
     level = 1
-    while frame is not None and frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
+    while frame is not None and frame.f_back is not None and _is_within(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def _is_within(file: str) -> bool:
+    return file.startswith(_OWN) or file in _BETWEEN
