@@ -217,6 +217,9 @@ def test_models_whose_layers_are_conv1d(name, sizes):
         assert library.is_conv1d(module) is named, path
 
 
+@pytest.mark.skipif(
+    not MODERN, reason="version 4 compiles this model's functions, which the watched warnings cannot be part of"
+)
 def test_layers_of_these_names_are_linear_elsewhere():
     config = transformers.GPTBigCodeConfig(vocab_size=37, n_embd=32, n_layer=1, n_head=4)
     assert config.model_type not in library.CONV1D_MODELS
