@@ -30,7 +30,7 @@ from plait.errors import PlaitError
 if TYPE_CHECKING:
     from speaking import Speaker
 
-    from plait.evaluation.comparison import Compared, Comparison
+    from plait.evaluation.comparison import Compared, Leaderboard
     from plait.evaluation.record import Bounds, Evaluation
     from plait.tasks.inputs import Example
 
@@ -262,12 +262,12 @@ def _compare(console: Console, out: Path, samples: int, dtype: str) -> Compared:
     from plait.cli.console import ProgressBars
     from plait.evaluation.comparison import compare
     from plait.evaluation.pipeline import Options
-    from plait.evaluation.request import asked
+    from plait.evaluation.request import with_tasks
     from plait.recipes.request import read_request
 
     adapters = {name: HERE / "adapters" / name for name in NAMES}
     recipes = {
-        label: asked(read_request(None, adapters, settings)[0], _tasks(), subset=samples, batch_size=BATCH)
+        label: with_tasks(read_request(None, adapters, settings)[0], _tasks(), subset=samples, batch_size=BATCH)
         for label, settings in MERGES.items()
     }
     options = Options(_workspace(out), base=str(base_model()), dtype=dtype, device_map="cpu", matrix=True)
@@ -302,7 +302,7 @@ def _kept(found: Evaluation) -> tuple[Table, str]:
     )
 
 
-def _leaderboard(board: Comparison) -> tuple[Table, str]:
+def _leaderboard(board: Leaderboard) -> tuple[Table, str]:
     """Return all merges as a table, best first, and what it does not say."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("merge", "worst", "95 %", "mean", *board.base):
