@@ -187,11 +187,25 @@ def read_calibration(recipe: Recipe, folder: Path | None, options: CalibrateOpti
     texts, owners = task_texts(recipe, recipe.calibration, folder, [a.name for a in inventory.adapters])
     problems = [problem for t in texts.values() for problem in judged_texts(t)]
     collect(TaskError, problems, "texts must be disjoint from the validation and test splits, and are not")
-    name = options.base or inventory.base_model
+    return CalibrationRequest(inventory, base_of(inventory, folder, options.base), options, texts, owners)
+
+
+def base_of(inventory: Inventory, folder: Path | None, given: str | None) -> Located:
+    """Find the base model.
+
+    Args:
+        inventory: whose recipe or adapters name it.
+        folder: what the recipe's relative paths are relative to.
+        given: its reference, in place of theirs.
+
+    Raises:
+        PlaitError: nothing names it, or it cannot be found.
+    """
+    name = given or inventory.base_model
     if name is None:
         raise PlanError("the base model is not known: no adapter names it. Give --base-id (base_model=).")
-    own = options.base is None and recipe.base_model is not None
-    return CalibrationRequest(inventory, resolve_model(name, base=folder if own else None), options, texts, owners)
+    own = given is None and inventory.recipe.base_model is not None
+    return resolve_model(name, base=folder if own else None)
 
 
 def task_texts(

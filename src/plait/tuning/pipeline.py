@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
-from plait.calibration.request import MISMATCH, not_tasks, paired_tasks, texts_of
+from plait.calibration.request import MISMATCH, base_of, not_tasks, paired_tasks, texts_of
 from plait.calibration.texts import Texts, asked_in, shown
 from plait.checkpoints.digests import weight_files
 from plait.errors import OutputError, PlanError, TaskError, collect
 from plait.evaluation.loaded_base import LoadedBase
 from plait.extras import require
-from plait.hub.download import Located, resolve_model
+from plait.hub.download import Located
 from plait.merging.adapter_output import MergedAdapter
 from plait.merging.emit import Emitted
 from plait.merging.engine import MergedModule
@@ -155,7 +155,7 @@ def run_tune(
         coefficients.check(inventory)
     texts, right, owners = _texts(recipe, folder, inventory)
     texts, right, excluded = (texts, right, []) if spec.allow_test else _without_tested(texts, right)
-    base = _base(inventory, folder, options)
+    base = base_of(inventory, folder, options.base)
     digests = input_digests(inventory)
     base_files = {p.name: sha256(p) for p in weight_files(base.folder)}
     working = Working(tuning_folder(out), _digest(recipe, options, texts, right, [*digests.values(), *base_files.values()]))
@@ -514,14 +514,6 @@ def _without_tested(
                 kept_right[name] = tuple(right[name][i] for i in kept)
     collect(TaskError, problems, "texts must be disjoint from those that judge the result")
     return kept_texts, kept_right, notes
-
-
-def _base(inventory: Inventory, folder: Path | None, options: TuneOptions) -> Located:
-    name = options.base or inventory.base_model
-    if name is None:
-        raise PlanError("the base model is not known: no adapter names it. Give --base-id (base_model=).")
-    own = options.base is None and inventory.recipe.base_model is not None
-    return resolve_model(name, base=folder if own else None)
 
 
 def _load(base: Located, inventory: Inventory, options: TuneOptions, progress: Progress) -> Mixture:
