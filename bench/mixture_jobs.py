@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from measuring import measured
 
 LAMBDA = 0.3
-Run = tuple[nn.Module, list[Tensor]]  # a causal model that is ready to run, and what is learnt
+Run = tuple[nn.Module, list[Tensor]]  # a causal model that is ready to run, and what is learned
 
 
 def random_adapter(like: str, out: str) -> dict[str, Any]:
@@ -48,10 +48,10 @@ def times(
     with ExitStack() as stack:
         runs = {v: stack.enter_context(VARIANTS[v](base, adapters, dtype)) for v in variants}
         for _ in range(rounds + 1):
-            for variant, (model, learnt) in runs.items():
+            for variant, (model, learned) in runs.items():
                 found[variant]["forward"].append(_timed(lambda m=model: _forward(m, ids)))
                 found[variant]["step"].append(_timed(lambda m=model: _loss(m, ids).backward()))
-                _forget(learnt)
+                _forget(learned)
     return {v: {work: _fastest(pairs[1:]) for work, pairs in kinds.items()} for v, kinds in found.items()}
 
 
@@ -63,10 +63,10 @@ def memory(base: str, adapters: list[str], dtype: str, shape: tuple[int, int], v
     import plait.mixture  # noqa: F401 (the baseline)
 
     ids = _ids(*shape)
-    with measured() as everything, VARIANTS[variant](base, adapters, dtype) as (model, learnt), measured() as work:
+    with measured() as everything, VARIANTS[variant](base, adapters, dtype) as (model, learned), measured() as work:
         for _ in range(2):
             _loss(model, ids).backward()
-            _forget(learnt)
+            _forget(learned)
     return {"all": asdict(everything), "work": asdict(work)}
 
 
@@ -142,13 +142,13 @@ def _mixture(base: str, adapters: list[str], dtype: str) -> Iterator[Run]:
 
 
 @contextmanager
-def _learnt(base: str, adapters: list[str], dtype: str) -> Iterator[Run]:
+def _learned(base: str, adapters: list[str], dtype: str) -> Iterator[Run]:
     """The factors of the adapters' sum, of their total rank, as `plait tune` learns them: in float32."""
     from plait.mixture import Mixture
 
     opened = _open(adapters)
     mixture = Mixture(_model(base, dtype), opened)
-    factors = mixture.learnt({path: _summed(opened, path) for path in opened[0].targets})
+    factors = mixture.learned({path: _summed(opened, path) for path in opened[0].targets})
     with mixture.learning(factors) as model:
         yield model, factors.parameters()
 
@@ -283,7 +283,7 @@ class _Streamed(torch.autograd.Function):
 VARIANTS: dict[str, Any] = {
     "base": _bare,
     "mixture": _mixture,
-    "learnt": _learnt,
+    "learned": _learned,
     "PEFT": _peft,
     "PEFT, the base's dtype": _peft_same_dtype,
     "applied": _applied,
@@ -319,8 +319,8 @@ def _forward(model: Any, ids: Tensor) -> None:
     _loss(model, ids)
 
 
-def _forget(learnt: Sequence[Tensor]) -> None:
-    for tensor in learnt:
+def _forget(learned: Sequence[Tensor]) -> None:
+    for tensor in learned:
         tensor.grad = None
 
 

@@ -96,8 +96,8 @@ def show(sections: Sequence[Section]) -> None:
         table.add_column("target", justify="right")
         table.add_column("")
         for row in section.rows:
-            colour = {None: "", True: "green", False: "red"}[row.reached]
-            table.add_row(row.work, *row.cells, row.target, f"[{colour}]{row.mark}[/]" if colour else "")
+            color = {None: "", True: "green", False: "red"}[row.reached]
+            table.add_row(row.work, *row.cells, row.target, f"[{color}]{row.mark}[/]" if color else "")
         console.print(table)
         for note in section.notes:
             console.print(f"  {note}", style="dim", highlight=False, markup=False)

@@ -93,7 +93,7 @@ def _equal(a: Path, b: Path) -> bool:
 def main() -> None:
     """Parse arguments, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="of the optimiser (60)")
+    parser.add_argument("--steps", type=int, default=60, help="of the optimizer (60)")
     parser.add_argument("--rounds", type=int, default=3, help="turns that each side takes (3)")
     parser.add_argument("--quick", action="store_true", help="one turn of one step, no verdicts: a smoke test")
     parser.add_argument("--markdown", action="store_true", help="print Markdown instead of tables")

@@ -18,7 +18,7 @@ from processes import HERE, run_job
 from report import Row, Section
 
 RESULTS = HERE / "results" / "tune.json"
-VARIANTS = ["learnt", "PEFT", "PEFT, the base's dtype"]
+VARIANTS = ["learned", "PEFT", "PEFT, the base's dtype"]
 MOST_TIME, MOST_MEMORY = 1.2, 1.1
 
 
@@ -33,13 +33,13 @@ def run(cache: Path, rounds: int, raw: dict[str, Any]) -> list[Section]:
         raw[title] = found = run_job(
             "times", script=SCRIPT, **common, dtype=dtype, shape=SHAPE, rounds=rounds, variants=VARIANTS
         )
-        section.rows += [_time(title, found["learnt"]["step"], found[v]["step"], v) for v in VARIANTS[1:]]
+        section.rows += [_time(title, found["learned"]["step"], found[v]["step"], v) for v in VARIANTS[1:]]
         peaks = {
             v: run_job("memory", script=SCRIPT, **common, dtype=dtype, shape=SHAPE, variant=v)["all"]["peak_rss"]
             for v in VARIANTS
         }
         raw[f"memory {dtype}"] = peaks
-        section.rows += [_memory(dtype, peaks["learnt"], peaks[v], v) for v in VARIANTS[1:]]
+        section.rows += [_memory(dtype, peaks["learned"], peaks[v], v) for v in VARIANTS[1:]]
     return [section]
 
 

@@ -189,7 +189,7 @@ def _matching(pattern: Path) -> list[str]:
 
 @contextmanager
 def _working(console: Console, what: str) -> Iterator[None]:
-    """Say what is being done while it is, and afterwards how long it took."""
+    """Say what is being done while it is, and afterward how long it took."""
     started = time.perf_counter()
     with console.status(f"{what} …"):
         yield

@@ -172,7 +172,7 @@ def _scaled(adapter: Adapter, scale: float) -> Candidate:
 
 
 def scan(score: Callable[[float], float], scales: Sequence[float]) -> None:
-    """Try scales upwards until the score falls clearly; go on beyond either end while the best one is there.
+    """Try scales upward until the score falls clearly; go on beyond either end while the best one is there.
 
     Args:
         score: of a scale; it keeps what it finds.

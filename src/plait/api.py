@@ -71,7 +71,7 @@ def merge(  # noqa: PLR0913 (what a command line takes)
         moments: second moments of the modules' inputs, for methods that solve (`regmean`, `ssr`): a folder of
             `<adapter>.safetensors` or name → file, as `save_moments` writes them, or a function (adapter, target module) →
             E[x xᵀ]. A function is in no recipe: what it makes cannot be rebuilt from its lock.
-        tasks: files of the adapters' tasks, the recipe's when None. On their unlabelled texts (`calibration`) a merge takes the
+        tasks: files of the adapters' tasks, the recipe's when None. On their unlabeled texts (`calibration`) a merge takes the
             second moments that its method lacks, and the scale of `scale="auto"`; both need the base model.
         add: adapters that an earlier merge gets besides its own; `source` is that merge's folder, with its `plait.lock`, and
             `weights` are theirs. The result is that of merging all at once.
@@ -349,7 +349,7 @@ def tune(  # noqa: PLR0913 (what a command line takes)
     sets: Sequence[str] = (),
     **settings: Any,
 ) -> TuneResult:
-    """Merge adapters, and let the merge learn from unlabelled texts what it lost; no label is read.
+    """Merge adapters, and let the merge learn from unlabeled texts what it lost; no label is read.
 
     >>> plait.tune({"intent": "./intent", "langid": "./langid"}, tasks=["intent.yaml", "langid.yaml"], out="tuned")
 

@@ -195,7 +195,7 @@ def test_a_pickle_of_tensors_is_fine(place):
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
-def test_unconverted_initialisations(place, capsys, init):
+def test_unconverted_initializations(place, capsys, init):
     adapter(place / "c", init_lora_weights=init)
     said = merge(capsys, "a", "c")
     assert f"init_lora_weights is '{init}'" in said

@@ -46,7 +46,7 @@ def t5() -> T5ForConditionalGeneration:
 
 
 def bart() -> BartForConditionalGeneration:
-    """Positions are learnt: padding must not shift them. The decoder begins with </s> <s>."""
+    """Positions are learned: padding must not shift them. The decoder begins with </s> <s>."""
     torch.manual_seed(0)
     sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4))}
     sizes |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "d_model": 32, "max_position_embeddings": 64, "init_std": 0.4}

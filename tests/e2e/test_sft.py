@@ -1,4 +1,4 @@
-"""`plait sft` on small models: what is learnt, written, resumed, refused; uploads are in `test_sft_push.py`."""
+"""`plait sft` on small models: what is learned, written, resumed, refused; uploads are in `test_sft_push.py`."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def trainers(monkeypatch):
     return made
 
 
-# What is learnt.
+# What is learned.
 
 
 @pytest.mark.parametrize("pad", ["", "<|im_end|>", "<|pad|>"], ids=["no pad", "pad is end", "pad"])
@@ -108,8 +108,8 @@ def test_only_answers_and_their_ends_carry_loss_in_the_batches_of_the_trainer(pl
     )
     (batch,) = trainers[0].trainer.get_train_dataloader()
     tokens = AutoTokenizer.from_pretrained(tmp_path / "base")
-    learnt = {tokens.decode(labels[labels != IGNORED]) for labels in batch["labels"]}
-    assert learnt == {"Yes.<|im_end|>Still.<|im_end|>", "Yes.<|im_end|>"}
+    learned = {tokens.decode(labels[labels != IGNORED]) for labels in batch["labels"]}
+    assert learned == {"Yes.<|im_end|>Still.<|im_end|>", "Yes.<|im_end|>"}
     assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
     assert (batch["labels"][batch["labels"] != IGNORED] == batch["input_ids"][batch["labels"] != IGNORED]).all()
 
@@ -187,7 +187,7 @@ def test_the_record_says_what_happened(place, tmp_path):
     assert str(place) not in card
 
 
-def test_the_card_says_that_plain_text_is_learnt_whole(place, tmp_path):
+def test_the_card_says_that_plain_text_is_learned_whole(place, tmp_path):
     rows = write_rows(tmp_path / "text.jsonl", [{"text": "some words"}] * 4)
     card = (train(place, tmp_path / "out", dataset_name_or_path=str(rows)).adapter / "README.md").read_text()
     assert "text.jsonl, 4 examples; loss on every token." in card
@@ -270,10 +270,10 @@ def test_yaml_and_python_say_the_same(place, tmp_path):
     words = ["--model_name_or_path", said["model_name_or_path"], "--dataset_name", said["dataset_name_or_path"], "--use_peft"]
     words += ["--learning_rate", "0.0001", "--lora_target_modules", "q_proj", "v_proj", "--packing", "False"]
     words += ["--max_steps", "3", "--lr_scheduler_kwargs", '{"num_cycles": 2}']
-    spelt = job_of(read_flags(words))
-    assert spelt.arguments["learning_rate"] == 1e-4
-    assert job_of(read_flags(["--config", str(tmp_path / "run.yaml"), "--max_steps", "3"])) == spelt
-    assert job_of(read_keywords(said)) == spelt
+    spelled = job_of(read_flags(words))
+    assert spelled.arguments["learning_rate"] == 1e-4
+    assert job_of(read_flags(["--config", str(tmp_path / "run.yaml"), "--max_steps", "3"])) == spelled
+    assert job_of(read_keywords(said)) == spelled
     import os
 
     assert os.environ.pop("PLAIT_TEST_SAID") == "1"

@@ -164,7 +164,7 @@ def test_says_what_it_did(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out)["control"]["held"]["share"] > 0
 
 
-def test_texts_that_are_held_out_are_not_learnt(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_that_are_held_out_are_not_learned(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import plait.tuning.learning as learning
 
     drawn: list[tuple[int, ...]] = []
@@ -203,7 +203,7 @@ def test_the_result_is_one_of_plaits(tuned: TuneResult) -> None:
     assert {f.state for f in checked.files} == {"equal"}
     assert {i.state for i in checked.inputs} == {"equal"}
     card = (tuned.folder / "README.md").read_text()
-    assert "learnt to answer as each task's own adapter does" in card
+    assert "learned to answer as each task's own adapter does" in card
 
 
 def test_a_tuned_merge_is_evaluated_beside_its_sources(place: Path, tmp_path: Path, tuned: TuneResult) -> None:

@@ -63,7 +63,7 @@ def tensors(folder: Path) -> bytes:
 
 @pytest.mark.parametrize("method", ["regmean", "linear"])
 @pytest.mark.parametrize("granularity", ["task", "layer", "module"])
-def test_the_learnt_recipe_makes_the_same_adapter_without_data(
+def test_the_learned_recipe_makes_the_same_adapter_without_data(
     place: Path, tmp_path: Path, method: str, granularity: str
 ) -> None:
     found = tune(place, tmp_path / "tuned", method=method, tune={"granularity": granularity})
@@ -232,7 +232,7 @@ def test_bad_requests_are_refused_before_the_base_is_loaded(
     assert not any(tmp_path.iterdir())
 
 
-def test_the_test_split_is_learnt_from_only_where_it_is_allowed(place: Path, tmp_path: Path) -> None:
+def test_the_test_split_is_learned_from_only_where_it_is_allowed(place: Path, tmp_path: Path) -> None:
     record = tune(place, tmp_path / "out", tune={"split": "test", "allow_test": True, "steps": 1}).record
     assert any("do not judge the result on it" in note for note in record.notes)
 
@@ -261,7 +261,7 @@ def test_transforms_act_while_learning_as_in_the_recipe(place: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("granularity", ["task", "layer", "module", "direction"])
-def test_a_report_shows_what_was_learnt_and_kept(place: Path, tmp_path: Path, granularity: str) -> None:
+def test_a_report_shows_what_was_learned_and_kept(place: Path, tmp_path: Path, granularity: str) -> None:
     found = tune(place, tmp_path / "tuned", tune={"granularity": granularity, "steps": 6}, controls=granularity == "layer")
     made = plait.report([found.folder], out=tmp_path / "page.html", figures=tmp_path / "figures")
     text = (tmp_path / "page.html").read_text()

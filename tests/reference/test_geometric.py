@@ -108,7 +108,7 @@ def test_multislerp(tmp_path, written, scope):
     assert_equal(adapter(tmp_path / "out", written, WEIGHTS, method=method), each(stacks(written), multislerp(WEIGHTS), scope))
 
 
-def test_multislerp_without_normalising(tmp_path, written):
+def test_multislerp_without_normalizing(tmp_path, written):
     once = adapter(tmp_path / "once", written, WEIGHTS, method="multislerp")
     found = adapter(tmp_path / "raw", written, WEIGHTS, method={"name": "multislerp", "normalize": False})
     assert_equal(found, {m: sum(WEIGHTS) * x for m, x in once.items()})

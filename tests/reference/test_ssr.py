@@ -59,7 +59,7 @@ def test_with_rows_that_span_everything_it_is_regmean(tmp_path):
 
 
 def test_it_loses_to_regmean_on_the_inputs_and_to_nothing_else_in_the_row_space(tmp_path):
-    """The loss that both minimise: RegMean searches among more matrices; SSR beats the mean and the sum."""
+    """The loss that both minimize: RegMean searches among more matrices; SSR beats the mean and the sum."""
     written = cohort(tmp_path)
     found = inputs(written)
     folder = save(tmp_path / "moments", found)

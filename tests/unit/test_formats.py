@@ -1,4 +1,4 @@
-"""Rows of every format as examples: what is asked, what is learnt, what is left out, what is refused."""
+"""Rows of every format as examples: what is asked, what is learned, what is left out, what is refused."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_system_column_beside_plain_texts_is_told_as_not_used():
     assert convert([turn], where="x").examples == (Conversation(turns(("system", "S"), *ASKED), asked=2),)
 
 
-def test_a_turn_of_weight_0_is_not_learnt():
+def test_a_turn_of_weight_0_is_not_learned():
     rows = [{"messages": [*turns(*ASKED), {"role": "user", "content": "R", "weight": 1}, *turns(MORE[1])]}]
     rows[0]["messages"][1]["weight"] = 0
     (example,) = convert(rows, where="x").examples

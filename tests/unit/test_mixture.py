@@ -130,7 +130,7 @@ def test_ones_in_every_direction_are_all_adapters_as_trained(canonical, written)
 
 
 def test_gradients_reach_the_input_as_through_dense_weights(tmp_path):
-    """What lies before an adapted layer is learnt through it: an input that requires gradients gets the same ones."""
+    """What lies before an adapted layer is learned through it: an input that requires gradients gets the same ones."""
     held = cohort(tmp_path, {"a": {"embed": PLAIN["embed"], "layers.1.q_proj": PLAIN["layers.1.q_proj"]}})
     mixture = Mixture(net().double(), opened(held))
     layer = mixture.model.layers[1].q_proj

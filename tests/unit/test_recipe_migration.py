@@ -379,7 +379,7 @@ def test_one_warning_per_old_form_says_what_to_write(old, notes):
                 "eval_tasks": ["asr"],
             },
             [
-                "optimizer.type: adamerging learnt the coefficients of method 'weighted_delta_n', and the method is 'uniform'; "
+                "optimizer.type: adamerging learned coefficients of method 'weighted_delta_n', and the method is 'uniform'; "
                 "write method: weighted_delta_n.",
                 "grid: this version of plait cannot search yet. Take this part out.",
                 "post_sweep_eval: this version of plait cannot search and evaluate yet. Take this part out.",

@@ -169,7 +169,7 @@ def test_bars_begin_at_zero_and_stay_on_the_axis():
 
 
 @pytest.mark.parametrize("value", [-5, -1, -0.5, 0, 0.3, 1, 7])
-def test_colours_are_colours_and_text_on_them_reads(value):
+def test_colors_are_colors_and_text_on_them_reads(value):
     color = diverging(value)
     assert re.fullmatch("#[0-9a-f]{6}", css(color))
     linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
@@ -252,7 +252,7 @@ def test_energy_is_weighed_by_kind_and_layer():
         "lm_head": ["–", "–", "90.0\xa0%"],
     }
     up = found.rows[0][1]
-    assert up[1].background == found.legend[0].background, "the least that was kept has the colour of the scale's end"
+    assert up[1].background == found.legend[0].background, "the least that was kept has the color of the scale's end"
     assert up[2].background == "transparent"
 
 

@@ -165,8 +165,8 @@ def test_what_an_example_is_does_not_depend_on_its_row(tmp_path):
     assert [e.id for e in turned.items] == [e.id for e in first.items][::-1]
     assert len({e.id for e in first.items}) == 3
     assert first.digest != turned.digest
-    relabelled = TASK.replace("labels: [yes, no]", "labels: [yes, no]\nlength: tokens")
-    assert read_examples(load_task(written(tmp_path, relabelled)), "test").digest != first.digest
+    relabeled = TASK.replace("labels: [yes, no]", "labels: [yes, no]\nlength: tokens")
+    assert read_examples(load_task(written(tmp_path, relabeled)), "test").digest != first.digest
     described = TASK + "description: other words\n"
     assert read_examples(load_task(written(tmp_path, described)), "test").digest == first.digest
 

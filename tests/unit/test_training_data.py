@@ -200,7 +200,7 @@ class TestDigest:
         ],
         ids=str,
     )
-    def test_it_is_of_everything_that_is_learnt_from(self, job, change):
+    def test_it_is_of_everything_that_is_learned_from(self, job, change):
         assert job.model_copy(update=change).digest() != job.digest()
 
     def test_it_is_of_the_data_and_the_weights(self, job, tmp_path):

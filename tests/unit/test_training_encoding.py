@@ -21,7 +21,7 @@ def chat(*contents: str, system: str | None = None, asked: int = 0) -> Conversat
 
 
 def parts(tokenizer, item) -> list[tuple[str, str]]:
-    """Return the text of an item in runs: '-' for given, '+' for learnt."""
+    """Return the text of an item in runs: '-' for given, '+' for learned."""
     runs: list[tuple[str, list[int]]] = []
     for token, label in zip(item.ids.tolist(), item.labels.tolist(), strict=True):
         assert label in (IGNORED, token)
@@ -36,7 +36,7 @@ def encoded(tokenizer, example, **options):
     return [parts(tokenizer, item) for item in Encoder(tokenizer, **options).encode(example)]
 
 
-def test_every_answer_of_a_chat_is_learnt_with_its_end():
+def test_every_answer_of_a_chat_is_learned_with_its_end():
     (found,) = encoded(byte_tokenizer(), chat("Q", "A", "R", "B", system="S"))
     assert found == [
         ("-", "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"),
@@ -50,13 +50,13 @@ def test_what_stands_behind_the_last_answer_is_left_away():
     assert encoded(byte_tokenizer(), chat("Q", "A", "R")) == encoded(byte_tokenizer(), chat("Q", "A"))
 
 
-def test_answers_that_are_part_of_the_prompt_are_not_learnt():
+def test_answers_that_are_part_of_the_prompt_are_not_learned():
     (found,) = encoded(byte_tokenizer(), chat("Q", "A", "R", "B", asked=3))
     assert [kind for kind, _ in found] == ["-", "+"]
     assert found[1] == ("+", f"B{END}")
 
 
-def test_a_turn_of_weight_0_is_not_learnt():
+def test_a_turn_of_weight_0_is_not_learned():
     messages = [dict(m) for m in chat("Q", "A", "R", "B").messages]
     messages[1]["weight"] = 0
     (found,) = encoded(byte_tokenizer(), Conversation(tuple(messages)))
@@ -72,7 +72,7 @@ def test_a_template_without_an_end_gets_one():
     assert found == [("-", "user: Q\nassistant: "), ("+", "A\n<|end|>")]
 
 
-def test_an_end_of_turn_that_is_not_the_end_of_sequence_is_learnt_and_ends_it():
+def test_an_end_of_turn_that_is_not_the_end_of_sequence_is_learned_and_ends_it():
     (found,) = encoded(byte_tokenizer(CHATML, eos_token="<|end|>"), chat("Q", "A"))
     assert found[-1] == ("+", f"A{END}")
 
@@ -100,7 +100,7 @@ def test_a_template_that_puts_words_before_the_answer_learns_them():
 
 
 @pytest.mark.parametrize("pad", [None, END, "<|pad|>"])
-def test_the_end_is_learnt_whatever_the_padding_is(pad):
+def test_the_end_is_learned_whatever_the_padding_is(pad):
     tokenizer = byte_tokenizer(**({} if pad is None else {"pad_token": pad}))
     (item,) = Encoder(tokenizer).encode(chat("Q", "A"))
     assert item.labels[-1] == tokenizer.eos_token_id
@@ -122,7 +122,7 @@ def test_a_token_over_the_boundary_is_split_there():
     assert (item.labels != IGNORED).tolist() == [False, False, False, True, True]
 
 
-def test_plain_text_is_learnt_from_its_first_token():
+def test_plain_text_is_learned_from_its_first_token():
     assert encoded(byte_tokenizer(), PlainText("all")) == [[("+", f"all{END}")]]
 
 
@@ -171,7 +171,7 @@ class TestLongExamples:
         assert (len(found.items), found.left_out, found.truncated, found.longest) == (1, 2, 0, 22)
         assert "2 examples are longer than max_length 10 (the longest has 22 tokens) and left out" in found.notes(10)[0]
 
-    def test_or_cut_and_counted_unless_nothing_would_be_learnt(self):
+    def test_or_cut_and_counted_unless_nothing_would_be_learned(self):
         found = self.encode("truncate")
         assert (len(found.items), found.left_out, found.truncated) == (2, 1, 1)
         assert len(found.items[1].ids) == 10

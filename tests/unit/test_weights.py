@@ -195,7 +195,7 @@ def test_one_layer_is_the_first() -> None:
     assert along({"policy": "lines", "alpha": 0.3, "beta": 0.5}, DEPTH[:1]) == [pytest.approx([0.3, 0.6])]
 
 
-def test_a_schedule_is_honoured_by_the_merge(tmp_path) -> None:
+def test_a_schedule_is_honored_by_the_merge(tmp_path) -> None:
     """Linear and elementwise, in delta and core space: the factor of layer 0 is 0, that of layer 1 is 1."""
     written = adapters(tmp_path, 2)
     for method in ("linear", {"name": "magmax", "space": "core"}, "karcher", "magmax"):

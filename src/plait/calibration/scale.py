@@ -1,4 +1,4 @@
-"""The factor on a merge at which it is nearest to each task's own adapter, on unlabelled texts."""
+"""The factor on a merge at which it is nearest to each task's own adapter, on unlabeled texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Unlabelled texts, put into a task's prompt: what an adapter is shown to see what it does.
+"""Unlabeled texts, put into a task's prompt: what an adapter is shown to see what it does.
 
 They come from one of the task's splits, from a file, or from nothing of the user's: generic lines that plait ships, or the bare
 prompt with every field `N/A`. No label is read in any of these.

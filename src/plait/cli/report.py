@@ -14,7 +14,7 @@ def report(
         typer.Argument(
             metavar="RUN...",
             help="Run folders of `plait eval` (or their result files), of one merge or of a leaderboard of many; and folders "
-            "of written merges, for the energy they kept, or of tuned ones, for what they learnt. The page is about the first; "
+            "of written merges, for the energy they kept, or tuned ones, for what they learned. The page is about the first, "
             "of a leaderboard, about the best.",
             show_default=False,
         ),

@@ -71,10 +71,10 @@ def _show_plan(plan: SftPlan) -> None:
     console = err()
     for line in describe(plan):
         console.print(line, markup=False, soft_wrap=True)
-    given, learnt = plan.example
+    given, learned = plan.example
     console.print("\nfirst example; the loss is on what stands in ⟦ ⟧:", style="dim")
     console.print(given, style="dim", markup=False, end="", soft_wrap=True)
-    console.print(f"⟦{learnt}⟧", style="green", markup=False, soft_wrap=True)
+    console.print(f"⟦{learned}⟧", style="green", markup=False, soft_wrap=True)
     console.print()
     for note in plan.notes:
         console.print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
@@ -115,14 +115,14 @@ def _json(result: SftResult) -> dict[str, object]:
 def _plan_json(plan: SftPlan) -> dict[str, object]:
     from dataclasses import asdict
 
-    given, learnt = plan.example
+    given, learned = plan.example
     return {
         "job": plan.phase.opened.job.model_dump(mode="json"),
         "data": plan.phase.opened.data.summary,
         "examples": len(plan.encoded[0].items),
         "left_out": plan.encoded[0].left_out,
         "truncated": plan.encoded[0].truncated,
-        "example": {"given": given, "learnt": learnt},
+        "example": {"given": given, "learnt": learned},
         "estimate": asdict(plan.estimate),
         "writes": [str(path) for path in plan.writes],
         "uploads": None if plan.uploads is None else str(plan.uploads),

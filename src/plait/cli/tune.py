@@ -88,7 +88,7 @@ def tune(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a result at --out.")] = False,
 ) -> None:
-    """Merge adapters, and let the merge learn from unlabelled texts what it lost.
+    """Merge adapters, and let the merge learn from unlabeled texts what it lost.
 
     Every task's own adapter is the teacher; no label is read. Without texts of yours: --texts lines.
 

@@ -58,7 +58,7 @@ def _untrained(adapter: Adapter) -> Iterator[str]:
     if zero:
         yield (
             f"{len(zero)} of {len(adapter.targets)} modules have a zero delta (such as {zero[0]!r}): they were not trained, or "
-            "what they learnt was lost on saving. A zero delta takes its share of a mean, and rank."
+            "what they learned was lost on saving. A zero delta takes its share of a mean, and rank."
         )
 
 

@@ -1,4 +1,4 @@
-"""A matrix that exists only as blocks of rows, and what can be learnt of it by passing over them.
+"""A matrix that exists only as blocks of rows, and what can be learned of it by passing over them.
 
 `RowBlocks` is how a dense m × n delta is handled without holding it: every pass computes the blocks anew (or keeps them,
 when the whole matrix is small). The truncated SVD is a subspace iteration fed by such passes.
@@ -160,7 +160,7 @@ def truncated_svd(
 
 
 def _sketch(matrix: RowBlocks, key: Key, width: int) -> Tensor:
-    """Return (n, width) random columns, turned towards where the hint has the leading row space."""
+    """Return (n, width) random columns, turned toward where the hint has the leading row space."""
     x = normal(key, matrix.shape[1], width, matrix.dtype)
     if matrix.range_hint is None:
         return x

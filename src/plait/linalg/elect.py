@@ -13,7 +13,7 @@ from torch import Tensor
 
 Vote = Literal["total", "frequency"]
 Divisor = Literal["count", "weight", "none"]
-_CANCELLED = 1e-6  # a sum of weights below this share of their magnitudes is round-off
+_CANCELED = 1e-6  # a sum of weights below this share of their magnitudes is round-off
 
 
 def elect_sign(x: Tensor, vote: Vote) -> Tensor:
@@ -53,8 +53,8 @@ def merge_agreeing(x: Tensor, agrees: Tensor, weights: Tensor, divisor: Divisor)
     if divisor == "count":
         return total.div_(reduce(torch.add, masks).clamp_min(1))
     share, size = weighted_sum(masks, weights), weighted_sum(masks, weights.abs())
-    cancelled = share.abs().sub_(size, alpha=_CANCELLED).le_(0)
-    return total.div_(share.mul_(1 - cancelled).add_(cancelled))
+    canceled = share.abs().sub_(size, alpha=_CANCELED).le_(0)
+    return total.div_(share.mul_(1 - canceled).add_(canceled))
 
 
 def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:

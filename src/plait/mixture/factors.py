@@ -17,7 +17,7 @@ from plait.mixture.stack import Stack
 
 
 @dataclass(eq=False)
-class _Learnt:
+class _Learned:
     """One target's factors: float32 parameters, and what acts of them.
 
     Attributes:
@@ -31,7 +31,7 @@ class _Learnt:
     bt: nn.Parameter
 
 
-class LearntFactors:
+class LearnedFactors:
     """A low-rank delta per target module, as float32 parameters in place of the adapters; see `Mixture.learning`.
 
     What acts is the parameters rounded to the base's dtype, as of the last `refresh`. Factors begin balanced (U √σ, √σ Vᵀ), so
@@ -44,7 +44,7 @@ class LearntFactors:
 
     def __init__(self, deltas: Mapping[str, tuple[TargetModule, AdapterDelta]], rank: int | None = None) -> None:
         self._state = CoefficientState(Coefficients(torch.ones(1), "task", 0, 1))
-        self._learnt: dict[str, _Learnt] = {}
+        self._learned: dict[str, _Learned] = {}
         for path, (target, delta) in deltas.items():
             widest = min(delta.rank if rank is None else rank, target.layout.full_rank)
             slices = [s.to(torch.float32).truncated(widest)[0].padded(widest) for s in delta.slices]
@@ -52,7 +52,7 @@ class LearntFactors:
             layer = adapted(target, Stack.of(target, [balanced]), self._state)
             a, bt = torch.stack([s.a for s in slices]), torch.stack([s.b.mT for s in slices])
             device = target.home[0] if target.home is not None else None
-            self._learnt[path] = _Learnt(
+            self._learned[path] = _Learned(
                 layer, nn.Parameter(a.to(device).contiguous()), nn.Parameter(bt.to(device).contiguous())
             )
         self.refresh()
@@ -60,11 +60,11 @@ class LearntFactors:
     @property
     def layers(self) -> list[Adapted]:
         """What acts on the base."""
-        return [f.layer for f in self._learnt.values()]
+        return [f.layer for f in self._learned.values()]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return all that is learnt: A (slices, r, d_in) and B transposed (slices, r, d_out) of every target, float32."""
-        return [p for f in self._learnt.values() for p in (f.a, f.bt)]
+        """Return all that is learned: A (slices, r, d_in) and B transposed (slices, r, d_out) of every target, float32."""
+        return [p for f in self._learned.values() for p in (f.a, f.bt)]
 
     def state(self) -> dict[str, Tensor]:
         """Return a copy of the parameters by name, as `load` takes it."""
@@ -79,28 +79,28 @@ class LearntFactors:
 
     def refresh(self) -> None:
         """Let the parameters, as they are now, act from the next forward pass on; gradients of that pass reach them."""
-        for learnt in self._learnt.values():
-            stack = learnt.layer.stack
+        for learned in self._learned.values():
+            stack = learned.layer.stack
             dtype = stack.a.dtype
-            learnt.layer.stack = replace(stack, a=learnt.a.to(dtype), bt=learnt.bt.to(dtype))
+            learned.layer.stack = replace(stack, a=learned.a.to(dtype), bt=learned.bt.to(dtype))
 
     def scale(self, factor: float) -> None:
         """Multiply every delta by a number, √|factor| on A and the rest on B."""
         with torch.no_grad():
             root = abs(factor) ** 0.5
-            for learnt in self._learnt.values():
-                learnt.a.mul_(root)
-                learnt.bt.mul_(factor / root if root else 0.0)
+            for learned in self._learned.values():
+                learned.a.mul_(root)
+                learned.bt.mul_(factor / root if root else 0.0)
         self.refresh()
 
     def restart(self, seed: int) -> None:
         """Make the factors those of a fresh LoRA: A uniform as PEFT draws it (Kaiming, a = √5), B zero."""
         drawn = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for learnt in self._learnt.values():
-                bound = learnt.a.shape[-1] ** -0.5
-                learnt.a.copy_((torch.rand(learnt.a.shape, generator=drawn) * 2 - 1) * bound)
-                learnt.bt.zero_()
+            for learned in self._learned.values():
+                bound = learned.a.shape[-1] ** -0.5
+                learned.a.copy_((torch.rand(learned.a.shape, generator=drawn) * 2 - 1) * bound)
+                learned.bt.zero_()
         self.refresh()
 
     def deltas(self) -> dict[str, tuple[LowRank, ...]]:
@@ -109,11 +109,11 @@ class LearntFactors:
             target: tuple(
                 LowRank(a.clone(), bt.mT.clone()) for a, bt in zip(f.a.detach().cpu(), f.bt.detach().cpu(), strict=True)
             )
-            for target, f in self._learnt.items()
+            for target, f in self._learned.items()
         }
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters as `TARGET.a` and `TARGET.bt`."""
-        for target, learnt in self._learnt.items():
-            yield f"{target}.a", learnt.a
-            yield f"{target}.bt", learnt.bt
+        for target, learned in self._learned.items():
+            yield f"{target}.a", learned.a
+            yield f"{target}.bt", learned.bt

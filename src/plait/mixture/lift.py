@@ -21,8 +21,8 @@ def lift(y: Tensor, h: Tensor, coefficients: Tensor, bt: Tensor) -> Tensor:
     Returns:
         y + (h ⊙ λ) Bᵀ, of y's dtype.
     """
-    learnt = (y, h, coefficients, bt)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in learnt):
+    learned = (y, h, coefficients, bt)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in learned):
         lifted: Tensor = _Lift.apply(y, h, coefficients, bt)  # type: ignore[no-untyped-call]
         return lifted
     return _add(y, _scale(h, coefficients), bt)

@@ -21,7 +21,7 @@ from plait.mixture.arrangement import Arrangement
 from plait.mixture.coefficients import Axes, Coefficients, CoefficientState, Granularity, span
 from plait.mixture.columns import Columns, layers_of
 from plait.mixture.deltas import AdapterDelta, DenseDelta, merged_deltas
-from plait.mixture.factors import LearntFactors
+from plait.mixture.factors import LearnedFactors
 from plait.mixture.layers import Adapted, ParameterLayer, adapted
 from plait.mixture.loading import load_model
 from plait.mixture.modules import ModuleIndex, TargetModule
@@ -228,9 +228,9 @@ class Mixture:
             )
         return found.module
 
-    def learnt(
+    def learned(
         self, merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule], *, rank: int | None = None
-    ) -> LearntFactors:
+    ) -> LearnedFactors:
         """Return the factors of a low-rank merge result as parameters, for `learning`.
 
         Args:
@@ -242,16 +242,16 @@ class Mixture:
         """
         deltas: dict[str, tuple[TargetModule, AdapterDelta]] = {}
         for target, delta in merged_deltas(merged):
-            only = _low_rank(target, delta, "learnt")
+            only = _low_rank(target, delta, "learned")
             deltas[target] = (self._merged_target(target, only), only)
-        return LearntFactors(deltas, rank)
+        return LearnedFactors(deltas, rank)
 
     @contextmanager
-    def learning(self, factors: LearntFactors, *, heads: str | FullTensorSet | None = None) -> Iterator[nn.Module]:
-        """Make learnt factors act, and nothing else; gradients reach them.
+    def learning(self, factors: LearnedFactors, *, heads: str | FullTensorSet | None = None) -> Iterator[nn.Module]:
+        """Make learned factors act, and nothing else; gradients reach them.
 
         Args:
-            factors: of `learnt`; call their `refresh` after every change, before the forward pass.
+            factors: of `learned`; call their `refresh` after every change, before the forward pass.
             heads: whose full tensors act.
 
         Raises:

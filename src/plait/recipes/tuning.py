@@ -30,7 +30,7 @@ LINKS: dict[Objective, Link] = {
 
 
 class TuneSpec(Record):
-    """How a merge is tuned: what it sees, what is learnt, and how."""
+    """How a merge is tuned: what it sees, what is learned, and how."""
 
     texts: Annotated[
         Literal["split", "lines", "template"] | None,
@@ -150,24 +150,24 @@ class TuneSpec(Record):
         if self.judge == "loss" and self.objective not in LABELED:
             problems.append(f"judge 'loss' reads labels, and objective {self.objective!r} does not; use 'divergence'")
         if self.split == "test" and not self.allow_test:
-            problems.append("split 'test' judges results and is not learnt from; give another, or allow_test: true")
+            problems.append("split 'test' judges results and is not learned from; give another, or allow_test: true")
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
     @property
     def learns_factors(self) -> bool:
-        """Whether factors are learnt, rather than coefficients."""
+        """Whether factors are learned, rather than coefficients."""
         return self.train == "factors" or (self.train is None and self.granularity is None)
 
     @property
     def used_granularity(self) -> Granularity:
-        """The granularity, where coefficients are learnt."""
+        """The granularity, where coefficients are learned."""
         return self.granularity or "module"
 
     @property
     def used_link(self) -> Link:
-        """The link, where coefficients are learnt."""
+        """The link, where coefficients are learned."""
         return self.link or LINKS[self.objective]
 
     @property

@@ -1,4 +1,4 @@
-"""Numbers → bars and coloured cells, with their places and words. The page and the figures draw the same ones."""
+"""Numbers → bars and colored cells, with their places and words. The page and the figures draw the same ones."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from plait.records import Record
 from plait.reports.colors import Color, css, diverging, ink, sequential
 from plait.reports.reading import LayerWeights
 
-_LEAST_SPAN = 0.1  # of a colour scale: noise is not shown as a difference
+_LEAST_SPAN = 0.1  # of a color scale: noise is not shown as a difference
 
 
 class Cell(Record):
-    """One cell: its text and its colours."""
+    """One cell: its text and its colors."""
 
     text: str
     background: str
@@ -27,14 +27,14 @@ class Cell(Record):
 
 
 class HeatMap(Record):
-    """A table whose cells are coloured.
+    """A table whose cells are colored.
 
     Attributes:
         title: above it.
         about: how to read it.
         columns: their names.
         rows: name → cells, in order.
-        legend: the colours of low, middle and high values; empty where the cells' texts say it.
+        legend: the colors of low, middle and high values; empty where the cells' texts say it.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Numbers → colours, the same on the page and in figures. Readable for people who do not tell red from green."""
+"""Numbers → colors, the same on the page and in figures. Readable for people who do not tell red from green."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ _LOW, _MIDDLE, _HIGH = (202, 85, 14), (250, 250, 250), (31, 95, 167)
 
 
 def diverging(value: float, *, low: float = -1.0, middle: float = 0.0, high: float = 1.0) -> Color:
-    """Return the colour of a value between two ends; values beyond them take the end's colour."""
+    """Return the color of a value between two ends; values beyond them take the end's color."""
     if value >= middle:
         return _mix(_MIDDLE, _HIGH, (value - middle) / (high - middle))
     return _mix(_MIDDLE, _LOW, (middle - value) / (middle - low))
 
 
 def sequential(value: float, *, low: float = 0.0, high: float = 1.0) -> Color:
-    """Return the colour of a value on a scale from nothing to much."""
+    """Return the color of a value on a scale from nothing to much."""
     return _mix(_MIDDLE, _LOW, (value - low) / (high - low))
 
 
@@ -27,7 +27,7 @@ def ink(background: Color) -> str:
 
 
 def css(color: Color) -> str:
-    """Return a colour as CSS spells it."""
+    """Return a color as CSS spells it."""
     return "#{:02x}{:02x}{:02x}".format(*color)
 
 

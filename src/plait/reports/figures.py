@@ -86,7 +86,7 @@ def _bars(figure: Figure, found: Sequence[Recovered], label: str) -> None:
             axes.hlines(place, *r.interval, color="black", linewidth=1.2)
     axes.set_yticks(range(len(known)), [r.name for r in reversed(known)])
     for mark in (0, 1):
-        axes.axvline(mark, color="grey", linewidth=0.8, linestyle="--")
+        axes.axvline(mark, color="gray", linewidth=0.8, linestyle="--")
     axes.set_xlabel(label)
 
 
@@ -115,7 +115,7 @@ def _strips(figure: Figure, table: HeatMap) -> None:
     axes.set_xlabel("layer")
     _finish(axes, table)
     for place, end in enumerate(table.legend):
-        box = {"facecolor": end.background, "edgecolor": "lightgrey", "linewidth": 0.5, "pad": 2.5}
+        box = {"facecolor": end.background, "edgecolor": "lightgray", "linewidth": 0.5, "pad": 2.5}
         at = 1 - 0.07 * (len(table.legend) - 1 - place)
         axes.text(at, 1.04, end.text, color=end.ink, transform=axes.transAxes, ha="right", va="bottom", fontsize=7, bbox=box)
 

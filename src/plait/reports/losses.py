@@ -17,7 +17,7 @@ class LossCurve(Record):
 
     Attributes:
         name: of the adapter.
-        steps: optimiser steps.
+        steps: optimizer steps.
         tokens: seen, padding left out.
         seconds: wall time.
         points: (step, training loss).

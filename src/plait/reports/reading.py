@@ -56,7 +56,7 @@ class Report(Record):
         evaluations: of merges, adapters or models; the first is the one that the verdict is about.
         comparison: a leaderboard of many merges.
         merges: run records of written merges, for the energy that they kept.
-        tunings: records of tuned merges, for what they learnt and kept.
+        tunings: records of tuned merges, for what they learned and kept.
         conflict: how the adapters lie to each other; None where their files are not at hand.
         weights: per layer; None where they are not known.
         losses: how the adapters were trained, where that is known.
@@ -115,14 +115,14 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
         problems.append(f"{len(comparisons)} leaderboards; a page shows one")
     collect(ReportError, problems, "these runs cannot be reported")
     conflict, weights, notes = _adapters(tuple(once.values()), progress)
-    learnt = next((w for w in map(_learnt, tunings) if w is not None), None)
+    learned = next((w for w in map(_learned, tunings) if w is not None), None)
     return Report(
         evaluations=tuple(once.values()),
         comparison=comparisons[0] if comparisons else None,
         merges=tuple(merges),
         tunings=tuple(tunings),
         conflict=conflict,
-        weights=learnt or weights,
+        weights=learned or weights,
         losses=tuple(losses),
         locks=locks,
         notes=tuple(notes),
@@ -185,8 +185,8 @@ def _adapters(
     return inspect_adapters(inventory.adapters, base_model=recipe.base_model, progress=progress).comparison, weights, []
 
 
-def _learnt(record: TuneRecord) -> LayerWeights | None:
-    """Return learnt coefficients per layer: the mean over its modules where they are per module."""
+def _learned(record: TuneRecord) -> LayerWeights | None:
+    """Return learned coefficients per layer: the mean over its modules where they are per module."""
     found = record.coefficients
     if found is None or not found.values:
         return None

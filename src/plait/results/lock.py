@@ -23,7 +23,7 @@ LOCK = "plait.lock"
 RECORD = "merge_metadata.json"
 SUMMARY = "summary.json"
 CARD = "README.md"
-LEARNT_RECIPE, LEARNT_START = "recipe.yaml", "start"  # what a tuning of coefficients learnt, and the adapter that it names
+LEARNED_RECIPE, LEARNED_START = "recipe.yaml", "start"  # what a tuning of coefficients learned, and the adapter that it names
 LOCK_VERSION = 1
 Kind = Literal["merge", "bake", "extract", "train", "tune", "calibrate"]
 

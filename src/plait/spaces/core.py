@@ -15,7 +15,7 @@ from plait.spaces.base import Array, Frame, Merged, Space, in_memory, unchanged
 class Core(Space):
     """Core space (Panariello et al. 2025, arXiv:2509.17786, §3): ΔWₜ = U Cₜ Vᵀ with Cₜ = (Uᵀ Bₜ)(Aₜ V), lossless.
 
-    Deviations, all towards invariance: every adapter's factors are first balanced by their SVD (the paper takes them raw, so
+    Deviations, all toward invariance: every adapter's factors are first balanced by their SVD (the paper takes them raw, so
     that B → BG, A → G⁻¹A changes the result), the bases are singular bases of the joint factors (a QR basis depends on the
     order of the adapters), their signs are fixed, and directions below 1e-6 of the largest are dropped (shared
     initializations make the joint factors rank deficient).

@@ -58,7 +58,7 @@ class Block:
 
 
 class Reduction(Protocol):
-    """Something learnt in passes over blocks; several threads show it theirs, in any order.
+    """Something learned in passes over blocks; several threads show it theirs, in any order.
 
     One that has a `stride` above 1 needs to see only one row in so many in the pass that begins.
     """
@@ -99,7 +99,7 @@ class Site:
         moments: adapter index → E[x xᵀ] of the matrix' inputs: a new (d_in, d_in) float64, or `InputRows` (k, d_in) whose
             mean it is; or None where an adapter without the module has none; None when the recipe gives none at all.
         sources: the deltas as the adapters have them, before stages on deltas; None when those are `deltas`.
-        remark: called with what is worth knowing of this module afterwards; the run record counts equal remarks.
+        remark: called with what is worth knowing of this module afterward; the run record counts equal remarks.
     """
 
     module: str
@@ -153,11 +153,11 @@ class DeltaStage(Stage):
         """Return one delta per adapter, of the same shape."""
 
     def rank(self, ranks: Sequence[int]) -> list[int]:
-        """Return the largest ranks that the deltas can have afterwards."""
+        """Return the largest ranks that the deltas can have afterward."""
         return list(ranks)
 
     def span(self, ranks: Sequence[int], shape: tuple[int, int]) -> tuple[int, int]:
-        """Return the largest dimensions that the column and the row space of all deltas together can have afterwards.
+        """Return the largest dimensions that the column and the row space of all deltas together can have afterward.
 
         Args:
             ranks: of the deltas before.

@@ -121,7 +121,7 @@ class Run:
 
 @contextmanager
 def installed(method: Method) -> Iterator[None]:
-    """Have the registry answer with this very method, registered or not; put things back afterwards."""
+    """Have the registry answer with this very method, registered or not; put things back afterward."""
     methods = METHODS._methods
     before = methods.get(method.name)
     methods[method.name] = method

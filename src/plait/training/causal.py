@@ -1,4 +1,4 @@
-"""A job on a causal language model → TRL's `SFTTrainer`, with data that is tokenized and labelled already."""
+"""A job on a causal language model → TRL's `SFTTrainer`, with data that is tokenized and labeled already."""
 
 from __future__ import annotations
 

@@ -178,5 +178,5 @@ def encode_texts(opened: ResolvedJob, data: LoadedData, tokenizer: Any, limit: i
 
 
 def _notes(rows: Texts, limit: int | None) -> list[str]:
-    counts = [(rows.left_out, "are left out"), (rows.truncated, "are cut: their end is not learnt")]
+    counts = [(rows.left_out, "are left out"), (rows.truncated, "are cut: their end is not learned")]
     return [f"{count} texts have more than {limit} tokens and {what}." for count, what in counts if count]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from plait.errors import TaskError, collect
 from plait.hub.pretrained import refusing
 from plait.tasks.chat import chat_text
-from plait.training.formats import Completion, Conversation, Example, Message, PlainText, is_learnt
+from plait.training.formats import Completion, Conversation, Example, Message, PlainText, is_learned
 
 IGNORED = -100
 LongExamples = Literal["drop", "truncate"]
@@ -29,7 +29,7 @@ class Encoded:
 
     Attributes:
         ids: (tokens,) int32.
-        labels: (tokens,) int32; -100 where nothing is learnt.
+        labels: (tokens,) int32; -100 where nothing is learned.
     """
 
     ids: NDArray[np.int32]
@@ -65,7 +65,7 @@ class EncodedData:
         if self.truncated:
             found.append(
                 f"{_many(self.truncated)} cut to max_length {limit} (the longest has {self.longest} tokens): what lies "
-                "behind is not learnt."
+                "behind is not learned."
             )
         if self.expanded:
             found.append(
@@ -90,7 +90,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, *, whole: bool = False, template: str | None = None) -> None:
         if tokenizer.eos_token_id is None:
-            raise TaskError("the tokenizer has no end-of-sequence token, so that no end can be learnt. Name one: eos_token.")
+            raise TaskError("the tokenizer has no end-of-sequence token, so that no end can be learned. Name one: eos_token.")
         self._tokenizer = tokenizer
         self._whole = whole
         self._home = template
@@ -104,7 +104,7 @@ class Encoder:
         """Return the example as tokens: one item, or one per answer where the chat template rewrites earlier turns.
 
         Raises:
-            TaskError: the chat template refuses it, or nothing in it is learnt.
+            TaskError: the chat template refuses it, or nothing in it is learned.
         """
         if isinstance(example, PlainText):
             ids = self._ended(self._tokens(example.text, special=True))
@@ -116,11 +116,11 @@ class Encoder:
         return self._conversation(example)
 
     def text(self, item: Encoded) -> tuple[str, str]:
-        """Return what is given and what is learnt of an item, as texts; between learnt spans is `…`."""
-        given, learnt = item.ids[item.labels == IGNORED], []
+        """Return what is given and what is learned of an item, as texts; between learned spans is `…`."""
+        given, learned = item.ids[item.labels == IGNORED], []
         for start, stop in _spans(item.labels):
-            learnt.append(str(self._tokenizer.decode(item.ids[start:stop].tolist())))
-        return str(self._tokenizer.decode(given.tolist())), " … ".join(learnt)
+            learned.append(str(self._tokenizer.decode(item.ids[start:stop].tolist())))
+        return str(self._tokenizer.decode(given.tolist())), " … ".join(learned)
 
     def _completion(self, example: Completion) -> Encoded:
         prompt = self._open(self._tokens(example.prompt, special=True))
@@ -131,8 +131,8 @@ class Encoder:
         return self._item(ids, [IGNORED] * len(prompt) + ids[len(prompt) :])
 
     def _conversation(self, chat: Conversation) -> list[Encoded]:
-        turns = [i for i, m in enumerate(chat.messages) if i >= chat.asked and is_learnt(m)]
-        whole = self._template(chat, turns[-1] + 1)  # nothing is learnt behind the last answer
+        turns = [i for i, m in enumerate(chat.messages) if i >= chat.asked and is_learned(m)]
+        whole = self._template(chat, turns[-1] + 1)  # nothing is learned behind the last answer
         labels = [IGNORED] * len(whole)
         stop = 0
         for i in turns:
@@ -162,10 +162,10 @@ class Encoder:
         return self._tokens(text, special=False)
 
     def _item(self, ids: Sequence[int], labels: Sequence[int]) -> Encoded:
-        learnt = ids if self._whole else labels
-        if all(label == IGNORED for label in learnt):
-            raise TaskError("nothing in it is learnt: the answer has no tokens.")
-        return Encoded(np.asarray(ids, np.int32), np.asarray(learnt, np.int32))
+        learned = ids if self._whole else labels
+        if all(label == IGNORED for label in learned):
+            raise TaskError("nothing in it is learned: the answer has no tokens.")
+        return Encoded(np.asarray(ids, np.int32), np.asarray(learned, np.int32))
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:
         with refusing(getattr(self._tokenizer, "name_or_path", ""), "the tokenizer cannot read a text", TaskError):
@@ -257,6 +257,6 @@ def _end_of(ids: Sequence[int], special: frozenset[int], start: int) -> int:
 
 
 def _spans(labels: NDArray[np.int32]) -> list[tuple[int, int]]:
-    """Return start and end of every run of learnt tokens."""
+    """Return start and end of every run of learned tokens."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], (labels != IGNORED).astype(np.int8), [0]))))
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]

@@ -34,8 +34,8 @@ class Conversation:
     """Turns of a chat.
 
     Attributes:
-        messages: role, content, and what else the chat template reads (`tool_calls`, …); a turn with `weight` 0 is not learnt.
-        asked: the first so many are given; only assistant turns behind them are learnt.
+        messages: role, content, and what else the chat template reads (`tool_calls`, …); a turn with `weight` 0 is not learned.
+        asked: the first so many are given; only assistant turns behind them are learned.
         tools: descriptions that the chat template shows; None for none.
     """
 
@@ -46,7 +46,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Completion:
-    """A text and how it continues; the second is learnt."""
+    """A text and how it continues; the second is learned."""
 
     prompt: str
     completion: str
@@ -54,7 +54,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class PlainText:
-    """A text that is learnt from its first token."""
+    """A text that is learned from its first token."""
 
     text: str
 
@@ -179,7 +179,7 @@ def convert(
             f"{where}: read as {columns}: a system prompt has no place in plain text. Leave it out, or give a chat."
         )
     if not examples:
-        raise TaskError(f"{where}: read as {columns}, none of {len(rows)} rows has an answer that could be learnt.")
+        raise TaskError(f"{where}: read as {columns}, none of {len(rows)} rows has an answer that could be learned.")
     return Converted(columns, tuple(examples), unanswered)
 
 
@@ -199,7 +199,7 @@ def detect(rows: Sequence[Row], *, where: str, format: FormatName = "auto", text
         if format in ("auto", columns.format):
             texts = not any(isinstance(v, list) for k, v in rows[0].items() if k in (columns.question, columns.answer))
             if columns.format == "prompt_completion" and texts:
-                columns = replace(columns, system=None)  # texts are learnt as they are
+                columns = replace(columns, system=None)  # texts are learned as they are
             used = {columns.question, columns.answer, columns.system, *columns.context}
             extra = {"tools"} if columns.format in ("messages", "sharegpt", "prompt_completion") else set()
             unused = tuple(name for name in present if name not in used and name not in extra)
@@ -213,7 +213,7 @@ def detect(rows: Sequence[Row], *, where: str, format: FormatName = "auto", text
     )
 
 
-def is_learnt(message: Message) -> bool:
+def is_learned(message: Message) -> bool:
     """Return whether a turn behind those given carries loss: one of the assistant, unless its weight is 0."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
@@ -280,8 +280,8 @@ def _prompt_completion(row: Row, columns: Columns, system_prompt: str | None) ->
     given = _turns(prompt, columns.question) if isinstance(prompt, list) else [{"role": "user", "content": str(prompt)}]
     given = list(_with_system(given, _system(row, columns, system_prompt)))
     answer = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
-    learnt = _turns(answer, columns.answer)
-    return _answered(Conversation((*given, *learnt), len(given), _tools(row)))
+    learned = _turns(answer, columns.answer)
+    return _answered(Conversation((*given, *learned), len(given), _tools(row)))
 
 
 def _conversation(row: Row, columns: Columns, system_prompt: str | None) -> Conversation | None:
@@ -291,8 +291,8 @@ def _conversation(row: Row, columns: Columns, system_prompt: str | None) -> Conv
 
 def _answered(conversation: Conversation) -> Conversation | None:
     """Return the conversation; None when it has nothing to learn."""
-    learnt = conversation.messages[conversation.asked :]
-    return conversation if any(is_learnt(m) and (m.get("content") or m.get("tool_calls")) for m in learnt) else None
+    learned = conversation.messages[conversation.asked :]
+    return conversation if any(is_learned(m) and (m.get("content") or m.get("tool_calls")) for m in learned) else None
 
 
 def _turns(value: Any, column: str) -> list[Message]:

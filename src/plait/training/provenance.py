@@ -77,7 +77,7 @@ def _card(opened: ResolvedJob, record: TrainingRecord) -> str:
     what = "Full fine-tune" if lora is None else f"LoRA (r {lora.r}, alpha {lora.alpha:g})"
     source = prose(place_name(str(job.data.task or job.data.place)))
     lines = [
-        f"- **Data**: {source}, {record.examples} examples; loss on {_learnt(opened)}.",
+        f"- **Data**: {source}, {record.examples} examples; loss on {_learned(opened)}.",
         f"- **Steps**: {record.steps}, {record.tokens} tokens, {record.trainable} trained parameters, seed {job.seed}.",
     ]
     lines += [f"- **Training loss**: {record.losses[0][1]:.4g} → {record.losses[-1][1]:.4g}."] if record.losses else []
@@ -92,7 +92,7 @@ def _card(opened: ResolvedJob, record: TrainingRecord) -> str:
     )
 
 
-def _learnt(opened: ResolvedJob) -> str:
+def _learned(opened: ResolvedJob) -> str:
     if opened.job.kind == "sequence_classification":
         return "the labels"
     asked = opened.job.arguments

@@ -280,7 +280,7 @@ def _job(phases: Phases, phase: Phase, task: Task | None, base: str, folder: Pat
     arguments = _ARGUMENTS | _located(phases.arguments | phase.arguments, folder)
     head = task.ask if task is not None and isinstance(task.ask, Head) else None
     if head is not None and head.max_tokens is not None:
-        arguments = {LONGEST: head.max_tokens, **arguments}  # learnt as it is evaluated
+        arguments = {LONGEST: head.max_tokens, **arguments}  # learned as it is evaluated
     data = _placed(phase.data or TrainingData(), folder)
     if data.place is None:
         data = data.model_copy(update={"task": phase.task})

@@ -52,7 +52,7 @@ class SftPlan(Shown):
             may be missing.
         encoded: examples and held-out examples as tokens.
         estimate: parameters, steps, bytes.
-        example: what the first example gives, and what is learnt of it.
+        example: what the first example gives, and what is learned of it.
         notes: rows and examples left out or cut.
     """
 
@@ -281,9 +281,9 @@ def describe(plan: SftPlan) -> Iterator[str]:
     data, held = plan.encoded
     watched = plan.phase.opened.eval_data
     tokens = sum(len(item.ids) for item in data.items)
-    learnt = sum(int((item.labels >= 0).sum()) for item in data.items)
+    learned = sum(int((item.labels >= 0).sum()) for item in data.items)
     yield f"data       {plan.phase.opened.data.summary}"
-    yield f"           {len(data.items)} examples, {tokens:,} tokens, {learnt:,} of them learnt; the longest has {data.longest}"
+    yield f"           {len(data.items)} examples, {tokens:,} tokens, {learned:,} learned; the longest has {data.longest}"
     if held is not None and watched is not None:
         yield f"           {len(held.items)} examples to measure the loss on: {watched.summary}"
     most = "at most " * bool(job.arguments.get("packing"))

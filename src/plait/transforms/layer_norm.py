@@ -17,7 +17,7 @@ from plait.transforms.base import Transform, TransformParams, register_transform
 class LayerNormParams(TransformParams):
     """Parameters of `layer_l2_normalize`."""
 
-    target_norm: Annotated[float, Field(ge=0, allow_inf_nan=False, description="Frobenius norm of every layer afterwards.")] = (
+    target_norm: Annotated[float, Field(ge=0, allow_inf_nan=False, description="Frobenius norm of every layer afterward.")] = (
         1.0
     )
     eps: Annotated[float, Field(gt=0, allow_inf_nan=False, description="Layers of at most this norm are left as they are.")] = (

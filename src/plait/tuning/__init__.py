@@ -1,1 +1,1 @@
-"""Merges that learn from unlabelled texts what they lost."""
+"""Merges that learn from unlabeled texts what they lost."""

@@ -37,7 +37,7 @@ def tune_card(inventory: Inventory, record: TuneRecord, folder: Path) -> str:
 # {"+".join(names)}, merged with {inventory.recipe.method_name} and tuned
 
 One LoRA adapter of rank {record.rank}, made from {len(names)} adapters by plait {record.plait}. It starts at the closed form of
-`{inventory.recipe.method_name}` × {record.scale:.3g}, and {_learnt(record)}.
+`{inventory.recipe.method_name}` × {record.scale:.3g}, and {_learned(record)}.
 
 | adapter | from | weight | rank | sha256 |
 |---|---|---|---|---|
@@ -49,7 +49,7 @@ One LoRA adapter of rank {record.rank}, made from {len(names)} adapters by plait
 
 KL is the mean divergence from the task's own adapter, in nats, on texts that were held out.
 
-- **Steps**: {len(record.losses)}; what step {record.kept_step} had learnt was kept.
+- **Steps**: {len(record.losses)}; what step {record.kept_step} had learned was kept.
 - **Distance from the start**: {record.distance:.3g} of its norm; {record.outside:.2%} of the energy is outside of what the
   sources span.
 
@@ -65,11 +65,11 @@ KL is the mean divergence from the task's own adapter, in nats, on texts that we
 """
 
 
-def _learnt(record: TuneRecord) -> str:
+def _learned(record: TuneRecord) -> str:
     what = "its factors have" if record.coefficients is None else f"coefficients per {record.coefficients.granularity} have"
     if record.objective == "distill":
-        return f"{what} learnt to answer as each task's own adapter does on\nunlabelled texts of that task"
-    return f"{what} been learnt: {OBJECTIVES[record.objective].summary}\n(`{record.objective}`)"
+        return f"{what} learned to answer as each task's own adapter does on\nunlabelled texts of that task"
+    return f"{what} been learned: {OBJECTIVES[record.objective].summary}\n(`{record.objective}`)"
 
 
 def _how(record: TuneRecord) -> str:

@@ -33,7 +33,7 @@ _ROUND_OFF = 1e-6  # singular values below this share of the largest are not cou
 
 
 class Coefficients(Record):
-    """Λ as it was learnt.
+    """Λ as it was learned.
 
     Attributes:
         granularity: what a row is.
@@ -52,7 +52,7 @@ class Coefficients(Record):
 
 @dataclass(frozen=True)
 class Sources:
-    """What coefficients are learnt over.
+    """What coefficients are learned over.
 
     Attributes:
         columns: on the live base.
@@ -76,7 +76,7 @@ def is_linear(recipe: Recipe) -> bool:
 
 
 def check(inventory: Inventory) -> None:
-    """Refuse what coefficients cannot be learnt of, before any work is done.
+    """Refuse what coefficients cannot be learned of, before any work is done.
 
     Raises:
         PlanError: all of it.
@@ -92,7 +92,7 @@ def check(inventory: Inventory) -> None:
     if not is_linear(recipe):
         if recipe.transforms:
             problems.append(
-                f"transforms would change the start of method {recipe.method_name!r} too when the learnt recipe is run; "
+                f"transforms would change the start of method {recipe.method_name!r} too when the learned recipe is run; "
                 "take them out, or start from method 'linear'"
             )
         if spec.used_link in ("softmax", "simplex_scaled") or spec.normalize:
@@ -106,7 +106,7 @@ def check(inventory: Inventory) -> None:
             )
         if recipe.heads.policy == "average" and any(a.full_tensors for a in adapters):
             problems.append("heads: average: the start has no heads; keep them separate")
-    collect(PlanError, problems, "these coefficients cannot be learnt")
+    collect(PlanError, problems, "these coefficients cannot be learned")
 
 
 def sources_of(
@@ -198,7 +198,7 @@ def learn_in_tree(
     return learner, Run([start, *polished], [*losses, *run.losses], done + run.step, best), tuple(tree)
 
 
-def learnt_recipe(recipe: Recipe, sources: Sources, values: Tensor, rank: int | str, paths: Mapping[str, str]) -> Recipe:
+def learned_recipe(recipe: Recipe, sources: Sources, values: Tensor, rank: int | str, paths: Mapping[str, str]) -> Recipe:
     """Return the plain recipe that makes the same merge: a weighted sum of the columns.
 
     Args:

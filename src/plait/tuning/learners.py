@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from plait.mixture import Mixture
 from plait.mixture.columns import Columns
-from plait.mixture.factors import LearntFactors
+from plait.mixture.factors import LearnedFactors
 from plait.recipes.tuning import Granularity, TuneSpec
 from plait.tuning.links import LINKS, normalized
 
@@ -21,7 +21,7 @@ class Learner(ABC):
 
     @abstractmethod
     def named(self) -> dict[str, nn.Parameter]:
-        """Return all that is learnt, by name."""
+        """Return all that is learned, by name."""
 
     @abstractmethod
     def acting(self, heads: str | None = None) -> AbstractContextManager[nn.Module]:
@@ -50,7 +50,7 @@ class Learner(ABC):
 class FactorLearner(Learner):
     """Low-rank factors; see `Mixture.learning`."""
 
-    def __init__(self, mixture: Mixture, factors: LearntFactors) -> None:
+    def __init__(self, mixture: Mixture, factors: LearnedFactors) -> None:
         self._mixture = mixture
         self.factors = factors
 
@@ -77,7 +77,7 @@ class CoefficientLearner(Learner):
         start: Λ at the start; float32.
         spec: link and bounds.
         free: columns at the front that are without a link.
-        fixed: a factor on Λ that is not learnt (the levels below, in a tree).
+        fixed: a factor on Λ that is not learned (the levels below, in a tree).
         groups: columns → parameter: columns of a group share one (a node's child). None: every column has its own.
     """
 

@@ -1,6 +1,6 @@
 """The loop: what learns minimizes an objective on the texts of all tasks.
 
-By default min Σₜ KL(pₜ(· | x) ‖ p(· | x; A, B)) / T over the factors A, B of a merge, on unlabelled x of task t: distillation
+By default min Σₜ KL(pₜ(· | x) ‖ p(· | x; A, B)) / T over the factors A, B of a merge, on unlabeled x of task t: distillation
 from several teachers (Hinton et al. 2015, arXiv:1503.02531, at temperature 1; SAMerging 2025, arXiv:2512.21288, and Expert
 Merging 2025, arXiv:2509.25712, learn coefficients from the same divergence). See `objectives` for the others.
 """
@@ -60,11 +60,11 @@ class Class:
 
     Attributes:
         lessons: one per task.
-        learn: task → texts that are learnt from.
-        held: task → texts that are only looked at, to choose the scale and the step; those learnt from where there are few.
-        learned: losses of base and own adapters on the texts that are learnt from, where the objective needs them.
+        learn: task → texts that are learned from.
+        held: task → texts that are only looked at, to choose the scale and the step; those learned from where there are few.
+        learned: losses of base and own adapters on the texts that are learned from, where the objective needs them.
         judged: the same on the texts that are held out, where labels judge.
-        own: task → per text that is learnt from, sum and count of the own adapter's loss; where regrets need it.
+        own: task → per text that is learned from, sum and count of the own adapter's loss; where regrets need it.
     """
 
     lessons: tuple[Lesson, ...]

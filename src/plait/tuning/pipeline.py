@@ -37,7 +37,7 @@ from plait.recipes.tuning import LABELED, TuneSpec
 from plait.recipes.writing import to_yaml
 from plait.results.digests import sha256
 from plait.results.disk import check_not_an_input
-from plait.results.lock import LEARNT_RECIPE, LEARNT_START, LOCK, locked_input, relative_path
+from plait.results.lock import LEARNED_RECIPE, LEARNED_START, LOCK, locked_input, relative_path
 from plait.results.progress import Progress, Silent
 from plait.results.records import write_json
 from plait.results.staging import output_problem, staged, tuning_folder
@@ -49,8 +49,8 @@ from plait.tuning.coefficients import (
     Sources,
     described,
     learn_in_tree,
+    learned_recipe,
     learner_of,
-    learnt_recipe,
     needed_rank,
     random_like,
     sources_of,
@@ -166,7 +166,7 @@ def run_tune(
     lessons = _lessons(mixture, texts, right, owners, progress)
     clock.lap("answers of the adapters")
     closed = _closed_form(inventory, mixture, lessons, options, working, progress)
-    factors = FactorLearner(mixture, mixture.learnt(closed, rank=rank if spec.learns_factors else None))
+    factors = FactorLearner(mixture, mixture.learned(closed, rank=rank if spec.learns_factors else None))
     clock.lap("closed form")
     taught = split_off(lessons, share=spec.held_out, most=_HELD_MOST, seed=spec.seed)
     taught = with_references(mixture, taught, spec)
@@ -174,7 +174,7 @@ def run_tune(
     clock.lap("scale")
     before = factors.factors.deltas()
     tuning = _Tuning(inventory, mixture, taught, closed, scale, working, progress)
-    learnt = tuning.factors(factors, start) if spec.learns_factors else tuning.coefficients(factors)
+    learned = tuning.factors(factors, start) if spec.learns_factors else tuning.coefficients(factors)
     clock.lap("learning")
     controls = {}
     if options.control:
@@ -185,7 +185,7 @@ def run_tune(
         clock.lap("controls")
 
     with staged(out, force=force) as place:
-        made = _write_learnt(inventory, learnt, closed, before, place, out)
+        made = _write_learned(inventory, learned, closed, before, place, out)
         record = TuneRecord(
             plait=__version__,
             recipe=recipe.model_dump(mode="json", by_alias=True),
@@ -195,15 +195,15 @@ def run_tune(
             scale=scale,
             scales=tuple(scales),
             base={x.task: x.base for x in lessons},
-            looks=tuple(learnt.run.looks),
-            losses=tuple(learnt.run.losses),
-            kept_step=learnt.run.best.step,
+            looks=tuple(learned.run.looks),
+            losses=tuple(learned.run.losses),
+            kept_step=learned.run.best.step,
             rank=made.rank,
             distance=distance(made.deltas, before),
             outside=outside(made.deltas, inventory),
-            coefficients=learnt.coefficients,
-            tree=learnt.tree,
-            notes=(*excluded, *_notes(texts, right, taught, learnt.run.looks), *learnt.notes),
+            coefficients=learned.coefficients,
+            tree=learned.tree,
+            notes=(*excluded, *_notes(texts, right, taught, learned.run.looks), *learned.notes),
             seconds=clock.seconds,
             finished=datetime.now().astimezone().isoformat(timespec="seconds"),
             **controls,
@@ -218,13 +218,13 @@ def run_tune(
 
 
 @dataclass(frozen=True, eq=False)
-class _Learnt:
+class _Learned:
     """What a tuning came to.
 
     Attributes:
         run: of the loop.
-        deltas: target → what was learnt, where no recipe says it.
-        sources: the columns, where coefficients were learnt.
+        deltas: target → what was learned, where no recipe says it.
+        sources: the columns, where coefficients were learned.
         values: Λ over them.
         coefficients: the same for the record.
         tree: per node of a hierarchy, its children.
@@ -256,14 +256,14 @@ class _Tuning:
     def spec(self) -> TuneSpec:
         return self.inventory.recipe.tune
 
-    def factors(self, learner: FactorLearner, start: Held) -> _Learnt:
+    def factors(self, learner: FactorLearner, start: Held) -> _Learned:
         """Let the merge's factors learn."""
         if self.spec.judge == "loss" or self.spec.criterion != "mean":
             start = look(self.mixture, learner, self.taught, 0, self.spec)
         run = self._run(learner, start, "factors")
-        return _Learnt(run, learner.factors.deltas())
+        return _Learned(run, learner.factors.deltas())
 
-    def coefficients(self, closed: FactorLearner) -> _Learnt:
+    def coefficients(self, closed: FactorLearner) -> _Learned:
         """Let coefficients of the closed form, at its scale, and of the adapters learn."""
         spec = self.spec
         found = sources_of(self.inventory, self.mixture, _merged(self.closed, closed.factors.deltas()), self.scale)
@@ -284,11 +284,11 @@ class _Tuning:
         values = learner.values().detach()
         merged = found.columns.merged(values, spec.used_granularity)
         about = described(found, spec.used_granularity, values, first)
-        return _Learnt(run, merged, found, values, about, tree, found.notes)
+        return _Learned(run, merged, found, values, about, tree, found.notes)
 
     def fresh_lora(self, rank: int) -> Control:
         """Let a fresh LoRA of the output's rank learn the same for as many steps."""
-        learner = FactorLearner(self.mixture, self.mixture.learnt(self.closed, rank=rank))
+        learner = FactorLearner(self.mixture, self.mixture.learned(self.closed, rank=rank))
         learner.factors.restart(self.spec.seed)
         return self._control(learner, "fresh")
 
@@ -298,7 +298,7 @@ class _Tuning:
             drawn = torch.Generator().manual_seed(self.spec.seed)
             closed = [random_like(m, drawn) for m in self.closed if m.factors is not None]
             rank = _rank(self.inventory)
-            learner: Learner = FactorLearner(self.mixture, self.mixture.learnt(closed, rank=rank))
+            learner: Learner = FactorLearner(self.mixture, self.mixture.learned(closed, rank=rank))
             return self._control(learner, "random")
         found = sources_of(self.inventory, self.mixture, self.closed, self.scale, random=self.spec.seed)
         return self._control(learner_of(self.mixture, found, self.spec), "random")
@@ -353,25 +353,25 @@ class _Made:
     digests: dict[Path, str]
 
 
-def _write_learnt(
+def _write_learned(
     inventory: Inventory,
-    learnt: _Learnt,
+    learned: _Learned,
     closed: Sequence[MergedModule],
     before: Mapping[str, tuple[LowRank, ...]],
     place: Path,
     out: Path,
 ) -> _Made:
     """Write the adapter; for coefficients that a recipe can say, the recipe and the start that it names, and what it makes."""
-    spec, found = inventory.recipe.tune, learnt.sources
-    if found is None or learnt.values is None:
-        rank, known = _write(inventory, _merged(closed, learnt.deltas), place)
-        return _Made(inventory, rank, learnt.deltas, known, {})
+    spec, found = inventory.recipe.tune, learned.sources
+    if found is None or learned.values is None:
+        rank, known = _write(inventory, _merged(closed, learned.deltas), place)
+        return _Made(inventory, rank, learned.deltas, known, {})
     wanted = inventory.recipe.output.rank
-    rank = int(wanted) if wanted != "auto" else needed_rank(learnt.deltas)
+    rank = int(wanted) if wanted != "auto" else needed_rank(learned.deltas)
     if spec.used_granularity == "direction":
-        deltas = {t: tuple(s.truncated(rank)[0].padded(rank) for s in slices) for t, slices in learnt.deltas.items()}
+        deltas = {t: tuple(s.truncated(rank)[0].padded(rank) for s in slices) for t, slices in learned.deltas.items()}
         written, known = _write(inventory, _merged(closed, deltas), place)
-        write_tensors(place / DIRECTIONS, {"coefficients": learnt.values.contiguous()})
+        write_tensors(place / DIRECTIONS, {"coefficients": learned.values.contiguous()})
         return _Made(inventory, written, deltas, known, {})
     paths = {a.name: str(located.folder) for a, located in zip(inventory.adapters, inventory.located, strict=True)}
     public = {
@@ -382,20 +382,20 @@ def _write_learnt(
     }
     digests: dict[Path, str] = {}
     if found.start is not None:
-        (place / LEARNT_START).mkdir()
-        _write(inventory, _merged(closed, before), place / LEARNT_START, heads=False, dtype="float32")
-        paths[found.start] = str(place / LEARNT_START)
-        public[found.start] = f"./{LEARNT_START}"
-    made = take_inventory(learnt_recipe(inventory.recipe, found, learnt.values, rank, paths))
+        (place / LEARNED_START).mkdir()
+        _write(inventory, _merged(closed, before), place / LEARNED_START, heads=False, dtype="float32")
+        paths[found.start] = str(place / LEARNED_START)
+        public[found.start] = f"./{LEARNED_START}"
+    made = take_inventory(learned_recipe(inventory.recipe, found, learned.values, rank, paths))
     digests = input_digests(made)
     plan = make_plan(made, workers=1)
     merged = list(run_plan(made, plan, default_workers(), Silent()))
     written, known = _write(made, merged, place)
-    recipe = learnt_recipe(inventory.recipe, found, learnt.values, rank, public)
-    (place / LEARNT_RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
+    recipe = learned_recipe(inventory.recipe, found, learned.values, rank, public)
+    (place / LEARNED_RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
     deltas = {m.target: m.factors.slices for m in merged if m.factors is not None}
     named = [
-        at.model_copy(update={"folder": place / LEARNT_START}) if a.name == found.start else at
+        at.model_copy(update={"folder": place / LEARNED_START}) if a.name == found.start else at
         for a, at in zip(made.adapters, made.located, strict=True)
     ]
     return _Made(replace(made, recipe=recipe, located=tuple(named)), written, deltas, known, digests)
@@ -466,7 +466,7 @@ def _rank(inventory: Inventory) -> int:
 def _texts(
     recipe: Recipe, folder: Path | None, inventory: Inventory
 ) -> tuple[dict[str, Texts], dict[str, tuple[str, ...]], dict[str, str]]:
-    """Read every task's texts; return them, the right answers where labels are learnt from, and task → adapter.
+    """Read every task's texts; return them, the right answers where labels are learned from, and task → adapter.
 
     Raises:
         TaskError: there are no tasks, one has no adapter, an adapter has no task, or texts cannot be read; all at once.
@@ -584,7 +584,7 @@ def _write(
 
 
 def _merged(merged: Sequence[MergedModule], deltas: Mapping[str, tuple[LowRank, ...]]) -> list[MergedModule]:
-    """Return merged modules with the factors that were learnt, balanced."""
+    """Return merged modules with the factors that were learned, balanced."""
     return [
         MergedModule(m.target, Emitted(tuple(s.canonical().padded(s.rank) for s in deltas[m.target])), None, m.bias, None)
         for m in merged
@@ -615,7 +615,7 @@ def _notes(texts: Mapping[str, Texts], right: Mapping[str, tuple[str, ...]], tau
     if right:
         notes.append(f"labels were read: {sum(map(len, right.values()))} in all.")
     if tested:
-        notes.append(f"{', '.join(tested)}: learnt from the split 'test', as allow_test allows; do not judge the result on it.")
+        notes.append(f"{', '.join(tested)}: learned from split 'test', as allow_test allows; do not judge the result on it.")
     if len(looks) > 1 and max(looks, key=lambda h: h.score).step == 0:
         notes.append("no step was better than the start on the held-out texts.")
     if trained:
@@ -625,5 +625,5 @@ def _notes(texts: Mapping[str, Texts], right: Mapping[str, tuple[str, ...]], tau
         )
     few = [name for name in texts if set(taught.learn[name]) & set(taught.held[name])]
     if few:
-        notes.append(f"{', '.join(few)}: no texts were held out; scale and step were chosen on those learnt from.")
+        notes.append(f"{', '.join(few)}: no texts were held out; scale and step were chosen on those learned from.")
     return notes

@@ -21,7 +21,7 @@ class SeenTexts(Record):
         kind: a split, a file, generic lines or the bare prompt.
         source: the same in words.
         count: how many.
-        learned: how many of them were learnt from; the others were only looked at.
+        learned: how many of them were learned from; the others were only looked at.
         digest: hash of what was read.
         shown: the first three, as the model read them.
     """
@@ -37,7 +37,7 @@ class SeenTexts(Record):
 
 
 class Control(Record):
-    """What something else has learnt from the same texts in as many steps: what the merge, or its adapters, are worth.
+    """What something else has learned from the same texts in as many steps: what the merge, or its adapters, are worth.
 
     Attributes:
         held: its best look at the held-out texts.
@@ -67,10 +67,10 @@ class TuneRecord(Record):
         outside: share of ‖M‖² outside of the joint row and column spaces of the sources: 0 for a weighted sum of them;
             `regmean` moves rows.
         objective: what was minimized.
-        coefficients: that were learnt; None where factors were.
+        coefficients: that were learned; None where factors were.
         tree: per node of a hierarchy, the adapters of each of its children.
         control: a fresh LoRA, where it was asked for.
-        random: random adapters of equal norms that learnt in the same way, where they were asked for.
+        random: random adapters of equal norms that learned in the same way, where they were asked for.
         notes: what else is to be known.
         seconds: stage → wall time.
         finished: local time, ISO 8601.

@@ -14,7 +14,7 @@ def draw(items: Sequence[int], classes: Sequence[Hashable], sampler: Sampler, co
     """Return the texts of a step.
 
     Args:
-        items: indices of the texts that are learnt from.
+        items: indices of the texts that are learned from.
         classes: of every one of them.
         sampler: `uniform` and `none` read all texts in turn, in a new order each time; the others draw with replacement, with
             weights 1 / n of a class of n texts (`inverse`), 1 / √n (`sqrt_inverse`), or N / (C n) (`balanced`, the same draw as

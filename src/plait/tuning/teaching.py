@@ -1,4 +1,4 @@
-"""What is learnt from: each task's texts as tokens, and what its own adapter answers to them."""
+"""What is learned from: each task's texts as tokens, and what its own adapter answers to them."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def lesson_of(
         mixture: the base with the adapters.
         texts: of the task.
         adapter: the task's own.
-        right: the right answer of every text, where labels are learnt from.
+        right: the right answer of every text, where labels are learned from.
         report: called with the number of texts asked since it was last called.
 
     Raises:

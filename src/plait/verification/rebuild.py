@@ -19,14 +19,14 @@ from plait.merging.pipeline import run_recipe
 from plait.recipes.schema import Recipe
 from plait.records import Record
 from plait.results.digests import sha256
-from plait.results.lock import CARD, LEARNT_RECIPE, LEARNT_START, LOCK, Lock
+from plait.results.lock import CARD, LEARNED_RECIPE, LEARNED_START, LOCK, Lock
 from plait.results.progress import Progress
 from plait.tensorfiles.reader import SafetensorsFile
 from plait.verification.inputs import BASE, FoundInput
 from plait.verification.public import public_digest
 from plait.version import __version__
 
-_LEARNT = (LEARNT_RECIPE, "tuning.json")
+_LEARNED = (LEARNED_RECIPE, "tuning.json")
 
 
 class RebuiltFile(Record):
@@ -82,7 +82,7 @@ def located_recipe(lock: Lock, inputs: Mapping[str, FoundInput], name: str = LOC
         raise RecipeError(
             "moments are taken again by `plait calibrate`, from the texts that calibration.json names; its files were checked."
         )
-    if lock.kind == "tune" and LEARNT_RECIPE not in lock.outputs:
+    if lock.kind == "tune" and LEARNED_RECIPE not in lock.outputs:
         raise RecipeError(
             "a tuning is repeated by `plait tune`, with the recipe and texts that tuning.json names; its files were checked."
         )
@@ -97,12 +97,12 @@ def located_recipe(lock: Lock, inputs: Mapping[str, FoundInput], name: str = LOC
 def compare(folder: Path, rebuilt: Path, lock: Lock) -> tuple[RebuiltFile, ...]:
     """Compare what was made again with the lock; the card, which tells of places and versions, is not compared.
 
-    Nor is what a tuning learnt: its recipe is made again, not the learning of it.
+    Nor is what a tuning learned: its recipe is made again, not the learning of it.
     """
     here = set(entries(rebuilt))
     beside = {"plait.lock", "merge_metadata.json", "summary.json", CARD}
-    learnt = {n for n in lock.outputs if n in _LEARNT or n.startswith(f"{LEARNT_START}/")} if lock.kind == "tune" else set()
-    names = sorted((here | {*lock.outputs}) - beside - learnt)
+    learned = {n for n in lock.outputs if n in _LEARNED or n.startswith(f"{LEARNED_START}/")} if lock.kind == "tune" else set()
+    names = sorted((here | {*lock.outputs}) - beside - learned)
     return tuple(_compared(folder, rebuilt, name, lock.outputs.get(name)) for name in names)
 
 

@@ -15,7 +15,7 @@ from plait.recipes.problems import Problem, show, spell
 from plait.recipes.validation import cannot_yet, unknown_key
 
 TYPES = ("none", "bayes", "adamerging", "gradient", "supermerge", "regret_smoothmax")
-_METHOD = "weighted_delta_n"  # the one whose coefficients were learnt
+_METHOD = "weighted_delta_n"  # the one whose coefficients were learned
 _DEFAULTS: dict[str, Any] = {
     "steps": 500,
     "learning_rate": 1e-3,
@@ -113,10 +113,10 @@ _NOTED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "ce_use_model_loss": ((True, False), "the loss is always that of the tokens of the answer, from the positions before them"),
     "ce_reduction": (("mean",), "a mean over the answers' tokens"),
     "ce_ignore_index": ((-100,), "only the tokens of answers count"),
-    "magnitude_parameterization": (("linear",), "a magnitude is learnt as it is"),
+    "magnitude_parameterization": (("linear",), "a magnitude is learned as it is"),
     "enforce_validation_only_selection": (
         (True, False),
-        "the texts that choose the step are held out from those learnt from, and the split test is refused",
+        "the texts that choose the step are held out from those learned from, and the split test is refused",
     ),
     "save_metadata_pre_eval": ((True, False), "tuning.json is always written"),
     "print_coefficients_pre_eval": ((True, False), "tuning.json and recipe.yaml hold the coefficients"),
@@ -126,7 +126,7 @@ _NOTED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
 _LOGS = "log_"  # log_memory and the like
 _HELD = {
     "batch_size": "texts are looked at 16 at a time",
-    "subset": "held-out texts are a share of those learnt from (held_out)",
+    "subset": "held-out texts are a share of those learned from (held_out)",
     "compute_missing_interference_baselines": "base and own adapters are always looked at",
 }
 _CRITERIA = {
@@ -145,7 +145,7 @@ class Tuning:
     """An older recipe's optimizer.
 
     Attributes:
-        tune: the part of a recipe; empty where nothing is learnt.
+        tune: the part of a recipe; empty where nothing is learned.
         tasks: names of tasks, where the optimizer named them.
         notes: what was found, what says the same now, and what to know of it.
         moved: path in the recipe → the path where its user wrote it.
@@ -181,7 +181,7 @@ def take_tuning(optimizer: Plain, method: str | None) -> Tuning:
     elif kind == "bayes":
         found.problems.append(Problem(("optimizer",), cannot_yet("search")))
     elif method != _METHOD:
-        text = f"{kind} learnt the coefficients of method {_METHOD!r}, and the method is {method!r}; write method: {_METHOD}."
+        text = f"{kind} learned coefficients of method {_METHOD!r}, and the method is {method!r}; write method: {_METHOD}."
         found.problems.append(Problem(("optimizer", "type"), text))
     elif not isinstance(params, Mapping):
         found.problems.append(Problem(("optimizer", "params"), f"params is {show(params)}; it must be a mapping."))
@@ -242,7 +242,7 @@ class _Taking:
                 self._problem(key, unknown_key(str(key), known))
         self._found.tune = self._tune
         new = f"tune: {spell(self._tune)}"
-        more = " It is learnt by `plait tune`, which writes a plain recipe; `plait merge` does not read it."
+        more = " It is learned by `plait tune`, which writes a plain recipe; `plait merge` does not read it."
         if self._remarks:
             more += f" Not carried over: {'; '.join(self._remarks)}."
         more += " Losses are those of the positions before an answer's tokens now; they were one position late."
@@ -293,7 +293,7 @@ class _Taking:
             self._problem(
                 "plus_plus" if "plus_plus" in self._params else "variant",
                 "plus_plus trimmed the adapters while learning, and not in the merge that was written, which was another one "
-                "than was learnt. Leave it out, or start from method: ties with plait tune --granularity layer.",
+                "than was learned. Leave it out, or start from method: ties with plait tune --granularity layer.",
             )
 
     def _tasks(self, value: Plain) -> None:
@@ -309,7 +309,7 @@ class _Taking:
     def _dropout(self, value: Plain) -> None:
         if value is False:
             self._problem(
-                "zero_dropout", "zero_dropout is false; a merge is learnt as it will act, without dropout. Leave it out."
+                "zero_dropout", "zero_dropout is false; a merge is learned as it will act, without dropout. Leave it out."
             )
         elif self._is_one_of("zero_dropout", value, (True,)):
             self._remarks.append(f"zero_dropout: {_NOTED['zero_dropout'][1]}")
@@ -387,11 +387,11 @@ class _Taking:
             self._problem(
                 "heldout_eval",
                 "split is 'test' (the default); the split that judges results does not choose them. Held-out texts are a share "
-                "of those learnt from (tune.held_out); give another split, which is noted.",
+                "of those learned from (tune.held_out); give another split, which is noted.",
                 "split",
             )
         else:
-            self._remarks.append("heldout_eval.split: held-out texts are a share of those learnt from (held_out)")
+            self._remarks.append("heldout_eval.split: held-out texts are a share of those learned from (held_out)")
         self._remarks += [f"heldout_eval.{key}: {why}" for key, why in _HELD.items() if key in value]
         self._remarks.append("heldout_eval: what is kept is of the divergence from the own adapter, not of a metric (judge)")
         every = value.get("frequency_updates", 100)

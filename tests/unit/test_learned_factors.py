@@ -48,7 +48,7 @@ def dense_output(deltas: Mapping[str, list[Tensor]]) -> Tensor:
 
 
 def test_act_as_the_dense_deltas_and_so_do_their_gradients(mixture: Mixture, deltas: Deltas) -> None:
-    factors = mixture.learnt(deltas)
+    factors = mixture.learned(deltas)
     with mixture.learning(factors) as model:
         loss = model(IDS).square().mean()
         loss.backward()
@@ -69,7 +69,7 @@ def test_act_as_the_dense_deltas_and_so_do_their_gradients(mixture: Mixture, del
 
 def test_leave_no_trace_on_the_base(mixture: Mixture, deltas: Deltas) -> None:
     before, plain = fingerprint(mixture.model), mixture.model(IDS)
-    factors = mixture.learnt(deltas)
+    factors = mixture.learned(deltas)
     with mixture.learning(factors) as model:
         assert not torch.equal(model(IDS), plain)
     assert fingerprint(mixture.model) == before
@@ -77,7 +77,7 @@ def test_leave_no_trace_on_the_base(mixture: Mixture, deltas: Deltas) -> None:
 
 
 def test_what_acts_is_what_was_refreshed(mixture: Mixture, deltas: Deltas) -> None:
-    factors = mixture.learnt(deltas)
+    factors = mixture.learned(deltas)
     state = factors.state()
     with mixture.learning(factors) as model, torch.no_grad():
         first = model(IDS)
@@ -94,7 +94,7 @@ def mixture_output(mixture: Mixture) -> Tensor:
 
 
 def test_scale_multiplies_every_delta(mixture: Mixture, deltas: Deltas) -> None:
-    factors = mixture.learnt(deltas)
+    factors = mixture.learned(deltas)
     factors.scale(-1.5)
     for target, found in factors.deltas().items():
         for delta, before in zip(found, deltas[target], strict=True):
@@ -102,7 +102,7 @@ def test_scale_multiplies_every_delta(mixture: Mixture, deltas: Deltas) -> None:
 
 
 def test_are_the_best_of_a_smaller_rank(mixture: Mixture, deltas: Deltas) -> None:
-    for target, found in mixture.learnt(deltas, rank=2).deltas().items():
+    for target, found in mixture.learned(deltas, rank=2).deltas().items():
         for delta, before in zip(found, deltas[target], strict=True):
             assert delta.rank == 2
             u, s, vh = torch.linalg.svd(before.dense().double(), full_matrices=False)
@@ -110,7 +110,7 @@ def test_are_the_best_of_a_smaller_rank(mixture: Mixture, deltas: Deltas) -> Non
 
 
 def test_a_fresh_start_is_zero_and_can_learn(mixture: Mixture, deltas: Deltas) -> None:
-    factors = mixture.learnt(deltas)
+    factors = mixture.learned(deltas)
     factors.restart(0)
     with mixture.learning(factors) as model:
         output = model(IDS)
@@ -121,4 +121,4 @@ def test_a_fresh_start_is_zero_and_can_learn(mixture: Mixture, deltas: Deltas) -
 
 def test_another_shape_is_refused(mixture: Mixture) -> None:
     with pytest.raises(PlanError, match="right base"):
-        mixture.learnt({"layers.0.q_proj": [LowRank.zero((3, 4), rank=1)]})
+        mixture.learned({"layers.0.q_proj": [LowRank.zero((3, 4), rank=1)]})
