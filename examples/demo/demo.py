@@ -30,7 +30,7 @@ from plait.errors import PlaitError
 if TYPE_CHECKING:
     from speaking import Speaker
 
-    from plait.evaluation.comparison import Compared, Leaderboard
+    from plait.evaluation.comparison import ComparedMerges, Leaderboard
     from plait.evaluation.record import Bounds, Evaluation
     from plait.tasks.inputs import Example
 
@@ -257,11 +257,11 @@ def _text(prompt: str) -> str:
     return prompt.partition("Text: ")[2].partition("<|im_end|>")[0]
 
 
-def _compare(console: Console, out: Path, samples: int, dtype: str) -> Compared:
+def _compare(console: Console, out: Path, samples: int, dtype: str) -> ComparedMerges:
     """Evaluate all merges; the base model is loaded once, and every answer is asked for once."""
     from plait.cli.console import ProgressBars
     from plait.evaluation.comparison import compare
-    from plait.evaluation.pipeline import Options
+    from plait.evaluation.pipeline import EvaluateOptions
     from plait.evaluation.request import with_tasks
     from plait.recipes.request import read_request
 
@@ -270,7 +270,7 @@ def _compare(console: Console, out: Path, samples: int, dtype: str) -> Compared:
         label: with_tasks(read_request(None, adapters, settings)[0], _tasks(), subset=samples, batch_size=BATCH)
         for label, settings in MERGES.items()
     }
-    options = Options(_workspace(out), base=str(base_model()), dtype=dtype, device_map="cpu", matrix=True)
+    options = EvaluateOptions(_workspace(out), base=str(base_model()), dtype=dtype, device_map="cpu", matrix=True)
     progress = ProgressBars() if console.is_terminal else None
     with _timed(console, f"{samples} texts per task, asked of the base, {len(NAMES)} adapters and {len(MERGES)} merges"):
         return compare(recipes, None, options, progress)
@@ -317,7 +317,7 @@ def _leaderboard(board: Leaderboard) -> tuple[Table, str]:
     )
 
 
-def _report(console: Console, compared: Compared, out: Path) -> None:
+def _report(console: Console, compared: ComparedMerges, out: Path) -> None:
     """Write the results where `plait eval` does, and the page that `plait report` makes of them."""
     from plait.evaluation.workspace import write_comparison, write_evaluation
     from plait.reports.pipeline import make_report

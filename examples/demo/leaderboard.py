@@ -27,9 +27,9 @@ from rich.console import Console
 import plait
 from plait.adapters.adapter import Adapter
 from plait.evaluation.candidates import Candidate
-from plait.evaluation.pipeline import EvalSubject, Evaluator, Options
+from plait.evaluation.pipeline import EvalSubject, EvaluateOptions, Evaluator
 from plait.evaluation.record import Evaluation
-from plait.evaluation.recovery import Drawn, interval
+from plait.evaluation.recovery import BootstrapDraws, interval
 from plait.evaluation.request import eval_spec
 from plait.evaluation.scores import adapter_digest, digest
 from plait.libraries.transformers import quiet_loading
@@ -37,7 +37,7 @@ from plait.merging.inventory import open_adapters, take_inventory
 from plait.methods import METHODS
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.request import read_request
-from plait.results.progress import Silent
+from plait.results.progress import SilentProgress
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("sentiment", "supersense", "langid")
@@ -83,7 +83,7 @@ class Placed:
     tried: int
     validation: Evaluation
     test: Evaluation | None = None
-    drawn: Mapping[str, Drawn] | None = None
+    drawn: Mapping[str, BootstrapDraws] | None = None
 
 
 class Bench:
@@ -95,13 +95,13 @@ class Bench:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._cache = cache
         self._base = base_model()
-        self._options = Options(cache / "evaluation", base=str(self._base), device_map="cpu")
+        self._options = EvaluateOptions(cache / "evaluation", base=str(self._base), device_map="cpu")
         located, opened = open_adapters(list(ADAPTERS.items()))
         self._singles = list(zip(opened, located, ADAPTERS.values(), strict=True))
         self._by_peft = {c.name: self._merged_by_peft(c) for c in contestants if c.by_peft}
         self._evaluators = {split: self._evaluator(split, count) for split, count in samples.items()}
 
-    def ask(self, contestant: Contestant, setting: Setting, split: Split) -> tuple[Evaluation, Mapping[str, Drawn]]:
+    def ask(self, contestant: Contestant, setting: Setting, split: Split) -> tuple[Evaluation, Mapping[str, BootstrapDraws]]:
         """Merge, and compare with the base and the tasks' own adapters; return that, and its bootstrap."""
         evaluator = self._evaluators[split]
         if contestant.by_peft:
@@ -116,7 +116,7 @@ class Bench:
         spec = eval_spec(EvalSpec(), split=split, subset=count, batch_size=BATCH)
         tasks = [HERE / "tasks" / f"{name}.yaml" for name in NAMES]
         others = tuple(self._by_peft.values())
-        return Evaluator(str(self._base), None, self._singles, others, tasks, spec, self._options, Silent())
+        return Evaluator(str(self._base), None, self._singles, others, tasks, spec, self._options, SilentProgress())
 
     def _merged_by_peft(self, contestant: Contestant) -> Adapter:
         """Return a merge by PEFT, made now: it costs seconds, and so is never stale."""

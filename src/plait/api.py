@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from plait.commands.compress import CompressOrder
 from plait.commands.merge import Merged, MergeOrder
-from plait.commands.request import Request, Source
+from plait.commands.request import RecipeSource, Request
 from plait.merging.moments import MomentsOf
 from plait.merging.pipeline import MergeResult
 from plait.merging.plan import MergePlan
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from plait.training.runners import PhaseListener
     from plait.training.sft import SftResult
     from plait.tuning.pipeline import TuneResult
-    from plait.verification.publish import Pushed
+    from plait.verification.publish import PushResult
     from plait.verification.verify import Verification
 
 
 def merge(  # noqa: PLR0913 (what a command line takes)
-    source: Source,
+    source: RecipeSource,
     *,
     out: str | Path | None = None,
     force: bool = False,
@@ -106,7 +106,7 @@ def merge(  # noqa: PLR0913 (what a command line takes)
 
 
 def plan(
-    source: Source,
+    source: RecipeSource,
     *,
     workers: int | None = None,
     moments: str | Path | Mapping[str, str | Path] | MomentsOf | None = None,
@@ -126,7 +126,7 @@ def plan(
 
 
 def bake(  # noqa: PLR0913 (what a command line takes)
-    source: Source,
+    source: RecipeSource,
     *,
     out: str | Path,
     base: str | Path | None = None,
@@ -189,7 +189,7 @@ def bake(  # noqa: PLR0913 (what a command line takes)
 
 
 def plan_bake(
-    source: Source,
+    source: RecipeSource,
     *,
     base: str | Path | None = None,
     dtype: str | None = None,
@@ -285,7 +285,7 @@ def extract(
 
 
 def calibrate(  # noqa: PLR0913 (what a command line takes)
-    source: Source,
+    source: RecipeSource,
     *,
     tasks: Sequence[str | Path] | None = None,
     out: str | Path,
@@ -334,7 +334,7 @@ def calibrate(  # noqa: PLR0913 (what a command line takes)
 
 
 def tune(  # noqa: PLR0913 (what a command line takes)
-    source: Source,
+    source: RecipeSource,
     *,
     tasks: Sequence[str | Path] | None = None,
     out: str | Path,
@@ -494,7 +494,7 @@ def verify(
 
 
 def evaluate(  # noqa: PLR0913 (what a command line takes)
-    source: Source,
+    source: RecipeSource,
     *,
     tasks: Sequence[str | Path] = (),
     split: str | None = None,
@@ -539,9 +539,9 @@ def evaluate(  # noqa: PLR0913 (what a command line takes)
         PlaitError: anything wrong with what was given. Answers that were finished are kept, and not asked for again.
     """
     from plait.commands.evaluate import EvaluateOrder
-    from plait.evaluation.pipeline import Options
+    from plait.evaluation.pipeline import EvaluateOptions
 
-    options = Options(
+    options = EvaluateOptions(
         workspace=_path(workspace),
         base=None if base is None else str(base),
         dtype=load_dtype,
@@ -656,7 +656,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     message: str | None = None,
-) -> Pushed:
+) -> PushResult:
     """Upload a finished result to the Hub; one that differs from its `plait.lock` is refused.
 
     >>> plait.push("merged", "me/merged", private=True).url

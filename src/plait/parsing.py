@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: What Git puts in the place of a file that was not fetched.
 _POINTER = b"version https://git-lfs.github.com/spec/"
-MOST_BYTES = 64 << 20  # of a text that is read whole; the largest index of a model has 20 MB
+MAX_TEXT_BYTES = 64 << 20  # of a text that is read whole; the largest index of a model has 20 MB
 MOST_LEVELS = 100  # of lists and mappings in each other
 MOST_BITS = 1023  # of a whole number: it is still a float
 _SHOWN = 60
@@ -37,7 +37,7 @@ class _Unreadable(ValueError):
     """Why a text cannot be read; the sentence follows the file's name."""
 
 
-def read_text(path: Path, error: type[PlaitError], *, advice: str = "", most: int = MOST_BYTES) -> str:
+def read_text(path: Path, error: type[PlaitError], *, advice: str = "", most: int = MAX_TEXT_BYTES) -> str:
     """Return the text of a file; a byte order mark at its beginning is dropped.
 
     Args:

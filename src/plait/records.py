@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 _TEXT, _ITEMS, _LINE = 70, 4, 100  # characters of a text, values of a list, characters of a line
 
 
-class Shown:
+class ShortRepr:
     """A repr of a few lines: numbers and short texts as they are, and how much there is of everything else."""
 
     def __repr__(self) -> str:
@@ -28,7 +28,7 @@ class Shown:
     __str__ = __repr__
 
 
-class Record(Shown, BaseModel):
+class Record(ShortRepr, BaseModel):
     """A frozen value; unknown keys are errors, so that a misspelled one can never be dropped in silence."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
@@ -42,13 +42,13 @@ def _fields(value: object) -> Iterator[tuple[str, object]]:
 
 
 def _short(value: Any, depth: int = 0) -> str:
-    if isinstance(value, Shown):
+    if isinstance(value, ShortRepr):
         return f"{type(value).__name__}(…)"
     if isinstance(value, Mapping):
         return f"{{{len(value)} entries}}" if len(value) > _ITEMS or depth else _listed(value, "{}", depth)
     if isinstance(value, (tuple, list, set, frozenset)):
         kinds = {type(item).__name__ for item in value}
-        if len(value) > _ITEMS or depth > 1 or any(isinstance(item, (Shown, Mapping)) for item in value):
+        if len(value) > _ITEMS or depth > 1 or any(isinstance(item, (ShortRepr, Mapping)) for item in value):
             return f"({len(value)} × {kinds.pop()})" if len(kinds) == 1 else f"({len(value)} values)"
         return _listed(value, "()", depth)
     text = repr(value)

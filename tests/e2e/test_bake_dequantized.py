@@ -90,7 +90,7 @@ def test_the_plain_model_is_the_one_that_transformers_makes(make, tmp_path, monk
     """Every parameter that no adapter touches, bit for bit; the others are float32 sums of it and the delta, rounded once."""
     base = make(tmp_path / "base")
     adapter = write_adapter(tmp_path / "a", TARGETS, r=4).folder
-    monkeypatch.setattr(files, "BLOCK_ELEMENTS", 500)  # several blocks of rows, across the blocks of scales
+    monkeypatch.setattr(files, "TENSOR_BLOCK_ELEMENTS", 500)  # several blocks of rows, across the blocks of scales
     out = plait.bake([adapter], base=base, dequantize=True, out=tmp_path / "out").folder
     plain = tf.AutoModelForCausalLM.from_pretrained(base)
     baked = tf.AutoModelForCausalLM.from_pretrained(out)
@@ -140,7 +140,7 @@ def test_workers_and_blocks_change_no_byte(tmp_path, monkeypatch):
     adapter = write_adapter(tmp_path / "a", TARGETS, r=4).folder
     made = []
     for workers, block in ((1, 1 << 20), (3, 70)):
-        monkeypatch.setattr(files, "BLOCK_ELEMENTS", block)
+        monkeypatch.setattr(files, "TENSOR_BLOCK_ELEMENTS", block)
         out = plait.bake([adapter], base=base, dequantize=True, workers=workers, out=tmp_path / str(workers)).folder
         made.append({p.name: load_file(p) for p in sorted(out.glob("*.safetensors"))})
     for name, tensors in made[0].items():

@@ -15,7 +15,7 @@ from plait.cli.main import _join_lists, main
 from plait.evaluation.record import Evaluation
 from plait.methods import METHODS
 from plait.notices import forget
-from plait.verification.publish import Pushed
+from plait.verification.publish import PushResult
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "adapters"
 PAIR = [f"sentiment={DEMO / 'sentiment'}", f"langid={DEMO / 'langid'}"]
@@ -241,6 +241,6 @@ def test_an_adapter_alone_has_a_header_without_gaps(capsys):
 
 def test_a_pull_request_that_would_change_nothing_is_not_called_pushed(capsys, monkeypatch):
     for url, expected in (("https://hub/org/x/discussions/3", "pushed to"), ("https://hub/org/x", "no pull request")):
-        monkeypatch.setattr("plait.api.push", lambda *_, url=url, **__: Pushed(url=url, left_out=(), notes=()))
+        monkeypatch.setattr("plait.api.push", lambda *_, url=url, **__: PushResult(url=url, left_out=(), notes=()))
         assert run(capsys, "push", "merged", "org/x", "--create-pr")[0].startswith(expected)
     assert run(capsys, "push", "merged", "org/x")[0].startswith("pushed to")

@@ -60,7 +60,7 @@ def tuned_with(deltas: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_base_plus_a_lora_gives_that_lora_back(base, tmp_path, monkeypatch, streamed):
     if streamed:
         monkeypatch.setattr(blocks, "HOLD_ELEMENTS", 0)
-        monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 100)
+        monkeypatch.setattr(blocks, "MATRIX_BLOCK_ELEMENTS", 100)
     deltas = {f"{name}.weight": low_rank(shape, 3, i) for i, (name, shape) in enumerate(SHAPES.items())}
     tuned = checkpoint(tmp_path / "tuned", tuned_with(deltas), shards=3)
     result = plait.extract(base, tuned, rank=3, out=tmp_path / "out")
@@ -582,7 +582,7 @@ def test_what_is_kept_whole_is_copied_by_rows(tmp_path, monkeypatch):
     from plait.tensorfiles.reader import SafetensorsFile
 
     base, tuned = save_pair(whole_models()["tied head"](), tmp_path)
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 5 * 16)
+    monkeypatch.setattr(blocks, "MATRIX_BLOCK_ELEMENTS", 5 * 16)
     read_rows, most = SafetensorsFile.read_rows, 0
 
     def watched(self: SafetensorsFile, name: str, start: int, stop: int) -> torch.Tensor:

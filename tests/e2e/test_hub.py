@@ -175,8 +175,8 @@ at("word/as/path", "./org/repo")
     assert "Give a place that has one: org/repo/checkpoint-500, org/repo/checkpoint-1000." in found["subfolder"]
     assert "It looks like a whole model, which plait takes as a base model." in found["base"]
     assert found["half"] == (
-        "AddressError: 'org/half' has adapter_config.json, but neither adapter_model.safetensors nor adapter_model.bin "
-        "next to it. It holds: adapter_config.json, notes.txt."
+        "AddressError: 'org/half' has adapter_config.json, but neither adapter_model.safetensors nor adapter_model.bin. "
+        "It holds: adapter_config.json, notes.txt."
     )
     assert found["empty"].endswith("No other folder has one. It holds: nothing.")
     assert found["word/as/path"].endswith("If you mean the repository on the Hub, write 'org/repo'.")

@@ -35,7 +35,7 @@ from plait.merging.inventory import take_inventory
 from plait.merging.plan import make_plan
 from plait.mixture import Mixture
 from plait.recipes.request import read_request
-from plait.results.progress import Silent
+from plait.results.progress import SilentProgress
 from tests.e2e.test_peft_round_trip import CASES as LAYOUTS
 from tests.e2e.test_peft_round_trip import IDS
 from tests.mixtures import cohort, fingerprint, part
@@ -159,7 +159,7 @@ def test_every_layout_equals_peft_alone_and_weighted(pair):
 def merged_in_memory(sources: dict[str, Path], settings: dict[str, object]) -> list[MergedModule]:
     recipe, _ = read_request(None, sources, settings)
     inventory = take_inventory(recipe)
-    engine = Engine(inventory, make_plan(inventory, workers=1), workers=1, progress=Silent())
+    engine = Engine(inventory, make_plan(inventory, workers=1), workers=1, progress=SilentProgress())
     combiner = engine.prepare()
     return list(engine.run(combiner, engine.ranks(combiner)))
 

@@ -87,7 +87,7 @@ def _experts(method, stack, *arguments):
 @pytest.mark.parametrize("name", ["sce", "consensus", "pcb", "ram_plus"])
 def test_the_cut_into_blocks_makes_no_difference(tmp_path, written, name, monkeypatch):
     whole = dense(tmp_path / "whole", written, WEIGHTS, method=name)
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 14)
+    monkeypatch.setattr(blocks, "MATRIX_BLOCK_ELEMENTS", 14)
     monkeypatch.setattr(blocks, "HOLD_ELEMENTS", 0)
     for module, x in dense(tmp_path / "cut", written, WEIGHTS, method=name).items():
         np.testing.assert_allclose(x, whole[module], rtol=1e-6)

@@ -218,7 +218,7 @@ def test_the_sketch_is_drawn_from_the_key():
 def test_the_cut_into_blocks_does_not_matter(monkeypatch, elements):
     x = normal(400, 300)
     whole = truncated_svd(rows_of(x), 16, Key(0))
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(blocks, "MATRIX_BLOCK_ELEMENTS", elements)
     monkeypatch.setattr(blocks, "HOLD_ELEMENTS", 0)
     torch.testing.assert_close(truncated_svd(rows_of(x), 16, Key(0)).s, whole.s, rtol=1e-9, atol=0)
 

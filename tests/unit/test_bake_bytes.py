@@ -173,8 +173,8 @@ def test_large_matrices_go_by_blocks_and_through_a_file(tmp_path, monkeypatch):
 
     settings = [{}, {"method": "ties", "density": 0.5}]
     expected = [bake(f"held{i}", **s) for i, s in enumerate(settings)]
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 40)
-    monkeypatch.setattr(files, "BLOCK_ELEMENTS", 70)
+    monkeypatch.setattr(blocks, "MATRIX_BLOCK_ELEMENTS", 40)
+    monkeypatch.setattr(files, "TENSOR_BLOCK_ELEMENTS", 70)
     monkeypatch.setattr(blocks, "HOLD_ELEMENTS", 0)
     monkeypatch.setattr(deltas, "HOLD_ELEMENTS", 0)
     for i, s in enumerate(settings):

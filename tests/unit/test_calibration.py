@@ -11,7 +11,7 @@ import torch
 
 from plait.calibration.moments import InputMoments, take_moments
 from plait.calibration.passages import Passage, Reader
-from plait.calibration.teachers import Answers, answers_of, ask
+from plait.calibration.teachers import OutputDistributions, answers_of, ask
 from plait.calibration.texts import generic_lines, read_texts
 from plait.errors import TaskError
 from plait.linalg.inputs import InputRows
@@ -179,7 +179,7 @@ def test_divergence_with_the_largest_entries_only_is_a_lower_bound_near_it() -> 
     whole = answers_of(p, positions=3)
     top = whole.log_p.topk(20, -1)
     rest = torch.log1p(-top.values.exp().sum(-1, keepdim=True))
-    part = Answers(torch.cat([top.values, rest], -1), top.indices).divergence(q)
+    part = OutputDistributions(torch.cat([top.values, rest], -1), top.indices).divergence(q)
     assert bool((part <= whole.divergence(q) + 1e-5).all())
     torch.testing.assert_close(part, whole.divergence(q), rtol=0.05, atol=0.05)
 

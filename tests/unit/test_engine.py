@@ -17,7 +17,7 @@ from plait.merging.engine import Engine, MergedModule
 from plait.merging.inventory import take_inventory
 from plait.merging.plan import make_plan
 from plait.recipes.request import read_request
-from plait.results.progress import Silent
+from plait.results.progress import SilentProgress
 from plait.testing import cohort
 
 
@@ -25,7 +25,7 @@ def prepared(folder: Path, **settings: object) -> tuple[Engine, Combiner]:
     cohort([(12, 8)] * 5, [3, 3], dtype=torch.float32).save(folder)
     recipe, _ = read_request(None, [folder / "adapter0", folder / "adapter1"], settings)
     inventory = take_inventory(recipe)
-    engine = Engine(inventory, make_plan(inventory, workers=2), workers=2, progress=Silent())
+    engine = Engine(inventory, make_plan(inventory, workers=2), workers=2, progress=SilentProgress())
     return engine, engine.prepare()
 
 

@@ -240,7 +240,7 @@ class TestAgainstDense:
 
     def test_the_size_of_a_block_does_not_matter(self, cohort, monkeypatch):
         whole = inspect_adapters(cohort).comparison
-        monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 97)
+        monkeypatch.setattr(blocks, "MATRIX_BLOCK_ELEMENTS", 97)
         cut = inspect_adapters(cohort).comparison
         assert cut.conflict == whole.conflict
         for i, row in enumerate(cut.weighted_conflict):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from plait.calibration.texts import judged_texts, read_texts
-from plait.evaluation.recovery import Drawn
+from plait.evaluation.recovery import BootstrapDraws
 from plait.recipes.request import read_request
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_tasks
@@ -85,7 +85,7 @@ def placed(board, name, validation, test, seed=0):
     contestant = next(c for c in board.CONTESTANTS if c.name == name)
     noise = np.random.default_rng(seed).normal(0, 0.05, (3, 400))
     none = np.zeros(400)
-    drawn = {n: Drawn(none, none, none, r + e) for n, r, e in zip(TASKS, test, noise, strict=True)}
+    drawn = {n: BootstrapDraws(none, none, none, r + e) for n, r, e in zip(TASKS, test, noise, strict=True)}
     return board.Placed(contestant, board.Setting(contestant.variants[0], 1.5), 4, judged(validation), judged(test), drawn)
 
 

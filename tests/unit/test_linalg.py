@@ -179,19 +179,19 @@ def test_orient() -> None:
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 200))
 def test_block_ranges_cover_every_row_once(m, n, elements) -> None:
-    before = blocks.BLOCK_ELEMENTS
-    blocks.BLOCK_ELEMENTS = elements
+    before = blocks.MATRIX_BLOCK_ELEMENTS
+    blocks.MATRIX_BLOCK_ELEMENTS = elements
     try:
         ranges = list(block_ranges(m, n))
     finally:
-        blocks.BLOCK_ELEMENTS = before
+        blocks.MATRIX_BLOCK_ELEMENTS = before
     assert [i for start, stop in ranges for i in range(start, stop)] == list(range(m))
     assert all((stop - start) * n <= max(n, elements) for start, stop in ranges)
 
 
 @pytest.mark.parametrize("hold", [0, 1 << 20])
 def test_row_blocks_are_the_matrix(monkeypatch, hold) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 12)
+    monkeypatch.setattr(blocks, "MATRIX_BLOCK_ELEMENTS", 12)
     monkeypatch.setattr(blocks, "HOLD_ELEMENTS", hold)
     x, calls = normal(7, 5), []
 
@@ -215,7 +215,7 @@ def test_row_blocks_are_the_matrix(monkeypatch, hold) -> None:
 )
 @pytest.mark.parametrize("hold", [0, 1 << 20])
 def test_row_blocks_refuse_other_shapes_and_dtypes(monkeypatch, hold, wrong, text) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 12)
+    monkeypatch.setattr(blocks, "MATRIX_BLOCK_ELEMENTS", 12)
     monkeypatch.setattr(blocks, "HOLD_ELEMENTS", hold)
     x = normal(8, 5)
     with pytest.raises(ValueError, match=text):
@@ -224,7 +224,7 @@ def test_row_blocks_refuse_other_shapes_and_dtypes(monkeypatch, hold, wrong, tex
 
 @pytest.mark.parametrize("stride", [2, 5, 100])
 def test_strided_block_ranges_hold_as_many_rows(monkeypatch, stride) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 12)
+    monkeypatch.setattr(blocks, "MATRIX_BLOCK_ELEMENTS", 12)
     ranges = list(block_ranges(33, 4, stride))
     assert [i for start, stop in ranges for i in range(start, stop, stride)] == list(range(0, 33, stride))
     assert all(len(range(start, stop, stride)) <= 3 for start, stop in ranges)

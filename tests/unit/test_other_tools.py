@@ -10,7 +10,7 @@ from plait.cli.main import app, main
 from plait.cli.spellings import in_plaits_words
 from plait.errors import RecipeError
 from plait.methods import METHODS
-from plait.recipes.importers.other_tools import TABLE, Row, command_hint, flag_row, keyword_hints, page
+from plait.recipes.importers.other_tools import TABLE, Term, command_hint, flag_row, keyword_hints, page
 from plait.recipes.schema import Output, Recipe
 
 FLAGS = [(row, command) for row in TABLE if row.kind == "flag" for command in row.commands]
@@ -21,7 +21,7 @@ def options(command: str) -> set[str]:
     return {name for p in parameters for name in (*p.opts, *p.secondary_opts)}
 
 
-@pytest.mark.parametrize(("row", "command"), FLAGS, ids=lambda x: x.old if isinstance(x, Row) else x)
+@pytest.mark.parametrize(("row", "command"), FLAGS, ids=lambda x: x.old if isinstance(x, Term) else x)
 def test_every_flag_is_read_or_answered_as_the_page_says(row, command):
     assert row.old not in options(command), "plait has the flag itself"
     arguments = [command, "x", row.old, "1"]

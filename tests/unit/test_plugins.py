@@ -10,31 +10,33 @@ import pytest
 from plait.errors import PlanError
 from plait.methods import METHODS
 from plait.methods import base as methods_base
-from plait.methods.base import Registry
+from plait.methods.base import MethodRegistry
 
 MINE = replace(METHODS["linear"], name="mine")
 
 
-def register_two(registry: Registry) -> None:
+def register_two(registry: MethodRegistry) -> None:
     registry.add(replace(MINE, name="one"))
     registry.add(replace(MINE, name="two"))
 
 
 @pytest.fixture
 def installed(monkeypatch):
-    points = [EntryPoint(n, f"{__name__}:{target}", Registry.group) for n, target in (("b", "register_two"), ("a", "MINE"))]
-    monkeypatch.setattr(methods_base, "entry_points", lambda group: points if group == Registry.group else [])
+    points = [
+        EntryPoint(n, f"{__name__}:{target}", MethodRegistry.group) for n, target in (("b", "register_two"), ("a", "MINE"))
+    ]
+    monkeypatch.setattr(methods_base, "entry_points", lambda group: points if group == MethodRegistry.group else [])
 
 
 def test_entry_points_are_loaded_once_and_in_order(installed):
-    registry = Registry()
+    registry = MethodRegistry()
     registry.load_plugins()
     registry.load_plugins()
     assert list(registry) == ["mine", "one", "two"]
 
 
 def test_a_name_is_taken_once():
-    registry = Registry()
+    registry = MethodRegistry()
     registry.add(MINE)
     with pytest.raises(ValueError, match="'mine' is registered already"):
         registry.add(MINE)

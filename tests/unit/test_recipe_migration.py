@@ -19,7 +19,7 @@ from plait.merging.combine import pipeline_of
 from plait.merging.weighting import module_weights, towers_of
 from plait.methods import Block
 from plait.recipes.importers.mergekit import convert_mergekit
-from plait.recipes.importers.mergekit_terms import METHODS as MERGEKIT
+from plait.recipes.importers.mergekit_terms import MERGEKIT_METHODS as MERGEKIT
 from plait.recipes.importers.mergekit_terms import pattern
 from plait.recipes.importers.migration import migrate
 from plait.recipes.loading import RecipeWarning, build_recipe, load_recipe, migrate_file

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from plait.errors import RecipeError
 from plait.methods import METHODS
-from plait.recipes.loading import Loaded, build_recipe, load_recipe, read_recipe
+from plait.recipes.loading import LoadedRecipe, build_recipe, load_recipe, read_recipe
 from plait.recipes.overrides import apply_overrides, parse_override
 from plait.recipes.paths import read_path, show_path
 from plait.recipes.request import read_request
@@ -78,7 +78,7 @@ def test_a_file_gives_its_folder_and_its_name(tmp_path, monkeypatch):
     (folder / "recipe.yaml").write_text(PAIR)
     monkeypatch.chdir(tmp_path)
 
-    assert read_recipe("runs/recipe.yaml") == Loaded(load_recipe(PAIR), folder)
+    assert read_recipe("runs/recipe.yaml") == LoadedRecipe(load_recipe(PAIR), folder)
     recipe, found = read_recipe(Path("runs/recipe.yaml"))
     assert (recipe, found) == (load_recipe(PAIR), folder)
     (folder / "recipe.yaml").write_text(PAIR + "sed: 1\n")

@@ -14,8 +14,8 @@ import pytest
 
 import plait
 from plait.errors import OutputError, ReportError
-from plait.evaluation.comparison import Leaderboard, Place
-from plait.evaluation.record import Evaluation, Matrix, Sample, Source, TaskResult
+from plait.evaluation.comparison import Leaderboard, LeaderboardEntry
+from plait.evaluation.record import Evaluation, InterferenceMatrix, Sample, SingleAdapter, TaskResult
 from plait.evaluation.workspace import write_comparison, write_evaluation
 from plait.merging.record import RunRecord
 from plait.reports.charts import bars, energy_map, interval, of_tasks, share
@@ -59,7 +59,7 @@ def evaluation(*tasks: TaskResult, **changes) -> Evaluation:
     fields = {
         "plait": plait.__version__, "name": "ties", "kind": "merge", "tag": "ties_1", "method": "ties", "space": "core",
         "recipe": None, "base_model": "base", "split": "test", "dtype": "float32", "batch_size": 8, "draws": 100, "seed": 0,
-        "sources": (Source(name="a", path="./a", repo=None, commit=None, sha256="0" * 64),), "tasks": tasks,
+        "sources": (SingleAdapter(name="a", path="./a", repo=None, commit=None, sha256="0" * 64),), "tasks": tasks,
         "mean_recovery": sum(known.values()) / len(known) if known else None, "mean_interval": (0.7, 0.9),
         "worst_recovery": known.get(worst), "worst_interval": (0.5, 0.9) if known else None, "worst_task": worst,
         "below_base": tuple(t.task for t in tasks if t.below_base), "undefined": (), "matrix": None, "notes": (HOSTILE,),
@@ -72,7 +72,7 @@ WHOLE = evaluation(
     task("maths", 0.95),
     task("code", -0.3, below_base=True, recovery_interval=(-0.6, 0.1)),
     task("none", None, samples=()),
-    matrix=Matrix(
+    matrix=InterferenceMatrix(
         adapters=("maths", "code"),
         tasks=("maths", "code"),
         values=((0.9, 0.1), (0.3, 0.8)),
@@ -258,7 +258,7 @@ def test_energy_is_weighed_by_kind_and_layer():
 
 def board_of(*evaluations: Evaluation) -> Leaderboard:
     places = tuple(
-        Place(
+        LeaderboardEntry(
             name=f"{e.name}!", tag=e.tag, method=e.method, space=e.space, mean_recovery=e.mean_recovery,
             worst_recovery=e.worst_recovery, worst_interval=e.worst_interval, worst_task=e.worst_task, below_base=e.below_base,
             recovery={t.task: t.recovery for t in e.tasks}, metric={t.task: t.merged for t in e.tasks},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from plait.tensorfiles.writer import Entry, TensorWriter
+from plait.tensorfiles.writer import TensorEntry, TensorWriter
 
 
 @pytest.mark.parametrize("order", ["abc", "cab", "bca"])
@@ -16,7 +16,7 @@ from plait.tensorfiles.writer import Entry, TensorWriter
 def test_the_digest_is_that_of_the_file_in_whatever_order_it_was_written(tmp_path, order, rows) -> None:
     tensors = {n: torch.randn(7, 5, generator=torch.Generator().manual_seed(ord(n))) for n in order}
     path = tmp_path / "x.safetensors"
-    with TensorWriter(path, [Entry(n, t.dtype, (7, 5)) for n, t in tensors.items()]) as writer:
+    with TensorWriter(path, [TensorEntry(n, t.dtype, (7, 5)) for n, t in tensors.items()]) as writer:
         for name, tensor in tensors.items():
             for start in range(0, 7, rows):
                 writer.write(name, tensor[start : start + rows], row=start)

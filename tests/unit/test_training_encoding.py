@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from plait.errors import TaskError
-from plait.training.encoding import IGNORED, Encoder, encode_all
+from plait.training.encoding import IGNORED, ExampleEncoder, encode_all
 from plait.training.formats import Completion, Conversation, PlainText
 from tests.chat_models import CHATML, byte_tokenizer
 from tests.language_models import tokenizer as word_tokenizer
@@ -33,7 +33,7 @@ def parts(tokenizer, item) -> list[tuple[str, str]]:
 
 
 def encoded(tokenizer, example, **options):
-    return [parts(tokenizer, item) for item in Encoder(tokenizer, **options).encode(example)]
+    return [parts(tokenizer, item) for item in ExampleEncoder(tokenizer, **options).encode(example)]
 
 
 def test_every_answer_of_a_chat_is_learned_with_its_end():
@@ -83,7 +83,9 @@ def test_a_template_that_rewrites_earlier_turns_makes_one_example_per_answer():
     found = encoded(byte_tokenizer(rewriting), chat("Q", "xA", "R", "yB"))
     assert [item[-1] for item in found] == [("+", f"xA{END}"), ("+", f"yB{END}")]
     assert "assistant\nA<|im_end|>" in found[1][0][1]
-    data = encode_all(Encoder(byte_tokenizer(rewriting)), [chat("Q", "xA", "R", "yB")], limit=None, long="drop", where="d")
+    data = encode_all(
+        ExampleEncoder(byte_tokenizer(rewriting)), [chat("Q", "xA", "R", "yB")], limit=None, long="drop", where="d"
+    )
     assert len(data.items) == 2
     assert data.expanded == 1
     assert "one example per answer" in data.notes(None)[0]
@@ -102,7 +104,7 @@ def test_a_template_that_puts_words_before_the_answer_learns_them():
 @pytest.mark.parametrize("pad", [None, END, "<|pad|>"])
 def test_the_end_is_learned_whatever_the_padding_is(pad):
     tokenizer = byte_tokenizer(**({} if pad is None else {"pad_token": pad}))
-    (item,) = Encoder(tokenizer).encode(chat("Q", "A"))
+    (item,) = ExampleEncoder(tokenizer).encode(chat("Q", "A"))
     assert item.labels[-1] == tokenizer.eos_token_id
 
 
@@ -115,9 +117,9 @@ def test_prompt_and_completion_are_texts_as_they_stand():
 def test_a_token_over_the_boundary_is_split_there():
     """At inference the prompt ends where it ends."""
     tokens = word_tokenizer()
-    (item,) = Encoder(tokens).encode(Completion("sort w", "1 : red"))
+    (item,) = ExampleEncoder(tokens).encode(Completion("sort w", "1 : red"))
     assert item.ids.tolist()[: len(tokens("sort w")["input_ids"])] == tokens("sort w")["input_ids"]
-    (item,) = Encoder(tokens).encode(Completion("sort w1 :", " red"))
+    (item,) = ExampleEncoder(tokens).encode(Completion("sort w1 :", " red"))
     assert tokens.convert_ids_to_tokens(item.ids.tolist()) == ["sort", "w1", ":", "red", "</s>"]
     assert (item.labels != IGNORED).tolist() == [False, False, False, True, True]
 
@@ -149,7 +151,11 @@ def test_a_template_that_refuses_is_named_with_the_example():
     picky = "{% if messages[0].role != 'user' %}{{ raise_exception('starts with user') }}{% endif %}" + CHATML
     with pytest.raises(TaskError, match=r"rows: example 1: the chat template: it refuses this chat: starts with user"):
         encode_all(
-            Encoder(byte_tokenizer(picky)), [chat("Q", "A"), chat("Q", "A", system="S")], limit=None, long="drop", where="rows"
+            ExampleEncoder(byte_tokenizer(picky)),
+            [chat("Q", "A"), chat("Q", "A", system="S")],
+            limit=None,
+            long="drop",
+            where="rows",
         )
 
 
@@ -157,14 +163,14 @@ def test_a_tokenizer_without_an_end_is_refused():
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(TaskError, match="no end-of-sequence token"):
-        Encoder(tokenizer)
+        ExampleEncoder(tokenizer)
 
 
 class TestLongExamples:
     LONG = (Completion("Q", "A"), Completion("Q", "A" * 20), Completion("Q" * 20, "A"))
 
     def encode(self, long, limit=10):
-        return encode_all(Encoder(byte_tokenizer()), self.LONG, limit=limit, long=long, where="rows")
+        return encode_all(ExampleEncoder(byte_tokenizer()), self.LONG, limit=limit, long=long, where="rows")
 
     def test_they_are_left_out_and_counted(self):
         found = self.encode("drop")

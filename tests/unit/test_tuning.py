@@ -23,9 +23,17 @@ from plait.recipes.tuning import TuneSpec
 from plait.tasks.loading import load_tasks
 from plait.tuning.hierarchy import levels, similarity
 from plait.tuning.learners import CoefficientLearner
-from plait.tuning.learning import Class, Held, learn, look, rate, split_off, text_losses, with_references
+from plait.tuning.learning import HeldOutScore, SplitLessons, learn, look, rate, split_off, text_losses, with_references
 from plait.tuning.links import LINKS, normalized
-from plait.tuning.objectives import OBJECTIVES, References, Said, regret_weights, regrets, smooth_maximum, task_weights
+from plait.tuning.objectives import (
+    OBJECTIVES,
+    BatchOutputs,
+    ReferenceLosses,
+    regret_weights,
+    regrets,
+    smooth_maximum,
+    task_weights,
+)
 from plait.tuning.sampling import class_weight, draw
 from plait.tuning.selection import CRITERIA
 from plait.tuning.teaching import Lesson, lesson_of
@@ -108,9 +116,9 @@ def test_dense_columns_are_refused(tmp_path: Path) -> None:
 # --- objectives
 
 
-def said(**changes: Any) -> Said:
+def said(**changes: Any) -> BatchOutputs:
     torch.manual_seed(1)
-    return replace(Said(torch.randn(5, 7), torch.tensor([0, 2, 3]), targets=torch.tensor([1, 6, 0, 3, 3])), **changes)
+    return replace(BatchOutputs(torch.randn(5, 7), torch.tensor([0, 2, 3]), targets=torch.tensor([1, 6, 0, 3, 3])), **changes)
 
 
 def softmax(row: Tensor) -> list[float]:
@@ -160,7 +168,7 @@ def test_hidden() -> None:
 
 
 def test_task_weights() -> None:
-    losses, references = {"a": 0.0, "b": 0.0}, References({}, {"a": 0.5, "b": 4.0})
+    losses, references = {"a": 0.0, "b": 0.0}, ReferenceLosses({}, {"a": 0.5, "b": 4.0})
     assert task_weights(losses, references, SPEC) == {"a": 0.5, "b": 0.5}
 
     def given(**changes: Any) -> dict[str, float]:
@@ -176,7 +184,10 @@ def test_task_weights() -> None:
 
 def test_the_weights_of_regrets_are_the_gradient_of_their_smooth_maximum() -> None:
     spec = SPEC.model_copy(update={"tau": 0.1, "regret_eps": 1e-4})
-    own, references = {"a": 0.2, "b": 0.1, "c": 1.0}, References({"a": 2.0, "b": 0.6, "c": 0.9}, {"a": 0.3, "b": 0.1, "c": 1.0})
+    own, references = (
+        {"a": 0.2, "b": 0.1, "c": 1.0},
+        ReferenceLosses({"a": 2.0, "b": 0.6, "c": 0.9}, {"a": 0.3, "b": 0.1, "c": 1.0}),
+    )
     losses = torch.tensor([0.9, 0.4, 3.0], dtype=torch.float64, requires_grad=True)
     r = [(losses[0] - 0.2) / (1.7 + 1e-4), (losses[1] - 0.1) / (0.5 + 1e-4)]  # c has no headroom
     value = 0.1 * torch.logsumexp(torch.stack(r) / 0.1, 0)
@@ -285,7 +296,7 @@ def test_hidden_states_are_those_behind_every_layer(mixture: Mixture, place: Pat
                 at += len(p.answer)
 
 
-def ready(mixture: Mixture, place: Path, spec: TuneSpec) -> tuple[CoefficientLearner, Class]:
+def ready(mixture: Mixture, place: Path, spec: TuneSpec) -> tuple[CoefficientLearner, SplitLessons]:
     labeled = OBJECTIVES[spec.objective].needs == "labels"
     taught = split_off([lesson(mixture, place, t, labeled=labeled) for t in LABELS], share=0, most=8, seed=0)
     deltas = {}
@@ -381,7 +392,7 @@ def test_an_objective_that_is_no_number_stops(mixture: Mixture, place: Path) -> 
     with torch.no_grad():
         learner.named()["u"].fill_(math.nan)
     with pytest.raises(PlanError, match="learning_rate"):
-        learn(mixture, learner, taught, spec, Held(step=0, divergence={}, share=1.0))
+        learn(mixture, learner, taught, spec, HeldOutScore(step=0, divergence={}, share=1.0))
 
 
 def test_without_headroom_there_is_nothing_to_regret(mixture: Mixture, place: Path) -> None:

@@ -19,11 +19,11 @@ from plait.adapters.lowrank import LowRank
 from plait.adapters.names import clean_settings
 from plait.errors import AdapterError, collect, listed
 from plait.linalg.finite import all_finite
-from plait.tensorfiles.formats import FORMATS
+from plait.tensorfiles.formats import TENSOR_FORMATS
 from plait.tensorfiles.reader import FLOATS, SafetensorsFile, TensorFile
 
-WEIGHTS = SafetensorsFile.adapter_name
-CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = SafetensorsFile.adapter_name
+ADAPTER_CONFIG = "adapter_config.json"
 ALPHA = "alpha"  # the part of a module whose file brings its own
 
 
@@ -87,7 +87,7 @@ class Adapter:
         Raises:
             AdapterError: with everything that is wrong with it.
         """
-        config = AdapterConfig.read(folder / CONFIG)
+        config = AdapterConfig.read(folder / ADAPTER_CONFIG)
         config = replace(config, raw=clean_settings(config.raw))
         file = _open_file(folder)
         targets, full, problems = _understand(config, file)
@@ -148,12 +148,12 @@ class Adapter:
 
 
 def _open_file(folder: Path) -> TensorFile:
-    for kind in FORMATS:
+    for kind in TENSOR_FORMATS:
         if (folder / kind.adapter_name).is_file():
             return kind(folder / kind.adapter_name)
     instead = other_files(folder) or "Was the download cut short?"
-    others = " or ".join(kind.adapter_name for kind in FORMATS[1:])
-    raise AdapterError(f"{folder / WEIGHTS}: no such file, and no {others} either. {instead}")
+    others = " or ".join(kind.adapter_name for kind in TENSOR_FORMATS[1:])
+    raise AdapterError(f"{folder / ADAPTER_WEIGHTS}: no such file, and no {others} either. {instead}")
 
 
 def _understand(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Target], dict[str, str], list[str]]:

@@ -38,7 +38,7 @@ _OTHER_FILES = (  # what programs other than PEFT call their files, and what to 
 
 
 @dataclass
-class Contents:
+class SortedTensors:
     """A file's tensors, sorted.
 
     Attributes:
@@ -52,13 +52,13 @@ class Contents:
     problems: list[str] = field(default_factory=list)
 
 
-def sort_tensors(file: TensorFile) -> Contents:
+def sort_tensors(file: TensorFile) -> SortedTensors:
     """Sort a file's tensors by their names.
 
     Every tensor ends up somewhere: in a module, as a full tensor, or in a problem. Left out are only tensors that steer
     training, and the untrained copies that a live model keeps of what it trains.
     """
-    contents = Contents()
+    contents = SortedTensors()
     names = sorted(n for n in file.tensors if not is_training_only(n))
     loras = {n: parsed for n in names if (parsed := parse_lora_name(n))}
     rest = [n for n in names if n not in loras]
@@ -118,14 +118,14 @@ def _kohya(names: Iterable[str]) -> dict[str, LoraName]:
     return {n: parsed for n, parsed in found.items() if parsed.module in whole}
 
 
-def _put(contents: Contents, into: dict[str, str], key: str, name: str, what: str) -> None:
+def _put(contents: SortedTensors, into: dict[str, str], key: str, name: str, what: str) -> None:
     if key in into:
         contents.problems.append(f"{name!r} and {into[key]!r} are the same {what}")
     else:
         into[key] = name
 
 
-def _sort_full(contents: Contents, file: TensorFile, full: dict[str, FullName]) -> None:
+def _sort_full(contents: SortedTensors, file: TensorFile, full: dict[str, FullName]) -> None:
     for name, parsed in full.items():
         if not parsed.is_copy and not parsed.is_untrained:
             _put(contents, contents.full, parsed.path, name, "parameter")

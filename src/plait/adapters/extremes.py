@@ -20,7 +20,7 @@ _LARGEST, _SMALLEST = 2.0**40, 2.0**-50
 
 
 @dataclass(frozen=True)
-class Extreme:
+class ExtremeDelta:
     """A delta that float32 does not suffice for.
 
     Attributes:

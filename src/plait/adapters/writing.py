@@ -14,20 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.adapters.adapter import CONFIG, WEIGHTS
+from plait.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from plait.adapters.layouts import Layout, module_keys, uniform_rank
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import PREFIX, pattern_of
-from plait.tensorfiles.writer import Entry, TensorWriter
+from plait.tensorfiles.writer import TensorEntry, TensorWriter
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OUTPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-FullTensors = Sequence[tuple[Entry, Iterable[tuple[int, Tensor]]]]  # by path in the base model; (first row, rows) as they come
+FullTensors = Sequence[
+    tuple[TensorEntry, Iterable[tuple[int, Tensor]]]
+]  # by path in the base model; (first row, rows) as they come
 
 
 def held_tensors(tensors: Mapping[str, Tensor]) -> FullTensors:
     """Return tensors in memory, path → tensor, as `AdapterWriter.write` takes full ones."""
-    return [(Entry(path, tensor.dtype, tuple(tensor.shape)), [(0, tensor)]) for path, tensor in tensors.items()]
+    return [(TensorEntry(path, tensor.dtype, tuple(tensor.shape)), [(0, tensor)]) for path, tensor in tensors.items()]
 
 
 class AdapterWriter:
@@ -63,15 +65,15 @@ class AdapterWriter:
         self._names = {t: layouts[t].tensor_names(PREFIX + key) for t, key in module_keys(layouts).items()}
         self.dtype, self._has_bias, self._is_dora = dtype, has_bias, is_dora
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[TensorEntry]:
         """Return every tensor that belongs to a target."""
         entries = []
         for target, layout in self._layouts.items():
             names = self._names[target]
             shape_a, shape_b = layout.packed_shapes(self._slice_rank(target))
-            entries += [Entry(names.a, self.dtype, shape_a), Entry(names.b, self.dtype, shape_b)]
-            entries += [Entry(names.bias, self.dtype, (layout.outputs,))] * self._has_bias
-            entries += [Entry(names.magnitude, self.dtype, layout.magnitude_shape)] * self._is_dora
+            entries += [TensorEntry(names.a, self.dtype, shape_a), TensorEntry(names.b, self.dtype, shape_b)]
+            entries += [TensorEntry(names.bias, self.dtype, (layout.outputs,))] * self._has_bias
+            entries += [TensorEntry(names.magnitude, self.dtype, layout.magnitude_shape)] * self._is_dora
         return entries
 
     def tensors(
@@ -134,15 +136,15 @@ class AdapterWriter:
             The sha256 of the tensor file by its name.
         """
         others = [entry._replace(name=PREFIX + entry.name) for entry, _ in full]
-        with TensorWriter(folder / WEIGHTS, [*self.entries(), *others]) as writer:
+        with TensorWriter(folder / ADAPTER_WEIGHTS, [*self.entries(), *others]) as writer:
             for entry, blocks in full:
                 for row, block in blocks:
                     writer.write(PREFIX + entry.name, block, row=row)
             for tensors in targets:
                 for name in list(tensors):
                     writer.write(name, tensors.pop(name))  # let go of at once
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        return {WEIGHTS: writer.sha256}
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return {ADAPTER_WEIGHTS: writer.sha256}
 
     def _slice_rank(self, target: str) -> int:
         return self._ranks[target] // self._layouts[target].rank_unit

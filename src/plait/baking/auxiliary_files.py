@@ -13,7 +13,7 @@ from typing import Any
 
 from plait.baking.placement import Placement
 from plait.checkpoints.checkpoint import BaseCheckpoint
-from plait.checkpoints.files import CONFIG, INDEX
+from plait.checkpoints.files import INDEX, MODEL_CONFIG
 from plait.errors import AdapterError, collect
 from plait.folders import OutsideError, file_in, name_problem, open_in
 from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
@@ -96,9 +96,9 @@ def gather_auxiliary_files(
     texts = {}
     config = _config(checkpoint, inventory, placement, dtype)
     if config != checkpoint.config:
-        files.pop(CONFIG, None)
-        texts[CONFIG] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        described[CONFIG] = "base, changed"
+        files.pop(MODEL_CONFIG, None)
+        texts[MODEL_CONFIG] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        described[MODEL_CONFIG] = "base, changed"
     if index is not None:
         texts[INDEX] = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         described[INDEX] = "new"

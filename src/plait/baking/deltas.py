@@ -18,7 +18,7 @@ from plait.errors import PlanError
 from plait.linalg.blocks import HOLD_ELEMENTS, RowBlocks
 from plait.merging.combine import Combiner
 from plait.merging.inventory import Inventory
-from plait.spaces.base import Merged
+from plait.spaces.base import MergedMatrix
 
 _NEGLIGIBLE = 1e-5  # share of a delta that is rounding
 
@@ -53,7 +53,7 @@ class ModuleMerge:
         self._combiner, self._inventory, self._target = combiner, inventory, target
         self._owners = [a for a in inventory.adapters if target in a.targets]
         self.is_dora = any(a.targets[target].is_dora for a in self._owners)
-        self.matrices: Sequence[Merged] = () if self.is_dora else combiner.merge(target)
+        self.matrices: Sequence[MergedMatrix] = () if self.is_dora else combiner.merge(target)
 
     def bias(self) -> Tensor:
         """Return the merged `lora_bias`, (d_out,) float64: the weighted sum, whatever the method."""
@@ -127,7 +127,7 @@ def add_rows(delta: LowRank, block: Tensor, start: int, *, transposed: bool) -> 
     block.addmm_(left.to(block.dtype), right.to(block.dtype))
 
 
-def own_columns(matrix: Merged, start: int, stop: int, *, where: str) -> Merged:
+def own_columns(matrix: MergedMatrix, start: int, stop: int, *, where: str) -> MergedMatrix:
     """Return the columns [start, stop) of a merged delta, all others of which are zero.
 
     They are zero in every adapter, and stay so in whatever combines deltas; a factorization leaves its rounding there.

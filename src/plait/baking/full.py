@@ -13,7 +13,7 @@ from torch import Tensor
 from plait.adapters.adapter import Adapter
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.recipes.schema import Heads, Recipe
-from plait.tensorfiles.blocks import BLOCK_ELEMENTS, TORCH_DTYPES
+from plait.tensorfiles.blocks import TENSOR_BLOCK_ELEMENTS, TORCH_DTYPES
 
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 
@@ -49,8 +49,8 @@ class FullTensor:
         size = math.prod(self.shape)
         return all(
             torch.equal(self.values(i, n, dtype), checkpoint.values(name, i, n).to(dtype))
-            for i in range(0, size, BLOCK_ELEMENTS)
-            for n in [min(BLOCK_ELEMENTS, size - i)]
+            for i in range(0, size, TENSOR_BLOCK_ELEMENTS)
+            for n in [min(TENSOR_BLOCK_ELEMENTS, size - i)]
         )
 
     def same_values(self, other: FullTensor) -> bool:
@@ -58,8 +58,8 @@ class FullTensor:
         size = math.prod(self.shape)
         return self.shape == other.shape and all(
             torch.equal(self.values(i, n, torch.float64), other.values(i, n, torch.float64))
-            for i in range(0, size, BLOCK_ELEMENTS)
-            for n in [min(BLOCK_ELEMENTS, size - i)]
+            for i in range(0, size, TENSOR_BLOCK_ELEMENTS)
+            for n in [min(TENSOR_BLOCK_ELEMENTS, size - i)]
         )
 
 

@@ -29,11 +29,11 @@ from plait.merging.pipeline import default_workers, input_folders
 from plait.merging.record import adapter_inputs, sources, summary
 from plait.recipes.schema import Heads, Recipe
 from plait.recipes.writing import recipe_json
-from plait.records import Shown
+from plait.records import ShortRepr
 from plait.results.digests import sha256
 from plait.results.disk import UNWRITABLE, check_not_an_input, check_space
-from plait.results.lock import LOCK, RECORD, SUMMARY, Lock, locked_input, new_lock, output_digests
-from plait.results.progress import Progress, Silent
+from plait.results.lock import LOCK, RUN_RECORD, SUMMARY, Lock, locked_input, new_lock, output_digests
+from plait.results.progress import Progress, SilentProgress
 from plait.results.records import ModuleRecord, write_json
 from plait.results.staging import checking_output
 from plait.results.versions import library_versions
@@ -41,7 +41,7 @@ from plait.version import __version__
 
 
 @dataclass(frozen=True, repr=False)
-class BakeResult(Shown):
+class BakeResult(ShortRepr):
     """A finished bake.
 
     Attributes:
@@ -117,14 +117,14 @@ def run_bake(
         left = bake.plan.output_bytes - sum(size for size, _ in journal.finished.values())
         check_space(out, left, what="the model", on=journal.folder, advice="--dtype bfloat16")
         with base_digests(bake.checkpoint, bake.shards) as digests_of_base:
-            shards = _write_shards(bake, journal, workers, progress or Silent())
+            shards = _write_shards(bake, journal, workers, progress or SilentProgress())
             bake.auxiliary.write(journal.model)
             _write_heads(bake, journal.model)
             record = _record(bake, digests, shards, resumed, started)
             (journal.model / "README.md").write_text(model_card(bake, record), encoding="utf-8")
             lock = _lock(bake, digests, shards, digests_of_base(shards), journal.model, out)
         write_json(journal.model / LOCK, lock)
-        write_json(journal.model / RECORD, record)
+        write_json(journal.model / RUN_RECORD, record)
         write_json(journal.model / SUMMARY, summary(record))
         journal.publish(force=force)
     return BakeResult(out, bake.plan, record)

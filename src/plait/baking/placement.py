@@ -12,7 +12,7 @@ from plait.adapters.layouts import Layout
 from plait.baking.full import FullTensor, full_tensor, parameter_of
 from plait.checkpoints.architecture import ArchitectureUnknown, Part
 from plait.checkpoints.checkpoint import BaseCheckpoint, sections
-from plait.checkpoints.names import Names
+from plait.checkpoints.names import ParameterFinder
 from plait.libraries.transformers import HEADED_TASKS
 from plait.merging.combine import pipeline_of
 from plait.merging.inventory import Inventory
@@ -46,7 +46,7 @@ class RowRange:
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorChange:
     """What becomes of one tensor.
 
     Attributes:
@@ -68,7 +68,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Added:
+class AddedTensor:
     """A tensor that the base model does not have.
 
     Attributes:
@@ -79,7 +79,7 @@ class Added:
 
     shape: tuple[int, ...]
     source: str | None
-    change: Change
+    change: TensorChange
 
 
 @dataclass
@@ -95,8 +95,8 @@ class Placement:
         notes: what is worth knowing.
     """
 
-    changes: dict[str, Change] = field(default_factory=dict)
-    added: dict[str, Added] = field(default_factory=dict)
+    changes: dict[str, TensorChange] = field(default_factory=dict)
+    added: dict[str, AddedTensor] = field(default_factory=dict)
     untied: bool = False
     apart: dict[str, tuple[str, ...]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -104,7 +104,7 @@ class Placement:
 
     def add(self, tensor: str, **more: object) -> None:
         """Put something more on a tensor's list."""
-        now = self.changes.get(tensor, Change())
+        now = self.changes.get(tensor, TensorChange())
         together = {k: getattr(now, k) + v if isinstance(v, tuple) else v for k, v in more.items()}
         self.changes[tensor] = replace(now, **together)  # type: ignore[arg-type]
 
@@ -119,7 +119,7 @@ def place(inventory: Inventory, plan: MergePlan, checkpoint: BaseCheckpoint, ful
         full: heads and other full tensors that go into the model: parameter → tensor.
     """
     layouts = {m.target: inventory.layouts[m.target] for m in plan.modules}
-    names = Names(checkpoint, [layout.weight_name(t) for t, layout in layouts.items()])
+    names = ParameterFinder(checkpoint, [layout.weight_name(t) for t, layout in layouts.items()])
     return _Placing(inventory, checkpoint, names, layouts, full).run()
 
 
@@ -128,7 +128,7 @@ class _Placing:
         self,
         inventory: Inventory,
         checkpoint: BaseCheckpoint,
-        names: Names,
+        names: ParameterFinder,
         layouts: Mapping[str, Layout],
         full: Mapping[str, FullTensor],
     ) -> None:
@@ -334,7 +334,7 @@ class _Placing:
         """Add a task's head to the model; a parameter that no class of this model has is kept under heads/."""
         tasks = {a.config.raw.get("task_type") for a in tensor.adapters}
         if self._names.architecture is None or tasks & HEADED_TASKS:
-            self._result.added[parameter] = Added(tensor.shape, None, Change(replaced=tensor))
+            self._result.added[parameter] = AddedTensor(tensor.shape, None, TensorChange(replaced=tensor))
             self._result.notes.append(f"{parameter} is not in the base model and is added.")
             return
         for adapter, (_, name) in zip(tensor.adapters, tensor.names, strict=True):
@@ -389,8 +389,8 @@ class _Placing:
             return
         self._separate(owner, group[1], stored, uses)
 
-    def _separate(self, owner: str, copy: str, stored: str, uses: Mapping[str, Change | None]) -> None:
-        own, other = uses[owner] or Change(), uses[copy] or Change()
+    def _separate(self, owner: str, copy: str, stored: str, uses: Mapping[str, TensorChange | None]) -> None:
+        own, other = uses[owner] or TensorChange(), uses[copy] or TensorChange()
         shape = self._checkpoint.info(stored).shape
         if other.replaced is None and own.replaced is not None and own.replaced.shape != shape:
             other = replace(other, replaced=own.replaced)  # a resized vocabulary resizes both uses
@@ -400,17 +400,17 @@ class _Placing:
             self._result.changes[stored] = own
             return
         self._result.changes.pop(stored, None)
-        if own != Change():
+        if own != TensorChange():
             self._result.changes[stored] = own
         if self._stored(copy) is None:
-            self._result.added[copy] = Added(other.replaced.shape if other.replaced else shape, stored, other)
+            self._result.added[copy] = AddedTensor(other.replaced.shape if other.replaced else shape, stored, other)
         self._result.untied = True
         self._result.notes.append(
             f"{owner} and {copy} share one tensor in the base model and are changed differently: both are written, and "
             "tie_word_embeddings is false in the baked model."
         )
 
-    def _part(self, owner: str, stored: str, uses: Mapping[str, Change | None]) -> None:
+    def _part(self, owner: str, stored: str, uses: Mapping[str, TensorChange | None]) -> None:
         """Write the uses of a tensor that are changed otherwise than the one that owns it; the rest stay one with it.
 
         A configuration has no word for half a tie. It needs none where the loader looks at the values: transformers 5 does not
@@ -432,7 +432,7 @@ class _Placing:
                 continue
             apart.append(name)
             if self._stored(name) is None:
-                self._result.added[name] = Added(shape, stored, change or Change())
+                self._result.added[name] = AddedTensor(shape, stored, change or TensorChange())
         self._result.notes.append(
             f"{', '.join(apart)} no longer {'shares' if len(apart) == 1 else 'share'} the values of {owner} and "
             f"{'is' if len(apart) == 1 else 'are'} written apart. transformers 5 loads that; older ones tie them all again."
@@ -444,7 +444,7 @@ class _Placing:
         parts = architecture.parts.get(parameter, ()) if architecture else ()
         return parts[0].tensor if len(parts) == 1 else None
 
-    def _use(self, name: str) -> Change | None:
+    def _use(self, name: str) -> TensorChange | None:
         """Return the change of one use of a tied tensor."""
         stored = self._stored(name)
         if stored is not None:
@@ -459,8 +459,8 @@ class _Placing:
         if not ranges and full is None:
             return None
         if full is not None and full.indices:
-            return Change(ranges, tokens=full, replaced=full.table)
-        return Change(ranges, replaced=full)
+            return TensorChange(ranges, tokens=full, replaced=full.table)
+        return TensorChange(ranges, replaced=full)
 
     def _check_copy(self, target: str, layout: Layout, name: str, *, transposed: bool) -> None:
         owner = next(g[0] for g in self._names.tied_groups() if name in g)
@@ -473,7 +473,7 @@ class _Placing:
                 f"{list(wanted)}. Is this the base model that they were trained on?"
             )
 
-    def _agree(self, uses: list[Change | None]) -> bool:
+    def _agree(self, uses: list[TensorChange | None]) -> bool:
         """Say whether all uses of a tensor are changed alike, so that they can stay one.
 
         Trained token rows always are: PEFT ties their adapter to the head where the model ties the weights.

@@ -23,7 +23,7 @@ from plait.merging.moments import MomentsOf
 from plait.merging.plan import MergePlan, make_plan
 from plait.recipes.schema import Output, Recipe
 from plait.records import Record
-from plait.tensorfiles.blocks import BLOCK_ELEMENTS, SHORT
+from plait.tensorfiles.blocks import SHORT, TENSOR_BLOCK_ELEMENTS
 
 BakeDtype = Literal["float64", "float32", "float16", "bfloat16"]
 
@@ -258,7 +258,7 @@ def _plan(
     workers: int,
 ) -> BakePlan:
     widest = max((math.prod(checkpoint.info(name).shape[1:]) for name in checkpoint.home), default=0)
-    blocks = 4 * max(1, workers) * max(4 * BLOCK_ELEMENTS, widest)
+    blocks = 4 * max(1, workers) * max(4 * TENSOR_BLOCK_ELEMENTS, widest)
     return BakePlan(
         base=recipe.base_model or "",
         method=merge.method,

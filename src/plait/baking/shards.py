@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from plait.baking.placement import Change, Placement
+from plait.baking.placement import Placement, TensorChange
 from plait.checkpoints.checkpoint import BaseCheckpoint, Shard
 from plait.checkpoints.files import SINGLE
 from plait.errors import RecipeError
@@ -42,7 +42,7 @@ class OutTensor:
     nbytes: int
     start: int
     source: str | None
-    change: Change = field(repr=False)
+    change: TensorChange = field(repr=False)
     copied: bool
 
 
@@ -73,7 +73,7 @@ class _Entry:
     shape: tuple[int, ...]
     itemsize: int
     source: str | None
-    change: Change
+    change: TensorChange
 
     @property
     def nbytes(self) -> int:
@@ -129,7 +129,7 @@ def parse_size(text: str) -> int:
 
 def _entry(checkpoint: BaseCheckpoint, placement: Placement, name: str, dtype: str | None) -> _Entry:
     info = checkpoint.info(name)
-    change = placement.changes.get(name, Change())
+    change = placement.changes.get(name, TensorChange())
     shape = change.replaced.shape if change.replaced is not None else info.shape
     wanted = _wanted(info.dtype, dtype)
     # one that is copied may have a dtype that only its header knows
@@ -205,7 +205,7 @@ def _is_copy(checkpoint: BaseCheckpoint, entry: _Entry) -> bool:
     source = entry.source
     return (
         source is not None
-        and entry.change == Change()
+        and entry.change == TensorChange()
         and checkpoint.info(source).dtype == entry.dtype
         and not checkpoint.is_computed(source)
     )

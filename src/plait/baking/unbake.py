@@ -24,7 +24,7 @@ from plait.hub.references import parse_reference
 from plait.parsing import as_record
 from plait.recipes.loading import build_recipe
 from plait.recipes.schema import Recipe
-from plait.records import Record, Shown
+from plait.records import Record, ShortRepr
 from plait.results.lock import LOCK, read_lock
 from plait.results.progress import Progress
 from plait.tensorfiles.reader import TensorFile
@@ -52,7 +52,7 @@ class Residual(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class UnbakeResult(Shown):
+class UnbakeResult(ShortRepr):
     """A model without the adapter.
 
     Attributes:

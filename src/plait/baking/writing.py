@@ -24,7 +24,7 @@ from plait.notices import announce
 from plait.results.digests import sha256
 from plait.results.progress import Progress
 from plait.results.threads import one_thread_each
-from plait.tensorfiles.blocks import SourceError, copy_range
+from plait.tensorfiles.blocks import CopySourceError, copy_range
 
 _RUN = 1 << 26  # bytes that one thread copies at a time; a long run is shared
 
@@ -173,7 +173,7 @@ class ShardWriter:
         try:
             with run.path.open("rb", buffering=0) as source:
                 copy_range(source.fileno(), run.start, handle, run.position, run.count, self._advance)
-        except SourceError as error:
+        except CopySourceError as error:
             raise AdapterError(f"{run.path}: {error}. Fetch the base model again.") from None
 
 

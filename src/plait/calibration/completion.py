@@ -18,14 +18,14 @@ from plait.merging.pipeline import default_workers
 from plait.mixture import Mixture
 from plait.notices import announce
 from plait.recipes.schema import Recipe
-from plait.results.progress import Progress, Silent
+from plait.results.progress import Progress, SilentProgress
 from plait.results.staging import output_problem
 
 STORE = Path("artifacts", "moments")  # in the workspace: moments by content
 
 
 @dataclass(frozen=True)
-class Completed:
+class CompletedRecipe:
     """A recipe that a merge can run.
 
     Attributes:
@@ -49,7 +49,7 @@ def complete(
     options: CalibrateOptions | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> Completed:
+) -> CompletedRecipe:
     """Take what a recipe lacks from its tasks' texts; no label is read.
 
     Second moments are kept in the workspace by content, and used again by the next merge of the same base, adapters and texts.
@@ -69,26 +69,26 @@ def complete(
     """
     lacks_moments = moments is None and recipe.lacks_moments
     if not lacks_moments and recipe.scale != "auto":
-        return Completed(recipe)
+        return CompletedRecipe(recipe)
     if not recipe.tasks:
         raise PlanError("scale: 'auto' is found on texts of tasks, and there are none; give --tasks FILE.yaml, or a number.")
     require("a merge that reads texts", {"eval": ["transformers", "accelerate", "jinja2"]})
     if out is not None and (problem := output_problem(out, force=force)):
         raise OutputError(problem)
-    progress = progress or Silent()
+    progress = progress or SilentProgress()
     request = read_calibration(recipe, folder, options or CalibrateOptions())
     mixture = cache(lambda: load_base(request, progress))
     if lacks_moments:
         recipe = _with_moments(recipe, request, folder, mixture, progress)
     if recipe.scale != "auto":
-        return Completed(recipe)
+        return CompletedRecipe(recipe)
     inventory = take_inventory(recipe.model_copy(update={"scale": 1.0}), folder, moments)
     found = find_scale(request, mixture(), inventory, workers or default_workers(), progress)
     note = (
         f"scale {found.scale:.4g} was found on {_counts(request)}: nearest to each task's own adapter, with {found.share:.1%} "
         f"of the base's divergence from it; no label was read. Texts: {_digests(request)}."
     )
-    return Completed(recipe.model_copy(update={"scale": found.scale}), found, (note,))
+    return CompletedRecipe(recipe.model_copy(update={"scale": found.scale}), found, (note,))
 
 
 def _with_moments(

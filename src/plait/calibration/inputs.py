@@ -10,7 +10,7 @@ from plait.errors import TaskError
 from plait.evaluation.generation import generate_tokens
 from plait.evaluation.likelihood import check_lengths, log_likelihoods
 from plait.mixture import Mixture
-from plait.tasks.asking import Generated, Head, Target
+from plait.tasks.asking import Generated, Head, TargetLikelihood
 from plait.tasks.encoding import PromptEncoder
 
 _ANSWER = 32  # tokens of a free answer that a decoder reads, at most
@@ -43,11 +43,11 @@ def inputs_of(mixture: Mixture, texts: Texts, adapter: str, *, answered: bool = 
         return tuple(Passage(tuple(r)) for r in rows)
     apart = bool(getattr(config, "is_encoder_decoder", False))
     answered = answered or apart
-    answers = texts.choices if answered or isinstance(task.ask, Target) else [()] * len(texts.prompts)
+    answers = texts.choices if answered or isinstance(task.ask, TargetLikelihood) else [()] * len(texts.prompts)
     questions = PromptEncoder(tokenizer, task, apart=apart).encode(texts.prompts, answers)
     check_lengths(model, [len(q.prompt) + max(map(len, q.answers), default=0) for q in questions])
     chosen: list[list[int]] = [[] for _ in questions]
-    if isinstance(task.ask, Target):
+    if isinstance(task.ask, TargetLikelihood):
         chosen = [q.answers[0] for q in questions]
     elif answered:
         with mixture.active({adapter: 1.0}) as acting:

@@ -29,7 +29,7 @@ from plait.results.digests import sha256
 from plait.results.disk import check_not_an_input, check_space
 from plait.results.lock import LOCK, locked_input, new_lock, output_digests
 from plait.results.locking import locked
-from plait.results.progress import Progress, Silent
+from plait.results.progress import Progress, SilentProgress
 from plait.results.records import write_json
 from plait.results.staging import calibrating_folder, output_problem, publish
 from plait.results.versions import library_versions
@@ -74,7 +74,7 @@ def run_calibrate(
         PlaitError: anything wrong with what was given; nothing is left at `out` then.
     """
     require("plait calibrate", {"eval": ["transformers", "accelerate", "jinja2"]})
-    started, progress = time.perf_counter(), progress or Silent()
+    started, progress = time.perf_counter(), progress or SilentProgress()
     if problem := output_problem(out, force=force):
         raise OutputError(problem)
     request = read_calibration(recipe, folder, options or CalibrateOptions())

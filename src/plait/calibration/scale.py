@@ -12,13 +12,13 @@ import torch
 from plait.calibration.inputs import inputs_of
 from plait.calibration.passages import Passage, Reader
 from plait.calibration.request import CalibrationRequest
-from plait.calibration.teachers import Answers, ask
+from plait.calibration.teachers import OutputDistributions, ask
 from plait.errors import PlanError
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.inventory import Inventory
 from plait.merging.plan import make_plan
 from plait.mixture import Mixture
-from plait.results.progress import Progress, Silent
+from plait.results.progress import Progress, SilentProgress
 
 _WIDEST = 4.0  # scales that are tried: at most this, and at least its inverse
 _FIRST = (1.0, 1.4)
@@ -74,7 +74,7 @@ def find_scale(
     def share(scale: float) -> float:
         if scale not in tried:
             # DoRA normalizes by the merged weight, which is not linear in the scale
-            found = merged(scale, Silent()) if inventory.base is not None else [_scaled(m, scale) for m in at_one]
+            found = merged(scale, SilentProgress()) if inventory.base is not None else [_scaled(m, scale) for m in at_one]
             tried[scale] = sum(t.share(mixture, found) for t in teachers) / len(teachers)
             progress.advance()
         return tried[scale]
@@ -135,7 +135,9 @@ class _Teacher:
         progress.start(f"answers of {self._adapter}", len(passages), "texts")
         try:
             with mixture.active({self._adapter: 1.0}) as model:
-                self._answers: Answers = ask(model, self._passages, head=self._head, batch_size=_BATCH, report=progress.advance)
+                self._answers: OutputDistributions = ask(
+                    model, self._passages, head=self._head, batch_size=_BATCH, report=progress.advance
+                )
         finally:
             progress.finish()
         with mixture.active(None, heads=self._adapter if self._head else False) as model:

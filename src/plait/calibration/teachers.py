@@ -16,7 +16,7 @@ _KEPT = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class OutputDistributions:
     """Distributions over the vocabulary (or a head's labels), one row per position.
 
     Attributes:
@@ -27,10 +27,10 @@ class Answers:
     log_p: Tensor
     index: Tensor | None = None
 
-    def rows(self, wanted: Sequence[int]) -> Answers:
+    def rows(self, wanted: Sequence[int]) -> OutputDistributions:
         """Return some of the rows."""
         at = torch.tensor(wanted, device=self.log_p.device)
-        return Answers(self.log_p[at], None if self.index is None else self.index[at])
+        return OutputDistributions(self.log_p[at], None if self.index is None else self.index[at])
 
     def divergence(self, logits: Tensor) -> Tensor:
         """Return KL(these ‖ softmax(logits)) per row in nats, (N,).
@@ -48,13 +48,13 @@ class Answers:
         return (p * (self.log_p - log_q)).where(p > 0, 0).sum(-1)
 
 
-def answers_of(logits: Tensor, *, positions: int) -> Answers:
+def answers_of(logits: Tensor, *, positions: int) -> OutputDistributions:
     """Keep what logits say, (N, V) → distributions; `positions` of a whole task decide whether all entries fit in memory."""
     log_p = logits.log_softmax(-1)
     if positions * log_p.shape[-1] * 4 <= _MOST_BYTES:
-        return Answers(log_p)
+        return OutputDistributions(log_p)
     top = log_p.topk(_KEPT, -1)
-    return Answers(torch.cat([top.values, _log_rest(top.values)], -1), top.indices)
+    return OutputDistributions(torch.cat([top.values, _log_rest(top.values)], -1), top.indices)
 
 
 def ask(
@@ -64,7 +64,7 @@ def ask(
     head: bool = False,
     batch_size: int = 16,
     report: Callable[[int], object] = lambda done: None,
-) -> Answers:
+) -> OutputDistributions:
     """Return a model's distributions at the answers of passages, in their order.
 
     Args:
@@ -77,7 +77,7 @@ def ask(
     reader = Reader(model, head=head)
     order = sorted(range(len(passages)), key=lambda i: (passages[i].tokens, i))
     total = sum(p.positions for p in passages)
-    found: list[Answers | None] = [None] * len(passages)
+    found: list[OutputDistributions | None] = [None] * len(passages)
     with torch.inference_mode():
         for at in range(0, len(order), batch_size):
             batch = order[at : at + batch_size]
@@ -91,10 +91,10 @@ def ask(
     return joined([a for a in found if a is not None])
 
 
-def joined(parts: Sequence[Answers]) -> Answers:
+def joined(parts: Sequence[OutputDistributions]) -> OutputDistributions:
     """Return the rows of several, one behind the other."""
     index = [a.index for a in parts if a.index is not None]
-    return Answers(torch.cat([a.log_p for a in parts]), torch.cat(index) if index else None)
+    return OutputDistributions(torch.cat([a.log_p for a in parts]), torch.cat(index) if index else None)
 
 
 def _log_rest(log_p: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from plait.errors import TaskError
 from plait.recipes.evaluation import SplitName
-from plait.tasks.asking import Target
+from plait.tasks.asking import TargetLikelihood
 from plait.tasks.examples import fields_of, prompts_of
 from plait.tasks.inputs import Example, Prompt, Row
 from plait.tasks.loading import placed
@@ -114,7 +114,7 @@ def asked_in(texts: Texts, split: SplitName) -> list[int]:
 
 def _questions(task: RowTask, pairs: Iterable[tuple[Prompt, tuple[str, ...]]]) -> list[str]:
     """Return the hash of what is asked, as `Example.question` has it, of (prompt, choices)."""
-    if isinstance(task.ask, Target):  # whose text is the target
+    if isinstance(task.ask, TargetLikelihood):  # whose text is the target
         return [Example.of(prompt, text).question for prompt, (text,) in pairs]
     return [Example.of(prompt, "", choices).question for prompt, choices in pairs]
 

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from plait.adapters.layouts.conv1d import has_conv1d
 from plait.checkpoints.architecture import Architecture, ArchitectureUnknown
-from plait.checkpoints.dequantize import FORMATS, PlainFile, dequantized
+from plait.checkpoints.dequantize import QUANTIZED_FORMATS, PlainFile, dequantized
 from plait.checkpoints.files import INDEX, SINGLE, WeightFiles, find_weights, index_of, read_config
 from plait.checkpoints.quantization import quantization, way_out
 from plait.errors import AdapterError, PlanError, collect
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve_model
 from plait.notices import announce
-from plait.tensorfiles.formats import FORMATS as FILE_FORMATS
+from plait.tensorfiles.formats import TENSOR_FORMATS as FILE_FORMATS
 from plait.tensorfiles.formats import open_tensors
 from plait.tensorfiles.header import TensorInfo
 from plait.tensorfiles.reader import SafetensorsFile, TensorFile
 
-FILES = (*MODEL_FILES, *COMPANION_FILES, "*.py", "NOTICE*")
+CHECKPOINT_FILES = (*MODEL_FILES, *COMPANION_FILES, "*.py", "NOTICE*")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class BaseCheckpoint:
             AdapterError: files that are missing, cut off or not safetensors, all at once.
             PlanError: it is quantized, and is not to be dequantized or cannot be.
         """
-        located = resolve_model(reference, base=base, files=FILES)
+        located = resolve_model(reference, base=base, files=CHECKPOINT_FILES)
         folder = located.folder
         weights, index = _weight_files(folder)
         names = weights.names
@@ -139,7 +139,7 @@ class BaseCheckpoint:
         found = quantization(checkpoint.config, {n: s.file.tensors[n] for n, s in home.items()})
         if found is None:
             return checkpoint
-        if dequantize and found.method in FORMATS and all(s.is_safetensors for s in shards):
+        if dequantize and found.method in QUANTIZED_FORMATS and all(s.is_safetensors for s in shards):
             return checkpoint._plain()
         raise PlanError(
             f"{folder}: the base model is quantized ({found.description}). {way_out(found.method, asked=dequantize)}"

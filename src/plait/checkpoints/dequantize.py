@@ -26,7 +26,7 @@ from plait.tensorfiles.header import TensorInfo
 from plait.tensorfiles.reader import SafetensorsFile, read_bytes
 
 #: Methods of `quantization_config` that can be dequantized here.
-FORMATS = ("fp8", "mxfp4")
+QUANTIZED_FORMATS = ("fp8", "mxfp4")
 _FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _EXPONENTS = ("U8", "F8_E8M0")  # a byte that is the exponent of a power of two, plus 127
 _GROUP = 32  # values of mxfp4 that share a scale
@@ -34,7 +34,7 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and their negatives
 _DROPPED = (".weight_scale_inv", ".activation_scale", ".input_scale")
 
 
-class Computed(Protocol):
+class ComputedTensor(Protocol):
     """A tensor whose values are made when they are read."""
 
     @property
@@ -137,7 +137,7 @@ class PlainFile(SafetensorsFile):
         dtype: of the computed tensors, safetensors' name.
     """
 
-    def __init__(self, file: SafetensorsFile, computed: Mapping[str, Computed], parts: set[str], dtype: str) -> None:
+    def __init__(self, file: SafetensorsFile, computed: Mapping[str, ComputedTensor], parts: set[str], dtype: str) -> None:
         self.path = file.path
         self.computed = dict(computed)
         size = TORCH_DTYPES[dtype].itemsize
@@ -177,7 +177,7 @@ class PlainFile(SafetensorsFile):
 
 
 @dataclass
-class Dequantized:
+class DequantizedFiles:
     """The files of a checkpoint as plain ones.
 
     Attributes:
@@ -189,19 +189,19 @@ class Dequantized:
     problems: list[str] = field(default_factory=list)
 
 
-def dequantized(files: Sequence[SafetensorsFile], config: Mapping[str, Any]) -> Dequantized:
+def dequantized(files: Sequence[SafetensorsFile], config: Mapping[str, Any]) -> DequantizedFiles:
     """Describe a quantized checkpoint as plain; reads no tensor.
 
     Args:
         files: of the checkpoint.
-        config: its `config.json`, with a `quantization_config` of a method in `FORMATS`, there or in `text_config`.
+        config: its `config.json`, with a `quantization_config` of a method in `QUANTIZED_FORMATS`, there or in `text_config`.
     """
     stored = {name: _Stored(file, name) for file in files for name in file.tensors}
     settings = config.get("quantization_config") or config["text_config"]["quantization_config"]
     dtype = _plain_dtype(config)
-    found = Dequantized()
+    found = DequantizedFiles()
     for file in files:
-        computed: dict[str, Computed] = {}
+        computed: dict[str, ComputedTensor] = {}
         parts = {n for n in file.tensors if n.endswith(_DROPPED)}
         for name in file.tensors:
             try:
@@ -213,7 +213,7 @@ def dequantized(files: Sequence[SafetensorsFile], config: Mapping[str, Any]) -> 
     return found
 
 
-def _made_of(name: str, stored: Mapping[str, _Stored], settings: Mapping[str, Any]) -> Iterator[tuple[str, Computed]]:
+def _made_of(name: str, stored: Mapping[str, _Stored], settings: Mapping[str, Any]) -> Iterator[tuple[str, ComputedTensor]]:
     """Yield the plain tensor that a stored one holds the codes of.
 
     Raises:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from plait.errors import AdapterError
 from plait.parsing import read_object, shown
-from plait.tensorfiles.formats import FORMATS
+from plait.tensorfiles.formats import TENSOR_FORMATS
 from plait.tensorfiles.reader import SafetensorsFile
 
 SINGLE = SafetensorsFile.model_name
 INDEX = f"{SINGLE}.index.json"
-CONFIG = "config.json"
+MODEL_CONFIG = "config.json"
 # the input embedding, and the head that reads its values where a model ties the two
 INPUT_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|shared|embed_in|word_embeddings)\.weight")
 OUTPUT_HEAD = re.compile(r"(.*\.)?(lm_head|embed_out)\.weight")
@@ -43,7 +43,7 @@ def find_weights(folder: Path) -> WeightFiles | None:
     Raises:
         AdapterError: an index that is none.
     """
-    for kind in FORMATS:
+    for kind in TENSOR_FORMATS:
         name = index_of(kind.model_name)
         if (folder / name).is_file():
             index, home = read_index(folder / name)
@@ -84,7 +84,7 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     Raises:
         AdapterError: it is not a JSON object.
     """
-    path = folder / CONFIG
+    path = folder / MODEL_CONFIG
     return read_object(path, AdapterError, constants=True) if path.is_file() else {}
 
 

@@ -26,7 +26,7 @@ class Prefix:
         return name.startswith(self.removed)
 
 
-class Names:
+class ParameterFinder:
     """Finds parameters in a checkpoint.
 
     Args:

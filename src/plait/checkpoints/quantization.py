@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from plait.checkpoints.dequantize import FORMATS
+from plait.checkpoints.dequantize import QUANTIZED_FORMATS
 from plait.tensorfiles.header import TensorInfo
 
 # names under which bitsandbytes, GPTQ, AWQ, compressed-tensors and fp8 checkpoints store what a float weight is not
@@ -64,9 +64,9 @@ def way_out(method: str | None, *, asked: bool) -> str:
         method: how it is quantized, where that is known.
         asked: that it be dequantized.
     """
-    if method in FORMATS:
+    if method in QUANTIZED_FORMATS:
         return f"{_ORIGINAL}; or bake the plain model that it encodes (bake --dequantize)."
-    why = f"--dequantize knows {' and '.join(FORMATS)}: {_REASONS.get(method or '', _OTHER)}. " if asked else ""
+    why = f"--dequantize knows {' and '.join(QUANTIZED_FORMATS)}: {_REASONS.get(method or '', _OTHER)}. " if asked else ""
     return (
         f"{why}{_ORIGINAL}; or load it where its library runs, dequantize it there (model.dequantize() or "
         "quantization_config=…(dequantize=True), then save_pretrained) and give that folder."

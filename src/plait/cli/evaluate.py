@@ -91,7 +91,7 @@ def evaluate(
     from plait.commands.evaluate import EvaluateOrder
     from plait.commands.request import Request
     from plait.errors import RecipeError
-    from plait.evaluation.pipeline import Options
+    from plait.evaluation.pipeline import EvaluateOptions
 
     if seed is not None and subset is None:
         raise RecipeError("--seed is that of the subset; give --subset N too, or set both in the recipe (eval.subset).")
@@ -109,7 +109,7 @@ def evaluate(
         force=force,
         sources=named_paths("--source", source or []),
         card=card,
-        options=Options(workspace, base_id, load_dtype, device_map, trust_remote_code, matrix, workers),
+        options=EvaluateOptions(workspace, base_id, load_dtype, device_map, trust_remote_code, matrix, workers),
     )
     with warnings_as_notes():
         order.check()

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from plait.inspection.geometry import Matrix
+    from plait.inspection.geometry import SymmetricMatrix
     from plait.inspection.report import AdapterComparison, AdapterReport, Inspection, LayerComparison
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -192,7 +192,7 @@ class _Measure(NamedTuple):
     width: int
 
     @staticmethod
-    def of(title: str, matrix: Matrix, unrelated: float | None, write: Callable[[float], Text]) -> _Measure:
+    def of(title: str, matrix: SymmetricMatrix, unrelated: float | None, write: Callable[[float], Text]) -> _Measure:
         rows = [[_value(x, write) for x in row[:i]] for i, row in enumerate(matrix)][1:]
         cell = max(4, *(len(x) for row in rows for x in row))
         return _Measure(title, rows, _value(unrelated, write), cell, max(len(title), (cell + 1) * len(rows) - 1))
@@ -429,7 +429,7 @@ def _size(count: int) -> str:
     return size(count)
 
 
-def _below_diagonal(matrix: Matrix) -> list[float]:
+def _below_diagonal(matrix: SymmetricMatrix) -> list[float]:
     return [value for i, row in enumerate(matrix) for value in row[:i] if value is not None]
 
 

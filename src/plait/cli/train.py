@@ -97,9 +97,9 @@ def train(
 
 
 def _kept(plan: TrainingPlan) -> str:
-    from plait.training.folder import RECORD
+    from plait.training.folder import TRAINING_RECORD
 
-    done = sum((p.folder / RECORD).is_file() for p in plan.phases)
+    done = sum((p.folder / TRAINING_RECORD).is_file() for p in plan.phases)
     return (
         f"{done} of {len(plan.phases)} phases are finished and kept in {plan.out}; the same command continues with the others."
     )

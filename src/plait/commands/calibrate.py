@@ -11,7 +11,7 @@ from typing import Any
 from plait.calibration.pipeline import CalibrateResult, run_calibrate
 from plait.calibration.record import CalibrationPlan
 from plait.calibration.request import CalibrateOptions, calibration_recipe, read_calibration
-from plait.commands.request import Source, recipe_or_adapters
+from plait.commands.request import RecipeSource, recipe_or_adapters
 from plait.errors import RecipeError
 from plait.recipes.schema import Recipe
 from plait.results.progress import Progress
@@ -21,7 +21,7 @@ from plait.results.progress import Progress
 class CalibrateOrder:
     """A calibration that is asked for; see `plait.calibrate`."""
 
-    source: Source
+    source: RecipeSource
     tasks: Sequence[str | Path] | None = None
     out: Path | None = None
     base_model: str | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plait.adapters.adapter import WEIGHTS
+from plait.adapters.adapter import ADAPTER_WEIGHTS
 from plait.commands.request import Request, rank_or_energy
 from plait.hub.references import parse_reference
 from plait.merging.inventory import open_adapters
@@ -50,7 +50,7 @@ def _announce_if_not_smaller(result: MergeResult, adapter: str) -> None:
     """Announce that a compressed adapter has hardly fewer bytes than it had, and what would have."""
     (opened,) = open_adapters([(None, adapter)])[1]
     before = opened.file.path.stat().st_size
-    after = (result.folder / WEIGHTS).stat().st_size
+    after = (result.folder / ADAPTER_WEIGHTS).stat().st_size
     if after < _SMALLER * before:
         return
     ranks = {m.target: m.rank or 0 for m in result.record.modules}

@@ -12,7 +12,7 @@ from plait.commands.request import Request
 from plait.errors import RecipeError
 from plait.evaluation.card import put_results
 from plait.evaluation.comparison import Leaderboard, compare
-from plait.evaluation.pipeline import Options, evaluate_saved
+from plait.evaluation.pipeline import EvaluateOptions, evaluate_saved
 from plait.evaluation.record import Evaluation
 from plait.evaluation.request import eval_spec, recipe_name, variants, with_tasks
 from plait.evaluation.requirement import Requirement
@@ -81,7 +81,7 @@ class EvaluateOrder:
     force: bool = False
     sources: Mapping[str, str | Path] = field(default_factory=dict)
     card: bool = False
-    options: Options = field(default_factory=Options)
+    options: EvaluateOptions = field(default_factory=EvaluateOptions)
 
     @cached_property
     def saved(self) -> str | None:

@@ -14,7 +14,7 @@ from plait.recipes.request import Adapters, base_from_here, is_recipe_file, read
 from plait.recipes.schema import Recipe
 from plait.results.progress import Progress
 
-Source = Recipe | str | Path | Sequence[str | Path] | Mapping[str, str | Path]
+RecipeSource = Recipe | str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Request:
         tasks: files of the tasks, relative to the working directory; the recipe's own when None.
     """
 
-    source: Source
+    source: RecipeSource
     settings: Mapping[str, Any] = field(default_factory=dict)
     sets: Sequence[str] = ()
     moments: str | Path | Mapping[str, str | Path] | MomentsOf | None = None
@@ -113,7 +113,7 @@ def completed(
     return done.recipe, done.notes
 
 
-def recipe_or_adapters(source: Source) -> Source:
+def recipe_or_adapters(source: RecipeSource) -> RecipeSource:
     """Return a source that is not both a recipe's file and adapters; a list that holds a recipe alone is its path.
 
     Raises:

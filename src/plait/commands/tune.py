@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from plait.commands.request import Source, recipe_or_adapters
+from plait.commands.request import RecipeSource, recipe_or_adapters
 from plait.recipes.schema import Recipe
 from plait.results.progress import Progress
 from plait.tuning.pipeline import TuneOptions, TuneResult, run_tune
@@ -19,7 +19,7 @@ from plait.tuning.request import tune_request
 class TuneOrder:
     """A tuning that is asked for; see `plait.tune`."""
 
-    source: Source
+    source: RecipeSource
     out: Path
     tasks: Sequence[str | Path] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)

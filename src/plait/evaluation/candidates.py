@@ -27,7 +27,7 @@ from plait.results.progress import Progress
 from plait.tasks.asking import Head
 from plait.tasks.schema import Task
 
-Heads = Callable[[Task], str | None]
+HeadSource = Callable[[Task], str | None]
 _FREE = ("base_model", "tasks", "eval")  # keys of a recipe that its result does not depend on
 
 
@@ -44,7 +44,7 @@ class Candidate:
 
     name: str
     key: str
-    heads: Heads
+    heads: HeadSource
     act: Callable[[LoadedBase, str | None], AbstractContextManager[Any]]
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.errors import PlanError, collect
-from plait.evaluation.pipeline import Options, recipe_evaluator
-from plait.evaluation.record import VERSION, Bounds, Evaluation
+from plait.evaluation.pipeline import EvaluateOptions, recipe_evaluator
+from plait.evaluation.record import EVALUATION_VERSION, Bounds, Evaluation
 from plait.evaluation.workspace import check_index
 from plait.merging.inventory import take_inventory
 from plait.merging.plan import make_plan
@@ -19,7 +19,7 @@ from plait.results.progress import Progress
 from plait.version import __version__
 
 
-class Place(Record):
+class LeaderboardEntry(Record):
     """One merge on the leaderboard; the fields are those of `Evaluation`.
 
     Attributes:
@@ -64,19 +64,19 @@ class Leaderboard(Record):
         notes: what else is worth knowing.
     """
 
-    version: int = VERSION
+    version: int = EVALUATION_VERSION
     plait: str
     split: SplitName
     adapters: tuple[str, ...]
     base: dict[str, float]
     single: dict[str, float | None]
-    places: tuple[Place, ...]
+    places: tuple[LeaderboardEntry, ...]
     skipped: dict[str, str]
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedMerges:
     """Evaluated merges, best first.
 
     Attributes:
@@ -95,12 +95,12 @@ class Compared:
 def compare(
     recipes: Mapping[str, Recipe],
     folder: Path | None,
-    options: Options,
+    options: EvaluateOptions,
     progress: Progress | None = None,
     *,
     skipped: Mapping[str, str] | None = None,
     check: Callable[[list[str]], object] = lambda tasks: None,
-) -> Compared:
+) -> ComparedMerges:
     """Evaluate merges of the same adapters on the same tasks.
 
     Args:
@@ -133,7 +133,7 @@ def compare(
     found = [(evaluator.evaluate(evaluator.merge(inventory, name)), recipes[name]) for name, inventory in inventories.items()]
     found.sort(key=lambda pair: _standing(pair[0]), reverse=True)
     evaluations = tuple(evaluation for evaluation, _ in found)
-    return Compared(_board(evaluations, impossible), evaluations, tuple(recipe for _, recipe in found), folder)
+    return ComparedMerges(_board(evaluations, impossible), evaluations, tuple(recipe for _, recipe in found), folder)
 
 
 def _board(evaluations: tuple[Evaluation, ...], skipped: Mapping[str, str]) -> Leaderboard:
@@ -156,8 +156,8 @@ def _standing(found: Evaluation) -> tuple[float, float]:
     return worst, lowest if found.mean_recovery is None else found.mean_recovery
 
 
-def _place(found: Evaluation) -> Place:
-    return Place(
+def _place(found: Evaluation) -> LeaderboardEntry:
+    return LeaderboardEntry(
         name=found.name,
         tag=found.tag,
         method=found.method,

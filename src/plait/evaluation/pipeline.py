@@ -10,12 +10,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from plait.adapters.adapter import CONFIG, Adapter
+from plait.adapters.adapter import ADAPTER_CONFIG, Adapter
 from plait.errors import AddressError, PlanError, TaskError, did_you_mean
 from plait.evaluation.candidates import Candidate, merge_of, saved, whole
 from plait.evaluation.loaded_base import LoadedBase, placement
-from plait.evaluation.record import Evaluation, Kind, Source
-from plait.evaluation.recovery import Drawn
+from plait.evaluation.record import CandidateKind, Evaluation, SingleAdapter
+from plait.evaluation.recovery import BootstrapDraws
 from plait.evaluation.scores import ScoreCache, model_digest
 from plait.evaluation.session import Session, TaskExamples
 from plait.evaluation.subsets import check_names, choose, remember
@@ -30,7 +30,7 @@ from plait.recipes.evaluation import EvalSpec
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json
 from plait.results.lock import LOCK, Lock, read_lock
-from plait.results.progress import Progress, Silent
+from plait.results.progress import Progress, SilentProgress
 from plait.tasks.examples import Examples, read_examples
 from plait.tasks.loading import load_tasks, placed
 from plait.tasks.metrics import metric_of
@@ -41,7 +41,7 @@ from plait.version import __version__
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluateOptions:
     """How to evaluate, besides what a recipe says.
 
     Attributes:
@@ -77,7 +77,7 @@ class EvalSubject:
     """
 
     name: str
-    kind: Kind
+    kind: CandidateKind
     candidate: Candidate
     method: str | None = None
     space: str | None = None
@@ -106,7 +106,7 @@ class Evaluator:
         others: Sequence[Adapter],
         tasks: Sequence[str | Path],
         spec: EvalSpec,
-        options: Options,
+        options: EvaluateOptions,
         progress: Progress,
     ) -> None:
         self.spec = spec
@@ -119,7 +119,7 @@ class Evaluator:
             _announce_alone(self.tasks, self.singles)
         self.base, place = _base(base, folder, [*self.singles.values(), *others], options)
         self._sources = tuple(
-            Source(name=a.name, path=text, repo=p.repo, commit=p.commit, sha256=a.sha256()) for a, p, text in singles
+            SingleAdapter(name=a.name, path=text, repo=p.repo, commit=p.commit, sha256=a.sha256()) for a, p, text in singles
         )
         live = LoadedBase(
             place.folder,
@@ -166,7 +166,7 @@ class Evaluator:
             seconds=round(time.perf_counter() - started, 3),
         )
 
-    def draws(self, subject: EvalSubject) -> dict[str, Drawn]:
+    def draws(self, subject: EvalSubject) -> dict[str, BootstrapDraws]:
         """Return the bootstrap draws of every task; those of two subjects are of the same examples, and so can be compared."""
         return self._session.draws(subject.candidate)
 
@@ -182,7 +182,7 @@ class Evaluator:
 
 
 def recipe_evaluator(
-    recipe: Recipe, folder: Path | None, options: Options, progress: Progress | None = None
+    recipe: Recipe, folder: Path | None, options: EvaluateOptions, progress: Progress | None = None
 ) -> tuple[Evaluator, Inventory]:
     """Find everything that the evaluation of a recipe needs.
 
@@ -197,14 +197,14 @@ def recipe_evaluator(
     singles = list(zip(inventory.adapters, inventory.located, paths, strict=True))
     tasks = [placed(text, folder) for text in recipe.tasks]
     base = recipe.base_model or inventory.base_model
-    return Evaluator(base, folder, singles, (), tasks, recipe.eval, options, progress or Silent()), inventory
+    return Evaluator(base, folder, singles, (), tasks, recipe.eval, options, progress or SilentProgress()), inventory
 
 
 def evaluate_saved(
     reference: str,
     tasks: Sequence[str | Path],
     spec: EvalSpec,
-    options: Options,
+    options: EvaluateOptions,
     *,
     sources: Mapping[str, str],
     progress: Progress | None = None,
@@ -239,7 +239,7 @@ def evaluate_saved(
     method = recipe["method"] if recipe else {}
     if options.workspace is not None:
         check_index(options.workspace, method.get("name") or ("adapter" if is_adapter else "model"), taken or [name])
-    evaluator = Evaluator(base, None, singles, others, tasks, spec, options, progress or Silent())
+    evaluator = Evaluator(base, None, singles, others, tasks, spec, options, progress or SilentProgress())
     evaluator.notes.extend(notes)
     check([asked.task.name for asked in evaluator.tasks])
     known = {**evaluator.singles, **{a.name: a for a in others}}
@@ -292,7 +292,7 @@ def _splits(task: Task, spec: EvalSpec) -> dict[Any, Examples]:
     return {name: read_examples(task, name) for name in wanted}
 
 
-def _base(text: str | None, folder: Path | None, adapters: Iterable[Adapter], options: Options) -> tuple[str, Located]:
+def _base(text: str | None, folder: Path | None, adapters: Iterable[Adapter], options: EvaluateOptions) -> tuple[str, Located]:
     if options.base is not None:
         text, folder = options.base, None
     text = text or next((a.config.base_model for a in adapters if a.config.base_model), None)
@@ -306,10 +306,10 @@ def _find(reference: str) -> tuple[Located, bool]:
     parsed = parse_reference(reference, allow_bare=True)
     if parsed.path is not None:
         place = resolve_model(parsed.address)
-        is_adapter = (place.folder / CONFIG).is_file()
+        is_adapter = (place.folder / ADAPTER_CONFIG).is_file()
         if not is_adapter and not (place.folder / "config.json").is_file():
             raise AddressError(
-                f"{place.folder}: neither an adapter ({CONFIG}) nor a model (config.json) lies there. Give a recipe (.yaml), "
+                f"{place.folder}: no adapter ({ADAPTER_CONFIG}) or model (config.json) found. Give a recipe (.yaml), "
                 "the folder of an adapter, or that of a model."
             )
         return place, is_adapter

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from plait.recipes.evaluation import SplitName
 from plait.records import Record
 
-VERSION = 1
-Kind = Literal["merge", "adapter", "model"]
+EVALUATION_VERSION = 1
+CandidateKind = Literal["merge", "adapter", "model"]
 Bounds = tuple[float, float]
 
 
@@ -86,7 +86,7 @@ class TaskResult(Record):
     samples: tuple[Sample, ...]
 
 
-class Matrix(Record):
+class InterferenceMatrix(Record):
     """Every single adapter on every task.
 
     Attributes:
@@ -103,7 +103,7 @@ class Matrix(Record):
     recovery: tuple[tuple[float | None, ...], ...]
 
 
-class Source(Record):
+class SingleAdapter(Record):
     """One single adapter.
 
     Attributes:
@@ -154,16 +154,16 @@ class Evaluation(Record):
         seconds: wall time.
     """
 
-    version: int = VERSION
+    version: int = EVALUATION_VERSION
     plait: str
     name: str
-    kind: Kind
+    kind: CandidateKind
     tag: str
     method: str | None
     space: str | None
     recipe: dict[str, Any] | None
     base_model: str
-    sources: tuple[Source, ...]
+    sources: tuple[SingleAdapter, ...]
     split: SplitName
     dtype: str
     batch_size: int
@@ -177,7 +177,7 @@ class Evaluation(Record):
     worst_task: str | None
     below_base: tuple[str, ...]
     undefined: tuple[str, ...]
-    matrix: Matrix | None
+    matrix: InterferenceMatrix | None
     notes: tuple[str, ...]
     finished: str
     seconds: float

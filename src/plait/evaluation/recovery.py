@@ -14,7 +14,7 @@ from itertools import product
 
 import numpy as np
 
-from plait.tasks.answers import Array, Metric
+from plait.tasks.answers import FloatArray, Metric
 
 Interval = tuple[float, float]
 _TAILS = (2.5, 97.5)  # percentiles: 95 %
@@ -34,11 +34,11 @@ class PairedStatistics:
     """
 
     metric: Metric
-    base: Array
-    single: Array | None
-    merged: Array
+    base: FloatArray
+    single: FloatArray | None
+    merged: FloatArray
 
-    def draws(self, count: int, seed: tuple[int, ...]) -> Drawn:
+    def draws(self, count: int, seed: tuple[int, ...]) -> BootstrapDraws:
         """Weigh the examples at random, alike on all sides, `count` times.
 
         The Bayesian bootstrap (Rubin 1981): weights are Dirichlet's. Where examples are right or wrong, what has not been seen
@@ -58,9 +58,9 @@ class PairedStatistics:
         values = [self.metric.from_sums(part) for part in parts]
         sign = 1.0 if self.metric.higher_is_better else -1.0
         single = values[1] if self.single is not None else np.full(count, math.nan)
-        return Drawn(values[0], single, values[-1], recoveries(sign * values[0], sign * single, sign * values[-1]))
+        return BootstrapDraws(values[0], single, values[-1], recoveries(sign * values[0], sign * single, sign * values[-1]))
 
-    def _unseen(self, sides: list[Array]) -> Array | None:
+    def _unseen(self, sides: list[FloatArray]) -> FloatArray | None:
         """Return all outcomes that the sides may have together, as rows of statistics; None where there is no such list."""
         found = self.metric.outcomes(np.concatenate(sides))
         if found is None:
@@ -70,16 +70,16 @@ class PairedStatistics:
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
+class BootstrapDraws:
     """Drawn values of one task, (draws,) each; NaN where undefined."""
 
-    base: Array
-    single: Array
-    merged: Array
-    recovery: Array
+    base: FloatArray
+    single: FloatArray
+    merged: FloatArray
+    recovery: FloatArray
 
 
-def recoveries(base: Array, single: Array, merged: Array) -> Array:
+def recoveries(base: FloatArray, single: FloatArray, merged: FloatArray) -> FloatArray:
     """Return (merged − base) / (single − base), NaN where single − base is not positive; oriented values of any one shape."""
     headroom = single - base
     usable = headroom > _LEAST_HEADROOM
@@ -100,7 +100,7 @@ def task_seed(seed: int, task: str) -> tuple[int, ...]:
     return (seed, zlib.crc32(task.encode()))
 
 
-def interval(values: Array, found: float) -> Interval | None:
+def interval(values: FloatArray, found: float) -> Interval | None:
     """Return the middle 95 % of the defined values; None when there are none.
 
     Args:
@@ -114,7 +114,7 @@ def interval(values: Array, found: float) -> Interval | None:
     return (min(float(low), found), max(float(high), found)) if math.isfinite(found) else (float(low), float(high))
 
 
-def mean_and_worst(recoveries_: Mapping[str, Array]) -> tuple[Array, Array]:
+def mean_and_worst(recoveries_: Mapping[str, FloatArray]) -> tuple[FloatArray, FloatArray]:
     """Return mean and minimum over tasks, per draw; NaN in draws in which a task has no recovery."""
     stacked = np.stack(list(recoveries_.values()))
     return stacked.mean(0), stacked.min(0)

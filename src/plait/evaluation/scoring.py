@@ -11,16 +11,16 @@ from plait.evaluation.generation import generate
 from plait.evaluation.heads import classify
 from plait.evaluation.likelihood import log_likelihoods, vocabulary
 from plait.tasks.answers import Answer
-from plait.tasks.asking import Choices, Generated, Harness, Head, Length, Target
+from plait.tasks.asking import Choices, Generated, Harness, Head, Length, TargetLikelihood
 from plait.tasks.encoding import PromptEncoder
 from plait.tasks.examples import Examples
 from plait.tasks.schema import Task
 
-Report = Callable[[int], object]
+StepListener = Callable[[int], object]
 
 
 def answer(
-    model: Any, tokenizer: Any, examples: Examples, *, batch_size: int, report: Report = lambda done: None
+    model: Any, tokenizer: Any, examples: Examples, *, batch_size: int, report: StepListener = lambda done: None
 ) -> list[Answer]:
     """Ask a model everything.
 
@@ -60,7 +60,9 @@ def ranked(scores: Sequence[float], texts: Sequence[str], tokens: Sequence[int],
     return fair.index(max(fair))
 
 
-def _choose(model: Any, tokenizer: Any, examples: Examples, ask: Choices, batch_size: int, report: Report) -> list[Answer]:
+def _choose(
+    model: Any, tokenizer: Any, examples: Examples, ask: Choices, batch_size: int, report: StepListener
+) -> list[Answer]:
     encoder = _encoder(model, tokenizer, examples.task)
     questions = encoder.questions(examples, [e.choices for e in examples.items])
     scores = log_likelihoods(model, questions, batch_size=batch_size, report=report)
@@ -88,7 +90,9 @@ def _blank_scores(
     return dict(zip(kinds, log_likelihoods(model, asked, batch_size=batch_size), strict=True))
 
 
-def _generate(model: Any, tokenizer: Any, examples: Examples, ask: Generated, batch_size: int, report: Report) -> list[Answer]:
+def _generate(
+    model: Any, tokenizer: Any, examples: Examples, ask: Generated, batch_size: int, report: StepListener
+) -> list[Answer]:
     texts = generate(
         model,
         tokenizer,
@@ -105,7 +109,9 @@ def _encoder(model: Any, tokenizer: Any, task: Task) -> PromptEncoder:
     return PromptEncoder(tokenizer, task, apart=bool(model.config.is_encoder_decoder), vocabulary=vocabulary(model))
 
 
-def _score_target(model: Any, tokenizer: Any, examples: Examples, ask: Target, batch_size: int, report: Report) -> list[Answer]:
+def _score_target(
+    model: Any, tokenizer: Any, examples: Examples, ask: TargetLikelihood, batch_size: int, report: StepListener
+) -> list[Answer]:
     encoder = _encoder(model, tokenizer, examples.task)
     questions = encoder.questions(examples, [(e.target,) for e in examples.items])
     scores = log_likelihoods(model, questions, batch_size=batch_size, report=report)
@@ -115,7 +121,7 @@ def _score_target(model: Any, tokenizer: Any, examples: Examples, ask: Target, b
     ]
 
 
-def _classify(model: Any, tokenizer: Any, examples: Examples, ask: Head, batch_size: int, report: Report) -> list[Answer]:
+def _classify(model: Any, tokenizer: Any, examples: Examples, ask: Head, batch_size: int, report: StepListener) -> list[Answer]:
     rows = classify(
         model,
         tokenizer,
@@ -132,16 +138,16 @@ def _classify(model: Any, tokenizer: Any, examples: Examples, ask: Head, batch_s
 
 
 def _through_harness(
-    model: Any, tokenizer: Any, examples: Examples, ask: Harness, batch_size: int, report: Report
+    model: Any, tokenizer: Any, examples: Examples, ask: Harness, batch_size: int, report: StepListener
 ) -> list[Answer]:
     return harness.ask(model, tokenizer, examples, batch_size=batch_size, report=report)
 
 
 #: Way of asking → what does it; the kinds of tasks that ask so are not known here.
-_WAYS: Mapping[type, Callable[[Any, Any, Examples, Any, int, Report], list[Answer]]] = {
+_WAYS: Mapping[type, Callable[[Any, Any, Examples, Any, int, StepListener], list[Answer]]] = {
     Choices: _choose,
     Generated: _generate,
-    Target: _score_target,
+    TargetLikelihood: _score_target,
     Head: _classify,
     Harness: _through_harness,
 }

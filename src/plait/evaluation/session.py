@@ -10,8 +10,8 @@ import numpy as np
 from plait.adapters.adapter import Adapter
 from plait.evaluation.candidates import Candidate, bare, single
 from plait.evaluation.loaded_base import LoadedBase
-from plait.evaluation.record import Bounds, Matrix, Sample, TaskResult
-from plait.evaluation.recovery import Drawn, PairedStatistics, interval, mean_and_worst, recovery, task_seed
+from plait.evaluation.record import Bounds, InterferenceMatrix, Sample, TaskResult
+from plait.evaluation.recovery import BootstrapDraws, PairedStatistics, interval, mean_and_worst, recovery, task_seed
 from plait.evaluation.scores import Answers, ScoreCache, adapter_digest, answers_digest, digest
 from plait.evaluation.scoring import answer
 from plait.evaluation.subsets import ChosenSubset
@@ -91,11 +91,11 @@ class Session:
 
     def results(self, candidate: Candidate) -> tuple[tuple[TaskResult, ...], Totals]:
         """Evaluate a candidate on every task, beside base and single adapters."""
-        drawn: dict[str, Drawn] = {}
+        drawn: dict[str, BootstrapDraws] = {}
         results = [self._result(candidate, asked, drawn) for asked in self.asked]
         return tuple(results), _totals(results, drawn)
 
-    def matrix(self) -> Matrix:
+    def matrix(self) -> InterferenceMatrix:
         """Evaluate every single adapter on every task."""
         values, shares = [], []
         for name in self.adapters:
@@ -110,9 +110,9 @@ class Session:
                 )
             )
         tasks = tuple(a.task.name for a in self.asked)
-        return Matrix(adapters=tuple(self.adapters), tasks=tasks, values=tuple(values), recovery=tuple(shares))
+        return InterferenceMatrix(adapters=tuple(self.adapters), tasks=tasks, values=tuple(values), recovery=tuple(shares))
 
-    def draws(self, candidate: Candidate) -> dict[str, Drawn]:
+    def draws(self, candidate: Candidate) -> dict[str, BootstrapDraws]:
         """Return the bootstrap draws of every task; of two candidates they hold the same examples, and so can be compared."""
         return {a.task.name: self._draws(self._sides(candidate, a), a) for a in self.asked}
 
@@ -122,10 +122,10 @@ class Session:
         base, merged = (metric.statistics(self.answers(c, asked)) for c in (bare(self.adapters), candidate))
         return PairedStatistics(metric, np.asarray(base), alone, np.asarray(merged))
 
-    def _draws(self, sides: PairedStatistics, asked: TaskExamples) -> Drawn:
+    def _draws(self, sides: PairedStatistics, asked: TaskExamples) -> BootstrapDraws:
         return sides.draws(self.spec.draws, task_seed(self.spec.seed, asked.task.name))
 
-    def _result(self, candidate: Candidate, asked: TaskExamples, drawn: dict[str, Drawn]) -> TaskResult:
+    def _result(self, candidate: Candidate, asked: TaskExamples, drawn: dict[str, BootstrapDraws]) -> TaskResult:
         task, metric = asked.task, self._metrics[asked.task.name]
         base = self.answers(bare(self.adapters), asked)
         own = self._own(task)
@@ -206,7 +206,7 @@ def _why(task: Task, values: tuple[float, float | None, float], found: float | N
     return f"no headroom: the single adapter ({alone:.4g}) is not better than the base ({base:.4g})"
 
 
-def _totals(results: Sequence[TaskResult], drawn: Mapping[str, Drawn]) -> Totals:
+def _totals(results: Sequence[TaskResult], drawn: Mapping[str, BootstrapDraws]) -> Totals:
     known = {r.task: r.recovery for r in results if r.recovery is not None}
     if not known:
         return Totals(None, None, None, None, None)

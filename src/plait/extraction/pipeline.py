@@ -24,17 +24,17 @@ from plait.extraction.record import ExtractRecord, Leftover
 from plait.extraction.request import ExtractRequest, select
 from plait.extraction.writing import write_extraction
 from plait.inspection.compatibility import max_lora_rank
-from plait.records import Shown
+from plait.records import ShortRepr
 from plait.results.disk import check_not_an_input
-from plait.results.lock import LOCK, RECORD, Lock, locked_input, new_lock, output_digests
-from plait.results.progress import Progress, Silent
+from plait.results.lock import LOCK, RUN_RECORD, Lock, locked_input, new_lock, output_digests
+from plait.results.progress import Progress, SilentProgress
 from plait.results.records import ModuleRecord, write_json
 from plait.results.staging import output_problem, staged
 from plait.version import __version__
 
 
 @dataclass(frozen=True, repr=False)
-class ExtractResult(Shown):
+class ExtractResult(ShortRepr):
     """A finished extraction: the adapter's folder and what happened."""
 
     folder: Path
@@ -67,7 +67,7 @@ def run_extract(
     """
     started = time.perf_counter()
     workers = workers or max(1, min(4, os.cpu_count() or 1))
-    progress = progress or Silent()
+    progress = progress or SilentProgress()
     problem = output_problem(out, force=force)
     if problem:
         raise OutputError(problem)
@@ -84,7 +84,7 @@ def run_extract(
         record = _record(pairing, plan, selected, modules, request, name[0], started)
         (place / "README.md").write_text(extract_card(pairing, record), encoding="utf-8")
         write_json(place / LOCK, _lock(pairing, request, place, out))
-        write_json(place / RECORD, record)
+        write_json(place / RUN_RECORD, record)
     return ExtractResult(out, record)
 
 

@@ -12,18 +12,18 @@ from torch import Tensor
 from plait.adapters.layouts import Linear
 from plait.adapters.lowrank import LowRank
 from plait.adapters.selection import names_or_paths
-from plait.adapters.writing import DTYPES, AdapterWriter
+from plait.adapters.writing import OUTPUT_DTYPES, AdapterWriter
 from plait.errors import PlanError
 from plait.extraction.pairing import Pair, Pairing
 from plait.extraction.plan import ExtractPlan, key_of
 from plait.extraction.request import ExtractRequest
 from plait.linalg.blocks import block_ranges
-from plait.merging.emit import Emitted, emit
+from plait.merging.emit import OutputFactors, emit
 from plait.results.progress import Progress
 from plait.results.records import ModuleRecord
 from plait.results.threads import in_order
 from plait.tensorfiles.reader import DTYPES as STORED
-from plait.tensorfiles.writer import Entry
+from plait.tensorfiles.writer import TensorEntry
 
 
 def write_extraction(
@@ -50,7 +50,11 @@ def write_extraction(
         PlanError: a value overflows in the dtype asked for, or all of a tensor vanish.
     """
     writer = AdapterWriter(
-        plan.layouts, plan.ranks, dtype=DTYPES[request.dtype], uniform=request.layout == "uniform", has_bias=bool(plan.biases)
+        plan.layouts,
+        plan.ranks,
+        dtype=OUTPUT_DTYPES[request.dtype],
+        uniform=request.layout == "uniform",
+        has_bias=bool(plan.biases),
     )
     config = writer.config(
         {
@@ -80,18 +84,18 @@ def write_extraction(
             yield {name: _cast(pair, tensor, request.dtype) for name, tensor in named.items()}
             done.append(_module_record(pair, emitted))
 
-    full = [(Entry(p.name, getattr(torch, STORED[p.info.dtype]), p.shape), _rows(p)) for p in plan.full]
+    full = [(TensorEntry(p.name, getattr(torch, STORED[p.info.dtype]), p.shape), _rows(p)) for p in plan.full]
     writer.write(place, tensors(), config, full)
     return tuple(done)
 
 
-def _factors(plan: ExtractPlan, pair: Pair) -> Emitted:
+def _factors(plan: ExtractPlan, pair: Pair) -> OutputFactors:
     """Return the factors of every matrix; one difference is held at a time."""
     if pair.name not in plan.energies:  # its bias alone has changed
-        return Emitted((LowRank.zero(pair.matrix_shape, rank=1),), 0.0, 0.0)
+        return OutputFactors((LowRank.zero(pair.matrix_shape, rank=1),), 0.0, 0.0)
     parts = [emit([pair.delta(i)], plan.ranks[pair.module], key_of(pair, i)) for i in range(len(pair.matrices))]
     slices = tuple(s for part in parts for s in part.slices)
-    return Emitted(slices, math.fsum(p.energy or 0.0 for p in parts), math.fsum(p.kept or 0.0 for p in parts))
+    return OutputFactors(slices, math.fsum(p.energy or 0.0 for p in parts), math.fsum(p.kept or 0.0 for p in parts))
 
 
 def _cast(pair: Pair, tensor: Tensor, dtype: str) -> Tensor:
@@ -100,7 +104,7 @@ def _cast(pair: Pair, tensor: Tensor, dtype: str) -> Tensor:
     Raises:
         PlanError: it overflows there, or vanishes.
     """
-    cast = tensor.to(DTYPES[dtype])
+    cast = tensor.to(OUTPUT_DTYPES[dtype])
     wider = f"in {dtype}; write --dtype bfloat16 or float32"
     if not bool(torch.isfinite(cast).all()):
         raise PlanError(f"{pair.name!r}: the factors overflow {wider}.")
@@ -120,7 +124,7 @@ def _rows(pair: Pair) -> Iterator[tuple[int, Tensor]]:
         yield start, file.read_rows(name, start, stop)
 
 
-def _module_record(pair: Pair, emitted: Emitted) -> ModuleRecord:
+def _module_record(pair: Pair, emitted: OutputFactors) -> ModuleRecord:
     energy, held = emitted.energy or 0.0, emitted.kept or 0.0
     kept = min(1.0, held / energy) if energy else 1.0
     is_whole = emitted.rank >= min(pair.matrix_shape) or not energy

@@ -20,8 +20,8 @@ from plait.libraries.huggingface_hub import bars, status_of
 from plait.notices import announce
 from plait.records import Record
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 #: What may be next to an adapter and is wanted next to the merge: the card, the tokenizer and the chat template.
 BESIDE = (
@@ -87,20 +87,20 @@ def resolve(reference: Reference, *, base: Path | None = None, progress: bool = 
     try:
         commit, names = _listing(reference)
     except Exception as error:  # which classes can come depends on the transport library below huggingface_hub
-        snapshot = _from_cache(error, reference, [glob.escape(prefix + CONFIG)], base=base)
+        snapshot = _from_cache(error, reference, [glob.escape(prefix + ADAPTER_CONFIG)], base=base)
         held = {path.name for path in (snapshot / prefix).glob("*")}
-        if CONFIG not in held or not held & {WEIGHTS, PICKLED}:
+        if ADAPTER_CONFIG not in held or not held & {ADAPTER_WEIGHTS, PICKLED}:
             raise AddressError(_why(error, reference, base)) from error
     else:
-        if prefix + CONFIG not in names:
+        if prefix + ADAPTER_CONFIG not in names:
             raise AddressError(_no_config(reference, commit, names))
-        weights = [name for name in (WEIGHTS, PICKLED) if prefix + name in names][:1]
+        weights = [name for name in (ADAPTER_WEIGHTS, PICKLED) if prefix + name in names][:1]
         if not weights:
             raise AddressError(
-                f"{reference.address!r} has {CONFIG}, but neither {WEIGHTS} nor {PICKLED} next to it. It holds: "
+                f"{reference.address!r} has {ADAPTER_CONFIG}, but neither {ADAPTER_WEIGHTS} nor {PICKLED}. It holds: "
                 f"{_listed(names)}."
             )
-        wanted = [prefix + name for name in (CONFIG, *weights, *BESIDE) if prefix + name in names]
+        wanted = [prefix + name for name in (ADAPTER_CONFIG, *weights, *BESIDE) if prefix + name in names]
         snapshot = _fetch(reference, commit, wanted, base=base, progress=progress)
     return _located(reference, snapshot)
 
@@ -286,8 +286,8 @@ def _revisions(repo: str, revision: str) -> str:
 
 def _no_config(reference: Reference, commit: str, names: list[str]) -> str:
     place = "in this subfolder" if reference.subfolder else "at the top of this repository"
-    found = f"{reference.address!r}: there is no {CONFIG} {place} (commit {commit[:12]})."
-    folders = [name.removesuffix(CONFIG).rstrip("/") for name in names if name.split("/")[-1] == CONFIG]
+    found = f"{reference.address!r}: there is no {ADAPTER_CONFIG} {place} (commit {commit[:12]})."
+    folders = [name.removesuffix(ADAPTER_CONFIG).rstrip("/") for name in names if name.split("/")[-1] == ADAPTER_CONFIG]
     if folders:
         specs = [
             reference.model_copy(update={"name": None, "subfolder": folder or None}).spec

@@ -80,7 +80,7 @@ class Compatibility(Record):
     modules: int
 
 
-class Served(Record):
+class ServedAdapter(Record):
     """What vLLM needs to serve one adapter as it is.
 
     Attributes:
@@ -106,7 +106,7 @@ class Serving(Record):
         merged_max_lora_rank: the smallest setting that holds it; None when vLLM has none that large.
     """
 
-    adapters: tuple[Served, ...]
+    adapters: tuple[ServedAdapter, ...]
     merged_rank: int
     merged_max_lora_rank: int | None
 
@@ -317,7 +317,7 @@ def short_name(path: str) -> str:
     return re.sub(r"^.*\.(?=[^.]*[^.\d][^.]*(?:\.\d+)*$)", "", path)
 
 
-def _served(adapter: Adapter) -> Served:
+def _served(adapter: Adapter) -> ServedAdapter:
     config = adapter.config
     # vLLM checks the configured r as well as the tensors, and scales every module by lora_alpha and that r alone.
     configured, alpha = int(config.raw.get("r", 8)), float(config.raw.get("lora_alpha", 8))
@@ -336,7 +336,7 @@ def _served(adapter: Adapter) -> Served:
         refused.append(f"convolutions ({listed(sorted({short_name(p) for p in convolutions}))})")
     if other:
         refused.append(f"scalings of {_count(len(other), 'module')} (it reads r and lora_alpha, no patterns)")
-    return Served(name=adapter.name, rank=rank, max_lora_rank=max_lora_rank(rank), refused=tuple(refused))
+    return ServedAdapter(name=adapter.name, rank=rank, max_lora_rank=max_lora_rank(rank), refused=tuple(refused))
 
 
 def _different_beginnings(one: Adapter, two: Adapter) -> tuple[str, str] | None:

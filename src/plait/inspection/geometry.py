@@ -26,11 +26,11 @@ from plait.adapters.names import layer_key
 from plait.linalg.blocks import block_ranges
 from plait.linalg.factored import rank_for_energy
 
-Matrix = tuple[tuple[float | None, ...], ...]  # (T, T); None where a value is not defined
+SymmetricMatrix = tuple[tuple[float | None, ...], ...]  # (T, T); None where a value is not defined
 _NULL = 1e-5  # directions of a factor below this share of its largest singular value are round-off
 
 
-class Sums:
+class EntrySums:
     """Sums over the entries of one module, or over the modules of a layer; each (T, T), float64."""
 
     def __init__(self, count: int) -> None:
@@ -39,7 +39,7 @@ class Sums:
         self.nonzero = torch.zeros_like(self.inner)  # number of entries non-zero in both
         self.signs = torch.zeros_like(self.inner)  # ⟨sign x, sign y⟩: agreeing entries − opposed ones
 
-    def __iadd__(self, other: Sums) -> Sums:
+    def __iadd__(self, other: EntrySums) -> EntrySums:
         self.inner += other.inner
         self.magnitude += other.magnitude
         self.nonzero += other.nonzero
@@ -50,16 +50,16 @@ class Sums:
         """Return every adapter's ‖ΔW‖_F."""
         return tuple(math.sqrt(max(0.0, x)) for x in self.inner.diagonal().tolist())
 
-    def cosine(self) -> Matrix:
+    def cosine(self) -> SymmetricMatrix:
         """Return ⟨ΔWᵢ, ΔWⱼ⟩ / (‖ΔWᵢ‖ ‖ΔWⱼ‖), (T, T)."""
         norm = self.inner.diagonal().clamp_min(0).sqrt()
         return as_matrix((self.inner / torch.outer(norm, norm)).clamp(-1, 1))
 
-    def conflict(self) -> Matrix:
+    def conflict(self) -> SymmetricMatrix:
         """Return, of the entries that are non-zero in both, the share whose signs differ, (T, T)."""
         return as_matrix((1 - self.signs / self.nonzero) / 2)
 
-    def weighted_conflict(self) -> Matrix:
+    def weighted_conflict(self) -> SymmetricMatrix:
         """Return the same share with every entry counted by |xᵢ xⱼ|, (T, T)."""
         # The two sums round differently: equal adapters must not come out a hair below 0.
         return as_matrix(((1 - self.inner / self.magnitude) / 2).clamp(0, 1))
@@ -81,7 +81,7 @@ class RowSpaceOverlap(NamedTuple):
     chance: float
 
 
-class Measured(NamedTuple):
+class ModuleMeasures(NamedTuple):
     """The measures of one target module.
 
     Attributes:
@@ -93,11 +93,11 @@ class Measured(NamedTuple):
 
     path: str
     powers: dict[int, list[Tensor]]
-    sums: Sums | None
+    sums: EntrySums | None
     overlaps: list[RowSpaceOverlap]
 
 
-def measure_all(adapters: Sequence[Adapter], paths: Sequence[str], workers: int) -> Iterator[Measured]:
+def measure_all(adapters: Sequence[Adapter], paths: Sequence[str], workers: int) -> Iterator[ModuleMeasures]:
     """Yield the measures of the modules, in their order. In every worker torch keeps to one thread: the tensors are small."""
     dtype = torch.float64 if any("F64" in a.dtypes for a in adapters) else torch.float32
     blocks = _Blocks()
@@ -117,7 +117,7 @@ def row_overlaps(adapters: Sequence[Adapter], path: str) -> list[RowSpaceOverlap
     return [found for parts in zip(*stacks, strict=True) for found in _Grams(parts).overlaps(present) if found.factor == "a"]
 
 
-def _measure(adapters: Sequence[Adapter], path: str, dtype: torch.dtype, blocks: _Blocks) -> Measured:
+def _measure(adapters: Sequence[Adapter], path: str, dtype: torch.dtype, blocks: _Blocks) -> ModuleMeasures:
     targets = {t: a.targets[path] for t, a in enumerate(adapters) if path in a.targets}
     raw = {t: adapters[t].read(path, dtype) for t in targets}
     if any(out_of_range(raw[t], target.scaling) is not None for t, target in targets.items()):
@@ -125,10 +125,10 @@ def _measure(adapters: Sequence[Adapter], path: str, dtype: torch.dtype, blocks:
     stacks = {t: [d.scaled(target.scaling) for d in raw[t]] for t, target in targets.items()}
     powers = {t: [_squared_singular_values(delta) for delta in stack] for t, stack in stacks.items()}
     if len({target.layout for target in targets.values()}) > 1:
-        return Measured(path, powers, None, [])
+        return ModuleMeasures(path, powers, None, [])
     present = list(stacks)
     grid = torch.meshgrid(torch.tensor(present), torch.tensor(present), indexing="ij")
-    sums = Sums(len(adapters))
+    sums = EntrySums(len(adapters))
     overlaps: list[RowSpaceOverlap] = []
     for parts in zip(*stacks.values(), strict=True):
         grams = _Grams(parts)
@@ -139,7 +139,7 @@ def _measure(adapters: Sequence[Adapter], path: str, dtype: torch.dtype, blocks:
             sums.magnitude[grid] += magnitude
             sums.nonzero[grid] += nonzero
             overlaps += grams.overlaps(present)
-    return Measured(path, powers, sums, overlaps)
+    return ModuleMeasures(path, powers, sums, overlaps)
 
 
 def _squared_singular_values(delta: LowRank) -> Tensor:
@@ -236,21 +236,21 @@ class Spectra:
                 self.ranks_for_99.append(rank_for_energy(power.sqrt(), 0.99))
 
 
-class Pairs:
+class PairwiseMeasures:
     """What adapters have in common, layer by layer."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.layers: dict[str, Sums] = {}
+        self.layers: dict[str, EntrySums] = {}
         self.overlaps: dict[tuple[str, str, tuple[int, int]], list[float]] = defaultdict(list)  # layer, factor, pair
         self.chances: dict[str, list[float]] = defaultdict(list)
 
-    def add(self, measured: Measured) -> None:
+    def add(self, measured: ModuleMeasures) -> None:
         """Add the measures of one module."""
         if measured.sums is None:
             return
         name = layer_name(measured.path)
-        layer = self.layers.setdefault(name, Sums(self.count))
+        layer = self.layers.setdefault(name, EntrySums(self.count))
         layer += measured.sums
         of_module: dict[tuple[str, tuple[int, int]], list[float]] = defaultdict(list)
         for found in measured.overlaps:
@@ -259,7 +259,7 @@ class Pairs:
         for (factor, pair), medians in of_module.items():
             self.overlaps[name, factor, pair].append(statistics.median(medians))
 
-    def overlap(self, factor: str, layer: str | None = None) -> Matrix:
+    def overlap(self, factor: str, layer: str | None = None) -> SymmetricMatrix:
         """Return the (T, T) median overlaps of one factor, over all modules or those of one layer."""
         values = torch.full((self.count, self.count), math.nan, dtype=torch.float64).fill_diagonal_(1)
         found: dict[tuple[int, int], list[float]] = defaultdict(list)
@@ -275,7 +275,7 @@ class Pairs:
         return statistics.median(self.chances[factor]) if self.chances[factor] else None
 
 
-def as_matrix(values: Tensor) -> Matrix:
+def as_matrix(values: Tensor) -> SymmetricMatrix:
     """Return a symmetric matrix, to the last bit, with None where a value is not defined (0 / 0)."""
     rows = (values.triu() + values.triu(1).mT).tolist()
     return tuple(tuple(None if math.isnan(value) else float(value) for value in row) for row in rows)

@@ -19,9 +19,9 @@ from plait.adapters.names import layer_key
 from plait.errors import PlanError
 from plait.inspection.compatibility import Compatibility, Serving, check_compatibility, serving, short_name
 from plait.inspection.doubts import contradictions
-from plait.inspection.geometry import Matrix, Pairs, Spectra, Sums, layer_name, measure_all
+from plait.inspection.geometry import EntrySums, PairwiseMeasures, Spectra, SymmetricMatrix, layer_name, measure_all
 from plait.records import Record
-from plait.results.progress import Progress, Silent
+from plait.results.progress import Progress, SilentProgress
 
 COLLAPSED = 0.9  # overlap of the A row spaces above which adapters count as one initialization
 SEPARATE = 0.5  # and below which as independent ones
@@ -168,11 +168,11 @@ class LayerComparison(Record):
     index: int | None
     norms: tuple[float, ...]
     scale_ratio: float | None
-    cosine: Matrix
-    conflict: Matrix
-    weighted_conflict: Matrix
-    overlap_a: Matrix = ()
-    overlap_b: Matrix = ()
+    cosine: SymmetricMatrix
+    conflict: SymmetricMatrix
+    weighted_conflict: SymmetricMatrix
+    overlap_a: SymmetricMatrix = ()
+    overlap_b: SymmetricMatrix = ()
 
 
 class SharedInit(Record):
@@ -222,13 +222,13 @@ class AdapterComparison(Record):
     names: tuple[str, ...]
     norms: tuple[float, ...]
     scale_ratio: float | None
-    cosine: Matrix
-    overlap_a: Matrix
-    overlap_b: Matrix
+    cosine: SymmetricMatrix
+    overlap_a: SymmetricMatrix
+    overlap_b: SymmetricMatrix
     overlap_a_chance: float | None
     overlap_b_chance: float | None
-    conflict: Matrix
-    weighted_conflict: Matrix
+    conflict: SymmetricMatrix
+    weighted_conflict: SymmetricMatrix
     layers: tuple[LayerComparison, ...]
     shared_init: SharedInit | None
     findings: tuple[str, ...]
@@ -276,8 +276,8 @@ def inspect_adapters(
         raise PlanError("there is no adapter to inspect; name at least one.")
     paths = sorted({path for a in adapters for path in a.targets}, key=_model_order)
     spectra = [Spectra() for _ in adapters]
-    pairs = Pairs(len(adapters))
-    listener = progress or Silent()
+    pairs = PairwiseMeasures(len(adapters))
+    listener = progress or SilentProgress()
     listener.start("compare" if len(adapters) > 1 else "measure", len(paths))
     try:
         for measured in measure_all(adapters, paths, workers or os.cpu_count() or 1):
@@ -367,8 +367,8 @@ def _warnings(adapter: Adapter, spectra: Spectra) -> Iterator[str]:
         yield "layer_replication: its layers are those of a base model with repeated layers, not of the published one."
 
 
-def _compare(names: Sequence[str], pairs: Pairs) -> AdapterComparison:
-    total = Sums(pairs.count)
+def _compare(names: Sequence[str], pairs: PairwiseMeasures) -> AdapterComparison:
+    total = EntrySums(pairs.count)
     for sums in pairs.layers.values():
         total += sums
     overlap_a, chance_a = pairs.overlap("a"), pairs.chance("a")
@@ -390,7 +390,7 @@ def _compare(names: Sequence[str], pairs: Pairs) -> AdapterComparison:
     return comparison.model_copy(update={"findings": tuple(_findings(comparison))})
 
 
-def _layer(name: str, sums: Sums, pairs: Pairs) -> LayerComparison:
+def _layer(name: str, sums: EntrySums, pairs: PairwiseMeasures) -> LayerComparison:
     key = layer_key(name)
     norms = sums.norms()
     return LayerComparison(
@@ -407,7 +407,7 @@ def _layer(name: str, sums: Sums, pairs: Pairs) -> LayerComparison:
     )
 
 
-def _shared_init(names: Sequence[str], overlap: Matrix, chance: float | None) -> SharedInit | None:
+def _shared_init(names: Sequence[str], overlap: SymmetricMatrix, chance: float | None) -> SharedInit | None:
     found = {(i, j): value for i, j in combinations(range(len(names)), 2) if (value := overlap[i][j]) is not None}
     if not found or chance is None:
         return None
@@ -473,7 +473,7 @@ def _alignment(low: float, high: float, measured: str) -> str:
     return f"They do different things: their task vectors are nearly orthogonal ({measured})."
 
 
-def _above_diagonal(matrix: Matrix) -> list[float]:
+def _above_diagonal(matrix: SymmetricMatrix) -> list[float]:
     return [value for i, row in enumerate(matrix) for value in row[i + 1 :] if value is not None]
 
 

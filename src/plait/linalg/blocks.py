@@ -17,7 +17,7 @@ from plait.linalg.keyed import Key, normal
 
 RangeHint = Callable[[Tensor], Tensor]
 
-BLOCK_ELEMENTS = 1 << 17  # rows per block × columns: with a handful of temporaries of its size it stays in the cache
+MATRIX_BLOCK_ELEMENTS = 1 << 17  # rows per block × columns: with a handful of temporaries of its size it stays in the cache
 _CHANCE = 1e-3  # share of the random part in a sketch that has a hint
 HOLD_ELEMENTS = 1 << 24  # a matrix up to 64 MiB (float32) is computed once and held
 
@@ -115,7 +115,7 @@ def block_ranges(m: int, n: int, stride: int = 1) -> Iterator[tuple[int, int]]:
 
 
 def _rows_per_block(n: int) -> int:
-    return max(1, BLOCK_ELEMENTS // max(1, n))
+    return max(1, MATRIX_BLOCK_ELEMENTS // max(1, n))
 
 
 def truncated_svd(

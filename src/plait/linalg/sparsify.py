@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Count = Literal["floor", "ceil", "inclusive"]
+CountRule = Literal["floor", "ceil", "inclusive"]
 
 
-def kept_count(entries: int, density: float, rule: Count) -> int:
+def kept_count(entries: int, density: float, rule: CountRule) -> int:
     """Return how many of `entries` a density keeps; at least 1 of a non-empty array.
 
     Args:

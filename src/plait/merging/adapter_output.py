@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from plait.adapters.selection import selection_of
-from plait.adapters.writing import DTYPES, AdapterWriter, held_tensors
+from plait.adapters.writing import OUTPUT_DTYPES, AdapterWriter, held_tensors
 from plait.merging.emit import rounded
 from plait.merging.engine import MergedModule
 from plait.merging.heads import main_heads
@@ -30,7 +30,7 @@ class MergedAdapter:
         self._writer = AdapterWriter(
             self._layouts,
             ranks,
-            dtype=DTYPES[output.dtype],
+            dtype=OUTPUT_DTYPES[output.dtype],
             uniform=output.layout == "uniform",
             has_bias=any(t.has_bias for t in targets),
             is_dora=any(t.is_dora for t in targets),

@@ -12,14 +12,14 @@ from torch import Tensor
 from plait.adapters.lowrank import LowRank
 from plait.linalg.blocks import RowBlocks, block_ranges
 from plait.linalg.keyed import Key
+from plait.merging.module_notes import ModuleNotes
 from plait.merging.moments import Moments
 from plait.merging.prepared import MatrixFactors, PreparedAdapters
-from plait.merging.remarks import Remarks
 from plait.merging.weighting import module_weights
 from plait.methods import METHODS
 from plait.recipes.schema import Recipe
 from plait.spaces import SPACES
-from plait.spaces.base import Array, Frame, Merged
+from plait.spaces.base import Array, Frame, MergedMatrix
 from plait.stages.base import Block, DeltaCombine, EntryCombine, GramCombine, LinearCombine, Reduction, Site, Survey
 from plait.stages.pipeline import Pipeline
 
@@ -36,7 +36,7 @@ class Combiner:
         statistics: results of the surveys over the whole model.
         gram: ⟨ΔWᵢ, ΔWⱼ⟩ over the whole model, (T, T) float64, where coefficients depend on it.
         moments: second moments of the modules' inputs, where the recipe names them.
-        remarks: notes of stages on modules so far.
+        notes: notes of stages on modules so far.
     """
 
     recipe: Recipe
@@ -44,7 +44,7 @@ class Combiner:
     statistics: Statistics = ()
     gram: Tensor | None = None
     moments: Moments | None = None
-    remarks: Remarks = field(default_factory=Remarks)
+    notes: ModuleNotes = field(default_factory=ModuleNotes)
 
     @cached_property
     def pipeline(self) -> Pipeline:
@@ -77,7 +77,7 @@ class Combiner:
         sites = self._sites(module, self.prepared.read(module))
         return sum((_gram(site.deltas) for site in sites), torch.zeros((), dtype=torch.float64))
 
-    def merge(self, module: str) -> list[Merged]:
+    def merge(self, module: str) -> list[MergedMatrix]:
         """Return the merged delta of every matrix of a module: low rank, or row blocks of a dense one."""
         pipeline, space = self.pipeline, self.recipe.space_name
         stack = self.read(module)
@@ -100,10 +100,10 @@ class Combiner:
         """Return a module's factors, with a remark where they are computed with otherwise than those of other modules."""
         stack = self.prepared.read(module)
         for extreme in self.prepared.extremes.get(module, ()):
-            self.remarks.add(module, extreme.note)
+            self.notes.add(module, extreme.note)
         return stack
 
-    def _finish(self, merged: Merged, site: Site) -> Merged:
+    def _finish(self, merged: MergedMatrix, site: Site) -> MergedMatrix:
         for stage in self.pipeline.post:
             if not isinstance(merged, LowRank):
                 raise AssertionError(f"{stage} needs a low-rank delta")
@@ -120,7 +120,7 @@ class Combiner:
             moments = None
             if self.moments is not None and self.pipeline.needs_moments:
                 moments = self.moments.of(module, deltas[0].shape[1], index if len(stack) > 1 else None)
-            site = Site(module, deltas, weights, key.child(str(index)), moments, deltas, partial(self.remarks.add, module))
+            site = Site(module, deltas, weights, key.child(str(index)), moments, deltas, partial(self.notes.add, module))
             for stage in self.pipeline.on_deltas:
                 site = replace(site, deltas=tuple(stage.apply(site)))
             sites.append(site)
@@ -132,7 +132,7 @@ class Combiner:
             return [space.frame(f.deltas, f.scalings) for f in stack]
         return [space.frame(site.deltas, [1.0] * len(site.deltas)) for site in sites]
 
-    def _merge_frame(self, module: str, index: int, frame: Frame, statistics: Mapping[str, tuple[Tensor, ...]]) -> Merged:
+    def _merge_frame(self, module: str, index: int, frame: Frame, statistics: Mapping[str, tuple[Tensor, ...]]) -> MergedMatrix:
         merged = []
         for array in frame.arrays:
             block = self._blocks(module, index, array, statistics[array.name])

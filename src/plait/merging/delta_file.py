@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from plait.adapters.layouts.conv1d import has_conv1d
-from plait.adapters.writing import DTYPES
+from plait.adapters.writing import OUTPUT_DTYPES
 from plait.merging.emit import rounded
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan
-from plait.tensorfiles.writer import Entry, TensorWriter
+from plait.tensorfiles.writer import TensorEntry, TensorWriter
 
 NAME = "delta.safetensors"
 
@@ -28,16 +28,18 @@ class DeltaFile:
     def __init__(self, inventory: Inventory, plan: MergePlan) -> None:
         self._layouts = {m.target: inventory.layouts[m.target] for m in plan.modules}
         self._has_bias = any(t.has_bias for a in inventory.adapters for t in a.targets.values())
-        self._dtype = DTYPES[inventory.recipe.output.dtype]
+        self._dtype = OUTPUT_DTYPES[inventory.recipe.output.dtype]
         conv1d, flag = has_conv1d(inventory.base_config, {}), any(a.config.flag("fan_in_fan_out") for a in inventory.adapters)
         self._transposed = {
             t for t, layout in self._layouts.items() if layout.is_transposed(t, stored=None, conv1d=conv1d, flag=flag)
         }
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[TensorEntry]:
         """Return every tensor of the file."""
-        weights = [Entry(self._name(t), self._dtype, self._shape(t)) for t in self._layouts]
-        biases = [Entry(f"{t}.bias", self._dtype, (layout.outputs,)) for t, layout in self._layouts.items() if self._has_bias]
+        weights = [TensorEntry(self._name(t), self._dtype, self._shape(t)) for t in self._layouts]
+        biases = [
+            TensorEntry(f"{t}.bias", self._dtype, (layout.outputs,)) for t, layout in self._layouts.items() if self._has_bias
+        ]
         return weights + biases
 
     def write(self, merged: MergedModule, writer: TensorWriter) -> None:

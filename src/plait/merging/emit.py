@@ -15,13 +15,13 @@ from plait.linalg.blocks import RowBlocks, truncated_svd
 from plait.linalg.factored import rank_for_energy
 from plait.linalg.keyed import Key
 from plait.merging.plan import DENSE_RANK_CAP
-from plait.spaces.base import Merged
+from plait.spaces.base import MergedMatrix
 
 _WIDER = "write another dtype (bfloat16 or float32)"
 
 
 @dataclass(frozen=True)
-class Emitted:
+class OutputFactors:
     """The factors of one target module, ready to be written.
 
     Attributes:
@@ -40,7 +40,7 @@ class Emitted:
         return self.slices[0].rank
 
 
-def emit(merged: Sequence[Merged], rank: int, key: Key) -> Emitted:
+def emit(merged: Sequence[MergedMatrix], rank: int, key: Key) -> OutputFactors:
     """Bring every matrix of a module to at most `rank`.
 
     Low-rank deltas that fit are passed on untouched; others are truncated by their exact SVD, dense ones by a randomised SVD
@@ -50,16 +50,16 @@ def emit(merged: Sequence[Merged], rank: int, key: Key) -> Emitted:
     widest = max(p.rank for p, _, _ in parts)
     slices = tuple(p.padded(widest) for p, _, _ in parts)
     if all(energy is None for _, energy, _ in parts):
-        return Emitted(slices)
-    return Emitted(slices, math.fsum(e or 0.0 for _, e, _ in parts), math.fsum(k or 0.0 for _, _, k in parts))
+        return OutputFactors(slices)
+    return OutputFactors(slices, math.fsum(e or 0.0 for _, e, _ in parts), math.fsum(k or 0.0 for _, _, k in parts))
 
 
-def rank_at_energy(merged: Sequence[Merged], energy: float, key: Key) -> int:
+def rank_at_energy(merged: Sequence[MergedMatrix], energy: float, key: Key) -> int:
     """Return the smallest rank that keeps a share of the energy in every matrix of a module."""
     return max(_rank_at_energy(m, energy, key.child(str(i))) for i, m in enumerate(merged))
 
 
-def _fit(merged: Merged, rank: int, key: Key) -> tuple[LowRank, float | None, float | None]:
+def _fit(merged: MergedMatrix, rank: int, key: Key) -> tuple[LowRank, float | None, float | None]:
     if isinstance(merged, LowRank):
         if merged.rank <= rank:
             return merged, None, None
@@ -69,7 +69,7 @@ def _fit(merged: Merged, rank: int, key: Key) -> tuple[LowRank, float | None, fl
     return LowRank.from_svd(svd), merged.energy(), float(svd.s.square().sum())
 
 
-def _rank_at_energy(merged: Merged, energy: float, key: Key) -> int:
+def _rank_at_energy(merged: MergedMatrix, energy: float, key: Key) -> int:
     if isinstance(merged, LowRank):
         return rank_for_energy(merged.singular_values(), energy) if merged.rank else 1
     total, width = merged.energy(), DENSE_RANK_CAP
@@ -99,7 +99,7 @@ def rounded(target: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def as_blocks(merged: Merged) -> RowBlocks:
+def as_blocks(merged: MergedMatrix) -> RowBlocks:
     """Return a merged delta as blocks of rows, for a dense output."""
     if isinstance(merged, RowBlocks):
         return merged

@@ -25,13 +25,13 @@ from plait.linalg.finite import all_finite
 from plait.linalg.keyed import Key
 from plait.merging import dora
 from plait.merging.combine import Combiner, Statistics, pipeline_of
-from plait.merging.emit import Emitted, as_blocks, emit, rank_at_energy
+from plait.merging.emit import OutputFactors, as_blocks, emit, rank_at_energy
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan, ModulePlan
 from plait.merging.prepared import NeedsDouble, PreparedAdapters
 from plait.results.progress import Progress
 from plait.spaces import SPACES
-from plait.spaces.base import Merged
+from plait.spaces.base import MergedMatrix
 from plait.stages.base import GramCombine, LinearCombine, Reduction
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class MergedModule:
     """
 
     target: str
-    factors: Emitted | None
+    factors: OutputFactors | None
     dense: tuple[RowBlocks, ...] | None
     bias: Tensor | None
     magnitude: Tensor | None
@@ -249,7 +249,7 @@ def _is_side_by_side(inventory: Inventory, plan: MergePlan) -> bool:
     return linear and is_exact and not recipe.transforms and inventory.base is None
 
 
-def _sound(target: str, merged: list[Merged]) -> list[Merged]:
+def _sound(target: str, merged: list[MergedMatrix]) -> list[MergedMatrix]:
     """Return merged deltas as they are.
 
     Raises:
@@ -277,7 +277,7 @@ def blaming(combiner: Combiner, target: str) -> Iterator[None]:
         raise PlanError(f"{str(error).removesuffix('.')}: {'; '.join(found)}.") from None
 
 
-def _above_float32(part: Merged) -> bool:
+def _above_float32(part: MergedMatrix) -> bool:
     """Whether a delta that was computed in float64 has entries that no model in float32 can add."""
     most = torch.finfo(torch.float32).max
     if (part.b.dtype if isinstance(part, LowRank) else part.dtype) != torch.float64 or part.energy() ** 0.5 <= most:

@@ -29,10 +29,10 @@ from plait.merging.plan import MergePlan, make_plan
 from plait.merging.record import RunRecord, input_digests, make_lock, sources, summary
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json
-from plait.records import Shown
+from plait.records import ShortRepr
 from plait.results.disk import check_not_an_input, check_space
-from plait.results.lock import LOCK, RECORD, SUMMARY
-from plait.results.progress import Progress, Silent
+from plait.results.lock import LOCK, RUN_RECORD, SUMMARY
+from plait.results.progress import Progress, SilentProgress
 from plait.results.records import ModuleRecord, overall_kept, write_json
 from plait.results.staging import checking_output, staged
 from plait.tensorfiles.writer import TensorWriter
@@ -40,7 +40,7 @@ from plait.version import __version__
 
 
 @dataclass(frozen=True, repr=False)
-class MergeResult(Shown):
+class MergeResult(ShortRepr):
     """A finished merge.
 
     Attributes:
@@ -136,7 +136,7 @@ def run_recipe(
     plan = plan.model_copy(update={"notes": (*plan.notes, *notes)})
     if plan.output_bytes is not None:
         check_space(out, plan.output_bytes, what="the result", advice="--rank, --dtype bfloat16")
-    engine = Engine(inventory, plan, workers=workers, progress=progress or Silent())
+    engine = Engine(inventory, plan, workers=workers, progress=progress or SilentProgress())
     with staged(out, force=force) as place, ThreadPoolExecutor(1, "plait-sha256") as pool:
         digests = pool.submit(input_digests, inventory).result  # hashed during the work
         combiner = engine.prepare()
@@ -145,7 +145,7 @@ def run_recipe(
         (place / "README.md").write_text(card(inventory, plan, record, place), encoding="utf-8")
         lock = make_lock(inventory, digests(), place, final=out, known=written)
         write_json(place / LOCK, lock)
-        write_json(place / RECORD, record)
+        write_json(place / RUN_RECORD, record)
         write_json(place / SUMMARY, summary(record))
     return MergeResult(out, plan, record)
 
@@ -220,7 +220,7 @@ def _record(
         kept=overall_kept(modules),
         lowest_kept=min(m.kept for m in modules),
         modules=modules,
-        notes=(*plan.notes, *combiner.remarks.notes()),
+        notes=(*plan.notes, *combiner.notes.texts()),
         finished=datetime.now().astimezone().isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - started, 3),
     )

@@ -10,7 +10,7 @@ from plait.errors import PlanError, collect
 from plait.inspection.compatibility import excluded_spaces, max_lora_rank
 from plait.inspection.doubts import doubts
 from plait.inspection.shared_init import shared_init_pairs
-from plait.linalg.blocks import BLOCK_ELEMENTS, HOLD_ELEMENTS
+from plait.linalg.blocks import HOLD_ELEMENTS, MATRIX_BLOCK_ELEMENTS
 from plait.merging.combine import pipeline_of
 from plait.merging.heads import head_problems, main_head_bytes
 from plait.merging.inventory import Inventory
@@ -289,7 +289,7 @@ def _peak_bytes(inventory: Inventory, pipeline: Pipeline, modules: Sequence[Modu
         if not pipeline.low_rank(inventory.recipe.space_name):
             entries = m.shape[0] * m.shape[1]
             sketch = 4 * both * min((m.rank or 0) + 32, min(m.shape))
-            values += min(entries, HOLD_ELEMENTS) + 6 * adapters * min(entries, BLOCK_ELEMENTS) + sketch
+            values += min(entries, HOLD_ELEMENTS) + 6 * adapters * min(entries, MATRIX_BLOCK_ELEMENTS) + sketch
         elif not pipeline.is_linear:
             values += 4 * adapters * m.exact_rank * both
         if pipeline.needs_moments and inventory.moments is not None:

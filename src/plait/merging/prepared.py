@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from plait.adapters.adapter import Adapter
-from plait.adapters.extremes import Extreme, out_of_range
+from plait.adapters.extremes import ExtremeDelta, out_of_range
 from plait.adapters.lowrank import LowRank
 from plait.merging.inventory import Inventory
 from plait.merging.weighting import Towers, module_weights, towers_of
@@ -71,7 +71,7 @@ class PreparedAdapters:
         self.dtype = torch.float64 if double or in_double else torch.float32
         self._looks = not double and not is_exact
         self._needs_one_dtype = needs_one_dtype and not in_double
-        self.extremes: dict[str, tuple[Extreme, ...]] = {}
+        self.extremes: dict[str, tuple[ExtremeDelta, ...]] = {}
         for params in inventory.recipe.transforms:
             transform = TRANSFORMS[str(params.name)]  # type: ignore[attr-defined]
             found: tuple[Mapping[str, Any], ...] = ({},) * len(adapters)
@@ -81,16 +81,16 @@ class PreparedAdapters:
                 progress.finish()
             self._steps.append(_Step(transform, params, found))
 
-    def find_extremes(self, module: str) -> tuple[Extreme, ...]:
+    def find_extremes(self, module: str) -> tuple[ExtremeDelta, ...]:
         """Return the deltas of a target module that float32 does not suffice for."""
         return self._extremes(module, self._raw(module, torch.float32))
 
-    def _extremes(self, module: str, raw: Sequence[list[LowRank]]) -> tuple[Extreme, ...]:
+    def _extremes(self, module: str, raw: Sequence[list[LowRank]]) -> tuple[ExtremeDelta, ...]:
         weights = module_weights(self._inventory.recipe, module, self.towers).tolist()
         found = []
         for adapter, slices, weight in zip(self._inventory.adapters, raw, weights, strict=True):
             size = out_of_range(slices, adapter.targets[module].scaling * weight) if slices else None
-            found += [] if size is None else [Extreme(module, adapter.name, size)]
+            found += [] if size is None else [ExtremeDelta(module, adapter.name, size)]
         return tuple(found)
 
     def read(self, module: str) -> list[MatrixFactors]:

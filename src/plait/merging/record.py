@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from plait.adapters.adapter import CONFIG
+from plait.adapters.adapter import ADAPTER_CONFIG
 from plait.checkpoints.digests import weight_files
 from plait.merging.inventory import Inventory
 from plait.recipes.writing import recipe_json
 from plait.records import Record
 from plait.results.digests import sha256
-from plait.results.lock import Kind, Lock, LockedFile, LockedInput, locked_input, new_lock, output_digests, relative_path
+from plait.results.lock import Lock, LockedFile, LockedInput, ResultKind, locked_input, new_lock, output_digests, relative_path
 from plait.results.records import ModuleRecord, Result
 
 _HASHED_AT_ONCE = 4
@@ -90,7 +90,7 @@ def make_lock(
     folder: Path,
     *,
     final: Path | None = None,
-    kind: Kind = "merge",
+    kind: ResultKind = "merge",
     options: Mapping[str, Any] | None = None,
     known: Mapping[str, str] | None = None,
 ) -> Lock:
@@ -130,7 +130,7 @@ def adapter_inputs(
     """
     known = known or {}
     inputs = {
-        adapter.name: locked_input(place, {adapter.file.path.name: digest, CONFIG: sha256(adapter.config.path)}, home)
+        adapter.name: locked_input(place, {adapter.file.path.name: digest, ADAPTER_CONFIG: sha256(adapter.config.path)}, home)
         for adapter, place, digest in zip(inventory.adapters, inventory.located, digests, strict=True)
     }
     for name, file in inventory.moments.files.items() if inventory.moments is not None else ():

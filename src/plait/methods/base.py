@@ -27,7 +27,7 @@ from plait.stages.pipeline import Pipeline
 __all__ = ["Block", "Reduction", "Scope", "Survey"]
 
 AutoRank = Literal["exact", "largest"]
-Kind = Literal["linear", "entries", "deltas"]
+MethodKind = Literal["linear", "entries", "deltas"]
 COORDINATES = ("delta", "core", "knots", "factors")
 
 
@@ -88,7 +88,7 @@ class Method(ABC):
 
     @property
     @abstractmethod
-    def kind(self) -> Kind:
+    def kind(self) -> MethodKind:
         """What it combines: nothing but coefficients (`linear`), coordinates (`entries`), or whole matrices (`deltas`)."""
 
     @abstractmethod
@@ -117,10 +117,10 @@ class Preset(Method):
     """
 
     stages: Callable[[Any], Pipeline] = field(kw_only=True)
-    combines: Kind = field(default="entries", kw_only=True)
+    combines: MethodKind = field(default="entries", kw_only=True)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> MethodKind:
         """What it combines."""
         return self.combines
 
@@ -140,7 +140,7 @@ class LinearMethod(Method):
     coefficients: Callable[[Tensor, Any, str], Tensor] = field(kw_only=True)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> MethodKind:
         """Nothing but coefficients."""
         return "linear"
 
@@ -162,7 +162,7 @@ class ElementwiseMethod(Method):
     surveys: Callable[[Any], tuple[Survey, ...]] = field(default=lambda params: (), kw_only=True)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> MethodKind:
         """Coordinates."""
         return "entries"
 
@@ -205,7 +205,7 @@ def _choice(words: tuple[str, ...], field: Any) -> Any:
     return (Literal[words], field)
 
 
-class Registry(Mapping[str, Method]):
+class MethodRegistry(Mapping[str, Method]):
     """Methods by name, in order of registration. Third parties add theirs by the entry-point group `plait.methods`."""
 
     group = "plait.methods"
@@ -257,7 +257,7 @@ class Registry(Mapping[str, Method]):
         return len(self._methods)
 
 
-METHODS = Registry()
+METHODS = MethodRegistry()
 
 
 def register(method: Method) -> Method:

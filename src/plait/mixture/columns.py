@@ -15,7 +15,7 @@ from plait.mixture.layers import Adapted, adapted
 from plait.mixture.modules import TargetModule
 from plait.mixture.stack import Stack
 
-Row = Sequence[AdapterDelta | None]  # one target's delta per column
+ColumnDeltas = Sequence[AdapterDelta | None]  # one target's delta per column
 
 
 class Columns:
@@ -32,7 +32,7 @@ class Columns:
         state: the coefficients that they read.
     """
 
-    def __init__(self, rows: Mapping[str, tuple[TargetModule, Row]], names: Sequence[str]) -> None:
+    def __init__(self, rows: Mapping[str, tuple[TargetModule, ColumnDeltas]], names: Sequence[str]) -> None:
         layers = layers_of(rows)
         self.state = CoefficientState(Coefficients(torch.zeros(len(names)), "task"))
         self.deltas: dict[str, tuple[AdapterDelta | None, ...]] = {path: tuple(row) for path, (_, row) in rows.items()}
@@ -77,7 +77,7 @@ class Columns:
         return total + total.tril(-1).mT
 
 
-def weighted_row(row: Row, share: Tensor, *, per_rank: bool) -> tuple[LowRank, ...]:
+def weighted_row(row: ColumnDeltas, share: Tensor, *, per_rank: bool) -> tuple[LowRank, ...]:
     """Return Σ of one target's deltas with their coefficients, per matrix; (T,) coefficients, or one per rank."""
     first = 0
     parts: list[list[LowRank]] = []

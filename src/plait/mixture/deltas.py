@@ -13,7 +13,7 @@ from plait.adapters.lowrank import LowRank
 from plait.linalg.blocks import RowBlocks
 from plait.merging.emit import as_blocks
 from plait.merging.engine import MergedModule
-from plait.spaces.base import Merged
+from plait.spaces.base import MergedMatrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class DenseDelta:
 
 
 def merged_deltas(
-    merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule],
+    merged: Mapping[str, Sequence[MergedMatrix]] | Iterable[MergedModule],
 ) -> Iterator[tuple[str, AdapterDelta | DenseDelta]]:
     """Yield (target, delta) of a merge result; a target with a dense matrix among its slices is dense altogether."""
     if isinstance(merged, Mapping):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from plait.adapters.lowrank import LowRank
-from plait.adapters.writing import DTYPES
+from plait.adapters.writing import OUTPUT_DTYPES
 from plait.errors import AddressError, RecipeError
 from plait.hub.download import resolve_model
 from plait.merging.emit import rounded
@@ -25,7 +25,7 @@ from plait.mixture.mixture import Mixture
 from plait.mixture.swaps import FullTensorSet
 from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
-from plait.results.progress import Progress, Silent
+from plait.results.progress import Progress, SilentProgress
 
 
 def merged_modules(
@@ -44,7 +44,7 @@ def merged_modules(
         PlanError: the merge cannot be done.
     """
     workers = workers or default_workers()
-    engine = Engine(inventory, make_plan(inventory, workers=workers), workers=workers, progress=progress or Silent())
+    engine = Engine(inventory, make_plan(inventory, workers=workers), workers=workers, progress=progress or SilentProgress())
     combiner = engine.prepare()
     return tuple(_rounded(m, inventory.recipe) for m in engine.run(combiner, engine.ranks(combiner)))
 
@@ -156,7 +156,7 @@ def _recipe(source: Any, settings: Mapping[str, Any]) -> tuple[Recipe, Path | No
 
 
 def _rounded(module: MergedModule, recipe: Recipe) -> MergedModule:
-    dtype = DTYPES[recipe.output.dtype]
+    dtype = OUTPUT_DTYPES[recipe.output.dtype]
     if module.factors is None or dtype == module.factors.slices[0].a.dtype:
         return module
 

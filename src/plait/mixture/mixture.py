@@ -27,7 +27,7 @@ from plait.mixture.loading import load_model
 from plait.mixture.modules import ModuleIndex, TargetModule
 from plait.mixture.stack import Stack
 from plait.mixture.swaps import FullTensorSet, Swap, dense_swaps, full_swaps
-from plait.spaces.base import Merged
+from plait.spaces.base import MergedMatrix
 
 _ACTING: WeakKeyDictionary[nn.Module, Mixture] = WeakKeyDictionary()  # model → whose block is entered
 
@@ -191,7 +191,7 @@ class Mixture:
 
     @contextmanager
     def attached(
-        self, merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule], heads: str | FullTensorSet | None = None
+        self, merged: Mapping[str, Sequence[MergedMatrix]] | Iterable[MergedModule], heads: str | FullTensorSet | None = None
     ) -> Iterator[nn.Module]:
         """Make a merge result act, and nothing else.
 
@@ -229,7 +229,7 @@ class Mixture:
         return found.module
 
     def learned(
-        self, merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule], *, rank: int | None = None
+        self, merged: Mapping[str, Sequence[MergedMatrix]] | Iterable[MergedModule], *, rank: int | None = None
     ) -> LearnedFactors:
         """Return the factors of a low-rank merge result as parameters, for `learning`.
 
@@ -263,7 +263,7 @@ class Mixture:
 
     def columns(
         self,
-        columns: Mapping[str, Mapping[str, Sequence[Merged]] | Iterable[MergedModule]],
+        columns: Mapping[str, Mapping[str, Sequence[MergedMatrix]] | Iterable[MergedModule]],
         *,
         factors: Literal["stored", "canonical"] = "stored",
     ) -> Columns:
@@ -373,7 +373,9 @@ class Mixture:
                 raise PlanError(f"{beside[0]!r} has DoRA or lora_bias, which are not directions; use coefficients per module.")
         return Coefficients.of(values, granularity, self.axes, per_row=per_row)
 
-    def _arranged(self, merged: Mapping[str, Sequence[Merged]] | Iterable[MergedModule], swaps: list[Swap]) -> Arrangement:
+    def _arranged(
+        self, merged: Mapping[str, Sequence[MergedMatrix]] | Iterable[MergedModule], swaps: list[Swap]
+    ) -> Arrangement:
         """Turn a merge result into layers and swaps; the base must be bare, since it is read."""
         state = CoefficientState(Coefficients(torch.ones(1), "task", 0, 1))
         layers: list[Adapted] = []

@@ -48,7 +48,7 @@ for _kind, _pattern, _first in (
 
 
 @dataclass(frozen=True)
-class Document:
+class YamlDocument:
     """What a text holds.
 
     Attributes:
@@ -62,7 +62,7 @@ class Document:
     problems: tuple[Problem, ...] = ()
 
 
-def open_document(file: Path, *, source: str | None = None, error: type[PlaitError] = RecipeError) -> Document:
+def open_document(file: Path, *, source: str | None = None, error: type[PlaitError] = RecipeError) -> YamlDocument:
     """Read a file that holds one YAML document, or JSON where its name ends so.
 
     Args:
@@ -98,7 +98,7 @@ def _near(file: Path) -> str:
     return did_you_mean(file.name, files)
 
 
-def read_document(text: str, source: str, *, loader: type[yaml.SafeLoader] = _Loader) -> Document:
+def read_document(text: str, source: str, *, loader: type[yaml.SafeLoader] = _Loader) -> YamlDocument:
     """Read one YAML document.
 
     Args:
@@ -132,7 +132,7 @@ def read_front_matter(card: Path) -> Mapping[str, Plain]:
     return data if isinstance(data, Mapping) else {}
 
 
-def _compose(text: str, kind: type[yaml.SafeLoader]) -> Document:
+def _compose(text: str, kind: type[yaml.SafeLoader]) -> YamlDocument:
     loader = kind(text)
     try:
         return _Builder(loader).document(loader.get_single_node())
@@ -140,23 +140,23 @@ def _compose(text: str, kind: type[yaml.SafeLoader]) -> Document:
         loader.dispose()
 
 
-def read_json(text: str, source: str) -> Document:
+def read_json(text: str, source: str) -> YamlDocument:
     """Read a JSON document, with lines where its text is YAML too, as nearly all JSON is.
 
     Raises:
         RecipeError: the text is not JSON; the message says in which line.
     """
     if not text.strip():
-        return Document(None, {})
+        return YamlDocument(None, {})
     data = parse_json(text, source, RecipeError, constants=True)
     if len(text) > _MOST_CHARACTERS:
-        return Document(data, {})
+        return YamlDocument(data, {})
     try:
         # JSON may be indented with tabs, YAML may not; inside of JSON's strings there are none
         marked = read_document(text.replace("\t", " "), source)
     except RecipeError:
-        return Document(data, {})
-    return Document(data, marked.lines, marked.problems)
+        return YamlDocument(data, {})
+    return YamlDocument(data, marked.lines, marked.problems)
 
 
 class _Builder:
@@ -169,9 +169,9 @@ class _Builder:
         self._open: list[yaml.Node] = []
         self._nodes = 0
 
-    def document(self, node: yaml.Node | None) -> Document:
+    def document(self, node: yaml.Node | None) -> YamlDocument:
         data = None if node is None else self._build(node, ())
-        return Document(data, self._lines, tuple(self._problems))
+        return YamlDocument(data, self._lines, tuple(self._problems))
 
     def _build(self, node: yaml.Node, path: KeyPath) -> Plain:
         self._nodes += 1

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from plait.records import Record
 
 SplitName = Literal["train", "calibration", "validation", "test"]
-Count = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class Subset(Record):
@@ -21,7 +21,8 @@ class Subset(Record):
     stratified: Annotated[bool, Field(description="Every label in its share, where a task has fixed labels.")] = True
     seed: Annotated[int, Field(ge=0)] = 0
     per_task: Annotated[
-        dict[str, Count | None], Field(description="Task → its own number in place of max_samples; null for all examples.")
+        dict[str, PositiveInt | None],
+        Field(description="Task → its own number in place of max_samples; null for all examples."),
     ] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -13,13 +13,13 @@ from typing import NamedTuple
 from plait.errors import AddressError, RecipeError
 from plait.notices import PlaitWarning, frames_within
 from plait.parsing import read_text
-from plait.recipes.documents import Document, open_document, read_document
+from plait.recipes.documents import YamlDocument, open_document, read_document
 from plait.recipes.importers.entries import named_entry
 from plait.recipes.importers.mergekit import convert_mergekit, is_mergekit
 from plait.recipes.importers.migration import convert_old, number_note
 from plait.recipes.overrides import Overrides, set_values
 from plait.recipes.paths import KeyPath, Plain
-from plait.recipes.problems import Converted, Origins, Problem, show
+from plait.recipes.problems import ConvertedRecipe, Origins, Problem, show
 from plait.recipes.schema import Recipe
 from plait.recipes.validation import check
 from plait.recipes.writing import to_yaml
@@ -29,7 +29,7 @@ class RecipeWarning(PlaitWarning):
     """Something about a recipe of another tool that its user should know: where numbers will differ."""
 
 
-class Loaded(NamedTuple):
+class LoadedRecipe(NamedTuple):
     """A recipe, and where its relative paths start.
 
     Attributes:
@@ -48,7 +48,7 @@ def load_recipe(path_or_text: str | Path, *, overrides: Overrides = ()) -> Recip
     return loaded.recipe if _is_text(path_or_text) else loaded.recipe.placed(loaded.folder)
 
 
-def read_recipe(path_or_text: str | Path, *, overrides: Overrides = ()) -> Loaded:
+def read_recipe(path_or_text: str | Path, *, overrides: Overrides = ()) -> LoadedRecipe:
     """Return the recipe that a file or a text describes, and the folder that its relative paths start from.
 
     Reads YAML and JSON in the present form, in the forms of the older framework (each with a `DeprecationWarning`) and
@@ -78,7 +78,7 @@ def build_recipe(data: Mapping[str, Plain], *, source: str = "recipe", folder: P
     Raises:
         RecipeError: it is not valid; all that is wrong is listed.
     """
-    recipe, notes = _resolve(Document(_plain(data), {}), source, folder, ())
+    recipe, notes = _resolve(YamlDocument(_plain(data), {}), source, folder, ())
     _tell(notes)
     return recipe
 
@@ -109,21 +109,21 @@ def _tell(notes: list[Warning]) -> None:
         warnings.warn(note, stacklevel=frames_within())
 
 
-def _read(path_or_text: str | Path, overrides: Overrides) -> tuple[Loaded, list[Warning]]:
+def _read(path_or_text: str | Path, overrides: Overrides) -> tuple[LoadedRecipe, list[Warning]]:
     if _is_text(path_or_text):
         document, source, folder = read_document(str(path_or_text), "recipe"), "recipe", Path.cwd()
     else:
         path = Path(path_or_text).expanduser()
         document, source, folder = open_document(path), str(path_or_text), path.absolute().parent
     recipe, notes = _resolve(document, source, folder, overrides)
-    return Loaded(recipe, folder), notes
+    return LoadedRecipe(recipe, folder), notes
 
 
 def _is_text(source: str | Path) -> bool:
     return isinstance(source, str) and ("\n" in source or ": " in source or source.lstrip().startswith("{"))
 
 
-def _resolve(document: Document, source: str, folder: Path | None, overrides: Overrides) -> tuple[Recipe, list[Warning]]:
+def _resolve(document: YamlDocument, source: str, folder: Path | None, overrides: Overrides) -> tuple[Recipe, list[Warning]]:
     data = document.data
     if data is None or data == {}:
         raise RecipeError(f"{source}: there is nothing in it. A recipe needs at least 'adapters'.")
@@ -145,7 +145,7 @@ def _resolve(document: Document, source: str, folder: Path | None, overrides: Ov
     return recipe, [category(note) for note in converted.notes]
 
 
-def _converted(data: Mapping[str, Plain], folder: Path | None) -> Converted:
+def _converted(data: Mapping[str, Plain], folder: Path | None) -> ConvertedRecipe:
     return convert_mergekit(data, folder) if is_mergekit(data) else convert_old(data, folder)
 
 

@@ -32,7 +32,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConvertedRecipe:
     """A recipe that was written in another form.
 
     Attributes:

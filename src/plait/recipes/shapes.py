@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from plait.recipes.paths import KeyPath, Plain, item
 from plait.recipes.schema import Recipe
 
-Shape: TypeAlias = Any  # a type, or a form of `typing`
+FieldType: TypeAlias = Any  # a type, or a form of `typing`
 _BOUNDS = ((Gt, "gt", ">"), (Ge, "ge", ">="), (Lt, "lt", "<"), (Le, "le", "<="))
 
 
@@ -57,8 +57,8 @@ def is_number_only(path: KeyPath, data: Plain, root: type[BaseModel] = Recipe) -
     return bool(kinds & {int, float}) and bool not in kinds
 
 
-def _walk(path: KeyPath, data: Plain, root: type[BaseModel]) -> tuple[Shape, FieldInfo | None]:
-    shape: Shape = root
+def _walk(path: KeyPath, data: Plain, root: type[BaseModel]) -> tuple[FieldType, FieldInfo | None]:
+    shape: FieldType = root
     field: FieldInfo | None = None
     for key in path:
         field = _field(shape, key)
@@ -68,13 +68,13 @@ def _walk(path: KeyPath, data: Plain, root: type[BaseModel]) -> tuple[Shape, Fie
     return shape, field
 
 
-def _field(shape: Shape, key: str | int) -> FieldInfo | None:
+def _field(shape: FieldType, key: str | int) -> FieldInfo | None:
     if not _is_model(shape):
         return None
     return next((f for name, f in shape.model_fields.items() if key == (f.alias or name)), None)
 
 
-def _inside(shape: Shape) -> Shape:
+def _inside(shape: FieldType) -> FieldType:
     """Return what a list or a mapping holds."""
     origin, arguments = _origin(shape), get_args(shape)
     if origin in (tuple, list) and arguments:
@@ -82,7 +82,7 @@ def _inside(shape: Shape) -> Shape:
     return arguments[1] if origin is dict else None
 
 
-def _choose(shape: Shape, value: Plain) -> Shape:
+def _choose(shape: FieldType, value: Plain) -> FieldType:
     """Return the member of a union that a value is meant for, or the shape itself."""
     members = list(_members(shape))
     if len(members) == 1:
@@ -101,7 +101,7 @@ def _has_tag(model: type[BaseModel], value: Mapping[str, Plain]) -> bool:
     return any(_origin(a) is Literal and get_args(a) == (value.get(n),) for n, a in tags)
 
 
-def _members(shape: Shape) -> Iterator[Shape]:
+def _members(shape: FieldType) -> Iterator[FieldType]:
     """Yield the members of a union, without None and without annotations; a shape that is not a union yields itself."""
     if _origin(shape) is Annotated:
         yield from _members(get_args(shape)[0])
@@ -112,14 +112,14 @@ def _members(shape: Shape) -> Iterator[Shape]:
         yield shape
 
 
-def _leaves(shape: Shape) -> Iterator[Shape]:
+def _leaves(shape: FieldType) -> Iterator[FieldType]:
     for member in _members(shape):
         yield from (type(v) for v in get_args(member)) if _origin(member) is Literal else [member]
 
 
-def _origin(shape: Shape) -> Shape:
+def _origin(shape: FieldType) -> FieldType:
     return get_origin(shape)
 
 
-def _is_model(shape: Shape) -> TypeGuard[type[BaseModel]]:
+def _is_model(shape: FieldType) -> TypeGuard[type[BaseModel]]:
     return isinstance(shape, type) and issubclass(shape, BaseModel)

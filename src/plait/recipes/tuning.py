@@ -9,17 +9,17 @@ from pydantic import Field, model_validator
 from plait.recipes.evaluation import SplitName
 from plait.records import Record
 
-Objective = Literal["distill", "hidden", "adamerging", "gradient", "supermerge", "regret_smoothmax"]
+ObjectiveName = Literal["distill", "hidden", "adamerging", "gradient", "supermerge", "regret_smoothmax"]
 Granularity = Literal["task", "layer", "module", "direction"]
-Link = Literal["raw", "projected", "sigmoid", "tanh", "softmax", "simplex_scaled"]
+LinkName = Literal["raw", "projected", "sigmoid", "tanh", "softmax", "simplex_scaled"]
 Sampler = Literal["uniform", "none", "inverse", "sqrt_inverse", "balanced"]
 Criterion = Literal["mean", "worst", "geometric", "l2_shortfall", "hypervolume"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
-LABELED: tuple[Objective, ...] = ("gradient", "supermerge", "regret_smoothmax")  # the objectives that read labels
-LINKS: dict[Objective, Link] = {
+LABELED: tuple[ObjectiveName, ...] = ("gradient", "supermerge", "regret_smoothmax")  # the objectives that read labels
+DEFAULT_LINKS: dict[ObjectiveName, LinkName] = {
     "distill": "raw",
     "hidden": "raw",
     "adamerging": "projected",
@@ -46,7 +46,7 @@ class TuneSpec(Record):
         SplitName | None, Field(description="Of the tasks; `calibration` where there is one, else `train`, when not given.")
     ] = None
     allow_test: Annotated[bool, Field(description="Learn from the split `test`; the result cannot be judged on it.")] = False
-    objective: Annotated[Objective, Field(description="What is minimized.")] = "distill"
+    objective: Annotated[ObjectiveName, Field(description="What is minimized.")] = "distill"
     train: Annotated[
         Literal["factors", "coefficients"] | None,
         Field(description="The merge's factors, or coefficients of its columns; factors where no granularity is given."),
@@ -54,9 +54,9 @@ class TuneSpec(Record):
     granularity: Annotated[
         Granularity | None, Field(description="One coefficient per column and model, layer, module or rank; `module`.")
     ] = None
-    link: Annotated[Link | None, Field(description="From parameters to coefficients; the objective's own when not given.")] = (
-        None
-    )
+    link: Annotated[
+        LinkName | None, Field(description="From parameters to coefficients; the objective's own when not given.")
+    ] = None
     initial: Annotated[
         Finite | None,
         Field(description="First coefficient of every adapter; those of the recipe, at its scale, when not given."),
@@ -166,9 +166,9 @@ class TuneSpec(Record):
         return self.granularity or "module"
 
     @property
-    def used_link(self) -> Link:
+    def used_link(self) -> LinkName:
         """The link, where coefficients are learned."""
-        return self.link or LINKS[self.objective]
+        return self.link or DEFAULT_LINKS[self.objective]
 
     @property
     def used_rate(self) -> float:

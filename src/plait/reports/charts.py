@@ -13,7 +13,7 @@ from plait.inspection.report import AdapterComparison as Conflict
 from plait.merging.record import RunRecord
 from plait.records import Record
 from plait.reports.colors import Color, css, diverging, ink, sequential
-from plait.reports.reading import LayerWeights
+from plait.reports.reading import LayerCoefficients
 
 _LEAST_SPAN = 0.1  # of a color scale: noise is not shown as a difference
 
@@ -82,7 +82,7 @@ class Bars(Record):
     bars: tuple[Bar, ...]
 
 
-class Recovered(Record):
+class ChartRecovery(Record):
     """A recovery and how surely it is known.
 
     Attributes:
@@ -113,19 +113,20 @@ def interval(bounds: Bounds | None) -> str:
     return "" if bounds is None else f"{_signed(f'{round(100 * bounds[0])}')} – {share(bounds[1])}"
 
 
-def of_tasks(tasks: Iterable[TaskResult]) -> list[Recovered]:
+def of_tasks(tasks: Iterable[TaskResult]) -> list[ChartRecovery]:
     """Return the recoveries of one evaluation."""
-    return [Recovered(name=t.task, value=t.recovery, interval=t.recovery_interval, good=not t.below_base) for t in tasks]
+    return [ChartRecovery(name=t.task, value=t.recovery, interval=t.recovery_interval, good=not t.below_base) for t in tasks]
 
 
-def of_places(board: Leaderboard) -> list[Recovered]:
+def of_places(board: Leaderboard) -> list[ChartRecovery]:
     """Return the worst recovery of every merge on a leaderboard."""
     return [
-        Recovered(name=p.name, value=p.worst_recovery, interval=p.worst_interval, good=not p.below_base) for p in board.places
+        ChartRecovery(name=p.name, value=p.worst_recovery, interval=p.worst_interval, good=not p.below_base)
+        for p in board.places
     ]
 
 
-def bars(found: Sequence[Recovered]) -> Bars:
+def bars(found: Sequence[ChartRecovery]) -> Bars:
     """Return bars on an axis that holds 0, 1 and all intervals."""
     ends = [0.0, 1.0]
     for r in found:
@@ -228,7 +229,7 @@ def layer_maps(conflict: Conflict) -> tuple[HeatMap, ...]:
     )
 
 
-def weight_map(weights: LayerWeights) -> HeatMap:
+def weight_map(weights: LayerCoefficients) -> HeatMap:
     """Return the coefficients, layer by layer."""
     rows = [(name, [row[i] for row in weights.values]) for i, name in enumerate(weights.adapters)]
     largest = _span(rows, 0.0)

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plait.errors import OutputError
-from plait.reports.charts import Cell, HeatMap, Recovered, energy_map, interference, layer_maps, of_places, of_tasks, weight_map
+from plait.reports.charts import (
+    Cell,
+    ChartRecovery,
+    HeatMap,
+    energy_map,
+    interference,
+    layer_maps,
+    of_places,
+    of_tasks,
+    weight_map,
+)
 from plait.reports.colors import css, diverging
 from plait.reports.reading import Report
 
@@ -15,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMATS = ("svg", "png")
+FIGURE_FORMATS = ("svg", "png")
 _STYLE = {"font.size": 9, "svg.hashsalt": "plait", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
 _RECOVERY = "recovery: (merged − base) / (own adapter − base), 95 % interval"
 _LAYERS = ("cosine", "sign_conflict", "overlap_a", "overlap_b")
@@ -23,7 +33,7 @@ _LAYERS = ("cosine", "sign_conflict", "overlap_a", "overlap_b")
 
 def figure_files(report: Report, folder: Path) -> list[Path]:
     """Return the files that `write_figures` writes."""
-    return [folder / f"{name}.{kind}" for name, _ in _drawings(report) for kind in FORMATS]
+    return [folder / f"{name}.{kind}" for name, _ in _drawings(report) for kind in FIGURE_FORMATS]
 
 
 def write_figures(report: Report, folder: Path) -> list[Path]:
@@ -46,7 +56,7 @@ def write_figures(report: Report, folder: Path) -> list[Path]:
             for name, draw in _drawings(report):
                 figure = Figure(layout="constrained")
                 draw(figure)
-                for kind in FORMATS:
+                for kind in FIGURE_FORMATS:
                     # without dates the same numbers give the same bytes
                     metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": "plait"}
                     path = folder / f"{name}.{kind}"
@@ -76,7 +86,7 @@ def _drawings(report: Report) -> Iterator[tuple[str, Callable[[Figure], None]]]:
         yield f"energy{f'_{index + 1}' if index else ''}", lambda figure, energy=energy: _strips(figure, energy)  # type: ignore[misc]
 
 
-def _bars(figure: Figure, found: Sequence[Recovered], label: str) -> None:
+def _bars(figure: Figure, found: Sequence[ChartRecovery], label: str) -> None:
     known = [r for r in found if r.value is not None]
     figure.set_size_inches(5.5, 0.8 + 0.35 * len(known))
     axes: Axes = figure.subplots()

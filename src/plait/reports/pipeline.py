@@ -9,7 +9,7 @@ from pathlib import Path
 
 from plait.errors import OutputError
 from plait.extras import require
-from plait.records import Shown
+from plait.records import ShortRepr
 from plait.reports.figures import figure_files, write_figures
 from plait.reports.page import render
 from plait.reports.reading import Report, read_report
@@ -21,7 +21,7 @@ _HEAD_BYTES = 1024
 
 
 @dataclass(frozen=True, repr=False)
-class ReportResult(Shown):
+class ReportResult(ShortRepr):
     """A written report.
 
     Attributes:

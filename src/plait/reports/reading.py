@@ -22,7 +22,7 @@ from plait.recipes.loading import build_recipe
 from plait.recipes.schema import Recipe
 from plait.records import Record
 from plait.reports.losses import CURVES, LossCurve, LossCurves
-from plait.results.lock import LOCK, RECORD
+from plait.results.lock import LOCK, RUN_RECORD
 from plait.results.progress import Progress
 from plait.tuning.record import TUNING, TuneRecord
 
@@ -30,7 +30,7 @@ LEADERBOARD = "leaderboard.json"
 RESULTS = "eval_results_*.json"
 
 
-class LayerWeights(Record):
+class LayerCoefficients(Record):
     """What each adapter is multiplied by, layer by layer.
 
     Attributes:
@@ -69,7 +69,7 @@ class Report(Record):
     merges: tuple[RunRecord, ...] = ()
     tunings: tuple[TuneRecord, ...] = ()
     conflict: Conflict | None = None
-    weights: LayerWeights | None = None
+    weights: LayerCoefficients | None = None
     losses: tuple[LossCurve, ...] = ()
     locks: dict[str, str] = {}  # noqa: RUF012 (frozen)
     notes: tuple[str, ...] = ()
@@ -102,7 +102,7 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
             comparisons += boards.values()
             for file, board in boards.items():
                 evaluations += _places(file, board)
-            merges += [_read(RunRecord, f) for f in found if f.name == RECORD and (f.parent / LOCK).is_file()]
+            merges += [_read(RunRecord, f) for f in found if f.name == RUN_RECORD and (f.parent / LOCK).is_file()]
             tunings += [_read(TuneRecord, f) for f in found if f.name == TUNING]
             losses += [curve for f in found if f.name == CURVES for curve in _read(LossCurves, f).curves]
             locks |= {str(f): read_text(f, ReportError) for f in found if f.name == LOCK}
@@ -131,7 +131,7 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        names = (RESULTS, LEADERBOARD, RECORD, TUNING, LOCK, CURVES)
+        names = (RESULTS, LEADERBOARD, RUN_RECORD, TUNING, LOCK, CURVES)
         found = [f for name in names for f in sorted(path.glob(name))]
         for file in found:
             try:
@@ -139,13 +139,13 @@ def _files(path: Path) -> list[Path]:
             except OSError as error:
                 raise ReportError(f"{file}: {error}. A page shows only what lies in the run's own folder.") from None
     else:
-        found = [path] if path.match(RESULTS) or path.name in (LEADERBOARD, RECORD, TUNING, LOCK, CURVES) else []
+        found = [path] if path.match(RESULTS) or path.name in (LEADERBOARD, RUN_RECORD, TUNING, LOCK, CURVES) else []
         found = [f for f in found if f.is_file()]
     if not found:
         what = "is no file or folder" if not path.exists() else "holds no run"
         raise ReportError(
             f"{path}: {what}. Give a run folder of `plait eval` (it holds {RESULTS} or {LEADERBOARD}), or the "
-            f"folder of a merge ({RECORD})."
+            f"folder of a merge ({RUN_RECORD})."
         )
     return found
 
@@ -167,7 +167,7 @@ def _read(kind: type[Any], file: Path) -> Any:
 
 def _adapters(
     evaluations: Sequence[Evaluation], progress: Progress | None
-) -> tuple[Conflict | None, LayerWeights | None, list[str]]:
+) -> tuple[Conflict | None, LayerCoefficients | None, list[str]]:
     """Look at the adapters again, where they still are."""
     data = next((e.recipe for e in evaluations if e.recipe is not None), None)
     if data is None:
@@ -185,20 +185,20 @@ def _adapters(
     return inspect_adapters(inventory.adapters, base_model=recipe.base_model, progress=progress).comparison, weights, []
 
 
-def _learned(record: TuneRecord) -> LayerWeights | None:
+def _learned(record: TuneRecord) -> LayerCoefficients | None:
     """Return learned coefficients per layer: the mean over its modules where they are per module."""
     found = record.coefficients
     if found is None or not found.values:
         return None
     if found.granularity == "task":
-        return LayerWeights(adapters=found.columns, layers=found.rows, values=found.values)
+        return LayerCoefficients(adapters=found.columns, layers=found.rows, values=found.values)
     rows: dict[str, list[tuple[float, ...]]] = {}
     for name, values in zip(found.rows, found.values, strict=True):
         rows.setdefault(name if found.granularity == "layer" else str(layer_key(name) or ""), []).append(values)
     means = [tuple(mean(column) for column in zip(*lines, strict=True)) for lines in rows.values()]
     order = sorted(range(len(rows)), key=lambda i: _depth(list(rows)[i]))
     names = list(rows)
-    return LayerWeights(
+    return LayerCoefficients(
         adapters=found.columns, layers=tuple(names[i] or "–" for i in order), values=tuple(means[i] for i in order)
     )
 
@@ -208,7 +208,7 @@ def _depth(layer: str) -> tuple[str, int]:
     return (tower, int(index)) if index.isdigit() else ("\uffff", 0)
 
 
-def _weights(recipe: Recipe, modules: Sequence[str]) -> LayerWeights | None:
+def _weights(recipe: Recipe, modules: Sequence[str]) -> LayerCoefficients | None:
     towers = towers_of(modules)
     rows: dict[LayerKey, list[list[float]]] = {}
     for module in sorted(modules):
@@ -218,6 +218,6 @@ def _weights(recipe: Recipe, modules: Sequence[str]) -> LayerWeights | None:
     values = [tuple(mean(column) for column in zip(*rows[key], strict=True)) for key in sorted(rows)]
     if not values:
         return None
-    return LayerWeights(
+    return LayerCoefficients(
         adapters=tuple(a.name for a in recipe.adapters), layers=tuple(map(str, sorted(rows))), values=tuple(values)
     )

@@ -10,10 +10,10 @@ from typing import Literal
 from plait.errors import AdapterError
 from plait.folders import OutsideError, entries, open_in
 from plait.records import Record
-from plait.results.lock import LOCK, RECORD, SUMMARY, Lock, read_lock
+from plait.results.lock import LOCK, RUN_RECORD, SUMMARY, Lock, read_lock
 
-State = Literal["equal", "changed", "missing", "extra", "outside"]
-_BESIDE = (LOCK, RECORD, SUMMARY)
+FileState = Literal["equal", "changed", "missing", "extra", "outside"]
+_BESIDE = (LOCK, RUN_RECORD, SUMMARY)
 _LEFT_BY_THE_HUB = (".gitattributes", ".cache", ".git")
 
 
@@ -27,7 +27,7 @@ class FileCheck(Record):
     """
 
     name: str
-    state: State
+    state: FileState
 
 
 def check_files(folder: Path, lock: Lock) -> tuple[FileCheck, ...]:
@@ -46,7 +46,7 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def _state(folder: Path, name: str, digest: str | None) -> State:
+def _state(folder: Path, name: str, digest: str | None) -> FileState:
     if digest is None:
         return "extra"
     if not os.path.lexists(folder / name):

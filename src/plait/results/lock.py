@@ -20,12 +20,12 @@ from plait.results.versions import library_versions
 from plait.version import __version__
 
 LOCK = "plait.lock"
-RECORD = "merge_metadata.json"
+RUN_RECORD = "merge_metadata.json"
 SUMMARY = "summary.json"
 CARD = "README.md"
 LEARNED_RECIPE, LEARNED_START = "recipe.yaml", "start"  # what a tuning of coefficients learned, and the adapter that it names
 LOCK_VERSION = 1
-Kind = Literal["merge", "bake", "extract", "train", "tune", "calibrate"]
+ResultKind = Literal["merge", "bake", "extract", "train", "tune", "calibrate"]
 
 
 def _digests(files: dict[str, str]) -> dict[str, str]:
@@ -96,7 +96,7 @@ class Lock(Record):
     recipe: dict[str, Any]
     inputs: dict[str, LockedInput]
     outputs: FileDigests
-    kind: Kind = "merge"
+    kind: ResultKind = "merge"
     options: dict[str, Any] = Field(default_factory=dict)
     base: LockedInput | None = None
 
@@ -127,7 +127,7 @@ class Lock(Record):
     @property
     def files(self) -> set[str]:
         """Names of all files that make up the result, lock and records included."""
-        return {*self.outputs, CARD, LOCK, RECORD, SUMMARY}
+        return {*self.outputs, CARD, LOCK, RUN_RECORD, SUMMARY}
 
 
 def read_lock(folder: Path, *, advice: str = "Make the result again.") -> Lock:
@@ -155,7 +155,7 @@ def read_lock(folder: Path, *, advice: str = "Make the result again.") -> Lock:
 
 
 def new_lock(
-    kind: Kind,
+    kind: ResultKind,
     *,
     recipe: Mapping[str, Any],
     inputs: Mapping[str, LockedInput],
@@ -218,5 +218,5 @@ def relative_path(path: Path, folder: Path) -> str:
 def output_digests(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return sha256 of every file of a result but for lock and run record, by their path in it; `known` are not computed."""
     known = known or {}
-    made = [name for name in sorted(entries(folder)) if name not in (LOCK, RECORD, SUMMARY)]
+    made = [name for name in sorted(entries(folder)) if name not in (LOCK, RUN_RECORD, SUMMARY)]
     return {name: known.get(name) or sha256(file_in(folder, name)) for name in made}

@@ -18,7 +18,7 @@ class Progress(Protocol):
         """End the stage."""
 
 
-class Silent:
+class SilentProgress:
     """A listener that does nothing."""
 
     def start(self, stage: str, total: int, unit: str = "steps") -> None:

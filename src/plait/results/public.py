@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from plait.results.lock import LOCK, RECORD, SUMMARY
+from plait.results.lock import LOCK, RUN_RECORD, SUMMARY
 
 #: What begins like a path on a machine and not like a name on the Hub.
 _LOCAL = re.compile(r"(?:/|~|\.{1,2}(?:[/\\]|$)|[A-Za-z]:[\\/]|\\\\|file:)")
@@ -25,7 +25,7 @@ _PATH_KEYS = frozenset(
      "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file", "output_dir", "logging_dir",
      "best_model_checkpoint"}
 )  # fmt: skip
-_RECORDS = (LOCK, RECORD, SUMMARY)
+_RECORDS = (LOCK, RUN_RECORD, SUMMARY)
 #: Files of a tokenizer in which every text may be a token, and an index, which names no place.
 _TOKENS = re.compile(r"(tokenizer|vocab|added_tokens|special_tokens_map|chat_template|.*\.index)\.json")
 

@@ -14,14 +14,14 @@ from plait.adapters.lowrank import LowRank
 from plait.linalg.blocks import RangeHint, RowBlocks
 
 
-class Rows(Protocol):
+class RowFunction(Protocol):
     """Rows of a stack."""
 
     def __call__(self, start: int, stop: int, stride: int = 1) -> Tensor:
         """Return every stride-th of the rows [start, stop), (T, …, q)."""
 
 
-Merged = LowRank | RowBlocks  # an exact low-rank result, or a matrix that exists as blocks of rows
+MergedMatrix = LowRank | RowBlocks  # an exact low-rank result, or a matrix that exists as blocks of rows
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Array:
 
     name: str
     shape: tuple[int, int]
-    rows: Rows
+    rows: RowFunction
     weight_transform: Callable[[Tensor], Tensor]
     range_hint: RangeHint | None = None
 
@@ -54,7 +54,7 @@ class Frame:
     """
 
     arrays: tuple[Array, ...]
-    lift: Callable[[Sequence[RowBlocks]], Merged]
+    lift: Callable[[Sequence[RowBlocks]], MergedMatrix]
     dtype: torch.dtype
 
 
@@ -87,6 +87,6 @@ def unchanged(weights: Tensor) -> Tensor:
     return weights
 
 
-def in_memory(x: Tensor) -> Rows:
+def in_memory(x: Tensor) -> RowFunction:
     """Return the row function of a stack (T, p, q) that is in memory."""
     return lambda start, stop, stride=1: x[:, start:stop:stride]

@@ -9,7 +9,7 @@ import torch
 from plait.adapters.lowrank import LowRank
 from plait.linalg.blocks import RowBlocks
 from plait.linalg.factored import left_basis, orient
-from plait.spaces.base import Array, Frame, Merged, Space, in_memory, unchanged
+from plait.spaces.base import Array, Frame, MergedMatrix, Space, in_memory, unchanged
 
 
 class Core(Space):
@@ -34,7 +34,7 @@ class Core(Space):
         u, v = u * orient(u), v * orient(v)
         cores = torch.stack([(u.mT @ d.b) @ (d.a @ v) for d in deltas])  # (T, p, q)
 
-        def lift(merged: Sequence[RowBlocks]) -> Merged:
+        def lift(merged: Sequence[RowBlocks]) -> MergedMatrix:
             core = merged[0].dense()
             if core.shape[0] <= core.shape[1]:
                 return LowRank(core @ v.mT, u)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
 from plait.linalg.blocks import RowBlocks
-from plait.spaces.base import Array, Frame, Merged, Space, unchanged
+from plait.spaces.base import Array, Frame, MergedMatrix, Space, unchanged
 
 
 class Delta(Space):
@@ -44,7 +44,7 @@ class Delta(Space):
         return min(shape)
 
 
-def _itself(merged: Sequence[RowBlocks]) -> Merged:
+def _itself(merged: Sequence[RowBlocks]) -> MergedMatrix:
     return merged[0]
 
 

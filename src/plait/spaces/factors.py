@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
 from plait.linalg.blocks import RowBlocks
-from plait.spaces.base import Array, Frame, Merged, Space, in_memory
+from plait.spaces.base import Array, Frame, MergedMatrix, Space, in_memory
 
 
 class Factors(Space):
@@ -49,7 +49,7 @@ class Factors(Space):
         return max(ranks)
 
 
-def _product(merged: Sequence[RowBlocks]) -> Merged:
+def _product(merged: Sequence[RowBlocks]) -> MergedMatrix:
     return LowRank(merged[0].dense(), merged[1].dense())
 
 

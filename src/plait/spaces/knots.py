@@ -9,7 +9,7 @@ import torch
 from plait.adapters.lowrank import LowRank
 from plait.linalg.blocks import RowBlocks
 from plait.linalg.factored import orient
-from plait.spaces.base import Array, Frame, Merged, Space, in_memory, unchanged
+from plait.spaces.base import Array, Frame, MergedMatrix, Space, in_memory, unchanged
 
 _TOLERANCE = 1e-6
 
@@ -42,7 +42,7 @@ class Knots(Space):
         for delta, place in zip(deltas, coordinates, strict=True):
             torch.mm(basis.mT @ delta.b, delta.a, out=place)
 
-        def lift(merged: Sequence[RowBlocks]) -> Merged:
+        def lift(merged: Sequence[RowBlocks]) -> MergedMatrix:
             return LowRank(merged[0].dense(), basis)
 
         return Frame((Array("knots", (kept, coordinates.shape[2]), in_memory(coordinates), unchanged),), lift, basis.dtype)

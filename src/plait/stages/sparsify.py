@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from plait.linalg.sparsify import Count, drop_above, keep_at_least, kept_count, row_ranks
+from plait.linalg.sparsify import CountRule, drop_above, keep_at_least, kept_count, row_ranks
 from plait.records import Record
 from plait.stages.base import Block, EntryStage, Scope, StageParams, Survey, register_stage
 from plait.stages.surveys import magnitudes
@@ -22,7 +22,7 @@ class TrimFields(Record):
 
     density: Density = 0.2
     scope: RankScope = "model"
-    kept: Annotated[Count, Field(description="How density · entries becomes a count.")] = "floor"
+    kept: Annotated[CountRule, Field(description="How density · entries becomes a count.")] = "floor"
 
 
 @register_stage

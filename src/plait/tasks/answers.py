@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from plait.records import Record
 
-Array = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
 
 class Answer(Record):
@@ -54,14 +54,14 @@ class Metric:
 
     name: str
     higher_is_better: bool
-    statistics: Callable[[Sequence[Answer]], Array]
-    from_sums: Callable[[Array], Array]
+    statistics: Callable[[Sequence[Answer]], FloatArray]
+    from_sums: Callable[[FloatArray], FloatArray]
     value: Callable[[Sequence[Answer]], float]
     stderr: Callable[[Sequence[Answer]], float | None] = lambda answers: None
-    outcomes: Callable[[Array], Array | None] = lambda statistics: None
+    outcomes: Callable[[FloatArray], FloatArray | None] = lambda statistics: None
 
 
-def summed(name: str, statistics: Callable[[Sequence[Answer]], Array], *, higher_is_better: bool = True) -> Metric:
+def summed(name: str, statistics: Callable[[Sequence[Answer]], FloatArray], *, higher_is_better: bool = True) -> Metric:
     """Return a ratio of two sums: a mean of shares where higher is better."""
 
     def value(answers: Sequence[Answer]) -> float:
@@ -70,14 +70,14 @@ def summed(name: str, statistics: Callable[[Sequence[Answer]], Array], *, higher
     return Metric(name, higher_is_better, statistics, ratio, value, outcomes=of_shares)
 
 
-def of_shares(statistics: Array) -> Array | None:
+def of_shares(statistics: FloatArray) -> FloatArray | None:
     """Return the worst and the best example of a mean of shares; None where values are not shares."""
     values, weights = statistics[:, 0], statistics[:, 1]
     plain = np.isin(weights, (0, 1)).all() and (values >= 0).all() and (values <= 1).all()
     return np.array([[[0.0, 1.0], [1.0, 1.0]]]) if plain else None
 
 
-def ratio(sums: Array) -> Array:
+def ratio(sums: FloatArray) -> FloatArray:
     """Return the first of two sums over the second, (…, 2) → (…); NaN where both are 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(sums[..., 0] / sums[..., 1])

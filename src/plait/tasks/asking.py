@@ -22,7 +22,7 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetLikelihood:
     """The likelihood of the target after the prompt, which may be empty; no answer is taken."""
 
 
@@ -57,4 +57,4 @@ class Harness:
     """By lm-eval's own evaluator."""
 
 
-Ask: TypeAlias = Choices | Target | Generated | Head | Harness
+Ask: TypeAlias = Choices | TargetLikelihood | Generated | Head | Harness

@@ -15,7 +15,7 @@ from typing import Any
 
 from plait.errors import PlaitError, TaskError
 from plait.libraries.transformers import chats_rendered_by, renders_chats_by_a_function
-from plait.tasks.rendering import Limited
+from plait.tasks.rendering import LimitedTemplate
 
 _one_at_a_time = RLock()
 
@@ -83,7 +83,7 @@ class _Rendered:
     """What transformers takes for Jinja's object."""
 
     def __init__(self, source: str, where: str) -> None:
-        self._limited = Limited(source, where, "chat")
+        self._limited = LimitedTemplate(source, where, "chat")
 
     def render(self, **columns: Any) -> str:
         """Return the text of a chat."""

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from plait.errors import TaskError, collect
 from plait.recipes.evaluation import SplitName
-from plait.tasks.asking import Choices, Target
+from plait.tasks.asking import Choices, TargetLikelihood
 from plait.tasks.inputs import Example, Inputs, Prompt, Row, content_digest
 from plait.tasks.rows import read_rows
 from plait.tasks.schema import RowTask, Task
@@ -85,7 +85,7 @@ def prompts_of(task: RowTask, rows: Sequence[Row]) -> list[tuple[Prompt, tuple[s
     Raises:
         TaskError: rows do not fit the templates; the first few are listed.
     """
-    texts = Template(task.target, f"{task.where}: target").each(rows) if isinstance(task.ask, Target) else None
+    texts = Template(task.target, f"{task.where}: target").each(rows) if isinstance(task.ask, TargetLikelihood) else None
     choices = task.choices_of()(rows) if texts is None else [(t,) if isinstance(t, str) else t for t in texts]
     found: list[tuple[Prompt, tuple[str, ...]]] = []
     problems: list[str] = []

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from plait.errors import PlaitError, TaskError, collect, did_you_mean
-from plait.recipes.documents import Document, open_document
+from plait.recipes.documents import YamlDocument, open_document
 from plait.recipes.paths import Plain, item
 from plait.recipes.problems import Origins, Problem, listed, show
 from plait.recipes.validation import validate
@@ -65,7 +65,7 @@ def placed(reference: str | Path, folder: Path | None = None) -> str:
     return str(reference) if _is_harness(reference) else str(((folder or Path()) / Path(reference).expanduser()).absolute())
 
 
-def build_task(document: Document, *, source: str = "task", folder: Path | None = None) -> Task:
+def build_task(document: YamlDocument, *, source: str = "task", folder: Path | None = None) -> Task:
     """Return the task that plain data describes.
 
     Args:

@@ -11,7 +11,7 @@ import numpy as np
 from plait.errors import TaskError, did_you_mean
 from plait.extras import optional, require
 from plait.plugins import Registry
-from plait.tasks.answers import Answer, Array, Metric, ratio, summed
+from plait.tasks.answers import Answer, FloatArray, Metric, ratio, summed
 from plait.tasks.schema import Normalization, Task
 
 OfTask: TypeAlias = Callable[[Task], Metric]
@@ -80,7 +80,7 @@ def mean(name: str, *, kinds: Sequence[str] = ()) -> Callable[[Callable[[Task], 
     return register
 
 
-def _with_ones(values: Iterable[float]) -> Array:
+def _with_ones(values: Iterable[float]) -> FloatArray:
     column = np.array(list(values), dtype=np.float64)
     return np.stack([column, np.ones_like(column)], axis=1)
 
@@ -96,11 +96,11 @@ def _macro_f1(task: Task) -> Metric:
     require("metric 'macro_f1'", {"eval": ["sklearn"]})
     classes = task.closed_labels or ()
 
-    def statistics(answers: Sequence[Answer]) -> Array:
+    def statistics(answers: Sequence[Answer]) -> FloatArray:
         given, target = (_one_hot([a.given for a in answers], classes), _one_hot([a.target for a in answers], classes))
         return np.concatenate([given * target, given + target], axis=1)
 
-    def from_sums(sums: Array) -> Array:
+    def from_sums(sums: FloatArray) -> FloatArray:
         hits, seen = np.split(sums, 2, axis=-1)
         occurs = seen > 0
         f1 = np.where(occurs, 2 * hits / np.where(occurs, seen, 1), 0)
@@ -110,7 +110,7 @@ def _macro_f1(task: Task) -> Metric:
         f1_score = optional("sklearn.metrics", "eval", "metric 'macro_f1'").f1_score
         return float(f1_score([a.target for a in answers], [a.given for a in answers], average="macro"))
 
-    def outcomes(statistics: Array) -> Array:
+    def outcomes(statistics: FloatArray) -> FloatArray:
         """Return an example of every class that occurs, taken for the next of them and for itself."""
         one = np.eye(len(classes))
         occurring = np.flatnonzero(np.split(statistics, 2, axis=1)[1].sum(0))
@@ -121,7 +121,7 @@ def _macro_f1(task: Task) -> Metric:
     return Metric("macro_f1", True, statistics, from_sums, value, outcomes=outcomes)  # noqa: FBT003
 
 
-def _one_hot(words: Sequence[str | None], classes: Sequence[str]) -> Array:
+def _one_hot(words: Sequence[str | None], classes: Sequence[str]) -> FloatArray:
     return np.array([[word == c for c in classes] for word in words], dtype=np.float64)
 
 
@@ -136,7 +136,7 @@ def _error_rate(task: Task, name: str) -> Metric:
     align = optional("jiwer", "eval", f"metric {name!r}")
     process = align.process_words if name == "wer" else align.process_characters
 
-    def statistics(answers: Sequence[Answer]) -> Array:
+    def statistics(answers: Sequence[Answer]) -> FloatArray:
         rows = []
         for a in answers:
             found = process(clean(a.target), clean(a.given or ""))
@@ -182,10 +182,10 @@ def _rouge_l(task: Task) -> Callable[[Answer], float]:
 def _perplexity(task: Task) -> Metric:
     """Exp of the mean negative log-likelihood per token, over all tokens of all texts."""
 
-    def statistics(answers: Sequence[Answer]) -> Array:
+    def statistics(answers: Sequence[Answer]) -> FloatArray:
         return np.array([(-a.scores[0], a.tokens[0]) for a in answers], dtype=np.float64)
 
-    def from_sums(sums: Array) -> Array:
+    def from_sums(sums: FloatArray) -> FloatArray:
         return np.asarray(np.exp(ratio(sums)))
 
     def value(answers: Sequence[Answer]) -> float:

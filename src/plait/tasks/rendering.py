@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeAlias
 from plait.errors import TaskError
 from plait.tasks.template_worker import MEMORY
 
-Kind: TypeAlias = Literal["task", "chat"]
+TemplateKind: TypeAlias = Literal["task", "chat"]
 
 #: Seconds of the processor that a template has in all, and what every text adds to them.
 _SECONDS, _SECONDS_EACH = 3.0, 0.01
@@ -33,11 +33,11 @@ _TOTAL = 2 << 30  # bytes of all texts that one call returns
 _TOO_LONG = -getattr(signal, "SIGPROF", 0)  # exit code
 
 
-class Absent(TaskError):
+class MissingColumnError(TaskError):
     """A template reads a column that is not there; the text does not say which there are."""
 
 
-class Limited:
+class LimitedTemplate:
     """A template that is rendered under limits.
 
     Args:
@@ -49,7 +49,7 @@ class Limited:
         TaskError: it is not a template.
     """
 
-    def __init__(self, source: str, where: str, kind: Kind) -> None:
+    def __init__(self, source: str, where: str, kind: TemplateKind) -> None:
         self._source, self._where, self._kind = source, where, kind
         self._used, self._rendered = 0.0, 0
         self.columns: frozenset[str] = frozenset()
@@ -99,7 +99,7 @@ class Limited:
         text = body.decode()
         if kind == b"t":
             return text
-        return Absent(f"{self._where}: {text}") if kind == b"u" else TaskError(f"{self._where}: {text}.")
+        return MissingColumnError(f"{self._where}: {text}") if kind == b"u" else TaskError(f"{self._where}: {text}.")
 
     def _packed(self, row: Mapping[str, Any]) -> bytes:
         wanted = row if self._kind == "chat" else {name: row[name] for name in self.columns if name in row}

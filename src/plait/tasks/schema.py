@@ -21,7 +21,7 @@ from plait.tasks.templates import Template as Compiled
 
 SPLITS: tuple[SplitName, ...] = ("train", "calibration", "validation", "test")
 Normalization = Literal["lower", "punctuation", "whitespace"]
-Template = Annotated[str, Field(min_length=1)]
+TemplateText = Annotated[str, Field(min_length=1)]
 InputMaker: TypeAlias = Callable[[Sequence[Row]], Sequence[Inputs | TaskError]]
 ChoiceMaker: TypeAlias = Callable[[Sequence[Row]], Sequence[tuple[str, ...] | TaskError]]
 _T = TypeVar("_T")
@@ -133,8 +133,8 @@ class RowTask(Task):
 
     data: Annotated[Data, Field(description="Where the rows are.")]
     splits: Annotated[dict[SplitName, Split], Field(min_length=1, description="train, calibration, validation, test.")]
-    prompt: Annotated[Template | None, Field(description="Jinja2 template of the text before the answer.")] = None
-    target: Annotated[Template, Field(description="Jinja2 template of the right answer.")]
+    prompt: Annotated[TemplateText | None, Field(description="Jinja2 template of the text before the answer.")] = None
+    target: Annotated[TemplateText, Field(description="Jinja2 template of the right answer.")]
 
     @property
     def split_names(self) -> tuple[SplitName, ...]:
@@ -225,7 +225,9 @@ def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
     return labels
 
 
-Labels = Annotated[tuple[Template, ...], Field(min_length=2, description="All possible answers."), AfterValidator(_distinct)]
+Labels = Annotated[
+    tuple[TemplateText, ...], Field(min_length=2, description="All possible answers."), AfterValidator(_distinct)
+]
 
 
 def joined(

@@ -22,7 +22,7 @@ from datetime import datetime
 from typing import Any, BinaryIO
 
 MEMORY = 1 << 30
-LONGEST = 16 << 20  # characters of one text
+LONGEST_TEXT = 16 << 20  # characters of one text
 _COMPILED = 64  # templates that are kept
 _MESSAGE = 400  # characters of a message
 
@@ -61,8 +61,8 @@ def _rendered(template: Any, row: bytes) -> tuple[bytes, bytes]:
 
     try:
         text = str(template.render(pickle.loads(row)))
-        if len(text) > LONGEST:
-            return b"e", f"the text has {len(text):,} characters; at most {LONGEST:,} are allowed".encode()
+        if len(text) > LONGEST_TEXT:
+            return b"e", f"the text has {len(text):,} characters; at most {LONGEST_TEXT:,} are allowed".encode()
         return b"t", text.encode()
     except UnicodeEncodeError as error:
         return (

@@ -11,7 +11,7 @@ from typing import Any
 
 from plait.errors import TaskError
 from plait.extras import optional
-from plait.tasks.rendering import Absent, Limited
+from plait.tasks.rendering import LimitedTemplate, MissingColumnError
 
 
 class Template:
@@ -27,7 +27,7 @@ class Template:
 
     def __init__(self, source: str, where: str) -> None:
         optional("jinja2", "eval", where)
-        self._limited = Limited(source, where, "task")
+        self._limited = LimitedTemplate(source, where, "task")
 
     def __call__(self, columns: Mapping[str, Any]) -> str:
         """Return the text of one row.
@@ -49,7 +49,7 @@ class Template:
         return [self._explained(found, row) for found, row in zip(self._limited.render(rows), rows, strict=True)]
 
     def _explained(self, found: str | TaskError, row: Mapping[str, Any]) -> str | TaskError:
-        return TaskError(f"{found}; there are {', '.join(row)}.") if isinstance(found, Absent) else found
+        return TaskError(f"{found}; there are {', '.join(row)}.") if isinstance(found, MissingColumnError) else found
 
     @property
     def columns(self) -> frozenset[str]:

@@ -17,16 +17,16 @@ _THROUGH_HERE = "unchanged tensors are copied the slower way, through this proce
 TORCH_DTYPES = {name: getattr(torch, full) for name, full in DTYPES.items()}
 _CHUNK = 1 << 25  # bytes handed to the kernel at a time: progress stays alive, a kill waits for no more
 _BUFFER = 1 << 20
-BLOCK_ELEMENTS = 1 << 20  # rows per block × columns: few calls per tensor, a few MB of memory
+TENSOR_BLOCK_ELEMENTS = 1 << 20  # rows per block × columns: few calls per tensor, a few MB of memory
 
 
-class SourceError(Exception):
+class CopySourceError(Exception):
     """Bytes to be copied cannot be had; the text says why, as the end of a sentence."""
 
 
 def block_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     """Yield the row ranges in which a tensor is made; a function of the shape alone, so that its bytes are too."""
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+    step = max(1, TENSOR_BLOCK_ELEMENTS // max(1, columns))
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
 
@@ -71,7 +71,7 @@ def copy_range(source: int, start: int, target: int, position: int, count: int, 
             data = _read(source, min(count, _BUFFER), start)
             done = os.pwrite(target, data, position) if data else 0
         if not done:
-            raise SourceError("ends early; did the file change while it was read?")
+            raise CopySourceError("ends early; did the file change while it was read?")
         start, position, count = start + done, position + done, count - done
         advance(done)
 
@@ -80,4 +80,4 @@ def _read(source: int, count: int, start: int) -> bytes:
     try:
         return os.pread(source, count, start)
     except OSError as error:
-        raise SourceError(f"cannot be read ({error.strerror or error})") from None
+        raise CopySourceError(f"cannot be read ({error.strerror or error})") from None

@@ -7,7 +7,10 @@ from pathlib import Path
 from plait.tensorfiles.pickled import PickleFile
 from plait.tensorfiles.reader import SafetensorsFile, TensorFile
 
-FORMATS: tuple[type[SafetensorsFile | PickleFile], ...] = (SafetensorsFile, PickleFile)  # the first that is there is read
+TENSOR_FORMATS: tuple[type[SafetensorsFile | PickleFile], ...] = (
+    SafetensorsFile,
+    PickleFile,
+)  # the first that is there is read
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -16,4 +19,4 @@ def open_tensors(path: Path) -> TensorFile:
     Raises:
         AdapterError: it is damaged, or holds more than tensors.
     """
-    return next((format_ for format_ in FORMATS if path.suffix == format_.suffix), PickleFile)(path)
+    return next((format_ for format_ in TENSOR_FORMATS if path.suffix == format_.suffix), PickleFile)(path)

@@ -1,7 +1,7 @@
-"""What a pickle of tensors says, read as text: nothing is imported, called or built but tuples, lists, dicts and descriptions.
+"""Reads a pickle of tensors as data: nothing is imported or called; the results are tuples, lists, dicts and descriptions.
 
-`torch.save` writes a pickle that names functions of torch and gives them storages. Here each such call is a `Call`, which
-`plait.tensorfiles.pickled` knows to be a tensor, or refuses.
+`torch.save` writes a pickle that calls functions of torch with storages. Here each such call becomes a `FunctionCall`, which
+`plait.tensorfiles.pickled` recognizes as a tensor, or refuses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class PickleError(ValueError):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Name:
+class GlobalName:
     """A class or function that is named.
 
     Attributes:
@@ -31,7 +31,7 @@ class Name:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Call:
+class FunctionCall:
     """What a function would have made of arguments.
 
     Attributes:
@@ -44,7 +44,7 @@ class Call:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Reference:
+class PersistentReference:
     """Something outside of the pickle: of torch, a storage.
 
     Attributes:
@@ -64,7 +64,7 @@ class Pickle(NamedTuple):
     """
 
     content: Any
-    references: list[Reference]
+    references: list[PersistentReference]
     functions: set[str]
 
 
@@ -92,7 +92,7 @@ class _Reader:
     def __init__(self) -> None:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
-        self.references: list[Reference] = []
+        self.references: list[PersistentReference] = []
         self.functions: set[str] = set()
 
     def run(self, stream: IO[bytes]) -> Any:
@@ -124,7 +124,7 @@ class _Reader:
         if argument is None:
             attribute, module = self._stack.pop(), self._stack.pop()
             argument = f"{module} {attribute}"
-        self._stack.append(Name(argument.replace(" ", ".")))
+        self._stack.append(GlobalName(argument.replace(" ", ".")))
 
     def put(self, value: Any) -> None:
         self._stack.append(value)
@@ -138,7 +138,7 @@ class _Reader:
         return found
 
     def refer(self) -> None:
-        self.references.append(Reference(self.pop()[0]))
+        self.references.append(PersistentReference(self.pop()[0]))
         self._stack.append(self.references[-1])
 
     def drop(self, values: list[Any]) -> None:
@@ -170,24 +170,24 @@ class _Reader:
 
     def call(self) -> None:
         function, arguments = self.pop(2)
-        if not isinstance(function, Name) or not isinstance(arguments, tuple):
+        if not isinstance(function, GlobalName) or not isinstance(arguments, tuple):
             raise PickleError("it holds more than tensors")
         if function.path == "collections.OrderedDict" and not arguments:
             self._stack.append({})
         else:
             self.functions.add(function.path)
-            self._stack.append(Call(function.path, arguments))
+            self._stack.append(FunctionCall(function.path, arguments))
 
     def make(self) -> None:
         kind, arguments = self.pop(2)
-        path = kind.path if isinstance(kind, Name) else "an object"
+        path = kind.path if isinstance(kind, GlobalName) else "an object"
         self.functions.add(path)
-        self._stack.append(Call(path, arguments if isinstance(arguments, tuple) else ()))
+        self._stack.append(FunctionCall(path, arguments if isinstance(arguments, tuple) else ()))
 
     def build(self) -> None:
         """Drop the attributes of a mapping (`_metadata` of a state dict); of anything else they are a part of it."""
         target, _ = self.pop(2)
-        if not isinstance(target, (dict, Call)):
+        if not isinstance(target, (dict, FunctionCall)):
             raise PickleError("it holds more than tensors")
         self._stack.append(target)
 

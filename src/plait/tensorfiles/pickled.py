@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 from plait.errors import AdapterError, collect
 from plait.parsing import kind_of, open_bytes, pointer_problem, shown
 from plait.tensorfiles.header import BITS, TensorInfo, is_countable
-from plait.tensorfiles.opcodes import Call, Name, Pickle, PickleError, Reference, read_pickle
+from plait.tensorfiles.opcodes import FunctionCall, GlobalName, PersistentReference, Pickle, PickleError, read_pickle
 from plait.tensorfiles.reader import TensorFile
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ class _Old:
             self.places = self._places(data, keys, self.pickle.references)
 
     @staticmethod
-    def _places(data: Any, keys: list[str], references: list[Reference]) -> dict[str, tuple[int, int]]:
+    def _places(data: Any, keys: list[str], references: list[PersistentReference]) -> dict[str, tuple[int, int]]:
         """Walk along the storages; it ends at one whose values have an unknown size, which an entry is then refused for."""
         items, places = _item_sizes(references), {}
         for key in keys:
@@ -225,7 +225,7 @@ class _Old:
         return places
 
 
-def _item_sizes(references: list[Reference]) -> dict[str, int]:
+def _item_sizes(references: list[PersistentReference]) -> dict[str, int]:
     """Return key → bytes per value of the storages that are known."""
     sizes = {}
     for reference in references:
@@ -268,15 +268,15 @@ def _views(path: Path, pickle: Pickle, places: Mapping[str, tuple[int, int]], si
 def _tensor_call(value: Any) -> Any:
     """Return the call behind a parameter, or behind a tensor with attributes."""
     for _ in range(4):
-        if not isinstance(value, Call) or not value.arguments:
+        if not isinstance(value, FunctionCall) or not value.arguments:
             break
         if value.function in _PARAMETER:
             value = value.arguments[0]
         elif value.function == "torch._tensor._rebuild_from_type_v2" and len(value.arguments) > 2:
             function, kind, arguments = value.arguments[:3]
-            if not isinstance(function, Name) or not isinstance(kind, Name) or kind.path not in _TYPED:
+            if not isinstance(function, GlobalName) or not isinstance(kind, GlobalName) or kind.path not in _TYPED:
                 break
-            value = Call(function.path, arguments if isinstance(arguments, tuple) else ())
+            value = FunctionCall(function.path, arguments if isinstance(arguments, tuple) else ())
     return value
 
 
@@ -287,9 +287,9 @@ def _view(value: Any, places: Mapping[str, tuple[int, int]]) -> _View:
         PickleError: it is not one; the text continues a sentence that begins with its name.
     """
     call = _tensor_call(value)
-    if not isinstance(call, Call) or call.function not in _TENSOR:
+    if not isinstance(call, FunctionCall) or call.function not in _TENSOR:
         raise PickleError(f"is {_kind(call)}")
-    if len(call.arguments) < 4 or not isinstance(call.arguments[0], Reference):
+    if len(call.arguments) < 4 or not isinstance(call.arguments[0], PersistentReference):
         raise PickleError("is made of no storage")
     key, dtype, nbytes = _storage(call.arguments[0])
     offset, shape, stride = call.arguments[1:4]
@@ -297,7 +297,7 @@ def _view(value: Any, places: Mapping[str, tuple[int, int]]) -> _View:
         dtype = _dtype(call.arguments[6])
     elif len(call.arguments) > 6 and call.arguments[6]:
         raise PickleError("is a conjugate or a negative that was not computed")
-    shape, stride = (s.arguments[0] if isinstance(s, Call) and s.arguments else s for s in (shape, stride))
+    shape, stride = (s.arguments[0] if isinstance(s, FunctionCall) and s.arguments else s for s in (shape, stride))
     if not _are_counts((offset,)) or not _are_counts(shape) or not _are_counts(stride) or len(shape) != len(stride):
         raise PickleError("has a shape, strides or an offset that it cannot have")
     if key not in places or places[key][1] != nbytes:
@@ -314,10 +314,15 @@ def _view(value: Any, places: Mapping[str, tuple[int, int]]) -> _View:
     return view if view.is_in_order else _View(view.info._replace(start=0), view.stride, place, extent)
 
 
-def _storage(reference: Reference) -> tuple[str, str, int]:
+def _storage(reference: PersistentReference) -> tuple[str, str, int]:
     """Return key, dtype and bytes of a storage, as the pickle has them."""
     parts = reference.parts
-    if not isinstance(parts, tuple) or len(parts) not in (5, 6) or parts[0] != "storage" or not isinstance(parts[1], Name):
+    if (
+        not isinstance(parts, tuple)
+        or len(parts) not in (5, 6)
+        or parts[0] != "storage"
+        or not isinstance(parts[1], GlobalName)
+    ):
         raise PickleError("is made of something that is not a storage")
     _, kind, key, location, count = parts[:5]
     if location == "meta":
@@ -332,7 +337,7 @@ def _storage(reference: Reference) -> tuple[str, str, int]:
 
 
 def _dtype(name: Any) -> str:
-    found = _DTYPES.get(name.path.removeprefix("torch.")) if isinstance(name, Name) else None
+    found = _DTYPES.get(name.path.removeprefix("torch.")) if isinstance(name, GlobalName) else None
     if found is None:
         raise PickleError("has a dtype that has no place in safetensors")
     return found
@@ -344,6 +349,6 @@ def _are_counts(numbers: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, Call):
+    if isinstance(value, FunctionCall):
         return _WHAT.get(value.function, f"made by {shown(value.function)}, which is not run")
     return "a mapping, not a tensor" if isinstance(value, dict) else kind_of(value)

@@ -19,7 +19,7 @@ from plait.tensorfiles.reader import DTYPES
 _NAMES = {getattr(torch, name): short for short, name in DTYPES.items()}
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """One tensor to come."""
 
     name: str
@@ -41,9 +41,9 @@ class TensorWriter:
         sha256: hex digest of the complete file, once it is left.
     """
 
-    def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: Path, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-        self._places: dict[str, tuple[int, Entry]] = {}
+        self._places: dict[str, tuple[int, TensorEntry]] = {}
         offset = 0
         # Larger item sizes first keeps every tensor aligned, as safetensors itself orders them.
         for entry in sorted(entries, key=lambda e: (-e.dtype.itemsize, e.name)):
@@ -115,6 +115,6 @@ class TensorWriter:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file."""
-    with TensorWriter(path, [Entry(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], metadata) as writer:
+    with TensorWriter(path, [TensorEntry(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], metadata) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)

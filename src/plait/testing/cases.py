@@ -8,15 +8,19 @@ from dataclasses import replace
 import torch
 
 from plait.adapters.lowrank import LowRank
-from plait.testing.cohorts import Cohort, Shape, cohort
+from plait.testing.cohorts import Cohort, MatrixShape, cohort
 from plait.testing.subject import Subject
 
-SMALL: tuple[Shape, ...] = ((1, 1), (2, 1), (1, 7), (7, 2), (8, 5))
-ORDINARY: tuple[Shape, ...] = ((12, 10), (6, 9))
+SMALL: tuple[MatrixShape, ...] = ((1, 1), (2, 1), (1, 7), (7, 2), (8, 5))
+ORDINARY: tuple[MatrixShape, ...] = ((12, 10), (6, 9))
 
 
 def ordinary(
-    subject: Subject, space: str, shapes: list[Shape] | tuple[Shape, ...] = ORDINARY, *, dtype: torch.dtype = torch.float64
+    subject: Subject,
+    space: str,
+    shapes: list[MatrixShape] | tuple[MatrixShape, ...] = ORDINARY,
+    *,
+    dtype: torch.dtype = torch.float64,
 ) -> Cohort:
     """Return a well-conditioned cohort: mixed ranks, but for `factors`, which needs equal ones."""
     ranks = [2, 2, 2] if space == "factors" else [2, 1, 3]

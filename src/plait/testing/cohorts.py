@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plait.adapters.adapter import CONFIG, WEIGHTS, Adapter, Target
+from plait.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, Target
 from plait.adapters.config import AdapterConfig
 from plait.adapters.layouts import Layout, Linear
 from plait.adapters.lowrank import LowRank
@@ -20,7 +20,7 @@ from plait.tensorfiles.header import TensorInfo
 from plait.tensorfiles.reader import SafetensorsFile
 from plait.tensorfiles.writer import write_tensors
 
-Shape = tuple[int, int]
+MatrixShape = tuple[int, int]
 MOMENTS = "moments.safetensors"  # next to an adapter's own files
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 
@@ -39,7 +39,7 @@ class Cohort:
     factors: Mapping[str, Mapping[str, LowRank]]
     scalings: Mapping[str, float]
     weights: Mapping[str, float]
-    shapes: Mapping[str, Shape]
+    shapes: Mapping[str, MatrixShape]
 
     def map(self, change: Callable[[str, str, LowRank], LowRank]) -> Cohort:
         """Return the cohort with `change(adapter, module, factors)` in place of all factors."""
@@ -124,7 +124,7 @@ class Cohort:
         for name, modules in self.factors.items():
             place = folder / name
             place.mkdir(parents=True)
-            write_tensors(place / WEIGHTS, _named(modules))
+            write_tensors(place / ADAPTER_WEIGHTS, _named(modules))
             write_tensors(place / MOMENTS, {module: self.moments(name, module) for module in self.shapes})
             ranks = {f.rank for f in modules.values()}
             if len(ranks) != 1:
@@ -136,7 +136,7 @@ class Cohort:
                 "lora_alpha": self.scalings[name] * rank,
                 "base_model_name_or_path": "base",
             }
-            (place / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+            (place / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
     def _adapter(self, name: str) -> Adapter:
         file = _Held(_named(self.factors[name]))
@@ -151,7 +151,7 @@ class Cohort:
             )
             for module, f in self.factors[name].items()
         }
-        return Adapter(name, Path(name), AdapterConfig({}, Path(name) / CONFIG), targets, {}, file)
+        return Adapter(name, Path(name), AdapterConfig({}, Path(name) / ADAPTER_CONFIG), targets, {}, file)
 
 
 class _Held(SafetensorsFile):
@@ -176,7 +176,7 @@ def _name(module: str, part: str) -> str:
 
 
 def cohort(
-    shapes: Sequence[Shape],
+    shapes: Sequence[MatrixShape],
     ranks: Sequence[int],
     *,
     seed: int = 0,

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from plait.adapters.adapter import CONFIG, WEIGHTS
+from plait.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from plait.adapters.lowrank import LowRank
 from plait.linalg import blocks
 from plait.merging.pipeline import run_recipe
@@ -159,7 +159,7 @@ def workers(subject: Subject, space: str) -> None:
         for count in (1, 3):
             with case(f"{count} workers"):
                 run_recipe(recipe, out=folder / f"out{count}", workers=count)
-                files = {n: (folder / f"out{count}" / n).read_bytes() for n in (WEIGHTS, CONFIG, LOCK)}
+                files = {n: (folder / f"out{count}" / n).read_bytes() for n in (ADAPTER_WEIGHTS, ADAPTER_CONFIG, LOCK)}
                 first = first or files
                 for n, data in files.items():
                     require(data == first[n], f"{n} differs from that of 1 worker")

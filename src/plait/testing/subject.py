@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from plait.merging.combine import Combiner, pipeline_of
-from plait.merging.emit import Emitted, as_blocks
+from plait.merging.emit import OutputFactors, as_blocks
 from plait.merging.engine import Engine
 from plait.merging.inventory import Inventory
 from plait.merging.moments import from_function
@@ -22,7 +22,7 @@ from plait.merging.plan import MergePlan, make_plan
 from plait.methods import METHODS, Method
 from plait.recipes.schema import AdapterEntry, Recipe
 from plait.records import Record
-from plait.results.progress import Silent
+from plait.results.progress import SilentProgress
 from plait.stages.pipeline import Pipeline
 from plait.testing.cohorts import MOMENTS, Cohort
 
@@ -77,14 +77,14 @@ class Subject:
         spec = {**self.params, "name": self.method.name, "space": space}
         return self.method.pipeline(self.method.spec.model_validate(spec))
 
-    def prepare(self, cohort: Cohort, recipe: Recipe) -> Run:
+    def prepare(self, cohort: Cohort, recipe: Recipe) -> MergeRun:
         """Plan a merge and make its surveys."""
         targets = {name: modules.keys() for name, modules in cohort.factors.items()}
         moments = from_function(cohort.moments, targets) if pipeline_of(recipe).needs_moments else None
         inventory = Inventory(recipe, cohort.adapters(), (), cohort.layouts(), None, moments=moments)
         plan = make_plan(inventory, workers=1)
-        engine = Engine(inventory, plan, workers=1, progress=Silent())
-        return Run(plan, engine, engine.prepare())
+        engine = Engine(inventory, plan, workers=1, progress=SilentProgress())
+        return MergeRun(plan, engine, engine.prepare())
 
     def merge(self, cohort: Cohort, space: str, changes: Mapping[str, Any] | None = None, **fields: Any) -> dict[str, Tensor]:
         """Return the merged delta of every target module, dense and not truncated."""
@@ -92,7 +92,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Run:
+class MergeRun:
     """A merge that is ready to run.
 
     Attributes:
@@ -113,7 +113,7 @@ class Run:
             found[module.target] = as_blocks(merged).dense()
         return found
 
-    def emitted(self) -> dict[str, Emitted]:
+    def emitted(self) -> dict[str, OutputFactors]:
         """Return the factors of every target module as they would be written."""
         merged = self.engine.run(self.combiner, self.engine.ranks(self.combiner))
         return {m.target: m.factors for m in merged if m.factors is not None}

@@ -12,8 +12,8 @@ from plait.extras import optional
 from plait.hub.pretrained import load_tokenizer, refusing
 from plait.libraries.trl import trusts_code
 from plait.training.data import LoadedData
-from plait.training.encoding import EncodedData, Encoder, encode_all
-from plait.training.job import LoraSettings, Prepared, ResolvedJob
+from plait.training.encoding import EncodedData, ExampleEncoder, encode_all
+from plait.training.job import LoraSettings, PreparedTrainer, ResolvedJob
 from plait.training.settings import check_values, made, trainer_settings
 
 #: What TRL does itself before training, and is done by the time it gets the data.
@@ -21,7 +21,9 @@ _DONE = ("max_length", "completion_only_loss", "assistant_only_loss")
 _SPLITTING = ("bfd_split", "wrapped")
 
 
-def make_trainer(opened: ResolvedJob, out: Path, *, encoded: tuple[EncodedData, EncodedData | None] | None = None) -> Prepared:
+def make_trainer(
+    opened: ResolvedJob, out: Path, *, encoded: tuple[EncodedData, EncodedData | None] | None = None
+) -> PreparedTrainer:
     """Load the model and tokenize the data.
 
     Args:
@@ -59,7 +61,7 @@ def make_trainer(opened: ResolvedJob, out: Path, *, encoded: tuple[EncodedData, 
             processing_class=_tokenizer(opened, config),
             peft_config=None if job.lora is None else lora_config(job.lora, "CAUSAL_LM"),
         )
-    return Prepared(trainer, len(train.items), train.left_out, train.truncated, notes)
+    return PreparedTrainer(trainer, len(train.items), train.left_out, train.truncated, notes)
 
 
 def encode_data(opened: ResolvedJob, config: Any) -> tuple[EncodedData, EncodedData | None]:
@@ -94,7 +96,7 @@ def notes_of(opened: ResolvedJob, encoded: tuple[EncodedData, EncodedData | None
     return (*notes, *(f"held out: {note}" for note in (*opened.eval_data.notes, *held.notes(config.max_length))))
 
 
-def encoder_of(opened: ResolvedJob, config: Any) -> Encoder:
+def encoder_of(opened: ResolvedJob, config: Any) -> ExampleEncoder:
     """Return what tokenizes for a job, with the chat template and the end that the trainer will set."""
     tokenizer = _tokenizer(opened, config)
     if config.chat_template_path is not None:
@@ -104,7 +106,7 @@ def encoder_of(opened: ResolvedJob, config: Any) -> Encoder:
             raise TaskError(f"eos_token {config.eos_token!r} is not in the tokenizer's vocabulary.")
         tokenizer.eos_token = config.eos_token
     whole = config.completion_only_loss is False and not config.assistant_only_loss
-    return Encoder(tokenizer, whole=whole, template=config.chat_template_path)
+    return ExampleEncoder(tokenizer, whole=whole, template=config.chat_template_path)
 
 
 def lora_config(lora: LoraSettings, task_type: str) -> Any:

@@ -17,19 +17,19 @@ from plait.hub.pretrained import load_config, load_model, load_tokenizer, padded
 from plait.training.causal import lora_config
 from plait.training.data import LoadedData
 from plait.training.formats import Completion
-from plait.training.job import Prepared, ResolvedJob, TrainingJob
+from plait.training.job import PreparedTrainer, ResolvedJob, TrainingJob
 from plait.training.settings import trainer_settings
 
 #: Heads that PEFT itself trains and saves completely.
 _HEADS = ("classifier", "score")
 _LOADING = ("dtype", "attn_implementation", "trust_remote_code")
 #: Argument of a classifier: the longest text in tokens.
-LONGEST = "max_length"
+MAX_LENGTH = "max_length"
 _UNBOUNDED = 1_000_000  # tokenizers without a limit say 1e30
 
 
 @dataclass(frozen=True)
-class Texts:
+class EncodedTexts:
     """Texts as a trainer takes them.
 
     Attributes:
@@ -43,7 +43,7 @@ class Texts:
     truncated: int
 
 
-def make_trainer(opened: ResolvedJob, out: Path) -> Prepared:
+def make_trainer(opened: ResolvedJob, out: Path) -> PreparedTrainer:
     """Load the model and tokenize the data.
 
     Args:
@@ -71,7 +71,9 @@ def make_trainer(opened: ResolvedJob, out: Path) -> Prepared:
         processing_class=tokenizer,
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
     )
-    return Prepared(trainer, len(train.items), train.left_out, train.truncated, (*opened.data.notes, *_notes(train, limit)))
+    return PreparedTrainer(
+        trainer, len(train.items), train.left_out, train.truncated, (*opened.data.notes, *_notes(train, limit))
+    )
 
 
 def settings_of(job: TrainingJob, out: Path) -> Any:
@@ -80,7 +82,7 @@ def settings_of(job: TrainingJob, out: Path) -> Any:
     Raises:
         RecipeError: an argument is not known, or they contradict each other.
     """
-    arguments = {name: value for name, value in job.arguments.items() if name != LONGEST}
+    arguments = {name: value for name, value in job.arguments.items() if name != MAX_LENGTH}
     kind = optional("transformers", "train", "training").TrainingArguments
     return trainer_settings(kind, job.model_copy(update={"arguments": arguments}), out)
 
@@ -93,7 +95,7 @@ def tokenizer_of(opened: ResolvedJob) -> tuple[Any, int | None]:
     tokenizer = padded(load_tokenizer(name, revision=revision, trust_remote_code=trust, folder=folder))
     tokenizer.padding_side = "right"  # as evaluation reads texts
     config = load_config(name, revision=revision, trust_remote_code=trust, folder=folder)
-    bounds = opened.job.arguments.get(LONGEST), getattr(config, "max_position_embeddings", None), tokenizer.model_max_length
+    bounds = opened.job.arguments.get(MAX_LENGTH), getattr(config, "max_position_embeddings", None), tokenizer.model_max_length
     return tokenizer, min((n for n in bounds if n is not None and 0 < n < _UNBOUNDED), default=None)
 
 
@@ -146,7 +148,7 @@ def _with_lora(model: Any, opened: ResolvedJob, fresh: Sequence[str]) -> Any:
         raise PlanError(f"{opened.job.base} cannot be trained so: {' '.join(str(error).split())}") from error
 
 
-def encode_texts(opened: ResolvedJob, data: LoadedData, tokenizer: Any, limit: int | None) -> Texts:
+def encode_texts(opened: ResolvedJob, data: LoadedData, tokenizer: Any, limit: int | None) -> EncodedTexts:
     """Tokenize texts and number their labels.
 
     Args:
@@ -173,10 +175,10 @@ def encode_texts(opened: ResolvedJob, data: LoadedData, tokenizer: Any, limit: i
             row = dict(tokenizer(example.prompt, truncation=True, max_length=limit))
         items.append({**row, "labels": labels.index(example.completion)})
     if not items:
-        raise TaskError(f"{data.summary}: no text is left: all {left_out} have more than {limit} tokens ({LONGEST}).")
-    return Texts(items, left_out, truncated)
+        raise TaskError(f"{data.summary}: no text is left: all {left_out} have more than {limit} tokens ({MAX_LENGTH}).")
+    return EncodedTexts(items, left_out, truncated)
 
 
-def _notes(rows: Texts, limit: int | None) -> list[str]:
+def _notes(rows: EncodedTexts, limit: int | None) -> list[str]:
     counts = [(rows.left_out, "are left out"), (rows.truncated, "are cut: their end is not learned")]
     return [f"{count} texts have more than {limit} tokens and {what}." for count, what in counts if count]

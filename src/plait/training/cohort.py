@@ -27,7 +27,7 @@ from plait.errors import OutputError, RecipeError
 from plait.extras import require
 from plait.parsing import read_text
 from plait.results.locking import locked
-from plait.results.progress import Progress, Silent
+from plait.results.progress import Progress, SilentProgress
 from plait.results.writing import write_json_whole
 from plait.training.estimate import estimate
 from plait.training.job import ADAPTER, PACKAGES
@@ -114,7 +114,12 @@ def train_cohort(
             records = {p.phase.name: p.record or ended[p.phase.name].record for p in phases}
             known = {name: record for name, record in records.items() if record is not None}
             result = finish(
-                plan, result, known, before=before, evaluation=evaluation or EvalOptions(), progress=progress or Silent()
+                plan,
+                result,
+                known,
+                before=before,
+                evaluation=evaluation or EvalOptions(),
+                progress=progress or SilentProgress(),
             )
         return _write(plan.out, result, started)
 

@@ -19,7 +19,7 @@ from plait.tasks.examples import read_examples
 from plait.tasks.inputs import Row
 from plait.tasks.loading import load_tasks
 from plait.tasks.rows import read_file, read_hub
-from plait.training.formats import Completion, Conversation, Example, FormatName, convert, digest_form
+from plait.training.formats import Completion, Conversation, FormatName, TrainingExample, convert, digest_form
 
 _ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 #: Where rows to measure the loss on are looked for where none are named: TRL's own choice first, training rows last.
@@ -64,7 +64,7 @@ class LoadedData:
     """
 
     summary: str
-    examples: tuple[Example, ...]
+    examples: tuple[TrainingExample, ...]
     notes: tuple[str, ...] = ()
 
     def digest(self) -> str:
@@ -122,7 +122,7 @@ def hold_out(data: LoadedData, share: float, seed: int) -> tuple[LoadedData, Loa
     return LoadedData(data.summary, sides[0], data.notes), held
 
 
-def _line(example: Example) -> bytes:
+def _line(example: TrainingExample) -> bytes:
     return json.dumps(digest_form(example), ensure_ascii=False, sort_keys=True, default=str).encode() + b"\n"
 
 
@@ -177,7 +177,7 @@ def _from_task(data: TrainingData, file: str) -> LoadedData:
     if split not in get_args(SplitName):
         raise TaskError(f"{file}: a task has the splits {', '.join(get_args(SplitName))}, not {split!r}.")
     delimiter = getattr(task, "delimiter", "")
-    examples: list[Example] = []
+    examples: list[TrainingExample] = []
     for item in read_examples(task, split).items[: data.limit]:  # type: ignore[arg-type]
         if isinstance(item.prompt, str):
             examples.append(Completion(item.prompt, delimiter + item.target))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from plait.errors import TaskError, collect
 from plait.hub.pretrained import refusing
 from plait.tasks.chat import chat_text
-from plait.training.formats import Completion, Conversation, Example, Message, PlainText, is_learned
+from plait.training.formats import ChatTurn, Completion, Conversation, PlainText, TrainingExample, is_learned
 
 IGNORED = -100
 LongExamples = Literal["drop", "truncate"]
@@ -79,7 +79,7 @@ def _many(count: int) -> str:
     return "1 example is" if count == 1 else f"{count} examples are"
 
 
-class Encoder:
+class ExampleEncoder:
     """Turns examples into tokens and labels.
 
     Args:
@@ -100,7 +100,7 @@ class Encoder:
         )
         self._closes = self._tokens("", special=True)[-1:] == [self._end] and tokenizer.bos_token_id != self._end
 
-    def encode(self, example: Example) -> list[Encoded]:
+    def encode(self, example: TrainingExample) -> list[Encoded]:
         """Return the example as tokens: one item, or one per answer where the chat template rewrites earlier turns.
 
         Raises:
@@ -181,7 +181,7 @@ class Encoder:
 
 
 def encode_all(
-    encoder: Encoder, examples: Sequence[Example], *, limit: int | None, long: LongExamples, where: str
+    encoder: ExampleEncoder, examples: Sequence[TrainingExample], *, limit: int | None, long: LongExamples, where: str
 ) -> EncodedData:
     """Encode every example.
 
@@ -242,7 +242,7 @@ def _plain(chat: Conversation) -> Completion:
     return Completion("".join(heads[m["role"]] + _content(m) + "\n\n" for m in asked) + "### Response:\n", _content(answer))
 
 
-def _content(message: Message) -> str:
+def _content(message: ChatTurn) -> str:
     return str(message["content"])
 
 

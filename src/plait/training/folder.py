@@ -21,7 +21,7 @@ from plait.results.staging import output_problem
 from plait.results.writing import write_json_whole
 from plait.training.job import ADAPTER, FINAL_MODEL, ResolvedJob, TrainingRecord
 
-RECORD = "training.json"
+TRAINING_RECORD = "training.json"
 MERGED_MODEL = "merged_model"
 STATE = "trainer_state.json"  # of a checkpoint, written last
 _JOB, _IN_USE = "job.json", ".in-use"
@@ -52,7 +52,7 @@ class JobFolder:
     def finished(self) -> TrainingRecord | None:
         """Return the record of this very job, where its result is there as it was written."""
         try:
-            record = TrainingRecord.model_validate_json(read_text(self.path / RECORD, OutputError))
+            record = TrainingRecord.model_validate_json(read_text(self.path / TRAINING_RECORD, OutputError))
             result = self.path / record.folder
             whole = all(file.state in ("equal", "extra") for file in check_files(result, read_lock(result)))
         except (OSError, ValueError):  # which PlaitErrors of a file are too
@@ -61,7 +61,7 @@ class JobFolder:
 
     def finish(self, record: TrainingRecord) -> None:
         """Write the record; from then on the run is done."""
-        write_json_whole(self.path / RECORD, record.model_dump(mode="json"))
+        write_json_whole(self.path / TRAINING_RECORD, record.model_dump(mode="json"))
 
 
 @contextmanager
@@ -236,4 +236,4 @@ def _clear(out: Path) -> None:
     for path in (*_checkpoints(out), *(out / name for name in (ADAPTER, FINAL_MODEL, MERGED_MODEL))):
         if path.is_dir():
             shutil.rmtree(path)
-    (out / RECORD).unlink(missing_ok=True)
+    (out / TRAINING_RECORD).unlink(missing_ok=True)

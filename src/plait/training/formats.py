@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeAlias
 from plait.errors import TaskError, collect
 
 FormatName = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "question_answer", "pair", "text"]
-Message: TypeAlias = dict[str, Any]
-Row: TypeAlias = Mapping[str, Any]
+ChatTurn: TypeAlias = dict[str, Any]
+TrainingRow: TypeAlias = Mapping[str, Any]
 
 _SHOWN = 5
 _TURNS = {"messages": ("messages",), "sharegpt": ("conversations", "conversation")}
@@ -39,7 +39,7 @@ class Conversation:
         tools: descriptions that the chat template shows; None for none.
     """
 
-    messages: tuple[Message, ...]
+    messages: tuple[ChatTurn, ...]
     asked: int = 0
     tools: Sequence[Any] | None = None
 
@@ -59,11 +59,11 @@ class PlainText:
     text: str
 
 
-Example: TypeAlias = Conversation | Completion | PlainText
+TrainingExample: TypeAlias = Conversation | Completion | PlainText
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnRoles:
     """How a row is read.
 
     Attributes:
@@ -123,7 +123,7 @@ _ALLOWED = (
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConvertedRows:
     """What rows became.
 
     Attributes:
@@ -132,14 +132,19 @@ class Converted:
         unanswered: rows left out because they have no answer.
     """
 
-    columns: Columns
-    examples: tuple[Example, ...]
+    columns: ColumnRoles
+    examples: tuple[TrainingExample, ...]
     unanswered: int = 0
 
 
 def convert(
-    rows: Sequence[Row], *, where: str, format: FormatName = "auto", text_field: str = "text", system_prompt: str | None = None
-) -> Converted:
+    rows: Sequence[TrainingRow],
+    *,
+    where: str,
+    format: FormatName = "auto",
+    text_field: str = "text",
+    system_prompt: str | None = None,
+) -> ConvertedRows:
     """Turn rows into examples.
 
     Rows without an answer are left out and counted; every other row that does not fit is an error.
@@ -158,7 +163,7 @@ def convert(
         raise TaskError(f"{where}: there are no rows. Give data with at least one.")
     columns = detect(rows, where=where, format=format, text_field=text_field)
     make = _maker(columns, system_prompt)
-    examples: list[Example] = []
+    examples: list[TrainingExample] = []
     problems: list[str] = []
     unanswered = 0
     for number, row in enumerate(rows):
@@ -180,10 +185,10 @@ def convert(
         )
     if not examples:
         raise TaskError(f"{where}: read as {columns}, none of {len(rows)} rows has an answer that could be learned.")
-    return Converted(columns, tuple(examples), unanswered)
+    return ConvertedRows(columns, tuple(examples), unanswered)
 
 
-def detect(rows: Sequence[Row], *, where: str, format: FormatName = "auto", text_field: str = "text") -> Columns:
+def detect(rows: Sequence[TrainingRow], *, where: str, format: FormatName = "auto", text_field: str = "text") -> ColumnRoles:
     """Tell the format by the columns that every row has; a format with fewer columns never hides one with more.
 
     Raises:
@@ -203,7 +208,7 @@ def detect(rows: Sequence[Row], *, where: str, format: FormatName = "auto", text
             used = {columns.question, columns.answer, columns.system, *columns.context}
             extra = {"tools"} if columns.format in ("messages", "sharegpt", "prompt_completion") else set()
             unused = tuple(name for name in present if name not in used and name not in extra)
-            return Columns(columns.format, columns.question, columns.answer, columns.context, columns.system, unused)
+            return ColumnRoles(columns.format, columns.question, columns.answer, columns.context, columns.system, unused)
     wanted = "no known format" if format == "auto" else f"not {format}"
     known = "\n".join(f"    {line}" for line in _ALLOWED)
     raise TaskError(
@@ -213,35 +218,35 @@ def detect(rows: Sequence[Row], *, where: str, format: FormatName = "auto", text
     )
 
 
-def is_learned(message: Message) -> bool:
+def is_learned(message: ChatTurn) -> bool:
     """Return whether a turn behind those given carries loss: one of the assistant, unless its weight is 0."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def digest_form(example: Example) -> Any:
+def digest_form(example: TrainingExample) -> Any:
     """Return an example as plain values, for hashing."""
     if isinstance(example, Conversation):
         return ["conversation", list(example.messages), example.asked, example.tools]
     return ["completion", example.prompt, example.completion] if isinstance(example, Completion) else ["text", example.text]
 
 
-def _candidates(named: Mapping[str, str], text_field: str) -> Iterable[Columns]:
+def _candidates(named: Mapping[str, str], text_field: str) -> Iterable[ColumnRoles]:
     """Yield every reading that the columns allow, the best first; `named` is lower case → as written."""
     system = named.get("system") or named.get("system_prompt")
     for name, fields in _TURNS.items():
         for field in fields:
             if field in named:
-                yield Columns(name, named[field], system=system)  # type: ignore[arg-type]
+                yield ColumnRoles(name, named[field], system=system)  # type: ignore[arg-type]
     if text_field != "text" and text_field in named.values():
-        yield Columns("text", text_field)
+        yield ColumnRoles("text", text_field)
     for pair in _PAIRS:
         question = next((c for c in pair.question if c in named), None)
         answer = next((c for c in pair.answer if c in named and c != question), None)
         if question and answer:
             context = tuple(named[c] for c in pair.context if c in named and c != question)
-            yield Columns(pair.format, named[question], named[answer], context, system)
+            yield ColumnRoles(pair.format, named[question], named[answer], context, system)
     if text_field in named.values() or text_field in named:
-        yield Columns("text", named.get(text_field, text_field))
+        yield ColumnRoles("text", named.get(text_field, text_field))
 
 
 def _sometimes(held: set[str], present: Sequence[str]) -> str:
@@ -249,7 +254,7 @@ def _sometimes(held: set[str], present: Sequence[str]) -> str:
     return f" (only some rows have {', '.join(rest)})" if rest else ""
 
 
-def _maker(columns: Columns, system_prompt: str | None) -> Callable[[Row], Example | None]:
+def _maker(columns: ColumnRoles, system_prompt: str | None) -> Callable[[TrainingRow], TrainingExample | None]:
     """Return row → example; None for a row without an answer."""
     if columns.format == "text":
         return lambda row: PlainText(_text(row, columns.question)) if _filled(row, columns.question) else None
@@ -260,19 +265,19 @@ def _maker(columns: Columns, system_prompt: str | None) -> Callable[[Row], Examp
     return lambda row: _question(row, columns, system_prompt)
 
 
-def _question(row: Row, columns: Columns, system_prompt: str | None) -> Conversation | None:
+def _question(row: TrainingRow, columns: ColumnRoles, system_prompt: str | None) -> Conversation | None:
     assert columns.answer is not None
     if not _filled(row, columns.answer):
         return None
     parts = [_text(row, columns.question)] + [_text(row, c) for c in columns.context if _filled(row, c)]
-    turns: list[Message] = [
+    turns: list[ChatTurn] = [
         {"role": "user", "content": "\n\n".join(parts)},
         {"role": "assistant", "content": _text(row, columns.answer)},
     ]
     return Conversation(_with_system(turns, _system(row, columns, system_prompt)))
 
 
-def _prompt_completion(row: Row, columns: Columns, system_prompt: str | None) -> Example | None:
+def _prompt_completion(row: TrainingRow, columns: ColumnRoles, system_prompt: str | None) -> TrainingExample | None:
     assert columns.answer is not None
     prompt, completion = row[columns.question], row[columns.answer]
     if not isinstance(prompt, list) and not isinstance(completion, list):
@@ -284,7 +289,7 @@ def _prompt_completion(row: Row, columns: Columns, system_prompt: str | None) ->
     return _answered(Conversation((*given, *learned), len(given), _tools(row)))
 
 
-def _conversation(row: Row, columns: Columns, system_prompt: str | None) -> Conversation | None:
+def _conversation(row: TrainingRow, columns: ColumnRoles, system_prompt: str | None) -> Conversation | None:
     turns = _turns(row[columns.question], columns.question)
     return _answered(Conversation(_with_system(turns, _system(row, columns, system_prompt)), tools=_tools(row)))
 
@@ -295,14 +300,14 @@ def _answered(conversation: Conversation) -> Conversation | None:
     return conversation if any(is_learned(m) and (m.get("content") or m.get("tool_calls")) for m in learned) else None
 
 
-def _turns(value: Any, column: str) -> list[Message]:
+def _turns(value: Any, column: str) -> list[ChatTurn]:
     value = _parsed(value)
     if not isinstance(value, (list, tuple)) or not all(isinstance(turn, Mapping) for turn in value):
         raise TaskError(f"column {column!r} is not a list of turns: {_short(value)}")
     return [_turn(turn, f"column {column!r}, turn {i}") for i, turn in enumerate(value)]
 
 
-def _turn(turn: Mapping[str, Any], where: str) -> Message:
+def _turn(turn: Mapping[str, Any], where: str) -> ChatTurn:
     role = turn.get("role", turn.get("from"))
     known = _ROLES.get(str(role).lower())
     if known is None:
@@ -326,17 +331,17 @@ def _joined(parts: Sequence[Any], where: str) -> str:
     return "".join(p["text"] for p in parts)
 
 
-def _with_system(turns: Sequence[Message], system: str | None) -> tuple[Message, ...]:
+def _with_system(turns: Sequence[ChatTurn], system: str | None) -> tuple[ChatTurn, ...]:
     has = bool(turns) and turns[0]["role"] in ("system", "developer")
     return tuple(turns) if has or not system else ({"role": "system", "content": system}, *turns)
 
 
-def _system(row: Row, columns: Columns, system_prompt: str | None) -> str | None:
+def _system(row: TrainingRow, columns: ColumnRoles, system_prompt: str | None) -> str | None:
     own = _text(row, columns.system) if columns.system and _filled(row, columns.system) else None
     return own or system_prompt
 
 
-def _tools(row: Row) -> Sequence[Any] | None:
+def _tools(row: TrainingRow) -> Sequence[Any] | None:
     tools = _parsed(row.get("tools"))
     if tools is not None and not isinstance(tools, list):
         raise TaskError(f"column 'tools' is not a list: {_short(tools)}")
@@ -353,12 +358,12 @@ def _parsed(value: Any) -> Any:
     return value
 
 
-def _filled(row: Row, column: str) -> bool:
+def _filled(row: TrainingRow, column: str) -> bool:
     value = row[column]
     return value is not None and (not isinstance(value, str) or bool(value.strip()))
 
 
-def _text(row: Row, column: str) -> str:
+def _text(row: TrainingRow, column: str) -> str:
     value = row[column]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)

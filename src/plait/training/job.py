@@ -23,7 +23,7 @@ from plait.training.fingerprints import base_digest
 if TYPE_CHECKING:
     from transformers import Trainer
 
-Kind = Literal["causal", "sequence_classification"]
+TrainingKind = Literal["causal", "sequence_classification"]
 
 #: What training needs, and what comes behind it: a template of chats, an evaluation, a report.
 PACKAGES = ("trl", "transformers", "peft", "datasets", "accelerate", "jinja2")
@@ -45,7 +45,7 @@ NON_SEMANTIC_ARGUMENTS = frozenset(
 #: Of those, what decides which checkpoint is the best, where that is what a run ends with.
 _CHECKPOINT_KEYS = frozenset({"logging_steps", "logging_strategy", "save_steps", "save_strategy"})
 #: Arguments that may name a file, of which the content counts.
-FILES = ("accelerator_config", "chat_template_path", "deepspeed", "fsdp_config")
+FILE_ARGUMENTS = ("accelerator_config", "chat_template_path", "deepspeed", "fsdp_config")
 
 
 class LoraSettings(Record):
@@ -106,7 +106,7 @@ class TrainingJob(Record):
     data: TrainingData
     eval_data: TrainingData | None = None
     held_out: float | None = Field(default=None, gt=0, lt=1)
-    kind: Kind = "causal"
+    kind: TrainingKind = "causal"
     labels: tuple[str, ...] | None = None
     lora: LoraSettings | None = LoraSettings()
     arguments: dict[str, Any] = Field(default_factory=dict)
@@ -187,7 +187,7 @@ def resolve_job(job: TrainingJob) -> ResolvedJob:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedTrainer:
     """A trainer that is ready, and what its data became.
 
     Attributes:
@@ -278,7 +278,7 @@ def _on_hub(base: Located) -> str:
 
 def _content(name: str, value: Any) -> Any:
     """Return an argument's value; of one that names a file or a tokenizer's folder, what that holds."""
-    if name not in FILES or not isinstance(value, str) or value.lstrip().startswith("{"):  # JSON in its place
+    if name not in FILE_ARGUMENTS or not isinstance(value, str) or value.lstrip().startswith("{"):  # JSON in its place
         return value
     place = Path(value)
     if place.is_dir():

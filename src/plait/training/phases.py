@@ -17,7 +17,7 @@ from plait.errors import RecipeError, did_you_mean
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.problems import Origins, Problem, listed
 from plait.recipes.schema import Recipe, Weight
-from plait.records import Record, Shown
+from plait.records import Record, ShortRepr
 from plait.tasks.schema import Task
 from plait.training.data import TrainingData
 from plait.training.job import ADAPTER, LoraSettings, TrainingJob
@@ -129,7 +129,7 @@ class PlannedPhase:
 
 
 @dataclass(frozen=True, repr=False)
-class TrainingPlan(Shown):
+class TrainingPlan(ShortRepr):
     """What a PHASES.yaml asks for.
 
     Attributes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from plait.errors import OutputError
 from plait.evaluation.candidates import merge_key
 from plait.evaluation.card import put_results
-from plait.evaluation.pipeline import Options, recipe_evaluator
+from plait.evaluation.pipeline import EvaluateOptions, recipe_evaluator
 from plait.evaluation.record import Evaluation
 from plait.evaluation.request import recipe_name
 from plait.evaluation.workspace import write_evaluation
@@ -106,7 +106,7 @@ def _evaluate(
     plan: TrainingPlan, before: TrainResult | None, evaluation: EvalOptions, progress: Progress
 ) -> tuple[Evaluation, Path]:
     """Evaluate on every phase's task; a run folder that holds the same already is the run's."""
-    options = Options(
+    options = EvaluateOptions(
         workspace=plan.out / EVALUATION,
         dtype=evaluation.dtype,
         device_map=evaluation.device_map,

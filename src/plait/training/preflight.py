@@ -20,7 +20,7 @@ from plait.parsing import read_object
 from plait.tasks.examples import read_examples
 from plait.training.causal import encoder_of, model_config
 from plait.training.classification import settings_of, tokenizer_of
-from plait.training.folder import RECORD, JobFolder, folder_problem, last_checkpoint, named_checkpoint
+from plait.training.folder import TRAINING_RECORD, JobFolder, folder_problem, last_checkpoint, named_checkpoint
 from plait.training.job import PACKAGES, ResolvedJob, TrainingJob, TrainingRecord, resolve_job
 from plait.training.output import EARLIER, check_output
 from plait.training.phases import PlannedPhase, TrainingPlan
@@ -144,7 +144,7 @@ def _move(source: Path, target: Path) -> None:
 
 def _digest(folder: Path) -> str | None:
     try:
-        digest = read_object(folder / RECORD, OutputError).get("digest")
+        digest = read_object(folder / TRAINING_RECORD, OutputError).get("digest")
     except OutputError:
         return None
     return digest if isinstance(digest, str) else None

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from plait.adapters.adapter import CONFIG
+from plait.adapters.adapter import ADAPTER_CONFIG
 from plait.merging.card import base_name, load_with_peft
 from plait.results.lock import LOCK, Lock, locked_input, new_lock, output_digests
 from plait.results.public import place_name
@@ -32,8 +32,8 @@ def seal(folder: Path, opened: ResolvedJob, record: TrainingRecord, *, home: Pat
         record: what training did.
         home: where the folder will be.
     """
-    if (folder / CONFIG).is_file():
-        _settle(folder / CONFIG, opened.job.base_name)
+    if (folder / ADAPTER_CONFIG).is_file():
+        _settle(folder / ADAPTER_CONFIG, opened.job.base_name)
     card = folder / "README.md"
     card.unlink(missing_ok=True)
     card.write_text(_card(opened, record), encoding="utf-8")

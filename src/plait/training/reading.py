@@ -12,7 +12,7 @@ from typing import Any
 from plait.errors import AddressError, PlaitError, RecipeError
 from plait.hub.references import parse_reference
 from plait.methods import METHODS
-from plait.recipes.documents import Document, open_document
+from plait.recipes.documents import YamlDocument, open_document
 from plait.recipes.overrides import parse_override, set_values
 from plait.recipes.paths import Plain, item
 from plait.recipes.problems import Origins, Problem, listed, show
@@ -20,10 +20,10 @@ from plait.recipes.validation import check, validate
 from plait.tasks.asking import Head
 from plait.tasks.loading import load_task
 from plait.tasks.schema import Task
-from plait.training.classification import LONGEST
+from plait.training.classification import MAX_LENGTH
 from plait.training.data import TrainingData, is_local
 from plait.training.encoding import LongExamples
-from plait.training.job import ADAPTER, FILES, Kind, TrainingJob
+from plait.training.job import ADAPTER, FILE_ARGUMENTS, TrainingJob, TrainingKind
 from plait.training.phases import PHASES, Phase, Phases, PlannedPhase, TrainingPlan, init_seed
 
 #: Arguments of phases unless the file has others: a killed run loses a tenth at most; the curve has fifty points.
@@ -32,7 +32,7 @@ _ARGUMENTS = {
     "logging_strategy": "steps", "logging_steps": 0.02, "logging_first_step": True, "report_to": "none",
 }  # fmt: skip
 #: Arguments that may name a file.
-_PATHS = (*FILES, "resume_from_checkpoint")
+_PATHS = (*FILE_ARGUMENTS, "resume_from_checkpoint")
 #: What phases may differ in and still be merged as adapters of one kind.
 _PER_PHASE_KEYS = ("dropout", "init_seed")
 #: Keys of a recipe that follow from the phases.
@@ -81,9 +81,9 @@ def read_phases(
     return _plan(phases, tasks, name, out, base_text, folder, origins)
 
 
-def _document(source: str | Path | Mapping[str, Plain]) -> tuple[Document, str, Path]:
+def _document(source: str | Path | Mapping[str, Plain]) -> tuple[YamlDocument, str, Path]:
     if isinstance(source, Mapping):
-        return Document(_plain(source), {}), "the phases", Path.cwd()
+        return YamlDocument(_plain(source), {}), "the phases", Path.cwd()
     file = Path(source).expanduser()
     return open_document(file, source=str(source)), str(source), file.absolute().parent
 
@@ -238,7 +238,7 @@ def _name_problems(i: int, phase: Phase, task: Task, others: Sequence[Task]) -> 
         yield Problem((PHASES, i, "task"), f"another phase's task is called {task.name!r} too; names tell results apart.")
 
 
-def _kind(task: Task) -> Kind:
+def _kind(task: Task) -> TrainingKind:
     return "sequence_classification" if isinstance(task.ask, Head) else "causal"
 
 
@@ -280,7 +280,7 @@ def _job(phases: Phases, phase: Phase, task: Task | None, base: str, folder: Pat
     arguments = _ARGUMENTS | _located(phases.arguments | phase.arguments, folder)
     head = task.ask if task is not None and isinstance(task.ask, Head) else None
     if head is not None and head.max_tokens is not None:
-        arguments = {LONGEST: head.max_tokens, **arguments}  # learned as it is evaluated
+        arguments = {MAX_LENGTH: head.max_tokens, **arguments}  # learned as it is evaluated
     data = _placed(phase.data or TrainingData(), folder)
     if data.place is None:
         data = data.model_copy(update={"task": phase.task})

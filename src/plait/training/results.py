@@ -8,9 +8,9 @@ from plait.evaluation.record import Evaluation
 from plait.records import Record
 from plait.training.job import TrainingRecord
 
-VERSION = 1
+PHASES_VERSION = 1
 RESULT = "train.json"
-State = Literal["done", "found", "failed", "waiting"]
+PhaseState = Literal["done", "found", "failed", "waiting"]
 
 
 class PhaseResult(Record):
@@ -32,7 +32,7 @@ class PhaseResult(Record):
     """
 
     name: str
-    state: State
+    state: PhaseState
     adapter: str | None = None
     digest: str
     examples: int | None = None
@@ -45,7 +45,7 @@ class PhaseResult(Record):
     notes: tuple[str, ...] = ()
 
     @staticmethod
-    def of(name: str, state: State, record: TrainingRecord, adapter: str) -> PhaseResult:
+    def of(name: str, state: PhaseState, record: TrainingRecord, adapter: str) -> PhaseResult:
         """Describe a finished phase."""
         return PhaseResult(
             name=name,
@@ -82,7 +82,7 @@ class TrainResult(Record):
         seconds: wall time of this run.
     """
 
-    version: int = VERSION
+    version: int = PHASES_VERSION
     plait: str
     source: str
     out: str

@@ -28,7 +28,7 @@ from plait.training.folder import (
     open_folder,
     result_problem,
 )
-from plait.training.job import ADAPTER, FINAL_MODEL, Prepared, ResolvedJob, TrainingJob, TrainingRecord, resolve_job
+from plait.training.job import ADAPTER, FINAL_MODEL, PreparedTrainer, ResolvedJob, TrainingJob, TrainingRecord, resolve_job
 from plait.training.provenance import seal
 from plait.version import __version__
 
@@ -87,7 +87,7 @@ def train(
         return _run(opened, folder, prepared, progress), False
 
 
-def _run(opened: ResolvedJob, folder: JobFolder, prepared: Prepared, progress: Progress | None) -> TrainingRecord:
+def _run(opened: ResolvedJob, folder: JobFolder, prepared: PreparedTrainer, progress: Progress | None) -> TrainingRecord:
     trainer, job = prepared.trainer, opened.job
     _set_seed(trainer, job.seed)
     if progress is not None:

@@ -17,7 +17,7 @@ from plait.baking.pipeline import run_bake
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import OutputError, PlaitError, RecipeError, collect
 from plait.recipes.request import read_request
-from plait.records import Shown
+from plait.records import ShortRepr
 from plait.results.checks import is_whole
 from plait.results.digests import sha256
 from plait.results.lock import read_lock
@@ -43,7 +43,7 @@ from plait.verification.publish import push_result
 
 
 @dataclass(frozen=True, repr=False)
-class SftPlan(Shown):
+class SftPlan(ShortRepr):
     """What a run will do; everything that can be checked before it has been.
 
     Attributes:
@@ -94,7 +94,7 @@ class Failure:
 
 
 @dataclass(frozen=True, repr=False)
-class SftResult(Shown):
+class SftResult(ShortRepr):
     """What a run made.
 
     Attributes:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plait.errors import PlanError, collect
 from plait.merging.combine import pipeline_of
-from plait.merging.emit import Emitted
+from plait.merging.emit import OutputFactors
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
 from plait.merging.prepared import PreparedAdapters
@@ -21,18 +21,18 @@ from plait.mixture.columns import Columns
 from plait.recipes.schema import Recipe
 from plait.recipes.tuning import Granularity, TuneSpec
 from plait.records import Record
-from plait.results.progress import Silent
+from plait.results.progress import SilentProgress
 from plait.stages.base import LinearCombine
 from plait.tuning.hierarchy import levels, similarity
 from plait.tuning.learners import CoefficientLearner
-from plait.tuning.learning import Class, Held, Run, learn, look
-from plait.tuning.working import Working
+from plait.tuning.learning import HeldOutScore, LearningRun, SplitLessons, learn, look
+from plait.tuning.working import WorkingState
 
 _ABOVE = 0.9  # where the nodes above the first level of a tree start: near 1, where tanh still has a gradient
 _ROUND_OFF = 1e-6  # singular values below this share of the largest are not counted
 
 
-class Coefficients(Record):
+class LearnedCoefficients(Record):
     """Λ as it was learned.
 
     Attributes:
@@ -51,7 +51,7 @@ class Coefficients(Record):
 
 
 @dataclass(frozen=True)
-class Sources:
+class CoefficientColumns:
     """What coefficients are learned over.
 
     Attributes:
@@ -111,7 +111,7 @@ def check(inventory: Inventory) -> None:
 
 def sources_of(
     inventory: Inventory, mixture: Mixture, closed: Sequence[MergedModule], scale: float, *, random: int | None = None
-) -> Sources:
+) -> CoefficientColumns:
     """Put the adapters, as the recipe prepares them, and the closed form side by side on the base.
 
     Args:
@@ -138,10 +138,10 @@ def sources_of(
         notes.append(
             f"the recipe's weights differ within a row of coefficients per {spec.used_granularity}; their mean is the start."
         )
-    return Sources(columns, tuple(found), start, values.float(), tuple(notes))
+    return CoefficientColumns(columns, tuple(found), start, values.float(), tuple(notes))
 
 
-def learner_of(mixture: Mixture, sources: Sources, spec: TuneSpec) -> CoefficientLearner:
+def learner_of(mixture: Mixture, sources: CoefficientColumns, spec: TuneSpec) -> CoefficientLearner:
     """Return what learns: Λ over the columns, with the start's own coefficient free of the link."""
     free = 1 if sources.start is not None and spec.used_granularity != "direction" else 0
     return CoefficientLearner(mixture, sources.columns, spec.used_granularity, sources.values, spec, free=free)
@@ -149,14 +149,14 @@ def learner_of(mixture: Mixture, sources: Sources, spec: TuneSpec) -> Coefficien
 
 def learn_in_tree(
     mixture: Mixture,
-    sources: Sources,
-    taught: Class,
+    sources: CoefficientColumns,
+    taught: SplitLessons,
     spec: TuneSpec,
-    start: Held,
+    start: HeldOutScore,
     report: Callable[..., object],
     *,
-    working: Working | None = None,
-) -> tuple[CoefficientLearner, Run, tuple[tuple[tuple[str, ...], ...], ...]]:
+    working: WorkingState | None = None,
+) -> tuple[CoefficientLearner, LearningRun, tuple[tuple[tuple[str, ...], ...], ...]]:
     """Learn node by node, from the leaves up, then all coefficients together from the product.
 
     Returns:
@@ -195,10 +195,12 @@ def learn_in_tree(
     if start.score >= best.score and spec.restore_best:  # nothing was won
         learner.load(CoefficientLearner(mixture, sources.columns, spec.used_granularity, sources.values, spec).state())
         best = start
-    return learner, Run([start, *polished], [*losses, *run.losses], done + run.step, best), tuple(tree)
+    return learner, LearningRun([start, *polished], [*losses, *run.losses], done + run.step, best), tuple(tree)
 
 
-def learned_recipe(recipe: Recipe, sources: Sources, values: Tensor, rank: int | str, paths: Mapping[str, str]) -> Recipe:
+def learned_recipe(
+    recipe: Recipe, sources: CoefficientColumns, values: Tensor, rank: int | str, paths: Mapping[str, str]
+) -> Recipe:
     """Return the plain recipe that makes the same merge: a weighted sum of the columns.
 
     Args:
@@ -226,11 +228,11 @@ def learned_recipe(recipe: Recipe, sources: Sources, values: Tensor, rank: int |
     return Recipe.model_validate({**data, "adapters": entries, "method": "linear", "weights": weights})
 
 
-def described(sources: Sources, granularity: Granularity, values: Tensor, start: Tensor) -> Coefficients:
+def described(sources: CoefficientColumns, granularity: Granularity, values: Tensor, start: Tensor) -> LearnedCoefficients:
     """Return Λ for the record."""
     if granularity == "direction":
-        return Coefficients(granularity=granularity, columns=sources.names, rows=(), values=(), start=())
-    return Coefficients(
+        return LearnedCoefficients(granularity=granularity, columns=sources.names, rows=(), values=(), start=())
+    return LearnedCoefficients(
         granularity=granularity,
         columns=sources.names,
         rows=tuple(_rows(sources.columns, granularity)),
@@ -262,12 +264,12 @@ def random_like(module: MergedModule, drawn: torch.Generator) -> MergedModule:
         )
         size = other.energy()
         slices.append(other.scaled((s.energy() / size) ** 0.5 if size else 0.0))
-    return MergedModule(module.target, Emitted(tuple(slices)), None, module.bias, None)
+    return MergedModule(module.target, OutputFactors(tuple(slices)), None, module.bias, None)
 
 
 def _leaves(inventory: Inventory, targets: Sequence[str]) -> dict[str, list[MergedModule]]:
     """Return every adapter's deltas as a merge sees them, transforms applied, without weights."""
-    prepared = PreparedAdapters(inventory, Silent())
+    prepared = PreparedAdapters(inventory, SilentProgress())
     found: dict[str, list[MergedModule]] = {a.name: [] for a in inventory.adapters}
     for target in targets:
         matrices = [m.scaled() for m in prepared.read(target)]
@@ -275,7 +277,7 @@ def _leaves(inventory: Inventory, targets: Sequence[str]) -> dict[str, list[Merg
             if target in adapter.targets:
                 entry = adapter.targets[target]
                 bias = adapter.read_part(target, "lora_B.bias", torch.float32) * entry.scaling if entry.has_bias else None
-                emitted = Emitted(tuple(row[t] for row in matrices))
+                emitted = OutputFactors(tuple(row[t] for row in matrices))
                 found[adapter.name].append(MergedModule(target, emitted, None, bias, None))
     return found
 

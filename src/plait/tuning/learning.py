@@ -26,16 +26,16 @@ from plait.mixture import Mixture
 from plait.recipes.tuning import TuneSpec
 from plait.records import Record
 from plait.tuning.learners import FactorLearner, Learner
-from plait.tuning.objectives import OBJECTIVES, Objective, References, regret_weights, regrets, smooth_maximum
+from plait.tuning.objectives import OBJECTIVES, Objective, ReferenceLosses, regret_weights, regrets, smooth_maximum
 from plait.tuning.sampling import draw
 from plait.tuning.selection import score
 from plait.tuning.teaching import Lesson, divergence_over
-from plait.tuning.working import Working
+from plait.tuning.working import WorkingState
 
 _BATCH = 16  # texts read at a time without gradients
 
 
-class Held(Record):
+class HeldOutScore(Record):
     """How far a merge is from each task's own adapter on texts that it did not learn from.
 
     Attributes:
@@ -55,7 +55,7 @@ class Held(Record):
 
 
 @dataclass(frozen=True, eq=False)
-class Class:
+class SplitLessons:
     """The lessons, and which of their texts are held out.
 
     Attributes:
@@ -70,18 +70,18 @@ class Class:
     lessons: tuple[Lesson, ...]
     learn: Mapping[str, tuple[int, ...]]
     held: Mapping[str, tuple[int, ...]]
-    learned: References = field(default_factory=lambda: References({}, {}))
-    judged: References = field(default_factory=lambda: References({}, {}))
+    learned: ReferenceLosses = field(default_factory=lambda: ReferenceLosses({}, {}))
+    judged: ReferenceLosses = field(default_factory=lambda: ReferenceLosses({}, {}))
     own: Mapping[str, Mapping[int, tuple[float, int]]] = field(default_factory=dict)
 
-    def only(self, tasks: Sequence[str]) -> Class:
+    def only(self, tasks: Sequence[str]) -> SplitLessons:
         """Return the class of some of the tasks."""
-        return Class(
+        return SplitLessons(
             tuple(x for x in self.lessons if x.task in tasks), self.learn, self.held, self.learned, self.judged, self.own
         )
 
 
-def split_off(lessons: Sequence[Lesson], *, share: float, most: int, seed: int) -> Class:
+def split_off(lessons: Sequence[Lesson], *, share: float, most: int, seed: int) -> SplitLessons:
     """Hold out a share of every task's texts, from 2 to `most`; with a share of 0, or fewer than 8 texts, look at all."""
     learn, held = {}, {}
     for lesson in lessons:
@@ -90,10 +90,10 @@ def split_off(lessons: Sequence[Lesson], *, share: float, most: int, seed: int) 
         count = min(most, max(2, round(share * len(order)))) if share > 0 and len(order) >= 8 else 0
         held[lesson.task] = tuple(sorted(order[:count] or order))
         learn[lesson.task] = tuple(sorted(order[count:]))
-    return Class(tuple(lessons), learn, held)
+    return SplitLessons(tuple(lessons), learn, held)
 
 
-def with_references(mixture: Mixture, taught: Class, spec: TuneSpec) -> Class:
+def with_references(mixture: Mixture, taught: SplitLessons, spec: TuneSpec) -> SplitLessons:
     """Take the losses of base and own adapters that the objective, its task weights or the judge need.
 
     Raises:
@@ -118,11 +118,11 @@ def with_references(mixture: Mixture, taught: Class, spec: TuneSpec) -> Class:
             held = taught.held[lesson.task]
             found["held base"][lesson.task] = _mean(text_losses(lesson, base_model, objective, spec, held), held)
             found["held own"][lesson.task] = _mean(text_losses(lesson, own_model, objective, spec, held), held)
-    learned, judged = References(found["base"], found["own"]), References(found["held base"], found["held own"])
+    learned, judged = ReferenceLosses(found["base"], found["own"]), ReferenceLosses(found["held base"], found["held own"])
     if objective.coupled and not any(learned.base[t] - learned.own[t] > spec.regret_eps for t in learned.base):
         listed = ", ".join(f"{t}: {learned.base[t]:.3g} and {learned.own[t]:.3g}" for t in learned.base)
         raise PlanError(f"regret_smoothmax: no adapter has a smaller loss on its labels than the base ({listed}, in nats).")
-    return Class(taught.lessons, taught.learn, taught.held, learned, judged, own)
+    return SplitLessons(taught.lessons, taught.learn, taught.held, learned, judged, own)
 
 
 def text_losses(
@@ -150,7 +150,7 @@ def counted(lesson: Lesson, objective: Objective, text: int) -> int:
     return 1 if objective.per == "text" or lesson.head else lesson.passages[text].positions
 
 
-def look(mixture: Mixture, learner: Learner, taught: Class, step: int, spec: TuneSpec | None = None) -> Held:
+def look(mixture: Mixture, learner: Learner, taught: SplitLessons, step: int, spec: TuneSpec | None = None) -> HeldOutScore:
     """Measure the divergence on the held-out texts, and what is kept."""
     spec = spec or TuneSpec()
     found, kept = {}, {}
@@ -166,17 +166,20 @@ def look(mixture: Mixture, learner: Learner, taught: Class, step: int, spec: Tun
             kept[lesson.task] = (base - loss) / max(base - own, spec.regret_eps)
     shares = [found[x.task] / max(x.base, 1e-6) for x in taught.lessons]
     share = sum(shares) / len(shares)
-    return Held(step=step, divergence=found, share=share, kept=kept, score=score(kept, spec.criterion))
+    return HeldOutScore(step=step, divergence=found, share=share, kept=kept, score=score(kept, spec.criterion))
 
 
 def best_scale(
-    mixture: Mixture, learner: FactorLearner, taught: Class, report: Callable[[float, Held], object] = lambda s, h: None
-) -> tuple[float, Held]:
+    mixture: Mixture,
+    learner: FactorLearner,
+    taught: SplitLessons,
+    report: Callable[[float, HeldOutScore], object] = lambda s, h: None,
+) -> tuple[float, HeldOutScore]:
     """Find the factor on the merge that brings it nearest to the adapters, and leave the factors so; no label is read.
 
-    The share of KL (see `Held`) has one minimum in the scale in all that was measured.
+    The share of KL (see `HeldOutScore`) has one minimum in the scale in all that was measured.
     """
-    known: dict[float, Held] = {}
+    known: dict[float, HeldOutScore] = {}
     start = learner.state()
 
     def at(scale: float) -> float:
@@ -194,7 +197,7 @@ def best_scale(
 
 
 @dataclass
-class Run:
+class LearningRun:
     """A loop, as far as it has come.
 
     Attributes:
@@ -206,10 +209,10 @@ class Run:
         ended: whether it has ended.
     """
 
-    looks: list[Held]
+    looks: list[HeldOutScore]
     losses: list[float]
     step: int
-    best: Held
+    best: HeldOutScore
     waited: int = 0
     ended: bool = False
 
@@ -217,15 +220,15 @@ class Run:
 def learn(
     mixture: Mixture,
     learner: Learner,
-    taught: Class,
+    taught: SplitLessons,
     spec: TuneSpec,
-    start: Held,
-    report: Callable[[int, float, Held | None], object] = lambda step, loss, held: None,
+    start: HeldOutScore,
+    report: Callable[[int, float, HeldOutScore | None], object] = lambda step, loss, held: None,
     *,
     steps: int | None = None,
-    working: Working | None = None,
+    working: WorkingState | None = None,
     name: str = "state",
-) -> Run:
+) -> LearningRun:
     """Run the loop, and leave the parameters as they were where the held-out score was best, or as they are in the end.
 
     Every step reads `spec.prompts` × `spec.accumulate` texts of every task. AdamW without decay; gradients clipped. Which texts
@@ -247,7 +250,7 @@ def learn(
     """
     steps = spec.steps if steps is None else steps
     optimizer = torch.optim.AdamW(learner.parameters(), lr=spec.used_rate, betas=spec.betas, weight_decay=0.0)
-    run, best_state = Run([start], [], 0, start), learner.state()
+    run, best_state = LearningRun([start], [], 0, start), learner.state()
     if working is not None and (found := working.load(name)) is not None:
         run, best_state = _resume(learner, optimizer, *found)
         report(run.step, math.nan, None)
@@ -291,7 +294,7 @@ def rate(spec: TuneSpec, step: int, steps: int) -> float:
 
 
 def _step(
-    mixture: Mixture, learner: Learner, taught: Class, spec: TuneSpec, step: int, optimizer: torch.optim.Optimizer
+    mixture: Mixture, learner: Learner, taught: SplitLessons, spec: TuneSpec, step: int, optimizer: torch.optim.Optimizer
 ) -> float:
     """Make one update; return the objective before it."""
     objective = OBJECTIVES[spec.objective]
@@ -346,7 +349,7 @@ def _backward(
 
 
 def _regretted(
-    mixture: Mixture, learner: Learner, taught: Class, spec: TuneSpec, drawn: Mapping[str, Sequence[int]]
+    mixture: Mixture, learner: Learner, taught: SplitLessons, spec: TuneSpec, drawn: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, float], float]:
     """Return the tasks' weights, and the smooth maximum of their regrets, from a pass over the same texts."""
     objective = OBJECTIVES[spec.objective]
@@ -360,7 +363,7 @@ def _regretted(
     return regret_weights(losses, own, taught.learned, spec), smooth_maximum(list(found.values()), spec.tau)
 
 
-def _drawn(lesson: Lesson, taught: Class, spec: TuneSpec, step: int) -> list[int]:
+def _drawn(lesson: Lesson, taught: SplitLessons, spec: TuneSpec, step: int) -> list[int]:
     items = taught.learn[lesson.task]
     classes = lesson.classes()
     return draw(
@@ -410,7 +413,7 @@ def _computing(model: Any, spec: TuneSpec) -> AbstractContextManager[Any]:
 
 
 def _saved(
-    learner: Learner, optimizer: torch.optim.Optimizer, run: Run, best: Mapping[str, Tensor]
+    learner: Learner, optimizer: torch.optim.Optimizer, run: LearningRun, best: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return everything that a loop goes on from."""
     tensors: dict[str, Tensor] = {f"best.{name}": value for name, value in best.items()}
@@ -430,15 +433,15 @@ def _saved(
 
 def _resume(
     learner: Learner, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], info: Mapping[str, Any]
-) -> tuple[Run, dict[str, Tensor]]:
+) -> tuple[LearningRun, dict[str, Tensor]]:
     """Put a saved state in place; return the loop, and the best parameters."""
     learner.load({name: tensors[f"now.{name}"] for name in learner.named()})
     for name, p in learner.named().items():
         state = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p] = {"step": torch.tensor(float(info["step"])), **state}
-    looks = [Held.model_validate(h) for h in info["looks"]]
+    looks = [HeldOutScore.model_validate(h) for h in info["looks"]]
     best = next(h for h in looks if h.step == info["best"])
-    run = Run(looks, list(info["losses"]), info["step"], best, info["waited"], info["ended"])
+    run = LearningRun(looks, list(info["losses"]), info["step"], best, info["waited"], info["ended"])
     return run, {name: tensors[f"best.{name}"].to(p.device) for name, p in learner.named().items()}
 
 

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plait.calibration.teachers import Answers
+from plait.calibration.teachers import OutputDistributions
 from plait.errors import RecipeError
 from plait.recipes.tuning import TuneSpec
 
 
 @dataclass(frozen=True, eq=False)
-class Said:
+class BatchOutputs:
     """What a model answers to some texts of a task, and what an objective may compare it with.
 
     Attributes:
@@ -38,7 +38,7 @@ class Said:
 
     logits: Tensor
     first: Tensor
-    teacher: Answers | None = None
+    teacher: OutputDistributions | None = None
     targets: Tensor | None = None
     labels: Tensor | None = None
     hidden: tuple[Tensor, ...] = ()
@@ -46,7 +46,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class References:
+class ReferenceLosses:
     """Mean losses per task with fixed models, where an objective needs them.
 
     Attributes:
@@ -58,14 +58,14 @@ class References:
     own: Mapping[str, float]
 
 
-def distill(said: Said, spec: TuneSpec) -> Tensor:
+def distill(said: BatchOutputs, spec: TuneSpec) -> Tensor:
     """KL(own adapter ‖ merge) per position, (N,) nats (Hinton et al. 2015, arXiv:1503.02531)."""
     if said.teacher is None:
         raise AssertionError("no teacher")
     return said.teacher.divergence(said.logits)
 
 
-def hidden(said: Said, spec: TuneSpec) -> Tensor:
+def hidden(said: BatchOutputs, spec: TuneSpec) -> Tensor:
     """‖h − h*‖² / ‖h*‖² per position, mean over the layers, (N,): the distance from the own adapter's hidden states h*."""
     parts = [
         (h.float() - w.float()).square().sum(-1) / w.float().square().sum(-1).clamp(min=1e-12)
@@ -74,7 +74,7 @@ def hidden(said: Said, spec: TuneSpec) -> Tensor:
     return torch.stack(parts).mean(0)
 
 
-def entropy(said: Said, spec: TuneSpec) -> Tensor:
+def entropy(said: BatchOutputs, spec: TuneSpec) -> Tensor:
     """H(softmax(z / τ)) per text, (B,) nats, at its first position (AdaMerging, Yang et al. 2024, arXiv:2310.02575).
 
     Over the first tokens of the task's labels, or over the vocabulary. No label is read.
@@ -86,7 +86,7 @@ def entropy(said: Said, spec: TuneSpec) -> Tensor:
     return -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)
 
 
-def cross_entropy(said: Said, spec: TuneSpec) -> Tensor:
+def cross_entropy(said: BatchOutputs, spec: TuneSpec) -> Tensor:
     """−log p(y) per token of the answer, (N,) nats: (1 − ε) of the label and ε of the mean over the vocabulary."""
     if said.targets is None:
         raise AssertionError("no labels")
@@ -96,12 +96,12 @@ def cross_entropy(said: Said, spec: TuneSpec) -> Tensor:
 Losses = Mapping[str, float]
 
 
-def equal(losses: Losses, references: References, spec: TuneSpec) -> dict[str, float]:
+def equal(losses: Losses, references: ReferenceLosses, spec: TuneSpec) -> dict[str, float]:
     """1 / T."""
     return {task: 1 / len(losses) for task in losses}
 
 
-def task_weights(losses: Losses, references: References, spec: TuneSpec) -> dict[str, float]:
+def task_weights(losses: Losses, references: ReferenceLosses, spec: TuneSpec) -> dict[str, float]:
     """Equal; the recipe's, divided by their sum; or 1 / (T · max(floor, Lₜ of the own adapter)), at most the cap.
 
     Raises:
@@ -118,7 +118,7 @@ def task_weights(losses: Losses, references: References, spec: TuneSpec) -> dict
     return {t: min(cap, 1 / (len(losses) * max(spec.baseline_floor, references.own[t]))) for t in losses}
 
 
-def regrets(losses: Losses, own: Losses, references: References, spec: TuneSpec) -> dict[str, float]:
+def regrets(losses: Losses, own: Losses, references: ReferenceLosses, spec: TuneSpec) -> dict[str, float]:
     """Return rₜ = (Lₜ − Lₜ own) / (Lₜ base − Lₜ own + ε), of the tasks that have headroom.
 
     Args:
@@ -137,7 +137,7 @@ def smooth_maximum(values: Sequence[float], tau: float) -> float:
     return top + tau * math.log(sum(math.exp((v - top) / tau) for v in values))
 
 
-def regret_weights(losses: Losses, own: Losses, references: References, spec: TuneSpec) -> dict[str, float]:
+def regret_weights(losses: Losses, own: Losses, references: ReferenceLosses, spec: TuneSpec) -> dict[str, float]:
     """Return wₜ = softmax(r / τ)ₜ / (Lₜ base − Lₜ own + ε), so that Σ wₜ ∇Lₜ is the gradient of the smooth maximum of rₜ."""
     found = regrets(losses, own, references, spec)
     weights = dict.fromkeys(losses, 0.0)
@@ -164,11 +164,11 @@ class Objective:
     """
 
     name: str
-    loss: Callable[[Said, TuneSpec], Tensor]
+    loss: Callable[[BatchOutputs, TuneSpec], Tensor]
     per: Literal["position", "text"]
     needs: Literal["teacher", "hidden", "labels", "nothing"]
     summary: str
-    weights: Callable[[Losses, References, TuneSpec], dict[str, float]] = equal
+    weights: Callable[[Losses, ReferenceLosses, TuneSpec], dict[str, float]] = equal
     coupled: bool = False
 
 

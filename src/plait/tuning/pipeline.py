@@ -24,7 +24,7 @@ from plait.evaluation.loaded_base import LoadedBase
 from plait.extras import require
 from plait.hub.download import Located
 from plait.merging.adapter_output import MergedAdapter
-from plait.merging.emit import Emitted
+from plait.merging.emit import OutputFactors
 from plait.merging.engine import MergedModule
 from plait.merging.heads import write_heads
 from plait.merging.inventory import Inventory, take_inventory
@@ -38,15 +38,15 @@ from plait.recipes.writing import to_yaml
 from plait.results.digests import sha256
 from plait.results.disk import check_not_an_input
 from plait.results.lock import LEARNED_RECIPE, LEARNED_START, LOCK, locked_input, relative_path
-from plait.results.progress import Progress, Silent
+from plait.results.progress import Progress, SilentProgress
 from plait.results.records import write_json
 from plait.results.staging import output_problem, staged, tuning_folder
 from plait.tensorfiles.writer import write_tensors
 from plait.tuning import coefficients
 from plait.tuning.card import tune_card
 from plait.tuning.coefficients import (
-    Coefficients,
-    Sources,
+    CoefficientColumns,
+    LearnedCoefficients,
     described,
     learn_in_tree,
     learned_recipe,
@@ -57,12 +57,12 @@ from plait.tuning.coefficients import (
 )
 from plait.tuning.labels import read_labeled
 from plait.tuning.learners import FactorLearner, Learner
-from plait.tuning.learning import Class, Held, Run, best_scale, learn, look, split_off, with_references
+from plait.tuning.learning import HeldOutScore, LearningRun, SplitLessons, best_scale, learn, look, split_off, with_references
 from plait.tuning.record import TUNING, Control, SeenTexts, TuneRecord
 from plait.tuning.span import distance, outside
 from plait.tuning.start import closed_form, planned, run_plan
 from plait.tuning.teaching import Lesson, lesson_of
-from plait.tuning.working import Working
+from plait.tuning.working import WorkingState
 from plait.version import __version__
 
 _SHOWN = 3
@@ -143,7 +143,7 @@ def run_tune(
         PlaitError: anything wrong with what was given; nothing is left at `out` then.
     """
     require("plait tune", {"eval": ["transformers", "accelerate", "jinja2"]})
-    options, progress, clock = options or TuneOptions(), progress or Silent(), _Clock()
+    options, progress, clock = options or TuneOptions(), progress or SilentProgress(), _Clock()
     spec = recipe.tune
     if problem := output_problem(out, force=force):
         raise OutputError(problem)
@@ -158,7 +158,9 @@ def run_tune(
     base = base_of(inventory, folder, options.base)
     digests = input_digests(inventory)
     base_files = {p.name: sha256(p) for p in weight_files(base.folder)}
-    working = Working(tuning_folder(out), _digest(recipe, options, texts, right, [*digests.values(), *base_files.values()]))
+    working = WorkingState(
+        tuning_folder(out), _digest(recipe, options, texts, right, [*digests.values(), *base_files.values()])
+    )
     clock.lap("check")
 
     mixture = _load(base, inventory, options, progress)
@@ -231,11 +233,11 @@ class _Learned:
         notes: what is to be known.
     """
 
-    run: Run
+    run: LearningRun
     deltas: Mapping[str, tuple[LowRank, ...]]
-    sources: Sources | None = None
+    sources: CoefficientColumns | None = None
     values: Tensor | None = None
-    coefficients: Coefficients | None = None
+    coefficients: LearnedCoefficients | None = None
     tree: tuple[tuple[tuple[str, ...], ...], ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -246,17 +248,17 @@ class _Tuning:
 
     inventory: Inventory
     mixture: Mixture
-    taught: Class
+    taught: SplitLessons
     closed: Sequence[MergedModule]
     scale: float
-    working: Working
+    working: WorkingState
     progress: Progress
 
     @property
     def spec(self) -> TuneSpec:
         return self.inventory.recipe.tune
 
-    def factors(self, learner: FactorLearner, start: Held) -> _Learned:
+    def factors(self, learner: FactorLearner, start: HeldOutScore) -> _Learned:
         """Let the merge's factors learn."""
         if self.spec.judge == "loss" or self.spec.criterion != "mean":
             start = look(self.mixture, learner, self.taught, 0, self.spec)
@@ -315,12 +317,12 @@ class _Tuning:
         run = self._run(learner, start, name, spec)
         return Control(held=run.best, losses=tuple(run.losses))
 
-    def _run(self, learner: Learner, start: Held, name: str, spec: TuneSpec | None = None) -> Run:
+    def _run(self, learner: Learner, start: HeldOutScore, name: str, spec: TuneSpec | None = None) -> LearningRun:
         spec = spec or self.spec
         self.progress.start("learning", spec.steps, "steps")
         done = 0
 
-        def report(step: int, loss: float, held: Held | None) -> None:
+        def report(step: int, loss: float, held: HeldOutScore | None) -> None:
             nonlocal done
             self.progress.advance(step - done)
             done = step
@@ -389,7 +391,7 @@ def _write_learned(
     made = take_inventory(learned_recipe(inventory.recipe, found, learned.values, rank, paths))
     digests = input_digests(made)
     plan = make_plan(made, workers=1)
-    merged = list(run_plan(made, plan, default_workers(), Silent()))
+    merged = list(run_plan(made, plan, default_workers(), SilentProgress()))
     written, known = _write(made, merged, place)
     recipe = learned_recipe(inventory.recipe, found, learned.values, rank, public)
     (place / LEARNED_RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
@@ -420,7 +422,7 @@ def _closed_form(
     mixture: Mixture,
     lessons: Sequence[Lesson],
     options: TuneOptions,
-    working: Working,
+    working: WorkingState,
     progress: Progress,
 ) -> tuple[MergedModule, ...]:
     """Return the start, and keep it, so that a killed tuning does not take second moments again."""
@@ -446,7 +448,7 @@ def _from_tensors(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> tup
     return tuple(
         MergedModule(
             target,
-            Emitted(tuple(LowRank(tensors[f"{i}.a.{target}"], tensors[f"{i}.b.{target}"]) for i in range(count))),
+            OutputFactors(tuple(LowRank(tensors[f"{i}.a.{target}"], tensors[f"{i}.b.{target}"]) for i in range(count))),
             None,
             tensors.get(f"bias.{target}"),
             None,
@@ -545,17 +547,17 @@ def _lessons(
 
 
 def _scaled(
-    mixture: Mixture, learner: FactorLearner, taught: Class, recipe: Recipe, working: Working, progress: Progress
-) -> tuple[float, list[tuple[float, float]], Held]:
+    mixture: Mixture, learner: FactorLearner, taught: SplitLessons, recipe: Recipe, working: WorkingState, progress: Progress
+) -> tuple[float, list[tuple[float, float]], HeldOutScore]:
     """Give the start its scale: the recipe's where it has one, else the one that is nearest to the adapters."""
     if "scale" in recipe.model_fields_set and recipe.scale != "auto":
         return recipe.factor, [], look(mixture, learner, taught, 0)
     if (found := working.load("scale")) is not None:
         learner.factors.scale(found[1]["scale"])
-        return found[1]["scale"], [tuple(pair) for pair in found[1]["tried"]], Held.model_validate(found[1]["held"])
+        return found[1]["scale"], [tuple(pair) for pair in found[1]["tried"]], HeldOutScore.model_validate(found[1]["held"])
     tried: list[tuple[float, float]] = []
 
-    def report(scale: float, held: Held) -> None:
+    def report(scale: float, held: HeldOutScore) -> None:
         tried.append((scale, held.share))
         progress.advance()
 
@@ -586,13 +588,13 @@ def _write(
 def _merged(merged: Sequence[MergedModule], deltas: Mapping[str, tuple[LowRank, ...]]) -> list[MergedModule]:
     """Return merged modules with the factors that were learned, balanced."""
     return [
-        MergedModule(m.target, Emitted(tuple(s.canonical().padded(s.rank) for s in deltas[m.target])), None, m.bias, None)
+        MergedModule(m.target, OutputFactors(tuple(s.canonical().padded(s.rank) for s in deltas[m.target])), None, m.bias, None)
         for m in merged
         if m.target in deltas
     ]
 
 
-def _seen(texts: Mapping[str, Texts], owners: Mapping[str, str], taught: Class) -> tuple[SeenTexts, ...]:
+def _seen(texts: Mapping[str, Texts], owners: Mapping[str, str], taught: SplitLessons) -> tuple[SeenTexts, ...]:
     return tuple(
         SeenTexts(
             task=name,
@@ -608,7 +610,9 @@ def _seen(texts: Mapping[str, Texts], owners: Mapping[str, str], taught: Class) 
     )
 
 
-def _notes(texts: Mapping[str, Texts], right: Mapping[str, tuple[str, ...]], taught: Class, looks: Sequence[Held]) -> list[str]:
+def _notes(
+    texts: Mapping[str, Texts], right: Mapping[str, tuple[str, ...]], taught: SplitLessons, looks: Sequence[HeldOutScore]
+) -> list[str]:
     trained = [name for name, t in texts.items() if t.source == "split 'train'"]
     tested = [name for name, t in texts.items() if t.source == "split 'test'"]
     notes = []

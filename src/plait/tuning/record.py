@@ -6,8 +6,8 @@ from typing import Any
 
 from plait.calibration.texts import TextKind
 from plait.records import Record
-from plait.tuning.coefficients import Coefficients
-from plait.tuning.learning import Held
+from plait.tuning.coefficients import LearnedCoefficients
+from plait.tuning.learning import HeldOutScore
 
 TUNING = "tuning.json"
 
@@ -44,7 +44,7 @@ class Control(Record):
         losses: the objective at every step.
     """
 
-    held: Held
+    held: HeldOutScore
     losses: tuple[float, ...]
 
 
@@ -57,7 +57,7 @@ class TuneRecord(Record):
         sources: the adapters; see `merging.record.sources`.
         texts: what was seen, per task.
         scale: factor on the closed form.
-        scales: every scale that was tried, with the mean share of divergence (see `Held`) that it left.
+        scales: every scale that was tried, with the mean share of divergence (see `HeldOutScore`) that it left.
         base: task → mean KL(own adapter ‖ base) on all its texts, nats.
         looks: at the held-out texts, from the start on.
         losses: the objective at every step, on its texts.
@@ -83,7 +83,7 @@ class TuneRecord(Record):
     scale: float
     scales: tuple[tuple[float, float], ...]
     base: dict[str, float]
-    looks: tuple[Held, ...]
+    looks: tuple[HeldOutScore, ...]
     losses: tuple[float, ...]
     kept_step: int
     rank: int
@@ -94,16 +94,16 @@ class TuneRecord(Record):
     finished: str
     control: Control | None = None
     random: Control | None = None
-    coefficients: Coefficients | None = None
+    coefficients: LearnedCoefficients | None = None
     tree: tuple[tuple[tuple[str, ...], ...], ...] = ()
     objective: str = "distill"
 
     @property
-    def start(self) -> Held:
+    def start(self) -> HeldOutScore:
         """The closed form at its scale, before the first step."""
         return self.looks[0]
 
     @property
-    def kept(self) -> Held:
+    def kept(self) -> HeldOutScore:
         """What was written."""
         return next(h for h in self.looks if h.step == self.kept_step)

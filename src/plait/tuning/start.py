@@ -19,7 +19,7 @@ from plait.results.progress import Progress
 from plait.tuning.teaching import Lesson
 
 _MOST_TEXTS = 64  # of a task, that second moments are taken on; more change little
-MOST_BYTES = 4 << 30  # of second moments held at a time; more are taken in several passes over the texts
+MAX_MOMENT_BYTES = 4 << 30  # of second moments held at a time; more are taken in several passes over the texts
 
 
 def needs_moments(inventory: Inventory) -> bool:
@@ -105,7 +105,7 @@ def _groups(inventory: Inventory, targets: Sequence[str]) -> Iterator[list[str]]
     for target in targets:
         layout = inventory.layouts[target]
         own = 4 * layout.stack * layout.d_in * min(layout.d_in, MOST_ROWS) * len(inventory.adapters)
-        if group and size + own > MOST_BYTES:
+        if group and size + own > MAX_MOMENT_BYTES:
             yield group
             group, size = [], 0
         group.append(target)

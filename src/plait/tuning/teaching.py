@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from plait.calibration.passages import Passage, Reader
-from plait.calibration.teachers import Answers, ask
+from plait.calibration.teachers import OutputDistributions, ask
 from plait.calibration.texts import Texts
 from plait.errors import TaskError
 from plait.evaluation.generation import generate_tokens
 from plait.evaluation.likelihood import check_lengths, log_likelihoods
 from plait.mixture import Mixture
-from plait.tasks.asking import Generated, Head, Target
+from plait.tasks.asking import Generated, Head, TargetLikelihood
 from plait.tasks.encoding import PromptEncoder, Question
-from plait.tuning.objectives import Said
+from plait.tuning.objectives import BatchOutputs
 
 _SPOKEN = 32  # tokens of a free answer that are compared, at most
 
@@ -42,13 +42,13 @@ class Lesson:
     adapter: str
     head: bool
     passages: tuple[Passage, ...]
-    answers: Answers
+    answers: OutputDistributions
     base: float
     labels: tuple[tuple[int, ...], ...] = ()
     targets: tuple[int, ...] = ()
     labeled: bool = False
 
-    def batch(self, wanted: Sequence[int]) -> tuple[list[Passage], Answers]:
+    def batch(self, wanted: Sequence[int]) -> tuple[list[Passage], OutputDistributions]:
         """Return some passages, with the answers to them."""
         starts = self._starts()
         rows = [r for i in wanted for r in range(starts[i], starts[i] + self.passages[i].positions)]
@@ -59,7 +59,7 @@ class Lesson:
         passages, answers = self.batch(wanted)
         return answers.divergence(Reader(model, head=self.head).logits(passages))
 
-    def said(self, model: Any, wanted: Sequence[int], *, hidden: Sequence[torch.Tensor] | None = None) -> Said:
+    def said(self, model: Any, wanted: Sequence[int], *, hidden: Sequence[torch.Tensor] | None = None) -> BatchOutputs:
         """Return what acts now answers to some passages, with everything that an objective may compare it with.
 
         Args:
@@ -75,7 +75,7 @@ class Lesson:
             starts.append(starts[-1] + (1 if self.head else p.positions))
         at = logits.device
         right = [self.targets[i] for i in wanted] if self.targets else [t for p in passages for t in p.answer]
-        return Said(
+        return BatchOutputs(
             logits,
             torch.tensor(starts, device=at),
             answers,
@@ -137,13 +137,13 @@ def _passages(
     questions = encoder.encode(texts.prompts, texts.choices)
     longest = [len(q.prompt) + max([_SPOKEN, *map(len, q.answers)]) for q in questions]
     check_lengths(model, longest)
-    free = isinstance(task.ask, (Target, Generated))
+    free = isinstance(task.ask, (TargetLikelihood, Generated))
     labels = () if free else tuple(tuple(dict.fromkeys(a[0] for a in q.answers)) for q in questions)
     if right is not None:
         asked = encoder.encode(texts.prompts, [(text,) for text in right])
         check_lengths(model, [len(q.prompt) + len(q.answers[0]) for q in asked])
         return tuple(_passage(q, q.answers[0]) for q in asked), labels
-    if isinstance(task.ask, Target):
+    if isinstance(task.ask, TargetLikelihood):
         return tuple(_passage(q, q.answers[0]) for q in questions), labels
     with mixture.active({adapter: 1.0}) as acting:
         answers = (

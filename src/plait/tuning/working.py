@@ -18,7 +18,7 @@ from plait.errors import OutputError
 _KEY = "tuning"
 
 
-class Working:
+class WorkingState:
     """Named states in a folder; each appears complete or not at all.
 
     Args:

@@ -21,12 +21,12 @@ from plait.recipes.loading import build_recipe
 from plait.recipes.request import Adapters, extend_request
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json
-from plait.results.lock import LOCK, RECORD, Lock, read_lock, relative_path
+from plait.results.lock import LOCK, RUN_RECORD, Lock, read_lock, relative_path
 from plait.stages.base import LinearCombine
 from plait.verification.inputs import BASE, FoundInput, check_inputs
 from plait.verification.rebuild import located_recipe
 
-Coefficients = dict[str, list[float]]  # target module → one factor per adapter
+ModuleFactors = dict[str, list[float]]  # target module → one factor per adapter
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _is_exact(recipe: Recipe) -> bool:
     return pipeline_of(recipe).is_linear and recipe.space_name != "factors" and not recipe.transforms
 
 
-def _factors(earlier: Recipe, every: Recipe, opened: Sequence[Adapter]) -> Coefficients:
+def _factors(earlier: Recipe, every: Recipe, opened: Sequence[Adapter]) -> ModuleFactors:
     """Return the factors of (merged, new, …) per module that make Σ cₜ ΔWₜ over all adapters.
 
     Raises:
@@ -145,7 +145,7 @@ def _factors(earlier: Recipe, every: Recipe, opened: Sequence[Adapter]) -> Coeff
     """
     count, modules = len(earlier.adapters), sorted({m for a in opened for m in a.targets})
     before, after = towers_of(opened[0].targets), towers_of(modules)
-    found: Coefficients = {}
+    found: ModuleFactors = {}
     for module in modules:
         inside = module in opened[0].targets
         old = _coefficients(earlier, module, before) if inside else torch.zeros(count, dtype=torch.float64)
@@ -167,14 +167,14 @@ def _coefficients(recipe: Recipe, module: str, towers: Mapping[str, int]) -> Ten
     return combine.coefficients(module_weights(recipe, module, towers), module) * recipe.factor
 
 
-def _plain_factors(every: Recipe, opened: Sequence[Adapter], count: int) -> Coefficients:
+def _plain_factors(every: Recipe, opened: Sequence[Adapter], count: int) -> ModuleFactors:
     """Return 1 for the merged adapter and the weights of the new ones, times the scale that the merged one has in it."""
     modules = sorted({m for a in opened for m in a.targets})
     towers = towers_of(modules)
     return {m: [1.0, *(module_weights(every, m, towers)[count:] * every.factor).tolist()] for m in modules}
 
 
-def _weighed(data: dict[str, Any], factors: Coefficients) -> dict[str, Any]:
+def _weighed(data: dict[str, Any], factors: ModuleFactors) -> dict[str, Any]:
     """Write factors as the adapters' weights, or per module where they differ."""
     rows = list(factors.values())
     names = [entry["name"] for entry in data["adapters"]]
@@ -200,7 +200,7 @@ def _relation(folder: Path, every: Recipe, *, exact: bool) -> str:
             f"this is {every.method_name!r} of the earlier merge and what is added, another result than that of all {count} "
             f"adapters at once: {why}. The sources are needed for that one."
         )
-    record = folder / RECORD
+    record = folder / RUN_RECORD
     result = read_object(record, AdapterError).get("result") if record.is_file() else None
     if result == "truncated":
         return (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.adapters.adapter import CONFIG, WEIGHTS
+from plait.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from plait.adapters.names import PREFIX
 from plait.checkpoints.files import architectures, read_config
 from plait.errors import AdapterError, PlanError
@@ -36,7 +36,7 @@ from plait.verification.rebuild import located_recipe
 
 
 @dataclass(frozen=True)
-class Side:
+class ParityModel:
     """One side of a comparison.
 
     Attributes:
@@ -59,7 +59,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Sides:
+class ParityModels:
     """A result and its reference.
 
     Attributes:
@@ -71,8 +71,8 @@ class Sides:
 
     what: str
     reference: str
-    result: Side
-    live: Side
+    result: ParityModel
+    live: ParityModel
 
     @property
     def models(self) -> list[Any]:
@@ -83,12 +83,12 @@ class Sides:
 
 def is_model(folder: Path) -> bool:
     """Say whether a folder holds a whole model."""
-    return (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
+    return (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG).is_file()
 
 
 def load_sides(
     folder: Path, lock: Lock, found: Mapping[str, FoundInput], base: Path, scratch: Path, progress: Progress
-) -> Sides:
+) -> ParityModels:
     """Load what is compared, in float32.
 
     Args:
@@ -102,13 +102,13 @@ def load_sides(
     Raises:
         PlaitError: the result cannot be run, or has no live form.
     """
-    if not is_model(folder) and not (folder / WEIGHTS).is_file():
+    if not is_model(folder) and not (folder / ADAPTER_WEIGHTS).is_file():
         raise PlanError(f"{folder}: holds neither an adapter nor a model that can be run; bake it first.")
     task = _task_type(folder, found)
     adapters = {} if is_model(folder) else {"merged": folder}
-    live: Side | None = None
+    live: ParityModel | None = None
     if lock.kind == "extract":
-        reference, live = "the fine-tune", Side(_model(found["finetuned"].folder, task))
+        reference, live = "the fine-tune", ParityModel(_model(found["finetuned"].folder, task))
         weights = None
     else:
         recipe = located_recipe(lock, found)
@@ -116,7 +116,7 @@ def load_sides(
         weights = _coefficients(inventory, progress)
         if weights is None:
             reference = "the base model with the dense merge added"
-            live = Side(_with_delta(_model(base, task), recipe, scratch, progress))
+            live = ParityModel(_with_delta(_model(base, task), recipe, scratch, progress))
         else:
             reference = "the base model with the adapters active"
             adapters |= {f"source{i}": adapter.folder for i, adapter in enumerate(inventory.adapters)}
@@ -124,16 +124,16 @@ def load_sides(
     if live is None:
         sources = tuple(name for name in adapters if name != "merged")
         _weigh(shared, sources, weights or {})
-        live = Side(shared, sources)
+        live = ParityModel(shared, sources)
     if is_model(folder):
-        return Sides("baked model", reference, Side(_model(folder, task)), live)
-    return Sides("adapter", reference, Side(shared, ("merged",)), live)
+        return ParityModels("baked model", reference, ParityModel(_model(folder, task)), live)
+    return ParityModels("adapter", reference, ParityModel(shared, ("merged",)), live)
 
 
 def _task_type(folder: Path, found: Mapping[str, FoundInput]) -> str | None:
     for place in (folder, *(f.folder for f in found.values())):
-        if (place / CONFIG).is_file():
-            task = read_object(place / CONFIG, AdapterError, constants=True).get("task_type")
+        if (place / ADAPTER_CONFIG).is_file():
+            task = read_object(place / ADAPTER_CONFIG, AdapterError, constants=True).get("task_type")
             return task if isinstance(task, str) else None
     return None
 

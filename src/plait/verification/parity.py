@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plait.adapters.adapter import CONFIG
+from plait.adapters.adapter import ADAPTER_CONFIG
 from plait.baking.plan import usable_device
 from plait.errors import AdapterError, AddressError, RecipeError
 from plait.extras import require
@@ -18,7 +18,7 @@ from plait.libraries.transformers import quiet_loading
 from plait.parsing import parse_json, read_object, read_text
 from plait.records import Record
 from plait.results.lock import Lock, read_lock
-from plait.results.progress import Progress, Silent
+from plait.results.progress import Progress, SilentProgress
 from plait.results.staging import scratch
 from plait.tensorfiles.reader import SafetensorsFile
 from plait.verification.inputs import BASE, FoundInput, check_inputs
@@ -27,7 +27,7 @@ from plait.verification.logits import Parity, compare_logits, pool
 ROUNDING = "rounding alone"
 
 
-class Comparison(Record):
+class ParityComparison(Record):
     """One pair of models on all prompts.
 
     Attributes:
@@ -57,7 +57,7 @@ class ParityReport(Record):
 
     prompts: int
     reference: str
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[ParityComparison, ...]
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -131,7 +131,7 @@ def check_parity(
     if lost:
         raise AddressError(f"the live result needs every input; give --input NAME=PATH. {' '.join(lost)}")
     base = _base_folder(folder, lock, found, base_model)
-    return _measure(folder, lock, found, base, texts, device, progress or Silent())
+    return _measure(folder, lock, found, base, texts, device, progress or SilentProgress())
 
 
 def _base_folder(folder: Path, lock: Lock, found: Mapping[str, FoundInput], given: str | None) -> Path:
@@ -145,7 +145,7 @@ def _base_folder(folder: Path, lock: Lock, found: Mapping[str, FoundInput], give
 
 
 def _named_base(folder: Path) -> str | None:
-    path = folder / CONFIG
+    path = folder / ADAPTER_CONFIG
     name = read_object(path, AdapterError, constants=True).get("base_model_name_or_path") if path.is_file() else None
     return name if isinstance(name, str) else None
 
@@ -174,7 +174,7 @@ def _measure(
     home = folder if is_model(folder) else base
     encoded = _encode(home, texts, device)
     stored = _stored_dtype(home)
-    comparisons: list[Comparison] = []
+    comparisons: list[ParityComparison] = []
     with scratch("parity") as place:
         with quiet_loading():
             sides = load_sides(folder, lock, found, base, place, progress)
@@ -209,6 +209,6 @@ def _encode(folder: Path, texts: Sequence[str], device: str) -> list[dict[str, T
     return [{k: e[k].to(device) for k in ("input_ids", "attention_mask") if k in e} for e in encoded]
 
 
-def _comparison(what: str, dtype: str, parts: Sequence[Parity]) -> Comparison:
+def _comparison(what: str, dtype: str, parts: Sequence[Parity]) -> ParityComparison:
     worst = max(range(len(parts)), key=lambda i: parts[i].max_difference)
-    return Comparison(what=what, dtype=dtype, overall=pool(parts), worst=parts[worst], worst_prompt=worst + 1)
+    return ParityComparison(what=what, dtype=dtype, overall=pool(parts), worst=parts[worst], worst_prompt=worst + 1)

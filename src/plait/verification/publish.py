@@ -13,7 +13,7 @@ from plait.hub.upload import check_push, push_folder
 from plait.libraries.huggingface_hub import bars
 from plait.parsing import read_object
 from plait.recipes.documents import read_front_matter
-from plait.records import Shown
+from plait.records import ShortRepr
 from plait.results.checks import FileCheck, check_files
 from plait.results.lock import CARD, LOCK, Lock, read_lock
 from plait.results.public import place_name
@@ -35,7 +35,7 @@ _SHOWN = 6
 
 
 @dataclass(frozen=True, repr=False)
-class Pushed(Shown):
+class PushResult(ShortRepr):
     """What became of a push.
 
     Attributes:
@@ -58,7 +58,7 @@ def push_result(
     create_pr: bool = False,
     message: str | None = None,
     progress: bool = True,
-) -> Pushed:
+) -> PushResult:
     """Upload a finished result: an adapter, a dense delta or a baked model.
 
     The same commit removes what an older result left in the repository: every file that its `plait.lock` names and this one
@@ -94,7 +94,7 @@ def push_result(
             replaces=replaced,
             progress=progress,
         )
-    return Pushed(url, left_out, tuple(_notes(folder)))
+    return PushResult(url, left_out, tuple(_notes(folder)))
 
 
 def _earlier_files(repo: str, revision: str | None) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from plait.errors import PlaitError
 from plait.records import Record
 from plait.results.checks import FileCheck, check_files
 from plait.results.lock import Lock, read_lock
-from plait.results.progress import Progress, Silent
+from plait.results.progress import Progress, SilentProgress
 from plait.results.staging import scratch
 from plait.results.versions import library_versions
 from plait.verification.inputs import InputCheck, check_inputs
@@ -85,7 +85,7 @@ def verify_folder(
         with scratch("verify") as place:
             out = place / "again"
             try:
-                rebuild(lock, found, out, workers, progress or Silent())
+                rebuild(lock, found, out, workers, progress or SilentProgress())
                 rebuilt = compare(folder, out, lock)
             except PlaitError as error:
                 reason = f"it cannot be made again: {error}"

@@ -13,9 +13,17 @@ from typing import TypeGuard
 
 from plait.errors import AddressError, did_you_mean
 from plait.recipes.importers.entries import named_entry
-from plait.recipes.importers.mergekit_terms import METHODS, WHOLE_MODELS, MergekitMethod, Model, Setting, is_loose, pattern
+from plait.recipes.importers.mergekit_terms import (
+    MERGEKIT_METHODS,
+    WHOLE_MODELS,
+    FilteredParameter,
+    MergekitMethod,
+    ModelEntry,
+    is_loose,
+    pattern,
+)
 from plait.recipes.paths import KeyPath, Plain
-from plait.recipes.problems import Converted, Problem, listed, show
+from plait.recipes.problems import ConvertedRecipe, Problem, listed, show
 from plait.recipes.validation import unknown_key
 
 _TOP = (
@@ -44,7 +52,7 @@ def is_mergekit(data: Mapping[str, Plain]) -> bool:
     return "merge_method" in data and any(key in data for key in ("models", "slices", "modules"))
 
 
-def convert_mergekit(data: Mapping[str, Plain], folder: Path | None = None) -> Converted:
+def convert_mergekit(data: Mapping[str, Plain], folder: Path | None = None) -> ConvertedRecipe:
     """Rewrite a mergekit recipe as plait's; with problems the data is empty.
 
     Args:
@@ -55,8 +63,8 @@ def convert_mergekit(data: Mapping[str, Plain], folder: Path | None = None) -> C
     try:
         result = conversion.run()
     except _GiveUpError:
-        return Converted({}, (), conversion.moved, tuple(conversion.problems))
-    return Converted(result, tuple(dict.fromkeys(conversion.notes)), conversion.moved)
+        return ConvertedRecipe({}, (), conversion.moved, tuple(conversion.problems))
+    return ConvertedRecipe(result, tuple(dict.fromkeys(conversion.notes)), conversion.moved)
 
 
 class _Conversion:
@@ -73,7 +81,7 @@ class _Conversion:
         self._check_keys()
         models = list(self._models())
         base = self._base(models)
-        method = METHODS.get(self._name)
+        method = MERGEKIT_METHODS.get(self._name)
         if method is None:
             self._refuse_method()
             raise _GiveUpError
@@ -109,11 +117,11 @@ class _Conversion:
                 self._problem((key,), unknown_key(key, _TOP))
 
     def _refuse_method(self) -> None:
-        text = f"mergekit's {self._name!r} has no counterpart here; these have one: {', '.join(METHODS)}."
+        text = f"mergekit's {self._name!r} has no counterpart here; these have one: {', '.join(MERGEKIT_METHODS)}."
         why = f" mergekit's {self._name!r}: {WHOLE_MODELS[self._name]}." if self._name in WHOLE_MODELS else ""
-        self._problem(("merge_method",), text + (why or did_you_mean(self._name, METHODS)))
+        self._problem(("merge_method",), text + (why or did_you_mean(self._name, MERGEKIT_METHODS)))
 
-    def _models(self) -> Iterator[Model]:
+    def _models(self) -> Iterator[ModelEntry]:
         models = self._data.get("models")
         if not isinstance(models, list) or not models:
             if "models" in self._data:
@@ -128,7 +136,7 @@ class _Conversion:
             else:
                 self._problem(("models", i), "it must be a mapping with the text 'model', such as {model: BASE+LORA}.")
 
-    def _model(self, index: int, model: Mapping[str, Plain], bases: set[str | None]) -> Model:
+    def _model(self, index: int, model: Mapping[str, Plain], bases: set[str | None]) -> ModelEntry:
         path = ("models", index)
         for key in model.keys() - {"model", "parameters"}:
             self._problem((*path, key), unknown_key(key, ["model", "parameters"]))
@@ -140,12 +148,12 @@ class _Conversion:
         if "+" in adapter:
             self._problem((*path, "model"), f"{model['model']!r} holds '+' twice; write BASE+LORA.")
         if plus:
-            return Model(index, base or None, adapter, parameters)
+            return ModelEntry(index, base or None, adapter, parameters)
         if base in bases:
-            return Model(index, base, None, parameters)
-        return Model(index, None, base, parameters)
+            return ModelEntry(index, base, None, parameters)
+        return ModelEntry(index, None, base, parameters)
 
-    def _base(self, models: Sequence[Model]) -> str | None:
+    def _base(self, models: Sequence[ModelEntry]) -> str | None:
         given = self._data.get("base_model")
         if given is not None and (not isinstance(given, str) or "+" in given):
             self._problem(("base_model",), f"base_model is {show(given)}; it must be one model, without an adapter.")
@@ -158,7 +166,7 @@ class _Conversion:
             self._problem(("models",), "there is no adapter among them; write BASE+LORA, or the adapter alone.")
         return bases[0] if bases else None
 
-    def _entries(self, adapters: Sequence[Model]) -> list[dict[str, Plain]]:
+    def _entries(self, adapters: Sequence[ModelEntry]) -> list[dict[str, Plain]]:
         entries: list[dict[str, Plain]] = []
         names: list[str] = []
         for model in adapters:
@@ -177,7 +185,7 @@ class _Conversion:
             self.notes.append("relative paths start at the recipe's folder; mergekit starts at the working directory.")
         return entries
 
-    def _params(self, method: MergekitMethod, adapters: Sequence[Model]) -> tuple[dict[str, Plain], dict[str, Plain]]:
+    def _params(self, method: MergekitMethod, adapters: Sequence[ModelEntry]) -> tuple[dict[str, Plain], dict[str, Plain]]:
         """Return plait's method, and mergekit's parameters by their own names."""
         self._check_params(method, adapters)
         values: dict[str, Plain] = {}
@@ -207,7 +215,7 @@ class _Conversion:
         params["t"] = weights[1] / total if abs(total) >= 1e-6 else 0.5
         self.moved["method", "t"] = ("models",)
 
-    def _check_params(self, method: MergekitMethod, adapters: Sequence[Model]) -> None:
+    def _check_params(self, method: MergekitMethod, adapters: Sequence[ModelEntry]) -> None:
         allowed = list(
             dict.fromkeys([*_ARITHMETIC, *method.params, *method.only, "eps"] if not method.arithmetic else _ARITHMETIC)
         )
@@ -226,7 +234,7 @@ class _Conversion:
         self._problem(("parameters",), f"parameters is {show(parameters)}; it must be a mapping.")
         return {}
 
-    def _equal(self, key: str, default: float, adapters: Sequence[Model]) -> tuple[Plain, KeyPath]:
+    def _equal(self, key: str, default: float, adapters: Sequence[ModelEntry]) -> tuple[Plain, KeyPath]:
         """Return a parameter that plait has once, and where mergekit may have one per model."""
         values: list[Plain] = []
         paths: list[KeyPath] = []
@@ -249,7 +257,7 @@ class _Conversion:
             self._problem(("parameters", key), f"{key} is {show(value)}; it must be true or false.")
         return bool(value)
 
-    def _setting(self, key: str, model: Model) -> Setting | None:
+    def _setting(self, key: str, model: ModelEntry) -> FilteredParameter | None:
         """Return what holds for one model: its own values, then the recipe's."""
         found: list[tuple[str | None, Plain]] = []
         where: KeyPath | None = None
@@ -262,7 +270,7 @@ class _Conversion:
         if where is None:
             return None
         end = next((i for i, (f, _) in enumerate(found) if f is None), len(found))
-        return Setting(tuple(found[: end + 1]), where)
+        return FilteredParameter(tuple(found[: end + 1]), where)
 
     def _cases(self, value: Plain, path: KeyPath) -> list[tuple[str | None, Plain]]:
         """Read a number, or a list of {filter, value}."""
@@ -281,7 +289,7 @@ class _Conversion:
         return cases
 
     def _weights(
-        self, method: MergekitMethod, models: Sequence[Model], entries: Sequence[dict[str, Plain]]
+        self, method: MergekitMethod, models: Sequence[ModelEntry], entries: Sequence[dict[str, Plain]]
     ) -> dict[str, Plain]:
         """Write the weights into the entries, or return them as `weights` when they depend on modules."""
         if not method.weighted:
@@ -307,7 +315,7 @@ class _Conversion:
             entry["weight"] = rows[None][entry["name"]]
         return {}
 
-    def _weight(self, model: Model) -> Setting | None:
+    def _weight(self, model: ModelEntry) -> FilteredParameter | None:
         setting = self._setting("weight", model)
         if setting is None:
             self._problem(model.path, "it has no weight, and mergekit needs one: parameters: {weight: 1.0}.")
@@ -320,7 +328,7 @@ class _Conversion:
             self._problem(setting.path, text)
         return setting
 
-    def _row(self, method: MergekitMethod, models: Sequence[Model], weights: list[float]) -> list[float]:
+    def _row(self, method: MergekitMethod, models: Sequence[ModelEntry], weights: list[float]) -> list[float]:
         """Return the adapters' weights where one filter holds, divided by their sum where mergekit divides."""
         total = sum(weights)
         averages = self._name == "linear"
@@ -334,7 +342,7 @@ class _Conversion:
             self.notes.append(f"{text}, plait leaves it as it is.")
         return [w for w, m in zip(weights, models, strict=True) if m.adapter is not None]
 
-    def _scale(self, method: MergekitMethod, adapters: Sequence[Model], density: Plain) -> Plain:
+    def _scale(self, method: MergekitMethod, adapters: Sequence[ModelEntry], density: Plain) -> Plain:
         if self._name == "linear" or not method.arithmetic:
             return None
         scale, self.moved["scale",] = self._equal("lambda", 1.0, adapters)
@@ -380,7 +388,7 @@ def _is_number(value: Plain) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _value(setting: Setting, name: str | None) -> float:
+def _value(setting: FilteredParameter, name: str | None) -> float:
     return float(next(value for part, value in setting.values if part in (name, None)))
 
 

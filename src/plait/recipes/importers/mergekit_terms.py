@@ -50,7 +50,7 @@ _WHOLE = "without one mergekit turns whole models, and plait merges what adapter
 _VOTE = {"weighted_vote": True, "zero_sign": "plus"}
 _GAMMA = "where gamma times a matrix's entries is below 1, mergekit drops all of them and plait none of the top."
 _KEYED = "each adapter's mask comes from (seed, adapter, module); mergekit draws all masks from one generator"
-METHODS = {
+MERGEKIT_METHODS = {
     "linear": MergekitMethod(normalize=True),
     "task_arithmetic": MergekitMethod(normalize=False),
     "ties": MergekitMethod(
@@ -167,7 +167,7 @@ WHOLE_MODELS = {
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelEntry:
     """An entry of `models`: an adapter, or the base model itself when `adapter` is None."""
 
     index: int
@@ -182,7 +182,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Setting:
+class FilteredParameter:
     """A parameter of one model: values by filter, the first that matches counts; the filter None matches everything."""
 
     values: tuple[tuple[str | None, Plain], ...]

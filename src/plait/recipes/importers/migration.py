@@ -18,7 +18,7 @@ from plait.recipes.importers.older_evaluation import KEYS as EVALUATION
 from plait.recipes.importers.older_evaluation import take_evaluation
 from plait.recipes.importers.older_tuning import take_tuning
 from plait.recipes.paths import KeyPath, Plain
-from plait.recipes.problems import Converted, Origins, Problem, show, spell
+from plait.recipes.problems import ConvertedRecipe, Origins, Problem, show, spell
 from plait.recipes.validation import cannot_yet, unknown_key
 
 #: Keys that a recipe does not have any more, and what does the same now.
@@ -90,14 +90,14 @@ def migrate(data: Mapping[str, Plain]) -> tuple[dict[str, Plain], list[str]]:
     return converted.data, list(converted.notes)
 
 
-def convert_old(data: Mapping[str, Plain], folder: Path | None = None) -> Converted:
+def convert_old(data: Mapping[str, Plain], folder: Path | None = None) -> ConvertedRecipe:
     """Do what `migrate` does, and report what moved where and what could not be carried over instead of raising.
 
     Args:
         data: a recipe as plain data.
         folder: where relative paths start; the working directory when None.
     """
-    return _Migration(data, folder).run() if is_old(data) else Converted(dict(data))
+    return _Migration(data, folder).run() if is_old(data) else ConvertedRecipe(dict(data))
 
 
 class _Migration:
@@ -114,7 +114,7 @@ class _Migration:
         self._missing: list[Problem] = []
         self._remarks: list[str] = []  # where numbers differ
 
-    def run(self) -> Converted:
+    def run(self) -> ConvertedRecipe:
         self._take_params()
         self._take_lambda()
         self._name_adapters()
@@ -128,7 +128,7 @@ class _Migration:
         self._keep_merge_mode()
         notes = (*self._notes, *self._remarks)
         problems, missing = tuple(self._problems), tuple(self._missing)
-        return Converted({"version": 1, **self._data}, notes, self._moved, problems, missing)
+        return ConvertedRecipe({"version": 1, **self._data}, notes, self._moved, problems, missing)
 
     @property
     def _method(self) -> str | None:

@@ -28,7 +28,7 @@ _ELSEWHERE = {
 
 
 @dataclass
-class Evaluation:
+class OlderEvaluation:
     """An older recipe's wishes for evaluation.
 
     Attributes:
@@ -46,14 +46,14 @@ class Evaluation:
     missing: list[Problem] = field(default_factory=list)
 
 
-def take_evaluation(data: dict[str, Plain], folder: Path) -> Evaluation:
+def take_evaluation(data: dict[str, Plain], folder: Path) -> OlderEvaluation:
     """Take `split`, `eval_subset` and `eval_tasks` out of a recipe and return them in the present form.
 
     Args:
         data: the recipe; loses these keys.
         folder: where the tasks' files are looked for, and in `tasks/` there.
     """
-    found = Evaluation()
+    found = OlderEvaluation()
     old = {key: value for key in KEYS if (value := data.pop(key, None)) is not None}
     for key, place in (("split", ("eval", "split")), ("eval_subset", ("eval", "subset")), ("eval_tasks", ("tasks",))):
         if key in old and _is_given(data, place):
@@ -77,7 +77,7 @@ def _is_given(data: Mapping[str, Plain], place: tuple[str, ...]) -> bool:
     return value is not None
 
 
-def _take_subset(old: Plain, found: Evaluation) -> None:
+def _take_subset(old: Plain, found: OlderEvaluation) -> None:
     path: KeyPath = ("eval_subset",)
     if not isinstance(old, Mapping):
         found.problems.append(Problem(path, f"eval_subset is {show(old)}; it must be a mapping."))
@@ -103,7 +103,7 @@ def _take_subset(old: Plain, found: Evaluation) -> None:
     found.notes.append((f"eval_subset: {spell(dict(old))}", new, f" {_CHOICE}{left}"))
 
 
-def _per_task(old: Mapping[str, Plain], found: Evaluation, remarks: list[str]) -> dict[str, Plain]:
+def _per_task(old: Mapping[str, Plain], found: OlderEvaluation, remarks: list[str]) -> dict[str, Plain]:
     """Return each task's own number; None for all of its examples."""
     path: KeyPath = ("eval_subset", "per_task")
     tasks = old.get("per_task")
@@ -158,7 +158,7 @@ def _differences(given: Mapping[str, Plain], whole: Mapping[str, Plain]) -> Iter
             yield f"{key}: {spell(given[key])} (eval.subset has one {key} for all tasks)"
 
 
-def _take_tasks(old: Plain, folder: Path, found: Evaluation) -> None:
+def _take_tasks(old: Plain, folder: Path, found: OlderEvaluation) -> None:
     path: KeyPath = ("eval_tasks",)
     names = [old] if isinstance(old, str) else old
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):

@@ -141,7 +141,7 @@ _CRITERIA = {
 
 
 @dataclass
-class Tuning:
+class OlderTuning:
     """An older recipe's optimizer.
 
     Attributes:
@@ -159,14 +159,14 @@ class Tuning:
     problems: list[Problem] = field(default_factory=list)
 
 
-def take_tuning(optimizer: Plain, method: str | None) -> Tuning:
+def take_tuning(optimizer: Plain, method: str | None) -> OlderTuning:
     """Return what `optimizer: {type, params}` asks for.
 
     Args:
         optimizer: as it was written.
         method: of the recipe.
     """
-    found = Tuning()
+    found = OlderTuning()
     if not isinstance(optimizer, Mapping):
         found.problems.append(
             Problem(("optimizer",), f"optimizer is {show(optimizer)}; it must be a mapping of type and params.")
@@ -193,7 +193,7 @@ def take_tuning(optimizer: Plain, method: str | None) -> Tuning:
 class _Taking:
     """One optimizer's parameters."""
 
-    def __init__(self, kind: str, params: Mapping[str, Plain], found: Tuning) -> None:
+    def __init__(self, kind: str, params: Mapping[str, Plain], found: OlderTuning) -> None:
         self._kind = kind
         self._params = params
         self._found = found

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["command", "flag", "keyword", "code"]
+WordKind = Literal["command", "flag", "keyword", "code"]
 PEFT = "PEFT"
 MERGEKIT = "mergekit"
 TRL = "TRL"
@@ -20,7 +20,7 @@ _WRITES = ("merge", "bake")
 
 
 @dataclass(frozen=True)
-class Row:
+class Term:
     """One word of another tool.
 
     Attributes:
@@ -34,7 +34,7 @@ class Row:
     """
 
     tool: str
-    kind: Kind
+    kind: WordKind
     old: str
     new: str = ""
     more: str = ""
@@ -49,70 +49,70 @@ class Row:
         return f"{self.old} is a word of {_in_a_sentence(self.tool)}; {start}{more}"
 
 
-TABLE: tuple[Row, ...] = (
-    Row(PEFT, "code", 'model.add_weighted_adapter(["a", "b"], [0.7, 0.3], "ab", combination_type="cat")',
+TABLE: tuple[Term, ...] = (
+    Term(PEFT, "code", 'model.add_weighted_adapter(["a", "b"], [0.7, 0.3], "ab", combination_type="cat")',
         'plait.merge({"a": "./a", "b": "./b"}, weights=[0.7, 0.3], out="ab")', "No base model is loaded."),
-    Row(PEFT, "keyword", "combination_type", "method", "The names are PEFT's; add space='factors' for PEFT's own numbers."),
-    Row(PEFT, "keyword", "majority_sign_method", "sign"),
-    Row(PEFT, "keyword", "svd_rank", "rank"),
-    Row(PEFT, "keyword", "adapter_name", "out", "The merge is a folder."),
-    Row(PEFT, "flag", "--combination-type", "--method", "The names are PEFT's; add --space factors for PEFT's own numbers."),
-    Row(PEFT, "flag", "--majority-sign-method", "--sign", commands=("merge",)),
-    Row(PEFT, "flag", "--svd-rank", "--rank", commands=("merge",)),
-    Row(PEFT, "code", "model.merge_and_unload()", "plait bake ADAPTER --base-id BASE -o OUT", "Streamed, in bounded memory."),
-    Row(MERGEKIT, "command", "mergekit-yaml", "plait merge CONFIG.yaml -o OUT",
+    Term(PEFT, "keyword", "combination_type", "method", "The names are PEFT's; add space='factors' for PEFT's own numbers."),
+    Term(PEFT, "keyword", "majority_sign_method", "sign"),
+    Term(PEFT, "keyword", "svd_rank", "rank"),
+    Term(PEFT, "keyword", "adapter_name", "out", "The merge is a folder."),
+    Term(PEFT, "flag", "--combination-type", "--method", "The names are PEFT's; add --space factors for PEFT's own numbers."),
+    Term(PEFT, "flag", "--majority-sign-method", "--sign", commands=("merge",)),
+    Term(PEFT, "flag", "--svd-rank", "--rank", commands=("merge",)),
+    Term(PEFT, "code", "model.merge_and_unload()", "plait bake ADAPTER --base-id BASE -o OUT", "Streamed, in bounded memory."),
+    Term(MERGEKIT, "command", "mergekit-yaml", "plait merge CONFIG.yaml -o OUT",
         "Its YAML is read where models are adapters of one base; `plait recipe migrate` rewrites it."),
-    Row(MERGEKIT, "command", "mergekit-extract-lora", "plait extract BASE FINETUNED --rank N -o OUT"),
-    Row(MERGEKIT, "flag", "--out-shard-size", "plait bake --shard-size", commands=_WRITES),
-    Row(MERGEKIT, "flag", "--cuda", "plait bake --device cuda", commands=_WRITES),
-    Row(MERGEKIT, "flag", "--copy-tokenizer", "", "Other files of the base model are copied.", _WRITES),
-    Row(MERGEKIT, "flag", "--lazy-unpickle", "", "Tensors are always read one at a time, and no pickle is run."),
-    Row(MERGEKIT, "flag", "--low-cpu-memory", "", "Memory is bounded anyway."),
-    Row(MERGEKIT, "flag", "--allow-crimes", "", "What cannot be merged is refused."),
-    Row(MERGEKIT, "flag", "--lora-merge-cache", "", "Downloads are kept where HF_HOME says."),
-    Row(MERGEKIT, "keyword", "merge_method", "method"),
-    Row(TRL, "code", "trl sft --model_name_or_path … --use_peft", "plait sft …", "The flags are the same."),
-    Row(TRL, "code", "merge_peft_adapters.py --adapter_model_name A --base_model_name B",
+    Term(MERGEKIT, "command", "mergekit-extract-lora", "plait extract BASE FINETUNED --rank N -o OUT"),
+    Term(MERGEKIT, "flag", "--out-shard-size", "plait bake --shard-size", commands=_WRITES),
+    Term(MERGEKIT, "flag", "--cuda", "plait bake --device cuda", commands=_WRITES),
+    Term(MERGEKIT, "flag", "--copy-tokenizer", "", "Other files of the base model are copied.", _WRITES),
+    Term(MERGEKIT, "flag", "--lazy-unpickle", "", "Tensors are always read one at a time, and no pickle is run."),
+    Term(MERGEKIT, "flag", "--low-cpu-memory", "", "Memory is bounded anyway."),
+    Term(MERGEKIT, "flag", "--allow-crimes", "", "What cannot be merged is refused."),
+    Term(MERGEKIT, "flag", "--lora-merge-cache", "", "Downloads are kept where HF_HOME says."),
+    Term(MERGEKIT, "keyword", "merge_method", "method"),
+    Term(TRL, "code", "trl sft --model_name_or_path … --use_peft", "plait sft …", "The flags are the same."),
+    Term(TRL, "code", "merge_peft_adapters.py --adapter_model_name A --base_model_name B",
         "plait bake A --base-id B -o OUT", "Or at the end of training: plait sft --merge_adapter_with_base."),
-    Row(TRL, "flag", "--model-name-or-path", "--base-id"),
-    Row(TRL, "flag", "--base-model", "--base-id"),
-    Row(TRL, "flag", "--output-dir", "-o", commands=_WRITES),
-    Row(TRL, "keyword", "output_dir", "out"),
-    Row(HELPER, "flag", "--a1-repo", "[name=]org/repo[@revision][/subfolder]", "One argument per adapter.", read=True),
-    Row(HELPER, "flag", "--a1-sub", "org/repo/checkpoint-100", "The end of that argument.", read=True),
-    Row(HELPER, "flag", "--a1-name", "name=org/repo", "The beginning of that argument.", read=True),
-    Row(HELPER, "flag", "--trust-remote-code", "", "A merge reads files and runs no code of a model.", _WRITES, read=True),
-    Row(FRAMEWORK, "command", "merge-sweep", "plait eval ADAPTER... --tasks TASK... --methods linear,ties --spaces delta,core",
+    Term(TRL, "flag", "--model-name-or-path", "--base-id"),
+    Term(TRL, "flag", "--base-model", "--base-id"),
+    Term(TRL, "flag", "--output-dir", "-o", commands=_WRITES),
+    Term(TRL, "keyword", "output_dir", "out"),
+    Term(HELPER, "flag", "--a1-repo", "[name=]org/repo[@revision][/subfolder]", "One argument per adapter.", read=True),
+    Term(HELPER, "flag", "--a1-sub", "org/repo/checkpoint-100", "The end of that argument.", read=True),
+    Term(HELPER, "flag", "--a1-name", "name=org/repo", "The beginning of that argument.", read=True),
+    Term(HELPER, "flag", "--trust-remote-code", "", "A merge reads files and runs no code of a model.", _WRITES, read=True),
+    Term(FRAMEWORK, "command", "merge-sweep", "plait eval ADAPTER... --tasks TASK... --methods linear,ties --spaces delta,core",
         "One leaderboard over methods and spaces."),
-    Row(FRAMEWORK, "command", "evaluate-merged", "plait eval RECIPE --tasks TASK...",
+    Term(FRAMEWORK, "command", "evaluate-merged", "plait eval RECIPE --tasks TASK...",
         "Of a merge in memory; plait eval FOLDER for one that is written."),
-    Row(FRAMEWORK, "command", "evaluate", "plait eval ADAPTER --tasks TASK..."),
-    Row(FRAMEWORK, "command", "materialize-merged-artifact", "plait merge RECIPE --rank energy:0.99 -o OUT"),
-    Row(FRAMEWORK, "command", "continual-merge", "plait merge MERGED --add NEW -o OUT"),
-    Row(FRAMEWORK, "command", "evaluate-continual", "plait eval MERGED --tasks TASK..."),
-    Row(FRAMEWORK, "command", "mtl", "plait train PHASES.yaml -o OUT", "One adapter per task, then their merge."),
-    Row(FRAMEWORK, "flag", "--config", "plait merge RECIPE.yaml", read=True),
-    Row(FRAMEWORK, "flag", "--adapters", "plait merge ADAPTER...", read=True),
-    Row(FRAMEWORK, "flag", "--output", "-o", commands=_WRITES, read=True),
-    Row(FRAMEWORK, "flag", "--lambda", "--set method.lambda=0.5",
+    Term(FRAMEWORK, "command", "evaluate", "plait eval ADAPTER --tasks TASK..."),
+    Term(FRAMEWORK, "command", "materialize-merged-artifact", "plait merge RECIPE --rank energy:0.99 -o OUT"),
+    Term(FRAMEWORK, "command", "continual-merge", "plait merge MERGED --add NEW -o OUT"),
+    Term(FRAMEWORK, "command", "evaluate-continual", "plait eval MERGED --tasks TASK..."),
+    Term(FRAMEWORK, "command", "mtl", "plait train PHASES.yaml -o OUT", "One adapter per task, then their merge."),
+    Term(FRAMEWORK, "flag", "--config", "plait merge RECIPE.yaml", read=True),
+    Term(FRAMEWORK, "flag", "--adapters", "plait merge ADAPTER...", read=True),
+    Term(FRAMEWORK, "flag", "--output", "-o", commands=_WRITES, read=True),
+    Term(FRAMEWORK, "flag", "--lambda", "--set method.lambda=0.5",
         "Of weighted, weighted_delta and dare; with other methods the factor on the merge is --scale.", read=True),
-    Row(FRAMEWORK, "flag", "--k", "--density 0.2", "Density is k / 100."),
-    Row(FRAMEWORK, "flag", "--drop-rate", "--density 0.1", "Density is 1 − the drop rate."),
-    Row(FRAMEWORK, "flag", "--evaluate", "plait eval RECIPE --tasks TASK...", "With -o it writes the merge too.", _WRITES),
-    Row(FRAMEWORK, "flag", "--eval-tasks", "plait eval --tasks TASK..."),
-    Row(FRAMEWORK, "flag", "--eval-split", "plait eval --split validation"),
-    Row(FRAMEWORK, "flag", "--adapter-path", "plait eval FOLDER --tasks TASK..."),
-    Row(FRAMEWORK, "flag", "--save-merged", "-o", "plait merge always writes the merge."),
-    Row(FRAMEWORK, "flag", "--save", "-o", "plait merge always writes the merge."),
-    Row(FRAMEWORK, "flag", "--no-save-results", "plait.evaluate(..., workspace=None)", commands=("eval",)),
-    Row(FRAMEWORK, "flag", "--compute-missing-interference-baselines", "", "Base and single adapters are always scored."),
-    Row(FRAMEWORK, "flag", "--grid", "plait eval --methods linear,ties --spaces delta,core", "One leaderboard."),
-    Row(FRAMEWORK, "flag", "--search-type", "plait eval --methods linear,ties --spaces delta,core", "One leaderboard."),
-    Row(FRAMEWORK, "keyword", "eval_tasks", "plait.evaluate(..., tasks=[...])"),
-    Row(FRAMEWORK, "keyword", "eval_subset", "plait.evaluate(..., subset=100)"),
-    Row(FRAMEWORK, "keyword", "save_merged", "out"),
-    Row(FRAMEWORK, "code", "interference_delta", "recovery", "(merged − base) / (single − base), in every table and file."),
-    Row(FRAMEWORK, "code", "recipes with method_params, lambda_policy, …", "plait recipe migrate OLD.yaml -o NEW.yaml",
+    Term(FRAMEWORK, "flag", "--k", "--density 0.2", "Density is k / 100."),
+    Term(FRAMEWORK, "flag", "--drop-rate", "--density 0.1", "Density is 1 − the drop rate."),
+    Term(FRAMEWORK, "flag", "--evaluate", "plait eval RECIPE --tasks TASK...", "With -o it writes the merge too.", _WRITES),
+    Term(FRAMEWORK, "flag", "--eval-tasks", "plait eval --tasks TASK..."),
+    Term(FRAMEWORK, "flag", "--eval-split", "plait eval --split validation"),
+    Term(FRAMEWORK, "flag", "--adapter-path", "plait eval FOLDER --tasks TASK..."),
+    Term(FRAMEWORK, "flag", "--save-merged", "-o", "plait merge always writes the merge."),
+    Term(FRAMEWORK, "flag", "--save", "-o", "plait merge always writes the merge."),
+    Term(FRAMEWORK, "flag", "--no-save-results", "plait.evaluate(..., workspace=None)", commands=("eval",)),
+    Term(FRAMEWORK, "flag", "--compute-missing-interference-baselines", "", "Base and single adapters are always scored."),
+    Term(FRAMEWORK, "flag", "--grid", "plait eval --methods linear,ties --spaces delta,core", "One leaderboard."),
+    Term(FRAMEWORK, "flag", "--search-type", "plait eval --methods linear,ties --spaces delta,core", "One leaderboard."),
+    Term(FRAMEWORK, "keyword", "eval_tasks", "plait.evaluate(..., tasks=[...])"),
+    Term(FRAMEWORK, "keyword", "eval_subset", "plait.evaluate(..., subset=100)"),
+    Term(FRAMEWORK, "keyword", "save_merged", "out"),
+    Term(FRAMEWORK, "code", "interference_delta", "recovery", "(merged − base) / (single − base), in every table and file."),
+    Term(FRAMEWORK, "code", "recipes with method_params, lambda_policy, …", "plait recipe migrate OLD.yaml -o NEW.yaml",
         "Every command reads them as they are, too, with a note."),
 )  # fmt: skip
 
@@ -123,7 +123,7 @@ def command_hint(word: str) -> str | None:
     return None if row is None else row.hint
 
 
-def flag_row(flag: str, command: str) -> Row | None:
+def flag_row(flag: str, command: str) -> Term | None:
     """Return the row of a flag given to a command of plait; `_` and `-` are one, and so are the numbers of adapters."""
     word = flag.partition("=")[0].replace("_", "-")
     if word[:3] == "--a" and word[3:].partition("-")[0].isdecimal():
@@ -146,7 +146,7 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def _shown(row: Row) -> str:
+def _shown(row: Term) -> str:
     new = f"`{row.new}`" if row.new else "not needed"
     return f"{new}; read as it is" if row.read else new
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from plait.errors import TaskError
 from plait.tasks.asking import Generated
-from plait.tasks.schema import Normalization, PromptedTask, Template, kind
+from plait.tasks.schema import Normalization, PromptedTask, TemplateText, kind
 
 _ROUGE_SEES = re.compile("[a-z0-9]", re.IGNORECASE | re.ASCII)
 
@@ -22,7 +22,7 @@ class Generation(PromptedTask):
     kind: Literal["generation"]
     metric: str = "exact_match"
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    stop: Annotated[tuple[Template, ...], Field(description="Texts at which an answer ends; they are cut off.")] = ()
+    stop: Annotated[tuple[TemplateText, ...], Field(description="Texts at which an answer ends; they are cut off.")] = ()
     normalize: Annotated[
         tuple[Normalization, ...],
         Field(description="Done to answer and target before they are compared; blanks at the ends go."),

@@ -23,7 +23,7 @@ from pydantic import Field
 from plait.errors import TaskError, did_you_mean
 from plait.extras import optional
 from plait.recipes.evaluation import SplitName
-from plait.tasks.answers import Answer, Array, Metric, of_shares, ratio
+from plait.tasks.answers import Answer, FloatArray, Metric, of_shares, ratio
 from plait.tasks.asking import Harness
 from plait.tasks.inputs import Example
 from plait.tasks.schema import Task, kind
@@ -36,7 +36,7 @@ _FEWSHOT_SEED = 1234  # the harness's default
 _NO_FILTER = "none"
 _NOTHING = (0.0, 0.0)  # an example that the metric leaves out
 #: The harness's aggregations, as functions of Σ value / Σ weight.
-_FINISHED: Mapping[Aggregation, Callable[[Array], Array]] = {
+_FINISHED: Mapping[Aggregation, Callable[[FloatArray], FloatArray]] = {
     "mean": lambda ratio: ratio,
     "perplexity": lambda ratio: np.exp(-ratio),
     "weighted_perplexity": lambda ratio: np.exp(-ratio),
@@ -102,7 +102,7 @@ class LmEval(Task):
         found = metric_of(self)
         finish = _FINISHED[found.aggregation]
 
-        def statistics(answers: Sequence[Answer]) -> Array:
+        def statistics(answers: Sequence[Answer]) -> FloatArray:
             return np.array([_NOTHING if not a.scores else (*a.scores, 1.0)[:2] for a in answers], dtype=np.float64)
 
         def values(answers: Sequence[Answer]) -> list[Any]:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from plait.errors import TaskError
 from plait.tasks.inputs import Row
-from plait.tasks.schema import ChoiceMaker, RankedTask, Template, joined, kind
+from plait.tasks.schema import ChoiceMaker, RankedTask, TemplateText, joined, kind
 from plait.tasks.templates import Template as Compiled
 
 
@@ -18,7 +18,9 @@ class MultipleChoice(RankedTask):
 
     metrics: ClassVar = ("accuracy",)
     kind: Literal["multiple_choice"]
-    choices: Annotated[str | tuple[Template, ...], Field(description="The column that lists them, or one template per choice.")]
+    choices: Annotated[
+        str | tuple[TemplateText, ...], Field(description="The column that lists them, or one template per choice.")
+    ]
     metric: str = "accuracy"
 
     def sources(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from plait.errors import TaskError
-from plait.tasks.asking import Target
+from plait.tasks.asking import TargetLikelihood
 from plait.tasks.schema import PromptedTask, kind
 
 
@@ -23,9 +23,9 @@ class Perplexity(PromptedTask):
         return False
 
     @property
-    def ask(self) -> Target:
+    def ask(self) -> TargetLikelihood:
         """How answers are asked of a model."""
-        return Target()
+        return TargetLikelihood()
 
     def sources(self) -> list[str]:
         """Return the templates that are filled from a row: the text itself, too."""

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from plait.tasks.asking import Head
-from plait.tasks.schema import ChoiceMaker, Labels, RowTask, Template, kind
+from plait.tasks.schema import ChoiceMaker, Labels, RowTask, TemplateText, kind
 
 
 @kind("sequence_classification")
@@ -16,8 +16,8 @@ class SequenceClassification(RowTask):
 
     metrics: ClassVar = ("accuracy", "macro_f1")
     kind: Literal["sequence_classification"]
-    prompt: Annotated[Template, Field(description="Jinja2 template of the text that is classified.")]
-    target: Annotated[Template, Field(description="Jinja2 template of the right label.")]
+    prompt: Annotated[TemplateText, Field(description="Jinja2 template of the text that is classified.")]
+    target: Annotated[TemplateText, Field(description="Jinja2 template of the right label.")]
     labels: Annotated[Labels, Field(description="In the order of the head's outputs.")]
     metric: str = "accuracy"
     max_tokens: Annotated[int | None, Field(ge=1, description="Longer texts lose their end; otherwise they are an error.")] = (
