@@ -43,7 +43,7 @@ def moments(base: str, dtype: str, texts: int, rounds: int) -> dict[str, Any]:
     import torch
 
     from plait.adapters.adapter import Adapter
-    from plait.calibration.inputs import inputs_of
+    from plait.calibration.inputs import encode_texts
     from plait.calibration.moments import equal_lengths, take_moments
     from plait.calibration.passages import Reader
     from plait.calibration.texts import read_texts
@@ -56,7 +56,7 @@ def moments(base: str, dtype: str, texts: int, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in NAMES:
         task = load_task(DEMO / "tasks" / f"{name}.yaml")
-        passages = inputs_of(mixture, read_texts(task, kind="split", split="train", count=texts, seed=0), name)
+        passages = encode_texts(mixture, read_texts(task, kind="split", split="train", count=texts, seed=0), name)
 
         def forward(passages: Any = passages) -> None:
             with torch.inference_mode(), mixture.active(None) as model:

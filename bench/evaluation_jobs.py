@@ -49,7 +49,7 @@ def sides(base: str, file: str, dtype: str, batch_size: int, rounds: int) -> dic
 
 
 def _plait(model: Any, tokenizer: Any, file: str, batch_size: int) -> Callable[[], Scores]:
-    from plait.evaluation.scoring import answer
+    from plait.evaluation.scoring import answer_examples
     from plait.tasks.examples import read_examples
     from plait.tasks.kinds.multiple_choice import MultipleChoice
     from plait.tasks.schema import Data, Split
@@ -64,7 +64,7 @@ def _plait(model: Any, tokenizer: Any, file: str, batch_size: int) -> Callable[[
         target="{{ choices[gold] }}",
     )
     examples = read_examples(task, "test")
-    return lambda: [list(a.scores) for a in answer(model, tokenizer, examples, batch_size=batch_size)]
+    return lambda: [list(a.scores) for a in answer_examples(model, tokenizer, examples, batch_size=batch_size)]
 
 
 def _lm_eval(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], batch_size: int) -> Callable[[], Scores]:

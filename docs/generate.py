@@ -18,7 +18,7 @@ from typing import Any
 from plait.cli.methods import describe
 from plait.methods import METHODS
 from plait.recipes.importers.other_tools import page as words
-from plait.recipes.problems import spell
+from plait.recipes.problems import spell_value
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -69,7 +69,7 @@ def section(name: str) -> str:
 
 
 def _parameter(about: dict[str, Any]) -> str:
-    default = "required" if about["required"] else "–" if about["default"] is None else f"`{spell(about['default'])}`"
+    default = "required" if about["required"] else "–" if about["default"] is None else f"`{spell_value(about['default'])}`"
     cells = (f"`{about['name']}`", default, about["allowed"], about["description"])
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 

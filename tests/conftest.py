@@ -29,7 +29,7 @@ NOTHING_SKIPPED = "PLAIT_NOTHING_SKIPPED"
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Seed what is drawn without a generator, fixtures of modules included; nothing has been announced yet."""
-    notices.forget()
+    notices.forget_announcements()
     library_warnings.found.clear()
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (what libraries draw from)

@@ -260,7 +260,7 @@ def _text(prompt: str) -> str:
 def _compare(console: Console, out: Path, samples: int, dtype: str) -> ComparedMerges:
     """Evaluate all merges; the base model is loaded once, and every answer is asked for once."""
     from plait.cli.console import ProgressBars
-    from plait.evaluation.comparison import compare
+    from plait.evaluation.comparison import compare_merges
     from plait.evaluation.pipeline import EvaluateOptions
     from plait.evaluation.request import with_tasks
     from plait.recipes.request import read_request
@@ -273,7 +273,7 @@ def _compare(console: Console, out: Path, samples: int, dtype: str) -> ComparedM
     options = EvaluateOptions(_workspace(out), base=str(base_model()), dtype=dtype, device_map="cpu", matrix=True)
     progress = ProgressBars() if console.is_terminal else None
     with _timed(console, f"{samples} texts per task, asked of the base, {len(NAMES)} adapters and {len(MERGES)} merges"):
-        return compare(recipes, None, options, progress)
+        return compare_merges(recipes, None, options, progress)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from plait.adapters.adapter import Adapter
 from plait.evaluation.candidates import Candidate
 from plait.evaluation.pipeline import EvalSubject, EvaluateOptions, Evaluator
 from plait.evaluation.record import Evaluation
-from plait.evaluation.recovery import BootstrapDraws, interval
+from plait.evaluation.recovery import BootstrapDraws, central_interval
 from plait.evaluation.request import eval_spec
 from plait.evaluation.scores import adapter_digest, digest
 from plait.libraries.transformers import quiet_loading
@@ -260,7 +260,7 @@ def _advantage(row: Placed, plain: Placed) -> str:
         raise ValueError("only what was judged can be compared")
     value = _mean_and_worst(row.test)[0] - _mean_and_worst(plain.test)[0]
     draws = np.mean([row.drawn[name].recovery - plain.drawn[name].recovery for name in NAMES], axis=0)
-    return _bounded(value, interval(draws, value), sign="+")
+    return _bounded(value, central_interval(draws, value), sign="+")
 
 
 def _bounded(value: float, bounds: tuple[float, float] | None, sign: str = "") -> str:

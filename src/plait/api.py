@@ -580,10 +580,10 @@ def check_tasks(
     """
     from plait.tasks.checking import check_task
     from plait.tasks.loading import load_tasks
-    from plait.tasks.tokenizers import load_tokenizer
+    from plait.tasks.tokenizers import load_task_tokenizer
 
     loaded = load_tasks(tasks)
-    tokenizer = None if model is None else load_tokenizer(str(model), trust_remote_code=trust_remote_code)
+    tokenizer = None if model is None else load_task_tokenizer(str(model), trust_remote_code=trust_remote_code)
     return [check_task(task, tokenizer) for task in loaded]
 
 

@@ -23,7 +23,7 @@ def require(why: str, needed: Mapping[str, Sequence[str]]) -> None:
     absent = {extra: [module for module in modules if not _is_there(module)] for extra, modules in needed.items()}
     absent = {extra: modules for extra, modules in absent.items() if modules}
     if absent:
-        raise MissingPackageError(missing(why, absent))
+        raise MissingPackageError(missing_packages(why, absent))
 
 
 def optional(module: str, extra: str, why: str) -> Any:
@@ -40,10 +40,10 @@ def optional(module: str, extra: str, why: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        raise MissingPackageError(missing(why, {extra: [str(error.name)]})) from None
+        raise MissingPackageError(missing_packages(why, {extra: [str(error.name)]})) from None
 
 
-def missing(why: str, absent: Mapping[str, Sequence[str]]) -> str:
+def missing_packages(why: str, absent: Mapping[str, Sequence[str]]) -> str:
     """Return what to say of packages that are not installed: who needs them, and the command that installs them."""
     names = list(dict.fromkeys(module for modules in absent.values() for module in modules))
     word = "package" if len(names) == 1 else "packages"

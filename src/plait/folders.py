@@ -23,7 +23,7 @@ class OutsideError(OSError):
     """A name leads out of its folder, or to something that is not a regular file."""
 
 
-def name_problem(name: str) -> str | None:
+def file_name_problem(name: str) -> str | None:
     """Return why a name cannot be that of a file in a folder, with `/` between its parts; None where it can."""
     parts = name.split("/")
     if not name or "\0" in name:
@@ -50,7 +50,7 @@ def file_in(folder: Path, name: str) -> Path:
         FileNotFoundError: there is nothing of that name, or a link that leads nowhere.
         OutsideError: it is not a regular file of the folder.
     """
-    problem = name_problem(name)
+    problem = file_name_problem(name)
     if problem:
         raise OutsideError(f"{name!r} {problem}")
     try:

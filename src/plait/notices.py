@@ -34,7 +34,7 @@ def announce(text: str, *, once: str | None = None) -> None:
     warnings.warn(text, PlaitWarning, stacklevel=frames_within())
 
 
-def forget() -> None:
+def forget_announcements() -> None:
     """Forget what has been announced, so that it is announced again."""
     _announced.clear()
 

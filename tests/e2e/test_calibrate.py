@@ -159,7 +159,7 @@ def test_texts_that_a_task_is_judged_on_are_refused(place: Path, tmp_path: Path,
     with pytest.raises(TaskError) as error:
         calibrate(place, tmp_path / "moments", tasks=tasks, count=16)
     for task in ("sort", "rate"):
-        assert f"task '{task}': 1 of 16 texts (split 'calibration') are asked in split '{split}' too" in str(error.value)
+        assert f"task '{task}': 1 of 16 texts (split 'calibration') are in split '{split}' too" in str(error.value)
     assert f"{'sort'} w1 :" in str(error.value)
     assert not (tmp_path / "moments").exists()
 

@@ -14,7 +14,7 @@ from plait.cli.evaluate import show_evaluation
 from plait.cli.main import _join_lists, main
 from plait.evaluation.record import Evaluation
 from plait.methods import METHODS
-from plait.notices import forget
+from plait.notices import forget_announcements
 from plait.verification.publish import PushResult
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "adapters"
@@ -207,7 +207,7 @@ def test_a_compression_that_saves_nothing_says_what_would(capsys, tmp_path):
     _, err = run(capsys, "compress", adapter, "--energy", "0.99", "--layout", "pattern", "-o", tmp_path / "less")
     assert "not smaller" not in err
     assert (tmp_path / "less" / "adapter_model.safetensors").stat().st_size / 1e6 == pytest.approx(promised, abs=0.1)
-    forget()
+    forget_announcements()
     _, err = run(capsys, "compress", adapter, "--rank", "4", "-o", tmp_path / "half")
     assert "not smaller" not in err
 

@@ -20,7 +20,7 @@ from transformers import (
 
 import plait
 from plait.errors import TaskError
-from plait.evaluation.scoring import answer
+from plait.evaluation.scoring import answer_examples
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_task
 from tests.language_models import LABELS, WORDS, label, tokenizer, write_task
@@ -82,7 +82,7 @@ def test_log_likelihoods_are_the_models_own(tmp_path, family, batch_size):
     make, template, begin = FAMILIES[family]
     model, tokens = make(), closing(template)
     examples = asked(tmp_path)
-    for example, found in zip(examples.items, answer(model, tokens, examples, batch_size=batch_size), strict=True):
+    for example, found in zip(examples.items, answer_examples(model, tokens, examples, batch_size=batch_size), strict=True):
         prompt = tokens(example.prompt)["input_ids"]
         assert prompt[-1] == 2
         said = [tokens(text, add_special_tokens=False)["input_ids"] for text in example.choices]
@@ -97,7 +97,7 @@ def test_answers_are_what_the_model_says_alone(tmp_path, family):
     make, template, _ = FAMILIES[family]
     model, tokens = make(), closing(template)
     examples = asked(tmp_path, kind="generation", labels=None, max_new_tokens=5)
-    found = answer(model, tokens, examples, batch_size=4)
+    found = answer_examples(model, tokens, examples, batch_size=4)
     for example, one in zip(examples.items, found, strict=True):
         ids = torch.tensor([tokens(example.prompt)["input_ids"]])
         with torch.no_grad():
@@ -107,7 +107,7 @@ def test_answers_are_what_the_model_says_alone(tmp_path, family):
     longest = max(range(len(found)), key=lambda i: len(found[i].given))
     word = found[longest].given.split()[-1]
     stopped = asked(tmp_path, kind="generation", labels=None, max_new_tokens=5, stop=[word])
-    cut = answer(model, tokens, stopped, batch_size=4)[longest].given
+    cut = answer_examples(model, tokens, stopped, batch_size=4)[longest].given
     assert cut == found[longest].given[: found[longest].given.index(word)]
 
 
@@ -115,9 +115,9 @@ def test_only_the_longer_side_must_fit(tmp_path):
     """BART reads 64 tokens in the encoder, and 64 in the decoder."""
     model, tokens = bart(), closing("<s> $A </s>")
     long = {"prompt": "very " * 55 + "{{ word }} :", "kind": "generation", "labels": None}
-    answer(model, tokens, asked(tmp_path, max_new_tokens=20, **long), batch_size=4)
+    answer_examples(model, tokens, asked(tmp_path, max_new_tokens=20, **long), batch_size=4)
     with pytest.raises(TaskError, match=r"9 of 9 texts are longer than the model's context of 64 tokens .the longest has 65"):
-        answer(model, tokens, asked(tmp_path, max_new_tokens=64, **long), batch_size=4)
+        answer_examples(model, tokens, asked(tmp_path, max_new_tokens=64, **long), batch_size=4)
 
 
 def train(folder: Path, task: str) -> Path:

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 import plait
 from plait.cli.main import main
 from plait.errors import MissingPackageError, TaskError
-from plait.evaluation.scoring import answer
+from plait.evaluation.scoring import answer_examples
 from plait.mixture import Mixture
 from plait.tasks.examples import read_examples
-from plait.tasks.loading import load_task, placed
+from plait.tasks.loading import absolute_reference, load_task
 from tests.language_models import LABELS, WORDS, label, language_model, save_model, tokenizer, train_adapter
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -232,7 +232,7 @@ def test_a_head_in_the_place_of_a_tied_one_stays(house):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     model.lm_head.weight = head
     examples = read_examples(load_task(house.task("sort")), "test")
-    for example, found in zip(examples.items, answer(model, tokenizer(), examples, batch_size=4), strict=True):
+    for example, found in zip(examples.items, answer_examples(model, tokenizer(), examples, batch_size=4), strict=True):
         ids = tokenizer()(example.prompt, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             last = model(ids).logits[0, -1]
@@ -244,10 +244,10 @@ def test_a_head_in_the_place_of_a_tied_one_stays(house):
 def test_answers_that_are_drawn_are_drawn_alike(house):
     examples = read_examples(load_task(house.task("sort", "drawn")), "test")
     model, before = language_model(), torch.get_rng_state()
-    first = answer(model, tokenizer(), examples, batch_size=16)
+    first = answer_examples(model, tokenizer(), examples, batch_size=16)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(5)
-    assert answer(model, tokenizer(), examples, batch_size=16) == first
+    assert answer_examples(model, tokenizer(), examples, batch_size=16) == first
 
 
 def test_examples_are_the_harnesss_requests(house):
@@ -312,8 +312,12 @@ def test_from_the_command_line(house, tmp_path, capsys):
 def test_a_name_alone_is_a_task():
     task = load_task("lm_eval:arc_easy")
     assert (task.name, task.own_adapter, task.harness_name) == ("arc_easy", "arc_easy", "arc_easy")
-    assert placed("lm_eval:arc_easy", Path("anywhere")) == placed(Path("lm_eval:arc_easy")) == "lm_eval:arc_easy"
-    assert placed("a.yaml", Path("/there")) == "/there/a.yaml"
+    assert (
+        absolute_reference("lm_eval:arc_easy", Path("anywhere"))
+        == absolute_reference(Path("lm_eval:arc_easy"))
+        == "lm_eval:arc_easy"
+    )
+    assert absolute_reference("a.yaml", Path("/there")) == "/there/a.yaml"
     with pytest.raises(TaskError, match="which task"):
         load_task("lm_eval:")
 

@@ -482,7 +482,7 @@ def test_the_same_command_again_does_nothing_twice(place, tmp_path, trainers, mo
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     plan = plan_sft(flags(place, tmp_path / "out", merge_adapter_with_base=True))  # nothing of it is left to write
-    assert "2 steps, seed 42; finished already" in "\n".join(sft.describe(plan))
+    assert "2 steps, seed 42; finished already" in "\n".join(sft.describe_plan(plan))
 
 
 def test_a_finished_run_is_found_not_trained(place, tmp_path, capsys):
@@ -502,10 +502,10 @@ def test_rows_to_measure_on_are_a_test_split_where_there_is_one(place, tmp_path)
     write_rows(tmp_path / "rows" / "validation.jsonl", questions(2))
     measured = {"eval_dataset_name_or_path": str(tmp_path / "rows"), "eval_strategy": "steps"}
     plan = plan_sft(flags(place, tmp_path / "out", **measured))
-    told = "\n".join(sft.describe(plan))
+    told = "\n".join(sft.describe_plan(plan))
     assert f"2 examples to measure the loss on: {tmp_path}/rows/validation.jsonl, question_answer" in told
     plan = plan_sft(flags(place, tmp_path / "out", **measured, dataset_test_split="train"))
-    assert f"9 examples to measure the loss on: {tmp_path}/rows/train.jsonl" in "\n".join(sft.describe(plan))
+    assert f"9 examples to measure the loss on: {tmp_path}/rows/train.jsonl" in "\n".join(sft.describe_plan(plan))
 
 
 def test_stopped_by_hand(place, tmp_path, monkeypatch, capsys):
@@ -575,7 +575,7 @@ def test_killed_it_goes_on_to_the_same_bytes(place, tmp_path):
     half.mkdir()
     (half / "adapter_model.safetensors").write_bytes(b"")
     plan = plan_sft(flags(place, tmp_path / "out", **long))
-    told = "\n".join(sft.describe(plan))
+    told = "\n".join(sft.describe_plan(plan))
     resumed = run_sft(plan)
     assert "30 steps, seed 42; continues at step 8\n" in told
     assert resumed.record.resumed_from == 8

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 import plait
 from plait.cli.main import main
 from plait.errors import OutputError, RecipeError
-from plait.training import cohort, side_by_side
-from plait.training.phases import init_seed
+from plait.training import cohort, processes
+from plait.training.phases import phase_seed
 from plait.training.preflight import resolve_phases
 from plait.training.reading import read_phases
 from plait.training.runners import PhaseStatus
@@ -145,7 +145,7 @@ def test_phases_begin_with_matrices_of_their_own(place):
         if "lora_A" in key:
             cosine = torch.nn.functional.cosine_similarity(own[0][key].flatten(), own[1][key].flatten(), dim=0)
             assert abs(cosine) < 0.5, key
-    assert init_seed(0, "sort") != init_seed(0, "rate")
+    assert phase_seed(0, "sort") != phase_seed(0, "rate")
 
 
 def test_what_is_done_is_found(place):
@@ -221,12 +221,12 @@ class Killer:
         self.said: list[PhaseStatus] = []
         self._phase = phase
         self._children = {}
-        start = side_by_side._start
+        start = processes._start
 
         def noted(phase, *rest):
             return self._children.setdefault(phase.name, start(phase, *rest))
 
-        monkeypatch.setattr(side_by_side, "_start", noted)
+        monkeypatch.setattr(processes, "_start", noted)
 
     def begin(self, phase: str, stage: str, total: int, unit: str) -> None:
         if phase == self._phase:
@@ -261,7 +261,7 @@ def test_a_worker_killed_in_the_middle_of_a_line():
     events: SimpleQueue = SimpleQueue()
     said = '["advance", 1]\n["adv'
     with subprocess.Popen([sys.executable, "-c", f"print({said!r}, end='')"], stdout=subprocess.PIPE, text=True) as process:
-        side_by_side._read(side_by_side._Child(None, process, slot=0), events)
+        processes._read(processes._Child(None, process, slot=0), events)
     assert [events.get_nowait()[1] for _ in range(2)] == [["advance", 1], None]
 
 
@@ -271,7 +271,7 @@ def test_a_worker_that_never_read_its_request():
     process.stdin.write(b"{}\n")
     with pytest.raises(BrokenPipeError):
         process.stdin.flush()
-    side_by_side._Child(None, process, slot=0).stop()
+    processes._Child(None, process, slot=0).stop()
     assert process.stdin.closed
 
 
@@ -382,7 +382,7 @@ def test_what_would_happen(place, capsys):
     assert sort["tokens"] == 24 * 5 * 2
     shapes = sum(t.numel() for t in lora_of("base", r=4).values())
     assert sort["parameters"] == rate["parameters"] == shapes
-    assert sort["init_seed"] == init_seed(0, "sort")
+    assert sort["init_seed"] == phase_seed(0, "sort")
     assert not Path("artifacts").exists()
     code, out, _ = command(capsys, "phases.yaml", "--dry-run")
     assert code == 0
@@ -451,7 +451,7 @@ def test_stopped_by_hand(place, monkeypatch, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cohort, "in_turn", stop)
+    monkeypatch.setattr(cohort, "run_sequentially", stop)
     code, _, said = command(capsys, "phases.yaml", "-o", "out")
     assert code == 130
     assert "stopped\n0 of 2 phases are finished and kept in" in said

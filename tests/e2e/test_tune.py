@@ -168,7 +168,7 @@ def test_texts_that_are_held_out_are_not_learned(place: Path, tmp_path: Path, mo
     import plait.tuning.learning as learning
 
     drawn: list[tuple[int, ...]] = []
-    monkeypatch.setattr(learning, "draw", lambda items, *rest: drawn.append(tuple(items)) or list(items)[:2])
+    monkeypatch.setattr(learning, "draw_texts", lambda items, *rest: drawn.append(tuple(items)) or list(items)[:2])
     record = tune(place, tmp_path / "held", tune={"held_out": 0.2}).record
     sizes = {t.task: (t.count, t.learned) for t in record.texts}
     assert sizes == {"sort": (24, 19), "rate": (24, 19)}

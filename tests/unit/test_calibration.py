@@ -11,7 +11,7 @@ import torch
 
 from plait.calibration.moments import InputMoments, take_moments
 from plait.calibration.passages import Passage, Reader
-from plait.calibration.teachers import OutputDistributions, answers_of, ask
+from plait.calibration.teachers import OutputDistributions, keep_distributions, teacher_distributions
 from plait.calibration.texts import generic_lines, read_texts
 from plait.errors import TaskError
 from plait.linalg.inputs import InputRows
@@ -167,7 +167,7 @@ def test_moments_of_a_convolution_are_those_of_its_patches(layer: Any) -> None:
 def test_divergence_is_the_sum_over_the_vocabulary() -> None:
     drawn = torch.Generator().manual_seed(0)
     p, q = (torch.randn(3, 7, generator=drawn) for _ in range(2))
-    found = answers_of(p, positions=3).divergence(q)
+    found = keep_distributions(p, positions=3).divergence(q)
     a, b = p.double().softmax(-1), q.double().softmax(-1)
     wanted = torch.stack([sum(a[i, v] * (a[i, v] / b[i, v]).log() for v in range(7)) for i in range(3)])
     torch.testing.assert_close(found.double(), wanted)
@@ -176,7 +176,7 @@ def test_divergence_is_the_sum_over_the_vocabulary() -> None:
 def test_divergence_with_the_largest_entries_only_is_a_lower_bound_near_it() -> None:
     drawn = torch.Generator().manual_seed(0)
     p, q = (4 * torch.randn(3, 50, generator=drawn) for _ in range(2))
-    whole = answers_of(p, positions=3)
+    whole = keep_distributions(p, positions=3)
     top = whole.log_p.topk(20, -1)
     rest = torch.log1p(-top.values.exp().sum(-1, keepdim=True))
     part = OutputDistributions(torch.cat([top.values, rest], -1), top.indices).divergence(q)
@@ -186,7 +186,7 @@ def test_divergence_with_the_largest_entries_only_is_a_lower_bound_near_it() -> 
 
 def test_answers_come_in_the_order_of_the_passages() -> None:
     model = language_model()
-    found = ask(model, PASSAGES, batch_size=2)
+    found = teacher_distributions(model, PASSAGES, batch_size=2)
     wanted = torch.cat([plain_logits(model, p) for p in PASSAGES]).log_softmax(-1)
     torch.testing.assert_close(found.log_p, wanted)
 

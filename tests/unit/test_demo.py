@@ -16,7 +16,7 @@ from plait.adapters import Adapter
 from plait.recipes.request import read_request
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_tasks
-from plait.training.phases import init_seed
+from plait.training.phases import phase_seed
 from tests.unit.test_reports import board_of, evaluation
 from tests.unit.test_reports import task as result
 
@@ -83,7 +83,7 @@ def test_adapters_were_trained_as_the_phases_file_says(task):
     assert {key: job["lora"][key] for key in phases["lora"]} == phases["lora"]
     wanted = {**phases["arguments"], **phase["arguments"]}
     assert {key: job["arguments"][key] for key in wanted} == {**wanted, "learning_rate": 1e-3}, "YAML 1.1 reads 1e-3 as text"
-    assert (job["seed"], job["lora"]["init_seed"]) == (phases["seed"], init_seed(phases["seed"], task))
+    assert (job["seed"], job["lora"]["init_seed"]) == (phases["seed"], phase_seed(phases["seed"], task))
 
 
 def test_every_source_has_its_license():

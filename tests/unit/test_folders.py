@@ -8,7 +8,7 @@ import pytest
 
 from plait.errors import AdapterError, OutputError, ReportError
 from plait.evaluation.card import put_results
-from plait.folders import OutsideError, entries, file_in, name_problem, open_in
+from plait.folders import OutsideError, entries, file_in, file_name_problem, open_in
 from plait.reports.reading import read_report
 from plait.results.checks import check_files
 from plait.results.lock import read_lock
@@ -36,7 +36,7 @@ def folder(tmp_path):
     "name", ["", "/etc/passwd", "../x", "a/../../x", "a\\b", "C:x", "c:/x", "a//b", "a/", ".", "./a", "a\0b", "..\\x"]
 )
 def test_names_that_are_not_of_a_file_in_a_folder(folder, name):
-    assert name_problem(name)
+    assert file_name_problem(name)
     with pytest.raises(OutsideError):
         file_in(folder, name)
     given = {"path": "./a", "repo": None, "commit": None, "files": {name: "0" * 64}}
@@ -47,7 +47,7 @@ def test_names_that_are_not_of_a_file_in_a_folder(folder, name):
 
 
 def test_names_of_files():
-    assert [name_problem(n) for n in ("a", "heads/a/heads.safetensors", "..a", "a..b", "模型.json", "a b")] == [None] * 6
+    assert [file_name_problem(n) for n in ("a", "heads/a/heads.safetensors", "..a", "a..b", "模型.json", "a b")] == [None] * 6
 
 
 def _links(folder, secret):

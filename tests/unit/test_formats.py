@@ -7,7 +7,7 @@ import json
 import pytest
 
 from plait.errors import TaskError
-from plait.training.formats import Completion, Conversation, PlainText, convert
+from plait.training.formats import Completion, Conversation, PlainText, convert_rows
 
 
 def turns(*pairs: tuple[str, str]) -> tuple[dict[str, str], ...]:
@@ -74,59 +74,59 @@ FORMATS = {
 
 @pytest.mark.parametrize(("format", "row", "example"), FORMATS.values(), ids=FORMATS)
 def test_every_format(format, row, example):
-    found = convert([row, row], where="data")
+    found = convert_rows([row, row], where="data")
     assert found.columns.format == format
     assert found.examples == (example, example)
 
 
 def test_tool_calls_stay_in_their_turn():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
-    (example,) = convert([{"messages": [*turns(("user", "Q")), call]}], where="data").examples
+    (example,) = convert_rows([{"messages": [*turns(("user", "Q")), call]}], where="data").examples
     assert example.messages[1] == {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
 
 
 def test_what_is_read_and_what_is_not_is_said():
-    found = convert([{"id": 1, "context": "C", "question": "Q", "answer": "A"}], where="data")
+    found = convert_rows([{"id": 1, "context": "C", "question": "Q", "answer": "A"}], where="data")
     assert str(found.columns) == "question_answer (question + context → answer); not used: id"
 
 
 def test_a_system_prompt_is_for_conversations_without_one():
     rows = [{"messages": [*turns(("system", "own"), *ASKED)]}, {"messages": [*turns(*ASKED)]}]
-    found = convert(rows, where="data", system_prompt="given")
+    found = convert_rows(rows, where="data", system_prompt="given")
     assert [e.messages[0]["content"] for e in found.examples] == ["own", "given"]
     with pytest.raises(TaskError, match="a system prompt has no place in plain text"):
-        convert([{"text": "t"}], where="data", system_prompt="given")
+        convert_rows([{"text": "t"}], where="data", system_prompt="given")
 
 
 def test_a_system_column_beside_plain_texts_is_told_as_not_used():
-    found = convert([{"prompt": "Q ", "completion": "A", "system": "S"}], where="x")
+    found = convert_rows([{"prompt": "Q ", "completion": "A", "system": "S"}], where="x")
     assert found.examples == (Completion("Q ", "A"),)
     assert str(found.columns) == "prompt_completion (prompt → completion); not used: system"
     turn = {"Prompt": [{"role": "user", "content": "Q"}], "Completion": "A", "system": "S"}
-    assert convert([turn], where="x").examples == (Conversation(turns(("system", "S"), *ASKED), asked=2),)
+    assert convert_rows([turn], where="x").examples == (Conversation(turns(("system", "S"), *ASKED), asked=2),)
 
 
 def test_a_turn_of_weight_0_is_not_learned():
     rows = [{"messages": [*turns(*ASKED), {"role": "user", "content": "R", "weight": 1}, *turns(MORE[1])]}]
     rows[0]["messages"][1]["weight"] = 0
-    (example,) = convert(rows, where="x").examples
+    (example,) = convert_rows(rows, where="x").examples
     assert example.messages == (*turns(ASKED[0]), {**turns(ASKED[1])[0], "weight": 0}, *turns(*MORE))
-    found = convert([*rows, {"messages": rows[0]["messages"][:2]}], where="x")
+    found = convert_rows([*rows, {"messages": rows[0]["messages"][:2]}], where="x")
     assert (len(found.examples), found.unanswered) == (1, 1)
 
 
 def test_rows_without_an_answer_are_counted():
     rows = [{"instruction": "Q", "output": ""}, {"instruction": "Q", "output": "A"}, {"instruction": "Q", "output": None}]
-    found = convert(rows, where="data")
+    found = convert_rows(rows, where="data")
     assert (len(found.examples), found.unanswered) == (1, 2)
     with pytest.raises(TaskError, match="none of 1 rows has an answer"):
-        convert(rows[:1], where="data")
-    assert convert([{"messages": [*turns(ASKED[0])]}, {"messages": [*turns(*ASKED)]}], where="data").unanswered == 1
+        convert_rows(rows[:1], where="data")
+    assert convert_rows([{"messages": [*turns(ASKED[0])]}, {"messages": [*turns(*ASKED)]}], where="data").unanswered == 1
 
 
 def test_an_unknown_format_lists_what_was_found_and_what_is_allowed():
     with pytest.raises(TaskError) as caught:
-        convert([{"chosen": "a", "rejected": "b"}, {"chosen": "a", "rejected": "b", "score": 1}], where="rows.jsonl")
+        convert_rows([{"chosen": "a", "rejected": "b"}, {"chosen": "a", "rejected": "b", "score": 1}], where="rows.jsonl")
     said = str(caught.value)
     assert (
         "rows.jsonl: no known format: the columns that every row has are chosen, rejected (only some rows have score)" in said
@@ -137,11 +137,11 @@ def test_an_unknown_format_lists_what_was_found_and_what_is_allowed():
 
 def test_a_format_may_be_named():
     row = {"text": "T", "question": "Q", "answer": "A"}
-    assert convert([row], where="data").examples == (chat(*ASKED),)
-    assert convert([row], where="data", format="text").examples == (PlainText("T"),)
-    assert convert([{"body": "T"}], where="data", text_field="body").examples == (PlainText("T"),)
+    assert convert_rows([row], where="data").examples == (chat(*ASKED),)
+    assert convert_rows([row], where="data", format="text").examples == (PlainText("T"),)
+    assert convert_rows([{"body": "T"}], where="data", text_field="body").examples == (PlainText("T"),)
     with pytest.raises(TaskError, match="data: not sharegpt: the columns"):
-        convert([row], where="data", format="sharegpt")
+        convert_rows([row], where="data", format="sharegpt")
 
 
 BAD = {
@@ -161,10 +161,10 @@ BAD = {
 @pytest.mark.parametrize(("rows", "said"), BAD.values(), ids=BAD)
 def test_rows_that_do_not_fit(rows, said):
     with pytest.raises(TaskError, match=said):
-        convert(rows, where="data")
+        convert_rows(rows, where="data")
 
 
 def test_all_bad_rows_are_said_at_once_up_to_five():
     with pytest.raises(TaskError) as caught:
-        convert([{"question": "Q", "answer": [i]} for i in range(9)], where="data")
+        convert_rows([{"question": "Q", "answer": [i]} for i in range(9)], where="data")
     assert [f"row {i}:" in str(caught.value) for i in range(6)] == [True] * 5 + [False]

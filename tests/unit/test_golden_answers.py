@@ -14,7 +14,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from plait.evaluation.scores import ANSWERS_VERSION
-from plait.evaluation.scoring import answer
+from plait.evaluation.scoring import answer_examples
 from plait.tasks.examples import Examples
 from plait.tasks.inputs import Example
 from plait.tasks.kinds import KINDS
@@ -65,7 +65,7 @@ def answers() -> dict[str, list[dict[str, Any]]]:
             items = [Example.of(f"sort {w} :", label("sort", w), CHOICES if ranked else ()) for w in WORDS[::4]]
             examples = Examples(task, "test", tuple(items), "sort N/A :" if fields.get("calibrated") else None)
             model = filled(encoder()) if head else causal
-            made = answer(model, tokenizer(), examples, batch_size=4)
+            made = answer_examples(model, tokenizer(), examples, batch_size=4)
             found[f"{side}: {name}"] = [a.model_dump(mode="json", include={"given", "scores", "tokens"}) for a in made]
     return found
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from plait.calibration.texts import judged_texts, read_texts
+from plait.calibration.texts import overlap_with_evaluation, read_texts
 from plait.evaluation.recovery import BootstrapDraws
 from plait.recipes.request import read_request
 from plait.tasks.examples import read_examples
@@ -136,5 +136,5 @@ def test_texts_for_moments_are_training_texts_and_no_label_chooses_them(board, t
         texts = read_texts(task, kind="file", count=board.TEXTS, seed=0, file=files[task.name])
         taken = [str(e.prompt) for e in read_examples(task, "train").items[: board.TEXTS]]
         assert [str(p) for p in texts.prompts] == taken
-        assert judged_texts(texts) == []
+        assert overlap_with_evaluation(texts) == []
         assert "label" not in Path(files[task.name]).read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ from plait.errors import TaskError
 from plait.evaluation.generation import generate
 from plait.evaluation.heads import classify
 from plait.evaluation.likelihood import log_likelihoods
-from plait.evaluation.scoring import answer, ranked
+from plait.evaluation.scoring import answer_examples, likeliest
 from plait.tasks.encoding import Question
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_task
@@ -192,9 +192,9 @@ def test_outputs_that_are_no_numbers_are_no_answers():
 
 def test_how_length_counts():
     scores, texts, tokens = [-4.0, -5.0, -6.2], ["ab", "abcdef", "é" * 3], [1, 2, 2]
-    assert ranked(scores, texts, tokens, "sum") == 0
-    assert ranked(scores, texts, tokens, "tokens") == 1
-    assert ranked(scores, ["abcdefgh", "abc", "é" * 20], tokens, "bytes") == 2
+    assert likeliest(scores, texts, tokens, "sum") == 0
+    assert likeliest(scores, texts, tokens, "tokens") == 1
+    assert likeliest(scores, ["abcdefgh", "abc", "é" * 20], tokens, "bytes") == 2
 
 
 def test_calibration_takes_off_the_blank_prompt(tmp_path):
@@ -202,8 +202,8 @@ def test_calibration_takes_off_the_blank_prompt(tmp_path):
     plain = read_examples(load_task(write_task(tmp_path, "sort")), "test")
     fair = read_examples(load_task(write_task(tmp_path, "sort", calibrated=True)), "test")
     assert fair.blank == "sort N/A :"
-    raw = answer(model, tokens, plain, batch_size=8)
-    calibrated = answer(model, tokens, fair, batch_size=8)
+    raw = answer_examples(model, tokens, plain, batch_size=8)
+    calibrated = answer_examples(model, tokens, fair, batch_size=8)
     labels = [tokens(label)["input_ids"] for label in ("red", "blue")]
     blank = literal(model, Question(tokens("sort N/A :")["input_ids"], labels))
     for one, other in zip(raw, calibrated, strict=True):
@@ -219,7 +219,7 @@ def test_perplexity_of_texts(tmp_path):
         write_task(tmp_path, "sort", kind="perplexity", labels=None, prompt=None, target="sort {{ word }} : {{ label }}")
     )
     examples = read_examples(task, "test")
-    found = answer(model, tokens, examples, batch_size=5)
+    found = answer_examples(model, tokens, examples, batch_size=5)
     for example, one in zip(examples.items, found, strict=True):
         ids = tokens(example.target)["input_ids"]
         assert one.tokens == (4,)

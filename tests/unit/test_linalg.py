@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plait.linalg import blocks
 from plait.linalg.blocks import RowBlocks, block_ranges
 from plait.linalg.elect import agreement, elect_sign, merge_agreeing
-from plait.linalg.factored import inner, left_basis, orient
+from plait.linalg.factored import frobenius_inner, left_basis, orient
 from plait.linalg.keyed import Key
 from plait.linalg.sparsify import drop_above, keep_at_least, kept_count, row_ranks
 
@@ -143,8 +143,8 @@ def test_weights_that_cancel_do_not_divide() -> None:
 
 def test_inner_is_that_of_the_dense_matrices() -> None:
     b1, a1, b2, a2 = normal(6, 2), normal(2, 5, seed=1), normal(6, 3, seed=2), normal(3, 5, seed=3)
-    assert inner(b1, a1, b2, a2) == pytest.approx(float(((b1 @ a1) * (b2 @ a2)).sum()))
-    assert inner(b1[:, :0], a1[:0], b2, a2) == 0
+    assert frobenius_inner(b1, a1, b2, a2) == pytest.approx(float(((b1 @ a1) * (b2 @ a2)).sum()))
+    assert frobenius_inner(b1[:, :0], a1[:0], b2, a2) == 0
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (4, 9), (5, 1), (1, 5)])

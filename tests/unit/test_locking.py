@@ -14,7 +14,7 @@ import pytest
 from plait.errors import OutputError
 from plait.notices import PlaitWarning
 from plait.results import locking
-from plait.results.locking import in_use, locked
+from plait.results.locking import lock_holder, locked
 from tests.adapters_on_disk import layers, write_adapter
 
 SOURCE = Path(locking.__file__).parent
@@ -26,13 +26,13 @@ def file(tmp_path):
 
 
 def test_one_at_a_time(file):
-    assert in_use(file, "work is done there") is None
+    assert lock_holder(file, "work is done there") is None
     said = rf"made is in use by process {os.getpid()} on \S+ since .*: work is done there. Wait for it, stop it, or choose"
     with locked(file, "mine"):
         with pytest.raises(OutputError, match=said), locked(file, "work is done there"):
             pass
-        assert (in_use(file, "work is done there") or "").startswith(f"{file.parent} is in use by process")
-    assert in_use(file, "work is done there") is None
+        assert (lock_holder(file, "work is done there") or "").startswith(f"{file.parent} is in use by process")
+    assert lock_holder(file, "work is done there") is None
     with locked(file, "mine"):
         pass
 
@@ -42,7 +42,7 @@ def test_it_is_waited_for(file, monkeypatch):
         other.enter_context(locked(file, "mine"))
         monkeypatch.setattr(locking.time, "sleep", lambda _: other.close())
         with locked(file, "mine", patience=1000):
-            assert in_use(file, "mine")
+            assert lock_holder(file, "mine")
 
 
 def test_a_file_that_was_removed_meanwhile_is_no_lock(file, monkeypatch):
@@ -64,9 +64,9 @@ def test_a_file_that_was_removed_meanwhile_is_no_lock(file, monkeypatch):
 def test_a_child_that_inherits_it_holds_it_too(file):
     with locked(file, "mine") as handle:
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(handle,))
-    assert in_use(file, "mine")
+    assert lock_holder(file, "mine")
     child.communicate(b"\n")
-    assert in_use(file, "mine") is None
+    assert lock_holder(file, "mine") is None
 
 
 def test_a_folder_that_cannot_be_made(file):
@@ -78,10 +78,10 @@ def test_a_folder_that_cannot_be_made(file):
 def test_without_flock_nobody_is_kept_out(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     with pytest.warns(PlaitWarning, match="no file locks"):
-        assert in_use(file, "mine") is None
+        assert lock_holder(file, "mine") is None
     with locked(file, "mine") as handle, locked(file, "mine"):  # announced once
         assert handle is None
-        assert in_use(file, "mine") is None
+        assert lock_holder(file, "mine") is None
         assert file.parent.is_dir()
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from plait.verification.logits import compare_logits, pool
+from plait.verification.logits import compare_logits, pool_parity
 
 
 def literal(reference: list[list[float]], other: list[list[float]]) -> tuple[float, float, float]:
@@ -65,7 +65,7 @@ def test_leading_dimensions_are_positions():
 def test_pooled_parts_are_the_whole():
     whole, other = random(0, rows=9), random(1, rows=9)
     parts = [compare_logits(whole[i:j], other[i:j]) for i, j in ((0, 2), (2, 9))]
-    found, expected = pool(parts), compare_logits(whole, other)
+    found, expected = pool_parity(parts), compare_logits(whole, other)
     assert found.positions == 9
     assert found.max_difference == expected.max_difference
     assert found.mean_kl == pytest.approx(expected.mean_kl, rel=1e-12)

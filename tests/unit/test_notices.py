@@ -28,7 +28,7 @@ def test_once_about_the_same():
         announce("a, since 1", once="a")
     assert caught[0].filename == __file__
     announce("a, since 2", once="a")  # any warning is an error here
-    notices.forget()
+    notices.forget_announcements()
     with pytest.warns(PlaitWarning, match="a, since 4"):
         announce("a, since 4", once="a")
 
@@ -58,7 +58,7 @@ def test_bytes_copied_through_the_process(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "copy_file_range", refused, raising=False)
     with pytest.warns(PlaitWarning, match=r"copied the slower way.*copy_file_range fails \(Invalid cross-device link\)"):
         assert copied(tmp_path) == bytes(range(10, 110))
-    notices.forget()
+    notices.forget_announcements()
     monkeypatch.delattr(os, "copy_file_range")
     with pytest.warns(PlaitWarning, match="this system has no copy_file_range"):
         assert copied(tmp_path) == bytes(range(10, 110))

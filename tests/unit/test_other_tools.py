@@ -7,7 +7,7 @@ import typer
 
 import plait
 from plait.cli.main import app, main
-from plait.cli.spellings import in_plaits_words
+from plait.cli.spellings import translate_flags
 from plait.errors import RecipeError
 from plait.methods import METHODS
 from plait.recipes.importers.other_tools import TABLE, Term, command_hint, flag_row, keyword_hints, page
@@ -29,11 +29,11 @@ def test_every_flag_is_read_or_answered_as_the_page_says(row, command):
         arguments += ["--a1-repo", "org/repo"]
     if not row.read:
         with pytest.raises(RecipeError) as error:
-            in_plaits_words(arguments, options(command))
+            translate_flags(arguments, options(command))
         assert str(error.value) == row.hint
         assert row.new in str(error.value)
     else:
-        words, notes = in_plaits_words(arguments, options(command))
+        words, notes = translate_flags(arguments, options(command))
         assert row.old not in words
         assert words[0] == command
         assert words != [command, "x"] or notes
@@ -86,7 +86,7 @@ def test_commands_that_hints_name_exist():
     ],
 )
 def test_what_is_certain_is_read(given, read):
-    assert in_plaits_words(["merge", *given.split()], options("merge"))[0] == ["merge", *read.split()]
+    assert translate_flags(["merge", *given.split()], options("merge"))[0] == ["merge", *read.split()]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_what_is_certain_is_read(given, read):
 )
 def test_what_is_not_is_refused(given, problem):
     with pytest.raises(RecipeError, match=problem):
-        in_plaits_words(["merge", *given.split()], options("merge"))
+        translate_flags(["merge", *given.split()], options("merge"))
 
 
 def test_a_flag_of_another_command_is_left_to_it():

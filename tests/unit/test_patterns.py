@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from plait.adapters.patterns import PatternError, module_pattern, whole_pattern
+from plait.adapters.patterns import PatternError, full_path_pattern, module_pattern
 
 PARTS = [
     "a", "b", ".", r"\.", "[ab]", "[^a]", r"[\d-z]", r"\d", r"\D", r"\w", r"\W", r"\s", r"\S", "a*", "b+", "(a|b)", "(ab)?",
@@ -60,8 +60,8 @@ def test_patterns_that_are_refused(pattern, said):
 @pytest.mark.parametrize("pattern", [r".*\.(q|v)_proj", "model.layers.[0-3].q_proj", r"(?!.*vision).*q_proj$", "q_proj"])
 def test_a_whole_path_is_matched_as_python_does(pattern: str) -> None:
     for module in ("model.layers.0.q_proj", "model.layers.7.q_proj", "vision.layers.0.q_proj", "q_proj", "model.v_proj"):
-        assert whole_pattern(pattern)(module) is (re.fullmatch(pattern, module) is not None), module
+        assert full_path_pattern(pattern)(module) is (re.fullmatch(pattern, module) is not None), module
 
 
 def test_an_expensive_selection_is_matched_at_once() -> None:
-    assert not whole_pattern("(a+)+b")("a" * 200)
+    assert not full_path_pattern("(a+)+b")("a" * 200)

@@ -16,7 +16,7 @@ from plait.training.causal import model_config
 from plait.training.data import TrainingData
 from plait.training.job import LoraSettings, TrainingJob
 from plait.training.output import check_output
-from plait.training.phases import init_seed
+from plait.training.phases import phase_seed
 from plait.training.ray import _shares
 from plait.training.reading import read_phases
 from plait.training.settings import trainer_settings
@@ -90,12 +90,12 @@ def test_every_phase_has_an_a_of_its_own(place):
     """By name, so that a phase keeps its seed when others come or go."""
     plan = read(place, SHORT)
     seeds = {p.name: p.job.lora.init_seed for p in plan.phases}
-    assert seeds == {"sort": init_seed(0, "sort"), "rate": init_seed(0, "rate")}
+    assert seeds == {"sort": phase_seed(0, "sort"), "rate": phase_seed(0, "rate")}
     assert len(set(seeds.values())) == 2
     alone = read(place, SHORT.replace("  - sort.yaml\n", ""))
     assert alone.phases[0].job.lora.init_seed == seeds["rate"]
-    assert len({init_seed(seed, name) for seed in range(20) for name in ("a", "b", "ab")}) == 60
-    assert all(0 <= init_seed(seed, "a") < 2**31 for seed in range(50))
+    assert len({phase_seed(seed, name) for seed in range(20) for name in ("a", "b", "ab")}) == 60
+    assert all(0 <= phase_seed(seed, "a") < 2**31 for seed in range(50))
 
 
 def test_a_shared_a_is_told(place):

@@ -11,9 +11,9 @@ import pytest
 
 from plait.errors import PlaitError, PlanError, TaskError
 from plait.evaluation.generation import generate
-from plait.evaluation.scoring import answer
-from plait.hub.pretrained import load_config, load_tokenizer, padded, refusing
-from plait.mixture.loading import load_model
+from plait.evaluation.scoring import answer_examples
+from plait.hub.pretrained import load_config, load_tokenizer, refuse_failures, with_padding_token
+from plait.mixture.loading import load_base_model
 from plait.tasks.encoding import PromptEncoder, Question
 from plait.tasks.examples import Examples
 from plait.tasks.inputs import Example
@@ -49,9 +49,9 @@ def changed(file: Path, **more: object) -> None:
 
 def evaluate(base: Path, *, trust: bool = False) -> None:
     """Do with a base what an evaluation does with it."""
-    model, tokenizer = load_model(base, (), dtype="auto", device_map=None, trust_remote_code=trust)
+    model, tokenizer = load_base_model(base, (), dtype="auto", device_map=None, trust_remote_code=trust)
     items = (Example.of("sort w1 : ", "red", ("red", "blue")), Example.of("sort w20 : ", "blue", ("red", "blue")))
-    assert len(answer(model, tokenizer, Examples(TASK, "test", items), batch_size=2)) == 2
+    assert len(answer_examples(model, tokenizer, Examples(TASK, "test", items), batch_size=2)) == 2
     generate(model, tokenizer, [Question([5, 6], [])], max_new_tokens=2, stop=(), batch_size=1)
 
 
@@ -181,8 +181,8 @@ def test_tokens_that_the_model_has_no_embeddings_for(base):
 
 def test_any_token_pads_where_none_does():
     tokens = byte_tokenizer()
-    assert padded(tokens).pad_token == "<|im_end|>"
-    assert padded(byte_tokenizer(pad_token="<|pad|>")).pad_token == "<|pad|>"
+    assert with_padding_token(tokens).pad_token == "<|im_end|>"
+    assert with_padding_token(byte_tokenizer(pad_token="<|pad|>")).pad_token == "<|pad|>"
 
 
 class PanicException(BaseException):  # as tokenizers raise it
@@ -192,10 +192,10 @@ class PanicException(BaseException):  # as tokenizers raise it
 def test_a_panic_is_a_refusal_and_an_interrupt_is_not():
     with (
         pytest.raises(TaskError, match=r"^place: what is done: PanicException: index out of range"),
-        refusing("place", "what is done", TaskError),
+        refuse_failures("place", "what is done", TaskError),
     ):
         raise PanicException("index out of range")
-    with pytest.raises(KeyboardInterrupt), refusing("place", "what is done", TaskError):
+    with pytest.raises(KeyboardInterrupt), refuse_failures("place", "what is done", TaskError):
         raise KeyboardInterrupt
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from plait.errors import RecipeError, TaskError
-from plait.evaluation.recovery import PairedStatistics, interval, mean_and_worst, recoveries, recovery, task_seed
+from plait.evaluation.recovery import PairedStatistics, central_interval, mean_and_worst, recoveries, recovery, task_seed
 from plait.evaluation.requirement import Requirement
-from plait.evaluation.subsets import check_names, choose
+from plait.evaluation.subsets import check_names, choose_subset
 from plait.recipes.evaluation import Subset
 from plait.tasks.answers import Answer
 from plait.tasks.examples import Examples
@@ -80,14 +80,14 @@ def test_four_of_four_are_not_certainty(task):
     metric = metric_of(task)
     none, all_ = metric.statistics(answers(0, 4)), metric.statistics(answers(4, 4))
     drawn = PairedStatistics(metric, none, all_, all_).draws(2000, (0, 1))
-    low, high = interval(drawn.merged, 1.0)
+    low, high = central_interval(drawn.merged, 1.0)
     assert (low, high) == (pytest.approx(0.56, abs=0.06), 1.0), "Jeffreys' interval of 4 of 4"
-    assert interval(drawn.base, 0.0) == (0.0, pytest.approx(0.44, abs=0.06))
-    low, high = interval(drawn.recovery, 1.0)
+    assert central_interval(drawn.base, 0.0) == (0.0, pytest.approx(0.44, abs=0.06))
+    low, high = central_interval(drawn.recovery, 1.0)
     assert low < 0.9
     assert high >= 1.0
     many = [np.repeat(s, 250, axis=0) for s in (none, all_, all_)]
-    low, high = interval(PairedStatistics(metric, *many).draws(2000, (0, 1)).recovery, 1.0)
+    low, high = central_interval(PairedStatistics(metric, *many).draws(2000, (0, 1)).recovery, 1.0)
     assert 0.99 < low <= 1.0 <= high < 1.01, "a thousand examples are nearly certain"
 
 
@@ -95,7 +95,7 @@ def test_four_of_four_are_not_certainty(task):
 def test_intervals_of_a_share_are_jeffreys(task, right, n):
     metric = metric_of(task)
     one = metric.statistics(answers(right, n))
-    low, high = interval(PairedStatistics(metric, one, None, one).draws(20_000, (0, 1)).base, right / n)
+    low, high = central_interval(PairedStatistics(metric, one, None, one).draws(20_000, (0, 1)).base, right / n)
     exact = np.percentile(np.random.default_rng(1).beta(right + 0.5, n - right + 0.5, 200_000), (2.5, 97.5))
     assert low == pytest.approx(0 if right == 0 else exact[0], abs=0.01)
     assert high == pytest.approx(1 if right == n else exact[1], abs=0.01)
@@ -106,7 +106,7 @@ def test_intervals_cover_what_they_are_of(task):
     metric, rng, held = metric_of(task), np.random.default_rng(3), 0
     for _ in range(300):
         one = metric.statistics(answers(int(rng.binomial(12, 0.9)), 12))
-        low, high = interval(PairedStatistics(metric, one, None, one).draws(400, (0, 1)).base, float(one[:, 0].mean()))
+        low, high = central_interval(PairedStatistics(metric, one, None, one).draws(400, (0, 1)).base, float(one[:, 0].mean()))
         held += low <= 0.9 <= high
     assert held / 300 > 0.9
 
@@ -114,7 +114,7 @@ def test_intervals_cover_what_they_are_of(task):
 def test_macro_f1_of_few_is_not_certain_either(tmp_path):
     metric = metric_of(load_task(write_task(tmp_path, "sort", metric="macro_f1")))
     rows = metric.statistics([Answer(id=str(i), target=t, given=t) for i, t in enumerate(["red", "blue"] * 3)])
-    low, high = interval(PairedStatistics(metric, rows, None, rows).draws(2000, (0, 1)).base, 1.0)
+    low, high = central_interval(PairedStatistics(metric, rows, None, rows).draws(2000, (0, 1)).base, 1.0)
     assert low < 0.9
     assert high == 1.0
     alone = metric.statistics([Answer(id="0", target="red", given="red")] * 3)
@@ -132,15 +132,15 @@ def test_the_bootstrap_is_a_literal_one(task):
     literal = recoveries(base, single, merged)
     assert drawn.recovery.mean() == pytest.approx(literal.mean(), abs=0.02)
     assert drawn.recovery.std() == pytest.approx(literal.std(), rel=0.1)
-    low, high = interval(drawn.recovery, drawn.recovery.mean())
+    low, high = central_interval(drawn.recovery, drawn.recovery.mean())
     assert low < recovery(one.metric, base.mean(), single.mean(), merged.mean()) < high
 
 
 def test_draws_without_recovery_are_left_out():
     values = recoveries(np.array([0.5, 0.5]), np.array([0.5, 0.9]), np.array([0.6, 0.7]))
     assert math.isnan(values[0])
-    assert interval(values, 0.5) == pytest.approx((0.5, 0.5))
-    assert interval(np.array([math.nan]), 0.5) is None
+    assert central_interval(values, 0.5) == pytest.approx((0.5, 0.5))
+    assert central_interval(np.array([math.nan]), 0.5) is None
     mean, worst = mean_and_worst({"a": np.array([math.nan, 0.2]), "b": np.array([1.0, 0.8])})
     assert math.isnan(mean[0])
     assert (mean[1], worst[1]) == pytest.approx((0.5, 0.2))
@@ -157,35 +157,35 @@ def many(task, counts: dict[str, int], *, turned: bool = False) -> Examples:
 
 def test_subsets_hold_every_label_in_its_share(task):
     examples = many(task, {"red": 90, "blue": 10})
-    found = choose(examples, Subset(max_samples=20))
+    found = choose_subset(examples, Subset(max_samples=20))
     targets = [examples.items[i].target for i in found.indices]
     assert (targets.count("red"), targets.count("blue")) == (18, 2)
-    rare = choose(many(task, {"red": 99, "blue": 1}), Subset(max_samples=5))
+    rare = choose_subset(many(task, {"red": 99, "blue": 1}), Subset(max_samples=5))
     assert any(i == 99 for i in rare.indices), "one of every label while there is room"
     few = Examples(task, "test", tuple(Example.of(f"w{i}", t, ("a", "b", "c")) for i, t in enumerate("a" * 100 + "bcc")))
-    assert {few.items[i].target for i in choose(few, Subset(max_samples=16)).indices} == {"a", "b", "c"}
+    assert {few.items[i].target for i in choose_subset(few, Subset(max_samples=16)).indices} == {"a", "b", "c"}
 
 
 def test_subsets_are_a_function_of_the_examples(task):
     one, turned = many(task, {"red": 30, "blue": 20}), many(task, {"red": 30, "blue": 20}, turned=True)
     subset = Subset(max_samples=11)
-    assert sorted(choose(one, subset).ids) == sorted(choose(turned, subset).ids)
-    assert set(choose(one, subset).ids) < set(choose(one, Subset(max_samples=25)).ids)
-    assert set(choose(one, subset).ids) != set(choose(one, Subset(max_samples=11, seed=1)).ids)
-    assert choose(one, subset).tag != choose(one, Subset(max_samples=12)).tag
-    assert len(choose(one, Subset(max_samples=4, per_task={"sort": 7})).ids) == 7
-    assert choose(one, Subset(max_samples=50)) is None
+    assert sorted(choose_subset(one, subset).ids) == sorted(choose_subset(turned, subset).ids)
+    assert set(choose_subset(one, subset).ids) < set(choose_subset(one, Subset(max_samples=25)).ids)
+    assert set(choose_subset(one, subset).ids) != set(choose_subset(one, Subset(max_samples=11, seed=1)).ids)
+    assert choose_subset(one, subset).tag != choose_subset(one, Subset(max_samples=12)).tag
+    assert len(choose_subset(one, Subset(max_samples=4, per_task={"sort": 7})).ids) == 7
+    assert choose_subset(one, Subset(max_samples=50)) is None
 
 
 @pytest.mark.parametrize("wanted", range(1, 12))
 def test_subsets_are_as_large_as_wanted(task, wanted):
     for counts in ({"red": 11, "blue": 1}, {"red": 6, "blue": 6}):
-        assert choose(many(task, counts), Subset(max_samples=wanted)).examples == wanted
+        assert choose_subset(many(task, counts), Subset(max_samples=wanted)).examples == wanted
 
 
 def test_equal_examples_are_told_apart(task):
     twice = Examples(task, "test", (Example.of("x", "red", ("red", "blue")),) * 10)
-    found = choose(twice, Subset(max_samples=4))
+    found = choose_subset(twice, Subset(max_samples=4))
     assert len(set(found.indices)) == 4
 
 

@@ -18,8 +18,8 @@ from plait.evaluation.comparison import Leaderboard, LeaderboardEntry
 from plait.evaluation.record import Evaluation, InterferenceMatrix, Sample, SingleAdapter, TaskResult
 from plait.evaluation.workspace import write_comparison, write_evaluation
 from plait.merging.record import RunRecord
-from plait.reports.charts import bars, energy_map, interval, of_tasks, share
-from plait.reports.colors import css, diverging, ink
+from plait.reports.charts import energy_map, recovery_bars, show_interval, show_share, task_recoveries
+from plait.reports.colors import css, diverging, text_color
 from plait.reports.page import render
 from plait.reports.reading import Report, read_report
 from plait.reports.verdict import certainty, verdict
@@ -146,9 +146,9 @@ def test_the_verdict(tasks, begins):
 
 
 def test_a_share_of_nearly_nothing_has_no_sign():
-    assert share(-0.003).startswith("0")
-    assert share(-0.3).startswith("−30")
-    assert interval((-0.004, 0.2)).startswith("0 – 20")
+    assert show_share(-0.003).startswith("0")
+    assert show_share(-0.3).startswith("−30")
+    assert show_interval((-0.004, 0.2)).startswith("0 – 20")
 
 
 def test_certainty_names_examples_and_a_wide_interval():
@@ -159,7 +159,7 @@ def test_certainty_names_examples_and_a_wide_interval():
 
 
 def test_bars_begin_at_zero_and_stay_on_the_axis():
-    axis = bars(of_tasks([task("a", 0.5), task("b", -0.25, recovery_interval=(-9.0, 9.0)), task("c", None)]))
+    axis = recovery_bars(task_recoveries([task("a", 0.5), task("b", -0.25, recovery_interval=(-9.0, 9.0)), task("c", None)]))
     a, b, c = axis.bars
     assert a.left == pytest.approx(axis.zero)
     assert a.left + a.width == pytest.approx((axis.zero + axis.one) / 2, abs=0.02)
@@ -174,7 +174,7 @@ def test_colors_are_colors_and_text_on_them_reads(value):
     assert re.fullmatch("#[0-9a-f]{6}", css(color))
     linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    contrast = (luminance + 0.05) / 0.05 if ink(color) == "#000" else 1.05 / (luminance + 0.05)
+    contrast = (luminance + 0.05) / 0.05 if text_color(color) == "#000" else 1.05 / (luminance + 0.05)
     assert contrast >= 4.5
 
 

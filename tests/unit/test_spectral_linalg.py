@@ -13,7 +13,7 @@ from plait.linalg.keyed import Key
 from plait.linalg.spectral import joint_coordinates, numerical_rank, polar, smooth_spectrum, tucker_bases
 from plait.stages import Site
 from plait.stages.calibrate import Iso
-from plait.stages.joint import Joint, balanced
+from plait.stages.joint import Joint, joint_sum
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -104,7 +104,7 @@ def test_joint_deltas_lift_to_themselves() -> None:
 
 def test_more_columns_than_dimensions_are_brought_down() -> None:
     joint = Joint.of([LowRank(normal(2, 3), normal(3, 2))])
-    wide = balanced(normal(2, 5), torch.arange(5, dtype=torch.float64), normal(2, 5, seed=1))
+    wide = joint_sum(normal(2, 5), torch.arange(5, dtype=torch.float64), normal(2, 5, seed=1))
     lifted = joint.lift(wide)
     assert lifted.rank == 2
     torch.testing.assert_close(lifted.dense(), joint.v.times(joint.u.times(wide.dense()).mT).mT)

@@ -16,7 +16,7 @@ import plait
 from plait.cli import main as command
 from plait.cli.console import err, out
 from plait.cli.main import main
-from plait.cli.stopping import Stopped, noted, stoppable
+from plait.cli.stopping import Stopped, noting_on_stop, stoppable
 from plait.cli.streams import guarded
 from plait.results.staging import staged
 
@@ -137,7 +137,7 @@ def test_signals_that_the_caller_ignores_stay_ignored():
 
 
 def test_what_is_kept_is_said():
-    with pytest.raises(Stopped) as caught, noted(lambda: "three are kept"):
+    with pytest.raises(Stopped) as caught, noting_on_stop(lambda: "three are kept"):
         raise Stopped(signal.SIGTERM)
     assert caught.value.__notes__ == ["three are kept"]
 

@@ -23,7 +23,16 @@ from plait.recipes.tuning import TuneSpec
 from plait.tasks.loading import load_tasks
 from plait.tuning.hierarchy import levels, similarity
 from plait.tuning.learners import CoefficientLearner
-from plait.tuning.learning import HeldOutScore, SplitLessons, learn, look, rate, split_off, text_losses, with_references
+from plait.tuning.learning import (
+    HeldOutScore,
+    SplitLessons,
+    evaluate_held_out,
+    learning_rate,
+    run_loop,
+    split_off,
+    text_losses,
+    with_references,
+)
 from plait.tuning.links import LINKS, normalized
 from plait.tuning.objectives import (
     OBJECTIVES,
@@ -34,9 +43,9 @@ from plait.tuning.objectives import (
     smooth_maximum,
     task_weights,
 )
-from plait.tuning.sampling import class_weight, draw
+from plait.tuning.sampling import class_weight, draw_texts
 from plait.tuning.selection import CRITERIA
-from plait.tuning.teaching import Lesson, lesson_of
+from plait.tuning.teaching import Lesson, make_lesson
 from tests.language_models import LABELS, WORDS, label, language_model, tokenizer, train_adapter, write_task
 from tests.mixtures import IDS, PLAIN, cohort, dense_output, opened
 from tests.small_models import net
@@ -230,7 +239,7 @@ def lesson(mixture: Mixture, place: Path, task: str, *, labeled: bool) -> Lesson
     choices = (f"{LABELS[task][0]} very", LABELS[task][1])  # one of two tokens
     texts = Texts(found, "split", "x", tuple(f"{task} {w} :" for w in WORDS), (choices,) * len(WORDS))  # type: ignore[arg-type]
     right = [choices[LABELS[task].index(label(task, w))] for w in WORDS] if labeled else None
-    return lesson_of(mixture, texts, task, right=right)
+    return make_lesson(mixture, texts, task, right=right)
 
 
 def literal(mixture: Mixture, weights: dict[str, float], passage: Any, *, shift: int = 1) -> tuple[Tensor, Tensor]:
@@ -314,8 +323,12 @@ def test_four_batches_of_one_step_as_one_of_four(mixture: Mixture, place: Path, 
     for prompts, accumulate in ((8, 1), (2, 4)):
         spec = SPEC.model_copy(update={"prompts": prompts, "accumulate": accumulate, "objective": objective, "steps": 1})
         learner, taught = ready(mixture, place, spec)
-        run = learn(
-            mixture, learner, taught, spec.model_copy(update={"restore_best": False}), look(mixture, learner, taught, 0, spec)
+        run = run_loop(
+            mixture,
+            learner,
+            taught,
+            spec.model_copy(update={"restore_best": False}),
+            evaluate_held_out(mixture, learner, taught, 0, spec),
         )
         found.append((run.losses[0], learner.values().detach()))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
@@ -353,7 +366,7 @@ def test_activations_that_are_computed_again_change_nothing(mixture: Mixture, pl
     for again in (False, True):
         spec = SPEC.model_copy(update={"checkpointing": again, "steps": 3, "restore_best": False})
         learner, taught = ready(mixture, place, spec)
-        learn(mixture, learner, taught, spec, look(mixture, learner, taught, 0, spec))
+        run_loop(mixture, learner, taught, spec, evaluate_held_out(mixture, learner, taught, 0, spec))
         found.append(learner.values().detach())
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
     assert not any(m.training for m in mixture.model.modules())
@@ -364,7 +377,7 @@ def test_products_of_another_dtype_are_near(mixture: Mixture, place: Path) -> No
     for dtype in ("auto", "float32", "bfloat16"):
         spec = SPEC.model_copy(update={"compute_dtype": dtype, "steps": 1})
         learner, taught = ready(mixture, place, spec)
-        losses[dtype] = learn(mixture, learner, taught, spec, look(mixture, learner, taught, 0, spec)).losses[0]
+        losses[dtype] = run_loop(mixture, learner, taught, spec, evaluate_held_out(mixture, learner, taught, 0, spec)).losses[0]
     assert losses["auto"] == losses["float32"]
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.1)
@@ -376,7 +389,7 @@ def test_patience_counts_looks_and_threshold_and_warm_up_hold(mixture: Mixture, 
             update={"steps": 12, "look_every": 1, "min_steps": 0, "stop_warmup": 0, "threshold": 10.0, **changes}
         )
         learner, taught = ready(mixture, place, spec)
-        return learn(mixture, learner, taught, spec, look(mixture, learner, taught, 0, spec)).step
+        return run_loop(mixture, learner, taught, spec, evaluate_held_out(mixture, learner, taught, 0, spec)).step
 
     assert steps() == 12  # never
     assert steps(patience=2) == 2
@@ -392,7 +405,7 @@ def test_an_objective_that_is_no_number_stops(mixture: Mixture, place: Path) -> 
     with torch.no_grad():
         learner.named()["u"].fill_(math.nan)
     with pytest.raises(PlanError, match="learning_rate"):
-        learn(mixture, learner, taught, spec, HeldOutScore(step=0, divergence={}, share=1.0))
+        run_loop(mixture, learner, taught, spec, HeldOutScore(step=0, divergence={}, share=1.0))
 
 
 def test_without_headroom_there_is_nothing_to_regret(mixture: Mixture, place: Path) -> None:
@@ -406,11 +419,11 @@ def test_labels_judge_where_they_are_read(mixture: Mixture, place: Path) -> None
     learner, taught = ready(mixture, place, spec)
     with torch.no_grad():
         learner.named()["u"].copy_(torch.tensor([1.0, 0.0]))
-    kept = look(mixture, learner, taught, 0, spec).kept
+    kept = evaluate_held_out(mixture, learner, taught, 0, spec).kept
     assert kept["sort"] == pytest.approx(1.0, abs=1e-3)
     with torch.no_grad():
         learner.named()["u"].zero_()
-    assert look(mixture, learner, taught, 0, spec).kept["sort"] == pytest.approx(0.0, abs=1e-3)
+    assert evaluate_held_out(mixture, learner, taught, 0, spec).kept["sort"] == pytest.approx(0.0, abs=1e-3)
 
 
 # --- links, samplers, criteria, schedules, trees
@@ -462,12 +475,12 @@ def test_samplers() -> None:
     for sampler, share in {"inverse": 0.5, "balanced": 0.5, "sqrt_inverse": 2**0.5 / (8**0.5 + 2**0.5)}.items():
         counts: Counter[str] = Counter()
         for step in range(1, 401):
-            counts.update(classes[i] for i in draw(range(10), classes, sampler, 10, step, "k"))  # type: ignore[arg-type]
+            counts.update(classes[i] for i in draw_texts(range(10), classes, sampler, 10, step, "k"))  # type: ignore[arg-type]
         assert counts["b"] / 4000 == pytest.approx(share, abs=0.03)
     for sampler in ("uniform", "none"):
-        read = [i for step in range(1, 6) for i in draw(range(10), classes, sampler, 4, step, "k")]  # type: ignore[arg-type]
+        read = [i for step in range(1, 6) for i in draw_texts(range(10), classes, sampler, 4, step, "k")]  # type: ignore[arg-type]
         assert Counter(read) == dict.fromkeys(range(10), 2)  # all in turn
-    assert draw(range(10), classes, "inverse", 4, 7, "k") == draw(range(10), classes, "inverse", 4, 7, "k")
+    assert draw_texts(range(10), classes, "inverse", 4, 7, "k") == draw_texts(range(10), classes, "inverse", 4, 7, "k")
 
 
 def test_criteria() -> None:
@@ -484,7 +497,7 @@ def test_criteria() -> None:
 def test_schedules() -> None:
     def rates(**changes: Any) -> list[float]:
         spec = TuneSpec(learning_rate=1.0, steps=10, **changes)
-        return [rate(spec, step, 10) for step in range(1, 11)]
+        return [learning_rate(spec, step, 10) for step in range(1, 11)]
 
     assert rates(schedule="constant", warmup=0) == [1.0] * 10
     assert rates(schedule="constant", warmup=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]

@@ -42,7 +42,7 @@ class ExtremeDelta:
         return f"adapter {self.adapter!r} has values of the order of {self.value:.1e} there"
 
 
-def out_of_range(slices: Sequence[LowRank], factor: float) -> float | None:
+def float32_limit(slices: Sequence[LowRank], factor: float) -> float | None:
     """Return the size that float32 does not suffice for; None where there is none.
 
     Args:

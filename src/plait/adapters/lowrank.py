@@ -100,7 +100,7 @@ class LowRank:
 
     def inner(self, other: LowRank) -> float:
         """Return the Frobenius inner product ⟨ΔW, ΔW'⟩."""
-        return factored.inner(self.b, self.a, other.b, other.a)
+        return factored.frobenius_inner(self.b, self.a, other.b, other.a)
 
     def energy(self) -> float:
         """Return ‖ΔW‖²_F."""

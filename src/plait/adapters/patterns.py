@@ -45,7 +45,7 @@ def module_pattern(pattern: str) -> Callable[[str], bool]:
 
 
 @lru_cache(maxsize=4096)
-def whole_pattern(pattern: str) -> Callable[[str], bool]:
+def full_path_pattern(pattern: str) -> Callable[[str], bool]:
     """Return a function that says whether a pattern matches a complete path, as a text of `target_modules` has to.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
 from plait.adapters.names import pattern_of
-from plait.adapters.patterns import PatternError, whole_pattern
+from plait.adapters.patterns import PatternError, full_path_pattern
 
 _SHORTHAND = "all-linear"
 _SELECTORS = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
@@ -105,7 +105,7 @@ def selects(selection: list[str] | str, path: str) -> bool:
         PatternError: an expression that cannot be matched in bounded time.
     """
     if isinstance(selection, str):
-        return whole_pattern(selection)(path)
+        return full_path_pattern(selection)(path)
     return any(path == entry or path.endswith(f".{entry}") for entry in selection)
 
 

@@ -27,7 +27,7 @@ FullTensors = Sequence[
 ]  # by path in the base model; (first row, rows) as they come
 
 
-def held_tensors(tensors: Mapping[str, Tensor]) -> FullTensors:
+def tensors_in_memory(tensors: Mapping[str, Tensor]) -> FullTensors:
     """Return tensors in memory, path → tensor, as `AdapterWriter.write` takes full ones."""
     return [(TensorEntry(path, tensor.dtype, tuple(tensor.shape)), [(0, tensor)]) for path, tensor in tensors.items()]
 

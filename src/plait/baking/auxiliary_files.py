@@ -15,7 +15,7 @@ from plait.baking.placement import Placement
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.checkpoints.files import INDEX, MODEL_CONFIG
 from plait.errors import AdapterError, collect
-from plait.folders import OutsideError, file_in, name_problem, open_in
+from plait.folders import OutsideError, file_in, file_name_problem, open_in
 from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
 from plait.libraries.transformers import LABEL_LAYERS, head_class
 from plait.merging.inventory import Inventory
@@ -107,7 +107,7 @@ def gather_auxiliary_files(
 
 def _copied(folder: Path) -> list[Path]:
     """Return what a folder holds at its top but for folders, by names that a result can have."""
-    return [p for p in sorted(folder.iterdir()) if not p.is_dir() and not name_problem(p.name)]
+    return [p for p in sorted(folder.iterdir()) if not p.is_dir() and not file_name_problem(p.name)]
 
 
 def _check_contained(paths: Sequence[Path]) -> None:

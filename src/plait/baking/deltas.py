@@ -77,7 +77,9 @@ class ModuleMerge:
         return parts
 
 
-def merge_dora(parts: Sequence[DoraPart], span: RowRange, blocks: Iterator[tuple[int, Tensor]]) -> tuple[LowRank, Tensor]:
+def merge_dora_weight(
+    parts: Sequence[DoraPart], span: RowRange, blocks: Iterator[tuple[int, Tensor]]
+) -> tuple[LowRank, Tensor]:
     """Return L and g of the merged weight g ⊙ W + L, with g (d_out,) a factor per row of ΔW.
 
     One DoRA is m/n ⊙ (W + sBA), n the row norms of W + sBA; so Σ c (m/n ⊙ (W + sBA) − W) + W has
@@ -88,7 +90,7 @@ def merge_dora(parts: Sequence[DoraPart], span: RowRange, blocks: Iterator[tuple
         span: the rows of the module.
         blocks: (first row, rows) of the base's tensor.
     """
-    squares = [torch.zeros(piece_rows(parts[0]), dtype=torch.float64) for _ in parts]
+    squares = [torch.zeros(row_count(parts[0]), dtype=torch.float64) for _ in parts]
     for start, block in blocks:
         for part, square in zip(parts, squares, strict=True):
             if part.magnitude is None:
@@ -98,7 +100,7 @@ def merge_dora(parts: Sequence[DoraPart], span: RowRange, blocks: Iterator[tuple
                 square += moved.double().square().sum(0)
             else:
                 square[start : start + len(block)] = moved.double().square().sum(1)
-    gain = torch.ones(piece_rows(parts[0]), dtype=torch.float64)
+    gain = torch.ones(row_count(parts[0]), dtype=torch.float64)
     deltas = []
     for part, square in zip(parts, squares, strict=True):
         if part.magnitude is None:
@@ -110,7 +112,7 @@ def merge_dora(parts: Sequence[DoraPart], span: RowRange, blocks: Iterator[tuple
     return LowRank.concatenate(deltas, [p.coefficient for p in parts]), gain.to(parts[0].delta.b.dtype)
 
 
-def piece_rows(part: DoraPart) -> int:
+def row_count(part: DoraPart) -> int:
     """Return d_out."""
     return part.delta.shape[0]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import OutputError
-from plait.folders import name_problem
+from plait.folders import file_name_problem
 from plait.notices import announce
 from plait.parsing import parse_json, read_text
 from plait.results.locking import locked
@@ -57,7 +57,12 @@ class BakeJournal:
         self.model.mkdir(exist_ok=True)
         for entry in entries[1:]:
             shard, size, sha256 = (entry.get(key) for key in ("shard", "size", "sha256"))
-            if not isinstance(shard, str) or name_problem(shard) or not isinstance(sha256, str) or not isinstance(size, int):
+            if (
+                not isinstance(shard, str)
+                or file_name_problem(shard)
+                or not isinstance(sha256, str)
+                or not isinstance(size, int)
+            ):
                 continue  # a journal from elsewhere
             path = self.model / shard
             if path.is_file() and not path.is_symlink() and path.stat().st_size == size:

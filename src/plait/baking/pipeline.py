@@ -26,7 +26,7 @@ from plait.merging.engine import Engine
 from plait.merging.heads import write_heads
 from plait.merging.moments import Moments, MomentsOf
 from plait.merging.pipeline import default_workers, input_folders
-from plait.merging.record import adapter_inputs, sources, summary
+from plait.merging.record import adapter_inputs, merge_summary, sources
 from plait.recipes.schema import Heads, Recipe
 from plait.recipes.writing import recipe_json
 from plait.records import ShortRepr
@@ -125,7 +125,7 @@ def run_bake(
             lock = _lock(bake, digests, shards, digests_of_base(shards), journal.model, out)
         write_json(journal.model / LOCK, lock)
         write_json(journal.model / RUN_RECORD, record)
-        write_json(journal.model / SUMMARY, summary(record))
+        write_json(journal.model / SUMMARY, merge_summary(record))
         journal.publish(force=force)
     return BakeResult(out, bake.plan, record)
 

@@ -109,7 +109,9 @@ class Placement:
         self.changes[tensor] = replace(now, **together)  # type: ignore[arg-type]
 
 
-def place(inventory: Inventory, plan: MergePlan, checkpoint: BaseCheckpoint, full: Mapping[str, FullTensor]) -> Placement:
+def place_deltas(
+    inventory: Inventory, plan: MergePlan, checkpoint: BaseCheckpoint, full: Mapping[str, FullTensor]
+) -> Placement:
     """Find the place of everything that a merge changes.
 
     Args:

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from plait.baking.auxiliary_files import AuxiliaryFiles, gather_auxiliary_files
 from plait.baking.full import effective_heads, full_tensors
-from plait.baking.placement import Placement, place
-from plait.baking.shards import OutShard, index_of, lay_out, parse_size
+from plait.baking.placement import Placement, place_deltas
+from plait.baking.shards import OutShard, parse_size, plan_shards, shard_index
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import AddressError, PlanError, RecipeError, collect
 from plait.inspection.compatibility import base_model_problems
@@ -205,10 +205,10 @@ def prepare_bake(
         inventory = replace(inventory, adapters=tuple(replace(a, full_tensors={}) for a in inventory.adapters))
     merge = make_plan(inventory, workers=workers)
     full, problems = full_tensors(inventory.adapters, working.heads)
-    placement = place(inventory, merge, checkpoint, full)
+    placement = place_deltas(inventory, merge, checkpoint, full)
     collect(PlanError, [*problems, *placement.problems], f"{checkpoint.folder}: this bake cannot be done")
-    shards = lay_out(checkpoint, placement, dtype=SHORT[options.dtype] if options.dtype else None, shard_size=limit)
-    auxiliary = gather_auxiliary_files(checkpoint, inventory, placement, options.dtype, index_of(checkpoint, shards))
+    shards = plan_shards(checkpoint, placement, dtype=SHORT[options.dtype] if options.dtype else None, shard_size=limit)
+    auxiliary = gather_auxiliary_files(checkpoint, inventory, placement, options.dtype, shard_index(checkpoint, shards))
     notes = (*_notes(recipe, merge), *checkpoint.notes, *placement.notes, *auxiliary.notes)
     plan = _plan(recipe, checkpoint, merge, shards, auxiliary, notes, workers)
     return Bake(recipe, options, inventory, merge, checkpoint, placement, shards, auxiliary, device, plan)

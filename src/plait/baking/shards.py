@@ -80,7 +80,7 @@ class _Entry:
         return self.itemsize * math.prod(self.shape)
 
 
-def lay_out(
+def plan_shards(
     checkpoint: BaseCheckpoint, placement: Placement, *, dtype: str | None, shard_size: int | None
 ) -> tuple[OutShard, ...]:
     """Lay out all shards.
@@ -103,7 +103,7 @@ def lay_out(
     return tuple(_shard(checkpoint, name, entries, None) for name, entries in zip(names, packed, strict=True))
 
 
-def index_of(checkpoint: BaseCheckpoint, shards: Sequence[OutShard]) -> dict[str, Any] | None:
+def shard_index(checkpoint: BaseCheckpoint, shards: Sequence[OutShard]) -> dict[str, Any] | None:
     """Return the index; None for a single file that needs none."""
     if len(shards) == 1 and (checkpoint.index is None or shards[0].name == SINGLE):
         return None

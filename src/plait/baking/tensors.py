@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
-from plait.baking.deltas import ModuleMerge, RowReader, add_rows, dense_rows, merge_dora, own_columns
+from plait.baking.deltas import ModuleMerge, RowReader, add_rows, dense_rows, merge_dora_weight, own_columns
 from plait.baking.placement import RowRange
 from plait.baking.shards import OutTensor
 from plait.checkpoints.checkpoint import BaseCheckpoint
@@ -102,7 +102,7 @@ class ShardTensorBuilder:
         for span in tensor.change.ranges:
             merge = merges[span.target]
             if merge.is_dora:
-                low_rank, gain = merge_dora(merge.dora(), span, self._blocks(tensor, dtype))
+                low_rank, gain = merge_dora_weight(merge.dora(), span, self._blocks(tensor, dtype))
                 yield _scaled(gain.to(self.device), span)
                 yield _low_rank(self._moved(low_rank), span)
                 continue

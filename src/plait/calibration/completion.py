@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from plait.calibration.pipeline import load_base, take_all
+from plait.calibration.pipeline import load_base, take_all_moments
 from plait.calibration.request import CalibrateOptions, CalibrationRequest, read_calibration
 from plait.calibration.scale import FoundScale, find_scale
 from plait.errors import OutputError, PlanError
@@ -39,7 +39,7 @@ class CompletedRecipe:
     notes: tuple[str, ...] = ()
 
 
-def complete(
+def complete_recipe(
     recipe: Recipe,
     *,
     folder: Path | None,
@@ -95,7 +95,7 @@ def _with_moments(
     recipe: Recipe, request: CalibrationRequest, folder: Path | None, mixture: Callable[[], Mixture], progress: Progress
 ) -> Recipe:
     names = {a.name: f"{a.name}-{request.key(a)}.safetensors" for a in request.inventory.adapters}
-    taken = take_all(request, lambda a: STORE / names[a.name], mixture, progress)
+    taken = take_all_moments(request, lambda a: STORE / names[a.name], mixture, progress)
     fresh = [a.name for a in taken if not a.reused]
     how = f"taken now on {_counts(request)}" if fresh else "taken by an earlier run on the same texts"
     announce(f"second moments of {', '.join(names)}, {how}, are kept in {STORE}.")

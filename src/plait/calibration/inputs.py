@@ -16,7 +16,7 @@ from plait.tasks.encoding import PromptEncoder
 _ANSWER = 32  # tokens of a free answer that a decoder reads, at most
 
 
-def inputs_of(mixture: Mixture, texts: Texts, adapter: str, *, answered: bool = False) -> tuple[Passage, ...]:
+def encode_texts(mixture: Mixture, texts: Texts, adapter: str, *, answered: bool = False) -> tuple[Passage, ...]:
     """Return a task's texts as tokens: the prompts, and the texts themselves of a perplexity task.
 
     The decoder of an encoder-decoder model reads nothing of a prompt; it gets the answer that the task's own adapter gives: the

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from plait.adapters.adapter import Adapter
-from plait.calibration.inputs import inputs_of
+from plait.calibration.inputs import encode_texts
 from plait.calibration.moments import take_moments
 from plait.calibration.record import CALIBRATION, CalibratedAdapter, CalibrationRecord
 from plait.calibration.request import CalibrateOptions, CalibrationRequest, read_calibration
@@ -81,7 +81,9 @@ def run_calibrate(
     check_not_an_input(out, input_folders(request.inventory), command="calibration")
     check_space(out, request.plan().bytes, what="second moments", advice="fewer adapters, or --set calibration.tokens=N")
     with _work(out) as place:
-        taken = take_all(request, lambda a: place / f"{a.name}.safetensors", lambda: load_base(request, progress), progress)
+        taken = take_all_moments(
+            request, lambda a: place / f"{a.name}.safetensors", lambda: load_base(request, progress), progress
+        )
         record = _record(request, taken, started)
         for stale in set(place.iterdir()) - {place / a.file for a in taken}:
             stale.unlink()
@@ -104,7 +106,7 @@ def run_calibrate(
     return CalibrateResult(out, record)
 
 
-def take_all(
+def take_all_moments(
     request: CalibrationRequest, place: Callable[[Adapter], Path], base: Callable[[], Mixture], progress: Progress
 ) -> tuple[CalibratedAdapter, ...]:
     """Take the moments of every adapter whose file is not there yet; the base is loaded only for these.
@@ -128,7 +130,7 @@ def take_all(
 
 def _take(request: CalibrationRequest, mixture: Mixture, adapter: Adapter, key: str, file: Path, progress: Progress) -> None:
     name = adapter.name
-    passages = [p for task in request.tasks_of(name) for p in inputs_of(mixture, request.texts[task], name)]
+    passages = [p for task in request.tasks_of(name) for p in encode_texts(mixture, request.texts[task], name)]
     progress.start(f"inputs of {name}", len(passages), "texts")
     try:
         with mixture.active({name: 1.0}) as model:

@@ -10,7 +10,7 @@ from typing import Any
 
 from plait.adapters.adapter import Adapter
 from plait.calibration.record import CalibratedTexts, CalibrationPlan
-from plait.calibration.texts import Texts, judged_texts, read_texts, shown
+from plait.calibration.texts import Texts, overlap_with_evaluation, prompt_text, read_texts
 from plait.checkpoints.digests import weight_files
 from plait.errors import PlanError, RecipeError, TaskError, collect
 from plait.evaluation.scores import adapter_digest, digest
@@ -22,7 +22,7 @@ from plait.recipes.schema import Recipe
 from plait.results.digests import sha256
 from plait.results.versions import library_versions
 from plait.tasks.asking import Head
-from plait.tasks.loading import load_tasks, placed
+from plait.tasks.loading import absolute_reference, load_tasks
 from plait.tasks.schema import Task
 
 MISMATCH = "these tasks and adapters do not suit each other"
@@ -122,7 +122,7 @@ class CalibrationRequest:
                 source=t.source,
                 count=len(t.prompts),
                 digest=t.digest,
-                shown=tuple(shown(p) for p in t.prompts[:_SHOWN]),
+                shown=tuple(prompt_text(p) for p in t.prompts[:_SHOWN]),
             )
             for name, t in self.texts.items()
         )
@@ -168,7 +168,7 @@ def calibration_recipe(
         own = [f"calibration.{key}={value!r}" for key, value in spec.items()]
         recipe, folder = read_request(file, adapters, {"base_model": base_model} if base_model else {}, [*own, *sets])
     if tasks is not None:
-        recipe = recipe.model_copy(update={"tasks": tuple(placed(t) for t in tasks)})
+        recipe = recipe.model_copy(update={"tasks": tuple(absolute_reference(t) for t in tasks)})
     return recipe, folder
 
 
@@ -185,7 +185,7 @@ def read_calibration(recipe: Recipe, folder: Path | None, options: CalibrateOpti
     """
     inventory = take_inventory(recipe, folder)
     texts, owners = task_texts(recipe, recipe.calibration, folder, [a.name for a in inventory.adapters])
-    problems = [problem for t in texts.values() for problem in judged_texts(t)]
+    problems = [problem for t in texts.values() for problem in overlap_with_evaluation(t)]
     collect(TaskError, problems, "texts must be disjoint from the validation and test splits, and are not")
     return CalibrationRequest(inventory, base_of(inventory, folder, options.base), options, texts, owners)
 
@@ -223,7 +223,7 @@ def task_texts(
         TaskError: there are no tasks, one has no adapter, an adapter has no task, or texts cannot be read; all at once.
     """
     tasks, problems = paired_tasks(recipe, folder, adapters)
-    problems += not_tasks("calibration.files", spec.files, tasks)
+    problems += tasks_key_problem("calibration.files", spec.files, tasks)
     found: dict[str, Texts] = {}
     for task in tasks:
         try:
@@ -242,7 +242,7 @@ def paired_tasks(recipe: Recipe, folder: Path | None, adapters: Sequence[str]) -
     """
     if not recipe.tasks:
         raise TaskError("there are no tasks; give --tasks FILE.yaml, or 'tasks' in the recipe (tasks=[...] in Python).")
-    tasks = load_tasks([placed(text, folder) for text in recipe.tasks])
+    tasks = load_tasks([absolute_reference(text, folder) for text in recipe.tasks])
     problems = [
         f"task {t.name!r} belongs to adapter {t.own_adapter!r}, and there are {', '.join(adapters)}; name it with 'adapter' in "
         "the task's file."
@@ -258,7 +258,7 @@ def paired_tasks(recipe: Recipe, folder: Path | None, adapters: Sequence[str]) -
     return tasks, problems
 
 
-def not_tasks(key: str, given: Iterable[str], tasks: Sequence[Task]) -> list[str]:
+def tasks_key_problem(key: str, given: Iterable[str], tasks: Sequence[Task]) -> list[str]:
     """Return what is wrong with a key of the recipe that names tasks."""
     names = [t.name for t in tasks]
     return [f"{key}: {name!r} is not a task; there are {', '.join(names)}." for name in sorted(set(given) - {*names})]
@@ -272,6 +272,6 @@ def texts_of(task: Task, spec: Any, folder: Path | None) -> Texts:
     """
     file = spec.files.get(task.name)
     if file is not None:
-        file = placed(file, folder)
+        file = absolute_reference(file, folder)
     kind = None if file is not None else spec.texts
     return read_texts(task, kind=kind, count=spec.count, seed=spec.seed, split=spec.split, file=file)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from plait.calibration.inputs import inputs_of
+from plait.calibration.inputs import encode_texts
 from plait.calibration.passages import Passage, Reader
 from plait.calibration.request import CalibrationRequest
-from plait.calibration.teachers import OutputDistributions, ask
+from plait.calibration.teachers import OutputDistributions, teacher_distributions
 from plait.errors import PlanError
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.inventory import Inventory
@@ -81,13 +81,13 @@ def find_scale(
 
     progress.start("scale", 6, "scales")
     try:
-        scale = lowest(share)
+        scale = search_scale(share)
     finally:
         progress.finish()
     return FoundScale(scale, tried[scale], tuple(tried.items()))
 
 
-def lowest(share: Callable[[float], float]) -> float:
+def search_scale(share: Callable[[float], float]) -> float:
     """Return the scale of the smallest share: bracketed from 1 and 1.4 by steps of 1.4, then a parabola in log scale.
 
     Args:
@@ -130,12 +130,12 @@ class _Teacher:
     def __init__(self, request: CalibrationRequest, mixture: Mixture, task: str, progress: Progress) -> None:
         self._adapter = request.owners[task]
         self._head = request.has_head(self._adapter)
-        passages = inputs_of(mixture, request.texts[task], self._adapter, answered=True)
+        passages = encode_texts(mixture, request.texts[task], self._adapter, answered=True)
         self._passages = sorted(passages, key=lambda p: p.tokens)
         progress.start(f"answers of {self._adapter}", len(passages), "texts")
         try:
             with mixture.active({self._adapter: 1.0}) as model:
-                self._answers: OutputDistributions = ask(
+                self._answers: OutputDistributions = teacher_distributions(
                     model, self._passages, head=self._head, batch_size=_BATCH, report=progress.advance
                 )
         finally:

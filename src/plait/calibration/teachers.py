@@ -48,7 +48,7 @@ class OutputDistributions:
         return (p * (self.log_p - log_q)).where(p > 0, 0).sum(-1)
 
 
-def answers_of(logits: Tensor, *, positions: int) -> OutputDistributions:
+def keep_distributions(logits: Tensor, *, positions: int) -> OutputDistributions:
     """Keep what logits say, (N, V) → distributions; `positions` of a whole task decide whether all entries fit in memory."""
     log_p = logits.log_softmax(-1)
     if positions * log_p.shape[-1] * 4 <= _MOST_BYTES:
@@ -57,7 +57,7 @@ def answers_of(logits: Tensor, *, positions: int) -> OutputDistributions:
     return OutputDistributions(torch.cat([top.values, _log_rest(top.values)], -1), top.indices)
 
 
-def ask(
+def teacher_distributions(
     model: Any,
     passages: Sequence[Passage],
     *,
@@ -81,17 +81,17 @@ def ask(
     with torch.inference_mode():
         for at in range(0, len(order), batch_size):
             batch = order[at : at + batch_size]
-            said = answers_of(reader.logits([passages[i] for i in batch]), positions=total)
+            said = keep_distributions(reader.logits([passages[i] for i in batch]), positions=total)
             start = 0
             for i in batch:
                 stop = start + passages[i].positions
                 found[i] = said.rows(range(start, stop))
                 start = stop
             report(len(batch))
-    return joined([a for a in found if a is not None])
+    return concatenated([a for a in found if a is not None])
 
 
-def joined(parts: Sequence[OutputDistributions]) -> OutputDistributions:
+def concatenated(parts: Sequence[OutputDistributions]) -> OutputDistributions:
     """Return the rows of several, one behind the other."""
     index = [a.index for a in parts if a.index is not None]
     return OutputDistributions(torch.cat([a.log_p for a in parts]), torch.cat(index) if index else None)

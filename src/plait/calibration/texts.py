@@ -20,7 +20,7 @@ from plait.recipes.evaluation import SplitName
 from plait.tasks.asking import TargetLikelihood
 from plait.tasks.examples import fields_of, prompts_of
 from plait.tasks.inputs import Example, Prompt, Row
-from plait.tasks.loading import placed
+from plait.tasks.loading import absolute_reference
 from plait.tasks.rows import read_file, read_rows
 from plait.tasks.schema import RowTask, Task
 
@@ -89,20 +89,20 @@ def read_texts(
     return Texts(task, kind, source, tuple(prompt for prompt, _ in found), tuple(choices for _, choices in found))
 
 
-def judged_texts(texts: Texts) -> list[str]:
+def overlap_with_evaluation(texts: Texts) -> list[str]:
     """Return, in words, which texts are questions that the task's validation or test split asks: those must be disjoint."""
     problems = []
     for split in ("validation", "test"):
-        if shared := asked_in(texts, split):
+        if shared := texts_in_split(texts, split):
             problems.append(
-                f"task {texts.task.name!r}: {len(shared)} of {len(texts.prompts)} texts ({texts.source}) are asked in split "
-                f"{split!r} too, such as {shown(texts.prompts[shared[0]])[-80:]!r}. Give other texts, or take them out of one "
-                "of the two."
+                f"task {texts.task.name!r}: {len(shared)} of {len(texts.prompts)} texts ({texts.source}) are in split "
+                f"{split!r} too, such as {prompt_text(texts.prompts[shared[0]])[-80:]!r}. Give other texts, or take them out "
+                "of one of the two."
             )
     return problems
 
 
-def asked_in(texts: Texts, split: SplitName) -> list[int]:
+def texts_in_split(texts: Texts, split: SplitName) -> list[int]:
     """Return which texts are questions that a split of their task asks; none where there is no such split."""
     task = texts.task
     if split not in task.splits:
@@ -125,7 +125,7 @@ def _rows(task: RowTask, kind: TextKind, split: SplitName | None, file: str | Pa
             name = split or ("calibration" if "calibration" in task.splits else "train")
             return read_rows(task, name), f"split {name!r}"
         case "file":
-            return _file_rows(task, Path(placed(str(file)))), Path(str(file)).name
+            return _file_rows(task, Path(absolute_reference(str(file)))), Path(str(file)).name
         case "lines":
             return _filled(task, generic_lines()), "lines that plait ships"
         case "template":
@@ -166,14 +166,14 @@ def generic_lines() -> tuple[str, ...]:
     return tuple(line for line in text.splitlines() if line)
 
 
-def shown(prompt: Prompt) -> str:
+def prompt_text(prompt: Prompt) -> str:
     """Return a prompt as one text, for people."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{role}: {content}" for role, content in prompt)
 
 
-def counts(texts: Mapping[str, Texts]) -> str:
+def describe_counts(texts: Mapping[str, Texts]) -> str:
     """Say in words what a merge has seen."""
     kinds = {(t.kind, t.source, len(t.prompts)) for t in texts.values()}
     return "; ".join(f"{n} of {source}" for _, source, n in sorted(kinds))

@@ -14,7 +14,7 @@ from typing import Any
 
 from plait.adapters.layouts import Convolution, Layout, module_layout
 from plait.checkpoints.files import architectures, read_config
-from plait.extras import missing
+from plait.extras import missing_packages
 from plait.hub.pretrained import load_config
 from plait.libraries.transformers import (
     Conversion,
@@ -93,7 +93,7 @@ def _empty_model(folder: Path) -> Any:
         import torch
         import transformers
     except ImportError:
-        raise ArchitectureUnknown(missing("reading the model's code", {"eval": ["transformers"]})) from None
+        raise ArchitectureUnknown(missing_packages("reading the model's code", {"eval": ["transformers"]})) from None
     try:
         names = architectures(read_config(folder))
         model_class = next(getattr(transformers, n) for n in names if hasattr(transformers, n))

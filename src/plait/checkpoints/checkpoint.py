@@ -13,8 +13,8 @@ from torch import Tensor
 from plait.adapters.layouts.conv1d import has_conv1d
 from plait.checkpoints.architecture import Architecture, ArchitectureUnknown
 from plait.checkpoints.dequantize import QUANTIZED_FORMATS, PlainFile, dequantized
-from plait.checkpoints.files import INDEX, SINGLE, WeightFiles, find_weights, index_of, read_config
-from plait.checkpoints.quantization import quantization, way_out
+from plait.checkpoints.files import INDEX, SINGLE, WeightFiles, find_weights, index_name, read_config
+from plait.checkpoints.quantization import quantization, quantization_advice
 from plait.errors import AdapterError, PlanError, collect
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve_model
 from plait.notices import announce
@@ -142,7 +142,8 @@ class BaseCheckpoint:
         if dequantize and found.method in QUANTIZED_FORMATS and all(s.is_safetensors for s in shards):
             return checkpoint._plain()
         raise PlanError(
-            f"{folder}: the base model is quantized ({found.description}). {way_out(found.method, asked=dequantize)}"
+            f"{folder}: the base model is quantized ({found.description}). "
+            f"{quantization_advice(found.method, asked=dequantize)}"
         )
 
     @property
@@ -246,5 +247,5 @@ def _weight_files(folder: Path) -> tuple[WeightFiles, Mapping[str, Any] | None]:
         # transformers dequantizes GGUF on loading, but saves what it made of it only on request
         gguf = f", gguf_file={other[0]!r}, quantization_config=GgufConfig(dequantize=True)" * other[0].endswith(".gguf")
         hint = f" It holds {other[0]}; convert it first: transformers' from_pretrained(…{gguf}), then save_pretrained."
-    others = [name for kind in FILE_FORMATS[1:] for name in (kind.model_name, index_of(kind.model_name))]
+    others = [name for kind in FILE_FORMATS[1:] for name in (kind.model_name, index_name(kind.model_name))]
     raise AdapterError(f"{folder}: neither {SINGLE} nor {INDEX} is here, nor {' or '.join(others)}.{hint}")

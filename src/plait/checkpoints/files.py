@@ -44,7 +44,7 @@ def find_weights(folder: Path) -> WeightFiles | None:
         AdapterError: an index that is none.
     """
     for kind in TENSOR_FORMATS:
-        name = index_of(kind.model_name)
+        name = index_name(kind.model_name)
         if (folder / name).is_file():
             index, home = read_index(folder / name)
             return WeightFiles(tuple(sorted(set(home.values()))), name, index, home)
@@ -53,7 +53,7 @@ def find_weights(folder: Path) -> WeightFiles | None:
     return None
 
 
-def index_of(single: str) -> str:
+def index_name(single: str) -> str:
     """Return the name of the index next to shards, in the format of a single file of this name."""
     return f"{single}.index.json"
 

@@ -57,7 +57,7 @@ def quantization(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     return None
 
 
-def way_out(method: str | None, *, asked: bool) -> str:
+def quantization_advice(method: str | None, *, asked: bool) -> str:
     """Return what to do about a quantized base.
 
     Args:

@@ -87,7 +87,7 @@ def evaluate(
     """
     from plait.cli.arguments import named_paths, task_files
     from plait.cli.console import ProgressBars, print_json, warnings_as_notes
-    from plait.cli.stopping import noted
+    from plait.cli.stopping import noting_on_stop
     from plait.commands.evaluate import EvaluateOrder
     from plait.commands.request import Request
     from plait.errors import RecipeError
@@ -113,7 +113,7 @@ def evaluate(
     )
     with warnings_as_notes():
         order.check()
-    with noted(lambda: _kept(workspace)):
+    with noting_on_stop(lambda: _kept(workspace)):
         found = order.run(ProgressBars())
     best, board = found.best, found.board
     if json:

@@ -146,7 +146,7 @@ def _translated(arguments: list[str]) -> list[str]:
         RecipeError: some of them mean something else here.
     """
     from plait.cli.console import err
-    from plait.cli.spellings import in_plaits_words, refuse_foreign_command
+    from plait.cli.spellings import refuse_foreign_command, translate_flags
 
     at = next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)
     if at is None:
@@ -159,7 +159,7 @@ def _translated(arguments: list[str]) -> list[str]:
         return arguments
     command = typer.main.get_command(app).commands[arguments[at]]  # type: ignore[attr-defined]
     known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-    words, notes = in_plaits_words(arguments[at:], known)
+    words, notes = translate_flags(arguments[at:], known)
     for note in notes:
         err().print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
     return [*arguments[:at], *words]

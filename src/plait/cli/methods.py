@@ -263,9 +263,9 @@ def _show(described: dict[str, Any]) -> None:
 
 
 def _flow(value: Any) -> str:
-    from plait.recipes.problems import spell
+    from plait.recipes.problems import spell_value
 
-    return spell(value)
+    return spell_value(value)
 
 
 def _show_parameters(parameters: list[dict[str, Any]]) -> None:

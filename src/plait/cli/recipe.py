@@ -53,7 +53,7 @@ def migrate(
     from plait.cli.console import out as stdout
     from plait.errors import OutputError
     from plait.recipes.loading import migrate_file
-    from plait.results.writing import write_whole
+    from plait.results.writing import write_text_atomic
 
     text, notes = migrate_file(file)
     for note in notes:
@@ -65,5 +65,5 @@ def migrate(
         raise OutputError(f"{out} exists already, and is not a file. Choose another output.")
     if out.exists() and not force:
         raise OutputError(f"{out} exists already. Choose another output, or replace it with --force.")
-    write_whole(out, text)
+    write_text_atomic(out, text)
     stdout().print(f"{file} → {out}: today's form.", markup=False, soft_wrap=True)

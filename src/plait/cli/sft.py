@@ -35,18 +35,18 @@ def sft(context: typer.Context) -> None:
     Example: plait sft --model_name_or_path org/model --dataset_name_or_path rows.jsonl --use_peft --output_dir run
     """
     from plait.cli.console import ProgressBars, print_json
-    from plait.cli.stopping import noted
+    from plait.cli.stopping import noting_on_stop
     from plait.training.arguments import all_flags, read_flags
 
     if {"--help_all", "--help-all"} & {*context.args}:
         typer.echo(all_flags())
         return
-    from plait.training.folder import leads
+    from plait.training.folder import is_main_process
     from plait.training.sft import plan_sft, run_sft
 
     flags = read_flags(context.args)
     plan = plan_sft(flags)
-    told = leads()
+    told = is_main_process()
     if told:
         _show_plan(plan)
     if flags.get("dry_run"):
@@ -54,7 +54,10 @@ def sft(context: typer.Context) -> None:
             print_json(_plan_json(plan))
         return
     as_json = bool(flags.get("json"))
-    with noted(), redirect_stdout(sys.stderr) if as_json else nullcontext():  # trackers and trainers print what they like
+    with (
+        noting_on_stop(),
+        redirect_stdout(sys.stderr) if as_json else nullcontext(),
+    ):  # trackers and trainers print what they like
         result = run_sft(plan, progress=ProgressBars() if as_json else None)
     if told and as_json:
         print_json(_json(result))
@@ -66,10 +69,10 @@ def sft(context: typer.Context) -> None:
 
 def _show_plan(plan: SftPlan) -> None:
     from plait.cli.console import err
-    from plait.training.sft import describe
+    from plait.training.sft import describe_plan
 
     console = err()
-    for line in describe(plan):
+    for line in describe_plan(plan):
         console.print(line, markup=False, soft_wrap=True)
     given, learned = plan.example
     console.print("\nfirst example; the loss is on what stands in ⟦ ⟧:", style="dim")

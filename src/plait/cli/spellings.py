@@ -11,7 +11,7 @@ from plait.recipes.importers.other_tools import command_hint, flag_row
 _ADAPTER = re.compile(r"--a(\d+)-(repo|sub|name)")
 
 
-def in_plaits_words(arguments: Sequence[str], known: Collection[str]) -> tuple[list[str], list[str]]:
+def translate_flags(arguments: Sequence[str], known: Collection[str]) -> tuple[list[str], list[str]]:
     """Return a command line with other tools' words in plait's, and a note on each that was read.
 
     Args:

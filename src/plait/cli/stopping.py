@@ -32,7 +32,7 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def noted(state: Callable[[], str] | None = None) -> Iterator[None]:
+def noting_on_stop(state: Callable[[], str] | None = None) -> Iterator[None]:
     """Say what is kept, and how to continue, when the block is stopped; also where a library raises KeyboardInterrupt itself.
 
     Args:

@@ -58,7 +58,7 @@ def train(
     Example: plait train examples/phases.yaml -o trained
     """
     from plait.cli.console import ProgressBars, print_json
-    from plait.cli.stopping import noted
+    from plait.cli.stopping import noting_on_stop
     from plait.commands.train import TrainOrder
 
     order = TrainOrder(
@@ -83,7 +83,11 @@ def train(
             _show_forecast(plan, found)
         return
     bars = PhaseBars()
-    with redirect_stdout(sys.stderr), noted(lambda: _kept(plan)), closing(bars):  # trackers and trainers print what they like
+    with (
+        redirect_stdout(sys.stderr),
+        noting_on_stop(lambda: _kept(plan)),
+        closing(bars),
+    ):  # trackers and trainers print what they like
         result = order.run(ProgressBars(), bars)
     if json:
         print_json(result.model_dump(mode="json"))

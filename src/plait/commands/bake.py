@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from plait.baking.pipeline import BakeResult, plan_bake, run_bake
 from plait.baking.plan import BakeOptions, BakePlan, bake_options
-from plait.commands.request import Request, completed
+from plait.commands.request import Request, complete_from_texts
 from plait.errors import PlaitError, RecipeError
 from plait.hub.upload import check_push
 from plait.results.progress import Progress
@@ -94,7 +94,7 @@ class BakeOrder:
         if self.out is None:
             raise AssertionError("both doors ask for an output")
         recipe, folder = self.request.resolved
-        recipe, _ = completed(
+        recipe, _ = complete_from_texts(
             recipe,
             folder,
             out=self.out,

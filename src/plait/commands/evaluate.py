@@ -11,7 +11,7 @@ from typing import Any
 from plait.commands.request import Request
 from plait.errors import RecipeError
 from plait.evaluation.card import put_results
-from plait.evaluation.comparison import Leaderboard, compare
+from plait.evaluation.comparison import Leaderboard, compare_merges
 from plait.evaluation.pipeline import EvaluateOptions, evaluate_saved
 from plait.evaluation.record import Evaluation
 from plait.evaluation.request import eval_spec, recipe_name, variants, with_tasks
@@ -151,7 +151,7 @@ class EvaluateOrder:
         compared = None
         if self.saved is None:
             recipes, folder, skipped = self._merges
-            compared = compare(recipes, folder, self.options, progress, skipped=skipped, check=self._check_tasks)
+            compared = compare_merges(recipes, folder, self.options, progress, skipped=skipped, check=self._check_tasks)
             evaluations = compared.evaluations
         else:
             evaluations = (self._as_saved(self.saved, progress),)

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plait.commands.request import Request, completed
+from plait.commands.request import Request, complete_from_texts
 from plait.errors import PlanError, RecipeError
 from plait.hub.upload import check_push
 from plait.merging.pipeline import MergeResult, plan_recipe, run_recipe
@@ -149,7 +149,7 @@ class MergeOrder:
         if self.push_to is not None:
             check_push(self.push_to)
         recipe, folder, base_folder, notes = self._resolved
-        recipe, found = completed(
+        recipe, found = complete_from_texts(
             recipe,
             folder,
             out=self.out,

@@ -89,12 +89,12 @@ class Request:
         """Return a recipe with the tasks that are asked for."""
         if self.tasks is None:
             return recipe
-        from plait.tasks.loading import placed
+        from plait.tasks.loading import absolute_reference
 
-        return recipe.model_copy(update={"tasks": tuple(placed(task) for task in self.tasks)})
+        return recipe.model_copy(update={"tasks": tuple(absolute_reference(task) for task in self.tasks)})
 
 
-def completed(
+def complete_from_texts(
     recipe: Recipe,
     folder: Path | None,
     *,
@@ -107,9 +107,9 @@ def completed(
     """Take what a recipe leaves to its tasks' texts: moments, and the scale of `scale: auto`; return it, and notes."""
     if recipe.scale != "auto" and (moments is not None or not recipe.lacks_moments):
         return recipe, ()  # and no package for live models is needed
-    from plait.calibration.completion import complete
+    from plait.calibration.completion import complete_recipe
 
-    done = complete(recipe, folder=folder, out=out, moments=moments, force=force, workers=workers, progress=progress)
+    done = complete_recipe(recipe, folder=folder, out=out, moments=moments, force=force, workers=workers, progress=progress)
     return done.recipe, done.notes
 
 

@@ -48,7 +48,7 @@ class Candidate:
     act: Callable[[LoadedBase, str | None], AbstractContextManager[Any]]
 
 
-def bare(adapters: Mapping[str, Adapter]) -> Candidate:
+def base_candidate(adapters: Mapping[str, Adapter]) -> Candidate:
     """Return the base model."""
 
     def heads(task: Task) -> str | None:
@@ -57,7 +57,7 @@ def bare(adapters: Mapping[str, Adapter]) -> Candidate:
     return Candidate("base", "base", heads, lambda live, owner: live.mixture.active(None, heads=owner or False))
 
 
-def single(name: str, adapters: Mapping[str, Adapter]) -> Candidate:
+def single_candidate(name: str, adapters: Mapping[str, Adapter]) -> Candidate:
     """Return one adapter as it was trained."""
 
     def heads(task: Task) -> str | None:
@@ -69,7 +69,7 @@ def single(name: str, adapters: Mapping[str, Adapter]) -> Candidate:
     return Candidate(name, key, heads, lambda live, owner: live.mixture.active({name: 1.0}, heads=owner or False))
 
 
-def saved(name: str, adapters: Mapping[str, Adapter]) -> Candidate:
+def saved_candidate(name: str, adapters: Mapping[str, Adapter]) -> Candidate:
     """Return an adapter that is no task's own: a merge read from its files."""
     own = name if adapters[name].full_tensors else None
     key = digest("adapter", adapter_digest(adapters[name].folder))
@@ -81,12 +81,14 @@ def saved(name: str, adapters: Mapping[str, Adapter]) -> Candidate:
     )
 
 
-def whole(name: str, folder: Path) -> Candidate:
+def model_candidate(name: str, folder: Path) -> Candidate:
     """Return a whole model in the base's place."""
     return Candidate(name, digest("model", model_digest(folder)), lambda task: None, lambda live, owner: live.model(folder))
 
 
-def merge_of(inventory: Inventory, adapters: Mapping[str, Adapter], *, workers: int | None, progress: Progress) -> Candidate:
+def merge_candidate(
+    inventory: Inventory, adapters: Mapping[str, Adapter], *, workers: int | None, progress: Progress
+) -> Candidate:
     """Return a merge, made in memory when it is first needed: the same factors that `plait merge` would write.
 
     Raises:

@@ -15,7 +15,7 @@ from plait.folders import open_in
 from plait.results.digests import sha256
 from plait.results.lock import CARD, LOCK, read_lock
 from plait.results.quoting import code, prose
-from plait.results.writing import write_json_whole
+from plait.results.writing import write_json_atomic
 
 _SECTION = re.compile(r"^## Results\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
 _NEXT = re.compile(r"^## ", re.MULTILINE)
@@ -49,7 +49,7 @@ def put_results(folder: Path, found: Evaluation) -> None:
     lock = read_lock(folder) if (folder / LOCK).is_file() else None
     if lock is not None and lock.outputs.get(CARD) == before:
         outputs = {**lock.outputs, CARD: sha256(file)}
-        write_json_whole(folder / LOCK, lock.model_copy(update={"outputs": outputs}).model_dump(mode="json"))
+        write_json_atomic(folder / LOCK, lock.model_copy(update={"outputs": outputs}).model_dump(mode="json"))
 
 
 def results_section(found: Evaluation) -> str:

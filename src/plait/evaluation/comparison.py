@@ -92,7 +92,7 @@ class ComparedMerges:
     folder: Path | None
 
 
-def compare(
+def compare_merges(
     recipes: Mapping[str, Recipe],
     folder: Path | None,
     options: EvaluateOptions,

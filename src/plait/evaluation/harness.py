@@ -20,7 +20,7 @@ from plait.tasks.kinds.lm_eval import LmEval
 _SEED = 1234  # the harness's default
 
 
-def ask(
+def run_harness(
     model: Any, tokenizer: Any, examples: Examples, *, batch_size: int, report: Callable[[int], object] = lambda done: None
 ) -> list[Answer]:
     """Return what the harness finds of every example: the value of its metric, and the answer that was taken.
@@ -38,10 +38,10 @@ def ask(
     task = examples.task
     if not isinstance(task, LmEval):
         raise TaskError(f"task {task.name!r}: lm-eval can evaluate only its own tasks (lm_eval:NAME), not {task.kind!r}.")
-    metric, inner = lm_eval.metric_of(task), lm_eval.fresh(task)
+    metric, inner = lm_eval.harness_metric(task), lm_eval.fresh_task(task)
     name = inner.task_name
     chats = limited_chats(template_name(tokenizer)) if task.chat else nullcontext()
-    with lm_eval.quiet(), _tied_as_it_is(model), torch.random.fork_rng(), chats:
+    with lm_eval.silence_harness(), _tied_as_it_is(model), torch.random.fork_rng(), chats:
         torch.manual_seed(_SEED)  # for tasks whose answers are sampled
         found = import_module("lm_eval.evaluator").evaluate(
             lm=import_module("lm_eval.models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),

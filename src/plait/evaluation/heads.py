@@ -9,7 +9,7 @@ import torch
 
 from plait.errors import TaskError
 from plait.evaluation.likelihood import check_lengths, check_numbers, vocabulary
-from plait.hub.pretrained import refusing
+from plait.hub.pretrained import refuse_failures
 from plait.tasks.encoding import check_tokens
 
 
@@ -38,7 +38,7 @@ def classify(
         TaskError: the model has no head of that many outputs, what it says is no number, or a text is too long.
     """
     cut: dict[str, Any] = {"truncation": max_tokens is not None, "max_length": max_tokens}
-    with refusing(getattr(tokenizer, "name_or_path", ""), "the tokenizer cannot read the texts", TaskError):
+    with refuse_failures(getattr(tokenizer, "name_or_path", ""), "the tokenizer cannot read the texts", TaskError):
         rows = tokenizer(list(texts), **cut)["input_ids"]
     check_tokens(rows, vocabulary(model))
     lengths = [len(row) for row in rows]

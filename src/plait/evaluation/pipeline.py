@@ -12,18 +12,18 @@ from typing import Any
 
 from plait.adapters.adapter import ADAPTER_CONFIG, Adapter
 from plait.errors import AddressError, PlanError, TaskError, did_you_mean
-from plait.evaluation.candidates import Candidate, merge_of, saved, whole
+from plait.evaluation.candidates import Candidate, merge_candidate, model_candidate, saved_candidate
 from plait.evaluation.loaded_base import LoadedBase, placement
 from plait.evaluation.record import CandidateKind, Evaluation, SingleAdapter
 from plait.evaluation.recovery import BootstrapDraws
 from plait.evaluation.scores import ScoreCache, model_digest
 from plait.evaluation.session import Session, TaskExamples
-from plait.evaluation.subsets import check_names, choose, remember
+from plait.evaluation.subsets import check_names, choose_subset, write_subset
 from plait.evaluation.workspace import SCORES, check_index, check_task_names, check_workspace
 from plait.extras import require
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve, resolve_model
 from plait.hub.references import parse_reference
-from plait.inspection.doubts import doubts
+from plait.inspection.doubts import adapter_doubts
 from plait.merging.inventory import Inventory, open_adapters, take_inventory
 from plait.notices import announce
 from plait.recipes.evaluation import EvalSpec
@@ -32,7 +32,7 @@ from plait.recipes.writing import recipe_json
 from plait.results.lock import LOCK, Lock, read_lock
 from plait.results.progress import Progress, SilentProgress
 from plait.tasks.examples import Examples, read_examples
-from plait.tasks.loading import load_tasks, placed
+from plait.tasks.loading import absolute_reference, load_tasks
 from plait.tasks.metrics import metric_of
 from plait.tasks.overlap import check_disjoint, overlaps
 from plait.tasks.schema import SPLITS, Task
@@ -114,7 +114,7 @@ class Evaluator:
         self.progress = progress
         self.singles = {a.name: a for a, _, _ in singles}
         self.tasks, asked = _ask(tasks, spec, options.workspace)
-        self.notes = [*asked, *doubts([*self.singles.values(), *others])]
+        self.notes = [*asked, *adapter_doubts([*self.singles.values(), *others])]
         if self.singles:
             _announce_alone(self.tasks, self.singles)
         self.base, place = _base(base, folder, [*self.singles.values(), *others], options)
@@ -177,7 +177,7 @@ class Evaluator:
             PlanError: it cannot be done.
         """
         recipe = inventory.recipe
-        candidate = merge_of(inventory, self.singles, workers=self.options.workers, progress=self.progress)
+        candidate = merge_candidate(inventory, self.singles, workers=self.options.workers, progress=self.progress)
         return EvalSubject(name, "merge", candidate, recipe.method_name, recipe.space_name, recipe_json(recipe))
 
 
@@ -195,7 +195,7 @@ def recipe_evaluator(
     inventory = take_inventory(recipe, folder)
     paths = [entry.path for entry in recipe.adapters]
     singles = list(zip(inventory.adapters, inventory.located, paths, strict=True))
-    tasks = [placed(text, folder) for text in recipe.tasks]
+    tasks = [absolute_reference(text, folder) for text in recipe.tasks]
     base = recipe.base_model or inventory.base_model
     return Evaluator(base, folder, singles, (), tasks, recipe.eval, options, progress or SilentProgress()), inventory
 
@@ -243,7 +243,7 @@ def evaluate_saved(
     evaluator.notes.extend(notes)
     check([asked.task.name for asked in evaluator.tasks])
     known = {**evaluator.singles, **{a.name: a for a in others}}
-    candidate = saved(label, known) if is_adapter else whole(name, place.folder)
+    candidate = saved_candidate(label, known) if is_adapter else model_candidate(name, place.folder)
     return evaluator.evaluate(
         EvalSubject(name, "adapter" if is_adapter else "model", candidate, method.get("name"), method.get("space"), recipe)
     )
@@ -266,10 +266,10 @@ def _ask(paths: Sequence[str | Path], spec: EvalSpec, workspace: Path | None) ->
         read = _splits(task, spec)
         notes += check_disjoint(task, overlaps(read))
         examples = read[spec.split]
-        chosen = None if spec.subset is None else choose(examples, spec.subset)
+        chosen = None if spec.subset is None else choose_subset(examples, spec.subset)
         if chosen is not None:
             if workspace is not None:
-                remember(workspace, examples, chosen)
+                write_subset(workspace, examples, chosen)
             examples = examples.take(chosen.indices)
         asked.append(TaskExamples(examples, chosen))
     return asked, notes

@@ -100,7 +100,7 @@ def task_seed(seed: int, task: str) -> tuple[int, ...]:
     return (seed, zlib.crc32(task.encode()))
 
 
-def interval(values: FloatArray, found: float) -> Interval | None:
+def central_interval(values: FloatArray, found: float) -> Interval | None:
     """Return the middle 95 % of the defined values; None when there are none.
 
     Args:

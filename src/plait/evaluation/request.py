@@ -13,7 +13,7 @@ from plait.recipes.problems import Origins
 from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
 from plait.recipes.validation import validate
-from plait.tasks.loading import placed
+from plait.tasks.loading import absolute_reference
 
 
 def recipe_name(recipe: Recipe) -> str:
@@ -48,7 +48,7 @@ def with_tasks(recipe: Recipe, tasks: Sequence[str | Path], **changes: Any) -> R
 
     Given tasks are relative to the working directory, a recipe's own to its folder.
     """
-    files = tuple(placed(t) for t in tasks) or recipe.tasks
+    files = tuple(absolute_reference(t) for t in tasks) or recipe.tasks
     return recipe.model_copy(update={"tasks": files, "eval": eval_spec(recipe.eval, **changes)})
 
 

@@ -20,7 +20,7 @@ from plait.parsing import read_text
 from plait.records import Record
 from plait.results.digests import sha256
 from plait.results.versions import library_versions
-from plait.results.writing import write_json_whole
+from plait.results.writing import write_json_atomic
 from plait.tasks.answers import Answer
 
 #: Raised by every change of plait after which a model may answer otherwise; tests/golden holds answers of this version.
@@ -68,7 +68,7 @@ class ScoreCache:
     def keep(self, key: str, answers: Answers) -> None:
         """Write answers down."""
         if self._folder is not None:
-            write_json_whole(self._folder / f"{key}.json", answers.model_dump(mode="json"))
+            write_json_atomic(self._folder / f"{key}.json", answers.model_dump(mode="json"))
 
 
 def digest(*parts: object) -> str:

@@ -19,7 +19,7 @@ from plait.tasks.schema import Task
 StepListener = Callable[[int], object]
 
 
-def answer(
+def answer_examples(
     model: Any, tokenizer: Any, examples: Examples, *, batch_size: int, report: StepListener = lambda done: None
 ) -> list[Answer]:
     """Ask a model everything.
@@ -46,7 +46,7 @@ def answer(
     return _WAYS[type(ask)](model, tokenizer, examples, ask, batch_size, report)
 
 
-def ranked(scores: Sequence[float], texts: Sequence[str], tokens: Sequence[int], length: Length) -> int:
+def likeliest(scores: Sequence[float], texts: Sequence[str], tokens: Sequence[int], length: Length) -> int:
     """Return which answer is taken: the first of the highest.
 
     Args:
@@ -71,7 +71,7 @@ def _choose(
     for example, question, row in zip(examples.items, questions, scores, strict=True):
         gain = [s - b for s, b in zip(row, blanks[example.choices], strict=True)] if blanks else row
         tokens = tuple(map(len, question.answers))
-        given = example.choices[ranked(gain, example.choices, tokens, ask.length)]
+        given = example.choices[likeliest(gain, example.choices, tokens, ask.length)]
         answers.append(Answer(id=example.id, target=example.target, given=given, scores=tuple(row), tokens=tokens))
     return answers
 
@@ -140,7 +140,7 @@ def _classify(model: Any, tokenizer: Any, examples: Examples, ask: Head, batch_s
 def _through_harness(
     model: Any, tokenizer: Any, examples: Examples, ask: Harness, batch_size: int, report: StepListener
 ) -> list[Answer]:
-    return harness.ask(model, tokenizer, examples, batch_size=batch_size, report=report)
+    return harness.run_harness(model, tokenizer, examples, batch_size=batch_size, report=report)
 
 
 #: Way of asking → what does it; the kinds of tasks that ask so are not known here.

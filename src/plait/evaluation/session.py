@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from plait.adapters.adapter import Adapter
-from plait.evaluation.candidates import Candidate, bare, single
+from plait.evaluation.candidates import Candidate, base_candidate, single_candidate
 from plait.evaluation.loaded_base import LoadedBase
 from plait.evaluation.record import Bounds, InterferenceMatrix, Sample, TaskResult
-from plait.evaluation.recovery import BootstrapDraws, PairedStatistics, interval, mean_and_worst, recovery, task_seed
+from plait.evaluation.recovery import BootstrapDraws, PairedStatistics, central_interval, mean_and_worst, recovery, task_seed
 from plait.evaluation.scores import Answers, ScoreCache, adapter_digest, answers_digest, digest
-from plait.evaluation.scoring import answer
+from plait.evaluation.scoring import answer_examples
 from plait.evaluation.subsets import ChosenSubset
 from plait.recipes.evaluation import EvalSpec
 from plait.results.progress import Progress
@@ -99,8 +99,8 @@ class Session:
         """Evaluate every single adapter on every task."""
         values, shares = [], []
         for name in self.adapters:
-            row = [self._value(single(name, self.adapters), asked) for asked in self.asked]
-            bases = [self._value(bare(self.adapters), asked) for asked in self.asked]
+            row = [self._value(single_candidate(name, self.adapters), asked) for asked in self.asked]
+            bases = [self._value(base_candidate(self.adapters), asked) for asked in self.asked]
             owns = [self._own_value(asked) for asked in self.asked]
             values.append(tuple(row))
             shares.append(
@@ -119,7 +119,7 @@ class Session:
     def _sides(self, candidate: Candidate, asked: TaskExamples) -> PairedStatistics:
         metric, own = self._metrics[asked.task.name], self._own(asked.task)
         alone = None if own is None else metric.statistics(self.answers(own, asked))
-        base, merged = (metric.statistics(self.answers(c, asked)) for c in (bare(self.adapters), candidate))
+        base, merged = (metric.statistics(self.answers(c, asked)) for c in (base_candidate(self.adapters), candidate))
         return PairedStatistics(metric, np.asarray(base), alone, np.asarray(merged))
 
     def _draws(self, sides: PairedStatistics, asked: TaskExamples) -> BootstrapDraws:
@@ -127,7 +127,7 @@ class Session:
 
     def _result(self, candidate: Candidate, asked: TaskExamples, drawn: dict[str, BootstrapDraws]) -> TaskResult:
         task, metric = asked.task, self._metrics[asked.task.name]
-        base = self.answers(bare(self.adapters), asked)
+        base = self.answers(base_candidate(self.adapters), asked)
         own = self._own(task)
         alone = None if own is None else self.answers(own, asked)
         merged = self.answers(candidate, asked)
@@ -147,14 +147,14 @@ class Session:
             base=values[0],
             single=values[1],
             merged=values[2],
-            base_interval=interval(draws.base, values[0]),
-            single_interval=None if own is None else interval(draws.single, values[1] or 0.0),
-            merged_interval=interval(draws.merged, values[2]),
+            base_interval=central_interval(draws.base, values[0]),
+            single_interval=None if own is None else central_interval(draws.single, values[1] or 0.0),
+            merged_interval=central_interval(draws.merged, values[2]),
             base_stderr=metric.stderr(base),
             single_stderr=None if alone is None else metric.stderr(alone),
             merged_stderr=metric.stderr(merged),
             recovery=found,
-            recovery_interval=None if found is None else interval(draws.recovery, found),
+            recovery_interval=None if found is None else central_interval(draws.recovery, found),
             undefined=_why(task, values, found, self.adapters),
             below_base=values[2] < values[0] if metric.higher_is_better else values[2] > values[0],
             samples=_samples(asked.examples.items, base, alone, merged),
@@ -179,13 +179,15 @@ class Session:
         with candidate.act(self._live, owner) as model:
             self._progress.start(f"{candidate.name} · {name}", len(examples.items), "examples")
             try:
-                found = answer(model, tokenizer, examples, batch_size=self.spec.batch_size, report=self._progress.advance)
+                found = answer_examples(
+                    model, tokenizer, examples, batch_size=self.spec.batch_size, report=self._progress.advance
+                )
             finally:
                 self._progress.finish()
         return Answers(contender=candidate.name, task=name, answers=tuple(found))
 
     def _own(self, task: Task) -> Candidate | None:
-        return single(task.own_adapter, self.adapters) if task.own_adapter in self.adapters else None
+        return single_candidate(task.own_adapter, self.adapters) if task.own_adapter in self.adapters else None
 
     def _own_value(self, asked: TaskExamples) -> float | None:
         own = self._own(asked.task)
@@ -213,7 +215,7 @@ def _totals(results: Sequence[TaskResult], drawn: Mapping[str, BootstrapDraws]) 
     mean, worst = mean_and_worst({name: d.recovery for name, d in drawn.items()})
     lowest = min(known, key=known.__getitem__)
     average = sum(known.values()) / len(known)
-    return Totals(average, interval(mean, average), known[lowest], interval(worst, known[lowest]), lowest)
+    return Totals(average, central_interval(mean, average), known[lowest], central_interval(worst, known[lowest]), lowest)
 
 
 def _samples(

@@ -10,7 +10,7 @@ from pathlib import Path
 from plait.errors import TaskError, did_you_mean
 from plait.recipes.evaluation import Subset
 from plait.records import Record
-from plait.results.writing import write_json_whole
+from plait.results.writing import write_json_atomic
 from plait.tasks.examples import Examples
 from plait.tasks.inputs import Example
 
@@ -33,7 +33,7 @@ class ChosenSubset(Record):
     ids: tuple[str, ...]
 
 
-def choose(examples: Examples, subset: Subset) -> ChosenSubset | None:
+def choose_subset(examples: Examples, subset: Subset) -> ChosenSubset | None:
     """Choose a sample; None when the whole split is wanted.
 
     Every example has a rank, the hash of the seed and its content; the lowest are taken, per label in proportion to the
@@ -68,11 +68,11 @@ def check_names(subset: Subset | None, tasks: Sequence[str]) -> None:
         raise TaskError(f"eval.subset.per_task: {unknown[0]!r} is none of the tasks {', '.join(tasks)}.{near}")
 
 
-def remember(workspace: Path, examples: Examples, chosen: ChosenSubset) -> Path:
+def write_subset(workspace: Path, examples: Examples, chosen: ChosenSubset) -> Path:
     """Write which examples were taken to `<workspace>/<task>/subsets/<split>_<tag>.json`; return that file."""
     file = workspace / examples.task.name / "subsets" / f"{examples.split}_{chosen.tag}.json"
     if not file.is_file():  # the tag says what is in it
-        write_json_whole(file, chosen.model_dump(mode="json"))
+        write_json_atomic(file, chosen.model_dump(mode="json"))
     return file
 
 

@@ -26,7 +26,7 @@ from plait.evaluation.record import Evaluation, TaskResult
 from plait.notices import announce
 from plait.parsing import read_object
 from plait.results.locking import has_locks
-from plait.results.writing import write_json_whole
+from plait.results.writing import write_json_atomic
 
 SCORES = ".scores"
 _TAKEN = ("merged", "compared")  # names of folders beside the tasks'
@@ -81,25 +81,25 @@ def write_evaluation(workspace: Path, found: Evaluation) -> Path:
     results = home / "eval" / found.split / f"eval_results_{found.tag}_{found.split}.json"
     data = found.model_dump(mode="json")
     if not results.is_file():
-        write_json_whole(results, data)
+        write_json_atomic(results, data)
     for task in found.tasks:
         _write_task(workspace, home, found, task)
-    run = claim_run(home / "runs")
-    write_json_whole(run / f"eval_results_{found.split}.json", data)
-    write_json_whole(run / "merge_metadata.json", _metadata(found))
-    write_json_whole(run / "summary.json", summary(found))
+    run = new_run_folder(home / "runs")
+    write_json_atomic(run / f"eval_results_{found.split}.json", data)
+    write_json_atomic(run / "merge_metadata.json", _metadata(found))
+    write_json_atomic(run / "summary.json", evaluation_summary(found))
     _append(home / "eval" / "index.json", _entry(workspace, found, results, run))
     return run
 
 
 def write_comparison(workspace: Path, names: Sequence[str], data: Mapping[str, Any]) -> Path:
     """Write a leaderboard to `<workspace>/compared/<adapters>/run_<time>/leaderboard.json`; return that folder."""
-    run = claim_run(workspace / "compared" / _joined(names))
-    write_json_whole(run / "leaderboard.json", data)
+    run = new_run_folder(workspace / "compared" / _joined(names))
+    write_json_atomic(run / "leaderboard.json", data)
     return run
 
 
-def summary(found: Evaluation) -> dict[str, Any]:
+def evaluation_summary(found: Evaluation) -> dict[str, Any]:
     """Return the few numbers one looks at first."""
     return {
         "name": found.name,
@@ -119,7 +119,7 @@ def summary(found: Evaluation) -> dict[str, Any]:
     }
 
 
-def claim_run(runs: Path) -> Path:
+def new_run_folder(runs: Path) -> Path:
     """Make a folder `run_<time>` that is ours alone."""
     stamp = datetime.now().strftime("run_%Y%m%d_%H%M%S")
     for number in count(1):
@@ -138,7 +138,7 @@ def _write_task(workspace: Path, home: Path, found: Evaluation, task: TaskResult
     file = home / "eval" / found.split / "per_task" / task.task / f"{task.task}_{found.tag}_metrics.json"
     if not file.is_file():
         head = {"name": found.name, "tag": found.tag, "method": found.method, "split": found.split}
-        write_json_whole(file, head | task.model_dump(mode="json"))
+        write_json_atomic(file, head | task.model_dump(mode="json"))
     others = sorted(s.name for s in found.sources if s.name != task.adapter)
     label = {0: "self", 1: "".join(others)}.get(len(others), f"multi_{_joined(others)}")
     link = workspace / task.task / "metrics" / "eval" / found.split / "merged" / label / found.tag / "metrics.json"
@@ -191,7 +191,7 @@ def _append(index: Path, entry: Mapping[str, Any]) -> None:
         OutputError: it cannot be read or written.
     """
     with _alone(index):
-        write_json_whole(index, {"entries": [*_entries(index), entry]})
+        write_json_atomic(index, {"entries": [*_entries(index), entry]})
 
 
 def _home(workspace: Path, what: str, names: Sequence[str]) -> Path:

@@ -21,7 +21,7 @@ from plait.extraction.card import extract_card
 from plait.extraction.pairing import Pair, Pairing, pair_checkpoints
 from plait.extraction.plan import ExtractPlan, survey
 from plait.extraction.record import ExtractRecord, Leftover
-from plait.extraction.request import ExtractRequest, select
+from plait.extraction.request import ExtractRequest, select_layers
 from plait.extraction.writing import write_extraction
 from plait.inspection.compatibility import max_lora_rank
 from plait.records import ShortRepr
@@ -77,7 +77,7 @@ def run_extract(
     )
     located = pairing.base.located
     name = written_as or ((request.base_id, None) if request.base_id else (located.repo or request.base, located.commit))
-    selected = select(pairing.pairs, request)
+    selected = select_layers(pairing.pairs, request)
     plan = survey(pairing, selected, request, workers, progress)
     with staged(out, force=force) as place:
         modules = write_extraction(pairing, plan, request, place, name, workers, progress)

@@ -13,7 +13,7 @@ from plait.extraction.pairing import Pair, Pairing, is_saved, saved_module
 from plait.extraction.request import ExtractRequest
 from plait.libraries.peft import TASK_HEADS
 from plait.linalg.keyed import Key
-from plait.merging.emit import rank_at_energy
+from plait.merging.truncation import rank_at_energy
 from plait.recipes.schema import Output
 from plait.results.progress import Progress
 from plait.results.threads import in_order
@@ -109,7 +109,7 @@ def _look(pair: Pair, number: int, energy: float | None) -> tuple[float, int]:
     size = delta.energy()
     if energy is None or not math.isfinite(size) or not size:
         return size, 1
-    return size, rank_at_energy([delta], energy, key_of(pair, number))
+    return size, rank_at_energy([delta], energy, truncation_key(pair, number))
 
 
 def _biases(pairs: Sequence[Pair], targets: Sequence[Pair], energies: dict[str, float]) -> dict[str, Pair]:
@@ -137,7 +137,7 @@ def _saved(pairing: Pairing, selected: Sequence[Pair], energies: dict[str, float
     return tuple(sorted(saved))
 
 
-def key_of(pair: Pair, number: int) -> Key:
+def truncation_key(pair: Pair, number: int) -> Key:
     """Return the key of what is random about truncating one matrix of a layer; uses of one embedding have the same."""
     key = Key(0).child("extract", pair.shares or pair.module)
     return key if len(pair.matrices) == 1 else key.child(str(number))

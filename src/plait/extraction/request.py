@@ -63,7 +63,7 @@ def make_request(**settings: Any) -> ExtractRequest:
         raise RecipeError("\n".join(dict.fromkeys(problems))) from None
 
 
-def select(pairs: Sequence[Pair], request: ExtractRequest) -> tuple[Pair, ...]:
+def select_layers(pairs: Sequence[Pair], request: ExtractRequest) -> tuple[Pair, ...]:
     """Return the layers asked for.
 
     Raises:

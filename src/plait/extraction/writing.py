@@ -15,10 +15,10 @@ from plait.adapters.selection import names_or_paths
 from plait.adapters.writing import OUTPUT_DTYPES, AdapterWriter
 from plait.errors import PlanError
 from plait.extraction.pairing import Pair, Pairing
-from plait.extraction.plan import ExtractPlan, key_of
+from plait.extraction.plan import ExtractPlan, truncation_key
 from plait.extraction.request import ExtractRequest
 from plait.linalg.blocks import block_ranges
-from plait.merging.emit import OutputFactors, emit
+from plait.merging.truncation import OutputFactors, truncate_module
 from plait.results.progress import Progress
 from plait.results.records import ModuleRecord
 from plait.results.threads import in_order
@@ -93,7 +93,9 @@ def _factors(plan: ExtractPlan, pair: Pair) -> OutputFactors:
     """Return the factors of every matrix; one difference is held at a time."""
     if pair.name not in plan.energies:  # its bias alone has changed
         return OutputFactors((LowRank.zero(pair.matrix_shape, rank=1),), 0.0, 0.0)
-    parts = [emit([pair.delta(i)], plan.ranks[pair.module], key_of(pair, i)) for i in range(len(pair.matrices))]
+    parts = [
+        truncate_module([pair.delta(i)], plan.ranks[pair.module], truncation_key(pair, i)) for i in range(len(pair.matrices))
+    ]
     slices = tuple(s for part in parts for s in part.slices)
     return OutputFactors(slices, math.fsum(p.energy or 0.0 for p in parts), math.fsum(p.kept or 0.0 for p in parts))
 

@@ -25,7 +25,7 @@ def login_hint() -> str:
     return f"A token is set ({source}): check with `hf auth whoami` whose it is and what it may do."
 
 
-def explain(error: Exception, repo: str, revision: str | None, *, cached: bool = False) -> str:
+def explain_failure(error: Exception, repo: str, revision: str | None, *, cached: bool = False) -> str:
     """Turn a failure of `huggingface_hub` into what happened and what to do, without the address it happened to.
 
     Args:

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from plait.errors import AddressError, did_you_mean
-from plait.hub.client import explain
+from plait.hub.client import explain_failure
 from plait.hub.references import Reference, parse_reference
-from plait.libraries.huggingface_hub import bars, status_of
+from plait.libraries.huggingface_hub import progress_bars, status_of
 from plait.notices import announce
 from plait.records import Record
 
@@ -217,7 +217,7 @@ def _fetch(reference: Reference, commit: str, names: list[str], *, base: Path | 
 
     patterns = [glob.escape(name) for name in names]
     try:
-        with bars(shown=progress):
+        with progress_bars(shown=progress):
             # By the revision as it was asked for: only so does the cache record what it resolves to, for use offline.
             snapshot = Path(snapshot_download(reference.repo or "", revision=reference.revision, allow_patterns=patterns))
             if snapshot.name != commit:  # the branch has moved since it was asked about
@@ -239,7 +239,7 @@ def _from_cache(error: Exception, reference: Reference, patterns: list[str], *, 
         cached = _cached(reference, patterns)
         if cached is not None:
             if not constants.HF_HUB_OFFLINE:
-                why = explain(error, reference.repo or "", reference.revision, cached=True)
+                why = explain_failure(error, reference.repo or "", reference.revision, cached=True)
                 announce(f"{reference.address!r} is taken from the cache, as of commit {cached.name}: {why}")
             return cached
     raise AddressError(_why(error, reference, base)) from error
@@ -265,7 +265,7 @@ def _why(error: Exception, reference: Reference, base: Path | None) -> str:
         asked = "has no such model either" if isinstance(error, RepositoryNotFoundError) else "could not be asked for one"
         found = f"{reference.address!r}: there is no folder {str(where / repo)!r}.{did_you_mean(repo, _folders(where))}"
         return f"{found} (Models of the Hub are called org/name; it {asked}.)"
-    message = f"{reference.address!r}: {explain(error, repo, reference.revision)}"
+    message = f"{reference.address!r}: {explain_failure(error, repo, reference.revision)}"
     if isinstance(error, RevisionNotFoundError):
         return message + _revisions(repo, reference.revision or "")
     if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):

@@ -44,7 +44,7 @@ def load_tokenizer(
     Raises:
         PlaitError: (`error`) it cannot be loaded, or does not tokenize.
     """
-    with refusing(place, "the tokenizer cannot be loaded", error, folder=folder, files=_TOKENIZER):
+    with refuse_failures(place, "the tokenizer cannot be loaded", error, folder=folder, files=_TOKENIZER):
         tokenizer = import_module("transformers").AutoTokenizer.from_pretrained(
             place, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -52,7 +52,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def padded(tokenizer: Any) -> Any:
+def with_padding_token(tokenizer: Any) -> Any:
     """Return a tokenizer that has a token to pad with, whichever: batches are masked."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
@@ -72,7 +72,7 @@ def load_config(
     Raises:
         PlaitError: (`error`) it cannot be loaded.
     """
-    with refusing(place, "the model's configuration cannot be loaded", error, folder=folder, files=_MODEL[:1]):
+    with refuse_failures(place, "the model's configuration cannot be loaded", error, folder=folder, files=_MODEL[:1]):
         return import_module("transformers").AutoConfig.from_pretrained(
             place, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -100,14 +100,14 @@ def load_model(
     Raises:
         PlaitError: (`error`) it cannot be loaded.
     """
-    with refusing(place, "the model cannot be loaded", error, folder=folder, files=_MODEL):
+    with refuse_failures(place, "the model cannot be loaded", error, folder=folder, files=_MODEL):
         found = kind.from_pretrained(place, trust_remote_code=trust_remote_code, **keywords)
         _check_generation(Path(place if folder is None else folder), found[0] if isinstance(found, tuple) else found)
     return found
 
 
 @contextmanager
-def refusing(
+def refuse_failures(
     place: str | Path, what: str, error: type[PlaitError], *, folder: Path | None = None, files: Sequence[str] = ()
 ) -> Iterator[None]:
     """Turn whatever a library raises inside the block into a refusal.

@@ -68,7 +68,7 @@ class Reference(Record):
         if self.path is not None and (self.revision is not None or self.subfolder is not None):
             raise ValueError("a local path has no revision and no subfolder: write the whole path")
         if self.name is not None and not _NAME.fullmatch(self.name):
-            raise ValueError(name_problem(self.name))
+            raise ValueError(adapter_name_problem(self.name))
         problems = _problems(self.repo, self.revision, self.subfolder)
         if self.path is not None and (not self.path or "\0" in self.path):
             problems.append("the path is empty or holds a NUL character")
@@ -149,13 +149,13 @@ def parse_reference(text: str, *, base: Path | None = None, allow_bare: bool = F
     repo, revision, subfolder = match["repo"], match["revision"], match.groupdict().get("sub")
     problems = _problems(repo, revision, subfolder)
     if "=" in repo:  # the text before it was meant as a name, so that an explanation of the repository would not help
-        problems = [name_problem(head)]
+        problems = [adapter_name_problem(head)]
     start = f"{text!r}: " if len(problems) == 1 else ""
     collect(AddressError, [f"{start}{problem}." for problem in problems], f"{text!r} is not a reference")
     return Reference(name=name, repo=repo, revision=revision, subfolder=subfolder)
 
 
-def name_problem(name: str) -> str:
+def adapter_name_problem(name: str) -> str:
     """Say why `name` cannot name an adapter."""
     return f"the name {name!r} must start with a letter or digit and hold only letters, digits, '.', '_' and '-'"
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import OutputError
-from plait.hub.client import explain, login_hint
+from plait.hub.client import explain_failure, login_hint
 from plait.hub.references import repo_problem
-from plait.libraries.huggingface_hub import bars, status_of
+from plait.libraries.huggingface_hub import progress_bars, status_of
 
 
 def check_push(repo: str) -> str:
@@ -112,7 +112,7 @@ def push_folder(
     full = check_push(repo)
     api = HfApi()
     try:
-        with bars(shown=progress):
+        with progress_bars(shown=progress):
             # None leaves the choice to the organization, some of which make every new repository private.
             url = api.create_repo(full, private=private or None, exist_ok=True)
             if private and not api.model_info(full).private:
@@ -145,7 +145,7 @@ def _refusal(error: Exception, repo: str) -> str:
     if status == 401:
         source = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the stored token"
         return f"the Hub does not accept {source}. Log in with `hf auth login --force`, or set a valid HF_TOKEN."
-    return explain(error, repo, None)
+    return explain_failure(error, repo, None)
 
 
 def _role(account: dict[str, Any]) -> str | None:

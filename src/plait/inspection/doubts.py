@@ -10,15 +10,15 @@ from plait.adapters.names import layer_key
 from plait.adapters.patterns import module_pattern
 
 
-def doubts(adapters: Sequence[Adapter]) -> list[str]:
+def adapter_doubts(adapters: Sequence[Adapter]) -> list[str]:
     """Return everything that looks wrong, as complete sentences that name the adapter.
 
     Of tensors only so many are read as it takes to see that an adapter was trained: one module per tower, unless it was not.
     """
-    return [f"{a.name!r}: {text}" for a in adapters for text in (*contradictions(a), *_untrained(a))]
+    return [f"{a.name!r}: {text}" for a in adapters for text in (*config_problems(a), *_untrained(a))]
 
 
-def contradictions(adapter: Adapter) -> Iterator[str]:
+def config_problems(adapter: Adapter) -> Iterator[str]:
     """Yield what the configuration says that the tensors do not bear out; headers alone are looked at."""
     config, targets = adapter.config, adapter.targets
     # an alpha of a module's own makes the configuration's rank and alpha void

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.adapter import Adapter
-from plait.adapters.extremes import out_of_range
+from plait.adapters.extremes import float32_limit
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import layer_key
 from plait.linalg.blocks import block_ranges
@@ -120,7 +120,7 @@ def row_overlaps(adapters: Sequence[Adapter], path: str) -> list[RowSpaceOverlap
 def _measure(adapters: Sequence[Adapter], path: str, dtype: torch.dtype, blocks: _Blocks) -> ModuleMeasures:
     targets = {t: a.targets[path] for t, a in enumerate(adapters) if path in a.targets}
     raw = {t: adapters[t].read(path, dtype) for t in targets}
-    if any(out_of_range(raw[t], target.scaling) is not None for t, target in targets.items()):
+    if any(float32_limit(raw[t], target.scaling) is not None for t, target in targets.items()):
         raw = {t: adapters[t].read(path, torch.float64) for t in targets}
     stacks = {t: [d.scaled(target.scaling) for d in raw[t]] for t, target in targets.items()}
     powers = {t: [_squared_singular_values(delta) for delta in stack] for t, stack in stacks.items()}

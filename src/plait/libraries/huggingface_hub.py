@@ -36,7 +36,7 @@ def fetched_sha256(path: Path) -> str | None:
 
 
 @contextmanager
-def bars(*, shown: bool) -> Iterator[None]:
+def progress_bars(*, shown: bool) -> Iterator[None]:
     """Keep `huggingface_hub` from drawing progress bars inside the block, unless they are to be `shown`."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 

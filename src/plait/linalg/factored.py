@@ -144,7 +144,7 @@ def flattener(b: Tensor, a: Tensor, tolerance: float) -> Tensor | None:
     return middle
 
 
-def inner(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
+def frobenius_inner(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
     """Return the Frobenius inner product ⟨b1 a1, b2 a2⟩ from two small Gram matrices, accumulated in float64."""
     return float(((b1.mT.double() @ b2.double()) * (a1.double() @ a2.mT.double())).sum())
 

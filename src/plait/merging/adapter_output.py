@@ -8,11 +8,11 @@ from pathlib import Path
 from torch import Tensor
 
 from plait.adapters.selection import selection_of
-from plait.adapters.writing import OUTPUT_DTYPES, AdapterWriter, held_tensors
-from plait.merging.emit import rounded
+from plait.adapters.writing import OUTPUT_DTYPES, AdapterWriter, tensors_in_memory
 from plait.merging.engine import MergedModule
 from plait.merging.heads import main_heads
 from plait.merging.inventory import Inventory
+from plait.merging.truncation import rounded
 
 
 class MergedAdapter:
@@ -67,4 +67,4 @@ class MergedAdapter:
             **{key: value for key in keys if (value := adapters[0].config.raw.get(key)) is not None},
             **declared,
         }
-        return self._writer.write(folder, modules, self._writer.config(settings), held_tensors(heads))
+        return self._writer.write(folder, modules, self._writer.config(settings), tensors_in_memory(heads))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from plait.adapters.layouts.conv1d import has_conv1d
 from plait.adapters.writing import OUTPUT_DTYPES
-from plait.merging.emit import rounded
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan
+from plait.merging.truncation import rounded
 from plait.tensorfiles.writer import TensorEntry, TensorWriter
 
 NAME = "delta.safetensors"

@@ -51,7 +51,7 @@ def merge_dora(
         coefficients: per adapter.
 
     Returns:
-        L, and 1 + d (d_out,), for `written`.
+        L, and 1 + d (d_out,), for `peft_factors`.
 
     Raises:
         PlanError: a row of the merged weight vanishes, so that it has no direction to rescale.
@@ -71,23 +71,23 @@ def merge_dora(
     return LowRank.concatenate(parts, coefficients), gain
 
 
-def written(weight: Tensor, delta: LowRank, gain: Tensor) -> tuple[LowRank, Tensor]:
+def peft_factors(weight: Tensor, delta: LowRank, gain: Tensor) -> tuple[LowRank, Tensor]:
     """Return B'A' and m', (d_out,), of diag(d) W + L, for L as it is kept and gain 1 + d."""
     factors = LowRank(delta.a, delta.b / gain.unsqueeze(1))
     return factors, gain * row_norms(weight, factors)
 
 
-def energy(weight: Tensor, delta: LowRank, gain: Tensor) -> float:
+def total_energy(weight: Tensor, delta: LowRank, gain: Tensor) -> float:
     """Return ‖diag(d) W + L‖²_F for L and 1 + d, by blocks of rows."""
     blocks = ((gain[i:j, None] - 1) * weight[i:j] + delta.b[i:j] @ delta.a for i, j in block_ranges(*weight.shape))
     return math.fsum(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in blocks)
 
 
-def rank_at_energy(weight: Tensor, delta: LowRank, gain: Tensor, share: float) -> int:
+def dora_rank_at_energy(weight: Tensor, delta: LowRank, gain: Tensor, share: float) -> int:
     """Return the lowest rank of L that keeps a share of ‖diag(d) W + L‖²: d is kept exactly, so L may lose the rest of all."""
     if delta.rank == 0:
         return 1
     s = delta.singular_values()
     own = float(s.square().sum())
-    spared = (1 - share) * energy(weight, delta, gain)
+    spared = (1 - share) * total_energy(weight, delta, gain)
     return rank_for_energy(s, 1 - spared / own) if spared < own else 1

@@ -25,10 +25,10 @@ from plait.linalg.finite import all_finite
 from plait.linalg.keyed import Key
 from plait.merging import dora
 from plait.merging.combine import Combiner, Statistics, pipeline_of
-from plait.merging.emit import OutputFactors, as_blocks, emit, rank_at_energy
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan, ModulePlan
 from plait.merging.prepared import NeedsDouble, PreparedAdapters
+from plait.merging.truncation import OutputFactors, as_blocks, rank_at_energy, truncate_module
 from plait.results.progress import Progress
 from plait.spaces import SPACES
 from plait.spaces.base import MergedMatrix
@@ -106,8 +106,8 @@ class Engine:
 
         def rank(module: ModulePlan) -> int:
             if self._inventory.base is not None:
-                return dora.rank_at_energy(*self._dora_sum(combiner, module.target), energy)
-            with blaming(combiner, module.target):
+                return dora.dora_rank_at_energy(*self._dora_sum(combiner, module.target), energy)
+            with name_extreme_adapters(combiner, module.target):
                 merged = _sound(module.target, combiner.merge(module.target))
             return rank_at_energy(merged, energy, self._key(module.target))
 
@@ -124,7 +124,7 @@ class Engine:
 
         def work(module: ModulePlan) -> R:
             try:
-                with blaming(combiner, module.target):
+                with name_extreme_adapters(combiner, module.target):
                     return then(self._module(combiner, module.target, ranks[module.target]))
             except PlaitError:
                 raise
@@ -143,7 +143,7 @@ class Engine:
             return MergedModule(target, None, dense, bias, None)
         if self._inventory.base is not None:
             return self._dora_module(combiner, target, rank, bias)
-        emitted = emit(_sound(target, combiner.merge(target)), rank, key)
+        emitted = truncate_module(_sound(target, combiner.merge(target)), rank, key)
         if self._side_by_side and not any(bool(s.b.any()) for s in emitted.slices):
             self._check_zero(combiner, target)
         return MergedModule(target, emitted, None, bias, None)
@@ -163,11 +163,11 @@ class Engine:
 
     def _dora_module(self, combiner: Combiner, target: str, rank: int, bias: Tensor | None) -> MergedModule:
         weight, total, gain = self._dora_sum(combiner, target)
-        emitted = emit([total], rank, self._key(target))
+        emitted = truncate_module([total], rank, self._key(target))
         if emitted.energy is not None and emitted.kept is not None:  # of L; what it lost, ΔW has lost
-            total_energy = dora.energy(weight, total, gain)
+            total_energy = dora.total_energy(weight, total, gain)
             emitted = replace(emitted, energy=total_energy, kept=max(0.0, total_energy - (emitted.energy - emitted.kept)))
-        factors, magnitude = dora.written(weight, emitted.slices[0], gain)
+        factors, magnitude = dora.peft_factors(weight, emitted.slices[0], gain)
         return MergedModule(target, replace(emitted, slices=(factors,)), None, bias, magnitude)
 
     def _dora_sum(self, combiner: Combiner, target: str) -> tuple[Tensor, LowRank, Tensor]:
@@ -266,7 +266,7 @@ def _sound(target: str, merged: list[MergedMatrix]) -> list[MergedMatrix]:
 
 
 @contextmanager
-def blaming(combiner: Combiner, target: str) -> Iterator[None]:
+def name_extreme_adapters(combiner: Combiner, target: str) -> Iterator[None]:
     """Name the adapters with extreme values in errors about a target module that the block raises."""
     try:
         yield

@@ -21,12 +21,12 @@ from plait.merging.card import card
 from plait.merging.combine import Combiner
 from plait.merging.delta_file import NAME as DELTA
 from plait.merging.delta_file import DeltaFile
-from plait.merging.engine import Engine, MergedModule, blaming
+from plait.merging.engine import Engine, MergedModule, name_extreme_adapters
 from plait.merging.heads import write_heads
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.moments import Found, MomentsOf
 from plait.merging.plan import MergePlan, make_plan
-from plait.merging.record import RunRecord, input_digests, make_lock, sources, summary
+from plait.merging.record import RunRecord, input_digests, make_lock, merge_summary, sources
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json
 from plait.records import ShortRepr
@@ -146,7 +146,7 @@ def run_recipe(
         lock = make_lock(inventory, digests(), place, final=out, known=written)
         write_json(place / LOCK, lock)
         write_json(place / RUN_RECORD, record)
-        write_json(place / SUMMARY, summary(record))
+        write_json(place / SUMMARY, merge_summary(record))
     return MergeResult(out, plan, record)
 
 
@@ -170,7 +170,7 @@ def _write(
         dense = DeltaFile(inventory, plan)
         with TensorWriter(place / DELTA, dense.entries()) as writer:
             for merged in engine.run(combiner, ranks):
-                with blaming(combiner, merged.target):
+                with name_extreme_adapters(combiner, merged.target):
                     dense.write(merged, writer)
                 done.append(ModuleRecord(target=merged.target, rank=None, result="dense", energy=None, kept=1.0))
         return tuple(done), None, {DELTA: writer.sha256}

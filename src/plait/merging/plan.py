@@ -8,7 +8,7 @@ from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout, uniform_rank
 from plait.errors import PlanError, collect
 from plait.inspection.compatibility import excluded_spaces, max_lora_rank
-from plait.inspection.doubts import doubts
+from plait.inspection.doubts import adapter_doubts
 from plait.inspection.shared_init import shared_init_pairs
 from plait.linalg.blocks import HOLD_ELEMENTS, MATRIX_BLOCK_ELEMENTS
 from plait.merging.combine import pipeline_of
@@ -315,7 +315,7 @@ def _data_notes(inventory: Inventory, pipeline: Pipeline, paths: list[str]) -> l
 
 def _notes(inventory: Inventory, left_out: dict[str, tuple[str, ...]]) -> list[str]:
     recipe = inventory.recipe
-    notes = doubts(inventory.adapters)
+    notes = adapter_doubts(inventory.adapters)
     if left_out:
         first, lacking = next(iter(left_out.items()))
         notes.append(f"merge_mode 'common' leaves {len(left_out)} modules out, such as {first} (not in {', '.join(lacking)}).")

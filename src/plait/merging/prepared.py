@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from plait.adapters.adapter import Adapter
-from plait.adapters.extremes import ExtremeDelta, out_of_range
+from plait.adapters.extremes import ExtremeDelta, float32_limit
 from plait.adapters.lowrank import LowRank
 from plait.merging.inventory import Inventory
 from plait.merging.weighting import Towers, module_weights, towers_of
@@ -89,7 +89,7 @@ class PreparedAdapters:
         weights = module_weights(self._inventory.recipe, module, self.towers).tolist()
         found = []
         for adapter, slices, weight in zip(self._inventory.adapters, raw, weights, strict=True):
-            size = out_of_range(slices, adapter.targets[module].scaling * weight) if slices else None
+            size = float32_limit(slices, adapter.targets[module].scaling * weight) if slices else None
             found += [] if size is None else [ExtremeDelta(module, adapter.name, size)]
         return tuple(found)
 

@@ -143,7 +143,7 @@ def adapter_inputs(
     return inputs
 
 
-def summary(record: RunRecord) -> dict[str, Any]:
+def merge_summary(record: RunRecord) -> dict[str, Any]:
     """Return the few numbers one looks at first."""
     return {
         "method": record.method,

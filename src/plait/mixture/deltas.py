@@ -11,8 +11,8 @@ from torch import Tensor
 from plait.adapters.adapter import Adapter
 from plait.adapters.lowrank import LowRank
 from plait.linalg.blocks import RowBlocks
-from plait.merging.emit import as_blocks
 from plait.merging.engine import MergedModule
+from plait.merging.truncation import as_blocks
 from plait.spaces.base import MergedMatrix
 
 

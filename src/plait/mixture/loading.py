@@ -31,7 +31,7 @@ def require_libraries(device_map: Any = None) -> None:
     require("a live model", {"eval": ["transformers", *["accelerate"] * (device_map is not None)]})
 
 
-def load_model(
+def load_base_model(
     base: str | Path, adapters: Sequence[Adapter], *, dtype: str, device_map: Any, trust_remote_code: bool
 ) -> tuple[nn.Module, Any]:
     """Return the base model and its tokenizer (None where the base has none).
@@ -132,4 +132,4 @@ def _zero(model: nn.Module, missing: Sequence[str], adapters: Sequence[Adapter])
 def _tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
         return None  # audio and image models
-    return pretrained.padded(pretrained.load_tokenizer(folder, trust_remote_code=trust_remote_code))
+    return pretrained.with_padding_token(pretrained.load_tokenizer(folder, trust_remote_code=trust_remote_code))

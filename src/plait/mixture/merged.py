@@ -14,12 +14,12 @@ from plait.adapters.lowrank import LowRank
 from plait.adapters.writing import OUTPUT_DTYPES
 from plait.errors import AddressError, RecipeError
 from plait.hub.download import resolve_model
-from plait.merging.emit import rounded
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.heads import main_heads
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.pipeline import default_workers
 from plait.merging.plan import make_plan
+from plait.merging.truncation import rounded
 from plait.mixture.loading import require_libraries
 from plait.mixture.mixture import Mixture
 from plait.mixture.swaps import FullTensorSet

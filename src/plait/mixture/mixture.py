@@ -23,7 +23,7 @@ from plait.mixture.columns import Columns, layers_of
 from plait.mixture.deltas import AdapterDelta, DenseDelta, merged_deltas
 from plait.mixture.factors import LearnedFactors
 from plait.mixture.layers import Adapted, ParameterLayer, adapted
-from plait.mixture.loading import load_model
+from plait.mixture.loading import load_base_model
 from plait.mixture.modules import ModuleIndex, TargetModule
 from plait.mixture.stack import Stack
 from plait.mixture.swaps import FullTensorSet, Swap, dense_swaps, full_swaps
@@ -114,9 +114,11 @@ class Mixture:
             factors: see the class.
 
         Raises:
-            PlaitError: transformers is missing; otherwise as the class and `load_model`.
+            PlaitError: transformers is missing; otherwise as the class and `load_base_model`.
         """
-        model, tokenizer = load_model(base, adapters, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        model, tokenizer = load_base_model(
+            base, adapters, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        )
         return cls(model, adapters, tokenizer, factors=factors)
 
     @contextmanager

@@ -17,7 +17,7 @@ from plait.errors import PlaitError, RecipeError, did_you_mean
 from plait.folders import open_in
 from plait.parsing import MOST_BITS, MOST_LEVELS, parse_json, read_text
 from plait.recipes.paths import KeyPath, Plain
-from plait.recipes.problems import Problem, listed
+from plait.recipes.problems import Problem, join_words
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 _MOST_NODES = 200_000
@@ -82,7 +82,7 @@ def open_document(file: Path, *, source: str | None = None, error: type[PlaitErr
     else:
         if file.is_dir():
             raise error(f"{file} is a folder; give the file.{_near(file / 'recipe.yaml')}")
-    read = read_json if file.suffix.lower() == ".json" else read_document
+    read = read_json_document if file.suffix.lower() == ".json" else read_document
     text = read_text(file, error)
     try:
         return read(text, source or str(file))
@@ -140,7 +140,7 @@ def _compose(text: str, kind: type[yaml.SafeLoader]) -> YamlDocument:
         loader.dispose()
 
 
-def read_json(text: str, source: str) -> YamlDocument:
+def read_json_document(text: str, source: str) -> YamlDocument:
     """Read a JSON document, with lines where its text is YAML too, as nearly all JSON is.
 
     Raises:
@@ -222,7 +222,7 @@ class _Builder:
                 continue
             if key.value in first:
                 lines = list(dict.fromkeys((first[key.value], _line(key))))
-                where = f"line{'s' if len(lines) > 1 else ''} {listed([str(n) for n in lines])}"
+                where = f"line{'s' if len(lines) > 1 else ''} {join_words([str(n) for n in lines])}"
                 self._problems.append(Problem((*path, key.value), f"{key.value!r} is given twice, in {where}; keep one."))
             first.setdefault(key.value, _line(key))
 

@@ -19,9 +19,9 @@ from plait.recipes.importers.mergekit import convert_mergekit, is_mergekit
 from plait.recipes.importers.migration import convert_old, number_note
 from plait.recipes.overrides import Overrides, set_values
 from plait.recipes.paths import KeyPath, Plain
-from plait.recipes.problems import ConvertedRecipe, Origins, Problem, show
+from plait.recipes.problems import ConvertedRecipe, Origins, Problem, show_value
 from plait.recipes.schema import Recipe
-from plait.recipes.validation import check
+from plait.recipes.validation import check_recipe
 from plait.recipes.writing import to_yaml
 
 
@@ -128,14 +128,14 @@ def _resolve(document: YamlDocument, source: str, folder: Path | None, overrides
     if data is None or data == {}:
         raise RecipeError(f"{source}: there is nothing in it. A recipe needs at least 'adapters'.")
     if not isinstance(data, Mapping):
-        raise RecipeError(f"{source}: a recipe is a mapping (key: value), not {show(data)}.")
+        raise RecipeError(f"{source}: a recipe is a mapping (key: value), not {show_value(data)}.")
     converted = _converted(data, folder)
     origins = Origins(source, document.lines, converted.moved)
     if not converted.data:
         origins.refuse([*document.problems, *converted.problems])
     values, overridden, dead_ends = set_values(converted.data, overrides)
     values, bad_paths = _name_adapters(_plain(values), folder)
-    recipe, problems = check(values)
+    recipe, problems = check_recipe(values)
     known = [*document.problems, *converted.problems, *dead_ends, *bad_paths]
     origins = Origins(source, document.lines, converted.moved, tuple(overridden))
     origins.refuse([*known, *_unsaid(problems, known)])

@@ -12,8 +12,8 @@ from typing import TypeAlias
 from plait.errors import AddressError, RecipeError, did_you_mean
 from plait.hub.references import parse_reference
 from plait.recipes.documents import read_document
-from plait.recipes.paths import KeyPath, Plain, item, read_path, show_path, split_assignment
-from plait.recipes.problems import Origins, Problem, show
+from plait.recipes.paths import KeyPath, Plain, get_item, read_path, show_path, split_assignment
+from plait.recipes.problems import Origins, Problem, show_value
 
 Overrides: TypeAlias = Mapping[str, Plain] | Sequence[tuple[str, Plain]]
 #: What a text represents where a mapping is wanted: `method: ties`, `transforms: [identity]`, `adapters: [./code]`.
@@ -88,7 +88,7 @@ def _set(data: dict[str, Plain], keys: tuple[str, ...], value: Plain) -> KeyPath
             place[step] = value
             return (*path, step)
         path = (*path, step)
-        place[step] = _opened(item(place, step), path)
+        place[step] = _opened(get_item(place, step), path)
         place = place[step]
     return path
 
@@ -106,7 +106,7 @@ def _opened(value: Plain, path: KeyPath) -> Plain:
     field = _SHORT_FOR.get(str(path[0])) if len(path) == (1 if path[0] == "method" else 2) else None
     if isinstance(value, str) and field:
         return {field: value}
-    raise _DeadEndError(f"{show_path(path)} is {show(value)}, not a mapping: nothing can be set inside it.")
+    raise _DeadEndError(f"{show_path(path)} is {show_value(value)}, not a mapping: nothing can be set inside it.")
 
 
 def _index(items: list[Plain], key: str, path: KeyPath) -> int:

@@ -34,7 +34,7 @@ def read_path(text: str) -> tuple[str, ...]:
     return keys
 
 
-def item(data: Plain, key: str | int) -> Plain:
+def get_item(data: Plain, key: str | int) -> Plain:
     """Return `data[key]`, or None when there is no such thing."""
     if isinstance(data, Mapping):
         return data.get(key)

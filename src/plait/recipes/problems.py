@@ -108,7 +108,7 @@ class Origins:
         return self.source if line is None else f"{self.source}:{line}"
 
 
-def show(value: object) -> str:
+def show_value(value: object) -> str:
     """Write a value as a recipe would spell it, cut when it is long."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
@@ -116,13 +116,13 @@ def show(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
-def spell(value: object) -> str:
+def spell_value(value: object) -> str:
     """Write a value as YAML on one line, cut when it is long."""
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
     text = text.removesuffix("\n").removesuffix("\n...")
     return text if len(text) <= 2 * _LONGEST else f"{text[: 2 * _LONGEST - 1]}…"
 
 
-def listed(words: Sequence[str], last: str = "and") -> str:
+def join_words(words: Sequence[str], last: str = "and") -> str:
     """Write `a`, `a and b`, `a, b and c`."""
     return " ".join(part for part in (", ".join(words[:-1]), last if len(words) > 1 else "", *words[-1:]) if part)

@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from plait.recipes.paths import KeyPath, Plain, item
+from plait.recipes.paths import KeyPath, Plain, get_item
 from plait.recipes.schema import Recipe
 
 FieldType: TypeAlias = Any  # a type, or a form of `typing`
@@ -63,7 +63,7 @@ def _walk(path: KeyPath, data: Plain, root: type[BaseModel]) -> tuple[FieldType,
     for key in path:
         field = _field(shape, key)
         inner = field.annotation if field is not None else _inside(shape)
-        data = item(data, key)
+        data = get_item(data, key)
         shape = _choose(inner, data)
     return shape, field
 

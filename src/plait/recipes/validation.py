@@ -14,8 +14,8 @@ from pydantic_core import ErrorDetails
 
 from plait.errors import did_you_mean
 from plait.methods import METHODS
-from plait.recipes.paths import KeyPath, Plain, item
-from plait.recipes.problems import Problem, listed, show
+from plait.recipes.paths import KeyPath, Plain, get_item
+from plait.recipes.problems import Problem, join_words, show_value
 from plait.recipes.schema import Recipe, named_method
 from plait.recipes.shapes import bounds_at, field_names, is_number_only, model_at, spell_number, tags_at
 from plait.stages import STAGES, DeltaStage, EntryStage, MergedStage
@@ -64,7 +64,7 @@ class _Draft(Recipe):
         return self
 
 
-def check(data: Mapping[str, Plain]) -> tuple[Recipe | None, list[Problem]]:
+def check_recipe(data: Mapping[str, Plain]) -> tuple[Recipe | None, list[Problem]]:
     """Return the recipe that `data` describes, or None and all that is wrong with it.
 
     Args:
@@ -76,7 +76,7 @@ def check(data: Mapping[str, Plain]) -> tuple[Recipe | None, list[Problem]]:
     try:
         draft = _Draft.model_validate(data)
     except ValidationError as error:
-        problems += explain(error, data)
+        problems += explain_errors(error, data)
     else:
         problems += [Problem(("method",), f"{text}.") for text in draft._method_problems()]
     return (None, problems) if problems else (Recipe.model_validate(data), [])
@@ -93,7 +93,7 @@ def validate(kind: type[RecordT], data: Mapping[str, Plain]) -> tuple[RecordT | 
     try:
         return kind.model_validate(data), problems
     except ValidationError as error:
-        return None, [*problems, *explain(error, data, kind)]
+        return None, [*problems, *explain_errors(error, data, kind)]
 
 
 def cannot_yet(what: str) -> str:
@@ -116,7 +116,7 @@ def truth_values(data: Mapping[str, Plain], root: type[BaseModel] = Recipe) -> I
     """Find true and false where a number is wanted: pydantic would read them as 1 and 0."""
     for path, value in _scalars(data, ()):
         if isinstance(value, bool) and is_number_only(path, data, root):
-            yield Problem(path, f"{_subject(path)} is {show(value)}; it must be a number.")
+            yield Problem(path, f"{_subject(path)} is {show_value(value)}; it must be a number.")
 
 
 def _scalars(value: Plain, path: KeyPath) -> Iterator[tuple[KeyPath, Plain]]:
@@ -132,7 +132,7 @@ def _name_problems(data: Mapping[str, Plain]) -> Iterator[Problem]:
     adapters = data.get("adapters")
     if not isinstance(adapters, list):
         return
-    names = [item(entry, "name") for entry in adapters]
+    names = [get_item(entry, "name") for entry in adapters]
     for i, name in enumerate(names):
         if isinstance(name, str) and name in names[:i]:
             text = f"adapters.{names.index(name)} is called {name!r} too; give names (name: … or NAME=PATH)."
@@ -148,21 +148,21 @@ def _name_problems(data: Mapping[str, Plain]) -> Iterator[Problem]:
 
 def _uses(data: Mapping[str, Plain]) -> Iterator[KeyPath]:
     """Yield where a recipe names an adapter; the name is the last key."""
-    if isinstance(name := item(data.get("heads"), "adapter"), str):
+    if isinstance(name := get_item(data.get("heads"), "adapter"), str):
         yield ("heads", "adapter", name)
     weights = data.get("weights")
     for key in ("adapters", "value", "default", "first", "last", "points"):
-        yield from (("weights", key, name) for name in _keys(item(weights, key)))
+        yield from (("weights", key, name) for name in _keys(get_item(weights, key)))
     for key in ("layers", "modules"):
-        inside = item(weights, key)
-        yield from (("weights", key, part, name) for part in _keys(inside) for name in _keys(item(inside, part)))
+        inside = get_item(weights, key)
+        yield from (("weights", key, part, name) for part in _keys(inside) for name in _keys(get_item(inside, part)))
 
 
 def _keys(value: Plain) -> list[str]:
     return list(value) if isinstance(value, Mapping) else []
 
 
-def explain(error: ValidationError, data: Mapping[str, Plain], root: type[BaseModel] = Recipe) -> Iterator[Problem]:
+def explain_errors(error: ValidationError, data: Mapping[str, Plain], root: type[BaseModel] = Recipe) -> Iterator[Problem]:
     """Say what pydantic found in plain words, with what the schema allows there.
 
     Args:
@@ -183,7 +183,7 @@ def explain(error: ValidationError, data: Mapping[str, Plain], root: type[BaseMo
         kinds = [_KINDS[e["type"]] for e in errors if e["type"] in _KINDS]
         if kinds and not deeper:  # the members of a union each complain: one sentence for all
             wanted = " or ".join(dict.fromkeys(kinds)) + _keys_of(path, data, root, errors)
-            yield Problem(path, f"{_subject(path)} is {show(errors[0]['input'])}; it must be {wanted}{beside}.")
+            yield Problem(path, f"{_subject(path)} is {show_value(errors[0]['input'])}; it must be {wanted}{beside}.")
         for found in errors:
             # that items are too few is reported even when there are enough, of which some are invalid
             if found["type"] not in _KINDS and not (found["type"] == "too_short" and deeper):
@@ -200,7 +200,7 @@ def _keys_of(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel], er
     value = errors[0]["input"]
     numbers = [n for n, f in (model.model_fields.items() if model else ()) if int in (f.annotation, *get_args(f.annotation))]
     example = f", such as {path[-1]}: {{{numbers[0]}: {value}}}" if numbers and type(value) is int else ""
-    return f" with the keys {listed(names, 'and')}{example}" if names else ""
+    return f" with the keys {join_words(names, 'and')}{example}" if names else ""
 
 
 def _path(error: ErrorDetails, data: Plain) -> KeyPath:
@@ -210,7 +210,7 @@ def _path(error: ErrorDetails, data: Plain) -> KeyPath:
         inside = key in data if isinstance(data, Mapping) else isinstance(data, list) and isinstance(key, int)
         if inside:
             path.append(key)
-            data = item(data, key)
+            data = get_item(data, key)
     if error["type"] == "missing":
         path.append(error["loc"][-1])
     if error["type"].startswith("union_tag") and isinstance(data, Mapping):
@@ -229,16 +229,16 @@ def _sentence(error: ErrorDetails, path: KeyPath, data: Mapping[str, Plain], roo
     if kind == "literal_error":
         return _not_among(value, path, _words(context["expected"]))
     if kind in _BOUNDED:
-        return f"{_subject(path)} is {show(value)}; it must be {bounds_at(path, data, root) or _first_bound(context)}."
+        return f"{_subject(path)} is {show_value(value)}; it must be {bounds_at(path, data, root) or _first_bound(context)}."
     if kind == "string_pattern_mismatch":
         rule = _PATTERNS.get(context["pattern"], f"match {context['pattern']}")
-        return f"{_subject(path)} is {show(value)}; it must {rule}."
+        return f"{_subject(path)} is {show_value(value)}; it must {rule}."
     if kind in ("too_short", "string_too_short"):
         much = f"has only {len(value)}" if value else "is empty"
         return f"{_subject(path)} {much}; give at least {context['min_length']}."
     if kind == "value_error":
         return str(context["error"]).rstrip(".") + "."
-    return f"{_subject(path)} is {show(value)}: {error['msg'][:1].lower()}{error['msg'][1:]}."
+    return f"{_subject(path)} is {show_value(value)}: {error['msg'][:1].lower()}{error['msg'][1:]}."
 
 
 def _unknown(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) -> str:
@@ -268,10 +268,10 @@ def _hint(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) -> st
 
 def _not_among(value: Plain, path: KeyPath, allowed: Sequence[str]) -> str:
     near = did_you_mean(str(value), allowed)
-    known = listed([_quoted(a) for a in allowed], "or")
+    known = join_words([_quoted(a) for a in allowed], "or")
     if near and len(allowed) > _MANY:  # the guess would come after a screen of names
-        return f"{_subject(path)} is {show(value)}.{near} It must be {known}."
-    return f"{_subject(path)} is {show(value)}; it must be {known}.{near}"
+        return f"{_subject(path)} is {show_value(value)}.{near} It must be {known}."
+    return f"{_subject(path)} is {show_value(value)}; it must be {known}.{near}"
 
 
 def _elsewhere(word: str, path: KeyPath) -> str:

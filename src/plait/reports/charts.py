@@ -12,7 +12,7 @@ from plait.evaluation.record import Bounds, Evaluation, TaskResult
 from plait.inspection.report import AdapterComparison as Conflict
 from plait.merging.record import RunRecord
 from plait.records import Record
-from plait.reports.colors import Color, css, diverging, ink, sequential
+from plait.reports.colors import Color, css, diverging, sequential, text_color
 from plait.reports.reading import LayerCoefficients
 
 _LEAST_SPAN = 0.1  # of a color scale: noise is not shown as a difference
@@ -98,27 +98,27 @@ class ChartRecovery(Record):
     good: bool
 
 
-def number(value: float | None) -> str:
+def show_number(value: float | None) -> str:
     """Write a metric with three digits; a dash where there is none."""
     return "–" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def share(value: float | None) -> str:
+def show_share(value: float | None) -> str:
     """Write a share in percent, never broken before its sign; a dash where there is none."""
     return "–" if value is None else _signed(f"{round(100 * value)}\N{NO-BREAK SPACE}%")
 
 
-def interval(bounds: Bounds | None) -> str:
+def show_interval(bounds: Bounds | None) -> str:
     """Write an interval of shares."""
-    return "" if bounds is None else f"{_signed(f'{round(100 * bounds[0])}')} – {share(bounds[1])}"
+    return "" if bounds is None else f"{_signed(f'{round(100 * bounds[0])}')} – {show_share(bounds[1])}"
 
 
-def of_tasks(tasks: Iterable[TaskResult]) -> list[ChartRecovery]:
+def task_recoveries(tasks: Iterable[TaskResult]) -> list[ChartRecovery]:
     """Return the recoveries of one evaluation."""
     return [ChartRecovery(name=t.task, value=t.recovery, interval=t.recovery_interval, good=not t.below_base) for t in tasks]
 
 
-def of_places(board: Leaderboard) -> list[ChartRecovery]:
+def leaderboard_recoveries(board: Leaderboard) -> list[ChartRecovery]:
     """Return the worst recovery of every merge on a leaderboard."""
     return [
         ChartRecovery(name=p.name, value=p.worst_recovery, interval=p.worst_interval, good=not p.below_base)
@@ -126,7 +126,7 @@ def of_places(board: Leaderboard) -> list[ChartRecovery]:
     ]
 
 
-def bars(found: Sequence[ChartRecovery]) -> Bars:
+def recovery_bars(found: Sequence[ChartRecovery]) -> Bars:
     """Return bars on an axis that holds 0, 1 and all intervals."""
     ends = [0.0, 1.0]
     for r in found:
@@ -144,8 +144,8 @@ def bars(found: Sequence[ChartRecovery]) -> Bars:
         drawn.append(
             Bar(
                 name=r.name,
-                text=share(r.value),
-                interval=interval(r.interval),
+                text=show_share(r.value),
+                interval=show_interval(r.interval),
                 good=r.good,
                 left=start,
                 width=round(stop - start, 2),
@@ -156,14 +156,16 @@ def bars(found: Sequence[ChartRecovery]) -> Bars:
     return Bars(zero=place(0.0), one=place(1.0), bars=tuple(drawn))
 
 
-def interference(found: Evaluation) -> HeatMap | None:
+def interference_map(found: Evaluation) -> HeatMap | None:
     """Return what every single adapter does to every task; None when it was not asked for."""
     if found.matrix is None:
         return None
     rows = []
     for name, values, gains in zip(found.matrix.adapters, found.matrix.values, found.matrix.recovery, strict=True):
         cells = [
-            _cell(f"{number(v)} ({share(g)})" if g is not None else number(v), None if g is None else diverging(g))
+            _cell(
+                f"{show_number(v)} ({show_share(g)})" if g is not None else show_number(v), None if g is None else diverging(g)
+            )
             for v, g in zip(values, gains, strict=True)
         ]
         rows.append((name, tuple(cells)))
@@ -206,7 +208,7 @@ def layer_maps(conflict: Conflict) -> tuple[HeatMap, ...]:
             conflicts,
             (0.5 - off, 0.5, 0.5 + off),
             lambda v: diverging((0.5 - v) / off),
-            share,
+            show_share,
         ),
         _scaled(
             "Overlap of row spaces (A)",
@@ -314,4 +316,4 @@ def _signed(text: str) -> str:
 def _cell(text: str, color: Color | None) -> Cell:
     if color is None:
         return Cell(text=text, background="transparent", ink="inherit")
-    return Cell(text=text, background=css(color), ink=ink(color))
+    return Cell(text=text, background=css(color), ink=text_color(color))

@@ -19,7 +19,7 @@ def sequential(value: float, *, low: float = 0.0, high: float = 1.0) -> Color:
     return _mix(_MIDDLE, _LOW, (value - low) / (high - low))
 
 
-def ink(background: Color) -> str:
+def text_color(background: Color) -> str:
     """Return black or white, whichever reads better on a background (relative luminance, WCAG 2)."""
     linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in background]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

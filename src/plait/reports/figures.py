@@ -12,10 +12,10 @@ from plait.reports.charts import (
     ChartRecovery,
     HeatMap,
     energy_map,
-    interference,
+    interference_map,
     layer_maps,
-    of_places,
-    of_tasks,
+    leaderboard_recoveries,
+    task_recoveries,
     weight_map,
 )
 from plait.reports.colors import css, diverging
@@ -70,11 +70,11 @@ def write_figures(report: Report, folder: Path) -> list[Path]:
 def _drawings(report: Report) -> Iterator[tuple[str, Callable[[Figure], None]]]:
     if report.evaluations:
         first = report.evaluations[0]
-        yield "recovery", lambda figure: _bars(figure, of_tasks(first.tasks), _RECOVERY)
-        if (found := interference(first)) is not None:
+        yield "recovery", lambda figure: _bars(figure, task_recoveries(first.tasks), _RECOVERY)
+        if (found := interference_map(first)) is not None:
             yield "interference", lambda figure: _table(figure, found)
     if (board := report.comparison) is not None:
-        yield "leaderboard", lambda figure: _bars(figure, of_places(board), f"worst {_RECOVERY}")
+        yield "leaderboard", lambda figure: _bars(figure, leaderboard_recoveries(board), f"worst {_RECOVERY}")
     if report.weights is not None and not report.weights.constant:
         weights = weight_map(report.weights)
         yield "weights", lambda figure: _strips(figure, weights)

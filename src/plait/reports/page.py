@@ -7,20 +7,20 @@ from typing import Any
 
 from plait.recipes.writing import to_yaml
 from plait.reports.charts import (
-    bars,
     energy_map,
-    interference,
-    interval,
+    interference_map,
     layer_maps,
-    number,
-    of_places,
-    of_tasks,
-    share,
+    leaderboard_recoveries,
+    recovery_bars,
+    show_interval,
+    show_number,
+    show_share,
+    task_recoveries,
     weight_map,
 )
 from plait.reports.losses import loss_chart
 from plait.reports.reading import Report
-from plait.reports.verdict import certainty, standing, verdict
+from plait.reports.verdict import certainty, leaderboard_position, verdict
 
 
 def render(report: Report, *, title: str) -> str:
@@ -34,7 +34,7 @@ def render(report: Report, *, title: str) -> str:
 
     source = files("plait.reports").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "share": share, "interval": interval}
+    environment.filters |= {"number": show_number, "share": show_share, "interval": show_interval}
     return environment.from_string(source).render(title=title, report=report, **_parts(report))
 
 
@@ -45,10 +45,10 @@ def _parts(report: Report) -> dict[str, Any]:
         "first": first,
         "verdict": verdict(first) if first else "",
         "certainty": certainty(first) if first else "",
-        "standing": standing(first, board) if first and board else "",
-        "kept": bars(of_tasks(first.tasks)) if first else None,
-        "places": bars(of_places(board)) if board else None,
-        "interference": interference(first) if first else None,
+        "standing": leaderboard_position(first, board) if first and board else "",
+        "kept": recovery_bars(task_recoveries(first.tasks)) if first else None,
+        "places": recovery_bars(leaderboard_recoveries(board)) if board else None,
+        "interference": interference_map(first) if first else None,
         "layers": layer_maps(report.conflict) if report.conflict else (),
         "weights": weight_map(weights) if weights and not weights.constant else None,
         "chart": loss_chart(report.losses),

@@ -14,7 +14,7 @@ from plait.reports.figures import figure_files, write_figures
 from plait.reports.page import render
 from plait.reports.reading import Report, read_report
 from plait.results.progress import Progress
-from plait.results.writing import write_whole
+from plait.results.writing import write_text_atomic
 
 _GENERATOR = b'<meta name="generator" content="plait">'  # of the template
 _HEAD_BYTES = 1024
@@ -66,7 +66,7 @@ def make_report(
     existing = [] if figures is None or force else [f.name for f in figure_files(report, figures) if os.path.lexists(f)]
     if existing:
         raise OutputError(f"{figures} has {', '.join(existing)} already. Choose another folder, or replace them with --force.")
-    write_whole(out, render(report, title=title or _title(report)))
+    write_text_atomic(out, render(report, title=title or _title(report)))
     drawn = write_figures(report, figures) if figures is not None else []
     return ReportResult(out, tuple(drawn), report)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from plait.evaluation.comparison import Leaderboard
 from plait.evaluation.record import Evaluation
-from plait.reports.charts import share
+from plait.reports.charts import show_share
 
 _GOOD, _FAIR = 0.9, 0.7  # of the single adapters' gain
 
@@ -33,11 +33,11 @@ def certainty(found: Evaluation) -> str:
     low, high = found.worst_interval
     examples = sum(t.examples for t in found.tasks)
     sure = "The interval is wide: more examples would tell more." if high - low > 0.3 else ""
-    bounds = f"{share(low)} and {share(high)} (95\N{NO-BREAK SPACE}%)"
+    bounds = f"{show_share(low)} and {show_share(high)} (95\N{NO-BREAK SPACE}%)"
     return f"With {examples} examples the worst recovery lies between {bounds}. {sure}".strip()
 
 
-def standing(found: Evaluation, board: Leaderboard) -> str:
+def leaderboard_position(found: Evaluation, board: Leaderboard) -> str:
     """Say where an evaluation stands on a leaderboard; nothing where it is not on it, or alone."""
     tags = [place.tag for place in board.places]
     if found.tag not in tags or len(tags) < 2:
@@ -49,5 +49,5 @@ def standing(found: Evaluation, board: Leaderboard) -> str:
 
 
 def _numbers(found: Evaluation) -> str:
-    mean, worst = share(found.mean_recovery), share(found.worst_recovery)
+    mean, worst = show_share(found.mean_recovery), show_share(found.worst_recovery)
     return f"On average {mean} is kept; the worst task, {found.worst_task}, keeps {worst}."

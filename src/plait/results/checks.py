@@ -38,7 +38,7 @@ def check_files(folder: Path, lock: Lock) -> tuple[FileCheck, ...]:
     )
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Return whether everything that its lock names is in a folder as it was written, whatever is next to it."""
     try:
         return all(file.state in ("equal", "extra") for file in check_files(folder, read_lock(folder)))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from plait.errors import AdapterError
-from plait.folders import entries, file_in, name_problem
+from plait.folders import entries, file_in, file_name_problem
 from plait.hub.download import Located
 from plait.parsing import as_record, read_object, shown
 from plait.records import Record
@@ -31,7 +31,7 @@ ResultKind = Literal["merge", "bake", "extract", "train", "tune", "calibrate"]
 def _digests(files: dict[str, str]) -> dict[str, str]:
     """Refuse names that are not those of files in a folder: a lock may come from elsewhere."""
     for name in files:
-        if problem := name_problem(name):
+        if problem := file_name_problem(name):
             raise ValueError(f"the file name {name!r} {problem}")
     return files
 

@@ -51,7 +51,7 @@ def locked(file: Path, work: str, *, patience: float = 0.0) -> Iterator[int | No
         yield handle.fileno()
 
 
-def in_use(file: Path, work: str) -> str | None:
+def lock_holder(file: Path, work: str) -> str | None:
     """Return what to say where another process holds a lock; None where none does."""
     if not has_locks():
         return None

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from plait.errors import AdapterError, OutputError, PlaitError, collect
-from plait.folders import entries, file_in, name_problem
+from plait.folders import entries, file_in, file_name_problem
 from plait.results.disk import UNWRITABLE
 from plait.results.lock import LOCK, read_lock
 from plait.results.locking import has_locks
@@ -253,7 +253,7 @@ def _unfinished(folder: Path) -> set[str]:
     """Return the names that a killed process was about to write or remove where the folder is."""
     try:
         names = json.loads(file_in(folder, _MARK).read_text(encoding="utf-8"))["names"]
-        return {n for n in names if not name_problem(n)}
+        return {n for n in names if not file_name_problem(n)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return set()
 

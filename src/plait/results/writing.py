@@ -13,7 +13,7 @@ from typing import Any
 from plait.errors import OutputError
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_text_atomic(file: Path, text: str) -> None:
     """Write a text file next to its place and rename it there.
 
     Raises:
@@ -31,10 +31,10 @@ def write_whole(file: Path, text: str) -> None:
             draft.unlink(missing_ok=True)
 
 
-def write_json_whole(file: Path, data: Mapping[str, Any]) -> None:
+def write_json_atomic(file: Path, data: Mapping[str, Any]) -> None:
     """Write a JSON file likewise.
 
     Raises:
         OutputError: it cannot be written.
     """
-    write_whole(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_text_atomic(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")

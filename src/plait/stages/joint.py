@@ -56,7 +56,7 @@ class Joint:
         return LowRank(self.v.times_transposed(torch.eye(l, dtype=merged.dtype)), self.u.times(merged))
 
 
-def balanced(u: Tensor, s: Tensor, v: Tensor) -> LowRank:
+def joint_sum(u: Tensor, s: Tensor, v: Tensor) -> LowRank:
     """Return Σ sₖ uₖ vₖᵀ for u (k, r), s (r,), v (l, r), whose columns need not be orthogonal."""
     root = s.sqrt()
     return LowRank((v * root).mT, u * root)

@@ -16,7 +16,7 @@ from plait.linalg.sparsify import keep_at_least, kept_count
 from plait.linalg.spectral import numerical_rank, polar, smooth_spectrum
 from plait.records import Record
 from plait.stages.base import DeltaCombine, Site, StageParams, register_stage
-from plait.stages.joint import Joint, balanced
+from plait.stages.joint import Joint, joint_sum
 
 
 class PolarFields(Record):
@@ -132,4 +132,4 @@ class Cover(CoverFields, StageParams, DeltaCombine):
 def whitened(svds: Sequence[ThinSVD]) -> LowRank:
     """Return Σ σₖ ũₖ ṽₖᵀ over all directions, ũ and ṽ made orthonormal by polar decomposition."""
     u, v = torch.cat([x.u for x in svds], dim=1), torch.cat([x.vh for x in svds]).mT
-    return balanced(polar(u), torch.cat([x.s for x in svds]), polar(v))
+    return joint_sum(polar(u), torch.cat([x.s for x in svds]), polar(v))

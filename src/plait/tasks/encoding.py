@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plait.errors import TaskError
-from plait.hub.pretrained import refusing
+from plait.hub.pretrained import refuse_failures
 from plait.tasks.chat import chat_text
 from plait.tasks.examples import Examples
 from plait.tasks.inputs import Prompt
@@ -102,7 +102,7 @@ class PromptEncoder:
         """Return prompts with their answers; see `questions`."""
         texts = [self.text(p) for p in prompts]
         home = getattr(self._tokenizer, "name_or_path", "") or "the model"
-        with refusing(home, f"the tokenizer cannot read the texts of task {self._task.name!r}", TaskError):
+        with refuse_failures(home, f"the tokenizer cannot read the texts of task {self._task.name!r}", TaskError):
             questions = self._encode_apart(texts, answers) if self._apart else self._encode_joined(texts, answers)
         check_tokens((part for q in questions for part in (q.prompt, q.lead, *q.answers)), self._vocabulary)
         return questions

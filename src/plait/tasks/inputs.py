@@ -77,7 +77,7 @@ class Example:
     @property
     def prompt_text(self) -> str:
         """The prompt for people: chat turns as lines of `role: content`."""
-        return shown(self.prompt)
+        return prompt_text(self.prompt)
 
     @cached_property
     def id(self) -> str:
@@ -103,7 +103,7 @@ def inputs_of(prompt: Prompt) -> Inputs:
     return {"text" if isinstance(prompt, str) else "messages": prompt}
 
 
-def shown(prompt: Prompt) -> str:
+def prompt_text(prompt: Prompt) -> str:
     """Return a prompt as one text, for people."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{role}: {content}" for role, content in prompt)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from plait.errors import PlaitError, TaskError, collect, did_you_mean
 from plait.recipes.documents import YamlDocument, open_document
-from plait.recipes.paths import Plain, item
-from plait.recipes.problems import Origins, Problem, listed, show
+from plait.recipes.paths import Plain, get_item
+from plait.recipes.problems import Origins, Problem, join_words, show_value
 from plait.recipes.validation import validate
 from plait.tasks.kinds import KINDS
 from plait.tasks.kinds.lm_eval import LM_EVAL, LmEval
@@ -55,7 +55,7 @@ def load_tasks(paths: Iterable[str | Path]) -> tuple[Task, ...]:
     return tuple(tasks)
 
 
-def placed(reference: str | Path, folder: Path | None = None) -> str:
+def absolute_reference(reference: str | Path, folder: Path | None = None) -> str:
     """Return a task's reference that means the same in any working directory.
 
     Args:
@@ -96,14 +96,14 @@ def build_task(document: YamlDocument, *, source: str = "task", folder: Path | N
 
 
 def _bad_kind(kind: Plain) -> Problem:
-    known = listed([repr(f"{LM_EVAL}NAME" if model is LmEval else name) for name, model in KINDS.items()], "or")
+    known = join_words([repr(f"{LM_EVAL}NAME" if model is LmEval else name) for name, model in KINDS.items()], "or")
     if kind is None:
         return Problem(("kind",), f"'kind' is missing; it must be {known}.")
     if isinstance(kind, str) and kind in _NO_TEXT:
         return Problem(
-            ("kind",), f"kind is {show(kind)}: only tasks of text are covered, not {_NO_TEXT[kind]}. It may be {known}."
+            ("kind",), f"kind is {show_value(kind)}: only tasks of text are covered, not {_NO_TEXT[kind]}. It may be {known}."
         )
-    return Problem(("kind",), f"kind is {show(kind)}; it must be {known}.{did_you_mean(str(kind), KINDS)}")
+    return Problem(("kind",), f"kind is {show_value(kind)}; it must be {known}.{did_you_mean(str(kind), KINDS)}")
 
 
 def _without_file(reference: str) -> LmEval:
@@ -116,7 +116,7 @@ def _without_file(reference: str) -> LmEval:
 def _placed(data: Mapping[str, Plain], folder: Path) -> dict[str, Plain]:
     """Make paths absolute, so that the task means the same in any working directory."""
     found = dict(data)
-    if isinstance(path := item(data.get("data"), "path"), str) and path:
+    if isinstance(path := get_item(data.get("data"), "path"), str) and path:
         found["data"] = {**data["data"], "path": str((folder / Path(path).expanduser()).absolute())}
     if isinstance(include := data.get("include"), str) and include:
         found["include"] = str((folder / Path(include).expanduser()).absolute())

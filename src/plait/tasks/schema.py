@@ -199,7 +199,7 @@ class PromptedTask(RowTask):
             return super().inputs_of()
         roles = [m.role for m in self.messages]
         turns = [Compiled(m.content, f"{self.where}: messages") for m in self.messages]
-        return lambda rows: joined(turns, rows, lambda texts: inputs_of(tuple(zip(roles, texts, strict=True))))
+        return lambda rows: combine_texts(turns, rows, lambda texts: inputs_of(tuple(zip(roles, texts, strict=True))))
 
 
 class RankedTask(PromptedTask):
@@ -230,7 +230,7 @@ Labels = Annotated[
 ]
 
 
-def joined(
+def combine_texts(
     templates: Sequence[Compiled], rows: Sequence[Row], make: Callable[[tuple[str, ...]], _T | TaskError]
 ) -> list[_T | TaskError]:
     """Return what is made of all templates' texts of every row, or the first error among them."""

@@ -12,7 +12,7 @@ from plait.hub.download import resolve_model
 _FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
-def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
+def load_task_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a model.
 
     Args:
@@ -26,4 +26,4 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
     """
     optional("transformers", "eval", "a tokenizer")
     folder = resolve_model(model, files=_FILES).folder
-    return pretrained.padded(pretrained.load_tokenizer(folder, trust_remote_code=trust_remote_code))
+    return pretrained.with_padding_token(pretrained.load_tokenizer(folder, trust_remote_code=trust_remote_code))

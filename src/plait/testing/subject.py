@@ -14,11 +14,11 @@ from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from plait.merging.combine import Combiner, pipeline_of
-from plait.merging.emit import OutputFactors, as_blocks
 from plait.merging.engine import Engine
 from plait.merging.inventory import Inventory
 from plait.merging.moments import from_function
 from plait.merging.plan import MergePlan, make_plan
+from plait.merging.truncation import OutputFactors, as_blocks
 from plait.methods import METHODS, Method
 from plait.recipes.schema import AdapterEntry, Recipe
 from plait.records import Record

@@ -9,12 +9,12 @@ from typing import Any
 
 from plait.errors import PlanError, TaskError
 from plait.extras import optional
-from plait.hub.pretrained import load_tokenizer, refusing
+from plait.hub.pretrained import load_tokenizer, refuse_failures
 from plait.libraries.trl import trusts_code
 from plait.training.data import LoadedData
 from plait.training.encoding import EncodedData, ExampleEncoder, encode_all
 from plait.training.job import LoraSettings, PreparedTrainer, ResolvedJob
-from plait.training.settings import check_values, made, trainer_settings
+from plait.training.settings import check_values, construct, trainer_settings
 
 #: What TRL does itself before training, and is done by the time it gets the data.
 _DONE = ("max_length", "completion_only_loss", "assistant_only_loss")
@@ -52,7 +52,7 @@ def make_trainer(
         "quantization_config": trl.get_quantization_config(model),
     }
     config.model_init_kwargs = {**{k: v for k, v in init.items() if v is not None}, **_mapping(config.model_init_kwargs)}
-    with refusing(job.base, "it cannot be trained so", PlanError, folder=opened.base.folder):
+    with refuse_failures(job.base, "it cannot be trained so", PlanError, folder=opened.base.folder):
         trainer = trl.SFTTrainer(
             model=name,
             args=config,
@@ -164,7 +164,7 @@ def model_config(values: Mapping[str, Any]) -> Any:
     """
     kind = optional("trl", "train", "training").ModelConfig
     check_values(kind, values, "model")
-    return made(kind, values)
+    return construct(kind, values)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -24,16 +24,16 @@ _TRACKERS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def contradictions(flags: Flags) -> list[str]:
+def flag_problems(flags: Flags) -> list[str]:
     """Return everything that is wrong with the flags, without reading data or asking anybody."""
     checks = (_inputs, _adapter, _quantized, _merging, _pushing, _evaluating, _best, _trackers)
     return [problem for check in checks for problem in check(flags)]
 
 
-def push_problem(flags: Flags) -> str | None:
+def hub_push_problem(flags: Flags) -> str | None:
     """Ask the Hub whether the result can be pushed; return why not."""
     try:
-        with token(flags):
+        with hub_token(flags):
             check_push(str(flags.get("hub_model_id")))
     except PlaitError as error:
         return f"--push_to_hub: {error}"
@@ -41,7 +41,7 @@ def push_problem(flags: Flags) -> str | None:
 
 
 @contextmanager
-def token(flags: Flags) -> Iterator[None]:
+def hub_token(flags: Flags) -> Iterator[None]:
     """Let `--hub_token` be the token within the block."""
     given, before = flags.get("hub_token"), os.environ.get("HF_TOKEN")
     if given is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from plait.errors import PlanError, RecipeError, TaskError
 from plait.extras import optional
-from plait.hub.pretrained import load_config, load_model, load_tokenizer, padded
+from plait.hub.pretrained import load_config, load_model, load_tokenizer, with_padding_token
 from plait.training.causal import lora_config
 from plait.training.data import LoadedData
 from plait.training.formats import Completion
@@ -59,8 +59,8 @@ def make_trainer(opened: ResolvedJob, out: Path) -> PreparedTrainer:
         raise PlanError("a classifier is trained as a LoRA on a task of kind sequence_classification, whose labels it has.")
     config = settings_of(job, out)
     tokenizer, limit = tokenizer_of(opened)
-    train = encode_texts(opened, opened.data, tokenizer, limit)
-    held = None if opened.eval_data is None else encode_texts(opened, opened.eval_data, tokenizer, limit)
+    train = encode_examples(opened, opened.data, tokenizer, limit)
+    held = None if opened.eval_data is None else encode_examples(opened, opened.eval_data, tokenizer, limit)
     transformers.set_seed(config.seed)  # head and A are drawn below
     model, fresh = _load(transformers, opened, tokenizer)
     trainer = transformers.Trainer(
@@ -92,7 +92,7 @@ def tokenizer_of(opened: ResolvedJob) -> tuple[Any, int | None]:
     optional("transformers", "train", "training")
     name, revision = opened.model
     trust, folder = _trusts(opened), opened.base.folder
-    tokenizer = padded(load_tokenizer(name, revision=revision, trust_remote_code=trust, folder=folder))
+    tokenizer = with_padding_token(load_tokenizer(name, revision=revision, trust_remote_code=trust, folder=folder))
     tokenizer.padding_side = "right"  # as evaluation reads texts
     config = load_config(name, revision=revision, trust_remote_code=trust, folder=folder)
     bounds = opened.job.arguments.get(MAX_LENGTH), getattr(config, "max_position_embeddings", None), tokenizer.model_max_length
@@ -148,7 +148,7 @@ def _with_lora(model: Any, opened: ResolvedJob, fresh: Sequence[str]) -> Any:
         raise PlanError(f"{opened.job.base} cannot be trained so: {' '.join(str(error).split())}") from error
 
 
-def encode_texts(opened: ResolvedJob, data: LoadedData, tokenizer: Any, limit: int | None) -> EncodedTexts:
+def encode_examples(opened: ResolvedJob, data: LoadedData, tokenizer: Any, limit: int | None) -> EncodedTexts:
     """Tokenize texts and number their labels.
 
     Args:

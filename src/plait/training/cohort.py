@@ -28,15 +28,15 @@ from plait.extras import require
 from plait.parsing import read_text
 from plait.results.locking import locked
 from plait.results.progress import Progress, SilentProgress
-from plait.results.writing import write_json_whole
+from plait.results.writing import write_json_atomic
 from plait.training.estimate import estimate
 from plait.training.job import ADAPTER, PACKAGES
 from plait.training.phases import PHASES, PlannedPhase, TrainingPlan
-from plait.training.post_training import EvalOptions, finish
-from plait.training.preflight import ResolvedPhase, look, resolve_phases, set_aside
+from plait.training.post_training import EvalOptions, merge_and_report
+from plait.training.preflight import ResolvedPhase, move_outdated, resolve_phases, with_folder_state
+from plait.training.processes import run_in_processes
 from plait.training.results import RESULT, PhaseResult, TrainResult
-from plait.training.runners import PhaseListener, PhaseStatus, in_turn
-from plait.training.side_by_side import side_by_side
+from plait.training.runners import PhaseListener, PhaseStatus, run_sequentially
 from plait.version import __version__
 
 _IN_USE = ".in-use"
@@ -91,8 +91,8 @@ def train_cohort(
     phases = resolve_phases(plan)
     with _alone(plan.out) as lock:
         before = _before(plan.out)
-        notes = [*plan.notes, *set_aside(plan, phases)]
-        phases = tuple(look(p) for p in phases)  # now that no other run can change what is there
+        notes = [*plan.notes, *move_outdated(plan, phases)]
+        phases = tuple(with_folder_state(p) for p in phases)  # now that no other run can change what is there
         for phase in phases:
             if phase.record is not None:
                 _tidy(phase.phase.folder)  # killed behind its last step, it could not do so itself
@@ -113,7 +113,7 @@ def train_cohort(
         if not only and all(r.state in ("done", "found") for r in result.phases):
             records = {p.phase.name: p.record or ended[p.phase.name].record for p in phases}
             known = {name: record for name, record in records.items() if record is not None}
-            result = finish(
+            result = merge_and_report(
                 plan,
                 result,
                 known,
@@ -169,13 +169,13 @@ def _run(
     ended: Iterator[PhaseStatus]
     devices, workers = _devices(), scheduling.workers or 1
     if scheduling.cluster is not None:
-        from plait.training.ray import on_ray
+        from plait.training.ray import run_on_ray
 
-        ended = on_ray(phases, listener, address=scheduling.cluster, workers=scheduling.workers)
+        ended = run_on_ray(phases, listener, address=scheduling.cluster, workers=scheduling.workers)
     elif workers > 1 or len(devices) > 1:  # a trainer that sees several GPUs would take them all, for larger batches
-        ended = side_by_side(phases, listener, workers=workers, lock=lock, devices=devices)
+        ended = run_in_processes(phases, listener, workers=workers, lock=lock, devices=devices)
     else:
-        ended = in_turn(phases, listener)
+        ended = run_sequentially(phases, listener)
     folders = {p.name: p.folder for p in phases}
     for status in ended:
         if status.record is not None:
@@ -225,5 +225,5 @@ def _as_before(result: TrainResult, before: TrainResult | None) -> TrainResult:
 
 def _write(out: Path, result: TrainResult, started: float) -> TrainResult:
     timed = result.model_copy(update={"seconds": round(time.perf_counter() - started, 3)})
-    write_json_whole(out / RESULT, timed.model_dump(mode="json", exclude={"evaluation"}))
+    write_json_atomic(out / RESULT, timed.model_dump(mode="json", exclude={"evaluation"}))
     return timed

@@ -19,7 +19,7 @@ from plait.tasks.examples import read_examples
 from plait.tasks.inputs import Row
 from plait.tasks.loading import load_tasks
 from plait.tasks.rows import read_file, read_hub
-from plait.training.formats import Completion, Conversation, FormatName, TrainingExample, convert, digest_form
+from plait.training.formats import Completion, Conversation, FormatName, TrainingExample, convert_rows, digest_form
 
 _ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 #: Where rows to measure the loss on are looked for where none are named: TRL's own choice first, training rows last.
@@ -87,7 +87,7 @@ def load_data(data: TrainingData) -> LoadedData:
         return _from_task(data, data.task)
     place = str(data.place)
     rows, where = _rows(data, place)
-    found = convert(
+    found = convert_rows(
         rows[: data.limit], where=where, format=data.format, text_field=data.text_field, system_prompt=data.system_prompt
     )
     left = found.unanswered

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plait.errors import TaskError, collect
-from plait.hub.pretrained import refusing
+from plait.hub.pretrained import refuse_failures
 from plait.tasks.chat import chat_text
 from plait.training.formats import ChatTurn, Completion, Conversation, PlainText, TrainingExample, is_learned
 
@@ -168,7 +168,7 @@ class ExampleEncoder:
         return Encoded(np.asarray(ids, np.int32), np.asarray(learned, np.int32))
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:
-        with refusing(getattr(self._tokenizer, "name_or_path", ""), "the tokenizer cannot read a text", TaskError):
+        with refuse_failures(getattr(self._tokenizer, "name_or_path", ""), "the tokenizer cannot read a text", TaskError):
             ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids
 

@@ -10,7 +10,7 @@ from typing import Any
 from plait.checkpoints.digests import weight_files
 from plait.errors import PlanError
 from plait.extras import optional
-from plait.hub.pretrained import load_config, refusing
+from plait.hub.pretrained import load_config, refuse_failures
 from plait.libraries.transformers import silence
 from plait.libraries.trl import trusts_code
 from plait.results.disk import free_space
@@ -110,7 +110,7 @@ def _count(opened: ResolvedJob, config: Any) -> tuple[int, int]:
     about = load_config(model_name, revision=revision, trust_remote_code=trust, folder=opened.base.folder)
     if opened.job.labels is not None:
         about.num_labels = len(opened.job.labels)
-    with refusing(name, "this model cannot be trained so", PlanError, folder=opened.base.folder), torch.device("meta"):
+    with refuse_failures(name, "this model cannot be trained so", PlanError, folder=opened.base.folder), torch.device("meta"):
         model = getattr(transformers, loader).from_config(about, trust_remote_code=trust)
         parameters = model.num_parameters()
         if opened.job.lora is None:

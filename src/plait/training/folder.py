@@ -16,9 +16,9 @@ from plait.folders import entries, file_in
 from plait.parsing import read_object, read_text, shown
 from plait.results.checks import check_files
 from plait.results.lock import read_lock
-from plait.results.locking import in_use, locked
+from plait.results.locking import lock_holder, locked
 from plait.results.staging import output_problem
-from plait.results.writing import write_json_whole
+from plait.results.writing import write_json_atomic
 from plait.training.job import ADAPTER, FINAL_MODEL, ResolvedJob, TrainingRecord
 
 TRAINING_RECORD = "training.json"
@@ -61,7 +61,7 @@ class JobFolder:
 
     def finish(self, record: TrainingRecord) -> None:
         """Write the record; from then on the run is done."""
-        write_json_whole(self.path / TRAINING_RECORD, record.model_dump(mode="json"))
+        write_json_atomic(self.path / TRAINING_RECORD, record.model_dump(mode="json"))
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def open_folder(out: Path, opened: ResolvedJob, *, force: bool) -> Iterator[JobF
     Raises:
         OutputError: another process trains there, another job's results are there, or it cannot be written.
     """
-    if not leads():
+    if not is_main_process():
         _meet()
         yield JobFolder(out, opened)
         return
@@ -87,7 +87,7 @@ def open_folder(out: Path, opened: ResolvedJob, *, force: bool) -> Iterator[JobF
         try:
             if _differences(out, opened):
                 _clear(out)
-            write_json_whole(out / _JOB, {"parts": opened.parts, "job": opened.job.model_dump(mode="json")})
+            write_json_atomic(out / _JOB, {"parts": opened.parts, "job": opened.job.model_dump(mode="json")})
             _meet()
             yield JobFolder(out, opened)
         finally:
@@ -96,14 +96,14 @@ def open_folder(out: Path, opened: ResolvedJob, *, force: bool) -> Iterator[JobF
 
 def folder_problem(out: Path, opened: ResolvedJob | None, *, force: bool) -> str | None:
     """Return why a run cannot be in a folder, without touching it; `opened` is None while the job is not known."""
-    if not leads():
+    if not is_main_process():
         return None
     try:
         if problem := _place_problem(out):
             return problem
         if not out.exists() or not any(p.name != _IN_USE for p in out.iterdir()):
             return None
-        if used := in_use(out / _IN_USE, _WORK):
+        if used := lock_holder(out / _IN_USE, _WORK):
             return used
         if not _is_run(out):
             held = ", ".join(sorted(p.name for p in out.iterdir())[:_SHOWN])
@@ -135,7 +135,7 @@ def _place_problem(out: Path) -> str | None:
     return None
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Return whether this is the first of the processes of a run; the others leave folders to it."""
     return os.environ.get("RANK", "0") == "0"
 

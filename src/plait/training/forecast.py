@@ -6,7 +6,7 @@ from pathlib import Path
 
 from plait.records import Record
 from plait.training.causal import encode_data
-from plait.training.classification import encode_texts, tokenizer_of
+from plait.training.classification import encode_examples, tokenizer_of
 from plait.training.estimate import estimate
 from plait.training.preflight import ResolvedPhase
 
@@ -76,5 +76,5 @@ def _lengths(phase: ResolvedPhase) -> tuple[list[int], int, int]:
     if opened.job.kind == "causal":
         train, _ = encode_data(opened, phase.settings)
         return [len(item.ids) for item in train.items], train.left_out, train.truncated
-    texts = encode_texts(opened, opened.data, *tokenizer_of(opened))
+    texts = encode_examples(opened, opened.data, *tokenizer_of(opened))
     return [len(item["input_ids"]) for item in texts.items], texts.left_out, texts.truncated

@@ -137,7 +137,7 @@ class ConvertedRows:
     unanswered: int = 0
 
 
-def convert(
+def convert_rows(
     rows: Sequence[TrainingRow],
     *,
     where: str,
@@ -161,7 +161,7 @@ def convert(
     """
     if not rows:
         raise TaskError(f"{where}: there are no rows. Give data with at least one.")
-    columns = detect(rows, where=where, format=format, text_field=text_field)
+    columns = detect_format(rows, where=where, format=format, text_field=text_field)
     make = _maker(columns, system_prompt)
     examples: list[TrainingExample] = []
     problems: list[str] = []
@@ -188,7 +188,9 @@ def convert(
     return ConvertedRows(columns, tuple(examples), unanswered)
 
 
-def detect(rows: Sequence[TrainingRow], *, where: str, format: FormatName = "auto", text_field: str = "text") -> ColumnRoles:
+def detect_format(
+    rows: Sequence[TrainingRow], *, where: str, format: FormatName = "auto", text_field: str = "text"
+) -> ColumnRoles:
     """Tell the format by the columns that every row has; a format with fewer columns never hides one with more.
 
     Raises:

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from plait.errors import RecipeError, did_you_mean
 from plait.recipes.evaluation import EvalSpec
-from plait.recipes.problems import Origins, Problem, listed
+from plait.recipes.problems import Origins, Problem, join_words
 from plait.recipes.schema import Recipe, Weight
 from plait.records import Record, ShortRepr
 from plait.tasks.schema import Task
@@ -160,7 +160,9 @@ class TrainingPlan(ShortRepr):
             if phase.name == name:
                 return phase
         names = [p.name for p in self.phases]
-        raise RecipeError(f"{self.source}: no phase is called {name!r}; there are {listed(names)}.{did_you_mean(name, names)}")
+        raise RecipeError(
+            f"{self.source}: no phase is called {name!r}; there are {join_words(names)}.{did_you_mean(name, names)}"
+        )
 
     def refuse(self, problems: Iterable[tuple[int, str, str]]) -> None:
         """Raise what is wrong with phases: (index, key, what); do nothing when there is nothing.
@@ -171,6 +173,6 @@ class TrainingPlan(ShortRepr):
         self.origins.refuse(Problem((PHASES, index, key), text) for index, key, text in problems)
 
 
-def init_seed(seed: int, name: str) -> int:
+def phase_seed(seed: int, name: str) -> int:
     """Return the seed of a phase's A: another for every name, whatever the order of the phases; in [0, 2³¹)."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4]) >> 1

@@ -19,9 +19,9 @@ from plait.parsing import read_text
 from plait.recipes.writing import to_yaml
 from plait.reports.losses import CURVES, LossCurve, LossCurves
 from plait.reports.pipeline import make_report
-from plait.results.checks import is_whole
+from plait.results.checks import is_complete
 from plait.results.progress import Progress
-from plait.results.writing import write_json_whole, write_whole
+from plait.results.writing import write_json_atomic, write_text_atomic
 from plait.training.job import TrainingRecord
 from plait.training.phases import TrainingPlan
 from plait.training.results import TrainResult
@@ -46,7 +46,7 @@ class EvalOptions:
     matrix: bool = False
 
 
-def finish(
+def merge_and_report(
     plan: TrainingPlan,
     result: TrainResult,
     records: Mapping[str, TrainingRecord],
@@ -75,7 +75,7 @@ def finish(
     _write_curves(plan.out, records)
     merged = plan.out / MERGED
     key = merge_key(take_inventory(plan.recipe))
-    if before is None or before.merge_key != key or not is_whole(merged):
+    if before is None or before.merge_key != key or not is_complete(merged):
         run_recipe(plan.recipe, out=merged, force=True, progress=progress)
     runs = [merged, plan.out / CURVES]
     result = result.model_copy(update={"recipe": RECIPE, "merged": MERGED, "merge_key": key})
@@ -93,13 +93,13 @@ def _write_curves(out: Path, records: Mapping[str, TrainingRecord]) -> None:
         LossCurve(name=name, steps=r.steps, tokens=r.tokens, seconds=r.seconds, points=r.losses, held_out=r.eval_losses)
         for name, r in records.items()
     )
-    write_json_whole(out / CURVES, LossCurves(curves=curves).model_dump(mode="json"))
+    write_json_atomic(out / CURVES, LossCurves(curves=curves).model_dump(mode="json"))
 
 
 def _write_recipe(plan: TrainingPlan) -> None:
     """Write the recipe with adapters' paths that start at its own folder."""
     here = [e.model_copy(update={"path": f"./{Path(e.path).relative_to(plan.out).as_posix()}"}) for e in plan.recipe.adapters]
-    write_whole(plan.out / RECIPE, to_yaml(plan.recipe.model_copy(update={"adapters": tuple(here)})))
+    write_text_atomic(plan.out / RECIPE, to_yaml(plan.recipe.model_copy(update={"adapters": tuple(here)})))
 
 
 def _evaluate(

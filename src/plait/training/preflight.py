@@ -110,13 +110,13 @@ def resolve_phase(
         problems.append(("folder", problem))
     if opened is None or settings is None:
         return None, problems
-    found = look(ResolvedPhase(phase, opened, settings, None, None))
+    found = with_folder_state(ResolvedPhase(phase, opened, settings, None, None))
     if found.record is None:
         step("arguments", lambda: named_checkpoint(settings.resume_from_checkpoint))
     return found, problems
 
 
-def set_aside(plan: TrainingPlan, phases: Sequence[ResolvedPhase]) -> list[str]:
+def move_outdated(plan: TrainingPlan, phases: Sequence[ResolvedPhase]) -> list[str]:
     """Move finished adapters of other settings out of the way, and back where these settings made them; return notes of it.
 
     They go to `earlier/NAME-DIGEST`: hours of training are not thrown away because a line of the file changed.
@@ -166,7 +166,7 @@ def _try_tokenizer(phase: ResolvedPhase) -> None:
             tokenizer_of(phase.opened)
 
 
-def look(phase: ResolvedPhase) -> ResolvedPhase:
+def with_folder_state(phase: ResolvedPhase) -> ResolvedPhase:
     """Return a phase with what is in its folder now."""
     folder, job = phase.phase.folder, phase.opened
     record = JobFolder(folder, job).finished()

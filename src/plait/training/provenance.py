@@ -23,7 +23,7 @@ _SETS = ("target_modules", "modules_to_save", "exclude_modules")
 _AUTO = {"causal": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}
 
 
-def seal(folder: Path, opened: ResolvedJob, record: TrainingRecord, *, home: Path) -> None:
+def write_provenance(folder: Path, opened: ResolvedJob, record: TrainingRecord, *, home: Path) -> None:
     """Write card and lock into a folder of saved weights, and give its files the modes of the umask.
 
     Args:

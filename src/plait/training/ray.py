@@ -15,13 +15,13 @@ from plait.errors import OutputError, PlaitError
 from plait.extras import optional
 from plait.training.job import TrainingJob
 from plait.training.phases import PlannedPhase
-from plait.training.runners import PhaseListener, PhaseProgress, PhaseStatus, SentProgress, attempt, replay
+from plait.training.runners import PhaseListener, PhaseProgress, PhaseStatus, SentProgress, replay, run_phase
 
 _POLL = 0.5  # seconds between looks at the cluster
 _LOST_NODES = 3  # how often a phase is begun again elsewhere; it continues from its last checkpoint
 
 
-def on_ray(
+def run_on_ray(
     phases: Sequence[PlannedPhase], listener: PhaseListener | None, *, address: str, workers: int | None
 ) -> Iterator[PhaseStatus]:
     """Train phases on a cluster, all at once as far as it has capacity; yield them as they end.
@@ -112,7 +112,7 @@ def _train(name: str, job: dict[str, Any], places: tuple[str, str, str], queue: 
     if not beacon.is_file():
         return {"unseen": True}
     send = SentProgress(lambda call: queue.put((name, call)))
-    return attempt(name, TrainingJob.model_validate(job), folder, log, send).to_json()
+    return run_phase(name, TrainingJob.model_validate(job), folder, log, send).to_json()
 
 
 def _status(ray: Any, reference: Any, phase: PlannedPhase) -> PhaseStatus:

@@ -14,9 +14,9 @@ from plait.hub.references import parse_reference
 from plait.methods import METHODS
 from plait.recipes.documents import YamlDocument, open_document
 from plait.recipes.overrides import parse_override, set_values
-from plait.recipes.paths import Plain, item
-from plait.recipes.problems import Origins, Problem, listed, show
-from plait.recipes.validation import check, validate
+from plait.recipes.paths import Plain, get_item
+from plait.recipes.problems import Origins, Problem, join_words, show_value
+from plait.recipes.validation import check_recipe, validate
 from plait.tasks.asking import Head
 from plait.tasks.loading import load_task
 from plait.tasks.schema import Task
@@ -24,7 +24,7 @@ from plait.training.classification import MAX_LENGTH
 from plait.training.data import TrainingData, is_local
 from plait.training.encoding import LongExamples
 from plait.training.job import ADAPTER, FILE_ARGUMENTS, TrainingJob, TrainingKind
-from plait.training.phases import PHASES, Phase, Phases, PlannedPhase, TrainingPlan, init_seed
+from plait.training.phases import PHASES, Phase, Phases, PlannedPhase, TrainingPlan, phase_seed
 
 #: Arguments of phases unless the file has others: a killed run loses a tenth at most; the curve has fifty points.
 _ARGUMENTS = {
@@ -117,7 +117,7 @@ def _name_phases(data: Mapping[str, Plain], folder: Path) -> tuple[dict[str, Pla
     problems: list[Problem] = []
     for i, given in enumerate(entries):
         entry = {"task": given} if isinstance(given, str) else given
-        text = item(entry, "task")
+        text = get_item(entry, "task")
         if isinstance(text, str) and text:
             file = (folder / Path(text).expanduser()).absolute()
             entry = {**entry, "task": str(file)}
@@ -138,7 +138,7 @@ def _merge_data(data: Mapping[str, Plain], out: Path) -> dict[str, Plain] | None
     merge = {"method": merge} if isinstance(merge, str) else merge
     if not isinstance(merge, Mapping) or not isinstance(entries, (list, tuple)) or not entries:
         return None
-    if not all(isinstance(item(entry, "name"), str) for entry in entries):
+    if not all(isinstance(get_item(entry, "name"), str) for entry in entries):
         return None
     adapters = [
         {"name": e["name"], "path": str(out / PHASES / e["name"] / ADAPTER), "weight": e.get("weight", 1.0)} for e in entries
@@ -154,7 +154,7 @@ def _merge_problems(data: Mapping[str, Plain], out: Path) -> Iterator[Problem]:
     found = _merge_data(data, out)
     if found is None:
         return
-    recipe, problems = check(found)
+    recipe, problems = check_recipe(found)
     for problem in problems:
         if problem.path[:1] != ("adapters",):  # names and weights are checked as those of phases
             yield Problem(("merge", *problem.path), problem.text)
@@ -183,8 +183,8 @@ def _lora_problems(phases: Phases) -> Iterator[Problem]:
             if key not in _PER_PHASE_KEYS and own != shared:
                 yield Problem(
                     (PHASES, i, "lora", key),
-                    f"{key} is {show(own)}; all phases share one LoRA configuration, where it is {show(shared)}. "
-                    f"A phase has only {listed(_PER_PHASE_KEYS)} of its own: set {key} under the file's own 'lora'.",
+                    f"{key} is {show_value(own)}; all phases share one LoRA configuration, where it is {show_value(shared)}. "
+                    f"A phase has only {join_words(_PER_PHASE_KEYS)} of its own: set {key} under the file's own 'lora'.",
                 )
 
 
@@ -206,7 +206,7 @@ def _task_problems(phases: Phases, tasks: Mapping[int, Task]) -> Iterator[Proble
 
 
 def _splits_problems(i: int, phase: Phase, task: Task, evaluated: str) -> Iterator[Problem]:
-    data, there = phase.data or TrainingData(), listed(task.split_names)
+    data, there = phase.data or TrainingData(), join_words(task.split_names)
     if data.place is not None and _kind(task) == "sequence_classification":
         yield Problem((PHASES, i, "data", "place"), "a classifier learns from its task's own splits; give 'split' here.")
     if data.place is None and data.split not in task.split_names:
@@ -267,7 +267,7 @@ def _plan(
     if found is None:
         raise AssertionError("phases that are valid make a recipe")
     files = [p.task for p in phases.phases if p.task is not None]
-    recipe, _ = check({**found, "base_model": base, "tasks": files, "eval": phases.eval.model_dump(mode="json")})
+    recipe, _ = check_recipe({**found, "base_model": base, "tasks": files, "eval": phases.eval.model_dump(mode="json")})
     if recipe is None:
         raise AssertionError("a recipe without problems was not built")
     return TrainingPlan(name, out, base, planned, recipe, tuple(_notes(planned)), origins)
@@ -276,7 +276,7 @@ def _plan(
 def _job(phases: Phases, phase: Phase, task: Task | None, base: str, folder: Path) -> TrainingJob:
     lora = phases.lora.model_copy(update={key: getattr(phase.lora, key) for key in phase.lora.model_fields_set})
     if lora.init_seed is None:
-        lora = lora.model_copy(update={"init_seed": init_seed(phases.seed, phase.name)})
+        lora = lora.model_copy(update={"init_seed": phase_seed(phases.seed, phase.name)})
     arguments = _ARGUMENTS | _located(phases.arguments | phase.arguments, folder)
     head = task.ask if task is not None and isinstance(task.ask, Head) else None
     if head is not None and head.max_tokens is not None:
@@ -346,7 +346,7 @@ def _notes(phases: Sequence[PlannedPhase]) -> Iterator[str]:
     for seed, names in by_seed.items():
         if len(names) > 1:
             yield (
-                f"{listed(names)} begin with one A (init_seed {seed}): such adapters span nearly the same space and merge "
+                f"{join_words(names)} begin with one A (init_seed {seed}): such adapters span nearly the same space and merge "
                 "worse. Leave init_seed out, and every phase has its own."
             )
     for phase in phases:

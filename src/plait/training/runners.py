@@ -107,7 +107,7 @@ def replay(call: Sequence[Any], progress: Progress) -> None:
     progress.start(*arguments) if name == "start" else progress.advance(*arguments)
 
 
-def attempt(name: str, job: TrainingJob, folder: Path, log: Path, progress: Progress) -> PhaseStatus:
+def run_phase(name: str, job: TrainingJob, folder: Path, log: Path, progress: Progress) -> PhaseStatus:
     """Train one phase, or continue it; a failure is a status, and its traceback goes into the phase's log."""
     try:
         # what another job left unfinished there is of no use; what it finished has been moved away before
@@ -122,10 +122,10 @@ def attempt(name: str, job: TrainingJob, folder: Path, log: Path, progress: Prog
         return PhaseStatus(name, error=f"{type(error).__name__}: {words[:300]} (all of it is in {log})")
 
 
-def in_turn(phases: Sequence[PlannedPhase], listener: PhaseListener | None) -> Iterator[PhaseStatus]:
+def run_sequentially(phases: Sequence[PlannedPhase], listener: PhaseListener | None) -> Iterator[PhaseStatus]:
     """Train phases one after another in this process."""
     for phase in phases:
         with silence():
-            status = attempt(phase.name, phase.job, phase.folder, phase.log, PhaseProgress(phase.name, listener))
+            status = run_phase(phase.name, phase.job, phase.folder, phase.log, PhaseProgress(phase.name, listener))
         yield status
         gc.collect()  # a trainer and its model hold each other

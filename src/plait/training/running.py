@@ -29,7 +29,7 @@ from plait.training.folder import (
     result_problem,
 )
 from plait.training.job import ADAPTER, FINAL_MODEL, PreparedTrainer, ResolvedJob, TrainingJob, TrainingRecord, resolve_job
-from plait.training.provenance import seal
+from plait.training.provenance import write_provenance
 from plait.version import __version__
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ def run_job(job: TrainingJob, out: Path, *, force: bool = False, progress: Progr
     Raises:
         PlaitError: anything wrong with what the user gave.
     """
-    return train(resolve_job(job), out, force=force, progress=progress)[0]
+    return train_in_folder(resolve_job(job), out, force=force, progress=progress)[0]
 
 
-def train(
+def train_in_folder(
     opened: ResolvedJob,
     out: Path,
     *,
@@ -165,7 +165,7 @@ def _save(trainer: Trainer, opened: ResolvedJob, folder: JobFolder, record: Trai
         (place / "training_args.bin").unlink(missing_ok=True)  # a pickle that names this machine's folders
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(str(place))
-        seal(place, opened, record, home=folder.path / record.folder)
+        write_provenance(place, opened, record, home=folder.path / record.folder)
         publish(place, folder.path / record.folder, force=True)
         folder.finish(record)
     trainer.accelerator.wait_for_everyone()

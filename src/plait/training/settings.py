@@ -9,7 +9,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from plait.errors import RecipeError, collect, did_you_mean
-from plait.recipes.problems import show
+from plait.recipes.problems import show_value
 from plait.training.job import TrainingJob
 
 _PRECISION = ("bf16", "fp16")
@@ -48,7 +48,7 @@ def trainer_settings(kind: type, job: TrainingJob, out: Path) -> Any:
     if "include_num_input_tokens_seen" in known:
         values.setdefault("include_num_input_tokens_seen", "non_padding")
     seed = job.seed if job.lora is None or job.lora.init_seed is None else job.lora.init_seed
-    return made(kind, {**values, "output_dir": str(out), "seed": seed})
+    return construct(kind, {**values, "output_dir": str(out), "seed": seed})
 
 
 def check_values(kind: type, values: Mapping[str, Any], where: str) -> None:
@@ -73,13 +73,13 @@ def check_values(kind: type, values: Mapping[str, Any], where: str) -> None:
         fits = wanted | ({int} if float in wanted else set())
         if wanted <= set(_PLAIN) and type(value) not in fits:
             kinds = " or ".join(text for plain, text in _PLAIN.items() if plain in wanted and plain is not NoneType)
-            problems.append(f"{where}: {name} is {show(value)}; it must be {kinds}.")
+            problems.append(f"{where}: {name} is {show_value(value)}; it must be {kinds}.")
         elif choices is not None and value is not None and value not in choices:
-            problems.append(f"{where}: {name} is {show(value)}; it must be one of {', '.join(map(str, choices))}.")
+            problems.append(f"{where}: {name} is {show_value(value)}; it must be one of {', '.join(map(str, choices))}.")
     collect(RecipeError, problems, where)
 
 
-def made(kind: type, values: Mapping[str, Any]) -> Any:
+def construct(kind: type, values: Mapping[str, Any]) -> Any:
     """Make a configuration object, telling what it refuses as an error of the user's.
 
     Raises:

@@ -18,27 +18,27 @@ from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import OutputError, PlaitError, RecipeError, collect
 from plait.recipes.request import read_request
 from plait.records import ShortRepr
-from plait.results.checks import is_whole
+from plait.results.checks import is_complete
 from plait.results.digests import sha256
 from plait.results.lock import read_lock
 from plait.results.progress import Progress
 from plait.results.staging import output_problem, staged
 from plait.training import causal
 from plait.training.arguments import Flags, job_of
-from plait.training.checks import contradictions, push_problem, token
+from plait.training.checks import flag_problems, hub_push_problem, hub_token
 from plait.training.encoding import EncodedData
 from plait.training.estimate import Estimate, estimate
 from plait.training.folder import (
     MERGED_MODEL,
     folder_problem,
-    leads,
+    is_main_process,
     result_problem,
 )
 from plait.training.formats import PlainText
 from plait.training.job import ADAPTER, FINAL_MODEL, TrainingJob, TrainingRecord
 from plait.training.phases import PlannedPhase
 from plait.training.preflight import ResolvedPhase, resolve_phase
-from plait.training.running import train
+from plait.training.running import train_in_folder
 from plait.verification.publish import push_result
 
 
@@ -122,7 +122,7 @@ def plan_sft(flags: Flags) -> SftPlan:
     Raises:
         RecipeError: flags, data, disk, folder or Hub do not allow it; everything that is wrong at once.
     """
-    problems = contradictions(flags)
+    problems = flag_problems(flags)
     phase = None
     force = bool(flags.get("force"))
     job = _job(flags, problems)
@@ -133,7 +133,7 @@ def plan_sft(flags: Flags) -> SftPlan:
         problems += [text for _, text in found]
     elif problem := folder_problem(flags.out, None, force=force):
         problems.append(problem)
-    if flags.get("push_to_hub") and not any("--hub_repo_id" in p for p in problems) and (problem := push_problem(flags)):
+    if flags.get("push_to_hub") and not any("--hub_repo_id" in p for p in problems) and (problem := hub_push_problem(flags)):
         problems.append(problem)
     plan = None if phase is None else _planned(flags, phase, problems)
     collect(RecipeError, list(dict.fromkeys(problems)), "plait sft cannot begin")
@@ -153,9 +153,9 @@ def run_sft(plan: SftPlan, *, progress: Progress | None = None) -> SftResult:
     """
     out = plan.flags.out
     force = bool(plan.flags.get("force"))
-    record, found = train(plan.phase.opened, out, force=force, progress=progress, encoded=plan.encoded)
+    record, found = train_in_folder(plan.phase.opened, out, force=force, progress=progress, encoded=plan.encoded)
     result = SftResult(record, None if record.job.lora is None else out / ADAPTER, out / FINAL_MODEL, found=found)
-    if not leads():
+    if not is_main_process():
         return result
     if result.adapter is not None:
         result = _copied(result, result.adapter)
@@ -201,7 +201,7 @@ def _copied(result: SftResult, adapter: Path) -> SftResult:
     final = result.final_model
 
     def copy() -> None:
-        if not is_whole(final) or read_lock(final).outputs != read_lock(adapter).outputs:
+        if not is_complete(final) or read_lock(final).outputs != read_lock(adapter).outputs:
             with staged(final, force=True) as place:
                 shutil.copytree(adapter, place, dirs_exist_ok=True)
 
@@ -239,7 +239,7 @@ def _pushed(plan: SftPlan, result: SftResult) -> SftResult:
     def push() -> str:
         if folder.name == MERGED_MODEL and result.merged_model is None:
             raise OutputError("there is no merged model of this run, and nothing else is uploaded in its place.")
-        with token(flags):
+        with hub_token(flags):
             return push_result(folder, repo, private=private, revision=revision).url
 
     failure, url = _tried("push", again, push)
@@ -258,7 +258,7 @@ def _tried(step: str, command: str, action: Callable[[], Any]) -> tuple[tuple[Fa
 
 def _is_of(merged: Path, adapter: Path) -> bool:
     """Return whether a merged model is complete and made of exactly this adapter."""
-    if not is_whole(merged):
+    if not is_complete(merged):
         return False
     made_of = read_lock(merged).inputs.get(ADAPTER)
     return made_of is not None and all(
@@ -270,7 +270,7 @@ def _command(*words: str) -> str:
     return shlex.join(["plait", *words])
 
 
-def describe(plan: SftPlan) -> Iterator[str]:
+def describe_plan(plan: SftPlan) -> Iterator[str]:
     """Yield a plan line by line, for people."""
     job, found = plan.phase.opened.job, plan.estimate
     lora = job.lora

@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 from plait.training.job import TrainingJob
-from plait.training.runners import SentProgress, attempt
+from plait.training.runners import SentProgress, run_phase
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         events.flush()
 
     job, folder, log = TrainingJob.model_validate(request["job"]), Path(request["folder"]), Path(request["log"])
-    write(attempt(request["name"], job, folder, log, SentProgress(write)).to_json())
+    write(run_phase(request["name"], job, folder, log, SentProgress(write)).to_json())
 
 
 def _line() -> bytes:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from plait.errors import PlanError, collect
 from plait.merging.combine import pipeline_of
-from plait.merging.emit import OutputFactors
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
 from plait.merging.prepared import PreparedAdapters
+from plait.merging.truncation import OutputFactors
 from plait.merging.weighting import module_weights, towers_of
 from plait.mixture import Mixture
 from plait.mixture.columns import Columns
@@ -25,7 +25,7 @@ from plait.results.progress import SilentProgress
 from plait.stages.base import LinearCombine
 from plait.tuning.hierarchy import levels, similarity
 from plait.tuning.learners import CoefficientLearner
-from plait.tuning.learning import HeldOutScore, LearningRun, SplitLessons, learn, look
+from plait.tuning.learning import HeldOutScore, LearningRun, SplitLessons, evaluate_held_out, run_loop
 from plait.tuning.working import WorkingState
 
 _ABOVE = 0.9  # where the nodes above the first level of a tree start: near 1, where tanh still has a gradient
@@ -75,7 +75,7 @@ def is_linear(recipe: Recipe) -> bool:
     return isinstance(pipeline.combine, LinearCombine) and pipeline.is_linear and recipe.space_name != "factors"
 
 
-def check(inventory: Inventory) -> None:
+def check_coefficients(inventory: Inventory) -> None:
     """Refuse what coefficients cannot be learned of, before any work is done.
 
     Raises:
@@ -109,7 +109,7 @@ def check(inventory: Inventory) -> None:
     collect(PlanError, problems, "these coefficients cannot be learned")
 
 
-def sources_of(
+def coefficient_columns(
     inventory: Inventory, mixture: Mixture, closed: Sequence[MergedModule], scale: float, *, random: int | None = None
 ) -> CoefficientColumns:
     """Put the adapters, as the recipe prepares them, and the closed form side by side on the base.
@@ -141,7 +141,7 @@ def sources_of(
     return CoefficientColumns(columns, tuple(found), start, values.float(), tuple(notes))
 
 
-def learner_of(mixture: Mixture, sources: CoefficientColumns, spec: TuneSpec) -> CoefficientLearner:
+def make_learner(mixture: Mixture, sources: CoefficientColumns, spec: TuneSpec) -> CoefficientLearner:
     """Return what learns: Λ over the columns, with the start's own coefficient free of the link."""
     free = 1 if sources.start is not None and spec.used_granularity != "direction" else 0
     return CoefficientLearner(mixture, sources.columns, spec.used_granularity, sources.values, spec, free=free)
@@ -181,15 +181,17 @@ def learn_in_tree(
             )
             part = taught.only([x.task for x in taught.lessons if sources.names.index(x.adapter) in below])
             name = f"node-{height}-{number}"
-            run = learn(mixture, node, part, spec, look(mixture, node, part, 0, spec), report, working=working, name=name)
+            run = run_loop(
+                mixture, node, part, spec, evaluate_held_out(mixture, node, part, 0, spec), report, working=working, name=name
+            )
             losses += run.losses
             result = torch.where(inside > 0, node.values().detach(), result)
             tree.append(tuple(tuple(sources.names[leaf] for leaf in child) for child in children))
         product = result
     learner = CoefficientLearner(mixture, sources.columns, spec.used_granularity, product, spec)
     done = len(losses)
-    first_look = look(mixture, learner, taught, 0, spec)
-    run = learn(mixture, learner, taught, spec, first_look, report, steps=spec.polish_steps, working=working, name="polish")
+    first_look = evaluate_held_out(mixture, learner, taught, 0, spec)
+    run = run_loop(mixture, learner, taught, spec, first_look, report, steps=spec.polish_steps, working=working, name="polish")
     polished = [h.model_copy(update={"step": h.step + done}) for h in run.looks]
     best = next(h for h in polished if h.step == run.best.step + done)
     if start.score >= best.score and spec.restore_best:  # nothing was won
@@ -228,7 +230,9 @@ def learned_recipe(
     return Recipe.model_validate({**data, "adapters": entries, "method": "linear", "weights": weights})
 
 
-def described(sources: CoefficientColumns, granularity: Granularity, values: Tensor, start: Tensor) -> LearnedCoefficients:
+def describe_coefficients(
+    sources: CoefficientColumns, granularity: Granularity, values: Tensor, start: Tensor
+) -> LearnedCoefficients:
     """Return Λ for the record."""
     if granularity == "direction":
         return LearnedCoefficients(granularity=granularity, columns=sources.names, rows=(), values=(), start=())

@@ -20,15 +20,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from plait.calibration.scale import lowest
+from plait.calibration.scale import search_scale
 from plait.errors import PlanError
 from plait.mixture import Mixture
 from plait.recipes.tuning import TuneSpec
 from plait.records import Record
 from plait.tuning.learners import FactorLearner, Learner
 from plait.tuning.objectives import OBJECTIVES, Objective, ReferenceLosses, regret_weights, regrets, smooth_maximum
-from plait.tuning.sampling import draw
-from plait.tuning.selection import score
+from plait.tuning.sampling import draw_texts
+from plait.tuning.selection import selection_score
 from plait.tuning.teaching import Lesson, divergence_over
 from plait.tuning.working import WorkingState
 
@@ -139,18 +139,20 @@ def text_losses(
         for at in range(0, len(order), _BATCH):
             batch = order[at : at + _BATCH]
             values = objective.loss(lesson.said(model, batch), spec).double().cpu()
-            sizes = [counted(lesson, objective, i) for i in batch]
+            sizes = [loss_count(lesson, objective, i) for i in batch]
             for i, part in zip(batch, torch.split(values, sizes), strict=True):
                 found[i] = (float(part.sum()), len(part))
     return found
 
 
-def counted(lesson: Lesson, objective: Objective, text: int) -> int:
+def loss_count(lesson: Lesson, objective: Objective, text: int) -> int:
     """Return over how many losses of a text a mean is taken."""
     return 1 if objective.per == "text" or lesson.head else lesson.passages[text].positions
 
 
-def look(mixture: Mixture, learner: Learner, taught: SplitLessons, step: int, spec: TuneSpec | None = None) -> HeldOutScore:
+def evaluate_held_out(
+    mixture: Mixture, learner: Learner, taught: SplitLessons, step: int, spec: TuneSpec | None = None
+) -> HeldOutScore:
     """Measure the divergence on the held-out texts, and what is kept."""
     spec = spec or TuneSpec()
     found, kept = {}, {}
@@ -166,7 +168,7 @@ def look(mixture: Mixture, learner: Learner, taught: SplitLessons, step: int, sp
             kept[lesson.task] = (base - loss) / max(base - own, spec.regret_eps)
     shares = [found[x.task] / max(x.base, 1e-6) for x in taught.lessons]
     share = sum(shares) / len(shares)
-    return HeldOutScore(step=step, divergence=found, share=share, kept=kept, score=score(kept, spec.criterion))
+    return HeldOutScore(step=step, divergence=found, share=share, kept=kept, score=selection_score(kept, spec.criterion))
 
 
 def best_scale(
@@ -186,11 +188,11 @@ def best_scale(
         if scale not in known:
             learner.load(start)
             learner.factors.scale(scale)
-            known[scale] = look(mixture, learner, taught, 0)
+            known[scale] = evaluate_held_out(mixture, learner, taught, 0)
             report(scale, known[scale])
         return known[scale].share
 
-    best = lowest(at)
+    best = search_scale(at)
     learner.load(start)
     learner.factors.scale(best)
     return best, known[best]
@@ -217,7 +219,7 @@ class LearningRun:
     ended: bool = False
 
 
-def learn(
+def run_loop(
     mixture: Mixture,
     learner: Learner,
     taught: SplitLessons,
@@ -257,11 +259,11 @@ def learn(
     while run.step < steps and not run.ended:
         step = run.step = run.step + 1
         for group in optimizer.param_groups:
-            group["lr"] = rate(spec, step, steps)
+            group["lr"] = learning_rate(spec, step, steps)
         run.losses.append(_step(mixture, learner, taught, spec, step, optimizer))
         held = None
         if step % spec.look_every == 0 or step == steps:
-            held = look(mixture, learner, taught, step, spec)
+            held = evaluate_held_out(mixture, learner, taught, step, spec)
             run.looks.append(held)
             if held.score > run.best.score + spec.threshold:
                 run.best, run.waited, best_state = held, 0, learner.state()
@@ -278,7 +280,7 @@ def learn(
     return run
 
 
-def rate(spec: TuneSpec, step: int, steps: int) -> float:
+def learning_rate(spec: TuneSpec, step: int, steps: int) -> float:
     """Return the learning rate of a step: linear up over the warm-up, then as the schedule has it."""
     warm = max(1, min(5, steps // 5)) if spec.warmup is None else spec.warmup
     rise = min(1.0, step / warm) if warm else 1.0
@@ -309,7 +311,7 @@ def _step(
     for lesson in taught.lessons:
         weight = weights[lesson.task]
         texts = drawn[lesson.task]
-        count = sum(counted(lesson, objective, i) for i in texts)
+        count = sum(loss_count(lesson, objective, i) for i in texts)
         for at in range(0, len(texts), spec.prompts):
             wanted = texts[at : at + spec.prompts]
             if weight:
@@ -366,7 +368,7 @@ def _regretted(
 def _drawn(lesson: Lesson, taught: SplitLessons, spec: TuneSpec, step: int) -> list[int]:
     items = taught.learn[lesson.task]
     classes = lesson.classes()
-    return draw(
+    return draw_texts(
         items,
         [classes[i] for i in items],
         spec.samplers.get(lesson.task, spec.sampler),

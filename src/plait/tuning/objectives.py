@@ -58,14 +58,14 @@ class ReferenceLosses:
     own: Mapping[str, float]
 
 
-def distill(said: BatchOutputs, spec: TuneSpec) -> Tensor:
+def distill_loss(said: BatchOutputs, spec: TuneSpec) -> Tensor:
     """KL(own adapter ‖ merge) per position, (N,) nats (Hinton et al. 2015, arXiv:1503.02531)."""
     if said.teacher is None:
         raise AssertionError("no teacher")
     return said.teacher.divergence(said.logits)
 
 
-def hidden(said: BatchOutputs, spec: TuneSpec) -> Tensor:
+def hidden_loss(said: BatchOutputs, spec: TuneSpec) -> Tensor:
     """‖h − h*‖² / ‖h*‖² per position, mean over the layers, (N,): the distance from the own adapter's hidden states h*."""
     parts = [
         (h.float() - w.float()).square().sum(-1) / w.float().square().sum(-1).clamp(min=1e-12)
@@ -74,7 +74,7 @@ def hidden(said: BatchOutputs, spec: TuneSpec) -> Tensor:
     return torch.stack(parts).mean(0)
 
 
-def entropy(said: BatchOutputs, spec: TuneSpec) -> Tensor:
+def entropy_loss(said: BatchOutputs, spec: TuneSpec) -> Tensor:
     """H(softmax(z / τ)) per text, (B,) nats, at its first position (AdaMerging, Yang et al. 2024, arXiv:2310.02575).
 
     Over the first tokens of the task's labels, or over the vocabulary. No label is read.
@@ -86,7 +86,7 @@ def entropy(said: BatchOutputs, spec: TuneSpec) -> Tensor:
     return -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)
 
 
-def cross_entropy(said: BatchOutputs, spec: TuneSpec) -> Tensor:
+def cross_entropy_loss(said: BatchOutputs, spec: TuneSpec) -> Tensor:
     """−log p(y) per token of the answer, (N,) nats: (1 − ε) of the label and ε of the mean over the vocabulary."""
     if said.targets is None:
         raise AssertionError("no labels")
@@ -96,7 +96,7 @@ def cross_entropy(said: BatchOutputs, spec: TuneSpec) -> Tensor:
 Losses = Mapping[str, float]
 
 
-def equal(losses: Losses, references: ReferenceLosses, spec: TuneSpec) -> dict[str, float]:
+def equal_weights(losses: Losses, references: ReferenceLosses, spec: TuneSpec) -> dict[str, float]:
     """1 / T."""
     return {task: 1 / len(losses) for task in losses}
 
@@ -113,7 +113,7 @@ def task_weights(losses: Losses, references: ReferenceLosses, spec: TuneSpec) ->
             raise RecipeError(f"tune.task_weights must give every task a number, one above 0: {', '.join(losses)}.")
         return {task: given[task] / sum(given.values()) for task in losses}
     if given != "baseline_normalized":
-        return equal(losses, references, spec)
+        return equal_weights(losses, references, spec)
     cap = spec.weight_cap or math.inf
     return {t: min(cap, 1 / (len(losses) * max(spec.baseline_floor, references.own[t]))) for t in losses}
 
@@ -168,20 +168,26 @@ class Objective:
     per: Literal["position", "text"]
     needs: Literal["teacher", "hidden", "labels", "nothing"]
     summary: str
-    weights: Callable[[Losses, ReferenceLosses, TuneSpec], dict[str, float]] = equal
+    weights: Callable[[Losses, ReferenceLosses, TuneSpec], dict[str, float]] = equal_weights
     coupled: bool = False
 
 
 OBJECTIVES: dict[str, Objective] = {
     o.name: o
     for o in (
-        Objective("distill", distill, "position", "teacher", "KL from each task's own adapter"),
-        Objective("hidden", hidden, "position", "hidden", "relative distance of hidden states from the own adapter's"),
-        Objective("adamerging", entropy, "text", "nothing", "entropy of the first token of an answer"),
-        Objective("gradient", cross_entropy, "position", "labels", "cross-entropy of labels", task_weights),
-        Objective("supermerge", cross_entropy, "position", "labels", "cross-entropy of labels, link tanh", task_weights),
+        Objective("distill", distill_loss, "position", "teacher", "KL from each task's own adapter"),
+        Objective("hidden", hidden_loss, "position", "hidden", "relative distance of hidden states from the own adapter's"),
+        Objective("adamerging", entropy_loss, "text", "nothing", "entropy of the first token of an answer"),
+        Objective("gradient", cross_entropy_loss, "position", "labels", "cross-entropy of labels", task_weights),
+        Objective("supermerge", cross_entropy_loss, "position", "labels", "cross-entropy of labels, link tanh", task_weights),
         Objective(
-            "regret_smoothmax", cross_entropy, "position", "labels", "smooth maximum of the tasks' regrets", equal, coupled=True
+            "regret_smoothmax",
+            cross_entropy_loss,
+            "position",
+            "labels",
+            "smooth maximum of the tasks' regrets",
+            equal_weights,
+            coupled=True,
         ),
     )
 }

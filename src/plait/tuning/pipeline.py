@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
-from plait.calibration.request import MISMATCH, base_of, not_tasks, paired_tasks, texts_of
-from plait.calibration.texts import Texts, asked_in, shown
+from plait.calibration.request import MISMATCH, base_of, paired_tasks, tasks_key_problem, texts_of
+from plait.calibration.texts import Texts, prompt_text, texts_in_split
 from plait.checkpoints.digests import weight_files
 from plait.errors import OutputError, PlanError, TaskError, collect
 from plait.evaluation.loaded_base import LoadedBase
 from plait.extras import require
 from plait.hub.download import Located
 from plait.merging.adapter_output import MergedAdapter
-from plait.merging.emit import OutputFactors
 from plait.merging.engine import MergedModule
 from plait.merging.heads import write_heads
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.pipeline import default_workers, input_folders
 from plait.merging.plan import make_plan
 from plait.merging.record import input_digests, make_lock, sources
+from plait.merging.truncation import OutputFactors
 from plait.mixture import Mixture
 from plait.recipes.schema import Dtype, Heads, Recipe
 from plait.recipes.tuning import LABELED, TuneSpec
@@ -47,21 +47,30 @@ from plait.tuning.card import tune_card
 from plait.tuning.coefficients import (
     CoefficientColumns,
     LearnedCoefficients,
-    described,
+    coefficient_columns,
+    describe_coefficients,
     learn_in_tree,
     learned_recipe,
-    learner_of,
+    make_learner,
     needed_rank,
     random_like,
-    sources_of,
 )
 from plait.tuning.labels import read_labeled
 from plait.tuning.learners import FactorLearner, Learner
-from plait.tuning.learning import HeldOutScore, LearningRun, SplitLessons, best_scale, learn, look, split_off, with_references
+from plait.tuning.learning import (
+    HeldOutScore,
+    LearningRun,
+    SplitLessons,
+    best_scale,
+    evaluate_held_out,
+    run_loop,
+    split_off,
+    with_references,
+)
 from plait.tuning.record import TUNING, Control, SeenTexts, TuneRecord
-from plait.tuning.span import distance, outside
-from plait.tuning.start import closed_form, planned, run_plan
-from plait.tuning.teaching import Lesson, lesson_of
+from plait.tuning.span import energy_outside_span, relative_distance
+from plait.tuning.start import closed_form, merged_modules_of, plan_start
+from plait.tuning.teaching import Lesson, make_lesson
 from plait.tuning.working import WorkingState
 from plait.version import __version__
 
@@ -149,10 +158,10 @@ def run_tune(
         raise OutputError(problem)
     inventory = take_inventory(recipe, folder)
     check_not_an_input(out, input_folders(inventory), command="tuning")
-    planned(inventory)
+    plan_start(inventory)
     rank = _rank(inventory)
     if not spec.learns_factors:
-        coefficients.check(inventory)
+        coefficients.check_coefficients(inventory)
     texts, right, owners = _texts(recipe, folder, inventory)
     texts, right, excluded = (texts, right, []) if spec.allow_test else _without_tested(texts, right)
     base = base_of(inventory, folder, options.base)
@@ -201,8 +210,8 @@ def run_tune(
             losses=tuple(learned.run.losses),
             kept_step=learned.run.best.step,
             rank=made.rank,
-            distance=distance(made.deltas, before),
-            outside=outside(made.deltas, inventory),
+            distance=relative_distance(made.deltas, before),
+            outside=energy_outside_span(made.deltas, inventory),
             coefficients=learned.coefficients,
             tree=learned.tree,
             notes=(*excluded, *_notes(texts, right, taught, learned.run.looks), *learned.notes),
@@ -261,17 +270,17 @@ class _Tuning:
     def factors(self, learner: FactorLearner, start: HeldOutScore) -> _Learned:
         """Let the merge's factors learn."""
         if self.spec.judge == "loss" or self.spec.criterion != "mean":
-            start = look(self.mixture, learner, self.taught, 0, self.spec)
+            start = evaluate_held_out(self.mixture, learner, self.taught, 0, self.spec)
         run = self._run(learner, start, "factors")
         return _Learned(run, learner.factors.deltas())
 
     def coefficients(self, closed: FactorLearner) -> _Learned:
         """Let coefficients of the closed form, at its scale, and of the adapters learn."""
         spec = self.spec
-        found = sources_of(self.inventory, self.mixture, _merged(self.closed, closed.factors.deltas()), self.scale)
-        learner = learner_of(self.mixture, found, spec)
+        found = coefficient_columns(self.inventory, self.mixture, _merged(self.closed, closed.factors.deltas()), self.scale)
+        learner = make_learner(self.mixture, found, spec)
         first = learner.values().detach().clone()
-        start = look(self.mixture, learner, self.taught, 0, spec)
+        start = evaluate_held_out(self.mixture, learner, self.taught, 0, spec)
         tree: tuple[tuple[tuple[str, ...], ...], ...] = ()
         if spec.group_size and len(found.names) > spec.group_size:
             self.progress.start("learning", spec.steps + spec.polish_steps, "steps")
@@ -285,7 +294,7 @@ class _Tuning:
             run = self._run(learner, start, "coefficients")
         values = learner.values().detach()
         merged = found.columns.merged(values, spec.used_granularity)
-        about = described(found, spec.used_granularity, values, first)
+        about = describe_coefficients(found, spec.used_granularity, values, first)
         return _Learned(run, merged, found, values, about, tree, found.notes)
 
     def fresh_lora(self, rank: int) -> Control:
@@ -302,8 +311,8 @@ class _Tuning:
             rank = _rank(self.inventory)
             learner: Learner = FactorLearner(self.mixture, self.mixture.learned(closed, rank=rank))
             return self._control(learner, "random")
-        found = sources_of(self.inventory, self.mixture, self.closed, self.scale, random=self.spec.seed)
-        return self._control(learner_of(self.mixture, found, self.spec), "random")
+        found = coefficient_columns(self.inventory, self.mixture, self.closed, self.scale, random=self.spec.seed)
+        return self._control(make_learner(self.mixture, found, self.spec), "random")
 
     def _control(self, learner: Learner, name: str) -> Control:
         spec = self.spec
@@ -313,7 +322,7 @@ class _Tuning:
             )
             objective = "distill" if spec.objective == "adamerging" else spec.objective
             spec = TuneSpec.model_validate({**kept, "objective": objective, "learning_rate": _FRESH_RATE})
-        start = look(self.mixture, learner, self.taught, 0, spec)
+        start = evaluate_held_out(self.mixture, learner, self.taught, 0, spec)
         run = self._run(learner, start, name, spec)
         return Control(held=run.best, losses=tuple(run.losses))
 
@@ -331,7 +340,7 @@ class _Tuning:
                 sys.stderr.write(f"{name} {step}/{spec.steps}: objective {loss:.6g}{about}\n")
 
         try:
-            return learn(self.mixture, learner, self.taught, spec, start, report, working=self.working, name=name)
+            return run_loop(self.mixture, learner, self.taught, spec, start, report, working=self.working, name=name)
         finally:
             self.progress.finish()
 
@@ -391,7 +400,7 @@ def _write_learned(
     made = take_inventory(learned_recipe(inventory.recipe, found, learned.values, rank, paths))
     digests = input_digests(made)
     plan = make_plan(made, workers=1)
-    merged = list(run_plan(made, plan, default_workers(), SilentProgress()))
+    merged = list(merged_modules_of(made, plan, default_workers(), SilentProgress()))
     written, known = _write(made, merged, place)
     recipe = learned_recipe(inventory.recipe, found, learned.values, rank, public)
     (place / LEARNED_RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
@@ -478,7 +487,7 @@ def _texts(
     weights = spec.task_weights if isinstance(spec.task_weights, dict) else {}
     named: dict[str, Mapping[str, object]] = {"files": spec.files, "samplers": spec.samplers, "task_weights": weights}
     for key, given in named.items():
-        problems += not_tasks(f"tune.{key}", given, tasks)
+        problems += tasks_key_problem(f"tune.{key}", given, tasks)
     found: dict[str, Texts] = {}
     right: dict[str, tuple[str, ...]] = {}
     for task in tasks:
@@ -505,7 +514,7 @@ def _without_tested(
     notes: list[str] = []
     problems: list[str] = []
     for name, t in texts.items():
-        asked = set(asked_in(t, "test"))
+        asked = set(texts_in_split(t, "test"))
         kept = [i for i in range(len(t.prompts)) if i not in asked]
         if not kept:
             problems.append(f"task {name!r}: its split 'test' asks every one of these texts ({t.source}) too; give others.")
@@ -540,7 +549,7 @@ def _lessons(
     progress.start("answers of the adapters", sum(len(t.prompts) for t in texts.values()), "texts")
     try:
         return tuple(
-            lesson_of(mixture, t, owners[name], right=right.get(name), report=progress.advance) for name, t in texts.items()
+            make_lesson(mixture, t, owners[name], right=right.get(name), report=progress.advance) for name, t in texts.items()
         )
     finally:
         progress.finish()
@@ -551,7 +560,7 @@ def _scaled(
 ) -> tuple[float, list[tuple[float, float]], HeldOutScore]:
     """Give the start its scale: the recipe's where it has one, else the one that is nearest to the adapters."""
     if "scale" in recipe.model_fields_set and recipe.scale != "auto":
-        return recipe.factor, [], look(mixture, learner, taught, 0)
+        return recipe.factor, [], evaluate_held_out(mixture, learner, taught, 0)
     if (found := working.load("scale")) is not None:
         learner.factors.scale(found[1]["scale"])
         return found[1]["scale"], [tuple(pair) for pair in found[1]["tried"]], HeldOutScore.model_validate(found[1]["held"])
@@ -604,7 +613,7 @@ def _seen(texts: Mapping[str, Texts], owners: Mapping[str, str], taught: SplitLe
             count=len(t.prompts),
             learned=len(taught.learn[name]),
             digest=t.digest,
-            shown=tuple(shown(p) for p in t.prompts[:_SHOWN]),
+            shown=tuple(prompt_text(p) for p in t.prompts[:_SHOWN]),
         )
         for name, t in texts.items()
     )

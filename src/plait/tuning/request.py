@@ -9,7 +9,7 @@ from typing import Any
 from plait.errors import RecipeError
 from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
-from plait.tasks.loading import placed
+from plait.tasks.loading import absolute_reference
 
 START = "regmean"  # the method where none is named
 
@@ -44,5 +44,5 @@ def tune_request(
         given = recipe.model_dump(by_alias=True, exclude_unset=True)
         recipe = Recipe.model_validate({**given, "method": {"name": START}})
     if tasks is not None:
-        recipe = recipe.model_copy(update={"tasks": tuple(placed(t) for t in tasks)})
+        recipe = recipe.model_copy(update={"tasks": tuple(absolute_reference(t) for t in tasks)})
     return recipe, folder

@@ -10,7 +10,9 @@ from collections.abc import Hashable, Sequence
 from plait.recipes.tuning import Sampler
 
 
-def draw(items: Sequence[int], classes: Sequence[Hashable], sampler: Sampler, count: int, step: int, key: str) -> list[int]:
+def draw_texts(
+    items: Sequence[int], classes: Sequence[Hashable], sampler: Sampler, count: int, step: int, key: str
+) -> list[int]:
     """Return the texts of a step.
 
     Args:
@@ -24,7 +26,7 @@ def draw(items: Sequence[int], classes: Sequence[Hashable], sampler: Sampler, co
         key: of the task.
     """
     if sampler in ("uniform", "none"):
-        return in_turn(items, count, step, key)
+        return epoch_order(items, count, step, key)
     sizes = Counter(classes)
     weights = [class_weight(sampler, sizes[c], len(items), len(sizes)) for c in classes]
     return random.Random(f"{key} draw {step}").choices(list(items), weights, k=count)
@@ -42,7 +44,7 @@ def class_weight(sampler: Sampler, size: int, total: int, classes: int) -> float
     return 1.0
 
 
-def in_turn(items: Sequence[int], count: int, step: int, key: str) -> list[int]:
+def epoch_order(items: Sequence[int], count: int, step: int, key: str) -> list[int]:
     """Return the texts of a step: a new order for every time that all have been read."""
     count = min(count, len(items))
     first, drawn = (step - 1) * count, []

@@ -44,6 +44,6 @@ CRITERIA: dict[Criterion, Callable[[Kept], float]] = {
 }
 
 
-def score(kept: Mapping[str, float], criterion: Criterion) -> float:
+def selection_score(kept: Mapping[str, float], criterion: Criterion) -> float:
     """Return what a step is worth; larger is better."""
     return CRITERIA[criterion](list(kept.values()))

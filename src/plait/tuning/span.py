@@ -14,7 +14,7 @@ from plait.merging.inventory import Inventory
 _ROUND_OFF = 1e-6  # directions below this share of the largest are not counted to a span
 
 
-def distance(result: Mapping[str, Sequence[LowRank]], start: Mapping[str, Sequence[LowRank]]) -> float:
+def relative_distance(result: Mapping[str, Sequence[LowRank]], start: Mapping[str, Sequence[LowRank]]) -> float:
     """Return ‖M − M₀‖_F / ‖M₀‖_F over all target modules; infinite where the start is zero and the result is not."""
     moved = size = 0.0
     for target, slices in result.items():
@@ -24,7 +24,7 @@ def distance(result: Mapping[str, Sequence[LowRank]], start: Mapping[str, Sequen
     return (moved / size) ** 0.5 if size else (0.0 if moved == 0 else float("inf"))
 
 
-def outside(result: Mapping[str, Sequence[LowRank]], inventory: Inventory) -> float:
+def energy_outside_span(result: Mapping[str, Sequence[LowRank]], inventory: Inventory) -> float:
     """Return the share of ‖M‖²_F that is not in the sources' joint column and row spaces, in [0, 1].
 
     Per matrix it is ‖M − P M Q‖²_F, where P projects on the columns of all adapters' B and Q on the rows of all their A.

@@ -28,7 +28,7 @@ def needs_moments(inventory: Inventory) -> bool:
     return inventory.moments is None and METHODS[recipe.method_name].pipeline(recipe.method).needs_moments
 
 
-def planned(inventory: Inventory) -> MergePlan:
+def plan_start(inventory: Inventory) -> MergePlan:
     """Return what the start will be; moments that are still to be taken count as given.
 
     Raises:
@@ -50,17 +50,17 @@ def closed_form(
         progress: receives stages and steps.
     """
     if not needs_moments(inventory):
-        return tuple(run_plan(inventory, make_plan(inventory, workers=workers), workers, progress))
-    plan = planned(inventory)
+        return tuple(merged_modules_of(inventory, make_plan(inventory, workers=workers), workers, progress))
+    plan = plan_start(inventory)
     merged: list[MergedModule] = []
     for targets in _groups(inventory, [m.target for m in plan.modules]):
         found = _moments(mixture, lessons, targets, progress)
         part = plan.model_copy(update={"modules": tuple(m for m in plan.modules if m.target in set(targets))})
-        merged += run_plan(_with(inventory, found), part, workers, progress)
+        merged += merged_modules_of(_with(inventory, found), part, workers, progress)
     return tuple(merged)
 
 
-def run_plan(inventory: Inventory, plan: MergePlan, workers: int, progress: Progress) -> Iterator[MergedModule]:
+def merged_modules_of(inventory: Inventory, plan: MergePlan, workers: int, progress: Progress) -> Iterator[MergedModule]:
     """Yield what a plan makes."""
     engine = Engine(inventory, plan, workers=workers, progress=progress)
     combiner = engine.prepare()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from plait.calibration.passages import Passage, Reader
-from plait.calibration.teachers import OutputDistributions, ask
+from plait.calibration.teachers import OutputDistributions, teacher_distributions
 from plait.calibration.texts import Texts
 from plait.errors import TaskError
 from plait.evaluation.generation import generate_tokens
@@ -154,7 +154,7 @@ def _passages(
     return tuple(_passage(q, answer) for q, answer in zip(questions, answers, strict=True)), labels
 
 
-def lesson_of(
+def make_lesson(
     mixture: Mixture,
     texts: Texts,
     adapter: str,
@@ -180,7 +180,7 @@ def lesson_of(
     if right is not None and isinstance(texts.task.ask, Head):
         targets = tuple(texts.task.ask.labels.index(text) for text in right)
     with mixture.active({adapter: 1.0}) as model:
-        answers = ask(model, passages, head=head, report=report)
+        answers = teacher_distributions(model, passages, head=head, report=report)
     lesson = Lesson(texts.task.name, adapter, head, passages, answers, 0.0, labels, targets, right is not None)
     with mixture.active(None, heads=adapter if head else False) as model, torch.inference_mode():
         return replace(lesson, base=divergence_over(lesson, model))

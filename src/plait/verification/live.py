@@ -17,7 +17,7 @@ from plait.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from plait.adapters.names import PREFIX
 from plait.checkpoints.files import architectures, read_config
 from plait.errors import AdapterError, PlanError
-from plait.hub.pretrained import load_model, refusing
+from plait.hub.pretrained import load_model, refuse_failures
 from plait.libraries.peft import scalings
 from plait.libraries.transformers import AUTO_MODELS, holds_transposed
 from plait.merging.combine import pipeline_of
@@ -153,10 +153,10 @@ def _attached(model: Any, adapters: Mapping[str, Path]) -> Any:
     from peft import PeftModel
 
     first, *others = adapters.items()
-    with refusing(first[1], "PEFT cannot load the adapter", PlanError):
+    with refuse_failures(first[1], "PEFT cannot load the adapter", PlanError):
         wrapped = PeftModel.from_pretrained(model, first[1], adapter_name=first[0])
     for name, folder in others:
-        with refusing(folder, "PEFT cannot load the adapter", PlanError):
+        with refuse_failures(folder, "PEFT cannot load the adapter", PlanError):
             wrapped.load_adapter(folder, name)
     return wrapped.eval()
 

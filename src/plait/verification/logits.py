@@ -49,7 +49,7 @@ def compare_logits(reference: Tensor, other: Tensor) -> Parity:
     )
 
 
-def pool(parts: Sequence[Parity]) -> Parity:
+def pool_parity(parts: Sequence[Parity]) -> Parity:
     """Return the parity over all positions of several comparisons."""
     count = torch.tensor([p.positions for p in parts], dtype=torch.float64)
 

@@ -13,7 +13,7 @@ from plait.baking.plan import usable_device
 from plait.errors import AdapterError, AddressError, RecipeError
 from plait.extras import require
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, resolve_model
-from plait.hub.pretrained import load_tokenizer, refusing
+from plait.hub.pretrained import load_tokenizer, refuse_failures
 from plait.libraries.transformers import quiet_loading
 from plait.parsing import parse_json, read_object, read_text
 from plait.records import Record
@@ -22,7 +22,7 @@ from plait.results.progress import Progress, SilentProgress
 from plait.results.staging import scratch
 from plait.tensorfiles.reader import SafetensorsFile
 from plait.verification.inputs import BASE, FoundInput, check_inputs
-from plait.verification.logits import Parity, compare_logits, pool
+from plait.verification.logits import Parity, compare_logits, pool_parity
 
 ROUNDING = "rounding alone"
 
@@ -202,7 +202,7 @@ def _measure(
 
 def _encode(folder: Path, texts: Sequence[str], device: str) -> list[dict[str, Tensor]]:
     tokenizer = load_tokenizer(folder, error=AddressError)
-    with refusing(folder, "the tokenizer cannot read the prompts", AddressError):
+    with refuse_failures(folder, "the tokenizer cannot read the prompts", AddressError):
         encoded = [tokenizer(text, return_tensors="pt") for text in texts]
     if empty := [str(number) for number, tokens in enumerate(encoded, 1) if tokens["input_ids"].numel() == 0]:
         raise RecipeError(f"the tokenizer of {folder} makes no tokens of prompt {', '.join(empty)}; leave it out.")
@@ -211,4 +211,4 @@ def _encode(folder: Path, texts: Sequence[str], device: str) -> list[dict[str, T
 
 def _comparison(what: str, dtype: str, parts: Sequence[Parity]) -> ParityComparison:
     worst = max(range(len(parts)), key=lambda i: parts[i].max_difference)
-    return ParityComparison(what=what, dtype=dtype, overall=pool(parts), worst=parts[worst], worst_prompt=worst + 1)
+    return ParityComparison(what=what, dtype=dtype, overall=pool_parity(parts), worst=parts[worst], worst_prompt=worst + 1)

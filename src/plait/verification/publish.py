@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.errors import OutputError
-from plait.hub.client import explain
+from plait.hub.client import explain_failure
 from plait.hub.upload import check_push, push_folder
-from plait.libraries.huggingface_hub import bars
+from plait.libraries.huggingface_hub import progress_bars
 from plait.parsing import read_object
 from plait.recipes.documents import read_front_matter
 from plait.records import ShortRepr
@@ -107,7 +107,7 @@ def _earlier_files(repo: str, revision: str | None) -> tuple[str, ...]:
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     full = check_push(repo)
-    with scratch("push") as place, bars(shown=False):
+    with scratch("push") as place, progress_bars(shown=False):
         for branch in dict.fromkeys((revision, None)):  # a branch that is not there yet begins with the default one's files
             try:
                 path = HfApi().hf_hub_download(full, LOCK, revision=branch, local_dir=place)
@@ -118,7 +118,7 @@ def _earlier_files(repo: str, revision: str | None) -> tuple[str, ...]:
             except (EntryNotFoundError, RepositoryNotFoundError, OutputError):
                 break
             except Exception as error:  # which classes can come depends on the transport library below huggingface_hub
-                raise OutputError(f"pushing to {full!r} failed: {explain(error, full, None)}") from error
+                raise OutputError(f"pushing to {full!r} failed: {explain_failure(error, full, None)}") from error
     return ()
 
 

@@ -94,7 +94,7 @@ def located_recipe(lock: Lock, inputs: Mapping[str, FoundInput], name: str = LOC
         raise RecipeError(f"{name}: its recipe is of plait {lock.plait}, and this is {__version__}: {said}.") from None
 
 
-def compare(folder: Path, rebuilt: Path, lock: Lock) -> tuple[RebuiltFile, ...]:
+def compare_rebuilt(folder: Path, rebuilt: Path, lock: Lock) -> tuple[RebuiltFile, ...]:
     """Compare what was made again with the lock; the card, which tells of places and versions, is not compared.
 
     Nor is what a tuning learned: its recipe is made again, not the learning of it.

@@ -15,7 +15,7 @@ from plait.results.staging import scratch
 from plait.results.versions import library_versions
 from plait.verification.inputs import InputCheck, check_inputs
 from plait.verification.parity import ParityReport
-from plait.verification.rebuild import RebuiltFile, compare, rebuild
+from plait.verification.rebuild import RebuiltFile, compare_rebuilt, rebuild
 from plait.version import __version__
 
 
@@ -86,7 +86,7 @@ def verify_folder(
             out = place / "again"
             try:
                 rebuild(lock, found, out, workers, progress or SilentProgress())
-                rebuilt = compare(folder, out, lock)
+                rebuilt = compare_rebuilt(folder, out, lock)
             except PlaitError as error:
                 reason = f"it cannot be made again: {error}"
     return Verification(

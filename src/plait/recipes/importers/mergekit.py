@@ -23,7 +23,7 @@ from plait.recipes.importers.mergekit_terms import (
     pattern,
 )
 from plait.recipes.paths import KeyPath, Plain
-from plait.recipes.problems import ConvertedRecipe, Problem, listed, show
+from plait.recipes.problems import ConvertedRecipe, Problem, join_words, show_value
 from plait.recipes.validation import unknown_key
 
 _TOP = (
@@ -125,7 +125,7 @@ class _Conversion:
         models = self._data.get("models")
         if not isinstance(models, list) or not models:
             if "models" in self._data:
-                self._problem(("models",), f"models is {show(models)}; it must be a list of models.")
+                self._problem(("models",), f"models is {show_value(models)}; it must be a list of models.")
             raise _GiveUpError
         bases = {_base_of(m.get("model")) for m in models if isinstance(m, Mapping)}
         if isinstance(given := self._data.get("base_model"), str):
@@ -142,7 +142,7 @@ class _Conversion:
             self._problem((*path, key), unknown_key(key, ["model", "parameters"]))
         parameters = model.get("parameters") or {}
         if not isinstance(parameters, Mapping):
-            self._problem((*path, "parameters"), f"parameters is {show(parameters)}; it must be a mapping.")
+            self._problem((*path, "parameters"), f"parameters is {show_value(parameters)}; it must be a mapping.")
             parameters = {}
         base, plus, adapter = model["model"].partition("+")
         if "+" in adapter:
@@ -156,11 +156,11 @@ class _Conversion:
     def _base(self, models: Sequence[ModelEntry]) -> str | None:
         given = self._data.get("base_model")
         if given is not None and (not isinstance(given, str) or "+" in given):
-            self._problem(("base_model",), f"base_model is {show(given)}; it must be one model, without an adapter.")
+            self._problem(("base_model",), f"base_model is {show_value(given)}; it must be one model, without an adapter.")
             return None
         bases = list(dict.fromkeys([*([given] if given else []), *(m.base for m in models if m.base)]))
         if len(bases) > 1:
-            shown = listed([repr(b) for b in bases])
+            shown = join_words([repr(b) for b in bases])
             self._problem(("models",), f"the adapters are of {len(bases)} base models, {shown}; plait needs one.")
         if not any(m.adapter for m in models):
             self._problem(("models",), "there is no adapter among them; write BASE+LORA, or the adapter alone.")
@@ -221,7 +221,7 @@ class _Conversion:
         )
         for key, (value, why) in method.only.items():
             if self._global().get(key, value) != value:
-                self._problem(("parameters", key), f"{key} is {show(self._global()[key])}: {why}.")
+                self._problem(("parameters", key), f"{key} is {show_value(self._global()[key])}: {why}.")
         places: list[tuple[KeyPath, Mapping[str, Plain]]] = [(("parameters",), self._global())]
         for path, parameters in [*places, *(((*m.path, "parameters"), m.parameters) for m in adapters)]:
             for key in parameters.keys() - set(allowed):
@@ -231,7 +231,7 @@ class _Conversion:
         parameters = self._data.get("parameters") or {}
         if isinstance(parameters, Mapping):
             return parameters
-        self._problem(("parameters",), f"parameters is {show(parameters)}; it must be a mapping.")
+        self._problem(("parameters",), f"parameters is {show_value(parameters)}; it must be a mapping.")
         return {}
 
     def _equal(self, key: str, default: float, adapters: Sequence[ModelEntry]) -> tuple[Plain, KeyPath]:
@@ -246,7 +246,7 @@ class _Conversion:
             values += [] if value in values else [value]
             paths += [] if setting is None else [setting.path]
         if len(values) > 1:
-            found = listed([show(v) for v in values])
+            found = join_words([show_value(v) for v in values])
             text = f"{key} differs between the models ({found}), and plait has one {key} for all: make them equal."
             self._problem(paths[-1], text)
         return (values or [default])[0], (paths or [("merge_method",)])[0]
@@ -254,7 +254,7 @@ class _Conversion:
     def _flag(self, key: str, *, default: bool) -> bool:
         value = self._global().get(key, default)
         if not isinstance(value, bool):
-            self._problem(("parameters", key), f"{key} is {show(value)}; it must be true or false.")
+            self._problem(("parameters", key), f"{key} is {show_value(value)}; it must be true or false.")
         return bool(value)
 
     def _setting(self, key: str, model: ModelEntry) -> FilteredParameter | None:
@@ -281,7 +281,7 @@ class _Conversion:
         cases: list[tuple[str | None, Plain]] = []
         for case in value:
             if not isinstance(case, Mapping) or isinstance(case.get("value"), list):
-                text = f"{path[-1]} is a gradient over the layers, {show(value)}, which plait does not read"
+                text = f"{path[-1]} is a gradient over the layers, {show_value(value)}, which plait does not read"
                 self._problem(path, f"{text}: write a plait recipe with weights: {{policy: per_layer, layers: {{…}}}}.")
                 return [(None, 1.0)]
             name = case.get("filter")
@@ -322,7 +322,7 @@ class _Conversion:
             return None
         for _, value in setting.values:
             if not _is_number(value):
-                self._problem(setting.path, f"weight is {show(value)}; it must be a number.")
+                self._problem(setting.path, f"weight is {show_value(value)}; it must be a number.")
         if None not in setting.filters:
             text = "no weight holds where no filter matches; add a last entry without a filter, {value: …}."
             self._problem(setting.path, text)
@@ -377,7 +377,7 @@ class _Conversion:
         self.notes += [f"{key} does nothing in mergekit's {self._name!r} and is left out." for key in idle]
         left_out = [key for key in _TOKENIZER if key in self._data]
         if left_out:
-            self.notes.append(f"{listed(left_out)}: left out, for a merge of adapters keeps the base model's tokenizer.")
+            self.notes.append(f"{join_words(left_out)}: left out, for a merge of adapters keeps the base model's tokenizer.")
 
 
 def _base_of(model: Plain) -> str | None:

@@ -18,7 +18,7 @@ from plait.recipes.importers.older_evaluation import KEYS as EVALUATION
 from plait.recipes.importers.older_evaluation import take_evaluation
 from plait.recipes.importers.older_tuning import take_tuning
 from plait.recipes.paths import KeyPath, Plain
-from plait.recipes.problems import ConvertedRecipe, Origins, Problem, show, spell
+from plait.recipes.problems import ConvertedRecipe, Origins, Problem, show_value, spell_value
 from plait.recipes.validation import cannot_yet, unknown_key
 
 #: Keys that a recipe does not have any more, and what does the same now.
@@ -150,7 +150,7 @@ class _Migration:
             if params is None:
                 continue
             if not isinstance(params, Mapping):
-                self._problem((key,), f"{key} is {show(params)}; it must be a mapping.")
+                self._problem((key,), f"{key} is {show_value(params)}; it must be a mapping.")
             elif holder:
                 self._problem((key,), f"the method's parameters are given in {holder} and in {key}; keep those in method.")
             else:
@@ -160,7 +160,7 @@ class _Migration:
     def _take_mapping(self, key: str, params: Mapping[str, Plain]) -> None:
         self._params = dict(params)
         self._moved |= {("method", name): (key, name) for name in params}
-        self._method_forms.append((f"{key}: {spell(dict(params))}", ""))
+        self._method_forms.append((f"{key}: {spell_value(dict(params))}", ""))
         if "transforms" in self._params:
             self._move_hidden_transforms(key)
 
@@ -181,7 +181,7 @@ class _Migration:
             return
         self._params["lambda"] = value
         self._moved["method", "lambda"] = ("lambda",)
-        self._method_forms.append((f"lambda: {spell(value)}", ""))
+        self._method_forms.append((f"lambda: {spell_value(value)}", ""))
 
     def _name_adapters(self) -> None:
         adapters = self._data.get("adapters")
@@ -193,9 +193,9 @@ class _Migration:
             ("adapters", i, key): ("adapters", i) for i, a in enumerate(adapters) if isinstance(a, str) for key in entries[i]
         }
         if words := [a for a in adapters if isinstance(a, str) and _is_word(a)]:
-            new = f"adapters: {spell([e for e, a in zip(entries, adapters, strict=True) if a in words])}"
+            new = f"adapters: {spell_value([e for e, a in zip(entries, adapters, strict=True) if a in words])}"
             more = " They were folders or tasks; each is read as a folder now."
-            self._note(f"adapters: {spell(words)}", new, more)
+            self._note(f"adapters: {spell_value(words)}", new, more)
 
     def _apply_method(self) -> None:
         """Carry over what the method did with its parameters and with `lambda_policy`."""
@@ -212,7 +212,7 @@ class _Migration:
                 self._problem((), "'method' is missing.")
         if self._method in _WITHOUT_LAMBDA and "lambda" in self._params:
             value = self._params.pop("lambda")
-            self._note(f"lambda: {spell(value)}", "", f" It never had an effect on {self._method!r}.")
+            self._note(f"lambda: {spell_value(value)}", "", f" It never had an effect on {self._method!r}.")
 
     def _say_where_numbers_differ(self) -> None:
         if (note := number_note({"method": self._method})) is not None:
@@ -260,22 +260,24 @@ class _Migration:
             return
         self._data["seed"] = seed
         self._moved["seed",] = old
-        self._note(f"seed: {spell(seed)} of method 'dare'", f"seed: {spell(seed)}", " It is the whole recipe's now.")
+        self._note(
+            f"seed: {spell_value(seed)} of method 'dare'", f"seed: {spell_value(seed)}", " It is the whole recipe's now."
+        )
 
     def _take_policy(self, policy: Plain) -> None:
         path: KeyPath = ("lambda_policy",)
         if not isinstance(policy, Mapping):
-            self._problem(path, f"lambda_policy is {show(policy)}; it must be a mapping.")
+            self._problem(path, f"lambda_policy is {show_value(policy)}; it must be a mapping.")
             return
         allowed = {"scalar": ["type", "value"], "per_layer": ["type", "default", "overrides"]}.get(str(policy.get("type")))
         if allowed is None:
-            found = show(policy.get("type"))
+            found = show_value(policy.get("type"))
             self._problem((*path, "type"), f"type is {found}; it must be 'scalar' or 'per_layer'.")
             return
         for key in policy.keys() - set(allowed):
             self._problem((*path, key), unknown_key(str(key), allowed))
         if self._method in (*_WITHOUT_LAMBDA, "ties", "dare"):
-            self._note(f"lambda_policy: {spell(dict(policy))}", "", f" It never had an effect on {self._method!r}.")
+            self._note(f"lambda_policy: {spell_value(dict(policy))}", "", f" It never had an effect on {self._method!r}.")
         elif self._method not in _PAIRS:
             self._problem(path, f"method {self._method!r} never had a lambda_policy; write weights: {{policy: …}}.")
         elif "weights" in self._data:
@@ -289,7 +291,7 @@ class _Migration:
         if "value" in policy:
             self._params["lambda"] = policy["value"]
             self._moved["method", "lambda"] = ("lambda_policy", "value")
-        self._method_forms.append((f"lambda_policy: {spell(dict(policy))}", _policy_note(self._method)))
+        self._method_forms.append((f"lambda_policy: {spell_value(dict(policy))}", _policy_note(self._method)))
 
     def _take_layers(self, policy: Mapping[str, Plain]) -> None:
         """Express λ of the first and 1 − λ of the second adapter, layer by layer."""
@@ -302,13 +304,13 @@ class _Migration:
             return
         layers = policy.get("overrides") or {}
         if not isinstance(layers, Mapping):
-            self._problem((*path, "overrides"), f"overrides is {show(layers)}; it must map layers to numbers.")
+            self._problem((*path, "overrides"), f"overrides is {show_value(layers)}; it must map layers to numbers.")
             return
         default = policy.get("default", given)
         lambdas = {(*path, "default"): default, **{(*path, "overrides", key): value for key, value in layers.items()}}
         wrong = {p: v for p, v in lambdas.items() if not _is_share(v)}
         for place, value in wrong.items():
-            self._problem(place, f"lambda of {place[-1]} is {show(value)}; it must be a number, >= 0 and <= 1.")
+            self._problem(place, f"lambda of {place[-1]} is {show_value(value)}; it must be a number, >= 0 and <= 1.")
         if wrong:
             return
         self._data["weights"] = {
@@ -316,8 +318,8 @@ class _Migration:
             "default": _shares(names, default),
             "layers": {str(key): _shares(names, value) for key, value in layers.items()},
         }
-        new = f"method: linear` and `weights: {spell(self._data['weights'])}"
-        self._note(f"lambda_policy: {spell(dict(policy))}", new, _policy_note(method))
+        new = f"method: linear` and `weights: {spell_value(self._data['weights'])}"
+        self._note(f"lambda_policy: {spell_value(dict(policy))}", new, _policy_note(method))
 
     def _flatten_transforms(self) -> None:
         transforms = self._data.get("transforms")
@@ -329,7 +331,7 @@ class _Migration:
         nested = [t for t in transforms if isinstance(t, Mapping) and "params" in t]
         if nested:
             new = [f for f, t in zip(flat, transforms, strict=True) if t in nested]
-            self._note(f"transforms: {spell(nested)}", f"transforms: {spell(new)}")
+            self._note(f"transforms: {spell_value(nested)}", f"transforms: {spell_value(new)}")
         if any(_name(t) == "ties_scaffold" for t in transforms):
             self._note("ties_scaffold", "identity", " It never did anything.")
 
@@ -341,7 +343,7 @@ class _Migration:
         flat = {k: v for k, v in transform.items() if k != "params"}
         params = {} if transform["params"] is None else transform["params"]
         if not isinstance(params, Mapping):
-            self._problem((*path, "params"), f"params is {show(params)}; it must be a mapping.")
+            self._problem((*path, "params"), f"params is {show_value(params)}; it must be a mapping.")
             return flat
         for key, value in params.items():
             if key in flat:
@@ -358,7 +360,7 @@ class _Migration:
             if not _is_off(key, value):
                 self._problem((key,), cannot_yet(what))
             elif value is not None:
-                self._note(f"{key}: {spell(value)}", "")
+                self._note(f"{key}: {spell_value(value)}", "")
 
     def _take_optimizer(self) -> None:
         if "optimizer" not in self._data:
@@ -366,7 +368,7 @@ class _Migration:
         value = self._data.pop("optimizer")
         if _is_off("optimizer", value):
             if value is not None:
-                self._note(f"optimizer: {spell(value)}", "")
+                self._note(f"optimizer: {spell_value(value)}", "")
             return
         found = take_tuning(value, self._method)
         self._problems += found.problems
@@ -401,15 +403,15 @@ class _Migration:
     def _point_elsewhere(self) -> None:
         for key, why in _ELSEWHERE.items():
             if (value := self._data.pop(key, None)) is not None:
-                self._notes.append(f"`{key}: {spell(value)}` is an old form: a recipe does not have this now; {why}.")
+                self._notes.append(f"`{key}: {spell_value(value)}` is an old form: a recipe does not have this now; {why}.")
 
     def _put_method(self) -> None:
         if self._method is None:
             return
         self._data["method"] = {"name": self._method, **self._params} if self._params else self._method
-        new = f"method: {spell(self._data['method'])}"
+        new = f"method: {spell_value(self._data['method'])}"
         if ("scale",) in self._moved:
-            new += f"` and `scale: {spell(self._data['scale'])}"
+            new += f"` and `scale: {spell_value(self._data['scale'])}"
         for found, more in self._method_forms:
             self._note(found, new, more)
 
@@ -474,7 +476,7 @@ def _percent_problem(k: Plain) -> str | None:
         return None
     if _is_number(k) and k == 0:
         return "k is 0, which keeps no entry: the merge would be zero. It must be > 0 and <= 100."
-    return f"k is {show(k)}; it must be a percentage, > 0 and <= 100."
+    return f"k is {show_value(k)}; it must be a percentage, > 0 and <= 100."
 
 
 def _shares(names: list[Plain], value: float) -> dict[str, float]:

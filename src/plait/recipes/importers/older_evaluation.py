@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.recipes.paths import KeyPath, Plain
-from plait.recipes.problems import Problem, listed, show, spell
+from plait.recipes.problems import Problem, join_words, show_value, spell_value
 from plait.recipes.validation import unknown_key
 
 KEYS = ("split", "eval_subset", "eval_tasks")
@@ -62,7 +62,7 @@ def take_evaluation(data: dict[str, Plain], folder: Path) -> OlderEvaluation:
     if "split" in old:
         found.data["eval"] = {"split": old["split"]}
         found.moved["eval", "split"] = ("split",)
-        found.notes.append((f"split: {spell(old['split'])}", f"eval: {{split: {spell(old['split'])}}}", ""))
+        found.notes.append((f"split: {spell_value(old['split'])}", f"eval: {{split: {spell_value(old['split'])}}}", ""))
     if "eval_subset" in old:
         _take_subset(old["eval_subset"], found)
     if "eval_tasks" in old:
@@ -80,14 +80,14 @@ def _is_given(data: Mapping[str, Plain], place: tuple[str, ...]) -> bool:
 def _take_subset(old: Plain, found: OlderEvaluation) -> None:
     path: KeyPath = ("eval_subset",)
     if not isinstance(old, Mapping):
-        found.problems.append(Problem(path, f"eval_subset is {show(old)}; it must be a mapping."))
+        found.problems.append(Problem(path, f"eval_subset is {show_value(old)}; it must be a mapping."))
         return
     found.problems += _unknown(old, ("enabled", *_SAMPLE, "per_task"), path)
     if (problem := _switch_problem(old, path)) is not None:
         found.problems.append(problem)
         return
     if old.get("enabled", True) is False:
-        found.notes.append((f"eval_subset: {spell(dict(old))}", "", " It is not enabled: all examples are taken."))
+        found.notes.append((f"eval_subset: {spell_value(dict(old))}", "", " It is not enabled: all examples are taken."))
         return
     subset = {key: old[key] for key in ("max_samples", "stratified", "seed") if old.get(key) is not None}
     found.moved |= {("eval", "subset", key): (*path, key) for key in subset}
@@ -95,12 +95,12 @@ def _take_subset(old: Plain, found: OlderEvaluation) -> None:
     if own := _per_task(old, found, remarks):
         subset["per_task"] = own
     if "max_samples" not in subset and not own:
-        found.notes.append((f"eval_subset: {spell(dict(old))}", "", " It has no max_samples: all examples are taken."))
+        found.notes.append((f"eval_subset: {spell_value(dict(old))}", "", " It has no max_samples: all examples are taken."))
         return
     found.data.setdefault("eval", {})["subset"] = subset
     left = f" Not carried over: {'; '.join(remarks)}." if remarks else ""
-    new = f"eval: {spell({'subset': subset})}"
-    found.notes.append((f"eval_subset: {spell(dict(old))}", new, f" {_CHOICE}{left}"))
+    new = f"eval: {spell_value({'subset': subset})}"
+    found.notes.append((f"eval_subset: {spell_value(dict(old))}", new, f" {_CHOICE}{left}"))
 
 
 def _per_task(old: Mapping[str, Plain], found: OlderEvaluation, remarks: list[str]) -> dict[str, Plain]:
@@ -110,7 +110,7 @@ def _per_task(old: Mapping[str, Plain], found: OlderEvaluation, remarks: list[st
     if tasks is None:
         return {}
     if not isinstance(tasks, Mapping):
-        found.problems.append(Problem(path, f"per_task is {show(tasks)}; it must map tasks to numbers or mappings."))
+        found.problems.append(Problem(path, f"per_task is {show_value(tasks)}; it must map tasks to numbers or mappings."))
         return {}
     own: dict[str, Plain] = {}
     for name, value in tasks.items():
@@ -140,7 +140,7 @@ def _switch_problem(given: Mapping[str, Plain], path: KeyPath) -> Problem | None
     value = given.get("enabled", True)
     if isinstance(value, bool):
         return None
-    return Problem((*path, "enabled"), f"enabled is {show(value)}; it must be true or false.")
+    return Problem((*path, "enabled"), f"enabled is {show_value(value)}; it must be true or false.")
 
 
 def _remarks(given: Mapping[str, Plain]) -> Iterator[str]:
@@ -149,20 +149,20 @@ def _remarks(given: Mapping[str, Plain]) -> Iterator[str]:
         yield "shuffle: false (a sample does not depend on the order of the rows)"
     for key, why in _ELSEWHERE.items():
         if given.get(key) is not None:
-            yield f"{key}: {spell(given[key])} ({why})"
+            yield f"{key}: {spell_value(given[key])} ({why})"
 
 
 def _differences(given: Mapping[str, Plain], whole: Mapping[str, Plain]) -> Iterator[str]:
     for key in ("seed", "stratified"):
         if given.get(key) is not None and given[key] != whole.get(key):
-            yield f"{key}: {spell(given[key])} (eval.subset has one {key} for all tasks)"
+            yield f"{key}: {spell_value(given[key])} (eval.subset has one {key} for all tasks)"
 
 
 def _take_tasks(old: Plain, folder: Path, found: OlderEvaluation) -> None:
     path: KeyPath = ("eval_tasks",)
     names = [old] if isinstance(old, str) else old
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        found.problems.append(Problem(path, f"eval_tasks is {show(old)}; it must be a list of tasks."))
+        found.problems.append(Problem(path, f"eval_tasks is {show_value(old)}; it must be a list of tasks."))
         return
     if not names:
         return
@@ -171,7 +171,7 @@ def _take_tasks(old: Plain, folder: Path, found: OlderEvaluation) -> None:
     found.moved |= {("tasks", i): (*path, i) for i in range(len(names))}
     lost = [name for name, file in zip(names, files, strict=True) if file is None]
     for name in lost:
-        places = listed([f"{place}{name}.yaml" for place in _FOLDERS], "or")
+        places = join_words([f"{place}{name}.yaml" for place in _FOLDERS], "or")
         found.missing.append(
             Problem(
                 (*path, names.index(name)),
@@ -179,8 +179,8 @@ def _take_tasks(old: Plain, folder: Path, found: OlderEvaluation) -> None:
                 "or take eval_tasks out and name the tasks' files when you evaluate (--tasks, tasks=[...]).",
             )
         )
-    more = f" {listed(lost, 'and')}: no such file is there yet; a merge needs none, an evaluation does." if lost else ""
-    found.notes.append((f"eval_tasks: {spell(old)}", f"tasks: {spell(found.data['tasks'])}", more))
+    more = f" {join_words(lost, 'and')}: no such file is there yet; a merge needs none, an evaluation does." if lost else ""
+    found.notes.append((f"eval_tasks: {spell_value(old)}", f"tasks: {spell_value(found.data['tasks'])}", more))
 
 
 def _task_file(name: str, folder: Path) -> str | None:

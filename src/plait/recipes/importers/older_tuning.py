@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plait.recipes.paths import KeyPath, Plain
-from plait.recipes.problems import Problem, show, spell
+from plait.recipes.problems import Problem, show_value, spell_value
 from plait.recipes.validation import cannot_yet, unknown_key
 
 TYPES = ("none", "bayes", "adamerging", "gradient", "supermerge", "regret_smoothmax")
@@ -169,7 +169,7 @@ def take_tuning(optimizer: Plain, method: str | None) -> OlderTuning:
     found = OlderTuning()
     if not isinstance(optimizer, Mapping):
         found.problems.append(
-            Problem(("optimizer",), f"optimizer is {show(optimizer)}; it must be a mapping of type and params.")
+            Problem(("optimizer",), f"optimizer is {show_value(optimizer)}; it must be a mapping of type and params.")
         )
         return found
     found.problems += [
@@ -177,14 +177,16 @@ def take_tuning(optimizer: Plain, method: str | None) -> OlderTuning:
     ]
     kind, params = optimizer.get("type"), optimizer.get("params") or {}
     if kind not in TYPES:
-        found.problems.append(Problem(("optimizer", "type"), f"type is {show(kind)}; it must be one of {', '.join(TYPES)}."))
+        found.problems.append(
+            Problem(("optimizer", "type"), f"type is {show_value(kind)}; it must be one of {', '.join(TYPES)}.")
+        )
     elif kind == "bayes":
         found.problems.append(Problem(("optimizer",), cannot_yet("search")))
     elif method != _METHOD:
         text = f"{kind} learned coefficients of method {_METHOD!r}, and the method is {method!r}; write method: {_METHOD}."
         found.problems.append(Problem(("optimizer", "type"), text))
     elif not isinstance(params, Mapping):
-        found.problems.append(Problem(("optimizer", "params"), f"params is {show(params)}; it must be a mapping."))
+        found.problems.append(Problem(("optimizer", "params"), f"params is {show_value(params)}; it must be a mapping."))
     else:
         _Taking(str(kind), params, found).run()
     return found
@@ -241,12 +243,12 @@ class _Taking:
                 known = sorted({*special, *_SAME, *_WORDS, *_NOTED})
                 self._problem(key, unknown_key(str(key), known))
         self._found.tune = self._tune
-        new = f"tune: {spell(self._tune)}"
+        new = f"tune: {spell_value(self._tune)}"
         more = " It is learned by `plait tune`, which writes a plain recipe; `plait merge` does not read it."
         if self._remarks:
             more += f" Not carried over: {'; '.join(self._remarks)}."
         more += " Losses are those of the positions before an answer's tokens now; they were one position late."
-        self._found.notes.append((f"optimizer: {spell({'type': self._kind, 'params': dict(self._params)})}", new, more))
+        self._found.notes.append((f"optimizer: {spell_value({'type': self._kind, 'params': dict(self._params)})}", new, more))
 
     def _problem(self, key: str, text: str, *more: str) -> None:
         self._found.problems.append(Problem(("optimizer", "params", key, *more), text))
@@ -254,7 +256,7 @@ class _Taking:
     def _is_one_of(self, key: str, value: Plain, allowed: tuple[Any, ...]) -> bool:
         if any(type(value) is type(a) and value == a for a in allowed):
             return True
-        self._problem(key, f"{key} is {show(value)}; it must be {' or '.join(show(a) for a in allowed)}.")
+        self._problem(key, f"{key} is {show_value(value)}; it must be {' or '.join(show_value(a) for a in allowed)}.")
         return False
 
     def _set(self, name: str, value: Any, *key: str) -> None:
@@ -300,7 +302,7 @@ class _Taking:
         if isinstance(value, list):
             self._found.tasks = value
         elif value is not None:
-            self._problem("tasks", f"tasks is {show(value)}; it must be a list.")
+            self._problem("tasks", f"tasks is {show_value(value)}; it must be a list.")
 
     def _project(self, value: Plain) -> None:
         if self._is_one_of("project_coefficients", value, (True, False)) and value is False:
@@ -316,7 +318,9 @@ class _Taking:
 
     def _patience(self, value: Plain) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            self._problem("early_stopping_patience", f"early_stopping_patience is {show(value)}; it must be a number of steps.")
+            self._problem(
+                "early_stopping_patience", f"early_stopping_patience is {show_value(value)}; it must be a number of steps."
+            )
         elif value and "patience" not in self._tune:
             every = min(12, value)
             self._set("look_every", every, "early_stopping_patience")
@@ -342,7 +346,7 @@ class _Taking:
 
     def _sampling(self, value: Plain) -> None:
         if not isinstance(value, Mapping):
-            self._problem("sampling", f"sampling is {show(value)}; it must be a mapping of default and per_task.")
+            self._problem("sampling", f"sampling is {show_value(value)}; it must be a mapping of default and per_task.")
             return
         for key in value.keys() - {"default", "per_task"}:
             self._problem("sampling", unknown_key(str(key), ("default", "per_task")), str(key))
@@ -350,7 +354,7 @@ class _Taking:
             self._set("sampler", default, "sampling", "default")
         per_task = value.get("per_task") or {}
         if not isinstance(per_task, Mapping):
-            self._problem("sampling", f"per_task is {show(per_task)}; it must map tasks to strategies.", "per_task")
+            self._problem("sampling", f"per_task is {show_value(per_task)}; it must map tasks to strategies.", "per_task")
             return
         own = {
             name: found for name, one in per_task.items() if (found := self._strategy(one, "per_task", str(name))) is not None
@@ -362,11 +366,13 @@ class _Taking:
         if value is None:
             return None
         if not isinstance(value, Mapping) or value.keys() - {"enabled", "strategy"}:
-            self._problem("sampling", f"{where[-1]} is {show(value)}; it must be a mapping of enabled and strategy.", *where)
+            self._problem(
+                "sampling", f"{where[-1]} is {show_value(value)}; it must be a mapping of enabled and strategy.", *where
+            )
             return None
         strategy = value.get("strategy", "uniform")
         if strategy not in ("uniform", "inverse", "sqrt_inverse", "balanced", "none"):
-            text = f"strategy is {show(strategy)}; it must be uniform, inverse, sqrt_inverse, balanced or none."
+            text = f"strategy is {show_value(strategy)}; it must be uniform, inverse, sqrt_inverse, balanced or none."
             self._problem("sampling", text, *where, "strategy")
             return None
         return str(strategy) if value.get("enabled", True) else "uniform"
@@ -374,7 +380,7 @@ class _Taking:
     def _heldout(self, value: Plain) -> None:
         known = ("enabled", "split", "frequency_updates", *_HELD, "restore_best_checkpoint", "pareto")
         if not isinstance(value, Mapping):
-            self._problem("heldout_eval", f"heldout_eval is {show(value)}; it must be a mapping.")
+            self._problem("heldout_eval", f"heldout_eval is {show_value(value)}; it must be a mapping.")
             return
         for key in value.keys() - set(known):
             self._problem("heldout_eval", unknown_key(str(key), known), str(key))
@@ -403,7 +409,7 @@ class _Taking:
         if isinstance(pareto, Mapping):
             self._pareto(pareto, every)
         else:
-            self._problem("heldout_eval", f"pareto is {show(pareto)}; it must be a mapping.", "pareto")
+            self._problem("heldout_eval", f"pareto is {show_value(pareto)}; it must be a mapping.", "pareto")
 
     def _pareto(self, value: Mapping[str, Plain], every: Plain) -> None:
         at = ("heldout_eval", "pareto")
@@ -415,14 +421,14 @@ class _Taking:
                     if isinstance(one, int) and isinstance(every, int):
                         self._set("min_steps", one * every, *at, key)
                     else:
-                        self._problem(at[0], f"{key} is {show(one)}; it must be a number of looks.", at[1], key)
+                        self._problem(at[0], f"{key} is {show_value(one)}; it must be a number of looks.", at[1], key)
                 case "hypervolume_min_delta" | "selection_min_delta":
                     self._set("threshold", one, *at, key)
                 case "selection_criterion" if one in _CRITERIA:
                     self._set("criterion", _CRITERIA[str(one)], *at, key)
                 case "selection_criterion":
                     known = ", ".join(_CRITERIA)
-                    text = f"{key} is {show(one)}; a maximum over the tasks says nothing of the others. Allowed: {known}."
+                    text = f"{key} is {show_value(one)}; a maximum over the tasks says nothing of the others. Allowed: {known}."
                     self._problem(at[0], text, at[1], key)
                 case "dominance_epsilon" if one in (0, None):
                     self._remarks.append("dominance_epsilon: a step is judged by its own number")
@@ -430,7 +436,7 @@ class _Taking:
                     self._remarks.append("reference_point: it is the base, 0")
                 case "dominance_epsilon" | "reference_point":
                     self._problem(
-                        at[0], f"{key} is {show(one)}; the reference is the base, 0, and dominance exact.", at[1], key
+                        at[0], f"{key} is {show_value(one)}; the reference is the base, 0, and dominance exact.", at[1], key
                     )
                 case _:
                     known_keys = ("patience_evals", "min_evals_before_stop", "hypervolume_min_delta", "selection_min_delta")
@@ -440,7 +446,7 @@ class _Taking:
     def _subset(self, value: Plain) -> None:
         known = ("enabled", "max_samples", "shuffle", "seed", "stratified", "stratify_by", "per_task")
         if not isinstance(value, Mapping):
-            self._problem("eval_subset", f"eval_subset is {show(value)}; it must be a mapping.")
+            self._problem("eval_subset", f"eval_subset is {show_value(value)}; it must be a mapping.")
             return
         for key in value.keys() - set(known):
             self._problem("eval_subset", unknown_key(str(key), known), str(key))
@@ -457,13 +463,13 @@ class _Taking:
     def _hierarchical(self, value: Plain) -> None:
         known = ("enabled", "strategy", "grouping", "group_size", "max_group_size", "polish_steps")
         if not isinstance(value, Mapping):
-            self._problem("hierarchical", f"hierarchical is {show(value)}; it must be a mapping.")
+            self._problem("hierarchical", f"hierarchical is {show_value(value)}; it must be a mapping.")
             return
         for key in value.keys() - set(known):
             self._problem("hierarchical", unknown_key(str(key), known), str(key))
         for key, only in (("strategy", "breadth_first"), ("grouping", "task_similarity")):
             if value.get(key, only) != only:
-                self._problem("hierarchical", f"{key} is {show(value[key])}; it must be {only!r}.", key)
+                self._problem("hierarchical", f"{key} is {show_value(value[key])}; it must be {only!r}.", key)
         if not value.get("enabled", False):
             self._remarks.append("hierarchical: it is not enabled")
         elif self._kind != "supermerge":

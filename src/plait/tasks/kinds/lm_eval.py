@@ -77,15 +77,15 @@ class LmEval(Task):
         """Return all documents that the harness evaluates on, in its order, as it puts them without a chat template.
 
         Raises:
-            TaskError: as `fresh`; or another split is wanted.
+            TaskError: as `fresh_task`; or another split is wanted.
         """
         if split not in self.split_names:
             raise TaskError(
                 f"task {self.name!r} has no split {split!r}: lm-eval evaluates on documents of its own choice, which are "
                 "called 'test' here."
             )
-        inner = fresh(self)
-        with quiet():
+        inner = fresh_task(self)
+        with silence_harness():
             inner.build_all_requests()
         requests: dict[int, list[Any]] = {}
         for request in inner.instances:
@@ -99,7 +99,7 @@ class LmEval(Task):
 
     def own_metric(self) -> Metric:
         """Return a metric of the harness: its own aggregation of its own values, and for the bootstrap the sums behind it."""
-        found = metric_of(self)
+        found = harness_metric(self)
         finish = _FINISHED[found.aggregation]
 
         def statistics(answers: Sequence[Answer]) -> FloatArray:
@@ -141,7 +141,7 @@ class HarnessMetric:
     stderr: Callable[[Sequence[Any]], float] | None
 
 
-def fresh(task: LmEval) -> Any:
+def fresh_task(task: LmEval) -> Any:
     """Return the harness's task, as if nothing had been drawn from it: the same examples stand in every prompt.
 
     Raises:
@@ -153,11 +153,11 @@ def fresh(task: LmEval) -> Any:
     return inner
 
 
-def metric_of(task: LmEval) -> HarnessMetric:
+def harness_metric(task: LmEval) -> HarnessMetric:
     """Return how a task is judged.
 
     Raises:
-        TaskError: as `fresh`; the task has no such metric, or one that is no function of sums over documents.
+        TaskError: as `fresh_task`; the task has no such metric, or one that is not a function of sums over documents.
     """
     inner = _opened(task)
     filters = [f["name"] for f in inner.config.filter_list or ()] or [_NO_FILTER]
@@ -181,7 +181,7 @@ def metric_of(task: LmEval) -> HarnessMetric:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_harness() -> Iterator[None]:
     """Keep lm-eval and datasets from printing: plait reports what is asked and what comes out."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
@@ -206,7 +206,7 @@ def _opened(task: LmEval) -> Any:
     if entry.kind.name in ("GROUP", "TAG"):
         raise TaskError(f"{where} is a group of tasks; name the tasks one by one. `lm_eval ls tasks` lists them.")
     try:
-        with quiet():
+        with silence_harness():
             inner = manager.load(name)["tasks"][name]
     except Exception as error:  # lm-eval, datasets and their transport raise many classes
         raise TaskError(f"{where} cannot be opened: {type(error).__name__}: {' '.join(str(error).split())}") from error
@@ -229,7 +229,7 @@ def _set_fewshot(inner: Any, task: LmEval, where: str) -> None:
 @cache
 def _index(include: str | None) -> Any:
     tasks = optional("lm_eval.tasks", _EXTRA, "a task of lm-eval")
-    with quiet():
+    with silence_harness():
         return tasks.TaskManager(include_path=include, include_defaults=include is None)
 
 

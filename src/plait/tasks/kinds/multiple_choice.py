@@ -8,7 +8,7 @@ from pydantic import Field
 
 from plait.errors import TaskError
 from plait.tasks.inputs import Row
-from plait.tasks.schema import ChoiceMaker, RankedTask, TemplateText, joined, kind
+from plait.tasks.schema import ChoiceMaker, RankedTask, TemplateText, combine_texts, kind
 from plait.tasks.templates import Template as Compiled
 
 
@@ -33,7 +33,7 @@ class MultipleChoice(RankedTask):
             column = self.choices
             return lambda rows: [self._listed(row, column) for row in rows]
         templates = [Compiled(t, f"{self.where}: choices") for t in self.choices]
-        return lambda rows: joined(templates, rows, self._distinct)
+        return lambda rows: combine_texts(templates, rows, self._distinct)
 
     def _listed(self, row: Row, column: str) -> tuple[str, ...] | TaskError:
         value = row.get(column)

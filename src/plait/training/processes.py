@@ -49,7 +49,7 @@ class _Child:
                     pipe.close()
 
 
-def side_by_side(
+def run_in_processes(
     phases: Sequence[PlannedPhase], listener: PhaseListener | None, *, workers: int, lock: int | None, devices: Sequence[str]
 ) -> Iterator[PhaseStatus]:
     """Train phases in processes, so many at a time; yield them as they end. Leaving the iterator ends them all.

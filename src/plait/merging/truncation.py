@@ -40,7 +40,7 @@ class OutputFactors:
         return self.slices[0].rank
 
 
-def emit(merged: Sequence[MergedMatrix], rank: int, key: Key) -> OutputFactors:
+def truncate_module(merged: Sequence[MergedMatrix], rank: int, key: Key) -> OutputFactors:
     """Bring every matrix of a module to at most `rank`.
 
     Low-rank deltas that fit are passed on untouched; others are truncated by their exact SVD, dense ones by a randomised SVD
