@@ -175,7 +175,7 @@ def test_the_processor_is_one_device_whatever_it_is_called(house, tmp_path, monk
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     found = house.evaluate(tmp_path, device_map="auto")
-    monkeypatch.setattr("plait.evaluation.session.answer", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr("plait.evaluation.session.answer_examples", lambda *_, **__: pytest.fail("asked again"))
     assert house.evaluate(tmp_path, device_map="cpu").tag == found.tag
     monkeypatch.undo()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

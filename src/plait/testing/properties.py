@@ -370,7 +370,7 @@ PROPERTIES: Mapping[str, Property] = {
 @contextmanager
 def _cut(elements: int) -> Iterator[None]:
     """Cut matrices into blocks of so many elements, and hold none."""
-    with patch.object(blocks, "BLOCK_ELEMENTS", elements), patch.object(blocks, "HOLD_ELEMENTS", 0):
+    with patch.object(blocks, "MATRIX_BLOCK_ELEMENTS", elements), patch.object(blocks, "HOLD_ELEMENTS", 0):
         yield
 
 
