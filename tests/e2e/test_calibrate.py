@@ -23,6 +23,7 @@ from plait.cli.main import main
 from plait.errors import AdapterError, OutputError, PlaitError, TaskError
 from plait.linalg.inputs import InputRows
 from plait.merging.moments import MomentsFile
+from plait.notices import PlaitWarning
 from plait.tasks.loading import load_task
 from tests.language_models import WORDS, language_model, save_model, tokenizer, train_adapter, write_task
 
@@ -142,11 +143,45 @@ def test_the_same_request_makes_the_same_bytes(place: Path, tmp_path: Path) -> N
 def test_lines_where_a_task_has_no_texts(place: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     tasks = [write_split_task(bare, t, splits={"test": "test.jsonl"}) for t in ("sort", "rate")]
-    record = calibrate(place, tmp_path / "moments", tasks=tasks).record
+    with pytest.warns(PlaitWarning, match="'sort' has no texts of its own"), pytest.warns(PlaitWarning, match="'rate' has no"):
+        record = calibrate(place, tmp_path / "moments", tasks=tasks).record
     assert {(t.kind, t.count) for t in record.texts} == {("lines", 32)}
     (tmp_path / "mine.txt").write_text("w3\nw4\n")
-    record = calibrate(place, tmp_path / "mine", tasks=tasks, files={"sort": str(tmp_path / "mine.txt")}).record
+    record = calibrate(
+        place, tmp_path / "mine", tasks=tasks, files={"sort": str(tmp_path / "mine.txt")}
+    ).record  # announced once
     assert {t.task: (t.kind, t.count) for t in record.texts} == {"sort": ("file", 2), "rate": ("lines", 32)}
+
+
+def bare_tasks(folder: Path) -> list[Path]:
+    """Write tasks that are nothing but a name, a prompt and labels."""
+    keys = {"kind": None, "data": None, "splits": None, "target": None}
+    return [write_task(folder, task, **keys) for task in ("sort", "rate")]
+
+
+def test_tasks_without_data_are_calibrated_tuned_and_merged_with(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tasks = bare_tasks(tmp_path / "bare")
+    for task in ("sort", "rate"):
+        shutil.rmtree(tmp_path / "bare" / task)  # no data anywhere
+    record = calibrate(place, tmp_path / "template", tasks=tasks, texts="template").record
+    assert {t.task: (t.kind, t.shown) for t in record.texts} == {
+        "sort": ("template", ("sort N/A :",)),
+        "rate": ("template", ("rate N/A :",)),
+    }
+    with pytest.warns(PlaitWarning, match="generic lines that plait ships"), pytest.warns(PlaitWarning, match="are kept in"):
+        merged = merge(place, tmp_path / "merged", tasks=tasks, scale="auto")
+    assert "second moments are of 32 texts of generic lines (sort, rate); no label was read." in merged.record.notes
+    assert plait.verify(merged.folder).ok
+    sources, base = [place / "sort", place / "rate"], str(place / "base")
+    tuned = plait.tune(sources, tasks=tasks, base_model=base, tune={"steps": 1}, out=tmp_path / "tuned")
+    assert {(t.kind, t.source, t.count) for t in tuned.record.texts} == {("lines", "generic lines", 120)}
+    with pytest.raises(TaskError, match=r"task 'sort' has no data, only a prompt: it can be calibrated.* no split 'test'"):
+        plait.evaluate(merged.folder, tasks=tasks, base_model=base)
+    with pytest.raises(TaskError, match="task 'sort' has no data"):
+        plait.tune(sources, tasks=tasks, base_model=base, tune={"objective": "gradient"}, out="no")
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
@@ -356,7 +391,9 @@ def test_a_merge_with_tasks_takes_the_moments_by_itself_once(
     moments = calibrate(place, tmp_path / "moments").folder
     wanted = plait.merge([place / "sort", place / "rate"], method="regmean", moments=moments, out=tmp_path / "wanted")
     monkeypatch.chdir(tmp_path)
-    with pytest.warns(UserWarning, match=r"second moments of sort, rate, taken now on 16 texts per task"):
+    with pytest.warns(
+        UserWarning, match=r"second moments of sort, rate, taken now on 16 texts of split 'calibration' \(sort, rate\)"
+    ):
         merged = merge(place, tmp_path / "merged")
     assert adapter(merged.folder) == adapter(wanted.folder)
     kept = {p.name.split("-")[0]: p for p in (tmp_path / "artifacts" / "moments").iterdir()}
@@ -396,7 +433,9 @@ def test_a_scale_is_found_without_labels(place: Path, tmp_path: Path, monkeypatc
     result = merge(place, tmp_path / "merged", method="linear", scale="auto")
     scale = result.record.recipe["scale"]
     assert 0.25 <= scale <= 4
-    assert any(f"scale {scale:.4g} was found on 16 texts per task" in note for note in result.record.notes)
+    assert any(
+        f"scale {scale:.4g} was found on 16 texts of split 'calibration' (sort, rate)" in note for note in result.record.notes
+    )
     assert json.loads((result.folder / "plait.lock").read_text())["recipe"]["scale"] == scale
     assert plait.verify(result.folder).ok
     same = plait.merge([place / "sort", place / "rate"], scale=scale, out=tmp_path / "same")

@@ -52,6 +52,41 @@ def refused(file: Path, split: str = "test") -> str:
     return str(found.value)
 
 
+BARE = 'name: t\nprompt: "Q: {{ text }}"\n'
+
+
+def test_a_task_without_data_has_a_kind_by_its_labels(tmp_path):
+    file = tmp_path / "t.yaml"
+    file.write_text(BARE)
+    task = load_task(file)
+    assert (task.kind, task.split_names) == ("generation", ())
+    file.write_text(BARE + "labels: [yes, no]\n")
+    task = load_task(file)
+    assert (task.kind, task.closed_labels) == ("classification", ("yes", "no"))
+    check = check_task(task)
+    assert (check.splits, check.ok) == ({}, True)
+    assert "cannot be evaluated" in check.notes[0]
+    assert "no data, only a prompt" in refused(file)
+    file.write_text("name: t\nkind: sequence_classification\nprompt: x\nlabels: [a, b]\n")
+    assert load_task(file).split_names == ()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("data: {path: x}\n", "'kind' is missing"),
+        ("kind: generation\ndata: {path: x}\ntarget: x\n", "'data' needs 'splits'"),
+        ("kind: generation\nsplits: {test: x}\ntarget: x\n", "'splits' needs 'data'"),
+        ("kind: generation\ndata: {path: x}\nsplits: {test: x}\n", "'target' is missing"),
+        ("kind: perplexity\n", "'target' is missing"),
+    ],
+)
+def test_half_a_task_is_refused(tmp_path, more, words):
+    (tmp_path / "t.yaml").write_text(BARE + more)
+    with pytest.raises(TaskError, match=words):
+        load_task(tmp_path / "t.yaml")
+
+
 def test_examples(tmp_path):
     examples = read_examples(load_task(written(tmp_path)), "test")
     assert [(e.prompt, e.target, e.choices) for e in examples.items] == [
@@ -358,6 +393,6 @@ def test_every_task_of_the_page_is_one(tmp_path):
         file = tmp_path / f"{number}.yaml"
         file.write_text(block, encoding="utf-8")
         found.append(load_task(file))
-    assert [t.kind for t in found] == ["classification", "lm_eval:arc_easy"]
+    assert [t.kind for t in found] == ["classification", "classification", "lm_eval:arc_easy"]
     shown = set(re.findall(r"^\| `(\w+)", page, re.MULTILINE))
     assert shown == set(KINDS), "the page names every kind"

@@ -10,6 +10,7 @@ from pathlib import Path
 from plait.calibration.pipeline import load_base, take_all_moments
 from plait.calibration.request import CalibrateOptions, CalibrationRequest, read_calibration
 from plait.calibration.scale import FoundScale, find_scale
+from plait.calibration.texts import describe_counts
 from plait.errors import OutputError, PlanError
 from plait.extras import require
 from plait.merging.inventory import take_inventory
@@ -78,17 +79,19 @@ def complete_recipe(
     progress = progress or SilentProgress()
     request = read_calibration(recipe, folder, options or CalibrateOptions())
     mixture = cache(lambda: load_base(request, progress))
+    notes: tuple[str, ...] = ()
     if lacks_moments:
         recipe = _with_moments(recipe, request, folder, mixture, progress)
+        notes = (f"second moments are of {describe_counts(request.texts)}; no label was read.",)
     if recipe.scale != "auto":
-        return CompletedRecipe(recipe)
+        return CompletedRecipe(recipe, notes=notes)
     inventory = take_inventory(recipe.model_copy(update={"scale": 1.0}), folder, moments)
     found = find_scale(request, mixture(), inventory, workers or default_workers(), progress)
     note = (
-        f"scale {found.scale:.4g} was found on {_counts(request)}: nearest to each task's own adapter, with {found.share:.1%} "
+        f"scale {found.scale:.4g} was found on {describe_counts(request.texts)}: nearest to each task's own adapter, with {found.share:.1%} "
         f"of the base's divergence from it; no label was read. Texts: {_digests(request)}."
     )
-    return CompletedRecipe(recipe.model_copy(update={"scale": found.scale}), found, (note,))
+    return CompletedRecipe(recipe.model_copy(update={"scale": found.scale}), found, (*notes, note))
 
 
 def _with_moments(
@@ -97,16 +100,11 @@ def _with_moments(
     names = {a.name: f"{a.name}-{request.key(a)}.safetensors" for a in request.inventory.adapters}
     taken = take_all_moments(request, lambda a: STORE / names[a.name], mixture, progress)
     fresh = [a.name for a in taken if not a.reused]
-    how = f"taken now on {_counts(request)}" if fresh else "taken by an earlier run on the same texts"
+    how = f"taken now on {describe_counts(request.texts)}" if fresh else "taken by an earlier run on the same texts"
     announce(f"second moments of {', '.join(names)}, {how}, are kept in {STORE}.")
     home = STORE if folder is None else STORE.absolute()
     entries = (e.model_copy(update={"moments": str(home / names[e.name])}) for e in recipe.adapters)
     return recipe.model_copy(update={"adapters": tuple(entries)})
-
-
-def _counts(request: CalibrationRequest) -> str:
-    kinds = {(t.source, len(t.prompts)) for t in request.texts.values()}
-    return "; ".join(f"{count} texts per task ({source})" for source, count in sorted(kinds))
 
 
 def _digests(request: CalibrationRequest) -> str:

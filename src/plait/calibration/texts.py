@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plait.errors import TaskError
+from plait.notices import announce
 from plait.recipes.evaluation import SplitName
 from plait.tasks.asking import TargetLikelihood
 from plait.tasks.examples import fields_of, prompts_of
@@ -80,6 +82,11 @@ def read_texts(
     if kind is None:
         own = split is not None or not {"calibration", "train"}.isdisjoint(task.splits)
         kind = "file" if file is not None else "split" if own else "lines"
+        if kind == "lines":
+            announce(
+                f"task {task.name!r} has no texts of its own (no split 'calibration' or 'train'): generic lines that plait ships "
+                "are put into its prompt, as --texts lines does. --texts template takes the bare prompt."
+            )
     rows, source = _rows(task, kind, split, file)
     if kind != "template":
         order = list(range(len(rows)))
@@ -127,7 +134,7 @@ def _rows(task: RowTask, kind: TextKind, split: SplitName | None, file: str | Pa
         case "file":
             return _file_rows(task, Path(absolute_reference(str(file)))), Path(str(file)).name
         case "lines":
-            return _filled(task, generic_lines()), "lines that plait ships"
+            return _filled(task, generic_lines()), "generic lines"
         case "template":
             return [_row(task, [_NOTHING])], "the bare prompt"
 
@@ -174,6 +181,10 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def describe_counts(texts: Mapping[str, Texts]) -> str:
-    """Say in words what a merge has seen."""
-    kinds = {(t.kind, t.source, len(t.prompts)) for t in texts.values()}
-    return "; ".join(f"{n} of {source}" for _, source, n in sorted(kinds))
+    """Return in words what was seen, by task: `32 texts of split 'train' (intent, langid)`."""
+    tasks: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for name, t in texts.items():
+        tasks[t.source, len(t.prompts)].append(name)
+    return "; ".join(
+        f"{n} text{'s' * (n != 1)} of {source} ({', '.join(names)})" for (source, n), names in sorted(tasks.items())
+    )

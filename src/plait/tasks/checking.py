@@ -15,6 +15,7 @@ from plait.tasks.overlap import Overlap, overlaps
 from plait.tasks.schema import SPLITS, Task
 
 _SHOWN = 2
+_NO_ROWS = "it has no data: calibrate, tune and merge --tasks put generic lines into its prompt; it cannot be evaluated."
 
 
 class Tokens(Record):
@@ -113,7 +114,7 @@ def check_task(task: Task, tokenizer: Any | None = None) -> TaskCheck:
         adapter=task.own_adapter,
         splits={name: _check_split(examples, encoder) for name, examples in splits.items()},
         overlaps=tuple(overlaps(splits)),
-        notes=tuple(_notes(splits)),
+        notes=tuple(_notes(splits) if splits else [_NO_ROWS]),
     )
 
 

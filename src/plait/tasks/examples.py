@@ -85,7 +85,7 @@ def prompts_of(task: RowTask, rows: Sequence[Row]) -> list[tuple[Prompt, tuple[s
     Raises:
         TaskError: rows do not fit the templates; the first few are listed.
     """
-    texts = Template(task.target, f"{task.where}: target").each(rows) if isinstance(task.ask, TargetLikelihood) else None
+    texts = task.target_template.each(rows) if isinstance(task.ask, TargetLikelihood) else None
     choices = task.choices_of()(rows) if texts is None else [(t,) if isinstance(t, str) else t for t in texts]
     found: list[tuple[Prompt, tuple[str, ...]]] = []
     problems: list[str] = []
@@ -104,7 +104,7 @@ class _Maker:
     def __init__(self, task: RowTask) -> None:
         self._task = task
         self._inputs = task.inputs_of()
-        self._target = Template(task.target, f"{task.where}: target")
+        self._target = task.target_template
         self._choices = task.choices_of()
 
     def __call__(self, rows: Sequence[Row]) -> list[Example | TaskError]:

@@ -79,7 +79,12 @@ def build_task(document: YamlDocument, *, source: str = "task", folder: Path | N
     data = document.data
     origins = Origins(source, document.lines, error=TaskError)
     if not isinstance(data, Mapping) or not data:
-        raise TaskError(f"{source}: a task is a mapping (key: value) with at least 'name', 'kind', 'data' and 'splits'.")
+        raise TaskError(
+            f"{source}: a task is a mapping (key: value) with at least 'name' and 'prompt'; to be evaluated on, it needs 'kind', 'data', 'splits' and "
+            "'target' too."
+        )
+    if "kind" not in data and _without_rows(data):
+        data = {**data, "kind": "classification" if "labels" in data else "generation"}
     kind = data.get("kind")
     family = str(kind).partition(":")[0] if _is_harness(str(kind)) else kind
     if not isinstance(family, str) or family not in KINDS:
@@ -93,6 +98,11 @@ def build_task(document: YamlDocument, *, source: str = "task", folder: Path | N
     if task is None:
         raise AssertionError("a task without problems was not built")
     return task
+
+
+def _without_rows(data: Mapping[str, Plain]) -> bool:
+    """Whether a task is nothing but a prompt and, perhaps, labels: its kind is plain then."""
+    return ("prompt" in data or "messages" in data) and data.keys().isdisjoint({"data", "splits", "choices"})
 
 
 def _bad_kind(kind: Plain) -> Problem:

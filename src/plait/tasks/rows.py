@@ -27,13 +27,18 @@ def read_rows(task: RowTask, name: SplitName) -> list[Row]:
         TaskError: the task has no such split, or its data cannot be read.
     """
     split = task.splits.get(name)
+    if task.data is None:
+        raise TaskError(
+            f"task {task.name!r} has no data, only a prompt: it can be calibrated, tuned and merged with, but there is no split "
+            f"{name!r} to read. Add 'data', 'splits' and 'target' to its file."
+        )
     if split is None:
         raise TaskError(f"task {task.name!r} has no split {name!r}; it has {', '.join(task.splits)}.")
     if task.data.hub is not None:
         where, source = f"task {task.name!r}", split.source or name
         rows = read_hub(task.data.hub, source, config=task.data.config, revision=task.data.revision, where=where)
     else:
-        rows = read_file(_file(task, split, name))
+        rows = read_file(_file(task, Path(str(task.data.path)), split, name))
     if split.rows is not None:
         first, end = split.rows
         if end > len(rows):
@@ -44,8 +49,7 @@ def read_rows(task: RowTask, name: SplitName) -> list[Row]:
     return rows
 
 
-def _file(task: RowTask, split: Split, name: SplitName) -> Path:
-    place = Path(str(task.data.path))
+def _file(task: RowTask, place: Path, split: Split, name: SplitName) -> Path:
     if place.is_file():
         if split.source is not None:
             raise TaskError(f"task {task.name!r}: {place} is a file; splits of it are given by 'rows', not by a source.")

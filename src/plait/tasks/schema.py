@@ -15,7 +15,7 @@ from plait.plugins import Registry
 from plait.recipes.evaluation import SplitName
 from plait.records import Record
 from plait.tasks.answers import Metric
-from plait.tasks.asking import Ask, Choices, Length
+from plait.tasks.asking import Ask, Choices, Length, TargetLikelihood
 from plait.tasks.inputs import Example, Inputs, Row, inputs_of
 from plait.tasks.templates import Template as Compiled
 
@@ -129,17 +129,45 @@ class Task(Record):
 
 
 class RowTask(Task):
-    """A task whose examples are made of rows, by templates."""
+    """A task whose examples are made of rows, by templates.
 
-    data: Annotated[Data, Field(description="Where the rows are.")]
-    splits: Annotated[dict[SplitName, Split], Field(min_length=1, description="train, calibration, validation, test.")]
+    Without rows (neither `data` nor `splits`) there are only its prompt and its answers: enough to calibrate, tune and merge with,
+    not to evaluate.
+    """
+
+    data: Annotated[Data | None, Field(description="Where the rows are; none for a task that nothing is evaluated on.")] = None
+    splits: Annotated[dict[SplitName, Split], Field(description="train, calibration, validation, test.")] = Field(
+        default_factory=dict
+    )
     prompt: Annotated[TemplateText | None, Field(description="Jinja2 template of the text before the answer.")] = None
-    target: Annotated[TemplateText, Field(description="Jinja2 template of the right answer.")]
+    target: Annotated[TemplateText | None, Field(description="Jinja2 template of the right answer.")] = None
+
+    @model_validator(mode="after")
+    def _rows_or_none(self) -> RowTask:
+        if (self.data is None) != (not self.splits):
+            there, lacking = ("splits", "data") if self.data is None else ("data", "splits")
+            raise ValueError(
+                f"{there!r} needs {lacking!r}; a task without rows (to calibrate, tune and merge with) has neither"
+            )
+        if self.target is None and (self.data is not None or isinstance(self.ask, TargetLikelihood)):
+            raise ValueError("'target' is missing, the template of the right answer")
+        return self
 
     @property
     def split_names(self) -> tuple[SplitName, ...]:
         """The splits that it has."""
         return tuple(self.splits)
+
+    @property
+    def target_template(self) -> Compiled:
+        """The template of the right answer.
+
+        Raises:
+            TaskError: there is none.
+        """
+        if self.target is None:
+            raise TaskError(f"{self.where} has no 'target', the template of the right answer.")
+        return Compiled(self.target, f"{self.where}: target")
 
     def sources(self) -> list[str]:
         """Return the templates that are filled from a row before its target."""

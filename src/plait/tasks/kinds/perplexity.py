@@ -29,7 +29,7 @@ class Perplexity(PromptedTask):
 
     def sources(self) -> list[str]:
         """Return the templates that are filled from a row: the text itself, too."""
-        return [*super().sources(), self.target]
+        return [*super().sources(), *([] if self.target is None else [self.target])]
 
     def check_target(self, target: str) -> None:
         """Make sure that there is a text.

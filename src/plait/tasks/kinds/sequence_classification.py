@@ -17,7 +17,7 @@ class SequenceClassification(RowTask):
     metrics: ClassVar = ("accuracy", "macro_f1")
     kind: Literal["sequence_classification"]
     prompt: Annotated[TemplateText, Field(description="Jinja2 template of the text that is classified.")]
-    target: Annotated[TemplateText, Field(description="Jinja2 template of the right label.")]
+    target: Annotated[TemplateText | None, Field(description="Jinja2 template of the right label.")] = None
     labels: Annotated[Labels, Field(description="In the order of the head's outputs.")]
     metric: str = "accuracy"
     max_tokens: Annotated[int | None, Field(ge=1, description="Longer texts lose their end; otherwise they are an error.")] = (
