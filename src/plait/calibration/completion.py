@@ -88,8 +88,8 @@ def complete_recipe(
     inventory = take_inventory(recipe.model_copy(update={"scale": 1.0}), folder, moments)
     found = find_scale(request, mixture(), inventory, workers or default_workers(), progress)
     note = (
-        f"scale {found.scale:.4g} was found on {describe_counts(request.texts)}: nearest to each task's own adapter, with {found.share:.1%} "
-        f"of the base's divergence from it; no label was read. Texts: {_digests(request)}."
+        f"scale {found.scale:.4g} was found on {describe_counts(request.texts)}: nearest to each task's own adapter, "
+        f"with {found.share:.1%} of the base's divergence from it; no label was read. Texts: {_digests(request)}."
     )
     return CompletedRecipe(recipe.model_copy(update={"scale": found.scale}), found, (*notes, note))
 

@@ -84,8 +84,8 @@ def read_texts(
         kind = "file" if file is not None else "split" if own else "lines"
         if kind == "lines":
             announce(
-                f"task {task.name!r} has no texts of its own (no split 'calibration' or 'train'): generic lines that plait ships "
-                "are put into its prompt, as --texts lines does. --texts template takes the bare prompt."
+                f"task {task.name!r} has no texts of its own (no split 'calibration' or 'train'): generic lines that plait "
+                "ships are put into its prompt, as --texts lines does. --texts template takes the bare prompt."
             )
     rows, source = _rows(task, kind, split, file)
     if kind != "template":

@@ -80,8 +80,8 @@ def build_task(document: YamlDocument, *, source: str = "task", folder: Path | N
     origins = Origins(source, document.lines, error=TaskError)
     if not isinstance(data, Mapping) or not data:
         raise TaskError(
-            f"{source}: a task is a mapping (key: value) with at least 'name' and 'prompt'; to be evaluated on, it needs 'kind', 'data', 'splits' and "
-            "'target' too."
+            f"{source}: a task is a mapping (key: value) with at least 'name' and 'prompt'; to be evaluated on, it "
+            "needs 'kind', 'data', 'splits' and 'target' too."
         )
     if "kind" not in data and _without_rows(data):
         data = {**data, "kind": "classification" if "labels" in data else "generation"}

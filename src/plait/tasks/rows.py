@@ -29,8 +29,8 @@ def read_rows(task: RowTask, name: SplitName) -> list[Row]:
     split = task.splits.get(name)
     if task.data is None:
         raise TaskError(
-            f"task {task.name!r} has no data, only a prompt: it can be calibrated, tuned and merged with, but there is no split "
-            f"{name!r} to read. Add 'data', 'splits' and 'target' to its file."
+            f"task {task.name!r} has no data, only a prompt: it can be calibrated, tuned and merged with, but there is no "
+            f"split {name!r} to read. Add 'data', 'splits' and 'target' to its file."
         )
     if split is None:
         raise TaskError(f"task {task.name!r} has no split {name!r}; it has {', '.join(task.splits)}.")

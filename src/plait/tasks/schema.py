@@ -131,8 +131,8 @@ class Task(Record):
 class RowTask(Task):
     """A task whose examples are made of rows, by templates.
 
-    Without rows (neither `data` nor `splits`) there are only its prompt and its answers: enough to calibrate, tune and merge with,
-    not to evaluate.
+    Without rows (neither `data` nor `splits`) there are only its prompt and its answers: enough to calibrate, tune and merge
+    with, not to evaluate.
     """
 
     data: Annotated[Data | None, Field(description="Where the rows are; none for a task that nothing is evaluated on.")] = None
