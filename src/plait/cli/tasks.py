@@ -64,10 +64,10 @@ def _show(found: TaskCheck) -> None:
         table.add_row(name, str(split.examples), str(split.duplicates), majority, *_token_cells(split))
     console.print(table)
     _show_balance(found)
-    name, split = next(reversed(found.splits.items()), ("", None))
-    for rendered in split.rendered if split else ():
-        console.print(f"\n[dim]{name}, as the model reads it, up to the answer:[/dim]")
-        console.print(rendered.prompt + f"⟦{rendered.target}⟧", markup=False, soft_wrap=True)
+    for name, split in list(found.splits.items())[-1:]:
+        for rendered in split.rendered:
+            console.print(f"\n[dim]{name}, as the model reads it, up to the answer:[/dim]")
+            console.print(rendered.prompt + f"⟦{rendered.target}⟧", markup=False, soft_wrap=True)
     for overlap in found.overlaps:
         word = "[bold red]error:[/bold red]" if overlap.forbidden else "[dim]note:[/dim]"
         console.print(word, end=" ")
