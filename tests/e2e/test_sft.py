@@ -106,7 +106,7 @@ def test_only_answers_and_their_ends_carry_loss_in_the_batches_of_the_trainer(pl
     train(
         place, tmp_path / "out", model_name_or_path=str(tmp_path / "base"), dataset_name_or_path=str(tmp_path / "chats.jsonl")
     )
-    (batch,) = trainers[0].trainer.get_train_dataloader()
+    (batch,) = trainers[0].get_train_dataloader()
     tokens = AutoTokenizer.from_pretrained(tmp_path / "base")
     learned = {tokens.decode(labels[labels != IGNORED]) for labels in batch["labels"]}
     assert learned == {"Yes.<|im_end|>Still.<|im_end|>", "Yes.<|im_end|>"}
@@ -140,7 +140,7 @@ def test_the_adapter_reloads_and_the_merged_model_is_adapter_on_base(place, tmp_
     adapted = logits(reloaded)
     assert (adapted - logits(base_model(place))).abs().max() > 1e-3
     if "dtype" not in kind:
-        assert torch.equal(adapted, logits(trainers[0].trainer.model.cpu()))
+        assert torch.equal(adapted, logits(trainers[0].model.cpu()))
     merged = AutoModelForCausalLM.from_pretrained(result.merged_model, dtype=torch.float32)
     assert torch.allclose(logits(merged), adapted, atol=1e-5)
     for folder in (result.adapter, result.final_model, result.merged_model):
@@ -158,7 +158,7 @@ def test_a_full_fine_tune_is_a_whole_model(place, tmp_path, trainers):
     assert result.adapter is None
     assert not (tmp_path / "out" / "adapter").exists()
     model = AutoModelForCausalLM.from_pretrained(result.final_model)
-    assert torch.equal(logits(model), logits(trainers[0].trainer.model))
+    assert torch.equal(logits(model), logits(trainers[0].model))
     assert not torch.equal(logits(model), logits(base_model(place)))
     assert result.record.trainable == model.num_parameters()
 

@@ -461,7 +461,7 @@ def test_stopped_by_hand(place, monkeypatch, capsys):
 @pytest.mark.parametrize(("workers", "enough"), [(None, True), (2, False)])
 def test_checkpoints_need_room_only_while_their_phase_is_trained(place, monkeypatch, workers, enough):
     phases = resolve_phases(read_phases("phases.yaml", out=Path("out")))
-    found = cohort.estimate(phases[0].opened, phases[0].settings, Path("out"), examples=24, merged=False)
+    found = cohort.estimate(phases[0], Path("out"), examples=24)
     free = cohort._SPARE + 2 * (found.bytes - found.passing) + found.passing
     monkeypatch.setattr(cohort, "estimate", lambda *_, **__: replace(found, free=free))
     with nullcontext() if enough else pytest.raises(OutputError, match=r"are needed \(2 adapters and their checkpoints\)"):

@@ -15,8 +15,8 @@ from plait.training import checks
 from plait.training.causal import model_config
 from plait.training.data import TrainingData
 from plait.training.job import LoraSettings, TrainingJob
-from plait.training.output import check_output
 from plait.training.phases import phase_seed
+from plait.training.preflight import check_output
 from plait.training.ray import _shares
 from plait.training.reading import read_phases
 from plait.training.settings import trainer_settings

@@ -9,7 +9,7 @@ import pytest
 from plait.errors import PlaitError, TaskError
 from plait.evaluation.scores import model_digest
 from plait.hub.download import Located
-from plait.training import fingerprints
+from plait.training import job as jobs
 from plait.training.data import EVAL_SPLITS, TrainingData, hold_out, load_data
 from plait.training.formats import Completion
 from plait.training.job import LoraSettings, TrainingJob, resolve_job
@@ -171,7 +171,7 @@ class TestDigest:
 
     def test_the_base_is_hashed_once_while_it_stays_as_it_is(self, job, tmp_path, monkeypatch):
         hashed = []
-        monkeypatch.setattr(fingerprints, "model_digest", lambda folder: hashed.append(folder) or model_digest(folder))
+        monkeypatch.setattr(jobs, "model_digest", lambda folder: hashed.append(folder) or model_digest(folder))
         first, second = job.digest(), job.model_copy(update={"seed": 7}).digest()
         assert first != second
         assert len(hashed) == 1

@@ -88,7 +88,7 @@ def test_a_template_that_rewrites_earlier_turns_makes_one_example_per_answer():
     )
     assert len(data.items) == 2
     assert data.expanded == 1
-    assert "one example per answer" in data.notes(None)[0]
+    assert "one example per answer" in data.notes[0]
 
 
 def test_a_template_that_puts_words_before_the_answer_learns_them():
@@ -175,7 +175,7 @@ class TestLongExamples:
     def test_they_are_left_out_and_counted(self):
         found = self.encode("drop")
         assert (len(found.items), found.left_out, found.truncated, found.longest) == (1, 2, 0, 22)
-        assert "2 examples are longer than max_length 10 (the longest has 22 tokens) and left out" in found.notes(10)[0]
+        assert "2 examples are longer than max_length 10 (the longest has 22 tokens) and left out" in found.notes[0]
 
     def test_or_cut_and_counted_unless_nothing_would_be_learned(self):
         found = self.encode("truncate")
@@ -186,7 +186,7 @@ class TestLongExamples:
     def test_no_limit_keeps_all(self):
         found = self.encode("drop", limit=None)
         assert (len(found.items), found.left_out) == (3, 0)
-        assert not found.notes(None)
+        assert not found.notes
 
     def test_none_left_is_an_error(self):
         with pytest.raises(TaskError, match="no example is left: all 3 are longer than max_length 2"):

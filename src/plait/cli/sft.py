@@ -119,12 +119,13 @@ def _plan_json(plan: SftPlan) -> dict[str, object]:
     from dataclasses import asdict
 
     given, learned = plan.example
+    data, _ = plan.phase.encoded
     return {
         "job": plan.phase.opened.job.model_dump(mode="json"),
         "data": plan.phase.opened.data.summary,
-        "examples": len(plan.encoded[0].items),
-        "left_out": plan.encoded[0].left_out,
-        "truncated": plan.encoded[0].truncated,
+        "examples": len(data.items),
+        "left_out": data.left_out,
+        "truncated": data.truncated,
         "example": {"given": given, "learnt": learned},
         "estimate": asdict(plan.estimate),
         "writes": [str(path) for path in plan.writes],

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from plait.training.forecast import Forecast
+    from plait.training.estimate import Forecast
     from plait.training.phases import TrainingPlan
     from plait.training.results import TrainResult
     from plait.training.runners import PhaseStatus

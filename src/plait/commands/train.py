@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import RecipeError
+from plait.evaluation.pipeline import EvaluateOptions
 from plait.results.progress import Progress
 from plait.training.cohort import Scheduling, train_cohort
-from plait.training.forecast import Forecast, forecast
+from plait.training.estimate import Forecast, forecast
 from plait.training.phases import TrainingPlan
-from plait.training.post_training import EvalOptions
 from plait.training.preflight import resolve_phases
 from plait.training.reading import read_phases
 from plait.training.results import TrainResult
@@ -83,7 +83,12 @@ class TrainOrder:
             self.training,
             only=self.only,
             scheduling=Scheduling(self.workers, self.cluster),
-            evaluation=EvalOptions(self.load_dtype, self.device_map, self.trust_remote_code, self.matrix),
+            evaluation=EvaluateOptions(
+                dtype=self.load_dtype,
+                device_map=self.device_map,
+                trust_remote_code=self.trust_remote_code,
+                matrix=self.matrix,
+            ),
             listener=listener,
             progress=progress,
         )

@@ -137,15 +137,17 @@ def job_of(flags: Flags) -> TrainingJob:
         "seed": flags.get("seed", 42),
     }
     if flags.get("use_peft"):
-        values["lora"] = {name: _pattern_or_names(flags.get(flag)) for name, flag in _LORA.items() if flag in flags.given}
+        lora = {name: flags.get(flag) for name, flag in _LORA.items() if flag in flags.given}
+        for name, value in lora.items():  # a single word that is not a plain name: `all-linear`, or a pattern for PEFT
+            if isinstance(value, list) and len(value) == 1 and not re.fullmatch(r"[\w.]+", value[0]):
+                lora[name] = value[0]
+        values["lora"] = lora
     if flags.evaluates and "test_split_size" in flags.given:
         values["held_out"] = flags.get("test_split_size")
-    elif flags.evaluates and "eval_dataset_name_or_path" in flags.given:
-        values["eval_data"] = _data(
-            flags, "eval_dataset_name_or_path", flags.get("dataset_test_split", EVAL_SPLITS), limit=False
-        )
     elif flags.evaluates:
-        values["eval_data"] = _data(flags, "dataset_name", flags.get("dataset_test_split", "test"), limit=False)
+        other = "eval_dataset_name_or_path" in flags.given
+        place, split = ("eval_dataset_name_or_path", EVAL_SPLITS) if other else ("dataset_name", "test")
+        values["eval_data"] = _data(flags, place, flags.get("dataset_test_split", split), limit=False)
     try:
         return TrainingJob.model_validate(values)
     except ValidationError as error:
@@ -168,11 +170,6 @@ def _data(flags: Flags, place: str, split: str | tuple[str, ...], *, limit: bool
         "text_field": flags.get("dataset_text_field", "text"),
         "system_prompt": flags.get("system_prompt"),
     }
-
-
-def _pattern_or_names(value: Any) -> Any:
-    """Return a single word that is not a plain name by itself: `all-linear`, or a pattern for PEFT."""
-    return value[0] if isinstance(value, list) and len(value) == 1 and not re.fullmatch(r"[\w.]+", value[0]) else value
 
 
 def _error_text(error: Any) -> str:

@@ -13,32 +13,30 @@ from plait.hub.pretrained import load_tokenizer, refuse_failures
 from plait.libraries.trl import trusts_code
 from plait.training.data import LoadedData
 from plait.training.encoding import EncodedData, ExampleEncoder, encode_all
-from plait.training.job import LoraSettings, PreparedTrainer, ResolvedJob
-from plait.training.settings import check_values, construct, trainer_settings
+from plait.training.job import ResolvedJob, TrainingJob
+from plait.training.settings import check_values, construct, lora_config, trainer_settings
 
+LOADER, TASK_TYPE = "AutoModelForCausalLM", "CAUSAL_LM"
 #: What TRL does itself before training, and is done by the time it gets the data.
 _DONE = ("max_length", "completion_only_loss", "assistant_only_loss")
 _SPLITTING = ("bfd_split", "wrapped")
 
 
-def make_trainer(
-    opened: ResolvedJob, out: Path, *, encoded: tuple[EncodedData, EncodedData | None] | None = None
-) -> PreparedTrainer:
-    """Load the model and tokenize the data.
+def settings_of(job: TrainingJob, out: Path) -> Any:
+    """Return the job's `SFTConfig`; see `TrainerKind`."""
+    return trainer_settings(optional("trl", "train", "training").SFTConfig, job, out)
 
-    Args:
-        opened: the job.
-        out: folder of the checkpoints.
-        encoded: the data, where it was tokenized before.
 
-    Raises:
-        PlaitError: arguments that contradict each other, examples that cannot be encoded, layers that are not there.
-    """
+def check_first(opened: ResolvedJob, config: Any) -> None:
+    """Encode the first example; see `TrainerKind`."""
+    model_config(opened.job.model)
+    encoder_of(opened, config).encode(opened.data.examples[0])
+
+
+def make_trainer(opened: ResolvedJob, config: Any, encoded: tuple[EncodedData, EncodedData | None]) -> Any:
+    """Load the model; see `TrainerKind`."""
     trl = optional("trl", "train", "training")
-    job = opened.job
-    config = trainer_settings(trl.SFTConfig, job, out)
-    train, held = encoded = encoded or encode_data(opened, config)
-    notes = notes_of(opened, encoded, config)
+    job, (train, held) = opened.job, encoded
     if not config.packing:
         config.max_length = None  # kept to already
     config.completion_only_loss, config.assistant_only_loss = None, False
@@ -53,24 +51,18 @@ def make_trainer(
     }
     config.model_init_kwargs = {**{k: v for k, v in init.items() if v is not None}, **_mapping(config.model_init_kwargs)}
     with refuse_failures(job.base, "it cannot be trained so", PlanError, folder=opened.base.folder):
-        trainer = trl.SFTTrainer(
+        return trl.SFTTrainer(
             model=name,
             args=config,
             train_dataset=_dataset(train),
             eval_dataset=None if held is None else _dataset(held),
             processing_class=_tokenizer(opened, config),
-            peft_config=None if job.lora is None else lora_config(job.lora, "CAUSAL_LM"),
+            peft_config=None if job.lora is None else lora_config(job.lora, TASK_TYPE),
         )
-    return PreparedTrainer(trainer, len(train.items), train.left_out, train.truncated, notes)
 
 
 def encode_data(opened: ResolvedJob, config: Any) -> tuple[EncodedData, EncodedData | None]:
-    """Tokenize and label what is trained on, and what the loss is also measured on.
-
-    Args:
-        opened: the job.
-        config: its `SFTConfig`.
-    """
+    """Tokenize and label; see `TrainerKind`."""
     encoder = encoder_of(opened, config)
     splits = config.packing and config.packing_strategy in _SPLITTING
     limit = None if splits else config.max_length
@@ -81,19 +73,13 @@ def encode_data(opened: ResolvedJob, config: Any) -> tuple[EncodedData, EncodedD
     return encoded(opened.data), None if opened.eval_data is None else encoded(opened.eval_data)
 
 
-def notes_of(opened: ResolvedJob, encoded: tuple[EncodedData, EncodedData | None], config: Any) -> tuple[str, ...]:
-    """Say which rows and examples were left out or cut, of those trained on and of those that the loss is also measured on.
-
-    Args:
-        opened: the job.
-        encoded: from `encode_data`.
-        config: its `SFTConfig`.
-    """
+def notes_of(opened: ResolvedJob, encoded: tuple[EncodedData, EncodedData | None]) -> tuple[str, ...]:
+    """Return which rows and examples were left out or cut; see `TrainerKind`."""
     train, held = encoded
-    notes = (*opened.data.notes, *train.notes(config.max_length))
+    notes = (*opened.data.notes, *train.notes)
     if opened.eval_data is None or held is None:
         return notes
-    return (*notes, *(f"held out: {note}" for note in (*opened.eval_data.notes, *held.notes(config.max_length))))
+    return (*notes, *(f"held out: {note}" for note in (*opened.eval_data.notes, *held.notes)))
 
 
 def encoder_of(opened: ResolvedJob, config: Any) -> ExampleEncoder:
@@ -107,26 +93,6 @@ def encoder_of(opened: ResolvedJob, config: Any) -> ExampleEncoder:
         tokenizer.eos_token = config.eos_token
     whole = config.completion_only_loss is False and not config.assistant_only_loss
     return ExampleEncoder(tokenizer, whole=whole, template=config.chat_template_path)
-
-
-def lora_config(lora: LoraSettings, task_type: str) -> Any:
-    """Return PEFT's configuration of an adapter.
-
-    Args:
-        lora: as asked for.
-        task_type: `CAUSAL_LM` or `SEQ_CLS`.
-    """
-    given = {"target_parameters": lora.target_parameters, "modules_to_save": lora.modules_to_save}
-    return optional("peft", "train", "LoRA").LoraConfig(
-        task_type=task_type,
-        r=lora.r,
-        lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets if isinstance(lora.targets, str | None) else list(lora.targets),
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-        **{name: list(value) for name, value in given.items() if value is not None},
-    )
 
 
 def _tokenizer(opened: ResolvedJob, config: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What is wrong with the flags of `plait sft`: contradictions, and things that this machine does not have."""
+"""What is wrong with the flags of `plait sft`: flag_problems, and things that this machine does not have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from plait.errors import PlaitError
 from plait.hub.references import repo_problem
 from plait.hub.upload import check_push
 from plait.training.arguments import Flags, lora_flags
-from plait.training.settings import has_accelerator
 
 #: What `report_to` may name, and the packages of which it needs one.
 _TRACKERS: Mapping[str, tuple[str, ...]] = {
@@ -146,4 +145,4 @@ def _trackers(flags: Flags) -> Iterator[str]:
 def _cuda() -> bool:
     import torch
 
-    return has_accelerator() and torch.cuda.is_available()
+    return torch.cuda.is_available()

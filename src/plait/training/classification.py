@@ -7,19 +7,19 @@ What the checkpoint lacks, the head above all, is drawn at random and then train
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plait.errors import PlanError, RecipeError, TaskError
 from plait.extras import optional
 from plait.hub.pretrained import load_config, load_model, load_tokenizer, with_padding_token
-from plait.training.causal import lora_config
 from plait.training.data import LoadedData
+from plait.training.encoding import EncodedData
 from plait.training.formats import Completion
-from plait.training.job import PreparedTrainer, ResolvedJob, TrainingJob
-from plait.training.settings import trainer_settings
+from plait.training.job import ResolvedJob, TrainingJob
+from plait.training.settings import lora_config, trainer_settings
 
+LOADER, TASK_TYPE = "AutoModelForSequenceClassification", "SEQ_CLS"
 #: Heads that PEFT itself trains and saves completely.
 _HEADS = ("classifier", "score")
 _LOADING = ("dtype", "attn_implementation", "trust_remote_code")
@@ -28,70 +28,39 @@ MAX_LENGTH = "max_length"
 _UNBOUNDED = 1_000_000  # tokenizers without a limit say 1e30
 
 
-@dataclass(frozen=True)
-class EncodedTexts:
-    """Texts as a trainer takes them.
-
-    Attributes:
-        items: `input_ids`, `attention_mask` (…) and `labels` of each.
-        left_out: texts longer than the limit, left out.
-        truncated: texts cut to it.
-    """
-
-    items: list[dict[str, Any]]
-    left_out: int
-    truncated: int
-
-
-def make_trainer(opened: ResolvedJob, out: Path) -> PreparedTrainer:
-    """Load the model and tokenize the data.
-
-    Args:
-        opened: the job; `arguments` are those of `TrainingArguments`, and `max_length`: of a text, in tokens.
-        out: folder of the checkpoints.
-
-    Raises:
-        PlaitError: arguments that contradict each other, labels that the task does not have, layers that are not there.
-    """
+def make_trainer(opened: ResolvedJob, config: Any, encoded: tuple[EncodedData, EncodedData | None]) -> Any:
+    """Load the model, with a new head of the job's labels; see `TrainerKind`."""
     transformers = optional("transformers", "train", "training")
-    job = opened.job
-    if not job.labels or job.lora is None:
-        raise PlanError("a classifier is trained as a LoRA on a task of kind sequence_classification, whose labels it has.")
-    config = settings_of(job, out)
-    tokenizer, limit = tokenizer_of(opened)
-    train = encode_examples(opened, opened.data, tokenizer, limit)
-    held = None if opened.eval_data is None else encode_examples(opened, opened.eval_data, tokenizer, limit)
+    (tokenizer, _), (train, held) = tokenizer_of(opened), encoded
     transformers.set_seed(config.seed)  # head and A are drawn below
     model, fresh = _load(transformers, opened, tokenizer)
-    trainer = transformers.Trainer(
+    return transformers.Trainer(
         model=_with_lora(model, opened, fresh),
         args=config,
-        train_dataset=train.items,
-        eval_dataset=held.items if held else None,
+        train_dataset=list(train.items),
+        eval_dataset=list(held.items) if held else None,
         processing_class=tokenizer,
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
-    )
-    return PreparedTrainer(
-        trainer, len(train.items), train.left_out, train.truncated, (*opened.data.notes, *_notes(train, limit))
     )
 
 
 def settings_of(job: TrainingJob, out: Path) -> Any:
-    """Return the job's `TrainingArguments`.
-
-    Raises:
-        RecipeError: an argument is not known, or they contradict each other.
-    """
+    """Return the job's `TrainingArguments`; see `TrainerKind`. Its `max_length` is the classifier's own."""
     arguments = {name: value for name, value in job.arguments.items() if name != MAX_LENGTH}
     kind = optional("transformers", "train", "training").TrainingArguments
     return trainer_settings(kind, job.model_copy(update={"arguments": arguments}), out)
+
+
+def check_first(opened: ResolvedJob, config: Any) -> None:
+    """Load the tokenizer; see `TrainerKind`."""
+    tokenizer_of(opened)
 
 
 def tokenizer_of(opened: ResolvedJob) -> tuple[Any, int | None]:
     """Return what tokenizes, and how many tokens a text may have: never more than the model can read."""
     optional("transformers", "train", "training")
     name, revision = opened.model
-    trust, folder = _trusts(opened), opened.base.folder
+    trust, folder = bool(_loading(opened.job.model).get("trust_remote_code", False)), opened.base.folder
     tokenizer = with_padding_token(load_tokenizer(name, revision=revision, trust_remote_code=trust, folder=folder))
     tokenizer.padding_side = "right"  # as evaluation reads texts
     config = load_config(name, revision=revision, trust_remote_code=trust, folder=folder)
@@ -99,15 +68,11 @@ def tokenizer_of(opened: ResolvedJob) -> tuple[Any, int | None]:
     return tokenizer, min((n for n in bounds if n is not None and 0 < n < _UNBOUNDED), default=None)
 
 
-def _trusts(opened: ResolvedJob) -> bool:
-    return bool(_loading(opened.job.model, "trust_remote_code").get("trust_remote_code", False))
-
-
-def _loading(values: dict[str, Any], *names: str) -> dict[str, Any]:
+def _loading(values: dict[str, Any]) -> dict[str, Any]:
     unknown = [name for name in values if name not in _LOADING]
     if unknown:
         raise RecipeError(f"model: {', '.join(unknown)}: a classifier takes {', '.join(_LOADING)}.")
-    return {name: values[name] for name in names if name in values}
+    return values
 
 
 def _load(transformers: Any, opened: ResolvedJob, tokenizer: Any) -> tuple[Any, list[str]]:
@@ -115,8 +80,8 @@ def _load(transformers: Any, opened: ResolvedJob, tokenizer: Any) -> tuple[Any, 
     labels = opened.job.labels or ()
     name, revision = opened.model
     names: dict[str, Any] = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    keywords: dict[str, Any] = {"dtype": "float32", **_loading(opened.job.model, *_LOADING)}
-    keywords["trust_remote_code"] = _trusts(opened)
+    keywords: dict[str, Any] = {"dtype": "float32", **_loading(opened.job.model)}
+    keywords["trust_remote_code"] = bool(keywords.get("trust_remote_code", False))
     model, report = load_model(
         transformers.AutoModelForSequenceClassification,
         name,
@@ -148,18 +113,16 @@ def _with_lora(model: Any, opened: ResolvedJob, fresh: Sequence[str]) -> Any:
         raise PlanError(f"{opened.job.base} cannot be trained so: {' '.join(str(error).split())}") from error
 
 
-def encode_examples(opened: ResolvedJob, data: LoadedData, tokenizer: Any, limit: int | None) -> EncodedTexts:
-    """Tokenize texts and number their labels.
+def encode_data(opened: ResolvedJob, config: Any) -> tuple[EncodedData, EncodedData | None]:
+    """Tokenize texts and number their labels; see `TrainerKind`."""
+    if not opened.job.labels or opened.job.lora is None:
+        raise PlanError("a classifier is trained as a LoRA on a task of kind sequence_classification, whose labels it has.")
+    tokenizer, limit = tokenizer_of(opened)
+    held = None if opened.eval_data is None else _encoded(opened, opened.eval_data, tokenizer, limit)
+    return _encoded(opened, opened.data, tokenizer, limit), held
 
-    Args:
-        opened: the job, which has the labels.
-        data: of the job.
-        tokenizer: of the model.
-        limit: most tokens of one text; longer ones are left out, or cut where the job says so. None for any.
 
-    Raises:
-        TaskError: no text is left.
-    """
+def _encoded(opened: ResolvedJob, data: LoadedData, tokenizer: Any, limit: int | None) -> EncodedData:
     labels, cut = opened.job.labels or (), opened.job.long_examples == "truncate"
     items: list[dict[str, Any]] = []
     left_out = truncated = 0
@@ -176,9 +139,12 @@ def encode_examples(opened: ResolvedJob, data: LoadedData, tokenizer: Any, limit
         items.append({**row, "labels": labels.index(example.completion)})
     if not items:
         raise TaskError(f"{data.summary}: no text is left: all {left_out} have more than {limit} tokens ({MAX_LENGTH}).")
-    return EncodedTexts(items, left_out, truncated)
+    return EncodedData(tuple(items), tuple(len(item["input_ids"]) for item in items), limit, left_out, truncated)
 
 
-def _notes(rows: EncodedTexts, limit: int | None) -> list[str]:
-    counts = [(rows.left_out, "are left out"), (rows.truncated, "are cut: their end is not learned")]
-    return [f"{count} texts have more than {limit} tokens and {what}." for count, what in counts if count]
+def notes_of(opened: ResolvedJob, encoded: tuple[EncodedData, EncodedData | None]) -> tuple[str, ...]:
+    """Return which rows and texts were left out or cut; see `TrainerKind`."""
+    train, _ = encoded
+    counts = [(train.left_out, "are left out"), (train.truncated, "are cut: their end is not learned")]
+    found = (f"{count} texts have more than {train.limit} tokens and {what}." for count, what in counts if count)
+    return (*opened.data.notes, *found)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.errors import OutputError, RecipeError
+from plait.evaluation.pipeline import EvaluateOptions
 from plait.extras import require
 from plait.parsing import read_text
 from plait.results.locking import locked
@@ -32,13 +33,14 @@ from plait.results.writing import write_json_atomic
 from plait.training.estimate import estimate
 from plait.training.job import ADAPTER, PACKAGES
 from plait.training.phases import PHASES, PlannedPhase, TrainingPlan
-from plait.training.post_training import EvalOptions, merge_and_report
+from plait.training.post_training import merge_and_report
 from plait.training.preflight import ResolvedPhase, move_outdated, resolve_phases, with_folder_state
 from plait.training.processes import run_in_processes
 from plait.training.results import RESULT, PhaseResult, TrainResult
 from plait.training.runners import PhaseListener, PhaseStatus, run_sequentially
 from plait.version import __version__
 
+_MADE = ("recipe", "merged", "merge_key", "run", "report")
 _IN_USE = ".in-use"
 _PATIENCE = 10.0  # seconds that the processes of a killed run get to notice it
 _SPARE = 100_000_000  # bytes besides adapters and checkpoints: merge, answers, logs
@@ -62,7 +64,7 @@ def train_cohort(
     *,
     only: Sequence[str] = (),
     scheduling: Scheduling | None = None,
-    evaluation: EvalOptions | None = None,
+    evaluation: EvaluateOptions | None = None,
     listener: PhaseListener | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
@@ -90,7 +92,10 @@ def train_cohort(
             pass
     phases = resolve_phases(plan)
     with _alone(plan.out) as lock:
-        before = _before(plan.out)
+        try:
+            before = TrainResult.model_validate_json(read_text(plan.out / RESULT, OutputError))
+        except (OSError, ValueError):  # not UTF-8, not JSON, or of another version
+            before = None
         notes = [*plan.notes, *move_outdated(plan, phases)]
         phases = tuple(with_folder_state(p) for p in phases)  # now that no other run can change what is there
         for phase in phases:
@@ -108,18 +113,16 @@ def train_cohort(
             notes=tuple(notes),
             seconds=0.0,
         )
-        result = _as_before(result, before)
+        same = before is not None and [(p.name, p.digest) for p in before.phases] == [(p.name, p.digest) for p in result.phases]
+        if same and all(p.state == "found" for p in result.phases):  # what the last run made of the very same adapters
+            result = result.model_copy(update={name: getattr(before, name) for name in _MADE})
         _write(plan.out, result, started)
         if not only and all(r.state in ("done", "found") for r in result.phases):
             records = {p.phase.name: p.record or ended[p.phase.name].record for p in phases}
             known = {name: record for name, record in records.items() if record is not None}
+            options = evaluation or EvaluateOptions()
             result = merge_and_report(
-                plan,
-                result,
-                known,
-                before=before,
-                evaluation=evaluation or EvalOptions(),
-                progress=progress or SilentProgress(),
+                plan, result, known, before=before, evaluation=options, progress=progress or SilentProgress()
             )
         return _write(plan.out, result, started)
 
@@ -137,14 +140,6 @@ def _alone(out: Path) -> AbstractContextManager[int | None]:
     return locked(out / _IN_USE, "phases are trained there", patience=_PATIENCE)
 
 
-def _before(out: Path) -> TrainResult | None:
-    """Return what the last run wrote."""
-    try:
-        return TrainResult.model_validate_json(read_text(out / RESULT, OutputError))
-    except (OSError, ValueError):  # not UTF-8, not JSON, or of another version
-        return None
-
-
 def _check_space(out: Path, missing: Sequence[ResolvedPhase], scheduling: Scheduling) -> None:
     """Refuse to begin what the disk cannot hold; all phases have the same parameters, and a finished one keeps no checkpoints.
 
@@ -154,8 +149,7 @@ def _check_space(out: Path, missing: Sequence[ResolvedPhase], scheduling: Schedu
     """
     if not missing:
         return
-    first = missing[0]
-    found = estimate(first.opened, first.settings, out, examples=len(first.opened.data.examples), merged=False)
+    found = estimate(missing[0], out, examples=len(missing[0].opened.data.examples))
     together = min(len(missing), scheduling.workers or (1 if scheduling.cluster is None else len(missing)))
     if problem := found.problem(out, phases=len(missing), together=together, spare=_SPARE):
         raise OutputError(problem)
@@ -211,16 +205,6 @@ def _result(phase: ResolvedPhase, status: PhaseStatus | None) -> PhaseResult:
     if status.record is None:
         return PhaseResult(name=name, state="failed", digest=digest, error=status.error)
     return PhaseResult.of(name, "done", status.record, adapter)
-
-
-def _as_before(result: TrainResult, before: TrainResult | None) -> TrainResult:
-    """Return the result with what the last run made of the very same adapters; as it is where there is no such run."""
-    made = ("recipe", "merged", "merge_key", "run", "report")
-    if before is None or any(p.state != "found" for p in result.phases):
-        return result
-    if [(p.name, p.digest) for p in result.phases] != [(p.name, p.digest) for p in before.phases]:
-        return result
-    return result.model_copy(update={name: getattr(before, name) for name in made})
 
 
 def _write(out: Path, result: TrainResult, started: float) -> TrainResult:

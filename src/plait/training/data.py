@@ -129,8 +129,13 @@ def _line(example: TrainingExample) -> bytes:
 def _rows(data: TrainingData, place: str) -> tuple[Sequence[Row], str]:
     path = Path(place).expanduser()
     if path.is_dir():
-        file = _file_of(path, _chosen(data.split, [p.stem for p in _files(path)]))
-        return read_file(file), str(file)
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _ENDINGS)
+        split = _chosen(data.split, [p.stem for p in files])
+        named = [p for p in files if p.stem == split] or (files if split == "train" and len(files) == 1 else [])
+        if len(named) != 1:
+            held = ", ".join(p.name for p in files) or f"no file ending in {', '.join(_ENDINGS)}"
+            raise TaskError(f"{path}: no single file is the split {split!r}; there is {held}. Name one {split}.jsonl.")
+        return read_file(named[0]), str(named[0])
     if path.is_file():
         if (split := _chosen(data.split, ["train"])) != "train":
             raise TaskError(f"{place} is one file and has no split {split!r}; a folder with {split}.jsonl has.")
@@ -138,7 +143,14 @@ def _rows(data: TrainingData, place: str) -> tuple[Sequence[Row], str]:
     if is_local(place):
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise TaskError(f"{place}: there is no such file or folder.{did_you_mean(path.name, near)}")
-    split = data.split if isinstance(data.split, str) else _chosen(data.split, _hub_splits(data, place))
+    found: list[str] = []
+    if not isinstance(data.split, str):
+        datasets = optional("datasets", "data", f"{place}: data from the Hub")
+        try:
+            found = datasets.get_dataset_split_names(place, data.config, revision=data.revision)
+        except Exception as error:  # datasets and its transport raise many classes
+            raise TaskError(f"the data set {place!r} cannot be read: {' '.join(str(error).split())}") from error
+    split = _chosen(data.split, found)
     where = f"{place} ({split})"
     return read_hub(place, split, config=data.config, revision=data.revision, where=where), where
 
@@ -146,29 +158,6 @@ def _rows(data: TrainingData, place: str) -> tuple[Sequence[Row], str]:
 def _chosen(split: str | tuple[str, ...], there: Sequence[str]) -> str:
     """Return the split that is meant: of several names the first that is there, and where none is, the last."""
     return split if isinstance(split, str) else next((name for name in split if name in there), split[-1])
-
-
-def _hub_splits(data: TrainingData, place: str) -> list[str]:
-    datasets = optional("datasets", "data", f"{place}: data from the Hub")
-    try:
-        found: list[str] = datasets.get_dataset_split_names(place, data.config, revision=data.revision)
-    except Exception as error:  # datasets and its transport raise many classes
-        raise TaskError(f"the data set {place!r} cannot be read: {' '.join(str(error).split())}") from error
-    return found
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in _ENDINGS)
-
-
-def _file_of(folder: Path, split: str) -> Path:
-    files = _files(folder)
-    named = [p for p in files if p.stem == split]
-    chosen = named or (files if split == "train" and len(files) == 1 else [])
-    if len(chosen) != 1:
-        held = ", ".join(p.name for p in files) or f"no file ending in {', '.join(_ENDINGS)}"
-        raise TaskError(f"{folder}: no single file is the split {split!r}; there is {held}. Name one {split}.jsonl.")
-    return chosen[0]
 
 
 def _from_task(data: TrainingData, file: str) -> LoadedData:

@@ -7,7 +7,7 @@ chat's answer is, is defined by the model's own template: everything that it wri
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from plait.errors import TaskError, collect
 from plait.hub.pretrained import refuse_failures
 from plait.tasks.chat import chat_text
-from plait.training.formats import ChatTurn, Completion, Conversation, PlainText, TrainingExample, is_learned
+from plait.training.formats import Completion, Conversation, PlainText, TrainingExample, is_learned
 
 IGNORED = -100
 LongExamples = Literal["drop", "truncate"]
@@ -38,45 +38,40 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodedData:
-    """All examples that are trained on.
+    """All examples that are trained on, or that the loss is also measured on.
 
     Attributes:
-        items: in the examples' order.
+        items: in the examples' order: `Encoded`; of a classifier what its tokenizer gives, and `labels`.
+        lengths: tokens of each.
+        limit: most tokens of one; None for any.
         left_out: examples longer than the limit, left out.
         truncated: examples that were cut to it.
         longest: tokens of the longest example before that.
         expanded: conversations that became one example per answer.
     """
 
-    items: tuple[Encoded, ...]
+    items: tuple[Any, ...]
+    lengths: tuple[int, ...]
+    limit: int | None = None
     left_out: int = 0
     truncated: int = 0
     longest: int = 0
     expanded: int = 0
 
-    def notes(self, limit: int | None) -> list[str]:
-        """Say what became of long examples and of templates that rewrite earlier turns."""
-        found = []
-        if self.left_out:
-            found.append(
-                f"{_many(self.left_out)} longer than max_length {limit} (the longest has {self.longest} tokens) and left "
-                "out. Raise max_length, or cut with long_examples truncate."
-            )
-        if self.truncated:
-            found.append(
-                f"{_many(self.truncated)} cut to max_length {limit} (the longest has {self.longest} tokens): what lies "
-                "behind is not learned."
-            )
-        if self.expanded:
-            found.append(
-                f"{self.expanded} conversations became one example per answer, because the chat template writes earlier turns "
-                "differently once a later one follows."
-            )
-        return found
-
-
-def _many(count: int) -> str:
-    return "1 example is" if count == 1 else f"{count} examples are"
+    @property
+    def notes(self) -> list[str]:
+        """Return what became of long examples, and of chat templates that rewrite earlier turns."""
+        many = {1: "1 example is"}
+        longer = f"max_length {self.limit} (the longest has {self.longest} tokens)"
+        found = {
+            f"{many.get(self.left_out, f'{self.left_out} examples are')} longer than {longer} and left out. Raise max_length, "
+            "or cut with long_examples truncate.": self.left_out,
+            f"{many.get(self.truncated, f'{self.truncated} examples are')} cut to {longer}: what lies behind is not "
+            "learned.": self.truncated,
+            f"{self.expanded} conversations became one example per answer, because the chat template writes earlier turns "
+            "differently once a later one follows.": self.expanded,
+        }
+        return [note for note, count in found.items() if count]
 
 
 class ExampleEncoder:
@@ -117,10 +112,10 @@ class ExampleEncoder:
 
     def text(self, item: Encoded) -> tuple[str, str]:
         """Return what is given and what is learned of an item, as texts; between learned spans is `…`."""
-        given, learned = item.ids[item.labels == IGNORED], []
-        for start, stop in _spans(item.labels):
-            learned.append(str(self._tokenizer.decode(item.ids[start:stop].tolist())))
-        return str(self._tokenizer.decode(given.tolist())), " … ".join(learned)
+        learned = item.labels != IGNORED
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], learned.astype(np.int8), [0])))).reshape(-1, 2)
+        given, *spans = (item.ids[~learned], *(item.ids[start:stop] for start, stop in edges))
+        return str(self._tokenizer.decode(given.tolist())), " … ".join(str(self._tokenizer.decode(s.tolist())) for s in spans)
 
     def _completion(self, example: Completion) -> Encoded:
         prompt = self._open(self._tokens(example.prompt, special=True))
@@ -193,11 +188,11 @@ def encode_all(
         where: what is read, for messages.
 
     Raises:
-        TaskError: examples cannot be encoded (the first few are listed), or none is left.
+        TaskError: examples cannot be encoded (the first few are join_words), or none is left.
     """
     items: list[Encoded] = []
     problems: list[str] = []
-    found = EncodedData(())
+    left_out = truncated = longest = expanded = 0
     for number, example in enumerate(examples):
         try:
             made = encoder.encode(example)
@@ -206,28 +201,23 @@ def encode_all(
             if len(problems) == _SHOWN:
                 break
             continue
-        found = replace(found, expanded=found.expanded + (len(made) > 1))
+        expanded += len(made) > 1
         for item in made:
-            found = _fitted(item, items, found, limit, long)
+            longest = max(longest, len(item.ids))
+            cut = limit is not None and len(item.ids) > limit
+            kept = Encoded(item.ids[:limit], item.labels[:limit])
+            if cut and (long == "drop" or (kept.labels == IGNORED).all()):
+                left_out += 1
+            else:
+                truncated += cut
+                items.append(kept)
     collect(TaskError, problems, f"{where}: examples that cannot be encoded, the first of them")
     if not items:
         raise TaskError(
-            f"{where}: no example is left: all {found.left_out} are longer than max_length {limit} (the longest has "
-            f"{found.longest} tokens). Raise max_length, or cut them with long_examples truncate."
+            f"{where}: no example is left: all {left_out} are longer than max_length {limit} (the longest has "
+            f"{longest} tokens). Raise max_length, or cut them with long_examples truncate."
         )
-    return replace(found, items=tuple(items))
-
-
-def _fitted(item: Encoded, items: list[Encoded], found: EncodedData, limit: int | None, long: LongExamples) -> EncodedData:
-    longest = max(found.longest, len(item.ids))
-    if limit is None or len(item.ids) <= limit:
-        items.append(item)
-        return found if longest == found.longest else replace(found, longest=longest)
-    cut = Encoded(item.ids[:limit], item.labels[:limit])
-    if long == "drop" or (cut.labels == IGNORED).all():
-        return replace(found, longest=longest, left_out=found.left_out + 1)
-    items.append(cut)
-    return replace(found, longest=longest, truncated=found.truncated + 1)
+    return EncodedData(tuple(items), tuple(len(item.ids) for item in items), limit, left_out, truncated, longest, expanded)
 
 
 def _plain(chat: Conversation) -> Completion:
@@ -239,11 +229,8 @@ def _plain(chat: Conversation) -> Completion:
     unknown = sorted({m["role"] for m in asked} - {*heads})
     if unknown or answer["role"] != "assistant":
         raise TaskError(f"roles {', '.join(unknown) or 'in this order'} need a chat template, and the tokenizer has none.")
-    return Completion("".join(heads[m["role"]] + _content(m) + "\n\n" for m in asked) + "### Response:\n", _content(answer))
-
-
-def _content(message: ChatTurn) -> str:
-    return str(message["content"])
+    prompt = "".join(f"{heads[m['role']]}{m['content']}\n\n" for m in asked)
+    return Completion(prompt + "### Response:\n", str(answer["content"]))
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
@@ -254,9 +241,3 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
 def _end_of(ids: Sequence[int], special: frozenset[int], start: int) -> int:
     """Return one behind the last special token from `start` on: what a template writes behind it begins the next turn."""
     return next((i + 1 for i in range(len(ids) - 1, start - 1, -1) if ids[i] in special), len(ids))
-
-
-def _spans(labels: NDArray[np.int32]) -> list[tuple[int, int]]:
-    """Return start and end of every run of learned tokens."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], (labels != IGNORED).astype(np.int8), [0]))))
-    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]

@@ -38,34 +38,19 @@ _CHECKPOINT_FILES = (
 _SHOWN = 6
 
 
-class JobFolder:
-    """A folder while this process trains in it.
-
-    Attributes:
-        path: where.
-    """
-
-    def __init__(self, path: Path, opened: ResolvedJob) -> None:
-        self.path = path
-        self._opened = opened
-
-    def finished(self) -> TrainingRecord | None:
-        """Return the record of this very job, where its result is there as it was written."""
-        try:
-            record = TrainingRecord.model_validate_json(read_text(self.path / TRAINING_RECORD, OutputError))
-            result = self.path / record.folder
-            whole = all(file.state in ("equal", "extra") for file in check_files(result, read_lock(result)))
-        except (OSError, ValueError):  # which PlaitErrors of a file are too
-            return None
-        return record if whole and record.digest == self._opened.digest else None
-
-    def finish(self, record: TrainingRecord) -> None:
-        """Write the record; from then on the run is done."""
-        write_json_atomic(self.path / TRAINING_RECORD, record.model_dump(mode="json"))
+def finished(out: Path, opened: ResolvedJob) -> TrainingRecord | None:
+    """Return the record of this very job in a folder, where its result is there as it was written."""
+    try:
+        record = TrainingRecord.model_validate_json(read_text(out / TRAINING_RECORD, OutputError))
+        result = out / record.folder
+        complete = all(file.state in ("equal", "extra") for file in check_files(result, read_lock(result)))
+    except (OSError, ValueError):  # which PlaitErrors of a file are too
+        return None
+    return record if complete and record.digest == opened.digest else None
 
 
 @contextmanager
-def open_folder(out: Path, opened: ResolvedJob, *, force: bool) -> Iterator[JobFolder]:
+def open_folder(out: Path, opened: ResolvedJob, *, force: bool) -> Iterator[None]:
     """Hold a folder for a job; the processes of one distributed run count as one.
 
     Args:
@@ -78,7 +63,7 @@ def open_folder(out: Path, opened: ResolvedJob, *, force: bool) -> Iterator[JobF
     """
     if not is_main_process():
         _meet()
-        yield JobFolder(out, opened)
+        yield
         return
     problem = folder_problem(out, opened, force=force)
     if problem:
@@ -86,10 +71,13 @@ def open_folder(out: Path, opened: ResolvedJob, *, force: bool) -> Iterator[JobF
     with locked(out / _IN_USE, _WORK):
         try:
             if _differences(out, opened):
-                _clear(out)
+                for path in (*_checkpoints(out), *(out / name for name in (ADAPTER, FINAL_MODEL, MERGED_MODEL))):
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                (out / TRAINING_RECORD).unlink(missing_ok=True)
             write_json_atomic(out / _JOB, {"parts": opened.parts, "job": opened.job.model_dump(mode="json")})
             _meet()
-            yield JobFolder(out, opened)
+            yield
         finally:
             (out / _IN_USE).unlink(missing_ok=True)
 
@@ -214,8 +202,7 @@ def _is_run(out: Path) -> bool:
 
 def result_problem(out: Path) -> str | None:
     """Return why a new result must not take the place of an earlier one in a folder: something else would be lost."""
-    problems = [output_problem(out / name, force=True) for name in (ADAPTER, FINAL_MODEL, MERGED_MODEL)]
-    return next((problem for problem in problems if problem), None)
+    return next(filter(None, (output_problem(out / name, force=True) for name in (ADAPTER, FINAL_MODEL, MERGED_MODEL))), None)
 
 
 def _not_to_be_cleared(out: Path) -> str | None:
@@ -230,10 +217,3 @@ def _not_to_be_cleared(out: Path) -> str | None:
 
 def _checkpoints(out: Path) -> list[Path]:
     return [path for path in sorted(out.iterdir()) if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
-
-
-def _clear(out: Path) -> None:
-    for path in (*_checkpoints(out), *(out / name for name in (ADAPTER, FINAL_MODEL, MERGED_MODEL))):
-        if path.is_dir():
-            shutil.rmtree(path)
-    (out / TRAINING_RECORD).unlink(missing_ok=True)

@@ -157,7 +157,7 @@ def convert_rows(
         system_prompt: for conversations that have none.
 
     Raises:
-        TaskError: there are no rows, the format is not known, or rows do not fit; the first few are listed.
+        TaskError: there are no rows, the format is not known, or rows do not fit; the first few are join_words.
     """
     if not rows:
         raise TaskError(f"{where}: there are no rows. Give data with at least one.")
@@ -212,10 +212,12 @@ def detect_format(
             unused = tuple(name for name in present if name not in used and name not in extra)
             return ColumnRoles(columns.format, columns.question, columns.answer, columns.context, columns.system, unused)
     wanted = "no known format" if format == "auto" else f"not {format}"
+    rest = sorted(held - set(present))
+    sometimes = f" (only some rows have {', '.join(rest)})" if rest else ""
     known = "\n".join(f"    {line}" for line in _ALLOWED)
     raise TaskError(
         f"{where}: {wanted}: the columns that every row has are {', '.join(present) or 'none'}"
-        f"{_sometimes(held, present)}. Allowed:\n{known}\n  Rename the columns, or name a column of plain text "
+        f"{sometimes}. Allowed:\n{known}\n  Rename the columns, or name a column of plain text "
         "(dataset_text_field; text_field under a phase's data)."
     )
 
@@ -249,11 +251,6 @@ def _candidates(named: Mapping[str, str], text_field: str) -> Iterable[ColumnRol
             yield ColumnRoles(pair.format, named[question], named[answer], context, system)
     if text_field in named.values() or text_field in named:
         yield ColumnRoles("text", named.get(text_field, text_field))
-
-
-def _sometimes(held: set[str], present: Sequence[str]) -> str:
-    rest = sorted(held - set(present))
-    return f" (only some rows have {', '.join(rest)})" if rest else ""
 
 
 def _maker(columns: ColumnRoles, system_prompt: str | None) -> Callable[[TrainingRow], TrainingExample | None]:

@@ -7,21 +7,19 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from plait.errors import PlaitError, TaskError, collect
+from plait.evaluation.scores import model_digest
 from plait.hub.download import COMPANION_FILES, Located, resolve_model
 from plait.records import Record
 from plait.results.digests import sha256
 from plait.training.data import LoadedData, hold_out, load_data
 from plait.training.data import TrainingData as TrainingData
 from plait.training.encoding import LongExamples
-from plait.training.fingerprints import base_digest
-
-if TYPE_CHECKING:
-    from transformers import Trainer
+from plait.training.fingerprints import taken_once
 
 TrainingKind = Literal["causal", "sequence_classification"]
 
@@ -182,27 +180,8 @@ def resolve_job(job: TrainingJob) -> ResolvedJob:
     parts |= {"lora": "none"} if lora is None else {f"lora.{name}": _hash(value) for name, value in lora.items()}
     parts["data"] = data.digest()
     parts["eval_data"] = "none" if held is None else held.digest()
-    parts["base"] = _on_hub(base) if base.repo else base_digest(base.folder)
+    parts["base"] = _on_hub(base) if base.repo else taken_once(model_digest, base.folder)
     return ResolvedJob(job, base, data, held, parts)
-
-
-@dataclass(frozen=True)
-class PreparedTrainer:
-    """A trainer that is ready, and what its data became.
-
-    Attributes:
-        trainer: of TRL or transformers; its `processing_class` is saved with the weights.
-        examples: trained on.
-        left_out: examples longer than the limit.
-        truncated: examples cut to it.
-        notes: what is worth saying before training.
-    """
-
-    trainer: Trainer
-    examples: int
-    left_out: int = 0
-    truncated: int = 0
-    notes: tuple[str, ...] = ()
 
 
 class TrainingRecord(Record):

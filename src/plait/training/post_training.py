@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from plait.errors import OutputError
@@ -29,30 +29,13 @@ from plait.training.results import TrainResult
 RECIPE, MERGED, EVALUATION, REPORT = "recipe.yaml", "merged", "evaluation", "report.html"
 
 
-@dataclass(frozen=True)
-class EvalOptions:
-    """How merge and adapters are evaluated, besides what the plan says.
-
-    Attributes:
-        dtype: of the base, as transformers takes it; `auto` is the checkpoint's.
-        device_map: as transformers takes it.
-        trust_remote_code: let transformers run code from the folder of the weights.
-        matrix: also evaluate every adapter on every task.
-    """
-
-    dtype: str = "auto"
-    device_map: str = "auto"
-    trust_remote_code: bool = False
-    matrix: bool = False
-
-
 def merge_and_report(
     plan: TrainingPlan,
     result: TrainResult,
     records: Mapping[str, TrainingRecord],
     *,
     before: TrainResult | None,
-    evaluation: EvalOptions,
+    evaluation: EvaluateOptions,
     progress: Progress,
 ) -> TrainResult:
     """Merge, evaluate and report.
@@ -62,7 +45,7 @@ def merge_and_report(
         result: what is known so far.
         records: of the trainings.
         before: what the last run in the same folder wrote.
-        evaluation: how.
+        evaluation: how, besides what the plan says; the workspace is the plan's own.
         progress: receives stages and steps.
 
     Returns:
@@ -71,8 +54,14 @@ def merge_and_report(
     Raises:
         PlaitError: the merge cannot be done, or evaluated; the adapters are kept.
     """
-    _write_recipe(plan)
-    _write_curves(plan.out, records)
+    # adapters' paths start at the recipe's own folder
+    here = [e.model_copy(update={"path": f"./{Path(e.path).relative_to(plan.out).as_posix()}"}) for e in plan.recipe.adapters]
+    write_text_atomic(plan.out / RECIPE, to_yaml(plan.recipe.model_copy(update={"adapters": tuple(here)})))
+    curves = tuple(
+        LossCurve(name=name, steps=r.steps, tokens=r.tokens, seconds=r.seconds, points=r.losses, held_out=r.eval_losses)
+        for name, r in records.items()
+    )
+    write_json_atomic(plan.out / CURVES, LossCurves(curves=curves).model_dump(mode="json"))
     merged = plan.out / MERGED
     key = merge_key(take_inventory(plan.recipe))
     if before is None or before.merge_key != key or not is_complete(merged):
@@ -88,31 +77,11 @@ def merge_and_report(
     return result.model_copy(update={"report": REPORT})
 
 
-def _write_curves(out: Path, records: Mapping[str, TrainingRecord]) -> None:
-    curves = tuple(
-        LossCurve(name=name, steps=r.steps, tokens=r.tokens, seconds=r.seconds, points=r.losses, held_out=r.eval_losses)
-        for name, r in records.items()
-    )
-    write_json_atomic(out / CURVES, LossCurves(curves=curves).model_dump(mode="json"))
-
-
-def _write_recipe(plan: TrainingPlan) -> None:
-    """Write the recipe with adapters' paths that start at its own folder."""
-    here = [e.model_copy(update={"path": f"./{Path(e.path).relative_to(plan.out).as_posix()}"}) for e in plan.recipe.adapters]
-    write_text_atomic(plan.out / RECIPE, to_yaml(plan.recipe.model_copy(update={"adapters": tuple(here)})))
-
-
 def _evaluate(
-    plan: TrainingPlan, before: TrainResult | None, evaluation: EvalOptions, progress: Progress
+    plan: TrainingPlan, before: TrainResult | None, evaluation: EvaluateOptions, progress: Progress
 ) -> tuple[Evaluation, Path]:
     """Evaluate on every phase's task; a run folder that holds the same already is the run's."""
-    options = EvaluateOptions(
-        workspace=plan.out / EVALUATION,
-        dtype=evaluation.dtype,
-        device_map=evaluation.device_map,
-        trust_remote_code=evaluation.trust_remote_code,
-        matrix=evaluation.matrix,
-    )
+    options = replace(evaluation, workspace=plan.out / EVALUATION)
     evaluator, inventory = recipe_evaluator(plan.recipe, None, options, progress)
     found = evaluator.evaluate(evaluator.merge(inventory, recipe_name(plan.recipe)))
     if before is not None and before.run is not None:

@@ -6,27 +6,32 @@ All that can be wrong before a model is loaded is found here, in all phases, and
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from plait.errors import OutputError, PlaitError, collect
-from plait.extras import optional, require
+from plait.extras import require
 from plait.hub.download import resolve_model
 from plait.libraries.transformers import silence
 from plait.parsing import read_object
+from plait.reports.losses import CURVES
+from plait.reports.pipeline import page_problem
+from plait.results.staging import output_problem
 from plait.tasks.examples import read_examples
-from plait.training.causal import encoder_of, model_config
-from plait.training.classification import settings_of, tokenizer_of
-from plait.training.folder import TRAINING_RECORD, JobFolder, folder_problem, last_checkpoint, named_checkpoint
-from plait.training.job import PACKAGES, ResolvedJob, TrainingJob, TrainingRecord, resolve_job
-from plait.training.output import EARLIER, check_output
-from plait.training.phases import PlannedPhase, TrainingPlan
-from plait.training.settings import trainer_settings
+from plait.training.encoding import EncodedData
+from plait.training.folder import TRAINING_RECORD, finished, folder_problem, last_checkpoint, named_checkpoint
+from plait.training.job import PACKAGES, ResolvedJob, TrainingRecord, resolve_job
+from plait.training.kinds import KINDS
+from plait.training.phases import LOGS, PHASES, PlannedPhase, TrainingPlan
+from plait.training.post_training import EVALUATION, MERGED, RECIPE, REPORT
+from plait.training.results import RESULT
 
 T = TypeVar("T")
+EARLIER = "earlier"
+_FOLDERS, _FILES = (PHASES, EVALUATION, EARLIER, LOGS), (RESULT, RECIPE, CURVES, REPORT)
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,15 @@ class ResolvedPhase:
     record: TrainingRecord | None
     checkpoint: int | None
 
+    @cached_property
+    def encoded(self) -> tuple[EncodedData, EncodedData | None]:
+        """The examples, and those that the loss is also measured on, as tokens; taken once.
+
+        Raises:
+            PlaitError: an example cannot be encoded, or none is left.
+        """
+        return KINDS[self.opened.job.kind].encode_data(self.opened, self.settings)
+
 
 def resolve_phases(plan: TrainingPlan) -> tuple[ResolvedPhase, ...]:
     """Read every phase's data, and look at what is in its folder.
@@ -64,7 +78,9 @@ def resolve_phases(plan: TrainingPlan) -> tuple[ResolvedPhase, ...]:
     problems: list[tuple[int, str, str]] = []
     occupied: list[str] = []
     for index, phase in enumerate(plan.phases):
-        found, errors = resolve_phase(phase, force=True, also=partial(_read_eval_rows, plan, phase))
+        # a column that is missing in what the phase is evaluated on must not be found after training
+        rows = None if phase.task is None else partial(read_examples, phase.task, plan.recipe.eval.split)
+        found, errors = resolve_phase(phase, force=True, also=rows)
         occupied += [text for key, text in errors if key == "folder"]
         problems += [(index, key, text) for key, text in errors if key != "folder"]
         if found is None:
@@ -72,7 +88,8 @@ def resolve_phases(plan: TrainingPlan) -> tuple[ResolvedPhase, ...]:
         resolved.append(found)
         if found.record is None and not errors:
             try:
-                _try_tokenizer(found)
+                with silence():
+                    KINDS[phase.job.kind].check_first(found.opened, found.settings)
             except PlaitError as error:
                 problems.append((index, "arguments", str(error)))
     collect(OutputError, occupied, f"{plan.out} cannot take this run")
@@ -81,14 +98,14 @@ def resolve_phases(plan: TrainingPlan) -> tuple[ResolvedPhase, ...]:
 
 
 def resolve_phase(
-    phase: PlannedPhase, *, force: bool, also: Callable[[ResolvedJob], object] | None = None
+    phase: PlannedPhase, *, force: bool, also: Callable[[], object] | None = None
 ) -> tuple[ResolvedPhase | None, list[tuple[str, str]]]:
     """Find everything that can be known of a phase before its model is loaded: the one way of a cohort and of a single run.
 
     Args:
         phase: as planned.
         force: give up what another job left in its folder.
-        also: looks at the job with its inputs at hand, and may raise an error of plait.
+        also: looks at what else the phase needs, once its data and base are found, and may raise an error of plait.
 
     Returns:
         The phase, None where it cannot be trained; and all that is wrong: (`data`, `arguments` or `folder`, what).
@@ -103,9 +120,9 @@ def resolve_phase(
             return None
 
     opened = step("data", lambda: resolve_job(phase.job))
-    settings = step("arguments", lambda: _settings(phase.job, phase.folder))
+    settings = step("arguments", lambda: KINDS[phase.job.kind].settings_of(phase.job, phase.folder))
     if also is not None and opened is not None:
-        step("data", lambda: also(opened))
+        step("data", also)
     if problem := folder_problem(phase.folder, opened, force=force):
         problems.append(("folder", problem))
     if opened is None or settings is None:
@@ -150,35 +167,46 @@ def _digest(folder: Path) -> str | None:
     return digest if isinstance(digest, str) else None
 
 
-def _read_eval_rows(plan: TrainingPlan, phase: PlannedPhase, _: ResolvedJob) -> None:
-    """Render what the phase is evaluated on: a column that is missing there must not be found after training."""
-    if phase.task is not None:
-        read_examples(phase.task, plan.recipe.eval.split)
-
-
-def _try_tokenizer(phase: ResolvedPhase) -> None:
-    """Read the first example as training will: a template that is missing, or refuses it, must not be found hours later."""
-    with silence():
-        if phase.opened.job.kind == "causal":
-            model_config(phase.opened.job.model)
-            encoder_of(phase.opened, phase.settings).encode(phase.opened.data.examples[0])
-        else:
-            tokenizer_of(phase.opened)
-
-
 def with_folder_state(phase: ResolvedPhase) -> ResolvedPhase:
     """Return a phase with what is in its folder now."""
     folder, job = phase.phase.folder, phase.opened
-    record = JobFolder(folder, job).finished()
-    checkpoint = last_checkpoint(folder) if record is None and _same_job(folder, job) else None
+    record = finished(folder, job)
+    same = record is None and folder.is_dir() and folder_problem(folder, job, force=False) is None
+    checkpoint = last_checkpoint(folder) if same else None
     return replace(phase, record=record, checkpoint=None if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
 
 
-def _same_job(folder: Path, job: ResolvedJob) -> bool:
-    return folder.is_dir() and folder_problem(folder, job, force=False) is None
+def check_output(out: Path) -> None:
+    """Make sure that everything which comes after hours of training can be written.
+
+    Raises:
+        OutputError: something is in the way; all of it.
+    """
+    try:
+        problems = [f"{path} {what}" for path, what in _in_the_way(out)]
+    except OSError as error:
+        problems = [f"{out} cannot be read: {error.strerror or error}."]
+    collect(OutputError, problems, f"{out} cannot take this run; move what is in the way, or choose another output folder")
 
 
-def _settings(job: TrainingJob, folder: Path) -> Any:
-    if job.kind == "causal":
-        return trainer_settings(optional("trl", "train", "training").SFTConfig, job, folder)
-    return settings_of(job, folder)
+def _in_the_way(out: Path) -> Iterator[tuple[Path, str]]:
+    if out.exists() and not out.is_dir():
+        yield out, "exists and is not a folder. Choose another output folder."
+        return
+    for path in (out / name for name in _FOLDERS):
+        if path.exists() and not path.is_dir():
+            yield path, "is a file; a folder of results has that name. Move it away, or choose another output folder."
+    try:
+        ours = "phases" in read_object(out / RESULT, OutputError)  # of whatever version
+    except OutputError:
+        ours = False
+    for path in (out / name for name in _FILES):
+        if path.is_dir():
+            yield path, "is a folder; a file of results has that name. Move it away, or choose another output folder."
+        elif path.exists() and not ours:
+            yield path, "was not written by plait train, and would be replaced. Move it away, or choose another output folder."
+        elif path.name == REPORT and page_problem(path, force=True):
+            yield path, "was not written by plait report, and would be replaced. Move it away, or choose another output folder."
+    if problem := output_problem(out / MERGED, force=True):
+        reason = problem.removeprefix(f"{out / MERGED} ")
+        yield out / MERGED, f"{reason} The merge goes there. Move it away, or choose another output folder."

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from plait.training.phases import PlannedPhase
-from plait.training.runners import PhaseListener, PhaseProgress, PhaseStatus, replay
+from plait.training.runners import PhaseListener, PhaseStatus, receive
 
 _TAIL = 3
 
@@ -70,7 +70,7 @@ def run_in_processes(
                 running.append(_start(waiting.pop(0), free.pop(0), workers, lock, devices, events))
             child, event = events.get()
             if isinstance(event, list):
-                replay(event, PhaseProgress(child.phase.name, listener))
+                receive(listener, child.phase.name, event)
                 continue
             if event is not None:
                 child.status = PhaseStatus.from_json(child.phase.name, event)

@@ -9,18 +9,18 @@ from typing import Any
 import yaml
 
 from plait.adapters.adapter import ADAPTER_CONFIG
+from plait.checkpoints.digests import weight_digests
 from plait.merging.card import base_name, load_with_peft
-from plait.results.lock import LOCK, Lock, locked_input, new_lock, output_digests
+from plait.results.lock import LOCK, locked_input, new_lock, output_digests
 from plait.results.public import place_name
 from plait.results.quoting import prose
 from plait.results.records import write_json
-from plait.training.fingerprints import base_files
+from plait.training.fingerprints import taken_once
 from plait.training.formats import PlainText
 from plait.training.job import ResolvedJob, TrainingRecord
+from plait.training.kinds import KINDS
 
-_TASKS = {"causal": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
 _SETS = ("target_modules", "modules_to_save", "exclude_modules")
-_AUTO = {"causal": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}
 
 
 def write_provenance(folder: Path, opened: ResolvedJob, record: TrainingRecord, *, home: Path) -> None:
@@ -33,7 +33,11 @@ def write_provenance(folder: Path, opened: ResolvedJob, record: TrainingRecord, 
         home: where the folder will be.
     """
     if (folder / ADAPTER_CONFIG).is_file():
-        _settle(folder / ADAPTER_CONFIG, opened.job.base_name)
+        # the base is named as the job does, and what PEFT writes in the order of a set, another one in every process, is sorted
+        data = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        sets = {key: sorted(value) for key, value in data.items() if key in _SETS and isinstance(value, list)}
+        name = opened.job.base_name
+        write_json(folder / ADAPTER_CONFIG, data | sets | ({} if name is None else {"base_model_name_or_path": name}))
     card = folder / "README.md"
     card.unlink(missing_ok=True)
     card.write_text(_card(opened, record), encoding="utf-8")
@@ -41,21 +45,9 @@ def write_provenance(folder: Path, opened: ResolvedJob, record: TrainingRecord, 
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)
-    write_json(folder / LOCK, _lock(folder, opened, record, home))
-
-
-def _settle(config: Path, base_name: str | None) -> None:
-    """Name the base as the job does, and sort what PEFT writes in the order of a set: another one in every process."""
-    data = json.loads(config.read_text(encoding="utf-8"))
-    sets = {key: sorted(value) for key, value in data.items() if key in _SETS and isinstance(value, list)}
-    named = {} if base_name is None else {"base_model_name_or_path": base_name}
-    write_json(config, {**data, **sets, **named})
-
-
-def _lock(folder: Path, opened: ResolvedJob, record: TrainingRecord, home: Path) -> Lock:
-    """Make the lock. A Hub model is known by its commit; a local one by its files."""
-    files = {} if opened.base.repo else base_files(opened.base.folder)
-    return new_lock(
+    # a Hub model is known by its commit; a local one by its files
+    files = {} if opened.base.repo else taken_once(weight_digests, opened.base.folder)
+    lock = new_lock(
         "train",
         recipe=record.job.model_dump(mode="json"),
         inputs={},
@@ -64,6 +56,7 @@ def _lock(folder: Path, opened: ResolvedJob, record: TrainingRecord, home: Path)
         base=locked_input(opened.base, files, home),
         versions=(record.plait, record.versions),
     )
+    write_json(folder / LOCK, lock)
 
 
 def _card(opened: ResolvedJob, record: TrainingRecord) -> str:
@@ -84,7 +77,9 @@ def _card(opened: ResolvedJob, record: TrainingRecord) -> str:
     lines += [f"- **Loss on held-out data**: {record.eval_losses[-1][1]:.4g}."] if record.eval_losses else []
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     base = base_name(job.base_name or job.base)
-    loading = load_with_peft(base, _TASKS[job.kind]) if lora else _loading(_AUTO[job.kind])
+    kind = KINDS[job.kind]
+    alone = f'```python\nfrom transformers import {kind.LOADER}\n\nmodel = {kind.LOADER}.from_pretrained("PATH_OR_REPO")\n```\n'
+    loading = load_with_peft(base, kind.TASK_TYPE) if lora else alone
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {what} of {prose(base)}\n\n"
         f"Trained by plait {record.plait} ({versions}).\n\n{chr(10).join(lines)}\n\n## Load it\n\n{loading}\n"
@@ -99,7 +94,3 @@ def _learned(opened: ResolvedJob) -> str:
     whole = asked.get("completion_only_loss") is False and not asked.get("assistant_only_loss")
     plain = any(isinstance(example, PlainText) for example in opened.data.examples)
     return "every token" if whole or plain else "the answers only"
-
-
-def _loading(auto: str) -> str:
-    return f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("PATH_OR_REPO")\n```\n'

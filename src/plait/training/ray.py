@@ -15,7 +15,7 @@ from plait.errors import OutputError, PlaitError
 from plait.extras import optional
 from plait.training.job import TrainingJob
 from plait.training.phases import PlannedPhase
-from plait.training.runners import PhaseListener, PhaseProgress, PhaseStatus, SentProgress, replay, run_phase
+from plait.training.runners import PhaseListener, PhaseStatus, SentProgress, receive, run_phase
 
 _POLL = 0.5  # seconds between looks at the cluster
 _LOST_NODES = 3  # how often a phase is begun again elsewhere; it continues from its last checkpoint
@@ -45,36 +45,25 @@ def run_on_ray(
     remote = ray.remote(max_retries=_LOST_NODES, **resources)(_train)
     waiting = list(phases)
     running: dict[Any, PlannedPhase] = {}
-    seen = _Beacon(phases[0].folder.parent)
+    seen = phases[0].folder.parent / f".seen-{secrets.token_hex(4)}"  # by a node that shares the output folder
+    seen.parent.mkdir(parents=True, exist_ok=True)
+    seen.touch()
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 phase = waiting.pop(0)
-                places = (str(phase.folder), str(phase.log), str(seen.file))
+                places = (str(phase.folder), str(phase.log), str(seen))
                 running[remote.remote(phase.name, phase.job.model_dump(mode="json"), places, queue)] = phase
             ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL)
             for name, call in (queue.get() for _ in range(queue.qsize())):
-                replay(call, PhaseProgress(name, listener))
+                receive(listener, name, call)
             for reference in ready:
                 yield _status(ray, reference, running.pop(reference))
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
         queue.shutdown()
-        seen.remove()
-
-
-class _Beacon:
-    """A file that a node which shares the output folder can see."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / f".seen-{secrets.token_hex(4)}"
-        self.file.touch()
-
-    def remove(self) -> None:
-        """Take it away."""
-        self.file.unlink(missing_ok=True)
+        seen.unlink(missing_ok=True)
 
 
 def _connected(address: str) -> Any:

@@ -22,7 +22,6 @@ from plait.tasks.loading import load_task
 from plait.tasks.schema import Task
 from plait.training.classification import MAX_LENGTH
 from plait.training.data import TrainingData, is_local
-from plait.training.encoding import LongExamples
 from plait.training.job import ADAPTER, FILE_ARGUMENTS, TrainingJob, TrainingKind
 from plait.training.phases import PHASES, Phase, Phases, PlannedPhase, TrainingPlan, phase_seed
 
@@ -57,10 +56,14 @@ def read_phases(
         settings: keys of the file that replace its own.
 
     Raises:
-        RecipeError: it is not valid; all that is wrong is listed with its line.
+        RecipeError: it is not valid; all that is wrong is join_words with its line.
     """
     out = out.expanduser().absolute()
-    document, name, folder = _document(source)
+    if isinstance(source, Mapping):
+        document, name, folder = YamlDocument(_plain(source), {}), "the phases", Path.cwd()
+    else:
+        file = Path(source).expanduser()
+        document, name, folder = open_document(file, source=str(source)), str(source), file.absolute().parent
     if not isinstance(document.data, Mapping) or not document.data:
         raise RecipeError(f"{name}: phases are a mapping (key: value) with at least 'base_model' and 'phases'.")
     overrides = [(key, _plain(value)) for key, value in (settings or {}).items()]
@@ -74,18 +77,10 @@ def read_phases(
     if phases is None:
         origins.refuse(problems)
         raise AssertionError("phases without problems were not built")
-    problems += [*_twice(phases), *_lora_problems(phases), *_task_problems(phases, tasks), *_watch_problems(phases, tasks)]
-    problems += _path_problems(phases, folder)
+    problems += [*_phase_problems(phases, tasks), *_task_problems(phases, tasks), *_path_problems(phases, folder)]
     base_text, bad_base = _base(phases.base_model, folder)
     origins.refuse([*problems, *bad_base])
     return _plan(phases, tasks, name, out, base_text, folder, origins)
-
-
-def _document(source: str | Path | Mapping[str, Plain]) -> tuple[YamlDocument, str, Path]:
-    if isinstance(source, Mapping):
-        return YamlDocument(_plain(source), {}), "the phases", Path.cwd()
-    file = Path(source).expanduser()
-    return open_document(file, source=str(source)), str(source), file.absolute().parent
 
 
 def _plain(value: Plain) -> Plain:
@@ -167,17 +162,18 @@ def _merge_problems(data: Mapping[str, Plain], out: Path) -> Iterator[Problem]:
         )
 
 
-def _twice(phases: Phases) -> Iterator[Problem]:
+def _phase_problems(phases: Phases, tasks: Mapping[int, Task]) -> Iterator[Problem]:
+    """Find names given twice, what phases must not change in the LoRA configuration, and losses on rows that are not there."""
     names = [p.name for p in phases.phases]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            text = f"phases.{names.index(name)} is called {name!r} too; give names that differ (name: …)."
-            yield Problem((PHASES, i, "name"), text)
-
-
-def _lora_problems(phases: Phases) -> Iterator[Problem]:
-    """Find what phases change in the LoRA configuration and must not: adapters that are merged are of one kind."""
     for i, phase in enumerate(phases.phases):
+        if (first := names.index(phase.name)) < i:
+            text = f"phases.{first} is called {phase.name!r} too; give names that differ (name: …)."
+            yield Problem((PHASES, i, "name"), text)
+        asked, task = (phases.arguments | phase.arguments).get("eval_strategy", "no"), tasks.get(i)
+        if asked != "no" and (task is None or "validation" not in task.split_names):
+            what = "a phase without a task" if task is None else f"task {task.name!r}"
+            text = f"eval_strategy is {asked!r}, and {what} has no split 'validation' to measure the loss on. Leave it out."
+            yield Problem((PHASES, i, "arguments"), text)
         for key in sorted(phase.lora.model_fields_set):
             own, shared = getattr(phase.lora, key), getattr(phases.lora, key)
             if key not in _PER_PHASE_KEYS and own != shared:
@@ -215,16 +211,6 @@ def _splits_problems(i: int, phase: Phase, task: Task, evaluated: str) -> Iterat
     if evaluated not in task.split_names:
         text = f"task {task.name!r} has no split {evaluated!r} to evaluate on; it has {there}. Add it, or change eval.split."
         yield Problem((PHASES, i, "task"), text)
-
-
-def _watch_problems(phases: Phases, tasks: Mapping[int, Task]) -> Iterator[Problem]:
-    """Find phases that are to measure the loss on other rows, and have none."""
-    for i, phase in enumerate(phases.phases):
-        asked, task = (phases.arguments | phase.arguments).get("eval_strategy", "no"), tasks.get(i)
-        if asked != "no" and (task is None or "validation" not in task.split_names):
-            what = "a phase without a task" if task is None else f"task {task.name!r}"
-            text = f"eval_strategy is {asked!r}, and {what} has no split 'validation' to measure the loss on. Leave it out."
-            yield Problem((PHASES, i, "arguments"), text)
 
 
 def _name_problems(i: int, phase: Phase, task: Task, others: Sequence[Task]) -> Iterator[Problem]:
@@ -295,7 +281,8 @@ def _job(phases: Phases, phase: Phase, task: Task | None, base: str, folder: Pat
         lora=lora,
         arguments=arguments,
         model=phases.model,
-        long_examples=_long_examples(phases, task),
+        # texts that evaluation cuts are cut
+        long_examples="truncate" if head is not None and head.max_tokens is not None else phases.long_examples,
         seed=phases.seed if phase.seed is None else phase.seed,
     )
 
@@ -322,12 +309,6 @@ def _path_problems(phases: Phases, folder: Path) -> Iterator[Problem]:
             path = _path(arguments.get(name), folder)
             if path is not None and not path.exists():
                 yield Problem((*where, name), f"{path}: there is no such file. Relative paths start at this file's folder.")
-
-
-def _long_examples(phases: Phases, task: Task | None) -> LongExamples:
-    """Return what becomes of long examples; texts that evaluation cuts are cut."""
-    cut = task is not None and isinstance(task.ask, Head) and task.ask.max_tokens is not None
-    return "truncate" if cut else phases.long_examples
 
 
 def _placed(data: TrainingData, folder: Path) -> TrainingData:

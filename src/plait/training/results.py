@@ -11,6 +11,7 @@ from plait.training.job import TrainingRecord
 PHASES_VERSION = 1
 RESULT = "train.json"
 PhaseState = Literal["done", "found", "failed", "waiting"]
+_OF_RECORD = ("digest", "examples", "steps", "tokens", "seconds", "resumed_from", "notes")
 
 
 class PhaseResult(Record):
@@ -47,19 +48,9 @@ class PhaseResult(Record):
     @staticmethod
     def of(name: str, state: PhaseState, record: TrainingRecord, adapter: str) -> PhaseResult:
         """Describe a finished phase."""
-        return PhaseResult(
-            name=name,
-            state=state,
-            adapter=adapter,
-            digest=record.digest,
-            examples=record.examples,
-            steps=record.steps,
-            tokens=record.tokens,
-            seconds=record.seconds,
-            loss=record.losses[-1][1] if record.losses else None,
-            resumed_from=record.resumed_from,
-            notes=record.notes,
-        )
+        kept = {key: getattr(record, key) for key in _OF_RECORD}
+        loss = record.losses[-1][1] if record.losses else None
+        return PhaseResult(name=name, state=state, adapter=adapter, loss=loss, **kept)
 
 
 class TrainResult(Record):

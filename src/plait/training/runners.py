@@ -6,6 +6,7 @@ import gc
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,33 +55,8 @@ class PhaseListener(Protocol):
         """A phase is over."""
 
 
-class PhaseProgress:
-    """The `Progress` of one phase, passed on to a listener to all of them.
-
-    Args:
-        phase: its name.
-        listener: to all phases; None for none.
-    """
-
-    def __init__(self, phase: str, listener: PhaseListener | None) -> None:
-        self._phase, self._listener = phase, listener
-
-    def start(self, stage: str, total: int, unit: str = "steps") -> None:
-        """Begin a stage."""
-        if self._listener is not None:
-            self._listener.begin(self._phase, stage, total, unit)
-
-    def advance(self, steps: int = 1) -> None:
-        """Report steps done."""
-        if self._listener is not None:
-            self._listener.advance(self._phase, steps)
-
-    def finish(self) -> None:
-        """End a stage; the next one, or the phase's end, implies it."""
-
-
 class SentProgress:
-    """The `Progress` of a phase in another process: every call becomes a tuple of plain data, for `replay` over there.
+    """The `Progress` of a phase, here or in another process: every call becomes a tuple of plain data, for `receive`.
 
     Args:
         send: takes `("start", stage, total, unit)` or `("advance", steps)`.
@@ -98,13 +74,14 @@ class SentProgress:
         self._send(("advance", steps))
 
     def finish(self) -> None:
-        """Send nothing, as in `PhaseProgress`."""
+        """Send nothing: the next stage, or the phase's end, implies it."""
 
 
-def replay(call: Sequence[Any], progress: Progress) -> None:
-    """Make a call that `SentProgress` has sent."""
+def receive(listener: PhaseListener | None, phase: str, call: Sequence[Any]) -> None:
+    """Pass a call that the `SentProgress` of a phase has sent on to a listener to all of them."""
     name, *arguments = call
-    progress.start(*arguments) if name == "start" else progress.advance(*arguments)
+    if listener is not None:
+        listener.begin(phase, *arguments) if name == "start" else listener.advance(phase, *arguments)
 
 
 def run_phase(name: str, job: TrainingJob, folder: Path, log: Path, progress: Progress) -> PhaseStatus:
@@ -126,6 +103,7 @@ def run_sequentially(phases: Sequence[PlannedPhase], listener: PhaseListener | N
     """Train phases one after another in this process."""
     for phase in phases:
         with silence():
-            status = run_phase(phase.name, phase.job, phase.folder, phase.log, PhaseProgress(phase.name, listener))
+            progress = SentProgress(partial(receive, listener, phase.name))
+            status = run_phase(phase.name, phase.job, phase.folder, phase.log, progress)
         yield status
         gc.collect()  # a trainer and its model hold each other

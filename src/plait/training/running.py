@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,17 +17,19 @@ from plait.results.disk import DISK_FULL
 from plait.results.progress import Progress
 from plait.results.staging import publish
 from plait.results.versions import library_versions
-from plait.training import causal, classification
+from plait.results.writing import write_json_atomic
 from plait.training.encoding import EncodedData
 from plait.training.folder import (
-    JobFolder,
+    TRAINING_RECORD,
     checkpoint_step,
+    finished,
     last_checkpoint,
     named_checkpoint,
     open_folder,
     result_problem,
 )
-from plait.training.job import ADAPTER, FINAL_MODEL, PreparedTrainer, ResolvedJob, TrainingJob, TrainingRecord, resolve_job
+from plait.training.job import ADAPTER, FINAL_MODEL, ResolvedJob, TrainingJob, TrainingRecord, resolve_job
+from plait.training.kinds import KINDS
 from plait.training.provenance import write_provenance
 from plait.version import __version__
 
@@ -69,45 +70,54 @@ def train_in_folder(
         out: its folder.
         force: give up what another job left there.
         progress: receives optimizer steps, in place of the trainer's own bar and lines.
-        encoded: the data of a causal language model, where it was tokenized before.
+        encoded: the data, where it was tokenized before.
 
     Returns:
         The record, and whether an earlier run had finished it, so that this one trained nothing.
     """
-    with open_folder(out, opened, force=force) as folder:
-        finished = folder.finished()
-        if finished is not None:
-            return finished, True
+    with open_folder(out, opened, force=force):
+        if (record := finished(out, opened)) is not None:
+            return record, True
         if problem := result_problem(out):
             raise OutputError(problem)
-        if opened.job.kind == "sequence_classification":
-            prepared = classification.make_trainer(opened, out)
-        else:
-            prepared = causal.make_trainer(opened, out, encoded=encoded)
-        return _run(opened, folder, prepared, progress), False
+        kind = KINDS[opened.job.kind]
+        config = kind.settings_of(opened.job, out)
+        encoded = encoded or kind.encode_data(opened, config)
+        return _run(kind.make_trainer(opened, config, encoded), opened, out, encoded, progress), False
 
 
-def _run(opened: ResolvedJob, folder: JobFolder, prepared: PreparedTrainer, progress: Progress | None) -> TrainingRecord:
-    trainer, job = prepared.trainer, opened.job
-    _set_seed(trainer, job.seed)
+def _run(
+    trainer: Trainer,
+    opened: ResolvedJob,
+    out: Path,
+    encoded: tuple[EncodedData, EncodedData | None],
+    progress: Progress | None,
+) -> TrainingRecord:
+    job, data = opened.job, encoded[0]
+    trainer.args.seed = job.seed  # of data order and dropout, whatever A was drawn from
+    optional("transformers", "train", "training").set_seed(job.seed)
     if progress is not None:
-        report_steps(trainer, partial(_begin, progress), progress.advance, progress.finish)
-    checkpoint = named_checkpoint(trainer.args.resume_from_checkpoint) or last_checkpoint(folder.path)
+
+        def begin(total: int, done: int) -> None:
+            progress.start("train", total)
+            progress.advance(done)
+
+        report_steps(trainer, begin, progress.advance, progress.finish)
+    checkpoint = named_checkpoint(trainer.args.resume_from_checkpoint) or last_checkpoint(out)
     resumed = None if checkpoint is None else checkpoint_step(checkpoint)
     started = time.perf_counter()
-    with _error_context(folder.path):
+    with _error_context(out):
         take_steps(trainer, None if checkpoint is None else str(checkpoint))
     seconds = round(time.perf_counter() - started, 3)
-    name = FINAL_MODEL if job.lora is None else ADAPTER
     history = trainer.state.log_history
     record = TrainingRecord(
         plait=__version__,
         digest=opened.digest,
         job=job,
-        folder=name,
-        examples=prepared.examples,
-        left_out=prepared.left_out,
-        truncated=prepared.truncated,
+        folder=FINAL_MODEL if job.lora is None else ADAPTER,
+        examples=len(data.items),
+        left_out=data.left_out,
+        truncated=data.truncated,
         trainable=int(trainer.get_num_trainable_parameters()),
         steps=trainer.state.global_step,
         tokens=int(trainer.state.num_input_tokens_seen),
@@ -115,11 +125,11 @@ def _run(opened: ResolvedJob, folder: JobFolder, prepared: PreparedTrainer, prog
         eval_losses=tuple((int(e["step"]), float(e["eval_loss"])) for e in history if "eval_loss" in e),
         seconds=seconds,
         resumed_from=resumed,
-        notes=prepared.notes,
+        notes=KINDS[job.kind].notes_of(opened, encoded),
         versions=library_versions(*_LIBRARIES),
         finished=datetime.now().astimezone().isoformat(timespec="seconds"),
     )
-    _save(trainer, opened, folder, record)
+    _save(trainer, opened, out, record)
     return record
 
 
@@ -154,9 +164,9 @@ def _what_goes_on(out: Path) -> str:
     return f"{found} is kept; the same command continues from there."
 
 
-def _save(trainer: Trainer, opened: ResolvedJob, folder: JobFolder, record: TrainingRecord) -> None:
+def _save(trainer: Trainer, opened: ResolvedJob, out: Path, record: TrainingRecord) -> None:
     """Write weights, tokenizer, card and lock next to the final name; rename; then write the record."""
-    place = folder.path / _SAVING
+    place = out / _SAVING
     if trainer.is_world_process_zero():
         shutil.rmtree(place, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -165,18 +175,7 @@ def _save(trainer: Trainer, opened: ResolvedJob, folder: JobFolder, record: Trai
         (place / "training_args.bin").unlink(missing_ok=True)  # a pickle that names this machine's folders
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(str(place))
-        write_provenance(place, opened, record, home=folder.path / record.folder)
-        publish(place, folder.path / record.folder, force=True)
-        folder.finish(record)
+        write_provenance(place, opened, record, home=out / record.folder)
+        publish(place, out / record.folder, force=True)
+        write_json_atomic(out / TRAINING_RECORD, record.model_dump(mode="json"))  # from now on the run is done
     trainer.accelerator.wait_for_everyone()
-
-
-def _set_seed(trainer: Trainer, seed: int) -> None:
-    """Let data order and dropout follow the job's seed, whatever A was drawn from."""
-    trainer.args.seed = seed
-    optional("transformers", "train", "training").set_seed(seed)
-
-
-def _begin(progress: Progress, total: int, done: int) -> None:
-    progress.start("train", total)
-    progress.advance(done)

@@ -9,8 +9,9 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from plait.errors import RecipeError, collect, did_you_mean
+from plait.extras import optional
 from plait.recipes.problems import show_value
-from plait.training.job import TrainingJob
+from plait.training.job import LoraSettings, TrainingJob
 
 _PRECISION = ("bf16", "fp16")
 _PLAIN: Mapping[Any, str] = {bool: "true or false", int: "an integer", float: "a number", NoneType: "null"}
@@ -20,7 +21,7 @@ def trainer_settings(kind: type, job: TrainingJob, out: Path) -> Any:
     """Make the configuration of a trainer.
 
     Without an accelerator the processor is used, in float32 unless the job names another precision. The seed is that of A,
-    which is drawn while the trainer is made.
+    which is drawn while the trainer is construct.
 
     Args:
         kind: `SFTConfig` or `TrainingArguments`.
@@ -91,6 +92,26 @@ def construct(kind: type, values: Mapping[str, Any]) -> Any:
             return kind(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"{kind.__name__}: {' '.join(str(error).split())}") from error
+
+
+def lora_config(lora: LoraSettings, task_type: str) -> Any:
+    """Return PEFT's configuration of an adapter.
+
+    Args:
+        lora: as asked for.
+        task_type: `CAUSAL_LM` or `SEQ_CLS`.
+    """
+    given = {"target_parameters": lora.target_parameters, "modules_to_save": lora.modules_to_save}
+    return optional("peft", "train", "LoRA").LoraConfig(
+        task_type=task_type,
+        r=lora.r,
+        lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets if isinstance(lora.targets, str | None) else list(lora.targets),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        **{name: list(value) for name, value in given.items() if value is not None},
+    )
 
 
 def has_accelerator() -> bool:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from plait.baking.pipeline import run_bake
 from plait.checkpoints.checkpoint import BaseCheckpoint
@@ -26,14 +27,8 @@ from plait.results.staging import output_problem, staged
 from plait.training import causal
 from plait.training.arguments import Flags, job_of
 from plait.training.checks import flag_problems, hub_push_problem, hub_token
-from plait.training.encoding import EncodedData
 from plait.training.estimate import Estimate, estimate
-from plait.training.folder import (
-    MERGED_MODEL,
-    folder_problem,
-    is_main_process,
-    result_problem,
-)
+from plait.training.folder import MERGED_MODEL, folder_problem, is_main_process, result_problem
 from plait.training.formats import PlainText
 from plait.training.job import ADAPTER, FINAL_MODEL, TrainingJob, TrainingRecord
 from plait.training.phases import PlannedPhase
@@ -41,27 +36,22 @@ from plait.training.preflight import ResolvedPhase, resolve_phase
 from plait.training.running import train_in_folder
 from plait.verification.publish import push_result
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, repr=False)
 class SftPlan(ShortRepr):
-    """What a run will do; everything that can be checked before it has been.
+    """One phase of training, and what follows it; everything that can be checked before it has been.
 
     Attributes:
         flags: as given.
-        phase: the one that is trained, with its inputs; its record when training is done already, and only what follows it
-            may be missing.
-        encoded: examples and held-out examples as tokens.
+        phase: the one that is trained; its record when training is done already, and only what follows it may be missing.
         estimate: parameters, steps, bytes.
-        example: what the first example gives, and what is learned of it.
-        notes: rows and examples left out or cut.
     """
 
     flags: Flags
     phase: ResolvedPhase
-    encoded: tuple[EncodedData, EncodedData | None]
     estimate: Estimate
-    example: tuple[str, str]
-    notes: tuple[str, ...]
 
     @property
     def writes(self) -> tuple[Path, ...]:
@@ -76,6 +66,16 @@ class SftPlan(ShortRepr):
             return None
         merged = self.flags.get("upload_merged_model")
         return self.flags.out / (MERGED_MODEL if merged else FINAL_MODEL if self.phase.opened.job.lora is None else ADAPTER)
+
+    @property
+    def example(self) -> tuple[str, str]:
+        """What the first example gives, and what is learned of it."""
+        return causal.encoder_of(self.phase.opened, self.phase.settings).text(self.phase.encoded[0].items[0])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Rows and examples left out or cut."""
+        return causal.notes_of(self.phase.opened, self.phase.encoded)
 
 
 @dataclass(frozen=True)
@@ -123,22 +123,26 @@ def plan_sft(flags: Flags) -> SftPlan:
         RecipeError: flags, data, disk, folder or Hub do not allow it; everything that is wrong at once.
     """
     problems = flag_problems(flags)
-    phase = None
-    force = bool(flags.get("force"))
+    force, merged = bool(flags.get("force")), bool(flags.get("merge_adapter_with_base"))
+    phase = found = None
     job = _job(flags, problems)
     if job is not None:
-        merged = bool(flags.get("merge_adapter_with_base"))
-        also = (lambda opened: BaseCheckpoint.open(opened.job.base)) if merged else None
-        phase, found = resolve_phase(PlannedPhase(ADAPTER, job, flags.out, None), force=force, also=also)
-        problems += [text for _, text in found]
+        base = partial(BaseCheckpoint.open, job.base) if merged else None
+        phase, wrong = resolve_phase(PlannedPhase(ADAPTER, job, flags.out, None), force=force, also=base)
+        problems += [text for _, text in wrong]
     elif problem := folder_problem(flags.out, None, force=force):
         problems.append(problem)
     if flags.get("push_to_hub") and not any("--hub_repo_id" in p for p in problems) and (problem := hub_push_problem(flags)):
         problems.append(problem)
-    plan = None if phase is None else _planned(flags, phase, problems)
+    if phase is not None:
+        try:
+            found = _estimated(phase, problems, merged=merged)
+        except PlaitError as error:
+            problems.append(str(error))
     collect(RecipeError, list(dict.fromkeys(problems)), "plait sft cannot begin")
-    assert plan is not None
-    return plan
+    assert phase is not None
+    assert found is not None
+    return SftPlan(flags, phase, found)
 
 
 def run_sft(plan: SftPlan, *, progress: Progress | None = None) -> SftResult:
@@ -151,17 +155,42 @@ def run_sft(plan: SftPlan, *, progress: Progress | None = None) -> SftResult:
     Raises:
         PlaitError: training is not possible. A failed merge or upload raises nothing; the result names it.
     """
-    out = plan.flags.out
-    force = bool(plan.flags.get("force"))
-    record, found = train_in_folder(plan.phase.opened, out, force=force, progress=progress, encoded=plan.encoded)
-    result = SftResult(record, None if record.job.lora is None else out / ADAPTER, out / FINAL_MODEL, found=found)
-    if not is_main_process():
-        return result
-    if result.adapter is not None:
-        result = _copied(result, result.adapter)
-    if plan.flags.get("merge_adapter_with_base"):
-        result = _merged(plan, result, progress)
-    return _pushed(plan, result)
+    flags, out, phase = plan.flags, plan.flags.out, plan.phase
+    record, found = train_in_folder(phase.opened, out, force=bool(flags.get("force")), progress=progress, encoded=phase.encoded)
+    final, adapter = out / FINAL_MODEL, None if record.job.lora is None else out / ADAPTER
+    failures: list[Failure] = []
+    merged = url = None
+
+    def attempt(step: str, command: Sequence[str], action: Callable[[], T]) -> T | None:
+        """Do something that must not take the finished training down with it."""
+        try:
+            return action()
+        except Exception as error:  # whatever it is, the adapter is safe, and the reason is reported
+            reason = str(error) if isinstance(error, PlaitError) else f"{type(error).__name__}: {error}"
+            notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
+            failures.append(Failure(step, reason + notes, shlex.join(command)))
+            return None
+
+    def push(folder: Path, repo: str, *, private: bool, revision: str | None) -> str:
+        if folder.name == MERGED_MODEL and merged is None:
+            raise OutputError("there is no merged model of this run, and nothing else is uploaded in its place.")
+        with hub_token(flags):
+            return push_result(folder, repo, private=private, revision=revision).url
+
+    if is_main_process():
+        if adapter is not None:
+            attempt("copy", ["cp", "-r", f"{adapter}/.", str(final)], partial(_copy, adapter, final))
+        if adapter is not None and flags.get("merge_adapter_with_base"):
+            folder, base = out / MERGED_MODEL, phase.opened.base_reference
+            command = ["plait", "bake", str(adapter), "--base-id", base, "-o", str(folder), "--force"]
+            merged = attempt("merge", command, partial(_merge, adapter, base, folder, progress))
+        if plan.uploads is not None:
+            repo, private = str(flags.get("hub_model_id")), bool(flags.get("hub_private_repo"))
+            revision = flags.get("hub_revision")
+            options = [*["--private"] * private, *(["--revision", revision] if revision else [])]
+            command = ["plait", "push", str(plan.uploads), repo, *options]
+            url = attempt("push", command, partial(push, plan.uploads, repo, private=private, revision=revision))
+    return SftResult(record, adapter, final, found, merged, url, tuple(failures))
 
 
 def _job(flags: Flags, problems: list[str]) -> TrainingJob | None:
@@ -179,81 +208,31 @@ def _job(flags: Flags, problems: list[str]) -> TrainingJob | None:
     return job.model_copy(update={"arguments": kept})
 
 
-def _planned(flags: Flags, phase: ResolvedPhase, problems: list[str]) -> SftPlan | None:
-    opened, config = phase.opened, phase.settings
-    plain = any(isinstance(example, PlainText) for example in opened.data.examples)
+def _estimated(phase: ResolvedPhase, problems: list[str], *, merged: bool) -> Estimate:
+    config, out = phase.settings, phase.phase.folder
+    plain = any(isinstance(example, PlainText) for example in phase.opened.data.examples)
     if plain and (config.completion_only_loss or config.assistant_only_loss):
         problems.append("--completion_only_loss, --assistant_only_loss: rows of plain text have no answer. Leave them out.")
-    try:
-        encoded = causal.encode_data(opened, config)
-        merged = bool(flags.get("merge_adapter_with_base"))
-        found = estimate(opened, config, flags.out, examples=len(encoded[0].items), merged=merged)
-        if phase.record is None:
-            problems += filter(None, (found.problem(flags.out), result_problem(flags.out)))
-        example = causal.encoder_of(opened, config).text(encoded[0].items[0])
-    except PlaitError as error:
-        problems.append(str(error))
-        return None
-    return SftPlan(flags, phase, encoded, found, example, causal.notes_of(opened, encoded, config))
+    found = estimate(phase, out, examples=len(phase.encoded[0].items), merged=merged)
+    if phase.record is None:
+        problems += filter(None, (found.problem(out), result_problem(out)))
+    return found
 
 
-def _copied(result: SftResult, adapter: Path) -> SftResult:
-    final = result.final_model
-
-    def copy() -> None:
-        if not is_complete(final) or read_lock(final).outputs != read_lock(adapter).outputs:
-            with staged(final, force=True) as place:
-                shutil.copytree(adapter, place, dirs_exist_ok=True)
-
-    failure, _ = _tried("copy", shlex.join(["cp", "-r", f"{adapter}/.", str(final)]), copy)
-    return replace(result, failures=(*result.failures, *failure))
+def _copy(adapter: Path, final: Path) -> None:
+    if not is_complete(final) or read_lock(final).outputs != read_lock(adapter).outputs:
+        with staged(final, force=True) as place:
+            shutil.copytree(adapter, place, dirs_exist_ok=True)
 
 
-def _merged(plan: SftPlan, result: SftResult, progress: Progress | None) -> SftResult:
-    out, base = plan.flags.out / MERGED_MODEL, plan.phase.opened.base_reference
-    assert result.adapter is not None
-    adapter = result.adapter
-    again = _command("bake", str(adapter), "--base-id", base, "-o", str(out), "--force")
-
-    def bake() -> Path:
-        if _is_of(out, adapter):
-            return out
-        if out.exists() and output_problem(out, force=True) is None:
-            shutil.rmtree(out)  # of another adapter: it must not be taken for this one's, whatever happens next
-        recipe, _ = read_request(None, {ADAPTER: str(adapter.absolute())}, {"base_model": base})
-        run_bake(recipe, out=out, progress=progress)
+def _merge(adapter: Path, base: str, out: Path, progress: Progress | None) -> Path:
+    if _is_of(out, adapter):
         return out
-
-    failure, merged = _tried("merge", again, bake)
-    return replace(result, merged_model=merged, failures=(*result.failures, *failure))
-
-
-def _pushed(plan: SftPlan, result: SftResult) -> SftResult:
-    folder, flags = plan.uploads, plan.flags
-    if folder is None:
-        return result
-    repo, private = str(flags.get("hub_model_id")), bool(flags.get("hub_private_repo"))
-    revision = flags.get("hub_revision")
-    again = _command("push", str(folder), repo, *["--private"] * private, *(["--revision", revision] if revision else []))
-
-    def push() -> str:
-        if folder.name == MERGED_MODEL and result.merged_model is None:
-            raise OutputError("there is no merged model of this run, and nothing else is uploaded in its place.")
-        with hub_token(flags):
-            return push_result(folder, repo, private=private, revision=revision).url
-
-    failure, url = _tried("push", again, push)
-    return replace(result, url=url, failures=(*result.failures, *failure))
-
-
-def _tried(step: str, command: str, action: Callable[[], Any]) -> tuple[tuple[Failure, ...], Any]:
-    """Do something that must not take the finished training down with it."""
-    try:
-        return (), action()
-    except Exception as error:  # whatever it is, the adapter is safe, and the reason is reported
-        reason = str(error) if isinstance(error, PlaitError) else f"{type(error).__name__}: {error}"
-        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
-        return (Failure(step, reason + notes, command),), None
+    if out.exists() and output_problem(out, force=True) is None:
+        shutil.rmtree(out)  # of another adapter: it must not be taken for this one's, whatever happens next
+    recipe, _ = read_request(None, {ADAPTER: str(adapter.absolute())}, {"base_model": base})
+    run_bake(recipe, out=out, progress=progress)
+    return out
 
 
 def _is_of(merged: Path, adapter: Path) -> bool:
@@ -266,10 +245,6 @@ def _is_of(merged: Path, adapter: Path) -> bool:
     )
 
 
-def _command(*words: str) -> str:
-    return shlex.join(["plait", *words])
-
-
 def describe_plan(plan: SftPlan) -> Iterator[str]:
     """Yield a plan line by line, for people."""
     job, found = plan.phase.opened.job, plan.estimate
@@ -278,12 +253,12 @@ def describe_plan(plan: SftPlan) -> Iterator[str]:
     variant = "" if lora is None else " rsLoRA" * lora.rslora + " DoRA" * lora.dora
     what = "all parameters" if lora is None else f"LoRA r {lora.r}, alpha {lora.alpha:g}{variant} on {targets} layers"
     yield f"model      {job.base}: {found.parameters:,} parameters; {what}, {found.trainable:,} trained"
-    data, held = plan.encoded
+    data, held = plan.phase.encoded
     watched = plan.phase.opened.eval_data
-    tokens = sum(len(item.ids) for item in data.items)
     learned = sum(int((item.labels >= 0).sum()) for item in data.items)
     yield f"data       {plan.phase.opened.data.summary}"
-    yield f"           {len(data.items)} examples, {tokens:,} tokens, {learned:,} learned; the longest has {data.longest}"
+    read = f"{len(data.items)} examples, {sum(data.lengths):,} tokens"
+    yield f"           {read}, {learned:,} learned; the longest has {data.longest}"
     if held is not None and watched is not None:
         yield f"           {len(held.items)} examples to measure the loss on: {watched.summary}"
     most = "at most " * bool(job.arguments.get("packing"))
