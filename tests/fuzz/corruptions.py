@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
 import torch
 import yaml
 
@@ -47,6 +50,8 @@ def corrupt(chosen: random.Random, path: Path) -> str:
         kinds += [_json_line] * 5
     elif path.suffix == ".safetensors":
         kinds += [_header] * 6 + [_values]
+    elif path.suffix in (".csv", ".parquet"):
+        kinds += [_table] * 4
     elif path.suffix == ".bin":
         kinds += [_archive] * 4
     elif path.suffix == ".md":
@@ -73,6 +78,37 @@ def _bytes(chosen: random.Random, path: Path) -> str:
         data[start:end] = new
     path.write_bytes(data)
     return f"{kind} {length} at {at}"
+
+
+def _table(chosen: random.Random, path: Path) -> str:
+    """Give one cell, one column or one name of a column another value."""
+    table = pyarrow.csv.read_csv(path) if path.suffix == ".csv" else pyarrow.parquet.read_table(path)
+    at = chosen.randrange(table.num_columns)
+    name, size = table.column_names[at], table.num_rows
+    kind = chosen.choice(["cell", "column", "name", "no column", "no rows", "twice"])
+    if kind == "cell":
+        cells = table.column(at).to_pylist()
+        cells[chosen.randrange(size)] = chosen.choice(
+            [None, "", " ", "\n", "a" * 5000, "\x1b[31m", "é\u0301", "=1+1", '"', "\0"]
+        )
+        table = table.set_column(at, name, pyarrow.array(cells, pyarrow.string()))
+    elif kind == "column":
+        values: list[Any] = chosen.choice([[None], [1], [1.5], [True], [float("nan")], [10**18], ["same"]])
+        if path.suffix == ".parquet":
+            values = chosen.choice([values, [["a"]], [{"a": 1}], [b"\xff"]])
+        table = table.set_column(at, name, pyarrow.array(values * size))
+    elif kind == "name":
+        names = [*table.column_names]
+        names[at] = chosen.choice(["", " ", "other", "a" * 5000, "\x1b[31m", names[0], names[-1]])
+        table = table.rename_columns(names)
+    elif kind == "no column":
+        table = table.drop_columns([name])
+    elif kind == "no rows":
+        table = table.slice(0, 0)
+    else:
+        table = table.append_column(name, table.column(at))
+    (pyarrow.csv.write_csv if path.suffix == ".csv" else pyarrow.parquet.write_table)(table, path)
+    return f"{kind} {name}"
 
 
 #: What is put in place of the bytes from a start to an end.
@@ -205,6 +241,8 @@ def _header(chosen: random.Random, path: Path) -> str:
     length = struct.unpack("<Q", data[:8])[0]
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     names = [n for n in header if n != "__metadata__"]
+    if not names:  # the state of a tuning may hold no tensor
+        return _bytes(chosen, path)
     one, other = chosen.choice(names), chosen.choice(names)
     kind = chosen.choice(["value", "value", "value", "hole", "swap", "name", *_FIELDS, "twice", "length"])
     if kind == "value":
@@ -244,6 +282,8 @@ def _values(chosen: random.Random, path: Path) -> str:
     """Put odd numbers into the tensors."""
     data = bytearray(path.read_bytes())
     length = struct.unpack("<Q", data[:8])[0]
+    if len(data) == 8 + length:
+        return _bytes(chosen, path)
     value = chosen.choice([float("nan"), float("inf"), 3.4e38, -3.4e38, 1e30, 1e-45, -0.0])
     for _ in range(chosen.choice([1, 1, 50])):
         at = 8 + length + 4 * chosen.randrange((len(data) - 8 - length) // 4)

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -16,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import plait
 from plait.cli.main import main
 from tests.adapters_on_disk import Linear, write_adapter
-from tests.language_models import LABELS, save_model, write_task
+from tests.language_models import LABELS, WORDS, label, save_model, write_task
 
 SHAPES = {
     f"model.layers.{i}.{name}": shape
@@ -48,6 +52,12 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 OUT = ("-o", "out")
 BASE = ("config.json", "model.safetensors", "generation_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+
+TUNE = (
+    *("tune", "sort=first", "rate=second", "--tasks", "tasks/sort.yaml", "tasks/rate.yaml", "--base-id", "base"),
+    *("--steps", "2", "--count", "4", "--split", "train", *OUT),
+)
 
 
 def _in(folder: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -98,11 +108,11 @@ COMMANDS = (
         ("first", "second", "sharded"),
         6,
     ),
-    Command(
-        ("bake", "first", "second", "--base-id", "base", *OUT),
-        (".out.baking/journal.jsonl",),
-        ("first", "second", "base", ".out.baking"),
-        4,
+    Command(  # what a killed bake has left
+        ("bake", "first", "second", "--base-id", "sharded", *OUT),
+        (".out.baking/journal.jsonl", ".out.baking/model/model-00001-of-*.safetensors", ".out.baking/model/config.json"),
+        ("first", "second", "sharded", ".out.baking"),
+        5,
     ),
     Command(("un-bake", "baked", "first", *OUT), _in("baked", ("plait.lock", *BASE)), ("baked", "first"), 4),
     Command(("extract", "base", "tuned", "--rank", "2", *OUT), _in("base", BASE) + _in("tuned", BASE), ("base", "tuned"), 5),
@@ -151,12 +161,39 @@ COMMANDS = (
         ("phases.yaml", "tasks", "base", "runs"),
         2,
     ),
+    Command(
+        ("train", "phases.yaml", "-o", "runs", "--dry-run"),
+        ("runs/phases/sort/adapter/*", "runs/phases/sort/*.json", "runs/*.json"),
+        ("phases.yaml", "tasks", "base", "runs"),
+        3,
+    ),
     Command(("sft", "--config", "sft.yaml", "--dry_run"), ("sft.yaml", "rows.jsonl"), ("sft.yaml", "rows.jsonl", "base"), 3),
+    *(
+        Command(
+            ("sft", "--config", "sft.yaml", "--dataset_name_or_path", f"./rows.{kind}", "--dry_run"),
+            (f"rows.{kind}",),
+            ("sft.yaml", f"rows.{kind}", "base"),
+            2,
+        )
+        for kind in ("csv", "parquet")
+    ),
+    Command(  # what a killed training has left
+        ("sft", "--config", "sft.yaml"), ("left/checkpoint-2/*", "left/job.json"), ("sft.yaml", "rows.jsonl", "base", "left"), 2
+    ),
+    Command(("tasks", "check", "tables/sort.yaml"), ("tables/sort/test.csv", "tables/sort/train.parquet"), ("tables",), 6),
+    Command(
+        TUNE,
+        ("tasks/sort.yaml", "tasks/sort/test.jsonl", *_in("base", BASE + TOKENIZER), *_in("first", ADAPTER)),
+        ("first", "second", "base", "tasks"),
+        3,
+    ),
+    # what a killed tuning has left
+    Command(TUNE, (".out.tuning/*",), ("first", "second", "base", "tasks", ".out.tuning"), 3),
 )
 
 
 def build(folder: Path) -> None:
-    """Make the world; needs a second or two, and transformers."""
+    """Make the world; needs some seconds, and transformers and TRL."""
     base = save_model(folder / "base")
     _adapter(folder / "first", 1)
     _adapter(folder / "second", 2)
@@ -220,11 +257,22 @@ def _documents(folder: Path) -> None:
         "phases: [tasks/sort.yaml, tasks/rate.yaml]\nmerge: {method: linear}\n"
     )
     (folder / "sft.yaml").write_text(
-        "model_name_or_path: ./base\ndataset_name_or_path: ./rows.jsonl\noutput_dir: ./tuned-by-sft\nuse_peft: true\n"
+        "model_name_or_path: ./base\ndataset_name_or_path: ./rows.jsonl\noutput_dir: ./left\nuse_peft: true\n"
         "lora_r: 4\nlearning_rate: 1e-3\nmax_steps: 2\nuse_cpu: true\n"
     )
     rows = [{"prompt": f"sort w{i} :", "completion": " red"} for i in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _table(folder / "rows.csv", rows)
+    _table(folder / "rows.parquet", rows)
+    labeled = [{"word": word, "label": label("sort", word)} for word in WORDS]
+    file = write_task(folder / "tables", "sort", splits={"train": "train.parquet", "test": "test.csv"})
+    for name in ("train.parquet", "test.csv"):
+        _table(file.with_suffix("") / name, labeled)
+
+
+def _table(file: Path, rows: list[dict[str, str]]) -> None:
+    table = pyarrow.Table.from_pylist(rows)
+    (pyarrow.csv.write_csv if file.suffix == ".csv" else pyarrow.parquet.write_table)(table, file)
 
 
 def _results(folder: Path) -> None:
@@ -237,10 +285,21 @@ def _results(folder: Path) -> None:
             main(words)
     runs = next((folder / "ws").glob("*/*/*/runs/run_*"))
     shutil.copytree(runs, folder / "ws" / "run")
-    baking = folder / ".out.baking"
-    (baking / "model").mkdir(parents=True)
-    lines = [{"digest": "0" * 64}, {"shard": "model.safetensors", "size": 3, "sha256": "1" * 64}]
-    (baking / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "runs" / "phases" / "sort").mkdir(parents=True)
-    (folder / "runs" / "train.json").write_text(json.dumps({"phases": [], "out": "runs"}))
-    (folder / "runs" / "phases" / "sort" / "training.json").write_text(json.dumps({"digest": "0" * 64}))
+    _left_behind(folder)
+
+
+def _left_behind(folder: Path) -> None:
+    """What a bake, a tuning and trainings leave that are stopped near their end."""
+    with mock.patch("plait.baking.journal.publish", side_effect=KeyboardInterrupt), suppress(SystemExit):
+        main(("bake", "first", "second", "--base-id", "sharded", *OUT))
+    with mock.patch("plait.tuning.working.Working.remove"), suppress(SystemExit):
+        main(TUNE)
+    shutil.rmtree(folder / "out")
+    for words in (("train", "phases.yaml", "-o", "runs"), ("sft", "--config", "sft.yaml")):
+        with suppress(SystemExit):
+            main(words)
+    for name in ("adapter", "final_model"):
+        shutil.rmtree(folder / "left" / name)
+    (folder / "left" / "training.json").unlink()
+    for name in (".out.baking/journal.jsonl", ".out.tuning/tuning", "runs/train.json", "left/checkpoint-2"):
+        assert (folder / name).exists(), name
