@@ -23,6 +23,11 @@ class OutsideError(OSError):
     """A name leads out of its folder, or to something that is not a regular file."""
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with the home folder for `~`; that of a user who does not exist stays, and leads nowhere."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  (Path.expanduser raises RuntimeError)
+
+
 def file_name_problem(name: str) -> str | None:
     """Return why a name cannot be that of a file in a folder, with `/` between its parts; None where it can."""
     parts = name.split("/")

@@ -27,6 +27,7 @@ from plait.merging.heads import write_heads
 from plait.merging.moments import Moments, MomentsOf
 from plait.merging.pipeline import default_workers, input_folders
 from plait.merging.record import adapter_inputs, merge_summary, sources
+from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Heads, Recipe
 from plait.recipes.writing import recipe_json
 from plait.records import ShortRepr
@@ -57,6 +58,7 @@ class BakeResult(ShortRepr):
     url: str | None = None
 
 
+@naming_its_file
 def plan_bake(
     recipe: Recipe,
     options: BakeOptions | None = None,
@@ -74,6 +76,7 @@ def plan_bake(
     return prepare_bake(recipe, options, folder=folder, workers=workers, moments=moments).plan
 
 
+@naming_its_file
 def run_bake(
     recipe: Recipe,
     options: BakeOptions | None = None,

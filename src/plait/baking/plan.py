@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +19,7 @@ from plait.baking.shards import OutShard, parse_size, plan_shards, shard_index
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import AddressError, PlanError, RecipeError, collect
 from plait.inspection.compatibility import base_model_problems
-from plait.merging.inventory import Inventory, open_adapters, take_inventory
+from plait.merging.inventory import Inventory, naming_base, open_entries, take_inventory
 from plait.merging.moments import MomentsOf
 from plait.merging.plan import MergePlan, make_plan
 from plait.recipes.schema import Output, Recipe
@@ -197,8 +198,9 @@ def prepare_bake(
     """
     limit = None if options.shard_size is None else parse_size(options.shard_size)
     device = usable_device(options.device)
-    recipe = _with_base(recipe, folder)
-    checkpoint = _open_base(recipe, folder, dequantize=options.dequantize)
+    recipe, naming = _with_base(recipe, folder)
+    with naming:
+        checkpoint = _open_base(recipe, folder, dequantize=options.dequantize)
     working = recipe.model_copy(update={"output": Output(), "heads": effective_heads(recipe)})
     inventory = take_inventory(working, folder, moments)
     if not options.full_tensors:
@@ -214,11 +216,11 @@ def prepare_bake(
     return Bake(recipe, options, inventory, merge, checkpoint, placement, shards, auxiliary, device, plan)
 
 
-def _with_base(recipe: Recipe, folder: Path | None) -> Recipe:
-    """Return the recipe with its base model spelled out: its own, or the one that the adapters name."""
+def _with_base(recipe: Recipe, folder: Path | None) -> tuple[Recipe, AbstractContextManager[None]]:
+    """Return the recipe with its base model spelled out, its own or the adapters', and what names whose it is in a refusal."""
     if recipe.base_model is not None:
-        return recipe
-    _, adapters = open_adapters([(entry.name, entry.path) for entry in recipe.adapters], folder)
+        return recipe, naming_base(recipe, ())
+    _, adapters = open_entries(recipe, folder)
     collect(PlanError, base_model_problems(adapters, None), "")
     name = next((a.config.base_model for a in adapters if a.config.base_model), None)
     if name is None:
@@ -226,7 +228,7 @@ def _with_base(recipe: Recipe, folder: Path | None) -> Recipe:
             "a bake needs the base model, and neither the recipe nor an adapter names one. Give it: --base-id, or base_model "
             "in a recipe; a folder or org/repo[@revision]."
         )
-    return recipe.model_copy(update={"base_model": name})
+    return recipe.changed(base_model=name), naming_base(recipe, adapters)
 
 
 def _open_base(recipe: Recipe, folder: Path | None, *, dequantize: bool) -> BaseCheckpoint:

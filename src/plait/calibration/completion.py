@@ -18,6 +18,7 @@ from plait.merging.moments import MomentsOf
 from plait.merging.pipeline import default_workers
 from plait.mixture import Mixture
 from plait.notices import announce
+from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Recipe
 from plait.results.progress import Progress, SilentProgress
 from plait.results.staging import output_problem
@@ -40,6 +41,7 @@ class CompletedRecipe:
     notes: tuple[str, ...] = ()
 
 
+@naming_its_file
 def complete_recipe(
     recipe: Recipe,
     *,
@@ -104,7 +106,7 @@ def _with_moments(
     announce(f"second moments of {', '.join(names)}, {how}, are kept in {STORE}.")
     home = STORE if folder is None else STORE.absolute()
     entries = (e.model_copy(update={"moments": str(home / names[e.name])}) for e in recipe.adapters)
-    return recipe.model_copy(update={"adapters": tuple(entries)})
+    return recipe.changed(*(("adapters", i, "moments") for i in range(len(names))), adapters=tuple(entries))
 
 
 def _digests(request: CalibrationRequest) -> str:

@@ -24,6 +24,7 @@ from plait.merging.pipeline import input_folders
 from plait.merging.record import adapter_inputs, input_digests
 from plait.mixture import Mixture
 from plait.notices import announce
+from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Recipe
 from plait.results.digests import sha256
 from plait.results.disk import check_not_an_input, check_space
@@ -49,6 +50,7 @@ class CalibrateResult:
     record: CalibrationRecord
 
 
+@naming_its_file
 def run_calibrate(
     recipe: Recipe,
     *,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from plait.adapters.adapter import Adapter
 from plait.calibration.record import CalibratedTexts, CalibrationPlan
@@ -15,14 +15,16 @@ from plait.checkpoints.digests import weight_files
 from plait.errors import PlanError, RecipeError, TaskError, collect
 from plait.evaluation.scores import adapter_digest, digest
 from plait.hub.download import Located, resolve_model
-from plait.merging.inventory import Inventory, take_inventory
+from plait.merging.inventory import Inventory, naming_base, take_inventory
 from plait.recipes.calibration import CalibrationSpec
+from plait.recipes.naming import naming_its_file
+from plait.recipes.problems import Problem
 from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
 from plait.results.digests import sha256
 from plait.results.versions import library_versions
 from plait.tasks.asking import Head
-from plait.tasks.loading import absolute_reference, load_tasks
+from plait.tasks.loading import absolute_reference, recipe_tasks, with_tasks
 from plait.tasks.schema import Task
 
 MISMATCH = "these tasks and adapters do not suit each other"
@@ -167,11 +169,10 @@ def calibration_recipe(
         file, adapters = (Path(source), []) if isinstance(source, (str, Path)) else (None, source)
         own = [f"calibration.{key}={value!r}" for key, value in spec.items()]
         recipe, folder = read_request(file, adapters, {"base_model": base_model} if base_model else {}, [*own, *sets])
-    if tasks is not None:
-        recipe = recipe.model_copy(update={"tasks": tuple(absolute_reference(t) for t in tasks)})
-    return recipe, folder
+    return with_tasks(recipe, tasks), folder
 
 
+@naming_its_file
 def read_calibration(recipe: Recipe, folder: Path | None, options: CalibrateOptions) -> CalibrationRequest:
     """Find adapters, base, tasks and texts.
 
@@ -184,7 +185,7 @@ def read_calibration(recipe: Recipe, folder: Path | None, options: CalibrateOpti
         PlaitError: something of it cannot be used; texts are not disjoint from what the tasks are judged on.
     """
     inventory = take_inventory(recipe, folder)
-    texts, owners = task_texts(recipe, recipe.calibration, folder, [a.name for a in inventory.adapters])
+    texts, owners = task_texts(recipe, folder, [a.name for a in inventory.adapters])
     problems = [problem for t in texts.values() for problem in overlap_with_evaluation(t)]
     collect(TaskError, problems, "texts must be disjoint from the validation and test splits, and are not")
     return CalibrationRequest(inventory, base_of(inventory, folder, options.base), options, texts, owners)
@@ -205,17 +206,15 @@ def base_of(inventory: Inventory, folder: Path | None, given: str | None) -> Loc
     if name is None:
         raise PlanError("the base model is not known: no adapter names it. Give --base-id (base_model=).")
     own = given is None and inventory.recipe.base_model is not None
-    return resolve_model(name, base=folder if own else None)
+    with naming_base(inventory.recipe, inventory.adapters, given=given):
+        return resolve_model(name, base=folder if own else None)
 
 
-def task_texts(
-    recipe: Recipe, spec: Any, folder: Path | None, adapters: Sequence[str]
-) -> tuple[dict[str, Texts], dict[str, str]]:
+def task_texts(recipe: Recipe, folder: Path | None, adapters: Sequence[str]) -> tuple[dict[str, Texts], dict[str, str]]:
     """Read every task's texts; return task → texts and task → adapter.
 
     Args:
-        recipe: its tasks.
-        spec: `texts`, `files`, `count`, `seed` and `split` of the recipe's `calibration` or `tune`.
+        recipe: its tasks, and `calibration`.
         folder: what relative paths are relative to.
         adapters: names.
 
@@ -223,14 +222,15 @@ def task_texts(
         TaskError: there are no tasks, one has no adapter, an adapter has no task, or texts cannot be read; all at once.
     """
     tasks, problems = paired_tasks(recipe, folder, adapters)
-    problems += tasks_key_problem("calibration.files", spec.files, tasks)
+    problems += tasks_key_problem(recipe, "calibration", "files", recipe.calibration.files, tasks)
     found: dict[str, Texts] = {}
     for task in tasks:
         try:
-            found[task.name] = texts_of(task, spec, folder)
+            found[task.name] = texts_of(task, recipe, "calibration", folder)
         except TaskError as error:
             problems.append(str(error))
-    collect(TaskError, problems, MISMATCH)
+    with recipe.origins.at("tasks"):
+        collect(TaskError, problems, MISMATCH)
     return found, {t.name: t.own_adapter for t in tasks}
 
 
@@ -240,9 +240,7 @@ def paired_tasks(recipe: Recipe, folder: Path | None, adapters: Sequence[str]) -
     Raises:
         TaskError: there are no tasks, or one cannot be read.
     """
-    if not recipe.tasks:
-        raise TaskError("there are no tasks; give --tasks FILE.yaml, or 'tasks' in the recipe (tasks=[...] in Python).")
-    tasks = load_tasks([absolute_reference(text, folder) for text in recipe.tasks])
+    tasks = recipe_tasks(recipe, folder)
     problems = [
         f"task {t.name!r} belongs to adapter {t.own_adapter!r}, and there are {', '.join(adapters)}; name it with 'adapter' in "
         "the task's file."
@@ -258,20 +256,24 @@ def paired_tasks(recipe: Recipe, folder: Path | None, adapters: Sequence[str]) -
     return tasks, problems
 
 
-def tasks_key_problem(key: str, given: Iterable[str], tasks: Sequence[Task]) -> list[str]:
-    """Return what is wrong with a key of the recipe that names tasks."""
+def tasks_key_problem(recipe: Recipe, key: str, inner: str, given: Iterable[str], tasks: Sequence[Task]) -> list[str]:
+    """Return what is wrong with a key of the recipe, such as `tune.files`, that names tasks."""
     names = [t.name for t in tasks]
-    return [f"{key}: {name!r} is not a task; there are {', '.join(names)}." for name in sorted(set(given) - {*names})]
+    text = f"is not a task; there are {', '.join(names)}."
+    return [recipe.origins.describe(Problem((key, inner, name), f"{name!r} {text}")) for name in sorted(set(given) - {*names})]
 
 
-def texts_of(task: Task, spec: Any, folder: Path | None) -> Texts:
-    """Read one task's texts; arguments as `task_texts` has them.
+def texts_of(task: Task, recipe: Recipe, key: Literal["calibration", "tune"], folder: Path | None) -> Texts:
+    """Read one task's texts, as a part of the recipe wants them.
 
     Raises:
         TaskError: they cannot be read.
     """
+    spec = getattr(recipe, key)
     file = spec.files.get(task.name)
-    if file is not None:
-        file = absolute_reference(file, folder)
-    kind = None if file is not None else spec.texts
-    return read_texts(task, kind=kind, count=spec.count, seed=spec.seed, split=spec.split, file=file)
+    if file is None:
+        return read_texts(task, kind=spec.texts, count=spec.count, seed=spec.seed, split=spec.split)
+    with recipe.origins.at(key, "files", task.name):
+        return read_texts(
+            task, kind=None, count=spec.count, seed=spec.seed, split=spec.split, file=absolute_reference(file, folder)
+        )

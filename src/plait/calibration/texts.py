@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from plait.errors import TaskError
 from plait.notices import announce
+from plait.parsing import read_text
 from plait.recipes.evaluation import SplitName
 from plait.tasks.asking import TargetLikelihood
 from plait.tasks.examples import fields_of, prompts_of
@@ -148,7 +149,7 @@ def _file_rows(task: RowTask, path: Path) -> Sequence[Row]:
             f"{path}: lines of a text file fill the one field of a prompt, and that of task {task.name!r} has "
             f"{', '.join(fields) or 'none'}. Give rows with these columns (.jsonl, .csv, .parquet)."
         )
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in read_text(path, TaskError).splitlines()]
     return _filled(task, [line for line in lines if line])
 
 

@@ -14,9 +14,10 @@ from plait.evaluation.card import put_results
 from plait.evaluation.comparison import Leaderboard, compare_merges
 from plait.evaluation.pipeline import EvaluateOptions, evaluate_saved
 from plait.evaluation.record import Evaluation
-from plait.evaluation.request import eval_spec, recipe_name, variants, with_tasks
+from plait.evaluation.request import eval_spec, evaluated_recipe, recipe_name, variants
 from plait.evaluation.requirement import Requirement
 from plait.evaluation.workspace import write_comparison, write_evaluation
+from plait.folders import expanded
 from plait.merging.pipeline import run_recipe
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.request import is_recipe_file
@@ -135,7 +136,8 @@ class EvaluateOrder:
             recipes, folder, skipped = variants(
                 file, adapters, self.request.given, self.request.sets, self.methods, self.spaces
             )
-        return {name: with_tasks(recipe, self.tasks, **self._changes) for name, recipe in recipes.items()}, folder, skipped
+        asked = {name: evaluated_recipe(recipe, self.tasks, **self._changes) for name, recipe in recipes.items()}
+        return asked, folder, skipped
 
     @property
     def _changes(self) -> dict[str, Any]:
@@ -151,12 +153,13 @@ class EvaluateOrder:
         compared = None
         if self.saved is None:
             recipes, folder, skipped = self._merges
-            compared = compare_merges(recipes, folder, self.options, progress, skipped=skipped, check=self._check_tasks)
+            with next(iter(recipes.values())).origins.named():
+                compared = compare_merges(recipes, folder, self.options, progress, skipped=skipped, check=self._check_tasks)
             evaluations = compared.evaluations
         else:
             evaluations = (self._as_saved(self.saved, progress),)
             if self.card:
-                put_results(Path(self.saved).expanduser(), evaluations[0])
+                put_results(expanded(self.saved), evaluations[0])
         board = compared.board if compared is not None and (self.methods or self.spaces) else None
         run, workspace = None, self.options.workspace
         if workspace is not None:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plait.commands.request import Request, complete_from_texts
-from plait.errors import PlanError, RecipeError
+from plait.errors import RecipeError
 from plait.hub.upload import check_push
 from plait.merging.pipeline import MergeResult, plan_recipe, run_recipe
 from plait.merging.plan import MergePlan
 from plait.recipes.request import Adapters, is_recipe_file
 from plait.recipes.schema import Recipe
-from plait.results.lock import LOCK
 from plait.results.progress import Progress
 from plait.results.staging import checking_output
 
@@ -96,16 +94,6 @@ class MergeOrder:
         found = extend(self._earlier, self.add, given, sets, inputs=places, from_merged=self.from_merged)
         return self.request.with_tasks(found.recipe), None, found.base_folder, found.notes
 
-    @contextmanager
-    def _naming_the_lock(self) -> Iterator[None]:
-        """Name the file that holds the recipe of an earlier merge in what is refused of it."""
-        try:
-            yield
-        except (PlanError, RecipeError) as error:
-            if not self.add:
-                raise
-            raise type(error)(f"{self._earlier / LOCK}, its recipe with what is added: {error}") from None
-
     def _bake(self, recipe: Recipe, folder: Path | None) -> BakeOrder | None:
         """The bake of the same recipe; None where none is asked for."""
         if self.bake_dir is None:
@@ -129,7 +117,7 @@ class MergeOrder:
         """
         self.check()
         recipe, folder, _, notes = self._resolved
-        with checking_output(self.out, force=self.force), self._naming_the_lock():
+        with checking_output(self.out, force=self.force):
             plan = plan_recipe(recipe, folder=folder, workers=self.workers, moments=self.request.function)
         return plan.model_copy(update={"notes": (*plan.notes, *notes)})
 
@@ -161,18 +149,17 @@ class MergeOrder:
         if (bake := self._bake(recipe, folder)) is not None:
             bake.plan()
             bake.check_beforehand()
-        with self._naming_the_lock():
-            result = run_recipe(
-                recipe,
-                folder=folder,
-                out=self.out,
-                force=self.force,
-                workers=self.workers,
-                progress=progress,
-                base_folder=base_folder,
-                moments=self.request.function,
-                notes=(*notes, *found),
-            )
+        result = run_recipe(
+            recipe,
+            folder=folder,
+            out=self.out,
+            force=self.force,
+            workers=self.workers,
+            progress=progress,
+            base_folder=base_folder,
+            moments=self.request.function,
+            notes=(*notes, *found),
+        )
         if self.push_to is not None:
             from plait.verification.publish import push_result
 

@@ -82,16 +82,16 @@ class Request:
             )
         recipe, folder = self.source, self.source.folder
         if self.base is not None:
-            recipe = recipe.model_copy(update={"base_model": base_from_here(str(self.base)) if folder else str(self.base)})
+            recipe = recipe.changed(base_model=base_from_here(str(self.base)) if folder else str(self.base))
         return self.with_tasks(recipe), folder
 
     def with_tasks(self, recipe: Recipe) -> Recipe:
         """Return a recipe with the tasks that are asked for."""
         if self.tasks is None:
             return recipe
-        from plait.tasks.loading import absolute_reference
+        from plait.tasks.loading import with_tasks
 
-        return recipe.model_copy(update={"tasks": tuple(absolute_reference(task) for task in self.tasks)})
+        return with_tasks(recipe, self.tasks)
 
 
 def complete_from_texts(

@@ -24,7 +24,7 @@ from plait.extras import require
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve, resolve_model
 from plait.hub.references import parse_reference
 from plait.inspection.doubts import adapter_doubts
-from plait.merging.inventory import Inventory, open_adapters, take_inventory
+from plait.merging.inventory import Inventory, naming_base, open_adapters, take_inventory
 from plait.notices import announce
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.schema import Recipe
@@ -32,7 +32,7 @@ from plait.recipes.writing import recipe_json
 from plait.results.lock import LOCK, Lock, read_lock
 from plait.results.progress import Progress, SilentProgress
 from plait.tasks.examples import Examples, read_examples
-from plait.tasks.loading import absolute_reference, load_tasks
+from plait.tasks.loading import load_tasks, recipe_tasks
 from plait.tasks.metrics import metric_of
 from plait.tasks.overlap import check_disjoint, overlaps
 from plait.tasks.schema import SPLITS, Task
@@ -92,7 +92,7 @@ class Evaluator:
         folder: where a relative base starts; the working directory when None.
         singles: the tasks' own adapters, and where they were found.
         others: adapters that are evaluated, but are no task's own.
-        tasks: files, or `lm_eval:NAME`.
+        tasks: on which it is judged.
         spec: how to evaluate.
         options: how to evaluate, on this machine.
         progress: receives stages and steps.
@@ -104,7 +104,7 @@ class Evaluator:
         folder: Path | None,
         singles: Sequence[tuple[Adapter, Located, str]],
         others: Sequence[Adapter],
-        tasks: Sequence[str | Path],
+        tasks: Sequence[Task],
         spec: EvalSpec,
         options: EvaluateOptions,
         progress: Progress,
@@ -190,14 +190,14 @@ def recipe_evaluator(
         PlaitError: anything that is not there, or does not fit.
     """
     _require_libraries()
-    if not recipe.tasks:
-        raise TaskError("there are no tasks; give --tasks FILE.yaml, or 'tasks' in the recipe (tasks=[...] in Python).")
+    tasks = recipe_tasks(recipe, folder)
     inventory = take_inventory(recipe, folder)
     paths = [entry.path for entry in recipe.adapters]
     singles = list(zip(inventory.adapters, inventory.located, paths, strict=True))
-    tasks = [absolute_reference(text, folder) for text in recipe.tasks]
-    base = recipe.base_model or inventory.base_model
-    return Evaluator(base, folder, singles, (), tasks, recipe.eval, options, progress or SilentProgress()), inventory
+    with naming_base(recipe, inventory.adapters, given=options.base):
+        return Evaluator(
+            recipe.base_model, folder, singles, (), tasks, recipe.eval, options, progress or SilentProgress()
+        ), inventory
 
 
 def evaluate_saved(
@@ -239,7 +239,8 @@ def evaluate_saved(
     method = recipe["method"] if recipe else {}
     if options.workspace is not None:
         check_index(options.workspace, method.get("name") or ("adapter" if is_adapter else "model"), taken or [name])
-    evaluator = Evaluator(base, None, singles, others, tasks, spec, options, progress or SilentProgress())
+    with naming_base(None, [a for a, _, _ in singles] + others, given=base or options.base):
+        evaluator = Evaluator(base, None, singles, others, load_tasks(tasks), spec, options, progress or SilentProgress())
     evaluator.notes.extend(notes)
     check([asked.task.name for asked in evaluator.tasks])
     known = {**evaluator.singles, **{a.name: a for a in others}}
@@ -253,11 +254,10 @@ def _require_libraries() -> None:
     require("an evaluation", {"eval": ["transformers", "accelerate", "jinja2"]})
 
 
-def _ask(paths: Sequence[str | Path], spec: EvalSpec, workspace: Path | None) -> tuple[list[TaskExamples], list[str]]:
+def _ask(tasks: Sequence[Task], spec: EvalSpec, workspace: Path | None) -> tuple[list[TaskExamples], list[str]]:
     """Read every task's examples, and notes on its data."""
     if workspace is not None:
         check_workspace(workspace)
-    tasks = load_tasks(paths)
     check_names(spec.subset, [t.name for t in tasks])
     check_task_names([t.name for t in tasks])
     asked, notes = [], []

@@ -13,7 +13,7 @@ from plait.recipes.problems import Origins
 from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
 from plait.recipes.validation import validate
-from plait.tasks.loading import absolute_reference
+from plait.tasks.loading import with_tasks
 
 
 def recipe_name(recipe: Recipe) -> str:
@@ -43,13 +43,12 @@ def eval_spec(given: EvalSpec, **changes: Any) -> EvalSpec:
     return spec
 
 
-def with_tasks(recipe: Recipe, tasks: Sequence[str | Path], **changes: Any) -> Recipe:
+def evaluated_recipe(recipe: Recipe, tasks: Sequence[str | Path], **changes: Any) -> Recipe:
     """Return a recipe with other tasks, where some are given, and `eval_spec` its `eval`.
 
     Given tasks are relative to the working directory, a recipe's own to its folder.
     """
-    files = tuple(absolute_reference(t) for t in tasks) or recipe.tasks
-    return recipe.model_copy(update={"tasks": files, "eval": eval_spec(recipe.eval, **changes)})
+    return with_tasks(recipe, tasks or None).changed(eval=eval_spec(recipe.eval, **changes))
 
 
 def variants(

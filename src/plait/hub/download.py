@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from plait.errors import AddressError, did_you_mean
+from plait.folders import expanded
 from plait.hub.client import explain_failure
 from plait.hub.references import Reference, parse_reference
 from plait.libraries.huggingface_hub import progress_bars, status_of
@@ -172,11 +173,11 @@ def _located(reference: Reference, snapshot: Path) -> Located:
 def _local_folder(reference: Reference, base: Path | None) -> Path:
     path = reference.path or ""
     try:
-        folder = Path.cwd() / (base or Path()) / Path(path).expanduser()
+        folder = Path.cwd() / (base or Path()) / expanded(path)
         if folder.is_dir():
             return folder
         exists = folder.exists()
-    except (OSError, RuntimeError) as error:  # not readable; or the home of a user that does not exist
+    except OSError as error:
         raise AddressError(f"{path!r} cannot be read: {error}.") from error
     if exists:
         raise AddressError(f"{path!r} is a file. Give the folder that holds it: {str(Path(path).parent)!r}.")

@@ -18,6 +18,7 @@ from typing import Self
 from pydantic import field_validator, model_validator
 
 from plait.errors import AddressError, collect, did_you_mean
+from plait.folders import expanded
 from plait.records import Record
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -230,12 +231,8 @@ def _write_instead(address: str) -> str:
 
 
 def _path_parts(path: str, base: Path | None) -> list[str]:
-    try:
-        start = Path(path).expanduser()
-    except RuntimeError:  # an unknown user's home
-        start = Path(path)
     parts: list[str] = []
-    for part in (Path.cwd() / (base or Path()) / start).parts[1:]:
+    for part in (Path.cwd() / (base or Path()) / expanded(path)).parts[1:]:
         # `..` is taken away by name: following a link would call `latest` by the run it points to.
         if part != "..":
             parts.append(part)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -13,7 +14,8 @@ from plait.adapters.layouts import Layout
 from plait.checkpoints.files import read_config
 from plait.checkpoints.weights import BaseWeights
 from plait.errors import AdapterError, AddressError, PlaitError, PlanError, collect
-from plait.hub.download import Located, resolve, resolve_model
+from plait.folders import expanded
+from plait.hub.download import ADAPTER_CONFIG, Located, resolve, resolve_model
 from plait.hub.references import parse_reference
 from plait.inspection.compatibility import check_compatibility
 from plait.merging.moments import Moments, MomentsOf, from_files, from_function
@@ -66,13 +68,14 @@ def take_inventory(
         AdapterError: files that are not adapters.
         PlanError: adapters that do not belong together.
     """
-    located, adapters = open_adapters([(entry.name, entry.path) for entry in recipe.adapters], folder)
+    located, adapters = open_entries(recipe, folder)
     problems = check_compatibility(adapters, base_model=recipe.base_model).problems
     collect(PlanError, problems, "these adapters do not fit together")
     layouts = {path: target.layout for adapter in adapters for path, target in adapter.targets.items()}
     base, place = None, None
     if recipe.base_model is not None and any(t.is_dora for a in adapters for t in a.targets.values()):
-        place = resolve_model(recipe.base_model, base=folder) if base_folder is None else Located(folder=base_folder)
+        with naming_base(recipe, adapters):
+            place = resolve_model(recipe.base_model, base=folder) if base_folder is None else Located(folder=base_folder)
         base = BaseWeights(place.folder)
     found = _moments(recipe, folder, moments, adapters)
     inventory = Inventory(recipe, tuple(adapters), tuple(located), dict(sorted(layouts.items())), base, place, found)
@@ -83,32 +86,58 @@ def take_inventory(
     )
 
 
+@contextmanager
+def naming_base(recipe: Recipe | None, adapters: Sequence[Adapter], *, given: object = None) -> Iterator[None]:
+    """Name in a refusal of the base model what names it: the recipe's key, or an adapter's field; nothing where it is given."""
+    try:
+        yield
+    except AddressError as error:
+        if given:
+            raise
+        if recipe is not None and recipe.base_model:
+            with recipe.origins.at("base_model"):
+                raise
+        if owner := next((a for a in adapters if a.config.base_model), None):
+            error.args = (f"{owner.folder / ADAPTER_CONFIG}: base_model_name_or_path: {error}",)
+        raise
+
+
 def _base_config(inventory: Inventory, folder: Path | None, given: Path | None) -> Mapping[str, Any]:
     """Return the base's configuration where it is in a local folder: a dense output asks it for the orientation of layers."""
     named = inventory.base_model
-    place = given if given is not None or named is None else (folder or Path()) / Path(named).expanduser()
+    place = given if given is not None or named is None else (folder or Path()) / expanded(named)
     return {} if place is None or not place.is_dir() else read_config(place)
 
 
 def _moments(recipe: Recipe, folder: Path | None, given: MomentsOf | None, adapters: Sequence[Adapter]) -> Moments | None:
     if given is not None:
         return from_function(given, {a.name: a.targets for a in adapters})
-    paths = {a.name: (folder or Path()) / Path(a.moments).expanduser() for a in recipe.adapters if a.moments is not None}
+    names = [a.name for a in recipe.adapters]
+    paths = {a.name: (folder or Path()) / expanded(a.moments) for a in recipe.adapters if a.moments is not None}
     if not paths:
         return None
     if lacking := [a.name for a in adapters if a.name not in paths]:
         raise PlanError(f"adapters[].moments: given for {', '.join(paths)}, not for {', '.join(lacking)}; all need them.")
-    return from_files(paths, adapters)
+    return from_files(paths, adapters, lambda name: recipe.origins.at("adapters", names.index(name), "moments"))
+
+
+def open_entries(recipe: Recipe, folder: Path | None) -> tuple[list[Located], list[Adapter]]:
+    """Find and open the adapters of a recipe; see `open_adapters`."""
+    references = [(entry.name, entry.path) for entry in recipe.adapters]
+    return open_adapters(references, folder, lambda i: recipe.origins.at("adapters", i, "path"))
 
 
 def open_adapters(
-    references: Sequence[tuple[str | None, str]], folder: Path | None = None
+    references: Sequence[tuple[str | None, str]],
+    folder: Path | None = None,
+    naming: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> tuple[list[Located], list[Adapter]]:
     """Find and open adapters.
 
     Args:
         references: (name, reference); without a name the reference gives one, made different from the others'.
         folder: what relative paths are relative to; the current folder when None.
+        naming: index → what names the place of that reference in what is refused of it.
 
     Raises:
         AddressError: references that lead nowhere, all at once.
@@ -117,12 +146,13 @@ def open_adapters(
     located: list[Located] = []
     adapters: list[Adapter] = []
     errors: list[PlaitError] = []
-    for given, text in references:
+    for i, (given, text) in enumerate(references):
         try:
-            reference = parse_reference(text, base=folder)
-            place = resolve(reference, base=folder)
-            name = given or _unused(reference.default_name(folder), {a.name for a in adapters})
-            adapters.append(Adapter.open(place.folder, name))
+            with naming(i):
+                reference = parse_reference(text, base=folder)
+                place = resolve(reference, base=folder)
+                name = given or _unused(reference.default_name(folder), {a.name for a in adapters})
+                adapters.append(Adapter.open(place.folder, name))
             located.append(place)
         except PlaitError as error:
             errors.append(error)

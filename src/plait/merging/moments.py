@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,12 +174,26 @@ class Moments:
         return 6 * d_in**2  # in float64: the sum of the moments, and an adapter's or the factors of the sum
 
 
-def from_files(paths: Mapping[str, Path], adapters: Sequence[Adapter]) -> Moments:
+def _open(adapter: str, path: Path) -> MomentsFile:
+    try:
+        return MomentsFile(path)
+    except OSError as error:
+        raise AdapterError(f"moments of {adapter!r}: {path} cannot be read ({error.strerror or error})") from None
+    except AdapterError as error:
+        raise AdapterError(f"moments of {adapter!r}: {str(error).removesuffix('.')}") from None
+
+
+def from_files(
+    paths: Mapping[str, Path],
+    adapters: Sequence[Adapter],
+    naming: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
+) -> Moments:
     """Open one file per adapter; headers only.
 
     Args:
         paths: adapter → file.
         adapters: that they are of.
+        naming: adapter → what names the place of its path in what is refused of the file.
 
     Raises:
         AdapterError: a file is missing or broken, or was taken of another adapter; all of them at once.
@@ -186,11 +201,10 @@ def from_files(paths: Mapping[str, Path], adapters: Sequence[Adapter]) -> Moment
     files, problems = {}, []
     for name, path in paths.items():
         try:
-            files[name] = MomentsFile(path)
-        except OSError as error:
-            problems.append(f"moments of {name!r}: {path} cannot be read ({error.strerror or error})")
+            with naming(name):
+                files[name] = _open(name, path)
         except AdapterError as error:
-            problems.append(f"moments of {name!r}: {str(error).removesuffix('.')}")
+            problems.append(str(error))
     problems += [
         f"moments of {a.name!r}: {files[a.name].path} was taken of another adapter, or of other contents of this one"
         for a in adapters

@@ -27,6 +27,7 @@ from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.moments import Found, MomentsOf
 from plait.merging.plan import MergePlan, make_plan
 from plait.merging.record import RunRecord, input_digests, make_lock, merge_summary, sources
+from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json
 from plait.records import ShortRepr
@@ -56,6 +57,7 @@ class MergeResult(ShortRepr):
     url: str | None = None
 
 
+@naming_its_file
 def plan_recipe(
     recipe: Recipe, *, folder: Path | None = None, workers: int | None = None, moments: MomentsOf | None = None
 ) -> MergePlan:
@@ -87,6 +89,7 @@ def _not_taken_yet(adapter: str, module: str) -> Found | None:
     raise AssertionError(f"a plan asked for the moments of {adapter}, {module}")
 
 
+@naming_its_file
 def run_recipe(
     recipe: Recipe,
     *,

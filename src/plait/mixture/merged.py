@@ -16,7 +16,7 @@ from plait.errors import AddressError, RecipeError
 from plait.hub.download import resolve_model
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.heads import main_heads
-from plait.merging.inventory import Inventory, take_inventory
+from plait.merging.inventory import Inventory, naming_base, take_inventory
 from plait.merging.pipeline import default_workers
 from plait.merging.plan import make_plan
 from plait.merging.truncation import rounded
@@ -127,17 +127,20 @@ def load(
     """
     require_libraries(device_map)
     recipe, folder = _recipe(source, settings)
-    inventory = take_inventory(recipe, folder)
+    with recipe.origins.named():
+        inventory = take_inventory(recipe, folder)
     name = base or inventory.base_model
     if name is None:
         raise AddressError("the base model is not known: no adapter names it. Give base=, or base_model in the recipe.")
-    place = resolve_model(str(name), base=None if base is not None or recipe.base_model is None else folder)
+    with naming_base(recipe, inventory.adapters, given=base):
+        place = resolve_model(str(name), base=None if base is not None or recipe.base_model is None else folder)
     chosen = averaged_heads(inventory) or recipe.heads.adapter or heads_of
     if heads_of not in (None, chosen):
         raise RecipeError(
             f"heads_of is {heads_of!r}, but the recipe's heads are {recipe.heads.policy!r}; leave one of them out."
         )
-    modules = merged_modules(inventory, workers=workers, progress=progress)
+    with recipe.origins.named():
+        modules = merged_modules(inventory, workers=workers, progress=progress)
     mixture = Mixture.load(
         place.folder, inventory.adapters, dtype=load_dtype, device_map=device_map, trust_remote_code=trust_remote_code
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plait.errors import AddressError, RecipeError
+from plait.folders import expanded
 from plait.notices import PlaitWarning, frames_within
 from plait.parsing import read_text
 from plait.recipes.documents import YamlDocument, open_document, read_document
@@ -80,7 +81,7 @@ def build_recipe(data: Mapping[str, Plain], *, source: str = "recipe", folder: P
     """
     recipe, notes = _resolve(YamlDocument(_plain(data), {}), source, folder, ())
     _tell(notes)
-    return recipe
+    return recipe.written(Origins(""))
 
 
 def migrate_file(file: str | Path) -> tuple[str, list[str]]:
@@ -92,7 +93,7 @@ def migrate_file(file: str | Path) -> tuple[str, list[str]]:
     Raises:
         RecipeError: it cannot be read, a part of it has no counterpart, or it is not valid.
     """
-    path = Path(file).expanduser()
+    path = expanded(file)
     document, folder = open_document(path), path.absolute().parent
     _, notes = _resolve(document, str(file), folder, ())
     if not notes:
@@ -113,7 +114,7 @@ def _read(path_or_text: str | Path, overrides: Overrides) -> tuple[LoadedRecipe,
     if _is_text(path_or_text):
         document, source, folder = read_document(str(path_or_text), "recipe"), "recipe", Path.cwd()
     else:
-        path = Path(path_or_text).expanduser()
+        path = expanded(path_or_text)
         document, source, folder = open_document(path), str(path_or_text), path.absolute().parent
     recipe, notes = _resolve(document, source, folder, overrides)
     return LoadedRecipe(recipe, folder), notes
@@ -142,7 +143,7 @@ def _resolve(document: YamlDocument, source: str, folder: Path | None, overrides
     if recipe is None:
         raise AssertionError("a recipe without problems was not built")
     category = RecipeWarning if is_mergekit(data) else DeprecationWarning
-    return recipe, [category(note) for note in converted.notes]
+    return recipe.written(origins), [category(note) for note in converted.notes]
 
 
 def _converted(data: Mapping[str, Plain], folder: Path | None) -> ConvertedRecipe:

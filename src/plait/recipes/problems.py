@@ -5,13 +5,14 @@ Knows nothing of what a recipe may hold: others find the problems.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import yaml
 
-from plait.errors import PlaitError, RecipeError, collect
+from plait.errors import PlaitError, PlanError, RecipeError, collect
 from plait.recipes.paths import KeyPath, show_path
 
 Moves: TypeAlias = Mapping[KeyPath, KeyPath]
@@ -52,21 +53,41 @@ class ConvertedRecipe:
 
 @dataclass(frozen=True)
 class Origins:
-    """Where each part of a recipe came from.
+    """Where each part of a recipe came from. Any two are equal: recipes are compared by what they ask for.
 
     Attributes:
-        source: the file's name, or what else to call the recipe.
+        source: the file's name, or what else to call the recipe; empty where nothing is to be named.
         lines: path → line in the file, counted from 1.
         moved: path now → path in the file.
         overridden: paths whose values did not come from the file.
         error: what a refusal raises.
     """
 
-    source: str
-    lines: Mapping[KeyPath, int] = field(default_factory=dict)
-    moved: Moves = field(default_factory=dict)
-    overridden: tuple[KeyPath, ...] = ()
-    error: type[PlaitError] = RecipeError
+    source: str = field(compare=False)
+    lines: Mapping[KeyPath, int] = field(default_factory=dict, compare=False)
+    moved: Moves = field(default_factory=dict, compare=False)
+    overridden: tuple[KeyPath, ...] = field(default=(), compare=False)
+    error: type[PlaitError] = field(default=RecipeError, compare=False)
+
+    @contextmanager
+    def at(self, *path: str | int) -> Iterator[None]:
+        """Name file, line and key in a refusal of what the value at a path leads to, where the value is the file's."""
+        try:
+            yield
+        except PlaitError as error:
+            if self.source and self.source not in str(error) and not self._is_overridden(path):
+                error.args = (self.describe(Problem(path, str(error))),)
+            raise
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Name the file in a refusal of the recipe, or of what it plans, that does not."""
+        try:
+            yield
+        except (PlanError, RecipeError) as error:
+            if self.source and self.source not in str(error):
+                error.args = (f"{self.source}: {error}",)
+            raise
 
     def describe(self, problem: Problem) -> str:
         """Return a problem with its place: `recipe.yaml:4: method.density: …`."""

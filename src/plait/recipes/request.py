@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import AddressError, RecipeError, collect
+from plait.folders import expanded
 from plait.hub.references import parse_reference
 from plait.recipes.importers.other_tools import keyword_hints
 from plait.recipes.loading import build_recipe, read_recipe
@@ -121,7 +122,7 @@ def _from_here(text: str, *, allow_bare: bool = False) -> str:
     if reference.path is None:
         return text
     name = f"{reference.name}=" if reference.name else ""
-    return name + str(Path(reference.path).expanduser().absolute())
+    return name + str(expanded(reference.path).absolute())
 
 
 def _overrides(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -163,9 +164,9 @@ def _with_moments(recipe: Recipe, given: Any, *, absolute: bool = False) -> Reci
         raise RecipeError(
             f"moments: {', '.join(map(repr, unknown))} is not an adapter of this merge; there are {', '.join(names)}."
         )
-    texts = {name: str(Path(file).expanduser().absolute() if absolute else file) for name, file in files.items()}
+    texts = {name: str(expanded(file).absolute() if absolute else file) for name, file in files.items()}
     entries = (entry.model_copy(update={"moments": texts.get(entry.name, entry.moments)}) for entry in recipe.adapters)
-    return recipe.model_copy(update={"adapters": tuple(entries)})
+    return recipe.changed(*(("adapters", i, "moments") for i in range(len(names))), adapters=tuple(entries))
 
 
 def _weights(value: Any) -> list[Any] | dict[str, Any] | None:

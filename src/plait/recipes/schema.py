@@ -7,6 +7,7 @@ is computed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
@@ -18,6 +19,8 @@ from plait.methods import METHODS
 from plait.methods.base import MethodParams
 from plait.recipes.calibration import CalibrationSpec
 from plait.recipes.evaluation import EvalSpec
+from plait.recipes.paths import KeyPath
+from plait.recipes.problems import Origins
 from plait.recipes.tuning import TuneSpec
 from plait.records import Record
 from plait.transforms import TRANSFORMS, TransformParams
@@ -221,6 +224,7 @@ class Recipe(Record):
     """
 
     _folder: Path | None = PrivateAttr(None)
+    _origins: Origins = PrivateAttr(Origins(""))
 
     version: Literal[1] = 1
     base_model: Annotated[
@@ -320,6 +324,28 @@ class Recipe(Record):
         recipe = self.model_copy()
         recipe._folder = folder
         return recipe
+
+    @property
+    def origins(self) -> Origins:
+        """Where it was written: what refusals of its values name."""
+        return self._origins
+
+    def written(self, origins: Origins) -> Recipe:
+        """Return the same recipe, written elsewhere."""
+        recipe = self.model_copy()
+        recipe._origins = origins
+        return recipe
+
+    def changed(self, *paths: KeyPath, **values: Any) -> Recipe:
+        """Return the recipe with other values, which are not its file's.
+
+        Args:
+            *paths: of what is not the file's any more; all of `values` when none is given.
+            **values: key → value.
+        """
+        recipe = self.model_copy(update=values)
+        overridden = (*self.origins.overridden, *(paths or [(key,) for key in values]))
+        return recipe.written(replace(self.origins, overridden=overridden))
 
     @property
     def factor(self) -> float:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from plait.errors import PlaitError, TaskError, collect, did_you_mean
+from plait.folders import expanded
 from plait.recipes.documents import YamlDocument, open_document
 from plait.recipes.paths import Plain, get_item
 from plait.recipes.problems import Origins, Problem, join_words, show_value
+from plait.recipes.schema import Recipe
 from plait.recipes.validation import validate
 from plait.tasks.kinds import KINDS
 from plait.tasks.kinds.lm_eval import LM_EVAL, LmEval
@@ -30,21 +33,28 @@ def load_task(path: str | Path) -> Task:
     """
     if _is_harness(path):
         return _without_file(str(path))
-    file = Path(path).expanduser()
+    file = expanded(path)
     return build_task(open_document(file, error=TaskError), source=str(path), folder=file.absolute().parent)
 
 
-def load_tasks(paths: Iterable[str | Path]) -> tuple[Task, ...]:
+def load_tasks(
+    paths: Iterable[str | Path], naming: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()
+) -> tuple[Task, ...]:
     """Return several tasks, whose names all differ.
+
+    Args:
+        paths: as `load_task` takes them.
+        naming: index → what names the place of that path in what is refused of it.
 
     Raises:
         TaskError: anything wrong with any of them.
     """
     tasks: list[Task] = []
     problems: list[str] = []
-    for path in paths:
+    for i, path in enumerate(paths):
         try:
-            task = load_task(path)
+            with naming(i):
+                task = load_task(path)
         except PlaitError as error:
             problems.append(str(error))
             continue
@@ -55,6 +65,23 @@ def load_tasks(paths: Iterable[str | Path]) -> tuple[Task, ...]:
     return tuple(tasks)
 
 
+def recipe_tasks(recipe: Recipe, folder: Path | None) -> tuple[Task, ...]:
+    """Return a recipe's tasks, as `load_tasks`; its relative paths start at a folder, the working directory when None.
+
+    Raises:
+        TaskError: there are none, or one cannot be read.
+    """
+    with recipe.origins.at("tasks"):
+        if not recipe.tasks:
+            raise TaskError("there are no tasks; give --tasks FILE.yaml, or 'tasks' in the recipe (tasks=[...] in Python).")
+    return load_tasks((absolute_reference(text, folder) for text in recipe.tasks), lambda i: recipe.origins.at("tasks", i))
+
+
+def with_tasks(recipe: Recipe, tasks: Iterable[str | Path] | None) -> Recipe:
+    """Return a recipe with other tasks, relative to the working directory; as it is when None."""
+    return recipe if tasks is None else recipe.changed(tasks=tuple(absolute_reference(t) for t in tasks))
+
+
 def absolute_reference(reference: str | Path, folder: Path | None = None) -> str:
     """Return a task's reference that means the same in any working directory.
 
@@ -62,7 +89,7 @@ def absolute_reference(reference: str | Path, folder: Path | None = None) -> str
         reference: a file, or `lm_eval:NAME`.
         folder: where a relative path starts; the working directory when None.
     """
-    return str(reference) if _is_harness(reference) else str(((folder or Path()) / Path(reference).expanduser()).absolute())
+    return str(reference) if _is_harness(reference) else str(((folder or Path()) / expanded(reference)).absolute())
 
 
 def build_task(document: YamlDocument, *, source: str = "task", folder: Path | None = None) -> Task:
@@ -127,9 +154,9 @@ def _placed(data: Mapping[str, Plain], folder: Path) -> dict[str, Plain]:
     """Make paths absolute, so that the task means the same in any working directory."""
     found = dict(data)
     if isinstance(path := get_item(data.get("data"), "path"), str) and path:
-        found["data"] = {**data["data"], "path": str((folder / Path(path).expanduser()).absolute())}
+        found["data"] = {**data["data"], "path": str((folder / expanded(path)).absolute())}
     if isinstance(include := data.get("include"), str) and include:
-        found["include"] = str((folder / Path(include).expanduser()).absolute())
+        found["include"] = str((folder / expanded(include)).absolute())
     return found
 
 

@@ -6,13 +6,14 @@ Formats are known by the file's ending. Parquet files and the Hub need the extra
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from plait.errors import TaskError, did_you_mean
 from plait.extras import optional
-from plait.parsing import parse_json, read_text
+from plait.parsing import open_bytes, parse_json, read_text
 from plait.recipes.evaluation import SplitName
 from plait.tasks.inputs import Row
 from plait.tasks.schema import RowTask, Split
@@ -96,20 +97,24 @@ def _json(file: Path) -> list[Row]:
 
 
 def _csv(file: Path) -> list[Row]:
-    with file.open(encoding="utf-8-sig", newline="") as text:
-        reader = csv.DictReader(text)
-        rows: list[Row] = []
+    csv.field_size_limit(_MOST_BYTES)  # a cell may be a long document
+    reader = csv.DictReader(io.StringIO(read_text(file, TaskError, most=_MOST_BYTES), newline=""))
+    rows: list[Row] = []
+    try:
         for row in reader:
             if None in row or None in row.values():
                 raise TaskError(f"{file}:{reader.line_num}: this row has other columns than the first line.")
             rows.append(row)
+    except csv.Error as error:
+        raise TaskError(f"{file}:{reader.line_num}: this cannot be read as CSV: {error}.") from None
     return rows
 
 
 def _parquet(file: Path) -> list[Row]:
     parquet = optional("pyarrow.parquet", "data", f"{file}: reading parquet")
     try:
-        rows: list[Row] = parquet.read_table(file).to_pylist()
+        with open_bytes(file) as stream:
+            rows: list[Row] = parquet.read_table(stream).to_pylist()
     except ValueError as error:  # pyarrow's own classes are kinds of it
         raise TaskError(f"{file}: this cannot be read as parquet: {error}") from None
     return rows

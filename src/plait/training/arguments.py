@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from plait.errors import RecipeError, collect, did_you_mean
 from plait.extras import optional, require
+from plait.folders import expanded
 from plait.libraries.trl import FlagError, FlagParser
 from plait.parsing import read_text
 from plait.recipes.documents import read_document
@@ -77,7 +78,7 @@ class Flags:
     @property
     def out(self) -> Path:
         """Where everything is written; TRL's own default."""
-        return Path(self.get("output_dir", "trainer_output")).expanduser()
+        return expanded(self.get("output_dir", "trainer_output"))
 
     @property
     def evaluates(self) -> bool:

@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import get_args
 
 from pydantic import Field
 
 from plait.errors import TaskError, did_you_mean
 from plait.extras import optional
+from plait.folders import expanded
 from plait.recipes.evaluation import SplitName
 from plait.records import Record
 from plait.tasks.examples import read_examples
@@ -127,7 +127,7 @@ def _line(example: TrainingExample) -> bytes:
 
 
 def _rows(data: TrainingData, place: str) -> tuple[Sequence[Row], str]:
-    path = Path(place).expanduser()
+    path = expanded(place)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in _ENDINGS)
         split = _chosen(data.split, [p.stem for p in files])

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from plait.errors import PlaitError, TaskError, collect
 from plait.evaluation.scores import model_digest
+from plait.folders import expanded
 from plait.hub.download import COMPANION_FILES, Located, resolve_model
 from plait.records import Record
 from plait.results.digests import sha256
@@ -153,7 +154,7 @@ class ResolvedJob:
     def model(self) -> tuple[str, str | None]:
         """What transformers loads, and its revision: the repository of a Hub model, otherwise the folder as it was given."""
         if self.base.repo is None:
-            return str(Path(self.job.base).expanduser()), None
+            return str(expanded(self.job.base)), None
         return (str(self.base.folder), None) if self.base.subfolder else (self.base.repo, self.base.commit)
 
 

@@ -73,7 +73,8 @@ def resolve_phases(plan: TrainingPlan) -> tuple[ResolvedPhase, ...]:
     """
     require("plait train", {"train": PACKAGES})
     check_output(plan.out)
-    resolve_model(plan.base)
+    with plan.origins.at("base_model"):
+        resolve_model(plan.base)
     resolved: list[ResolvedPhase] = []
     problems: list[tuple[int, str, str]] = []
     occupied: list[str] = []

@@ -6,16 +6,18 @@ Reads the file and the task files that it names; no data, no model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from plait.errors import AddressError, PlaitError, RecipeError
+from plait.folders import expanded
 from plait.hub.references import parse_reference
 from plait.methods import METHODS
 from plait.recipes.documents import YamlDocument, open_document
 from plait.recipes.overrides import parse_override, set_values
 from plait.recipes.paths import Plain, get_item
-from plait.recipes.problems import Origins, Problem, join_words, show_value
+from plait.recipes.problems import Moves, Origins, Problem, join_words, show_value
 from plait.recipes.validation import check_recipe, validate
 from plait.tasks.asking import Head
 from plait.tasks.loading import load_task
@@ -58,11 +60,11 @@ def read_phases(
     Raises:
         RecipeError: it is not valid; all that is wrong is join_words with its line.
     """
-    out = out.expanduser().absolute()
+    out = expanded(out).absolute()
     if isinstance(source, Mapping):
         document, name, folder = YamlDocument(_plain(source), {}), "the phases", Path.cwd()
     else:
-        file = Path(source).expanduser()
+        file = expanded(source)
         document, name, folder = open_document(file, source=str(source)), str(source), file.absolute().parent
     if not isinstance(document.data, Mapping) or not document.data:
         raise RecipeError(f"{name}: phases are a mapping (key: value) with at least 'base_model' and 'phases'.")
@@ -95,7 +97,7 @@ def _plain(value: Plain) -> Plain:
 def _from_here(base: str) -> str:
     """Make a local path absolute: in the file, relative ones start at its folder."""
     reference = parse_reference(base, allow_bare=True)
-    return base if reference.path is None else str(Path(reference.path).expanduser().absolute())
+    return base if reference.path is None else str(expanded(reference.path).absolute())
 
 
 def _name_phases(data: Mapping[str, Plain], folder: Path) -> tuple[dict[str, Plain], dict[int, Task], list[Problem]]:
@@ -114,7 +116,7 @@ def _name_phases(data: Mapping[str, Plain], folder: Path) -> tuple[dict[str, Pla
         entry = {"task": given} if isinstance(given, str) else given
         text = get_item(entry, "task")
         if isinstance(text, str) and text:
-            file = (folder / Path(text).expanduser()).absolute()
+            file = (folder / expanded(text)).absolute()
             entry = {**entry, "task": str(file)}
             try:
                 tasks[i] = load_task(file)
@@ -236,7 +238,7 @@ def _base(text: str, folder: Path) -> tuple[str, list[Problem]]:
         return text, [Problem(("base_model",), str(error))]
     if reference.path is None:
         return text, []
-    place = (folder / Path(reference.path).expanduser()).absolute()
+    place = (folder / expanded(reference.path)).absolute()
     if not (place / "config.json").is_file():
         return text, [Problem(("base_model",), f"{place}: there is no model (config.json). Give its folder, or org/repo.")]
     return str(place), []
@@ -256,6 +258,8 @@ def _plan(
     recipe, _ = check_recipe({**found, "base_model": base, "tasks": files, "eval": phases.eval.model_dump(mode="json")})
     if recipe is None:
         raise AssertionError("a recipe without problems was not built")
+    moved: Moves = {(key, i): (PHASES, i) for key in ("adapters", "tasks") for i in range(len(planned))}
+    recipe = recipe.written(replace(origins, moved=moved))
     return TrainingPlan(name, out, base, planned, recipe, tuple(_notes(planned)), origins)
 
 
@@ -297,7 +301,7 @@ def _path(value: Any, folder: Path) -> Path | None:
     """Return the local path that an argument is, which may lead nowhere; None where it is another kind of value."""
     if not isinstance(value, str) or value.lower() in ("", "true", "false") or value.lstrip().startswith("{"):
         return None
-    place = (folder / Path(value).expanduser()).absolute()
+    place = (folder / expanded(value)).absolute()
     return place if place.exists() or is_local(value) or value.endswith(".jinja") else None
 
 
@@ -315,7 +319,7 @@ def _placed(data: TrainingData, folder: Path) -> TrainingData:
     """Make the path of local data absolute; what is not there may be a data set on the Hub."""
     if data.place is None:
         return data
-    place = (folder / Path(data.place).expanduser()).absolute()
+    place = (folder / expanded(data.place)).absolute()
     return data.model_copy(update={"place": str(place)}) if place.exists() or is_local(data.place) else data
 
 

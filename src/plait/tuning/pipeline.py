@@ -32,6 +32,7 @@ from plait.merging.plan import make_plan
 from plait.merging.record import input_digests, make_lock, sources
 from plait.merging.truncation import OutputFactors
 from plait.mixture import Mixture
+from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Dtype, Heads, Recipe
 from plait.recipes.tuning import LABELED, TuneSpec
 from plait.recipes.writing import to_yaml
@@ -129,6 +130,7 @@ class _Clock:
         self._last = now
 
 
+@naming_its_file
 def run_tune(
     recipe: Recipe,
     *,
@@ -487,7 +489,7 @@ def _texts(
     weights = spec.task_weights if isinstance(spec.task_weights, dict) else {}
     named: dict[str, Mapping[str, object]] = {"files": spec.files, "samplers": spec.samplers, "task_weights": weights}
     for key, given in named.items():
-        problems += tasks_key_problem(f"tune.{key}", given, tasks)
+        problems += tasks_key_problem(recipe, "tune", key, given, tasks)
     found: dict[str, Texts] = {}
     right: dict[str, tuple[str, ...]] = {}
     for task in tasks:
@@ -495,10 +497,11 @@ def _texts(
             if spec.objective in LABELED:
                 found[task.name], right[task.name] = read_labeled(task, spec)
             else:
-                found[task.name] = texts_of(task, spec, folder)
+                found[task.name] = texts_of(task, recipe, "tune", folder)
         except TaskError as error:
             problems.append(str(error))
-    collect(TaskError, problems, MISMATCH)
+    with recipe.origins.at("tasks"):
+        collect(TaskError, problems, MISMATCH)
     return found, right, {t.name: t.own_adapter for t in tasks}
 
 

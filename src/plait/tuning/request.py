@@ -9,7 +9,7 @@ from typing import Any
 from plait.errors import RecipeError
 from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
-from plait.tasks.loading import absolute_reference
+from plait.tasks.loading import with_tasks
 
 START = "regmean"  # the method where none is named
 
@@ -42,7 +42,5 @@ def tune_request(
         recipe, folder = read_request(file, adapters, others, [*spec, *sets], method=START)
     if "method" not in recipe.model_fields_set:
         given = recipe.model_dump(by_alias=True, exclude_unset=True)
-        recipe = Recipe.model_validate({**given, "method": {"name": START}})
-    if tasks is not None:
-        recipe = recipe.model_copy(update={"tasks": tuple(absolute_reference(t) for t in tasks)})
-    return recipe, folder
+        recipe = recipe.changed(method=Recipe.model_validate({**given, "method": {"name": START}}).method)
+    return with_tasks(recipe, tasks), folder

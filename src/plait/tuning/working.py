@@ -31,7 +31,7 @@ class WorkingState:
         self._digest = digest
         try:
             found = (folder / _KEY).read_text() if folder.is_dir() else None
-        except OSError:
+        except (OSError, ValueError):  # a folder, or not text
             found = None
         self.resumed = found == digest
         if folder.is_dir() and not self.resumed:

@@ -18,6 +18,7 @@ from plait.merging.inventory import open_adapters
 from plait.merging.weighting import module_weights, towers_of
 from plait.parsing import read_object
 from plait.recipes.loading import build_recipe
+from plait.recipes.problems import Origins
 from plait.recipes.request import Adapters, extend_request
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json
@@ -91,7 +92,12 @@ def extend(
     for entry in earlier["adapters"]:
         entry["path"] = _address(lock, entry["name"], found[entry["name"]], inputs or {})
     base = found[BASE].folder if BASE in found else None
-    return Extension(extend_request(earlier, add, settings, sets), base, ())
+    return Extension(extend_request(earlier, add, settings, sets).written(_origins(folder)), base, ())
+
+
+def _origins(folder: Path) -> Origins:
+    """Name the file that holds the recipe of an earlier merge in what is refused of it."""
+    return Origins(f"{folder / LOCK}, its recipe with what is added")
 
 
 def _said(state: str, path: str, detail: str) -> str:
@@ -128,7 +134,7 @@ def _from_merged(folder: Path, lock: Lock, add: Adapters, settings: Mapping[str,
     name = parse_reference(str(folder)).default_name()
     entries = [{"name": name, "path": relative_path(folder, Path.cwd())}, *(a.model_dump(mode="json") for a in new)]
     data = recipe_json(every) | {"scale": 1.0, "adapters": entries} | ({"method": {"name": "linear"}} if linear else {})
-    recipe = build_recipe(_weighed(data, factors), source="the request")
+    recipe = build_recipe(_weighed(data, factors), source="the request").written(_origins(folder))
     return Extension(recipe, None, (_relation(folder, every, exact=linear),))
 
 
