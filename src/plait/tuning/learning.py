@@ -29,10 +29,11 @@ from plait.tuning.learners import FactorLearner, Learner
 from plait.tuning.objectives import OBJECTIVES, Objective, ReferenceLosses, regret_weights, regrets, smooth_maximum
 from plait.tuning.sampling import draw_texts
 from plait.tuning.selection import selection_score
-from plait.tuning.teaching import Lesson, divergence_over
+from plait.tuning.teaching import Hidden, Lesson, divergence_over, outputs_of
 from plait.tuning.working import WorkingState
 
 _BATCH = 16  # texts read at a time without gradients
+_TOKENS = 1024  # padded tokens of several tasks' texts in one pass, at most
 
 
 class HeldOutScore(Record):
@@ -307,15 +308,14 @@ def _step(
         weights, value = _regretted(mixture, learner, taught, spec, drawn)
     else:
         weights, value = objective.weights(dict.fromkeys(drawn, 0.0), taught.learned, spec), None
-    total = 0.0
+    parts = []
     for lesson in taught.lessons:
-        weight = weights[lesson.task]
-        texts = drawn[lesson.task]
+        texts, weight = drawn[lesson.task], weights[lesson.task]
         count = sum(loss_count(lesson, objective, i) for i in texts)
-        for at in range(0, len(texts), spec.prompts):
-            wanted = texts[at : at + spec.prompts]
-            if weight:
-                total += _backward(mixture, learner, lesson, objective, spec, wanted, weight / count)
+        if weight:
+            batches = (texts[at : at + spec.prompts] for at in range(0, len(texts), spec.prompts))
+            parts += [_Batch(lesson, batch, weight / count) for batch in batches]
+    total = sum(_backward(mixture, learner, objective, spec, group) for group in _together(parts))
     value = total if value is None else value
     if not math.isfinite(value):
         raise PlanError(
@@ -329,25 +329,54 @@ def _step(
     return value
 
 
-def _backward(
-    mixture: Mixture,
-    learner: Learner,
-    lesson: Lesson,
-    objective: Objective,
-    spec: TuneSpec,
-    wanted: Sequence[int],
-    factor: float,
-) -> float:
-    """Add the gradient of factor × the summed loss of some texts; return that."""
-    head = lesson.adapter if lesson.head else None
-    states = None
-    if objective.needs == "hidden":
-        with mixture.active({lesson.adapter: 1.0}) as model:
-            states = lesson.states(model, wanted)
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Texts of one task whose losses are summed.
+
+    Attributes:
+        lesson: of the task.
+        texts: of the lesson.
+        factor: on the sum.
+    """
+
+    lesson: Lesson
+    texts: Sequence[int]
+    factor: float
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest text."""
+        return max(self.lesson.passages[i].tokens for i in self.texts)
+
+
+def _together(parts: Sequence[_Batch]) -> Iterator[list[_Batch]]:
+    """Yield parts in groups that one pass reads: short texts of several tasks together cost less than apart."""
+    group: list[_Batch] = []
+    for part in parts:
+        joined = [*group, part]
+        size = sum(len(p.texts) for p in joined) * max(p.width for p in joined)
+        if group and (size > _TOKENS or any(p.lesson.head for p in joined)):
+            yield group
+            joined = [part]
+        group = joined
+    if group:
+        yield group
+
+
+def _backward(mixture: Mixture, learner: Learner, objective: Objective, spec: TuneSpec, group: Sequence[_Batch]) -> float:
+    """Add the gradient of the summed losses of a group, each times its factor; return that sum."""
+    hidden = [_own_states(mixture, p) if objective.needs == "hidden" else None for p in group]
+    head = group[0].lesson.adapter if group[0].lesson.head else None
     with learner.acting(head) as model, _memory(model, spec), _computing(model, spec):
-        loss = factor * objective.loss(lesson.said(model, wanted, hidden=states), spec).sum()
+        said = outputs_of(model, [(p.lesson, p.texts, h) for p, h in zip(group, hidden, strict=True)])
+        loss = torch.stack([p.factor * objective.loss(x, spec).sum() for p, x in zip(group, said, strict=True)]).sum()
         loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
+
+
+def _own_states(mixture: Mixture, part: _Batch) -> Hidden:
+    with mixture.active({part.lesson.adapter: 1.0}) as model:
+        return part.lesson.states(model, part.texts)
 
 
 def _regretted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,8 @@ from plait.mixture import Mixture
 from plait.tasks.asking import Generated, Head, TargetLikelihood
 from plait.tasks.encoding import PromptEncoder, Question
 from plait.tuning.objectives import BatchOutputs
+
+Hidden = Sequence[torch.Tensor] | None  # per layer (positions, d)
 
 _SPOKEN = 32  # tokens of a free answer that are compared, at most
 
@@ -59,31 +62,9 @@ class Lesson:
         passages, answers = self.batch(wanted)
         return answers.divergence(Reader(model, head=self.head).logits(passages))
 
-    def said(self, model: Any, wanted: Sequence[int], *, hidden: Sequence[torch.Tensor] | None = None) -> BatchOutputs:
-        """Return what acts now answers to some passages, with everything that an objective may compare it with.
-
-        Args:
-            model: with whatever acts on it.
-            wanted: passages.
-            hidden: the own adapter's hidden states (`states`), where they are compared.
-        """
-        passages, answers = self.batch(wanted)
-        reader = Reader(model, head=self.head)
-        logits, states = (reader.logits(passages), ()) if hidden is None else reader.states(passages)
-        starts = [0]
-        for p in passages[:-1]:
-            starts.append(starts[-1] + (1 if self.head else p.positions))
-        at = logits.device
-        right = [self.targets[i] for i in wanted] if self.targets else [t for p in passages for t in p.answer]
-        return BatchOutputs(
-            logits,
-            torch.tensor(starts, device=at),
-            answers,
-            torch.tensor(right, device=at) if self.labeled else None,
-            _rectangle([self.labels[i] for i in wanted], at) if self.labels and not self.head else None,
-            states,
-            tuple(hidden or ()),
-        )
+    def said(self, model: Any, wanted: Sequence[int]) -> BatchOutputs:
+        """Return what acts now answers to some passages, with everything that an objective may compare it with."""
+        return outputs_of(model, [(self, wanted, None)])[0]
 
     def states(self, model: Any, wanted: Sequence[int]) -> tuple[torch.Tensor, ...]:
         """Return the hidden states behind every layer of what acts now, at the positions of some passages; no gradients."""
@@ -96,11 +77,48 @@ class Lesson:
             return [p.answer for p in self.passages]
         return list(self.targets) if self.labeled else self.answers.log_p.argmax(-1).tolist()
 
+    def _said(
+        self, wanted: Sequence[int], logits: torch.Tensor, states: Sequence[torch.Tensor], hidden: Hidden
+    ) -> BatchOutputs:
+        """Return what was answered to some passages, given the scores and hidden states at their positions."""
+        passages, answers = self.batch(wanted)
+        starts = [0, *itertools.accumulate(1 if self.head else p.positions for p in passages[:-1])]
+        at = logits.device
+        right = [self.targets[i] for i in wanted] if self.targets else [t for p in passages for t in p.answer]
+        return BatchOutputs(
+            logits,
+            torch.tensor(starts, device=at),
+            answers,
+            torch.tensor(right, device=at) if self.labeled else None,
+            _rectangle([self.labels[i] for i in wanted], at) if self.labels and not self.head else None,
+            tuple(states),
+            tuple(hidden or ()),
+        )
+
     def _starts(self) -> list[int]:
         starts = [0]
         for passage in self.passages:
             starts.append(starts[-1] + passage.positions)
         return starts
+
+
+def outputs_of(model: Any, parts: Sequence[tuple[Lesson, Sequence[int], Hidden]]) -> list[BatchOutputs]:
+    """Return what acts now answers to passages of several lessons, read in one pass; gradients reach what acts.
+
+    Args:
+        model: with whatever acts on it.
+        parts: lesson, which of its passages, and the own adapter's hidden states there (`Lesson.states`) where they are
+            compared, in all of the parts or in none; a lesson of a classification head is one by itself.
+    """
+    reader = Reader(model, head=parts[0][0].head)
+    passages = [lesson.passages[i] for lesson, wanted, _ in parts for i in wanted]
+    logits, states = (reader.logits(passages), ()) if parts[0][2] is None else reader.states(passages)
+    sizes = [len(w) if x.head else sum(x.passages[i].positions for i in w) for x, w, _ in parts]
+    found, at = [], 0
+    for (lesson, wanted, hidden), size in zip(parts, sizes, strict=True):
+        found.append(lesson._said(wanted, logits[at : at + size], [h[at : at + size] for h in states], hidden))
+        at += size
+    return found
 
 
 def passages_of(mixture: Mixture, texts: Texts, adapter: str) -> tuple[Passage, ...]:
