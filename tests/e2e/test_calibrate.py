@@ -23,6 +23,8 @@ from plait.cli.main import main
 from plait.errors import AdapterError, OutputError, PlaitError, TaskError
 from plait.linalg.inputs import InputRows
 from plait.merging.moments import MomentsFile
+from plait.methods import METHODS
+from plait.methods.auto import SEARCHED
 from plait.notices import PlaitWarning
 from plait.tasks.loading import load_task
 from tests.language_models import WORDS, language_model, save_model, tokenizer, train_adapter, write_task
@@ -445,8 +447,12 @@ def test_a_scale_is_found_without_labels(place: Path, tmp_path: Path, monkeypatc
 
 
 def share(place: Path, tmp_path: Path, scale: float) -> float:
+    """Return the share of a plain sum with a scale."""
+    return share_of(place, plait.merge([place / "sort", place / "rate"], scale=scale, out=tmp_path / f"at {scale}").folder)
+
+
+def share_of(place: Path, out: Path) -> float:
     """Return the mean over the tasks of KL(own ‖ merge) / KL(own ‖ base) on their calibration words, by PEFT in float64."""
-    out = plait.merge([place / "sort", place / "rate"], scale=scale, out=tmp_path / f"at {scale}").folder
     encode, found = tokenizer(), []
     for task in ("sort", "rate"):
         ids = torch.tensor([encode(f"{task} {word} :")["input_ids"] for word in SEEN])
@@ -464,6 +470,60 @@ def test_a_scale_of_a_solved_and_of_a_dense_merge(place: Path, tmp_path: Path, m
     assert solved.recipe["scale"] != 1
     dense = merge(place, tmp_path / "dense", method="ties", space="delta", kind="delta", scale="auto").record
     assert dense.recipe["scale"] != 1
+
+
+AUTO = [
+    ({"method": "regmean", "ridge": "auto"}, ("ridge",)),
+    ({"method": "ties", "density": "auto", "scale": "auto"}, ("scale", "density")),
+    ({"method": "della", "space": "core", "density": "auto"}, ("density",)),  # density ± epsilon must stay below 1
+]
+
+
+@pytest.mark.parametrize(("settings", "names"), AUTO)
+def test_parameters_are_found_without_labels(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], names: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sources, moments = [place / "sort", place / "rate"], {}
+    if settings["method"] == "regmean":
+        moments = {"moments": calibrate(place, tmp_path / "moments").folder}
+    done = merge(place, tmp_path / "merged", **settings, **moments).record
+    (note,) = (n for n in done.notes if "found on 16 texts of split 'calibration' (sort, rate)" in n)
+    values = {name: done.recipe["scale"] if name == "scale" else done.recipe["method"][name] for name in names}
+    assert note.startswith(", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+    assert plait.verify(tmp_path / "merged").ok
+
+    def shares(**changed: float) -> float:
+        found = {key: value for key, value in settings.items() if value != "auto"} | values | changed
+        out = plait.merge(sources, **found, **moments, out=tmp_path / "other", force=True).folder
+        return share_of(place, out)
+
+    best = shares()
+    default = {
+        name: 1.0 if name == "scale" else METHODS[settings["method"]].params.model_fields[name].default for name in names
+    }
+    assert best <= shares(**default) + 1e-6
+    tried = [(name, value) for name in names if name != "scale" for value in SEARCHED[name] if value <= 0.9]
+    assert all(best <= shares(**{name: value}) + 1e-6 for name, value in tried)
+
+
+def test_auto_parameters_are_refused_where_nothing_finds_them(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = [place / "sort", place / "rate"]
+    for call in (
+        lambda: plait.merge(sources, method="ties", density="auto", out=tmp_path / "no"),
+        lambda: plait.plan(sources, method="ties", density="auto"),
+    ):
+        with pytest.raises(PlaitError, match=r"density: 'auto' is found"):
+            call()
+    with pytest.raises(PlaitError, match="density"):
+        plait.merge(sources, method="ties", density="much", out=tmp_path / "no")
+    with pytest.raises(PlaitError, match="ridge"):
+        plait.merge(sources, method="ties", ridge="auto", out=tmp_path / "no")
+    flags = [*map(str, sources), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml"), "--method", "ties"]
+    assert run(["merge", *flags, "--density", "auto", "--scale", "auto", "--dry-run"]) == 0
+    assert "the scale and density are found on the tasks' texts" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_a_scale_of_auto_is_refused_without_tasks(place: Path, tmp_path: Path) -> None:

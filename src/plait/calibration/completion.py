@@ -1,4 +1,4 @@
-"""What a recipe leaves to its tasks' texts: second moments that its method needs, and a scale that is to be found."""
+"""What a recipe leaves to its tasks' texts: second moments that its method needs, and values that are to be found."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from plait.calibration.pipeline import load_base, take_all_moments
 from plait.calibration.request import CalibrateOptions, CalibrationRequest, read_calibration
-from plait.calibration.scale import FoundScale, find_scale
+from plait.calibration.scale import FoundValues, find_values
 from plait.calibration.texts import describe_counts
 from plait.errors import OutputError, PlanError
 from plait.extras import require
@@ -31,13 +31,13 @@ class CompletedRecipe:
     """A recipe that a merge can run.
 
     Attributes:
-        recipe: with files of moments, and a number for its scale.
-        scale: how that was found; None where the recipe had a number.
+        recipe: with files of moments, and a number for everything that was `auto`.
+        found: how those numbers were found; None where there were none to find.
         notes: on what was found, for the record of the merge.
     """
 
     recipe: Recipe
-    scale: FoundScale | None = None
+    found: FoundValues | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -58,7 +58,7 @@ def complete_recipe(
     Second moments are kept in the workspace by content, and used again by the next merge of the same base, adapters and texts.
 
     Args:
-        recipe: any; it comes back as it is where it lacks nothing, and where it has no tasks but needs no scale.
+        recipe: any; it comes back as it is where it lacks nothing, and where it has no tasks and nothing is `auto`.
         folder: what its relative paths are relative to; the current folder when None.
         out: where the merge will be written, which is checked before anything is computed.
         force: replace a result at `out`.
@@ -71,10 +71,13 @@ def complete_recipe(
         PlaitError: what it lacks cannot be taken.
     """
     lacks_moments = moments is None and recipe.lacks_moments
-    if not lacks_moments and recipe.scale != "auto":
+    wanted = recipe.values_to_find
+    if not lacks_moments and not wanted:
         return CompletedRecipe(recipe)
     if not recipe.tasks:
-        raise PlanError("scale: 'auto' is found on texts of tasks, and there are none; give --tasks FILE.yaml, or a number.")
+        raise PlanError(
+            f"{', '.join(wanted)}: 'auto' is found on texts of tasks, and there are none; give --tasks FILE.yaml, or a number."
+        )
     require("a merge that reads texts", {"eval": ["transformers", "accelerate", "jinja2"]})
     if out is not None and (problem := output_problem(out, force=force)):
         raise OutputError(problem)
@@ -85,15 +88,17 @@ def complete_recipe(
     if lacks_moments:
         recipe = _with_moments(recipe, request, folder, mixture, progress)
         notes = (f"second moments are of {describe_counts(request.texts)}; no label was read.",)
-    if recipe.scale != "auto":
+    if not wanted:
         return CompletedRecipe(recipe, notes=notes)
-    inventory = take_inventory(recipe.model_copy(update={"scale": 1.0}), folder, moments)
-    found = find_scale(request, mixture(), inventory, workers or default_workers(), progress)
+    inventory = take_inventory(recipe.with_values(wanted), folder, moments)
+    found = find_values(request, mixture(), inventory, wanted, workers or default_workers(), progress)
+    values = ", ".join(f"{name} {value:.4g}" for name, value in found.values.items())
     note = (
-        f"scale {found.scale:.4g} was found on {describe_counts(request.texts)}: nearest to each task's own adapter, "
-        f"with {found.share:.1%} of the base's divergence from it; no label was read. Texts: {_digests(request)}."
+        f"{values} {'was' if len(found.values) == 1 else 'were'} found on {describe_counts(request.texts)}: nearest to each "
+        f"task's own adapter, with {found.share:.1%} of the base's divergence from it; no label was read. "
+        f"Texts: {_digests(request)}."
     )
-    return CompletedRecipe(recipe.model_copy(update={"scale": found.scale}), found, (*notes, note))
+    return CompletedRecipe(recipe.with_values(found.values), found, (*notes, note))
 
 
 def _with_moments(

@@ -1,13 +1,15 @@
-"""The factor on a merge at which it is nearest to each task's own adapter, on unlabeled texts."""
+"""The scale, ridge and density with which a merge is nearest to each task's own adapter, on unlabeled texts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from plait.calibration.inputs import encode_texts
 from plait.calibration.passages import Passage, Reader
@@ -17,6 +19,7 @@ from plait.errors import PlanError
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.inventory import Inventory
 from plait.merging.plan import make_plan
+from plait.methods.auto import SEARCHED
 from plait.mixture import Mixture
 from plait.results.progress import Progress, SilentProgress
 
@@ -26,29 +29,35 @@ _BATCH = 16
 
 
 @dataclass(frozen=True)
-class FoundScale:
-    """A scale that was found.
+class FoundValues:
+    """Values that were found.
 
     Attributes:
-        scale: the factor.
+        values: `scale` and parameters of the method, as far as they were to be found.
         share: mean over the tasks of KL(own adapter ‖ merge) / KL(own adapter ‖ base): 0 for the adapters, 1 for the base.
-        tried: every scale that was tried, with its share, in the order of trying.
+        tried: everything that was tried, with its share, in the order of trying.
     """
 
-    scale: float
+    values: Mapping[str, float]
     share: float
-    tried: tuple[tuple[float, float], ...]
+    tried: tuple[tuple[Mapping[str, float], float], ...]
 
 
-def find_scale(
-    request: CalibrationRequest, mixture: Mixture, inventory: Inventory, workers: int, progress: Progress
-) -> FoundScale:
-    """Merge in memory, and find the factor with the smallest divergence from each task's own adapter; no label is read.
+def find_values(
+    request: CalibrationRequest,
+    mixture: Mixture,
+    inventory: Inventory,
+    wanted: Mapping[str, float],
+    workers: int,
+    progress: Progress,
+) -> FoundValues:
+    """Merge in memory, and find the values with the smallest divergence from each task's own adapter; no label is read.
 
     Args:
         request: tasks and their texts.
         mixture: the base with the adapters.
-        inventory: of the merge, at scale 1, with its moments where its method needs them.
+        inventory: of the merge, with numbers for everything, and its moments where its method needs them.
+        wanted: `scale` and parameters of the method → the value to begin at.
         workers: modules merged at a time.
         progress: receives stages and steps.
 
@@ -59,39 +68,89 @@ def find_scale(
     teachers = [t for t in teachers if t.base > 0]
     if not teachers:
         raise PlanError(
-            "scale: no adapter answers its texts otherwise than the base does, so that no scale is nearest. Give a number."
+            f"{', '.join(wanted)}: no adapter answers its texts otherwise than the base does, so that no value is "
+            "nearest. Give a number."
         )
+    tried: dict[tuple[float, ...], float] = {}
+    parameters = [name for name in wanted if name != "scale"]
+    given = inventory.recipe.factor
+    is_dora = inventory.base is not None  # it normalizes by the merged weight, which is not linear in the scale
 
-    def merged(scale: float, shown: Progress) -> list[MergedModule]:
-        scaled = replace(inventory, recipe=inventory.recipe.model_copy(update={"scale": scale}))
-        engine = Engine(scaled, make_plan(scaled, workers=workers), workers=workers, progress=shown)
+    @lru_cache(maxsize=1)
+    def merged(*values: float) -> list[MergedModule]:
+        """Merge with values of `parameters`, at scale 1; or at the scale that follows them."""
+        named = dict(zip([*parameters, "scale"], (*values, 1.0)[: len(parameters) + 1], strict=True))
+        at = replace(inventory, recipe=inventory.recipe.with_values(named))
+        shown = SilentProgress() if tried or is_dora else progress
+        engine = Engine(at, make_plan(at, workers=workers), workers=workers, progress=shown)
         combiner = engine.prepare()
         return list(engine.run(combiner, engine.ranks(combiner)))
 
-    at_one = merged(1.0, progress)
-    tried: dict[float, float] = {}
-
-    def share(scale: float) -> float:
-        if scale not in tried:
-            # DoRA normalizes by the merged weight, which is not linear in the scale
-            found = merged(scale, SilentProgress()) if inventory.base is not None else [_scaled(m, scale) for m in at_one]
-            tried[scale] = sum(t.share(mixture, found) for t in teachers) / len(teachers)
+    def share(point: Mapping[str, float]) -> float:
+        own, scale = [point[name] for name in parameters], point.get("scale", given)
+        if (*own, scale) not in tried:
+            try:
+                found = merged(*own, scale) if is_dora else [_scaled(m, scale) for m in merged(*own)]
+            except ValidationError:  # values that the method does not take together
+                tried[(*own, scale)] = math.inf
+            else:
+                tried[(*own, scale)] = sum(t.share(mixture, found) for t in teachers) / len(teachers)
             progress.advance()
-        return tried[scale]
+        return tried[(*own, scale)]
 
-    progress.start("scale", 6, "scales")
+    if not is_dora:
+        merged(*[wanted[name] for name in parameters])
+
+    progress.start(" and ".join(wanted), 6 + 4 * sum(len(SEARCHED[name]) for name in parameters), "values")
     try:
-        scale = search_scale(share)
+        best = search_values(share, wanted)
     finally:
         progress.finish()
-    return FoundScale(scale, tried[scale], tuple(tried.items()))
+    points = tuple((dict(zip([*parameters, "scale"], key, strict=True)), value) for key, value in tried.items())
+    return FoundValues(best, share(best), points)
 
 
-def search_scale(share: Callable[[float], float]) -> float:
+def search_values(share: Callable[[Mapping[str, float]], float], wanted: Mapping[str, float]) -> dict[str, float]:
+    """Return the values of the smallest share.
+
+    A parameter is tried at the values of `SEARCHED`, each at the scale that is best there where the scale is to be found too,
+    and once more between the best and its neighbors.
+
+    Args:
+        share: of values; infinite where there is no merge with them.
+        wanted: `scale` and parameters of the method → the value to begin at.
+    """
+
+    def at_best_scale(values: Mapping[str, float]) -> dict[str, float]:
+        if "scale" not in wanted:
+            return dict(values)
+        start = values["scale"]
+        return {**values, "scale": search_scale(lambda x: share({**values, "scale": x}), first=(start, start * _FIRST[1]))}
+
+    best = at_best_scale(wanted)
+    for name in wanted:
+        if name == "scale":
+            continue
+        others = sorted({*SEARCHED[name]} - {best[name]}, key=lambda v: abs(math.log(v / wanted[name])))
+        points = sorted([best, *(at_best_scale({**best, name: v}) for v in others)], key=lambda p: p[name])
+        best = min(points, key=share)
+        at = points.index(best)
+        near = [(math.log(p[name]), share(p)) for p in points[max(at - 1, 0) : at + 2]]
+        if len(near) == 3 and all(math.isfinite(y) for _, y in near):
+            best = min(best, at_best_scale({**best, name: _vertex(near)}), key=share)
+    return best
+
+
+def search_scale(
+    share: Callable[[float], float],
+    *,
+    first: tuple[float, float] = _FIRST,
+) -> float:
     """Return the scale of the smallest share: bracketed from 1 and 1.4 by steps of 1.4, then a parabola in log scale.
 
     Args:
-        share: of a scale; asked again for the same one, it must answer the same.
+        share: of a scale; asked again for the same one, it must answer the same. Infinite where there is no merge.
+        first: two scales to begin with; their ratio is the step.
     """
     known: dict[float, float] = {}
 
@@ -99,14 +158,16 @@ def search_scale(share: Callable[[float], float]) -> float:
         known[scale] = share(scale)
         return known[scale]
 
-    low, high = _FIRST
+    low, high = first
     step = high / low
     if at(low) < at(high):
         low, high, step = high, low, low / high
     while at(high) <= at(low) and 1 / _WIDEST < high < _WIDEST:
         low, high = high, high * step
     middle, left, right = (low, low / step, high) if at(high) > at(low) else (high, low, high * step)
-    at(_vertex([(math.log(s), at(s)) for s in (left, middle, right)]))
+    points = [(math.log(s), at(s)) for s in (left, middle, right)]
+    if all(math.isfinite(y) for _, y in points):
+        at(_vertex(points))
     return min(known, key=lambda s: known[s])
 
 

@@ -37,7 +37,9 @@ def bake(
         str | None,
         typer.Option(help=r"Factor on the merged delta; auto: the one found on the tasks' texts. \[1.0]", show_default=False),
     ] = None,
-    density: Annotated[float | None, typer.Option(help="Share of entries kept (ties, dare, …).", show_default=False)] = None,
+    density: Annotated[
+        str | None, typer.Option(help="Share of entries kept (ties, dare, …), or auto with --tasks.", show_default=False)
+    ] = None,
     merge_mode: Annotated[str | None, typer.Option(help=r"union, common or strict. \[union]", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(help=r"Of randomised methods. \[0]", show_default=False)] = None,
     moments: Annotated[

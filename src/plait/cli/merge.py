@@ -53,7 +53,9 @@ def merge(
         str | None,
         typer.Option(help=r"Factor on the merged delta; auto: the one found on the tasks' texts. \[1.0]", show_default=False),
     ] = None,
-    density: Annotated[float | None, typer.Option(help="Share of entries kept (ties, dare, …).", show_default=False)] = None,
+    density: Annotated[
+        str | None, typer.Option(help="Share of entries kept (ties, dare, …), or auto with --tasks.", show_default=False)
+    ] = None,
     sign: Annotated[str | None, typer.Option(help="Sign election: total or frequency.", show_default=False)] = None,
     flavor: Annotated[str | None, typer.Option(help="Which TIES: paper, peft, mergekit, …", show_default=False)] = None,
     rank: Annotated[str | None, typer.Option(help=r"auto, a number, or energy:0.99. \[auto]", show_default=False)] = None,

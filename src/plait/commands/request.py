@@ -104,8 +104,8 @@ def complete_from_texts(
     workers: int | None,
     progress: Progress | None,
 ) -> tuple[Recipe, tuple[str, ...]]:
-    """Take what a recipe leaves to its tasks' texts: moments, and the scale of `scale: auto`; return it, and notes."""
-    if recipe.scale != "auto" and (moments is not None or not recipe.lacks_moments):
+    """Take what a recipe leaves to its tasks' texts: moments, and values that are `auto`; return it, and notes."""
+    if not recipe.values_to_find and (moments is not None or not recipe.lacks_moments):
         return recipe, ()  # and no package for live models is needed
     from plait.calibration.completion import complete_recipe
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
+from plait.errors import PlanError
 from plait.linalg.blocks import RowBlocks, block_ranges
 from plait.linalg.keyed import Key
 from plait.merging.module_notes import ModuleNotes
@@ -17,6 +18,7 @@ from plait.merging.moments import Moments
 from plait.merging.prepared import MatrixFactors, PreparedAdapters
 from plait.merging.weighting import module_weights
 from plait.methods import METHODS
+from plait.methods.auto import values_to_find
 from plait.recipes.schema import Recipe
 from plait.spaces import SPACES
 from plait.spaces.base import Array, Frame, MergedMatrix
@@ -190,7 +192,14 @@ class Combiner:
 
 
 def pipeline_of(recipe: Recipe) -> Pipeline:
-    """Return the stages of a recipe's method."""
+    """Return the stages of a recipe's method.
+
+    Raises:
+        PlanError: a parameter is still to be found.
+    """
+    if lacking := values_to_find(recipe.method):
+        keys = ", ".join(f"method.{name}" for name in lacking)
+        raise PlanError(f"{keys}: 'auto' is found by a merge or a bake with tasks (--tasks, tasks=…); give a number here.")
     return METHODS[recipe.method_name].pipeline(recipe.method)
 
 

@@ -63,7 +63,7 @@ def plan_recipe(
 ) -> MergePlan:
     """Return what a recipe would do; reads headers, no tensor.
 
-    What a merge takes from the tasks' texts first (second moments, a scale of `auto`) is not taken; notes say so.
+    What a merge takes from the tasks' texts first (second moments, what is `auto`) is not taken; notes say so.
 
     Args:
         recipe: what is asked for.
@@ -78,9 +78,10 @@ def plan_recipe(
             f"second moments are taken first: each adapter reads its tasks' texts, at most {recipe.calibration.count} of each, "
             "with the base in memory."
         )
-    if recipe.scale == "auto" and recipe.tasks:
-        recipe = recipe.model_copy(update={"scale": 1.0})
-        notes.append("the scale is found on the tasks' texts; this plan has scale 1.")
+    if recipe.tasks and (values := recipe.values_to_find):
+        recipe = recipe.with_values(values)
+        found, here = " and ".join(values), ", ".join(f"{name} {value:g}" for name, value in values.items())
+        notes.append(f"the {found} {'is' if len(values) == 1 else 'are'} found on the tasks' texts; this plan has {here}.")
     plan = make_plan(take_inventory(recipe, folder, moments), workers=workers or default_workers())
     return plan.model_copy(update={"notes": (*plan.notes, *notes)})
 

@@ -20,6 +20,7 @@ from pydantic import Field, create_model
 from torch import Tensor
 
 from plait.errors import PlanError, did_you_mean
+from plait.methods.auto import searched_fields
 from plait.records import Record
 from plait.stages.base import Block, EntryCombine, LinearCombine, Reduction, Scope, Survey
 from plait.stages.pipeline import Pipeline
@@ -104,6 +105,7 @@ class Method(ABC):
             __doc__=self.summary,
             name=_choice((self.name,), Field(description=self.summary)),
             space=_choice(self.spaces, Field(self.spaces[0], description="Coordinates in which the merge happens.")),
+            **searched_fields(self.params),
         )
 
 

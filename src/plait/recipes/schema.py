@@ -16,6 +16,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from plait.errors import PlanError
 from plait.hub.references import parse_reference
 from plait.methods import METHODS
+from plait.methods.auto import values_to_find
 from plait.methods.base import MethodParams
 from plait.recipes.calibration import CalibrationSpec
 from plait.recipes.evaluation import EvalSpec
@@ -357,6 +358,22 @@ class Recipe(Record):
         if self.scale == "auto":
             raise PlanError("scale: 'auto' is found by a merge with tasks (--tasks, tasks=…); give a number here.")
         return self.scale
+
+    @property
+    def values_to_find(self) -> dict[str, float]:
+        """What is `auto`: `scale` and parameters of the method, each with the value to begin at."""
+        return ({"scale": 1.0} if self.scale == "auto" else {}) | values_to_find(self.method)
+
+    def with_values(self, values: Mapping[str, float]) -> Recipe:
+        """Return the same recipe with other values of `scale` and of the method's parameters.
+
+        Raises:
+            ValueError: the method does not take them.
+        """
+        method = self.method
+        if own := {name: value for name, value in values.items() if name != "scale"}:
+            method = type(method).model_validate({**method.model_dump(), **own})
+        return self.model_copy(update={"method": method, "scale": values.get("scale", self.scale)})
 
     @property
     def lacks_moments(self) -> bool:
