@@ -46,4 +46,4 @@ def _definition(info: FieldInfo) -> tuple[Any, FieldInfo]:
 
     field = FieldInfo(default=info.default, description=info.description, json_schema_extra=schema)
     spelled = PlainSerializer(lambda value: "auto" if isinstance(value, AutoValue) else value)
-    return Annotated[(float, *info.metadata, WrapValidator(read), spelled)], field  # type: ignore[return-value]
+    return Annotated[(float, *info.metadata, WrapValidator(read), spelled)], field
