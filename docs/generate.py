@@ -1,14 +1,16 @@
-"""Write the generated parts of README.md, docs/coming-from.md and docs/methods/ again; `--check` says whether they are current.
+"""Write the generated parts of README.md, docs/ and src/plait/cli again; `--check` says whether they are current.
 
 python docs/generate.py [--check]
 
 A page of docs/methods/ names its methods in a comment, `<!-- methods: ties della -->`, and gets their descriptions from the
 registry between that and `<!-- /methods -->`. A method that no page names is added to the page of its kind. README.md
-gets one table of all of them, in the order of the pages, and one of the versions in constraints.txt and pyproject.toml.
+gets one table of all of them, in the order of the pages, and one of the versions in constraints.txt and pyproject.toml. The
+command line's table of a recipe's keys is written from the schema.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import tomllib
@@ -16,14 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from plait.cli.methods import describe
+from plait.cli.options import TABLE
 from plait.methods import METHODS
 from plait.recipes.importers.other_tools import page as words
+from plait.recipes.keys import recipe_keys
 from plait.recipes.problems import spell_value
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 OTHER_TOOLS = ROOT / "docs" / "coming-from.md"
 PAGES = ("linear", "elementwise", "spectral", "geometric", "solved", "compatibility")
+KEYS = ROOT / "src" / "plait" / "cli" / TABLE.name
 _BLOCK = re.compile(r"(?<=<!-- methods: )([\w\s]+?)( -->\n).*?(?=<!-- /methods -->)", re.DOTALL)
 _WORDS = re.compile(r"(?<=<!-- words -->\n).*?(?=<!-- /words -->)", re.DOTALL)
 _TABLE = re.compile(r"(?<=<!-- methods -->\n).*?(?=<!-- /methods -->)", re.DOTALL)
@@ -35,6 +40,9 @@ _RESULT = {"linear": "exact", "deltas": "exact", "entries": "exact in `core`, `k
 def page(name: str) -> Path:
     """Return the file of a page."""
     return ROOT / "docs" / "methods" / f"{name}.md"
+
+
+FILES = (*map(page, PAGES), README, OTHER_TOOLS, KEYS)
 
 
 def methods_of(text: str) -> list[str]:
@@ -117,6 +125,8 @@ def versions() -> str:
 
 def generated(path: Path) -> str:
     """Return a file with its generated parts made again."""
+    if path == KEYS:
+        return json.dumps(recipe_keys(), indent=1, ensure_ascii=False) + "\n"
     text = path.read_text(encoding="utf-8")
     if path == README:
         text = _VERSIONS.sub(lambda _: f"{versions()}\n", text)
@@ -129,7 +139,7 @@ def generated(path: Path) -> str:
 def main() -> int:
     """Write, or check."""
     stale = []
-    for path in (*map(page, PAGES), README, OTHER_TOOLS):
+    for path in FILES:
         after = generated(path)
         if after != path.read_text(encoding="utf-8"):
             stale.append(path)

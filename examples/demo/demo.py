@@ -267,7 +267,7 @@ def _compare(console: Console, out: Path, samples: int, dtype: str) -> ComparedM
 
     adapters = {name: HERE / "adapters" / name for name in NAMES}
     recipes = {
-        label: with_tasks(read_request(None, adapters, settings)[0], _tasks(), subset=samples, batch_size=BATCH)
+        label: with_tasks(read_request(None, adapters, settings)[0], _tasks(), {"subset": samples, "batch_size": BATCH})
         for label, settings in MERGES.items()
     }
     options = EvaluateOptions(_workspace(out), base=str(base_model()), dtype=dtype, device_map="cpu", matrix=True)

@@ -113,7 +113,7 @@ class Bench:
         return evaluator.evaluate(subject), evaluator.draws(subject)
 
     def _evaluator(self, split: Split, count: int | None) -> Evaluator:
-        spec = eval_spec(EvalSpec(), split=split, subset=count, batch_size=BATCH)
+        spec = eval_spec(EvalSpec(), {"split": split, "subset": count, "batch_size": BATCH})
         tasks = [HERE / "tasks" / f"{name}.yaml" for name in NAMES]
         others = tuple(self._by_peft.values())
         return Evaluator(str(self._base), None, self._singles, others, tasks, spec, self._options, SilentProgress())

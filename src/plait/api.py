@@ -554,9 +554,7 @@ def evaluate(  # noqa: PLR0913 (what a command line takes)
         EvaluateOrder(
             Request(source, settings),
             tasks=tasks,
-            split=split,
-            subset=subset,
-            batch_size=batch_size,
+            eval={**settings.pop("eval", {}), "split": split, "subset": subset, "batch_size": batch_size},
             sources=sources or {},
             options=options,
         )

@@ -136,13 +136,13 @@ def test_a_task_without_a_file_stops_migration_and_not_a_merge(folder, capsys):
 
 def test_a_recipe_that_selects_on_validation_is_not_evaluated_on_test():
     recipe = build_recipe({**HEAD, "split": "validation", "eval_subset": {"max_samples": 20}})
-    found = evaluated_recipe(recipe, ["x.yaml"], split=None, subset=None, batch_size=None).eval
+    found = evaluated_recipe(recipe, ["x.yaml"], {"split": None, "subset": None, "batch_size": None}).eval
     assert (found.split, found.subset.max_samples) == ("validation", 20)
 
 
 def test_a_number_given_beside_a_recipe_is_that_of_every_task():
     recipe = build_recipe({**HEAD, "eval": {"subset": {"max_samples": 9, "seed": 3, "per_task": {"asr": 5}}}})
-    found = evaluated_recipe(recipe, [], subset=4).eval.subset
+    found = evaluated_recipe(recipe, [], {"subset": 4}).eval.subset
     assert (found.max_samples, found.per_task, found.seed) == (4, {}, 3)
 
 

@@ -7,100 +7,74 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from plait.cli.options import (
+    DryRun,
+    Force,
+    Json,
+    Keys,
+    Moments,
+    Out,
+    Private,
+    PushBakedRepo,
+    RecipeOrAdapters,
+    Workers,
+    with_recipe_keys,
+)
+
 if TYPE_CHECKING:
     from plait.baking.pipeline import BakeResult
     from plait.baking.plan import BakePlan, TensorPlan
 
 
+@with_recipe_keys("bake")
 def bake(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[RECIPE] [ADAPTER]...",
-            help=r"A recipe (.yaml), and/or adapters: \[name=]FOLDER or \[name=]org/repo\[@revision]\[/subfolder].",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write.", show_default=False)],
-    base_id: Annotated[
-        str | None,
-        typer.Option("--base-id", help=r"Base model, a folder or org/repo. \[the adapters' own]", show_default=False),
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option(help=r"Merge method; see `plait methods`. \[linear]", show_default=False)
-    ] = None,
-    space: Annotated[str | None, typer.Option(help="delta, core, knots or factors.", show_default=False)] = None,
-    weights: Annotated[
-        str | None, typer.Option(help=r"One per adapter: 0.7 0.3, or 0.7,0.3. \[1.0 each]", show_default=False)
-    ] = None,
-    scale: Annotated[
-        str | None,
-        typer.Option(help=r"Factor on the merged delta; auto: the one found on the tasks' texts. \[1.0]", show_default=False),
-    ] = None,
-    density: Annotated[
-        str | None, typer.Option(help="Share of entries kept (ties, dare, …), or auto with --tasks.", show_default=False)
-    ] = None,
-    merge_mode: Annotated[str | None, typer.Option(help=r"union, common or strict. \[union]", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(help=r"Of randomised methods. \[0]", show_default=False)] = None,
-    moments: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Second moments, <adapter>.safetensors each (regmean, ssr).", show_default=False),
-    ] = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tasks",
-            metavar="TASK...",
-            help="Task files: moments and --scale auto are taken on their texts.",
-            show_default=False,
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="PATH=VALUE", help="Set any recipe key: --set method.density=0.3"),
-    ] = None,
+    inputs: RecipeOrAdapters,
+    out: Out,
+    moments: Moments = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help=r"Of the model: float32, bfloat16, float16, float64. \[as the base]", show_default=False),
+        typer.Option(
+            metavar="DTYPE",
+            help=r"Of the model: float32, bfloat16, float16, float64. \[as the base]",
+            show_default=False,
+        ),
     ] = None,
     shard_size: Annotated[
-        str | None, typer.Option("--shard-size", help=r"Largest file, such as 5GB. \[the base's files]", show_default=False)
+        str | None,
+        typer.Option(
+            "--shard-size", metavar="SIZE", help=r"Largest file, such as 5GB. \[the base's files]", show_default=False
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where deltas are added up: cpu, cuda, …")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="Where deltas are added up: cpu, cuda, …")] = "cpu",
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Take a quantized base (fp8, mxfp4) for the plain model it stands for.")
     ] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default=False)] = None,
+    workers: Workers = None,
     check: Annotated[
         Path | None,
         typer.Option(
             metavar="PROMPTS", help="Then compare its logits with the live merge on these prompts.", show_default=False
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a model at --out.")] = False,
-    push_baked_repo: Annotated[
-        str | None, typer.Option("--push-baked-repo", help="Hub repository to upload to.", show_default=False)
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Create that repository as private.")] = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    force: Force = False,
+    push_baked_repo: PushBakedRepo = None,
+    private: Private = False,
+    *,
+    keys: Keys,
 ) -> None:
     """Write base model + adapters as a full model, shard by shard; killed, the same command goes on.
 
     Example: plait bake math=./a code=./b --weights 0.7 0.3 --base-id org/model -o model
     """
-    from plait.cli.arguments import task_files
     from plait.cli.console import ProgressBars, print_json, warnings_as_notes
     from plait.cli.verify import show_parity
     from plait.commands.bake import BakeOrder
     from plait.commands.request import Request
 
-    settings = {
-        "method": method, "space": space, "weights": weights, "scale": scale, "density": density,
-        "merge_mode": merge_mode, "seed": seed,
-    }  # fmt: skip
     order = BakeOrder(
-        Request(inputs, settings, set_ or [], moments, base_id, task_files(tasks or []) or None),
+        Request(inputs, keys.settings, keys.sets, moments, tasks=keys.tasks),
         out=out,
         dtype=dtype,
         shard_size=shard_size,

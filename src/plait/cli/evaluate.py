@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from plait.cli.options import DeviceMap, Force, Json, Keys, LoadDtype, Moments, TrustRemoteCode, Workers, with_recipe_keys
+
 if TYPE_CHECKING:
     from plait.commands.evaluate import Evaluated
     from plait.evaluation.comparison import Leaderboard
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 NOT_MET = 3  # exit code: evaluated, but not good enough
 
 
+@with_recipe_keys("eval")
 def evaluate(
     inputs: Annotated[
         list[str],
@@ -24,35 +27,15 @@ def evaluate(
             show_default=False,
         ),
     ],
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tasks", metavar="TASK...", help="Task files, or lm_eval:NAME; the recipe's otherwise.", show_default=False
-        ),
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(help=r"test, validation, calibration or train. \[test]", show_default=False)
-    ] = None,
-    subset: Annotated[
-        int | None, typer.Option(min=1, help="Examples per task, every label in its share.", show_default=False)
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help=r"Of the subset. \[0]", show_default=False)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help=r"Prompts at a time. \[16]", show_default=False)] = None,
     matrix: Annotated[bool, typer.Option("--matrix", help="Also every single adapter on every task.")] = False,
-    method: Annotated[str | None, typer.Option(help="Merge method, for adapters.", show_default=False)] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Several, such as linear,ties,dare_ties: one leaderboard.", show_default=False)
+        str | None,
+        typer.Option(metavar="LIST", help="Several, such as linear,ties,dare_ties: one leaderboard.", show_default=False),
     ] = None,
-    space: Annotated[str | None, typer.Option(help="delta, core, knots or factors.", show_default=False)] = None,
     spaces: Annotated[
-        str | None, typer.Option(help="Several, such as delta,core: one leaderboard.", show_default=False)
+        str | None, typer.Option(metavar="LIST", help="Several, such as delta,core: one leaderboard.", show_default=False)
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="One per adapter: 0.7,0.3.", show_default=False)] = None,
-    scale: Annotated[float | None, typer.Option(help="Factor on the merged delta.", show_default=False)] = None,
-    density: Annotated[float | None, typer.Option(help="Share of entries kept.", show_default=False)] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set any recipe key: --set method.density=0.3")
-    ] = None,
+    moments: Moments = None,
     require: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,45 +46,41 @@ def evaluate(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the (best) merge here, if it meets what is required.")
+        Path | None,
+        typer.Option("--out", "-o", help="Write the (best) merge here, if it meets what is required.", show_default=False),
     ] = None,
     source: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="A task's own adapter, for one adapter or model.", show_default=False),
     ] = None,
-    base_id: Annotated[str | None, typer.Option("--base-id", help="Base model.", show_default=False)] = None,
-    load_dtype: Annotated[str, typer.Option(help="Of the base in memory; auto: as it is stored.")] = "auto",
-    device_map: Annotated[str, typer.Option(help="As transformers takes it: auto, cpu, cuda:0, balanced.")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base's weights.")
-    ] = False,
+    load_dtype: LoadDtype = "auto",
+    device_map: DeviceMap = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     workspace: Annotated[Path, typer.Option(help="Where results and finished answers are kept.")] = Path("artifacts"),
-    workers: Annotated[int | None, typer.Option(min=1, help="Modules merged at a time.", show_default=False)] = None,
+    workers: Workers = None,
     card: Annotated[bool, typer.Option("--card", help="Put the results into the card of the adapter or model.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an adapter at --out.")] = False,
+    json: Json = False,
+    force: Force = False,
+    *,
+    keys: Keys,
 ) -> None:
     """Say what a merge kept of every adapter, task by task, beside the base model and each task's own adapter.
 
     Example: plait eval recipe.yaml --tasks tasks/intent.yaml tasks/langid.yaml --matrix
     """
-    from plait.cli.arguments import named_paths, task_files
+    from plait.cli.arguments import named_paths
     from plait.cli.console import ProgressBars, print_json, warnings_as_notes
     from plait.cli.stopping import noting_on_stop
     from plait.commands.evaluate import EvaluateOrder
     from plait.commands.request import Request
-    from plait.errors import RecipeError
     from plait.evaluation.pipeline import EvaluateOptions
 
-    if seed is not None and subset is None:
-        raise RecipeError("--seed is that of the subset; give --subset N too, or set both in the recipe (eval.subset).")
-    settings = {"method": method, "space": space, "weights": weights, "scale": scale, "density": density}
+    base = keys.settings.get("base_model")
+    settings = {key: value for key, value in keys.settings.items() if key != "base_model"}
     order = EvaluateOrder(
-        Request(inputs if len(inputs) > 1 else inputs[0], settings, set_ or []),
-        tasks=task_files(tasks or []),
-        split=split,
-        subset={"max_samples": subset, "seed": seed} if seed is not None else subset,
-        batch_size=batch_size,
+        Request(inputs if len(inputs) > 1 else inputs[0], settings, keys.sets, moments),
+        tasks=keys.tasks or [],
+        eval=keys.of("eval"),
         methods=[part for part in (methods or "").split(",") if part],
         spaces=[part for part in (spaces or "").split(",") if part],
         require=require or [],
@@ -109,7 +88,7 @@ def evaluate(
         force=force,
         sources=named_paths("--source", source or []),
         card=card,
-        options=EvaluateOptions(workspace, base_id, load_dtype, device_map, trust_remote_code, matrix, workers),
+        options=EvaluateOptions(workspace, base, load_dtype, device_map, trust_remote_code, matrix, workers),
     )
     with warnings_as_notes():
         order.check()

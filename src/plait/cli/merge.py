@@ -8,6 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from plait.cli.options import (
+    DryRun,
+    Force,
+    Json,
+    Keys,
+    Moments,
+    Private,
+    PushBakedRepo,
+    RecipeOrAdapters,
+    Workers,
+    with_recipe_keys,
+)
+
 if TYPE_CHECKING:
     from plait.merging.pipeline import MergeResult
     from plait.merging.plan import MergePlan
@@ -21,19 +34,19 @@ _PROMISES = {
 }
 
 
+@with_recipe_keys("merge")
 def merge(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[RECIPE] [ADAPTER]...",
-            help=r"A recipe (.yaml), and/or adapters: \[name=]FOLDER or \[name=]org/repo\[@revision]\[/subfolder].",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; the workspace artifacts/ otherwise.")] = None,
+    inputs: RecipeOrAdapters,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write; the workspace artifacts/ otherwise.", show_default=False)
+    ] = None,
     add: Annotated[
         list[str] | None,
-        typer.Option(help=r"Add an adapter to an earlier merge: plait merge MERGED --add \[name=]NEW.", show_default=False),
+        typer.Option(
+            metavar="ADAPTER",
+            help=r"Add an adapter to an earlier merge: plait merge MERGED --add \[name=]NEW.",
+            show_default=False,
+        ),
     ] = None,
     from_merged: Annotated[
         bool, typer.Option("--from-merged", help="With --add: take the merged adapter itself, not its sources.")
@@ -42,82 +55,41 @@ def merge(
         list[str] | None,
         typer.Option("--input", metavar="NAME=PATH", help="With --add: where a source is now.", show_default=False),
     ] = None,
-    method: Annotated[
-        str | None, typer.Option(help=r"Merge method; see `plait methods`. \[linear]", show_default=False)
-    ] = None,
-    space: Annotated[str | None, typer.Option(help="delta, core, knots or factors.", show_default=False)] = None,
-    weights: Annotated[
-        str | None, typer.Option(help=r"One per adapter: 0.7 0.3, or 0.7,0.3. \[1.0 each]", show_default=False)
-    ] = None,
-    scale: Annotated[
-        str | None,
-        typer.Option(help=r"Factor on the merged delta; auto: the one found on the tasks' texts. \[1.0]", show_default=False),
-    ] = None,
-    density: Annotated[
-        str | None, typer.Option(help="Share of entries kept (ties, dare, …), or auto with --tasks.", show_default=False)
-    ] = None,
-    sign: Annotated[str | None, typer.Option(help="Sign election: total or frequency.", show_default=False)] = None,
-    flavor: Annotated[str | None, typer.Option(help="Which TIES: paper, peft, mergekit, …", show_default=False)] = None,
-    rank: Annotated[str | None, typer.Option(help=r"auto, a number, or energy:0.99. \[auto]", show_default=False)] = None,
-    dtype: Annotated[str | None, typer.Option(help=r"float32, bfloat16 or float16. \[float32]", show_default=False)] = None,
-    kind: Annotated[
-        str | None, typer.Option(help=r"Write an adapter, or the dense delta. \[adapter]", show_default=False)
-    ] = None,
-    moments: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Second moments, <adapter>.safetensors each (regmean, ssr).", show_default=False),
-    ] = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tasks",
-            metavar="TASK...",
-            help="Task files: moments and --scale auto are taken on their texts.",
-            show_default=False,
-        ),
-    ] = None,
-    merge_mode: Annotated[str | None, typer.Option(help=r"union, common or strict. \[union]", show_default=False)] = None,
-    base_id: Annotated[
-        str | None, typer.Option("--base-id", help="Base model; needed for DoRA and --bake-dir.", show_default=False)
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help=r"Of randomised methods. \[0]", show_default=False)] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="PATH=VALUE", help="Set any recipe key: --set method.density=0.3"),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an adapter at --out.")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Modules worked on at a time.", show_default=False)] = None,
+    moments: Moments = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+    force: Force = False,
+    workers: Workers = None,
     push_adapter_repo: Annotated[
-        str | None, typer.Option("--push-adapter-repo", help="Hub repository to upload to.", show_default=False)
+        str | None,
+        typer.Option("--push-adapter-repo", metavar="REPO", help="Hub repository to upload to.", show_default=False),
     ] = None,
     bake_dir: Annotated[
         Path | None,
-        typer.Option("--bake-dir", help="Also write base + merge as a full model there (plait bake).", show_default=False),
+        typer.Option(
+            "--bake-dir",
+            metavar="FOLDER",
+            help="Also write base + merge as a full model there (plait bake).",
+            show_default=False,
+        ),
     ] = None,
-    push_baked_repo: Annotated[
-        str | None, typer.Option("--push-baked-repo", help="Hub repository for the full model.", show_default=False)
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Create these repositories as private.")] = False,
+    push_baked_repo: PushBakedRepo = None,
+    private: Private = False,
+    *,
+    keys: Keys,
 ) -> None:
     """Merge LoRA adapters into one, without the base model; with --tasks, moments and scale are taken on their texts.
 
     Example: plait merge math=./a code=org/repo@main/checkpoint-100 --method ties --density 0.3 -o merged
     """
-    from plait.cli.arguments import named_paths, task_files
+    from plait.cli.arguments import named_paths
     from plait.cli.bake import bake_json, show_bake, show_bake_plan
     from plait.cli.console import ProgressBars, err, print_json, warnings_as_notes
     from plait.commands.merge import MergeOrder
     from plait.commands.request import Request
 
-    settings = {
-        "method": method, "space": space, "weights": weights, "scale": scale, "density": density, "sign": sign,
-        "flavor": flavor, "rank": rank, "dtype": dtype, "kind": kind, "merge_mode": merge_mode, "base_model": base_id,
-        "seed": seed,
-    }  # fmt: skip
     order = MergeOrder(
-        Request(inputs, settings, set_ or [], moments, tasks=task_files(tasks or []) or None),
+        Request(inputs, keys.settings, keys.sets, moments, tasks=keys.tasks),
         out=out,
         force=force,
         workers=workers,

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from plait.methods.base import Method
     from plait.stages import Pipeline, StageParams
 
@@ -64,6 +62,7 @@ def _stages(name: str | None, *, json: bool) -> None:
 
 def describe_stage(stage: type[StageParams]) -> dict[str, Any]:
     """Return what the registry knows of a stage: its name, where it stands, what it does, its parameters."""
+    from plait.recipes.keys import parameters
     from plait.stages import DeltaStage, EntryStage, MergedStage
 
     place = "pre" if issubclass(stage, (DeltaStage, EntryStage)) else "post" if issubclass(stage, MergedStage) else "combine"
@@ -71,12 +70,14 @@ def describe_stage(stage: type[StageParams]) -> dict[str, Any]:
         "name": stage.spelled(),
         "place": place,
         "summary": " ".join((stage.__doc__ or "").partition("\n\n")[0].split()),
-        "parameters": [p for p in _parameters(stage) if p["name"] != "name"],
+        "parameters": [p for p in parameters(stage) if p["name"] != "name"],
     }
 
 
 def describe(method: Method) -> dict[str, Any]:
     """Return everything the registry knows of a method."""
+    from plait.recipes.keys import parameters
+
     pipeline = _default_pipeline(method)
     return {
         "name": method.name,
@@ -94,22 +95,8 @@ def describe(method: Method) -> dict[str, Any]:
         "max_adapters": method.max_adapters,
         "pipeline": None if pipeline is None else " → ".join(_with_parameters(stage) for stage in pipeline.stages),
         "spelled": None if pipeline is None else spelled(pipeline),
-        "parameters": _parameters(method.params),
+        "parameters": parameters(method.params),
     }
-
-
-def _parameters(model: type[BaseModel]) -> list[dict[str, Any]]:
-    schema = model.model_json_schema()
-    return [
-        {
-            "name": key,
-            "default": field.get("default"),
-            "required": key in schema.get("required", []),
-            "allowed": _allowed(field, schema.get("$defs", {})),
-            "description": field.get("description", ""),
-        }
-        for key, field in schema.get("properties", {}).items()
-    ]
 
 
 def _default_pipeline(method: Method) -> Pipeline | None:
@@ -165,28 +152,6 @@ def exactness(method: Method) -> dict[str, str]:
         else:
             words[space] = "dense; truncated to min(T · r, 256) by default"
     return words
-
-
-def _allowed(field: dict[str, Any], shapes: dict[str, Any]) -> str:
-    if "$ref" in field:
-        return str(shapes[field["$ref"].rpartition("/")[2]]["properties"]["name"]["const"])
-    if "oneOf" in field:
-        return " | ".join(_allowed(option, shapes) for option in field["oneOf"])
-    if field.get("type") == "array" and "items" in field:
-        return f"list of {_allowed(field['items'], shapes)}"
-    if "enum" in field:
-        return " | ".join(map(str, field["enum"]))
-    if "const" in field:
-        return str(field["const"])
-    if "anyOf" in field:
-        return " | ".join(_allowed(option, shapes) for option in field["anyOf"])
-    bounds = [
-        f"{sign} {field[key]:g}"
-        for key, sign in (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
-        if key in field
-    ]
-    kind = {"number": "number", "boolean": "true | false", "null": "none"}.get(field.get("type", ""), field.get("type", ""))
-    return f"{kind} {', '.join(bounds)}".rstrip()
 
 
 def _list() -> None:

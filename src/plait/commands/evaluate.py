@@ -57,9 +57,7 @@ class EvaluateOrder:
     Attributes:
         request: its source is one adapter or model when it is one reference that is not a recipe's file.
         tasks: task files; the recipe's when empty.
-        split: of every task.
-        subset: examples per task, or a mapping as a recipe's `eval.subset`.
-        batch_size: prompts at a time.
+        eval: keys of the recipe's `eval`, in their place; `subset` may be a number of examples per task.
         methods: several: one leaderboard.
         spaces: several: one leaderboard.
         require: bounds such as `worst_recovery>=0.8`.
@@ -72,9 +70,7 @@ class EvaluateOrder:
 
     request: Request
     tasks: Sequence[str | Path] = ()
-    split: str | None = None
-    subset: int | Mapping[str, Any] | None = None
-    batch_size: int | None = None
+    eval: Mapping[str, Any] = field(default_factory=dict)
     methods: Sequence[str] = ()
     spaces: Sequence[str] = ()
     require: Sequence[str] = ()
@@ -136,12 +132,8 @@ class EvaluateOrder:
             recipes, folder, skipped = variants(
                 file, adapters, self.request.given, self.request.sets, self.methods, self.spaces
             )
-        asked = {name: evaluated_recipe(recipe, self.tasks, **self._changes) for name, recipe in recipes.items()}
+        asked = {name: evaluated_recipe(recipe, self.tasks, self.eval) for name, recipe in recipes.items()}
         return asked, folder, skipped
-
-    @property
-    def _changes(self) -> dict[str, Any]:
-        return {"split": self.split, "subset": self.subset, "batch_size": self.batch_size}
 
     def run(self, progress: Progress | None = None) -> Evaluated:
         """Evaluate; write results, card and merge.
@@ -188,7 +180,7 @@ class EvaluateOrder:
         return evaluate_saved(
             reference,
             [Path(t) for t in self.tasks],
-            eval_spec(EvalSpec(), **self._changes),
+            eval_spec(EvalSpec(), self.eval),
             self.options,
             sources={name: str(path) for name, path in self.sources.items()},
             progress=progress,

@@ -21,17 +21,23 @@ def recipe_name(recipe: Recipe) -> str:
     return f"{recipe.method_name}, {recipe.space_name}"
 
 
-def eval_spec(given: EvalSpec, **changes: Any) -> EvalSpec:
+def eval_spec(given: EvalSpec, changes: Mapping[str, Any]) -> EvalSpec:
     """Return how to evaluate, with what is not None changed.
 
     Args:
         given: the recipe's.
-        **changes: `split`, `subset` (a number, of every task, or a mapping as in a recipe), `batch_size`.
+        changes: keys of a recipe's `eval`. `subset` may also be a number, of every task; the keys of a subset on their own
+            (`subset.max_samples`, …) replace the recipe's subset.
 
     Raises:
         RecipeError: a value is not allowed.
     """
     changed = {key: value for key, value in changes.items() if value is not None}
+    parts = {key.partition(".")[2]: changed.pop(key) for key in [*changed] if key.startswith("subset.")}
+    if "seed" in parts and not {"max_samples", "per_task"} & {*parts}:
+        raise RecipeError("--seed is that of the subset; give --subset N too, or set both in the recipe (eval.subset).")
+    if parts:
+        changed["subset"] = parts["max_samples"] if {*parts} == {"max_samples"} else parts
     if isinstance(changed.get("subset"), int):
         before = {} if given.subset is None else given.subset.model_dump()
         changed["subset"] = {**before, "max_samples": changed["subset"], "per_task": {}}
@@ -43,12 +49,12 @@ def eval_spec(given: EvalSpec, **changes: Any) -> EvalSpec:
     return spec
 
 
-def evaluated_recipe(recipe: Recipe, tasks: Sequence[str | Path], **changes: Any) -> Recipe:
+def evaluated_recipe(recipe: Recipe, tasks: Sequence[str | Path], changes: Mapping[str, Any]) -> Recipe:
     """Return a recipe with other tasks, where some are given, and `eval_spec` its `eval`.
 
     Given tasks are relative to the working directory, a recipe's own to its folder.
     """
-    return with_tasks(recipe, tasks or None).changed(eval=eval_spec(recipe.eval, **changes))
+    return with_tasks(recipe, tasks or None).changed(eval=eval_spec(recipe.eval, changes))
 
 
 def variants(

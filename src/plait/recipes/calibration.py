@@ -25,7 +25,8 @@ class CalibrationSpec(Record):
     )
     count: Annotated[int, Field(ge=1, description="Texts per task, at most.")] = 32
     split: Annotated[
-        SplitName | None, Field(description="Of the tasks; `calibration` where there is one, else `train`, when not given.")
+        SplitName | None,
+        Field(description="Split of the tasks; `calibration` where there is one, else `train`, when not given."),
     ] = None
     tokens: Annotated[
         int,

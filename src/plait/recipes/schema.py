@@ -162,9 +162,11 @@ class Heads(Record):
 
     policy: Annotated[
         Literal["separate", "average", "from"],
-        Field(description="Keep each adapter's under heads/<name>/; average them (equal shapes only); or take one adapter's."),
+        Field(
+            description="Of full tensors: keep each adapter's under heads/<name>/; average them (equal shapes); or take one's."
+        ),
     ] = "separate"
-    adapter: Annotated[str | None, Field(description="Whose, for `from`.")] = None
+    adapter: Annotated[str | None, Field(description="Whose heads are taken, for policy `from`.")] = None
 
     @model_validator(mode="after")
     def _name_for_from(self) -> Heads:
@@ -176,10 +178,13 @@ class Heads(Record):
 class Output(Record):
     """What is written."""
 
-    kind: Annotated[Literal["adapter", "delta"], Field(description="A LoRA adapter, or the dense deltas.")] = "adapter"
+    kind: Annotated[Literal["adapter", "delta"], Field(description="Write a LoRA adapter, or the dense deltas.")] = "adapter"
     rank: Annotated[
         int | str,
-        Field(description="`auto` (exact where exactness exists), a number, or `energy:0.99`.", examples=["auto", 16]),
+        Field(
+            description="Rank written: `auto` (exact where exactness exists), a number, or `energy:0.99`.",
+            examples=["auto", 16],
+        ),
     ] = "auto"
     dtype: Annotated[Dtype, Field(description="Of the written tensors.")] = "float32"
     layout: Annotated[
@@ -227,35 +232,43 @@ class Recipe(Record):
     _folder: Path | None = PrivateAttr(None)
     _origins: Origins = PrivateAttr(Origins(""))
 
-    version: Literal[1] = 1
+    version: Annotated[Literal[1], Field(description="Of the form of recipes.")] = 1
     base_model: Annotated[
         str | None,
-        Field(description="Needed to bake, evaluate, tune, and for DoRA; not to merge. Overrides the adapters' own."),
+        Field(
+            description="Base model, in place of the adapters' own; needed to bake, evaluate, tune, and for DoRA, not to merge."
+        ),
     ] = None
-    adapters: Annotated[tuple[AdapterEntry, ...], Field(min_length=1)]
-    method: Annotated[MethodSpec, Field(description="A method and its parameters; `plait methods` lists them.")] = Field(
+    adapters: Annotated[tuple[AdapterEntry, ...], Field(min_length=1, description="What is merged.")]
+    method: Annotated[MethodSpec, Field(description="Merge method (with its parameters); `plait methods` lists them.")] = Field(
         default={"name": "linear"}, validate_default=True
     )
     merge_mode: Annotated[
         MergeMode, Field(description="A module that an adapter lacks: a zero delta, the module left out, or an error.")
     ] = "union"
-    transforms: tuple[TransformSpec, ...] = ()
-    weights: Weights | None = None
+    transforms: Annotated[
+        tuple[TransformSpec, ...], Field(description="What is done to every adapter's deltas before the merge, in this order.")
+    ] = ()
+    weights: Annotated[
+        Weights | None,
+        Field(description="A policy of factors per adapter, layer or module; in a command or a call also numbers, 0.7 0.3."),
+    ] = None
     scale: Annotated[
         Weight | Literal["auto"],
         Field(
-            description="Factor on the merged delta (the papers' λ); `auto`: the one nearest to the adapters on `tasks`' texts."
+            description="Factor on the merged delta (the papers' λ); `auto`: the one nearest to the adapters on tasks' texts."
         ),
     ] = 1.0
     heads: Heads = Heads()
     output: Output = Output()
     tasks: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...], Field(description="Files of the tasks that judge the result.")
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        Field(description="Task files: their examples judge the result; moments and `auto` scales are taken on their texts."),
     ] = ()
     eval: EvalSpec = EvalSpec()
     calibration: CalibrationSpec = CalibrationSpec()
     tune: TuneSpec = TuneSpec()
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="Of randomized methods.")] = 0
 
     @field_validator("method", mode="before")
     @classmethod
