@@ -12,28 +12,22 @@ import pytest
 
 import plait
 from plait.cli.main import main
-from plait.methods import METHODS
-from plait.recipes.calibration import CalibrationSpec
-from plait.recipes.schema import Output, Recipe
-from plait.recipes.tuning import TuneSpec
+from plait.cli.options import parameter_name, recipe_keys
 from plait.testing import cohort
 from tests.adapters_on_disk import write_adapter
 from tests.unit.test_bake_plan import MODULES, write_base
 
 PRESENTATION = {"json", "dry_run"}  # a plan is `plait.plan` and `plait.plan_bake` in Python
-SETTINGS = {*Recipe.model_fields, *Output.model_fields, "weights", "space"} | {
-    field.alias or name for m in METHODS.values() for name, field in m.params.model_fields.items()
-}
 RENAMED = {
-    "merge": {"inputs": "source", "input_": "inputs", "push_adapter_repo": "push_to", "push_baked_repo": "push_baked_to",
-              "base_id": "base_model"},
-    "bake": {"inputs": "source", "base_id": "base", "push_baked_repo": "push_to"},
-    "compress": {"base_id": "base_model"},
+    "merge": {"inputs": "source", "input_": "inputs", "push_adapter_repo": "push_to", "push_baked_repo": "push_baked_to"},
+    "bake": {"inputs": "source", "push_baked_repo": "push_to", "base_model": "base"},
+    "compress": {"output__rank": "rank"},
     "extract": {},
     "verify": {"base_id": "base_model"},
-    "evaluate": {"inputs": "source", "source": "sources", "base_id": "base"},
-    "calibrate": {"inputs": "source", "base_id": "base_model", "set_": "sets"},
-    "tune": {"inputs": "source", "base_id": "base_model", "set_": "sets"},
+    "evaluate": {"inputs": "source", "source": "sources", "base_model": "base", "eval__split": "split",
+                 "eval__batch_size": "batch_size", "eval__subset__max_samples": "subset"},
+    "calibrate": {"inputs": "source", "set_": "sets"},
+    "tune": {"inputs": "source", "set_": "sets"},
     "unbake": {},
     "push": {},
     "report": {},
@@ -43,24 +37,24 @@ RENAMED = {
 ORDER_ONLY = {
     "evaluate": {
         "methods": "evaluate in a loop", "spaces": "evaluate in a loop", "require": "the numbers of the Evaluation",
-        "out": "merge", "force": "merge", "card": "the order's alone", "seed": "subset={'max_samples': …, 'seed': …}",
+        "out": "merge", "force": "merge", "card": "the order's alone",
     },
 }  # fmt: skip
 SETS = "set_"  # `--set PATH=VALUE`: in Python a keyword, or a mapping under a recipe's key
-SPECS = {"tune": TuneSpec, "calibrate": CalibrationSpec}
 
 
 @pytest.mark.parametrize("command", RENAMED)
 def test_every_option_is_one_of_python(command: str) -> None:
+    """A recipe's key is a setting in Python; that every key has its flag is tested in test_options.py."""
     shell = getattr(import_module(f"plait.cli.{command}"), command)
     python = inspect.signature(getattr(plait, command)).parameters
-    settings = SETTINGS | set(SPECS[command].model_fields if command in SPECS else ())
     takes_settings = any(p.kind is p.VAR_KEYWORD for p in python.values())
+    keys = {name for key in recipe_keys() for name in (parameter_name(key.path), f"{parameter_name(key.path)}_alias")}
     renamed, only = RENAMED[command], ORDER_ONLY.get(command, {})
     missing = []
     for name in inspect.signature(shell).parameters:
         known = renamed.get(name, name)
-        as_setting = takes_settings and (known in settings or name == SETS or command == "extract")
+        as_setting = takes_settings and (known in (*keys, SETS, "moments") or command == "extract")
         if not (name in PRESENTATION or known in python or name in only or as_setting):
             missing.append(name)
     assert not missing

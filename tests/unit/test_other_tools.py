@@ -79,9 +79,9 @@ def test_commands_that_hints_name_exist():
         ("--a10-repo o/j --a2-repo o/b --a1-repo=o/a", "o/a o/b o/j"),
         ("--a2_repo ./dir --a2_sub sub/ -o z", "-o z ./dir/sub"),
         ("--config r.yaml --output z", "r.yaml --out z"),
-        ("--adapters a b --method weighted --lambda 0.4", "--method weighted --set method.lambda=0.4 a b"),
+        ("--adapters a b --method weighted --lambda 0.4", "--method weighted --lambda 0.4 a b"),
         ("--adapters a b -- ", "-- a b"),
-        ("r.yaml --adapters=a --lambda=1", "r.yaml --set method.lambda=1 a"),
+        ("r.yaml --adapters=a --lambda=1", "r.yaml --lambda=1 a"),
         ("a b --weights 1,-1", "a b --weights 1,-1"),
     ],
 )
@@ -93,7 +93,7 @@ def test_what_is_certain_is_read(given, read):
     ("given", "problem"),
     [
         ("--a1-name m", "--a1-name is given without --a1-repo"),
-        ("a --lambda", "--lambda needs a value"),
+        ("a --output", "--output needs a value"),
         ("a --k 20 --grid x", "2 problems"),
     ],
 )

@@ -228,15 +228,16 @@ def _parameters(command: str, flags: Mapping[str, Key]) -> Iterator[tuple[str, A
         kind: Any = list[str] | None if several else str | None
         panel = _PANELS[key.part]
         option = typer.Option(flag, metavar=_metavar(key), help=_help(command, key), show_default=False, rich_help_panel=panel)
-        yield _name(key.path), Annotated[kind, option]
+        yield parameter_name(key.path), Annotated[kind, option]
         if key.path in _ALIASES:
-            yield f"{_name(key.path)}_alias", Annotated[kind, typer.Option(_ALIASES[key.path], hidden=True)]
+            yield f"{parameter_name(key.path)}_alias", Annotated[kind, typer.Option(_ALIASES[key.path], hidden=True)]
     if command in _EXAMPLES:
         text = f"Set any key of the recipe: --set {_EXAMPLES[command]}"
         yield "set_", Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help=text)]
 
 
-def _name(path: str) -> str:
+def parameter_name(path: str) -> str:
+    """Return what the parameter of a key's flag is called."""
     return path.replace(".", "__")
 
 
@@ -263,7 +264,7 @@ def _read(flags: Mapping[str, Key], given: Mapping[str, Any]) -> Keys:
     """Read what is given as the recipe's keys have it."""
     values: dict[str, Any] = {}
     for flag, key in flags.items():
-        text = given[_name(key.path)] or given.get(f"{_name(key.path)}_alias")
+        text = given[parameter_name(key.path)] or given.get(f"{parameter_name(key.path)}_alias")
         if text is None or text == []:
             continue
         if key.path.endswith(".texts"):

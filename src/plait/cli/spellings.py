@@ -82,7 +82,7 @@ class _Reader:
         if flag == "--config":
             self.recipe.append(value)
             return []
-        return ["--out", value] if flag == "--output" else ["--set", f"method.lambda={value}"]
+        return ["--out", value]
 
     def adapters(self) -> list[str]:
         """Return the adapters, as arguments.
