@@ -16,6 +16,7 @@ from plait.commands.request import RecipeSource, Request
 from plait.merging.moments import MomentsOf
 from plait.merging.pipeline import MergeResult
 from plait.merging.plan import MergePlan
+from plait.notices import announce
 from plait.recipes.request import Adapters
 from plait.results.progress import Progress
 
@@ -276,12 +277,9 @@ def extract(
     Raises:
         PlaitError: anything wrong with what was given; nothing is left at `out` then.
     """
-    from plait.commands.request import rank_or_energy
-    from plait.extraction.pipeline import run_extract
-    from plait.extraction.request import make_request
+    from plait.commands.extract import ExtractOrder
 
-    request = make_request(base=str(base), finetuned=str(finetuned), rank=rank_or_energy(rank, energy), **settings)
-    return run_extract(request, out=Path(out), force=force, workers=workers, progress=progress)
+    return ExtractOrder(str(base), str(finetuned), Path(out), rank, energy, settings, force, workers).run(progress)
 
 
 def calibrate(  # noqa: PLR0913 (what a command line takes)
@@ -403,12 +401,9 @@ def inspect(
     Raises:
         PlaitError: adapters cannot be found or opened; all of them at once.
     """
-    from plait.inspection.report import inspect_adapters
-    from plait.merging.inventory import open_adapters
+    from plait.commands.inspect import InspectOrder
 
-    pairs = source.items() if isinstance(source, Mapping) else [(None, reference) for reference in source]
-    _, adapters = open_adapters([(name, str(text)) for name, text in pairs])
-    return inspect_adapters(adapters, base_model=base_model, workers=workers, progress=progress)
+    return InspectOrder(source, base_model, workers).run(progress)
 
 
 def unbake(
@@ -442,18 +437,10 @@ def unbake(
     Raises:
         PlaitError: as `bake`; or the adapter is DoRA, or the model's lock says that it was baked in otherwise or not at all.
     """
-    from plait.baking.unbake import run_unbake
+    from plait.commands.unbake import UnbakeOrder
 
-    return run_unbake(
-        str(model),
-        str(adapter),
-        out=Path(out),
-        weight=weight,
-        original=None if original is None else str(original),
-        force=force,
-        workers=workers,
-        progress=progress,
-    )
+    before = None if original is None else str(original)
+    return UnbakeOrder(str(model), str(adapter), Path(out), weight, before, force, workers).run(progress)
 
 
 def verify(
@@ -576,13 +563,28 @@ def check_tasks(
     Raises:
         PlaitError: files or data that cannot be read, rows that do not fit.
     """
-    from plait.tasks.checking import check_task
-    from plait.tasks.loading import load_tasks
-    from plait.tasks.tokenizers import load_task_tokenizer
+    from plait.commands.tasks import CheckTasksOrder
 
-    loaded = load_tasks(tasks)
-    tokenizer = None if model is None else load_task_tokenizer(str(model), trust_remote_code=trust_remote_code)
-    return [check_task(task, tokenizer) for task in loaded]
+    return CheckTasksOrder(tasks, None if model is None else str(model), trust_remote_code).run()
+
+
+def migrate_recipe(file: str | Path, *, out: str | Path | None = None, force: bool = False) -> str:
+    """Return the text of a recipe in today's form: an older form, or mergekit's YAML, is rewritten.
+
+    Args:
+        file: the recipe.
+        out: also write it there.
+        force: replace the file at `out`.
+
+    Raises:
+        PlaitError: it cannot be read, a part of it has no counterpart, or it is not valid; or `out` may not be written.
+    """
+    from plait.commands.recipe import MigrateOrder
+
+    text, notes = MigrateOrder(Path(file), _path(out), force).run()
+    for note in notes:
+        announce(note)
+    return text
 
 
 def sft(*, progress: Progress | None = None, **flags: Any) -> SftResult:
@@ -603,10 +605,9 @@ def sft(*, progress: Progress | None = None, **flags: Any) -> SftResult:
     Raises:
         PlaitError: flags, data, disk, folder or Hub do not allow it; everything that is wrong at once, before training.
     """
-    from plait.training.arguments import read_keywords
-    from plait.training.sft import plan_sft, run_sft
+    from plait.commands.sft import SftOrder
 
-    return run_sft(plan_sft(read_keywords(flags)), progress=progress)
+    return SftOrder(flags).run(progress)
 
 
 def report(
@@ -633,17 +634,10 @@ def report(
         ReportError: a path holds no run, or a library is missing; all paths at once.
         OutputError: the page cannot be written, or exists already.
     """
-    from plait.reports.pipeline import make_report
+    from plait.commands.report import ReportOrder
 
-    paths = [runs] if isinstance(runs, (str, Path)) else list(runs)
-    return make_report(
-        [Path(p) for p in paths],
-        out=Path(out),
-        title=title,
-        figures=None if figures is None else Path(figures),
-        force=force,
-        progress=progress,
-    )
+    paths = [runs] if isinstance(runs, (str, Path)) else runs
+    return ReportOrder([Path(p) for p in paths], Path(out), title, _path(figures), force).run(progress)
 
 
 def push(
@@ -673,9 +667,9 @@ def push(
     Raises:
         PlaitError: the folder is not a complete result, or the Hub refuses.
     """
-    from plait.verification.publish import push_result
+    from plait.commands.push import PushOrder
 
-    return push_result(Path(folder), repo, private=private, revision=revision, create_pr=create_pr, message=message)
+    return PushOrder(Path(folder), repo, private, revision, create_pr, message).run()
 
 
 def train(  # noqa: PLR0913 (what a command line takes)

@@ -25,7 +25,10 @@ PARTS = {
     "calibration": (CalibrationSpec, ("merge", "bake", "calibrate")),
     "tune": (TuneSpec, ("tune",)),
 }
-NOT_FLAGS = {"version", "adapters"}  # the adapters are the command's arguments, their weights --weights, their moments --moments
+NOT_FLAGS = {
+    "version",
+    "adapters",
+}  # adapters are arguments of the command; their weights --weights, moments --moments
 
 
 def expected() -> list[tuple[str, str, str]]:
@@ -42,7 +45,9 @@ def expected() -> list[tuple[str, str, str]]:
         ]
     found += [(c, "method.name", str(Recipe.model_fields["method"].description)) for c in MERGES]
     for method in METHODS.values():
-        names = {field.alias or name: str(field.description) for name, field in method.spec.model_fields.items() if name != "name"}
+        names = {
+            field.alias or name: str(field.description) for name, field in method.spec.model_fields.items() if name != "name"
+        }
         found += [(c, f"method.{name}", text) for name, text in names.items() for c in MERGES]
     return found
 

@@ -31,8 +31,13 @@ RENAMED = {
     "unbake": {},
     "push": {},
     "report": {},
+    "inspect": {"adapters": "source", "base_id": "base_model"},
+    "check_tasks": {},
+    "migrate_recipe": {},
     "train": {"base_id": "base"},
 }  # fmt: skip
+#: Commands whose function is not that of their name.
+SHELL = {"check_tasks": ("tasks", "check"), "migrate_recipe": ("recipe", "migrate")}
 # what the order has and the Python function has not, and what stands for it there
 ORDER_ONLY = {
     "evaluate": {
@@ -43,10 +48,15 @@ ORDER_ONLY = {
 SETS = "set_"  # `--set PATH=VALUE`: in Python a keyword, or a mapping under a recipe's key
 
 
+def shell_of(command: str) -> Callable[..., None]:
+    module, name = SHELL.get(command, (command, command))
+    return getattr(import_module(f"plait.cli.{module}"), name)
+
+
 @pytest.mark.parametrize("command", RENAMED)
 def test_every_option_is_one_of_python(command: str) -> None:
     """A recipe's key is a setting in Python; that every key has its flag is tested in test_options.py."""
-    shell = getattr(import_module(f"plait.cli.{command}"), command)
+    shell = shell_of(command)
     python = inspect.signature(getattr(plait, command)).parameters
     takes_settings = any(p.kind is p.VAR_KEYWORD for p in python.values())
     keys = {name for key in recipe_keys() for name in (parameter_name(key.path), f"{parameter_name(key.path)}_alias")}
@@ -64,13 +74,22 @@ def test_every_option_is_one_of_python(command: str) -> None:
 def test_every_parameter_of_python_is_an_option() -> None:
     """`progress` shows, `watcher` too; a function of moments and a mapping of phases have no text."""
     for command, renamed in RENAMED.items():
-        shell = getattr(import_module(f"plait.cli.{command}"), command)
+        shell = shell_of(command)
         flags = {renamed.get(name, name) for name in inspect.signature(shell).parameters}
         found = inspect.signature(getattr(plait, command)).parameters.values()
         names = {p.name for p in found if p.kind is not p.VAR_KEYWORD} - {"progress", "watcher"}
         assert names <= flags, (command, names - flags)
 
 
+TASK = """
+name: toy
+kind: classification
+data: rows.jsonl
+splits: {test: {split: all}}
+prompt: "{text}"
+target: "{label}"
+labels: ["0", "1"]
+"""
 Refused = tuple[list[str], Callable[[], Any]]
 #: what neither door does: a command line, and the same call
 REFUSED: dict[str, Refused] = {
@@ -149,6 +168,39 @@ REFUSED: dict[str, Refused] = {
         ["verify", "earlier", "--parity", "none.txt"],
         lambda: plait.verify("earlier", parity="none.txt"),
     ),
+    "no repository's name": (["push", "earlier", "a/b/c"], lambda: plait.push("earlier", "a/b/c")),
+    "what is not a result, pushed": (["push", "a", "me/x"], lambda: plait.push("a", "me/x")),
+    "nothing to take out": (
+        ["un-bake", "nowhere/model", "a", "-o", "out", "--weight", "0"],
+        lambda: plait.unbake("nowhere/model", "./a", out="out", weight=0.0),
+    ),
+    "a report of nothing": (["report", "a", "-o", "page.html"], lambda: plait.report("a", out="page.html")),
+    "adapters that are not there": (["inspect", "a", "./nowhere"], lambda: plait.inspect(["./a", "./nowhere"])),
+    "two of one name": (["inspect", "x=./a", "x=./b"], lambda: plait.inspect(["x=./a", "x=./b"])),
+    "tasks that are not there": (["tasks", "check", "none.yaml"], lambda: plait.check_tasks(["none.yaml"])),
+    "no tokenizer": (
+        ["tasks", "check", "task.yaml", "--model", "./nowhere"],
+        lambda: plait.check_tasks(["task.yaml"], model="./nowhere"),
+    ),
+    "a recipe that is not valid": (["recipe", "check", "wrong.yaml"], lambda: plait.load_recipe("wrong.yaml")),
+    "an old recipe that is not valid": (
+        ["recipe", "migrate", "wrong.yaml", "-o", "new.yaml"],
+        lambda: plait.migrate_recipe("wrong.yaml", out="new.yaml"),
+    ),
+    "a recipe in the way": (
+        ["recipe", "migrate", "r.yaml", "-o", "wrong.yaml"],
+        lambda: plait.migrate_recipe("r.yaml", out="wrong.yaml"),
+    ),
+    "a folder in the way": (
+        ["recipe", "migrate", "r.yaml", "-o", "a", "--force"],
+        lambda: plait.migrate_recipe("r.yaml", out="a", force=True),
+    ),
+    "a training without data": (
+        ["sft", "--model_name_or_path", "./nowhere", "--output_dir", "out"],
+        lambda: plait.sft(model_name_or_path="./nowhere", output_dir="out"),
+    ),
+    "an unknown flag of a training": (["sft", "--learning_rat", "1"], lambda: plait.sft(learning_rat=1)),
+    "no phases": (["train", "none.yaml"], lambda: plait.train("none.yaml")),
     "an unknown key": (
         ["merge", "a", "b", "-o", "out", "--set", "method.densty=0.3"],
         lambda: plait.merge(["a", "b"], out="out", densty=0.3),
@@ -163,6 +215,9 @@ def test_both_refuse_it_with_the_same_sentence(case: str, tmp_path, monkeypatch,
     for number, name in enumerate("ab"):
         (tmp_path / f"adapter{number}").rename(name)
     (tmp_path / "r.yaml").write_text("adapters: [./a, ./b]\n")
+    (tmp_path / "wrong.yaml").write_text("adapters: [./a, ./b]\nscale: much\n")
+    (tmp_path / "rows.jsonl").write_text('{"text": "x", "label": 0}\n')
+    (tmp_path / "task.yaml").write_text(TASK)
     if "earlier" in REFUSED[case][0]:
         plait.merge(["./a", "./b"], out="earlier")
     before = {p.name for p in tmp_path.iterdir()}

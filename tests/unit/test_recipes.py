@@ -469,7 +469,7 @@ FORMS = "Allowed: [name=]PATH (a folder, as ./a, /a, ~/a) or [name=]org/repo[@re
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("seed: 1", ["recipe:1: adapters: 'adapters' is missing. A list: `[name=]folder` or `org/repo[@revision][/subfolder]` each."]),
+        ("seed: 1", ["recipe:1: adapters: 'adapters' is missing. A list of `[name=]folder` or `org/repo[@revision]`."]),
         ("adapters: []", ["recipe:1: adapters: adapters is empty; give at least 1."]),
         ("adapters: ./a", ["recipe:1: adapters: adapters is './a'; it must be a list."]),
         ("adapters: [3, {name: a}]", [

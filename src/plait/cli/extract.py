@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from plait.cli.options import Energy, Force, Json, Out, Workers
 
 if TYPE_CHECKING:
     from plait.extraction.pipeline import ExtractResult
@@ -15,12 +16,9 @@ if TYPE_CHECKING:
 def extract(
     base: Annotated[str, typer.Argument(help=r"The base model: FOLDER or org/repo\[@revision].", show_default=False)],
     finetuned: Annotated[str, typer.Argument(help="A full fine-tune of it, likewise.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write.", show_default=False)],
+    out: Out,
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter.", show_default=False)] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(help="Lowest rank that keeps this share of ‖ΔW‖² in every module.", show_default=False),
-    ] = None,
+    energy: Energy = None,
     targets: Annotated[
         list[str] | None,
         typer.Option(help=r"Layers: q_proj,v_proj, or a pattern, '*.layers.0.*'. \[all but embeddings]", show_default=False),
@@ -35,33 +33,26 @@ def extract(
     base_id: Annotated[
         str | None, typer.Option("--base-id", help=r"The base model's name in the adapter. \[BASE]", show_default=False)
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at a time.", show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an adapter at --out.")] = False,
+    workers: Workers = None,
+    json: Json = False,
+    force: Force = False,
 ) -> None:
     """Write a LoRA adapter from a full fine-tune: what it changed, at a low rank, with the energy that this keeps.
 
     Example: plait extract org/base org/finetuned --rank 32 -o adapter
     """
-    from plait.api import extract as run
     from plait.cli.console import ProgressBars, print_json
+    from plait.commands.extract import ExtractOrder
 
-    result = run(
-        base,
-        finetuned,
-        rank=rank,
-        energy=energy,
-        out=out,
-        targets=None if targets is None else [name.strip() for text in targets for name in text.split(",")],
-        embeddings=embeddings,
-        modules_to_save=modules_to_save,
-        dtype=dtype,
-        layout=layout,
-        base_id=base_id,
-        force=force,
-        workers=workers,
-        progress=ProgressBars(),
-    )
+    settings = {
+        "targets": None if targets is None else [name.strip() for text in targets for name in text.split(",")],
+        "embeddings": embeddings,
+        "modules_to_save": modules_to_save,
+        "dtype": dtype,
+        "layout": layout,
+        "base_id": base_id,
+    }
+    result = ExtractOrder(base, finetuned, out, rank, energy, settings, force, workers).run(ProgressBars())
     if json:
         print_json({"folder": str(result.folder), **result.record.model_dump(mode="json")})
     else:

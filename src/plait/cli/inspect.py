@@ -11,6 +11,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from plait.cli.options import Json, Workers
+
 if TYPE_CHECKING:
     from plait.inspection.geometry import SymmetricMatrix
     from plait.inspection.report import AdapterComparison, AdapterReport, Inspection, LayerComparison
@@ -37,17 +39,17 @@ def inspect(
         str | None,
         typer.Option("--base-id", help="Base model, when the adapters name it differently.", show_default=False),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Modules worked on at a time.", show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    workers: Workers = None,
+    json: Json = False,
 ) -> None:
     """Say what adapters are, how they relate, and whether they can be merged.
 
     Example: plait inspect math=./a code=org/repo@main/checkpoint-100
     """
-    from plait.api import inspect as run
     from plait.cli.console import ProgressBars, out, print_json
+    from plait.commands.inspect import InspectOrder
 
-    inspection = run(adapters, base_model=base_id, workers=workers, progress=ProgressBars())
+    inspection = InspectOrder(adapters, base_id, workers).run(ProgressBars())
     if json:
         print_json(inspection.model_dump(mode="json"))
     else:

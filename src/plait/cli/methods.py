@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from plait.cli.options import Json
+
 if TYPE_CHECKING:
     from plait.methods.base import Method
     from plait.stages import Pipeline, StageParams
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 def methods(
     name: Annotated[str | None, typer.Argument(help="Describe one method (or stage).", show_default=False)] = None,
     stages: Annotated[bool, typer.Option("--stages", help="The stages that methods are made of, not the methods.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json: Json = False,
 ) -> None:
     """List the merge methods, or describe one: paper, equation, parameters, spaces, exactness, the pipeline it stands for.
 

@@ -7,24 +7,26 @@ from typing import Annotated
 
 import typer
 
+from plait.cli.options import Json, Private
+
 
 def push(
     folder: Annotated[Path, typer.Argument(help="What merge, bake, compress or extract wrote.", show_default=False)],
     repo: Annotated[str, typer.Argument(help="org/name, or name for your own account.", show_default=False)],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    private: Private = False,
     revision: Annotated[str | None, typer.Option(help="Branch to write to; created when missing.", show_default=False)] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     message: Annotated[str | None, typer.Option("--message", "-m", help="Title of the commit.", show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json: Json = False,
 ) -> None:
     """Upload a finished result to the Hub; one that is not what its plait.lock says is refused.
 
     Example: plait push merged me/merged --private
     """
-    from plait.api import push as run
     from plait.cli.console import err, out, print_json
+    from plait.commands.push import PushOrder
 
-    pushed = run(folder, repo, private=private, revision=revision, create_pr=create_pr, message=message)
+    pushed = PushOrder(folder, repo, private, revision, create_pr, message).run()
     if json:
         print_json({"url": pushed.url, "left_out": pushed.left_out, "notes": pushed.notes})
         return

@@ -51,19 +51,12 @@ def migrate(
     """Write a recipe in today's form; what changed, and where numbers will differ, goes to stderr."""
     from plait.cli.console import err
     from plait.cli.console import out as stdout
-    from plait.errors import OutputError
-    from plait.recipes.loading import migrate_file
-    from plait.results.writing import write_text_atomic
+    from plait.commands.recipe import MigrateOrder
 
-    text, notes = migrate_file(file)
+    text, notes = MigrateOrder(file, out, force).run()
     for note in notes:
         err().print(f"note: {note}", markup=False)
     if out is None:
         typer.echo(text, nl=False)
         return
-    if out.is_symlink() or (out.exists() and not out.is_file()):
-        raise OutputError(f"{out} exists already, and is not a file. Choose another output.")
-    if out.exists() and not force:
-        raise OutputError(f"{out} exists already. Choose another output, or replace it with --force.")
-    write_text_atomic(out, text)
     stdout().print(f"{file} → {out}: today's form.", markup=False, soft_wrap=True)

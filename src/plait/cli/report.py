@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from plait.cli.options import Json
+
 
 def report(
     runs: Annotated[
@@ -25,7 +27,7 @@ def report(
         Path | None, typer.Option(help="Also write the figures here, as SVG and PNG.", show_default=False)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the page at --out, and the figures.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json: Json = False,
 ) -> None:
     """Write one page that shows what a merge kept: readable offline, with nothing beside it.
 
@@ -33,10 +35,10 @@ def report(
     """
     from plait.cli.console import ProgressBars, print_json
     from plait.cli.console import out as console
-    from plait.reports.pipeline import make_report
+    from plait.commands.report import ReportOrder
     from plait.reports.verdict import verdict
 
-    result = make_report(runs, out=out, title=title, figures=figures, force=force, progress=ProgressBars())
+    result = ReportOrder(runs, out, title, figures, force).run(ProgressBars())
     first = result.report.evaluations[0] if result.report.evaluations else None
     if json:
         told = {

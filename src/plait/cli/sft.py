@@ -36,16 +36,16 @@ def sft(context: typer.Context) -> None:
     """
     from plait.cli.console import ProgressBars, print_json
     from plait.cli.stopping import noting_on_stop
-    from plait.training.arguments import all_flags, read_flags
+    from plait.training.arguments import all_flags
 
     if {"--help_all", "--help-all"} & {*context.args}:
         typer.echo(all_flags())
         return
+    from plait.commands.sft import SftOrder
     from plait.training.folder import is_main_process
-    from plait.training.sft import plan_sft, run_sft
 
-    flags = read_flags(context.args)
-    plan = plan_sft(flags)
+    order = SftOrder(context.args)
+    flags, plan = order.flags, order.plan()
     told = is_main_process()
     if told:
         _show_plan(plan)
@@ -54,11 +54,8 @@ def sft(context: typer.Context) -> None:
             print_json(_plan_json(plan))
         return
     as_json = bool(flags.get("json"))
-    with (
-        noting_on_stop(),
-        redirect_stdout(sys.stderr) if as_json else nullcontext(),
-    ):  # trackers and trainers print what they like
-        result = run_sft(plan, progress=ProgressBars() if as_json else None)
+    with noting_on_stop(), redirect_stdout(sys.stderr) if as_json else nullcontext():  # trackers print what they like
+        result = order.run(ProgressBars() if as_json else None)
     if told and as_json:
         print_json(_json(result))
     if told:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from plait.cli.options import Json
+
 if TYPE_CHECKING:
     from plait.tasks.checking import SplitCheck, TaskCheck
 
@@ -28,7 +30,7 @@ def check(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's tokenizer.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json: Json = False,
 ) -> None:
     """Show what a task asks: rendered examples, token counts, label balance, overlap between splits.
 
@@ -36,10 +38,10 @@ def check(
 
     Example: plait tasks check tasks/langid.yaml --model HuggingFaceTB/SmolLM2-135M-Instruct
     """
-    from plait.api import check_tasks
     from plait.cli.console import print_json
+    from plait.commands.tasks import CheckTasksOrder
 
-    checks = check_tasks(tasks, model=model, trust_remote_code=trust_remote_code)
+    checks = CheckTasksOrder(tasks, model, trust_remote_code).run()
     if json:
         print_json({"tasks": [c.model_dump(mode="json") for c in checks]})
     else:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from plait.cli.options import Json
+
 if TYPE_CHECKING:
     from plait.training.estimate import Forecast
     from plait.training.phases import TrainingPlan
@@ -49,7 +51,7 @@ def train(
         bool, typer.Option("--trust-remote-code", help="In evaluation: run code that comes with the base's weights.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show phases, steps, tokens and disk; train nothing.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json: Json = False,
 ) -> None:
     """Train one adapter per phase, merge them, and say what the merge kept of each.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from plait.cli.options import Force, Json, Out, Workers
 
 if TYPE_CHECKING:
     from plait.baking.unbake import UnbakeResult
@@ -14,25 +15,23 @@ if TYPE_CHECKING:
 def unbake(
     model: Annotated[str, typer.Argument(help=r"A baked model: FOLDER or org/repo\[@revision].", show_default=False)],
     adapter: Annotated[str, typer.Argument(help="The adapter to take out of it, likewise.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write.", show_default=False)],
+    out: Out,
     weight: Annotated[float | None, typer.Option(help=r"What the adapter was baked with. \[1.0]", show_default=False)] = None,
     original: Annotated[
         str | None, typer.Option(help="The model before the bake: say how far the result is from it.", show_default=False)
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a model at --out.")] = False,
+    workers: Workers = None,
+    json: Json = False,
+    force: Force = False,
 ) -> None:
     """Take an adapter out of a baked model again, to within rounding.
 
     Example: plait un-bake baked ./adapter -o restored --original org/base
     """
-    from plait.api import unbake as run
     from plait.cli.console import ProgressBars, print_json
+    from plait.commands.unbake import UnbakeOrder
 
-    result = run(
-        model, adapter, out=out, weight=weight, original=original, force=force, workers=workers, progress=ProgressBars()
-    )
+    result = UnbakeOrder(model, adapter, out, weight, original, force, workers).run(ProgressBars())
     if json:
         remaining = result.remaining.model_dump(mode="json") if result.remaining else None
         record = result.bake.record.model_dump(mode="json")

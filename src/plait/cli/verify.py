@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from plait.cli.options import Json, Workers
+
 if TYPE_CHECKING:
     from plait.verification.parity import ParityReport
     from plait.verification.rebuild import RebuiltFile
@@ -32,8 +34,8 @@ def verify(
     ] = None,
     base_id: Annotated[str | None, typer.Option("--base-id", help="Base model for --parity.", show_default=False)] = None,
     device: Annotated[str, typer.Option(help="Where --parity computes.")] = "cpu",
-    workers: Annotated[int | None, typer.Option(min=1, help="Modules worked on at a time.", show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    workers: Workers = None,
+    json: Json = False,
 ) -> None:
     """Check a result against its plait.lock: files, inputs, and the whole made again. Exit code 0 when all is equal, else 2.
 

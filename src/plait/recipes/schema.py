@@ -239,7 +239,10 @@ class Recipe(Record):
             description="Base model, in place of the adapters' own; needed to bake, evaluate, tune, and for DoRA, not to merge."
         ),
     ] = None
-    adapters: Annotated[tuple[AdapterEntry, ...], Field(min_length=1, description="A list: `[name=]folder` or `org/repo[@revision][/subfolder]` each.")]
+    adapters: Annotated[
+        tuple[AdapterEntry, ...],
+        Field(min_length=1, description="A list of `[name=]folder` or `org/repo[@revision]`."),
+    ]
     method: Annotated[MethodSpec, Field(description="Merge method (with its parameters); `plait methods` lists them.")] = Field(
         default={"name": "linear"}, validate_default=True
     )

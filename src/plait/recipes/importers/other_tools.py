@@ -97,7 +97,7 @@ TABLE: tuple[Term, ...] = (
     Term(FRAMEWORK, "code", "--lambda", "--lambda 0.5",
         "Of weighted, weighted_delta and dare; with other methods the factor on the merge is --scale."),
     Term(FRAMEWORK, "flag", "--k", "--density 0.2", "Density is k / 100."),
-    Term(FRAMEWORK, "code", "--drop-rate", "--density 0.1", "Density is 1 − the drop rate; of dare, --drop-rate is a flag here too."),
+    Term(FRAMEWORK, "code", "--drop-rate", "--density 0.1", "Density is 1 − the drop rate; dare has --drop-rate too."),
     Term(FRAMEWORK, "flag", "--evaluate", "plait eval RECIPE --tasks TASK...", "With -o it writes the merge too.", _WRITES),
     Term(FRAMEWORK, "flag", "--eval-tasks", "plait eval --tasks TASK..."),
     Term(FRAMEWORK, "flag", "--eval-split", "plait eval --split validation"),
