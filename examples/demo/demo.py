@@ -262,12 +262,12 @@ def _compare(console: Console, out: Path, samples: int, dtype: str) -> ComparedM
     from plait.cli.console import ProgressBars
     from plait.evaluation.comparison import compare_merges
     from plait.evaluation.pipeline import EvaluateOptions
-    from plait.evaluation.request import with_tasks
+    from plait.evaluation.request import evaluated_recipe
     from plait.recipes.request import read_request
 
     adapters = {name: HERE / "adapters" / name for name in NAMES}
     recipes = {
-        label: with_tasks(read_request(None, adapters, settings)[0], _tasks(), {"subset": samples, "batch_size": BATCH})
+        label: evaluated_recipe(read_request(None, adapters, settings)[0], _tasks(), {"subset": samples, "batch_size": BATCH})
         for label, settings in MERGES.items()
     }
     options = EvaluateOptions(_workspace(out), base=str(base_model()), dtype=dtype, device_map="cpu", matrix=True)

@@ -176,7 +176,6 @@ REFUSED: dict[str, Refused] = {
     ),
     "a report of nothing": (["report", "a", "-o", "page.html"], lambda: plait.report("a", out="page.html")),
     "adapters that are not there": (["inspect", "a", "./nowhere"], lambda: plait.inspect(["./a", "./nowhere"])),
-    "two of one name": (["inspect", "x=./a", "x=./b"], lambda: plait.inspect(["x=./a", "x=./b"])),
     "tasks that are not there": (["tasks", "check", "none.yaml"], lambda: plait.check_tasks(["none.yaml"])),
     "no tokenizer": (
         ["tasks", "check", "task.yaml", "--model", "./nowhere"],
