@@ -61,6 +61,7 @@ ALIASES = {
     "uniform_delta": "uniform",
     "task_vector": "uniform",
     "weighted_delta": "weighted",
+    "regmean_sequential": "regmean",  # what differs is how its moments are taken: tests/e2e/test_regmean_sequential.py
 }
 
 # id → (method, parameters, promises other than the method's own)

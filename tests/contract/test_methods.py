@@ -56,7 +56,7 @@ def test_an_alias_is_the_same_pipeline(alias: str, label: str) -> None:
     assert type(method) is type(same)
     differing = {f.name for f in fields(method) if getattr(method, f.name) != getattr(same, f.name)}
     # `stages`, `coefficients`, `check`, `layers`, `randomised` and the numbers of adapters are then the same objects
-    assert differing <= {"name", "summary", "equation", "source", "deviation", "spaces", "auto_rank", "params"}
+    assert differing <= {"name", "summary", "equation", "source", "deviation", "spaces", "auto_rank", "params", "sequential"}
     assert set(method.spaces) <= {space for of, space in ROWS if of == label}
     if isinstance(method, LinearMethod):  # one stage: the method's own function and parameters
         assert subject.params == other.params

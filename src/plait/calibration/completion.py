@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from plait.calibration.pipeline import load_base, take_all_moments
+from plait.calibration.pipeline import load_base, take_all_moments, take_sequential_moments
 from plait.calibration.request import CalibrateOptions, CalibrationRequest, read_calibration
 from plait.calibration.scale import FoundValues, find_values
 from plait.calibration.texts import describe_counts
@@ -78,6 +78,11 @@ def complete_recipe(
         raise PlanError(
             f"{', '.join(wanted)}: 'auto' is found on texts of tasks, and there are none; give --tasks FILE.yaml, or a number."
         )
+    if recipe.is_sequential and wanted.keys() - {"scale"}:
+        raise PlanError(
+            f"method {recipe.method_name!r} takes its moments with a number for every parameter; 'auto' cannot be found for "
+            f"{', '.join(wanted.keys() - {'scale'})}. Give a number, or find one with 'regmean'."
+        )
     require("a merge that reads texts", {"eval": ["transformers", "accelerate", "jinja2"]})
     if out is not None and (problem := output_problem(out, force=force)):
         raise OutputError(problem)
@@ -86,7 +91,7 @@ def complete_recipe(
     mixture = cache(lambda: load_base(request, progress))
     notes: tuple[str, ...] = ()
     if lacks_moments:
-        recipe = _with_moments(recipe, request, folder, mixture, progress)
+        recipe = _with_moments(recipe, request, folder, mixture, workers or default_workers(), progress)
         notes = (f"second moments are of {describe_counts(request.texts)}; no label was read.",)
     if not wanted:
         return CompletedRecipe(recipe, notes=notes)
@@ -102,11 +107,19 @@ def complete_recipe(
 
 
 def _with_moments(
-    recipe: Recipe, request: CalibrationRequest, folder: Path | None, mixture: Callable[[], Mixture], progress: Progress
+    recipe: Recipe,
+    request: CalibrationRequest,
+    folder: Path | None,
+    mixture: Callable[[], Mixture],
+    workers: int,
+    progress: Progress,
 ) -> Recipe:
-    names = {a.name: f"{a.name}-{request.key(a)}.safetensors" for a in request.inventory.adapters}
-    taken = take_all_moments(request, lambda a: STORE / names[a.name], mixture, progress)
-    fresh = [a.name for a in taken if not a.reused]
+    if recipe.is_sequential:
+        names, fresh = take_sequential_moments(request, STORE, mixture, workers, progress)
+    else:
+        names = {a.name: f"{a.name}-{request.key(a)}.safetensors" for a in request.inventory.adapters}
+        taken = take_all_moments(request, lambda a: STORE / names[a.name], mixture, progress)
+        fresh = [a.name for a in taken if not a.reused]
     how = f"taken now on {describe_counts(request.texts)}" if fresh else "taken by an earlier run on the same texts"
     announce(f"second moments of {', '.join(names)}, {how}, are kept in {STORE}.")
     home = STORE if folder is None else STORE.absolute()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -204,6 +204,7 @@ def take_moments(
     most_rows: int = MOST_ROWS,
     seed: int = 0,
     report: Callable[[int], object] = lambda done: None,
+    until: Sequence[nn.Module] = (),
 ) -> InputMoments:
     """Return the second moments of modules' inputs over the tokens of some passages, as a model that acts now reads them.
 
@@ -217,11 +218,32 @@ def take_moments(
         most_rows: inputs kept per module.
         seed: of the choice of tokens.
         report: called with the number of passages read since it was last called.
+        until: every passage is read up to the first of these modules.
     """
     share = min(1.0, 2 * most_rows / sum(p.tokens for p in passages))
     moments, reader = InputMoments(modules, most_rows=most_rows, seed=seed, share=share), Reader(model, head=head)
-    with torch.inference_mode(), moments.watching():
+    with torch.inference_mode(), moments.watching(), _ending_at(until):
         for batch in equal_lengths(passages):
-            reader.read(batch)
+            with suppress(_Reached):
+                reader.read(batch)
             report(len(batch))
     return moments
+
+
+class _Reached(Exception):
+    """A module was reached at which reading ends."""
+
+
+@contextmanager
+def _ending_at(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """End a forward pass at the first of some modules, by `_Reached`."""
+
+    def end(*_: object) -> None:
+        raise _Reached
+
+    hooks = [m.register_forward_pre_hook(end) for m in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

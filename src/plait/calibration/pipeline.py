@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from plait.adapters.adapter import Adapter
 from plait.calibration.inputs import encode_texts
-from plait.calibration.moments import take_moments
+from plait.calibration.moments import InputMoments, take_moments
 from plait.calibration.record import CALIBRATION, CalibratedAdapter, CalibrationRecord
 from plait.calibration.request import CalibrateOptions, CalibrationRequest, read_calibration
+from plait.calibration.sequential import merge_layer_by_layer
 from plait.errors import AdapterError, OutputError
 from plait.evaluation.loaded_base import LoadedBase
+from plait.evaluation.scores import digest
 from plait.extras import require
 from plait.merging.moments import MomentsFile, MomentsOrigin, write_moments
 from plait.merging.pipeline import input_folders
@@ -26,6 +30,7 @@ from plait.mixture import Mixture
 from plait.notices import announce
 from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Recipe
+from plait.recipes.writing import recipe_json
 from plait.results.digests import sha256
 from plait.results.disk import check_not_an_input, check_space
 from plait.results.lock import LOCK, locked_input, new_lock, output_digests
@@ -157,6 +162,65 @@ def _take(request: CalibrationRequest, mixture: Mixture, adapter: Adapter, key: 
         plait=__version__,
     )
     write_moments(file, moments.found(), origin)
+
+
+def take_sequential_moments(
+    request: CalibrationRequest, store: Path, base: Callable[[], Mixture], workers: int, progress: Progress
+) -> tuple[dict[str, str], list[str]]:
+    """Take the moments of all adapters layer by layer, with the layers below already merged, where they are not there yet.
+
+    Returns:
+        Adapter → name of its file in the store, and the adapters whose moments were taken now.
+    """
+    inventory = request.inventory
+    recipe = inventory.recipe.with_values({"scale": 1.0})
+    asked = {k: v for k, v in recipe_json(recipe).items() if k not in ("adapters", "base_model", "heads")}
+    weights = [entry.weight for entry in recipe.adapters]
+    key = digest("sequential", asked, weights, [request.key(a) for a in inventory.adapters])
+    names = {a.name: f"{a.name}-{key}.safetensors" for a in inventory.adapters}
+    if all(_origin(store / name) == key for name in names.values()):
+        return names, []
+    mixture = base()
+    passages = {
+        a.name: [p for task in request.tasks_of(a.name) for p in encode_texts(mixture, request.texts[task], a.name)]
+        for a in inventory.adapters
+    }
+    sampled: Counter[str] = Counter()
+    store.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".sequential", dir=store) as place:
+        parts: dict[str, list[Path]] = {name: [] for name in names}
+
+        def keep(name: str, moments: InputMoments) -> None:
+            sampled[name] += len(moments.sampled)
+            parts[name].append(Path(place, f"{len(parts[name])}-{name}.safetensors"))
+            write_moments(parts[name][-1], moments.found())
+
+        for _ in merge_layer_by_layer(
+            replace(inventory, recipe=recipe),
+            mixture,
+            passages,
+            {name: request.has_head(name) for name in names},
+            tokens=request.spec.tokens,
+            seed=request.spec.seed,
+            workers=workers,
+            progress=progress,
+            keep=keep,
+        ):
+            pass
+        for adapter in inventory.adapters:
+            origin = MomentsOrigin(
+                adapter=adapter.sha256(),
+                base=request.base_digest,
+                texts=request.text_digests(adapter.name),
+                tokens=sum(p.tokens for p in passages[adapter.name]),
+                sampled=sampled[adapter.name],
+                key=key,
+                plait=__version__,
+                sequential=True,
+            )
+            found = {k: v for part in parts[adapter.name] for k, v in MomentsFile(part).read_all().items()}
+            write_moments(store / names[adapter.name], found, origin)
+    return names, list(names)
 
 
 def load_base(request: CalibrationRequest, progress: Progress) -> Mixture:

@@ -18,7 +18,7 @@ from plait.folders import expanded
 from plait.hub.download import ADAPTER_CONFIG, Located, resolve, resolve_model
 from plait.hub.references import parse_reference
 from plait.inspection.compatibility import check_compatibility
-from plait.merging.moments import Moments, MomentsOf, from_files, from_function
+from plait.merging.moments import Moments, MomentsOf, from_files, from_function, not_taken_yet
 from plait.recipes.schema import Recipe
 
 
@@ -110,6 +110,11 @@ def _base_config(inventory: Inventory, folder: Path | None, given: Path | None) 
 
 
 def _moments(recipe: Recipe, folder: Path | None, given: MomentsOf | None, adapters: Sequence[Adapter]) -> Moments | None:
+    if given is not None and recipe.is_sequential and given is not not_taken_yet:
+        raise PlanError(
+            f"method {recipe.method_name!r} takes second moments layer by layer, with the layers below already merged; a "
+            "function cannot give them. Give tasks (tasks=) in its place, or use 'regmean'."
+        )
     if given is not None:
         return from_function(given, {a.name: a.targets for a in adapters})
     names = [a.name for a in recipe.adapters]

@@ -49,6 +49,7 @@ class MomentsOrigin(Record):
         sampled: modules that keep some of their inputs only.
         key: digest of everything that the file depends on.
         plait: version that made it.
+        sequential: taken with the layers below already merged, by a merge that is among what `key` is of.
     """
 
     adapter: str
@@ -58,6 +59,7 @@ class MomentsOrigin(Record):
     sampled: int
     key: str
     plait: str
+    sequential: bool = False
 
 
 class _Metadata(Record):
@@ -122,6 +124,11 @@ class MomentsFile:
         if found[1]:
             return InputRows(self._file.read(name + _ROWS))
         return self._file.read(name) if matrix is None else self._file.read_rows(name, matrix, matrix + 1)[0]
+
+    def read_all(self) -> dict[str, Found]:
+        """Return module → its entry; modules that share one have the same object."""
+        found = {name: entry for name in self.entries if (entry := self.read(name, None)) is not None}
+        return found | {module: found[owner] for module, owner in self._shared.items()}
 
 
 @dataclass(frozen=True)
@@ -232,6 +239,11 @@ def from_function(given: MomentsOf, targets: Mapping[str, Collection[str]]) -> M
         return found if matrix is None or not isinstance(found, Tensor) else found[matrix]
 
     return Moments(targets, read, {})
+
+
+def not_taken_yet(adapter: str, module: str) -> Found | None:
+    """Stand for moments that a merge takes first, in a plan of it."""
+    raise AssertionError(f"a plan asked for the moments of {adapter}, {module}")
 
 
 def moments_problems(moments: Moments, layouts: Mapping[str, Layout]) -> list[str]:

@@ -24,7 +24,7 @@ from plait.merging.delta_file import DeltaFile
 from plait.merging.engine import Engine, MergedModule, name_extreme_adapters
 from plait.merging.heads import write_heads
 from plait.merging.inventory import Inventory, take_inventory
-from plait.merging.moments import Found, MomentsOf
+from plait.merging.moments import MomentsOf, not_taken_yet
 from plait.merging.plan import MergePlan, make_plan
 from plait.merging.record import RunRecord, input_digests, make_lock, merge_summary, sources
 from plait.recipes.naming import naming_its_file
@@ -73,7 +73,7 @@ def plan_recipe(
     """
     notes = []
     if moments is None and recipe.lacks_moments:
-        moments = _not_taken_yet
+        moments = not_taken_yet
         notes.append(
             f"second moments are taken first: each adapter reads its tasks' texts, at most {recipe.calibration.count} of each, "
             "with the base in memory."
@@ -84,10 +84,6 @@ def plan_recipe(
         notes.append(f"the {found} {'is' if len(values) == 1 else 'are'} found on the tasks' texts; this plan has {here}.")
     plan = make_plan(take_inventory(recipe, folder, moments), workers=workers or default_workers())
     return plan.model_copy(update={"notes": (*plan.notes, *notes)})
-
-
-def _not_taken_yet(adapter: str, module: str) -> Found | None:
-    raise AssertionError(f"a plan asked for the moments of {adapter}, {module}")
 
 
 @naming_its_file

@@ -196,6 +196,24 @@ def _dora_problems(inventory: Inventory, pipeline: Pipeline, kept: dict[str, Lay
 def _moments_problems(inventory: Inventory, pipeline: Pipeline) -> list[str]:
     if not pipeline.needs_moments:
         return []
+    recipe = inventory.recipe
+    if recipe.is_sequential and inventory.moments is None:
+        return [
+            f"method {recipe.method_name!r} takes second moments layer by layer, with the layers below already merged: give "
+            "--tasks (tasks=), on whose texts a merge takes them, and no moments"
+        ]
+    files = {} if inventory.moments is None else inventory.moments.files
+    other = [n for n, f in files.items() if (f.origin is not None and f.origin.sequential) != recipe.is_sequential]
+    if other and recipe.is_sequential:
+        return [
+            f"method {recipe.method_name!r} takes second moments layer by layer, with the layers below already merged; those "
+            f"given of {', '.join(other)} were taken without a merge. Give --tasks (tasks=) in their place, or use 'regmean'"
+        ]
+    if other:
+        return [
+            f"the second moments given of {', '.join(other)} were taken by 'regmean_sequential', with the layers below already "
+            f"merged; method {recipe.method_name!r} needs those of `plait calibrate`"
+        ]
     if inventory.moments is None:
         return [
             f"method {inventory.recipe.method_name!r} needs second moments of the modules' inputs: give one file per adapter "

@@ -68,6 +68,7 @@ class Method(ABC):
         min_adapters: fewest adapters it takes.
         max_adapters: most adapters it takes; None for any number.
         randomised: whether it draws random numbers (always from keys).
+        sequential: its moments of a layer are taken with the layers below already merged, so that they belong to this merge.
         auto_rank: the rank that `rank: auto` means: the `exact` one, or PEFT's habit, the `largest` source rank.
         check: raises ValueError when parameters do not suit a number of adapters.
         layers: the layers that parameters name, so that a plan can refuse one that is not there.
@@ -83,6 +84,7 @@ class Method(ABC):
     min_adapters: int = 1
     max_adapters: int | None = None
     randomised: bool = False
+    sequential: bool = False
     auto_rank: AutoRank = "exact"
     check: Callable[[Any, int], None] = field(default=lambda params, adapters: None, repr=False)
     layers: Callable[[Any], tuple[str, ...]] = field(default=lambda params: (), repr=False)

@@ -14,6 +14,10 @@ _RIDGE = (
 )
 
 
+def _solve_inputs(params: SolveInputsFields) -> Pipeline:
+    return Pipeline(SolveInputs.of(params))
+
+
 class WudiParams(RidgeFields):
     """Parameters of `wudi`."""
 
@@ -30,7 +34,21 @@ register(
         deviation=f"E[x xᵀ] for Σ x xᵀ, so that more text weighs no more; a ridge, where the paper has only α. {_RIDGE}",
         spaces=_ANYWHERE,
         combines="deltas",
-        stages=lambda params: Pipeline(SolveInputs.of(params)),
+        stages=_solve_inputs,
+    )
+)
+register(
+    Preset(
+        name="regmean_sequential",
+        summary="RegMean on what a layer gets from the merged layers below it. Needs the base model and texts (`--tasks`).",
+        equation="as regmean, layer by layer; Gₜ = E[x xᵀ] with the layers below merged and this layer's own adapter",
+        params=SolveInputsFields,
+        source=Source("RegMean++ 2025", "https://arxiv.org/abs/2508.03121"),
+        deviation=f"E[x xᵀ] for Σ x xᵀ, as in `regmean`. Layers below act at scale 1, whatever `scale` is. {_RIDGE}",
+        spaces=_ANYWHERE,
+        combines="deltas",
+        sequential=True,
+        stages=_solve_inputs,
     )
 )
 register(

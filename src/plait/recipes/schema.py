@@ -398,6 +398,11 @@ class Recipe(Record):
         return needed and bool(self.tasks) and all(a.moments is None for a in self.adapters)
 
     @property
+    def is_sequential(self) -> bool:
+        """Whether moments of a layer are taken with the layers below already merged."""
+        return METHODS[self.method_name].sequential
+
+    @property
     def method_name(self) -> str:
         """The method's name."""
         return str(self.method.name)  # type: ignore[attr-defined]

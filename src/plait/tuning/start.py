@@ -9,6 +9,7 @@ from torch import nn
 
 from plait.calibration.moments import MOST_ROWS, take_moments
 from plait.calibration.passages import Passage
+from plait.calibration.sequential import merge_layer_by_layer
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.inventory import Inventory
 from plait.merging.moments import Found, from_function
@@ -51,6 +52,8 @@ def closed_form(
     """
     if not needs_moments(inventory):
         return tuple(merged_modules_of(inventory, make_plan(inventory, workers=workers), workers, progress))
+    if inventory.recipe.is_sequential:
+        return _layer_by_layer(inventory, mixture, lessons, workers, progress)
     plan = plan_start(inventory)
     merged: list[MergedModule] = []
     for targets in _groups(inventory, [m.target for m in plan.modules]):
@@ -58,6 +61,19 @@ def closed_form(
         part = plan.model_copy(update={"modules": tuple(m for m in plan.modules if m.target in set(targets))})
         merged += merged_modules_of(_with(inventory, found), part, workers, progress)
     return tuple(merged)
+
+
+def _layer_by_layer(
+    inventory: Inventory, mixture: Mixture, lessons: Sequence[Lesson], workers: int, progress: Progress
+) -> tuple[MergedModule, ...]:
+    passages: dict[str, list[Passage]] = {}
+    for lesson in lessons:
+        passages.setdefault(lesson.adapter, []).extend(_sample(lesson.passages))
+    heads = {lesson.adapter: lesson.head for lesson in lessons}
+    merged = merge_layer_by_layer(
+        inventory, mixture, passages, heads, tokens=MOST_ROWS, seed=0, workers=workers, progress=progress
+    )
+    return tuple(sorted(merged, key=lambda m: m.target))
 
 
 def merged_modules_of(inventory: Inventory, plan: MergePlan, workers: int, progress: Progress) -> Iterator[MergedModule]:

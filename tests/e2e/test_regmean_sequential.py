@@ -1,0 +1,189 @@
+"""`regmean_sequential` beside a literal reading of RegMean++ in float64, and where it is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import plait
+from plait.cli.main import main
+from plait.errors import PlaitError
+from plait.merging.moments import MomentsFile
+from tests.language_models import WORDS, language_model, save_model, tokenizer, train_adapter, write_task
+
+TASKS = ("sort", "rate")
+SEEN = WORDS[:16]
+Deltas = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a base, two adapters of it, and their tasks."""
+    folder = tmp_path_factory.mktemp("sequential")
+    save_model(folder / "base")
+    for task in TASKS:
+        train_adapter(folder / task, task, steps=30)
+        write_task(folder, task, rows=SEEN, splits={"calibration": "test.jsonl"})
+    return folder
+
+
+def deltas(folder: Path) -> Deltas:
+    """Return path → ΔW of an adapter, dense, float64."""
+    config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
+    names = sorted({name.rsplit(".lora_", 1)[0] for name in tensors})
+    return {
+        name.removeprefix("base_model.model."): config["lora_alpha"]
+        / config["r"]
+        * tensors[f"{name}.lora_B.weight"].double()
+        @ tensors[f"{name}.lora_A.weight"].double()
+        for name in names
+    }
+
+
+def inputs_of(acting: Mapping[str, torch.Tensor], wanted: list[str], task: str) -> dict[str, torch.Tensor]:
+    """Return path → inputs (tokens, d) of some modules, while some deltas act on the base, one text at a time."""
+    model = language_model().double()
+    with torch.no_grad():
+        for path, delta in acting.items():
+            model.get_submodule(path).weight.add_(delta)
+    rows: dict[str, list[torch.Tensor]] = {path: [] for path in wanted}
+    for path in wanted:
+        model.get_submodule(path).register_forward_pre_hook(lambda m, x, p=path: rows[p].append(x[0][0].detach()))
+    with torch.no_grad():
+        for word in SEEN:
+            model(input_ids=torch.tensor([tokenizer()(f"{task} {word} :")["input_ids"]]))
+    return {path: torch.cat(found) for path, found in rows.items()}
+
+
+def solved(own: list[torch.Tensor], grams: list[torch.Tensor], ridge: float, alpha: float) -> torch.Tensor:
+    damped = [alpha * g + (1 - alpha) * torch.diag(g.diagonal()) for g in grams]
+    total = sum(damped)
+    rho = ridge * total.trace() / len(total)
+    right = sum(d @ g for d, g in zip(own, damped, strict=True)) + rho * sum(own) / len(own)
+    return torch.linalg.solve(total + rho * torch.eye(len(total)).double(), right.mT).mT
+
+
+def reading(place: Path, *, ridge: float = 1e-2, alpha: float = 0.9) -> Deltas:
+    """Merge layer by layer: the layers below are merged, this layer is each adapter's own."""
+    own = {task: deltas(place / task) for task in TASKS}
+    merged: Deltas = {}
+    for layer in (0, 1):
+        paths = [path for path in own["sort"] if f"layers.{layer}." in path]
+        seen = {t: inputs_of({**merged, **{p: own[t][p] for p in paths}}, paths, t) for t in TASKS}
+        merged |= {
+            p: solved([own[t][p] for t in TASKS], [seen[t][p].mT @ seen[t][p] / len(seen[t][p]) for t in TASKS], ridge, alpha)
+            for p in paths
+        }
+    return merged
+
+
+def merge(place: Path, out: Path, **settings: Any) -> plait.MergeResult:
+    settings = {"method": "regmean_sequential", "tasks": [place / f"{t}.yaml" for t in TASKS], **settings}
+    return plait.merge([place / t for t in TASKS], base_model=str(place / "base"), out=out, **settings)
+
+
+def apart(one: Deltas, two: Deltas) -> dict[str, float]:
+    assert one.keys() == two.keys()
+    return {path: float((one[path] - two[path]).norm() / two[path].norm()) for path in two}
+
+
+@pytest.mark.parametrize("settings", [{}, {"ridge": 0.1, "off_diagonal": 0.5}])
+def test_it_is_a_literal_reading_layer_by_layer(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, float]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="second moments of sort, rate, taken now on 16 texts"):
+        result = merge(place, tmp_path / "merged", **settings)
+    wanted = reading(place, ridge=settings.get("ridge", 1e-2), alpha=settings.get("off_diagonal", 0.9))
+    assert max(apart(deltas(result.folder), wanted).values()) < 1e-4
+    plain = merge(place, tmp_path / "plain", method="regmean", **settings)
+    far = apart(deltas(plain.folder), wanted)
+    assert max(v for p, v in far.items() if "layers.0." in p) < 1e-4  # below it nothing is merged
+    assert max(v for p, v in far.items() if "layers.1." in p) > 1e-2
+
+
+def test_its_moments_are_kept_and_the_lock_makes_it_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="taken now"):
+        first = merge(place, tmp_path / "first")
+    assert plait.verify(first.folder).ok
+    store = tmp_path / "artifacts" / "moments"
+    kept = sorted(store.iterdir())
+    assert [p.name.split("-")[0] for p in kept] == ["rate", "sort"]
+    origin = MomentsFile(kept[0]).origin
+    assert origin is not None
+    assert origin.sequential
+    assert len(MomentsFile(kept[0]).entries) == 6  # q shares with v in each layer
+    with monkeypatch.context() as patch:
+        patch.setattr("plait.mixture.Mixture.load", lambda *a, **k: pytest.fail("the base was loaded"))
+        with pytest.warns(UserWarning, match="taken by an earlier run"):
+            scaled = merge(place, tmp_path / "scaled", scale=1.4)  # a factor on the result; the moments are the same
+    tensor = deltas(first.folder)
+    assert max(apart(deltas(scaled.folder), {p: 1.4 * d for p, d in tensor.items()}).values()) < 1e-5
+    merge(place, tmp_path / "other", ridge=0.5)  # another merge has other layers below
+    assert len(list(store.iterdir())) == 4
+
+
+def test_a_scale_is_found_for_it_and_no_ridge(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="second moments"):
+        record = merge(place, tmp_path / "merged", scale="auto").record
+    assert any("second moments are of 16 texts of split 'calibration' (sort, rate)" in note for note in record.notes)
+    with pytest.raises(PlaitError, match="'auto' cannot be found for ridge"):
+        merge(place, tmp_path / "no", ridge="auto")
+
+
+def test_it_is_refused_with_the_reason(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sources, tasks = [place / t for t in TASKS], [place / f"{t}.yaml" for t in TASKS]
+    moments = plait.calibrate(sources, tasks=tasks, base_model=str(place / "base"), out=tmp_path / "moments").folder
+    with pytest.raises(PlaitError, match=r"those given of sort, rate were taken without a merge. Give --tasks"):
+        merge(place, tmp_path / "no", moments=moments)
+    with pytest.raises(PlaitError, match="a function cannot give them"):
+        merge(place, tmp_path / "no", moments=lambda adapter, module: torch.eye(32))
+    with pytest.raises(PlaitError, match=r"takes second moments layer by layer.* give --tasks"):
+        plait.merge(sources, method="regmean_sequential", out=tmp_path / "no")
+    with pytest.warns(UserWarning, match="second moments"):
+        merge(place, tmp_path / "merged")
+    for kept in (tmp_path / "artifacts" / "moments").iterdir():
+        kept.rename(tmp_path / f"{kept.name.split('-')[0]}.safetensors")
+    with pytest.raises(PlaitError, match=r"given of sort, rate were taken by 'regmean_sequential'"):
+        plait.merge(sources, method="regmean", moments=tmp_path, out=tmp_path / "no")
+    flags = [*map(str, sources), "--tasks", *map(str, tasks), "--method", "regmean_sequential", "--dry-run"]
+    with pytest.raises(SystemExit) as left:
+        main(["merge", *flags])
+    assert not left.value.code
+    assert "second moments are taken first" in capsys.readouterr().out.replace("\n", " ")
+    for source in sources:  # nothing names the base
+        config = json.loads((source / "adapter_config.json").read_text())
+        (tmp_path / source.name).mkdir()
+        for file in source.iterdir():
+            (tmp_path / source.name / file.name).write_bytes(file.read_bytes())
+        (tmp_path / source.name / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(PlaitError, match="base model is not known"):
+        plait.merge([tmp_path / t for t in TASKS], method="regmean_sequential", tasks=tasks, out=tmp_path / "no")
+
+
+def test_a_rank_is_kept(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="second moments"):
+        result = merge(place, tmp_path / "merged", rank=4)
+    own = PeftModel.from_pretrained(language_model(), result.folder)
+    assert result.record.rank == 4
+    assert own.peft_config["default"].r == 4
+
+
+def test_a_tuning_starts_there(place: Path, tmp_path: Path) -> None:
+    sources, tasks = [place / t for t in TASKS], [place / f"{t}.yaml" for t in TASKS]
+    settings: dict[str, Any] = {"tasks": tasks, "base_model": str(place / "base"), "scale": 1.0, "rank": 8}
+    tuned = plait.tune(sources, method="regmean_sequential", tune={"steps": 0}, out=tmp_path / "tuned", **settings)
+    assert max(apart(deltas(tuned.folder), reading(place)).values()) < 1e-4
