@@ -82,18 +82,16 @@ def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def _answered(
-    model: Any,
-    tokenizer: Any,
-    questions: Sequence[Question],
-    max_new_tokens: int,
-    stop: Sequence[str],
-    batch_size: int,
+    model: Any, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int, stop: Sequence[str], batch_size: int
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield batches of questions by their places, with the tokens of their answers, padded on the right."""
     apart = bool(model.config.is_encoder_decoder)
     prompts = [len(q.prompt) for q in questions]
     check_lengths(model, [max(n, 1 + max_new_tokens) if apart else n + max_new_tokens for n in prompts])
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked; any token will do
+    begins = {"decoder_start_token_id": decoder_start(model)} if apart else {}
+    if apart and (first := getattr(model.generation_config, "forced_bos_token_id", None)) is not None:
+        begins["forced_bos_token_id"] = first  # that some models must begin with
     transformers = import_module("transformers")
     criteria = transformers.StoppingCriteriaList
     config = transformers.GenerationConfig(
@@ -102,7 +100,7 @@ def _answered(
         num_beams=1,
         eos_token_id=sorted(_ends(model, tokenizer)) or None,
         pad_token_id=pad,
-        **(_beginning(model) if apart else {}),
+        **begins,
     )
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt), i))
     for at in range(0, len(order), batch_size):
@@ -153,12 +151,6 @@ def _configured(model: Any, config: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def _beginning(model: Any) -> dict[str, int]:
-    """Return how a decoder of its own begins: its start token, and the token that some models must say first."""
-    first = getattr(model.generation_config, "forced_bos_token_id", None)
-    return {"decoder_start_token_id": decoder_start(model), **({} if first is None else {"forced_bos_token_id": first})}
 
 
 def _padded(rows: Sequence[list[int]], pad: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:

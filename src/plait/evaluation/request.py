@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def variants(
     skipped: dict[str, str] = {}
     folder: Path | None = None
     several = len(methods) * max(1, len(spaces)) > 1
-    for method, space in _pairs(methods, spaces):
+    for method, space in product(methods or (None,), spaces or (None,)):
         wanted = _fitting(settings, method) | {k: v for k, v in (("method", method), ("space", space)) if v is not None}
         try:
             recipe, folder = read_request(file, adapters, wanted, sets)
@@ -92,12 +93,6 @@ def variants(
     if not recipes:
         raise RecipeError("none of these merges is valid:\n" + "\n".join(f"  - {n}: {why}" for n, why in skipped.items()))
     return recipes, folder, skipped
-
-
-def _pairs(methods: Sequence[str], spaces: Sequence[str]) -> Iterator[tuple[str | None, str | None]]:
-    for method in methods or (None,):
-        for space in spaces or (None,):
-            yield method, space
 
 
 def _fitting(settings: Mapping[str, Any], method: str | None) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class Session:
         for name in self.adapters:
             row = [self._value(single_candidate(name, self.adapters), asked) for asked in self.asked]
             bases = [self._value(base_candidate(self.adapters), asked) for asked in self.asked]
-            owns = [self._own_value(asked) for asked in self.asked]
+            owns = [None if (own := self._own(a.task)) is None else self._value(own, a) for a in self.asked]
             values.append(tuple(row))
             shares.append(
                 tuple(
@@ -188,10 +188,6 @@ class Session:
 
     def _own(self, task: Task) -> Candidate | None:
         return single_candidate(task.own_adapter, self.adapters) if task.own_adapter in self.adapters else None
-
-    def _own_value(self, asked: TaskExamples) -> float | None:
-        own = self._own(asked.task)
-        return None if own is None else self._value(own, asked)
 
     def _value(self, candidate: Candidate, asked: TaskExamples) -> float:
         return self._metrics[asked.task.name].value(self.answers(candidate, asked))

@@ -16,8 +16,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from plait.evaluation.record import Evaluation, TaskResult
 from plait.notices import announce
 from plait.parsing import read_object
 from plait.results.locking import has_locks
+from plait.results.run_folders import new_run_folder
 from plait.results.writing import write_json_atomic
 
 SCORES = ".scores"
@@ -88,7 +87,9 @@ def write_evaluation(workspace: Path, found: Evaluation) -> Path:
     write_json_atomic(run / f"eval_results_{found.split}.json", data)
     write_json_atomic(run / "merge_metadata.json", _metadata(found))
     write_json_atomic(run / "summary.json", evaluation_summary(found))
-    _append(home / "eval" / "index.json", _entry(workspace, found, results, run))
+    index = home / "eval" / "index.json"
+    with _alone(index):  # what the index holds is never changed
+        write_json_atomic(index, {"entries": [*_entries(index), _entry(workspace, found, results, run)]})
     return run
 
 
@@ -117,21 +118,6 @@ def evaluation_summary(found: Evaluation) -> dict[str, Any]:
         "finished": found.finished,
         "seconds": found.seconds,
     }
-
-
-def new_run_folder(runs: Path) -> Path:
-    """Make a folder `run_<time>` that is ours alone."""
-    stamp = datetime.now().strftime("run_%Y%m%d_%H%M%S")
-    for number in count(1):
-        folder = runs / (stamp if number == 1 else f"{stamp}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from None
-        return folder
-    raise AssertionError("count() ended")
 
 
 def _write_task(workspace: Path, home: Path, found: Evaluation, task: TaskResult) -> None:
@@ -182,16 +168,6 @@ def _entry(workspace: Path, found: Evaluation, results: Path, run: Path) -> dict
         "results": results.relative_to(workspace).as_posix(),
         "run": run.relative_to(workspace).as_posix(),
     }
-
-
-def _append(index: Path, entry: Mapping[str, Any]) -> None:
-    """Add an entry to the index; what stands there is never changed.
-
-    Raises:
-        OutputError: it cannot be read or written.
-    """
-    with _alone(index):
-        write_json_atomic(index, {"entries": [*_entries(index), entry]})
 
 
 def _home(workspace: Path, what: str, names: Sequence[str]) -> Path:

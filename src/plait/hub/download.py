@@ -85,9 +85,8 @@ def resolve(reference: Reference, *, base: Path | None = None, progress: bool = 
     if reference.path is not None:
         return Located(folder=_local_folder(reference, base))
     prefix = _prefix(reference)
-    try:
-        commit, names = _listing(reference)
-    except Exception as error:  # which classes can come depends on the transport library below huggingface_hub
+    commit, names, error = _listing(reference)
+    if error is not None:
         snapshot = _from_cache(error, reference, [glob.escape(prefix + ADAPTER_CONFIG)], base=base)
         held = {path.name for path in (snapshot / prefix).glob("*")}
         if ADAPTER_CONFIG not in held or not held & {ADAPTER_WEIGHTS, PICKLED}:
@@ -126,9 +125,8 @@ def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] =
     if reference.path is not None:
         return Located(folder=_local_folder(reference, base))
     prefix = _prefix(reference)
-    try:
-        commit, names = _listing(reference)
-    except Exception as error:  # which classes can come depends on the transport library below huggingface_hub
+    commit, names, error = _listing(reference)
+    if error is not None:
         patterns = [glob.escape(prefix) + pattern for pattern in (*files, PICKLED_MODEL)]
         snapshot = _from_cache(error, reference, patterns, base=base)
         if not any(path for pattern in _first(files) for path in (snapshot / prefix).glob(pattern)):
@@ -204,12 +202,15 @@ def _if_hub(path: str, base: Path | None) -> str:
     return f" If you mean the repository on the Hub, write {spec!r}."
 
 
-def _listing(reference: Reference) -> tuple[str, list[str]]:
-    """Ask the Hub which commit the reference means, and which files that holds."""
+def _listing(reference: Reference) -> tuple[str, list[str], Exception | None]:
+    """Ask the Hub which commit the reference means, and which files that holds; return why it does not answer, if so."""
     from huggingface_hub import HfApi
 
-    info = HfApi().model_info(reference.repo or "", revision=reference.revision)
-    return info.sha or "", sorted(sibling.rfilename for sibling in info.siblings or [])
+    try:
+        info = HfApi().model_info(reference.repo or "", revision=reference.revision)
+    except Exception as error:  # which classes can come depends on the transport library below huggingface_hub
+        return "", [], error
+    return info.sha or "", sorted(sibling.rfilename for sibling in info.siblings or []), None
 
 
 def _fetch(reference: Reference, commit: str, names: list[str], *, base: Path | None, progress: bool) -> Path:

@@ -106,7 +106,8 @@ class Reference(Record):
         """
         if self.name is not None:
             return self.name
-        parts = _path_parts(self.path, base) if self.path is not None else _hub_parts(self.repo, self.subfolder)
+        below = self.subfolder.split("/") if self.subfolder else []
+        parts = [(self.repo or "").rpartition("/")[2], *below] if self.path is None else _path_parts(self.path, base)
         kept = parts[-1:]
         for part in reversed(parts[:-1]):
             if not _GENERIC.fullmatch(kept[0]):
@@ -239,7 +240,3 @@ def _path_parts(path: str, base: Path | None) -> list[str]:
         elif parts:
             parts.pop()
     return parts or ["adapter"]
-
-
-def _hub_parts(repo: str | None, subfolder: str | None) -> list[str]:
-    return [(repo or "").rpartition("/")[2], *(subfolder.split("/") if subfolder else [])]

@@ -9,12 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import count
 from pathlib import Path
 
 from torch import Tensor
 
-from plait.errors import OutputError
 from plait.inspection.compatibility import max_lora_rank
 from plait.merging.adapter_output import MergedAdapter
 from plait.merging.card import card
@@ -35,6 +33,7 @@ from plait.results.disk import check_not_an_input, check_space
 from plait.results.lock import LOCK, RUN_RECORD, SUMMARY
 from plait.results.progress import Progress, SilentProgress
 from plait.results.records import ModuleRecord, overall_kept, write_json
+from plait.results.run_folders import new_run_folder
 from plait.results.staging import checking_output, staged
 from plait.tensorfiles.writer import TensorWriter
 from plait.version import __version__
@@ -233,16 +232,7 @@ def _claimed(recipe: Recipe) -> Iterator[Path]:
     if len(names) > 120:
         names = f"{len(recipe.adapters)}_adapters"
     runs = Path("artifacts", "merged", recipe.method_name, names, "runs")
-    stamp = datetime.now().strftime("run_%Y%m%d_%H%M%S")
-    for number in count(1):
-        folder = runs / (stamp if number == 1 else f"{stamp}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from None
-        break
+    folder = new_run_folder(runs)
     try:
         yield folder
     finally:
