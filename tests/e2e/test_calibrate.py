@@ -128,6 +128,38 @@ def test_a_folder_of_moments_is_one_of_plaits_results(place: Path, tmp_path: Pat
     assert calibrate(place, tmp_path / "moments", force=True, count=3).record.texts[0].count == 3
 
 
+def test_a_calibration_is_made_again_from_its_lock(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in ("base", "sort", "rate"):
+        shutil.copytree(place / name, tmp_path / "mine" / name)
+    for task in ("sort", "rate"):
+        write_split_task(tmp_path / "mine", task)
+    (tmp_path / "mine" / "words.txt").write_text("w3\nw4\n")
+    monkeypatch.chdir(tmp_path / "mine")
+    settings: dict[str, Any] = {"tasks": ["sort.yaml", "rate.yaml"], "files": {"rate": "words.txt"}, "count": 5, "seed": 3}
+    plait.calibrate(["sort", "rate"], base_model="base", out="moments", **settings)
+    monkeypatch.chdir(tmp_path)
+    folder = (tmp_path / "mine").rename(tmp_path / "moved") / "moments"  # all of it, from another working directory
+    found = plait.verify(folder)
+    assert found.ok
+    assert {r.name: r.state for r in found.rebuilt or ()} == {"sort.safetensors": "equal", "rate.safetensors": "equal"}
+    assert run(["verify", str(folder)]) == 0
+    lock = json.loads((folder / "plait.lock").read_text())
+    assert lock["options"]["request"]["tasks"] == ["./../sort.yaml", "./../rate.yaml"]
+    (folder.parent / "words.txt").write_text("w3\nw5\n")
+    assert "task 'rate': its texts (words.txt) are not those that were read" in str(plait.verify(folder).not_rebuilt)
+    (folder.parent / "words.txt").write_text("w3\nw4\n")
+    (folder.parent / "sort.yaml").unlink()
+    assert "sort.yaml" in str(plait.verify(folder).not_rebuilt)
+    (folder / "plait.lock").write_text(json.dumps({**lock, "options": {}}))
+    assert "kept no names of texts" in str(plait.verify(folder).not_rebuilt)
+    (folder / "plait.lock").write_text(json.dumps({**lock, "options": {**lock["options"], "texts": 5}}))
+    assert "cannot read" in str(plait.verify(folder).not_rebuilt)
+    capsys.readouterr()
+
+
 def test_moments_are_merged_with(place: Path, tmp_path: Path) -> None:
     moments = calibrate(place, tmp_path / "moments").folder
     sources = [place / "sort", place / "rate"]

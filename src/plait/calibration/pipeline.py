@@ -17,7 +17,7 @@ from plait.adapters.adapter import Adapter
 from plait.calibration.inputs import encode_texts
 from plait.calibration.moments import InputMoments, take_moments
 from plait.calibration.record import CALIBRATION, CalibratedAdapter, CalibrationRecord
-from plait.calibration.request import CalibrateOptions, CalibrationRequest, read_calibration
+from plait.calibration.request import CalibrateOptions, CalibrationRequest, locked_request, read_calibration
 from plait.calibration.sequential import merge_layer_by_layer
 from plait.errors import AdapterError, OutputError
 from plait.evaluation.loaded_base import LoadedBase
@@ -106,6 +106,11 @@ def run_calibrate(
             },
             inputs=adapter_inputs(inventory, [digests[a.file.path] for a in inventory.adapters], out),
             outputs=output_digests(place, {a.file: a.sha256 for a in taken}),
+            options={
+                **locked_request(recipe, folder, out, "calibration", {t.task: t.digest for t in record.texts}),
+                "dtype": request.options.dtype,
+                "device_map": request.options.device_map,
+            },
             base=locked_input(request.base, request.base_files, out),
         )
         write_json(place / LOCK, lock)

@@ -22,6 +22,7 @@ from plait.recipes.problems import Problem
 from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
 from plait.results.digests import sha256
+from plait.results.lock import relative_path
 from plait.results.versions import library_versions
 from plait.tasks.asking import Head
 from plait.tasks.loading import absolute_reference, recipe_tasks, with_tasks
@@ -173,6 +174,31 @@ def calibration_recipe(
 
 
 @naming_its_file
+def locked_request(
+    recipe: Recipe, start: Path | None, out: Path, part: Literal["calibration", "tune"], texts: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return what a lock keeps of a request for texts: what was given, its paths from the result's own folder.
+
+    Args:
+        recipe: as asked for.
+        start: what its relative paths are relative to.
+        out: the folder of the result.
+        part: which of its parts is about texts.
+        texts: task → digest of its texts.
+    """
+
+    def placed(reference: str) -> str:
+        absolute = absolute_reference(reference, start)
+        return f"./{relative_path(Path(absolute), out)}" if Path(absolute).is_absolute() else absolute
+
+    given = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"base_model"})
+    given["adapters"] = [{"name": a.name, "weight": a.weight} for a in recipe.adapters]
+    given["tasks"] = [placed(task) for task in recipe.tasks]
+    if files := getattr(recipe, part).files:
+        given[part] = {**given[part], "files": {task: placed(file) for task, file in files.items()}}
+    return {"request": given, "texts": dict(texts)}
+
+
 def read_calibration(recipe: Recipe, folder: Path | None, options: CalibrateOptions) -> CalibrationRequest:
     """Find adapters, base, tasks and texts.
 

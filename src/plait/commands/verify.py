@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from plait.results.progress import Progress
 from plait.verification.parity import check_parity, check_parity_request
@@ -32,10 +33,29 @@ class VerifyOrder:
         if self.prompts is not None:
             check_parity_request(self.prompts, self.device)
         places = {name: str(path) for name, path in self.inputs.items()}
-        found = verify_folder(self.folder, again=self.rebuild, inputs=places, workers=self.workers, progress=progress)
+        found = verify_folder(
+            self.folder,
+            again=self.rebuild,
+            inputs=places,
+            workers=self.workers,
+            progress=progress,
+            rebuilders={"calibrate": _calibrate_again, "tune": _tune_again},
+        )
         if self.prompts is None:
             return found
         report = check_parity(
             self.folder, self.prompts, base_model=self.base_model, inputs=places, device=self.device, progress=progress
         )
         return found.model_copy(update={"parity": report})
+
+
+def _calibrate_again(*request: Any) -> None:
+    from plait.calibration.rebuilding import rebuild_calibration  # which needs torch and transformers
+
+    rebuild_calibration(*request)
+
+
+def _tune_again(*request: Any) -> None:
+    from plait.tuning.pipeline import rebuild_tuning
+
+    rebuild_tuning(*request)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
-from plait.calibration.request import MISMATCH, base_of, paired_tasks, tasks_key_problem, texts_of
+from plait.calibration.rebuilding import check_same_texts, request_of
+from plait.calibration.request import MISMATCH, base_of, locked_request, paired_tasks, tasks_key_problem, texts_of
 from plait.calibration.texts import Texts, prompt_text, texts_in_split
 from plait.checkpoints.digests import weight_files
 from plait.errors import OutputError, PlanError, TaskError, collect
@@ -38,7 +39,7 @@ from plait.recipes.tuning import LABELED, TuneSpec
 from plait.recipes.writing import to_yaml
 from plait.results.digests import sha256
 from plait.results.disk import check_not_an_input
-from plait.results.lock import LEARNED_RECIPE, LEARNED_START, LOCK, locked_input, relative_path
+from plait.results.lock import LEARNED_RECIPE, LEARNED_START, LOCK, Lock, locked_input, relative_path
 from plait.results.progress import Progress, SilentProgress
 from plait.results.records import write_json
 from plait.results.staging import output_problem, staged, tuning_folder
@@ -73,6 +74,7 @@ from plait.tuning.span import energy_outside_span, relative_distance
 from plait.tuning.start import closed_form, merged_modules_of, plan_start
 from plait.tuning.teaching import Lesson, make_lesson
 from plait.tuning.working import WorkingState
+from plait.verification.inputs import FoundInput
 from plait.version import __version__
 
 _SHOWN = 3
@@ -223,11 +225,35 @@ def run_tune(
         )
         (place / "README.md").write_text(tune_card(inventory, record, place), encoding="utf-8")
         write_json(place / TUNING, record)
-        lock = make_lock(made.inventory, {**digests, **made.digests}, place, kind="tune", known=made.known)
+        asked = locked_request(recipe, folder, out, "tune", {name: t.digest for name, t in texts.items()})
+        options_run = {"dtype": options.dtype, "device_map": options.device_map}
+        lock = make_lock(
+            made.inventory,
+            {**digests, **made.digests},
+            place,
+            kind="tune",
+            options={**asked, **options_run},
+            known=made.known,
+        )
         locked_base = locked_input(base, base_files, out)
         write_json(place / LOCK, lock.model_copy(update={"base": locked_base}))
     working.remove()
     return TuneResult(out, record)
+
+
+def rebuild_tuning(
+    lock: Lock, folder: Path, inputs: Mapping[str, FoundInput], out: Path, workers: int | None, progress: Progress
+) -> None:
+    """Tune again, from the lock of a tuning of factors or directions; see `calibration.rebuilding`.
+
+    Raises:
+        PlaitError: it cannot be done; the texts are others now.
+    """
+    recipe, options, locked = request_of(lock, folder, inputs, "tune")
+    inventory = take_inventory(recipe)
+    texts, right, _ = _texts(recipe, None, inventory)
+    check_same_texts(texts if recipe.tune.allow_test else _without_tested(texts, right)[0], locked)
+    run_tune(recipe, folder=None, out=out, options=TuneOptions(**options, workers=workers), progress=progress)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,10 @@ from plait.verification.public import public_digest
 from plait.version import __version__
 
 _LEARNED = (LEARNED_RECIPE, "tuning.json")
+
+
+#: (lock, its folder, inputs, output folder, workers, progress): does what a lock says, as `rebuild` does.
+Rebuilder = Callable[[Lock, Path, Mapping[str, FoundInput], Path, int | None, Progress], None]
 
 
 class RebuiltFile(Record):
@@ -100,7 +104,7 @@ def compare_rebuilt(folder: Path, rebuilt: Path, lock: Lock) -> tuple[RebuiltFil
     Nor is what a tuning learned: its recipe is made again, not the learning of it.
     """
     here = set(entries(rebuilt))
-    beside = {"plait.lock", "merge_metadata.json", "summary.json", CARD}
+    beside = {"plait.lock", "merge_metadata.json", "summary.json", "calibration.json", CARD}
     learned = {n for n in lock.outputs if n in _LEARNED or n.startswith(f"{LEARNED_START}/")} if lock.kind == "tune" else set()
     names = sorted((here | {*lock.outputs}) - beside - learned)
     return tuple(_compared(folder, rebuilt, name, lock.outputs.get(name)) for name in names)

@@ -9,13 +9,13 @@ from pathlib import Path
 from plait.errors import PlaitError
 from plait.records import Record
 from plait.results.checks import FileCheck, check_files
-from plait.results.lock import Lock, read_lock
+from plait.results.lock import LEARNED_RECIPE, Lock, read_lock
 from plait.results.progress import Progress, SilentProgress
 from plait.results.staging import scratch
 from plait.results.versions import library_versions
 from plait.verification.inputs import InputCheck, check_inputs
 from plait.verification.parity import ParityReport
-from plait.verification.rebuild import RebuiltFile, compare_rebuilt, rebuild
+from plait.verification.rebuild import Rebuilder, RebuiltFile, compare_rebuilt, rebuild
 from plait.version import __version__
 
 
@@ -60,6 +60,7 @@ def verify_folder(
     inputs: Mapping[str, str] | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
+    rebuilders: Mapping[str, Rebuilder] | None = None,
 ) -> Verification:
     """Check a result against its lock.
 
@@ -69,6 +70,7 @@ def verify_folder(
         inputs: name → reference, for inputs that lie elsewhere than the lock says.
         workers: as when it was made; never changes a byte.
         progress: receives stages and steps.
+        rebuilders: kind of result → what makes it again, of kinds that this package cannot.
 
     Raises:
         AdapterError: there is no lock that can be read.
@@ -85,7 +87,11 @@ def verify_folder(
         with scratch("verify") as place:
             out = place / "again"
             try:
-                rebuild(lock, found, out, workers, progress or SilentProgress())
+                again_by = (rebuilders or {}).get(lock.kind)
+                if again_by is None or LEARNED_RECIPE in lock.outputs:
+                    rebuild(lock, found, out, workers, progress or SilentProgress())
+                else:
+                    again_by(lock, folder, found, out, workers, progress or SilentProgress())
                 rebuilt = compare_rebuilt(folder, out, lock)
             except PlaitError as error:
                 reason = f"it cannot be made again: {error}"
