@@ -6,15 +6,12 @@
 from __future__ import annotations
 
 import os
-import random
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
-from plait import notices
 from tests import library_warnings
+from tests.every import begin_anew
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL tells the Hub that it is used; read when the libraries are imported
 
@@ -29,11 +26,8 @@ NOTHING_SKIPPED = "PLAIT_NOTHING_SKIPPED"
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Seed what is drawn without a generator, fixtures of modules included; nothing has been announced yet."""
-    notices.forget_announcements()
+    begin_anew()
     library_warnings.found.clear()
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 (what libraries draw from)
-    torch.manual_seed(0)
 
 
 @pytest.hookimpl(trylast=True)

@@ -18,6 +18,7 @@ from plait.stages import DeltaCombine, Pipeline
 from plait.stages.sums import Sum
 from plait.stages.surveys import total
 from plait.testing import CONTRACT, check_method, check_property, subject_of
+from tests.every import every
 
 SOURCE = Source("nobody")
 
@@ -293,7 +294,7 @@ def test_a_linear_method_that_looks_at_places_is_found() -> None:
     check_method(method, by_position=True)
 
 
-@pytest.mark.parametrize(
+@every(
     ("params", "text"),
     [
         (Undescribed, "density has no description"),

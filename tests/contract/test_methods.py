@@ -11,6 +11,7 @@ from plait.methods import METHODS, LinearMethod, Preset
 from plait.stages import STAGES, StageParams
 from plait.testing import CONTRACT, check_method, cohort, subject_of
 from tests.contract.subjects import ALIASES, PROMISES, SUBJECTS, VARIANTS
+from tests.every import every
 
 # Another path through a method does not write or draw otherwise: these rows are the method's.
 NOT_FOR_VARIANTS = {"parameters", "workers", "global_state"}
@@ -48,7 +49,7 @@ def test_contract(label: str, space: str) -> None:
     check_method(SUBJECTS[label], spaces=[space], properties=ROWS[label, space])
 
 
-@pytest.mark.parametrize(("alias", "label"), ALIASES.items())
+@every(("alias", "label"), ALIASES.items())
 def test_an_alias_is_the_same_pipeline(alias: str, label: str) -> None:
     """The same stages, with the same parameters, for the same adapters: what holds of the one holds of the other."""
     subject, other = subject_of(alias), SUBJECTS[label]

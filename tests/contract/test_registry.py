@@ -11,6 +11,7 @@ import pytest
 from plait.methods import METHODS, Preset
 from plait.stages import STAGES
 from plait.testing.subject import example_params
+from tests.every import every
 
 FOUR, THREE, DENSE = ["delta", "core", "knots", "factors"], ["delta", "core", "knots"], ["delta"]
 EXPECTED = {
@@ -77,9 +78,7 @@ def test_a_recipe_knows_them_without_further_imports() -> None:
     assert set(named) >= set(EXPECTED)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, method in METHODS.items() if isinstance(method, Preset) and name != "pipeline"]
-)
+@every("name", [name for name, method in METHODS.items() if isinstance(method, Preset) and name != "pipeline"])
 def test_a_parameter_has_the_bounds_of_the_stage_that_it_goes_to(name) -> None:
     """What a method hands to its stages is defined once; a method may only choose another default, or say it in its words."""
     method = METHODS[name]
@@ -91,7 +90,7 @@ def test_a_parameter_has_the_bounds_of_the_stage_that_it_goes_to(name) -> None:
             assert (ours.annotation, ours.metadata) == (annotation, theirs.metadata), f"{name}: {key}, of {stage}"
 
 
-@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+@every("stage", STAGES.values())
 def test_a_stage_is_spelled_name_first(stage) -> None:
     """In written recipes, messages and schemas."""
     assert next(iter(stage.model_fields)) == "name"

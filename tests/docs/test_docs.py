@@ -18,6 +18,7 @@ import plait
 from plait.cli.main import main
 from plait.methods import METHODS
 from plait.recipes.loading import load_recipe
+from tests.every import every
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo" / "adapters"
@@ -74,7 +75,7 @@ def test_recipes_of_the_readme(recipe, monkeypatch):
     assert plait.plan(load_recipe(recipe)).modules
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+@every("path", sorted((ROOT / "examples" / "recipes").glob("*.yaml")))
 def test_recipes_of_the_examples(path):
     assert plait.plan(path).modules
 
@@ -93,7 +94,7 @@ def test_a_method_is_one_file_and_one_import_line(tmp_path):
     """In a copy of the project, with the file and the line of CONTRIBUTING.md alone: the contract holds, the docs generate."""
     for folder in ("src", "docs", "tests/contract"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("README.md", "pyproject.toml", "constraints.txt", "tests/__init__.py"):
+    for file in ("README.md", "pyproject.toml", "constraints.txt", "tests/__init__.py", "tests/every.py"):
         shutil.copy(ROOT / file, tmp_path / file)
     (body,) = [body for page, body in blocks("python") if page == "CONTRIBUTING.md"]
     methods = tmp_path / "src" / "plait" / "methods"

@@ -16,6 +16,7 @@ from plait.evaluation.record import Evaluation
 from plait.methods import METHODS
 from plait.notices import forget_announcements
 from plait.verification.publish import PushResult
+from tests.every import every
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "adapters"
 PAIR = [f"sentiment={DEMO / 'sentiment'}", f"langid={DEMO / 'langid'}"]
@@ -179,7 +180,7 @@ def test_traceback_on_request(capsys, tmp_path, monkeypatch):
     assert "Traceback" in run(capsys, "merge", "./nowhere", "--traceback", code=2)[1]
 
 
-@pytest.mark.parametrize(
+@every(
     ("given", "joined"),
     [
         (["a", "--weights", "0.7", "0.3", "-o", "x"], ["a", "--weights", "0.7,0.3", "-o", "x"]),

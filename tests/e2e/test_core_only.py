@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from plait.cli.main import app
 from plait.training.job import PACKAGES
 from tests.core_environment import ROOT, beyond_the_core, closure, modules, project, run_with_core_alone
+from tests.every import every
 from tests.language_models import WORDS, label, save_model, train_adapter, write_task
 
 EVAL, TRAIN = ["transformers", "accelerate"], ["trl", "transformers", "peft", "datasets", "accelerate"]
@@ -112,13 +113,13 @@ def outcomes(place):
     return dict(zip(lines, run_with_core_alone(place, runs), strict=True))
 
 
-@pytest.mark.parametrize("command", WORK)
+@every("command", WORK)
 def test_what_the_core_can_do(outcomes, command):
     found = outcomes[WORK[command]]
     assert found["code"] == 0, found["err"]
 
 
-@pytest.mark.parametrize("line", NEEDS)
+@every("line", NEEDS)
 def test_what_needs_more_says_so_before_any_work(outcomes, line):
     found = outcomes[line]
     assert found["code"] == ("MissingPackageError" if line.startswith("plait.") else 2), found["err"]

@@ -10,6 +10,7 @@ import pytest
 from plait.linalg.blocks import RowBlocks
 from plait.spaces import CORE
 from plait.testing import cohort
+from tests.every import every
 from tests.reference.harness import adapter, adapters, assert_equal, stacks
 from tests.reference.test_ties import peft
 
@@ -39,8 +40,8 @@ def frame(made, module, names=None):
     return CORE.frame([made.factors[n][module] for n in names], [made.scalings[n] for n in names])
 
 
-@pytest.mark.parametrize("ranks", [(2, 2), (1, 3, 2), (5, 1), (4, 4, 4, 4), (1,)])
-@pytest.mark.parametrize("shape", [(12, 9), (9, 12), (3, 2)])
+@every("ranks", [(2, 2), (1, 3, 2), (5, 1), (4, 4, 4, 4), (1,)])
+@every("shape", [(12, 9), (9, 12), (3, 2)])
 def test_nothing_is_lost_whatever_the_ranks(ranks, shape):
     made = cohort([shape], ranks)
     (module,) = made.shapes

@@ -12,6 +12,7 @@ import pytest
 from plait.methods import METHODS
 from plait.testing import cohort, subject_of
 from tests.adapters_on_disk import Linear
+from tests.every import every
 from tests.reference.harness import adapter, adapters, assert_equal, run, stacks
 from tests.reference.test_core import literal
 from tests.reference.test_ties import core_space
@@ -73,8 +74,8 @@ def test_the_rank_is_that_of_the_adapters_and_exact(tmp_path, written):
     assert (result.record.result, result.record.rank) == ("exact", 2)
 
 
-@pytest.mark.parametrize("combine", ["sum", "polar", "cart"])
-@pytest.mark.parametrize("space", ["core", "knots"])
+@every("combine", ["sum", "polar", "cart"])
+@every("space", ["core", "knots"])
 def test_any_combine_keeps_the_rank_of_the_spaces(combine, space):
     made = cohort([(12, 10), (3, 7)], (2, 4, 3))
     subject = subject_of("pipeline", {"pre": [{"name": "tucker", "to": 4}], "combine": combine})

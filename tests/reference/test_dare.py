@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.adapters_on_disk import Experts, Linear, write_adapter
+from tests.every import every
 from tests.reference.harness import adapter, adapters, assert_equal, dense, recipe, stacks
 from tests.reference.keyed_integers import mask, uniforms
 
@@ -201,9 +202,7 @@ def test_experts_have_a_mask_each(tmp_path):
         np.testing.assert_array_equal(found[index] != 0, expected)
 
 
-@pytest.mark.parametrize(
-    "bad", [{"density": 0}, {"density": 1.01}, {"density": -0.5}, {"density": float("nan")}, {"drop_rate": 0.5}]
-)
+@every("bad", [{"density": 0}, {"density": 1.01}, {"density": -0.5}, {"density": float("nan")}, {"drop_rate": 0.5}])
 def test_densities_that_mean_nothing_are_refused(written, bad):
     with pytest.raises(ValueError, match=r"density|drop_rate"):
         recipe(written, method={"name": "dare_linear", **bad})

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from plait.linalg.keyed import Key, normal, uniform
+from tests.every import every
 from tests.reference.keyed_integers import key_state, splitmix64, uniforms
 
 
@@ -15,15 +16,15 @@ def test_published_outputs() -> None:
     assert splitmix64(1234567, 3) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
-@pytest.mark.parametrize("words", [(), ("a",), ("adapter", "model.layers.0.q_proj", "0", "delta"), ("ä", "τ")])
-@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
+@every("words", [(), ("a",), ("adapter", "model.layers.0.q_proj", "0", "delta"), ("ä", "τ")])
+@every("seed", [0, 1, 2**63 - 1])
 def test_state(seed, words) -> None:
     state = Key(seed).child(*words).state()
     assert state == key_state(seed, *words)
     assert 0 <= state < 2**63
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 1), (1, 9), (40, 25)])
+@every("shape", [(1, 1), (3, 5), (7, 1), (1, 9), (40, 25)])
 def test_uniform(shape) -> None:
     for seed in (0, 12345):
         found = uniform(Key(seed, ("x", "y")), 0, *shape)

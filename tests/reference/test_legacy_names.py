@@ -7,6 +7,7 @@ import pytest
 
 from plait.recipes.loading import load_recipe
 from tests.adapters_on_disk import Linear, layers, write_adapter
+from tests.every import every
 from tests.reference.harness import adapter, adapters, assert_equal, dense, recipe, stacks
 from tests.reference.keyed_integers import mask
 
@@ -106,7 +107,7 @@ def test_weighted_delta_n(tmp_path, three, case):
     assert_equal(adapter(tmp_path / "out", three, method={"name": "weighted_delta_n", **params}), expected)
 
 
-@pytest.mark.parametrize(
+@every(
     ("params", "text"),
     [
         ({"task_coefficients": [0.5, 0.5]}, "2 coefficients for 3 adapters"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from plait.linalg.select import MagnitudeSelect
+from tests.every import every
 
 
 def select(x, ranks, blocks=1, shuffle=False):
@@ -42,8 +43,8 @@ def test_every_rank_of_awkward_values(dtype):
     assert torch.equal(found, x.abs().sort(dim=1, descending=True).values)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("blocks", [1, 3, 100])
+@every("dtype", [torch.float32, torch.float64])
+@every("blocks", [1, 3, 100])
 def test_against_kthvalue(dtype, blocks):
     generator = torch.Generator().manual_seed(blocks)
     x = torch.randn(3, 1000, generator=generator, dtype=dtype) * torch.tensor([[1e-30], [1.0], [1e30]], dtype=dtype)
@@ -111,8 +112,8 @@ def test_more_entries_near_the_answer_than_are_kept(dtype):
     assert strides == ([16, 1] if dtype == torch.float32 else [16, 1, 1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("misled", [1e-3, 0.0, 1e3])
+@every("dtype", [torch.float32, torch.float64])
+@every("misled", [1e-3, 0.0, 1e3])
 def test_a_sample_that_misleads_costs_passes_not_exactness(dtype, misled):
     """The rows that are sampled are all far smaller, or larger, than the others."""
     x = torch.randn(2, 4096, 16, generator=torch.Generator().manual_seed(0), dtype=dtype)

@@ -14,6 +14,7 @@ from plait.linalg.factored import product_svd, rank_for_energy, singular_values,
 from plait.linalg.keyed import Key
 from plait.testing import cohort, subject_of
 from plait.testing.subject import installed
+from tests.every import every
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -32,9 +33,9 @@ def best_error(x, rank):
     return float(torch.linalg.svdvals(x.double())[rank:].square().sum().sqrt())
 
 
-@pytest.mark.parametrize("shape", [(9, 7), (7, 9), (3, 2), (1, 8), (8, 1), (1, 1)])
-@pytest.mark.parametrize("rank", [1, 2, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@every("shape", [(9, 7), (7, 9), (3, 2), (1, 8), (8, 1), (1, 1)])
+@every("rank", [1, 2, 5])
+@every("dtype", [torch.float32, torch.float64])
 def test_product_svd(shape, rank, dtype):
     b, a = normal(shape[0], rank, dtype=dtype), normal(rank, shape[1], seed=1, dtype=dtype)
     u, s, vh = product_svd(b, a)
@@ -62,9 +63,9 @@ def test_product_svd_of_deficient_factors():
     assert product_svd(b[:, :0], a[:0]).s.shape == (0,)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("largest", [1.0, 1e-20])  # the squares of the latter are below what float32 holds
-@pytest.mark.parametrize("smallest", [1.0, 1e-6])
+@every("dtype", [torch.float32, torch.float64])
+@every("largest", [1.0, 1e-20])  # the squares of the latter are below what float32 holds
+@every("smallest", [1.0, 1e-6])
 def test_product_svd_is_orthonormal_whatever_the_columns(dtype, largest, smallest):
     b, a = normal(90, 6) * largest * smallest ** (torch.arange(6) / 5), normal(6, 70, seed=1)
     u, s, vh = product_svd(b.to(dtype), a.to(dtype))
@@ -111,9 +112,9 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rank", [1, 5, 12])
-@pytest.mark.parametrize("case", list(HARD))
+@every("dtype", [torch.float32, torch.float64])
+@every("rank", [1, 5, 12])
+@every("case", list(HARD))
 def test_truncated_product_loses_what_the_dense_svd_loses(case, rank, dtype):
     b, a = (x.to(dtype) for x in HARD[case])
     *factors, s = truncated_product(b, a, rank)
@@ -150,8 +151,8 @@ def spectrum(values, m=400, n=300):
     return (u * torch.tensor(values, dtype=torch.float64)) @ v.mT
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rank", [1, 8, 24])
+@every("dtype", [torch.float32, torch.float64])
+@every("rank", [1, 8, 24])
 def test_a_matrix_of_low_rank_is_found_exactly(dtype, rank):
     x = spectrum([2.0**-i for i in range(rank)]).to(dtype)
     assert error(x, truncated_svd(rows_of(x), rank, Key(0))) < 1e-5
@@ -229,8 +230,8 @@ def test_a_zero_matrix():
     assert torch.isfinite(found.u).all()
 
 
-@pytest.mark.parametrize("values", [[3.0, 2.0, 1.0], [1.0] * 6, [5.0], [1.0, 1e-9, 0.0], [2.0, 0.0, 0.0]])
-@pytest.mark.parametrize("share", [1e-9, 0.5, 0.9, 0.99, 1 - 1e-6, 1.0])
+@every("values", [[3.0, 2.0, 1.0], [1.0] * 6, [5.0], [1.0, 1e-9, 0.0], [2.0, 0.0, 0.0]])
+@every("share", [1e-9, 0.5, 0.9, 0.99, 1 - 1e-6, 1.0])
 def test_rank_for_energy(values, share):
     """The smallest r with Σ_{i ≤ r} σᵢ² ≥ share · Σ σᵢ²; at share 1, what is below round-off does not count."""
     power = np.array(values) ** 2

@@ -8,6 +8,7 @@ import pytest
 
 from plait.errors import TaskError
 from plait.training.formats import Completion, Conversation, PlainText, convert_rows
+from tests.every import every
 
 
 def turns(*pairs: tuple[str, str]) -> tuple[dict[str, str], ...]:
@@ -72,7 +73,7 @@ FORMATS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("format", "row", "example"), FORMATS.values(), ids=FORMATS)
+@every(("format", "row", "example"), FORMATS.values())
 def test_every_format(format, row, example):
     found = convert_rows([row, row], where="data")
     assert found.columns.format == format
@@ -158,7 +159,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("rows", "said"), BAD.values(), ids=BAD)
+@every(("rows", "said"), BAD.values())
 def test_rows_that_do_not_fit(rows, said):
     with pytest.raises(TaskError, match=said):
         convert_rows(rows, where="data")

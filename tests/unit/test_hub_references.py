@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from plait.errors import AddressError
 from plait.hub import Reference, parse_reference
+from tests.every import every
 
 
 @pytest.fixture(autouse=True)
@@ -138,8 +139,8 @@ CLIMBING = [
 ]
 
 
-@pytest.mark.parametrize("subfolder", CLIMBING)
-@pytest.mark.parametrize("place", ["org/repo", "org/repo@main", "n=org/repo@refs/pr/1"])
+@every("subfolder", CLIMBING)
+@every("place", ["org/repo", "org/repo@main", "n=org/repo@refs/pr/1"])
 def test_subfolders_that_climb_out_are_refused(subfolder, place):
     with pytest.raises(AddressError, match=r"the subfolder .*(stay inside|empty part|must not hold)"):
         parse_reference(f"{place}/{subfolder}")
@@ -157,7 +158,7 @@ def test_no_subfolder_leads_out(subfolder):
     assert set(parts) <= {"a", "…"}
 
 
-@pytest.mark.parametrize(
+@every(
     "fields",
     [
         {},

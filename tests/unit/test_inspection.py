@@ -27,6 +27,7 @@ from plait.inspection.compatibility import (
 )
 from plait.inspection.report import Inspection, inspect_adapters
 from plait.linalg import blocks
+from tests.every import every
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 Q, V, UP = (f"model.layers.{{}}.{m}" for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"))
@@ -742,7 +743,7 @@ class TestServing:
         assert any("convolutions (conv)" in r for r in serving(cohort).adapters[0].refused)
 
 
-@pytest.mark.parametrize(
+@every(
     ("path", "short"),
     [
         ("model.layers.0.self_attn.q_proj", "q_proj"),

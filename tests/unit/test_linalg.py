@@ -15,13 +15,14 @@ from plait.linalg.elect import agreement, elect_sign, merge_agreeing
 from plait.linalg.factored import frobenius_inner, left_basis, orient
 from plait.linalg.keyed import Key
 from plait.linalg.sparsify import drop_above, keep_at_least, kept_count, row_ranks
+from tests.every import every
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.parametrize(
+@every(
     ("entries", "density", "floor", "ceil", "inclusive"),
     [
         (10, 0.3, 3, 3, 4),  # 0.3 · 10 is 3.0000000000000004 in binary
@@ -85,8 +86,8 @@ def test_drop_above_keeps_what_equals_the_limit(dtype) -> None:
     assert torch.equal(found[1], x[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("columns", [2, 63, 64, 65, 1000])
+@every("dtype", [torch.float32, torch.float64])
+@every("columns", [2, 63, 64, 65, 1000])
 def test_row_ranks_count_the_smaller_and_those_to_the_left(dtype, columns) -> None:
     x = (normal(5, columns) * 8).round().to(dtype) / 8
     x[0, 0] = torch.finfo(dtype).max

@@ -16,6 +16,7 @@ from plait.notices import PlaitWarning
 from plait.results import locking
 from plait.results.locking import lock_holder, locked
 from tests.adapters_on_disk import layers, write_adapter
+from tests.every import every
 
 SOURCE = Path(locking.__file__).parent
 
@@ -93,7 +94,7 @@ def test_merging_needs_no_flock(tmp_path):
     assert (tmp_path / "m" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+@every("path", sorted(SOURCE.rglob("*.py")))
 def test_modules_of_one_system_are_imported_where_they_are_used(path):
     found = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:

@@ -12,6 +12,7 @@ from plait.adapters import layouts as kinds
 from plait.adapters.layouts import LAYOUTS, Layout, layout_type
 from plait.adapters.lowrank import LowRank
 from tests.adapters_on_disk import Conv, Embedding, Experts, Linear
+from tests.every import every
 
 sizes = st.integers(1, 9)
 ranks = st.integers(0, 6)
@@ -194,7 +195,7 @@ def test_layout_is_recognized_and_packs_what_it_unpacks(case, seed) -> None:
     assert tuple(expected.shape) == layout.dense_shape
 
 
-@pytest.mark.parametrize(
+@every(
     ("kind", "a", "b", "text"),
     [
         (kinds.Linear, (3, 5), (4, 2), "the rank must be A's first and B's second"),

@@ -13,6 +13,7 @@ from plait.adapters.layouts import LAYOUTS, Conv1D
 from plait.errors import PlanError
 from plait.mixture import Mixture
 from plait.mixture import layers as live
+from tests.every import every
 from tests.mixtures import EVERY, FUSED, IDS, PLAIN, cohort, dense_output, opened
 from tests.small_models import net
 
@@ -237,7 +238,7 @@ def test_axes_name_the_entries(mixture):
     assert set(FUSED) < set(axes.modules)
 
 
-@pytest.mark.parametrize(
+@every(
     ("values", "granularity", "message"),
     [
         (torch.ones(2), "task", r"coefficients are \[2\]; per task they are \[3\] here"),

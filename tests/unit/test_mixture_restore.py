@@ -13,6 +13,7 @@ from plait.errors import AdapterError, PlanError
 from plait.linalg.blocks import RowBlocks
 from plait.mixture import Mixture
 from tests.adapters_on_disk import Conv, Linear, write_adapter
+from tests.every import every
 from tests.mixtures import IDS, PLAIN, cohort, dense_output, fingerprint, opened, part
 from tests.small_models import net
 
@@ -97,8 +98,8 @@ def test_the_base_is_put_back_exactly(mixture, name, how, monkeypatch):
     assert torch.equal(mixture.model(IDS), base)
 
 
-@pytest.mark.parametrize("outer", NAMES)
-@pytest.mark.parametrize("inner", NAMES)
+@every("outer", NAMES)
+@every("inner", NAMES)
 def test_contexts_nest_and_the_inner_one_stands_in_for_the_outer(mixture, outer, inner):
     made = contexts(mixture)
     with made[inner]() as model:

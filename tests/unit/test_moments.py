@@ -20,6 +20,7 @@ from plait.linalg.solve import RidgeSystem
 from plait.merging.moments import MomentsFile, MomentsOrigin, write_moments
 from plait.recipes.request import read_request
 from tests.adapters_on_disk import Embedding, Linear, layers, write_adapter
+from tests.every import every
 
 MODULES = layers(2, {"q_proj": (6, 5)})
 PATHS = sorted(MODULES)
@@ -200,8 +201,8 @@ def test_inputs_in_place_of_the_matrix_merge_alike(sources, tmp_path, method, to
         torch.testing.assert_close(delta, load_file(two.folder / "delta.safetensors")[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("off_diagonal", [0.0, 0.9, 1.0])
-@pytest.mark.parametrize("ridge", [0.0, 1e-2, 10.0])
+@every("off_diagonal", [0.0, 0.9, 1.0])
+@every("ridge", [0.0, 1e-2, 10.0])
 def test_the_solution_from_rows_is_that_from_matrices_to_round_off(off_diagonal, ridge):
     """Woodbury against Cholesky of all n columns, float64."""
     one, two = RidgeSystem(40), RidgeSystem(40)

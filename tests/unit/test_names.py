@@ -14,11 +14,12 @@ from plait.adapters.names import (
     parse_lora_name,
     strip_prefix,
 )
+from tests.every import every
 
 Q = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.mark.parametrize(
+@every(
     "prefix",
     [
         "",
@@ -39,7 +40,7 @@ def test_wrappers_are_no_part_of_a_path(prefix):
     assert strip_prefix(f"{prefix}{Q}.lora_A.weight") == f"{Q}.lora_A.weight"
 
 
-@pytest.mark.parametrize(
+@every(
     ("name", "module", "part"),
     [
         (f"base_model.model.{Q}.lora_A.weight", Q, "lora_A"),
@@ -62,7 +63,7 @@ def test_other_names(name):
     assert parse_lora_name(name) is None
 
 
-@pytest.mark.parametrize(
+@every(
     ("module", "layer"),
     [
         ("model.layers.3.self_attn.q_proj", "model.layers.3"),
@@ -91,8 +92,8 @@ def test_a_layer_is_meant_by_number_or_by_any_tail_of_its_tower():
     assert not any(key.matches(name) for name in ("4", "decoder.layers.3", "ers.3", "model.encoder.layers", "13"))
 
 
-@pytest.mark.parametrize("wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module"])
-@pytest.mark.parametrize("at", range(1, 6))
+@every("wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module"])
+@every("at", range(1, 6))
 def test_wrappers_at_any_depth(wrapper, at):
     words = Q.split(".")
     wrapped = ".".join([*words[:at], wrapper, *words[at:]])
@@ -114,7 +115,7 @@ def test_a_peft_model_within_a_model():
     )
 
 
-@pytest.mark.parametrize(
+@every(
     ("name", "path", "owner", "is_copy", "is_untrained"),
     [
         ("lm_head.weight", "lm_head.weight", None, False, False),
@@ -142,7 +143,7 @@ def test_an_untrained_copy_tells_an_adapters_name_from_a_modules():
     assert parse_full_name("head.modules_to_save.odd.weight", (), {"head.original_module.weight"}).path == "head.weight"
 
 
-@pytest.mark.parametrize(
+@every(
     ("name", "what"),
     [
         ("lora_unet_down_blocks_0_attn1_to_q.lora_down.weight", "kohya"),
@@ -175,7 +176,7 @@ def test_what_other_methods_and_programs_write_is_no_head(name, what):
     assert [w for w in foreign_tensors([name]) if what in w], foreign_tensors([name])
 
 
-@pytest.mark.parametrize("name", ["score.weight", "lora_proj.weight", "head.alpha", "x.bias", "model.loraine.weight"])
+@every("name", ["score.weight", "lora_proj.weight", "head.alpha", "x.bias", "model.loraine.weight"])
 def test_heads_are_not_foreign(name):
     assert foreign_tensors([f"base_model.model.{name}"]) == {}
 

@@ -18,6 +18,7 @@ from plait.evaluation.request import evaluated_recipe
 from plait.recipes.importers.migration import convert_old, migrate
 from plait.recipes.loading import build_recipe, load_recipe, migrate_file
 from tests.adapters_on_disk import layers, write_adapter
+from tests.every import every
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 HEAD = {"adapters": ["./asr", "./intent"], "method": "uniform_delta", "merge_mode": "common"}
@@ -73,7 +74,7 @@ def test_wishes_for_evaluation_have_a_place(folder, old, new):
     assert recipe.eval.model_dump(exclude_unset=True) == new.get("eval", {})
 
 
-@pytest.mark.parametrize(
+@every(
     ("subset", "left"),
     [
         ({"shuffle": False}, "shuffle: false"),
@@ -94,7 +95,7 @@ def test_shuffled_samples_need_no_remark():
     assert not [note for note in notes if "Not carried over" in note]
 
 
-@pytest.mark.parametrize(
+@every(
     ("old", "problem"),
     [
         ({"split": "tset"}, "split: split is 'tset'; it must be"),
@@ -149,7 +150,7 @@ def test_a_number_given_beside_a_recipe_is_that_of_every_task():
 # --- which files are old, and what differs ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@every(
     ("data", "old"),
     [
         ({"adapters": ["asr", "intent"], "method": "uniform"}, True),
@@ -172,7 +173,7 @@ def test_bare_words_without_a_version_are_of_the_older_framework(data, old):
         assert converted.data["method"]["kept"] == "ceil"
 
 
-@pytest.mark.parametrize(
+@every(
     ("old", "said"),
     [
         ({"method": "uniform", "split": "test"}, "`method: uniform` differ"),

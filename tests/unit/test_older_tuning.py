@@ -10,6 +10,7 @@ from plait.errors import RecipeError
 from plait.recipes.importers.migration import migrate
 from plait.recipes.loading import build_recipe
 from plait.recipes.tuning import TuneSpec
+from tests.every import every
 
 OLD: dict[str, Any] = {"adapters": ["./a", "./b"], "method": "weighted_delta_n"}
 
@@ -42,7 +43,7 @@ def test_defaults_are_those_that_it_had(kind: str, wanted: dict[str, Any]) -> No
     assert "plait tune" in notes
 
 
-@pytest.mark.parametrize(
+@every(
     ("kind", "params", "wanted"),
     [
         ("gradient", {"steps": 7}, {"steps": 7}),
@@ -140,7 +141,7 @@ def test_what_has_another_name_now(kind: str, params: dict[str, Any], wanted: di
     assert {key: getattr(spec, key) for key in wanted} == wanted
 
 
-@pytest.mark.parametrize(
+@every(
     "params",
     [
         {"merge_impl": "streaming_parametrize"},
@@ -178,7 +179,6 @@ def test_what_has_another_name_now(kind: str, params: dict[str, Any], wanted: di
         {"ce_manual_task_weights": {"a": 1}},
         {"heldout_eval": {"enabled": False}},
     ],
-    ids=lambda params: str(next(iter(params))),
 )
 def test_what_means_nothing_here_is_noted_with_the_reason(params: dict[str, Any]) -> None:
     (key,) = params
@@ -187,7 +187,7 @@ def test_what_means_nothing_here_is_noted_with_the_reason(params: dict[str, Any]
     assert f"{key}: " in notes.partition("Not carried over: ")[2]
 
 
-@pytest.mark.parametrize(
+@every(
     ("kind", "params", "words"),
     [
         ("gradient", {"split": "test"}, "by which results are judged"),

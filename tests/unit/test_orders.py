@@ -15,6 +15,7 @@ from plait.cli.main import main
 from plait.cli.options import parameter_name, recipe_keys
 from plait.testing import cohort
 from tests.adapters_on_disk import write_adapter
+from tests.every import every
 from tests.unit.test_bake_plan import MODULES, write_base
 
 PRESENTATION = {"json", "dry_run"}  # a plan is `plait.plan` and `plait.plan_bake` in Python
@@ -53,7 +54,7 @@ def shell_of(command: str) -> Callable[..., None]:
     return getattr(import_module(f"plait.cli.{module}"), name)
 
 
-@pytest.mark.parametrize("command", RENAMED)
+@every("command", RENAMED)
 def test_every_option_is_one_of_python(command: str) -> None:
     """A recipe's key is a setting in Python; that every key has its flag is tested in test_options.py."""
     shell = shell_of(command)

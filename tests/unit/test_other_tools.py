@@ -10,8 +10,9 @@ from plait.cli.main import app, main
 from plait.cli.spellings import translate_flags
 from plait.errors import RecipeError
 from plait.methods import METHODS
-from plait.recipes.importers.other_tools import TABLE, Term, command_hint, flag_row, keyword_hints, page
+from plait.recipes.importers.other_tools import TABLE, command_hint, flag_row, keyword_hints, page
 from plait.recipes.schema import Output, Recipe
+from tests.every import every
 
 FLAGS = [(row, command) for row in TABLE if row.kind == "flag" for command in row.commands]
 
@@ -21,7 +22,7 @@ def options(command: str) -> set[str]:
     return {name for p in parameters for name in (*p.opts, *p.secondary_opts)}
 
 
-@pytest.mark.parametrize(("row", "command"), FLAGS, ids=lambda x: x.old if isinstance(x, Term) else x)
+@every(("row", "command"), FLAGS)
 def test_every_flag_is_read_or_answered_as_the_page_says(row, command):
     assert row.old not in options(command), "plait has the flag itself"
     arguments = [command, "x", row.old, "1"]
@@ -50,7 +51,7 @@ def test_every_command_is_answered(row, capsys):
     assert row.old not in typer.main.get_command(app).commands
 
 
-@pytest.mark.parametrize("row", [r for r in TABLE if r.kind == "keyword"], ids=lambda r: r.old)
+@every("row", [r for r in TABLE if r.kind == "keyword"])
 def test_every_keyword_is_answered_in_python(row):
     own = {n for m in METHODS.values() for n in m.params.model_fields} | {*Recipe.model_fields, *Output.model_fields}
     assert row.old not in own
@@ -69,7 +70,7 @@ def test_commands_that_hints_name_exist():
                 assert any(word in options(command) for command in row.commands), row
 
 
-@pytest.mark.parametrize(
+@every(
     ("given", "read"),
     [
         (

@@ -20,6 +20,7 @@ from plait.parsing import parse_json, read_object, read_text
 from plait.recipes.documents import read_document
 from plait.tensorfiles.header import read_header
 from plait.tensorfiles.reader import SafetensorsFile
+from tests.every import every
 
 
 def write(path: Path, header: bytes | dict, body: bytes) -> Path:
@@ -146,7 +147,7 @@ def test_a_pipe_is_read_where_somebody_writes_to_it(tmp_path):
     os.close(reader)
 
 
-@pytest.mark.parametrize(
+@every(
     ("text", "said"),
     [
         ("[" * 100_000, "nested too deeply"),
@@ -210,7 +211,7 @@ def test_files_of_text(tmp_path):
         read_text(Path(os.devnull), TaskError)
 
 
-@pytest.mark.parametrize(
+@every(
     ("text", "said"),
     [
         ("a: " + "[" * 5000, "nested too deeply"),
@@ -232,7 +233,6 @@ def test_files_of_text(tmp_path):
         ("x: \x07", "not YAML"),
         ("#" * (5 << 20), "larger than 4 MB"),
     ],
-    ids=range(14),
 )
 def test_yaml_that_is_refused(text, said):
     with pytest.raises(RecipeError, match=r"f\.yaml") as error:

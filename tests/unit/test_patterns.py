@@ -8,6 +8,7 @@ import re
 import pytest
 
 from plait.adapters.patterns import PatternError, full_path_pattern, module_pattern
+from tests.every import every
 
 PARTS = [
     "a", "b", ".", r"\.", "[ab]", "[^a]", r"[\d-z]", r"\d", r"\D", r"\w", r"\W", r"\s", r"\S", "a*", "b+", "(a|b)", "(ab)?",
@@ -38,7 +39,7 @@ def test_patterns_that_take_for_ever_are_answered(pattern):
     assert not module_pattern(pattern)("a" * 200)
 
 
-@pytest.mark.parametrize(
+@every(
     ("pattern", "said"),
     [
         ("[", "not a regular expression"),

@@ -18,6 +18,7 @@ from plait.results.quoting import block, code, prose
 from plait.verification.public import public_copy
 from plait.verification.verify import verify_folder
 from tests.adapters_on_disk import layers, write_adapter
+from tests.every import every
 from tests.small_models import peft_adapter, save_base
 
 HOSTILE = [
@@ -31,7 +32,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize(
+@every(
     ("text", "public"),
     [
         ("/home/u/models/base", "base"),
@@ -123,7 +124,7 @@ def test_a_published_adapter_names_its_base_alone(tmp_path):
     assert verify_folder(copy, inputs={n: str(f) for n, f in pair.items()}).ok
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@every("name", HOSTILE)
 def test_a_name_from_elsewhere_is_quoted(name):
     shown = base_name(name)
     (python,) = (

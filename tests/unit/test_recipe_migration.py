@@ -25,6 +25,7 @@ from plait.recipes.importers.migration import migrate
 from plait.recipes.loading import RecipeWarning, build_recipe, load_recipe, migrate_file
 from plait.recipes.writing import to_yaml
 from plait.stages.base import GramCombine, LinearCombine
+from tests.every import every
 
 ADAPTERS = [{"name": "asr", "path": "./asr"}, {"name": "emotion", "path": "./emotion"}]
 
@@ -246,7 +247,7 @@ def test_one_warning_per_old_form_says_what_to_write(old, notes):
     assert {w.filename for w in caught} == {__file__}
 
 
-@pytest.mark.parametrize(
+@every(
     ("old", "expected"),
     [
         (
@@ -813,7 +814,7 @@ def test_mergekit_recipes(config, expected):
     assert quietly(build_recipe, config) == build_recipe(converted.data) == load_recipe(to_yaml(converted.data))
 
 
-@pytest.mark.parametrize(
+@every(
     ("config", "expected"),
     [
         (
@@ -992,7 +993,7 @@ KEYED = "each adapter's mask comes from (seed, adapter, module); mergekit draws 
 X, Y = model("/x", weight=1), model("/y", weight=1)
 
 
-@pytest.mark.parametrize(
+@every(
     ("config", "notes"),
     [
         (gta("ties", X, Y), []),

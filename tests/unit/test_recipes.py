@@ -29,6 +29,7 @@ from plait.stages import (
     MergedStage,
 )
 from plait.transforms import TRANSFORMS
+from tests.every import every
 
 PAIR = "adapters:\n  - {name: a, path: ./a}\n  - {name: b, path: ./b}\n"
 FULL = """\
@@ -141,7 +142,7 @@ def test_two_adapters_of_one_derived_name_are_refused(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
+@every(
     ("scalar", "value"),
     [
         ("no", "no"),
@@ -248,7 +249,7 @@ TIES = "flavor, density, scope, kept, sign, weighted_vote, zero_sign, divisor, n
 METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1]!r}"
 
 
-@pytest.mark.parametrize(
+@every(
     ("text", "expected"),
     [
         ("sed: 1", [f"recipe:4: sed: 'sed' is not known here; allowed: {TOP}. Did you mean 'seed'?"]),
@@ -401,7 +402,7 @@ def one_of(names: list[str]) -> str:
     return f"it must be {', '.join(quoted[:-1])} or {quoted[-1]}."
 
 
-@pytest.mark.parametrize(
+@every(
     ("text", "expected"),
     [
         (
@@ -523,7 +524,7 @@ def test_a_top_level_key_that_lacks_a_letter_is_refused_with_a_suggestion(data):
         build_recipe({**recipe, typo: value})
 
 
-@pytest.mark.parametrize("name", METHODS)
+@every("name", METHODS)
 def test_a_misspelled_parameter_of_any_method_is_refused(name):
     spec = METHODS[name].spec
     for parameter in (f.alias or n for n, f in spec.model_fields.items()):
@@ -558,7 +559,7 @@ def test_data_may_hold_tuples_and_numbers_as_keys():
 # --- overrides -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@every(
     ("text", "path", "value"),
     [
         ("method.density=0.3", "method.density", 0.3),
@@ -577,7 +578,7 @@ def test_overrides_are_read(text, path, value):
     assert parse_override(text) == (path, value)
 
 
-@pytest.mark.parametrize(
+@every(
     ("text", "message"),
     [
         ("method.density", "'method.density' sets nothing: write PATH=VALUE, such as method.density=0.3."),
@@ -598,7 +599,7 @@ def test_overrides_that_cannot_be_read(text, message):
     assert str(error.value).startswith(message)
 
 
-@pytest.mark.parametrize(
+@every(
     ("data", "path", "value", "expected"),
     [
         ({"method": "ties"}, "method.density", 0.3, {"method": {"name": "ties", "density": 0.3}}),
@@ -683,7 +684,7 @@ def test_overrides_of_a_recipe_round_trip(density, adapter, weight):
     assert recipe.adapters[{"a": 0, "b": 1}.get(adapter, int(adapter) if adapter.isdecimal() else 0)].weight == weight
 
 
-@pytest.mark.parametrize(
+@every(
     ("overrides", "expected"),
     [
         ({"metod.density": 0.3}, [f"override: metod: 'metod' is not known here; allowed: {TOP}. Did you mean 'method'?"]),
@@ -731,9 +732,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "change", [*VARIANTS, *({"method": {"name": name, **REQUIRED.get(name, {})}} for name in METHODS)], ids=str
-)
+@every("change", [*VARIANTS, *({"method": {"name": name, **REQUIRED.get(name, {})}} for name in METHODS)])
 def test_a_written_recipe_reads_back_equal(change):
     recipe = build_recipe({"adapters": ["a=./a", "b=org/repo@main/sub"], **change})
 
@@ -741,7 +740,7 @@ def test_a_written_recipe_reads_back_equal(change):
     assert to_yaml(load_recipe(to_yaml(recipe))) == to_yaml(recipe)
 
 
-@pytest.mark.parametrize("name", ["1e3", "1E-3", "1.", "7", "010", "0x1", "no", "true", "null", "2024-01-01", "1_0", "a=b"])
+@every("name", ["1e3", "1E-3", "1.", "7", "010", "0x1", "no", "true", "null", "2024-01-01", "1_0", "a=b"])
 def test_names_that_look_like_something_else_stay_text(name):
     recipe = build_recipe({"adapters": [{"name": name.replace("=", ""), "path": f"./{name}"}], "base_model": name})
 

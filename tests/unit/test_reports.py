@@ -25,6 +25,7 @@ from plait.reports.reading import Report, read_report
 from plait.reports.verdict import certainty, verdict
 from plait.results.records import ModuleRecord
 from plait.testing import cohort
+from tests.every import every
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTHS = (360, 500, 1200)  # of a phone, of a small window, of a desk
@@ -128,7 +129,7 @@ def test_the_page_stands_alone_and_says_what_the_numbers_say():
         assert said in page.text, said
 
 
-@pytest.mark.parametrize(
+@every(
     ("tasks", "begins"),
     [
         ([task("a", 0.95), task("b", 0.92)], "Good: every task"),
@@ -168,7 +169,7 @@ def test_bars_begin_at_zero_and_stay_on_the_axis():
     assert (c.width, c.low, c.text) == (0, None, "–")
 
 
-@pytest.mark.parametrize("value", [-5, -1, -0.5, 0, 0.3, 1, 7])
+@every("value", [-5, -1, -0.5, 0, 0.3, 1, 7])
 def test_colors_are_colors_and_text_on_them_reads(value):
     color = diverging(value)
     assert re.fullmatch("#[0-9a-f]{6}", css(color))

@@ -12,6 +12,7 @@ from plait.linalg import blocks
 from plait.linalg.blocks import RowBlocks
 from plait.spaces import CORE, DELTA, FACTORS, KNOTS, SPACES
 from plait.testing import Cohort, cohort
+from tests.every import every
 
 SHAPES = [(9, 7), (7, 9), (1, 1), (2, 1), (1, 6)]
 
@@ -40,9 +41,9 @@ def deltas(made: Cohort) -> list[torch.Tensor]:
     return [made.delta(n, module) for n in made.factors]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("space", [DELTA, CORE, KNOTS], ids=lambda s: s.name)
-@pytest.mark.parametrize("ranks", [(2, 2), (1, 3, 2), (4,)])
+@every("shape", SHAPES)
+@every("space", [DELTA, CORE, KNOTS])
+@every("ranks", [(2, 2), (1, 3, 2), (4,)])
 def test_what_goes_in_comes_out(space, shape, ranks) -> None:
     """Each adapter's own coordinates lift to its delta: nothing is lost, whatever the shapes and ranks."""
     made = cohort([shape], ranks)
@@ -164,8 +165,8 @@ def test_ranks_are_known_before_anything_is_read(ranks, shape, low, common) -> N
     assert [SPACES[n].low_rank for n in ("delta", "core", "knots", "factors")] == [False, True, True, True]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("space", SPACES.values(), ids=lambda s: s.name)
+@every("dtype", [torch.float32, torch.float64])
+@every("space", SPACES.values())
 def test_dtypes_are_kept(space, dtype) -> None:
     found = frame(space, cohort([(9, 7)], (2, 2), dtype=dtype))
     assert all(rows(a).dtype == dtype for a in found.arrays)

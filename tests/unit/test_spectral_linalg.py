@@ -14,6 +14,7 @@ from plait.linalg.spectral import joint_coordinates, numerical_rank, polar, smoo
 from plait.stages import Site
 from plait.stages.calibrate import Iso
 from plait.stages.joint import Joint, joint_sum
+from tests.every import every
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -71,8 +72,8 @@ def test_joint_coordinates(dtype) -> None:
         torch.testing.assert_close(q.times(x), block)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-13)])
-@pytest.mark.parametrize("weakest", [0.5, 0.1, 0.075, 0.07, 0.03, 1e-4, 0])
+@every(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-13)])
+@every("weakest", [0.5, 0.1, 0.075, 0.07, 0.03, 1e-4, 0])
 def test_bases_are_orthonormal_however_nearly_dependent_the_columns_are(weakest, dtype, tolerance) -> None:
     """One weak direction among 64, on either side of where the Gram matrix gives way to QR."""
     x = normal(1024, 64)
@@ -110,7 +111,7 @@ def test_more_columns_than_dimensions_are_brought_down() -> None:
     torch.testing.assert_close(lifted.dense(), joint.v.times(joint.u.times(wide.dense()).mT).mT)
 
 
-@pytest.mark.parametrize(
+@every(
     ("s", "ratio", "expected"),
     [
         ((6.0, 2.0, 1.0), 1.0, (3.0, 3.0, 3.0)),
@@ -173,8 +174,8 @@ def _flat(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return s[:rank].mean() * u[:, :rank] @ vh[:rank]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("weakest", [1.0, 1e-2, 2e-3])
+@every(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
+@every("weakest", [1.0, 1e-2, 2e-3])
 def test_flattener(dtype, tolerance, weakest) -> None:
     sizes = torch.logspace(0, math.log10(weakest), 6, dtype=torch.float64)
     b, a = (normal(20, 6) * sizes).to(dtype), normal(6, 30, seed=1).to(dtype)

@@ -10,6 +10,7 @@ from plait.methods import METHODS
 from plait.recipes.schema import Recipe
 from plait.transforms import TRANSFORMS, Transform, TransformParams, register_transform
 from tests.adapters_on_disk import Embedding, Experts, Linear
+from tests.every import every
 from tests.reference.harness import adapter, adapters, assert_equal, dense, stacks
 
 TOWERS = {
@@ -125,7 +126,7 @@ def test_layers_below_eps_are_left(tmp_path) -> None:
         assert np.linalg.norm(found["layers.0.proj"]) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(
+@every(
     "bad",
     [
         {"target_norm": -1},

@@ -46,6 +46,7 @@ from plait.tuning.objectives import (
 from plait.tuning.sampling import class_weight, draw_texts
 from plait.tuning.selection import CRITERIA
 from plait.tuning.teaching import Lesson, make_lesson
+from tests.every import every
 from tests.language_models import LABELS, WORDS, label, language_model, tokenizer, train_adapter, write_task
 from tests.mixtures import IDS, PLAIN, cohort, dense_output, opened
 from tests.small_models import net
@@ -436,7 +437,7 @@ def test_labels_judge_where_they_are_read(mixture: Mixture, place: Path) -> None
 # --- links, samplers, criteria, schedules, trees
 
 
-@pytest.mark.parametrize("name", sorted(LINKS))
+@every("name", sorted(LINKS))
 def test_links_begin_where_they_are_told(name: str) -> None:
     values = torch.tensor([[0.3, 0.2], [0.6, 0.1]])
     link = LINKS[name](SPEC)

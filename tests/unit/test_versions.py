@@ -9,10 +9,11 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from tests.every import every
 from tests.lower_bounds import ROOT, bounds, extras, pins
 
 
-@pytest.mark.parametrize("name", sorted(bounds(extras())))
+@every("name", sorted(bounds(extras())))
 def test_every_direct_dependency_has_a_tested_version_that_its_bound_allows(name):
     assert name in pins(), f"constraints.txt has no version of {name}"
     assert Version(pins()[name]) in SpecifierSet(f">={bounds(extras())[name]}")

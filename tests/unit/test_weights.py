@@ -13,6 +13,7 @@ from plait.recipes.loading import build_recipe
 from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
 from tests.adapters_on_disk import Linear, layers
+from tests.every import every
 from tests.reference.harness import MODULES, adapter, adapters, recipe
 
 LLAMA = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.10.mlp.up_proj", "lm_head"]
@@ -153,7 +154,7 @@ def along(policy, modules=DEPTH) -> list[list[float]]:
     return [weights_in(made(policy, (1.0, 2.0)), m, modules).tolist() for m in modules]
 
 
-@pytest.mark.parametrize(
+@every(
     ("policy", "factors"),
     [
         ({"first": 0.2, "last": 1.0}, [0.2, 0.4, 0.6, 0.8, 1.0]),
@@ -227,7 +228,7 @@ def test_a_curve_over_nothing_is_told(weights, modules, text) -> None:
     assert text in problem
 
 
-@pytest.mark.parametrize(
+@every(
     ("weights", "text"),
     [
         ({"policy": "schedule", "points": [1.0]}, "weights.points"),
