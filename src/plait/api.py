@@ -92,7 +92,7 @@ def merge(  # noqa: PLR0913 (what a command line takes)
         PlaitError: anything wrong with what was given, all of it at once; nothing is left at `out` then.
     """
     return MergeOrder(
-        Request(source, settings, moments=moments, tasks=tasks),
+        request=Request(source, settings, moments=moments, tasks=tasks),
         out=_path(out),
         force=force,
         workers=workers,
@@ -123,7 +123,7 @@ def plan(
         PlaitError: as `merge`.
     """
     request = Request(source, settings, moments=moments, tasks=tasks)
-    return MergeOrder(request, workers=workers, add=add, inputs=inputs or {}, from_merged=from_merged).plan()
+    return MergeOrder(request=request, workers=workers, add=add, inputs=inputs or {}, from_merged=from_merged).plan()
 
 
 def bake(  # noqa: PLR0913 (what a command line takes)
@@ -175,7 +175,7 @@ def bake(  # noqa: PLR0913 (what a command line takes)
     from plait.commands.bake import BakeOrder
 
     return BakeOrder(
-        Request(source, settings, moments=moments, base=base, tasks=tasks),
+        request=Request(source, settings, moments=moments, base=base, tasks=tasks),
         out=Path(out),
         dtype=dtype,
         shard_size=shard_size,
@@ -210,7 +210,9 @@ def plan_bake(
     from plait.commands.bake import BakeOrder
 
     request = Request(source, settings, moments=moments, base=base, tasks=tasks)
-    return BakeOrder(request, dtype=dtype, shard_size=shard_size, device=device, dequantize=dequantize, workers=workers).plan()
+    return BakeOrder(
+        request=request, dtype=dtype, shard_size=shard_size, device=device, dequantize=dequantize, workers=workers
+    ).plan()
 
 
 def compress(
@@ -239,7 +241,7 @@ def compress(
     Raises:
         PlaitError: as `merge`.
     """
-    return CompressOrder(str(adapter), Path(out), rank, energy, settings, force, workers).run(progress)
+    return CompressOrder(Path(out), rank, energy, settings, force, workers, adapter=str(adapter)).run(progress)
 
 
 def extract(
@@ -279,7 +281,8 @@ def extract(
     """
     from plait.commands.extract import ExtractOrder
 
-    return ExtractOrder(str(base), str(finetuned), Path(out), rank, energy, settings, force, workers).run(progress)
+    models = {"base": str(base), "finetuned": str(finetuned)}
+    return ExtractOrder(Path(out), rank, energy, settings, force, workers, **models).run(progress)
 
 
 def calibrate(  # noqa: PLR0913 (what a command line takes)
@@ -326,9 +329,14 @@ def calibrate(  # noqa: PLR0913 (what a command line takes)
     from plait.calibration.request import CalibrateOptions
     from plait.commands.calibrate import CalibrateOrder
 
-    options = CalibrateOptions(None, load_dtype, device_map, trust_remote_code)
-    base = None if base_model is None else str(base_model)
-    return CalibrateOrder(source, tasks, Path(out), base, settings, sets, options, force).run(progress)
+    given: dict[str, Any] = {f"calibration.{key}": value for key, value in settings.items()}
+    given["base_model"] = None if base_model is None else str(base_model)
+    return CalibrateOrder(
+        request=Request(source, given, sets, tasks=tasks, mixed=False),
+        out=Path(out),
+        options=CalibrateOptions(None, load_dtype, device_map, trust_remote_code),
+        force=force,
+    ).run(progress)
 
 
 def tune(  # noqa: PLR0913 (what a command line takes)
@@ -376,11 +384,15 @@ def tune(  # noqa: PLR0913 (what a command line takes)
     Raises:
         PlaitError: anything wrong with what was given; nothing is left at `out` then.
     """
-    from plait.commands.tune import TuneOrder
+    from plait.commands.tune import START, TuneOrder
     from plait.tuning.pipeline import TuneOptions
 
-    options = TuneOptions(None, load_dtype, device_map, trust_remote_code, control, controls, workers)
-    return TuneOrder(source, Path(out), tasks, settings, sets, options, force).run(progress)
+    return TuneOrder(
+        request=Request(source, settings, sets, tasks=tasks, method=START, mixed=False),
+        out=Path(out),
+        options=TuneOptions(None, load_dtype, device_map, trust_remote_code, control, controls, workers),
+        force=force,
+    ).run(progress)
 
 
 def inspect(

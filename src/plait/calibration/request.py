@@ -6,26 +6,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from plait.adapters.adapter import Adapter
 from plait.calibration.record import CalibratedTexts, CalibrationPlan
 from plait.calibration.texts import Texts, overlap_with_evaluation, prompt_text, read_texts
 from plait.checkpoints.digests import weight_files
-from plait.errors import PlanError, RecipeError, TaskError, collect
+from plait.errors import PlanError, TaskError, collect
 from plait.evaluation.scores import adapter_digest, digest
 from plait.hub.download import Located, resolve_model
 from plait.merging.inventory import Inventory, naming_base, take_inventory
 from plait.recipes.calibration import CalibrationSpec
 from plait.recipes.naming import naming_its_file
 from plait.recipes.problems import Problem
-from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
 from plait.results.digests import sha256
 from plait.results.lock import relative_path
 from plait.results.versions import library_versions
 from plait.tasks.asking import Head
-from plait.tasks.loading import absolute_reference, recipe_tasks, with_tasks
+from plait.tasks.loading import absolute_reference, recipe_tasks
 from plait.tasks.schema import Task
 
 MISMATCH = "these tasks and adapters do not suit each other"
@@ -141,36 +140,6 @@ class CalibrationRequest:
             left_out=tuple(sorted(set(layouts) - set(self.targets))),
             bytes=size * len(self.inventory.adapters),
         )
-
-
-def calibration_recipe(
-    source: Recipe | str | Path | Sequence[str | Path] | Mapping[str, str | Path],
-    tasks: Sequence[str | Path] | None,
-    base_model: str | None,
-    spec: Mapping[str, Any],
-    sets: Sequence[str] = (),
-) -> tuple[Recipe, Path | None]:
-    """Return what a command line or a Python call asks for, and the folder that its relative paths start from.
-
-    Args:
-        source: adapters, the path of a recipe, or a `Recipe`.
-        tasks: files, from the working directory; the recipe's own when None.
-        base_model: its name; the recipe's or the adapters' when None.
-        spec: keys of the recipe's `calibration`.
-        sets: `PATH=VALUE` for any key.
-
-    Raises:
-        RecipeError: everything that is wrong with it.
-    """
-    if isinstance(source, Recipe):
-        if spec or sets or base_model:
-            raise RecipeError("a Recipe is complete; put the settings into it, or give adapters or a file.")
-        recipe, folder = source, source.folder
-    else:
-        file, adapters = (Path(source), []) if isinstance(source, (str, Path)) else (None, source)
-        own = [f"calibration.{key}={value!r}" for key, value in spec.items()]
-        recipe, folder = read_request(file, adapters, {"base_model": base_model} if base_model else {}, [*own, *sets])
-    return with_tasks(recipe, tasks), folder
 
 
 @naming_its_file

@@ -7,26 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.cli.options import (
-    DryRun,
-    Force,
-    Json,
-    Keys,
-    Moments,
-    Out,
-    Private,
-    PushBakedRepo,
-    RecipeOrAdapters,
-    Workers,
-    with_recipe_keys,
-)
+from plait.cli.options import DryRun, Keys, Moments, Out, Private, PushBakedRepo, RecipeOrAdapters, Writing, with_options
 
 if TYPE_CHECKING:
     from plait.baking.pipeline import BakeResult
     from plait.baking.plan import BakePlan, TensorPlan
 
 
-@with_recipe_keys("bake")
+@with_options("bake")
 def bake(
     inputs: RecipeOrAdapters,
     out: Out,
@@ -49,7 +37,6 @@ def bake(
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Take a quantized base (fp8, mxfp4) for the plain model it stands for.")
     ] = False,
-    workers: Workers = None,
     check: Annotated[
         Path | None,
         typer.Option(
@@ -57,11 +44,10 @@ def bake(
         ),
     ] = None,
     dry_run: DryRun = False,
-    json: Json = False,
-    force: Force = False,
     push_baked_repo: PushBakedRepo = None,
     private: Private = False,
     *,
+    writing: Writing,
     keys: Keys,
 ) -> None:
     """Write base model + adapters as a full model, shard by shard; killed, the same command goes on.
@@ -74,14 +60,14 @@ def bake(
     from plait.commands.request import Request
 
     order = BakeOrder(
-        Request(inputs, keys.settings, keys.sets, moments, tasks=keys.tasks),
+        request=Request(inputs, keys.settings, keys.sets, moments, tasks=keys.tasks),
         out=out,
         dtype=dtype,
         shard_size=shard_size,
         device=device,
         dequantize=dequantize,
-        force=force,
-        workers=workers,
+        force=writing.force,
+        workers=writing.workers,
         prompts=check,
         push_to=push_baked_repo,
         private=private,
@@ -90,10 +76,10 @@ def bake(
         order.check()
     if dry_run:
         plan = order.plan()
-        print_json(plan.model_dump(mode="json")) if json else show_bake_plan(plan, out)
+        print_json(plan.model_dump(mode="json")) if writing.json else show_bake_plan(plan, out)
         return
     result = order.run(ProgressBars())
-    if json:
+    if writing.json:
         print_json(bake_json(result) | ({} if result.parity is None else {"parity": result.parity.model_dump(mode="json")}))
         return
     show_bake(result)

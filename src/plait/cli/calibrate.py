@@ -4,35 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from plait.cli.options import (
-    DeviceMap,
-    DryRun,
-    Force,
-    Json,
-    Keys,
-    LoadDtype,
-    MaybeOut,
-    RecipeOrSeveral,
-    TrustRemoteCode,
-    with_recipe_keys,
-)
+from plait.cli.options import DryRun, Force, Json, Keys, Loading, MaybeOut, RecipeOrSeveral, with_options
 
 if TYPE_CHECKING:
     from plait.calibration.pipeline import CalibrateResult
     from plait.calibration.record import CalibratedTexts, CalibrationPlan
 
 
-@with_recipe_keys("calibrate")
+@with_options("calibrate")
 def calibrate(
     inputs: RecipeOrSeveral,
     out: MaybeOut = None,
-    load_dtype: LoadDtype = "auto",
-    device_map: DeviceMap = "auto",
-    trust_remote_code: TrustRemoteCode = False,
     dry_run: DryRun = False,
     json: Json = False,
     force: Force = False,
     *,
+    loading: Loading,
     keys: Keys,
 ) -> None:
     """Take the second moments that regmean and ssr need: each adapter reads its own task's texts. No label is read.
@@ -42,11 +29,11 @@ def calibrate(
     from plait.calibration.request import CalibrateOptions
     from plait.cli.console import ProgressBars, print_json, warnings_as_notes
     from plait.commands.calibrate import CalibrateOrder
+    from plait.commands.request import Request
 
-    options = CalibrateOptions(None, load_dtype, device_map, trust_remote_code)
-    order = CalibrateOrder(
-        inputs, keys.tasks, out, base_model=keys.settings.get("base_model"), sets=keys.sets, options=options, force=force
-    )
+    options = CalibrateOptions(None, *loading)
+    request = Request(inputs, keys.settings, keys.sets, tasks=keys.tasks, mixed=False)
+    order = CalibrateOrder(request=request, out=out, options=options, force=force)
     with warnings_as_notes():
         if dry_run:
             plan = order.plan()

@@ -6,20 +6,18 @@ from typing import Annotated
 
 import typer
 
-from plait.cli.options import Energy, Force, Json, Keys, Out, Workers, with_recipe_keys
+from plait.cli.options import Energy, Keys, Out, Writing, with_options
 
 
-@with_recipe_keys("compress")
+@with_options("compress")
 def compress(
     adapter: Annotated[
         str, typer.Argument(metavar="ADAPTER", help=r"FOLDER or org/repo\[@revision]\[/subfolder].", show_default=False)
     ],
     out: Out,
     energy: Energy = None,
-    workers: Workers = None,
-    json: Json = False,
-    force: Force = False,
     *,
+    writing: Writing,
     keys: Keys,
 ) -> None:
     """Write one adapter at a lower rank, with the energy that this keeps.
@@ -31,8 +29,10 @@ def compress(
     from plait.commands.compress import CompressOrder
 
     settings = keys.settings
-    result = CompressOrder(adapter, out, settings.pop("rank", None), energy, settings, force, workers).run(ProgressBars())
-    if json:
+    rank = settings.pop("rank", None)
+    order = CompressOrder(out, rank, energy, settings, writing.force, writing.workers, adapter=adapter)
+    result = order.run(ProgressBars())
+    if writing.json:
         print_json({"folder": str(result.folder), **result.record.model_dump(mode="json")})
     else:
         show_result(result)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.cli.options import DeviceMap, Force, Json, Keys, LoadDtype, Moments, TrustRemoteCode, Workers, with_recipe_keys
+from plait.cli.options import Keys, Loading, Moments, Writing, with_options
 
 if TYPE_CHECKING:
     from plait.commands.evaluate import Evaluated
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 NOT_MET = 3  # exit code: evaluated, but not good enough
 
 
-@with_recipe_keys("eval")
+@with_options("eval")
 def evaluate(
     inputs: Annotated[
         list[str],
@@ -53,15 +53,11 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="A task's own adapter, for one adapter or model.", show_default=False),
     ] = None,
-    load_dtype: LoadDtype = "auto",
-    device_map: DeviceMap = "auto",
-    trust_remote_code: TrustRemoteCode = False,
     workspace: Annotated[Path, typer.Option(help="Where results and finished answers are kept.")] = Path("artifacts"),
-    workers: Workers = None,
     card: Annotated[bool, typer.Option("--card", help="Put the results into the card of the adapter or model.")] = False,
-    json: Json = False,
-    force: Force = False,
     *,
+    loading: Loading,
+    writing: Writing,
     keys: Keys,
 ) -> None:
     """Say what a merge kept of every adapter, task by task, beside the base model and each task's own adapter.
@@ -85,17 +81,17 @@ def evaluate(
         spaces=[part for part in (spaces or "").split(",") if part],
         require=require or [],
         out=out,
-        force=force,
+        force=writing.force,
         sources=named_paths("--source", source or []),
         card=card,
-        options=EvaluateOptions(workspace, base, load_dtype, device_map, trust_remote_code, matrix, workers),
+        options=EvaluateOptions(workspace, base, *loading, matrix, writing.workers),
     )
     with warnings_as_notes():
         order.check()
     with noting_on_stop(lambda: _kept(workspace)):
         found = order.run(ProgressBars())
     best, board = found.best, found.board
-    if json:
+    if writing.json:
         saved = None if found.saved is None else str(found.saved)
         required = [{"bound": str(b), "value": b.value(best), "met": b.met(best)} for b in found.required]
         print_json({**(board or best).model_dump(mode="json"), "run": str(found.run), "required": required, "saved": saved})

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.cli.options import Energy, Force, Json, Out, Workers
+from plait.cli.options import Energy, Out, Writing, with_options
 
 if TYPE_CHECKING:
     from plait.extraction.pipeline import ExtractResult
     from plait.extraction.record import ExtractRecord
 
 
+@with_options()
 def extract(
     base: Annotated[str, typer.Argument(help=r"The base model: FOLDER or org/repo\[@revision].", show_default=False)],
     finetuned: Annotated[str, typer.Argument(help="A full fine-tune of it, likewise.", show_default=False)],
@@ -33,9 +34,8 @@ def extract(
     base_id: Annotated[
         str | None, typer.Option("--base-id", help=r"The base model's name in the adapter. \[BASE]", show_default=False)
     ] = None,
-    workers: Workers = None,
-    json: Json = False,
-    force: Force = False,
+    *,
+    writing: Writing,
 ) -> None:
     """Write a LoRA adapter from a full fine-tune: what it changed, at a low rank, with the energy that this keeps.
 
@@ -52,8 +52,9 @@ def extract(
         "layout": layout,
         "base_id": base_id,
     }
-    result = ExtractOrder(base, finetuned, out, rank, energy, settings, force, workers).run(ProgressBars())
-    if json:
+    order = ExtractOrder(out, rank, energy, settings, writing.force, writing.workers, base=base, finetuned=finetuned)
+    result = order.run(ProgressBars())
+    if writing.json:
         print_json({"folder": str(result.folder), **result.record.model_dump(mode="json")})
     else:
         _show(result)

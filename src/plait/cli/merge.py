@@ -8,18 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plait.cli.options import (
-    DryRun,
-    Force,
-    Json,
-    Keys,
-    Moments,
-    Private,
-    PushBakedRepo,
-    RecipeOrAdapters,
-    Workers,
-    with_recipe_keys,
-)
+from plait.cli.options import DryRun, Keys, Moments, Private, PushBakedRepo, RecipeOrAdapters, Writing, with_options
 
 if TYPE_CHECKING:
     from plait.merging.pipeline import MergeResult
@@ -34,7 +23,7 @@ _PROMISES = {
 }
 
 
-@with_recipe_keys("merge")
+@with_options("merge")
 def merge(
     inputs: RecipeOrAdapters,
     out: Annotated[
@@ -57,9 +46,6 @@ def merge(
     ] = None,
     moments: Moments = None,
     dry_run: DryRun = False,
-    json: Json = False,
-    force: Force = False,
-    workers: Workers = None,
     push_adapter_repo: Annotated[
         str | None,
         typer.Option("--push-adapter-repo", metavar="REPO", help="Hub repository to upload to.", show_default=False),
@@ -76,6 +62,7 @@ def merge(
     push_baked_repo: PushBakedRepo = None,
     private: Private = False,
     *,
+    writing: Writing,
     keys: Keys,
 ) -> None:
     """Merge LoRA adapters into one, without the base model; with --tasks, moments and scale are taken on their texts.
@@ -89,10 +76,10 @@ def merge(
     from plait.commands.request import Request
 
     order = MergeOrder(
-        Request(inputs, keys.settings, keys.sets, moments, tasks=keys.tasks),
+        request=Request(inputs, keys.settings, keys.sets, moments, tasks=keys.tasks),
         out=out,
-        force=force,
-        workers=workers,
+        force=writing.force,
+        workers=writing.workers,
         push_to=push_adapter_repo,
         private=private,
         add=add,
@@ -105,7 +92,7 @@ def merge(
         order.check()
     if dry_run:
         baked, plan = order.plan_bake(), order.plan()
-        if json:
+        if writing.json:
             print_json(plan.model_dump(mode="json") | ({} if baked is None else {"bake": baked.model_dump(mode="json")}))
             return
         _show_plan(plan)
@@ -115,7 +102,7 @@ def merge(
     result = order.run(ProgressBars())
     for note in result.record.notes:
         err().print(f"note: {note}", style="dim", markup=False)
-    if json:
+    if writing.json:
         merged = {"folder": str(result.folder), "url": result.url, **result.record.model_dump(mode="json")}
         print_json(merged | ({} if result.baked is None else {"bake": bake_json(result.baked)}))
         return

@@ -25,10 +25,6 @@ MaybeOut = Annotated[Path | None, typer.Option("--out", "-o", help="Where to wri
 Workers = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Modules worked on at a time; never changes a byte.", show_default=False)
 ]
-BaseId = Annotated[str | None, typer.Option("--base-id", metavar="MODEL", help="Base model.", show_default=False)]
-LoadDtype = Annotated[str, typer.Option(metavar="DTYPE", help="Of the base in memory; auto: as it is stored.")]
-DeviceMap = Annotated[str, typer.Option(metavar="DEVICE", help="As transformers takes it: auto, cpu, cuda:0, balanced.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the base's weights.")]
 Private = Annotated[bool, typer.Option("--private", help="Create the repository as private.")]
 Moments = Annotated[
     Path | None,
@@ -53,6 +49,27 @@ RecipeOrAdapters = Annotated[
         show_default=False,
     ),
 ]
+
+
+class Loading(NamedTuple):
+    """How the base model is loaded on this machine."""
+
+    load_dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Of the base in memory; auto: as it is stored.")] = "auto"
+    device_map: Annotated[
+        str, typer.Option(metavar="DEVICE", help="As transformers takes it: auto, cpu, cuda:0, balanced.")
+    ] = "auto"
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base's weights.")
+    ] = False
+
+
+class Writing(NamedTuple):
+    """What commands have that write a result."""
+
+    workers: Workers = None
+    json: Json = False
+    force: Force = False
+
 
 #: Command → the parts of a recipe that have an effect there, its own first; "" are the keys at the top.
 _PARTS = {
@@ -199,21 +216,27 @@ def _flag(command: str, key: Key, taken: Mapping[str, Key]) -> str:
     return word.replace(".", "-").replace("_", "-")
 
 
-def with_recipe_keys(command: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command a flag for every key of the recipe that has an effect there; it gets what is given as `keys`."""
+def with_options(command: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags that its groups of options hold, and one for every key of the recipe with an effect there.
+
+    A parameter that is annotated with a named tuple becomes its fields; `keys` becomes the recipe's keys.
+    """
 
     def extend(function: Callable[..., None]) -> Callable[..., None]:
-        flags = flags_of(command)
-        extra = dict(_parameters(command, flags))
+        flags = flags_of(command) if command else {}
         hints = get_type_hints(function, include_extras=True)
-        found = inspect.signature(function).parameters.values()
-        own = [p.replace(annotation=hints[p.name]) for p in found if p.name != "keys"]
-        added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a) for n, a in extra.items()]
+        given = inspect.signature(function).parameters.values()
+        groups = {name: _fields(hint) for name, hint in hints.items() if hasattr(hint, "_fields")}
+        keys = [_parameter(name, annotation) for name, annotation in _flags(command, flags)]
+        own = [p.replace(annotation=hints[p.name]) for p in given if p.name != "keys" and p.name not in groups]
+        added = [*(parameter for group in groups.values() for parameter in group), *keys]
 
         @wraps(function)
         def run(**values: Any) -> None:
-            given = {name: values.pop(name) for name in extra}
-            function(**values, keys=_read(flags, given))
+            texts = {p.name: values.pop(p.name) for p in keys}
+            for name, group in groups.items():
+                values[name] = hints[name](**{p.name: values.pop(p.name) for p in group})
+            function(**values, **({"keys": _read(flags, texts)} if command else {}))
 
         run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in (*own, *added)} | {"return": None}
@@ -222,7 +245,17 @@ def with_recipe_keys(command: str) -> Callable[[Callable[..., None]], Callable[.
     return extend
 
 
-def _parameters(command: str, flags: Mapping[str, Key]) -> Iterator[tuple[str, Any]]:
+def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _fields(group: Any) -> list[inspect.Parameter]:
+    """Return the parameters that a group of options becomes."""
+    hints = get_type_hints(group, include_extras=True)
+    return [_parameter(name, hints[name], group._field_defaults[name]) for name in group._fields]
+
+
+def _flags(command: str, flags: Mapping[str, Key]) -> Iterator[tuple[str, Any]]:
     for flag, key in flags.items():
         several = key.pairs or key.path == "tasks" or key.path.endswith(".texts")
         kind: Any = list[str] | None if several else str | None

@@ -6,25 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.cli.options import (
-    DeviceMap,
-    Force,
-    Json,
-    Keys,
-    LoadDtype,
-    Out,
-    RecipeOrSeveral,
-    TrustRemoteCode,
-    Workers,
-    with_recipe_keys,
-)
+from plait.cli.options import Keys, Loading, Out, RecipeOrSeveral, Writing, with_options
 
 if TYPE_CHECKING:
     from plait.tuning.pipeline import TuneResult
     from plait.tuning.record import TuneRecord
 
 
-@with_recipe_keys("tune")
+@with_options("tune")
 def tune(
     inputs: RecipeOrSeveral,
     out: Out,
@@ -34,13 +23,9 @@ def tune(
     controls: Annotated[
         bool, typer.Option("--controls", help="The same, and random adapters of equal norms (three times the time).")
     ] = False,
-    load_dtype: LoadDtype = "auto",
-    device_map: DeviceMap = "auto",
-    trust_remote_code: TrustRemoteCode = False,
-    workers: Workers = None,
-    json: Json = False,
-    force: Force = False,
     *,
+    loading: Loading,
+    writing: Writing,
     keys: Keys,
 ) -> None:
     """Merge adapters, and let the merge learn from unlabeled texts what it lost.
@@ -50,13 +35,15 @@ def tune(
     Example: plait tune ./intent ./langid --tasks tasks/intent.yaml tasks/langid.yaml -o tuned
     """
     from plait.cli.console import ProgressBars, print_json
-    from plait.commands.tune import TuneOrder
+    from plait.commands.request import Request
+    from plait.commands.tune import START, TuneOrder
     from plait.tuning.pipeline import TuneOptions
 
-    options = TuneOptions(None, load_dtype, device_map, trust_remote_code, control, controls, workers)
-    order = TuneOrder(inputs, out, keys.tasks, keys.settings, keys.sets, options, force)
+    options = TuneOptions(None, *loading, control, controls, writing.workers)
+    request = Request(inputs, keys.settings, keys.sets, tasks=keys.tasks, method=START, mixed=False)
+    order = TuneOrder(request=request, out=out, options=options, force=writing.force)
     result = order.run(ProgressBars())
-    if json:
+    if writing.json:
         print_json({"folder": str(result.folder), **result.record.model_dump(mode="json")})
     else:
         _show(result)

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.cli.options import Force, Json, Out, Workers
+from plait.cli.options import Out, Writing, with_options
 
 if TYPE_CHECKING:
     from plait.baking.unbake import UnbakeResult
 
 
+@with_options()
 def unbake(
     model: Annotated[str, typer.Argument(help=r"A baked model: FOLDER or org/repo\[@revision].", show_default=False)],
     adapter: Annotated[str, typer.Argument(help="The adapter to take out of it, likewise.", show_default=False)],
@@ -20,9 +21,8 @@ def unbake(
     original: Annotated[
         str | None, typer.Option(help="The model before the bake: say how far the result is from it.", show_default=False)
     ] = None,
-    workers: Workers = None,
-    json: Json = False,
-    force: Force = False,
+    *,
+    writing: Writing,
 ) -> None:
     """Take an adapter out of a baked model again, to within rounding.
 
@@ -31,8 +31,8 @@ def unbake(
     from plait.cli.console import ProgressBars, print_json
     from plait.commands.unbake import UnbakeOrder
 
-    result = UnbakeOrder(model, adapter, out, weight, original, force, workers).run(ProgressBars())
-    if json:
+    result = UnbakeOrder(model, adapter, out, weight, original, writing.force, writing.workers).run(ProgressBars())
+    if writing.json:
         remaining = result.remaining.model_dump(mode="json") if result.remaining else None
         record = result.bake.record.model_dump(mode="json")
         said = {"folder": str(result.bake.folder), "weight": result.weight, "remaining": remaining, "left": result.left}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from plait.baking.pipeline import BakeResult, plan_bake, run_bake
 from plait.baking.plan import BakeOptions, BakePlan, bake_options
-from plait.commands.request import Request, complete_from_texts
+from plait.commands.request import WritingOrder
 from plait.errors import PlaitError, RecipeError
 from plait.hub.upload import check_push
 from plait.results.progress import Progress
@@ -30,18 +30,14 @@ class Baked(BakeResult):
     parity: ParityReport | None = None
 
 
-@dataclass(frozen=True)
-class BakeOrder:
+@dataclass(frozen=True, kw_only=True)
+class BakeOrder(WritingOrder):
     """A bake that is asked for; see `plait.bake`."""
 
-    request: Request
-    out: Path | None = None
     dtype: str | None = None
     shard_size: str | None = None
     device: str = "cpu"
     dequantize: bool = False
-    force: bool = False
-    workers: int | None = None
     prompts: Path | None = None
     push_to: str | None = None
     private: bool = False
@@ -91,28 +87,9 @@ class BakeOrder:
         """
         self.check()
         self.check_beforehand()
-        if self.out is None:
-            raise AssertionError("both doors ask for an output")
         recipe, folder = self.request.resolved
-        recipe, _ = complete_from_texts(
-            recipe,
-            folder,
-            out=self.out,
-            moments=self.request.function,
-            force=self.force,
-            workers=self.workers,
-            progress=progress,
-        )
-        result = run_bake(
-            recipe,
-            self.options,
-            out=self.out,
-            folder=folder,
-            force=self.force,
-            workers=self.workers,
-            moments=self.request.function,
-            progress=progress,
-        )
+        recipe, _ = self.complete_from_texts(recipe, folder, progress)
+        result = run_bake(recipe, self.options, folder=folder, **self.writing(progress))
         parity = None
         try:
             if self.prompts is not None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from plait.adapters.adapter import ADAPTER_WEIGHTS
-from plait.commands.request import Request, rank_or_energy
+from plait.commands.request import LowRankOrder, Request
 from plait.hub.references import parse_reference
 from plait.merging.inventory import open_adapters
 from plait.merging.pipeline import MergeResult, run_recipe
@@ -18,17 +15,11 @@ from plait.results.progress import Progress
 _SMALLER = 0.98  # of the bytes before: less than that is saved by headers alone
 
 
-@dataclass(frozen=True)
-class CompressOrder:
+@dataclass(frozen=True, kw_only=True)
+class CompressOrder(LowRankOrder):
     """A compression that is asked for; see `plait.compress`."""
 
     adapter: str
-    out: Path
-    rank: int | str | None = None
-    energy: float | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    force: bool = False
-    workers: int | None = None
 
     def run(self, progress: Progress | None = None) -> MergeResult:
         """Merge one adapter alone, at the rank asked for.
@@ -36,10 +27,9 @@ class CompressOrder:
         Raises:
             PlaitError: anything wrong with what was given.
         """
-        rank = rank_or_energy(self.rank, self.energy)
         reference = parse_reference(self.adapter)
         name = reference.default_name()
-        settings = {"rank": rank, "heads": {"policy": "from", "adapter": name}, **self.settings}
+        settings = {"rank": self.wanted_rank, "heads": {"policy": "from", "adapter": name}, **self.settings}
         recipe, folder = Request({name: reference.address}, settings).resolved
         result = run_recipe(recipe, folder=folder, out=self.out, force=self.force, workers=self.workers, progress=progress)
         _announce_if_not_smaller(result, reference.address)

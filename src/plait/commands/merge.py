@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plait.commands.request import Request, complete_from_texts
+from plait.commands.request import Request, WritingOrder
 from plait.errors import RecipeError
 from plait.hub.upload import check_push
 from plait.merging.pipeline import MergeResult, plan_recipe, run_recipe
@@ -35,14 +35,10 @@ class Merged(MergeResult):
     baked: BakeResult | None = None
 
 
-@dataclass(frozen=True)
-class MergeOrder:
+@dataclass(frozen=True, kw_only=True)
+class MergeOrder(WritingOrder):
     """A merge that is asked for; see `plait.merge`."""
 
-    request: Request
-    out: Path | None = None
-    force: bool = False
-    workers: int | None = None
     push_to: str | None = None
     private: bool = False
     add: Adapters | None = None
@@ -101,7 +97,7 @@ class MergeOrder:
         from plait.commands.bake import BakeOrder
 
         return BakeOrder(
-            Request(recipe if folder is None else recipe.placed(folder), moments=self.request.function),
+            request=Request(recipe if folder is None else recipe.placed(folder), moments=self.request.function),
             out=self.bake_dir,
             force=self.force,
             workers=self.workers,
@@ -137,29 +133,11 @@ class MergeOrder:
         if self.push_to is not None:
             check_push(self.push_to)
         recipe, folder, base_folder, notes = self._resolved
-        recipe, found = complete_from_texts(
-            recipe,
-            folder,
-            out=self.out,
-            moments=self.request.function,
-            force=self.force,
-            workers=self.workers,
-            progress=progress,
-        )
+        recipe, found = self.complete_from_texts(recipe, folder, progress)
         if (bake := self._bake(recipe, folder)) is not None:
             bake.plan()
             bake.check_beforehand()
-        result = run_recipe(
-            recipe,
-            folder=folder,
-            out=self.out,
-            force=self.force,
-            workers=self.workers,
-            progress=progress,
-            base_folder=base_folder,
-            moments=self.request.function,
-            notes=(*notes, *found),
-        )
+        result = run_recipe(recipe, folder=folder, base_folder=base_folder, notes=(*notes, *found), **self.writing(progress))
         if self.push_to is not None:
             from plait.verification.publish import push_result
 

@@ -28,6 +28,8 @@ class Request:
         moments: second moments of inputs: files, which become part of the recipe, or a function, which no recipe can hold.
         base: the base model, in place of the recipe's or the adapters' own.
         tasks: files of the tasks, relative to the working directory; the recipe's own when None.
+        method: where neither settings nor the recipe name one.
+        mixed: whether adapters may come after a recipe's file, in place of its own.
     """
 
     source: RecipeSource
@@ -36,6 +38,8 @@ class Request:
     moments: str | Path | Mapping[str, str | Path] | MomentsOf | None = None
     base: str | Path | None = None
     tasks: Sequence[str | Path] | None = None
+    method: str = "linear"
+    mixed: bool = True
 
     @cached_property
     def given(self) -> dict[str, Any]:
@@ -54,7 +58,7 @@ class Request:
         """The recipe's file and the adapters.
 
         Raises:
-            RecipeError: the source is neither.
+            RecipeError: the source is neither; or both, where that may not be.
         """
         if isinstance(self.source, Recipe):
             raise RecipeError("a Recipe is complete; give adapters or a recipe file instead.")
@@ -63,7 +67,11 @@ class Request:
         if isinstance(self.source, Mapping):
             return None, self.source
         first = self.source[0] if self.source else ""
-        return (Path(first), self.source[1:]) if is_recipe_file(first) else (None, self.source)
+        if not is_recipe_file(first):
+            return None, self.source
+        if self.source[1:] and not self.mixed:
+            raise RecipeError(f"a recipe names its adapters; got {first} and {', '.join(map(str, self.source[1:]))}.")
+        return Path(first), self.source[1:]
 
     @cached_property
     def resolved(self) -> tuple[Recipe, Path | None]:
@@ -73,8 +81,8 @@ class Request:
             RecipeError: with everything that is wrong.
         """
         if not isinstance(self.source, Recipe):
-            recipe, folder = read_request(*self.parts, self.given, self.sets)
-            return self.with_tasks(recipe), folder
+            recipe, folder = read_request(*self.parts, self.given, self.sets, method=self.method)
+            return self._finished(recipe), folder
         changes = [key for key in [*self.given, *self.sets] if key != "base_model" or self.base is None]
         if changes:
             raise RecipeError(
@@ -83,7 +91,13 @@ class Request:
         recipe, folder = self.source, self.source.folder
         if self.base is not None:
             recipe = recipe.changed(base_model=base_from_here(str(self.base)) if folder else str(self.base))
-        return self.with_tasks(recipe), folder
+        return self._finished(recipe), folder
+
+    def _finished(self, recipe: Recipe) -> Recipe:
+        if self.method != "linear" and "method" not in recipe.model_fields_set:
+            given = recipe.model_dump(by_alias=True, exclude_unset=True)
+            recipe = recipe.changed(method=Recipe.model_validate({**given, "method": {"name": self.method}}).method)
+        return self.with_tasks(recipe)
 
     def with_tasks(self, recipe: Recipe) -> Recipe:
         """Return a recipe with the tasks that are asked for."""
@@ -94,49 +108,70 @@ class Request:
         return with_tasks(recipe, self.tasks)
 
 
-def complete_from_texts(
-    recipe: Recipe,
-    folder: Path | None,
-    *,
-    out: Path | None,
-    moments: MomentsOf | None,
-    force: bool,
-    workers: int | None,
-    progress: Progress | None,
-) -> tuple[Recipe, tuple[str, ...]]:
-    """Take what a recipe leaves to its tasks' texts: moments, and values that are `auto`; return it, and notes."""
-    if not recipe.values_to_find and (moments is not None or not recipe.lacks_moments):
-        return recipe, ()  # and no package for live models is needed
-    from plait.calibration.completion import complete_recipe
+@dataclass(frozen=True, kw_only=True)
+class WritingOrder:
+    """An order of a command that writes what a request asks for.
 
-    done = complete_recipe(recipe, folder=folder, out=out, moments=moments, force=force, workers=workers, progress=progress)
-    return done.recipe, done.notes
-
-
-def recipe_or_adapters(source: RecipeSource) -> RecipeSource:
-    """Return a source that is not both a recipe's file and adapters; a list that holds a recipe alone is its path.
-
-    Raises:
-        RecipeError: it is both.
+    Attributes:
+        request: adapters, and how they are merged.
+        out: where to write; None where the command has a place of its own, or for a plan.
+        force: replace what is there.
+        workers: modules worked on at a time.
     """
-    if isinstance(source, (Recipe, str, Path)):
-        return source
-    file, adapters = Request(source).parts
-    if file is not None and adapters:
-        raise RecipeError(f"a recipe names its adapters; got {file} and {', '.join(map(str, adapters))}.")
-    return source if file is None else file
+
+    request: Request
+    out: Path | None = None
+    force: bool = False
+    workers: int | None = None
+
+    def writing(self, progress: Progress | None) -> dict[str, Any]:
+        """Return the arguments of a function that merges and writes."""
+        own = {"out": self.out, "force": self.force, "workers": self.workers}
+        return {**own, "moments": self.request.function, "progress": progress}
+
+    def complete_from_texts(
+        self, recipe: Recipe, folder: Path | None, progress: Progress | None
+    ) -> tuple[Recipe, tuple[str, ...]]:
+        """Take what a recipe leaves to its tasks' texts: moments, and values that are `auto`; return it, and notes."""
+        if not recipe.values_to_find and (self.request.function is not None or not recipe.lacks_moments):
+            return recipe, ()  # and no package for live models is needed
+        from plait.calibration.completion import complete_recipe
+
+        done = complete_recipe(recipe, folder=folder, **self.writing(progress))
+        return done.recipe, done.notes
 
 
-def rank_or_energy(rank: int | str | None, energy: float | None) -> int | str:
-    """Return a rank as a recipe spells it.
+@dataclass(frozen=True)
+class LowRankOrder:
+    """An order of a command that writes an adapter at a rank, or at the lowest rank that keeps a share of energy.
 
-    Raises:
-        RecipeError: both or neither are given, or the energy is not a share.
+    Attributes:
+        out: where to write.
+        rank: a number, or `energy:SHARE`.
+        energy: that share.
+        settings: the others.
+        force: replace what is there.
+        workers: worked on at a time.
     """
-    if rank is not None and energy is None:
-        return rank
-    if rank is not None or energy is None:
-        raise RecipeError("give either --rank (rank=) or --energy (energy=), such as a rank of 16 or an energy of 0.99.")
-    if not 0 < energy <= 1:
-        raise RecipeError(f"--energy (energy=) must be a share in (0, 1], such as 0.99; got {energy:g}.")
-    return f"energy:{energy!r}"
+
+    out: Path
+    rank: int | str | None = None
+    energy: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    force: bool = False
+    workers: int | None = None
+
+    @property
+    def wanted_rank(self) -> int | str:
+        """The rank as a recipe spells it.
+
+        Raises:
+            RecipeError: both or neither are given, or the energy is not a share.
+        """
+        if self.rank is not None and self.energy is None:
+            return self.rank
+        if self.rank is not None or self.energy is None:
+            raise RecipeError("give either --rank (rank=) or --energy (energy=), such as a rank of 16 or an energy of 0.99.")
+        if not 0 < self.energy <= 1:
+            raise RecipeError(f"--energy (energy=) must be a share in (0, 1], such as 0.99; got {self.energy:g}.")
+        return f"energy:{self.energy!r}"

@@ -22,6 +22,8 @@ _PLANNED = {**PLANNED, "grid": PLANNED["search"]}
 _OUTPUT = ("kind", "rank", "dtype", "layout")
 _TOP = tuple(name for name in Recipe.model_fields if name not in ("method", "weights", "output", "adapters"))
 
+_PARTS = ("eval", "calibration", "tune")  # whose keys are set one by one
+
 _FILES = (".yaml", ".yml", ".json")
 
 Adapters = Sequence[str | Path] | Mapping[str, str | Path]
@@ -40,9 +42,9 @@ def read_request(
     Args:
         file: a recipe to start from.
         adapters: references, or name → reference; they replace the file's.
-        settings: recipe keys (`scale`, `seed`, …), keys of `output` (`rank`, …), `space`, `weights` (numbers in the order of
-            the adapters, name → number, or a whole policy), `moments` (a folder of `<name>.safetensors`, or name → file), and
-            parameters of the method.
+        settings: recipe keys (`scale`, `seed`, `tune.steps`, …), keys of `output` (`rank`, …), `space`, `weights` (numbers in
+            the order of the adapters, name → number, or a whole policy), `moments` (a folder of `<name>.safetensors`, or
+            name → file), and parameters of the method.
         sets: `PATH=VALUE`, applied last.
         method: where there is no file and nothing else names one.
 
@@ -137,8 +139,11 @@ def _overrides(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     for key, value in settings.items():
         if key in ("method", "weights", "moments"):
             continue
-        path = f"output.{key}" if key in _OUTPUT else key if key in _TOP else f"method.{key}"
-        found.append((path, value))
+        if key in _PARTS and isinstance(value, Mapping):
+            found += [(f"{key}.{name}", part) for name, part in value.items()]
+            continue
+        is_path = key.partition(".")[0] in (*_TOP, "method")
+        found.append((f"output.{key}" if key in _OUTPUT else key if is_path else f"method.{key}", value))
     if isinstance(settings.get("weights"), Mapping) and "policy" in settings["weights"]:
         found.append(("weights", dict(settings["weights"])))
     return found
