@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from plait.reports.pipeline import ReportResult
     from plait.tasks.checking import TaskCheck
     from plait.training.results import TrainResult
-    from plait.training.runners import PhaseListener
     from plait.training.sft import SftResult
     from plait.tuning.pipeline import TuneResult
     from plait.verification.publish import PushResult
@@ -696,7 +695,6 @@ def train(  # noqa: PLR0913 (what a command line takes)
     load_dtype: str = "auto",
     device_map: str = "auto",
     trust_remote_code: bool = False,
-    watcher: PhaseListener | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> TrainResult:
@@ -719,8 +717,8 @@ def train(  # noqa: PLR0913 (what a command line takes)
         load_dtype: of the base in evaluation, as transformers takes it.
         device_map: in evaluation, as transformers takes it.
         trust_remote_code: in evaluation: let transformers run code that comes with the weights.
-        watcher: receives stages and steps of the phases.
-        progress: receives those of merge and evaluation.
+        progress: receives stages and steps of merge and evaluation; and those of the phases, several of which may run at a
+            time, where it has a method `part(name)` that returns the progress of one.
         **settings: keys of the file that replace its own (`lora`, `arguments`, `merge`, `eval`, `seed`, …).
 
     Returns:
@@ -744,7 +742,7 @@ def train(  # noqa: PLR0913 (what a command line takes)
         load_dtype=load_dtype,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
-    ).run(progress, watcher)
+    ).run(progress)
 
 
 def _path(path: str | Path | None) -> Path | None:

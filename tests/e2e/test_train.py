@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 import plait
 from plait.cli.main import main
 from plait.errors import OutputError, RecipeError
+from plait.results.progress import SilentProgress
 from plait.training import cohort, processes
 from plait.training.phases import phase_seed
 from plait.training.preflight import resolve_phases
 from plait.training.reading import read_phases
-from plait.training.runners import PhaseStatus
 from tests.held_runs import killed_at_a_checkpoint
 from tests.language_models import WORDS, label, save_model, tokenizer, write_task
 
@@ -214,11 +214,11 @@ def test_a_phase_that_fails_does_not_stop_the_others(place, capsys):
     assert "worst (" in out
 
 
-class Killer:
+class Killer(SilentProgress):
     """Kills the worker of a phase when it begins to train."""
 
     def __init__(self, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.said: list[PhaseStatus] = []
+        self.said: dict[str, str] = {}
         self._phase = phase
         self._children = {}
         start = processes._start
@@ -228,23 +228,33 @@ class Killer:
 
         monkeypatch.setattr(processes, "_start", noted)
 
-    def begin(self, phase: str, stage: str, total: int, unit: str) -> None:
+    def part(self, name: str) -> Part:
+        return Part(self, name)
+
+    def began(self, phase: str) -> None:
         if phase == self._phase:
             self._children[phase].process.kill()
 
-    def advance(self, phase: str, steps: int) -> None:
-        pass
 
-    def end(self, status: PhaseStatus) -> None:
-        self.said.append(status)
+class Part(SilentProgress):
+    """Tells the killer what a phase does."""
+
+    def __init__(self, killer: Killer, name: str) -> None:
+        self._killer, self._name = killer, name
+
+    def start(self, stage: str, total: int, unit: str = "steps") -> None:
+        if total:
+            self._killer.began(self._name)
+        else:
+            self._killer.said[self._name] = stage
 
 
 def test_side_by_side_is_as_in_turn(place, monkeypatch):
     rewrite(("[sort.yaml,", "[{task: sort.yaml, arguments: {max_steps: 100000}},"))  # it does not end before it is killed
     with monkeypatch.context() as patch:
-        result = plait.train("phases.yaml", out="killed", workers=2, watcher=(killer := Killer("sort", patch)))
+        result = plait.train("phases.yaml", out="killed", workers=2, progress=(killer := Killer("sort", patch)))
     assert states(result) == {"sort": "failed", "rate": "done"}
-    assert {o.name for o in killer.said} == {"sort", "rate"}
+    assert killer.said == {"sort": "failed", "rate": "done"}
     assert "was killed by signal 9" in result.failed[0].error
     assert "logs/sort.txt" in result.failed[0].error
     rewrite()

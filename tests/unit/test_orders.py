@@ -73,12 +73,12 @@ def test_every_option_is_one_of_python(command: str) -> None:
 
 
 def test_every_parameter_of_python_is_an_option() -> None:
-    """`progress` shows, `watcher` too; a function of moments and a mapping of phases have no text."""
+    """`progress` shows; a function of moments and a mapping of phases have no text."""
     for command, renamed in RENAMED.items():
         shell = shell_of(command)
         flags = {renamed.get(name, name) for name in inspect.signature(shell).parameters}
         found = inspect.signature(getattr(plait, command)).parameters.values()
-        names = {p.name for p in found if p.kind is not p.VAR_KEYWORD} - {"progress", "watcher"}
+        names = {p.name for p in found if p.kind is not p.VAR_KEYWORD} - {"progress"}
         assert names <= flags, (command, names - flags)
 
 

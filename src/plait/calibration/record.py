@@ -9,8 +9,8 @@ from plait.records import Record
 CALIBRATION = "calibration.json"
 
 
-class CalibratedTexts(Record):
-    """The texts of one task.
+class TextsOrigin(Record):
+    """Where the texts of one task are from.
 
     Attributes:
         task: its name.
@@ -18,8 +18,6 @@ class CalibratedTexts(Record):
         kind: a split, a file, generic lines or the bare prompt.
         source: the same in words.
         count: how many.
-        digest: hash of what was read.
-        shown: the first three, as the model read them.
     """
 
     task: str
@@ -27,6 +25,16 @@ class CalibratedTexts(Record):
     kind: TextKind
     source: str
     count: int
+
+
+class CalibratedTexts(TextsOrigin):
+    """The texts of one task.
+
+    Attributes:
+        digest: hash of what was read.
+        shown: the first three, as the model read them.
+    """
+
     digest: str
     shown: tuple[str, ...]
 

@@ -20,6 +20,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -121,9 +122,27 @@ class ProgressBars:
         self._unit = ""
         self._steps = 0
         self._started = 0.0
+        self._parts: Progress | None = None
+
+    def part(self, name: str) -> _PartBar:
+        """Return the progress of one part, beside which others may run: a bar each on a terminal, a line each elsewhere."""
+        if self._parts is None and self._console.is_terminal:
+            elapsed = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            self._parts = Progress(
+                TextColumn("{task.description}"), BarColumn(), *elapsed, console=self._console, transient=True
+            )
+            self._parts.start()
+        return _PartBar(name, self._console, self._parts)
+
+    def close(self) -> None:
+        """Take the bars of parts away."""
+        if self._parts is not None:
+            self._parts.stop()
+            self._parts = None
 
     def start(self, stage: str, total: int, unit: str = "steps") -> None:
         """Begin a stage."""
+        self.close()  # a terminal shows one set of bars at a time
         self._stage, self._steps, self._unit, self._started = stage, total, unit, time.perf_counter()
         if self._console.is_terminal:
             count: tuple[ProgressColumn, ...] = (MofNCompleteColumn(),)
@@ -148,6 +167,40 @@ class ProgressBars:
             amount = size(self._steps) if self._unit == "B" else f"{self._steps} {self._unit}"
             self._console.print(f"{self._stage}: {amount} in {time.perf_counter() - self._started:.1f} s")
             self._steps = 0
+
+
+class _PartBar:
+    """Progress of one part; what became of it is a line that stays."""
+
+    def __init__(self, name: str, console: Console, bars: Progress | None) -> None:
+        self._name = name
+        self._console = console
+        self._bars = bars
+        self._task: Any = None
+        self._started: float | None = None
+
+    def start(self, stage: str, total: int, unit: str = "steps") -> None:
+        """Begin a stage; one without steps is the last."""
+        self.finish()
+        now = time.perf_counter()
+        self._started = now if self._started is None else self._started
+        if not total:
+            self._console.print(f"{self._name}: {stage} after {now - self._started:.0f} s", markup=False)
+        elif self._bars is None:
+            self._console.print(f"{self._name}: {stage}, {total} {unit}", markup=False)
+        else:
+            self._task = self._bars.add_task(f"{self._name} · {stage}", total=total)
+
+    def advance(self, steps: int = 1) -> None:
+        """Report steps done."""
+        if self._bars is not None and self._task is not None:
+            self._bars.advance(self._task, steps)
+
+    def finish(self) -> None:
+        """End the stage."""
+        if self._bars is not None and self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
 
 
 def size(count: float | None) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import closing, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from plait.training.estimate import Forecast
     from plait.training.phases import TrainingPlan
     from plait.training.results import TrainResult
-    from plait.training.runners import PhaseStatus
 
 
 def train(
@@ -84,13 +82,9 @@ def train(
         else:
             _show_forecast(plan, found)
         return
-    bars = PhaseBars()
-    with (
-        redirect_stdout(sys.stderr),
-        noting_on_stop(lambda: _kept(plan)),
-        closing(bars),
-    ):  # trackers and trainers print what they like
-        result = order.run(ProgressBars(), bars)
+    stopped = noting_on_stop(lambda: _kept(plan))
+    with redirect_stdout(sys.stderr), stopped, closing(ProgressBars()) as bars:  # trackers and trainers print what they like
+        result = order.run(bars)
     if json:
         print_json(result.model_dump(mode="json"))
     else:
@@ -181,62 +175,3 @@ def _tell(result: TrainResult, command: str) -> None:
     elif result.merged is None:
         rest = f" ({', '.join(waiting)} to do)" if waiting else ""
         err().print(f"Nothing is merged yet{rest}; this does the rest: {command}", markup=False, soft_wrap=True)
-
-
-class PhaseBars:
-    """Phases on stderr: a bar each on a terminal, a line each elsewhere."""
-
-    def __init__(self) -> None:
-        from plait.cli.console import err
-
-        self._console = err()
-        self._bars: Any = None
-        self._tasks: dict[str, Any] = {}
-        self._started: dict[str, float] = {}
-
-    def begin(self, phase: str, stage: str, total: int, unit: str) -> None:
-        """Show a stage."""
-        self._started.setdefault(phase, time.perf_counter())
-        if not self._console.is_terminal:
-            self._console.print(f"{phase}: {stage}, {total} {unit}", markup=False)
-            return
-        if self._bars is None:
-            self._bars = _bars(self._console)
-            self._bars.start()
-        if phase in self._tasks:
-            self._bars.remove_task(self._tasks[phase])
-        self._tasks[phase] = self._bars.add_task(f"{phase} · {stage}", total=total)
-
-    def advance(self, phase: str, steps: int) -> None:
-        """Move a bar."""
-        if phase in self._tasks:
-            self._bars.advance(self._tasks[phase], steps)
-
-    def end(self, status: PhaseStatus, /) -> None:
-        """Say how a phase ended, and take its bar away."""
-        task = self._tasks.pop(status.name, None)
-        if task is not None:
-            self._bars.remove_task(task)
-        if not self._tasks:
-            self.close()
-        now = time.perf_counter()
-        seconds = now - self._started.pop(status.name, now)
-        record = status.record
-        if record is None:
-            self._console.print(f"{status.name}: failed after {seconds:.0f} s", style="red", markup=False)
-            return
-        loss = f", loss {record.losses[-1][1]:.3f}" if record.losses else ""
-        self._console.print(f"{status.name}: {record.steps} steps in {seconds:.0f} s{loss}", markup=False)
-
-    def close(self) -> None:
-        """Give the terminal back."""
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars = None
-
-
-def _bars(console: Any) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)

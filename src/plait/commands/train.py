@@ -17,7 +17,6 @@ from plait.training.phases import TrainingPlan
 from plait.training.preflight import resolve_phases
 from plait.training.reading import read_phases
 from plait.training.results import TrainResult
-from plait.training.runners import PhaseListener
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,11 @@ class TrainOrder:
         wanted = [plan.phase(name) for name in self.only] or plan.phases
         return [forecast(p, plan.out) for p in resolve_phases(plan) if p.phase in wanted]
 
-    def run(self, progress: Progress | None = None, listener: PhaseListener | None = None) -> TrainResult:
+    def run(self, progress: Progress | None = None) -> TrainResult:
         """Train, merge, evaluate, report.
 
         Args:
-            progress: receives stages and steps of merge and evaluation.
-            listener: receives those of the phases.
+            progress: receives stages and steps; those of phases where it has parts (`PartedProgress`).
 
         Raises:
             PlaitError: as `plait.train`.
@@ -89,6 +87,5 @@ class TrainOrder:
                 trust_remote_code=self.trust_remote_code,
                 matrix=self.matrix,
             ),
-            listener=listener,
             progress=progress,
         )

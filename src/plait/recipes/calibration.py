@@ -10,8 +10,8 @@ from plait.recipes.evaluation import SplitName
 from plait.records import Record
 
 
-class CalibrationSpec(Record):
-    """What every adapter reads, with its own task's prompt, when its inputs are looked at. No label is read."""
+class TextsSpec(Record):
+    """Which texts of its own task every adapter reads."""
 
     texts: Annotated[
         Literal["split", "lines", "template"] | None,
@@ -28,6 +28,11 @@ class CalibrationSpec(Record):
         SplitName | None,
         Field(description="Split of the tasks; `calibration` where there is one, else `train`, when not given."),
     ] = None
+
+
+class CalibrationSpec(TextsSpec):
+    """What every adapter reads, with its own task's prompt, when its inputs are looked at. No label is read."""
+
     tokens: Annotated[
         int,
         Field(

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from plait.recipes.evaluation import SplitName
-from plait.records import Record
+from plait.recipes.calibration import TextsSpec
 
 ObjectiveName = Literal["distill", "hidden", "adamerging", "gradient", "supermerge", "regret_smoothmax"]
 Granularity = Literal["task", "layer", "module", "direction"]
@@ -29,23 +28,10 @@ DEFAULT_LINKS: dict[ObjectiveName, LinkName] = {
 }
 
 
-class TuneSpec(Record):
+class TuneSpec(TextsSpec):
     """How a merge is tuned: what it sees, what is learned, and how."""
 
-    texts: Annotated[
-        Literal["split", "lines", "template"] | None,
-        Field(
-            description="A split of each task, generic lines that plait ships, or the bare prompt; a file where one is given."
-        ),
-    ] = None
-    files: Annotated[dict[str, str], Field(description="Task → file of its texts, in place of `texts`.")] = Field(
-        default_factory=dict
-    )
     count: Annotated[int, Field(ge=1, description="Texts per task, at most.")] = 128
-    split: Annotated[
-        SplitName | None,
-        Field(description="Split of the tasks; `calibration` where there is one, else `train`, when not given."),
-    ] = None
     allow_test: Annotated[bool, Field(description="Learn from the split `test`; the result cannot be judged on it.")] = False
     objective: Annotated[ObjectiveName, Field(description="What is minimized.")] = "distill"
     train: Annotated[

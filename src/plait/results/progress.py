@@ -18,6 +18,13 @@ class Progress(Protocol):
         """End the stage."""
 
 
+class PartedProgress(Progress, Protocol):
+    """A listener to parts of the work too, of which several may run at a time."""
+
+    def part(self, name: str) -> Progress:
+        """Return the listener of one part. Its last stage has no steps, and is called after what became of it."""
+
+
 class SilentProgress:
     """A listener that does nothing."""
 
@@ -29,3 +36,9 @@ class SilentProgress:
 
     def finish(self) -> None:
         """End nothing."""
+
+
+def progress_of_part(progress: Progress | None, name: str) -> Progress:
+    """Return the listener of one part of the work; a silent one where `progress` takes no parts."""
+    part = getattr(progress, "part", None)
+    return SilentProgress() if part is None else part(name)

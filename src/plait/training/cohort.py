@@ -28,7 +28,7 @@ from plait.evaluation.pipeline import EvaluateOptions
 from plait.extras import require
 from plait.parsing import read_text
 from plait.results.locking import locked
-from plait.results.progress import Progress, SilentProgress
+from plait.results.progress import Progress, SilentProgress, progress_of_part
 from plait.results.writing import write_json_atomic
 from plait.training.estimate import estimate
 from plait.training.job import ADAPTER, PACKAGES
@@ -37,7 +37,7 @@ from plait.training.post_training import merge_and_report
 from plait.training.preflight import ResolvedPhase, move_outdated, resolve_phases, with_folder_state
 from plait.training.processes import run_in_processes
 from plait.training.results import RESULT, PhaseResult, TrainResult
-from plait.training.runners import PhaseListener, PhaseStatus, run_sequentially
+from plait.training.runners import PhaseStatus, run_sequentially
 from plait.version import __version__
 
 _MADE = ("recipe", "merged", "merge_key", "run", "report")
@@ -65,7 +65,6 @@ def train_cohort(
     only: Sequence[str] = (),
     scheduling: Scheduling | None = None,
     evaluation: EvaluateOptions | None = None,
-    listener: PhaseListener | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train what is missing; when nothing is missing any more, merge, evaluate and report.
@@ -77,8 +76,7 @@ def train_cohort(
         only: phases to train, and nothing more; all, and then the rest of the work, when empty.
         scheduling: where phases run.
         evaluation: how merge and adapters are evaluated.
-        listener: receives the progress of the phases.
-        progress: receives that of what comes after them.
+        progress: receives stages and steps; those of phases as its parts.
 
     Raises:
         PlaitError: anything wrong with what was asked for, all of it before the first step; or merge or evaluation cannot be
@@ -103,7 +101,7 @@ def train_cohort(
                 _tidy(phase.phase.folder)  # killed behind its last step, it could not do so itself
         missing = [p for p in phases if p.record is None and p.phase in chosen]
         _check_space(plan.out, missing, scheduling)
-        ended = {o.name: o for o in _run([p.phase for p in missing], scheduling, listener, lock)}
+        ended = {o.name: o for o in _run([p.phase for p in missing], scheduling, progress, lock)}
         result = TrainResult(
             plait=__version__,
             source=plan.source,
@@ -156,26 +154,27 @@ def _check_space(out: Path, missing: Sequence[ResolvedPhase], scheduling: Schedu
 
 
 def _run(
-    phases: Sequence[PlannedPhase], scheduling: Scheduling, listener: PhaseListener | None, lock: int | None
+    phases: Sequence[PlannedPhase], scheduling: Scheduling, progress: Progress | None, lock: int | None
 ) -> Iterator[PhaseStatus]:
     if not phases:
         return
     ended: Iterator[PhaseStatus]
+    parts = {p.name: progress_of_part(progress, p.name) for p in phases}
     devices, workers = _devices(), scheduling.workers or 1
     if scheduling.cluster is not None:
         from plait.training.ray import run_on_ray
 
-        ended = run_on_ray(phases, listener, address=scheduling.cluster, workers=scheduling.workers)
+        ended = run_on_ray(phases, parts, address=scheduling.cluster, workers=scheduling.workers)
     elif workers > 1 or len(devices) > 1:  # a trainer that sees several GPUs would take them all, for larger batches
-        ended = run_in_processes(phases, listener, workers=workers, lock=lock, devices=devices)
+        ended = run_in_processes(phases, parts, workers=workers, lock=lock, devices=devices)
     else:
-        ended = run_sequentially(phases, listener)
+        ended = run_sequentially(phases, parts)
     folders = {p.name: p.folder for p in phases}
     for status in ended:
         if status.record is not None:
             _tidy(folders[status.name])
-        if listener is not None:
-            listener.end(status)
+        parts[status.name].start("failed" if status.record is None else "done", 0)
+        parts[status.name].finish()
         yield status
 
 

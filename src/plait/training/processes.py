@@ -7,15 +7,16 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from plait.results.progress import Progress
 from plait.training.phases import PlannedPhase
-from plait.training.runners import PhaseListener, PhaseStatus, receive
+from plait.training.runners import PhaseStatus, receive
 
 _TAIL = 3
 
@@ -50,13 +51,13 @@ class _Child:
 
 
 def run_in_processes(
-    phases: Sequence[PlannedPhase], listener: PhaseListener | None, *, workers: int, lock: int | None, devices: Sequence[str]
+    phases: Sequence[PlannedPhase], parts: Mapping[str, Progress], *, workers: int, lock: int | None, devices: Sequence[str]
 ) -> Iterator[PhaseStatus]:
     """Train phases in processes, so many at a time; yield them as they end. Leaving the iterator ends them all.
 
     Args:
         phases: what is trained.
-        listener: receives their progress.
+        parts: name of a phase → what receives its progress.
         workers: processes at a time.
         lock: file descriptor of the lock on the output, free when this process and all of these are gone; None for no lock.
         devices: GPUs, as CUDA_VISIBLE_DEVICES names them; empty where there is none.
@@ -70,7 +71,7 @@ def run_in_processes(
                 running.append(_start(waiting.pop(0), free.pop(0), workers, lock, devices, events))
             child, event = events.get()
             if isinstance(event, list):
-                receive(listener, child.phase.name, event)
+                receive(parts[child.phase.name], event)
                 continue
             if event is not None:
                 child.status = PhaseStatus.from_json(child.phase.name, event)

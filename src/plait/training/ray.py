@@ -7,28 +7,29 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from plait.errors import OutputError, PlaitError
 from plait.extras import optional
+from plait.results.progress import Progress
 from plait.training.job import TrainingJob
 from plait.training.phases import PlannedPhase
-from plait.training.runners import PhaseListener, PhaseStatus, SentProgress, receive, run_phase
+from plait.training.runners import PhaseStatus, SentProgress, receive, run_phase
 
 _POLL = 0.5  # seconds between looks at the cluster
 _LOST_NODES = 3  # how often a phase is begun again elsewhere; it continues from its last checkpoint
 
 
 def run_on_ray(
-    phases: Sequence[PlannedPhase], listener: PhaseListener | None, *, address: str, workers: int | None
+    phases: Sequence[PlannedPhase], parts: Mapping[str, Progress], *, address: str, workers: int | None
 ) -> Iterator[PhaseStatus]:
     """Train phases on a cluster, all at once as far as it has capacity; yield them as they end.
 
     Args:
         phases: what is trained.
-        listener: receives their progress.
+        parts: name of a phase → what receives its progress.
         address: `ray` for the cluster of this machine or of RAY_ADDRESS, or `ray://HOST:PORT`.
         workers: at most so many phases at a time; a node each (or a GPU each, where there are some) when None.
 
@@ -56,7 +57,7 @@ def run_on_ray(
                 running[remote.remote(phase.name, phase.job.model_dump(mode="json"), places, queue)] = phase
             ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL)
             for name, call in (queue.get() for _ in range(queue.qsize())):
-                receive(listener, name, call)
+                receive(parts[name], call)
             for reference in ready:
                 yield _status(ray, reference, running.pop(reference))
     finally:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from plait.errors import PlaitError
 from plait.libraries.transformers import silence
@@ -42,19 +42,6 @@ class PhaseStatus:
         return cls(name, None if data["record"] is None else TrainingRecord.model_validate(data["record"]), data["error"])
 
 
-class PhaseListener(Protocol):
-    """Receives the progress of phases, of which several may run at a time."""
-
-    def begin(self, phase: str, stage: str, total: int, unit: str) -> None:
-        """A phase begins a stage of `total` steps; the one before is over."""
-
-    def advance(self, phase: str, steps: int) -> None:
-        """A phase has taken steps."""
-
-    def end(self, status: PhaseStatus, /) -> None:
-        """A phase is over."""
-
-
 class SentProgress:
     """The `Progress` of a phase, here or in another process: every call becomes a tuple of plain data, for `receive`.
 
@@ -77,11 +64,10 @@ class SentProgress:
         """Send nothing: the next stage, or the phase's end, implies it."""
 
 
-def receive(listener: PhaseListener | None, phase: str, call: Sequence[Any]) -> None:
-    """Pass a call that the `SentProgress` of a phase has sent on to a listener to all of them."""
+def receive(progress: Progress, call: Sequence[Any]) -> None:
+    """Make a call that a `SentProgress` has sent."""
     name, *arguments = call
-    if listener is not None:
-        listener.begin(phase, *arguments) if name == "start" else listener.advance(phase, *arguments)
+    progress.start(*arguments) if name == "start" else progress.advance(*arguments)
 
 
 def run_phase(name: str, job: TrainingJob, folder: Path, log: Path, progress: Progress) -> PhaseStatus:
@@ -99,11 +85,11 @@ def run_phase(name: str, job: TrainingJob, folder: Path, log: Path, progress: Pr
         return PhaseStatus(name, error=f"{type(error).__name__}: {words[:300]} (all of it is in {log})")
 
 
-def run_sequentially(phases: Sequence[PlannedPhase], listener: PhaseListener | None) -> Iterator[PhaseStatus]:
+def run_sequentially(phases: Sequence[PlannedPhase], parts: Mapping[str, Progress]) -> Iterator[PhaseStatus]:
     """Train phases one after another in this process."""
     for phase in phases:
         with silence():
-            progress = SentProgress(partial(receive, listener, phase.name))
+            progress = SentProgress(partial(receive, parts[phase.name]))
             status = run_phase(phase.name, phase.job, phase.folder, phase.log, progress)
         yield status
         gc.collect()  # a trainer and its model hold each other

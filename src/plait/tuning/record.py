@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from plait.calibration.texts import TextKind
+from plait.calibration.record import TextsOrigin
 from plait.records import Record
 from plait.tuning.coefficients import LearnedCoefficients
 from plait.tuning.learning import HeldOutScore
@@ -12,25 +12,15 @@ from plait.tuning.learning import HeldOutScore
 TUNING = "tuning.json"
 
 
-class SeenTexts(Record):
-    """The texts of one task.
+class SeenTexts(TextsOrigin):
+    """The texts of one task, and the adapter whose answers were followed.
 
     Attributes:
-        task: its name.
-        adapter: whose answers were followed.
-        kind: a split, a file, generic lines or the bare prompt.
-        source: the same in words.
-        count: how many.
         learned: how many of them were learned from; the others were only looked at.
         digest: hash of what was read.
         shown: the first three, as the model read them.
     """
 
-    task: str
-    adapter: str
-    kind: TextKind
-    source: str
-    count: int
     learned: int
     digest: str
     shown: tuple[str, ...]
