@@ -4,7 +4,7 @@
 # make check   linter, formatter, types
 # make fuzz    damage N files (N=1000), one command each: refused by name, or read rightly
 # make bench   time and memory, side by side with PEFT
-# make docs    write the generated parts of README and docs again
+# make docs    write the generated parts of README, docs and the command line's table of recipe keys again
 
 PYTHON ?= python3
 VENV   ?= .venv
