@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from plait.adapters.adapter import Adapter
 from plait.calibration.record import CalibratedTexts, CalibrationPlan
