@@ -242,6 +242,7 @@ def test_an_adapter_alone_has_a_header_without_gaps(capsys):
 
 def test_a_pull_request_that_would_change_nothing_is_not_called_pushed(capsys, monkeypatch):
     for url, expected in (("https://hub/org/x/discussions/3", "pushed to"), ("https://hub/org/x", "no pull request")):
-        monkeypatch.setattr("plait.commands.push.push_result", lambda *_, url=url, **__: PushResult(url=url, left_out=(), notes=()))
+        pushed = PushResult(url=url, left_out=(), notes=())
+        monkeypatch.setattr("plait.commands.push.push_result", lambda *_, pushed=pushed, **__: pushed)
         assert run(capsys, "push", "merged", "org/x", "--create-pr")[0].startswith(expected)
     assert run(capsys, "push", "merged", "org/x")[0].startswith("pushed to")

@@ -204,10 +204,7 @@ def test_a_recipe_that_cannot_be_read_costs_only_what_is_drawn_from_it(tmp_path)
     found = read_report([run_folder(tmp_path / "run", WHOLE.model_copy(update={"recipe": {"methd": "ties"}}))])
     assert found.evaluations[0].recipe == {"methd": "ties"}
     (note,) = found.notes
-    assert (
-        note
-        == "how the adapters lie to each other is not shown: recipe: adapters: 'adapters' is missing. A list of `[name=]folder` or `org/repo[@revision]`."
-    )
+    assert note.startswith("how the adapters lie to each other is not shown: recipe: adapters: 'adapters' is missing.")
 
 
 def test_a_written_merge_brings_its_energy_and_its_lock(tmp_path):
