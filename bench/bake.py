@@ -1,8 +1,8 @@
-"""plait's bake beside `cp -r` and PEFT, in one run: `python bench/bake.py [--quick] [--markdown]`.
+"""plait's bake compared with `cp -r` and PEFT, in one run: `python bench/bake.py [--quick] [--markdown]`.
 
 A random model with the shapes of Qwen3-1.7B (bfloat16, several files) and two random adapters (all linear layers, r 64,
 float32). Every measurement is a fresh process; files are in the page cache for all. Two sizes of model show that memory does
-not grow. The base lies as the Hub's cache holds it, and in a plain folder, where its sha256 has to be computed. Results go to
+not grow. The base is laid out as in the Hub's cache, and in a plain folder, where its sha256 has to be computed. Results go to
 `bench/results/bake.json` too.
 """
 
@@ -67,7 +67,7 @@ def run(bench: Bench) -> list[Section]:
     layers = bench.sizes[-1]
     fetched = bench.job("fetched", "lay_out_as_fetched", base=made[layers]["base"])["base"]
     known = bake(bench, layers, fetched, workers)
-    sections = [beside(bench, layers, made[layers], bakes[layers], known, workers), memory(bakes, made)]
+    sections = [compared(bench, layers, made[layers], bakes[layers], known, workers), memory(bakes, made)]
     shutil.rmtree(bench.out, ignore_errors=True)
     return sections
 
@@ -81,7 +81,7 @@ def bake(bench: Bench, layers: int, base: str, workers: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def beside(
+def compared(
     bench: Bench, layers: int, made: dict[str, Any], ours: dict[str, Any], known: dict[str, Any], workers: int
 ) -> Section:
     """Compare with a copy and with PEFT; `known` is the bake of a base whose sha256 is."""
@@ -99,7 +99,7 @@ def beside(
     seconds, theirs = ours["work"]["seconds"], peft["work"]["seconds"]
     quick = known["work"]["seconds"]
     rests = {"fetched": quick - arithmetic["seconds"], "hashed": seconds - arithmetic["seconds"]}
-    section = Section(f"A bake of {made['bytes'] / 1e9:.2f} GB beside cp -r and PEFT", ("time", "against plait", "peak memory"))
+    section = Section(f"A bake of {made['bytes'] / 1e9:.2f} GB, cp -r and PEFT", ("time", "against plait", "peak memory"))
     section.rows = [
         Row("cp -r of the base", (_s(copied["seconds"]), f"{copied['seconds'] / seconds:.2f}×", "")),
         Row("cp -r of the base, flushed to disk", (_s(copied["flushed"]), f"{copied['flushed'] / seconds:.2f}×", "")),
@@ -124,7 +124,7 @@ def beside(
         f"{layers} layers, {made['bytes'] / 1e9:.2f} GB in bfloat16, two adapters of r {synthetic.RANK} on all linear layers: "
         f"{ours['changed'] / ours['total']:.0%} of the bytes change. {workers} threads; fastest of {bench.repeats}.",
         "Times without interpreter and imports, for plait and PEFT alike. plait flushes every file, hashes the result, and a "
-        "base whose sha256 nobody has noted (plait.lock), and can be killed and resumed; cp and PEFT do none of this. PEFT "
+        "base whose sha256 is not noted (plait.lock), and can be killed and resumed; cp and PEFT do none of this. PEFT "
         "rounds to bfloat16 after each adapter, plait once.",
     ]
     return section

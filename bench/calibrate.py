@@ -1,4 +1,4 @@
-"""Second moments of 200 texts per task beside one forward pass over them: `python bench/calibrate.py [--quick] [--markdown]`.
+"""Second moments of 200 texts per task and one forward pass over them: `python bench/calibrate.py [--quick] [--markdown]`.
 
 SmolLM2-135M with the demo's three adapters, each on its own task's training texts, one process per dtype. All read the same
 tokens in the same batches of one length: the bare base, as transformers runs it; the same without the output layer but for one

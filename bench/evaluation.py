@@ -1,9 +1,9 @@
-"""Multiple choice, plait's beside lm-eval's, in one run: `python bench/evaluation.py [--quick] [--markdown]`.
+"""Multiple choice, plait's compared with lm-eval's, in one run: `python bench/evaluation.py [--quick] [--markdown]`.
 
 Both ask the same model in memory (SmolLM2-135M-Instruct) the same questions with the same batch size: plait's `multiple_choice`
 and lm-eval's `HFLM.loglikelihood`, tokenization included, data and prompts made before. They take turns in one process; the
 fastest of their turns counts. Judged is CPU time of all threads, which other work on the machine changes least; wall time
-stands beside it. In float32 the answers must be the same, one by one. Results go to `bench/results/evaluation.json` too.
+is next to it. In float32 the answers must be the same, one by one. Results go to `bench/results/evaluation.json` too.
 """
 
 from __future__ import annotations

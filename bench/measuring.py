@@ -22,7 +22,7 @@ class Usage:
         seconds: wall time.
         cpu_seconds: of all threads.
         peak_rss: resident memory, mapped file pages included.
-        peak_anonymous: resident memory without file pages (0 where the system does not tell).
+        peak_anonymous: resident memory without file pages (0 where the system does not report it).
     """
 
     seconds: float = 0.0

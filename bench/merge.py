@@ -1,4 +1,4 @@
-"""plait beside PEFT, in one run: `python bench/merge.py [--quick] [--markdown]`.
+"""plait compared with PEFT, in one run: `python bench/merge.py [--quick] [--markdown]`.
 
 Two random adapters with the shapes of Qwen3-1.7B (all linear layers, r 64, float32) are merged by both. Every measurement is a
 fresh process; files are in the page cache for both. PEFT's dense methods are timed on one module of every shape and the whole
@@ -231,9 +231,9 @@ def run(bench: Bench) -> list[Section]:
     bench.prepare()
     start = startup(bench)
     runs = {label: bench.plait(label) for label in bench.runs}
-    beside = Section("plait beside PEFT", ("plait", "PEFT", "ratio"))
-    beside.rows = [*linear(bench, runs), *svd(bench, runs["svd, rank 64"]), *ties(bench, runs)]
-    beside.notes = [
+    compared = Section("plait and PEFT", ("plait", "PEFT", "ratio"))
+    compared.rows = [*linear(bench, runs), *svd(bench, runs["svd, rank 64"]), *ties(bench, runs)]
+    compared.notes = [
         f"Two adapters of {m.adapter_parameters / 1e6:.0f} M float32 values for {m.modules} modules "
         f"({m.layers} layers; {m.delta_entries / 1e6:.0f} M entries of ΔW). The base model is bfloat16, and so PEFT writes "
         "bfloat16; `linear` writes the same where nothing else is said (plait's default is float32).",
@@ -243,7 +243,7 @@ def run(bench: Bench) -> list[Section]:
         "plait per module: the whole merge without imports, files and hashes included, over the number of modules.",
     ]
     shutil.rmtree(bench.out, ignore_errors=True)
-    return [beside, methods(bench, runs), start]
+    return [compared, methods(bench, runs), start]
 
 
 def main() -> None:

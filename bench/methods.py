@@ -1,8 +1,8 @@
-"""plait's merges on factors beside the papers' dense algorithms: `python bench/methods.py [--limit S] [--markdown]`.
+"""plait's merges on factors compared with the papers' dense algorithms: `python bench/methods.py [--limit S] [--markdown]`.
 
 Eight random adapters of rank 16 for one module, float64 on both sides so that results can be compared, one thread, CPU seconds.
 The dense algorithm starts from dense deltas, plait from factors. A dense run that would take longer than the limit, judged by
-the cube of the dimensions, is left out and said so. Results go to `bench/results/methods.json` too.
+the cube of the dimensions, is left out, with a note. Results go to `bench/results/methods.json` too.
 """
 
 from __future__ import annotations

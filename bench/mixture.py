@@ -1,8 +1,8 @@
-"""The live mixture beside PEFT and beside dense deltas, in one run: `python bench/mixture.py [--quick] [--markdown]`.
+"""The live mixture compared with PEFT and with dense deltas, in one run: `python bench/mixture.py [--quick] [--markdown]`.
 
 SmolLM2-135M with the demo's three adapters and a random one, all linear layers, r 8 each. PEFT has one active LoRA of r 32.
 Variants take turns in one process; the fastest of their turns counts. Judged is CPU time of all threads, which other work
-on the machine changes least; wall time stands beside it. Results go to `bench/results/mixture.json` too.
+on the machine changes least; wall time is next to it. Results go to `bench/results/mixture.json` too.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _beside(title: str, found: dict[str, Any], peaks: dict[str, Any]) -> Section
     section.notes.append(
         "Dense: every adapter's ΔW is a matrix of W's size. Applied one by one, each costs a product as W does, forward and "
         "backward; summed into W in every step, a pass over W's memory, and the backward pass the gradient of all of W, which "
-        "tells most in a short batch."
+        "counts most in a short batch."
     )
     for variant in peaks:
         if variant != "mixture":

@@ -1,4 +1,4 @@
-"""One job in a fresh process, like `jobs.py`: the live mixture beside PEFT and beside dense deltas, on one model.
+"""One job in a fresh process, like `jobs.py`: the live mixture compared with PEFT and with dense deltas, on one model.
 
 All of them compute the same loss, of the last position's logits, so that what differs is what they do to the layers.
 """
@@ -162,7 +162,7 @@ def _summed(opened: Sequence[Any], path: str) -> list[Any]:
 
 @contextmanager
 def _peft(base: str, adapters: list[str], dtype: str, *, float32: bool = True) -> Iterator[Run]:
-    """One active LoRA of the adapters' total rank, trained as PEFT trains: its factors are float32 unless told otherwise."""
+    """One active LoRA of the adapters' total rank, trained as PEFT trains: its factors are float32 by default."""
     from peft import LoraConfig, get_peft_model
 
     rank = sum(a.ranks[-1] for a in _open(adapters))

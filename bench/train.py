@@ -1,8 +1,8 @@
-"""`plait sft` beside TRL's own script, in one run: `python bench/train.py [--quick] [--markdown]`.
+"""`plait sft` compared with TRL's own script, in one run: `python bench/train.py [--quick] [--markdown]`.
 
 Both are whole processes with the same flags: a LoRA of all linear layers of SmolLM2-135M-Instruct on rows of the demo's
 supersense task, on the processor, in float32. They take turns; the fastest of their turns counts. Judged is CPU time of all
-threads, which other work on the machine changes least; wall time stands beside it. The adapters must be equal, bit for bit.
+threads, which other work on the machine changes least; wall time is next to it. The adapters must be equal, bit for bit.
 Results go to `bench/results/train.json` too.
 """
 

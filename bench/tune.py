@@ -1,4 +1,4 @@
-"""A step of `plait tune` beside a step of PEFT, in one run: `python bench/tune.py [--quick] [--markdown]`.
+"""A step of `plait tune` compared with a step of PEFT, in one run: `python bench/tune.py [--quick] [--markdown]`.
 
 SmolLM2-135M with the demo's three adapters and a random one, all linear layers, r 8 each: the merged factors have r 32, as has
 PEFT's one LoRA. Both run forward and backward to their factors on the same batch, with the same loss. Variants take turns in

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from tests import library_warnings
 from tests.every import begin_anew
 
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL tells the Hub that it is used; read when the libraries are imported
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL reports its use to the Hub; read when the libraries are imported
 
 library_warnings.watch()
 settings.register_profile("plait", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -33,9 +33,9 @@ def pytest_runtest_setup() -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
     """Fail where a library has said that plait uses something deprecated of it, whoever filters it."""
-    if said := list(dict.fromkeys(library_warnings.found)):
+    if message := list(dict.fromkeys(library_warnings.found)):
         library_warnings.found.clear()
-        pytest.fail("plait uses what is deprecated:\n" + "\n".join(said), pytrace=False)
+        pytest.fail("plait uses what is deprecated:\n" + "\n".join(message), pytrace=False)
 
 
 @pytest.hookimpl(trylast=True)

@@ -68,7 +68,7 @@ def _cache() -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write the checkpoint beside its place and move it there whole: a folder of that name is always complete."""
+    """Write the checkpoint next to its place and rename it when complete: a folder of that name is always complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         fresh = Path(scratch) / folder.name

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", escape(str(error)))
         return 2
     except subprocess.CalledProcessError as error:
-        return error.returncode  # it has said why
+        return error.returncode  # it has printed why
     except KeyboardInterrupt:
         return 130
     return 0
@@ -77,7 +77,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is no number of texts; give 1 or more")
+        raise argparse.ArgumentTypeError(f"{number} is not a number of texts; give 1 or more")
     return number
 
 
@@ -237,8 +237,8 @@ def _answers(console: Console, speaker: Speaker) -> Table:
         with console.status(f"asking about {task} …"):
             columns = [speaker.say(name, prompts) for name in (None, task, "merged")]
         table.add_row(f"[bold]{task}[/]")
-        for example, *said in zip(examples, *columns, strict=True):
-            marked = (f"[green]{a} ✓[/]" if a == example.target else escape(a) for a in said)
+        for example, *message in zip(examples, *columns, strict=True):
+            marked = (f"[green]{a} ✓[/]" if a == example.target else escape(a) for a in message)
             table.add_row(escape(_text(str(example.prompt))), example.target, *marked)
         table.add_section()
     return table
@@ -351,7 +351,7 @@ def _bounds(interval: Bounds | None) -> str:
 
 
 def _what_next(console: Console, out: Path, base: Path) -> None:
-    """Say what lies where, and what to try now."""
+    """Print which results are where, and what to try now."""
     for what, place in (
         ("merged adapter", out),
         ("tuned adapter", _tuning(out)),

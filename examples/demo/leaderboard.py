@@ -1,7 +1,7 @@
 """Every merge method on the three real adapters: settings chosen on validation texts, judged once on the test texts.
 
 `python examples/demo/leaderboard.py` writes the tables of docs/results.md again. More than an hour on two cores the first
-time; answers are kept by content, as `plait eval` keeps them, so that a run that was stopped goes on where it was, and a
+time; answers are kept by content, as `plait eval` keeps them, so that a run that was stopped continues where it was, and a
 later run asks only what has changed. `--quick` tries a few methods on a few texts and writes nothing.
 
 The rule is fixed before looking: of a method's settings, the largest sum of mean and worst recovery on validation.
@@ -61,8 +61,8 @@ class Setting:
     scale: float
 
     def __str__(self) -> str:
-        said = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.settings.items() if k not in IN_LABEL]
-        return ", ".join([*said, f"scale {self.scale:g}"])
+        message = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.settings.items() if k not in IN_LABEL]
+        return ", ".join([*message, f"scale {self.scale:g}"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +172,7 @@ def _scaled(adapter: Adapter, scale: float) -> Candidate:
 
 
 def scan(score: Callable[[float], float], scales: Sequence[float]) -> None:
-    """Try scales upward until the score falls clearly; go on beyond either end while the best one is there.
+    """Try scales upward until the score falls clearly; continue beyond either end while the best one is there.
 
     Args:
         score: of a scale; it keeps what it finds.

@@ -55,8 +55,8 @@ class Speaker:
             list(prompts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
         )
         with torch.inference_mode(), self._model.disable_adapter() if adapter is None else nullcontext():
-            said = self._model.generate(**tokens, max_new_tokens=length, do_sample=False)
-        new = said[:, tokens["input_ids"].shape[1] :]
+            message = self._model.generate(**tokens, max_new_tokens=length, do_sample=False)
+        new = message[:, tokens["input_ids"].shape[1] :]
         return [" ".join(text.split()) for text in self._tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def _check(self, name: str, folder: Path) -> None:

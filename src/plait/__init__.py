@@ -141,7 +141,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "mixture":  # a room of its own, which needs torch
+    if name == "mixture":  # imported on first use: it needs torch
         return import_module("plait.mixture")
     if name not in _HOME:
         raise AttributeError(f"module 'plait' has no attribute {name!r}")

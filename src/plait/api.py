@@ -159,7 +159,7 @@ def bake(  # noqa: PLR0913 (what a command line takes)
         force: replace a model at `out`.
         workers: threads; never change a byte.
         device: where blocks are added up, as torch names it; the lock names it, since other devices round otherwise.
-        dequantize: take a quantized base (fp8, mxfp4) for the plain model that it stands for; refused without.
+        dequantize: read a quantized base (fp8, mxfp4) as the plain model that it encodes; refused without.
         progress: receives the bytes done.
         check: a file of prompts: then compare the model's logits with those of the live merge; the result's `parity`.
         push_to: Hub repository to upload the model to.

@@ -44,7 +44,7 @@ def optional(module: str, extra: str, why: str) -> Any:
 
 
 def missing_packages(why: str, absent: Mapping[str, Sequence[str]]) -> str:
-    """Return what to say of packages that are not installed: who needs them, and the command that installs them."""
+    """Return a message about packages that are not installed: who needs them, and the command that installs them."""
     names = list(dict.fromkeys(module for modules in absent.values() for module in modules))
     word = "package" if len(names) == 1 else "packages"
     command = f"python -m pip install 'plait[{','.join(absent)}]'"

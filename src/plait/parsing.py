@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 #: What Git puts in the place of a file that was not fetched.
 _POINTER = b"version https://git-lfs.github.com/spec/"
-MAX_TEXT_BYTES = 64 << 20  # of a text that is read whole; the largest index of a model has 20 MB
+MAX_TEXT_BYTES = 64 << 20  # of a text that is read completely; the largest index of a model has 20 MB
 MOST_LEVELS = 100  # of lists and mappings in each other
-MOST_BITS = 1023  # of a whole number: it is still a float
+MOST_BITS = 1023  # of an integer: it is still a float
 _SHOWN = 60
 
 # What is looked at one by one, since a text without any of it is fine: numbers that no float holds, surrogates, NUL, constants.
@@ -54,7 +54,7 @@ def read_text(path: Path, error: type[PlaitError], *, advice: str = "", most: in
         if problem := pointer_problem(data):
             raise error(f"{path}: {problem}")
         if len(data) > most:
-            raise error(f"{path}: larger than {most >> 20} MB, which no such file is.{_then(advice)}")
+            raise error(f"{path}: larger than {most >> 20} MB, the limit for such a file.{_then(advice)}")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as found:
         raise error(f"{path}: this is not text in UTF-8 (byte {found.start}).{_then(advice)}") from None
@@ -87,7 +87,7 @@ def _handle(path: Path) -> int:
 
 
 def _contents(path: Path, most: int) -> bytes:
-    """Return the bytes of a file, or of a pipe that somebody writes to (`<(command)` of a shell), up to a number."""
+    """Return the bytes of a file, or of a pipe that another process writes to (`<(command)` of a shell), up to a number."""
     handle = _handle(path)
     mode = os.fstat(handle).st_mode
     if not stat.S_ISFIFO(mode):
@@ -108,7 +108,7 @@ def _contents(path: Path, most: int) -> bytes:
 
 
 def pointer_problem(head: bytes) -> str | None:
-    """Say that a file begins as a Git LFS pointer does, and what to do; None where it does not.
+    """Report that a file begins as a Git LFS pointer does, and what to do; None where it does not.
 
     Args:
         head: 40 bytes or more.
@@ -187,7 +187,7 @@ def parse_json(
         text: JSON.
         source: the file that a refusal names.
         error: what a refusal raises.
-        at: the line of the file that the text is; None where it is the whole file.
+        at: the line of the file that the text is; None where it is the complete file.
         advice: the last sentence of a refusal.
         constants: take NaN and Infinity, as Python's own JSON has them.
         nul: take texts with U+0000 in them, which no file's name may have.
@@ -257,7 +257,7 @@ def _look_through(value: Any, *, constants: bool, nul: bool) -> None:
     for path, leaf in _leaves(value, ()):
         why = _wrong_text(leaf, nul=nul) if isinstance(leaf, str) else None if constants else _wrong_number(leaf)
         if type(leaf) is int and leaf.bit_length() > MOST_BITS:
-            why = "a whole number too large for a float"
+            why = "an integer too large for a float"
         if why:
             raise _Unreadable(f"{shown('.'.join(map(str, path)))} is {why}" if path else why)
 

@@ -1,6 +1,6 @@
 """The base of everything that passes between stages: frozen, strict, JSON-able, shown in a few lines.
 
-Knows nothing of adapters or merging.
+Independent of adapters or merging.
 """
 
 from __future__ import annotations

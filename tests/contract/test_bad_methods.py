@@ -301,7 +301,7 @@ def test_a_linear_method_that_looks_at_places_is_found() -> None:
         (Unbounded, "factor is a number without bounds"),
         (FreeText, "mode takes any text"),
         (BadDefault, "the defaults are refused"),
-        (Steps, "steps is a whole number without two bounds"),
+        (Steps, "steps is an integer without two bounds"),
         (Nested, "coefficients is a number without bounds"),
     ],
 )

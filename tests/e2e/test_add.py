@@ -106,15 +106,15 @@ def test_sources_that_are_gone_or_changed_are_told(place, capsys):
     config = json.loads((place / "b" / "adapter_config.json").read_text())
     (place / "b" / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 64}))
     assert run("earlier", "--add", "./d", "-o", "out") == 2
-    said = capsys.readouterr().err
-    assert "earlier: 2 of 3 sources of this merge are not what they were:" in said
-    assert "- a: " in said
-    assert "has other files than then (adapter_config.json)" in said
+    message = capsys.readouterr().err
+    assert "earlier: 2 of 3 sources of this merge are not what they were:" in message
+    assert "- a: " in message
+    assert "has other files than then (adapter_config.json)" in message
     assert (
         "Give their present places (--input a=PATH --input b=PATH), or add to the merged adapter itself (--from-merged):"
-        in said
+        in message
     )
-    assert "with 'ties' another result than merging all at once" in said
+    assert "with 'ties' another result than merging all at once" in message
     assert not (place / "out").exists()
 
 
@@ -151,10 +151,10 @@ def test_from_the_merged_adapter_linear_methods_are_exact(place, name):
 def test_from_the_merged_adapter_other_methods_say_what_they_are(place, capsys):
     three("ties", space="core")
     assert run("earlier", "--add", "d=./d", "--from-merged", "-o", "more") == 0
-    said = " ".join(capsys.readouterr().err.split())
+    message = " ".join(capsys.readouterr().err.split())
     assert (
         "note: this is 'ties' of the earlier merge and what is added, another result than that of all 4 adapters at once"
-        in said
+        in message
     )
     plait.merge({"earlier": "earlier", "d": "./d"}, method="ties", space="core", out="by hand")
     assert (place / "more" / TENSORS[0]).read_bytes() == (place / "by hand" / TENSORS[0]).read_bytes()
@@ -186,7 +186,7 @@ def test_weights_that_change_against_each_other_are_refused(place):
         (["a", "b", "--add", "./d"], "--add (add=) takes one earlier merge, a folder with its plait.lock; got a b"),
         (["a", "--from-merged"], "--from-merged (from_merged=) and --input (inputs=) are for --add NEW (add=)"),
         (["earlier", "--add", "d=./d", "--input", "x"], "--input x: write NAME=PATH"),
-        (["earlier", "--add", "d=./d", "--input", "x=./d"], "--input x: no input is called so"),
+        (["earlier", "--add", "d=./d", "--input", "x=./d"], "--input x: no such input"),
         (["earlier", "--add", "a=./d"], "is called 'a' too; give names"),
         (["earlier", "--add", "./d", "--weights", "1,2"], "weights: 2 numbers for 1 adapters"),
         (["earlier", "--add", "./d", "--set", "method.densty=1"], "'densty' is not known here"),

@@ -49,12 +49,12 @@ def refused(capsys, *arguments: object) -> str:
     before = sorted(Path().iterdir())
     with pytest.raises(SystemExit) as leave:
         main([*map(str, arguments)])
-    said = capsys.readouterr()
-    assert leave.value.code == 2, said.err
-    assert "Traceback" not in said.err
-    assert said.out == ""
+    printed = capsys.readouterr()
+    assert leave.value.code == 2, printed.err
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
     assert sorted(Path().iterdir()) == before, "nothing is written"
-    return " ".join(said.err.split())
+    return " ".join(printed.err.split())
 
 
 def merge(capsys, *arguments: object) -> str:
@@ -63,24 +63,24 @@ def merge(capsys, *arguments: object) -> str:
 
 def test_wrong_shapes(place, capsys):
     adapter(place / "c", modules={"layers.0.q_proj": (8, 7), "layers.1.q_proj": (8, 6)})
-    said = merge(capsys, "a", "c")
-    assert "layers.0.q_proj" in said
-    assert "8" in said
-    assert "7" in said
+    printed = merge(capsys, "a", "c")
+    assert "layers.0.q_proj" in printed
+    assert "8" in printed
+    assert "7" in printed
 
 
 def test_factors_that_do_not_fit_each_other(place, capsys):
     change(place / "b", "base_model.model.layers.0.q_proj.lora_A.weight", lambda t: torch.randn(3, 6))
-    said = merge(capsys, "a", "b")
-    assert "'layers.0.q_proj': A is [3, 6] and B is [8, 2]; the rank must be A's first and B's second dimension" in said
+    printed = merge(capsys, "a", "b")
+    assert "'layers.0.q_proj': A is [3, 6] and B is [8, 2]; the rank must be A's first and B's second dimension" in printed
 
 
 def test_other_base(place, capsys):
     adapter(place / "c", base_model_name_or_path="org/other")
-    said = merge(capsys, "a", "c")
-    assert "org/base" in said
-    assert "org/other" in said
-    assert "--base-id" in said
+    printed = merge(capsys, "a", "c")
+    assert "org/base" in printed
+    assert "org/other" in printed
+    assert "--base-id" in printed
 
 
 def test_other_base_is_overridden_by_a_given_one(place):
@@ -93,9 +93,9 @@ def test_other_base_is_overridden_by_a_given_one(place):
 
 def test_missing_module_in_strict_mode(place, capsys):
     adapter(place / "c", modules={"layers.0.q_proj": (8, 6)})
-    said = merge(capsys, "a", "c", "--merge-mode", "strict")
-    assert "merge_mode is 'strict' and 1 target modules are not in every adapter: layers.1.q_proj (not in c)" in said
-    assert "'union'" in said
+    printed = merge(capsys, "a", "c", "--merge-mode", "strict")
+    assert "merge_mode is 'strict' and 1 target modules are not in every adapter: layers.1.q_proj (not in c)" in printed
+    assert "'union'" in printed
 
 
 def test_common_mode_without_common_modules(place, capsys):
@@ -105,33 +105,33 @@ def test_common_mode_without_common_modules(place, capsys):
 
 @pytest.mark.parametrize("weights", ["1", "1,2,3"])
 def test_weight_count(capsys, weights):
-    said = merge(capsys, "a", "b", "--weights", weights)
-    assert f"{weights.count(',') + 1} numbers for 2 adapters" in said
+    printed = merge(capsys, "a", "b", "--weights", weights)
+    assert f"{weights.count(',') + 1} numbers for 2 adapters" in printed
 
 
 @pytest.mark.parametrize("density", ["0", "1.1", "-0.2", "nan"])
 def test_density(capsys, density):
-    said = merge(capsys, "a", "b", "--method", "ties", "--density", density)
-    assert "method.density" in said
-    assert "> 0 and <= 1" in said
+    printed = merge(capsys, "a", "b", "--method", "ties", "--density", density)
+    assert "method.density" in printed
+    assert "> 0 and <= 1" in printed
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_tensor(place, capsys, value):
     name = "base_model.model.layers.1.q_proj.lora_B.weight"
     change(place / "b", name, lambda t: t.index_fill(0, torch.tensor([2]), value))
-    said = merge(capsys, "a", "b")
-    assert f"adapter 'b': tensor '{name}'" in said
-    assert "2 NaN or infinite values" in said
+    printed = merge(capsys, "a", "b")
+    assert f"adapter 'b': tensor '{name}'" in printed
+    assert "2 NaN or infinite values" in printed
 
 
 @pytest.mark.parametrize("length", [0, 5, 60, 400])
 def test_truncated_safetensors(place, capsys, length):
     file = place / "b" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:length])
-    said = merge(capsys, "a", "b")
-    assert "b/adapter_model.safetensors" in said
-    assert "truncated" in said or "cut off" in said
+    printed = merge(capsys, "a", "b")
+    assert "b/adapter_model.safetensors" in printed
+    assert "truncated" in printed or "cut off" in printed
 
 
 def test_header_that_is_no_json(place, capsys):
@@ -144,16 +144,16 @@ def test_header_that_is_no_json(place, capsys):
 
 def test_missing_config(place, capsys):
     (place / "b" / "adapter_config.json").unlink()
-    said = merge(capsys, "a", "b")
-    assert "b/adapter_config.json: no such file" in said
-    assert "holds adapter_model.safetensors" in said
+    printed = merge(capsys, "a", "b")
+    assert "b/adapter_config.json: no such file" in printed
+    assert "holds adapter_model.safetensors" in printed
 
 
 def test_missing_config_with_checkpoints_below(place, capsys):
     adapter(place / "run" / "checkpoint-10")
-    said = merge(capsys, "a", "run")
-    assert "run/adapter_config.json: no such file" in said
-    assert "checkpoint-10" in said
+    printed = merge(capsys, "a", "run")
+    assert "run/adapter_config.json: no such file" in printed
+    assert "checkpoint-10" in printed
 
 
 def test_missing_tensors(place, capsys):
@@ -174,9 +174,9 @@ def test_pickle_with_code(place, capsys):
     file = place / "b" / "adapter_model.safetensors"
     torch.save({"base_model.model.x.lora_A.weight": Bomb()}, place / "b" / "adapter_model.bin")
     file.unlink()
-    said = merge(capsys, "a", "b")
-    assert "holds more than tensors" in said
-    assert "safetensors" in said
+    printed = merge(capsys, "a", "b")
+    assert "holds more than tensors" in printed
+    assert "safetensors" in printed
     assert not (place / "bombed").exists()
 
 
@@ -197,17 +197,17 @@ def test_a_pickle_of_tensors_is_fine(place):
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
 def test_unconverted_initializations(place, capsys, init):
     adapter(place / "c", init_lora_weights=init)
-    said = merge(capsys, "a", "c")
-    assert f"init_lora_weights is '{init}'" in said
-    assert "path_initial_model_for_weight_conversion" in said
+    printed = merge(capsys, "a", "c")
+    assert f"init_lora_weights is '{init}'" in printed
+    assert "path_initial_model_for_weight_conversion" in printed
 
 
 @pytest.mark.parametrize("kind", ["ADALORA", "IA3", "LOHA"])
 def test_other_kinds_of_adapter(place, capsys, kind):
     adapter(place / "c", peft_type=kind)
-    said = merge(capsys, "a", "c")
-    assert kind in said
-    assert "convert_to_lora" in said
+    printed = merge(capsys, "a", "c")
+    assert kind in printed
+    assert "convert_to_lora" in printed
 
 
 def test_dora_without_the_base(place, capsys):
@@ -215,57 +215,57 @@ def test_dora_without_the_base(place, capsys):
     tensors = load_file(folder / "adapter_model.safetensors")
     tensors |= {f"base_model.model.{module}.lora_magnitude_vector": torch.ones(8) for module in MODULES}
     save_file(tensors, folder / "adapter_model.safetensors")
-    said = merge(capsys, "a", "c")
-    assert "DoRA in 'c': it rescales the rows of the base model's weights" in said
-    assert "--base-id" in said
+    printed = merge(capsys, "a", "c")
+    assert "DoRA in 'c': it rescales the rows of the base model's weights" in printed
+    assert "--base-id" in printed
 
 
 def test_unknown_method(capsys):
-    said = merge(capsys, "a", "b", "--method", "tise")
-    assert "'tise'" in said
-    assert "Did you mean 'ties'?" in said
+    printed = merge(capsys, "a", "b", "--method", "tise")
+    assert "'tise'" in printed
+    assert "Did you mean 'ties'?" in printed
 
 
 def test_unknown_key_in_a_recipe(place, capsys):
     (place / "r.yaml").write_text("adapters: [./a, ./b]\nmethod:\n  name: ties\n  densty: 0.3\n")
-    said = merge(capsys, "r.yaml")
-    assert "r.yaml:4" in said
-    assert "densty" in said
-    assert "Did you mean 'density'?" in said
+    printed = merge(capsys, "r.yaml")
+    assert "r.yaml:4" in printed
+    assert "densty" in printed
+    assert "Did you mean 'density'?" in printed
 
 
 def test_all_problems_of_a_recipe_at_once(place, capsys):
     (place / "r.yaml").write_text("adapters: [./a, ./b]\nmethod: {name: ties, density: 2}\noutput: {rank: 0}\nsede: 1\n")
-    said = merge(capsys, "r.yaml")
+    printed = merge(capsys, "r.yaml")
     for part in ("method.density", "output.rank", "sede", "'seed'"):
-        assert part in said
+        assert part in printed
 
 
 def test_all_broken_adapters_at_once(place, capsys):
     (place / "a" / "adapter_config.json").unlink()
-    said = merge(capsys, "a", "b", "./nowhere")
-    assert "2 problems" in said
-    assert "a/adapter_config.json" in said
-    assert "nowhere" in said
+    printed = merge(capsys, "a", "b", "./nowhere")
+    assert "2 problems" in printed
+    assert "a/adapter_config.json" in printed
+    assert "nowhere" in printed
 
 
 def test_parameter_of_another_method(capsys):
-    said = merge(capsys, "a", "b", "--method", "linear", "--density", "0.3")
-    assert "method.density: 'density' is not known here" in said
+    printed = merge(capsys, "a", "b", "--method", "linear", "--density", "0.3")
+    assert "method.density: 'density' is not known here" in printed
 
 
 def test_space_that_a_method_has_not(capsys):
-    said = merge(capsys, "a", "b", "--method", "ties_svd", "--space", "core")
-    assert "space" in said
-    assert "'delta'" in said
+    printed = merge(capsys, "a", "b", "--method", "ties_svd", "--space", "core")
+    assert "space" in printed
+    assert "'delta'" in printed
 
 
 def test_factors_space_needs_equal_ranks(place, capsys):
     adapter(place / "c", rank=3)
-    said = merge(capsys, "a", "c", "--space", "factors")
-    assert "it adds factors and needs equal ranks, but they differ in 2 modules" in said
-    assert "(a 2, c 3)" in said
-    assert "'delta'" in said
+    printed = merge(capsys, "a", "c", "--space", "factors")
+    assert "it adds factors and needs equal ranks, but they differ in 2 modules" in printed
+    assert "(a 2, c 3)" in printed
+    assert "'delta'" in printed
 
 
 def test_existing_output(place, capsys):
@@ -280,9 +280,9 @@ def test_an_existing_output_hides_nothing_else(place, capsys):
     (place / "out").mkdir()
     (place / "out" / "mine.txt").write_text("precious")
     for more in ([], ["--dry-run"]):
-        said = refused(capsys, "merge", "a", "./nowhere", "-o", "out", *more)
-        assert "nowhere" in said
-        assert "out exists already" in said
+        printed = refused(capsys, "merge", "a", "./nowhere", "-o", "out", *more)
+        assert "nowhere" in printed
+        assert "out exists already" in printed
 
 
 def test_force_replaces_an_adapter(place):
@@ -308,26 +308,26 @@ def test_output_that_is_a_file(place, capsys):
 
 @pytest.mark.parametrize("subfolder", ["../x", "sub/../../x", "/etc"])
 def test_subfolder_that_climbs_out(capsys, subfolder):
-    said = merge(capsys, "a", f"org/repo@main/{subfolder}")
-    assert "org/repo@main" in said
+    printed = merge(capsys, "a", f"org/repo@main/{subfolder}")
+    assert "org/repo@main" in printed
 
 
 def test_two_adapters_of_one_name(place, capsys):
-    said = merge(capsys, "x=a", "x=b")
-    assert "adapters.1.name: adapters.0 is called 'x' too" in said
+    printed = merge(capsys, "x=a", "x=b")
+    assert "adapters.1.name: adapters.0 is called 'x' too" in printed
 
 
 def test_policy_for_a_layer_that_is_not_there(capsys):
-    said = merge(capsys, "a", "b", "--set", "weights={policy: per_layer, layers: {7: 0.5}}")
-    assert "weights.layers: '7' is not a layer of these adapters" in said
+    printed = merge(capsys, "a", "b", "--set", "weights={policy: per_layer, layers: {7: 0.5}}")
+    assert "weights.layers: '7' is not a layer of these adapters" in printed
 
 
 def test_policy_for_a_layer_in_two_towers(place, capsys):
     modules = {"audio.layers.0.q": (4, 4), "text.layers.0.q": (4, 4)}
     adapter(place / "c", modules=modules)
     adapter(place / "d", modules=modules)
-    said = merge(capsys, "c", "d", "--set", "weights={policy: per_layer, layers: {0: 0.5}}")
-    assert "'0' is a layer of 2 towers; name one of audio.layers.0, text.layers.0" in said
+    printed = merge(capsys, "c", "d", "--set", "weights={policy: per_layer, layers: {0: 0.5}}")
+    assert "'0' is a layer of 2 towers; name one of audio.layers.0, text.layers.0" in printed
 
 
 def test_half_precision_that_overflows_or_vanishes(place, capsys):
@@ -337,8 +337,8 @@ def test_half_precision_that_overflows_or_vanishes(place, capsys):
 
 def test_dense_delta_that_overflows(capsys):
     assert "overflow" in merge(capsys, "a", "b", "--weights", "3e38", "3e38", "--kind", "delta")
-    said = merge(capsys, "a", "b", "--weights", "3e38", "3e38", "--method", "magnitude_prune")
-    assert "overflow" in said
+    printed = merge(capsys, "a", "b", "--weights", "3e38", "3e38", "--method", "magnitude_prune")
+    assert "overflow" in printed
 
 
 def test_lora_bias_beside_an_embedding(place, capsys):
@@ -351,9 +351,9 @@ def test_lora_bias_beside_an_embedding(place, capsys):
             tensors |= {"base_model.model.embed.lora_embedding_A": torch.ones(2, 9)}
             tensors |= {"base_model.model.embed.lora_embedding_B": torch.ones(6, 2)}
         save_file(tensors, folder / "adapter_model.safetensors")
-    said = merge(capsys, "c", "d")
-    assert "lora_bias applies to all of an adapter" in said
-    assert "'embed'" in said
+    printed = merge(capsys, "c", "d")
+    assert "lora_bias applies to all of an adapter" in printed
+    assert "'embed'" in printed
 
 
 def test_keys_that_decide_for_the_whole_adapter(place, capsys):
@@ -373,37 +373,37 @@ def test_one_weight_as_module_and_as_parameter(place, capsys):
         ({"alpha_pattern": {"(": 3}}, "alpha_pattern: '(': not a regular expression"),
         ({"alpha_pattern": {"(q)\\1": 3}}, "alpha_pattern: '(q)\\\\1': it has groupref"),
         ({"alpha_pattern": {"((((a?){99}){99}){99}){99}" + "q_proj": 3}}, "it takes too long to match"),
-        ({"rank_pattern": {"q": 2.5}}, "rank_pattern['q'] is 2.5; a whole number from 1"),
-        ({"alpha_pattern": {"q": 10**400}}, "c/adapter_config.json: 'alpha_pattern.q' is a whole number too large for a float"),
-        ({"r": 10**400}, "'r' is a whole number too large for a float"),
-        ({"r": 10**20}, "r is 100000000000000000000; a whole number from 1 to 2147483647"),
-        ({"r": 2.0}, "r is 2.0; a whole number"),
-        ({"r": True}, "r is True; a whole number"),
-        ({"r": None}, "r is None; a whole number"),
-        ({"lora_alpha": [8]}, "lora_alpha is [8]; a number"),
-        ({"use_rslora": "false"}, "use_rslora is 'false'; true or false is needed"),
-        ({"use_dora": 2}, "use_dora is 2; true or false"),
-        ({"fan_in_fan_out": []}, "fan_in_fan_out is []; true or false"),
-        ({"lora_bias": "no"}, "lora_bias is 'no'; true or false"),
-        ({"target_modules": {"q": 1}}, "target_modules is {'q': 1}; a text or a list of names"),
-        ({"target_modules": [["q"]]}, "target_modules is [['q']]; a text or a list of names"),
-        ({"modules_to_save": "head"}, "modules_to_save is 'head'; a list of names"),
-        ({"layers_to_transform": [1.5]}, "layers_to_transform is [1.5]; a whole number, or a list"),
+        ({"rank_pattern": {"q": 2.5}}, "rank_pattern['q'] is 2.5; it must be an integer from 1"),
+        ({"alpha_pattern": {"q": 10**400}}, "c/adapter_config.json: 'alpha_pattern.q' is an integer too large for a float"),
+        ({"r": 10**400}, "'r' is an integer too large for a float"),
+        ({"r": 10**20}, "r is 100000000000000000000; it must be an integer from 1 to 2147483647"),
+        ({"r": 2.0}, "r is 2.0; it must be an integer"),
+        ({"r": True}, "r is True; it must be an integer"),
+        ({"r": None}, "r is None; it must be an integer"),
+        ({"lora_alpha": [8]}, "lora_alpha is [8]; it must be a number"),
+        ({"use_rslora": "false"}, "use_rslora is 'false'; it must be true or false"),
+        ({"use_dora": 2}, "use_dora is 2; it must be true or false"),
+        ({"fan_in_fan_out": []}, "fan_in_fan_out is []; it must be true or false"),
+        ({"lora_bias": "no"}, "lora_bias is 'no'; it must be true or false"),
+        ({"target_modules": {"q": 1}}, "target_modules is {'q': 1}; it must be a text or a list of names"),
+        ({"target_modules": [["q"]]}, "target_modules is [['q']]; it must be a text or a list of names"),
+        ({"modules_to_save": "head"}, "modules_to_save is 'head'; it must be a list of names"),
+        ({"layers_to_transform": [1.5]}, "layers_to_transform is [1.5]; it must be an integer, or a list"),
         ({"trainable_token_indices": {"embed": 1}}, "trainable_token_indices is {'embed': 1}"),
-        ({"task_type": 3}, "task_type is 3; a text"),
-        ({"revision": ["main"]}, "revision is ['main']; a text"),
+        ({"task_type": 3}, "task_type is 3; it must be a text"),
+        ({"revision": ["main"]}, "revision is ['main']; it must be a text"),
         ({"peft_type": ["LORA"] * 99}, "peft_type is"),
-        ({"bias": {}}, "bias is {}; a text"),
+        ({"bias": {}}, "bias is {}; it must be a text"),
         ({"r": 0, "lora_alpha": None}, "values that cannot be read: 2 problems"),
-        ({"alpha_pattern": ["a"]}, "alpha_pattern is ['a']; a mapping"),
-        ({"alpha_pattern": {"q": None}}, "alpha_pattern['q'] is None; a number"),
-        ({"alpha_pattern": {"q": math.nan}}, "alpha_pattern['q'] is nan; a number"),
+        ({"alpha_pattern": ["a"]}, "alpha_pattern is ['a']; it must map"),
+        ({"alpha_pattern": {"q": None}}, "alpha_pattern['q'] is None; it must be a number"),
+        ({"alpha_pattern": {"q": math.nan}}, "alpha_pattern['q'] is nan; it must be a number"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern['q'] is 0"),
         ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path is ['x']"),
-        ({"r": 0}, "r is 0; a whole number from 1"),
+        ({"r": 0}, "r is 0; it must be an integer from 1"),
         ({"r": -4}, "r is -4"),
         ({"lora_alpha": "8"}, "lora_alpha is '8'"),
-        ({"target_parameters": "experts"}, "target_parameters is 'experts'; a list"),
+        ({"target_parameters": "experts"}, "target_parameters is 'experts'; it must be a list"),
     ],
 )
 def test_configurations_that_say_nonsense(place, capsys, config, words):
@@ -441,13 +441,15 @@ def test_outputs_that_cannot_be(capsys, out, message):
 
 
 def test_layers_that_a_method_names(capsys):
-    said = merge(capsys, "a", "b", "--method", "weighted_delta_n", "--set", "method.layer_task_coefficients={99: [0.3, 0.7]}")
-    assert "method: '99' is not a layer of these adapters; they have layers.0 to layers.1" in said
+    printed = merge(
+        capsys, "a", "b", "--method", "weighted_delta_n", "--set", "method.layer_task_coefficients={99: [0.3, 0.7]}"
+    )
+    assert "method: '99' is not a layer of these adapters; they have layers.0 to layers.1" in printed
 
 
 def test_a_layer_named_twice(capsys):
-    said = merge(capsys, "a", "b", "--set", "weights={policy: per_layer, layers: {0: 0.5, layers.0: 0.7}}")
-    assert "weights.layers: '0' and 'layers.0' both mean layers.0; keep one" in said
+    printed = merge(capsys, "a", "b", "--set", "weights={policy: per_layer, layers: {0: 0.5, layers.0: 0.7}}")
+    assert "weights.layers: '0' and 'layers.0' both mean layers.0; keep one" in printed
 
 
 def test_a_rank_for_a_dense_delta(capsys):
@@ -459,9 +461,9 @@ def test_private_without_a_push(capsys):
 
 
 def test_all_problems_of_flags_at_once(capsys):
-    said = merge(capsys, "a", "b", "--weights", "0.5", "--method", "tiess", "--dtype", "f32")
+    printed = merge(capsys, "a", "b", "--weights", "0.5", "--method", "tiess", "--dtype", "f32")
     for part in ("1 numbers for 2 adapters", "'tiess'", "f32"):
-        assert part in said
+        assert part in printed
 
 
 def test_dry_run_says_what_the_run_would(place, capsys):
@@ -475,8 +477,8 @@ def test_weights_that_overflow(capsys):
 
 
 def test_json_keeps_stdout_clean(capsys):
-    said = refused(capsys, "merge", "a", "b", "--method", "nope", "--json")
-    assert "nope" in said
+    printed = refused(capsys, "merge", "a", "b", "--method", "nope", "--json")
+    assert "nope" in printed
 
 
 def test_no_arguments_show_the_usage(capsys):
@@ -492,6 +494,6 @@ def test_compress_needs_one_of_rank_and_energy(capsys):
 
 
 def test_an_evaluation_names_an_output_that_exists_beside_what_else_is_wrong(capsys):
-    said = refused(capsys, "eval", "a", "b", "--tasks", "none.yaml", "--require", "worst>0.5", "-o", "a")
-    assert "a exists already" in said
-    assert "worst>0.5" in said
+    printed = refused(capsys, "eval", "a", "b", "--tasks", "none.yaml", "--require", "worst>0.5", "-o", "a")
+    assert "a exists already" in printed
+    assert "worst>0.5" in printed

@@ -36,8 +36,8 @@ def plait(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    message = capsys.readouterr()
+    return code, message.out, message.err
 
 
 PAIR = ("a=./a", "b=./b", "--weights", "0.7", "0.3", "--base-id", "./base")
@@ -54,11 +54,11 @@ def test_bake(place, capsys):
 
 def test_json_is_one_object(place, capsys):
     code, out, _ = plait(capsys, "bake", *PAIR, "-o", "model", "--json", "--dtype", "bfloat16", "--shard-size", "1GB")
-    said = json.loads(out)
+    message = json.loads(out)
     assert code == 0
-    assert said["folder"] == "model"
-    assert list(said["shards"]) == ["model.safetensors"]
-    assert said["dtype"] == "bfloat16"
+    assert message["folder"] == "model"
+    assert list(message["shards"]) == ["model.safetensors"]
+    assert message["dtype"] == "bfloat16"
 
 
 def test_dry_run_writes_nothing(place, capsys):
@@ -87,8 +87,8 @@ def test_a_recipe(place, capsys):
 def test_merge_bakes_too(place, capsys):
     code, out, err = plait(capsys, "merge", *PAIR, "-o", "merged", "--bake-dir", "model", "--json")
     assert code == 0, err
-    said = json.loads(out)
-    assert (said["folder"], said["bake"]["folder"]) == ("merged", "model")
+    message = json.loads(out)
+    assert (message["folder"], message["bake"]["folder"]) == ("merged", "model")
     assert (place / "merged" / "adapter_model.safetensors").is_file()
     code, _, err = plait(capsys, "bake", *PAIR, "-o", "alone")
     assert code == 0, err

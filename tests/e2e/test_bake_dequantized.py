@@ -211,10 +211,10 @@ def test_tensors_without_a_plain_form_are_all_named(tmp_path):
     adapter = write_adapter(tmp_path / "a", TARGETS).folder
     with pytest.raises(PlanError) as caught:
         plait.bake([adapter], base=base, dequantize=True, out=tmp_path / "out")
-    said = str(caught.value)
-    assert "2 tensors cannot be dequantized here" in said
-    assert "8-bit floats without a weight_scale_inv" in said
-    assert "with scales [3, 3] for blocks of 32 × 16" in said
+    message = str(caught.value)
+    assert "2 tensors cannot be dequantized here" in message
+    assert "8-bit floats without a weight_scale_inv" in message
+    assert "with scales [3, 3] for blocks of 32 × 16" in message
 
 
 def test_the_way_out_for_gguf(tmp_path):
@@ -246,8 +246,8 @@ def test_the_way_out_for_gguf(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     adapter = write_adapter(tmp_path / "a", TARGETS).folder
-    said = r"gguf_file='tiny\.gguf', quantization_config=GgufConfig\(dequantize=True\)\), then save_pretrained"
-    with pytest.raises(AdapterError, match=said):
+    message = r"gguf_file='tiny\.gguf', quantization_config=GgufConfig\(dequantize=True\)\), then save_pretrained"
+    with pytest.raises(AdapterError, match=message):
         plait.bake([adapter], base=folder, dequantize=True, out=tmp_path / "out")
     settings = tf.GgufConfig(dequantize=True)
     plain = tf.AutoModelForCausalLM.from_pretrained(folder, gguf_file="tiny.gguf", quantization_config=settings)

@@ -25,9 +25,9 @@ PAIR = [f"sentiment={DEMO / 'sentiment'}", f"langid={DEMO / 'langid'}"]
 def run(capsys, *arguments: object, code: int = 0) -> tuple[str, str]:
     with pytest.raises(SystemExit) as leave:
         main([*map(str, arguments)])
-    said = capsys.readouterr()
-    assert (leave.value.code or 0) == code, said.err
-    return said.out, said.err
+    message = capsys.readouterr()
+    assert (leave.value.code or 0) == code, message.err
+    return message.out, message.err
 
 
 def test_version(capsys):
@@ -108,7 +108,7 @@ def test_what_is_missing_where(capsys, tmp_path):
 
 def test_merge_for_people_and_for_machines(capsys, tmp_path):
     out, err = run(capsys, "merge", *PAIR, "-o", tmp_path / "a")
-    assert "exact: the factors hold the whole merge" in out
+    assert "exact: the factors hold the complete merge" in out
     assert "merge: 210 steps" in err, "no bar where there is no terminal"
     out, _ = run(capsys, "merge", *PAIR, "--method", "svd", "-o", tmp_path / "b", "--json")
     record = json.loads(out)

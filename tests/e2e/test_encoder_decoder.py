@@ -68,12 +68,12 @@ def asked(folder: Path, **changes: object) -> object:
     return read_examples(load_task(write_task(folder, "sort", rows=WORDS[:9], **wanted)), "test")
 
 
-def literal(model: torch.nn.Module, prompt: list[int], begin: list[int], said: list[int]) -> float:
+def literal(model: torch.nn.Module, prompt: list[int], begin: list[int], message: list[int]) -> float:
     """Read one pair whole."""
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([begin + said[:-1]])).logits
+        logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([begin + message[:-1]])).logits
     logp = logits[0].double().log_softmax(-1)
-    return sum(float(logp[len(begin) - 1 + k, token]) for k, token in enumerate(said))
+    return sum(float(logp[len(begin) - 1 + k, token]) for k, token in enumerate(message))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,8 +85,8 @@ def test_log_likelihoods_are_the_models_own(tmp_path, family, batch_size):
     for example, found in zip(examples.items, answer_examples(model, tokens, examples, batch_size=batch_size), strict=True):
         prompt = tokens(example.prompt)["input_ids"]
         assert prompt[-1] == 2
-        said = [tokens(text, add_special_tokens=False)["input_ids"] for text in example.choices]
-        expected = [literal(model, prompt, begin, words) for words in said]
+        message = [tokens(text, add_special_tokens=False)["input_ids"] for text in example.choices]
+        expected = [literal(model, prompt, begin, words) for words in message]
         assert found.scores == pytest.approx(expected, abs=2e-4)
         assert found.given == example.choices[expected.index(max(expected))]
         assert found.tokens == (1, 2, 3)
@@ -154,7 +154,7 @@ def test_evaluation_of_a_merge(tmp_path):
     closing("$A </s>").save_pretrained(tmp_path / "base")
     adapters = {name: train(tmp_path / name, name) for name in ("sort", "rate")}
     tasks = [write_task(tmp_path / "tasks", name) for name in adapters]
-    said = [write_task(tmp_path / "said", name, kind="generation", labels=None, max_new_tokens=3) for name in adapters]
+    message = [write_task(tmp_path / "generated", name, kind="generation", labels=None, max_new_tokens=3) for name in adapters]
     about = {"base": tmp_path / "base", "workspace": None}
     found = plait.evaluate(adapters, weights=[0.7, 0.6], tasks=tasks, **about)
     merged = plait.merge(adapters, weights=[0.7, 0.6], base_model=str(tmp_path / "base"), out=tmp_path / "out").folder
@@ -165,6 +165,6 @@ def test_evaluation_of_a_merge(tmp_path):
         assert task.base < 0.8
     saved = plait.evaluate(str(merged), tasks=tasks, **about)
     assert [t.merged for t in saved.tasks] == [t.merged for t in found.tasks]
-    spoken = plait.evaluate(adapters, weights=[0.7, 0.6], tasks=said, **about)
-    assert [t.single for t in spoken.tasks] == [1.0, 1.0], "a word, and then the end"
-    assert all(t.base == 0.0 for t in spoken.tasks)
+    generated = plait.evaluate(adapters, weights=[0.7, 0.6], tasks=message, **about)
+    assert [t.single for t in generated.tasks] == [1.0, 1.0], "a word, and then the end"
+    assert all(t.base == 0.0 for t in generated.tasks)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 NAMES = ("sort", "rate")
 
 
-class House:
+class Prepared:
     """Base, adapters and tasks on disk, made once."""
 
     def __init__(self, folder: Path) -> None:
@@ -47,8 +47,8 @@ class House:
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    return House(tmp_path_factory.mktemp("house"))
+def prepared(tmp_path_factory):
+    return Prepared(tmp_path_factory.mktemp("prepared"))
 
 
 def run(arguments: list[str]) -> int:
@@ -67,9 +67,9 @@ def kept_scores(workspace: Path, name: str) -> dict[str, tuple[tuple[float, ...]
     return found
 
 
-def test_every_adapter_knows_its_own_task(house, tmp_path):
+def test_every_adapter_knows_its_own_task(prepared, tmp_path):
     """Fails when labels are shifted, when another adapter is attached, or when none is."""
-    found = house.evaluate(tmp_path, matrix=True)
+    found = prepared.evaluate(tmp_path, matrix=True)
     for task in found.tasks:
         assert task.single == 1.0
         assert task.base <= 0.75
@@ -85,8 +85,8 @@ def test_every_adapter_knows_its_own_task(house, tmp_path):
     assert found.mean_recovery == pytest.approx(sum(t.recovery for t in found.tasks) / 2)
 
 
-def test_a_merge_of_one_adapter_alone_is_that_adapter(house, tmp_path):
-    found = house.evaluate(tmp_path, {"sort": house.adapters["sort"]}, tasks=house.tasks[:1], weights=[1.0])
+def test_a_merge_of_one_adapter_alone_is_that_adapter(prepared, tmp_path):
+    found = prepared.evaluate(tmp_path, {"sort": prepared.adapters["sort"]}, tasks=prepared.tasks[:1], weights=[1.0])
     (task,) = found.tasks
     assert task.recovery == 1.0
     assert task.recovery_interval[0] < 1.0 <= task.recovery_interval[1], "24 examples without a difference are not certainty"
@@ -94,18 +94,18 @@ def test_a_merge_of_one_adapter_alone_is_that_adapter(house, tmp_path):
     assert scores[0]["sort"] == scores[1].get("sort", kept_scores(tmp_path, "merged").get("sort"))
 
 
-def test_with_the_adapters_exchanged_recovery_goes(house, tmp_path):
+def test_with_the_adapters_exchanged_recovery_goes(prepared, tmp_path):
     """The planted bug itself: each name on the other's files."""
-    found = house.evaluate(tmp_path, {"sort": house.adapters["rate"], "rate": house.adapters["sort"]})
+    found = prepared.evaluate(tmp_path, {"sort": prepared.adapters["rate"], "rate": prepared.adapters["sort"]})
     assert all(task.single < 0.9 for task in found.tasks)
 
 
-def test_with_labels_shifted_by_one_nothing_is_known(house, tmp_path):
+def test_with_labels_shifted_by_one_nothing_is_known(prepared, tmp_path):
     """The planted bug itself: every target is that of the next word."""
     file = write_task(tmp_path, "rate")
     rows = [{"word": w, "label": label("rate", WORDS[(i + 1) % 24])} for i, w in enumerate(WORDS)]
     (tmp_path / "rate" / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (task,) = house.evaluate(None, tasks=[file]).tasks
+    (task,) = prepared.evaluate(None, tasks=[file]).tasks
     assert task.single == 0.0
 
 
@@ -119,11 +119,13 @@ MERGES = {
 
 
 @pytest.mark.parametrize("name", MERGES)
-def test_memory_and_files_give_the_same_numbers(house, tmp_path, name):
+def test_memory_and_files_give_the_same_numbers(prepared, tmp_path, name):
     """Exactly: every log-likelihood, bit for bit in float32."""
-    live = house.evaluate(tmp_path / "live", **MERGES[name])
-    merged = plait.merge(house.adapters, weights=[0.7, 0.6], base_model=str(house.base), out=tmp_path / "out", **MERGES[name])
-    saved = house.evaluate(tmp_path / "saved", str(merged.folder))
+    live = prepared.evaluate(tmp_path / "live", **MERGES[name])
+    merged = plait.merge(
+        prepared.adapters, weights=[0.7, 0.6], base_model=str(prepared.base), out=tmp_path / "out", **MERGES[name]
+    )
+    saved = prepared.evaluate(tmp_path / "saved", str(merged.folder))
     assert saved.kind == "adapter"
     assert [s.name for s in saved.sources] == list(NAMES), "found by the lock"
     for one, other in zip(live.tasks, saved.tasks, strict=True):
@@ -134,10 +136,10 @@ def test_memory_and_files_give_the_same_numbers(house, tmp_path, name):
     assert scores == kept_scores(tmp_path / "saved", "out")
 
 
-def test_a_baked_model_gives_the_same_numbers(house, tmp_path):
-    live = house.evaluate(tmp_path / "live")
-    plait.bake(house.adapters, weights=[0.7, 0.6], base=house.base, out=tmp_path / "all-in-one")
-    baked = house.evaluate(tmp_path / "baked", str(tmp_path / "all-in-one"), sources=house.adapters)
+def test_a_baked_model_gives_the_same_numbers(prepared, tmp_path):
+    live = prepared.evaluate(tmp_path / "live")
+    plait.bake(prepared.adapters, weights=[0.7, 0.6], base=prepared.base, out=tmp_path / "all-in-one")
+    baked = prepared.evaluate(tmp_path / "baked", str(tmp_path / "all-in-one"), sources=prepared.adapters)
     assert baked.kind == "model"
     assert [t.merged for t in live.tasks] == [t.merged for t in baked.tasks]
     one, other = kept_scores(tmp_path / "live", "merged"), kept_scores(tmp_path / "baked", "all-in-one")
@@ -146,44 +148,44 @@ def test_a_baked_model_gives_the_same_numbers(house, tmp_path):
             assert a == pytest.approx(b, abs=1e-4)
 
 
-def test_a_baked_merge_is_known_by_the_adapters_of_the_merge(house, tmp_path):
-    plait.merge(house.adapters, weights=[0.7, 0.6], base_model=str(house.base), out=tmp_path / "merged")
-    plait.bake([tmp_path / "merged"], base=house.base, out=tmp_path / "full")
-    merged, baked = (house.evaluate(None, str(tmp_path / name)) for name in ("merged", "full"))
+def test_a_baked_merge_is_known_by_the_adapters_of_the_merge(prepared, tmp_path):
+    plait.merge(prepared.adapters, weights=[0.7, 0.6], base_model=str(prepared.base), out=tmp_path / "merged")
+    plait.bake([tmp_path / "merged"], base=prepared.base, out=tmp_path / "full")
+    merged, baked = (prepared.evaluate(None, str(tmp_path / name)) for name in ("merged", "full"))
     assert [s.name for s in baked.sources] == list(NAMES)
     assert [(t.single, t.recovery) for t in baked.tasks] == [(t.single, t.recovery) for t in merged.tasks]
 
 
-def test_what_is_finished_is_not_asked_again(house, tmp_path, monkeypatch):
-    first = house.evaluate(tmp_path)
+def test_what_is_finished_is_not_asked_again(prepared, tmp_path, monkeypatch):
+    first = prepared.evaluate(tmp_path)
 
     def load(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(Mixture, "load", load)
-    again = house.evaluate(tmp_path)
+    again = prepared.evaluate(tmp_path)
     volatile = {"finished", "seconds"}
     assert again.model_dump(exclude=volatile) == first.model_dump(exclude=volatile)
     with pytest.raises(AssertionError, match="loaded"):
-        house.evaluate(tmp_path, batch_size=3)
+        prepared.evaluate(tmp_path, batch_size=3)
     with pytest.raises(AssertionError, match="loaded"):
-        house.evaluate(tmp_path, weights=[0.7, 0.61])
+        prepared.evaluate(tmp_path, weights=[0.7, 0.61])
 
 
-def test_the_processor_is_one_device_whatever_it_is_called(house, tmp_path, monkeypatch):
+def test_the_processor_is_one_device_whatever_it_is_called(prepared, tmp_path, monkeypatch):
     """`auto` is another device on another machine; answers of one are not those of the other."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
-    found = house.evaluate(tmp_path, device_map="auto")
+    found = prepared.evaluate(tmp_path, device_map="auto")
     monkeypatch.setattr("plait.evaluation.session.answer_examples", lambda *_, **__: pytest.fail("asked again"))
-    assert house.evaluate(tmp_path, device_map="cpu").tag == found.tag
+    assert prepared.evaluate(tmp_path, device_map="cpu").tag == found.tag
     monkeypatch.undo()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert str(placement("auto")) != str(placement("cpu"))
 
 
-def test_keys_are_of_files_and_of_a_models_own_code(house, tmp_path):
-    model, adapter = (shutil.copytree(f, tmp_path / f.name) for f in (house.base, house.adapters["sort"]))
+def test_keys_are_of_files_and_of_a_models_own_code(prepared, tmp_path):
+    model, adapter = (shutil.copytree(f, tmp_path / f.name) for f in (prepared.base, prepared.adapters["sort"]))
     keys = model_digest(model), adapter_digest(adapter)
     (adapter / "adapter_old").mkdir()
     (model / "old.json").mkdir()
@@ -192,16 +194,16 @@ def test_keys_are_of_files_and_of_a_models_own_code(house, tmp_path):
     assert model_digest(model) != keys[0]
 
 
-def test_what_was_finished_before_a_failure_is_kept(house, tmp_path):
+def test_what_was_finished_before_a_failure_is_kept(prepared, tmp_path):
     bad = write_task(tmp_path, "rate", messages=[{"role": "user", "content": "rate {{ word }} :"}], prompt=None)
     with pytest.raises(TaskError, match="no chat template"):
-        house.evaluate(tmp_path / "work", tasks=[house.tasks[0], bad])
+        prepared.evaluate(tmp_path / "work", tasks=[prepared.tasks[0], bad])
     assert set(kept_scores(tmp_path / "work", "merged")) == {"sort"}
 
 
-def test_subsets_have_results_of_their_own(house, tmp_path):
-    whole = house.evaluate(tmp_path)
-    part = house.evaluate(tmp_path, subset={"max_samples": 8, "per_task": {"rate": 6}})
+def test_subsets_have_results_of_their_own(prepared, tmp_path):
+    whole = prepared.evaluate(tmp_path)
+    part = prepared.evaluate(tmp_path, subset={"max_samples": 8, "per_task": {"rate": 6}})
     assert [t.examples for t in part.tasks] == [8, 6]
     assert whole.tag != part.tag
     for task in part.tasks:
@@ -211,8 +213,8 @@ def test_subsets_have_results_of_their_own(house, tmp_path):
     assert [entry["tag"] for entry in index] == [whole.tag, part.tag]
 
 
-def test_where_results_go(house, tmp_path):
-    found = house.evaluate(tmp_path, method="ties", density=0.5)
+def test_where_results_go(prepared, tmp_path):
+    found = prepared.evaluate(tmp_path, method="ties", density=0.5)
     home = tmp_path / "merged" / "ties" / "rate_sort"
     (bundle,) = (home / "runs").iterdir()
     assert sorted(p.name for p in bundle.iterdir()) == ["eval_results_test.json", "merge_metadata.json", "summary.json"]
@@ -226,18 +228,18 @@ def test_where_results_go(house, tmp_path):
     assert (tmp_path / entry["run"]) == bundle
 
 
-def test_samples_show_where_the_sides_differ(house):
-    (task, _) = house.evaluate(None, weights=[0.0, 0.0]).tasks
+def test_samples_show_where_the_sides_differ(prepared):
+    (task, _) = prepared.evaluate(None, weights=[0.0, 0.0]).tasks
     assert task.recovery == 0.0
     first = task.samples[0]
     assert first.single == first.target != first.base == first.merged
     assert first.prompt.startswith("sort w")
 
 
-def test_a_recipe_with_its_own_tasks(house, tmp_path):
+def test_a_recipe_with_its_own_tasks(prepared, tmp_path):
     recipe = {
-        "base_model": str(house.base),
-        "adapters": [{"name": n, "path": str(p), "weight": 0.5} for n, p in house.adapters.items()],
+        "base_model": str(prepared.base),
+        "adapters": [{"name": n, "path": str(p), "weight": 0.5} for n, p in prepared.adapters.items()],
         "tasks": ["tasks/sort.yaml"],
         "eval": {"split": "test", "subset": {"max_samples": 10}, "draws": 100},
     }
@@ -249,14 +251,14 @@ def test_a_recipe_with_its_own_tasks(house, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_an_older_recipe_is_evaluated_on_its_own_split_and_subset(house, tmp_path):
+def test_an_older_recipe_is_evaluated_on_its_own_split_and_subset(prepared, tmp_path):
     task = write_task(
         tmp_path / "tasks", "sort", splits={"test": "test.jsonl", "validation": "validation.jsonl"}, rows=WORDS[:12]
     )
     rows = [json.dumps({"word": word, "label": label("sort", word)}) for word in WORDS[12:]]
     (tmp_path / "tasks" / "sort" / "validation.jsonl").write_text("\n".join(rows) + "\n")
     old = {
-        "adapters": [str(path) for path in house.adapters.values()],
+        "adapters": [str(path) for path in prepared.adapters.values()],
         "method": "uniform_delta",
         "split": "validation",
         "eval_tasks": ["sort"],
@@ -264,35 +266,35 @@ def test_an_older_recipe_is_evaluated_on_its_own_split_and_subset(house, tmp_pat
     }
     file = tmp_path / "old.yaml"
     file.write_text(yaml.safe_dump(old))
-    of_its_own = plait.evaluate(file, base=house.base, workspace=None)
-    given = plait.evaluate(file, tasks=[task], base=house.base, workspace=None)
+    of_its_own = plait.evaluate(file, base=prepared.base, workspace=None)
+    given = plait.evaluate(file, tasks=[task], base=prepared.base, workspace=None)
     for found in (of_its_own, given):
         assert (found.split, [(t.task, t.examples) for t in found.tasks]) == ("validation", [("sort", 6)])
         assert not {s.prompt for t in found.tasks for s in t.samples} & {f"sort {word} :" for word in WORDS[:12]}
 
 
-def test_a_task_without_an_adapter_has_no_recovery(house, tmp_path):
+def test_a_task_without_an_adapter_has_no_recovery(prepared, tmp_path):
     task = write_task(tmp_path, "sort", name="other")
     with pytest.warns(PlaitWarning, match=r"task 'other': no adapter is called 'other', so that its recovery is not defined"):
-        (result,) = house.evaluate(None, tasks=[task]).tasks
+        (result,) = prepared.evaluate(None, tasks=[task]).tasks
     assert (result.single, result.recovery) == (None, None)
     assert "no adapter is called 'other'" in result.undefined
 
 
-def test_generation_and_perplexity(house, tmp_path):
-    said = write_task(tmp_path / "g", "sort", kind="generation", labels=None, max_new_tokens=1)
+def test_generation_and_perplexity(prepared, tmp_path):
+    printed = write_task(tmp_path / "g", "sort", kind="generation", labels=None, max_new_tokens=1)
     read = write_task(tmp_path / "p", "rate", kind="perplexity", labels=None)
-    sort, rate = house.evaluate(None, tasks=[said, read]).tasks
+    sort, rate = prepared.evaluate(None, tasks=[printed, read]).tasks
     assert (sort.metric, sort.single) == ("exact_match", 1.0)
     assert (rate.metric, rate.higher_is_better) == ("perplexity", False)
     assert 1 <= rate.single < 1.2 < rate.base
     assert 0 < rate.recovery <= 1
 
 
-def test_splits_that_overlap_are_refused(house, tmp_path):
+def test_splits_that_overlap_are_refused(prepared, tmp_path):
     task = write_task(tmp_path, "sort", splits={"validation": "test.jsonl", "test": "test.jsonl"})
     with pytest.raises(TaskError, match="24 of 24 examples of 'test' are in 'validation' too"):
-        house.evaluate(None, tasks=[task])
+        prepared.evaluate(None, tasks=[task])
 
 
 @pytest.mark.parametrize(
@@ -302,39 +304,39 @@ def test_splits_that_overlap_are_refused(house, tmp_path):
         ({"split": "dev"}, "split is 'dev'; it must be"),
         ({"subset": 0}, "max_samples is 0; it must be >= 1"),
         ({"base": "nowhere/at-all/x/y"}, "nowhere"),
-        ({"load_dtype": "float23"}, "dtype 'float23' is none; allowed are auto, float32"),
+        ({"load_dtype": "float23"}, "dtype 'float23' is not allowed; it must be one of auto, float32"),
         ({"device_map": "gpu"}, "device_map 'gpu' cannot be used here"),
     ],
 )
-def test_what_is_refused(house, settings, message):
+def test_what_is_refused(prepared, settings, message):
     with pytest.raises(PlaitError, match=message):
-        house.evaluate(None, **settings)
+        prepared.evaluate(None, **settings)
 
 
-def test_flags_that_say_nothing_here_are_refused(house, tmp_path, capsys):
-    arguments = house.arguments(tmp_path)
+def test_flags_that_say_nothing_here_are_refused(prepared, tmp_path, capsys):
+    arguments = prepared.arguments(tmp_path)
     for flags, message in (
         (["--seed", "3"], "--seed is that of the subset; give --subset"),
-        (["--source", f"sort={house.base}"], "--source (sources=): belongs to one adapter or model"),
+        (["--source", f"sort={prepared.base}"], "--source (sources=): belongs to one adapter or model"),
         (["--card"], "--card (card=): belongs to one adapter or model"),
-        (["--base-id", str(house.adapters["sort"])], "the model's configuration cannot be loaded"),
+        (["--base-id", str(prepared.adapters["sort"])], "the model's configuration cannot be loaded"),
     ):
         assert run([*arguments, *flags]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_workspace_that_cannot_be_is_refused_before_anything_is_asked(house, tmp_path, monkeypatch):
+def test_a_workspace_that_cannot_be_is_refused_before_anything_is_asked(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(Mixture, "load", lambda *_, **__: pytest.fail("the base was loaded"))
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"workspace .*file/within cannot be written: .*file is no folder"):
-        house.evaluate(tmp_path / "file" / "within")
+        prepared.evaluate(tmp_path / "file" / "within")
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(OutputError, match="no permission in"):
-        house.evaluate(tmp_path / "work")
+        prepared.evaluate(tmp_path / "work")
 
 
-def test_only_what_is_good_enough_is_saved(house, tmp_path, capsys):
-    arguments = [*house.arguments(tmp_path / "work"), "--weights", "0.7", "0.6", "--json"]
+def test_only_what_is_good_enough_is_saved(prepared, tmp_path, capsys):
+    arguments = [*prepared.arguments(tmp_path / "work"), "--weights", "0.7", "0.6", "--json"]
     out = tmp_path / "out"
     assert run([*arguments, "--require", "worst_recovery>=1.5", "-o", str(out)]) == 3
     failed = json.loads(capsys.readouterr().out)
@@ -345,20 +347,20 @@ def test_only_what_is_good_enough_is_saved(house, tmp_path, capsys):
     assert run([*arguments, "--require", f"worst_recovery>={low}", "--require", "rate.metric>=0.5", "-o", str(out)]) == 0
     passed = json.loads(capsys.readouterr().out)
     assert passed["saved"] == str(out)
-    assert house.evaluate(None, str(out)).worst_recovery == failed["worst_recovery"]
+    assert prepared.evaluate(None, str(out)).worst_recovery == failed["worst_recovery"]
     card = (out / "README.md").read_text()
     assert f"| sort | accuracy | 24 | {passed['tasks'][0]['base']:.3f} | 1.000 |" in card
     assert plait.verify(out, rebuild=False).ok
 
 
-def test_results_in_a_card_replace_earlier_ones(house, tmp_path):
-    merged = plait.merge(house.adapters, weights=[0.7, 0.6], base_model=str(house.base), out=tmp_path / "out")
+def test_results_in_a_card_replace_earlier_ones(prepared, tmp_path):
+    merged = plait.merge(prepared.adapters, weights=[0.7, 0.6], base_model=str(prepared.base), out=tmp_path / "out")
     before = (tmp_path / "out" / "README.md").read_text()
-    arguments = ["eval", str(merged.folder), "--workspace", str(tmp_path / "work"), "--card", "--tasks", str(house.tasks[0])]
+    arguments = ["eval", str(merged.folder), "--workspace", str(tmp_path / "work"), "--card", "--tasks", str(prepared.tasks[0])]
     assert run(arguments) == 0
     once = (tmp_path / "out" / "README.md").read_text()
     assert once.count("## Results") == 1
-    assert run([*arguments, str(house.tasks[1])]) == 0
+    assert run([*arguments, str(prepared.tasks[1])]) == 0
     twice = (tmp_path / "out" / "README.md").read_text()
     assert twice.count("## Results") == 1
     assert "| rate | accuracy |" in twice
@@ -366,11 +368,11 @@ def test_results_in_a_card_replace_earlier_ones(house, tmp_path):
     assert twice[:start] + twice[end:] == before
 
 
-def test_a_leaderboard(house, tmp_path, capsys, monkeypatch):
+def test_a_leaderboard(prepared, tmp_path, capsys, monkeypatch):
     loads = []
     load = Mixture.load.__func__
     monkeypatch.setattr(Mixture, "load", classmethod(lambda cls, *a, **k: loads.append(1) or load(cls, *a, **k)))
-    arguments = [*house.arguments(tmp_path), "--methods", "linear,ties,slerp", "--spaces", "delta,core", "--density", "0.5"]
+    arguments = [*prepared.arguments(tmp_path), "--methods", "linear,ties,slerp", "--spaces", "delta,core", "--density", "0.5"]
     assert run([*arguments, "--json"]) == 0
     board = json.loads(capsys.readouterr().out)
     assert len(loads) == 1, "the base is loaded once"
@@ -379,54 +381,54 @@ def test_a_leaderboard(house, tmp_path, capsys, monkeypatch):
     order = [(p["worst_recovery"], p["mean_recovery"]) for p in board["places"]]
     assert order == sorted(order, reverse=True)
     assert json.loads((Path(board["run"]) / "leaderboard.json").read_text())["places"] == board["places"]
-    alone = house.evaluate(None, weights=None, method="ties", space="core", density=0.5)
+    alone = prepared.evaluate(None, weights=None, method="ties", space="core", density=0.5)
     (place,) = [p for p in board["places"] if p["name"] == "ties, core"]
     assert place["metric"] == {t.task: t.merged for t in alone.tasks}
     assert run(arguments) == 0
     assert "own adapter" in capsys.readouterr().out
 
 
-def test_an_adapter_alone(house, tmp_path, capsys):
-    arguments = ["eval", str(house.adapters["sort"]), "--tasks", str(house.tasks[0]), "--base-id", str(house.base)]
+def test_an_adapter_alone(prepared, tmp_path, capsys):
+    arguments = ["eval", str(prepared.adapters["sort"]), "--tasks", str(prepared.tasks[0]), "--base-id", str(prepared.base)]
     arguments += ["--workspace", str(tmp_path)]
     assert run(arguments) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("sort · test\n")
     assert "the task's own adapter is not known; name it with --source sort=PATH" in " ".join(shown.out.split())
     assert "--source NAME=PATH" in shown.err
-    assert run([*arguments, "--source", f"sort={house.adapters['sort']}"]) == 0
+    assert run([*arguments, "--source", f"sort={prepared.adapters['sort']}"]) == 0
     assert "1.00" in capsys.readouterr().out
     assert run([*arguments, "--method", "ties"]) == 2
     assert "is evaluated as it is; --method" in capsys.readouterr().err
 
 
-def test_check_of_tasks(house, capsys):
-    assert run(["tasks", "check", *map(str, house.tasks), "--model", str(house.base), "--json"]) == 0
+def test_check_of_tasks(prepared, capsys):
+    assert run(["tasks", "check", *map(str, prepared.tasks), "--model", str(prepared.base), "--json"]) == 0
     sort, rate = json.loads(capsys.readouterr().out)["tasks"]
     assert (sort["name"], rate["name"]) == NAMES
     assert sort["splits"]["test"]["targets"] == dict.fromkeys(LABELS["sort"], 12)
-    assert run(["tasks", "check", str(house.tasks[0])]) == 0
+    assert run(["tasks", "check", str(prepared.tasks[0])]) == 0
     assert "sort w0 :⟦ red⟧" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"entries": 3}'])
 @pytest.mark.parametrize("kind", ["merge", "leaderboard", "adapter"])
-def test_a_broken_index_is_found_before_anything_is_asked(house, tmp_path, monkeypatch, kind, content):
+def test_a_broken_index_is_found_before_anything_is_asked(prepared, tmp_path, monkeypatch, kind, content):
     place = {"merge": "linear/rate_sort", "leaderboard": "ties/rate_sort", "adapter": "adapter/sort"}[kind]
     index = tmp_path / "merged" / place / "eval" / "index.json"
     index.parent.mkdir(parents=True)
     index.write_text(content)
     monkeypatch.setattr("plait.evaluation.session.Session.results", lambda *_: pytest.fail("asked"))
-    arguments = house.arguments(tmp_path)
+    arguments = prepared.arguments(tmp_path)
     if kind == "leaderboard":
         arguments += ["--methods", "linear,ties"]
     if kind == "adapter":
-        arguments[1:3] = [str(house.adapters["sort"])]
+        arguments[1:3] = [str(prepared.adapters["sort"])]
     assert run(arguments) == 2
     assert index.read_text() == content
     index.unlink()
 
 
-def test_an_adapter_alone_is_told_how_to_name_the_tasks_own(house, tmp_path):
-    found = house.evaluate(None, source=str(house.adapters["sort"]), tasks=house.tasks[:1])
+def test_an_adapter_alone_is_told_how_to_name_the_tasks_own(prepared, tmp_path):
+    found = prepared.evaluate(None, source=str(prepared.adapters["sort"]), tasks=prepared.tasks[:1])
     assert found.tasks[0].undefined == "the task's own adapter is not known; name it with --source sort=PATH (sources=)"

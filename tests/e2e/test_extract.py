@@ -207,14 +207,14 @@ def test_everything_that_does_not_fit_is_said_at_once(base, tmp_path):
     tuned = checkpoint(tmp_path / "tuned", other)
     with pytest.raises(plait.PlanError) as caught:
         plait.extract(base, tuned, rank=2, out=tmp_path / "out")
-    said = str(caught.value)
-    assert "4 problems" in said
-    assert "lacks 1 of" in said
-    assert "'model.layers.1.q_proj.weight'" in said or "model.layers.1.q_proj.weight" in said
-    assert "model.extra.weight" in said
-    assert "1 tensors have other shapes: 'model.layers.0.up_proj.weight' is [40, 16]" in said
-    assert "the vocabulary was resized" in said
-    assert "resize_token_embeddings(14)" in said
+    message = str(caught.value)
+    assert "4 problems" in message
+    assert "lacks 1 of" in message
+    assert "'model.layers.1.q_proj.weight'" in message or "model.layers.1.q_proj.weight" in message
+    assert "model.extra.weight" in message
+    assert "1 tensors have other shapes: 'model.layers.0.up_proj.weight' is [40, 16]" in message
+    assert "the vocabulary was resized" in message
+    assert "resize_token_embeddings(14)" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -226,7 +226,7 @@ def test_quantized_models_are_refused(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"rank": 0}, "'rank'|rank: 0 is no rank|rank: .*number from 1"),
         ({"rank": "auto"}, "has no rank of its own"),
@@ -236,9 +236,9 @@ def test_quantized_models_are_refused(base, tmp_path):
         ({"rank": 2, "targets": ["up_proj"]}, "nothing to extract"),
     ],
 )
-def test_wrong_requests(base, tmp_path, settings, said):
+def test_wrong_requests(base, tmp_path, settings, message):
     tuned = checkpoint(tmp_path / "tuned", tuned_with({"model.layers.0.q_proj.weight": low_rank((24, 16), 2, 1)}))
-    with pytest.raises(plait.PlaitError, match=said):
+    with pytest.raises(plait.PlaitError, match=message):
         plait.extract(base, tuned, out=tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
 
@@ -260,11 +260,11 @@ def test_the_command_line(base, tmp_path, capsys, monkeypatch):
         assert int(left.value.code or 0) == code
         return " ".join(capsys.readouterr().out.split())
 
-    said = run("--rank", "4", "--targets", "q_proj", "--dtype", "bfloat16", "-o", "out", "--base-id", "org/base")
-    assert "2 target modules · rank 4" in said
-    assert "truncated" in said
-    assert "q_proj (2)" in said
-    assert "--modules-to-save and --targets would keep more" in said
+    message = run("--rank", "4", "--targets", "q_proj", "--dtype", "bfloat16", "-o", "out", "--base-id", "org/base")
+    assert "2 target modules · rank 4" in message
+    assert "truncated" in message
+    assert "q_proj (2)" in message
+    assert "--modules-to-save and --targets would keep more" in message
     assert "base_model: org/base" in (tmp_path / "out" / "README.md").read_text()
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
     assert json.loads(run("--energy", "0.5", "-o", "json", "--json"))["modules"][0]["kept"] >= 0.5

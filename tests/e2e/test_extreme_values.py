@@ -63,8 +63,8 @@ def test_a_sum_is_the_sum_of_the_deltas(tmp_path, settings, rank):
             u, s, vh = torch.linalg.svd(whole)
             whole = (u[:, :3] * s[:3]) @ vh[:3]
         assert (delta - whole).norm() <= 1e-5 * whole.norm()
-    told = any("computed in float64" in note for note in result.record.notes)
-    assert told == (rank == 3), "what is only put side by side needs no squares"
+    printed = any("computed in float64" in note for note in result.record.notes)
+    assert printed == (rank == 3), "what is only put side by side needs no squares"
 
 
 @pytest.mark.parametrize("method", ["sce", "pcb", "tsv", "iso_c", "ties"])
@@ -96,16 +96,16 @@ def test_one_entry_near_the_end_of_float32(tmp_path, capsys):
 )
 def test_what_overflows_names_module_and_adapter(tmp_path, output):
     adapter(tmp_path / "odd", 1, entry=3.4e38)
-    said = r"k_proj: the merged values overflow.*: adapter 'odd' has values of the order of 3\.4e\+38 there\.$"
-    with pytest.raises(PlanError, match=said):
+    message = r"k_proj: the merged values overflow.*: adapter 'odd' has values of the order of 3\.4e\+38 there\.$"
+    with pytest.raises(PlanError, match=message):
         plait.merge(["odd", "plain"], out="out", **output)
     assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_leave_nothing_are_refused(tmp_path):
     adapter(tmp_path / "odd", 1, b=1e-38)
-    said = r"k_proj: the weights or the scale are so small that the merged values vanish in float32: adapter 'odd' has"
-    with pytest.raises(PlanError, match=said):
+    message = r"k_proj: the weights or the scale are so small that the merged values vanish in float32: adapter 'odd' has"
+    with pytest.raises(PlanError, match=message):
         plait.merge(["odd"], out="out", method="linear", weights=[1e-10])
     adapter(tmp_path / "untrained", 2, b=0.0)
     plait.merge(["untrained"], out="zero", method="linear")

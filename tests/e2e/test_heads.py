@@ -24,7 +24,7 @@ NAMES = ("sort", "rate", "third")
 WEIGHTS = {"sort": 0.8, "rate": 0.7, "third": 0.6}
 
 
-class House:
+class Prepared:
     """Base, adapters with heads and their tasks on disk, made once."""
 
     def __init__(self, folder: Path) -> None:
@@ -66,47 +66,47 @@ def with_head(adapter: Path, head: Path, out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    return House(tmp_path_factory.mktemp("house"))
+def prepared(tmp_path_factory):
+    return Prepared(tmp_path_factory.mktemp("prepared"))
 
 
-def test_every_side_is_judged_with_the_tasks_own_head(house, tmp_path):
+def test_every_side_is_judged_with_the_tasks_own_head(prepared, tmp_path):
     """Base, single and merge, each against PEFT with that very head; the tasks have two and three labels."""
-    found = house.evaluate()
-    merged = plait.merge(house.adapters, weights=WEIGHTS, out=tmp_path / "out").folder
-    nothing = plait.merge(house.adapters, weights=dict.fromkeys(NAMES, 0.0), out=tmp_path / "nothing").folder
+    found = prepared.evaluate()
+    merged = plait.merge(prepared.adapters, weights=WEIGHTS, out=tmp_path / "out").folder
+    nothing = plait.merge(prepared.adapters, weights=dict.fromkeys(NAMES, 0.0), out=tmp_path / "nothing").folder
     for task in found.tasks:
-        own = house.adapters[task.task]
-        assert task.single == house.accuracy(task.task, own, own) == 1.0
-        assert task.merged == house.accuracy(task.task, merged, own)
-        assert task.base == house.accuracy(task.task, nothing, own)
+        own = prepared.adapters[task.task]
+        assert task.single == prepared.accuracy(task.task, own, own) == 1.0
+        assert task.merged == prepared.accuracy(task.task, merged, own)
+        assert task.base == prepared.accuracy(task.task, nothing, own)
         assert task.base < 0.8
         assert 0 < task.recovery <= 1
     assert len({t.merged for t in found.tasks}) > 1
 
 
-def test_a_wrong_head_is_seen(house, tmp_path):
+def test_a_wrong_head_is_seen(prepared, tmp_path):
     """The planted bug itself: the heads of two tasks exchanged, the encoders right."""
     wrong = {
-        "sort": with_head(house.adapters["sort"], house.adapters["rate"], tmp_path / "sort"),
-        "rate": with_head(house.adapters["rate"], house.adapters["sort"], tmp_path / "rate"),
+        "sort": with_head(prepared.adapters["sort"], prepared.adapters["rate"], tmp_path / "sort"),
+        "rate": with_head(prepared.adapters["rate"], prepared.adapters["sort"], tmp_path / "rate"),
     }
-    tasks = [house.tasks[n] for n in wrong]
-    found = plait.evaluate(wrong, tasks=tasks, base=house.base, workspace=None)
+    tasks = [prepared.tasks[n] for n in wrong]
+    found = plait.evaluate(wrong, tasks=tasks, base=prepared.base, workspace=None)
     assert [t.single < 0.9 for t in found.tasks] == [True, True], [t.single for t in found.tasks]
 
 
-def test_a_head_of_another_number_of_labels_is_refused(house, tmp_path):
+def test_a_head_of_another_number_of_labels_is_refused(prepared, tmp_path):
     task = write_classification(tmp_path, "third", name="sort", labels=LABELS["third"])
     with pytest.raises(plait.TaskError, match=r"the model's head has outputs \[2\]; the task has 3 labels"):
-        house.evaluate(names=("sort",), tasks=[task])
+        prepared.evaluate(names=("sort",), tasks=[task])
 
 
-def test_the_matrix_judges_every_adapter_with_the_tasks_head(house):
-    matrix = house.evaluate(matrix=True).matrix
+def test_the_matrix_judges_every_adapter_with_the_tasks_head(prepared):
+    matrix = prepared.evaluate(matrix=True).matrix
     for i, task in enumerate(NAMES):
         for j, name in enumerate(NAMES):
-            assert matrix.values[j][i] == house.accuracy(task, house.adapters[name], house.adapters[task])
+            assert matrix.values[j][i] == prepared.accuracy(task, prepared.adapters[name], prepared.adapters[task])
 
 
 def scores(workspace: Path, name: str) -> dict[str, list[tuple[float, ...]]]:
@@ -124,28 +124,28 @@ HEADS = {
 
 
 @pytest.mark.parametrize("policy", HEADS)
-def test_memory_and_files_give_the_same_numbers(house, tmp_path, policy):
+def test_memory_and_files_give_the_same_numbers(prepared, tmp_path, policy):
     """Bit for bit in float32, whatever becomes of the heads."""
     pair = ("sort", "rate")  # heads of equal shape
-    live = house.evaluate(names=pair, workspace=tmp_path / "live", **HEADS[policy])
-    adapters = {n: house.adapters[n] for n in pair}
+    live = prepared.evaluate(names=pair, workspace=tmp_path / "live", **HEADS[policy])
+    adapters = {n: prepared.adapters[n] for n in pair}
     weights = {n: WEIGHTS[n] for n in pair}
-    merged = plait.merge(adapters, weights=weights, out=tmp_path / "out", base_model=str(house.base), **HEADS[policy])
-    saved = house.evaluate(str(merged.folder), names=pair, workspace=tmp_path / "saved")
+    merged = plait.merge(adapters, weights=weights, out=tmp_path / "out", base_model=str(prepared.base), **HEADS[policy])
+    saved = prepared.evaluate(str(merged.folder), names=pair, workspace=tmp_path / "saved")
     assert [t.merged for t in live.tasks] == [t.merged for t in saved.tasks]
     found = scores(tmp_path / "live", "merged")
     assert set(found) == set(pair)
     assert found == scores(tmp_path / "saved", "out")
 
 
-def test_averaged_heads_are_the_mean_and_no_tasks_own(house, tmp_path):
+def test_averaged_heads_are_the_mean_and_no_tasks_own(prepared, tmp_path):
     pair = ("sort", "rate")
-    own = house.evaluate(names=pair, workspace=tmp_path / "own")
-    mean = house.evaluate(names=pair, workspace=tmp_path / "mean", heads={"policy": "average"})
+    own = prepared.evaluate(names=pair, workspace=tmp_path / "own")
+    mean = prepared.evaluate(names=pair, workspace=tmp_path / "mean", heads={"policy": "average"})
     apart, together = scores(tmp_path / "own", "merged"), scores(tmp_path / "mean", "merged")
     # on the same encoder the mean of two linear heads says the mean of what they say
-    house.evaluate(names=pair, workspace=tmp_path / "first", heads={"policy": "from", "adapter": "sort"})
-    house.evaluate(names=pair, workspace=tmp_path / "second", heads={"policy": "from", "adapter": "rate"})
+    prepared.evaluate(names=pair, workspace=tmp_path / "first", heads={"policy": "from", "adapter": "sort"})
+    prepared.evaluate(names=pair, workspace=tmp_path / "second", heads={"policy": "from", "adapter": "rate"})
     one, other = scores(tmp_path / "first", "merged")["sort"], scores(tmp_path / "second", "merged")["sort"]
     middle = [tuple((a + b) / 2 for a, b in zip(x, y, strict=True)) for x, y in zip(one, other, strict=True)]
     torch.testing.assert_close(torch.tensor(together["sort"]), torch.tensor(middle), atol=1e-5, rtol=1e-5)
@@ -154,30 +154,30 @@ def test_averaged_heads_are_the_mean_and_no_tasks_own(house, tmp_path):
     assert [t.single for t in own.tasks] == [t.single for t in mean.tasks] == [1.0, 1.0]
 
 
-def test_heads_of_different_tasks_do_not_average(house):
+def test_heads_of_different_tasks_do_not_average(prepared):
     with pytest.raises(PlanError, match=r"has different shapes .* heads of different tasks do not average"):
-        house.evaluate(heads={"policy": "average"})
+        prepared.evaluate(heads={"policy": "average"})
 
 
 @torch.no_grad()
-def test_a_live_merge_takes_the_heads_that_are_asked_for(house, tmp_path):
-    pair = {n: house.adapters[n] for n in ("sort", "rate")}
+def test_a_live_merge_takes_the_heads_that_are_asked_for(prepared, tmp_path):
+    pair = {n: prepared.adapters[n] for n in ("sort", "rate")}
     ids = torch.tensor([tokenizer()(f"very {word} :")["input_ids"] for word in WORDS])
     for policy, heads_of in (("separate", "rate"), ("average", None)):
         merged = plait.merge(pair, heads={"policy": policy}, out=tmp_path / policy).folder
         folder = with_head(merged, pair["rate"], tmp_path / "mixed") if heads_of else merged
         expected = PeftModel.from_pretrained(encoder(), str(folder)).eval()(input_ids=ids).logits
-        with load(pair, base=house.base, heads={"policy": policy}, heads_of=heads_of) as live:
+        with load(pair, base=prepared.base, heads={"policy": policy}, heads_of=heads_of) as live:
             torch.testing.assert_close(live.model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(RecipeError, match="heads_of is 'sort', but the recipe's heads are 'average'"):
-        load(pair, base=house.base, heads={"policy": "average"}, heads_of="sort")
+        load(pair, base=prepared.base, heads={"policy": "average"}, heads_of="sort")
     with pytest.raises(PlanError, match="no adapter is named 'srot'"):
-        load(pair, base=house.base, heads_of="srot")
+        load(pair, base=prepared.base, heads_of="srot")
 
 
-def test_a_classifier_is_asked_for_no_texts(house):
-    task = write_task(house.folder / "texts", "sort")
+def test_a_classifier_is_asked_for_no_texts(prepared):
+    task = write_task(prepared.folder / "texts", "sort")
     with pytest.raises(
         plait.TaskError, match=r"'sort' \(classification\) asks for texts, but BertForSequenceClassification generates none"
     ):
-        house.evaluate(names=("sort",), tasks=[task])
+        prepared.evaluate(names=("sort",), tasks=[task])

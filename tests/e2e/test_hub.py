@@ -173,7 +173,7 @@ at("word/as/path", "./org/repo")
     )
     assert "no adapter_config.json in this subfolder" in found["subfolder"]
     assert "Give a place that has one: org/repo/checkpoint-500, org/repo/checkpoint-1000." in found["subfolder"]
-    assert "It looks like a whole model, which plait takes as a base model." in found["base"]
+    assert "It looks like a full model, which plait takes as a base model." in found["base"]
     assert found["half"] == (
         "AddressError: 'org/half' has adapter_config.json, but neither adapter_model.safetensors nor adapter_model.bin. "
         "It holds: adapter_config.json, notes.txt."
@@ -221,7 +221,7 @@ attempt("push", push_folder, Path("."), "org/repo", message="x")
     assert before["push"] == "OutputError: cannot push to 'org/repo': offline mode is on. Unset HF_HUB_OFFLINE."
     assert hub.requests == []
     assert before["repo"] == (
-        "AddressError: 'org/repo@main': offline mode is on (HF_HUB_OFFLINE), and main of this repository is not whole "
+        "AddressError: 'org/repo@main': offline mode is on (HF_HUB_OFFLINE), and main of this repository is not complete "
         f"in the cache {home}/hub. Unset HF_HUB_OFFLINE, or fetch it once where there is a network: "
         "`hf download org/repo`."
     )

@@ -202,14 +202,14 @@ class TestStrips:
         assert _bars([0, None], 0, 8, 2) == "▁ "
         assert _bars([0, 0], 0, 0, 2) == "▁▁"
 
-    @pytest.mark.parametrize(("count", "room"), [(1, 80), (2, 80), (12, 80), (30, 60), (30, 40), (61, 60), (126, 60)])
-    def test_ruler(self, count, room):
-        line = _ruler(list(range(count)), room)
+    @pytest.mark.parametrize(("count", "width"), [(1, 80), (2, 80), (12, 80), (30, 60), (30, 40), (61, 60), (126, 60)])
+    def test_ruler(self, count, width):
+        line = _ruler(list(range(count)), width)
         numbers = [int(word) for word in line.split()]
         assert numbers[0] == 0
         assert numbers == sorted(numbers)
         assert numbers[-1] == count - 1 or count < 3
-        repeat, per_cell = (min(3, room // count), 1) if count <= room else (1, -(-count // room))
+        repeat, per_cell = (min(3, width // count), 1) if count <= width else (1, -(-count // width))
         for number in numbers:
             at = f" {line} ".index(f" {number} ")
             assert at == number // per_cell * repeat

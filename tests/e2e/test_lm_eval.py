@@ -47,7 +47,7 @@ KINDS = {
         "doc_to_target": "very",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     },
-    "said": {
+    "generated": {
         "output_type": "generate_until",
         "doc_to_text": "{{ task }} {{ word }} :",
         "doc_to_target": "{{ choices[gold] }}",
@@ -74,7 +74,7 @@ KINDS = {
 }
 
 
-class House:
+class Prepared:
     """Base, adapters and tasks of the harness on disk, made once."""
 
     def __init__(self, folder: Path) -> None:
@@ -127,17 +127,17 @@ class House:
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    return House(tmp_path_factory.mktemp("house"))
+def prepared(tmp_path_factory):
+    return Prepared(tmp_path_factory.mktemp("prepared"))
 
 
-def test_numbers_are_those_of_lm_eval_alone(house, tmp_path):
+def test_numbers_are_those_of_lm_eval_alone(prepared, tmp_path):
     """Base, every single adapter and the merge, each against the harness with PEFT in place of the mixture."""
-    found = house.evaluate()
-    merged = plait.merge(house.adapters, weights=[0.7, 0.6], out=tmp_path / "out")
-    base, whole = house.reference("choice", None), house.reference("choice", merged.folder)
+    found = prepared.evaluate()
+    merged = plait.merge(prepared.adapters, weights=[0.7, 0.6], out=tmp_path / "out")
+    base, whole = prepared.reference("choice", None), prepared.reference("choice", merged.folder)
     for task in found.tasks:
-        alone = house.reference("choice", house.adapters[task.task])[task.task]
+        alone = prepared.reference("choice", prepared.adapters[task.task])[task.task]
         sides = zip(("base", "single", "merged"), (base[task.task], alone, whole[task.task]), strict=True)
         for side, theirs in sides:
             assert getattr(task, side) == theirs["acc,none"], (task.task, side)
@@ -150,15 +150,15 @@ def test_numbers_are_those_of_lm_eval_alone(house, tmp_path):
     assert 0 < found.tasks[0].base_stderr < 0.2
 
 
-def test_intervals_are_drawn_from_the_documents(house):
+def test_intervals_are_drawn_from_the_documents(prepared):
     """The interval of a mean is that of 24 noughts and ones, whichever evaluator found them."""
-    (task, _) = house.evaluate().tasks
+    (task, _) = prepared.evaluate().tasks
     right = round(task.base * 24)
     draws = np.random.default_rng(0).binomial(24, right / 24, 20_000) / 24
     assert task.base_interval == pytest.approx(tuple(np.percentile(draws, (2.5, 97.5))), abs=1 / 24 + 1e-9)
 
 
-def test_the_model_is_loaded_once_and_left_as_it_was(house, monkeypatch):
+def test_the_model_is_loaded_once_and_left_as_it_was(prepared, monkeypatch):
     loads, models = [], []
     load = Mixture.load.__func__
 
@@ -168,56 +168,56 @@ def test_the_model_is_loaded_once_and_left_as_it_was(house, monkeypatch):
         return models[-1]
 
     monkeypatch.setattr(Mixture, "load", classmethod(loading))
-    house.evaluate()
+    prepared.evaluate()
     assert len(loads) == 1
-    fresh = AutoModelForCausalLM.from_pretrained(house.base).state_dict()
+    fresh = AutoModelForCausalLM.from_pretrained(prepared.base).state_dict()
     for name, tensor in models[0].model.state_dict().items():
         assert torch.equal(tensor, fresh[name]), name
     assert "tie_weights" not in models[0].model.__dict__
 
 
-def test_what_is_said_and_what_is_read(house, tmp_path):
-    merged = plait.merge(house.adapters, weights=[0.7, 0.6], out=tmp_path / "out")
-    for kind, key in (("said", "exact_match,plain"), ("read", "word_perplexity,none")):
-        found = house.evaluate(kind)
-        base, whole = house.reference(kind, None), house.reference(kind, merged.folder)
+def test_what_is_said_and_what_is_read(prepared, tmp_path):
+    merged = plait.merge(prepared.adapters, weights=[0.7, 0.6], out=tmp_path / "out")
+    for kind, key in (("generated", "exact_match,plain"), ("read", "word_perplexity,none")):
+        found = prepared.evaluate(kind)
+        base, whole = prepared.reference(kind, None), prepared.reference(kind, merged.folder)
         for task in found.tasks:
             assert task.base == pytest.approx(base[task.task][key], rel=1e-5)
             assert task.merged == pytest.approx(whole[task.task][key], rel=1e-5)
             low, high = task.base_interval
             assert low <= task.base <= high
-        assert task.higher_is_better == (kind == "said")
+        assert task.higher_is_better == (kind == "generated")
     assert found.tasks[0].single_stderr is None, "lm-eval has no formula for it"
 
 
-def test_another_filter_judges_otherwise(house):
-    never = [house.task(name, "said", metric="exact_match,never") for name in NAMES]
-    assert [t.single for t in house.evaluate(tasks=never).tasks] == [0.0, 0.0]
+def test_another_filter_judges_otherwise(prepared):
+    never = [prepared.task(name, "generated", metric="exact_match,never") for name in NAMES]
+    assert [t.single for t in prepared.evaluate(tasks=never).tasks] == [0.0, 0.0]
 
 
-def test_with_the_adapters_exchanged_recovery_goes(house):
+def test_with_the_adapters_exchanged_recovery_goes(prepared):
     """A planted bug: each name on the other's files."""
     found = plait.evaluate(
-        {"sort": house.adapters["rate"], "rate": house.adapters["sort"]},
-        tasks=[house.task(name) for name in NAMES],
-        base=house.base,
+        {"sort": prepared.adapters["rate"], "rate": prepared.adapters["sort"]},
+        tasks=[prepared.task(name) for name in NAMES],
+        base=prepared.base,
         workspace=None,
     )
     assert all(task.single < 0.9 for task in found.tasks)
 
 
-def test_finished_answers_are_kept(house, tmp_path, monkeypatch):
-    first = house.evaluate(workspace=tmp_path)
+def test_finished_answers_are_kept(prepared, tmp_path, monkeypatch):
+    first = prepared.evaluate(workspace=tmp_path)
     monkeypatch.setattr(Mixture, "load", lambda *_, **__: pytest.fail("the model was loaded"))
-    again = house.evaluate(workspace=tmp_path)
+    again = prepared.evaluate(workspace=tmp_path)
     assert again.tasks == first.tasks
     with pytest.raises(pytest.fail.Exception):
-        house.evaluate(workspace=tmp_path, tasks=[house.task("sort", num_fewshot=1), house.task("rate")])
+        prepared.evaluate(workspace=tmp_path, tasks=[prepared.task("sort", num_fewshot=1), prepared.task("rate")])
 
 
-def test_a_subset_is_of_the_same_documents(house):
-    whole = read_examples(load_task(house.task("sort")), "test")
-    found = house.evaluate(subset=8)
+def test_a_subset_is_of_the_same_documents(prepared):
+    whole = read_examples(load_task(prepared.task("sort")), "test")
+    found = prepared.evaluate(subset=8)
     assert [t.examples for t in found.tasks] == [8, 8]
     assert found.tasks[0].single == 1.0, "answers belong to their documents"
     assert all(s.single == s.target for task in found.tasks for s in task.samples)
@@ -225,13 +225,13 @@ def test_a_subset_is_of_the_same_documents(house):
     assert whole.take([5, 3]).take([1]).rows == (3,)
 
 
-def test_a_head_in_the_place_of_a_tied_one_stays(house):
+def test_a_head_in_the_place_of_a_tied_one_stays(prepared):
     """lm-eval ties the weights of every model it is given; here that would undo what acts."""
     model = language_model(tie_word_embeddings=True)
     head = torch.nn.Parameter(torch.flip(model.lm_head.weight.detach(), (0,)), requires_grad=False)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     model.lm_head.weight = head
-    examples = read_examples(load_task(house.task("sort")), "test")
+    examples = read_examples(load_task(prepared.task("sort")), "test")
     for example, found in zip(examples.items, answer_examples(model, tokenizer(), examples, batch_size=4), strict=True):
         ids = tokenizer()(example.prompt, return_tensors="pt")["input_ids"]
         with torch.no_grad():
@@ -241,8 +241,8 @@ def test_a_head_in_the_place_of_a_tied_one_stays(house):
     assert model.lm_head.weight is head
 
 
-def test_answers_that_are_drawn_are_drawn_alike(house):
-    examples = read_examples(load_task(house.task("sort", "drawn")), "test")
+def test_answers_that_are_drawn_are_drawn_alike(prepared):
+    examples = read_examples(load_task(prepared.task("sort", "drawn")), "test")
     model, before = language_model(), torch.get_rng_state()
     first = answer_examples(model, tokenizer(), examples, batch_size=16)
     assert torch.equal(torch.get_rng_state(), before)
@@ -250,15 +250,15 @@ def test_answers_that_are_drawn_are_drawn_alike(house):
     assert answer_examples(model, tokenizer(), examples, batch_size=16) == first
 
 
-def test_examples_are_the_harnesss_requests(house):
-    examples = read_examples(load_task(house.task("rate")), "test")
+def test_examples_are_the_harnesss_requests(prepared):
+    examples = read_examples(load_task(prepared.task("rate")), "test")
     first = examples.items[1]
     assert (first.prompt, first.target, first.choices) == ("rate w1 :", " bad", (" good", " bad"))
-    few = read_examples(load_task(house.task("rate", num_fewshot=2)), "test")
+    few = read_examples(load_task(prepared.task("rate", num_fewshot=2)), "test")
     assert few.items[1].prompt.count("rate") == 3
-    assert few.items[1].prompt == read_examples(load_task(house.task("rate", num_fewshot=2)), "test").items[1].prompt
+    assert few.items[1].prompt == read_examples(load_task(prepared.task("rate", num_fewshot=2)), "test").items[1].prompt
     assert few.digest != examples.digest
-    cloze = read_examples(load_task(house.task("rate", "cloze")), "test").items[1]
+    cloze = read_examples(load_task(prepared.task("rate", "cloze")), "test").items[1]
     assert (cloze.prompt, cloze.target) == ("", "rate w1 : bad very")
     assert cloze.choices == ("rate w1 : good very", "rate w1 : bad very")
 
@@ -272,37 +272,37 @@ def test_examples_are_the_harnesss_requests(house):
         ({"metric": "acc,strict"}, "has no filter 'strict'; there are none"),
     ],
 )
-def test_what_is_refused_before_a_model_is_loaded(house, monkeypatch, changes, message):
+def test_what_is_refused_before_a_model_is_loaded(prepared, monkeypatch, changes, message):
     monkeypatch.setattr(Mixture, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(TaskError) as found:
-        house.evaluate(tasks=[house.task("sort", **changes)])
+        prepared.evaluate(tasks=[prepared.task("sort", **changes)])
     assert message in str(found.value)
 
 
-def test_only_its_own_split(house):
+def test_only_its_own_split(prepared):
     with pytest.raises(TaskError, match="has no split 'validation': lm-eval evaluates on documents of its own choice"):
-        house.evaluate(split="validation")
+        prepared.evaluate(split="validation")
 
 
-def test_data_that_cannot_be_read_is_said(house):
-    config = yaml.safe_load((house.folder / "harness" / "sort_choice.yaml").read_text())
-    config |= {"task": "lost", "dataset_kwargs": {"data_files": {"test": str(house.folder / "nowhere.json")}}}
-    (house.folder / "lost").mkdir()
-    (house.folder / "lost" / "lost.yaml").write_text(yaml.safe_dump(config))
+def test_data_that_cannot_be_read_is_said(prepared):
+    config = yaml.safe_load((prepared.folder / "harness" / "sort_choice.yaml").read_text())
+    config |= {"task": "lost", "dataset_kwargs": {"data_files": {"test": str(prepared.folder / "nowhere.json")}}}
+    (prepared.folder / "lost").mkdir()
+    (prepared.folder / "lost" / "lost.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(TaskError, match="lm_eval:lost cannot be opened: FileNotFoundError"):
-        house.evaluate(tasks=[house.task("sort", kind="lm_eval:lost", include="lost")])
+        prepared.evaluate(tasks=[prepared.task("sort", kind="lm_eval:lost", include="lost")])
 
 
-def test_from_the_command_line(house, tmp_path, capsys):
-    arguments = ["eval", *(f"{n}={p}" for n, p in house.adapters.items()), "--base-id", str(house.base)]
-    arguments += ["--workspace", str(tmp_path), "--tasks", *(str(house.task(n)) for n in NAMES), "--json"]
+def test_from_the_command_line(prepared, tmp_path, capsys):
+    arguments = ["eval", *(f"{n}={p}" for n, p in prepared.adapters.items()), "--base-id", str(prepared.base)]
+    arguments += ["--workspace", str(tmp_path), "--tasks", *(str(prepared.task(n)) for n in NAMES), "--json"]
     with pytest.raises(SystemExit) as left:
         main(arguments)
     assert not left.value.code
     shown = json.loads(capsys.readouterr().out)
     assert [t["single"] for t in shown["tasks"]] == [1.0, 1.0]
     with pytest.raises(SystemExit) as left:
-        main(["tasks", "check", str(house.task("sort")), "--model", str(house.base), "--json"])
+        main(["tasks", "check", str(prepared.task("sort")), "--model", str(prepared.base), "--json"])
     assert not left.value.code
     (check,) = json.loads(capsys.readouterr().out)["tasks"]
     assert (check["metric"], check["splits"]["test"]["examples"]) == ("acc", 24)
@@ -322,10 +322,10 @@ def test_a_name_alone_is_a_task():
         load_task("lm_eval:")
 
 
-def test_without_lm_eval_the_extra_is_named(house, monkeypatch):
+def test_without_lm_eval_the_extra_is_named(prepared, monkeypatch):
     for name in [n for n in sys.modules if n.split(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingPackageError) as found:
-        house.evaluate(tasks=[house.task("sort", description="not seen before")])
+        prepared.evaluate(tasks=[prepared.task("sort", description="not seen before")])
     assert "needs the package 'lm_eval': python -m pip install 'plait[lm-eval]'" in str(found.value)

@@ -159,9 +159,9 @@ def test_the_command_line(place, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         main(["verify", str(merged), *prompts])
     assert not left.value.code
-    said = " ".join(capsys.readouterr().out.split())
-    assert "parity 2 prompts, 7 positions; live result: the base model with the adapters active" in said
-    assert "rounding alone: the live result against itself in float32" in said
+    message = " ".join(capsys.readouterr().out.split())
+    assert "parity 2 prompts, 7 positions; live result: the base model with the adapters active" in message
+    assert "rounding alone: the live result against itself in float32" in message
     with pytest.raises(SystemExit):
         main(["verify", str(merged), *prompts, "--json"])
     report = json.loads(capsys.readouterr().out)["parity"]

@@ -428,7 +428,7 @@ class TestDoubts:
         assert "128 as alpha gives 64 there" in found
 
     @pytest.mark.parametrize(
-        ("config", "said"),
+        ("config", "message"),
         [
             ({"rank_pattern": {"q_proj": 5}}, "5, in the file 2"),
             ({"alpha_pattern": {"k_proj": 5}}, "alpha_pattern has 'k_proj', which no module"),
@@ -437,9 +437,9 @@ class TestDoubts:
             ({}, ""),
         ],
     )
-    def test_settings_that_the_tensors_do_not_bear_out(self, tmp_path, config, said):
+    def test_settings_that_the_tensors_do_not_bear_out(self, tmp_path, config, message):
         found = self.notes(tmp_path, **config)
-        assert said in found if said else not found
+        assert message in found if message else not found
 
     @pytest.mark.parametrize("part", ["lora_B", "lora_A"])
     @pytest.mark.parametrize("where", ["", "layers.1"])

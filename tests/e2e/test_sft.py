@@ -256,24 +256,30 @@ def test_the_documented_command_line(place, tmp_path):
         files(out / "final_model") == files(out / "adapter") >= {"adapter_config.json", "adapter_model.safetensors", *tokenizer}
     )
     assert files(out / "merged_model") >= {"config.json", "model.safetensors", *tokenizer}
-    assert "first example; the loss is on what stands in ⟦ ⟧:" in done.stderr
+    assert "first example; the loss is on the text in ⟦ ⟧:" in done.stderr
     assert "<|im_start|>user\nWhat is 0 + 0?<|im_end|>\n<|im_start|>assistant\n⟦0<|im_end|>⟧" in done.stderr
 
 
 def test_yaml_and_python_say_the_same(place, tmp_path):
-    said = {
+    message = {
         "model_name_or_path": str(place / "base"), "dataset_name_or_path": str(place / "rows.jsonl"), "use_peft": True,
         "learning_rate": "1e-4", "lora_target_modules": ["q_proj", "v_proj"], "packing": False, "max_steps": 3,
         "lr_scheduler_kwargs": {"num_cycles": 2},
     }  # fmt: skip
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**said, "env": {"PLAIT_TEST_SAID": 1}, "max_steps": 9}))
-    words = ["--model_name_or_path", said["model_name_or_path"], "--dataset_name", said["dataset_name_or_path"], "--use_peft"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**message, "env": {"PLAIT_TEST_SAID": 1}, "max_steps": 9}))
+    words = [
+        "--model_name_or_path",
+        message["model_name_or_path"],
+        "--dataset_name",
+        message["dataset_name_or_path"],
+        "--use_peft",
+    ]
     words += ["--learning_rate", "0.0001", "--lora_target_modules", "q_proj", "v_proj", "--packing", "False"]
     words += ["--max_steps", "3", "--lr_scheduler_kwargs", '{"num_cycles": 2}']
     spelled = job_of(read_flags(words))
     assert spelled.arguments["learning_rate"] == 1e-4
     assert job_of(read_flags(["--config", str(tmp_path / "run.yaml"), "--max_steps", "3"])) == spelled
-    assert job_of(read_keywords(said)) == spelled
+    assert job_of(read_keywords(message)) == spelled
     import os
 
     assert os.environ.pop("PLAIT_TEST_SAID") == "1"
@@ -379,7 +385,7 @@ CONTRADICTIONS = {
         "--eval_dataset_name_or_path and --test_split_size: give one of them",
     ),
     "no rows wanted": ({"dataset_limit": 0}, "--dataset_limit 0: Input should be greater than 0"),
-    "a cut at the beginning": ({"truncation_mode": "keep_end"}, "what is cut off long examples is their end"),
+    "a cut at the beginning": ({"truncation_mode": "keep_end"}, "long examples always lose their end"),
     "a rank of nothing": ({"lora_r": 0}, "--lora_r 0: Input should be greater than 0"),
     "a tracker that is not here": ({"report_to": ["swanlab"]}, "--report_to swanlab needs the package swanlab"),
     "streaming": ({"dataset_streaming": True}, "plait sft reads all rows before training"),
@@ -404,8 +410,8 @@ CONTRADICTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "said"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
-def test_what_is_refused_before_training(place, tmp_path, changes, said):
+@pytest.mark.parametrize(("changes", "message"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_what_is_refused_before_training(place, tmp_path, changes, message):
     odd = {
         "TEXT": write_rows(tmp_path / "text.jsonl", [{"text": "some"}]),
         "ODD": write_rows(tmp_path / "odd.jsonl", [{"left": "a", "right": "b"}]),
@@ -415,7 +421,7 @@ def test_what_is_refused_before_training(place, tmp_path, changes, said):
     changes = {k: str(odd[v]) if v in tuple(odd) else v for k, v in changes.items()}
     with pytest.raises(RecipeError) as caught:
         plan_sft(flags(place, tmp_path / "out", **changes))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -425,15 +431,15 @@ def test_everything_is_refused_at_once_with_exit_code_2(place, tmp_path, capsys)
     with pytest.raises(SystemExit) as left:
         main(["sft", *words])
     assert left.value.code == 2
-    said = capsys.readouterr().err
-    assert "plait sft cannot begin: 4 problems" in said
+    message = capsys.readouterr().err
+    assert "plait sft cannot begin: 4 problems" in message
     for problem in (
         "without --use_peft",
         "needs to know where",
         "no.jsonl: there is no such file",
         "which no run of plait wrote",
     ):
-        assert problem in said
+        assert problem in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -491,9 +497,9 @@ def test_a_finished_run_is_found_not_trained(place, tmp_path, capsys):
     main_ok(words)
     assert "trained 1 steps on 12 examples" in capsys.readouterr().err
     main_ok(words)
-    said = capsys.readouterr().err
-    assert "found what an earlier run trained: 1 steps on 12 examples" in said
-    assert "\ntrained 1 steps" not in said
+    message = capsys.readouterr().err
+    assert "found what an earlier run trained: 1 steps on 12 examples" in message
+    assert "\ntrained 1 steps" not in message
 
 
 def test_rows_to_measure_on_are_a_test_split_where_there_is_one(place, tmp_path):
@@ -502,8 +508,8 @@ def test_rows_to_measure_on_are_a_test_split_where_there_is_one(place, tmp_path)
     write_rows(tmp_path / "rows" / "validation.jsonl", questions(2))
     measured = {"eval_dataset_name_or_path": str(tmp_path / "rows"), "eval_strategy": "steps"}
     plan = plan_sft(flags(place, tmp_path / "out", **measured))
-    told = "\n".join(sft.describe_plan(plan))
-    assert f"2 examples to measure the loss on: {tmp_path}/rows/validation.jsonl, question_answer" in told
+    printed = "\n".join(sft.describe_plan(plan))
+    assert f"2 examples to measure the loss on: {tmp_path}/rows/validation.jsonl, question_answer" in printed
     plan = plan_sft(flags(place, tmp_path / "out", **measured, dataset_test_split="train"))
     assert f"9 examples to measure the loss on: {tmp_path}/rows/train.jsonl" in "\n".join(sft.describe_plan(plan))
 
@@ -575,9 +581,9 @@ def test_killed_it_goes_on_to_the_same_bytes(place, tmp_path):
     half.mkdir()
     (half / "adapter_model.safetensors").write_bytes(b"")
     plan = plan_sft(flags(place, tmp_path / "out", **long))
-    told = "\n".join(sft.describe_plan(plan))
+    printed = "\n".join(sft.describe_plan(plan))
     resumed = run_sft(plan)
-    assert "30 steps, seed 42; continues at step 8\n" in told
+    assert "30 steps, seed 42; continues at step 8\n" in printed
     assert resumed.record.resumed_from == 8
     assert resumed.record.steps == 30
     whole = train(place, tmp_path / "whole", **long)
@@ -626,10 +632,10 @@ def test_a_failed_merge_leaves_the_adapter_and_says_what_to_do(place, tmp_path, 
     with pytest.raises(SystemExit) as left:
         main(["sft", *words])
     assert left.value.code == 1
-    said = capsys.readouterr().err
-    assert "merge failed: OSError: [Errno 28] No space left on device" in said
+    message = capsys.readouterr().err
+    assert "merge failed: OSError: [Errno 28] No space left on device" in message
     command = f"plait bake {out}/adapter --base-id {place}/base -o {out}/merged_model --force"
-    assert command in said
+    assert command in message
     assert not (out / "merged_model").exists()
     assert logits(PeftModel.from_pretrained(base_model(place), out / "adapter")).isfinite().all()
     monkeypatch.undo()

@@ -96,13 +96,13 @@ def test_a_stale_or_partial_model_is_never_uploaded(place):
             hub,
             place,
             """
-said = dict(merge_adapter_with_base=True, push_to_hub=True, upload_merged_model=True, hub_repo_id="org/model")
+push = dict(merge_adapter_with_base=True, push_to_hub=True, upload_merged_model=True, hub_repo_id="org/model")
 train("first", "b", merge_adapter_with_base=True)
 bake = sft.run_bake
 def broken(*args, **kwargs):
     raise MemoryError("no memory")
 sft.run_bake = broken
-train("changed", "b", seed=7, force=True, **said)
+train("changed", "b", seed=7, force=True, **push)
 import pathlib
 stale = pathlib.Path("b/merged_model")
 found["left"] = stale.exists()
@@ -112,7 +112,7 @@ import shutil
 shutil.rmtree("b/merged_model", ignore_errors=True)
 shutil.copytree("c/merged_model", "b/merged_model")  # of another run
 sft.run_bake = broken
-train("other", "b", seed=7, **said)
+train("other", "b", seed=7, **push)
 """,
         )
         assert found["first"] == [None, []]
@@ -153,8 +153,8 @@ def test_a_token_that_will_not_do_is_refused_before_training(place):
 def test_a_push_that_fails_leaves_everything_and_says_what_to_do(place):
     with HubServer() as hub:
         hub.watch = lambda request: setattr(hub, "status", 503 if "POST" in request else None)
-        said = 'push_to_hub=True, hub_repo_id="org/late", hub_private_repo=True'
-        url, failures = run(hub, place, f'train("push", "e", {said})')["push"]
+        message = 'push_to_hub=True, hub_repo_id="org/late", hub_private_repo=True'
+        url, failures = run(hub, place, f'train("push", "e", {message})')["push"]
         assert url is None
         ((step, reason, command),) = failures
         assert (step, command) == ("push", "plait push e/adapter org/late --private")

@@ -152,7 +152,7 @@ def test_what_is_done_is_found(place):
     first = plait.train("phases.yaml", out="out")
     before = {p: p.stat().st_mtime_ns for p in Path("out/phases").rglob("*") if p.is_file()}
     merged = Path("out/merged/adapter_model.safetensors").stat().st_mtime_ns
-    Path("out/phases/rate/checkpoint-10").mkdir()  # killed behind the last step
+    Path("out/phases/rate/checkpoint-10").mkdir()  # killed after the last step
     Path("out/phases/rate/checkpoint-10/trainer_state.json").write_text("{}")
     second = plait.train("phases.yaml", out="out")
     assert states(second) == {"sort": "found", "rate": "found"}
@@ -173,7 +173,7 @@ def test_other_settings_put_an_adapter_aside_and_find_it_again(place):
     rewrite(("[sort.yaml,", "[{task: sort.yaml, arguments: {max_steps: 2}},"))
     changed = plait.train("phases.yaml", out="out")
     assert states(changed) == {"sort": "done", "rate": "found"}
-    assert "an adapter of other settings was there" in changed.notes[0]
+    assert "an adapter with other settings was there" in changed.notes[0]
     assert len(list(Path("out/earlier").iterdir())) == 1
     rewrite()
     back = plait.train("phases.yaml", out="out")
@@ -369,7 +369,7 @@ class ShortPatience:
 def test_one_phase_only(place, capsys):
     code, _, said = command(capsys, "phases.yaml", "-o", "out", "--only", "rate", "--set", "seed=0")
     assert code == 0
-    assert "Nothing is merged yet (sort to do); this does the rest: plait train phases.yaml -o out --set seed=0\n" in said
+    assert "Nothing is merged yet (sort to do); this command does the rest: plait train phases.yaml -o out --set seed=0\n" in said
     assert not Path("out/merged").exists()
     assert not Path("out/phases/sort").exists()
     result = plait.train("phases.yaml", out="out")

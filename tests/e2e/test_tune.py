@@ -61,8 +61,8 @@ def right(folder: Path | None) -> dict[str, float]:
         ids = torch.tensor([tokens(f"{task} {word} :")["input_ids"] for word in WORDS])
         with torch.no_grad():
             scores = model(input_ids=ids).logits[:, -1, tokens.convert_tokens_to_ids(labels)]
-        said = [labels[i] for i in scores.argmax(-1).tolist()]
-        found[task] = sum(a == label(task, w) for a, w in zip(said, WORDS, strict=True)) / len(WORDS)
+        message = [labels[i] for i in scores.argmax(-1).tolist()]
+        found[task] = sum(a == label(task, w) for a, w in zip(message, WORDS, strict=True)) / len(WORDS)
     return found
 
 
@@ -155,7 +155,7 @@ def run(arguments: list[str]) -> int:
 def test_says_what_it_did(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
     arguments += ["--base-id", str(place / "base"), "--steps", "2", "--texts", "template", "--control"]
-    assert run(["tune", *arguments, "-o", str(tmp_path / "said")]) == 0
+    assert run(["tune", *arguments, "-o", str(tmp_path / "flags")]) == 0
     shown = capsys.readouterr()
     for words in ("sort + rate", "1, the bare prompt", "fresh LoRA", "share of the base's"):
         assert words in shown.out
@@ -290,6 +290,6 @@ def test_texts_that_the_test_split_asks_are_left_out(place: Path, tmp_path: Path
     assert any("3 of" in note and "'test' asks them too" in note for note in record.notes)
 
     (folder / "rate" / "test.jsonl").write_text((folder / "rate" / "calibration.jsonl").read_text())
-    with pytest.raises(TaskError, match="asks every one of these texts"):
+    with pytest.raises(TaskError, match="contains every one of these texts"):
         run("none")
     assert not (tmp_path / "none").exists()

@@ -72,7 +72,7 @@ def test_an_adapter_that_is_not_in_the_model(adapter, tmp_path):
     base = model(tmp_path / "base", torch.float32)
     baked = plait.bake({"a": adapter.folder}, base_model=str(base), out=tmp_path / "baked").folder
     other = write_adapter(tmp_path / "other", MODULES, seed=2, base=None).folder
-    with pytest.raises(plait.PlanError, match=r"says that 'a' went into it, and .*other is none of these"):
+    with pytest.raises(plait.PlanError, match=r"the inputs in its plait.lock are 'a', and .*other is not one of these"):
         plait.unbake(baked, other, out=tmp_path / "out")
     assert plait.unbake(baked, other, weight=1, out=tmp_path / "out").weight == 1
     (baked / "plait.lock").write_text("{}")

@@ -154,7 +154,7 @@ def test_a_tree_may_move_and_an_input_may_be_given(merged, pair, tmp_path, monke
     assert "--input b=PATH" in (found.not_rebuilt or "")
     assert plait.verify(moved, rebuild=False).ok, "hashes of what is there are right"
     assert plait.verify(moved, inputs={"b": tmp_path / "b"}).ok
-    with pytest.raises(plait.RecipeError, match=r"no input is called so.*There are: a, b"):
+    with pytest.raises(plait.RecipeError, match=r"no such input.*There are: a, b"):
         plait.verify(moved, inputs={"c": tmp_path / "b"})
 
 
@@ -182,26 +182,26 @@ def test_numbers_that_come_out_otherwise_are_measured(merged, capsys):
     assert (row.name, row.state, row.tensors, row.where) == (WEIGHTS, "differs", 1, name)
     assert row.difference == pytest.approx(0.125, rel=1e-5)
     assert found.versions["torch"][0] == "1.0"
-    code, said, _ = cli(capsys, "verify", merged)
+    code, message, _ = cli(capsys, "verify", merged)
     assert code == 2
-    assert f"comes out with 1 other tensors, off by at most 0.125 ({name})" in said
-    assert "versions torch 1.0 →" in said
-    assert "may round otherwise" in said
+    assert f"comes out with 1 other tensors, off by at most 0.125 ({name})" in message
+    assert "versions torch 1.0 →" in message
+    assert "may round otherwise" in message
 
 
 @pytest.mark.parametrize(
-    ("break_it", "said"),
+    ("break_it", "message"),
     [
-        (lambda d: (d / "plait.lock").unlink(), "no plait.lock, so this is not a whole result of plait"),
+        (lambda d: (d / "plait.lock").unlink(), "no plait.lock, so this is not a complete result of plait"),
         (lambda d: (d / "plait.lock").write_text("{"), "plait.lock:1: this is not JSON"),
         (lambda d: (d / "plait.lock").write_text('{"version": 99}'), "a lock of version 99"),
         (lambda d: (d / "plait.lock").write_text('{"version": 1}'), "not a lock that can be read"),
         (lambda d: shutil.rmtree(d), "there is no such folder"),
     ],
 )
-def test_folders_without_a_lock_that_can_be_read(merged, break_it, said):
+def test_folders_without_a_lock_that_can_be_read(merged, break_it, message):
     break_it(merged)
-    with pytest.raises(plait.AdapterError, match=said):
+    with pytest.raises(plait.AdapterError, match=message):
         plait.verify(merged)
 
 
@@ -211,24 +211,24 @@ def test_a_recipe_of_another_version_is_no_crash(merged):
     (merged / "plait.lock").write_text(json.dumps(lock | {"plait": "9.9"}))
     found = plait.verify(merged)
     assert not found.ok
-    assert "plait.lock: its recipe is of plait 9.9" in (found.not_rebuilt or "")
+    assert "cannot read its recipe, written by plait 9.9" in (found.not_rebuilt or "")
 
 
 def test_the_command_line(merged, capsys):
-    code, said, _ = cli(capsys, "verify", merged)
+    code, message, _ = cli(capsys, "verify", merged)
     assert code == 0
-    assert "verified: files, inputs and the rebuilt result are what plait.lock says" in said
-    code, said, _ = cli(capsys, "verify", merged, "--no-rebuild", "--json")
+    assert "verified: files, inputs and the rebuilt result are what plait.lock says" in message
+    code, message, _ = cli(capsys, "verify", merged, "--no-rebuild", "--json")
     assert code == 0
-    assert json.loads(said)["ok"] is True
-    assert json.loads(said)["rebuilt"] is None
+    assert json.loads(message)["ok"] is True
+    assert json.loads(message)["rebuilt"] is None
     (merged / "adapter_config.json").write_text("{}")
-    code, said, _ = cli(capsys, "verify", merged, "--no-rebuild")
+    code, message, _ = cli(capsys, "verify", merged, "--no-rebuild")
     assert code == 2
-    assert "adapter_config.json: changed since it was written" in said
-    code, _, said = cli(capsys, "verify", merged, "--input", "a")
+    assert "adapter_config.json: changed since it was written" in message
+    code, _, message = cli(capsys, "verify", merged, "--input", "a")
     assert code == 2
-    assert "NAME=PATH" in said
+    assert "NAME=PATH" in message
 
 
 def test_inputs_on_the_hub_are_found_by_their_commit(pair, tmp_path):

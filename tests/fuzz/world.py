@@ -292,7 +292,7 @@ def _left_behind(folder: Path) -> None:
     """What a bake, a tuning and trainings leave that are stopped near their end."""
     with mock.patch("plait.baking.journal.publish", side_effect=KeyboardInterrupt), suppress(SystemExit):
         main(("bake", "first", "second", "--base-id", "sharded", *OUT))
-    with mock.patch("plait.tuning.working.Working.remove"), suppress(SystemExit):
+    with mock.patch("plait.tuning.working.WorkingState.remove"), suppress(SystemExit):
         main(TUNE)
     shutil.rmtree(folder / "out")
     for words in (("train", "phases.yaml", "-o", "runs"), ("sft", "--config", "sft.yaml")):

@@ -1,4 +1,4 @@
-"""Truncated SVDs against dense ones: product_svd, the randomised SVD over row blocks, ranks for an energy."""
+"""Truncated SVDs against dense ones: product_svd, the randomized SVD over row blocks, ranks for an energy."""
 
 from __future__ import annotations
 

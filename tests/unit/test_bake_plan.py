@@ -278,8 +278,8 @@ def test_the_license_is_the_bases_word(base, adapter, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
 def test_a_device_that_is_not_here_is_said_before_anything_else(base, adapter, tmp_path):
-    said = r"device 'cuda' cannot be used: .*Use 'cpu', or an accelerator that torch sees here"
-    with pytest.raises(RecipeError, match=said):
+    message = r"device 'cuda' cannot be used: .*Use 'cpu', or an accelerator that torch sees here"
+    with pytest.raises(RecipeError, match=message):
         plait.bake([adapter], base=base, out=tmp_path / "out", device="cuda")
     with pytest.raises(RecipeError, match="device 'meta' holds no values"):
         plait.bake([adapter], base=base, out=tmp_path / "out", device="meta")

@@ -256,8 +256,8 @@ def test_tables_fit_a_narrow_terminal(monkeypatch, capsys):
     for table, note in (demo._kept(found), demo._leaderboard(board_of(found))):
         console.print(table, note)
     printed = capsys.readouterr().out
-    for said in ("-12 %", "-100 – 100", "worst: sentiment", f"{demo.CHOSEN}!"):
-        assert said in printed, said
+    for message in ("-12 %", "-100 – 100", "worst: sentiment", f"{demo.CHOSEN}!"):
+        assert message in printed, message
     assert max(map(len, printed.splitlines())) <= 80
     assert "…" not in printed
 

@@ -506,19 +506,19 @@ class TestReports:
 
     def test_progress(self, cohort):
         class Listener:
-            said: list[object] = []  # noqa: RUF012
+            message: list[object] = []  # noqa: RUF012
 
             def start(self, stage: str, total: int) -> None:
-                self.said += [stage, total]
+                self.message += [stage, total]
 
             def advance(self, steps: int = 1) -> None:
-                self.said.append(steps)
+                self.message.append(steps)
 
             def finish(self) -> None:
-                self.said.append("end")
+                self.message.append("end")
 
         inspect_adapters(cohort, progress=Listener())
-        assert Listener.said == ["compare", 7, *[1] * 7, "end"]
+        assert Listener.message == ["compare", 7, *[1] * 7, "end"]
 
 
 class TestFindings:

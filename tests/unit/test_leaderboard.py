@@ -101,17 +101,17 @@ def test_the_table_is_ordered_by_the_mean_on_the_test_texts(board):
 
 def test_the_difference_to_the_sum_has_an_interval_of_its_own(board):
     rows = [placed(board, "linear", (1, 1, 1), (0.4, 0.5, 0.6), seed=1), placed(board, "tsv", (1, 1, 1), (0.5, 0.6, 0.7))]
-    said = board.table(rows).splitlines()[2].split(" | ")[-1]
-    value, low, high = (float(x) for x in re.findall(r"[+-]\d\.\d\d", said))
+    message = board.table(rows).splitlines()[2].split(" | ")[-1]
+    value, low, high = (float(x) for x in re.findall(r"[+-]\d\.\d\d", message))
     assert value == 0.1
     width = 1.96 * 0.05 * np.sqrt(2 / 3)  # of a difference of two means of three
     assert (value - low, high - value) == pytest.approx((width, width), abs=0.02)
 
 
 def test_references_of_both_splits(board):
-    said = board.references([placed(board, "linear", (1, 1, 1), (0.4, 0.5, 0.6))]).splitlines()
-    assert said[2] == "| validation | base model | .200 | .200 | .200 |"
-    assert said[5] == "| test | its own adapter | .900 | .900 | .900 |"
+    message = board.references([placed(board, "linear", (1, 1, 1), (0.4, 0.5, 0.6))]).splitlines()
+    assert message[2] == "| validation | base model | .200 | .200 | .200 |"
+    assert message[5] == "| test | its own adapter | .900 | .900 | .900 |"
 
 
 def test_only_generated_parts_are_replaced(board):

@@ -123,12 +123,12 @@ def questions(shared: int, seed: int = 0) -> list[Question]:
 
 def literal(model: torch.nn.Module, question: Question) -> list[float]:
     found = []
-    for said in question.answers:
-        ids = torch.tensor([question.prompt + said])
+    for message in question.answers:
+        ids = torch.tensor([question.prompt + message])
         with torch.no_grad():
             logp = model(ids).logits[0].double().log_softmax(-1)
         at = len(question.prompt)
-        found.append(sum(float(logp[at + k - 1, token]) for k, token in enumerate(said)))
+        found.append(sum(float(logp[at + k - 1, token]) for k, token in enumerate(message)))
     return found
 
 
@@ -229,16 +229,16 @@ def test_perplexity_of_texts(tmp_path):
 def test_answers_are_what_the_model_says_alone():
     model, tokens = language_model(), tokenizer()
     prompts = [tokens(text)["input_ids"] for text in ("sort w1 :", "w2", "rate w3 : very w4 w5 :")]
-    said = generate(model, tokens, [Question(p, []) for p in prompts], max_new_tokens=6, stop=(), batch_size=2)
-    for prompt, text in zip(prompts, said, strict=True):
+    message = generate(model, tokens, [Question(p, []) for p in prompts], max_new_tokens=6, stop=(), batch_size=2)
+    for prompt, text in zip(prompts, message, strict=True):
         with torch.no_grad():
             out = model.generate(
                 torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=6, do_sample=False
             )
         assert text == tokens.decode(out[0, len(prompt) :], skip_special_tokens=True)
-    word = said[0].split()[2]
+    word = message[0].split()[2]
     cut = generate(model, tokens, [Question(prompts[0], [])], max_new_tokens=6, stop=(word,), batch_size=1)
-    assert cut == [said[0][: said[0].index(word)]]
+    assert cut == [message[0][: message[0].index(word)]]
 
 
 def test_answers_are_greedy_whatever_the_model_is_configured_to_do():

@@ -171,13 +171,13 @@ def test_an_encoder_decoder_reads_prompts_once_and_answers_once():
     model = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=37, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
     ).eval()
-    with counted(model.get_encoder()) as read, counted(model, "decoder_input_ids") as said:
+    with counted(model.get_encoder()) as read, counted(model, "decoder_input_ids") as message:
         log_likelihoods(model, questions(), batch_size=16)
     assert read == [(len(RESTS), PREFIX + max(RESTS))]
-    assert said == [(len(RESTS) * len(STEMS), 3)]
-    with counted(model, "decoder_input_ids") as said:
+    assert message == [(len(RESTS) * len(STEMS), 3)]
+    with counted(model, "decoder_input_ids") as message:
         log_likelihoods(model, questions(answers=[[5], [6], [7]]), batch_size=16)
-    assert said == [(len(RESTS), 1)]
+    assert message == [(len(RESTS), 1)]
 
 
 def test_the_slower_way_is_announced_once():

@@ -28,9 +28,9 @@ def file(tmp_path):
 
 def test_one_at_a_time(file):
     assert lock_holder(file, "work is done there") is None
-    said = rf"made is in use by process {os.getpid()} on \S+ since .*: work is done there. Wait for it, stop it, or choose"
+    message = rf"made is in use by process {os.getpid()} on \S+ since .*: work is done there. Wait for it, stop it, or choose"
     with locked(file, "mine"):
-        with pytest.raises(OutputError, match=said), locked(file, "work is done there"):
+        with pytest.raises(OutputError, match=message), locked(file, "work is done there"):
             pass
         assert (lock_holder(file, "work is done there") or "").startswith(f"{file.parent} is in use by process")
     assert lock_holder(file, "work is done there") is None

@@ -161,7 +161,7 @@ def test_heads_rows_and_biases_are_those_of_the_active_adapter(mixture):
 
 
 def test_two_adapters_with_heads_need_a_choice(mixture):
-    with pytest.raises(PlanError, match=r"x, y each bring full tensors .* say whose are to act: heads='x'"):
+    with pytest.raises(PlanError, match=r"x, y each bring full tensors .* choose whose are used: heads='x'"):
         mixture.active({"x": 0.5, "y": 0.5}).__enter__()
     with mixture.active({"x": 0.5, "y": 0.5}, heads="y") as model:
         assert model(IDS).shape == (3, 5)

@@ -82,7 +82,7 @@ def test_kept_answers_that_are_damaged(tmp_path):
     cache.keep("k", Answers(contender="c", task="t", answers=()))
     assert cache.find("k") is not None
     (tmp_path / "k.json").write_text("{")
-    with pytest.warns(PlaitWarning, match=r"k\.json does not hold whole answers .*the model is asked again"):
+    with pytest.warns(PlaitWarning, match=r"k\.json does not hold complete answers .*the model is asked again"):
         assert cache.find("k") is None
 
 

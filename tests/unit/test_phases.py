@@ -152,22 +152,22 @@ phases:
   - {name: "no good"}
 merge: {method: {name: ties, density: 3}, adapters: [./a]}
 """
-    said = refused(place, text)
-    assert "phases.yaml:1: base_modle: 'base_modle' is not known here; allowed: version, base_model" in said
-    assert "Did you mean 'base_model'?" in said
-    assert "base_model: 'base_model' is missing" in said
-    assert "phases.yaml:2: lora.r: r is 0; it must be > 0." in said
-    assert "phases.yaml:2: lora.alpha: alpha is 'yes please'; it must be a number." in said
-    assert "phases.yaml:5: phases.1.task:" in said
-    assert "nowhere.yaml: there is no such file" in said
-    assert "phases.yaml:6: phases.2.wieght: 'wieght' is not known here;" in said
-    assert "phases.yaml:7: phases.3.name: name is 'no good'; it must start with a letter" in said
-    assert "phases.yaml:8: merge.method.density: density is 3; it must be > 0 and <= 1." in said
-    assert "phases.yaml:8: merge.adapters: 'adapters' is not a key of 'merge'" in said
+    message = refused(place, text)
+    assert "phases.yaml:1: base_modle: 'base_modle' is not known here; allowed: version, base_model" in message
+    assert "Did you mean 'base_model'?" in message
+    assert "base_model: 'base_model' is missing" in message
+    assert "phases.yaml:2: lora.r: r is 0; it must be > 0." in message
+    assert "phases.yaml:2: lora.alpha: alpha is 'yes please'; it must be a number." in message
+    assert "phases.yaml:5: phases.1.task:" in message
+    assert "nowhere.yaml: there is no such file" in message
+    assert "phases.yaml:6: phases.2.wieght: 'wieght' is not known here;" in message
+    assert "phases.yaml:7: phases.3.name: name is 'no good'; it must start with a letter" in message
+    assert "phases.yaml:8: merge.method.density: density is 3; it must be > 0 and <= 1." in message
+    assert "phases.yaml:8: merge.adapters: 'adapters' is not a key of 'merge'" in message
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (("lora: {dropout: 0.2}", "lora: {r: 8}"), "phases.1.lora.r: r is 8; all phases share one LoRA configuration"),
         (("lora: {dropout: 0.2}", "lora: {dora: true}"), "dora is true; all phases share one LoRA configuration, where it"),
@@ -183,15 +183,15 @@ merge: {method: {name: ties, density: 3}, adapters: [./a]}
         (("phases:", "phases: {}\nrest:"), "phases is {}; it must be a list."),
     ],
 )  # fmt: skip
-def test_one_thing_wrong(place, change, said):
+def test_one_thing_wrong(place, change, message):
     assert change[0] in SHORT
-    assert said in refused(place, SHORT.replace(*change))
+    assert message in refused(place, SHORT.replace(*change))
 
 
 def test_a_loss_on_other_rows_needs_rows(place):
-    said = refused(place, SHORT.replace("max_steps: 5}", "max_steps: 5, eval_strategy: steps}"))
-    assert "2 problems" in said
-    assert "eval_strategy is 'steps', and task 'sort' has no split 'validation' to measure the loss on" in said
+    message = refused(place, SHORT.replace("max_steps: 5}", "max_steps: 5, eval_strategy: steps}"))
+    assert "2 problems" in message
+    assert "eval_strategy is 'steps', and task 'sort' has no split 'validation' to measure the loss on" in message
     assert read(place, SHORT.replace("max_steps: 5}", "max_steps: 5, eval_strategy: no}")).phases[0].job.eval_data is None
 
 
@@ -214,9 +214,9 @@ def test_arguments_that_are_no_files_stay_as_they_are(place, named):
 
 def test_files_that_are_not_there(place):
     text = SHORT.replace(*TEMPLATE).replace("TEMPLATE", "chat.jinja").replace("{max_steps: 7}", "{deepspeed: ./zero.json}")
-    said = refused(place, text)
-    assert f"phases.yaml:3: arguments.chat_template_path: {place / 'chat.jinja'}: there is no such file." in said
-    assert f"phases.yaml:6: phases.1.arguments.deepspeed: {place / 'zero.json'}: there is no such file." in said
+    message = refused(place, text)
+    assert f"phases.yaml:3: arguments.chat_template_path: {place / 'chat.jinja'}: there is no such file." in message
+    assert f"phases.yaml:6: phases.1.arguments.deepspeed: {place / 'zero.json'}: there is no such file." in message
 
 
 class TestTheOutputFolder:
@@ -238,7 +238,7 @@ class TestTheOutputFolder:
         check_output(out)
 
     @pytest.mark.parametrize(
-        ("name", "said"),
+        ("name", "message"),
         [
             ("merged/mine.txt", "merged was not written by plait (it has no plait.lock); --force replaces only what was."),
             ("merged", "merged exists and is not a folder."),
@@ -249,12 +249,12 @@ class TestTheOutputFolder:
             ("train.json", "train.json was not written by plait train, and would be replaced."),
         ],
     )
-    def test_what_is_in_the_way(self, out, name, said):
+    def test_what_is_in_the_way(self, out, name, message):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("[]")
         with pytest.raises(OutputError) as caught:
             check_output(out)
-        assert f"{out}/{said}" in str(caught.value)
+        assert f"{out}/{message}" in str(caught.value)
         assert "Move it away, or choose another output folder." in str(caught.value)
 
     def test_a_merge_with_more_in_it_and_a_page_of_somebody_else(self, out):
@@ -312,8 +312,8 @@ def test_kinds_do_not_mix(place):
     (place / "heads").mkdir()
     write_task(place, "sort", splits={"train": "test.jsonl", "test": "test.jsonl"})
     file = write_task(place, "rate", splits={"train": "test.jsonl", "test": "test.jsonl"}, **heads)
-    said = refused(place, SHORT)
-    assert "'heads' is sequence_classification, 'sort' is classification" in said
+    message = refused(place, SHORT)
+    assert "'heads' is sequence_classification, 'sort' is classification" in message
     plan = read(place, f"base_model: ./base\nphases: [{file.name}]\n")
     assert (plan.phases[0].job.kind, plan.phases[0].job.labels) == ("sequence_classification", ("good", "bad"))
 
@@ -346,7 +346,7 @@ def test_the_chart_of_the_losses():
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"max_steps": "ten"}, "arguments: max_steps is 'ten'; it must be an integer."),
         ({"max_steps": 1.5}, "arguments: max_steps is 1.5; it must be an integer."),
@@ -355,14 +355,14 @@ def test_the_chart_of_the_losses():
         ({"packing": "yes"}, "arguments: packing is 'yes'; it must be true or false."),
         ({"packing_strategy": "tight"}, "arguments: packing_strategy is 'tight'; it must be one of bfd, bfd_split, wrapped."),
         ({"max_stps": 1}, "arguments: max_stps: SFTConfig has none of that name. Did you mean 'max_steps'?"),
-        ({"truncation_mode": "keep_end"}, "what is cut off long examples is their end"),
+        ({"truncation_mode": "keep_end"}, "long examples always lose their end"),
     ],
 )
-def test_values_that_no_trainer_would_refuse(tmp_path, values, said):
+def test_values_that_no_trainer_would_refuse(tmp_path, values, message):
     """TRL's classes take anything, and fail in the middle of a training."""
     trl = pytest.importorskip("trl")
     job = TrainingJob(base="x", data=TrainingData(place="x"), arguments=values)
-    with pytest.raises(RecipeError, match=re.escape(said)):
+    with pytest.raises(RecipeError, match=re.escape(message)):
         trainer_settings(trl.SFTConfig, job, tmp_path)
 
 

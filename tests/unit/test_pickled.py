@@ -63,7 +63,7 @@ class Bomb:
 
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         (Bomb(), "made by 'posix.mkdir', which is not run"),
         (torch.ones(2, 2).to_sparse(), "a sparse tensor"),
@@ -76,10 +76,10 @@ class Bomb:
     ],
     ids=range(12),
 )  # fmt: skip
-def test_what_is_no_plain_tensor_is_refused_by_name(tmp_path, monkeypatch, value, said, options):
+def test_what_is_no_plain_tensor_is_refused_by_name(tmp_path, monkeypatch, value, message, options):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": torch.ones(2), "the one": value}, "x.bin", **options)
-    with pytest.raises(AdapterError, match=rf"x\.bin: this pickle holds more than tensors: 'the one' .*({said})"):
+    with pytest.raises(AdapterError, match=rf"x\.bin: this pickle holds more than tensors: 'the one' .*({message})"):
         PickleFile(Path("x.bin"))
     assert not Path("bombed").exists()
 

@@ -53,12 +53,12 @@ def test_a_place_is_its_name(text, public):
 
 
 def test_records_name_no_path_wherever_it_stands():
-    said = {
+    message = {
         "a": ["/home/u/x", {"b": "rows of /home/u/rows.jsonl, and ~/other/y.txt: 3"}],
         "n": 1,
         "url": "https://hub.co/org/x and a/b/c",
     }
-    assert public_values(said) == {
+    assert public_values(message) == {
         "a": ["x", {"b": "rows of rows.jsonl, and y.txt: 3"}], "n": 1, "url": "https://hub.co/org/x and a/b/c"
     }  # fmt: skip
     assert public_text("in /srv/my data/x here", ["/srv/my data"]) == "in my data/x here"

@@ -28,7 +28,7 @@ def test_the_public_names() -> None:
     assert set(dir(plait)) == set(plait.__all__)
 
 
-def test_the_room_of_live_models_needs_no_import_of_its_own() -> None:
+def test_mixture_is_imported_on_first_use() -> None:
     assert run("import plait; print(plait.mixture.load.__module__, plait.mixture.Mixture.__name__)").startswith("plait.mixture")
 
 
@@ -50,14 +50,14 @@ def test_torch_is_not_imported(code: str) -> None:
     assert run(f"{code}\nimport sys; print('torch' in sys.modules)").splitlines()[-1] == "False"
 
 
-def test_a_merge_enters_no_room_above_its_own(tmp_path) -> None:
-    """A merge is over in a second or two, and every room costs a part of that."""
+def test_a_merge_imports_no_package_above_its_own(tmp_path) -> None:
+    """A merge is over in a second or two, and every package that is imported costs a part of that."""
     cohort([(6, 4)], [2, 2]).save(tmp_path)
     adapters = [str(tmp_path / name) for name in ("adapter0", "adapter1")]
     code = f"import plait, sys; plait.merge({adapters!r}, out={str(tmp_path / 'out')!r}); print(*sys.modules)"
-    entered = {name.split(".")[1] for name in run(code).split() if name.startswith("plait.")}
-    assert {"merging", "recipes", "methods"} <= entered
-    assert not entered & {"baking", "verification", "mixture", "tasks", "evaluation", "reports", "training", "cli", "testing"}
+    imported = {name.split(".")[1] for name in run(code).split() if name.startswith("plait.")}
+    assert {"merging", "recipes", "methods"} <= imported
+    assert not imported & {"baking", "verification", "mixture", "tasks", "evaluation", "reports", "training", "cli", "testing"}
 
 
 def test_the_error_tree_is_documented() -> None:

@@ -45,8 +45,8 @@ def quietly(load, recipe, overrides=None):
 
 
 WEIGHTED = (
-    "the numbers of `method: weighted` differ from before. It interpolated A and B apart and took the first adapter's scaling; "
-    "now the deltas are interpolated."
+    "the numbers of `method: weighted` differ from before. It interpolated A and B separately and took the first adapter's "
+    "scaling; now the deltas are interpolated."
 )
 
 
@@ -283,7 +283,7 @@ def test_one_warning_per_old_form_says_what_to_write(old, notes):
             {"method": "dare", "method_params": {"seed": 1}, "seed": 2},
             ["method_params.seed: seed of 'dare' is the recipe's seed now, which is given too; keep the latter."],
         ),
-        ({"method": "dare", "method_params": {"seed": "x"}}, ["method_params.seed: seed is 'x'; it must be a whole number."]),
+        ({"method": "dare", "method_params": {"seed": "x"}}, ["method_params.seed: seed is 'x'; it must be an integer."]),
         (
             {"method": {"name": "dare", "drop_rate": 0.1}, "method_params": {"drop_rate": 0.5}},
             ["method_params: the method's parameters are given in method and in method_params; keep those in method."],
@@ -821,7 +821,7 @@ def test_mergekit_recipes(config, expected):
             gta("slerp", A, B),
             [
                 f"merge_method: mergekit's 'slerp' has no counterpart here; these have one: {', '.join(MERGEKIT)}. "
-                "mergekit's 'slerp': it turns whole models; 'nuslerp' with a base_model, and plait's 'slerp', "
+                "mergekit's 'slerp': it turns full models; 'nuslerp' with a base_model, and plait's 'slerp', "
                 "turn what the adapters changed."
             ],
         ),
@@ -832,7 +832,7 @@ def test_mergekit_recipes(config, expected):
         (
             {"merge_method": "multislerp", "models": [A, B]},
             [
-                "merge_method: 'multislerp' needs a base_model: without one mergekit turns whole models, and plait merges what "
+                "merge_method: 'multislerp' needs a base_model: without one mergekit turns full models, and plait merges what "
                 "adapters changed."
             ],
         ),
@@ -872,7 +872,7 @@ def test_mergekit_recipes(config, expected):
         ),
         (
             {"merge_method": "ties", "slices": [{"sources": []}]},
-            ["slices: plait does not cut models into slices; it merges whole adapters: list them under 'models'."],
+            ["slices: plait does not cut models into slices; it merges complete adapters: list them under 'models'."],
         ),
         ({"merge_method": "ties", "models": 3}, ["models: models is 3; it must be a list of models."]),
         (

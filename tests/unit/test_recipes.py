@@ -319,13 +319,13 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
             ["recipe:4: method: density ± epsilon is 0.99 ± 0.07; both ends must be in (0, 1]."],
         ),
         ("seed: -1", ["recipe:4: seed: seed is -1; it must be >= 0 and < 9223372036854775808."]),
-        ("seed: 1.5", ["recipe:4: seed: seed is 1.5; it must be a whole number."]),
+        ("seed: 1.5", ["recipe:4: seed: seed is 1.5; it must be an integer."]),
         ("scale: .inf", ["recipe:4: scale: scale is inf; it must be a finite number, or 'auto'."]),
         ("scale: yes", ["recipe:4: scale: scale is 'yes'; it must be a number, or 'auto'."]),
         ("version: 2", ["recipe:4: version: version is 2; it must be 1."]),
         ("base_model: 3", ["recipe:4: base_model: base_model is 3; it must be text."]),
         ("output: {rank: true}", ["recipe:4: output.rank: rank is true; it must be a number."]),
-        ("output: {rank: [1]}", ["recipe:4: output.rank: rank is [1]; it must be a whole number or text."]),
+        ("output: {rank: [1]}", ["recipe:4: output.rank: rank is [1]; it must be an integer or text."]),
         (
             "output: {rank: 0}",
             ["recipe:4: output.rank: 0 is not a rank: give 'auto', a number from 1, or 'energy:SHARE' with a share in (0, 1]."],
@@ -664,7 +664,7 @@ def test_what_was_set_is_there_and_the_rest_is_as_before(data, keys, value):
 
 
 def _is_blocked(data, keys):
-    """Return whether a value that is no mapping stands in the way; `method: TEXT` is short for a mapping."""
+    """Return whether a value that is not a mapping is in the way; `method: TEXT` is short for a mapping."""
     for depth, key in enumerate(keys[:-1]):
         data = data.get(key)
         if data is None:
@@ -704,7 +704,7 @@ def test_overrides_of_a_recipe_round_trip(density, adapter, weight):
             ["override: seed.x: seed is 5, not a mapping: nothing can be set inside it."],
         ),
         ({"scale.x": 1}, ["override: scale: scale is {'x': 1}; it must be a number, or 'auto'."]),
-        ({"output.rank": 0.5}, ["override: output.rank: rank is 0.5; it must be a whole number or text."]),
+        ({"output.rank": 0.5}, ["override: output.rank: rank is 0.5; it must be an integer or text."]),
     ],
 )  # fmt: skip
 def test_wrong_overrides_are_told_apart_from_the_file(overrides, expected):

@@ -161,7 +161,7 @@ def test_subsets_hold_every_label_in_its_share(task):
     targets = [examples.items[i].target for i in found.indices]
     assert (targets.count("red"), targets.count("blue")) == (18, 2)
     rare = choose_subset(many(task, {"red": 99, "blue": 1}), Subset(max_samples=5))
-    assert any(i == 99 for i in rare.indices), "one of every label while there is room"
+    assert any(i == 99 for i in rare.indices), "one of every label as far as possible"
     few = Examples(task, "test", tuple(Example.of(f"w{i}", t, ("a", "b", "c")) for i, t in enumerate("a" * 100 + "bcc")))
     assert {few.items[i].target for i in choose_subset(few, Subset(max_samples=16)).indices} == {"a", "b", "c"}
 
@@ -190,7 +190,7 @@ def test_equal_examples_are_told_apart(task):
 
 
 def test_names_of_tasks_in_a_subset():
-    with pytest.raises(TaskError, match=r"'sotr' is none of the tasks sort, rate. Did you mean 'sort'?"):
+    with pytest.raises(TaskError, match=r"'sotr' is not one of the tasks sort, rate. Did you mean 'sort'?"):
         check_names(Subset(max_samples=3, per_task={"sotr": 1}), ["sort", "rate"])
 
 
@@ -211,5 +211,5 @@ def test_requirements_that_are_refused(text, message):
 def test_requirements_are_read():
     assert Requirement.read(" worst_recovery >= 0.8 ") == Requirement("worst_recovery", ">=", 0.8)
     assert str(Requirement.read("lang-id.metric<1e-2")) == "lang-id.metric<0.01"
-    with pytest.raises(RecipeError, match="'srot' is none of the tasks sort"):
+    with pytest.raises(RecipeError, match="'srot' is not one of the tasks sort"):
         Requirement.read("srot.recovery>0").check_tasks(["sort"])

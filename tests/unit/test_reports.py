@@ -204,7 +204,7 @@ def test_a_recipe_that_cannot_be_read_costs_only_what_is_drawn_from_it(tmp_path)
     found = read_report([run_folder(tmp_path / "run", WHOLE.model_copy(update={"recipe": {"methd": "ties"}}))])
     assert found.evaluations[0].recipe == {"methd": "ties"}
     (note,) = found.notes
-    assert note.startswith("how the adapters lie to each other is not shown: recipe: adapters: 'adapters' is missing.")
+    assert note.startswith("the conflict between the adapters is not shown: recipe: adapters: 'adapters' is missing.")
 
 
 def test_a_written_merge_brings_its_energy_and_its_lock(tmp_path):
@@ -229,7 +229,7 @@ def test_an_exact_merge_lost_nothing(tmp_path):
     cohort([(12, 10)], [2, 2], seed=3).save(tmp_path)
     plait.merge([tmp_path / "adapter0", tmp_path / "adapter1"], out=tmp_path / "merged")
     text = Page(plait.report(tmp_path / "merged", out=tmp_path / "r.html").page.read_text()).text
-    assert "linear in delta space: nothing was lost. Factors of rank 4 hold the whole merge of 1 modules." in text
+    assert "linear in delta space: nothing was lost. Factors of rank 4 hold the complete merge of 1 modules." in text
 
 
 def test_energy_is_weighed_by_kind_and_layer():
@@ -290,7 +290,7 @@ def test_a_leaderboard_brings_what_stands_behind_its_places(sweep, tmp_path):
     for said in (
         "What best! kept",
         "best! is the best of 2 merges",
-        "Beside other merges",
+        "Compared with other merges",
         "not done: slerp: takes two",
         "perhaps",
     ):

@@ -120,9 +120,9 @@ def test_absent_and_zero_adapters_are_exactly_zero(space) -> None:
     assert (whole[1] == 0).all()
     assert (absent[1] == 0).all()
     torch.testing.assert_close(whole, absent, rtol=0, atol=1e-12)
-    nobody = frame(space, made.zeroed(*made.factors))
-    assert (rows(nobody.arrays[0]) == 0).all()
-    assert (dense(nobody.lift([matrix(rows(nobody.arrays[0])[0])])) == 0).all()
+    zeroed_frame = frame(space, made.zeroed(*made.factors))
+    assert (rows(zeroed_frame.arrays[0]) == 0).all()
+    assert (dense(zeroed_frame.lift([matrix(rows(zeroed_frame.arrays[0])[0])])) == 0).all()
 
 
 def test_delta_never_holds_the_matrices(monkeypatch) -> None:

@@ -42,13 +42,13 @@ class Full(io.TextIOWrapper):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "said"), [(errno.ENOSPC, 1, "are whole"), (errno.EPIPE, 141, ""), (errno.EBADF, 1, "whole")]
+    ("number", "code", "message"), [(errno.ENOSPC, 1, "are whole"), (errno.EPIPE, 141, ""), (errno.EBADF, 1, "whole")]
 )
-def test_a_result_stays_when_stdout_cannot_be_written(monkeypatch, capsys, tmp_path, number, code, said):
+def test_a_result_stays_when_stdout_cannot_be_written(monkeypatch, capsys, tmp_path, number, code, message):
     monkeypatch.setattr(sys, "stdout", Full(number))
     assert run("compress", DEMO / "langid", "--rank", 2, "-o", tmp_path / "out") == code
     shown = capsys.readouterr().err
-    assert said in shown
+    assert message in shown
     assert "Traceback" not in shown
     assert (tmp_path / "out" / "plait.lock").is_file()
 
@@ -120,9 +120,9 @@ def test_a_signal_clears_away_and_says_what_is_left(monkeypatch, capsys, tmp_pat
     finally:
         signal.signal(asked, before)
     assert list(tmp_path.iterdir()) == []
-    said = " ".join(capsys.readouterr().err.split())
-    assert said.startswith("stopped" if name == "SIGINT" else f"stopped by {name}")
-    assert "out was not written; the same command starts from the beginning." in said
+    message = " ".join(capsys.readouterr().err.split())
+    assert message.startswith("stopped" if name == "SIGINT" else f"stopped by {name}")
+    assert "out was not written; the same command starts from the beginning." in message
 
 
 def test_signals_that_the_caller_ignores_stay_ignored():

@@ -116,7 +116,7 @@ def test_paths_start_at_the_file(tmp_path, monkeypatch):
         ("labels: [yes, no]", "labels: [yes, no]\nmax_tokens: true", "it must be a number"),
         ("data: {path: data}", "data: {path: data, hub: a/b}", "give either 'path' (files) or 'hub'"),
         ("{test: rows.jsonl}", "{dev: rows.jsonl}", "splits"),
-        ("{test: rows.jsonl}", "{test: {source: rows.jsonl, rows: [2, 2]}}", "one behind the last row"),
+        ("{test: rows.jsonl}", "{test: {source: rows.jsonl, rows: [2, 2]}}", "one after the last row"),
         ("name: t", "name: t\nmessages: [{role: user, content: x}]", "give 'prompt' or 'messages', not both"),
         ("name: t", "name: t\nname: u", "'name' is given twice"),
     ],
@@ -350,8 +350,8 @@ def test_rouge_is_refused_where_it_sees_nothing(tmp_path):
     """rouge-score reads a–z and 0–9; a right answer in another script would count as wrong."""
     text = TASK.replace("classification", "generation").replace("labels: [yes, no]", "metric: rougeL")
     assert len(read_examples(load_task(written(tmp_path, text)), "test").items) == 3
-    told = refused(written(tmp_path, text, [{"text": "a", "label": "你好"}]))
-    assert "target '你好' has none of a–z and 0–9, all that rouge-score sees; use 'wer' or 'cer'" in told
+    listing = refused(written(tmp_path, text, [{"text": "a", "label": "你好"}]))
+    assert "target '你好' has none of a–z and 0–9, all that rouge-score sees; use 'wer' or 'cer'" in listing
 
 
 def test_normalization(tmp_path):
@@ -366,9 +366,11 @@ def test_normalization(tmp_path):
     ("kind", "what"), [("asr", "sound"), ("audio_classification", "sound"), ("image_classification", "images")]
 )
 def test_only_text_is_covered(tmp_path, kind, what):
-    said = refused(written(tmp_path, TASK.replace("kind: classification", f"kind: {kind}")))
-    assert f"t.yaml:2: kind: kind is '{kind}': only tasks of text are covered, not {what}. It may be 'classification'" in said
-    assert "'lm_eval:NAME'" in said
+    printed = refused(written(tmp_path, TASK.replace("kind: classification", f"kind: {kind}")))
+    assert (
+        f"t.yaml:2: kind: kind is '{kind}': only tasks of text are covered, not {what}. It may be 'classification'" in printed
+    )
+    assert "'lm_eval:NAME'" in printed
 
 
 def test_a_task_of_lm_eval_as_a_file(tmp_path):

@@ -90,7 +90,7 @@ def test_the_sandbox_refuses_what_reaches_out(source):
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("a\n{{ x y }}", r"prompt: line 2 is not Jinja2: expected token"),
         ("{{ x.y }}", r"prompt: 'str object' has no attribute 'y'; there are x, y.z\."),
@@ -102,8 +102,8 @@ def test_the_sandbox_refuses_what_reaches_out(source):
         ("{{ 10 ** 5000 }}", r"prompt: ValueError: Exceeds the limit"),
     ],
 )
-def test_what_a_template_raises_is_an_error_of_the_task(source, said):
-    with pytest.raises(TaskError, match=said):
+def test_what_a_template_raises_is_an_error_of_the_task(source, message):
+    with pytest.raises(TaskError, match=message):
         Template(source, "prompt")({"x": "1", "y.z": 2})
 
 
@@ -197,7 +197,7 @@ def test_named_templates_are_chosen_as_transformers_chooses():
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "message"),
     [
         (TOO_LONG["loops"], "takes too long"),
         (TOO_DEEP["macro"], "nested too deeply"),
@@ -210,13 +210,13 @@ def test_named_templates_are_chosen_as_transformers_chooses():
         ({"rag": "x"}, "the chat template: ValueError: "),
     ],
 )
-def test_a_chat_template_that_fails_is_named(template, said, short):
+def test_a_chat_template_that_fails_is_named(template, message, short):
     tokens = byte_tokenizer(None)
     tokens.name_or_path = "some/folder"
     tokens.chat_template = template
     with pytest.raises(TaskError, match=r"^some/folder: the chat template: ") as caught:
         chat_text(tokens, CHATS[0])
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_transformers_is_left_as_it_was():

@@ -138,8 +138,8 @@ class TestDigest:
         assert moved.digest() == job.digest()
 
     def test_it_is_not_of_how_the_run_is_told_or_kept(self, job):
-        told = {"report_to": "none", "logging_steps": 3, "save_steps": 7, "dataloader_num_workers": 1, "run_name": "x"}
-        assert job.model_copy(update={"arguments": told}).digest() == job.digest()
+        printed = {"report_to": "none", "logging_steps": 3, "save_steps": 7, "dataloader_num_workers": 1, "run_name": "x"}
+        assert job.model_copy(update={"arguments": printed}).digest() == job.digest()
 
     def test_it_is_of_how_checkpoints_are_made_where_the_best_is_kept(self, job):
         best = {"load_best_model_at_end": True, "eval_strategy": "steps"}

@@ -136,7 +136,7 @@ def test_without_a_chat_template_a_question_is_written_as_text():
 
 
 def test_loss_on_everything_when_asked_for():
-    (found,) = encoded(byte_tokenizer(), chat("Q", "A"), whole=True)
+    (found,) = encoded(byte_tokenizer(), chat("Q", "A"), all_tokens=True)
     assert [kind for kind, _ in found] == ["+"]
 
 

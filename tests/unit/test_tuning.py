@@ -69,14 +69,14 @@ def test_columns_act_as_the_dense_merge_and_so_do_their_gradients(tmp_path: Path
     torch.manual_seed(0)
     values = torch.randn(columns.axes.shape(granularity), dtype=torch.float64, requires_grad=True)
     with mixture.combined(columns, values, granularity) as model:
-        said = model(IDS)
-        said.square().sum().backward()
+        message = model(IDS)
+        message.square().sum().backward()
     free = values.detach().clone().requires_grad_()
     rows = dict(zip(columns.deltas, columns.row_of_module().tolist(), strict=True))
     at = {"task": lambda p: free, "layer": lambda p: free[rows[p]], "module": lambda p: free[list(rows).index(p)]}[granularity]
     wanted = dense_output(written, lambda name, path: at(path)["abc".index(name)])
     wanted.square().sum().backward()
-    torch.testing.assert_close(said.detach(), wanted.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(message.detach(), wanted.detach(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(values.grad, free.grad, rtol=1e-8, atol=1e-8)
 
 
@@ -112,9 +112,9 @@ def test_what_acts_with_coefficients_can_be_taken_out(tmp_path: Path, granularit
     torch.manual_seed(0)
     values = torch.randn(mixture.axes.shape(granularity), dtype=torch.float64)
     with mixture.mixed(values, granularity) as model, torch.no_grad():
-        said = model(IDS).clone()
+        message = model(IDS).clone()
     with mixture.attached(mixture.merged(values, granularity)) as model, torch.no_grad():
-        torch.testing.assert_close(model(IDS), said, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(model(IDS), message, rtol=1e-9, atol=1e-9)
 
 
 def test_dense_columns_are_refused(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_dense_columns_are_refused(tmp_path: Path) -> None:
 # --- objectives
 
 
-def said(**changes: Any) -> BatchOutputs:
+def message(**changes: Any) -> BatchOutputs:
     torch.manual_seed(1)
     return replace(BatchOutputs(torch.randn(5, 7), torch.tensor([0, 2, 3]), targets=torch.tensor([1, 6, 0, 3, 3])), **changes)
 
@@ -141,7 +141,7 @@ def close(found: Tensor, wanted: list[float]) -> None:
 
 
 def test_cross_entropy() -> None:
-    found = said()
+    found = message()
     rows = [softmax(r) for r in found.logits]
     plain = [-math.log(p[y]) for p, y in zip(rows, [1, 6, 0, 3, 3], strict=True)]
     close(OBJECTIVES["gradient"].loss(found, SPEC), plain)
@@ -151,7 +151,7 @@ def test_cross_entropy() -> None:
 
 def test_entropy() -> None:
     labels = torch.tensor([[2, 5, -1], [0, 1, 4], [3, 6, 2]])
-    found = said(labels=labels)
+    found = message(labels=labels)
     for over, chosen in {"labels": [[2, 5], [0, 1, 4], [3, 6, 2]], "vocabulary": [range(7)] * 3}.items():
         spec = SPEC.model_copy(update={"entropy_over": over, "entropy_temperature": 2.0})
         rows = [softmax(found.logits[i][list(c)] / 2.0) for i, c in zip([0, 2, 3], chosen, strict=True)]
@@ -159,7 +159,7 @@ def test_entropy() -> None:
 
 
 def test_the_entropy_of_missing_labels_has_gradients() -> None:
-    found = said(labels=torch.tensor([[2, 5, -1], [0, 1, 4], [3, 6, 2]]))
+    found = message(labels=torch.tensor([[2, 5, -1], [0, 1, 4], [3, 6, 2]]))
     logits = found.logits.requires_grad_()
     OBJECTIVES["adamerging"].loss(found, SPEC).sum().backward()
     assert logits.grad is not None
@@ -169,7 +169,7 @@ def test_the_entropy_of_missing_labels_has_gradients() -> None:
 def test_hidden() -> None:
     torch.manual_seed(2)
     h, w = ([torch.randn(5, 3) for _ in range(2)] for _ in range(2))
-    found = said(hidden=tuple(h), wanted=tuple(w))
+    found = message(hidden=tuple(h), wanted=tuple(w))
     literal = [
         sum(float((a[i] - b[i]).double().square().sum() / b[i].double().square().sum()) for a, b in zip(h, w, strict=True)) / 2
         for i in range(5)
@@ -270,7 +270,7 @@ def test_the_teacher_is_the_tasks_own_adapter(mixture: Mixture, place: Path) -> 
     found = lesson(mixture, place, "rate", labeled=False)
     some = list(range(6))
     with mixture.active({"sort": 0.3}) as model, torch.no_grad():
-        got = OBJECTIVES["distill"].loss(found.said(model, some), SPEC)
+        got = OBJECTIVES["distill"].loss(found.message(model, some), SPEC)
     for teacher in ("rate", "sort"):
         rows = []
         for i in some:
@@ -283,7 +283,7 @@ def test_the_teacher_is_the_tasks_own_adapter(mixture: Mixture, place: Path) -> 
 def test_labels_are_not_in_lessons_that_read_none(mixture: Mixture, place: Path) -> None:
     found = lesson(mixture, place, "rate", labeled=False)
     with mixture.active(None) as model, torch.no_grad():
-        answers = found.said(model, [0, 1, 2])
+        answers = found.message(model, [0, 1, 2])
     assert answers.targets is None
     tokens = tokenizer().convert_tokens_to_ids(LABELS["rate"])
     assert answers.labels is not None

@@ -1,4 +1,4 @@
-"""LoRA on disk and in memory: formats, names, and the exact algebra of low-rank deltas. Knows nothing of merging."""
+"""LoRA on disk and in memory: formats, names, and the exact algebra of low-rank deltas. Independent of merging."""
 
 from plait.adapters.adapter import Adapter, Target
 from plait.adapters.lowrank import LowRank

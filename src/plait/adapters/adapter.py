@@ -90,7 +90,7 @@ class Adapter:
         config = AdapterConfig.read(folder / ADAPTER_CONFIG)
         config = replace(config, raw=clean_settings(config.raw))
         file = _open_file(folder)
-        targets, full, problems = _understand(config, file)
+        targets, full, problems = _read_targets(config, file)
         collect(AdapterError, [f"{file.path}: {p}" for p in problems], f"{folder}: not an adapter that plait can merge")
         if not targets and not full:
             held = listed(map(repr, file.tensors), 3) or "nothing"
@@ -156,7 +156,7 @@ def _open_file(folder: Path) -> TensorFile:
     raise AdapterError(f"{folder / ADAPTER_WEIGHTS}: no such file, and no {others} either. {instead}")
 
 
-def _understand(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Target], dict[str, str], list[str]]:
+def _read_targets(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Target], dict[str, str], list[str]]:
     """Sort a file's tensors into targets and full tensors; return them with what is wrong."""
     contents = sort_tensors(file)
     naming = ParameterNaming(config.target_parameters, contents.modules)

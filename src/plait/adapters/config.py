@@ -79,16 +79,16 @@ class AdapterConfig:
         """Find values that later reading would stumble over."""
         rank, alpha = self.raw.get("r", 8), self.raw.get("lora_alpha", 8)
         if not _is_rank(rank):
-            yield f"r is {shown(rank)}; a whole number from 1 to {_LARGEST_RANK} is needed."
+            yield f"r is {shown(rank)}; it must be an integer from 1 to {_LARGEST_RANK}."
         if not _is_number(alpha):
-            yield f"lora_alpha is {shown(alpha)}; a number is needed."
+            yield f"lora_alpha is {shown(alpha)}; it must be a number."
         for key in ("rank_pattern", "alpha_pattern"):
             yield from _wrong_pattern(key, self.raw.get(key) or {})
         for keys, fits, needed in _KINDS:
             for key in keys:
                 value = self.raw.get(key)
                 if value is not None and not fits(value):
-                    yield f"{key} is {shown(value)}; {needed} is needed."
+                    yield f"{key} is {shown(value)}; it must be {needed}."
 
     def flag(self, key: str) -> bool:
         """Return a boolean key; absent means false."""
@@ -181,22 +181,22 @@ _KINDS: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
     (("target_parameters",), _are_texts, "a list of names"),
     (("modules_to_save",), _are_texts, "a list of names"),
     (("target_modules", "exclude_modules", "layers_pattern"), _are_names, "a text or a list of names"),
-    (("layers_to_transform",), lambda v: _are_indices([v]) or _are_indices(v), "a whole number, or a list of them"),
-    (("alora_invocation_tokens",), _are_indices, "a list of whole numbers"),
-    (("trainable_token_indices",), _are_token_rows, "a list of whole numbers, or names with such lists"),
+    (("layers_to_transform",), lambda v: _are_indices([v]) or _are_indices(v), "an integer, or a list of them"),
+    (("alora_invocation_tokens",), _are_indices, "a list of integers"),
+    (("trainable_token_indices",), _are_token_rows, "a list of integers, or names with such lists"),
     (("init_lora_weights",), lambda v: _is_flag(v) or _is_text(v), "true, false or a text"),
 )
 
 
 def _wrong_pattern(key: str, patterns: object) -> Iterator[str]:
     if not isinstance(patterns, dict):
-        yield f"{key} is {shown(patterns)}; a mapping of module patterns to numbers is needed."
+        yield f"{key} is {shown(patterns)}; it must map module patterns to numbers."
         return
     for pattern, value in patterns.items():
         if key == "rank_pattern" and not _is_rank(value):
-            yield f"{key}[{shown(pattern)}] is {shown(value)}; a whole number from 1 to {_LARGEST_RANK} is needed."
+            yield f"{key}[{shown(pattern)}] is {shown(value)}; it must be an integer from 1 to {_LARGEST_RANK}."
         elif not _is_number(value):
-            yield f"{key}[{shown(pattern)}] is {shown(value)}; a number is needed."
+            yield f"{key}[{shown(pattern)}] is {shown(value)}; it must be a number."
         try:
             module_pattern(pattern)
         except PatternError as error:

@@ -100,7 +100,7 @@ def sort_tensors(file: TensorFile) -> SortedTensors:
 
 
 def other_files(folder: Path) -> str:
-    """Say what a folder without PEFT's tensor file holds in its place; empty when it is nothing known."""
+    """Return a hint about what a folder holds in place of PEFT's tensor file; empty when nothing is recognized."""
     for pattern, what, advice in _OTHER_FILES:
         found = sorted(folder.glob(pattern))
         if found:
@@ -114,8 +114,8 @@ def _kohya(names: Iterable[str]) -> dict[str, LoraName]:
     modules: dict[str, set[str]] = defaultdict(set)
     for parsed in found.values():
         modules[parsed.module].add(parsed.part)
-    whole = {module for module, parts in modules.items() if parts == {"lora_A", "lora_B", "alpha"}}
-    return {n: parsed for n, parsed in found.items() if parsed.module in whole}
+    complete = {module for module, parts in modules.items() if parts == {"lora_A", "lora_B", "alpha"}}
+    return {n: parsed for n, parsed in found.items() if parsed.module in complete}
 
 
 def _put(contents: SortedTensors, into: dict[str, str], key: str, name: str, what: str) -> None:
@@ -147,7 +147,7 @@ def _sort_full(contents: SortedTensors, file: TensorFile, full: dict[str, FullNa
 
 
 def _equal(file: TensorFile, one: str, two: str) -> bool:
-    """Say whether two tensors of a file have the same values; both are read, by blocks of rows."""
+    """Return whether two tensors of a file have the same values; both are read, by blocks of rows."""
     shape, dtype = file.tensors[one].shape, file.tensors[one].dtype
     if (shape, dtype) != (file.tensors[two].shape, file.tensors[two].dtype):
         return False

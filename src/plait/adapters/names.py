@@ -79,14 +79,14 @@ def strip_prefix(name: str) -> str:
     """
     kept: list[str] = []
     words = name.split(".")
-    numbered = beside = False
+    numbered = wrapped = False
     for i, word in enumerate(words):
         last = i == len(words) - 1
         following = words[i + 1] if not last else ""
-        if not last and (word in _WRAPPERS or (word == _PARALLEL and (not numbered or beside or following in _WRAPPERS))):
-            beside = True
+        if not last and (word in _WRAPPERS or (word == _PARALLEL and (not numbered or wrapped or following in _WRAPPERS))):
+            wrapped = True
             continue
-        beside = False
+        wrapped = False
         numbered = numbered or word.isdigit()
         kept.append(word)
     path = ".".join(kept)
@@ -199,7 +199,7 @@ def pattern_of(path: str) -> str:
 
 
 def is_training_only(name: str) -> bool:
-    """Say whether a tensor steers training alone (VeLoRA, MonteCLoRA) and has no part in the delta."""
+    """Return whether a tensor steers training alone (VeLoRA, MonteCLoRA) and has no part in the delta."""
     return _TRAINING_ONLY.search(name) is not None
 
 
@@ -217,7 +217,7 @@ class LayerKey:
         return f"{self.tower}.{self.index}"
 
     def matches(self, name: str) -> bool:
-        """Say whether a recipe's name means this layer: `3`, or any tail of the tower with it (`encoder.layers.3`)."""
+        """Return whether a recipe's name means this layer: `3`, or any tail of the tower with it (`encoder.layers.3`)."""
         tower, _, index = name.rpartition(".")
         return index == str(self.index) and (not tower or f".{self.tower}".endswith(f".{tower}"))
 

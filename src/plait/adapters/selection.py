@@ -80,7 +80,7 @@ def joined_selection(adapters: Sequence[Adapter], targets: Collection[str]) -> l
         return None
     try:
         beyond = [p for a, s in zip(selecting, known, strict=True) for p in targets if selects(s, p) and p not in a.targets]
-    except PatternError:  # an expression that is not matched here: full paths say the same
+    except PatternError:  # an expression that cannot be matched here: full paths are equivalent
         return None
     if beyond:
         return None
@@ -99,7 +99,7 @@ def joined_selection(adapters: Sequence[Adapter], targets: Collection[str]) -> l
 
 
 def selects(selection: list[str] | str, path: str) -> bool:
-    """Say whether PEFT wraps a module for this `target_modules`.
+    """Return whether PEFT wraps a module for this `target_modules`.
 
     Raises:
         PatternError: an expression that cannot be matched in bounded time.

@@ -47,7 +47,7 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 @dataclass(frozen=True)
 class AuxiliaryFiles:
-    """Files that go along.
+    """Files that are copied with the weights.
 
     Attributes:
         files: name → the file that is copied.
@@ -82,7 +82,7 @@ def gather_auxiliary_files(
     dtype: str | None,
     index: Mapping[str, Any] | None,
 ) -> AuxiliaryFiles:
-    """Decide what goes along with the weights.
+    """Decide which files are copied with the weights.
 
     The base's files do, but for weights and its card; an adapter's tokenizer takes the place of the base's where it differs.
     """
@@ -128,7 +128,7 @@ def _check_contained(paths: Sequence[Path]) -> None:
             )
         except OSError as error:
             problems.append(f"{path}: cannot be read ({error.strerror or error}).")
-    collect(AdapterError, problems, "files that would be copied cannot be")
+    collect(AdapterError, problems, "files that must be copied cannot be read")
 
 
 def _tokenizer(

@@ -42,7 +42,7 @@ class FullTensor:
         return parts[0].to(dtype) if len(parts) == 1 else torch.stack([p.double() for p in parts]).mean(0).to(dtype)
 
     def equals(self, checkpoint: BaseCheckpoint, name: str) -> bool:
-        """Say whether a tensor of the base has these values, as far as the dtype of these can show."""
+        """Return whether a tensor of the base has these values, as far as the dtype of these can show."""
         if checkpoint.info(name).shape != self.shape or len(self.adapters) != 1:
             return False
         dtype = TORCH_DTYPES[self.adapters[0].file.tensors[self.names[0][1]].dtype]
@@ -54,7 +54,7 @@ class FullTensor:
         )
 
     def same_values(self, other: FullTensor) -> bool:
-        """Say whether two tensors have equal values."""
+        """Return whether two tensors have equal values."""
         size = math.prod(self.shape)
         return self.shape == other.shape and all(
             torch.equal(self.values(i, n, torch.float64), other.values(i, n, torch.float64))

@@ -68,7 +68,7 @@ class BakeJournal:
             if path.is_file() and not path.is_symlink() and path.stat().st_size == size:
                 self.finished[shard] = (size, sha256)
             else:
-                announce(f"{path} is made again: it is not as the earlier run that finished it has left it.")
+                announce(f"{path} is made again: it has changed since an earlier run finished it.")
         for path in self.model.iterdir():
             if path.name not in self.finished:
                 _remove(path)

@@ -100,7 +100,7 @@ def run_bake(
         force: replace a model at `out`.
         workers: threads; never change a byte.
         moments: second moments of inputs, in place of files that the recipe names. A bake with them starts from the
-            beginning when it was killed, since nothing says that the function is the same one.
+            beginning when it was killed, since it is not known whether the function is the same one.
         progress: receives the bytes done.
 
     Raises:
@@ -140,9 +140,11 @@ def _write_shards(bake: Bake, journal: BakeJournal, workers: int, progress: Prog
 
 
 def _write_heads(bake: Bake, folder: Path) -> None:
-    """Write what is kept apart, without the copies of the base's tensors that adapters hold."""
-    apart = bake.placement.apart
-    adapters = [replace(a, full_tensors={p: a.full_tensors[p] for p in apart.get(a.name, ())}) for a in bake.inventory.adapters]
+    """Write what is kept separate, without the copies of the base's tensors that adapters hold."""
+    separate = bake.placement.separate
+    adapters = [
+        replace(a, full_tensors={p: a.full_tensors[p] for p in separate.get(a.name, ())}) for a in bake.inventory.adapters
+    ]
     write_heads(adapters, Heads(), folder)
 
 

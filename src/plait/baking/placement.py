@@ -90,7 +90,7 @@ class Placement:
         changes: tensor of the base → what becomes of it.
         added: new tensors.
         untied: the output head no longer shares the input embedding's values.
-        apart: adapter → its full tensors that are kept under heads/.
+        separate: adapter → its full tensors that are kept under heads/.
         problems: everything that has no place; complete messages.
         notes: what is worth knowing.
     """
@@ -98,7 +98,7 @@ class Placement:
     changes: dict[str, TensorChange] = field(default_factory=dict)
     added: dict[str, AddedTensor] = field(default_factory=dict)
     untied: bool = False
-    apart: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    separate: dict[str, tuple[str, ...]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -145,11 +145,11 @@ class _Placing:
         for target, layout in self._layouts.items():
             parts = self._names.parts(layout.weight_name(target))
             if parts:
-                self._put(target, layout, parts)
+                self._place_delta(target, layout, parts)
             elif self._names.source_of(layout.weight_name(target)) is None:
                 lost.append(f"{target} ({self._names.why_not(layout.weight_name(target))})")
             if any(target in a.targets and a.targets[target].has_bias for a in self._inventory.adapters):
-                self._put_bias(target)
+                self._place_bias(target)
         if lost:
             shown = "\n".join(f"      {line}" for line in lost[:20])
             more = f"\n      and {len(lost) - 20} more" if len(lost) > 20 else ""
@@ -159,17 +159,19 @@ class _Placing:
                 f"look like {first!r}. Is this the base model that they were trained on?\n{shown}{more}"
             )
         for parameter, tensor in self._full.items():
-            self._put_full(parameter, tensor)
+            self._place_full(parameter, tensor)
         if self._inventory.recipe.heads.policy == "separate":
-            self._keep_apart()
+            self._keep_separate()
         if not self._result.problems:
             self._untie()
-        self._result.problems += [*self._clashes(), *self._half_resized()]
+        self._result.problems += [*self._conflicts(), *self._half_resized()]
         if not self._result.problems:
-            self._result.problems += [f"{t}: its delta has found no place" for t in sorted(set(self._layouts) - self._placed)]
+            self._result.problems += [
+                f"{t}: no tensor was found for its delta" for t in sorted(set(self._layouts) - self._placed)
+            ]
         return self._result
 
-    def _put(self, target: str, layout: Layout, parts: tuple[Part, ...]) -> None:
+    def _place_delta(self, target: str, layout: Layout, parts: tuple[Part, ...]) -> None:
         rows = 0
         try:
             for part in parts:
@@ -247,7 +249,7 @@ class _Placing:
             yield RowRange(target, i, 0, layout.d_out, i * layout.d_out, transposed=False, columns=columns)
 
     def _transposed(self, target: str, layout: Layout, shape: tuple[int, ...] | None) -> bool:
-        """Say whether a tensor stores ΔWᵀ; its shape decides, the model's code where it is square."""
+        """Return whether a tensor stores ΔWᵀ; its shape decides, the model's code where it is square."""
         if shape is None:
             return False
         flag = any(a.config.flag("fan_in_fan_out") for a in self._inventory.adapters if target in a.targets)
@@ -258,7 +260,7 @@ class _Placing:
             raise ValueError("its matrices are square, and without transformers it is not known whether they are transposed")
         return found
 
-    def _put_bias(self, target: str) -> None:
+    def _place_bias(self, target: str) -> None:
         owners = [a for a in self._inventory.adapters if target in a.targets and a.targets[target].has_bias]
         if not any(bool(a.read_part(target, "lora_B.bias").any()) for a in owners):
             return  # PEFT has a lora_bias in all layers or none
@@ -277,7 +279,7 @@ class _Placing:
         return replace(tensor, table=None) if copied else tensor
 
     def _is_copy(self, parameter: str, tensor: FullTensor) -> bool:
-        """Say whether a full tensor is the base's own: PEFT saves a copy of an embedding that LoRA adapts."""
+        """Return whether a full tensor is the base's own: PEFT saves a copy of an embedding that LoRA adapts."""
         if tensor.indices:
             return False
         parts = self._names.parts(parameter)
@@ -287,7 +289,7 @@ class _Placing:
             return False
         return tensor.equals(self._checkpoint, parts[0].tensor)
 
-    def _keep_apart(self) -> None:
+    def _keep_separate(self) -> None:
         """Find the full tensors that are kept under heads/, one set per task."""
         for adapter in self._inventory.adapters:
             kept = []
@@ -302,14 +304,14 @@ class _Placing:
                     )
                 kept.append(path)
             if kept:
-                self._result.apart[adapter.name] = tuple(kept)
-        if self._result.apart:
+                self._result.separate[adapter.name] = tuple(kept)
+        if self._result.separate:
             self._result.notes.append(
-                f"heads and other full tensors of {', '.join(self._result.apart)} are kept under heads/<name>/; the model has "
-                "the base's. heads: {policy: from, adapter: NAME} in a recipe bakes one adapter's."
+                f"heads and other full tensors of {', '.join(self._result.separate)} are kept under heads/<name>/; the model "
+                "has the base's. heads: {policy: from, adapter: NAME} in a recipe bakes one adapter's."
             )
 
-    def _put_full(self, parameter: str, tensor: FullTensor) -> None:
+    def _place_full(self, parameter: str, tensor: FullTensor) -> None:
         kind = "tokens" if tensor.indices else "replaced"
         parts = self._names.parts(parameter)
         if len(parts) > 1 or (parts and parts[0] != Part(parts[0].tensor)):
@@ -319,20 +321,20 @@ class _Placing:
         elif parts:
             shape = self._checkpoint.info(parts[0].tensor).shape
             if tensor.table is not None:
-                problem = _misfit(parameter, tensor.table, shape)
+                problem = _shape_problem(parameter, tensor.table, shape)
                 self._result.problems += [problem] if problem else []
                 self._result.add(parts[0].tensor, replaced=tensor.table)
                 shape = tensor.table.shape
-            problem = _misfit(parameter, tensor, shape)
+            problem = _shape_problem(parameter, tensor, shape)
             self._result.problems += [problem] if problem else []
             self._result.add(parts[0].tensor, **{kind: tensor})
         elif self._names.source_of(parameter) is None:
             if tensor.indices:
                 self._result.problems.append(f"{parameter}: trained token rows, but the base model has no such embedding.")
                 return
-            self._put_new(parameter, tensor)
+            self._place_new(parameter, tensor)
 
-    def _put_new(self, parameter: str, tensor: FullTensor) -> None:
+    def _place_new(self, parameter: str, tensor: FullTensor) -> None:
         """Add a task's head to the model; a parameter that no class of this model has is kept under heads/."""
         tasks = {a.config.raw.get("task_type") for a in tensor.adapters}
         if self._names.architecture is None or tasks & HEADED_TASKS:
@@ -341,7 +343,7 @@ class _Placing:
             return
         for adapter, (_, name) in zip(tensor.adapters, tensor.names, strict=True):
             path = next(p for p, n in adapter.full_tensors.items() if n == name)
-            self._result.apart[adapter.name] = (*self._result.apart.get(adapter.name, ()), path)
+            self._result.separate[adapter.name] = (*self._result.separate.get(adapter.name, ()), path)
         self._result.notes.append(
             f"{parameter} of {', '.join(a.name for a in tensor.adapters)} is not a parameter of the base model, whose code "
             "would not load it: it is kept under heads/<name>/."
@@ -350,7 +352,7 @@ class _Placing:
     def _untie(self) -> None:
         """See to tensors that the model uses twice, as input embedding and as output head: each use gets its own change.
 
-        PEFT adapts one use and leaves the other; a checkpoint can say that only with two tensors.
+        PEFT adapts one use and leaves the other; a checkpoint can express that only with two tensors.
         """
         if not self._may_touch_tied():
             return
@@ -359,7 +361,7 @@ class _Placing:
         except ArchitectureUnknown as error:
             self._result.problems.append(
                 f"an embedding is changed, and whether the model uses it as its output head too is not known: {error}. "
-                "The base's config.json may say it, too: tie_word_embeddings."
+                "Or set tie_word_embeddings in the base's config.json."
             )
             return
         for group in groups:
@@ -380,7 +382,7 @@ class _Placing:
         if stored is None or not any(uses.values()):
             return
         self._placed |= {target for use in uses.values() if use is not None for target in use.targets}
-        if self._agree(list(uses.values())):
+        if self._check_agreement(list(uses.values())):
             for name in group[1:]:
                 self._result.added.pop(name, None)
             made = [c for c in uses.values() if c is not None]
@@ -416,7 +418,7 @@ class _Placing:
         """Write the uses of a tensor that are changed otherwise than the one that owns it; the rest stay one with it.
 
         A configuration has no word for half a tie. It needs none where the loader looks at the values: transformers 5 does not
-        tie what is stored apart with other values.
+        tie what is stored separately with other values.
         """
         shape = self._checkpoint.info(stored).shape
         if any(u.replaced is not None and u.replaced.shape != shape for u in uses.values() if u is not None):
@@ -425,19 +427,19 @@ class _Placing:
                 "Save all of them (modules_to_save), or merge into an adapter instead."
             )
             return
-        apart = []
+        copies = []
         for name, change in uses.items():
             if name == owner or (change is None and uses[owner] is None):
                 continue
-            if self._agree([uses[owner], change]):
+            if self._check_agreement([uses[owner], change]):
                 self._result.added.pop(name, None)
                 continue
-            apart.append(name)
+            copies.append(name)
             if self._stored(name) is None:
                 self._result.added[name] = AddedTensor(shape, stored, change or TensorChange())
         self._result.notes.append(
-            f"{', '.join(apart)} no longer {'shares' if len(apart) == 1 else 'share'} the values of {owner} and "
-            f"{'is' if len(apart) == 1 else 'are'} written apart. transformers 5 loads that; older ones tie them all again."
+            f"{', '.join(copies)} no longer {'shares' if len(copies) == 1 else 'share'} the values of {owner} and "
+            f"{'is' if len(copies) == 1 else 'are'} stored separately. transformers 5 loads that; older ones tie them again."
         )
 
     def _stored(self, parameter: str) -> str | None:
@@ -475,8 +477,8 @@ class _Placing:
                 f"{list(wanted)}. Is this the base model that they were trained on?"
             )
 
-    def _agree(self, uses: list[TensorChange | None]) -> bool:
-        """Say whether all uses of a tensor are changed alike, so that they can stay one.
+    def _check_agreement(self, uses: list[TensorChange | None]) -> bool:
+        """Return whether all uses of a tensor are changed alike, so that they can stay one.
 
         Trained token rows always are: PEFT ties their adapter to the head where the model ties the weights.
         """
@@ -494,7 +496,7 @@ class _Placing:
         return all(self._same_delta(made[0].ranges, u.ranges) for u in made[1:])
 
     def _same_delta(self, one: tuple[RowRange, ...], two: tuple[RowRange, ...]) -> bool:
-        """Say whether two targets have equal deltas in every adapter: with a linear method they are merged alike."""
+        """Return whether two targets have equal deltas in every adapter: with a linear method they are merged alike."""
         if one and not pipeline_of(self._inventory.recipe).is_linear:
             return False
         return all(_same_factors(adapter, p, q) for p, q in zip(one, two, strict=True) for adapter in self._inventory.adapters)
@@ -516,7 +518,7 @@ class _Placing:
                 )
         return problems
 
-    def _clashes(self) -> list[str]:
+    def _conflicts(self) -> list[str]:
         problems = []
         for tensor, change in self._result.changes.items():
             if change.tokens is not None and (change.ranges or change.replaced != change.tokens.table):
@@ -530,7 +532,7 @@ class _Placing:
         return problems
 
 
-def _misfit(parameter: str, tensor: FullTensor, shape: tuple[int, ...]) -> str | None:
+def _shape_problem(parameter: str, tensor: FullTensor, shape: tuple[int, ...]) -> str | None:
     if tensor.indices:
         if tensor.shape[1:] != shape[1:] or max(tensor.indices) >= shape[0]:
             return (

@@ -134,7 +134,7 @@ class BakePlan(Record):
         adapters: names, in order.
         target_modules: how many find their place.
         shards: the files.
-        carried: other files that go along → where they come from.
+        carried: other files that are copied → where they come from.
         output_bytes: size of all shards.
         peak_bytes: estimated working memory above the interpreter with torch.
         notes: what else is worth knowing.
@@ -164,7 +164,7 @@ class Bake:
         checkpoint: the base.
         placement: where everything goes.
         shards: what is written.
-        auxiliary: what goes along.
+        auxiliary: files that are copied with the weights.
         device: where blocks are added up.
         plan: all of this as a record.
     """

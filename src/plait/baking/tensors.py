@@ -68,7 +68,7 @@ class ShardTensorBuilder:
             block = self._base(tensor, start * columns, (stop - start) * columns, exact).view(-1, columns)
             for add in adders:
                 add(block, start)
-            self._put_tokens(tensor, block, start)
+            self._write_token_rows(tensor, block, start)
             out = block.to(dtype).cpu()
             if not all_finite(out):
                 self._check(tensor, block)
@@ -131,7 +131,7 @@ class ShardTensorBuilder:
 
             yield add
 
-    def _put_tokens(self, tensor: OutTensor, block: Tensor, start: int) -> None:
+    def _write_token_rows(self, tensor: OutTensor, block: Tensor, start: int) -> None:
         tokens = tensor.change.tokens
         if tokens is None:
             return

@@ -29,7 +29,7 @@ from plait.results.lock import LOCK, read_lock
 from plait.results.progress import Progress
 from plait.tensorfiles.reader import TensorFile
 
-_SAY_IT = "Say what is to be taken out: --weight."
+_GIVE_WEIGHT = "Give the weight to take out: --weight."
 _PLAIN = ("linear", "cat", "task_arithmetic")  # a weight there is the coefficient
 
 
@@ -113,17 +113,17 @@ def _weight_of_lock(model: str, adapter: Adapter) -> float:
     """
     folder = resolve_model(model, files=("*.safetensors", "*.json", LOCK)).folder
     has_lock = os.path.lexists(folder / LOCK)
-    lock = read_lock(folder, advice=_SAY_IT) if has_lock else None
+    lock = read_lock(folder, advice=_GIVE_WEIGHT) if has_lock else None
     if lock is None or lock.kind != "bake":
         return 1.0
     file, digest = adapter.file.path.name, adapter.sha256()
     name = next((n for n, entry in lock.inputs.items() if entry.files.get(file) == digest), None)
     if name is None:
         raise PlanError(
-            f"{model}: its {LOCK} says that {', '.join(map(repr, lock.inputs))} went into it, and {adapter.folder} is none of "
+            f"{model}: the inputs in its {LOCK} are {', '.join(map(repr, lock.inputs))}, and {adapter.folder} is not one of "
             "these. To subtract it all the same, give --weight."
         )
-    recipe = as_record(Recipe, lock.recipe, str(folder / LOCK), AdapterError, what="a recipe", advice=_SAY_IT)
+    recipe = as_record(Recipe, lock.recipe, str(folder / LOCK), AdapterError, what="a recipe", advice=_GIVE_WEIGHT)
     if recipe.method_name not in _PLAIN or recipe.weights is not None or recipe.transforms:
         raise PlanError(
             f"{model}: its {LOCK} says that {name!r} was not baked in as a plain weighted delta (method "
@@ -154,13 +154,13 @@ def _original(text: str, baked: BaseCheckpoint) -> BaseCheckpoint:
 def _remaining(after: BaseCheckpoint, before: BaseCheckpoint) -> Residual:
     """Compare two models of the same tensors."""
     distances = {n: tensor_distance(_file(after, n), _file(before, n), n) for n in sorted(after.home)}
-    apart = {n: distance for n, distance in distances.items() if distance.unequal}
-    where = max(apart, key=lambda n: apart[n].largest, default=None)
+    unequal_tensors = {n: distance for n, distance in distances.items() if distance.unequal}
+    where = max(unequal_tensors, key=lambda n: unequal_tensors[n].largest, default=None)
     return Residual(
-        tensors=len(apart),
-        unequal=sum(g.unequal for g in apart.values()),
+        tensors=len(unequal_tensors),
+        unequal=sum(g.unequal for g in unequal_tensors.values()),
         entries=sum(g.entries for g in distances.values()),
-        largest=apart[where].largest if where is not None else 0.0,
+        largest=unequal_tensors[where].largest if where is not None else 0.0,
         where=where,
     )
 

@@ -35,7 +35,7 @@ class _StoppedError(Exception):
 
 @dataclass
 class ShardWriter:
-    """Writes shards into a workshop.
+    """Writes shards into the folder of a `BakeJournal`.
 
     Attributes:
         checkpoint: the base.
@@ -68,7 +68,7 @@ class ShardWriter:
                     for done in [pool.submit(self._check, s) for s in shards if s.name in self.journal.finished]:
                         done.result()
                     todo = deque(s for s in shards if s.name not in self.journal.finished)
-                    self._work_off(todo, opened, pool, flushing)
+                    self._process_jobs(todo, opened, pool, flushing)
                 except BaseException:
                     self._stop.set()
                     raise
@@ -78,7 +78,7 @@ class ShardWriter:
             self.progress.finish()
         return {s.name: self.journal.finished[s.name][1] for s in shards}
 
-    def _work_off(
+    def _process_jobs(
         self, todo: deque[OutShard], opened: list[_Open], pool: ThreadPoolExecutor, flushing: ThreadPoolExecutor
     ) -> None:
         """Keep all threads busy with jobs of as many files as there are threads.
@@ -92,7 +92,7 @@ class ShardWriter:
                 opened.append(self._open(todo.popleft()))
             while len(running) < self.workers + 1 and (ready := [o for o in opened if o.jobs]):
                 one = min(ready, key=lambda o: o.running)
-                running[pool.submit(self._do, one.jobs.popleft(), one)] = one
+                running[pool.submit(self._run_job, one.jobs.popleft(), one)] = one
                 one.running += 1
             for one in opened:
                 if not one.running and not one.jobs and one not in flushed.values():
@@ -106,7 +106,7 @@ class ShardWriter:
                 opened.remove(one)
                 one.close(keep=True)
 
-    def _do(self, job: _Job, one: _Open) -> None:
+    def _run_job(self, job: _Job, one: _Open) -> None:
         """Do one job of a file, and hash as far as the file is complete now."""
         job.do(one.handle)
         for start, count in job.pieces:
@@ -114,7 +114,7 @@ class ShardWriter:
         one.digest.catch_up()
 
     def _check(self, shard: OutShard) -> None:
-        """See whether a shard of an earlier run is what its journal says."""
+        """Return whether a shard of an earlier run is as its journal records."""
         if sha256(self.journal.model / shard.name) == self.journal.finished[shard.name][1]:
             self._advance(shard.size)
         else:
@@ -154,10 +154,12 @@ class ShardWriter:
         for tensor in shard.tensors:
             if not tensor.copied:
                 groups.setdefault(frozenset(tensor.change.targets) or tensor.name, []).append(tensor)
-        jobs += [_Job(partial(self._make, group), tuple((t.start, t.nbytes) for t in group)) for group in groups.values()]
+        jobs += [
+            _Job(partial(self._make_tensor, group), tuple((t.start, t.nbytes) for t in group)) for group in groups.values()
+        ]
         return sorted(jobs, key=lambda job: job.pieces)
 
-    def _make(self, tensors: Sequence[OutTensor], handle: int) -> None:
+    def _make_tensor(self, tensors: Sequence[OutTensor], handle: int) -> None:
         targets = tensors[0].change.targets
         merges = {t: ModuleMerge(self.combiner, self.inventory, t) for t in targets}
         for tensor in tensors:

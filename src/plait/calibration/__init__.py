@@ -1,1 +1,1 @@
-"""What adapters see and say: texts, the tokens they become, second moments of inputs, and the adapters' own answers."""
+"""Inputs and outputs of adapters: texts, the tokens they become, second moments of inputs, and the adapters' own answers."""

@@ -41,10 +41,10 @@ def encode_texts(mixture: Mixture, texts: Texts, adapter: str, *, answered: bool
         rows = tokenizer([str(p) for p in texts.prompts], **cut)["input_ids"]
         check_lengths(model, [len(r) for r in rows])
         return tuple(Passage(tuple(r)) for r in rows)
-    apart = bool(getattr(config, "is_encoder_decoder", False))
-    answered = answered or apart
+    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    answered = answered or encoder_decoder
     answers = texts.choices if answered or isinstance(task.ask, TargetLikelihood) else [()] * len(texts.prompts)
-    questions = PromptEncoder(tokenizer, task, apart=apart).encode(texts.prompts, answers)
+    questions = PromptEncoder(tokenizer, task, encoder_decoder=encoder_decoder).encode(texts.prompts, answers)
     check_lengths(model, [len(q.prompt) + max(map(len, q.answers), default=0) for q in questions])
     chosen: list[list[int]] = [[] for _ in questions]
     if isinstance(task.ask, TargetLikelihood):

@@ -42,7 +42,7 @@ class InputMoments:
         self._most = most_rows
         self._offset = random.Random(f"tokens {seed}").random()
         self._share = share
-        self._taken: dict[str, _Taken] = {}
+        self._taken: dict[str, _ModuleInputs] = {}
         self._source: dict[str, str] = {}  # path → path under which its inputs are kept
         self._last: tuple[str, Any] = ("", None)
 
@@ -78,14 +78,14 @@ class InputMoments:
             if source != path:  # other modules were run in between: a tensor of the same values, which cannot be seen
                 source = self._source[path] = path
             if path not in self._taken:
-                self._taken[path] = _Taken(self._most, self._offset, self._share)
+                self._taken[path] = _ModuleInputs(self._most, self._offset, self._share)
             self._taken[path].take(_rows(module, x))
             self._last = (path, x)
 
         return take
 
 
-class _Taken:
+class _ModuleInputs:
     """The inputs of one module so far: rows, or their sum of x xᵀ."""
 
     def __init__(self, most: int, offset: float, share: float) -> None:

@@ -1,6 +1,6 @@
 """What a model reads and the positions at which it answers: the same tokens for teachers, moments and learning.
 
-Differentiable, unlike the log-likelihoods of `evaluation`, and without a cache: every passage is read whole. Passages of a
+Differentiable, unlike the log-likelihoods of `evaluation`, and without a cache: every passage is read completely. Passages of a
 causal model are padded on the right without a mask, which is exact (no position sees a later one) and faster than a mask.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from plait.evaluation.likelihood import decoder_start
 
-PAD = 0  # any token: what stands on padded positions is never looked at
+PAD = 0  # any token: padded positions are masked
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Passage:
     Attributes:
         prompt: read by the model, or by the encoder of an encoder-decoder model; never empty.
         answer: the tokens whose distributions are compared; empty for a classification head.
-        lead: what a decoder of its own reads before the answer, behind its start token.
+        lead: what a decoder of its own reads before the answer, after its start token.
     """
 
     prompt: tuple[int, ...]
@@ -55,14 +55,14 @@ class Reader:
     def __init__(self, model: Any, *, head: bool = False) -> None:
         self._model = model
         self._head = head
-        self._apart = bool(getattr(model.config, "is_encoder_decoder", False))
+        self._encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
 
     def logits(self, passages: Sequence[Passage]) -> Tensor:
         """Return the scores of the next token at every position of every answer, in order: (Σ positions, V) float32."""
         return self._run(passages)[0]
 
     def states(self, passages: Sequence[Passage]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the same scores, and the hidden states behind every layer at the same positions, (Σ positions, d) each."""
+        """Return the same scores, and the hidden states after every layer at the same positions, (Σ positions, d) each."""
         return self._run(passages, output_hidden_states=True)
 
     def _run(self, passages: Sequence[Passage], **more: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -86,12 +86,12 @@ class Reader:
         self.logits(passages)
 
     def _sequence(self, passage: Passage) -> tuple[int, ...]:
-        """Return the tokens behind whose last ones the answers' distributions are."""
-        said = passage.answer[:-1]
-        return (decoder_start(self._model), *passage.lead, *said) if self._apart else (*passage.prompt, *said)
+        """Return the tokens that the model reads; the answer's distributions are at the last positions."""
+        answer = passage.answer[:-1]
+        return (decoder_start(self._model), *passage.lead, *answer) if self._encoder_decoder else (*passage.prompt, *answer)
 
     def _inputs(self, passages: Sequence[Passage], ids: Tensor) -> dict[str, Tensor]:
-        if not self._apart:
+        if not self._encoder_decoder:
             return {"input_ids": ids}
         prompts, mask = _padded([p.prompt for p in passages], ids.device)
         return {"input_ids": prompts, "attention_mask": mask, "decoder_input_ids": ids}
@@ -108,7 +108,7 @@ def _answers(passages: Sequence[Passage], lengths: Sequence[int], device: torch.
 
 @contextmanager
 def _only(model: Any, rows: Tensor, columns: Tensor) -> Iterator[bool]:
-    """Let the output layer see some positions only, as (1, N, width); the value says whether it can be done.
+    """Let the output layer see some positions only, as (1, N, width); the value is whether it can be done.
 
     Scores of all positions over the vocabulary are by far the largest tensor of a forward pass, and nearly all unused.
     """

@@ -1,4 +1,4 @@
-"""What a calibration did, as it is kept beside its moments in `calibration.json`."""
+"""What a calibration did, as it is kept next to its moments in `calibration.json`."""
 
 from __future__ import annotations
 

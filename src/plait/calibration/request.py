@@ -32,7 +32,7 @@ MISMATCH = "these tasks and adapters do not suit each other"
 #: Raised by every change of plait after which moments of the same texts may be others.
 MOMENTS_VERSION = 1
 _SHOWN = 3
-_BESIDE = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")  # files beside a base's weights that decide what it computes
+_MODEL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")  # files next to a base's weights that decide what it computes
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class CalibrationRequest:
     def base_files(self) -> dict[str, str]:
         """Name → sha256 of the base's weights, configuration, tokenizer and own code."""
         folder = self.base.folder
-        others = sorted(p for pattern in _BESIDE for p in folder.glob(pattern) if p.is_file())
+        others = sorted(p for pattern in _MODEL_FILES for p in folder.glob(pattern) if p.is_file())
         return {p.name: sha256(p) for p in [*weight_files(folder), *others]}
 
     @cached_property
@@ -130,7 +130,7 @@ class CalibrationRequest:
         )
 
     def plan(self) -> CalibrationPlan:
-        """Say what would be done."""
+        """Return what would be done."""
         layouts = self.inventory.layouts
         size = 4 * sum(layouts[t].d_in * min(layouts[t].d_in, self.spec.tokens) for t in self.targets)
         return CalibrationPlan(

@@ -49,7 +49,7 @@ class OutputDistributions:
 
 
 def keep_distributions(logits: Tensor, *, positions: int) -> OutputDistributions:
-    """Keep what logits say, (N, V) → distributions; `positions` of a whole task decide whether all entries fit in memory."""
+    """Turn logits into distributions, (N, V); `positions` of a complete task decide whether all entries fit in memory."""
     log_p = logits.log_softmax(-1)
     if positions * log_p.shape[-1] * 4 <= _MOST_BYTES:
         return OutputDistributions(log_p)
@@ -81,18 +81,18 @@ def teacher_distributions(
     with torch.inference_mode():
         for at in range(0, len(order), batch_size):
             batch = order[at : at + batch_size]
-            said = keep_distributions(reader.logits([passages[i] for i in batch]), positions=total)
+            distributions = keep_distributions(reader.logits([passages[i] for i in batch]), positions=total)
             start = 0
             for i in batch:
                 stop = start + passages[i].positions
-                found[i] = said.rows(range(start, stop))
+                found[i] = distributions.rows(range(start, stop))
                 start = stop
             report(len(batch))
     return concatenated([a for a in found if a is not None])
 
 
 def concatenated(parts: Sequence[OutputDistributions]) -> OutputDistributions:
-    """Return the rows of several, one behind the other."""
+    """Return the rows of several, one after the other."""
     index = [a.index for a in parts if a.index is not None]
     return OutputDistributions(torch.cat([a.log_p for a in parts]), torch.cat(index) if index else None)
 

@@ -115,13 +115,13 @@ def texts_in_split(texts: Texts, split: SplitName) -> list[int]:
     task = texts.task
     if split not in task.splits:
         return []
-    asked = set(_questions(task, prompts_of(task, read_rows(task, split))))
+    questions_of_split = set(_questions(task, prompts_of(task, read_rows(task, split))))
     own = _questions(task, zip(texts.prompts, texts.choices, strict=True))
-    return [i for i, question in enumerate(own) if question in asked]
+    return [i for i, question in enumerate(own) if question in questions_of_split]
 
 
 def _questions(task: RowTask, pairs: Iterable[tuple[Prompt, tuple[str, ...]]]) -> list[str]:
-    """Return the hash of what is asked, as `Example.question` has it, of (prompt, choices)."""
+    """Return the hash of (prompt, choices), as `Example.question` has it."""
     if isinstance(task.ask, TargetLikelihood):  # whose text is the target
         return [Example.of(prompt, text).question for prompt, (text,) in pairs]
     return [Example.of(prompt, "", choices).question for prompt, choices in pairs]

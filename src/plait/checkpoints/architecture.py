@@ -32,7 +32,7 @@ class Part:
 
     Attributes:
         tensor: name in the checkpoint.
-        expert: which matrix of a stack; None for the whole parameter, or for rows of a single matrix.
+        expert: which matrix of a stack; None for the complete parameter, or for rows of a single matrix.
         start: its first row in the parameter's matrix.
         row: the index of that row in the tensor.
         rows: how many; None for all that the tensor has.

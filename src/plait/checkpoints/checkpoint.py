@@ -143,7 +143,7 @@ class BaseCheckpoint:
             return checkpoint._plain()
         raise PlanError(
             f"{folder}: the base model is quantized ({found.description}). "
-            f"{quantization_advice(found.method, asked=dequantize)}"
+            f"{quantization_advice(found.method, requested=dequantize)}"
         )
 
     @property
@@ -157,7 +157,7 @@ class BaseCheckpoint:
         return has_conv1d(self.config, {n: s.file.tensors[n].shape for n, s in self.home.items()})
 
     def info(self, tensor: str) -> TensorInfo:
-        """Return what the header says of a tensor."""
+        """Return a tensor's entry in the header."""
         return self.home[tensor].file.tensors[tensor]
 
     @property
@@ -170,7 +170,7 @@ class BaseCheckpoint:
         return [f"{made} tensors of the base model are quantized, and are dequantized as they are read."] if made else []
 
     def is_computed(self, tensor: str) -> bool:
-        """Say whether a tensor's values are made as they are read (dequantized, put in order): no bytes of it can be copied."""
+        """Return whether a tensor's values are computed when read (dequantized, put in order): its bytes cannot be copied."""
         return not self.home[tensor].file.is_in_order(tensor)
 
     def values(self, tensor: str, first: int, count: int) -> Tensor:

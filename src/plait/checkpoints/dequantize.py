@@ -148,7 +148,7 @@ class PlainFile(SafetensorsFile):
         self.tensors = tensors
 
     def is_in_order(self, name: str) -> bool:
-        """Say whether a tensor's bytes can be copied: those of a computed one are another's."""
+        """Return whether a tensor's bytes can be copied: those of a computed one are another's."""
         return name not in self.computed
 
     def values(self, name: str, first: int, count: int) -> Tensor:

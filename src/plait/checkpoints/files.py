@@ -18,7 +18,7 @@ MODEL_CONFIG = "config.json"
 # the input embedding, and the head that reads its values where a model ties the two
 INPUT_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|shared|embed_in|word_embeddings)\.weight")
 OUTPUT_HEAD = re.compile(r"(.*\.)?(lm_head|embed_out)\.weight")
-_AGAIN = "Fetch the base model again."
+_FETCH_AGAIN = "Fetch the base model again."
 
 
 class WeightFiles(NamedTuple):
@@ -64,17 +64,17 @@ def read_index(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
     Raises:
         AdapterError: it is not an index, names no tensor, or names a file in another folder.
     """
-    index = read_object(path, AdapterError, advice=_AGAIN, constants=True)
+    index = read_object(path, AdapterError, advice=_FETCH_AGAIN, constants=True)
     found = index.get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise AdapterError(f"{path}: 'weight_map' must map names of tensors to names of files. {_AGAIN}")
+        raise AdapterError(f"{path}: 'weight_map' must map names of tensors to names of files. {_FETCH_AGAIN}")
     if not found:
-        raise AdapterError(f"{path}: names no tensor. {_AGAIN}")
+        raise AdapterError(f"{path}: names no tensor. {_FETCH_AGAIN}")
     outside = next((name for name in found.values() if Path(name).name != name or name in ("", ".", "..")), None)
     if outside is not None:
         raise AdapterError(f"{path}: names {shown(outside)}, which is not a file in the same folder.")
     if not isinstance(index.get("metadata") or {}, dict):
-        raise AdapterError(f"{path}: 'metadata' must be a mapping. {_AGAIN}")
+        raise AdapterError(f"{path}: 'metadata' must be a mapping. {_FETCH_AGAIN}")
     return index, found
 
 

@@ -22,7 +22,7 @@ class Prefix:
         return self.added + name.removeprefix(self.removed)
 
     def applies(self, name: str) -> bool:
-        """Say whether a name begins with what is to be removed."""
+        """Return whether a name begins with what is to be removed."""
         return name.startswith(self.removed)
 
 
@@ -72,12 +72,12 @@ class ParameterFinder:
         return (name, architecture.tied[name]) if name in architecture.tied else None
 
     def is_transposed(self, module: str) -> bool | None:
-        """Say whether the code stores a module's parameters as (d_in, d_out); None when it cannot be asked."""
+        """Return whether the code stores a module's parameters as (d_in, d_out); None when it cannot be asked."""
         architecture = self.architecture
         return None if architecture is None else self._in_code(module, architecture) in architecture.transposed
 
     def why_not(self, parameter: str) -> str:
-        """Say why a parameter was not found."""
+        """Report why a parameter was not found."""
         if self._unknown is not None:
             return f"no tensor has its name, and {self._unknown}"
         if (

@@ -57,16 +57,16 @@ def quantization(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     return None
 
 
-def quantization_advice(method: str | None, *, asked: bool) -> str:
+def quantization_advice(method: str | None, *, requested: bool) -> str:
     """Return what to do about a quantized base.
 
     Args:
         method: how it is quantized, where that is known.
-        asked: that it be dequantized.
+        requested: that it be dequantized.
     """
     if method in QUANTIZED_FORMATS:
         return f"{_ORIGINAL}; or bake the plain model that it encodes (bake --dequantize)."
-    why = f"--dequantize knows {' and '.join(QUANTIZED_FORMATS)}: {_REASONS.get(method or '', _OTHER)}. " if asked else ""
+    why = f"--dequantize knows {' and '.join(QUANTIZED_FORMATS)}: {_REASONS.get(method or '', _OTHER)}. " if requested else ""
     return (
         f"{why}{_ORIGINAL}; or load it where its library runs, dequantize it there (model.dequantize() or "
         "quantization_config=…(dequantize=True), then save_pretrained) and give that folder."

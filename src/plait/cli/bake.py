@@ -35,7 +35,7 @@ def bake(
     ] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="Where deltas are added up: cpu, cuda, …")] = "cpu",
     dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Take a quantized base (fp8, mxfp4) for the plain model it stands for.")
+        bool, typer.Option("--dequantize", help="Read a quantized base (fp8, mxfp4) as the plain model that it encodes.")
     ] = False,
     check: Annotated[
         Path | None,
@@ -50,7 +50,7 @@ def bake(
     writing: Writing,
     keys: Keys,
 ) -> None:
-    """Write base model + adapters as a full model, shard by shard; killed, the same command goes on.
+    """Write base model + adapters as a full model, shard by shard; killed, the same command continues.
 
     Example: plait bake math=./a code=./b --weights 0.7 0.3 --base-id org/model -o model
     """
@@ -109,7 +109,7 @@ def show_bake_plan(plan: BakePlan, out: Path) -> None:
         table.add_row(shard.name, size(shard.size), size(shard.copied), _changed(shard.tensors))
     console().print(table)
     carried = ", ".join(f"{name} ({source})" if source != "base" else name for name, source in plan.carried.items())
-    console().print(f"\ngoes along: {carried or 'nothing'}", markup=False)
+    console().print(f"\nalso copied: {carried or 'nothing'}", markup=False)
     console().print(
         f"{plan.target_modules} target modules, each in its place · {size(plan.output_bytes)} to write, "
         f"{size(free_space(out)[1])} free · about {size(plan.peak_bytes)} of memory"

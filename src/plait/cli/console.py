@@ -40,7 +40,7 @@ class _Console(Console):
             yield segment if segment.control else segment._replace(text=_COMMANDS.sub(_escaped, segment.text))
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Return text with its markup; text with brackets that are no markup as it stands."""
+        """Return text with its markup; text whose brackets are not markup stays as it is."""
         try:
             return super().render_str(text, **options)
         except MarkupError:
@@ -80,7 +80,7 @@ def print_json(value: Any) -> None:
     """Print one JSON object on stdout: as it is where the stream has Unicode, with JSON's escapes elsewhere."""
     has_unicode = str(sys.stdout.encoding).lower().replace("-", "") in ("utf8", "utf16", "utf32")
     text = json.dumps(value, indent=2, ensure_ascii=not has_unicode)
-    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")  # of a name that is no text
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")  # of a name that is not valid Unicode
 
 
 @contextmanager

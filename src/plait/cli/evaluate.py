@@ -60,7 +60,7 @@ def evaluate(
     writing: Writing,
     keys: Keys,
 ) -> None:
-    """Say what a merge kept of every adapter, task by task, beside the base model and each task's own adapter.
+    """Report what a merge kept of every adapter, task by task, next to the base model and each task's own adapter.
 
     Example: plait eval recipe.yaml --tasks tasks/intent.yaml tasks/langid.yaml --matrix
     """

@@ -27,7 +27,7 @@ def extract(
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Embeddings too, as lora_embedding.")] = False,
     modules_to_save: Annotated[
         bool,
-        typer.Option("--modules-to-save", help="Keep whole what cannot be a LoRA: norms, and biases as lora_bias."),
+        typer.Option("--modules-to-save", help="Keep in full what cannot be a LoRA: norms, and biases as lora_bias."),
     ] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     layout: Annotated[str, typer.Option(help="uniform: one rank for all modules; pattern: each its own.")] = "uniform",
@@ -70,7 +70,7 @@ def _show(result: ExtractResult) -> None:
     written = sum(p.stat().st_size for p in result.folder.rglob("*") if p.is_file())
     console.print(f"{len(record.modules)} target modules · rank {record.rank} · {size(written)} · {record.seconds:.1f} s")
     if all(m.result == "exact" for m in record.modules):
-        console.print("[green]exact[/green]: the factors hold these modules whole")
+        console.print("[green]exact[/green]: the factors hold these modules exactly")
     else:
         console.print(f"[yellow]truncated[/yellow]: {record.kept:.2%} of the energy ‖ΔW‖² of these modules is kept")
         show_energy(record.modules)
@@ -84,13 +84,13 @@ def _show(result: ExtractResult) -> None:
 
 
 def _show_leftovers(record: ExtractRecord) -> None:
-    """Say what else changed: kept whole, or lost, with the way to keep it."""
+    """Report what else changed: kept in full, or lost, with the way to keep it."""
     from plait.cli.console import out
 
     kept = [x for x in record.leftovers if x.kept]
     lost = [x for x in record.leftovers if not x.kept]
     if kept:
-        out().print(f"kept whole: {len(kept)} changed tensors, such as {kept[0].tensor}", markup=False)
+        out().print(f"kept in full: {len(kept)} changed tensors, such as {kept[0].tensor}", markup=False)
     if not lost:
         return
     hint = f"; {' and '.join(record.would_keep_more)} would keep more" if record.would_keep_more else ""

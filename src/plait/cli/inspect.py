@@ -42,7 +42,7 @@ def inspect(
     workers: Workers = None,
     json: Json = False,
 ) -> None:
-    """Say what adapters are, how they relate, and whether they can be merged.
+    """Report what adapters are, how they relate, and whether they can be merged.
 
     Example: plait inspect math=./a code=org/repo@main/checkpoint-100
     """
@@ -86,13 +86,13 @@ def _headline(inspection: Inspection) -> Text:
 
 
 def _verdict(inspection: Inspection) -> RenderableType:
-    """Say first whether, then why: problems, what the numbers mean, what else there is to know."""
+    """Report whether, then why: problems, what the numbers mean, what else there is to know."""
     verdict, several = inspection.compatibility, len(inspection.adapters) > 1
     lines = Table.grid(padding=(0, 1))
     lines.add_column(width=1)
     lines.add_column()
     if verdict.can_merge:
-        lines.add_row(Text("✓", "bold green"), Text(_can(inspection), "bold green"))
+        lines.add_row(Text("✓", "bold green"), Text(_merge_verdict(inspection), "bold green"))
     else:
         words = "They cannot be merged as they are." if several else "It cannot be merged as it is."
         lines.add_row(Text("✗", "bold red"), Text(words, "bold red"))
@@ -106,9 +106,9 @@ def _verdict(inspection: Inspection) -> RenderableType:
     return lines
 
 
-def _can(inspection: Inspection) -> str:
+def _merge_verdict(inspection: Inspection) -> str:
     if len(inspection.adapters) == 1:
-        return "Nothing stands in the way of merging it with other adapters of its base model."
+        return "It can be merged with other adapters of its base model."
     verdict = inspection.compatibility
     if verdict.common == verdict.modules:
         return f"They can be merged: all have the same {verdict.modules} target modules."
@@ -120,7 +120,7 @@ def _sentence(text: str) -> str:
 
 
 def _adapters(adapters: Sequence[AdapterReport], width: int) -> Iterator[RenderableType]:
-    """Draw one row per adapter; columns that a narrow terminal has no room for are left out, the least telling first."""
+    """Draw one row per adapter; columns that do not fit a narrow terminal are left out, the least important first."""
     columns: list[tuple[str, int, Callable[[AdapterReport], str]]] = [
         ("kind", 0, lambda a: a.kind + (" + bias" if a.lora_bias else "")),
         ("rank", 0, lambda a: _listed(a.ranks)),
@@ -154,11 +154,11 @@ def _targets(adapters: Sequence[AdapterReport]) -> Iterator[RenderableType]:
     lines = Table.grid(padding=(0, 2))
     lines.add_column(style="dim", no_wrap=True)
     lines.add_column()
-    said = [_targets_words(a) for a in adapters]
-    if len(set(said)) == 1:
-        lines.add_row("adapts", said[0])
+    targets = [_targets_words(a) for a in adapters]
+    if len(set(targets)) == 1:
+        lines.add_row("adapts", targets[0])
     else:
-        for number, words in enumerate(said, 1):
+        for number, words in enumerate(targets, 1):
             lines.add_row(f"{number} adapts", words)
     for number, adapter in enumerate(adapters, 1):
         if adapter.full_tensors:
@@ -184,7 +184,7 @@ class _Measure(NamedTuple):
         rows: the lower triangle, without its first, empty row.
         unrelated: what unrelated adapters would show.
         cell: width of a value.
-        width: of the whole.
+        width: in columns, in all.
     """
 
     title: str
@@ -259,7 +259,7 @@ def _heat(value: float, warm: float, hot: float) -> str:
 
 
 def _strips(inspection: Inspection, width: int) -> Iterator[RenderableType]:
-    """Draw size and disagreement along the layers of every tower; what stands outside of layers is listed."""
+    """Draw size and disagreement along the layers of every tower; modules outside of layers are listed."""
     layers = inspection.comparison.layers if inspection.comparison else _alone(inspection.adapters[0])
     names = [a.name for a in inspection.adapters]
     for tower in dict.fromkeys(layer.tower for layer in layers if layer.tower):
@@ -292,7 +292,7 @@ def _alone(adapter: AdapterReport) -> tuple[LayerComparison, ...]:
 
 def _strip(tower: str, layers: Sequence[LayerComparison], names: Sequence[str], width: int) -> Table:
     label = max(len("sign conflict"), *(min(_LABEL, len(name)) + 3 for name in names))
-    room = max(8, width - label - 18)
+    width = max(8, width - label - 18)
     table = _table()
     table.add_column("", width=label, no_wrap=True)
     table.add_column(f"layers of {tower}", no_wrap=True)
@@ -301,25 +301,25 @@ def _strip(tower: str, layers: Sequence[LayerComparison], names: Sequence[str], 
     low, high = min((min(row) for row in norms if any(row)), default=0.0), max(max(row) for row in norms)
     for number, (name, row) in enumerate(zip(names, norms, strict=True), 1):
         if any(row):
-            bars = Text(_bars(row, low, high, room), "cyan")
+            bars = Text(_bars(row, low, high, width), "cyan")
             table.add_row(_name(number, name), bars, Text(f"‖ΔW‖ {_range([_short(min(row)), _short(max(row))])}", "dim"))
         else:
             table.add_row(_name(number, name), Text("nothing here", "dim"))
     conflicts = [_mean(_below_diagonal(layer.conflict)) for layer in layers]
     known = [100 * c for c in conflicts if c is not None]
     if known:
-        bars = Text(_bars(conflicts, min(known) / 100, max(known) / 100, room), "magenta")
+        bars = Text(_bars(conflicts, min(known) / 100, max(known) / 100, width), "magenta")
         table.add_row("sign conflict", bars, Text(f"{_range([f'{min(known):.0f}', f'{max(known):.0f}'])} %", "dim"))
-    table.add_row("", Text(_ruler([layer.index or 0 for layer in layers], room), "dim"), "")
+    table.add_row("", Text(_ruler([layer.index or 0 for layer in layers], width), "dim"), "")
     return table
 
 
-def _bars(values: Sequence[float | None], low: float, high: float, room: int) -> str:
-    """Return one to three cells per value, or one per group of neighbors where there is no room; a blank for None.
+def _bars(values: Sequence[float | None], low: float, high: float, width: int) -> str:
+    """Return one to three cells per value, or one per group of neighbors where they do not fit; a blank for None.
 
     Bars grow from `low` to `high`, or from 0.8 · `high` if that is lower: a difference of a few per cent is none to see.
     """
-    repeat, per_cell = _layout(len(values), room)
+    repeat, per_cell = _layout(len(values), width)
     low = min(low, 0.8 * high)
     bars = ""
     for i in range(0, len(values), per_cell):
@@ -329,11 +329,11 @@ def _bars(values: Sequence[float | None], low: float, high: float, room: int) ->
     return bars
 
 
-def _ruler(indices: Sequence[int], room: int) -> str:
+def _ruler(indices: Sequence[int], width: int) -> str:
     """Return the numbers of some layers, each under the first cell of its bar."""
-    repeat, per_cell = _layout(len(indices), room)
+    repeat, per_cell = _layout(len(indices), width)
     line, last = "", len(indices) - 1
-    end = last // per_cell * repeat  # where the last layer's number stands
+    end = last // per_cell * repeat  # where the last layer's number is written
     for i, index in enumerate(indices):
         at = i // per_cell * repeat
         fits = not line or (at >= len(line) + 2 and at + len(str(index)) + 2 <= end)
@@ -342,9 +342,9 @@ def _ruler(indices: Sequence[int], room: int) -> str:
     return line
 
 
-def _layout(count: int, room: int) -> tuple[int, int]:
+def _layout(count: int, width: int) -> tuple[int, int]:
     """Return how many cells one value takes, and how many values one cell."""
-    return (min(3, room // count), 1) if count <= room else (1, -(-count // room))
+    return (min(3, width // count), 1) if count <= width else (1, -(-count // width))
 
 
 def _outside(layers: Sequence[LayerComparison], names: Sequence[str]) -> Table:

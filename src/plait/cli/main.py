@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _hide_deprecations() -> None:
-    """Keep to themselves what libraries say of each other's use, which is nothing that a user can change."""
+    """Hide libraries' warnings about each other, which a user cannot act on."""
     if not sys.warnoptions:  # PYTHONWARNINGS, or -W: whoever asks for warnings gets them
         for library in _LIBRARIES:
             warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}(\.|$)")
@@ -132,7 +132,7 @@ def _run(arguments: list[str], *, wants_traceback: bool) -> int:
         return 2
     except StreamError:
         raise
-    except Exception as error:  # a bug of ours: say so, with what a report needs
+    except Exception as error:  # a bug in plait: print what a report needs
         traceback.print_exc()
         typer.echo(f"\nThis is a bug in plait {__version__}: {type(error).__name__}. Please report the lines above.", err=True)
         return 1

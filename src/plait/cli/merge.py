@@ -197,16 +197,16 @@ def show_result(result: MergeResult) -> None:
 
     console, record = out(), result.record
     names = " + ".join(result.plan.adapters)
-    console.print(Text.assemble((names, "bold"), " → ", (str(result.folder), "bold")), soft_wrap=True)  # paths stay whole
+    console.print(Text.assemble((names, "bold"), " → ", (str(result.folder), "bold")), soft_wrap=True)  # paths are not broken
     rank = "dense" if record.rank is None else f"rank {record.rank}"
     console.print(
         f"{record.method} in {record.space} space · {len(record.modules)} target modules · {rank} · {record.seconds:.1f} s"
     )
     written = sum(p.stat().st_size for p in result.folder.rglob("*") if p.is_file())
     if record.result == "exact":
-        console.print(f"[green]exact[/green]: the factors hold the whole merge · {size(written)}")
+        console.print(f"[green]exact[/green]: the factors hold the complete merge · {size(written)}")
     elif record.result == "dense":
-        console.print(f"[green]dense[/green]: the whole merge is stored · {size(written)}")
+        console.print(f"[green]dense[/green]: the complete merge is stored · {size(written)}")
     else:
         console.print(f"[yellow]truncated[/yellow]: {record.kept:.2%} of the energy ‖ΔW‖² is kept · {size(written)}")
         show_energy(result.record.modules)

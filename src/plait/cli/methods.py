@@ -18,7 +18,7 @@ def methods(
     stages: Annotated[bool, typer.Option("--stages", help="The stages that methods are made of, not the methods.")] = False,
     json: Json = False,
 ) -> None:
-    """List the merge methods, or describe one: paper, equation, parameters, spaces, exactness, the pipeline it stands for.
+    """List the merge methods, or describe one: paper, equation, parameters, spaces, exactness, its pipeline.
 
     Example: plait methods ties; plait methods --stages; plait methods --stages trim
     """
@@ -63,7 +63,7 @@ def _stages(name: str | None, *, json: bool) -> None:
 
 
 def describe_stage(stage: type[StageParams]) -> dict[str, Any]:
-    """Return what the registry knows of a stage: its name, where it stands, what it does, its parameters."""
+    """Return what the registry knows of a stage: its name, its place in a pipeline, what it does, its parameters."""
     from plait.recipes.keys import parameters
     from plait.stages import DeltaStage, EntryStage, MergedStage
 
@@ -102,7 +102,7 @@ def describe(method: Method) -> dict[str, Any]:
 
 
 def _default_pipeline(method: Method) -> Pipeline | None:
-    """Return the stages that a method stands for by default; None where a parameter without a default decides."""
+    """Return the stages of a method by default; None where a parameter without a default decides."""
     from pydantic import ValidationError
 
     try:
@@ -128,8 +128,8 @@ def spelled(pipeline: Pipeline) -> dict[str, Any] | None:
         return None
 
     def stage(params: Any) -> Any:
-        said = params.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        return {"name": params.spelled(), **said} if said else params.spelled()
+        parameters = params.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        return {"name": params.spelled(), **parameters} if parameters else params.spelled()
 
     parts = {
         "pre": [stage(s) for s in pipeline.pre],
@@ -185,8 +185,8 @@ def _list_stages() -> None:
     for row in sorted(rows, key=lambda row: ("pre", "combine", "post").index(row["place"])):
         table.add_row(row["place"], row["name"], row["summary"], " ".join(p["name"] for p in row["parameters"]))
     out().print(table)
-    said = "\nA recipe spells them: method: {pre: [trim], combine: elect, post: [norm_match], space: core}. "
-    out().print(said + "`plait methods --stages NAME` describes one.", style="dim", markup=False)
+    note = "\nA recipe spells them: method: {pre: [trim], combine: elect, post: [norm_match], space: core}. "
+    out().print(note + "`plait methods --stages NAME` describes one.", style="dim", markup=False)
 
 
 def _show_stage(described: dict[str, Any]) -> None:

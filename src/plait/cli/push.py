@@ -35,6 +35,6 @@ def push(
     else:
         out().print(f"pushed to {pushed.url}", soft_wrap=True)
     if pushed.left_out:
-        out().print(f"left out, being no part of the result: {', '.join(pushed.left_out)}", markup=False)
+        out().print(f"not uploaded, since they do not belong to the result: {', '.join(pushed.left_out)}", markup=False)
     for note in pushed.notes:
         err().print(f"note: {note}", style="dim", markup=False)

@@ -24,7 +24,7 @@ def schema() -> None:
 @recipe_app.command("check")
 def check(
     file: Annotated[Path, typer.Argument(help="A recipe.", show_default=False)],
-    json: Annotated[bool, typer.Option("--json", help="Print the whole recipe, every default spelled out.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the complete recipe with every default.")] = False,
 ) -> None:
     """Check a recipe; every problem is listed at once, with its line."""
     from plait.cli.console import out, print_json, warnings_as_notes

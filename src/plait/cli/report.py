@@ -29,7 +29,7 @@ def report(
     force: Annotated[bool, typer.Option("--force", help="Replace the page at --out, and the figures.")] = False,
     json: Json = False,
 ) -> None:
-    """Write one page that shows what a merge kept: readable offline, with nothing beside it.
+    """Write one page that shows what a merge kept: readable offline, in one file.
 
     Example: plait report artifacts/compared/code_maths/run_20260102_030405 merged -o report.html --figures figures
     """
@@ -41,12 +41,12 @@ def report(
     result = ReportOrder(runs, out, title, figures, force).run(ProgressBars())
     first = result.report.evaluations[0] if result.report.evaluations else None
     if json:
-        told = {
+        summary = {
             "page": str(result.page),
             "figures": [str(f) for f in result.figures],
             "verdict": verdict(first) if first else None,
         }
-        print_json(told)
+        print_json(summary)
         return
     console().print(f"[bold]{result.page}[/bold] · {result.page.stat().st_size / 1e3:.0f} kB", highlight=False)
     if first is not None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def sft(context: typer.Context) -> None:
-    """Train an adapter, or a whole model, on your data with TRL; then merge it with its base and upload it, if you say so.
+    """Train an adapter, or a full model, on your data with TRL; then merge it with its base and upload it, where asked for.
 
     Takes every flag of TRL's SFTConfig, ModelConfig and ScriptArguments, from the command line or a YAML file (--config), and:
 
@@ -29,8 +29,8 @@ def sft(context: typer.Context) -> None:
     --help_all              every flag
 
     With --use_peft an adapter is trained (--lora_r, --lora_alpha, --lora_target_modules all-linear, --use_dora, --load_in_4bit,
-    …), without it the whole model. Killed, the same command goes on. Exit code 1 says that training ended well, and a merge or
-    an upload behind it did not.
+    …), without it the complete model. Killed, the same command continues. Exit code 1: training succeeded, but a merge or an
+    upload after it failed.
 
     Example: plait sft --model_name_or_path org/model --dataset_name_or_path rows.jsonl --use_peft --output_dir run
     """
@@ -46,8 +46,8 @@ def sft(context: typer.Context) -> None:
 
     order = SftOrder(context.args)
     flags, plan = order.flags, order.plan()
-    told = is_main_process()
-    if told:
+    is_main = is_main_process()
+    if is_main:
         _show_plan(plan)
     if flags.get("dry_run"):
         if flags.get("json"):
@@ -56,9 +56,9 @@ def sft(context: typer.Context) -> None:
     as_json = bool(flags.get("json"))
     with noting_on_stop(), redirect_stdout(sys.stderr) if as_json else nullcontext():  # trackers print what they like
         result = order.run(ProgressBars() if as_json else None)
-    if told and as_json:
+    if is_main and as_json:
         print_json(_json(result))
-    if told:
+    if is_main:
         _show(result)
     if result.failures:
         raise typer.Exit(1)
@@ -72,7 +72,7 @@ def _show_plan(plan: SftPlan) -> None:
     for line in describe_plan(plan):
         console.print(line, markup=False, soft_wrap=True)
     given, learned = plan.example
-    console.print("\nfirst example; the loss is on what stands in ⟦ ⟧:", style="dim")
+    console.print("\nfirst example; the loss is on the text in ⟦ ⟧:", style="dim")
     console.print(given, style="dim", markup=False, end="", soft_wrap=True)
     console.print(f"⟦{learned}⟧", style="green", markup=False, soft_wrap=True)
     console.print()
@@ -95,7 +95,7 @@ def _show(result: SftResult) -> None:
     for failure in result.failures:
         console.print(f"\n{failure.step} failed:", style="bold red", end=" ")
         console.print(failure.reason, markup=False, soft_wrap=True)
-        console.print(f"The training is whole in {result.final_model.parent}. To do this step again:\n  {failure.command}",
+        console.print(f"The training is complete in {result.final_model.parent}. To do this step again:\n  {failure.command}",
                       markup=False, soft_wrap=True)  # fmt: skip
 
 

@@ -19,7 +19,7 @@ def translate_flags(arguments: Sequence[str], known: Collection[str]) -> tuple[l
         known: the options of that command.
 
     Raises:
-        RecipeError: there are words of other tools that say something else to plait, or nothing; all at once.
+        RecipeError: there are words of other tools that mean something else to plait, or nothing; all at once.
     """
     command, given = (arguments[0], list(arguments[1:])) if arguments else ("", [])
     foreign = {word: row for word in given if _is_foreign(word, known) and (row := flag_row(word, command))}
@@ -33,7 +33,7 @@ def translate_flags(arguments: Sequence[str], known: Collection[str]) -> tuple[l
 
 
 def refuse_foreign_command(word: str) -> None:
-    """Say what a command of another tool is here.
+    """Report what a command of another tool is here.
 
     Raises:
         RecipeError: it is one.
@@ -57,7 +57,7 @@ class _Reader:
         self.notes: list[str] = []
 
     def read(self, given: list[str]) -> list[str]:
-        """Return what is left, and what stands in the place of what was taken."""
+        """Return the other words, and what replaces those that were taken."""
         rest: list[str] = []
         queue = list(given)
         while queue:
@@ -94,7 +94,7 @@ class _Reader:
         for number, parts in sorted(self._parts.items()):
             if "repo" not in parts:
                 raise RecipeError(
-                    f"--a{number}-{next(iter(parts))} is given without --a{number}-repo, which says where it lies."
+                    f"--a{number}-{next(iter(parts))} is given without --a{number}-repo, which names its repository."
                 )
             name = f"{parts['name']}=" if "name" in parts else ""
             place = parts["repo"] + (f"/{parts['sub'].strip('/')}" if parts.get("sub") else "")

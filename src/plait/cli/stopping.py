@@ -1,4 +1,4 @@
-"""Signals that end a command: everything is cleared away as for any error, and the exit code says which signal it was."""
+"""Signals that end a command: everything is cleared away as for any error, and the exit code tells which signal it was."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Stopped(BaseException):
 
 @contextmanager
 def noting_on_stop(state: Callable[[], str] | None = None) -> Iterator[None]:
-    """Say what is kept, and how to continue, when the block is stopped; also where a library raises KeyboardInterrupt itself.
+    """Report what is kept, and how to continue, when the block is stopped, also by a KeyboardInterrupt that a library raises.
 
     Args:
-        state: says it, besides the notes that were made where the block was stopped.
+        state: what is kept, besides the notes that were made where the block was stopped.
     """
     try:
         yield

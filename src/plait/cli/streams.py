@@ -40,11 +40,11 @@ class StreamError(Exception):
 
 
 class Stream:
-    """A text stream that says when it cannot be written, in one way for all who write; or keeps quiet about it.
+    """A text stream whose write errors become `StreamError`, or are dropped.
 
     Args:
         file: where text goes.
-        is_quiet: lose what cannot be written: there is nowhere to say so.
+        is_quiet: drop what cannot be written instead of raising.
     """
 
     def __init__(self, file: Any, *, is_quiet: bool) -> None:
@@ -59,7 +59,7 @@ class Stream:
         try:
             return int(self._file.write(text))
         except OSError as error:
-            self._lose(error)
+            self._drop(error)
             return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -76,9 +76,9 @@ class Stream:
         try:
             self._file.flush()
         except OSError as error:
-            self._lose(error)
+            self._drop(error)
 
-    def _lose(self, error: OSError) -> None:
+    def _drop(self, error: OSError) -> None:
         if not self._is_quiet:
             raise StreamError(error) from None
 
@@ -109,13 +109,13 @@ def guarded() -> Iterator[None]:
 
 
 def give_up_stdout(error: StreamError) -> int:
-    """Let nothing more be written to stdout, say what was lost, and return the exit code."""
+    """Close stdout, report what was lost, and return the exit code."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if error.reason.errno == errno.EPIPE:
         return 141  # as a command that a closed pipe ends (SIGPIPE)
     sys.stderr.write(
-        f"error: the output cannot be written to stdout: {error}. Files and folders that the command wrote are whole.\n"
+        f"error: the output cannot be written to stdout: {error}. Files and folders that the command wrote are complete.\n"
     )
     return 1
 
@@ -130,7 +130,7 @@ def _open_closed() -> None:
 
 
 def _in_plain_letters(error: UnicodeError) -> tuple[str, int]:
-    """Return what stands in the place of characters that an encoding does not have."""
+    """Return what replaces characters that an encoding does not have."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return "".join(map(_plain, error.object[error.start : error.end])), error.end

@@ -51,9 +51,9 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show phases, steps, tokens and disk; train nothing.")] = False,
     json: Json = False,
 ) -> None:
-    """Train one adapter per phase, merge them, and say what the merge kept of each.
+    """Train one adapter per phase, merge them, and report what the merge kept of each.
 
-    Killed at any moment, the same command goes on. A phase that fails does not stop the others: exit code 1.
+    Killed at any moment, the same command continues. A phase that fails does not stop the others: exit code 1.
 
     Example: plait train examples/phases.yaml -o trained
     """
@@ -91,7 +91,7 @@ def train(
         _show(result, order.folder)
     settings = [("-o", out), ("--base-id", base_id), *(("--set", text) for text in set_ or [])]
     words = [str(word) for flag, value in settings if value for word in (flag, value)]
-    _tell(result, shlex.join(["plait", "train", str(phases), *words]))
+    _print_result(result, shlex.join(["plait", "train", str(phases), *words]))
     if not result.ok:
         raise typer.Exit(1)
 
@@ -159,8 +159,8 @@ def _show(result: TrainResult, place: Path) -> None:
         out().print(f"[dim]{place / name}[/dim]", soft_wrap=True)
 
 
-def _tell(result: TrainResult, command: str) -> None:
-    """Say on stderr what is worth knowing, what failed, and what to run then: the command with the same settings."""
+def _print_result(result: TrainResult, command: str) -> None:
+    """Print on stderr what is worth knowing, what failed, and what to run then: the command with the same settings."""
     from plait.cli.console import err
 
     for note in (*result.notes, *(f"{p.name}: {n}" for p in result.phases for n in p.notes)):
@@ -170,8 +170,8 @@ def _tell(result: TrainResult, command: str) -> None:
         err().print(str(phase.error), markup=False, soft_wrap=True)
     waiting = [p.name for p in result.phases if p.state == "waiting"]
     if result.failed:
-        err().print(f"The other phases are kept. When it is mended, this trains what is missing and merges: {command}",
+        err().print(f"The other phases are kept. After it is fixed, this command trains what is missing and merges: {command}",
                     markup=False, soft_wrap=True)  # fmt: skip
     elif result.merged is None:
         rest = f" ({', '.join(waiting)} to do)" if waiting else ""
-        err().print(f"Nothing is merged yet{rest}; this does the rest: {command}", markup=False, soft_wrap=True)
+        err().print(f"Nothing is merged yet{rest}; this command does the rest: {command}", markup=False, soft_wrap=True)

@@ -19,7 +19,7 @@ def unbake(
     out: Out,
     weight: Annotated[float | None, typer.Option(help=r"What the adapter was baked with. \[1.0]", show_default=False)] = None,
     original: Annotated[
-        str | None, typer.Option(help="The model before the bake: say how far the result is from it.", show_default=False)
+        str | None, typer.Option(help="The model before the bake: report how far the result is from it.", show_default=False)
     ] = None,
     *,
     writing: Writing,
@@ -35,8 +35,8 @@ def unbake(
     if writing.json:
         remaining = result.remaining.model_dump(mode="json") if result.remaining else None
         record = result.bake.record.model_dump(mode="json")
-        said = {"folder": str(result.bake.folder), "weight": result.weight, "remaining": remaining, "left": result.left}
-        print_json({**said, **record})
+        summary = {"folder": str(result.bake.folder), "weight": result.weight, "remaining": remaining, "left": result.left}
+        print_json({**summary, **record})
     else:
         _show(result)
 
@@ -48,7 +48,7 @@ def _show(result: UnbakeResult) -> None:
     if result.left:
         shown = ", ".join(result.left[:4]) + (f" and {len(result.left) - 4} more" if len(result.left) > 4 else "")
         err().print(
-            f"note: the adapter holds {shown} whole; the model keeps what it has there, since what a bake replaces is gone.",
+            f"note: the adapter holds {shown} in full; the model keeps what it has there, since what a bake replaces is gone.",
             style="dim",
             markup=False,
         )

@@ -29,7 +29,7 @@ def verify(
     parity: Annotated[
         Path | None,
         typer.Option(
-            help='Prompts, one a line or .jsonl with "prompt": compare logits with the live merge.', show_default=False
+            help='Prompts, one per line, or .jsonl with "prompt": compare logits with the live merge.', show_default=False
         ),
     ] = None,
     base_id: Annotated[str | None, typer.Option("--base-id", help="Base model for --parity.", show_default=False)] = None,
@@ -37,7 +37,7 @@ def verify(
     workers: Workers = None,
     json: Json = False,
 ) -> None:
-    """Check a result against its plait.lock: files, inputs, and the whole made again. Exit code 0 when all is equal, else 2.
+    """Check a result against its plait.lock: files, inputs, and the result made again. Exit code 0 when all is equal, else 2.
 
     Example: plait verify merged
     """
@@ -88,8 +88,8 @@ def _show_inputs(found: Verification) -> None:
     equal = sum(i.state == "equal" for i in found.inputs)
     out().print(f"inputs   {equal} of {len(found.inputs)} are found and unchanged")
     for item in [i for i in found.inputs if i.state != "equal"][:_SHOWN]:
-        said = f"changed: {item.detail} in {item.path}" if item.state == "changed" else f"not found: {item.detail}"
-        out().print(f"  {item.name}: {said}", style="red" if item.state == "changed" else "yellow", markup=False)
+        detail = f"changed: {item.detail} in {item.path}" if item.state == "changed" else f"not found: {item.detail}"
+        out().print(f"  {item.name}: {detail}", style="red" if item.state == "changed" else "yellow", markup=False)
 
 
 def _show_rebuilt(found: Verification) -> None:
@@ -105,10 +105,10 @@ def _show_rebuilt(found: Verification) -> None:
     _show_more(len(wrong))
     for file in found.rebuilt:
         if file.state == "equal" and file.tensors is not None:
-            out().print(f"  {file.name}: the folder's own has {_apart(file)}", style="red", markup=False)
+            out().print(f"  {file.name}: the folder's own has {_tensor_difference(file)}", style="red", markup=False)
 
 
-def _apart(file: RebuiltFile) -> str:
+def _tensor_difference(file: RebuiltFile) -> str:
     return f"{file.tensors} other tensors, off by at most {file.difference:.3g} ({file.where})"
 
 
@@ -119,7 +119,7 @@ def _difference(file: RebuiltFile) -> str:
         return "comes out different"
     if not file.tensors:
         return "comes out different from the lock, and equal to the folder's file"
-    return f"comes out with {_apart(file)}"
+    return f"comes out with {_tensor_difference(file)}"
 
 
 def _show_versions(found: Verification) -> None:
@@ -127,8 +127,8 @@ def _show_versions(found: Verification) -> None:
 
     differs = any(r.state != "equal" for r in found.rebuilt or ())
     if found.versions and differs:
-        said = ", ".join(f"{name} {then} → {now}" for name, (then, now) in found.versions.items())
-        out().print(f"versions {said}: other versions and machines may round otherwise", markup=False)
+        versions = ", ".join(f"{name} {then} → {now}" for name, (then, now) in found.versions.items())
+        out().print(f"versions {versions}: other versions and machines may round otherwise", markup=False)
 
 
 def show_parity(report: ParityReport) -> None:

@@ -189,5 +189,5 @@ class EvaluateOrder:
 
 
 def _spelled(given: Mapping[str, tuple[str, object]]) -> str:
-    """Name the options that are given, as both doors call them: flag → (name in Python, value)."""
+    """Name the options that are given, as command line and Python call them: flag → (name in Python, value)."""
     return ", ".join(f"--{flag} ({name}=)" for flag, (name, value) in given.items() if value)

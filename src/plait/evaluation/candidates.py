@@ -1,8 +1,8 @@
 """What is put on the base model and asked: nothing, one adapter, a merge, or another model in its place.
 
-Heads and other full tensors belong to a task. A classifier's head is the task's own adapter's for everybody, or nothing
+Heads and other full tensors belong to a task. A classifier's head is the task's own adapter's for every candidate, or nothing
 could be compared; of a language model, the base keeps its own, a single adapter brings its own, and a merge uses those of
-the task's own adapter, which it keeps apart, unless its recipe averages them or takes one adapter's for all.
+the task's own adapter, which it keeps separate, unless its recipe averages them or takes one adapter's for all.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from plait.tasks.asking import Head
 from plait.tasks.schema import Task
 
 HeadSource = Callable[[Task], str | None]
-_FREE = ("base_model", "tasks", "eval")  # keys of a recipe that its result does not depend on
+_NOT_HASHED = ("base_model", "tasks", "eval")  # keys of a recipe that its result does not depend on
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ def single_candidate(name: str, adapters: Mapping[str, Adapter]) -> Candidate:
 
 
 def saved_candidate(name: str, adapters: Mapping[str, Adapter]) -> Candidate:
-    """Return an adapter that is no task's own: a merge read from its files."""
+    """Return a written merge, read from its files: not any task's own adapter."""
     own = name if adapters[name].full_tensors else None
     key = digest("adapter", adapter_digest(adapters[name].folder))
     return Candidate(
@@ -82,7 +82,7 @@ def saved_candidate(name: str, adapters: Mapping[str, Adapter]) -> Candidate:
 
 
 def model_candidate(name: str, folder: Path) -> Candidate:
-    """Return a whole model in the base's place."""
+    """Return a full model that replaces the base."""
     return Candidate(name, digest("model", model_digest(folder)), lambda task: None, lambda live, owner: live.model(folder))
 
 
@@ -118,7 +118,7 @@ def merge_candidate(
 
 def merge_key(inventory: Inventory) -> str:
     """Return a hash of a merge: its recipe without paths, and the content of every input."""
-    recipe = {k: v for k, v in recipe_json(inventory.recipe).items() if k not in _FREE}
+    recipe = {k: v for k, v in recipe_json(inventory.recipe).items() if k not in _NOT_HASHED}
     recipe["adapters"] = [
         {"name": e.name, "weight": e.weight, "digest": adapter_digest(a.folder)}
         for e, a in zip(inventory.recipe.adapters, inventory.adapters, strict=True)

@@ -34,18 +34,18 @@ def put_results(folder: Path, found: Evaluation) -> None:
         OutputError: there is no card, or it cannot be written.
     """
     file = folder / CARD
-    beside = file.with_name(f".{CARD}-{os.getpid()}-{secrets.token_hex(3)}")
+    draft = file.with_name(f".{CARD}-{os.getpid()}-{secrets.token_hex(3)}")
     try:
         with open_in(folder, CARD) as card:
             data = card.read()
         text, before = data.decode("utf-8"), hashlib.sha256(data).hexdigest()
-        beside.write_text(_with_section(text, results_section(found)), encoding="utf-8")
-        beside.replace(file)
+        draft.write_text(_with_section(text, results_section(found)), encoding="utf-8")
+        draft.replace(file)
     except (OSError, UnicodeDecodeError) as error:
         error = error if isinstance(error, OSError) else OSError("not text in UTF-8")
         raise OutputError(f"{file}: the results cannot be put into the card: {error.strerror or error}.") from None
     finally:
-        beside.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
     lock = read_lock(folder) if (folder / LOCK).is_file() else None
     if lock is not None and lock.outputs.get(CARD) == before:
         outputs = {**lock.outputs, CARD: sha256(file)}

@@ -118,7 +118,7 @@ def compare_merges(
         for recipe in recipes.values():
             check_index(options.workspace, recipe.method_name, [entry.name for entry in recipe.adapters])
     evaluator, first = recipe_evaluator(next(iter(recipes.values())), folder, options, progress)
-    check([asked.task.name for asked in evaluator.tasks])
+    check([entry.task.name for entry in evaluator.tasks])
     inventories, impossible = {}, dict(skipped or {})
     for name, recipe in recipes.items():
         try:
@@ -131,12 +131,12 @@ def compare_merges(
         problems = list(impossible.values()) if len(recipes) == 1 else [f"{n}: {why}" for n, why in impossible.items()]
         collect(PlanError, problems, "none of these merges can be done")
     found = [(evaluator.evaluate(evaluator.merge(inventory, name)), recipes[name]) for name, inventory in inventories.items()]
-    found.sort(key=lambda pair: _standing(pair[0]), reverse=True)
+    found.sort(key=lambda pair: _rank_key(pair[0]), reverse=True)
     evaluations = tuple(evaluation for evaluation, _ in found)
-    return ComparedMerges(_board(evaluations, impossible), evaluations, tuple(recipe for _, recipe in found), folder)
+    return ComparedMerges(_leaderboard(evaluations, impossible), evaluations, tuple(recipe for _, recipe in found), folder)
 
 
-def _board(evaluations: tuple[Evaluation, ...], skipped: Mapping[str, str]) -> Leaderboard:
+def _leaderboard(evaluations: tuple[Evaluation, ...], skipped: Mapping[str, str]) -> Leaderboard:
     best = evaluations[0]
     return Leaderboard(
         plait=__version__,
@@ -144,19 +144,19 @@ def _board(evaluations: tuple[Evaluation, ...], skipped: Mapping[str, str]) -> L
         adapters=tuple(s.name for s in best.sources),
         base={t.task: t.base for t in best.tasks},
         single={t.task: t.single for t in best.tasks},
-        places=tuple(_place(e) for e in evaluations),
+        places=tuple(_entry(e) for e in evaluations),
         skipped=dict(skipped),
         notes=best.notes,
     )
 
 
-def _standing(found: Evaluation) -> tuple[float, float]:
+def _rank_key(found: Evaluation) -> tuple[float, float]:
     lowest = -float("inf")
     worst = lowest if found.worst_recovery is None else found.worst_recovery
     return worst, lowest if found.mean_recovery is None else found.mean_recovery
 
 
-def _place(found: Evaluation) -> LeaderboardEntry:
+def _entry(found: Evaluation) -> LeaderboardEntry:
     return LeaderboardEntry(
         name=found.name,
         tag=found.tag,

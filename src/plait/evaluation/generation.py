@@ -1,4 +1,4 @@
-"""What a model says: greedy, in batches."""
+"""Greedy generation, in batches."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def generate(
     Raises:
         TaskError: a prompt and its answer may be longer than the model's context.
     """
-    said = [""] * len(questions)
+    answers = [""] * len(questions)
     for batch, tokens in _answered(model, tokenizer, questions, max_new_tokens, stop, batch_size):
         for i, text in zip(batch, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
-            said[i] = _cut(text, stop)
+            answers[i] = _cut(text, stop)
         report(len(batch))
-    return said
+    return answers
 
 
 def generate_tokens(
@@ -65,12 +65,12 @@ def generate_tokens(
         TaskError: as `generate`.
     """
     ends = _ends(model, tokenizer)
-    said: list[list[int]] = [[] for _ in questions]
+    answers: list[list[int]] = [[] for _ in questions]
     for batch, rows in _answered(model, tokenizer, questions, max_new_tokens, (), batch_size):
         for i, row in zip(batch, rows.tolist(), strict=True):
             end = next((at for at, token in enumerate(row) if token in ends), len(row) - 1)
-            said[i] = row[: end + 1]
-    return said
+            answers[i] = row[: end + 1]
+    return answers
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -85,12 +85,12 @@ def _answered(
     model: Any, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int, stop: Sequence[str], batch_size: int
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield batches of questions by their places, with the tokens of their answers, padded on the right."""
-    apart = bool(model.config.is_encoder_decoder)
+    encoder_decoder = bool(model.config.is_encoder_decoder)
     prompts = [len(q.prompt) for q in questions]
-    check_lengths(model, [max(n, 1 + max_new_tokens) if apart else n + max_new_tokens for n in prompts])
+    check_lengths(model, [max(n, 1 + max_new_tokens) if encoder_decoder else n + max_new_tokens for n in prompts])
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked; any token will do
-    begins = {"decoder_start_token_id": decoder_start(model)} if apart else {}
-    if apart and (first := getattr(model.generation_config, "forced_bos_token_id", None)) is not None:
+    begins = {"decoder_start_token_id": decoder_start(model)} if encoder_decoder else {}
+    if encoder_decoder and (first := getattr(model.generation_config, "forced_bos_token_id", None)) is not None:
         begins["forced_bos_token_id"] = first  # that some models must begin with
     transformers = import_module("transformers")
     criteria = transformers.StoppingCriteriaList
@@ -106,8 +106,8 @@ def _answered(
     for at in range(0, len(order), batch_size):
         batch = order[at : at + batch_size]
         rows = [questions[i].prompt for i in batch]
-        ids, mask = _padded(rows, pad, model.device, left=not apart)
-        start = 1 if apart else ids.shape[1]  # where what is said begins
+        ids, mask = _padded(rows, pad, model.device, left=not encoder_decoder)
+        start = 1 if encoder_decoder else ids.shape[1]  # where the generated tokens begin
         with torch.inference_mode(), plain_states(model), _configured(model, config), announced_rereading(model):
             out = model.generate(
                 input_ids=ids,
@@ -120,7 +120,7 @@ def _answered(
 
 @contextmanager
 def announced_rereading(model: Any) -> Iterator[None]:
-    """Announce it where a model reads the whole text again for every token that it generates within the block."""
+    """Announce it where a model reads the complete text again for every token that it generates within the block."""
     calls = 0
 
     def count(_: Any, given: Any, keywords: Mapping[str, Any]) -> None:
@@ -131,8 +131,8 @@ def announced_rereading(model: Any) -> Iterator[None]:
         if calls > 1 and ids is not None and ids.shape[1] > 1:
             name = type(model).__name__
             announce(
-                f"{name} generates the slower way, the whole text read anew for every token: its generation keeps no cache of "
-                "what it has read.",
+                f"{name} generates the slower way, the complete text read again for every token: its generation keeps no "
+                "cache of what it has read.",
                 once=f"rereading {type(model).__qualname__}",
             )
 
@@ -145,7 +145,7 @@ def announced_rereading(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _configured(model: Any, config: Any) -> Iterator[None]:
-    """Put a configuration in the place of the model's own, with which `generate` fills in whatever is not said."""
+    """Replace the model's generation configuration, from which `generate` takes what is not given."""
     own, model.generation_config = model.generation_config, config
     try:
         yield
@@ -164,7 +164,7 @@ def _padded(rows: Sequence[list[int]], pad: int, device: torch.device, *, left: 
 
 @dataclass(frozen=True, eq=False)
 class _Stop:
-    """Says which rows have said a stop text; transformers' own criterion wants tokenizers of certain kinds only."""
+    """Finds the rows that have generated a stop text; transformers' own criterion accepts some kinds of tokenizer only."""
 
     tokenizer: Any
     stop: Sequence[str]

@@ -41,7 +41,7 @@ def run_harness(
     metric, inner = lm_eval.harness_metric(task), lm_eval.fresh_task(task)
     name = inner.task_name
     chats = limited_chats(template_name(tokenizer)) if task.chat else nullcontext()
-    with lm_eval.silence_harness(), _tied_as_it_is(model), torch.random.fork_rng(), chats:
+    with lm_eval.silence_harness(), _without_retying(model), torch.random.fork_rng(), chats:
         torch.manual_seed(_SEED)  # for tasks whose answers are sampled
         found = import_module("lm_eval.evaluator").evaluate(
             lm=import_module("lm_eval.models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
@@ -72,8 +72,8 @@ def _given(example: Example, responses: list[Any]) -> str | None:
 
 
 @contextmanager
-def _tied_as_it_is(model: Any) -> Iterator[None]:
-    """Keep lm-eval from tying weights again: that would undo a head that stands in the place of a tied one."""
+def _without_retying(model: Any) -> Iterator[None]:
+    """Keep lm-eval from tying weights again: that would undo a head that replaces a tied one."""
     model.__dict__["tie_weights"] = lambda *_, **__: None  # of the instance; hides the method
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a classification head says of texts."""
+"""Outputs of a classification head for texts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def classify(
         report: called with the number of texts finished since it was last called.
 
     Raises:
-        TaskError: the model has no head of that many outputs, what it says is no number, or a text is too long.
+        TaskError: the model has no head of that many outputs, its output is NaN, or a text is too long.
     """
     cut: dict[str, Any] = {"truncation": max_tokens is not None, "max_length": max_tokens}
     with refuse_failures(getattr(tokenizer, "name_or_path", ""), "the tokenizer cannot read the texts", TaskError):
@@ -43,7 +43,7 @@ def classify(
     check_tokens(rows, vocabulary(model))
     lengths = [len(row) for row in rows]
     check_lengths(model, lengths)
-    if model.config.pad_token_id is None:  # a decoder with a head looks for the last token that is no padding
+    if model.config.pad_token_id is None:  # a decoder with a head looks for the last token that is not padding
         model.config.pad_token_id = tokenizer.pad_token_id
     order = sorted(range(len(texts)), key=lambda i: (lengths[i], i))
     found: list[list[float]] = [[] for _ in texts]

@@ -1,12 +1,12 @@
-"""How likely a model finds given continuations of prompts.
+"""Log-likelihoods of given continuations of prompts.
 
-What all prompts begin with is read once; each prompt is read once, however many continuations it has; the first token of
-every continuation is read off the prompt's last position, and only longer continuations are read at all. Padding is on the
-left of a prompt and masked, with positions counted without it, so that a batch says what its rows would say alone. Models that
-count by where a token lies in their memory get prompts of one length at a time instead, without padding.
+The common prefix of all prompts is read once, and each prompt once, however many continuations it has. The first token of a
+continuation is scored at the prompt's last position; only longer continuations are read at all. Prompts are padded on the left
+and masked, and positions are counted without the padding, so that a row's result does not depend on its batch. Models that
+count positions by a token's index in the cache get prompts of one length at a time instead, without padding.
 
-Models whose memory of the past cannot be copied and continued so (state spaces) are given every prompt with every continuation
-of several tokens, whole, in batches; this is announced. Encoder-decoder models read every prompt once, in their encoder.
+Models whose cache cannot be copied and continued (state spaces) read every prompt together with every continuation of several
+tokens, in batches; this is announced. Encoder-decoder models read every prompt once, in their encoder.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def log_likelihoods(
         One number per continuation of every question, in their order; sums are float64 of float32 log-probabilities.
 
     Raises:
-        TaskError: a text is longer than the model's context, or what the model says is no number.
+        TaskError: a text is longer than the model's context, or the model's output is NaN.
     """
-    apart = model.config.is_encoder_decoder
-    check_lengths(model, [_length(q, apart=apart) for q in questions])
+    encoder_decoder = model.config.is_encoder_decoder
+    check_lengths(model, [_length(q, encoder_decoder=encoder_decoder) for q in questions])
     found: list[list[float]] = [[] for _ in questions]
     with torch.inference_mode(), plain_states(model):
-        reader = _EncoderDecoder(model) if apart else _reader(model, questions, batch_size)
+        reader = _EncoderDecoder(model) if encoder_decoder else _reader(model, questions, batch_size)
         for batch in _batches(questions, batch_size, aligned=reader.aligned):
             for i, row in zip(batch, reader([questions[i] for i in batch]), strict=True):
                 check_numbers(model, row)
@@ -83,7 +83,7 @@ def vocabulary(model: Any) -> int | None:
 
 
 def check_numbers(model: Any, scores: Sequence[float]) -> None:
-    """Make sure that a model says numbers, of which one can be the largest.
+    """Refuse outputs that are NaN.
 
     Raises:
         TaskError: one is NaN.
@@ -95,43 +95,43 @@ def check_numbers(model: Any, scores: Sequence[float]) -> None:
         )
 
 
-def _length(question: Question, *, apart: bool) -> int:
-    """Return how many positions a question takes: of the longer side, where prompt and answer are read apart."""
+def _length(question: Question, *, encoder_decoder: bool) -> int:
+    """Return how many positions a question takes: of the longer side, where prompt and answer are read encoder_decoder."""
     prompt, longest = len(question.prompt), max(map(len, question.answers))
-    return max(prompt, 1 + len(question.lead) + longest) if apart else prompt + longest
+    return max(prompt, 1 + len(question.lead) + longest) if encoder_decoder else prompt + longest
 
 
-def _reader(model: Any, questions: Sequence[Question], batch_size: int) -> _Cached | _Whole:
+def _reader(model: Any, questions: Sequence[Question], batch_size: int) -> _Cached | _Uncached:
     forward, reason = _Forward(model), library.why_not_continued(model)
     if reason is None and not forward.masks:
         reason = "its forward takes no mask of padding"
     if reason is None and library.cache_argument(model) is None and not forward.may_cache():
         reason = "its forward takes no cache of what it has read"
     if reason is not None:
-        return _whole(model, questions, batch_size, reason)
+        return _uncached(model, questions, batch_size, reason)
     try:
         return _Cached(model, questions, batch_size)
     except _NotContinuedError as error:
-        return _whole(model, questions, batch_size, str(error), padded=False)
+        return _uncached(model, questions, batch_size, str(error), padded=False)
 
 
-def _whole(model: Any, questions: Sequence[Question], batch_size: int, reason: str, *, padded: bool = True) -> _Whole:
-    """Return the slower reader, and say so where it is slower.
+def _uncached(model: Any, questions: Sequence[Question], batch_size: int, reason: str, *, padded: bool = True) -> _Uncached:
+    """Return the slower reader, and announce it where it is slower.
 
     Args:
-        model: that is asked.
-        questions: that it will be asked.
+        model: that reads the questions.
+        questions: that it will read.
         batch_size: texts at a time.
         reason: why the faster reader does not suit it.
         padded: whether texts of different lengths may be read together.
     """
     if any(len(answer) > 1 for q in questions for answer in q.answers) or _shared([q.prompt for q in questions]) > 0:
         announce(
-            f"{type(model).__name__} is evaluated the slower way, every prompt read anew with each of its longer answers: "
+            f"{type(model).__name__} is evaluated the slower way, every prompt read again with each of its longer answers: "
             f"{reason}.",
             once=f"whole {type(model).__qualname__}",
         )
-    return _Whole(model, batch_size, padded=padded)
+    return _Uncached(model, batch_size, padded=padded)
 
 
 def _batches(questions: Sequence[Question], batch_size: int, *, aligned: bool) -> Iterator[list[int]]:
@@ -173,7 +173,7 @@ class _Forward:
         return "attention_mask" in self._takes or not self._takes - {"args", "kwargs"}
 
     def may_cache(self) -> bool:
-        """Whether it can be asked for a cache."""
+        """Whether the forward can return a cache."""
         return self._any or "use_cache" in self._takes
 
     def read(self, ids: Tensor, mask: Tensor, *, keep: int | None = None) -> Any:
@@ -210,7 +210,7 @@ class _Forward:
         return out.logits, cache
 
     def _attempt(self, ids: Tensor, mask: Tensor, **keywords: Any) -> Any:
-        """Call the model; until it has read on from a cache once, a failure only says that it cannot."""
+        """Call the model; until it has read on from a cache once, a failure only means that it cannot."""
         try:
             return self._call(ids, mask, **keywords)
         except torch.OutOfMemoryError:
@@ -258,7 +258,7 @@ class _Cached:
         self._model = model
         self._forward = _Forward(model)
         self._batch_size = batch_size
-        self._instead: _Whole | None = None
+        self._instead: _Uncached | None = None
         longest = max(len(q.prompt) + max(map(len, q.answers)) for q in questions)
         window = library.attention_window(model)
         self.aligned = library.counts_by_place(model) or (window is not None and longest >= window)
@@ -275,34 +275,34 @@ class _Cached:
             try:
                 return self._ask(questions)
             except _NotContinuedError as error:
-                self._instead = _whole(self._model, questions, self._batch_size, str(error), padded=False)
+                self._instead = _uncached(self._model, questions, self._batch_size, str(error), padded=False)
         return self._instead(questions)
 
     def _ask(self, questions: Sequence[Question]) -> list[list[float]]:
         rests = [q.prompt[self._shared :] for q in questions]
-        asked = [_Stems(q.answers) for q in questions]
+        stems_of = [_Stems(q.answers) for q in questions]
         ids, mask = _left_padded(rests, self._model.device)
         seen = torch.cat([mask.new_ones(len(rests), self._shared), mask], 1)
-        goes_on = any(map(any, (stems.read for stems in asked)))
+        continued = any(map(any, (stems.read for stems in stems_of)))
         if self._shared:
             past = copy.deepcopy(self._read)
             library.copy_rows(past, torch.zeros(len(rests), dtype=torch.long, device=ids.device))
             logits, past = self._forward.go_on(ids, seen, past, last=True)
         else:
-            logits, past = self._forward.begin(ids, seen, use_cache=goes_on)
+            logits, past = self._forward.begin(ids, seen, use_cache=continued)
         first = logits[:, -1].float().log_softmax(-1)
-        tails = self._tails(past, seen, asked) if goes_on else {}
+        tails = self._tails(past, seen, stems_of) if continued else {}
         return [
             [
                 float(first[i, answer[0]].double()) + (_sum(tails[i, stems.of(answer)], answer[1:]) if len(answer) > 1 else 0.0)
                 for answer in q.answers
             ]
-            for i, (q, stems) in enumerate(zip(questions, asked, strict=True))
+            for i, (q, stems) in enumerate(zip(questions, stems_of, strict=True))
         ]
 
-    def _tails(self, past: Any, seen: Tensor, asked: Sequence[_Stems]) -> dict[tuple[int, int], Tensor]:
+    def _tails(self, past: Any, seen: Tensor, stems_of: Sequence[_Stems]) -> dict[tuple[int, int], Tensor]:
         """Read what continuations begin with; return the logits by row and beginning."""
-        wanted = [(i, k, stem) for i, stems in enumerate(asked) for k, stem in enumerate(stems.read) if stem]
+        wanted = [(i, k, stem) for i, stems in enumerate(stems_of) for k, stem in enumerate(stems.read) if stem]
         rows = torch.tensor([i for i, _, _ in wanted], device=seen.device)
         library.copy_rows(past, rows)
         ids, mask = _right_padded([stem for _, _, stem in wanted], seen.device)
@@ -314,7 +314,7 @@ class _Stems:
     """What must be read of several continuations: all but the last token of each, once where one begins as another does."""
 
     def __init__(self, answers: Sequence[Sequence[int]]) -> None:
-        self.read: list[tuple[int, ...]] = []  # in ascending order, where all that begin with a stem come right behind it
+        self.read: list[tuple[int, ...]] = []  # in ascending order, where all that begin with a stem come right after it
         for stem in sorted({tuple(a[:-1]) for a in answers}, reverse=True):
             if not self.read or self.read[-1][: len(stem)] != stem:
                 self.read.append(stem)
@@ -325,7 +325,7 @@ class _Stems:
         return bisect_left(self.read, tuple(answer[:-1]))
 
 
-class _Whole:
+class _Uncached:
     """Reads every prompt with every continuation of several tokens, from the beginning; those of one token with any of them."""
 
     aligned = False
@@ -337,8 +337,8 @@ class _Whole:
         self._padded = padded and self._forward.masks
 
     def __call__(self, questions: Sequence[Question]) -> list[list[float]]:
-        asked = [_Stems(q.answers) for q in questions]
-        wanted = [(i, k, [*q.prompt, *stem]) for i, q in enumerate(questions) for k, stem in enumerate(asked[i].read)]
+        stems_of = [_Stems(q.answers) for q in questions]
+        wanted = [(i, k, [*q.prompt, *stem]) for i, q in enumerate(questions) for k, stem in enumerate(stems_of[i].read)]
         wanted.sort(key=lambda one: len(one[2]))
         found = [[0.0] * len(q.answers) for q in questions]
         for texts in self._groups(wanted):
@@ -349,7 +349,7 @@ class _Whole:
             for (i, k, _), row in zip(texts, logits, strict=True):
                 own = row[len(questions[i].prompt) - 1 - cut :]
                 for n, answer in enumerate(questions[i].answers):
-                    if asked[i].of(answer) == k:
+                    if stems_of[i].of(answer) == k:
                         found[i][n] = _sum(own, answer)
         return found
 
@@ -380,21 +380,21 @@ class _EncoderDecoder:
         device = self._model.device
         ids, mask = _right_padded([q.prompt for q in questions], device)
         read = self._model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-        asked = [_Stems(q.answers) for q in questions]
-        wanted = [(i, k, stem) for i, stems in enumerate(asked) for k, stem in enumerate(stems.read)]
+        stems_of = [_Stems(q.answers) for q in questions]
+        wanted = [(i, k, stem) for i, stems in enumerate(stems_of) for k, stem in enumerate(stems.read)]
         rows = torch.tensor([i for i, _, _ in wanted], device=device)
-        said, said_mask = _right_padded([[self._start, *questions[i].lead, *stem] for i, _, stem in wanted], device)
+        decoder_ids, decoder_mask = _right_padded([[self._start, *questions[i].lead, *stem] for i, _, stem in wanted], device)
         logits = self._model(
             encoder_outputs=(read[rows],),
             attention_mask=mask[rows],
-            decoder_input_ids=said,
-            decoder_attention_mask=said_mask,
+            decoder_input_ids=decoder_ids,
+            decoder_attention_mask=decoder_mask,
             use_cache=False,
         ).logits
         found = {(i, k): row[len(questions[i].lead) :] for (i, k, _), row in zip(wanted, logits, strict=True)}
         return [
             [_sum(found[i, stems.of(answer)], answer) for answer in q.answers]
-            for i, (q, stems) in enumerate(zip(questions, asked, strict=True))
+            for i, (q, stems) in enumerate(zip(questions, stems_of, strict=True))
         ]
 
 
@@ -412,7 +412,7 @@ def decoder_start(model: Any) -> int:
 
 
 def _sum(logits: Tensor, tokens: Sequence[int]) -> float:
-    """Return Σ log p of tokens; logits (≥ n, V), of which the first n say them."""
+    """Return Σ log p of tokens; logits (≥ n, V), of which the first n predict them."""
     chosen = torch.tensor(tokens, device=logits.device)
     scores = logits[: len(tokens)].float().log_softmax(-1).gather(1, chosen[:, None])
     return float(scores.double().sum())

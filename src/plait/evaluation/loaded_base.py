@@ -66,7 +66,7 @@ class LoadedBase:
 
     @contextmanager
     def model(self, folder: Path) -> Iterator[Any]:
-        """Offer another whole model, loaded as the base is."""
+        """Offer another full model, loaded as the base is."""
         with self._load(folder, ()).active(None) as model:
             yield model
 
@@ -82,7 +82,7 @@ class LoadedBase:
 
 
 def _announce_a_slow_dtype(model: Any) -> None:
-    """Say so where the checkpoint's own dtype is slow on this processor; small models are fast anyway."""
+    """Announce it where the checkpoint's own dtype is slow on this processor; small models are fast anyway."""
     from plait.linalg.speed import slowness
 
     if model.device.type != "cpu" or model.dtype.itemsize >= _FLOAT32 or model.num_parameters() < _LARGE:

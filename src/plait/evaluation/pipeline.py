@@ -91,7 +91,7 @@ class Evaluator:
         base: as it was written.
         folder: where a relative base starts; the working directory when None.
         singles: the tasks' own adapters, and where they were found.
-        others: adapters that are evaluated, but are no task's own.
+        others: adapters that are evaluated, but belong to no task.
         tasks: on which it is judged.
         spec: how to evaluate.
         options: how to evaluate, on this machine.
@@ -113,8 +113,8 @@ class Evaluator:
         self.options = options
         self.progress = progress
         self.singles = {a.name: a for a, _, _ in singles}
-        self.tasks, asked = _ask(tasks, spec, options.workspace)
-        self.notes = [*asked, *adapter_doubts([*self.singles.values(), *others])]
+        self.tasks, task_notes = _read_tasks(tasks, spec, options.workspace)
+        self.notes = [*task_notes, *adapter_doubts([*self.singles.values(), *others])]
         if self.singles:
             _announce_alone(self.tasks, self.singles)
         self.base, place = _base(base, folder, [*self.singles.values(), *others], options)
@@ -134,7 +134,7 @@ class Evaluator:
         self._session = Session(live, model_digest(place.folder), self.singles, self.tasks, spec, setting, cache, progress)
 
     def evaluate(self, subject: EvalSubject) -> Evaluation:
-        """Evaluate one thing beside base and single adapters."""
+        """Evaluate one candidate next to base and single adapters."""
         started = time.perf_counter()
         results, totals = self._session.results(subject.candidate)
         return Evaluation(
@@ -210,7 +210,7 @@ def evaluate_saved(
     progress: Progress | None = None,
     check: Callable[[list[str]], object] = lambda tasks: None,
 ) -> Evaluation:
-    """Evaluate an adapter or a whole model from its files.
+    """Evaluate an adapter or a full model from its files.
 
     Args:
         reference: a folder, or a place on the Hub.
@@ -242,7 +242,7 @@ def evaluate_saved(
     with naming_base(None, [a for a, _, _ in singles] + others, given=base or options.base):
         evaluator = Evaluator(base, None, singles, others, load_tasks(tasks), spec, options, progress or SilentProgress())
     evaluator.notes.extend(notes)
-    check([asked.task.name for asked in evaluator.tasks])
+    check([entry.task.name for entry in evaluator.tasks])
     known = {**evaluator.singles, **{a.name: a for a in others}}
     candidate = saved_candidate(label, known) if is_adapter else model_candidate(name, place.folder)
     return evaluator.evaluate(
@@ -254,15 +254,15 @@ def _require_libraries() -> None:
     require("an evaluation", {"eval": ["transformers", "accelerate", "jinja2"]})
 
 
-def _ask(tasks: Sequence[Task], spec: EvalSpec, workspace: Path | None) -> tuple[list[TaskExamples], list[str]]:
+def _read_tasks(tasks: Sequence[Task], spec: EvalSpec, workspace: Path | None) -> tuple[list[TaskExamples], list[str]]:
     """Read every task's examples, and notes on its data."""
     if workspace is not None:
         check_workspace(workspace)
     check_names(spec.subset, [t.name for t in tasks])
     check_task_names([t.name for t in tasks])
-    asked, notes = [], []
+    examples_of, notes = [], []
     for task in tasks:
-        metric_of(task)  # the packages that it needs are installed, or this says that they are not
+        metric_of(task)  # the packages that it needs are installed, or this reports them
         read = _splits(task, spec)
         notes += check_disjoint(task, overlaps(read))
         examples = read[spec.split]
@@ -271,13 +271,13 @@ def _ask(tasks: Sequence[Task], spec: EvalSpec, workspace: Path | None) -> tuple
             if workspace is not None:
                 write_subset(workspace, examples, chosen)
             examples = examples.take(chosen.indices)
-        asked.append(TaskExamples(examples, chosen))
-    return asked, notes
+        examples_of.append(TaskExamples(examples, chosen))
+    return examples_of, notes
 
 
 def _announce_alone(tasks: Sequence[TaskExamples], singles: Mapping[str, Adapter]) -> None:
-    """Say which tasks have no adapter of their own, before hours are spent on them."""
-    for task in (asked.task for asked in tasks):
+    """Report which tasks have no adapter of their own, before hours are spent on them."""
+    for task in (entry.task for entry in tasks):
         if task.own_adapter not in singles:
             near = did_you_mean(task.own_adapter, singles)
             announce(
@@ -302,7 +302,7 @@ def _base(text: str | None, folder: Path | None, adapters: Iterable[Adapter], op
 
 
 def _find(reference: str) -> tuple[Located, bool]:
-    """Return where a reference leads, and whether an adapter lies there (else a whole model)."""
+    """Return where a reference leads, and whether an adapter is there (else a full model)."""
     parsed = parse_reference(reference, allow_bare=True)
     if parsed.path is not None:
         place = resolve_model(parsed.address)

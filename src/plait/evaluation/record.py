@@ -45,7 +45,7 @@ class TaskResult(Record):
         higher_is_better: the metric's orientation.
         adapter: the task's own adapter; None where none is known.
         examples: how many were answered.
-        subset: tag of the sample; None for the whole split.
+        subset: tag of the sample; None for the complete split.
         base: the bare base's metric.
         single: the own adapter's metric.
         merged: the metric of what is evaluated.
@@ -129,8 +129,8 @@ class Evaluation(Record):
         plait: version that made it.
         name: of what is evaluated, for people.
         kind: `merge` (made in memory), `adapter` or `model` (read from files).
-        tag: `<method>_<hash>` of everything that the result depends on but the tasks; names files apart.
-        method: of the merge; None for what is no merge of plait's.
+        tag: `<method>_<hash>` of everything that the result depends on but the tasks; distinguishes files.
+        method: of the merge; None for anything that plait did not merge.
         space: of the merge.
         recipe: as run, every default spelled out; None where it is not known.
         base_model: as it was written.

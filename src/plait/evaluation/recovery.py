@@ -1,7 +1,7 @@
 """Answers of base, single adapter and merge → how much the merge kept, and how surely that is known.
 
 recovery = (merged − base) / (single − base), oriented so that higher is better: 0 is the base, 1 the task's own adapter.
-Where the single adapter is no better than the base there is nothing to recover, and no number is invented.
+Where the single adapter is not better than the base, the recovery is undefined.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ class PairedStatistics:
         has a share of one example among all outcomes that the sides may have together, so that four right answers of four
         are not certainty. Of a single side that is Jeffreys' interval of a proportion.
         """
-        seen, more = np.random.default_rng(seed), np.random.default_rng((*seed, 1))  # apart: two candidates share the examples
+        seen, more = (
+            np.random.default_rng(seed),
+            np.random.default_rng((*seed, 1)),
+        )  # separate: two candidates share the examples
         sides = [s for s in (self.base, self.single, self.merged) if s is not None]
         stacked, unseen = np.concatenate(sides, axis=1), self._unseen(sides)
         sums = []
@@ -105,7 +108,7 @@ def central_interval(values: FloatArray, found: float) -> Interval | None:
 
     Args:
         values: drawn.
-        found: what was measured; it lies in the interval, at its end where all examples are right, or all wrong.
+        found: what was measured; inside the interval, at its end where all examples are right, or all wrong.
     """
     known = values[np.isfinite(values)]
     if not len(known):

@@ -63,7 +63,9 @@ class Requirement:
         """
         task = self.what.rpartition(".")[0]
         if self.what not in _TOTALS and task not in tasks:
-            raise RecipeError(f"--require {self}: {task!r} is none of the tasks {', '.join(tasks)}.{did_you_mean(task, tasks)}")
+            raise RecipeError(
+                f"--require {self}: {task!r} is not one of the tasks {', '.join(tasks)}.{did_you_mean(task, tasks)}"
+            )
 
     def value(self, found: Evaluation) -> float | None:
         """Return its number; None where it is not defined."""

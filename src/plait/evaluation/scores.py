@@ -1,6 +1,6 @@
 """Answers, kept by the hash of everything that they depend on: what is finished is never asked again.
 
-The key holds what is put on the base (tensor files, or a whole recipe), the base with its tokenizer, the examples with
+The key holds what is put on the base (tensor files, or a complete recipe), the base with its tokenizer, the examples with
 everything of the task that matters, the version of the code that asks, the libraries that compute, dtype, device and batch
 size.
 """
@@ -53,7 +53,7 @@ class ScoreCache:
         self._folder = folder
 
     def find(self, key: str) -> Answers | None:
-        """Return what was kept, where it is whole."""
+        """Return what was kept, where it is complete."""
         if self._folder is None:
             return None
         file = self._folder / f"{key}.json"
@@ -62,7 +62,7 @@ class ScoreCache:
         try:
             return Answers.model_validate_json(read_text(file, TaskError))
         except (OSError, ValueError) as error:  # not UTF-8, not JSON, or not answers
-            announce(f"{file} does not hold whole answers ({type(error).__name__}); the model is asked again.")
+            announce(f"{file} does not hold complete answers ({type(error).__name__}); the model is asked again.")
             return None
 
     def keep(self, key: str, answers: Answers) -> None:

@@ -86,8 +86,8 @@ def _blank_scores(
     if examples.blank is None:
         return {}
     kinds = list(dict.fromkeys(e.choices for e in examples.items))
-    asked = [encoder.question(examples.blank, choices) for choices in kinds]
-    return dict(zip(kinds, log_likelihoods(model, asked, batch_size=batch_size), strict=True))
+    questions = [encoder.question(examples.blank, choices) for choices in kinds]
+    return dict(zip(kinds, log_likelihoods(model, questions, batch_size=batch_size), strict=True))
 
 
 def _generate(
@@ -106,7 +106,7 @@ def _generate(
 
 
 def _encoder(model: Any, tokenizer: Any, task: Task) -> PromptEncoder:
-    return PromptEncoder(tokenizer, task, apart=bool(model.config.is_encoder_decoder), vocabulary=vocabulary(model))
+    return PromptEncoder(tokenizer, task, encoder_decoder=bool(model.config.is_encoder_decoder), vocabulary=vocabulary(model))
 
 
 def _score_target(

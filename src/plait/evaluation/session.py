@@ -57,7 +57,7 @@ class Session:
         live: the base with all adapters.
         base_key: hash of the base model's files.
         adapters: the single adapters by name.
-        asked: the tasks.
+        tasks: the tasks.
         spec: how to evaluate.
         setting: what else answers depend on (dtype, device).
         cache: of finished answers.
@@ -69,71 +69,71 @@ class Session:
         live: LoadedBase,
         base_key: str,
         adapters: Mapping[str, Adapter],
-        asked: Sequence[TaskExamples],
+        tasks: Sequence[TaskExamples],
         spec: EvalSpec,
         setting: Sequence[str],
         cache: ScoreCache,
         progress: Progress,
     ) -> None:
-        self.asked = tuple(asked)
+        self.tasks = tuple(tasks)
         self.spec = spec
         self.adapters = adapters
         self._live = live
         self._setting = (base_key, answers_digest(), *setting, spec.batch_size)
         self._cache = cache
         self._progress = progress
-        self._metrics: dict[str, Metric] = {a.task.name: metric_of(a.task) for a in asked}
+        self._metrics: dict[str, Metric] = {a.task.name: metric_of(a.task) for a in tasks}
         self._known: dict[str, tuple[Answer, ...]] = {}
 
     def tag(self, candidate: Candidate) -> str:
         """Return a hash of everything that the results of a candidate depend on; 10 hex digits."""
-        return digest(candidate.key, self._setting, [a.examples.digest for a in self.asked])[:10]
+        return digest(candidate.key, self._setting, [a.examples.digest for a in self.tasks])[:10]
 
     def results(self, candidate: Candidate) -> tuple[tuple[TaskResult, ...], Totals]:
-        """Evaluate a candidate on every task, beside base and single adapters."""
+        """Evaluate a candidate on every task, next to base and single adapters."""
         drawn: dict[str, BootstrapDraws] = {}
-        results = [self._result(candidate, asked, drawn) for asked in self.asked]
+        results = [self._result(candidate, entry, drawn) for entry in self.tasks]
         return tuple(results), _totals(results, drawn)
 
     def matrix(self) -> InterferenceMatrix:
         """Evaluate every single adapter on every task."""
         values, shares = [], []
         for name in self.adapters:
-            row = [self._value(single_candidate(name, self.adapters), asked) for asked in self.asked]
-            bases = [self._value(base_candidate(self.adapters), asked) for asked in self.asked]
-            owns = [None if (own := self._own(a.task)) is None else self._value(own, a) for a in self.asked]
+            row = [self._value(single_candidate(name, self.adapters), entry) for entry in self.tasks]
+            bases = [self._value(base_candidate(self.adapters), entry) for entry in self.tasks]
+            owns = [None if (own := self._own(a.task)) is None else self._value(own, a) for a in self.tasks]
             values.append(tuple(row))
             shares.append(
                 tuple(
                     recovery(self._metrics[a.task.name], b, own, v)
-                    for a, b, own, v in zip(self.asked, bases, owns, row, strict=True)
+                    for a, b, own, v in zip(self.tasks, bases, owns, row, strict=True)
                 )
             )
-        tasks = tuple(a.task.name for a in self.asked)
+        tasks = tuple(a.task.name for a in self.tasks)
         return InterferenceMatrix(adapters=tuple(self.adapters), tasks=tasks, values=tuple(values), recovery=tuple(shares))
 
     def draws(self, candidate: Candidate) -> dict[str, BootstrapDraws]:
         """Return the bootstrap draws of every task; of two candidates they hold the same examples, and so can be compared."""
-        return {a.task.name: self._draws(self._sides(candidate, a), a) for a in self.asked}
+        return {a.task.name: self._draws(self._sides(candidate, a), a) for a in self.tasks}
 
-    def _sides(self, candidate: Candidate, asked: TaskExamples) -> PairedStatistics:
-        metric, own = self._metrics[asked.task.name], self._own(asked.task)
-        alone = None if own is None else metric.statistics(self.answers(own, asked))
-        base, merged = (metric.statistics(self.answers(c, asked)) for c in (base_candidate(self.adapters), candidate))
+    def _sides(self, candidate: Candidate, entry: TaskExamples) -> PairedStatistics:
+        metric, own = self._metrics[entry.task.name], self._own(entry.task)
+        alone = None if own is None else metric.statistics(self.answers(own, entry))
+        base, merged = (metric.statistics(self.answers(c, entry)) for c in (base_candidate(self.adapters), candidate))
         return PairedStatistics(metric, np.asarray(base), alone, np.asarray(merged))
 
-    def _draws(self, sides: PairedStatistics, asked: TaskExamples) -> BootstrapDraws:
-        return sides.draws(self.spec.draws, task_seed(self.spec.seed, asked.task.name))
+    def _draws(self, sides: PairedStatistics, entry: TaskExamples) -> BootstrapDraws:
+        return sides.draws(self.spec.draws, task_seed(self.spec.seed, entry.task.name))
 
-    def _result(self, candidate: Candidate, asked: TaskExamples, drawn: dict[str, BootstrapDraws]) -> TaskResult:
-        task, metric = asked.task, self._metrics[asked.task.name]
-        base = self.answers(base_candidate(self.adapters), asked)
+    def _result(self, candidate: Candidate, entry: TaskExamples, drawn: dict[str, BootstrapDraws]) -> TaskResult:
+        task, metric = entry.task, self._metrics[entry.task.name]
+        base = self.answers(base_candidate(self.adapters), entry)
         own = self._own(task)
-        alone = None if own is None else self.answers(own, asked)
-        merged = self.answers(candidate, asked)
+        alone = None if own is None else self.answers(own, entry)
+        merged = self.answers(candidate, entry)
         values = metric.value(base), None if alone is None else metric.value(alone), metric.value(merged)
         found = recovery(metric, *values)
-        draws = self._draws(self._sides(candidate, asked), asked)
+        draws = self._draws(self._sides(candidate, entry), entry)
         if found is not None:
             drawn[task.name] = draws
         return TaskResult(
@@ -142,8 +142,8 @@ class Session:
             metric=metric.name,
             higher_is_better=metric.higher_is_better,
             adapter=None if own is None else own.name,
-            examples=len(asked.examples.items),
-            subset=None if asked.subset is None else asked.subset.tag,
+            examples=len(entry.examples.items),
+            subset=None if entry.subset is None else entry.subset.tag,
             base=values[0],
             single=values[1],
             merged=values[2],
@@ -155,14 +155,14 @@ class Session:
             merged_stderr=metric.stderr(merged),
             recovery=found,
             recovery_interval=None if found is None else central_interval(draws.recovery, found),
-            undefined=_why(task, values, found, self.adapters),
+            undefined=_undefined_reason(task, values, found, self.adapters),
             below_base=values[2] < values[0] if metric.higher_is_better else values[2] > values[0],
-            samples=_samples(asked.examples.items, base, alone, merged),
+            samples=_samples(entry.examples.items, base, alone, merged),
         )
 
-    def answers(self, candidate: Candidate, asked: TaskExamples) -> tuple[Answer, ...]:
+    def answers(self, candidate: Candidate, entry: TaskExamples) -> tuple[Answer, ...]:
         """Return what a candidate answers to a task: known, kept, or asked for now."""
-        examples, owner = asked.examples, candidate.heads(asked.task)
+        examples, owner = entry.examples, candidate.heads(entry.task)
         # full tensors of its own are in a candidate's key
         heads = adapter_digest(self.adapters[owner].folder) if owner is not None and owner in self.adapters else None
         key = digest(candidate.key, heads, examples.digest, self._setting)
@@ -189,11 +189,13 @@ class Session:
     def _own(self, task: Task) -> Candidate | None:
         return single_candidate(task.own_adapter, self.adapters) if task.own_adapter in self.adapters else None
 
-    def _value(self, candidate: Candidate, asked: TaskExamples) -> float:
-        return self._metrics[asked.task.name].value(self.answers(candidate, asked))
+    def _value(self, candidate: Candidate, entry: TaskExamples) -> float:
+        return self._metrics[entry.task.name].value(self.answers(candidate, entry))
 
 
-def _why(task: Task, values: tuple[float, float | None, float], found: float | None, singles: Collection[str]) -> str | None:
+def _undefined_reason(
+    task: Task, values: tuple[float, float | None, float], found: float | None, singles: Collection[str]
+) -> str | None:
     base, alone, _ = values
     if found is not None:
         return None

@@ -19,7 +19,7 @@ class ChosenSubset(Record):
     """Which examples of a split were taken.
 
     Attributes:
-        tag: names results apart; a hash of the examples that were taken.
+        tag: distinguishes results; a hash of the examples that were taken.
         examples: how many.
         of: how many the split has.
         indices: of the rows, ascending.
@@ -34,10 +34,10 @@ class ChosenSubset(Record):
 
 
 def choose_subset(examples: Examples, subset: Subset) -> ChosenSubset | None:
-    """Choose a sample; None when the whole split is wanted.
+    """Choose a sample; None when the complete split is wanted.
 
     Every example has a rank, the hash of the seed and its content; the lowest are taken, per label in proportion to the
-    split (largest remainders, at least one of each while there is room). Without `stratified`, or where answers are free,
+    split (largest remainders, at least one of each as far as possible). Without `stratified`, or where answers are free,
     over all examples.
     """
     wanted = subset.per_task.get(examples.task.name, subset.max_samples)
@@ -71,7 +71,7 @@ def check_names(subset: Subset | None, tasks: Sequence[str]) -> None:
 def write_subset(workspace: Path, examples: Examples, chosen: ChosenSubset) -> Path:
     """Write which examples were taken to `<workspace>/<task>/subsets/<split>_<tag>.json`; return that file."""
     file = workspace / examples.task.name / "subsets" / f"{examples.split}_{chosen.tag}.json"
-    if not file.is_file():  # the tag says what is in it
+    if not file.is_file():  # the tag is a hash of its content
         write_json_atomic(file, chosen.model_dump(mode="json"))
     return file
 

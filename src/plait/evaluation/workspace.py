@@ -7,7 +7,7 @@
     <workspace>/<task>/metrics/eval/<split>/merged/<others>/<tag>/metrics.json → the per-task file
     <workspace>/.scores/                                               finished answers
 
-Tags are hashes of everything that a result depends on, so no result stands under another's name.
+Tags are hashes of everything that a result depends on, so no result has another's name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from plait.results.run_folders import new_run_folder
 from plait.results.writing import write_json_atomic
 
 SCORES = ".scores"
-_TAKEN = ("merged", "compared")  # names of folders beside the tasks'
+_TAKEN = ("merged", "compared")  # names of folders next to the tasks'
 _LONGEST_NAME = 120
 
 
@@ -40,7 +40,7 @@ def check_task_names(names: Sequence[str]) -> None:
     """
     taken = [name for name in names if name in _TAKEN]
     if taken:
-        raise TaskError(f"a task cannot be called {taken[0]!r}: results have a folder of that name beside the tasks'.")
+        raise TaskError(f"a task cannot be called {taken[0]!r}: results have a folder of that name next to the tasks'.")
 
 
 def check_workspace(workspace: Path) -> None:
@@ -51,7 +51,7 @@ def check_workspace(workspace: Path) -> None:
     """
     there = next(p for p in (workspace.absolute(), *workspace.absolute().parents) if p.exists())
     if not there.is_dir():
-        raise OutputError(f"the workspace {workspace} cannot be written: {there} is no folder. Give another --workspace.")
+        raise OutputError(f"the workspace {workspace} cannot be written: {there} is not a folder. Give another --workspace.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise OutputError(f"the workspace {workspace} cannot be written: no permission in {there}. Give another --workspace.")
 
@@ -178,7 +178,7 @@ def _entries(index: Path) -> list[Any]:
     """Return what an index holds; nothing where there is none.
 
     Raises:
-        OutputError: it is no index.
+        OutputError: it is not an index.
     """
     if not index.exists():
         return []

@@ -72,7 +72,7 @@ def _front_matter(pairing: Pairing, record: ExtractRecord) -> dict[str, Any]:
 
 
 def _base_on_hub(pairing: Pairing, record: ExtractRecord) -> str | None:
-    """Return the base model's repository: the one it came from, or the one that the user says it is."""
+    """Return the base model's repository: the one it came from, or the one that the user gives."""
     return pairing.base.located.repo or hub_id(record.request["base_id"])
 
 

@@ -131,7 +131,7 @@ class Pair:
 
     @property
     def info(self) -> TensorInfo:
-        """What the fine-tune's header says of it."""
+        """Return the tensor's entry in the fine-tune's header."""
         file, name = self.tuned
         return file.tensors[name]
 
@@ -180,7 +180,7 @@ class Pairing:
         copies: parameters that share the values of one of these, and are not stored.
         constants: what else both have: integers, and constants that are computed as well.
         ties_head: whether the head may be the input embedding, and the model's code could not be asked.
-        task: PEFT's task type, as the base model's architecture says; None where it says nothing.
+        task: PEFT's task type, as the base model's architecture says; None where it does not decide.
         notes: what could not be known of the names.
     """
 
@@ -227,7 +227,7 @@ def pair_checkpoints(base: str, tuned: str, folder: Path | None = None) -> Pairi
 
 
 def is_saved(layer: str, names: Iterable[str]) -> bool:
-    """Say whether `modules_to_save` means a layer, or what it is part of: by the end of its path, as PEFT reads it."""
+    """Return whether `modules_to_save` means a layer, or what it is part of: by the end of its path, as PEFT reads it."""
     return saved_module(layer, names) is not None
 
 
@@ -326,7 +326,7 @@ class _Pairs:
             return "other"
         if layer is not None:
             return type(layer)
-        # a router, say: a layer of the model's own kind
+        # a router, for example: a layer of the model's own kind
         return Parameter if len(shape) == 2 and not _EMBEDDING.fullmatch(_last(name)) else "other"
 
     def _pair(self, name: str, form: Form, shape: tuple[int, ...], matrices: tuple[tuple[PairedRows, ...], ...]) -> Pair:

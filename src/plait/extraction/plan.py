@@ -70,7 +70,7 @@ def survey(
 
     def look(pair: Pair) -> tuple[float, int]:
         is_wanted = pair.name in wanted
-        looked = [_look(pair, number, energy if is_wanted else None) for number in range(len(pair.matrices))]
+        looked = [_measure(pair, number, energy if is_wanted else None) for number in range(len(pair.matrices))]
         size = math.fsum(one for one, _ in looked)
         if not math.isfinite(size):
             raise PlanError(
@@ -103,7 +103,7 @@ def survey(
     return ExtractPlan(tuple(sorted(targets, key=lambda p: p.name)), ranks, energies, biases, saved, full)
 
 
-def _look(pair: Pair, number: int, energy: float | None) -> tuple[float, int]:
+def _measure(pair: Pair, number: int, energy: float | None) -> tuple[float, int]:
     """Return ‖Δ‖²_F of one matrix, and the rank that keeps a share of it; matrices are held one at a time."""
     delta = pair.delta(number)
     size = delta.energy()

@@ -42,7 +42,7 @@ class ExtractRecord(Record):
         plait: version.
         request: as run.
         base_model: the base model's name, as written into the adapter.
-        task_type: PEFT's, as the base model's architecture says; None where it says nothing.
+        task_type: PEFT's, as the base model's architecture says; None where it does not decide.
         rank: of the adapter (PEFT's r).
         max_lora_rank: smallest value of vLLM's setting that holds it; None when none does.
         kept: share of ‖ΔW‖²_F kept over the target modules.

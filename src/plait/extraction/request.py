@@ -79,7 +79,7 @@ def select_layers(pairs: Sequence[Pair], request: ExtractRequest) -> tuple[Pair,
 
 
 def _matches(pattern: str, pair: Pair) -> bool:
-    """Say whether a pattern means a layer: the end of its path (`q_proj`, `self_attn.q_proj`), or a shell pattern."""
+    """Return whether a pattern means a layer: the end of its path (`q_proj`, `self_attn.q_proj`), or a shell pattern."""
     path = pair.module if pair.is_experts else pair.layer
     return path == pattern or path.endswith(f".{pattern}") or fnmatchcase(path, pattern)
 

@@ -129,11 +129,11 @@ def _rows(pair: Pair) -> Iterator[tuple[int, Tensor]]:
 def _module_record(pair: Pair, emitted: OutputFactors) -> ModuleRecord:
     energy, held = emitted.energy or 0.0, emitted.kept or 0.0
     kept = min(1.0, held / energy) if energy else 1.0
-    is_whole = emitted.rank >= min(pair.matrix_shape) or not energy
+    is_exact = emitted.rank >= min(pair.matrix_shape) or not energy
     return ModuleRecord(
         target=pair.module,
         rank=emitted.rank,
-        result="exact" if is_whole else "truncated",
-        energy=None if is_whole else energy,
-        kept=1.0 if is_whole else kept,
+        result="exact" if is_exact else "truncated",
+        energy=None if is_exact else energy,
+        kept=1.0 if is_exact else kept,
     )

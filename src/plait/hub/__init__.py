@@ -1,6 +1,6 @@
 """The Hub and the disk as places of adapters: read references, fetch what they lead to, publish results.
 
-Knows nothing of what an adapter holds, and never writes anywhere but into the Hub's own cache.
+Independent of what an adapter holds, and never writes anywhere but into the Hub's own cache.
 """
 
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve, resolve_model

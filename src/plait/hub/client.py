@@ -1,6 +1,6 @@
 """What failures of `huggingface_hub` mean to a user.
 
-Knows nothing of adapters; whether a failure is an `AddressError` or an `OutputError` is the caller's decision.
+Independent of adapters; whether a failure is an `AddressError` or an `OutputError` is the caller's decision.
 `huggingface_hub` is imported inside functions, because it costs more than the rest of this package together.
 """
 
@@ -40,7 +40,7 @@ def explain_failure(error: Exception, repo: str, revision: str | None, *, cached
     if constants.HF_HUB_OFFLINE:
         return (
             f"offline mode is on (HF_HUB_OFFLINE), and {revision or 'the default branch'} of this repository is not "
-            f"whole in the cache {constants.HF_HUB_CACHE}. Unset HF_HUB_OFFLINE, or fetch it once where there is a "
+            f"complete in the cache {constants.HF_HUB_CACHE}. Unset HF_HUB_OFFLINE, or fetch it once where there is a "
             f"network: `hf download {repo}`."
         )
     cause = cause_of(error)

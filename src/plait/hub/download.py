@@ -25,7 +25,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 #: What may be next to an adapter and is wanted next to the merge: the card, the tokenizer and the chat template.
-BESIDE = (
+FILES_NEXT_TO_ADAPTER = (
     "README.md",
     "added_tokens.json",
     "chat_template.jinja",
@@ -45,7 +45,7 @@ MODEL_FILES = ("*.safetensors", "*.json")
 _SAFETENSORS = MODEL_FILES[0]
 #: What is fetched in place of safetensors where a model has none.
 PICKLED_MODEL = "pytorch_model*.bin"
-#: What a whole model needs next to its weights and its json files; `resolve_model(files=...)` takes both together.
+#: What a full model needs next to its weights and its json files; `resolve_model(files=...)` takes both together.
 COMPANION_FILES = ("*.jinja", "*.model", "*.txt", "LICENSE*", "README.md")
 _SHOWN = 12
 
@@ -90,7 +90,7 @@ def resolve(reference: Reference, *, base: Path | None = None, progress: bool = 
         snapshot = _from_cache(error, reference, [glob.escape(prefix + ADAPTER_CONFIG)], base=base)
         held = {path.name for path in (snapshot / prefix).glob("*")}
         if ADAPTER_CONFIG not in held or not held & {ADAPTER_WEIGHTS, PICKLED}:
-            raise AddressError(_why(error, reference, base)) from error
+            raise AddressError(_offline_reason(error, reference, base)) from error
     else:
         if prefix + ADAPTER_CONFIG not in names:
             raise AddressError(_no_config(reference, commit, names))
@@ -100,7 +100,7 @@ def resolve(reference: Reference, *, base: Path | None = None, progress: bool = 
                 f"{reference.address!r} has {ADAPTER_CONFIG}, but neither {ADAPTER_WEIGHTS} nor {PICKLED}. It holds: "
                 f"{_listed(names)}."
             )
-        wanted = [prefix + name for name in (ADAPTER_CONFIG, *weights, *BESIDE) if prefix + name in names]
+        wanted = [prefix + name for name in (ADAPTER_CONFIG, *weights, *FILES_NEXT_TO_ADAPTER) if prefix + name in names]
         snapshot = _fetch(reference, commit, wanted, base=base, progress=progress)
     return _located(reference, snapshot)
 
@@ -130,7 +130,7 @@ def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] =
         patterns = [glob.escape(prefix) + pattern for pattern in (*files, PICKLED_MODEL)]
         snapshot = _from_cache(error, reference, patterns, base=base)
         if not any(path for pattern in _first(files) for path in (snapshot / prefix).glob(pattern)):
-            raise AddressError(_why(error, reference, base)) from error
+            raise AddressError(_offline_reason(error, reference, base)) from error
     else:
         here = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         here = [name for name in here if "/" not in name and not name.startswith("consolidated")]
@@ -225,7 +225,7 @@ def _fetch(reference: Reference, commit: str, names: list[str], *, base: Path | 
             if snapshot.name != commit:  # the branch has moved since it was asked about
                 snapshot = Path(snapshot_download(reference.repo or "", revision=commit, allow_patterns=patterns))
     except Exception as error:  # which classes can come depends on the transport library below huggingface_hub
-        raise AddressError(_why(error, reference, base)) from error
+        raise AddressError(_offline_reason(error, reference, base)) from error
     return snapshot
 
 
@@ -244,7 +244,7 @@ def _from_cache(error: Exception, reference: Reference, patterns: list[str], *, 
                 why = explain_failure(error, reference.repo or "", reference.revision, cached=True)
                 announce(f"{reference.address!r} is taken from the cache, as of commit {cached.name}: {why}")
             return cached
-    raise AddressError(_why(error, reference, base)) from error
+    raise AddressError(_offline_reason(error, reference, base)) from error
 
 
 def _cached(reference: Reference, patterns: list[str]) -> Path | None:
@@ -258,15 +258,15 @@ def _cached(reference: Reference, patterns: list[str]) -> Path | None:
         return None
 
 
-def _why(error: Exception, reference: Reference, base: Path | None) -> str:
+def _offline_reason(error: Exception, reference: Reference, base: Path | None) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     repo = reference.repo or ""
     if "/" not in repo:  # a folder that is not there, far more likely than one of the Hub's few models without an owner
         where = Path.cwd() / (base or Path())
-        asked = "has no such model either" if isinstance(error, RepositoryNotFoundError) else "could not be asked for one"
+        answer = "has no such model either" if isinstance(error, RepositoryNotFoundError) else "could not be asked for one"
         found = f"{reference.address!r}: there is no folder {str(where / repo)!r}.{did_you_mean(repo, _folders(where))}"
-        return f"{found} (Models of the Hub are called org/name; it {asked}.)"
+        return f"{found} (Models of the Hub are called org/name; it {answer}.)"
     message = f"{reference.address!r}: {explain_failure(error, repo, reference.revision)}"
     if isinstance(error, RevisionNotFoundError):
         return message + _revisions(repo, reference.revision or "")
@@ -297,7 +297,7 @@ def _no_config(reference: Reference, commit: str, names: list[str]) -> str:
         ]
         return f"{found} Give a place that has one: {_listed(specs)}."
     if any(name.endswith(".safetensors") for name in names):
-        return f"{found} It looks like a whole model, which plait takes as a base model. It holds: {_listed(names)}."
+        return f"{found} It looks like a full model, which plait takes as a base model. It holds: {_listed(names)}."
     return f"{found} No other folder has one. It holds: {_listed(names) or 'nothing'}."
 
 

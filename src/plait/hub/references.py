@@ -3,7 +3,7 @@
     [name=]PATH                              ./adapters/code    ~/runs/7/final    code=/data/code
     [name=]org/repo[@revision][/subfolder]   code=org/repo@v2/checkpoint-2874
 
-Knows nothing of networks, caches or what an adapter holds: it looks at the disk only to distinguish a folder from a
+Independent of networks, caches or what an adapter holds: it looks at the disk only to distinguish a folder from a
 repository.
 """
 
@@ -67,7 +67,7 @@ class Reference(Record):
         if (self.path is None) == (self.repo is None):
             raise ValueError("a reference has either a path or a repo")
         if self.path is not None and (self.revision is not None or self.subfolder is not None):
-            raise ValueError("a local path has no revision and no subfolder: write the whole path")
+            raise ValueError("a local path has no revision and no subfolder: write the complete path")
         if self.name is not None and not _NAME.fullmatch(self.name):
             raise ValueError(adapter_name_problem(self.name))
         problems = _problems(self.repo, self.revision, self.subfolder)
@@ -96,7 +96,7 @@ class Reference(Record):
         return self.spec
 
     def default_name(self, base: Path | None = None) -> str:
-        """Return the user's name for the adapter, or one made from the last telling parts of its address.
+        """Return the user's name for the adapter, or one made from the last distinctive parts of its address.
 
         A last part that identifies nothing (`checkpoint-123`, `final`, `adapter`, …) keeps the part before it:
         `org/repo/checkpoint-123` is `repo-checkpoint-123`.
@@ -118,7 +118,7 @@ class Reference(Record):
         name = re.sub(r"-{2,}", "-", re.sub(r"[^A-Za-z0-9._-]", "-", text)).lstrip("._-").rstrip("-") or "adapter"
         if not any(c.isalnum() and not c.isascii() for c in text):
             return name
-        # letters that a name cannot hold: a hash of them keeps two such names apart
+        # letters that a name cannot hold: a hash of them distinguishes two such names
         return f"{name}-{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:6]}"
 
 
@@ -158,12 +158,12 @@ def parse_reference(text: str, *, base: Path | None = None, allow_bare: bool = F
 
 
 def adapter_name_problem(name: str) -> str:
-    """Say why `name` cannot name an adapter."""
+    """Report why `name` cannot name an adapter."""
     return f"the name {name!r} must start with a letter or digit and hold only letters, digits, '.', '_' and '-'"
 
 
 def repo_problem(repo: str) -> str:
-    """Say why the Hub cannot have a repository called `repo`, or return an empty string."""
+    """Report why the Hub cannot have a repository called `repo`, or return an empty string."""
     parts = repo.split("/")
     if len(parts) > 2 or not all(_REPO_PART.fullmatch(part) for part in parts):
         return (

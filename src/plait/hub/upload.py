@@ -1,7 +1,7 @@
 """Publish a folder on the Hub.
 
-Everything that can be refused is refused before the first byte leaves. Knows nothing of what the folder holds, nor
-whether it is whole: that is for the caller to have made sure of.
+Everything that can be refused is refused before the first byte leaves. Independent of what the folder holds; that it is
+complete is for the caller to make sure of.
 """
 
 from __future__ import annotations

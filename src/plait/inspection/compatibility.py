@@ -1,6 +1,6 @@
 """Whether adapters belong together, from their headers alone, and what a server needs to load them.
 
-The planner and `plait inspect` ask the same questions here. Knows nothing of recipes, methods or tensors.
+The planner and `plait inspect` ask the same questions here. Independent of recipes, methods or tensors.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def check_compatibility(adapters: Sequence[Adapter], *, base_model: str | None =
         *_base_notes(adapters, base_model),
         *_coverage_notes(adapters, everywhere),
         *_part_notes(adapters),
-        *(f"Space {space!r} is out: {why}." for space, why in excluded.items()),
+        *(f"Space {space!r} cannot be used: {why}." for space, why in excluded.items()),
     )
     return Compatibility(
         can_merge=not problems,
@@ -145,7 +145,7 @@ def check_compatibility(adapters: Sequence[Adapter], *, base_model: str | None =
 
 
 def base_model_problems(adapters: Sequence[Adapter], given_base: str | None) -> list[str]:
-    """Say which adapters name which base models, when they name several.
+    """Report which adapters name which base models, when they name several.
 
     Names are compared without regard to case and to a slash at the end. An adapter that names none agrees with all.
 
@@ -167,7 +167,7 @@ def base_model_problems(adapters: Sequence[Adapter], given_base: str | None) -> 
 
 
 def shape_problems(adapters: Sequence[Adapter]) -> list[str]:
-    """Say which target modules have one path, but not one layout (kind, rows, columns, stack) in all adapters."""
+    """Report which target modules have one path, but not one layout (kind, rows, columns, stack) in all adapters."""
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = defaultdict(list)
     by_path: dict[str, dict[str, Layout]] = defaultdict(dict)
     for adapter in adapters:
@@ -188,7 +188,7 @@ def shape_problems(adapters: Sequence[Adapter]) -> list[str]:
 
 
 def naming_problems(adapters: Sequence[Adapter]) -> list[str]:
-    """Say which adapters call the same modules by different names.
+    """Report which adapters call the same modules by different names.
 
     Two adapters that share no target are suspected when most modules of the smaller have a partner of the same layout
     in the other whose path differs only in what precedes the numbered layer, and when one of these two beginnings
@@ -230,7 +230,7 @@ def naming_problems(adapters: Sequence[Adapter]) -> list[str]:
 
 
 def dora_problems(adapters: Sequence[Adapter], given_base: str | None) -> list[str]:
-    """Say which adapters need the base model's weights that are not given."""
+    """Report which adapters need the base model's weights that are not given."""
     dora = [a for a in adapters if _is_dora(a)]
     if not dora or given_base is not None:
         return []
@@ -243,7 +243,7 @@ def dora_problems(adapters: Sequence[Adapter], given_base: str | None) -> list[s
 
 
 def form_problems(adapters: Sequence[Adapter]) -> list[str]:
-    """Say what cannot be in one adapter file, because PEFT would not load it or would read it otherwise."""
+    """Report what one adapter file cannot hold, because PEFT would not load it or would read it otherwise."""
     targets = [(a, t) for a in adapters for t in a.targets.values()]
     biased = [a for a in adapters if any(t.has_bias for t in a.targets.values())]
     problems = []
@@ -388,10 +388,10 @@ def _fused_projections(fused: Adapter, separate: Adapter) -> list[tuple[str, str
             owner, _, name = path.rpartition(".")
             if name not in wholes:
                 continue
-            beside = [p for part in parts if (p := f"{owner}.{part}" if owner else part) in separate.targets]
-            if beside:
-                found.setdefault(path, beside[0])
-            if path in separate.targets or any(p in fused.targets for p in beside):
+            matching = [p for part in parts if (p := f"{owner}.{part}" if owner else part) in separate.targets]
+            if matching:
+                found.setdefault(path, matching[0])
+            if path in separate.targets or any(p in fused.targets for p in matching):
                 both.add(name)
     return [(path, part) for path, part in found.items() if path.rpartition(".")[2] not in both]
 

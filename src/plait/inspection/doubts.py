@@ -19,7 +19,7 @@ def adapter_doubts(adapters: Sequence[Adapter]) -> list[str]:
 
 
 def config_problems(adapter: Adapter) -> Iterator[str]:
-    """Yield what the configuration says that the tensors do not bear out; headers alone are looked at."""
+    """Yield where the configuration contradicts the tensors; reads headers alone."""
     config, targets = adapter.config, adapter.targets
     # an alpha of a module's own makes the configuration's rank and alpha void
     ruled = [t for t in targets.values() if ALPHA not in t.tensors]
@@ -49,7 +49,7 @@ def stored_rank(target: Target) -> int:
 
 
 def _untrained(adapter: Adapter) -> Iterator[str]:
-    """Say which towers of an adapter have a zero delta in every module: their training left no trace, or was lost on saving."""
+    """Report which towers of an adapter have a zero delta in every module: they were not trained, or lost on saving."""
     towers: dict[str, list[Target]] = defaultdict(list)
     for path, target in adapter.targets.items():
         key = layer_key(path)

@@ -2,7 +2,7 @@
 
 Everything is a function of ΔW = s·B·A, so it is the same for any factors of it (B G, G⁻¹ A). Almost all of it comes from
 the two Gram matrices A Aᵀ and Bᵀ B of the joined factors, in float64; only the signs need the entries of ΔW, which pass by
-in blocks of rows. Knows nothing of what the numbers are called in a report.
+in blocks of rows. Independent of what the numbers are called in a report.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class _Blocks(threading.local):
         count, (m, n) = len(parts), parts[0].shape
         signs, magnitude, nonzero = (torch.zeros(count, count, dtype=torch.float64) for _ in range(3))
         for start, stop in block_ranges(m, count * n):
-            x, s = self._room(parts[0].a.dtype, 2, count, stop - start, n)
+            x, s = self._scratch(parts[0].a.dtype, 2, count, stop - start, n)
             for t, part in enumerate(parts):
                 torch.mm(part.b[start:stop], part.a, out=x[t])
             x, s = x.flatten(1), torch.sign(x, out=s).flatten(1)
@@ -212,7 +212,7 @@ class _Blocks(threading.local):
             nonzero += s.abs_() @ s.mT
         return signs, magnitude, nonzero
 
-    def _room(self, dtype: torch.dtype, *shape: int) -> Tensor:
+    def _scratch(self, dtype: torch.dtype, *shape: int) -> Tensor:
         size = math.prod(shape)
         if self._buffer.dtype != dtype or len(self._buffer) < size:
             self._buffer = torch.empty(size, dtype=dtype)
@@ -220,7 +220,7 @@ class _Blocks(threading.local):
 
 
 class Spectra:
-    """What the singular values of one adapter's matrices say."""
+    """Measures of the singular values of one adapter's matrices."""
 
     def __init__(self) -> None:
         self.energies: dict[str, float] = {}  # path → ‖ΔW‖²

@@ -1,6 +1,6 @@
 """What adapters are, one by one and side by side: everything `plait inspect` reports, as numbers and words.
 
-The numbers come from `geometry`. Knows nothing of how they are shown.
+The numbers come from `geometry`. Independent of how they are shown.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class AdapterComparison(Record):
         names: of the adapters, in the order of rows and columns.
         norms: ‖ΔWₜ‖_F per adapter.
         scale_ratio: the largest of them over the smallest; None when one is 0.
-        cosine: (T, T) ⟨ΔW_i, ΔW_j⟩ / (‖ΔW_i‖ ‖ΔW_j‖) of the whole task vectors; None where one is zero.
+        cosine: (T, T) ⟨ΔW_i, ΔW_j⟩ / (‖ΔW_i‖ ‖ΔW_j‖) of the complete task vectors; None where one is zero.
         overlap_a: (T, T) overlap of the row spaces of A. Of one matrix it is the median cosine of the principal angles,
             σ_med(V_iᵀ V_j) with orthonormal bases V, of a module the median over its matrices, and here the median over
             the modules that both have; None if there is none. 1 for equal spaces.
@@ -414,7 +414,7 @@ def _shared_init(names: Sequence[str], overlap: SymmetricMatrix, chance: float |
     highest = max(found.values())
     pairs = tuple((names[i], names[j]) for (i, j), value in found.items() if value > max(COLLAPSED, chance))
     measured = f"overlap {_span(list(found.values()))}, by chance {chance:.2f}"
-    who = "All A matrices" if len(pairs) == len(found) else f"The A matrices of {_and([f'{i} + {j}' for i, j in pairs])}"
+    who = "All A matrices" if len(pairs) == len(found) else f"The A matrices of {_join([f'{i} + {j}' for i, j in pairs])}"
     status: Literal["shared", "partial", "separate"] = "shared"
     if pairs:
         words = (
@@ -487,7 +487,7 @@ def _short(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def _and(words: Sequence[str]) -> str:
+def _join(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 

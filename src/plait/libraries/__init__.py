@@ -1,1 +1,1 @@
-"""What plait knows of the inside of other libraries: one module per library, each with a test of what it expects."""
+"""Uses of other libraries' internals: one module per library, each with a test of what it expects."""

@@ -1,4 +1,4 @@
-"""What plait knows of accelerate."""
+"""Uses of accelerate."""
 
 from __future__ import annotations
 

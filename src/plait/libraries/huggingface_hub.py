@@ -1,4 +1,4 @@
-"""What plait knows of huggingface_hub beyond its documented use: its notes of hashes, its failures, its progress bars.
+"""Uses of huggingface_hub beyond its documented API: its notes of hashes, its failures, its progress bars.
 
 It is imported inside functions, because it costs more than the rest of plait's Hub code together.
 """

@@ -1,4 +1,4 @@
-"""What plait knows of PEFT beyond its documented use."""
+"""Uses of PEFT beyond its documented API."""
 
 from __future__ import annotations
 

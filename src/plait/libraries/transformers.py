@@ -1,4 +1,4 @@
-"""What plait knows of transformers beyond its documented use.
+"""Uses of transformers beyond its documented API.
 
 How a model takes up what it has already read is asked of the model, not known by name: its `forward` has had an argument
 `past_key_values` (4.x) and `cache` (5.x); its output has a field that holds a cache.
@@ -67,7 +67,7 @@ def cache_argument(model: Any) -> str | None:
 def cache_of(output: Any) -> tuple[str, Any] | None:
     """Return the field of a model's output that holds a cache, and the cache; None where there is none.
 
-    A cache is what `transformers.Cache` is: it says its length and copies its rows.
+    A cache is an instance of `transformers.Cache`: it has a length and can copy its rows.
     """
     fields = output.items() if isinstance(output, Mapping) else vars(output).items()
     for name, value in fields:
@@ -116,7 +116,7 @@ def why_cache_not_continued(cache: Any) -> str | None:
 
 
 def attention_window(model: Any) -> int | None:
-    """Return how many tokens back a model's layers look, where some of them do not see the whole text; else None."""
+    """Return how many tokens back a model's layers look, where some of them do not see the complete text; else None."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     slides = "sliding_attention" in kinds or (not kinds and getattr(config, "use_sliding_window", True))
@@ -134,7 +134,7 @@ def counts_by_place(model: Any) -> bool:
 
 
 def reserved_positions(model: Any) -> int:
-    """Return how many of a model's positions no token has: RoBERTa and its kin count from behind the padding's."""
+    """Return how many of a model's positions no token uses: RoBERTa and its variants count from after the padding's."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.padding_idx) + 1

@@ -1,4 +1,4 @@
-"""What plait knows of TRL's configurations and its parser of flags beyond their documented use."""
+"""Uses of TRL's configurations and its parser of flags beyond their documented API."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FlagParser:
         Raises:
             FlagError: a value is of the wrong kind.
         """
-        self._forget_defaults()
+        self._remove_defaults()
         try:
             found, rest = self._parser.parse_known_args(list(words))
         except argparse.ArgumentTypeError as error:
@@ -59,10 +59,10 @@ class FlagParser:
 
     def help(self) -> str:
         """Return the help of every flag."""
-        self._forget_defaults()
+        self._remove_defaults()
         return str(self._parser.format_help())
 
-    def _forget_defaults(self) -> None:
+    def _remove_defaults(self) -> None:
         for action in self._parser._actions:
             action.default, action.required = argparse.SUPPRESS, False
 

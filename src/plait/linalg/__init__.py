@@ -1,4 +1,4 @@
 """Tensor in, tensor out: low-rank algebra, sparsifying, sign election, keyed randomness.
 
-Knows nothing of names, files, LoRA configurations or recipes.
+Independent of names, files, LoRA configurations or recipes.
 """

@@ -1,7 +1,7 @@
 """A matrix that exists only as blocks of rows, and what can be learned of it by passing over them.
 
 `RowBlocks` is how a dense m × n delta is handled without holding it: every pass computes the blocks anew (or keeps them,
-when the whole matrix is small). The truncated SVD is a subspace iteration fed by such passes.
+when the complete matrix is small). The truncated SVD is a subspace iteration fed by such passes.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class RowBlocks:
         return RowBlocks(self.shape, lambda start, stop: self._rows(start, stop) * factor, self.dtype, self.range_hint)
 
     def dense(self) -> Tensor:
-        """Return the whole matrix, (m, n)."""
+        """Return the complete matrix, (m, n)."""
         return torch.cat([block for _, block in self])
 
     def matmul(self, x: Tensor) -> Tensor:

@@ -179,6 +179,6 @@ def rank_for_energy(s: Tensor, energy: float) -> int:
     power = s.square().cumsum(0)
     if len(s) == 0 or power[-1] <= 0:
         return 1
-    # One ulp of slack: energy 1.0 must not ask for the rounding noise behind the last real value.
+    # One ulp of slack: energy 1.0 must not ask for the rounding noise after the last real value.
     wanted = energy * float(power[-1]) * (1 - 1e-12)
     return min(len(s), int(torch.searchsorted(power, torch.tensor(wanted, dtype=power.dtype))) + 1)

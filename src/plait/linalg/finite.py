@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def all_finite(x: Tensor) -> bool:
-    """Say whether no entry is NaN or infinite: then their sum is finite too, unless it overflows, which a second pass finds."""
+    """Return whether no entry is NaN or infinite: then their sum is finite too, unless it overflows (checked separately)."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return bool(torch.isfinite(x.sum(dtype=wide))) or bool(torch.isfinite(x).all())

@@ -23,7 +23,7 @@ from plait.results.public import place_name, public_values
 from plait.results.quoting import UNKNOWN_BASE, block, code, is_plain_name, prose, python, shell
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
-#: What a card may say of its license, and as what; anything else is not known.
+#: License keys of a card's front matter → their type; other types are ignored.
 _LICENSE = {
     "license": re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}"),
     "license_name": re.compile(r"[\w][\w .+()-]{0,100}"),
@@ -143,7 +143,7 @@ def base_name(name: str | None) -> str:
 
 
 def task_type_of(adapters: Sequence[Adapter]) -> str | None:
-    """Return what the first adapter that says so was trained for."""
+    """Return the task type of the first adapter that has one."""
     return next((t for a in adapters if isinstance(t := a.config.raw.get("task_type"), str) and t), None)
 
 

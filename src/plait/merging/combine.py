@@ -35,8 +35,8 @@ class Combiner:
     Attributes:
         recipe: what was asked for.
         prepared: the factors.
-        statistics: results of the surveys over the whole model.
-        gram: ⟨ΔWᵢ, ΔWⱼ⟩ over the whole model, (T, T) float64, where coefficients depend on it.
+        statistics: results of the surveys over the complete model.
+        gram: ⟨ΔWᵢ, ΔWⱼ⟩ over the complete model, (T, T) float64, where coefficients depend on it.
         moments: second moments of the modules' inputs, where the recipe names them.
         notes: notes of stages on modules so far.
     """
@@ -182,7 +182,7 @@ class Combiner:
             reduction.observe(block(start, stop, stride))
 
     def observe(self, module: str, reductions: Mapping[str, Reduction]) -> None:
-        """Show one module's coordinates to reductions over the whole model, one per array name."""
+        """Show one module's coordinates to reductions over the complete model, one per array name."""
         stack = self.prepared.read(module)
         frames = self._frames(stack, self._sites(module, stack))
         statistics = self._local(module, frames)

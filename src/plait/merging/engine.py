@@ -76,7 +76,7 @@ class Engine:
         self._side_by_side = _is_side_by_side(inventory, plan)
 
     def prepare(self) -> Combiner:
-        """Make the surveys over the whole model that transforms and method need."""
+        """Make the surveys over the complete model that transforms and method need."""
         try:
             return self._prepare(in_double=False)
         except NeedsDouble:
@@ -108,7 +108,7 @@ class Engine:
             if self._inventory.base is not None:
                 return dora.dora_rank_at_energy(*self._dora_sum(combiner, module.target), energy)
             with name_extreme_adapters(combiner, module.target):
-                merged = _sound(module.target, combiner.merge(module.target))
+                merged = _check_finite(module.target, combiner.merge(module.target))
             return rank_at_energy(merged, energy, self._key(module.target))
 
         with _pool(self._workers) as pool:
@@ -139,11 +139,11 @@ class Engine:
         key = self._key(target)
         bias = self._bias(combiner, target) if self._has_bias else None
         if self._inventory.recipe.output.kind == "delta":
-            dense = tuple(as_blocks(m) for m in _sound(target, combiner.merge(target)))
+            dense = tuple(as_blocks(m) for m in _check_finite(target, combiner.merge(target)))
             return MergedModule(target, None, dense, bias, None)
         if self._inventory.base is not None:
             return self._dora_module(combiner, target, rank, bias)
-        emitted = truncate_module(_sound(target, combiner.merge(target)), rank, key)
+        emitted = truncate_module(_check_finite(target, combiner.merge(target)), rank, key)
         if self._side_by_side and not any(bool(s.b.any()) for s in emitted.slices):
             self._check_zero(combiner, target)
         return MergedModule(target, emitted, None, bias, None)
@@ -186,7 +186,7 @@ class Engine:
             for a in self._inventory.adapters
         ]
         merged, gain = dora.merge_dora(target, weight, factors.scaled(), magnitudes, combiner.coefficients(target).tolist())
-        _sound(target, [merged])
+        _check_finite(target, [merged])
         return weight, merged, gain
 
     def _bias(self, combiner: Combiner, target: str) -> Tensor:
@@ -249,7 +249,7 @@ def _is_side_by_side(inventory: Inventory, plan: MergePlan) -> bool:
     return linear and is_exact and not recipe.transforms and inventory.base is None
 
 
-def _sound(target: str, merged: list[MergedMatrix]) -> list[MergedMatrix]:
+def _check_finite(target: str, merged: list[MergedMatrix]) -> list[MergedMatrix]:
     """Return merged deltas as they are.
 
     Raises:

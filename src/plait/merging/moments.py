@@ -4,7 +4,7 @@ A file holds one adapter's, taken on that adapter's own inputs, averaged over to
 weigh more. Per target module it has one (d_in, d_in) matrix under the module's name, or, since that does not scale, some of the
 inputs themselves: (k, d_in) under the name and `:rows`, whose mean of x xᵀ it is. A module of several matrices (experts, groups
 of a convolution) has as many inputs: (stack, d_in, d_in). Modules that read the same tensor (q, k and v) share one entry:
-`plait.shared` in the header's metadata lists them, and `plait.origin` says what the moments were taken of. Knows nothing of how
+`plait.shared` in the header's metadata lists them, and `plait.origin` names what the moments were taken of. Independent of how
 they are used.
 """
 
@@ -35,11 +35,11 @@ MomentsOf = Callable[[str, str], Found | None]  # (adapter, target module) → E
 _ASYMMETRY = 1e-3  # of the largest entry: sums in bfloat16 stay below it
 _ROWS = ":rows"
 _PREFIX = "plait."  # of what is plait's in the metadata of a header
-_AGAIN = "Make them with `plait calibrate`, or plait.save_moments."
+_MAKE_AGAIN = "Make them with `plait calibrate`, or plait.save_moments."
 
 
 class MomentsOrigin(Record):
-    """What second moments were taken of, as their file says it.
+    """What second moments were taken of, as recorded in their file.
 
     Attributes:
         adapter: sha256 of the adapter's tensor file.
@@ -77,7 +77,7 @@ class MomentsFile:
 
     Attributes:
         path: of the file.
-        origin: what they were taken of; None where the file does not say it.
+        origin: what they were taken of; None where the file does not record it.
 
     Raises:
         AdapterError: the file is missing, damaged, or its metadata is not that of moments.
@@ -88,7 +88,7 @@ class MomentsFile:
         self._file = SafetensorsFile(path)
         written = {name: self._file.metadata.get(_PREFIX + name) for name in _Metadata.model_fields}
         found = {k: parse_json(v, f"{path}: {_PREFIX}{k}", AdapterError) for k, v in written.items() if v is not None}
-        metadata = as_record(_Metadata, found, str(path), AdapterError, what="metadata of moments", advice=_AGAIN)
+        metadata = as_record(_Metadata, found, str(path), AdapterError, what="metadata of moments", advice=_MAKE_AGAIN)
         self._shared, self.origin = metadata.shared, metadata.origin
 
     @property
@@ -218,7 +218,7 @@ def from_files(
         if a.name in files and (origin := files[a.name].origin) is not None and origin.adapter != a.sha256()
     ]
     if problems:
-        raise AdapterError("; ".join(problems) + f". {_AGAIN}")
+        raise AdapterError("; ".join(problems) + f". {_MAKE_AGAIN}")
 
     def read(adapter: str, module: str, matrix: int | None) -> Found | None:
         return files[adapter].read(module, matrix)

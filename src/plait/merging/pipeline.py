@@ -62,7 +62,7 @@ def plan_recipe(
 ) -> MergePlan:
     """Return what a recipe would do; reads headers, no tensor.
 
-    What a merge takes from the tasks' texts first (second moments, what is `auto`) is not taken; notes say so.
+    What a merge takes from the tasks' texts first (second moments, what is `auto`) is not taken; notes name it.
 
     Args:
         recipe: what is asked for.

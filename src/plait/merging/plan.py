@@ -112,14 +112,14 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
     problems = [
         *_mode_problems(recipe, left_out),
         *policy_problems(recipe, list(inventory.layouts)),
-        *([f"space {space!r} is not for these adapters: {why}. Use 'delta', 'core' or 'knots'."] if why else []),
+        *([f"space {space!r} cannot be used for these adapters: {why}. Use 'delta', 'core' or 'knots'."] if why else []),
         *_dora_problems(inventory, pipeline, kept),
         *_moments_problems(inventory, pipeline),
         *layer_problems("method", method.layers(recipe.method), list(inventory.layouts)),
         *head_problems(inventory.adapters, recipe.heads),
     ]
     if recipe.output.kind == "delta" and recipe.heads.policy != "separate":
-        problems.append("heads are full tensors and no deltas: with output.kind 'delta' they are kept separate.")
+        problems.append("heads are full tensors, not deltas: with output.kind 'delta' they must be kept separate.")
     if not kept and not problems:
         problems.append("no target module is left to merge; with merge_mode 'common' the adapters share none")
     collect(PlanError, problems, "this merge cannot be done")
@@ -179,7 +179,7 @@ def _dora_problems(inventory: Inventory, pipeline: Pipeline, kept: dict[str, Lay
             "has full rank, so only linear methods have an exact form (linear, uniform, weighted, …; not in 'factors')."
         ]
     if inventory.recipe.output.kind == "delta":
-        return ["output.kind 'delta' of DoRA adapters is not offered; write an adapter."]
+        return ["output.kind 'delta' is not supported for DoRA adapters; write an adapter."]
     names = [str(t.name) for t in inventory.recipe.transforms if t.name != "identity"]  # type: ignore[attr-defined]
     if names:
         return [f"transforms: {', '.join(names)} of DoRA adapters: their magnitudes belong to B A as it is. Take it out."]
@@ -318,7 +318,7 @@ def _peak_bytes(inventory: Inventory, pipeline: Pipeline, modules: Sequence[Modu
 
 
 def _data_notes(inventory: Inventory, pipeline: Pipeline, paths: list[str]) -> list[str]:
-    """Say what is probably a mistake in a merge that solves for its result, or that has data and does not."""
+    """Report what is probably a mistake in a merge that solves for its result, or that has data and does not."""
     notes = []
     if inventory.moments is not None and not pipeline.needs_moments:
         notes.append(f"method {inventory.recipe.method_name!r} uses no second moments; those given change nothing.")
@@ -338,9 +338,7 @@ def _notes(inventory: Inventory, left_out: dict[str, tuple[str, ...]]) -> list[s
         first, lacking = next(iter(left_out.items()))
         notes.append(f"merge_mode 'common' leaves {len(left_out)} modules out, such as {first} (not in {', '.join(lacking)}).")
     if recipe.space_name == "factors":
-        notes.append(
-            "space 'factors' merges A and B apart as PEFT does: the result is not a function of the deltas. For reproduction."
-        )
+        notes.append("space 'factors' merges A and B separately, as PEFT does: the result is not a function of the deltas.")
     if any(t.has_bias for a in inventory.adapters for t in a.targets.values()):
         notes.append("lora_bias is merged as the weighted sum of the biases, whatever the method.")
     tasks = {a.name: a.config.raw.get("task_type") for a in inventory.adapters}

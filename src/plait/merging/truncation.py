@@ -43,7 +43,7 @@ class OutputFactors:
 def truncate_module(merged: Sequence[MergedMatrix], rank: int, key: Key) -> OutputFactors:
     """Bring every matrix of a module to at most `rank`.
 
-    Low-rank deltas that fit are passed on untouched; others are truncated by their exact SVD, dense ones by a randomised SVD
+    Low-rank deltas that fit are passed on untouched; others are truncated by their exact SVD, dense ones by a randomized SVD
     over row blocks.
     """
     parts = [_fit(m, rank, key.child(str(i))) for i, m in enumerate(merged)]

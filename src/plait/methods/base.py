@@ -92,7 +92,7 @@ class Method(ABC):
     @property
     @abstractmethod
     def kind(self) -> MethodKind:
-        """What it combines: nothing but coefficients (`linear`), coordinates (`entries`), or whole matrices (`deltas`)."""
+        """What it combines: nothing but coefficients (`linear`), coordinates (`entries`), or complete matrices (`deltas`)."""
 
     @abstractmethod
     def pipeline(self, params: Any) -> Pipeline:
@@ -191,11 +191,11 @@ class _Coefficients(LinearCombine):
 class _Entrywise(EntryCombine):
     name: str
     function: Callable[[Block, Any], Tensor]
-    asked: Callable[[Any], tuple[Survey, ...]]
+    surveys_of: Callable[[Any], tuple[Survey, ...]]
     params: Any
 
     def surveys(self) -> tuple[Survey, ...]:
-        return self.asked(self.params)
+        return self.surveys_of(self.params)
 
     def combine(self, block: Block) -> Tensor:
         return self.function(block, self.params)

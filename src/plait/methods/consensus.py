@@ -86,14 +86,14 @@ class RamPlusParams(AverageSharedFields, TrimFields):
     """Parameters of `ram_plus`."""
 
     scope: Annotated[
-        RankScope, Field(description="Rank and count entries over the whole task vector (`model`), or within each module.")
+        RankScope, Field(description="Rank and count entries over the complete task vector (`model`), or within each module.")
     ] = "model"
     boost: Boost = 0.1
 
 
 RAM = Preset(
     name="ram",
-    summary="Average the entries that several adapters changed, keep whole those that only one did.",
+    summary="Average the entries that several adapters changed, keep in full those that only one did.",
     equation="ΔW = Σ wₜ x̂ₜ / max(1, #{t: x̂ₜ ≠ 0}),  x̂ₜ = the `density` largest of |xₜ|",
     params=TrimFields,
     source=Source("Yuan et al. 2026, Reinforced Agent Merging, §4", "https://arxiv.org/abs/2601.13572"),

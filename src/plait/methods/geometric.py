@@ -31,7 +31,7 @@ register(
         params=SlerpFields,
         source=Source("Shoemake 1985, Animating rotation with quaternion curves", "https://doi.org/10.1145/325334.325242"),
         deviation=(
-            "On deltas, as mergekit's `nuslerp` with a base model; its `slerp` turns whole models. Straight where there is no "
+            "On deltas, as mergekit's `nuslerp` with a base model; its `slerp` turns full models. Straight where there is no "
             "one arc: a zero delta, parallel or antipodal deltas."
         ),
         spaces=_SPACES,
@@ -72,7 +72,7 @@ register(
             "Karcher 1977, Riemannian center of mass and mollifier smoothing", "https://doi.org/10.1002/cpa.3160300502"
         ),
         deviation=(
-            "On deltas; mergekit's is of whole models, with equal weights and at most 10 steps. Weights are divided by the sum "
+            "On deltas; mergekit's is of full models, with equal weights and at most 10 steps. Weights are divided by the sum "
             "of their magnitudes; a negative one turns its delta round. Unit deltas that cancel give the weighted mean."
         ),
         spaces=_SPACES,

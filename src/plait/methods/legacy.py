@@ -1,6 +1,6 @@
 """The method names of an older merging framework, with its parameters, on deltas.
 
-Two of them averaged A and B apart and applied the first adapter's scaling to the product. Here every name means the delta
+Two of them averaged A and B separately and applied the first adapter's scaling to the product. Here every name means the delta
 merge it was meant to be; `space: factors` still averages factors, with each adapter's own scaling.
 """
 
@@ -28,7 +28,7 @@ UNIFORM = Preset(
     equation="ΔW = (1/T) Σ wₜ ΔWₜ",
     params=NoParams,
     source=_SOURCE,
-    deviation="It averaged A and B apart under the first adapter's scaling; the mean of the deltas is what was meant.",
+    deviation="It averaged A and B separately under the first adapter's scaling; the mean of the deltas is what was meant.",
     min_adapters=2,
     combines="linear",
     stages=lambda params: Pipeline(Mean()),
@@ -74,7 +74,7 @@ WEIGHTED = LinearMethod(
     equation="ΔW = λ ΔW₁ + (1 − λ) ΔW₂",
     params=LambdaParams,
     source=_SOURCE,
-    deviation="It interpolated A and B apart: the delta had λ², (1 − λ)² and cross terms. Here deltas are interpolated.",
+    deviation="It interpolated A and B separately: the delta had λ², (1 − λ)² and cross terms. Here deltas are interpolated.",
     min_adapters=2,
     max_adapters=2,
     coefficients=_between,

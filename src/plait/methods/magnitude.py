@@ -23,7 +23,7 @@ MAGNITUDE = Preset(
     equation="ΔW = Σ wₜ x̂ₜ,  x̂ₜ = the `density` largest of |xₜ|",
     params=MagnitudeParams,
     source=Source("PEFT add_weighted_adapter(combination_type='magnitude_prune')"),
-    deviation="On deltas, not on A and B apart (that is `space: factors`). Entries that tie with the threshold are all kept.",
+    deviation="On deltas, not on A and B (that is `space: factors`). Entries that tie with the threshold are all kept.",
     stages=lambda params: Pipeline(pre=(Trim.of(params),), combine=Sum()),
 )
 register(MAGNITUDE)

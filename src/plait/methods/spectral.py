@@ -39,9 +39,9 @@ _preset(
     params=PolarFields,
     source=Source("Gargiulo et al. 2025, TSV-M, Algorithm 1", "https://arxiv.org/abs/2412.00081"),
     deviation=(
-        "All directions of an adapter are kept: the paper keeps 1/T of min(d_out, d_in), to make room; low-rank deltas have "
-        "room. Weights multiply the deltas. Directions below 1e-5 of an adapter's largest are not directions, and the polar "
-        "factor is a partial isometry where the stack of all is rank deficient. The α of the paper is `scale`."
+        "All directions of an adapter are kept: the paper keeps 1/T of min(d_out, d_in), so that all fit, as low-rank "
+        "deltas do. Weights multiply the deltas. Directions below 1e-5 of an adapter's largest are not directions, and the "
+        "polar factor is a partial isometry where the stack of all is rank deficient. The α of the paper is `scale`."
     ),
 )
 _preset(

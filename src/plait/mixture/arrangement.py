@@ -27,7 +27,7 @@ class Arrangement:
 
     def attach(self) -> None:
         """Put everything on; when something fails, nothing stays."""
-        _be_seen_by_compilers()
+        _guard_hooks()
         with ExitStack() as undo:
             for swap in self._swaps:
                 swap.apply()
@@ -38,15 +38,15 @@ class Arrangement:
 
     def detach(self) -> None:
         """Take everything off, in reverse order."""
-        _be_seen_by_compilers()
+        _guard_hooks()
         self._undo.close()
 
 
-def _be_seen_by_compilers() -> None:
-    """Let `torch.compile` notice hooks that come and go.
+def _guard_hooks() -> None:
+    """Make `torch.compile` notice hooks that are added and removed.
 
-    It takes it that a module's hooks never change, so what it made of the bare base would answer as the bare base for ever.
-    What it made before this is given up, once per process.
+    By default it assumes that a module's hooks never change, so code compiled on the bare base would ignore the adapters.
+    Code that was compiled before is compiled again, once per process.
     """
     dynamo = sys.modules.get("torch._dynamo")  # not imported: nothing is compiled
     if dynamo is not None and dynamo.config.skip_nnmodule_hook_guards:

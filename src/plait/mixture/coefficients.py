@@ -1,4 +1,4 @@
-"""Λ: the one tensor that says how strongly every adapter acts, and how a target reads its share of it."""
+"""Λ: the tensor of coefficients of all adapters, and how a target reads its share of it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from plait.mixture.stack import Stack
 
 
 @dataclass(eq=False)
-class _Learned:
+class _LearnedTarget:
     """One target's factors: float32 parameters, and what acts of them.
 
     Attributes:
@@ -44,7 +44,7 @@ class LearnedFactors:
 
     def __init__(self, deltas: Mapping[str, tuple[TargetModule, AdapterDelta]], rank: int | None = None) -> None:
         self._state = CoefficientState(Coefficients(torch.ones(1), "task", 0, 1))
-        self._learned: dict[str, _Learned] = {}
+        self._learned: dict[str, _LearnedTarget] = {}
         for path, (target, delta) in deltas.items():
             widest = min(delta.rank if rank is None else rank, target.layout.full_rank)
             slices = [s.to(torch.float32).truncated(widest)[0].padded(widest) for s in delta.slices]
@@ -52,7 +52,7 @@ class LearnedFactors:
             layer = adapted(target, Stack.of(target, [balanced]), self._state)
             a, bt = torch.stack([s.a for s in slices]), torch.stack([s.b.mT for s in slices])
             device = target.home[0] if target.home is not None else None
-            self._learned[path] = _Learned(
+            self._learned[path] = _LearnedTarget(
                 layer, nn.Parameter(a.to(device).contiguous()), nn.Parameter(bt.to(device).contiguous())
             )
         self.refresh()

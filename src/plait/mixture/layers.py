@@ -92,9 +92,9 @@ class _Output(Adapted):
             self.stack = self.stack.to(y.device, self.stack.a.dtype if self._placed else y.dtype)
             self._placed = True
         x = args[0] if args else next(iter(kwargs.values()))
-        return self.delta(x.to(y.device), self._beside(y)) if self.acts else self._beside(y)
+        return self.delta(x.to(y.device), self._corrected(y)) if self.acts else self._corrected(y)
 
-    def _beside(self, y: Tensor) -> Tensor:
+    def _corrected(self, y: Tensor) -> Tensor:
         """Add what is not a low-rank delta: DoRA's row scaling of W x, and trained biases."""
         gains, biases = self.stack.gains, self.stack.biases
         if gains is None and biases is None:

@@ -37,7 +37,7 @@ def load_base_model(
     """Return the base model and its tokenizer (None where the base has none).
 
     The class is that of the adapters' `task_type`; without one, the class that the base's configuration names. A head that
-    the checkpoint lacks (a classifier that every adapter brings for itself) is zero, so that a bare base says nothing
+    the checkpoint lacks (a classifier that every adapter brings for itself) is zero, so that a bare base predicts nothing
     rather than something random.
 
     Raises:
@@ -70,7 +70,7 @@ def load_base_model(
 def _check(dtype: Any, device_map: Any) -> None:
     """Refuse what transformers would fail on deep within itself."""
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise PlanError(f"dtype {dtype!r} is none; allowed are auto, float32, bfloat16, float16, float64.")
+        raise PlanError(f"dtype {dtype!r} is not allowed; it must be one of auto, float32, bfloat16, float16, float64.")
     if not isinstance(device_map, str) or device_map in PLACEMENTS:
         return
     try:

@@ -113,7 +113,7 @@ def load(
     Args:
         source: adapters (references, or name → reference), the path of a recipe, or a `Recipe`, as for `plait.merge`.
         base: the base model, a folder or `org/repo[@revision]`; the recipe's or the adapters' own when None.
-        heads_of: whose heads, trained token rows and biases act, where the recipe keeps them apart (the base's when None);
+        heads_of: whose heads, trained token rows and biases act, where the recipe keeps them separate (the base's when None);
             averaged ones, and those of the adapter that the recipe names, act by themselves.
         load_dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
         device_map: as transformers takes it; needs accelerate.

@@ -107,7 +107,7 @@ class Mixture:
 
         Args:
             base: a folder, or `org/repo[@revision][/subfolder]`.
-            adapters: opened; their `task_type` says which class of model.
+            adapters: opened; their `task_type` decides the class of model.
             dtype: of the base, as transformers takes it; `auto` is the checkpoint's.
             device_map: as transformers takes it; needs accelerate.
             trust_remote_code: let transformers run code from the folder of the weights.
@@ -136,7 +136,7 @@ class Mixture:
         given = dict(weights or {})
         problems = [self._unknown(name) for name in given if name not in self.names]
         problems += [
-            f"the weight of {n!r} is {w!r}; a finite number is needed." for n, w in given.items() if not math.isfinite(w)
+            f"the weight of {n!r} is {w!r}; it must be a finite number." for n, w in given.items() if not math.isfinite(w)
         ]
         collect(PlanError, problems, "these adapters cannot be made active")
         row = [float(given.get(name, 0.0)) for name in self.names]
@@ -325,9 +325,11 @@ class Mixture:
             PlanError: a wrong shape or dtype; DoRA or lora_bias, which are not low-rank deltas.
         """
         checked = self._checked(coefficients.detach(), granularity)
-        beside = [a.target.path for a in self._adapted if a.stack.gains is not None or a.stack.biases is not None]
-        if beside:
-            raise PlanError(f"{beside[0]!r} has DoRA or lora_bias, which are not low-rank deltas; merge with a recipe instead.")
+        nonlinear = [a.target.path for a in self._adapted if a.stack.gains is not None or a.stack.biases is not None]
+        if nonlinear:
+            raise PlanError(
+                f"{nonlinear[0]!r} has DoRA or lora_bias, which are not low-rank deltas; merge with a recipe instead."
+            )
         layers = layers_of(self.axes.modules)
         found = {}
         for k, layer in enumerate(self._adapted):
@@ -370,9 +372,11 @@ class Mixture:
         if granularity == "direction":
             if self._factors != "canonical":
                 raise PlanError("coefficients per direction need canonical factors: Mixture(..., factors='canonical').")
-            beside = [a.target.path for a in self._adapted if a.stack.gains is not None or a.stack.biases is not None]
-            if beside:
-                raise PlanError(f"{beside[0]!r} has DoRA or lora_bias, which are not directions; use coefficients per module.")
+            nonlinear = [a.target.path for a in self._adapted if a.stack.gains is not None or a.stack.biases is not None]
+            if nonlinear:
+                raise PlanError(
+                    f"{nonlinear[0]!r} has DoRA or lora_bias, which are not directions; use coefficients per module."
+                )
         return Coefficients.of(values, granularity, self.axes, per_row=per_row)
 
     def _arranged(
@@ -437,7 +441,7 @@ class Mixture:
         if len(owners) > 1:
             raise PlanError(
                 f"{', '.join(owners)} each bring full tensors (heads, token rows, biases) of their own; "
-                f"say whose are to act: heads={owners[0]!r}, or heads=False for the base's."
+                f"choose whose are used: heads={owners[0]!r}, or heads=False for the base's."
             )
         return owners[0] if owners else None
 

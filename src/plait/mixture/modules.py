@@ -35,7 +35,7 @@ class TargetModule:
 
     @property
     def weight(self) -> Tensor:
-        """The weight, as the module holds it now; `home` or `dense_problem` say whether it is an ordinary tensor."""
+        """The weight, as the module holds it now; `home` and `dense_problem` show whether it is an ordinary tensor."""
         weight = self.module._parameters[self.parameter]
         if weight is None:
             raise AssertionError(f"{self.path}: has no {self.parameter}")
@@ -48,7 +48,7 @@ class TargetModule:
         return None if weight is None or weight.is_meta or weight.dtype not in _COMPUTED else (weight.device, weight.dtype)
 
     def dense_problem(self) -> str | None:
-        """Say why the weight cannot be read and replaced; None when it can."""
+        """Report why the weight cannot be read and replaced; None when it can."""
         if not self.layout.fits_weight:
             return f"{self.path!r}: the delta of a grouped convolution reads all channels and does not fit into its weight."
         weight = self.module._parameters.get(self.parameter)

@@ -112,11 +112,11 @@ def full_swaps(full: FullTensorSet, modules: ModuleIndex) -> list[Swap]:
             swaps.append(_token_rows(path, tensor, full.token_indices, modules))
             continue
         module, name = modules.tensor(path.replace(_WRAPPED, ""))
-        swaps.append(_whole(path, tensor, module, name))
+        swaps.append(_full_swap(path, tensor, module, name))
     return swaps
 
 
-def _whole(path: str, tensor: Tensor, module: nn.Module, name: str) -> Swap:
+def _full_swap(path: str, tensor: Tensor, module: nn.Module, name: str) -> Swap:
     present = getattr(module, name)
     if present is None:
         raise ValueError(f"{path!r}: the model's {type(module).__name__} has no {name}.")

@@ -1,4 +1,4 @@
-"""The part of a recipe that says on which texts second moments, and a scale, are taken."""
+"""The part of a recipe that names the texts on which second moments, and a scale, are taken."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Text → plain data, with the line of every part.
 
-Reads YAML by the rules of YAML 1.2: `no` and `on` are words, `1e-3` is a number, a date is text. Knows nothing of what
+Reads YAML by the rules of YAML 1.2: `no` and `on` are words, `1e-3` is a number, a date is text. Independent of what
 a recipe may hold.
 """
 
@@ -110,7 +110,7 @@ def read_document(text: str, source: str, *, loader: type[yaml.SafeLoader] = _Lo
         RecipeError: the text is not YAML; the message says in which line.
     """
     if len(text) > _MOST_CHARACTERS:
-        raise RecipeError(f"{source}: larger than {_MOST_CHARACTERS >> 20} MB, which no such YAML is.")
+        raise RecipeError(f"{source}: larger than {_MOST_CHARACTERS >> 20} MB, the limit for YAML.")
     try:
         return _compose(text, loader)
     except yaml.MarkedYAMLError as error:

@@ -1,4 +1,4 @@
-"""The parts of a recipe that say how its result is evaluated."""
+"""The part of a recipe that describes how its result is evaluated."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A recipe's file → `Recipe`, whatever form it is written in, with everything that is wrong reported at once.
 
-Knows nothing of adapters: whether a path leads anywhere is found when it is followed.
+Independent of adapters: whether a path leads anywhere is found when it is followed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LoadedRecipe(NamedTuple):
 def load_recipe(path_or_text: str | Path, *, overrides: Overrides = ()) -> Recipe:
     """Return the recipe that a file or a text describes; that of a file knows its folder. See `read_recipe`."""
     loaded, notes = _read(path_or_text, overrides)
-    _tell(notes)
+    _warn(notes)
     return loaded.recipe if _is_text(path_or_text) else loaded.recipe.placed(loaded.folder)
 
 
@@ -64,7 +64,7 @@ def read_recipe(path_or_text: str | Path, *, overrides: Overrides = ()) -> Loade
         RecipeError: the file cannot be read, or the recipe is not valid; all that is wrong is listed with its line.
     """
     loaded, notes = _read(path_or_text, overrides)
-    _tell(notes)
+    _warn(notes)
     return loaded
 
 
@@ -80,7 +80,7 @@ def build_recipe(data: Mapping[str, Plain], *, source: str = "recipe", folder: P
         RecipeError: it is not valid; all that is wrong is listed.
     """
     recipe, notes = _resolve(YamlDocument(_plain(data), {}), source, folder, ())
-    _tell(notes)
+    _warn(notes)
     return recipe.written(Origins(""))
 
 
@@ -104,7 +104,7 @@ def migrate_file(file: str | Path) -> tuple[str, list[str]]:
     return to_yaml(converted.data), [str(note) for note in notes]
 
 
-def _tell(notes: list[Warning]) -> None:
+def _warn(notes: list[Warning]) -> None:
     """Warn in the line outside of plait that asked for the recipe, through whatever function it did."""
     for note in notes:
         warnings.warn(note, stacklevel=frames_within())
@@ -139,7 +139,7 @@ def _resolve(document: YamlDocument, source: str, folder: Path | None, overrides
     recipe, problems = check_recipe(values)
     known = [*document.problems, *converted.problems, *dead_ends, *bad_paths]
     origins = Origins(source, document.lines, converted.moved, tuple(overridden))
-    origins.refuse([*known, *_unsaid(problems, known)])
+    origins.refuse([*known, *_not_reported(problems, known)])
     if recipe is None:
         raise AssertionError("a recipe without problems was not built")
     category = RecipeWarning if is_mergekit(data) else DeprecationWarning
@@ -170,7 +170,7 @@ def _name_adapters(data: dict[str, Plain], folder: Path | None) -> tuple[dict[st
     return {**data, "adapters": entries}, problems
 
 
-def _unsaid(problems: list[Problem], known: list[Problem]) -> list[Problem]:
+def _not_reported(problems: list[Problem], known: list[Problem]) -> list[Problem]:
     """Drop what the check repeats about adapters whose path is known to be wrong."""
     reported: set[KeyPath] = {p.path[:2] for p in known if p.path[:1] == ("adapters",)}
     return [p for p in problems if not (len(p.path) == 2 and p.path in reported)]

@@ -1,6 +1,6 @@
 """Values set by path, on top of a recipe: `method.density=0.3`.
 
-Knows nothing of what a recipe may hold: a wrong path is found when the result is checked.
+Independent of what a recipe may hold: a wrong path is found when the result is checked.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def set_values(data: Mapping[str, Plain], overrides: Overrides) -> tuple[dict[st
         keys = read_path(text)
         try:
             paths.append(_set(result, keys, copy.deepcopy(value)))
-        except _DeadEndError as end:
+        except _PathError as end:
             paths.append(keys)
             problems.append(Problem(keys, str(end)))
     return result, paths, problems
 
 
-class _DeadEndError(Exception):
+class _PathError(Exception):
     """A path cannot be followed."""
 
 
@@ -106,20 +106,20 @@ def _opened(value: Plain, path: KeyPath) -> Plain:
     field = _SHORT_FOR.get(str(path[0])) if len(path) == (1 if path[0] == "method" else 2) else None
     if isinstance(value, str) and field:
         return {field: value}
-    raise _DeadEndError(f"{show_path(path)} is {show_value(value)}, not a mapping: nothing can be set inside it.")
+    raise _PathError(f"{show_path(path)} is {show_value(value)}, not a mapping: nothing can be set inside it.")
 
 
 def _index(items: list[Plain], key: str, path: KeyPath) -> int:
     if key.isdecimal():
         if int(key) < len(items):
             return int(key)
-        raise _DeadEndError(f"{show_path(path)} has {len(items)} items, counted from 0: no {key}.")
+        raise _PathError(f"{show_path(path)} has {len(items)} items, counted from 0: no {key}.")
     names = [_name(entry) for entry in items]
     if key in names:
         return names.index(key)
     known = [n for n in names if n is not None]
     there = ", ".join(show_path([n]) for n in known)
-    raise _DeadEndError(f"{show_path(path)} has no item {key!r}; there are {there}.{did_you_mean(key, known)}")
+    raise _PathError(f"{show_path(path)} has no item {key!r}; there are {there}.{did_you_mean(key, known)}")
 
 
 def _name(entry: Plain) -> str | None:

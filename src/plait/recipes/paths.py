@@ -1,6 +1,6 @@
 """Paths into plain data, and how they are spelled: `method.density`, `adapters.0.weight`, `weights.modules."*.q_proj"`.
 
-Knows nothing of what a recipe holds.
+Independent of what a recipe holds.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _show_key(key: str) -> str:
 
 
 def _read_key(text: str, start: int) -> tuple[str, int]:
-    """Return the key that starts at `start`, and the position of the `.` or `=` behind it, or of the end."""
+    """Return the key that starts at `start`, and the position of the `.` or `=` after it, or of the end."""
     if text[start : start + 1] == '"':
         try:
             key, end = _QUOTED.raw_decode(text, start)

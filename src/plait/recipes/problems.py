@@ -1,6 +1,6 @@
 """What is wrong with a recipe, and where it was written.
 
-Knows nothing of what a recipe may hold: others find the problems.
+Independent of what a recipe may hold: others find the problems.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def read_request(
 def extend_request(
     earlier: Mapping[str, Any], adapters: Adapters, settings: Mapping[str, Any], sets: Sequence[str] = ()
 ) -> Recipe:
-    """Return an earlier recipe with more adapters behind its own.
+    """Return an earlier recipe with more adapters after its own.
 
     Args:
         earlier: a recipe as plain data; its relative paths start from the working directory.

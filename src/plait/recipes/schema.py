@@ -1,6 +1,6 @@
-"""The recipe: what a user asks for, whole, frozen, with one default per parameter and this as its only home.
+"""The recipe: everything a user asks for, frozen, with one default per parameter and this as its only home.
 
-Commands use the parts they need; a recipe for merging is valid for evaluating what it makes. Knows nothing of how anything
+Commands use the parts they need; a recipe for merging is valid for evaluating what it makes. Independent of how anything
 is computed.
 """
 

@@ -27,7 +27,7 @@ def field_names(model: type[BaseModel]) -> list[str]:
 
 
 def model_at(path: KeyPath, data: Plain, root: type[BaseModel] = Recipe) -> type[BaseModel] | None:
-    """Return the model whose fields are allowed at a path; None where there is none, or no telling which."""
+    """Return the model whose fields are allowed at a path; None where there is none, or several are possible."""
     shape = _walk(path, data, root)[0]
     return shape if _is_model(shape) else None
 

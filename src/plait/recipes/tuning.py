@@ -1,4 +1,4 @@
-"""The part of a recipe that says how its result learns from texts."""
+"""The part of a recipe that describes how its result learns from texts."""
 
 from __future__ import annotations
 

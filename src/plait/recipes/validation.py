@@ -1,6 +1,6 @@
 """Plain data → a `Recipe`, or everything that is wrong with it in plain words.
 
-Knows nothing of files, old forms or other tools' recipes.
+Independent of files, old forms or other tools' recipes.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _KINDS = {
     "float_type": "a number",
     "float_parsing": "a number",
     "finite_number": "a finite number",
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
-    "int_parsing_size": "a whole number",
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "int_parsing_size": "an integer",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "string_type": "text",
@@ -97,17 +97,17 @@ def validate(kind: type[RecordT], data: Mapping[str, Plain]) -> tuple[RecordT | 
 
 
 def cannot_yet(what: str) -> str:
-    """Say that this version cannot do `what`."""
+    """Report that this version cannot do `what`."""
     return f"this version of plait cannot {what} yet. Take this part out."
 
 
 def _same_elsewhere(key: str, allowed: Sequence[str]) -> str:
-    """Say which of the allowed keys means what an unknown one means elsewhere."""
+    """Report which of the allowed keys means what an unknown one means elsewhere."""
     return next((f" {hint}" for other, (own, hint) in _ELSEWHERE.items() if key == other and own in allowed), "")
 
 
 def unknown_key(key: str, allowed: Sequence[str]) -> str:
-    """Say that a key is not known, what is, and which is nearest."""
+    """Report that a key is not known, what is, and which is nearest."""
     known = f"allowed: {', '.join(allowed)}" if allowed else "nothing is allowed here"
     return f"{key!r} is not known here; {known}.{_same_elsewhere(key, allowed) or did_you_mean(key, allowed)}"
 
@@ -163,7 +163,7 @@ def _keys(value: Plain) -> list[str]:
 
 
 def explain_errors(error: ValidationError, data: Mapping[str, Plain], root: type[BaseModel] = Recipe) -> Iterator[Problem]:
-    """Say what pydantic found in plain words, with what the schema allows there.
+    """Report what pydantic found in plain words, with what the schema allows there.
 
     Args:
         error: raised when `data` was validated.
@@ -175,24 +175,24 @@ def explain_errors(error: ValidationError, data: Mapping[str, Plain], root: type
         by_path.setdefault(_path(found, data), []).append(found)
     for path, errors in by_path.items():
         words = [e for e in errors if e["type"] == "literal_error"]
-        beside = ""  # of a word, beside which other values are allowed
+        alternative = ""  # a word that is allowed in place of a value
         if 0 < len(words) < len(errors):
             errors = [e for e in errors if e not in words]
-            beside = f", or {_words(words[0]['ctx']['expected'])[0]!r}"
+            alternative = f", or {_words(words[0]['ctx']['expected'])[0]!r}"
         deeper = any(len(other) > len(path) and other[: len(path)] == path for other in by_path)
         kinds = [_KINDS[e["type"]] for e in errors if e["type"] in _KINDS]
         if kinds and not deeper:  # the members of a union each complain: one sentence for all
             wanted = " or ".join(dict.fromkeys(kinds)) + _keys_of(path, data, root, errors)
-            yield Problem(path, f"{_subject(path)} is {show_value(errors[0]['input'])}; it must be {wanted}{beside}.")
+            yield Problem(path, f"{_subject(path)} is {show_value(errors[0]['input'])}; it must be {wanted}{alternative}.")
         for found in errors:
             # that items are too few is reported even when there are enough, of which some are invalid
             if found["type"] not in _KINDS and not (found["type"] == "too_short" and deeper):
                 text = _sentence(found, path, data, root)
-                yield Problem(path, text.removesuffix(".") + f"{beside}." if beside else text)
+                yield Problem(path, text.removesuffix(".") + f"{alternative}." if alternative else text)
 
 
 def _keys_of(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel], errors: Sequence[ErrorDetails]) -> str:
-    """Say which keys a mapping has that something else was given in place of; an empty text where it is not a record."""
+    """Report which keys a mapping has that something else was given in place of; an empty text where it is not a record."""
     if not any(e["type"] in ("model_type", "model_attributes_type") for e in errors):
         return ""
     model = model_at(path, data, root)
@@ -255,7 +255,7 @@ def _unknown(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) ->
 
 
 def _hint(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) -> str:
-    """Say what a missing value is, as the schema describes it."""
+    """Report what a missing value is, as the schema describes it."""
     model = model_at(path[:-1], data, root)
     fields = {f.alias or n: f for n, f in model.model_fields.items()} if model else {}
     about = fields[str(path[-1])].description if path and str(path[-1]) in fields else None
@@ -275,7 +275,7 @@ def _not_among(value: Plain, path: KeyPath, allowed: Sequence[str]) -> str:
 
 
 def _elsewhere(word: str, path: KeyPath) -> str:
-    """Say where a stage or a method belongs that was given in another place of `method`."""
+    """Report where a stage or a method belongs that was given in another place of `method`."""
     if path[:1] != ("method",):
         return ""
     if path in (("method",), ("method", "name")):

@@ -1,6 +1,6 @@
 """A recipe as YAML, and the schema as JSON Schema.
 
-Knows nothing of files.
+Independent of files.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class HeatMap(Record):
         about: how to read it.
         columns: their names.
         rows: name → cells, in order.
-        legend: the colors of low, middle and high values; empty where the cells' texts say it.
+        legend: the colors of low, middle and high values; empty where the cells' texts show the values.
     """
 
     title: str
@@ -179,7 +179,7 @@ def interference_map(found: Evaluation) -> HeatMap | None:
 
 
 def layer_maps(conflict: Conflict) -> tuple[HeatMap, ...]:
-    """Return, pair by pair and layer by layer, how the adapters lie to each other."""
+    """Return, pair by pair and layer by layer, the conflict between the adapters."""
     pairs = list(combinations(range(len(conflict.names)), 2))
     names = [f"{conflict.names[i]} · {conflict.names[j]}" for i, j in pairs]
     layers = tuple(layer.layer for layer in conflict.layers)
@@ -237,7 +237,7 @@ def weight_map(weights: LayerCoefficients) -> HeatMap:
     largest = _span(rows, 0.0)
     return _scaled(
         "Weights",
-        "What each adapter is multiplied by: the mean over a layer's modules, before the scale of the whole merge.",
+        "What each adapter is multiplied by: the mean over a layer's modules, before the scale of the merge.",
         weights.layers,
         rows,
         (-largest, 0.0, largest) if any(v < 0 for row in weights.values for v in row) else (0.0, largest / 2, largest),

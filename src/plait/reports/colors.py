@@ -1,4 +1,4 @@
-"""Numbers → colors, the same on the page and in figures. Readable for people who do not tell red from green."""
+"""Numbers → colors, the same on the page and in figures. Readable for people who cannot distinguish red from green."""
 
 from __future__ import annotations
 

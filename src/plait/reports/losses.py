@@ -8,7 +8,7 @@ from plait.records import Record
 
 CURVES = "loss_curves.json"
 _WIDTH, _HEIGHT = 640.0, 220.0
-# told apart without red and green (Okabe and Ito 2008)
+# distinguishable without red and green (Okabe and Ito 2008)
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 
 

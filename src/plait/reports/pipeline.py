@@ -1,4 +1,4 @@
-"""Paths of runs → a page on disk, and figures beside it."""
+"""Paths of runs → a page on disk, and figures next to it."""
 
 from __future__ import annotations
 

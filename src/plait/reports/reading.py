@@ -1,4 +1,4 @@
-"""Files of runs → what a report shows. Nothing here knows how anything is drawn."""
+"""Files of runs → what a report shows. Independent of how it is drawn."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Report(Record):
         comparison: a leaderboard of many merges.
         merges: run records of written merges, for the energy that they kept.
         tunings: records of tuned merges, for what they learned and kept.
-        conflict: how the adapters lie to each other; None where their files are not at hand.
+        conflict: the conflict between the adapters; None where their files are not at hand.
         weights: per layer; None where they are not known.
         losses: how the adapters were trained, where that is known.
         locks: file → text.
@@ -80,7 +80,7 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
 
     Args:
         paths: run folders and result files of evaluations (`eval_results_*.json`), leaderboards (`leaderboard.json`; what
-            stands behind their places is found in the workspace), folders of written merges, and loss curves
+            is behind their entries is found in the workspace), folders of written merges, and loss curves
             (`loss_curves.json`).
         progress: receives stages of the adapters' comparison, where their files are still at hand.
 
@@ -137,12 +137,12 @@ def _files(path: Path) -> list[Path]:
             try:
                 file_in(path, file.name)
             except OSError as error:
-                raise ReportError(f"{file}: {error}. A page shows only what lies in the run's own folder.") from None
+                raise ReportError(f"{file}: {error}. A page shows only files inside the run's own folder.") from None
     else:
         found = [path] if path.match(RESULTS) or path.name in (LEADERBOARD, RUN_RECORD, TUNING, LOCK, CURVES) else []
         found = [f for f in found if f.is_file()]
     if not found:
-        what = "is no file or folder" if not path.exists() else "holds no run"
+        what = "is not a file or folder" if not path.exists() else "holds no run"
         raise ReportError(
             f"{path}: {what}. Give a run folder of `plait eval` (it holds {RESULTS} or {LEADERBOARD}), or the "
             f"folder of a merge ({RUN_RECORD})."
@@ -151,7 +151,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _places(file: Path, board: Leaderboard) -> list[Evaluation]:
-    """Read what stands behind the places of a leaderboard, as far as the workspace in which it lies still holds it."""
+    """Read the evaluations behind a leaderboard's entries, as far as its workspace still holds them."""
     workspace = file.absolute().parents[3]  # <workspace>/compared/<adapters>/run_<time>/leaderboard.json
     found = []
     for place in board.places:
@@ -178,7 +178,7 @@ def _adapters(
     except PlaitError as error:
         head, *problems = str(error).splitlines()
         why = problems[0].strip(" -") if problems else head
-        return None, None, [f"how the adapters lie to each other is not shown: {why}"]
+        return None, None, [f"the conflict between the adapters is not shown: {why}"]
     weights = _weights(recipe, list(inventory.layouts))
     if len(inventory.adapters) < 2:
         return None, weights, []

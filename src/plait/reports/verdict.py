@@ -10,7 +10,7 @@ _GOOD, _FAIR = 0.9, 0.7  # of the single adapters' gain
 
 
 def verdict(found: Evaluation) -> str:
-    """Say what an evaluation means; nothing that its numbers do not say."""
+    """Return what an evaluation means, from its numbers alone."""
     if found.worst_recovery is None or found.mean_recovery is None:
         why = "; ".join(t.undefined for t in found.tasks if t.undefined)
         return f"No task has a recovery: {why or 'there is nothing to compare with'}."
@@ -18,27 +18,27 @@ def verdict(found: Evaluation) -> str:
         lost = ", ".join(found.below_base)
         return f"Not good enough: worse than the bare base model on {lost}. {_numbers(found)}"
     word = "Good" if found.worst_recovery >= _GOOD else "Fair" if found.worst_recovery >= _FAIR else "Weak"
-    told = {
+    meaning = {
         "Good": "every task keeps most of what its own adapter gained.",
         "Fair": "every task is better than the base, but some of the gain is lost.",
         "Weak": f"{found.worst_task} loses much of what its own adapter gained.",
     }[word]
-    return f"{word}: {told} {_numbers(found)}"
+    return f"{word}: {meaning} {_numbers(found)}"
 
 
 def certainty(found: Evaluation) -> str:
-    """Say how sure the worst recovery is, given the examples that were answered."""
+    """Report how sure the worst recovery is, given the examples that were answered."""
     if found.worst_interval is None or found.worst_recovery is None:
         return ""
     low, high = found.worst_interval
     examples = sum(t.examples for t in found.tasks)
-    sure = "The interval is wide: more examples would tell more." if high - low > 0.3 else ""
+    sure = "The interval is wide: more examples would narrow it." if high - low > 0.3 else ""
     bounds = f"{show_share(low)} and {show_share(high)} (95\N{NO-BREAK SPACE}%)"
-    return f"With {examples} examples the worst recovery lies between {bounds}. {sure}".strip()
+    return f"With {examples} examples the worst recovery is between {bounds}. {sure}".strip()
 
 
 def leaderboard_position(found: Evaluation, board: Leaderboard) -> str:
-    """Say where an evaluation stands on a leaderboard; nothing where it is not on it, or alone."""
+    """Return an evaluation's position on a leaderboard; empty where it is not on it, or alone."""
     tags = [place.tag for place in board.places]
     if found.tag not in tags or len(tags) < 2:
         return ""

@@ -13,7 +13,7 @@ from plait.records import Record
 from plait.results.lock import LOCK, RUN_RECORD, SUMMARY, Lock, read_lock
 
 FileState = Literal["equal", "changed", "missing", "extra", "outside"]
-_BESIDE = (LOCK, RUN_RECORD, SUMMARY)
+_NOT_LOCKED = (LOCK, RUN_RECORD, SUMMARY)
 _LEFT_BY_THE_HUB = (".gitattributes", ".cache", ".git")
 
 
@@ -32,7 +32,7 @@ class FileCheck(Record):
 
 def check_files(folder: Path, lock: Lock) -> tuple[FileCheck, ...]:
     """Compare every file with the lock; lock, run record and what the Hub's tools leave next to them are not part of it."""
-    names = {n for n in entries(folder) if n not in _BESIDE and n.split("/")[0] not in _LEFT_BY_THE_HUB}
+    names = {n for n in entries(folder) if n not in _NOT_LOCKED and n.split("/")[0] not in _LEFT_BY_THE_HUB}
     return tuple(
         FileCheck(name=name, state=_state(folder, name, lock.outputs.get(name))) for name in sorted(names | {*lock.outputs})
     )

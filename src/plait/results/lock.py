@@ -142,7 +142,7 @@ def read_lock(folder: Path, *, advice: str = "Make the result again.") -> Lock:
     if not os.path.lexists(path):
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise AdapterError(
-            f"{folder}: there is no {LOCK}, so this is not a whole result of plait. It holds: {held}. Give the folder that "
+            f"{folder}: there is no {LOCK}, so this is not a complete result of plait. It holds: {held}. Give the folder that "
             "`plait merge`, `bake`, `compress` or `extract` wrote."
         )
     try:

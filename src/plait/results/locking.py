@@ -1,6 +1,6 @@
 """An advisory lock on a folder: one process at a time is at work there.
 
-The lock is the system's (`flock`), on a small file that says who holds it. It is free again when the process that took it, and
+The lock is the system's (`flock`), on a small file that names its holder. It is free again when the process that took it, and
 those that inherited it, are gone, however they ended. Where there is no `flock` (Windows) no process is kept out.
 """
 
@@ -29,7 +29,7 @@ def locked(file: Path, work: str, *, patience: float = 0.0) -> Iterator[int | No
     Args:
         file: of the lock, in that folder. It is left there; the block may remove it, and the folder.
         work: what is done in the folder, for the message that another process gets.
-        patience: seconds to wait while somebody else holds it.
+        patience: seconds to wait while another process holds it.
 
     Yields:
         The lock's file descriptor: a child process that inherits it holds the lock too. None where there is no `flock`.
@@ -52,7 +52,7 @@ def locked(file: Path, work: str, *, patience: float = 0.0) -> Iterator[int | No
 
 
 def lock_holder(file: Path, work: str) -> str | None:
-    """Return what to say where another process holds a lock; None where none does."""
+    """Return a message where another process holds a lock; None where none does."""
     if not has_locks():
         return None
     try:
@@ -78,7 +78,7 @@ def _taken(file: Path, work: str, patience: float) -> IO[str]:
             if time.monotonic() >= end:
                 raise OutputError(problem)
             time.sleep(_PAUSE)
-        elif not _stands(file, handle):
+        elif not _is_current(file, handle):
             handle.close()
         else:
             handle.truncate(0)
@@ -96,7 +96,7 @@ def has_locks() -> bool:
 
 
 def _lock(handle: IO[str]) -> bool:
-    """Return whether the lock is ours."""
+    """Return whether this process holds the lock."""
     import fcntl
 
     try:
@@ -106,7 +106,7 @@ def _lock(handle: IO[str]) -> bool:
     return True
 
 
-def _stands(file: Path, handle: IO[str]) -> bool:
+def _is_current(file: Path, handle: IO[str]) -> bool:
     """Return whether an open file still has its name."""
     try:
         return os.fstat(handle.fileno()).st_ino == file.stat().st_ino

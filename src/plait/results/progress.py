@@ -1,4 +1,4 @@
-"""Progress of long work: a protocol that knows nothing of how it is shown."""
+"""Progress of long work: a protocol, independent of how it is shown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class Progress(Protocol):
     """A listener; stages follow one another and do not nest."""
 
     def start(self, stage: str, total: int, unit: str = "steps") -> None:
-        """Begin a stage of `total` steps; `unit` B says that they are bytes."""
+        """Begin a stage of `total` steps; `unit` B means bytes."""
 
     def advance(self, steps: int = 1) -> None:
         """Report steps done."""

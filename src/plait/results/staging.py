@@ -1,4 +1,4 @@
-"""Output folders: what may be written and replaced, and a folder that appears whole or not at all.
+"""Output folders: what may be written and replaced, and a folder that appears complete or not at all.
 
 A folder is made next to its final name and renamed. Where that cannot be, as the final name is a mount point (a container's
 volume), the working directory, or in a folder that may not be written, it is made inside it, and its files are moved up, the
@@ -64,7 +64,7 @@ def output_problem(folder: Path, *, force: bool) -> str | None:
     if "\0" in str(folder):
         return f"{str(folder)!r} holds a NUL character. Choose another output."
     if str(folder).startswith("~"):
-        return f"{folder}: '~' is not expanded here. Write the whole path, such as {Path.home() / 'merged'}."
+        return f"{folder}: '~' is not expanded here. Write the complete path, such as {Path.home() / 'merged'}."
     try:
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             return f"{folder} exists and is not a folder. Choose another output."
@@ -184,7 +184,7 @@ def publish(place: Path, folder: Path, *, force: bool) -> None:
     """Flush a finished folder and give it its final name; with `force`, in the place of what is there.
 
     Raises:
-        OutputError: somebody else has written there in the meantime, and nothing may be replaced.
+        OutputError: another process has written there in the meantime, and nothing may be replaced.
     """
     _flush(place)
     if place.is_relative_to(folder) or _is_fixed(folder):
@@ -340,7 +340,7 @@ def _swap(place: Path, folder: Path, *, force: bool) -> None:
     aside = place.with_name(place.name + ".old")
     try:
         if force and folder.exists():
-            if problem := _taken(folder, force=True):  # of somebody else, in the meantime
+            if problem := _taken(folder, force=True):  # of another process, in the meantime
                 raise OutputError(problem)
             folder.rename(aside)
         place.rename(folder)  # onto nothing, or onto an empty folder; the system refuses a full one
@@ -351,7 +351,7 @@ def _swap(place: Path, folder: Path, *, force: bool) -> None:
             _fill(place, folder, force=force)
             return
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise OutputError(f"{folder} was written by somebody else in the meantime. Choose another output.") from None
+            raise OutputError(f"{folder} was written by another process in the meantime. Choose another output.") from None
         raise
     shutil.rmtree(aside, ignore_errors=True)
     with suppress(OSError):  # not every file system can flush a folder
@@ -361,13 +361,13 @@ def _swap(place: Path, folder: Path, *, force: bool) -> None:
 def _fill(place: Path, folder: Path, *, force: bool) -> None:
     """Move a finished folder's files into an existing one, in the place of an old result's.
 
-    The old lock goes first and the new one comes last: what is under a lock is whole.
+    The old lock goes first and the new one comes last: what is under a lock is complete.
 
     Raises:
         OutputError: another process has written there in the meantime, and nothing may be replaced.
     """
     if _taken(folder, force=force):
-        raise OutputError(f"{folder} was written by somebody else in the meantime. Choose another output.")
+        raise OutputError(f"{folder} was written by another process in the meantime. Choose another output.")
     new, old = list(entries(place)), list(_contents(folder))
     _note(folder, {*new, *old})
     _remove(folder, old)
@@ -404,7 +404,7 @@ def _remove(folder: Path, names: list[str]) -> None:
 
 
 def _move(source: Path, target: Path, draft: Path) -> None:
-    """Give a file its final name; from another file system by way of `draft`, so that it is whole under that name."""
+    """Give a file its final name; from another file system by way of `draft`, so that it is complete under that name."""
     try:
         source.replace(target)
     except OSError as error:

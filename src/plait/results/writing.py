@@ -1,4 +1,4 @@
-"""Single files that appear whole."""
+"""Single files that appear complete or not at all."""
 
 from __future__ import annotations
 

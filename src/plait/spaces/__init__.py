@@ -1,7 +1,7 @@
 """The coordinates in which a merge happens: `delta`, `factors`, `knots`, `core`.
 
 A space turns the deltas of one target module into a stack of arrays of one shape (a `Frame`), one per adapter, and lifts one
-array of that shape back to a delta. It knows nothing of methods, names or files.
+array of that shape back to a delta. It is independent of methods, names or files.
 """
 
 from plait.spaces.base import Frame, Space

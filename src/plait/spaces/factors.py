@@ -1,4 +1,4 @@
-"""`factors`: A and B merged apart, as PEFT's `add_weighted_adapter` does. For reproduction only."""
+"""`factors`: A and B merged separately, as PEFT's `add_weighted_adapter` does. For reproduction only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Factors(Space):
     """
 
     name = "factors"
-    about = "A and B apart, as PEFT does; inexact, for reproduction only"
+    about = "A and B separately, as PEFT does; inexact, for reproduction only"
     low_rank = True
     arrays = ("A", "B")
 

@@ -1,7 +1,7 @@
 """What the stages of a merge are, and what they see.
 
 A merge of one target module runs `pre` → `combine` → `post`. A stage is its parameters and a pure function; which class of the
-ones below it is says what it sees:
+ones below it is decides what it sees:
 
 - a `DeltaStage` replaces the adapters' deltas, in factored form;
 - an `EntryStage` replaces a block of coordinates, in any space that offers coordinates;
@@ -9,7 +9,7 @@ ones below it is says what it sees:
   `EntryCombine` merges coordinates entry by entry, `DeltaCombine` merges factored deltas as matrices;
 - a `MergedStage` changes the merged delta, in factored form.
 
-No stage sees a file, a recipe or the order of work. What it must know of the whole module or model it asks for as a `Survey`;
+No stage sees a file, a recipe or the order of work. What it must know of a complete module or model it asks for as a `Survey`;
 what it needs of chance it draws from keys.
 """
 

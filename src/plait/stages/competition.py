@@ -14,7 +14,7 @@ from plait.stages.base import Block, EntryCombine, Scope, StageParams, Survey, r
 from plait.stages.surveys import extremes, magnitudes, total
 
 Reading = Literal["paper", "code"]
-_FIXED_POINT = 2.0**24  # terms of the softmax' sum as whole numbers: a sum of them does not depend on their order
+_FIXED_POINT = 2.0**24  # terms of the softmax' sum as integers: a sum of them does not depend on their order
 _CLAMPED = 1e-4  # the code's share of entries clamped at both ends
 
 
@@ -23,7 +23,7 @@ class CompeteFields(Record):
 
     reading: Annotated[Reading, Field(description="The paper's softmax, or the authors' products and clamps.")] = "paper"
     density: Annotated[float, Field(gt=0, le=1, description="Share of entries that an adapter keeps (the paper's r).")] = 0.1
-    scope: Annotated[Scope, Field(description="Normalize and rank over the whole model, or within each module.")] = "model"
+    scope: Annotated[Scope, Field(description="Normalize and rank over the complete model, or within each module.")] = "model"
 
 
 @register_stage

@@ -95,14 +95,14 @@ class AverageSharedFields(Record):
 
 @register_stage
 class AverageShared(AverageSharedFields, StageParams, EntryCombine):
-    """Average an entry over the adapters in which it is not zero; one that is a single adapter's own is kept whole (RAM, §4).
+    """Average an entry over the adapters in which it is not zero; one that is a single adapter's own is kept in full (RAM, §4).
 
     With `boost` > 0 an adapter's own entries are enlarged by 1 + boost · min(shared / own, cap), shared and own being its
     numbers of such entries (RAM+).
     """
 
     name: Literal["average_shared"] = "average_shared"
-    scope: Annotated[Scope, Field(description="Count over the whole model, or within each module.")] = "model"
+    scope: Annotated[Scope, Field(description="Count over the complete model, or within each module.")] = "model"
 
     def surveys(self) -> tuple[Survey, ...]:
         """Ask for every adapter's numbers of shared and own entries."""

@@ -16,7 +16,7 @@ from plait.records import Record
 from plait.stages.base import GramCombine, Scope, StageParams, register_stage
 
 _FLAT = 1e-6  # sines and lengths below this, relative to 1, are round-off of a Gram matrix
-EachScope = Annotated[Scope, Field(description="Lengths and angles of each module's delta, or of the whole task vector.")]
+EachScope = Annotated[Scope, Field(description="Lengths and angles of each module's delta, or of the complete task vector.")]
 
 
 class SlerpFields(Record):
@@ -124,7 +124,7 @@ class Karcher(KarcherFields, StageParams, GramCombine):
 class MetaGPTFields(Record):
     """Parameters of `metagpt`, the stage and the method."""
 
-    scope: Annotated[Scope, Field(description="Energies of the whole task vectors, or of each module.")] = "model"
+    scope: Annotated[Scope, Field(description="Energies of the complete task vectors, or of each module.")] = "model"
 
 
 @register_stage

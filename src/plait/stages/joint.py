@@ -1,4 +1,4 @@
-"""Deltas in coordinates that all adapters of a matrix share: where methods on whole matrices do their work."""
+"""Deltas in coordinates that all adapters of a matrix share: where methods on complete matrices do their work."""
 
 from __future__ import annotations
 

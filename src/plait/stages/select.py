@@ -28,7 +28,7 @@ class KeepVaried(KeepVariedFields, StageParams, EntryStage):
     """Keep the entries in which the adapters differ most, wₜ xₜ by variance over t; the same entries of all (SCE, select)."""
 
     name: Literal["keep_varied"] = "keep_varied"
-    scope: Annotated[Scope, Field(description="Rank within each module, or over the whole model.")] = "module"
+    scope: Annotated[Scope, Field(description="Rank within each module, or over the complete model.")] = "module"
 
     def surveys(self) -> tuple[Survey, ...]:
         """Ask for the smallest variance that is kept."""

@@ -14,7 +14,7 @@ from plait.stages.base import Block, EntryStage, Scope, StageParams, Survey, reg
 from plait.stages.surveys import magnitudes
 
 Density = Annotated[float, Field(gt=0, le=1, description="Share of entries kept per adapter.")]
-RankScope = Annotated[Scope, Field(description="Rank entries over the whole task vector (`model`), or within each module.")]
+RankScope = Annotated[Scope, Field(description="Rank entries over the complete task vector (`model`), or within each module.")]
 
 
 class TrimFields(Record):
@@ -50,7 +50,7 @@ class BandFields(Record):
     scope: RankScope = "module"
 
     @model_validator(mode="after")
-    def _leave_room(self) -> Self:
+    def _check_shares(self) -> Self:
         if self.density + self.gamma > 1:
             raise ValueError(f"density {self.density} and gamma {self.gamma} add up to more than 1")
         return self

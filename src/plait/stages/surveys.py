@@ -23,7 +23,7 @@ def magnitudes(
     """Ask for each adapter's k-th largest magnitudes.
 
     Args:
-        scope: over the whole task vector, or over each module.
+        scope: over the complete task vector, or over each module.
         wanted: number of entries → the ranks k.
         of: block → (rows, p, q) whose magnitudes are ranked; the coordinates themselves by default.
         rows: how many rows that has; one per adapter by default.
@@ -124,7 +124,7 @@ def total(scope: Scope, quantity: Callable[[Block], Tensor]) -> Survey:
 
     Args:
         scope: over the model or over each module.
-        quantity: block → tensor of a fixed shape, summed in float64, or in int64 where it is of whole numbers. It must be exact
+        quantity: block → tensor of a fixed shape, summed in float64, or in int64 where it is of integers. It must be exact
             there (counts, signs, fixed point), or the sum would depend on how blocks are cut.
     """
 

@@ -8,5 +8,5 @@
     answers     answers, sums over them      metrics    answers → numbers, by name
     checking    what `plait tasks check` shows
 
-Knows nothing of adapters or merging. Nothing is imported here, so that a task file is read without torch.
+Independent of adapters or merging. Nothing is imported here, so that a task file is read without torch.
 """

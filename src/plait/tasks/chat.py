@@ -34,7 +34,7 @@ def chat_text(
         tokenizer: of transformers, with a chat template.
         messages: with `role` and `content`.
         tools: that the model may call, as the template takes them.
-        add_generation_prompt: end with what an answer begins behind.
+        add_generation_prompt: end with the generation prompt.
         home: file of the template, for messages; the tokenizer's folder when None.
 
     Raises:

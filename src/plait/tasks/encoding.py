@@ -22,7 +22,7 @@ class Question:
         prompt: never empty.
         answers: one list per continuation, none empty.
         truncated: whether the prompt lost its beginning to `max_tokens`.
-        lead: what a decoder of its own reads before an answer, behind its start token; empty without an encoder.
+        lead: what a decoder of its own reads before an answer, after its start token; empty without an encoder.
     """
 
     prompt: list[int]
@@ -56,21 +56,21 @@ class PromptEncoder:
     what the chat template writes, and nothing else. Prompt and answer are tokenized as one text, so that a word that
     begins with a blank is one token; where the boundary falls inside a token, each by itself.
 
-    An encoder-decoder model reads the prompt in its encoder, closed as its tokenizer closes texts, and says the answer in its
-    decoder: nothing stands between the two, so the task's delimiter has no place there.
+    An encoder-decoder model reads the prompt in its encoder, ended as its tokenizer ends texts, and generates the answer in
+    its decoder; the task's delimiter is not used.
 
     Args:
         tokenizer: of transformers.
         task: whose texts they are.
-        apart: for an encoder-decoder model.
+        encoder_decoder: for an encoder-decoder model.
         vocabulary: tokens that the model has embeddings for; any when None.
     """
 
-    def __init__(self, tokenizer: Any, task: Task, *, apart: bool = False, vocabulary: int | None = None) -> None:
+    def __init__(self, tokenizer: Any, task: Task, *, encoder_decoder: bool = False, vocabulary: int | None = None) -> None:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._task = task
-        self._apart = apart
+        self._encoder_decoder = encoder_decoder
         self._chat = getattr(task, "messages", None) is not None
         if self._chat and not getattr(tokenizer, "chat_template", None):
             raise TaskError(f"task {task.name!r} has 'messages', but the model's tokenizer has no chat template; use 'prompt'.")
@@ -103,7 +103,9 @@ class PromptEncoder:
         texts = [self.text(p) for p in prompts]
         home = getattr(self._tokenizer, "name_or_path", "") or "the model"
         with refuse_failures(home, f"the tokenizer cannot read the texts of task {self._task.name!r}", TaskError):
-            questions = self._encode_apart(texts, answers) if self._apart else self._encode_joined(texts, answers)
+            questions = (
+                self._encode_separately(texts, answers) if self._encoder_decoder else self._encode_joined(texts, answers)
+            )
         check_tokens((part for q in questions for part in (q.prompt, q.lead, *q.answers)), self._vocabulary)
         return questions
 
@@ -113,25 +115,27 @@ class PromptEncoder:
         alone = sorted({delimiter + a for some in answers for a in some})
         heads = self._tokens(texts, special=not self._chat)
         both = iter(self._tokens(whole, special=not self._chat))
-        apart = dict(zip(alone, self._tokens(alone, special=False), strict=True))
+        separate = dict(zip(alone, self._tokens(alone, special=False), strict=True))
         return [
-            self._question(head, [(next(both), apart[delimiter + a]) for a in some])
+            self._question(head, [(next(both), separate[delimiter + a]) for a in some])
             for head, some in zip(heads, answers, strict=True)
         ]
 
-    def _encode_apart(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[Question]:
+    def _encode_separately(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[Question]:
         prompts = self._tokenizer(list(texts), add_special_tokens=not self._chat)["input_ids"]
         different = sorted({a for some in answers for a in some})
-        said = self._tokenizer(text_target=different, add_special_tokens=False)["input_ids"] if different else []
-        tokens = dict(zip(different, said, strict=True))
+        target_ids = self._tokenizer(text_target=different, add_special_tokens=False)["input_ids"] if different else []
+        tokens = dict(zip(different, target_ids, strict=True))
         lead = self._tokenizer(text_target="")["input_ids"]  # a language's token, or another beginning; and an end
         lead = lead[:-1] if lead[-1:] == [self._tokenizer.eos_token_id] else lead
-        return [self._whole(prompt, [tokens[a] for a in some], lead) for prompt, some in zip(prompts, answers, strict=True)]
+        return [self._checked(prompt, [tokens[a] for a in some], lead) for prompt, some in zip(prompts, answers, strict=True)]
 
     def _question(self, head: list[int], pairs: Sequence[tuple[list[int], list[int]]]) -> Question:
-        return self._whole(head, [both[len(head) :] if both[: len(head)] == head else apart for both, apart in pairs], [])
+        return self._checked(
+            head, [both[len(head) :] if both[: len(head)] == head else separate for both, separate in pairs], []
+        )
 
-    def _whole(self, head: list[int], answers: list[list[int]], lead: list[int]) -> Question:
+    def _checked(self, head: list[int], answers: list[list[int]], lead: list[int]) -> Question:
         if not all(answers):
             raise TaskError(f"task {self._task.name!r}: an answer has no tokens; answers must not be empty.")
         longest: int | None = getattr(self._task, "max_tokens", None)
@@ -139,7 +143,7 @@ class PromptEncoder:
         return Question(kept or [self._start()], answers, truncated=len(kept) < len(head), lead=lead)
 
     def _start(self) -> int:
-        """Return the token that stands before a text without a prompt."""
+        """Return the token that begins a text without a prompt."""
         for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
             if token is not None:
                 return int(token)

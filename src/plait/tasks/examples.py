@@ -1,4 +1,4 @@
-"""Rows → examples: prompts and answers as texts. Knows nothing of tokens or models."""
+"""Rows → examples: prompts and answers as texts. Independent of tokens or models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Examples:
         split: which rows.
         items: in the rows' order.
         blank: the prompt with every column `N/A` (content-free input), for tasks with `calibrated`.
-        rows: where in the split the items stand; None for all of it, in order.
+        rows: indices of the items in the split; None for all of it, in order.
     """
 
     task: Task

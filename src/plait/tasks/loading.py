@@ -29,7 +29,7 @@ def load_task(path: str | Path) -> Task:
         path: of the file; or `lm_eval:NAME`, a task of the harness without a file, which is then called NAME.
 
     Raises:
-        TaskError: the file cannot be read, or is no valid task; all that is wrong is listed with its line.
+        TaskError: the file cannot be read, or is not a valid task; all that is wrong is listed with its line.
     """
     if _is_harness(path):
         return _without_file(str(path))
@@ -59,7 +59,7 @@ def load_tasks(
             problems.append(str(error))
             continue
         if task.name in (t.name for t in tasks):
-            problems.append(f"{path}: another task is called {task.name!r} too; names tell results apart.")
+            problems.append(f"{path}: another task is called {task.name!r} too; task names must be unique.")
         tasks.append(task)
     collect(TaskError, problems, "some tasks cannot be used")
     return tuple(tasks)

@@ -38,7 +38,7 @@ class Overlap(Record):
         return self.first != "train"
 
     def __str__(self) -> str:
-        """Say it in words."""
+        """Describe it in words."""
         return f"{self.shared} of {self.of} examples of {self.second!r} are in {self.first!r} too, such as {self.example!r}"
 
 

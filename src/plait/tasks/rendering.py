@@ -34,7 +34,7 @@ _TOO_LONG = -getattr(signal, "SIGPROF", 0)  # exit code
 
 
 class MissingColumnError(TaskError):
-    """A template reads a column that is not there; the text does not say which there are."""
+    """A template reads a column that is not there; the message does not list the columns."""
 
 
 class LimitedTemplate:
@@ -107,7 +107,7 @@ class LimitedTemplate:
             return pickle.dumps(wanted, protocol=5)
         except Exception as error:  # whatever a value's class raises
             kinds = ", ".join(f"{name} ({type(value).__name__})" for name, value in wanted.items())
-            raise TaskError(f"{self._where}: it reads values that cannot stand in a text: {kinds}: {error}") from None
+            raise TaskError(f"{self._where}: it reads values that cannot be written as text: {kinds}: {error}") from None
 
 
 def _batches(rows: Sequence[Mapping[str, Any]], packed: Callable[[Mapping[str, Any]], bytes]) -> Iterator[list[bytes]]:
@@ -139,7 +139,7 @@ class _Worker:
             )
         except OSError as error:
             raise _Ended(f"the process that renders templates cannot be started ({error.strerror or error})") from None
-        with suppress(BrokenPipeError):  # the first request tells
+        with suppress(BrokenPipeError):  # the first request reports it
             self._send(list(sys.path))
 
     def request(self, what: Any) -> Iterator[tuple[bytes, bytes]]:
@@ -188,7 +188,7 @@ class _Worker:
     def _send(self, what: Any) -> None:
         body, pipe = pickle.dumps(what, protocol=5), self._process.stdin
         if pipe is None:
-            raise AssertionError("a pipe was asked for")
+            raise AssertionError("Popen was given no pipe")
         pipe.write(struct.pack("<Q", len(body)))
         pipe.write(body)
         pipe.flush()
@@ -200,7 +200,7 @@ class _Worker:
     def _read(self, count: int) -> bytes:
         pipe = self._process.stdout
         if pipe is None:
-            raise AssertionError("a pipe was asked for")
+            raise AssertionError("Popen was given no pipe")
         found = pipe.read(count)
         if len(found) < count:
             raise EOFError

@@ -18,7 +18,7 @@ from plait.recipes.evaluation import SplitName
 from plait.tasks.inputs import Row
 from plait.tasks.schema import RowTask, Split
 
-_MOST_BYTES = 4 << 30  # of a file with rows, which is read whole
+_MOST_BYTES = 4 << 30  # of a file with rows, which is read completely
 
 
 def read_rows(task: RowTask, name: SplitName) -> list[Row]:

@@ -1,6 +1,6 @@
 """What all kinds of tasks share: where the rows are, which belong to a split, and the bases that kinds are made from.
 
-Knows nothing of how data is read or how a model is asked.
+Independent of how data is read or how a model is asked.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Split(Record):
     ] = None
     rows: Annotated[
         tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] | None,
-        Field(description="Only these: first, and one behind the last, counted from 0."),
+        Field(description="Only these: first, and one after the last, counted from 0."),
     ] = None
 
     @model_validator(mode="before")
@@ -63,7 +63,7 @@ class Split(Record):
     @model_validator(mode="after")
     def _some_rows(self) -> Split:
         if self.rows is not None and self.rows[0] >= self.rows[1]:
-            raise ValueError(f"'rows' {list(self.rows)} holds none; the second number is one behind the last row")
+            raise ValueError(f"'rows' {list(self.rows)} holds none; the second number is one after the last row")
         return self
 
 

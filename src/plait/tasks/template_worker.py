@@ -113,16 +113,16 @@ def _chat() -> Any:
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}`: marks what the model says, which makes no difference to the text."""
+        """`{% generation %}`: marks the model's turns, which does not change the text."""
 
         tags = {"generation"}  # noqa: RUF012 (Jinja's own form)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
+            return jinja2.nodes.CallBlock(self.call_method("_error_text"), [], [], body).set_lineno(line)
 
-        def _said(self, caller: Any) -> Any:
+        def _error_text(self, caller: Any) -> Any:
             return caller()
 
     found = jinja2.sandbox.ImmutableSandboxedEnvironment(

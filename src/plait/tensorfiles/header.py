@@ -1,7 +1,7 @@
 """The header of a safetensors file, read by the rules of the format: what the safetensors library refuses is refused here.
 
 The tensors follow each other from the end of the header to the end of the file, without a gap, and every byte belongs
-to one tensor. The header is a JSON object in UTF-8; shapes and offsets are whole numbers.
+to one tensor. The header is a JSON object in UTF-8; shapes and offsets are integers.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _MOST_VALUES = 1 << 63  # of a shape, zeros aside: torch counts in 64 bits with 
 _MOST_DIMENSIONS = 64  # numpy's limit
 _ENTRY = {"dtype", "shape", "data_offsets"}
 _MINUS_ZERO = re.compile(r"[\[,:\s]-0")
-_AGAIN = "Fetch the file again."
+_FETCH_AGAIN = "Fetch the file again."
 
 
 class TensorInfo(NamedTuple):
-    """What a header says of a tensor."""
+    """A tensor's entry in a header."""
 
     shape: tuple[int, ...]
     dtype: str  # safetensors' names: F32, F16, BF16, …
@@ -79,13 +79,13 @@ def read_header(path: Path) -> Header:
         metadata = _metadata(header.pop("__metadata__", None))
         tensors = {name: _info(name, entry, 8 + length) for name, entry in header.items()}
     except _Invalid as error:
-        raise AdapterError(f"{path}: the safetensors header is not valid: {error}. {_AGAIN}") from None
+        raise AdapterError(f"{path}: the safetensors header is not valid: {error}. {_FETCH_AGAIN}") from None
     end = max((info.start + info.nbytes for info in tensors.values()), default=8 + length)
     if end > size:
         raise AdapterError(f"{path}: truncated: the header promises {end} bytes, the file has {size}. Fetch it again.")
     problem = _places(tensors, 8 + length, size)
     if problem:
-        raise AdapterError(f"{path}: the safetensors header is not valid: {problem}. {_AGAIN}")
+        raise AdapterError(f"{path}: the safetensors header is not valid: {problem}. {_FETCH_AGAIN}")
     return Header(tensors, metadata)
 
 
@@ -94,7 +94,7 @@ def _parsed(raw: bytes) -> dict[str, Any]:
         text = raw.decode("utf-8")
         header = json.loads(text)
         if not _is_plain(text, header):
-            whole = _whole_number if _MINUS_ZERO.search(text) else None
+            whole = _integer if _MINUS_ZERO.search(text) else None
             header = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant, parse_int=whole)
             "".join(header).encode()  # a surrogate by itself cannot be
     except UnicodeDecodeError as error:
@@ -113,7 +113,7 @@ def _parsed(raw: bytes) -> dict[str, Any]:
 
 
 def _is_plain(text: str, header: Any) -> bool:
-    """Say whether nothing in a header is given twice, escaped or no plain number, without looking at every part of it."""
+    """Return whether a header has no duplicate keys, escapes or unusual numbers, by a quick check of its text."""
     if not isinstance(header, dict):
         return True  # which is all that is wrong with it
     entries = len(header) - ("__metadata__" in header)
@@ -134,7 +134,7 @@ def _no_constant(word: str) -> Any:
     raise _Invalid(f"it holds {word}")
 
 
-def _whole_number(digits: str) -> int:
+def _integer(digits: str) -> int:
     if digits.startswith("-"):
         raise _Invalid(f"it holds the number {digits}")
     return int(digits)
@@ -165,7 +165,7 @@ def _info(name: str, entry: Any, data: int) -> TensorInfo:
 
 
 def is_countable(shape: list[int]) -> bool:
-    """Say whether torch can count the values of a shape, its zeros left out."""
+    """Return whether torch can count the values of a shape, its zeros left out."""
     return math.prod(length or 1 for length in shape) < _MOST_VALUES
 
 
@@ -176,9 +176,9 @@ def _wrong_entry(entry: Any) -> str:
     if not isinstance(dtype, str) or dtype not in BITS:
         return f"{shown(dtype)} is not a dtype of the format"
     if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS or not _are_counts(shape) or not is_countable(shape):
-        return f"the shape is {shown(shape)}; whole numbers from 0 are needed, with a product below 2^63"
+        return f"the shape is {shown(shape)}; it must hold integers from 0 up, with a product below 2^63"
     if not isinstance(offsets, list) or len(offsets) != 2 or not _are_counts(offsets) or offsets[0] > offsets[1]:
-        return f"data_offsets is {shown(offsets)}; a begin and an end are needed"
+        return f"data_offsets is {shown(offsets)}; it must be [begin, end]"
     return f"{shown(shape)} of {dtype} does not fit its {shown(offsets[1] - offsets[0])} bytes"
 
 
@@ -195,4 +195,4 @@ def _places(tensors: Mapping[str, TensorInfo], first: int, size: int) -> str | N
         if info.start < here:
             return f"{before} and {shown(name)} share bytes"
         here, before = here + info.nbytes, shown(name)
-    return None if here == size else f"{size - here} bytes behind {before} belong to no tensor"
+    return None if here == size else f"{size - here} bytes after {before} belong to no tensor"

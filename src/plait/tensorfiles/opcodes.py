@@ -48,14 +48,14 @@ class PersistentReference:
     """Something outside of the pickle: of torch, a storage.
 
     Attributes:
-        parts: that say which.
+        parts: of its persistent id.
     """
 
     parts: Any
 
 
 class Pickle(NamedTuple):
-    """What a pickle says.
+    """The content of a pickle.
 
     Attributes:
         content: the value.

@@ -1,6 +1,6 @@
 """Tensors in files that `torch.save` wrote (`.bin`): described without running anything, read from their place in the file.
 
-The pickle inside says which function makes each entry of which bytes. `plait.tensorfiles.opcodes` reads it as text; what is no
+The pickle inside says which function makes each entry of which bytes. `plait.tensorfiles.opcodes` reads it as text; what is not
 plain tensor is refused by name. No storage is larger than its bytes in the file, and none is unpacked: `torch.save` compresses
 nothing.
 """
@@ -83,7 +83,7 @@ class PickleFile(TensorFile):
                 size = os.fstat(file.fileno()).st_size
                 pointer = pointer_problem(file.read(64))
                 file.seek(0)
-                found = _Zip(file, size) if file.read(2) == b"PK" else _Old(file)
+                found = _ZipFile(file, size) if file.read(2) == b"PK" else _LegacyFile(file)
         except PickleError as error:
             if pointer is not None:
                 raise AdapterError(f"{path}: {pointer}") from None
@@ -94,7 +94,7 @@ class PickleFile(TensorFile):
         self.tensors: Mapping[str, TensorInfo] = {name: view.info for name, view in self._views.items()}
 
     def is_in_order(self, name: str) -> bool:
-        """Say whether a tensor's values follow each other in the file, row by row, so that its bytes can be copied."""
+        """Return whether a tensor's values follow each other in the file, row by row, so that its bytes can be copied."""
         return self._views[name].is_in_order
 
     def read(self, name: str) -> Tensor:
@@ -144,7 +144,7 @@ class _View:
         return True
 
 
-class _Zip:
+class _ZipFile:
     """The form since torch 1.6: an archive without compression."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
@@ -189,7 +189,7 @@ class _Zip:
         return self._file.read(entry.file_size)
 
 
-class _Old:
+class _LegacyFile:
     """The form before torch 1.6: pickles, and after them the storages with their lengths."""
 
     def __init__(self, file: IO[bytes]) -> None:

@@ -38,13 +38,13 @@ class TensorFile:
     tensors: Mapping[str, TensorInfo]
 
     def is_in_order(self, name: str) -> bool:
-        """Say whether a tensor's values follow each other in the file, so that its bytes can be copied."""
+        """Return whether a tensor's values follow each other in the file, so that its bytes can be copied."""
         return True
 
     def read(self, name: str) -> Tensor:
         """Return one tensor.
 
-        Its bytes are read into memory of their own: opening the file through safetensors parses the whole header again for
+        Its bytes are read into memory of their own: opening the file through safetensors parses the complete header again for
         every tensor, and mapping it keeps pages of the file resident.
 
         Raises:

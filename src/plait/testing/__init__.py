@@ -6,7 +6,7 @@
         check_method(MY_METHOD)
 
 Each row of `CONTRACT` is a property that every method has: degenerate shapes, zeros, seeds, order, blocks, workers, scale,
-gauge, rank. Where pytest should show every row apart, parametrize over `CONTRACT` and call `check_property`.
+gauge, rank. Where pytest should show every row separately, parametrize over `CONTRACT` and call `check_property`.
 """
 
 from plait.testing.cohorts import Cohort, cohort

@@ -40,7 +40,7 @@ def degenerate(subject: Subject, space: str) -> Iterator[tuple[str, Cohort]]:
     whole = ordinary(subject, space, SMALL, dtype=single)
     yield "all small shapes, float32", whole
     yield "all small shapes, float64", ordinary(subject, space, SMALL)
-    for shape in ((1, 1), (2, 1), (1, 7)):  # what is asked over the whole model is asked over these few entries
+    for shape in ((1, 1), (2, 1), (1, 7)):  # what is asked over the complete model is asked over these few entries
         yield f"shape {shape} alone", ordinary(subject, space, [shape], dtype=single)
     if subject.method.min_adapters == 1 and not subject.by_position:
         yield "one adapter", cohort(SMALL, [2], dtype=single)
@@ -76,6 +76,6 @@ def extreme(subject: Subject, space: str) -> Iterator[tuple[str, Cohort]]:
 
 def ranked(subject: Subject, space: str) -> Iterator[tuple[str, Cohort]]:
     """Yield cohorts whose ranks fit into their shapes, do not fit, and are not what they seem."""
-    yield "shapes with room for all ranks", ordinary(subject, space)
+    yield "shapes that fit all ranks", ordinary(subject, space)
     yield "shapes smaller than the sum of the ranks", ordinary(subject, space, [(3, 4), (5, 2), (1, 6)])
     yield "one A shared by all", cohort(ORDINARY, [2] * subject.adapters, shared_a=True)

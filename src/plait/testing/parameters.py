@@ -1,4 +1,4 @@
-"""Whether a method's parameters say what they are: described, bounded, with a default that is within its own bounds."""
+"""Whether a method's parameters are described and bounded, with defaults within their own bounds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from plait.testing.subject import bounds
 def parameter_problems(method: Method, required: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with a method's parameters.
 
-    A number is bounded when it refuses what is not a finite number; a whole number when it has two bounds.
+    A number is bounded when it refuses what is not a finite number; an integer when it has two bounds.
 
     Args:
         method: whose parameters.
@@ -43,7 +43,7 @@ def _field_problems(method: Method, name: str, field: FieldInfo, needed: Mapping
         if leaf is Any or leaf is str:
             yield f"{name} takes any {'text' if leaf is str else 'value'}; list the choices (Literal)"
         if leaf is int and None in bounds(field) and not _contained(field.annotation):
-            yield f"{name} is a whole number without two bounds"
+            yield f"{name} is an integer without two bounds"
     for value in (math.nan, math.inf, -math.inf) if float in leaves else ():
         if not _refuses(method, {**needed, field.alias or name: _holding(value, field.annotation)}):
             yield f"{name} is a number without bounds: it takes {value}"

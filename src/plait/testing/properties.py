@@ -228,7 +228,7 @@ def missing(subject: Subject, space: str) -> None:
 
 
 def factored(subject: Subject, space: str) -> None:
-    """A delta that is given as a whole matrix merges as its factors do."""
+    """A delta that is given as a complete matrix merges as its factors do."""
     adapters = ordinary(subject, space)
     whole = adapters.map(lambda name, module, f: LowRank(torch.eye(f.shape[1], dtype=f.a.dtype), f.b @ f.a))
     with case("B = ΔW, A = I"):

@@ -215,7 +215,7 @@ def _parsed(words: Sequence[str], place: str = "plait sft") -> Flags:
 
 
 def _from_file(path: Path) -> Iterator[str]:
-    """Yield the flags that a YAML file spells; its `env` goes into the environment, as with TRL."""
+    """Yield the flags that a YAML file holds; its `env` sets environment variables, as with TRL."""
     values = read_document(
         read_text(path, RecipeError, advice="Give --config a YAML file."), f"--config {path}", loader=yaml.SafeLoader
     ).data

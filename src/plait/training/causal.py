@@ -91,8 +91,8 @@ def encoder_of(opened: ResolvedJob, config: Any) -> ExampleEncoder:
         if config.eos_token not in tokenizer.get_vocab():
             raise TaskError(f"eos_token {config.eos_token!r} is not in the tokenizer's vocabulary.")
         tokenizer.eos_token = config.eos_token
-    whole = config.completion_only_loss is False and not config.assistant_only_loss
-    return ExampleEncoder(tokenizer, whole=whole, template=config.chat_template_path)
+    all_tokens = config.completion_only_loss is False and not config.assistant_only_loss
+    return ExampleEncoder(tokenizer, all_tokens=all_tokens, template=config.chat_template_path)
 
 
 def _tokenizer(opened: ResolvedJob, config: Any) -> Any:

@@ -135,8 +135,8 @@ def _best(flags: Flags) -> Iterator[str]:
 
 
 def _trackers(flags: Flags) -> Iterator[str]:
-    asked = flags.get("report_to", "none")
-    for name in [asked] if isinstance(asked, str) else asked:
+    report_to = flags.get("report_to", "none")
+    for name in [report_to] if isinstance(report_to, str) else report_to:
         packages = _TRACKERS.get(name, ())
         if packages and not any(find_spec(package) for package in packages):
             yield f"--report_to {name} needs the package {packages[0]}: python -m pip install {packages[0]}."

@@ -25,7 +25,7 @@ _HEADS = ("classifier", "score")
 _LOADING = ("dtype", "attn_implementation", "trust_remote_code")
 #: Argument of a classifier: the longest text in tokens.
 MAX_LENGTH = "max_length"
-_UNBOUNDED = 1_000_000  # tokenizers without a limit say 1e30
+_UNBOUNDED = 1_000_000  # tokenizers without a limit give 1e30
 
 
 def make_trainer(opened: ResolvedJob, config: Any, encoded: tuple[EncodedData, EncodedData | None]) -> Any:
@@ -93,7 +93,7 @@ def _load(transformers: Any, opened: ResolvedJob, tokenizer: Any) -> tuple[Any, 
         **names,
         **keywords,
     )
-    if model.config.pad_token_id is None:  # a decoder with a head looks for the last token that is no padding
+    if model.config.pad_token_id is None:  # a decoder with a head looks for the last token that is not padding
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, sorted({key.rpartition(".")[0] for key in report["missing_keys"]})
 

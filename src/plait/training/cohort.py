@@ -69,7 +69,7 @@ def train_cohort(
 ) -> TrainResult:
     """Train what is missing; when nothing is missing any more, merge, evaluate and report.
 
-    A phase that fails does not keep the others from being trained; the result says which did.
+    A phase that fails does not keep the others from being trained; the result names which did.
 
     Args:
         plan: what is asked for.
@@ -98,7 +98,7 @@ def train_cohort(
         phases = tuple(with_folder_state(p) for p in phases)  # now that no other run can change what is there
         for phase in phases:
             if phase.record is not None:
-                _tidy(phase.phase.folder)  # killed behind its last step, it could not do so itself
+                _remove_checkpoints(phase.phase.folder)  # killed after its last step, it could not do so itself
         missing = [p for p in phases if p.record is None and p.phase in chosen]
         _check_space(plan.out, missing, scheduling)
         ended = {o.name: o for o in _run([p.phase for p in missing], scheduling, progress, lock)}
@@ -172,13 +172,13 @@ def _run(
     folders = {p.name: p.folder for p in phases}
     for status in ended:
         if status.record is not None:
-            _tidy(folders[status.name])
+            _remove_checkpoints(folders[status.name])
         parts[status.name].start("failed" if status.record is None else "done", 0)
         parts[status.name].finish()
         yield status
 
 
-def _tidy(folder: Path) -> None:
+def _remove_checkpoints(folder: Path) -> None:
     """Remove what only a run that is not finished needs."""
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)

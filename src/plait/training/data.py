@@ -55,7 +55,7 @@ class TrainingData(Record):
 
 @dataclass(frozen=True)
 class LoadedData:
-    """Examples, and what is worth saying of them.
+    """Examples, and notes on them.
 
     Attributes:
         summary: place and format, for people.
@@ -171,6 +171,6 @@ def _from_task(data: TrainingData, file: str) -> LoadedData:
         if isinstance(item.prompt, str):
             examples.append(Completion(item.prompt, delimiter + item.target))
         else:
-            asked = [{"role": role, "content": content} for role, content in item.prompt]
-            examples.append(Conversation((*asked, {"role": "assistant", "content": item.target}), len(asked)))
+            prompt = [{"role": role, "content": content} for role, content in item.prompt]
+            examples.append(Conversation((*prompt, {"role": "assistant", "content": item.target}), len(prompt)))
     return LoadedData(f"task {task.name!r} ({split})", tuple(examples))

@@ -1,7 +1,7 @@
 """Examples → tokens and labels: what carries loss, and what does not.
 
 Loss is on answers and on the token that ends them; prompts, system prompts and tool results have the label -100. What a
-chat's answer is, is defined by the model's own template: everything that it writes behind the generation prompt.
+chat's answer is, is defined by the model's own template: everything that it writes after the generation prompt.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class EncodedData:
         found = {
             f"{many.get(self.left_out, f'{self.left_out} examples are')} longer than {longer} and left out. Raise max_length, "
             "or cut with long_examples truncate.": self.left_out,
-            f"{many.get(self.truncated, f'{self.truncated} examples are')} cut to {longer}: what lies behind is not "
+            f"{many.get(self.truncated, f'{self.truncated} examples are')} cut to {longer}: what comes after is not "
             "learned.": self.truncated,
             f"{self.expanded} conversations became one example per answer, because the chat template writes earlier turns "
             "differently once a later one follows.": self.expanded,
@@ -79,15 +79,15 @@ class ExampleEncoder:
 
     Args:
         tokenizer: of transformers.
-        whole: put loss on every token, not on answers alone.
+        all_tokens: put loss on every token, not on answers alone.
         template: file of the chat template, for messages; the tokenizer's own when None.
     """
 
-    def __init__(self, tokenizer: Any, *, whole: bool = False, template: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, *, all_tokens: bool = False, template: str | None = None) -> None:
         if tokenizer.eos_token_id is None:
             raise TaskError("the tokenizer has no end-of-sequence token, so that no end can be learned. Name one: eos_token.")
         self._tokenizer = tokenizer
-        self._whole = whole
+        self._all_tokens = all_tokens
         self._home = template
         self._end = int(tokenizer.eos_token_id)
         self._special = frozenset(tokenizer.all_special_ids) | frozenset(
@@ -126,8 +126,8 @@ class ExampleEncoder:
         return self._item(ids, [IGNORED] * len(prompt) + ids[len(prompt) :])
 
     def _conversation(self, chat: Conversation) -> list[Encoded]:
-        turns = [i for i, m in enumerate(chat.messages) if i >= chat.asked and is_learned(m)]
-        whole = self._template(chat, turns[-1] + 1)  # nothing is learned behind the last answer
+        turns = [i for i, m in enumerate(chat.messages) if i >= chat.given and is_learned(m)]
+        whole = self._template(chat, turns[-1] + 1)  # nothing is learned after the last answer
         labels = [IGNORED] * len(whole)
         stop = 0
         for i in turns:
@@ -157,7 +157,7 @@ class ExampleEncoder:
         return self._tokens(text, special=False)
 
     def _item(self, ids: Sequence[int], labels: Sequence[int]) -> Encoded:
-        learned = ids if self._whole else labels
+        learned = ids if self._all_tokens else labels
         if all(label == IGNORED for label in learned):
             raise TaskError("nothing in it is learned: the answer has no tokens.")
         return Encoded(np.asarray(ids, np.int32), np.asarray(learned, np.int32))
@@ -168,7 +168,7 @@ class ExampleEncoder:
         return ids
 
     def _open(self, ids: list[int]) -> list[int]:
-        """Return tokens without the end that some tokenizers put behind every text."""
+        """Return tokens without the end that some tokenizers put after every text."""
         return ids[:-1] if self._closes and ids[-1:] == [self._end] else ids
 
     def _ended(self, ids: list[int]) -> list[int]:
@@ -184,7 +184,7 @@ def encode_all(
         encoder: of the model.
         examples: what is trained on.
         limit: most tokens of one example; None for any.
-        long: what becomes of longer ones. One whose answer is behind the limit is left out even with `truncate`.
+        long: what becomes of longer ones. One whose answer is after the limit is left out even with `truncate`.
         where: what is read, for messages.
 
     Raises:
@@ -224,12 +224,12 @@ def _plain(chat: Conversation) -> Completion:
     """Write a question as text, for a model that has no chat template."""
     if len(chat.messages) - 1 != sum(m["role"] != "assistant" for m in chat.messages):
         raise TaskError("a chat of several turns needs a chat template, and the tokenizer has none: give chat_template_path.")
-    *asked, answer = chat.messages
+    *earlier, answer = chat.messages
     heads = {"system": "", "developer": "", "user": "### Instruction:\n"}
-    unknown = sorted({m["role"] for m in asked} - {*heads})
+    unknown = sorted({m["role"] for m in earlier} - {*heads})
     if unknown or answer["role"] != "assistant":
         raise TaskError(f"roles {', '.join(unknown) or 'in this order'} need a chat template, and the tokenizer has none.")
-    prompt = "".join(f"{heads[m['role']]}{m['content']}\n\n" for m in asked)
+    prompt = "".join(f"{heads[m['role']]}{m['content']}\n\n" for m in earlier)
     return Completion(prompt + "### Response:\n", str(answer["content"]))
 
 
@@ -239,5 +239,5 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _end_of(ids: Sequence[int], special: frozenset[int], start: int) -> int:
-    """Return one behind the last special token from `start` on: what a template writes behind it begins the next turn."""
+    """Return the index after the last special token from `start` on: what a template writes from there begins the next turn."""
     return next((i + 1 for i in range(len(ids) - 1, start - 1, -1) if ids[i] in special), len(ids))

@@ -62,7 +62,7 @@ def open_folder(out: Path, opened: ResolvedJob, *, force: bool) -> Iterator[None
         OutputError: another process trains there, another job's results are there, or it cannot be written.
     """
     if not is_main_process():
-        _meet()
+        _wait_for_all()
         yield
         return
     problem = folder_problem(out, opened, force=force)
@@ -76,7 +76,7 @@ def open_folder(out: Path, opened: ResolvedJob, *, force: bool) -> Iterator[None
                         shutil.rmtree(path)
                 (out / TRAINING_RECORD).unlink(missing_ok=True)
             write_json_atomic(out / _JOB, {"parts": opened.parts, "job": opened.job.model_dump(mode="json")})
-            _meet()
+            _wait_for_all()
             yield
         finally:
             (out / _IN_USE).unlink(missing_ok=True)
@@ -128,26 +128,26 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _meet() -> None:
-    """Wait until all processes of a run are here."""
+def _wait_for_all() -> None:
+    """Wait until all processes of a run have arrived."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         optional("accelerate", "train", "training").PartialState().wait_for_everyone()
 
 
-def named_checkpoint(asked: str | None) -> Path | None:
+def named_checkpoint(reference: str | None) -> Path | None:
     """Return the checkpoint that `resume_from_checkpoint` names; None where it names none.
 
     Raises:
         RecipeError: there is no complete checkpoint.
     """
-    if asked is None or str(asked).lower() in ("true", "false"):
+    if reference is None or str(reference).lower() in ("true", "false"):
         return None
-    if not (Path(asked) / STATE).is_file():
+    if not (Path(reference) / STATE).is_file():
         raise RecipeError(
-            f"resume_from_checkpoint: {asked} is not a complete checkpoint (it has no {STATE}). Leave it out: a run that was "
-            "killed continues by itself."
+            f"resume_from_checkpoint: {reference} is not a complete checkpoint (it has no {STATE}). Leave it out: a run that "
+            "was killed continues by itself."
         )
-    return Path(asked)
+    return Path(reference)
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -157,14 +157,14 @@ def last_checkpoint(out: Path) -> Path | None:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Return the number of steps behind a checkpoint.
+    """Return the number of steps after a checkpoint.
 
     Raises:
         RecipeError: its state cannot be read.
     """
     step = read_object(checkpoint / STATE, RecipeError, constants=True).get("global_step")
     if not isinstance(step, int):
-        raise RecipeError(f"{checkpoint / STATE}: 'global_step' must be a whole number, got {shown(step)}.")
+        raise RecipeError(f"{checkpoint / STATE}: 'global_step' must be an integer, got {shown(step)}.")
     return step
 
 

@@ -1,4 +1,4 @@
-"""Rows of any known format → canonical examples. Knows nothing of tokens, models or files.
+"""Rows of any known format → canonical examples. Independent of tokens, models or files.
 
 Three kinds of example come out: a conversation, a prompt with its completion, and plain text. A question with an answer
 (alpaca, question/answer, …) is a conversation of one turn; the encoder writes it as plain text for a model without a chat
@@ -35,12 +35,12 @@ class Conversation:
 
     Attributes:
         messages: role, content, and what else the chat template reads (`tool_calls`, …); a turn with `weight` 0 is not learned.
-        asked: the first so many are given; only assistant turns behind them are learned.
+        given: the first so many are given; only assistant turns after them are learned.
         tools: descriptions that the chat template shows; None for none.
     """
 
     messages: tuple[ChatTurn, ...]
-    asked: int = 0
+    given: int = 0
     tools: Sequence[Any] | None = None
 
 
@@ -70,7 +70,7 @@ class ColumnRoles:
         format: which one.
         question: the column of the question, of the turns, or of the text.
         answer: the column of the answer; None where `question` holds everything.
-        context: columns put behind the question.
+        context: columns put after the question.
         system: the column of the system prompt.
         unused: columns that nothing is made of.
     """
@@ -83,7 +83,7 @@ class ColumnRoles:
     unused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Say it in words."""
+        """Describe it in words."""
         parts = [self.question, *self.context] if self.context else [self.question]
         columns_text = " + ".join(parts) + (f" → {self.answer}" if self.answer else "")
         system = f", system prompt from {self.system}" if self.system else ""
@@ -191,10 +191,10 @@ def convert_rows(
 def detect_format(
     rows: Sequence[TrainingRow], *, where: str, format: FormatName = "auto", text_field: str = "text"
 ) -> ColumnRoles:
-    """Tell the format by the columns that every row has; a format with fewer columns never hides one with more.
+    """Detect the format from the columns that every row has; a format with fewer columns never hides one with more.
 
     Raises:
-        TaskError: no format fits, or not the one asked for. The message lists what was found and what is allowed.
+        TaskError: no format fits, or not the one given for. The message lists what was found and what is allowed.
     """
     present = [name for name in rows[0] if all(name in row for row in rows)]
     named = {name.lower(): name for name in reversed(present)}
@@ -223,14 +223,14 @@ def detect_format(
 
 
 def is_learned(message: ChatTurn) -> bool:
-    """Return whether a turn behind those given carries loss: one of the assistant, unless its weight is 0."""
+    """Return whether a turn after those given carries loss: one of the assistant, unless its weight is 0."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def digest_form(example: TrainingExample) -> Any:
     """Return an example as plain values, for hashing."""
     if isinstance(example, Conversation):
-        return ["conversation", list(example.messages), example.asked, example.tools]
+        return ["conversation", list(example.messages), example.given, example.tools]
     return ["completion", example.prompt, example.completion] if isinstance(example, Completion) else ["text", example.text]
 
 
@@ -295,7 +295,7 @@ def _conversation(row: TrainingRow, columns: ColumnRoles, system_prompt: str | N
 
 def _answered(conversation: Conversation) -> Conversation | None:
     """Return the conversation; None when it has nothing to learn."""
-    learned = conversation.messages[conversation.asked :]
+    learned = conversation.messages[conversation.given :]
     return conversation if any(is_learned(m) and (m.get("content") or m.get("tool_calls")) for m in learned) else None
 
 

@@ -24,7 +24,7 @@ from plait.training.fingerprints import taken_once
 
 TrainingKind = Literal["causal", "sequence_classification"]
 
-#: What training needs, and what comes behind it: a template of chats, an evaluation, a report.
+#: What training needs, and what comes after it: a template of chats, an evaluation, a report.
 PACKAGES = ("trl", "transformers", "peft", "datasets", "accelerate", "jinja2")
 
 ADAPTER = "adapter"
@@ -59,7 +59,7 @@ class LoraSettings(Record):
         target_parameters: parameters adapted by name (fused experts).
         modules_to_save: layers trained and saved completely.
         rslora: scaling alpha / √r.
-        dora: magnitude and direction apart.
+        dora: magnitude and direction separately.
         init_seed: of A; the job's seed when None.
     """
 

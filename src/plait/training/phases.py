@@ -1,6 +1,6 @@
 """What `plait train` is asked for (`Phases`) and what it will do (`TrainingPlan`): frozen, nothing left open.
 
-Knows nothing of files: `reading` turns one into the other.
+Independent of files: `reading` turns one into the other.
 """
 
 from __future__ import annotations

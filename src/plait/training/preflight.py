@@ -142,15 +142,15 @@ def move_outdated(plan: TrainingPlan, phases: Sequence[ResolvedPhase]) -> list[s
     notes = []
     for phase in phases:
         folder, digest = phase.phase.folder, phase.opened.digest
-        standing = _digest(folder)
-        if standing is not None and standing != digest:
-            away = plan.out / EARLIER / f"{folder.name}-{standing[:12]}"
+        present = _digest(folder)
+        if present is not None and present != digest:
+            away = plan.out / EARLIER / f"{folder.name}-{present[:12]}"
             _move(folder, away)
-            notes.append(f"{folder.name}: an adapter of other settings was there; it is now in {EARLIER}/{away.name}.")
+            notes.append(f"{folder.name}: an adapter with other settings was there; it was moved to {EARLIER}/{away.name}.")
         kept = plan.out / EARLIER / f"{folder.name}-{digest[:12]}"
         if kept.is_dir() and _digest(folder) is None:
             _move(kept, folder)
-            notes.append(f"{folder.name}: these settings had been trained before; the adapter is taken back from {EARLIER}/.")
+            notes.append(f"{folder.name}: these settings had been trained before; the adapter was restored from {EARLIER}/.")
     return notes
 
 

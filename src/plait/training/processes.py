@@ -106,7 +106,7 @@ def _start(
     child.reader = threading.Thread(target=_read, args=(child, events), daemon=True)
     child.reader.start()
     if process.stdin is None:
-        raise AssertionError("a pipe was asked for")
+        raise AssertionError("Popen was given no pipe")
     try:
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()  # and stays open: its end shows the child that this process is gone
@@ -127,7 +127,7 @@ def _environment(slot: int, workers: int, devices: Sequence[str]) -> dict[str, s
 
 def _read(child: _Child, events: SimpleQueue[Any]) -> None:
     if child.process.stdout is None:
-        raise AssertionError("a pipe was asked for")
+        raise AssertionError("Popen was given no pipe")
     for line in child.process.stdout:
         if line.endswith("\n"):  # a kill may cut the last one off
             events.put((child, json.loads(line)))

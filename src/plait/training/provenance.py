@@ -90,7 +90,7 @@ def _card(opened: ResolvedJob, record: TrainingRecord) -> str:
 def _learned(opened: ResolvedJob) -> str:
     if opened.job.kind == "sequence_classification":
         return "the labels"
-    asked = opened.job.arguments
-    whole = asked.get("completion_only_loss") is False and not asked.get("assistant_only_loss")
+    arguments = opened.job.arguments
+    all_tokens = arguments.get("completion_only_loss") is False and not arguments.get("assistant_only_loss")
     plain = any(isinstance(example, PlainText) for example in opened.data.examples)
-    return "every token" if whole or plain else "the answers only"
+    return "every token" if all_tokens or plain else "the answers only"

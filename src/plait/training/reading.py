@@ -171,10 +171,10 @@ def _phase_problems(phases: Phases, tasks: Mapping[int, Task]) -> Iterator[Probl
         if (first := names.index(phase.name)) < i:
             text = f"phases.{first} is called {phase.name!r} too; give names that differ (name: …)."
             yield Problem((PHASES, i, "name"), text)
-        asked, task = (phases.arguments | phase.arguments).get("eval_strategy", "no"), tasks.get(i)
-        if asked != "no" and (task is None or "validation" not in task.split_names):
+        strategy, task = (phases.arguments | phase.arguments).get("eval_strategy", "no"), tasks.get(i)
+        if strategy != "no" and (task is None or "validation" not in task.split_names):
             what = "a phase without a task" if task is None else f"task {task.name!r}"
-            text = f"eval_strategy is {asked!r}, and {what} has no split 'validation' to measure the loss on. Leave it out."
+            text = f"eval_strategy is {strategy!r}, and {what} has no split 'validation' to measure the loss on. Leave it out."
             yield Problem((PHASES, i, "arguments"), text)
         for key in sorted(phase.lora.model_fields_set):
             own, shared = getattr(phase.lora, key), getattr(phases.lora, key)
@@ -223,7 +223,7 @@ def _name_problems(i: int, phase: Phase, task: Task, others: Sequence[Task]) -> 
             f"would not be known. Leave the name out, or write adapter: {phase.name} into the task's file.",
         )
     if task.name in (t.name for t in others):
-        yield Problem((PHASES, i, "task"), f"another phase's task is called {task.name!r} too; names tell results apart.")
+        yield Problem((PHASES, i, "task"), f"another phase's task is called {task.name!r} too; task names must be unique.")
 
 
 def _kind(task: Task) -> TrainingKind:

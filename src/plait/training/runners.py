@@ -71,7 +71,7 @@ def receive(progress: Progress, call: Sequence[Any]) -> None:
 
 
 def run_phase(name: str, job: TrainingJob, folder: Path, log: Path, progress: Progress) -> PhaseStatus:
-    """Train one phase, or continue it; a failure is a status, and its traceback goes into the phase's log."""
+    """Train one phase, or continue it; a failure becomes a status, and its traceback is written to the phase's log."""
     try:
         # what another job left unfinished there is of no use; what it finished has been moved away before
         return PhaseStatus(name, record=run_job(job, folder, force=True, progress=progress))

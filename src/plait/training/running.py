@@ -135,7 +135,7 @@ def _run(
 
 @contextmanager
 def _error_context(out: Path) -> Iterator[None]:
-    """Say what to do when memory or disk did not suffice, and what is kept when the user stops it."""
+    """Report what to do when memory or disk did not suffice, and what is kept when the user stops it."""
     import torch
 
     try:
@@ -148,15 +148,15 @@ def _error_context(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        raise OutputError(f"{out} cannot be written: {error.strerror}. Free some space. {_what_goes_on(out)}") from error
+        raise OutputError(f"{out} cannot be written: {error.strerror}. Free some space. {_how_to_continue(out)}") from error
     except Exception:
         raise
     except BaseException as error:  # stopped by its user
-        error.add_note(_what_goes_on(out))
+        error.add_note(_how_to_continue(out))
         raise
 
 
-def _what_goes_on(out: Path) -> str:
+def _how_to_continue(out: Path) -> str:
     """Return what is kept of a training that ended early, and what the same command does next."""
     found = last_checkpoint(out) if out.is_dir() else None
     if found is None:

@@ -41,7 +41,7 @@ def trainer_settings(kind: type, job: TrainingJob, out: Path) -> Any:
         raise RecipeError(f"arguments: {', '.join(uploading)}: training uploads nothing. Take it out; `plait push` uploads.")
     check_values(kind, values, "arguments")
     if values.get("truncation_mode", "keep_start") != "keep_start":
-        raise RecipeError("arguments: truncation_mode: what is cut off long examples is their end (keep_start). Take it out.")
+        raise RecipeError("arguments: truncation_mode: long examples always lose their end (keep_start). Take it out.")
     if not has_accelerator():
         values.setdefault("use_cpu", True)
         if not any(name in values for name in _PRECISION):
@@ -81,7 +81,7 @@ def check_values(kind: type, values: Mapping[str, Any], where: str) -> None:
 
 
 def construct(kind: type, values: Mapping[str, Any]) -> Any:
-    """Make a configuration object, telling what it refuses as an error of the user's.
+    """Make a configuration object, turning what it refuses into an error of plait.
 
     Raises:
         RecipeError: as above.

@@ -80,7 +80,7 @@ class SftPlan(ShortRepr):
 
 @dataclass(frozen=True)
 class Failure:
-    """A step behind training that did not succeed.
+    """A step after training that did not succeed.
 
     Attributes:
         step: `copy`, `merge` or `push`.

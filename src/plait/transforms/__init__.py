@@ -1,6 +1,6 @@
 """What may happen to each adapter before the method: one file per transform, and the registry.
 
-A transform sees one adapter at a time and acts on deltas, never on A and B apart, whatever the method.
+A transform sees one adapter at a time and acts on deltas, never on A and B separately, whatever the method.
 """
 
 from plait.transforms import identity, layer_norm  # noqa: F401  (registration)

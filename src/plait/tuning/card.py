@@ -68,7 +68,7 @@ KL is the mean divergence from the task's own adapter, in nats, on texts that we
 def _learned(record: TuneRecord) -> str:
     what = "its factors have" if record.coefficients is None else f"coefficients per {record.coefficients.granularity} have"
     if record.objective == "distill":
-        return f"{what} learned to answer as each task's own adapter does on\nunlabelled texts of that task"
+        return f"{what} learned to answer as each task's own adapter does on\nunlabeled texts of that task"
     return f"{what} been learned: {OBJECTIVES[record.objective].summary}\n(`{record.objective}`)"
 
 

@@ -70,7 +70,7 @@ class CoefficientColumns:
 
 
 def is_linear(recipe: Recipe) -> bool:
-    """Say whether a recipe is a weighted sum, so that coefficients of the adapters alone start from its own."""
+    """Return whether a recipe is a weighted sum, so that coefficients of the adapters alone start from its own."""
     pipeline = pipeline_of(recipe)
     return isinstance(pipeline.combine, LinearCombine) and pipeline.is_linear and recipe.space_name != "factors"
 

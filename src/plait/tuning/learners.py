@@ -29,7 +29,7 @@ class Learner(ABC):
 
     @abstractmethod
     def settle(self) -> None:
-        """Bring the parameters to where they may be, and let them act; called behind every change of them."""
+        """Project the parameters to their allowed range and apply them to the model; called after every change."""
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters."""

@@ -139,7 +139,7 @@ def text_losses(
     with torch.no_grad(), acting() as model:
         for at in range(0, len(order), _BATCH):
             batch = order[at : at + _BATCH]
-            values = objective.loss(lesson.said(model, batch), spec).double().cpu()
+            values = objective.loss(lesson.outputs(model, batch), spec).double().cpu()
             sizes = [loss_count(lesson, objective, i) for i in batch]
             for i, part in zip(batch, torch.split(values, sizes), strict=True):
                 found[i] = (float(part.sum()), len(part))
@@ -243,7 +243,7 @@ def run_loop(
         taught: from what.
         spec: how.
         start: the look before the first step.
-        report: called behind every step with its number, the objective before it, and the look, where there was one.
+        report: called after every step with its number, the objective before it, and the look, where there was one.
         steps: updates; the recipe's when None.
         working: where the state is kept, and found again.
         name: of this loop's state there.
@@ -368,8 +368,8 @@ def _backward(mixture: Mixture, learner: Learner, objective: Objective, spec: Tu
     hidden = [_own_states(mixture, p) if objective.needs == "hidden" else None for p in group]
     head = group[0].lesson.adapter if group[0].lesson.head else None
     with learner.acting(head) as model, _memory(model, spec), _computing(model, spec):
-        said = outputs_of(model, [(p.lesson, p.texts, h) for p, h in zip(group, hidden, strict=True)])
-        loss = torch.stack([p.factor * objective.loss(x, spec).sum() for p, x in zip(group, said, strict=True)]).sum()
+        outputs = outputs_of(model, [(p.lesson, p.texts, h) for p, h in zip(group, hidden, strict=True)])
+        loss = torch.stack([p.factor * objective.loss(x, spec).sum() for p, x in zip(group, outputs, strict=True)]).sum()
         loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
 
@@ -446,7 +446,7 @@ def _computing(model: Any, spec: TuneSpec) -> AbstractContextManager[Any]:
 def _saved(
     learner: Learner, optimizer: torch.optim.Optimizer, run: LearningRun, best: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return everything that a loop goes on from."""
+    """Return everything that a loop continues from."""
     tensors: dict[str, Tensor] = {f"best.{name}": value for name, value in best.items()}
     for name, p in learner.named().items():
         tensors[f"now.{name}"] = p

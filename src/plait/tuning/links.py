@@ -28,7 +28,7 @@ class Link(ABC):
         return parameters["u"]
 
     def settle(self, parameters: dict[str, Tensor]) -> None:  # noqa: B027 (most need nothing)
-        """Bring the parameters back to where they may be, behind an update."""
+        """Project the parameters to their allowed range after an update."""
 
 
 class Raw(Link):
@@ -40,7 +40,7 @@ class Raw(Link):
 
 
 class Projected(Raw):
-    """Λ = u, clamped to [lowest, highest] behind every update."""
+    """Λ = u, clamped to [lowest, highest] after every update."""
 
     def begin(self, values: Tensor) -> dict[str, Tensor]:
         """Take the coefficients, clamped."""

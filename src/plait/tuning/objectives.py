@@ -26,7 +26,7 @@ class BatchOutputs:
     """What a model answers to some texts of a task, and what an objective may compare it with.
 
     Attributes:
-        logits: (N, V) float32, at every position that predicts a token of an answer; texts one behind the other.
+        logits: (N, V) float32, at every position that predicts a token of an answer; texts one after the other.
         first: (B,) int64, which of them are the first of each text.
         teacher: the own adapter's distributions there.
         targets: (N,) int64, the answers' tokens: labels where the objective reads labels.
@@ -58,39 +58,39 @@ class ReferenceLosses:
     own: Mapping[str, float]
 
 
-def distill_loss(said: BatchOutputs, spec: TuneSpec) -> Tensor:
+def distill_loss(outputs: BatchOutputs, spec: TuneSpec) -> Tensor:
     """KL(own adapter ‖ merge) per position, (N,) nats (Hinton et al. 2015, arXiv:1503.02531)."""
-    if said.teacher is None:
+    if outputs.teacher is None:
         raise AssertionError("no teacher")
-    return said.teacher.divergence(said.logits)
+    return outputs.teacher.divergence(outputs.logits)
 
 
-def hidden_loss(said: BatchOutputs, spec: TuneSpec) -> Tensor:
+def hidden_loss(outputs: BatchOutputs, spec: TuneSpec) -> Tensor:
     """‖h − h*‖² / ‖h*‖² per position, mean over the layers, (N,): the distance from the own adapter's hidden states h*."""
     parts = [
         (h.float() - w.float()).square().sum(-1) / w.float().square().sum(-1).clamp(min=1e-12)
-        for h, w in zip(said.hidden, said.wanted, strict=True)
+        for h, w in zip(outputs.hidden, outputs.wanted, strict=True)
     ]
     return torch.stack(parts).mean(0)
 
 
-def entropy_loss(said: BatchOutputs, spec: TuneSpec) -> Tensor:
+def entropy_loss(outputs: BatchOutputs, spec: TuneSpec) -> Tensor:
     """H(softmax(z / τ)) per text, (B,) nats, at its first position (AdaMerging, Yang et al. 2024, arXiv:2310.02575).
 
     Over the first tokens of the task's labels, or over the vocabulary. No label is read.
     """
-    z = said.logits[said.first]
-    if said.labels is not None and spec.entropy_over == "labels":
-        z = z.gather(-1, said.labels.clamp(min=0)).masked_fill(said.labels < 0, -torch.inf)
+    z = outputs.logits[outputs.first]
+    if outputs.labels is not None and spec.entropy_over == "labels":
+        z = z.gather(-1, outputs.labels.clamp(min=0)).masked_fill(outputs.labels < 0, -torch.inf)
     log_p = (z / spec.entropy_temperature).log_softmax(-1)
     return -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)
 
 
-def cross_entropy_loss(said: BatchOutputs, spec: TuneSpec) -> Tensor:
+def cross_entropy_loss(outputs: BatchOutputs, spec: TuneSpec) -> Tensor:
     """−log p(y) per token of the answer, (N,) nats: (1 − ε) of the label and ε of the mean over the vocabulary."""
-    if said.targets is None:
+    if outputs.targets is None:
         raise AssertionError("no labels")
-    return F.cross_entropy(said.logits, said.targets, reduction="none", label_smoothing=spec.label_smoothing)
+    return F.cross_entropy(outputs.logits, outputs.targets, reduction="none", label_smoothing=spec.label_smoothing)
 
 
 Losses = Mapping[str, float]
@@ -127,8 +127,8 @@ def regrets(losses: Losses, own: Losses, references: ReferenceLosses, spec: Tune
         references: base and own adapters on fixed batches, which set the scale.
         spec: holds ε.
     """
-    room = {t: references.base[t] - references.own[t] for t in losses}
-    return {t: (losses[t] - own[t]) / (room[t] + spec.regret_eps) for t in losses if room[t] > spec.regret_eps}
+    headroom = {t: references.base[t] - references.own[t] for t in losses}
+    return {t: (losses[t] - own[t]) / (headroom[t] + spec.regret_eps) for t in losses if headroom[t] > spec.regret_eps}
 
 
 def smooth_maximum(values: Sequence[float], tau: float) -> float:

@@ -257,12 +257,12 @@ def rebuild_tuning(
 
 
 @dataclass(frozen=True, eq=False)
-class _Learned:
+class _TuningResult:
     """What a tuning came to.
 
     Attributes:
         run: of the loop.
-        deltas: target → what was learned, where no recipe says it.
+        deltas: target → what was learned, where no recipe holds it.
         sources: the columns, where coefficients were learned.
         values: Λ over them.
         coefficients: the same for the record.
@@ -281,7 +281,7 @@ class _Learned:
 
 @dataclass(frozen=True, eq=False)
 class _Tuning:
-    """A tuning behind its closed form."""
+    """The steps of a tuning that follow the closed form."""
 
     inventory: Inventory
     mixture: Mixture
@@ -295,14 +295,14 @@ class _Tuning:
     def spec(self) -> TuneSpec:
         return self.inventory.recipe.tune
 
-    def factors(self, learner: FactorLearner, start: HeldOutScore) -> _Learned:
+    def factors(self, learner: FactorLearner, start: HeldOutScore) -> _TuningResult:
         """Let the merge's factors learn."""
         if self.spec.judge == "loss" or self.spec.criterion != "mean":
             start = evaluate_held_out(self.mixture, learner, self.taught, 0, self.spec)
         run = self._run(learner, start, "factors")
-        return _Learned(run, learner.factors.deltas())
+        return _TuningResult(run, learner.factors.deltas())
 
-    def coefficients(self, closed: FactorLearner) -> _Learned:
+    def coefficients(self, closed: FactorLearner) -> _TuningResult:
         """Let coefficients of the closed form, at its scale, and of the adapters learn."""
         spec = self.spec
         found = coefficient_columns(self.inventory, self.mixture, _merged(self.closed, closed.factors.deltas()), self.scale)
@@ -323,7 +323,7 @@ class _Tuning:
         values = learner.values().detach()
         merged = found.columns.merged(values, spec.used_granularity)
         about = describe_coefficients(found, spec.used_granularity, values, first)
-        return _Learned(run, merged, found, values, about, tree, found.notes)
+        return _TuningResult(run, merged, found, values, about, tree, found.notes)
 
     def fresh_lora(self, rank: int) -> Control:
         """Let a fresh LoRA of the output's rank learn the same for as many steps."""
@@ -374,7 +374,7 @@ class _Tuning:
 
 
 @dataclass(frozen=True, eq=False)
-class _Made:
+class _WrittenTuning:
     """What was written.
 
     Attributes:
@@ -394,24 +394,24 @@ class _Made:
 
 def _write_learned(
     inventory: Inventory,
-    learned: _Learned,
+    learned: _TuningResult,
     closed: Sequence[MergedModule],
     before: Mapping[str, tuple[LowRank, ...]],
     place: Path,
     out: Path,
-) -> _Made:
-    """Write the adapter; for coefficients that a recipe can say, the recipe and the start that it names, and what it makes."""
+) -> _WrittenTuning:
+    """Write the adapter; for coefficients that a recipe can hold, also the recipe and the start that it names."""
     spec, found = inventory.recipe.tune, learned.sources
     if found is None or learned.values is None:
         rank, known = _write(inventory, _merged(closed, learned.deltas), place)
-        return _Made(inventory, rank, learned.deltas, known, {})
+        return _WrittenTuning(inventory, rank, learned.deltas, known, {})
     wanted = inventory.recipe.output.rank
     rank = int(wanted) if wanted != "auto" else needed_rank(learned.deltas)
     if spec.used_granularity == "direction":
         deltas = {t: tuple(s.truncated(rank)[0].padded(rank) for s in slices) for t, slices in learned.deltas.items()}
         written, known = _write(inventory, _merged(closed, deltas), place)
         write_tensors(place / DIRECTIONS, {"coefficients": learned.values.contiguous()})
-        return _Made(inventory, written, deltas, known, {})
+        return _WrittenTuning(inventory, written, deltas, known, {})
     paths = {a.name: str(located.folder) for a, located in zip(inventory.adapters, inventory.located, strict=True)}
     public = {
         a.name: relative_path(located.folder, place)
@@ -437,7 +437,7 @@ def _write_learned(
         at.model_copy(update={"folder": place / LEARNED_START}) if a.name == found.start else at
         for a, at in zip(made.adapters, made.located, strict=True)
     ]
-    return _Made(replace(made, recipe=recipe, located=tuple(named)), written, deltas, known, digests)
+    return _WrittenTuning(replace(made, recipe=recipe, located=tuple(named)), written, deltas, known, digests)
 
 
 def _digest(
@@ -498,7 +498,7 @@ def _rank(inventory: Inventory) -> int:
     """Return the rank to learn at: the recipe's, or that of the largest source."""
     wanted = inventory.recipe.output
     if wanted.kind != "adapter" or wanted.energy is not None:
-        raise PlanError("output: a tuning writes an adapter of a fixed rank; give output.rank (--rank) a number, or 'auto'.")
+        raise PlanError("output: a tuning writes an adapter of a fixed rank; output.rank (--rank) must be a number or 'auto'.")
     return int(wanted.rank) if wanted.rank != "auto" else max(r for a in inventory.adapters for r in a.ranks)
 
 
@@ -543,12 +543,14 @@ def _without_tested(
     notes: list[str] = []
     problems: list[str] = []
     for name, t in texts.items():
-        asked = set(texts_in_split(t, "test"))
-        kept = [i for i in range(len(t.prompts)) if i not in asked]
+        tested_texts = set(texts_in_split(t, "test"))
+        kept = [i for i in range(len(t.prompts)) if i not in tested_texts]
         if not kept:
-            problems.append(f"task {name!r}: its split 'test' asks every one of these texts ({t.source}) too; give others.")
-        elif asked:
-            notes.append(f"{name}: {len(asked)} of {len(t.prompts)} texts are left out, since the split 'test' asks them too.")
+            problems.append(f"task {name!r}: its split 'test' contains every one of these texts ({t.source}) too; give others.")
+        elif tested_texts:
+            notes.append(
+                f"{name}: {len(tested_texts)} of {len(t.prompts)} texts are left out, since the split 'test' contains them too."
+            )
             kept_texts[name] = replace(t, prompts=tuple(t.prompts[i] for i in kept), choices=tuple(t.choices[i] for i in kept))
             if name in right:
                 kept_right[name] = tuple(right[name][i] for i in kept)
@@ -611,7 +613,7 @@ def _scaled(
 def _write(
     inventory: Inventory, merged: Sequence[MergedModule], place: Path, *, heads: bool = True, dtype: Dtype | None = None
 ) -> tuple[int, dict[str, str]]:
-    """Write the adapter, and each source's heads beside it; return its rank, and the sha256 of its tensor file by name."""
+    """Write the adapter, and each source's heads next to it; return its rank, and the sha256 of its tensor file by name."""
     if heads:
         write_heads(inventory.adapters, inventory.recipe.heads, place)
     else:

@@ -1,4 +1,4 @@
-"""What a tuning did, as it is kept beside its result in `tuning.json`."""
+"""What a tuning did, as it is kept next to its result in `tuning.json`."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ MAX_MOMENT_BYTES = 4 << 30  # of second moments held at a time; more are taken i
 
 
 def needs_moments(inventory: Inventory) -> bool:
-    """Say whether the recipe's method asks for second moments that the recipe does not name."""
+    """Return whether the recipe's method asks for second moments that the recipe does not name."""
     recipe = inventory.recipe
     return inventory.moments is None and METHODS[recipe.method_name].pipeline(recipe.method).needs_moments
 

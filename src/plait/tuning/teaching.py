@@ -22,7 +22,7 @@ from plait.tuning.objectives import BatchOutputs
 
 Hidden = Sequence[torch.Tensor] | None  # per layer (positions, d)
 
-_SPOKEN = 32  # tokens of a free answer that are compared, at most
+_MAX_ANSWER = 32  # tokens of a free answer that are compared, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Lesson:
         adapter: whose answers they are.
         head: whether the answers are a classification head's.
         passages: what is read.
-        answers: what the adapter says there, one row per position.
+        answers: the adapter's distributions there, one row per position.
         base: mean KL(adapter ‖ base) over the positions, in nats: what knowing nothing costs.
         labels: per passage, the first tokens of the labels that the task offers; empty where answers are free.
         targets: per passage, the right labels of a classification head; empty where they are tokens, or not read.
@@ -62,12 +62,12 @@ class Lesson:
         passages, answers = self.batch(wanted)
         return answers.divergence(Reader(model, head=self.head).logits(passages))
 
-    def said(self, model: Any, wanted: Sequence[int]) -> BatchOutputs:
+    def outputs(self, model: Any, wanted: Sequence[int]) -> BatchOutputs:
         """Return what acts now answers to some passages, with everything that an objective may compare it with."""
         return outputs_of(model, [(self, wanted, None)])[0]
 
     def states(self, model: Any, wanted: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        """Return the hidden states behind every layer of what acts now, at the positions of some passages; no gradients."""
+        """Return the hidden states after every layer of what acts now, at the positions of some passages; no gradients."""
         with torch.no_grad():
             return Reader(model, head=self.head).states(self.batch(wanted)[0])[1]
 
@@ -151,23 +151,23 @@ def _passages(
         rows = tokenizer([str(p) for p in texts.prompts], **cut)["input_ids"]
         check_lengths(model, [len(r) for r in rows])
         return tuple(Passage(tuple(r)) for r in rows), ()
-    encoder = PromptEncoder(tokenizer, task, apart=bool(model.config.is_encoder_decoder))
+    encoder = PromptEncoder(tokenizer, task, encoder_decoder=bool(model.config.is_encoder_decoder))
     questions = encoder.encode(texts.prompts, texts.choices)
-    longest = [len(q.prompt) + max([_SPOKEN, *map(len, q.answers)]) for q in questions]
+    longest = [len(q.prompt) + max([_MAX_ANSWER, *map(len, q.answers)]) for q in questions]
     check_lengths(model, longest)
     free = isinstance(task.ask, (TargetLikelihood, Generated))
     labels = () if free else tuple(tuple(dict.fromkeys(a[0] for a in q.answers)) for q in questions)
     if right is not None:
-        asked = encoder.encode(texts.prompts, [(text,) for text in right])
-        check_lengths(model, [len(q.prompt) + len(q.answers[0]) for q in asked])
-        return tuple(_passage(q, q.answers[0]) for q in asked), labels
+        questions = encoder.encode(texts.prompts, [(text,) for text in right])
+        check_lengths(model, [len(q.prompt) + len(q.answers[0]) for q in questions])
+        return tuple(_passage(q, q.answers[0]) for q in questions), labels
     if isinstance(task.ask, TargetLikelihood):
         return tuple(_passage(q, q.answers[0]) for q in questions), labels
     with mixture.active({adapter: 1.0}) as acting:
         answers = (
-            _spoken(acting, tokenizer, questions, task.ask)
+            _generated_answers(acting, tokenizer, questions, task.ask)
             if isinstance(task.ask, Generated)
-            else _likeliest(acting, questions)
+            else _likeliest_answers(acting, questions)
         )
     return tuple(_passage(q, answer) for q, answer in zip(questions, answers, strict=True)), labels
 
@@ -187,7 +187,7 @@ def make_lesson(
         texts: of the task.
         adapter: the task's own.
         right: the right answer of every text, where labels are learned from.
-        report: called with the number of texts asked since it was last called.
+        report: called with the number of texts read since it was last called.
 
     Raises:
         TaskError: as `passages_of`; or a label is not one of the task's.
@@ -222,12 +222,12 @@ def _passage(question: Question, answer: Sequence[int]) -> Passage:
     return Passage(tuple(question.prompt), tuple(answer), tuple(question.lead))
 
 
-def _likeliest(model: Any, questions: Sequence[Question]) -> list[list[int]]:
+def _likeliest_answers(model: Any, questions: Sequence[Question]) -> list[list[int]]:
     """Return the answer of every question that a model finds likeliest; where they begin alike, by all their tokens."""
     scores = log_likelihoods(model, questions, batch_size=16)
     return [q.answers[row.index(max(row))] for q, row in zip(questions, scores, strict=True)]
 
 
-def _spoken(model: Any, tokenizer: Any, questions: Sequence[Question], ask: Generated) -> list[list[int]]:
+def _generated_answers(model: Any, tokenizer: Any, questions: Sequence[Question], ask: Generated) -> list[list[int]]:
     """Return the first tokens of every greedy answer."""
-    return generate_tokens(model, tokenizer, questions, max_new_tokens=min(_SPOKEN, ask.max_new_tokens), batch_size=16)
+    return generate_tokens(model, tokenizer, questions, max_new_tokens=min(_MAX_ANSWER, ask.max_new_tokens), batch_size=16)

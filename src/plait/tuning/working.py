@@ -1,4 +1,4 @@
-"""What a killed tuning had done: a folder beside the output, from which the same tuning goes on to the same result."""
+"""State of a tuning: a folder next to the output, from which a killed tuning continues to the same result."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Is a result what its lock says, does it act as the adapters do, and may it be published?"""
+"""Whether a result is as its lock records, acts as the adapters do, and may be published."""

@@ -58,19 +58,19 @@ def extend(
 
     From the sources that its lock names, the result is that of merging all at once, whatever the method. From the merged
     adapter (`from_merged`) it is that too for linear methods, as far as the earlier merge was written exactly; for any other
-    it is another merge, and a note says so.
+    it is another merge, which a note reports.
 
     Args:
         folder: of the earlier merge, with its `plait.lock`.
         add: references, or name → reference.
         settings: changes of the earlier recipe, as `plait.merge` takes them; `weights` are those of the added adapters.
         sets: `PATH=VALUE`, applied last.
-        inputs: name → reference, for sources that lie elsewhere than the lock says.
+        inputs: name → reference, for sources that are elsewhere than the lock records.
         from_merged: take the merged adapter in place of its sources.
 
     Raises:
         AdapterError: there is no lock, or sources are gone or have changed.
-        PlanError: the merged adapter cannot stand for its sources.
+        PlanError: the merged adapter cannot replace its sources.
         RecipeError: the recipe cannot be read, or what is added does not suit it.
     """
     lock = read_lock(folder)
@@ -79,14 +79,14 @@ def extend(
     if from_merged:
         return _from_merged(folder, lock, add, settings, sets)
     checks, found = check_inputs(folder, lock, inputs or {})
-    lost = {c.name: f"{c.name}: {_said(c.state, c.path, c.detail)}" for c in checks if c.state != "equal"}
+    lost = {c.name: f"{c.name}: {_what_changed(c.state, c.path, c.detail)}" for c in checks if c.state != "equal"}
     if lost:
         lines = "\n".join(f"  - {line}" for line in lost.values())
         given = " ".join(f"--input {name}=PATH" for name in lost)
         raise AdapterError(
             f"{folder}: {len(lost)} of {len(checks)} sources of this merge are not what they were:\n{lines}\n"
             f"Give their present places ({given}), or add to the merged adapter itself (--from-merged): "
-            f"{_prospect(folder, lock)}."
+            f"{_from_merged_hint(folder, lock)}."
         )
     earlier = recipe_json(located_recipe(lock, found, str(folder / LOCK)))
     for entry in earlier["adapters"]:
@@ -100,11 +100,11 @@ def _origins(folder: Path) -> Origins:
     return Origins(f"{folder / LOCK}, its recipe with what is added")
 
 
-def _said(state: str, path: str, detail: str) -> str:
+def _what_changed(state: str, path: str, detail: str) -> str:
     return f"{path} has other files than then ({detail})" if state == "changed" else detail or f"{path} is not there"
 
 
-def _prospect(folder: Path, lock: Lock) -> str:
+def _from_merged_hint(folder: Path, lock: Lock) -> str:
     recipe = _recipe(folder, lock)
     if _is_exact(recipe):
         return f"exact for {recipe.method_name!r}, by arithmetic on the weights"
@@ -139,7 +139,7 @@ def _from_merged(folder: Path, lock: Lock, add: Adapters, settings: Mapping[str,
 
 
 def _is_exact(recipe: Recipe) -> bool:
-    """Say whether a merge of merges is the merge of all: Σ cₜ ΔWₜ of the deltas as they are."""
+    """Return whether a merge of merges is the merge of all: Σ cₜ ΔWₜ of the deltas as they are."""
     return pipeline_of(recipe).is_linear and recipe.space_name != "factors" and not recipe.transforms
 
 
@@ -197,7 +197,7 @@ def _literal(module: str) -> str:
 
 
 def _relation(folder: Path, every: Recipe, *, exact: bool) -> str:
-    """Say how the result relates to merging all adapters at once."""
+    """Report how the result relates to merging all adapters at once."""
     count = len(every.adapters)
     if not exact:
         linear = pipeline_of(every).is_linear and every.space_name != "factors"

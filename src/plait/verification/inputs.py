@@ -49,19 +49,19 @@ def check_inputs(folder: Path, lock: Lock, given: Mapping[str, str]) -> tuple[tu
     Args:
         folder: where the lock is; local paths in it start there.
         lock: of the result.
-        given: name → reference, for inputs that lie elsewhere now.
+        given: name → reference, for inputs that are elsewhere now.
 
     Returns:
         one check each, and those that were found.
 
     Raises:
-        RecipeError: a name that is no input.
+        RecipeError: a name is not that of an input.
     """
     locked = {**lock.inputs, **({BASE: lock.base} if lock.base is not None else {})}
     unknown = [name for name in given if name not in locked]
     if unknown:
         raise RecipeError(
-            f"--input {unknown[0]}: no input is called so.{did_you_mean(unknown[0], locked)} There are: {', '.join(locked)}."
+            f"--input {unknown[0]}: no such input.{did_you_mean(unknown[0], locked)} There are: {', '.join(locked)}."
         )
     checks, found = [], {}
     for name, entry in locked.items():
@@ -91,12 +91,12 @@ def _find(path: str, *, is_model: bool) -> Path:
 
 
 def _moments(folder: Path, entry: LockedInput, place: Path | None = None) -> Path | None:
-    """Return the file of second moments; beside an adapter that was given anew, one of the same name goes first."""
+    """Return the file of second moments; one of the same name next to an adapter that was given anew is preferred."""
     if entry.moments is None:
         return None
     locked = Path(_local(folder, entry.moments.path))
-    beside = place / locked.name if place is not None else locked
-    return beside if beside.is_file() else locked
+    candidate = place / locked.name if place is not None else locked
+    return candidate if candidate.is_file() else locked
 
 
 def _digest(path: Path) -> str | None:

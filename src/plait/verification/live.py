@@ -82,7 +82,7 @@ class ParityModels:
 
 
 def is_model(folder: Path) -> bool:
-    """Say whether a folder holds a whole model."""
+    """Return whether a folder holds a full model."""
     return (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG).is_file()
 
 
@@ -202,7 +202,7 @@ def _with_delta(model: Any, recipe: Recipe, scratch: Path, progress: Progress) -
         for name in file.tensors:
             delta = file.read(name)
             if name.endswith(".bias") and not bool(delta.any()):
-                continue  # there is a lora_bias beside all layers or none, and the base may have no bias
+                continue  # all layers have a lora_bias or none, and the base may have no bias
             parameter = model.get_parameter(name)
             owner = model.get_submodule(name.rpartition(".")[0])
             parameter += as_stored(delta, parameter.shape, transposed=holds_transposed(owner))
@@ -215,7 +215,7 @@ def as_stored(delta: Tensor, shape: torch.Size, *, transposed: bool) -> Tensor:
     Args:
         delta: in the form of `plait merge` with output.kind `delta`.
         shape: of the parameter.
-        transposed: its owner stores matrices as (d_in, d_out), which their shape does not tell when they are square.
+        transposed: its owner stores matrices as (d_in, d_out), which their shape does not show when they are square.
     """
     if delta.ndim > 2 and not transposed and delta.shape[:1] == shape[:1] and delta.shape[2:] == shape[2:]:
         groups = delta.shape[1] // shape[1]  # of a convolution, whose LoRA reads the channels of all in each

@@ -1,4 +1,4 @@
-"""How far two sets of logits are apart. Pure; knows nothing of models."""
+"""How far two sets of logits are apart. Pure; independent of models."""
 
 from __future__ import annotations
 

@@ -66,11 +66,11 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         RecipeError: it cannot be read, or has none.
     """
-    lines = read_text(path, RecipeError, advice="Give a file of prompts, one a line.").splitlines()
+    lines = read_text(path, RecipeError, advice="Give a file of prompts, one per line.").splitlines()
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     prompts = [_prompt(path, number, line) if path.suffix == ".jsonl" else line for number, line in numbered]
     if not prompts:
-        raise RecipeError(f'{path}: there are no prompts. Write one a line, or .jsonl lines with a "prompt".')
+        raise RecipeError(f'{path}: there are no prompts. Write one per line, or .jsonl lines with a "prompt".')
     return prompts
 
 
@@ -83,7 +83,7 @@ def _prompt(path: Path, number: int, line: str) -> str:
 
 
 def check_parity_request(prompts: Path, device: str) -> None:
-    """Say what is wrong with a parity check before any work is done for it.
+    """Report what is wrong with a parity check before any work is done for it.
 
     Args:
         prompts: the file.
@@ -116,7 +116,7 @@ def check_parity(
         folder: with an adapter or a baked model, and its lock.
         prompts: a file; see `read_prompts`.
         base_model: reference of the base model; else the lock's, else the one that the adapter names.
-        inputs: name → reference, for inputs that lie elsewhere than the lock says.
+        inputs: name → reference, for inputs that are elsewhere than the lock records.
         device: where to compute, as torch names it.
         progress: receives stages and steps.
 
@@ -129,7 +129,7 @@ def check_parity(
     checks, found = check_inputs(folder, lock, inputs or {})
     lost = [f"{c.name}: {c.detail}" for c in checks if c.state == "unknown" and c.name != BASE]
     if lost:
-        raise AddressError(f"the live result needs every input; give --input NAME=PATH. {' '.join(lost)}")
+        raise AddressError(f"parity needs every input; give --input NAME=PATH. {' '.join(lost)}")
     base = _base_folder(folder, lock, found, base_model)
     return _measure(folder, lock, found, base, texts, device, progress or SilentProgress())
 

@@ -1,4 +1,4 @@
-"""A result as it may be published: its files, and what tells of its making without the folders of this machine."""
+"""A result as it may be published: its files, and its records without the folders of this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def public_copy(folder: Path, lock: Lock) -> Iterator[Path]:
     """Offer a folder with exactly the files of a result, in which nothing names a local folder.
 
     An input on this machine keeps its own name and its sha256. Its path leads nowhere from where the result is
-    published; `plait verify --input NAME=PATH` says where it lies for someone who has it. The lock has the hashes of the files
+    published; `plait verify --input NAME=PATH` names its place for those who have it. The lock has the hashes of the files
     as they are published. Weights are not copied: links lead to them.
 
     Args:

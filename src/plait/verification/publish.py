@@ -1,4 +1,4 @@
-"""Push a result to the Hub: exactly the files that its lock names, and only when they are what it says."""
+"""Push a result to the Hub: exactly the files that its lock names, and only when they are as it records."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from plait.results.public import place_name
 from plait.results.staging import scratch
 from plait.verification.public import public_copy
 
-#: Weights of another result in the repository would be loaded instead of these, or beside them, as its configuration says.
+#: Weights of another result in the repository would be loaded instead of these, or with them, as its configuration says.
 REPLACED = (
     "adapter_config.json",
     "adapter_model*",
@@ -40,7 +40,7 @@ class PushResult(ShortRepr):
 
     Attributes:
         url: of the repository, the branch, or the pull request.
-        left_out: files of the folder that are no part of the result, and stayed here.
+        left_out: files of the folder that do not belong to the result, and were not uploaded.
         notes: what the card lacks.
     """
 
@@ -71,16 +71,16 @@ def push_result(
         private: make the repository private; a public one is refused.
         revision: the branch to write to, created when missing.
         create_pr: open a pull request instead.
-        message: title of the commit or pull request; says what was made when None.
+        message: title of the commit or pull request; describes the result when None.
         progress: draw progress bars.
 
     Raises:
-        AdapterError: the folder has no lock: it is no whole result.
+        AdapterError: the folder has no lock: it is not a complete result.
         OutputError: a file is missing or was changed, or the Hub refuses.
     """
     lock = read_lock(folder)
     files = check_files(folder, lock)
-    _check_whole(folder, files)
+    _check_complete(folder, files)
     left_out = tuple(f.name for f in files if f.state == "extra")
     replaced = (*REPLACED, *(glob.escape(name) for name in _earlier_files(repo, revision)))
     with public_copy(folder, lock) as place:
@@ -122,12 +122,12 @@ def _earlier_files(repo: str, revision: str | None) -> tuple[str, ...]:
     return ()
 
 
-def _check_whole(folder: Path, files: tuple[FileCheck, ...]) -> None:
+def _check_complete(folder: Path, files: tuple[FileCheck, ...]) -> None:
     outside = [f.name for f in files if f.state == "outside"]
     if outside:
         raise OutputError(
-            f"cannot push {folder}: {_listed(outside)}: a link out of the folder, or not a file. Only what lies in the folder "
-            "is uploaded: put the file itself there, or make the result again."
+            f"cannot push {folder}: {_listed(outside)}: a link out of the folder, or not a file. Only files inside the folder "
+            "are uploaded: put the file itself there, or make the result again."
         )
     wrong = [f"{f.name} ({f.state})" for f in files if f.state in ("changed", "missing") and f.name != CARD]
     if wrong:
@@ -153,7 +153,7 @@ def _message(lock: Lock) -> str:
 
 
 def _notes(folder: Path) -> Iterator[str]:
-    """Say what the Hub will not know of the result."""
+    """Return notes on what the Hub cannot show of the result."""
     front = read_front_matter(folder / CARD)
     if not front.get("base_model"):
         yield f"{CARD} names no base model on the Hub: add base_model: org/name, and the Hub links the two."

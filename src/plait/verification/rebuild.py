@@ -62,7 +62,7 @@ def rebuild(lock: Lock, inputs: Mapping[str, FoundInput], out: Path, workers: in
         try:
             request = make_request(**lock.recipe | places)
         except TypeError as error:
-            raise RecipeError(f"the lock's request is not of this plait ({error}).") from None
+            raise RecipeError(f"this version of plait cannot read the lock's request ({error}).") from None
         run_extract(request, out=out, workers=workers, progress=progress, written_as=_base_name(lock))
         return
     recipe = located_recipe(lock, inputs)
@@ -94,19 +94,21 @@ def located_recipe(lock: Lock, inputs: Mapping[str, FoundInput], name: str = LOC
         adapters = [_located(entry, inputs[entry["name"]]) for entry in lock.recipe["adapters"]]
         return Recipe.model_validate(lock.recipe | {"adapters": adapters})
     except (ValidationError, KeyError, TypeError) as error:
-        said = str(error).splitlines()[0]
-        raise RecipeError(f"{name}: its recipe is of plait {lock.plait}, and this is {__version__}: {said}.") from None
+        reason = str(error).splitlines()[0]
+        raise RecipeError(
+            f"{name}: this version of plait ({__version__}) cannot read its recipe, written by plait {lock.plait}: {reason}."
+        ) from None
 
 
 def compare_rebuilt(folder: Path, rebuilt: Path, lock: Lock) -> tuple[RebuiltFile, ...]:
-    """Compare what was made again with the lock; the card, which tells of places and versions, is not compared.
+    """Compare what was made again with the lock; the card, which names places and versions, is not compared.
 
     Nor is what a tuning learned: its recipe is made again, not the learning of it.
     """
     here = set(entries(rebuilt))
-    beside = {"plait.lock", "merge_metadata.json", "summary.json", "calibration.json", CARD}
+    not_compared = {"plait.lock", "merge_metadata.json", "summary.json", "calibration.json", CARD}
     learned = {n for n in lock.outputs if n in _LEARNED or n.startswith(f"{LEARNED_START}/")} if lock.kind == "tune" else set()
-    names = sorted((here | {*lock.outputs}) - beside - learned)
+    names = sorted((here | {*lock.outputs}) - not_compared - learned)
     return tuple(_compared(folder, rebuilt, name, lock.outputs.get(name)) for name in names)
 
 
@@ -137,18 +139,18 @@ def _own(name: str, own: Path | None, again: Path, digest: str) -> RebuiltFile:
 
 
 def _differences(name: str, first: Path, second: Path) -> RebuiltFile:
-    """Return how far two tensor files are apart; only names and numbers where shapes or dtypes differ."""
+    """Return how far two tensor files are unequal; only names and numbers where shapes or dtypes differ."""
     try:
         one, two = SafetensorsFile(first), SafetensorsFile(second)
-    except PlaitError:  # the folder's own file is broken; that is said of it already
+    except PlaitError:  # the folder's own file is broken; reported already
         return RebuiltFile(name=name, state="differs")
     described = [{n: (i.shape, i.dtype) for n, i in file.tensors.items()} for file in (one, two)]
     if described[0] != described[1]:
         return RebuiltFile(name=name, state="differs")
-    apart = {n: size for n in sorted(one.tensors) if (size := tensor_distance(one, two, n).largest) > 0}
-    where = max(apart, key=lambda n: apart[n], default=None)
-    largest = apart[where] if where is not None else 0.0
-    return RebuiltFile(name=name, state="differs", tensors=len(apart), difference=largest, where=where)
+    unequal = {n: size for n in sorted(one.tensors) if (size := tensor_distance(one, two, n).largest) > 0}
+    where = max(unequal, key=lambda n: unequal[n], default=None)
+    largest = unequal[where] if where is not None else 0.0
+    return RebuiltFile(name=name, state="differs", tensors=len(unequal), difference=largest, where=where)
 
 
 def _located(entry: dict[str, Any], found: FoundInput) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A folder against its lock: its files, its inputs, and the whole made again and compared."""
+"""A folder against its lock: its files, its inputs, and the result made again and compared."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def verify_folder(
     Args:
         folder: of a merge, a bake, a compression or an extraction.
         again: make it again in a temporary folder (of TMPDIR) and compare.
-        inputs: name → reference, for inputs that lie elsewhere than the lock says.
+        inputs: name → reference, for inputs that are elsewhere than the lock records.
         workers: as when it was made; never changes a byte.
         progress: receives stages and steps.
         rebuilders: kind of result → what makes it again, of kinds that this package cannot.
 
     Raises:
         AdapterError: there is no lock that can be read.
-        RecipeError: `inputs` names what is no input.
+        RecipeError: `inputs` names something that is not an input.
     """
     lock = read_lock(folder)
     files = check_files(folder, lock)

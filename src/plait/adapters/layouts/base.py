@@ -54,7 +54,7 @@ class Layout(ABC):
     @classmethod
     @abstractmethod
     def claims(cls, shapes: Mapping[str, tuple[int, ...]], *, is_parameter: bool) -> bool:
-        """Say whether a target is of this kind.
+        """Return whether a target is of this kind.
 
         Args:
             shapes: part of the target (`lora_A`, …) → shape on disk.
@@ -167,7 +167,7 @@ class Layout(ABC):
         return (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
 
     def fits(self, shape: tuple[int, ...], *, transposed: bool) -> bool:
-        """Say whether a weight of the base has the shape of the delta."""
+        """Return whether a weight of the base has the shape of the delta."""
         return shape == self.stored_shape(transposed=transposed)
 
     def own_columns(self, shape: tuple[int, ...]) -> list[tuple[int, int]] | None:
@@ -178,7 +178,7 @@ class Layout(ABC):
         return None
 
     def is_transposed(self, target: str, *, stored: tuple[int, ...] | None, conv1d: bool | None, flag: bool) -> bool | None:
-        """Say whether the base stores the weight as (…, d_in, d_out); None where only the model's code knows.
+        """Return whether the base stores the weight as (…, d_in, d_out); None where only the model's code knows.
 
         Args:
             target: its path.
@@ -201,7 +201,7 @@ class Layout(ABC):
         return list(slices)
 
     def unpack(self, a: Tensor, b: Tensor) -> list[LowRank]:
-        """Take the stored A and B apart into one `LowRank` per matrix of the stack."""
+        """Take the stored A and B separately into one `LowRank` per matrix of the stack."""
         return [LowRank(a, b)]
 
     def pack(self, slices: Sequence[LowRank]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Which linear layers of a base model store their weight as (d_in, d_out): transformers' Conv1D, as GPT-2 has it.
 
-No adapter says: PEFT writes `fan_in_fan_out` of the layer that it wrapped last, and corrects it on loading by the class of each
-layer. So it is decided per layer: by its shape, and where that is square, by the model.
+An adapter does not record it: PEFT writes `fan_in_fan_out` of the layer that it wrapped last, and corrects it on loading by the
+class of each layer. So it is decided per layer: by its shape, and where that is square, by the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Conv1D(Layout):
 
     @classmethod
     def claims(cls, shapes: Mapping[str, tuple[int, ...]], *, is_parameter: bool) -> bool:
-        """Say no: factors are those of any linear layer."""
+        """Return False: factors are those of any linear layer."""
         return False
 
     @classmethod
@@ -34,12 +34,12 @@ class Conv1D(Layout):
 
 
 def may_be_conv1d(module: str) -> bool:
-    """Say whether a module has a name that Conv1D layers have."""
+    """Return whether a module has a name that Conv1D layers have."""
     return module.rpartition(".")[2] in CONV1D_LAYERS
 
 
 def has_conv1d(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> bool | None:
-    """Say whether the layers of a model that `may_be_conv1d` are; None where neither checkpoint nor configuration decides.
+    """Return whether the layers of a model that `may_be_conv1d` are; None where neither checkpoint nor configuration decides.
 
     Args:
         config: the model's `config.json`.

@@ -34,7 +34,7 @@ class Convolution(Layout):
 
     @classmethod
     def claims(cls, shapes: Mapping[str, tuple[int, ...]], *, is_parameter: bool) -> bool:
-        """Say whether A has a kernel."""
+        """Return whether A has a kernel."""
         return len(shapes.get(cls.a_part, ())) > 2
 
     @classmethod
@@ -107,7 +107,7 @@ class Convolution(Layout):
         return found
 
     def unpack(self, a: Tensor, b: Tensor) -> list[LowRank]:
-        """Take A and B apart: group-major, so that a group reads the rows of its own ranks."""
+        """Take A and B separately: group-major, so that a group reads the rows of its own ranks."""
         of_a, of_b = a.reshape(self.stack, -1, self.d_in), b.reshape(self.stack, self.d_out, -1)
         return [LowRank(x, y) for x, y in zip(of_a, of_b, strict=True)]
 

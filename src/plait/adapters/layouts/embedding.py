@@ -25,7 +25,7 @@ class Embedding(Layout):
 
     @classmethod
     def claims(cls, shapes: Mapping[str, tuple[int, ...]], *, is_parameter: bool) -> bool:
-        """Say whether a part has an embedding's name."""
+        """Return whether a part has an embedding's name."""
         return cls.a_part in shapes or cls.b_part in shapes
 
     @classmethod

@@ -29,7 +29,7 @@ class Linear(Layout):
         return cls(module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
 
     def is_transposed(self, target: str, *, stored: tuple[int, ...] | None, conv1d: bool | None, flag: bool) -> bool:
-        """Say whether it is a Conv1D in the base: by the shape of the weight, unless it is square, then by name and model."""
+        """Return whether it is a Conv1D in the base: by the shape of the weight; where that is square, by name and model."""
         if stored is not None and self.d_out != self.d_in:
             return stored[-2:] == (self.d_in, self.d_out)
         return may_be_conv1d(target) and (flag if conv1d is None else conv1d)

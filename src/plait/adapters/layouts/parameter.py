@@ -1,7 +1,7 @@
 """Parameters that an adapter targets by their own name (`target_parameters`): fused experts, and matrices such as a router's.
 
 PEFT wraps a module once per targeted parameter, in the order of the module's parameters, the first innermost:
-`….experts.base_layer.lora_A` is then `gate_up_proj` and `….experts.lora_A` is `down_proj`. The key alone does not say which;
+`….experts.base_layer.lora_A` is then `gate_up_proj` and `….experts.lora_A` is `down_proj`. The key alone does not decide which;
 the number of wrappers, the configuration's `target_parameters` and the usual order of an expert's parameters do.
 """
 
@@ -33,7 +33,7 @@ class Parameter(Layout):
 
     @classmethod
     def claims(cls, shapes: Mapping[str, tuple[int, ...]], *, is_parameter: bool) -> bool:
-        """Say whether the configuration names it."""
+        """Return whether the configuration names it."""
         return is_parameter
 
     @classmethod
@@ -61,12 +61,12 @@ class Parameter(Layout):
         return (self.stack, self.d_out, self.d_in)
 
     def fits(self, shape: tuple[int, ...], *, transposed: bool) -> bool:
-        """Say whether a weight of the base has the shape of the delta; a single matrix may have no dimension for its stack."""
+        """Return whether a weight of the base has the shape of the delta; a single matrix may lack the stack dimension."""
         wanted = self.stored_shape(transposed=transposed)
         return shape == wanted or (self.stack == 1 and shape == wanted[1:])
 
     def is_transposed(self, target: str, *, stored: tuple[int, ...] | None, conv1d: bool | None, flag: bool) -> bool | None:
-        """Say whether the base has (…, d_in, d_out): by the shape of the parameter; None where it is square."""
+        """Return whether the base has (…, d_in, d_out): by the shape of the parameter; None where it is square."""
         return None if stored is None or self.d_out == self.d_in else stored[-2:] == (self.d_in, self.d_out)
 
     def matrices(self, weight: Tensor, *, transposed: bool) -> list[Tensor]:
@@ -75,7 +75,7 @@ class Parameter(Layout):
         return [m.mT for m in stack] if transposed else stack
 
     def unpack(self, a: Tensor, b: Tensor) -> list[LowRank]:
-        """Take the stored A and B apart into one `LowRank` per expert."""
+        """Take the stored A and B separately into one `LowRank` per expert."""
         of_a = a.reshape(self.stack, -1, self.d_in)
         of_b = b.reshape(self.d_out, -1, self.stack).permute(2, 0, 1)
         return [LowRank(x, y) for x, y in zip(of_a, of_b, strict=True)]
@@ -128,7 +128,7 @@ def _unwrapped(module: str) -> str:
 
 
 def _targets(parameter: str, module: str) -> bool:
-    """Say whether a `target_parameters` entry names a parameter of a module: by exact path or by suffix, as PEFT does.
+    """Return whether a `target_parameters` entry names a parameter of a module: by exact path or by suffix, as PEFT does.
 
     An entry without an owner (`gate_up_proj`) can only mean a container of experts.
     """

@@ -1,6 +1,6 @@
 """An adapter's entry in a recipe with its name and path written out, so that neither depends on the working directory.
 
-Knows nothing of what the path leads to.
+Independent of what the path leads to.
 """
 
 from __future__ import annotations

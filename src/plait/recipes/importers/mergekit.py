@@ -1,7 +1,7 @@
 """mergekit's YAML, in plait's form where it has one.
 
 Everything that maps is carried over exactly; where the same words give other numbers a note says so; what has no
-counterpart is a problem. Knows nothing of files, and does not check what it passes on.
+counterpart is a problem. Independent of files, and does not check what it passes on.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class _Conversion:
         if self._name == "nuslerp":
             self._turn(params, entries)
         result["output"] = self._output()
-        self._say_what_is_left_out(method)
+        self._note_left_out(method)
         if self.problems:
             raise _GiveUpError
         return {key: value for key, value in result.items() if value is not None}
@@ -111,7 +111,7 @@ class _Conversion:
     def _check_keys(self) -> None:
         for key in self._data:
             if key in _PARTS:
-                text = f"plait does not cut models into {key}; it merges whole adapters: list them under 'models'."
+                text = f"plait does not cut models into {key}; it merges complete adapters: list them under 'models'."
                 self._problem((key,), text)
             elif key not in _TOP:
                 self._problem((key,), unknown_key(key, _TOP))
@@ -205,7 +205,7 @@ class _Conversion:
         return params, values
 
     def _turn(self, params: dict[str, Plain], entries: Sequence[dict[str, Plain]]) -> None:
-        """Say two weights as how far the way from the first adapter to the second is gone."""
+        """Express two weights as the position between the first adapter and the second."""
         weights = [entry.pop("weight", None) for entry in entries]
         if len(weights) != 2 or None in weights:
             text = "it goes from one adapter to another: give two, each with one weight."
@@ -294,7 +294,7 @@ class _Conversion:
         """Write the weights into the entries, or return them as `weights` when they depend on modules."""
         if not method.weighted:
             return {}
-        # the base model's own weight counts only where mergekit averages whole models
+        # the base model's own weight counts only where mergekit averages full models
         merged = [m for m in models if m.adapter is not None or self._name == "linear"]
         settings = [s for s in map(self._weight, merged) if s is not None]
         lists = list(dict.fromkeys(s.filters for s in settings if s.filters != (None,)))
@@ -365,7 +365,7 @@ class _Conversion:
         self.moved["output", "dtype"] = (key,)
         return None if value is None else {"dtype": str(value).removeprefix("torch.")}
 
-    def _say_what_is_left_out(self, method: MergekitMethod) -> None:
+    def _note_left_out(self, method: MergekitMethod) -> None:
         self.notes += method.notes
         given = {k for m in [self._data, *self._data["models"]] for k in (m.get("parameters") or {})}
         if "int8_mask" in given:

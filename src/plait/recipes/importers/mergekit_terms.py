@@ -1,6 +1,6 @@
 """mergekit's words: its methods with their defaults, its models, its settings, its filters.
 
-Written from what mergekit 0.1 does. Knows nothing of plait's recipes beyond the names of methods and parameters.
+Written from what mergekit 0.1 does. Independent of plait's recipes beyond the names of methods and parameters.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class MergekitMethod:
     base: str = ""
 
 
-_WHOLE = "without one mergekit turns whole models, and plait merges what adapters changed"
+_WHOLE = "without one mergekit turns full models, and plait merges what adapters changed"
 _VOTE = {"weighted_vote": True, "zero_sign": "plus"}
 _GAMMA = "where gamma times a matrix's entries is below 1, mergekit drops all of them and plait none of the top."
 _KEYED = "each adapter's mask comes from (seed, adapter, module); mergekit draws all masks from one generator"
@@ -161,8 +161,8 @@ MERGEKIT_METHODS = {
 }
 #: What has no counterpart, and why.
 WHOLE_MODELS = {
-    "slerp": "it turns whole models; 'nuslerp' with a base_model, and plait's 'slerp', turn what the adapters changed",
-    "karcher": "it averages whole models on the sphere; plait's 'karcher' does so with what the adapters changed",
+    "slerp": "it turns full models; 'nuslerp' with a base_model, and plait's 'slerp', turn what the adapters changed",
+    "karcher": "it averages full models on the sphere; plait's 'karcher' does so with what the adapters changed",
 }
 
 

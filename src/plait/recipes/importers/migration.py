@@ -38,8 +38,8 @@ _METHODS = frozenset((*_PAIRS, *_WITHOUT_LAMBDA, "dare", "ties"))
 _ON_FACTORS = ("uniform", "weighted", "uniform_delta", "uniform_scalar_delta")  # there, transforms acted on A and B
 #: Methods whose results are others than before, and why.
 _OTHER_NUMBERS = {
-    "uniform": "It averaged A and B apart and took the first adapter's scaling; now the deltas are averaged",
-    "weighted": "It interpolated A and B apart and took the first adapter's scaling; now the deltas are interpolated",
+    "uniform": "It averaged A and B separately and took the first adapter's scaling; now the deltas are averaged",
+    "weighted": "It interpolated A and B separately and took the first adapter's scaling; now the deltas are interpolated",
     "dare": "Its random masks are drawn in another way, so they are those of another seed",
 }
 
@@ -68,7 +68,7 @@ def _is_old_by_its_adapters(data: Mapping[str, Plain]) -> bool:
 
 
 def number_note(data: Mapping[str, Plain]) -> str | None:
-    """Say that a recipe's numbers differ from those of the older framework, when its method is one whose do."""
+    """Report that a recipe's numbers differ from those of the older framework, when its method is one whose do."""
     method = data.get("method")
     name = method.get("name") if isinstance(method, Mapping) else method
     why = _OTHER_NUMBERS.get(name) if isinstance(name, str) else None
@@ -199,7 +199,7 @@ class _Migration:
 
     def _apply_method(self) -> None:
         """Carry over what the method did with its parameters and with `lambda_policy`."""
-        self._say_where_numbers_differ()
+        self._note_changed_numbers()
         policy = self._data.pop("lambda_policy", None)
         if policy is not None:
             self._take_policy(policy)
@@ -214,7 +214,7 @@ class _Migration:
             value = self._params.pop("lambda")
             self._note(f"lambda: {spell_value(value)}", "", f" It never had an effect on {self._method!r}.")
 
-    def _say_where_numbers_differ(self) -> None:
+    def _note_changed_numbers(self) -> None:
         if (note := number_note({"method": self._method})) is not None:
             self._remarks.append(note)
         names = [_name(t) for t in self._data.get("transforms") or [] if isinstance(self._data.get("transforms"), list)]
@@ -261,7 +261,9 @@ class _Migration:
         self._data["seed"] = seed
         self._moved["seed",] = old
         self._note(
-            f"seed: {spell_value(seed)} of method 'dare'", f"seed: {spell_value(seed)}", " It is the whole recipe's now."
+            f"seed: {spell_value(seed)} of method 'dare'",
+            f"seed: {spell_value(seed)}",
+            " It belongs to the recipe as a whole now.",
         )
 
     def _take_policy(self, policy: Plain) -> None:
@@ -373,7 +375,7 @@ class _Migration:
         found = take_tuning(value, self._method)
         self._problems += found.problems
         if "tune" in self._data:
-            self._problem(("optimizer",), "optimizer and tune say the same; keep tune.")
+            self._problem(("optimizer",), "optimizer and tune mean the same; keep tune.")
             return
         if found.tune:
             self._data["tune"] = found.tune

@@ -1,6 +1,6 @@
 """What a recipe of the older framework asks of evaluation: its split, its subset and its tasks, in the present form.
 
-Knows nothing of what is merged.
+Independent of what is merged.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _switch_problem(given: Mapping[str, Plain], path: KeyPath) -> Problem | None
 
 
 def _remarks(given: Mapping[str, Plain]) -> Iterator[str]:
-    """Say which parts of a sample have no counterpart, and why none is needed."""
+    """Report which parts of a sample have no counterpart, and why none is needed."""
     if given.get("shuffle") is False:
         yield "shuffle: false (a sample does not depend on the order of the rows)"
     for key, why in _ELSEWHERE.items():

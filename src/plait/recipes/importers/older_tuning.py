@@ -105,7 +105,7 @@ _NOTED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "dataloader_pin_memory": ((True, False), "texts are tokens in memory; a step moves a few kilobytes"),
     "pin_memory": ((True, False), "texts are tokens in memory; a step moves a few kilobytes"),
     "non_blocking_transfer": ((True, False), "texts are tokens in memory; a step moves a few kilobytes"),
-    "project_coefficients": ((True, False), "the link says so: projected, or raw"),
+    "project_coefficients": ((True, False), "given by the link: projected, or raw"),
     "plus_plus_k": (None, "it belonged to plus_plus"),
     "ties_k": (None, "it belonged to plus_plus"),
     "plus_plus_lambda": (None, "it belonged to plus_plus"),
@@ -120,7 +120,7 @@ _NOTED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     ),
     "save_metadata_pre_eval": ((True, False), "tuning.json is always written"),
     "print_coefficients_pre_eval": ((True, False), "tuning.json and recipe.yaml hold the coefficients"),
-    "checkpoint_dir": (None, "the state is kept beside the output, and removed at the end"),
+    "checkpoint_dir": (None, "the state is kept next to the output, and removed at the end"),
     "label_column": (None, "labels are those of the tasks' files"),
 }
 _LOGS = "log_"  # log_memory and the like
@@ -147,7 +147,7 @@ class OlderTuning:
     Attributes:
         tune: the part of a recipe; empty where nothing is learned.
         tasks: names of tasks, where the optimizer named them.
-        notes: what was found, what says the same now, and what to know of it.
+        notes: what was found, what it is now, and what to know of it.
         moved: path in the recipe → the path where its user wrote it.
         problems: what cannot be carried over.
     """
@@ -188,11 +188,11 @@ def take_tuning(optimizer: Plain, method: str | None) -> OlderTuning:
     elif not isinstance(params, Mapping):
         found.problems.append(Problem(("optimizer", "params"), f"params is {show_value(params)}; it must be a mapping."))
     else:
-        _Taking(str(kind), params, found).run()
+        _ParameterReader(str(kind), params, found).run()
     return found
 
 
-class _Taking:
+class _ParameterReader:
     """One optimizer's parameters."""
 
     def __init__(self, kind: str, params: Mapping[str, Plain], found: OlderTuning) -> None:
@@ -266,7 +266,7 @@ class _Taking:
     def _same(self, key: str, value: Plain) -> None:
         aliases = [k for k in self._params if _SAME.get(k) == _SAME[key]]
         if len(aliases) > 1 and key != aliases[0]:
-            self._problem(key, f"{key} and {aliases[0]} say the same; keep one.")
+            self._problem(key, f"{key} and {aliases[0]} mean the same; keep one.")
             return
         if value is not None:
             self._set(_SAME[key], value, key)
@@ -428,7 +428,9 @@ class _Taking:
                     self._set("criterion", _CRITERIA[str(one)], *at, key)
                 case "selection_criterion":
                     known = ", ".join(_CRITERIA)
-                    text = f"{key} is {show_value(one)}; a maximum over the tasks says nothing of the others. Allowed: {known}."
+                    text = (
+                        f"{key} is {show_value(one)}; a maximum over the tasks does not measure the others. Allowed: {known}."
+                    )
                     self._problem(at[0], text, at[1], key)
                 case "dominance_epsilon" if one in (0, None):
                     self._remarks.append("dominance_epsilon: a step is judged by its own number")
@@ -490,6 +492,4 @@ class _Taking:
 
     def _checkpoint(self, value: Plain) -> None:
         if value is not None:
-            self._problem(
-                "resume_checkpoint", "a checkpoint of another framework cannot be gone on from; plait's own are found."
-            )
+            self._problem("resume_checkpoint", "a checkpoint of another framework cannot be continued; plait's own are found.")

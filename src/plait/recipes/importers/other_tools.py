@@ -1,6 +1,6 @@
 """What other tools call what, and what means the same to plait: the one table behind hints and docs/coming-from.md.
 
-Knows nothing of what the words mean: who reads a command line or a call asks here about a word that plait does not know.
+Independent of what the words mean: who reads a command line or a call asks here about a word that plait does not know.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ TABLE: tuple[Term, ...] = (
 
 
 def command_hint(word: str) -> str | None:
-    """Say what a command of another tool is here; None for a word that no tool has."""
+    """Report what a command of another tool is here; None for a word that no tool has."""
     row = next((r for r in TABLE if r.kind == "command" and r.old == word), None)
     return None if row is None else row.hint
 
@@ -132,7 +132,7 @@ def flag_row(flag: str, command: str) -> Term | None:
 
 
 def keyword_hints(words: Sequence[str]) -> list[str]:
-    """Say what keywords of other tools are here, for those that some tool has."""
+    """Report what keywords of other tools are here, for those that some tool has."""
     return [r.hint for word in words for r in TABLE if r.kind == "keyword" and r.old == word]
 
 

@@ -46,7 +46,7 @@ _FINISHED: Mapping[Aggregation, Callable[[FloatArray], FloatArray]] = {
 
 @kind("lm_eval")
 class LmEval(Task):
-    """A task of EleutherAI's lm-evaluation-harness: its data, prompts and metric, asked by its own evaluator."""
+    """A task of EleutherAI's lm-evaluation-harness: its data, prompts and metric, run by its own evaluator."""
 
     kind: Annotated[str, Field(pattern=rf"^{LM_EVAL}.+$", description="`lm_eval:` and the harness's name of the task.")]
     metric: Annotated[
@@ -70,7 +70,7 @@ class LmEval(Task):
 
     @property
     def ask(self) -> Harness:
-        """How answers are asked of a model."""
+        """How a model is asked."""
         return Harness()
 
     def read(self, split: SplitName) -> list[Example]:
@@ -142,7 +142,7 @@ class HarnessMetric:
 
 
 def fresh_task(task: LmEval) -> Any:
-    """Return the harness's task, as if nothing had been drawn from it: the same examples stand in every prompt.
+    """Return the harness's task, as if nothing had been drawn from it: the same examples are in every prompt.
 
     Raises:
         MissingPackageError: lm-eval is not installed.
@@ -182,7 +182,7 @@ def harness_metric(task: LmEval) -> HarnessMetric:
 
 @contextmanager
 def silence_harness() -> Iterator[None]:
-    """Keep lm-eval and datasets from printing: plait reports what is asked and what comes out."""
+    """Keep lm-eval and datasets from printing: plait reports what is asked and the results."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -219,7 +219,7 @@ def _opened(task: LmEval) -> Any:
 
 
 def _set_fewshot(inner: Any, task: LmEval, where: str) -> None:
-    """Set the number of examples in the prompt, as the harness does: a task that says 0 means it."""
+    """Set the number of examples in the prompt, as the harness does: a task's own 0 is kept."""
     given = inner.get_config("num_fewshot")
     if task.num_fewshot and given == 0:
         raise TaskError(f"{where}: num_fewshot is {task.num_fewshot}, but lm-eval's task is meant without examples (0).")
@@ -253,10 +253,10 @@ def _example(inner: Any, requests: Sequence[Any]) -> Example:
         return Example.of("", str(first.args[0]), ())
     if first.request_type == "generate_until":
         return Example.of(_text(first.args[0]), _text(target), ())
-    asked = [r for r in requests if r.args[0]] or requests  # without those that only weigh a choice by itself
-    texts = tuple(str(r.args[1]) for r in asked)
-    if len(texts) > 1 and len(set(texts)) == 1:  # choices stand before what is scored, as in cloze tests
-        texts = tuple(_text(r.args[0]) + str(r.args[1]) for r in asked)
+    scored = [r for r in requests if r.args[0]] or requests  # without those that only weigh a choice by itself
+    texts = tuple(str(r.args[1]) for r in scored)
+    if len(texts) > 1 and len(set(texts)) == 1:  # choices precede what is scored, as in cloze tests
+        texts = tuple(_text(r.args[0]) + str(r.args[1]) for r in scored)
         return Example.of("", _chosen(texts, inner.doc_to_text(first.doc)), texts)
     return Example.of(_text(first.args[0]), _chosen(texts, target), texts if len(texts) > 1 else ())
 
