@@ -19,7 +19,7 @@ REFUSED = {
     "write 'is not a …'": r"(?<!there )\b(?:is|are|was|were) no (?!longer\b|more\b)",
     "write 'next to'": r"\bbeside\b",
     "write 'continues'": r"\b(?:goes|go|going|gone) on\b",
-    "name who: 'another process', 'no task'": r"\b(?:nobody|everybody|somebody)\b",
+    "name who: 'another process', 'no task'": r"(?<!~)\b(?:nobody|everybody|somebody)\b",
     "write 'reports', 'shows', 'names'": r"\b(?:told|said|listens)\b",
     "write 'is', 'means'": r"\b(?:stands|stood)\b",
     "American spelling": r"\b\w*(?:viour|colour|labelled|cancelled|isation)\w*\b|\b(?:grey|towards|whilst|learnt(?!\":))\b",

@@ -328,7 +328,7 @@ def test_flags_that_say_nothing_here_are_refused(prepared, tmp_path, capsys):
 def test_a_workspace_that_cannot_be_is_refused_before_anything_is_asked(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(Mixture, "load", lambda *_, **__: pytest.fail("the base was loaded"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"workspace .*file/within cannot be written: .*file is no folder"):
+    with pytest.raises(OutputError, match=r"workspace .*file/within cannot be written: .*file is not a folder"):
         prepared.evaluate(tmp_path / "file" / "within")
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(OutputError, match="no permission in"):

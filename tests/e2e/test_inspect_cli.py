@@ -116,7 +116,7 @@ def test_everything_unusual_is_shown(run, tmp_path):
         "outside of layers",
         "lm_head",
         "score.weight 2×8 (head)",
-        "Space 'factors' is out",
+        "Space 'factors' cannot be used",
         "2, 4",
         "It does not serve of odd: DoRA; full tensors (score); scalings of 1 module",
         "1 of 3 target modules are in every adapter",

@@ -42,7 +42,7 @@ class Full(io.TextIOWrapper):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "message"), [(errno.ENOSPC, 1, "are whole"), (errno.EPIPE, 141, ""), (errno.EBADF, 1, "whole")]
+    ("number", "code", "message"), [(errno.ENOSPC, 1, "are complete"), (errno.EPIPE, 141, ""), (errno.EBADF, 1, "complete")]
 )
 def test_a_result_stays_when_stdout_cannot_be_written(monkeypatch, capsys, tmp_path, number, code, message):
     monkeypatch.setattr(sys, "stdout", Full(number))

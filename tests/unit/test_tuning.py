@@ -270,7 +270,7 @@ def test_the_teacher_is_the_tasks_own_adapter(mixture: Mixture, place: Path) -> 
     found = lesson(mixture, place, "rate", labeled=False)
     some = list(range(6))
     with mixture.active({"sort": 0.3}) as model, torch.no_grad():
-        got = OBJECTIVES["distill"].loss(found.message(model, some), SPEC)
+        got = OBJECTIVES["distill"].loss(found.outputs(model, some), SPEC)
     for teacher in ("rate", "sort"):
         rows = []
         for i in some:
@@ -283,7 +283,7 @@ def test_the_teacher_is_the_tasks_own_adapter(mixture: Mixture, place: Path) -> 
 def test_labels_are_not_in_lessons_that_read_none(mixture: Mixture, place: Path) -> None:
     found = lesson(mixture, place, "rate", labeled=False)
     with mixture.active(None) as model, torch.no_grad():
-        answers = found.message(model, [0, 1, 2])
+        answers = found.outputs(model, [0, 1, 2])
     assert answers.targets is None
     tokens = tokenizer().convert_tokens_to_ids(LABELS["rate"])
     assert answers.labels is not None

@@ -65,7 +65,7 @@ def check_names(subset: Subset | None, tasks: Sequence[str]) -> None:
     unknown = [name for name in (subset.per_task if subset else {}) if name not in tasks]
     if unknown:
         near = did_you_mean(unknown[0], tasks)
-        raise TaskError(f"eval.subset.per_task: {unknown[0]!r} is none of the tasks {', '.join(tasks)}.{near}")
+        raise TaskError(f"eval.subset.per_task: {unknown[0]!r} is not one of the tasks {', '.join(tasks)}.{near}")
 
 
 def write_subset(workspace: Path, examples: Examples, chosen: ChosenSubset) -> Path:
