@@ -55,10 +55,10 @@ def refused(capsys, *words: str) -> str:
     out = ("--workspace", "ws") if words[0] == "eval" else ("-o", "out")
     with pytest.raises(SystemExit) as leave:
         main([*words, *out])
-    said = capsys.readouterr().err
-    assert leave.value.code == 2, said
+    message = capsys.readouterr().err
+    assert leave.value.code == 2, message
     assert not Path("out").exists()
-    return " ".join(said.split())
+    return " ".join(message.split())
 
 
 def entry(**changes: object) -> list[dict[str, object]]:
@@ -82,8 +82,8 @@ def test_the_base(capsys, command, base):
 @pytest.mark.parametrize("command", ["bake", *READING])
 def test_a_base_that_an_adapter_names(capsys, command, place):
     recipe(base_model=None)
-    said = refused(capsys, command, "many.yaml")
-    assert f"error: {place / 'sort' / 'adapter_config.json'}: base_model_name_or_path: './nobase'" in said
+    message = refused(capsys, command, "many.yaml")
+    assert f"error: {place / 'sort' / 'adapter_config.json'}: base_model_name_or_path: './nobase'" in message
 
 
 @pytest.mark.parametrize("command", READING)
@@ -129,9 +129,9 @@ def test_an_older_recipe_by_its_own_keys(capsys):
 
 def test_what_a_flag_gives_is_not_the_files(capsys):
     recipe()
-    said = refused(capsys, "bake", "many.yaml", "--base-id", "./nowhere")
-    assert "many.yaml" not in said
-    assert "nowhere" in said
+    message = refused(capsys, "bake", "many.yaml", "--base-id", "./nowhere")
+    assert "many.yaml" not in message
+    assert "nowhere" in message
     assert "many.yaml" not in refused(capsys, "eval", "many.yaml", "--tasks", "nowhere.yaml")
     assert "many.yaml" not in refused(capsys, "merge", "many.yaml", "--method", "regmean", "--moments", "nowhere")
 

@@ -50,7 +50,7 @@ FORMATS = {
     "prompt and completion in turns": (
         "prompt_completion",
         {"prompt": [{"role": "user", "content": "Q"}], "completion": [{"role": "assistant", "content": "A"}]},
-        Conversation(turns(*ASKED), asked=1),
+        Conversation(turns(*ASKED), given=1),
     ),
     "messages": ("messages", {"messages": [*turns(*ASKED, *MORE)]}, chat(*ASKED, *MORE)),
     "messages as JSON text": ("messages", {"messages": json.dumps(turns(*ASKED))}, chat(*ASKED)),
@@ -104,7 +104,7 @@ def test_a_system_column_beside_plain_texts_is_told_as_not_used():
     assert found.examples == (Completion("Q ", "A"),)
     assert str(found.columns) == "prompt_completion (prompt → completion); not used: system"
     turn = {"Prompt": [{"role": "user", "content": "Q"}], "Completion": "A", "system": "S"}
-    assert convert_rows([turn], where="x").examples == (Conversation(turns(("system", "S"), *ASKED), asked=2),)
+    assert convert_rows([turn], where="x").examples == (Conversation(turns(("system", "S"), *ASKED), given=2),)
 
 
 def test_a_turn_of_weight_0_is_not_learned():
@@ -128,12 +128,13 @@ def test_rows_without_an_answer_are_counted():
 def test_an_unknown_format_lists_what_was_found_and_what_is_allowed():
     with pytest.raises(TaskError) as caught:
         convert_rows([{"chosen": "a", "rejected": "b"}, {"chosen": "a", "rejected": "b", "score": 1}], where="rows.jsonl")
-    said = str(caught.value)
+    message = str(caught.value)
     assert (
-        "rows.jsonl: no known format: the columns that every row has are chosen, rejected (only some rows have score)" in said
+        "rows.jsonl: no known format: the columns that every row has are chosen, rejected (only some rows have score)"
+        in message
     )
     for name in ("messages", "sharegpt", "prompt_completion", "alpaca", "question_answer", "pair", "text"):
-        assert f"    {name}: " in said
+        assert f"    {name}: " in message
 
 
 def test_a_format_may_be_named():
@@ -159,9 +160,9 @@ BAD = {
 }
 
 
-@every(("rows", "said"), BAD.values())
-def test_rows_that_do_not_fit(rows, said):
-    with pytest.raises(TaskError, match=said):
+@every(("rows", "message"), BAD.values())
+def test_rows_that_do_not_fit(rows, message):
+    with pytest.raises(TaskError, match=message):
         convert_rows(rows, where="data")
 
 

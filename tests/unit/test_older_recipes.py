@@ -174,7 +174,7 @@ def test_bare_words_without_a_version_are_of_the_older_framework(data, old):
 
 
 @every(
-    ("old", "said"),
+    ("old", "printed"),
     [
         ({"method": "uniform", "split": "test"}, "`method: uniform` differ"),
         ({"method": "weighted", "method_params": {"lambda": 0.5}}, "`method: weighted` differ"),
@@ -193,9 +193,9 @@ def test_bare_words_without_a_version_are_of_the_older_framework(data, old):
         ({"method": "dare", "params": {"drop_rate": 0.5}}, "numbers of `method: dare` differ"),
     ],
 )
-def test_migration_says_where_numbers_differ(old, said):
+def test_migration_says_where_numbers_differ(old, printed):
     _, notes = migrate({"adapters": ["./a", "./b"], **old})
-    assert len([note for note in notes if said in note]) == 1
+    assert len([note for note in notes if printed in note]) == 1
 
 
 def test_nothing_differs_without_a_reason():
@@ -214,7 +214,7 @@ def test_migrating_a_file_in_no_old_form_still_says_where_numbers_differ(tmp_pat
 
 # --- whom warnings reach ---------------------------------------------------------------------------------------------
 
-DOORS = (
+CALLS = (
     "plait.load_recipe(recipe)",
     "plait.plan(recipe)",
     "plait.merge(recipe, out=out)",
@@ -232,10 +232,10 @@ def old_recipe(tmp_path_factory):
     return file
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_a_warning_is_of_the_line_that_asked(old_recipe, tmp_path, door):
+@pytest.mark.parametrize("call", CALLS)
+def test_a_warning_is_of_the_line_that_asked(old_recipe, tmp_path, call):
     script = tmp_path / "script.py"
-    script.write_text(f"import plait\ndef run(recipe, base, out):\n    return {door}\n")
+    script.write_text(f"import plait\ndef run(recipe, base, out):\n    return {call}\n")
     spec = importlib.util.spec_from_file_location("script", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -148,12 +148,12 @@ def test_a_pipe_is_read_where_somebody_writes_to_it(tmp_path):
 
 
 @every(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("[" * 100_000, "nested too deeply"),
         ("[" * 150 + "]" * 150, "nested too deeply"),
         ('{"a": ' * 101 + "1" + "}" * 101, "nested too deeply"),
-        ('{"a": [1, ' + "9" * 400 + "]}", "'a.1' is a whole number too large for a float"),
+        ('{"a": [1, ' + "9" * 400 + "]}", "'a.1' is an integer too large for a float"),
         ('{"a": ' + "9" * 5000 + "}", "a number of thousands of digits"),
         ('{"a": 1, "a": 2}', "the key 'a' is given twice, with different values"),
         ('{"a": {"b": "\\ud800"}}', "'a.b' is a text with half a character"),
@@ -168,10 +168,10 @@ def test_a_pipe_is_read_where_somebody_writes_to_it(tmp_path):
         ('{"a": "x\ny"}', "f.json:1: this is not JSON: Invalid control character"),
     ],
 )
-def test_json_that_is_refused(text, said):
+def test_json_that_is_refused(text, message):
     with pytest.raises(RecipeError, match=r"f\.json") as error:
         parse_json(text, "f.json", RecipeError, advice="Do it again.")
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert str(error.value).endswith(" Do it again.")
     assert len(str(error.value)) < 200
 
@@ -195,7 +195,7 @@ def test_files_of_text(tmp_path):
     (tmp_path / "large").write_bytes(b" " * (3 << 20))
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "list.json").write_text("[1]")
-    for name, said in (
+    for name, message in (
         ("latin", r"latin: this is not text in UTF-8 \(byte 3\)\. Look\."),
         ("large", r"large: larger than 2 MB"),
         ("loop", "loop: Too many levels of symbolic links"),
@@ -203,7 +203,7 @@ def test_files_of_text(tmp_path):
         (".", "Is a directory"),
         ("x\0y", "embedded null byte"),
     ):
-        with pytest.raises(TaskError, match=said):
+        with pytest.raises(TaskError, match=message):
             read_text(tmp_path / name, TaskError, advice="Look.", most=2 << 20)
     with pytest.raises(TaskError, match=r"list\.json: expected a JSON object, found a list\."):
         read_object(tmp_path / "list.json", TaskError)
@@ -212,7 +212,7 @@ def test_files_of_text(tmp_path):
 
 
 @every(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a: " + "[" * 5000, "nested too deeply"),
         ("a: " + "[" * 120 + "]" * 120, "nested too deeply"),
@@ -234,10 +234,10 @@ def test_files_of_text(tmp_path):
         ("#" * (5 << 20), "larger than 4 MB"),
     ],
 )
-def test_yaml_that_is_refused(text, said):
+def test_yaml_that_is_refused(text, message):
     with pytest.raises(RecipeError, match=r"f\.yaml") as error:
         read_document(text, "f.yaml")
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_patterns_that_take_for_ever_are_answered(pattern):
 
 
 @every(
-    ("pattern", "said"),
+    ("pattern", "message"),
     [
         ("[", "not a regular expression"),
         ("(" * 1500, r"not a regular expression|nested too deeply"),
@@ -53,8 +53,8 @@ def test_patterns_that_take_for_ever_are_answered(pattern):
         ("(?=(((((a?){99}){99}){99}){99}){99})b", "too long to match"),
     ],
 )
-def test_patterns_that_are_refused(pattern, said):
-    with pytest.raises(PatternError, match=said):
+def test_patterns_that_are_refused(pattern, message):
+    with pytest.raises(PatternError, match=message):
         module_pattern(pattern)("a" * 100)
 
 
