@@ -369,7 +369,9 @@ class ShortPatience:
 def test_one_phase_only(place, capsys):
     code, _, said = command(capsys, "phases.yaml", "-o", "out", "--only", "rate", "--set", "seed=0")
     assert code == 0
-    assert "Nothing is merged yet (sort to do); this command does the rest: plait train phases.yaml -o out --set seed=0\n" in said
+    assert (
+        "Nothing is merged yet (sort to do); this command does the rest: plait train phases.yaml -o out --set seed=0\n" in said
+    )
     assert not Path("out/merged").exists()
     assert not Path("out/phases/sort").exists()
     result = plait.train("phases.yaml", out="out")
