@@ -82,8 +82,8 @@ def tensors(out: str | Path, name: str) -> dict[str, torch.Tensor]:
 def command(capsys, *arguments: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as left:
         main(["train", *arguments])
-    said = capsys.readouterr()
-    return int(left.value.code or 0), said.out, said.err
+    message = capsys.readouterr()
+    return int(left.value.code or 0), message.out, message.err
 
 
 def states(result) -> dict[str, str]:
@@ -199,16 +199,16 @@ def test_killed_and_run_again(place):
 
 def test_a_phase_that_fails_does_not_stop_the_others(place, capsys):
     rewrite(("[sort.yaml,", "[{task: sort.yaml, arguments: {max_length: 2}},"))
-    code, out, said = command(capsys, "phases.yaml", "-o", "out", "--json")
+    code, out, message = command(capsys, "phases.yaml", "-o", "out", "--json")
     assert code == 1
     result = json.loads(out)
     assert [(p["name"], p["state"]) for p in result["phases"]] == [("sort", "failed"), ("rate", "done")]
     assert (result["merged"], result["evaluation"]) == (None, None)
     assert not Path("out/merged").exists()
-    assert "failed: sort: task 'sort' (train): no example is left" in said
-    assert "plait train phases.yaml -o out" in said
+    assert "failed: sort: task 'sort' (train): no example is left" in message
+    assert "plait train phases.yaml -o out" in message
     rewrite()
-    code, out, said = command(capsys, "phases.yaml", "-o", "out")
+    code, out, message = command(capsys, "phases.yaml", "-o", "out")
     assert code == 0
     assert "rate   found" in out
     assert "worst (" in out
@@ -218,7 +218,7 @@ class Killer(SilentProgress):
     """Kills the worker of a phase when it begins to train."""
 
     def __init__(self, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.said: dict[str, str] = {}
+        self.message: dict[str, str] = {}
         self._phase = phase
         self._children = {}
         start = processes._start
@@ -246,7 +246,7 @@ class Part(SilentProgress):
         if total:
             self._killer.began(self._name)
         else:
-            self._killer.said[self._name] = stage
+            self._killer.message[self._name] = stage
 
 
 def test_side_by_side_is_as_in_turn(place, monkeypatch):
@@ -254,7 +254,7 @@ def test_side_by_side_is_as_in_turn(place, monkeypatch):
     with monkeypatch.context() as patch:
         result = plait.train("phases.yaml", out="killed", workers=2, progress=(killer := Killer("sort", patch)))
     assert states(result) == {"sort": "failed", "rate": "done"}
-    assert killer.said == {"sort": "failed", "rate": "done"}
+    assert killer.message == {"sort": "failed", "rate": "done"}
     assert "was killed by signal 9" in result.failed[0].error
     assert "logs/sort.txt" in result.failed[0].error
     rewrite()
@@ -269,8 +269,8 @@ def test_side_by_side_is_as_in_turn(place, monkeypatch):
 
 def test_a_worker_killed_in_the_middle_of_a_line():
     events: SimpleQueue = SimpleQueue()
-    said = '["advance", 1]\n["adv'
-    with subprocess.Popen([sys.executable, "-c", f"print({said!r}, end='')"], stdout=subprocess.PIPE, text=True) as process:
+    message = '["advance", 1]\n["adv'
+    with subprocess.Popen([sys.executable, "-c", f"print({message!r}, end='')"], stdout=subprocess.PIPE, text=True) as process:
         processes._read(processes._Child(None, process, slot=0), events)
     assert [events.get_nowait()[1] for _ in range(2)] == [["advance", 1], None]
 
@@ -332,13 +332,13 @@ def test_sigterm_ends_the_workers_too_and_the_same_command_continues(place, caps
             time.sleep(0.1)
         workers = psutil.Process(run.pid).children()
         run.terminate()
-        _, said = run.communicate(timeout=120)
+        _, message = run.communicate(timeout=120)
     finally:
         run.kill()
         run.communicate()
     assert run.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM\n0 of 2 phases are finished and kept in" in said
-    assert "Traceback" not in said
+    assert "stopped by SIGTERM\n0 of 2 phases are finished and kept in" in message
+    assert "Traceback" not in message
     assert len(workers) == 3, "two phases, and the process that renders templates"
     assert not any(map(alive, workers))
     code, _, _ = command(capsys, *words)
@@ -367,18 +367,19 @@ class ShortPatience:
 
 
 def test_one_phase_only(place, capsys):
-    code, _, said = command(capsys, "phases.yaml", "-o", "out", "--only", "rate", "--set", "seed=0")
+    code, _, message = command(capsys, "phases.yaml", "-o", "out", "--only", "rate", "--set", "seed=0")
     assert code == 0
     assert (
-        "Nothing is merged yet (sort to do); this command does the rest: plait train phases.yaml -o out --set seed=0\n" in said
+        "Nothing is merged yet (sort to do); this command does the rest: plait train phases.yaml -o out --set seed=0\n"
+        in message
     )
     assert not Path("out/merged").exists()
     assert not Path("out/phases/sort").exists()
     result = plait.train("phases.yaml", out="out")
     assert states(result) == {"sort": "done", "rate": "found"}
     assert result.merged == "merged"
-    code, _, said = command(capsys, "phases.yaml", "-o", "out", "--only", "rate")
-    assert (code, "Nothing is merged yet" in said) == (0, False)
+    code, _, message = command(capsys, "phases.yaml", "-o", "out", "--only", "rate")
+    assert (code, "Nothing is merged yet" in message) == (0, False)
     assert json.loads(Path("out/train.json").read_text())["report"] == "report.html"
 
 
@@ -417,19 +418,19 @@ phases:
   - {name: rows, data: rows.jsonl}
   - {name: gone, data: ./gone.jsonl}""")  # fmt: skip
     Path("phases.yaml").write_text(text)
-    code, _, said = command(capsys, "phases.yaml", "-o", "out")
+    code, _, message = command(capsys, "phases.yaml", "-o", "out")
     assert code == 2
-    assert "4 problems" in said
-    assert "phases.yaml:6: phases.1.arguments: arguments: seed: a key of its own, not one of 'arguments'." in said
-    assert "phases.yaml:5: phases.0.arguments: arguments: learning_rat: SFTConfig has none of that name." in said
-    assert "phases.yaml:7: phases.2.data:" in said
-    assert "phases.yaml:8: phases.3.data:" in said
-    assert "gone.jsonl: there is no such file" in said
+    assert "4 problems" in message
+    assert "phases.yaml:6: phases.1.arguments: arguments: seed: a key of its own, not one of 'arguments'." in message
+    assert "phases.yaml:5: phases.0.arguments: arguments: learning_rat: SFTConfig has none of that name." in message
+    assert "phases.yaml:7: phases.2.data:" in message
+    assert "phases.yaml:8: phases.3.data:" in message
+    assert "gone.jsonl: there is no such file" in message
     assert not Path("out").exists()
     rewrite(("all-linear", "nowhere"))
-    code, _, said = command(capsys, "phases.yaml", "-o", "out")
+    code, _, message = command(capsys, "phases.yaml", "-o", "out")
     assert code == 2
-    assert "cannot be trained so" in said
+    assert "cannot be trained so" in message
     with pytest.raises(RecipeError, match="--cluster 'slurm': it must be 'ray'"):
         plait.train("phases.yaml", out="out", cluster="slurm")
     with pytest.raises(RecipeError, match="--workers 0"):
@@ -440,9 +441,9 @@ def test_what_is_in_the_way_is_said_before_anything_is_trained(place, capsys):
     Path("out/merged").mkdir(parents=True)
     Path("out/merged/mine.txt").write_text("mine")
     for words in ([], ["--dry-run"]):
-        code, _, said = command(capsys, "phases.yaml", "-o", "out", *words)
+        code, _, message = command(capsys, "phases.yaml", "-o", "out", *words)
         assert code == 2
-        assert "out/merged was not written by plait (it has no plait.lock)" in said
+        assert "out/merged was not written by plait (it has no plait.lock)" in message
     assert not Path("out/phases").exists()
 
 
@@ -452,10 +453,10 @@ def test_a_template_is_tried_before_anything_is_trained(place, capsys):
     rewrite(("rate.yaml]", "{name: chats, data: chats.jsonl, arguments: {chat_template_path: chat.jinja}}]"))
     (place / "elsewhere").mkdir()
     os.chdir("elsewhere")
-    code, _, said = command(capsys, "../phases.yaml", "-o", "out")
+    code, _, message = command(capsys, "../phases.yaml", "-o", "out")
     assert code == 2
-    assert "phases.1.arguments: " in said
-    assert f"{Path('../chat.jinja').absolute()}: the chat template: it refuses this chat: not this" in said
+    assert "phases.1.arguments: " in message
+    assert f"{Path('../chat.jinja').absolute()}: the chat template: it refuses this chat: not this" in message
     assert not Path("out").exists()
 
 
@@ -464,10 +465,10 @@ def test_stopped_by_hand(place, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cohort, "run_sequentially", stop)
-    code, _, said = command(capsys, "phases.yaml", "-o", "out")
+    code, _, message = command(capsys, "phases.yaml", "-o", "out")
     assert code == 130
-    assert "stopped\n0 of 2 phases are finished and kept in" in said
-    assert "the same command continues with the others." in " ".join(said.split())
+    assert "stopped\n0 of 2 phases are finished and kept in" in message
+    assert "the same command continues with the others." in " ".join(message.split())
 
 
 @pytest.mark.parametrize(("workers", "enough"), [(None, True), (2, False)])

@@ -124,9 +124,9 @@ def test_the_page_stands_alone_and_says_what_the_numbers_say():
     assert page.fetched == []
     assert "script" not in page.tags, "text of a task became markup"
     assert page.text.count(HOSTILE) >= 3, "title, prompt and note are shown as they are"
-    for said in ("Not good enough: worse than the bare base model on code", "−30 %", "95 %",
+    for message in ("Not good enough: worse than the bare base model on code", "−30 %", "95 %",
                  "none: its own adapter is no better", "0.900 (100 %)", "0.100 (−50 %)", "perhaps"):  # fmt: skip
-        assert said in page.text, said
+        assert message in page.text, message
 
 
 @every(
@@ -154,7 +154,7 @@ def test_a_share_of_nearly_nothing_has_no_sign():
 
 def test_certainty_names_examples_and_a_wide_interval():
     found = certainty(evaluation(task("a", 0.9), task("b", 0.7)))
-    assert "With 80 examples the worst recovery lies between 50\xa0% and 90\xa0% (95\xa0%)" in found
+    assert "With 80 examples the worst recovery is between 50\xa0% and 90\xa0% (95\xa0%)" in found
     assert "more examples" in found
     assert "more examples" not in certainty(evaluation(task("a", 0.9), worst_interval=(0.8, 0.95)))
 
@@ -287,14 +287,14 @@ def test_a_leaderboard_brings_what_stands_behind_its_places(sweep, tmp_path):
     report = read_report([board])
     assert [e.name for e in report.evaluations] == ["best!", "other!"]
     text = Page(plait.report(board, out=tmp_path / "r.html").page.read_text()).text
-    for said in (
+    for message in (
         "What best! kept",
         "best! is the best of 2 merges",
         "Compared with other merges",
         "not done: slerp: takes two",
         "perhaps",
     ):
-        assert said in text, said
+        assert message in text, message
     assert read_report([board / "leaderboard.json"]) == report
     shutil.copytree(board, tmp_path / "elsewhere")
     alone = read_report([tmp_path / "elsewhere"])
@@ -348,8 +348,8 @@ def test_what_is_no_run_is_told_all_at_once(tmp_path):
     broken.write_text(json.dumps({"version": 1}))
     with pytest.raises(ReportError) as caught:
         plait.report([tmp_path / "nowhere", tmp_path / "empty", broken], out=tmp_path / "r.html")
-    for said in ("nowhere: is no file or folder", "empty: holds no run", "not a result that this version of plait wrote"):
-        assert said in str(caught.value)
+    for message in ("nowhere: is not a file or folder", "empty: holds no run", "not a result that this version of plait wrote"):
+        assert message in str(caught.value)
     assert not (tmp_path / "r.html").exists()
 
 
