@@ -60,7 +60,7 @@ class TuneSpec(TextsSpec):
         Field(description="First magnitude, for `simplex_scaled`; the sum of the first coefficients when not given."),
     ] = None
     learn_magnitude: Annotated[bool, Field(description="Learn the magnitude too, for `simplex_scaled`.")] = True
-    steps: Annotated[int, Field(ge=0, description="Updates; 0 for the closed form at its best scale.")] = 48
+    steps: Annotated[int, Field(ge=0, description="Updates; 0 for the closed form at its best scale.")] = 96
     prompts: Annotated[int, Field(ge=1, description="Texts of every task read at a time.")] = 4
     accumulate: Annotated[int, Field(ge=1, description="Batches of `prompts` texts per task and update.")] = 1
     learning_rate: Annotated[
