@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import plait
+from plait.baking import journal
 from plait.cli.main import main
+from plait.tuning.working import WorkingState
 from tests.adapters_on_disk import Linear, write_adapter
 from tests.language_models import LABELS, WORDS, label, save_model, write_task
 
@@ -290,9 +292,9 @@ def _results(folder: Path) -> None:
 
 def _left_behind(folder: Path) -> None:
     """What a bake, a tuning and trainings leave that are stopped near their end."""
-    with mock.patch("plait.baking.journal.publish", side_effect=KeyboardInterrupt), suppress(SystemExit):
+    with mock.patch.object(journal, "publish", side_effect=KeyboardInterrupt), suppress(SystemExit):
         main(("bake", "first", "second", "--base-id", "sharded", *OUT))
-    with mock.patch("plait.tuning.working.WorkingState.remove"), suppress(SystemExit):
+    with mock.patch.object(WorkingState, "remove"), suppress(SystemExit):
         main(TUNE)
     shutil.rmtree(folder / "out")
     for words in (("train", "phases.yaml", "-o", "runs"), ("sft", "--config", "sft.yaml")):
