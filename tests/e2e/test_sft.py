@@ -24,6 +24,7 @@ from plait.results import disk
 from plait.training import causal, running, sft
 from plait.training.arguments import job_of, read_flags, read_keywords
 from plait.training.encoding import IGNORED
+from plait.training.folder import checkpoint_step
 from plait.training.job import LoraSettings, TrainingData, TrainingJob
 from plait.training.running import run_job
 from plait.training.sft import plan_sft, run_sft
@@ -687,6 +688,36 @@ def test_a_checkpoint_may_be_named(place, tmp_path):
     assert again.record.losses == first.record.losses
     with pytest.raises(RecipeError, match="nowhere is not a complete checkpoint"):
         plan_sft(flags(place, tmp_path / "c", resume_from_checkpoint=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"])
+def test_a_damaged_checkpoint_is_named(place, tmp_path, name):
+    train(place, tmp_path / "a", max_steps=4, save_steps=2)
+    checkpoint = (tmp_path / "a" / "checkpoint-2").rename(tmp_path / "kept")
+    data = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(OutputError, match=f"^{checkpoint} cannot be continued from .*Delete it: the same command"):
+        train(place, tmp_path / "b", max_steps=4, resume_from_checkpoint=str(checkpoint))
+    assert not (tmp_path / "b" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("global_step", "2"),
+        ("num_input_tokens_seen", None),
+        ("log_history", {}),
+        ("log_history", [{"step": 1, "loss": "x"}]),
+        ("log_history", [{"loss": 1.0}]),
+    ],
+)
+def test_a_state_that_no_trainer_wrote(tmp_path, name, value):
+    state = {"global_step": 2, "num_input_tokens_seen": 3, "log_history": [{"step": 1, "loss": 0.5}]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert checkpoint_step(tmp_path) == 2
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state | {name: value}))
+    with pytest.raises(RecipeError, match=f"trainer_state.json: '{name}' must "):
+        checkpoint_step(tmp_path)
 
 
 def test_packing_and_chat_templates_from_elsewhere(place, tmp_path):

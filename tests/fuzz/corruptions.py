@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import struct
@@ -293,7 +294,10 @@ def _values(chosen: random.Random, path: Path) -> str:
 
 
 def _archive(chosen: random.Random, path: Path) -> str:
-    tensors = torch.load(path, weights_only=True)
+    try:
+        tensors = torch.load(path, weights_only=True)
+    except pickle.UnpicklingError:  # of a trainer's arguments, which are classes
+        return _bytes(chosen, path)
     name = chosen.choice(list(tensors))
     kind = chosen.choice([*_ENTRIES, "old", "packed", "lie", "list"])
     if kind in _ENTRIES:

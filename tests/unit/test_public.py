@@ -11,8 +11,9 @@ import yaml
 
 import plait
 from plait.merging.card import base_name, hub_id, license_of, load_with_peft, serve_with_vllm
+from plait.recipes.writing import to_yaml
 from plait.results.checks import check_files
-from plait.results.lock import read_lock
+from plait.results.lock import LockedInput, new_lock, read_lock
 from plait.results.public import place_name, public_file, public_text, public_values
 from plait.results.quoting import block, code, prose
 from plait.verification.public import public_copy
@@ -168,3 +169,19 @@ def test_a_license_that_is_not_plain_is_not_known(tmp_path, front):
 def test_a_block_is_not_ended_from_within():
     lines = block("a\n```\n````\nb", "yaml").splitlines()
     assert (lines[0], lines[-1]) == ("`````yaml", "`````")
+
+
+def test_a_learned_recipe_is_published_without_folders(tmp_path):
+    recipe = {
+        "adapters": [{"name": "a", "path": str(tmp_path / "a")}, {"name": "start", "path": "./start"}],
+        "method": {"name": "linear"},
+    }
+    folder = tmp_path / "tuned"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    inputs = {a["name"]: LockedInput(path=a["path"], repo=None, commit=None, files={}) for a in recipe["adapters"]}
+    lock = new_lock("tune", recipe=recipe, inputs=inputs, outputs={"recipe.yaml": "0" * 64})
+    with public_copy(folder, lock) as place:
+        published = yaml.safe_load((place / "recipe.yaml").read_text())
+        assert check_files(place, read_lock(place))[0].state == "equal"
+    assert [entry["path"] for entry in published["adapters"]] == ["a", "start"]

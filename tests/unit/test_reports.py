@@ -405,3 +405,11 @@ def test_chromium_draws_it_without_errors_or_requests(sweep, tmp_path):
         assert [width > 0 for width in one["bars"]] == [True, True, False]
         assert len(one["cells"]) == 4 * 2, "four measures, two layers"
         assert all(width > 50 for width in one["cells"])
+
+
+def test_a_page_names_no_folder_of_this_machine():
+    recipe = {"adapters": [{"name": "a", "path": "/home/me/runs/a"}], "method": {"name": "ties"}, "tasks": ["/home/me/a.yaml"]}
+    sources = (SingleAdapter(name="a", path="/home/me/runs/a", repo=None, commit=None, sha256="0" * 64),)
+    page = render(Report(evaluations=(evaluation(task("a", 0.9), recipe=recipe, sources=sources),)), title="t")
+    assert "/home/me" not in page
+    assert "path: a\n" in page

@@ -272,15 +272,27 @@ class _NoStepsLeft(Exception):
     """A run was ended after its last step, before its result was written."""
 
 
+class CheckpointError(Exception):
+    """A checkpoint could not be loaded; its cause says why."""
+
+
 def take_steps(trainer: Any, checkpoint: str | None) -> None:
     """Train from a checkpoint on. From that of the last step transformers would take one more; here none is left to take.
 
     Args:
         trainer: a `Trainer`, at whose end is the state that it has at the end of a training.
         checkpoint: its folder; None for the beginning.
+
+    Raises:
+        CheckpointError: anything went wrong between the checkpoint and the first step.
     """
+    begun = checkpoint is None
 
     class Stop(_callback_class()):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            nonlocal begun
+            begun = True
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step >= state.max_steps:
                 raise _NoStepsLeft  # weights and state are loaded
@@ -292,6 +304,10 @@ def take_steps(trainer: Any, checkpoint: str | None) -> None:
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
             trainer._load_best_model()
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+    except Exception as error:  # a damaged file fails in as many ways as there are readers
+        if begun or isinstance(error, import_module("torch").OutOfMemoryError):
+            raise
+        raise CheckpointError from error
 
 
 def report_steps(

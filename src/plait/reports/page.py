@@ -21,6 +21,7 @@ from plait.reports.charts import (
 from plait.reports.losses import loss_chart
 from plait.reports.reading import Report
 from plait.reports.verdict import certainty, leaderboard_position, verdict
+from plait.results.public import place_name, public_values
 
 
 def render(report: Report, *, title: str) -> str:
@@ -34,7 +35,7 @@ def render(report: Report, *, title: str) -> str:
 
     source = files("plait.reports").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": show_number, "share": show_share, "interval": show_interval}
+    environment.filters |= {"number": show_number, "share": show_share, "interval": show_interval, "place": place_name}
     return environment.from_string(source).render(title=title, report=report, **_parts(report))
 
 
@@ -53,5 +54,5 @@ def _parts(report: Report) -> dict[str, Any]:
         "weights": weight_map(weights) if weights and not weights.constant else None,
         "chart": loss_chart(report.losses),
         "energy": tuple(energy_map(m) for m in report.merges if m.result == "truncated"),
-        "recipe": to_yaml(first.recipe) if first and first.recipe else None,
+        "recipe": to_yaml(public_values(dict(first.recipe))) if first and first.recipe else None,
     }

@@ -160,12 +160,18 @@ def checkpoint_step(checkpoint: Path) -> int:
     """Return the number of steps after a checkpoint.
 
     Raises:
-        RecipeError: its state cannot be read.
+        RecipeError: its state cannot be read, or holds what no trainer wrote.
     """
-    step = read_object(checkpoint / STATE, RecipeError, constants=True).get("global_step")
-    if not isinstance(step, int):
-        raise RecipeError(f"{checkpoint / STATE}: 'global_step' must be an integer, got {shown(step)}.")
-    return step
+    state = read_object(checkpoint / STATE, RecipeError, constants=True)
+    state = {"num_input_tokens_seen": 0, "log_history": [], **state}
+    for name, kind in (("global_step", int), ("num_input_tokens_seen", int), ("log_history", list)):
+        if not isinstance(state.get(name), kind) or isinstance(state[name], bool):
+            raise RecipeError(f"{checkpoint / STATE}: {name!r} must be of type {kind.__name__}, got {shown(state.get(name))}.")
+    for entry in state["log_history"]:
+        numbers = [entry.get(key, 0) for key in ("step", "loss", "eval_loss")] if isinstance(entry, dict) else [None]
+        if not all(isinstance(number, (int, float)) for number in numbers) or "step" not in entry:
+            raise RecipeError(f"{checkpoint / STATE}: 'log_history' must hold steps and losses, got {shown(entry)}.")
+    return int(state["global_step"])
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from plait.errors import OutputError, PlanError
 from plait.extras import optional
-from plait.libraries.transformers import report_steps, take_steps
+from plait.libraries.transformers import CheckpointError, report_steps, take_steps
 from plait.results.disk import DISK_FULL
 from plait.results.progress import Progress
 from plait.results.staging import publish
@@ -106,7 +106,7 @@ def _run(
     checkpoint = named_checkpoint(trainer.args.resume_from_checkpoint) or last_checkpoint(out)
     resumed = None if checkpoint is None else checkpoint_step(checkpoint)
     started = time.perf_counter()
-    with _error_context(out):
+    with _error_context(out, checkpoint):
         take_steps(trainer, None if checkpoint is None else str(checkpoint))
     seconds = round(time.perf_counter() - started, 3)
     history = trainer.state.log_history
@@ -134,8 +134,8 @@ def _run(
 
 
 @contextmanager
-def _error_context(out: Path) -> Iterator[None]:
-    """Report what to do when memory or disk did not suffice, and what is kept when the user stops it."""
+def _error_context(out: Path, checkpoint: Path | None = None) -> Iterator[None]:
+    """Report what to do when memory or disk did not suffice or a checkpoint is damaged, and what is kept when it is stopped."""
     import torch
 
     try:
@@ -149,6 +149,13 @@ def _error_context(out: Path) -> Iterator[None]:
         if error.errno not in DISK_FULL:
             raise
         raise OutputError(f"{out} cannot be written: {error.strerror}. Free some space. {_how_to_continue(out)}") from error
+    except CheckpointError as error:
+        cause = error.__cause__
+        lines = str(cause).splitlines() or [""]
+        raise OutputError(
+            f"{checkpoint} cannot be continued from ({type(cause).__name__}: {lines[0][:200]}). Delete it: the same command "
+            "continues from the checkpoint before it, or from the beginning."
+        ) from error
     except Exception:
         raise
     except BaseException as error:  # stopped by its user

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from plait.errors import OutputError
 from plait.folders import open_in
-from plait.results.lock import CARD, LOCK, Lock
-from plait.results.public import public_file, public_text
+from plait.recipes.documents import read_document
+from plait.recipes.writing import to_yaml
+from plait.results.lock import CARD, LEARNED_RECIPE, LOCK, Lock
+from plait.results.public import public_file, public_text, public_values
 from plait.results.records import write_json
 from plait.results.staging import scratch
 
@@ -59,12 +61,20 @@ def _publish(folder: Path, place: Path, name: str, hidden: list[str]) -> str | N
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open_in(folder, name) as file:
-            if not name.endswith((".json", ".md")) or os.fstat(file.fileno()).st_size > _LARGEST:
+            if not name.endswith((".json", ".md", LEARNED_RECIPE)) or os.fstat(file.fileno()).st_size > _LARGEST:
                 target.symlink_to(_real(file.fileno(), folder / name))
                 return None
             data = file.read()
-        text = public_text(data.decode("utf-8", "surrogateescape"), hidden) if name == CARD else None
-        public = public_file(name, data, hidden) if text is None else text.encode("utf-8", "surrogateescape")
+        if name == LEARNED_RECIPE:
+            found = read_document(data.decode("utf-8"), name).data
+            if not isinstance(found, dict):
+                raise ValueError(f"{name} is not a recipe")
+            public = to_yaml(public_values(found, hidden)).encode("utf-8")
+        elif name == CARD:
+            text = public_text(data.decode("utf-8", "surrogateescape"), hidden)
+            public = text.encode("utf-8", "surrogateescape")
+        else:
+            public = public_file(name, data, hidden)
     except OSError as error:
         raise OutputError(f"cannot push {folder}: {name} cannot be read ({error.strerror or error}).") from None
     except ValueError as error:

@@ -79,6 +79,10 @@ def push_result(
         OutputError: a file is missing or was changed, or the Hub refuses.
     """
     lock = read_lock(folder)
+    if lock.kind == "calibrate":
+        raise OutputError(
+            f"cannot push {folder}: it holds second moments of inputs, which are not a model. Push what is merged with them."
+        )
     files = check_files(folder, lock)
     _check_complete(folder, files)
     left_out = tuple(f.name for f in files if f.state == "extra")
