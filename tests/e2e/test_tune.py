@@ -287,7 +287,7 @@ def test_texts_that_the_test_split_asks_are_left_out(place: Path, tmp_path: Path
 
     record = run("tuned").record
     assert all(t.count == len(lines) - 3 for t in record.texts)
-    assert any("3 of" in note and "'test' asks them too" in note for note in record.notes)
+    assert any("3 of" in note and "'test' contains them too" in note for note in record.notes)
 
     (folder / "rate" / "test.jsonl").write_text((folder / "rate" / "calibration.jsonl").read_text())
     with pytest.raises(TaskError, match="contains every one of these texts"):

@@ -416,6 +416,14 @@ def test_an_objective_that_is_no_number_stops(mixture: Mixture, place: Path) -> 
         run_loop(mixture, learner, taught, spec, HeldOutScore(step=0, divergence={}, share=1.0))
 
 
+def test_an_adapter_that_is_nearly_the_base_does_not_decide(mixture: Mixture, place: Path) -> None:
+    learner, taught = ready(mixture, place, SPEC)
+    first, *others = taught.lessons
+    taught = replace(taught, lessons=(replace(first, base=1e-9), *others))
+    found = evaluate_held_out(mixture, learner, taught, 0, SPEC)
+    assert found.kept[first.task] == pytest.approx(1 - found.divergence[first.task] / 0.01)
+
+
 def test_without_headroom_there_is_nothing_to_regret(mixture: Mixture, place: Path) -> None:
     spec = SPEC.model_copy(update={"objective": "regret_smoothmax", "regret_eps": 100.0})
     with pytest.raises(PlanError, match="no adapter has a smaller loss"):

@@ -33,6 +33,7 @@ from plait.tuning.teaching import Hidden, Lesson, divergence_over, outputs_of
 from plait.tuning.working import WorkingState
 
 _BATCH = 16  # texts read at a time without gradients
+_LEAST_BASE = 0.01  # nats; an adapter nearer to the base than this must not decide scale and step by a share of almost nothing
 _TOKENS = 1024  # padded tokens of several tasks' texts in one pass, at most
 
 
@@ -42,7 +43,8 @@ class HeldOutScore(Record):
     Attributes:
         step: of the loop; 0 before the first.
         divergence: task → mean KL(own adapter ‖ merge), nats.
-        share: mean over the tasks of divergence / KL(own adapter ‖ base): 0 is the adapters themselves, 1 the base.
+        share: mean over the tasks of divergence / KL(own adapter ‖ base), the latter at least 0.01 nats: 0 is the adapters
+            themselves, 1 the base.
         kept: task → what is kept of what the own adapter has over the base, 1 for all: of the divergence, or of the loss on
             labels, as the recipe judges.
         score: the recipe's criterion over these; larger is better.
@@ -162,12 +164,12 @@ def evaluate_held_out(
         acting = partial(learner.acting, lesson.adapter if lesson.head else None)
         with torch.no_grad(), acting() as model:
             found[lesson.task] = divergence_over(_part(lesson, held), model)
-        kept[lesson.task] = 1 - found[lesson.task] / max(lesson.base, 1e-6)
+        kept[lesson.task] = 1 - found[lesson.task] / max(lesson.base, _LEAST_BASE)
         if spec.judge == "loss":
             base, own = taught.judged.base[lesson.task], taught.judged.own[lesson.task]
             loss = _mean(text_losses(lesson, acting, OBJECTIVES[spec.objective], spec, held), held)
             kept[lesson.task] = (base - loss) / max(base - own, spec.regret_eps)
-    shares = [found[x.task] / max(x.base, 1e-6) for x in taught.lessons]
+    shares = [found[x.task] / max(x.base, _LEAST_BASE) for x in taught.lessons]
     share = sum(shares) / len(shares)
     return HeldOutScore(step=step, divergence=found, share=share, kept=kept, score=selection_score(kept, spec.criterion))
 
