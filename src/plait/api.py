@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from plait.commands.compress import CompressOrder
 from plait.commands.merge import Merged, MergeOrder
-from plait.commands.request import RecipeSource, Request
+from plait.commands.request import LoadOptions, RecipeSource, Request
 from plait.merging.moments import MomentsOf
 from plait.merging.pipeline import MergeResult
 from plait.merging.plan import MergePlan
@@ -53,6 +53,9 @@ def merge(  # noqa: PLR0913 (what a command line takes)
     from_merged: bool = False,
     bake_dir: str | Path | None = None,
     push_baked_to: str | None = None,
+    load_dtype: str = "auto",
+    device_map: str = "auto",
+    trust_remote_code: bool = False,
     **settings: Any,
 ) -> Merged:
     """Merge adapters into one.
@@ -80,6 +83,9 @@ def merge(  # noqa: PLR0913 (what a command line takes)
             merge for all others, as a note says.
         bake_dir: also write base + merge as a full model there, as `bake` does; it is the result's `baked`.
         push_baked_to: Hub repository to upload that model to.
+        load_dtype: of the base that reads texts, as transformers takes it; `auto` is the checkpoint's.
+        device_map: of that base, as transformers takes it.
+        trust_remote_code: let transformers run code that comes with its weights.
         **settings: keys of a recipe (`method`, `scale`, `seed`, `merge_mode`, `transforms`, `heads`, `base_model`), of its
             output (`kind`, `rank`, `dtype`, `layout`), `weights` (numbers in order, name → number, or a policy), and the
             method's own parameters (`space`, `density`, …).
@@ -102,6 +108,7 @@ def merge(  # noqa: PLR0913 (what a command line takes)
         from_merged=from_merged,
         bake_dir=_path(bake_dir),
         push_baked_to=push_baked_to,
+        load=LoadOptions(load_dtype, device_map, trust_remote_code),
     ).run(progress)
 
 
@@ -142,6 +149,9 @@ def bake(  # noqa: PLR0913 (what a command line takes)
     private: bool = False,
     moments: str | Path | Mapping[str, str | Path] | MomentsOf | None = None,
     tasks: Sequence[str | Path] | None = None,
+    load_dtype: str = "auto",
+    device_map: str = "auto",
+    trust_remote_code: bool = False,
     **settings: Any,
 ) -> Baked:
     """Write base model + merge as a full model, shard by shard.
@@ -166,6 +176,9 @@ def bake(  # noqa: PLR0913 (what a command line takes)
         private: create that repository as private.
         moments: second moments of the modules' inputs, as `merge` takes them.
         tasks: files of the adapters' tasks, as `merge` takes them.
+        load_dtype: of the base that reads their texts, as transformers takes it; `auto` is the checkpoint's.
+        device_map: of that base, as transformers takes it.
+        trust_remote_code: let transformers run code that comes with its weights.
         **settings: as `merge`, but for what shapes an adapter (`rank`, `kind`, `layout`).
 
     Raises:
@@ -185,6 +198,7 @@ def bake(  # noqa: PLR0913 (what a command line takes)
         prompts=_path(check),
         push_to=push_to,
         private=private,
+        load=LoadOptions(load_dtype, device_map, trust_remote_code),
     ).run(progress)
 
 

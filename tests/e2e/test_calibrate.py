@@ -21,13 +21,14 @@ from plait.calibration.pipeline import CalibrateResult
 from plait.calibration.texts import read_texts
 from plait.cli.main import main
 from plait.errors import AdapterError, OutputError, PlaitError, TaskError
+from plait.evaluation.loaded_base import LoadedBase
 from plait.linalg.inputs import InputRows
 from plait.merging.moments import MomentsFile
 from plait.methods import METHODS
 from plait.methods.auto import SEARCHED
 from plait.notices import PlaitWarning
 from plait.tasks.loading import load_task
-from tests.language_models import WORDS, language_model, save_model, tokenizer, train_adapter, write_task
+from tests.language_models import WORDS, label, language_model, save_model, tokenizer, train_adapter, write_task
 
 SEEN, JUDGED = WORDS[:16], WORDS[16:]
 
@@ -452,6 +453,52 @@ def test_a_merge_with_tasks_takes_the_moments_by_itself_once(
     flags += ["--base-id", str(place / "base"), "--method", "regmean"]
     assert run(["merge", *flags, "-o", str(tmp_path / "flags")]) == 0
     assert adapter(tmp_path / "flags") == adapter(merged.folder)
+
+
+def test_an_evaluation_takes_what_a_recipe_lacks(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tasks, base = [write_split_task(tmp_path, task) for task in ("sort", "rate")], str(place / "base")
+    for task in ("sort", "rate"):  # an evaluation reads the labels of all splits
+        rows = [json.dumps({"word": word, "label": label(task, word)}) for word in SEEN]
+        (tmp_path / task / "calibration.jsonl").write_text("\n".join(rows) + "\n")
+    settings: dict[str, Any] = {"tasks": tasks, "base_model": base, "method": "regmean", "scale": "auto", "workspace": None}
+    with (
+        pytest.warns(PlaitWarning, match="are kept in"),
+        pytest.warns(PlaitWarning, match="regmean, core: second moments are of 16"),
+    ):
+        found = plait.evaluate([place / "sort", place / "rate"], **settings)
+    merged = merge(place, tmp_path / "merged", scale="auto", tasks=tasks)
+    saved = plait.evaluate(merged.folder, tasks=tasks, workspace=None)
+    assert [t.merged for t in found.tasks] == [t.merged for t in saved.tasks]
+    flags = [str(place / "sort"), str(place / "rate"), "--tasks", *map(str, tasks), "--base-id", base]
+    assert run(["eval", *flags, "--method", "linear", "regmean", "--json"]) == 0
+    board = json.loads(capsys.readouterr().out)
+    assert not board.get("skipped", board.get("board", {}).get("skipped"))
+    judged = write_task(tmp_path, "sort", rows=SEEN, splits={"calibration": "test.jsonl", "test": "test.jsonl"})
+    with pytest.raises(PlaitError, match=r"share|asked in split 'test' too|disjoint"):
+        plait.evaluate([place / "sort", place / "rate"], **{**settings, "tasks": [judged, tasks[1]]})
+
+
+def test_how_the_base_is_loaded_is_asked_for(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: list[Any] = []
+    real = LoadedBase.__init__
+
+    def spied(self: Any, *args: Any, **kwargs: Any) -> None:
+        seen.append((kwargs["dtype"], kwargs["device_map"]))
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoadedBase, "__init__", spied)
+    with pytest.warns(PlaitWarning, match="are kept in"):
+        merge(place, tmp_path / "merged", load_dtype="bfloat16", device_map="cpu")
+    flags = [str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
+    flags += ["--base-id", str(place / "base"), "--method", "regmean", "--load-dtype", "float16", "--device-map", "cpu"]
+    assert run(["bake", *flags, "-o", str(tmp_path / "baked")]) == 0
+    assert seen == [("bfloat16", "cpu"), ("float16", "cpu")]
+    with pytest.raises(PlaitError, match="loads no model; leave them out"):
+        plait.merge([place / "sort", place / "rate"], load_dtype="bfloat16", out=tmp_path / "no")
 
 
 def test_a_plan_says_what_is_taken_first(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

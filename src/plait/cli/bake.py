@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.cli.options import DryRun, Keys, Moments, Out, Private, PushBakedRepo, RecipeOrAdapters, Writing, with_options
+from plait.cli.options import (
+    DryRun,
+    Keys,
+    Loading,
+    Moments,
+    Out,
+    Private,
+    PushBakedRepo,
+    RecipeOrAdapters,
+    Writing,
+    with_options,
+)
 
 if TYPE_CHECKING:
     from plait.baking.pipeline import BakeResult
@@ -47,6 +58,7 @@ def bake(
     push_baked_repo: PushBakedRepo = None,
     private: Private = False,
     *,
+    loading: Loading,
     writing: Writing,
     keys: Keys,
 ) -> None:
@@ -57,7 +69,7 @@ def bake(
     from plait.cli.console import ProgressBars, print_json, warnings_as_notes
     from plait.cli.verify import show_parity
     from plait.commands.bake import BakeOrder
-    from plait.commands.request import Request
+    from plait.commands.request import LoadOptions, Request
 
     order = BakeOrder(
         request=Request(inputs, keys.settings, keys.sets, moments, tasks=keys.tasks),
@@ -71,6 +83,7 @@ def bake(
         prompts=check,
         push_to=push_baked_repo,
         private=private,
+        load=LoadOptions(*loading),
     )
     with warnings_as_notes():
         order.check()

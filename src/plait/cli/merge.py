@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plait.cli.options import DryRun, Keys, Moments, Private, PushBakedRepo, RecipeOrAdapters, Writing, with_options
+from plait.cli.options import DryRun, Keys, Loading, Moments, Private, PushBakedRepo, RecipeOrAdapters, Writing, with_options
 
 if TYPE_CHECKING:
     from plait.merging.pipeline import MergeResult
@@ -62,6 +62,7 @@ def merge(
     push_baked_repo: PushBakedRepo = None,
     private: Private = False,
     *,
+    loading: Loading,
     writing: Writing,
     keys: Keys,
 ) -> None:
@@ -73,7 +74,7 @@ def merge(
     from plait.cli.bake import bake_json, show_bake, show_bake_plan
     from plait.cli.console import ProgressBars, err, print_json, warnings_as_notes
     from plait.commands.merge import MergeOrder
-    from plait.commands.request import Request
+    from plait.commands.request import LoadOptions, Request
 
     order = MergeOrder(
         request=Request(inputs, keys.settings, keys.sets, moments, tasks=keys.tasks),
@@ -87,6 +88,7 @@ def merge(
         from_merged=from_merged,
         bake_dir=bake_dir,
         push_baked_to=push_baked_repo,
+        load=LoadOptions(*loading),
     )
     with warnings_as_notes():
         order.check()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from plait.baking.pipeline import BakeResult, plan_bake, run_bake
 from plait.baking.plan import BakeOptions, BakePlan, bake_options
-from plait.commands.request import WritingOrder
+from plait.commands.request import LoadOptions, WritingOrder
 from plait.errors import PlaitError, RecipeError
 from plait.hub.upload import check_push
 from plait.results.progress import Progress
@@ -41,6 +41,7 @@ class BakeOrder(WritingOrder):
     prompts: Path | None = None
     push_to: str | None = None
     private: bool = False
+    load: LoadOptions | None = None
 
     @cached_property
     def options(self) -> BakeOptions:
@@ -88,7 +89,7 @@ class BakeOrder(WritingOrder):
         self.check()
         self.check_beforehand()
         recipe, folder = self.request.resolved
-        recipe, _ = self.complete_from_texts(recipe, folder, progress)
+        recipe, _ = self.complete_from_texts(recipe, folder, progress, self.load)
         result = run_bake(recipe, self.options, folder=folder, **self.writing(progress))
         parity = None
         try:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from plait.commands.request import Request
+from plait.commands.request import LoadOptions, Request, complete_from_texts
 from plait.errors import RecipeError
 from plait.evaluation.card import put_results
 from plait.evaluation.comparison import Leaderboard, compare_merges
@@ -19,6 +19,7 @@ from plait.evaluation.requirement import Requirement
 from plait.evaluation.workspace import write_comparison, write_evaluation
 from plait.folders import expanded
 from plait.merging.pipeline import run_recipe
+from plait.notices import announce
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.request import is_recipe_file
 from plait.recipes.schema import Recipe
@@ -146,7 +147,15 @@ class EvaluateOrder:
         if self.saved is None:
             recipes, folder, skipped = self._merges
             with next(iter(recipes.values())).origins.named():
-                compared = compare_merges(recipes, folder, self.options, progress, skipped=skipped, check=self._check_tasks)
+                compared = compare_merges(
+                    recipes,
+                    folder,
+                    self.options,
+                    progress,
+                    skipped=skipped,
+                    check=self._check_tasks,
+                    complete=lambda recipe: self._completed(recipe, folder, progress),
+                )
             evaluations = compared.evaluations
         else:
             evaluations = (self._as_saved(self.saved, progress),)
@@ -171,6 +180,17 @@ class EvaluateOrder:
         ).folder
         put_results(saved, evaluated.best)
         return replace(evaluated, saved=saved)
+
+    def _completed(self, recipe: Recipe, folder: Path | None, progress: Progress | None) -> Recipe:
+        """Take what a recipe leaves to its tasks' texts, which must not be those that are evaluated on."""
+        options = self.options
+        load = LoadOptions(options.dtype, options.device_map, options.trust_remote_code, options.base)
+        needed = recipe.values_to_find or recipe.lacks_moments
+        how = load if needed else None
+        completed, notes = complete_from_texts(recipe, how, folder=folder, workers=options.workers, progress=progress)
+        if notes:
+            announce(f"{recipe_name(recipe)}: {' '.join(notes)}")
+        return completed
 
     def _check_tasks(self, tasks: list[str]) -> None:
         for bound in self.bounds:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plait.commands.request import Request, WritingOrder
+from plait.commands.request import LoadOptions, Request, WritingOrder
 from plait.errors import RecipeError
 from plait.hub.upload import check_push
 from plait.merging.pipeline import MergeResult, plan_recipe, run_recipe
@@ -46,6 +46,7 @@ class MergeOrder(WritingOrder):
     from_merged: bool = False
     bake_dir: Path | None = None
     push_baked_to: str | None = None
+    load: LoadOptions | None = None
 
     def check(self) -> None:
         """Refuse what does not go together, and a recipe that is not valid.
@@ -133,7 +134,7 @@ class MergeOrder(WritingOrder):
         if self.push_to is not None:
             check_push(self.push_to)
         recipe, folder, base_folder, notes = self._resolved
-        recipe, found = self.complete_from_texts(recipe, folder, progress)
+        recipe, found = self.complete_from_texts(recipe, folder, progress, self.load)
         if (bake := self._bake(recipe, folder)) is not None:
             bake.plan()
             bake.check_beforehand()

@@ -108,6 +108,51 @@ class Request:
         return with_tasks(recipe, self.tasks)
 
 
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a base model is loaded that reads texts.
+
+    Attributes:
+        dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
+        device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
+        trust_remote_code: let transformers run code that comes with the weights.
+        base: its reference, in place of the one that recipe or adapters name.
+    """
+
+    dtype: str = "auto"
+    device_map: str = "auto"
+    trust_remote_code: bool = False
+    base: str | None = None
+
+
+def complete_from_texts(recipe: Recipe, load: LoadOptions | None, **writing: Any) -> tuple[Recipe, tuple[str, ...]]:
+    """Take what a recipe leaves to its tasks' texts: moments, and values that are `auto`; return it, and notes.
+
+    Args:
+        recipe: as asked for.
+        load: how the base is loaded.
+        **writing: other arguments of `calibration.completion.complete_recipe`.
+
+    Raises:
+        PlaitError: it cannot be taken; or `load` is given, and nothing is to be read.
+    """
+    if not recipe.values_to_find and (writing.get("moments") is not None or not recipe.lacks_moments):
+        if load not in (None, LoadOptions()):
+            raise RecipeError(
+                "--load-dtype, --device-map, --trust-remote-code (load_dtype=, device_map=, trust_remote_code=) are for a "
+                "merge that reads its tasks' texts: a method that needs second moments, or a value of 'auto', and --tasks. "
+                "This one loads no model; leave them out."
+            )
+        return recipe, ()  # and no package for live models is needed
+    from plait.calibration.completion import complete_recipe
+    from plait.calibration.request import CalibrateOptions
+
+    how = load or LoadOptions()
+    options = CalibrateOptions(how.base, how.dtype, how.device_map, how.trust_remote_code)
+    done = complete_recipe(recipe, options=options, **writing)
+    return done.recipe, done.notes
+
+
 @dataclass(frozen=True, kw_only=True)
 class WritingOrder:
     """An order of a command that writes what a request asks for.
@@ -130,15 +175,10 @@ class WritingOrder:
         return {**own, "moments": self.request.function, "progress": progress}
 
     def complete_from_texts(
-        self, recipe: Recipe, folder: Path | None, progress: Progress | None
+        self, recipe: Recipe, folder: Path | None, progress: Progress | None, load: LoadOptions | None
     ) -> tuple[Recipe, tuple[str, ...]]:
-        """Take what a recipe leaves to its tasks' texts: moments, and values that are `auto`; return it, and notes."""
-        if not recipe.values_to_find and (self.request.function is not None or not recipe.lacks_moments):
-            return recipe, ()  # and no package for live models is needed
-        from plait.calibration.completion import complete_recipe
-
-        done = complete_recipe(recipe, folder=folder, **self.writing(progress))
-        return done.recipe, done.notes
+        """Take what a recipe leaves to its tasks' texts; see `complete_from_texts` of this module."""
+        return complete_from_texts(recipe, load, folder=folder, **self.writing(progress))
 
 
 @dataclass(frozen=True)

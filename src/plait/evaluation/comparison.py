@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from plait.errors import PlanError, collect
+from plait.errors import PlanError, TaskError, collect
 from plait.evaluation.pipeline import EvaluateOptions, recipe_evaluator
 from plait.evaluation.record import EVALUATION_VERSION, Bounds, Evaluation
 from plait.evaluation.workspace import check_index
@@ -100,6 +100,7 @@ def compare_merges(
     *,
     skipped: Mapping[str, str] | None = None,
     check: Callable[[list[str]], object] = lambda tasks: None,
+    complete: Callable[[Recipe], Recipe] = lambda recipe: recipe,
 ) -> ComparedMerges:
     """Evaluate merges of the same adapters on the same tasks.
 
@@ -110,6 +111,7 @@ def compare_merges(
         progress: receives stages and steps.
         skipped: merges that are known to be impossible, and why.
         check: given the tasks' names before anything is computed; may raise.
+        complete: takes what a recipe leaves to its tasks' texts.
 
     Raises:
         PlaitError: none of them can be done, or anything wrong with what they share.
@@ -120,17 +122,20 @@ def compare_merges(
     evaluator, first = recipe_evaluator(next(iter(recipes.values())), folder, options, progress)
     check([entry.task.name for entry in evaluator.tasks])
     inventories, impossible = {}, dict(skipped or {})
+    completed = dict(recipes)
     for name, recipe in recipes.items():
         try:
-            inventories[name] = first if recipe is first.recipe else take_inventory(recipe, folder)
+            completed[name] = complete(recipe)
+            is_first = completed[name] is first.recipe
+            inventories[name] = first if is_first else take_inventory(completed[name], folder)
             make_plan(inventories[name], workers=1)
-        except PlanError as error:
+        except (PlanError, TaskError) as error:
             inventories.pop(name, None)
             impossible[name] = str(error)
     if not inventories:
         problems = list(impossible.values()) if len(recipes) == 1 else [f"{n}: {why}" for n, why in impossible.items()]
         collect(PlanError, problems, "none of these merges can be done")
-    found = [(evaluator.evaluate(evaluator.merge(inventory, name)), recipes[name]) for name, inventory in inventories.items()]
+    found = [(evaluator.evaluate(evaluator.merge(inventory, name)), completed[name]) for name, inventory in inventories.items()]
     found.sort(key=lambda pair: _rank_key(pair[0]), reverse=True)
     evaluations = tuple(evaluation for evaluation, _ in found)
     return ComparedMerges(_leaderboard(evaluations, impossible), evaluations, tuple(recipe for _, recipe in found), folder)
