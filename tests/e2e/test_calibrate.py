@@ -478,7 +478,7 @@ def test_an_evaluation_takes_what_a_recipe_lacks(
     board = json.loads(capsys.readouterr().out)
     assert not board.get("skipped", board.get("board", {}).get("skipped"))
     judged = write_task(tmp_path, "sort", rows=SEEN, splits={"calibration": "test.jsonl", "test": "test.jsonl"})
-    with pytest.raises(PlaitError, match="examples of .test. are in .calibration. too"):
+    with pytest.raises(PlaitError, match=r"examples of .test. are in .calibration. too"):
         plait.evaluate([place / "sort", place / "rate"], **{**settings, "tasks": [judged, tasks[1]]})
 
 
