@@ -232,6 +232,102 @@ def test_what_cannot_be_honored_is_refused_with_the_reason(kind: str, params: di
     assert re.search(words, refused(kind, **params))
 
 
+#: Every parameter of the earlier framework's optimizers → (the optimizers that had it, a value, what becomes of it); `tasks` has tests of its own.
+EVERY: dict[str, tuple[str, Any, str]] = {
+    "variant": ("all", "layer_wise", "granularity"),
+    "plus_plus": ("adamerging gradient supermerge", True, "refused"),
+    "plus_plus_k": ("adamerging gradient supermerge", 20, "noted"),
+    "ties_k": ("adamerging gradient supermerge", 20, "noted"),
+    "plus_plus_lambda": ("adamerging gradient supermerge", 1.0, "noted"),
+    "steps": ("all", 7, "steps"),
+    "lr": ("all", 0.5, "learning_rate"),
+    "betas": ("all", [0.8, 0.9], "betas"),
+    "batch_size": ("all", 3, "prompts"),
+    "init_lambda": ("adamerging gradient supermerge", 0.7, "initial"),
+    "split": ("all", "train", "split"),
+    "normalize_coefficients": ("adamerging gradient supermerge", True, "normalize"),
+    "coefficient_parameterization": ("gradient", "sigmoid_alpha", "link"),
+    "project_coefficients": ("gradient", False, "link"),
+    "coefficient_min": ("gradient", -0.5, "lowest"),
+    "coefficient_max": ("gradient", 2.0, "highest"),
+    "use_autocast": ("all", True, "noted"),
+    "gradient_checkpointing": ("all", True, "checkpointing"),
+    "zero_dropout": ("all", False, "refused"),
+    "allow_tf32": ("all", True, "noted"),
+    "force_cpu": ("all", True, "noted"),
+    "merge_impl": ("all", "fused_linear", "noted"),
+    "delta_residency": ("all", "gpu_cache", "noted"),
+    "dtype_compute": ("all", "bf16", "compute_dtype"),
+    "task_vector_dtype": ("all", "bf16", "noted"),
+    "model_dtype": ("all", "bf16", "noted"),
+    "empty_cache_interval": ("all", 5, "noted"),
+    "logging_steps": ("all", 5, "log_every"),
+    "log_every": ("all", 5, "log_every"),
+    "log_anything": ("all", True, "noted"),
+    "entropy_rolling_window": ("adamerging", 10, "noted"),
+    "entropy_temperature": ("adamerging", 2.0, "entropy_temperature"),
+    "entropy_chunk_size": ("adamerging", 4096, "noted"),
+    "require_valid_label_mask": ("adamerging", True, "noted"),
+    "progress_bar": ("all", True, "noted"),
+    "dataloader_num_workers": ("all", 2, "noted"),
+    "dataloader_pin_memory": ("all", True, "noted"),
+    "pin_memory": ("all", True, "noted"),
+    "non_blocking_transfer": ("all", True, "noted"),
+    "gradient_accumulation_steps": ("all", 4, "accumulate"),
+    "grad_accum_steps": ("all", 4, "accumulate"),
+    "seed": ("all", 3, "seed"),
+    "early_stopping_patience": ("all", 5, "patience"),
+    "early_stopping_threshold": ("all", 0.1, "threshold"),
+    "early_stopping_min_delta": ("all", 0.1, "threshold"),
+    "early_stopping_warmup_steps": ("gradient supermerge", 9, "stop_warmup"),
+    "min_optimizer_steps_before_early_stop": ("gradient supermerge", 9, "min_steps"),
+    "restore_best_checkpoint": ("adamerging gradient supermerge", True, "restore_best"),
+    "enforce_validation_only_selection": ("gradient supermerge", False, "noted"),
+    "eval_subset": ("all", {"max_samples": 9}, "count"),
+    "sampling": ("all", {"default": {"strategy": "inverse"}}, "sampler"),
+    "heldout_eval": ("all", {"enabled": True, "split": "validation"}, "criterion"),
+    "save_metadata_pre_eval": ("all", True, "noted"),
+    "print_coefficients_pre_eval": ("all", True, "noted"),
+    "ce_use_model_loss": ("gradient supermerge", True, "noted"),
+    "ce_label_smoothing": ("gradient supermerge", 0.1, "label_smoothing"),
+    "ce_reduction": ("gradient supermerge", "mean", "noted"),
+    "ce_ignore_index": ("gradient supermerge", -100, "noted"),
+    "ce_task_weighting": ("supermerge", "baseline_normalized", "task_weights"),
+    "ce_manual_task_weights": ("gradient supermerge", {"a": 1.0}, "noted"),
+    "ce_baseline_source": ("gradient supermerge", "single_task_eval", "noted"),
+    "ce_baseline_floor": ("gradient supermerge", 1e-3, "baseline_floor"),
+    "ce_baseline_batches": ("gradient supermerge", 5, "baseline_batches"),
+    "ce_multiplier_cap": ("gradient supermerge", 2.0, "weight_cap"),
+    "magnitude_scope": ("supermerge", "global", "magnitude"),
+    "magnitude_init": ("supermerge", 2.0, "magnitude_initial"),
+    "magnitude_parameterization": ("supermerge", "linear", "noted"),
+    "learn_magnitude": ("supermerge", False, "learn_magnitude"),
+    "hierarchical": ("supermerge", {"enabled": True}, "group_size"),
+    "checkpoint_dir": ("supermerge", "x", "noted"),
+    "resume_checkpoint": ("supermerge", "best.pt", "refused"),
+    "tau": ("regret_smoothmax", 0.5, "tau"),
+    "regret_eps": ("regret_smoothmax", 1e-2, "regret_eps"),
+    "baseline_batches": ("regret_smoothmax", 5, "baseline_batches"),
+    "init_lambda_values": ("regret_smoothmax", [0.1, 0.9], "refused"),
+    "from_lambda": ("regret_smoothmax", True, "refused"),
+}
+
+
+@every("key", list(EVERY))
+def test_every_parameter_is_honored_noted_or_refused_with_the_reason(key: str) -> None:
+    kinds, value, becomes = EVERY[key]
+    for kind in ("adamerging", "gradient", "supermerge", "regret_smoothmax") if kinds == "all" else kinds.split():
+        if becomes == "refused":
+            assert key in (message := refused(kind, **{key: value}))
+            assert "is not known" not in message
+            continue
+        spec, notes = migrated(kind, **{key: value})
+        if becomes == "noted":
+            assert f"{key}: " in notes.partition("Not carried over: ")[2]
+        else:
+            assert getattr(spec, becomes) != getattr(migrated(kind)[0], becomes), kind
+
+
 def test_tasks_of_the_optimizer_are_those_of_the_recipe(tmp_path: Any) -> None:
     data = {**OLD, "eval_tasks": ["a"], "optimizer": {"type": "gradient", "params": {"tasks": ["b"]}}}
     with pytest.raises(RecipeError, match="other tasks than eval_tasks"):

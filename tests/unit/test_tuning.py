@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ from plait.tuning.objectives import (
     task_weights,
 )
 from plait.tuning.sampling import class_weight, draw_texts
-from plait.tuning.selection import CRITERIA
+from plait.tuning.selection import CRITERIA, hypervolume, selection_score
 from plait.tuning.teaching import Lesson, make_lesson
 from tests.every import every
 from tests.language_models import LABELS, WORDS, label, language_model, tokenizer, train_adapter, write_task
@@ -506,8 +508,22 @@ def test_criteria() -> None:
     assert CRITERIA["geometric"](kept) == pytest.approx(0.4**0.5)
     assert CRITERIA["geometric"]([-0.5, 2.0]) == -0.5
     assert CRITERIA["l2_shortfall"]([0.5, 1.4]) == pytest.approx(-((0.25 / 2) ** 0.5))
-    assert CRITERIA["hypervolume"](kept) == pytest.approx(0.4)
-    assert CRITERIA["hypervolume"]([-1.0, -1.0]) == 0
+
+
+def test_the_hypervolume_is_that_of_all_looks() -> None:
+    assert hypervolume([[0.5, 0.8]]) == pytest.approx(0.4)
+    assert hypervolume([[-1.0, -1.0]]) == 0
+    assert hypervolume([[0.5, 0.8], [0.8, 0.5]]) == pytest.approx(0.4 + 0.4 - 0.25)
+    assert hypervolume([[0.5, 0.8], [0.4, 0.7], [0.5, 0.8]]) == pytest.approx(0.4)  # dominated, and twice
+    for tasks in (2, 3, 4):  # by counting the cells of a fine grid
+        rng = random.Random(tasks)
+        points = [[rng.randrange(-1, 6) / 5 for _ in range(tasks)] for _ in range(6)]
+        cells = product(range(5), repeat=tasks)
+        covered = sum(any(all(5 * p > c + 0.5 for p, c in zip(point, cell, strict=True)) for point in points) for cell in cells)
+        assert hypervolume(points) == pytest.approx(covered / 5**tasks)
+    looks = [{"a": 0.9, "b": 0.1}, {"b": 0.5, "a": 0.5}, {"a": 0.4, "b": 0.4}]
+    scores = [selection_score(look, "hypervolume", looks[:i]) for i, look in enumerate(looks)]
+    assert scores == pytest.approx([0.09, 0.09 + 0.25 - 0.05, 0.29])  # the third adds nothing: the second is kept
 
 
 def test_schedules() -> None:

@@ -154,9 +154,14 @@ def loss_count(lesson: Lesson, objective: Objective, text: int) -> int:
 
 
 def evaluate_held_out(
-    mixture: Mixture, learner: Learner, taught: SplitLessons, step: int, spec: TuneSpec | None = None
+    mixture: Mixture,
+    learner: Learner,
+    taught: SplitLessons,
+    step: int,
+    spec: TuneSpec | None = None,
+    earlier: Sequence[Mapping[str, float]] = (),
 ) -> HeldOutScore:
-    """Measure the divergence on the held-out texts, and what is kept."""
+    """Measure the divergence on the held-out texts, and what is kept; `earlier` is what was kept at earlier looks."""
     spec = spec or TuneSpec()
     found, kept = {}, {}
     for lesson in taught.lessons:
@@ -171,7 +176,8 @@ def evaluate_held_out(
             kept[lesson.task] = (base - loss) / max(base - own, spec.regret_eps)
     shares = [found[x.task] / max(x.base, _LEAST_BASE) for x in taught.lessons]
     share = sum(shares) / len(shares)
-    return HeldOutScore(step=step, divergence=found, share=share, kept=kept, score=selection_score(kept, spec.criterion))
+    score = selection_score(kept, spec.criterion, earlier)
+    return HeldOutScore(step=step, divergence=found, share=share, kept=kept, score=score)
 
 
 def best_scale(
@@ -266,7 +272,7 @@ def run_loop(
         run.losses.append(_step(mixture, learner, taught, spec, step, optimizer))
         held = None
         if step % spec.look_every == 0 or step == steps:
-            held = evaluate_held_out(mixture, learner, taught, step, spec)
+            held = evaluate_held_out(mixture, learner, taught, step, spec, [look.kept for look in run.looks])
             run.looks.append(held)
             if held.score > run.best.score + spec.threshold:
                 run.best, run.waited, best_state = held, 0, learner.state()

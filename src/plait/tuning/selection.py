@@ -30,20 +30,44 @@ def l2_shortfall(kept: Kept) -> float:
     return -math.sqrt(math.fsum(max(0.0, 1 - k) ** 2 for k in kept) / len(kept))
 
 
-def hypervolume(kept: Kept) -> float:
-    """Return the volume between the base (all 0) and this point."""
-    return math.prod(max(0.0, k) for k in kept)
+def hypervolume(points: Sequence[Kept]) -> float:
+    """Return the volume between the base (all 0) and several points: of all that some point is at least as good as.
+
+    Exact: the points' volumes one by one, each without what later ones cover too. What is below the base counts as 0.
+    """
+    front = non_dominated([[max(0.0, k) for k in point] for point in points])
+    return math.fsum(
+        math.prod(point) - hypervolume([[min(p, q) for p, q in zip(point, other, strict=True)] for other in front[i + 1 :]])
+        for i, point in enumerate(front)
+    )
 
 
+def non_dominated(points: Sequence[Kept]) -> list[Kept]:
+    """Return the points that no other one is at least as good as in every task; one of those that are equal."""
+    distinct = list(dict.fromkeys(map(tuple, points)))
+    return [p for p in distinct if not any(q != p and all(b >= a for a, b in zip(p, q, strict=True)) for q in distinct)]
+
+
+#: Criteria of one look.
 CRITERIA: dict[Criterion, Callable[[Kept], float]] = {
     "mean": mean,
     "worst": worst,
     "geometric": geometric,
     "l2_shortfall": l2_shortfall,
-    "hypervolume": hypervolume,
 }
 
 
-def selection_score(kept: Mapping[str, float], criterion: Criterion) -> float:
-    """Return what a step is worth; larger is better."""
+def selection_score(kept: Mapping[str, float], criterion: Criterion, earlier: Sequence[Mapping[str, float]] = ()) -> float:
+    """Return what a step is worth; larger is better.
+
+    The hypervolume is that of this look and all earlier ones: a look is worth more than the last best one where it adds to what
+    some look has reached, as the documents have it.
+
+    Args:
+        kept: task → what is kept.
+        criterion: over the tasks.
+        earlier: the same at earlier looks.
+    """
+    if criterion == "hypervolume":
+        return hypervolume([[look[task] for task in kept] for look in (*earlier, kept)])
     return CRITERIA[criterion](list(kept.values()))

@@ -433,7 +433,7 @@ class _ParameterReader:
                     )
                     self._problem(at[0], text, at[1], key)
                 case "dominance_epsilon" if one in (0, None):
-                    self._remarks.append("dominance_epsilon: a step is judged by its own number")
+                    self._remarks.append("dominance_epsilon: dominance is exact")
                 case "reference_point" if one is None or (isinstance(one, list) and not any(one)):
                     self._remarks.append("reference_point: it is the base, 0")
                 case "dominance_epsilon" | "reference_point":
