@@ -232,7 +232,8 @@ def test_what_cannot_be_honored_is_refused_with_the_reason(kind: str, params: di
     assert re.search(words, refused(kind, **params))
 
 
-#: Every parameter of the earlier framework's optimizers → (the optimizers that had it, a value, what becomes of it); `tasks` has tests of its own.
+#: Every parameter of the earlier framework's optimizers → (the optimizers that had it, a value, what becomes of it). `tasks`
+#: has tests of its own.
 EVERY: dict[str, tuple[str, Any, str]] = {
     "variant": ("all", "layer_wise", "granularity"),
     "plus_plus": ("adamerging gradient supermerge", True, "refused"),
