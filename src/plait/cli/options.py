@@ -104,6 +104,11 @@ _EXAMPLES = dict.fromkeys(("merge", "bake", "eval"), "method.density=0.3") | {
     "tune": "tune.prompts=8",
     "calibrate": "calibration.tokens=1024",
 }
+#: What most users of a command need: in the first panel of its help, in this order, after --out; of parts, its own alone.
+_FIRST = (
+    "tasks", "texts", "count", "split", "subset.max_samples", "steps", "method.name", "weights", "scale", "base_model",
+    "output.rank",
+)  # fmt: skip
 _PANELS = {
     "": "The merge",
     "output": "What is written",
@@ -228,8 +233,11 @@ def with_options(command: str = "") -> Callable[[Callable[..., None]], Callable[
         given = inspect.signature(function).parameters.values()
         groups = {name: _fields(hint) for name, hint in hints.items() if hasattr(hint, "_fields")}
         keys = [_parameter(name, annotation) for name, annotation in _flags(command, flags)]
-        own = [p.replace(annotation=hints[p.name]) for p in given if p.name != "keys" and p.name not in groups]
-        added = [*(parameter for group in groups.values() for parameter in group), *keys]
+        own = [_parameter(p.name, hints[p.name], p.default) for p in given if p.name != "keys" and p.name not in groups]
+        grouped = [parameter for group in groups.values() for parameter in group]
+        first = sum(_place(command, key) < len(_FIRST) for key in flags.values())
+        out, others = [p for p in own if p.name == "out"], [p for p in own if p.name != "out"]
+        ordered = [*out, *keys[:first], *others, *grouped, *keys[first:]]
 
         @wraps(function)
         def run(**values: Any) -> None:
@@ -238,8 +246,8 @@ def with_options(command: str = "") -> Callable[[Callable[..., None]], Callable[
                 values[name] = hints[name](**{p.name: values.pop(p.name) for p in group})
             function(**values, **({"keys": _read(flags, texts)} if command else {}))
 
-        run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in (*own, *added)} | {"return": None}
+        run.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in ordered} | {"return": None}
         return run
 
     return extend
@@ -256,10 +264,10 @@ def _fields(group: Any) -> list[inspect.Parameter]:
 
 
 def _flags(command: str, flags: Mapping[str, Key]) -> Iterator[tuple[str, Any]]:
-    for flag, key in flags.items():
+    for flag, key in sorted(flags.items(), key=lambda item: _place(command, item[1])):
         several = key.pairs or key.path == "tasks" or key.path.endswith(".texts")
         kind: Any = list[str] | None if several else str | None
-        panel = _PANELS[key.part]
+        panel = None if _place(command, key) < len(_FIRST) else _PANELS[key.part]
         option = typer.Option(flag, metavar=_metavar(key), help=_help(command, key), show_default=False, rich_help_panel=panel)
         yield parameter_name(key.path), Annotated[kind, option]
         if key.path in _ALIASES:
@@ -269,14 +277,21 @@ def _flags(command: str, flags: Mapping[str, Key]) -> Iterator[tuple[str, Any]]:
         yield "set_", Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help=text)]
 
 
+def _place(command: str, key: Key) -> int:
+    """Return where a key is among those that come first; behind them all when it is not."""
+    name = key.path.removeprefix(f"{_PARTS[command][0]}.")
+    return _FIRST.index(name) if name in _FIRST else len(_FIRST)
+
+
 def parameter_name(path: str) -> str:
     """Return what the parameter of a key's flag is called."""
     return path.replace(".", "__")
 
 
 def _metavar(key: Key) -> str:
-    if key.path in ("tasks", "weights", "method.name", "base_model"):
-        return {"tasks": "TASK...", "weights": "NUMBERS", "method.name": "NAME"}.get(key.path, "MODEL")
+    own = {"tasks": "TASK...", "weights": "NUMBERS", "method.name": "NAME", "base_model": "MODEL", "output.rank": "RANK"}
+    if key.path in own:
+        return own[key.path]
     if key.pairs:
         return "NAME=…"
     words = {"list": "YAML", "mapping": "YAML", "number": "NUMBER", "integer": "N", "true": "BOOL", "string": "TEXT"}

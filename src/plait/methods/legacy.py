@@ -86,19 +86,19 @@ register(replace(WEIGHTED, name="weighted_delta", deviation="", spaces=("delta",
 class CoefficientParams(MethodParams):
     """Parameters of `weighted_delta_n`. Coefficients are in the order of the adapters."""
 
-    task_coefficients: Annotated[tuple[float, ...] | None, Field(description="One per adapter; 1/T each when not given.")] = (
-        None
-    )
+    task_coefficients: Annotated[
+        tuple[float, ...] | None, Field(description="Coefficients, one per adapter; 1/T each when not given.")
+    ] = None
     default_task_coefficients: Annotated[
-        tuple[float, ...] | None, Field(description="For layers that `layer_task_coefficients` does not name.")
+        tuple[float, ...] | None, Field(description="Coefficients of layers that `layer_task_coefficients` does not name.")
     ] = None
     layer_task_coefficients: Annotated[
         dict[str, tuple[float, ...]],
-        Field(default_factory=dict, description="Per layer, by index or by tower and index (`model.layers.3`)."),
+        Field(default_factory=dict, description="Coefficients per layer, by index or by tower and index (`model.layers.3`)."),
     ]
-    normalize_coefficients: Annotated[bool, Field(description="Divide by their sum.")] = True
-    allow_negative_coefficients: Annotated[bool, Field(description="Allow [−1, 1] instead of [0, 1].")] = False
-    allow_unbounded_coefficients: Annotated[bool, Field(description="Allow any finite value.")] = False
+    normalize_coefficients: Annotated[bool, Field(description="Divide the coefficients by their sum.")] = True
+    allow_negative_coefficients: Annotated[bool, Field(description="Allow coefficients in [−1, 1] instead of [0, 1].")] = False
+    allow_unbounded_coefficients: Annotated[bool, Field(description="Allow any finite coefficient.")] = False
 
     @model_validator(mode="before")
     @classmethod

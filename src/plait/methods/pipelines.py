@@ -43,9 +43,9 @@ class PipelineParams(MethodParams):
 
 def pipeline_method() -> Preset:
     """Return the method `pipeline`, which takes every stage that is registered by now."""
-    before = Field((), description="Before: stages on deltas, then stages on entries.")
-    combine = Field(Sum(), description="How many deltas become one.")
-    after = Field((), description="After: stages on the merged delta.")
+    before = Field((), description="Stages before the merge: on deltas, then on entries.")
+    combine = Field(Sum(), description="The stage by which many deltas become one.")
+    after = Field((), description="Stages after the merge, on the merged delta.")
     return Preset(
         name="pipeline",
         summary="Stages as the recipe spells them: pre, combine, post.",

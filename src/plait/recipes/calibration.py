@@ -20,13 +20,13 @@ class TextsSpec(Record):
             "where `files` names one, else a split where the task has `calibration` or `train`, else lines."
         ),
     ] = None
-    files: Annotated[dict[str, str], Field(description="Task → file of its texts, in place of `texts`.")] = Field(
-        default_factory=dict
+    files: Annotated[dict[str, str], Field(description="Files of single tasks' texts, in place of `texts`: task → file.")] = (
+        Field(default_factory=dict)
     )
-    count: Annotated[int, Field(ge=1, description="Texts per task, at most.")] = 32
+    count: Annotated[int, Field(ge=1, description="Texts per task that are read, at most.")] = 32
     split: Annotated[
         SplitName | None,
-        Field(description="Split of the tasks; `calibration` where there is one, else `train`, when not given."),
+        Field(description="Split that texts are taken from; `calibration` where there is one, else `train`, when not given."),
     ] = None
 
 
@@ -40,4 +40,4 @@ class CalibrationSpec(TextsSpec):
             description="Inputs kept per module at most, evenly spread; narrower modules keep their sum, over twice as many.",
         ),
     ] = 2048
-    seed: Annotated[int, Field(ge=0, lt=2**63, description="Of the choice of texts and tokens.")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="Seed of the choice of texts and tokens.")] = 0

@@ -15,12 +15,14 @@ PositiveInt = Annotated[int, Field(ge=1)]
 class Subset(Record):
     """A fixed sample of a split: the same examples on every machine, and a larger one holds every smaller one of its label."""
 
-    max_samples: Annotated[int | None, Field(ge=1, description="Examples per task, at most; all of them without it.")] = None
+    max_samples: Annotated[int | None, Field(ge=1, description="Examples per task, at most; all of them when not given.")] = (
+        None
+    )
     stratified: Annotated[bool, Field(description="Take every label in its share, where a task has fixed labels.")] = True
-    seed: Annotated[int, Field(ge=0, description="Of the subset.")] = 0
+    seed: Annotated[int, Field(ge=0, description="Seed of the choice of the subset.")] = 0
     per_task: Annotated[
         dict[str, PositiveInt | None],
-        Field(description="Task → its own number of examples; null for all examples."),
+        Field(description="Examples of single tasks: task → number, or null for all."),
     ] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -33,8 +35,8 @@ class Subset(Record):
 class EvalSpec(Record):
     """How a result is evaluated."""
 
-    split: Annotated[SplitName, Field(description="Split of every task.")] = "test"
+    split: Annotated[SplitName, Field(description="Split of the tasks that is asked.")] = "test"
     subset: Annotated[Subset | None, Field(description="A fixed sample of the split; all of it without one.")] = None
     batch_size: Annotated[int, Field(ge=1, description="Prompts asked at a time.")] = 16
-    draws: Annotated[int, Field(ge=100, description="Draws of the bootstrap behind the intervals.")] = 2000
-    seed: Annotated[int, Field(ge=0, description="Of the bootstrap.")] = 0
+    draws: Annotated[int, Field(ge=100, description="Draws of the bootstrap that gives the intervals.")] = 2000
+    seed: Annotated[int, Field(ge=0, description="Seed of the bootstrap.")] = 0

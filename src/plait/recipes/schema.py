@@ -163,10 +163,10 @@ class Heads(Record):
     policy: Annotated[
         Literal["separate", "average", "from"],
         Field(
-            description="Of full tensors: keep each adapter's under heads/<name>/; average them (equal shapes); or take one's."
+            description="Full tensors (heads): keep each adapter's in heads/<name>/, average them (equal shapes), or take one."
         ),
     ] = "separate"
-    adapter: Annotated[str | None, Field(description="Whose heads are taken, for policy `from`.")] = None
+    adapter: Annotated[str | None, Field(description="Adapter whose heads are taken, with policy `from`.")] = None
 
     @model_validator(mode="after")
     def _name_for_from(self) -> Heads:
@@ -182,14 +182,14 @@ class Output(Record):
     rank: Annotated[
         int | str,
         Field(
-            description="Rank written: `auto` (exact where exactness exists), a number, or `energy:0.99`.",
+            description="Rank of the result: `auto` (exact where exactness exists), a number, or `energy:0.99`.",
             examples=["auto", 16],
         ),
     ] = "auto"
-    dtype: Annotated[Dtype, Field(description="Of the written tensors.")] = "float32"
+    dtype: Annotated[Dtype, Field(description="Dtype of the written tensors.")] = "float32"
     layout: Annotated[
         Literal["uniform", "pattern"],
-        Field(description="One rank for all modules (zero-padded; loads everywhere), or each its own (`rank_pattern`)."),
+        Field(description="Store one rank for all modules (zero-padded; loads everywhere), or each its own (`rank_pattern`)."),
     ] = "uniform"
 
     @field_validator("rank")
@@ -232,7 +232,7 @@ class Recipe(Record):
     _folder: Path | None = PrivateAttr(None)
     _origins: Origins = PrivateAttr(Origins(""))
 
-    version: Annotated[Literal[1], Field(description="Of the form of recipes.")] = 1
+    version: Annotated[Literal[1], Field(description="Version of the recipe's form.")] = 1
     base_model: Annotated[
         str | None,
         Field(
@@ -243,18 +243,21 @@ class Recipe(Record):
         tuple[AdapterEntry, ...],
         Field(min_length=1, description="A list of `[name=]folder` or `org/repo[@revision]`."),
     ]
-    method: Annotated[MethodSpec, Field(description="Merge method (with its parameters); `plait methods` lists them.")] = Field(
+    method: Annotated[MethodSpec, Field(description="Merge method, with its parameters; `plait methods` lists them.")] = Field(
         default={"name": "linear"}, validate_default=True
     )
     merge_mode: Annotated[
-        MergeMode, Field(description="A module that an adapter lacks: a zero delta, the module left out, or an error.")
+        MergeMode,
+        Field(description="What a module that an adapter lacks is: a zero delta, left out of the merge, or an error."),
     ] = "union"
     transforms: Annotated[
-        tuple[TransformSpec, ...], Field(description="What is done to every adapter's deltas before the merge, in this order.")
+        tuple[TransformSpec, ...], Field(description="Transforms of every adapter's deltas before the merge, in this order.")
     ] = ()
     weights: Annotated[
         Weights | None,
-        Field(description="A policy of factors per adapter, layer or module; in a command or a call also numbers, 0.7 0.3."),
+        Field(
+            description="Weights: a policy per adapter, layer or module; in a command or a call also one number per adapter."
+        ),
     ] = None
     scale: Annotated[
         Weight | Literal["auto"],
@@ -271,7 +274,7 @@ class Recipe(Record):
     eval: EvalSpec = EvalSpec()
     calibration: CalibrationSpec = CalibrationSpec()
     tune: TuneSpec = TuneSpec()
-    seed: Annotated[int, Field(ge=0, lt=2**63, description="Of randomized methods.")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="Seed of randomized methods.")] = 0
 
     @field_validator("method", mode="before")
     @classmethod

@@ -31,103 +31,120 @@ DEFAULT_LINKS: dict[ObjectiveName, LinkName] = {
 class TuneSpec(TextsSpec):
     """How a merge is tuned: what it sees, what is learned, and how."""
 
-    count: Annotated[int, Field(ge=1, description="Texts per task, at most.")] = 128
+    count: Annotated[int, Field(ge=1, description="Texts per task that are read, at most.")] = 128
     allow_test: Annotated[bool, Field(description="Learn from the split `test`; the result cannot be judged on it.")] = False
-    objective: Annotated[ObjectiveName, Field(description="What is minimized.")] = "distill"
+    objective: Annotated[
+        ObjectiveName,
+        Field(description="What is minimized: divergence from the adapters' answers or hidden states, entropy, losses."),
+    ] = "distill"
     train: Annotated[
         Literal["factors", "coefficients"] | None,
-        Field(description="The merge's factors, or coefficients of its columns; factors where no granularity is given."),
+        Field(description="Learn the merge's factors, or coefficients of its columns; factors where no granularity is given."),
     ] = None
     granularity: Annotated[
         Granularity | None,
         Field(description="Learn one coefficient per column and model, layer, module or rank: a plain recipe."),
     ] = None
     link: Annotated[
-        LinkName | None, Field(description="From parameters to coefficients; the objective's own when not given.")
+        LinkName | None, Field(description="Function from parameters to coefficients; the objective's own when not given.")
     ] = None
     initial: Annotated[
         Finite | None,
         Field(description="First coefficient of every adapter; those of the recipe, at its scale, when not given."),
     ] = None
-    lowest: Annotated[Finite, Field(description="Least coefficient, for `projected`.")] = 0.0
-    highest: Annotated[Finite, Field(description="Largest coefficient, for `projected`.")] = 1.0
+    lowest: Annotated[Finite, Field(description="Least coefficient, with link `projected`.")] = 0.0
+    highest: Annotated[Finite, Field(description="Largest coefficient, with link `projected`.")] = 1.0
     normalize: Annotated[bool, Field(description="Divide an adapter's coefficients by their sum over the adapters.")] = False
     magnitude: Annotated[
-        Literal["global", "per_layer", "per_task"], Field(description="What shares a magnitude, for `simplex_scaled`.")
+        Literal["global", "per_layer", "per_task"],
+        Field(description="Which coefficients share one magnitude, with link `simplex_scaled`."),
     ] = "per_layer"
     magnitude_initial: Annotated[
         Positive | None,
-        Field(description="First magnitude, for `simplex_scaled`; the sum of the first coefficients when not given."),
+        Field(description="First magnitude, with link `simplex_scaled`; the sum of the first coefficients when not given."),
     ] = None
-    learn_magnitude: Annotated[bool, Field(description="Learn the magnitude too, for `simplex_scaled`.")] = True
-    steps: Annotated[int, Field(ge=0, description="Updates; 0 for the closed form at its best scale.")] = 96
-    prompts: Annotated[int, Field(ge=1, description="Texts of every task read at a time.")] = 4
+    learn_magnitude: Annotated[bool, Field(description="Learn the magnitude too, with link `simplex_scaled`.")] = True
+    steps: Annotated[int, Field(ge=0, description="Updates that are made; 0 for the closed form at its best scale.")] = 96
+    prompts: Annotated[int, Field(ge=1, description="Texts of every task that are read at a time.")] = 4
     accumulate: Annotated[int, Field(ge=1, description="Batches of `prompts` texts per task and update.")] = 1
     learning_rate: Annotated[
-        float | None, Field(gt=0, le=1, description="Of Adam; 5e-4 for factors, 0.02 for coefficients, when not given.")
+        float | None,
+        Field(gt=0, le=1, description="Learning rate of AdamW; 5e-4 for factors, 0.02 for coefficients, when not given."),
     ] = None
     betas: Annotated[
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(description="Of Adam.")
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+        Field(description="Decay rates of AdamW's two moments."),
     ] = (0.9, 0.99)
-    clip: Annotated[Positive | None, Field(description="Largest norm of a gradient.")] = 1.0
+    clip: Annotated[Positive | None, Field(description="Largest norm of a gradient; larger ones are scaled down to it.")] = 1.0
     schedule: Annotated[
-        Literal["linear", "cosine", "constant"], Field(description="Of the learning rate after the warm-up.")
+        Literal["linear", "cosine", "constant"], Field(description="Schedule of the learning rate after the warm-up.")
     ] = "linear"
     warmup: Annotated[
-        int | None, Field(ge=0, description="Updates with a rising rate; a fifth of the steps, at most 5, when not given.")
+        int | None,
+        Field(ge=0, description="Updates over which the rate rises; a fifth of the steps, at most 5, when not given."),
     ] = None
     sampler: Annotated[
         Sampler, Field(description="How texts are drawn: in turn, or by the counts of their answers, with replacement.")
     ] = "uniform"
-    samplers: Annotated[dict[str, Sampler], Field(description="Task → its own sampler.")] = Field(default_factory=dict)
+    samplers: Annotated[dict[str, Sampler], Field(description="Sampler of single tasks: task → sampler.")] = Field(
+        default_factory=dict
+    )
     task_weights: Annotated[
         Literal["equal", "manual", "baseline_normalized"] | dict[str, NotNegative],
-        Field(description="Of the losses, for `gradient` and `supermerge`; task → number for weights of your own."),
+        Field(description="Weights of the tasks' losses, for `gradient` and `supermerge`; or task → number."),
     ] = "equal"
-    baseline_floor: Annotated[Positive, Field(description="Smallest loss that `baseline_normalized` divides by.")] = 1e-6
-    weight_cap: Annotated[Positive | None, Field(description="Largest weight of `baseline_normalized`.")] = None
+    baseline_floor: Annotated[
+        Positive, Field(description="Smallest loss that task weights `baseline_normalized` divide by.")
+    ] = 1e-6
+    weight_cap: Annotated[
+        Positive | None, Field(description="Largest weight of a task with task weights `baseline_normalized`.")
+    ] = None
     baseline_batches: Annotated[
-        int, Field(ge=1, description="Batches per task on which the losses of base and own adapter are taken.")
+        int, Field(ge=1, description="Batches per task on which the losses of base and own adapter are measured.")
     ] = 64
-    label_smoothing: Annotated[float, Field(ge=0, lt=1, description="Of the losses on labels.")] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1, description="Label smoothing of the losses on labels.")] = 0.0
     entropy_over: Annotated[
         Literal["labels", "vocabulary"],
-        Field(description="What the entropy is of, for `adamerging`; the vocabulary where answers are free."),
+        Field(description="Words whose entropy `adamerging` lowers; always the vocabulary where answers are free."),
     ] = "labels"
-    entropy_temperature: Annotated[Positive, Field(description="Divides the logits before the entropy, for `adamerging`.")] = (
-        1.0
-    )
-    tau: Annotated[Positive, Field(description="Temperature of the smooth maximum of regrets: small is near the maximum.")] = (
-        0.1
-    )
-    regret_eps: Annotated[Positive, Field(description="Least headroom of a task between base and own adapter.")] = 1e-4
+    entropy_temperature: Annotated[Positive, Field(description="Temperature that divides the logits in `adamerging`.")] = 1.0
+    tau: Annotated[
+        Positive, Field(description="Temperature of the smooth maximum in `regret_smoothmax`: small is near the maximum.")
+    ] = 0.1
+    regret_eps: Annotated[
+        Positive, Field(description="Least headroom of a task between base and own adapter, in `regret_smoothmax`.")
+    ] = 1e-4
     group_size: Annotated[
         int | None, Field(ge=2, description="Learn `supermerge` in a tree of groups of at most so many adapters.")
     ] = None
     polish_steps: Annotated[int, Field(ge=0, description="Updates of all coefficients after the tree.")] = 50
-    held_out: Annotated[float, Field(ge=0, lt=1, description="Share of the texts that are only looked at; 0 for none.")] = 0.2
-    look_every: Annotated[int, Field(ge=1, description="Updates between two looks at the held-out texts.")] = 12
-    criterion: Annotated[Criterion, Field(description="Of the tasks' kept shares: where it is largest is the best step.")] = (
-        "mean"
-    )
+    held_out: Annotated[
+        float, Field(ge=0, lt=1, description="Share of the texts that is held out, and only measured on; 0 for none.")
+    ] = 0.2
+    look_every: Annotated[int, Field(ge=1, description="Updates between two measurements on the held-out texts.")] = 12
+    criterion: Annotated[
+        Criterion, Field(description="Criterion over the tasks' kept shares; the step where it is largest is the best.")
+    ] = "mean"
     judge: Annotated[
         Literal["divergence", "loss"],
         Field(
-            description="What a kept share is of: KL from the own adapter, or the loss on labels (objectives that read them)."
+            description="Measure of a kept share: KL from the own adapter, or the loss on labels (objectives that read them)."
         ),
     ] = "divergence"
-    patience: Annotated[int, Field(ge=0, description="Stop after so many looks without a gain; 0 for never.")] = 0
+    patience: Annotated[int, Field(ge=0, description="Stop after so many measurements without a gain; 0 for never.")] = 0
     threshold: Annotated[NotNegative, Field(description="Smallest gain that counts, for `patience`.")] = 0.0
-    min_steps: Annotated[int, Field(ge=0, description="No stop before so many updates.")] = 20
-    stop_warmup: Annotated[int, Field(ge=0, description="Looks at earlier updates cost no patience.")] = 20
+    min_steps: Annotated[int, Field(ge=0, description="Updates before which `patience` does not stop.")] = 20
+    stop_warmup: Annotated[int, Field(ge=0, description="Updates before which a measurement costs no patience.")] = 20
     restore_best: Annotated[bool, Field(description="Keep the best step, rather than the last.")] = True
-    log_every: Annotated[int, Field(ge=0, description="Updates between two lines on stderr: objective, look; 0 for none.")] = 0
+    log_every: Annotated[
+        int, Field(ge=0, description="Updates between two lines on stderr, with objective and measurement; 0 for none.")
+    ] = 0
     checkpointing: Annotated[bool, Field(description="Compute activations again in the backward pass, to save memory.")] = False
     compute_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        Field(description="Dtype of the products while learning; auto: of the base in memory."),
+        Field(description="Dtype of the products while learning; `auto`: that of the base in memory."),
     ] = "auto"
-    seed: Annotated[int, Field(ge=0, lt=2**63, description="Of the choice of texts and of their order.")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="Seed of the choice of texts and of their order.")] = 0
 
     @model_validator(mode="after")
     def _fits(self) -> TuneSpec:

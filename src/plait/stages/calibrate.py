@@ -22,7 +22,9 @@ class IsoFields(Record):
 
     directions: Annotated[
         Literal["all", "effective"],
-        Field(description="All that are not round-off, or only as many as the effective rank exp(−Σ p ln p), p = σ / Σ σ."),
+        Field(
+            description="All directions that are not round-off, or as many as the effective rank exp(−Σ p ln p), p = σ / Σ σ."
+        ),
     ] = "all"
     tolerance: Annotated[
         float, Field(ge=0, lt=1, description="Singular values up to this share of the largest are round-off and dropped.")

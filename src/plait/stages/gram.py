@@ -86,7 +86,7 @@ class MultiSlerp(MultiSlerpFields, StageParams, GramCombine):
 class KarcherFields(Record):
     """Parameters of `karcher`, the stage and the method."""
 
-    iterations: Annotated[int, Field(ge=1, le=10000, description="Most steps.")] = 100
+    iterations: Annotated[int, Field(ge=1, le=10000, description="Steps that are made, at most.")] = 100
     tolerance: Annotated[float, Field(gt=0, le=1, description="Stop when a step turns by less, in radians.")] = 1e-9
     scope: EachScope = "module"
 

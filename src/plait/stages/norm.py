@@ -15,7 +15,9 @@ from plait.stages.base import MergedStage, Site, StageParams, register_stage
 class NormMatchFields(Record):
     """Parameters of `norm_match`, the stage and the method."""
 
-    to: Annotated[Literal["mean", "median", "max"], Field(description="Which of the adapters' norms.")] = "mean"
+    to: Annotated[Literal["mean", "median", "max"], Field(description="Which of the adapters' norms the merge is given.")] = (
+        "mean"
+    )
 
 
 @register_stage
