@@ -79,7 +79,7 @@ from plait.version import __version__
 
 _SHOWN = 3
 DIRECTIONS = "coefficients.safetensors"
-_FRESH_RATE = 2e-3  # at which a fresh LoRA learns best, as a control of coefficients
+_FRESH_RATE = 2e-3  # at which a fresh LoRA learns best: a control at the rate of a merge would be weaker than it is
 _HELD_MOST = 24  # texts of a task that are held out, at most
 
 
@@ -344,7 +344,7 @@ class _Tuning:
 
     def _control(self, learner: Learner, name: str) -> Control:
         spec = self.spec
-        if isinstance(learner, FactorLearner) and not spec.learns_factors:
+        if name == "fresh":
             kept = spec.model_dump(
                 exclude={"train", "granularity", "link", "initial", "normalize", "group_size", "learning_rate"}
             )
