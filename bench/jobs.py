@@ -39,7 +39,7 @@ def plait_merge(adapters: list[str], out: str, settings: dict[str, Any]) -> dict
 
     with measured() as everything:
         import plait
-        import plait.api
+        import plait.api.files
 
         with measured() as work:
             result = plait.merge(dict(zip("ab", adapters, strict=True)), out=out, force=True, **settings)
@@ -181,7 +181,7 @@ def plait_bake(base: str, adapters: list[str], out: str, settings: dict[str, Any
 
     with measured() as everything:
         import plait
-        import plait.api
+        import plait.api.files
 
         with measured() as work:
             result = plait.bake(dict(zip("ab", adapters, strict=True)), base=base, out=out, **settings)

@@ -33,7 +33,7 @@ plait.merge(sys.argv[2:], out=sys.argv[1], workers=1)
 """
 # The kernel refuses to write files on, as on a full disk.
 LIMITED = """
-import resource, signal, sys, plait.api
+import resource, signal, sys, plait.api.files
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 plait.merge(sys.argv[2:], method="ties", out=sys.argv[1], workers=1)

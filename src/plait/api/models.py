@@ -1,0 +1,333 @@
+"""What runs models: on texts, on tasks, on data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plait.api.files import optional_path
+from plait.commands.request import RecipeSource, Request
+from plait.results.progress import Progress
+
+if TYPE_CHECKING:
+    from plait.calibration.pipeline import CalibrateResult
+    from plait.evaluation.record import Evaluation
+    from plait.reports.pipeline import ReportResult
+    from plait.tasks.checking import TaskCheck
+    from plait.training.results import TrainResult
+    from plait.training.sft import SftResult
+    from plait.tuning.pipeline import TuneResult
+
+
+def calibrate(  # noqa: PLR0913 (what a command line takes)
+    source: RecipeSource,
+    *,
+    tasks: Sequence[str | Path] | None = None,
+    out: str | Path,
+    base_model: str | Path | None = None,
+    load_dtype: str = "auto",
+    device_map: str = "auto",
+    trust_remote_code: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    sets: Sequence[str] = (),
+    **settings: Any,
+) -> CalibrateResult:
+    """Take the second moments of every adapted module's inputs, each adapter on its own tasks' texts; no label is read.
+
+    >>> plait.calibrate({"intent": "./intent", "langid": "./langid"}, tasks=["intent.yaml", "langid.yaml"], out="moments")
+    >>> plait.merge({"intent": "./intent", "langid": "./langid"}, method="regmean", moments="moments", out="merged")
+
+    A run that was killed is taken up by the next one with the same output, adapter by adapter.
+
+    Args:
+        source: adapters, the path of a recipe, or a `Recipe`, as for `merge`.
+        tasks: files of the tasks, every adapter's own among them; the recipe's when None.
+        out: where to write `<adapter>.safetensors`, `calibration.json` and the lock.
+        base_model: its name or folder; the recipe's, or the adapters', when None.
+        load_dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
+        device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
+        trust_remote_code: let transformers run code that comes with the weights.
+        force: replace a result at `out`.
+        progress: receives stages and steps.
+        sets: `PATH=VALUE` for keys of the recipe, as on the command line.
+        **settings: keys of the recipe's `calibration`: `texts` (`split`, `lines`, `template`), `files` (task → file), `count`
+            (texts per task, 32), `split`, `tokens` (inputs kept per module, 2048), `seed`.
+
+    Returns:
+        Folder and record: what was seen, and what is stored of every adapter.
+
+    Raises:
+        PlaitError: anything wrong with what was given; nothing is left at `out` then.
+    """
+    from plait.calibration.request import CalibrateOptions
+    from plait.commands.calibrate import CalibrateOrder
+
+    given: dict[str, Any] = {f"calibration.{key}": value for key, value in settings.items()}
+    given["base_model"] = None if base_model is None else str(base_model)
+    return CalibrateOrder(
+        request=Request(source, given, sets, tasks=tasks, mixed=False),
+        out=Path(out),
+        options=CalibrateOptions(None, load_dtype, device_map, trust_remote_code),
+        force=force,
+    ).run(progress)
+
+
+def tune(  # noqa: PLR0913 (what a command line takes)
+    source: RecipeSource,
+    *,
+    tasks: Sequence[str | Path] | None = None,
+    out: str | Path,
+    control: bool = False,
+    controls: bool = False,
+    load_dtype: str = "auto",
+    device_map: str = "auto",
+    trust_remote_code: bool = False,
+    workers: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    sets: Sequence[str] = (),
+    **settings: Any,
+) -> TuneResult:
+    """Merge adapters, and let the merge learn from unlabeled texts what it lost; no label is read.
+
+    >>> plait.tune({"intent": "./intent", "langid": "./langid"}, tasks=["intent.yaml", "langid.yaml"], out="tuned")
+
+    The merge starts at `regmean`, its second moments taken on the texts, at the scale that brings it nearest to the adapters;
+    then its factors learn to answer as each task's own adapter does.
+
+    Args:
+        source: adapters, the path of a recipe, or a `Recipe`, as for `merge`.
+        tasks: files of the tasks, every adapter's own among them; the recipe's when None.
+        out: where to write the adapter.
+        control: also let a fresh LoRA of the same rank learn the same, and record how far it comes.
+        controls: the same, and random adapters of equal norms.
+        load_dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
+        device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
+        trust_remote_code: let transformers run code that comes with the weights.
+        workers: modules merged at a time; never changes a bit.
+        force: replace a result at `out`.
+        progress: receives stages and steps.
+        sets: `PATH=VALUE` for keys of the recipe, as on the command line.
+        **settings: as `merge` (`method` of the start, `scale`, `rank`, `base_model`, …), and `tune`: a mapping as in a recipe
+            (`texts`, `files`, `count`, `split`, `steps`, `prompts`, `learning_rate`, `seed`, …).
+
+    Returns:
+        Folder and record: what was seen, the divergences from the adapters before and after, and how far the result has moved.
+
+    Raises:
+        PlaitError: anything wrong with what was given; nothing is left at `out` then.
+    """
+    from plait.commands.tune import START, TuneOrder
+    from plait.tuning.pipeline import TuneOptions
+
+    return TuneOrder(
+        request=Request(source, settings, sets, tasks=tasks, method=START, mixed=False),
+        out=Path(out),
+        options=TuneOptions(None, load_dtype, device_map, trust_remote_code, control, controls, workers),
+        force=force,
+    ).run(progress)
+
+
+def evaluate(  # noqa: PLR0913 (what a command line takes)
+    source: RecipeSource,
+    *,
+    tasks: Sequence[str | Path] = (),
+    split: str | None = None,
+    subset: int | Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+    matrix: bool = False,
+    sources: Mapping[str, str | Path] | None = None,
+    base: str | Path | None = None,
+    load_dtype: str = "auto",
+    device_map: str = "auto",
+    trust_remote_code: bool = False,
+    workspace: str | Path | None = "artifacts",
+    workers: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Evaluate what a merge kept of every adapter: base, each task's own adapter and the merge on the same examples.
+
+    >>> found = plait.evaluate({"intent": "./intent", "langid": "./langid"}, method="ties",
+    ...                        tasks=["tasks/intent.yaml", "tasks/langid.yaml"])
+    >>> found.worst_recovery, found.worst_task
+
+    Args:
+        source: adapters (references, or name → reference), the path of a recipe, or a `Recipe`: merged in memory, nothing of
+            it is written. Or one reference as text, of an adapter or a full model: read from its files.
+        tasks: task files; the recipe's when empty.
+        split: `test`, `validation`, `calibration` or `train`; the recipe's, else `test`, when None.
+        subset: examples per task, or a mapping as a recipe's `eval.subset`; the recipe's, else all, when None.
+        batch_size: prompts at a time; the recipe's, else 16, when None.
+        matrix: also every single adapter on every task.
+        sources: for an adapter or model: the tasks' own adapters, name → reference; those of its `plait.lock` when None.
+        base: the base model; the recipe's or the adapters' own when None.
+        load_dtype: of the base model, as transformers takes it; `auto` is the checkpoint's.
+        device_map: as transformers takes it; `auto` is the first accelerator, or the processor where there is none.
+        trust_remote_code: let transformers run code that comes with the weights.
+        workspace: where results and finished answers are kept; None keeps nothing.
+        workers: modules merged at a time; never changes a number.
+        progress: receives stages and steps.
+        **settings: as `merge`.
+
+    Raises:
+        PlaitError: anything wrong with what was given. Answers that were finished are kept, and not asked for again.
+    """
+    from plait.commands.evaluate import EvaluateOrder
+    from plait.evaluation.pipeline import EvaluateOptions
+
+    options = EvaluateOptions(
+        workspace=optional_path(workspace),
+        base=None if base is None else str(base),
+        dtype=load_dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+        matrix=matrix,
+        workers=workers,
+    )
+    return (
+        EvaluateOrder(
+            Request(source, settings),
+            tasks=tasks,
+            eval={**settings.pop("eval", {}), "split": split, "subset": subset, "batch_size": batch_size},
+            sources=sources or {},
+            options=options,
+        )
+        .run(progress)
+        .best
+    )
+
+
+def check_tasks(
+    tasks: Sequence[str | Path], *, model: str | Path | None = None, trust_remote_code: bool = False
+) -> list[TaskCheck]:
+    """Describe tasks: rendered examples, token counts, label balance, overlap between splits.
+
+    Args:
+        tasks: their files.
+        model: reference of the model whose tokenizer and chat template are used; tokens are not counted without one.
+        trust_remote_code: run code that comes with that tokenizer.
+
+    Raises:
+        PlaitError: files or data that cannot be read, rows that do not fit.
+    """
+    from plait.commands.tasks import CheckTasksOrder
+
+    return CheckTasksOrder(tasks, None if model is None else str(model), trust_remote_code).run()
+
+
+def sft(*, progress: Progress | None = None, **flags: Any) -> SftResult:
+    """Train an adapter, or a full model, on data with TRL; then merge it with its base and upload it, where that is asked for.
+
+    >>> plait.sft(model_name_or_path="org/model", dataset_name_or_path="rows.jsonl", use_peft=True, lora_r=16, max_steps=100,
+    ...           output_dir="run", merge_adapter_with_base=True).merged_model
+
+    Killed, the same call continues; a finished one trains nothing again.
+
+    Args:
+        progress: receives stages and steps, in place of TRL's own bar and lines.
+        **flags: of `plait sft`: all of TRL's `SFTConfig`, `ModelConfig` and `ScriptArguments`, and plait's.
+
+    Returns:
+        Folders and training record. A merge or upload that failed is in its `failures`, with the command that does it again.
+
+    Raises:
+        PlaitError: flags, data, disk, folder or Hub do not allow it; everything that is wrong at once, before training.
+    """
+    from plait.commands.sft import SftOrder
+
+    return SftOrder(flags).run(progress)
+
+
+def train(  # noqa: PLR0913 (what a command line takes)
+    phases: str | Path | Mapping[str, Any],
+    *,
+    out: str | Path | None = None,
+    only: Sequence[str] = (),
+    workers: int | None = None,
+    cluster: str | None = None,
+    base: str | Path | None = None,
+    matrix: bool = False,
+    load_dtype: str = "auto",
+    device_map: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> TrainResult:
+    """Train one adapter per phase on one base, merge them, and report what the merge kept of each.
+
+    >>> found = plait.train("examples/phases.yaml", out="trained")
+    >>> found.evaluation.worst_recovery, found.failed
+
+    Killed at any moment, the same call continues: finished phases are found again, others resume from a checkpoint.
+
+    Args:
+        phases: a file, or the same as a mapping (relative paths then start at the working directory).
+        out: folder of everything: `phases/NAME/adapter`, `merged`, `recipe.yaml`, `report.html`, `train.json`; of a file,
+            `artifacts/trained/<file>` when None.
+        only: phases to train, and nothing more; all, and then the rest of the work, when empty.
+        workers: phases side by side, each a process of its own; one after another in this one when None.
+        cluster: `ray` or `ray://HOST:PORT`: run the phases there.
+        base: the base model, in place of the file's.
+        matrix: also evaluate every adapter on every task.
+        load_dtype: of the base in evaluation, as transformers takes it.
+        device_map: in evaluation, as transformers takes it.
+        trust_remote_code: in evaluation: let transformers run code that comes with the weights.
+        progress: receives stages and steps of merge and evaluation; and those of the phases, several of which may run at a
+            time, where it has a method `part(name)` that returns the progress of one.
+        **settings: keys of the file that replace its own (`lora`, `arguments`, `merge`, `eval`, `seed`, …).
+
+    Returns:
+        What came of every phase, and of merge and evaluation. A phase that failed is in `failed`; the others are trained,
+        and nothing is merged then.
+
+    Raises:
+        PlaitError: anything wrong with what was given, before the first step; or merge or evaluation cannot be done.
+    """
+    from plait.commands.train import TrainOrder
+
+    return TrainOrder(
+        phases,
+        out=optional_path(out),
+        only=only,
+        workers=workers,
+        cluster=cluster,
+        base=None if base is None else str(base),
+        settings=settings,
+        matrix=matrix,
+        load_dtype=load_dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    ).run(progress)
+
+
+def report(
+    runs: str | Path | Sequence[str | Path],
+    *,
+    out: str | Path = "report.html",
+    title: str | None = None,
+    figures: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ReportResult:
+    """Write one page that shows what a merge kept: readable offline, in one file.
+
+    Args:
+        runs: run folders or result files of evaluations and leaderboards, and folders of written merges, for the energy they
+            kept. The page is about the first.
+        out: the page.
+        title: of the page; the first evaluation's name when None.
+        figures: folder for the same figures as SVG and PNG; none are drawn when None.
+        force: replace a file at `out`.
+        progress: receives stages and steps.
+
+    Raises:
+        ReportError: a path holds no run, or a library is missing; all paths at once.
+        OutputError: the page cannot be written, or exists already.
+    """
+    from plait.commands.report import ReportOrder
+
+    paths = [runs] if isinstance(runs, (str, Path)) else runs
+    return ReportOrder([Path(p) for p in paths], Path(out), title, optional_path(figures), force).run(progress)
