@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import plait
@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def deltas(folder: Path) -> Deltas:
     """Return path → ΔW of an adapter, dense, float64."""
     config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
-    names = sorted({name.rsplit(".lora_", 1)[0] for name in tensors})
+    names = sorted({name.rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name})
     return {
         name.removeprefix("base_model.model."): config["lora_alpha"]
         / config["r"]
@@ -53,13 +53,20 @@ def inputs_of(acting: Mapping[str, torch.Tensor], wanted: list[str], task: str) 
     with torch.no_grad():
         for path, delta in acting.items():
             model.get_submodule(path).weight.add_(delta)
-    rows: dict[str, list[torch.Tensor]] = {path: [] for path in wanted}
-    for path in wanted:
-        model.get_submodule(path).register_forward_pre_hook(lambda m, x, p=path: rows[p].append(x[0][0].detach()))
+    rows = watched(model, wanted)
     with torch.no_grad():
         for word in SEEN:
             model(input_ids=torch.tensor([tokenizer()(f"{task} {word} :")["input_ids"]]))
     return {path: torch.cat(found) for path, found in rows.items()}
+
+
+def watched(model: Any, paths: list[str]) -> dict[str, list[torch.Tensor]]:
+    """Return path → inputs (tokens, d) of every forward pass from now on."""
+    rows: dict[str, list[torch.Tensor]] = {path: [] for path in paths}
+    for path, seen in rows.items():
+        hook = lambda m, x, seen=seen: seen.append(x[0].detach().reshape(-1, x[0].shape[-1]))  # noqa: E731
+        model.get_submodule(path).register_forward_pre_hook(hook)
+    return rows
 
 
 def solved(own: list[torch.Tensor], grams: list[torch.Tensor], ridge: float, alpha: float) -> torch.Tensor:
@@ -187,3 +194,77 @@ def test_a_tuning_starts_there(place: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"tasks": tasks, "base_model": str(place / "base"), "scale": 1.0, "rank": 8}
     tuned = plait.tune(sources, method="regmean_sequential", tune={"steps": 0}, out=tmp_path / "tuned", **settings)
     assert max(apart(deltas(tuned.folder), reading(place)).values()) < 1e-4
+
+
+def encoder() -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer()), num_labels=2, **size)).eval()
+
+
+def encoder_decoder() -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    ends = {"decoder_start_token_id": 0, "pad_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer()), **size, **ends)).eval()
+
+
+OTHERS: dict[str, tuple[Any, str, list[str], dict[str, Any], list[str]]] = {
+    "encoder with a head": (
+        encoder,
+        "SEQ_CLS",
+        ["query", "value", "intermediate.dense"],
+        {"kind": "sequence_classification", "delimiter": None},
+        ["encoder.layer.0.", "encoder.layer.1."],
+    ),
+    "encoder-decoder": (
+        encoder_decoder,
+        "SEQ_2_SEQ_LM",
+        ["q", "v", "wo"],
+        {"delimiter": None},
+        ["encoder.block.0.", "encoder.block.1.", "decoder.block.0.", "decoder.block.1."],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_moments_of_other_architectures_are_those_above_the_merged_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    build, task_type, targets, changes, layers = OTHERS[kind]
+    monkeypatch.chdir(tmp_path)
+    build().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    for seed, task in enumerate(TASKS):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=targets, task_type=task_type, init_lora_weights=False)
+        get_peft_model(build(), config).save_pretrained(tmp_path / task)
+        write_task(tmp_path, task, rows=SEEN, **{"splits": {"calibration": "test.jsonl"}, **changes})
+    with pytest.warns(UserWarning, match="second moments"):
+        result = merge(tmp_path, tmp_path / "merged")
+    merged = deltas(result.folder)
+    stored = {p.name.split("-")[0]: MomentsFile(p) for p in (tmp_path / "artifacts" / "moments").iterdir()}
+    for at, layer in enumerate(layers):
+        for task in TASKS:
+            own = {path: d for path, d in deltas(tmp_path / task).items() if layer in path}
+            below = {path: d for path, d in merged.items() if any(lower in path for lower in layers[:at])}
+            model = build().double()
+            with torch.no_grad():
+                for path, delta in {**below, **own}.items():
+                    model.get_submodule(path).weight.add_(delta)
+            rows = watched(model, list(own))
+            with torch.no_grad():
+                for word in SEEN:
+                    ids = {"input_ids": torch.tensor([tokenizer()(f"{task} {word} :")["input_ids"]])}
+                    model(**ids, **({"decoder_input_ids": torch.tensor([[0]])} if kind == "encoder-decoder" else {}))
+            assert own
+            for path, found in rows.items():
+                x = torch.cat(found)
+                entry = stored[task].read(path, None)
+                assert entry is not None
+                dense = entry if isinstance(entry, torch.Tensor) else entry.dense()
+                torch.testing.assert_close(dense.double(), x.mT @ x / len(x), rtol=1e-4, atol=1e-5, msg=f"{task} {path}")

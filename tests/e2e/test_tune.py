@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import plait
@@ -293,3 +293,20 @@ def test_texts_that_the_test_split_asks_are_left_out(place: Path, tmp_path: Path
     with pytest.raises(TaskError, match="contains every one of these texts"):
         run("none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "linear"}, {"method": "linear", "tune": {"granularity": "module"}}])
+def test_dora_is_refused_before_the_base_is_loaded(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", use_dora=True, init_lora_weights=False)
+    get_peft_model(language_model(), config).save_pretrained(tmp_path / "rate")
+    monkeypatch.setattr("plait.mixture.Mixture.load", lambda *a, **k: pytest.fail("the base was loaded"))
+    with pytest.raises(PlaitError, match=r"rate: DoRA rescales the rows.* plait extract"):
+        plait.tune(
+            [place / "sort", tmp_path / "rate"],
+            tasks=[place / "sort.yaml", place / "rate.yaml"],
+            base_model=str(place / "base"),
+            out=tmp_path / "no",
+            **settings,
+        )

@@ -83,9 +83,6 @@ def check_coefficients(inventory: Inventory) -> None:
     """
     recipe, spec, adapters = inventory.recipe, inventory.recipe.tune, inventory.adapters
     problems = []
-    dora = [a.name for a in adapters if any(t.is_dora for t in a.targets.values())]
-    if dora:
-        problems.append(f"{', '.join(dora)}: DoRA is not linear in a coefficient; extract them as LoRA first (plait extract)")
     biased = [a.name for a in adapters if any(t.has_bias for t in a.targets.values())]
     if biased and spec.used_granularity == "direction":
         problems.append(f"{', '.join(biased)}: lora_bias is not a direction; use granularity 'module'")

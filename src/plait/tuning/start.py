@@ -10,6 +10,7 @@ from torch import nn
 from plait.calibration.moments import MOST_ROWS, take_moments
 from plait.calibration.passages import Passage
 from plait.calibration.sequential import merge_layer_by_layer
+from plait.errors import PlanError
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.inventory import Inventory
 from plait.merging.moments import Found, from_function
@@ -35,6 +36,11 @@ def plan_start(inventory: Inventory) -> MergePlan:
     Raises:
         PlanError: it cannot be done.
     """
+    if dora := [a.name for a in inventory.adapters if any(t.is_dora for t in a.targets.values())]:
+        raise PlanError(
+            f"{', '.join(dora)}: DoRA rescales the rows of the base's weights, so that its delta has full rank, and a tuning "
+            "learns factors of low rank, or coefficients of such. Bake it, and extract a LoRA of that (plait bake, plait extract)."
+        )
     return make_plan(_with(inventory, {}) if needs_moments(inventory) else inventory, workers=1)
 
 
