@@ -39,7 +39,8 @@ def plan_start(inventory: Inventory) -> MergePlan:
     if dora := [a.name for a in inventory.adapters if any(t.is_dora for t in a.targets.values())]:
         raise PlanError(
             f"{', '.join(dora)}: DoRA rescales the rows of the base's weights, so that its delta has full rank, and a tuning "
-            "learns factors of low rank, or coefficients of such. Bake it, and extract a LoRA of that (plait bake, plait extract)."
+            "learns factors of low rank, or coefficients of such. Bake it, and extract a LoRA of that "
+            "(plait bake, plait extract)."
         )
     return make_plan(_with(inventory, {}) if needs_moments(inventory) else inventory, workers=1)
 
