@@ -164,13 +164,13 @@ KILLED = """
 import os, signal, sys, torch, plait
 import plait.tuning.working as working
 torch.set_num_threads(1)
-save, left = working.Working.save, [int(sys.argv[2])]
+save, left = working.WorkingState.save, [int(sys.argv[2])]
 def save_and_die(self, *rest):
     save(self, *rest)
     left[0] -= 1
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
-working.Working.save = save_and_die
+working.WorkingState.save = save_and_die
 from tests.e2e.test_tune_coefficients import tune
 from pathlib import Path
 tune(Path(sys.argv[1]), Path(sys.argv[3]), tune=eval(sys.argv[4]), controls=True)
