@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from plait.methods.auto import SEARCHED
 from plait.notices import PlaitWarning
 from plait.tasks.loading import load_task
 from tests.language_models import WORDS, label, language_model, save_model, tokenizer, train_adapter, write_task
+from tests.warm import run_forked
 
 SEEN, JUDGED = WORDS[:16], WORDS[16:]
 
@@ -283,8 +281,8 @@ def test_a_killed_calibration_is_taken_up_adapter_by_adapter(
 ) -> None:
     arguments = [str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
     arguments += ["--base-id", str(place / "base"), "-o", str(tmp_path / "moments")]
-    killed = subprocess.run([sys.executable, "-c", KILLED, "calibrate", *arguments], check=False, env=os.environ)
-    assert killed.returncode == -signal.SIGKILL
+    code, said = run_forked(KILLED, "calibrate", *arguments)
+    assert code == -signal.SIGKILL, said[-2000:]
     assert not (tmp_path / "moments").exists()
     done = calibrate(place, tmp_path / "moments")
     assert [(a.name, a.reused) for a in done.record.adapters] == [("sort", True), ("rate", False)]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +15,9 @@ import plait
 from plait.errors import OutputError
 from plait.results.staging import staged
 from plait.testing.cohorts import cohort
+from tests.warm import run_forked
 
-# Writes one tensor, says so, and waits for the end of its input: a signal finds it in the middle, however busy the machine is.
+# Writes one tensor and waits: a signal finds it in the middle.
 HELD = """
 import signal, sys, plait
 from plait.tensorfiles.writer import TensorWriter
@@ -26,8 +25,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 write = TensorWriter.write
 def write_and_wait(self, *rest, **more):
     write(self, *rest, **more)
-    print("written", flush=True)
-    sys.stdin.read()
+    hold()
 TensorWriter.write = write_and_wait
 plait.merge(sys.argv[2:], out=sys.argv[1], workers=1)
 """
@@ -46,25 +44,22 @@ def pair(tmp_path: Path) -> list[Path]:
     return [tmp_path / "adapter0", tmp_path / "adapter1"]
 
 
-def start(code: str, out: Path, pair: list[Path]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", code, str(out), *map(str, pair)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def send_in_the_middle(number: signal.Signals, code: str, out: Path, pair: list[Path]) -> int:
+    """Send a signal to a merge that has written one of its tensors; return its exit code when it has ended."""
+    staging: list[Path] = []
 
+    def send(pid: int) -> None:
+        staging.extend(out.parent.glob(f".{out.name}.staging-*"))
+        os.kill(pid, number)
 
-def send_in_the_middle(number: signal.Signals, code: str, out: Path, pair: list[Path]) -> subprocess.Popen[str]:
-    """Send a signal to a merge that has written one of its tensors; return its process when it has ended."""
-    process = start(code, out, pair)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "written\n", process.communicate()
-    assert list(out.parent.glob(f".{out.name}.staging-*")), "the tests are about a signal while the staging folder stands"
-    process.send_signal(number)
-    process.communicate()
-    return process
+    code_at_end, said = run_forked(code, str(out), *map(str, pair), when_held=send)
+    assert staging, f"the tests are about a signal while the staging folder is there\n{said}"
+    return code_at_end
 
 
 def test_kill_in_the_middle_leaves_nothing_under_the_name(pair, tmp_path):
     out = tmp_path / "out"
-    assert send_in_the_middle(signal.SIGKILL, HELD, out, pair).returncode == -signal.SIGKILL
+    assert send_in_the_middle(signal.SIGKILL, HELD, out, pair) == -signal.SIGKILL
     assert not out.exists()
     assert list(tmp_path.glob(".out.staging-*"))
     result = plait.merge(pair, out=out)
@@ -77,24 +72,23 @@ def test_kill_while_replacing_leaves_the_old_adapter(pair, tmp_path):
     plait.merge(pair, out=out, scale=2)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     forced = HELD.replace("workers=1", "workers=1, force=True")
-    assert send_in_the_middle(signal.SIGKILL, forced, out, pair).returncode == -signal.SIGKILL
+    assert send_in_the_middle(signal.SIGKILL, forced, out, pair) == -signal.SIGKILL
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
 def test_interrupt_removes_the_staging_folder(pair, tmp_path):
     out = tmp_path / "out"
-    assert send_in_the_middle(signal.SIGINT, HELD, out, pair).returncode != 0
+    assert send_in_the_middle(signal.SIGINT, HELD, out, pair) != 0
     assert not out.exists()
     assert not list(tmp_path.glob(".out.staging-*"))
 
 
 def test_full_disk(pair, tmp_path):
     out = tmp_path / "out"
-    process = start(LIMITED, out, pair)
-    _, stderr = process.communicate()
-    assert process.returncode != 0
-    assert "OutputError" in stderr
-    assert "cannot be written" in stderr
+    code, said = run_forked(LIMITED, str(out), *map(str, pair))
+    assert code != 0
+    assert "OutputError" in said
+    assert "cannot be written" in said
     assert not out.exists()
     assert not list(tmp_path.glob(".out.staging-*"))
 

@@ -29,7 +29,7 @@ from plait.training.job import LoraSettings, TrainingData, TrainingJob
 from plait.training.running import run_job
 from plait.training.sft import plan_sft, run_sft
 from tests.chat_models import byte_tokenizer, questions, save_chat_model, write_rows
-from tests.held_runs import killed_at_a_checkpoint
+from tests.warm import killed_at_a_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and transformers, about themselves
 

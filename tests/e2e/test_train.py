@@ -28,8 +28,8 @@ from plait.training import cohort, processes
 from plait.training.phases import phase_seed
 from plait.training.preflight import resolve_phases
 from plait.training.reading import read_phases
-from tests.held_runs import killed_at_a_checkpoint
 from tests.language_models import WORDS, label, save_model, tokenizer, write_task
+from tests.warm import killed_at_a_checkpoint
 
 SPLITS = {"train": "test.jsonl", "test": "test.jsonl"}
 PHASES = """\

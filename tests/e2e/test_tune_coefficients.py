@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from plait.tuning.pipeline import TuneResult
 from tests import text_classifiers
 from tests.e2e import test_encoder_decoder as encoder_decoder
 from tests.language_models import LABELS, WORDS, label, save_model, train_adapter, write_task
+from tests.warm import run_forked
 
 QUICK = {"steps": 24, "prompts": 8, "learning_rate": 5e-2, "look_every": 6, "held_out": 0}
 
@@ -160,6 +159,7 @@ def test_controls_change_nothing_and_come_less_far(place: Path, tmp_path: Path) 
     assert found.record.random.held.share > found.record.kept.share
 
 
+ROOT = Path(__file__).parents[2]
 KILLED = """
 import os, signal, sys, torch, plait
 import plait.tuning.working as working
@@ -184,9 +184,8 @@ tune(Path(sys.argv[1]), Path(sys.argv[3]), tune=eval(sys.argv[4]), controls=True
 def test_a_killed_tuning_goes_on_to_the_same_bytes(place: Path, tmp_path: Path, saves: int, spec: dict[str, Any]) -> None:
     plain = tune(place, tmp_path / "plain", tune=spec, controls=True)
     out = tmp_path / "killed"
-    command = [sys.executable, "-c", KILLED, str(place), str(saves), str(out), repr(spec)]
-    code = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert code.returncode == -signal.SIGKILL, code.stderr[-2000:]
+    code, said = run_forked(KILLED, str(place), str(saves), str(out), repr(spec), folder=ROOT)
+    assert code == -signal.SIGKILL, said[-2000:]
     working = tmp_path / ".killed.tuning"
     assert working.is_dir()
     assert not out.exists()
@@ -198,8 +197,8 @@ def test_a_killed_tuning_goes_on_to_the_same_bytes(place: Path, tmp_path: Path, 
 
 
 def test_what_another_request_left_is_not_gone_on_from(place: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(place), "3", str(tmp_path / "out"), "{'granularity': 'layer'}"]
-    subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, check=False)
+    code, said = run_forked(KILLED, str(place), "3", str(tmp_path / "out"), "{'granularity': 'layer'}", folder=ROOT)
+    assert code == -signal.SIGKILL, said[-2000:]
     assert [p.name for p in tmp_path.iterdir()] == [".out.tuning"]
     found = tune(place, tmp_path / "out", tune={"granularity": "layer", "seed": 1})
     assert tensors(found.folder) == tensors(tune(place, tmp_path / "plain", tune={"granularity": "layer", "seed": 1}).folder)
