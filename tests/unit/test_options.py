@@ -22,7 +22,7 @@ PARTS = {
     "output": (Output, ("merge", "eval", "tune")),
     "eval": (EvalSpec, ("eval",)),
     "eval.subset": (Subset, ("eval",)),
-    "calibration": (CalibrationSpec, ("merge", "bake", "calibrate")),
+    "calibration": (CalibrationSpec, ("merge", "bake", "eval", "calibrate")),
     "tune": (TuneSpec, ("tune",)),
 }
 NOT_FLAGS = {

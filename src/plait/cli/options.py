@@ -75,7 +75,7 @@ class Writing(NamedTuple):
 _PARTS = {
     "merge": ("", "output", "heads", "calibration", "method"),
     "bake": ("", "heads", "calibration", "method"),
-    "eval": ("eval", "", "output", "heads", "method"),
+    "eval": ("eval", "", "output", "heads", "calibration", "method"),
     "tune": ("tune", "", "output", "heads", "method"),
     "calibrate": ("calibration", "base_model", "tasks"),
     "compress": ("output.rank", "output.dtype", "output.layout", "base_model"),
