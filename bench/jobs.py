@@ -217,14 +217,14 @@ def bake_arithmetic(adapters: list[str], layers: int, workers: int) -> dict[str,
     import plait
     import synthetic
     from plait.baking.deltas import add_rows
-    from plait.tensorfiles.blocks import block_ranges
+    from plait.tensorfiles.blocks import tensor_block_ranges
 
     opened = [plait.Adapter.open(Path(a), n) for a, n in zip(adapters, "ab", strict=True)]
 
     def one(target: str, shape: tuple[int, int]) -> None:
         delta = plait.LowRank.concatenate([a.read(target)[0] for a in opened], [1.0, 1.0])
         weight = torch.ones(shape, dtype=torch.bfloat16)
-        for i, j in block_ranges(*shape):
+        for i, j in tensor_block_ranges(*shape):
             block = weight[i:j].float()
             add_rows(delta, block, i, transposed=False)
             block.to(torch.bfloat16)

@@ -12,7 +12,7 @@ FILES = [
     *(ROOT / "src" / "plait").rglob("*.py"),
     *(ROOT / "src" / "plait").rglob("*.j2"),
     *(ROOT / "docs").rglob("*.md"),
-    *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md")),
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
 ]
 #: Forms that have a plain replacement in every place, so that a hit is never a false alarm.
 REFUSED = {

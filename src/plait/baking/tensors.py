@@ -18,7 +18,7 @@ from plait.baking.shards import OutTensor
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import PlanError
 from plait.linalg.finite import all_finite
-from plait.tensorfiles.blocks import TORCH_DTYPES, block_ranges, write_at
+from plait.tensorfiles.blocks import TORCH_DTYPES, tensor_block_ranges, write_at
 
 Adder = Callable[[Tensor, int], None]  # adds to the rows of a block that starts at a row
 
@@ -64,7 +64,7 @@ class ShardTensorBuilder:
         rows, columns = self._matrix(tensor)
         dtype = TORCH_DTYPES[tensor.dtype]
         position = tensor.start
-        for start, stop in block_ranges(rows, columns):
+        for start, stop in tensor_block_ranges(rows, columns):
             block = self._base(tensor, start * columns, (stop - start) * columns, exact).view(-1, columns)
             for add in adders:
                 add(block, start)
@@ -116,7 +116,7 @@ class ShardTensorBuilder:
 
     def _blocks(self, tensor: OutTensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         rows, columns = self._matrix(tensor)
-        for start, stop in block_ranges(rows, columns):
+        for start, stop in tensor_block_ranges(rows, columns):
             yield start, self._base(tensor, start * columns, (stop - start) * columns, dtype).view(-1, columns).cpu()
 
     def _moved(self, delta: LowRank) -> LowRank:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from plait.adapters.adapter import Adapter
 from plait.calibration.record import CalibratedTexts, CalibrationPlan
-from plait.calibration.texts import Texts, overlap_with_evaluation, prompt_text, read_texts
+from plait.calibration.texts import Texts, overlap_with_evaluation, read_texts
 from plait.checkpoints.digests import weight_files
 from plait.errors import PlanError, TaskError, collect
 from plait.evaluation.scores import adapter_digest, digest
@@ -24,6 +24,7 @@ from plait.results.digests import sha256
 from plait.results.lock import relative_path
 from plait.results.versions import library_versions
 from plait.tasks.asking import Head
+from plait.tasks.inputs import prompt_text
 from plait.tasks.loading import absolute_reference, recipe_tasks
 from plait.tasks.schema import Task
 

@@ -174,13 +174,6 @@ def generic_lines() -> tuple[str, ...]:
     return tuple(line for line in text.splitlines() if line)
 
 
-def prompt_text(prompt: Prompt) -> str:
-    """Return a prompt as one text, for people."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{role}: {content}" for role, content in prompt)
-
-
 def describe_counts(texts: Mapping[str, Texts]) -> str:
     """Return in words what was seen, by task: `32 texts of split 'train' (intent, langid)`."""
     tasks: dict[tuple[str, int], list[str]] = defaultdict(list)

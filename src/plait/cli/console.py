@@ -125,7 +125,7 @@ class ProgressBars:
         self._parts: Progress | None = None
 
     def part(self, name: str) -> _PartBar:
-        """Return the progress of one part, beside which others may run: a bar each on a terminal, a line each elsewhere."""
+        """Return the progress of one part, next to which others may run: a bar each on a terminal, a line each elsewhere."""
         if self._parts is None and self._console.is_terminal:
             elapsed = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             self._parts = Progress(

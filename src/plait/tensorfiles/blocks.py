@@ -24,7 +24,7 @@ class CopySourceError(Exception):
     """Bytes to be copied cannot be had; the text says why, as the end of a sentence."""
 
 
-def block_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+def tensor_block_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     """Yield the row ranges in which a tensor is made; a function of the shape alone, so that its bytes are too."""
     step = max(1, TENSOR_BLOCK_ELEMENTS // max(1, columns))
     for start in range(0, rows, step):

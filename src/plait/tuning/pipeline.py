@@ -18,7 +18,7 @@ from torch import Tensor
 from plait.adapters.lowrank import LowRank
 from plait.calibration.rebuilding import check_same_texts, request_of
 from plait.calibration.request import MISMATCH, base_of, locked_request, paired_tasks, tasks_key_problem, texts_of
-from plait.calibration.texts import Texts, prompt_text, texts_in_split
+from plait.calibration.texts import Texts, texts_in_split
 from plait.checkpoints.digests import weight_files
 from plait.errors import OutputError, PlanError, TaskError, collect
 from plait.evaluation.loaded_base import LoadedBase

@@ -20,7 +20,7 @@ _WRITES = ("merge", "bake")
 
 
 @dataclass(frozen=True)
-class Term:
+class Word:
     """One word of another tool.
 
     Attributes:
@@ -49,70 +49,70 @@ class Term:
         return f"{self.old} is a word of {_in_a_sentence(self.tool)}; {start}{more}"
 
 
-TABLE: tuple[Term, ...] = (
-    Term(PEFT, "code", 'model.add_weighted_adapter(["a", "b"], [0.7, 0.3], "ab", combination_type="cat")',
+TABLE: tuple[Word, ...] = (
+    Word(PEFT, "code", 'model.add_weighted_adapter(["a", "b"], [0.7, 0.3], "ab", combination_type="cat")',
         'plait.merge({"a": "./a", "b": "./b"}, weights=[0.7, 0.3], out="ab")', "No base model is loaded."),
-    Term(PEFT, "keyword", "combination_type", "method", "The names are PEFT's; add space='factors' for PEFT's own numbers."),
-    Term(PEFT, "keyword", "majority_sign_method", "sign"),
-    Term(PEFT, "keyword", "svd_rank", "rank"),
-    Term(PEFT, "keyword", "adapter_name", "out", "The merge is a folder."),
-    Term(PEFT, "flag", "--combination-type", "--method", "The names are PEFT's; add --space factors for PEFT's own numbers."),
-    Term(PEFT, "flag", "--majority-sign-method", "--sign", commands=("merge",)),
-    Term(PEFT, "flag", "--svd-rank", "--rank", commands=("merge",)),
-    Term(PEFT, "code", "model.merge_and_unload()", "plait bake ADAPTER --base-id BASE -o OUT", "Streamed, in bounded memory."),
-    Term(MERGEKIT, "command", "mergekit-yaml", "plait merge CONFIG.yaml -o OUT",
+    Word(PEFT, "keyword", "combination_type", "method", "The names are PEFT's; add space='factors' for PEFT's own numbers."),
+    Word(PEFT, "keyword", "majority_sign_method", "sign"),
+    Word(PEFT, "keyword", "svd_rank", "rank"),
+    Word(PEFT, "keyword", "adapter_name", "out", "The merge is a folder."),
+    Word(PEFT, "flag", "--combination-type", "--method", "The names are PEFT's; add --space factors for PEFT's own numbers."),
+    Word(PEFT, "flag", "--majority-sign-method", "--sign", commands=("merge",)),
+    Word(PEFT, "flag", "--svd-rank", "--rank", commands=("merge",)),
+    Word(PEFT, "code", "model.merge_and_unload()", "plait bake ADAPTER --base-id BASE -o OUT", "Streamed, in bounded memory."),
+    Word(MERGEKIT, "command", "mergekit-yaml", "plait merge CONFIG.yaml -o OUT",
         "Its YAML is read where models are adapters of one base; `plait recipe migrate` rewrites it."),
-    Term(MERGEKIT, "command", "mergekit-extract-lora", "plait extract BASE FINETUNED --rank N -o OUT"),
-    Term(MERGEKIT, "flag", "--out-shard-size", "plait bake --shard-size", commands=_WRITES),
-    Term(MERGEKIT, "flag", "--cuda", "plait bake --device cuda", commands=_WRITES),
-    Term(MERGEKIT, "flag", "--copy-tokenizer", "", "Other files of the base model are copied.", _WRITES),
-    Term(MERGEKIT, "flag", "--lazy-unpickle", "", "Tensors are always read one at a time, and no pickle is run."),
-    Term(MERGEKIT, "flag", "--low-cpu-memory", "", "Memory is bounded anyway."),
-    Term(MERGEKIT, "flag", "--allow-crimes", "", "What cannot be merged is refused."),
-    Term(MERGEKIT, "flag", "--lora-merge-cache", "", "Downloads are kept where HF_HOME says."),
-    Term(MERGEKIT, "keyword", "merge_method", "method"),
-    Term(TRL, "code", "trl sft --model_name_or_path … --use_peft", "plait sft …", "The flags are the same."),
-    Term(TRL, "code", "merge_peft_adapters.py --adapter_model_name A --base_model_name B",
+    Word(MERGEKIT, "command", "mergekit-extract-lora", "plait extract BASE FINETUNED --rank N -o OUT"),
+    Word(MERGEKIT, "flag", "--out-shard-size", "plait bake --shard-size", commands=_WRITES),
+    Word(MERGEKIT, "flag", "--cuda", "plait bake --device cuda", commands=_WRITES),
+    Word(MERGEKIT, "flag", "--copy-tokenizer", "", "Other files of the base model are copied.", _WRITES),
+    Word(MERGEKIT, "flag", "--lazy-unpickle", "", "Tensors are always read one at a time, and no pickle is run."),
+    Word(MERGEKIT, "flag", "--low-cpu-memory", "", "Memory is bounded anyway."),
+    Word(MERGEKIT, "flag", "--allow-crimes", "", "What cannot be merged is refused."),
+    Word(MERGEKIT, "flag", "--lora-merge-cache", "", "Downloads are kept where HF_HOME says."),
+    Word(MERGEKIT, "keyword", "merge_method", "method"),
+    Word(TRL, "code", "trl sft --model_name_or_path … --use_peft", "plait sft …", "The flags are the same."),
+    Word(TRL, "code", "merge_peft_adapters.py --adapter_model_name A --base_model_name B",
         "plait bake A --base-id B -o OUT", "Or at the end of training: plait sft --merge_adapter_with_base."),
-    Term(TRL, "flag", "--model-name-or-path", "--base-id"),
-    Term(TRL, "flag", "--base-model", "--base-id"),
-    Term(TRL, "flag", "--output-dir", "-o", commands=_WRITES),
-    Term(TRL, "keyword", "output_dir", "out"),
-    Term(HELPER, "flag", "--a1-repo", "[name=]org/repo[@revision][/subfolder]", "One argument per adapter.", read=True),
-    Term(HELPER, "flag", "--a1-sub", "org/repo/checkpoint-100", "The end of that argument.", read=True),
-    Term(HELPER, "flag", "--a1-name", "name=org/repo", "The beginning of that argument.", read=True),
-    Term(HELPER, "flag", "--trust-remote-code", "", "A merge reads files and runs no code of a model.", _WRITES, read=True),
-    Term(FRAMEWORK, "command", "merge-sweep", "plait eval ADAPTER... --tasks TASK... --methods linear,ties --spaces delta,core",
+    Word(TRL, "flag", "--model-name-or-path", "--base-id"),
+    Word(TRL, "flag", "--base-model", "--base-id"),
+    Word(TRL, "flag", "--output-dir", "-o", commands=_WRITES),
+    Word(TRL, "keyword", "output_dir", "out"),
+    Word(HELPER, "flag", "--a1-repo", "[name=]org/repo[@revision][/subfolder]", "One argument per adapter.", read=True),
+    Word(HELPER, "flag", "--a1-sub", "org/repo/checkpoint-100", "The end of that argument.", read=True),
+    Word(HELPER, "flag", "--a1-name", "name=org/repo", "The beginning of that argument.", read=True),
+    Word(HELPER, "flag", "--trust-remote-code", "", "A merge reads files and runs no code of a model.", _WRITES, read=True),
+    Word(FRAMEWORK, "command", "merge-sweep", "plait eval ADAPTER... --tasks TASK... --methods linear,ties --spaces delta,core",
         "One leaderboard over methods and spaces."),
-    Term(FRAMEWORK, "command", "evaluate-merged", "plait eval RECIPE --tasks TASK...",
+    Word(FRAMEWORK, "command", "evaluate-merged", "plait eval RECIPE --tasks TASK...",
         "Of a merge in memory; plait eval FOLDER for one that is written."),
-    Term(FRAMEWORK, "command", "evaluate", "plait eval ADAPTER --tasks TASK..."),
-    Term(FRAMEWORK, "command", "materialize-merged-artifact", "plait merge RECIPE --rank energy:0.99 -o OUT"),
-    Term(FRAMEWORK, "command", "continual-merge", "plait merge MERGED --add NEW -o OUT"),
-    Term(FRAMEWORK, "command", "evaluate-continual", "plait eval MERGED --tasks TASK..."),
-    Term(FRAMEWORK, "command", "mtl", "plait train PHASES.yaml -o OUT", "One adapter per task, then their merge."),
-    Term(FRAMEWORK, "flag", "--config", "plait merge RECIPE.yaml", read=True),
-    Term(FRAMEWORK, "flag", "--adapters", "plait merge ADAPTER...", read=True),
-    Term(FRAMEWORK, "flag", "--output", "-o", commands=_WRITES, read=True),
-    Term(FRAMEWORK, "code", "--lambda", "--lambda 0.5",
+    Word(FRAMEWORK, "command", "evaluate", "plait eval ADAPTER --tasks TASK..."),
+    Word(FRAMEWORK, "command", "materialize-merged-artifact", "plait merge RECIPE --rank energy:0.99 -o OUT"),
+    Word(FRAMEWORK, "command", "continual-merge", "plait merge MERGED --add NEW -o OUT"),
+    Word(FRAMEWORK, "command", "evaluate-continual", "plait eval MERGED --tasks TASK..."),
+    Word(FRAMEWORK, "command", "mtl", "plait train PHASES.yaml -o OUT", "One adapter per task, then their merge."),
+    Word(FRAMEWORK, "flag", "--config", "plait merge RECIPE.yaml", read=True),
+    Word(FRAMEWORK, "flag", "--adapters", "plait merge ADAPTER...", read=True),
+    Word(FRAMEWORK, "flag", "--output", "-o", commands=_WRITES, read=True),
+    Word(FRAMEWORK, "code", "--lambda", "--lambda 0.5",
         "Of weighted, weighted_delta and dare; with other methods the factor on the merge is --scale."),
-    Term(FRAMEWORK, "flag", "--k", "--density 0.2", "Density is k / 100."),
-    Term(FRAMEWORK, "code", "--drop-rate", "--density 0.1", "Density is 1 − the drop rate; dare has --drop-rate too."),
-    Term(FRAMEWORK, "flag", "--evaluate", "plait eval RECIPE --tasks TASK...", "With -o it writes the merge too.", _WRITES),
-    Term(FRAMEWORK, "flag", "--eval-tasks", "plait eval --tasks TASK..."),
-    Term(FRAMEWORK, "flag", "--eval-split", "plait eval --split validation"),
-    Term(FRAMEWORK, "flag", "--adapter-path", "plait eval FOLDER --tasks TASK..."),
-    Term(FRAMEWORK, "flag", "--save-merged", "-o", "plait merge always writes the merge."),
-    Term(FRAMEWORK, "flag", "--save", "-o", "plait merge always writes the merge."),
-    Term(FRAMEWORK, "flag", "--no-save-results", "plait.evaluate(..., workspace=None)", commands=("eval",)),
-    Term(FRAMEWORK, "flag", "--compute-missing-interference-baselines", "", "Base and single adapters are always scored."),
-    Term(FRAMEWORK, "flag", "--grid", "plait eval --methods linear,ties --spaces delta,core", "One leaderboard."),
-    Term(FRAMEWORK, "flag", "--search-type", "plait eval --methods linear,ties --spaces delta,core", "One leaderboard."),
-    Term(FRAMEWORK, "keyword", "eval_tasks", "plait.evaluate(..., tasks=[...])"),
-    Term(FRAMEWORK, "keyword", "eval_subset", "plait.evaluate(..., subset=100)"),
-    Term(FRAMEWORK, "keyword", "save_merged", "out"),
-    Term(FRAMEWORK, "code", "interference_delta", "recovery", "(merged − base) / (single − base), in every table and file."),
-    Term(FRAMEWORK, "code", "recipes with method_params, lambda_policy, …", "plait recipe migrate OLD.yaml -o NEW.yaml",
+    Word(FRAMEWORK, "flag", "--k", "--density 0.2", "Density is k / 100."),
+    Word(FRAMEWORK, "code", "--drop-rate", "--density 0.1", "Density is 1 − the drop rate; dare has --drop-rate too."),
+    Word(FRAMEWORK, "flag", "--evaluate", "plait eval RECIPE --tasks TASK...", "With -o it writes the merge too.", _WRITES),
+    Word(FRAMEWORK, "flag", "--eval-tasks", "plait eval --tasks TASK..."),
+    Word(FRAMEWORK, "flag", "--eval-split", "plait eval --split validation"),
+    Word(FRAMEWORK, "flag", "--adapter-path", "plait eval FOLDER --tasks TASK..."),
+    Word(FRAMEWORK, "flag", "--save-merged", "-o", "plait merge always writes the merge."),
+    Word(FRAMEWORK, "flag", "--save", "-o", "plait merge always writes the merge."),
+    Word(FRAMEWORK, "flag", "--no-save-results", "plait.evaluate(..., workspace=None)", commands=("eval",)),
+    Word(FRAMEWORK, "flag", "--compute-missing-interference-baselines", "", "Base and single adapters are always scored."),
+    Word(FRAMEWORK, "flag", "--grid", "plait eval --methods linear,ties --spaces delta,core", "One leaderboard."),
+    Word(FRAMEWORK, "flag", "--search-type", "plait eval --methods linear,ties --spaces delta,core", "One leaderboard."),
+    Word(FRAMEWORK, "keyword", "eval_tasks", "plait.evaluate(..., tasks=[...])"),
+    Word(FRAMEWORK, "keyword", "eval_subset", "plait.evaluate(..., subset=100)"),
+    Word(FRAMEWORK, "keyword", "save_merged", "out"),
+    Word(FRAMEWORK, "code", "interference_delta", "recovery", "(merged − base) / (single − base), in every table and file."),
+    Word(FRAMEWORK, "code", "recipes with method_params, lambda_policy, …", "plait recipe migrate OLD.yaml -o NEW.yaml",
         "Every command reads them as they are, too, with a note."),
 )  # fmt: skip
 
@@ -123,7 +123,7 @@ def command_hint(word: str) -> str | None:
     return None if row is None else row.hint
 
 
-def flag_row(flag: str, command: str) -> Term | None:
+def flag_row(flag: str, command: str) -> Word | None:
     """Return the row of a flag given to a command of plait; `_` and `-` are one, and so are the numbers of adapters."""
     word = flag.partition("=")[0].replace("_", "-")
     if word[:3] == "--a" and word[3:].partition("-")[0].isdecimal():
@@ -146,7 +146,7 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def _shown(row: Term) -> str:
+def _shown(row: Word) -> str:
     new = f"`{row.new}`" if row.new else "not needed"
     return f"{new}; read as it is" if row.read else new
 
