@@ -22,7 +22,7 @@ from plait.parsing import read_text
 from plait.recipes.evaluation import SplitName
 from plait.tasks.asking import TargetLikelihood
 from plait.tasks.examples import fields_of, prompts_of
-from plait.tasks.inputs import Example, Prompt, Row
+from plait.tasks.inputs import Example, Prompt, Row, prompt_text
 from plait.tasks.loading import absolute_reference
 from plait.tasks.rows import read_file, read_rows
 from plait.tasks.schema import RowTask, Task

@@ -43,6 +43,7 @@ from plait.results.lock import LEARNED_RECIPE, LEARNED_START, LOCK, Lock, locked
 from plait.results.progress import Progress, SilentProgress
 from plait.results.records import write_json
 from plait.results.staging import output_problem, staged, tuning_folder
+from plait.tasks.inputs import prompt_text
 from plait.tensorfiles.writer import write_tensors
 from plait.tuning import coefficients
 from plait.tuning.card import tune_card
