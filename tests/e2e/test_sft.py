@@ -396,7 +396,7 @@ CONTRADICTIONS = {
     "no such template": ({"chat_template_path": "./no.jinja"}, "chat_template_path: ./no.jinja is not a file with a template"),
     "no rows to measure on": ({"eval_strategy": "steps"}, "has no split 'test'; a folder with test.jsonl has. Name others"),
     "no model": ({"model_name_or_path": None}, "--model_name_or_path is missing"),
-    "another model": ({"model_name_or_path": "./nowhere"}, "'./nowhere': there is no folder"),
+    "another model": ({"model_name_or_path": "./nowhere"}, "model_name_or_path: './nowhere': there is no folder"),
     "a long system prompt in plain text": (
         {"dataset_name_or_path": "TEXT", "system_prompt": "Be brief."},
         "a system prompt has no place in plain text",

@@ -22,7 +22,7 @@ from plait.tasks.kinds import KINDS
 from plait.tasks.loading import load_task, load_tasks
 from plait.tasks.metrics import metric_of
 from plait.tasks.overlap import check_disjoint, overlaps
-from plait.tasks.rows import read_rows
+from plait.tasks.rows import read_file, read_rows
 from tests.language_models import tokenizer, write_task
 
 ROWS = [{"text": "a b", "label": "yes"}, {"text": "c", "label": "no"}, {"text": "d é", "label": "yes"}]
@@ -171,6 +171,18 @@ def test_rows_of_every_format(tmp_path):
         assert [dict(row) for row in read_rows(task, "test")] == ROWS, ending
     (data / "rows.txt").write_text("x")
     assert "'.txt' is not read" in refused(written(tmp_path, TASK.replace("rows.jsonl", "rows.txt")))
+
+
+def test_a_cell_may_be_a_long_document(tmp_path):
+    (tmp_path / "t.csv").write_text("text,label\n" + "a" * 200_000 + ",yes\n")
+    assert len(read_file(tmp_path / "t.csv")[0]["text"]) == 200_000
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
+def test_data_that_one_would_wait_for(tmp_path, ending):
+    (tmp_path / f"t.{ending}").symlink_to("/dev/zero")
+    with pytest.raises(TaskError, match=rf"t\.{ending}: a folder, a pipe or a device, not a file"):
+        read_file(tmp_path / f"t.{ending}")
 
 
 @pytest.mark.parametrize(

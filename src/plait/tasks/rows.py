@@ -19,6 +19,7 @@ from plait.tasks.inputs import Row
 from plait.tasks.schema import RowTask, Split
 
 _MOST_BYTES = 4 << 30  # of a file with rows, which is read completely
+_MOST_CHARACTERS = (1 << 31) - 1  # of one cell: what csv can count to on every system
 
 
 def read_rows(task: RowTask, name: SplitName) -> list[Row]:
@@ -97,7 +98,7 @@ def _json(file: Path) -> list[Row]:
 
 
 def _csv(file: Path) -> list[Row]:
-    csv.field_size_limit(_MOST_BYTES)  # a cell may be a long document
+    csv.field_size_limit(_MOST_CHARACTERS)  # a cell may be a long document
     reader = csv.DictReader(io.StringIO(read_text(file, TaskError, most=_MOST_BYTES), newline=""))
     rows: list[Row] = []
     try:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from plait.errors import PlaitError, TaskError, collect
+from plait.errors import AddressError, PlaitError, TaskError, collect
 from plait.evaluation.scores import model_digest
 from plait.folders import expanded
 from plait.hub.download import COMPANION_FILES, Located, resolve_model
@@ -165,7 +165,7 @@ def resolve_job(job: TrainingJob) -> ResolvedJob:
         PlaitError: either cannot be read; all that is wrong at once.
     """
     base, data, held = _collected(
-        lambda: resolve_model(job.base, files=("*.json", "*.safetensors", *COMPANION_FILES)),
+        lambda: _base(job.base),
         lambda: load_data(job.data),
         lambda: None if job.eval_data is None else _watched(job.eval_data),
     )
@@ -239,6 +239,13 @@ def _collected(*steps: Callable[[], Any]) -> list[Any]:
         raise errors[0]
     collect(TaskError, [str(error) for error in errors], "the job")
     return results
+
+
+def _base(text: str) -> Located:
+    try:
+        return resolve_model(text, files=("*.json", "*.safetensors", *COMPANION_FILES))
+    except AddressError as error:
+        raise AddressError(f"model_name_or_path: {error}") from error
 
 
 def _watched(data: TrainingData) -> LoadedData:
