@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import plait
+from plait.errors import AdapterError
 from plait.merging.card import base_name, hub_id, license_of, load_with_peft, serve_with_vllm
 from plait.recipes.writing import to_yaml
 from plait.results.checks import check_files
@@ -185,3 +186,8 @@ def test_a_learned_recipe_is_published_without_folders(tmp_path):
         published = yaml.safe_load((place / "recipe.yaml").read_text())
         assert check_files(place, read_lock(place))[0].state == "equal"
     assert [entry["path"] for entry in published["adapters"]] == ["a", "start"]
+
+
+def test_a_name_that_no_folder_can_have(tmp_path):
+    with pytest.raises(AdapterError, match="cannot be read \\(File name too long\\)"):
+        read_lock(tmp_path / ("x" * 300))

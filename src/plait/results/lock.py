@@ -137,15 +137,15 @@ def read_lock(folder: Path, *, advice: str = "Make the result again.") -> Lock:
         AdapterError: there is none, or it cannot be read.
     """
     path = folder / LOCK
-    if not folder.is_dir():
-        raise AdapterError(f"{folder}: there is no such folder. Give the folder of a merge, a bake or an extraction.")
-    if not os.path.lexists(path):
-        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise AdapterError(
-            f"{folder}: there is no {LOCK}, so this is not a complete result of plait. It holds: {held}. Give the folder that "
-            "`plait merge`, `bake`, `compress` or `extract` wrote."
-        )
     try:
+        if not folder.is_dir():
+            raise AdapterError(f"{folder}: there is no such folder. Give the folder of a merge, a bake or an extraction.")
+        if not os.path.lexists(path):
+            held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+            raise AdapterError(
+                f"{folder}: there is no {LOCK}, so this is not a complete result of plait. It holds: {held}. Give the folder "
+                "that `plait merge`, `bake`, `compress` or `extract` wrote."
+            )
         data = read_object(file_in(folder, LOCK), AdapterError, advice=advice)
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read ({error.strerror or error}). {advice}") from None
