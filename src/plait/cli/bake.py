@@ -34,7 +34,7 @@ def bake(
         str | None,
         typer.Option(
             metavar="DTYPE",
-            help=r"Of the model: float32, bfloat16, float16, float64. \[as the base]",
+            help=r"Dtype of the model: float32, bfloat16, float16, float64. \[as the base]",
             show_default=False,
         ),
     ] = None,

@@ -54,9 +54,12 @@ RecipeOrAdapters = Annotated[
 class Loading(NamedTuple):
     """How the base model is loaded on this machine."""
 
-    load_dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Of the base in memory; auto: as it is stored.")] = "auto"
+    load_dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="Dtype of the base model in memory; auto: as it is stored.")
+    ] = "auto"
     device_map: Annotated[
-        str, typer.Option(metavar="DEVICE", help="As transformers takes it: auto, cpu, cuda:0, balanced.")
+        str,
+        typer.Option(metavar="DEVICE", help="Where the base model is placed, as in transformers: auto, cpu, cuda:0, balanced."),
     ] = "auto"
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the base's weights.")
@@ -81,12 +84,8 @@ _PARTS = {
     "compress": ("output.rank", "output.dtype", "output.layout", "base_model"),
 }
 _NOT_FLAGS = ("version", "adapters")  # the arguments of the command are the adapters
-_PREFIXED = (
-    "heads",
-    "calibration",
-    "eval",
-    "tune",
-)  # parts whose keys are flags with the part's name, but for the command's own
+#: Parts whose keys are flags with the part's name before theirs, except in the part's own command.
+_PREFIXED = ("heads", "calibration", "eval", "tune")
 _NAMED = {
     "base_model": "--base-id",
     "method.name": "--method",

@@ -22,7 +22,7 @@ def report(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
-    title: Annotated[str | None, typer.Option(help="Of the page.", show_default=False)] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the page.", show_default=False)] = None,
     figures: Annotated[
         Path | None, typer.Option(help="Also write the figures here, as SVG and PNG.", show_default=False)
     ] = None,
