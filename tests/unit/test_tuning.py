@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -593,3 +594,15 @@ def test_exact_sums_have_the_rank_of_what_they_span() -> None:
     b = torch.randn(9, 3)
     one, two = LowRank(torch.randn(3, 8), b), LowRank(torch.randn(3, 8), b @ torch.randn(3, 3))
     assert needed_rank({"x": (LowRank.concatenate([one, two], [1.0, 0.5]),)}) == 3
+
+
+def test_fewer_than_four_held_out_texts_choose_nothing() -> None:
+    """17 texts: a fifth is 3, so that all are learned from and looked at; of 18, 4 are held out."""
+    for texts, held in ((8, 0), (17, 0), (18, 4), (200, 24)):
+        of_task: Any = SimpleNamespace(task="sort", passages=tuple(range(texts)))
+        taught = split_off([of_task], share=0.2, most=24, seed=0)
+        learned, looked_at = set(taught.learn["sort"]), set(taught.held["sort"])
+        assert learned | looked_at == set(range(texts))
+        assert len(learned) == texts - held
+        assert len(looked_at) == (held or texts)
+        assert bool(learned & looked_at) == (held == 0)

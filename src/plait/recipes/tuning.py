@@ -119,7 +119,13 @@ class TuneSpec(TextsSpec):
     ] = None
     polish_steps: Annotated[int, Field(ge=0, description="Updates of all coefficients after the tree.")] = 50
     held_out: Annotated[
-        float, Field(ge=0, lt=1, description="Share of the texts that is held out, and only measured on; 0 for none.")
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="Share of a task's texts that is held out, and only measured on; where that is fewer than 4 texts, "
+            "none is, and scale and step are chosen on the texts learned from.",
+        ),
     ] = 0.2
     look_every: Annotated[int, Field(ge=1, description="Updates between two measurements on the held-out texts.")] = 12
     criterion: Annotated[

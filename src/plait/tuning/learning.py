@@ -33,6 +33,7 @@ from plait.tuning.teaching import Hidden, Lesson, divergence_over, outputs_of
 from plait.tuning.working import WorkingState
 
 _BATCH = 16  # texts read at a time without gradients
+_FEWEST_HELD = 4  # texts of a task that may choose scale and step without being learned from
 _LEAST_BASE = 0.01  # nats; an adapter nearer to the base than this must not decide scale and step by a share of almost nothing
 _TOKENS = 1024  # padded tokens of several tasks' texts in one pass, at most
 
@@ -85,12 +86,16 @@ class SplitLessons:
 
 
 def split_off(lessons: Sequence[Lesson], *, share: float, most: int, seed: int) -> SplitLessons:
-    """Hold out a share of every task's texts, from 2 to `most`; with a share of 0, or fewer than 8 texts, look at all."""
+    """Hold out a share of every task's texts, at most `most`; where that is fewer than 4 texts, look at all of them instead.
+
+    Two or three texts are too few to choose a step: their best look is chance, and often an early one at a high rate.
+    """
     learn, held = {}, {}
     for lesson in lessons:
         order = list(range(len(lesson.passages)))
         random.Random(f"held {seed} {lesson.task}").shuffle(order)
-        count = min(most, max(2, round(share * len(order)))) if share > 0 and len(order) >= 8 else 0
+        count = min(most, round(share * len(order)))
+        count = count if count >= _FEWEST_HELD else 0
         held[lesson.task] = tuple(sorted(order[:count] or order))
         learn[lesson.task] = tuple(sorted(order[count:]))
     return SplitLessons(tuple(lessons), learn, held)
