@@ -250,6 +250,6 @@ def test_somebody_else_was_faster(pair, tmp_path):
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "theirs").write_text("first")
 
-    with pytest.raises(plait.OutputError, match="written by somebody else"):
+    with pytest.raises(plait.OutputError, match="written by another process"):
         race()
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["theirs"]

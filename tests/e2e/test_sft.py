@@ -18,6 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from plait import commands
 from plait.cli.main import main
 from plait.errors import OutputError, PlaitError, PlanError, RecipeError
 from plait.results import disk
@@ -519,7 +520,7 @@ def test_stopped_by_hand(place, tmp_path, monkeypatch, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sft, "run_sft", stop)
+    monkeypatch.setattr(commands.sft, "run_sft", stop)
     words = ["sft", "--model_name_or_path", str(place / "base"), "--dataset_name_or_path", str(place / "rows.jsonl")]
     with pytest.raises(SystemExit) as left:
         main([*words, "--use_peft", "--output_dir", str(tmp_path / "out")])
