@@ -19,7 +19,7 @@ from tests.every import begin_anew
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL reports its use to the Hub; read when the libraries are imported
 
 library_warnings.watch()
-# Commands are imported when they first run: in a test that patches a function, they would keep its patch for the tests after it.
+# A command is imported when it first runs: in a test that patches a function, it would keep the patch for the tests after it.
 for _command in iter_modules(plait.commands.__path__):
     import_module(f"plait.commands.{_command.name}")
 settings.register_profile("plait", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
