@@ -102,7 +102,7 @@ def test_what_an_adapter_holds_whole_is_left_alone(tmp_path, capsys):
     assert plait.verify(result.bake.folder).ok
     with pytest.raises(SystemExit):
         main(["un-bake", str(two), str(pair["a"]), "-o", str(tmp_path / "again")])
-    assert "holds lm_head.weight whole" in " ".join(capsys.readouterr().err.split())
+    assert "holds lm_head.weight in full" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import typer
+from transformers import AutoModelForCausalLM
 
 import plait
 from plait.cli.main import app, main
@@ -12,6 +13,7 @@ from plait.errors import RecipeError
 from plait.methods import METHODS
 from plait.recipes.importers.other_tools import TABLE, command_hint, flag_row, keyword_hints, page
 from plait.recipes.schema import Output, Recipe
+from tests.baking_models import make_adapter, save_model
 from tests.every import every
 
 FLAGS = [(row, command) for row in TABLE if row.kind == "flag" for command in row.commands]
@@ -109,9 +111,13 @@ def test_a_flag_of_another_command_is_left_to_it():
     assert flag_row("--frobnicate", "merge") is None
 
 
-def test_trust_is_noted_once(capsys):
-    with pytest.raises(SystemExit):
-        main(["merge", "./nowhere", "./neither", "--trust-remote-code"])
+@pytest.mark.parametrize("command", ["merge", "bake"])
+def test_trust_is_noted_once_where_no_model_is_loaded(command, tmp_path, capsys):
+    base = save_model("llama", tmp_path / "base")
+    pair = [str(make_adapter(base, tmp_path / n, s, AutoModelForCausalLM)) for s, n in enumerate("ab")]
+    with pytest.raises(SystemExit) as left:
+        main([command, *pair, "--base-id", str(base), "--trust-remote-code", "-o", str(tmp_path / "out")])
+    assert left.value.code in (0, None)
     assert " ".join(capsys.readouterr().err.split()).count("--trust-remote-code changes nothing here") == 1
 
 

@@ -67,9 +67,7 @@ class _Reader:
                 continue
             flag, sign, value = word.partition("=")
             flag = flag.replace("_", "-")
-            if flag == "--trust-remote-code":
-                self.notes.append("--trust-remote-code changes nothing here: a merge reads files and runs no code of a model.")
-            elif flag == "--adapters":
+            if flag == "--adapters":
                 self._adapters += [value] if sign else _values(queue)
             else:
                 rest += self._one(flag, value if sign else _value(flag, queue))

@@ -12,6 +12,7 @@ from plait.baking.plan import BakeOptions, BakePlan, bake_options
 from plait.commands.request import LoadOptions, WritingOrder
 from plait.errors import PlaitError, RecipeError
 from plait.hub.upload import check_push
+from plait.notices import announce
 from plait.results.progress import Progress
 from plait.results.staging import checking_output
 
@@ -89,7 +90,9 @@ class BakeOrder(WritingOrder):
         self.check()
         self.check_beforehand()
         recipe, folder = self.request.resolved
-        recipe, _ = self.complete_from_texts(recipe, folder, progress, self.load)
+        recipe, notes = self.complete_from_texts(recipe, folder, progress, self.load)
+        for note in notes:
+            announce(note)
         result = run_bake(recipe, self.options, folder=folder, **self.writing(progress))
         parity = None
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -137,13 +137,14 @@ def complete_from_texts(recipe: Recipe, load: LoadOptions | None, **writing: Any
         PlaitError: it cannot be taken; or `load` is given, and nothing is to be read.
     """
     if not recipe.values_to_find and (writing.get("moments") is not None or not recipe.lacks_moments):
-        if load not in (None, LoadOptions()):
+        if load and replace(load, trust_remote_code=False) != LoadOptions():
             raise RecipeError(
-                "--load-dtype, --device-map, --trust-remote-code (load_dtype=, device_map=, trust_remote_code=) are for a "
-                "merge that reads its tasks' texts: a method that needs second moments, or a value of 'auto', and --tasks. "
-                "This one loads no model; leave them out."
+                "--load-dtype and --device-map (load_dtype=, device_map=) are for a merge that reads its tasks' texts: a "
+                "method that needs second moments, or a value of 'auto', and --tasks. This one loads no model; leave them out."
             )
-        return recipe, ()  # and no package for live models is needed
+        # Scripts around PEFT give it to every merge, so that it is noted, and not refused.
+        trusted = ("--trust-remote-code changes nothing here: this merge reads files and runs no code of a model.",)
+        return recipe, trusted if load and load.trust_remote_code else ()  # and no package for live models is needed
     from plait.calibration.completion import complete_recipe
     from plait.calibration.request import CalibrateOptions
 

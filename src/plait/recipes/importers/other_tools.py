@@ -81,7 +81,6 @@ TABLE: tuple[Word, ...] = (
     Word(HELPER, "flag", "--a1-repo", "[name=]org/repo[@revision][/subfolder]", "One argument per adapter.", read=True),
     Word(HELPER, "flag", "--a1-sub", "org/repo/checkpoint-100", "The end of that argument.", read=True),
     Word(HELPER, "flag", "--a1-name", "name=org/repo", "The beginning of that argument.", read=True),
-    Word(HELPER, "flag", "--trust-remote-code", "", "A merge reads files and runs no code of a model.", _WRITES, read=True),
     Word(FRAMEWORK, "command", "merge-sweep", "plait eval ADAPTER... --tasks TASK... --methods linear,ties --spaces delta,core",
         "One leaderboard over methods and spaces."),
     Word(FRAMEWORK, "command", "evaluate-merged", "plait eval RECIPE --tasks TASK...",
