@@ -78,12 +78,16 @@ def test_a_journal_that_cannot_be_read_to_its_end(tmp_path):
 
 def test_kept_answers_that_are_damaged(tmp_path):
     cache = ScoreCache(tmp_path)
-    assert cache.find("k") is None
+    assert cache.find("k", 0) is None
     cache.keep("k", Answers(contender="c", task="t", answers=()))
-    assert cache.find("k") is not None
+    assert cache.find("k", 0) is not None
+    with pytest.warns(
+        PlaitWarning, match=r"k\.json does not hold complete answers \(0 for 1 examples\); the model is asked again"
+    ):
+        assert cache.find("k", 1) is None
     (tmp_path / "k.json").write_text("{")
     with pytest.warns(PlaitWarning, match=r"k\.json does not hold complete answers .*the model is asked again"):
-        assert cache.find("k") is None
+        assert cache.find("k", 0) is None
 
 
 def test_results_without_links(tmp_path, monkeypatch):

@@ -52,18 +52,23 @@ class ScoreCache:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
-    def find(self, key: str) -> Answers | None:
-        """Return what was kept, where it is complete."""
+    def find(self, key: str, count: int) -> Answers | None:
+        """Return what was kept, where it is complete: answers to so many examples."""
         if self._folder is None:
             return None
         file = self._folder / f"{key}.json"
         if not os.path.lexists(file):
             return None
         try:
-            return Answers.model_validate_json(read_text(file, TaskError))
+            found = Answers.model_validate_json(read_text(file, TaskError))
         except (OSError, ValueError) as error:  # not UTF-8, not JSON, or not answers
-            announce(f"{file} does not hold complete answers ({type(error).__name__}); the model is asked again.")
-            return None
+            reason = type(error).__name__
+        else:
+            if len(found.answers) == count:
+                return found
+            reason = f"{len(found.answers)} for {count} examples"
+        announce(f"{file} does not hold complete answers ({reason}); the model is asked again.")
+        return None
 
     def keep(self, key: str, answers: Answers) -> None:
         """Write answers down."""

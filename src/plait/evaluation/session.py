@@ -167,7 +167,7 @@ class Session:
         heads = adapter_digest(self.adapters[owner].folder) if owner is not None and owner in self.adapters else None
         key = digest(candidate.key, heads, examples.digest, self._setting)
         if key not in self._known:
-            found = self._cache.find(key)
+            found = self._cache.find(key, len(examples.items))
             if found is None:
                 found = self._ask(candidate, owner, examples)
                 self._cache.keep(key, found)
