@@ -498,6 +498,10 @@ def test_how_the_base_is_loaded_is_asked_for(place: Path, tmp_path: Path, monkey
     assert seen == [("bfloat16", "cpu"), ("float16", "cpu")]
     with pytest.raises(PlaitError, match="loads no model; leave them out"):
         plait.merge([place / "sort", place / "rate"], load_dtype="bfloat16", out=tmp_path / "no")
+    for command in ("merge", "bake"):
+        planned = [command, str(place / "sort"), str(place / "rate"), "--base-id", str(place / "base"), "--dry-run"]
+        assert run([*planned, "-o", str(tmp_path / "no")]) == 0
+        assert run([*planned, "-o", str(tmp_path / "no"), "--load-dtype", "bfloat16"]) == 2
 
 
 def test_a_plan_says_what_is_taken_first(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

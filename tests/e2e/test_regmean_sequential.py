@@ -13,6 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import plait
+from plait.calibration import sequential
+from plait.calibration.moments import take_moments
 from plait.cli.main import main
 from plait.errors import PlaitError
 from plait.merging.moments import MomentsFile
@@ -268,3 +270,23 @@ def test_moments_of_other_architectures_are_those_above_the_merged_layers(
                 assert entry is not None
                 dense = entry if isinstance(entry, torch.Tensor) else entry.dense()
                 torch.testing.assert_close(dense.double(), x.mT @ x / len(x), rtol=1e-4, atol=1e-5, msg=f"{task} {path}")
+
+
+def test_layers_above_are_not_read(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass for a layer's moments ends where the next layer begins."""
+    monkeypatch.chdir(tmp_path)
+    read: list[tuple[bool, int]] = []
+
+    def counted(model: Any, modules: Mapping[str, torch.nn.Module], *rest: Any, **more: Any) -> Any:
+        calls: list[None] = []
+        hook = model.get_submodule("model.layers.1.mlp").register_forward_pre_hook(lambda *_: calls.append(None))
+        found = take_moments(model, modules, *rest, **more)
+        hook.remove()
+        read.append((any("layers.1." in path for path in modules), len(calls)))
+        return found
+
+    monkeypatch.setattr(sequential, "take_moments", counted)
+    with pytest.warns(UserWarning, match="taken now"):
+        merge(place, tmp_path / "merged")
+    assert sorted({last for last, _ in read}) == [False, True]
+    assert all((calls > 0) == last for last, calls in read)

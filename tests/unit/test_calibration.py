@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from plait.calibration.moments import InputMoments, take_moments
 from plait.calibration.passages import Passage, Reader
+from plait.calibration.search import _Teacher
 from plait.calibration.teachers import OutputDistributions, keep_distributions, teacher_distributions
 from plait.calibration.texts import generic_lines, read_texts
 from plait.errors import TaskError
@@ -189,6 +192,17 @@ def test_answers_come_in_the_order_of_the_passages() -> None:
     found = teacher_distributions(model, PASSAGES, batch_size=2)
     wanted = torch.cat([plain_logits(model, p) for p in PASSAGES]).log_softmax(-1)
     torch.testing.assert_close(found.log_p, wanted)
+
+
+def test_an_adapter_that_is_hardly_there_has_no_huge_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The divisor is 0.01 nats at least: 1e-4 beyond an adapter that is 1e-5 from the base are 1 %, not 1000 %."""
+    monkeypatch.setattr(_Teacher, "_divergence", lambda self, model: 1e-4)
+    teacher = _Teacher.__new__(_Teacher)
+    teacher.base, teacher._adapter = 1e-5, "a"
+    live: Any = SimpleNamespace(attached=lambda merged, heads: nullcontext())
+    assert teacher.share(live, []) == pytest.approx(0.01)
+    teacher.base = 2e-2
+    assert teacher.share(live, []) == pytest.approx(0.005)
 
 
 def words(texts: Sequence[Any]) -> set[str]:

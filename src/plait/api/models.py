@@ -187,11 +187,12 @@ def evaluate(  # noqa: PLR0913 (what a command line takes)
         matrix=matrix,
         workers=workers,
     )
+    own = settings.pop("eval", {})
     return (
         EvaluateOrder(
             Request(source, settings),
             tasks=tasks,
-            eval={**settings.pop("eval", {}), "split": split, "subset": subset, "batch_size": batch_size},
+            eval={**own, "split": split, "subset": subset, "batch_size": batch_size},
             sources=sources or {},
             options=options,
         )

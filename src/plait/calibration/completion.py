@@ -9,7 +9,7 @@ from pathlib import Path
 
 from plait.calibration.pipeline import load_base, take_all_moments, take_sequential_moments
 from plait.calibration.request import CalibrateOptions, CalibrationRequest, read_calibration
-from plait.calibration.scale import FoundValues, find_values
+from plait.calibration.search import FoundValues, find_values
 from plait.calibration.texts import describe_counts
 from plait.errors import OutputError, PlanError
 from plait.extras import require

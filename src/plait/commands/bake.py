@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from plait.baking.pipeline import BakeResult, plan_bake, run_bake
 from plait.baking.plan import BakeOptions, BakePlan, bake_options
-from plait.commands.request import LoadOptions, WritingOrder
+from plait.commands.request import LoadOptions, WritingOrder, needless_loading
 from plait.errors import PlaitError, RecipeError
 from plait.hub.upload import check_push
 from plait.notices import announce
@@ -59,7 +59,7 @@ class BakeOrder(WritingOrder):
             raise RecipeError(
                 "--private (private=) is for the repository of --push-baked-repo (push_to=); give both or neither."
             )
-        _ = self.options, self.request.resolved
+        _ = self.options, needless_loading(self.request.resolved[0], self.load, self.request.function)
 
     def check_beforehand(self) -> None:
         """Refuse a repository or prompts that cannot be used, before the work begins."""

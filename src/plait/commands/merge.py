@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plait.commands.request import LoadOptions, Request, WritingOrder
+from plait.commands.request import LoadOptions, Request, WritingOrder, needless_loading
 from plait.errors import RecipeError
 from plait.hub.upload import check_push
 from plait.merging.pipeline import MergeResult, plan_recipe, run_recipe
@@ -67,7 +67,7 @@ class MergeOrder(WritingOrder):
                 "--from-merged (from_merged=) and --input (inputs=) are for --add NEW (add=), which adds an adapter to an "
                 "earlier merge."
             )
-        _ = self._resolved
+        needless_loading(self._resolved[0], self.load, self.request.function)
 
     @cached_property
     def _earlier(self) -> Path:
@@ -114,6 +114,7 @@ class MergeOrder(WritingOrder):
         """
         self.check()
         recipe, folder, _, notes = self._resolved
+        notes += needless_loading(recipe, self.load, self.request.function)
         with checking_output(self.out, force=self.force):
             plan = plan_recipe(recipe, folder=folder, workers=self.workers, moments=self.request.function)
         return plan.model_copy(update={"notes": (*plan.notes, *notes)})

@@ -136,15 +136,8 @@ def complete_from_texts(recipe: Recipe, load: LoadOptions | None, **writing: Any
     Raises:
         PlaitError: it cannot be taken; or `load` is given, and nothing is to be read.
     """
-    if not recipe.values_to_find and (writing.get("moments") is not None or not recipe.lacks_moments):
-        if load and replace(load, trust_remote_code=False) != LoadOptions():
-            raise RecipeError(
-                "--load-dtype and --device-map (load_dtype=, device_map=) are for a merge that reads its tasks' texts: a "
-                "method that needs second moments, or a value of 'auto', and --tasks. This one loads no model; leave them out."
-            )
-        # Scripts around PEFT give it to every merge, so that it is noted, and not refused.
-        trusted = ("--trust-remote-code changes nothing here: this merge reads files and runs no code of a model.",)
-        return recipe, trusted if load and load.trust_remote_code else ()  # and no package for live models is needed
+    if not _reads_texts(recipe, writing.get("moments")):
+        return recipe, needless_loading(recipe, load, writing.get("moments"))  # and no package for live models is needed
     from plait.calibration.completion import complete_recipe
     from plait.calibration.request import CalibrateOptions
 
@@ -152,6 +145,28 @@ def complete_from_texts(recipe: Recipe, load: LoadOptions | None, **writing: Any
     options = CalibrateOptions(how.base, how.dtype, how.device_map, how.trust_remote_code)
     done = complete_recipe(recipe, options=options, **writing)
     return done.recipe, done.notes
+
+
+def needless_loading(recipe: Recipe, load: LoadOptions | None, moments: MomentsOf | None) -> tuple[str, ...]:
+    """Return notes on how a base is to be loaded that nothing is read with.
+
+    Raises:
+        RecipeError: dtype or place are given for a model that is not loaded.
+    """
+    if load is None or _reads_texts(recipe, moments):
+        return ()
+    if replace(load, trust_remote_code=False) != LoadOptions():
+        raise RecipeError(
+            "--load-dtype and --device-map (load_dtype=, device_map=) are for a merge that reads its tasks' texts: a "
+            "method that needs second moments, or a value of 'auto', and --tasks. This one loads no model; leave them out."
+        )
+    # Scripts around PEFT give it to every merge, so that it is noted, and not refused.
+    trusted = ("--trust-remote-code changes nothing here: this merge reads files and runs no code of a model.",)
+    return trusted if load.trust_remote_code else ()
+
+
+def _reads_texts(recipe: Recipe, moments: MomentsOf | None) -> bool:
+    return bool(recipe.values_to_find) or (moments is None and recipe.lacks_moments)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from plait.calibration.scale import search_scale
+from plait.calibration.search import LEAST_DIVERGENCE, search_scale
 from plait.errors import PlanError
 from plait.mixture import Mixture
 from plait.recipes.tuning import TuneSpec
@@ -34,7 +34,6 @@ from plait.tuning.working import WorkingState
 
 _BATCH = 16  # texts read at a time without gradients
 _FEWEST_HELD = 4  # texts of a task that may choose scale and step without being learned from
-_LEAST_BASE = 0.01  # nats; an adapter nearer to the base than this must not decide scale and step by a share of almost nothing
 _TOKENS = 1024  # padded tokens of several tasks' texts in one pass, at most
 
 
@@ -79,7 +78,7 @@ class SplitLessons:
     own: Mapping[str, Mapping[int, tuple[float, int]]] = field(default_factory=dict)
 
     def only(self, tasks: Sequence[str]) -> SplitLessons:
-        """Return the class of some of the tasks."""
+        """Return the lessons of some of the tasks."""
         return SplitLessons(
             tuple(x for x in self.lessons if x.task in tasks), self.learn, self.held, self.learned, self.judged, self.own
         )
@@ -174,12 +173,12 @@ def evaluate_held_out(
         acting = partial(learner.acting, lesson.adapter if lesson.head else None)
         with torch.no_grad(), acting() as model:
             found[lesson.task] = divergence_over(_part(lesson, held), model)
-        kept[lesson.task] = 1 - found[lesson.task] / max(lesson.base, _LEAST_BASE)
+        kept[lesson.task] = 1 - found[lesson.task] / max(lesson.base, LEAST_DIVERGENCE)
         if spec.judge == "loss":
             base, own = taught.judged.base[lesson.task], taught.judged.own[lesson.task]
             loss = _mean(text_losses(lesson, acting, OBJECTIVES[spec.objective], spec, held), held)
             kept[lesson.task] = (base - loss) / max(base - own, spec.regret_eps)
-    shares = [found[x.task] / max(x.base, _LEAST_BASE) for x in taught.lessons]
+    shares = [found[x.task] / max(x.base, LEAST_DIVERGENCE) for x in taught.lessons]
     share = sum(shares) / len(shares)
     score = selection_score(kept, spec.criterion, earlier)
     return HeldOutScore(step=step, divergence=found, share=share, kept=kept, score=score)

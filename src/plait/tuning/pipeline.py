@@ -17,48 +17,37 @@ from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
 from plait.calibration.rebuilding import check_same_texts, request_of
-from plait.calibration.request import MISMATCH, base_of, locked_request, paired_tasks, tasks_key_problem, texts_of
-from plait.calibration.texts import Texts, texts_in_split
+from plait.calibration.request import base_of, locked_request
+from plait.calibration.texts import Texts
 from plait.checkpoints.digests import weight_files
-from plait.errors import OutputError, PlanError, TaskError, collect
+from plait.errors import OutputError, PlanError
 from plait.evaluation.loaded_base import LoadedBase
 from plait.extras import require
 from plait.hub.download import Located
-from plait.merging.adapter_output import MergedAdapter
 from plait.merging.engine import MergedModule
-from plait.merging.heads import write_heads
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.pipeline import default_workers, input_folders
-from plait.merging.plan import make_plan
 from plait.merging.record import input_digests, make_lock, sources
 from plait.merging.truncation import OutputFactors
 from plait.mixture import Mixture
 from plait.recipes.naming import naming_its_file
-from plait.recipes.schema import Dtype, Heads, Recipe
-from plait.recipes.tuning import LABELED, TuneSpec
-from plait.recipes.writing import to_yaml
+from plait.recipes.schema import Recipe
+from plait.recipes.tuning import TuneSpec
 from plait.results.digests import sha256
 from plait.results.disk import check_not_an_input
-from plait.results.lock import LEARNED_RECIPE, LEARNED_START, LOCK, Lock, locked_input, relative_path
+from plait.results.lock import LOCK, Lock, locked_input
 from plait.results.progress import Progress, SilentProgress
 from plait.results.records import write_json
 from plait.results.staging import output_problem, staged, tuning_folder
-from plait.tasks.inputs import prompt_text
-from plait.tensorfiles.writer import write_tensors
 from plait.tuning import coefficients
 from plait.tuning.card import tune_card
 from plait.tuning.coefficients import (
-    CoefficientColumns,
-    LearnedCoefficients,
     coefficient_columns,
     describe_coefficients,
     learn_in_tree,
-    learned_recipe,
     make_learner,
-    needed_rank,
     random_like,
 )
-from plait.tuning.labels import read_labeled
 from plait.tuning.learners import FactorLearner, Learner
 from plait.tuning.learning import (
     HeldOutScore,
@@ -70,16 +59,16 @@ from plait.tuning.learning import (
     split_off,
     with_references,
 )
-from plait.tuning.record import TUNING, Control, SeenTexts, TuneRecord
+from plait.tuning.record import TUNING, Control, TuneRecord
 from plait.tuning.span import energy_outside_span, relative_distance
-from plait.tuning.start import closed_form, merged_modules_of, plan_start
+from plait.tuning.start import closed_form, plan_start
 from plait.tuning.teaching import Lesson, make_lesson
+from plait.tuning.texts import seen_texts, tuning_texts, without_test_texts
 from plait.tuning.working import WorkingState
+from plait.tuning.writing import LearnedMerge, with_deltas, write_learned
 from plait.verification.inputs import FoundInput
 from plait.version import __version__
 
-_SHOWN = 3
-DIRECTIONS = "coefficients.safetensors"
 _FRESH_RATE = 2e-3  # at which a fresh LoRA learns best: a control at the rate of a merge would be weaker than it is
 _HELD_MOST = 24  # texts of a task that are held out, at most
 
@@ -167,8 +156,8 @@ def run_tune(
     rank = _rank(inventory)
     if not spec.learns_factors:
         coefficients.check_coefficients(inventory)
-    texts, right, owners = _texts(recipe, folder, inventory)
-    texts, right, excluded = (texts, right, []) if spec.allow_test else _without_tested(texts, right)
+    texts, right, owners = tuning_texts(recipe, folder, inventory)
+    texts, right, excluded = (texts, right, []) if spec.allow_test else without_test_texts(texts, right)
     base = base_of(inventory, folder, options.base)
     digests = input_digests(inventory)
     base_files = {p.name: sha256(p) for p in weight_files(base.folder)}
@@ -201,12 +190,12 @@ def run_tune(
         clock.lap("controls")
 
     with staged(out, force=force) as place:
-        made = _write_learned(inventory, learned, closed, before, place, out)
+        made = write_learned(inventory, learned, closed, before, place, out)
         record = TuneRecord(
             plait=__version__,
             recipe=recipe.model_dump(mode="json", by_alias=True),
             sources=sources(inventory, [digests[a.file.path] for a in inventory.adapters]),
-            texts=_seen(texts, owners, taught),
+            texts=seen_texts(texts, owners, taught),
             objective=spec.objective,
             scale=scale,
             scales=tuple(scales),
@@ -252,32 +241,9 @@ def rebuild_tuning(
     """
     recipe, options, locked = request_of(lock, folder, inputs, "tune")
     inventory = take_inventory(recipe)
-    texts, right, _ = _texts(recipe, None, inventory)
-    check_same_texts(texts if recipe.tune.allow_test else _without_tested(texts, right)[0], locked)
+    texts, right, _ = tuning_texts(recipe, None, inventory)
+    check_same_texts(texts if recipe.tune.allow_test else without_test_texts(texts, right)[0], locked)
     run_tune(recipe, folder=None, out=out, options=TuneOptions(**options, workers=workers), progress=progress)
-
-
-@dataclass(frozen=True, eq=False)
-class _TuningResult:
-    """What a tuning came to.
-
-    Attributes:
-        run: of the loop.
-        deltas: target → what was learned, where no recipe holds it.
-        sources: the columns, where coefficients were learned.
-        values: Λ over them.
-        coefficients: the same for the record.
-        tree: per node of a hierarchy, its children.
-        notes: what is to be known.
-    """
-
-    run: LearningRun
-    deltas: Mapping[str, tuple[LowRank, ...]]
-    sources: CoefficientColumns | None = None
-    values: Tensor | None = None
-    coefficients: LearnedCoefficients | None = None
-    tree: tuple[tuple[tuple[str, ...], ...], ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,17 +262,17 @@ class _Tuning:
     def spec(self) -> TuneSpec:
         return self.inventory.recipe.tune
 
-    def factors(self, learner: FactorLearner, start: HeldOutScore) -> _TuningResult:
+    def factors(self, learner: FactorLearner, start: HeldOutScore) -> LearnedMerge:
         """Let the merge's factors learn."""
         if self.spec.judge == "loss" or self.spec.criterion != "mean":
             start = evaluate_held_out(self.mixture, learner, self.taught, 0, self.spec)
         run = self._run(learner, start, "factors")
-        return _TuningResult(run, learner.factors.deltas())
+        return LearnedMerge(run, learner.factors.deltas())
 
-    def coefficients(self, closed: FactorLearner) -> _TuningResult:
+    def coefficients(self, closed: FactorLearner) -> LearnedMerge:
         """Let coefficients of the closed form, at its scale, and of the adapters learn."""
         spec = self.spec
-        found = coefficient_columns(self.inventory, self.mixture, _merged(self.closed, closed.factors.deltas()), self.scale)
+        found = coefficient_columns(self.inventory, self.mixture, with_deltas(self.closed, closed.factors.deltas()), self.scale)
         learner = make_learner(self.mixture, found, spec)
         first = learner.values().detach().clone()
         start = evaluate_held_out(self.mixture, learner, self.taught, 0, spec)
@@ -324,7 +290,7 @@ class _Tuning:
         values = learner.values().detach()
         merged = found.columns.merged(values, spec.used_granularity)
         about = describe_coefficients(found, spec.used_granularity, values, first)
-        return _TuningResult(run, merged, found, values, about, tree, found.notes)
+        return LearnedMerge(run, merged, found, values, about, tree, found.notes)
 
     def fresh_lora(self, rank: int) -> Control:
         """Let a fresh LoRA of the output's rank learn the same for as many steps."""
@@ -372,73 +338,6 @@ class _Tuning:
             return run_loop(self.mixture, learner, self.taught, spec, start, report, working=self.working, name=name)
         finally:
             self.progress.finish()
-
-
-@dataclass(frozen=True, eq=False)
-class _WrittenTuning:
-    """What was written.
-
-    Attributes:
-        inventory: what the adapter is a merge of.
-        rank: of the adapter.
-        deltas: that were written.
-        known: file → sha256.
-        digests: of inputs besides the adapters.
-    """
-
-    inventory: Inventory
-    rank: int
-    deltas: Mapping[str, tuple[LowRank, ...]]
-    known: dict[str, str]
-    digests: dict[Path, str]
-
-
-def _write_learned(
-    inventory: Inventory,
-    learned: _TuningResult,
-    closed: Sequence[MergedModule],
-    before: Mapping[str, tuple[LowRank, ...]],
-    place: Path,
-    out: Path,
-) -> _WrittenTuning:
-    """Write the adapter; for coefficients that a recipe can hold, also the recipe and the start that it names."""
-    spec, found = inventory.recipe.tune, learned.sources
-    if found is None or learned.values is None:
-        rank, known = _write(inventory, _merged(closed, learned.deltas), place)
-        return _WrittenTuning(inventory, rank, learned.deltas, known, {})
-    wanted = inventory.recipe.output.rank
-    rank = int(wanted) if wanted != "auto" else needed_rank(learned.deltas)
-    if spec.used_granularity == "direction":
-        deltas = {t: tuple(s.truncated(rank)[0].padded(rank) for s in slices) for t, slices in learned.deltas.items()}
-        written, known = _write(inventory, _merged(closed, deltas), place)
-        write_tensors(place / DIRECTIONS, {"coefficients": learned.values.contiguous()})
-        return _WrittenTuning(inventory, written, deltas, known, {})
-    paths = {a.name: str(located.folder) for a, located in zip(inventory.adapters, inventory.located, strict=True)}
-    public = {
-        a.name: relative_path(located.folder, place)
-        if located.repo is None
-        else f"{located.repo}@{located.commit}" + (f"/{located.subfolder}" if located.subfolder else "")
-        for a, located in zip(inventory.adapters, inventory.located, strict=True)
-    }
-    digests: dict[Path, str] = {}
-    if found.start is not None:
-        (place / LEARNED_START).mkdir()
-        _write(inventory, _merged(closed, before), place / LEARNED_START, heads=False, dtype="float32")
-        paths[found.start] = str(place / LEARNED_START)
-        public[found.start] = f"./{LEARNED_START}"
-    made = take_inventory(learned_recipe(inventory.recipe, found, learned.values, rank, paths))
-    digests = input_digests(made)
-    plan = make_plan(made, workers=1)
-    merged = list(merged_modules_of(made, plan, default_workers(), SilentProgress()))
-    written, known = _write(made, merged, place)
-    recipe = learned_recipe(inventory.recipe, found, learned.values, rank, public)
-    (place / LEARNED_RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
-    deltas = {m.target: m.factors.slices for m in merged if m.factors is not None}
-    named = [
-        at.model_copy(update={"folder": place / LEARNED_START}) if a.name == found.start else at
-        for a, at in zip(made.adapters, made.located, strict=True)
-    ]
-    return _WrittenTuning(replace(made, recipe=recipe, located=tuple(named)), written, deltas, known, digests)
 
 
 def _digest(
@@ -503,62 +402,6 @@ def _rank(inventory: Inventory) -> int:
     return int(wanted.rank) if wanted.rank != "auto" else max(r for a in inventory.adapters for r in a.ranks)
 
 
-def _texts(
-    recipe: Recipe, folder: Path | None, inventory: Inventory
-) -> tuple[dict[str, Texts], dict[str, tuple[str, ...]], dict[str, str]]:
-    """Read every task's texts; return them, the right answers where labels are learned from, and task → adapter.
-
-    Raises:
-        TaskError: there are no tasks, one has no adapter, an adapter has no task, or texts cannot be read; all at once.
-    """
-    tasks, problems = paired_tasks(recipe, folder, [a.name for a in inventory.adapters])
-    spec = recipe.tune
-    weights = spec.task_weights if isinstance(spec.task_weights, dict) else {}
-    named: dict[str, Mapping[str, object]] = {"files": spec.files, "samplers": spec.samplers, "task_weights": weights}
-    for key, given in named.items():
-        problems += tasks_key_problem(recipe, "tune", key, given, tasks)
-    found: dict[str, Texts] = {}
-    right: dict[str, tuple[str, ...]] = {}
-    for task in tasks:
-        try:
-            if spec.objective in LABELED:
-                found[task.name], right[task.name] = read_labeled(task, spec)
-            else:
-                found[task.name] = texts_of(task, recipe, "tune", folder)
-        except TaskError as error:
-            problems.append(str(error))
-    with recipe.origins.at("tasks"):
-        collect(TaskError, problems, MISMATCH)
-    return found, right, {t.name: t.own_adapter for t in tasks}
-
-
-def _without_tested(
-    texts: dict[str, Texts], right: dict[str, tuple[str, ...]]
-) -> tuple[dict[str, Texts], dict[str, tuple[str, ...]], list[str]]:
-    """Leave out texts that the test split asks too; return what remains, with notes.
-
-    Raises:
-        TaskError: nothing remains of a task.
-    """
-    kept_texts, kept_right = dict(texts), dict(right)
-    notes: list[str] = []
-    problems: list[str] = []
-    for name, t in texts.items():
-        tested_texts = set(texts_in_split(t, "test"))
-        kept = [i for i in range(len(t.prompts)) if i not in tested_texts]
-        if not kept:
-            problems.append(f"task {name!r}: its split 'test' contains every one of these texts ({t.source}) too; give others.")
-        elif tested_texts:
-            notes.append(
-                f"{name}: {len(tested_texts)} of {len(t.prompts)} texts are left out, since the split 'test' contains them too."
-            )
-            kept_texts[name] = replace(t, prompts=tuple(t.prompts[i] for i in kept), choices=tuple(t.choices[i] for i in kept))
-            if name in right:
-                kept_right[name] = tuple(right[name][i] for i in kept)
-    collect(TaskError, problems, "texts must be disjoint from those that judge the result")
-    return kept_texts, kept_right, notes
-
-
 def _load(base: Located, inventory: Inventory, options: TuneOptions, progress: Progress) -> Mixture:
     live = LoadedBase(
         base.folder,
@@ -609,46 +452,6 @@ def _scaled(
         progress.finish()
     working.save("scale", {}, {"scale": scale, "tried": tried, "held": start.model_dump(mode="json")})
     return scale, tried, start
-
-
-def _write(
-    inventory: Inventory, merged: Sequence[MergedModule], place: Path, *, heads: bool = True, dtype: Dtype | None = None
-) -> tuple[int, dict[str, str]]:
-    """Write the adapter, and each source's heads next to it; return its rank, and the sha256 of its tensor file by name."""
-    if heads:
-        write_heads(inventory.adapters, inventory.recipe.heads, place)
-    else:
-        inventory = replace(inventory, recipe=inventory.recipe.model_copy(update={"heads": Heads()}))
-    if dtype is not None:
-        output = inventory.recipe.output.model_copy(update={"dtype": dtype})
-        inventory = replace(inventory, recipe=inventory.recipe.model_copy(update={"output": output}))
-    adapter = MergedAdapter(inventory, {m.target: m.factors.rank for m in merged if m.factors is not None})
-    return adapter.rank, adapter.write(place, map(adapter.tensors, merged))
-
-
-def _merged(merged: Sequence[MergedModule], deltas: Mapping[str, tuple[LowRank, ...]]) -> list[MergedModule]:
-    """Return merged modules with the factors that were learned, balanced."""
-    return [
-        MergedModule(m.target, OutputFactors(tuple(s.canonical().padded(s.rank) for s in deltas[m.target])), None, m.bias, None)
-        for m in merged
-        if m.target in deltas
-    ]
-
-
-def _seen(texts: Mapping[str, Texts], owners: Mapping[str, str], taught: SplitLessons) -> tuple[SeenTexts, ...]:
-    return tuple(
-        SeenTexts(
-            task=name,
-            adapter=owners[name],
-            kind=t.kind,
-            source=t.source,
-            count=len(t.prompts),
-            learned=len(taught.learn[name]),
-            digest=t.digest,
-            shown=tuple(prompt_text(p) for p in t.prompts[:_SHOWN]),
-        )
-        for name, t in texts.items()
-    )
 
 
 def _notes(

@@ -26,6 +26,8 @@ from plait.results.progress import Progress, SilentProgress
 _WIDEST = 4.0  # scales that are tried: at most this, and at least its inverse
 _FIRST = (1.0, 1.4)
 _BATCH = 16
+#: Nats: an adapter nearer to the base than this must not decide by a share of almost nothing.
+LEAST_DIVERGENCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class FoundValues:
 
     Attributes:
         values: `scale` and parameters of the method, as far as they were to be found.
-        share: mean over the tasks of KL(own adapter ‖ merge) / KL(own adapter ‖ base): 0 for the adapters, 1 for the base.
+        share: mean over the tasks of KL(own adapter ‖ merge) / KL(own adapter ‖ base), the latter at least
+            `LEAST_DIVERGENCE`: 0 for the adapters, 1 for the base.
         tried: everything that was tried, with its share, in the order of trying.
     """
 
@@ -205,9 +208,9 @@ class _Teacher:
             self.base = self._divergence(model)
 
     def share(self, mixture: Mixture, merged: Sequence[MergedModule]) -> float:
-        """Return KL(adapter ‖ merge) / KL(adapter ‖ base)."""
+        """Return KL(adapter ‖ merge) / KL(adapter ‖ base), the latter at least `LEAST_DIVERGENCE`."""
         with mixture.attached(merged, heads=self._adapter) as model:
-            return self._divergence(model) / self.base
+            return self._divergence(model) / max(self.base, LEAST_DIVERGENCE)
 
     def _divergence(self, model: Any) -> float:
         reader, row, parts = Reader(model, head=self._head), 0, []

@@ -1,0 +1,93 @@
+"""The texts of a tuning: read, without those of the test split, and as its record has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from plait.calibration.request import MISMATCH, paired_tasks, tasks_key_problem, texts_of
+from plait.calibration.texts import Texts, texts_in_split
+from plait.errors import TaskError, collect
+from plait.merging.inventory import Inventory
+from plait.recipes.schema import Recipe
+from plait.recipes.tuning import LABELED
+from plait.tasks.inputs import prompt_text
+from plait.tuning.labels import read_labeled
+from plait.tuning.learning import SplitLessons
+from plait.tuning.record import SeenTexts
+
+_SHOWN = 3  # texts of a task in the record
+
+
+def tuning_texts(
+    recipe: Recipe, folder: Path | None, inventory: Inventory
+) -> tuple[dict[str, Texts], dict[str, tuple[str, ...]], dict[str, str]]:
+    """Read every task's texts; return them, the right answers where labels are learned from, and task → adapter.
+
+    Raises:
+        TaskError: there are no tasks, one has no adapter, an adapter has no task, or texts cannot be read; all at once.
+    """
+    tasks, problems = paired_tasks(recipe, folder, [a.name for a in inventory.adapters])
+    spec = recipe.tune
+    weights = spec.task_weights if isinstance(spec.task_weights, dict) else {}
+    named: dict[str, Mapping[str, object]] = {"files": spec.files, "samplers": spec.samplers, "task_weights": weights}
+    for key, given in named.items():
+        problems += tasks_key_problem(recipe, "tune", key, given, tasks)
+    found: dict[str, Texts] = {}
+    right: dict[str, tuple[str, ...]] = {}
+    for task in tasks:
+        try:
+            if spec.objective in LABELED:
+                found[task.name], right[task.name] = read_labeled(task, spec)
+            else:
+                found[task.name] = texts_of(task, recipe, "tune", folder)
+        except TaskError as error:
+            problems.append(str(error))
+    with recipe.origins.at("tasks"):
+        collect(TaskError, problems, MISMATCH)
+    return found, right, {t.name: t.own_adapter for t in tasks}
+
+
+def without_test_texts(
+    texts: dict[str, Texts], right: dict[str, tuple[str, ...]]
+) -> tuple[dict[str, Texts], dict[str, tuple[str, ...]], list[str]]:
+    """Leave out texts that the test split asks too; return what remains, with notes.
+
+    Raises:
+        TaskError: nothing remains of a task.
+    """
+    kept_texts, kept_right = dict(texts), dict(right)
+    notes: list[str] = []
+    problems: list[str] = []
+    for name, t in texts.items():
+        tested_texts = set(texts_in_split(t, "test"))
+        kept = [i for i in range(len(t.prompts)) if i not in tested_texts]
+        if not kept:
+            problems.append(f"task {name!r}: its split 'test' contains every one of these texts ({t.source}) too; give others.")
+        elif tested_texts:
+            notes.append(
+                f"{name}: {len(tested_texts)} of {len(t.prompts)} texts are left out, since the split 'test' contains them too."
+            )
+            kept_texts[name] = replace(t, prompts=tuple(t.prompts[i] for i in kept), choices=tuple(t.choices[i] for i in kept))
+            if name in right:
+                kept_right[name] = tuple(right[name][i] for i in kept)
+    collect(TaskError, problems, "texts must be disjoint from those that judge the result")
+    return kept_texts, kept_right, notes
+
+
+def seen_texts(texts: Mapping[str, Texts], owners: Mapping[str, str], taught: SplitLessons) -> tuple[SeenTexts, ...]:
+    """Return what the record says of every task's texts; `owners` is task → adapter, `taught` the texts learned from."""
+    return tuple(
+        SeenTexts(
+            task=name,
+            adapter=owners[name],
+            kind=t.kind,
+            source=t.source,
+            count=len(t.prompts),
+            learned=len(taught.learn[name]),
+            digest=t.digest,
+            shown=tuple(prompt_text(p) for p in t.prompts[:_SHOWN]),
+        )
+        for name, t in texts.items()
+    )
