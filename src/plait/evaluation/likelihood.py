@@ -96,7 +96,7 @@ def check_numbers(model: Any, scores: Sequence[float]) -> None:
 
 
 def _length(question: Question, *, encoder_decoder: bool) -> int:
-    """Return how many positions a question takes: of the longer side, where prompt and answer are read encoder_decoder."""
+    """Return how many positions a question takes: of the longer side in an encoder-decoder model."""
     prompt, longest = len(question.prompt), max(map(len, question.answers))
     return max(prompt, 1 + len(question.lead) + longest) if encoder_decoder else prompt + longest
 

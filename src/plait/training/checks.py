@@ -1,4 +1,4 @@
-"""What is wrong with the flags of `plait sft`: flag_problems, and things that this machine does not have."""
+"""What is wrong with the flags of `plait sft`: contradictions, and things that this machine does not have."""
 
 from __future__ import annotations
 

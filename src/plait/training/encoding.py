@@ -188,7 +188,7 @@ def encode_all(
         where: what is read, for messages.
 
     Raises:
-        TaskError: examples cannot be encoded (the first few are join_words), or none is left.
+        TaskError: examples cannot be encoded (the first few are listed), or none is left.
     """
     items: list[Encoded] = []
     problems: list[str] = []

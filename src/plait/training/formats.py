@@ -157,7 +157,7 @@ def convert_rows(
         system_prompt: for conversations that have none.
 
     Raises:
-        TaskError: there are no rows, the format is not known, or rows do not fit; the first few are join_words.
+        TaskError: there are no rows, the format is not known, or rows do not fit; the first few are listed.
     """
     if not rows:
         raise TaskError(f"{where}: there are no rows. Give data with at least one.")

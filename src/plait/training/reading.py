@@ -58,7 +58,7 @@ def read_phases(
         settings: keys of the file that replace its own.
 
     Raises:
-        RecipeError: it is not valid; all that is wrong is join_words with its line.
+        RecipeError: it is not valid; all that is wrong is listed with its line.
     """
     out = expanded(out).absolute()
     if isinstance(source, Mapping):
