@@ -399,7 +399,9 @@ def test_an_adapter_alone(prepared, tmp_path, capsys):
     assert run([*arguments, "--source", f"sort={prepared.adapters['sort']}"]) == 0
     assert "1.00" in capsys.readouterr().out
     assert run([*arguments, "--method", "ties"]) == 2
-    assert "is evaluated as it is; --method" in capsys.readouterr().err
+    assert "is evaluated as it is; these belong to a merge: method" in capsys.readouterr().err
+    assert run([*arguments, "--heads-policy", "average"]) == 2
+    assert "these belong to a merge: heads.policy." in capsys.readouterr().err
 
 
 def test_check_of_tasks(prepared, capsys):

@@ -91,6 +91,10 @@ prompt: "{text}"
 target: "{label}"
 labels: ["0", "1"]
 """
+PHASES = """
+base_model: ./nowhere
+phases: [{task: task.yaml}]
+"""
 Refused = tuple[list[str], Callable[[], Any]]
 #: what neither does: a command line, and the same call
 REFUSED: dict[str, Refused] = {
@@ -134,6 +138,30 @@ REFUSED: dict[str, Refused] = {
     "a plan of a bake": (
         ["bake", "a", "b", "-o", "out", "--dry-run", "--shard-size", "much"],
         lambda: plait.plan_bake(["a", "b"], shard_size="much"),
+    ),
+    "a plan of a bake with no prompts": (
+        ["bake", "a", "b", "-o", "out", "--dry-run", "--check", "none.txt"],
+        lambda: plait.bake(["a", "b"], out="out", check="none.txt"),
+    ),
+    "a plan with no repository's name": (
+        ["merge", "a", "b", "-o", "out", "--dry-run", "--push-adapter-repo", "a/b/c"],
+        lambda: plait.merge(["a", "b"], out="out", push_to="a/b/c"),
+    ),
+    "a plan whose output is an input": (
+        ["merge", "earlier", "b", "-o", "earlier", "--force", "--dry-run"],
+        lambda: plait.merge(["earlier", "b"], out="earlier", force=True),
+    ),
+    "a plan of texts of a task that is not there": (
+        ["merge", "a", "b", "--dry-run", "--method", "regmean", "--tasks", "none.yaml"],
+        lambda: plait.merge(["a", "b"], method="regmean", tasks=["none.yaml"], out="out"),
+    ),
+    "a plan of texts of tasks without an adapter": (
+        ["bake", "a", "b", "-o", "out", "--base-id", "base", "--dry-run", "--scale", "auto", "--tasks", "task.yaml"],
+        lambda: plait.bake(["a", "b"], out="out", base="base", scale="auto", tasks=["task.yaml"]),
+    ),
+    "a plan of a calibration in the way": (
+        ["calibrate", "a", "b", "--dry-run", "-o", "wrong.yaml", "--tasks", "task.yaml"],
+        lambda: plait.calibrate(["a", "b"], out="wrong.yaml", tasks=["task.yaml"]),
     ),
     "neither rank nor energy": (["compress", "a", "-o", "out"], lambda: plait.compress("a", out="out")),
     "rank and energy": (
@@ -200,6 +228,10 @@ REFUSED: dict[str, Refused] = {
         lambda: plait.sft(model_name_or_path="./nowhere", output_dir="out"),
     ),
     "an unknown flag of a training": (["sft", "--learning_rat", "1"], lambda: plait.sft(learning_rat=1)),
+    "a cluster of another kind, planned": (
+        ["train", "phases.yaml", "--dry-run", "--cluster", "slurm"],
+        lambda: plait.train("phases.yaml", cluster="slurm"),
+    ),
     "no phases": (["train", "none.yaml"], lambda: plait.train("none.yaml")),
     "an unknown key": (
         ["merge", "a", "b", "-o", "out", "--set", "method.densty=0.3"],
@@ -218,6 +250,7 @@ def test_both_refuse_it_with_the_same_sentence(case: str, tmp_path, monkeypatch,
     (tmp_path / "wrong.yaml").write_text("adapters: [./a, ./b]\nscale: much\n")
     (tmp_path / "rows.jsonl").write_text('{"text": "x", "label": 0}\n')
     (tmp_path / "task.yaml").write_text(TASK)
+    (tmp_path / "phases.yaml").write_text(PHASES)
     if "earlier" in REFUSED[case][0]:
         plait.merge(["./a", "./b"], out="earlier")
     before = {p.name for p in tmp_path.iterdir()}
@@ -231,6 +264,29 @@ def test_both_refuse_it_with_the_same_sentence(case: str, tmp_path, monkeypatch,
     sentence = " ".join(str(error.value).split())
     assert sentence.replace("./", "") in printed.replace("./", "")
     assert {p.name for p in tmp_path.iterdir()} == before
+
+
+def test_python_refuses_what_only_it_can_ask_for(tmp_path, monkeypatch) -> None:
+    """The command line has no flags for it, or bounds of its own."""
+    cohort([(6, 4)], [2, 2]).save(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    pair = ["./adapter0", "./adapter1"]
+    calls = (
+        lambda workers: plait.merge(pair, out="out", workers=workers),
+        lambda workers: plait.plan(pair, workers=workers),
+        lambda workers: plait.evaluate(pair, workers=workers),
+        lambda workers: plait.tune(pair, out="out", workers=workers),
+        lambda workers: plait.inspect(pair, workers=workers),
+        lambda workers: plait.verify("out", workers=workers),
+        lambda workers: plait.compress(pair[0], rank=1, out="out", workers=workers),
+    )
+    for call in calls:
+        for workers in (0, -1):
+            with pytest.raises(plait.RecipeError, match=rf"--workers \(workers=\) must be at least 1, got {workers}"):
+                call(workers)
+    with pytest.raises(plait.RecipeError, match="method, scale: a compression takes base_model, dtype, layout and a rank"):
+        plait.compress(pair[0], rank=1, out="out", scale=0.5, method="ties")
+    assert not (tmp_path / "out").exists()
 
 
 def printed_plan(capsys: Any, *words: str) -> Any:

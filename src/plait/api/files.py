@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from plait.commands.compress import CompressOrder
 from plait.commands.merge import Merged, MergeOrder
-from plait.commands.request import LoadOptions, RecipeSource, Request
+from plait.commands.request import RecipeSource, Request
+from plait.hub.pretrained import LoadOptions
 from plait.merging.moments import MomentsOf
 from plait.merging.pipeline import MergeResult
 from plait.merging.plan import MergePlan

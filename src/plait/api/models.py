@@ -61,15 +61,15 @@ def calibrate(  # noqa: PLR0913 (what a command line takes)
     Raises:
         PlaitError: anything wrong with what was given; nothing is left at `out` then.
     """
-    from plait.calibration.request import CalibrateOptions
     from plait.commands.calibrate import CalibrateOrder
+    from plait.hub.pretrained import LoadOptions
 
     given: dict[str, Any] = {f"calibration.{key}": value for key, value in settings.items()}
     given["base_model"] = None if base_model is None else str(base_model)
     return CalibrateOrder(
         request=Request(source, given, sets, tasks=tasks, mixed=False),
         out=Path(out),
-        options=CalibrateOptions(None, load_dtype, device_map, trust_remote_code),
+        options=LoadOptions(load_dtype, device_map, trust_remote_code),
         force=force,
     ).run(progress)
 

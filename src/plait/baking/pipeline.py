@@ -25,7 +25,7 @@ from plait.errors import OutputError, PlaitError
 from plait.merging.engine import Engine
 from plait.merging.heads import write_heads
 from plait.merging.moments import Moments, MomentsOf
-from plait.merging.pipeline import default_workers, input_folders
+from plait.merging.pipeline import input_folders
 from plait.merging.record import adapter_inputs, merge_summary, sources
 from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Heads, Recipe
@@ -37,6 +37,7 @@ from plait.results.lock import LOCK, RUN_RECORD, SUMMARY, Lock, locked_input, ne
 from plait.results.progress import Progress, SilentProgress
 from plait.results.records import ModuleRecord, write_json
 from plait.results.staging import checking_output
+from plait.results.threads import worker_count
 from plait.results.versions import library_versions
 from plait.version import __version__
 
@@ -63,17 +64,18 @@ def plan_bake(
     recipe: Recipe,
     options: BakeOptions | None = None,
     *,
+    out: Path | None = None,
     folder: Path | None = None,
+    force: bool = False,
     workers: int | None = None,
     moments: MomentsOf | None = None,
 ) -> BakePlan:
-    """Return what a bake would do; reads headers, no tensor.
+    """Return what `run_bake` would do with the same arguments; reads headers, no tensor.
 
     Raises:
         PlaitError: as `run_bake`.
     """
-    options, workers = options or BakeOptions(), workers or default_workers()
-    return prepare_bake(recipe, options, folder=folder, workers=workers, moments=moments).plan
+    return _prepared(recipe, options or BakeOptions(), out, folder, worker_count(workers), moments, force=force).plan
 
 
 @naming_its_file
@@ -107,11 +109,8 @@ def run_bake(
         PlaitError: anything wrong with what the user gave; nothing is written at `out` then.
     """
     started = time.perf_counter()
-    options, workers = options or BakeOptions(), workers or default_workers()
-    with checking_output(out, force=force):
-        bake = prepare_bake(recipe, options, folder=folder, workers=workers, moments=moments)
-    inputs = input_folders(bake.inventory) | {"the base model": bake.checkpoint.folder}
-    check_not_an_input(out, inputs, command="bake")
+    options, workers = options or BakeOptions(), worker_count(workers)
+    bake = _prepared(recipe, options, out, folder, workers, moments, force=force)
     with open_journal(out, force=force) as journal, _explained(out, journal, len(bake.shards)):
         with ThreadPoolExecutor(min(4, len(bake.inventory.adapters)), "plait-sha256") as pool:
             digests = list(pool.map(Adapter.sha256, bake.inventory.adapters))
@@ -131,6 +130,24 @@ def run_bake(
         write_json(journal.model / SUMMARY, merge_summary(record))
         journal.publish(force=force)
     return BakeResult(out, bake.plan, record)
+
+
+def _prepared(
+    recipe: Recipe,
+    options: BakeOptions,
+    out: Path | None,
+    folder: Path | None,
+    workers: int,
+    moments: MomentsOf | None,
+    *,
+    force: bool,
+) -> Bake:
+    """Prepare a bake; refuse an output that cannot be written, or is an input."""
+    with checking_output(out, force=force):
+        bake = prepare_bake(recipe, options, folder=folder, workers=workers, moments=moments)
+    inputs = input_folders(bake.inventory) | {"the base model": bake.checkpoint.folder}
+    check_not_an_input(out, inputs, command="bake")
+    return bake
 
 
 def _write_shards(bake: Bake, journal: BakeJournal, workers: int, progress: Progress) -> dict[str, str]:

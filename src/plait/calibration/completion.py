@@ -8,20 +8,21 @@ from functools import cache
 from pathlib import Path
 
 from plait.calibration.pipeline import load_base, take_all_moments, take_sequential_moments
-from plait.calibration.request import CalibrateOptions, CalibrationRequest, read_calibration
+from plait.calibration.request import CalibrationRequest, read_calibration
 from plait.calibration.search import FoundValues, find_values
 from plait.calibration.texts import describe_counts
 from plait.errors import OutputError, PlanError
 from plait.extras import require
+from plait.hub.pretrained import LoadOptions
 from plait.merging.inventory import take_inventory
 from plait.merging.moments import MomentsOf
-from plait.merging.pipeline import default_workers
 from plait.mixture import Mixture
 from plait.notices import announce
 from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Recipe
 from plait.results.progress import Progress, SilentProgress
 from plait.results.staging import output_problem
+from plait.results.threads import worker_count
 
 STORE = Path("artifacts", "moments")  # in the workspace: moments by content
 
@@ -42,6 +43,27 @@ class CompletedRecipe:
 
 
 @naming_its_file
+def read_for_completion(recipe: Recipe, folder: Path | None, options: LoadOptions) -> CalibrationRequest:
+    """Find what `complete_recipe` reads for a recipe that lacks something; loads no model.
+
+    Raises:
+        PlaitError: what it lacks cannot be taken.
+    """
+    wanted = recipe.values_to_find
+    if not recipe.tasks:
+        raise PlanError(
+            f"{', '.join(wanted)}: 'auto' is found on texts of tasks, and there are none; give --tasks FILE.yaml, or a number."
+        )
+    if recipe.is_sequential and wanted.keys() - {"scale"}:
+        raise PlanError(
+            f"method {recipe.method_name!r} takes its moments with a number for every parameter; 'auto' cannot be found for "
+            f"{', '.join(wanted.keys() - {'scale'})}. Give a number, or find one with 'regmean'."
+        )
+    require("a merge that reads texts", {"eval": ["transformers", "accelerate", "jinja2"]})
+    return read_calibration(recipe, folder, options)
+
+
+@naming_its_file
 def complete_recipe(
     recipe: Recipe,
     *,
@@ -49,7 +71,7 @@ def complete_recipe(
     out: Path | None = None,
     force: bool = False,
     moments: MomentsOf | None = None,
-    options: CalibrateOptions | None = None,
+    options: LoadOptions | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> CompletedRecipe:
@@ -74,29 +96,19 @@ def complete_recipe(
     wanted = recipe.values_to_find
     if not lacks_moments and not wanted:
         return CompletedRecipe(recipe)
-    if not recipe.tasks:
-        raise PlanError(
-            f"{', '.join(wanted)}: 'auto' is found on texts of tasks, and there are none; give --tasks FILE.yaml, or a number."
-        )
-    if recipe.is_sequential and wanted.keys() - {"scale"}:
-        raise PlanError(
-            f"method {recipe.method_name!r} takes its moments with a number for every parameter; 'auto' cannot be found for "
-            f"{', '.join(wanted.keys() - {'scale'})}. Give a number, or find one with 'regmean'."
-        )
-    require("a merge that reads texts", {"eval": ["transformers", "accelerate", "jinja2"]})
     if out is not None and (problem := output_problem(out, force=force)):
         raise OutputError(problem)
     progress = progress or SilentProgress()
-    request = read_calibration(recipe, folder, options or CalibrateOptions())
+    request = read_for_completion(recipe, folder, options or LoadOptions())
     mixture = cache(lambda: load_base(request, progress))
     notes: tuple[str, ...] = ()
     if lacks_moments:
-        recipe = _with_moments(recipe, request, folder, mixture, workers or default_workers(), progress)
+        recipe = _with_moments(recipe, request, folder, mixture, worker_count(workers), progress)
         notes = (f"second moments are of {describe_counts(request.texts)}; no label was read.",)
     if not wanted:
         return CompletedRecipe(recipe, notes=notes)
     inventory = take_inventory(recipe.with_values(wanted), folder, moments)
-    found = find_values(request, mixture(), inventory, wanted, workers or default_workers(), progress)
+    found = find_values(request, mixture(), inventory, wanted, worker_count(workers), progress)
     values = ", ".join(f"{name} {value:.4g}" for name, value in found.values.items())
     note = (
         f"{values} {'was' if len(found.values) == 1 else 'were'} found on {describe_counts(request.texts)}: nearest to each "

@@ -17,12 +17,13 @@ from plait.adapters.adapter import Adapter
 from plait.calibration.inputs import encode_texts
 from plait.calibration.moments import InputMoments, take_moments
 from plait.calibration.record import CALIBRATION, CalibratedAdapter, CalibrationRecord
-from plait.calibration.request import CalibrateOptions, CalibrationRequest, locked_request, read_calibration
+from plait.calibration.request import CalibrationRequest, locked_request, read_calibration
 from plait.calibration.sequential import merge_layer_by_layer
 from plait.errors import AdapterError, OutputError
 from plait.evaluation.loaded_base import LoadedBase
 from plait.evaluation.scores import digest
 from plait.extras import require
+from plait.hub.pretrained import LoadOptions
 from plait.merging.moments import MomentsFile, MomentsOrigin, write_moments
 from plait.merging.pipeline import input_folders
 from plait.merging.record import adapter_inputs, input_digests
@@ -62,7 +63,7 @@ def run_calibrate(
     folder: Path | None,
     out: Path,
     force: bool = False,
-    options: CalibrateOptions | None = None,
+    options: LoadOptions | None = None,
     progress: Progress | None = None,
 ) -> CalibrateResult:
     """Take the second moments of every adapted module's inputs, each adapter on its own tasks' texts.
@@ -84,7 +85,7 @@ def run_calibrate(
     started, progress = time.perf_counter(), progress or SilentProgress()
     if problem := output_problem(out, force=force):
         raise OutputError(problem)
-    request = read_calibration(recipe, folder, options or CalibrateOptions())
+    request = read_calibration(recipe, folder, options or LoadOptions())
     check_not_an_input(out, input_folders(request.inventory), command="calibration")
     check_space(out, request.plan().bytes, what="second moments", advice="fewer adapters, or --set calibration.tokens=N")
     with _work(out) as place:

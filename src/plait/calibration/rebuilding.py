@@ -10,9 +10,10 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from plait.calibration.pipeline import run_calibrate
-from plait.calibration.request import CalibrateOptions, task_texts
+from plait.calibration.request import task_texts
 from plait.calibration.texts import Texts
 from plait.errors import RecipeError, collect
+from plait.hub.pretrained import LoadOptions
 from plait.recipes.schema import Recipe
 from plait.results.lock import LOCK, Lock
 from plait.results.progress import Progress
@@ -38,7 +39,7 @@ def rebuild_calibration(
     recipe, options, locked = request_of(lock, folder, inputs, "calibration")
     texts, _ = task_texts(recipe, None, [a.name for a in recipe.adapters])
     check_same_texts(texts, locked)
-    run_calibrate(recipe, folder=None, out=out, options=CalibrateOptions(**options), progress=progress)
+    run_calibrate(recipe, folder=None, out=out, options=LoadOptions(**options), progress=progress)
 
 
 def request_of(

@@ -15,6 +15,7 @@ from plait.checkpoints.digests import weight_files
 from plait.errors import PlanError, TaskError, collect
 from plait.evaluation.scores import adapter_digest, digest
 from plait.hub.download import Located, resolve_model
+from plait.hub.pretrained import LoadOptions
 from plait.merging.inventory import Inventory, naming_base, take_inventory
 from plait.recipes.calibration import CalibrationSpec
 from plait.recipes.naming import naming_its_file
@@ -36,23 +37,6 @@ _SHOWN = 3
 _MODEL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")  # files next to a base's weights that decide what it computes
 
 
-@dataclass(frozen=True)
-class CalibrateOptions:
-    """How to calibrate on this machine, besides what the recipe says.
-
-    Attributes:
-        base: the base model, in place of the one that recipe or adapters name.
-        dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
-        device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
-        trust_remote_code: let transformers run code that comes with the weights.
-    """
-
-    base: str | None = None
-    dtype: str = "auto"
-    device_map: str = "auto"
-    trust_remote_code: bool = False
-
-
 @dataclass(frozen=True, eq=False)
 class CalibrationRequest:
     """What is to be calibrated.
@@ -67,7 +51,7 @@ class CalibrationRequest:
 
     inventory: Inventory
     base: Located
-    options: CalibrateOptions
+    options: LoadOptions
     texts: Mapping[str, Texts]
     owners: Mapping[str, str]
 
@@ -169,7 +153,7 @@ def locked_request(
     return {"request": given, "texts": dict(texts)}
 
 
-def read_calibration(recipe: Recipe, folder: Path | None, options: CalibrateOptions) -> CalibrationRequest:
+def read_calibration(recipe: Recipe, folder: Path | None, options: LoadOptions) -> CalibrationRequest:
     """Find adapters, base, tasks and texts.
 
     Args:

@@ -69,10 +69,10 @@ def bake(
     from plait.cli.console import ProgressBars, print_json, warnings_as_notes
     from plait.cli.verify import show_parity
     from plait.commands.bake import BakeOrder
-    from plait.commands.request import LoadOptions, Request
+    from plait.hub.pretrained import LoadOptions
 
     order = BakeOrder(
-        request=Request(inputs, keys.settings, keys.sets, moments, tasks=keys.tasks),
+        request=keys.request(inputs, moments),
         out=out,
         dtype=dtype,
         shard_size=shard_size,

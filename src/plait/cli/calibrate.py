@@ -26,14 +26,12 @@ def calibrate(
 
     Example: plait calibrate ./intent ./langid --tasks tasks/intent.yaml tasks/langid.yaml -o moments
     """
-    from plait.calibration.request import CalibrateOptions
     from plait.cli.console import ProgressBars, print_json, warnings_as_notes
     from plait.commands.calibrate import CalibrateOrder
-    from plait.commands.request import Request
+    from plait.hub.pretrained import LoadOptions
 
-    options = CalibrateOptions(None, *loading)
-    request = Request(inputs, keys.settings, keys.sets, tasks=keys.tasks, mixed=False)
-    order = CalibrateOrder(request=request, out=out, options=options, force=force)
+    request = keys.request(inputs, mixed=False)
+    order = CalibrateOrder(request=request, out=out, options=LoadOptions(*loading), force=force)
     with warnings_as_notes():
         if dry_run:
             plan = order.plan()

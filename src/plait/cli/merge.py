@@ -74,10 +74,10 @@ def merge(
     from plait.cli.bake import bake_json, show_bake, show_bake_plan
     from plait.cli.console import ProgressBars, err, print_json, warnings_as_notes
     from plait.commands.merge import MergeOrder
-    from plait.commands.request import LoadOptions, Request
+    from plait.hub.pretrained import LoadOptions
 
     order = MergeOrder(
-        request=Request(inputs, keys.settings, keys.sets, moments, tasks=keys.tasks),
+        request=keys.request(inputs, moments),
         out=out,
         force=writing.force,
         workers=writing.workers,

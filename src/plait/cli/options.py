@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
 import typer
+
+if TYPE_CHECKING:
+    from plait.commands.request import RecipeSource, Request
 
 TABLE = Path(__file__).with_name("recipe_keys.json")
 
@@ -180,6 +183,12 @@ class Keys:
     def tasks(self) -> list[str] | None:
         """The task files; None for the recipe's."""
         return self.values.get("tasks") or None
+
+    def request(self, inputs: RecipeSource, moments: Path | None = None, **how: Any) -> Request:
+        """Return the recipe that is asked for; `how` as `Request` takes it."""
+        from plait.commands.request import Request
+
+        return Request(inputs, self.settings, self.sets, moments, tasks=self.tasks, **how)
 
     def of(self, part: str) -> dict[str, Any]:
         """Return the keys of a part: name, or names with dots between them → value."""

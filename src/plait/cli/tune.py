@@ -35,12 +35,11 @@ def tune(
     Example: plait tune ./intent ./langid --tasks tasks/intent.yaml tasks/langid.yaml -o tuned
     """
     from plait.cli.console import ProgressBars, print_json
-    from plait.commands.request import Request
     from plait.commands.tune import START, TuneOrder
     from plait.tuning.pipeline import TuneOptions
 
     options = TuneOptions(None, *loading, control, controls, writing.workers)
-    request = Request(inputs, keys.settings, keys.sets, tasks=keys.tasks, method=START, mixed=False)
+    request = keys.request(inputs, method=START, mixed=False)
     order = TuneOrder(request=request, out=out, options=options, force=writing.force)
     result = order.run(ProgressBars())
     if writing.json:

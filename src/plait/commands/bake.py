@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from plait.baking.pipeline import BakeResult, plan_bake, run_bake
 from plait.baking.plan import BakeOptions, BakePlan, bake_options
-from plait.commands.request import LoadOptions, WritingOrder, needless_loading
+from plait.commands.request import WritingOrder, check_texts, needless_loading
 from plait.errors import PlaitError, RecipeError
+from plait.hub.pretrained import LoadOptions
 from plait.hub.upload import check_push
 from plait.notices import announce
 from plait.results.progress import Progress
-from plait.results.staging import checking_output
 
 if TYPE_CHECKING:
     from plait.verification.parity import ParityReport
@@ -61,7 +61,7 @@ class BakeOrder(WritingOrder):
             )
         _ = self.options, needless_loading(self.request.resolved[0], self.load, self.request.function)
 
-    def check_beforehand(self) -> None:
+    def _check_beforehand(self) -> None:
         """Refuse a repository or prompts that cannot be used, before the work begins."""
         if self.push_to is not None:
             check_push(self.push_to)
@@ -77,9 +77,10 @@ class BakeOrder(WritingOrder):
             PlaitError: as `plait.bake`, as far as that shows without computing.
         """
         self.check()
+        self._check_beforehand()
         recipe, folder = self.request.resolved
-        with checking_output(self.out, force=self.force):
-            return plan_bake(recipe, self.options, folder=folder, workers=self.workers, moments=self.request.function)
+        check_texts(recipe, self.load, folder, self.request.function)
+        return plan_bake(recipe, self.options, folder=folder, **self.writing)
 
     def run(self, progress: Progress | None = None) -> Baked:
         """Bake, compare with the live merge, upload.
@@ -88,12 +89,12 @@ class BakeOrder(WritingOrder):
             PlaitError: anything wrong with what was given; what is wrong after the bake leaves the model where it is.
         """
         self.check()
-        self.check_beforehand()
+        self._check_beforehand()
         recipe, folder = self.request.resolved
         recipe, notes = self.complete_from_texts(recipe, folder, progress, self.load)
         for note in notes:
             announce(note)
-        result = run_bake(recipe, self.options, folder=folder, **self.writing(progress))
+        result = run_bake(recipe, self.options, folder=folder, progress=progress, **self.writing)
         parity = None
         try:
             if self.prompts is not None:

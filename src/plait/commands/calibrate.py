@@ -6,17 +6,21 @@ from dataclasses import dataclass, field
 
 from plait.calibration.pipeline import CalibrateResult, run_calibrate
 from plait.calibration.record import CalibrationPlan
-from plait.calibration.request import CalibrateOptions, read_calibration
+from plait.calibration.request import read_calibration
 from plait.commands.request import WritingOrder
 from plait.errors import RecipeError
+from plait.hub.pretrained import LoadOptions
+from plait.merging.pipeline import input_folders
+from plait.results.disk import check_not_an_input
 from plait.results.progress import Progress
+from plait.results.staging import checking_output
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateOrder(WritingOrder):
     """A calibration that is asked for; see `plait.calibrate`."""
 
-    options: CalibrateOptions = field(default_factory=CalibrateOptions)
+    options: LoadOptions = field(default_factory=LoadOptions)
 
     def plan(self) -> CalibrationPlan:
         """Return texts and sizes; loads no model.
@@ -24,7 +28,10 @@ class CalibrateOrder(WritingOrder):
         Raises:
             PlaitError: as `plait.calibrate`, before a model is loaded.
         """
-        return read_calibration(*self.request.resolved, self.options).plan()
+        with checking_output(self.out, force=self.force):
+            request = read_calibration(*self.request.resolved, self.options)
+        check_not_an_input(self.out, input_folders(request.inventory), command="calibration")
+        return request.plan()
 
     def run(self, progress: Progress | None = None) -> CalibrateResult:
         """Take the moments.

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from plait.adapters.adapter import ADAPTER_WEIGHTS
 from plait.commands.request import LowRankOrder, Request
+from plait.errors import RecipeError
 from plait.hub.references import parse_reference
 from plait.merging.inventory import open_adapters
 from plait.merging.pipeline import MergeResult, run_recipe
 from plait.notices import announce
 from plait.results.progress import Progress
 
+_SETTINGS = {"base_model", "dtype", "layout"}
 _SMALLER = 0.98  # of the bytes before: less than that is saved by headers alone
 
 
@@ -27,6 +29,11 @@ class CompressOrder(LowRankOrder):
         Raises:
             PlaitError: anything wrong with what was given.
         """
+        if others := sorted({key for key, value in self.settings.items() if value is not None} - _SETTINGS):
+            raise RecipeError(
+                f"{', '.join(others)}: a compression takes {', '.join(sorted(_SETTINGS))} and a rank or an energy; for other "
+                "keys of a recipe, merge this one adapter."
+            )
         reference = parse_reference(self.adapter)
         name = reference.default_name()
         settings = {"rank": self.wanted_rank, "heads": {"policy": "from", "adapter": name}, **self.settings}

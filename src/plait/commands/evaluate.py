@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from plait.commands.request import LoadOptions, Request, complete_from_texts
+from plait.commands.request import Request, complete_from_texts
 from plait.errors import RecipeError
 from plait.evaluation.card import put_results
 from plait.evaluation.comparison import Leaderboard, compare_merges
@@ -18,6 +18,7 @@ from plait.evaluation.request import eval_spec, evaluated_recipe, recipe_name, v
 from plait.evaluation.requirement import Requirement
 from plait.evaluation.workspace import write_comparison, write_evaluation
 from plait.folders import expanded
+from plait.hub.pretrained import LoadOptions
 from plait.merging.pipeline import run_recipe
 from plait.notices import announce
 from plait.recipes.evaluation import EvalSpec
@@ -25,6 +26,7 @@ from plait.recipes.request import is_recipe_file
 from plait.recipes.schema import Recipe
 from plait.results.progress import Progress
 from plait.results.staging import checking_output
+from plait.results.threads import worker_count
 
 
 @dataclass(frozen=True)
@@ -106,18 +108,19 @@ class EvaluateOrder:
             self._check_options()
 
     def _check_options(self) -> None:
-        _ = self.bounds
+        _ = self.bounds, worker_count(self.options.workers)
         if self.saved is None:
-            if given := _spelled({"source": ("sources", self.sources), "card": ("card", self.card and self.out is None)}):
-                raise RecipeError(f"{given}: belongs to one adapter or model, as its files are; these are merged in memory.")
+            given = ["--source (sources=)"] * bool(self.sources) + ["--card (card=)"] * (self.card and self.out is None)
+            if given:
+                raise RecipeError(
+                    f"{', '.join(given)}: belongs to one adapter or model, as its files are; these are merged in memory."
+                )
             _ = self._merges
             return
-        merging = {key: (key, value) for key, value in self.request.given.items()}
-        merging |= {"methods": ("methods", self.methods), "spaces": ("spaces", self.spaces)}
-        merging |= {"set": ("sets", self.request.sets), "out": ("out", self.out)}
-        if given := _spelled(merging):
+        keys = [*self.request.given, *(text.partition("=")[0] for text in self.request.sets)]
+        if given := ", ".join([*keys, *(name for name in ("methods", "spaces", "out") if getattr(self, name))]):
             raise RecipeError(
-                f"{self.saved} is evaluated as it is; {given} belong to a merge: give a recipe or several adapters."
+                f"{self.saved} is evaluated as it is; these belong to a merge: {given}. Give a recipe or several adapters."
             )
 
     @cached_property
@@ -206,8 +209,3 @@ class EvaluateOrder:
             progress=progress,
             check=self._check_tasks,
         )
-
-
-def _spelled(given: Mapping[str, tuple[str, object]]) -> str:
-    """Name the options that are given, as command line and Python call them: flag → (name in Python, value)."""
-    return ", ".join(f"--{flag} ({name}=)" for flag, (name, value) in given.items() if value)

@@ -8,15 +8,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plait.commands.request import LoadOptions, Request, WritingOrder, needless_loading
+from plait.commands.request import Request, WritingOrder, check_texts, needless_loading
 from plait.errors import RecipeError
+from plait.hub.pretrained import LoadOptions
 from plait.hub.upload import check_push
 from plait.merging.pipeline import MergeResult, plan_recipe, run_recipe
 from plait.merging.plan import MergePlan
 from plait.recipes.request import Adapters, is_recipe_file
 from plait.recipes.schema import Recipe
 from plait.results.progress import Progress
-from plait.results.staging import checking_output
 
 if TYPE_CHECKING:
     from plait.baking.pipeline import BakeResult
@@ -106,6 +106,10 @@ class MergeOrder(WritingOrder):
             private=self.private and self.push_baked_to is not None,
         )
 
+    def _check_push(self) -> None:
+        if self.push_to is not None:
+            check_push(self.push_to)
+
     def plan(self) -> MergePlan:
         """Return what would happen; reads headers, no tensor.
 
@@ -113,10 +117,11 @@ class MergeOrder(WritingOrder):
             PlaitError: as `plait.merge`, as far as that shows without computing.
         """
         self.check()
-        recipe, folder, _, notes = self._resolved
+        self._check_push()
+        recipe, folder, base_folder, notes = self._resolved
         notes += needless_loading(recipe, self.load, self.request.function)
-        with checking_output(self.out, force=self.force):
-            plan = plan_recipe(recipe, folder=folder, workers=self.workers, moments=self.request.function)
+        check_texts(recipe, self.load, folder, self.request.function)
+        plan = plan_recipe(recipe, folder=folder, base_folder=base_folder, **self.writing)
         return plan.model_copy(update={"notes": (*plan.notes, *notes)})
 
     def plan_bake(self) -> BakePlan | None:
@@ -132,14 +137,14 @@ class MergeOrder(WritingOrder):
             PlaitError: anything wrong with what was given; nothing is left at the output then.
         """
         self.check()
-        if self.push_to is not None:
-            check_push(self.push_to)
+        self._check_push()
         recipe, folder, base_folder, notes = self._resolved
         recipe, found = self.complete_from_texts(recipe, folder, progress, self.load)
         if (bake := self._bake(recipe, folder)) is not None:
             bake.plan()
-            bake.check_beforehand()
-        result = run_recipe(recipe, folder=folder, base_folder=base_folder, notes=(*notes, *found), **self.writing(progress))
+        result = run_recipe(
+            recipe, folder=folder, base_folder=base_folder, notes=(*notes, *found), progress=progress, **self.writing
+        )
         if self.push_to is not None:
             from plait.verification.publish import push_result
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import RecipeError
+from plait.hub.pretrained import LoadOptions
 from plait.merging.moments import MomentsOf
 from plait.recipes.request import Adapters, base_from_here, is_recipe_file, read_request
 from plait.recipes.schema import Recipe
@@ -108,23 +109,6 @@ class Request:
         return with_tasks(recipe, self.tasks)
 
 
-@dataclass(frozen=True)
-class LoadOptions:
-    """How a base model is loaded that reads texts.
-
-    Attributes:
-        dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
-        device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
-        trust_remote_code: let transformers run code that comes with the weights.
-        base: its reference, in place of the one that recipe or adapters name.
-    """
-
-    dtype: str = "auto"
-    device_map: str = "auto"
-    trust_remote_code: bool = False
-    base: str | None = None
-
-
 def complete_from_texts(recipe: Recipe, load: LoadOptions | None, **writing: Any) -> tuple[Recipe, tuple[str, ...]]:
     """Take what a recipe leaves to its tasks' texts: moments, and values that are `auto`; return it, and notes.
 
@@ -139,12 +123,21 @@ def complete_from_texts(recipe: Recipe, load: LoadOptions | None, **writing: Any
     if not _reads_texts(recipe, writing.get("moments")):
         return recipe, needless_loading(recipe, load, writing.get("moments"))  # and no package for live models is needed
     from plait.calibration.completion import complete_recipe
-    from plait.calibration.request import CalibrateOptions
 
-    how = load or LoadOptions()
-    options = CalibrateOptions(how.base, how.dtype, how.device_map, how.trust_remote_code)
-    done = complete_recipe(recipe, options=options, **writing)
+    done = complete_recipe(recipe, options=load or LoadOptions(), **writing)
     return done.recipe, done.notes
+
+
+def check_texts(recipe: Recipe, load: LoadOptions | None, folder: Path | None, moments: MomentsOf | None) -> None:
+    """Refuse what `complete_from_texts` refuses, as far as that shows without loading a model.
+
+    Raises:
+        PlaitError: what the recipe lacks cannot be taken.
+    """
+    if _reads_texts(recipe, moments):
+        from plait.calibration.completion import read_for_completion
+
+        read_for_completion(recipe, folder, load or LoadOptions())
 
 
 def needless_loading(recipe: Recipe, load: LoadOptions | None, moments: MomentsOf | None) -> tuple[str, ...]:
@@ -185,16 +178,16 @@ class WritingOrder:
     force: bool = False
     workers: int | None = None
 
-    def writing(self, progress: Progress | None) -> dict[str, Any]:
-        """Return the arguments of a function that merges and writes."""
-        own = {"out": self.out, "force": self.force, "workers": self.workers}
-        return {**own, "moments": self.request.function, "progress": progress}
+    @property
+    def writing(self) -> dict[str, Any]:
+        """The arguments of a function that plans, or merges and writes."""
+        return {"out": self.out, "force": self.force, "workers": self.workers, "moments": self.request.function}
 
     def complete_from_texts(
         self, recipe: Recipe, folder: Path | None, progress: Progress | None, load: LoadOptions | None
     ) -> tuple[Recipe, tuple[str, ...]]:
         """Take what a recipe leaves to its tasks' texts; see `complete_from_texts` of this module."""
-        return complete_from_texts(recipe, load, folder=folder, **self.writing(progress))
+        return complete_from_texts(recipe, load, folder=folder, progress=progress, **self.writing)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from plait.errors import RecipeError
 from plait.evaluation.pipeline import EvaluateOptions
 from plait.results.progress import Progress
-from plait.training.cohort import Scheduling, train_cohort
+from plait.training.cohort import Scheduling, check_scheduling, train_cohort
 from plait.training.estimate import Forecast, forecast
 from plait.training.phases import TrainingPlan
 from plait.training.preflight import resolve_phases
@@ -58,6 +58,10 @@ class TrainOrder:
         """
         return read_phases(self.phases, out=self.folder, base=self.base, settings=self.settings, sets=self.sets)
 
+    @property
+    def _scheduling(self) -> Scheduling:
+        return Scheduling(self.workers, self.cluster)
+
     def plan(self) -> list[Forecast]:
         """Return what every phase would take; trains nothing.
 
@@ -65,6 +69,7 @@ class TrainOrder:
             PlaitError: as `plait.train`, before the first step.
         """
         plan = self.training
+        check_scheduling(self._scheduling)
         wanted = [plan.phase(name) for name in self.only] or plan.phases
         return [forecast(p, plan.out) for p in resolve_phases(plan) if p.phase in wanted]
 
@@ -80,7 +85,7 @@ class TrainOrder:
         return train_cohort(
             self.training,
             only=self.only,
-            scheduling=Scheduling(self.workers, self.cluster),
+            scheduling=self._scheduling,
             evaluation=EvaluateOptions(
                 dtype=self.load_dtype,
                 device_map=self.device_map,

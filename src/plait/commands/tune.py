@@ -7,6 +7,7 @@ from pathlib import Path
 
 from plait.commands.request import WritingOrder
 from plait.results.progress import Progress
+from plait.results.threads import worker_count
 from plait.tuning.pipeline import TuneOptions, TuneResult, run_tune
 
 START = "regmean"  # the merge that a tuning starts from, where no method is named
@@ -25,5 +26,6 @@ class TuneOrder(WritingOrder):
         Raises:
             PlaitError: anything wrong with what was given; nothing is left at the output then.
         """
+        worker_count(self.options.workers)
         recipe, folder = self.request.resolved
         return run_tune(recipe, folder=folder, out=self.out, force=self.force, options=self.options, progress=progress)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.results.progress import Progress
+from plait.results.threads import worker_count
 from plait.verification.parity import check_parity, check_parity_request
 from plait.verification.verify import Verification, verify_folder
 
@@ -30,6 +31,7 @@ class VerifyOrder:
         Raises:
             PlaitError: there is no lock that can be read, or parity cannot be measured.
         """
+        worker_count(self.workers)
         if self.prompts is not None:
             check_parity_request(self.prompts, self.device)
         places = {name: str(path) for name, path in self.inputs.items()}

@@ -7,7 +7,6 @@ Eckart & Young 1936: the truncated SVD is the nearest matrix of its rank. It is 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from plait.results.lock import LOCK, RUN_RECORD, Lock, locked_input, new_lock, o
 from plait.results.progress import Progress, SilentProgress
 from plait.results.records import ModuleRecord, write_json
 from plait.results.staging import output_problem, staged
+from plait.results.threads import worker_count
 from plait.version import __version__
 
 
@@ -66,7 +66,7 @@ def run_extract(
         PlaitError: anything wrong with what the user gave; nothing is left at `out` then.
     """
     started = time.perf_counter()
-    workers = workers or max(1, min(4, os.cpu_count() or 1))
+    workers = worker_count(workers)
     progress = progress or SilentProgress()
     problem = output_problem(out, force=force)
     if problem:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,23 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 _MODEL = ("config.json", _GENERATION, "model.safetensors.index.json")
 _TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
 _WORDS = 300  # characters of a library's message
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a base model is loaded that reads texts.
+
+    Attributes:
+        dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
+        device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
+        trust_remote_code: let transformers run code that comes with the weights.
+        base: its reference, in place of the one that recipe or adapters name.
+    """
+
+    dtype: str = "auto"
+    device_map: str = "auto"
+    trust_remote_code: bool = False
+    base: str | None = None
 
 
 def load_tokenizer(

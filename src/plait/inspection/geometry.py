@@ -12,7 +12,6 @@ import statistics
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, combinations, pairwise
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from plait.adapters.lowrank import LowRank
 from plait.adapters.names import layer_key
 from plait.linalg.blocks import block_ranges
 from plait.linalg.factored import rank_for_energy
+from plait.results.threads import one_thread_each
 
 SymmetricMatrix = tuple[tuple[float | None, ...], ...]  # (T, T); None where a value is not defined
 _NULL = 1e-5  # directions of a factor below this share of its largest singular value are round-off
@@ -101,13 +101,8 @@ def measure_all(adapters: Sequence[Adapter], paths: Sequence[str], workers: int)
     """Yield the measures of the modules, in their order. In every worker torch keeps to one thread: the tensors are small."""
     dtype = torch.float64 if any("F64" in a.dtypes for a in adapters) else torch.float32
     blocks = _Blocks()
-    before = torch.get_num_threads()
-    with ThreadPoolExecutor(workers, "plait-inspect", torch.set_num_threads, (1,)) as pool:
-        try:
-            yield from pool.map(lambda path: _measure(adapters, path, dtype, blocks), paths)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(before)
+    with one_thread_each(workers) as pool:
+        yield from pool.map(lambda path: _measure(adapters, path, dtype, blocks), paths)
 
 
 def row_overlaps(adapters: Sequence[Adapter], path: str) -> list[RowSpaceOverlap]:

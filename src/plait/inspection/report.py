@@ -22,6 +22,7 @@ from plait.inspection.doubts import config_problems
 from plait.inspection.geometry import EntrySums, PairwiseMeasures, Spectra, SymmetricMatrix, layer_name, measure_all
 from plait.records import Record
 from plait.results.progress import Progress, SilentProgress
+from plait.results.threads import worker_count
 
 COLLAPSED = 0.9  # overlap of the A row spaces above which adapters count as one initialization
 SEPARATE = 0.5  # and below which as independent ones
@@ -274,13 +275,14 @@ def inspect_adapters(
     """
     if not adapters:
         raise PlanError("there is no adapter to inspect; name at least one.")
+    count = worker_count(workers) if workers is not None else os.cpu_count() or 1
     paths = sorted({path for a in adapters for path in a.targets}, key=_model_order)
     spectra = [Spectra() for _ in adapters]
     pairs = PairwiseMeasures(len(adapters))
     listener = progress or SilentProgress()
     listener.start("compare" if len(adapters) > 1 else "measure", len(paths))
     try:
-        for measured in measure_all(adapters, paths, workers or os.cpu_count() or 1):
+        for measured in measure_all(adapters, paths, count):
             for t, powers in measured.powers.items():
                 spectra[t].add(measured.path, powers)
             pairs.add(measured)

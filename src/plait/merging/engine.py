@@ -30,6 +30,7 @@ from plait.merging.plan import MergePlan, ModulePlan
 from plait.merging.prepared import NeedsDouble, PreparedAdapters
 from plait.merging.truncation import OutputFactors, as_blocks, rank_at_energy, truncate_module
 from plait.results.progress import Progress
+from plait.results.threads import one_thread_each
 from plait.spaces import SPACES
 from plait.spaces.base import MergedMatrix
 from plait.stages.base import GramCombine, LinearCombine, Reduction
@@ -289,11 +290,6 @@ def _above_float32(part: MergedMatrix) -> bool:
 @contextmanager
 def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Offer worker threads; torch uses one thread in each of them and in the caller's, whose setting is put back."""
-    before = torch.get_num_threads()
-    with ThreadPoolExecutor(workers, "plait", torch.set_num_threads, (1,)) as pool:
+    with one_thread_each(workers) as pool:
         torch.set_num_threads(1)
-        try:
-            yield pool
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(before)
+        yield pool

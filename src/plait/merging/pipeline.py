@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ from plait.results.progress import Progress, SilentProgress
 from plait.results.records import ModuleRecord, overall_kept, write_json
 from plait.results.run_folders import new_run_folder
 from plait.results.staging import checking_output, staged
+from plait.results.threads import worker_count
 from plait.tensorfiles.writer import TensorWriter
 from plait.version import __version__
 
@@ -58,17 +58,18 @@ class MergeResult(ShortRepr):
 
 @naming_its_file
 def plan_recipe(
-    recipe: Recipe, *, folder: Path | None = None, workers: int | None = None, moments: MomentsOf | None = None
+    recipe: Recipe,
+    *,
+    folder: Path | None = None,
+    out: Path | None = None,
+    force: bool = False,
+    workers: int | None = None,
+    base_folder: Path | None = None,
+    moments: MomentsOf | None = None,
 ) -> MergePlan:
-    """Return what a recipe would do; reads headers, no tensor.
+    """Return what `run_recipe` would do with the same arguments; reads headers, no tensor.
 
     What a merge takes from the tasks' texts first (second moments, what is `auto`) is not taken; notes name it.
-
-    Args:
-        recipe: what is asked for.
-        folder: what its relative paths are relative to; the current folder when None.
-        workers: modules worked on at a time; decides the memory estimate.
-        moments: second moments of inputs, in place of files that the recipe names.
     """
     notes = []
     if moments is None and recipe.lacks_moments:
@@ -81,7 +82,7 @@ def plan_recipe(
         recipe = recipe.with_values(values)
         found, here = " and ".join(values), ", ".join(f"{name} {value:g}" for name, value in values.items())
         notes.append(f"the {found} {'is' if len(values) == 1 else 'are'} found on the tasks' texts; this plan has {here}.")
-    plan = make_plan(take_inventory(recipe, folder, moments), workers=workers or default_workers())
+    _, plan = _planned(recipe, folder, out, worker_count(workers), moments, base_folder, force=force)
     return plan.model_copy(update={"notes": (*plan.notes, *notes)})
 
 
@@ -127,11 +128,8 @@ def run_recipe(
                 notes=notes,
             )
     started = time.perf_counter()
-    workers = workers or default_workers()
-    with checking_output(out, force=force):
-        inventory = take_inventory(recipe, folder, moments, base_folder)
-        plan = make_plan(inventory, workers=workers)
-    check_not_an_input(out, input_folders(inventory), command="merge")
+    workers = worker_count(workers)
+    inventory, plan = _planned(recipe, folder, out, workers, moments, base_folder, force=force)
     plan = plan.model_copy(update={"notes": (*plan.notes, *notes)})
     if plan.output_bytes is not None:
         check_space(out, plan.output_bytes, what="the result", advice="--rank, --dtype bfloat16")
@@ -149,9 +147,22 @@ def run_recipe(
     return MergeResult(out, plan, record)
 
 
-def default_workers() -> int:
-    """Return how many modules are worked on at a time: the cores, at most 4."""
-    return max(1, min(4, os.cpu_count() or 1))
+def _planned(
+    recipe: Recipe,
+    folder: Path | None,
+    out: Path | None,
+    workers: int,
+    moments: MomentsOf | None,
+    base_folder: Path | None,
+    *,
+    force: bool,
+) -> tuple[Inventory, MergePlan]:
+    """Open the adapters and plan their merge; refuse an output that cannot be written, or is an input."""
+    with checking_output(out, force=force):
+        inventory = take_inventory(recipe, folder, moments, base_folder)
+        plan = make_plan(inventory, workers=workers)
+    check_not_an_input(out, input_folders(inventory), command="merge")
+    return inventory, plan
 
 
 def _write(

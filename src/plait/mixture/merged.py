@@ -17,7 +17,6 @@ from plait.hub.download import resolve_model
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.heads import main_heads
 from plait.merging.inventory import Inventory, naming_base, take_inventory
-from plait.merging.pipeline import default_workers
 from plait.merging.plan import make_plan
 from plait.merging.truncation import rounded
 from plait.mixture.loading import require_libraries
@@ -26,6 +25,7 @@ from plait.mixture.swaps import FullTensorSet
 from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
 from plait.results.progress import Progress, SilentProgress
+from plait.results.threads import worker_count
 
 
 def merged_modules(
@@ -43,7 +43,7 @@ def merged_modules(
     Raises:
         PlanError: the merge cannot be done.
     """
-    workers = workers or default_workers()
+    workers = worker_count(workers)
     engine = Engine(inventory, make_plan(inventory, workers=workers), workers=workers, progress=progress or SilentProgress())
     combiner = engine.prepare()
     return tuple(_rounded(m, inventory.recipe) for m in engine.run(combiner, engine.ranks(combiner)))

@@ -41,18 +41,18 @@ def check_space(out: Path, needed: int, *, what: str, on: Path | None = None, ad
         )
 
 
-def check_not_an_input(out: Path, inputs: Mapping[str, Path], *, command: str) -> None:
+def check_not_an_input(out: Path | None, inputs: Mapping[str, Path], *, command: str) -> None:
     """Refuse an output that would take the place of what the command reads.
 
     Args:
-        out: the output.
+        out: the output; None for nowhere yet.
         inputs: what each is → its folder.
         command: as a noun, such as "merge".
 
     Raises:
         OutputError: `out` is one of the folders, or holds one.
     """
-    if not out.exists():
+    if out is None or not out.exists():
         return
     for what, folder in inputs.items():
         if out.resolve() in (folder.resolve(), *folder.resolve().parents):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -9,10 +10,22 @@ from typing import TypeVar
 
 import torch
 
+from plait.errors import RecipeError
 from plait.results.progress import Progress
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def worker_count(workers: int | None = None) -> int:
+    """Return how many items are worked on at a time: as asked for, else the cores, at most 4.
+
+    Raises:
+        RecipeError: it is less than 1.
+    """
+    if workers is not None and workers < 1:
+        raise RecipeError(f"--workers (workers=) must be at least 1, got {workers}.")
+    return workers or max(1, min(4, os.cpu_count() or 1))
 
 
 def in_order(stage: str, work: Callable[[T], R], items: Sequence[T], workers: int, progress: Progress) -> Iterator[R]:

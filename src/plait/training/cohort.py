@@ -84,7 +84,7 @@ def train_cohort(
     """
     started, scheduling = time.perf_counter(), scheduling or Scheduling()
     chosen = [plan.phase(name) for name in only] or list(plan.phases)
-    _check_scheduling(scheduling)
+    check_scheduling(scheduling)
     if (plan.out / _IN_USE).exists():
         with _alone(plan.out):  # before anything is read: the workers of a run that was killed may need a moment to leave
             pass
@@ -125,7 +125,12 @@ def train_cohort(
         return _write(plan.out, result, started)
 
 
-def _check_scheduling(scheduling: Scheduling) -> None:
+def check_scheduling(scheduling: Scheduling) -> None:
+    """Refuse numbers of phases, clusters and missing packages.
+
+    Raises:
+        PlaitError: phases cannot run so.
+    """
     if scheduling.workers is not None and scheduling.workers < 1:
         raise RecipeError(f"--workers {scheduling.workers}: at least one phase must run at a time.")
     if scheduling.cluster is not None and scheduling.cluster != "ray" and not scheduling.cluster.startswith("ray://"):

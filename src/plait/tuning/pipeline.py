@@ -26,7 +26,7 @@ from plait.extras import require
 from plait.hub.download import Located
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory, take_inventory
-from plait.merging.pipeline import default_workers, input_folders
+from plait.merging.pipeline import input_folders
 from plait.merging.record import input_digests, make_lock, sources
 from plait.merging.truncation import OutputFactors
 from plait.mixture import Mixture
@@ -39,6 +39,7 @@ from plait.results.lock import LOCK, Lock, locked_input
 from plait.results.progress import Progress, SilentProgress
 from plait.results.records import write_json
 from plait.results.staging import output_problem, staged, tuning_folder
+from plait.results.threads import worker_count
 from plait.tuning import coefficients
 from plait.tuning.card import tune_card
 from plait.tuning.coefficients import (
@@ -368,7 +369,7 @@ def _closed_form(
         inventory = replace(inventory, recipe=whole)
     if (found := working.load("closed-form")) is not None:
         return _from_tensors(*found)
-    merged = closed_form(inventory, mixture, lessons, workers=options.workers or default_workers(), progress=progress)
+    merged = closed_form(inventory, mixture, lessons, workers=worker_count(options.workers), progress=progress)
     tensors: dict[str, Tensor] = {}
     for m in merged:
         if m.factors is None or m.magnitude is not None:

@@ -13,7 +13,6 @@ from plait.merging.adapter_output import MergedAdapter
 from plait.merging.engine import MergedModule
 from plait.merging.heads import write_heads
 from plait.merging.inventory import Inventory, take_inventory
-from plait.merging.pipeline import default_workers
 from plait.merging.plan import make_plan
 from plait.merging.record import input_digests
 from plait.merging.truncation import OutputFactors
@@ -21,6 +20,7 @@ from plait.recipes.schema import Dtype, Heads
 from plait.recipes.writing import to_yaml
 from plait.results.lock import LEARNED_RECIPE, LEARNED_START, relative_path
 from plait.results.progress import SilentProgress
+from plait.results.threads import worker_count
 from plait.tensorfiles.writer import write_tensors
 from plait.tuning.coefficients import CoefficientColumns, LearnedCoefficients, learned_recipe, needed_rank
 from plait.tuning.learning import LearningRun
@@ -116,7 +116,7 @@ def write_learned(
     made = take_inventory(learned_recipe(inventory.recipe, found, learned.values, rank, paths))
     digests = input_digests(made)
     plan = make_plan(made, workers=1)
-    merged = list(merged_modules_of(made, plan, default_workers(), SilentProgress()))
+    merged = list(merged_modules_of(made, plan, worker_count(), SilentProgress()))
     written, known = _write_adapter(made, merged, place)
     recipe = learned_recipe(inventory.recipe, found, learned.values, rank, public)
     (place / LEARNED_RECIPE).write_text(to_yaml(recipe), encoding="utf-8")

@@ -24,12 +24,13 @@ from plait.merging.combine import pipeline_of
 from plait.merging.delta_file import NAME as DELTA
 from plait.merging.engine import Engine
 from plait.merging.inventory import Inventory, take_inventory
-from plait.merging.pipeline import default_workers, run_recipe
+from plait.merging.pipeline import run_recipe
 from plait.merging.plan import make_plan
 from plait.parsing import read_object
 from plait.recipes.schema import Heads, Output, Recipe
 from plait.results.lock import Lock
 from plait.results.progress import Progress
+from plait.results.threads import worker_count
 from plait.tensorfiles.reader import SafetensorsFile
 from plait.verification.inputs import FoundInput
 from plait.verification.rebuild import located_recipe
@@ -182,7 +183,7 @@ def _coefficients(inventory: Inventory, progress: Progress) -> dict[str, list[fl
     is_sum = pipeline_of(recipe).is_linear and recipe.space_name != "factors" and not recipe.transforms
     plan = make_plan(inventory, workers=1)
     if is_sum:
-        combiner = Engine(inventory, plan, workers=default_workers(), progress=progress).prepare()
+        combiner = Engine(inventory, plan, workers=worker_count(), progress=progress).prepare()
         found = {m.target: combiner.coefficients(m.target).tolist() for m in plan.modules}
     if any(t.is_dora for a in inventory.adapters for t in a.targets.values()):
         if is_sum and len(inventory.adapters) == 1 and all(row == [1.0] for row in found.values()):
