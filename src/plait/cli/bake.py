@@ -107,17 +107,13 @@ def bake_json(result: BakeResult) -> dict[str, object]:
 
 def show_bake_plan(plan: BakePlan, out: Path) -> None:
     """Show what would be written, and what it takes."""
-    from rich.table import Table
-
+    from plait.cli.console import new_table, print_notes, size
     from plait.cli.console import out as console
-    from plait.cli.console import size
     from plait.results.disk import free_space
 
     names = " + ".join(plan.adapters)
     console().print(f"[bold]{plan.base}[/bold] with [bold]{names}[/bold]: {plan.method} in {plan.space} space")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name, justify in (("file", "left"), ("size", "right"), ("copied", "right"), ("changed", "left")):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table = new_table(("file", "size", "copied", "changed"), left=("file", "changed"), overflow="fold")
     for shard in plan.shards:
         table.add_row(shard.name, size(shard.size), size(shard.copied), _changed(shard.tensors))
     console().print(table)
@@ -127,12 +123,12 @@ def show_bake_plan(plan: BakePlan, out: Path) -> None:
         f"{plan.target_modules} target modules, each in its place · {size(plan.output_bytes)} to write, "
         f"{size(free_space(out)[1])} free · about {size(plan.peak_bytes)} of memory"
     )
-    _show_notes(plan)
+    print_notes(plan.notes)
 
 
 def show_bake(result: BakeResult) -> None:
     """Show where the model is and what was done."""
-    from plait.cli.console import out, size
+    from plait.cli.console import out, print_notes, size
 
     console, record = out(), result.record
     console.print(f"[bold]{record.base_model}[/bold] with [bold]{' + '.join(result.plan.adapters)}[/bold] → ", end="")
@@ -144,14 +140,7 @@ def show_bake(result: BakeResult) -> None:
     )
     if result.url:
         console.print(f"pushed to {result.url}")
-    _show_notes(result.plan)
-
-
-def _show_notes(plan: BakePlan) -> None:
-    from plait.cli.console import err
-
-    for note in plan.notes:
-        err().print(f"note: {note}", style="dim", markup=False)
+    print_notes(result.plan.notes)
 
 
 def _changed(tensors: tuple[TensorPlan, ...]) -> str:

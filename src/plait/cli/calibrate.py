@@ -55,22 +55,18 @@ def _show_plan(plan: CalibrationPlan) -> None:
 
 
 def _show(result: CalibrateResult) -> None:
-    from rich.table import Table
 
-    from plait.cli.console import err, out, size
+    from plait.cli.console import new_table, out, print_notes, size
 
     record = result.record
     _show_texts(record.texts)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("moments", "tokens", "modules", "matrices", "as rows", "size", ""):
-        table.add_column(name, justify="left" if name in ("moments", "") else "right")
+    table = new_table(("moments", "tokens", "modules", "matrices", "as rows", "size", ""), left=("moments", ""))
     for a in record.adapters:
         counts = (a.tokens, a.modules, a.stored - a.rows, a.rows)
         table.add_row(a.file, *map(str, counts), size(a.bytes), "of an earlier run" if a.reused else "")
     out().print(table)
     out().print(f"{result.folder} · {size(record.bytes)} · {record.seconds:.1f} s", soft_wrap=True)
-    for note in record.notes:
-        err().print(f"note: {note}", style="dim", markup=False)
+    print_notes(record.notes)
 
 
 def _show_texts(texts: tuple[CalibratedTexts, ...]) -> None:

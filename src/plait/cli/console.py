@@ -7,11 +7,11 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, OverflowMethod, RenderableType
 from rich.errors import MarkupError
 from rich.progress import (
     BarColumn,
@@ -25,6 +25,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 #: Characters that command a terminal or turn the direction of text; names of files and tensors may hold them.
@@ -83,6 +84,20 @@ def print_json(value: Any) -> None:
     sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")  # of a name that is not valid Unicode
 
 
+def print_notes(notes: Iterable[str], console: Console | None = None) -> None:
+    """Print notes, a line each; on stderr when no console is given."""
+    for note in notes:
+        (console or err()).print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
+
+
+def new_table(columns: Sequence[str], *, left: Collection[str], overflow: OverflowMethod = "ellipsis") -> Table:
+    """Return a table without lines; columns are aligned to the right, but for those in `left`."""
+    found = Table(box=None, header_style="bold", pad_edge=False)
+    for name in columns:
+        found.add_column(name, justify="left" if name in left else "right", overflow=overflow)
+    return found
+
+
 @contextmanager
 def warnings_as_notes(wanted: type[Warning] = Warning) -> Iterator[None]:
     """Print what is warned of within the block as notes on stderr, at once: what takes long is announced before it is done.
@@ -103,7 +118,7 @@ def warnings_as_notes(wanted: type[Warning] = Warning) -> Iterator[None]:
             shown(message, category, filename, lineno, file, line)
         elif (text := str(message)) not in printed:
             printed.add(text)
-            err().print(f"note: {text}", style="dim", markup=False, soft_wrap=True)
+            print_notes([text])
 
     with warnings.catch_warnings():
         shown, warnings.showwarning = warnings.showwarning, show

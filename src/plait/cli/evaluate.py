@@ -113,16 +113,12 @@ def _kept(workspace: Path) -> str:
 
 def show_evaluation(found: Evaluation) -> None:
     """Print one evaluation as a table."""
-    from rich.table import Table
-
-    from plait.cli.console import out
+    from plait.cli.console import new_table, out
 
     console = out()
     parts = [f"[bold]{found.name}[/bold]", found.split, " + ".join(s.name for s in found.sources)]
     console.print(" · ".join(part for part in parts if part), markup=True)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("task", "metric", "n", "base", "single", "merged", "recovery", "95 %"):
-        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    table = new_table(("task", "metric", "n", "base", "single", "merged", "recovery", "95 %"), left=("task", "metric"))
     for t in found.tasks:
         arrow = "" if t.higher_is_better else " ↓"
         single = "–" if t.single is None else f"{t.single:.3f}"
@@ -158,14 +154,11 @@ def _show_matrix(found: Evaluation) -> None:
 
 
 def _show_board(board: Leaderboard) -> None:
-    from rich.table import Table
 
-    from plait.cli.console import out
+    from plait.cli.console import new_table, out
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
     tasks = list(board.base)
-    for name in ("merge", "worst", "95 %", "mean", *tasks):
-        table.add_column(name, justify="left" if name == "merge" else "right")
+    table = new_table(("merge", "worst", "95 %", "mean", *tasks), left=("merge",))
     for p in board.places:
         metrics = (f"{_marked(p.metric[t], below=t in p.below_base)} ({_number(p.recovery[t])})" for t in tasks)
         worst, mean = _number(p.worst_recovery), _number(p.mean_recovery)
@@ -182,7 +175,7 @@ def _show_board(board: Leaderboard) -> None:
 
 
 def _show_verdict(found: Evaluated) -> None:
-    from plait.cli.console import err, out
+    from plait.cli.console import out, print_notes
 
     best = found.best
     for bound in found.required:
@@ -191,8 +184,7 @@ def _show_verdict(found: Evaluated) -> None:
         out().print(f"{bound}: {word} ({best.name}: {'undefined' if value is None else f'{value:.3f}'})")
     if found.saved is not None:
         out().print(f"{best.name} → [bold]{found.saved}[/bold]")
-    for note in best.notes:
-        err().print(f"note: {note}", style="dim", markup=False)
+    print_notes(best.notes)
     out().print(f"[dim]{found.run}[/dim]", soft_wrap=True)
 
 

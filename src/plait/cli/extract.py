@@ -61,7 +61,7 @@ def extract(
 
 
 def _show(result: ExtractResult) -> None:
-    from plait.cli.console import err, out, size
+    from plait.cli.console import out, print_notes, size
     from plait.cli.merge import show_energy
 
     console, record = out(), result.record
@@ -79,8 +79,7 @@ def _show(result: ExtractResult) -> None:
     _show_leftovers(record)
     if record.max_lora_rank and not record.saved and not any(x.kept for x in record.leftovers):
         console.print(f"vLLM: --max-lora-rank {record.max_lora_rank}")
-    for note in record.notes:
-        err().print(f"note: {note}", style="dim", markup=False)
+    print_notes(record.notes)
 
 
 def _show_leftovers(record: ExtractRecord) -> None:

@@ -145,7 +145,7 @@ def _translated(arguments: list[str]) -> list[str]:
     Raises:
         RecipeError: some of them mean something else here.
     """
-    from plait.cli.console import err
+    from plait.cli.console import print_notes
     from plait.cli.spellings import refuse_foreign_command, translate_flags
 
     at = next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)
@@ -160,8 +160,7 @@ def _translated(arguments: list[str]) -> list[str]:
     command = typer.main.get_command(app).commands[arguments[at]]  # type: ignore[attr-defined]
     known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     words, notes = translate_flags(arguments[at:], known)
-    for note in notes:
-        err().print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
+    print_notes(notes)
     return [*arguments[:at], *words]
 
 

@@ -72,7 +72,7 @@ def merge(
     """
     from plait.cli.arguments import named_paths
     from plait.cli.bake import bake_json, show_bake, show_bake_plan
-    from plait.cli.console import ProgressBars, err, print_json, warnings_as_notes
+    from plait.cli.console import ProgressBars, print_json, print_notes, warnings_as_notes
     from plait.commands.merge import MergeOrder
     from plait.hub.pretrained import LoadOptions
 
@@ -102,8 +102,7 @@ def merge(
             show_bake_plan(baked, bake_dir)
         return
     result = order.run(ProgressBars())
-    for note in result.record.notes:
-        err().print(f"note: {note}", style="dim", markup=False)
+    print_notes(result.record.notes)
     if writing.json:
         merged = {"folder": str(result.folder), "url": result.url, **result.record.model_dump(mode="json")}
         print_json(merged | ({} if result.baked is None else {"bake": bake_json(result.baked)}))
@@ -114,24 +113,16 @@ def merge(
 
 
 def _show_plan(plan: MergePlan) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    from plait.cli.console import out, size
+    from plait.cli.console import new_table, out, print_notes, size
 
     console = out()
     head = Text.assemble((plan.method, "bold"), " in ", (plan.space, "bold"), f" space: {plan.equation}")
     console.print(head)
     console.print(f"pipeline: {plan.pipeline}", markup=False, highlight=False)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name, justify in (
-        ("target modules", "left"),
-        ("shape", "right"),
-        ("ranks", "left"),
-        ("weights", "left"),
-        ("result", "left"),
-    ):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    columns = ("target modules", "shape", "ranks", "weights", "result")
+    table = new_table(columns, left=("target modules", "ranks", "weights", "result"), overflow="fold")
     for pattern, count, m in _grouped(plan):
         shape = f"{m.shape[0]}×{m.shape[1]}" + (f" ×{m.stack}" if m.stack > 1 else "")
         ranks = " ".join(str(m.ranks.get(a, "–")) for a in plan.adapters)
@@ -152,8 +143,7 @@ def _show_plan(plan: MergePlan) -> None:
     console.print(f"promised: {', '.join([*holds, *fails])}", highlight=False)
     if plan.max_lora_rank:
         console.print(f"vLLM: --max-lora-rank {plan.max_lora_rank}")
-    for note in plan.notes:
-        console.print(f"note: {note}", style="dim", markup=False)
+    print_notes(plan.notes, console)
 
 
 def _grouped(plan: MergePlan) -> list[tuple[str, int, Any]]:
@@ -222,16 +212,12 @@ def show_energy(modules: Sequence[ModuleRecord]) -> None:
     """Show the kept energy by kind of module: where the loss is."""
     from collections import defaultdict
 
-    from rich.table import Table
-
-    from plait.cli.console import out
+    from plait.cli.console import new_table, out
 
     kinds: dict[str, list[Any]] = defaultdict(list)
     for m in modules:
         kinds[m.target.rpartition(".")[2]].append(m)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("module", "kept", "worst", "where"):
-        table.add_column(name, justify="left" if name in ("module", "where") else "right")
+    table = new_table(("module", "kept", "worst", "where"), left=("module", "where"))
     for kind, members in kinds.items():
         total = sum(m.energy or 0 for m in members)
         kept = sum((m.energy or 0) * m.kept for m in members) / total if total else 1.0

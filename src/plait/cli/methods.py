@@ -23,27 +23,21 @@ def methods(
     Example: plait methods ties; plait methods --stages; plait methods --stages trim
     """
     from plait.cli.console import print_json
+    from plait.errors import PlanError
     from plait.methods import METHODS
+    from plait.stages import STAGES
 
     if stages:
         _stages(name, json=json)
     elif name is not None:
-        _check_no_stage(name)
+        if name in STAGES and name not in METHODS:
+            raise PlanError(f"{name!r} is a stage, not a method; `plait methods --stages {name}` describes it.")
         described = describe(METHODS[name])
         print_json(described) if json else _show(described)
     elif json:
         print_json({"methods": [describe(m) for m in METHODS.values()]})
     else:
         _list()
-
-
-def _check_no_stage(name: str) -> None:
-    from plait.errors import PlanError
-    from plait.methods import METHODS
-    from plait.stages import STAGES
-
-    if name in STAGES and name not in METHODS:
-        raise PlanError(f"{name!r} is a stage, not a method; `plait methods --stages {name}` describes it.")
 
 
 def _stages(name: str | None, *, json: bool) -> None:

@@ -23,7 +23,7 @@ def push(
 
     Example: plait push merged me/merged --private
     """
-    from plait.cli.console import err, out, print_json
+    from plait.cli.console import out, print_json, print_notes
     from plait.commands.push import PushOrder
 
     pushed = PushOrder(folder, repo, private, revision, create_pr, message).run()
@@ -36,5 +36,4 @@ def push(
         out().print(f"pushed to {pushed.url}", soft_wrap=True)
     if pushed.left_out:
         out().print(f"not uploaded, since they do not belong to the result: {', '.join(pushed.left_out)}", markup=False)
-    for note in pushed.notes:
-        err().print(f"note: {note}", style="dim", markup=False)
+    print_notes(pushed.notes)

@@ -33,7 +33,7 @@ def report(
 
     Example: plait report artifacts/compared/code_maths/run_20260102_030405 merged -o report.html --figures figures
     """
-    from plait.cli.console import ProgressBars, print_json
+    from plait.cli.console import ProgressBars, print_json, print_notes
     from plait.cli.console import out as console
     from plait.commands.report import ReportOrder
     from plait.reports.verdict import verdict
@@ -51,7 +51,6 @@ def report(
     console().print(f"[bold]{result.page}[/bold] · {result.page.stat().st_size / 1e3:.0f} kB", highlight=False)
     if first is not None:
         console().print(verdict(first), markup=False)
-    for note in result.report.notes:
-        console().print(f"note: {note}", style="dim", markup=False)
+    print_notes(result.report.notes, console())
     if result.figures:
         console().print(f"{len(result.figures)} figures in {figures}", markup=False)

@@ -65,7 +65,7 @@ def sft(context: typer.Context) -> None:
 
 
 def _show_plan(plan: SftPlan) -> None:
-    from plait.cli.console import err
+    from plait.cli.console import err, print_notes
     from plait.training.sft import describe_plan
 
     console = err()
@@ -76,8 +76,7 @@ def _show_plan(plan: SftPlan) -> None:
     console.print(given, style="dim", markup=False, end="", soft_wrap=True)
     console.print(f"⟦{learned}⟧", style="green", markup=False, soft_wrap=True)
     console.print()
-    for note in plan.notes:
-        console.print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
+    print_notes(plan.notes, console)
 
 
 def _show(result: SftResult) -> None:

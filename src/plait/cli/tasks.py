@@ -52,15 +52,12 @@ def check(
 
 
 def _show(found: TaskCheck) -> None:
-    from rich.table import Table
 
-    from plait.cli.console import out
+    from plait.cli.console import new_table, out, print_notes
 
     console = out()
     console.print(f"[bold]{found.name}[/bold] · {found.kind} · {found.metric} · adapter {found.adapter}")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("split", "examples", "duplicates", "majority", "prompt tokens", "answer tokens"):
-        table.add_column(name, justify="left" if name == "split" else "right")
+    table = new_table(("split", "examples", "duplicates", "majority", "prompt tokens", "answer tokens"), left=("split",))
     for name, split in found.splits.items():
         majority = "–" if split.majority is None else f"{split.majority:.1%}"
         table.add_row(name, str(split.examples), str(split.duplicates), majority, *_token_cells(split))
@@ -74,8 +71,7 @@ def _show(found: TaskCheck) -> None:
         word = "[bold red]error:[/bold red]" if overlap.forbidden else "[dim]note:[/dim]"
         console.print(word, end=" ")
         console.print(f"{overlap}.", markup=False)
-    for note in found.notes:
-        console.print(f"note: {note}", style="dim", markup=False)
+    print_notes(found.notes, console)
     console.print()
 
 

@@ -106,16 +106,15 @@ def _kept(plan: TrainingPlan) -> str:
 
 
 def _show_forecast(plan: TrainingPlan, found: Sequence[Forecast]) -> None:
-    from rich.table import Table
 
-    from plait.cli.console import err, out, size
+    from plait.cli.console import new_table, out, print_notes, size
 
     lora = plan.phases[0].job.lora
     kind = "" if lora is None else f" · LoRA r {lora.r}, alpha {lora.alpha:g}, {found[0].parameters / 1e6:.2f} M parameters"
     out().print(f"[bold]{plan.base}[/bold]{kind}", soft_wrap=True)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("phase", "state", "data", "examples", "steps", "tokens", "disk"):
-        table.add_column(name, justify="left" if name in ("phase", "state", "data") else "right", overflow="fold")
+    table = new_table(
+        ("phase", "state", "data", "examples", "steps", "tokens", "disk"), left=("phase", "state", "data"), overflow="fold"
+    )
     for f in found:
         lost = "".join([f" (− {f.left_out})" * bool(f.left_out), f" ({f.truncated} cut)" * bool(f.truncated)])
         table.add_row(f.name, f.state, f.data, f"{f.examples}{lost}", str(f.steps), f"{f.tokens:,}", size(f.bytes))
@@ -132,19 +131,15 @@ def _show_forecast(plan: TrainingPlan, found: Sequence[Forecast]) -> None:
     out().print(table)
     recipe = plan.recipe
     out().print(f"then: merge by {recipe.method_name} in {recipe.space_name}, judge on {len(recipe.tasks)} tasks → {plan.out}")
-    for note in plan.notes:
-        err().print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
+    print_notes(plan.notes)
 
 
 def _show(result: TrainResult, place: Path) -> None:
-    from rich.table import Table
 
-    from plait.cli.console import out
+    from plait.cli.console import new_table, out
     from plait.cli.evaluate import show_evaluation
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("phase", "state", "examples", "steps", "tokens", "seconds", "last loss"):
-        table.add_column(name, justify="left" if name in ("phase", "state") else "right")
+    table = new_table(("phase", "state", "examples", "steps", "tokens", "seconds", "last loss"), left=("phase", "state"))
     for p in result.phases:
         state = f"[bold red]{p.state}[/bold red]" if p.state == "failed" else p.state
         numbers = [p.examples, p.steps, p.tokens]
@@ -161,10 +156,9 @@ def _show(result: TrainResult, place: Path) -> None:
 
 def _print_result(result: TrainResult, command: str) -> None:
     """Print on stderr what is worth knowing, what failed, and what to run then: the command with the same settings."""
-    from plait.cli.console import err
+    from plait.cli.console import err, print_notes
 
-    for note in (*result.notes, *(f"{p.name}: {n}" for p in result.phases for n in p.notes)):
-        err().print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
+    print_notes((*result.notes, *(f"{p.name}: {n}" for p in result.phases for n in p.notes)))
     for phase in result.failed:
         err().print(f"[bold red]failed:[/bold red] {phase.name}: ", end="")
         err().print(str(phase.error), markup=False, soft_wrap=True)

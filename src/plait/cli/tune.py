@@ -10,7 +10,6 @@ from plait.cli.options import Keys, Loading, Out, RecipeOrSeveral, Writing, with
 
 if TYPE_CHECKING:
     from plait.tuning.pipeline import TuneResult
-    from plait.tuning.record import TuneRecord
 
 
 @with_options("tune")
@@ -49,9 +48,8 @@ def tune(
 
 
 def _show(result: TuneResult) -> None:
-    from rich.table import Table
 
-    from plait.cli.console import err, out, size
+    from plait.cli.console import new_table, out, print_notes, size
 
     console, record = out(), result.record
     written = sum(p.stat().st_size for p in result.folder.rglob("*") if p.is_file())
@@ -59,11 +57,9 @@ def _show(result: TuneResult) -> None:
     seconds = sum(record.seconds.values())
     console.print(f"rank {record.rank} · scale {record.scale:.3g} · step {record.kept_step} of {len(record.losses)} kept · "
                   f"{size(written)} · {seconds:.0f} s")  # fmt: skip
-    table = Table(box=None, header_style="bold", pad_edge=False)
     others = {"fresh LoRA": record.control, "random": record.random}
     shown = {"tuned": record.kept} | {name: c.held for name, c in others.items() if c is not None}
-    for name in ("task", "texts", "base", record.recipe["method"]["name"], *shown):
-        table.add_column(name, justify="left" if name in ("task", "texts") else "right")
+    table = new_table(("task", "texts", "base", record.recipe["method"]["name"], *shown), left=("task", "texts"))
     for t in record.texts:
         cells = [record.base[t.task], record.start.divergence[t.task], *(h.divergence[t.task] for h in shown.values())]
         table.add_row(t.task, f"{t.count}, {t.source}", *(f"{value:.3g}" for value in cells))
@@ -71,15 +67,8 @@ def _show(result: TuneResult) -> None:
     table.add_row("share of the base's", "", *(f"{share:.1%}" for share in shares))
     console.print(table)
     console.print("[dim]KL from each task's own adapter on held-out texts, in nats: 0 answers as the adapter does.[/dim]")
-    _show_distance(record)
-    for note in record.notes:
-        err().print(f"note: {note}", style="dim", markup=False)
-
-
-def _show_distance(record: TuneRecord) -> None:
-    from plait.cli.console import out
-
-    out().print(
+    console.print(
         f"[dim]moved by {record.distance:.0%} of its start's norm; {record.outside:.1%} of its energy is outside of what the "
         "adapters span[/dim]"
     )
+    print_notes(record.notes)

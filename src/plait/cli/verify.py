@@ -133,15 +133,11 @@ def _show_versions(found: Verification) -> None:
 
 def show_parity(report: ParityReport) -> None:
     """Show how a result acts against the live merge."""
-    from rich.table import Table
-
-    from plait.cli.console import out
+    from plait.cli.console import new_table, out
 
     count = report.comparisons[0].overall.positions
     out().print(f"\nparity   {report.prompts} prompts, {count} positions; live result: {report.reference}", markup=False)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("compared", "dtype", "max |Δlogit|", "mean KL", "top-1", "worst prompt"):
-        table.add_column(name, justify="left" if name in ("compared", "dtype") else "right")
+    table = new_table(("compared", "dtype", "max |Δlogit|", "mean KL", "top-1", "worst prompt"), left=("compared", "dtype"))
     for row in report.comparisons:
         overall = row.overall
         figures = (f"{overall.max_difference:.2g}", f"{overall.mean_kl:.2g}", f"{overall.top1:.2%}", str(row.worst_prompt))

@@ -22,6 +22,7 @@ from plait.mixture.coefficients import Axes, Coefficients, CoefficientState, Gra
 from plait.mixture.columns import Columns, layers_of
 from plait.mixture.deltas import AdapterDelta, DenseDelta, merged_deltas
 from plait.mixture.factors import LearnedFactors
+from plait.mixture.fitting import fitting_full_tensors, fitting_module, fitting_modules
 from plait.mixture.layers import Adapted, ParameterLayer, adapted
 from plait.mixture.loading import load_base_model
 from plait.mixture.modules import ModuleIndex, TargetModule
@@ -75,7 +76,7 @@ class Mixture:
         self._factors = factors
         self._index = ModuleIndex(model)
         self._now: Arrangement | None = None  # what acts
-        modules = self._fit(adapters)
+        modules = fitting_modules(adapters, self._index)
         layers = layers_of(t.path for t in modules.values())
         self._state = CoefficientState(Coefficients(torch.zeros(len(self.names)), "task"))
         self._adapted = [
@@ -84,7 +85,7 @@ class Mixture:
             )
             for k, (path, target) in enumerate(modules.items())
         ]
-        self._heads = self._full_tensors(adapters)
+        self._heads = fitting_full_tensors(adapters, self._index)
         self.axes = Axes(
             self.names,
             tuple(str(key or "") for key in layers),
@@ -245,7 +246,7 @@ class Mixture:
         deltas: dict[str, tuple[TargetModule, AdapterDelta]] = {}
         for target, delta in merged_deltas(merged):
             only = _low_rank(target, delta, "learned")
-            deltas[target] = (self._merged_target(target, only), only)
+            deltas[target] = (fitting_module(target, only, self._index), only)
         return LearnedFactors(deltas, rank)
 
     @contextmanager
@@ -284,7 +285,10 @@ class Mixture:
                 only = _low_rank(path, delta, "combined")
                 row = found.setdefault(path, [None] * len(columns))
                 row[t] = only.canonical() if factors == "canonical" else only
-        rows = {p: (self._merged_target(p, next(d for d in row if d is not None)), row) for p, row in sorted(found.items())}
+        rows = {
+            path: (fitting_module(path, next(d for d in row if d is not None), self._index), row)
+            for path, row in sorted(found.items())
+        }
         return Columns(rows, tuple(columns))
 
     @contextmanager
@@ -325,11 +329,7 @@ class Mixture:
             PlanError: a wrong shape or dtype; DoRA or lora_bias, which are not low-rank deltas.
         """
         checked = self._checked(coefficients.detach(), granularity)
-        nonlinear = [a.target.path for a in self._adapted if a.stack.gains is not None or a.stack.biases is not None]
-        if nonlinear:
-            raise PlanError(
-                f"{nonlinear[0]!r} has DoRA or lora_bias, which are not low-rank deltas; merge with a recipe instead."
-            )
+        self._check_low_rank("low-rank deltas; merge with a recipe instead")
         layers = layers_of(self.axes.modules)
         found = {}
         for k, layer in enumerate(self._adapted):
@@ -372,12 +372,13 @@ class Mixture:
         if granularity == "direction":
             if self._factors != "canonical":
                 raise PlanError("coefficients per direction need canonical factors: Mixture(..., factors='canonical').")
-            nonlinear = [a.target.path for a in self._adapted if a.stack.gains is not None or a.stack.biases is not None]
-            if nonlinear:
-                raise PlanError(
-                    f"{nonlinear[0]!r} has DoRA or lora_bias, which are not directions; use coefficients per module."
-                )
+            self._check_low_rank("directions; use coefficients per module")
         return Coefficients.of(values, granularity, self.axes, per_row=per_row)
+
+    def _check_low_rank(self, wanted: str) -> None:
+        nonlinear = [a.target.path for a in self._adapted if a.stack.gains is not None or a.stack.biases is not None]
+        if nonlinear:
+            raise PlanError(f"{nonlinear[0]!r} has DoRA or lora_bias, which are not {wanted}.")
 
     def _arranged(
         self, merged: Mapping[str, Sequence[MergedMatrix]] | Iterable[MergedModule], swaps: list[Swap]
@@ -386,27 +387,12 @@ class Mixture:
         state = CoefficientState(Coefficients(torch.ones(1), "task", 0, 1))
         layers: list[Adapted] = []
         for path, delta in merged_deltas(merged):
-            target = self._merged_target(path, delta)
+            target = fitting_module(path, delta, self._index)
             if isinstance(delta, DenseDelta):
                 swaps += dense_swaps(target, delta)
             else:
                 layers.append(adapted(target, Stack.of(target, [delta]), state))
         return Arrangement(layers, swaps)
-
-    def _merged_target(self, path: str, delta: AdapterDelta | DenseDelta) -> TargetModule:
-        """Return where a merged delta acts.
-
-        Raises:
-            PlanError: the model has no such target, or one of another shape.
-        """
-        try:
-            target = self._index.find(path)
-        except ValueError as error:
-            raise PlanError(str(error)) from None
-        problem = _misfit(target, [s.shape for s in delta.slices])
-        if problem:
-            raise PlanError(problem)
-        return target
 
     @contextmanager
     def _suspended(self) -> Iterator[None]:
@@ -458,43 +444,6 @@ class Mixture:
     def _unknown(self, name: str) -> str:
         return f"no adapter is named {name!r}; there are {', '.join(self.names) or 'none'}.{did_you_mean(name, self.names)}"
 
-    def _fit(self, adapters: Sequence[Adapter]) -> dict[str, TargetModule]:
-        """Return path → target module of the model, over all adapters, sorted; check that every target fits."""
-        modules: dict[str, TargetModule] = {}
-        problems: dict[str, None] = {}
-        for adapter in adapters:
-            for path, target in adapter.targets.items():
-                try:
-                    found = modules.get(path) or self._index.find(path)
-                except ValueError as error:
-                    problems[f"adapter {adapter.name!r}: {error}"] = None
-                    continue
-                layout = target.layout
-                shapes = [(layout.d_out, layout.d_in)] * layout.stack
-                problem = _misfit(found, shapes)
-                if type(layout) is not type(found.layout):
-                    problem = (
-                        f"{found.path!r} is of kind {found.layout.kind} in the model and of kind {layout.kind} in the adapter. "
-                        "Is it the right base?"
-                    )
-                if problem:
-                    problems[f"adapter {adapter.name!r}: {problem}"] = None
-                modules[path] = found
-        collect(PlanError, list(problems), "these adapters do not fit the model")
-        return dict(sorted(modules.items()))
-
-    def _full_tensors(self, adapters: Sequence[Adapter]) -> dict[str, list[Swap]]:
-        swaps: dict[str, list[Swap]] = {}
-        problems = []
-        for adapter in adapters:
-            if adapter.full_tensors:
-                try:
-                    swaps[adapter.name] = full_swaps(FullTensorSet.of(adapter), self._index)
-                except ValueError as error:
-                    problems.append(f"adapter {adapter.name!r}: {error}")
-        collect(PlanError, problems, "these adapters do not fit the model")
-        return swaps
-
     def _stack(self, target: TargetModule, path: str, adapters: Sequence[Adapter]) -> Stack:
         dtype = torch.float64 if target.home is not None and target.home[1] == torch.float64 else torch.float32
         deltas = [AdapterDelta.read(a, path, dtype) if path in a.targets else None for a in adapters]
@@ -516,15 +465,3 @@ def _low_rank(path: str, delta: AdapterDelta | DenseDelta, done: str) -> Adapter
         found = "dense" if isinstance(delta, DenseDelta) else "DoRA"
         raise PlanError(f"{path!r}: the merged delta is {found}; only the factors of a low-rank delta can be {done}.")
     return delta
-
-
-def _misfit(target: TargetModule, found: Sequence[tuple[int, int]]) -> str | None:
-    layout = target.layout
-    if layout.names_parameter and target.home is None:
-        return target.dense_problem()
-    if list(found) == [(layout.d_out, layout.d_in)] * layout.stack:
-        return None
-    return (
-        f"{target.path!r} maps {layout.d_in} → {layout.d_out}{f' × {layout.stack}' if layout.stack > 1 else ''} in the model, "
-        f"the delta is {found[0][1]} → {found[0][0]}{f' × {len(found)}' if len(found) > 1 else ''}. Is it the right base?"
-    )
