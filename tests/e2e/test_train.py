@@ -399,7 +399,7 @@ def test_what_would_happen(place, capsys):
     assert not Path("artifacts").exists()
     code, out, _ = command(capsys, "phases.yaml", "--dry-run")
     assert code == 0
-    assert "then: merge by ties in core, judge on 2 tasks" in out
+    assert "then: merge by ties in core, evaluate on 2 tasks" in out
 
 
 def lora_of(base: str, r: int) -> dict[str, torch.Tensor]:

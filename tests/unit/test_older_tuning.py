@@ -190,7 +190,7 @@ def test_what_means_nothing_here_is_noted_with_the_reason(params: dict[str, Any]
 @every(
     ("kind", "params", "words"),
     [
-        ("gradient", {"split": "test"}, "by which results are judged"),
+        ("gradient", {"split": "test"}, "on which results are evaluated"),
         ("adamerging", {"plus_plus": True}, "trimmed the adapters while learning"),
         ("adamerging", {"variant": "layer_wise_plus_plus"}, "trimmed the adapters while learning"),
         ("gradient", {"variant": "module_wise"}, "'task_wise' or 'layer_wise'"),

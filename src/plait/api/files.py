@@ -375,7 +375,7 @@ def verify(
         progress: receives stages and steps.
 
     Returns:
-        What was found; its `ok` says whether everything is equal. Parity is reported, not judged.
+        What was found; its `ok` says whether everything is equal. Parity is reported, and does not count.
 
     Raises:
         PlaitError: there is no lock that can be read, or parity cannot be measured.

@@ -122,7 +122,7 @@ _PANELS = {
 }
 
 
-class Key(NamedTuple):
+class RecipeKey(NamedTuple):
     """A key of a recipe; see `plait.recipes.keys`."""
 
     path: str
@@ -196,9 +196,9 @@ class Keys:
 
 
 @cache
-def recipe_keys() -> tuple[Key, ...]:
+def recipe_keys() -> tuple[RecipeKey, ...]:
     """Return the keys that have flags."""
-    rows = (Key(**row) for row in json.loads(TABLE.read_text(encoding="utf-8")))
+    rows = (RecipeKey(**row) for row in json.loads(TABLE.read_text(encoding="utf-8")))
     return tuple(key for key in rows if key.path not in _NOT_FLAGS)
 
 
@@ -207,10 +207,10 @@ def _taken(name: str) -> bool:
     return any(key.path in (name, f"output.{name}") for key in recipe_keys())
 
 
-def flags_of(command: str) -> dict[str, Key]:
+def flags_of(command: str) -> dict[str, RecipeKey]:
     """Return flag → key of a command: of keys with one last name, the first part's has that alone."""
     parts = _PARTS[command]
-    found: dict[str, Key] = {}
+    found: dict[str, RecipeKey] = {}
     for part in parts:
         for key in recipe_keys():
             if part in (key.part, key.path):
@@ -218,7 +218,7 @@ def flags_of(command: str) -> dict[str, Key]:
     return found
 
 
-def _flag(command: str, key: Key, taken: Mapping[str, Key]) -> str:
+def _flag(command: str, key: RecipeKey, taken: Mapping[str, RecipeKey]) -> str:
     if (named := _NAMED.get(key.path)) and named not in taken:
         return named
     full = f"--{key.path}" if "." in key.path else f"--merge-{key.path}"
@@ -271,7 +271,7 @@ def _fields(group: Any) -> list[inspect.Parameter]:
     return [_parameter(name, hints[name], group._field_defaults[name]) for name in group._fields]
 
 
-def _flags(command: str, flags: Mapping[str, Key]) -> Iterator[tuple[str, Any]]:
+def _flags(command: str, flags: Mapping[str, RecipeKey]) -> Iterator[tuple[str, Any]]:
     for flag, key in sorted(flags.items(), key=lambda item: _place(command, item[1])):
         several = key.pairs or key.path == "tasks" or key.path.endswith(".texts")
         kind: Any = list[str] | None if several else str | None
@@ -285,7 +285,7 @@ def _flags(command: str, flags: Mapping[str, Key]) -> Iterator[tuple[str, Any]]:
         yield "set_", Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help=text)]
 
 
-def _place(command: str, key: Key) -> int:
+def _place(command: str, key: RecipeKey) -> int:
     """Return where a key is among those that come first; behind them all when it is not."""
     name = key.path.removeprefix(f"{_PARTS[command][0]}.")
     return _FIRST.index(name) if name in _FIRST else len(_FIRST)
@@ -296,7 +296,7 @@ def parameter_name(path: str) -> str:
     return path.replace(".", "__")
 
 
-def _metavar(key: Key) -> str:
+def _metavar(key: RecipeKey) -> str:
     own = {"tasks": "TASK...", "weights": "NUMBERS", "method.name": "NAME", "base_model": "MODEL", "output.rank": "RANK"}
     if key.path in own:
         return own[key.path]
@@ -307,7 +307,7 @@ def _metavar(key: Key) -> str:
     return next((word for kind, word in words.items() if kind in kinds), "WORD")
 
 
-def _help(command: str, key: Key) -> str:
+def _help(command: str, key: RecipeKey) -> str:
     """Return the field's description, the words that are allowed, and the default."""
     words = [w for w in key.allowed.split(" | ") if w != "null"]
     words += ["or TASK=FILE"] if key.path.endswith(".texts") else []
@@ -316,7 +316,7 @@ def _help(command: str, key: Key) -> str:
     return (key.description + shown).replace("[", r"\[") + (rf" \[{default}]" if default else "")
 
 
-def _read(flags: Mapping[str, Key], given: Mapping[str, Any]) -> Keys:
+def _read(flags: Mapping[str, RecipeKey], given: Mapping[str, Any]) -> Keys:
     """Read what is given as the recipe's keys have it."""
     values: dict[str, Any] = {}
     for flag, key in flags.items():
@@ -331,7 +331,7 @@ def _read(flags: Mapping[str, Key], given: Mapping[str, Any]) -> Keys:
     return Keys(values, given.get("set_") or [])
 
 
-def _value(flag: str, key: Key, text: Any) -> Any:
+def _value(flag: str, key: RecipeKey, text: Any) -> Any:
     from plait.cli.arguments import named_paths, task_files
     from plait.recipes.overrides import parse_override
 

@@ -42,7 +42,7 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="PATH=VALUE", help="Set any key of the file: --set arguments.max_steps=10"),
     ] = None,
-    matrix: Annotated[bool, typer.Option("--matrix", help="Also judge every adapter on every task.")] = False,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Also evaluate every adapter on every task.")] = False,
     load_dtype: Annotated[str, typer.Option(help="Dtype of the base model in evaluation; auto: as stored.")] = "auto",
     device_map: Annotated[str, typer.Option(help="In evaluation, as transformers takes it: auto, cpu, cuda:0.")] = "auto",
     trust_remote_code: Annotated[
@@ -130,7 +130,9 @@ def _show_forecast(plan: TrainingPlan, found: Sequence[Forecast]) -> None:
     )
     out().print(table)
     recipe = plan.recipe
-    out().print(f"then: merge by {recipe.method_name} in {recipe.space_name}, judge on {len(recipe.tasks)} tasks → {plan.out}")
+    out().print(
+        f"then: merge by {recipe.method_name} in {recipe.space_name}, evaluate on {len(recipe.tasks)} tasks → {plan.out}"
+    )
     print_notes(plan.notes)
 
 

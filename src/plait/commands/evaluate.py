@@ -110,10 +110,10 @@ class EvaluateOrder:
     def _check_options(self) -> None:
         _ = self.bounds, worker_count(self.options.workers)
         if self.saved is None:
-            given = ["--source (sources=)"] * bool(self.sources) + ["--card (card=)"] * (self.card and self.out is None)
-            if given:
+            own = ["--source (sources=)"] * bool(self.sources) + ["--card (card=)"] * (self.card and self.out is None)
+            if own:
                 raise RecipeError(
-                    f"{', '.join(given)}: belongs to one adapter or model, as its files are; these are merged in memory."
+                    f"{', '.join(own)}: belongs to one adapter or model, as its files are; these are merged in memory."
                 )
             _ = self._merges
             return

@@ -19,7 +19,7 @@ RangeHint = Callable[[Tensor], Tensor]
 
 MATRIX_BLOCK_ELEMENTS = 1 << 17  # rows per block × columns: with a handful of temporaries of its size it stays in the cache
 _CHANCE = 1e-3  # share of the random part in a sketch that has a hint
-HOLD_ELEMENTS = 1 << 24  # a matrix up to 64 MiB (float32) is computed once and held
+HOLD_ELEMENTS = 1 << 24  # a matrix up to 64 MiB (float32) is computed once and kept in memory
 
 
 class RowBlocks:
@@ -45,7 +45,7 @@ class RowBlocks:
         self.dtype = dtype
         self.range_hint = range_hint
         self._rows = rows
-        self._held: Tensor | None = None
+        self._in_memory: Tensor | None = None
         self._energy: float | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
@@ -55,13 +55,13 @@ class RowBlocks:
             ValueError: `rows` returned another shape or dtype.
         """
         m, n = self.shape
-        if self._held is None and m * n <= HOLD_ELEMENTS:
-            held = torch.empty(m, n, dtype=self.dtype)
+        if self._in_memory is None and m * n <= HOLD_ELEMENTS:
+            rows = torch.empty(m, n, dtype=self.dtype)
             for start, block in self._compute():
-                held[start : start + len(block)] = block
-            self._held = held
-        if self._held is not None:
-            yield 0, self._held
+                rows[start : start + len(block)] = block
+            self._in_memory = rows
+        if self._in_memory is not None:
+            yield 0, self._in_memory
         else:
             yield from self._compute()
 
@@ -98,7 +98,7 @@ class RowBlocks:
     def energy(self) -> float:
         """Return the squared Frobenius norm; not finite when, and for float32 only when, an entry is not. Computed once."""
         if self._energy is None:
-            step = _rows_per_block(self.shape[1])  # a held matrix, too, goes through the cache piece by piece
+            step = _rows_per_block(self.shape[1])  # a matrix in memory, too, goes through the cache piece by piece
             pieces = (piece for _, block in self for piece in torch.split(block, step))
             self._energy = sum(float(torch.linalg.vector_norm(p, dtype=torch.float64)) ** 2 for p in pieces)
         return self._energy

@@ -35,8 +35,8 @@ class Subset(Record):
 class EvalSpec(Record):
     """How a result is evaluated."""
 
-    split: Annotated[SplitName, Field(description="Split of the tasks that is asked.")] = "test"
+    split: Annotated[SplitName, Field(description="Split of the tasks whose examples are evaluated.")] = "test"
     subset: Annotated[Subset | None, Field(description="A fixed sample of the split; all of it without one.")] = None
-    batch_size: Annotated[int, Field(ge=1, description="Prompts asked at a time.")] = 16
+    batch_size: Annotated[int, Field(ge=1, description="Prompts per batch.")] = 16
     draws: Annotated[int, Field(ge=100, description="Draws of the bootstrap that gives the intervals.")] = 2000
     seed: Annotated[int, Field(ge=0, description="Seed of the bootstrap.")] = 0

@@ -27,7 +27,7 @@ def parse_override(text: str) -> tuple[str, Plain]:
         The path and the value, as `apply_overrides` takes them.
 
     Raises:
-        RecipeError: there is no `=`, the path is none, or the value is not YAML.
+        RecipeError: there is no `=`, the path is not valid, or the value is not YAML.
     """
     keys, value = split_assignment(text)
     if value is None:

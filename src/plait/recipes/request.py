@@ -43,7 +43,7 @@ def read_request(
         file: a recipe to start from.
         adapters: references, or name → reference; they replace the file's.
         settings: recipe keys (`scale`, `seed`, `tune.steps`, …), keys of `output` (`rank`, …), `space`, `weights` (numbers in
-            the order of the adapters, name → number, or a whole policy), `moments` (a folder of `<name>.safetensors`, or
+            the order of the adapters, name → number, or a complete policy), `moments` (a folder of `<name>.safetensors`, or
             name → file), and parameters of the method.
         sets: `PATH=VALUE`, applied last.
         method: where there is no file and nothing else names one.

@@ -269,7 +269,9 @@ class Recipe(Record):
     output: Output = Output()
     tasks: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
-        Field(description="Task files: their examples judge the result; moments and `auto` scales are taken on their texts."),
+        Field(
+            description="Task files: results are evaluated on their examples, moments and `auto` scales taken on their texts."
+        ),
     ] = ()
     eval: EvalSpec = EvalSpec()
     calibration: CalibrationSpec = CalibrationSpec()

@@ -382,7 +382,7 @@ class _Migration:
             self._data.setdefault("scale", 1.0)  # the first coefficients were taken as they are
         if found.tasks is not None:
             if self._data.get("eval_tasks", found.tasks) != found.tasks:
-                text = "other tasks than eval_tasks; every adapter learns and is judged by the same, so give them once."
+                text = "other tasks than eval_tasks; every adapter learns from and is evaluated on the same, so give them once."
                 self._problem(("optimizer", "params", "tasks"), text)
             elif "tasks" not in self._data:
                 self._data["eval_tasks"] = found.tasks

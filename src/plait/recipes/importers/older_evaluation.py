@@ -152,9 +152,9 @@ def _remarks(given: Mapping[str, Plain]) -> Iterator[str]:
             yield f"{key}: {spell_value(given[key])} ({why})"
 
 
-def _differences(given: Mapping[str, Plain], whole: Mapping[str, Plain]) -> Iterator[str]:
+def _differences(given: Mapping[str, Plain], common: Mapping[str, Plain]) -> Iterator[str]:
     for key in ("seed", "stratified"):
-        if given.get(key) is not None and given[key] != whole.get(key):
+        if given.get(key) is not None and given[key] != common.get(key):
             yield f"{key}: {spell_value(given[key])} (eval.subset has one {key} for all tasks)"
 
 

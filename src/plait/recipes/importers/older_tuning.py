@@ -275,7 +275,7 @@ class _ParameterReader:
         if value == "test":
             self._problem(
                 "split",
-                "split is 'test', by which results are judged; learn from 'validation' or 'train', or write a recipe with "
+                "split is 'test', on which results are evaluated; learn from 'validation' or 'train', or write a recipe with "
                 "tune: {split: test, allow_test: true}.",
             )
         else:
@@ -392,8 +392,8 @@ class _ParameterReader:
         if value.get("split", "test") == "test":
             self._problem(
                 "heldout_eval",
-                "split is 'test' (the default); the split that judges results does not choose them. Held-out texts are a share "
-                "of those learned from (tune.held_out); give another split, which is noted.",
+                "split is 'test' (the default); results are evaluated on it, so it does not choose them. Held-out texts are a "
+                "share of those learned from (tune.held_out); give another split, which is noted.",
                 "split",
             )
         else:
