@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,9 @@ from plait.cli.main import main
 from plait.errors import PlaitError
 from plait.merging.moments import MomentsFile
 from tests.language_models import WORDS, language_model, save_model, tokenizer, train_adapter, write_task
+from tests.warm import run_forked
 
+ROOT = Path(__file__).parents[2]
 TASKS = ("sort", "rate")
 SEEN = WORDS[:16]
 Deltas = dict[str, torch.Tensor]
@@ -140,6 +145,61 @@ def test_its_moments_are_kept_and_the_lock_makes_it_again(place: Path, tmp_path:
     assert len(list(store.iterdir())) == 4
 
 
+@pytest.mark.parametrize("command", ["merge", "tune"])
+def test_a_killed_run_is_taken_up_layer_by_layer(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Killed at the third of four passes, the next run makes the two that are missing, and the same bytes."""
+    monkeypatch.chdir(tmp_path)
+    passes: list[str] = []
+
+    def counted(*given: Any, **more: Any) -> Any:
+        passes.append("")
+        return take_moments(*given, **more)
+
+    def run(out: str) -> bytes:
+        made = merge(place, tmp_path / out) if command == "merge" else tuned(place, tmp_path / out)
+        return (made.folder / "adapter_model.safetensors").read_bytes()
+
+    monkeypatch.setattr(sequential, "take_moments", counted)
+    code, output = run_forked(KILLED, str(place), command, "killed", folder=tmp_path)
+    assert code == -signal.SIGKILL, output[-2000:]
+    assert not (tmp_path / "killed").exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        resumed = run("killed")
+        assert len(passes) == 2
+        shutil.rmtree(tmp_path / "artifacts", ignore_errors=True)
+        assert run("plain") == resumed
+    assert len(passes) == 2 + 4
+    assert not [p.name for p in tmp_path.rglob(".*")]
+
+
+KILLED = f"""
+import os, signal, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from plait.calibration import sequential
+from tests.e2e import test_regmean_sequential as here
+torch.set_num_threads(1)
+take, left = sequential.take_moments, [2]
+def take_or_die(*given, **more):
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    return take(*given, **more)
+sequential.take_moments = take_or_die
+(here.merge if sys.argv[2] == "merge" else here.tuned)(Path(sys.argv[1]), Path(sys.argv[3]))
+"""
+
+
+def tuned(place: Path, out: Path) -> Any:
+    settings: dict[str, Any] = {"tasks": [place / f"{t}.yaml" for t in TASKS], "base_model": str(place / "base")}
+    return plait.tune(
+        [place / t for t in TASKS], method="regmean_sequential", tune={"steps": 0}, out=out, scale=1.0, rank=8, **settings
+    )
+
+
 def test_a_scale_is_found_for_it_and_no_ridge(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.warns(UserWarning, match="second moments"):
@@ -192,10 +252,7 @@ def test_a_rank_is_kept(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_tuning_starts_there(place: Path, tmp_path: Path) -> None:
-    sources, tasks = [place / t for t in TASKS], [place / f"{t}.yaml" for t in TASKS]
-    settings: dict[str, Any] = {"tasks": tasks, "base_model": str(place / "base"), "scale": 1.0, "rank": 8}
-    tuned = plait.tune(sources, method="regmean_sequential", tune={"steps": 0}, out=tmp_path / "tuned", **settings)
-    assert max(apart(deltas(tuned.folder), reading(place)).values()) < 1e-4
+    assert max(apart(deltas(tuned(place, tmp_path / "tuned").folder), reading(place)).values()) < 1e-4
 
 
 def encoder() -> Any:

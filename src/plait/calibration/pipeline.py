@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import count, takewhile
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from plait.adapters.adapter import Adapter
 from plait.calibration.inputs import encode_texts
-from plait.calibration.moments import InputMoments, take_moments
+from plait.calibration.moments import take_moments
 from plait.calibration.record import CALIBRATION, CalibratedAdapter, CalibrationRecord
 from plait.calibration.request import CalibrationRequest, locked_request, read_calibration
 from plait.calibration.sequential import merge_layer_by_layer
@@ -143,7 +142,7 @@ def take_all_moments(
 
 def _take(request: CalibrationRequest, mixture: Mixture, adapter: Adapter, key: str, file: Path, progress: Progress) -> None:
     name = adapter.name
-    passages = [p for task in request.tasks_of(name) for p in encode_texts(mixture, request.texts[task], name)]
+    passages = [p for task in request.tasks_of(name) for p in encode_texts(mixture, request.texts[task], name)[0]]
     progress.start(f"inputs of {name}", len(passages), "texts")
     try:
         with mixture.active({name: 1.0}) as model:
@@ -175,6 +174,8 @@ def take_sequential_moments(
 ) -> tuple[dict[str, str], list[str]]:
     """Take the moments of all adapters layer by layer, with the layers below already merged, where they are not there yet.
 
+    A run that was killed is taken up by the next one with the same request, layer by layer and adapter by adapter.
+
     Returns:
         Adapter → name of its file in the store, and the adapters whose moments were taken now.
     """
@@ -188,19 +189,11 @@ def take_sequential_moments(
         return names, []
     mixture = base()
     passages = {
-        a.name: [p for task in request.tasks_of(a.name) for p in encode_texts(mixture, request.texts[task], a.name)]
+        a.name: [p for task in request.tasks_of(a.name) for p in encode_texts(mixture, request.texts[task], a.name)[0]]
         for a in inventory.adapters
     }
-    sampled: Counter[str] = Counter()
-    store.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".sequential", dir=store) as place:
-        parts: dict[str, list[Path]] = {name: [] for name in names}
-
-        def keep(name: str, moments: InputMoments) -> None:
-            sampled[name] += len(moments.sampled)
-            parts[name].append(Path(place, f"{len(parts[name])}-{name}.safetensors"))
-            write_moments(parts[name][-1], moments.found())
-
+    place = store / f".sequential-{key}"
+    with locked(place / "lock", "these moments are being taken"):
         for _ in merge_layer_by_layer(
             replace(inventory, recipe=recipe),
             mixture,
@@ -210,22 +203,24 @@ def take_sequential_moments(
             seed=request.spec.seed,
             workers=workers,
             progress=progress,
-            keep=keep,
+            parts=place,
         ):
             pass
         for adapter in inventory.adapters:
+            files = (place / f"{layer}-{adapter.name}.safetensors" for layer in count())
+            parts = [MomentsFile(file) for file in takewhile(Path.exists, files)]
             origin = MomentsOrigin(
                 adapter=adapter.sha256(),
                 base=request.base_digest,
                 texts=request.text_digests(adapter.name),
                 tokens=sum(p.tokens for p in passages[adapter.name]),
-                sampled=sampled[adapter.name],
+                sampled=sum(part.origin.sampled for part in parts if part.origin is not None),
                 key=key,
                 plait=__version__,
                 sequential=True,
             )
-            found = {k: v for part in parts[adapter.name] for k, v in MomentsFile(part).read_all().items()}
-            write_moments(store / names[adapter.name], found, origin)
+            write_moments(store / names[adapter.name], {k: v for part in parts for k, v in part.read_all().items()}, origin)
+        shutil.rmtree(place, ignore_errors=True)
     return names, list(names)
 
 

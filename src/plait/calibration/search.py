@@ -23,7 +23,9 @@ from plait.methods.auto import SEARCHED
 from plait.mixture import Mixture
 from plait.results.progress import Progress, SilentProgress
 
-_WIDEST = 4.0  # scales that are tried: at most this, and at least its inverse
+_WIDEST = 4.0  # steps of the scale end beyond this, and below its inverse
+_SHALLOW = 0.5  # share above which a minimum may be another one than the best
+_FAR_BELOW = (2, 4, 8, 16)
 _FIRST = (1.0, 1.4)
 _BATCH = 16
 #: Nats: an adapter nearer to the base than this must not decide by a share of almost nothing.
@@ -151,6 +153,9 @@ def search_scale(
 ) -> float:
     """Return the scale of the smallest share: bracketed from 1 and 1.4 by steps of 1.4, then a parabola in log scale.
 
+    Where more than half of the divergence is left there, as in a merge in which one adapter drowns the others, scales far below
+    are tried too, and the best of them is refined in the same way.
+
     Args:
         share: of a scale; asked again for the same one, it must answer the same. Infinite where there is no merge.
         first: two scales to begin with; their ratio is the step.
@@ -161,17 +166,24 @@ def search_scale(
         known[scale] = share(scale)
         return known[scale]
 
-    low, high = first
-    step = high / low
-    if at(low) < at(high):
-        low, high, step = high, low, low / high
-    while at(high) <= at(low) and 1 / _WIDEST < high < _WIDEST:
-        low, high = high, high * step
-    middle, left, right = (low, low / step, high) if at(high) > at(low) else (high, low, high * step)
-    points = [(math.log(s), at(s)) for s in (left, middle, right)]
-    if all(math.isfinite(y) for _, y in points):
-        at(_vertex(points))
-    return min(known, key=lambda s: known[s])
+    def descend(low: float, high: float) -> float:
+        step = high / low
+        if at(low) < at(high):
+            low, high, step = high, low, low / high
+        while at(high) <= at(low) and 1 / _WIDEST < high < _WIDEST:
+            low, high = high, high * step
+        middle, left, right = (low, low / step, high) if at(high) > at(low) else (high, low, high * step)
+        points = [(math.log(s), at(s)) for s in (left, middle, right)]
+        if all(math.isfinite(y) for _, y in points):
+            at(_vertex(points))
+        return min(known, key=lambda s: known[s])
+
+    best = descend(*first)
+    if _SHALLOW < known[best] < math.inf:
+        lower = min((first[0] / part for part in _FAR_BELOW), key=at)
+        if known[lower] < known[best]:
+            best = descend(lower, lower * first[1] / first[0])
+    return best
 
 
 def _vertex(points: Sequence[tuple[float, float]]) -> float:
@@ -194,7 +206,7 @@ class _Teacher:
     def __init__(self, request: CalibrationRequest, mixture: Mixture, task: str, progress: Progress) -> None:
         self._adapter = request.owners[task]
         self._head = request.has_head(self._adapter)
-        passages = encode_texts(mixture, request.texts[task], self._adapter, answered=True)
+        passages, _ = encode_texts(mixture, request.texts[task], self._adapter, answered=True)
         self._passages = sorted(passages, key=lambda p: p.tokens)
         progress.start(f"answers of {self._adapter}", len(passages), "texts")
         try:

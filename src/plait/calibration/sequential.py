@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.names import layer_key
-from plait.calibration.moments import InputMoments, take_moments
+from plait.calibration.moments import take_moments
 from plait.calibration.passages import Passage, Reader
+from plait.errors import AdapterError
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.inventory import Inventory
-from plait.merging.moments import Found, from_function
+from plait.merging.moments import Found, MomentsFile, MomentsOrigin, from_function, write_moments
 from plait.merging.plan import make_plan
 from plait.merging.truncation import OutputFactors
 from plait.mixture import Mixture
 from plait.mixture.deltas import AdapterDelta
+from plait.notices import announce
 from plait.results.progress import Progress, SilentProgress
+from plait.version import __version__
 
 
 def merge_layer_by_layer(
@@ -33,12 +37,13 @@ def merge_layer_by_layer(
     seed: int,
     workers: int,
     progress: Progress,
-    keep: Callable[[str, InputMoments], object] = lambda adapter, moments: None,
+    parts: Path,
 ) -> Iterator[MergedModule]:
     """Yield every merged module, layer by layer: what a layer reads comes from the merged layers below it.
 
     Within the layer each adapter acts itself, on its own passages. One forward pass per layer and adapter, up to that layer;
-    only one layer's moments are in memory. Layers below act at the scale of `inventory`.
+    only one layer's moments are in memory. Layers below act at the scale of `inventory`. Every adapter's moments of a layer are
+    written when they are taken; what a run that was killed has written is read instead of being taken again.
 
     Args:
         inventory: of the merge; its moments are not looked at.
@@ -49,7 +54,7 @@ def merge_layer_by_layer(
         seed: of the choice of tokens.
         workers: modules merged at a time.
         progress: receives stages and steps.
-        keep: called with every adapter's moments of every layer.
+        parts: the folder in which moments are kept, `<layer>-<adapter>.safetensors`: of this merge alone, and not removed here.
 
     Raises:
         PlaitError: it cannot be merged; or a module whose inputs cannot be collected.
@@ -67,18 +72,24 @@ def merge_layer_by_layer(
         for at, layer in enumerate(layers):
             above = [modules[path] for later in layers[at + 1 :] for path in later]
             for adapter in inventory.adapters:
-                with mixture.attached([*merged, *_own(adapter, layer)], heads=adapter.name) as model:
-                    moments = take_moments(
-                        model,
-                        {path: modules[path] for path in layer},
-                        passages[adapter.name],
-                        head=heads[adapter.name],
-                        most_rows=tokens,
-                        seed=seed,
-                        until=above,
+                name, file = adapter.name, parts / f"{at}-{adapter.name}.safetensors"
+                if (known := _kept(file)) is None:
+                    with mixture.attached([*merged, *_own(adapter, layer)], heads=name) as model:
+                        moments = take_moments(
+                            model,
+                            {path: modules[path] for path in layer},
+                            passages[name],
+                            head=heads[name],
+                            most_rows=tokens,
+                            seed=seed,
+                            until=above,
+                        )
+                    known, sampled = moments.found(), len(moments.sampled)
+                    about = MomentsOrigin(
+                        adapter=name, base="", texts={}, tokens=0, sampled=sampled, key="", plait=__version__, sequential=True
                     )
-                current[adapter.name] = moments.found()
-                keep(adapter.name, moments)
+                    write_moments(file, known, about)
+                current[name] = known
                 progress.advance()
             part = plan.model_copy(update={"modules": tuple(m for m in plan.modules if m.target in set(layer))})
             engine = Engine(inventory, part, workers=workers, progress=SilentProgress())
@@ -87,6 +98,16 @@ def merge_layer_by_layer(
             yield from found
     finally:
         progress.finish()
+
+
+def _kept(file: Path) -> dict[str, Found] | None:
+    if not file.is_file():
+        return None
+    try:
+        return MomentsFile(file).read_all()
+    except AdapterError as error:
+        announce(f"{file} is made again: {error}")
+        return None
 
 
 def _layers(mixture: Mixture, modules: Mapping[str, nn.Module], passage: Passage, *, head: bool) -> list[list[str]]:

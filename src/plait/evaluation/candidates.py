@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from plait.adapters.adapter import Adapter
@@ -40,12 +41,14 @@ class Candidate:
         key: hash of everything about it that its answers depend on, the base and heads aside.
         heads: task → adapter whose full tensors act; None for the base's.
         act: puts it on the base, with the full tensors of the adapter of that name; the value is the model.
+        kept: whether its answers are kept for later processes.
     """
 
     name: str
     key: str
     heads: HeadSource
     act: Callable[[LoadedBase, str | None], AbstractContextManager[Any]]
+    kept: bool = True
 
 
 def base_candidate(adapters: Mapping[str, Adapter]) -> Candidate:
@@ -114,6 +117,14 @@ def merge_candidate(
         return live.mixture.attached(modules(), heads=owner or averaged_heads(inventory))
 
     return Candidate("merged", merge_key(inventory), heads, act)
+
+
+def live_candidate(
+    name: str, state: Callable[[str | None], AbstractContextManager[Any]], adapters: Mapping[str, Adapter]
+) -> Candidate:
+    """Return what acts in a context, whose answers are asked for anew every time: nothing says what they depend on."""
+    key = digest("live", token_hex(16))
+    return Candidate(name, key, lambda task: _own(task, adapters), lambda live, owner: state(owner), kept=False)
 
 
 def merge_key(inventory: Inventory) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
@@ -12,7 +13,7 @@ from typing import Any
 
 from plait.adapters.adapter import ADAPTER_CONFIG, Adapter
 from plait.errors import AddressError, PlanError, TaskError, did_you_mean
-from plait.evaluation.candidates import Candidate, merge_candidate, model_candidate, saved_candidate
+from plait.evaluation.candidates import Candidate, live_candidate, merge_candidate, model_candidate, saved_candidate
 from plait.evaluation.loaded_base import LoadedBase, placement
 from plait.evaluation.record import CandidateKind, Evaluation, SingleAdapter
 from plait.evaluation.recovery import BootstrapDraws
@@ -25,6 +26,7 @@ from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve, r
 from plait.hub.references import parse_reference
 from plait.inspection.doubts import adapter_doubts
 from plait.merging.inventory import Inventory, naming_base, open_adapters, take_inventory
+from plait.mixture import Mixture
 from plait.notices import announce
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.schema import Recipe
@@ -165,6 +167,22 @@ class Evaluator:
             finished=datetime.now().astimezone().isoformat(timespec="seconds"),
             seconds=round(time.perf_counter() - started, 3),
         )
+
+    @property
+    def mixture(self) -> Mixture:
+        """The base with the tasks' own adapters, loaded when it is first asked for."""
+        return self._session.live.mixture
+
+    def score(self, state: Callable[[str | None], AbstractContextManager[Any]], *, name: str = "live") -> Evaluation:
+        """Evaluate what acts in a context of `mixture`; base and single adapters are asked once, or were by an earlier process.
+
+        >>> found = evaluator.score(lambda heads: evaluator.mixture.mixed(coefficients, "module", heads=heads))
+
+        Args:
+            state: adapter whose heads act on a task (None for none) → a context in which the model acts as is to be scored.
+            name: for people.
+        """
+        return self.evaluate(EvalSubject(name, "merge", live_candidate(name, state, self.singles)))
 
     def draws(self, subject: EvalSubject) -> dict[str, BootstrapDraws]:
         """Return the bootstrap draws of every task; those of two subjects are of the same examples, and so can be compared."""

@@ -78,7 +78,7 @@ class Session:
         self.tasks = tuple(tasks)
         self.spec = spec
         self.adapters = adapters
-        self._live = live
+        self.live = live
         self._setting = (base_key, answers_digest(), *setting, spec.batch_size)
         self._cache = cache
         self._progress = progress
@@ -170,13 +170,14 @@ class Session:
             found = self._cache.find(key, len(examples.items))
             if found is None:
                 found = self._ask(candidate, owner, examples)
-                self._cache.keep(key, found)
+                if candidate.kept:
+                    self._cache.keep(key, found)
             self._known[key] = found.answers
         return self._known[key]
 
     def _ask(self, candidate: Candidate, owner: str | None, examples: Examples) -> Answers:
-        tokenizer, name = self._live.tokenizer, examples.task.name
-        with candidate.act(self._live, owner) as model:
+        tokenizer, name = self.live.tokenizer, examples.task.name
+        with candidate.act(self.live, owner) as model:
             self._progress.start(f"{candidate.name} · {name}", len(examples.items), "examples")
             try:
                 found = answer_examples(

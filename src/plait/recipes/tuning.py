@@ -130,7 +130,7 @@ class TuneSpec(TextsSpec):
     look_every: Annotated[int, Field(ge=1, description="Updates between two measurements on the held-out texts.")] = 12
     criterion: Annotated[
         Criterion, Field(description="Criterion over the tasks' kept shares; the step where it is largest is the best.")
-    ] = "mean"
+    ] = "worst"
     judge: Annotated[
         Literal["divergence", "loss"],
         Field(

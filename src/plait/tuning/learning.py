@@ -188,12 +188,10 @@ def best_scale(
     mixture: Mixture,
     learner: FactorLearner,
     taught: SplitLessons,
-    report: Callable[[float, HeldOutScore], object] = lambda s, h: None,
+    spec: TuneSpec,
+    report: Callable[[float, HeldOutScore], object],
 ) -> tuple[float, HeldOutScore]:
-    """Find the factor on the merge that brings it nearest to the adapters, and leave the factors so; no label is read.
-
-    The share of KL (see `HeldOutScore`) has one minimum in the scale in all that was measured.
-    """
+    """Find the factor on the merge with the smallest share of KL (see `HeldOutScore`), and leave the factors so."""
     known: dict[float, HeldOutScore] = {}
     start = learner.state()
 
@@ -201,7 +199,7 @@ def best_scale(
         if scale not in known:
             learner.load(start)
             learner.factors.scale(scale)
-            known[scale] = evaluate_held_out(mixture, learner, taught, 0)
+            known[scale] = evaluate_held_out(mixture, learner, taught, 0, spec)
             report(scale, known[scale])
         return known[scale].share
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from plait.adapters.lowrank import LowRank
 from plait.calibration.rebuilding import check_same_texts, request_of
 from plait.calibration.request import base_of, locked_request
+from plait.calibration.search import LEAST_DIVERGENCE
 from plait.calibration.texts import Texts
 from plait.checkpoints.digests import weight_files
 from plait.errors import OutputError, PlanError
@@ -209,7 +210,7 @@ def run_tune(
             outside=energy_outside_span(made.deltas, inventory),
             coefficients=learned.coefficients,
             tree=learned.tree,
-            notes=(*excluded, *_notes(texts, right, taught, learned.run.looks), *learned.notes),
+            notes=(*excluded, *_notes(texts, right, taught, learned.run), *learned.notes),
             seconds=clock.seconds,
             finished=datetime.now().astimezone().isoformat(timespec="seconds"),
             **controls,
@@ -265,8 +266,6 @@ class _Tuning:
 
     def factors(self, learner: FactorLearner, start: HeldOutScore) -> LearnedMerge:
         """Let the merge's factors learn."""
-        if self.spec.judge == "loss" or self.spec.criterion != "mean":
-            start = evaluate_held_out(self.mixture, learner, self.taught, 0, self.spec)
         run = self._run(learner, start, "factors")
         return LearnedMerge(run, learner.factors.deltas())
 
@@ -369,7 +368,9 @@ def _closed_form(
         inventory = replace(inventory, recipe=whole)
     if (found := working.load("closed-form")) is not None:
         return _from_tensors(*found)
-    merged = closed_form(inventory, mixture, lessons, workers=worker_count(options.workers), progress=progress)
+    merged = closed_form(
+        inventory, mixture, lessons, workers=worker_count(options.workers), progress=progress, working=working
+    )
     tensors: dict[str, Tensor] = {}
     for m in merged:
         if m.factors is None or m.magnitude is not None:
@@ -436,7 +437,7 @@ def _scaled(
 ) -> tuple[float, list[tuple[float, float]], HeldOutScore]:
     """Give the start its scale: the recipe's where it has one, else the one that is nearest to the adapters."""
     if "scale" in recipe.model_fields_set and recipe.scale != "auto":
-        return recipe.factor, [], evaluate_held_out(mixture, learner, taught, 0)
+        return recipe.factor, [], evaluate_held_out(mixture, learner, taught, 0, recipe.tune)
     if (found := working.load("scale")) is not None:
         learner.factors.scale(found[1]["scale"])
         return found[1]["scale"], [tuple(pair) for pair in found[1]["tried"]], HeldOutScore.model_validate(found[1]["held"])
@@ -448,7 +449,7 @@ def _scaled(
 
     progress.start("scale", 6, "scales")
     try:
-        scale, start = best_scale(mixture, learner, taught, report)
+        scale, start = best_scale(mixture, learner, taught, recipe.tune, report)
     finally:
         progress.finish()
     working.save("scale", {}, {"scale": scale, "tried": tried, "held": start.model_dump(mode="json")})
@@ -456,7 +457,7 @@ def _scaled(
 
 
 def _notes(
-    texts: Mapping[str, Texts], right: Mapping[str, tuple[str, ...]], taught: SplitLessons, looks: Sequence[HeldOutScore]
+    texts: Mapping[str, Texts], right: Mapping[str, tuple[str, ...]], taught: SplitLessons, run: LearningRun
 ) -> list[str]:
     trained = [name for name, t in texts.items() if t.source == "split 'train'"]
     tested = [name for name, t in texts.items() if t.source == "split 'test'"]
@@ -465,8 +466,15 @@ def _notes(
         notes.append(f"labels were read: {sum(map(len, right.values()))} in all.")
     if tested:
         notes.append(f"{', '.join(tested)}: learned from split 'test', as allow_test allows; do not judge the result on it.")
-    if len(looks) > 1 and max(looks, key=lambda h: h.score).step == 0:
+    if len(run.looks) > 1 and max(run.looks, key=lambda h: h.score).step == 0:
         notes.append("no step was better than the start on the held-out texts.")
+    if lost := [x.task for x in taught.lessons if run.best.divergence[x.task] > max(x.base, LEAST_DIVERGENCE)]:
+        notes.append(
+            f"{', '.join(lost)}: the result is farther from the task's own adapter than the base model is. More texts, steps "
+            "or another method may keep it (plait eval shows what is lost); else leave the adapter out."
+        )
+    if same := [x.task for x in taught.lessons if x.base < LEAST_DIVERGENCE]:
+        notes.append(f"{', '.join(same)}: the own adapter answers these texts as the base does; they teach little or nothing.")
     if trained:
         notes.append(
             f"{', '.join(trained)}: the texts are of the training split, which the adapters have probably seen: "

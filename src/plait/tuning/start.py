@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from torch import nn
 
@@ -19,6 +20,7 @@ from plait.methods import METHODS
 from plait.mixture import Mixture
 from plait.results.progress import Progress
 from plait.tuning.teaching import Lesson
+from plait.tuning.working import WorkingState
 
 _MOST_TEXTS = 64  # of a task, that second moments are taken on; more change little
 MAX_MOMENT_BYTES = 4 << 30  # of second moments held at a time; more are taken in several passes over the texts
@@ -46,7 +48,13 @@ def plan_start(inventory: Inventory) -> MergePlan:
 
 
 def closed_form(
-    inventory: Inventory, mixture: Mixture, lessons: Sequence[Lesson], *, workers: int, progress: Progress
+    inventory: Inventory,
+    mixture: Mixture,
+    lessons: Sequence[Lesson],
+    *,
+    workers: int,
+    progress: Progress,
+    working: WorkingState,
 ) -> tuple[MergedModule, ...]:
     """Merge in memory.
 
@@ -56,11 +64,12 @@ def closed_form(
         lessons: whose passages, read with their own adapters, give the second moments.
         workers: modules merged at a time; never changes a bit.
         progress: receives stages and steps.
+        working: where the moments of finished layers are kept, for a method that takes them layer by layer.
     """
     if not needs_moments(inventory):
         return tuple(merged_modules_of(inventory, make_plan(inventory, workers=workers), workers, progress))
     if inventory.recipe.is_sequential:
-        return _layer_by_layer(inventory, mixture, lessons, workers, progress)
+        return _layer_by_layer(inventory, mixture, lessons, workers, progress, working.place / "layers")
     plan = plan_start(inventory)
     merged: list[MergedModule] = []
     for targets in _groups(inventory, [m.target for m in plan.modules]):
@@ -71,14 +80,14 @@ def closed_form(
 
 
 def _layer_by_layer(
-    inventory: Inventory, mixture: Mixture, lessons: Sequence[Lesson], workers: int, progress: Progress
+    inventory: Inventory, mixture: Mixture, lessons: Sequence[Lesson], workers: int, progress: Progress, parts: Path
 ) -> tuple[MergedModule, ...]:
     passages: dict[str, list[Passage]] = {}
     for lesson in lessons:
         passages.setdefault(lesson.adapter, []).extend(_sample(lesson.passages))
     heads = {lesson.adapter: lesson.head for lesson in lessons}
     merged = merge_layer_by_layer(
-        inventory, mixture, passages, heads, tokens=MOST_ROWS, seed=0, workers=workers, progress=progress
+        inventory, mixture, passages, heads, tokens=MOST_ROWS, seed=0, workers=workers, progress=progress, parts=parts
     )
     return tuple(sorted(merged, key=lambda m: m.target))
 

@@ -9,20 +9,15 @@ from typing import Any
 
 import torch
 
+from plait.calibration.inputs import encode_texts
 from plait.calibration.passages import Passage, Reader
 from plait.calibration.teachers import OutputDistributions, teacher_distributions
 from plait.calibration.texts import Texts
-from plait.errors import TaskError
-from plait.evaluation.generation import generate_tokens
-from plait.evaluation.likelihood import check_lengths, log_likelihoods
 from plait.mixture import Mixture
-from plait.tasks.asking import Generated, Head, TargetLikelihood
-from plait.tasks.encoding import PromptEncoder, Question
+from plait.tasks.asking import Head
 from plait.tuning.objectives import BatchOutputs
 
 Hidden = Sequence[torch.Tensor] | None  # per layer (positions, d)
-
-_MAX_ANSWER = 32  # tokens of a free answer that are compared, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,57 +116,6 @@ def outputs_of(model: Any, parts: Sequence[tuple[Lesson, Sequence[int], Hidden]]
     return found
 
 
-def passages_of(mixture: Mixture, texts: Texts, adapter: str) -> tuple[Passage, ...]:
-    """Return a task's texts as tokens, with the answers whose distributions are compared.
-
-    Those are the tokens of the label that the task's own adapter finds likeliest, of its greedy answer where the answer is
-    free (up to 32 tokens), and of the text itself for a perplexity task. No label of the data is read.
-
-    Args:
-        mixture: the base with the adapters.
-        texts: of the task.
-        adapter: the task's own.
-
-    Raises:
-        TaskError: the base has no tokenizer, or a text is longer than its context.
-    """
-    return _passages(mixture, texts, adapter, None)[0]
-
-
-def _passages(
-    mixture: Mixture, texts: Texts, adapter: str, right: Sequence[str] | None
-) -> tuple[tuple[Passage, ...], tuple[tuple[int, ...], ...]]:
-    """Return passages, and the first tokens of the labels that each offers; answers are the right ones where they are given."""
-    task, tokenizer = texts.task, mixture.tokenizer
-    if tokenizer is None:
-        raise TaskError("the base model has no tokenizer; only tasks of text can be calibrated on.")
-    model: Any = mixture.model
-    if isinstance(task.ask, Head):
-        cut: dict[str, Any] = {"truncation": task.ask.max_tokens is not None, "max_length": task.ask.max_tokens}
-        rows = tokenizer([str(p) for p in texts.prompts], **cut)["input_ids"]
-        check_lengths(model, [len(r) for r in rows])
-        return tuple(Passage(tuple(r)) for r in rows), ()
-    encoder = PromptEncoder(tokenizer, task, encoder_decoder=bool(model.config.is_encoder_decoder))
-    questions = encoder.encode(texts.prompts, texts.choices)
-    longest = [len(q.prompt) + max([_MAX_ANSWER, *map(len, q.answers)]) for q in questions]
-    check_lengths(model, longest)
-    free = isinstance(task.ask, (TargetLikelihood, Generated))
-    labels = () if free else tuple(tuple(dict.fromkeys(a[0] for a in q.answers)) for q in questions)
-    if right is not None:
-        questions = encoder.encode(texts.prompts, [(text,) for text in right])
-        check_lengths(model, [len(q.prompt) + len(q.answers[0]) for q in questions])
-        return tuple(_passage(q, q.answers[0]) for q in questions), labels
-    if isinstance(task.ask, TargetLikelihood):
-        return tuple(_passage(q, q.answers[0]) for q in questions), labels
-    with mixture.active({adapter: 1.0}) as acting:
-        answers = (
-            _generated_answers(acting, tokenizer, questions, task.ask)
-            if isinstance(task.ask, Generated)
-            else _likeliest_answers(acting, questions)
-        )
-    return tuple(_passage(q, answer) for q, answer in zip(questions, answers, strict=True)), labels
-
-
 def make_lesson(
     mixture: Mixture,
     texts: Texts,
@@ -190,9 +134,9 @@ def make_lesson(
         report: called with the number of texts read since it was last called.
 
     Raises:
-        TaskError: as `passages_of`; or a label is not one of the task's.
+        TaskError: the base has no tokenizer, a text is longer than its context, or a label is not one of the task's.
     """
-    passages, labels = _passages(mixture, texts, adapter, right)
+    passages, labels = encode_texts(mixture, texts, adapter, answered=True, right=right)
     head = isinstance(texts.task.ask, Head)
     targets: tuple[int, ...] = ()
     if right is not None and isinstance(texts.task.ask, Head):
@@ -209,25 +153,11 @@ def divergence_over(lesson: Lesson, model: Any, *, batch_size: int = 16) -> floa
     order = sorted(range(len(lesson.passages)), key=lambda i: (lesson.passages[i].tokens, i))
     with torch.inference_mode():
         parts = [lesson.divergence(model, order[at : at + batch_size]) for at in range(0, len(order), batch_size)]
-    return float(torch.cat(parts).double().mean())
+    mean = float(torch.cat(parts).double().mean())
+    return 0.0 if mean < 0 else mean  # below 0 by rounding alone
 
 
 def _rectangle(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     """Return rows filled up with -1, (B, C) int64."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows], device=device)
-
-
-def _passage(question: Question, answer: Sequence[int]) -> Passage:
-    return Passage(tuple(question.prompt), tuple(answer), tuple(question.lead))
-
-
-def _likeliest_answers(model: Any, questions: Sequence[Question]) -> list[list[int]]:
-    """Return the answer of every question that a model finds likeliest; where they begin alike, by all their tokens."""
-    scores = log_likelihoods(model, questions, batch_size=16)
-    return [q.answers[row.index(max(row))] for q, row in zip(questions, scores, strict=True)]
-
-
-def _generated_answers(model: Any, tokenizer: Any, questions: Sequence[Question], ask: Generated) -> list[list[int]]:
-    """Return the first tokens of every greedy answer."""
-    return generate_tokens(model, tokenizer, questions, max_new_tokens=min(_MAX_ANSWER, ask.max_new_tokens), batch_size=16)

@@ -55,15 +55,27 @@ class WorkingState:
         Raises:
             OutputError: it cannot be written.
         """
-        draft = self.folder / f".{name}-{os.getpid()}"
+        draft = self.place / f".{name}-{os.getpid()}"
         try:
-            if not self.folder.is_dir():
-                self.folder.mkdir(parents=True)
-                (self.folder / _KEY).write_text(self._digest)
             save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, draft, {"info": json.dumps(info)})
             draft.replace(self.folder / f"{name}.safetensors")
         except OSError as error:
             raise OutputError(f"{self.folder} cannot be written: {error.strerror or error}.") from None
+
+    @property
+    def place(self) -> Path:
+        """The folder, which is made when it is missing.
+
+        Raises:
+            OutputError: it cannot be made.
+        """
+        try:
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True)
+                (self.folder / _KEY).write_text(self._digest)
+        except OSError as error:
+            raise OutputError(f"{self.folder} cannot be written: {error.strerror or error}.") from None
+        return self.folder
 
     def remove(self) -> None:
         """Remove the folder."""
