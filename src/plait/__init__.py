@@ -36,6 +36,7 @@ _HOME = {
     "check_tasks": "plait.api.models",
     "compress": "plait.api.files",
     "evaluate": "plait.api.models",
+    "evaluator": "plait.api.models",
     "extract": "plait.api.files",
     "inspect": "plait.api.files",
     "load_recipe": "plait.recipes.loading",
@@ -77,6 +78,7 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
     "check_tasks",
     "compress",
     "evaluate",
+    "evaluator",
     "extract",
     "inspect",
     "load_recipe",
@@ -99,7 +101,7 @@ if TYPE_CHECKING:
     from plait import mixture as mixture
     from plait.adapters import Adapter, LowRank
     from plait.api.files import bake, compress, extract, inspect, merge, migrate_recipe, plan, plan_bake, push, unbake, verify
-    from plait.api.models import calibrate, check_tasks, evaluate, report, sft, train, tune
+    from plait.api.models import calibrate, check_tasks, evaluate, evaluator, report, sft, train, tune
     from plait.errors import (
         AdapterError,
         AddressError,

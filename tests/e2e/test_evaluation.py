@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import plait
@@ -14,6 +15,7 @@ from plait.cli.main import main
 from plait.errors import OutputError, PlaitError, TaskError
 from plait.evaluation.loaded_base import placement
 from plait.evaluation.scores import Answers, adapter_digest, model_digest
+from plait.evaluation.session import Session
 from plait.mixture import Mixture
 from plait.notices import PlaitWarning
 from tests.language_models import LABELS, WORDS, label, save_model, train_adapter, write_task
@@ -434,3 +436,22 @@ def test_a_broken_index_is_found_before_anything_is_asked(prepared, tmp_path, mo
 def test_an_adapter_alone_is_told_how_to_name_the_tasks_own(prepared, tmp_path):
     found = prepared.evaluate(None, source=str(prepared.adapters["sort"]), tasks=prepared.tasks[:1])
     assert found.tasks[0].undefined == "the task's own adapter is not known; name it with --source sort=PATH (sources=)"
+
+
+def test_a_live_state_is_scored_in_one_call(prepared, tmp_path, monkeypatch):
+    """Coefficients on the live base have the scores of the merge that they are; base and single adapters are asked once."""
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "plait.evaluation.session.Session._ask",
+        lambda self, candidate, *rest, ask=Session._ask: asked.append(candidate.name) or ask(self, candidate, *rest),
+    )
+    live = plait.evaluator(prepared.adapters, tasks=prepared.tasks, base=prepared.base, workspace=tmp_path / "ws")
+    weights = torch.tensor([0.7, 0.6])
+    found = live.score(lambda heads: live.mixture.mixed(weights, heads=heads))
+    wanted = prepared.evaluate(tmp_path / "ws")
+    assert [(t.base, t.single, t.merged) for t in found.tasks] == [(t.base, t.single, t.merged) for t in wanted.tasks]
+    assert sorted(asked) == sorted(["base", "base", "sort", "rate", "live", "live", "merged", "merged"])
+    asked.clear()
+    weights.fill_(0.0)
+    assert live.score(lambda heads: live.mixture.mixed(weights, heads=heads)).mean_recovery == 0
+    assert asked == ["live", "live"]  # nothing says what a live state depends on

@@ -12,6 +12,7 @@ from plait.results.progress import Progress
 
 if TYPE_CHECKING:
     from plait.calibration.pipeline import CalibrateResult
+    from plait.evaluation.pipeline import Evaluator
     from plait.evaluation.record import Evaluation
     from plait.reports.pipeline import ReportResult
     from plait.tasks.checking import TaskCheck
@@ -199,6 +200,58 @@ def evaluate(  # noqa: PLR0913 (what a command line takes)
         .run(progress)
         .best
     )
+
+
+def evaluator(  # noqa: PLR0913 (what a command line takes)
+    source: RecipeSource,
+    *,
+    tasks: Sequence[str | Path] = (),
+    split: str | None = None,
+    subset: int | Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+    base: str | Path | None = None,
+    load_dtype: str = "auto",
+    device_map: str = "auto",
+    trust_remote_code: bool = False,
+    workspace: str | Path | None = "artifacts",
+    progress: Progress | None = None,
+) -> Evaluator:
+    """Return what scores live states on tasks: the base with the adapters once in memory, and their own answers kept.
+
+    >>> live = plait.evaluator({"intent": "./intent", "langid": "./langid"}, tasks=["tasks/intent.yaml", "tasks/langid.yaml"])
+    >>> weights = torch.tensor([0.7, 0.5])
+    >>> live.score(lambda heads: live.mixture.mixed(weights, heads=heads)).worst_recovery
+
+    Args:
+        source: the single adapters: references, name → reference, or a recipe that names them.
+        tasks: task files; the recipe's when empty.
+        split: as `evaluate` takes it, and so are all others.
+        subset: examples per task.
+        batch_size: prompts at a time.
+        base: the base model.
+        load_dtype: of the base model.
+        device_map: where it is.
+        trust_remote_code: let transformers run code that comes with the weights.
+        workspace: where answers of base and single adapters are kept; those of a live state never are.
+        progress: receives stages and steps.
+
+    Raises:
+        PlaitError: anything wrong with what was given.
+    """
+    from plait.evaluation.pipeline import EvaluateOptions, recipe_evaluator
+    from plait.evaluation.request import evaluated_recipe
+
+    options = EvaluateOptions(
+        workspace=optional_path(workspace),
+        base=None if base is None else str(base),
+        dtype=load_dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
+    recipe, folder = Request(source).resolved
+    asked = evaluated_recipe(recipe, tasks, {"split": split, "subset": subset, "batch_size": batch_size})
+    with asked.origins.named():
+        return recipe_evaluator(asked, folder, options, progress)[0]
 
 
 def check_tasks(
