@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 
 import plait
 from plait.calibration.pipeline import CalibrateResult
@@ -250,6 +251,55 @@ def test_bad_requests_are_refused_before_the_base_is_loaded(
     with pytest.raises(PlaitError, match=words):
         calibrate(place, tmp_path / "no", **changes)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens: the inputs of an embedding are tokens"),
+        ({"target_modules": ["q_proj"], "use_dora": True}, "method 'regmean' in space 'core' on DoRA adapters"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of an embedding that is saved
+def test_a_merge_that_no_moments_make_possible_is_refused_before_they_are_taken(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
+) -> None:
+    config = LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False, **changes)
+    get_peft_model(language_model(), config).save_pretrained(tmp_path / "rate")
+    monkeypatch.setattr("plait.mixture.Mixture.load", lambda *a, **k: pytest.fail("the base was loaded"))
+    tasks, base = [place / "sort.yaml", place / "rate.yaml"], str(place / "base")
+    with pytest.raises(PlaitError, match=words):
+        plait.merge([place / "sort", tmp_path / "rate"], method="regmean", tasks=tasks, base_model=base, out=tmp_path / "no")
+    assert [p.name for p in tmp_path.iterdir()] == ["rate"]
+
+
+def test_moments_of_the_largest_models_are_bounded_and_the_plan_says_their_size(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One layer of a model of 70B parameters: at most `tokens` inputs per module in place of matrices of d × d."""
+    shapes = {"self_attn.q_proj": (8192, 8192), "self_attn.k_proj": (8192, 1024), "self_attn.v_proj": (8192, 1024)}
+    shapes |= {"self_attn.o_proj": (8192, 8192), "mlp.gate_proj": (8192, 28672), "mlp.up_proj": (8192, 28672)}
+    shapes |= {"mlp.down_proj": (28672, 8192)}
+    config = json.loads((place / "sort" / "adapter_config.json").read_text())
+    for name in ("sort", "rate"):
+        tensors = {}
+        for module, (d_in, d_out) in shapes.items():
+            key = f"base_model.model.model.layers.0.{module}"
+            tensors |= {f"{key}.lora_A.weight": torch.ones(1, d_in), f"{key}.lora_B.weight": torch.ones(d_out, 1)}
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+        changes = {"r": 1, "target_modules": [path.rpartition(".")[2] for path in shapes]}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    flags = [str(tmp_path / "sort"), str(tmp_path / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
+    flags += ["--base-id", str(place / "base"), "--dry-run"]
+    assert run(["calibrate", *flags, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["bytes"]
+    assert planned == 2 * 4 * 2048 * sum(d_in for d_in, _ in shapes.values())
+    assert planned < 2 * 4 * sum(d_in**2 for d_in, _ in shapes.values()) / 7
+    assert run(["calibrate", *flags]) == 0
+    assert "at most 1.3 GB to write" in capsys.readouterr().out
+    assert run(["calibrate", *flags, "--json", "--set", "calibration.tokens=256"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == planned / 8
 
 
 def test_old_moments_are_refused_when_the_adapter_has_changed(place: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from plait.calibration.moments import InputMoments, take_moments
 from plait.calibration.passages import Passage, Reader
-from plait.calibration.search import _Teacher
+from plait.calibration.search import _Teacher, search_scale
 from plait.calibration.teachers import OutputDistributions, keep_distributions, teacher_distributions
 from plait.calibration.texts import generic_lines, read_texts
 from plait.errors import TaskError
@@ -81,6 +83,55 @@ def test_moments_are_the_mean_outer_product_of_the_inputs() -> None:
         q, k = (found[f"model.layers.0.self_attn.{part}_proj"] for part in "qk")
         assert q is k  # one for what is one tensor
         assert found["model.layers.0.mlp.down_proj"] is not q
+
+
+_SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+_WIDE = {**_SMALL, "intermediate_size": 24}
+_ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
+#: Architecture → settings of a small model, and the last names of the modules that read one tensor; all others read their own.
+SHARED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "GPT2LMHeadModel": ({"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2}, []),  # c_attn is q, k and v
+    "GPTJForCausalLM": (
+        {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4},
+        ["k_proj v_proj q_proj"],
+    ),
+    "MistralForCausalLM": ({**_WIDE, "num_key_value_heads": 1}, ["q_proj k_proj v_proj", "gate_proj up_proj"]),
+    "Qwen3ForCausalLM": ({**_WIDE, "num_key_value_heads": 1, "head_dim": 8}, ["q_proj k_proj v_proj", "gate_proj up_proj"]),
+    "Gemma2ForCausalLM": ({**_WIDE, "num_key_value_heads": 1, "head_dim": 8}, ["q_proj k_proj v_proj", "gate_proj up_proj"]),
+    "PhiForCausalLM": (_WIDE, ["q_proj k_proj v_proj"]),
+    "Phi3ForCausalLM": (_WIDE, []),  # qkv_proj and gate_up_proj
+    "FalconForCausalLM": (_SMALL, []),  # query_key_value
+    "BertForSequenceClassification": (_WIDE, ["query key value"]),
+    "DistilBertForSequenceClassification": (
+        {"vocab_size": 40, "dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2},
+        ["q_lin k_lin v_lin"],
+    ),
+    "T5ForConditionalGeneration": (
+        {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+        | {"feed_forward_proj": "gated-gelu"},
+        ["q k v", "wi_0 wi_1", "q k v", "k v", "wi_0 wi_1"],  # of the encoder, of the decoder, of what it reads of the encoder
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_reads_one_tensor_shares_its_moments_whatever_it_is_called(name: str) -> None:
+    import transformers
+
+    settings, wanted = SHARED[name]
+    build = getattr(transformers, name)
+    torch.manual_seed(0)
+    ends = {k: v for k, v in _ENDS.items() if name.startswith("T5") or k != "decoder_start_token_id"}
+    model = build(build.config_class(**settings, **ends)).eval()
+    outer = {id(model.get_output_embeddings())}
+    modules = {path: m for path, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and id(m) not in outer}
+    head = name.endswith("Classification")
+    passages = [Passage((4, 13, 6), () if head else (9, 1)), Passage((5, 17, 7, 8), () if head else (9,))]
+    found = take_moments(model, modules, passages, head=head).found()
+    groups: dict[int, list[str]] = {}
+    for path, entry in found.items():
+        groups.setdefault(id(entry), []).append(path.rpartition(".")[2])
+    assert sorted(sorted(g) for g in groups.values() if len(g) > 1) == sorted(sorted(names.split()) for names in wanted)
 
 
 def dense(found: torch.Tensor | InputRows) -> torch.Tensor:
@@ -258,3 +309,17 @@ def test_a_file_without_the_column_is_refused(tmp_path: Path) -> None:
 
 def test_generic_lines_differ() -> None:
     assert len(set(generic_lines())) == len(generic_lines()) >= 100
+
+
+@pytest.mark.parametrize(("depth", "wanted", "most"), [(0.3, 1.5, 6), (0.9, 0.1, 12)])
+def test_a_shallow_minimum_is_not_taken_for_the_only_one(depth: float, wanted: float, most: int) -> None:
+    """Near 1 is a minimum of 1 − depth … of what is left, and far below, where an adapter drowns the others, a better one."""
+    tried = []
+
+    def share(scale: float) -> float:
+        tried.append(scale)
+        near = depth + abs(math.log(scale / 1.5)) * 0.1
+        return near if scale > 0.6 else 0.6 + 0.1 * math.log(scale / 0.1) ** 2
+
+    assert search_scale(share) == pytest.approx(wanted, rel=0.2)
+    assert len(set(tried)) <= most

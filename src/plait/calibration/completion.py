@@ -15,7 +15,8 @@ from plait.errors import OutputError, PlanError
 from plait.extras import require
 from plait.hub.pretrained import LoadOptions
 from plait.merging.inventory import take_inventory
-from plait.merging.moments import MomentsOf
+from plait.merging.moments import MomentsOf, not_taken_yet
+from plait.merging.plan import make_plan
 from plait.mixture import Mixture
 from plait.notices import announce
 from plait.recipes.naming import naming_its_file
@@ -100,6 +101,8 @@ def complete_recipe(
         raise OutputError(problem)
     progress = progress or SilentProgress()
     request = read_for_completion(recipe, folder, options or LoadOptions())
+    given = not_taken_yet if lacks_moments else moments
+    make_plan(take_inventory(recipe.with_values(wanted), folder, given), workers=1)  # refused before the base is loaded
     mixture = cache(lambda: load_base(request, progress))
     notes: tuple[str, ...] = ()
     if lacks_moments:
