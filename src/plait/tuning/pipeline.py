@@ -368,9 +368,7 @@ def _closed_form(
         inventory = replace(inventory, recipe=whole)
     if (found := working.load("closed-form")) is not None:
         return _from_tensors(*found)
-    merged = closed_form(
-        inventory, mixture, lessons, workers=worker_count(options.workers), progress=progress, working=working
-    )
+    merged = closed_form(inventory, mixture, lessons, workers=worker_count(options.workers), progress=progress, working=working)
     tensors: dict[str, Tensor] = {}
     for m in merged:
         if m.factors is None or m.magnitude is not None:
