@@ -556,6 +556,7 @@ def test_how_the_base_is_loaded_is_asked_for(place: Path, tmp_path: Path, monkey
 
 def test_a_plan_says_what_is_taken_first(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
+    flags += ["--base-id", str(place / "base")]
     assert run(["merge", *flags, "--method", "regmean", "--scale", "auto", "--dry-run"]) == 0
     shown = capsys.readouterr().out.replace("\n", " ")
     assert "second moments are taken first" in shown
@@ -654,6 +655,7 @@ def test_auto_parameters_are_refused_where_nothing_finds_them(
     with pytest.raises(PlaitError, match="ridge"):
         plait.merge(sources, method="ties", ridge="auto", out=tmp_path / "no")
     flags = [*map(str, sources), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml"), "--method", "ties"]
+    flags += ["--base-id", str(place / "base")]
     assert run(["merge", *flags, "--density", "auto", "--scale", "auto", "--dry-run"]) == 0
     assert "the scale and density are found on the tasks' texts" in capsys.readouterr().out.replace("\n", " ")
 
