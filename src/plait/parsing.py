@@ -238,7 +238,10 @@ def kind_of(value: object) -> str:
 
 def shown(value: object) -> str:
     """Return a value as a message shows it: on one line, short."""
-    text = repr(value if not isinstance(value, str) else value[: 2 * _SHOWN])
+    try:
+        text = repr(value if not isinstance(value, str) else value[: 2 * _SHOWN])
+    except ValueError:  # Python converts no more than 4,300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
@@ -255,14 +258,15 @@ def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _look_through(value: Any, *, constants: bool, nul: bool) -> None:
     for path, leaf in _leaves(value, ()):
-        why = _wrong_text(leaf, nul=nul) if isinstance(leaf, str) else None if constants else _wrong_number(leaf)
+        why = text_problem(leaf, nul=nul) if isinstance(leaf, str) else None if constants else _wrong_number(leaf)
         if type(leaf) is int and leaf.bit_length() > MOST_BITS:
             why = "an integer too large for a float"
         if why:
             raise _Unreadable(f"{shown('.'.join(map(str, path)))} is {why}" if path else why)
 
 
-def _wrong_text(text: str, *, nul: bool) -> str | None:
+def text_problem(text: str, *, nul: bool = False) -> str | None:
+    """Return what a text holds that no file can be named by, or that cannot be written; NUL may be allowed (`nul`)."""
     if "\0" in text and not nul:
         return "a text with the character NUL"
     try:

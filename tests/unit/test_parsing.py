@@ -230,7 +230,18 @@ def test_files_of_text(tmp_path):
             "aliases",
         ),
         ("a: &a [*a]", "aliases"),
+        ("a: &a {<<: *a}", "aliases"),
+        (
+            "a0: &a0 {x: 1, y: 2, z: 3}\n"
+            + "".join(f"a{i + 1}: &a{i + 1} {{<<: [{', '.join([f'*a{i}'] * 8)}]}}\n" for i in range(9)),
+            "aliases",
+        ),
         ("x: \x07", "not YAML"),
+        ('x: "\\UFFFFFFFF"', "not a character's"),
+        ('x: "\\U00110000"', "not a character's"),
+        ('x: "\\ud800"', "half a character"),
+        ('"\\ud800": 1', "half a character"),
+        ('x: "\\0"', "NUL"),
         ("#" * (5 << 20), "larger than 4 MB"),
     ],
 )
@@ -241,7 +252,11 @@ def test_yaml_that_is_refused(text, message):
 
 
 @pytest.mark.parametrize(
-    "front", ["date: 2024-13-45", "license: 9999-99-99", "x: !!int x", "x: " + "[" * 5000, "- a", "\x00", "a: {", ""]
+    "front",
+    [
+        *("date: 2024-13-45", 'x: "\\UFFFFFFFF"', "license: 9999-99-99", "x: !!int x", "x: " + "[" * 5000),
+        *("- a", "\x00", "a: {", ""),
+    ],
 )
 def test_front_matter_of_strangers_ends_nothing(tmp_path, front):
     card = tmp_path / "README.md"

@@ -157,6 +157,12 @@ def test_names_are_taken_at_their_word(tmp_path):
             PickleFile(rewritten(tmp_path / "x.bin", tmp_path / "y.bin", change))
 
 
+def test_a_number_of_thousands_of_digits_for_a_name(tmp_path):
+    torch.save({10**6000: torch.zeros(2)}, tmp_path / "x.bin")
+    with pytest.raises(AdapterError, match="the entry a number of thousands of digits has no text for a name"):
+        PickleFile(tmp_path / "x.bin")
+
+
 def test_pickles_of_something_else(tmp_path):
     for content in (
         b"",

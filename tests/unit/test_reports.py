@@ -302,6 +302,19 @@ def test_a_leaderboard_brings_what_stands_behind_its_places(sweep, tmp_path):
     assert "Merges of a" in Page(plait.report(tmp_path / "elsewhere", out=tmp_path / "s.html").page.read_text()).text
 
 
+@every("tag", ["a**b", "[x", "../../../../results", "\0"])
+def test_a_leaderboard_from_elsewhere_leads_nowhere_else(tmp_path, tag):
+    board = board_of(evaluation(task("a", 0.9)))
+    board = board.model_copy(update={"places": (board.places[0].model_copy(update={"tag": tag}),)})
+    file = tmp_path / "leaderboard.json"
+    file.write_text(json.dumps(board.model_dump(mode="json")))
+    if tag in ("a**b", "[x"):  # names of files, which are not there
+        assert read_report([file]).evaluations == ()
+    else:
+        with pytest.raises(ReportError, match=r"leaderboard\.json"):
+            read_report([file])
+
+
 def test_the_run_that_is_named_first_is_what_the_page_is_about(sweep, tmp_path):
     board, other = sweep
     report = read_report([other, board])

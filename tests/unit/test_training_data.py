@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from plait.errors import PlaitError, TaskError
+from plait.errors import AdapterError, PlaitError, TaskError
 from plait.evaluation.scores import model_digest
 from plait.hub.download import Located
 from plait.training import job as jobs
@@ -14,6 +14,7 @@ from plait.training.data import EVAL_SPLITS, TrainingData, hold_out, load_data
 from plait.training.formats import Completion
 from plait.training.job import LoraSettings, TrainingJob, resolve_job
 from tests.chat_models import questions, save_chat_model, write_rows
+from tests.every import every
 from tests.language_models import WORDS, write_task
 
 ROWS = questions(10)
@@ -214,3 +215,21 @@ class TestDigest:
         lost = job.model_copy(update={"base": str(tmp_path / "no"), "data": TrainingData(place=str(tmp_path / "no.jsonl"))})
         with pytest.raises(PlaitError, match=r"(?s)2 problems.*no folder.*no\.jsonl: there is no such file"):
             lost.digest()
+
+
+@every("text", ["[" * 100_000, "[" + "9" * 5000 + "]", '[{"role": "user", "content": "\\ud800"}]', '[{"role": 1e999}]'])
+def test_a_text_that_is_no_list_of_turns_is_refused_by_row_and_column(tmp_path, text):
+    with pytest.raises(TaskError, match=r"row 0: column 'messages'( is not a list of turns|, turn 0: the role inf)"):
+        load(write_rows(tmp_path / "a.jsonl", [{"messages": text}] * 2))
+
+
+def test_an_index_that_names_files_elsewhere_is_not_followed(tmp_path):
+    save_chat_model(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../model.safetensors"}}
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    job = TrainingJob(base=str(tmp_path / "base"), data=TrainingData(place=str(write_rows(tmp_path / "a.jsonl", ROWS))))
+    with pytest.raises(
+        AdapterError, match=r"index\.json: names '../model\.safetensors', which is not a file in the same folder"
+    ):
+        resolve_job(job)

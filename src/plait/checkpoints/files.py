@@ -44,12 +44,12 @@ def find_weights(folder: Path) -> WeightFiles | None:
         AdapterError: an index that is none.
     """
     for kind in TENSOR_FORMATS:
+        if (folder / kind.model_name).is_file():
+            return WeightFiles((kind.model_name,), None, None, {})
         name = index_name(kind.model_name)
         if (folder / name).is_file():
             index, home = read_index(folder / name)
             return WeightFiles(tuple(sorted(set(home.values()))), name, index, home)
-        if (folder / kind.model_name).is_file():
-            return WeightFiles((kind.model_name,), None, None, {})
     return None
 
 

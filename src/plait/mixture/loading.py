@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from plait.adapters.adapter import Adapter
+from plait.checkpoints.files import find_weights
 from plait.errors import PlanError
 from plait.extras import require
 from plait.hub import pretrained
@@ -43,6 +44,7 @@ def load_base_model(
     Raises:
         MissingPackageError: transformers is not installed, or accelerate, which `device_map` needs.
         AddressError: the base cannot be found.
+        AdapterError: its index is damaged, or names a file in another folder.
         PlanError: adapters of different task types, no model, or a dtype or device that is none.
         TaskError: the tokenizer's files are damaged.
     """
@@ -50,6 +52,7 @@ def load_base_model(
     import transformers
 
     folder = resolve_model(str(base)).folder
+    find_weights(folder)  # transformers follows an index out of its folder
     keywords: dict[str, Any] = {"dtype": dtype}
     if device_map is not None:
         keywords["device_map"] = device_map

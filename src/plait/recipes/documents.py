@@ -15,7 +15,7 @@ import yaml
 
 from plait.errors import PlaitError, RecipeError, did_you_mean
 from plait.folders import open_in
-from plait.parsing import MOST_BITS, MOST_LEVELS, parse_json, read_text
+from plait.parsing import MOST_BITS, MOST_LEVELS, parse_json, read_text, text_problem
 from plait.recipes.paths import KeyPath, Plain
 from plait.recipes.problems import Problem, join_words
 
@@ -119,6 +119,8 @@ def read_document(text: str, source: str, *, loader: type[yaml.SafeLoader] = _Lo
         raise RecipeError(f"{source}: this is not YAML: {' '.join(str(error).split())}.") from None
     except RecursionError:
         raise RecipeError(f"{source}: this is nested too deeply to be a recipe.") from None
+    except (ValueError, OverflowError):  # of chr(): "\\U00110000"
+        raise RecipeError(f"{source}: this is not YAML: it holds a number (\\U…) that is not a character's.") from None
 
 
 def read_front_matter(card: Path) -> Mapping[str, Plain]:
@@ -168,6 +170,7 @@ class _Builder:
         self._problems: list[Problem] = []
         self._open: list[yaml.Node] = []
         self._nodes = 0
+        self._sizes: dict[int, int] = {}
 
     def document(self, node: yaml.Node | None) -> YamlDocument:
         data = None if node is None else self._build(node, ())
@@ -176,7 +179,8 @@ class _Builder:
     def _build(self, node: yaml.Node, path: KeyPath) -> Plain:
         self._nodes += 1
         self._lines.setdefault(path, _line(node))
-        if self._nodes > _MOST_NODES or any(node is parent for parent in self._open):
+        large = isinstance(node, yaml.MappingNode) and self._size(node) > _MOST_NODES
+        if large or self._nodes > _MOST_NODES or any(node is parent for parent in self._open):
             raise yaml.composer.ComposerError(None, None, "aliases (*name) make it endless or huge", node.start_mark)
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
@@ -190,13 +194,27 @@ class _Builder:
         finally:
             self._open.pop()
 
+    def _size(self, node: yaml.MappingNode) -> int:
+        """Return how many entries a mapping has with all that is merged into it (`<<`), before that is done."""
+        if id(node) not in self._sizes:
+            self._sizes[id(node)] = _MOST_NODES + 1  # while it is counted: one that is merged into itself
+            total = 0
+            for key, value in node.value:
+                merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                sizes = (self._size(v) for v in merged if isinstance(v, yaml.MappingNode))
+                total += sum(sizes) if key.tag == f"{_TAG}merge" else 1
+            self._sizes[id(node)] = total
+        return self._sizes[id(node)]
+
     def _scalar(self, node: yaml.ScalarNode) -> Plain:
         try:
             value = self._loader.construct_object(node)
         except (ValueError, LookupError, AttributeError, TypeError, OverflowError):  # `!!int x`, `!!timestamp x`, 5,000 digits
             value = node
+        words = text_problem(value) if isinstance(value, str) else None
         if value is node or (type(value) is int and value.bit_length() > MOST_BITS):
             words = f"{node.value[:40]!r} cannot be read as {node.tag.rpartition(':')[2]}"
+        if words:
             raise yaml.constructor.ConstructorError(None, None, words, node.start_mark)
         return value
 
@@ -211,6 +229,8 @@ class _Builder:
             if not isinstance(key, yaml.ScalarNode):
                 self._problems.append(Problem(path, f"line {_line(key)} has a key that is not text."))
                 continue
+            if words := text_problem(key.value):
+                raise yaml.constructor.ConstructorError(None, None, words, key.start_mark)
             self._lines[(*path, key.value)] = _line(key)
             data[key.value] = self._build(value, (*path, key.value))
         return data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -11,13 +12,13 @@ from plait.adapters.names import LayerKey, layer_key
 from plait.errors import PlaitError, ReportError, collect
 from plait.evaluation.comparison import Leaderboard
 from plait.evaluation.record import Evaluation
-from plait.folders import file_in
+from plait.folders import file_in, file_name_problem
 from plait.inspection.report import AdapterComparison as Conflict
 from plait.inspection.report import inspect_adapters
 from plait.merging.inventory import take_inventory
 from plait.merging.record import RunRecord
 from plait.merging.weighting import module_weights, towers_of
-from plait.parsing import read_record, read_text
+from plait.parsing import read_record, read_text, shown
 from plait.recipes.loading import build_recipe
 from plait.recipes.schema import Recipe
 from plait.records import Record
@@ -152,10 +153,13 @@ def _files(path: Path) -> list[Path]:
 
 def _places(file: Path, board: Leaderboard) -> list[Evaluation]:
     """Read the evaluations behind a leaderboard's entries, as far as its workspace still holds them."""
-    workspace = file.absolute().parents[3]  # <workspace>/compared/<adapters>/run_<time>/leaderboard.json
+    *_, workspace = (file.absolute().parents)[:4]  # <workspace>/compared/<adapters>/run_<time>/leaderboard.json
     found = []
     for place in board.places:
-        files = sorted(workspace.glob(f"merged/*/*/eval/{board.split}/eval_results_{place.tag}_{board.split}.json"))
+        name = f"eval_results_{place.tag}_{board.split}.json"
+        if file_name_problem(name) or "/" in name:
+            raise ReportError(f"{file}: {shown(place.tag)} cannot be the tag of results. Evaluate again.")
+        files = sorted(workspace.glob(f"merged/*/*/eval/{board.split}/{glob.escape(name)}"))
         found += [_read(Evaluation, f).model_copy(update={"name": place.name}) for f in files[:1]]
     return found
 

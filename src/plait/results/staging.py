@@ -210,11 +210,12 @@ def tuning_folder(folder: Path) -> Path:
 
 def _working_folder(folder: Path) -> Path:
     """Return where a result is made before it has its name."""
-    folder = folder.absolute()
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 (resolve() would follow links)
     return folder if _is_fixed(folder) else folder.parent
 
 
 def _stem(folder: Path, purpose: str) -> str:
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100
     if _is_fixed(folder):
         return {"staging": _STAGING, "baking": _BAKING, "calibrating": _CALIBRATING, "tuning": _TUNING}[purpose]
     raw = os.fsencode(folder.name)
@@ -226,7 +227,7 @@ def _is_fixed(folder: Path) -> bool:
     """Return whether a folder exists and cannot, or should not, be exchanged for another one."""
     if not folder.is_dir():
         return False
-    folder = folder.absolute()
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100
     with suppress(OSError):  # the working directory may be gone
         here = Path.cwd()
         if folder in (here, *here.parents):

@@ -19,6 +19,7 @@ from plait.tasks.inputs import Row
 from plait.tasks.schema import RowTask, Split
 
 _MOST_BYTES = 4 << 30  # of a file with rows, which is read completely
+_ROW_BYTES = 100  # of a row in memory, whatever is in it
 _MOST_CHARACTERS = (1 << 31) - 1  # of one cell: what csv can count to on every system
 
 
@@ -113,10 +114,18 @@ def _csv(file: Path) -> list[Row]:
 
 def _parquet(file: Path) -> list[Row]:
     parquet = optional("pyarrow.parquet", "data", f"{file}: reading parquet")
+    rows: list[Row] = []
+    size = 0
     try:
         with open_bytes(file) as stream:
-            rows: list[Row] = parquet.read_table(stream).to_pylist()
-    except ValueError as error:  # pyarrow's own classes are kinds of it
+            for batch in parquet.ParquetFile(stream).iter_batches():  # a small file may hold one value a billion times
+                size += batch.nbytes + batch.num_rows * _ROW_BYTES
+                if size > _MOST_BYTES:
+                    raise TaskError(f"{file}: its rows have more than {_MOST_BYTES >> 30} GB, the limit for such a file.")
+                rows += batch.to_pylist()
+    except TaskError:
+        raise
+    except (ValueError, MemoryError) as error:  # pyarrow's own classes are kinds of them
         raise TaskError(f"{file}: this cannot be read as parquet: {error}") from None
     return rows
 

@@ -7,12 +7,13 @@ template.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from plait.errors import TaskError, collect
+from plait.parsing import parse_json
 
 FormatName = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "question_answer", "pair", "text"]
 ChatTurn: TypeAlias = dict[str, Any]
@@ -350,10 +351,8 @@ def _tools(row: TrainingRow) -> Sequence[Any] | None:
 def _parsed(value: Any) -> Any:
     """Return a list that was written as JSON text; anything else as it is."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
+        with suppress(TaskError):
+            return parse_json(value, "", TaskError, constants=True, nul=True)
     return value
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from plait.checkpoints.files import find_weights
 from plait.errors import AddressError, PlaitError, TaskError, collect
 from plait.evaluation.scores import model_digest
 from plait.folders import expanded
@@ -243,9 +244,11 @@ def _collected(*steps: Callable[[], Any]) -> list[Any]:
 
 def _base(text: str) -> Located:
     try:
-        return resolve_model(text, files=("*.json", "*.safetensors", *COMPANION_FILES))
+        found = resolve_model(text, files=("*.json", "*.safetensors", *COMPANION_FILES))
     except AddressError as error:
         raise AddressError(f"model_name_or_path: {error}") from error
+    find_weights(found.folder)  # transformers follows an index out of its folder
+    return found
 
 
 def _watched(data: TrainingData) -> LoadedData:

@@ -66,7 +66,7 @@ from plait.tuning.span import energy_outside_span, relative_distance
 from plait.tuning.start import closed_form, plan_start
 from plait.tuning.teaching import Lesson, make_lesson
 from plait.tuning.texts import seen_texts, tuning_texts, without_test_texts
-from plait.tuning.working import WorkingState
+from plait.tuning.working import WorkingState, alone
 from plait.tuning.writing import LearnedMerge, with_deltas, write_learned
 from plait.verification.inputs import FoundInput
 from plait.version import __version__
@@ -148,10 +148,17 @@ def run_tune(
         PlaitError: anything wrong with what was given; nothing is left at `out` then.
     """
     require("plait tune", {"eval": ["transformers", "accelerate", "jinja2"]})
-    options, progress, clock = options or TuneOptions(), progress or SilentProgress(), _Clock()
-    spec = recipe.tune
     if problem := output_problem(out, force=force):
         raise OutputError(problem)
+    with alone(tuning_folder(out)):
+        return _run(recipe, folder, out, options or TuneOptions(), progress or SilentProgress(), force=force)
+
+
+def _run(
+    recipe: Recipe, folder: Path | None, out: Path, options: TuneOptions, progress: Progress, *, force: bool
+) -> TuneResult:
+    """Tune, while the folder of its state is held."""
+    spec, clock = recipe.tune, _Clock()
     inventory = take_inventory(recipe, folder)
     check_not_an_input(out, input_folders(inventory), command="tuning")
     plan_start(inventory)

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from plait.errors import OutputError
+from plait.notices import announce
+from plait.results.locking import locked
 
-_KEY = "tuning"
+_KEY, _LOCK = "tuning", "lock"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the folder of a tuning's state, so that no other process works there; where nothing was saved it goes again.
+
+    Raises:
+        OutputError: another process works there, it cannot be written, or it is a link.
+    """
+    if folder.is_symlink():
+        raise OutputError(f"{folder} is a link, and a tuning's state is kept there. Delete it, or choose another output.")
+    with locked(folder / _LOCK, "this merge is being tuned"):
+        try:
+            yield
+        finally:
+            if not (folder / _KEY).is_file():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class WorkingState:
@@ -35,19 +57,25 @@ class WorkingState:
             found = None
         self.resumed = found == digest
         if folder.is_dir() and not self.resumed:
-            shutil.rmtree(folder, ignore_errors=True)
+            for path in folder.iterdir():
+                if path.name != _LOCK:
+                    path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path, ignore_errors=True)
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return tensors and what else was saved under a name; None where nothing was, or what there is cannot be read."""
+        """Return tensors and what else was saved under a name; None where nothing was, or what there is has changed since."""
         file = self.folder / f"{name}.safetensors"
         if not file.is_file():
             return None
         try:
             with safe_open(file, framework="pt") as held:
-                info = json.loads((held.metadata() or {})["info"])
-                return {key: held.get_tensor(key) for key in held.keys()}, info  # noqa: SIM118 (it is not a mapping)
-        except (OSError, KeyError, ValueError):
-            return None
+                about = held.metadata() or {}
+                tensors = {key: held.get_tensor(key) for key in held.keys()}  # noqa: SIM118 (it is not a mapping)
+            if about.get("sha256") == _content_digest(tensors, about.get("info", "")):
+                return tensors, json.loads(about["info"])
+        except (OSError, SafetensorError, KeyError, ValueError):
+            pass
+        announce(f"{file} has changed since it was saved; what it held is computed again.")
+        return None
 
     def save(self, name: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
         """Save a state, in place of what the name had.
@@ -57,7 +85,8 @@ class WorkingState:
         """
         draft = self.place / f".{name}-{os.getpid()}"
         try:
-            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, draft, {"info": json.dumps(info)})
+            held, text = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, json.dumps(info)
+            draft.write_bytes(save(held, {"info": text, "sha256": _content_digest(held, text)}))
             draft.replace(self.folder / f"{name}.safetensors")
         except OSError as error:
             raise OutputError(f"{self.folder} cannot be written: {error.strerror or error}.") from None
@@ -70,8 +99,8 @@ class WorkingState:
             OutputError: it cannot be made.
         """
         try:
-            if not self.folder.is_dir():
-                self.folder.mkdir(parents=True)
+            if not (self.folder / _KEY).is_file():
+                self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / _KEY).write_text(self._digest)
         except OSError as error:
             raise OutputError(f"{self.folder} cannot be written: {error.strerror or error}.") from None
@@ -80,3 +109,12 @@ class WorkingState:
     def remove(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _content_digest(tensors: Mapping[str, Tensor], info: str) -> str:
+    """Return a hash of tensors and of what else is saved with them."""
+    found = hashlib.sha256(info.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -1,0 +1,62 @@
+"""What a killed tuning leaves: taken up as it was saved, or computed again; by one process at a time."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from plait.errors import OutputError
+from plait.notices import PlaitWarning
+from plait.tuning.working import WorkingState, alone
+
+STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones((), dtype=torch.bfloat16), "c": torch.empty(0)}
+
+
+def saved(folder: Path) -> bytes:
+    WorkingState(folder, "key").save("x", STATE, {"step": 3})
+    return (folder / "x.safetensors").read_bytes()
+
+
+def test_a_state_comes_back(tmp_path):
+    saved(tmp_path / "s")
+    tensors, info = WorkingState(tmp_path / "s", "key").load("x") or ({}, {})
+    assert info == {"step": 3}
+    assert all(torch.equal(tensors[name], STATE[name]) for name in STATE)
+    assert WorkingState(tmp_path / "s", "another").load("x") is None
+
+
+def test_a_state_with_any_byte_changed_is_computed_again(tmp_path):
+    data = saved(tmp_path / "s")
+    damaged = [data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :] for at in (*range(0, len(data), 7), len(data) - 1)]
+    with pytest.warns(PlaitWarning, match="has changed since it was saved"):
+        for part in (b"", data[:100], *damaged):
+            (tmp_path / "s" / "x.safetensors").write_bytes(part)
+            assert WorkingState(tmp_path / "s", "key").load("x") is None
+
+
+def test_a_full_disk_is_a_refusal(tmp_path, monkeypatch):
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutputError, match="s cannot be written: No space left on device"):
+        saved(tmp_path / "s")
+
+
+def test_one_process_at_a_time_and_nothing_stays_of_one_that_saved_nothing(tmp_path):
+    pytest.importorskip("fcntl")
+    with alone(tmp_path / "s"):
+        with pytest.raises(OutputError, match=r"is in use by process .*: this merge is being tuned"), alone(tmp_path / "s"):
+            pass
+        saved(tmp_path / "s")
+        WorkingState(tmp_path / "s", "another")
+        assert [p.name for p in (tmp_path / "s").iterdir()] == ["lock"]
+    assert not (tmp_path / "s").exists()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "s").symlink_to("elsewhere")
+    with pytest.raises(OutputError, match="s is a link"), alone(tmp_path / "s"):
+        pass
