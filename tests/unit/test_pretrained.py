@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
+from plait.cli.stopping import Stopped
 from plait.errors import PlaitError, PlanError, TaskError
 from plait.evaluation.generation import generate
 from plait.evaluation.scoring import answer_examples
@@ -195,6 +197,8 @@ def test_a_panic_is_a_refusal_and_an_interrupt_is_not():
         refuse_failures("place", "what is done", TaskError),
     ):
         raise PanicException("index out of range")
+    with pytest.raises(Stopped), refuse_failures("place", "what is done", TaskError):
+        raise Stopped(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), refuse_failures("place", "what is done", TaskError):
         raise KeyboardInterrupt
 

@@ -18,6 +18,7 @@ from plait.cli.console import err, out
 from plait.cli.main import main
 from plait.cli.stopping import Stopped, noting_on_stop, stoppable
 from plait.cli.streams import guarded
+from plait.errors import PlaitError
 from plait.results.staging import staged
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "adapters"
@@ -123,6 +124,26 @@ def test_a_signal_clears_away_and_says_what_is_left(monkeypatch, capsys, tmp_pat
     message = " ".join(capsys.readouterr().err.split())
     assert message.startswith("stopped" if name == "SIGINT" else f"stopped by {name}")
     assert "out was not written; the same command starts from the beginning." in message
+
+
+@pytest.mark.parametrize("wrapper", [ValueError, PlaitError])
+def test_a_signal_stays_one_whatever_a_library_makes_of_it(wrapper):
+    """pydantic and the tokenizers turn everything that is raised inside of them into errors of their own."""
+
+    def load() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        except BaseException as error:
+            raise wrapper("the model cannot be loaded") from error
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(Stopped) as caught, stoppable():
+            load()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 143
 
 
 def test_signals_that_the_caller_ignores_stay_ignored():

@@ -307,6 +307,10 @@ def _work(out: Path) -> Iterator[Path]:
         place.mkdir(exist_ok=True)
         try:
             yield place
+        except BaseException as error:
+            if not isinstance(error, Exception) and any(place.glob("*.safetensors")):  # stopped by its user
+                error.add_note(f"The moments that are finished are kept in {work}; the same command takes the others.")
+            raise
         finally:
             if not any(place.glob("*.safetensors")):  # published, or nothing was finished
                 shutil.rmtree(work, ignore_errors=True)

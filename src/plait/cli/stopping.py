@@ -52,6 +52,8 @@ def noting_on_stop(state: Callable[[], str] | None = None) -> Iterator[None]:
 def stoppable() -> Iterator[None]:
     """Raise `Stopped` in the block for the first signal; those that the caller ignores (`nohup`) stay ignored.
 
+    Where a library raises something else in its place, it is raised at the end of the block.
+
     While things are cleared away, a second Ctrl-C ends the process at once and other signals are ignored.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -60,16 +62,22 @@ def stoppable() -> Iterator[None]:
     numbers = [int(getattr(signal, name)) for name in _NAMES if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
     caught = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         for other in caught:
             signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
+        received.append(number)
         raise Stopped(number)
 
     for number in caught:
         signal.signal(number, stop)
     try:
         yield
+    except Exception as error:  # libraries written in Rust make errors of their own of whatever is raised in them
+        if received:
+            raise Stopped(received[0]) from error
+        raise
     finally:
         for number in caught:
             signal.signal(number, before[number])

@@ -22,6 +22,7 @@ _GENERATION = "generation_config.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 _MODEL = ("config.json", _GENERATION, "model.safetensors.index.json")
 _TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+_PANIC = "PanicException"  # of libraries written in Rust, which is not a kind of Exception
 _WORDS = 300  # characters of a library's message
 
 
@@ -142,9 +143,11 @@ def refuse_failures(
     """
     try:
         yield
-    except (PlaitError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except PlaitError:
         raise
-    except BaseException as found:  # tokenizers' panics are not kinds of Exception
+    except BaseException as found:
+        if not isinstance(found, Exception) and type(found).__name__ != _PANIC:
+            raise  # a signal
         home = Path(place if folder is None else folder)
         why = _foreign_code(str(found)) or _damage(home, found) or f"{_words(found)}{_among(home, files)}"
         raise error(f"{place}: {what}: {why.rstrip('.')}.") from found

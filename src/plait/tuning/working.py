@@ -35,6 +35,10 @@ def alone(folder: Path) -> Iterator[None]:
     with locked(folder / _LOCK, "this merge is being tuned"):
         try:
             yield
+        except BaseException as error:
+            if not isinstance(error, Exception) and (folder / _KEY).is_file():  # stopped by its user
+                error.add_note(f"What was finished is kept in {folder}; the same command continues from there.")
+            raise
         finally:
             if not (folder / _KEY).is_file():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -116,5 +120,5 @@ def _content_digest(tensors: Mapping[str, Tensor], info: str) -> str:
     found = hashlib.sha256(info.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
