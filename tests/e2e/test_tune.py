@@ -13,8 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import plait
+from plait.adapters import Adapter
 from plait.cli.main import main
-from plait.errors import PlaitError, RecipeError, TaskError
+from plait.errors import OutputError, PlaitError, PlanError, RecipeError, TaskError
+from plait.mixture import Mixture
 from plait.tuning.pipeline import TuneResult
 from tests.language_models import LABELS, WORDS, label, language_model, save_model, tokenizer, train_adapter, write_task
 
@@ -269,6 +271,40 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_what_is_learned_on_the_live_base_is_saved_as_an_adapter(place: Path, tmp_path: Path) -> None:
+    """Λ, and factors that a user's own loss moves, as PEFT loads them."""
+    mixture = Mixture(language_model(), [Adapter.open(place / task, task) for task in LABELS], tokenizer())
+    ids = torch.tensor([tokenizer()(f"sort {word} :")["input_ids"] for word in WORDS])
+    values = torch.tensor([0.7, 0.4])
+
+    def in_peft(folder: Path) -> torch.Tensor:
+        model: Any = PeftModel.from_pretrained(language_model(), folder)
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=ids).logits
+        return logits
+
+    with mixture.mixed(values) as model, torch.no_grad():
+        wanted = model(input_ids=ids).logits
+    deltas = mixture.merged(values)
+    torch.testing.assert_close(in_peft(mixture.save(deltas, tmp_path / "sum")), wanted, rtol=1e-4, atol=1e-4)
+
+    factors = mixture.learned(deltas, rank=4)
+    optimizer = torch.optim.SGD(factors.parameters(), lr=0.1)
+    with mixture.learning(factors) as model:
+        model(input_ids=ids).logits.square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in factors.parameters())
+    optimizer.step()
+    factors.refresh()
+    with mixture.learning(factors) as model, torch.no_grad():
+        moved = model(input_ids=ids).logits
+    assert float((moved - wanted).abs().max()) > 1e-2
+    torch.testing.assert_close(in_peft(mixture.save(factors.deltas(), tmp_path / "moved")), moved, rtol=1e-4, atol=1e-4)
+    with pytest.raises(OutputError, match="exists already"):
+        mixture.save(deltas, tmp_path / "sum")
+    with pytest.raises(PlanError, match="no such module"):
+        mixture.save({"elsewhere": next(iter(deltas.values()))}, tmp_path / "no")
 
 
 def test_texts_that_the_test_split_asks_are_left_out(place: Path, tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from plait.adapters.adapter import Adapter
+from plait.adapters.layouts import Layout
 from plait.adapters.selection import selection_of
 from plait.adapters.writing import OUTPUT_DTYPES, AdapterWriter, tensors_in_memory
 from plait.merging.engine import MergedModule
@@ -56,15 +59,19 @@ class MergedAdapter:
         """
         adapters, recipe = self._inventory.adapters, self._inventory.recipe
         heads, declared = main_heads(adapters, recipe.heads)
-        # keys that change what the base model is or when the adapter acts; the sources agree on them (`inventory`)
-        keys = ("layer_replication", "alora_invocation_tokens")
-        settings = {
-            "task_type": next((t for a in adapters if (t := a.config.raw.get("task_type"))), None),
-            "base_model_name_or_path": self._inventory.base_model,
-            "revision": next((a.config.revision for a in adapters if a.config.revision), None),
-            "fan_in_fan_out": any(a.config.flag("fan_in_fan_out") for a in adapters),
-            **selection_of(adapters, self._layouts),
-            **{key: value for key in keys if (value := adapters[0].config.raw.get(key)) is not None},
-            **declared,
-        }
+        settings = {**settings_of(adapters, self._layouts, self._inventory.base_model), **declared}
         return self._writer.write(folder, modules, self._writer.config(settings), tensors_in_memory(heads))
+
+
+def settings_of(adapters: Sequence[Adapter], layouts: Mapping[str, Layout], base_model: str | None) -> dict[str, Any]:
+    """Return the keys of `adapter_config.json` that a merge of adapters on these targets has from them."""
+    # keys that change what the base model is or when the adapter acts; the sources agree on them (`inventory`)
+    keys = ("layer_replication", "alora_invocation_tokens")
+    return {
+        "task_type": next((t for a in adapters if (t := a.config.raw.get("task_type"))), None),
+        "base_model_name_or_path": base_model,
+        "revision": next((a.config.revision for a in adapters if a.config.revision), None),
+        "fan_in_fan_out": any(a.config.flag("fan_in_fan_out") for a in adapters),
+        **selection_of(adapters, layouts),
+        **{key: value for key in keys if (value := adapters[0].config.raw.get(key)) is not None},
+    }

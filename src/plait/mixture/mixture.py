@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from plait.adapters.adapter import Adapter
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import layer_key
+from plait.adapters.writing import OUTPUT_DTYPES, AdapterWriter
 from plait.errors import PlanError, collect, did_you_mean
+from plait.merging.adapter_output import settings_of
 from plait.merging.engine import MergedModule
+from plait.merging.truncation import rounded
 from plait.mixture.arrangement import Arrangement
 from plait.mixture.coefficients import Axes, Coefficients, CoefficientState, Granularity, span
 from plait.mixture.columns import Columns, layers_of
@@ -28,6 +31,7 @@ from plait.mixture.loading import load_base_model
 from plait.mixture.modules import ModuleIndex, TargetModule
 from plait.mixture.stack import Stack
 from plait.mixture.swaps import FullTensorSet, Swap, dense_swaps, full_swaps
+from plait.results.staging import staged
 from plait.spaces.base import MergedMatrix
 
 _ACTING: WeakKeyDictionary[nn.Module, Mixture] = WeakKeyDictionary()  # model → whose block is entered
@@ -70,6 +74,7 @@ class Mixture:
         _check_free(model, None)
         self.model = model.eval().requires_grad_(requires_grad=False)
         self.tokenizer = tokenizer
+        self._adapters = tuple(adapters)
         self.names = tuple(a.name for a in adapters)
         if len(set(self.names)) < len(self.names):
             raise PlanError(f"adapters need distinct names; these are {', '.join(self.names)}.")
@@ -319,7 +324,7 @@ class Mixture:
     def merged(self, coefficients: Tensor, granularity: Granularity = "task") -> dict[str, tuple[LowRank, ...]]:
         """Return what acts with Λ as deltas: target → one `LowRank` per matrix, of the base's dtype, on the processor.
 
-        `attached` takes them, and so does whatever writes a merge result. Exact in the factors that act.
+        `attached` and `save` take them. Exact in the factors that act.
 
         Args:
             coefficients: see `mixed`.
@@ -341,6 +346,35 @@ class Mixture:
             ]
             found[layer.target.path] = tuple(slices)
         return found
+
+    def save(self, deltas: Mapping[str, Sequence[LowRank]], folder: str | Path, *, dtype: str = "float32") -> Path:
+        """Write deltas as an adapter that PEFT loads, in the place of these adapters; no full tensor (head) is written.
+
+        Args:
+            deltas: of `merged`, or of learned factors (`LearnedFactors.deltas`).
+            folder: to be made.
+            dtype: `float32`, `bfloat16` or `float16`.
+
+        Raises:
+            PlanError: a target that the model does not have, or nothing to write; or a value overflows the dtype.
+            OutputError: the folder exists, or cannot be written.
+        """
+        if not deltas or not self._adapters:
+            raise PlanError("there are no deltas, or no adapters whose place they could take.")
+        try:
+            layouts = {path: self._index.find(path).layout for path in deltas}
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+        ranks = {path: max(s.rank for s in slices) for path, slices in deltas.items()}
+        writer = AdapterWriter(layouts, ranks, dtype=OUTPUT_DTYPES[dtype], uniform=True)
+        base = next((a.config.base_model for a in self._adapters if a.config.base_model), None)
+        with staged(Path(folder), force=False) as place:
+            tensors = (
+                {name: rounded(path, tensor, writer.dtype) for name, tensor in writer.tensors(path, slices).items()}
+                for path, slices in deltas.items()
+            )
+            writer.write(place, tensors, writer.config(settings_of(self._adapters, layouts, base)))
+        return Path(folder)
 
     @property
     def coefficients(self) -> Tensor:
