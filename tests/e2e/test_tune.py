@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from safetensors.torch import load_file
 
 import plait
 from plait.adapters import Adapter
+from plait.calibration.texts import Texts, read_texts
 from plait.cli.main import main
 from plait.errors import OutputError, PlaitError, PlanError, RecipeError, TaskError
 from plait.mixture import Mixture
+from plait.tasks.loading import load_task
 from plait.tuning.pipeline import TuneResult
+from plait.tuning.seen import seen_in_training
 from tests.language_models import LABELS, WORDS, label, language_model, save_model, tokenizer, train_adapter, write_task
 
 # a word's label says nothing of another's, so nothing can be chosen on words that are held out
@@ -273,9 +277,32 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def test_the_record_of_a_training_knows_which_texts_were_seen(place: Path, tmp_path: Path) -> None:
+    """Half of the words were in the training of `sort`; nothing is known of that of `rate`."""
+    sources = {"sort": tmp_path / "phase" / "adapter", "rate": place / "rate"}
+    shutil.copytree(place / "sort", sources["sort"])
+    data: dict[str, Any] = {"place": None, "task": None, "split": "train", "limit": None, "text_field": "text"}
+    turns = [[{"role": "user", "content": f"sort {w} :"}, {"role": "assistant", "content": "red"}] for w in WORDS[:12]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
+    trained = write_task(tmp_path, "sort", rows=WORDS[:12], splits={"train": "test.jsonl"})
+    for where in ({"place": str(tmp_path / "rows.jsonl")}, {"task": str(trained)}, {"place": "nowhere.jsonl"}):
+        (tmp_path / "phase" / "training.json").write_text(json.dumps({"job": {"data": {**data, **where}}}))
+        seen = seen_in_training(texts_of_split(place / "sort.yaml"), Adapter.open(sources["sort"], "sort"))
+        assert seen == (None if where == {"place": "nowhere.jsonl"} else 12)
+    (tmp_path / "phase" / "training.json").write_text(json.dumps({"job": {"data": {**data, "task": str(trained)}}}))
+    tasks = [place / "sort.yaml", place / "rate.yaml"]
+    record = plait.tune(sources, tasks=tasks, base_model=str(place / "base"), out=tmp_path / "out", tune={"steps": 0}).record
+    notes = [note for note in record.notes if "training of adapter" in note]
+    assert notes == ["sort: 12 of 24 texts were in the training of adapter sort (its training.json)."]
+
+
+def texts_of_split(file: Path) -> Texts:
+    return read_texts(load_task(file), kind="split", count=99, seed=0)
+
+
 def test_what_is_learned_on_the_live_base_is_saved_as_an_adapter(place: Path, tmp_path: Path) -> None:
     """Λ, and factors that a user's own loss moves, as PEFT loads them."""
-    mixture = Mixture(language_model(), [Adapter.open(place / task, task) for task in LABELS], tokenizer())
+    mixture = Mixture(language_model(), [Adapter.open(str(place / task), task) for task in LABELS], tokenizer())
     ids = torch.tensor([tokenizer()(f"sort {word} :")["input_ids"] for word in WORDS])
     values = torch.tensor([0.7, 0.4])
 

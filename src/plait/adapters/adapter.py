@@ -81,12 +81,13 @@ class Adapter:
     file: TensorFile = field(repr=False)
 
     @staticmethod
-    def open(folder: Path, name: str) -> Adapter:
+    def open(folder: str | Path, name: str) -> Adapter:
         """Open an adapter: read its configuration and the header of its tensor file.
 
         Raises:
             AdapterError: with everything that is wrong with it.
         """
+        folder = Path(folder)
         config = AdapterConfig.read(folder / ADAPTER_CONFIG)
         config = replace(config, raw=clean_settings(config.raw))
         file = _open_file(folder)

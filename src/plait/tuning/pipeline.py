@@ -62,6 +62,7 @@ from plait.tuning.learning import (
     with_references,
 )
 from plait.tuning.record import TUNING, Control, TuneRecord
+from plait.tuning.seen import seen_in_training
 from plait.tuning.span import energy_outside_span, relative_distance
 from plait.tuning.start import closed_form, plan_start
 from plait.tuning.teaching import Lesson, make_lesson
@@ -217,7 +218,7 @@ def _run(
             outside=energy_outside_span(made.deltas, inventory),
             coefficients=learned.coefficients,
             tree=learned.tree,
-            notes=(*excluded, *_notes(texts, right, taught, learned.run), *learned.notes),
+            notes=(*excluded, *_notes(inventory, texts, right, taught, learned.run), *learned.notes),
             seconds=clock.seconds,
             finished=datetime.now().astimezone().isoformat(timespec="seconds"),
             **controls,
@@ -462,9 +463,15 @@ def _scaled(
 
 
 def _notes(
-    texts: Mapping[str, Texts], right: Mapping[str, tuple[str, ...]], taught: SplitLessons, run: LearningRun
+    inventory: Inventory,
+    texts: Mapping[str, Texts],
+    right: Mapping[str, tuple[str, ...]],
+    taught: SplitLessons,
+    run: LearningRun,
 ) -> list[str]:
-    trained = [name for name, t in texts.items() if t.source == "split 'train'"]
+    adapters = {a.name: a for a in inventory.adapters}
+    known = {x.task: seen_in_training(texts[x.task], adapters[x.adapter]) for x in taught.lessons}
+    trained = [name for name, t in texts.items() if t.source == "split 'train'" and known[name] is None]
     tested = [name for name, t in texts.items() if t.source == "split 'test'"]
     notes = []
     if right:
@@ -480,6 +487,12 @@ def _notes(
         )
     if same := [x.task for x in taught.lessons if x.base < LEAST_DIVERGENCE]:
         notes.append(f"{', '.join(same)}: the own adapter answers these texts as the base does; they teach little or nothing.")
+    notes += [
+        f"{x.task}: {known[x.task]} of {len(texts[x.task].prompts)} texts were in the training of adapter {x.adapter} (its "
+        "training.json)."
+        for x in taught.lessons
+        if known[x.task] is not None
+    ]
     if trained:
         notes.append(
             f"{', '.join(trained)}: the texts are of the training split, which the adapters have probably seen: "

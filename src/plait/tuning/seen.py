@@ -1,0 +1,53 @@
+"""Which texts an adapter was trained on, as far as the record of its training knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from plait.adapters.adapter import Adapter
+from plait.calibration.texts import Texts
+from plait.errors import PlaitError, TaskError
+from plait.parsing import read_object
+from plait.tasks.examples import prompts_of
+from plait.tasks.inputs import prompt_text
+from plait.tasks.loading import load_task
+from plait.tasks.rows import read_file, read_rows
+from plait.tasks.schema import SPLITS, RowTask
+
+_RECORD = "training.json"  # of `plait train` and `plait sft`, next to the adapter's folder
+
+
+def seen_in_training(texts: Texts, adapter: Adapter) -> int | None:
+    """Return how many texts were in an adapter's training; None where no record, or no data that can be read, says it."""
+    file = adapter.folder.absolute().parent / _RECORD
+    if not file.is_file():
+        return None
+    try:
+        asked = _questions(read_object(file, TaskError)["job"]["data"])
+    except (PlaitError, KeyError, TypeError):
+        return None
+    exact = set(asked)
+    prompts = [prompt_text(p).strip() for p in texts.prompts]
+    return sum(p in exact or any(q in p or p in q for q in asked) for p in prompts)
+
+
+def _questions(data: Mapping[str, Any]) -> list[str]:
+    """Return what a training asked: prompts of a task, or of rows the prompts, the user's turns, or the texts."""
+    splits = [data["split"]] if isinstance(data["split"], str) else list(data["split"])
+    if data["task"] is not None:
+        task = load_task(data["task"])
+        if not isinstance(task, RowTask):
+            raise TaskError(f"{data['task']}: has no rows of its own.")
+        split = next((s for name in splits for s in SPLITS if s == name and s in task.splits), "train")
+        found = [prompt_text(prompt) for prompt, _ in prompts_of(task, read_rows(task, split))]
+    else:
+        rows = read_file(Path(data["place"]))[: data["limit"]]
+        found = [q for row in rows for q in _of_row(row, data["text_field"])]
+    return [q.strip() for q in found if q.strip()]
+
+
+def _of_row(row: Mapping[str, Any], text_field: str) -> list[str]:
+    turns = row.get("messages") or row.get("prompt") or row.get(text_field) or []
+    return [turns] if isinstance(turns, str) else [str(t["content"]) for t in turns if t.get("role") == "user"]
