@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -61,11 +62,12 @@ def save_model(folder: Path) -> Path:
     return folder
 
 
-def train_adapter(folder: Path, task: str, steps: int = 60) -> Path:
-    """Train a LoRA adapter on all words, and save it as PEFT does."""
+def train_adapter(folder: Path, task: str, steps: int = 60, **changes: Any) -> Path:
+    """Train a LoRA adapter on all words, and save it as PEFT does; what is given in `changes` replaces keys of its config."""
     torch.manual_seed(sum(map(ord, task)))
     tokens = tokenizer()
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
+    plain = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    config = LoraConfig(**{**plain, **changes})
     model = get_peft_model(language_model(), config)
     ids = torch.tensor([tokens(f"{task} {word} : {label(task, word)}")["input_ids"] for word in WORDS])
     labels = ids.clone()

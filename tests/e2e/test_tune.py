@@ -19,6 +19,7 @@ from plait.calibration.texts import Texts, read_texts
 from plait.cli.main import main
 from plait.errors import OutputError, PlaitError, PlanError, RecipeError, TaskError
 from plait.mixture import Mixture
+from plait.notices import PlaitWarning
 from plait.tasks.loading import load_task
 from plait.tuning.pipeline import TuneResult
 from plait.tuning.seen import seen_in_training
@@ -275,6 +276,59 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_unlike_adapters_and_tasks(place: Path, tmp_path: Path) -> None:
+    """Ranks 4, 16 with rsLoRA and 8 on attention alone; labels, free answers with one text, and no data; a task asked twice."""
+    train_adapter(tmp_path / "wide", "rate", r=16, lora_alpha=16, use_rslora=True)
+    train_adapter(tmp_path / "attention", "sort", r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    free = {"kind": "generation", "labels": None, "max_new_tokens": 2, "splits": {"calibration": "test.jsonl"}}
+    tasks = [
+        place / "sort.yaml",
+        write_task(tmp_path / "one", "rate", name="wide", rows=WORDS[:1], **free),
+        write_task(tmp_path / "none", "sort", name="attention", data=None, splits=None, target=None),
+        write_task(tmp_path / "more", "rate", name="wider", adapter="wide", splits={"calibration": "test.jsonl"}),
+    ]
+    sources = {"sort": place / "sort", "wide": tmp_path / "wide", "attention": tmp_path / "attention"}
+    with pytest.warns(PlaitWarning, match="task 'attention' has no texts of its own"):
+        record = plait.tune(
+            sources,
+            tasks=tasks,
+            base_model=str(place / "base"),
+            out=tmp_path / "out",
+            tune={"steps": 24, "learning_rate": 2e-3},
+        ).record
+    assert record.rank == 16
+    assert record.kept.share < record.start.share < 1
+    assert {t.task: (t.kind, t.count) for t in record.texts} == {
+        "sort": ("split", 24),
+        "wide": ("split", 1),
+        "attention": ("lines", 120),
+        "wider": ("split", 24),
+    }
+    assert any(note.startswith("wide: no texts were held out") for note in record.notes)
+
+
+def test_an_adapter_that_does_nothing_and_one_that_is_there_twice(place: Path, tmp_path: Path) -> None:
+    train_adapter(tmp_path / "idle", "rate", steps=0)
+    sources = {"sort": place / "sort", "twin": place / "sort", "idle": tmp_path / "idle"}
+    tasks = [
+        place / "sort.yaml",
+        write_task(tmp_path / "twin", "sort", name="twin", splits={"calibration": "test.jsonl"}),
+        write_task(tmp_path / "idle-task", "rate", name="idle", splits={"calibration": "test.jsonl"}),
+    ]
+    settings: dict[str, Any] = {"base_model": str(place / "base"), "tune": {"steps": 0}}
+    twins = plait.tune({k: sources[k] for k in ("sort", "twin")}, tasks=tasks[:2], out=tmp_path / "twins", **settings).record
+    assert twins.scale == pytest.approx(1, abs=0.05)
+    assert twins.kept.share < 1e-4
+    record = plait.tune(sources, tasks=tasks, out=tmp_path / "out", **settings).record
+    assert any(note.startswith("idle: the own adapter answers these texts as the base does") for note in record.notes)
+
+
+def test_a_result_that_is_worse_than_the_base_says_so(place: Path, tmp_path: Path) -> None:
+    record = tune(place, tmp_path / "out", tune={"steps": 0}, scale=-2.0).record
+    (note,) = [note for note in record.notes if "farther" in note]
+    assert note.startswith("sort, rate: the result is farther from the task's own adapter than the base model is")
 
 
 def test_the_record_of_a_training_knows_which_texts_were_seen(place: Path, tmp_path: Path) -> None:
