@@ -121,6 +121,8 @@ def _sentence(text: str) -> str:
 
 def _adapters(adapters: Sequence[AdapterReport], width: int) -> Iterator[RenderableType]:
     """Draw one row per adapter; columns that do not fit a narrow terminal are left out, the least important first."""
+    from plait.cli.console import size
+
     columns: list[tuple[str, int, Callable[[AdapterReport], str]]] = [
         ("kind", 0, lambda a: a.kind + (" + bias" if a.lora_bias else "")),
         ("rank", 0, lambda a: _listed(a.ranks)),
@@ -129,12 +131,12 @@ def _adapters(adapters: Sequence[AdapterReport], width: int) -> Iterator[Rendera
         ("modules", 1, lambda a: str(a.modules)),
         ("dtype", 2, lambda a: ", ".join(a.dtypes)),
         ("parameters", 4, lambda a: _quantity(a.parameters)),
-        ("size", 2, lambda a: _size(a.bytes)),
+        ("size", 2, lambda a: size(a.bytes)),
         ("‖ΔW‖", 0, lambda a: _short(a.norm)),
         ("stable rank", 1, lambda a: "–" if a.stable_rank is None else f"{a.stable_rank:.1f}"),
         ("rank for 99 %", 3, lambda a: "–" if a.rank_for_99 is None else f"{a.rank_for_99:.1f}"),
     ]
-    label = _label_width(adapters)
+    label = max(min(_LABEL, len(a.name)) + 3 for a in adapters)
     for left_out in (5, 4, 3, 2, 1):
         shown = [(head, cell) for head, priority, cell in columns if priority < left_out]
         if label + sum(2 + max(len(head), *(len(cell(a)) for a in adapters)) for head, cell in shown) <= width:
@@ -398,10 +400,6 @@ def _name(number: int, name: str) -> Text:
     return Text(f"{number} ", "dim").append(short, "bold")
 
 
-def _label_width(adapters: Sequence[AdapterReport]) -> int:
-    return max(min(_LABEL, len(a.name)) + 3 for a in adapters)
-
-
 def _listed(values: Sequence[object], limit: int = 3) -> str:
     words = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
     if len(words) > limit and not isinstance(values[0], str):
@@ -423,12 +421,6 @@ def _quantity(number: int) -> str:
             break
         number = number / 1000  # type: ignore[assignment]
     return f"{number:.3g}{unit}"
-
-
-def _size(count: int) -> str:
-    from plait.cli.console import size
-
-    return size(count)
 
 
 def _below_diagonal(matrix: SymmetricMatrix) -> list[float]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from plait.errors import RecipeError
 
@@ -41,6 +41,11 @@ def get_item(data: Plain, key: str | int) -> Plain:
     if isinstance(data, list) and isinstance(key, int) and 0 <= key < len(data):
         return data[key]
     return None
+
+
+def is_number(value: Plain) -> TypeGuard[float]:
+    """Return whether a value is a number; true and false are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def split_assignment(text: str) -> tuple[tuple[str, ...], str | None]:

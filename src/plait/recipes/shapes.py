@@ -53,7 +53,9 @@ def spell_number(value: float) -> str:
 
 def is_number_only(path: KeyPath, data: Plain, root: type[BaseModel] = Recipe) -> bool:
     """Return whether the schema wants a number at a path and would not take a truth value."""
-    kinds = set(_leaves(_walk(path, data, root)[0]))
+    kinds = set()
+    for member in _members(_walk(path, data, root)[0]):
+        kinds |= {type(v) for v in get_args(member)} if _origin(member) is Literal else {member}
     return bool(kinds & {int, float}) and bool not in kinds
 
 
@@ -61,17 +63,12 @@ def _walk(path: KeyPath, data: Plain, root: type[BaseModel]) -> tuple[FieldType,
     shape: FieldType = root
     field: FieldInfo | None = None
     for key in path:
-        field = _field(shape, key)
+        fields = shape.model_fields.items() if _is_model(shape) else ()
+        field = next((f for name, f in fields if key == (f.alias or name)), None)
         inner = field.annotation if field is not None else _inside(shape)
         data = get_item(data, key)
         shape = _choose(inner, data)
     return shape, field
-
-
-def _field(shape: FieldType, key: str | int) -> FieldInfo | None:
-    if not _is_model(shape):
-        return None
-    return next((f for name, f in shape.model_fields.items() if key == (f.alias or name)), None)
 
 
 def _inside(shape: FieldType) -> FieldType:
@@ -110,11 +107,6 @@ def _members(shape: FieldType) -> Iterator[FieldType]:
             yield from _members(member)
     elif shape is not NoneType:
         yield shape
-
-
-def _leaves(shape: FieldType) -> Iterator[FieldType]:
-    for member in _members(shape):
-        yield from (type(v) for v in get_args(member)) if _origin(member) is Literal else [member]
 
 
 def _origin(shape: FieldType) -> FieldType:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
-from plait.linalg.blocks import RowBlocks
-from plait.spaces.base import Array, Frame, MergedMatrix, Space, unchanged
+from plait.spaces.base import Array, Frame, Space, unchanged
 
 
 class Delta(Space):
@@ -37,15 +36,13 @@ class Delta(Space):
                 out.addmm_(delta.a.mT, delta.b.mT @ (delta.b @ (delta.a @ x)))
             return out
 
-        return Frame((Array("delta", deltas[0].shape, rows, unchanged, range_hint),), _itself, deltas[0].a.dtype)
+        return Frame(
+            (Array("delta", deltas[0].shape, rows, unchanged, range_hint),), lambda merged: merged[0], deltas[0].a.dtype
+        )
 
     def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """Return full rank: an elementwise method keeps no low-rank structure."""
         return min(shape)
-
-
-def _itself(merged: Sequence[RowBlocks]) -> MergedMatrix:
-    return merged[0]
 
 
 DELTA = Delta()

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
-from plait.linalg.blocks import RowBlocks
-from plait.spaces.base import Array, Frame, MergedMatrix, Space, in_memory
+from plait.spaces.base import Array, Frame, Space, in_memory
 
 
 class Factors(Space):
@@ -42,15 +41,11 @@ class Factors(Space):
             Array("A", (a.shape[1], a.shape[2]), in_memory(a), on_a),
             Array("B", (b.shape[1], b.shape[2]), in_memory(b), on_b),
         )
-        return Frame(arrays, _product, a.dtype)
+        return Frame(arrays, lambda merged: LowRank(merged[0].dense(), merged[1].dense()), a.dtype)
 
     def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """Return the common rank."""
         return max(ranks)
-
-
-def _product(merged: Sequence[RowBlocks]) -> MergedMatrix:
-    return LowRank(merged[0].dense(), merged[1].dense())
 
 
 FACTORS = Factors()

@@ -282,13 +282,13 @@ def register_stage(stage: type[StageParams]) -> type[StageParams]:
     """Add a stage to those that recipes can spell, and return it.
 
     Raises:
-        ValueError: the name is taken, or the class is none of the kinds of stage.
+        ValueError: the name is taken, or the class is not one of the kinds of stage.
     """
     name = stage.spelled()
     if name in STAGES:
         raise ValueError(f"a stage named {name!r} is registered already")
     if not issubclass(stage, Stage):
-        raise ValueError(f"stage {name!r} is none of DeltaStage, EntryStage, MergedStage and the four kinds of combine")
+        raise ValueError(f"stage {name!r} is not one of DeltaStage, EntryStage, MergedStage and the four kinds of combine")
     STAGES[name] = stage
     return stage
 

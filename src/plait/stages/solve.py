@@ -25,7 +25,7 @@ from plait.stages.base import DeltaCombine, Site, StageParams, register_stage
 Ridge = Annotated[
     float, Field(ge=0, le=1e6, description="Ridge, as a share of the mean eigenvalue of the summed Gram matrices.")
 ]
-_ROUND_OFF = 1e-6  # directions below this share of a delta's largest are none of its rows
+_ROUND_OFF = 1e-6  # directions below this share of a delta's largest are not among its rows
 _RAISES = 12  # tenfold each: at 10¹² times the mean eigenvalue nothing is left but the mean
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeGuard
 
 from plait.errors import AddressError, did_you_mean
 from plait.recipes.importers.entries import named_entry
@@ -22,7 +21,7 @@ from plait.recipes.importers.mergekit_terms import (
     is_loose,
     pattern,
 )
-from plait.recipes.paths import KeyPath, Plain
+from plait.recipes.paths import KeyPath, Plain, is_number
 from plait.recipes.problems import ConvertedRecipe, Problem, join_words, show_value
 from plait.recipes.validation import unknown_key
 
@@ -195,7 +194,7 @@ class _Conversion:
         if density == 1 and "epsilon" in values:  # mergekit leaves a delta of density 1 alone
             values["epsilon"] = 0.0
         gamma = values.get("gamma")
-        if _is_number(density) and _is_number(gamma) and density + gamma > 1:
+        if is_number(density) and is_number(gamma) and density + gamma > 1:
             values["gamma"] = max(0.0, 1 - density)  # mergekit keeps as many as density says before it drops any
         if method.elects:
             values["divisor"] = "weight" if self._flag("normalize", default=method.normalize) else "none"
@@ -321,7 +320,7 @@ class _Conversion:
             self._problem(model.path, "it has no weight, and mergekit needs one: parameters: {weight: 1.0}.")
             return None
         for _, value in setting.values:
-            if not _is_number(value):
+            if not is_number(value):
                 self._problem(setting.path, f"weight is {show_value(value)}; it must be a number.")
         if None not in setting.filters:
             text = "no weight holds where no filter matches; add a last entry without a filter, {value: …}."
@@ -354,7 +353,7 @@ class _Conversion:
             return scale
         if self._name == "della":
             self._problem(path, "plait's 'della' always rescales what it keeps; leave it out.")
-        if _is_number(density) and _is_number(scale):
+        if is_number(density) and is_number(scale):
             self.notes.append("rescale: false is expressed by a scale that is multiplied by density.")
             return scale * density
         return scale
@@ -382,10 +381,6 @@ class _Conversion:
 
 def _base_of(model: Plain) -> str | None:
     return model.partition("+")[0] if isinstance(model, str) and "+" in model else None
-
-
-def _is_number(value: Plain) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _value(setting: FilteredParameter, name: str | None) -> float:

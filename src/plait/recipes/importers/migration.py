@@ -10,14 +10,13 @@ import copy
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import TypeGuard
 
 from plait.errors import AddressError
 from plait.recipes.importers.entries import named_entry
 from plait.recipes.importers.older_evaluation import KEYS as EVALUATION
 from plait.recipes.importers.older_evaluation import take_evaluation
 from plait.recipes.importers.older_tuning import take_tuning
-from plait.recipes.paths import KeyPath, Plain
+from plait.recipes.paths import KeyPath, Plain, is_number
 from plait.recipes.problems import ConvertedRecipe, Origins, Problem, show_value, spell_value
 from plait.recipes.validation import cannot_yet, unknown_key
 
@@ -310,7 +309,7 @@ class _Migration:
             return
         default = policy.get("default", given)
         lambdas = {(*path, "default"): default, **{(*path, "overrides", key): value for key, value in layers.items()}}
-        wrong = {p: v for p, v in lambdas.items() if not _is_share(v)}
+        wrong = {p: v for p, v in lambdas.items() if not (is_number(v) and 0 <= v <= 1)}
         for place, value in wrong.items():
             self._problem(place, f"lambda of {place[-1]} is {show_value(value)}; it must be a number, >= 0 and <= 1.")
         if wrong:
@@ -465,18 +464,10 @@ def _is_off(key: str, value: Plain) -> bool:
     return not value
 
 
-def _is_number(value: Plain) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_share(value: Plain) -> bool:
-    return _is_number(value) and 0 <= value <= 1
-
-
 def _percent_problem(k: Plain) -> str | None:
-    if _is_number(k) and 0 < k <= 100:
+    if is_number(k) and 0 < k <= 100:
         return None
-    if _is_number(k) and k == 0:
+    if is_number(k) and k == 0:
         return "k is 0, which keeps no entry: the merge would be zero. It must be > 0 and <= 100."
     return f"k is {show_value(k)}; it must be a percentage, > 0 and <= 100."
 

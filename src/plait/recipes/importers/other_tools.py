@@ -140,14 +140,11 @@ def page() -> str:
     parts = []
     for tool in dict.fromkeys(row.tool for row in TABLE):
         parts += [f"## {tool}", "", "| there | here | |", "|---|---|---|"]
-        parts += [f"| `{r.old}` | {_shown(r)} | {r.more} |" for r in TABLE if r.tool == tool]
+        for row in (r for r in TABLE if r.tool == tool):
+            new = f"`{row.new}`" if row.new else "not needed"
+            parts.append(f"| `{row.old}` | {new}{'; read as it is' * row.read} | {row.more} |")
         parts.append("")
     return "\n".join(parts)
-
-
-def _shown(row: Word) -> str:
-    new = f"`{row.new}`" if row.new else "not needed"
-    return f"{new}; read as it is" if row.read else new
 
 
 def _in_a_sentence(tool: str) -> str:
