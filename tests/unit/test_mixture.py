@@ -245,7 +245,7 @@ def test_axes_name_the_entries(mixture):
         (torch.ones(3), "layer", r"coefficients are \[3\]; per layer they are \[3, 3\] here"),
         (torch.ones(3, dtype=torch.bfloat16), "task", "coefficients are torch.bfloat16; small steps vanish"),
         (torch.ones(10, 9), "direction", "need canonical factors"),
-        (torch.ones(3), "block", "granularity is 'block'; it is one of task, layer, module, direction"),
+        (torch.ones(3), "block", "granularity is 'block'; it must be one of task, layer, module, direction"),
     ],
 )
 def test_wrong_coefficients_are_refused(mixture, values, granularity, message):

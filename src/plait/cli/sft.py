@@ -24,7 +24,7 @@ def sft(context: typer.Context) -> None:
     --merge_adapter_with_base  write base + adapter as merged_model/
     --push_to_hub, --hub_repo_id, --upload_merged_model
     --dry_run               show plan and a rendered example; train nothing
-    --force                 give up another run in --output_dir
+    --force                 discard another run in --output_dir
     --json                  print one JSON object on stdout
     --help_all              every flag
 

@@ -68,7 +68,7 @@ class Stream:
             self.write(line)
 
     def flush(self) -> None:
-        """Hand on what is still held.
+        """Write what is buffered.
 
         Raises:
             StreamError: it cannot be written.

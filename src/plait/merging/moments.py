@@ -342,7 +342,7 @@ def _checked_rows(found: InputRows, d_in: int, where: str) -> InputRows:
     """Return rows that can be inputs."""
     x = found.x
     if x.ndim != 2 or len(x) < 1 or x.shape[1] != d_in:
-        raise AdapterError(f"{where}: the shape of the inputs is {list(x.shape)}, needed are rows of {d_in}.")
+        raise AdapterError(f"{where}: the inputs have shape {list(x.shape)}, expected (tokens, {d_in}).")
     if not bool(torch.isfinite(x.sum(dtype=torch.float64))):
         raise AdapterError(f"{where}: there are values that are not finite.")
     return found

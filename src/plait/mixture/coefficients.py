@@ -71,7 +71,7 @@ class Coefficients:
             PlanError: a wrong shape or dtype.
         """
         if granularity not in GRANULARITIES:
-            raise PlanError(f"granularity is {granularity!r}; it is one of {', '.join(GRANULARITIES)}.")
+            raise PlanError(f"granularity is {granularity!r}; it must be one of {', '.join(GRANULARITIES)}.")
         wanted = axes.shape(granularity)
         if tuple(values.shape[per_row:]) != wanted or values.ndim != len(wanted) + per_row:
             shown = ["batch"] * per_row + [str(n) for n in wanted]

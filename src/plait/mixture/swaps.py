@@ -171,7 +171,7 @@ def dense_swaps(target: TargetModule, delta: DenseDelta) -> list[Swap]:
     if delta.bias is not None:
         present = getattr(target.module, "bias", None)
         if "bias" not in target.module._parameters:
-            raise PlanError(f"{target.path!r}: has no place for a bias.")
+            raise PlanError(f"{target.path!r}: the layer takes no bias.")
         total = delta.bias.to(weight.device) + (0 if present is None else present.detach().to(delta.bias.dtype))
         swaps.append(TensorSwap(target.module, "bias", total.to(weight.dtype)))
     return swaps
