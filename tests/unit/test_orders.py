@@ -232,6 +232,22 @@ REFUSED: dict[str, Refused] = {
         ["train", "phases.yaml", "--dry-run", "--cluster", "slurm"],
         lambda: plait.train("phases.yaml", cluster="slurm"),
     ),
+    "a dtype of the evaluation after a training, planned": (
+        ["train", "phases.yaml", "--dry-run", "--load-dtype", "float13"],
+        lambda: plait.train("phases.yaml", load_dtype="float13"),
+    ),
+    "a dtype of an evaluation": (
+        ["eval", "a", "b", "--load-dtype", "float13"],
+        lambda: plait.evaluate(["a", "b"], load_dtype="float13"),
+    ),
+    "a device of a tuning": (
+        ["tune", "a", "b", "-o", "out", "--device-map", "nowhere"],
+        lambda: plait.tune(["a", "b"], out="out", device_map="nowhere"),
+    ),
+    "a device of texts, planned": (
+        ["merge", "a", "b", "--dry-run", "--scale", "auto", "--tasks", "task.yaml", "--device-map", "nowhere"],
+        lambda: plait.merge(["a", "b"], out="out", scale="auto", tasks=["task.yaml"], device_map="nowhere"),
+    ),
     "no phases": (["train", "none.yaml"], lambda: plait.train("none.yaml")),
     "an unknown key": (
         ["merge", "a", "b", "-o", "out", "--set", "method.densty=0.3"],

@@ -17,6 +17,7 @@ from plait.evaluation.scores import adapter_digest, digest
 from plait.hub.download import Located, resolve_model
 from plait.hub.pretrained import LoadOptions
 from plait.merging.inventory import Inventory, naming_base, take_inventory
+from plait.mixture.loading import check_loading
 from plait.recipes.calibration import CalibrationSpec
 from plait.recipes.naming import naming_its_file
 from plait.recipes.problems import Problem
@@ -164,6 +165,7 @@ def read_calibration(recipe: Recipe, folder: Path | None, options: LoadOptions) 
     Raises:
         PlaitError: something of it cannot be used; texts are not disjoint from what the tasks are judged on.
     """
+    check_loading(options.dtype, options.device_map)
     inventory = take_inventory(recipe, folder)
     texts, owners = task_texts(recipe, folder, [a.name for a in inventory.adapters])
     problems = [problem for t in texts.values() for problem in overlap_with_evaluation(t)]

@@ -20,6 +20,7 @@ from plait.evaluation.workspace import write_comparison, write_evaluation
 from plait.folders import expanded
 from plait.hub.pretrained import LoadOptions
 from plait.merging.pipeline import run_recipe
+from plait.mixture.loading import check_loading
 from plait.notices import announce
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.request import is_recipe_file
@@ -109,6 +110,7 @@ class EvaluateOrder:
 
     def _check_options(self) -> None:
         _ = self.bounds, worker_count(self.options.workers)
+        check_loading(self.options.dtype, self.options.device_map)
         if self.saved is None:
             own = ["--source (sources=)"] * bool(self.sources) + ["--card (card=)"] * (self.card and self.out is None)
             if own:

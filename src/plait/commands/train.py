@@ -10,6 +10,7 @@ from typing import Any
 
 from plait.errors import RecipeError
 from plait.evaluation.pipeline import EvaluateOptions
+from plait.mixture.loading import check_loading
 from plait.results.progress import Progress
 from plait.training.cohort import Scheduling, check_scheduling, train_cohort
 from plait.training.estimate import Forecast, forecast
@@ -58,6 +59,11 @@ class TrainOrder:
         """
         return read_phases(self.phases, out=self.folder, base=self.base, settings=self.settings, sets=self.sets)
 
+    def _check(self) -> None:
+        """Refuse where phases cannot run, and how the base cannot be loaded for the evaluation after them."""
+        check_scheduling(self._scheduling)
+        check_loading(self.load_dtype, self.device_map)
+
     @property
     def _scheduling(self) -> Scheduling:
         return Scheduling(self.workers, self.cluster)
@@ -68,8 +74,8 @@ class TrainOrder:
         Raises:
             PlaitError: as `plait.train`, before the first step.
         """
+        self._check()
         plan = self.training
-        check_scheduling(self._scheduling)
         wanted = [plan.phase(name) for name in self.only] or plan.phases
         return [forecast(p, plan.out) for p in resolve_phases(plan) if p.phase in wanted]
 
@@ -82,6 +88,7 @@ class TrainOrder:
         Raises:
             PlaitError: as `plait.train`.
         """
+        self._check()
         return train_cohort(
             self.training,
             only=self.only,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from plait.commands.request import WritingOrder
+from plait.mixture.loading import check_loading
 from plait.results.progress import Progress
 from plait.results.threads import worker_count
 from plait.tuning.pipeline import TuneOptions, TuneResult, run_tune
@@ -27,5 +28,6 @@ class TuneOrder(WritingOrder):
             PlaitError: anything wrong with what was given; nothing is left at the output then.
         """
         worker_count(self.options.workers)
+        check_loading(self.options.dtype, self.options.device_map)
         recipe, folder = self.request.resolved
         return run_tune(recipe, folder=folder, out=self.out, force=self.force, options=self.options, progress=progress)

@@ -45,7 +45,7 @@ def load_base_model(
         MissingPackageError: transformers is not installed, or accelerate, which `device_map` needs.
         AddressError: the base cannot be found.
         AdapterError: its index is damaged, or names a file in another folder.
-        PlanError: adapters of different task types, no model, or a dtype or device that is none.
+        PlanError: adapters of different task types, no model, or a dtype or device that cannot be used.
         TaskError: the tokenizer's files are damaged.
     """
     require_libraries(device_map)
@@ -56,7 +56,7 @@ def load_base_model(
     keywords: dict[str, Any] = {"dtype": dtype}
     if device_map is not None:
         keywords["device_map"] = device_map
-    _check(dtype, device_map)
+    check_loading(dtype, device_map)
     config = pretrained.load_config(folder, trust_remote_code=trust_remote_code)
     labels = _labels(adapters)
     if labels is not None:
@@ -70,8 +70,12 @@ def load_base_model(
     return model, tokenizer
 
 
-def _check(dtype: Any, device_map: Any) -> None:
-    """Refuse what transformers would fail on deep within itself."""
+def check_loading(dtype: Any, device_map: Any) -> None:
+    """Refuse a dtype or device with which no model can be loaded, before any work is done for it.
+
+    Raises:
+        PlanError: one of them cannot be used here.
+    """
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise PlanError(f"dtype {dtype!r} is not allowed; it must be one of auto, float32, bfloat16, float16, float64.")
     if not isinstance(device_map, str) or device_map in PLACEMENTS:
