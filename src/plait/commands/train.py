@@ -55,14 +55,11 @@ class TrainOrder:
         """The phases.
 
         Raises:
-            PlaitError: with everything that is wrong with them.
+            PlaitError: with everything that is wrong with them; or on how they are run, or the base is loaded after them.
         """
-        return read_phases(self.phases, out=self.folder, base=self.base, settings=self.settings, sets=self.sets)
-
-    def _check(self) -> None:
-        """Refuse where phases cannot run, and how the base cannot be loaded for the evaluation after them."""
         check_scheduling(self._scheduling)
         check_loading(self.load_dtype, self.device_map)
+        return read_phases(self.phases, out=self.folder, base=self.base, settings=self.settings, sets=self.sets)
 
     @property
     def _scheduling(self) -> Scheduling:
@@ -74,7 +71,6 @@ class TrainOrder:
         Raises:
             PlaitError: as `plait.train`, before the first step.
         """
-        self._check()
         plan = self.training
         wanted = [plan.phase(name) for name in self.only] or plan.phases
         return [forecast(p, plan.out) for p in resolve_phases(plan) if p.phase in wanted]
@@ -88,7 +84,6 @@ class TrainOrder:
         Raises:
             PlaitError: as `plait.train`.
         """
-        self._check()
         return train_cohort(
             self.training,
             only=self.only,
