@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, OverflowMethod, RenderableType
@@ -216,6 +217,11 @@ class _PartBar:
         if self._bars is not None and self._task is not None:
             self._bars.remove_task(self._task)
             self._task = None
+
+
+def folder_size(folder: Path) -> str:
+    """Return the bytes of the files of a folder in words."""
+    return size(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
 
 
 def size(count: float | None) -> str:

@@ -61,14 +61,14 @@ def extract(
 
 
 def _show(result: ExtractResult) -> None:
-    from plait.cli.console import out, print_notes, size
+    from plait.cli.console import folder_size, out, print_notes
     from plait.cli.merge import show_energy
 
     console, record = out(), result.record
     request = record.request
     console.print(f"[bold]{request['finetuned']}[/bold] − [bold]{request['base']}[/bold] → [bold]{result.folder}[/bold]")
-    written = sum(p.stat().st_size for p in result.folder.rglob("*") if p.is_file())
-    console.print(f"{len(record.modules)} target modules · rank {record.rank} · {size(written)} · {record.seconds:.1f} s")
+    written = folder_size(result.folder)
+    console.print(f"{len(record.modules)} target modules · rank {record.rank} · {written} · {record.seconds:.1f} s")
     if all(m.result == "exact" for m in record.modules):
         console.print("[green]exact[/green]: the factors hold these modules exactly")
     else:

@@ -185,7 +185,7 @@ def show_result(result: MergeResult) -> None:
     """Show where the result is and what it lost."""
     from rich.text import Text
 
-    from plait.cli.console import out, size
+    from plait.cli.console import folder_size, out
 
     console, record = out(), result.record
     names = " + ".join(result.plan.adapters)
@@ -194,13 +194,13 @@ def show_result(result: MergeResult) -> None:
     console.print(
         f"{record.method} in {record.space} space · {len(record.modules)} target modules · {rank} · {record.seconds:.1f} s"
     )
-    written = sum(p.stat().st_size for p in result.folder.rglob("*") if p.is_file())
+    written = folder_size(result.folder)
     if record.result == "exact":
-        console.print(f"[green]exact[/green]: the factors hold the complete merge · {size(written)}")
+        console.print(f"[green]exact[/green]: the factors hold the complete merge · {written}")
     elif record.result == "dense":
-        console.print(f"[green]dense[/green]: the complete merge is stored · {size(written)}")
+        console.print(f"[green]dense[/green]: the complete merge is stored · {written}")
     else:
-        console.print(f"[yellow]truncated[/yellow]: {record.kept:.2%} of the energy ‖ΔW‖² is kept · {size(written)}")
+        console.print(f"[yellow]truncated[/yellow]: {record.kept:.2%} of the energy ‖ΔW‖² is kept · {written}")
         show_energy(result.record.modules)
     if record.max_lora_rank:
         console.print(f"vLLM: --max-lora-rank {record.max_lora_rank}")

@@ -49,14 +49,14 @@ def tune(
 
 def _show(result: TuneResult) -> None:
 
-    from plait.cli.console import new_table, out, print_notes, size
+    from plait.cli.console import folder_size, new_table, out, print_notes
 
     console, record = out(), result.record
-    written = sum(p.stat().st_size for p in result.folder.rglob("*") if p.is_file())
+    written = folder_size(result.folder)
     console.print(f"[bold]{' + '.join(s['name'] for s in record.sources)}[/bold] → [bold]{result.folder}[/bold]")
     seconds = sum(record.seconds.values())
     console.print(f"rank {record.rank} · scale {record.scale:.3g} · step {record.kept_step} of {len(record.losses)} kept · "
-                  f"{size(written)} · {seconds:.0f} s")  # fmt: skip
+                  f"{written} · {seconds:.0f} s")  # fmt: skip
     others = {"fresh LoRA": record.control, "random": record.random}
     shown = {"tuned": record.kept} | {name: c.held for name, c in others.items() if c is not None}
     table = new_table(("task", "texts", "base", record.recipe["method"]["name"], *shown), left=("task", "texts"))
