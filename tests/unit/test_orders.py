@@ -302,6 +302,9 @@ def test_python_refuses_what_only_it_can_ask_for(tmp_path, monkeypatch) -> None:
                 call(workers)
     with pytest.raises(plait.RecipeError, match="method, scale: a compression takes base_model, dtype, layout and a rank"):
         plait.compress(pair[0], rank=1, out="out", scale=0.5, method="ties")
+    for call in (plait.evaluate, lambda source, **given: plait.bake(source, out="out", **given)):
+        with pytest.raises(plait.RecipeError, match="base= is 'x' and base_model= is 'y': they mean the same; give one"):
+            call(pair, base="x", base_model="y")
     assert not (tmp_path / "out").exists()
 
 

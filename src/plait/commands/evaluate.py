@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from plait.commands.request import Request, complete_from_texts
+from plait.commands.request import Request, check_one_base, complete_from_texts
 from plait.errors import RecipeError
 from plait.evaluation.card import put_results
 from plait.evaluation.comparison import Leaderboard, compare_merges
@@ -111,6 +111,7 @@ class EvaluateOrder:
     def _check_options(self) -> None:
         _ = self.bounds, worker_count(self.options.workers)
         check_loading(self.options.dtype, self.options.device_map)
+        check_one_base(self.options.base, self.request.settings)
         if self.saved is None:
             own = ["--source (sources=)"] * bool(self.sources) + ["--card (card=)"] * (self.card and self.out is None)
             if own:

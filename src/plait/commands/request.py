@@ -44,7 +44,12 @@ class Request:
 
     @cached_property
     def given(self) -> dict[str, Any]:
-        """The settings that are given, with files of moments and the base among them."""
+        """The settings that are given, with files of moments and the base among them.
+
+        Raises:
+            RecipeError: the base is given twice.
+        """
+        check_one_base(self.base, self.settings)
         others = {"moments": None if callable(self.moments) else self.moments, "base_model": self.base}
         given = {key: value for key, value in self.settings.items() if value is not None}
         return given | {key: value if key == "moments" else str(value) for key, value in others.items() if value is not None}
@@ -107,6 +112,18 @@ class Request:
         from plait.tasks.loading import with_tasks
 
         return with_tasks(recipe, self.tasks)
+
+
+def check_one_base(base: str | Path | None, settings: Mapping[str, Any]) -> None:
+    """Refuse a base model that is given twice, which only a call in Python can do.
+
+    Raises:
+        RecipeError: it is.
+    """
+    if base is not None and settings.get("base_model") is not None:
+        raise RecipeError(
+            f"base= is {str(base)!r} and base_model= is {settings['base_model']!r}: they mean the same; give one."
+        )
 
 
 def complete_from_texts(recipe: Recipe, load: LoadOptions | None, **writing: Any) -> tuple[Recipe, tuple[str, ...]]:
