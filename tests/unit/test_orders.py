@@ -308,6 +308,16 @@ def test_python_refuses_what_only_it_can_ask_for(tmp_path, monkeypatch) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_evaluation_refuses_before_it_begins_what_its_merge_would(tmp_path, monkeypatch, capsys) -> None:
+    cohort([(6, 4)], [2, 2]).save(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    plait.merge(["./adapter0", "./adapter1"], out="earlier")
+    with pytest.raises(SystemExit) as leave:
+        main(["eval", "./earlier", "./adapter0", "--tasks", "none.yaml", "-o", "earlier", "--force"])
+    assert leave.value.code == 2
+    assert "earlier is an input of this merge (adapter 'earlier')" in " ".join(capsys.readouterr().err.split())
+
+
 def printed_plan(capsys: Any, *words: str) -> Any:
     capsys.readouterr()
     with pytest.raises(SystemExit) as leave:

@@ -19,12 +19,14 @@ from plait.evaluation.requirement import Requirement
 from plait.evaluation.workspace import write_comparison, write_evaluation
 from plait.folders import expanded
 from plait.hub.pretrained import LoadOptions
+from plait.merging.inventory import open_entries
 from plait.merging.pipeline import run_recipe
 from plait.mixture.loading import check_loading
 from plait.notices import announce
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.request import is_recipe_file
 from plait.recipes.schema import Recipe
+from plait.results.disk import check_not_an_input
 from plait.results.progress import Progress
 from plait.results.staging import checking_output
 from plait.results.threads import worker_count
@@ -152,7 +154,11 @@ class EvaluateOrder:
         compared = None
         if self.saved is None:
             recipes, folder, skipped = self._merges
-            with next(iter(recipes.values())).origins.named():
+            first = next(iter(recipes.values()))
+            with first.origins.named():
+                if self.out is not None:  # what the merge refuses in the end
+                    read = {f"adapter {a.name!r}": a.folder for a in open_entries(first, folder)[1]}
+                    check_not_an_input(self.out, read, command="merge")
                 compared = compare_merges(
                     recipes,
                     folder,
