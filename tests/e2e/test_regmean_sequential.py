@@ -228,6 +228,7 @@ def test_it_is_refused_with_the_reason(
     with pytest.raises(PlaitError, match=r"given of sort, rate were taken by 'regmean_sequential'"):
         plait.merge(sources, method="regmean", moments=tmp_path, out=tmp_path / "no")
     flags = [*map(str, sources), "--tasks", *map(str, tasks), "--method", "regmean_sequential", "--dry-run"]
+    flags += ["--base-id", str(place / "base")]
     with pytest.raises(SystemExit) as left:
         main(["merge", *flags])
     assert not left.value.code
