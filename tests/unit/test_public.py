@@ -155,6 +155,16 @@ def test_a_merge_of_hostile_adapters(tmp_path, name):
     assert "\x1b" not in card
 
 
+@every("name", ["\u202eevil", "a\x1b[31m", "a\nb", "<img src=x>", "caf\xe9"])
+def test_a_folder_of_any_name_has_a_card_that_shows_it(tmp_path, name):
+    folder = tmp_path / name
+    write_adapter(folder, layers(1, {"q_proj": (8, 8)}), seed=1)
+    merged = plait.merge({"a": str(folder), "b": str(folder)}, out=tmp_path / f"of {name!a}".replace("\\", "_"))
+    card = (merged.folder / "README.md").read_text()
+    assert not any(character in card for character in "\u202e\x1b")
+    assert ("caf\xe9" in card) == (name == "caf\xe9")
+
+
 @pytest.mark.parametrize("front", ["license: mit", 'license: "mit"\nlicense_link: https://x.org/a'])
 def test_a_license_is_taken_over(tmp_path, front):
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")

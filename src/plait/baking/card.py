@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
 from plait.baking.plan import Bake
 from plait.baking.record import BakeRecord
 from plait.libraries.transformers import AUTO_MODELS
 from plait.merging.card import PIPELINES, base_name, hub_id, license_of, public_recipe, source_row, task_type_of
 from plait.methods import METHODS
 from plait.recipes.writing import recipe_json
-from plait.results.quoting import block, code, prose
+from plait.results.quoting import as_yaml, block, code, prose
 
 
 def model_card(bake: Bake, record: BakeRecord) -> str:
     """Return README.md: front matter for the Hub, then the page."""
-    front = yaml.safe_dump(_front_matter(bake), sort_keys=False, allow_unicode=True)
-    recipe = yaml.safe_dump(public_recipe(recipe_json(bake.recipe)), sort_keys=False, allow_unicode=True)
+    front = as_yaml(_front_matter(bake))
+    recipe = as_yaml(public_recipe(recipe_json(bake.recipe)))
     base = base_name(bake.recipe.base_model)
     rows = "\n".join(source_row(s) for s in record.sources)
     names = "+".join(bake.merge.adapters)

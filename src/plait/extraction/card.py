@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from plait.extraction.pairing import Pairing
 from plait.hub.download import Located
 from plait.merging.card import PIPELINES, base_name, hub_id, license_of, load_with_peft, serve_with_vllm
 from plait.results.public import public_values
-from plait.results.quoting import block, code, prose
+from plait.results.quoting import as_yaml, block, code, prose
 
 if TYPE_CHECKING:
     from plait.extraction.record import ExtractRecord
@@ -18,12 +16,12 @@ if TYPE_CHECKING:
 
 def extract_card(pairing: Pairing, record: ExtractRecord) -> str:
     """Return README.md: front matter for the Hub, then the page."""
-    front = yaml.safe_dump(_front_matter(pairing, record), sort_keys=False, allow_unicode=True)
+    front = as_yaml(_front_matter(pairing, record))
     base = _base_on_hub(pairing, record) or base_name(record.base_model)
     kept = [x for x in record.leftovers if x.kept]
     lost = [x for x in record.leftovers if not x.kept]
     request = {**record.request, "base": _name(pairing.base.located), "finetuned": _name(pairing.tuned.located)}
-    settings = yaml.safe_dump(public_values(request), sort_keys=False, allow_unicode=True)
+    settings = as_yaml(public_values(request))
     facts = [
         f"**Rank**: {record.rank}, scaling baked in (`lora_alpha` = `r`); {len(record.modules)} target modules.",
         f"**Energy**: {record.kept:.2%} of ‖ΔW‖² of these modules is kept, {record.lowest_kept:.2%} in the worst.",

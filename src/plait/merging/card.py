@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from plait.adapters.adapter import Adapter
 from plait.inspection.compatibility import serving
 from plait.libraries.transformers import AUTO_MODELS
@@ -20,7 +18,7 @@ from plait.recipes.documents import read_front_matter
 from plait.recipes.writing import recipe_json
 from plait.results.lock import CARD
 from plait.results.public import place_name, public_values
-from plait.results.quoting import UNKNOWN_BASE, block, code, is_plain_name, prose, python, shell
+from plait.results.quoting import UNKNOWN_BASE, as_yaml, block, code, is_plain_name, prose, python, shell
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
 #: License keys of a card's front matter → their type; other types are ignored.
@@ -41,8 +39,8 @@ def card(inventory: Inventory, plan: MergePlan, record: RunRecord, folder: Path)
         record: what happened.
         folder: with the written files, whose adapter is looked at for what can serve it.
     """
-    front = yaml.safe_dump(front_matter(inventory), sort_keys=False, allow_unicode=True)
-    recipe = yaml.safe_dump(public_recipe(recipe_json(inventory.recipe)), sort_keys=False, allow_unicode=True)
+    front = as_yaml(front_matter(inventory))
+    recipe = as_yaml(public_recipe(recipe_json(inventory.recipe)))
     what = "The dense deltas" if record.result == "dense" else "One LoRA adapter"
     rows = "\n".join(source_row(s) for s in record.sources)
     return f"""---

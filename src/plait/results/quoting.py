@@ -6,6 +6,9 @@ import json
 import re
 import shlex
 import unicodedata
+from typing import Any
+
+import yaml
 
 UNKNOWN_BASE = "BASE_MODEL"
 _LONGEST = 200  # characters of a name
@@ -50,3 +53,10 @@ def python(text: str) -> str:
 def shell(text: str) -> str:
     """Return a text as one word of a shell."""
     return shlex.quote(one_line(text))
+
+
+def as_yaml(value: Any) -> str:
+    """Return plain data as YAML, in which invisible characters are escaped."""
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    hidden = any(unicodedata.category(c) in _HIDDEN for c in text if c != "\n")
+    return yaml.safe_dump(value, sort_keys=False) if hidden else text

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from plait.inspection.compatibility import max_lora_rank
 from plait.merging.card import front_matter, loading, public_recipe, source_row
 from plait.merging.inventory import Inventory
 from plait.recipes.writing import recipe_json
+from plait.results.quoting import as_yaml
 from plait.tuning.objectives import OBJECTIVES
 from plait.tuning.record import TuneRecord
 
@@ -22,8 +21,8 @@ def tune_card(inventory: Inventory, record: TuneRecord, folder: Path) -> str:
         record: what was done.
         folder: with the written files, whose adapter is looked at for what can serve it.
     """
-    front = yaml.safe_dump(front_matter(inventory), sort_keys=False, allow_unicode=True)
-    recipe = yaml.safe_dump(public_recipe(recipe_json(inventory.recipe)), sort_keys=False, allow_unicode=True)
+    front = as_yaml(front_matter(inventory))
+    recipe = as_yaml(public_recipe(recipe_json(inventory.recipe)))
     names = [a.name for a in inventory.adapters]
     rows = "\n".join(source_row(s) for s in record.sources)
     kept = "\n".join(
