@@ -29,7 +29,9 @@ from tests.fuzz.corruptions import corrupt
 from tests.fuzz.world import COMMANDS, Command
 
 _NAMELESS = "a refusal that names no file"
-_AT = re.compile(r"model\.layers\.|(weights|method|output|transforms)\.|the weights or the scale|there is no folder|GB are needed")
+_AT = re.compile(
+    r"model\.layers\.|(weights|method|output|transforms)\.|the weights or the scale|there is no folder|GB are needed"
+)
 LIMIT = 60  # seconds of one command: a busy machine is slow
 _MOST_MEMORY = 1 << 30  # bytes that one command may add to the largest size of the process
 _LEFTOVERS = re.compile(r"(^|/)\.(?!out\.baking|scores|index\.json\.lock)[^/]*(staging|baking|tmp|old)")
