@@ -8,9 +8,7 @@ not grow. The base is laid out as in the Hub's cache, and in a plain folder, whe
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +140,7 @@ def memory(bakes: dict[int, dict[str, Any]], made: dict[int, dict[str, Any]]) ->
 
 def main() -> None:
     """Parse arguments, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two small models, once: a smoke test")
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "plait-bench"), help="where files are kept")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of tables")
-    options = parser.parse_args()
+    options = report.arguments(__doc__, "two small models, once")
     machine = report.machine()
     sizes, repeats = ((1, 2), 1) if options.quick else ((10, 28), 2)
     bench = Bench(options.cache.resolve(), sizes, repeats)

@@ -8,7 +8,6 @@ They take turns; the fastest of their turns counts, in CPU time of all threads.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -115,11 +114,7 @@ def main() -> None:
     if len(sys.argv) == 4 and sys.argv[1] == "moments":
         Path(sys.argv[3]).write_text(json.dumps(moments(**json.loads(sys.argv[2]))), encoding="utf-8")
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="turns that each takes (3)")
-    parser.add_argument("--quick", action="store_true", help="one turn, 16 texts, no verdicts: a smoke test")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of tables")
-    options = parser.parse_args()
+    options = report.arguments(__doc__, "one turn, 16 texts, no verdicts", cache=False, rounds=(3, "turns that each takes"))
     machine, raw = report.machine(), {}
     texts, rounds = (16, 1) if options.quick else (TEXTS, options.rounds)
     sections = run(texts, rounds, raw)

@@ -8,10 +8,8 @@ is next to it. In float32 the answers must be the same, one by one. Results go t
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -125,12 +123,7 @@ def _rows(title: str, found: dict[str, Any], dtype: str) -> list[Row]:
 
 def main() -> None:
     """Parse arguments, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="turns that each side takes (2)")
-    parser.add_argument("--quick", action="store_true", help="one turn of a few questions, no verdicts: a smoke test")
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "plait-bench"), help="where files are kept")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of tables")
-    options = parser.parse_args()
+    options = report.arguments(__doc__, "one turn of a few questions, no verdicts", rounds=(2, "turns that each side takes"))
     machine, raw = report.machine(), {}
     machine["lm_eval"] = version("lm_eval")
     sections = run(options.cache.resolve(), 1 if options.quick else options.rounds, 8 if options.quick else EXAMPLES, raw)

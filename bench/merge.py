@@ -7,12 +7,10 @@ model's time is added up from those. Results go to `bench/results/merge.json` to
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -248,12 +246,7 @@ def run(bench: Bench) -> list[Section]:
 
 def main() -> None:
     """Parse arguments, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one layer, few methods: a smoke test")
-    parser.add_argument("--layers", type=int, default=28, help="layers of the model (28)")
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "plait-bench"), help="where files are kept")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of tables")
-    options = parser.parse_args()
+    options = report.arguments(__doc__, "one layer, few methods", layers=(28, "layers of the model"))
     layers, modules, runs = (1, ("self_attn.k_proj",), QUICK) if options.quick else (options.layers, PROBES, tuple(RUNS))
     machine = report.machine()
     bench = Bench(options.cache.resolve(), layers, modules, runs, repeat=not options.quick)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -52,6 +54,26 @@ class Section:
     columns: tuple[str, ...]
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def arguments(doc: str | None, quick: str, *, cache: bool = True, **numbers: tuple[int, str]) -> argparse.Namespace:
+    """Parse a benchmark's command line.
+
+    Args:
+        doc: what it measures.
+        quick: what `--quick` does.
+        cache: whether files are kept.
+        numbers: name of a flag → its default, and what it counts.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (default, what) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} ({default})")
+    parser.add_argument("--quick", action="store_true", help=f"{quick}: a smoke test")
+    if cache:
+        place = Path(tempfile.gettempdir(), "plait-bench")
+        parser.add_argument("--cache", type=Path, default=place, help="where files are kept")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of tables")
+    return parser.parse_args()
 
 
 def conclude(

@@ -8,7 +8,6 @@ Results go to `bench/results/train.json` too.
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import subprocess
@@ -92,12 +91,13 @@ def _equal(a: Path, b: Path) -> bool:
 
 def main() -> None:
     """Parse arguments, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="of the optimizer (60)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that each side takes (3)")
-    parser.add_argument("--quick", action="store_true", help="one turn of one step, no verdicts: a smoke test")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of tables")
-    options = parser.parse_args()
+    options = report.arguments(
+        __doc__,
+        "one turn of one step, no verdicts",
+        cache=False,
+        steps=(60, "of the optimizer"),
+        rounds=(3, "turns that each side takes"),
+    )
     machine, raw = report.machine(), {}
     machine["trl"] = version("trl")
     with tempfile.TemporaryDirectory(prefix="plait-bench-") as cache:

@@ -7,8 +7,6 @@ one process; the fastest of their turns counts. CPU time of all threads is compa
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +56,7 @@ def _memory(dtype: str, ours: float, theirs: float, variant: str) -> Row:
 
 def main() -> None:
     """Parse arguments, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6, help="turns that every variant takes (6)")
-    parser.add_argument("--quick", action="store_true", help="one turn, no verdicts: a smoke test")
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "plait-bench"), help="where files are kept")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of tables")
-    options = parser.parse_args()
+    options = report.arguments(__doc__, "one turn, no verdicts", rounds=(6, "turns that every variant takes"))
     machine, raw = report.machine(), {}
     sections = run(options.cache.resolve(), 1 if options.quick else options.rounds, raw)
     report.conclude(RESULTS, machine, sections, raw, quick=options.quick, as_markdown=options.markdown)

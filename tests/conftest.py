@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib import import_module
 from pkgutil import iter_modules
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 import plait.commands
@@ -27,6 +29,17 @@ settings.load_profile("plait")
 
 #: Set where everything that the tests need is installed (`.ci/run`): a skipped test is a failure there.
 NOTHING_SKIPPED = "PLAIT_NOTHING_SKIPPED"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Several threads wait for each other far longer than small matrices take; and numbers are compared across processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -17,6 +17,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import plait
+from plait.tuning.pipeline import TuneResult
+
 WORDS = [f"w{i}" for i in range(24)]
 LABELS = {"sort": ["red", "blue"], "rate": ["good", "bad"]}
 _SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -101,3 +104,10 @@ def write_task(folder: Path, task: str, *, rows: Sequence[str] = WORDS, **change
     file = folder / f"{task}.yaml"
     file.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}, sort_keys=False))
     return file
+
+
+def tune_pair(place: Path, out: Path, spec: dict[str, Any], tasks: Sequence[Path], **changes: Any) -> TuneResult:
+    """Tune the adapters `sort` and `rate` of a folder; `tune` among the changes is put on top of `spec`."""
+    spec = {**spec, **changes.pop("tune", {})}
+    base = str(place / "base")
+    return plait.tune([place / "sort", place / "rate"], tasks=tasks, out=out, base_model=base, tune=spec, **changes)

@@ -10,18 +10,24 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 # Forks one program per line of its input. `hold()` in a program says so and waits: a signal finds it there on any machine.
+# What libraries have read of the environment when they were imported is set again: a program has its own.
 _NURSERY = """
 import json, os, sys, traceback
-import accelerate, datasets, peft, trl
-from transformers import TrainerState
-from trl import SFTConfig, SFTTrainer
-import plait.api, plait.commands.train, plait.training.sft, plait.tuning.pipeline
+from contextlib import suppress
+from importlib import reload
+import torch
+from huggingface_hub import constants, hf_api
+import plait.api, plait.cli.main, plait.hub, plait.tuning.pipeline, plait.verification.publish
+with suppress(ImportError):  # not every environment has what training needs
+    import accelerate, datasets, peft
+    from trl import SFTConfig, SFTTrainer
+    import plait.commands.train, plait.training.sft
 for line in sys.stdin:
     order = json.loads(line)
     if (pid := os.fork()) == 0:
@@ -30,9 +36,14 @@ for line in sys.stdin:
             os.write(answers, f"held {os.getpid()}\\n".encode())
             os.read(0, 1)  # the end of the input: the tests are gone
             os._exit(1)
-        os.dup2(os.open(order["output"], os.O_WRONLY | os.O_CREAT), 1)
-        os.dup2(1, 2)
+        for stream in (1, 2):
+            os.dup2(os.open(order["streams"][stream - 1], os.O_WRONLY | os.O_CREAT), stream)
+        os.environ.clear()
         os.environ.update(order["environment"])
+        if threads := os.environ.get("OMP_NUM_THREADS"):
+            torch.set_num_threads(int(threads))
+        reload(constants)
+        hf_api.api.endpoint = constants.ENDPOINT
         os.chdir(order["folder"])
         sys.argv = ["-c", *order["arguments"]]
         code = 1
@@ -48,6 +59,8 @@ for line in sys.stdin:
     end = os.waitid(os.P_PID, pid, os.WEXITED)
     print("ended", -end.si_status if end.si_code == os.CLD_KILLED else end.si_status, flush=True)
 """
+#: `plait` with the arguments that follow.
+PLAIT = "from plait.cli.main import main; main()"
 # Waits behind the first checkpoint whose path holds a given word: `trainer_state.json` is what makes a checkpoint complete.
 _HELD = """
 import sys
@@ -75,38 +88,50 @@ def _kill(pid: int) -> None:
 
 
 def run_forked(
-    program: str, *arguments: str, folder: Path | None = None, when_held: Callable[[int], object] = _kill
-) -> tuple[int, str]:
-    """Run a program to its end; where it calls `hold()` it is killed.
+    program: str,
+    *arguments: str,
+    folder: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+    when_held: Callable[[int], object] = _kill,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, as `subprocess.run` does; where it calls `hold()` it is killed.
 
     Args:
         program: as after `python -c`.
         arguments: `sys.argv[1:]`.
         folder: its working directory; this process's when None.
+        environment: all of its variables.
         when_held: what happens to its process there, in place of that.
-
-    Returns:
-        Its exit code, negative for a signal, and what it printed.
     """
     run = _nursery()
     assert run.stdin is not None
     assert run.stdout is not None
     with TemporaryDirectory() as place:
-        output = Path(place, "output.txt")
+        streams = [Path(place, name) for name in ("stdout", "stderr")]
         order = {
-            "program": program, "arguments": arguments, "folder": str(folder or Path.cwd()), "environment": dict(os.environ),
-            "output": str(output),
+            "program": program, "arguments": arguments, "folder": str(folder or Path.cwd()), "environment": dict(environment),
+            "streams": list(map(str, streams)),
         }  # fmt: skip
         run.stdin.write(json.dumps(order) + "\n")
         run.stdin.flush()
         answer, number = run.stdout.readline().split()
         if answer == "held":
-            when_held(int(number))
+            try:
+                when_held(int(number))
+            except BaseException:
+                _kill(int(number))
+                run.stdout.readline()
+                raise
             answer, number = run.stdout.readline().split()
-        return int(number), output.read_text(encoding="utf-8", errors="replace")
+        texts = [stream.read_text(encoding="utf-8", errors="replace") for stream in streams]
+        return subprocess.CompletedProcess([program, *arguments], int(number), *texts)
 
 
 def killed_at_a_checkpoint(words: list[str], where: str) -> None:
     """Run `plait WORDS` until the first checkpoint whose path holds `where` is complete, and kill it there."""
-    code, said = run_forked(_HELD, where, *words)
-    assert code == -signal.SIGKILL, said[-2000:]
+    check_killed(run_forked(_HELD, where, *words))
+
+
+def check_killed(done: subprocess.CompletedProcess[str]) -> None:
+    """Make sure that a program was killed, and did not end by itself."""
+    assert done.returncode == -signal.SIGKILL, (done.stdout + done.stderr)[-2000:]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import plait
-from plait.cli.main import main
 from tests.adapters_on_disk import layers, read_deltas
+from tests.command_line import exit_code
 from tests.reference.harness import MODULES, SHAPES, adapters, assert_equal, stacks
 
 TENSORS = ("adapter_model.safetensors", "adapter_config.json")
@@ -26,9 +26,7 @@ def place(tmp_path, monkeypatch):
 
 def run(*arguments: str) -> int | str | None:
     """Run `plait merge` and return its exit code."""
-    with pytest.raises(SystemExit) as end:
-        main(["merge", *arguments])
-    return end.value.code
+    return exit_code("merge", *arguments)
 
 
 def three(method, **settings):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plait.cli.main import main
+from tests.command_line import exit_code
 
 MODULES = {"layers.0.q_proj": (8, 6), "layers.1.q_proj": (8, 6)}
 
@@ -47,10 +48,9 @@ def place(tmp_path, monkeypatch):
 def refused(capsys, *arguments: object) -> str:
     """Run the command line; expect code 2, no traceback, no output folder; return its message."""
     before = sorted(Path().iterdir())
-    with pytest.raises(SystemExit) as leave:
-        main([*map(str, arguments)])
+    code = exit_code(*arguments)
     printed = capsys.readouterr()
-    assert leave.value.code == 2, printed.err
+    assert code == 2, printed.err
     assert "Traceback" not in printed.err
     assert printed.out == ""
     assert sorted(Path().iterdir()) == before, "nothing is written"
@@ -85,9 +85,7 @@ def test_other_base(place, capsys):
 
 def test_other_base_is_overridden_by_a_given_one(place):
     adapter(place / "c", base_model_name_or_path="org/other")
-    with pytest.raises(SystemExit) as leave:
-        main(["merge", "a", "c", "--base-id", "org/base", "-o", "out"])
-    assert leave.value.code == 0
+    assert exit_code("merge", "a", "c", "--base-id", "org/base", "-o", "out") == 0
     assert json.loads((place / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
 
 
@@ -189,9 +187,7 @@ def test_pickle_that_is_none(place, capsys):
 def test_a_pickle_of_tensors_is_fine(place):
     torch.save(load_file(place / "b" / "adapter_model.safetensors"), place / "b" / "adapter_model.bin")
     (place / "b" / "adapter_model.safetensors").unlink()
-    with pytest.raises(SystemExit) as leave:
-        main(["merge", "a", "b", "-o", "out"])
-    assert leave.value.code == 0
+    assert exit_code("merge", "a", "b", "-o", "out") == 0
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
@@ -287,9 +283,7 @@ def test_an_existing_output_hides_nothing_else(place, capsys):
 
 def test_force_replaces_an_adapter(place):
     for _ in range(2):
-        with pytest.raises(SystemExit) as leave:
-            main(["merge", "a", "b", "-o", "out", "--force"])
-        assert leave.value.code == 0
+        assert exit_code("merge", "a", "b", "-o", "out", "--force") == 0
     assert json.loads((place / "out" / "summary.json").read_text())["rank"] == 4
 
 
@@ -482,9 +476,7 @@ def test_json_keeps_stdout_clean(capsys):
 
 
 def test_no_arguments_show_the_usage(capsys):
-    with pytest.raises(SystemExit) as leave:
-        main(["merge"])
-    assert leave.value.code == 2
+    assert exit_code("merge") == 2
     assert "Usage" in capsys.readouterr().err
 
 

@@ -13,10 +13,10 @@ import transformers as tf
 from safetensors.torch import load_file
 
 import plait
-from plait.cli.main import main
 from plait.errors import PlaitError
 from tests.baking_models import adapter_output, make_adapter, make_model, run, save_model
 from tests.chat_models import questions, save_chat_model, write_rows
+from tests.command_line import exit_code
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -122,9 +122,7 @@ def test_training_and_merging_into_such_a_base(tmp_path, capsys):
         "--lora_r", "4", "--max_steps", "2", "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "run"),
         "--merge_adapter_with_base", "--disable_tqdm", "True",
     ]  # fmt: skip
-    with pytest.raises(SystemExit) as left:
-        main(command)
-    assert not left.value.code, capsys.readouterr().err
+    assert exit_code(*command) == 0, capsys.readouterr().err
     merged = tmp_path / "run" / "merged_model"
     assert (merged / "model.safetensors").is_file()
     expected = adapter_output(tmp_path / "base", {"a": tmp_path / "run" / "adapter"}, {"a": 1.0}, _LM)

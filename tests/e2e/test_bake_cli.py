@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from tests.adapters_on_disk import write_adapter
 from tests.baking_models import make_adapter, save_model
 from tests.hub_server import HubServer
 from tests.unit.test_bake_plan import MODULES, write_base
+from tests.warm import PLAIT, run_forked
 
 
 @pytest.fixture
@@ -159,10 +157,8 @@ def test_from_the_hub_and_to_the_hub(place):
         }
         hub.add("org/base", {**files, **extra})
         hub.add("tester/model", {"adapter_config.json": b"{}", "pytorch_model.bin": b"older"}, private=True)
-        command = [sys.executable, "-m", "plait", "bake", "./a", "--base-id", "org/base", "-o", "model"]
-        command += ["--push-baked-repo", "tester/model", "--private"]
-        env = {**os.environ, **hub.env(place / "home", token="hf_test", offline=False)}
-        done = subprocess.run(command, env=env, cwd=place, capture_output=True, text=True, check=False)
+        words = ["bake", "./a", "--base-id", "org/base", "-o", "model", "--push-baked-repo", "tester/model", "--private"]
+        done = run_forked(PLAIT, *words, folder=place, environment=hub.env(place / "home", token="hf_test"))
         assert done.returncode == 0, done.stderr
         assert "pushed to" in done.stdout
         assert not [path for path in hub.asked(r"^GET") if "pytorch_model.bin" in path]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from safetensors.torch import save_file
 import plait
 from plait.calibration.pipeline import CalibrateResult
 from plait.calibration.texts import read_texts
-from plait.cli.main import main
 from plait.errors import AdapterError, OutputError, PlaitError, TaskError
 from plait.evaluation.loaded_base import LoadedBase
 from plait.linalg.inputs import InputRows
@@ -26,8 +23,11 @@ from plait.methods import METHODS
 from plait.methods.auto import SEARCHED
 from plait.notices import PlaitWarning
 from plait.tasks.loading import load_task
+from tests.command_line import exit_code
 from tests.language_models import WORDS, label, language_model, save_model, tokenizer, train_adapter, write_task
-from tests.warm import run_forked
+from tests.warm import check_killed, run_forked
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SEEN, JUDGED = WORDS[:16], WORDS[16:]
 
@@ -145,7 +145,7 @@ def test_a_calibration_is_made_again_from_its_lock(
     found = plait.verify(folder)
     assert found.ok
     assert {r.name: r.state for r in found.rebuilt or ()} == {"sort.safetensors": "equal", "rate.safetensors": "equal"}
-    assert run(["verify", str(folder)]) == 0
+    assert exit_code("verify", str(folder)) == 0
     lock = json.loads((folder / "plait.lock").read_text())
     assert lock["options"]["request"]["tasks"] == ["./../sort.yaml", "./../rate.yaml"]
     (folder.parent / "words.txt").write_text("w3\nw5\n")
@@ -292,13 +292,13 @@ def test_moments_of_the_largest_models_are_bounded_and_the_plan_says_their_size(
         (tmp_path / name / "adapter_config.json").write_text(json.dumps({**config, **changes}))
     flags = [str(tmp_path / "sort"), str(tmp_path / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
     flags += ["--base-id", str(place / "base"), "--dry-run"]
-    assert run(["calibrate", *flags, "--json"]) == 0
+    assert exit_code("calibrate", *flags, "--json") == 0
     planned = json.loads(capsys.readouterr().out)["bytes"]
     assert planned == 2 * 4 * 2048 * sum(d_in for d_in, _ in shapes.values())
     assert planned < 2 * 4 * sum(d_in**2 for d_in, _ in shapes.values()) / 7
-    assert run(["calibrate", *flags]) == 0
+    assert exit_code("calibrate", *flags) == 0
     assert "at most 1.3 GB to write" in capsys.readouterr().out
-    assert run(["calibrate", *flags, "--json", "--set", "calibration.tokens=256"]) == 0
+    assert exit_code("calibrate", *flags, "--json", "--set", "calibration.tokens=256") == 0
     assert json.loads(capsys.readouterr().out)["bytes"] == planned / 8
 
 
@@ -331,8 +331,7 @@ def test_a_killed_calibration_is_taken_up_adapter_by_adapter(
 ) -> None:
     arguments = [str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
     arguments += ["--base-id", str(place / "base"), "-o", str(tmp_path / "moments")]
-    code, said = run_forked(KILLED, "calibrate", *arguments)
-    assert code == -signal.SIGKILL, said[-2000:]
+    check_killed(run_forked(KILLED, "calibrate", *arguments))
     assert not (tmp_path / "moments").exists()
     done = calibrate(place, tmp_path / "moments")
     assert [(a.name, a.reused) for a in done.record.adapters] == [("sort", True), ("rate", False)]
@@ -355,12 +354,6 @@ def test_what_another_request_left_is_not_taken_up(place: Path, tmp_path: Path, 
     assert [a.reused for a in again.adapters] == [False, False]
 
 
-def run(arguments: list[str]) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(arguments)
-    return int(left.value.code or 0)
-
-
 def test_command_line_recipe_and_python_make_the_same(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = calibrate(place, tmp_path / "python", count=5, seed=2).folder
     recipe = tmp_path / "recipe.yaml"
@@ -371,19 +364,19 @@ def test_command_line_recipe_and_python_make_the_same(place: Path, tmp_path: Pat
     flags = [str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
     flags += ["--base-id", str(place / "base"), "--count", "5", "--seed", "2"]
     for name, arguments in {"file": [str(recipe)], "flags": flags}.items():
-        assert run(["calibrate", *arguments, "-o", str(tmp_path / name)]) == 0
+        assert exit_code("calibrate", *arguments, "-o", str(tmp_path / name)) == 0
         assert (tmp_path / name / "sort.safetensors").read_bytes() == (wanted / "sort.safetensors").read_bytes()
     shown = capsys.readouterr().out
     for words in ("sort: 5 texts, split 'calibration', read by sort", "sort.safetensors", "as rows"):
         assert words in shown
-    assert run(["calibrate", *flags, "-o", str(tmp_path / "json"), "--json"]) == 0
+    assert exit_code("calibrate", *flags, "-o", str(tmp_path / "json"), "--json") == 0
     assert json.loads(capsys.readouterr().out)["adapters"][0]["tokens"] == 15
-    assert run(["calibrate", *flags, "--dry-run", "--json"]) == 0
+    assert exit_code("calibrate", *flags, "--dry-run", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["bytes"] >= sum(p.stat().st_size for p in wanted.glob("*.safetensors")) - 8000  # headers
-    assert run(["calibrate", *flags, "--dry-run"]) == 0
+    assert exit_code("calibrate", *flags, "--dry-run") == 0
     assert "at most" in capsys.readouterr().out
-    assert run(["calibrate", *flags]) == 2
+    assert exit_code("calibrate", *flags) == 2
 
 
 def test_an_encoder_with_a_head(tmp_path: Path) -> None:
@@ -499,7 +492,7 @@ def test_a_merge_with_tasks_takes_the_moments_by_itself_once(
     assert adapter(plait.merge(recipe, out=tmp_path / "recipe").folder) == adapter(merged.folder)
     flags = [str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
     flags += ["--base-id", str(place / "base"), "--method", "regmean"]
-    assert run(["merge", *flags, "-o", str(tmp_path / "flags")]) == 0
+    assert exit_code("merge", *flags, "-o", str(tmp_path / "flags")) == 0
     assert adapter(tmp_path / "flags") == adapter(merged.folder)
 
 
@@ -522,7 +515,7 @@ def test_an_evaluation_takes_what_a_recipe_lacks(
     saved = plait.evaluate(merged.folder, tasks=tasks, workspace=None)
     assert [t.merged for t in found.tasks] == [t.merged for t in saved.tasks]
     flags = [str(place / "sort"), str(place / "rate"), "--tasks", *map(str, tasks), "--base-id", base]
-    assert run(["eval", *flags, "--methods", "linear,regmean", "--json"]) == 0
+    assert exit_code("eval", *flags, "--methods", "linear,regmean", "--json") == 0
     board = json.loads(capsys.readouterr().out)
     assert not board.get("skipped", board.get("board", {}).get("skipped"))
     judged = write_task(tmp_path, "sort", rows=SEEN, splits={"calibration": "test.jsonl", "test": "test.jsonl"})
@@ -544,20 +537,20 @@ def test_how_the_base_is_loaded_is_asked_for(place: Path, tmp_path: Path, monkey
         merge(place, tmp_path / "merged", load_dtype="bfloat16", device_map="cpu")
     flags = [str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
     flags += ["--base-id", str(place / "base"), "--method", "regmean", "--load-dtype", "float16", "--device-map", "cpu"]
-    assert run(["bake", *flags, "-o", str(tmp_path / "baked")]) == 0
+    assert exit_code("bake", *flags, "-o", str(tmp_path / "baked")) == 0
     assert seen == [("bfloat16", "cpu"), ("float16", "cpu")]
     with pytest.raises(PlaitError, match="loads no model; leave them out"):
         plait.merge([place / "sort", place / "rate"], load_dtype="bfloat16", out=tmp_path / "no")
     for command in ("merge", "bake"):
         planned = [command, str(place / "sort"), str(place / "rate"), "--base-id", str(place / "base"), "--dry-run"]
-        assert run([*planned, "-o", str(tmp_path / "no")]) == 0
-        assert run([*planned, "-o", str(tmp_path / "no"), "--load-dtype", "bfloat16"]) == 2
+        assert exit_code(*planned, "-o", str(tmp_path / "no")) == 0
+        assert exit_code(*planned, "-o", str(tmp_path / "no"), "--load-dtype", "bfloat16") == 2
 
 
 def test_a_plan_says_what_is_taken_first(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
     flags += ["--base-id", str(place / "base")]
-    assert run(["merge", *flags, "--method", "regmean", "--scale", "auto", "--dry-run"]) == 0
+    assert exit_code("merge", *flags, "--method", "regmean", "--scale", "auto", "--dry-run") == 0
     shown = capsys.readouterr().out.replace("\n", " ")
     assert "second moments are taken first" in shown
     assert "the scale is found on the tasks' texts" in shown
@@ -656,7 +649,7 @@ def test_auto_parameters_are_refused_where_nothing_finds_them(
         plait.merge(sources, method="ties", ridge="auto", out=tmp_path / "no")
     flags = [*map(str, sources), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml"), "--method", "ties"]
     flags += ["--base-id", str(place / "base")]
-    assert run(["merge", *flags, "--density", "auto", "--scale", "auto", "--dry-run"]) == 0
+    assert exit_code("merge", *flags, "--density", "auto", "--scale", "auto", "--dry-run") == 0
     assert "the scale and density are found on the tasks' texts" in capsys.readouterr().out.replace("\n", " ")
 
 
@@ -675,11 +668,3 @@ def test_an_output_is_checked_before_anything_is_taken(place: Path, tmp_path: Pa
     (tmp_path / "mine" / "file").touch()
     with pytest.raises(OutputError, match="exists"):
         merge(place, tmp_path / "mine", scale="auto")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

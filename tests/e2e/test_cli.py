@@ -11,11 +11,12 @@ from rich.cells import cell_len
 
 from plait import __version__
 from plait.cli.evaluate import show_evaluation
-from plait.cli.main import _join_lists, main
+from plait.cli.main import _join_lists
 from plait.evaluation.record import Evaluation
 from plait.methods import METHODS
 from plait.notices import forget_announcements
 from plait.verification.publish import PushResult
+from tests.command_line import exit_code
 from tests.every import every
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "adapters"
@@ -23,10 +24,9 @@ PAIR = [f"sentiment={DEMO / 'sentiment'}", f"langid={DEMO / 'langid'}"]
 
 
 def run(capsys, *arguments: object, code: int = 0) -> tuple[str, str]:
-    with pytest.raises(SystemExit) as leave:
-        main([*map(str, arguments)])
+    left = exit_code(*arguments)
     message = capsys.readouterr()
-    assert (leave.value.code or 0) == code, message.err
+    assert left == code, message.err
     return message.out, message.err
 
 

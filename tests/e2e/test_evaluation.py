@@ -11,13 +11,13 @@ import torch
 import yaml
 
 import plait
-from plait.cli.main import main
 from plait.errors import OutputError, PlaitError, TaskError
 from plait.evaluation.loaded_base import placement
 from plait.evaluation.scores import Answers, adapter_digest, model_digest
 from plait.evaluation.session import Session
 from plait.mixture import Mixture
 from plait.notices import PlaitWarning
+from tests.command_line import exit_code
 from tests.language_models import LABELS, WORDS, label, save_model, train_adapter, write_task
 
 # PEFT's and torch's own
@@ -51,12 +51,6 @@ class Prepared:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     return Prepared(tmp_path_factory.mktemp("prepared"))
-
-
-def run(arguments: list[str]) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(arguments)
-    return int(left.value.code or 0)
 
 
 def kept_scores(workspace: Path, name: str) -> dict[str, tuple[tuple[float, ...], ...]]:
@@ -323,7 +317,7 @@ def test_flags_that_say_nothing_here_are_refused(prepared, tmp_path, capsys):
         (["--card"], "--card (card=): belongs to one adapter or model"),
         (["--base-id", str(prepared.adapters["sort"])], "the model's configuration cannot be loaded"),
     ):
-        assert run([*arguments, *flags]) == 2
+        assert exit_code(*arguments, *flags) == 2
         assert message in " ".join(capsys.readouterr().err.split())
 
 
@@ -340,13 +334,13 @@ def test_a_workspace_that_cannot_be_is_refused_before_anything_is_asked(prepared
 def test_only_what_is_good_enough_is_saved(prepared, tmp_path, capsys):
     arguments = [*prepared.arguments(tmp_path / "work"), "--weights", "0.7", "0.6", "--json"]
     out = tmp_path / "out"
-    assert run([*arguments, "--require", "worst_recovery>=1.5", "-o", str(out)]) == 3
+    assert exit_code(*arguments, "--require", "worst_recovery>=1.5", "-o", str(out)) == 3
     failed = json.loads(capsys.readouterr().out)
     assert not out.exists()
     assert failed["saved"] is None
     assert [r["met"] for r in failed["required"]] == [False]
     low = failed["worst_recovery"] - 0.01
-    assert run([*arguments, "--require", f"worst_recovery>={low}", "--require", "rate.metric>=0.5", "-o", str(out)]) == 0
+    assert exit_code(*arguments, "--require", f"worst_recovery>={low}", "--require", "rate.metric>=0.5", "-o", str(out)) == 0
     passed = json.loads(capsys.readouterr().out)
     assert passed["saved"] == str(out)
     assert prepared.evaluate(None, str(out)).worst_recovery == failed["worst_recovery"]
@@ -359,10 +353,10 @@ def test_results_in_a_card_replace_earlier_ones(prepared, tmp_path):
     merged = plait.merge(prepared.adapters, weights=[0.7, 0.6], base_model=str(prepared.base), out=tmp_path / "out")
     before = (tmp_path / "out" / "README.md").read_text()
     arguments = ["eval", str(merged.folder), "--workspace", str(tmp_path / "work"), "--card", "--tasks", str(prepared.tasks[0])]
-    assert run(arguments) == 0
+    assert exit_code(*arguments) == 0
     once = (tmp_path / "out" / "README.md").read_text()
     assert once.count("## Results") == 1
-    assert run([*arguments, str(prepared.tasks[1])]) == 0
+    assert exit_code(*arguments, str(prepared.tasks[1])) == 0
     twice = (tmp_path / "out" / "README.md").read_text()
     assert twice.count("## Results") == 1
     assert "| rate | accuracy |" in twice
@@ -375,7 +369,7 @@ def test_a_leaderboard(prepared, tmp_path, capsys, monkeypatch):
     load = Mixture.load.__func__
     monkeypatch.setattr(Mixture, "load", classmethod(lambda cls, *a, **k: loads.append(1) or load(cls, *a, **k)))
     arguments = [*prepared.arguments(tmp_path), "--methods", "linear,ties,slerp", "--spaces", "delta,core", "--density", "0.5"]
-    assert run([*arguments, "--json"]) == 0
+    assert exit_code(*arguments, "--json") == 0
     board = json.loads(capsys.readouterr().out)
     assert len(loads) == 1, "the base is loaded once"
     names = [p["name"] for p in board["places"]]
@@ -386,32 +380,32 @@ def test_a_leaderboard(prepared, tmp_path, capsys, monkeypatch):
     alone = prepared.evaluate(None, weights=None, method="ties", space="core", density=0.5)
     (place,) = [p for p in board["places"] if p["name"] == "ties, core"]
     assert place["metric"] == {t.task: t.merged for t in alone.tasks}
-    assert run(arguments) == 0
+    assert exit_code(*arguments) == 0
     assert "own adapter" in capsys.readouterr().out
 
 
 def test_an_adapter_alone(prepared, tmp_path, capsys):
     arguments = ["eval", str(prepared.adapters["sort"]), "--tasks", str(prepared.tasks[0]), "--base-id", str(prepared.base)]
     arguments += ["--workspace", str(tmp_path)]
-    assert run(arguments) == 0
+    assert exit_code(*arguments) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("sort · test\n")
     assert "the task's own adapter is not known; name it with --source sort=PATH" in " ".join(shown.out.split())
     assert "--source NAME=PATH" in shown.err
-    assert run([*arguments, "--source", f"sort={prepared.adapters['sort']}"]) == 0
+    assert exit_code(*arguments, "--source", f"sort={prepared.adapters['sort']}") == 0
     assert "1.00" in capsys.readouterr().out
-    assert run([*arguments, "--method", "ties"]) == 2
+    assert exit_code(*arguments, "--method", "ties") == 2
     assert "is evaluated as it is; these belong to a merge: method" in capsys.readouterr().err
-    assert run([*arguments, "--heads-policy", "average"]) == 2
+    assert exit_code(*arguments, "--heads-policy", "average") == 2
     assert "these belong to a merge: heads.policy." in capsys.readouterr().err
 
 
 def test_check_of_tasks(prepared, capsys):
-    assert run(["tasks", "check", *map(str, prepared.tasks), "--model", str(prepared.base), "--json"]) == 0
+    assert exit_code("tasks", "check", *map(str, prepared.tasks), "--model", str(prepared.base), "--json") == 0
     sort, rate = json.loads(capsys.readouterr().out)["tasks"]
     assert (sort["name"], rate["name"]) == NAMES
     assert sort["splits"]["test"]["targets"] == dict.fromkeys(LABELS["sort"], 12)
-    assert run(["tasks", "check", str(prepared.tasks[0])]) == 0
+    assert exit_code("tasks", "check", str(prepared.tasks[0])) == 0
     assert "sort w0 :⟦ red⟧" in capsys.readouterr().out
 
 
@@ -428,7 +422,7 @@ def test_a_broken_index_is_found_before_anything_is_asked(prepared, tmp_path, mo
         arguments += ["--methods", "linear,ties"]
     if kind == "adapter":
         arguments[1:3] = [str(prepared.adapters["sort"])]
-    assert run(arguments) == 2
+    assert exit_code(*arguments) == 2
     assert index.read_text() == content
     index.unlink()
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import plait
-from plait.cli.main import main
 from plait.linalg import blocks
 from tests.adapters_on_disk import Linear, read_deltas
+from tests.command_line import exit_code
 from tests.locks import write_lock
 
 SHAPES = {"model.layers.0.q_proj": (24, 16), "model.layers.0.up_proj": (40, 16), "model.layers.1.q_proj": (24, 16)}
@@ -255,9 +255,7 @@ def test_the_command_line(base, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str, code: int = 0) -> str:
-        with pytest.raises(SystemExit) as left:
-            main(["extract", "./base", "./tuned", *arguments])
-        assert int(left.value.code or 0) == code
+        assert exit_code("extract", "./base", "./tuned", *arguments) == code
         return " ".join(capsys.readouterr().out.split())
 
     message = run("--rank", "4", "--targets", "q_proj", "--dtype", "bfloat16", "-o", "out", "--base-id", "org/base")

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import plait
-from plait.cli.main import main
 from plait.errors import PlanError
+from tests.command_line import exit_code
 
 MODULES = {f"model.layers.0.self_attn.{p}_proj": (12, 10) for p in "qkv"}
 
@@ -37,12 +37,6 @@ def deltas(folder: Path) -> dict[str, torch.Tensor]:
     tensors = {n: t.double() for n, t in load_file(folder / "adapter_model.safetensors").items()}
     names = [n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")]
     return {n: scaling * tensors[f"{n}.lora_B.weight"] @ tensors[f"{n}.lora_A.weight"] for n in names}
-
-
-def run(*argv: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(a) for a in argv])
-    return caught.value.code or 0
 
 
 @pytest.fixture(autouse=True)
@@ -82,13 +76,13 @@ def test_a_method_gives_what_it_gives_for_the_same_numbers_of_ordinary_size(tmp_
 def test_one_entry_near_the_end_of_float32(tmp_path, capsys):
     adapter(tmp_path / "odd", 1, entry=3.4e37)
     for method in ("tsv", "sce"):
-        assert run("merge", "odd", "plain", "--method", method, "-o", f"out-{method}") == 0
+        assert exit_code("merge", "odd", "plain", "--method", method, "-o", f"out-{method}") == 0
         assert all(torch.isfinite(d).all() and d.any() for d in deltas(tmp_path / f"out-{method}").values())
         assert "computed in float64, since adapter 'odd' has extreme values: 1 target modules" in " ".join(
             capsys.readouterr().err.split()
         )
-    assert run("inspect", "odd", "plain") == 0
-    assert run("compress", "odd", "--energy", "0.9", "-o", "small") == 0
+    assert exit_code("inspect", "odd", "plain") == 0
+    assert exit_code("compress", "odd", "--energy", "0.9", "-o", "small") == 0
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,8 @@ import pytest
 
 from plait.errors import AddressError, OutputError
 from plait.hub import parse_reference, push_folder, resolve, resolve_model
-
-# `tests` is no package, and this file must run alone too.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hub_server import TOKEN, Account, HubServer
+from tests.hub_server import TOKEN, Account, HubServer
+from tests.warm import run_forked
 
 SRC = Path(__file__).resolve().parents[2] / "src"
 ADAPTER = {"adapter_config.json": b'{"r": 4}', "adapter_model.safetensors": b"weights"}
@@ -47,12 +45,9 @@ def hub():
 
 
 def run(hub, home, code, *, token=None, offline=False, **env):
-    """Run `code` in a fresh interpreter that knows only this Hub; return what it put into `out`."""
+    """Run `code` in a process that knows only this Hub; return what it put into `out`."""
     script = START + code + "\nprint(json.dumps(out))"
-    variables = {**hub.env(home, token=token, offline=offline), "PYTHONPATH": str(SRC), **env}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=variables, cwd=home.parent, capture_output=True, text=True, check=False
-    )
+    done = run_forked(script, folder=home.parent, environment={**hub.env(home, token=token, offline=offline), **env})
     assert done.returncode == 0, done.stderr
     noted = [line.partition("PlaitWarning: ")[2] for line in done.stderr.splitlines() if "PlaitWarning: " in line]
     assert [line for line in done.stderr.replace(NOISE, "").splitlines() if "PlaitWarning: " not in line] == []

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from plait.adapters import Adapter
 from plait.cli.inspect import _bars, _ruler
-from plait.cli.main import main
 from plait.inspection.report import inspect_adapters
+from tests.command_line import exit_code
 from tests.unit.test_inspection import drawing, key, linear, open_linear, write
 
 SHAPES = {f"model.layers.{i}.self_attn.{m}": (24, 32) for i in range(6) for m in ("q_proj", "v_proj")}
@@ -27,10 +27,9 @@ def run(capsys, monkeypatch):
 
     def inspect(*arguments: object, columns: int = 100) -> tuple[int, str, str]:
         monkeypatch.setenv("COLUMNS", str(columns))
-        with pytest.raises(SystemExit) as left:
-            main(["inspect", *map(str, arguments)])
+        code = exit_code("inspect", *arguments)
         captured = capsys.readouterr()
-        return int(left.value.code or 0), captured.out, captured.err
+        return code, captured.out, captured.err
 
     return inspect
 

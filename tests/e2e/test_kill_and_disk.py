@@ -52,9 +52,9 @@ def send_in_the_middle(number: signal.Signals, code: str, out: Path, pair: list[
         staging.extend(out.parent.glob(f".{out.name}.staging-*"))
         os.kill(pid, number)
 
-    code_at_end, said = run_forked(code, str(out), *map(str, pair), when_held=send)
-    assert staging, f"the tests are about a signal while the staging folder is there\n{said}"
-    return code_at_end
+    done = run_forked(code, str(out), *map(str, pair), when_held=send)
+    assert staging, f"the tests are about a signal while the staging folder is there\n{done.stderr}"
+    return done.returncode
 
 
 def test_kill_in_the_middle_leaves_nothing_under_the_name(pair, tmp_path):
@@ -85,10 +85,10 @@ def test_interrupt_removes_the_staging_folder(pair, tmp_path):
 
 def test_full_disk(pair, tmp_path):
     out = tmp_path / "out"
-    code, said = run_forked(LIMITED, str(out), *map(str, pair))
-    assert code != 0
-    assert "OutputError" in said
-    assert "cannot be written" in said
+    done = run_forked(LIMITED, str(out), *map(str, pair))
+    assert done.returncode != 0
+    assert "OutputError" in done.stderr
+    assert "cannot be written" in done.stderr
     assert not out.exists()
     assert not list(tmp_path.glob(".out.staging-*"))
 

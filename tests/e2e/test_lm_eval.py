@@ -14,12 +14,12 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import plait
-from plait.cli.main import main
 from plait.errors import MissingPackageError, TaskError
 from plait.evaluation.scoring import answer_examples
 from plait.mixture import Mixture
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import absolute_reference, load_task
+from tests.command_line import exit_code
 from tests.language_models import LABELS, WORDS, label, language_model, save_model, tokenizer, train_adapter
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -296,14 +296,10 @@ def test_data_that_cannot_be_read_is_said(prepared):
 def test_from_the_command_line(prepared, tmp_path, capsys):
     arguments = ["eval", *(f"{n}={p}" for n, p in prepared.adapters.items()), "--base-id", str(prepared.base)]
     arguments += ["--workspace", str(tmp_path), "--tasks", *(str(prepared.task(n)) for n in NAMES), "--json"]
-    with pytest.raises(SystemExit) as left:
-        main(arguments)
-    assert not left.value.code
+    assert exit_code(*arguments) == 0
     shown = json.loads(capsys.readouterr().out)
     assert [t["single"] for t in shown["tasks"]] == [1.0, 1.0]
-    with pytest.raises(SystemExit) as left:
-        main(["tasks", "check", str(prepared.task("sort")), "--model", str(prepared.base), "--json"])
-    assert not left.value.code
+    assert exit_code("tasks", "check", str(prepared.task("sort")), "--model", str(prepared.base), "--json") == 0
     (check,) = json.loads(capsys.readouterr().out)["tasks"]
     assert (check["metric"], check["splits"]["test"]["examples"]) == ("acc", 24)
     assert check["splits"]["test"]["tokens"]["longest_answer"] == 1

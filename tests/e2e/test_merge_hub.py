@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.hub_server import HubServer
+from tests.warm import PLAIT, run_forked
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "adapters"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -26,9 +25,7 @@ def hub():
 
 
 def plait(hub: HubServer, home: Path, *arguments: object, token: str | None = None) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, **hub.env(home, token=token, offline=False)}
-    command = [sys.executable, "-m", "plait", *map(str, arguments)]
-    return subprocess.run(command, env=env, cwd=home.parent, capture_output=True, text=True, check=False)
+    return run_forked(PLAIT, *map(str, arguments), folder=home.parent, environment=hub.env(home, token=token))
 
 
 def test_merge_from_the_hub_and_push(hub, tmp_path):

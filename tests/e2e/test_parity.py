@@ -11,6 +11,7 @@ import torch
 import plait
 from plait.cli.main import main
 from plait.verification.live import as_stored
+from tests.command_line import exit_code
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning:peft")]
@@ -156,9 +157,7 @@ def test_what_cannot_be_run(place, tmp_path, monkeypatch):
 def test_the_command_line(place, tmp_path, capsys):
     merged = plait.merge({"a": place / "a"}, out=tmp_path / "out").folder
     prompts = ["--parity", str(place / "prompts.txt"), "--base-id", str(place / "base"), "--no-rebuild"]
-    with pytest.raises(SystemExit) as left:
-        main(["verify", str(merged), *prompts])
-    assert not left.value.code
+    assert exit_code("verify", str(merged), *prompts) == 0
     message = " ".join(capsys.readouterr().out.split())
     assert "parity 2 prompts, 7 positions; live result: the base model with the adapters active" in message
     assert "rounding alone: the live result against itself in float32" in message

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 import plait
 from tests.adapters_on_disk import layers, write_adapter
 from tests.hub_server import TOKEN, HubServer
+from tests.warm import PLAIT, run_forked
 
 MODULES = layers(2, {"q_proj": (12, 8), "v_proj": (8, 8)})
 RESULT = {"README.md", "adapter_config.json", "adapter_model.safetensors", "merge_metadata.json", "plait.lock", "summary.json"}
@@ -31,7 +30,7 @@ def merged(tmp_path):
 
 
 def run(hub: HubServer, home: Path, code: str) -> dict[str, object]:
-    """Run `code` in a fresh interpreter that knows only this Hub; return what it put into `found`."""
+    """Run `code` in a process that knows only this Hub; return what it put into `found`."""
     script = (
         "import json, plait\nfound = {}\n"
         "def push(key, *args, **kwargs):\n"
@@ -40,8 +39,7 @@ def run(hub: HubServer, home: Path, code: str) -> dict[str, object]:
         "    except plait.PlaitError as error:\n        found[key] = f'{type(error).__name__}: {error}'\n"
         f"{code}\nprint(json.dumps(found))"
     )
-    env = hub.env(home, token=TOKEN)
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    done = run_forked(script, environment=hub.env(home, token=TOKEN))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -221,9 +219,7 @@ def test_a_baked_model(hub, tmp_path):
 
 
 def test_the_command_line(hub, merged, tmp_path):
-    command = [sys.executable, "-m", "plait", "push", str(merged), "org/cli", "--private"]
-    env = hub.env(tmp_path / "home", token=TOKEN)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = run_forked(PLAIT, "push", str(merged), "org/cli", "--private", environment=hub.env(tmp_path / "home", token=TOKEN))
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"pushed to {hub.url}/org/cli\n"
     assert "note: README.md states no license" in " ".join(done.stderr.split())

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import plait
+from tests.demo import DEMO, base_model
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo"
 WEIGHTS = {"sentiment": 0.7, "supersense": 0.5, "langid": -0.2}
 TEXTS = ["Which language is this text: Bitte eine Zahl eingeben.", "Is this positive? I loved every minute."]
 
 
-@pytest.fixture(scope="module")
-def base() -> Path:
-    spec = importlib.util.spec_from_file_location("base_model", DEMO / "base_model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.base_model()
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-def test_logits_of_the_merged_adapter(base, tmp_path):
+def test_logits_of_the_merged_adapter(tmp_path):
+    base = base_model()
     folders = {name: DEMO / "adapters" / name for name in WEIGHTS}
     merged = plait.merge(folders, weights=WEIGHTS, out=tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -9,9 +9,9 @@ import yaml
 
 import plait
 from plait import mixture
-from plait.cli.main import main
 from plait.errors import PlaitError
 from tests.adapters_on_disk import Linear, write_adapter
+from tests.command_line import exit_code
 from tests.language_models import LABELS, save_model, write_task
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.mlp.up_proj": (48, 32)}
@@ -53,10 +53,9 @@ def recipe(**changes: object) -> Path:
 
 def refused(capsys, *words: str) -> str:
     out = ("--workspace", "ws") if words[0] == "eval" else ("-o", "out")
-    with pytest.raises(SystemExit) as leave:
-        main([*words, *out])
+    code = exit_code(*words, *out)
     message = capsys.readouterr().err
-    assert leave.value.code == 2, message
+    assert code == 2, message
     assert not Path("out").exists()
     return " ".join(message.split())
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 import plait
 from plait.calibration import sequential
 from plait.calibration.moments import take_moments
-from plait.cli.main import main
 from plait.errors import PlaitError
 from plait.merging.moments import MomentsFile
+from tests.command_line import exit_code
 from tests.language_models import WORDS, language_model, save_model, tokenizer, train_adapter, write_task
 from tests.warm import run_forked
 
@@ -229,9 +229,7 @@ def test_it_is_refused_with_the_reason(
         plait.merge(sources, method="regmean", moments=tmp_path, out=tmp_path / "no")
     flags = [*map(str, sources), "--tasks", *map(str, tasks), "--method", "regmean_sequential", "--dry-run"]
     flags += ["--base-id", str(place / "base")]
-    with pytest.raises(SystemExit) as left:
-        main(["merge", *flags])
-    assert not left.value.code
+    assert exit_code("merge", *flags) == 0
     assert "second moments are taken first" in capsys.readouterr().out.replace("\n", " ")
     for source in sources:  # nothing names the base
         config = json.loads((source / "adapter_config.json").read_text())

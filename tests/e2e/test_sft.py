@@ -6,8 +6,6 @@ import fcntl
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plait import commands
-from plait.cli.main import main
 from plait.errors import OutputError, PlaitError, PlanError, RecipeError
 from plait.results import disk
 from plait.training import causal, running, sft
@@ -30,24 +27,15 @@ from plait.training.job import LoraSettings, TrainingData, TrainingJob
 from plait.training.running import run_job
 from plait.training.sft import plan_sft, run_sft
 from tests.chat_models import byte_tokenizer, questions, save_chat_model, write_rows
-from tests.warm import killed_at_a_checkpoint
+from tests.command_line import exit_code
+from tests.warm import PLAIT, killed_at_a_checkpoint, run_forked
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and transformers, about themselves
+#: warnings of TRL and transformers, about themselves
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
 QUICK = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "disable_tqdm": True, "learning_rate": 1e-2}
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
 IDS = torch.tensor([[10, 20, 30, 40, 50, 60]])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads wait for each other far longer than these matrices take; and numbers are compared across processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -242,9 +230,7 @@ def test_the_documented_command_line(place, tmp_path):
     """Every flag of the document, in a process of its own."""
     out = tmp_path / "out"
     words = ["--model_name_or_path", "base", "--dataset_name_or_path", "rows.jsonl", "--output_dir", str(out), *DOCUMENT]
-    done = subprocess.run(
-        [sys.executable, "-m", "plait", "sft", *words, "--json"], cwd=place, capture_output=True, text=True, check=False
-    )
+    done = run_forked(PLAIT, "sft", *words, "--json", folder=place)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["failures"] == []
@@ -350,9 +336,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(place, tmp_path, capsys):
 
 
 def main_ok(words):
-    with pytest.raises(SystemExit) as left:
-        main(words)
-    assert left.value.code in (0, None)
+    assert exit_code(*words) == 0
 
 
 # What is refused.
@@ -430,9 +414,7 @@ def test_what_is_refused_before_training(place, tmp_path, changes, message):
 def test_everything_is_refused_at_once_with_exit_code_2(place, tmp_path, capsys):
     words = ["--model_name_or_path", str(place / "base"), "--dataset_name_or_path", str(place / "no.jsonl")]
     words += ["--merge_adapter_with_base", "--push_to_hub", "--upload_merged_model", "--output_dir", str(place)]
-    with pytest.raises(SystemExit) as left:
-        main(["sft", *words])
-    assert left.value.code == 2
+    assert exit_code("sft", *words) == 2
     message = capsys.readouterr().err
     assert "plait sft cannot begin: 4 problems" in message
     for problem in (
@@ -522,9 +504,7 @@ def test_stopped_by_hand(place, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(commands.sft, "run_sft", stop)
     words = ["sft", "--model_name_or_path", str(place / "base"), "--dataset_name_or_path", str(place / "rows.jsonl")]
-    with pytest.raises(SystemExit) as left:
-        main([*words, "--use_peft", "--output_dir", str(tmp_path / "out")])
-    assert left.value.code == 130
+    assert exit_code(*words, "--use_peft", "--output_dir", str(tmp_path / "out")) == 130
     assert "stopped\nThe same command starts from the beginning." in capsys.readouterr().err
 
 
@@ -631,9 +611,7 @@ def test_a_failed_merge_leaves_the_adapter_and_says_what_to_do(place, tmp_path, 
     words = []
     for name, value in flags(place, out, merge_adapter_with_base=True).given.items():
         words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    with pytest.raises(SystemExit) as left:
-        main(["sft", *words])
-    assert left.value.code == 1
+    assert exit_code("sft", *words) == 1
     message = capsys.readouterr().err
     assert "merge failed: OSError: [Errno 28] No space left on device" in message
     command = f"plait bake {out}/adapter --base-id {place}/base -o {out}/merged_model --force"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from tests.chat_models import questions, save_chat_model, write_rows
 from tests.hub_server import Account, HubServer
+from tests.warm import PLAIT, run_forked
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "plait.lock", *TOKENIZER}
@@ -42,10 +41,8 @@ def place(tmp_path_factory):
 
 
 def run(hub, place, code, *, token="hf_test"):
-    done = subprocess.run(
-        [sys.executable, "-c", f"{HEAD}{code}\nprint('FOUND' + json.dumps(found))"],
-        cwd=place, env=hub.env(place / "home", token=token), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    program = f"{HEAD}{code}\nprint('FOUND' + json.dumps(found))"
+    done = run_forked(program, folder=place, environment=hub.env(place / "home", token=token))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.rpartition("FOUND")[2])
 
@@ -161,9 +158,7 @@ def test_a_push_that_fails_leaves_everything_and_says_what_to_do(place):
         assert "pushing" in reason
         assert (place / "e" / "adapter" / "plait.lock").is_file()
         hub.watch, hub.status = lambda request: None, None
-        again = subprocess.run(
-            [sys.executable, "-m", *command.split()], cwd=place, env=hub.env(place / "home", token="hf_test"),
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        environment = hub.env(place / "home", token="hf_test")
+        again = run_forked(PLAIT, *command.split()[1:], folder=place, environment=environment)
         assert again.returncode == 0, again.stderr
         assert names(hub, "org/late") == ADAPTER

@@ -7,53 +7,50 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
-
-import pytest
 
 from tests.language_models import WORDS, label, save_model, train_adapter, write_task
 
 _WARNS = re.compile(r"warn|deprecat|will be removed|\[transformers|Traceback", re.IGNORECASE)
-COMMANDS = {
-    "eval": "eval a b --tasks tasks/sort.yaml tasks/rate.yaml --base-id base",
-    "verify": "verify merged --parity prompts.txt --base-id base",
-    "bake": "bake a b --base-id base -o baked",
-    "report": "report merged -o page.html --figures figures",
-    "sft": "sft --model_name_or_path base --dataset_name_or_path rows.jsonl --use_peft --max_steps 1 --output_dir run",
-    "train": "train phases.yaml -o trained",
-}
+COMMANDS = """\
+merge a b -o merged
+eval a b --tasks tasks/sort.yaml tasks/rate.yaml --base-id base
+verify merged --parity prompts.txt --base-id base
+bake a b --base-id base -o baked
+report merged -o page.html --figures figures
+sft --model_name_or_path base --dataset_name_or_path rows.jsonl --use_peft --max_steps 1 --output_dir run
+train phases.yaml -o trained
+""".splitlines()
+# In one process, whose libraries are imported as the commands need them: what one of them warns of once, it warns of here.
+EACH = """
+import sys
+from plait.cli.main import main
+for line in sys.argv[1:]:
+    print(f"$ plait {line}", flush=True)
+    try:
+        main(line.split())
+    except SystemExit as left:
+        if left.code:
+            raise
+"""
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with what the commands name."""
-    folder = tmp_path_factory.mktemp("terminal")
-    save_model(folder / "base")
+def test_no_library_warns(tmp_path):
+    save_model(tmp_path / "base")
     for name, task in {"a": "sort", "b": "rate"}.items():
-        train_adapter(folder / name, task, steps=1)
-        write_task(folder / "tasks", task, splits={"train": "test.jsonl", "test": "test.jsonl"})
+        train_adapter(tmp_path / name, task, steps=1)
+        write_task(tmp_path / "tasks", task, splits={"train": "test.jsonl", "test": "test.jsonl"})
     rows = [{"prompt": f"sort {word} :", "completion": f" {label('sort', word)}"} for word in WORDS]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "phases.yaml").write_text(
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "phases.yaml").write_text(
         "base_model: ./base\nlora: {r: 2, targets: all-linear}\narguments: {max_steps: 1}\n"
         "phases: [tasks/sort.yaml, tasks/rate.yaml]\n"
     )
-    (folder / "prompts.txt").write_text("sort w1 :\n")
-    run("merge a b -o merged", folder)
-    return folder
-
-
-def run(line: str, folder: Path) -> str:
-    """Run a command as a user does; return what it writes."""
+    (tmp_path / "prompts.txt").write_text("sort w1 :\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     done = subprocess.run(
-        [sys.executable, "-m", "plait", *line.split()], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_no_library_warns(place, command):
-    shown = run(COMMANDS[command], place)
-    assert not [line for line in re.split(r"[\r\n]+", shown) if _WARNS.search(line)]
+        [sys.executable, "-c", EACH, *COMMANDS], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert [line for line in COMMANDS if f"$ plait {line}\n" in done.stdout] == COMMANDS
+    assert not [line for line in re.split(r"[\r\n]+", done.stdout) if _WARNS.search(line)], done.stdout

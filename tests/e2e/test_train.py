@@ -21,15 +21,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import plait
-from plait.cli.main import main
 from plait.errors import OutputError, RecipeError
 from plait.results.progress import SilentProgress
 from plait.training import cohort, processes
 from plait.training.phases import phase_seed
 from plait.training.preflight import resolve_phases
 from plait.training.reading import read_phases
+from tests.command_line import exit_code
 from tests.language_models import WORDS, label, save_model, tokenizer, write_task
-from tests.warm import killed_at_a_checkpoint
+from tests.warm import check_killed, killed_at_a_checkpoint, run_forked
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPLITS = {"train": "test.jsonl", "test": "test.jsonl"}
 PHASES = """\
@@ -39,17 +41,6 @@ arguments: {learning_rate: 1e-2, lr_scheduler_type: constant, per_device_train_b
 phases: [sort.yaml, rate.yaml]
 merge: {method: {name: ties, space: core, density: 0.5}}
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads wait for each other far longer than these matrices take; and numbers are compared across processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +71,9 @@ def tensors(out: str | Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def command(capsys, *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as left:
-        main(["train", *arguments])
+    code = exit_code("train", *arguments)
     message = capsys.readouterr()
-    return int(left.value.code or 0), message.out, message.err
+    return code, message.out, message.err
 
 
 def states(result) -> dict[str, str]:
@@ -285,20 +275,32 @@ def test_a_worker_that_never_read_its_request():
     assert process.stdin.closed
 
 
+# Waits when the first phase begins to train, and does so in the middle of its loop: signals find it there.
+HELD_PARENT = """
+from plait.cli.main import main
+from plait.training import processes
+receive = processes.receive
+def receive_and_wait(part, event):
+    receive(part, event)
+    if event[:2] == ["start", "train"]:
+        hold()
+processes.receive = receive_and_wait
+main()
+"""
+
+
 def test_workers_leave_with_their_parent(place):
     rewrite(("max_steps: 10", "max_steps: 100000"))
-    call = [sys.executable, "-m", "plait", "train", "phases.yaml", "-o", "out", "--workers", "2"]
-    run = subprocess.Popen(call, stderr=subprocess.PIPE, text=True)
-    try:
-        next(line for line in run.stderr if "train, 100000 steps" in line)
-        workers = psutil.Process(run.pid).children()
-        assert len(workers) == 3, "two phases, and the process that renders templates"
-        with pytest.raises(OutputError, match=rf"out is in use by process {run.pid} on"), ShortPatience():
+    workers = []
+
+    def kill(parent: int) -> None:
+        workers.extend(psutil.Process(parent).children())
+        with pytest.raises(OutputError, match=rf"out is in use by process {parent} on"), ShortPatience():
             plait.train("phases.yaml", out="out")
-    finally:
-        run.kill()
-        run.wait()
-        run.stderr.close()
+        os.kill(parent, signal.SIGKILL)
+
+    check_killed(run_forked(HELD_PARENT, "train", "phases.yaml", "-o", "out", "--workers", "2", when_held=kill))
+    assert len(workers) == 3, "two phases, and the process that renders templates"
     end = time.monotonic() + 240
     while any(map(alive, workers)):
         assert time.monotonic() < end
@@ -323,22 +325,20 @@ def test_sigterm_ends_the_workers_too_and_the_same_command_continues(place, caps
     (place / "held" / "sitecustomize.py").write_text(HELD_WORKERS)
     words = ["phases.yaml", "-o", "out", "--workers", "2"]
     environment = {**os.environ, "PYTHONPATH": str(place / "held")}
-    run = subprocess.Popen([sys.executable, "-m", "plait", "train", *words], stderr=subprocess.PIPE, text=True, env=environment)
-    try:
+    workers = []
+
+    def terminate(parent: int) -> None:
         end = time.monotonic() + 240
         while len(list(Path("out").glob("phases/*/checkpoint-1/trainer_state.json"))) < 2:
-            assert run.poll() is None
             assert time.monotonic() < end
             time.sleep(0.1)
-        workers = psutil.Process(run.pid).children()
-        run.terminate()
-        _, message = run.communicate(timeout=120)
-    finally:
-        run.kill()
-        run.communicate()
-    assert run.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM\n0 of 2 phases are finished and kept in" in message
-    assert "Traceback" not in message
+        workers.extend(psutil.Process(parent).children())
+        os.kill(parent, signal.SIGTERM)
+
+    done = run_forked(HELD_PARENT, "train", *words, environment=environment, when_held=terminate)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM\n0 of 2 phases are finished and kept in" in done.stderr
+    assert "Traceback" not in done.stderr
     assert len(workers) == 3, "two phases, and the process that renders templates"
     assert not any(map(alive, workers))
     code, _, _ = command(capsys, *words)

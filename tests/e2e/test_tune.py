@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,26 @@ from safetensors.torch import load_file
 import plait
 from plait.adapters import Adapter
 from plait.calibration.texts import Texts, read_texts
-from plait.cli.main import main
 from plait.errors import OutputError, PlaitError, PlanError, RecipeError, TaskError
 from plait.mixture import Mixture
 from plait.notices import PlaitWarning
 from plait.tasks.loading import load_task
 from plait.tuning.pipeline import TuneResult
 from plait.tuning.seen import seen_in_training
-from tests.language_models import LABELS, WORDS, label, language_model, save_model, tokenizer, train_adapter, write_task
+from tests.command_line import exit_code
+from tests.language_models import (
+    LABELS,
+    WORDS,
+    label,
+    language_model,
+    save_model,
+    tokenizer,
+    train_adapter,
+    tune_pair,
+    write_task,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # a word's label says nothing of another's, so nothing can be chosen on words that are held out
 QUICK = {"steps": 24, "prompts": 8, "learning_rate": 1e-2, "look_every": 6, "held_out": 0}
@@ -46,15 +57,7 @@ def tuned(place: Path, tmp_path: Path) -> TuneResult:
 
 
 def tune(place: Path, out: Path, tasks: Any = ("sort", "rate"), **changes: Any) -> TuneResult:
-    spec = {**QUICK, **changes.pop("tune", {})}
-    return plait.tune(
-        [place / "sort", place / "rate"],
-        tasks=[place / f"{t}.yaml" for t in tasks],
-        out=out,
-        base_model=str(place / "base"),
-        tune=spec,
-        **changes,
-    )
+    return tune_pair(place, out, QUICK, [place / f"{t}.yaml" for t in tasks], **changes)
 
 
 def right(folder: Path | None) -> dict[str, float]:
@@ -149,25 +152,19 @@ def test_command_line_recipe_and_python_say_the_same(place: Path, tmp_path: Path
     flags += ["--base-id", str(place / "base"), "--steps", "24", "--learning-rate", "0.01"]
     flags += ["--set", "tune.prompts=8", "--set", "tune.look_every=6", "--set", "tune.held_out=0"]
     for name, arguments in {"file": [str(recipe)], "flags": flags}.items():
-        assert run(["tune", *arguments, "-o", str(tmp_path / name)]) == 0
+        assert exit_code("tune", *arguments, "-o", str(tmp_path / name)) == 0
         assert same_tensors(tmp_path / name, tuned.folder)
-
-
-def run(arguments: list[str]) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(arguments)
-    return int(left.value.code or 0)
 
 
 def test_says_what_it_did(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
     arguments += ["--base-id", str(place / "base"), "--steps", "2", "--texts", "template", "--control"]
-    assert run(["tune", *arguments, "-o", str(tmp_path / "flags")]) == 0
+    assert exit_code("tune", *arguments, "-o", str(tmp_path / "flags")) == 0
     shown = capsys.readouterr()
     for words in ("sort + rate", "1, the bare prompt", "fresh LoRA", "share of the base's"):
         assert words in shown.out
     assert "no texts were held out" in shown.err
-    assert run(["tune", *arguments, "-o", str(tmp_path / "json"), "--json"]) == 0
+    assert exit_code("tune", *arguments, "-o", str(tmp_path / "json"), "--json") == 0
     assert json.loads(capsys.readouterr().out)["control"]["held"]["share"] > 0
 
 
@@ -268,14 +265,6 @@ def test_an_output_that_stands_is_kept(place: Path, tmp_path: Path) -> None:
     with pytest.raises(PlaitError, match="exists"):
         tune(place, tmp_path / "mine")
     assert (tmp_path / "mine" / "file").read_text() == "x"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_unlike_adapters_and_tasks(place: Path, tmp_path: Path) -> None:

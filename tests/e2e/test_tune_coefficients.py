@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,10 @@ from plait.errors import PlaitError
 from plait.tuning.pipeline import TuneResult
 from tests import text_classifiers
 from tests.e2e import test_encoder_decoder as encoder_decoder
-from tests.language_models import LABELS, WORDS, label, save_model, train_adapter, write_task
-from tests.warm import run_forked
+from tests.language_models import LABELS, WORDS, label, save_model, train_adapter, tune_pair, write_task
+from tests.warm import check_killed, run_forked
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = {"steps": 24, "prompts": 8, "learning_rate": 5e-2, "look_every": 6, "held_out": 0}
 
@@ -36,24 +36,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tune(place: Path, out: Path, tasks: Path | None = None, **changes: Any) -> TuneResult:
-    spec = {**QUICK, **changes.pop("tune", {})}
-    return plait.tune(
-        [place / "sort", place / "rate"],
-        tasks=[(tasks or place) / f"{t}.yaml" for t in ("sort", "rate")],
-        out=out,
-        base_model=str(place / "base"),
-        tune=spec,
-        **changes,
-    )
+    return tune_pair(place, out, QUICK, [(tasks or place) / f"{t}.yaml" for t in ("sort", "rate")], **changes)
 
 
 def tensors(folder: Path) -> bytes:
@@ -193,8 +177,7 @@ tune(Path(sys.argv[1]), Path(sys.argv[3]), tune=eval(sys.argv[4]), controls=True
 def test_a_killed_tuning_goes_on_to_the_same_bytes(place: Path, tmp_path: Path, saves: int, spec: dict[str, Any]) -> None:
     plain = tune(place, tmp_path / "plain", tune=spec, controls=True)
     out = tmp_path / "killed"
-    code, said = run_forked(KILLED, str(place), str(saves), str(out), repr(spec), folder=ROOT)
-    assert code == -signal.SIGKILL, said[-2000:]
+    check_killed(run_forked(KILLED, str(place), str(saves), str(out), repr(spec), folder=ROOT))
     working = tmp_path / ".killed.tuning"
     assert working.is_dir()
     assert not out.exists()
@@ -206,8 +189,7 @@ def test_a_killed_tuning_goes_on_to_the_same_bytes(place: Path, tmp_path: Path, 
 
 
 def test_what_another_request_left_is_not_gone_on_from(place: Path, tmp_path: Path) -> None:
-    code, said = run_forked(KILLED, str(place), "3", str(tmp_path / "out"), "{'granularity': 'layer'}", folder=ROOT)
-    assert code == -signal.SIGKILL, said[-2000:]
+    check_killed(run_forked(KILLED, str(place), "3", str(tmp_path / "out"), "{'granularity': 'layer'}", folder=ROOT))
     assert [p.name for p in tmp_path.iterdir()] == [".out.tuning"]
     found = tune(place, tmp_path / "out", tune={"granularity": "layer", "seed": 1})
     assert tensors(found.folder) == tensors(tune(place, tmp_path / "plain", tune={"granularity": "layer", "seed": 1}).folder)

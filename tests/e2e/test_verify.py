@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import plait
-from plait.cli.main import main
 from tests.adapters_on_disk import layers, write_adapter
+from tests.command_line import exit_code
 from tests.hub_server import HubServer
+from tests.warm import PLAIT, run_forked
 
 MODULES = layers(2, {"q_proj": (12, 8), "v_proj": (8, 8)})
 WEIGHTS = "adapter_model.safetensors"
@@ -35,10 +35,9 @@ def states(rows: object) -> dict[str, str]:
 
 
 def cli(capsys, *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as left:
-        main([*map(str, arguments)])
+    code = exit_code(*arguments)
     printed = capsys.readouterr()
-    return int(left.value.code or 0), " ".join(printed.out.split()), " ".join(printed.err.split())
+    return code, " ".join(printed.out.split()), " ".join(printed.err.split())
 
 
 def test_what_was_just_made_is_verified(merged):
@@ -238,8 +237,7 @@ def test_inputs_on_the_hub_are_found_by_their_commit(pair, tmp_path):
         env = hub.env(tmp_path / "home")
 
         def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, "-m", "plait", *map(str, arguments)]
-            return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+            return run_forked(PLAIT, *map(str, arguments), environment=env)
 
         done = run("merge", "a=org/a/sub", pair["b"], "-o", tmp_path / "out")
         assert done.returncode == 0, done.stderr

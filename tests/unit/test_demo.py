@@ -1,6 +1,5 @@
 """The demo's data and the parts of it that need no model."""
 
-import importlib
 import json
 import shlex
 import subprocess
@@ -17,22 +16,15 @@ from plait.recipes.request import read_request
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_tasks
 from plait.training.phases import phase_seed
+from tests.demo import DEMO, TASKS, module
 from tests.unit.test_reports import board_of, evaluation
 from tests.unit.test_reports import task as result
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo"
-TASKS = ("sentiment", "supersense", "langid")
 SIZES = {
     "sentiment": {"train": 4000, "validation": 200, "test": 300},
     "supersense": {"train": 4000, "validation": 200, "test": 296},
     "langid": {"train": 1940, "validation": 200, "test": 300},
 }
-
-
-def module(name, monkeypatch):
-    """Import a file of the demo as the demo itself does, beside its neighbors."""
-    monkeypatch.syspath_prepend(str(DEMO))
-    return importlib.import_module(name)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from pathlib import Path
 
@@ -14,16 +13,9 @@ from plait.evaluation.recovery import BootstrapDraws
 from plait.recipes.request import read_request
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_tasks
+from tests.demo import DEMO, TASKS, module
 from tests.unit.test_reports import evaluation
 from tests.unit.test_reports import task as result
-
-DEMO = Path(__file__).parents[2] / "examples" / "demo"
-TASKS = ("sentiment", "supersense", "langid")
-
-
-def module(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(DEMO))
-    return importlib.import_module(name)
 
 
 @pytest.fixture

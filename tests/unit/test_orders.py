@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import plait
-from plait.cli.main import main
 from plait.cli.options import parameter_name, recipe_keys
 from plait.testing import cohort
 from tests.adapters_on_disk import write_adapter
+from tests.command_line import exit_code
 from tests.every import every
 from tests.unit.test_bake_plan import MODULES, write_base
 
@@ -271,9 +271,7 @@ def test_both_refuse_it_with_the_same_sentence(case: str, tmp_path, monkeypatch,
         plait.merge(["./a", "./b"], out="earlier")
     before = {p.name for p in tmp_path.iterdir()}
     words, call = REFUSED[case]
-    with pytest.raises(SystemExit) as leave:
-        main([w if w not in ("a", "b", "c") else f"./{w}" for w in words])
-    assert leave.value.code == 2
+    assert exit_code(*[w if w not in ("a", "b", "c") else f"./{w}" for w in words]) == 2
     printed = " ".join(capsys.readouterr().err.split())
     with pytest.raises(plait.PlaitError) as error:
         call()
@@ -320,9 +318,7 @@ def test_an_evaluation_refuses_before_it_begins_what_its_merge_would(tmp_path, m
 
 def printed_plan(capsys: Any, *words: str) -> Any:
     capsys.readouterr()
-    with pytest.raises(SystemExit) as leave:
-        main([*words, "--dry-run", "--json"])
-    assert leave.value.code == 0
+    assert exit_code(*words, "--dry-run", "--json") == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -347,9 +343,7 @@ def test_a_merge_bakes_on_the_command_line_and_in_python(tmp_path, monkeypatch) 
     write_base(tmp_path / "base")
     for number, name in enumerate("ab"):
         write_adapter(tmp_path / name, MODULES, base=None, seed=number)
-    with pytest.raises(SystemExit) as leave:
-        main(["merge", "./a", "./b", "--base-id", "base", "-o", "out", "--bake-dir", "model"])
-    assert leave.value.code == 0
+    assert exit_code("merge", "./a", "./b", "--base-id", "base", "-o", "out", "--bake-dir", "model") == 0
     result = plait.merge(["./a", "./b"], base_model="base", out="out2", bake_dir="model2")
     assert result.baked is not None
     for file in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):

@@ -15,20 +15,14 @@ import pytest
 import plait
 from plait.cli import main as command
 from plait.cli.console import err, out
-from plait.cli.main import main
 from plait.cli.stopping import Stopped, noting_on_stop, stoppable
 from plait.cli.streams import guarded
 from plait.errors import PlaitError
 from plait.results.staging import staged
+from tests.command_line import exit_code
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "adapters"
 PAIR = [f"sentiment={DEMO / 'sentiment'}", f"langid={DEMO / 'langid'}"]
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as leave:
-        main([*map(str, arguments)])
-    return int(leave.value.code or 0)
 
 
 class Full(io.TextIOWrapper):
@@ -47,7 +41,7 @@ class Full(io.TextIOWrapper):
 )
 def test_a_result_stays_when_stdout_cannot_be_written(monkeypatch, capsys, tmp_path, number, code, message):
     monkeypatch.setattr(sys, "stdout", Full(number))
-    assert run("compress", DEMO / "langid", "--rank", 2, "-o", tmp_path / "out") == code
+    assert exit_code("compress", DEMO / "langid", "--rank", 2, "-o", tmp_path / "out") == code
     shown = capsys.readouterr().err
     assert message in shown
     assert "Traceback" not in shown
@@ -56,13 +50,13 @@ def test_a_result_stays_when_stdout_cannot_be_written(monkeypatch, capsys, tmp_p
 
 def test_a_closed_stdout_is_silence(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdout", None)
-    assert run("compress", DEMO / "langid", "--rank", 2, "-o", tmp_path / "out") == 0
+    assert exit_code("compress", DEMO / "langid", "--rank", 2, "-o", tmp_path / "out") == 0
     assert (tmp_path / "out" / "plait.lock").is_file()
 
 
 def test_a_full_stderr_ends_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stderr", Full(errno.ENOSPC))
-    assert run("compress", DEMO / "langid", "--rank", 2, "-o", tmp_path / "out") == 0
+    assert exit_code("compress", DEMO / "langid", "--rank", 2, "-o", tmp_path / "out") == 0
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
@@ -78,7 +72,7 @@ def test_no_terminal_is_too_simple(monkeypatch, encoding, arguments):
     raw = io.BytesIO(), io.BytesIO()
     for name, stream in zip(("stdout", "stderr"), raw, strict=True):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding=encoding, errors="strict", write_through=True))
-    assert run(*arguments) == (2 if "-o" in arguments else 0)
+    assert exit_code(*arguments) == (2 if "-o" in arguments else 0)
     shown = raw[0].getvalue().decode(encoding) + raw[1].getvalue().decode(encoding)
     assert shown
     assert "Traceback" not in shown
@@ -117,7 +111,7 @@ def test_a_signal_clears_away_and_says_what_is_left(monkeypatch, capsys, tmp_pat
     # a job in the background, or under nohup, begins with some of them ignored
     before = signal.signal(asked, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
     try:
-        assert run("merge") == code
+        assert exit_code("merge") == code
     finally:
         signal.signal(asked, before)
     assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -53,6 +52,8 @@ from tests.every import every
 from tests.language_models import LABELS, WORDS, label, language_model, tokenizer, train_adapter, write_task
 from tests.mixtures import IDS, PLAIN, cohort, dense_output, opened
 from tests.small_models import net
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPEC = TuneSpec(held_out=0, prompts=4, granularity="module", learning_rate=0.05)
 
@@ -223,14 +224,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_adapter(folder / task, task)
         write_task(folder, task, splits={"test": "test.jsonl"}, labels=[f"{LABELS[task][0]} very", LABELS[task][1]])
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import shlex
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
 from plait.recipes.tuning import TuneSpec
+from tests.demo import module
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo"
 KEYS = {"--count": int, "--steps": int, "--split": str, "--texts": str, "--objective": str, "--granularity": str}
 OTHERS = {"--rank", "--method"}
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(DEMO))
-    return importlib.import_module("tuning_table")
+    return module("tuning_table", monkeypatch)
 
 
 def test_every_row_is_a_tuning(script: ModuleType) -> None:

@@ -79,7 +79,8 @@ def base_digests(
     Yields:
         a function of the results' digests, file → sha256, that waits for the base's.
     """
-    copied = {s.name for s in shards if _is_copy(checkpoint, s)}
+    leads = {s.name: s.lead for s in checkpoint.shards}
+    copied = {s.name for s in shards if leads.get(s.name) == s.lead and all(t.copied for t in s.tensors)}
     with ThreadPoolExecutor(1, "plait-sha256") as pool:
         files = [s.file.path for s in checkpoint.shards if s.name not in copied]
         futures = {path.name: pool.submit(lambda p: fetched_sha256(p) or sha256(p), path) for path in files}
@@ -90,8 +91,3 @@ def base_digests(
             }
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _is_copy(checkpoint: BaseCheckpoint, shard: OutShard) -> bool:
-    base = next((s for s in checkpoint.shards if s.name == shard.name), None)
-    return base is not None and base.lead == shard.lead and all(t.copied for t in shard.tensors)

@@ -24,7 +24,7 @@ from plait.baking.writing import ShardWriter
 from plait.errors import OutputError, PlaitError
 from plait.merging.engine import Engine
 from plait.merging.heads import write_heads
-from plait.merging.moments import Moments, MomentsOf
+from plait.merging.moments import MomentsOf
 from plait.merging.pipeline import input_folders
 from plait.merging.record import adapter_inputs, merge_summary, sources
 from plait.recipes.naming import naming_its_file
@@ -111,6 +111,7 @@ def run_bake(
     started = time.perf_counter()
     options, workers = options or BakeOptions(), worker_count(workers)
     bake = _prepared(recipe, options, out, folder, workers, moments, force=force)
+    progress = progress or SilentProgress()
     with open_journal(out, force=force) as journal, _explained(out, journal, len(bake.shards)):
         with ThreadPoolExecutor(min(4, len(bake.inventory.adapters)), "plait-sha256") as pool:
             digests = list(pool.map(Adapter.sha256, bake.inventory.adapters))
@@ -119,7 +120,10 @@ def run_bake(
         left = bake.plan.output_bytes - sum(size for size, _ in journal.finished.values())
         check_space(out, left, what="the model", on=journal.folder, advice="--dtype bfloat16")
         with base_digests(bake.checkpoint, bake.shards) as digests_of_base:
-            shards = _write_shards(bake, journal, workers, progress or SilentProgress())
+            combiner = Engine(bake.inventory, bake.merge, workers=workers, progress=progress).prepare()
+            builder = ShardTensorBuilder(bake.checkpoint, bake.device, journal.folder)
+            writer = ShardWriter(bake.checkpoint, bake.inventory, combiner, builder, journal, workers, progress)
+            shards = writer.write(bake.shards)
             bake.auxiliary.write(journal.model)
             _write_heads(bake, journal.model)
             record = _record(bake, digests, shards, resumed, started)
@@ -150,12 +154,6 @@ def _prepared(
     return bake
 
 
-def _write_shards(bake: Bake, journal: BakeJournal, workers: int, progress: Progress) -> dict[str, str]:
-    combiner = Engine(bake.inventory, bake.merge, workers=workers, progress=progress).prepare()
-    builder = ShardTensorBuilder(bake.checkpoint, bake.device, journal.folder)
-    return ShardWriter(bake.checkpoint, bake.inventory, combiner, builder, journal, workers, progress).write(bake.shards)
-
-
 def _write_heads(bake: Bake, folder: Path) -> None:
     """Write what is kept separate, without the copies of the base's tensors that adapters hold."""
     separate = bake.placement.separate
@@ -168,13 +166,14 @@ def _write_heads(bake: Bake, folder: Path) -> None:
 def _digest(bake: Bake, adapters: list[str]) -> str:
     """Return a digest of everything that the bytes of the shards depend on."""
     moments = bake.inventory.moments
+    of_moments = {} if moments is None else {name: sha256(file.path) for name, file in moments.files.items()}
     stats = {s.name: s.file.path.stat() for s in bake.checkpoint.shards}
     content = {
         "plait": __version__,
         "libraries": library_versions(),
         "recipe": recipe_json(bake.recipe),
         "options": bake.options.kept,
-        "moments": None if moments is None else _moments_digest(moments),
+        "moments": None if moments is None else of_moments or {"function": uuid.uuid4().hex},  # no two functions are the same
         "adapters": [(d, sha256(a.config.path)) for d, a in zip(adapters, bake.inventory.adapters, strict=True)],
         "base": {
             s.name: (stats[s.name].st_size, stats[s.name].st_mtime_ns, hashlib.sha256(s.lead).hexdigest())
@@ -184,13 +183,6 @@ def _digest(bake: Bake, adapters: list[str]) -> str:
         "headers": {s.name: hashlib.sha256(s.lead).hexdigest() for s in bake.shards},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _moments_digest(moments: Moments) -> dict[str, str]:
-    """Return adapter → sha256 of its second moments; of a function nothing is known, and no two are the same."""
-    if not moments.files:
-        return {"function": uuid.uuid4().hex}
-    return {name: sha256(file.path) for name, file in moments.files.items()}
 
 
 def _record(bake: Bake, digests: list[str], shards: dict[str, str], resumed: tuple[str, ...], started: float) -> BakeRecord:

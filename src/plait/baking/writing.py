@@ -114,7 +114,7 @@ class ShardWriter:
         one.digest.catch_up()
 
     def _check(self, shard: OutShard) -> None:
-        """Return whether a shard of an earlier run is as its journal records."""
+        """Take over a shard of an earlier run that is as the journal records; any other is made again."""
         if sha256(self.journal.model / shard.name) == self.journal.finished[shard.name][1]:
             self._advance(shard.size)
         else:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.evaluation.likelihood import check_lengths, decoder_start
+from plait.evaluation.likelihood import check_lengths, decoder_start, padded
 from plait.evaluation.output_layer import plain_states
 from plait.notices import announce
 from plait.tasks.encoding import Question
@@ -44,7 +44,7 @@ def generate(
     answers = [""] * len(questions)
     for batch, tokens in _answered(model, tokenizer, questions, max_new_tokens, stop, batch_size):
         for i, text in zip(batch, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
-            answers[i] = _cut(text, stop)
+            answers[i] = text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
         report(len(batch))
     return answers
 
@@ -106,7 +106,7 @@ def _answered(
     for at in range(0, len(order), batch_size):
         batch = order[at : at + batch_size]
         rows = [questions[i].prompt for i in batch]
-        ids, mask = _padded(rows, pad, model.device, left=not encoder_decoder)
+        ids, mask = padded(rows, model.device, pad, left=not encoder_decoder)
         start = 1 if encoder_decoder else ids.shape[1]  # where the generated tokens begin
         with torch.inference_mode(), plain_states(model), _configured(model, config), announced_rereading(model):
             out = model.generate(
@@ -153,15 +153,6 @@ def _configured(model: Any, config: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def _padded(rows: Sequence[list[int]], pad: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    gaps = [width - len(r) for r in rows]
-    pairs = list(zip(rows, gaps, strict=True))
-    ids = [[pad] * gap + row if left else row + [pad] * gap for row, gap in pairs]
-    mask = [[0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap for row, gap in pairs]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
 @dataclass(frozen=True, eq=False)
 class _Stop:
     """Finds the rows that have generated a stop text; transformers' own criterion accepts some kinds of tokenizer only."""
@@ -176,8 +167,3 @@ class _Stop:
             texts = self.tokenizer.batch_decode(ids[:, self.start :], skip_special_tokens=True)
             done = [any(s in text for s in self.stop) for text in texts]
         return torch.tensor(done, device=ids.device)
-
-
-def _cut(text: str, stop: Sequence[str]) -> str:
-    ends = [at for s in stop if (at := text.find(s)) >= 0]
-    return text[: min(ends)] if ends else text

@@ -281,7 +281,7 @@ class _Cached:
     def _ask(self, questions: Sequence[Question]) -> list[list[float]]:
         rests = [q.prompt[self._shared :] for q in questions]
         stems_of = [_Stems(q.answers) for q in questions]
-        ids, mask = _left_padded(rests, self._model.device)
+        ids, mask = padded(rests, self._model.device, left=True)
         seen = torch.cat([mask.new_ones(len(rests), self._shared), mask], 1)
         continued = any(map(any, (stems.read for stems in stems_of)))
         if self._shared:
@@ -305,7 +305,7 @@ class _Cached:
         wanted = [(i, k, stem) for i, stems in enumerate(stems_of) for k, stem in enumerate(stems.read) if stem]
         rows = torch.tensor([i for i, _, _ in wanted], device=seen.device)
         library.copy_rows(past, rows)
-        ids, mask = _right_padded([stem for _, _, stem in wanted], seen.device)
+        ids, mask = padded([stem for _, _, stem in wanted], seen.device)
         logits, _ = self._forward.go_on(ids, torch.cat([seen[rows], mask], 1), past, last=False)
         return {(i, k): row for (i, k, _), row in zip(wanted, logits, strict=True)}
 
@@ -342,7 +342,7 @@ class _Uncached:
         wanted.sort(key=lambda one: len(one[2]))
         found = [[0.0] * len(q.answers) for q in questions]
         for texts in self._groups(wanted):
-            ids, mask = _right_padded([text for _, _, text in texts], self._model.device)
+            ids, mask = padded([text for _, _, text in texts], self._model.device)
             width, shortest = ids.shape[1], min(len(questions[i].prompt) for i, _, _ in texts)
             logits = self._forward.read(ids, mask, keep=width - shortest + 1).logits
             cut = width - logits.shape[1]  # nothing where the model gives the logits of all positions
@@ -378,12 +378,12 @@ class _EncoderDecoder:
 
     def __call__(self, questions: Sequence[Question]) -> list[list[float]]:
         device = self._model.device
-        ids, mask = _right_padded([q.prompt for q in questions], device)
+        ids, mask = padded([q.prompt for q in questions], device)
         read = self._model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         stems_of = [_Stems(q.answers) for q in questions]
         wanted = [(i, k, stem) for i, stems in enumerate(stems_of) for k, stem in enumerate(stems.read)]
         rows = torch.tensor([i for i, _, _ in wanted], device=device)
-        decoder_ids, decoder_mask = _right_padded([[self._start, *questions[i].lead, *stem] for i, _, stem in wanted], device)
+        decoder_ids, decoder_mask = padded([[self._start, *questions[i].lead, *stem] for i, _, stem in wanted], device)
         logits = self._model(
             encoder_outputs=(read[rows],),
             attention_mask=mask[rows],
@@ -424,15 +424,11 @@ def _shared(prompts: Sequence[Sequence[int]]) -> int:
     return min(same, min(map(len, prompts)) - 1)
 
 
-def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[int]], device: torch.device, pad: int = 0, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Return tokens and attention mask, both (rows, longest row), int64; what is filled up is `pad`, with mask 0."""
     width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-    return ids, mask
-
-
-def _right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = torch.tensor([list(r) + [0] * (width - len(r)) for r in rows], device=device)
-    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
-    return ids, mask
+    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        own = slice(width - len(row), None) if left else slice(len(row))
+        ids[i, own], mask[i, own] = torch.tensor(row, dtype=torch.long), 1
+    return ids.to(device), mask.to(device)

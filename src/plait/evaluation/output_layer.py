@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 @contextmanager
@@ -22,13 +21,9 @@ def plain_states(model: Any) -> Iterator[None]:
     if layer is None:
         yield
         return
-    hook = layer.register_forward_pre_hook(_without_gaps)
+    # not contiguous(): it leaves the strides of a dimension of size 1 as they are, and they count here
+    hook = layer.register_forward_pre_hook(lambda _, x: (x[0].clone(memory_format=torch.contiguous_format), *x[1:]))
     try:
         yield
     finally:
         hook.remove()
-
-
-def _without_gaps(layer: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    # not contiguous(): it leaves the strides of a dimension of size 1 as they are, and they count here
-    return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])

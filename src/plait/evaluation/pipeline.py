@@ -33,7 +33,7 @@ from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json
 from plait.results.lock import LOCK, Lock, read_lock
 from plait.results.progress import Progress, SilentProgress
-from plait.tasks.examples import Examples, read_examples
+from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_tasks, recipe_tasks
 from plait.tasks.metrics import metric_of
 from plait.tasks.overlap import check_disjoint, overlaps
@@ -281,7 +281,9 @@ def _read_tasks(tasks: Sequence[Task], spec: EvalSpec, workspace: Path | None) -
     examples_of, notes = [], []
     for task in tasks:
         metric_of(task)  # the packages that it needs are installed, or this reports them
-        read = _splits(task, spec)
+        # the split that is wanted, and those that must not share examples with it; the training split only when wanted
+        split_names = [name for name in SPLITS if name == spec.split or (name in task.split_names and name != "train")]
+        read = {name: read_examples(task, name) for name in split_names}
         notes += check_disjoint(task, overlaps(read))
         examples = read[spec.split]
         chosen = None if spec.subset is None else choose_subset(examples, spec.subset)
@@ -302,12 +304,6 @@ def _announce_alone(tasks: Sequence[TaskExamples], singles: Mapping[str, Adapter
                 f"task {task.name!r}: no adapter is called {task.own_adapter!r}, so that its recovery is not defined; there "
                 f"are {', '.join(singles)}.{near} Name its own with 'adapter' in the task's file, or call it so (NAME=PATH)."
             )
-
-
-def _splits(task: Task, spec: EvalSpec) -> dict[Any, Examples]:
-    """Read the split that is wanted, and those that must not share examples with it; the training split only when wanted."""
-    wanted = [name for name in SPLITS if name == spec.split or (name in task.split_names and name != "train")]
-    return {name: read_examples(task, name) for name in wanted}
 
 
 def _base(text: str | None, folder: Path | None, adapters: Iterable[Adapter], options: EvaluateOptions) -> tuple[str, Located]:

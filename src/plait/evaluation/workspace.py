@@ -85,7 +85,8 @@ def write_evaluation(workspace: Path, found: Evaluation) -> Path:
         _write_task(workspace, home, found, task)
     run = new_run_folder(home / "runs")
     write_json_atomic(run / f"eval_results_{found.split}.json", data)
-    write_json_atomic(run / "merge_metadata.json", _metadata(found))
+    kept = ("plait", "name", "kind", "method", "space", "recipe", "base_model", "sources", "notes")
+    write_json_atomic(run / "merge_metadata.json", {key: data[key] for key in kept})
     write_json_atomic(run / "summary.json", evaluation_summary(found))
     index = home / "eval" / "index.json"
     with _alone(index):  # what the index holds is never changed
@@ -144,12 +145,6 @@ def _link(link: Path, file: Path) -> None:
                 shutil.copyfile(file, link)
     except OSError as error:
         raise OutputError(f"{link} cannot be written: {error.strerror or error}.") from None
-
-
-def _metadata(found: Evaluation) -> dict[str, Any]:
-    keep = ("plait", "name", "kind", "method", "space", "recipe", "base_model", "sources", "notes")
-    data = found.model_dump(mode="json")
-    return {key: data[key] for key in keep}
 
 
 def _entry(workspace: Path, found: Evaluation, results: Path, run: Path) -> dict[str, Any]:

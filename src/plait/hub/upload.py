@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from plait.errors import OutputError
 from plait.hub.client import explain_failure, login_hint
@@ -52,7 +51,7 @@ def check_push(repo: str) -> str:
         raise
     except Exception as error:  # which classes can come depends on the transport library below huggingface_hub
         raise OutputError(f"cannot push to {repo!r}: {_refusal(error, repo)}") from error
-    if _role(account) == "read":
+    if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise OutputError(
             f"cannot push to {full!r}: the token of {owners[0]!r} may only read. Make one that may write at "
             f"{constants.ENDPOINT}/settings/tokens, and log in with `hf auth login --force`."
@@ -146,9 +145,3 @@ def _refusal(error: Exception, repo: str) -> str:
         source = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the stored token"
         return f"the Hub does not accept {source}. Log in with `hf auth login --force`, or set a valid HF_TOKEN."
     return explain_failure(error, repo, None)
-
-
-def _role(account: dict[str, Any]) -> str | None:
-    token = (account.get("auth") or {}).get("accessToken") or {}
-    role = token.get("role")
-    return role if isinstance(role, str) else None

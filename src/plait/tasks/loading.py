@@ -110,7 +110,8 @@ def build_task(document: YamlDocument, *, source: str = "task", folder: Path | N
             f"{source}: a task is a mapping (key: value) with at least 'name' and 'prompt'; to be evaluated on, it "
             "needs 'kind', 'data', 'splits' and 'target' too."
         )
-    if "kind" not in data and _without_rows(data):
+    without_rows = ("prompt" in data or "messages" in data) and data.keys().isdisjoint({"data", "splits", "choices"})
+    if "kind" not in data and without_rows:  # nothing but a prompt and, perhaps, labels: its kind is plain then
         data = {**data, "kind": "classification" if "labels" in data else "generation"}
     kind = data.get("kind")
     family = str(kind).partition(":")[0] if _is_harness(str(kind)) else kind
@@ -125,11 +126,6 @@ def build_task(document: YamlDocument, *, source: str = "task", folder: Path | N
     if task is None:
         raise AssertionError("a task without problems was not built")
     return task
-
-
-def _without_rows(data: Mapping[str, Plain]) -> bool:
-    """Whether a task is nothing but a prompt and, perhaps, labels: its kind is plain then."""
-    return ("prompt" in data or "messages" in data) and data.keys().isdisjoint({"data", "splits", "choices"})
 
 
 def _bad_kind(kind: Plain) -> Problem:

@@ -152,7 +152,8 @@ class _Worker:
         try:
             self._send(what)
             while not finished:
-                kind, body = self._frame()
+                head = self._read(9)
+                kind, body = head[:1], self._read(struct.unpack("<Q", head[1:])[0])
                 finished = kind == b"."
                 yield kind, body
         except (BrokenPipeError, EOFError):
@@ -192,10 +193,6 @@ class _Worker:
         pipe.write(struct.pack("<Q", len(body)))
         pipe.write(body)
         pipe.flush()
-
-    def _frame(self) -> tuple[bytes, bytes]:
-        head = self._read(9)
-        return head[:1], self._read(struct.unpack("<Q", head[1:])[0])
 
     def _read(self, count: int) -> bytes:
         pipe = self._process.stdout

@@ -46,10 +46,10 @@ class Template:
         Raises:
             TaskError: the template takes too much time.
         """
-        return [self._explained(found, row) for found, row in zip(self._limited.render(rows), rows, strict=True)]
-
-    def _explained(self, found: str | TaskError, row: Mapping[str, Any]) -> str | TaskError:
-        return TaskError(f"{found}; there are {', '.join(row)}.") if isinstance(found, MissingColumnError) else found
+        return [
+            TaskError(f"{found}; there are {', '.join(row)}.") if isinstance(found, MissingColumnError) else found
+            for found, row in zip(self._limited.render(rows), rows, strict=True)
+        ]
 
     @property
     def columns(self) -> frozenset[str]:

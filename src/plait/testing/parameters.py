@@ -42,7 +42,8 @@ def _field_problems(method: Method, name: str, field: FieldInfo, needed: Mapping
     for leaf in leaves:
         if leaf is Any or leaf is str:
             yield f"{name} takes any {'text' if leaf is str else 'value'}; list the choices (Literal)"
-        if leaf is int and None in bounds(field) and not _contained(field.annotation):
+        contained = get_origin(field.annotation) not in (None, Union, types.UnionType, Literal)
+        if leaf is int and None in bounds(field) and not contained:
             yield f"{name} is an integer without two bounds"
     for value in (math.nan, math.inf, -math.inf) if float in leaves else ():
         if not _refuses(method, {**needed, field.alias or name: _holding(value, field.annotation)}):
@@ -62,10 +63,6 @@ def _leaves(annotation: Any) -> Iterator[Any]:
     else:
         for arg in args:
             yield from _leaves(arg)
-
-
-def _contained(annotation: Any) -> bool:
-    return get_origin(annotation) not in (None, Union, types.UnionType, Literal)
 
 
 def _holding(value: float, annotation: Any) -> Any:

@@ -303,16 +303,8 @@ def spelled(subject: Subject, space: str) -> None:
         identical(pipeline.merge(adapters, space), subject.merge(adapters, space))
 
 
-def _promises_identity(subject: Subject, space: str) -> bool:
-    return subject.identity is not None and subject.method.min_adapters == 1
-
-
 def _promises_copies(subject: Subject, space: str) -> bool:
     return subject.copies is not None and subject.identity is not None and space != "factors"
-
-
-def _is_linear(subject: Subject, space: str) -> bool:
-    return subject.method.kind == "linear" and space != "factors"
 
 
 def _can_be_spelled(subject: Subject, space: str) -> bool:
@@ -357,8 +349,8 @@ PROPERTIES: Mapping[str, Property] = {
         _row(sign, lambda subject, space: subject.odd),
         _row(missing),
         _row(factored, lambda subject, space: space != "factors"),
-        _row(linear_sum, _is_linear),
-        _row(lone_adapter, _promises_identity),
+        _row(linear_sum, lambda subject, space: subject.method.kind == "linear" and space != "factors"),
+        _row(lone_adapter, lambda subject, space: subject.identity is not None and subject.method.min_adapters == 1),
         _row(copies, _promises_copies),
         _row(rank),
         _row(shared_init, lambda subject, space: space != "factors"),

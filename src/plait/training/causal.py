@@ -49,7 +49,9 @@ def make_trainer(opened: ResolvedJob, config: Any, encoded: tuple[EncodedData, E
         "trust_remote_code": trusts_code(config, job.model),  # where it is left out, transformers asks on the terminal
         "quantization_config": trl.get_quantization_config(model),
     }
-    config.model_init_kwargs = {**{k: v for k, v in init.items() if v is not None}, **_mapping(config.model_init_kwargs)}
+    own = config.model_init_kwargs or {}
+    own = json.loads(own) if isinstance(own, str) else own
+    config.model_init_kwargs = {**{k: v for k, v in init.items() if v is not None}, **own}
     with refuse_failures(job.base, "it cannot be trained so", PlanError, folder=opened.base.folder):
         return trl.SFTTrainer(
             model=name,
@@ -131,10 +133,6 @@ def model_config(values: Mapping[str, Any]) -> Any:
     kind = optional("trl", "train", "training").ModelConfig
     check_values(kind, values, "model")
     return construct(kind, values)
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return json.loads(value) if isinstance(value, str) else dict(value or {})
 
 
 def _dataset(data: EncodedData) -> Any:

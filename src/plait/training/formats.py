@@ -313,8 +313,10 @@ def _turn(turn: Mapping[str, Any], where: str) -> ChatTurn:
     if known is None:
         raise TaskError(f"{where}: the role {role!r} is not known; allowed: {', '.join(sorted(_ROLES))}.")
     content = turn.get("content", turn.get("value"))
-    if isinstance(content, list):
-        content = _joined(content, where)
+    if isinstance(content, list):  # written as parts
+        if not all(isinstance(p, Mapping) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
+            raise TaskError(f"{where}: training is on text, and the content has other parts: {_short(content)}")
+        content = "".join(p["text"] for p in content)
     if content is not None and not isinstance(content, str):
         raise TaskError(f"{where}: the content is {_short(content)}, not a text.")
     kept = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value", "weight") and v is not None}
@@ -322,13 +324,6 @@ def _turn(turn: Mapping[str, Any], where: str) -> ChatTurn:
     if content is None and "tool_calls" not in kept:
         raise TaskError(f"{where}: there is no content; it has {', '.join(turn) or 'nothing'}.")
     return {"role": known, "content": content or "", **kept}
-
-
-def _joined(parts: Sequence[Any], where: str) -> str:
-    """Return the text of a content that is written as parts."""
-    if not all(isinstance(p, Mapping) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
-        raise TaskError(f"{where}: training is on text, and the content has other parts: {_short(parts)}")
-    return "".join(p["text"] for p in parts)
 
 
 def _with_system(turns: Sequence[ChatTurn], system: str | None) -> tuple[ChatTurn, ...]:

@@ -69,7 +69,10 @@ def read_phases(
     if not isinstance(document.data, Mapping) or not document.data:
         raise RecipeError(f"{name}: phases are a mapping (key: value) with at least 'base_model' and 'phases'.")
     overrides = [(key, _plain(value)) for key, value in (settings or {}).items()]
-    overrides += [*([("base_model", _from_here(base))] if base else []), *(parse_override(text) for text in sets)]
+    if base:  # a local path starts here; in the file, relative ones start at its folder
+        reference = parse_reference(base, allow_bare=True)
+        overrides.append(("base_model", base if reference.path is None else str(expanded(reference.path).absolute())))
+    overrides += map(parse_override, sets)
     data, overridden, dead_ends = set_values(document.data, overrides)
     data, tasks, bad_tasks = _name_phases(data, folder)
     origins = Origins(name, document.lines, overridden=tuple(overridden))
@@ -92,12 +95,6 @@ def _plain(value: Plain) -> Plain:
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _from_here(base: str) -> str:
-    """Make a local path absolute: in the file, relative ones start at its folder."""
-    reference = parse_reference(base, allow_bare=True)
-    return base if reference.path is None else str(expanded(reference.path).absolute())
 
 
 def _name_phases(data: Mapping[str, Plain], folder: Path) -> tuple[dict[str, Plain], dict[int, Task], list[Problem]]:
@@ -267,13 +264,17 @@ def _job(phases: Phases, phase: Phase, task: Task | None, base: str, folder: Pat
     lora = phases.lora.model_copy(update={key: getattr(phase.lora, key) for key in phase.lora.model_fields_set})
     if lora.init_seed is None:
         lora = lora.model_copy(update={"init_seed": phase_seed(phases.seed, phase.name)})
-    arguments = _ARGUMENTS | _located(phases.arguments | phase.arguments, folder)
+    arguments = _ARGUMENTS | phases.arguments | phase.arguments
+    paths = {name: _path(arguments.get(name), folder) for name in _PATHS}
+    arguments |= {name: str(path) for name, path in paths.items() if path is not None}
     head = task.ask if task is not None and isinstance(task.ask, Head) else None
     if head is not None and head.max_tokens is not None:
         arguments = {MAX_LENGTH: head.max_tokens, **arguments}  # learned as it is evaluated
-    data = _placed(phase.data or TrainingData(), folder)
+    data = phase.data or TrainingData()
     if data.place is None:
         data = data.model_copy(update={"task": phase.task})
+    elif (place := (folder / expanded(data.place)).absolute()).exists() or is_local(data.place):  # else a data set on the Hub
+        data = data.model_copy(update={"place": str(place)})
     watched = task is not None and "validation" in task.split_names and arguments.get("eval_strategy", "no") != "no"
     return TrainingJob(
         base=base,
@@ -289,12 +290,6 @@ def _job(phases: Phases, phase: Phase, task: Task | None, base: str, folder: Pat
         long_examples="truncate" if head is not None and head.max_tokens is not None else phases.long_examples,
         seed=phases.seed if phase.seed is None else phase.seed,
     )
-
-
-def _located(arguments: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return arguments with paths made absolute."""
-    paths = {name: _path(value, folder) for name, value in arguments.items() if name in _PATHS}
-    return {**arguments, **{name: str(path) for name, path in paths.items() if path is not None}}
 
 
 def _path(value: Any, folder: Path) -> Path | None:
@@ -313,14 +308,6 @@ def _path_problems(phases: Phases, folder: Path) -> Iterator[Problem]:
             path = _path(arguments.get(name), folder)
             if path is not None and not path.exists():
                 yield Problem((*where, name), f"{path}: there is no such file. Relative paths start at this file's folder.")
-
-
-def _placed(data: TrainingData, folder: Path) -> TrainingData:
-    """Make the path of local data absolute; what is not there may be a data set on the Hub."""
-    if data.place is None:
-        return data
-    place = (folder / expanded(data.place)).absolute()
-    return data.model_copy(update={"place": str(place)}) if place.exists() or is_local(data.place) else data
 
 
 def _notes(phases: Sequence[PlannedPhase]) -> Iterator[str]:

@@ -226,23 +226,14 @@ def _copy(adapter: Path, final: Path) -> None:
 
 
 def _merge(adapter: Path, base: str, out: Path, progress: Progress | None) -> Path:
-    if _is_of(out, adapter):
+    made_of = read_lock(out).inputs.get(ADAPTER) if is_complete(out) else None
+    if made_of and all((adapter / n).is_file() and sha256(adapter / n) == digest for n, digest in made_of.files.items()):
         return out
     if out.exists() and output_problem(out, force=True) is None:
         shutil.rmtree(out)  # of another adapter: it must not be taken for this one's, whatever happens next
     recipe, _ = read_request(None, {ADAPTER: str(adapter.absolute())}, {"base_model": base})
     run_bake(recipe, out=out, progress=progress)
     return out
-
-
-def _is_of(merged: Path, adapter: Path) -> bool:
-    """Return whether a merged model is complete and made of exactly this adapter."""
-    if not is_complete(merged):
-        return False
-    made_of = read_lock(merged).inputs.get(ADAPTER)
-    return made_of is not None and all(
-        (adapter / name).is_file() and sha256(adapter / name) == digest for name, digest in made_of.files.items()
-    )
 
 
 def describe_plan(plan: SftPlan) -> Iterator[str]:

@@ -90,7 +90,10 @@ def extend(
         )
     earlier = recipe_json(located_recipe(lock, found, str(folder / LOCK)))
     for entry in earlier["adapters"]:
-        entry["path"] = _address(lock, entry["name"], found[entry["name"]], inputs or {})
+        name = entry["name"]
+        source = lock.inputs[name]  # on the Hub, or from the working directory, so that no home folder is published
+        moved = not source.repo or name in (inputs or {})
+        entry["path"] = relative_path(found[name].folder, Path.cwd()) if moved else source.path
     base = found[BASE].folder if BASE in found else None
     return Extension(extend_request(earlier, add, settings, sets).written(_origins(folder)), base, ())
 
@@ -114,12 +117,6 @@ def _from_merged_hint(folder: Path, lock: Lock) -> str:
 def _recipe(folder: Path, lock: Lock) -> Recipe:
     """Return a lock's recipe; its paths are not looked at."""
     return located_recipe(lock, {name: FoundInput(Path("/", name), None) for name in lock.inputs}, str(folder / LOCK))
-
-
-def _address(lock: Lock, name: str, found: FoundInput, given: Mapping[str, str]) -> str:
-    """Return where a source is: on the Hub, or from the working directory, so that no home folder is published."""
-    source = lock.inputs[name]
-    return source.path if source.repo and name not in given else relative_path(found.folder, Path.cwd())
 
 
 def _from_merged(folder: Path, lock: Lock, add: Adapters, settings: Mapping[str, Any], sets: Sequence[str]) -> Extension:

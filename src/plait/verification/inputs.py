@@ -67,7 +67,8 @@ def check_inputs(folder: Path, lock: Lock, given: Mapping[str, str]) -> tuple[tu
     for name, entry in locked.items():
         path = given.get(name) or (entry.path if entry.repo else _local(folder, entry.path))
         try:
-            place = _find(path, is_model=name == BASE or lock.kind in _MODELS)
+            is_model = name == BASE or lock.kind in _MODELS
+            place = (resolve_model(path) if is_model else resolve(parse_reference(path))).folder.resolve()
         except PlaitError as error:
             checks.append(InputCheck(name=name, path=path, state="unknown", detail=str(error)))
             continue
@@ -83,11 +84,6 @@ def check_inputs(folder: Path, lock: Lock, given: Mapping[str, str]) -> tuple[tu
 
 def _local(folder: Path, path: str) -> str:
     return os.path.normpath(folder.resolve() / path)
-
-
-def _find(path: str, *, is_model: bool) -> Path:
-    place = resolve_model(path) if is_model else resolve(parse_reference(path))
-    return place.folder.resolve()
 
 
 def _moments(folder: Path, entry: LockedInput, place: Path | None = None) -> Path | None:

@@ -138,16 +138,12 @@ def _base_folder(folder: Path, lock: Lock, found: Mapping[str, FoundInput], give
     known = found.get("base" if lock.kind == "extract" else BASE)
     if given is None and known is not None:
         return known.folder
-    named = given or lock.recipe.get("base_model") or _named_base(folder)
-    if named is None:
+    named = given or lock.recipe.get("base_model")
+    if not named and (folder / ADAPTER_CONFIG).is_file():
+        named = read_object(folder / ADAPTER_CONFIG, AdapterError, constants=True).get("base_model_name_or_path")
+    if not named or not isinstance(named, str):
         raise AddressError(f"{folder}: no base model is named there; give --base-id (base_model=).")
     return resolve_model(named, files=(*MODEL_FILES, *COMPANION_FILES)).folder
-
-
-def _named_base(folder: Path) -> str | None:
-    path = folder / ADAPTER_CONFIG
-    name = read_object(path, AdapterError, constants=True).get("base_model_name_or_path") if path.is_file() else None
-    return name if isinstance(name, str) else None
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

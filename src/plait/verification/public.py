@@ -62,7 +62,8 @@ def _publish(folder: Path, place: Path, name: str, hidden: list[str]) -> str | N
     try:
         with open_in(folder, name) as file:
             if not name.endswith((".json", ".md", LEARNED_RECIPE)) or os.fstat(file.fileno()).st_size > _LARGEST:
-                target.symlink_to(_real(file.fileno(), folder / name))
+                opened = Path(f"/proc/self/fd/{file.fileno()}")  # the real place of the file
+                target.symlink_to(opened.readlink() if opened.exists() else (folder / name).resolve())
                 return None
             data = file.read()
         if name == LEARNED_RECIPE:
@@ -81,12 +82,6 @@ def _publish(folder: Path, place: Path, name: str, hidden: list[str]) -> str | N
         raise OutputError(f"cannot push {folder}: {error}. Make the result again.") from None
     target.write_bytes(public)
     return None if public == data else hashlib.sha256(public).hexdigest()
-
-
-def _real(handle: int, path: Path) -> Path:
-    """Return the real place of an open file."""
-    found = Path(f"/proc/self/fd/{handle}")
-    return found.readlink() if found.exists() else path.resolve()
 
 
 def _folders(folder: Path, lock: Lock) -> list[str]:

@@ -122,20 +122,13 @@ def _compared(folder: Path, rebuilt: Path, name: str, digest: str | None) -> Reb
         own = file_in(folder, name)
     except OSError:
         own = None
-    if sha256(again) == digest or (
-        name.endswith(".json") and public_digest(again) == digest
-    ):  # here, or where it was published
-        return _own(name, own, again, digest)
-    if not name.endswith(".safetensors") or own is None:
-        return RebuiltFile(name=name, state="differs")
-    return _differences(name, own, again)
-
-
-def _own(name: str, own: Path | None, again: Path, digest: str) -> RebuiltFile:
-    """Describe a file that comes out as locked, with how far the folder's own is from it where that was changed."""
-    if name.endswith(".safetensors") and own is not None and sha256(own) != digest:
-        return _differences(name, own, again).model_copy(update={"state": "equal"})
-    return RebuiltFile(name=name, state="equal")
+    # as locked: here, or where it was published
+    equal = sha256(again) == digest or (name.endswith(".json") and public_digest(again) == digest)
+    if own is None or not name.endswith(".safetensors") or (equal and sha256(own) == digest):
+        return RebuiltFile(name=name, state="equal" if equal else "differs")
+    # also where it comes out as locked and the folder's own was changed since: how far it is from it
+    found = _differences(name, own, again)
+    return found.model_copy(update={"state": "equal"}) if equal else found
 
 
 def _differences(name: str, first: Path, second: Path) -> RebuiltFile:

@@ -102,7 +102,10 @@ class ParameterNaming:
         self._paths: dict[str, str] = {}
         depths: dict[str, list[str]] = defaultdict(list)
         for module in modules:
-            depths[_unwrapped(module)].append(module)
+            bare = module
+            while bare.endswith(_WRAPPED):
+                bare = bare.removesuffix(_WRAPPED)
+            depths[bare].append(module)
         for bare, wrappers in depths.items():
             names = sorted({t.rpartition(".")[2] for t in target_parameters if _targets(t, bare)}, key=_declared)
             if not names:
@@ -119,12 +122,6 @@ class ParameterNaming:
     def parameter(self, module: str) -> str | None:
         """Return the path of the parameter behind a key; None for a module that is adapted as such."""
         return self._paths.get(module)
-
-
-def _unwrapped(module: str) -> str:
-    while module.endswith(_WRAPPED):
-        module = module.removesuffix(_WRAPPED)
-    return module
 
 
 def _targets(parameter: str, module: str) -> bool:

@@ -196,7 +196,8 @@ def silence_harness() -> Iterator[None]:
 
 @cache
 def _opened(task: LmEval) -> Any:
-    manager = _manager(task, task.include)
+    optional("lm_eval", _EXTRA, f"task {task.name!r}: {task.kind}")
+    manager = _index(task.include)
     name = task.harness_name
     entry = manager.task_index.get(name)
     where = f"task {task.name!r}: {task.kind}"
@@ -231,11 +232,6 @@ def _index(include: str | None) -> Any:
     tasks = optional("lm_eval.tasks", _EXTRA, "a task of lm-eval")
     with silence_harness():
         return tasks.TaskManager(include_path=include, include_defaults=include is None)
-
-
-def _manager(task: LmEval, include: str | None) -> Any:
-    optional("lm_eval", _EXTRA, f"task {task.name!r}: {task.kind}")
-    return _index(include)
 
 
 def _metrics() -> Any:
