@@ -43,6 +43,8 @@ for line in sys.stdin:
         if threads := os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(int(threads))
         reload(constants)
+        for module in [m for name, m in sys.modules.items() if name.startswith("huggingface_hub.")]:
+            vars(module).update({k: v for k, v in vars(constants).items() if k.isupper() and k in vars(module)})
         hf_api.api.endpoint = constants.ENDPOINT
         os.chdir(order["folder"])
         sys.argv = ["-c", *order["arguments"]]

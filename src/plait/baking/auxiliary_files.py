@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from plait.baking.placement import Placement
+from plait.baking.changes import Placement
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.checkpoints.files import INDEX, MODEL_CONFIG
 from plait.errors import AdapterError, collect

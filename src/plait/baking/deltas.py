@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
-from plait.baking.placement import RowRange
+from plait.baking.changes import RowRange
 from plait.errors import PlanError
 from plait.linalg.blocks import HOLD_ELEMENTS, RowBlocks
 from plait.merging.combine import Combiner

@@ -13,8 +13,9 @@ import torch
 from pydantic import ValidationError
 
 from plait.baking.auxiliary_files import AuxiliaryFiles, gather_auxiliary_files
+from plait.baking.changes import Placement
 from plait.baking.full import effective_heads, full_tensors
-from plait.baking.placement import Placement, place_deltas
+from plait.baking.placement import place_deltas
 from plait.baking.shards import OutShard, parse_size, plan_shards, shard_index
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import AddressError, PlanError, RecipeError, collect

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from plait.baking.placement import Placement, TensorChange
+from plait.baking.changes import Placement, TensorChange
 from plait.checkpoints.checkpoint import BaseCheckpoint, Shard
 from plait.checkpoints.files import SINGLE
 from plait.errors import RecipeError

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
+from plait.baking.changes import RowRange
 from plait.baking.deltas import ModuleMerge, RowReader, add_rows, dense_rows, merge_dora_weight, own_columns
-from plait.baking.placement import RowRange
 from plait.baking.shards import OutTensor
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import PlanError

@@ -1,4 +1,4 @@
-"""`plait inspect`: the drawing half; every number and sentence comes from `plait.inspection.report`."""
+"""`plait inspect`: the drawing half; every number and sentence comes from `plait.inspection`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from rich.text import Text
 from plait.cli.options import Json, Workers
 
 if TYPE_CHECKING:
+    from plait.inspection.comparison import AdapterComparison, LayerComparison
     from plait.inspection.geometry import SymmetricMatrix
-    from plait.inspection.report import AdapterComparison, AdapterReport, Inspection, LayerComparison
+    from plait.inspection.report import AdapterReport, Inspection
 
 _BARS = "▁▂▃▄▅▆▇█"
 # What a terminal without Unicode shows instead.
@@ -275,7 +276,7 @@ def _strips(inspection: Inspection, width: int) -> Iterator[RenderableType]:
 
 def _alone(adapter: AdapterReport) -> tuple[LayerComparison, ...]:
     from plait.adapters import layer_key
-    from plait.inspection.report import LayerComparison
+    from plait.inspection.comparison import LayerComparison
 
     return tuple(
         LayerComparison(

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from plait.adapters.adapter import Adapter
+from plait.inspection.comparison import COLLAPSED
 from plait.inspection.geometry import row_overlaps
-from plait.inspection.report import COLLAPSED
 
 _MODULES = 3  # a shared seed shows in all of them
 

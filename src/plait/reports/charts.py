@@ -9,7 +9,7 @@ from operator import attrgetter
 from plait.adapters.names import LayerKey, layer_key
 from plait.evaluation.comparison import Leaderboard
 from plait.evaluation.record import Bounds, Evaluation, TaskResult
-from plait.inspection.report import AdapterComparison as Conflict
+from plait.inspection.comparison import AdapterComparison
 from plait.merging.record import RunRecord
 from plait.records import Record
 from plait.reports.colors import Color, css, diverging, sequential, text_color
@@ -178,7 +178,7 @@ def interference_map(found: Evaluation) -> HeatMap | None:
     )
 
 
-def layer_maps(conflict: Conflict) -> tuple[HeatMap, ...]:
+def layer_maps(conflict: AdapterComparison) -> tuple[HeatMap, ...]:
     """Return, pair by pair and layer by layer, the conflict between the adapters."""
     pairs = list(combinations(range(len(conflict.names)), 2))
     names = [f"{conflict.names[i]} · {conflict.names[j]}" for i, j in pairs]

@@ -13,7 +13,7 @@ from plait.errors import PlaitError, ReportError, collect
 from plait.evaluation.comparison import Leaderboard
 from plait.evaluation.record import Evaluation
 from plait.folders import file_in, file_name_problem
-from plait.inspection.report import AdapterComparison as Conflict
+from plait.inspection.comparison import AdapterComparison
 from plait.inspection.report import inspect_adapters
 from plait.merging.inventory import take_inventory
 from plait.merging.record import RunRecord
@@ -69,7 +69,7 @@ class Report(Record):
     comparison: Leaderboard | None = None
     merges: tuple[RunRecord, ...] = ()
     tunings: tuple[TuneRecord, ...] = ()
-    conflict: Conflict | None = None
+    conflict: AdapterComparison | None = None
     weights: LayerCoefficients | None = None
     losses: tuple[LossCurve, ...] = ()
     locks: dict[str, str] = {}  # noqa: RUF012 (frozen)
@@ -171,7 +171,7 @@ def _read(kind: type[Any], file: Path) -> Any:
 
 def _adapters(
     evaluations: Sequence[Evaluation], progress: Progress | None
-) -> tuple[Conflict | None, LayerCoefficients | None, list[str]]:
+) -> tuple[AdapterComparison | None, LayerCoefficients | None, list[str]]:
     """Look at the adapters again, where they still are."""
     data = next((e.recipe for e in evaluations if e.recipe is not None), None)
     if data is None:
