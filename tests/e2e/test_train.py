@@ -325,20 +325,22 @@ def test_sigterm_ends_the_workers_too_and_the_same_command_continues(place, caps
     (place / "held" / "sitecustomize.py").write_text(HELD_WORKERS)
     words = ["phases.yaml", "-o", "out", "--workers", "2"]
     environment = {**os.environ, "PYTHONPATH": str(place / "held")}
-    workers = []
-
-    def terminate(parent: int) -> None:
+    run = subprocess.Popen([sys.executable, "-m", "plait", "train", *words], stderr=subprocess.PIPE, text=True, env=environment)
+    try:
         end = time.monotonic() + 240
         while len(list(Path("out").glob("phases/*/checkpoint-1/trainer_state.json"))) < 2:
+            assert run.poll() is None
             assert time.monotonic() < end
             time.sleep(0.1)
-        workers.extend(psutil.Process(parent).children())
-        os.kill(parent, signal.SIGTERM)
-
-    done = run_forked(HELD_PARENT, "train", *words, environment=environment, when_held=terminate)
-    assert done.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM\n0 of 2 phases are finished and kept in" in done.stderr
-    assert "Traceback" not in done.stderr
+        workers = psutil.Process(run.pid).children()
+        run.terminate()
+        _, message = run.communicate(timeout=120)
+    finally:
+        run.kill()
+        run.communicate()
+    assert run.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM\n0 of 2 phases are finished and kept in" in message
+    assert "Traceback" not in message
     assert len(workers) == 3, "two phases, and the process that renders templates"
     assert not any(map(alive, workers))
     code, _, _ = command(capsys, *words)
