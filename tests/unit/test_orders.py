@@ -310,9 +310,7 @@ def test_an_evaluation_refuses_before_it_begins_what_its_merge_would(tmp_path, m
     cohort([(6, 4)], [2, 2]).save(tmp_path)
     monkeypatch.chdir(tmp_path)
     plait.merge(["./adapter0", "./adapter1"], out="earlier")
-    with pytest.raises(SystemExit) as leave:
-        main(["eval", "./earlier", "./adapter0", "--tasks", "none.yaml", "-o", "earlier", "--force"])
-    assert leave.value.code == 2
+    assert exit_code("eval", "./earlier", "./adapter0", "--tasks", "none.yaml", "-o", "earlier", "--force") == 2
     assert "earlier is an input of this merge (adapter 'earlier')" in " ".join(capsys.readouterr().err.split())
 
 
