@@ -15,6 +15,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+_LONGEST = 255  # bytes of a name, on every common file system
 _DRIVE = re.compile(r"[A-Za-z]:")
 _ONCE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
@@ -41,6 +42,8 @@ def file_name_problem(name: str) -> str | None:
         return "climbs out of the folder"
     if "" in parts or "." in parts:
         return "names a folder"
+    if any(len(part.encode(errors="surrogatepass")) > _LONGEST for part in parts):
+        return f"has more than {_LONGEST} bytes between two slashes"
     return None
 
 

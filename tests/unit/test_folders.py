@@ -33,7 +33,8 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "/etc/passwd", "../x", "a/../../x", "a\\b", "C:x", "c:/x", "a//b", "a/", ".", "./a", "a\0b", "..\\x"]
+    "name",
+    ["", "/etc/passwd", "../x", "a/../../x", "a\\b", "C:x", "c:/x", "a//b", "a/", ".", "./a", "a\0b", "..\\x", "a" * 256],
 )
 def test_names_that_are_not_of_a_file_in_a_folder(folder, name):
     assert file_name_problem(name)
