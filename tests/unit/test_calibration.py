@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from plait.calibration.teachers import OutputDistributions, keep_distributions, 
 from plait.calibration.texts import generic_lines, read_texts
 from plait.errors import TaskError
 from plait.linalg.inputs import InputRows
+from plait.notices import PlaitWarning
 from plait.tasks.loading import load_task
 from tests.language_models import language_model, write_task
 
@@ -288,6 +290,29 @@ def test_texts_from_nothing_and_from_files(tmp_path: Path) -> None:
     assert set(read_texts(task, kind=None, count=9, seed=0, file=tmp_path / "mine.txt").prompts) == {"sort w1 :", "sort w2 :"}
     (tmp_path / "mine.jsonl").write_text('{"word": "w7"}\n')
     assert read_texts(task, kind=None, count=9, seed=0, file=tmp_path / "mine.jsonl").prompts == ("sort w7 :",)
+
+
+def test_generic_lines_follow_few_texts(tmp_path: Path) -> None:
+    task = load_task(write_task(tmp_path, "sort", splits={"train": "test.jsonl"}))
+    few = read_texts(task, kind=None, count=3, seed=0, fill=9)
+    assert few.source == "split 'train' (3) and generic lines"
+    assert (len(few.prompts), few.kind) == (9, "split")
+    assert few.prompts[:3] == read_texts(task, kind=None, count=3, seed=0).prompts
+    assert all(str(p).removeprefix("sort ").removesuffix(" :") in generic_lines() for p in few.prompts[3:])
+    assert len(read_texts(task, kind=None, count=20, seed=0, fill=64).prompts) == 20
+    assert len(read_texts(task, kind="lines", count=3, seed=0, fill=64).prompts) == 3
+
+
+def test_lines_that_do_not_fit_are_not_added(tmp_path: Path) -> None:
+    task = load_task(write_task(tmp_path, "sort", prompt="sort {{ {'w1': 1}[word] }} :", splits={"train": "test.jsonl"}))
+    with pytest.warns(PlaitWarning, match="generic lines do not fit its prompt"):
+        assert len(read_texts(task, kind=None, count=1, seed=0, file=_rows_of(tmp_path, "w1"), fill=64).prompts) == 1
+
+
+def _rows_of(folder: Path, word: str) -> Path:
+    file = folder / "rows.jsonl"
+    file.write_text(json.dumps({"word": word}))
+    return file
 
 
 def test_fields_of_a_prompt_get_different_lines(tmp_path: Path) -> None:

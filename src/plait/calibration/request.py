@@ -252,10 +252,10 @@ def texts_of(task: Task, recipe: Recipe, key: Literal["calibration", "tune"], fo
         TaskError: they cannot be read.
     """
     spec = getattr(recipe, key)
+    fill = recipe.tune.fill if key == "tune" else 0
     file = spec.files.get(task.name)
     if file is None:
-        return read_texts(task, kind=spec.texts, count=spec.count, seed=spec.seed, split=spec.split)
+        return read_texts(task, kind=spec.texts, count=spec.count, seed=spec.seed, split=spec.split, fill=fill)
     with recipe.origins.at(key, "files", task.name):
-        return read_texts(
-            task, kind=None, count=spec.count, seed=spec.seed, split=spec.split, file=absolute_reference(file, folder)
-        )
+        file = absolute_reference(file, folder)
+        return read_texts(task, kind=None, count=spec.count, seed=spec.seed, split=spec.split, file=file, fill=fill)

@@ -29,6 +29,7 @@ from plait.tasks.schema import RowTask, Task
 
 TextKind = Literal["split", "file", "lines", "template"]
 _NOTHING = "N/A"
+_FEW = 20  # texts, of which a fifth can be held out to choose a step
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def read_texts(
     seed: int,
     split: SplitName | None = None,
     file: str | Path | None = None,
+    fill: int = 0,
 ) -> Texts:
     """Return texts for a task, chosen by the seed.
 
@@ -74,6 +76,7 @@ def read_texts(
         seed: which of them, and in which order.
         split: of the task; `calibration` where it has one, else `train`, when None.
         file: rows whose columns are the prompt's fields; or a text file, whose lines each fill the one field of the prompt.
+        fill: where a split or a file has fewer than 20 texts, generic lines follow up to so many.
 
     Raises:
         TaskError: the task asks nothing by a prompt of its own, or the texts do not fit it.
@@ -90,11 +93,23 @@ def read_texts(
             )
     rows, source = _rows(task, kind, split, file)
     if kind != "template":
-        order = list(range(len(rows)))
-        random.Random(f"texts {seed} {task.name}").shuffle(order)
-        rows = [rows[i] for i in sorted(order[:count])]
+        rows = _chosen(task, rows, count, seed)
     found = prompts_of(task, rows)
+    if kind in ("split", "file") and len(found) < min(_FEW, fill):
+        try:
+            lines = prompts_of(task, _chosen(task, _filled(task, generic_lines()), fill - len(found), seed))
+        except TaskError as error:
+            announce(f"task {task.name!r}: {len(found)} texts are few, and generic lines do not fit its prompt: {error}")
+        else:
+            source += f" ({len(found)}) and generic lines"
+            found += lines
     return Texts(task, kind, source, tuple(prompt for prompt, _ in found), tuple(choices for _, choices in found))
+
+
+def _chosen(task: RowTask, rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+    order = list(range(len(rows)))
+    random.Random(f"texts {seed} {task.name}").shuffle(order)
+    return [rows[i] for i in sorted(order[:count])]
 
 
 def overlap_with_evaluation(texts: Texts) -> list[str]:

@@ -32,6 +32,14 @@ class TuneSpec(TextsSpec):
     """How a merge is tuned: what it sees, what is learned, and how."""
 
     count: Annotated[int, Field(ge=1, description="Texts per task that are read, at most.")] = 128
+    fill: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Where a task has fewer than 20 texts, generic lines follow up to so many; 0 for none. Not where "
+            "labels are learned from.",
+        ),
+    ] = 64
     allow_test: Annotated[bool, Field(description="Learn from the split `test`; the result cannot be judged on it.")] = False
     objective: Annotated[
         ObjectiveName,

@@ -10,6 +10,7 @@ from plait.adapters.adapter import Adapter
 from plait.calibration.texts import Texts
 from plait.errors import PlaitError, TaskError
 from plait.parsing import read_object
+from plait.recipes.evaluation import SplitName
 from plait.tasks.examples import prompts_of
 from plait.tasks.inputs import prompt_text
 from plait.tasks.loading import load_task
@@ -40,7 +41,7 @@ def _questions(data: Mapping[str, Any]) -> list[str]:
         task = load_task(data["task"])
         if not isinstance(task, RowTask):
             raise TaskError(f"{data['task']}: has no rows of its own.")
-        split = next((s for name in splits for s in SPLITS if s == name and s in task.splits), "train")
+        split: SplitName = next((s for name in splits for s in SPLITS if s == name and s in task.splits), "train")
         found = [prompt_text(prompt) for prompt, _ in prompts_of(task, read_rows(task, split))]
     else:
         rows = read_file(Path(data["place"]))[: data["limit"]]
