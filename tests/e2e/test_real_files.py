@@ -17,7 +17,7 @@ import plait
 from plait.adapters.adapter import Adapter
 from plait.errors import AdapterError, PlanError
 from plait.mixture import Mixture
-from tests.adapters_on_disk import Linear, read_deltas, write_adapter
+from tests.adapters_on_disk import Experts, Linear, read_deltas, write_adapter
 from tests.baking_models import IDS, adapter_output, make_adapter, run, save_model
 
 pytestmark = [
@@ -122,6 +122,18 @@ class TestVocabularies:
         peft.save_pretrained(tmp_path / "a")
         assert difference(run(baked([tmp_path / "a"], base, tmp_path / "out")), run(peft.eval())) < 1e-5
 
+    def test_a_head_that_no_longer_shares_the_embeddings_brings_its_bias(self, tmp_path):
+        """`tie_word_embeddings: false` also unties `lm_head.decoder.bias` from the `lm_head.bias` that is stored."""
+        small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        torch.manual_seed(0)
+        model = tf.RobertaForMaskedLM(tf.RobertaConfig(**small, vocab_size=32, max_position_embeddings=40, type_vocab_size=1))
+        torch.nn.init.normal_(model.lm_head.bias)
+        model.save_pretrained(tmp_path / "base")
+        auto = tf.AutoModelForMaskedLM
+        adapter = make_adapter(tmp_path / "base", tmp_path / "a", 1, auto, target_modules=["query"], modules_to_save=["lm_head"])
+        expected = adapter_output(tmp_path / "base", {"a": adapter}, {"a": 1.0}, auto)
+        assert difference(run(baked([adapter], tmp_path / "base", tmp_path / "out", auto)), expected) < 1e-5
+
     def test_a_parameter_that_the_model_has_not_is_kept_beside_it(self, tmp_path):
         base = save_model("llama", tmp_path / "base")
         made = make_adapter(base, tmp_path / "made", 1, _LM, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -219,6 +231,23 @@ class TestWrappers:
         with pytest.raises(PlanError, match="differ by the word 'module' alone"):
             plait.plan([one.folder, two.folder])
 
+    @pytest.mark.parametrize("word", ["inner_module", "wrapped"])
+    def test_one_word_more_in_every_layer(self, tmp_path, word):
+        one = write_adapter(tmp_path / "one", _MODULES)
+        longer = {p.replace(".self", f".{word}.self"): m for p, m in _MODULES.items()}
+        two = write_adapter(tmp_path / "two", longer)
+        for pair in ([one.folder, two.folder], [two.folder, one.folder]):
+            with pytest.raises(PlanError, match=f"differ by the word '{word}' alone"):
+                plait.plan(pair)
+        both = write_adapter(tmp_path / "both", {**_MODULES, **longer})  # a model that has both
+        assert len(plait.plan([one.folder, both.folder]).modules) == 4
+
+    @pytest.mark.parametrize("tail", ["mlp.experts", "mlp.experts.base_layer", "self_attn.q_proj.base_layer"])
+    def test_a_parameter_that_the_configuration_does_not_name(self, tmp_path, tail):
+        write_adapter(tmp_path / "a", {f"model.layers.0.{tail}": Linear(8, 8)})
+        with pytest.raises(AdapterError, match="which the configuration does not name|that the configuration does not name"):
+            plait.plan([tmp_path / "a"])
+
 
 class TestOtherPrograms:
     def kohya(self, folder: Path, rename: Callable[[str], str] = str, *, alpha: bool = True) -> dict[str, Any]:
@@ -236,6 +265,18 @@ class TestOtherPrograms:
         plait.merge([tmp_path / "a"], out=tmp_path / "out")
         found = read_deltas(tmp_path / "out", _MODULES)
         assert all(abs(found[path] - wanted[path]).max() < 1e-6 for path in _MODULES)
+
+    @pytest.mark.parametrize(("alpha", "fits"), [(4.0, True), (3.0, False)])
+    def test_an_alpha_beside_pefts_factors_agrees_with_the_configuration(self, tmp_path, alpha, fits):
+        written = write_adapter(tmp_path / "a", _MODULES, alpha=4.0, extra={f"{path}.alpha": torch.tensor(alpha) for path in _MODULES})
+        if not fits:
+            with pytest.raises(AdapterError, match="gives 1.5 as scaling, the configuration 2"):
+                plait.plan([tmp_path / "a"])
+            return
+        plait.merge([tmp_path / "a"], out=tmp_path / "out")
+        found = read_deltas(tmp_path / "out", _MODULES)
+        assert all(abs(found[path] - written.deltas[path]).max() < 1e-6 for path in _MODULES)
+        assert not (tmp_path / "out" / "heads").exists()
 
     @pytest.mark.parametrize("alpha", [True, False])
     def test_kohyas_names_that_do_not_tell_the_module_are_refused(self, tmp_path, alpha):
@@ -388,6 +429,12 @@ class TestFusedAndSeparate:
         ("attention.query_key_value", "attention.query"),
         ("attn.qkv", "attn.wq"),
         ("attn.to_kv", "attn.to_k"),
+        ("attn.qk_proj", "attn.q_proj"),
+        ("self_attn.linear_qkv", "self_attn.v_proj"),
+        ("self_attention.fused_qkv", "self_attn.q_proj"),
+        ("mlp.gate_and_up_proj", "mlp.gate_proj"),
+        ("mlp.dense_h_to_4h", "mlp.up_proj"),
+        ("mlp.wi", "mlp.wi_1"),
     )
 
     @pytest.mark.parametrize(("fused", "part"), PAIRS)
@@ -412,6 +459,20 @@ class TestFusedAndSeparate:
         write_adapter(tmp_path / "one", {"blocks.0.attn.qkv": Linear(12, 8)})
         write_adapter(tmp_path / "two", {"blocks.0.cross_attn.query": Linear(4, 8)})
         assert len(plait.plan([tmp_path / "one", tmp_path / "two"]).modules) == 2
+
+    def test_the_layers_of_one_tower_are_alike(self, tmp_path):
+        write_adapter(tmp_path / "one", {"model.layers.0.self_attn.qkv_proj": Linear(12, 8)})
+        write_adapter(tmp_path / "two", {"model.layers.1.self_attn.q_proj": Linear(4, 8)})
+        with pytest.raises(PlanError, match="No model has both"):
+            plait.plan([tmp_path / "one", tmp_path / "two"])
+
+    def test_experts_of_another_version(self, tmp_path):
+        """Mixtral's experts were in `block_sparse_moe` one by one; since transformers 5 they are in `mlp`, fused."""
+        fused = {"model.layers.0.mlp.experts.gate_up_proj": Experts(2, 12, 8)}
+        write_adapter(tmp_path / "new", fused, target_parameters=["mlp.experts.gate_up_proj"])
+        write_adapter(tmp_path / "old", {f"model.layers.0.block_sparse_moe.experts.{i}.w1": Linear(6, 8) for i in range(2)})
+        with pytest.raises(PlanError, match="the same experts one by one"):
+            plait.plan([tmp_path / "new", tmp_path / "old"])
 
 
 class TestDoubts:
@@ -440,6 +501,20 @@ class TestDoubts:
     def test_settings_that_the_tensors_do_not_bear_out(self, tmp_path, config, message):
         found = self.notes(tmp_path, **config)
         assert message in found if message else not found
+
+    @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+    def test_a_head_that_diverged(self, tmp_path, value):
+        base = save_model("llama", tmp_path / "base")
+        adapter = make_adapter(base, tmp_path / "bad", 1, _LM, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        tensors = load_file(adapter / _WEIGHTS)
+        tensors["base_model.model.lm_head.weight"][3, 2] = value
+        save_file(tensors, adapter / _WEIGHTS)
+        with pytest.raises(AdapterError, match="'bad': tensor 'base_model.model.lm_head.weight'.*1 NaN or infinite"):
+            plait.bake([adapter], base=base, out=tmp_path / "model")
+        with pytest.raises(AdapterError, match="1 NaN or infinite"):
+            plait.merge([adapter], out=tmp_path / "merged")
+        assert not (tmp_path / "model").exists()
+        assert not (tmp_path / "merged").exists()
 
     @pytest.mark.parametrize("part", ["lora_B", "lora_A"])
     @pytest.mark.parametrize("where", ["", "layers.1"])

@@ -8,6 +8,7 @@ from plait.adapters.names import (
     LayerKey,
     clean_settings,
     foreign_tensors,
+    is_flat,
     kohya_part,
     layer_key,
     parse_full_name,
@@ -92,7 +93,7 @@ def test_a_layer_is_meant_by_number_or_by_any_tail_of_its_tower():
     assert not any(key.matches(name) for name in ("4", "decoder.layers.3", "ers.3", "model.encoder.layers", "13"))
 
 
-@every("wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module"])
+@every("wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "_module"])
 @every("at", range(1, 6))
 def test_wrappers_at_any_depth(wrapper, at):
     words = Q.split(".")
@@ -165,6 +166,11 @@ def test_an_untrained_copy_tells_an_adapters_name_from_a_modules():
         (f"{Q}.fourierft_spectrum", "another method"),
         (f"{Q}.base_layer.weight.absmax", "quantized"),
         ("_fsdp_wrapped_module._flat_param", "FSDP"),
+        (f"{Q}.adapter.linear_in.weight", "NeMo"),
+        ("decoder.layers.0.self_attention.linear_qkv.adapter.adapter_q.linear_out.weight", "NeMo"),
+        (f"{Q}.LORA_A.WEIGHT", "not known"),
+        (f"{Q.replace('.', '/')}/lora_A/weight", "not known"),
+        (f"{Q}.kernel_lora_b", "not known"),
         (f"{Q}.lora_A.bias", "not known"),
         (f"{Q}.lora_A0.weight", "not known"),
         (f"{Q}.lora_A.default.inner.weight", "not known"),
@@ -185,7 +191,20 @@ def test_kohyas_names_are_read_where_they_hold_the_modules_path():
     assert kohya_part(f"{Q}.lora_down.weight") == (Q, "lora_A", None)
     assert kohya_part(f"base_model.model.{Q}.lora_up.weight") == (Q, "lora_B", None)
     assert kohya_part(f"{Q}.alpha") == (Q, "alpha", None)
-    assert kohya_part("lora_te_model_layers_0.lora_down.weight") is None
+
+
+@every(
+    ("module", "flat"),
+    [
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1", True),
+        ("lycoris_model_layers_0_self_attn_q_proj", True),
+        (Q, False),
+        ("lm_head", False),
+        ("lora_proj.q", False),
+    ],
+)
+def test_paths_with_underscores_in_place_of_dots(module, flat):
+    assert is_flat(module) is flat
 
 
 def test_names_in_the_configuration_are_cleaned_alike():

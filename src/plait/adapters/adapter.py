@@ -14,7 +14,7 @@ from torch import Tensor
 from plait.adapters.config import AdapterConfig
 from plait.adapters.contents import other_files, sort_tensors
 from plait.adapters.layouts import Layout, layout_type
-from plait.adapters.layouts.parameter import ParameterNaming
+from plait.adapters.layouts.parameter import WRAPPED, ParameterNaming
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import clean_settings
 from plait.errors import AdapterError, collect, listed
@@ -114,12 +114,20 @@ class Adapter:
         return self._tensor(self.targets[path].tensors[part], dtype).flatten()
 
     def read_full(self, path: str) -> Tensor:
-        """Read one of `full_tensors`, as stored."""
-        return self.file.read(self.full_tensors[path])
+        """Read one of `full_tensors`, as stored; errors as `read`."""
+        name = self.full_tensors[path]
+        return self.finite(name, self.file.read(name))
 
     def _tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        tensor = self.file.read(name).to(dtype)
-        if not all_finite(tensor):
+        return self.finite(name, self.file.read(name).to(dtype))
+
+    def finite(self, name: str, tensor: Tensor) -> Tensor:
+        """Return values of one of the file's tensors as they are.
+
+        Raises:
+            AdapterError: one is NaN or infinite.
+        """
+        if tensor.is_floating_point() and not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise AdapterError(
                 f"adapter {self.name!r}: tensor {name!r} in {self.file.path} holds {bad} NaN or infinite values. "
@@ -182,6 +190,13 @@ def _read_targets(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Ta
 def _target(config: AdapterConfig, file: TensorFile, module: str, parameter: str | None, parts: Mapping[str, str]) -> Target:
     if "lora_diag" in parts:
         raise ValueError("has lora_diag (KaSA), which also changes the base model; it has no exact form here")
+    if parameter is None and module.endswith(WRAPPED):
+        raise ValueError(
+            "is inside a wrapper of PEFT's: a LoRA below another LoRA, or on a parameter (target_parameters) that the "
+            "configuration does not name"
+        )
+    if parameter is None and module.rpartition(".")[2] == "experts":
+        raise ValueError("is a container of experts: its LoRA is on a parameter, which the configuration does not name")
     kind = layout_type({part: file.tensors[name].shape for part, name in parts.items()}, is_parameter=parameter is not None)
     path = parameter if parameter is not None and kind.names_parameter else module
     pair = kind.a_part, kind.b_part
@@ -197,6 +212,12 @@ def _target(config: AdapterConfig, file: TensorFile, module: str, parameter: str
         raise ValueError("has rank 0")
     if ALPHA in parts:
         scaling = _own_scaling(config, file, parts[ALPHA], rank * layout.rank_unit)
+        configured = config.scaling(path, rank * layout.rank_unit)
+        if f".{kind.a_part}" in parts[kind.a_part] and not math.isclose(scaling, configured, rel_tol=1e-2):
+            raise ValueError(
+                f"{parts[ALPHA]!r} gives {scaling:g} as scaling, the configuration {configured:g}; PEFT reads the configuration "
+                "alone. Delete the tensor, or put its value into alpha_pattern"
+            )
     else:
         scaling = config.scaling(path, rank * layout.rank_unit)
     return Target(path, layout, rank, scaling, info_b.dtype, dict(parts))

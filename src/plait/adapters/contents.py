@@ -12,6 +12,7 @@ from plait.adapters.names import (
     FullName,
     LoraName,
     foreign_tensors,
+    is_flat,
     is_training_only,
     kohya_part,
     layer_key,
@@ -62,6 +63,9 @@ def sort_tensors(file: TensorFile) -> SortedTensors:
     names = sorted(n for n in file.tensors if not is_training_only(n))
     loras = {n: parsed for n in names if (parsed := parse_lora_name(n))}
     rest = [n for n in names if n not in loras]
+    owned = {p.module for p in loras.values()}
+    loras |= {n: p for n in rest if (p := kohya_part(n)) and p.part == "alpha" and p.module in owned}
+    rest = [n for n in rest if n not in loras]
     if not loras:  # a file is of one program; with PEFT's factors in it kohya's have no owner
         loras = _kohya(rest)
         rest = [n for n in rest if n not in loras]
@@ -80,6 +84,13 @@ def sort_tensors(file: TensorFile) -> SortedTensors:
         contents.problems.append(
             f"it holds several adapters ({', '.join(sorted(owners))}), as a live model has them. Save each by itself: "
             "save_pretrained(..., selected_adapters=[NAME])"
+        )
+        return contents
+    flat = [n for n, p in loras.items() if is_flat(p.module)]
+    if flat:
+        contents.problems.append(
+            f"{len(flat)} tensors name their module with underscores in place of dots, as kohya's scripts do, so that it is not "
+            f"known: {listed(map(repr, flat), 3)}. Convert the adapter to PEFT's form first"
         )
         return contents
     for name, parsed in loras.items():

@@ -11,13 +11,14 @@ from plait.adapters.layouts import factor_parts
 
 PREFIX = "base_model.model."
 
-# what torch puts into names for torch.compile, activation checkpointing, FSDP (old and new), and Lightning and DeepSpeed do
+# what torch puts into names for torch.compile, activation checkpointing, FSDP (old and new); Lightning; Opacus
 _WRAPPERS = (
     "_orig_mod",
     "_checkpoint_wrapped_module",
     "_fsdp_wrapped_module",
     "_fpw_module",
     "_forward_module",
+    "_module",
 )
 _DEFAULT = "default"  # what PEFT calls an adapter that was given no name
 _PARALLEL = "module"  # of DDP, DataParallel and DeepSpeed; models have modules of this name too, within their layers
@@ -49,7 +50,9 @@ _FOREIGN = {
     "quantized weights": r"\.(?:nested_)?(?:absmax|quant_map)$|\.quant_state\."
     r"|\.(?:SCB|qweight|qzeros|g_idx|weight_scale_inv)$",
     "FSDP's flattened parameters": r"(?:^|\.)_?flat_param(?:_\d+)?(?:\.|$)",
-    "a LoRA of a kind that is not known": r"(?:^|\.)(?:lora_[A-Z]\w*|loras?)(?:\.|$)|\.lora_(?:embedding|magnitude|diag)\w*\.",
+    "LoRA as NeMo and Megatron write it (linear_in, linear_out)": r"\.adapters?\.(?:[^.]+\.)*linear_(?:in|out)\.",
+    "a LoRA of a kind that is not known": r"(?:^|\.)(?:lora_[A-Z]\w*|loras?)(?:\.|$)|\.lora_(?:embedding|magnitude|diag)\w*\."
+    r"|(?i:(?:^|[./:])(?:kernel_)?lora_(?:a|b|down|up|left|right|in|out)(?:[./:]|$))",
 }
 _FOREIGN_PATTERNS = {what: re.compile(pattern) for what, pattern in _FOREIGN.items()}
 
@@ -147,12 +150,15 @@ def foreign_tensors(names: Iterable[str]) -> dict[str, list[str]]:
 def kohya_part(name: str) -> LoraName | None:
     """Take a name of kohya's scripts apart that has the module's path: `….lora_down.weight`, `….lora_up.weight`, `….alpha`.
 
-    None for all others, and for paths with underscores in place of dots (`lora_te_…`), which names alone do not resolve.
+    None for all others.
     """
     found = re.match(r"^(?P<module>.+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)$", strip_prefix(name))
-    if found is None or re.match(r"lora_[a-z]+\d*_", found["module"]):
-        return None
-    return LoraName(found["module"], _KOHYA[found["part"]])
+    return LoraName(found["module"], _KOHYA[found["part"]]) if found else None
+
+
+def is_flat(module: str) -> bool:
+    """Return whether a module's path has underscores in place of dots (`lora_te_…`), which names alone do not resolve."""
+    return re.match(r"(?:lora|lycoris)_[a-z]+\d*_[^.]*$", module) is not None
 
 
 _KOHYA = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B", "alpha": "alpha"}

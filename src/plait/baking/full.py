@@ -38,7 +38,8 @@ class FullTensor:
 
     def values(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
         """Return `count` values from the value `first` on, flat; the mean over adapters is accumulated in float64."""
-        parts = [a.file.values(name, first, count) for a, (_, name) in zip(self.adapters, self.names, strict=True)]
+        named = zip(self.adapters, self.names, strict=True)
+        parts = [a.finite(name, a.file.values(name, first, count)) for a, (_, name) in named]
         return parts[0].to(dtype) if len(parts) == 1 else torch.stack([p.double() for p in parts]).mean(0).to(dtype)
 
     def equals(self, checkpoint: BaseCheckpoint, name: str) -> bool:

@@ -266,14 +266,16 @@ class _Placing:
         for config in sections(self._checkpoint.config):
             rows = config.get("vocab_size")
             tables = [n for n in self._checkpoint.home if (s := self._checkpoint.info(n).shape)[:1] == (rows,) and len(s) == 2]
-            sizes = {n: c.replaced.shape[0] for n in tables if (c := changes.get(n)) is not None and c.replaced is not None}
+            replaced = {n: c.replaced for n in tables if (c := changes.get(n)) is not None and c.replaced is not None}
+            sizes = {n: tensor.shape[0] for n, tensor in replaced.items()}
             new = set(sizes.values()) - {rows}
             left = [n for n in tables if sizes.get(n, rows) not in new]
             if new and left:
                 resized = next(n for n, size in sizes.items() if size in new)
+                owner = replaced[resized].names[0][0]
                 problems.append(
-                    f"{resized} has {sizes[resized]} rows in the adapter, but {', '.join(left)} keeps the base's {rows}: a "
-                    "resized vocabulary needs both. Save it with save_embedding_layers=True and modules_to_save for both."
+                    f"{resized} has {sizes[resized]} rows in {owner!r}, but {', '.join(left)} keeps the base's {rows}: a resized "
+                    "vocabulary needs both. Save it with save_embedding_layers=True and modules_to_save for both."
                 )
         return problems
 

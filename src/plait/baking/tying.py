@@ -67,6 +67,13 @@ class Untying:
             return
         for group in groups:
             self._untie_group(group)
+        for owner, *copies in groups if self._result.untied else ():  # the flag unties all: the head's bias too
+            stored = stored_tensor(self._names, owner)
+            for name in copies:
+                if stored is not None and stored_tensor(self._names, name) is None and name not in self._result.added:
+                    change = self._result.changes.get(stored, TensorChange())
+                    shape = change.replaced.shape if change.replaced else self._checkpoint.info(stored).shape
+                    self._result.added[name] = AddedTensor(shape, stored, change)
 
     def _may_touch_tied(self) -> bool:
         vocabulary = {s.get("vocab_size") for s in (self._checkpoint.config, self._checkpoint.config.get("text_config") or {})}

@@ -21,43 +21,22 @@ from plait.records import Record
 # The values vLLM takes for its setting max_lora_rank. Newer versions also take 1, which older ones refuse.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Projections that models have either as one matrix or as several: the one's names, and the several's.
-_FUSED = (
-    (
+_FUSED = tuple(
+    (re.compile(one), frozenset(several.split()))
+    for one, several in (
         (
-            "qkv_proj",
-            "Wqkv",
-            "W_pack",
-            "query_key_value",
-            "qkv",
-            "c_attn",
-            "in_proj",
-            "in_proj_qkv",
-            "attn_qkv",
-            "to_qkv",
-            "wqkv",
+            r"(?i:\w*qkv\w*)|W_pack|query_key_value|c_attn|in_proj",
+            "q_proj k_proj v_proj query key value wq wk wv to_q to_k to_v q_lin k_lin v_lin linear_q linear_k linear_v",
         ),
-        (
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "query",
-            "key",
-            "value",
-            "wq",
-            "wk",
-            "wv",
-            "to_q",
-            "to_k",
-            "to_v",
-            "q_lin",
-            "k_lin",
-            "v_lin",
-        ),
-    ),
-    (("kv_proj", "to_kv", "key_value", "kv"), ("k_proj", "v_proj", "key", "value", "wk", "wv", "to_k", "to_v")),
-    (("gate_up_proj", "up_gate_proj", "w13", "w1w3"), ("gate_proj", "up_proj", "w1", "w3")),
-    (("w12",), ("w1", "w2")),
+        (r"(?i:(?:to_|linear_|w)?kv(?:_proj)?)|key_value", "k_proj v_proj key value wk wv to_k to_v"),
+        (r"(?i:(?:to_|linear_|w)?qk(?:_proj)?)|query_key", "q_proj k_proj query key wq wk to_q to_k"),
+        (r"(?:fused_)?(?:gate_(?:and_)?up|up_gate)(?:_proj)?|w13|w1w3|linear_fc1|dense_h_to_4h", "gate_proj up_proj w1 w3"),
+        (r"w12", "w1 w2"),
+        (r"wi", "wi_0 wi_1"),
+        (r"c_fc", "c_fc_0 c_fc_1"),
+    )
 )
+_ATTENTION = re.compile(r"(?<=\.)(?:self_attn|self_attention|attn|attention)(?=\.)")  # one container, by the age of the code
 
 
 class Compatibility(Record):
@@ -213,12 +192,17 @@ def naming_problems(adapters: Sequence[Adapter]) -> list[str]:
                     f"{first.name!r} adapts the fused experts {fused!r}, {second.name!r} the same experts one by one. "
                     "Save one of them again in the form of the other (transformers 5 fuses experts on loading)."
                 )
+            if (more := _one_word_more(first, second)) is not None:
+                problems.append(
+                    f"{more[0]!r} of {first.name!r} and {more[1]!r} of {second.name!r} differ by the word {more[2]!r} alone, as "
+                    "do all targets in layers of one of them: one was saved from under a wrapper, or by another version of the "
+                    "model's code. Rename the tensors of one adapter."
+                )
             cut = _fused_projections(first, second)
             if cut:
                 problems.append(
-                    f"{first.name!r} adapts {cut[0][0]!r}, one matrix for what {second.name!r} has as several ({cut[0][1]!r}; "
-                    f"{_count(len(cut), 'place')} in all). No model has both, so nothing could load their union. Train both "
-                    "on one form of the model."
+                    f"{first.name!r} adapts {cut[0][0]!r}, one matrix for what {second.name!r} has as several ({cut[0][1]!r}). "
+                    "No model has both, so nothing could load their union. Train both on one form of the model."
                 )
         wrapped = _under_a_wrapper(one, two)
         if wrapped is not None:
@@ -372,28 +356,34 @@ def _words(begun: str) -> set[str]:
 
 
 def _fused_and_separate(fused: Adapter, separate: Adapter) -> str | None:
-    for path, target in fused.targets.items():
-        experts = path.rpartition(".")[0]
-        if target.layout.names_parameter and any(re.match(rf"{re.escape(experts)}\.\d+\.", p) for p in separate.targets):
-            return path
-    return None
+    """Return fused experts that the other adapter has one by one in the same layer, by whatever name of their container."""
+    layers = {layer_key(path) for path in separate.targets if re.search(r"\.experts\.\d+\.", path)}
+    stacks = (p for p, t in fused.targets.items() if t.layout.names_parameter and t.layout.stack > 1)
+    return next((p for p in stacks if layer_key(p) in layers), None)
 
 
 def _fused_projections(fused: Adapter, separate: Adapter) -> list[tuple[str, str]]:
-    """Return the pairs of a fused projection and one of its parts, where no adapter shows that a model has both."""
+    """Return the pairs of a fused projection and one of its parts, where no adapter shows that a model has both.
+
+    What layers of one tower have is alike, so that the number of the layer does not count.
+    """
+    apart, own = ({_alike(path): path for path in reversed(a.targets)} for a in (separate, fused))  # the first layer's
     found: dict[str, str] = {}
     both: set[str] = set()
-    for wholes, parts in _FUSED:
-        for path in fused.targets:
-            owner, _, name = path.rpartition(".")
-            if name not in wholes:
-                continue
-            matching = [p for part in parts if (p := f"{owner}.{part}" if owner else part) in separate.targets]
+    for place, path in own.items():
+        owner, dot, name = place.rpartition(".")
+        for parts in (several for one, several in _FUSED if one.fullmatch(name)):
+            matching = [p for part in sorted(parts) if (p := f"{owner}{dot}{part}") in apart]
             if matching:
-                found.setdefault(path, matching[0])
-            if path in separate.targets or any(p in fused.targets for p in matching):
+                found.setdefault(path, apart[matching[0]])
+            if place in apart or any(f"{owner}{dot}{part}" in own for part in parts):
                 both.add(name)
     return [(path, part) for path, part in found.items() if path.rpartition(".")[2] not in both]
+
+
+def _alike(path: str) -> str:
+    """Return what a path has in common with those of the same module in other layers, and in other versions of the code."""
+    return _ATTENTION.sub("attention", re.sub(r"(?<=\.)\d+(?=\.)", "*", path))
 
 
 def _under_a_wrapper(one: Adapter, two: Adapter) -> tuple[str, str] | None:
@@ -401,6 +391,25 @@ def _under_a_wrapper(one: Adapter, two: Adapter) -> tuple[str, str] | None:
     bare = {re.sub(r"(?<=\.)module\.", "", path): path for path in two.targets}
     pairs = ((path, bare.get(re.sub(r"(?<=\.)module\.", "", path))) for path in one.targets)
     return next(((path, other) for path, other in pairs if other is not None and other != path), None)
+
+
+def _one_word_more(longer: Adapter, shorter: Adapter) -> tuple[str, str, str] | None:
+    """Return two paths within a layer and the word that the first has more, where it sets all targets of one adapter apart.
+
+    No target within a layer may be in both, and the layouts must be equal. `module` is left to `_under_a_wrapper`.
+    """
+    inside = [{p: key for p in a.targets if (key := layer_key(p)) is not None} for a in (longer, shorter)]
+    if not inside[0].keys().isdisjoint(inside[1]):
+        return None
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for path, key in inside[0].items():
+        words = path.split(".")
+        for i in range(len(str(key).split(".")), len(words)):
+            other = ".".join(words[:i] + words[i + 1 :])
+            if other in inside[1] and shorter.targets[other].layout == longer.targets[path].layout:
+                found[words[i]].append((path, other))
+    smaller = min(map(len, inside))
+    return next(((*pairs[0], word) for word, pairs in found.items() if len(pairs) >= smaller and word != "module"), None)
 
 
 def _base_notes(adapters: Sequence[Adapter], given_base: str | None) -> list[str]:

@@ -19,7 +19,7 @@ from plait.adapters.layouts.base import Layout
 from plait.adapters.lowrank import LowRank
 from plait.libraries.transformers import EXPERT_PARAMETERS
 
-_WRAPPED = ".base_layer"
+WRAPPED = ".base_layer"  #: what PEFT adds to a path for every wrapper around a layer
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Parameter(Layout):
         for module, members in modules.items():
             ordered = sorted(members, key=lambda t: _declared(t.rpartition(".")[2]))
             for depth, target in enumerate(reversed(ordered)):
-                keys[target] = module + _WRAPPED * depth
+                keys[target] = module + WRAPPED * depth
         return keys
 
     @property
@@ -103,8 +103,8 @@ class ParameterNaming:
         depths: dict[str, list[str]] = defaultdict(list)
         for module in modules:
             bare = module
-            while bare.endswith(_WRAPPED):
-                bare = bare.removesuffix(_WRAPPED)
+            while bare.endswith(WRAPPED):
+                bare = bare.removesuffix(WRAPPED)
             depths[bare].append(module)
         for bare, wrappers in depths.items():
             names = sorted({t.rpartition(".")[2] for t in target_parameters if _targets(t, bare)}, key=_declared)
