@@ -109,7 +109,7 @@ def test_resized_vocabularies_of_two_adapters_need_a_word(kind, tmp_path):
         plait.bake(pair, base=base, out=tmp_path / "out")
     heads = {"policy": "from", "adapter": "a"}
     if kind == "llama":
-        with pytest.raises(PlanError, match=r"36 rows in the adapter, but lm_head\.weight keeps the base's 32"):
+        with pytest.raises(PlanError, match=r"36 rows in 'a', but lm_head\.weight keeps the base's 32"):
             plait.bake(pair, base=base, out=tmp_path / "out", heads=heads)
         return
     out = plait.bake(pair, base=base, out=tmp_path / "out", heads=heads).folder

@@ -130,7 +130,9 @@ class TestVocabularies:
         torch.nn.init.normal_(model.lm_head.bias)
         model.save_pretrained(tmp_path / "base")
         auto = tf.AutoModelForMaskedLM
-        adapter = make_adapter(tmp_path / "base", tmp_path / "a", 1, auto, target_modules=["query"], modules_to_save=["lm_head"])
+        adapter = make_adapter(
+            tmp_path / "base", tmp_path / "a", 1, auto, target_modules=["query"], modules_to_save=["lm_head"]
+        )
         expected = adapter_output(tmp_path / "base", {"a": adapter}, {"a": 1.0}, auto)
         assert difference(run(baked([adapter], tmp_path / "base", tmp_path / "out", auto)), expected) < 1e-5
 
@@ -245,7 +247,7 @@ class TestWrappers:
     @pytest.mark.parametrize("tail", ["mlp.experts", "mlp.experts.base_layer", "self_attn.q_proj.base_layer"])
     def test_a_parameter_that_the_configuration_does_not_name(self, tmp_path, tail):
         write_adapter(tmp_path / "a", {f"model.layers.0.{tail}": Linear(8, 8)})
-        with pytest.raises(AdapterError, match="which the configuration does not name|that the configuration does not name"):
+        with pytest.raises(AdapterError, match="the configuration does not name"):
             plait.plan([tmp_path / "a"])
 
 
@@ -268,9 +270,11 @@ class TestOtherPrograms:
 
     @pytest.mark.parametrize(("alpha", "fits"), [(4.0, True), (3.0, False)])
     def test_an_alpha_beside_pefts_factors_agrees_with_the_configuration(self, tmp_path, alpha, fits):
-        written = write_adapter(tmp_path / "a", _MODULES, alpha=4.0, extra={f"{path}.alpha": torch.tensor(alpha) for path in _MODULES})
+        written = write_adapter(
+            tmp_path / "a", _MODULES, alpha=4.0, extra={f"{path}.alpha": torch.tensor(alpha) for path in _MODULES}
+        )
         if not fits:
-            with pytest.raises(AdapterError, match="gives 1.5 as scaling, the configuration 2"):
+            with pytest.raises(AdapterError, match=r"gives 1\.5 as scaling, the configuration 2"):
                 plait.plan([tmp_path / "a"])
             return
         plait.merge([tmp_path / "a"], out=tmp_path / "out")
@@ -509,7 +513,7 @@ class TestDoubts:
         tensors = load_file(adapter / _WEIGHTS)
         tensors["base_model.model.lm_head.weight"][3, 2] = value
         save_file(tensors, adapter / _WEIGHTS)
-        with pytest.raises(AdapterError, match="'bad': tensor 'base_model.model.lm_head.weight'.*1 NaN or infinite"):
+        with pytest.raises(AdapterError, match=r"'bad': tensor 'base_model\.model\.lm_head\.weight'.*1 NaN or infinite"):
             plait.bake([adapter], base=base, out=tmp_path / "model")
         with pytest.raises(AdapterError, match="1 NaN or infinite"):
             plait.merge([adapter], out=tmp_path / "merged")

@@ -215,8 +215,8 @@ def _target(config: AdapterConfig, file: TensorFile, module: str, parameter: str
         configured = config.scaling(path, rank * layout.rank_unit)
         if f".{kind.a_part}" in parts[kind.a_part] and not math.isclose(scaling, configured, rel_tol=1e-2):
             raise ValueError(
-                f"{parts[ALPHA]!r} gives {scaling:g} as scaling, the configuration {configured:g}; PEFT reads the configuration "
-                "alone. Delete the tensor, or put its value into alpha_pattern"
+                f"{parts[ALPHA]!r} gives {scaling:g} as scaling, the configuration {configured:g}; PEFT reads the latter. "
+                "Delete the tensor, or put its value into alpha_pattern"
             )
     else:
         scaling = config.scaling(path, rank * layout.rank_unit)

@@ -89,8 +89,8 @@ def sort_tensors(file: TensorFile) -> SortedTensors:
     flat = [n for n, p in loras.items() if is_flat(p.module)]
     if flat:
         contents.problems.append(
-            f"{len(flat)} tensors name their module with underscores in place of dots, as kohya's scripts do, so that it is not "
-            f"known: {listed(map(repr, flat), 3)}. Convert the adapter to PEFT's form first"
+            f"{len(flat)} tensors name their module with underscores in place of dots, as kohya's scripts do, so that it is "
+            f"not known: {listed(map(repr, flat), 3)}. Convert the adapter to PEFT's form first"
         )
         return contents
     for name, parsed in loras.items():

@@ -274,8 +274,8 @@ class _Placing:
                 resized = next(n for n, size in sizes.items() if size in new)
                 owner = replaced[resized].names[0][0]
                 problems.append(
-                    f"{resized} has {sizes[resized]} rows in {owner!r}, but {', '.join(left)} keeps the base's {rows}: a resized "
-                    "vocabulary needs both. Save it with save_embedding_layers=True and modules_to_save for both."
+                    f"{resized} has {sizes[resized]} rows in {owner!r}, but {', '.join(left)} keeps the base's {rows}: a "
+                    "resized vocabulary needs both. Save it with save_embedding_layers=True and modules_to_save for both."
                 )
         return problems
 

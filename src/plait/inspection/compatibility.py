@@ -194,9 +194,9 @@ def naming_problems(adapters: Sequence[Adapter]) -> list[str]:
                 )
             if (more := _one_word_more(first, second)) is not None:
                 problems.append(
-                    f"{more[0]!r} of {first.name!r} and {more[1]!r} of {second.name!r} differ by the word {more[2]!r} alone, as "
-                    "do all targets in layers of one of them: one was saved from under a wrapper, or by another version of the "
-                    "model's code. Rename the tensors of one adapter."
+                    f"{more[0]!r} of {first.name!r} and {more[1]!r} of {second.name!r} differ by the word {more[2]!r} alone, "
+                    "as do all targets in layers of one of them: one was saved from under a wrapper, or by another version of "
+                    "the model's code. Rename the tensors of one adapter."
                 )
             cut = _fused_projections(first, second)
             if cut:
@@ -367,7 +367,7 @@ def _fused_projections(fused: Adapter, separate: Adapter) -> list[tuple[str, str
 
     What layers of one tower have is alike, so that the number of the layer does not count.
     """
-    apart, own = ({_alike(path): path for path in reversed(a.targets)} for a in (separate, fused))  # the first layer's
+    apart, own = ({_alike(path): path for path in reversed(list(a.targets))} for a in (separate, fused))  # the first layer's
     found: dict[str, str] = {}
     both: set[str] = set()
     for place, path in own.items():
