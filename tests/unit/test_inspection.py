@@ -666,6 +666,40 @@ class TestNames:
             (problem,) = naming_problems(pair)
             assert problem.startswith("'fused' adapts the fused experts")
 
+    @pytest.mark.parametrize(
+        ("fused", "apart"),
+        [
+            ("attn.in_proj", "attn.wq"),
+            ("attention.query_key_value", "attention.query"),
+            ("self_attn.qkv_linear", "attn.q_proj"),
+            ("cross.to_kv", "cross.to_k"),
+            ("mlp.gate_and_up_proj", "mlp.up_proj"),
+            ("ff.wi", "ff.wi_1"),
+        ],
+    )
+    def test_fused_and_separate_projections_of_any_layer(self, tmp_path, fused, apart):
+        one, two = {f"m.layers.0.{fused}": (8, 8)}, {f"m.layers.1.{apart}": (8, 8)}
+        for number, pair in enumerate(((one, two), (two, one))):
+            (problem,) = self.pair(tmp_path / fused / str(number), *pair)
+            assert fused in problem
+            assert apart in problem
+        both = one | {f"m.layers.0.{apart}": (8, 8)}  # a model that has both
+        assert self.pair(tmp_path / fused / "both", both, two) == []
+
+    def test_one_word_more_within_every_layer(self, tmp_path):
+        one = {f"m.layers.{i}.attn.inner.{q}": (8, 8) for i in range(2) for q in "qv"}
+        two = {f"m.layers.{i}.attn.{q}": (8, 8) for i in range(3) for q in "qv"}
+        (problem,) = self.pair(tmp_path / "a", one, two)
+        assert "differ by the word 'inner'" in problem
+        assert self.pair(tmp_path / "b", one | {"m.layers.0.attn.q": (8, 8)}, two) == []  # a model that has both
+
+    def test_fused_experts_and_single_ones_of_another_container(self, tmp_path):
+        draw = drawing(0)
+        tensors = {key("m.layers.0.mlp.experts", "lora_A"): draw(6, 8), key("m.layers.0.mlp.experts", "lora_B"): draw(8, 6)}
+        fused = Adapter.open(write(tmp_path / "fused", tensors, r=2, target_parameters=["experts.down_proj"]), "fused")
+        apart = open_linear(tmp_path / "apart", {f"m.layers.0.moe.experts.{e}.w2": (8, 8) for e in range(3)}, rank=2)
+        assert any(p.startswith("'fused' adapts the fused experts") for p in naming_problems([fused, apart]))
+
 
 class TestOtherChecks:
     def test_dora_needs_the_base(self, tmp_path):
