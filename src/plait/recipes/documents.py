@@ -23,6 +23,7 @@ _SUFFIXES = (".yaml", ".yml", ".json")
 _MOST_NODES = 200_000
 _MOST_CHARACTERS = 4 << 20  # of YAML, which is read character by character
 _LONGEST_CARD = 1 << 20  # bytes in which its front matter is looked for
+_SURROGATES = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 _FRONT_MATTER = re.compile(r"^---\r?\n(.*?)\r?\n---", re.DOTALL)
 FLOAT = re.compile(
     r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
@@ -154,8 +155,9 @@ def read_json_document(text: str, source: str) -> YamlDocument:
     if len(text) > _MOST_CHARACTERS:
         return YamlDocument(data, {})
     try:
-        # JSON may be indented with tabs, YAML may not; inside of JSON's strings there are none
-        marked = read_document(text.replace("\t", " "), source)
+        # JSON may be indented with tabs, YAML may not; inside of JSON's strings there are none. Its pairs of surrogates are no
+        # characters in YAML; only lines are taken from there.
+        marked = read_document(_SURROGATES.sub(r"\\ufffd", text.replace("\t", " ")), source)
     except RecipeError:
         return YamlDocument(data, {})
     return YamlDocument(data, marked.lines, marked.problems)

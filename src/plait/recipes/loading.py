@@ -13,7 +13,7 @@ from typing import NamedTuple
 from plait.errors import AddressError, RecipeError
 from plait.folders import expanded
 from plait.notices import PlaitWarning, frames_within
-from plait.parsing import read_text
+from plait.parsing import read_text, shown, text_problem
 from plait.recipes.documents import YamlDocument, open_document, read_document
 from plait.recipes.importers.entries import named_entry
 from plait.recipes.importers.mergekit import convert_mergekit, is_mergekit
@@ -177,9 +177,15 @@ def _not_reported(problems: list[Problem], known: list[Problem]) -> list[Problem
 
 
 def _plain(value: Plain) -> Plain:
-    """Return a copy with keys as text and lists for tuples."""
+    """Return a copy with keys as text and lists for tuples.
+
+    Raises:
+        RecipeError: a text could not be read again from a file.
+    """
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(_plain(str(key))): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, str) and (words := text_problem(value)):
+        raise RecipeError(f"recipe: {shown(value)} is {words}, which no recipe can hold.")
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
     return value
