@@ -64,3 +64,13 @@ def test_one_process_at_a_time_and_nothing_stays_of_one_that_saved_nothing(tmp_p
     (tmp_path / "s").symlink_to("elsewhere")
     with pytest.raises(OutputError, match="s is a link"), alone(tmp_path / "s"):
         pass
+
+
+@pytest.mark.parametrize("what", ["/dev/zero", "/dev/full", "nowhere", "."])
+def test_a_key_that_leads_elsewhere_is_not_followed(tmp_path, what):
+    folder = tmp_path / "s"
+    saved(folder)
+    (folder / "tuning").unlink()
+    (folder / "tuning").symlink_to(what)
+    assert not WorkingState(folder, "key").resumed
+    assert [p.name for p in folder.iterdir() if p.name != "lock"] == []

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from plait.errors import OutputError
 from plait.notices import announce
+from plait.parsing import read_text
 from plait.results.locking import locked
 
 _KEY, _LOCK = "tuning", "lock"
@@ -56,8 +57,8 @@ class WorkingState:
         self.folder = folder
         self._digest = digest
         try:
-            found = (folder / _KEY).read_text() if folder.is_dir() else None
-        except (OSError, ValueError):  # a folder, or not text
+            found = read_text(folder / _KEY, OutputError) if (folder / _KEY).is_file() else None
+        except OutputError:  # not text, or larger than any key
             found = None
         self.resumed = found == digest
         if folder.is_dir() and not self.resumed:
