@@ -326,6 +326,7 @@ def test_the_record_of_a_training_knows_which_texts_were_seen(place: Path, tmp_p
     shutil.copytree(place / "sort", sources["sort"])
     data: dict[str, Any] = {"place": None, "task": None, "split": "train", "limit": None, "text_field": "text"}
     turns = [[{"role": "user", "content": f"sort {w} :"}, {"role": "assistant", "content": "red"}] for w in WORDS[:12]]
+    turns.append([{"role": "user", "content": "w"}, {"role": "assistant", "content": "red"}])  # within every prompt by chance
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
     trained = write_task(tmp_path, "sort", rows=WORDS[:12], splits={"train": "test.jsonl"})
     for where in ({"place": str(tmp_path / "rows.jsonl")}, {"task": str(trained)}, {"place": "nowhere.jsonl"}):

@@ -18,6 +18,7 @@ from plait.tasks.rows import read_file, read_rows
 from plait.tasks.schema import SPLITS, RowTask
 
 _RECORD = "training.json"  # of `plait train` and `plait sft`, next to the adapter's folder
+_LEAST = 16  # characters: a shorter text, such as `yes`, is within others by chance
 
 
 def seen_in_training(texts: Texts, adapter: Adapter) -> int | None:
@@ -29,9 +30,9 @@ def seen_in_training(texts: Texts, adapter: Adapter) -> int | None:
         asked = _questions(read_object(file, TaskError)["job"]["data"])
     except (PlaitError, KeyError, TypeError):
         return None
-    exact = set(asked)
+    exact, longer = set(asked), [q for q in asked if len(q) >= _LEAST]
     prompts = [prompt_text(p).strip() for p in texts.prompts]
-    return sum(p in exact or any(q in p or p in q for q in asked) for p in prompts)
+    return sum(p in exact or any(q in p or (len(p) >= _LEAST and p in q) for q in longer) for p in prompts)
 
 
 def _questions(data: Mapping[str, Any]) -> list[str]:
