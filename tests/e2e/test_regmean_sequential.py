@@ -162,7 +162,7 @@ def test_a_killed_run_is_taken_up_layer_by_layer(
         return (made.folder / "adapter_model.safetensors").read_bytes()
 
     monkeypatch.setattr(sequential, "take_moments", counted)
-    ended = run_forked(KILLED, str(place), command, "killed", folder=tmp_path)
+    ended = run_forked(KILLED, str(place), command, "killed", str(torch.get_num_threads()), folder=tmp_path)
     assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
     assert not (tmp_path / "killed").exists()
     with warnings.catch_warnings():
@@ -181,7 +181,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from plait.calibration import sequential
 from tests.e2e import test_regmean_sequential as here
-torch.set_num_threads(1)
+torch.set_num_threads(int(sys.argv[4]))  # a tuning's state is of a number of threads
 take, left = sequential.take_moments, [2]
 def take_or_die(*given, **more):
     if not left[0]:

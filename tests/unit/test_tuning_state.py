@@ -26,7 +26,8 @@ def test_a_state_comes_back(tmp_path):
     tensors, info = WorkingState(tmp_path / "s", "key").load("x") or ({}, {})
     assert info == {"step": 3}
     assert all(torch.equal(tensors[name], STATE[name]) for name in STATE)
-    assert WorkingState(tmp_path / "s", "another").load("x") is None
+    with pytest.warns(PlaitWarning, match=r"s holds what is finished of another tuning \(.*number of threads\); it is removed"):
+        assert WorkingState(tmp_path / "s", "another").load("x") is None
 
 
 def test_a_state_with_any_byte_changed_is_computed_again(tmp_path):
@@ -57,7 +58,8 @@ def test_one_process_at_a_time_and_nothing_stays_of_one_that_saved_nothing(tmp_p
         with pytest.raises(OutputError, match=r"is in use by process .*: this merge is being tuned"), alone(tmp_path / "s"):
             pass
         saved(tmp_path / "s")
-        WorkingState(tmp_path / "s", "another")
+        with pytest.warns(PlaitWarning, match="of another tuning"):
+            WorkingState(tmp_path / "s", "another")
         assert [p.name for p in (tmp_path / "s").iterdir()] == ["lock"]
     assert not (tmp_path / "s").exists()
     (tmp_path / "elsewhere").mkdir()
@@ -72,5 +74,6 @@ def test_a_key_that_leads_elsewhere_is_not_followed(tmp_path, what):
     saved(folder)
     (folder / "tuning").unlink()
     (folder / "tuning").symlink_to(what)
-    assert not WorkingState(folder, "key").resumed
+    with pytest.warns(PlaitWarning, match="of another tuning"):
+        assert not WorkingState(folder, "key").resumed
     assert [p.name for p in folder.iterdir() if p.name != "lock"] == []

@@ -62,9 +62,14 @@ class WorkingState:
             found = None
         self.resumed = found == digest
         if folder.is_dir() and not self.resumed:
-            for path in folder.iterdir():
-                if path.name != _LOCK:
-                    path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path, ignore_errors=True)
+            left = [path for path in folder.iterdir() if path.name != _LOCK]
+            if left:
+                announce(
+                    f"{folder} holds what is finished of another tuning (other settings, texts, files, library versions or "
+                    "number of threads); it is removed, and this one starts from the beginning."
+                )
+            for path in left:
+                path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path, ignore_errors=True)
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return tensors and what else was saved under a name; None where nothing was, or what there is has changed since."""
