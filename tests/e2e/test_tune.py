@@ -245,6 +245,25 @@ def test_bad_requests_are_refused_before_the_base_is_loaded(
     assert not (tmp_path / "no").exists()
 
 
+def test_texts_beyond_the_context_are_refused_of_all_tasks_before_one_is_read(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {}
+    for task in LABELS:
+        files[task] = tmp_path / f"{task}.txt"
+        files[task].write_text(f"{WORDS[0]}\n{' '.join(WORDS[:8] * 10)}\n")
+    monkeypatch.setattr("plait.calibration.inputs.log_likelihoods", lambda *_, **__: pytest.fail("an adapter has read"))
+    monkeypatch.setattr("plait.calibration.pipeline.take_moments", lambda *_, **__: pytest.fail("an adapter has read"))
+    wrong = r"(?s)'sort', .*sort.txt.*: 1 of 2 texts are longer than the model's context.*'rate', .*rate.txt"
+    texts = {"files": {task: str(file) for task, file in files.items()}}
+    with pytest.raises(TaskError, match=wrong):
+        tune(place, tmp_path / "out", tune={**texts, "fill": 0})
+    sources, tasks = [place / t for t in LABELS], [place / f"{t}.yaml" for t in LABELS]
+    with pytest.raises(TaskError, match=wrong):
+        plait.calibrate(sources, tasks=tasks, base_model=str(place / "base"), out=tmp_path / "out", **texts)
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".txt", ".txt"]
+
+
 def test_everything_wrong_with_the_tasks_is_said_at_once(place: Path, tmp_path: Path) -> None:
     stray = write_task(tmp_path, "sort", name="stray", splits={"calibration": "test.jsonl"})
     with pytest.raises(TaskError) as error:

@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plait.calibration.passages import Passage
 from plait.calibration.texts import Texts
-from plait.errors import TaskError
+from plait.errors import TaskError, collect
 from plait.evaluation.generation import generate_tokens
 from plait.evaluation.likelihood import check_lengths, log_likelihoods
 from plait.mixture import Mixture
 from plait.tasks.asking import Generated, Head, TargetLikelihood
-from plait.tasks.encoding import PromptEncoder
+from plait.tasks.encoding import PromptEncoder, Question
 
 _ANSWER = 32  # tokens of a free answer that a decoder reads, at most
+
+
+def check_texts(
+    mixture: Mixture, texts: Mapping[str, Texts], *, answered: bool = False, right: Mapping[str, Sequence[str]] | None = None
+) -> None:
+    """Make sure that every task's texts fit the base, before an adapter reads the first.
+
+    Args:
+        mixture: the base with the adapters.
+        texts: task → its texts.
+        answered: with answers.
+        right: task → the right answer of every text, where labels are learned from.
+
+    Raises:
+        TaskError: the base has no tokenizer, or texts are longer than its context; of all tasks at once.
+    """
+    if mixture.tokenizer is None:
+        raise TaskError("the base model has no tokenizer; only tasks of text can be calibrated on.")
+    problems = []
+    for name, own in texts.items():
+        try:
+            _tokenized(mixture, own, answered=answered, right=(right or {}).get(name))
+        except TaskError as error:
+            problems.append(f"task {name!r}, {own.source}: {error}")
+    collect(TaskError, problems, "texts must fit the base")
 
 
 def encode_texts(
@@ -28,33 +53,41 @@ def encode_texts(
 
     Args:
         mixture: the base with the adapters.
-        texts: of the task.
+        texts: of the task; they fit the base (`check_texts`).
         adapter: the task's own.
         answered: with answers.
         right: the right answer of every text, in place of the adapter's, where labels are learned from.
+    """
+    ask = texts.task.ask
+    questions, labels = _tokenized(mixture, texts, answered=answered, right=right)
+    chosen: list[list[int]] = [[] for _ in questions]
+    if isinstance(ask, TargetLikelihood) or (right is not None and not isinstance(ask, Head)):
+        chosen = [q.answers[0] for q in questions]
+    elif any(q.answers for q in questions) or (isinstance(ask, Generated) and (answered or _is_encoder_decoder(mixture))):
+        with mixture.active({adapter: 1.0}) as acting:
+            if isinstance(ask, Generated):
+                chosen = generate_tokens(acting, mixture.tokenizer, questions, max_new_tokens=_most(ask), batch_size=16)
+            else:
+                scores = log_likelihoods(acting, questions, batch_size=16)
+                chosen = [q.answers[row.index(max(row))] for q, row in zip(questions, scores, strict=True)]
+    return tuple(Passage(tuple(q.prompt), tuple(c), tuple(q.lead)) for q, c in zip(questions, chosen, strict=True)), labels
+
+
+def _tokenized(
+    mixture: Mixture, texts: Texts, *, answered: bool, right: Sequence[str] | None
+) -> tuple[list[Question], tuple[tuple[int, ...], ...]]:
+    """Return texts as tokens, with the answers that they are given or offered, and the first tokens of what they offer.
 
     Raises:
-        TaskError: the base has no tokenizer, or a text is longer than its context.
+        TaskError: one is longer than the base's context.
     """
-    if mixture.tokenizer is None:
-        raise TaskError("the base model has no tokenizer; only tasks of text can be calibrated on.")
-    try:
-        return _encoded(mixture, texts, adapter, answered=answered, right=right)
-    except TaskError as error:
-        raise TaskError(f"task {texts.task.name!r}, {texts.source}: {error}") from None
-
-
-def _encoded(
-    mixture: Mixture, texts: Texts, adapter: str, *, answered: bool, right: Sequence[str] | None
-) -> tuple[tuple[Passage, ...], tuple[tuple[int, ...], ...]]:
-    ask, tokenizer, model = texts.task.ask, mixture.tokenizer, mixture.model
+    ask, tokenizer, longest = texts.task.ask, mixture.tokenizer, 0
     if isinstance(ask, Head):
         cut: dict[str, Any] = {"truncation": ask.max_tokens is not None, "max_length": ask.max_tokens}
         rows = tokenizer([str(p) for p in texts.prompts], **cut)["input_ids"]
-        check_lengths(model, [len(r) for r in rows])
-        return tuple(Passage(tuple(r)) for r in rows), ()
-    config: Any = model.config
-    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        check_lengths(mixture.model, [len(r) for r in rows])
+        return [Question(row, []) for row in rows], ()
+    encoder_decoder = _is_encoder_decoder(mixture)
     answered = answered or encoder_decoder
     encoder = PromptEncoder(tokenizer, texts.task, encoder_decoder=encoder_decoder)
     offered = texts.choices if answered or isinstance(ask, TargetLikelihood) else [()] * len(texts.prompts)
@@ -63,16 +96,16 @@ def _encoded(
     labels = () if free else tuple(tuple(dict.fromkeys(a[0] for a in q.answers)) for q in questions)
     if right is not None:
         questions = encoder.encode(texts.prompts, [(text,) for text in right])
-    check_lengths(model, [len(q.prompt) + max(map(len, q.answers), default=0) for q in questions])
-    chosen: list[list[int]] = [[] for _ in questions]
-    if right is not None or isinstance(ask, TargetLikelihood):
-        chosen = [q.answers[0] for q in questions]
-    elif answered:
-        with mixture.active({adapter: 1.0}) as acting:
-            if isinstance(ask, Generated):
-                most = min(_ANSWER, ask.max_new_tokens)
-                chosen = generate_tokens(acting, tokenizer, questions, max_new_tokens=most, batch_size=16)
-            else:
-                scores = log_likelihoods(acting, questions, batch_size=16)
-                chosen = [q.answers[row.index(max(row))] for q, row in zip(questions, scores, strict=True)]
-    return tuple(Passage(tuple(q.prompt), tuple(c), tuple(q.lead)) for q, c in zip(questions, chosen, strict=True)), labels
+    elif isinstance(ask, Generated) and answered and not encoder_decoder:
+        longest = _most(ask)  # tokens of an answer that is still to be written
+    check_lengths(mixture.model, [len(q.prompt) + max(map(len, q.answers), default=longest) for q in questions])
+    return questions, labels
+
+
+def _is_encoder_decoder(mixture: Mixture) -> bool:
+    config: Any = mixture.model.config
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def _most(ask: Generated) -> int:
+    return min(_ANSWER, ask.max_new_tokens)

@@ -13,7 +13,7 @@ from itertools import count, takewhile
 from pathlib import Path
 
 from plait.adapters.adapter import Adapter
-from plait.calibration.inputs import encode_texts
+from plait.calibration.inputs import check_texts, encode_texts
 from plait.calibration.moments import take_moments
 from plait.calibration.record import CALIBRATION, CalibratedAdapter, CalibrationRecord
 from plait.calibration.request import CalibrationRequest, locked_request, read_calibration
@@ -225,8 +225,12 @@ def take_sequential_moments(
 
 
 def load_base(request: CalibrationRequest, progress: Progress) -> Mixture:
-    """Load the base with the adapters of a request."""
-    return LoadedBase(
+    """Load the base with the adapters of a request.
+
+    Raises:
+        TaskError: texts are longer than its context.
+    """
+    mixture = LoadedBase(
         request.base.folder,
         request.inventory.adapters,
         dtype=request.options.dtype,
@@ -234,6 +238,8 @@ def load_base(request: CalibrationRequest, progress: Progress) -> Mixture:
         trust_remote_code=request.options.trust_remote_code,
         progress=progress,
     ).mixture
+    check_texts(mixture, request.texts)
+    return mixture
 
 
 def _origin(file: Path) -> str | None:

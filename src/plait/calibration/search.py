@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from plait.calibration.inputs import encode_texts
+from plait.calibration.inputs import check_texts, encode_texts
 from plait.calibration.passages import Passage, Reader
 from plait.calibration.request import CalibrationRequest
 from plait.calibration.teachers import OutputDistributions, teacher_distributions
@@ -67,8 +67,10 @@ def find_values(
         progress: receives stages and steps.
 
     Raises:
-        PlaitError: it cannot be merged; or no adapter differs from the base on its texts.
+        PlaitError: it cannot be merged; texts with answers are longer than the base's context; or no adapter differs from
+            the base on its texts.
     """
+    check_texts(mixture, request.texts, answered=True)
     teachers = [_Teacher(request, mixture, task, progress) for task in request.texts]
     teachers = [t for t in teachers if t.base > 0]
     if not teachers:

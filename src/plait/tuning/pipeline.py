@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
+from plait.calibration.inputs import check_texts
 from plait.calibration.rebuilding import check_same_texts, request_of
 from plait.calibration.request import base_of, locked_request
 from plait.calibration.search import LEAST_DIVERGENCE
@@ -429,6 +430,7 @@ def _lessons(
     owners: Mapping[str, str],
     progress: Progress,
 ) -> tuple[Lesson, ...]:
+    check_texts(mixture, texts, answered=True, right=right)
     progress.start("answers of the adapters", sum(len(t.prompts) for t in texts.values()), "texts")
     try:
         return tuple(

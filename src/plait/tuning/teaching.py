@@ -134,7 +134,7 @@ def make_lesson(
         report: called with the number of texts read since it was last called.
 
     Raises:
-        TaskError: the base has no tokenizer, a text is longer than its context, or a label is not one of the task's.
+        TaskError: a label is not one of the task's.
     """
     passages, labels = encode_texts(mixture, texts, adapter, answered=True, right=right)
     head = isinstance(texts.task.ask, Head)
