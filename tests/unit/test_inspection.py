@@ -629,6 +629,11 @@ class TestNames:
             ("model.", "model.language_model."),
             ("", "model."),
             ("model.", "base.model."),
+            ("transformer.", "model."),
+            ("gpt_neox.", "model.decoder."),
+            ("transformer.", "model.language_model."),
+            ("bert.", "roberta."),
+            ("visual.", "vision_tower."),
         ],
     )
     def test_prefix_drift(self, tmp_path, one, two):
@@ -636,7 +641,18 @@ class TestNames:
         assert repr(one.rstrip(".")) in problem
         assert repr(two.rstrip(".")) in problem
 
-    @pytest.mark.parametrize(("one", "two"), [("model.encoder.", "model.decoder."), ("vision_model.", "language_model.model.")])
+    @pytest.mark.parametrize(
+        ("one", "two"),
+        [
+            ("model.encoder.", "model.decoder."),
+            ("vision_model.", "language_model.model."),
+            ("text_model.encoder.", "vision_model.encoder."),
+            ("text_encoder.", "text_encoder_2."),
+            ("model.", "vision_tower."),
+            ("talker.", "thinker."),
+            ("tower_a.", "tower_b."),
+        ],
+    )
     def test_two_towers_are_no_drift(self, tmp_path, one, two):
         assert self.pair(tmp_path, self.layers(one), self.layers(two)) == []
 
@@ -647,9 +663,26 @@ class TestNames:
     def test_other_shapes_are_no_drift(self, tmp_path):
         assert self.pair(tmp_path, self.layers("model."), self.layers("model.language_model.", (8, 12))) == []
 
-    def test_a_shared_module_is_no_drift(self, tmp_path):
-        one = self.layers("model.") | {"lm_head": (8, 8)}
-        two = self.layers("model.language_model.") | {"lm_head": (8, 8)}
+    def test_a_shared_layer_is_no_drift(self, tmp_path):
+        both = {"model.layers.9.self_attn.q_proj": (8, 8)}
+        one, two = self.layers("model.") | both, self.layers("model.language_model.") | both
+        assert self.pair(tmp_path, one, two) == []
+
+    def test_a_shared_head_hides_no_drift(self, tmp_path):
+        one, two = (self.layers(begun) | {"lm_head": (8, 8)} for begun in ("model.", "transformer."))
+        (problem,) = self.pair(tmp_path, one, two)
+        assert "'model' and 'transformer'" in problem
+
+    def test_the_container_of_the_layers_by_another_name(self, tmp_path):
+        one, two = ({f"{begun}.{i}.attn.q": (8, 8) for i in range(2)} for begun in ("transformer.h", "model.layers"))
+        (problem,) = self.pair(tmp_path / "a", one, two)
+        assert "'transformer.h' and 'model.layers'" in problem
+        blocks = {f"{begun}_blocks.{i}.attn.q": (8, 8) for begun in ("down", "up") for i in range(2)}
+        one, two = ({p: s for p, s in blocks.items() if p.startswith(begun)} for begun in ("down", "up"))
+        assert self.pair(tmp_path / "b", one, two) == []
+
+    def test_modules_in_no_layer_are_no_drift(self, tmp_path):
+        one, two = ({f"{head}.dense": (8, 8), "out": (8, 8)} for head in ("pooler", "classifier"))
         assert self.pair(tmp_path, one, two) == []
 
     def test_most_modules_must_have_a_partner(self, tmp_path):
@@ -675,6 +708,15 @@ class TestNames:
             ("cross.to_kv", "cross.to_k"),
             ("mlp.gate_and_up_proj", "mlp.up_proj"),
             ("ff.wi", "ff.wi_1"),
+            ("mlp.fc1", "mlp.fc1_g"),
+            ("mlp.fc1", "mlp.fc1_x"),
+            ("mlp.fc1", "mlp.fc12"),
+            ("mlp.gate_up", "mlp.up"),
+            ("feed_forward.gate_up_proj", "mlp.gate_proj"),
+            ("mlp.linear_fc1", "mlp.linear_fc1_gate"),
+            ("attn.Wqkv", "attn.Wq"),
+            ("attn.to_added_qkv", "attn.add_q_proj"),
+            ("attn.in_proj_qkvz", "attn.in_proj_z"),
         ],
     )
     def test_fused_and_separate_projections_of_any_layer(self, tmp_path, fused, apart):
@@ -685,6 +727,10 @@ class TestNames:
             assert apart in problem
         both = one | {f"m.layers.0.{apart}": (8, 8)}  # a model that has both
         assert self.pair(tmp_path / fused / "both", both, two) == []
+
+    @pytest.mark.parametrize(("one", "two"), [("mlp.gate_up_proj", "mlp.gate"), ("mlp.fc1", "mlp.fc2"), ("mlp.w1", "mlp.w2")])
+    def test_projections_that_a_model_has_together(self, tmp_path, one, two):
+        assert self.pair(tmp_path, {f"m.layers.0.{one}": (8, 8)}, {f"m.layers.0.{two}": (8, 8)}) == []
 
     def test_one_word_more_within_every_layer(self, tmp_path):
         one = {f"m.layers.{i}.attn.inner.{q}": (8, 8) for i in range(2) for q in "qv"}
