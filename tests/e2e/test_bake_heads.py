@@ -64,6 +64,53 @@ def test_a_head_is_added_to_a_base_without_one(tmp_path):
     assert any("classifier.weight is not in the base model and is added" in n for n in result.plan.notes)
 
 
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [("llama", "SEQ_CLS"), ("llama", "TOKEN_CLS"), ("llama tied", "SEQ_CLS"), ("mixtral", "SEQ_CLS"), ("gpt2", "SEQ_CLS")],
+)
+def test_a_classifier_of_a_language_model_has_no_head_of_words(tmp_path, kind, task):
+    auto = {"SEQ_CLS": _CLS, "TOKEN_CLS": tf.AutoModelForTokenClassification}[task]
+    model = make_model(kind)
+    model.config.pad_token_id = 0
+    model.save_pretrained(tmp_path / "base", max_shard_size="3KB")
+    if kind == "llama":  # as older code wrote it: no class has it
+        path = tmp_path / "base" / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        save_file({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "base" / "more.safetensors")
+        index["weight_map"]["model.layers.0.self_attn.rotary_emb.inv_freq"] = "more.safetensors"
+        path.write_text(json.dumps(index))
+    torch.manual_seed(0)
+    classifier = auto.from_pretrained(tmp_path / "base", num_labels=3)
+    targets = ["c_attn"] if kind == "gpt2" else ["q_proj"]
+    peft = get_peft_model(classifier, LoraConfig(task_type=task, r=2, target_modules=targets, init_lora_weights=False))
+    peft.save_pretrained(tmp_path / "a")
+    expected = run(peft.eval().base_model.model)
+    result = plait.bake([tmp_path / "a"], base=tmp_path / "base", out=tmp_path / "out")
+    baked = reload(result.folder, auto)
+    torch.testing.assert_close(run(baked), expected, rtol=1e-5, atol=1e-5)
+    assert config(result.folder)["architectures"] == [type(classifier).__name__]
+    assert (baked.config.num_labels, sorted(baked.config.id2label)) == (3, [0, 1, 2])
+    left = [note for note in result.plan.notes if "does not have" in note]
+    assert bool(left) is (kind in ("llama", "mixtral"))
+    assert not left or "lm_head.weight" in left[0]
+
+
+def test_a_classifier_whose_values_nobody_has_is_refused(tmp_path):
+    tf.BertForMaskedLM(make_model("bert").config).save_pretrained(tmp_path / "base")
+    settings = {"task_type": "SEQ_CLS", "r": 2, "target_modules": ["query"], "init_lora_weights": False}
+    for name, saved in (("bad", None), ("good", ["pooler"])):
+        model = _CLS.from_pretrained(tmp_path / "base")
+        peft = get_peft_model(model, LoraConfig(**settings, modules_to_save=saved))
+        peft.save_pretrained(tmp_path / name)
+    with pytest.raises(
+        PlanError, match=r"which also has bert\.pooler\.dense\.bias, bert\.pooler\.dense\.weight; neither the base"
+    ):
+        plait.bake([tmp_path / "bad"], base=tmp_path / "base", out=tmp_path / "out")
+    out = plait.bake([tmp_path / "good"], base=tmp_path / "base", out=tmp_path / "out").folder
+    torch.testing.assert_close(run(reload(out, _CLS)), run(peft.eval().base_model.model), rtol=1e-5, atol=1e-5)
+    assert not any(name.startswith("cls.") for name in load_file(out / "model.safetensors"))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_resized_vocabulary(tied, tmp_path):
     base = save_model("llama tied" if tied else "llama", tmp_path / "base")

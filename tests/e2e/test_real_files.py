@@ -179,6 +179,42 @@ class TestNamesOfALiveModel:
         for number, source in enumerate((tmp_path / "live", saved)):
             assert difference(run(baked([source], base, tmp_path / f"out{number}")), expected) < 1e-5
 
+    @pytest.mark.parametrize("name", ["weight", "bias"])
+    @pytest.mark.parametrize("live", [False, True])
+    def test_an_adapter_called_like_a_part_of_its_head(self, tmp_path, name, live):
+        auto = tf.AutoModelForSequenceClassification
+        base = save_model("bert", tmp_path / "base")
+        config = LoraConfig(
+            r=2, target_modules=["query", "word_embeddings"], modules_to_save=["classifier"], init_lora_weights=False
+        )
+        peft = get_peft_model(auto.from_pretrained(base), config, name)
+        with torch.no_grad():
+            for key, parameter in peft.named_parameters():
+                if f"modules_to_save.{name}" in key:
+                    parameter.mul_(1.3)
+        peft.save_pretrained(tmp_path / "saved")
+        adapter = tmp_path / "saved" / name
+        names = set(load_file(adapter / _WEIGHTS))
+        assert "base_model.model.classifier" in names  # PEFT loads it no more
+        if live:
+            parts = ("lora_", "modules_to_save", "original_module")
+            save_file({k: v.clone() for k, v in peft.state_dict().items() if any(p in k for p in parts)}, adapter / _WEIGHTS)
+        assert sorted(Adapter.open(adapter, "a").full_tensors) == ["classifier.bias", "classifier.weight"]
+        assert difference(run(baked([adapter], base, tmp_path / "out", auto)), run(peft.eval())) < 1e-5
+
+    @pytest.mark.parametrize(
+        ("extra", "config"),
+        [
+            (["score.weight", "score.out_proj.weight"], {"modules_to_save": ["score"]}),  # of an adapter called `dense`
+            (["score", "score.weight", "score.bias"], {"modules_to_save": ["score"]}),
+            (["model.norm", f"{_V}.bias"], {"bias": "all"}),  # `bias`
+        ],
+    )
+    def test_names_that_cannot_be_completed(self, tmp_path, extra, config):
+        write_adapter(tmp_path / "a", _MODULES, extra={name: torch.ones(2, 2) for name in extra}, **config)
+        with pytest.raises(AdapterError, match=f"names lack a part: 'base_model.model.{extra[0]}'"):
+            Adapter.open(tmp_path / "a", "a")
+
     def test_several_adapters_in_one_file(self, tmp_path):
         written = write_adapter(tmp_path / "a", _MODULES)
         tensors = load_file(written.folder / _WEIGHTS)

@@ -66,6 +66,24 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {n: t for path in sorted(folder.glob("*.safetensors")) for n, t in load_file(path).items()}
 
 
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (None, "there is no config.json"),
+        ("{}", "config.json names no model_type"),
+        ('{"torch_dtype": "float32"}', "names no model_type"),
+    ],
+)
+def test_a_base_that_transformers_cannot_load_is_noted_first(base, adapter, text, what):
+    (base / "config.json").unlink()
+    if text is not None:
+        (base / "config.json").write_text(text)
+    (note,) = [n for n in plan(base, adapter).notes if "transformers cannot load the result" in n]
+    assert what in note
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    assert not any("transformers cannot" in n for n in plan(base, adapter).notes)
+
+
 def test_every_module_finds_its_tensor_and_the_rest_is_copied(base, adapter):
     found = plan(base, adapter)
     assert found.target_modules == 4

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from plait.adapters.config import AdapterConfig
-from plait.adapters.contents import other_files, sort_tensors
+from plait.adapters.contents import complete_names, other_files, sort_tensors
 from plait.adapters.layouts import Layout, layout_type
 from plait.adapters.layouts.parameter import WRAPPED, ParameterNaming
 from plait.adapters.lowrank import LowRank
@@ -169,7 +169,9 @@ def _read_targets(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Ta
     """Sort a file's tensors into targets and full tensors; return them with what is wrong."""
     contents = sort_tensors(file)
     naming = ParameterNaming(config.target_parameters, contents.modules)
-    problems = [*contents.problems, *naming.problems]
+    biases = config.raw.get("bias") not in (None, "none")
+    full, incomplete = complete_names(contents.full, config.raw.get("modules_to_save") or (), trained_biases=biases)
+    problems = [*contents.problems, *naming.problems, *incomplete]
     targets: dict[str, Target] = {}
     for module, parts in contents.modules.items():
         try:
@@ -184,7 +186,7 @@ def _read_targets(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Ta
             f"{listed(map(repr, sorted(plain)), 3)}. "
             "Without it their delta is not known. Fetch or save the adapter again"
         )
-    return dict(sorted(targets.items())), contents.full, problems
+    return dict(sorted(targets.items())), full, problems
 
 
 def _target(config: AdapterConfig, file: TensorFile, module: str, parameter: str | None, parts: Mapping[str, str]) -> Target:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,6 +108,48 @@ def sort_tensors(file: TensorFile) -> SortedTensors:
             "adapter merged into one. plait extract makes a LoRA of it and its base model"
         )
     return contents
+
+
+def complete_names(
+    full: Mapping[str, str], saved: Iterable[str], *, trained_biases: bool = False
+) -> tuple[dict[str, str], list[str]]:
+    """Complete names of full tensors that lack a part because the adapter was called like it.
+
+    PEFT takes the adapter's name out of what it saves, wherever that is: an adapter called `weight` has `classifier` for
+    `classifier.weight`, one called `dense` has `classifier.weight` for `classifier.dense.weight`.
+
+    Args:
+        full: path in the base model → tensor name in the file.
+        saved: modules that the configuration names as saved completely.
+        trained_biases: the configuration names biases as trained.
+
+    Returns:
+        The complete paths, and problems: names that cannot be completed.
+    """
+    heads = tuple(f".{module}" for module in saved)
+    owners = {path[:i] for path in full for i, c in enumerate(path) if c == "."}
+    found: dict[str, str] = {}
+    broken: list[str] = []
+    for path, name in full.items():
+        owner, _, leaf = path.rpartition(".")
+        is_head = any(f"{head}." in f".{path}." for head in heads)
+        if path in owners or (is_head and f".{path}".endswith(heads)):
+            lacking = [part for part in ("weight", "bias") if f"{path}.{part}" not in full]
+            found[f"{path}.{lacking[0]}" if lacking else path] = name
+            broken += [name] * (not lacking)
+            continue
+        found[path] = name
+        parts = [p for p in full if p.startswith(f"{owner}.") and p.endswith(f".{leaf}") and p != path]
+        odd = trained_biases and not is_head and leaf not in ("weight", "bias") and "token_adapter" not in path
+        if odd or (is_head and leaf == "weight" and parts):
+            broken.append(name)
+    if not broken:
+        return dict(sorted(found.items())), []
+    return found, [
+        f"{len(broken)} names lack a part: {listed(map(repr, broken), 3)}. PEFT takes the adapter's name out of them, and "
+        "loads none of this: an adapter must not be called like a part of the model ('weight', 'bias', 'dense'). Save it again "
+        "by another name"
+    ]
 
 
 def other_files(folder: Path) -> str:

@@ -102,7 +102,11 @@ def parse_lora_name(name: str) -> LoraName | None:
     Accepts names with and without PEFT's prefix, and with an adapter name left in (`lora_A.default.weight`).
     """
     found = _LORA.match(strip_prefix(name))
-    if found is None or (found["leaf"] == "bias" and found["part"] != "lora_B"):
+    if found is None:
+        return None
+    if found["leaf"] == "bias" and _FACTORS.get(found["part"]) is False:  # a parameter of an adapter called `bias`
+        return LoraName(found["module"], found["part"], "bias")
+    if found["leaf"] == "bias" and found["part"] != "lora_B":
         return None
     if found["owner"] and not found["leaf"] and _FACTORS.get(found["part"]):
         return None  # these are layers, and have weights; other parts are parameters, and end in the adapter's name

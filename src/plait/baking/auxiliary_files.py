@@ -17,7 +17,7 @@ from plait.checkpoints.files import INDEX, MODEL_CONFIG
 from plait.errors import AdapterError, collect
 from plait.folders import OutsideError, file_in, file_name_problem, open_in
 from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
-from plait.libraries.transformers import LABEL_LAYERS, head_class
+from plait.libraries.transformers import LABEL_LAYERS
 from plait.merging.inventory import Inventory
 
 _TOKENIZER = (
@@ -203,8 +203,8 @@ def _set_head(config: dict[str, Any], inventory: Inventory, placement: Placement
             if shape[0] != labels:
                 config["id2label"] = {str(i): f"LABEL_{i}" for i in range(shape[0])}
                 config["label2id"] = {f"LABEL_{i}": i for i in range(shape[0])}
-    if placement.added and (found := head_class(str(config.get("model_type")), task)):
-        config["architectures"] = [found]
+    if placement.head_class is not None:
+        config["architectures"] = [placement.head_class]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

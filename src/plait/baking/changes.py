@@ -74,6 +74,8 @@ class Placement:
     Attributes:
         changes: tensor of the base → what becomes of it.
         added: new tensors.
+        left_out: tensors of the base that the result's class does not have.
+        head_class: transformers' class of the result, where heads that are added make it another than the base's.
         untied: the output head no longer shares the input embedding's values.
         separate: adapter → its full tensors that are kept under heads/.
         problems: everything that has no place; complete messages.
@@ -82,6 +84,8 @@ class Placement:
 
     changes: dict[str, TensorChange] = field(default_factory=dict)
     added: dict[str, AddedTensor] = field(default_factory=dict)
+    left_out: frozenset[str] = frozenset()
+    head_class: str | None = None
     untied: bool = False
     separate: dict[str, tuple[str, ...]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)

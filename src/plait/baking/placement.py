@@ -9,10 +9,11 @@ from plait.adapters.layouts import Layout
 from plait.baking.changes import AddedTensor, Placement, RowRange, TensorChange
 from plait.baking.full import FullTensor, full_tensor, parameter_of
 from plait.baking.tying import Untying, stored_tensor
-from plait.checkpoints.architecture import Part
+from plait.checkpoints.architecture import Architecture, ArchitectureUnknown, Part
 from plait.checkpoints.checkpoint import BaseCheckpoint, sections
 from plait.checkpoints.names import ParameterFinder
-from plait.libraries.transformers import HEADED_TASKS
+from plait.errors import listed
+from plait.libraries.transformers import HEADED_TASKS, head_class
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan
 from plait.tensorfiles.reader import FLOATS
@@ -80,6 +81,7 @@ class _Placing:
             untying = Untying(self._inventory, self._checkpoint, self._names, self._layouts, self._full, self._result)
             untying.run()
             self._placed |= untying.placed
+            self._change_class()
         self._result.problems += [*self._conflicts(), *self._half_resized()]
         if not self._result.problems:
             self._result.problems += [
@@ -260,6 +262,39 @@ class _Placing:
             "would not load it: it is kept under heads/<name>/."
         )
 
+    def _change_class(self) -> None:
+        """Find the class that has the added heads, leave out what it has not, and refuse what nothing has the values of."""
+        result, home = self._result, self._checkpoint.home
+        tasks = {a.config.raw.get("task_type") for a in self._inventory.adapters} - {None}
+        task = tasks.pop() if len(tasks) == 1 else None
+        if not result.added or task not in HEADED_TASKS:
+            return
+        result.head_class = head_class(str(self._checkpoint.config.get("model_type")), task)
+        if result.head_class is None:
+            return
+        try:
+            shapes = {name: shard.file.tensors[name].shape for name, shard in home.items()}
+            architecture = Architecture.of(self._checkpoint.folder, shapes, result.head_class)
+        except ArchitectureUnknown as error:
+            result.notes.append(f"the result is a {result.head_class}; it is not known whether it has all tensors: {error}.")
+            return
+        used = {name: {part.tensor for part in parts} for name, parts in architecture.parts.items()}
+        for name in architecture.parameters - used.keys():  # a checkpoint of a model without its head, or with its prefix
+            found = next((t for t in (name, name.partition(".")[2]) if t in home or t in result.added), None)
+            used |= {} if found is None else {name: {found}}
+        known = used.keys() | architecture.tied.keys() | architecture.unknown.keys()
+        if lacking := sorted(architecture.parameters - known):
+            result.problems.append(
+                f"the adapter's head makes the result a {result.head_class}, which also has {listed(lacking)}; neither the "
+                "base model nor an adapter has them, and transformers would fill them at random. Train them with the head "
+                "(modules_to_save), or give the base model that has them."
+            )
+            return
+        left = home.keys() - set().union(*used.values()) - result.changes.keys()
+        if left and not architecture.unknown:
+            result.left_out = frozenset(left)
+            result.notes.append(f"the result is a {result.head_class}, which does not have {listed(sorted(left))}: left out.")
+
     def _half_resized(self) -> list[str]:
         """Return tensors that a resized vocabulary would leave at the old size."""
         changes, problems = self._result.changes, []
@@ -269,7 +304,7 @@ class _Placing:
             replaced = {n: c.replaced for n in tables if (c := changes.get(n)) is not None and c.replaced is not None}
             sizes = {n: tensor.shape[0] for n, tensor in replaced.items()}
             new = set(sizes.values()) - {rows}
-            left = [n for n in tables if sizes.get(n, rows) not in new]
+            left = [n for n in tables if sizes.get(n, rows) not in new and n not in self._result.left_out]
             if new and left:
                 resized = next(n for n, size in sizes.items() if size in new)
                 owner = replaced[resized].names[0][0]

@@ -91,11 +91,12 @@ def plan_shards(
         dtype: safetensors' name of the wanted dtype of all floats; None keeps each tensor's.
         shard_size: largest number of bytes of tensors in a file; None keeps the base's files.
     """
-    groups = [[_entry(checkpoint, placement, name, dtype) for name, _ in shard.in_order] for shard in checkpoint.shards]
+    kept = [[name for name, _ in shard.in_order if name not in placement.left_out] for shard in checkpoint.shards]
+    groups = [[_entry(checkpoint, placement, name, dtype) for name in names] for names in kept]
     groups[-1] += _added(checkpoint, placement, dtype)
     if shard_size is None:
         named = zip(checkpoint.shards, groups, strict=True)
-        return tuple(_shard(checkpoint, base.name, entries, base) for base, entries in named)
+        return tuple(_shard(checkpoint, base.name, entries, base) for base, entries in named if entries)
     packed = _packed([e for group in groups for e in group], shard_size)
     names = (
         [SINGLE] if len(packed) == 1 else [f"model-{i:05}-of-{len(packed):05}.safetensors" for i in range(1, len(packed) + 1)]

@@ -56,6 +56,7 @@ class Architecture:
         transposed: owners of parameters that are stored as (d_in, d_out).
         layers: modules on which PEFT's LoRA is a delta of the weight → layout of its factors.
         renamed: what loading makes of a name that older versions of the code gave, `language_model.model.layers…` for one.
+        parameters: names of all.
     """
 
     parts: Mapping[str, tuple[Part, ...]] = field(repr=False)
@@ -64,38 +65,41 @@ class Architecture:
     transposed: frozenset[str]
     layers: Mapping[str, Layout] = field(default_factory=dict)
     renamed: Callable[[str], str] = field(default=str, repr=False)
+    parameters: frozenset[str] = field(default=frozenset(), repr=False)
 
     @staticmethod
-    def of(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
+    def of(folder: Path, shapes: Mapping[str, tuple[int, ...]], class_name: str | None = None) -> Architecture:
         """Build the model of a folder's `config.json`.
 
         Args:
             folder: of the base model.
             shapes: checkpoint tensor → shape.
+            class_name: of transformers' class, in place of those that the configuration gives.
 
         Raises:
             ArchitectureUnknown: transformers is not installed, or has no class for it.
         """
-        model = _empty_model(folder)
+        model = _empty_model(folder, class_name)
         conversion = checkpoint_conversion(model)
         parts, unknown = _parts(model, conversion, shapes)
         transposed = {name for name, m in model.named_modules() if is_conv1d(m) or holds_transposed(m)}
         tied, layers, renamed = tied_parameters(model), dict(_layers(model)), str if conversion is None else conversion.renamed
-        return Architecture(parts, unknown, tied, frozenset(transposed), layers, renamed)
+        parameters = frozenset(name for name, _ in model.named_parameters())
+        return Architecture(parts, unknown, tied, frozenset(transposed), layers, renamed, parameters)
 
 
 class ArchitectureUnknown(Exception):
     """The model cannot be built; the text says why, as the end of a sentence."""
 
 
-def _empty_model(folder: Path) -> Any:
+def _empty_model(folder: Path, class_name: str | None) -> Any:
     try:
         import torch
         import transformers
     except ImportError:
         raise ArchitectureUnknown(missing_packages("reading the model's code", {"eval": ["transformers"]})) from None
     try:
-        names = architectures(read_config(folder))
+        names = architectures(read_config(folder)) if class_name is None else [class_name]
         model_class = next(getattr(transformers, n) for n in names if hasattr(transformers, n))
         config = load_config(folder)
         with torch.device("meta"):

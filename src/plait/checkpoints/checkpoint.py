@@ -13,7 +13,7 @@ from torch import Tensor
 from plait.adapters.layouts.conv1d import has_conv1d
 from plait.checkpoints.architecture import Architecture, ArchitectureUnknown
 from plait.checkpoints.dequantize import QUANTIZED_FORMATS, PlainFile, dequantized
-from plait.checkpoints.files import INDEX, SINGLE, WeightFiles, find_weights, index_name, read_config
+from plait.checkpoints.files import INDEX, MODEL_CONFIG, SINGLE, WeightFiles, find_weights, index_name, read_config
 from plait.checkpoints.quantization import quantization, quantization_advice
 from plait.errors import AdapterError, PlanError, collect
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve_model
@@ -163,11 +163,19 @@ class BaseCheckpoint:
     @property
     def notes(self) -> list[str]:
         """What a user should know of it."""
-        other = [s.file.path.name for s in self.shards if not s.is_safetensors]
-        if other:
-            return [f"the base model is stored as {', '.join(other[:3])}; safetensors are written."]
-        made = sum(len(s.file.computed) for s in self.shards if isinstance(s.file, PlainFile))
-        return [f"{made} tensors of the base model are quantized, and are dequantized as they are read."] if made else []
+        notes = []
+        if self.config.keys().isdisjoint(("model_type", "_class_name")):
+            there = (self.folder / MODEL_CONFIG).is_file()
+            found = f"{MODEL_CONFIG} names no model_type" if there else f"there is no {MODEL_CONFIG}"
+            notes.append(
+                f"{self.folder}: {found}, so that transformers cannot load the result, and what it would show (tied weights, "
+                "fused or renamed layers, labels) is not checked. Put the base model's own file there."
+            )
+        if other := [s.file.path.name for s in self.shards if not s.is_safetensors]:
+            notes.append(f"the base model is stored as {', '.join(other[:3])}; safetensors are written.")
+        elif made := sum(len(s.file.computed) for s in self.shards if isinstance(s.file, PlainFile)):
+            notes.append(f"{made} tensors of the base model are quantized, and are dequantized as they are read.")
+        return notes
 
     def is_computed(self, tensor: str) -> bool:
         """Return whether a tensor's values are computed when read (dequantized, put in order): its bytes cannot be copied."""

@@ -214,8 +214,8 @@ def naming_problems(adapters: Sequence[Adapter]) -> list[str]:
         if begun is not None:
             problems.append(
                 f"{one.name!r} and {two.name!r} share no target module in layers, yet only the beginnings of the paths differ: "
-                f"{begun[0]!r} and {begun[1]!r}. They were saved by different versions of one model's code. Save one of "
-                "them again with the version of the other, or rename its tensors."
+                f"{begun[0]!r} and {begun[1]!r}. They were saved by different versions or classes of one model. Save one of "
+                "them again with the version and class of the other, or rename its tensors."
             )
         for first, second in ((one, two), (two, one)):
             fused = _fused_and_separate(first, second)
