@@ -136,13 +136,5 @@ def _mb(size: float) -> str:
     return f"{size / MB:.0f} MB"
 
 
-def main() -> None:
-    """Parse arguments, measure, report."""
-    options = report.arguments(__doc__, "one turn, no verdicts", rounds=(6, "turns that every variant takes"))
-    machine, raw = report.machine(), {}
-    sections = run(options.cache.resolve(), 1 if options.quick else options.rounds, raw)
-    report.conclude(RESULTS, machine, sections, raw, quick=options.quick, as_markdown=options.markdown)
-
-
 if __name__ == "__main__":
-    main()
+    report.take_turns(__doc__, run, RESULTS)

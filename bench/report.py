@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -98,6 +98,20 @@ def conclude(
     else:
         print(describe(machine))
         show(sections)
+
+
+def take_turns(doc: str | None, run: Callable[[Path, int, dict[str, Any]], list[Section]], path: Path) -> None:
+    """Parse arguments, measure in turns, report.
+
+    Args:
+        doc: what is measured.
+        run: folder of files, number of turns and a place for single figures → what was measured.
+        path: of the JSON that is kept.
+    """
+    options = arguments(doc, "one turn, no verdicts", rounds=(6, "turns that every variant takes"))
+    about, raw = machine(), {}
+    sections = run(options.cache.resolve(), 1 if options.quick else options.rounds, raw)
+    conclude(path, about, sections, raw, quick=options.quick, as_markdown=options.markdown)
 
 
 def _unjudged(sections: Sequence[Section]) -> None:

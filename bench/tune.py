@@ -54,13 +54,5 @@ def _memory(dtype: str, ours: float, theirs: float, variant: str) -> Row:
     return Row(f"{dtype}, peak memory, model included, {variant}", cells, f"≤ {MOST_MEMORY:.2f}×", ours / theirs <= MOST_MEMORY)
 
 
-def main() -> None:
-    """Parse arguments, measure, report."""
-    options = report.arguments(__doc__, "one turn, no verdicts", rounds=(6, "turns that every variant takes"))
-    machine, raw = report.machine(), {}
-    sections = run(options.cache.resolve(), 1 if options.quick else options.rounds, raw)
-    report.conclude(RESULTS, machine, sections, raw, quick=options.quick, as_markdown=options.markdown)
-
-
 if __name__ == "__main__":
-    main()
+    report.take_turns(__doc__, run, RESULTS)

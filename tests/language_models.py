@@ -84,6 +84,14 @@ def train_adapter(folder: Path, task: str, steps: int = 60, **changes: Any) -> P
     return folder
 
 
+def train_pair(folder: Path, **settings: Any) -> Path:
+    """Write a base, and its adapters `sort` and `rate`; `settings` as `train_adapter` takes them."""
+    save_model(folder / "base")
+    for task in ("sort", "rate"):
+        train_adapter(folder / task, task, **settings)
+    return folder
+
+
 def write_task(folder: Path, task: str, *, rows: Sequence[str] = WORDS, **changes: object) -> Path:
     """Write a task's data and file: the words as test split; what is given in `changes` replaces keys of the file."""
     data = folder / task

@@ -263,6 +263,7 @@ def _compare(console: Console, out: Path, samples: int, dtype: str) -> ComparedM
     from plait.evaluation.comparison import compare_merges
     from plait.evaluation.pipeline import EvaluateOptions
     from plait.evaluation.request import evaluated_recipe
+    from plait.hub.pretrained import LoadOptions
     from plait.recipes.request import read_request
 
     adapters = {name: HERE / "adapters" / name for name in NAMES}
@@ -270,7 +271,7 @@ def _compare(console: Console, out: Path, samples: int, dtype: str) -> ComparedM
         label: evaluated_recipe(read_request(None, adapters, settings)[0], _tasks(), {"subset": samples, "batch_size": BATCH})
         for label, settings in MERGES.items()
     }
-    options = EvaluateOptions(_workspace(out), base=str(base_model()), dtype=dtype, device_map="cpu", matrix=True)
+    options = EvaluateOptions(_workspace(out), LoadOptions(dtype, "cpu", base=str(base_model())), matrix=True)
     progress = ProgressBars() if console.is_terminal else None
     with _timed(console, f"{samples} texts per task, asked of the base, {len(NAMES)} adapters and {len(MERGES)} merges"):
         return compare_merges(recipes, None, options, progress)

@@ -32,6 +32,7 @@ from plait.evaluation.record import Evaluation
 from plait.evaluation.recovery import BootstrapDraws, central_interval
 from plait.evaluation.request import eval_spec
 from plait.evaluation.scores import adapter_digest, digest
+from plait.hub.pretrained import LoadOptions
 from plait.libraries.transformers import quiet_loading
 from plait.merging.inventory import open_adapters, take_inventory
 from plait.methods import METHODS
@@ -95,7 +96,7 @@ class Bench:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._cache = cache
         self._base = base_model()
-        self._options = EvaluateOptions(cache / "evaluation", base=str(self._base), device_map="cpu")
+        self._options = EvaluateOptions(cache / "evaluation", LoadOptions(device_map="cpu", base=str(self._base)))
         located, opened = open_adapters(list(ADAPTERS.items()))
         self._singles = list(zip(opened, located, ADAPTERS.values(), strict=True))
         self._by_peft = {c.name: self._merged_by_peft(c) for c in contestants if c.by_peft}

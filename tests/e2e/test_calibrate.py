@@ -17,6 +17,7 @@ from plait.calibration.pipeline import CalibrateResult
 from plait.calibration.texts import read_texts
 from plait.errors import AdapterError, OutputError, PlaitError, TaskError
 from plait.evaluation.loaded_base import LoadedBase
+from plait.hub.pretrained import LoadOptions
 from plait.linalg.inputs import InputRows
 from plait.merging.moments import MomentsFile
 from plait.methods import METHODS
@@ -24,7 +25,7 @@ from plait.methods.auto import SEARCHED
 from plait.notices import PlaitWarning
 from plait.tasks.loading import load_task
 from tests.command_line import exit_code
-from tests.language_models import WORDS, label, language_model, save_model, tokenizer, train_adapter, write_task
+from tests.language_models import WORDS, label, language_model, tokenizer, train_adapter, train_pair, write_task
 from tests.warm import check_killed, run_forked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,10 +36,8 @@ SEEN, JUDGED = WORDS[:16], WORDS[16:]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a base, two adapters of it, and their tasks, calibrated on other words than they are judged on."""
-    folder = tmp_path_factory.mktemp("calibrate")
-    save_model(folder / "base")
+    folder = train_pair(tmp_path_factory.mktemp("calibrate"), steps=20)
     for task in ("sort", "rate"):
-        train_adapter(folder / task, task, steps=20)
         write_split_task(folder, task)
     return folder
 
@@ -528,9 +527,9 @@ def test_how_the_base_is_loaded_is_asked_for(place: Path, tmp_path: Path, monkey
     seen: list[Any] = []
     real = LoadedBase.__init__
 
-    def spied(self: Any, *args: Any, **kwargs: Any) -> None:
-        seen.append((kwargs["dtype"], kwargs["device_map"]))
-        real(self, *args, **kwargs)
+    def spied(self: LoadedBase, base: Path, adapters: Any, options: LoadOptions, progress: Any) -> None:
+        seen.append((options.dtype, options.device_map))
+        real(self, base, adapters, options, progress)
 
     monkeypatch.setattr(LoadedBase, "__init__", spied)
     with pytest.warns(PlaitWarning, match="are kept in"):

@@ -21,7 +21,7 @@ from plait.calibration.moments import take_moments
 from plait.errors import PlaitError
 from plait.merging.moments import MomentsFile
 from tests.command_line import exit_code
-from tests.language_models import WORDS, language_model, save_model, tokenizer, train_adapter, write_task
+from tests.language_models import WORDS, language_model, tokenizer, train_pair, write_task
 from tests.warm import run_forked
 
 ROOT = Path(__file__).parents[2]
@@ -33,10 +33,8 @@ Deltas = dict[str, torch.Tensor]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a base, two adapters of it, and their tasks."""
-    folder = tmp_path_factory.mktemp("sequential")
-    save_model(folder / "base")
+    folder = train_pair(tmp_path_factory.mktemp("sequential"), steps=30)
     for task in TASKS:
-        train_adapter(folder / task, task, steps=30)
         write_task(folder, task, rows=SEEN, splits={"calibration": "test.jsonl"})
     return folder
 

@@ -27,9 +27,9 @@ from tests.language_models import (
     WORDS,
     label,
     language_model,
-    save_model,
     tokenizer,
     train_adapter,
+    train_pair,
     tune_pair,
     write_task,
 )
@@ -43,10 +43,8 @@ QUICK = {"steps": 24, "prompts": 8, "learning_rate": 1e-2, "look_every": 6, "hel
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a base, two adapters of it, and their tasks, whose texts are the calibration split."""
-    folder = tmp_path_factory.mktemp("tune")
-    save_model(folder / "base")
+    folder = train_pair(tmp_path_factory.mktemp("tune"))
     for task in ("sort", "rate"):
-        train_adapter(folder / task, task)
         write_task(folder, task, splits={"calibration": "test.jsonl"})
     return folder
 

@@ -15,7 +15,7 @@ from plait.errors import PlaitError
 from plait.tuning.pipeline import TuneResult
 from tests import text_classifiers
 from tests.e2e import test_encoder_decoder as encoder_decoder
-from tests.language_models import LABELS, WORDS, label, save_model, train_adapter, tune_pair, write_task
+from tests.language_models import LABELS, WORDS, label, save_model, train_adapter, train_pair, tune_pair, write_task
 from tests.warm import check_killed, run_forked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,10 +25,8 @@ QUICK = {"steps": 24, "prompts": 8, "learning_rate": 5e-2, "look_every": 6, "hel
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tune")
-    save_model(folder / "base")
+    folder = train_pair(tmp_path_factory.mktemp("coefficients"))
     for task in ("sort", "rate"):
-        train_adapter(folder / task, task)
         write_task(folder, task, splits={"calibration": "calibration.jsonl", "test": "test.jsonl"})
         (folder / task / "test.jsonl").rename(folder / task / "calibration.jsonl")
         others = [json.dumps({"word": f"{word} {word}", "label": label(task, word)}) for word in WORDS]

@@ -86,15 +86,20 @@ def test_slerp_takes_two(tmp_path, written):
         run(tmp_path / "out", written, method="slerp")
 
 
+def on_the_sphere(x, weights):
+    """Return shares, norms, directions, and the direction of the mean of directions."""
+    share = np.array(weights) / np.sum(weights)
+    lengths = np.linalg.norm(x, axis=1)
+    units = x / lengths[:, None]
+    mean = share @ units
+    return share, lengths, units, mean / np.linalg.norm(mean)
+
+
 def multislerp(weights):
     """As mergekit describes it: to the tangent space at the mean, interpolate there, and back by the exponential map."""
 
     def merged(x):
-        share = np.array(weights) / np.sum(weights)
-        lengths = np.linalg.norm(x, axis=1)
-        units = x / lengths[:, None]
-        mean = share @ units
-        mean /= np.linalg.norm(mean)
+        share, lengths, units, mean = on_the_sphere(x, weights)
         tangent = share @ (units - np.outer(units @ mean, mean))
         turn = np.linalg.norm(tangent) + 1e-8
         return (mean * np.cos(turn) + tangent * (np.sin(turn) / turn)) * (share @ lengths)
@@ -118,11 +123,7 @@ def karcher(weights):
     """Newton-free: plain gradient descent on Σ w angle², small steps, many of them."""
 
     def merged(x):
-        share = np.array(weights) / np.sum(weights)
-        lengths = np.linalg.norm(x, axis=1)
-        units = x / lengths[:, None]
-        mean = share @ units
-        mean /= np.linalg.norm(mean)
+        share, lengths, units, mean = on_the_sphere(x, weights)
         for _ in range(2000):
             step = np.zeros_like(mean)
             for w, u in zip(share, units, strict=True):

@@ -18,16 +18,7 @@ from plait.recipes.paths import read_path, show_path
 from plait.recipes.request import read_request
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import json_schema, to_yaml
-from plait.stages import (
-    STAGES,
-    DeltaCombine,
-    DeltaStage,
-    EntryCombine,
-    EntryStage,
-    GramCombine,
-    LinearCombine,
-    MergedStage,
-)
+from plait.stages import STAGES, base
 from plait.transforms import TRANSFORMS
 from tests.every import every
 
@@ -390,11 +381,10 @@ def test_messages(text, expected):
     assert problems(f"{PAIR}{text}\n") == expected
 
 
-COMBINES = [
-    name for name, stage in STAGES.items() if issubclass(stage, (LinearCombine, GramCombine, EntryCombine, DeltaCombine))
-]
-BEFORE = [name for name, stage in STAGES.items() if issubclass(stage, (DeltaStage, EntryStage))]
-AFTER = [name for name, stage in STAGES.items() if issubclass(stage, MergedStage)]
+COMBINE = (base.LinearCombine, base.GramCombine, base.EntryCombine, base.DeltaCombine)
+COMBINES = [name for name, stage in STAGES.items() if issubclass(stage, COMBINE)]
+BEFORE = [name for name, stage in STAGES.items() if issubclass(stage, (base.DeltaStage, base.EntryStage))]
+AFTER = [name for name, stage in STAGES.items() if issubclass(stage, base.MergedStage)]
 
 
 def one_of(names: list[str]) -> str:

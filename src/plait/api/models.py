@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from plait.api.files import optional_path
 from plait.commands.request import RecipeSource, Request
+from plait.hub.pretrained import LoadOptions
 from plait.results.progress import Progress
 
 if TYPE_CHECKING:
@@ -63,7 +64,6 @@ def calibrate(  # noqa: PLR0913 (what a command line takes)
         PlaitError: anything wrong with what was given; nothing is left at `out` then.
     """
     from plait.commands.calibrate import CalibrateOrder
-    from plait.hub.pretrained import LoadOptions
 
     given: dict[str, Any] = {f"calibration.{key}": value for key, value in settings.items()}
     given["base_model"] = None if base_model is None else str(base_model)
@@ -126,7 +126,7 @@ def tune(  # noqa: PLR0913 (what a command line takes)
     return TuneOrder(
         request=Request(source, settings, sets, tasks=tasks, method=START, mixed=False),
         out=Path(out),
-        options=TuneOptions(None, load_dtype, device_map, trust_remote_code, control, controls, workers),
+        options=TuneOptions(LoadOptions(load_dtype, device_map, trust_remote_code), control, controls, workers),
         force=force,
     ).run(progress)
 
@@ -179,15 +179,7 @@ def evaluate(  # noqa: PLR0913 (what a command line takes)
     from plait.commands.evaluate import EvaluateOrder
     from plait.evaluation.pipeline import EvaluateOptions
 
-    options = EvaluateOptions(
-        workspace=optional_path(workspace),
-        base=None if base is None else str(base),
-        dtype=load_dtype,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-        matrix=matrix,
-        workers=workers,
-    )
+    load = LoadOptions(load_dtype, device_map, trust_remote_code, None if base is None else str(base))
     own = settings.pop("eval", {})
     return (
         EvaluateOrder(
@@ -195,7 +187,7 @@ def evaluate(  # noqa: PLR0913 (what a command line takes)
             tasks=tasks,
             eval={**own, "split": split, "subset": subset, "batch_size": batch_size},
             sources=sources or {},
-            options=options,
+            options=EvaluateOptions(optional_path(workspace), load, matrix, workers),
         )
         .run(progress)
         .best
@@ -241,17 +233,11 @@ def evaluator(  # noqa: PLR0913 (what a command line takes)
     from plait.evaluation.pipeline import EvaluateOptions, recipe_evaluator
     from plait.evaluation.request import evaluated_recipe
 
-    options = EvaluateOptions(
-        workspace=optional_path(workspace),
-        base=None if base is None else str(base),
-        dtype=load_dtype,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-    )
+    load = LoadOptions(load_dtype, device_map, trust_remote_code, None if base is None else str(base))
     recipe, folder = Request(source).resolved
     asked = evaluated_recipe(recipe, tasks, {"split": split, "subset": subset, "batch_size": batch_size})
     with asked.origins.named():
-        return recipe_evaluator(asked, folder, options, progress)[0]
+        return recipe_evaluator(asked, folder, EvaluateOptions(optional_path(workspace), load), progress)[0]
 
 
 def check_tasks(
@@ -351,9 +337,7 @@ def train(  # noqa: PLR0913 (what a command line takes)
         base=None if base is None else str(base),
         settings=settings,
         matrix=matrix,
-        load_dtype=load_dtype,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
+        load=LoadOptions(load_dtype, device_map, trust_remote_code),
     ).run(progress)
 
 

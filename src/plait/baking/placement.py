@@ -32,22 +32,16 @@ def place_deltas(
         checkpoint: the base model.
         full: heads and other full tensors that go into the model: parameter → tensor.
     """
-    layouts = {m.target: inventory.layouts[m.target] for m in plan.modules}
-    names = ParameterFinder(checkpoint, [layout.weight_name(t) for t, layout in layouts.items()])
-    return _Placing(inventory, checkpoint, names, layouts, full).run()
+    return _Placing(inventory, plan, checkpoint, full).run()
 
 
 class _Placing:
     def __init__(
-        self,
-        inventory: Inventory,
-        checkpoint: BaseCheckpoint,
-        names: ParameterFinder,
-        layouts: Mapping[str, Layout],
-        full: Mapping[str, FullTensor],
+        self, inventory: Inventory, plan: MergePlan, checkpoint: BaseCheckpoint, full: Mapping[str, FullTensor]
     ) -> None:
-        self._inventory, self._checkpoint, self._names = inventory, checkpoint, names
-        self._layouts, self._full = layouts, dict(full)
+        self._inventory, self._checkpoint, self._full = inventory, checkpoint, dict(full)
+        self._layouts = {m.target: inventory.layouts[m.target] for m in plan.modules}
+        self._names = ParameterFinder(checkpoint, [layout.weight_name(t) for t, layout in self._layouts.items()])
         self._result = Placement()
         self._placed: set[str] = set()
 

@@ -230,14 +230,7 @@ def load_base(request: CalibrationRequest, progress: Progress) -> Mixture:
     Raises:
         TaskError: texts are longer than its context.
     """
-    mixture = LoadedBase(
-        request.base.folder,
-        request.inventory.adapters,
-        dtype=request.options.dtype,
-        device_map=request.options.device_map,
-        trust_remote_code=request.options.trust_remote_code,
-        progress=progress,
-    ).mixture
+    mixture = LoadedBase(request.base.folder, request.inventory.adapters, request.options, progress).mixture
     check_texts(mixture, request.texts)
     return mixture
 

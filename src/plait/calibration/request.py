@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from plait.adapters.adapter import Adapter
 from plait.calibration.record import CalibratedTexts, CalibrationPlan
@@ -30,7 +30,7 @@ from plait.tasks.inputs import prompt_text
 from plait.tasks.loading import absolute_reference, recipe_tasks
 from plait.tasks.schema import Task
 
-MISMATCH = "these tasks and adapters do not suit each other"
+T = TypeVar("T")
 
 #: Raised by every change of plait after which moments of the same texts may be others.
 MOMENTS_VERSION = 1
@@ -205,15 +205,26 @@ def task_texts(recipe: Recipe, folder: Path | None, adapters: Sequence[str]) -> 
     """
     tasks, problems = paired_tasks(recipe, folder, adapters)
     problems += tasks_key_problem(recipe, "calibration", "files", recipe.calibration.files, tasks)
-    found: dict[str, Texts] = {}
+    found = read_each(recipe, tasks, problems, lambda task: texts_of(task, recipe, "calibration", folder))
+    return found, {t.name: t.own_adapter for t in tasks}
+
+
+def read_each(recipe: Recipe, tasks: Sequence[Task], problems: Sequence[str], read: Callable[[Task], T]) -> dict[str, T]:
+    """Return task → what `read` returns of it.
+
+    Raises:
+        TaskError: one cannot be read, or there are problems with the tasks already; all at once.
+    """
+    found: dict[str, T] = {}
+    wrong = [*problems]
     for task in tasks:
         try:
-            found[task.name] = texts_of(task, recipe, "calibration", folder)
+            found[task.name] = read(task)
         except TaskError as error:
-            problems.append(str(error))
+            wrong.append(str(error))
     with recipe.origins.at("tasks"):
-        collect(TaskError, problems, MISMATCH)
-    return found, {t.name: t.own_adapter for t in tasks}
+        collect(TaskError, wrong, "these tasks and adapters do not suit each other")
+    return found
 
 
 def paired_tasks(recipe: Recipe, folder: Path | None, adapters: Sequence[str]) -> tuple[Sequence[Task], list[str]]:

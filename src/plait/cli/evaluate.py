@@ -70,6 +70,7 @@ def evaluate(
     from plait.commands.evaluate import EvaluateOrder
     from plait.commands.request import Request
     from plait.evaluation.pipeline import EvaluateOptions
+    from plait.hub.pretrained import LoadOptions
 
     base = keys.settings.get("base_model")
     settings = {key: value for key, value in keys.settings.items() if key != "base_model"}
@@ -84,7 +85,7 @@ def evaluate(
         force=writing.force,
         sources=named_paths("--source", source or []),
         card=card,
-        options=EvaluateOptions(workspace, base, *loading, matrix, writing.workers),
+        options=EvaluateOptions(workspace, LoadOptions(*loading, base), matrix, writing.workers),
     )
     with warnings_as_notes():
         order.check()

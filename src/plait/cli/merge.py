@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plait.cli.options import DryRun, Keys, Loading, Moments, Private, PushBakedRepo, RecipeOrAdapters, Writing, with_options
+from plait.cli.options import DryRun, Keys, Loading, Moments, Pushing, RecipeOrAdapters, Writing, with_options
 
 if TYPE_CHECKING:
     from plait.merging.pipeline import MergeResult
@@ -59,9 +59,8 @@ def merge(
             show_default=False,
         ),
     ] = None,
-    push_baked_repo: PushBakedRepo = None,
-    private: Private = False,
     *,
+    pushing: Pushing,
     loading: Loading,
     writing: Writing,
     keys: Keys,
@@ -82,12 +81,12 @@ def merge(
         force=writing.force,
         workers=writing.workers,
         push_to=push_adapter_repo,
-        private=private,
+        private=pushing.private,
         add=add,
         inputs=named_paths("--input", input_ or []),
         from_merged=from_merged,
         bake_dir=bake_dir,
-        push_baked_to=push_baked_repo,
+        push_baked_to=pushing.push_baked_repo,
         load=LoadOptions(*loading),
     )
     with warnings_as_notes():

@@ -59,12 +59,11 @@ def _stages(name: str | None, *, json: bool) -> None:
 def describe_stage(stage: type[StageParams]) -> dict[str, Any]:
     """Return what the registry knows of a stage: its name, its place in a pipeline, what it does, its parameters."""
     from plait.recipes.keys import parameters
-    from plait.stages import DeltaStage, EntryStage, MergedStage
+    from plait.stages import place_of
 
-    place = "pre" if issubclass(stage, (DeltaStage, EntryStage)) else "post" if issubclass(stage, MergedStage) else "combine"
     return {
         "name": stage.spelled(),
-        "place": place,
+        "place": place_of(stage),
         "summary": " ".join((stage.__doc__ or "").partition("\n\n")[0].split()),
         "parameters": [p for p in parameters(stage) if p["name"] != "name"],
     }

@@ -33,10 +33,6 @@ Moments = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="Second moments, <adapter>.safetensors each (regmean, ssr).", show_default=False),
 ]
-PushBakedRepo = Annotated[
-    str | None,
-    typer.Option("--push-baked-repo", metavar="REPO", help="Hub repository to upload the model to.", show_default=False),
-]
 Energy = Annotated[
     float | None,
     typer.Option(metavar="SHARE", help="Lowest rank that keeps this share of ‖ΔW‖² in every module.", show_default=False),
@@ -67,6 +63,16 @@ class Loading(NamedTuple):
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the base's weights.")
     ] = False
+
+
+class Pushing(NamedTuple):
+    """Where a full model is uploaded, and how."""
+
+    push_baked_repo: Annotated[
+        str | None,
+        typer.Option("--push-baked-repo", metavar="REPO", help="Hub repository to upload the model to.", show_default=False),
+    ] = None
+    private: Private = False
 
 
 class Writing(NamedTuple):

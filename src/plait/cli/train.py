@@ -60,6 +60,7 @@ def train(
     from plait.cli.console import ProgressBars, print_json
     from plait.cli.stopping import noting_on_stop
     from plait.commands.train import TrainOrder
+    from plait.hub.pretrained import LoadOptions
 
     order = TrainOrder(
         phases,
@@ -70,9 +71,7 @@ def train(
         base=base_id,
         sets=set_ or [],
         matrix=matrix,
-        load_dtype=load_dtype,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
+        load=LoadOptions(load_dtype, device_map, trust_remote_code),
     )
     plan = order.training
     if dry_run:

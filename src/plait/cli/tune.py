@@ -35,9 +35,10 @@ def tune(
     """
     from plait.cli.console import ProgressBars, print_json
     from plait.commands.tune import START, TuneOrder
+    from plait.hub.pretrained import LoadOptions
     from plait.tuning.pipeline import TuneOptions
 
-    options = TuneOptions(None, *loading, control, controls, writing.workers)
+    options = TuneOptions(LoadOptions(*loading), control, controls, writing.workers)
     request = keys.request(inputs, method=START, mixed=False)
     order = TuneOrder(request=request, out=out, options=options, force=writing.force)
     result = order.run(ProgressBars())

@@ -18,7 +18,6 @@ from plait.evaluation.request import eval_spec, evaluated_recipe, recipe_name, v
 from plait.evaluation.requirement import Requirement
 from plait.evaluation.workspace import write_comparison, write_evaluation
 from plait.folders import expanded
-from plait.hub.pretrained import LoadOptions
 from plait.merging.inventory import open_entries
 from plait.merging.pipeline import run_recipe
 from plait.mixture.loading import check_loading
@@ -112,8 +111,8 @@ class EvaluateOrder:
 
     def _check_options(self) -> None:
         _ = self.bounds, worker_count(self.options.workers)
-        check_loading(self.options.dtype, self.options.device_map)
-        check_one_base(self.options.base, self.request.settings)
+        check_loading(self.options.load.dtype, self.options.load.device_map)
+        check_one_base(self.options.load.base, self.request.settings)
         if self.saved is None:
             own = ["--source (sources=)"] * bool(self.sources) + ["--card (card=)"] * (self.card and self.out is None)
             if own:
@@ -195,11 +194,8 @@ class EvaluateOrder:
 
     def _completed(self, recipe: Recipe, folder: Path | None, progress: Progress | None) -> Recipe:
         """Take what a recipe leaves to its tasks' texts, which must not be those that are evaluated on."""
-        options = self.options
-        load = LoadOptions(options.dtype, options.device_map, options.trust_remote_code, options.base)
-        needed = recipe.values_to_find or recipe.lacks_moments
-        how = load if needed else None
-        completed, notes = complete_from_texts(recipe, how, folder=folder, workers=options.workers, progress=progress)
+        load = self.options.load if recipe.values_to_find or recipe.lacks_moments else None
+        completed, notes = complete_from_texts(recipe, load, folder=folder, workers=self.options.workers, progress=progress)
         if notes:
             announce(f"{recipe_name(recipe)}: {' '.join(notes)}")
         return completed

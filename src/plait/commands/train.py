@@ -10,6 +10,7 @@ from typing import Any
 
 from plait.errors import RecipeError
 from plait.evaluation.pipeline import EvaluateOptions
+from plait.hub.pretrained import LoadOptions
 from plait.mixture.loading import check_loading
 from plait.results.progress import Progress
 from plait.training.cohort import Scheduling, check_scheduling, train_cohort
@@ -33,9 +34,7 @@ class TrainOrder:
     settings: Mapping[str, Any] = field(default_factory=dict)
     sets: Sequence[str] = ()
     matrix: bool = False
-    load_dtype: str = "auto"
-    device_map: str = "auto"
-    trust_remote_code: bool = False
+    load: LoadOptions = field(default_factory=LoadOptions)
 
     @cached_property
     def folder(self) -> Path:
@@ -58,7 +57,7 @@ class TrainOrder:
             PlaitError: with everything that is wrong with them; or on how they are run, or the base is loaded after them.
         """
         check_scheduling(self._scheduling)
-        check_loading(self.load_dtype, self.device_map)
+        check_loading(self.load.dtype, self.load.device_map)
         return read_phases(self.phases, out=self.folder, base=self.base, settings=self.settings, sets=self.sets)
 
     @property
@@ -88,11 +87,6 @@ class TrainOrder:
             self.training,
             only=self.only,
             scheduling=self._scheduling,
-            evaluation=EvaluateOptions(
-                dtype=self.load_dtype,
-                device_map=self.device_map,
-                trust_remote_code=self.trust_remote_code,
-                matrix=self.matrix,
-            ),
+            evaluation=EvaluateOptions(load=self.load, matrix=self.matrix),
             progress=progress,
         )

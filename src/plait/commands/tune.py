@@ -28,6 +28,6 @@ class TuneOrder(WritingOrder):
             PlaitError: anything wrong with what was given; nothing is left at the output then.
         """
         worker_count(self.options.workers)
-        check_loading(self.options.dtype, self.options.device_map)
+        check_loading(self.options.load.dtype, self.options.load.device_map)
         recipe, folder = self.request.resolved
         return run_tune(recipe, folder=folder, out=self.out, force=self.force, options=self.options, progress=progress)

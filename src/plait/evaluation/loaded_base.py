@@ -10,6 +10,7 @@ from typing import Any
 
 from plait.adapters.adapter import Adapter
 from plait.errors import TaskError
+from plait.hub.pretrained import LoadOptions
 from plait.libraries.transformers import quiet_loading
 from plait.mixture import Mixture
 from plait.notices import announce
@@ -26,27 +27,12 @@ class LoadedBase:
     Args:
         base: folder of the base model.
         adapters: that can be made active.
-        dtype: of the base, as transformers takes it.
-        device_map: as transformers takes it; `auto` is the first accelerator, or the processor where there is none.
-        trust_remote_code: let transformers run code that comes with the weights.
+        options: how it is loaded; a `base` of theirs has been found by now, and is not read.
         progress: receives stages and steps.
     """
 
-    def __init__(
-        self,
-        base: Path,
-        adapters: Sequence[Adapter],
-        *,
-        dtype: str,
-        device_map: str,
-        trust_remote_code: bool,
-        progress: Progress,
-    ) -> None:
-        self.base = base
-        self._adapters = adapters
-        self._keywords: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        self._device_map = device_map
-        self._progress = progress
+    def __init__(self, base: Path, adapters: Sequence[Adapter], options: LoadOptions, progress: Progress) -> None:
+        self.base, self._adapters, self._options, self._progress = base, adapters, options, progress
 
     @cached_property
     def mixture(self) -> Mixture:
@@ -73,10 +59,16 @@ class LoadedBase:
     def _load(self, folder: Path, adapters: Sequence[Adapter]) -> Mixture:
         self._progress.start("load", 1, "model")
         with quiet_loading():
-            loaded = Mixture.load(folder, adapters, device_map=placement(self._device_map), **self._keywords)
+            loaded = Mixture.load(
+                folder,
+                adapters,
+                dtype=self._options.dtype,
+                device_map=placement(self._options.device_map),
+                trust_remote_code=self._options.trust_remote_code,
+            )
         self._progress.advance()
         self._progress.finish()
-        if self._keywords["dtype"] == "auto":
+        if self._options.dtype == "auto":
             _announce_a_slow_dtype(loaded.model)
         return loaded
 

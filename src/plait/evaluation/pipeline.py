@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -23,6 +23,7 @@ from plait.evaluation.subsets import check_names, choose_subset, write_subset
 from plait.evaluation.workspace import SCORES, check_index, check_task_names, check_workspace
 from plait.extras import require
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve, resolve_model
+from plait.hub.pretrained import LoadOptions
 from plait.hub.references import parse_reference
 from plait.inspection.doubts import adapter_doubts
 from plait.merging.inventory import Inventory, naming_base, open_adapters, take_inventory
@@ -48,19 +49,13 @@ class EvaluateOptions:
 
     Attributes:
         workspace: where results and finished answers are kept; None keeps nothing.
-        base: the base model, in place of the one that recipe or adapters name.
-        dtype: of the base, as transformers takes it; `auto` is the checkpoint's.
-        device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
-        trust_remote_code: let transformers run code that comes with the weights.
+        load: how the base is loaded.
         matrix: evaluate every single adapter on every task.
         workers: modules merged at a time.
     """
 
     workspace: Path | None = Path("artifacts")
-    base: str | None = None
-    dtype: str = "auto"
-    device_map: str = "auto"
-    trust_remote_code: bool = False
+    load: LoadOptions = field(default_factory=LoadOptions)
     matrix: bool = False
     workers: int | None = None
 
@@ -119,20 +114,13 @@ class Evaluator:
         self.notes = [*task_notes, *adapter_doubts([*self.singles.values(), *others])]
         if self.singles:
             _announce_alone(self.tasks, self.singles)
-        self.base, place = _base(base, folder, [*self.singles.values(), *others], options)
+        self.base, place = _base(base, folder, [*self.singles.values(), *others], options.load.base)
         self._sources = tuple(
             SingleAdapter(name=a.name, path=text, repo=p.repo, commit=p.commit, sha256=a.sha256()) for a, p, text in singles
         )
-        live = LoadedBase(
-            place.folder,
-            [*self.singles.values(), *others],
-            dtype=options.dtype,
-            device_map=options.device_map,
-            trust_remote_code=options.trust_remote_code,
-            progress=progress,
-        )
+        live = LoadedBase(place.folder, [*self.singles.values(), *others], options.load, progress)
         cache = ScoreCache(None if options.workspace is None else options.workspace / SCORES)
-        setting = (options.dtype, str(placement(options.device_map)))  # `auto` is another device on another machine
+        setting = (options.load.dtype, str(placement(options.load.device_map)))  # `auto` is another device on another machine
         self._session = Session(live, model_digest(place.folder), self.singles, self.tasks, spec, setting, cache, progress)
 
     def evaluate(self, subject: EvalSubject) -> Evaluation:
@@ -150,7 +138,7 @@ class Evaluator:
             base_model=self.base,
             sources=self._sources,
             split=self.spec.split,
-            dtype=self.options.dtype,
+            dtype=self.options.load.dtype,
             batch_size=self.spec.batch_size,
             draws=self.spec.draws,
             seed=self.spec.seed,
@@ -212,7 +200,7 @@ def recipe_evaluator(
     inventory = take_inventory(recipe, folder)
     paths = [entry.path for entry in recipe.adapters]
     singles = list(zip(inventory.adapters, inventory.located, paths, strict=True))
-    with naming_base(recipe, inventory.adapters, given=options.base):
+    with naming_base(recipe, inventory.adapters, given=options.load.base):
         return Evaluator(
             recipe.base_model, folder, singles, (), tasks, recipe.eval, options, progress or SilentProgress()
         ), inventory
@@ -257,7 +245,7 @@ def evaluate_saved(
     method = recipe["method"] if recipe else {}
     if options.workspace is not None:
         check_index(options.workspace, method.get("name") or ("adapter" if is_adapter else "model"), taken or [name])
-    with naming_base(None, [a for a, _, _ in singles] + others, given=base or options.base):
+    with naming_base(None, [a for a, _, _ in singles] + others, given=base or options.load.base):
         evaluator = Evaluator(base, None, singles, others, load_tasks(tasks), spec, options, progress or SilentProgress())
     evaluator.notes.extend(notes)
     check([entry.task.name for entry in evaluator.tasks])
@@ -306,9 +294,9 @@ def _announce_alone(tasks: Sequence[TaskExamples], singles: Mapping[str, Adapter
             )
 
 
-def _base(text: str | None, folder: Path | None, adapters: Iterable[Adapter], options: EvaluateOptions) -> tuple[str, Located]:
-    if options.base is not None:
-        text, folder = options.base, None
+def _base(text: str | None, folder: Path | None, adapters: Iterable[Adapter], given: str | None) -> tuple[str, Located]:
+    if given is not None:
+        text, folder = given, None
     text = text or next((a.config.base_model for a in adapters if a.config.base_model), None)
     if text is None:
         raise AddressError("the base model is not known: no adapter names it. Give --base-id (base_model=).")

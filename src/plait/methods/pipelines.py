@@ -7,18 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import Field, create_model, field_validator
 
 from plait.methods.base import MethodParams, Preset, Source
-from plait.stages import (
-    DeltaCombine,
-    DeltaStage,
-    EntryCombine,
-    EntryStage,
-    GramCombine,
-    LinearCombine,
-    MergedStage,
-    Pipeline,
-    Stage,
-    stages_of,
-)
+from plait.stages import STAGES, Pipeline, place_of
 from plait.stages.sums import Sum
 
 
@@ -54,9 +43,9 @@ def pipeline_method() -> Preset:
             "PipelineParams",
             __base__=PipelineParams,
             __doc__=PipelineParams.__doc__,
-            pre=(_several(DeltaStage, EntryStage), before),
-            combine=(_one_of(LinearCombine, GramCombine, EntryCombine, DeltaCombine), combine),
-            post=(_several(MergedStage), after),
+            pre=(_several("pre"), before),
+            combine=(_one_of("combine"), combine),
+            post=(_several("post"), after),
         ),
         source=Source("the stages that the methods above are made of"),
         stages=lambda params: Pipeline(params.combine, params.pre, params.post),
@@ -67,11 +56,12 @@ def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-def _one_of(*kinds: type[Stage]) -> Any:
-    """Return the shape of a stage in a recipe: one of some kinds, distinguished by `name`."""
-    return Annotated[Union[tuple(stages_of(*kinds).values())], Field(discriminator="name")]  # noqa: UP007 (built at run time)
+def _one_of(place: str) -> Any:
+    """Return the shape of a stage in a recipe: one of those that belong in a place, distinguished by `name`."""
+    stages = tuple(stage for stage in STAGES.values() if place_of(stage) == place)
+    return Annotated[Union[stages], Field(discriminator="name")]  # noqa: UP007 (built at run time)
 
 
-def _several(*kinds: type[Stage]) -> Any:
-    shape = _one_of(*kinds)
+def _several(place: str) -> Any:
+    shape = _one_of(place)
     return tuple[shape, ...]  # type: ignore[valid-type]

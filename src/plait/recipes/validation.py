@@ -18,7 +18,7 @@ from plait.recipes.paths import KeyPath, Plain, get_item
 from plait.recipes.problems import Problem, join_words, show_value
 from plait.recipes.schema import Recipe, named_method
 from plait.recipes.shapes import bounds_at, field_names, is_number_only, model_at, spell_number, tags_at
-from plait.stages import STAGES, DeltaStage, EntryStage, MergedStage
+from plait.stages import STAGES, place_of
 
 #: Parts of a recipe that are planned, and what they are for.
 PLANNED = {"search": "search"}
@@ -279,18 +279,12 @@ def _elsewhere(word: str, path: KeyPath) -> str:
     if path[:1] != ("method",):
         return ""
     if path in (("method",), ("method", "name")):
-        return f" {word!r} is a stage; spell a pipeline: method: {{{_stage_place(word)}: …}}." if word in STAGES else ""
+        return f" {word!r} is a stage; spell a pipeline: method: {{{place_of(STAGES[word])}: …}}." if word in STAGES else ""
     if word in STAGES:
-        return f" {word!r} is under '{_stage_place(word)}'."
+        return f" {word!r} is under '{place_of(STAGES[word])}'."
     if word in METHODS:
         return f" {word!r} is a method, not a stage: `plait methods {word}` prints the stages that it represents."
     return ""
-
-
-def _stage_place(name: str) -> str:
-    if issubclass(STAGES[name], (DeltaStage, EntryStage)):
-        return "pre"
-    return "post" if issubclass(STAGES[name], MergedStage) else "combine"
 
 
 def _quoted(word: str) -> str:

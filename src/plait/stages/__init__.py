@@ -31,8 +31,8 @@ from plait.stages.base import (
     Stage,
     StageParams,
     Survey,
+    place_of,
     register_stage,
-    stages_of,
 )
 from plait.stages.pipeline import Pipeline
 
@@ -51,6 +51,6 @@ __all__ = [
     "Stage",
     "StageParams",
     "Survey",
+    "place_of",
     "register_stage",
-    "stages_of",
 ]

@@ -16,7 +16,7 @@ what it needs of chance it draws from keys.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
@@ -293,6 +293,8 @@ def register_stage(stage: type[StageParams]) -> type[StageParams]:
     return stage
 
 
-def stages_of(*kinds: type[Stage]) -> Mapping[str, type[StageParams]]:
-    """Return the registered stages of some kinds, by name."""
-    return {name: stage for name, stage in STAGES.items() if issubclass(stage, kinds)}
+def place_of(stage: type[StageParams]) -> Literal["pre", "combine", "post"]:
+    """Return where in a pipeline a stage belongs."""
+    if issubclass(stage, (DeltaStage, EntryStage)):
+        return "pre"
+    return "post" if issubclass(stage, MergedStage) else "combine"

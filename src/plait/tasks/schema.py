@@ -182,7 +182,7 @@ class RowTask(Task):
 
     def choices_of(self) -> ChoiceMaker:
         """Return what makes an example's possible answers of every row; empty where the answer is free."""
-        return lambda rows: [()] * len(rows)
+        return lambda rows: [self.closed_labels or ()] * len(rows)
 
     def check_target(self, target: str) -> None:
         """Make sure that an example can be judged by its target.

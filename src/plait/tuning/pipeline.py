@@ -26,6 +26,7 @@ from plait.errors import OutputError, PlanError
 from plait.evaluation.loaded_base import LoadedBase
 from plait.extras import require
 from plait.hub.download import Located
+from plait.hub.pretrained import LoadOptions
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.pipeline import input_folders
@@ -82,19 +83,13 @@ class TuneOptions:
     """How to tune on this machine, besides what the recipe says.
 
     Attributes:
-        base: the base model, in place of the one that recipe or adapters name.
-        dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
-        device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
-        trust_remote_code: let transformers run code that comes with the weights.
+        load: how the base is loaded.
         control: also let a fresh LoRA of the same rank learn the same, and record how far it comes.
         controls: the same, and random adapters of equal norms.
         workers: modules merged at a time; never changes a bit.
     """
 
-    base: str | None = None
-    dtype: str = "auto"
-    device_map: str = "auto"
-    trust_remote_code: bool = False
+    load: LoadOptions = field(default_factory=LoadOptions)
     control: bool = False
     controls: bool = False
     workers: int | None = None
@@ -169,7 +164,7 @@ def _run(
         coefficients.check_coefficients(inventory)
     texts, right, owners = tuning_texts(recipe, folder, inventory)
     texts, right, excluded = (texts, right, []) if spec.allow_test else without_test_texts(texts, right)
-    base = base_of(inventory, folder, options.base)
+    base = base_of(inventory, folder, options.load.base)
     digests = input_digests(inventory)
     base_files = {p.name: sha256(p) for p in weight_files(base.folder)}
     working = WorkingState(
@@ -227,7 +222,7 @@ def _run(
         (place / "README.md").write_text(tune_card(inventory, record, place), encoding="utf-8")
         write_json(place / TUNING, record)
         asked = locked_request(recipe, folder, out, "tune", {name: t.digest for name, t in texts.items()})
-        options_run = {"dtype": options.dtype, "device_map": options.device_map}
+        options_run = {"dtype": options.load.dtype, "device_map": options.load.device_map}
         lock = make_lock(
             made.inventory,
             {**digests, **made.digests},
@@ -254,7 +249,7 @@ def rebuild_tuning(
     inventory = take_inventory(recipe)
     texts, right, _ = tuning_texts(recipe, None, inventory)
     check_same_texts(texts if recipe.tune.allow_test else without_test_texts(texts, right)[0], locked)
-    run_tune(recipe, folder=None, out=out, options=TuneOptions(**options, workers=workers), progress=progress)
+    run_tune(recipe, folder=None, out=out, options=TuneOptions(LoadOptions(**options), workers=workers), progress=progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -358,7 +353,7 @@ def _digest(
 ) -> str:
     """Return a hash of everything that a tuning's state depends on."""
     read = {name: (t.digest, right.get(name)) for name, t in texts.items()}
-    about = [recipe.model_dump(mode="json", by_alias=True), options.dtype, options.device_map, read, sorted(files)]
+    about = [recipe.model_dump(mode="json", by_alias=True), options.load.dtype, options.load.device_map, read, sorted(files)]
     versions = [__version__, torch.__version__, torch.get_num_threads()]
     return hashlib.sha256(json.dumps([about, versions], sort_keys=True).encode()).hexdigest()
 
@@ -412,15 +407,7 @@ def _rank(inventory: Inventory) -> int:
 
 
 def _load(base: Located, inventory: Inventory, options: TuneOptions, progress: Progress) -> Mixture:
-    live = LoadedBase(
-        base.folder,
-        inventory.adapters,
-        dtype=options.dtype,
-        device_map=options.device_map,
-        trust_remote_code=options.trust_remote_code,
-        progress=progress,
-    )
-    return live.mixture
+    return LoadedBase(base.folder, inventory.adapters, options.load, progress).mixture
 
 
 def _lessons(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from plait.calibration.request import MISMATCH, paired_tasks, tasks_key_problem, texts_of
+from plait.calibration.request import paired_tasks, read_each, tasks_key_problem, texts_of
 from plait.calibration.texts import Texts, texts_in_split
 from plait.errors import TaskError, collect
 from plait.merging.inventory import Inventory
@@ -34,19 +34,11 @@ def tuning_texts(
     named: dict[str, Mapping[str, object]] = {"files": spec.files, "samplers": spec.samplers, "task_weights": weights}
     for key, given in named.items():
         problems += tasks_key_problem(recipe, "tune", key, given, tasks)
-    found: dict[str, Texts] = {}
-    right: dict[str, tuple[str, ...]] = {}
-    for task in tasks:
-        try:
-            if spec.objective in LABELED:
-                found[task.name], right[task.name] = read_labeled(task, spec)
-            else:
-                found[task.name] = texts_of(task, recipe, "tune", folder)
-        except TaskError as error:
-            problems.append(str(error))
-    with recipe.origins.at("tasks"):
-        collect(TaskError, problems, MISMATCH)
-    return found, right, {t.name: t.own_adapter for t in tasks}
+    owners = {t.name: t.own_adapter for t in tasks}
+    if spec.objective not in LABELED:
+        return read_each(recipe, tasks, problems, lambda task: texts_of(task, recipe, "tune", folder)), {}, owners
+    labeled = read_each(recipe, tasks, problems, lambda task: read_labeled(task, spec))
+    return {name: t for name, (t, _) in labeled.items()}, {name: right for name, (_, right) in labeled.items()}, owners
 
 
 def without_test_texts(

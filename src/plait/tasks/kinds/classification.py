@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from plait.tasks.schema import ChoiceMaker, Labels, RankedTask, kind
+from plait.tasks.schema import Labels, RankedTask, kind
 
 
 @kind("classification")
@@ -20,7 +20,3 @@ class Classification(RankedTask):
     def closed_labels(self) -> tuple[str, ...]:
         """All possible answers."""
         return self.labels
-
-    def choices_of(self) -> ChoiceMaker:
-        """Return the labels for every row."""
-        return lambda rows: [self.labels] * len(rows)

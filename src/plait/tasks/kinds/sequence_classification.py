@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from plait.tasks.asking import Head
-from plait.tasks.schema import ChoiceMaker, Labels, RowTask, TemplateText, kind
+from plait.tasks.schema import Labels, RowTask, TemplateText, kind
 
 
 @kind("sequence_classification")
@@ -33,7 +33,3 @@ class SequenceClassification(RowTask):
     def closed_labels(self) -> tuple[str, ...]:
         """All possible answers."""
         return self.labels
-
-    def choices_of(self) -> ChoiceMaker:
-        """Return the labels for every row."""
-        return lambda rows: [self.labels] * len(rows)
