@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import plait
 from plait.errors import PlaitError
+from plait.notices import PlaitWarning
 from plait.tuning.pipeline import TuneResult
 from tests import text_classifiers
 from tests.e2e import test_encoder_decoder as encoder_decoder
@@ -189,7 +190,8 @@ def test_a_killed_tuning_goes_on_to_the_same_bytes(place: Path, tmp_path: Path, 
 def test_what_another_request_left_is_not_gone_on_from(place: Path, tmp_path: Path) -> None:
     check_killed(run_forked(KILLED, str(place), "3", str(tmp_path / "out"), "{'granularity': 'layer'}", folder=ROOT))
     assert [p.name for p in tmp_path.iterdir()] == [".out.tuning"]
-    found = tune(place, tmp_path / "out", tune={"granularity": "layer", "seed": 1})
+    with pytest.warns(PlaitWarning, match="of another tuning .*; it is removed"):
+        found = tune(place, tmp_path / "out", tune={"granularity": "layer", "seed": 1})
     assert tensors(found.folder) == tensors(tune(place, tmp_path / "plain", tune={"granularity": "layer", "seed": 1}).folder)
 
 
