@@ -78,6 +78,11 @@ def listed(words: Iterable[str], most: int = 4, separator: str = ", ") -> str:
     return separator.join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
+def join_words(words: Sequence[str], last: str = "and") -> str:
+    """Write `a`, `a and b`, `a, b and c`."""
+    return " ".join(part for part in (", ".join(words[:-1]), last if len(words) > 1 else "", *words[-1:]) if part)
+
+
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the nearest allowed word, or an empty string."""
     near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)

@@ -173,14 +173,14 @@ def dense_rows(matrix: RowBlocks, scratch: Path, stack: ExitStack, *, transposed
         transposed: rows of ΔWᵀ are wanted.
     """
     if not transposed:
-        return _Forward(matrix)
+        return _AscendingRows(matrix)
     if matrix.shape[0] * matrix.shape[1] <= HOLD_ELEMENTS:
         turned = matrix.dense().mT
         return lambda start, stop: turned[start:stop]
     return _Spilled(matrix, stack.enter_context(tempfile.TemporaryFile(dir=scratch)))
 
 
-class _Forward:
+class _AscendingRows:
     """Rows of a matrix that comes by blocks, asked for in ascending order; a step back begins a new pass."""
 
     def __init__(self, matrix: RowBlocks) -> None:

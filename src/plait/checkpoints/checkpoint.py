@@ -18,8 +18,7 @@ from plait.checkpoints.quantization import quantization, quantization_advice
 from plait.errors import AdapterError, PlanError, collect
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve_model
 from plait.notices import announce
-from plait.tensorfiles.formats import TENSOR_FORMATS as FILE_FORMATS
-from plait.tensorfiles.formats import open_tensors
+from plait.tensorfiles.formats import TENSOR_FORMATS, open_tensors
 from plait.tensorfiles.header import TensorInfo
 from plait.tensorfiles.reader import SafetensorsFile, TensorFile
 
@@ -255,5 +254,5 @@ def _weight_files(folder: Path) -> tuple[WeightFiles, Mapping[str, Any] | None]:
         # transformers dequantizes GGUF on loading, but saves what it made of it only on request
         gguf = f", gguf_file={other[0]!r}, quantization_config=GgufConfig(dequantize=True)" * other[0].endswith(".gguf")
         hint = f" It holds {other[0]}; convert it first: transformers' from_pretrained(…{gguf}), then save_pretrained."
-    others = [name for kind in FILE_FORMATS[1:] for name in (kind.model_name, index_name(kind.model_name))]
+    others = [name for kind in TENSOR_FORMATS[1:] for name in (kind.model_name, index_name(kind.model_name))]
     raise AdapterError(f"{folder}: neither {SINGLE} nor {INDEX} is here, nor {' or '.join(others)}.{hint}")

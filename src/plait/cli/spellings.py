@@ -27,7 +27,7 @@ def translate_flags(arguments: Sequence[str], known: Collection[str]) -> tuple[l
     collect(RecipeError, list(dict.fromkeys(hints)), "these flags are those of other tools")
     if not foreign:
         return list(arguments), []
-    reader = _Reader(foreign)
+    reader = _ForeignFlags(foreign)
     rest = reader.read(given)
     return [command, *reader.recipe, *rest, *reader.adapters()], reader.notes
 
@@ -46,7 +46,7 @@ def _is_foreign(word: str, known: Collection[str]) -> bool:
     return word.startswith("--") and word.partition("=")[0] not in known
 
 
-class _Reader:
+class _ForeignFlags:
     """Takes other tools' flags with their values out of a command line."""
 
     def __init__(self, foreign: Collection[str]) -> None:

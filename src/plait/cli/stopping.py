@@ -1,4 +1,4 @@
-"""Signals that end a command: everything is cleared away as for any error, and the exit code tells which signal it was."""
+"""Signals that end a command: everything is cleared away as for any error, and the exit code names the signal."""
 
 from __future__ import annotations
 

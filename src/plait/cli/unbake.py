@@ -43,12 +43,13 @@ def unbake(
 
 def _show(result: UnbakeResult) -> None:
     from plait.cli.console import err, out
+    from plait.errors import listed
 
     record, remaining = result.bake.record, result.remaining
     if result.left:
-        shown = ", ".join(result.left[:4]) + (f" and {len(result.left) - 4} more" if len(result.left) > 4 else "")
         err().print(
-            f"note: the adapter holds {shown} in full; the model keeps what it has there, since what a bake replaces is gone.",
+            f"note: the adapter holds {listed(result.left)} in full; the model keeps what it has there, since "
+            "what a bake replaces is gone.",
             style="dim",
             markup=False,
         )

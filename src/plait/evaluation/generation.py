@@ -113,7 +113,7 @@ def _answered(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,
-                stopping_criteria=criteria([_Stop(tokenizer, stop, start)]),
+                stopping_criteria=criteria([_StopTexts(tokenizer, stop, start)]),
             )
         yield batch, out[:, start:]
 
@@ -154,7 +154,7 @@ def _configured(model: Any, config: Any) -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Stop:
+class _StopTexts:
     """Finds the rows that have generated a stop text; transformers' own criterion accepts some kinds of tokenizer only."""
 
     tokenizer: Any

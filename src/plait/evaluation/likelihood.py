@@ -102,7 +102,7 @@ def _length(question: Question, *, encoder_decoder: bool) -> int:
 
 
 def _reader(model: Any, questions: Sequence[Question], batch_size: int) -> _Cached | _Uncached:
-    forward, reason = _Forward(model), library.why_not_continued(model)
+    forward, reason = _ModelCall(model), library.why_not_continued(model)
     if reason is None and not forward.masks:
         reason = "its forward takes no mask of padding"
     if reason is None and library.cache_argument(model) is None and not forward.may_cache():
@@ -156,7 +156,7 @@ class _NotContinuedError(Exception):
     """What a model has read cannot be continued; the message says why."""
 
 
-class _Forward:
+class _ModelCall:
     """Calls a model with what its forward takes."""
 
     def __init__(self, model: Any) -> None:
@@ -256,7 +256,7 @@ class _Cached:
 
     def __init__(self, model: Any, questions: Sequence[Question], batch_size: int) -> None:
         self._model = model
-        self._forward = _Forward(model)
+        self._forward = _ModelCall(model)
         self._batch_size = batch_size
         self._instead: _Uncached | None = None
         longest = max(len(q.prompt) + max(map(len, q.answers)) for q in questions)
@@ -332,7 +332,7 @@ class _Uncached:
 
     def __init__(self, model: Any, batch_size: int, *, padded: bool) -> None:
         self._model = model
-        self._forward = _Forward(model)
+        self._forward = _ModelCall(model)
         self._batch_size = batch_size
         self._padded = padded and self._forward.masks
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import fnmatch
 import glob
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from plait.errors import AddressError, did_you_mean
+from plait.errors import AddressError, did_you_mean, listed
 from plait.folders import expanded
 from plait.hub.client import explain_failure
 from plait.hub.references import Reference, parse_reference
@@ -98,7 +98,7 @@ def resolve(reference: Reference, *, base: Path | None = None, progress: bool = 
         if not weights:
             raise AddressError(
                 f"{reference.address!r} has {ADAPTER_CONFIG}, but neither {ADAPTER_WEIGHTS} nor {PICKLED}. It holds: "
-                f"{_listed(names)}."
+                f"{listed(names, _SHOWN)}."
             )
         wanted = [prefix + name for name in (ADAPTER_CONFIG, *weights, *FILES_NEXT_TO_ADAPTER) if prefix + name in names]
         snapshot = _fetch(reference, commit, wanted, base=base, progress=progress)
@@ -139,7 +139,7 @@ def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] =
             wanted[_SAFETENSORS] = fnmatch.filter(here, PICKLED_MODEL)
         if not wanted[files[0]]:
             raise AddressError(
-                f"{reference.address!r} has no {files[0]}. It holds: {_listed(names) or 'nothing'}. Give a model that "
+                f"{reference.address!r} has no {files[0]}. It holds: {listed(names, _SHOWN) or 'nothing'}. Give a model that "
                 "has, or convert this one and give the local folder."
             )
         paths = sorted({prefix + name for found in wanted.values() for name in found})
@@ -283,7 +283,7 @@ def _revisions(repo: str, revision: str) -> str:
     except Exception:  # only the list of what there is instead is lost
         return ""
     names = [ref.name for ref in (*refs.branches, *refs.tags)]
-    return f"{did_you_mean(revision, names)} It has: {_listed(names)}."
+    return f"{did_you_mean(revision, names)} It has: {listed(names, _SHOWN)}."
 
 
 def _no_config(reference: Reference, commit: str, names: list[str]) -> str:
@@ -295,21 +295,15 @@ def _no_config(reference: Reference, commit: str, names: list[str]) -> str:
             reference.model_copy(update={"name": None, "subfolder": folder or None}).spec
             for folder in sorted(folders, key=_natural)
         ]
-        return f"{found} Give a place that has one: {_listed(specs)}."
+        return f"{found} Give a place that has one: {listed(specs, _SHOWN)}."
     if any(name.endswith(".safetensors") for name in names):
-        return f"{found} It looks like a full model, which plait takes as a base model. It holds: {_listed(names)}."
-    return f"{found} No other folder has one. It holds: {_listed(names) or 'nothing'}."
+        return f"{found} It looks like a full model, which plait takes as a base model. It holds: {listed(names, _SHOWN)}."
+    return f"{found} No other folder has one. It holds: {listed(names, _SHOWN) or 'nothing'}."
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
     """Sort key by which checkpoint-500 comes before checkpoint-1000."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", text)]
-
-
-def _listed(words: Iterable[str]) -> str:
-    words = list(words)
-    more = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
-    return ", ".join(words[:_SHOWN]) + more
 
 
 def _check_contained(folder: Path, snapshot: Path) -> None:

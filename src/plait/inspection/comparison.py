@@ -10,6 +10,7 @@ from itertools import combinations
 from typing import Literal
 
 from plait.adapters.names import layer_key
+from plait.errors import join_words
 from plait.inspection.geometry import EntrySums, PairwiseMeasures, SymmetricMatrix
 from plait.records import Record
 
@@ -152,7 +153,7 @@ def _shared_init(names: Sequence[str], overlap: SymmetricMatrix, chance: float |
     highest = max(found.values())
     pairs = tuple((names[i], names[j]) for (i, j), value in found.items() if value > max(COLLAPSED, chance))
     measured = f"overlap {_span(list(found.values()))}, by chance {chance:.2f}"
-    who = "All A matrices" if len(pairs) == len(found) else f"The A matrices of {_join([f'{i} + {j}' for i, j in pairs])}"
+    who = "All A matrices" if len(pairs) == len(found) else f"The A matrices of {join_words([f'{i} + {j}' for i, j in pairs])}"
     status: Literal["shared", "partial", "separate"] = "shared"
     if pairs:
         words = (
@@ -223,10 +224,6 @@ def _span(values: Sequence[float], *, percent: bool = False) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
-def _join(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def _ratio(norms: Sequence[float]) -> float | None:

@@ -364,13 +364,13 @@ def _different_beginnings(one: Adapter, two: Adapter) -> tuple[str, str] | None:
     if any(layer_key(path) is not None for path in shared):
         return None
     first, second = ({p: t.layout for p, t in a.targets.items() if not shared or layer_key(p)} for a in (one, two))
-    partners: dict[tuple[str, str], list[tuple[_Place, Layout]]] = defaultdict(list)
+    partners: dict[tuple[str, str], list[tuple[_SplitPath, Layout]]] = defaultdict(list)
     for path, layout in second.items():
-        place = _Place.of(path)
+        place = _SplitPath.of(path)
         partners[place.tail].append((place, layout))
     found: Counter[tuple[str, str]] = Counter()
     for path, layout in first.items():
-        place = _Place.of(path)
+        place = _SplitPath.of(path)
         found.update(place.and_other(p) for p, other in partners[place.tail] if layout == other and place.may_be(p))
     if not found:
         return None
@@ -378,7 +378,7 @@ def _different_beginnings(one: Adapter, two: Adapter) -> tuple[str, str] | None:
     return pair if 2 * count >= min(len(first), len(second)) else None
 
 
-class _Place(NamedTuple):
+class _SplitPath(NamedTuple):
     """A path, taken apart.
 
     Attributes:
@@ -392,7 +392,7 @@ class _Place(NamedTuple):
     inside: str
 
     @classmethod
-    def of(cls, path: str) -> _Place:
+    def of(cls, path: str) -> _SplitPath:
         """Take a path apart."""
         key = layer_key(path)
         if key is None:
@@ -406,13 +406,13 @@ class _Place(NamedTuple):
         """What is the same in all versions of a model's code."""
         return "layers" if self.container in _CONTAINERS else self.container, self.inside
 
-    def and_other(self, other: _Place) -> tuple[str, str]:
+    def and_other(self, other: _SplitPath) -> tuple[str, str]:
         """Return what precedes the layers here and there, without the container where it has one name."""
         if self.container == other.container:
             return self.begun, other.begun
         return f"{self.begun}.{self.container}".strip("."), f"{other.begun}.{other.container}".strip(".")
 
-    def may_be(self, other: _Place) -> bool:
+    def may_be(self, other: _SplitPath) -> bool:
         """Return whether both beginnings can mean one tower of a model."""
         one, two = (set(place.begun.split(".")) - {""} for place in (self, other))
         if one <= two or two <= one:

@@ -288,7 +288,7 @@ def take_steps(trainer: Any, checkpoint: str | None) -> None:
     """
     begun = checkpoint is None
 
-    class Stop(_callback_class()):  # type: ignore[misc]
+    class ResumeGuard(_callback_class()):  # type: ignore[misc]
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             nonlocal begun
             begun = True
@@ -297,7 +297,7 @@ def take_steps(trainer: Any, checkpoint: str | None) -> None:
             if state.global_step >= state.max_steps:
                 raise _NoStepsLeft  # weights and state are loaded
 
-    trainer.add_callback(Stop())
+    trainer.add_callback(ResumeGuard())
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except _NoStepsLeft:

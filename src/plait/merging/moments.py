@@ -23,7 +23,7 @@ from torch import Tensor
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
-from plait.errors import AdapterError, OutputError
+from plait.errors import AdapterError, OutputError, listed
 from plait.linalg.inputs import InputRows
 from plait.parsing import as_record, parse_json
 from plait.records import Record
@@ -262,8 +262,7 @@ def moments_problems(moments: Moments, layouts: Mapping[str, Layout]) -> list[st
             if (problem := file.problem(path, layout))
         ]
         if wrong:
-            more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            problems.append(f"{file.path}: moments of {len(wrong)} target modules do not fit: {', '.join(wrong[:5])}{more}")
+            problems.append(f"{file.path}: moments of {len(wrong)} target modules do not fit: {listed(wrong, 5)}")
     return problems
 
 

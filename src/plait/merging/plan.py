@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout, uniform_rank
-from plait.errors import PlanError, collect
+from plait.errors import PlanError, collect, listed
 from plait.inspection.compatibility import excluded_spaces, max_lora_rank
 from plait.inspection.doubts import adapter_doubts
 from plait.inspection.shared_init import shared_init_pairs
@@ -162,10 +162,9 @@ def _select(inventory: Inventory) -> tuple[dict[str, Layout], dict[str, tuple[st
 def _mode_problems(recipe: Recipe, left_out: dict[str, tuple[str, ...]]) -> list[str]:
     if recipe.merge_mode != "strict" or not left_out:
         return []
-    lines = [f"{path} (not in {', '.join(missing)})" for path, missing in list(left_out.items())[:10]]
-    more = f", and {len(left_out) - 10} more" if len(left_out) > 10 else ""
+    lines = listed((f"{path} (not in {', '.join(missing)})" for path, missing in left_out.items()), 10)
     return [
-        f"merge_mode is 'strict' and {len(left_out)} target modules are not in every adapter: {', '.join(lines)}{more}. "
+        f"merge_mode is 'strict' and {len(left_out)} target modules are not in every adapter: {lines}. "
         "Use 'union' to count a missing module as a zero delta, or 'common' to leave it out."
     ]
 

@@ -150,7 +150,7 @@ class LinearMethod(Method):
 
     def pipeline(self, params: Any) -> Pipeline:
         """Return the sum with this method's coefficients."""
-        return Pipeline(_Coefficients(self.coefficients, params))
+        return Pipeline(_WeightedSum(self.coefficients, params))
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class ElementwiseMethod(Method):
 
 
 @dataclass(frozen=True)
-class _Coefficients(LinearCombine):
+class _WeightedSum(LinearCombine):
     function: Callable[[Tensor, Any, str], Tensor]
     params: Any
 

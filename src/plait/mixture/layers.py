@@ -78,7 +78,7 @@ class Adapted(ABC):
         return share.repeat_interleave(batch // share.shape[0], 0) if batch != share.shape[0] else share
 
 
-class _Output(Adapted):
+class _CorrectedOutput(Adapted):
     """A layer whose output is corrected after it ran, wherever and however its own weight is stored."""
 
     dimensions = 0  # of the output after its features
@@ -121,7 +121,7 @@ class _Output(Adapted):
         """Return y plus the low-rank delta's output for x."""
 
 
-class LinearLayer(_Output):
+class LinearLayer(_CorrectedOutput):
     """`nn.Linear`, Conv1D, and quantized layers that map vectors linearly."""
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class LinearLayer(_Output):
         return lift(y, h, _middle(share, h.ndim), self.stack.bt[0, first:last])
 
 
-class EmbeddingLayer(_Output):
+class EmbeddingLayer(_CorrectedOutput):
     """`nn.Embedding`, also with a scale of its own (Gemma's `embed_scale`), which the delta shares."""
 
     def delta(self, x: Tensor, y: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class EmbeddingLayer(_Output):
         return lift(y, h, _middle(share, h.ndim), self.stack.bt[0, first:last])
 
 
-class ConvolutionLayer(_Output):
+class ConvolutionLayer(_CorrectedOutput):
     """`nn.Conv1d`, `Conv2d`, `Conv3d`: A convolves all channels with the base's kernel, B mixes channels within groups."""
 
     @property

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import yaml
 
-from plait.errors import PlaitError, RecipeError, did_you_mean
+from plait.errors import PlaitError, RecipeError, did_you_mean, join_words
 from plait.folders import open_in
 from plait.parsing import MOST_BITS, MOST_LEVELS, parse_json, read_text, text_problem
 from plait.recipes.paths import KeyPath, Plain
-from plait.recipes.problems import Problem, join_words
+from plait.recipes.problems import Problem
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 _MOST_NODES = 200_000

@@ -51,7 +51,7 @@ def _keys(model: type[BaseModel], above: str) -> Iterator[dict[str, str]]:
 
 
 def _key(path: str, about: dict[str, Any]) -> dict[str, str]:
-    default = "" if about["default"] is None else spell_value(about["default"])
+    default = "" if about["default"] in (None, "") else spell_value(about["default"])
     return {"path": path, "description": about["description"], "default": default, "allowed": about["allowed"]}
 
 

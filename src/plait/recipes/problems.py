@@ -5,7 +5,7 @@ Independent of what a recipe may hold: others find the problems.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -142,8 +142,3 @@ def spell_value(value: object) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
     text = text.removesuffix("\n").removesuffix("\n...")
     return text if len(text) <= 2 * _LONGEST else f"{text[: 2 * _LONGEST - 1]}…"
-
-
-def join_words(words: Sequence[str], last: str = "and") -> str:
-    """Write `a`, `a and b`, `a, b and c`."""
-    return " ".join(part for part in (", ".join(words[:-1]), last if len(words) > 1 else "", *words[-1:]) if part)

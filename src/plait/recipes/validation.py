@@ -12,10 +12,10 @@ from typing import TypeVar, get_args
 from pydantic import BaseModel, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from plait.errors import did_you_mean
+from plait.errors import did_you_mean, join_words
 from plait.methods import METHODS
 from plait.recipes.paths import KeyPath, Plain, get_item
-from plait.recipes.problems import Problem, join_words, show_value
+from plait.recipes.problems import Problem, show_value
 from plait.recipes.schema import Recipe, named_method
 from plait.recipes.shapes import bounds_at, field_names, is_number_only, model_at, spell_number, tags_at
 from plait.stages import STAGES, place_of

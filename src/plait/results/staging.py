@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from plait.errors import AdapterError, OutputError, PlaitError, collect
+from plait.errors import AdapterError, OutputError, PlaitError, collect, listed
 from plait.folders import entries, file_in, file_name_problem
 from plait.results.disk import UNWRITABLE
 from plait.results.lock import LOCK, read_lock
@@ -94,7 +94,7 @@ def _taken(folder: Path, *, force: bool) -> str | None:
     if not own and not os.path.lexists(folder / LOCK):
         return (
             f"{folder} was not written by plait (it has no {LOCK}); --force replaces only what was. It holds "
-            f"{_listed(p.name for p in folder.iterdir())}. Choose another output."
+            f"{listed(sorted(repr(p.name) for p in folder.iterdir()), _SHOWN)}. Choose another output."
         )
     if os.path.lexists(folder / LOCK):
         try:
@@ -105,15 +105,9 @@ def _taken(folder: Path, *, force: bool) -> str | None:
     if not others:
         return None
     return (
-        f"{folder} also holds what plait did not write: {_listed(others)}. --force would delete it. Move it away, or choose "
-        "another output."
+        f"{folder} also holds what plait did not write: {listed(map(repr, sorted(others)), _SHOWN)}. --force would "
+        "delete it. Move it away, or choose another output."
     )
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def limited_chats(where: str) -> Iterator[None]:
         yield
 
 
-class _Rendered:
+class _ChatTemplate:
     """What transformers takes for Jinja's object."""
 
     def __init__(self, source: str, where: str) -> None:
@@ -93,4 +93,4 @@ class _Rendered:
         return found
 
 
-_rendered = lru_cache(maxsize=64)(_Rendered)
+_rendered = lru_cache(maxsize=64)(_ChatTemplate)

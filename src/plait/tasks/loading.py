@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from plait.errors import PlaitError, TaskError, collect, did_you_mean
+from plait.errors import PlaitError, TaskError, collect, did_you_mean, join_words
 from plait.folders import expanded
 from plait.recipes.documents import YamlDocument, open_document
 from plait.recipes.paths import Plain, get_item
-from plait.recipes.problems import Origins, Problem, join_words, show_value
+from plait.recipes.problems import Origins, Problem, show_value
 from plait.recipes.schema import Recipe
 from plait.recipes.validation import validate
 from plait.tasks.kinds import KINDS

@@ -112,7 +112,7 @@ def _chat() -> Any:
     import jinja2.ext
     import jinja2.sandbox
 
-    class Generation(jinja2.ext.Extension):
+    class GenerationTag(jinja2.ext.Extension):
         """`{% generation %}`: marks the model's turns, which does not change the text."""
 
         tags = {"generation"}  # noqa: RUF012 (Jinja's own form)
@@ -126,7 +126,7 @@ def _chat() -> Any:
             return caller()
 
     found = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
     )
     found.filters["tojson"] = _to_json
     found.globals |= {"raise_exception": _refuse, "strftime_now": _now}

@@ -78,7 +78,7 @@ def read_pickle(stream: IO[bytes]) -> Pickle:
         PickleError: it is cut off, damaged, or holds what no file of tensors holds.
     """
     try:
-        reader = _Reader()
+        reader = _StackMachine()
         return Pickle(reader.run(stream), reader.references, reader.functions)
     except PickleError:
         raise
@@ -86,7 +86,7 @@ def read_pickle(stream: IO[bytes]) -> Pickle:
         raise PickleError("it is damaged or cut off") from None
 
 
-class _Reader:
+class _StackMachine:
     """A stack machine for the operations that files of tensors need."""
 
     def __init__(self) -> None:
@@ -200,7 +200,7 @@ _VALUES = frozenset(
         "BINBYTES8",
     )
 )  # fmt: skip
-_ACTIONS: dict[str, Callable[[_Reader, Any], None]] = {
+_ACTIONS: dict[str, Callable[[_StackMachine, Any], None]] = {
     "EMPTY_DICT": lambda r, _: r.put({}),
     "EMPTY_LIST": lambda r, _: r.put([]),
     "TUPLE": lambda r, _: r.put(tuple(r.since_mark())),

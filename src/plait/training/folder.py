@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from plait.errors import OutputError, RecipeError
+from plait.errors import OutputError, RecipeError, listed
 from plait.extras import optional
 from plait.folders import entries, file_in
 from plait.parsing import read_object, read_text, shown
@@ -105,10 +105,9 @@ def folder_problem(out: Path, opened: ResolvedJob | None, *, force: bool) -> str
         return f"{out} cannot be read: {error.strerror or error}."
     if not different:
         return None
-    shown = ", ".join(different[:_SHOWN]) + (f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else "")
     return (
-        f"{out} holds a run with other settings ({shown}). Choose another output folder, or give that run up with "
-        "--force (force=True); the same settings would continue it."
+        f"{out} holds a run with other settings ({listed(different, _SHOWN)}). Choose another output folder, or give that "
+        "run up with --force (force=True); the same settings would continue it."
     )
 
 

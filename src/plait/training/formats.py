@@ -93,7 +93,7 @@ class ColumnRoles:
 
 
 @dataclass(frozen=True)
-class _Pair:
+class _PairColumns:
     format: FormatName
     question: tuple[str, ...]
     answer: tuple[str, ...]
@@ -102,10 +102,10 @@ class _Pair:
 
 # The first that fits. A column may be context only where it is not the question itself.
 _PAIRS = (
-    _Pair("prompt_completion", ("prompt",), ("completion",)),
-    _Pair("alpaca", ("instruction",), ("output", "response"), ("input", "context")),
-    _Pair("question_answer", ("question",), ("answer", "response"), ("context",)),
-    _Pair(
+    _PairColumns("prompt_completion", ("prompt",), ("completion",)),
+    _PairColumns("alpaca", ("instruction",), ("output", "response"), ("input", "context")),
+    _PairColumns("question_answer", ("question",), ("answer", "response"), ("context",)),
+    _PairColumns(
         "pair",
         ("prompt", "user", "query", "message_1", "input", "context"),
         ("response", "answer", "assistant", "output", "message_2", "target"),

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from plait.errors import RecipeError, did_you_mean
+from plait.errors import RecipeError, did_you_mean, join_words
 from plait.recipes.evaluation import EvalSpec
-from plait.recipes.problems import Origins, Problem, join_words
+from plait.recipes.problems import Origins, Problem
 from plait.recipes.schema import Recipe, Weight
 from plait.records import Record, ShortRepr
 from plait.tasks.schema import Task

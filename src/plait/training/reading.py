@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from plait.errors import AddressError, PlaitError, RecipeError
+from plait.errors import AddressError, PlaitError, RecipeError, join_words
 from plait.folders import expanded
 from plait.hub.references import parse_reference
 from plait.methods import METHODS
 from plait.recipes.documents import YamlDocument, open_document
 from plait.recipes.overrides import parse_override, set_values
 from plait.recipes.paths import Plain, get_item
-from plait.recipes.problems import Moves, Origins, Problem, join_words, show_value
+from plait.recipes.problems import Moves, Origins, Problem, show_value
 from plait.recipes.validation import check_recipe, validate
 from plait.tasks.asking import Head
 from plait.tasks.loading import load_task

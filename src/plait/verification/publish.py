@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from plait.errors import OutputError
+from plait.errors import OutputError, listed
 from plait.hub.client import explain_failure
 from plait.hub.upload import check_push, push_folder
 from plait.libraries.huggingface_hub import progress_bars
@@ -130,20 +130,16 @@ def _check_complete(folder: Path, files: tuple[FileCheck, ...]) -> None:
     outside = [f.name for f in files if f.state == "outside"]
     if outside:
         raise OutputError(
-            f"cannot push {folder}: {_listed(outside)}: a link out of the folder, or not a file. Only files inside the folder "
-            "are uploaded: put the file itself there, or make the result again."
+            f"cannot push {folder}: {listed(outside, _SHOWN)}: a link out of the folder, or not a file. Only files inside the "
+            "folder are uploaded: put the file itself there, or make the result again."
         )
     wrong = [f"{f.name} ({f.state})" for f in files if f.state in ("changed", "missing") and f.name != CARD]
     if wrong:
         raise OutputError(
-            f"cannot push {folder}: {_listed(wrong)}: not what "
+            f"cannot push {folder}: {listed(wrong, _SHOWN)}: not what "
             "plait.lock says was written. A stale or half-written result is never uploaded; make it again (`plait verify` "
             "shows what differs)."
         )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _message(lock: Lock) -> str:

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from plait.errors import AddressError, did_you_mean
+from plait.errors import AddressError, did_you_mean, join_words
 from plait.recipes.importers.entries import named_entry
 from plait.recipes.importers.mergekit_terms import (
     MERGEKIT_METHODS,
@@ -22,7 +22,7 @@ from plait.recipes.importers.mergekit_terms import (
     pattern,
 )
 from plait.recipes.paths import KeyPath, Plain, is_number
-from plait.recipes.problems import ConvertedRecipe, Problem, join_words, show_value
+from plait.recipes.problems import ConvertedRecipe, Problem, show_value
 from plait.recipes.validation import unknown_key
 
 _TOP = (
@@ -58,7 +58,7 @@ def convert_mergekit(data: Mapping[str, Plain], folder: Path | None = None) -> C
         data: a recipe for which `is_mergekit` holds.
         folder: where relative paths start; the working directory when None.
     """
-    conversion = _Conversion(data, folder)
+    conversion = _MergekitRecipe(data, folder)
     try:
         result = conversion.run()
     except _GiveUpError:
@@ -66,7 +66,7 @@ def convert_mergekit(data: Mapping[str, Plain], folder: Path | None = None) -> C
     return ConvertedRecipe(result, tuple(dict.fromkeys(conversion.notes)), conversion.moved)
 
 
-class _Conversion:
+class _MergekitRecipe:
     """One mergekit recipe on its way to plait's form."""
 
     def __init__(self, data: Mapping[str, Plain], folder: Path | None) -> None:

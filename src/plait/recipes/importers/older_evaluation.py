@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from plait.errors import join_words
 from plait.recipes.paths import KeyPath, Plain
-from plait.recipes.problems import Problem, join_words, show_value, spell_value
+from plait.recipes.problems import Problem, show_value, spell_value
 from plait.recipes.validation import unknown_key
 
 KEYS = ("split", "eval_subset", "eval_tasks")
