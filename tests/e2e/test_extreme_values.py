@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import plait
 from plait.errors import PlanError
+from plait.methods import METHODS
 from tests.command_line import exit_code
 
 MODULES = {f"model.layers.0.self_attn.{p}_proj": (12, 10) for p in "qkv"}
@@ -71,6 +72,40 @@ def test_a_method_gives_what_it_gives_for_the_same_numbers_of_ordinary_size(tmp_
     for module, delta in deltas(tmp_path / "large").items():
         assert usual[module].any()
         assert (delta * 1e-30 - usual[module]).norm() <= 1e-4 * usual[module].norm()
+
+
+def copy_of_ordinary_size(source: Path, out: Path, *, a: float = 1.0, b: float = 1.0) -> None:
+    out.mkdir(parents=True)
+    tensors = load_file(source / "adapter_model.safetensors")
+    ordinary = {n: (t.double() * (a if "lora_A" in n else b)).float() for n, t in tensors.items()}
+    save_file(ordinary, out / "adapter_model.safetensors")
+    (out / "adapter_config.json").write_text((source / "adapter_config.json").read_text())
+
+
+_OWN_SETTINGS = {"regmean", "regmean_sequential", "ssr", "weighted", "weighted_delta"}  # other input than adapters alone
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - _OWN_SETTINGS))
+def test_digits_below_the_smallest_normal_number_are_kept(tmp_path, method):
+    size = 2.0**-139 if method == "model_stock" else 2.0**-145  # that one makes deltas that have little in common smaller yet
+    for seed, name in enumerate("pq", 1):
+        adapter(tmp_path / name, seed, b=size)
+        copy_of_ordinary_size(tmp_path / name, tmp_path / "usual" / name, b=1 / size)
+    weights = [0.3, 0.7]
+    plait.merge(["p", "q"], out="small", method=method, rank=6, weights=weights)
+    plait.merge(["usual/p", "usual/q"], out="ordinary", method=method, rank=6, weights=weights)
+    ordinary = deltas(tmp_path / "ordinary")
+    for module, delta in deltas(tmp_path / "small").items():
+        assert (delta / size - ordinary[module]).norm() <= 2e-5 * ordinary[module].norm()
+
+
+@pytest.mark.parametrize(("dtype", "b", "a"), [("float16", 1e-7, 1e2), ("float16", 1e6, 1e-6), ("bfloat16", 1e-39, 1.0)])
+def test_what_the_outputs_dtype_holds_only_as_another_pair_of_factors(tmp_path, dtype, b, a):
+    adapter(tmp_path / "odd", 1, b=b, a=a)
+    plait.merge(["odd"], out="out", method="linear", dtype=dtype)
+    tolerance = 2 * torch.finfo(getattr(torch, dtype)).eps
+    expected = deltas(tmp_path / "odd")
+    assert all((d - expected[m]).norm() <= tolerance * expected[m].norm() for m, d in deltas(tmp_path / "out").items())
 
 
 def test_one_entry_near_the_end_of_float32(tmp_path, capsys):

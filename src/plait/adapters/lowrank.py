@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,9 +50,11 @@ class LowRank:
     def concatenate(parts: Sequence[LowRank], coefficients: Sequence[float]) -> LowRank:
         """Return Σ cₜ ΔWₜ exactly, of rank Σ rₜ: the factors side by side, coefficients on b.
 
-        Parts whose coefficient is 0 take no rank; at least one part is needed.
+        Parts whose coefficient is 0 take no rank; at least one part is needed. Where a product with a coefficient would lose
+        digits below the smallest normal number, or overflow, it is moved (see `normal_in`).
         """
         used = [(part, c) for part, c in zip(parts, coefficients, strict=True) if c != 0 and part.rank]
+        used = [(part, c) if _are_normal(part.b, 0, part.b.dtype, c) else (part._times(c), 1.0) for part, c in used]
         if not used:
             return LowRank.zero(parts[0].shape, parts[0].a.dtype)
         b = torch.empty(parts[0].shape[0], sum(p.rank for p, _ in used), dtype=used[0][0].b.dtype)
@@ -66,6 +69,25 @@ class LowRank:
     def scaled(self, factor: float) -> LowRank:
         """Return factor · ΔW."""
         return self if factor == 1 else LowRank(self.a, self.b * factor)
+
+    def normal_in(self, dtype: torch.dtype) -> LowRank:
+        """Return the same ΔW with factors that keep their digits in a dtype.
+
+        Where a column of b or a row of a is so small there that it has few digits left, or so large that it overflows, a power
+        of two moves between the two until they are of one size; that is exact. What the dtype cannot hold as a product stays.
+        """
+        if _are_normal(self.b, 0, dtype) and _are_normal(self.a, 1, dtype):
+            return self
+        b, a = _sizes(self.b, 0), _sizes(self.a, 1)
+        limits = torch.finfo(dtype)
+        fits = (b * a >= limits.tiny * limits.eps) & (b * a <= limits.max)
+        moved = ~(_normal(b, dtype) & _normal(a, dtype)) & fits
+        steps = torch.where(moved, ((a / b).log2() / 2).round(), 0.0).exp2()
+        return LowRank((self.a / steps.unsqueeze(1)).to(self.a.dtype), (self.b * steps).to(self.b.dtype))
+
+    def _times(self, factor: float) -> LowRank:
+        """Return factor · ΔW where the product of b with it is not normal in b's dtype."""
+        return self.to(torch.float64).scaled(factor).normal_in(self.b.dtype).to(self.b.dtype)
 
     def padded(self, rank: int) -> LowRank:
         """Return the same delta with zero rows and columns up to `rank`."""
@@ -105,3 +127,29 @@ class LowRank:
     def energy(self) -> float:
         """Return ‖ΔW‖²_F."""
         return max(0.0, self.inner(self))
+
+
+def _sizes(x: Tensor, dim: int) -> Tensor:
+    """Return the largest magnitude of every column (0) or row (1), float64."""
+    return torch.linalg.vector_norm(x, math.inf, dim=dim).double()
+
+
+def _normal(sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return which vectors of these sizes keep their digits in a dtype, and do not overflow."""
+    limits = torch.finfo(dtype)
+    return (sizes == 0) | ((sizes >= 4 * limits.tiny) & (sizes <= limits.max / 4))
+
+
+def _are_normal(x: Tensor, dim: int, dtype: torch.dtype, factor: float = 1.0) -> bool:
+    """Return whether all columns (0) or rows (1) of x · factor keep their digits in a dtype.
+
+    A few entries show that of a vector, and the extremes of x that nothing overflows; all of it is looked at where they do not.
+    """
+    if x.numel() == 0:
+        return True
+    limits, c = torch.finfo(dtype), abs(factor)
+    some = _sizes(x.narrow(dim, 0, min(8, x.shape[dim])), dim) * c
+    low, high = x.aminmax()
+    if max(-float(low), float(high)) * c <= limits.max / 4 and bool((some >= 4 * limits.tiny).all()):
+        return True
+    return bool(_normal(_sizes(x, dim) * c, dtype).all())

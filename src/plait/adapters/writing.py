@@ -79,7 +79,7 @@ class AdapterWriter:
     def tensors(
         self, target: str, slices: Sequence[LowRank], *, bias: Tensor | None = None, magnitude: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Return one target's tensors by their names in the file, in the dtype that they come in.
+        """Return one target's tensors by their names in the file, in the dtype that they come in; `normal_in` the file's.
 
         Args:
             target: its path.
@@ -88,7 +88,7 @@ class AdapterWriter:
             magnitude: (d_out,), for DoRA.
         """
         layout, names = self._layouts[target], self._names[target]
-        a, b = layout.pack([s.padded(self._slice_rank(target)) for s in slices])
+        a, b = layout.pack([s.normal_in(self.dtype).padded(self._slice_rank(target)) for s in slices])
         found = {names.a: a, names.b: b}
         if bias is not None:
             found[names.bias] = bias
