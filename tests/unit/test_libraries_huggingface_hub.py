@@ -31,6 +31,18 @@ def test_a_local_folder_notes_hash_and_time_as_the_library_writes_them(tmp_path)
     assert fetched_sha256(tmp_path / "model.safetensors") == "cd" * 32
 
 
+def test_a_note_that_never_ends_is_not_read(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    note = tmp_path / ".cache" / "huggingface" / "download" / "model.safetensors.metadata"
+    note.parent.mkdir(parents=True)
+    note.symlink_to("/dev/zero")
+    assert fetched_sha256(tmp_path / "model.safetensors") is None
+    note.unlink()
+    with note.open("wb") as file:
+        file.truncate(1 << 40)
+    assert fetched_sha256(tmp_path / "model.safetensors") is None
+
+
 def test_failures_say_their_status_and_the_hubs_own_words():
     refused = errors.HfHubHTTPError.__new__(errors.RepositoryNotFoundError)
     refused.response, refused.server_message = SimpleNamespace(status_code=404), "no such thing"

@@ -217,3 +217,14 @@ def test_a_text_that_the_tokenizer_cannot_read():
         TaskError, match=r"^the/folder: the tokenizer cannot read the texts of task 't': PanicException: no such"
     ):
         PromptEncoder(Unable(), TASK).question("x", ["red"])
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "additional_chat_templates/tool.jinja", "tokenizer.json", "merges.txt"]
+)
+def test_files_of_terabytes_are_not_read(base, name):
+    (base / name).parent.mkdir(exist_ok=True)
+    with (base / name).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(TaskError, match=f"the tokenizer cannot be loaded: {Path(name).name}: larger than 256 MB"):
+        load_tokenizer(base)

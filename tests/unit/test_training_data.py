@@ -158,6 +158,13 @@ class TestDigest:
         moved.write_text("{{ 1 }}")
         assert job.model_copy(update={"arguments": {"chat_template_path": str(moved)}}).digest() == before
 
+    def test_a_file_larger_than_any_template_is_refused(self, job, tmp_path):
+        with (tmp_path / "template.jinja").open("wb") as file:
+            file.truncate(1 << 40)
+        named = job.model_copy(update={"arguments": {"chat_template_path": str(tmp_path / "template.jinja")}})
+        with pytest.raises(TaskError, match=r"chat_template_path: .*template\.jinja: larger than 64 MB"):
+            named.digest()
+
     def test_it_is_of_what_a_tokenizers_folder_holds(self, job, tmp_path):
         import shutil
 

@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlaitError, PlanError, TaskError
-from plait.parsing import open_bytes, read_json, read_object
+from plait.parsing import MAX_TEXT_BYTES, open_bytes, read_json, read_object
 
 _TRUST = "--trust-remote-code (trust_remote_code=True in Python)"
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _GENERATION = "generation_config.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 _MODEL = ("config.json", _GENERATION, "model.safetensors.index.json")
+_TEXTS = (  # what transformers reads completely, beyond its tensors
+    "*config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+    "*.tiktoken", "chat_template.*", "additional_chat_templates/*", "*.index.json",
+)  # fmt: skip
+_LARGEST = 4 * MAX_TEXT_BYTES
 _TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
 _PANIC = "PanicException"  # of libraries written in Rust, which is not a kind of Exception
 _WORDS = 300  # characters of a library's message
@@ -139,8 +144,13 @@ def refuse_failures(
         files: that are read, for the message where none of them is known to be at fault.
 
     Raises:
-        PlaitError: (`error`) something was raised.
+        PlaitError: (`error`) something was raised, or a file is larger than any such file.
     """
+    home = Path(place if folder is None else folder)
+    if large := [
+        p.name for pattern in _TEXTS for p in sorted(home.glob(pattern)) if p.is_file() and p.stat().st_size > _LARGEST
+    ]:
+        raise error(f"{place}: {what}: {', '.join(large)}: larger than {_LARGEST >> 20} MB, the limit for such a file.")
     try:
         yield
     except PlaitError:
@@ -148,7 +158,6 @@ def refuse_failures(
     except BaseException as found:
         if not isinstance(found, Exception) and type(found).__name__ != _PANIC:
             raise  # a signal
-        home = Path(place if folder is None else folder)
         why = _foreign_code(str(found)) or _damage(home, found) or f"{_words(found)}{_among(home, files)}"
         raise error(f"{place}: {what}: {why.rstrip('.')}.") from found
 

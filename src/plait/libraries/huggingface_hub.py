@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_LONGEST_NOTE = 4096  # bytes
 _TOLERANCE = 1.0  # seconds between the last write and the note of it, as huggingface_hub allows
 
 
@@ -28,6 +29,8 @@ def fetched_sha256(path: Path) -> str | None:
         return real.name
     note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
     try:
+        if not note.is_file() or note.stat().st_size > _LONGEST_NOTE:  # it came with the folder
+            return None
         _, etag, stamp = note.read_text(encoding="utf-8").splitlines()
         fresh = path.stat().st_mtime <= float(stamp) + _TOLERANCE
     except (OSError, ValueError):

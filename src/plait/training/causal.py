@@ -11,6 +11,7 @@ from plait.errors import PlanError, TaskError
 from plait.extras import optional
 from plait.hub.pretrained import load_tokenizer, refuse_failures
 from plait.libraries.trl import trusts_code
+from plait.parsing import read_text
 from plait.training.data import LoadedData
 from plait.training.encoding import EncodedData, ExampleEncoder, encode_all
 from plait.training.job import ResolvedJob, TrainingJob
@@ -108,7 +109,7 @@ def _take_template(tokenizer: Any, path: str) -> None:
     """Do to a tokenizer what TRL does to its own while it makes the trainer."""
     try:
         if Path(path).is_file():
-            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+            tokenizer.chat_template = read_text(Path(path), TaskError)
             return
         source = load_tokenizer(path)
         tokenizer.chat_template = source.get_chat_template()

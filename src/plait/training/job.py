@@ -16,6 +16,7 @@ from plait.errors import AddressError, PlaitError, TaskError, collect
 from plait.evaluation.scores import model_digest
 from plait.folders import expanded
 from plait.hub.download import COMPANION_FILES, Located, resolve_model
+from plait.parsing import MAX_TEXT_BYTES
 from plait.records import Record
 from plait.results.digests import sha256
 from plait.training.data import LoadedData, hold_out, load_data
@@ -273,7 +274,11 @@ def _content(name: str, value: Any) -> Any:
     place = Path(value)
     if place.is_dir():
         return {file.name: sha256(file) for file in sorted(place.glob("*.j*")) if file.is_file()}
-    return sha256(place) if place.is_file() else value
+    if not place.is_file():
+        return value
+    if place.stat().st_size > MAX_TEXT_BYTES:
+        raise TaskError(f"{name}: {place}: larger than {MAX_TEXT_BYTES >> 20} MB, the limit for such a file.")
+    return sha256(place)
 
 
 def _hash(value: Any) -> str:
