@@ -196,7 +196,7 @@ def tuned(place: Path, out: Path) -> Any:
     return plait.tune(
         [place / t for t in TASKS],
         method="regmean_sequential",
-        tune={"steps": 0, "fill": 0},
+        tune={"steps": 0, "generic_lines": 0},
         out=out,
         scale=1.0,
         rank=8,

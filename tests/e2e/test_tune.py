@@ -37,7 +37,7 @@ from tests.language_models import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # a word's label says nothing of another's, so nothing can be chosen on words that are held out
-QUICK = {"steps": 24, "prompts": 8, "learning_rate": 1e-2, "look_every": 6, "held_out": 0}
+QUICK = {"steps": 24, "prompts": 8, "learning_rate": 1e-2, "look_every": 6, "held_out": 0, "generic_lines": 0}
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ def test_texts_beyond_the_context_are_refused_of_all_tasks_before_one_is_read(
     wrong = r"(?s)'sort', .*sort.txt.*: 1 of 2 texts are longer than the model's context.*'rate', .*rate.txt"
     texts = {"files": {task: str(file) for task, file in files.items()}}
     with pytest.raises(TaskError, match=wrong):
-        tune(place, tmp_path / "out", tune={**texts, "fill": 0})
+        tune(place, tmp_path / "out", tune={**texts, "generic_lines": 0})
     sources, tasks = [place / t for t in LABELS], [place / f"{t}.yaml" for t in LABELS]
     with pytest.raises(TaskError, match=wrong):
         plait.calibrate(sources, tasks=tasks, base_model=str(place / "base"), out=tmp_path / "out", **texts)

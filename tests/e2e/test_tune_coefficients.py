@@ -21,7 +21,7 @@ from tests.warm import check_killed, run_forked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-QUICK = {"steps": 24, "prompts": 8, "learning_rate": 5e-2, "look_every": 6, "held_out": 0}
+QUICK = {"steps": 24, "prompts": 8, "learning_rate": 5e-2, "look_every": 6, "held_out": 0, "generic_lines": 0}
 
 
 @pytest.fixture(scope="module")

@@ -292,21 +292,21 @@ def test_texts_from_nothing_and_from_files(tmp_path: Path) -> None:
     assert read_texts(task, kind=None, count=9, seed=0, file=tmp_path / "mine.jsonl").prompts == ("sort w7 :",)
 
 
-def test_generic_lines_follow_few_texts(tmp_path: Path) -> None:
+def test_generic_lines_follow_the_texts(tmp_path: Path) -> None:
     task = load_task(write_task(tmp_path, "sort", splits={"train": "test.jsonl"}))
-    few = read_texts(task, kind=None, count=3, seed=0, fill=9)
-    assert few.source == "split 'train' (3) and generic lines"
+    few = read_texts(task, kind=None, count=3, seed=0, added=6)
+    assert few.source == "split 'train' (3) and 6 generic lines"
     assert (len(few.prompts), few.kind) == (9, "split")
     assert few.prompts[:3] == read_texts(task, kind=None, count=3, seed=0).prompts
     assert all(str(p).removeprefix("sort ").removesuffix(" :") in generic_lines() for p in few.prompts[3:])
-    assert len(read_texts(task, kind=None, count=20, seed=0, fill=64).prompts) == 20
-    assert len(read_texts(task, kind="lines", count=3, seed=0, fill=64).prompts) == 3
+    assert len(read_texts(task, kind=None, count=20, seed=0, added=64).prompts) == 84
+    assert len(read_texts(task, kind="lines", count=3, seed=0, added=64).prompts) == 3
 
 
 def test_lines_that_do_not_fit_are_not_added(tmp_path: Path) -> None:
     task = load_task(write_task(tmp_path, "sort", prompt="sort {{ {'w1': 1}[word] }} :", splits={"train": "test.jsonl"}))
     with pytest.warns(PlaitWarning, match="generic lines do not fit its prompt"):
-        assert len(read_texts(task, kind=None, count=1, seed=0, file=_rows_of(tmp_path, "w1"), fill=64).prompts) == 1
+        assert len(read_texts(task, kind=None, count=1, seed=0, file=_rows_of(tmp_path, "w1"), added=64).prompts) == 1
 
 
 def _rows_of(folder: Path, word: str) -> Path:

@@ -263,10 +263,10 @@ def texts_of(task: Task, recipe: Recipe, key: Literal["calibration", "tune"], fo
         TaskError: they cannot be read.
     """
     spec = getattr(recipe, key)
-    fill = recipe.tune.fill if key == "tune" else 0
+    added = recipe.tune.generic_lines if key == "tune" else 0
     file = spec.files.get(task.name)
     if file is None:
-        return read_texts(task, kind=spec.texts, count=spec.count, seed=spec.seed, split=spec.split, fill=fill)
+        return read_texts(task, kind=spec.texts, count=spec.count, seed=spec.seed, split=spec.split, added=added)
     with recipe.origins.at(key, "files", task.name):
         file = absolute_reference(file, folder)
-        return read_texts(task, kind=None, count=spec.count, seed=spec.seed, split=spec.split, file=file, fill=fill)
+        return read_texts(task, kind=None, count=spec.count, seed=spec.seed, split=spec.split, file=file, added=added)

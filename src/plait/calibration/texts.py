@@ -29,7 +29,6 @@ from plait.tasks.schema import RowTask, Task
 
 TextKind = Literal["split", "file", "lines", "template"]
 _NOTHING = "N/A"
-_FEW = 20  # texts, of which a fifth can be held out to choose a step
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def read_texts(
     seed: int,
     split: SplitName | None = None,
     file: str | Path | None = None,
-    fill: int = 0,
+    added: int = 0,
 ) -> Texts:
     """Return texts for a task, chosen by the seed.
 
@@ -76,7 +75,7 @@ def read_texts(
         seed: which of them, and in which order.
         split: of the task; `calibration` where it has one, else `train`, when None.
         file: rows whose columns are the prompt's fields; or a text file, whose lines each fill the one field of the prompt.
-        fill: where a split or a file has fewer than 20 texts, generic lines follow up to so many.
+        added: generic lines that follow those of a split or a file.
 
     Raises:
         TaskError: the task asks nothing by a prompt of its own, or the texts do not fit it.
@@ -95,13 +94,13 @@ def read_texts(
     if kind != "template":
         rows = _chosen(task, rows, count, seed)
     found = prompts_of(task, rows)
-    if kind in ("split", "file") and len(found) < min(_FEW, fill):
+    if kind in ("split", "file") and added:
         try:
-            lines = prompts_of(task, _chosen(task, _filled(task, generic_lines()), fill - len(found), seed))
+            lines = prompts_of(task, _chosen(task, _filled(task, generic_lines()), added, seed))
         except TaskError as error:
-            announce(f"task {task.name!r}: {len(found)} texts are few, and generic lines do not fit its prompt: {error}")
+            announce(f"task {task.name!r}: generic lines do not fit its prompt, so that its own texts alone are read: {error}")
         else:
-            source += f" ({len(found)}) and generic lines"
+            source += f" ({len(found)}) and {len(lines)} generic lines"
             found += lines
     return Texts(task, kind, source, tuple(prompt for prompt, _ in found), tuple(choices for _, choices in found))
 

@@ -32,12 +32,12 @@ class TuneSpec(TextsSpec):
     """How a merge is tuned: what it sees, what is learned, and how."""
 
     count: Annotated[int, Field(ge=1, description="Texts per task that are read, at most.")] = 128
-    fill: Annotated[
+    generic_lines: Annotated[
         int,
         Field(
             ge=0,
-            description="Where a task has fewer than 20 texts, generic lines follow up to so many; 0 for none. Not where "
-            "labels are learned from.",
+            description="Generic lines that are read besides the texts of a split or a file; 0 for none. Not where labels are "
+            "learned from.",
         ),
     ] = 64
     allow_test: Annotated[bool, Field(description="Learn from the split `test`; the result cannot be judged on it.")] = False
@@ -77,7 +77,7 @@ class TuneSpec(TextsSpec):
     accumulate: Annotated[int, Field(ge=1, description="Batches of `prompts` texts per task and update.")] = 1
     learning_rate: Annotated[
         float | None,
-        Field(gt=0, le=1, description="Learning rate of AdamW; 5e-4 for factors, 0.02 for coefficients, when not given."),
+        Field(gt=0, le=1, description="Learning rate of AdamW; 2e-4 for factors, 0.02 for coefficients, when not given."),
     ] = None
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
@@ -204,4 +204,4 @@ class TuneSpec(TextsSpec):
     @property
     def used_rate(self) -> float:
         """The learning rate."""
-        return self.learning_rate or (5e-4 if self.learns_factors else 2e-2)
+        return self.learning_rate or (2e-4 if self.learns_factors else 2e-2)

@@ -18,7 +18,7 @@ TYPES = ("none", "bayes", "adamerging", "gradient", "supermerge", "regret_smooth
 _METHOD = "weighted_delta_n"  # the one whose coefficients were learned
 _DEFAULTS: dict[str, Any] = {
     "steps": 500,
-    "fill": 0,
+    "generic_lines": 0,
     "learning_rate": 1e-3,
     "betas": [0.9, 0.999],
     "prompts": 2,
