@@ -172,7 +172,7 @@ def evaluate_held_out(
         held = taught.held[lesson.task]
         acting = partial(learner.acting, lesson.adapter if lesson.head else None)
         with torch.no_grad(), acting() as model:
-            found[lesson.task] = divergence_over(_part(lesson, held), model)
+            found[lesson.task] = divergence_over(lesson, model, held)
         kept[lesson.task] = 1 - found[lesson.task] / max(lesson.base, LEAST_DIVERGENCE)
         if spec.judge == "loss":
             base, own = taught.judged.base[lesson.task], taught.judged.own[lesson.task]
@@ -488,8 +488,3 @@ def _resume(
 
 def _mean(losses: Mapping[int, tuple[float, int]], texts: Sequence[int]) -> float:
     return math.fsum(losses[i][0] for i in texts) / sum(losses[i][1] for i in texts)
-
-
-def _part(lesson: Lesson, wanted: Sequence[int]) -> Lesson:
-    passages, answers = lesson.batch(wanted)
-    return Lesson(lesson.task, lesson.adapter, lesson.head, tuple(passages), answers, lesson.base)

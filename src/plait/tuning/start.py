@@ -19,10 +19,9 @@ from plait.merging.plan import MergePlan, make_plan
 from plait.methods import METHODS
 from plait.mixture import Mixture
 from plait.results.progress import Progress
-from plait.tuning.teaching import Lesson
+from plait.tuning.teaching import Lesson, evenly_spread
 from plait.tuning.working import WorkingState
 
-_MOST_TEXTS = 64  # of a task, that second moments are taken on; more change little
 MAX_MOMENT_BYTES = 4 << 30  # of second moments held at a time; more are taken in several passes over the texts
 
 
@@ -84,7 +83,7 @@ def _layer_by_layer(
 ) -> tuple[MergedModule, ...]:
     passages: dict[str, list[Passage]] = {}
     for lesson in lessons:
-        passages.setdefault(lesson.adapter, []).extend(_sample(lesson.passages))
+        passages.setdefault(lesson.adapter, []).extend(lesson.passages[i] for i in evenly_spread(len(lesson.passages)))
     heads = {lesson.adapter: lesson.head for lesson in lessons}
     merged = merge_layer_by_layer(
         inventory, mixture, passages, heads, tokens=MOST_ROWS, seed=0, workers=workers, progress=progress, parts=parts
@@ -105,7 +104,7 @@ def _moments(
     """Return adapter → target → E[x xᵀ], each adapter's over the texts of its tasks."""
     modules: Mapping[str, nn.Module] = {target: mixture.module(target) for target in targets}
     found: dict[str, dict[str, Found]] = {}
-    read = {x.task: _sample(x.passages) for x in lessons}
+    read = {x.task: [x.passages[i] for i in evenly_spread(len(x.passages))] for x in lessons}
     progress.start("second moments", sum(map(len, read.values())), "texts")
     try:
         for name in dict.fromkeys(x.adapter for x in lessons):
@@ -116,12 +115,6 @@ def _moments(
     finally:
         progress.finish()
     return found
-
-
-def _sample(passages: Sequence[Passage]) -> Sequence[Passage]:
-    """Return at most so many, evenly spread."""
-    step = max(1, -(-len(passages) // _MOST_TEXTS))
-    return passages[::step]
 
 
 def _with(inventory: Inventory, found: Mapping[str, Mapping[str, Found]]) -> Inventory:

@@ -30,7 +30,7 @@ class Lesson:
         head: whether the answers are a classification head's.
         passages: what is read.
         answers: the adapter's distributions there, one row per position.
-        base: mean KL(adapter ‖ base) over the positions, in nats: what knowing nothing costs.
+        base: mean KL(adapter ‖ base) over the positions of at most 64 passages, in nats: what knowing nothing costs.
         labels: per passage, the first tokens of the labels that the task offers; empty where answers are free.
         targets: per passage, the right labels of a classification head; empty where they are tokens, or not read.
         labeled: whether the passages' answers are labels of the data, rather than what the adapter answers.
@@ -145,12 +145,17 @@ def make_lesson(
         answers = teacher_distributions(model, passages, head=head, report=report)
     lesson = Lesson(texts.task.name, adapter, head, passages, answers, 0.0, labels, targets, right is not None)
     with mixture.active(None, heads=adapter if head else False) as model, torch.inference_mode():
-        return replace(lesson, base=divergence_over(lesson, model))
+        return replace(lesson, base=divergence_over(lesson, model, evenly_spread(len(lesson.passages))))
 
 
-def divergence_over(lesson: Lesson, model: Any, *, batch_size: int = 16) -> float:
-    """Return the mean KL(own adapter ‖ what acts now) over all positions of a lesson, in nats."""
-    order = sorted(range(len(lesson.passages)), key=lambda i: (lesson.passages[i].tokens, i))
+def evenly_spread(count: int, most: int = 64) -> range:
+    """Return which of so many texts are read where a sample is enough: at most `most`."""
+    return range(0, count, max(1, -(-count // most)))
+
+
+def divergence_over(lesson: Lesson, model: Any, wanted: Sequence[int], *, batch_size: int = 16) -> float:
+    """Return the mean KL(own adapter ‖ what acts now) over the positions of some passages of a lesson, in nats."""
+    order = sorted(wanted, key=lambda i: (lesson.passages[i].tokens, i))
     with torch.inference_mode():
         parts = [lesson.divergence(model, order[at : at + batch_size]) for at in range(0, len(order), batch_size)]
     mean = float(torch.cat(parts).double().mean())
