@@ -148,7 +148,7 @@ def test_command_line_recipe_and_python_say_the_same(place: Path, tmp_path: Path
     )
     flags = [str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
     flags += ["--base-id", str(place / "base"), "--steps", "24", "--learning-rate", "0.01"]
-    flags += ["--set", "tune.prompts=8", "--set", "tune.look_every=6", "--set", "tune.held_out=0"]
+    flags += ["--set", "tune.prompts=8", "--set", "tune.look_every=6", "--set", "tune.held_out=0", "--generic-lines", "0"]
     for name, arguments in {"file": [str(recipe)], "flags": flags}.items():
         assert exit_code("tune", *arguments, "-o", str(tmp_path / name)) == 0
         assert same_tensors(tmp_path / name, tuned.folder)
@@ -307,12 +307,12 @@ def test_unlike_adapters_and_tasks(place: Path, tmp_path: Path) -> None:
     assert record.rank == 16
     assert record.kept.share < record.start.share < 1
     assert {t.task: (t.kind, t.count) for t in record.texts} == {
-        "sort": ("split", 24),
-        "wide": ("split", 64),  # 1, and 63 generic lines
+        "sort": ("split", 24 + 64),
+        "wide": ("split", 1 + 64),
         "attention": ("lines", 120),
-        "wider": ("split", 24),
+        "wider": ("split", 24 + 64),
     }
-    assert {t.task: t.source for t in record.texts}["wide"] == "split 'calibration' (1) and generic lines"
+    assert {t.task: t.source for t in record.texts}["wide"] == "split 'calibration' (1) and 64 generic lines"
 
 
 def test_an_adapter_that_does_nothing_and_one_that_is_there_twice(place: Path, tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_the_record_of_a_training_knows_which_texts_were_seen(place: Path, tmp_p
         assert seen == (None if where == {"place": "nowhere.jsonl"} else 12)
     (tmp_path / "phase" / "training.json").write_text(json.dumps({"job": {"data": {**data, "task": str(trained)}}}))
     tasks = [place / "sort.yaml", place / "rate.yaml"]
-    record = plait.tune(sources, tasks=tasks, base_model=str(place / "base"), out=tmp_path / "out", tune={"steps": 0}).record
+    record = plait.tune(sources, tasks=tasks, base_model=str(place / "base"), out=tmp_path / "out", tune={"steps": 0, "generic_lines": 0}).record
     notes = [note for note in record.notes if "training of adapter" in note]
     assert notes == ["sort: 12 of 24 texts were in the training of adapter sort (its training.json)."]
 
