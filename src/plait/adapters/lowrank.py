@@ -131,7 +131,8 @@ class LowRank:
 
 def _sizes(x: Tensor, dim: int) -> Tensor:
     """Return the largest magnitude of every column (0) or row (1), float64."""
-    return torch.linalg.vector_norm(x, math.inf, dim=dim).double()
+    largest: Tensor = torch.linalg.vector_norm(x, math.inf, dim=dim)
+    return largest.double()
 
 
 def _normal(sizes: Tensor, dtype: torch.dtype) -> Tensor:
