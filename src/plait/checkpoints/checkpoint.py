@@ -167,8 +167,8 @@ class BaseCheckpoint:
             there = (self.folder / MODEL_CONFIG).is_file()
             found = f"{MODEL_CONFIG} names no model_type" if there else f"there is no {MODEL_CONFIG}"
             notes.append(
-                f"in the base model's folder, {found}, so that transformers cannot load the result, and what it would show (tied "
-                "weights, fused or renamed layers, labels) is not checked. Put the base model's own file there."
+                f"in the base model's folder, {found}, so that transformers cannot load the result, and what it would show "
+                "(tied weights, fused or renamed layers, labels) is not checked. Put the base model's own file there."
             )
         if other := [s.file.path.name for s in self.shards if not s.is_safetensors]:
             notes.append(f"the base model is stored as {', '.join(other[:3])}; safetensors are written.")

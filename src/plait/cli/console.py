@@ -39,7 +39,8 @@ class _Console(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         """Yield what is shown, with escapes in the place of characters that would not be."""
         for segment in super().render(renderable, options):
-            yield segment if segment.control else segment._replace(text=_COMMANDS.sub(_escaped, segment.text))
+            shown = _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), segment.text)
+            yield segment if segment.control else segment._replace(text=shown)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Return text with its markup; text whose brackets are not markup stays as it is."""
@@ -47,10 +48,6 @@ class _Console(Console):
             return super().render_str(text, **options)
         except MarkupError:
             return super().render_str(text, **{**options, "markup": False})
-
-
-def _escaped(found: re.Match[str]) -> str:
-    return found[0].encode("unicode_escape").decode()
 
 
 class _Unpadded:

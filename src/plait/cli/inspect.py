@@ -98,7 +98,7 @@ def _verdict(inspection: Inspection) -> RenderableType:
         words = "They cannot be merged as they are." if several else "It cannot be merged as it is."
         lines.add_row(Text("✗", "bold red"), Text(words, "bold red"))
     for problem in verdict.problems:
-        lines.add_row(Text("✗", "red"), Text(_sentence(problem)))
+        lines.add_row(Text("✗", "red"), Text(problem[:1].upper() + problem[1:] + ("" if problem.endswith(".") else ".")))
     for adapter in inspection.adapters:
         for warning in adapter.warnings:
             lines.add_row(Text("!", "bold yellow"), Text(f"{adapter.name}: {warning}"))
@@ -114,10 +114,6 @@ def _merge_verdict(inspection: Inspection) -> str:
     if verdict.common == verdict.modules:
         return f"They can be merged: all have the same {verdict.modules} target modules."
     return "They can be merged."
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
 def _adapters(adapters: Sequence[AdapterReport], width: int) -> Iterator[RenderableType]:

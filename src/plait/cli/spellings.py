@@ -22,7 +22,8 @@ def translate_flags(arguments: Sequence[str], known: Collection[str]) -> tuple[l
         RecipeError: there are words of other tools that mean something else to plait, or nothing; all at once.
     """
     command, given = (arguments[0], list(arguments[1:])) if arguments else ("", [])
-    foreign = {word: row for word in given if _is_foreign(word, known) and (row := flag_row(word, command))}
+    unknown = [word for word in given if word.startswith("--") and word.partition("=")[0] not in known]
+    foreign = {word: row for word in unknown if (row := flag_row(word, command))}
     hints = [row.hint for row in foreign.values() if not row.read]
     collect(RecipeError, list(dict.fromkeys(hints)), "these flags are those of other tools")
     if not foreign:
@@ -40,10 +41,6 @@ def refuse_foreign_command(word: str) -> None:
     """
     if (hint := command_hint(word)) is not None:
         raise RecipeError(f"there is no command {word!r}: {hint}")
-
-
-def _is_foreign(word: str, known: Collection[str]) -> bool:
-    return word.startswith("--") and word.partition("=")[0] not in known
 
 
 class _ForeignFlags:

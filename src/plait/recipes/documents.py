@@ -192,7 +192,9 @@ class _Builder:
             raise yaml.constructor.ConstructorError(None, None, f"the tag {node.tag!r} is not allowed", node.start_mark)
         self._open.append(node)
         try:
-            return self._mapping(node, path) if isinstance(node, yaml.MappingNode) else self._sequence(node, path)
+            if isinstance(node, yaml.MappingNode):
+                return self._mapping(node, path)
+            return [self._build(item, (*path, i)) for i, item in enumerate(node.value)]
         finally:
             self._open.pop()
 
@@ -219,9 +221,6 @@ class _Builder:
         if words:
             raise yaml.constructor.ConstructorError(None, None, words, node.start_mark)
         return value
-
-    def _sequence(self, node: yaml.Node, path: KeyPath) -> list[Plain]:
-        return [self._build(item, (*path, i)) for i, item in enumerate(node.value)]
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Plain]:
         self._find_doubles(node, path)

@@ -79,7 +79,7 @@ def build_recipe(data: Mapping[str, Plain], *, source: str = "recipe", folder: P
     Raises:
         RecipeError: it is not valid; all that is wrong is listed.
     """
-    recipe, notes = _resolve(YamlDocument(_plain(data), {}), source, folder, ())
+    recipe, notes = _resolve(YamlDocument(plain_data(data), {}), source, folder, ())
     _warn(notes)
     return recipe.written(Origins(""))
 
@@ -135,7 +135,7 @@ def _resolve(document: YamlDocument, source: str, folder: Path | None, overrides
     if not converted.data:
         origins.refuse([*document.problems, *converted.problems])
     values, overridden, dead_ends = set_values(converted.data, overrides)
-    values, bad_paths = _name_adapters(_plain(values), folder)
+    values, bad_paths = _name_adapters(plain_data(values), folder)
     recipe, problems = check_recipe(values)
     known = [*document.problems, *converted.problems, *dead_ends, *bad_paths]
     origins = Origins(source, document.lines, converted.moved, tuple(overridden))
@@ -176,16 +176,16 @@ def _not_reported(problems: list[Problem], known: list[Problem]) -> list[Problem
     return [p for p in problems if not (len(p.path) == 2 and p.path in reported)]
 
 
-def _plain(value: Plain) -> Plain:
-    """Return a copy with keys as text and lists for tuples.
+def plain_data(value: Plain, where: str = "recipe") -> Plain:
+    """Return a copy as a file would give it: keys as text, lists for tuples, texts for paths.
 
     Raises:
-        RecipeError: a text could not be read again from a file.
+        RecipeError: a text could not be read again from a file; `where` it is.
     """
     if isinstance(value, Mapping):
-        return {str(_plain(str(key))): _plain(inner) for key, inner in value.items()}
+        return {str(plain_data(str(key), where)): plain_data(inner, where) for key, inner in value.items()}
     if isinstance(value, str) and (words := text_problem(value)):
-        raise RecipeError(f"recipe: {shown(value)} is {words}, which no recipe can hold.")
+        raise RecipeError(f"{where}: {shown(value)} is {words}, which no file can hold.")
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return value
+        return [plain_data(inner, where) for inner in value]
+    return str(value) if isinstance(value, Path) else value

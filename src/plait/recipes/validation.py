@@ -268,7 +268,7 @@ def _hint(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) -> st
 
 def _not_among(value: Plain, path: KeyPath, allowed: Sequence[str]) -> str:
     near = did_you_mean(str(value), allowed)
-    known = join_words([_quoted(a) for a in allowed], "or")
+    known = join_words([(a if a.isdecimal() else repr(a)) for a in allowed], "or")
     if near and len(allowed) > _MANY:  # the guess would come after a screen of names
         return f"{_subject(path)} is {show_value(value)}.{near} It must be {known}."
     return f"{_subject(path)} is {show_value(value)}; it must be {known}.{near}"
@@ -285,10 +285,6 @@ def _elsewhere(word: str, path: KeyPath) -> str:
     if word in METHODS:
         return f" {word!r} is a method, not a stage: `plait methods {word}` prints the stages that it represents."
     return ""
-
-
-def _quoted(word: str) -> str:
-    return word if word.isdecimal() else repr(word)
 
 
 def _first_bound(context: Mapping[str, Plain]) -> str:

@@ -15,6 +15,7 @@ from plait.folders import expanded
 from plait.hub.references import parse_reference
 from plait.methods import METHODS
 from plait.recipes.documents import YamlDocument, open_document
+from plait.recipes.loading import plain_data
 from plait.recipes.overrides import parse_override, set_values
 from plait.recipes.paths import Plain, get_item
 from plait.recipes.problems import Moves, Origins, Problem, show_value
@@ -62,13 +63,13 @@ def read_phases(
     """
     out = expanded(out).absolute()
     if isinstance(source, Mapping):
-        document, name, folder = YamlDocument(_plain(source), {}), "the phases", Path.cwd()
+        document, name, folder = YamlDocument(plain_data(source, "the phases"), {}), "the phases", Path.cwd()
     else:
         file = expanded(source)
         document, name, folder = open_document(file, source=str(source)), str(source), file.absolute().parent
     if not isinstance(document.data, Mapping) or not document.data:
         raise RecipeError(f"{name}: phases are a mapping (key: value) with at least 'base_model' and 'phases'.")
-    overrides = [(key, _plain(value)) for key, value in (settings or {}).items()]
+    overrides = [(key, plain_data(value, "the phases")) for key, value in (settings or {}).items()]
     if base:  # a local path starts here; in the file, relative ones start at its folder
         reference = parse_reference(base, allow_bare=True)
         overrides.append(("base_model", base if reference.path is None else str(expanded(reference.path).absolute())))
@@ -86,15 +87,6 @@ def read_phases(
     base_text, bad_base = _base(phases.base_model, folder)
     origins.refuse([*problems, *bad_base])
     return _plan(phases, tasks, name, out, base_text, folder, origins)
-
-
-def _plain(value: Plain) -> Plain:
-    """Return a copy with keys as text, lists for tuples and texts for paths."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _name_phases(data: Mapping[str, Plain], folder: Path) -> tuple[dict[str, Plain], dict[int, Task], list[Problem]]:
