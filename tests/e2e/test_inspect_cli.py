@@ -16,7 +16,7 @@ from plait.adapters import Adapter
 from plait.cli.inspect import _bars, _ruler
 from plait.inspection.report import inspect_adapters
 from tests.command_line import exit_code
-from tests.unit.test_inspection import drawing, key, linear, open_linear, write
+from tests.inspected import drawing, key, linear, open_linear, write
 
 SHAPES = {f"model.layers.{i}.self_attn.{m}": (24, 32) for i in range(6) for m in ("q_proj", "v_proj")}
 
