@@ -580,3 +580,26 @@ class TestDoubts:
         assert any(
             "'half': 1 of 2 modules have a zero delta (such as 'model.visual" in n for n in plait.plan([written.folder]).notes
         )
+
+
+class TestAdaptersThatAreNoDeltaOfTheirBase:
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ({"alora_invocation_tokens": [3, 4]}, "aLoRA"),
+            ({"layer_replication": [[0, 2], [0, 2]], "layers_to_transform": [0, 1]}, "repeated layers"),
+        ],
+    )
+    def test_they_merge_into_an_adapter_alone(self, tmp_path, config, message):
+        base = save_model("llama", tmp_path / "base")
+        made = make_adapter(base, tmp_path / "made", 1, _LM, target_modules=["q_proj"], **config)
+        merged = plait.merge([made], out=tmp_path / "merged").folder
+        key = next(iter(config))
+        assert json.loads((merged / _CONFIG).read_text())[key] == config[key]
+        for again in (made, merged):
+            with pytest.raises(PlanError, match=message):
+                plait.bake([again], base=base, out=tmp_path / "out")
+            with pytest.raises(PlanError, match=message):
+                Mixture.load(base, [Adapter.open(again, "a")])
+        with pytest.raises(PlanError, match=message):
+            plait.merge([made], out=tmp_path / "delta", kind="delta")

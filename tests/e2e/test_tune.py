@@ -352,7 +352,8 @@ def test_the_record_of_a_training_knows_which_texts_were_seen(place: Path, tmp_p
         assert seen == (None if where == {"place": "nowhere.jsonl"} else 12)
     (tmp_path / "phase" / "training.json").write_text(json.dumps({"job": {"data": {**data, "task": str(trained)}}}))
     tasks = [place / "sort.yaml", place / "rate.yaml"]
-    record = plait.tune(sources, tasks=tasks, base_model=str(place / "base"), out=tmp_path / "out", tune={"steps": 0, "generic_lines": 0}).record
+    still = {"steps": 0, "generic_lines": 0}
+    record = plait.tune(sources, tasks=tasks, base_model=str(place / "base"), out=tmp_path / "out", tune=still).record
     notes = [note for note in record.notes if "training of adapter" in note]
     assert notes == ["sort: 12 of 24 texts were in the training of adapter sort (its training.json)."]
 

@@ -19,7 +19,7 @@ from plait.baking.placement import place_deltas
 from plait.baking.shards import OutShard, parse_size, plan_shards, shard_index
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import AddressError, PlanError, RecipeError, collect
-from plait.inspection.compatibility import base_model_problems
+from plait.inspection.compatibility import activation_problems, base_model_problems, replication_problems
 from plait.merging.inventory import Inventory, naming_base, open_entries, take_inventory
 from plait.merging.moments import MomentsOf
 from plait.merging.plan import MergePlan, make_plan
@@ -208,6 +208,7 @@ def prepare_bake(
         inventory = replace(inventory, adapters=tuple(replace(a, full_tensors={}) for a in inventory.adapters))
     merge = make_plan(inventory, workers=workers)
     full, problems = full_tensors(inventory.adapters, working.heads)
+    problems += [*activation_problems(inventory.adapters), *replication_problems(inventory.adapters)]
     placement = place_deltas(inventory, merge, checkpoint, full)
     collect(PlanError, [*problems, *placement.problems], f"{checkpoint.folder}: this bake cannot be done")
     shards = plan_shards(checkpoint, placement, dtype=SHORT[options.dtype] if options.dtype else None, shard_size=limit)

@@ -294,6 +294,28 @@ def form_problems(adapters: Sequence[Adapter]) -> list[str]:
     return problems
 
 
+def activation_problems(adapters: Sequence[Adapter]) -> list[str]:
+    """Report which adapters are no deltas of a model's weights, since they act after some tokens alone."""
+    activated = [a for a in adapters if a.config.raw.get("alora_invocation_tokens")]
+    if not activated:
+        return []
+    return [
+        f"alora_invocation_tokens of {_names(activated)}: activated LoRA (aLoRA) acts only after its invocation tokens, and "
+        "added to the weights it would act on every token. Merge into an adapter, which keeps them."
+    ]
+
+
+def replication_problems(adapters: Sequence[Adapter]) -> list[str]:
+    """Report which adapters belong to a model that repeats layers of the base."""
+    repeated = [a for a in adapters if a.config.raw.get("layer_replication")]
+    if not repeated:
+        return []
+    return [
+        f"layer_replication of {_names(repeated)}: the layers are those of a model with repeated layers, which PEFT makes of "
+        "the base when it loads the adapter. Merge into an adapter, which keeps the key."
+    ]
+
+
 def excluded_spaces(adapters: Sequence[Adapter]) -> dict[str, str]:
     """Return the spaces that these adapters rule out, with the reason: `factors` adds factors of equal rank."""
     found = [

@@ -274,7 +274,7 @@ def _warnings(adapter: Adapter, spectra: Spectra) -> Iterator[str]:
     if any(path.endswith(".trainable_tokens_delta") for path in adapter.full_tensors):
         yield "It trained the embeddings of single tokens, which are kept like a head and not merged."
     if config.raw.get("alora_invocation_tokens"):
-        yield "Activated LoRA (aLoRA): alone it acts only after its invocation tokens, merged it acts on every token."
+        yield "Activated LoRA (aLoRA): it acts only after its invocation tokens, and can be merged into an adapter alone."
     if config.raw.get("layer_replication"):
         yield "layer_replication: its layers are those of a base model with repeated layers, not of the published one."
 

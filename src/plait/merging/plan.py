@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout, uniform_rank
 from plait.errors import PlanError, collect, listed
-from plait.inspection.compatibility import excluded_spaces, max_lora_rank
+from plait.inspection.compatibility import activation_problems, excluded_spaces, max_lora_rank, replication_problems
 from plait.inspection.doubts import adapter_doubts
 from plait.inspection.shared_init import shared_init_pairs
 from plait.linalg.blocks import HOLD_ELEMENTS, MATRIX_BLOCK_ELEMENTS
@@ -120,6 +120,8 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
     ]
     if recipe.output.kind == "delta" and recipe.heads.policy != "separate":
         problems.append("heads are full tensors, not deltas: with output.kind 'delta' they must be kept separate.")
+    if recipe.output.kind == "delta":
+        problems += [*activation_problems(inventory.adapters), *replication_problems(inventory.adapters)]
     if not kept and not problems:
         problems.append("no target module is left to merge; with merge_mode 'common' the adapters share none")
     collect(PlanError, problems, "this merge cannot be done")

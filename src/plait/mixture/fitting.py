@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from plait.adapters.adapter import Adapter
 from plait.errors import PlanError, collect
+from plait.inspection.compatibility import activation_problems
 from plait.mixture.deltas import AdapterDelta, DenseDelta
 from plait.mixture.modules import ModuleIndex, TargetModule
 from plait.mixture.swaps import FullTensorSet, Swap, full_swaps
@@ -18,7 +19,7 @@ def fitting_modules(adapters: Sequence[Adapter], index: ModuleIndex) -> dict[str
         PlanError: targets that do not fit the model, all of them.
     """
     modules: dict[str, TargetModule] = {}
-    problems: dict[str, None] = {}
+    problems = dict.fromkeys(activation_problems(adapters))
     for adapter in adapters:
         for path, target in adapter.targets.items():
             try:

@@ -11,10 +11,11 @@ from torch import nn
 
 from plait.adapters.adapter import Adapter
 from plait.checkpoints.files import find_weights
-from plait.errors import PlanError
+from plait.errors import PlanError, collect
 from plait.extras import require
 from plait.hub import pretrained
 from plait.hub.download import resolve_model
+from plait.inspection.compatibility import replication_problems
 from plait.libraries.accelerate import PLACEMENTS
 from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
 from plait.libraries.transformers import AUTO_MODELS
@@ -48,6 +49,7 @@ def load_base_model(
         PlanError: adapters of different task types, no model, or a dtype or device that cannot be used.
         TaskError: the tokenizer's files are damaged.
     """
+    collect(PlanError, replication_problems(adapters), "these adapters do not fit the base")
     require_libraries(device_map)
     import transformers
 
