@@ -582,7 +582,7 @@ class TestDoubts:
         )
 
 
-class TestAdaptersThatAreNoDeltaOfTheirBase:
+class TestAdaptersOfAnotherModelThanTheBase:
     @pytest.mark.parametrize(
         ("config", "message"),
         [

@@ -295,7 +295,7 @@ def form_problems(adapters: Sequence[Adapter]) -> list[str]:
 
 
 def activation_problems(adapters: Sequence[Adapter]) -> list[str]:
-    """Report which adapters are no deltas of a model's weights, since they act after some tokens alone."""
+    """Report which adapters cannot be added to weights, since they act after some tokens alone."""
     activated = [a for a in adapters if a.config.raw.get("alora_invocation_tokens")]
     if not activated:
         return []
