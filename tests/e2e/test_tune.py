@@ -191,16 +191,6 @@ def test_lines_that_plait_ships_need_no_data(place: Path, tmp_path: Path) -> Non
     assert record.kept.share < record.start.share
 
 
-def test_the_rate_is_higher_where_no_task_has_texts_of_its_own(place: Path, tmp_path: Path) -> None:
-    quick = {"steps": 1, "learning_rate": None}
-    rates = [
-        tune(place, tmp_path / str(i), tune={**quick, **more}).record.recipe["tune"]["learning_rate"]
-        for i, more in enumerate([{}, {"texts": "lines"}, {"texts": "template"}, {"texts": "lines", "granularity": "task"}])
-    ]
-    assert rates == [None, 5e-4, 5e-4, None]
-    assert plait.verify(tmp_path / "1").ok
-
-
 def test_another_method_as_the_start(place: Path, tmp_path: Path) -> None:
     record = tune(place, tmp_path / "ties", method="iso_c").record
     assert record.recipe["method"]["name"] == "iso_c"

@@ -77,12 +77,7 @@ class TuneSpec(TextsSpec):
     accumulate: Annotated[int, Field(ge=1, description="Batches of `prompts` texts per task and update.")] = 1
     learning_rate: Annotated[
         float | None,
-        Field(
-            gt=0,
-            le=1,
-            description="Learning rate of AdamW; when not given, 2e-4 for factors (5e-4 where no task has texts of its own), "
-            "0.02 for coefficients.",
-        ),
+        Field(gt=0, le=1, description="Learning rate of AdamW; 2e-4 for factors, 0.02 for coefficients, when not given."),
     ] = None
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],

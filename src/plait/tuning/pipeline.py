@@ -74,7 +74,6 @@ from plait.tuning.writing import LearnedMerge, with_deltas, write_learned
 from plait.verification.inputs import FoundInput
 from plait.version import __version__
 
-_RATE_WITHOUT_TEXTS = 5e-4  # where no task has texts of its own: nothing can be learned by heart that the test asks
 _FRESH_RATE = 2e-3  # at which a fresh LoRA learns best: a control at the rate of a merge would be weaker than it is
 _HELD_MOST = 24  # texts of a task that are held out, at most
 
@@ -165,9 +164,6 @@ def _run(
         coefficients.check_coefficients(inventory)
     texts, right, owners = tuning_texts(recipe, folder, inventory)
     texts, right, excluded = (texts, right, []) if spec.allow_test else without_test_texts(texts, right)
-    if spec.learning_rate is None and spec.learns_factors and all(t.kind in ("lines", "template") for t in texts.values()):
-        recipe = recipe.model_copy(update={"tune": spec.model_copy(update={"learning_rate": _RATE_WITHOUT_TEXTS})})
-        spec, inventory = recipe.tune, replace(inventory, recipe=recipe)
     base = base_of(inventory, folder, options.load.base)
     digests = input_digests(inventory)
     base_files = {p.name: sha256(p) for p in weight_files(base.folder)}
