@@ -20,6 +20,8 @@ from typing import Any
 
 from base_model import base_model
 
+from plait.tuning.teaching import evenly_spread
+
 HERE = Path(__file__).resolve().parent
 UNSEEN = "--split validation"  # texts that no adapter was trained on
 ROWS: Mapping[str, str] = {
@@ -93,7 +95,7 @@ def passes(record: Mapping[str, Any]) -> dict[str, int]:
     """Return how many texts were read without gradients (answers, moments, scales, looks), and how many were learned from."""
     spec, texts = record["recipe"]["tune"], record["texts"]
     held = sum(min(24, max(2, round(spec["held_out"] * t["count"]))) if t["count"] >= 8 else t["count"] for t in texts)
-    some = [len(range(0, t["count"], max(1, -(-t["count"] // 64)))) for t in texts]  # for the base, and for second moments
+    some = [len(evenly_spread(t["count"])) for t in texts]  # for the base, and for second moments
     answers = sum(2 * t["count"] for t in texts) + 2 * sum(some)
     steps = len(record["losses"])
     return {

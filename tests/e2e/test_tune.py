@@ -435,3 +435,14 @@ def test_dora_is_refused_before_the_base_is_loaded(
             out=tmp_path / "no",
             **settings,
         )
+
+
+def test_an_adapter_that_cannot_answer_is_refused_with_its_task(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> list[list[float]]:
+        raise TaskError("the model's outputs are NaN")
+
+    monkeypatch.setattr("plait.calibration.inputs.log_likelihoods", broken)
+    with pytest.raises(TaskError, match="task 'sort', split 'calibration': the model's outputs are NaN"):
+        tune(place, tmp_path / "out")

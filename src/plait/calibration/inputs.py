@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from plait.calibration.passages import Passage
@@ -36,9 +37,10 @@ def check_texts(
     problems = []
     for name, own in texts.items():
         try:
-            _tokenized(mixture, own, answered=answered, right=(right or {}).get(name))
+            with _naming(own):
+                _tokenized(mixture, own, answered=answered, right=(right or {}).get(name))
         except TaskError as error:
-            problems.append(f"task {name!r}, {own.source}: {error}")
+            problems.append(str(error))
     collect(TaskError, problems, "texts must fit the base")
 
 
@@ -57,20 +59,33 @@ def encode_texts(
         adapter: the task's own.
         answered: with answers.
         right: the right answer of every text, in place of the adapter's, where labels are learned from.
+
+    Raises:
+        TaskError: the adapter cannot answer, such as with scores that are NaN.
     """
     ask = texts.task.ask
-    questions, labels = _tokenized(mixture, texts, answered=answered, right=right)
-    chosen: list[list[int]] = [[] for _ in questions]
-    if isinstance(ask, TargetLikelihood) or (right is not None and not isinstance(ask, Head)):
-        chosen = [q.answers[0] for q in questions]
-    elif any(q.answers for q in questions) or (isinstance(ask, Generated) and (answered or _is_encoder_decoder(mixture))):
-        with mixture.active({adapter: 1.0}) as acting:
-            if isinstance(ask, Generated):
-                chosen = generate_tokens(acting, mixture.tokenizer, questions, max_new_tokens=_most(ask), batch_size=16)
-            else:
-                scores = log_likelihoods(acting, questions, batch_size=16)
-                chosen = [q.answers[row.index(max(row))] for q, row in zip(questions, scores, strict=True)]
+    with _naming(texts):
+        questions, labels = _tokenized(mixture, texts, answered=answered, right=right)
+        chosen: list[list[int]] = [[] for _ in questions]
+        if isinstance(ask, TargetLikelihood) or (right is not None and not isinstance(ask, Head)):
+            chosen = [q.answers[0] for q in questions]
+        elif any(q.answers for q in questions) or (isinstance(ask, Generated) and (answered or _is_encoder_decoder(mixture))):
+            with mixture.active({adapter: 1.0}) as acting:
+                if isinstance(ask, Generated):
+                    chosen = generate_tokens(acting, mixture.tokenizer, questions, max_new_tokens=_most(ask), batch_size=16)
+                else:
+                    scores = log_likelihoods(acting, questions, batch_size=16)
+                    chosen = [q.answers[row.index(max(row))] for q, row in zip(questions, scores, strict=True)]
     return tuple(Passage(tuple(q.prompt), tuple(c), tuple(q.lead)) for q, c in zip(questions, chosen, strict=True)), labels
+
+
+@contextmanager
+def _naming(texts: Texts) -> Iterator[None]:
+    """Name task and texts in whatever is wrong with them."""
+    try:
+        yield
+    except TaskError as error:
+        raise TaskError(f"task {texts.task.name!r}, {texts.source}: {error}") from None
 
 
 def _tokenized(

@@ -296,24 +296,25 @@ def form_problems(adapters: Sequence[Adapter]) -> list[str]:
 
 def activation_problems(adapters: Sequence[Adapter]) -> list[str]:
     """Report which adapters cannot be added to weights, since they act after some tokens alone."""
-    activated = [a for a in adapters if a.config.raw.get("alora_invocation_tokens")]
-    if not activated:
-        return []
-    return [
-        f"alora_invocation_tokens of {_names(activated)}: activated LoRA (aLoRA) acts only after its invocation tokens, and "
-        "added to the weights it would act on every token. Merge into an adapter, which keeps them."
-    ]
+    what = (
+        "activated LoRA (aLoRA) acts only after its invocation tokens, and added to the weights it would act on every token. "
+        "Merge into an adapter, which keeps them."
+    )
+    return _key_problems(adapters, "alora_invocation_tokens", what)
 
 
 def replication_problems(adapters: Sequence[Adapter]) -> list[str]:
     """Report which adapters belong to a model that repeats layers of the base."""
-    repeated = [a for a in adapters if a.config.raw.get("layer_replication")]
-    if not repeated:
-        return []
-    return [
-        f"layer_replication of {_names(repeated)}: the layers are those of a model with repeated layers, which PEFT makes of "
-        "the base when it loads the adapter. Merge into an adapter, which keeps the key."
-    ]
+    what = (
+        "the layers are those of a model with repeated layers, which PEFT makes of the base when it loads the adapter. "
+        "Merge into an adapter, which keeps the key."
+    )
+    return _key_problems(adapters, "layer_replication", what)
+
+
+def _key_problems(adapters: Sequence[Adapter], key: str, what: str) -> list[str]:
+    having = [a for a in adapters if a.config.raw.get(key)]
+    return [f"{key} of {_names(having)}: {what}"] if having else []
 
 
 def excluded_spaces(adapters: Sequence[Adapter]) -> dict[str, str]:
