@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from plait.errors import RecipeError
-from plait.recipes.loading import load_recipe
+from plait.recipes.loading import build_recipe, load_recipe
+from plait.recipes.schema import Recipe
 from plait.stages import STAGES, base
 
 PAIR = "adapters:\n  - {name: a, path: ./a}\n  - {name: b, path: ./b}\n"
@@ -34,6 +38,21 @@ def problems(text: str | Path, **kwargs) -> list[str]:
     if rest:
         assert head.endswith(f": {len(rest)} problems")
     return rest or [head]
+
+
+def refused(data: dict[str, Any]) -> list[str]:
+    """Return the problems that are listed for a recipe as data, one by one."""
+    with pytest.raises(RecipeError) as error:
+        build_recipe(data)
+    head, *rest = str(error.value).split("\n  - ")
+    return rest or [head]
+
+
+def quietly(load: Callable[..., Recipe], recipe: Any, overrides: Sequence[str] | None = None) -> Recipe:
+    """Load a recipe whose notes another test reads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load(recipe) if overrides is None else load(recipe, overrides=overrides)
 
 
 TOP = (

@@ -17,11 +17,11 @@ from plait.inspection.compatibility import (
     dora_problems,
     excluded_spaces,
     max_lora_rank,
-    naming_problems,
     serving,
     shape_problems,
     short_name,
 )
+from plait.inspection.different_names import naming_problems
 from plait.inspection.report import Inspection, inspect_adapters
 from tests.every import every
 from tests.inspected import (

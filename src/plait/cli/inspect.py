@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from plait.cli.options import Json, Workers
+from plait.inspection.wording import below_diagonal, norm_text, span
 
 if TYPE_CHECKING:
     from plait.inspection.comparison import AdapterComparison, LayerComparison
@@ -70,7 +71,7 @@ def show(inspection: Inspection, console: Console) -> None:
 def _drawing(inspection: Inspection, width: int) -> RenderableType:
     parts: list[RenderableType] = [_headline(inspection), Text(), _verdict(inspection)]
     parts += [Text(), *_adapters(inspection.adapters, width)]
-    if inspection.comparison and _below_diagonal(inspection.comparison.conflict):
+    if inspection.comparison and below_diagonal(inspection.comparison.conflict):
         parts += [Text(), *_matrices(inspection.comparison, width)]
     parts += _strips(inspection, width)
     parts += [Text(), _serving(inspection)]
@@ -129,7 +130,7 @@ def _adapters(adapters: Sequence[AdapterReport], width: int) -> Iterator[Rendera
         ("dtype", 2, lambda a: ", ".join(a.dtypes)),
         ("parameters", 4, lambda a: _quantity(a.parameters)),
         ("size", 2, lambda a: size(a.bytes)),
-        ("‖ΔW‖", 0, lambda a: _short(a.norm)),
+        ("‖ΔW‖", 0, lambda a: norm_text(a.norm)),
         ("stable rank", 1, lambda a: "–" if a.stable_rank is None else f"{a.stable_rank:.1f}"),
         ("rank for 99 %", 3, lambda a: "–" if a.rank_for_99 is None else f"{a.rank_for_99:.1f}"),
     ]
@@ -301,14 +302,14 @@ def _strip(tower: str, layers: Sequence[LayerComparison], names: Sequence[str], 
     for number, (name, row) in enumerate(zip(names, norms, strict=True), 1):
         if any(row):
             bars = Text(_bars(row, low, high, width), "cyan")
-            table.add_row(_name(number, name), bars, Text(f"‖ΔW‖ {_range([_short(min(row)), _short(max(row))])}", "dim"))
+            table.add_row(_name(number, name), bars, Text(f"‖ΔW‖ {span([norm_text(min(row)), norm_text(max(row))])}", "dim"))
         else:
             table.add_row(_name(number, name), Text("nothing here", "dim"))
-    conflicts = [_mean(_below_diagonal(layer.conflict)) for layer in layers]
+    conflicts = [_mean(below_diagonal(layer.conflict)) for layer in layers]
     known = [100 * c for c in conflicts if c is not None]
     if known:
         bars = Text(_bars(conflicts, min(known) / 100, max(known) / 100, width), "magenta")
-        table.add_row("sign conflict", bars, Text(f"{_range([f'{min(known):.0f}', f'{max(known):.0f}'])} %", "dim"))
+        table.add_row("sign conflict", bars, Text(f"{span([f'{min(known):.0f}', f'{max(known):.0f}'])} %", "dim"))
     table.add_row("", Text(_ruler([layer.index or 0 for layer in layers], width), "dim"), "")
     return table
 
@@ -353,10 +354,10 @@ def _outside(layers: Sequence[LayerComparison], names: Sequence[str]) -> Table:
         table.add_column(f"‖ΔW‖ {number}", justify="right", no_wrap=True)
     table.add_column("sign conflict" if len(names) > 1 else "", justify="right", no_wrap=True)
     for layer in layers:
-        conflict = _mean(_below_diagonal(layer.conflict))
+        conflict = _mean(below_diagonal(layer.conflict))
         table.add_row(
             layer.layer,
-            *(_short(norm) if norm else Text("–", "dim") for norm in layer.norms),
+            *(norm_text(norm) if norm else Text("–", "dim") for norm in layer.norms),
             "" if conflict is None else f"{100 * conflict:.0f} %",
         )
     return table
@@ -404,24 +405,12 @@ def _listed(values: Sequence[object], limit: int = 3) -> str:
     return ", ".join(words[:limit]) + (f" and {len(words) - limit} more" if len(words) > limit else "") or "–"
 
 
-def _range(ends: Sequence[str]) -> str:
-    return "–".join(dict.fromkeys(ends))
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
 def _quantity(number: int) -> str:
     for unit in ("", " k", " M", " G"):
         if number < 1000 or unit == " G":
             break
         number = number / 1000  # type: ignore[assignment]
     return f"{number:.3g}{unit}"
-
-
-def _below_diagonal(matrix: SymmetricMatrix) -> list[float]:
-    return [value for i, row in enumerate(matrix) for value in row[:i] if value is not None]
 
 
 def _mean(values: Sequence[float]) -> float | None:

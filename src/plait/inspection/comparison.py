@@ -12,6 +12,7 @@ from typing import Literal
 from plait.adapters.names import layer_key
 from plait.errors import join_words
 from plait.inspection.geometry import EntrySums, PairwiseMeasures, SymmetricMatrix
+from plait.inspection.wording import below_diagonal, norm_text, span
 from plait.records import Record
 
 COLLAPSED = 0.9  # overlap of the A row spaces above which adapters count as one initialization
@@ -175,7 +176,7 @@ def _shared_init(names: Sequence[str], overlap: SymmetricMatrix, chance: float |
 
 def _findings(comparison: AdapterComparison) -> Iterator[str]:
     names, norms, ratio = comparison.names, comparison.norms, comparison.scale_ratio
-    cosines, conflicts = _above_diagonal(comparison.cosine), _above_diagonal(comparison.conflict)
+    cosines, conflicts = below_diagonal(comparison.cosine), below_diagonal(comparison.conflict)
     if not conflicts:
         yield "No two adapters change the same module, so there is nothing to compare and nothing in conflict."
         return
@@ -183,7 +184,7 @@ def _findings(comparison: AdapterComparison) -> Iterator[str]:
         yield _alignment(min(cosines), max(cosines), f"cosine of the task vectors {_span(cosines)}")
     else:
         yield "Norms of these adapters, or products of them, are zero or overflow: no angle between them is known."
-    weighted = _span(_above_diagonal(comparison.weighted_conflict), percent=True)
+    weighted = _span(below_diagonal(comparison.weighted_conflict), percent=True)
     yield (
         f"Where {'both' if len(names) == 2 else 'two of them'} change an entry, the signs differ in "
         f"{_span(conflicts, percent=True)} of the cases, and in {weighted} when large entries count more (unrelated "
@@ -194,11 +195,11 @@ def _findings(comparison: AdapterComparison) -> Iterator[str]:
     if ratio is not None and ratio >= 1.5:
         large, small = names[norms.index(max(norms))], names[norms.index(min(norms))]
         yield (
-            f"{large!r} is {ratio:.1f} times as large as {small!r} (‖ΔW‖ {_short(max(norms))} and {_short(min(norms))}) "
+            f"{large!r} is {ratio:.1f} times as large as {small!r} (‖ΔW‖ {norm_text(max(norms))} and {norm_text(min(norms))}) "
             "and outweighs it in an even sum. Weights, or the transform layer_l2_normalize, even that out."
         )
     elif ratio is not None:
-        ends = "–".join(dict.fromkeys((_short(min(norms)), _short(max(norms)))))
+        ends = span([norm_text(min(norms)), norm_text(max(norms))])
         yield f"They are of similar size (‖ΔW‖ {ends}), so equal weights are fair."
 
 
@@ -212,18 +213,10 @@ def _alignment(low: float, high: float, measured: str) -> str:
     return f"They do different things: their task vectors are nearly orthogonal ({measured})."
 
 
-def _above_diagonal(matrix: SymmetricMatrix) -> list[float]:
-    return [value for i, row in enumerate(matrix) for value in row[i + 1 :] if value is not None]
-
-
 def _span(values: Sequence[float], *, percent: bool = False) -> str:
     """Write the range of some values: `0.02–0.08`, `46–49 %`."""
     ends = [f"{100 * v:.0f}" if percent else f"{round(v, 2) + 0.0:.2f}" for v in (min(values), max(values))]
     return ("–" if "-" not in "".join(ends) else " to ").join(dict.fromkeys(ends)) + (" %" if percent else "")
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _ratio(norms: Sequence[float]) -> float | None:
