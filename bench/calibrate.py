@@ -1,8 +1,8 @@
 """Second moments of 200 texts per task and one forward pass over them: `python bench/calibrate.py [--quick] [--markdown]`.
 
 SmolLM2-135M with the demo's three adapters, each on its own task's training texts, one process per dtype. All read the same
-tokens in the same batches of one length: the bare base, as transformers runs it; the same without the output layer but for one
-position, which calibration does without; and the adapter's model with the moments of all 210 modules taken and written to disk.
+tokens, without padding: the bare base, as transformers runs it, in batches of one length; the same in calibration's batches and
+without the output layer but for one position; and the adapter's model with the moments of all 210 modules taken and written.
 They take turns; the fastest of their turns counts, in CPU time of all threads.
 """
 
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def moments(base: str, dtype: str, texts: int, rounds: int) -> dict[str, Any]:
 
     from plait.adapters.adapter import Adapter
     from plait.calibration.inputs import encode_texts
-    from plait.calibration.moments import equal_lengths, take_moments
+    from plait.calibration.moments import take_moments, without_padding
     from plait.calibration.passages import Reader
     from plait.calibration.texts import read_texts
     from plait.merging.moments import write_moments
@@ -58,13 +59,15 @@ def moments(base: str, dtype: str, texts: int, rounds: int) -> dict[str, Any]:
         passages = encode_texts(mixture, read_texts(task, kind="split", split="train", count=texts, seed=0), name)[0]
 
         def forward(passages: Any = passages) -> None:
+            ordered = sorted(passages, key=lambda p: len(p.prompt))
+            batches = [list(group) for _, group in groupby(ordered, key=lambda p: len(p.prompt))]
             with torch.inference_mode(), mixture.active(None) as model:
-                for batch in equal_lengths(passages):
+                for batch in batches:
                     model(input_ids=torch.tensor([p.prompt for p in batch]), use_cache=False)
 
         def without_logits(passages: Any = passages) -> None:
             with torch.inference_mode(), mixture.active(None) as model:
-                for batch in equal_lengths(passages):
+                for batch in without_padding(Reader(model), passages):
                     Reader(model).read(batch)
 
         def taken(passages: Any = passages, name: str = name) -> None:

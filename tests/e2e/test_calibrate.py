@@ -71,7 +71,7 @@ def test_moments_are_those_of_each_adapter_on_its_own_texts(place: Path, tmp_pat
         for name, gram in wanted.items():
             found = file.read(name, None)
             assert isinstance(found, InputRows)  # 12 tokens, fewer than any width
-            torch.testing.assert_close(dense(found), gram, rtol=1e-5, atol=1e-6, msg=name)
+            torch.testing.assert_close(dense(found), gram, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_more_tokens_than_a_width_are_summed(place: Path, tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_an_encoder_with_a_head(tmp_path: Path) -> None:
         file = MomentsFile(folder / f"{task}.safetensors")
         assert len(wanted) == 6
         for name, gram in wanted.items():
-            torch.testing.assert_close(dense(file.read(name, None)), gram, rtol=1e-5, atol=1e-6, msg=name)
+            torch.testing.assert_close(dense(file.read(name, None)), gram, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_an_encoder_decoder(tmp_path: Path) -> None:
@@ -420,4 +420,4 @@ def test_an_encoder_decoder(tmp_path: Path) -> None:
         wanted = plain(own, texts)
         assert any(name.startswith("decoder") for name in wanted)
         for name, gram in wanted.items():
-            torch.testing.assert_close(dense(file.read(name, None)), gram, rtol=1e-5, atol=1e-6, msg=name)
+            torch.testing.assert_close(dense(file.read(name, None)), gram, rtol=1e-4, atol=1e-5, msg=name)

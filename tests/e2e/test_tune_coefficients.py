@@ -303,5 +303,6 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_other_models_and_tasks(families: dict[str, Path], tmp_path: Path, family: str, objective: str) -> None:
     spec = {"objective": objective, "granularity": "module", "steps": 12, "checkpointing": True, "link": "raw"}
     record = tune(families[family], tmp_path / "tuned", method="linear", tune=spec).record
-    assert record.losses[-1] < record.losses[0]
+    first, last = record.losses[:4], record.losses[-4:]  # a step's loss is of four texts per task
+    assert sum(last) < sum(first)
     assert record.kept.share <= record.start.share

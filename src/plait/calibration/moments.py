@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plait.calibration.packing import MOST_NODES
 from plait.calibration.passages import Passage, Reader
 from plait.errors import PlanError
-from plait.linalg.inputs import InputRows
+from plait.linalg.inputs import InputRows, add_outer_products, mirror_lower
 
 _BATCH_TOKENS = 4096
 MOST_ROWS = 2048  # inputs that are kept of a module; up to this width their sum of x xᵀ is, over all tokens
-_STRIP = 256  # rows of Σ x xᵀ that are added to at once
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it modulo 1 are spread evenly, and in step with no length of texts
 
 
@@ -127,15 +127,13 @@ class _ModuleInputs:
         return keys
 
     def _fold(self) -> None:
-        """Add the rows to Σ x xᵀ: many at once, and only its lower triangle, in strips."""
+        """Add the rows to Σ x xᵀ, many at once."""
         x = torch.cat(self._rows).float()
         self._rows, self._held, self._summed = [], 0, self._summed + len(x)
         width = x.shape[1]
         if self._total is None:
             self._total = x.new_zeros(width, width)
-        for start in range(0, width, _STRIP):
-            stop = min(start + _STRIP, width)
-            self._total[start:stop, :stop].addmm_(x[:, start:stop].mT, x[:, :stop])
+        add_outer_products(self._total, x)
 
     def _prune(self) -> None:
         """Keep the tokens with the smallest keys."""
@@ -151,9 +149,7 @@ class _ModuleInputs:
             with torch.inference_mode():  # as the sum was begun
                 if self._rows:
                     self._fold()
-                for start in range(_STRIP, len(self._total), _STRIP):
-                    strip = self._total[start : start + _STRIP, :start]
-                    self._total[:start, start : start + _STRIP].copy_(strip.mT)
+                mirror_lower(self._total)
             return (self._total / self._summed).cpu()
         if self._keys:
             self._prune()
@@ -184,15 +180,27 @@ def _rows(module: nn.Module, x: Tensor) -> Tensor:
     return patches.mT.reshape(-1, patches.shape[1])
 
 
-def equal_lengths(passages: Sequence[Passage]) -> Iterator[list[Passage]]:
-    """Yield batches of passages of equal lengths, of at most a few thousand tokens: nothing is padded."""
+def without_padding(reader: Reader, passages: Sequence[Passage]) -> Iterator[list[Passage]]:
+    """Yield batches in which nothing is padded: of equal lengths, up to a few thousand tokens; small ones of several lengths
+    together, where the model reads such in one row.
+    """
     groups: dict[tuple[int, int], list[Passage]] = defaultdict(list)
     for passage in passages:
         groups[len(passage.prompt), passage.tokens].append(passage)
+    joins = len(groups) > 1 and reader.reads_in_one_row(passages)
+    row: list[Passage] = []
     for (_, tokens), group in sorted(groups.items()):
+        if joins and len(group) * tokens <= MOST_NODES:
+            if row and sum(p.tokens for p in row) + len(group) * tokens > MOST_NODES:
+                yield row
+                row = []
+            row += group
+            continue
         size = max(1, _BATCH_TOKENS // tokens)
         for at in range(0, len(group), size):
             yield group[at : at + size]
+    if row:
+        yield row
 
 
 def take_moments(
@@ -222,8 +230,9 @@ def take_moments(
     """
     share = min(1.0, 2 * most_rows / sum(p.tokens for p in passages))
     moments, reader = InputMoments(modules, most_rows=most_rows, seed=seed, share=share), Reader(model, head=head)
+    batches = list(without_padding(reader, passages))  # what it tries is not looked at
     with torch.inference_mode(), moments.watching(), _ending_at(until):
-        for batch in equal_lengths(passages):
+        for batch in batches:
             with suppress(_Reached):
                 reader.read(batch)
             report(len(batch))

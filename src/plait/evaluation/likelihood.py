@@ -29,6 +29,9 @@ from plait.tasks.encoding import Question
 
 _SHORTEST_PREFIX = 4  # tokens; below, a pass of its own costs more than it saves
 _MOST_POSITIONS = 4096  # whose logits are held at a time
+_LEAST_READ = 256  # tokens of a batch: below, a processor spends more on reading the weights than on the tokens
+_LEAST_READ_ELSEWHERE = 4096  # as an accelerator has it
+_MOST_PADDING = 0.1  # of what is read, in a batch of more tokens than that
 
 
 def log_likelihoods(
@@ -53,7 +56,8 @@ def log_likelihoods(
     found: list[list[float]] = [[] for _ in questions]
     with torch.inference_mode(), plain_states(model):
         reader = _EncoderDecoder(model) if encoder_decoder else _reader(model, questions, batch_size)
-        for batch in _batches(questions, batch_size, aligned=reader.aligned):
+        least = _LEAST_READ if model.device.type == "cpu" else _LEAST_READ_ELSEWHERE
+        for batch in _batches(questions, batch_size, aligned=reader.aligned, shared=reader.shared, least=least):
             for i, row in zip(batch, reader([questions[i] for i in batch]), strict=True):
                 check_numbers(model, row)
                 found[i] = row
@@ -134,20 +138,30 @@ def _uncached(model: Any, questions: Sequence[Question], batch_size: int, reason
     return _Uncached(model, batch_size, padded=padded)
 
 
-def _batches(questions: Sequence[Question], batch_size: int, *, aligned: bool) -> Iterator[list[int]]:
-    """Group questions of like length (of one length when aligned), so that there is little padding; long answers, few rows."""
+def _batches(questions: Sequence[Question], batch_size: int, *, aligned: bool, shared: int, least: int) -> Iterator[list[int]]:
+    """Group questions of like length (of one length when aligned), so that there is little padding; long answers, few rows.
+
+    Args:
+        questions: to be grouped.
+        batch_size: of a group, at most.
+        aligned: whether nothing may be padded.
+        shared: first tokens of every prompt that are not read again.
+        least: tokens that are read before a group ends for its padding.
+    """
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt), i))
     batch: list[int] = []
-    rows = width = 0
+    rows = width = tokens = 0
     for i in order:
         q = questions[i]
+        own = len(q.prompt) - shared
         more, wider = len(q.answers), max(width, max(map(len, q.answers)))
         other = aligned and batch and len(q.prompt) != len(questions[batch[0]].prompt)
-        if batch and (other or len(batch) == batch_size or (rows + more) * wider > _MOST_POSITIONS):
+        wasted = tokens >= least and tokens + own < (1 - _MOST_PADDING) * (len(batch) + 1) * own
+        if batch and (other or wasted or len(batch) == batch_size or (rows + more) * wider > _MOST_POSITIONS):
             yield batch
-            batch, rows, wider = [], 0, max(map(len, q.answers))
+            batch, rows, tokens, wider = [], 0, 0, max(map(len, q.answers))
         batch.append(i)
-        rows, width = rows + more, wider
+        rows, width, tokens = rows + more, wider, tokens + own
     if batch:
         yield batch
 
@@ -264,10 +278,10 @@ class _Cached:
         self.aligned = library.counts_by_place(model) or (window is not None and longest >= window)
         prompts = [q.prompt for q in questions]
         shared = _shared(prompts) if len(prompts) > 1 else 0
-        self._shared = shared if shared >= _SHORTEST_PREFIX else 0
+        self.shared = shared if shared >= _SHORTEST_PREFIX else 0
         self._read: Any = None
-        if self._shared:
-            ids = torch.tensor([prompts[0][: self._shared]], device=model.device)
+        if self.shared:
+            ids = torch.tensor([prompts[0][: self.shared]], device=model.device)
             self._read = self._forward.begin(ids, torch.ones_like(ids), use_cache=True)[1]
 
     def __call__(self, questions: Sequence[Question]) -> list[list[float]]:
@@ -279,12 +293,12 @@ class _Cached:
         return self._instead(questions)
 
     def _ask(self, questions: Sequence[Question]) -> list[list[float]]:
-        rests = [q.prompt[self._shared :] for q in questions]
+        rests = [q.prompt[self.shared :] for q in questions]
         stems_of = [_Stems(q.answers) for q in questions]
         ids, mask = padded(rests, self._model.device, left=True)
-        seen = torch.cat([mask.new_ones(len(rests), self._shared), mask], 1)
+        seen = torch.cat([mask.new_ones(len(rests), self.shared), mask], 1)
         continued = any(map(any, (stems.read for stems in stems_of)))
-        if self._shared:
+        if self.shared:
             past = copy.deepcopy(self._read)
             library.copy_rows(past, torch.zeros(len(rests), dtype=torch.long, device=ids.device))
             logits, past = self._forward.go_on(ids, seen, past, last=True)
@@ -328,7 +342,7 @@ class _Stems:
 class _Uncached:
     """Reads every prompt with every continuation of several tokens, from the beginning; those of one token with any of them."""
 
-    aligned = False
+    aligned, shared = False, 0
 
     def __init__(self, model: Any, batch_size: int, *, padded: bool) -> None:
         self._model = model
@@ -370,7 +384,7 @@ class _Uncached:
 class _EncoderDecoder:
     """Reads every prompt once in the encoder, and every continuation in the decoder."""
 
-    aligned = False
+    aligned, shared = False, 0
 
     def __init__(self, model: Any) -> None:
         self._model = model

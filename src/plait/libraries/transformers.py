@@ -44,6 +44,7 @@ CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "decision_transformer", "imageg
 #: The order in which modules of fused experts declare their parameters.
 EXPERT_PARAMETERS = ("gate_up_proj", "gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
 _KNOWN_ARGUMENTS = ("cache", "past_key_values")
+_MASKED_ATTENTION = frozenset({"sdpa", "eager"})  # implementations that add a mask (B, 1, L, L) to what they compute
 _CONTINUED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -131,6 +132,27 @@ def counts_by_place(model: Any) -> bool:
     (GPT-Neo).
     """
     return "position_ids" not in forward_parameters(model) or "local" in (getattr(model.config, "attention_layers", None) or ())
+
+
+def why_not_packed(model: Any, longest: int) -> str | None:
+    """Return why several texts cannot be read in one row, with a mask of which token sees which; None where they can.
+
+    Args:
+        model: causal.
+        longest: tokens of the longest text.
+    """
+    reason = why_not_continued(model)
+    if reason is not None:
+        return reason
+    if "attention_mask" not in forward_parameters(model) or counts_by_place(model):
+        return "its forward takes no positions, or no mask"
+    attention = getattr(model.config, "_attn_implementation", None)
+    if attention not in _MASKED_ATTENTION:
+        return f"its attention ({attention}) takes no mask of which token sees which"
+    window = attention_window(model)
+    if window is not None and longest >= window:
+        return f"its layers look {window} tokens back only"
+    return None
 
 
 def reserved_positions(model: Any) -> int:

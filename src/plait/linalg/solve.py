@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plait.linalg.inputs import RowGram
+from plait.linalg.inputs import RowGram, mirror_lower
 
 CONDITION = 1e6  # of Σ Gₜ + ρI, at most
 
@@ -54,6 +54,7 @@ class RidgeSystem:
             total = self._dense()
             while self._factored:
                 self._factored.pop().add_to(total)
+            mirror_lower(total)
 
     def solve(self, ridge: float) -> Tensor:
         """Return the rows A' (Σ rₜ, n), float64, with which M = [B₁ … B_T] A'.
