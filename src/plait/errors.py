@@ -18,7 +18,12 @@ prints message and notes without a traceback and exits with code 2.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
+
+#: Numbers of an `OSError`: the disk is full; the disk fails, whichever way bytes are copied.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FAULTS = (*DISK_FULL, errno.EIO)
 
 
 class PlaitError(Exception):

@@ -19,6 +19,7 @@ from plait.folders import OutsideError, file_in, file_name_problem, open_in
 from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
 from plait.libraries.transformers import LABEL_LAYERS
 from plait.merging.inventory import Inventory
+from plait.tensorfiles.formats import TENSOR_FORMATS
 
 _TOKENIZER = (
     "added_tokens.json",
@@ -34,7 +35,8 @@ _TOKENIZER = (
     "vocab.*",
 )
 _WEIGHTS = (
-    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.npz",
+    *(f"*{kind.suffix}" for kind in TENSOR_FORMATS),
+    "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.npz",
     "*.index.json",
 )  # fmt: skip
 # the card, and what plait itself, an adapter or a training left there

@@ -20,10 +20,10 @@ from plait.hub.references import Reference, parse_reference
 from plait.libraries.huggingface_hub import progress_bars, status_of
 from plait.notices import announce
 from plait.records import Record
+from plait.tensorfiles.formats import TENSOR_FORMATS
+from plait.tensorfiles.reader import SafetensorsFile
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PICKLED = "adapter_model.bin"
 #: What may be next to an adapter and is wanted next to the merge: the card, the tokenizer and the chat template.
 FILES_NEXT_TO_ADAPTER = (
     "README.md",
@@ -41,10 +41,7 @@ FILES_NEXT_TO_ADAPTER = (
     "vocab.txt",
 )
 #: What is fetched of a base model unless the caller asks for more.
-MODEL_FILES = ("*.safetensors", "*.json")
-_SAFETENSORS = MODEL_FILES[0]
-#: What is fetched in place of safetensors where a model has none.
-PICKLED_MODEL = "pytorch_model*.bin"
+MODEL_FILES = (SafetensorsFile.model_files, "*.json")
 #: What a full model needs next to its weights and its json files; `resolve_model(files=...)` takes both together.
 COMPANION_FILES = ("*.jinja", "*.model", "*.txt", "LICENSE*", "README.md")
 _SHOWN = 12
@@ -84,20 +81,21 @@ def resolve(reference: Reference, *, base: Path | None = None, progress: bool = 
     """
     if reference.path is not None:
         return Located(folder=_local_folder(reference, base))
+    tensors = [kind.adapter_name for kind in TENSOR_FORMATS]
     prefix = _prefix(reference)
     commit, names, error = _listing(reference)
     if error is not None:
         snapshot = _from_cache(error, reference, [glob.escape(prefix + ADAPTER_CONFIG)], base=base)
         held = {path.name for path in (snapshot / prefix).glob("*")}
-        if ADAPTER_CONFIG not in held or not held & {ADAPTER_WEIGHTS, PICKLED}:
+        if ADAPTER_CONFIG not in held or held.isdisjoint(tensors):
             raise AddressError(_offline_reason(error, reference, base)) from error
     else:
         if prefix + ADAPTER_CONFIG not in names:
             raise AddressError(_no_config(reference, commit, names))
-        weights = [name for name in (ADAPTER_WEIGHTS, PICKLED) if prefix + name in names][:1]
+        weights = [name for name in tensors if prefix + name in names][:1]
         if not weights:
             raise AddressError(
-                f"{reference.address!r} has {ADAPTER_CONFIG}, but neither {ADAPTER_WEIGHTS} nor {PICKLED}. It holds: "
+                f"{reference.address!r} has {ADAPTER_CONFIG}, but neither {' nor '.join(tensors)}. It holds: "
                 f"{listed(names, _SHOWN)}."
             )
         wanted = [prefix + name for name in (ADAPTER_CONFIG, *weights, *FILES_NEXT_TO_ADAPTER) if prefix + name in names]
@@ -112,7 +110,7 @@ def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] =
         text: a path or a place on the Hub. A repository without owner (`gpt2`) is one of the Hub's oldest and allowed.
         base: the folder that a relative path starts from; the working directory when absent.
         files: shell patterns of the files to fetch, of that folder alone and not of those below it; at least one file
-            has to match the first. Where a model has no safetensors, its `pytorch_model*.bin` are fetched in their place.
+            has to match the first. Where a model has no safetensors, its tensors in another format are fetched in their place.
             Second copies of the weights in another layout (`consolidated*`) are never fetched.
         progress: draw progress bars while downloading.
 
@@ -124,19 +122,21 @@ def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] =
         raise AddressError(f"{text!r}: a base model has no name. Write {reference.address!r}.")
     if reference.path is not None:
         return Located(folder=_local_folder(reference, base))
+    safetensors, *others = (kind.model_files for kind in TENSOR_FORMATS)
     prefix = _prefix(reference)
     commit, names, error = _listing(reference)
     if error is not None:
-        patterns = [glob.escape(prefix) + pattern for pattern in (*files, PICKLED_MODEL)]
+        patterns = [glob.escape(prefix) + pattern for pattern in (*files, *others)]
         snapshot = _from_cache(error, reference, patterns, base=base)
-        if not any(path for pattern in _first(files) for path in (snapshot / prefix).glob(pattern)):
+        first = (safetensors, *others) if files[0] == safetensors else files[:1]  # of which one has to match
+        if not any(path for pattern in first for path in (snapshot / prefix).glob(pattern)):
             raise AddressError(_offline_reason(error, reference, base)) from error
     else:
         here = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         here = [name for name in here if "/" not in name and not name.startswith("consolidated")]
         wanted = {pattern: fnmatch.filter(here, pattern) for pattern in files}
-        if not wanted.get(_SAFETENSORS, True):
-            wanted[_SAFETENSORS] = fnmatch.filter(here, PICKLED_MODEL)
+        if not wanted.get(safetensors, True):
+            wanted[safetensors] = next(filter(None, (fnmatch.filter(here, pattern) for pattern in others)), [])
         if not wanted[files[0]]:
             raise AddressError(
                 f"{reference.address!r} has no {files[0]}. It holds: {listed(names, _SHOWN) or 'nothing'}. Give a model that "
@@ -145,11 +145,6 @@ def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] =
         paths = sorted({prefix + name for found in wanted.values() for name in found})
         snapshot = _fetch(reference, commit, paths, base=base, progress=progress)
     return _located(reference, snapshot)
-
-
-def _first(files: Sequence[str]) -> tuple[str, ...]:
-    """Return the patterns of which one has to match."""
-    return (files[0], PICKLED_MODEL) if files[0] == _SAFETENSORS else (files[0],)
 
 
 def _prefix(reference: Reference) -> str:

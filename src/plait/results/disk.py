@@ -7,11 +7,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from plait.errors import OutputError
+from plait.errors import DISK_FULL, OutputError
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS)
-DISK_FAULTS = (*DISK_FULL, errno.EIO)  # of the disk, whichever way bytes are copied
 
 
 def free_space(folder: Path) -> tuple[Path, int]:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from plait.errors import DISK_FAULTS
 from plait.notices import announce
-from plait.results.disk import DISK_FAULTS
 from plait.tensorfiles.reader import DTYPES, FLOATS
 
 SHORT = {DTYPES[name]: name for name in FLOATS}

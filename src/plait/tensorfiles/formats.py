@@ -7,10 +7,7 @@ from pathlib import Path
 from plait.tensorfiles.pickled import PickleFile
 from plait.tensorfiles.reader import SafetensorsFile, TensorFile
 
-TENSOR_FORMATS: tuple[type[SafetensorsFile | PickleFile], ...] = (
-    SafetensorsFile,
-    PickleFile,
-)  # the first that is there is read
+TENSOR_FORMATS: tuple[type[TensorFile], ...] = (SafetensorsFile, PickleFile)  # the first that is there is read
 
 
 def open_tensors(path: Path) -> TensorFile:

@@ -75,6 +75,7 @@ class PickleFile(TensorFile):
     suffix = ".bin"
     adapter_name = "adapter_model.bin"
     model_name = "pytorch_model.bin"
+    model_files = "pytorch_model*.bin"
 
     def __init__(self, path: Path) -> None:
         self.path = path

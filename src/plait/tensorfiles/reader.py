@@ -25,17 +25,27 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 class TensorFile:
     """A file of tensors, each at its place in it.
 
+    Args:
+        path: of the file.
+
     Attributes:
         path: of the file.
         tensors: name → shape, dtype and place.
+
+    Raises:
+        AdapterError: there is no such file, or it is not of the format.
     """
 
     suffix: ClassVar[str]  #: of a file's name
     adapter_name: ClassVar[str]  #: the file of an adapter
     model_name: ClassVar[str]  #: the only file of a base model; shards and index are named after it
+    model_files: ClassVar[str]  #: shell pattern of all files of a base model's tensors
 
     path: Path
     tensors: Mapping[str, TensorInfo]
+
+    def __init__(self, path: Path) -> None:
+        raise NotImplementedError
 
     def is_in_order(self, name: str) -> bool:
         """Return whether a tensor's values follow each other in the file, so that its bytes can be copied."""
@@ -116,6 +126,7 @@ class SafetensorsFile(TensorFile):
     suffix = ".safetensors"
     adapter_name = "adapter_model.safetensors"
     model_name = "model.safetensors"
+    model_files = "*.safetensors"
 
     def __init__(self, path: Path) -> None:
         self.path = path

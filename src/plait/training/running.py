@@ -10,10 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plait.errors import OutputError, PlanError
+from plait.errors import DISK_FULL, OutputError, PlanError
 from plait.extras import optional
 from plait.libraries.transformers import CheckpointError, report_steps, take_steps
-from plait.results.disk import DISK_FULL
 from plait.results.progress import Progress
 from plait.results.staging import publish
 from plait.results.versions import library_versions
