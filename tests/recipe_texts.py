@@ -55,10 +55,7 @@ def quietly(load: Callable[..., Recipe], recipe: Any, overrides: Sequence[str] |
         return load(recipe) if overrides is None else load(recipe, overrides=overrides)
 
 
-TOP = (
-    "version, base_model, adapters, method, merge_mode, transforms, weights, scale, heads, output, tasks, eval, calibration, "
-    "tune, seed"
-)
+TOP = ", ".join(Recipe.model_fields)
 
 
 TIES = "flavor, density, scope, kept, sign, weighted_vote, zero_sign, divisor, name, space"

@@ -6,14 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.errors import RecipeError
+from plait.errors import RecipeError, join_words
 from plait.methods import METHODS
+from plait.recipes.evaluation import EvalSpec, Subset
 from plait.recipes.loading import build_recipe, load_recipe
-from plait.recipes.schema import Recipe
+from plait.recipes.schema import AdapterEntry, Output, Recipe
 from plait.recipes.writing import to_yaml
 from tests.every import every
 from tests.recipe_texts import AFTER, BEFORE, COMBINES, FULL, PAIR, TIES, TOP, problems
 
+ENTRY = join_words([*AdapterEntry.model_fields])
 METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1]!r}"
 
 
@@ -32,14 +34,14 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
         (
             "eval: {subset: 8}",
             [
-                "recipe:4: eval.subset: subset is 8; it must be a mapping with the keys max_samples, stratified, seed and "
-                "per_task, such as subset: {max_samples: 8}."
+                f"recipe:4: eval.subset: subset is 8; it must be a mapping with the keys {join_words([*Subset.model_fields])}, "
+                "such as subset: {max_samples: 8}."
             ],
         ),
         (
             "eval: 3",
             [
-                "recipe:4: eval: eval is 3; it must be a mapping with the keys split, subset, batch_size, draws and seed, "
+                f"recipe:4: eval: eval is 3; it must be a mapping with the keys {join_words([*EvalSpec.model_fields])}, "
                 "such as eval: {batch_size: 3}."
             ],
         ),
@@ -101,7 +103,7 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
         (
             "output: 3",
             [
-                "recipe:4: output: output is 3; it must be a mapping with the keys kind, rank, dtype and layout, "
+                f"recipe:4: output: output is 3; it must be a mapping with the keys {join_words([*Output.model_fields])}, "
                 "such as output: {rank: 3}."
             ],
         ),
@@ -235,7 +237,7 @@ FORMS = "Allowed: [name=]PATH (a folder, as ./a, /a, ~/a) or [name=]org/repo[@re
         ("adapters: []", ["recipe:1: adapters: adapters is empty; give at least 1."]),
         ("adapters: ./a", ["recipe:1: adapters: adapters is './a'; it must be a list."]),
         ("adapters: [3, {name: a}]", [
-            "recipe:1: adapters.0: adapters.0 is 3; it must be a mapping with the keys name, path, weight and moments.",
+            f"recipe:1: adapters.0: adapters.0 is 3; it must be a mapping with the keys {ENTRY}.",
             "recipe:1: adapters.1.path: 'path' is missing. A folder, or `org/repo[@revision][/subfolder]`.",
         ]),
         ("adapters: [{path: ''}]", [

@@ -231,6 +231,7 @@ class _Product(torch.autograd.Function):
         return da, dbt, dc
 
 
+# Layout → what runs it, and the layouts derived from it that have no class of their own.
 _LAYERS: dict[type[Layout], type[Adapted]] = {
     Linear: LinearLayer,
     Embedding: EmbeddingLayer,
@@ -239,9 +240,14 @@ _LAYERS: dict[type[Layout], type[Adapted]] = {
 }
 
 
+def layer_type(layout: type[Layout]) -> type[Adapted]:
+    """Return the class that runs a layout: its own, or that of the layout which it is derived from."""
+    return next(_LAYERS[kind] for kind in layout.__mro__ if kind in _LAYERS)
+
+
 def adapted(target: TargetModule, stack: Stack, state: CoefficientState, *, module: int = 0, layer: int = 0) -> Adapted:
     """Return what makes a stack of deltas act on a target module; arguments as `Adapted` has them."""
-    return _LAYERS[type(target.layout)](target, stack, state, module, layer)
+    return layer_type(type(target.layout))(target, stack, state, module, layer)
 
 
 def _middle(share: Tensor, ndim: int) -> Tensor:
