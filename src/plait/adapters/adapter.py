@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plait.adapters.config import AdapterConfig
+from plait.adapters.config import AdapterConfig, subfolders_with
 from plait.adapters.contents import complete_names, other_files, sort_tensors
 from plait.adapters.layouts import Layout, layout_type
 from plait.adapters.layouts.parameter import WRAPPED, ParameterNaming
@@ -160,7 +160,9 @@ def _open_file(folder: Path) -> TensorFile:
     for kind in TENSOR_FORMATS:
         if (folder / kind.adapter_name).is_file():
             return kind(folder / kind.adapter_name)
-    instead = other_files(folder) or "Was the download cut short?"
+    below = dict.fromkeys(place for kind in TENSOR_FORMATS for place in subfolders_with(folder, kind.adapter_name))
+    elsewhere = f"It has them in {listed(below, 8)}: name one of these subfolders." if below else ""
+    instead = other_files(folder) or elsewhere or "Was the download cut short?"
     others = " or ".join(kind.adapter_name for kind in TENSOR_FORMATS[1:])
     raise AdapterError(f"{folder / ADAPTER_WEIGHTS}: no such file, and no {others} either. {instead}")
 

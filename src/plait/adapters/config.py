@@ -6,17 +6,21 @@ The tensors in the file are the truth for modules and ranks; the configuration s
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plait.adapters.patterns import PatternError, module_pattern
-from plait.errors import AdapterError, collect
+from plait.errors import AdapterError, collect, listed
 from plait.parsing import read_object, shown
 
 _LARGEST_RANK = 2**31 - 1
-_BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_LONGEST_TEXT = 4096  # letters of a name; the longest path of a file
+_BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
+#: Initializations after which the delta is relative to the published base model.
+PLAIN_INITIALIZATIONS = ("gaussian", "eva", "orthogonal", "mica")
 _UNSUPPORTED = {
     "use_bdlora": "BD-LoRA's block-diagonal factors",
     "use_qalora": "QA-LoRA's grouped inputs",
@@ -64,7 +68,7 @@ class AdapterConfig:
         if kind != "LORA":
             return f"peft_type is {shown(kind)}; plait merges LoRA. Convert it first, where PEFT can (peft.convert_to_lora)."
         init = self.raw.get("init_lora_weights", True)
-        if isinstance(init, str) and init.lower().startswith(_BASE_CHANGED):
+        if isinstance(init, str) and init.lower().replace("-", "_").startswith(_BASE_CHANGED):
             return (
                 f"init_lora_weights is {shown(init)} and was not converted: the file is relative to a base model that this "
                 "initialization changed, not to the published one. Save it with PEFT's "
@@ -155,7 +159,7 @@ def _is_flag(value: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and len(value) <= _LONGEST_TEXT
 
 
 def _are_texts(value: object) -> bool:
@@ -170,6 +174,10 @@ def _are_indices(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
 
 
+def _are_pairs(value: object) -> bool:
+    return isinstance(value, list) and all(_are_indices(pair) and len(pair) == 2 for pair in value)
+
+
 def _are_token_rows(value: object) -> bool:
     return _are_indices(value) or (isinstance(value, dict) and all(_are_indices(rows) for rows in value.values()))
 
@@ -177,11 +185,17 @@ def _are_token_rows(value: object) -> bool:
 #: What the values of keys must be, where they are not null, with the words for it.
 _KINDS: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
     (("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), _is_flag, "true or false"),
-    (("base_model_name_or_path", "revision", "task_type", "bias", "peft_version"), _is_text, "a text"),
+    (
+        ("base_model_name_or_path", "revision", "task_type", "peft_version"),
+        _is_text,
+        f"a text of up to {_LONGEST_TEXT} letters",
+    ),
     (("target_parameters",), _are_texts, "a list of names"),
     (("modules_to_save",), _are_texts, "a list of names"),
     (("target_modules", "exclude_modules", "layers_pattern"), _are_names, "a text or a list of names"),
     (("layers_to_transform",), lambda v: _are_indices([v]) or _are_indices(v), "an integer, or a list of them"),
+    (("bias",), lambda v: v in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+    (("layer_replication",), _are_pairs, "a list of pairs of integers"),
     (("alora_invocation_tokens",), _are_indices, "a list of integers"),
     (("trainable_token_indices",), _are_token_rows, "a list of integers, or names with such lists"),
     (("init_lora_weights",), lambda v: _is_flag(v) or _is_text(v), "true, false or a text"),
@@ -203,11 +217,16 @@ def _wrong_pattern(key: str, patterns: object) -> Iterator[str]:
             yield f"{key}: {shown(pattern)}: {error}."
 
 
+def subfolders_with(folder: Path, name: str) -> list[str]:
+    """Return the folders up to three levels below a folder that hold a file, checkpoints in the order of their steps."""
+    found = {p.parent.relative_to(folder).as_posix() for level in ("*", "*/*", "*/*/*") for p in folder.glob(f"{level}/{name}")}
+    return sorted(found, key=lambda path: [(int(d or 0), text) for text, d in re.findall(r"(\D*)(\d*)", path)])
+
+
 def _what_is_there(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder} is not a folder."
-    below = sorted(p.parent.name for p in folder.glob("*/adapter_config.json"))
-    if below:
-        return f"{folder} has them in {', '.join(below[:8])}: name one of these subfolders."
-    names = sorted(p.name for p in folder.iterdir())[:8]
-    return f"{folder} holds {', '.join(names) if names else 'nothing'}."
+    if below := subfolders_with(folder, "adapter_config.json"):
+        return f"{folder} has them in {listed(below, 8)}: name one of these subfolders."
+    names = sorted(p.name for p in folder.iterdir())
+    return f"{folder} holds {listed(names, 8) if names else 'nothing'}."

@@ -6,7 +6,6 @@ is far above 1, or far below, would overflow or vanish on the way to a result th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,7 +56,7 @@ def float32_limit(slices: Sequence[LowRank], factor: float) -> float | None:
             continue
         product = a * b * part.rank
         for size in (a, b, product, product * abs(factor)):
-            if math.isfinite(size) and not _SMALLEST <= size <= _LARGEST:
+            if not _SMALLEST <= size <= _LARGEST:
                 return size
     return None
 

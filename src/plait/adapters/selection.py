@@ -20,10 +20,10 @@ _NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules", "targe
 def selection_of(adapters: Sequence[Adapter], layouts: Mapping[str, Layout]) -> dict[str, Any]:
     """Return the keys of `adapter_config.json` that make PEFT wrap exactly these targets.
 
-    An adapter with the same targets got them by its own selection, which is short and known to be right (modules that it saved
-    in full are exempt from it, and would be wrapped now). So did all adapters together: their selections side by side mean the
-    union, whatever the modules are called in the version of the model that it is loaded into. Where neither holds, full paths
-    name them.
+    An adapter with the same targets got them by its own selection, which is short, and right where it names them all (modules
+    that it saved in full are exempt from it, and would be wrapped now). So did all adapters together: their selections side by
+    side mean the union, whatever the modules are called in the version of the model that loads it. Where neither holds, full
+    paths name them.
 
     Args:
         adapters: whose selections may serve.
@@ -32,7 +32,7 @@ def selection_of(adapters: Sequence[Adapter], layouts: Mapping[str, Layout]) -> 
     for adapter in adapters:
         raw = adapter.config.raw
         selected = (raw.get("target_modules") or raw.get("target_parameters")) and not raw.get("modules_to_save")
-        if selected and set(adapter.targets) == set(layouts):
+        if selected and set(adapter.targets) == set(layouts) and unselected(adapter) == []:
             return {k: sorted(v) if isinstance(v := raw.get(k), list) and k != "layers_to_transform" else v for k in _SELECTORS}
     selection = dict.fromkeys(_SELECTORS)
     joined = joined_selection(adapters, set(layouts))
@@ -64,8 +64,8 @@ def names_or_paths(targets: Collection[str], layers: Collection[str]) -> list[st
 def joined_selection(adapters: Sequence[Adapter], targets: Collection[str]) -> list[str] | str | None:
     """Return `target_modules` for the union of some adapters' targets: the entries of all, or one regular expression.
 
-    None where the selections do not mean that: they are narrowed down, an adapter lacks a module that its own selection names,
-    or the union is not what is wanted.
+    None where the selections do not mean that: they are narrowed down, an adapter lacks a module that its own selection names
+    or has one that it does not, or the union is not what is wanted.
 
     Args:
         adapters: opened.
@@ -79,10 +79,10 @@ def joined_selection(adapters: Sequence[Adapter], targets: Collection[str]) -> l
     if len(known) < len(selections):
         return None
     try:
-        beyond = [p for a, s in zip(selecting, known, strict=True) for p in targets if selects(s, p) and p not in a.targets]
+        others = [p for a, s in zip(selecting, known, strict=True) for p in targets if selects(s, p) is not (p in a.targets)]
     except PatternError:  # an expression that cannot be matched here: full paths are equivalent
         return None
-    if beyond:
+    if others:
         return None
     lists = [s for s in known if isinstance(s, list)]
     if len(lists) == len(known):
@@ -107,6 +107,44 @@ def selects(selection: list[str] | str, path: str) -> bool:
     if isinstance(selection, str):
         return full_path_pattern(selection)(path)
     return any(path == entry or path.endswith(f".{entry}") for entry in selection)
+
+
+def unselected(adapter: Adapter) -> list[str] | None:
+    """Return the modules of an adapter's file that PEFT would not wrap for its configuration, and so not load.
+
+    None where that is not known: the modules are named by the architecture, by a shorthand, or by an expression that cannot be
+    matched in bounded time. Parameters are matched by `target_parameters` when an adapter is opened.
+    """
+    raw, modules = adapter.config.raw, [t.path for t in adapter.targets.values() if not t.layout.names_parameter]
+    selection = raw.get("target_modules")
+    if not modules:
+        return []
+    if not selection or selection == _SHORTHAND:
+        return None
+    try:
+        return [path for path in modules if not (selects(selection, path) and _is_kept(raw, path))]
+    except PatternError:
+        return None
+
+
+def _is_kept(raw: Mapping[str, Any], path: str) -> bool:
+    """Return whether the keys that narrow `target_modules` down leave a module in, by PEFT's rules.
+
+    Raises:
+        PatternError: an expression that cannot be matched in bounded time.
+    """
+    if (exclude := raw.get("exclude_modules")) and selects(exclude, path):
+        return False
+    layers, selection = raw.get("layers_to_transform"), raw["target_modules"]
+    if layers is None or layers == [] or isinstance(selection, str) or path in selection:
+        return True
+    pattern = raw.get("layers_pattern") or ()
+    containers = (pattern,) if isinstance(pattern, str) else pattern
+    if not all(re.fullmatch(r"\w+", name) for name in containers):
+        raise PatternError("layers_pattern has more than words")
+    words = path.split(".")
+    indices = [i for i in range(2, len(words) - 1) if words[i].isdecimal() and (not containers or words[i - 1] in containers)]
+    return bool(indices) and int(words[indices[-1]]) in ([layers] if isinstance(layers, int) else layers)
 
 
 def full_paths(paths: list[str]) -> list[str] | str:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from plait.adapters.adapter import ALPHA, Adapter, Target
+from plait.adapters.config import PLAIN_INITIALIZATIONS
 from plait.adapters.names import layer_key
 from plait.adapters.patterns import module_pattern
+from plait.adapters.selection import unselected
+from plait.errors import AdapterError, listed
+from plait.parsing import shown
+from plait.tensorfiles.formats import TENSOR_FORMATS
+
+_CLASSIFIERS = ("classifier", "score")  # PEFT names both for a classifier, and a model has one of them
 
 
 def adapter_doubts(adapters: Sequence[Adapter]) -> list[str]:
@@ -15,7 +22,7 @@ def adapter_doubts(adapters: Sequence[Adapter]) -> list[str]:
 
     Of tensors only so many are read as it takes to see that an adapter was trained: one module per tower, unless it was not.
     """
-    return [f"{a.name!r}: {text}" for a in adapters for text in (*config_problems(a), *_untrained(a))]
+    return [f"{a.name!r}: {text}" for a in adapters for text in (*config_problems(a), *other_file(a), *_untrained(a))]
 
 
 def config_problems(adapter: Adapter) -> Iterator[str]:
@@ -34,7 +41,23 @@ def config_problems(adapter: Adapter) -> Iterator[str]:
     for key in ("rank_pattern", "alpha_pattern"):
         idle = [p for p in config.raw.get(key) or {} if not any(map(module_pattern(p), targets))]
         if idle and targets:
-            yield f"{key} has {', '.join(map(repr, idle[:4]))}, which no module of the file has as its name."
+            yield f"{key} has {listed(map(shown, idle))}, which no module of the file has as its name."
+    if lost := unselected(adapter):
+        yield (
+            f"the configuration does not select {len(lost)} of {len(targets)} modules of the file (such as {lost[0]!r}): PEFT "
+            "loads nothing of them. The tensors count."
+        )
+    if absent := _lost_tensors(adapter):
+        yield (
+            f"{' and '.join(absent)} in the configuration, but the file has no such tensors: they were lost on saving, and the "
+            "base model's act in their place."
+        )
+    init = config.raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in PLAIN_INITIALIZATIONS:
+        yield (
+            f"init_lora_weights is {shown(init)}, which is not known here. Its deltas are taken as relative to the published "
+            "base model; if this initialization changed that, they are not."
+        )
     nothing = [t.path for t in targets.values() if t.scaling == 0]
     if nothing:
         yield f"alpha is 0 for {len(nothing)} of {len(targets)} modules (such as {nothing[0]!r}): their delta is zero."
@@ -43,9 +66,46 @@ def config_problems(adapter: Adapter) -> Iterator[str]:
         yield f"alpha is negative for {len(against)} of {len(targets)} modules (such as {against[0]!r}): they are subtracted."
 
 
+def _lost_tensors(adapter: Adapter) -> list[str]:
+    """Return keys with the modules that they name as trained in full, or as token rows, of which the file has nothing."""
+    raw, held = adapter.config.raw, [f".{path}." for path in (*adapter.full_tensors, *adapter.targets)]
+
+    def lacking(names: Iterable[str], end: str = "") -> list[str]:
+        return [name for name in names if not any(f".{name}." in path and path.endswith(end) for path in held)]
+
+    saved = raw.get("modules_to_save") or ()
+    heads = lacking(saved)
+    if any(name in saved and name not in heads for name in _CLASSIFIERS):
+        heads = [name for name in heads if name not in _CLASSIFIERS]
+    rows = raw.get("trainable_token_indices")
+    tables = lacking(rows if isinstance(rows, dict) else ("token_adapter",) * bool(rows), ".trainable_tokens_delta.")
+    which = listed(map(shown, tables)) if isinstance(rows, dict) else "rows"
+    found = {"modules_to_save": heads and listed(map(shown, heads)), "trainable_token_indices": tables and which}
+    return [f"{key} has {names}" for key, names in found.items() if names]
+
+
 def stored_rank(target: Target) -> int:
     """Return the rank as PEFT counts it: a grouped convolution's is spread over its groups."""
     return target.rank * target.layout.rank_unit
+
+
+def other_file(adapter: Adapter) -> Iterator[str]:
+    """Report a file of tensors in another format next to the one that is read, where the two differ."""
+    read = adapter.file
+    for kind in TENSOR_FORMATS:
+        path = adapter.folder / kind.adapter_name
+        if path == read.path or not path.is_file():
+            continue
+        try:
+            other = kind(path)
+            equal = other.tensors.keys() == read.tensors.keys() and all(
+                (a := other.read(name)).shape == (b := read.read(name)).shape and bool((a == b).all()) for name in read.tensors
+            )
+            why = "" if equal else "it holds other tensors, as a file of another training does"
+        except AdapterError as error:
+            why = f"it cannot be compared ({error})"
+        if why:
+            yield f"{read.path.name} is read, as in PEFT, and not the {path.name} next to it: {why}."
 
 
 def _untrained(adapter: Adapter) -> Iterator[str]:

@@ -18,7 +18,7 @@ from plait.adapters.names import layer_key
 from plait.errors import PlanError
 from plait.inspection.comparison import AdapterComparison, compare_adapters
 from plait.inspection.compatibility import Compatibility, Serving, check_compatibility, serving, short_name
-from plait.inspection.doubts import config_problems
+from plait.inspection.doubts import config_problems, other_file
 from plait.inspection.geometry import PairwiseMeasures, Spectra, layer_name, measure_all
 from plait.records import Record
 from plait.results.progress import Progress, SilentProgress
@@ -265,7 +265,7 @@ def _warnings(adapter: Adapter, spectra: Spectra) -> Iterator[str]:
     config, targets = adapter.config, adapter.targets
     if not targets:
         yield "It has no LoRA tensors, only tensors trained in full: there is no delta to merge."
-    yield from (text[0].upper() + text[1:] for text in config_problems(adapter))
+    yield from (text[0].upper() + text[1:] for text in (*config_problems(adapter), *other_file(adapter)))
     zero = [path for path, energy in spectra.energies.items() if energy == 0]
     if zero:
         yield f"{len(zero)} of {len(targets)} modules have a zero delta (such as {zero[0]!r}): they were not trained."
