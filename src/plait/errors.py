@@ -25,6 +25,8 @@ from collections.abc import Iterable, Sequence
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK_FAULTS = (*DISK_FULL, errno.EIO)
 
+_LONGEST_WORD = 1000  # letters of one in a list
+
 
 class PlaitError(Exception):
     """Base of all errors that plait raises on purpose."""
@@ -78,9 +80,16 @@ def collect(error: type[PlaitError], problems: Sequence[str], heading: str) -> N
 
 
 def listed(words: Iterable[str], most: int = 4, separator: str = ", ") -> str:
-    """Return the first words, and how many more there are: `a, b, c, d and 3 more`."""
+    """Return the first words, long ones shortened, and how many more there are: `a, b, c, d and 3 more`."""
     words = list(words)
-    return separator.join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+    return separator.join(_shortened(word) for word in words[:most]) + (
+        f" and {len(words) - most} more" if len(words) > most else ""
+    )
+
+
+def _shortened(word: str) -> str:
+    """Return a word as it is, or its two ends: a name from a file may have a million letters."""
+    return word if len(word) <= _LONGEST_WORD else f"{word[: _LONGEST_WORD // 2]}…{word[-_LONGEST_WORD // 4 :]}"
 
 
 def join_words(words: Sequence[str], last: str = "and") -> str:

@@ -388,7 +388,7 @@ def test_one_weight_as_module_and_as_parameter(place, capsys):
         ({"revision": ["main"]}, "revision is ['main']; it must be a text"),
         ({"peft_type": ["LORA"] * 99}, "peft_type is"),
         ({"bias": {}}, "bias is {}; it must be 'none', 'all' or 'lora_only'"),
-        ({"task_type": "a" * 5000}, "it must be a text of up to 4096 letters"),
+        ({"task_type": "a" * 20_000}, "it must be a text of up to 10000 letters"),
         ({"layer_replication": [[0, 1, 2]]}, "layer_replication is [[0, 1, 2]]; it must be a list of pairs"),
         ({"init_lora_weights": "LoRA-GA"}, "init_lora_weights is 'LoRA-GA' and was not converted"),
         ({"lora_alpha": 1e308}, "adapter 'c' has values of the order of"),
@@ -493,3 +493,23 @@ def test_an_evaluation_names_an_output_that_exists_beside_what_else_is_wrong(cap
     printed = refused(capsys, "eval", "a", "b", "--tasks", "none.yaml", "--require", "worst>0.5", "-o", "a")
     assert "a exists already" in printed
     assert "worst>0.5" in printed
+
+
+@pytest.mark.parametrize("words", [("bake", "a"), ("merge", "dora")])
+def test_base_without_tensors(place, capsys, words):
+    tensors = load_file(adapter(place / "dora", use_dora=True) / "adapter_model.safetensors")
+    magnitudes = {f"base_model.model.{module}.lora_magnitude_vector": torch.ones(8) for module in MODULES}
+    save_file({**tensors, **magnitudes}, place / "dora" / "adapter_model.safetensors")
+    (place / "base").mkdir()
+    (place / "base" / "config.json").write_text("{}")
+    save_file({}, place / "base" / "model.safetensors")
+    assert "base: model.safetensors of the base model holds no tensors" in refused(
+        capsys, *words, "--base-id", "base", "-o", "out"
+    )
+
+
+def test_names_of_a_million_letters(place, capsys):
+    for names in ("target_modules", "modules_to_save"):
+        adapter(place / names, **{names: ["n" * 10**6]})
+        assert exit_code("merge", "a", names, "-o", f"out-{names}") == 0
+    assert 0 < len(capsys.readouterr().err) < 10_000

@@ -255,7 +255,7 @@ def test_rows_that_are_not_finite_are_refused(sources, folder, tmp_path):
     change(folder, PATHS[1], None)
     rows = torch.full((2, 5), torch.inf)
     save_file({**load_file(folder / "a.safetensors"), f"{PATHS[1]}:rows": rows}, folder / "a.safetensors")
-    with pytest.raises(AdapterError, match=f"moments of 'a', {PATHS[1]}: .*not finite"):
+    with pytest.raises(AdapterError, match=f"a.safetensors: moments of 'a', {PATHS[1]}: .*not finite"):
         merge(sources, tmp_path, moments=folder)
 
 

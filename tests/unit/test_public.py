@@ -76,6 +76,18 @@ def test_a_configuration_keeps_what_has_a_meaning():
     assert found == config | {
         "base_model_name_or_path": "base", "_name_or_path": "base", "nested": {"tokenizer_file": "t.json", "other": "c"}
     }  # fmt: skip
+    texts = {
+        "made at /home/u/x/base": "made at base",
+        "--in=/tmp/u/rows --out ~/runs/y": "--in=rows --out y",
+        r"from C:\Users\u\base.": "from base.",
+        "file:///root/u/w, then": "w, then",
+        "see https://host/home/u/x": "see https://host/home/u/x",
+        "yes/no, or a /b/c of a pattern": "yes/no, or a /b/c of a pattern",
+    }
+    labels = {"id2label": {"0": "/m/09x0r"}, "label2id": {"/m/09x0r": 0}}
+    written = json.dumps({"note": list(texts), "chat_template": "{{ '/home/u/x' }}", **labels})
+    expected = {"note": list(texts.values()), "chat_template": "{{ '/home/u/x' }}", **labels}
+    assert json.loads(public_file("config.json", written.encode())) == expected
     for name in ("tokenizer.json", "vocab.json", "x.index.json", "adapter.safetensors"):
         data = b'{"a": "/usr/bin/x"}'
         assert public_file(name, data) == data

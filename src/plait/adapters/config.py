@@ -17,7 +17,7 @@ from plait.errors import AdapterError, collect, listed
 from plait.parsing import read_object, shown
 
 _LARGEST_RANK = 2**31 - 1
-_LONGEST_TEXT = 4096  # letters of a name; the longest path of a file
+_LONGEST_TEXT = 10_000  # letters of a name; paths of files have no more than 4096
 _BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
 #: Initializations after which the delta is relative to the published base model.
 PLAIN_INITIALIZATIONS = ("gaussian", "eva", "orthogonal", "mica")

@@ -15,7 +15,7 @@ from plait.checkpoints.architecture import Architecture, ArchitectureUnknown
 from plait.checkpoints.dequantize import QUANTIZED_FORMATS, PlainFile, dequantized
 from plait.checkpoints.files import INDEX, MODEL_CONFIG, SINGLE, WeightFiles, find_weights, index_name, read_config
 from plait.checkpoints.quantization import quantization, quantization_advice
-from plait.errors import AdapterError, PlanError, collect
+from plait.errors import AdapterError, PlanError, collect, listed
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve_model
 from plait.notices import announce
 from plait.tensorfiles.formats import TENSOR_FORMATS, open_tensors
@@ -133,6 +133,8 @@ class BaseCheckpoint:
                 for tensor, name in weights.home.items()
                 if tensor not in home or home[tensor].file.path.name != name
             ][:5]
+        if not home and not problems:
+            problems.append(f"{folder}: {listed(names)} of the base model holds no tensors. Fetch it again.")
         collect(AdapterError, problems, f"{folder}: the base model is not complete")
         checkpoint = BaseCheckpoint(located, read_config(folder), tuple(shards), index, home)._without_copies()
         found = quantization(checkpoint.config, {n: s.file.tensors[n] for n, s in home.items()})

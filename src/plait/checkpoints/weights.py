@@ -10,7 +10,7 @@ from torch import Tensor
 from plait.adapters.layouts import Layout
 from plait.adapters.layouts.conv1d import has_conv1d
 from plait.checkpoints.files import INPUT_EMBEDDING, OUTPUT_HEAD, find_weights, read_config
-from plait.errors import AdapterError
+from plait.errors import AdapterError, listed
 from plait.tensorfiles.formats import open_tensors
 from plait.tensorfiles.reader import SafetensorsFile
 
@@ -34,6 +34,8 @@ class BaseWeights:
             raise AdapterError(f"{folder}: no weights of a base model here; DoRA needs them.")
         self._files = [open_tensors(folder / name) for name in names]
         self._home = {tensor: file for file in self._files for tensor in file.tensors}
+        if not self._home:
+            raise AdapterError(f"{folder}: {listed(names)} of the base model holds no tensors. Fetch it again.")
         config = read_config(folder)
         self._conv1d = has_conv1d(config, {n: f.tensors[n].shape for n, f in self._home.items()})
         parts = [config, *(part for part in config.values() if isinstance(part, dict))]

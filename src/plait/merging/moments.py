@@ -162,7 +162,8 @@ class Moments:
         names = list(self.targets)
 
         def read(index: int) -> Found | None:
-            where = f"moments of {names[index]!r}, {module}"
+            file = self.files.get(names[index])
+            where = f"{f'{file.path}: ' if file else ''}moments of {names[index]!r}, {module}"
             found = self.read(names[index], module, matrix)
             if found is None and module in self.targets[names[index]]:
                 raise AdapterError(f"{where}: there are none, and the adapter has the module.")

@@ -111,7 +111,9 @@ class Lock(Record):
         recipe, text = self.recipe, (str, type(None))
         if self.has_adapters:
             adapters, method = recipe.get("adapters"), recipe.get("method")
-            named = isinstance(adapters, list) and all(isinstance(a, dict) and isinstance(a.get("name"), str) for a in adapters)
+            named = isinstance(adapters, list) and all(
+                isinstance(a, dict) and isinstance(a.get("name"), str) and a["name"] for a in adapters
+            )
             if not named or not isinstance(method, dict) or not isinstance(method.get("name"), str):
                 raise ValueError("the recipe names no adapters, or no method")
             if lacking := [a["name"] for a in adapters or () if a["name"] not in self.inputs]:

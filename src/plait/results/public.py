@@ -18,6 +18,11 @@ from plait.results.lock import LOCK, RUN_RECORD, SUMMARY
 _LOCAL = re.compile(r"(?:/|~|\.{1,2}(?:[/\\]|$)|[A-Za-z]:[\\/]|\\\\|file:)")
 _FAR = re.compile(r"(?:file:/*|~[^\s/]*|[A-Za-z]:|\\)?[/\\][^/\\\n]+[/\\][^\n]*")  # at least two parts: `/` may be a token
 _WITHIN = re.compile(r"(?<![\w:/\\.~*>)\]-])(?:file://|~[\w.-]*|[A-Za-z]:)?(?:[/\\][^\s/\\'\"`:;,()<>|*]+){2,}")
+# Within a text of a configuration: where people's files are. Machines that rebuild a result must replace the same.
+_HOMES = re.compile(
+    r"(?<![\w:/\\.~])(?:file://)?(?:/(?:home|Users|root|tmp|mnt|data|scratch|work|workspace|content)/|~/|[A-Za-z]:\\)"
+    r"[^\s'\"`:;,()<>|*]+"
+)
 _CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]")
 #: Keys that name a file or folder, whatever their value looks like.
 _PATH_KEYS = frozenset(
@@ -25,6 +30,7 @@ _PATH_KEYS = frozenset(
      "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file", "output_dir", "logging_dir",
      "best_model_checkpoint"}
 )  # fmt: skip
+_LABELS = frozenset({"id2label", "label2id"})  # whose texts may look like paths (`/m/09x0r` of AudioSet)
 _RECORDS = (LOCK, RUN_RECORD, SUMMARY)
 #: Files of a tokenizer in which every text may be a token, and an index, which names no place.
 _TOKENS = re.compile(r"(tokenizer|vocab|added_tokens|special_tokens_map|chat_template|.*\.index)\.json")
@@ -62,7 +68,7 @@ def public_file(name: str, data: bytes, hidden: Sequence[str] = ()) -> bytes:
     """Return what is published of a JSON file; the same bytes where nothing in it is a local path.
 
     Of the records every path goes. In a configuration goes what a key calls a file or folder, and what is an absolute path of
-    several parts: other texts there have a meaning.
+    several parts, or one within a text that begins as people's folders do: other texts there have a meaning.
 
     Args:
         name: of the file.
@@ -88,13 +94,15 @@ def public_file(name: str, data: bytes, hidden: Sequence[str] = ()) -> bytes:
 
 def _configuration(name: str, value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
-        return {k: _configuration(name, item, k) for k, item in value.items()}
+        return {k: item if k in _LABELS else _configuration(name, item, k) for k, item in value.items()}
     if isinstance(value, list):
         return [_configuration(name, item, key) for item in value]
     if not isinstance(value, str) or "\n" in value or _TOKENS.fullmatch(Path(name).name):
         return value
     is_path = _FAR.fullmatch(value) or (key in _PATH_KEYS and _LOCAL.match(value))
-    return _last(value) if is_path and key != "chat_template" else value
+    if key == "chat_template":
+        return value
+    return _last(value) if is_path else _HOMES.sub(lambda found: _last(found[0]), value)
 
 
 def _last(path: str) -> str:
