@@ -143,8 +143,9 @@ def show_bake(result: BakeResult) -> None:
 
 def _changed(tensors: tuple[TensorPlan, ...]) -> str:
     """Group tensors that differ in their numbers only, for people; `--json` has every one."""
-    import re
     from collections import Counter
 
-    counts = Counter((re.sub(r"\.\d+(?=\.|$)", ".*", t.name), t.how) for t in tensors)
+    from plait.cli.console import without_numbers
+
+    counts = Counter((without_numbers(t.name), t.how) for t in tensors)
     return "\n".join(f"{name} ({count}): {how}" for (name, how), count in counts.items()) or "nothing"

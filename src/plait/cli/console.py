@@ -88,6 +88,11 @@ def print_notes(notes: Iterable[str], console: Console | None = None) -> None:
         (console or err()).print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
 
 
+def without_numbers(name: str) -> str:
+    """Return the name of a module or tensor with `*` for its numbers, for rows that stand for all layers."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
 def new_table(columns: Sequence[str], *, left: Collection[str], overflow: OverflowMethod = "ellipsis") -> Table:
     """Return a table without lines; columns are aligned to the right, but for those in `left`."""
     found = Table(box=None, header_style="bold", pad_edge=False)

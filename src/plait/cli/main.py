@@ -185,12 +185,10 @@ def _join_lists(arguments: list[str]) -> list[str]:
             items.append(argument)
             continue
         if option:
-            joined += [option, ",".join(items)] if option == "--weights" and items else _repeated(option, items)
+            if option == "--weights" and items:
+                joined += [option, ",".join(items)]
+            else:  # the option before each of its values: a path may have a comma in it
+                joined += [part for item in items for part in (option, item)] or [option]
         option, items = (argument, []) if argument in _LISTS else ("", [])
         joined += [] if option else [argument]
     return joined[:-1]
-
-
-def _repeated(option: str, items: list[str]) -> list[str]:
-    """Return an option before each of its values: a path may have a comma in it."""
-    return [part for item in items for part in (option, item)] or [option]

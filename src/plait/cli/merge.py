@@ -147,11 +147,11 @@ def _show_plan(plan: MergePlan) -> None:
 
 def _grouped(plan: MergePlan) -> list[tuple[str, int, Any]]:
     """Group modules that differ in their layer number only, for people; `--json` has every one."""
-    import re
+    from plait.cli.console import without_numbers
 
     groups: dict[tuple[Any, ...], tuple[str, int, Any]] = {}
     for m in plan.modules:
-        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", m.target)
+        pattern = without_numbers(m.target)
         key = (pattern, m.shape, tuple(m.ranks.items()), tuple(m.weights.items()), m.result, m.rank)
         first = groups.get(key, (pattern, 0, m))
         groups[key] = (pattern, first[1] + 1, first[2])

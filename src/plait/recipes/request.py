@@ -68,7 +68,8 @@ def read_request(
     if entries:
         overrides.insert(0, ("adapters", _weighed(entries, weights)))
     elif weights is not None:
-        overrides += _weight_overrides(weights)
+        pairs = weights.items() if isinstance(weights, dict) else enumerate(weights)
+        overrides += [(f"adapters.{key}.weight", weight) for key, weight in pairs]
     recipe, folder = read_recipe(file, overrides=overrides)
     return _with_moments(recipe, settings.get("moments"), absolute=True), folder
 
@@ -200,11 +201,6 @@ def _weighed(entries: list[dict[str, Any]], weights: list[Any] | dict[str, Any] 
     if isinstance(weights, dict):
         return [{**e, "weight": weights[e["name"]]} if e.get("name") in weights else e for e in entries]
     return [{**entry, "weight": weight} for entry, weight in zip(entries, weights, strict=True)]
-
-
-def _weight_overrides(weights: list[Any] | dict[str, Any]) -> list[tuple[str, Any]]:
-    pairs = weights.items() if isinstance(weights, dict) else enumerate(weights)
-    return [(f"adapters.{key}.weight", weight) for key, weight in pairs]
 
 
 def _number(word: str) -> float:

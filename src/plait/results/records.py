@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from plait.errors import OutputError
+from plait.parsing import read_text
 from plait.records import Record
 
+R = TypeVar("R", bound=Record)
 Result = Literal["exact", "truncated", "dense"]
 
 
@@ -34,6 +37,14 @@ def overall_kept(modules: tuple[ModuleRecord, ...]) -> float:
     """Return the share of energy kept over the modules that were truncated; 1 when none was."""
     total = sum(m.energy or 0.0 for m in modules)
     return sum((m.energy or 0.0) * m.kept for m in modules) / total if total else 1.0
+
+
+def read_earlier(kind: type[R], path: Path) -> R | None:
+    """Return the record that an earlier run wrote; None where none can be read: not there, not JSON, of another version."""
+    try:
+        return kind.model_validate_json(read_text(path, OutputError))
+    except (OSError, ValueError):
+        return None
 
 
 def write_json(path: Path, value: Record | Mapping[str, Any]) -> None:

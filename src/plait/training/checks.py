@@ -76,11 +76,15 @@ def _adapter(flags: Flags) -> Iterator[str]:
 
 def _quantized(flags: Flags) -> Iterator[str]:
     wanted = [f"--{flag}" for flag in ("load_in_4bit", "load_in_8bit") if flags.get(flag)]
+    if not wanted:
+        return
+    import torch
+
     if len(wanted) == 2:
         yield "--load_in_4bit and --load_in_8bit: give one of them."
-    if wanted and not _cuda():
+    if not torch.cuda.is_available():
         yield f"{wanted[0]}: quantized training (QLoRA) needs a CUDA device, and torch finds none here. Leave it out."
-    if wanted and find_spec("bitsandbytes") is None:
+    if find_spec("bitsandbytes") is None:
         yield f"{wanted[0]} needs the package bitsandbytes: python -m pip install bitsandbytes."
 
 
@@ -140,9 +144,3 @@ def _trackers(flags: Flags) -> Iterator[str]:
         packages = _TRACKERS.get(name, ())
         if packages and not any(find_spec(package) for package in packages):
             yield f"--report_to {name} needs the package {packages[0]}: python -m pip install {packages[0]}."
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

@@ -105,7 +105,7 @@ def _with_lora(model: Any, opened: ResolvedJob, fresh: Sequence[str]) -> Any:
     own = (*(lora.modules_to_save or ()), *_HEADS)
     more = [path for path in fresh if not any(part in own for part in path.split("."))]
     saved = (*(lora.modules_to_save or ()), *more)
-    config = lora_config(lora.model_copy(update={"modules_to_save": saved or None}), "SEQ_CLS")
+    config = lora_config(lora.model_copy(update={"modules_to_save": saved or None}), TASK_TYPE)
     config.exclude_modules = more or None  # what is trained completely needs no LoRA too
     try:
         return optional("peft", "train", "LoRA").get_peft_model(model, config)

@@ -26,9 +26,9 @@ from pathlib import Path
 from plait.errors import OutputError, RecipeError
 from plait.evaluation.pipeline import EvaluateOptions
 from plait.extras import require
-from plait.parsing import read_text
 from plait.results.locking import locked
 from plait.results.progress import Progress, SilentProgress, progress_of_part
+from plait.results.records import read_earlier
 from plait.results.writing import write_json_atomic
 from plait.training.estimate import estimate
 from plait.training.job import ADAPTER, PACKAGES
@@ -90,10 +90,7 @@ def train_cohort(
             pass
     phases = resolve_phases(plan)
     with _alone(plan.out) as lock:
-        try:
-            before = TrainResult.model_validate_json(read_text(plan.out / RESULT, OutputError))
-        except (OSError, ValueError):  # not UTF-8, not JSON, or of another version
-            before = None
+        before = read_earlier(TrainResult, plan.out / RESULT)
         notes = [*plan.notes, *move_outdated(plan, phases)]
         phases = tuple(with_folder_state(p) for p in phases)  # now that no other run can change what is there
         for phase in phases:

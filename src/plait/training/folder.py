@@ -13,10 +13,11 @@ from pathlib import Path
 from plait.errors import OutputError, RecipeError, listed
 from plait.extras import optional
 from plait.folders import entries, file_in
-from plait.parsing import read_object, read_text, shown
+from plait.parsing import read_object, shown
 from plait.results.checks import check_files
 from plait.results.lock import read_lock
 from plait.results.locking import lock_holder, locked
+from plait.results.records import read_earlier
 from plait.results.staging import output_problem
 from plait.results.writing import write_json_atomic
 from plait.training.job import ADAPTER, FINAL_MODEL, ResolvedJob, TrainingRecord
@@ -40,13 +41,15 @@ _SHOWN = 6
 
 def finished(out: Path, opened: ResolvedJob) -> TrainingRecord | None:
     """Return the record of this very job in a folder, where its result is there as it was written."""
+    record = read_earlier(TrainingRecord, out / TRAINING_RECORD)
+    if record is None or record.digest != opened.digest:
+        return None
     try:
-        record = TrainingRecord.model_validate_json(read_text(out / TRAINING_RECORD, OutputError))
         result = out / record.folder
         complete = all(file.state in ("equal", "extra") for file in check_files(result, read_lock(result)))
     except (OSError, ValueError):  # which PlaitErrors of a file are too
         return None
-    return record if complete and record.digest == opened.digest else None
+    return record if complete else None
 
 
 @contextmanager

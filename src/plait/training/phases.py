@@ -20,6 +20,7 @@ from plait.recipes.schema import Recipe, Weight
 from plait.records import Record, ShortRepr
 from plait.tasks.schema import Task
 from plait.training.data import TrainingData
+from plait.training.encoding import LongExamples
 from plait.training.job import ADAPTER, LoraSettings, TrainingJob
 
 PHASES, LOGS = "phases", "logs"
@@ -84,9 +85,9 @@ class Phases(Record):
     model: Annotated[dict[str, Any], Field(description="Values of TRL's ModelConfig about loading, such as dtype.")] = Field(
         default_factory=dict
     )
-    long_examples: Annotated[
-        Literal["drop", "truncate"], Field(description="What becomes of examples of more than `max_length` tokens.")
-    ] = "drop"
+    long_examples: Annotated[LongExamples, Field(description="What becomes of examples of more than `max_length` tokens.")] = (
+        "drop"
+    )
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
     merge: Annotated[dict[str, Any], Field(description="Keys of a recipe: method, scale, output, ….")] = Field(
         default_factory=dict

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from plait.errors import OutputError
 from plait.evaluation.candidates import merge_key
 from plait.evaluation.card import put_results
 from plait.evaluation.pipeline import EvaluateOptions, recipe_evaluator
@@ -15,12 +14,12 @@ from plait.evaluation.request import recipe_name
 from plait.evaluation.workspace import write_evaluation
 from plait.merging.inventory import take_inventory
 from plait.merging.pipeline import run_recipe
-from plait.parsing import read_text
 from plait.recipes.writing import to_yaml
 from plait.reports.losses import CURVES, LossCurve, LossCurves
 from plait.reports.pipeline import make_report
 from plait.results.checks import is_complete
 from plait.results.progress import Progress
+from plait.results.records import read_earlier
 from plait.results.writing import write_json_atomic, write_text_atomic
 from plait.training.job import TrainingRecord
 from plait.training.phases import TrainingPlan
@@ -86,10 +85,7 @@ def _evaluate(
     found = evaluator.evaluate(evaluator.merge(inventory, recipe_name(plan.recipe)))
     if before is not None and before.run is not None:
         file = plan.out / before.run / f"eval_results_{found.split}.json"
-        try:
-            earlier = Evaluation.model_validate_json(read_text(file, OutputError))
-        except (OSError, ValueError):  # not UTF-8, not JSON, or of another version
-            earlier = None
+        earlier = read_earlier(Evaluation, file)
         if earlier is not None and (earlier.tag, earlier.matrix, earlier.tasks) == (found.tag, found.matrix, found.tasks):
             return earlier, file.parent
     return found, write_evaluation(plan.out / EVALUATION, found)

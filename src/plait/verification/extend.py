@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,13 +185,9 @@ def _weighed(data: dict[str, Any], factors: ModuleFactors) -> dict[str, Any]:
     if all(row == rows[0] for row in rows):
         entries = [{**entry, "weight": w} for entry, w in zip(data["adapters"], rows[0], strict=True)]
         return data | {"adapters": entries, "weights": None}
-    patterns = {_literal(m): dict(zip(names, row, strict=True)) for m, row in factors.items()}
+    patterns = {glob.escape(m): dict(zip(names, row, strict=True)) for m, row in factors.items()}
     entries = [{**entry, "weight": 1.0} for entry in data["adapters"]]
     return data | {"adapters": entries, "weights": {"policy": "per_module", "modules": patterns}}
-
-
-def _literal(module: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in module)
 
 
 def _relation(folder: Path, every: Recipe, *, exact: bool) -> str:

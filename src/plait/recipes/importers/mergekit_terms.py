@@ -5,6 +5,7 @@ Written from what mergekit 0.1 does. Independent of plait's recipes beyond the n
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -198,13 +199,9 @@ def pattern(part: str) -> str:
     """Return the pattern over modules that matches where `part` is in the name of the module's tensor."""
     if part in _SUFFIX:
         return "*"
-    return f"*{_literal(part.removesuffix(_SUFFIX))}" if part.endswith(_SUFFIX) else f"*{_literal(part)}*"
+    return f"*{glob.escape(part.removesuffix(_SUFFIX))}" if part.endswith(_SUFFIX) else f"*{glob.escape(part)}*"
 
 
 def is_loose(part: str) -> bool:
     """Return whether `part` may end within `.weight`, so that `pattern` misses a module whose path ends where it does."""
     return any(part.endswith(_SUFFIX[:n]) for n in range(1, len(_SUFFIX))) and part not in _SUFFIX
-
-
-def _literal(text: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
