@@ -13,8 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from shutil import which
 from typing import TYPE_CHECKING, Any
@@ -40,12 +42,12 @@ NAMES = ("sentiment", "supersense", "langid")
 MERGE = ("--method dc_merge",)
 MERGES: Mapping[str, Mapping[str, Any]] = {
     "dc_merge": {"method": "dc_merge"},
-    "iso_c": {"method": "iso_c", "scale": 1.4},
     "ties, core": {"method": "ties", "space": "core", "density": 0.2, "flavor": "core_space", "scale": 0.71},
     "linear": {"method": "linear", "scale": 0.17},
 }
 CHOSEN = next(iter(MERGES))
 BATCH = 32  # prompts at a time
+SAMPLES = 48  # test texts per task
 PROMPTS = 3  # per task, whose answers are shown
 WIDEST = 100  # columns; tables do not read better when they are wider
 
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Merge three adapters of SmolLM2-135M and see what the result keeps of each.")
-    parser.add_argument("--samples", type=_positive, default=60, metavar="N", help="test texts per task [%(default)s]")
+    parser.add_argument("--samples", type=_positive, default=SAMPLES, metavar="N", help="test texts per task [%(default)s]")
     parser.add_argument("--out", type=Path, default=Path("out/demo-merge"), metavar="DIR", help="merged adapter [%(default)s]")
     return parser.parse_args(arguments)
 
@@ -94,14 +96,19 @@ def _demo(console: Console, out: Path, samples: int) -> None:
         "model then does all three jobs."
     )
 
-    _heading(console, "1 · What is in the adapters")
-    _plait(console, "inspect", _adapters())
+    with ThreadPoolExecutor(1) as aside:
+        unpacked = None if cached(gguf).is_dir() else aside.submit(base_model)
 
-    _heading(console, "2 · Merge them, without the base model")
-    _plait(console, "merge", _adapters(), *MERGE, f"-o {shlex.quote(str(out))}", "--force")
+        _heading(console, "1 · What is in the adapters")
+        _plait(console, "inspect", _adapters())
 
-    _heading(console, "3 · What they answer, loaded by PEFT")
-    _unpack(console, first_time=not cached(gguf).is_dir())
+        _heading(console, "2 · Merge them, without the base model")
+        _plait(console, "merge", _adapters(), *MERGE, f"-o {shlex.quote(str(out))}", "--force")
+
+        _heading(console, "3 · What they answer, loaded by PEFT")
+        if unpacked is not None:
+            with _working(console, "waiting for the base model: it is unpacked from its 4-bit file, this first time only"):
+                unpacked.result()
     dtype = _dtype(console)
     console.print(_answers(console, _load(console, out, dtype)))
 
@@ -196,12 +203,6 @@ def _working(console: Console, what: str) -> Iterator[None]:
     console.print(f"[green]✓[/] {what} [dim]({time.perf_counter() - started:.1f} s)[/]")
 
 
-def _unpack(console: Console, *, first_time: bool) -> None:
-    if first_time:
-        with _working(console, "unpacking the base model from its 4-bit file, this first time only"):
-            base_model()
-
-
 def _dtype(console: Console) -> str:
     """Return the dtype in which this processor is the faster, and say which."""
     from torch import bfloat16
@@ -232,12 +233,14 @@ def _answers(console: Console, speaker: Speaker) -> Table:
     table.add_column("base model", no_wrap=True, overflow="ellipsis", ratio=3)
     for name in ("own adapter", "merged"):
         table.add_column(name, no_wrap=True, overflow="ellipsis", width=max(widest + 2, len(name)))
+    prompts = {task: [str(example.prompt) for example in examples] for task, examples in asked.items()}
+    with console.status("asking …"):
+        everything = [prompt for own in prompts.values() for prompt in own]
+        base, merged = iter(speaker.say(None, everything)), iter(speaker.say("merged", everything))
+        own = {task: speaker.say(task, texts) for task, texts in prompts.items()}
     for task, examples in asked.items():
-        prompts = [str(example.prompt) for example in examples]
-        with console.status(f"asking about {task} …"):
-            columns = [speaker.say(name, prompts) for name in (None, task, "merged")]
         table.add_row(f"[bold]{task}[/]")
-        for example, *message in zip(examples, *columns, strict=True):
+        for example, *message in zip(examples, islice(base, PROMPTS), own[task], islice(merged, PROMPTS), strict=True):
             marked = (f"[green]{a} ✓[/]" if a == example.target else escape(a) for a in message)
             table.add_row(escape(_text(str(example.prompt))), example.target, *marked)
         table.add_section()
@@ -271,7 +274,7 @@ def _compare(console: Console, out: Path, samples: int, dtype: str) -> ComparedM
         label: evaluated_recipe(read_request(None, adapters, settings)[0], _tasks(), {"subset": samples, "batch_size": BATCH})
         for label, settings in MERGES.items()
     }
-    options = EvaluateOptions(_workspace(out), LoadOptions(dtype, "cpu", base=str(base_model())), matrix=True)
+    options = EvaluateOptions(_workspace(out), LoadOptions(dtype, "cpu", base=str(base_model())))
     progress = ProgressBars() if console.is_terminal else None
     with _timed(console, f"{samples} texts per task, asked of the base, {len(NAMES)} adapters and {len(MERGES)} merges"):
         return compare_merges(recipes, None, options, progress)
@@ -376,7 +379,7 @@ def _what_next(console: Console, out: Path, base: Path) -> None:
         ("a smaller adapter, and what that loses", f"plait compress {shlex.quote(str(out))} --rank 8 -o out/rank8"),
         (
             "what a merge keeps, from its files",
-            f"plait eval {shlex.quote(str(out))} --tasks {tasks} --subset 60 --base-id {shlex.quote(str(base))}",
+            f"plait eval {shlex.quote(str(out))} --tasks {tasks} --subset {SAMPLES} --base-id {shlex.quote(str(base))}",
         ),
         ("a recipe file instead of options", f"plait merge {recipe} -o out/recipe"),
         ("in Python, with PEFT", f'model = PeftModel.from_pretrained(model, "{out}")'),
