@@ -388,6 +388,8 @@ def test_one_weight_as_module_and_as_parameter(place, capsys):
         ({"revision": ["main"]}, "revision is ['main']; it must be a text"),
         ({"peft_type": ["LORA"] * 99}, "peft_type is"),
         ({"bias": {}}, "bias is {}; it must be 'none', 'all' or 'lora_only'"),
+        ({"trainable_token_indices": [1, 1]}, "trainable_token_indices is [1, 1]; it must be a list of different integers"),
+        ({"trainable_token_indices": {"embed": [-1]}}, "trainable_token_indices is {'embed': [-1]}; it must be a list of"),
         ({"task_type": "a" * 20_000}, "it must be a text of up to 10000 letters"),
         ({"layer_replication": [[0, 1, 2]]}, "layer_replication is [[0, 1, 2]]; it must be a list of pairs"),
         ({"init_lora_weights": "LoRA-GA"}, "init_lora_weights is 'LoRA-GA' and was not converted"),
@@ -513,3 +515,17 @@ def test_names_of_a_million_letters(place, capsys):
         adapter(place / names, **{names: ["n" * 10**6]})
         assert exit_code("merge", "a", names, "-o", f"out-{names}") == 0
     assert 0 < len(capsys.readouterr().err) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("lm_head.weight", torch.zeros(0), "1 tensors have no values: 'base_model.model.lm_head.weight'"),
+        ("embed.token_adapter.trainable_tokens_delta", torch.ones(4), "is [4]; token rows are (tokens, width)"),
+        ("embed.token_adapter.trainable_tokens_delta", torch.tensor(1.0), "is []; token rows are (tokens, width)"),
+    ],
+)
+def test_full_tensors_without_values_or_with_another_form(place, capsys, name, tensor, words):
+    file = adapter(place / "c") / "adapter_model.safetensors"
+    save_file({**load_file(file), f"base_model.model.{name}": tensor}, file)
+    assert words in merge(capsys, "a", "c")

@@ -111,6 +111,15 @@ def test_a_classifier_whose_values_nobody_has_is_refused(tmp_path):
     assert not any(name.startswith("cls.") for name in load_file(out / "model.safetensors"))
 
 
+def test_a_head_of_no_dimensions_is_refused(tmp_path):
+    base = save_model("llama", tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "a", 1, _LM, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    file = adapter / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.lm_head.weight": torch.tensor(1.0)}, file)
+    with pytest.raises(PlanError, match=r"lm_head.weight: the adapter's tensor is \[\]"):
+        plait.bake([adapter], base=base, out=tmp_path / "out")
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_resized_vocabulary(tied, tmp_path):
     base = save_model("llama tied" if tied else "llama", tmp_path / "base")

@@ -173,7 +173,7 @@ def _read_targets(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Ta
     naming = ParameterNaming(config.target_parameters, contents.modules)
     biases = config.raw.get("bias") not in (None, "none")
     full, incomplete = complete_names(contents.full, config.raw.get("modules_to_save") or (), trained_biases=biases)
-    problems = [*contents.problems, *naming.problems, *incomplete]
+    problems = [*contents.problems, *naming.problems, *incomplete, *_wrong_full(file, full)]
     targets: dict[str, Target] = {}
     for module, parts in contents.modules.items():
         try:
@@ -189,6 +189,20 @@ def _read_targets(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Ta
             "Without it their delta is not known. Fetch or save the adapter again"
         )
     return dict(sorted(targets.items())), full, problems
+
+
+def _wrong_full(file: TensorFile, full: Mapping[str, str]) -> list[str]:
+    """Return what is wrong with the shapes of full tensors."""
+    shapes = {name: (path, file.tensors[name].shape) for path, name in full.items()}
+    empty = [name for name, (_, shape) in shapes.items() if 0 in shape]
+    rows = [n for n, (path, shape) in shapes.items() if path.endswith(".trainable_tokens_delta") and len(shape) != 2]
+    problems = [f"{name!r} is {list(shapes[name][1])}; token rows are (tokens, width)" for name in rows if name not in empty]
+    if empty:
+        problems.append(
+            f"{len(empty)} tensors have no values: {listed(map(repr, empty), 3)}. DeepSpeed's ZeRO-3 leaves such where it "
+            "saves without gathering. Save the adapter again (stage3_gather_16bit_weights_on_model_save, or zero_to_fp32.py)"
+        )
+    return problems
 
 
 def _target(config: AdapterConfig, file: TensorFile, module: str, parameter: str | None, parts: Mapping[str, str]) -> Target:

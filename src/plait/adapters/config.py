@@ -179,7 +179,8 @@ def _are_pairs(value: object) -> bool:
 
 
 def _are_token_rows(value: object) -> bool:
-    return _are_indices(value) or (isinstance(value, dict) and all(_are_indices(rows) for rows in value.values()))
+    lists = [*value.values()] if isinstance(value, dict) else [value]
+    return all(isinstance(r, list) and _are_indices(r) and len({*r}) == len(r) and min(r, default=0) >= 0 for r in lists)
 
 
 #: What the values of keys must be, where they are not null, with the words for it.
@@ -197,7 +198,7 @@ _KINDS: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
     (("bias",), lambda v: v in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
     (("layer_replication",), _are_pairs, "a list of pairs of integers"),
     (("alora_invocation_tokens",), _are_indices, "a list of integers"),
-    (("trainable_token_indices",), _are_token_rows, "a list of integers, or names with such lists"),
+    (("trainable_token_indices",), _are_token_rows, "a list of different integers from 0 up, or names with such lists"),
     (("init_lora_weights",), lambda v: _is_flag(v) or _is_text(v), "true, false or a text"),
 )
 

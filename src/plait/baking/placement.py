@@ -296,7 +296,7 @@ class _Placing:
             rows = config.get("vocab_size")
             tables = [n for n in self._checkpoint.home if (s := self._checkpoint.info(n).shape)[:1] == (rows,) and len(s) == 2]
             replaced = {n: c.replaced for n in tables if (c := changes.get(n)) is not None and c.replaced is not None}
-            sizes = {n: tensor.shape[0] for n, tensor in replaced.items()}
+            sizes = {n: tensor.shape[0] for n, tensor in replaced.items() if tensor.shape}
             new = set(sizes.values()) - {rows}
             left = [n for n in tables if sizes.get(n, rows) not in new and n not in self._result.left_out]
             if new and left:
