@@ -185,10 +185,16 @@ def _foreign_code(text: str) -> str | None:
 
 
 def _damage(folder: Path, raised: BaseException) -> str | None:
-    """Return which JSON file of a folder is damaged, and how, and what was raised."""
+    """Return which JSON or safetensors file of a folder is damaged, and how, and what was raised."""
     for file in sorted(folder.glob("*.json")):
         if wrong := _damaged(file):
             return wrong if wrong in str(raised) else f"{wrong} ({_words(raised)})"
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with import_module("safetensors").safe_open(file, "pt"):
+                pass
+        except Exception as error:  # of the library, or of the file system
+            return f"{file.name}: {_words(error)}"
     return None
 
 
