@@ -12,10 +12,12 @@ import torch
 import transformers
 from torch import nn
 
+from plait.evaluation import likelihood
 from plait.evaluation.likelihood import log_likelihoods
 from plait.libraries.transformers import cache_argument, cache_of
 from plait.notices import PlaitWarning
 from plait.tasks.encoding import Question
+from tests.every import every
 from tests.unit.test_likelihood import literal
 
 SMALL = {
@@ -66,6 +68,7 @@ PADDED: dict[str, Callable[[], nn.Module]] = {
     "falcon with alibi": lambda: made("Falcon", alibi=True),
     "roberta": lambda: made("Roberta", is_decoder=True),
 }
+MASKED = PADDED.keys() - {"falcon with alibi"}  # whose biases are made from a mask of padding
 # those that count by where a token lies in their memory: prompts of one length at a time
 ALIGNED: dict[str, Callable[[], nn.Module]] = {
     "mpt": lambda: made("Mpt", d_model=32, n_heads=4, n_layers=2, max_seq_len=64),
@@ -116,10 +119,15 @@ def counted(model: nn.Module, inputs: str = "input_ids") -> Iterator[list[tuple[
         handle.remove()
 
 
-def asked(model: nn.Module, batch_size: int = 16, **settings: Any) -> list[tuple[int, int]]:
-    """Ask a model, compare what it says with what it says alone, and return the shapes that it was given."""
+def asked(model: nn.Module, batch_size: int = 16, *, packed: bool = False, **settings: Any) -> list[tuple[int, int]]:
+    """Ask a model, compare what it says with what it says alone, and return the shapes that it was given.
+
+    Without `packed` the questions count as too long for packed rows.
+    """
     wanted = questions(**settings)
-    with counted(model) as shapes:
+    with pytest.MonkeyPatch.context() as patch, counted(model) as shapes:
+        if not packed:
+            patch.setattr(likelihood, "_reads_less_packed", lambda questions: False)
         found = log_likelihoods(model, wanted, batch_size=batch_size)
     shapes = list(shapes)
     for question, row in zip(wanted, found, strict=True):
@@ -131,6 +139,22 @@ def asked(model: nn.Module, batch_size: int = 16, **settings: Any) -> list[tuple
 def test_prefix_once_prompts_once_and_only_longer_answers(name):
     n, width = len(RESTS), max(map(len, STEMS))
     assert asked(PADDED[name]()) == [(1, PREFIX), (n, max(RESTS)), (n * len(STEMS), width)]
+
+
+@every("name", sorted(MASKED))
+def test_short_prompts_and_longer_answers_are_packed_in_rows(name):
+    model = PADDED[name]()
+    asked(model, packed=True)  # whether it can be read so is tried once
+    texts = [[*q.prompt, *stem] for q in questions() for stem in STEMS]
+    assert asked(model, packed=True) == [(1, len({tuple(text[: n + 1]) for text in texts for n in range(len(text))}))]
+
+
+def test_prompts_that_fill_rows_and_many_answers_of_one_token_are_not_packed():
+    model = PADDED["llama"]()
+    long = [Question([4] * 30 + [n] * 300, [[5], [6]]) for n in (7, 8, 9)]
+    assert not likelihood._reads_less_packed(long)
+    assert likelihood._reads_less_packed(questions())
+    assert asked(model, packed=True, rests=(9, 9, 9), prefix=40, answers=[[5], [6]]) == [(1, 40), (3, 9)]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

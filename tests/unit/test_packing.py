@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from plait.calibration import passages as reading
 from plait.calibration.moments import without_padding
-from plait.calibration.packing import pack_apart, pack_shared
 from plait.calibration.passages import Passage, Reader
+from plait.evaluation import packing
+from plait.evaluation.packing import pack_apart, pack_shared
 from plait.notices import PlaitWarning
 from tests.every import every
-from tests.unit.test_likelihood_reads import ALIGNED, PADDED, WHOLE, counted
+from tests.unit.test_likelihood_reads import ALIGNED, MASKED, PADDED, WHOLE, counted
 
 PREFIX = [20, 21, 22, 23, 24, 25, 26]
 PASSAGES = [
@@ -60,9 +60,6 @@ def alone(model: nn.Module, passage: Passage) -> torch.Tensor:
     return found
 
 
-MASKED = PADDED.keys() - {"falcon with alibi"}  # its biases are made from a mask of padding
-
-
 @every("name", sorted(MASKED))
 def test_rows_read_as_texts_alone_and_hold_every_token_once(name):
     model = PADDED[name]()
@@ -104,7 +101,7 @@ def test_a_model_that_ignores_the_mask_is_found_out(monkeypatch):
         return forward(**keywords)
 
     model.forward = ignoring
-    monkeypatch.setattr(reading.library, "why_not_packed", lambda model, longest: None)
+    monkeypatch.setattr(packing.library, "why_not_packed", lambda model, longest: None)
     with torch.no_grad(), pytest.warns(PlaitWarning, match="in one row, they are not what they are alone"):
         found = Reader(model).logits(PASSAGES)
     torch.testing.assert_close(found, torch.cat([alone(model, p) for p in PASSAGES]))

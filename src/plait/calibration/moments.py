@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plait.calibration.packing import MOST_NODES
 from plait.calibration.passages import Passage, Reader
 from plait.errors import PlanError
+from plait.evaluation.packing import MOST_NODES
 from plait.linalg.inputs import InputRows, add_outer_products, mirror_lower
 
 _BATCH_TOKENS = 4096

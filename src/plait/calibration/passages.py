@@ -7,26 +7,20 @@ is exact (no position sees a later one) and faster than a mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from plait.calibration.packing import PackedRows, pack_apart, pack_shared, worth_packing
 from plait.evaluation.likelihood import decoder_start
-from plait.libraries import transformers as library
+from plait.evaluation.output_layer import only_positions
+from plait.evaluation.packing import PackedRows, pack_apart, pack_shared, packed_keywords, why_not_packed, worth_packing
 from plait.notices import announce
 
 PAD = 0  # any token: padded positions are masked
-_TRIED = 3  # passages on which it is tried whether a model can read packed rows
-#: Mean deviation of scores, as a share of their standard deviation, up to which packed rows read as passages alone do.
-_ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}
-_COARSE_ROUNDING = 0.05
-_why_not_packed: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,7 @@ class Reader:
         return not self._head and not self._encoder_decoder and self._packs(passages)
 
     def _ask(self, given: _Input, **more: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-        with _only(self._model, given.rows, given.columns) if not self._head else nullcontext() as gathered:
+        with only_positions(self._model, given.rows, given.columns) if not self._head else nullcontext() as gathered:
             out = self._model(**given.keywords, **more)
         hidden = getattr(out, "decoder_hidden_states", None) or getattr(out, "hidden_states", None) or ()
         states = tuple(h[given.rows.to(h.device), given.columns.to(h.device)] for h in hidden[1:])
@@ -144,23 +138,10 @@ class Reader:
         return _Input({**keywords, "use_cache": False}, *_answers(passages, places, ids.device))
 
     def _packed_input(self, packed: PackedRows, passages: Sequence[Passage]) -> _Input:
-        device = self._model.device
-        offset = library.reserved_positions(self._model)
-        keywords = {
-            "input_ids": packed.ids.to(device),
-            "position_ids": packed.positions.to(device) + offset,
-            "attention_mask": packed.mask(self._model.dtype).to(device),
-            "use_cache": False,
-        }
-        return _Input(keywords, *_answers(passages, packed.places, device))
+        return _Input(packed_keywords(self._model, packed), *_answers(passages, packed.places, self._model.device))
 
     def _packs(self, passages: Sequence[Passage]) -> bool:
-        """Return whether the model reads packed rows as it reads passages alone: it is asked once, with a few of them."""
-        reason = library.why_not_packed(self._model, max(p.tokens for p in passages))
-        if reason is None:
-            if self._model not in _why_not_packed:
-                _why_not_packed[self._model] = self._try_packed(passages[:_TRIED])
-            reason = _why_not_packed[self._model]
+        reason = why_not_packed(self._model, [self._sequence(p) for p in passages])
         if reason is not None:
             name = type(self._model)
             announce(
@@ -168,21 +149,6 @@ class Reader:
                 once=f"completely {name.__qualname__}",
             )
         return reason is None
-
-    def _try_packed(self, passages: Sequence[Passage]) -> str | None:
-        """Return why packed rows do not read as passages alone do; None where they do."""
-        packed = pack_shared([self._sequence(p) for p in passages])
-        with torch.no_grad():
-            alone = torch.cat([self._ask(self._padded_input([p]))[0] for p in passages])
-            try:
-                together = self._ask(self._packed_input(packed, passages))[0]
-            except torch.OutOfMemoryError:
-                raise
-            except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
-                return f"reading them fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        deviation = float((together - alone).abs().mean() / alone.std(-1).mean())
-        fits = deviation <= _ROUNDING.get(self._model.dtype, _COARSE_ROUNDING)
-        return None if fits else "in one row, they are not what they are alone"
 
 
 def _answers(
@@ -198,27 +164,6 @@ def _answers(
     pairs = [(row, column) for p, (row, columns) in zip(passages, places, strict=True) for column in columns[-p.positions :]]
     rows, columns = zip(*pairs, strict=True)
     return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
-
-
-@contextmanager
-def _only(model: Any, rows: Tensor, columns: Tensor) -> Iterator[bool]:
-    """Let the output layer see some positions only, as (1, N, width); the value is whether it can be done.
-
-    Scores of all positions over the vocabulary are by far the largest tensor of a forward pass, and nearly all unused.
-    """
-    layer = model.get_output_embeddings()
-    if layer is None:
-        yield False
-        return
-
-    def pick(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0][rows, columns].unsqueeze(0), *inputs[1:])
-
-    hook = layer.register_forward_pre_hook(pick)
-    try:
-        yield True
-    finally:
-        hook.remove()
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

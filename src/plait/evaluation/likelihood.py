@@ -1,9 +1,10 @@
 """Log-likelihoods of given continuations of prompts.
 
 The common prefix of all prompts is read once, and each prompt once, however many continuations it has. The first token of a
-continuation is scored at the prompt's last position; only longer continuations are read at all. Prompts are padded on the left
-and masked, and positions are counted without the padding, so that a row's result does not depend on its batch. Models that
-count positions by a token's index in the cache get prompts of one length at a time instead, without padding.
+continuation is scored at the prompt's last position; only longer continuations are read at all. Short prompts are packed in
+rows (see `packing`). Others are padded on the left and masked, and positions are counted without the padding, so that a row's
+result does not depend on its batch; continuations are read from a cache. Models that count positions by a token's index in the
+cache get prompts of one length at a time instead, without padding.
 
 Models whose cache cannot be copied and continued (state spaces) read every prompt together with every continuation of several
 tokens, in batches; this is announced. Encoder-decoder models read every prompt once, in their encoder.
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 from plait.errors import TaskError
-from plait.evaluation.output_layer import plain_states
+from plait.evaluation.output_layer import only_positions, plain_states
+from plait.evaluation.packing import MOST_NODES, pack_shared, packed_keywords, why_not_packed
 from plait.libraries import transformers as library
 from plait.notices import announce
 from plait.tasks.encoding import Question
@@ -105,7 +107,9 @@ def _length(question: Question, *, encoder_decoder: bool) -> int:
     return max(prompt, 1 + len(question.lead) + longest) if encoder_decoder else prompt + longest
 
 
-def _reader(model: Any, questions: Sequence[Question], batch_size: int) -> _Cached | _Uncached:
+def _reader(model: Any, questions: Sequence[Question], batch_size: int) -> _Cached | _Uncached | _Packed:
+    if _reads_less_packed(questions) and why_not_packed(model, [q.prompt for q in questions]) is None:
+        return _Packed(model)
     forward, reason = _ModelCall(model), library.why_not_continued(model)
     if reason is None and not forward.masks:
         reason = "its forward takes no mask of padding"
@@ -117,6 +121,18 @@ def _reader(model: Any, questions: Sequence[Question], batch_size: int) -> _Cach
         return _Cached(model, questions, batch_size)
     except _NotContinuedError as error:
         return _uncached(model, questions, batch_size, str(error), padded=False)
+
+
+def _reads_less_packed(questions: Sequence[Question]) -> bool:
+    """Whether packed rows hold less than padded batches, where longer continuations cost a copy of the cache as well."""
+    shared = _shared([q.prompt for q in questions]) if len(questions) > 1 else 0
+    stems = [_Stems(q.answers).read for q in questions]
+    prompts = sum(len(q.prompt) - shared for q in questions)
+    longer = sum(len(stem) for of in stems for stem in of)
+    if shared + max(map(len, (q.prompt for q in questions))) > MOST_NODES:
+        return False
+    packed = (prompts + longer) * MOST_NODES / (MOST_NODES - shared)
+    return packed <= prompts * (1 + _MOST_PADDING) + 2 * longer
 
 
 def _uncached(model: Any, questions: Sequence[Question], batch_size: int, reason: str, *, padded: bool = True) -> _Uncached:
@@ -379,6 +395,35 @@ class _Uncached:
             group.append(one)
         if group:
             yield group
+
+
+class _Packed:
+    """Reads prompts with their longer continuations in packed rows."""
+
+    aligned, shared = False, 0
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __call__(self, questions: Sequence[Question]) -> list[list[float]]:
+        stems_of = [_Stems(q.answers) for q in questions]
+        texts = [(i, k, [*q.prompt, *stem]) for i, q in enumerate(questions) for k, stem in enumerate(stems_of[i].read)]
+        packed = pack_shared([text for _, _, text in texts])
+        nodes: dict[tuple[int, int], int] = {}  # whose distributions are wanted → which of them
+        found: dict[tuple[int, int], list[int]] = {}
+        for (i, k, _), (row, columns) in zip(texts, packed.places, strict=True):
+            wanted = columns[len(questions[i].prompt) - 1 :]
+            found[i, k] = [nodes.setdefault((row, column), len(nodes)) for column in wanted]
+        at = [torch.tensor(part, device=self._model.device) for part in zip(*nodes, strict=True)]
+        with only_positions(self._model, *at) as gathered:
+            logits = self._model(**packed_keywords(self._model, packed)).logits
+        log_p = (logits[0] if gathered else logits[at[0], at[1]]).float().log_softmax(-1)
+
+        def score(i: int, answer: Sequence[int]) -> float:
+            predicted = zip(found[i, stems_of[i].of(answer)], answer, strict=False)  # a shorter answer may share a longer stem
+            return math.fsum(float(log_p[node, token]) for node, token in predicted)
+
+        return [[score(i, answer) for answer in q.answers] for i, q in enumerate(questions)]
 
 
 class _EncoderDecoder:

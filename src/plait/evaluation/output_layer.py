@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -25,5 +26,26 @@ def plain_states(model: Any) -> Iterator[None]:
     hook = layer.register_forward_pre_hook(lambda _, x: (x[0].clone(memory_format=torch.contiguous_format), *x[1:]))
     try:
         yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def only_positions(model: Any, rows: Tensor, columns: Tensor) -> Iterator[bool]:
+    """Let the output layer see some positions only, as (1, N, width), in the block; the value is whether it can be done.
+
+    Scores of all positions over the vocabulary are by far the largest tensor of a forward pass, and nearly all unused.
+    """
+    layer = model.get_output_embeddings()
+    if layer is None:
+        yield False
+        return
+
+    def pick(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][rows, columns].unsqueeze(0), *inputs[1:])
+
+    hook = layer.register_forward_pre_hook(pick)
+    try:
+        yield True
     finally:
         hook.remove()

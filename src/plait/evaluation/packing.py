@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-#: Nodes of a row, where no text is longer: the attention to all nodes of a row still costs little beside the layers.
+from plait.evaluation.output_layer import only_positions
+from plait.libraries import transformers as library
+
+#: Nodes of a row, where no text is longer: the attention to all nodes of a row still costs little, compared with the layers.
 MOST_NODES = 256
+_TRIED = 3  # texts on which it is tried whether a model can read packed rows
+#: Mean deviation of scores, as a share of their standard deviation, up to which packed rows read as texts alone do.
+_ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}
+_COARSE_ROUNDING = 0.05
 _WORTH = 0.9  # of what is read when padded, at most; above, packing saves nothing
 
 
@@ -60,6 +69,54 @@ def pack_apart(texts: Sequence[Sequence[int]]) -> PackedRows:
 def worth_packing(packed: PackedRows, texts: Sequence[Sequence[int]]) -> bool:
     """Whether fewer tokens are read than with padding."""
     return packed.ids.numel() <= _WORTH * len(texts) * max(map(len, texts))
+
+
+_found: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+
+
+def why_not_packed(model: Any, texts: Sequence[Sequence[int]]) -> str | None:
+    """Return why a causal model does not read packed rows as it reads texts alone; None where it does.
+
+    It is asked once, with a few of the texts.
+    """
+    reason = library.why_not_packed(model, max(map(len, texts)))
+    if reason is None:
+        if model not in _found:
+            _found[model] = _try(model, texts[:_TRIED])
+        reason = _found[model]
+    return reason
+
+
+def packed_keywords(model: Any, packed: PackedRows) -> dict[str, Any]:
+    """Return what a model's forward is given for packed rows."""
+    return {
+        "input_ids": packed.ids.to(model.device),
+        "position_ids": packed.positions.to(model.device) + library.reserved_positions(model),
+        "attention_mask": packed.mask(model.dtype).to(model.device),
+        "use_cache": False,
+    }
+
+
+def _try(model: Any, texts: Sequence[Sequence[int]]) -> str | None:
+    def last(keywords: dict[str, Any], row: int, column: int) -> Tensor:
+        at = torch.tensor([row], device=model.device), torch.tensor([column], device=model.device)
+        with only_positions(model, *at) as gathered:
+            logits: Tensor = model(**keywords).logits
+        return (logits[0, 0] if gathered else logits[row, column]).float()
+
+    packed = pack_shared(texts)
+    with torch.no_grad():
+        alone = [{"input_ids": torch.tensor([[*t]], device=model.device), "use_cache": False} for t in texts]
+        wanted = torch.stack([last(keywords, 0, len(t) - 1) for keywords, t in zip(alone, texts, strict=True)])
+        try:
+            found = torch.stack([last(packed_keywords(model, packed), row, columns[-1]) for row, columns in packed.places])
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+            return f"reading them fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    deviation = float((found - wanted).abs().mean() / wanted.std(-1).mean())
+    fits = deviation <= _ROUNDING.get(model.dtype, _COARSE_ROUNDING)
+    return None if fits else "in one row, they are not what they are alone"
 
 
 class _Tree:
