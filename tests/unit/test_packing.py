@@ -51,7 +51,8 @@ def test_common_beginnings_are_one_path_and_rows_are_filled_up_to_a_limit():
     assert pack_shared(texts).ids.shape == (1, 8)
     assert pack_apart(texts).ids.shape == (1, 15)
     assert pack_shared(texts, most=6).ids.shape == (2, 6)
-    assert pack_shared([[1] * 9, [2]], most=3).ids.shape == (2, 9)  # a longer text has a row of its own
+    assert pack_shared([[n, n, n] for n in range(5)], most=12).ids.shape == (2, 9)  # not 12 and 3
+    assert pack_shared([[1] * 9, [2]], most=9).ids.shape == (2, 9)  # a longer text has a row of its own
 
 
 def alone(model: nn.Module, passage: Passage) -> torch.Tensor:

@@ -50,14 +50,27 @@ class PackedRows:
 
 
 def pack_shared(texts: Sequence[Sequence[int]], most: int = MOST_NODES) -> PackedRows:
-    """Pack texts into rows of at most `most` nodes (or one longer text); equal beginnings in a row are one path."""
+    """Pack texts into rows of at most `most` nodes (or one longer text); equal beginnings in a row are one path.
+
+    The rows are as few as fill up in the order of the texts' tokens, and of about one length: all are read as the longest.
+    """
+    rows, places = _fill(texts, most)
+    mean = -(-sum(map(len, rows)) // len(rows))
+    for limit in range(mean, most, max(1, most // 8)):
+        found, evenly = _fill(texts, limit)
+        if len(found) == len(rows):
+            return _rectangle(found, evenly)
+    return _rectangle(rows, places)
+
+
+def _fill(texts: Sequence[Sequence[int]], most: int) -> tuple[list[_Tree], list[tuple[int, tuple[int, ...]]]]:
     rows: list[_Tree] = []
     places: list[tuple[int, tuple[int, ...]]] = [(0, ())] * len(texts)
     for i in sorted(range(len(texts)), key=lambda i: tuple(texts[i])):  # neighbors begin alike
         if not rows or len(rows[-1]) + rows[-1].missing(texts[i]) > max(most, len(texts[i])):
             rows.append(_Tree())
         places[i] = (len(rows) - 1, rows[-1].add(texts[i]))
-    return _rectangle(rows, places)
+    return rows, places
 
 
 def pack_apart(texts: Sequence[Sequence[int]]) -> PackedRows:
