@@ -19,7 +19,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 LIBRARY_TESTS := $(addprefix tests/,$(addsuffix .py, \
   e2e/test_cli e2e/test_core_only e2e/test_encoder_decoder e2e/test_evaluation e2e/test_heads e2e/test_hub e2e/test_live_merge \
   e2e/test_lm_eval e2e/test_mixture_peft e2e/test_parity e2e/test_peft_round_trip e2e/test_push unit/test_libraries_accelerate \
-  unit/test_libraries_huggingface_hub unit/test_libraries_peft unit/test_libraries_transformers unit/test_likelihood \
+  unit/test_libraries_huggingface_hub unit/test_libraries_peft unit/test_libraries_transformers unit/test_likelihood unit/test_likelihood_reads \
+  unit/test_packing \
   unit/test_mixture unit/test_public_surface unit/test_recipe_messages unit/test_recipe_overrides unit/test_recipe_writing \
   unit/test_recipes unit/test_reports unit/test_tasks unit/test_training_data))
 TRAINING_TESTS := $(addprefix tests/,$(addsuffix .py, \
