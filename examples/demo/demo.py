@@ -47,7 +47,7 @@ MERGES: Mapping[str, Mapping[str, Any]] = {
 }
 CHOSEN = next(iter(MERGES))
 BATCH = 32  # prompts at a time
-SAMPLES = 48  # test texts per task
+SAMPLES = 40  # test texts per task
 PROMPTS = 3  # per task, whose answers are shown
 WIDEST = 100  # columns; tables do not read better when they are wider
 
@@ -120,7 +120,7 @@ def _demo(console: Console, out: Path, samples: int) -> None:
     console.print(*_leaderboard(compared.board), sep="\n")
     _report(console, compared, out)
 
-    _heading(console, "6 · Merged once more, with 16 generic lines per task to look at, and no label")
+    _heading(console, "6 · Merged once more, with 12 generic lines per task to look at, and no label")
     _tuned(console, out, samples, dtype)
 
     _heading(console, f"Done in {time.perf_counter() - started:.0f} s")
@@ -340,7 +340,7 @@ def _tuned(console: Console, out: Path, samples: int, dtype: str) -> None:
     tasks = f"--tasks {shlex.quote(str(_short(HERE / 'tasks')))}/*.yaml"
     tuned = shlex.quote(str(_tuning(out)))
     where = (f"--base-id {base}", f"--load-dtype {dtype}", "--device-map cpu")
-    _plait(console, "tune", _adapters(), tasks, "--texts lines --count 16 --steps 0", f"-o {tuned}", *where, "--force")
+    _plait(console, "tune", _adapters(), tasks, "--texts lines --count 12 --steps 0", f"-o {tuned}", *where, "--force")
     console.print()
     sample = f"--subset {samples} --batch-size {BATCH}"
     _plait(console, "eval", tuned, tasks, sample, f"--workspace {shlex.quote(str(_workspace(out)))}", *where)

@@ -41,7 +41,7 @@ class Speaker:
         for name, place in adapters.items():
             self._check(name, place)
 
-    def say(self, adapter: str | None, prompts: Sequence[str], length: int = 12) -> list[str]:
+    def say(self, adapter: str | None, prompts: Sequence[str], length: int = 8) -> list[str]:
         """Answer prompts greedily, on one line each.
 
         Args:
