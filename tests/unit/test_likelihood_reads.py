@@ -68,7 +68,8 @@ PADDED: dict[str, Callable[[], nn.Module]] = {
     "falcon with alibi": lambda: made("Falcon", alibi=True),
     "roberta": lambda: made("Roberta", is_decoder=True),
 }
-MASKED = PADDED.keys() - {"falcon with alibi"}  # whose biases are made from a mask of padding
+# those that take a mask of which token sees which: ALiBi's biases are made from a mask of padding, as is RoBERTa's of transformers 4
+MASKED = PADDED.keys() - {"falcon with alibi", *(["roberta"] if transformers.__version__ < "5" else [])}
 # those that count by where a token lies in their memory: prompts of one length at a time
 ALIGNED: dict[str, Callable[[], nn.Module]] = {
     "mpt": lambda: made("Mpt", d_model=32, n_heads=4, n_layers=2, max_seq_len=64),
