@@ -68,7 +68,7 @@ PADDED: dict[str, Callable[[], nn.Module]] = {
     "falcon with alibi": lambda: made("Falcon", alibi=True),
     "roberta": lambda: made("Roberta", is_decoder=True),
 }
-# those that take a mask of which token sees which: ALiBi's biases are made from a mask of padding, as is RoBERTa's of transformers 4
+# those that take a mask of which token sees which; ALiBi, and RoBERTa in transformers 4, know a mask of padding only
 MASKED = PADDED.keys() - {"falcon with alibi", *(["roberta"] if transformers.__version__ < "5" else [])}
 # those that count by where a token lies in their memory: prompts of one length at a time
 ALIGNED: dict[str, Callable[[], nn.Module]] = {
