@@ -154,6 +154,7 @@ def test_prompts_that_fill_rows_and_many_answers_of_one_token_are_not_packed():
     model = PADDED["llama"]()
     long = [Question([4] * 30 + [n] * 300, [[5], [6]]) for n in (7, 8, 9)]
     assert not likelihood._reads_less_packed(long)
+    assert not likelihood._reads_less_packed([Question([4] * 30 + [n], [[5] * 300]) for n in (7, 8)])
     assert likelihood._reads_less_packed(questions())
     assert asked(model, packed=True, rests=(9, 9, 9), prefix=40, answers=[[5], [6]]) == [(1, 40), (3, 9)]
 

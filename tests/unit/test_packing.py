@@ -12,7 +12,7 @@ from torch import nn
 from plait.calibration.moments import without_padding
 from plait.calibration.passages import Passage, Reader
 from plait.evaluation import packing
-from plait.evaluation.packing import pack_apart, pack_shared
+from plait.evaluation.packing import PackedRows, pack_apart, pack_shared
 from plait.notices import PlaitWarning
 from tests.every import every
 from tests.unit.test_likelihood_reads import ALIGNED, MASKED, PADDED, WHOLE, counted
@@ -23,10 +23,10 @@ PASSAGES = [
 ]
 
 
-def seen_by(text: Sequence[int], packed: object, at: int) -> list[list[int]]:
+def seen_by(text: Sequence[int], packed: PackedRows, at: int) -> list[list[int]]:
     """Return, per token of a packed text, what it sees, in the order of positions."""
-    row, columns = packed.places[at]  # type: ignore[attr-defined]
-    ids, positions, seen = packed.ids[row], packed.positions[row], packed.seen[row]  # type: ignore[attr-defined]
+    row, columns = packed.places[at]
+    ids, positions, seen = packed.ids[row], packed.positions[row], packed.seen[row]
     assert ids[list(columns)].tolist() == list(text)
     assert positions[list(columns)].tolist() == list(range(len(text)))
     found = []
@@ -103,7 +103,9 @@ def test_a_model_that_ignores_the_mask_is_found_out(monkeypatch):
 
     model.forward = ignoring
     monkeypatch.setattr(packing.library, "why_not_packed", lambda model, longest: None)
-    with torch.no_grad(), pytest.warns(PlaitWarning, match="in one row, they are not what they are alone"):
+    with pytest.warns(PlaitWarning, match="in one row, they are not what they are alone"):
+        assert not Reader(model).reads_in_one_row(PASSAGES[:1])  # one text alone would not show it
+    with torch.no_grad():
         found = Reader(model).logits(PASSAGES)
     torch.testing.assert_close(found, torch.cat([alone(model, p) for p in PASSAGES]))
 

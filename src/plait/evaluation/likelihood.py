@@ -108,8 +108,10 @@ def _length(question: Question, *, encoder_decoder: bool) -> int:
 
 
 def _reader(model: Any, questions: Sequence[Question], batch_size: int) -> _Cached | _Uncached | _Packed:
-    if _reads_less_packed(questions) and why_not_packed(model, [q.prompt for q in questions]) is None:
-        return _Packed(model)
+    if _reads_less_packed(questions):
+        texts = [[*q.prompt, *max(q.answers, key=len)] for q in questions]
+        if why_not_packed(model, texts) is None:
+            return _Packed(model)
     forward, reason = _ModelCall(model), library.why_not_continued(model)
     if reason is None and not forward.masks:
         reason = "its forward takes no mask of padding"
@@ -129,8 +131,8 @@ def _reads_less_packed(questions: Sequence[Question]) -> bool:
     stems = [_Stems(q.answers).read for q in questions]
     prompts = sum(len(q.prompt) - shared for q in questions)
     longer = sum(len(stem) for of in stems for stem in of)
-    if shared + max(map(len, (q.prompt for q in questions))) > MOST_NODES:
-        return False
+    if shared + max(_length(q, encoder_decoder=False) for q in questions) > MOST_NODES:
+        return False  # a text fills a row, and its mask grows with its square
     packed = (prompts + longer) * MOST_NODES / (MOST_NODES - shared)
     return packed <= prompts * (1 + _MOST_PADDING) + 2 * longer
 
@@ -417,13 +419,11 @@ class _Packed:
         at = [torch.tensor(part, device=self._model.device) for part in zip(*nodes, strict=True)]
         with only_positions(self._model, *at) as gathered:
             logits = self._model(**packed_keywords(self._model, packed)).logits
-        log_p = (logits[0] if gathered else logits[at[0], at[1]]).float().log_softmax(-1)
-
-        def score(i: int, answer: Sequence[int]) -> float:
-            predicted = zip(found[i, stems_of[i].of(answer)], answer, strict=False)  # a shorter answer may share a longer stem
-            return math.fsum(float(log_p[node, token]) for node, token in predicted)
-
-        return [[score(i, answer) for answer in q.answers] for i, q in enumerate(questions)]
+        logits = logits[0] if gathered else logits[at[0], at[1]]
+        return [
+            [_sum(logits[found[i, stems.of(answer)][: len(answer)]], answer) for answer in q.answers]
+            for i, (q, stems) in enumerate(zip(questions, stems_of, strict=True))
+        ]
 
 
 class _EncoderDecoder:

@@ -84,7 +84,7 @@ def worth_packing(packed: PackedRows, texts: Sequence[Sequence[int]]) -> bool:
     return packed.ids.numel() <= _WORTH * len(texts) * max(map(len, texts))
 
 
-_found: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+_reasons: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 
 
 def why_not_packed(model: Any, texts: Sequence[Sequence[int]]) -> str | None:
@@ -94,9 +94,9 @@ def why_not_packed(model: Any, texts: Sequence[Sequence[int]]) -> str | None:
     """
     reason = library.why_not_packed(model, max(map(len, texts)))
     if reason is None:
-        if model not in _found:
-            _found[model] = _try(model, texts[:_TRIED])
-        reason = _found[model]
+        if model not in _reasons:
+            _reasons[model] = _try(model, [*texts[:_TRIED], texts[0][::-1]])  # two differ, even where there is one text
+        reason = _reasons[model]
     return reason
 
 
