@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.errors import RecipeError
+from plait.recipes.importers.base import RecipeWarning
 from plait.recipes.importers.mergekit import convert_mergekit
 from plait.recipes.importers.mergekit_terms import MERGEKIT_METHODS as MERGEKIT
 from plait.recipes.importers.mergekit_terms import pattern
-from plait.recipes.loading import RecipeWarning, build_recipe, load_recipe, migrate_file
+from plait.recipes.loading import build_recipe, load_recipe, migrate_file
 from plait.recipes.writing import to_yaml
 from tests.every import every
 from tests.recipe_texts import quietly, refused

@@ -22,10 +22,11 @@ from plait.results.digests import sha256
 from plait.results.versions import library_versions
 from plait.results.writing import write_json_atomic
 from plait.tasks.answers import Answer
+from plait.tensorfiles.formats import TENSOR_FORMATS
 
 #: Raised by every change of plait after which a model may answer otherwise; tests/golden holds answers of this version.
 ANSWERS_VERSION = 1
-_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
+_MODEL_FILES = (*(f"*{kind.suffix}" for kind in TENSOR_FORMATS), "*.json", "*.model", "*.txt", "*.jinja", "*.py")
 
 
 class Answers(Record):

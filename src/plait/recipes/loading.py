@@ -12,22 +12,17 @@ from typing import NamedTuple
 
 from plait.errors import AddressError, RecipeError
 from plait.folders import expanded
-from plait.notices import PlaitWarning, frames_within
+from plait.notices import frames_within
 from plait.parsing import read_text, shown, text_problem
 from plait.recipes.documents import YamlDocument, open_document, read_document
 from plait.recipes.importers.entries import named_entry
-from plait.recipes.importers.mergekit import convert_mergekit, is_mergekit
-from plait.recipes.importers.migration import convert_old, number_note
+from plait.recipes.importers.forms import RECIPE_FORMS, convert, recipe_form
 from plait.recipes.overrides import Overrides, set_values
 from plait.recipes.paths import KeyPath, Plain
-from plait.recipes.problems import ConvertedRecipe, Origins, Problem, show_value
+from plait.recipes.problems import Origins, Problem, show_value
 from plait.recipes.schema import Recipe
 from plait.recipes.validation import check_recipe
 from plait.recipes.writing import to_yaml
-
-
-class RecipeWarning(PlaitWarning):
-    """Something about a recipe of another tool that its user should know: where numbers will differ."""
 
 
 class LoadedRecipe(NamedTuple):
@@ -52,8 +47,8 @@ def load_recipe(path_or_text: str | Path, *, overrides: Overrides = ()) -> Recip
 def read_recipe(path_or_text: str | Path, *, overrides: Overrides = ()) -> LoadedRecipe:
     """Return the recipe that a file or a text describes, and the folder that its relative paths start from.
 
-    Reads YAML and JSON in the present form, in the forms of the older framework (each with a `DeprecationWarning`) and
-    mergekit's YAML (with a `RecipeWarning` wherever numbers will differ).
+    Reads YAML and JSON in the present form and in every form of `RECIPE_FORMS`: those of the older framework (each with a
+    `DeprecationWarning`), mergekit's (with a `RecipeWarning` wherever numbers will differ).
 
     Args:
         path_or_text: a file, or the text of a recipe; a text has several lines or `key: value`. A text's folder is the
@@ -97,9 +92,9 @@ def migrate_file(file: str | Path) -> tuple[str, list[str]]:
     document, folder = open_document(path), path.absolute().parent
     _, notes = _resolve(document, str(file), folder, ())
     if not notes:
-        note = None if "version" in document.data else number_note(document.data)
-        return read_text(path, RecipeError), [] if note is None else [note]
-    converted = _converted(document.data, folder)
+        forms = () if "version" in document.data else RECIPE_FORMS
+        return read_text(path, RecipeError), list(filter(None, (form.present_note(document.data) for form in forms)))
+    converted = convert(document.data, folder)
     Origins(str(file), document.lines, converted.moved).refuse(converted.missing)
     return to_yaml(converted.data), [str(note) for note in notes]
 
@@ -130,7 +125,7 @@ def _resolve(document: YamlDocument, source: str, folder: Path | None, overrides
         raise RecipeError(f"{source}: there is nothing in it. A recipe needs at least 'adapters'.")
     if not isinstance(data, Mapping):
         raise RecipeError(f"{source}: a recipe is a mapping (key: value), not {show_value(data)}.")
-    converted = _converted(data, folder)
+    converted = convert(data, folder)
     origins = Origins(source, document.lines, converted.moved)
     if not converted.data:
         origins.refuse([*document.problems, *converted.problems])
@@ -142,12 +137,8 @@ def _resolve(document: YamlDocument, source: str, folder: Path | None, overrides
     origins.refuse([*known, *_not_reported(problems, known)])
     if recipe is None:
         raise AssertionError("a recipe without problems was not built")
-    category = RecipeWarning if is_mergekit(data) else DeprecationWarning
-    return recipe.written(origins), [category(note) for note in converted.notes]
-
-
-def _converted(data: Mapping[str, Plain], folder: Path | None) -> ConvertedRecipe:
-    return convert_mergekit(data, folder) if is_mergekit(data) else convert_old(data, folder)
+    form = recipe_form(data)
+    return recipe.written(origins), [] if form is None else [form.warning(note) for note in converted.notes]
 
 
 def _name_adapters(data: dict[str, Plain], folder: Path | None) -> tuple[dict[str, Plain], list[Problem]]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from plait.errors import AddressError, did_you_mean, join_words
+from plait.recipes.importers.base import RecipeForm
 from plait.recipes.importers.entries import named_entry
 from plait.recipes.importers.mergekit_terms import (
     MERGEKIT_METHODS,
@@ -399,3 +400,6 @@ def _by_module(rows: Mapping[str | None, dict[str, float]]) -> dict[str, Plain]:
         if name is not None:
             modules.setdefault(pattern(name), row)
     return {"policy": "per_module", "default": rows[None], "modules": modules}
+
+
+MERGEKIT = RecipeForm(is_mergekit, convert_mergekit)

@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from plait.errors import AddressError
+from plait.recipes.importers.base import RecipeForm
 from plait.recipes.importers.entries import named_entry
 from plait.recipes.importers.older_evaluation import KEYS as EVALUATION
 from plait.recipes.importers.older_evaluation import take_evaluation
@@ -475,3 +476,6 @@ def _percent_problem(k: Plain) -> str | None:
 def _shares(names: list[Plain], value: float) -> dict[str, float]:
     """Return λ for the first adapter and 1 − λ, taken in decimals as λ is written, for the second."""
     return {names[0]: float(value), names[1]: float(1 - Decimal(repr(value)))}
+
+
+OLDER = RecipeForm(is_old, convert_old, DeprecationWarning, number_note)
