@@ -473,7 +473,7 @@ class TestServing:
         assert serving([uniform]).adapters[0].refused == ()
 
     def test_convolutions(self, cohort):
-        assert any("convolutions (conv)" in r for r in serving(cohort).adapters[0].refused)
+        assert any("layers of kind conv (conv)" in r for r in serving(cohort).adapters[0].refused)
 
 
 @every(

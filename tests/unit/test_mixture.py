@@ -8,7 +8,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from plait.adapters import LowRank, layouts
 from plait.adapters.layouts import LAYOUTS, Conv1D, Embedding, Layout
 from plait.errors import PlanError
 from plait.mixture import Mixture
@@ -312,3 +314,34 @@ def test_every_layout_of_an_adapter_has_a_live_layer():
     with pytest.raises(StopIteration):
         live.layer_type(type("Another", (Layout,), {}))  # what is derived from `Layout` alone needs a class of its own
     assert len({layout.kind for layout in LAYOUTS}) == len(LAYOUTS)
+
+
+def test_a_layout_derived_from_linear_acts_on_linear_layers_and_claims_none(tmp_path, monkeypatch):
+    """As CONTRIBUTING.md adds one: here with names of its own for A and B."""
+
+    class Transposed(layouts.Linear):
+        kind = "transposed"
+
+        @classmethod
+        def claims(cls, shapes, *, is_parameter):
+            return True
+
+        @classmethod
+        def _of(cls, a, b, rank):
+            return cls(b[1], a[0]), a[1]
+
+        def unpack(self, a, b):
+            return [LowRank(a.mT.contiguous(), b.mT.contiguous())]
+
+        def packed_shapes(self, rank):
+            return (self.d_in, rank), (rank, self.d_out)
+
+    monkeypatch.setattr(layouts, "LAYOUTS", (Transposed, *LAYOUTS))
+    held = cohort(tmp_path, {"a": {"head": EVERY["head"]}})
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({name: x.mT.contiguous() for name, x in load_file(file).items()}, file)
+    (adapter,) = opened(held)
+    assert type(adapter.targets["head"].layout) is Transposed
+    assert type(layouts.module_layout(torch.nn.Linear(2, 3))) is layouts.Linear
+    with Mixture(net().double(), [adapter]).active({"a": 0.5}) as model:
+        torch.testing.assert_close(model(IDS), dense_output(held, lambda name, path: 0.5), **CLOSE)

@@ -267,7 +267,10 @@ def _served(adapter: Adapter) -> ServedAdapter:
     rank = max((*adapter.ranks, configured)) if adapter.targets else 0
     scaling = alpha / (math.sqrt(configured) if config.flag("use_rslora") else configured)
     other = [t for t in adapter.targets.values() if not math.isclose(t.scaling, scaling)]
-    convolutions = [t.path for t in adapter.targets.values() if not t.layout.served_by_vllm]
+    unserved: dict[str, set[str]] = {}
+    for t in adapter.targets.values():
+        if not t.layout.served_by_vllm:
+            unserved.setdefault(t.layout.kind, set()).add(short_name(t.path))
     refused = []
     if _is_dora(adapter):
         refused.append("DoRA")
@@ -275,8 +278,7 @@ def _served(adapter: Adapter) -> ServedAdapter:
         refused.append(f"full tensors ({listed(_owners(adapter.full_tensors))})")
     if any(t.has_bias for t in adapter.targets.values()):
         refused.append("lora_bias")
-    if convolutions:
-        refused.append(f"convolutions ({listed(sorted({short_name(p) for p in convolutions}))})")
+    refused += [f"layers of kind {kind} ({listed(sorted(names))})" for kind, names in unserved.items()]
     if other:
         refused.append(f"scalings of {_count(len(other), 'module')} (it reads r and lora_alpha, no patterns)")
     return ServedAdapter(name=adapter.name, rank=rank, max_lora_rank=max_lora_rank(rank), refused=tuple(refused))

@@ -8,6 +8,7 @@ from plait.adapters.adapter import Adapter
 from plait.errors import PlanError, collect
 from plait.inspection.compatibility import activation_problems
 from plait.mixture.deltas import AdapterDelta, DenseDelta
+from plait.mixture.layers import layer_type
 from plait.mixture.modules import ModuleIndex, TargetModule
 from plait.mixture.swaps import FullTensorSet, Swap, full_swaps
 
@@ -29,7 +30,7 @@ def fitting_modules(adapters: Sequence[Adapter], index: ModuleIndex) -> dict[str
                 continue
             layout = target.layout
             problem = _misfit(found, [(layout.d_out, layout.d_in)] * layout.stack)
-            if type(layout) is not type(found.layout):
+            if layer_type(type(layout)) is not layer_type(type(found.layout)):
                 problem = (
                     f"{found.path!r} is of kind {found.layout.kind} in the model and of kind {layout.kind} in the adapter. "
                     "Is it the right base?"

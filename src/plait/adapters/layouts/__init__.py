@@ -21,7 +21,8 @@ __all__ = [
     "factor_parts", "layout_type", "module_keys", "module_layout", "uniform_rank",
 ]  # fmt: skip
 
-LAYOUTS: tuple[type[Layout], ...] = (Embedding, Parameter, Convolution, Conv1D, Linear)  # the first that claims a target has it
+# The first that claims a target has it.
+LAYOUTS: tuple[type[Layout], ...] = (Embedding, Parameter, Convolution, Conv1D, Linear)
 
 
 def layout_type(shapes: Mapping[str, tuple[int, ...]], *, is_parameter: bool) -> type[Layout]:
@@ -35,8 +36,12 @@ def layout_type(shapes: Mapping[str, tuple[int, ...]], *, is_parameter: bool) ->
 
 
 def module_layout(module: Any) -> Layout | None:
-    """Return the layout of factors on a module of a live model; None where there is none."""
-    return next((found for layout in LAYOUTS if (found := layout.of_module(module)) is not None), None)
+    """Return the layout of factors on a module of a live model; None where there is none.
+
+    A layout that only says how factors are stored has no modules: those of the layout that it is derived from stay with that.
+    """
+    own = (layout for layout in LAYOUTS if "of_module" in vars(layout))
+    return next((found for layout in own if (found := layout.of_module(module)) is not None), None)
 
 
 def module_keys(layouts: Mapping[str, Layout]) -> dict[str, str]:
