@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +195,23 @@ def test_what_another_request_left_is_not_gone_on_from(place: Path, tmp_path: Pa
     with pytest.warns(PlaitWarning, match="of another tuning .*; it is removed"):
         found = tune(place, tmp_path / "out", tune={"granularity": "layer", "seed": 1})
     assert tensors(found.folder) == tensors(tune(place, tmp_path / "plain", tune={"granularity": "layer", "seed": 1}).folder)
+
+
+def test_a_state_is_of_contents_and_not_of_places(place: Path, tmp_path: Path) -> None:
+    """A moved folder goes on; an adapter with another scaling, which its tensor file does not show, does not."""
+    shutil.copytree(place, tmp_path / "first")
+    check_killed(
+        run_forked(KILLED, str(tmp_path / "first"), "3", str(tmp_path / "out"), "{'granularity': 'layer'}", folder=ROOT)
+    )
+    moved = first.rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / ".out.tuning", tmp_path / ".other.tuning")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PlaitWarning)
+        tune(moved, tmp_path / "out", tune={"granularity": "layer"})
+    config = next(moved.glob("**/adapter_config.json"))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 5}))
+    with pytest.warns(PlaitWarning, match="of another tuning .*; it is removed"):
+        tune(moved, tmp_path / "other", tune={"granularity": "layer"})
 
 
 @pytest.mark.parametrize(

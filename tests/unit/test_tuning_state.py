@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ from plait.tuning.working import WorkingState, alone
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones((), dtype=torch.bfloat16), "c": torch.empty(0)}
 
 
+def as_saved(tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    return tensors, info
+
+
 def saved(folder: Path) -> bytes:
     WorkingState(folder, "key").save("x", STATE, {"step": 3})
     return (folder / "x.safetensors").read_bytes()
@@ -23,11 +28,11 @@ def saved(folder: Path) -> bytes:
 
 def test_a_state_comes_back(tmp_path):
     saved(tmp_path / "s")
-    tensors, info = WorkingState(tmp_path / "s", "key").load("x") or ({}, {})
+    tensors, info = WorkingState(tmp_path / "s", "key").load("x", as_saved) or ({}, {})
     assert info == {"step": 3}
     assert all(torch.equal(tensors[name], STATE[name]) for name in STATE)
     with pytest.warns(PlaitWarning, match=r"s holds what is finished of another tuning \(.*number of threads\); it is removed"):
-        assert WorkingState(tmp_path / "s", "another").load("x") is None
+        assert WorkingState(tmp_path / "s", "another").load("x", as_saved) is None
 
 
 def test_a_state_with_any_byte_changed_is_computed_again(tmp_path):
@@ -36,7 +41,7 @@ def test_a_state_with_any_byte_changed_is_computed_again(tmp_path):
 
     def is_taken(part: bytes) -> bool:
         (tmp_path / "s" / "x.safetensors").write_bytes(part)
-        return WorkingState(tmp_path / "s", "key").load("x") is not None
+        return WorkingState(tmp_path / "s", "key").load("x", as_saved) is not None
 
     with pytest.warns(PlaitWarning, match="has changed since it was saved"):
         assert not any(map(is_taken, (b"", data[:100], *damaged)))
@@ -77,3 +82,19 @@ def test_a_key_that_leads_elsewhere_is_not_followed(tmp_path, what):
     with pytest.warns(PlaitWarning, match="of another tuning"):
         assert not WorkingState(folder, "key").resumed
     assert [p.name for p in folder.iterdir() if p.name != "lock"] == []
+
+
+def test_a_state_of_another_tuning_is_computed_again(tmp_path):
+    saved(tmp_path / "s")
+    (tmp_path / "s" / "tuning").write_text("another")
+    with pytest.warns(PlaitWarning, match=r"x\.safetensors has changed since it was saved, or is another tuning's"):
+        assert WorkingState(tmp_path / "s", "another").load("x", as_saved) is None
+
+
+@pytest.mark.parametrize(
+    "fails", [lambda t, i: t["none"], lambda t, i: i["step"] + "", lambda t, i: t["a"] @ t["a"], lambda t, i: t["a"].none]
+)
+def test_a_state_that_means_nothing_to_its_reader_is_computed_again(tmp_path, fails):
+    saved(tmp_path / "s")
+    with pytest.warns(PlaitWarning, match="has changed since it was saved"):
+        assert WorkingState(tmp_path / "s", "key").load("x", fails) is None

@@ -38,6 +38,12 @@ _SHOWN = 3
 _MODEL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")  # files next to a base's weights that decide what it computes
 
 
+def base_digests(folder: Path) -> dict[str, str]:
+    """Return name → sha256 of a base's weights, configuration, tokenizer and own code."""
+    others = sorted(p for pattern in _MODEL_FILES for p in folder.glob(pattern) if p.is_file())
+    return {p.name: sha256(p) for p in [*weight_files(folder), *others]}
+
+
 @dataclass(frozen=True, eq=False)
 class CalibrationRequest:
     """What is to be calibrated.
@@ -68,10 +74,8 @@ class CalibrationRequest:
 
     @cached_property
     def base_files(self) -> dict[str, str]:
-        """Name → sha256 of the base's weights, configuration, tokenizer and own code."""
-        folder = self.base.folder
-        others = sorted(p for pattern in _MODEL_FILES for p in folder.glob(pattern) if p.is_file())
-        return {p.name: sha256(p) for p in [*weight_files(folder), *others]}
+        """As `base_digests` has them."""
+        return base_digests(self.base.folder)
 
     @cached_property
     def base_digest(self) -> str:

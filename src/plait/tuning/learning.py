@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from plait.calibration.search import LEAST_DIVERGENCE, search_scale
 from plait.errors import PlanError
+from plait.linalg.finite import all_finite
 from plait.mixture import Mixture
 from plait.recipes.tuning import TuneSpec
 from plait.records import Record
@@ -264,8 +265,8 @@ def run_loop(
     steps = spec.steps if steps is None else steps
     optimizer = torch.optim.AdamW(learner.parameters(), lr=spec.used_rate, betas=spec.betas, weight_decay=0.0)
     run, best_state = LearningRun([start], [], 0, start), learner.state()
-    if working is not None and (found := working.load(name)) is not None:
-        run, best_state = _resume(learner, optimizer, *found)
+    if working is not None and (found := working.load(name, partial(_resume, learner, optimizer))) is not None:
+        run, best_state = found
         report(run.step, math.nan, None)
     while run.step < steps and not run.ended:
         step = run.step = run.step + 1
@@ -475,15 +476,27 @@ def _saved(
 def _resume(
     learner: Learner, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], info: Mapping[str, Any]
 ) -> tuple[LearningRun, dict[str, Tensor]]:
-    """Put a saved state in place; return the loop, and the best parameters."""
-    learner.load({name: tensors[f"now.{name}"] for name in learner.named()})
-    for name, p in learner.named().items():
-        state = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.tensor(float(info["step"])), **state}
+    """Put a saved state in place; return the loop, and the best parameters.
+
+    Raises:
+        LookupError, TypeError, ValueError: it is not a state of this learner, which is as it was then.
+    """
     looks = [HeldOutScore.model_validate(h) for h in info["looks"]]
-    best = next(h for h in looks if h.step == info["best"])
-    run = LearningRun(looks, list(info["losses"]), info["step"], best, info["waited"], info["ended"])
-    return run, {name: tensors[f"best.{name}"].to(p.device) for name, p in learner.named().items()}
+    best = next((h for h in looks if h.step == info["best"]), None)
+    counts = (info["step"], info["waited"], len(info["losses"]))
+    if best is None or not all(isinstance(n, int) and n >= 0 for n in counts) or info["step"] != len(info["losses"]):
+        raise ValueError(info)
+    run = LearningRun(looks, [float(loss) for loss in info["losses"]], info["step"], best, info["waited"], bool(info["ended"]))
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, p in learner.named().items():
+        parts[name] = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("now", "best", "exp_avg", "exp_avg_sq")}
+        if any(t.shape != p.shape or t.dtype != p.dtype or not all_finite(t) for t in parts[name].values()):
+            raise ValueError(name)
+    learner.load({name: part["now"] for name, part in parts.items()})
+    for name, p in learner.named().items():
+        averages = {key: parts[name][key] for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.tensor(float(run.step)), **averages}
+    return run, {name: part["best"] for name, part in parts.items()}
 
 
 def _mean(losses: Mapping[int, tuple[float, int]], texts: Sequence[int]) -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ from torch import Tensor
 from plait.adapters.lowrank import LowRank
 from plait.calibration.inputs import check_texts
 from plait.calibration.rebuilding import check_same_texts, request_of
-from plait.calibration.request import base_of, locked_request
+from plait.calibration.request import base_digests, base_of, locked_request
 from plait.calibration.search import LEAST_DIVERGENCE
 from plait.calibration.texts import Texts
-from plait.checkpoints.digests import weight_files
 from plait.errors import OutputError, PlanError
 from plait.evaluation.loaded_base import LoadedBase
+from plait.evaluation.scores import adapter_digest, digest
 from plait.extras import require
 from plait.hub.download import Located
 from plait.hub.pretrained import LoadOptions
+from plait.linalg.finite import all_finite
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.pipeline import input_folders
@@ -36,13 +37,13 @@ from plait.mixture import Mixture
 from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Recipe
 from plait.recipes.tuning import TuneSpec
-from plait.results.digests import sha256
 from plait.results.disk import check_not_an_input
 from plait.results.lock import LOCK, Lock, locked_input
 from plait.results.progress import Progress, SilentProgress
 from plait.results.records import write_json
 from plait.results.staging import output_problem, staged, tuning_folder
 from plait.results.threads import worker_count
+from plait.results.versions import library_versions
 from plait.tuning import coefficients
 from plait.tuning.card import tune_card
 from plait.tuning.coefficients import (
@@ -166,10 +167,9 @@ def _run(
     texts, right, excluded = (texts, right, []) if spec.allow_test else without_test_texts(texts, right)
     base = base_of(inventory, folder, options.load.base)
     digests = input_digests(inventory)
-    base_files = {p.name: sha256(p) for p in weight_files(base.folder)}
-    working = WorkingState(
-        tuning_folder(out), _digest(recipe, options, texts, right, [*digests.values(), *base_files.values()])
-    )
+    base_files = base_digests(base.folder)
+    content = [*digests.values(), base_files, *(adapter_digest(a.folder) for a in inventory.adapters)]
+    working = WorkingState(tuning_folder(out), _digest(inventory.recipe, options, texts, right, owners, content))
     clock.lap("check")
 
     mixture = _load(base, inventory, options, progress)
@@ -349,13 +349,21 @@ def _digest(
     options: TuneOptions,
     texts: Mapping[str, Texts],
     right: Mapping[str, tuple[str, ...]],
-    files: Sequence[str],
+    owners: Mapping[str, str],
+    content: Sequence[object],
 ) -> str:
-    """Return a hash of everything that a tuning's state depends on."""
-    read = {name: (t.digest, right.get(name)) for name, t in texts.items()}
-    about = [recipe.model_dump(mode="json", by_alias=True), options.load.dtype, options.load.device_map, read, sorted(files)]
-    versions = [__version__, torch.__version__, torch.get_num_threads()]
-    return hashlib.sha256(json.dumps([about, versions], sort_keys=True).encode()).hexdigest()
+    """Return a hash of everything that a tuning's state depends on: contents and settings, wherever they are kept."""
+    asked = recipe.model_dump(mode="json", by_alias=True, exclude={"base_model", "tasks"})
+    for entry in asked["adapters"]:
+        entry.update(path=None, moments=None)
+    for part in ("calibration", "tune"):
+        asked[part].update(files=None)
+    read = {
+        name: (t.digest, right.get(name), owners[name], t.task.model_dump(mode="json", exclude={"data", "splits"}))
+        for name, t in texts.items()
+    }
+    versions = [__version__, library_versions("transformers"), torch.get_num_threads()]
+    return digest(asked, options.load.dtype, options.load.device_map, read, content, versions)
 
 
 def _closed_form(
@@ -370,8 +378,8 @@ def _closed_form(
     if not inventory.recipe.tune.learns_factors and inventory.recipe.output.rank != "auto":
         whole = inventory.recipe.model_copy(update={"output": inventory.recipe.output.model_copy(update={"rank": "auto"})})
         inventory = replace(inventory, recipe=whole)
-    if (found := working.load("closed-form")) is not None:
-        return _from_tensors(*found)
+    if (found := working.load("closed-form", partial(_from_tensors, inventory))) is not None:
+        return found
     merged = closed_form(inventory, mixture, lessons, workers=worker_count(options.workers), progress=progress, working=working)
     tensors: dict[str, Tensor] = {}
     for m in merged:
@@ -385,17 +393,24 @@ def _closed_form(
     return merged
 
 
-def _from_tensors(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> tuple[MergedModule, ...]:
-    return tuple(
-        MergedModule(
-            target,
-            OutputFactors(tuple(LowRank(tensors[f"{i}.a.{target}"], tensors[f"{i}.b.{target}"]) for i in range(count))),
-            None,
-            tensors.get(f"bias.{target}"),
-            None,
-        )
-        for target, count in info["targets"].items()
-    )
+def _from_tensors(inventory: Inventory, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> tuple[MergedModule, ...]:
+    """Return the start that was saved.
+
+    Raises:
+        LookupError, ValueError: it is not one of these adapters.
+    """
+    found = []
+    for target, count in info["targets"].items():
+        layout, bias = inventory.layouts[target], tensors.get(f"bias.{target}")
+        slices = tuple(LowRank(tensors[f"{i}.a.{target}"], tensors[f"{i}.b.{target}"]) for i in range(count))
+        values = [t for s in slices for t in (s.a, s.b)] + ([] if bias is None else [bias])
+        shapes = [(layout.d_out, s.rank, s.rank, layout.d_in) for s in slices]
+        if [(*s.b.shape, *s.a.shape) for s in slices] != shapes or count != layout.stack or not all(map(all_finite, values)):
+            raise ValueError(target)
+        found.append(MergedModule(target, OutputFactors(slices), None, bias, None))
+    if not found:
+        raise ValueError(info)
+    return tuple(found)
 
 
 def _rank(inventory: Inventory) -> int:
@@ -433,9 +448,9 @@ def _scaled(
     """Give the start its scale: the recipe's where it has one, else the one that is nearest to the adapters."""
     if "scale" in recipe.model_fields_set and recipe.scale != "auto":
         return recipe.factor, [], evaluate_held_out(mixture, learner, taught, 0, recipe.tune)
-    if (found := working.load("scale")) is not None:
-        learner.factors.scale(found[1]["scale"])
-        return found[1]["scale"], [tuple(pair) for pair in found[1]["tried"]], HeldOutScore.model_validate(found[1]["held"])
+    if (found := working.load("scale", _from_scale)) is not None:
+        learner.factors.scale(found[0])
+        return found
     tried: list[tuple[float, float]] = []
 
     def report(scale: float, held: HeldOutScore) -> None:
@@ -449,6 +464,18 @@ def _scaled(
         progress.finish()
     working.save("scale", {}, {"scale": scale, "tried": tried, "held": start.model_dump(mode="json")})
     return scale, tried, start
+
+
+def _from_scale(_: Mapping[str, Tensor], info: Mapping[str, Any]) -> tuple[float, list[tuple[float, float]], HeldOutScore]:
+    """Return the scale that was saved, those that were tried, and the look.
+
+    Raises:
+        LookupError, TypeError, ValueError: it is none.
+    """
+    scale = float(info["scale"])
+    if not 0 < scale < math.inf:
+        raise ValueError(scale)
+    return scale, [(float(s), float(share)) for s, share in info["tried"]], HeldOutScore.model_validate(info["held"])
 
 
 def _notes(

@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from plait.errors import OutputError
 from plait.notices import announce
-from plait.parsing import read_text
+from plait.parsing import parse_json, read_text
 from plait.results.locking import locked
 
+T = TypeVar("T")
 _KEY, _LOCK = "tuning", "lock"
 
 
@@ -71,8 +72,13 @@ class WorkingState:
             for path in left:
                 path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path, ignore_errors=True)
 
-    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return tensors and what else was saved under a name; None where nothing was, or what there is has changed since."""
+    def load(self, name: str, use: Callable[[dict[str, Tensor], dict[str, Any]], T]) -> T | None:
+        """Return what a saved state means; None where there is none, or what there is is not what this tuning saved.
+
+        Args:
+            name: of the state.
+            use: makes something of its tensors and of what else was saved; where it fails, it has changed nothing.
+        """
         file = self.folder / f"{name}.safetensors"
         if not file.is_file():
             return None
@@ -80,11 +86,11 @@ class WorkingState:
             with safe_open(file, framework="pt") as held:
                 about = held.metadata() or {}
                 tensors = {key: held.get_tensor(key) for key in held.keys()}  # noqa: SIM118 (it is not a mapping)
-            if about.get("sha256") == _content_digest(tensors, about.get("info", "")):
-                return tensors, json.loads(about["info"])
-        except (OSError, SafetensorError, KeyError, ValueError):
+            if about.get("sha256") == self._content_digest(tensors, about.get("info", "")):
+                return use(tensors, parse_json(about["info"], str(file), OutputError, constants=True))
+        except (OSError, SafetensorError, OutputError, LookupError, TypeError, ValueError, AttributeError, RuntimeError):
             pass
-        announce(f"{file} has changed since it was saved; what it held is computed again.")
+        announce(f"{file} has changed since it was saved, or is another tuning's; what it held is computed again.")
         return None
 
     def save(self, name: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -96,7 +102,7 @@ class WorkingState:
         draft = self.place / f".{name}-{os.getpid()}"
         try:
             held, text = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, json.dumps(info)
-            draft.write_bytes(save(held, {"info": text, "sha256": _content_digest(held, text)}))
+            draft.write_bytes(save(held, {"info": text, "sha256": self._content_digest(held, text)}))
             draft.replace(self.folder / f"{name}.safetensors")
         except OSError as error:
             raise OutputError(f"{self.folder} cannot be written: {error.strerror or error}.") from None
@@ -120,11 +126,10 @@ class WorkingState:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-
-def _content_digest(tensors: Mapping[str, Tensor], info: str) -> str:
-    """Return a hash of tensors and of what else is saved with them."""
-    found = hashlib.sha256(info.encode())
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    def _content_digest(self, tensors: Mapping[str, Tensor], info: str) -> str:
+        """Return a hash of tensors, of what else is saved with them, and of what all of it depends on."""
+        found = hashlib.sha256(f"{self._digest} {info}".encode())
+        for name, tensor in sorted(tensors.items()):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
