@@ -203,7 +203,7 @@ def test_a_state_is_of_contents_and_not_of_places(place: Path, tmp_path: Path) -
     check_killed(
         run_forked(KILLED, str(tmp_path / "first"), "3", str(tmp_path / "out"), "{'granularity': 'layer'}", folder=ROOT)
     )
-    moved = first.rename(tmp_path / "moved")
+    moved = (tmp_path / "first").rename(tmp_path / "moved")
     shutil.copytree(tmp_path / ".out.tuning", tmp_path / ".other.tuning")
     with warnings.catch_warnings():
         warnings.simplefilter("error", PlaitWarning)
