@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "plait"
@@ -43,6 +44,7 @@ def package_of(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
+@cache
 def sources() -> dict[str, ast.Module]:
     found = {}
     for path in sorted(SOURCE.rglob("*.py")):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import typer
 from transformers import AutoModelForCausalLM
@@ -20,6 +22,7 @@ from tests.every import every
 FLAGS = [(row, command) for row in TABLE if row.kind == "flag" for command in row.commands]
 
 
+@cache
 def options(command: str) -> set[str]:
     parameters = typer.main.get_command(app).commands[command].params
     return {name for p in parameters for name in (*p.opts, *p.secondary_opts)}
