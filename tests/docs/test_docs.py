@@ -152,6 +152,13 @@ def test_every_method_is_on_one_page():
     assert sorted(described) == sorted(METHODS)
 
 
+def test_files_that_the_design_names_are_there():
+    named = {name for name in re.findall(r"`([\w/*.-]+\.py)`", (ROOT / "docs" / "design.md").read_text(encoding="utf-8"))}
+    source = ROOT / "src" / "plait"
+    assert len(named) > 50
+    assert not [name for name in named if not any(ROOT.glob(name)) and not any(source.rglob(name))]
+
+
 def test_links_lead_somewhere():
     for page in [*PAGES, *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "demo" / "README.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):

@@ -16,9 +16,9 @@ FILES = [
 ]
 #: Forms that have a plain replacement in every place, so that a hit is never a false alarm.
 REFUSED = {
-    "write 'is not a …'": r"(?<!there )\b(?:is|are|was|were) no (?!longer\b|more\b)",
+    "write 'is not a …'": r"(?<!there\s)\b(?:is|are|was|were)\s+no\s+(?!longer\b|more\b)",
     "write 'next to'": r"\bbeside\b",
-    "write 'continues'": r"\b(?:goes|go|going|gone) on\b",
+    "write 'continues'": r"\b(?:goes|go|going|gone)\s+on\b",
     "name who: 'another process', 'no task'": r"(?<!~)\b(?:nobody|everybody|somebody)\b",
     "write 'reports', 'shows', 'names'": r"\b(?:told|said|listens)\b",
     "write 'is', 'means'": r"\b(?:stands|stood)\b",

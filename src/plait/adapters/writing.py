@@ -22,12 +22,12 @@ from plait.tensorfiles.writer import TensorEntry, TensorWriter
 
 OUTPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-FullTensors = Sequence[
+StreamedTensors = Sequence[
     tuple[TensorEntry, Iterable[tuple[int, Tensor]]]
 ]  # by path in the base model; (first row, rows) as they come
 
 
-def tensors_in_memory(tensors: Mapping[str, Tensor]) -> FullTensors:
+def tensors_in_memory(tensors: Mapping[str, Tensor]) -> StreamedTensors:
     """Return tensors in memory, path → tensor, as `AdapterWriter.write` takes full ones."""
     return [(TensorEntry(path, tensor.dtype, tuple(tensor.shape)), [(0, tensor)]) for path, tensor in tensors.items()]
 
@@ -122,7 +122,7 @@ class AdapterWriter:
         return dict(sorted(config.items()))
 
     def write(
-        self, folder: Path, targets: Iterable[dict[str, Tensor]], config: Mapping[str, Any], full: FullTensors = ()
+        self, folder: Path, targets: Iterable[dict[str, Tensor]], config: Mapping[str, Any], full: StreamedTensors = ()
     ) -> dict[str, str]:
         """Write the tensor file and `adapter_config.json`.
 

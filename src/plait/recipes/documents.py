@@ -155,7 +155,7 @@ def read_json_document(text: str, source: str) -> YamlDocument:
     if len(text) > _MOST_CHARACTERS:
         return YamlDocument(data, {})
     try:
-        # JSON may be indented with tabs, YAML may not; inside of JSON's strings there are none. Its pairs of surrogates are no
+        # JSON may be indented with tabs, YAML may not; inside of JSON's strings there are none. Its pairs of surrogates are not
         # characters in YAML; only lines are taken from there.
         marked = read_document(_SURROGATES.sub(r"\\ufffd", text.replace("\t", " ")), source)
     except RecipeError:

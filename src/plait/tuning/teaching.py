@@ -72,7 +72,7 @@ class Lesson:
             return [p.answer for p in self.passages]
         return list(self.targets) if self.labeled else self.answers.log_p.argmax(-1).tolist()
 
-    def _said(
+    def _outputs_at(
         self, wanted: Sequence[int], logits: torch.Tensor, states: Sequence[torch.Tensor], hidden: Hidden
     ) -> BatchOutputs:
         """Return what was answered to some passages, given the scores and hidden states at their positions."""
@@ -111,7 +111,7 @@ def outputs_of(model: Any, parts: Sequence[tuple[Lesson, Sequence[int], Hidden]]
     sizes = [len(w) if x.head else sum(x.passages[i].positions for i in w) for x, w, _ in parts]
     found, at = [], 0
     for (lesson, wanted, hidden), size in zip(parts, sizes, strict=True):
-        found.append(lesson._said(wanted, logits[at : at + size], [h[at : at + size] for h in states], hidden))
+        found.append(lesson._outputs_at(wanted, logits[at : at + size], [h[at : at + size] for h in states], hidden))
         at += size
     return found
 
