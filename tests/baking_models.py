@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 IDS = torch.arange(24).reshape(2, 12) % 30
 _SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -133,3 +135,27 @@ def adapter_output(base: Path, adapters: dict[str, Path], weights: dict[str, flo
                     scaling[name] *= weights[name]
     model.base_model.set_adapter(names)
     return run(model.eval().base_model.model)
+
+
+def literal_output(base: Path, adapters: dict[str, Path], weights: dict[str, float], auto: Any) -> torch.Tensor:
+    """Return the logits of W + Σ wₜ ΔWₜ in float64, layer by layer, no two of which share a parameter.
+
+    ΔWₜ is what PEFT alone adds to a copy of its layer, so that DoRA, tied weights and repeated layers are PEFT's own.
+    """
+    models = [PeftModel.from_pretrained(auto.from_pretrained(base, dtype=torch.float32), path) for path in adapters.values()]
+    layers = [{n: m for n, m in model.base_model.model.named_modules() if isinstance(m, LoraLayer)} for model in models]
+    found = copy.deepcopy(models[0].base_model.model).eval()
+    for path in sorted(set().union(*layers)):
+        total = None
+        for own, weight in zip(layers, weights.values(), strict=True):
+            if path not in own:
+                continue
+            merged = copy.deepcopy(own[path]).double()
+            plain = copy.deepcopy(merged.base_layer)
+            merged.merge()
+            total = plain if total is None else total
+            with torch.no_grad():
+                total.weight = torch.nn.Parameter(total.weight + weight * (merged.base_layer.weight - plain.weight))
+        owner, _, name = path.rpartition(".")
+        setattr(found.get_submodule(owner), name, total)
+    return run(found.double())

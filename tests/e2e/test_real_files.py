@@ -17,7 +17,7 @@ from plait.adapters.adapter import Adapter
 from plait.errors import AdapterError, PlanError
 from plait.mixture import Mixture
 from tests.adapters_on_disk import Linear, write_adapter
-from tests.baking_models import adapter_output, make_adapter, run, save_model
+from tests.baking_models import adapter_output, literal_output, make_adapter, run, save_model
 from tests.real_files import CONFIG, LM, MODULES, WEIGHTS, Q, baked, difference, rewrite
 
 pytestmark = [
@@ -185,7 +185,73 @@ class TestDoubts:
         )
 
 
+class TestTiedWeights:
+    """The input embedding and the head share a tensor; an adapter may change one use, or both, each in its own way."""
+
+    MODULES = (("llama tied", "embed_tokens", "q_proj"), ("gpt2", "wte", "c_attn"), ("t5", "shared", "q"))
+
+    def live(self, base: Path, folders: dict[str, Path], weights: dict[str, float], auto: Any) -> torch.Tensor:
+        model = auto.from_pretrained(base)
+        mixture = Mixture(model, [Adapter.open(folder, name) for name, folder in folders.items()])
+        with mixture.active(weights, heads=len(folders) == 1):  # of two, the heads are copies of the base's
+            return run(model)
+
+    @pytest.mark.parametrize("kinds", [("both", "both"), ("both", "head"), ("embedding", "both"), ("dora", "both")])
+    def test_adapters_whose_uses_are_tied_too(self, tmp_path, kinds):
+        """`ensure_weight_tying`: PEFT trains one pair of factors for both uses and saves it twice."""
+        base = save_model("llama tied", tmp_path / "base")
+        modules = {"both": ["embed_tokens", "lm_head", "q_proj"], "head": ["lm_head"], "embedding": ["embed_tokens", "v_proj"]}
+        folders = {}
+        for number, kind in enumerate(kinds):
+            settings = {"target_modules": modules.get(kind, modules["both"]), "use_dora": kind == "dora", "r": number + 2}
+            folder = tmp_path / f"a{number}"
+            folders[folder.name] = make_adapter(base, folder, number + 1, LM, **settings, ensure_weight_tying=True)
+        weights = {"a0": 0.7, "a1": -0.4}
+        expected = literal_output(base, folders, weights, LM)
+        merged = plait.merge([*folders.values()], weights=[0.7, -0.4], base_model=str(base), out=tmp_path / "m")
+        assert not any("does not select" in note for note in merged.record.notes)
+        assert difference(adapter_output(base, {"m": tmp_path / "m"}, {"m": 1.0}, LM), expected) < 1e-5
+        plait.bake([*folders.values()], weights=[0.7, -0.4], base=base, out=tmp_path / "b")
+        assert difference(run(LM.from_pretrained(tmp_path / "b").eval()), expected) < 1e-5
+        assert difference(self.live(base, folders, weights, LM), expected) < 1e-5
+
+    @pytest.mark.parametrize(("kind", "embedding", "inner"), MODULES)
+    @pytest.mark.parametrize(
+        ("rows", "adapted"),  # PEFT does not train both on one module
+        [("embedding", "inner"), ("embedding", "head"), ("head", "inner"), ("head", "embedding"), ("both", "inner")],
+    )
+    def test_trained_rows_of_one_use_below_a_lora(self, tmp_path, kind, embedding, inner, rows, adapted):
+        """Rows of the embedding are the head's too; those of the head are its own; with both, each has its own."""
+        auto = tf.AutoModelForSeq2SeqLM if kind == "t5" else LM
+        base = save_model(kind, tmp_path / "base")
+        trained = {embedding: [3, 5]} if rows != "head" else {}
+        trained |= {"lm_head": [3, 7]} if rows != "embedding" else {}
+        targets = [inner] + {"inner": [], "head": ["lm_head"], "embedding": [embedding]}[adapted]
+        made = make_adapter(base, tmp_path / "a", 1, auto, target_modules=targets, trainable_token_indices=trained)
+        expected = adapter_output(base, {"a": made}, {"a": 1.0}, auto)
+        assert difference(self.live(base, {"a": made}, {"a": 1.0}, auto), expected) < 1e-5
+        if kind == "t5" and rows == "both":
+            with pytest.raises(PlanError, match="have trained token rows of 2 of them"):
+                plait.bake([made], base=base, out=tmp_path / "b")
+            return
+        assert difference(run(baked([made], base, tmp_path / "b", auto)), expected) < 1e-5
+
+
 class TestAdaptersOfAnotherModelThanTheBase:
+    @pytest.mark.parametrize("layers", [(None, None), ([0, 1], [2, 3])])
+    def test_repeated_layers_merge_as_each_layers_own_sum(self, tmp_path, layers):
+        base = save_model("llama", tmp_path / "base")
+        folders = {}
+        for number, chosen in enumerate(layers):
+            settings = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": chosen, "r": number + 2}
+            folder = tmp_path / f"a{number}"
+            folders[folder.name] = make_adapter(
+                base, folder, number + 1, LM, **settings, layer_replication=[[0, 2], [0, 2]], task_type="CAUSAL_LM"
+            )
+        plait.merge([*folders.values()], weights=[0.7, -0.4], out=tmp_path / "m")
+        expected = literal_output(base, folders, {"a0": 0.7, "a1": -0.4}, LM)
+        assert difference(adapter_output(base, {"m": tmp_path / "m"}, {"m": 1.0}, LM), expected) < 1e-5
+
     @pytest.mark.parametrize(
         ("config", "message"),
         [

@@ -68,7 +68,6 @@ class ShardTensorBuilder:
             block = self._base(tensor, start * columns, (stop - start) * columns, exact).view(-1, columns)
             for add in adders:
                 add(block, start)
-            self._write_token_rows(tensor, block, start)
             out = block.to(dtype).cpu()
             if not all_finite(out):
                 self._check(tensor, block)
@@ -88,13 +87,24 @@ class ShardTensorBuilder:
         return math.prod(shape[:-1]), shape[-1]
 
     def _base(self, tensor: OutTensor, first: int, count: int, dtype: torch.dtype) -> Tensor:
-        """Return values that deltas are added to, flat, in memory of their own."""
-        replaced = tensor.change.replaced
+        """Return values that deltas are added to, flat, in memory of their own; trained token rows are among them.
+
+        Raises:
+            AdapterError: the base cannot be read.
+        """
+        replaced, tokens = tensor.change.replaced, tensor.change.tokens
         if replaced is not None:
-            return replaced.values(first, count, dtype).clone().to(self.device)
-        if tensor.source is None:
+            found = replaced.values(first, count, dtype).clone().to(self.device)
+        elif tensor.source is None:
             raise AssertionError(f"{tensor.name!r} has no values")
-        return self.checkpoint.values(tensor.source, first, count).to(self.device).to(dtype)
+        else:
+            found = self.checkpoint.values(tensor.source, first, count).to(self.device).to(dtype)
+        if tokens is not None:
+            width = tensor.shape[-1]
+            for number, row in enumerate(tokens.indices):
+                if first <= (at := row * width) < first + count:
+                    found[at - first : at - first + width] = tokens.values(number * width, width, dtype).to(self.device)
+        return found
 
     def _ranges(
         self, tensor: OutTensor, merges: Mapping[str, ModuleMerge], dtype: torch.dtype, stack: ExitStack
@@ -130,15 +140,6 @@ class ShardTensorBuilder:
                 block += bias[start : start + len(block)].to(block)
 
             yield add
-
-    def _write_token_rows(self, tensor: OutTensor, block: Tensor, start: int) -> None:
-        tokens = tensor.change.tokens
-        if tokens is None:
-            return
-        width = block.shape[1]
-        for number, row in enumerate(tokens.indices):
-            if start <= row < start + len(block):
-                block[row - start] = tokens.values(number * width, width, block.dtype).to(block.device)
 
     def _check(self, tensor: OutTensor, block: Tensor) -> None:
         """See where NaN or infinite values come from; a tensor that is only cast may have had them.

@@ -89,6 +89,10 @@ class Untying:
         uses = {name: self._use(name) for name in group}
         if stored is None or not any(uses.values()):
             return
+        if (own := uses[owner]) is not None and own.tokens is not None:  # PEFT ties trained rows to every use, below its LoRA
+            for name, use in uses.items():
+                if use is not None and use.ranges and use.tokens is None:
+                    uses[name] = replace(use, tokens=own.tokens)
         self.placed |= {target for use in uses.values() if use is not None for target in use.targets}
         if self._check_agreement(list(uses.values())):
             for name in group[1:]:
@@ -129,6 +133,12 @@ class Untying:
         tie what is stored separately with other values.
         """
         shape = self._checkpoint.info(stored).shape
+        if len(rows := {u.tokens.names for u in uses.values() if u is not None and u.tokens is not None}) > 1:
+            self._result.problems.append(
+                f"{', '.join(uses)} share one tensor, and the adapters have trained token rows of {len(rows)} of them: PEFT "
+                "then ties none to the other uses, which no checkpoint can express. Merge into an adapter instead."
+            )
+            return
         if any(u.replaced is not None and u.replaced.shape != shape for u in uses.values() if u is not None):
             self._result.problems.append(
                 f"{', '.join(uses)} share one tensor, and the adapters give only some of them a vocabulary of another size. "
@@ -182,10 +192,13 @@ class Untying:
     def _check_agreement(self, uses: list[TensorChange | None]) -> bool:
         """Return whether all uses of a tensor are changed alike, so that they can stay one.
 
-        Trained token rows always are: PEFT ties their adapter to the head where the model ties the weights.
+        Trained token rows of the first, the embedding, always are: PEFT ties their adapter to the head where the model ties
+        the weights, and not the other way round.
         """
         made = [u for u in uses if u is not None]
         tokens, tables = {u.tokens.names for u in made if u.tokens}, [u.replaced for u in made if u.replaced]
+        if tokens and (uses[0] is None or uses[0].tokens is None):
+            return False
         if tokens and not any(u.ranges for u in made) and all(u.tokens or u.replaced for u in made):
             return len(tokens) == 1 and all(tables[0].same_values(table) for table in tables[1:])
         if len(made) < len(uses):
@@ -209,6 +222,8 @@ def _same_factors(adapter: Adapter, one: RowRange, two: RowRange) -> bool:
         return False
     if one.target not in adapter.targets:
         return True
+    if any(adapter.targets[p.target].is_dora for p in (one, two)):
+        return False  # magnitudes are of columns in an embedding, of rows in a head
     (x,), (y,) = adapter.read(one.target), adapter.read(two.target)
     same_form = one.transposed == two.transposed
     a, b = (y.a, y.b) if same_form else (y.b.mT, y.a.mT)

@@ -42,7 +42,10 @@ def config_problems(adapter: Adapter) -> Iterator[str]:
         idle = [p for p in config.raw.get(key) or {} if not any(map(module_pattern(p), targets))]
         if idle and targets:
             yield f"{key} has {listed(map(shown, idle))}, which no module of the file has as its name."
-    if lost := unselected(adapter):
+    lost = unselected(adapter) or []
+    if config.flag("ensure_weight_tying"):  # PEFT then adapts a head too whose weights the model ties to an adapted embedding
+        lost = [path for path in lost if layer_key(path) is not None]
+    if lost:
         yield (
             f"the configuration does not select {len(lost)} of {len(targets)} modules of the file (such as {lost[0]!r}): PEFT "
             "loads nothing of them. The tensors count."

@@ -107,9 +107,10 @@ def full_swaps(full: FullTensorSet, modules: ModuleIndex) -> list[Swap]:
         ValueError: the model has no place for one of them; the text says which.
     """
     swaps: list[Swap] = []
+    tables = [path for path in full.tensors if path.endswith(_ROWS)]
     for path, tensor in full.tensors.items():
-        if path.endswith(_ROWS):
-            swaps.append(_token_rows(path, tensor, full.token_indices, modules))
+        if path in tables:
+            swaps.append(_token_rows(path, tensor, full.token_indices, modules, alone=len(tables) == 1))
             continue
         module, name = modules.tensor(path.replace(_WRAPPED, ""))
         swaps.append(_full_swap(path, tensor, module, name))
@@ -132,7 +133,8 @@ def _full_swap(path: str, tensor: Tensor, module: nn.Module, name: str) -> Swap:
     return TensorSwap(module, name, tensor.to(present.device, present.dtype))
 
 
-def _token_rows(path: str, rows: Tensor, declared: Any, modules: ModuleIndex) -> Swap:
+def _token_rows(path: str, rows: Tensor, declared: Any, modules: ModuleIndex, *, alone: bool) -> Swap:
+    """Return what puts trained rows in place: in every use of the tensor where the embedding `alone` has some, as in PEFT."""
     owner = path.removesuffix(_ROWS).removesuffix(_WRAPPED)
     module, name = modules.tensor(f"{owner}.weight")
     weight, indices = getattr(module, name), _indices(declared, owner)
@@ -142,7 +144,10 @@ def _token_rows(path: str, rows: Tensor, declared: Any, modules: ModuleIndex) ->
         raise ValueError(f"{path!r}: the model's tensor is offloaded or quantized; its rows cannot be exchanged.")
     if rows.shape[1:] != weight.shape[1:] or max(indices, default=0) >= len(weight):
         raise ValueError(f"{path!r}: rows {indices} of {list(rows.shape[1:])} do not fit the model's {list(weight.shape)}.")
-    return RowSwap(weight, torch.tensor(indices, device=weight.device), rows.to(weight.device, weight.dtype))
+    where, values = torch.tensor(indices, device=weight.device), rows.to(weight.device, weight.dtype)
+    if alone and isinstance(module, nn.Embedding):
+        return RowSwap(weight, where, values)
+    return TensorSwap(module, name, weight.detach().index_copy(0, where, values))
 
 
 def _indices(declared: Any, owner: str) -> list[int] | None:
