@@ -56,7 +56,7 @@ def moments(base: str, dtype: str, texts: int, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in NAMES:
         task = load_task(DEMO / "tasks" / f"{name}.yaml")
-        passages = encode_texts(mixture, read_texts(task, kind="split", split="train", count=texts, seed=0), name)[0]
+        passages = encode_texts(mixture, read_texts(task, kind="split", split="train", count=texts, seed=0), name)
 
         def forward(passages: Any = passages) -> None:
             ordered = sorted(passages, key=lambda p: len(p.prompt))

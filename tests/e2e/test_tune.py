@@ -443,6 +443,6 @@ def test_an_adapter_that_cannot_answer_is_refused_with_its_task(
     def broken(*_: Any, **__: Any) -> list[list[float]]:
         raise TaskError("the model's outputs are NaN")
 
-    monkeypatch.setattr("plait.calibration.inputs.log_likelihoods", broken)
+    monkeypatch.setattr("plait.calibration.teachers.likeliest_answers", broken)
     with pytest.raises(TaskError, match="task 'sort', split 'calibration': the model's outputs are NaN"):
         tune(place, tmp_path / "out")

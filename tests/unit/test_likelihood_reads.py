@@ -153,10 +153,38 @@ def test_short_prompts_and_longer_answers_are_packed_in_rows(name):
 def test_prompts_that_fill_rows_and_many_answers_of_one_token_are_not_packed():
     model = PADDED["llama"]()
     long = [Question([4] * 30 + [n] * 300, [[5], [6]]) for n in (7, 8, 9)]
-    assert not likelihood._reads_less_packed(long)
-    assert not likelihood._reads_less_packed([Question([4] * 30 + [n], [[5] * 300]) for n in (7, 8)])
+    answers = [Question([4] * 30 + [n], [[5] * 300]) for n in (7, 8)]
+    for asks in (long, answers):
+        assert not likelihood._fit_rows(asks)
+        assert likelihood._packed_reader(model, asks) is None
     assert likelihood._reads_less_packed(questions())
+    assert likelihood._fit_rows(questions())
     assert asked(model, packed=True, rests=(9, 9, 9), prefix=40, answers=[[5], [6]]) == [(1, 40), (3, 9)]
+
+
+@pytest.mark.parametrize("answers", [ANSWERS, [[5], [6], [7]]])
+def test_the_likeliest_answers_and_their_scores_come_from_one_pass(answers):
+    model = PADDED["llama"]()
+    wanted = questions(answers=answers)
+    scores = log_likelihoods(model, wanted, batch_size=16)
+    kept: dict[int, torch.Tensor] = {}
+    with counted(model) as shapes:
+        chosen = likelihood.likeliest_answers(model, wanted, batch_size=16, keep=kept.__setitem__)
+    stems = {tuple(a[:-1]) for a in answers}
+    texts = [[*q.prompt, *stem] for q in wanted for stem in stems]
+    assert shapes == [(1, len({tuple(text[: n + 1]) for text in texts for n in range(len(text))}))]
+    assert chosen == [row.index(max(row)) for row in scores]
+    for i, q in enumerate(wanted):
+        answer = q.answers[chosen[i]]
+        alone = model(input_ids=torch.tensor([[*q.prompt, *answer]])).logits[0, len(q.prompt) - 1 : -1]
+        torch.testing.assert_close(kept[i], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_the_likeliest_answers_of_a_model_that_reads_no_packed_rows_are_found_otherwise():
+    model = WHOLE["mamba"]()
+    with counted(model) as shapes:
+        assert likelihood.likeliest_answers(model, questions(), batch_size=16, keep=lambda *_: None) is None
+    assert shapes == []
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

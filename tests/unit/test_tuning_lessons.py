@@ -86,6 +86,30 @@ def test_the_teacher_is_the_tasks_own_adapter(mixture: Mixture, place: Path) -> 
         assert (got.tolist() == pytest.approx(rows, abs=1e-4)) == (teacher == "rate")  # another teacher is another loss
 
 
+def test_the_own_adapter_reads_every_text_once(mixture: Mixture, place: Path) -> None:
+    lesson(mixture, place, "rate", labeled=False)  # whether rows can be packed is tried once
+    read: list[int] = []
+    note = lambda _, given, keywords: read.append(keywords["input_ids"].numel())  # noqa: E731
+    hook = mixture.model.register_forward_pre_hook(note, with_kwargs=True)
+    found = lesson(mixture, place, "rate", labeled=False)
+    hook.remove()
+    own, base = read[: len(read) // 2], read[len(read) // 2 :]
+    most = sum(p.tokens for p in found.passages)  # labels begin differently, and nothing of them is read beyond the first token
+    assert sum(own) <= most
+    assert sum(base) <= most
+    assert len(own) == len(base) == -(-len(WORDS) // 16)
+
+
+def test_answers_of_one_and_of_two_passes_are_the_same(mixture: Mixture, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = lesson(mixture, place, "rate", labeled=False)
+    monkeypatch.setattr("plait.calibration.teachers.likeliest_answers", lambda *args, **more: None)
+    two = lesson(mixture, place, "rate", labeled=False)
+    assert one.passages == two.passages
+    assert one.labels == two.labels
+    torch.testing.assert_close(one.answers.log_p, two.answers.log_p, rtol=1e-4, atol=1e-4)
+    assert one.base == pytest.approx(two.base, abs=1e-5)
+
+
 def test_labels_are_not_in_lessons_that_read_none(mixture: Mixture, place: Path) -> None:
     found = lesson(mixture, place, "rate", labeled=False)
     with mixture.active(None) as model, torch.no_grad():

@@ -37,50 +37,70 @@ def check_texts(
     problems = []
     for name, own in texts.items():
         try:
-            with _naming(own):
-                _tokenized(mixture, own, answered=answered, right=(right or {}).get(name))
+            with naming(own):
+                tokenize(mixture, own, answered=answered, right=(right or {}).get(name))
         except TaskError as error:
             problems.append(str(error))
     collect(TaskError, problems, "texts must fit the base")
 
 
-def encode_texts(
-    mixture: Mixture, texts: Texts, adapter: str, *, answered: bool = False, right: Sequence[str] | None = None
-) -> tuple[tuple[Passage, ...], tuple[tuple[int, ...], ...]]:
-    """Return a task's texts as tokens, and the first tokens of the labels that each offers (empty where answers are free).
+def encode_texts(mixture: Mixture, texts: Texts, adapter: str) -> tuple[Passage, ...]:
+    """Return what an adapter reads of a task's texts, as tokens: the prompts, and the texts themselves of a perplexity task.
 
-    Those are the prompts, and the texts themselves of a perplexity task. The decoder of an encoder-decoder model reads nothing
-    of a prompt; it gets the answer that the task's own adapter gives: the label that it finds likeliest, or its greedy answer,
-    up to 32 tokens. So does a causal model, `answered`. No label of the data is read.
+    The decoder of an encoder-decoder model reads nothing of a prompt; it gets the answer that the adapter gives (see
+    `own_answers`). No label of the data is read.
 
     Args:
         mixture: the base with the adapters.
         texts: of the task; they fit the base (`check_texts`).
         adapter: the task's own.
-        answered: with answers.
-        right: the right answer of every text, in place of the adapter's, where labels are learned from.
 
     Raises:
         TaskError: the adapter cannot answer, such as with scores that are NaN.
     """
+    with naming(texts):
+        questions, _ = tokenize(mixture, texts)
+        return passages_of(questions, own_answers(mixture, texts, adapter, questions))
+
+
+def own_answers(
+    mixture: Mixture, texts: Texts, adapter: str, questions: Sequence[Question], *, answered: bool = False
+) -> Sequence[Sequence[int]]:
+    """Return the answer that an adapter gives to every question: the label that it finds likeliest, or its greedy answer.
+
+    The latter has up to 32 tokens, and is given by an encoder-decoder model, or where it is `answered`. The text of a
+    perplexity task is its own answer; a classification head has none.
+
+    Args:
+        mixture: the base with the adapters.
+        texts: of the task.
+        adapter: the task's own.
+        questions: the texts as tokens.
+        answered: whether a causal model answers freely too.
+
+    Raises:
+        TaskError: its scores are NaN.
+    """
     ask = texts.task.ask
-    with _naming(texts):
-        questions, labels = _tokenized(mixture, texts, answered=answered, right=right)
-        chosen: list[list[int]] = [[] for _ in questions]
-        if isinstance(ask, TargetLikelihood) or (right is not None and not isinstance(ask, Head)):
-            chosen = [q.answers[0] for q in questions]
-        elif any(q.answers for q in questions) or (isinstance(ask, Generated) and (answered or _is_encoder_decoder(mixture))):
-            with mixture.active({adapter: 1.0}) as acting:
-                if isinstance(ask, Generated):
-                    chosen = generate_tokens(acting, mixture.tokenizer, questions, max_new_tokens=_most(ask), batch_size=16)
-                else:
-                    scores = log_likelihoods(acting, questions, batch_size=16)
-                    chosen = [q.answers[row.index(max(row))] for q, row in zip(questions, scores, strict=True)]
-    return tuple(Passage(tuple(q.prompt), tuple(c), tuple(q.lead)) for q, c in zip(questions, chosen, strict=True)), labels
+    if isinstance(ask, TargetLikelihood):
+        return [q.answers[0] for q in questions]
+    if isinstance(ask, Generated) and (answered or is_encoder_decoder(mixture)):
+        with mixture.active({adapter: 1.0}) as acting:
+            return generate_tokens(acting, mixture.tokenizer, questions, max_new_tokens=_most(ask), batch_size=16)
+    if not any(q.answers for q in questions):
+        return [()] * len(questions)
+    with mixture.active({adapter: 1.0}) as acting:
+        scores = log_likelihoods(acting, questions, batch_size=16)
+    return [q.answers[row.index(max(row))] for q, row in zip(questions, scores, strict=True)]
+
+
+def passages_of(questions: Sequence[Question], answers: Sequence[Sequence[int]]) -> tuple[Passage, ...]:
+    """Return questions with one answer each."""
+    return tuple(Passage(tuple(q.prompt), tuple(a), tuple(q.lead)) for q, a in zip(questions, answers, strict=True))
 
 
 @contextmanager
-def _naming(texts: Texts) -> Iterator[None]:
+def naming(texts: Texts) -> Iterator[None]:
     """Name task and texts in whatever is wrong with them."""
     try:
         yield
@@ -88,10 +108,16 @@ def _naming(texts: Texts) -> Iterator[None]:
         raise TaskError(f"task {texts.task.name!r}, {texts.source}: {error}") from None
 
 
-def _tokenized(
-    mixture: Mixture, texts: Texts, *, answered: bool, right: Sequence[str] | None
+def tokenize(
+    mixture: Mixture, texts: Texts, *, answered: bool = False, right: Sequence[str] | None = None
 ) -> tuple[list[Question], tuple[tuple[int, ...], ...]]:
     """Return texts as tokens, with the answers that they are given or offered, and the first tokens of what they offer.
+
+    Args:
+        mixture: the base with the adapters.
+        texts: of a task.
+        answered: whether a causal model reads answers too.
+        right: the right answer of every text, in place of those that the task offers.
 
     Raises:
         TaskError: one is longer than the base's context.
@@ -102,7 +128,7 @@ def _tokenized(
         rows = tokenizer([str(p) for p in texts.prompts], **cut)["input_ids"]
         check_lengths(mixture.model, [len(r) for r in rows])
         return [Question(row, []) for row in rows], ()
-    encoder_decoder = _is_encoder_decoder(mixture)
+    encoder_decoder = is_encoder_decoder(mixture)
     answered = answered or encoder_decoder
     encoder = PromptEncoder(tokenizer, texts.task, encoder_decoder=encoder_decoder)
     offered = texts.choices if answered or isinstance(ask, TargetLikelihood) else [()] * len(texts.prompts)
@@ -117,7 +143,8 @@ def _tokenized(
     return questions, labels
 
 
-def _is_encoder_decoder(mixture: Mixture) -> bool:
+def is_encoder_decoder(mixture: Mixture) -> bool:
+    """Whether the base has an encoder and a decoder."""
     config: Any = mixture.model.config
     return bool(getattr(config, "is_encoder_decoder", False))
 

@@ -142,7 +142,7 @@ def take_all_moments(
 
 def _take(request: CalibrationRequest, mixture: Mixture, adapter: Adapter, key: str, file: Path, progress: Progress) -> None:
     name = adapter.name
-    passages = [p for task in request.tasks_of(name) for p in encode_texts(mixture, request.texts[task], name)[0]]
+    passages = [p for task in request.tasks_of(name) for p in encode_texts(mixture, request.texts[task], name)]
     progress.start(f"inputs of {name}", len(passages), "texts")
     try:
         with mixture.active({name: 1.0}) as model:
@@ -189,7 +189,7 @@ def take_sequential_moments(
         return names, []
     mixture = base()
     passages = {
-        a.name: [p for task in request.tasks_of(a.name) for p in encode_texts(mixture, request.texts[task], a.name)[0]]
+        a.name: [p for task in request.tasks_of(a.name) for p in encode_texts(mixture, request.texts[task], a.name)]
         for a in inventory.adapters
     }
     place = store / f".sequential-{key}"

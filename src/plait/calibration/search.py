@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
-from plait.calibration.inputs import check_texts, encode_texts
-from plait.calibration.passages import Passage, Reader
+from plait.calibration.inputs import check_texts
 from plait.calibration.request import CalibrationRequest
-from plait.calibration.teachers import OutputDistributions, teacher_distributions
+from plait.calibration.teachers import answer_texts
 from plait.errors import PlanError
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.inventory import Inventory
@@ -27,7 +25,6 @@ _WIDEST = 4.0  # steps of the scale end beyond this, and below its inverse
 _SHALLOW = 0.5  # share above which a minimum may be another one than the best
 _FAR_BELOW = (2, 4, 8, 16)
 _FIRST = (1.0, 1.4)
-_BATCH = 16
 #: Nats: an adapter nearer to the base than this must not decide by a share of almost nothing.
 LEAST_DIVERGENCE = 0.01
 
@@ -207,18 +204,12 @@ class _Teacher:
 
     def __init__(self, request: CalibrationRequest, mixture: Mixture, task: str, progress: Progress) -> None:
         self._adapter = request.owners[task]
-        self._head = request.has_head(self._adapter)
-        passages, _ = encode_texts(mixture, request.texts[task], self._adapter, answered=True)
-        self._passages = sorted(passages, key=lambda p: p.tokens)
-        progress.start(f"answers of {self._adapter}", len(passages), "texts")
+        progress.start(f"answers of {self._adapter}", len(request.texts[task].prompts), "texts")
         try:
-            with mixture.active({self._adapter: 1.0}) as model:
-                self._answers: OutputDistributions = teacher_distributions(
-                    model, self._passages, head=self._head, batch_size=_BATCH, report=progress.advance
-                )
+            self._answered = answer_texts(mixture, request.texts[task], self._adapter, report=progress.advance)
         finally:
             progress.finish()
-        with mixture.active(None, heads=self._adapter if self._head else False) as model:
+        with mixture.active(None, heads=self._adapter if self._answered.head else False) as model:
             self.base = self._divergence(model)
 
     def share(self, mixture: Mixture, merged: Sequence[MergedModule]) -> float:
@@ -227,14 +218,7 @@ class _Teacher:
             return self._divergence(model) / max(self.base, LEAST_DIVERGENCE)
 
     def _divergence(self, model: Any) -> float:
-        reader, row, parts = Reader(model, head=self._head), 0, []
-        with torch.inference_mode():
-            for at in range(0, len(self._passages), _BATCH):
-                batch: list[Passage] = self._passages[at : at + _BATCH]
-                rows = range(row, row + sum(p.positions for p in batch))
-                parts.append(self._answers.rows(rows).divergence(reader.logits(batch)))
-                row = rows.stop
-        return float(torch.cat(parts).double().mean())
+        return self._answered.divergence(model, range(len(self._answered.passages)))
 
 
 def _scaled(merged: MergedModule, scale: float) -> MergedModule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plait.calibration.inputs import is_encoder_decoder, naming, own_answers, passages_of, tokenize
 from plait.calibration.passages import Passage, Reader
+from plait.calibration.texts import Texts
+from plait.evaluation.likelihood import likeliest_answers
+from plait.mixture import Mixture
+from plait.tasks.asking import Head
+from plait.tasks.encoding import Question
 
 _MOST_BYTES = 1 << 30  # of one task's distributions; above, only the largest entries are kept
 _KEPT = 1024
+_BATCH = 16  # texts read at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +63,98 @@ def keep_distributions(logits: Tensor, *, positions: int) -> OutputDistributions
         return OutputDistributions(log_p)
     top = log_p.topk(_KEPT, -1)
     return OutputDistributions(torch.cat([top.values, _log_rest(top.values)], -1), top.indices)
+
+
+@dataclass(frozen=True, eq=False)
+class AnsweredTexts:
+    """A task's texts as tokens, and what its own adapter answers to them.
+
+    Attributes:
+        passages: prompts with the adapter's answers, or with the right ones.
+        answers: its distributions at their positions, one row per position.
+        labels: per text, the first tokens of the labels that the task offers; empty where answers are free.
+        head: whether the answers are a classification head's.
+    """
+
+    passages: tuple[Passage, ...]
+    answers: OutputDistributions
+    labels: tuple[tuple[int, ...], ...] = ()
+    head: bool = False
+
+    def batch(self, wanted: Sequence[int]) -> tuple[list[Passage], OutputDistributions]:
+        """Return some passages, with the answers to them."""
+        starts = [0, *itertools.accumulate(p.positions for p in self.passages)]
+        rows = [r for i in wanted for r in range(starts[i], starts[i + 1])]
+        return [self.passages[i] for i in wanted], self.answers.rows(rows)
+
+    def divergence(self, model: Any, wanted: Sequence[int]) -> float:
+        """Return the mean KL(own adapter ‖ what acts now) over the positions of some passages, in nats."""
+        order = sorted(wanted, key=lambda i: (self.passages[i].tokens, i))
+        reader, parts = Reader(model, head=self.head), []
+        with torch.inference_mode():
+            for at in range(0, len(order), _BATCH):
+                passages, answers = self.batch(order[at : at + _BATCH])
+                parts.append(answers.divergence(reader.logits(passages)))
+        mean = float(torch.cat(parts).double().mean())
+        return 0.0 if mean < 0 else mean  # below 0 by rounding alone
+
+
+def answer_texts(
+    mixture: Mixture,
+    texts: Texts,
+    adapter: str,
+    *,
+    right: Sequence[str] | None = None,
+    report: Callable[[int], object] = lambda done: None,
+) -> AnsweredTexts:
+    """Let a task's own adapter answer its texts. No label of the data is read, unless `right`.
+
+    A text is read once, with all its labels, where it fits packed rows and the model reads those; else once to choose the
+    answer (`own_answers`), and once with it.
+
+    Args:
+        mixture: the base with the adapters.
+        texts: of the task; they fit the base (`check_texts`).
+        adapter: the task's own.
+        right: the right answer of every text, in place of the adapter's, where labels are learned from.
+        report: called with the number of texts read since it was last called.
+
+    Raises:
+        TaskError: the adapter cannot answer, such as with scores that are NaN.
+    """
+    ask = texts.task.ask
+    head = isinstance(ask, Head)
+    with naming(texts):
+        questions, labels = tokenize(mixture, texts, answered=True, right=right)
+        with mixture.active({adapter: 1.0}) as model:
+            if labels and right is None and not is_encoder_decoder(mixture):
+                read = _likeliest(model, questions, report)
+                if read is not None:
+                    return AnsweredTexts(passages_of(questions, read[0]), read[1], labels, head)
+        chosen: Sequence[Sequence[int]] = (
+            [q.answers[0] for q in questions]
+            if right is not None and not head
+            else own_answers(mixture, texts, adapter, questions, answered=True)
+        )
+    passages = passages_of(questions, chosen)
+    with mixture.active({adapter: 1.0}) as model:
+        return AnsweredTexts(passages, teacher_distributions(model, passages, head=head, report=report), labels, head)
+
+
+def _likeliest(
+    model: Any, questions: Sequence[Question], report: Callable[[int], object]
+) -> tuple[list[Sequence[int]], OutputDistributions] | None:
+    """Return every question's likeliest answer, and the distributions at its positions; None where not from one pass."""
+    most = sum(max(map(len, q.answers)) for q in questions)
+    found: dict[int, OutputDistributions] = {}
+
+    def keep(i: int, logits: Tensor) -> None:
+        found[i] = keep_distributions(logits, positions=most)
+
+    chosen = likeliest_answers(model, questions, batch_size=_BATCH, keep=keep, report=report)
+    if chosen is None:
+        return None
+    return [q.answers[k] for q, k in zip(questions, chosen, strict=True)], concatenated([found[i] for i in range(len(found))])
 
 
 def teacher_distributions(

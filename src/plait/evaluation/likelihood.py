@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
@@ -59,12 +60,54 @@ def log_likelihoods(
     with torch.inference_mode(), plain_states(model):
         reader = _EncoderDecoder(model) if encoder_decoder else _reader(model, questions, batch_size)
         least = _LEAST_READ if model.device.type == "cpu" else _LEAST_READ_ELSEWHERE
+        least = sys.maxsize if isinstance(reader, _Packed) else least  # nothing is padded
         for batch in _batches(questions, batch_size, aligned=reader.aligned, shared=reader.shared, least=least):
             for i, row in zip(batch, reader([questions[i] for i in batch]), strict=True):
                 check_numbers(model, row)
                 found[i] = row
             report(len(batch))
     return found
+
+
+def likeliest_answers(
+    model: Any,
+    questions: Sequence[Question],
+    *,
+    batch_size: int,
+    keep: Callable[[int, Tensor], object],
+    report: Callable[[int], object] = lambda done: None,
+) -> list[int] | None:
+    """Return which answer to every question is likeliest, and pass on the scores at its positions, from one pass over both.
+
+    Args:
+        model: a causal language model of transformers.
+        questions: prompts and answers as tokens.
+        batch_size: prompts read at a time, at most.
+        keep: called with a question's index and the logits that predict the tokens of its likeliest answer,
+            (tokens, V) float32, in the order in which questions are read.
+        report: called with the number of questions finished since it was last called.
+
+    Returns:
+        One index per question, the first of equally likely ones; None, and nothing is read, where texts do not fit packed rows
+        or the model cannot read them.
+
+    Raises:
+        TaskError: a text is longer than the model's context, or the model's output is NaN.
+    """
+    check_lengths(model, [_length(q, encoder_decoder=False) for q in questions])
+    chosen = [0] * len(questions)
+    with torch.inference_mode(), plain_states(model):
+        reader = _packed_reader(model, questions)
+        if reader is None:
+            return None
+        for batch in _batches(questions, batch_size, aligned=False, shared=0, least=sys.maxsize):
+            for i, spans in zip(batch, reader.spans([questions[i] for i in batch]), strict=True):
+                scores = [_sum(span, answer) for span, answer in zip(spans, questions[i].answers, strict=True)]
+                check_numbers(model, scores)
+                chosen[i] = scores.index(max(scores))
+                keep(i, spans[chosen[i]].float())
+            report(len(batch))
+    return chosen
 
 
 def check_lengths(model: Any, lengths: Sequence[int]) -> None:
@@ -108,10 +151,8 @@ def _length(question: Question, *, encoder_decoder: bool) -> int:
 
 
 def _reader(model: Any, questions: Sequence[Question], batch_size: int) -> _Cached | _Uncached | _Packed:
-    if _reads_less_packed(questions):
-        texts = [[*q.prompt, *max(q.answers, key=len)] for q in questions]
-        if why_not_packed(model, texts) is None:
-            return _Packed(model)
+    if _reads_less_packed(questions) and (packed := _packed_reader(model, questions)) is not None:
+        return packed
     forward, reason = _ModelCall(model), library.why_not_continued(model)
     if reason is None and not forward.masks:
         reason = "its forward takes no mask of padding"
@@ -125,15 +166,26 @@ def _reader(model: Any, questions: Sequence[Question], batch_size: int) -> _Cach
         return _uncached(model, questions, batch_size, str(error), padded=False)
 
 
+def _packed_reader(model: Any, questions: Sequence[Question]) -> _Packed | None:
+    if not _fit_rows(questions):
+        return None
+    texts = [[*q.prompt, *max(q.answers, key=len)] for q in questions]
+    return _Packed(model) if why_not_packed(model, texts) is None else None
+
+
+def _fit_rows(questions: Sequence[Question]) -> bool:
+    """Whether no text fills a row by itself: its mask grows with its square."""
+    shared = _shared([q.prompt for q in questions]) if len(questions) > 1 else 0
+    return shared + max(_length(q, encoder_decoder=False) for q in questions) <= MOST_NODES
+
+
 def _reads_less_packed(questions: Sequence[Question]) -> bool:
     """Whether packed rows hold less than padded batches, where longer continuations cost a copy of the cache as well."""
     shared = _shared([q.prompt for q in questions]) if len(questions) > 1 else 0
     stems = [_Stems(q.answers).read for q in questions]
     prompts = sum(len(q.prompt) - shared for q in questions)
     longer = sum(len(stem) for of in stems for stem in of)
-    if shared + max(_length(q, encoder_decoder=False) for q in questions) > MOST_NODES:
-        return False  # a text fills a row, and its mask grows with its square
-    packed = (prompts + longer) * MOST_NODES / (MOST_NODES - shared)
+    packed = (prompts + longer) * MOST_NODES / max(1, MOST_NODES - shared)
     return packed <= prompts * (1 + _MOST_PADDING) + 2 * longer
 
 
@@ -408,6 +460,13 @@ class _Packed:
         self._model = model
 
     def __call__(self, questions: Sequence[Question]) -> list[list[float]]:
+        return [
+            [_sum(span, answer) for span, answer in zip(spans, q.answers, strict=True)]
+            for q, spans in zip(questions, self.spans(questions), strict=True)
+        ]
+
+    def spans(self, questions: Sequence[Question]) -> list[list[Tensor]]:
+        """Return the logits that predict the tokens of every answer to every question, (tokens, V) each."""
         stems_of = [_Stems(q.answers) for q in questions]
         texts = [(i, k, [*q.prompt, *stem]) for i, q in enumerate(questions) for k, stem in enumerate(stems_of[i].read)]
         packed = pack_shared([text for _, _, text in texts])
@@ -421,7 +480,7 @@ class _Packed:
             logits = self._model(**packed_keywords(self._model, packed)).logits
         logits = logits[0] if gathered else logits[at[0], at[1]]
         return [
-            [_sum(logits[found[i, stems.of(answer)][: len(answer)]], answer) for answer in q.answers]
+            [logits[found[i, stems.of(answer)][: len(answer)]] for answer in q.answers]
             for i, (q, stems) in enumerate(zip(questions, stems_of, strict=True))
         ]
 

@@ -30,7 +30,7 @@ from plait.tuning.learners import FactorLearner, Learner
 from plait.tuning.objectives import OBJECTIVES, Objective, ReferenceLosses, regret_weights, regrets, smooth_maximum
 from plait.tuning.sampling import draw_texts
 from plait.tuning.selection import selection_score
-from plait.tuning.teaching import Hidden, Lesson, divergence_over, outputs_of
+from plait.tuning.teaching import Hidden, Lesson, outputs_of
 from plait.tuning.working import WorkingState
 
 _BATCH = 16  # texts read at a time without gradients
@@ -173,7 +173,7 @@ def evaluate_held_out(
         held = taught.held[lesson.task]
         acting = partial(learner.acting, lesson.adapter if lesson.head else None)
         with torch.no_grad(), acting() as model:
-            found[lesson.task] = divergence_over(lesson, model, held)
+            found[lesson.task] = lesson.divergence(model, held)
         kept[lesson.task] = 1 - found[lesson.task] / max(lesson.base, LEAST_DIVERGENCE)
         if spec.judge == "loss":
             base, own = taught.judged.base[lesson.task], taught.judged.own[lesson.task]

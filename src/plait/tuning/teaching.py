@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from plait.calibration.inputs import encode_texts
-from plait.calibration.passages import Passage, Reader
-from plait.calibration.teachers import OutputDistributions, teacher_distributions
+from plait.calibration.passages import Reader
+from plait.calibration.teachers import AnsweredTexts, answer_texts
 from plait.calibration.texts import Texts
 from plait.mixture import Mixture
 from plait.tasks.asking import Head
@@ -20,42 +19,23 @@ from plait.tuning.objectives import BatchOutputs
 Hidden = Sequence[torch.Tensor] | None  # per layer (positions, d)
 
 
-@dataclass(frozen=True, eq=False)
-class Lesson:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Lesson(AnsweredTexts):
     """One task's passages and its own adapter's answers.
 
     Attributes:
         task: its name.
         adapter: whose answers they are.
-        head: whether the answers are a classification head's.
-        passages: what is read.
-        answers: the adapter's distributions there, one row per position.
         base: mean KL(adapter ‖ base) over the positions of at most 64 passages, in nats: what knowing nothing costs.
-        labels: per passage, the first tokens of the labels that the task offers; empty where answers are free.
         targets: per passage, the right labels of a classification head; empty where they are tokens, or not read.
         labeled: whether the passages' answers are labels of the data, rather than what the adapter answers.
     """
 
     task: str
     adapter: str
-    head: bool
-    passages: tuple[Passage, ...]
-    answers: OutputDistributions
     base: float
-    labels: tuple[tuple[int, ...], ...] = ()
     targets: tuple[int, ...] = ()
     labeled: bool = False
-
-    def batch(self, wanted: Sequence[int]) -> tuple[list[Passage], OutputDistributions]:
-        """Return some passages, with the answers to them."""
-        starts = self._starts()
-        rows = [r for i in wanted for r in range(starts[i], starts[i] + self.passages[i].positions)]
-        return [self.passages[i] for i in wanted], self.answers.rows(rows)
-
-    def divergence(self, model: Any, wanted: Sequence[int]) -> torch.Tensor:
-        """Return KL(own adapter ‖ what acts now) per position of some passages, nats; gradients reach what acts."""
-        passages, answers = self.batch(wanted)
-        return answers.divergence(Reader(model, head=self.head).logits(passages))
 
     def outputs(self, model: Any, wanted: Sequence[int]) -> BatchOutputs:
         """Return what acts now answers to some passages, with everything that an objective may compare it with."""
@@ -89,12 +69,6 @@ class Lesson:
             tuple(states),
             tuple(hidden or ()),
         )
-
-    def _starts(self) -> list[int]:
-        starts = [0]
-        for passage in self.passages:
-            starts.append(starts[-1] + passage.positions)
-        return starts
 
 
 def outputs_of(model: Any, parts: Sequence[tuple[Lesson, Sequence[int], Hidden]]) -> list[BatchOutputs]:
@@ -136,30 +110,19 @@ def make_lesson(
     Raises:
         TaskError: a label is not one of the task's.
     """
-    passages, labels = encode_texts(mixture, texts, adapter, answered=True, right=right)
-    head = isinstance(texts.task.ask, Head)
+    answered = answer_texts(mixture, texts, adapter, right=right, report=report)
     targets: tuple[int, ...] = ()
     if right is not None and isinstance(texts.task.ask, Head):
         targets = tuple(texts.task.ask.labels.index(text) for text in right)
-    with mixture.active({adapter: 1.0}) as model:
-        answers = teacher_distributions(model, passages, head=head, report=report)
-    lesson = Lesson(texts.task.name, adapter, head, passages, answers, 0.0, labels, targets, right is not None)
-    with mixture.active(None, heads=adapter if head else False) as model, torch.inference_mode():
-        return replace(lesson, base=divergence_over(lesson, model, evenly_spread(len(lesson.passages))))
+    with mixture.active(None, heads=adapter if answered.head else False) as model:
+        base = answered.divergence(model, evenly_spread(len(answered.passages)))
+    known = {f.name: getattr(answered, f.name) for f in fields(answered)}
+    return Lesson(**known, task=texts.task.name, adapter=adapter, base=base, targets=targets, labeled=right is not None)
 
 
 def evenly_spread(count: int, most: int = 64) -> range:
     """Return which of so many texts are read where a sample is enough: at most `most`."""
     return range(0, count, max(1, -(-count // most)))
-
-
-def divergence_over(lesson: Lesson, model: Any, wanted: Sequence[int], *, batch_size: int = 16) -> float:
-    """Return the mean KL(own adapter ‖ what acts now) over the positions of some passages of a lesson, in nats."""
-    order = sorted(wanted, key=lambda i: (lesson.passages[i].tokens, i))
-    with torch.inference_mode():
-        parts = [lesson.divergence(model, order[at : at + batch_size]) for at in range(0, len(order), batch_size)]
-    mean = float(torch.cat(parts).double().mean())
-    return 0.0 if mean < 0 else mean  # below 0 by rounding alone
 
 
 def _rectangle(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
