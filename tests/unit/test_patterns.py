@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 import re
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
-from plait.adapters.patterns import PatternError, full_path_pattern, module_pattern
+from plait.adapters import patterns
+from plait.adapters.config import AdapterConfig
+from plait.adapters.patterns import PatternError, PatternTable, full_path_pattern, module_pattern
 from tests.every import every
 
 PARTS = [
@@ -66,3 +70,34 @@ def test_a_whole_path_is_matched_as_python_does(pattern: str) -> None:
 
 def test_an_expensive_selection_is_matched_at_once() -> None:
     assert not full_path_pattern("(a+)+b")("a" * 200)
+
+
+def test_a_table_of_patterns_answers_as_each_of_them_does():
+    chosen = random.Random(1)
+    words = [*PARTS, "model.layers", ".0.", "a.b", "layers.0.q_proj", "q_proj", "x.layers"]
+    for _ in range(60):
+        drawn = []
+        for _ in range(8):
+            pattern = "".join(chosen.choice(words) for _ in range(chosen.randint(1, 3)))
+            with suppress(PatternError):
+                module_pattern(pattern)
+                drawn.append(pattern)
+        table = PatternTable(drawn)
+        for module in [*MODULES, "model.layers", "model_layers.0.q_proj", "axb", "layersx0.q_proj", ""]:
+            fits = [number for number, pattern in enumerate(drawn) if module_pattern(pattern)(module)]
+            assert list(table.matching(module)) == fits, (drawn, module)
+
+
+@pytest.mark.parametrize("form", ["{}", r"language_model\.(?:model\.)?{}"])
+def test_as_many_patterns_as_modules_take_as_long_as_modules(form, monkeypatch):
+    """As `layout: pattern` writes them: no module may be matched with every pattern."""
+    modules = [f"model.language_model.layers.{i}.{name}" for i in range(200) for name in ("q_proj", "k_proj", "up_proj")]
+    tails = [m.removeprefix("model.language_model.") for m in modules]
+    ranks = {form.format(t if form == "{}" else re.escape(t)): i + 1 for i, t in enumerate(tails)}
+    config = AdapterConfig({"rank_pattern": ranks}, Path("adapter_config.json"))
+    asked = []
+    before = patterns.module_pattern
+    monkeypatch.setattr(patterns, "module_pattern", lambda p: (asked.append(p), before(p))[1])
+    assert [config.rank(m) for m in modules] == list(range(1, len(modules) + 1))
+    assert not config.idle_patterns("rank_pattern", modules)
+    assert len(asked) <= 4 * len(modules)

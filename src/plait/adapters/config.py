@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from plait.adapters.patterns import PatternError, module_pattern
+from plait.adapters.patterns import PatternError, PatternTable, module_pattern
 from plait.errors import AdapterError, collect, listed
 from plait.parsing import read_object, shown
 
@@ -136,14 +137,29 @@ class AdapterConfig:
         alpha = self.alpha(target)
         return alpha / math.sqrt(rank) if self.flag("use_rslora") else alpha / rank
 
+    def idle_patterns(self, key: str, targets: Iterable[str]) -> list[str]:
+        """Return the patterns of `rank_pattern` or `alpha_pattern` that name no target.
+
+        Raises:
+            AdapterError: a pattern cannot be matched in bounded time.
+        """
+        used = {number for target in targets for number in self._matching(key, target)}
+        return [pattern for number, pattern in enumerate(self.raw.get(key) or {}) if number not in used]
+
     def _pattern(self, key: str, target: str, default: Any) -> Any:
-        for pattern, value in (self.raw.get(key) or {}).items():
-            try:
-                if module_pattern(pattern)(target):
-                    return value
-            except PatternError as error:
-                raise AdapterError(f"{self.path}: {key}: {shown(pattern)}: {error}.") from None
-        return default
+        number = next(self._matching(key, target), None)
+        return default if number is None else self._tables[key][1][number]
+
+    def _matching(self, key: str, target: str) -> Iterator[int]:
+        try:
+            yield from self._tables[key][0].matching(target)
+        except PatternError as error:
+            raise AdapterError(f"{self.path}: {key}: {error}.") from None
+
+    @cached_property
+    def _tables(self) -> Mapping[str, tuple[PatternTable, list[Any]]]:
+        patterns = {key: self.raw.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+        return {key: (PatternTable(values), list(values.values())) for key, values in patterns.items()}
 
 
 def _is_number(value: object) -> bool:

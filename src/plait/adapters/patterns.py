@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from re import _constants as op  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any, TypeAlias
+
+from plait.parsing import shown
 
 Ends: TypeAlias = frozenset[int]
 _PLAIN = re.compile(r"[A-Za-z0-9_.-]*")
@@ -42,6 +44,64 @@ def module_pattern(pattern: str) -> Callable[[str], bool]:
         return len(module) in _Matcher(module).run(parsed, starts)
 
     return matches
+
+
+class PatternTable:
+    """Many patterns, asked which of them name a module; the time is that of those few whose end fits, not of all.
+
+    Args:
+        patterns: in the order in which they count.
+
+    Raises:
+        PatternError: as `module_pattern`.
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._patterns = list(patterns)
+        # plain ones by where their dots are, which match any character, and by the letters between; others by how they end
+        self._plain: dict[int, dict[tuple[int, ...], dict[str, list[int]]]] = {}
+        self._ending: dict[int, dict[str, list[int]]] = {}
+        for number, pattern in enumerate(self._patterns):
+            if _PLAIN.fullmatch(pattern):
+                dots = tuple(i for i, c in enumerate(pattern) if c == ".")
+                self._plain.setdefault(len(pattern), {}).setdefault(dots, {}).setdefault(pattern, []).append(number)
+            else:
+                end = _literal_end(_parsed(pattern))
+                self._ending.setdefault(len(end), {}).setdefault(end, []).append(number)
+
+    def matching(self, module: str) -> Iterator[int]:
+        """Yield the numbers of the patterns that name a module, ascending.
+
+        Raises:
+            PatternError: one of them cannot be matched in bounded time.
+        """
+        likely: list[tuple[int, bool]] = []  # with whether it is known to fit
+        for start in (0, *(i + 1 for i, c in enumerate(module) if c == ".")):
+            tail = module[start:]
+            for dots, patterns in self._plain.get(len(tail), {}).items():
+                letters = list(tail)
+                for i in dots:
+                    letters[i] = "."
+                likely += [(number, True) for number in patterns.get("".join(letters), ())]
+        for length, endings in self._ending.items():
+            if length <= len(module):
+                likely += [(number, False) for number in endings.get(module[len(module) - length :], ())]
+        for number, fits in sorted(likely):
+            try:
+                if fits or module_pattern(self._patterns[number])(module):
+                    yield number
+            except PatternError as error:
+                raise PatternError(f"{shown(self._patterns[number])}: {error}") from None
+
+
+def _literal_end(parsed: Any) -> str:
+    """Return the letters with which everything ends that a pattern matches."""
+    letters: list[str] = []
+    for kind, value in reversed(list(parsed)):
+        if kind is not op.LITERAL:
+            break
+        letters.append(chr(value))
+    return "".join(reversed(letters))
 
 
 @lru_cache(maxsize=4096)

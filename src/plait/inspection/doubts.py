@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from plait.adapters.adapter import ALPHA, Adapter, Target
 from plait.adapters.config import PLAIN_INITIALIZATIONS
 from plait.adapters.names import layer_key
-from plait.adapters.patterns import module_pattern
 from plait.adapters.selection import unselected
 from plait.errors import AdapterError, listed
 from plait.parsing import shown
@@ -39,7 +38,7 @@ def config_problems(adapter: Adapter) -> Iterator[str]:
             f"tensors count, for the scaling too ({config.alpha(first.path):g} as alpha gives {first.scaling:g} there)."
         )
     for key in ("rank_pattern", "alpha_pattern"):
-        idle = [p for p in config.raw.get(key) or {} if not any(map(module_pattern(p), targets))]
+        idle = config.idle_patterns(key, targets)
         if idle and targets:
             yield f"{key} has {listed(map(shown, idle))}, which no module of the file has as its name."
     lost = unselected(adapter) or []
