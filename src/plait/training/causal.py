@@ -18,8 +18,6 @@ from plait.training.job import ResolvedJob, TrainingJob
 from plait.training.settings import check_values, construct, lora_config, trainer_settings
 
 LOADER, TASK_TYPE = "AutoModelForCausalLM", "CAUSAL_LM"
-#: What TRL does itself before training, and is done by the time it gets the data.
-_DONE = ("max_length", "completion_only_loss", "assistant_only_loss")
 _SPLITTING = ("bfd_split", "wrapped")
 
 
@@ -39,7 +37,7 @@ def make_trainer(opened: ResolvedJob, config: Any, encoded: tuple[EncodedData, E
     trl = optional("trl", "train", "training")
     job, (train, held) = opened.job, encoded
     if not config.packing:
-        config.max_length = None  # kept to already
+        config.max_length = None  # as all that TRL does before training, it is done by the time it gets the data
     config.completion_only_loss, config.assistant_only_loss = None, False
     name, revision = opened.model
     model = model_config(job.model)

@@ -9,7 +9,6 @@ from typing import Annotated
 
 from pydantic import Field
 
-from plait.adapters.lowrank import LowRank
 from plait.adapters.names import LayerKey, layer_key
 from plait.transforms.base import Transform, TransformParams, register_transform
 
@@ -42,16 +41,12 @@ def _factors(params: LayerNormParams, energies: Mapping[str, float]) -> Mapping[
     return factors
 
 
-def _apply(delta: LowRank, params: LayerNormParams, factor: float | None) -> LowRank:
-    return delta if factor is None else delta.scaled(factor)
-
-
 register_transform(
     Transform(
         "layer_l2_normalize",
         "Scale each layer's deltas together to one Frobenius norm; layers of different towers are different layers.",
         LayerNormParams,
-        _apply,
+        lambda delta, params, factor: delta if factor is None else delta.scaled(factor),
         _factors,
     )
 )

@@ -121,7 +121,8 @@ def coefficient_columns(
     spec, recipe = inventory.recipe.tune, inventory.recipe
     targets = [m.target for m in closed]
     found: dict[str, Iterable[MergedModule]] = dict(_leaves(inventory, targets))
-    start = None if is_linear(recipe) else _start_name(found)
+    names = ("start", "closed_form", "start-of-the-tuning")
+    start = None if is_linear(recipe) else next(name for name in names if name not in found)
     if start is not None:
         found = {start: closed, **found}
     if random is not None:
@@ -130,7 +131,7 @@ def coefficient_columns(
     direction = spec.used_granularity == "direction"
     columns = mixture.columns(found, factors="canonical" if direction else "stored")
     per_module, notes = _first(inventory, targets, scale, leading=start is not None), []
-    values, spread = _at(columns, per_module, targets, spec.used_granularity)
+    values, spread = _at(columns, per_module, spec.used_granularity)
     if spread > 1e-9:
         notes.append(
             f"the recipe's weights differ within a row of coefficients per {spec.used_granularity}; their mean is the start."
@@ -299,9 +300,7 @@ def _first(inventory: Inventory, targets: Sequence[str], scale: float, *, leadin
     return {t: combine.coefficients(module_weights(recipe, t, towers), t).double() * scale for t in targets}
 
 
-def _at(
-    columns: Columns, per_module: Mapping[str, Tensor], targets: Sequence[str], granularity: Granularity
-) -> tuple[Tensor, float]:
+def _at(columns: Columns, per_module: Mapping[str, Tensor], granularity: Granularity) -> tuple[Tensor, float]:
     """Return Λ of a granularity from coefficients per module, and how far those are from it, at most."""
     table = torch.stack([per_module[path] for path in columns.axes.modules])
     if granularity == "direction":
@@ -328,7 +327,3 @@ def _rows(columns: Columns, granularity: Granularity) -> list[str]:
 def _table(values: Tensor) -> list[tuple[float, ...]]:
     rows = values.detach().cpu().reshape(-1, values.shape[-1])
     return [tuple(line) for line in rows.tolist()]
-
-
-def _start_name(taken: Mapping[str, Any]) -> str:
-    return next(name for name in ("start", "closed_form", "start-of-the-tuning") if name not in taken)

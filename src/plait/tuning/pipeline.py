@@ -196,7 +196,7 @@ def _run(
         clock.lap("controls")
 
     with staged(out, force=force) as place:
-        made = write_learned(inventory, learned, closed, before, place, out)
+        made = write_learned(inventory, learned, closed, before, place)
         record = TuneRecord(
             plait=__version__,
             recipe=recipe.model_dump(mode="json", by_alias=True),

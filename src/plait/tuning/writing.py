@@ -86,7 +86,6 @@ def write_learned(
     closed: Sequence[MergedModule],
     before: Mapping[str, tuple[LowRank, ...]],
     place: Path,
-    out: Path,
 ) -> WrittenTuning:
     """Write the adapter; for coefficients that a recipe can hold, also the recipe and the start that it names."""
     spec, found = inventory.recipe.tune, learned.sources

@@ -6,7 +6,7 @@ a function. What is in none of them is not known. Its defaults are written out, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,6 +124,13 @@ _NOTED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "checkpoint_dir": (None, "the state is kept next to the output, and removed at the end"),
     "label_column": (None, "labels are those of the tasks' files"),
 }
+_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
+#: Old name → (values that ask for nothing, why any other is refused).
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "init_lambda_values": ((), "first coefficients of each adapter are adapters[].weight now; leave 'initial' out."),
+    "from_lambda": (_NOTHING, "first coefficients of each adapter are adapters[].weight now; leave it out."),
+    "resume_checkpoint": ((None,), "a checkpoint of another framework cannot be continued; plait's own are found."),
+}
 _LOGS = "log_"  # log_memory and the like
 _HELD = {
     "batch_size": "texts are looked at 16 at a time",
@@ -221,15 +228,15 @@ class _ParameterReader:
             "heldout_eval": self._heldout,
             "eval_subset": self._subset,
             "hierarchical": self._hierarchical,
-            "init_lambda_values": self._first_values,
-            "from_lambda": self._from_lambda,
-            "resume_checkpoint": self._checkpoint,
         }
         for key, value in self._params.items():
             if key in special:
                 special[key](value)
             elif key in _SAME:
                 self._same(key, value)
+            elif key in _REFUSED:
+                if value not in _REFUSED[key][0]:
+                    self._problem(key, _REFUSED[key][1])
             elif key in _WORDS:
                 name, words = _WORDS[key]
                 if self._is_one_of(key, value, tuple(words)):
@@ -241,7 +248,7 @@ class _ParameterReader:
             elif key.startswith(_LOGS):
                 self._remarks.append(f"{key}: {_NOTED['save_metadata_pre_eval'][1]}")
             else:
-                known = sorted({*special, *_SAME, *_WORDS, *_NOTED})
+                known = sorted({*special, *_SAME, *_REFUSED, *_WORDS, *_NOTED})
                 self._problem(key, unknown_key(str(key), known))
         self._found.tune = self._tune
         new = f"tune: {spell_value(self._tune)}"
@@ -259,6 +266,15 @@ class _ParameterReader:
             return True
         self._problem(key, f"{key} is {show_value(value)}; it must be {' or '.join(show_value(a) for a in allowed)}.")
         return False
+
+    def _section(self, key: str, value: Plain, known: Sequence[str], of: str = "") -> Mapping[str, Plain] | None:
+        """Return a parameter that must be a mapping; its keys that are not known are problems."""
+        if not isinstance(value, Mapping):
+            self._problem(key, f"{key} is {show_value(value)}; it must be a mapping{of}.")
+            return None
+        for other in value.keys() - set(known):
+            self._problem(key, unknown_key(str(other), known), str(other))
+        return value
 
     def _set(self, name: str, value: Any, *key: str) -> None:
         self._tune[name] = value
@@ -346,11 +362,8 @@ class _ParameterReader:
             self._set("task_weights", dict(value), "ce_manual_task_weights")
 
     def _sampling(self, value: Plain) -> None:
-        if not isinstance(value, Mapping):
-            self._problem("sampling", f"sampling is {show_value(value)}; it must be a mapping of default and per_task.")
+        if (value := self._section("sampling", value, ("default", "per_task"), " of default and per_task")) is None:
             return
-        for key in value.keys() - {"default", "per_task"}:
-            self._problem("sampling", unknown_key(str(key), ("default", "per_task")), str(key))
         if (default := self._strategy(value.get("default"), "default")) is not None:
             self._set("sampler", default, "sampling", "default")
         per_task = value.get("per_task") or {}
@@ -380,11 +393,8 @@ class _ParameterReader:
 
     def _heldout(self, value: Plain) -> None:
         known = ("enabled", "split", "frequency_updates", *_HELD, "restore_best_checkpoint", "pareto")
-        if not isinstance(value, Mapping):
-            self._problem("heldout_eval", f"heldout_eval is {show_value(value)}; it must be a mapping.")
+        if (value := self._section("heldout_eval", value, known)) is None:
             return
-        for key in value.keys() - set(known):
-            self._problem("heldout_eval", unknown_key(str(key), known), str(key))
         if not value.get("enabled", False):
             self._remarks.append(
                 "heldout_eval: it is not enabled; held-out texts choose the step only where restore_best is true"
@@ -416,15 +426,13 @@ class _ParameterReader:
         at = ("heldout_eval", "pareto")
         for key, one in value.items():
             match key:
-                case "patience_evals":
-                    self._set("patience", one, *at, key)
+                case "patience_evals" | "hypervolume_min_delta" | "selection_min_delta":
+                    self._set("patience" if key == "patience_evals" else "threshold", one, *at, key)
                 case "min_evals_before_stop":
                     if isinstance(one, int) and isinstance(every, int):
                         self._set("min_steps", one * every, *at, key)
                     else:
                         self._problem(at[0], f"{key} is {show_value(one)}; it must be a number of looks.", at[1], key)
-                case "hypervolume_min_delta" | "selection_min_delta":
-                    self._set("threshold", one, *at, key)
                 case "selection_criterion" if one in _CRITERIA:
                     self._set("criterion", _CRITERIA[str(one)], *at, key)
                 case "selection_criterion":
@@ -448,11 +456,8 @@ class _ParameterReader:
 
     def _subset(self, value: Plain) -> None:
         known = ("enabled", "max_samples", "shuffle", "seed", "stratified", "stratify_by", "per_task")
-        if not isinstance(value, Mapping):
-            self._problem("eval_subset", f"eval_subset is {show_value(value)}; it must be a mapping.")
+        if (value := self._section("eval_subset", value, known)) is None:
             return
-        for key in value.keys() - set(known):
-            self._problem("eval_subset", unknown_key(str(key), known), str(key))
         if not value.get("enabled", True):
             return
         if value.get("per_task"):
@@ -465,11 +470,8 @@ class _ParameterReader:
 
     def _hierarchical(self, value: Plain) -> None:
         known = ("enabled", "strategy", "grouping", "group_size", "max_group_size", "polish_steps")
-        if not isinstance(value, Mapping):
-            self._problem("hierarchical", f"hierarchical is {show_value(value)}; it must be a mapping.")
+        if (value := self._section("hierarchical", value, known)) is None:
             return
-        for key in value.keys() - set(known):
-            self._problem("hierarchical", unknown_key(str(key), known), str(key))
         for key, only in (("strategy", "breadth_first"), ("grouping", "task_similarity")):
             if value.get(key, only) != only:
                 self._problem("hierarchical", f"{key} is {show_value(value[key])}; it must be {only!r}.", key)
@@ -481,16 +483,3 @@ class _ParameterReader:
             self._set("group_size", value.get("group_size", value.get("max_group_size", 4)), "hierarchical")
             if "polish_steps" in value:
                 self._set("polish_steps", value["polish_steps"], "hierarchical", "polish_steps")
-
-    def _first_values(self, value: Plain) -> None:
-        self._problem(
-            "init_lambda_values", "first coefficients of each adapter are adapters[].weight now; leave 'initial' out."
-        )
-
-    def _from_lambda(self, value: Plain) -> None:
-        if value:
-            self._problem("from_lambda", "first coefficients of each adapter are adapters[].weight now; leave it out.")
-
-    def _checkpoint(self, value: Plain) -> None:
-        if value is not None:
-            self._problem("resume_checkpoint", "a checkpoint of another framework cannot be continued; plait's own are found.")
