@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -301,6 +302,13 @@ def test_an_indefinite_matrix_is_refused(sources, tmp_path, method):
     negative = torch.eye(5) - torch.ones(5, 5)  # diagonal 0, eigenvalue −4
     with pytest.raises(PlanError, match="not positive semidefinite"):
         merge(sources, tmp_path, method=method, ridge=1e-6, moments=lambda adapter, module: negative)
+
+
+@pytest.mark.parametrize("method", ["regmean", "ssr"])
+def test_an_indefinite_matrix_is_refused_with_its_file(sources, folder, tmp_path, method):
+    change(folder, PATHS[0], 1e3 * (torch.eye(5) - torch.ones(5, 5)))
+    with pytest.raises(PlanError, match=rf"moments/a\.safetensors: {re.escape(PATHS[0])}: its second moments are not positive"):
+        merge(sources, tmp_path, method=method, ridge=1e-6, moments=folder)
 
 
 def test_a_function_that_has_none_of_a_module_is_refused(sources, tmp_path):

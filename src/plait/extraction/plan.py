@@ -12,6 +12,8 @@ from plait.errors import PlanError
 from plait.extraction.pairing import Pair, Pairing, is_saved, saved_module
 from plait.extraction.request import ExtractRequest
 from plait.libraries.peft import TASK_HEADS
+from plait.linalg.blocks import block_ranges
+from plait.linalg.finite import all_finite
 from plait.linalg.keyed import Key
 from plait.merging.truncation import rank_at_energy
 from plait.recipes.schema import Output
@@ -73,11 +75,10 @@ def survey(
         looked = [_measure(pair, number, energy if is_wanted else None) for number in range(len(pair.matrices))]
         size = math.fsum(one for one, _ in looked)
         if not math.isfinite(size):
-            raise PlanError(
-                f"{pairing.base.folder} and {pairing.tuned.folder}: {pair.name!r}: the "
-                f"difference holds NaN or infinite values, or overflows float32. One of the two models is "
-                "damaged, or its training diverged; use another checkpoint."
-            )
+            damaged = _not_finite(pair)
+            where = damaged or f"{pairing.base.folder} and {pairing.tuned.folder}: {pair.name!r}"
+            what = "holds NaN or infinite values" if damaged else "the difference overflows float32"
+            raise PlanError(f"{where}: {what}. The file is damaged, or the model's training diverged; use another checkpoint.")
         if size == 0 or not is_wanted:
             return size, 0
         rank = max(1, int(request.rank) // pair.layout.rank_unit) if energy is None else max(found for _, found in looked)
@@ -110,6 +111,17 @@ def _measure(pair: Pair, number: int, energy: float | None) -> tuple[float, int]
     if energy is None or not math.isfinite(size) or not size:
         return size, 1
     return size, rank_at_energy([delta], energy, truncation_key(pair, number))
+
+
+def _not_finite(pair: Pair) -> str | None:
+    """Return the file and the name of the first tensor of a pair that holds a NaN or infinite value; None where none does."""
+    for rows in (rows for matrix in pair.matrices for rows in matrix):
+        for file, name in (rows.base, rows.tuned):
+            for start, stop in block_ranges(rows.count, rows.columns):
+                at, size = (rows.first + start) * rows.columns, (stop - start) * rows.columns
+                if not all_finite(file.values(name, at, size)):
+                    return f"{file.path}: {name!r}"
+    return None
 
 
 def _biases(pairs: Sequence[Pair], targets: Sequence[Pair], energies: dict[str, float]) -> dict[str, Pair]:

@@ -24,6 +24,7 @@ from plait.spaces import SPACES
 from plait.spaces.base import Array, Frame, MergedMatrix
 from plait.stages.base import Block, DeltaCombine, EntryCombine, GramCombine, LinearCombine, Reduction, Site, Survey
 from plait.stages.pipeline import Pipeline
+from plait.stages.solve import IndefiniteMomentsError
 
 Statistics = tuple[Mapping[str, Tensor] | None, ...]  # per survey: array name → values; None when it is per module
 
@@ -92,7 +93,7 @@ class Combiner:
             statistics = self._local(module, frames)
             merged = [self._merge_frame(module, i, frame, statistics) for i, frame in enumerate(frames)]
         elif isinstance(pipeline.combine, DeltaCombine):
-            merged = [pipeline.combine.combine(site) for site in sites]
+            merged = [self._combine(pipeline.combine, site, i if len(sites) > 1 else None) for i, site in enumerate(sites)]
         else:
             c = self._shares(module).tolist()
             merged = [LowRank.concatenate(site.deltas, c) for site in sites]
@@ -104,6 +105,13 @@ class Combiner:
         for extreme in self.prepared.extremes.get(module, ()):
             self.notes.add(module, extreme.note)
         return stack
+
+    def _combine(self, combine: DeltaCombine, site: Site, matrix: int | None) -> MergedMatrix:
+        try:
+            return combine.combine(site)
+        except IndefiniteMomentsError as error:
+            files = [] if self.moments is None else self.moments.indefinite_files(site.module, site.shape[1], matrix)
+            raise PlanError(f"{''.join(f'{path}: ' for path in files)}{error}") from None
 
     def _finish(self, merged: MergedMatrix, site: Site) -> MergedMatrix:
         for stage in self.pipeline.post:

@@ -173,6 +173,17 @@ class Moments:
 
         return read
 
+    def indefinite_files(self, module: str, d_in: int, matrix: int | None) -> list[Path]:
+        """Return the files whose matrix of a module is not positive semidefinite; arguments as `of` has them."""
+        read, found = self.of(module, d_in, matrix), []
+        for index, name in enumerate(self.targets):
+            gram = read(index)
+            if isinstance(gram, Tensor) and name in self.files:
+                values = torch.linalg.eigvalsh(gram)
+                if float(values[0]) < -_ASYMMETRY * float(values.abs().max()):
+                    found.append(self.files[name].path)
+        return found
+
     def working(self, module: str, d_in: int) -> int:
         """Return how many float32 numbers solving with a module's moments takes at most."""
         shapes = [file.shape(module) for file in self.files.values()]

@@ -38,6 +38,10 @@ class RidgeFields(Record):
     ridge: Ridge = 1e-2
 
 
+class IndefiniteMomentsError(PlanError):
+    """The second moments of a module are none; the text does not say whose."""
+
+
 class SolveInputsFields(RidgeFields):
     """Parameters of `solve_inputs` and of RegMean."""
 
@@ -87,7 +91,7 @@ class _Solve(RidgeFields, StageParams, DeltaCombine):
             try:
                 rows = system.solve(max(self.ridge, 1e-6) * 10.0**raised if raised else self.ridge)
             except IndefiniteError:
-                raise PlanError(
+                raise IndefiniteMomentsError(
                     f"{site.module}: its second moments are not positive semidefinite, so they are not averages of x xᵀ. "
                     "Collect them again, in float32 or better."
                 ) from None
