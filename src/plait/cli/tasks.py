@@ -62,7 +62,10 @@ def _show(found: TaskCheck) -> None:
         majority = "–" if split.majority is None else f"{split.majority:.1%}"
         table.add_row(name, str(split.examples), str(split.duplicates), majority, *_token_cells(split))
     console.print(table)
-    _show_balance(found)
+    for name, split in found.splits.items():
+        if split.targets is not None:
+            counts = ", ".join(f"{label} {count}" for label, count in split.targets.items())
+            console.print(f"{name}: {counts}", markup=False)
     for name, split in list(found.splits.items())[-1:]:
         for rendered in split.rendered:
             console.print(f"\n[dim]{name}, as the model reads it, up to the answer:[/dim]")
@@ -81,12 +84,3 @@ def _token_cells(split: SplitCheck) -> tuple[str, str]:
         return "–", "–"
     cut = f" ({t.truncated} cut)" if t.truncated else ""
     return f"{t.shortest} / {t.median} / {t.longest}{cut}", f"≤ {t.longest_answer}"
-
-
-def _show_balance(found: TaskCheck) -> None:
-    from plait.cli.console import out
-
-    for name, split in found.splits.items():
-        if split.targets is not None:
-            counts = ", ".join(f"{label} {count}" for label, count in split.targets.items())
-            out().print(f"{name}: {counts}", markup=False)

@@ -61,7 +61,9 @@ def _show(found: Verification) -> None:
     _show_files(found)
     _show_inputs(found)
     _show_rebuilt(found)
-    _show_versions(found)
+    if found.versions and any(r.state != "equal" for r in found.rebuilt or ()):
+        versions = ", ".join(f"{name} {then} → {now}" for name, (then, now) in found.versions.items())
+        out().print(f"versions {versions}: other versions and machines may round otherwise", markup=False)
     if found.parity is not None:
         show_parity(found.parity)
     word = "[green]verified[/green]" if found.ok else "[red]not verified[/red]"
@@ -120,15 +122,6 @@ def _difference(file: RebuiltFile) -> str:
     if not file.tensors:
         return "comes out different from the lock, and equal to the folder's file"
     return f"comes out with {_tensor_difference(file)}"
-
-
-def _show_versions(found: Verification) -> None:
-    from plait.cli.console import out
-
-    differs = any(r.state != "equal" for r in found.rebuilt or ())
-    if found.versions and differs:
-        versions = ", ".join(f"{name} {then} → {now}" for name, (then, now) in found.versions.items())
-        out().print(f"versions {versions}: other versions and machines may round otherwise", markup=False)
 
 
 def show_parity(report: ParityReport) -> None:

@@ -134,7 +134,8 @@ def _resolve(document: YamlDocument, source: str, folder: Path | None, overrides
     recipe, problems = check_recipe(values)
     known = [*document.problems, *converted.problems, *dead_ends, *bad_paths]
     origins = Origins(source, document.lines, converted.moved, tuple(overridden))
-    origins.refuse([*known, *_not_reported(problems, known)])
+    reported = {p.path[:2] for p in known if p.path[:1] == ("adapters",)}  # adapters whose path is known to be wrong
+    origins.refuse([*known, *(p for p in problems if len(p.path) != 2 or p.path not in reported)])
     if recipe is None:
         raise AssertionError("a recipe without problems was not built")
     form = recipe_form(data)
@@ -159,12 +160,6 @@ def _name_adapters(data: dict[str, Plain], folder: Path | None) -> tuple[dict[st
         if isinstance(entries[i], Mapping):  # the name is never what is missing
             entries[i] = {"name": f"adapter-{i}", **entries[i]}
     return {**data, "adapters": entries}, problems
-
-
-def _not_reported(problems: list[Problem], known: list[Problem]) -> list[Problem]:
-    """Drop what the check repeats about adapters whose path is known to be wrong."""
-    reported: set[KeyPath] = {p.path[:2] for p in known if p.path[:1] == ("adapters",)}
-    return [p for p in problems if not (len(p.path) == 2 and p.path in reported)]
 
 
 def plain_data(value: Plain, where: str = "recipe") -> Plain:

@@ -67,18 +67,14 @@ class CommonSpecific(CommonSpecificFields, StageParams, DeltaCombine):
         if not present:
             return LowRank.zero(site.shape, site.deltas[0].a.dtype)
         size = min(sum(len(svd.s) for svd in alone), *site.shape)
-        each = self._specific(size, len(present))
+        left = size - int(round(self.common * size, 9))  # a product such as 0.8 · 15 must not fall below 12
+        each = min(round(left / len(present)), size // len(present))  # directions that every adapter adds of its own
         total = LowRank.concatenate(joint.deltas, [1.0] * len(joint.deltas)).svd()
         weakest = max(largest for _, largest in present)  # what the adapters cancel to is not a direction
         common = total.head(min(size - each * len(present), numerical_rank(total.s, weakest)))
         outside = [(LowRank(d.a, d.b - common.u @ (common.u.mT @ d.b)).svd(), largest) for d, largest in present]
         specific = [svd.head(min(each, numerical_rank(svd.s, largest))) for svd, largest in outside]
         return joint.lift(whitened([*specific, common]))
-
-    def _specific(self, size: int, adapters: int) -> int:
-        """Return how many directions every adapter adds of its own; as many for each."""
-        left = size - int(round(self.common * size, 9))  # a product such as 0.8 · 15 must not fall below 12
-        return min(round(left / adapters), size // adapters)
 
 
 class CoverFields(Record):

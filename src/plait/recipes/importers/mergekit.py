@@ -95,7 +95,10 @@ class _MergekitRecipe:
         result["scale"] = self._scale(method, adapters, values.get("density"))
         if self._name == "nuslerp":
             self._turn(params, entries)
-        result["output"] = self._output()
+        dtype = "out_dtype" if self._data.get("out_dtype") else "dtype"
+        self.moved["output", "dtype"] = (dtype,)
+        if (value := self._data.get(dtype)) is not None:
+            result["output"] = {"dtype": str(value).removeprefix("torch.")}
         self._note_left_out(method)
         if self.problems:
             raise _GiveUpError
@@ -127,7 +130,8 @@ class _MergekitRecipe:
             if "models" in self._data:
                 self._problem(("models",), f"models is {show_value(models)}; it must be a list of models.")
             raise _GiveUpError
-        bases = {_base_of(m.get("model")) for m in models if isinstance(m, Mapping)}
+        texts = [m["model"] for m in models if isinstance(m, Mapping) and isinstance(m.get("model"), str)]
+        bases = {text.partition("+")[0] for text in texts if "+" in text}
         if isinstance(given := self._data.get("base_model"), str):
             bases.add(given)
         for i, model in enumerate(models):
@@ -136,7 +140,7 @@ class _MergekitRecipe:
             else:
                 self._problem(("models", i), "it must be a mapping with the text 'model', such as {model: BASE+LORA}.")
 
-    def _model(self, index: int, model: Mapping[str, Plain], bases: set[str | None]) -> ModelEntry:
+    def _model(self, index: int, model: Mapping[str, Plain], bases: set[str]) -> ModelEntry:
         path = ("models", index)
         for key in model.keys() - {"model", "parameters"}:
             self._problem((*path, key), unknown_key(key, ["model", "parameters"]))
@@ -359,12 +363,6 @@ class _MergekitRecipe:
             return scale * density
         return scale
 
-    def _output(self) -> Plain:
-        key = "out_dtype" if self._data.get("out_dtype") else "dtype"
-        value = self._data.get(key)
-        self.moved["output", "dtype"] = (key,)
-        return None if value is None else {"dtype": str(value).removeprefix("torch.")}
-
     def _note_left_out(self, method: MergekitMethod) -> None:
         self.notes += method.notes
         given = {k for m in [self._data, *self._data["models"]] for k in (m.get("parameters") or {})}
@@ -378,10 +376,6 @@ class _MergekitRecipe:
         left_out = [key for key in _TOKENIZER if key in self._data]
         if left_out:
             self.notes.append(f"{join_words(left_out)}: left out, for a merge of adapters keeps the base model's tokenizer.")
-
-
-def _base_of(model: Plain) -> str | None:
-    return model.partition("+")[0] if isinstance(model, str) and "+" in model else None
 
 
 def _value(setting: FilteredParameter, name: str | None) -> float:
