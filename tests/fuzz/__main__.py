@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 SILENCE = 180  # seconds after which a worker is given up
+ROOT = Path(__file__).parents[2]
 
 
 def main() -> int:
@@ -53,18 +54,31 @@ def make(world: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    here = str(Path(__file__).parents[2])
     offline = {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",
     }
-    return {**os.environ, **offline, "PYTHONPATH": here, "COLUMNS": "200"}
+    return {**os.environ, **offline, "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT))), "COLUMNS": "200"}
+
+
+def check_source() -> None:
+    """Make sure that the plait of this tree is tried, and none that is installed.
+
+    Raises:
+        SystemExit: it is another one.
+    """
+    sys.path[:0] = [str(ROOT / "src")]
+    import plait
+
+    if not Path(plait.__file__).resolve().is_relative_to(ROOT.resolve()):
+        raise SystemExit(f"{plait.__file__} would be tried, which is not in {ROOT}")
 
 
 def show(seed: int, world: Path, scratch: Path) -> int:
     os.environ.update(environment())
+    check_source()
     from tests.fuzz.running import attempt
 
     outcome = attempt(seed, world, scratch)
@@ -74,6 +88,7 @@ def show(seed: int, world: Path, scratch: Path) -> int:
 
 def work(first: int, step: int, end: int, world: Path) -> int:
     """Do every `step`-th seed and print one line of JSON each."""
+    check_source()
     from tests.fuzz.running import attempt
 
     lines = os.fdopen(os.dup(1), "w")

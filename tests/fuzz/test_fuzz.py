@@ -23,6 +23,22 @@ def world(tmp_path_factory):
     return folder
 
 
+_QUICK = {c.words: c for c in COMMANDS if c.words[0] not in ("tune", "train", "sft", "push")}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("first", range(0, len(_QUICK), _AT_ONCE))
+def test_commands_are_done_where_nothing_is_damaged(world, tmp_path, first):
+    """Else what is refused is not the damage."""
+    for number, command in enumerate([*_QUICK.values()][first : first + _AT_ONCE]):
+        place = tmp_path / str(number)
+        for name in command.needs:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if (world / name).is_dir() else shutil.copy2)(world / name, place / name)
+        code, said = run(command.words, place)
+        assert code in (0, None), f"{' '.join(command.words)}\n{said}"
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("left", [".out.baking", ".out.tuning", "left"])
 def test_what_a_killed_command_left_is_taken_up_elsewhere_too(world, tmp_path, left):

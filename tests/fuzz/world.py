@@ -129,7 +129,7 @@ COMMANDS = (
     Command(("recipe", "check", "recipe.yaml"), ("recipe.yaml",), ("recipe.yaml", "first", "second"), 5),
     Command(("recipe", "migrate", "mergekit.yaml"), ("mergekit.yaml",), ("mergekit.yaml", "first", "second"), 4),
     Command(("tasks", "check", "tasks/sort.yaml"), ("tasks/sort.yaml", "tasks/sort/test.jsonl"), ("tasks",), 8),
-    Command(("tasks", "check", "tasks/sort.yaml", "--base-id", "base"), _in("base", TOKENIZER), ("tasks", "base"), 3),
+    Command(("tasks", "check", "tasks/sort.yaml", "--model", "base"), _in("base", TOKENIZER), ("tasks", "base"), 3),
     Command(
         ("eval", "sort=first", "--base-id", "base", "--tasks", "tasks/sort.yaml", "--workspace", "ws"),
         ("tasks/sort.yaml", "tasks/sort/test.jsonl", *_in("base", BASE + TOKENIZER), *_in("first", ADAPTER)),
@@ -250,7 +250,7 @@ def _documents(folder: Path) -> None:
     (folder / "mergekit.yaml").write_text(
         "merge_method: dare_ties\nbase_model: ./base\nmodels:\n"
         "  - model: ./base+./first\n    parameters: {weight: 0.5, density: 0.5}\n"
-        "  - model: ./base+./second\n    parameters: {weight: [0.1, 0.9], density: 0.5}\n"
+        "  - model: ./base+./second\n    parameters: {weight: 0.3, density: 0.5}\n"
         "parameters: {normalize: false}\ndtype: float32\n"
     )
     (folder / "phases.yaml").write_text(
