@@ -17,6 +17,7 @@ from plait.results.checks import check_files
 from plait.results.lock import LockedInput, new_lock, read_lock
 from plait.results.public import place_name, public_file, public_text, public_values
 from plait.results.quoting import block, code, prose
+from plait.verification import publish
 from plait.verification.public import public_copy
 from plait.verification.verify import verify_folder
 from tests.adapters_on_disk import layers, write_adapter
@@ -213,3 +214,12 @@ def test_a_learned_recipe_is_published_without_folders(tmp_path):
 def test_a_name_that_no_folder_can_have(tmp_path):
     with pytest.raises(AdapterError, match="cannot be read \\(File name too long\\)"):
         read_lock(tmp_path / ("x" * 300))
+
+
+def test_templates_are_published_as_they_are_and_the_folders_in_them_are_named(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{# of /home/bob/chats and /home/bob/chats #}{{ messages }} and/or /think")
+    (tmp_path / "modeling.py").write_text("import os\n")
+    data = (tmp_path / "chat_template.jinja").read_bytes()
+    assert public_file("chat_template.jinja", data) == data
+    (note,) = publish._named_folders(tmp_path, ["chat_template.jinja", "modeling.py", "config.json"])
+    assert "chat_template.jinja names '/home/bob/chats', and was published as it is" in note

@@ -41,6 +41,11 @@ def place_name(text: str) -> str:
     return _last(text) if _LOCAL.match(text) else text
 
 
+def home_paths(text: str) -> list[str]:
+    """Return the paths within a text that begin as people's folders do, each once."""
+    return list(dict.fromkeys(_HOMES.findall(text)))
+
+
 def public_values(value: Any, hidden: Sequence[str] = ()) -> Any:
     """Return plain values of a record in which every local path is its last part alone.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from plait.errors import OutputError, listed
 from plait.hub.client import explain_failure
 from plait.hub.upload import check_push, push_folder
 from plait.libraries.huggingface_hub import progress_bars
-from plait.parsing import read_object
+from plait.parsing import read_object, shown
 from plait.recipes.documents import read_front_matter
 from plait.records import ShortRepr
 from plait.results.checks import FileCheck, check_files
 from plait.results.lock import CARD, LOCK, Lock, read_lock
-from plait.results.public import place_name
+from plait.results.public import home_paths, place_name
 from plait.results.staging import scratch
 from plait.verification.public import public_copy
 
@@ -98,7 +98,8 @@ def push_result(
             replaces=replaced,
             progress=progress,
         )
-    return PushResult(url, left_out, tuple(_notes(folder)))
+    published = [f.name for f in files if f.state != "extra"]
+    return PushResult(url, left_out, (*_notes(folder), *_named_folders(folder, published)))
 
 
 def _earlier_files(repo: str, revision: str | None) -> tuple[str, ...]:
@@ -163,6 +164,18 @@ def _notes(folder: Path) -> Iterator[str]:
         stated = _license_on_hub(str(base))
         known = f"{base} states {stated!r}" if stated else "its sources state none, or not the same"
         yield f"{CARD} states no license ({known}): add license: to it and push again."
+
+
+def _named_folders(folder: Path, names: Sequence[str]) -> Iterator[str]:
+    """Return notes on folders of people's machines in files whose every letter counts, and which are published as they are."""
+    for name in names:
+        if name.endswith((".jinja", ".py")):
+            found = home_paths((folder / name).read_text(encoding="utf-8", errors="replace"))
+            if found:
+                yield (
+                    f"{name} names {listed(map(shown, found), 3)}, and was published as it is: every letter of it counts. "
+                    "Take that out of the adapter's or the base's file, make the result again, and push it."
+                )
 
 
 def _license_on_hub(repo: str) -> str | None:
