@@ -96,7 +96,7 @@ def passes(record: Mapping[str, Any]) -> dict[str, int]:
     spec, texts = record["recipe"]["tune"], record["texts"]
     held = sum(min(24, max(2, round(spec["held_out"] * t["count"]))) if t["count"] >= 8 else t["count"] for t in texts)
     some = [len(evenly_spread(t["count"])) for t in texts]  # for the base, and for second moments
-    answers = sum(2 * t["count"] for t in texts) + 2 * sum(some)
+    answers = sum(t["count"] for t in texts) + 2 * sum(some)
     steps = len(record["losses"])
     return {
         "read": answers + held * (len(record["scales"]) + len(record["looks"])),

@@ -182,7 +182,7 @@ def test_tasks_without_data_are_calibrated_tuned_and_merged_with(
     assert plait.verify(merged.folder).ok
     sources, base = [place / "sort", place / "rate"], str(place / "base")
     tuned = plait.tune(sources, tasks=tasks, base_model=base, tune={"steps": 1}, out=tmp_path / "tuned")
-    assert {(t.kind, t.source, t.count) for t in tuned.record.texts} == {("lines", "generic lines", 120)}
+    assert {(t.kind, t.source, t.count) for t in tuned.record.texts} == {("lines", "generic lines", 251)}
     with pytest.raises(TaskError, match=r"task 'sort' has no data, only a prompt: it can be calibrated.* no split 'test'"):
         plait.evaluate(sources, tasks=tasks, base_model=base)
     with pytest.raises(TaskError, match="task 'sort' has no data"):

@@ -309,7 +309,7 @@ def test_unlike_adapters_and_tasks(place: Path, tmp_path: Path) -> None:
     assert {t.task: (t.kind, t.count) for t in record.texts} == {
         "sort": ("split", 24 + 64),
         "wide": ("split", 1 + 64),
-        "attention": ("lines", 120),
+        "attention": ("lines", 251),
         "wider": ("split", 24 + 64),
     }
     assert {t.task: t.source for t in record.texts}["wide"] == "split 'calibration' (1) and 64 generic lines"

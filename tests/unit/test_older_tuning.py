@@ -103,7 +103,7 @@ def test_defaults_are_those_that_it_had(kind: str, wanted: dict[str, Any]) -> No
         ("gradient", {"sampling": {"default": {"strategy": "sqrt_inverse"}}}, {"sampler": "sqrt_inverse"}),
         ("gradient", {"sampling": {"default": {"strategy": "none"}}}, {"sampler": "none"}),
         ("gradient", {"eval_subset": {"max_samples": 64, "stratified": True}}, {"count": 64}),
-        ("gradient", {"eval_subset": {"enabled": False, "max_samples": 64}}, {"count": 128}),
+        ("gradient", {"eval_subset": {"enabled": False, "max_samples": 64}}, {"count": None}),
         ("supermerge", {"variant": "layer_wise", "hierarchical": {"enabled": True}}, {"group_size": 4}),
         (
             "supermerge",

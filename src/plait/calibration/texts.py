@@ -29,6 +29,7 @@ from plait.tasks.schema import RowTask, Task
 
 TextKind = Literal["split", "file", "lines", "template"]
 _NOTHING = "N/A"
+MOST_TEXTS = 128  # of a split or a file, where no number is given
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def read_texts(
     task: Task,
     *,
     kind: TextKind | None,
-    count: int,
+    count: int | None,
     seed: int,
     split: SplitName | None = None,
     file: str | Path | None = None,
@@ -71,7 +72,7 @@ def read_texts(
         task: whose prompt they are put into.
         kind: where they come from; None: a file where one is given, else `split` (or `calibration`, or `train`) where the task
             has it, else lines.
-        count: how many, at most.
+        count: how many, at most; None: `MOST_TEXTS` of a split or a file, all lines.
         seed: which of them, and in which order.
         split: of the task; `calibration` where it has one, else `train`, when None.
         file: rows whose columns are the prompt's fields; or a text file, whose lines each fill the one field of the prompt.
@@ -92,7 +93,7 @@ def read_texts(
             )
     rows, source = _rows(task, kind, split, file)
     if kind != "template":
-        rows = _chosen(task, rows, count, seed)
+        rows = _chosen(task, rows, MOST_TEXTS if count is None and kind != "lines" else count, seed)
     found = prompts_of(task, rows)
     if kind in ("split", "file") and added:
         try:
@@ -105,7 +106,7 @@ def read_texts(
     return Texts(task, kind, source, tuple(prompt for prompt, _ in found), tuple(choices for _, choices in found))
 
 
-def _chosen(task: RowTask, rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+def _chosen(task: RowTask, rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
     order = list(range(len(rows)))
     random.Random(f"texts {seed} {task.name}").shuffle(order)
     return [rows[i] for i in sorted(order[:count])]

@@ -23,7 +23,10 @@ class TextsSpec(Record):
     files: Annotated[dict[str, str], Field(description="Files of single tasks' texts, in place of `texts`: task → file.")] = (
         Field(default_factory=dict)
     )
-    count: Annotated[int, Field(ge=1, description="Texts per task that are read, at most.")] = 32
+    count: Annotated[
+        int | None,
+        Field(ge=1, description="Texts per task that are read, at most; 128, or all generic lines, when not given."),
+    ] = None
     split: Annotated[
         SplitName | None,
         Field(description="Split that texts are taken from; `calibration` where there is one, else `train`, when not given."),
@@ -33,6 +36,7 @@ class TextsSpec(Record):
 class CalibrationSpec(TextsSpec):
     """What every adapter reads, with its own task's prompt, when its inputs are looked at. No label is read."""
 
+    count: Annotated[int, Field(ge=1, description="Texts per task that are read, at most.")] = 32
     tokens: Annotated[
         int,
         Field(

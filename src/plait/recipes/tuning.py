@@ -31,7 +31,6 @@ DEFAULT_LINKS: dict[ObjectiveName, LinkName] = {
 class TuneSpec(TextsSpec):
     """How a merge is tuned: what it sees, what is learned, and how."""
 
-    count: Annotated[int, Field(ge=1, description="Texts per task that are read, at most.")] = 128
     generic_lines: Annotated[
         int,
         Field(
@@ -72,7 +71,7 @@ class TuneSpec(TextsSpec):
         Field(description="First magnitude, with link `simplex_scaled`; the sum of the first coefficients when not given."),
     ] = None
     learn_magnitude: Annotated[bool, Field(description="Learn the magnitude too, with link `simplex_scaled`.")] = True
-    steps: Annotated[int, Field(ge=0, description="Updates that are made; 0 for the closed form at its best scale.")] = 96
+    steps: Annotated[int, Field(ge=0, description="Updates that are made; 0 for the closed form at its best scale.")] = 64
     prompts: Annotated[int, Field(ge=1, description="Texts of every task that are read at a time.")] = 4
     accumulate: Annotated[int, Field(ge=1, description="Batches of `prompts` texts per task and update.")] = 1
     learning_rate: Annotated[
@@ -135,7 +134,7 @@ class TuneSpec(TextsSpec):
             "none is, and scale and step are chosen on the texts learned from.",
         ),
     ] = 0.2
-    look_every: Annotated[int, Field(ge=1, description="Updates between two measurements on the held-out texts.")] = 12
+    look_every: Annotated[int, Field(ge=1, description="Updates between two measurements on the held-out texts.")] = 16
     criterion: Annotated[
         Criterion, Field(description="Criterion over the tasks' kept shares; the step where it is largest is the best.")
     ] = "worst"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from plait.calibration.texts import Texts
+from plait.calibration.texts import MOST_TEXTS, Texts
 from plait.errors import TaskError
 from plait.recipes.tuning import TuneSpec
 from plait.tasks.examples import read_examples
@@ -29,6 +29,6 @@ def read_labeled(task: Task, spec: TuneSpec) -> tuple[Texts, tuple[str, ...]]:
     examples = read_examples(task, split)
     order = list(range(len(examples.items)))
     random.Random(f"texts {spec.seed} {task.name}").shuffle(order)
-    chosen = [examples.items[i] for i in sorted(order[: spec.count])]
+    chosen = [examples.items[i] for i in sorted(order[: spec.count or MOST_TEXTS])]
     texts = Texts(task, "split", f"split {split!r}", tuple(e.prompt for e in chosen), tuple(e.choices for e in chosen))
     return texts, tuple(e.target for e in chosen)
