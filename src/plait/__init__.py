@@ -47,6 +47,8 @@ _HOME = {
     "push": "plait.api.files",
     "report": "plait.api.models",
     "sft": "plait.api.models",
+    "sweep": "plait.api.models",
+    "sweep_status": "plait.api.models",
     "train": "plait.api.models",
     "tune": "plait.api.models",
     "unbake": "plait.api.files",
@@ -90,6 +92,8 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
     "report",
     "save_moments",
     "sft",
+    "sweep",
+    "sweep_status",
     "train",
     "tune",
     "unbake",
@@ -101,7 +105,7 @@ if TYPE_CHECKING:
     from plait import mixture as mixture
     from plait.adapters import Adapter, LowRank
     from plait.api.files import bake, compress, extract, inspect, merge, migrate_recipe, plan, plan_bake, push, unbake, verify
-    from plait.api.models import calibrate, check_tasks, evaluate, evaluator, report, sft, train, tune
+    from plait.api.models import calibrate, check_tasks, evaluate, evaluator, report, sft, sweep, sweep_status, train, tune
     from plait.errors import (
         AdapterError,
         AddressError,

@@ -18,6 +18,7 @@ from tests.every import every
 from tests.language_models import WORDS, label, save_model, train_adapter, write_task
 
 EVAL, TRAIN = ["transformers", "accelerate"], ["trl", "transformers", "peft", "datasets", "accelerate"]
+SWEEP = [*EVAL, "optuna", "scipy", "sklearn"]
 SFT = ["--model_name_or_path", "base", "--dataset_name_or_path", "rows.jsonl", "--use_peft", "--output_dir", "run"]
 
 
@@ -50,6 +51,8 @@ NEEDS = {
     "eval a --tasks tasks/sort.yaml --base-id base": says("an evaluation", EVAL, "eval"),
     "eval a b --tasks lm_eval:piqa --base-id base": says("an evaluation", EVAL, "eval"),
     "tune a b --tasks tasks/sort.yaml --base-id base -o tuned-merge": says("plait tune", EVAL, "eval"),
+    "sweep a b --tasks tasks/sort.yaml --base-id base -o study": says("plait sweep", SWEEP, "eval", "sweep"),
+    "sweep --status study": says("plait sweep", ["optuna"], "sweep"),
     "calibrate a b --tasks tasks/sort.yaml --base-id base -o moments": says("plait calibrate", EVAL, "eval"),
     "merge a b --method regmean --tasks tasks/sort.yaml -o solved": says("a merge that reads texts", EVAL, "eval"),
     "verify merged --parity prompts.txt --base-id base": says("a parity check", ["peft", "transformers"], "parity"),
@@ -67,6 +70,10 @@ NEEDS = {
     "tasks check hub/sort.yaml": says("task 'sort': data from the Hub", ["datasets"], "data"),
     "plait.evaluate(['a', 'b'], tasks=['tasks/sort.yaml'], base='base')": says("an evaluation", EVAL, "eval"),
     "plait.tune(['a', 'b'], tasks=['tasks/sort.yaml'], base_model='base', out='tuned-merge')": says("plait tune", EVAL, "eval"),
+    "plait.sweep(['a', 'b'], tasks=['tasks/sort.yaml'], base_model='base', out='study')": says(
+        "plait sweep", SWEEP, "eval", "sweep"
+    ),
+    "plait.sweep_status('study')": says("plait sweep", ["optuna"], "sweep"),
     "plait.sft(model_name_or_path='base', dataset_name_or_path='rows.jsonl', output_dir='run')": says(
         "plait sft", TRAIN, "train"
     ),

@@ -28,7 +28,7 @@ ORDER = [
     {"mixture", "tasks"},
     {"evaluation"},
     {"calibration"},
-    {"tuning"},
+    {"search", "tuning"},
     {"reports"},
     {"training"},
     {"commands"},

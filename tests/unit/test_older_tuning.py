@@ -222,7 +222,6 @@ def test_what_means_nothing_here_is_noted_with_the_reason(params: dict[str, Any]
         ("gradient", {"grad_accum_steps": 2, "gradient_accumulation_steps": 2}, "mean the same"),
         ("gradient", {"stepz": 3}, "Did you mean 'steps'"),
         ("gradient", {"steps": -1}, "steps"),
-        ("bayes", {}, "cannot search yet"),
         ("evolve", {}, "it must be one of none, bayes"),
     ],
 )

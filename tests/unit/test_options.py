@@ -14,16 +14,20 @@ from plait.recipes.calibration import CalibrationSpec
 from plait.recipes.evaluation import EvalSpec, Subset
 from plait.recipes.keys import recipe_keys
 from plait.recipes.schema import Heads, Output, Recipe
+from plait.recipes.search import EarlyStop, SearchSpec
 from plait.recipes.tuning import TuneSpec
 
-MERGES = ("merge", "bake", "eval", "tune")
+MERGES = ("merge", "bake", "eval", "tune", "sweep")
 PARTS = {
     "heads": (Heads, MERGES),
-    "output": (Output, ("merge", "eval", "tune")),
-    "eval": (EvalSpec, ("eval",)),
-    "eval.subset": (Subset, ("eval",)),
+    "output": (Output, ("merge", "eval", "tune", "sweep")),
+    "eval": (EvalSpec, ("eval", "sweep")),
+    "eval.subset": (Subset, ("eval", "sweep")),
     "calibration": (CalibrationSpec, ("merge", "bake", "eval", "calibrate")),
     "tune": (TuneSpec, ("tune",)),
+    "search": (SearchSpec, ("sweep",)),
+    "search.subset": (Subset, ("sweep",)),
+    "search.early_stop": (EarlyStop, ("sweep",)),
 }
 NOT_FLAGS = {
     "version",
@@ -66,7 +70,7 @@ def test_the_table_is_that_of_the_schema() -> None:
 
 def test_every_key_has_a_flag_with_its_description() -> None:
     missing = []
-    for name in ("merge", "bake", "eval", "tune", "calibrate"):
+    for name in ("merge", "bake", "eval", "tune", "sweep", "calibrate"):
         flags = {key.path: flag for flag, key in flags_of(name).items()}
         found = options(name)
         for _, path, text in (row for row in expected() if row[0] == name):

@@ -29,6 +29,7 @@ RENAMED = {
                  "eval__batch_size": "batch_size", "eval__subset__max_samples": "subset"},
     "calibrate": {"inputs": "source", "set_": "sets"},
     "tune": {"inputs": "source", "set_": "sets"},
+    "sweep": {"inputs": "source", "set_": "sets"},
     "unbake": {},
     "push": {},
     "report": {},
@@ -45,6 +46,7 @@ ORDER_ONLY = {
         "methods": "evaluate in a loop", "spaces": "evaluate in a loop", "require": "the numbers of the Evaluation",
         "out": "merge", "force": "merge", "card": "the order's alone",
     },
+    "sweep": {"status": "sweep_status"},
 }  # fmt: skip
 SETS = "set_"  # `--set PATH=VALUE`: in Python a keyword, or a mapping under a recipe's key
 

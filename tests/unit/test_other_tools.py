@@ -121,7 +121,6 @@ def test_trust_is_noted_once_where_no_model_is_loaded(command, tmp_path, capsys)
     assert " ".join(capsys.readouterr().err.split()).count("--trust-remote-code changes nothing here") == 1
 
 
-def test_what_is_planned_is_not_called_unknown():
-    for word, what in (("search", "search"), ("grid", "search")):
-        with pytest.raises(RecipeError, match=f"{word}: this version of plait cannot {what} yet"):
-            plait.plan(["./a", "./b"], **{word: {"type": "x"}})
+def test_what_another_command_takes_is_not_called_unknown():
+    with pytest.raises(RecipeError, match="grid: a merge has one value of everything; `plait sweep`"):
+        plait.plan(["./a", "./b"], grid={"scale": [1, 2]})

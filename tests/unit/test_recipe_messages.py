@@ -146,12 +146,12 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
         ("transforms: identity", ["recipe:4: transforms: transforms is 'identity'; it must be a list."]),
         ("seed: 1\nscale: 2\nseed: 3", ["recipe:6: seed: 'seed' is given twice, in lines 4 and 6; keep one."]),
         (
-            "tasks: x\neval: {split: dev}\ntune: {steps: -1}\nsearch: {type: bayes}",
+            "tasks: x\neval: {split: dev}\ntune: {steps: -1}\nsearch: {type: gp}",
             [
                 "recipe:4: tasks: tasks is 'x'; it must be a list.",
                 "recipe:5: eval.split: split is 'dev'; it must be 'train', 'calibration', 'validation' or 'test'.",
                 "recipe:6: tune.steps: steps is -1; it must be >= 0.",
-                "recipe:7: search: this version of plait cannot search yet. Take this part out.",
+                "recipe:7: search.type: type is 'gp'; it must be 'grid', 'bayes' or 'random'.",
             ],
         ),
     ],

@@ -144,6 +144,81 @@ WEIGHTED = (
             {"method": "uniform"},
             id="what changes nothing",
         ),
+        pytest.param(
+            {
+                "method": "weighted_delta",
+                "split": "validation",
+                "eval_subset": {"max_samples": 100},
+                "search": {
+                    "type": "bayes",
+                    "budget": 20,
+                    "init_points": 6,
+                    "seed": 42,
+                    "n_candidates": 512,
+                    "space": {"lambda": {"type": "continuous", "min": 0.1, "max": 1.0, "scale": "log"}},
+                    "initial_points": [{"lambda": 0.5}],
+                    "warm_start_sweeps": ["x/sweeps/"],
+                    "early_stop": {"enabled": True, "patience": 3, "min_evals": 9, "param_resolution": {"lambda": 0.1}},
+                },
+                "constraint_nonnegative": False,
+                "post_sweep_eval": {"enabled": True, "split": "test", "save_merged": True},
+            },
+            {
+                "method": {"name": "weighted_delta", "lambda": 0.1},
+                "eval": {"split": "test"},
+                "search": {
+                    "type": "bayes",
+                    "budget": 20,
+                    "init_points": 6,
+                    "seed": 42,
+                    "split": "validation",
+                    "subset": {"max_samples": 100},
+                    "space": {"method.lambda": {"type": "float", "min": 0.1, "max": 1.0, "log": True}},
+                    "points": [{"method.lambda": 0.5}],
+                    "early_stop": {"patience": 3, "min_trials": 9, "resolution": {"method.lambda": 0.1}},
+                    "constraint_nonnegative": False,
+                },
+            },
+            id="a search by a Gaussian process",
+        ),
+        pytest.param(
+            {"method": "ties", "method_params": {"lambda": 1.0}, "grid": {"k": [10, 20], "lambda": 0.5}, "split": "test"},
+            {
+                "method": {"name": "ties", "density": 0.2, "kept": "ceil", "zero_sign": "drop", "scope": "model"},
+                "scale": 1.0,
+                "search": {"type": "grid", "grid": {"method.density": [0.1, 0.2], "scale": [0.5]}},
+            },
+            id="a grid at the top, of percents",
+        ),
+        pytest.param(
+            {
+                "method": "uniform_scalar_delta",
+                "search": {
+                    "type": "bayes",
+                    "inject_zero_baseline": True,
+                    "early_stop": {"enabled": False},
+                    "space": {"scale": {"type": "float", "min": 0.0, "max": 2.0}},
+                },
+            },
+            {
+                "method": "uniform_scalar_delta",
+                "search": {
+                    "type": "bayes",
+                    "space": {"method.scale": {"min": 0.0, "max": 2.0, "type": "float"}},
+                    "zero_baseline": True,
+                },
+            },
+            id="the base as a candidate",
+        ),
+        pytest.param(
+            {
+                "method": "uniform",
+                "optimizer": {"type": "bayes", "params": {"budget": 5}},
+                "search": {"type": "grid", "grid": {}},
+            },
+            {"method": "uniform"},
+            id="an optimizer that searched nothing",
+        ),
     ],
 )
 def test_old_forms(old, new):
@@ -342,17 +417,19 @@ def test_one_warning_per_old_form_says_what_to_write(old, notes):
             {
                 "method": "uniform",
                 "optimizer": {"type": "adamerging"},
-                "search": {"type": "bayes"},
-                "grid": {"lambda": [1]},
-                "post_sweep_eval": {"enabled": True},
+                "search": {"type": "bayes", "budgets": 3},
+                "grid": [1],
+                "post_sweep_eval": {"enabled": True, "best": 1},
                 "eval_tasks": ["asr"],
             },
             [
                 "optimizer.type: adamerging learned coefficients of method 'weighted_delta_n', and the method is 'uniform'; "
                 "write method: weighted_delta_n.",
-                "grid: this version of plait cannot search yet. Take this part out.",
-                "post_sweep_eval: this version of plait cannot search and evaluate yet. Take this part out.",
-                "search: this version of plait cannot search yet. Take this part out.",
+                "grid: grid is [1]; it must be a mapping.",
+                "post_sweep_eval.best: 'best' is not known here; allowed: enabled, split, eval_tasks, save_merged.",
+                "search.budgets: 'budgets' is not known here; allowed: type, budget, init_points, seed, space, grid, "
+                "early_stop, inject_zero_baseline, initial_points, known_points, warm_start_sweeps, warm_start_from, "
+                "warm_start_max_points, known_points_consume_budget, n_candidates, xi. Did you mean 'budget'?",
             ],
         ),
     ],
@@ -368,14 +445,14 @@ def test_what_has_no_counterpart_is_refused_where_it_was_written(old, expected):
 
 def test_problems_of_an_old_file_have_its_lines(tmp_path):
     file = tmp_path / "old.yaml"
-    file.write_text("adapters: [asr, emotion]\nmethod: ties\nmethod_params:\n  lambda: x\n  k: 200\ngrid: {k: [1]}\n")
+    file.write_text("adapters: [asr, emotion]\nmethod: ties\nmethod_params:\n  lambda: x\n  k: 200\ngrid: [1]\n")
     with pytest.raises(RecipeError) as error:
         load_recipe(file)
 
     assert [line.removeprefix(f"  - {file}:")[:20] for line in str(error.value).splitlines()[1:]] == [
         "4: method_params.lam",
         "5: method_params.k: ",
-        "6: grid: this versio",
+        "6: grid: grid is [1]",
     ]
 
 

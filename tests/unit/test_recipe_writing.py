@@ -32,6 +32,7 @@ VARIANTS = [
     {"weights": {"policy": "per_adapter", "adapters": {"a": 0.5}, "default": 2}},
     {"weights": {"policy": "per_layer", "layers": {3: 0.5, "model.layers.4": {"a": 1, "b": 0}}, "default": {"a": 1}}},
     {"weights": {"policy": "per_module", "modules": {"*.q_proj": 0.5, "*": {"b": 2}}}},
+    {"search": {"space": {"scale": "0.1..3:log", "method.space": ["core", "knots"]}, "grid": {"seed": [1, 2]}, "budget": 5}},
     {"transforms": ["identity", {"name": "layer_l2_normalize", "eps": 1e-5}]},
     {"output": {"rank": "energy:0.99", "dtype": "bfloat16", "layout": "pattern"}},
     {"heads": {"policy": "from", "adapter": "b"}, "seed": 2**63 - 1, "scale": 1e-30, "base_model": "yes"},

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from plait.evaluation.pipeline import Evaluator
     from plait.evaluation.record import Evaluation
     from plait.reports.pipeline import ReportResult
+    from plait.search.conclusion import SweepResult
+    from plait.search.status import StudyStatus
     from plait.tasks.checking import TaskCheck
     from plait.training.results import TrainResult
     from plait.training.sft import SftResult
@@ -129,6 +131,87 @@ def tune(  # noqa: PLR0913 (what a command line takes)
         options=TuneOptions(LoadOptions(load_dtype, device_map, trust_remote_code), control, controls, workers),
         force=force,
     ).run(progress)
+
+
+def sweep(  # noqa: PLR0913 (what a command line takes)
+    source: RecipeSource,
+    *,
+    tasks: Sequence[str | Path] | None = None,
+    out: str | Path,
+    storage: str | None = None,
+    warm_start: Sequence[str | Path] = (),
+    moments: str | Path | Mapping[str, str | Path] | None = None,
+    load_dtype: str = "auto",
+    device_map: str = "auto",
+    trust_remote_code: bool = False,
+    workspace: str | Path = "artifacts",
+    workers: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    sets: Sequence[str] = (),
+    **settings: Any,
+) -> SweepResult:
+    """Search for the merge that loses least: candidates are compared on one split, the best is asked once on another.
+
+    >>> found = plait.sweep({"intent": "./intent", "langid": "./langid"}, tasks=["intent.yaml", "langid.yaml"], out="study",
+    ...                     method="ties", search={"space": {"scale": "0.2..2", "density": "0.05..1"}, "budget": 20})
+    >>> plait.merge(found.recipe, out="merged")
+
+    Candidates act on the live base, which is loaded once; nothing of an adapter is written. Killed, the same call continues.
+
+    Args:
+        source: adapters, the path of a recipe, or a `Recipe`, as for `merge`.
+        tasks: files of the tasks, every adapter's own among them; the recipe's when None.
+        out: folder of the study: `study.json`, `recipe.yaml` (the best) and, without `storage`, `study.db`.
+        storage: Optuna's address of a storage that several machines share.
+        warm_start: folders of earlier studies; their candidates that are merged alike and were asked the same count here.
+        moments: second moments of inputs, as `merge` takes them from files.
+        load_dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
+        device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
+        trust_remote_code: let transformers run code that comes with the weights.
+        workspace: where results and finished answers are kept; answers of base and single adapters are asked once for all.
+        workers: modules merged at a time; never changes a number.
+        force: begin anew where another study is at `out`.
+        progress: receives stages and steps.
+        sets: `PATH=VALUE` for keys of the recipe, as on the command line.
+        **settings: as `merge` (`method`, `scale`, …: where the search starts), `search`: a mapping as in a recipe (`space`,
+            `grid`, `type`, `budget`, `split`, `subset`, `maximize`, …), and `eval`: how the best is judged in the end.
+
+    Returns:
+        Folder, the best recipe, the record of all candidates, and the best's evaluation on the split of `eval`.
+
+    Raises:
+        PlaitError: anything wrong with what was given. Candidates that were evaluated are kept, and not evaluated again.
+    """
+    from plait.commands.sweep import SweepOrder
+
+    judged = settings.pop("eval", {})
+    return SweepOrder(
+        request=Request(source, settings, sets, moments, tasks=tasks, mixed=False),
+        out=Path(out),
+        eval=judged,
+        storage=storage,
+        warm_start=warm_start,
+        workspace=Path(workspace),
+        load=LoadOptions(load_dtype, device_map, trust_remote_code),
+        workers=workers,
+        force=force,
+    ).run(progress)
+
+
+def sweep_status(folder: str | Path, *, storage: str | None = None) -> StudyStatus:
+    """Return how far a search is, while it runs or after it.
+
+    Args:
+        folder: of the study.
+        storage: Optuna's address of a shared storage, as the search had it.
+
+    Raises:
+        PlaitError: there is no study.
+    """
+    from plait.commands.sweep import SweepStatusOrder
+
+    return SweepStatusOrder(Path(folder), storage).run()
 
 
 def evaluate(  # noqa: PLR0913 (what a command line takes)

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def named_paths(flag: str, texts: Iterable[str]) -> dict[str, str]:
-    """Return name → path of a flag's values, `NAME=PATH` each.
+def named_paths(
+    flag: str, texts: Iterable[str], form: str = "NAME=PATH", example: str = "math=./adapters/math"
+) -> dict[str, str]:
+    """Return name → path of a flag's values, `NAME=PATH` each; or of another form with an example.
 
     Raises:
         RecipeError: a value is not of that form; all of them.
@@ -16,7 +18,7 @@ def named_paths(flag: str, texts: Iterable[str]) -> dict[str, str]:
 
     pairs = {text: text.partition("=") for text in texts}
     wrong = [text for text, (name, _, path) in pairs.items() if not (name and path)]
-    collect(RecipeError, [f"{flag} {w}: write NAME=PATH, such as {flag} math=./adapters/math." for w in wrong], "the command")
+    collect(RecipeError, [f"{flag} {w}: write {form}, such as {flag} {example}." for w in wrong], "the command")
     return {name: path for name, _, path in pairs.values()}
 
 

@@ -27,6 +27,7 @@ from plait.cli.report import report
 from plait.cli.sft import sft
 from plait.cli.stopping import Stopped, stoppable
 from plait.cli.streams import StreamError, give_up_stdout, guarded
+from plait.cli.sweep import sweep
 from plait.cli.tasks import tasks_app
 from plait.cli.train import train
 from plait.cli.tune import tune
@@ -61,6 +62,7 @@ app.command("push")(push)
 app.command("eval")(evaluate)
 app.command("calibrate")(calibrate)
 app.command("tune")(tune)
+app.command("sweep")(sweep)
 app.command("report")(report)
 app.command("sft", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(sft)
 app.command("train")(train)

@@ -89,15 +89,17 @@ _PARTS = {
     "bake": ("", "heads", "calibration", "method"),
     "eval": ("eval", "", "output", "heads", "calibration", "method"),
     "tune": ("tune", "", "output", "heads", "method"),
+    "sweep": ("search", "", "output", "heads", "eval", "method"),
     "calibrate": ("calibration", "base_model", "tasks"),
     "compress": ("output.rank", "output.dtype", "output.layout", "base_model"),
 }
 _NOT_FLAGS = ("version", "adapters")  # the arguments of the command are the adapters
 #: Parts whose keys are flags with the part's name before theirs, except in the part's own command.
-_PREFIXED = ("heads", "calibration", "eval", "tune")
+_PREFIXED = ("heads", "calibration", "eval", "tune", "search")
 _NAMED = {
     "base_model": "--base-id",
     "method.name": "--method",
+    "search.subset.max_samples": "--subset",
     "eval.subset.max_samples": "--subset",
     "eval.subset.seed": "--seed",
 }
@@ -110,12 +112,14 @@ _DEFAULTS = {
 }
 _EXAMPLES = dict.fromkeys(("merge", "bake", "eval"), "method.density=0.3") | {
     "tune": "tune.prompts=8",
+    "sweep": "search.early_stop.patience=5",
     "calibrate": "calibration.tokens=1024",
 }
+_PAIR_EXAMPLES = {"search.space": "scale=0..2", "search.grid": "density=0.2,0.5"}
 #: What most users of a command need: in the first panel of its help, in this order, after --out; of parts, its own alone.
 _FIRST = (
-    "tasks", "texts", "count", "split", "subset.max_samples", "steps", "method.name", "weights", "scale", "base_model",
-    "output.rank",
+    "tasks", "texts", "count", "split", "subset.max_samples", "steps", "space", "grid", "type", "budget", "maximize",
+    "method.name", "weights", "scale", "base_model", "output.rank",
 )  # fmt: skip
 _PANELS = {
     "": "The merge",
@@ -124,6 +128,7 @@ _PANELS = {
     "calibration": "Texts on which moments and scale are taken",
     "eval": "Evaluation",
     "tune": "Tuning",
+    "search": "Search",
     "method": "Parameters of methods (`plait methods NAME` has those of one)",
 }
 
@@ -182,7 +187,7 @@ class Keys:
     @property
     def sets(self) -> list[str]:
         """The others, as `PATH=VALUE`; then `--set`, which comes last."""
-        parts = [path for path in self.values if path.partition(".")[0] in ("heads", "calibration", "tune")]
+        parts = [path for path in self.values if path.partition(".")[0] in ("heads", "calibration", "tune", "search")]
         return [*(f"{path}={json.dumps(self.values[path], ensure_ascii=False)}" for path in parts), *self.given_sets]
 
     @property
@@ -303,7 +308,8 @@ def parameter_name(path: str) -> str:
 
 
 def _metavar(key: RecipeKey) -> str:
-    own = {"tasks": "TASK...", "weights": "NUMBERS", "method.name": "NAME", "base_model": "MODEL", "output.rank": "RANK"}
+    own = {"tasks": "TASK...", "weights": "NUMBERS", "method.name": "NAME", "base_model": "MODEL", "output.rank": "RANK",
+           "search.space": "PATH=LOW..HIGH", "search.grid": "PATH=A,B"}  # fmt: skip
     if key.path in own:
         return own[key.path]
     if key.pairs:
@@ -344,8 +350,10 @@ def _value(flag: str, key: RecipeKey, text: Any) -> Any:
     if key.path == "tasks":
         return task_files(text)
     if key.pairs:
-        pairs = named_paths(flag, text)
-        return pairs if "string" in key.allowed else {name: parse_override(f"x={value}")[1] for name, value in pairs.items()}
+        if "string" in key.allowed:
+            return named_paths(flag, text)
+        pairs = named_paths(flag, text, "NAME=VALUE", _PAIR_EXAMPLES.get(key.path, "math=1"))
+        return {name: parse_override(f"x={value}")[1] for name, value in pairs.items()}
     if key.words or (key.path == "weights" and not text.lstrip().startswith("{")):
         return text
     return parse_override(f"{key.path}={text}")[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import count
@@ -93,6 +94,11 @@ class Evaluator:
         spec: how to evaluate.
         options: how to evaluate, on this machine.
         progress: receives stages and steps.
+
+    Attributes:
+        tasks: with the examples that are asked.
+        singles: the tasks' own adapters by name.
+        session: asks the model, and keeps its answers.
     """
 
     def __init__(
@@ -110,6 +116,7 @@ class Evaluator:
         self.options = options
         self.progress = progress
         self.singles = {a.name: a for a, _, _ in singles}
+        self._asked = tuple(tasks)
         self.tasks, task_notes = _read_tasks(tasks, spec, options.workspace)
         self.notes = [*task_notes, *adapter_doubts([*self.singles.values(), *others])]
         if self.singles:
@@ -121,17 +128,17 @@ class Evaluator:
         live = LoadedBase(place.folder, [*self.singles.values(), *others], options.load, progress)
         cache = ScoreCache(None if options.workspace is None else options.workspace / SCORES)
         setting = (options.load.dtype, str(placement(options.load.device_map)))  # `auto` is another device on another machine
-        self._session = Session(live, model_digest(place.folder), self.singles, self.tasks, spec, setting, cache, progress)
+        self.session = Session(live, model_digest(place.folder), self.singles, self.tasks, spec, setting, cache, progress)
 
     def evaluate(self, subject: EvalSubject) -> Evaluation:
         """Evaluate one candidate next to base and single adapters."""
         started = time.perf_counter()
-        results, totals = self._session.results(subject.candidate)
+        results, totals = self.session.results(subject.candidate)
         return Evaluation(
             plait=__version__,
             name=subject.name,
             kind=subject.kind,
-            tag=f"{subject.method or subject.kind}_{self._session.tag(subject.candidate)}",
+            tag=f"{subject.method or subject.kind}_{self.session.tag(subject.candidate)}",
             method=subject.method,
             space=subject.space,
             recipe=None if subject.recipe is None else dict(subject.recipe),
@@ -150,7 +157,7 @@ class Evaluator:
             worst_task=totals.worst_task,
             below_base=tuple(r.task for r in results if r.below_base),
             undefined=tuple(r.task for r in results if r.recovery is None),
-            matrix=self._session.matrix() if self.options.matrix else None,
+            matrix=self.session.matrix() if self.options.matrix else None,
             notes=tuple(self.notes),
             finished=datetime.now().astimezone().isoformat(timespec="seconds"),
             seconds=round(time.perf_counter() - started, 3),
@@ -159,7 +166,7 @@ class Evaluator:
     @property
     def mixture(self) -> Mixture:
         """The base with the tasks' own adapters, loaded when it is first asked for."""
-        return self._session.live.mixture
+        return self.session.live.mixture
 
     def score(self, state: Callable[[str | None], AbstractContextManager[Any]], *, name: str = "live") -> Evaluation:
         """Evaluate what acts in a context of `mixture`; base and single adapters are asked once, or were by an earlier process.
@@ -174,7 +181,20 @@ class Evaluator:
 
     def draws(self, subject: EvalSubject) -> dict[str, BootstrapDraws]:
         """Return the bootstrap draws of every task; those of two subjects are of the same examples, and so can be compared."""
-        return self._session.draws(subject.candidate)
+        return self.session.draws(subject.candidate)
+
+    def on(self, spec: EvalSpec) -> Evaluator:
+        """Return an evaluator of the same base and adapters, loaded once, on other examples of the same tasks.
+
+        Raises:
+            TaskError: a task has no such examples.
+        """
+        other = copy(self)
+        other.spec = spec
+        other.tasks, notes = _read_tasks(self._asked, spec, self.options.workspace)
+        other.notes = [*dict.fromkeys([*self.notes, *notes])]
+        other.session = self.session.on(other.tasks, spec)
+        return other
 
     def merge(self, inventory: Inventory, name: str) -> EvalSubject:
         """Return a merge, to be made in memory.

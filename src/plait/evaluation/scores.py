@@ -101,7 +101,16 @@ def answers_digest() -> str:
 
 def _hashes(files: Iterable[Path]) -> Sequence[tuple[str, str]]:
     return [
-        (p.name if p.parent.parent.name != "heads" else f"{p.parent.name}/{p.name}", sha256(p))
+        (
+            p.name if p.parent.parent.name != "heads" else f"{p.parent.name}/{p.name}",
+            _hash(p, p.stat().st_size, p.stat().st_mtime_ns),
+        )
         for p in sorted(files)
         if p.is_file()
     ]
+
+
+@cache
+def _hash(path: Path, size: int, changed: int) -> str:
+    """Return a file's sha256, once per process while it is unchanged: every candidate asks for those of all adapters."""
+    return sha256(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,9 +86,21 @@ class Session:
         self._metrics: dict[str, Metric] = {a.task.name: metric_of(a.task) for a in tasks}
         self._known: dict[str, tuple[Answer, ...]] = {}
 
+    def on(self, tasks: Sequence[TaskExamples], spec: EvalSpec) -> Session:
+        """Return a session of the same base and adapters on other examples; it asks nothing again that this one knows."""
+        other = copy(self)
+        other.tasks, other.spec = tuple(tasks), spec
+        other._setting = (*self._setting[:-1], spec.batch_size)
+        other._metrics = {a.task.name: metric_of(a.task) for a in tasks}
+        return other
+
     def tag(self, candidate: Candidate) -> str:
         """Return a hash of everything that the results of a candidate depend on; 10 hex digits."""
-        return digest(candidate.key, self._setting, [a.examples.digest for a in self.tasks])[:10]
+        return self.digest(candidate)[:10]
+
+    def digest(self, candidate: Candidate) -> str:
+        """Return that hash; 32 hex digits."""
+        return digest(candidate.key, self._setting, [a.examples.digest for a in self.tasks])
 
     def results(self, candidate: Candidate) -> tuple[tuple[TaskResult, ...], Totals]:
         """Evaluate a candidate on every task, next to base and single adapters."""
@@ -101,7 +114,7 @@ class Session:
         for name in self.adapters:
             row = [self._value(single_candidate(name, self.adapters), entry) for entry in self.tasks]
             bases = [self._value(base_candidate(self.adapters), entry) for entry in self.tasks]
-            owns = [None if (own := self._own(a.task)) is None else self._value(own, a) for a in self.tasks]
+            owns = [None if (own := self.own(a.task)) is None else self._value(own, a) for a in self.tasks]
             values.append(tuple(row))
             shares.append(
                 tuple(
@@ -117,7 +130,7 @@ class Session:
         return {a.task.name: self._draws(self._sides(candidate, a), a) for a in self.tasks}
 
     def _sides(self, candidate: Candidate, entry: TaskExamples) -> PairedStatistics:
-        metric, own = self._metrics[entry.task.name], self._own(entry.task)
+        metric, own = self._metrics[entry.task.name], self.own(entry.task)
         alone = None if own is None else metric.statistics(self.answers(own, entry))
         base, merged = (metric.statistics(self.answers(c, entry)) for c in (base_candidate(self.adapters), candidate))
         return PairedStatistics(metric, np.asarray(base), alone, np.asarray(merged))
@@ -128,7 +141,7 @@ class Session:
     def _result(self, candidate: Candidate, entry: TaskExamples, drawn: dict[str, BootstrapDraws]) -> TaskResult:
         task, metric = entry.task, self._metrics[entry.task.name]
         base = self.answers(base_candidate(self.adapters), entry)
-        own = self._own(task)
+        own = self.own(task)
         alone = None if own is None else self.answers(own, entry)
         merged = self.answers(candidate, entry)
         values = metric.value(base), None if alone is None else metric.value(alone), metric.value(merged)
@@ -187,7 +200,8 @@ class Session:
                 self._progress.finish()
         return Answers(contender=candidate.name, task=name, answers=tuple(found))
 
-    def _own(self, task: Task) -> Candidate | None:
+    def own(self, task: Task) -> Candidate | None:
+        """Return a task's own adapter; None where none is known."""
         return single_candidate(task.own_adapter, self.adapters) if task.own_adapter in self.adapters else None
 
     def _value(self, candidate: Candidate, entry: TaskExamples) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -57,8 +58,9 @@ def _key(path: str, about: dict[str, Any]) -> dict[str, str]:
 
 def _part(field: FieldInfo) -> type[Record] | None:
     """Return the model of a key that is a mapping with keys of its own."""
-    models = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type) and issubclass(t, Record)]
-    return models[0] if len(models) == 1 and models[0].__name__ != "AdapterEntry" else None
+    options = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
+    models = [t for t in options if isinstance(t, type) and issubclass(t, Record)]
+    return models[0] if len(models) == 1 else None
 
 
 def _method_keys() -> Iterator[dict[str, str]]:
@@ -91,7 +93,7 @@ def _allowed(field: dict[str, Any], shapes: dict[str, Any]) -> str:
     if "oneOf" in field:
         return " | ".join(_allowed(option, shapes) for option in field["oneOf"])
     if field.get("type") == "array" and "items" in field:
-        return f"list of {_allowed(field['items'], shapes)}"
+        return f"list of {_allowed(field['items'], shapes)}".removesuffix(" of ")
     if "prefixItems" in field:
         return f"list of {len(field['prefixItems'])}"
     if isinstance(field.get("additionalProperties"), dict):

@@ -16,13 +16,11 @@ from plait.recipes.importers.other_tools import keyword_hints
 from plait.recipes.loading import build_recipe, read_recipe
 from plait.recipes.overrides import apply_overrides, parse_override
 from plait.recipes.schema import Recipe
-from plait.recipes.validation import PLANNED, cannot_yet
 
-_PLANNED = {**PLANNED, "grid": PLANNED["search"]}
 _OUTPUT = ("kind", "rank", "dtype", "layout")
 _TOP = tuple(name for name in Recipe.model_fields if name not in ("method", "weights", "output", "adapters"))
 
-_PARTS = ("eval", "calibration", "tune")  # whose keys are set one by one
+_PARTS = ("eval", "calibration", "tune", "search")  # whose keys are set one by one
 
 _FILES = (".yaml", ".yml", ".json")
 
@@ -132,8 +130,8 @@ def _overrides(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Translate settings to paths in a recipe; the method comes first, its parameters go into it."""
     hints = keyword_hints([key for key in settings if settings[key] is not None])
     collect(RecipeError, hints, "these keywords are those of other tools")
-    planned = {key: _PLANNED[key] for key in settings if key in _PLANNED and settings[key] is not None}
-    collect(RecipeError, [f"{key}: {cannot_yet(what)}" for key, what in planned.items()], "the request")
+    if settings.get("grid") is not None:
+        raise RecipeError("grid: a merge has one value of everything; `plait sweep` (plait.sweep) tries several.")
     found: list[tuple[str, Any]] = []
     if settings.get("method") is not None:
         found.append(("method", settings["method"]))

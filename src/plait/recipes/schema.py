@@ -22,6 +22,7 @@ from plait.recipes.calibration import CalibrationSpec
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.paths import KeyPath
 from plait.recipes.problems import Origins
+from plait.recipes.search import SearchSpec
 from plait.recipes.tuning import TuneSpec
 from plait.records import Record
 from plait.transforms import TRANSFORMS, TransformParams
@@ -276,6 +277,7 @@ class Recipe(Record):
     eval: EvalSpec = EvalSpec()
     calibration: CalibrationSpec = CalibrationSpec()
     tune: TuneSpec = TuneSpec()
+    search: SearchSpec = SearchSpec()
     seed: Annotated[int, Field(ge=0, lt=2**63, description="Seed of randomized methods.")] = 0
 
     @field_validator("method", mode="before")

@@ -14,14 +14,13 @@ from pydantic_core import ErrorDetails
 
 from plait.errors import did_you_mean, join_words
 from plait.methods import METHODS
+from plait.recipes.candidates import search_problems
 from plait.recipes.paths import KeyPath, Plain, get_item
 from plait.recipes.problems import Problem, show_value
 from plait.recipes.schema import Recipe, named_method
 from plait.recipes.shapes import bounds_at, field_names, is_number_only, model_at, spell_number, tags_at
 from plait.stages import STAGES, place_of
 
-#: Parts of a recipe that are planned, and what they are for.
-PLANNED = {"search": "search"}
 #: Parameters as other tools call them: the key that means the same, and how to write it.
 _ELSEWHERE = {
     "drop_rate": ("density", "Write density: it is 1 − drop_rate."),
@@ -79,6 +78,9 @@ def check_recipe(data: Mapping[str, Plain]) -> tuple[Recipe | None, list[Problem
         problems += explain_errors(error, data)
     else:
         problems += [Problem(("method",), f"{text}.") for text in draft._method_problems()]
+        if not problems and (draft.search.ranges or draft.search.points):
+            named = {"method": draft.method_name, **data}  # a candidate has the default's parameters too
+            problems += search_problems(named, draft.search, lambda candidate: check_recipe(candidate)[1])
     return (None, problems) if problems else (Recipe.model_validate(data), [])
 
 
@@ -94,11 +96,6 @@ def validate(kind: type[RecordT], data: Mapping[str, Plain]) -> tuple[RecordT | 
         return kind.model_validate(data), problems
     except ValidationError as error:
         return None, [*problems, *explain_errors(error, data, kind)]
-
-
-def cannot_yet(what: str) -> str:
-    """Report that this version cannot do `what`."""
-    return f"this version of plait cannot {what} yet. Take this part out."
 
 
 def _same_elsewhere(key: str, allowed: Sequence[str]) -> str:
@@ -243,14 +240,10 @@ def _sentence(error: ErrorDetails, path: KeyPath, data: Mapping[str, Plain], roo
 
 def _unknown(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) -> str:
     key = str(path[-1])
-    if root is Recipe and len(path) == 1 and key in PLANNED:
-        return cannot_yet(PLANNED[key])
     model = model_at(path[:-1], data, root)
     scale = " The factor on the merged delta is scale, next to the method." if path == ("method", "lambda") else ""
     problem = unknown_key(key, field_names(model) if model else [])
-    elsewhere = (
-        "" if len(path) == 1 or "?" in problem else did_you_mean(key, [n for n in Recipe.model_fields if n not in PLANNED])
-    )
+    elsewhere = "" if len(path) == 1 or "?" in problem else did_you_mean(key, [*Recipe.model_fields])
     return problem + scale + elsewhere.replace("?", ", a key of the recipe itself?")
 
 

@@ -60,6 +60,10 @@ def json_schema() -> dict[str, Any]:
     fields["method"] = _with_names(fields["method"], METHODS)
     fields["transforms"]["items"] = _with_names(fields["transforms"]["items"], TRANSFORMS)
     _allow_short_pipelines(schema["$defs"]["pipeline_method"])
+    search = schema["$defs"]["SearchSpec"]["properties"]
+    ranges = search["space"]["additionalProperties"]  # 0..2, or a list
+    search["space"]["additionalProperties"] = {"anyOf": [ranges, {"type": "string"}, {"type": "array"}]}
+    search["grid"]["additionalProperties"] = True  # a list, a value, or text with commas
     head: dict[str, Any] = {
         "$schema": _DRAFT,
         "title": "plait recipe",
@@ -121,5 +125,6 @@ def _with_numbers(value: Plain) -> Plain:
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
     """Return what a merge depends on as plain values, with every default; how it is evaluated is not part of that."""
-    data: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude={"tasks", "eval", "calibration", "tune"})
+    others = {"tasks", "eval", "calibration", "tune", "search"}
+    data: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude=others)
     return data

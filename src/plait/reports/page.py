@@ -20,6 +20,7 @@ from plait.reports.charts import (
 )
 from plait.reports.losses import loss_chart
 from plait.reports.reading import Report
+from plait.reports.studies import study_panels
 from plait.reports.verdict import certainty, leaderboard_position, verdict
 from plait.results.public import place_name, public_values
 
@@ -53,6 +54,7 @@ def _parts(report: Report) -> dict[str, Any]:
         "layers": layer_maps(report.conflict) if report.conflict else (),
         "weights": weight_map(weights) if weights and not weights.constant else None,
         "chart": loss_chart(report.losses),
+        "studies": tuple((study, study_panels(study)) for study in report.studies),
         "energy": tuple(energy_map(m) for m in report.merges if m.result == "truncated"),
         "recipe": to_yaml(public_values(dict(first.recipe))) if first and first.recipe else None,
     }

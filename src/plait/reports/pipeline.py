@@ -47,7 +47,7 @@ def make_report(
     """Write one page about some runs.
 
     Args:
-        runs: run folders or result files of evaluations, and folders of written merges.
+        runs: run folders or result files of evaluations, and folders of written merges and searches.
         out: the page.
         title: of the page; what it is about when None.
         figures: folder for the same figures as SVG and PNG; none are drawn when None.
@@ -89,4 +89,6 @@ def _title(report: Report) -> str:
         return f"What {report.evaluations[0].name} kept"
     if report.comparison is not None:
         return f"Merges of {' + '.join(report.comparison.adapters)}"
+    if report.studies:
+        return f"Search over merges of {' + '.join(report.studies[0].adapters)}"
     return f"Merge by {report.merges[0].method}" if report.merges else "Training"

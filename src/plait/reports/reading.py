@@ -25,6 +25,7 @@ from plait.records import Record
 from plait.reports.losses import CURVES, LossCurve, LossCurves
 from plait.results.lock import LOCK, RUN_RECORD
 from plait.results.progress import Progress
+from plait.search.record import STUDY, StudyRecord
 from plait.tuning.record import TUNING, TuneRecord
 
 LEADERBOARD = "leaderboard.json"
@@ -58,6 +59,7 @@ class Report(Record):
         comparison: a leaderboard of many merges.
         merges: run records of written merges, for the energy that they kept.
         tunings: records of tuned merges, for what they learned and kept.
+        studies: records of searches.
         conflict: the conflict between the adapters; None where their files are not at hand.
         weights: per layer; None where they are not known.
         losses: how the adapters were trained, where that is known.
@@ -69,6 +71,7 @@ class Report(Record):
     comparison: Leaderboard | None = None
     merges: tuple[RunRecord, ...] = ()
     tunings: tuple[TuneRecord, ...] = ()
+    studies: tuple[StudyRecord, ...] = ()
     conflict: AdapterComparison | None = None
     weights: LayerCoefficients | None = None
     losses: tuple[LossCurve, ...] = ()
@@ -81,8 +84,8 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
 
     Args:
         paths: run folders and result files of evaluations (`eval_results_*.json`), leaderboards (`leaderboard.json`; what
-            is behind their entries is found in the workspace), folders of written merges, and loss curves
-            (`loss_curves.json`).
+            is behind their entries is found in the workspace), folders of written merges, loss curves
+            (`loss_curves.json`), and studies of searches (`study.json`).
         progress: receives stages of the adapters' comparison, where their files are still at hand.
 
     Raises:
@@ -92,6 +95,7 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
     comparisons: list[Leaderboard] = []
     merges: list[RunRecord] = []
     tunings: list[TuneRecord] = []
+    studies: list[StudyRecord] = []
     losses: list[LossCurve] = []
     locks: dict[str, str] = {}
     problems: list[str] = []
@@ -105,6 +109,7 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
                 evaluations += _places(file, board)
             merges += [_read(RunRecord, f) for f in found if f.name == RUN_RECORD and (f.parent / LOCK).is_file()]
             tunings += [_read(TuneRecord, f) for f in found if f.name == TUNING]
+            studies += [_read(StudyRecord, f) for f in found if f.name == STUDY]
             losses += [curve for f in found if f.name == CURVES for curve in _read(LossCurves, f).curves]
             locks |= {str(f): read_text(f, ReportError) for f in found if f.name == LOCK}
         except ReportError as error:
@@ -122,6 +127,7 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
         comparison=comparisons[0] if comparisons else None,
         merges=tuple(merges),
         tunings=tuple(tunings),
+        studies=tuple(studies),
         conflict=conflict,
         weights=learned or weights,
         losses=tuple(losses),
@@ -132,7 +138,7 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        names = (RESULTS, LEADERBOARD, RUN_RECORD, TUNING, LOCK, CURVES)
+        names = (RESULTS, LEADERBOARD, RUN_RECORD, TUNING, LOCK, CURVES, STUDY)
         found = [f for name in names for f in sorted(path.glob(name))]
         for file in found:
             try:
@@ -140,13 +146,13 @@ def _files(path: Path) -> list[Path]:
             except OSError as error:
                 raise ReportError(f"{file}: {error}. A page shows only files inside the run's own folder.") from None
     else:
-        found = [path] if path.match(RESULTS) or path.name in (LEADERBOARD, RUN_RECORD, TUNING, LOCK, CURVES) else []
+        found = [path] if path.match(RESULTS) or path.name in (LEADERBOARD, RUN_RECORD, TUNING, LOCK, CURVES, STUDY) else []
         found = [f for f in found if f.is_file()]
     if not found:
         what = "is not a file or folder" if not path.exists() else "holds no run"
         raise ReportError(
             f"{path}: {what}. Give a run folder of `plait eval` (it holds {RESULTS} or {LEADERBOARD}), or the "
-            f"folder of a merge ({RUN_RECORD})."
+            f"folder of a merge ({RUN_RECORD}) or of a search ({STUDY})."
         )
     return found
 

@@ -16,10 +16,12 @@ from plait.recipes.importers.base import RecipeForm
 from plait.recipes.importers.entries import named_entry
 from plait.recipes.importers.older_evaluation import KEYS as EVALUATION
 from plait.recipes.importers.older_evaluation import take_evaluation
+from plait.recipes.importers.older_search import KEYS as SEARCH
+from plait.recipes.importers.older_search import OlderSearch, is_older, is_present, searched_split, take_search
 from plait.recipes.importers.older_tuning import take_tuning
 from plait.recipes.paths import KeyPath, Plain, is_number
 from plait.recipes.problems import ConvertedRecipe, Origins, Problem, show_value, spell_value
-from plait.recipes.validation import cannot_yet, unknown_key
+from plait.recipes.validation import unknown_key
 
 #: Keys that a recipe does not have any more, and what does the same now.
 _ELSEWHERE = {
@@ -28,9 +30,10 @@ _ELSEWHERE = {
     "constraint_nonnegative": "it bounded what a search tried; weights that are given are taken as they are",
     "compute_missing_interference_baselines": "an evaluation always scores the base model and every single adapter too",
 }
-_NOT_YET = {"grid": "search", "post_sweep_eval": "search and evaluate"}
 _PARAMS = ("method_params", "params")
-_OLD_KEYS = frozenset((*EVALUATION, *_ELSEWHERE, *_NOT_YET, *_PARAMS, "optimizer", "lambda", "lambda_policy"))
+_OLD_KEYS = frozenset(
+    (*EVALUATION, *_ELSEWHERE, *(key for key in SEARCH if key != "search"), *_PARAMS, "optimizer", "lambda", "lambda_policy")
+)
 _ALL_KEYS = _OLD_KEYS | {"adapters", "method", "merge_mode", "transforms", "search"}
 _PAIRS = ("weighted", "weighted_delta")
 _WITHOUT_LAMBDA = ("uniform", "uniform_delta", "uniform_scalar_delta", "task_vector", "weighted_delta_n")
@@ -51,6 +54,7 @@ def is_old(data: Mapping[str, Plain]) -> bool:
         not _OLD_KEYS.isdisjoint(data)
         or (isinstance(transforms, list) and any(map(_is_old_transform, transforms)))
         or _is_old_by_its_adapters(data)
+        or is_older(data.get("search"))
     )
 
 
@@ -113,6 +117,7 @@ class _Migration:
         self._problems: list[Problem] = []
         self._missing: list[Problem] = []
         self._remarks: list[str] = []  # where numbers differ
+        self._search = OlderSearch()
 
     def run(self) -> ConvertedRecipe:
         self._take_params()
@@ -120,7 +125,7 @@ class _Migration:
         self._name_adapters()
         self._apply_method()
         self._flatten_transforms()
-        self._refuse_what_cannot_be_done()
+        self._take_search()
         self._take_optimizer()
         self._take_evaluation()
         self._point_elsewhere()
@@ -354,15 +359,14 @@ class _Migration:
             flat.setdefault(key, value)
         return flat
 
-    def _refuse_what_cannot_be_done(self) -> None:
-        for key, what in _NOT_YET.items():
-            if key not in self._data:
-                continue
-            value = self._data.pop(key)
-            if not _is_off(key, value):
-                self._problem((key,), cannot_yet(what))
-            elif value is not None:
-                self._note(f"{key}: {spell_value(value)}", "")
+    def _take_search(self) -> None:
+        if is_present(self._data.get("search")):
+            return
+        found = self._search = take_search(self._data, self._params, self._method)
+        self._params = {**self._params, **found.first}
+        self._problems += found.problems
+        for note in found.notes:
+            self._note(*note)
 
     def _take_optimizer(self) -> None:
         if "optimizer" not in self._data:
@@ -399,8 +403,24 @@ class _Migration:
         self._moved |= found.moved
         self._problems += found.problems
         self._missing += found.missing
-        for note in found.notes:
-            self._note(*note)
+        self._divide_evaluation()
+        divided = bool(self._search.search)
+        for old, new, more in found.notes:
+            to_search = divided and not old.startswith("eval_tasks") and "split: test" not in new
+            self._note(old, new.replace("eval:", "search:", 1) if to_search else new, more)
+
+    def _divide_evaluation(self) -> None:
+        """Give the search what its candidates are compared on."""
+        asked = self._data.get("eval")
+        if self._search.search and (asked is None or isinstance(asked, Mapping)):
+            left, remarks = searched_split(self._search, asked or {})
+            self._data["eval"], self._data["search"] = left, self._search.search
+            self._remarks += remarks
+        elif self._search.judged is not None:
+            self._data["eval"] = {**(asked or {}), "split": self._search.judged}
+        if self._data.get("eval") == {}:
+            del self._data["eval"]
+        self._moved |= self._search.moved
 
     def _point_elsewhere(self) -> None:
         for key, why in _ELSEWHERE.items():
@@ -460,8 +480,6 @@ def _is_off(key: str, value: Plain) -> bool:
     kind = value.get("type", "none") if isinstance(value, Mapping) else value
     if key == "optimizer":
         return kind is None or str(kind).lower() == "none"
-    if key == "post_sweep_eval" and isinstance(value, Mapping):
-        return not value.get("enabled", False)
     return not value
 
 

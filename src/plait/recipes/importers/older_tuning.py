@@ -12,7 +12,7 @@ from typing import Any
 
 from plait.recipes.paths import KeyPath, Plain
 from plait.recipes.problems import Problem, show_value, spell_value
-from plait.recipes.validation import cannot_yet, unknown_key
+from plait.recipes.validation import unknown_key
 
 TYPES = ("none", "bayes", "adamerging", "gradient", "supermerge", "regret_smoothmax")
 _METHOD = "weighted_delta_n"  # the one whose coefficients were learned
@@ -189,7 +189,8 @@ def take_tuning(optimizer: Plain, method: str | None) -> OlderTuning:
             Problem(("optimizer", "type"), f"type is {show_value(kind)}; it must be one of {', '.join(TYPES)}.")
         )
     elif kind == "bayes":
-        found.problems.append(Problem(("optimizer",), cannot_yet("search")))
+        more = " It changed nothing of a merge: its sweeps searched by `search`, which `plait sweep` does."
+        found.notes.append((f"optimizer: {spell_value(dict(optimizer))}", "", more))
     elif method != _METHOD:
         text = f"{kind} learned coefficients of method {_METHOD!r}, and the method is {method!r}; write method: {_METHOD}."
         found.problems.append(Problem(("optimizer", "type"), text))

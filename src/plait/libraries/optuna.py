@@ -1,0 +1,53 @@
+"""Uses of Optuna, and what plait knows of its inside."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import Trial
+
+
+@contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Keep Optuna from reporting every trial, and what it calls experimental, while the block runs."""
+    import optuna
+
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def taken_up(study: Study, number: int) -> Trial:
+    """Return a trial that was begun by a process that is gone, to be asked further: Optuna itself only begins new ones."""
+    from optuna.trial import Trial
+
+    return Trial(study, study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number))
+
+
+def sqlite_url(path: str) -> str:
+    """Return Optuna's address of a SQLite file."""
+    from sqlalchemy import URL
+
+    return URL.create("sqlite", database=path).render_as_string(hide_password=False)
+
+
+def without_password(url: str) -> str:
+    """Return a storage's address as it may be shown."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:  # an address of Optuna's own, such as redis://
+        scheme, _, rest = url.partition("://")
+        return f"{scheme}://{rest.rpartition('@')[2]}"

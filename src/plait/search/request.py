@@ -1,0 +1,200 @@
+"""A search that is asked for: everything that it needs, found and checked before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from plait.errors import OutputError, PlaitError, PlanError, RecipeError
+from plait.evaluation.candidates import base_candidate, merge_key
+from plait.evaluation.pipeline import EvalSubject, EvaluateOptions, Evaluator, recipe_evaluator
+from plait.evaluation.scores import digest
+from plait.evaluation.workspace import check_index
+from plait.folders import expanded
+from plait.hub.pretrained import LoadOptions
+from plait.hub.references import parse_reference
+from plait.merging.inventory import take_inventory
+from plait.recipes.candidates import Point
+from plait.recipes.evaluation import EvalSpec
+from plait.recipes.schema import Recipe
+from plait.recipes.search import SearchSpec
+from plait.results.progress import Progress
+from plait.search.judging import Judge, check_owners
+from plait.search.progress import TrialProgress
+from plait.search.record import STUDY, Run, StudyRecord, read_study
+from plait.search.space import SearchSpace
+from plait.search.study import STORAGE
+from plait.tasks.loading import absolute_reference, recipe_tasks
+
+RECIPE = "recipe.yaml"
+OWN_FILES = (STUDY, RECIPE, STORAGE, f"{STORAGE}-journal", f"{STORAGE}-wal", f"{STORAGE}-shm")
+_NOT_OF_TRIALS = ("budget", "early_stop", "points", "allow_test")  # keys of `search` that change no trial
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """How to search, besides what a recipe says.
+
+    Attributes:
+        workspace: where results and finished answers are kept.
+        load: how the base is loaded.
+        workers: modules merged at a time.
+        storage: Optuna's address of a storage that several machines share; None for a file in the study's folder.
+        warm_start: folders of earlier studies, whose candidates are not evaluated again.
+    """
+
+    workspace: Path = Path("artifacts")
+    load: LoadOptions = field(default_factory=LoadOptions)
+    workers: int | None = None
+    storage: str | None = None
+    warm_start: Sequence[Path] = ()
+
+
+class Sweep:
+    """A search that is asked for.
+
+    Args:
+        recipe: to start from; its `search` says what changes.
+        folder: where its relative paths start; the working directory when None.
+        out: folder of the study.
+        options: of this machine.
+        progress: receives stages and steps.
+
+    Attributes:
+        space: the candidates.
+        evaluator: of the split on which they are compared.
+        final: of the split on which the best is judged; None where candidates are compared on `test`.
+        judge: asks candidates.
+        start: the recipe itself.
+        setting: hash of what scores depend on besides the merge: base, examples, and how they are asked.
+        earlier: folder → record of earlier studies.
+
+    Raises:
+        PlaitError: anything wrong with what was given.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path | None, out: Path, options: SweepOptions, progress: Progress) -> None:
+        self.recipe, self.spec, self.out, self.options = recipe, recipe.search, out, options
+        self.progress, self._folder = TrialProgress(progress), folder
+        self.space = SearchSpace(recipe)
+        _check_place(out)
+        _check_complete(recipe)
+        self._check_methods()
+        check_owners(recipe_tasks(recipe, folder), [entry.name for entry in recipe.adapters])
+        check_index(options.workspace, recipe.method_name, [entry.name for entry in recipe.adapters])
+        asked = EvalSpec(
+            split=self.spec.split,
+            subset=self.spec.subset,
+            batch_size=recipe.eval.batch_size,
+            draws=recipe.eval.draws,
+            seed=recipe.eval.seed,
+        )
+        evaluating = EvaluateOptions(options.workspace, options.load, workers=options.workers)
+        with recipe.origins.named():
+            self.evaluator, inventory = recipe_evaluator(recipe.changed(eval=asked), folder, evaluating, self.progress)
+        self.final = None if self.spec.split == "test" else self._other_split()
+        self.judge = Judge(self.evaluator, self.spec)
+        self.start = self.evaluator.merge(inventory, "start")
+        self.setting = self.evaluator.session.digest(base_candidate(self.evaluator.singles))
+        self.earlier: dict[Path, StudyRecord] = {place: read_study(place) for place in options.warm_start}
+
+    @property
+    def name(self) -> str:
+        """Name of the search in the storage: a hash of what its scores and suggestions depend on."""
+        spec = {key: value for key, value in self.spec.model_dump(mode="json").items() if key not in _NOT_OF_TRIALS}
+        return f"plait-{digest(self.setting, self.start.candidate.key, spec)[:16]}"
+
+    def subject(self, point: Point, name: str) -> EvalSubject:
+        """Return the merge of a point.
+
+        Raises:
+            RecipeError: its values do not go together.
+            PlanError: it cannot be done.
+        """
+        return self.evaluator.merge(take_inventory(self.space.recipe(point), self._folder), name)
+
+    def final_subject(self, evaluator: Evaluator, run: Run, name: str) -> EvalSubject:
+        """Return the merge of a candidate, for another evaluator."""
+        return evaluator.merge(take_inventory(self.recipe_of(run), self._folder), name)
+
+    def recipe_of(self, run: Run) -> Recipe:
+        """Return a candidate's recipe; the start is the recipe as it was given."""
+        return self.recipe.changed(search=SearchSpec()) if run.phase == "start" else self.space.recipe(run.params)
+
+    def key_of(self, point: Point) -> str | None:
+        """Return the hash of a point's merge; None where it is none."""
+        try:
+            return merge_key(take_inventory(self.space.recipe(point), self._folder))
+        except PlaitError:
+            return None
+
+    def placed(self, recipe: Recipe) -> Recipe:
+        """Return a recipe that means the same in any folder."""
+        start = self._folder or Path()
+        entries = tuple(
+            entry.model_copy(
+                update={
+                    "path": entry.path
+                    if parse_reference(entry.path, base=start).path is None
+                    else str((start / expanded(entry.path)).absolute()),
+                    "moments": None if entry.moments is None else str((start / expanded(entry.moments)).absolute()),
+                }
+            )
+            for entry in recipe.adapters
+        )
+        base = recipe.base_model
+        if base is not None and (start / expanded(base)).is_dir():
+            base = str((start / expanded(base)).absolute())
+        tasks = tuple(absolute_reference(task, start) for task in recipe.tasks)
+        return recipe.model_copy(update={"adapters": entries, "base_model": base, "tasks": tasks, "search": SearchSpec()})
+
+    def _check_methods(self) -> None:
+        """Refuse methods that would read texts for every candidate.
+
+        Raises:
+            PlanError: one of those that are searched lacks its second moments.
+        """
+        for parameter in (p for p in self.space.parameters if p.path == "method"):
+            for value in parameter.ends:
+                _check_complete(self.space.recipe(self.space.anywhere({"method": value})))
+
+    def _other_split(self) -> Evaluator:
+        """Return the evaluator of the split that nothing is chosen on.
+
+        Raises:
+            RecipeError: candidates are compared on it.
+        """
+        spec = self.recipe.eval
+        if spec.split == self.spec.split:
+            raise RecipeError(
+                f"search.split and eval.split are both {spec.split!r}: the best of many is not judged on the examples that "
+                "it was chosen on. Give another --split (search.split), such as validation, or another eval.split."
+            )
+        return self.evaluator.on(spec)
+
+
+def _check_complete(recipe: Recipe) -> None:
+    """Refuse what would read texts for every candidate.
+
+    Raises:
+        PlanError: moments or values are still to be found.
+    """
+    if found := [*recipe.values_to_find]:
+        raise PlanError(f"{', '.join(found)}: 'auto' is found on texts, once per merge; a search tries numbers of it instead.")
+    if recipe.lacks_moments:
+        raise PlanError(
+            f"method {recipe.method_name!r} needs second moments, which are taken once for all candidates: "
+            "plait calibrate … -o moments, then --moments moments."
+        )
+
+
+def _check_place(out: Path) -> None:
+    """Refuse an output that is neither a study nor empty.
+
+    Raises:
+        OutputError: something else is there.
+    """
+    is_study = any((out / name).exists() for name in (STORAGE, STUDY))
+    if out.exists() and not is_study and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
+        raise OutputError(f"{out} holds something that is not a study of plait sweep; give another -o.")

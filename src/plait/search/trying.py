@@ -1,0 +1,226 @@
+"""The trials of a search: each is asked as long as it can still win, and what came of it is put into the study.
+
+What is tried, and where it is stopped, depends on the seed and the finished trials alone, so that a search that was killed
+continues as if it had not been.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from plait.errors import PlanError, RecipeError
+from plait.libraries.optuna import quiet_optuna
+from plait.notices import announce
+from plait.recipes.candidates import Point, zero_path
+from plait.recipes.loading import build_recipe
+from plait.search.judging import Judged, Score, cannot_win, estimate
+from plait.search.record import STUDY, Run, TaskOutcome
+from plait.search.request import Sweep
+from plait.search.sampling import sampler_of
+from plait.search.selection import ranked, reason_to_stop
+from plait.search.space import SearchSpace, point_key
+from plait.search.study import Outcome, Studied, Study
+
+_FRUITLESS = 30  # suggestions in a row that are there already, or cannot be merged
+
+
+class Trials:
+    """The trials of one search.
+
+    Args:
+        sweep: what is asked for.
+        study: where its trials are.
+
+    Attributes:
+        start: the recipe that the search starts from, as a candidate.
+    """
+
+    def __init__(self, sweep: Sweep, study: Study) -> None:
+        self._sweep, self._study, self._spec = sweep, study, sweep.spec
+        self._known: dict[str, Judged] = {}  # point → its answers
+        _ = sweep.judge.tasks  # base and own adapters answer first: without a recovery nothing is tried
+        self.start = self._evaluated_start()
+
+    def run(self) -> str | None:
+        """Try candidates until the budget is used; return why, where it ends before."""
+        self._begin()
+        with quiet_optuna():
+            sampler = sampler_of(self._spec, self._sweep.space)
+        while True:
+            finished = self._study.finished()
+            ended, reason = self._end(finished)
+            if ended:
+                return reason
+            trial, point = self._study.next(sampler)
+            key = point_key(point)
+            same = next((f for f in finished if f.outcome.repeats is None and point_key(f.outcome.params) == key), None)
+            if same is None:
+                outcome = self._tried(point, trial.number, finished)
+            else:
+                outcome = same.outcome.model_copy(update={"repeats": same.number, "seconds": 0.0, "examples": 0})
+            self._study.tell(trial, outcome, self._values(outcome))
+
+    def _evaluated_start(self) -> Run:
+        began = time.perf_counter()
+        subject = self._sweep.start
+        judged = self._asked_everything(self._sweep.judge.begin(subject.candidate), "start")
+        self._known["start"] = judged
+        point = self._sweep.space.start or {}
+        outcome = self._outcome(point, subject.candidate.key, judged.score, time.perf_counter() - began)
+        return Studied(number=0, phase="start", outcome=outcome).run().model_copy(update={"number": None})
+
+    def _begin(self) -> None:
+        """Tell the study what is known, and which points come first."""
+        space, study = self._sweep.space, self._study
+        if space.start is not None:
+            start = self._outcome(space.start, self.start.key, self._known["start"].score, self.start.seconds)
+            study.add("start", start, self._values(start))
+        if self._spec.zero_baseline:
+            zero = self._zero()
+            study.add("zero", zero, self._values(zero))
+        for earlier in self._earlier():
+            study.add("warm_start", earlier, self._values(earlier))
+        points = [space.wanted(point) for point in self._spec.points]
+        study.enqueue([*points, *(space.grid() if self._spec.used_type == "grid" else [])])
+
+    def _end(self, finished: Sequence[Studied]) -> tuple[bool, str | None]:
+        """Return whether the search ends, and why, where that is before its budget."""
+        budget, space = self._spec.used_budget, self._sweep.space
+        if budget is not None and sum(found.is_new for found in finished) >= budget:
+            return True, None
+        if self._spec.used_type == "grid" and not self._study.waiting() and self._study.left_over() is None:
+            return True, None
+        if reason := reason_to_stop([self.start, *(f.run() for f in finished)], self._spec, space.parameters):
+            return True, reason
+        tried = {point_key(f.outcome.params) for f in finished if f.outcome.repeats is None}
+        if space.size is not None and len(tried) >= space.size:
+            return True, None if budget is None else f"all {space.size} candidates were tried"
+        last = finished[-_FRUITLESS:]
+        if len(last) == _FRUITLESS and all(f.outcome.repeats is not None or f.outcome.error is not None for f in last):
+            return True, f"{_FRUITLESS} suggestions in a row were there already, or could not be merged"
+        return False, None
+
+    def _tried(self, point: Point, number: int, finished: Sequence[Studied]) -> Outcome:
+        """Evaluate one candidate, as far as it can still win."""
+        began = time.perf_counter()
+        try:
+            subject = self._sweep.subject(point, f"trial {number}")
+        except (PlanError, RecipeError) as error:
+            return Outcome(params=dict(point), error=str(error), seconds=round(time.perf_counter() - began, 3))
+        best_run, best = self._best(finished)
+        candidate = self._sweep.judge.begin(subject.candidate)
+        # one that is worse than the base somewhere ranks behind all others, whatever its score
+        races = best_run.nonnegative or self._spec.maximize[0] == "worst_recovery" or not self._spec.constraint_nonnegative
+        with self._sweep.progress.trial(f"trial {number}", self._sweep.judge.total):
+            candidate.ask()
+            while not candidate.complete and not (races and cannot_win(candidate, best)):
+                candidate.ask()
+        outcome = self._outcome(point, subject.candidate.key, candidate.score, time.perf_counter() - began)
+        if candidate.complete:
+            self._known[point_key(point)] = candidate
+            return outcome
+        return outcome.model_copy(update={"stopped": True, "score": estimate(candidate, best, best_run.score or 0.0)})
+
+    def _best(self, finished: Sequence[Studied]) -> tuple[Run, Judged]:
+        """Return the best candidate so far with its answers; of a shared storage, the best that was evaluated here.
+
+        A process that continues finds the answers where they are kept.
+        """
+        runs = [self.start, *(f.run() for f in finished if f.outcome.repeats is None)]
+        for i in ranked(runs, self._spec):
+            run, key = runs[i], point_key(runs[i].params)
+            if run.phase == "start":
+                return run, self._known["start"]
+            if key not in self._known and self._sweep.options.storage is None and run.phase != "warm_start":
+                judged = self._sweep.judge.begin(self._sweep.subject(run.params, f"trial {run.number}").candidate)
+                self._known[key] = self._asked_everything(judged, f"trial {run.number}, kept answers")
+            if key in self._known:
+                return run, self._known[key]
+        raise AssertionError("the start was not evaluated")
+
+    def _asked_everything(self, judged: Judged, name: str) -> Judged:
+        with self._sweep.progress.trial(name, self._sweep.judge.total):
+            while not judged.complete:
+                judged.ask()
+        return judged
+
+    def _outcome(self, point: Point, key: str, score: Score, seconds: float) -> Outcome:
+        return Outcome(
+            params=dict(point),
+            key=key,
+            score=score.goal(self._spec.maximize[0]),
+            worst=score.worst,
+            mean=score.mean,
+            results=_outcomes(score),
+            examples=score.examples,
+            seconds=round(seconds, 3),
+        )
+
+    def _values(self, outcome: Outcome) -> list[float]:
+        """Return the numbers that Optuna gets of a candidate; none of one that has failed."""
+        if outcome.error is not None:
+            return []
+        if len(self._spec.maximize) == 1:
+            return [_defined(outcome.score)]
+        run = Studied(number=0, phase="search", outcome=outcome).run()
+        return [_defined(run.goal(name)) for name in self._spec.maximize]
+
+    def _zero(self) -> Outcome:
+        """Return the base model as a candidate of scale 0."""
+        results = {
+            task.name: TaskOutcome(metric=task.base_value, recovery=0.0, interference_delta=0.0, interval=None)
+            for task in self._sweep.judge.tasks
+        }
+        path = zero_path(self._sweep.space.parameters)
+        point = {**self._sweep.space.anywhere(), **({} if path is None else {path: 0.0})}
+        return Outcome(params=point, score=0.0, worst=0.0, mean=0.0, results=results)
+
+    def _earlier(self) -> list[Outcome]:
+        """Return the candidates of earlier studies that are candidates of this one: merged alike, and asked the same."""
+        found = []
+        for place, record in self._sweep.earlier.items():
+            if record.setting != self._sweep.setting:
+                announce(
+                    f"--warm-start {place}: its candidates answered other examples, or were asked in another way (base model, "
+                    "tasks, split, subset, dtype, batch size, versions); none of them counts here."
+                )
+                continue
+            space = SearchSpace(build_recipe({**record.recipe, "search": record.search}, source=str(place / STUDY)))
+            for run in (run for run in record.runs if run.complete and run.phase != "zero"):
+                recipe = space.recipe(run.params) if run.phase != "start" else None
+                point = self._sweep.space.start if recipe is None else self._sweep.space.of_recipe(recipe)
+                if point is not None and self._sweep.key_of(point) == run.key:
+                    found.append(_outcome_of(run, point, run.goal(self._spec.maximize[0])))
+        return found
+
+
+def _outcomes(score: Score) -> dict[str, TaskOutcome]:
+    return {
+        name: TaskOutcome(metric=score.metric[name], recovery=value, interference_delta=value, interval=score.intervals[name])
+        for name, value in score.recovery.items()
+    }
+
+
+def _outcome_of(run: Run, point: Point, goal: float | None) -> Outcome:
+    """Return the candidate of an earlier study as one of this."""
+    return Outcome(
+        params=dict(point),
+        key=run.key,
+        score=goal,
+        worst=run.worst,
+        mean=run.mean,
+        results=run.results,
+        examples=run.examples,
+    )
+
+
+def _defined(value: float | None) -> float:
+    """Return a number of a candidate that was asked everything.
+
+    Raises:
+        AssertionError: it has none, though base and own adapters define a recovery of every task.
+    """
+    if value is None:
+        raise AssertionError("a candidate that was asked everything has no recovery")
+    return value

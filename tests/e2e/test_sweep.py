@@ -1,0 +1,369 @@
+"""`plait sweep` on a small model: what it finds, what it does not ask twice, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import plait
+import plait.evaluation.session as session
+from plait.errors import OutputError, PlanError, RecipeError, TaskError
+from plait.mixture import Mixture
+from plait.search.conclusion import SweepResult
+from plait.search.record import StudyRecord, read_study
+from tests.command_line import exit_code
+from tests.language_models import LABELS, WORDS, label, train_adapter, train_pair, write_task
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RANDOM = {"type": "random", "seed": 1, "budget": 4, "space": {"scale": "0.1..3"}}
+
+
+def write_tasks(folder: Path, **changes: Any) -> list[Path]:
+    """Write both tasks: plain words to compare candidates on, `very` before them to judge the best."""
+    files = []
+    for task in LABELS:
+        files.append(write_task(folder, task, splits={"validation": "test.jsonl", "test": "other.jsonl"}, **changes))
+        rows = [json.dumps({"word": f"very {word}", "label": label(task, word)}) for word in WORDS]
+        (folder / task / "other.jsonl").write_text("\n".join(rows) + "\n")
+    return files
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a base, two adapters of it, and their tasks."""
+    folder = train_pair(tmp_path_factory.mktemp("sweep"))
+    write_tasks(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drawn(place: Path) -> SweepResult:
+    """Return a study of four candidates at random."""
+    return sweep(place, place / "studies" / "drawn")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Return the tasks that a model is asked from now on, with the number of examples."""
+    found: list[tuple[str, int]] = []
+
+    def listen(model: Any, tokenizer: Any, examples: Any, **how: Any) -> Any:
+        found.append((examples.task.name, len(examples.items)))
+        return answer(model, tokenizer, examples, **how)
+
+    answer = session.answer_examples
+    monkeypatch.setattr(session, "answer_examples", listen)
+    return found
+
+
+def sweep(place: Path, out: Path, search: dict[str, Any] | None = None, **changes: Any) -> SweepResult:
+    given: dict[str, Any] = {
+        "tasks": [place / "sort.yaml", place / "rate.yaml"],
+        "base_model": str(place / "base"),
+        "method": "linear",
+        "workspace": out.parent / "artifacts",
+        **changes,
+    }
+    return plait.sweep([place / "sort", place / "rate"], out=out, search=RANDOM if search is None else search, **given)
+
+
+def tried(record: StudyRecord) -> list[tuple[Any, ...]]:
+    """Return what does not depend on how long something took."""
+    return [(r.number, r.phase, r.params, r.score, r.results, r.examples, r.stopped) for r in record.runs]
+
+
+def test_finds_the_best_of_a_grid_and_asks_it_once_on_other_examples(place: Path, tmp_path: Path) -> None:
+    found = sweep(place, tmp_path / "study", {"grid": {"scale": [0.25, 0.5, 1]}, "race": False})
+    record = found.record
+    assert [r.params["scale"] for r in record.runs] == [1.0, 0.25, 0.5]  # the start is one of them, and not asked again
+    for run in record.runs:
+        alone = evaluate(place, tmp_path, run.params["scale"], "validation")
+        assert (run.score, run.mean) == (alone.worst_recovery, alone.mean_recovery)
+        assert run.results["sort"].interval == alone.tasks[0].recovery_interval
+    assert record.best.score == max(r.score or 0.0 for r in record.runs)
+    best, start = (evaluate(place, tmp_path, scale, "test") for scale in (record.best.params["scale"], 1.0))
+    final = record.post_sweep_eval
+    assert final is not None
+    assert (final.worst_recovery, final.worst_interval) == (best.worst_recovery, best.worst_interval)
+    assert [d.than for d in final.differences] == ["start", "second"]
+    assert final.differences[0].mean == (best.mean_recovery or 0.0) - (start.mean_recovery or 0.0)
+    low, high = final.differences[0].mean_interval or (0.0, 0.0)
+    assert low <= (final.differences[0].mean or 0.0) <= high
+    assert record.candidates == 3
+    assert found.recipe.scale == record.best.params["scale"]
+    assert plait.load_recipe(tmp_path / "study" / "recipe.yaml").scale == found.recipe.scale
+    assert Path(final.run, "summary.json").is_file()
+
+
+def evaluate(place: Path, tmp_path: Path, scale: float, split: str) -> plait.Evaluation:
+    return plait.evaluate(
+        [place / "sort", place / "rate"], tasks=[place / "sort.yaml", place / "rate.yaml"], base=place / "base",
+        scale=scale, split=split, workspace=tmp_path / "artifacts",
+    )  # fmt: skip
+
+
+def test_a_trial_costs_its_evaluation(
+    place: Path, tmp_path: Path, asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+    load = Mixture.load
+    monkeypatch.setattr(Mixture, "load", lambda *a, **k: loads.append(a) or load(*a, **k))
+    record = sweep(place, tmp_path / "study", {**RANDOM, "race": False}).record
+    assert len(loads) == 1
+    final = record.post_sweep_eval
+    assert final is not None
+    # base, own adapter, start and 4 candidates on validation; base, own adapter, the best and what it is compared with on test
+    assert len(asked) == 2 * (2 + 5) + 2 * (2 + 1 + len(final.differences))
+    assert not [*tmp_path.rglob("*.safetensors")]
+    assert record.examples_asked == record.examples_of_all == 5 * 48
+    del asked[:]
+    again = sweep(place, tmp_path / "study", {**RANDOM, "race": False}).record
+    assert asked == []  # finished, it asks nothing
+    assert tried(again) == tried(record)
+
+
+def test_candidates_that_cannot_win_are_stopped_and_the_best_is_the_same(place: Path, tmp_path: Path) -> None:
+    wanted = {**RANDOM, "budget": 7, "maximize": "mean_recovery", "constraint_nonnegative": False}
+    races = sweep(place, tmp_path / "races", wanted).record
+    whole = sweep(place, tmp_path / "whole", {**wanted, "race": False}).record
+    assert races.best.params == whole.best.params
+    assert races.best.score == whole.best.score
+    stopped = [r for r in races.runs if r.stopped]
+    assert stopped
+    assert all(r.examples == 24 and (r.score or 0) < (races.best.score or 0) for r in stopped)
+    assert races.examples_asked == races.examples_of_all - 24 * len(stopped)
+
+
+def test_the_same_seed_gives_the_same_study_from_flags_a_recipe_and_python(
+    place: Path, tmp_path: Path, drawn: SweepResult, asked: list[tuple[str, int]]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"version: 1\nbase_model: {place}/base\nadapters: [{place}/sort, {place}/rate]\nmethod: linear\n"
+        f"tasks: [{place}/sort.yaml, {place}/rate.yaml]\nsearch: {json.dumps(RANDOM)}\n"
+    )
+    flags = [place / "sort", place / "rate", "--tasks", place / "sort.yaml", place / "rate.yaml", "--base-id", place / "base"]
+    flags += ["--method", "linear", "--type", "random", "--seed", "1", "--budget", "4", "--space", "scale=0.1..3"]
+    assert exit_code("sweep", *flags, "--workspace", tmp_path / "artifacts", "-o", tmp_path / "study") == 0
+    assert tried(read_study(tmp_path / "study")) == tried(drawn.record)
+    del asked[:]
+    assert exit_code("sweep", recipe, "--workspace", tmp_path / "artifacts", "-o", tmp_path / "study") == 0
+    assert tried(read_study(tmp_path / "study")) == tried(drawn.record)
+    assert asked == []  # the recipe asks for the study that is there
+    other = sweep(place, tmp_path / "other", {**RANDOM, "seed": 2, "budget": 1}).record
+    assert other.runs[1].params != drawn.record.runs[1].params
+
+
+def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(
+    place: Path, tmp_path: Path, asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {"budget": 4, "init_points": 3, "space": {"scale": "0.1..3"}}  # by the Gaussian process
+    whole = sweep(place, tmp_path / "whole" / "study", wanted).record
+    total = len(asked)
+    del asked[:]
+    answer = session.answer_examples
+
+    def stop(*given: Any, **how: Any) -> Any:
+        if len(asked) == 11:
+            raise KeyboardInterrupt
+        return answer(*given, **how)
+
+    monkeypatch.setattr(session, "answer_examples", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(place, tmp_path / "cut" / "study", wanted)
+    monkeypatch.setattr(session, "answer_examples", answer)
+    status = plait.sweep_status(tmp_path / "cut" / "study")
+    assert status.begun == 1
+    assert not status.finished
+    assert tried(sweep(place, tmp_path / "cut" / "study", wanted).record) == tried(whole)
+    assert len(asked) == total  # nothing was asked twice
+
+
+def test_killed_and_started_again(place: Path, tmp_path: Path) -> None:
+    wanted = ["--type", "random", "--seed", "3", "--budget", "12", "--space", "scale=0.1..3", "--method", "linear"]
+    tasks = [str(place / "sort.yaml"), str(place / "rate.yaml")]
+    line = ["sweep", str(place / "sort"), str(place / "rate"), "--tasks", *tasks, "--base-id", str(place / "base"), *wanted]
+    line += ["--workspace", str(tmp_path / "artifacts"), "-o", str(tmp_path / "study")]
+    process = subprocess.Popen([sys.executable, "-m", "plait", *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        if (tmp_path / "study" / "study.db").is_file() and trials(tmp_path / "study") >= 3:
+            break
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = plait.sweep_status(tmp_path / "study")
+    assert 3 <= before.trials < 13
+    assert exit_code(*line) == 0
+    search = {"type": "random", "seed": 3, "budget": 12, "space": {"scale": "0.1..3"}}
+    whole = sweep(place, tmp_path / "whole" / "study", search).record
+    assert tried(read_study(tmp_path / "study")) == tried(whole)
+    assert not plait.sweep_status(tmp_path / "study").running
+
+
+def trials(folder: Path) -> int:
+    try:
+        return plait.sweep_status(folder).trials
+    except OutputError:  # being made
+        return 0
+
+
+def test_several_machines_share_a_storage(place: Path, tmp_path: Path, asked: list[tuple[str, int]]) -> None:
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    one = sweep(place, tmp_path / "one" / "study", {**RANDOM, "budget": 2}, storage=url).record
+    del asked[:]
+    two = sweep(place, tmp_path / "two" / "study", {**RANDOM, "budget": 2}, storage=url).record
+    assert tried(two) == tried(one)
+    assert len(asked) <= 4 + 2 * 2 + 4 + 3 * 2  # base, own adapters, start; and on test the best, the second and the start
+    assert plait.sweep_status(tmp_path / "two" / "study", storage=url).trials == 3
+    assert not (tmp_path / "one" / "study" / "study.db").exists()
+
+
+def test_earlier_studies_are_not_evaluated_again(place: Path, tmp_path: Path, asked: list[tuple[str, int]]) -> None:
+    earlier = sweep(place, tmp_path / "one", {"grid": {"scale": [0.25, 0.5, 1]}, "race": False})
+    del asked[:]
+    wider = {"grid": {"scale": [0.25, 0.5, 0.75, 1]}, "race": False}
+    found = sweep(place, tmp_path / "two", wider, workspace=tmp_path / "empty", warm_start=[tmp_path / "one"]).record
+    assert {r.params["scale"]: r.phase for r in found.runs} == {
+        1.0: "start", 0.25: "warm_start", 0.5: "warm_start", 0.75: "point"
+    }  # fmt: skip
+    scores = {r.params["scale"]: r.score for r in found.runs}
+    assert all(scores[r.params["scale"]] == r.score for r in earlier.record.runs)
+    assert [name for name, _ in asked[:8]] == ["sort", "sort", "rate", "rate", "sort", "rate", "sort", "rate"]
+    with pytest.warns(UserWarning, match="answered other examples"):
+        sweep(place, tmp_path / "three", {**wider, "subset": {"max_samples": 12}}, warm_start=[tmp_path / "one"])
+
+
+def test_points_that_are_wanted_come_first_and_the_base_is_known(place: Path, tmp_path: Path) -> None:
+    search = {"type": "random", "budget": 2, "space": {"scale": "0..3"}, "points": [{"scale": 0.4}], "zero_baseline": True}
+    record = sweep(place, tmp_path / "study", search).record
+    assert [(r.phase, r.params["scale"]) for r in record.runs[:3]] == [("start", 1.0), ("zero", 0.0), ("point", 0.4)]
+    assert [r.phase for r in record.runs[3:]] == ["search"]
+    assert record.runs[1].score == 0.0
+    assert record.runs[1].examples == 0
+
+
+def test_a_space_that_is_exhausted_ends_the_search(place: Path, tmp_path: Path) -> None:
+    search = {"type": "random", "budget": 20, "space": {"scale": [0.5, 1, 2]}}
+    record = sweep(place, tmp_path / "study", search).record
+    assert record.early_stop_reason == "all 3 candidates were tried"
+    assert len(record.runs) == 3
+
+
+def test_methods_with_their_own_parameters(place: Path, tmp_path: Path) -> None:
+    search = {"grid": {"method": ["ties", "linear"], "density": [0.3, 0.6]}}
+    record = sweep(place, tmp_path / "study", search, method="ties").record
+    assert sorted(json.dumps(r.params, sort_keys=True) for r in record.runs if r.phase == "point") == [
+        '{"method": "linear"}', '{"method": "ties", "method.density": 0.3}', '{"method": "ties", "method.density": 0.6}',
+    ]  # fmt: skip
+    assert record.runs[0].number is None  # the start's density is not among them
+    assert record.grid == {"method": ["ties", "linear"], "method.density": [0.3, 0.6]}
+
+
+def test_candidates_that_are_no_merge_are_counted_and_left_out(place: Path, tmp_path: Path) -> None:
+    record = sweep(place, tmp_path / "study", {"grid": {"method": ["linear", "svd"], "space": ["delta", "factors"]}}).record
+    failed = [r for r in record.runs if "error" in r.score_details]
+    assert [r.params for r in failed] == [{"method": "svd", "method.space": "factors"}]
+    assert record.failed == 1
+    assert "must be" in str(failed[0].score_details["error"])
+
+
+def test_several_goals_have_a_front(place: Path, tmp_path: Path) -> None:
+    goals = ["sort.recovery", "rate.recovery"]
+    record = sweep(place, tmp_path / "study", {**RANDOM, "maximize": goals}).record
+    found = [tuple(record.runs[i].goal(g) or 0.0 for g in goals) for i in record.front]
+    assert found == sorted(found, reverse=True)
+    assert not [a for a in found for b in found if a != b and all(x >= y for x, y in zip(b, a, strict=True))]
+    assert not [r for r in record.runs if r.stopped]
+
+
+def test_without_a_space_the_method_and_the_scale_are_searched(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [place / "sort", place / "rate", "--tasks", place / "sort.yaml", place / "rate.yaml", "--base-id", place / "base"]
+    line += ["--type", "random", "--budget", "2", "--workspace", tmp_path / "artifacts", "-o", tmp_path / "study"]
+    assert exit_code("sweep", *line) == 0
+    shown = capsys.readouterr()
+    said = " ".join(shown.err.split())
+    assert "nothing says what is searched (--space, --grid): the method (iso_cts, dc_merge, tsv, ties, linear)" in said
+    assert "best of 3 candidates on validation" in shown.out
+    assert "asked once" in shown.out
+    assert exit_code("sweep", "--status", tmp_path / "study") == 0
+    assert "3 trials have ended, 0 have begun, 0 are waiting · finished" in capsys.readouterr().out
+    assert exit_code("sweep", *line, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["best_score"] is not None
+
+
+def test_a_search_on_test_is_refused_unless_insisted_on(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="split 'test' judges the result"):
+        sweep(place, tmp_path / "study", {**RANDOM, "split": "test"})
+    record = sweep(place, tmp_path / "study", {**RANDOM, "budget": 1, "split": "test", "allow_test": True}).record
+    assert record.selected_on_test
+    assert record.post_sweep_eval is None
+    assert any("compared on the split 'test'" in note for note in record.notes)
+    with pytest.raises(RecipeError, match=r"search\.split and eval\.split are both 'validation'"):
+        sweep(place, tmp_path / "other", eval={"split": "validation"})
+
+
+def test_a_score_leaves_no_task_out(place: Path, tmp_path: Path) -> None:
+    write_tasks(tmp_path, adapter="other")
+    with pytest.raises(TaskError, match=r"no adapter of these tasks' own is known: 'sort' \('other'\)"):
+        sweep(place, tmp_path / "study", tasks=[tmp_path / "sort.yaml", place / "rate.yaml"])
+    train_adapter(tmp_path / "flat", "sort", steps=0)
+    write_tasks(tmp_path, adapter="flat")
+    with pytest.raises(TaskError, match=r"no recovery on split 'validation': the own adapter is not better .* on sort"):
+        plait.sweep(
+            [tmp_path / "flat", place / "rate"], tasks=[tmp_path / "sort.yaml", place / "rate.yaml"], out=tmp_path / "study",
+            base_model=str(place / "base"), search=RANDOM, workspace=tmp_path / "artifacts",
+        )  # fmt: skip
+
+
+def test_what_else_is_refused(place: Path, tmp_path: Path) -> None:
+    one = {**RANDOM, "budget": 1}
+    sweep(place, tmp_path / "study", one)
+    with pytest.raises(OutputError, match="holds another search"):
+        sweep(place, tmp_path / "study", {**one, "seed": 2})
+    assert len(sweep(place, tmp_path / "study", {**one, "seed": 2}, force=True).record.runs) == 2
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    with pytest.raises(OutputError, match="not a study of plait sweep"):
+        sweep(place, tmp_path / "full")
+    with pytest.raises(TaskError, match=r"'sorting' is not one of the tasks sort, rate\. Did you mean 'sort'"):
+        sweep(place, tmp_path / "new", {**RANDOM, "maximize": "sorting.recovery"})
+    with pytest.raises(PlanError, match="'auto' is found on texts"):
+        sweep(place, tmp_path / "new", scale="auto", search={"grid": {"merge_mode": ["union", "common"]}})
+    with pytest.raises(PlanError, match="needs second moments, which are taken once"):
+        sweep(place, tmp_path / "new", {"grid": {"method": ["linear", "regmean"]}})
+    with pytest.raises(OutputError, match=r"--storage \(storage=\): Optuna cannot open this storage"):
+        sweep(place, tmp_path / "new", storage="nowhere://x")
+    with pytest.raises(RecipeError, match=r"`plait sweep` \(plait\.sweep\)"):
+        plait.plan([place / "sort", place / "rate"], grid={"scale": [1]})
+    with pytest.raises(OutputError, match=r"there is no study\.db"):
+        plait.sweep_status(tmp_path)
+    assert not (tmp_path / "new" / "study.json").exists()
+
+
+def test_a_page_of_a_study(place: Path, tmp_path: Path, drawn: SweepResult) -> None:
+    page = plait.report([drawn.folder], out=tmp_path / "study.html").page.read_text()
+    record = drawn.record
+    complete = [run for run in record.runs if run.complete]
+    stopped = [run for run in record.runs if run.stopped]
+    assert "What was searched" in page
+    assert f"The best of <b>{record.candidates}</b> candidates on validation" in page
+    assert "Asked once on test" in page
+    # history; both tasks over the scale; the front
+    assert page.count("<circle") == len(complete) + len(stopped) + 2 * len(complete) + len(complete)
+    assert page.count('fill="none" stroke="#7f7f7f"') == len(stopped)
+    for task in ("sort", "rate"):
+        assert f"{task}: {complete[-1].results[task].recovery:.3f} at scale {complete[-1].params['scale']:.3g}" in page
+    with pytest.raises(plait.ReportError, match=r"or of a search \(study\.json\)"):
+        plait.report([place / "base"], out=tmp_path / "none.html")

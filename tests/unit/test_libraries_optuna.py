@@ -1,0 +1,53 @@
+"""What plait expects of Optuna. A test that fails names what a release has changed."""
+
+from __future__ import annotations
+
+import optuna
+import pytest
+
+from plait.libraries.optuna import quiet_optuna, sqlite_url, taken_up, without_password
+
+
+def test_a_trial_of_a_process_that_is_gone_is_taken_up(tmp_path):
+    url = sqlite_url(str(tmp_path / "a ?b#%20.db"))
+    with quiet_optuna():
+        study = optuna.create_study(storage=url, study_name="s")
+        value = study.ask().suggest_float("x", 0, 1)
+        again = optuna.load_study(study_name="s", storage=url)
+        trial = taken_up(again, 0)
+        assert trial.suggest_float("x", 0, 1) == value
+        again.tell(trial.number, 1.0)
+        assert [t.state.name for t in again.trials] == ["COMPLETE"]
+    assert (tmp_path / "a ?b#%20.db").is_file()
+
+
+def test_a_sampler_is_told_the_number_before_it_samples():
+    seen = []
+
+    class Numbers(optuna.samplers.RandomSampler):
+        def before_trial(self, study, trial):
+            seen.append(trial.number)
+
+    study = optuna.create_study(sampler=Numbers(seed=0))
+    study.ask()
+    study.ask()
+    assert seen == [0, 1]
+
+
+def test_it_is_as_loud_as_before(capsys):
+    before = optuna.logging.get_verbosity()
+    with quiet_optuna():
+        optuna.create_study()
+    assert optuna.logging.get_verbosity() == before
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:secret@host/db", "postgresql://me:***@host/db"),
+        ("sqlite:////tmp/x.db", "sqlite:////tmp/x.db"),
+    ],
+)
+def test_no_password_is_written(url, shown):
+    assert without_password(url) == shown

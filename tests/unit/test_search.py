@@ -1,0 +1,246 @@
+"""Searches: what may be searched, what a candidate is, what is suggested, which one is the best, and when a search ends."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import optuna
+import pytest
+
+from plait.errors import RecipeError
+from plait.libraries.optuna import quiet_optuna
+from plait.recipes.candidates import recipe_path
+from plait.recipes.loading import load_recipe
+from plait.recipes.schema import Recipe
+from plait.recipes.search import SearchSpec
+from plait.recipes.writing import recipe_json, to_yaml
+from plait.search.judging import shares_of
+from plait.search.record import Run, TaskOutcome
+from plait.search.sampling import sampler_of
+from plait.search.selection import front, ranked, reason_to_stop
+from plait.search.space import SearchSpace, point_key
+from tests.every import every
+
+PAIR = "version: 1\nadapters: [a=./a, b=./b]\n"
+
+
+def recipe(search: str, more: str = "method: ties") -> Recipe:
+    return load_recipe(f"{PAIR}{more}\nsearch: {search}\n")
+
+
+def space(search: str, more: str = "method: ties") -> SearchSpace:
+    return SearchSpace(recipe(search, more))
+
+
+@every(
+    "text, expected",
+    [
+        ("scale: 0..2", ("float", 0.0, 2.0, False)),
+        ("scale: 0.1..3:log", ("float", 0.1, 3.0, True)),
+        ("rank: 1..64", ("int", 1.0, 64.0, False)),
+        ("output.rank: 1..64:log", ("int", 1.0, 64.0, True)),
+        ("density: {min: 0.1, max: 1}", ("float", 0.1, 1.0, False)),
+        ("scale: -1..1e0", ("float", -1.0, 1.0, False)),
+        ("seed: 0..5", ("int", 0.0, 5.0, False)),
+    ],
+)
+def test_ranges(text: str, expected: tuple[object, ...]) -> None:
+    (found,) = space(f"{{space: {{{text}}}}}").parameters
+    assert (found.kind, found.low, found.high, found.log) == expected
+
+
+@every(
+    "text, expected",
+    [
+        ("{space: {density: '0.2,0.5'}}", [0.2, 0.5]),
+        ("{space: {density: [0.2, 0.5]}}", [0.2, 0.5]),
+        ("{grid: {density: '0.2, 0.5'}}", [0.2, 0.5]),
+        ("{grid: {density: 0.2}}", [0.2]),
+        ("{space: {method: 'ties,linear'}}", ["ties", "linear"]),
+        ("{grid: {transforms: [[], [identity]]}}", [[], ["identity"]]),
+    ],
+)
+def test_values(text: str, expected: list[object]) -> None:
+    (found,) = space(text).parameters
+    assert list(found.choices.values()) == expected
+
+
+@every(
+    "key, path",
+    [
+        ("density", "method.density"),
+        ("space", "method.space"),
+        ("rank", "output.rank"),
+        ("scale", "scale"),
+        ("method.name", "method"),
+        ("adapters.a.weight", "adapters.a.weight"),
+    ],
+)
+def test_short_keys(key: str, path: str) -> None:
+    assert recipe_path(key) == path
+
+
+@every(
+    "search, expected",
+    [
+        ("{budget: 0}", "4: search.budget: budget is 0; it must be >= 1."),
+        ("{spaces: {}}", "4: search.spaces: 'spaces' is not known here"),
+        ("{space: {scale: 2..1}}", "4: search.space.scale: min is 2 and max 1; min must be smaller."),
+        ("{space: {scale: 0..2:log}}", "4: search.space.scale: min is 0; with 'log' it must be > 0."),
+        ("{space: {scale: 0..}}", "4: search.space.scale: '0..' is not a range: write LOW..HIGH"),
+        ("{space: {scale: 0..2:cubic}}", "4: search.space.scale: '0..2:cubic': 'cubic' is not known; write LOW..HIGH"),
+        ("{space: {scale: {min: 0}}}", "4: search.space.scale: a range needs 'min' and 'max', or 'values'."),
+        ("{space: {density: 0..1}}", "4: search.space.density: at 0.0: density is 0.0; it must be > 0 and <= 1."),
+        ("{space: {desnity: 0.1..1}}", "4: search.space.desnity: 'desnity' is neither a part of a merge"),
+        ("{space: {eval.split: [test]}}", "4: search.space.\"eval.split\": 'eval.split' is neither a part of a merge"),
+        ("{space: {adapters.c.weight: 0..1}}", "4: search.space.\"adapters.c.weight\": at 0.0: adapters has no item 'c'"),
+        ("{space: {adapters.a.path: [x]}}", "4: search.space.\"adapters.a.path\": 'adapters.a.path' is not searched"),
+        ("{space: {output.kind: [delta]}}", "4: search.space.\"output.kind\": 'output.kind' is not searched"),
+        ("{space: {epsilon: 0..1}}", "4: search.space.epsilon: no method of this search (ties) has method.epsilon."),
+        ("{grid: {method: [ties, tize]}}", "4: search.grid.method: at 'tize': "),
+        ("{space: {density: 0.1..1}, grid: {density: [0.5]}}", "4: search: 'density' is in 'space' and in 'grid'; keep one."),
+        (
+            "{grid: {density: [1], method.density: [1]}}",
+            "4: search.grid.\"method.density\": 'method.density' and 'density' mean the same",
+        ),
+        ("{type: grid, space: {scale: 0..1}}", "4: search: a grid has values, and scale a range"),
+        ("{split: test, space: {scale: 0..1}}", "4: search: split 'test' judges the result"),
+        ("{budget: 3, init_points: 4, space: {scale: 0..1}}", "4: search: init_points is 4 and budget 3"),
+        (
+            "{space: {scale: 0..1}, points: [{density: 1}]}",
+            "4: search.points.0.density: 'density' is not searched; there are scale.",
+        ),
+        ("{space: {scale: 0..1}, points: [{scale: 3}]}", "4: search.points.0.scale: 3 is not among the values"),
+        ("{space: {scale: 1..2}, zero_baseline: true}", "4: search.zero_baseline: scale 0 is not among the values"),
+        ("{maximize: [best]}", "4: search.maximize.0: maximize.0 is 'best'; it must"),
+        (
+            "{space: {scale: 0..1}, early_stop: {resolution: {density: 1}}}",
+            "4: search.early_stop.resolution.density: 'density' is not",
+        ),
+    ],
+)
+def test_messages_name_line_and_key(search: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        recipe(search)
+    assert expected in str(error.value)
+
+
+def test_a_search_is_no_part_of_a_merge() -> None:
+    found = recipe("{space: {scale: 0..2}, budget: 5}")
+    assert "search" not in recipe_json(found)
+    assert load_recipe(to_yaml(found)) == found
+
+
+def test_parameters_of_methods_belong_to_those_that_have_them() -> None:
+    found = space("{grid: {method: [ties, linear], density: [0.2, 0.5], scale: [1, 2]}}")
+    assert found.is_conditional
+    assert len(found.grid()) == found.size == 2 * 2 + 2
+    assert len({point_key(p) for p in found.grid()}) == found.size
+    assert {tuple(p) for p in found.grid()} == {("method", "method.density", "scale"), ("method", "scale")}
+    linear = found.recipe({"method": "linear", "scale": 2})
+    assert (linear.method_name, linear.scale) == ("linear", 2)
+
+
+def test_the_recipes_own_method_keeps_its_parameters() -> None:
+    found = space("{space: {method: [ties, dare_ties]}}", "method: {name: ties, density: 0.3}")
+    assert found.recipe({"method": "ties"}).method.density == 0.3  # type: ignore[attr-defined]
+    assert found.recipe({"method": "dare_ties"}).method.density != 0.3  # type: ignore[attr-defined]
+
+
+def test_every_weight() -> None:
+    found = space("{space: {'adapters.*.weight': 0..2}}")
+    assert [p.path for p in found.parameters] == ["adapters.a.weight", "adapters.b.weight"]
+    assert [a.weight for a in found.recipe({"adapters.a.weight": 0.5, "adapters.b.weight": 2.0}).adapters] == [0.5, 2.0]
+    assert found.start == {"adapters.a.weight": 1.0, "adapters.b.weight": 1.0}
+
+
+def test_a_point_is_completed_by_the_recipes_own_values() -> None:
+    found = space("{space: {scale: 0..2, density: 0.1..1}}", "method: {name: ties, density: 0.3}")
+    assert found.wanted({"scale": 0.5}) == {"scale": 0.5, "method.density": 0.3}
+    assert found.start == {"scale": 1.0, "method.density": 0.3}
+    assert space("{space: {scale: 2..3}}").start is None
+
+
+def suggestions(text: str, count: int, *, again_at: int = -1) -> list[dict[str, Any]]:
+    """Return what is suggested, where the process ends before trial `again_at` and another goes on."""
+    asked = recipe(text)
+    found, study, points = SearchSpace(asked), optuna.create_study(direction="maximize"), []
+    with quiet_optuna():
+        sampler = sampler_of(asked.search, found)
+        for number in range(count):
+            if number == again_at:
+                sampler = sampler_of(asked.search, found)
+            study.sampler = sampler
+            trial = study.ask()
+            points.append(found.suggest(trial))
+            study.tell(trial, -abs(points[-1]["scale"] - 0.7))
+    return points
+
+
+@pytest.mark.parametrize("kind", ["random", "bayes"])
+def test_what_is_suggested_depends_on_the_seed_and_the_trials_alone(kind: str) -> None:
+    text = f"{{type: {kind}, init_points: 3, budget: 6, seed: 5, space: {{scale: 0..2}}}}"
+    first = suggestions(text, 6)
+    assert first == suggestions(text, 6, again_at=4)
+    assert first != suggestions(text.replace("seed: 5", "seed: 6"), 6)
+    assert len({p["scale"] for p in first}) == 6
+    if kind == "bayes":  # it has seen where the best is
+        assert min(abs(p["scale"] - 0.7) for p in first[3:]) < 0.2
+
+
+def test_methods_with_parameters_of_their_own_are_searched_by_tpe(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "{type: bayes, init_points: 2, budget: 4, space: {method: [ties, linear], density: 0.1..1, scale: 0..2}}"
+    with pytest.warns(UserWarning, match="tree-structured Parzen estimator"):
+        points = suggestions(text, 6)
+    assert {p["method"] for p in points} == {"ties", "linear"}
+    assert all(("method.density" in p) == (p["method"] == "ties") for p in points)
+
+
+def run(number: int, worst: float, mean: float, **changes: Any) -> Run:
+    results = {"t": TaskOutcome(metric=0.5, recovery=worst, interference_delta=worst, interval=None)}
+    plain = {
+        "number": number, "phase": "search", "params": {"scale": float(number)}, "score": worst, "results": results, "key": "",
+        "score_details": {"min_interference_delta": worst, "mean_interference_delta": mean}, "examples": 1, "stopped": False,
+        "nonnegative": worst >= 0, "seconds": 0.0,
+    }  # fmt: skip
+    return Run.model_validate({**plain, **changes})
+
+
+def test_the_largest_worst_recovery_wins_and_ties_go_to_the_mean() -> None:
+    runs = [run(0, 0.5, 0.6), run(1, 0.5, 0.7), run(2, 0.9, 0.9, stopped=True), run(3, 0.4, 0.9), run(4, 0.5, 0.7)]
+    assert ranked(runs, SearchSpec()) == [1, 4, 0, 3]  # one that was stopped has an estimate, and is not chosen
+    assert front(runs, SearchSpec()) == [1, 3]
+
+
+def test_candidates_below_the_base_rank_last_and_keep_their_score() -> None:
+    runs = [run(0, -0.1, 0.9, score=0.9), run(1, 0.1, 0.2, score=0.2)]
+    assert ranked(runs, SearchSpec(maximize=("mean_recovery",))) == [1, 0]
+    assert ranked(runs, SearchSpec(maximize=("mean_recovery",), constraint_nonnegative=False)) == [0, 1]
+    assert runs[0].score == 0.9
+
+
+def test_a_search_ends_on_a_plateau_and_within_a_resolution() -> None:
+    asked = recipe("{space: {scale: 0..20}, early_stop: {patience: 2, min_trials: 3, resolution: {scale: 1}}}")
+    parameters = SearchSpace(asked).parameters
+    near = [
+        run(0, 0.5, 0.5),
+        run(5, 0.8, 0.8),
+        run(9, 0.7, 0.7, params={"scale": 5.2}),
+        run(9, 0.7, 0.7, params={"scale": 4.9}),
+    ]
+    assert reason_to_stop(near, asked.search, parameters) == (
+        "the last 2 trials gained less than 0.0005 and the last 2 trials round to the values of the best"
+    )
+    far = [*near[:3], run(9, 0.7, 0.7)]
+    assert reason_to_stop(far, asked.search, parameters) is None
+    either = asked.search.model_copy(update={"early_stop": asked.search.early_stop.model_copy(update={"require_both": False})})  # type: ignore[union-attr]
+    assert reason_to_stop(far, either, parameters) == "the last 2 trials gained less than 0.0005"
+    assert reason_to_stop([*near[:3], run(4, 0.9, 0.9)], either, parameters) is None
+
+
+def test_candidates_are_compared_early_only_on_enough_examples() -> None:
+    assert shares_of(11) == (1.0,)
+    assert shares_of(24) == (0.5, 1.0)
+    assert shares_of(400) == (0.125, 0.25, 0.5, 1.0)
+    assert math.isclose(sum(shares_of(400)[:1]), 1 / 8)
