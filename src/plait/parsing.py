@@ -12,8 +12,9 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from plait.errors import PlaitError
 
@@ -68,7 +69,7 @@ def read_text(path: Path, error: type[PlaitError], *, advice: str = "", most: in
         raise error(f"{str(path)!r}: {found}.{_then(advice)}") from None
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: Path) -> BufferedReader:
     """Open a file to be read, and nothing that one might wait for.
 
     Raises:

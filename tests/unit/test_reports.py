@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 from html import escape, unescape
 from html.parser import HTMLParser
@@ -23,6 +24,7 @@ from plait.reports.colors import css, diverging, text_color
 from plait.reports.page import render
 from plait.reports.reading import Report, read_report
 from plait.reports.verdict import certainty, verdict
+from plait.results.digests import sha256
 from plait.results.records import ModuleRecord
 from plait.testing import cohort
 from tests.every import every
@@ -179,11 +181,21 @@ def test_colors_are_colors_and_text_on_them_reads(value):
     assert contrast >= 4.5
 
 
+def pair_on_disk(folder, **recipe) -> Evaluation:
+    """Write two adapters, and return the evaluation of a merge of them."""
+    cohort([(12, 10), (8, 12)], [2, 2], seed=3).save(folder)
+    places = {name: folder / name for name in ("adapter0", "adapter1")}
+    adapters = [{"name": name, "path": str(place)} for name, place in places.items()]
+    sources = tuple(
+        SingleAdapter(name=name, path=str(place), repo=None, commit=None, sha256=sha256(place / "adapter_model.safetensors"))
+        for name, place in places.items()
+    )
+    return evaluation(task("a", 0.9), recipe={"adapters": adapters, **recipe}, sources=sources)
+
+
 def test_adapters_are_compared_where_they_still_are(tmp_path):
-    cohort([(12, 10), (8, 12)], [2, 2], seed=3).save(tmp_path)
-    adapters = [{"name": n, "path": str(tmp_path / n)} for n in ("adapter0", "adapter1")]
     weights = {"policy": "per_layer", "layers": {"1": {"adapter0": 0.25}}}
-    run = run_folder(tmp_path / "run", evaluation(task("a", 0.9), recipe={"adapters": adapters, "weights": weights}))
+    run = run_folder(tmp_path / "run", pair_on_disk(tmp_path, weights=weights))
     report = read_report([run])
     assert report.conflict is not None
     assert report.conflict.layers[0].overlap_a[0][1] is not None
@@ -197,6 +209,81 @@ def test_adapters_are_compared_where_they_still_are(tmp_path):
     gone = read_report([run])
     assert gone.conflict is None
     assert "adapter0" in gone.notes[0]
+
+
+def _other_bytes(folder, found):
+    return {"sources": (found.sources[0].model_copy(update={"sha256": "0" * 64}), found.sources[1])}
+
+
+def _no_source(folder, found):
+    return {"sources": found.sources[1:]}
+
+
+def _pipe(folder, found):
+    (folder / "adapter0" / "adapter_model.safetensors").unlink()
+    os.mkfifo(folder / "adapter0" / "adapter_model.safetensors")
+    return {}
+
+
+def _endless(folder, found):
+    (folder / "adapter0" / "adapter_model.safetensors").unlink()
+    (folder / "adapter0" / "adapter_model.safetensors").symlink_to("/dev/zero")
+    return {}
+
+
+def _neighbor(folder, found):
+    recipe = found.recipe | {"adapters": [found.recipe["adapters"][0] | {"path": str(folder / "adapter")}]}
+    return {"recipe": recipe, "sources": (found.sources[0].model_copy(update={"path": str(folder / "adapter")}),)}
+
+
+@every("change", [_other_bytes, _no_source, _pipe, _endless, _neighbor])
+def test_a_run_from_elsewhere_shows_nothing_of_a_folder_whose_contents_it_does_not_know(tmp_path, change):
+    folder = tmp_path / change.__name__
+    found = pair_on_disk(folder)
+    found = found.model_copy(update=change(folder, found))
+    report = read_report([run_folder(folder / "run", found)])
+    assert report.conflict is None
+    assert report.weights is None
+    (note,) = report.notes
+    assert "adapter 'adapter0'" in note
+    assert "not on this machine with the bytes that the run was made of" in note
+    assert "adapter1" not in note, "no neighbor is named"
+
+
+def test_a_run_from_elsewhere_asks_no_network(tmp_path, monkeypatch):
+    """Neither for adapters, nor for the base of a DoRA merge or second moments."""
+
+    def asked(*args, **kwargs):
+        raise AssertionError("the network is asked")
+
+    monkeypatch.setattr(socket.socket, "connect", asked)
+    monkeypatch.setattr(socket, "getaddrinfo", asked)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", asked)
+    adapters = [{"name": name, "path": f"stranger/{name}@main", "moments": "/dev/zero"} for name in ("a", "b")]
+    recipe = {"adapters": adapters, "base_model": "stranger/base", "method": {"name": "regmean"}}
+    sources = [
+        SingleAdapter(name=name, path=f"stranger/{name}@main", repo=f"stranger/{name}", commit="0" * 40, sha256="0" * 64)
+        for name in ("a", "b")
+    ]
+    report = read_report([run_folder(tmp_path / "run", evaluation(task("t", 0.9), recipe=recipe, sources=tuple(sources)))])
+    assert report.conflict is None
+    assert "'stranger/a@main' is not on this machine" in report.notes[0]
+
+
+def test_an_adapter_of_the_hub_is_compared_from_the_cache(tmp_path, monkeypatch):
+    found = pair_on_disk(tmp_path)
+    storage = tmp_path / "cache" / "models--org--adapter0"
+    commit = "1" * 40
+    (storage / "snapshots").mkdir(parents=True)
+    (tmp_path / "adapter0").rename(storage / "snapshots" / commit)
+    (storage / "refs").mkdir()
+    (storage / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    first = {"name": "adapter0", "path": "org/adapter0"}
+    source = found.sources[0].model_copy(update={"path": "org/adapter0", "repo": "org/adapter0", "commit": commit})
+    recipe = found.recipe | {"adapters": [first, found.recipe["adapters"][1]]}
+    found = found.model_copy(update={"recipe": recipe, "sources": (source, found.sources[1])})
+    assert read_report([run_folder(tmp_path / "run", found)]).conflict is not None
 
 
 def test_a_recipe_that_cannot_be_read_costs_only_what_is_drawn_from_it(tmp_path):
@@ -217,10 +304,9 @@ def test_a_written_merge_brings_its_energy_and_its_lock(tmp_path):
 
 
 def test_weights_that_are_the_same_everywhere_are_said_once(tmp_path):
-    cohort([(12, 10), (8, 12)], [2, 2], seed=3).save(tmp_path)
-    adapters = [{"name": "adapter0", "path": str(tmp_path / "adapter0"), "weight": 0.7}]
-    adapters.append({"name": "adapter1", "path": str(tmp_path / "adapter1")})
-    run = run_folder(tmp_path / "run", evaluation(task("a", 0.9), recipe={"adapters": adapters, "scale": 1.5}))
+    found = pair_on_disk(tmp_path, scale=1.5)
+    found.recipe["adapters"][0]["weight"] = 0.7
+    run = run_folder(tmp_path / "run", found)
     text = Page(render(read_report([run]), title="t")).text
     assert "0.7 × adapter0, 1 × adapter1, the same in all 2 layers; the merged delta is then multiplied by 1.5." in text
 
@@ -300,6 +386,19 @@ def test_a_leaderboard_brings_what_stands_behind_its_places(sweep, tmp_path):
     alone = read_report([tmp_path / "elsewhere"])
     assert alone.evaluations == ()
     assert "Merges of a" in Page(plait.report(tmp_path / "elsewhere", out=tmp_path / "s.html").page.read_text()).text
+
+
+def test_a_leaderboard_reads_results_of_its_own_workspace_alone(sweep, tmp_path):
+    """Wherever it was unpacked, and whatever the workspace links to."""
+    board, _ = sweep
+    other = tmp_path / "ws" / "downloads" / "a" / "run_1"
+    shutil.copytree(board, other)
+    assert read_report([other]).evaluations == (), "the folder is none that plait eval writes"
+    (result,) = (tmp_path / "ws").glob("merged/*/*/eval/test/eval_results_ties_1_test.json")
+    result.rename(tmp_path / "secret.json")
+    result.symlink_to(tmp_path / "secret.json")
+    with pytest.raises(ReportError, match="outside the folder"):
+        read_report([board])
 
 
 @every("tag", ["a**b", "[x", "../../../../results", "\0"])

@@ -28,7 +28,8 @@ from plait.results.run_folders import new_run_folder
 from plait.results.writing import write_json_atomic
 
 SCORES = ".scores"
-_TAKEN = ("merged", "compared")  # names of folders next to the tasks'
+COMPARED = "compared"
+_TAKEN = ("merged", COMPARED)  # names of folders next to the tasks'
 _LONGEST_NAME = 120
 
 
@@ -96,7 +97,7 @@ def write_evaluation(workspace: Path, found: Evaluation) -> Path:
 
 def write_comparison(workspace: Path, names: Sequence[str], data: Mapping[str, Any]) -> Path:
     """Write a leaderboard to `<workspace>/compared/<adapters>/run_<time>/leaderboard.json`; return that folder."""
-    run = new_run_folder(workspace / "compared" / _joined(names))
+    run = new_run_folder(workspace / COMPARED / _joined(names))
     write_json_atomic(run / "leaderboard.json", data)
     return run
 

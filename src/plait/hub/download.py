@@ -103,6 +103,29 @@ def resolve(reference: Reference, *, base: Path | None = None, progress: bool = 
     return _located(reference, snapshot)
 
 
+def folder_at_hand(text: str, *, commit: str | None = None) -> Path | None:
+    """Return the folder of an adapter that this machine has: a local one, or one in the Hub's cache. No network is asked.
+
+    Args:
+        text: a reference; relative paths start from the working directory.
+        commit: of the repository, in place of the reference's revision.
+
+    Returns:
+        The folder; None where there is none, or the text is no reference.
+    """
+    try:
+        reference = parse_reference(text)
+        if reference.path is not None:
+            folder = Path.cwd() / expanded(reference.path)
+            return folder if folder.is_dir() else None
+        if commit is not None:
+            reference = Reference(repo=reference.repo, revision=commit, subfolder=reference.subfolder)
+        snapshot = _cached(reference, [glob.escape(_prefix(reference) + ADAPTER_CONFIG)])
+        return None if snapshot is None else _located(reference, snapshot).folder
+    except (AddressError, OSError, ValueError):
+        return None
+
+
 def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] = MODEL_FILES, progress: bool = True) -> Located:
     """Return the folder of a base model: a local one, or `org/repo[@revision][/subfolder]` fetched from the Hub.
 

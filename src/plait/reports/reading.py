@@ -1,24 +1,32 @@
-"""Files of runs → what a report shows. Independent of how it is drawn."""
+"""Files of runs → what a report shows. Independent of how it is drawn.
+
+A run may come from elsewhere, so nothing is read on its word alone: adapters that it names are opened only where they are on
+this machine with the very bytes that the run was made of, and no network is asked.
+"""
 
 from __future__ import annotations
 
 import glob
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from plait.adapters.adapter import Adapter
 from plait.adapters.names import LayerKey, layer_key
-from plait.errors import PlaitError, ReportError, collect
+from plait.errors import AddressError, PlaitError, PlanError, ReportError, collect
 from plait.evaluation.comparison import Leaderboard
-from plait.evaluation.record import Evaluation
+from plait.evaluation.record import Evaluation, SingleAdapter
+from plait.evaluation.workspace import COMPARED
 from plait.folders import file_in, file_name_problem
+from plait.hub.download import folder_at_hand
 from plait.inspection.comparison import AdapterComparison
+from plait.inspection.compatibility import check_compatibility
 from plait.inspection.report import inspect_adapters
-from plait.merging.inventory import take_inventory
 from plait.merging.record import RunRecord
 from plait.merging.weighting import module_weights, towers_of
-from plait.parsing import read_record, read_text, shown
+from plait.parsing import open_bytes, read_record, read_text, shown
 from plait.recipes.loading import build_recipe
 from plait.recipes.schema import Recipe
 from plait.records import Record
@@ -26,6 +34,7 @@ from plait.reports.losses import CURVES, LossCurve, LossCurves
 from plait.results.lock import LOCK, RUN_RECORD
 from plait.results.progress import Progress
 from plait.search.record import STUDY, StudyRecord
+from plait.tensorfiles.formats import TENSOR_FORMATS
 from plait.tuning.record import TUNING, TuneRecord
 
 LEADERBOARD = "leaderboard.json"
@@ -158,15 +167,22 @@ def _files(path: Path) -> list[Path]:
 
 
 def _places(file: Path, board: Leaderboard) -> list[Evaluation]:
-    """Read the evaluations behind a leaderboard's entries, as far as its workspace still holds them."""
-    *_, workspace = (file.absolute().parents)[:4]  # <workspace>/compared/<adapters>/run_<time>/leaderboard.json
+    """Read the evaluations behind a leaderboard's entries, as far as the workspace that it is in still holds them."""
+    places = file.absolute().parents  # of <workspace>/compared/<adapters>/run_<time>/leaderboard.json
+    workspace = places[3] if len(places) > 3 and places[2].name == COMPARED else None
     found = []
     for place in board.places:
         name = f"eval_results_{place.tag}_{board.split}.json"
         if file_name_problem(name) or "/" in name:
             raise ReportError(f"{file}: {shown(place.tag)} cannot be the tag of results. Evaluate again.")
-        files = sorted(workspace.glob(f"merged/*/*/eval/{board.split}/{glob.escape(name)}"))
-        found += [_read(Evaluation, f).model_copy(update={"name": place.name}) for f in files[:1]]
+        if workspace is None:
+            continue
+        for result in sorted(workspace.glob(f"merged/*/*/eval/{board.split}/{glob.escape(name)}"))[:1]:
+            try:
+                file_in(workspace, result.relative_to(workspace).as_posix())
+            except OSError as error:
+                raise ReportError(f"{result}: {error}. A page shows only files inside the leaderboard's workspace.") from None
+            found.append(_read(Evaluation, result).model_copy(update={"name": place.name}))
     return found
 
 
@@ -179,20 +195,57 @@ def _adapters(
     evaluations: Sequence[Evaluation], progress: Progress | None
 ) -> tuple[AdapterComparison | None, LayerCoefficients | None, list[str]]:
     """Look at the adapters again, where they still are."""
-    data = next((e.recipe for e in evaluations if e.recipe is not None), None)
-    if data is None:
+    evaluation = next((e for e in evaluations if e.recipe is not None), None)
+    if evaluation is None or evaluation.recipe is None:
         return None, None, []
     try:
-        recipe = build_recipe(data)
-        inventory = take_inventory(recipe)
+        recipe = build_recipe(evaluation.recipe)
+        sources = {s.name: s for s in evaluation.sources}
+        adapters = [_open_known(entry.name, entry.path, sources.get(entry.name)) for entry in recipe.adapters]
+        problems = check_compatibility(adapters, base_model=recipe.base_model).problems
+        collect(PlanError, problems, "these adapters do not fit together")
     except PlaitError as error:
-        head, *problems = str(error).splitlines()
-        why = problems[0].strip(" -") if problems else head
+        head, *listed = str(error).splitlines()
+        why = listed[0].strip(" -") if listed else head
         return None, None, [f"the conflict between the adapters is not shown: {why}"]
-    weights = _weights(recipe, list(inventory.layouts))
-    if len(inventory.adapters) < 2:
+    weights = _weights(recipe, sorted({path for a in adapters for path in a.targets}))
+    if len(adapters) < 2:
         return None, weights, []
-    return inspect_adapters(inventory.adapters, base_model=recipe.base_model, progress=progress).comparison, weights, []
+    return inspect_adapters(adapters, base_model=recipe.base_model, progress=progress).comparison, weights, []
+
+
+def _open_known(name: str, path: str, source: SingleAdapter | None) -> Adapter:
+    """Open an adapter that a run names, where this machine has it with the bytes that the run was made of.
+
+    Whoever wrote the run may have named any folder. Nothing of it is shown, not even whether it is there, unless its tensors
+    have the sha256 in the run: then their contents were known before.
+
+    Raises:
+        AddressError: it is not at hand.
+        AdapterError: it cannot be read.
+    """
+    if source is not None:
+        for text in dict.fromkeys((path, source.path)):
+            folder = folder_at_hand(text, commit=source.commit)
+            if folder is not None and _digest(folder) == source.sha256:
+                return Adapter.open(folder, name)
+    raise AddressError(
+        f"adapter {name!r}: {shown(path)} is not on this machine with the bytes that the run was made of. plait inspect "
+        "compares adapters wherever they are."
+    )
+
+
+def _digest(folder: Path) -> str | None:
+    """Return the sha256 of the file that an adapter's tensors are read from; None where there is none, or it cannot be read."""
+    for kind in TENSOR_FORMATS:
+        try:
+            with open_bytes(folder / kind.adapter_name) as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            break
+    return None
 
 
 def _learned(record: TuneRecord) -> LayerCoefficients | None:
