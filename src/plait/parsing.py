@@ -69,6 +69,26 @@ def read_text(path: Path, error: type[PlaitError], *, advice: str = "", most: in
         raise error(f"{str(path)!r}: {found}.{_then(advice)}") from None
 
 
+def is_there(path: Path, error: type[PlaitError]) -> bool:
+    """Return whether there is a file of this name; what is there and is not a file does not count as missing.
+
+    Args:
+        path: of a file that may be missing.
+        error: what a refusal raises.
+
+    Raises:
+        PlaitError: (`error`) it is a folder, a pipe, a device, or a link that leads nowhere.
+    """
+    try:
+        if path.is_file():
+            return True
+    except OSError as found:  # of a folder that may not be searched
+        raise error(f"{path}: {found.strerror or found}.") from None
+    if os.path.lexists(path):
+        raise error(f"{path}: a folder, a pipe, a device or a link that leads nowhere, not a file. Put the file itself there.")
+    return False
+
+
 def open_bytes(path: Path) -> BufferedReader:
     """Open a file to be read, and nothing that one might wait for.
 

@@ -19,6 +19,7 @@ from plait.adapters.lowrank import LowRank
 from plait.adapters.names import clean_settings
 from plait.errors import AdapterError, collect, listed
 from plait.linalg.finite import all_finite
+from plait.parsing import is_there
 from plait.tensorfiles.formats import TENSOR_FORMATS
 from plait.tensorfiles.reader import FLOATS, SafetensorsFile, TensorFile
 
@@ -158,7 +159,7 @@ class Adapter:
 
 def _open_file(folder: Path) -> TensorFile:
     for kind in TENSOR_FORMATS:
-        if (folder / kind.adapter_name).is_file():
+        if is_there(folder / kind.adapter_name, AdapterError):
             return kind(folder / kind.adapter_name)
     below = dict.fromkeys(place for kind in TENSOR_FORMATS for place in subfolders_with(folder, kind.adapter_name))
     elsewhere = f"It has them in {listed(below, 8)}: name one of these subfolders." if below else ""

@@ -15,7 +15,7 @@ from typing import Any
 
 from plait.adapters.patterns import PatternError, PatternTable, module_pattern
 from plait.errors import AdapterError, collect, listed
-from plait.parsing import read_object, shown
+from plait.parsing import is_there, read_object, shown
 
 _LARGEST_RANK = 2**31 - 1
 _LONGEST_TEXT = 10_000  # letters of a name; paths of files have no more than 4096
@@ -50,7 +50,7 @@ class AdapterConfig:
         Raises:
             AdapterError: no such file, not JSON, or a kind of adapter without a delta that plait can take over.
         """
-        if not path.is_file():
+        if not is_there(path, AdapterError):
             raise AdapterError(
                 f"{path}: no such file. An adapter is a folder with adapter_config.json and adapter_model.safetensors; "
                 f"{_what_is_there(path.parent)}"

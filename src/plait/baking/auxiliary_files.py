@@ -108,8 +108,12 @@ def gather_auxiliary_files(
 
 
 def _copied(folder: Path) -> list[Path]:
-    """Return what a folder holds at its top but for folders, by names that a result can have."""
-    return [p for p in sorted(folder.iterdir()) if not p.is_dir() and not file_name_problem(p.name)]
+    """Return what a folder holds at its top but for folders, by names that a result can have.
+
+    A folder called as a file is (`tokenizer.json`) is among it, to be refused.
+    """
+    found = (p for p in sorted(folder.iterdir()) if p.suffix == ".json" or not p.is_dir())
+    return [p for p in found if not file_name_problem(p.name)]
 
 
 def _check_contained(paths: Sequence[Path]) -> None:

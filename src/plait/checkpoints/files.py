@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plait.errors import AdapterError
-from plait.parsing import read_object, shown
+from plait.parsing import is_there, read_object, shown
 from plait.tensorfiles.formats import TENSOR_FORMATS
 from plait.tensorfiles.reader import SafetensorsFile
 
@@ -41,13 +41,13 @@ def find_weights(folder: Path) -> WeightFiles | None:
     """Return the files that hold a model's tensors, in the first format that is there, as transformers chooses; None without.
 
     Raises:
-        AdapterError: an index that is none.
+        AdapterError: an index that is none, or something else in a file's place.
     """
     for kind in TENSOR_FORMATS:
-        if (folder / kind.model_name).is_file():
+        if is_there(folder / kind.model_name, AdapterError):
             return WeightFiles((kind.model_name,), None, None, {})
         name = index_name(kind.model_name)
-        if (folder / name).is_file():
+        if is_there(folder / name, AdapterError):
             index, home = read_index(folder / name)
             return WeightFiles(tuple(sorted(set(home.values()))), name, index, home)
     return None
@@ -82,10 +82,10 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     """Return a base model's `config.json`; nothing where there is none.
 
     Raises:
-        AdapterError: it is not a JSON object.
+        AdapterError: it is not a file, or not a JSON object.
     """
     path = folder / MODEL_CONFIG
-    return read_object(path, AdapterError, constants=True) if path.is_file() else {}
+    return read_object(path, AdapterError, constants=True) if is_there(path, AdapterError) else {}
 
 
 def architectures(config: Mapping[str, Any]) -> list[str]:

@@ -111,7 +111,7 @@ def folder_at_hand(text: str, *, commit: str | None = None) -> Path | None:
         commit: of the repository, in place of the reference's revision.
 
     Returns:
-        The folder; None where there is none, or the text is no reference.
+        The folder; None where there is none, or the text is not a reference.
     """
     try:
         reference = parse_reference(text)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlaitError, PlanError, TaskError
-from plait.parsing import MAX_TEXT_BYTES, open_bytes, read_json, read_object
+from plait.parsing import MAX_TEXT_BYTES, is_there, open_bytes, read_json, read_object
 
 _TRUST = "--trust-remote-code (trust_remote_code=True in Python)"
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -25,6 +25,7 @@ _TEXTS = (  # what transformers reads completely, beyond its tensors
     "*config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
     "*.tiktoken", "chat_template.*", "additional_chat_templates/*", "*.index.json",
 )  # fmt: skip
+_TENSORS = ("*.safetensors", "*.bin")
 _LARGEST = 4 * MAX_TEXT_BYTES
 _TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
 _PANIC = "PanicException"  # of libraries written in Rust, which is not a kind of Exception
@@ -144,9 +145,13 @@ def refuse_failures(
         files: that are read, for the message where none of them is known to be at fault.
 
     Raises:
-        PlaitError: (`error`) something was raised, or a file is larger than any such file.
+        PlaitError: (`error`) something was raised, a file is larger than any such file, or is something else, such as a pipe,
+            for which the libraries would wait.
     """
     home = Path(place if folder is None else folder)
+    for file in sorted(file for pattern in (*_TEXTS, *_TENSORS) for file in home.glob(pattern)):
+        if not file.is_dir() or file.name in (*_TOKENIZER, *_MODEL):
+            is_there(file, error)
     if large := [
         p.name for pattern in _TEXTS for p in sorted(home.glob(pattern)) if p.is_file() and p.stat().st_size > _LARGEST
     ]:
