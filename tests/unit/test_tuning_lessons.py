@@ -165,7 +165,7 @@ def test_a_step_is_the_same_in_several_passes(
             learner,
             taught,
             spec.model_copy(update={"restore_best": False}),
-            evaluate_held_out(mixture, learner, taught, 0, spec),
+            evaluate_held_out(learner, taught, 0, spec),
         )
         found.append((run.losses[0], learner.values().detach()))
     for loss, values in found[1:]:
@@ -204,7 +204,7 @@ def test_activations_that_are_computed_again_change_nothing(mixture: Mixture, pl
     for again in (False, True):
         spec = SPEC.model_copy(update={"checkpointing": again, "steps": 3, "restore_best": False})
         learner, taught = ready(mixture, place, spec)
-        run_loop(mixture, learner, taught, spec, evaluate_held_out(mixture, learner, taught, 0, spec))
+        run_loop(mixture, learner, taught, spec, evaluate_held_out(learner, taught, 0, spec))
         found.append(learner.values().detach())
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
     assert not any(m.training for m in mixture.model.modules())
@@ -215,7 +215,7 @@ def test_products_of_another_dtype_are_near(mixture: Mixture, place: Path) -> No
     for dtype in ("auto", "float32", "bfloat16"):
         spec = SPEC.model_copy(update={"compute_dtype": dtype, "steps": 1})
         learner, taught = ready(mixture, place, spec)
-        losses[dtype] = run_loop(mixture, learner, taught, spec, evaluate_held_out(mixture, learner, taught, 0, spec)).losses[0]
+        losses[dtype] = run_loop(mixture, learner, taught, spec, evaluate_held_out(learner, taught, 0, spec)).losses[0]
     assert losses["auto"] == losses["float32"]
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.1)
@@ -227,7 +227,7 @@ def test_patience_counts_looks_and_threshold_and_warm_up_hold(mixture: Mixture, 
             update={"steps": 12, "look_every": 1, "min_steps": 0, "stop_warmup": 0, "threshold": 10.0, **changes}
         )
         learner, taught = ready(mixture, place, spec)
-        return run_loop(mixture, learner, taught, spec, evaluate_held_out(mixture, learner, taught, 0, spec)).step
+        return run_loop(mixture, learner, taught, spec, evaluate_held_out(learner, taught, 0, spec)).step
 
     assert steps() == 12  # never
     assert steps(patience=2) == 2
@@ -250,7 +250,7 @@ def test_an_adapter_that_is_nearly_the_base_does_not_decide(mixture: Mixture, pl
     learner, taught = ready(mixture, place, SPEC)
     first, *others = taught.lessons
     taught = replace(taught, lessons=(replace(first, base=1e-9), *others))
-    found = evaluate_held_out(mixture, learner, taught, 0, SPEC)
+    found = evaluate_held_out(learner, taught, 0, SPEC)
     assert found.kept[first.task] == pytest.approx(1 - found.divergence[first.task] / 0.01)
 
 
@@ -265,8 +265,8 @@ def test_labels_judge_where_they_are_read(mixture: Mixture, place: Path) -> None
     learner, taught = ready(mixture, place, spec)
     with torch.no_grad():
         learner.named()["u"].copy_(torch.tensor([1.0, 0.0]))
-    kept = evaluate_held_out(mixture, learner, taught, 0, spec).kept
+    kept = evaluate_held_out(learner, taught, 0, spec).kept
     assert kept["sort"] == pytest.approx(1.0, abs=1e-3)
     with torch.no_grad():
         learner.named()["u"].zero_()
-    assert evaluate_held_out(mixture, learner, taught, 0, spec).kept["sort"] == pytest.approx(0.0, abs=1e-3)
+    assert evaluate_held_out(learner, taught, 0, spec).kept["sort"] == pytest.approx(0.0, abs=1e-3)

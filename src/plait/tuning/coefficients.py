@@ -180,7 +180,7 @@ def learn_in_tree(
             part = taught.only([x.task for x in taught.lessons if sources.names.index(x.adapter) in below])
             name = f"node-{height}-{number}"
             run = run_loop(
-                mixture, node, part, spec, evaluate_held_out(mixture, node, part, 0, spec), report, working=working, name=name
+                mixture, node, part, spec, evaluate_held_out(node, part, 0, spec), report, working=working, name=name
             )
             losses += run.losses
             result = torch.where(inside > 0, node.values().detach(), result)
@@ -188,7 +188,7 @@ def learn_in_tree(
         product = result
     learner = CoefficientLearner(mixture, sources.columns, spec.used_granularity, product, spec)
     done = len(losses)
-    first_look = evaluate_held_out(mixture, learner, taught, 0, spec)
+    first_look = evaluate_held_out(learner, taught, 0, spec)
     run = run_loop(mixture, learner, taught, spec, first_look, report, steps=spec.polish_steps, working=working, name="polish")
     polished = [h.model_copy(update={"step": h.step + done}) for h in run.looks]
     best = next(h for h in polished if h.step == run.best.step + done)

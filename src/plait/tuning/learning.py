@@ -159,7 +159,6 @@ def loss_count(lesson: Lesson, objective: Objective, text: int) -> int:
 
 
 def evaluate_held_out(
-    mixture: Mixture,
     learner: Learner,
     taught: SplitLessons,
     step: int,
@@ -186,7 +185,6 @@ def evaluate_held_out(
 
 
 def best_scale(
-    mixture: Mixture,
     learner: FactorLearner,
     taught: SplitLessons,
     spec: TuneSpec,
@@ -200,7 +198,7 @@ def best_scale(
         if scale not in known:
             learner.load(start)
             learner.factors.scale(scale)
-            known[scale] = evaluate_held_out(mixture, learner, taught, 0, spec)
+            known[scale] = evaluate_held_out(learner, taught, 0, spec)
             report(scale, known[scale])
         return known[scale].share
 
@@ -275,7 +273,7 @@ def run_loop(
         run.losses.append(_step(mixture, learner, taught, spec, step, optimizer))
         held = None
         if step % spec.look_every == 0 or step == steps:
-            held = evaluate_held_out(mixture, learner, taught, step, spec, [look.kept for look in run.looks])
+            held = evaluate_held_out(learner, taught, step, spec, [look.kept for look in run.looks])
             run.looks.append(held)
             if held.score > run.best.score + spec.threshold:
                 run.best, run.waited, best_state = held, 0, learner.state()
@@ -316,7 +314,7 @@ def _step(
     learner.settle()
     drawn = {x.task: _drawn(x, taught, spec, step) for x in taught.lessons}
     if objective.coupled:
-        weights, value = _regretted(mixture, learner, taught, spec, drawn)
+        weights, value = _regretted(learner, taught, spec, drawn)
     else:
         weights, value = objective.weights(dict.fromkeys(drawn, 0.0), taught.learned, spec), None
     parts = []
@@ -391,7 +389,7 @@ def _own_states(mixture: Mixture, part: _Batch) -> Hidden:
 
 
 def _regretted(
-    mixture: Mixture, learner: Learner, taught: SplitLessons, spec: TuneSpec, drawn: Mapping[str, Sequence[int]]
+    learner: Learner, taught: SplitLessons, spec: TuneSpec, drawn: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, float], float]:
     """Return the tasks' weights, and the smooth maximum of their regrets, from a pass over the same texts."""
     objective = OBJECTIVES[spec.objective]

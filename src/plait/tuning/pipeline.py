@@ -181,7 +181,7 @@ def _run(
     clock.lap("closed form")
     taught = split_off(lessons, share=spec.held_out, most=_HELD_MOST, seed=spec.seed)
     taught = with_references(mixture, taught, spec)
-    scale, scales, start = _scaled(mixture, factors, taught, recipe, working, progress)
+    scale, scales, start = _scaled(factors, taught, recipe, working, progress)
     clock.lap("scale")
     before = factors.factors.deltas()
     tuning = _Tuning(inventory, mixture, taught, closed, scale, working, progress)
@@ -279,7 +279,7 @@ class _Tuning:
         found = coefficient_columns(self.inventory, self.mixture, with_deltas(self.closed, closed.factors.deltas()), self.scale)
         learner = make_learner(self.mixture, found, spec)
         first = learner.values().detach().clone()
-        start = evaluate_held_out(self.mixture, learner, self.taught, 0, spec)
+        start = evaluate_held_out(learner, self.taught, 0, spec)
         tree: tuple[tuple[tuple[str, ...], ...], ...] = ()
         if spec.group_size and len(found.names) > spec.group_size:
             self.progress.start("learning", spec.steps + spec.polish_steps, "steps")
@@ -321,7 +321,7 @@ class _Tuning:
             )
             objective = "distill" if spec.objective == "adamerging" else spec.objective
             spec = TuneSpec.model_validate({**kept, "objective": objective, "learning_rate": _FRESH_RATE})
-        start = evaluate_held_out(self.mixture, learner, self.taught, 0, spec)
+        start = evaluate_held_out(learner, self.taught, 0, spec)
         run = self._run(learner, start, name, spec)
         return Control(held=run.best, losses=tuple(run.losses))
 
@@ -443,11 +443,11 @@ def _lessons(
 
 
 def _scaled(
-    mixture: Mixture, learner: FactorLearner, taught: SplitLessons, recipe: Recipe, working: WorkingState, progress: Progress
+    learner: FactorLearner, taught: SplitLessons, recipe: Recipe, working: WorkingState, progress: Progress
 ) -> tuple[float, list[tuple[float, float]], HeldOutScore]:
     """Give the start its scale: the recipe's where it has one, else the one that is nearest to the adapters."""
     if "scale" in recipe.model_fields_set and recipe.scale != "auto":
-        return recipe.factor, [], evaluate_held_out(mixture, learner, taught, 0, recipe.tune)
+        return recipe.factor, [], evaluate_held_out(learner, taught, 0, recipe.tune)
     if (found := working.load("scale", _from_scale)) is not None:
         learner.factors.scale(found[0])
         return found
@@ -459,7 +459,7 @@ def _scaled(
 
     progress.start("scale", 6, "scales")
     try:
-        scale, start = best_scale(mixture, learner, taught, recipe.tune, report)
+        scale, start = best_scale(learner, taught, recipe.tune, report)
     finally:
         progress.finish()
     working.save("scale", {}, {"scale": scale, "tried": tried, "held": start.model_dump(mode="json")})
