@@ -131,7 +131,7 @@ def take_all_moments(
     """
     adapters = request.inventory.adapters
     keys = {a.name: request.key(a) for a in adapters}
-    missing = [a for a in adapters if _origin(place(a)) != keys[a.name]]
+    missing = [a for a in adapters if not _is_usable(place(a), keys[a.name])]
     if missing:
         mixture = base()
         for adapter in missing:
@@ -185,7 +185,7 @@ def take_sequential_moments(
     weights = [entry.weight for entry in recipe.adapters]
     key = digest("sequential", asked, weights, [request.key(a) for a in inventory.adapters])
     names = {a.name: f"{a.name}-{key}.safetensors" for a in inventory.adapters}
-    if all(_origin(store / name) == key for name in names.values()):
+    if all(_is_usable(store / name, key) for name in names.values()):
         return names, []
     mixture = base()
     passages = {
@@ -235,16 +235,19 @@ def load_base(request: CalibrationRequest, progress: Progress) -> Mixture:
     return mixture
 
 
-def _origin(file: Path) -> str | None:
-    """Return the key of a file of moments; None where there is none that can be read."""
+def _is_usable(file: Path, key: str) -> bool:
+    """Return whether a file holds the moments of a key, whole; a damaged one is announced, and made again."""
     if not file.is_file():
-        return None
+        return False
     try:
-        origin = MomentsFile(file).origin
+        moments = MomentsFile(file)
+        if moments.origin is None or moments.origin.key != key:
+            return False
+        moments.check()
     except AdapterError as error:
         announce(f"{file} is made again: {error}")
-        return None
-    return None if origin is None else origin.key
+        return False
+    return True
 
 
 def _described(request: CalibrationRequest, adapter: Adapter, file: Path, *, reused: bool) -> CalibratedAdapter:

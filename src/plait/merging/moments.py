@@ -34,6 +34,7 @@ Found = Tensor | InputRows
 MomentsOf = Callable[[str, str], Found | None]  # (adapter, target module) → E[x xᵀ]; None where the adapter lacks the module
 _ASYMMETRY = 1e-3  # of the largest entry: sums in bfloat16 stay below it
 _ROWS = ":rows"
+_DTYPES = ("F16", "BF16", "F32", "F64")
 _PREFIX = "plait."  # of what is plait's in the metadata of a header
 _MAKE_AGAIN = "Make them with `plait calibrate`, or plait.save_moments."
 
@@ -55,8 +56,8 @@ class MomentsOrigin(Record):
     adapter: str
     base: str
     texts: dict[str, str]
-    tokens: int
-    sampled: int
+    tokens: int = Field(ge=0)
+    sampled: int = Field(ge=0)
     key: str
     plait: str
     sequential: bool = False
@@ -86,6 +87,9 @@ class MomentsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = SafetensorsFile(path)
+        for name, info in self._file.tensors.items():
+            if info.dtype not in _DTYPES:
+                raise AdapterError(f"{path}: {name!r} is of dtype {info.dtype}, must be of {', '.join(_DTYPES)}. {_MAKE_AGAIN}")
         written = {name: self._file.metadata.get(_PREFIX + name) for name in _Metadata.model_fields}
         found = {k: parse_json(v, f"{path}: {_PREFIX}{k}", AdapterError) for k, v in written.items() if v is not None}
         metadata = as_record(_Metadata, found, str(path), AdapterError, what="metadata of moments", advice=_MAKE_AGAIN)
@@ -124,6 +128,17 @@ class MomentsFile:
         if found[1]:
             return InputRows(self._file.read(name + _ROWS))
         return self._file.read(name) if matrix is None else self._file.read_rows(name, matrix, matrix + 1)[0]
+
+    def check(self) -> None:
+        """Read everything, and make sure that it can be second moments.
+
+        Raises:
+            AdapterError: an entry is not a square, symmetric, finite matrix, or finite rows.
+        """
+        for module in self.entries:
+            found = self.read(module, None)
+            if found is not None:
+                _check_entry(found, f"{self.path}: moments of {module}")
 
     def read_all(self) -> dict[str, Found]:
         """Return module → its entry; modules that share one have the same object."""
@@ -296,11 +311,7 @@ def save_moments(path: str | Path, moments: Mapping[str, Found]) -> None:
         OutputError: there is a file of that name.
     """
     for module, found in moments.items():
-        if isinstance(found, InputRows):
-            _checked_rows(found, found.x.shape[-1], f"moments of {module}")
-            continue
-        for part in found if found.ndim == 3 else (found,):
-            _checked(part, part.shape[-1] if part.ndim else 0, f"moments of {module}")
+        _check_entry(found, f"moments of {module}")
     target = Path(path)
     if target.exists():
         raise OutputError(f"{target} exists. Remove it, or choose another name.")
@@ -331,6 +342,15 @@ def write_moments(path: Path, moments: Mapping[str, Found], origin: MomentsOrigi
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def _check_entry(found: Found, where: str) -> None:
+    """Refuse what cannot be moments of any module: a matrix, a stack of them, or rows."""
+    if isinstance(found, InputRows):
+        _checked_rows(found, found.x.shape[-1] if found.x.ndim else 0, where)
+        return
+    for part in found if found.ndim == 3 else (found,):
+        _checked(part, part.shape[-1] if part.ndim else 0, where)
 
 
 def _checked(found: Tensor, d_in: int, where: str) -> Tensor:
