@@ -303,6 +303,21 @@ def test_a_written_merge_brings_its_energy_and_its_lock(tmp_path):
     assert "plait.lock" in page.text
 
 
+@pytest.mark.parametrize("content", ["[" * 10_000, "{}", "a text", None])
+def test_a_lock_that_is_none_is_refused_by_name(tmp_path, content):
+    cohort([(12, 10)], [2, 2], seed=3).save(tmp_path)
+    plait.merge([tmp_path / "adapter0", tmp_path / "adapter1"], method="svd", rank=1, out=tmp_path / "merged")
+    lock = tmp_path / "merged" / "plait.lock"
+    lock.unlink()
+    if content is None:
+        lock.symlink_to(tmp_path / "nowhere")
+    else:
+        lock.write_text(content)
+    with pytest.raises(ReportError, match=re.escape(str(lock))):
+        plait.report([tmp_path / "merged"], out=tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
 def test_weights_that_are_the_same_everywhere_are_said_once(tmp_path):
     found = pair_on_disk(tmp_path, scale=1.5)
     found.recipe["adapters"][0]["weight"] = 0.7
@@ -439,14 +454,8 @@ def test_figures_are_drawn_and_the_same_twice(tmp_path):
 
 
 def test_what_layers_have_is_drawn_layer_by_layer(sweep, tmp_path):
-    cohort([(12, 10), (8, 12)], [2, 2], seed=3).save(tmp_path)
-    adapters = [tmp_path / "adapter0", tmp_path / "adapter1"]
-    plait.merge(adapters, method="svd", rank=1, out=tmp_path / "merged")
-    recipe = {
-        "adapters": [{"name": a.name, "path": str(a)} for a in adapters],
-        "weights": {"policy": "lines", "alpha": 0.3, "beta": 0.7},
-    }
-    run = run_folder(tmp_path / "run", evaluation(task("a", 0.9), recipe=recipe))
+    run = run_folder(tmp_path / "run", pair_on_disk(tmp_path, weights={"policy": "lines", "alpha": 0.3, "beta": 0.7}))
+    plait.merge([tmp_path / "adapter0", tmp_path / "adapter1"], method="svd", rank=1, out=tmp_path / "merged")
     done = plait.report([run, sweep[0], tmp_path / "merged"], out=tmp_path / "r.html", figures=tmp_path / "figures")
     drawn = {f.stem for f in done.figures}
     layers = {"layers_cosine", "layers_sign_conflict", "layers_overlap_a", "layers_overlap_b"}
@@ -486,11 +495,10 @@ def test_chromium_draws_it_without_errors_or_requests(sweep, tmp_path):
     """The page's own bars have widths, nothing is fetched, nothing is logged; at the width of a phone nothing sticks out."""
     assert BROWSER is not None
     page = tmp_path / "r.html"
-    cohort([(12, 10), (8, 12)], [2, 2], seed=3).save(tmp_path)
-    recipe = {"adapters": [{"name": n, "path": str(tmp_path / n)} for n in ("adapter0", "adapter1")]}
+    pair = pair_on_disk(tmp_path)
     long = "a-task-with-a-very-long-name_that_does_not_end_and_has_no_blank"
     tasks = (WHOLE.tasks[0].model_copy(update={"task": long}), *WHOLE.tasks[1:])
-    found = WHOLE.model_copy(update={"recipe": recipe, "tasks": tasks})
+    found = WHOLE.model_copy(update={"recipe": pair.recipe, "sources": pair.sources, "tasks": tasks})
     plait.report([run_folder(tmp_path / "run", found), sweep[0]], out=page)
     frames = "".join(f'<iframe width={w} height=900 srcdoc="{escape(page.read_text())}"></iframe>' for w in WIDTHS)
     frame = tmp_path / "frame.html"

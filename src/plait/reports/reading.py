@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -15,7 +16,7 @@ from typing import Any
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.names import LayerKey, layer_key
-from plait.errors import AddressError, PlaitError, PlanError, ReportError, collect
+from plait.errors import AdapterError, AddressError, PlaitError, PlanError, ReportError, collect
 from plait.evaluation.comparison import Leaderboard
 from plait.evaluation.record import Evaluation, SingleAdapter
 from plait.evaluation.workspace import COMPARED
@@ -31,7 +32,7 @@ from plait.recipes.loading import build_recipe
 from plait.recipes.schema import Recipe
 from plait.records import Record
 from plait.reports.losses import CURVES, LossCurve, LossCurves
-from plait.results.lock import LOCK, RUN_RECORD
+from plait.results.lock import LOCK, RUN_RECORD, read_lock
 from plait.results.progress import Progress
 from plait.search.record import STUDY, StudyRecord
 from plait.tensorfiles.formats import TENSOR_FORMATS
@@ -120,8 +121,10 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
             tunings += [_read(TuneRecord, f) for f in found if f.name == TUNING]
             studies += [_read(StudyRecord, f) for f in found if f.name == STUDY]
             losses += [curve for f in found if f.name == CURVES for curve in _read(LossCurves, f).curves]
-            locks |= {str(f): read_text(f, ReportError) for f in found if f.name == LOCK}
-        except ReportError as error:
+            for file in (f for f in found if f.name == LOCK):
+                read_lock(file.parent)  # what is not a lock is not shown as one
+                locks[str(file)] = read_text(file, ReportError)
+        except (AdapterError, ReportError) as error:
             problems.append(str(error))
     once: dict[str, Evaluation] = {}
     for evaluation in evaluations:  # a place of a leaderboard may also be given by itself
@@ -147,8 +150,8 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        names = (RESULTS, LEADERBOARD, RUN_RECORD, TUNING, LOCK, CURVES, STUDY)
-        found = [f for name in names for f in sorted(path.glob(name))]
+        named = [path / name for name in (LEADERBOARD, RUN_RECORD, TUNING, LOCK, CURVES, STUDY)]
+        found = [*sorted(path.glob(RESULTS)), *(f for f in named if os.path.lexists(f))]
         for file in found:
             try:
                 file_in(path, file.name)
