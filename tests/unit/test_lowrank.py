@@ -46,6 +46,14 @@ def test_concatenate_is_the_weighted_sum(parts, data) -> None:
     assert found.shape == parts[0].shape
 
 
+@pytest.mark.parametrize("coefficient", [2.225073858507e-311, 5e-324, -1e-308])
+def test_a_coefficient_below_the_smallest_normal_number_is_one(coefficient) -> None:
+    part = LowRank(torch.tensor([[1.5410]], dtype=torch.float64), torch.tensor([[-0.2934]], dtype=torch.float64))
+    found = LowRank.concatenate([part], [coefficient]).dense().item()
+    assert found == pytest.approx(coefficient * 1.5410 * -0.2934, rel=1e-3, abs=1e-323)
+    assert found != 0 or coefficient == 5e-324
+
+
 @settings(deadline=None)
 @given(families())
 def test_concatenate_of_nothing_but_zeros_is_zero(parts) -> None:

@@ -82,7 +82,7 @@ class LowRank:
         limits = torch.finfo(dtype)
         fits = (b * a >= limits.tiny * limits.eps) & (b * a <= limits.max)
         moved = ~(_normal(b, dtype) & _normal(a, dtype)) & fits
-        steps = torch.where(moved, ((a / b).log2() / 2).round(), 0.0).exp2()
+        steps = torch.where(moved, ((a.log2() - b.log2()) / 2).round(), 0.0).exp2()  # a / b may overflow
         return LowRank((self.a / steps.unsqueeze(1)).to(self.a.dtype), (self.b * steps).to(self.b.dtype))
 
     def _times(self, factor: float) -> LowRank:
