@@ -354,6 +354,7 @@ def test_what_else_is_refused(place: Path, tmp_path: Path) -> None:
 
 def test_a_page_of_a_study(place: Path, tmp_path: Path, drawn: SweepResult) -> None:
     page = plait.report([drawn.folder], out=tmp_path / "study.html").page.read_text()
+    assert "plait merge recipe.yaml -o OUT" in page
     record = drawn.record
     complete = [run for run in record.runs if run.complete]
     stopped = [run for run in record.runs if run.stopped]
