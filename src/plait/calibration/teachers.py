@@ -126,11 +126,11 @@ def answer_texts(
     head = isinstance(ask, Head)
     with naming(texts):
         questions, labels = tokenize(mixture, texts, answered=True, right=right)
-        with mixture.active({adapter: 1.0}) as model:
-            if labels and right is None and not is_encoder_decoder(mixture):
+        if labels and right is None and not is_encoder_decoder(mixture):
+            with mixture.active({adapter: 1.0}) as model:
                 read = _likeliest(model, questions, report)
-                if read is not None:
-                    return AnsweredTexts(passages_of(questions, read[0]), read[1], labels, head)
+            if read is not None:
+                return AnsweredTexts(passages_of(questions, read[0]), read[1], labels, head)
         chosen: Sequence[Sequence[int]] = (
             [q.answers[0] for q in questions]
             if right is not None and not head
