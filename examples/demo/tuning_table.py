@@ -92,14 +92,14 @@ def _share(record: Mapping[str, Any], step: int) -> float:
 
 
 def passes(record: Mapping[str, Any]) -> dict[str, int]:
-    """Return how many texts were read without gradients (answers, moments, scales, looks), and how many were learned from."""
+    """Return how many texts were read without gradients, and how many were learned from."""
     spec, texts = record["recipe"]["tune"], record["texts"]
-    held = sum(min(24, max(2, round(spec["held_out"] * t["count"]))) if t["count"] >= 8 else t["count"] for t in texts)
-    some = [len(evenly_spread(t["count"])) for t in texts]  # for the base, and for second moments
-    answers = sum(t["count"] for t in texts) + 2 * sum(some)
+    held = [min(24, round(spec["held_out"] * t["count"])) for t in texts]
+    held = [h if h >= 4 else t["count"] for h, t in zip(held, texts, strict=True)]
+    answers = sum(t["count"] + len(evenly_spread(t["count"])) for t in texts)
     steps = len(record["losses"])
     return {
-        "read": answers + held * (len(record["scales"]) + len(record["looks"])),
+        "read": answers + sum(held) * (1 + len(record["scales"]) + len(record["looks"])),
         "learned": steps * spec["prompts"] * spec["accumulate"] * len(texts),
     }
 

@@ -300,7 +300,7 @@ def test_splits_that_overlap_are_refused(prepared, tmp_path):
         ({"split": "dev"}, "split is 'dev'; it must be"),
         ({"subset": 0}, "max_samples is 0; it must be >= 1"),
         ({"base": "nowhere/at-all/x/y"}, "nowhere"),
-        ({"load_dtype": "float23"}, "dtype 'float23' is not allowed; it must be one of auto, float32"),
+        ({"load_dtype": "float23"}, "dtype 'float23' is not allowed; it must be one of auto, stored, float32"),
         ({"device_map": "gpu"}, "device_map 'gpu' cannot be used here"),
     ],
 )

@@ -73,7 +73,8 @@ def merge(  # noqa: PLR0913 (what a command line takes)
             merge for all others, as a note says.
         bake_dir: also write base + merge as a full model there, as `bake` does; it is the result's `baked`.
         push_baked_to: Hub repository to upload that model to.
-        load_dtype: of the base that reads texts, as transformers takes it; `auto` is the checkpoint's.
+        load_dtype: of the base that reads texts, as transformers takes it; `stored` is the checkpoint's; `auto` too, or
+            float32 where that is slow here.
         device_map: of that base, as transformers takes it.
         trust_remote_code: let transformers run code that comes with its weights.
         **settings: keys of a recipe (`method`, `scale`, `seed`, `merge_mode`, `transforms`, `heads`, `base_model`), of its
@@ -166,7 +167,8 @@ def bake(  # noqa: PLR0913 (what a command line takes)
         private: create that repository as private.
         moments: second moments of the modules' inputs, as `merge` takes them.
         tasks: files of the adapters' tasks, as `merge` takes them.
-        load_dtype: of the base that reads their texts, as transformers takes it; `auto` is the checkpoint's.
+        load_dtype: of the base that reads their texts, as transformers takes it; `stored` is the checkpoint's; `auto` too, or
+            float32 where that is slow here.
         device_map: of that base, as transformers takes it.
         trust_remote_code: let transformers run code that comes with its weights.
         **settings: as `merge`, but for what shapes an adapter (`rank`, `kind`, `layout`).

@@ -50,7 +50,8 @@ def calibrate(  # noqa: PLR0913 (what a command line takes)
         tasks: files of the tasks, every adapter's own among them; the recipe's when None.
         out: where to write `<adapter>.safetensors`, `calibration.json` and the lock.
         base_model: its name or folder; the recipe's, or the adapters', when None.
-        load_dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
+        load_dtype: of the base in memory, as transformers takes it; `stored` is the checkpoint's; `auto` too, or
+            float32 where that is slow here.
         device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
         trust_remote_code: let transformers run code that comes with the weights.
         force: replace a result at `out`.
@@ -106,7 +107,8 @@ def tune(  # noqa: PLR0913 (what a command line takes)
         out: where to write the adapter.
         control: also let a fresh LoRA of the same rank learn the same, and record how far it comes.
         controls: the same, and random adapters of equal norms.
-        load_dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
+        load_dtype: of the base in memory, as transformers takes it; `stored` is the checkpoint's; `auto` too, or
+            float32 where that is slow here.
         device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
         trust_remote_code: let transformers run code that comes with the weights.
         workers: modules merged at a time; never changes a bit.
@@ -166,7 +168,8 @@ def sweep(  # noqa: PLR0913 (what a command line takes)
         storage: Optuna's address of a storage that several machines share.
         warm_start: folders of earlier studies; their candidates that are merged alike and were asked the same count here.
         moments: second moments of inputs, as `merge` takes them from files.
-        load_dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
+        load_dtype: of the base in memory, as transformers takes it; `stored` is the checkpoint's; `auto` too, or
+            float32 where that is slow here.
         device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
         trust_remote_code: let transformers run code that comes with the weights.
         workspace: where results and finished answers are kept; answers of base and single adapters are asked once for all.
@@ -248,7 +251,8 @@ def evaluate(  # noqa: PLR0913 (what a command line takes)
         matrix: also every single adapter on every task.
         sources: for an adapter or model: the tasks' own adapters, name → reference; those of its `plait.lock` when None.
         base: the base model; the recipe's or the adapters' own when None.
-        load_dtype: of the base model, as transformers takes it; `auto` is the checkpoint's.
+        load_dtype: of the base model, as transformers takes it; `stored` is the checkpoint's; `auto` too, or
+            float32 where that is slow here.
         device_map: as transformers takes it; `auto` is the first accelerator, or the processor where there is none.
         trust_remote_code: let transformers run code that comes with the weights.
         workspace: where results and finished answers are kept; None keeps nothing.

@@ -74,6 +74,7 @@ def request_of(
         recipe = Recipe.model_validate({**given, "base_model": str(inputs[BASE].folder)})
         locked = {str(task): str(digest) for task, digest in lock.options["texts"].items()}
         options = {key: str(lock.options[key]) for key in ("dtype", "device_map")}
+        options["dtype"] = {"auto": "stored"}.get(options["dtype"], options["dtype"])  # what it was on the machine of the lock
     except (ValidationError, AttributeError, KeyError, TypeError) as error:
         first = str(error).splitlines()[0]
         raise RecipeError(f"{LOCK}: its request is of plait {lock.plait}, which this plait cannot read: {first}.") from None

@@ -13,6 +13,7 @@ from plait.calibration.record import CalibratedTexts, CalibrationPlan
 from plait.calibration.texts import Texts, overlap_with_evaluation, read_texts
 from plait.checkpoints.digests import weight_files
 from plait.errors import PlanError, TaskError, collect
+from plait.evaluation.loaded_base import with_used_dtype
 from plait.evaluation.scores import adapter_digest, digest
 from plait.hub.download import Located, resolve_model
 from plait.hub.pretrained import LoadOptions
@@ -174,7 +175,8 @@ def read_calibration(recipe: Recipe, folder: Path | None, options: LoadOptions) 
     texts, owners = task_texts(recipe, folder, [a.name for a in inventory.adapters])
     problems = [problem for t in texts.values() for problem in overlap_with_evaluation(t)]
     collect(TaskError, problems, "texts must be disjoint from the validation and test splits, and are not")
-    return CalibrationRequest(inventory, base_of(inventory, folder, options.base), options, texts, owners)
+    base = base_of(inventory, folder, options.base)
+    return CalibrationRequest(inventory, base, with_used_dtype(options, base.folder), texts, owners)
 
 
 def base_of(inventory: Inventory, folder: Path | None, given: str | None) -> Located:

@@ -54,7 +54,11 @@ class Loading(NamedTuple):
     """How the base model is loaded on this machine."""
 
     load_dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help="Dtype of the base model in memory; auto: as it is stored.")
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            help="Dtype of the base model in memory: stored, float32, …; auto: as stored, or float32 where that is slow here.",
+        ),
     ] = "auto"
     device_map: Annotated[
         str,

@@ -43,7 +43,7 @@ def train(
         typer.Option("--set", metavar="PATH=VALUE", help="Set any key of the file: --set arguments.max_steps=10"),
     ] = None,
     matrix: Annotated[bool, typer.Option("--matrix", help="Also evaluate every adapter on every task.")] = False,
-    load_dtype: Annotated[str, typer.Option(help="Dtype of the base model in evaluation; auto: as stored.")] = "auto",
+    load_dtype: Annotated[str, typer.Option(help="Dtype of the base model in evaluation (plait eval --help).")] = "auto",
     device_map: Annotated[str, typer.Option(help="In evaluation, as transformers takes it: auto, cpu, cuda:0.")] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="In evaluation: run code that comes with the base's weights.")

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from plait.adapters.adapter import Adapter
-from plait.errors import TaskError
+from plait.checkpoints.files import find_weights, read_config
+from plait.checkpoints.quantization import quantization
+from plait.errors import PlaitError, TaskError
 from plait.hub.pretrained import LoadOptions
 from plait.libraries.transformers import quiet_loading
 from plait.mixture import Mixture
 from plait.notices import announce
 from plait.results.progress import Progress
+from plait.tensorfiles.formats import open_tensors
 
+_NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
 _FLOAT32 = 4  # bytes
+_ROOM = 1.5  # of its weights' size, which a model needs while it is loaded and read with
 _LARGE = 20_000_000  # parameters, from which on it matters how fast they are multiplied
 _SLOW = 1.5
 
@@ -27,7 +37,7 @@ class LoadedBase:
     Args:
         base: folder of the base model.
         adapters: that can be made active.
-        options: how it is loaded; a `base` of theirs has been found by now, and is not read.
+        options: how it is loaded, `with_used_dtype`; a `base` of theirs has been found by now, and is not read.
         progress: receives stages and steps.
     """
 
@@ -68,30 +78,72 @@ class LoadedBase:
             )
         self._progress.advance()
         self._progress.finish()
-        if self._options.dtype == "auto":
-            _announce_a_slow_dtype(loaded.model)
         return loaded
 
 
-def _announce_a_slow_dtype(model: Any) -> None:
-    """Announce it where the checkpoint's own dtype is slow on this processor; small models are fast anyway."""
+def with_used_dtype(options: LoadOptions, folder: Path) -> LoadOptions:
+    """Return options with the dtype that a base is computed in: what answers and moments depend on.
+
+    `auto` is float32 where this processor multiplies the checkpoint's own dtype much slower, and the memory for it is free;
+    that is announced. Small models are fast anyway. Elsewhere `auto` and `stored` are the checkpoint's own, as transformers'
+    `auto` is.
+
+    Args:
+        options: as they were given.
+        folder: of the base; whatever is wrong with it is left to the one that loads it.
+    """
+    if options.dtype != "auto":
+        return replace(options, dtype="auto") if options.dtype == "stored" else options
+    stored = _stored(folder) if placement(options.device_map) is None else None
+    if stored is None or stored.dtype not in _NARROW or stored.parameters < _LARGE:
+        return options
+    import psutil
+
     from plait.linalg.speed import slowness
 
-    if model.device.type != "cpu" or model.dtype.itemsize >= _FLOAT32 or model.num_parameters() < _LARGE:
-        return
-    ratio = slowness(model.dtype)
-    if ratio > _SLOW:
-        name = str(model.dtype).removeprefix("torch.")
+    ratio = slowness(_NARROW[stored.dtype])
+    if ratio <= _SLOW:
+        return options
+    name = str(_NARROW[stored.dtype]).removeprefix("torch.")
+    needed, free = _ROOM * _FLOAT32 * stored.parameters, psutil.virtual_memory().available
+    if needed > free:
         announce(
             f"the base is computed in its own dtype, {name}, which this processor multiplies {ratio:.1f} times slower than "
-            "float32: --load-dtype float32 (dtype='float32') is faster, with twice the memory."
+            f"float32: that needs {needed / 1e9:.1f} GB of free memory, and there are {free / 1e9:.1f} GB."
         )
+        return options
+    announce(
+        f"the base is computed in float32, since this processor multiplies its own dtype, {name}, {ratio:.1f} times slower; "
+        f"--load-dtype stored (load_dtype='stored') keeps {name}, with half the memory."
+    )
+    return replace(options, dtype="float32")
+
+
+class _Stored(NamedTuple):
+    """Of a checkpoint: the dtype of most of its parameters, by safetensors' name, and how many it has."""
+
+    dtype: str
+    parameters: int
+
+
+def _stored(folder: Path) -> _Stored | None:
+    """Return the dtype and size of a plain checkpoint; None where it is quantized or cannot be read."""
+    counts: Counter[str] = Counter()
+    try:
+        weights, config = find_weights(folder), read_config(folder)
+        for name in weights.names if weights is not None else ():
+            tensors = open_tensors(folder / name).tensors
+            if quantization(config, tensors) is not None:
+                return None
+            for info in tensors.values():
+                counts[info.dtype] += math.prod(info.shape)
+    except (PlaitError, OSError):
+        return None
+    return _Stored(counts.most_common(1)[0][0], counts.total()) if counts else None
 
 
 def placement(wanted: str) -> Any:
     """Return what transformers is given: `auto` is the first accelerator, or, as `cpu` is, None: the processor."""
-    import torch
-
     if wanted != "auto":
         return None if wanted == "cpu" else wanted
     if torch.cuda.is_available():

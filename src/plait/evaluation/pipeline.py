@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from plait.adapters.adapter import ADAPTER_CONFIG, Adapter
 from plait.errors import AddressError, PlanError, TaskError, did_you_mean
 from plait.evaluation.candidates import Candidate, live_candidate, merge_candidate, model_candidate, saved_candidate
-from plait.evaluation.loaded_base import LoadedBase, placement
+from plait.evaluation.loaded_base import LoadedBase, placement, with_used_dtype
 from plait.evaluation.record import CandidateKind, Evaluation, SingleAdapter
 from plait.evaluation.recovery import BootstrapDraws
 from plait.evaluation.scores import ScoreCache, model_digest
@@ -113,7 +113,6 @@ class Evaluator:
         progress: Progress,
     ) -> None:
         self.spec = spec
-        self.options = options
         self.progress = progress
         self.singles = {a.name: a for a, _, _ in singles}
         self._asked = tuple(tasks)
@@ -125,9 +124,11 @@ class Evaluator:
         self._sources = tuple(
             SingleAdapter(name=a.name, path=text, repo=p.repo, commit=p.commit, sha256=a.sha256()) for a, p, text in singles
         )
-        live = LoadedBase(place.folder, [*self.singles.values(), *others], options.load, progress)
+        load = with_used_dtype(options.load, place.folder)
+        self.options = replace(options, load=load)
+        live = LoadedBase(place.folder, [*self.singles.values(), *others], load, progress)
         cache = ScoreCache(None if options.workspace is None else options.workspace / SCORES)
-        setting = (options.load.dtype, str(placement(options.load.device_map)))  # `auto` is another device on another machine
+        setting = (load.dtype, str(placement(load.device_map)))  # `auto` is another device on another machine
         self.session = Session(live, model_digest(place.folder), self.singles, self.tasks, spec, setting, cache, progress)
 
     def evaluate(self, subject: EvalSubject) -> Evaluation:

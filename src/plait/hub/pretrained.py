@@ -37,7 +37,8 @@ class LoadOptions:
     """How a base model is loaded that reads texts.
 
     Attributes:
-        dtype: of the base in memory, as transformers takes it; `auto` is the checkpoint's.
+        dtype: of the base in memory, as transformers takes it; `stored` is the checkpoint's; `auto` too, but where that is slow
+            (see `evaluation.loaded_base.with_used_dtype`).
         device_map: as transformers takes it; `auto` is the first accelerator, or the processor.
         trust_remote_code: let transformers run code that comes with the weights.
         base: its reference, in place of the one that recipe or adapters name.

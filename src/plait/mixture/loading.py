@@ -55,7 +55,7 @@ def load_base_model(
 
     folder = resolve_model(str(base)).folder
     find_weights(folder)  # transformers follows an index out of its folder
-    keywords: dict[str, Any] = {"dtype": dtype}
+    keywords: dict[str, Any] = {"dtype": "auto" if dtype == "stored" else dtype}
     if device_map is not None:
         keywords["device_map"] = device_map
     check_loading(dtype, device_map)
@@ -75,11 +75,15 @@ def load_base_model(
 def check_loading(dtype: Any, device_map: Any) -> None:
     """Refuse a dtype or device with which no model can be loaded, before any work is done for it.
 
+    Args:
+        dtype: as `LoadOptions` has it.
+        device_map: as transformers takes it.
+
     Raises:
         PlanError: one of them cannot be used here.
     """
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise PlanError(f"dtype {dtype!r} is not allowed; it must be one of auto, float32, bfloat16, float16, float64.")
+    if isinstance(dtype, str) and dtype not in ("auto", "stored") and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise PlanError(f"dtype {dtype!r} is not allowed; it must be one of auto, stored, float32, bfloat16, float16, float64.")
     if not isinstance(device_map, str) or device_map in PLACEMENTS:
         return
     try:

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -66,6 +66,7 @@ class SplitLessons:
         lessons: one per task.
         learn: task → texts that are learned from.
         held: task → texts that are only looked at, to choose the scale and the step; those learned from where there are few.
+        base: task → mean KL(own adapter ‖ base) over the positions of those, in nats: what knowing nothing costs.
         learned: losses of base and own adapters on the texts that are learned from, where the objective needs them.
         judged: the same on the texts that are held out, where labels judge.
         own: task → per text that is learned from, sum and count of the own adapter's loss; where regrets need it.
@@ -74,15 +75,14 @@ class SplitLessons:
     lessons: tuple[Lesson, ...]
     learn: Mapping[str, tuple[int, ...]]
     held: Mapping[str, tuple[int, ...]]
+    base: Mapping[str, float] = field(default_factory=dict)
     learned: ReferenceLosses = field(default_factory=lambda: ReferenceLosses({}, {}))
     judged: ReferenceLosses = field(default_factory=lambda: ReferenceLosses({}, {}))
     own: Mapping[str, Mapping[int, tuple[float, int]]] = field(default_factory=dict)
 
     def only(self, tasks: Sequence[str]) -> SplitLessons:
         """Return the lessons of some of the tasks."""
-        return SplitLessons(
-            tuple(x for x in self.lessons if x.task in tasks), self.learn, self.held, self.learned, self.judged, self.own
-        )
+        return replace(self, lessons=tuple(x for x in self.lessons if x.task in tasks))
 
 
 def split_off(lessons: Sequence[Lesson], *, share: float, most: int, seed: int) -> SplitLessons:
@@ -102,11 +102,17 @@ def split_off(lessons: Sequence[Lesson], *, share: float, most: int, seed: int) 
 
 
 def with_references(mixture: Mixture, taught: SplitLessons, spec: TuneSpec) -> SplitLessons:
-    """Take the losses of base and own adapters that the objective, its task weights or the judge need.
+    """Measure the base's divergence on the held-out texts, and the losses of base and own adapters that the objective, its task
+    weights or the judge need.
 
     Raises:
         PlanError: in no task does the own adapter have a smaller loss than the base, so that there is nothing to regret.
     """
+    divergence = {}
+    for lesson in taught.lessons:
+        with mixture.active(None, heads=lesson.adapter if lesson.head else False) as model:
+            divergence[lesson.task] = lesson.divergence(model, taught.held[lesson.task])
+    taught = replace(taught, base=divergence)
     objective = OBJECTIVES[spec.objective]
     needs_learned = objective.coupled or spec.task_weights == "baseline_normalized"
     if objective.needs != "labels" or not (needs_learned or spec.judge == "loss"):
@@ -130,7 +136,7 @@ def with_references(mixture: Mixture, taught: SplitLessons, spec: TuneSpec) -> S
     if objective.coupled and not any(learned.base[t] - learned.own[t] > spec.regret_eps for t in learned.base):
         listed = ", ".join(f"{t}: {learned.base[t]:.3g} and {learned.own[t]:.3g}" for t in learned.base)
         raise PlanError(f"regret_smoothmax: no adapter has a smaller loss on its labels than the base ({listed}, in nats).")
-    return SplitLessons(taught.lessons, taught.learn, taught.held, learned, judged, own)
+    return replace(taught, learned=learned, judged=judged, own=own)
 
 
 def text_losses(
@@ -173,12 +179,12 @@ def evaluate_held_out(
         acting = partial(learner.acting, lesson.adapter if lesson.head else None)
         with torch.no_grad(), acting() as model:
             found[lesson.task] = lesson.divergence(model, held)
-        kept[lesson.task] = 1 - found[lesson.task] / max(lesson.base, LEAST_DIVERGENCE)
+        kept[lesson.task] = 1 - found[lesson.task] / max(taught.base[lesson.task], LEAST_DIVERGENCE)
         if spec.judge == "loss":
             base, own = taught.judged.base[lesson.task], taught.judged.own[lesson.task]
             loss = _mean(text_losses(lesson, acting, OBJECTIVES[spec.objective], spec, held), held)
             kept[lesson.task] = (base - loss) / max(base - own, spec.regret_eps)
-    shares = [found[x.task] / max(x.base, LEAST_DIVERGENCE) for x in taught.lessons]
+    shares = [found[x.task] / max(taught.base[x.task], LEAST_DIVERGENCE) for x in taught.lessons]
     share = sum(shares) / len(shares)
     score = selection_score(kept, spec.criterion, earlier)
     return HeldOutScore(step=step, divergence=found, share=share, kept=kept, score=score)

@@ -22,7 +22,7 @@ from plait.calibration.request import base_digests, base_of, locked_request
 from plait.calibration.search import LEAST_DIVERGENCE
 from plait.calibration.texts import Texts
 from plait.errors import OutputError, PlanError
-from plait.evaluation.loaded_base import LoadedBase
+from plait.evaluation.loaded_base import LoadedBase, with_used_dtype
 from plait.evaluation.scores import adapter_digest, digest
 from plait.extras import require
 from plait.hub.download import Located
@@ -166,6 +166,7 @@ def _run(
     texts, right, owners = tuning_texts(recipe, folder, inventory)
     texts, right, excluded = (texts, right, []) if spec.allow_test else without_test_texts(texts, right)
     base = base_of(inventory, folder, options.load.base)
+    options = replace(options, load=with_used_dtype(options.load, base.folder))
     digests = input_digests(inventory)
     base_files = base_digests(base.folder)
     content = [*digests.values(), base_files, *(adapter_digest(a.folder) for a in inventory.adapters)]
@@ -205,7 +206,7 @@ def _run(
             objective=spec.objective,
             scale=scale,
             scales=tuple(scales),
-            base={x.task: x.base for x in lessons},
+            base=dict(taught.base),
             looks=tuple(learned.run.looks),
             losses=tuple(learned.run.losses),
             kept_step=learned.run.best.step,
@@ -496,12 +497,12 @@ def _notes(
         notes.append(f"{', '.join(tested)}: learned from split 'test', as allow_test allows; do not judge the result on it.")
     if len(run.looks) > 1 and max(run.looks, key=lambda h: h.score).step == 0:
         notes.append("no step was better than the start on the held-out texts.")
-    if lost := [x.task for x in taught.lessons if run.best.divergence[x.task] > max(x.base, LEAST_DIVERGENCE)]:
+    if lost := [x.task for x in taught.lessons if run.best.divergence[x.task] > max(taught.base[x.task], LEAST_DIVERGENCE)]:
         notes.append(
             f"{', '.join(lost)}: the result is farther from the task's own adapter than the base model is. More texts, steps "
             "or another method may keep it (plait eval shows what is lost); else leave the adapter out."
         )
-    if same := [x.task for x in taught.lessons if x.base < LEAST_DIVERGENCE]:
+    if same := [x.task for x in taught.lessons if taught.base[x.task] < LEAST_DIVERGENCE]:
         notes.append(f"{', '.join(same)}: the own adapter answers these texts as the base does; they teach little or nothing.")
     notes += [
         f"{x.task}: {known[x.task]} of {len(texts[x.task].prompts)} texts were in the training of adapter {x.adapter} (its "

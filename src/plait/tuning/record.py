@@ -48,7 +48,7 @@ class TuneRecord(Record):
         texts: what was seen, per task.
         scale: factor on the closed form.
         scales: every scale that was tried, with the mean share of divergence (see `HeldOutScore`) that it left.
-        base: task → mean KL(own adapter ‖ base) on all its texts, nats.
+        base: task → mean KL(own adapter ‖ base) on the held-out texts, nats.
         looks: at the held-out texts, from the start on.
         losses: the objective at every step, on its texts.
         kept_step: the step whose factors were kept.

@@ -26,14 +26,12 @@ class Lesson(AnsweredTexts):
     Attributes:
         task: its name.
         adapter: whose answers they are.
-        base: mean KL(adapter ‖ base) over the positions of at most 64 passages, in nats: what knowing nothing costs.
         targets: per passage, the right labels of a classification head; empty where they are tokens, or not read.
         labeled: whether the passages' answers are labels of the data, rather than what the adapter answers.
     """
 
     task: str
     adapter: str
-    base: float
     targets: tuple[int, ...] = ()
     labeled: bool = False
 
@@ -98,7 +96,7 @@ def make_lesson(
     right: Sequence[str] | None = None,
     report: Callable[[int], object] = lambda done: None,
 ) -> Lesson:
-    """Put texts into tokens, and ask the task's own adapter, and the base, about them.
+    """Put texts into tokens, and ask the task's own adapter about them.
 
     Args:
         mixture: the base with the adapters.
@@ -114,10 +112,8 @@ def make_lesson(
     targets: tuple[int, ...] = ()
     if right is not None and isinstance(texts.task.ask, Head):
         targets = tuple(texts.task.ask.labels.index(text) for text in right)
-    with mixture.active(None, heads=adapter if answered.head else False) as model:
-        base = answered.divergence(model, evenly_spread(len(answered.passages)))
     known = {f.name: getattr(answered, f.name) for f in fields(answered)}
-    return Lesson(**known, task=texts.task.name, adapter=adapter, base=base, targets=targets, labeled=right is not None)
+    return Lesson(**known, task=texts.task.name, adapter=adapter, targets=targets, labeled=right is not None)
 
 
 def evenly_spread(count: int, most: int = 64) -> range:
