@@ -44,10 +44,9 @@ def frames_within() -> int:
     frame = inspect.currentframe()
     frame = None if frame is None else frame.f_back
     level = 1
-    while frame is not None and frame.f_back is not None and _is_within(frame.f_code.co_filename):
+    while frame is not None and frame.f_back is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith(_OWN) and file not in _BETWEEN:
+            break
         frame, level = frame.f_back, level + 1
     return level
-
-
-def _is_within(file: str) -> bool:
-    return file.startswith(_OWN) or file in _BETWEEN

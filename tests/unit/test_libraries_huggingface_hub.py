@@ -9,7 +9,14 @@ import huggingface_hub
 from huggingface_hub import errors
 from huggingface_hub.utils import are_progress_bars_disabled
 
-from plait.libraries.huggingface_hub import cause_of, fetched_sha256, is_of_transport, progress_bars, status_of, words_of
+from plait.libraries.huggingface_hub import (
+    cause_of,
+    fetched_sha256,
+    is_of_transport,
+    status_of,
+    without_progress_bars,
+    words_of,
+)
 
 
 def test_the_cache_names_large_files_by_their_sha256(tmp_path):
@@ -72,10 +79,8 @@ def test_failures_of_the_transport_have_one_root():
 def test_bars_are_put_away_and_brought_back():
     before = are_progress_bars_disabled()
     huggingface_hub.utils.enable_progress_bars()
-    with progress_bars(shown=False):
+    with without_progress_bars():
         assert are_progress_bars_disabled()
     assert not are_progress_bars_disabled()
-    with progress_bars(shown=True):
-        assert not are_progress_bars_disabled()
     if before:
         huggingface_hub.utils.disable_progress_bars()

@@ -113,10 +113,11 @@ def complete_recipe(
     inventory = take_inventory(recipe.with_values(wanted), folder, moments)
     found = find_values(request, mixture(), inventory, wanted, worker_count(workers), progress)
     values = ", ".join(f"{name} {value:.4g}" for name, value in found.values.items())
+    digests = ", ".join(f"{name} {texts.digest}" for name, texts in request.texts.items())
     note = (
         f"{values} {'was' if len(found.values) == 1 else 'were'} found on {describe_counts(request.texts)}: nearest to each "
         f"task's own adapter, with {found.share:.1%} of the base's divergence from it; no label was read. "
-        f"Texts: {_digests(request)}."
+        f"Texts: {digests}."
     )
     return CompletedRecipe(recipe.with_values(found.values), found, (*notes, note))
 
@@ -140,7 +141,3 @@ def _with_moments(
     home = STORE if folder is None else STORE.absolute()
     entries = (e.model_copy(update={"moments": str(home / names[e.name])}) for e in recipe.adapters)
     return recipe.changed(*(("adapters", i, "moments") for i in range(len(names))), adapters=tuple(entries))
-
-
-def _digests(request: CalibrationRequest) -> str:
-    return ", ".join(f"{name} {t.digest}" for name, t in request.texts.items())

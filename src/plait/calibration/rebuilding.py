@@ -67,7 +67,7 @@ def request_of(
         raise RecipeError(f"{LOCK}: plait {lock.plait} kept no names of texts in it; its files were checked.")
     try:
         given = {**lock.options["request"]}
-        given["adapters"] = [_located(entry, inputs[entry["name"]]) for entry in given["adapters"]]
+        given["adapters"] = [inputs[entry["name"]].located(entry) for entry in given["adapters"]]
         given["tasks"] = [absolute(task) for task in given["tasks"]]
         if files := given.get(part, {}).get("files"):
             given[part] = {**given[part], "files": {task: absolute(file) for task, file in files.items()}}
@@ -94,8 +94,3 @@ def check_same_texts(texts: Mapping[str, Texts], locked: Mapping[str, str]) -> N
     changed = [name for name, t in texts.items() if t.digest != locked.get(name)]
     problems = [f"task {name!r}: its texts ({texts[name].source}) are not those that were read." for name in changed]
     collect(RecipeError, problems, "texts changed since")
-
-
-def _located(entry: Mapping[str, Any], found: FoundInput) -> dict[str, Any]:
-    moments = {"moments": str(found.moments)} if found.moments is not None else {}
-    return {**entry, "path": str(found.folder), **moments}

@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -194,20 +193,19 @@ class Pairing:
     notes: tuple[str, ...]
 
 
-def pair_checkpoints(base: str, tuned: str, folder: Path | None = None) -> Pairing:
+def pair_checkpoints(base: str, tuned: str) -> Pairing:
     """Open both models and align them.
 
     Args:
         base: reference of the base model.
         tuned: reference of the fine-tune.
-        folder: what relative paths are relative to; the current folder when None.
 
     Raises:
         AddressError: a reference leads nowhere.
         AdapterError: files that are not a checkpoint.
         PlanError: a quantized model, or two models that are not a base and its fine-tune, with everything that does not fit.
     """
-    one, two = _open_both((base, tuned), folder)
+    one, two = _open_both(base, tuned)
     names = _align(set(one.home), set(two.home))
     _tie(names, one, two)
     both = {name: (b, t) for name, (b, t) in names.items() if b is not None and t is not None}
@@ -344,12 +342,12 @@ class _Pairs:
         return PairedRows(*sides, 0, math.prod(shape) // max(1, columns), columns)
 
 
-def _open_both(texts: tuple[str, str], folder: Path | None) -> tuple[BaseCheckpoint, BaseCheckpoint]:
+def _open_both(*texts: str) -> tuple[BaseCheckpoint, BaseCheckpoint]:
     opened: list[BaseCheckpoint] = []
     errors: list[PlaitError] = []
     for text in texts:
         try:
-            opened.append(BaseCheckpoint.open(text, base=folder))
+            opened.append(BaseCheckpoint.open(text))
         except PlaitError as error:
             errors.append(error)
     if len(errors) == 1:

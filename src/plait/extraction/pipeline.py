@@ -45,7 +45,6 @@ def run_extract(
     request: ExtractRequest,
     *,
     out: Path,
-    folder: Path | None = None,
     force: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -56,7 +55,6 @@ def run_extract(
     Args:
         request: what is asked for.
         out: where to write.
-        folder: what relative paths are relative to; the current folder when None.
         force: replace an adapter at `out`.
         workers: tensors worked on at a time; never changes a byte.
         progress: receives stages and steps.
@@ -71,7 +69,7 @@ def run_extract(
     problem = output_problem(out, force=force)
     if problem:
         raise OutputError(problem)
-    pairing = pair_checkpoints(request.base, request.finetuned, folder)
+    pairing = pair_checkpoints(request.base, request.finetuned)
     check_not_an_input(
         out, {"the base model": pairing.base.folder, "the fine-tune": pairing.tuned.folder}, command="extraction"
     )

@@ -17,7 +17,7 @@ from plait.errors import AddressError, did_you_mean, listed
 from plait.folders import expanded
 from plait.hub.client import explain_failure
 from plait.hub.references import Reference, parse_reference
-from plait.libraries.huggingface_hub import progress_bars, status_of
+from plait.libraries.huggingface_hub import status_of
 from plait.notices import announce
 from plait.records import Record
 from plait.tensorfiles.formats import TENSOR_FORMATS
@@ -65,7 +65,7 @@ class Located(Record):
     subfolder: str | None = None
 
 
-def resolve(reference: Reference, *, base: Path | None = None, progress: bool = True) -> Located:
+def resolve(reference: Reference, *, base: Path | None = None) -> Located:
     """Return the folder of an adapter, fetched from the Hub when the reference leads there.
 
     A local folder is only checked to be one; what it holds is for the reader of adapters to judge. When the Hub does
@@ -74,7 +74,6 @@ def resolve(reference: Reference, *, base: Path | None = None, progress: bool = 
     Args:
         reference: from `parse_reference`.
         base: the folder that a relative path starts from (a recipe's own); the working directory when absent.
-        progress: draw progress bars while downloading.
 
     Raises:
         AddressError: the reference leads nowhere, or may not be read. The message says what to do.
@@ -99,7 +98,7 @@ def resolve(reference: Reference, *, base: Path | None = None, progress: bool = 
                 f"{listed(names, _SHOWN)}."
             )
         wanted = [prefix + name for name in (ADAPTER_CONFIG, *weights, *FILES_NEXT_TO_ADAPTER) if prefix + name in names]
-        snapshot = _fetch(reference, commit, wanted, base=base, progress=progress)
+        snapshot = _fetch(reference, commit, wanted, base=base)
     return _located(reference, snapshot)
 
 
@@ -126,7 +125,7 @@ def folder_at_hand(text: str, *, commit: str | None = None) -> Path | None:
         return None
 
 
-def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] = MODEL_FILES, progress: bool = True) -> Located:
+def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] = MODEL_FILES) -> Located:
     """Return the folder of a base model: a local one, or `org/repo[@revision][/subfolder]` fetched from the Hub.
 
     Args:
@@ -135,7 +134,6 @@ def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] =
         files: shell patterns of the files to fetch, of that folder alone and not of those below it; at least one file
             has to match the first. Where a model has no safetensors, its tensors in another format are fetched in their place.
             Second copies of the weights in another layout (`consolidated*`) are never fetched.
-        progress: draw progress bars while downloading.
 
     Raises:
         AddressError: the reference leads nowhere, may not be read, or nothing there matches the first pattern.
@@ -166,7 +164,7 @@ def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] =
                 "has, or convert this one and give the local folder."
             )
         paths = sorted({prefix + name for found in wanted.values() for name in found})
-        snapshot = _fetch(reference, commit, paths, base=base, progress=progress)
+        snapshot = _fetch(reference, commit, paths, base=base)
     return _located(reference, snapshot)
 
 
@@ -231,17 +229,16 @@ def _listing(reference: Reference) -> tuple[str, list[str], Exception | None]:
     return info.sha or "", sorted(sibling.rfilename for sibling in info.siblings or []), None
 
 
-def _fetch(reference: Reference, commit: str, names: list[str], *, base: Path | None, progress: bool) -> Path:
+def _fetch(reference: Reference, commit: str, names: list[str], *, base: Path | None) -> Path:
     """Bring the files of that commit into the cache, and return the folder that holds them."""
     from huggingface_hub import snapshot_download
 
     patterns = [glob.escape(name) for name in names]
     try:
-        with progress_bars(shown=progress):
-            # By the revision as it was asked for: only so does the cache record what it resolves to, for use offline.
-            snapshot = Path(snapshot_download(reference.repo or "", revision=reference.revision, allow_patterns=patterns))
-            if snapshot.name != commit:  # the branch has moved since it was asked about
-                snapshot = Path(snapshot_download(reference.repo or "", revision=commit, allow_patterns=patterns))
+        # By the revision as it was asked for: only so does the cache record what it resolves to, for use offline.
+        snapshot = Path(snapshot_download(reference.repo or "", revision=reference.revision, allow_patterns=patterns))
+        if snapshot.name != commit:  # the branch has moved since it was asked about
+            snapshot = Path(snapshot_download(reference.repo or "", revision=commit, allow_patterns=patterns))
     except Exception as error:  # which classes can come depends on the transport library below huggingface_hub
         raise AddressError(_offline_reason(error, reference, base)) from error
     return snapshot

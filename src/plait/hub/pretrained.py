@@ -86,19 +86,14 @@ def with_padding_token(tokenizer: Any) -> Any:
 
 
 def load_config(
-    place: str | Path,
-    *,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-    folder: Path | None = None,
-    error: type[PlaitError] = PlanError,
+    place: str | Path, *, trust_remote_code: bool = False, revision: str | None = None, folder: Path | None = None
 ) -> Any:
     """Return a model's configuration; arguments as `load_tokenizer` has them.
 
     Raises:
-        PlaitError: (`error`) it cannot be loaded.
+        PlanError: it cannot be loaded.
     """
-    with refuse_failures(place, "the model's configuration cannot be loaded", error, folder=folder, files=_MODEL[:1]):
+    with refuse_failures(place, "the model's configuration cannot be loaded", PlanError, folder=folder, files=_MODEL[:1]):
         return import_module("transformers").AutoConfig.from_pretrained(
             place, revision=revision, trust_remote_code=trust_remote_code
         )

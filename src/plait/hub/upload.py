@@ -13,7 +13,7 @@ from pathlib import Path
 from plait.errors import OutputError
 from plait.hub.client import explain_failure, login_hint
 from plait.hub.references import repo_problem
-from plait.libraries.huggingface_hub import progress_bars, status_of
+from plait.libraries.huggingface_hub import status_of
 
 
 def check_push(repo: str) -> str:
@@ -72,9 +72,7 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
     message: str,
-    ignore: Sequence[str] = (),
     replaces: Sequence[str] = (),
-    progress: bool = True,
 ) -> str:
     """Upload every file of `folder` to a model repository, which is created when it does not exist.
 
@@ -87,9 +85,7 @@ def push_folder(
         revision: the branch to write to, created from the default branch when missing; None is the default branch.
         create_pr: open a pull request instead of writing to the default branch.
         message: the title of the commit or pull request.
-        ignore: shell patterns of files to leave out.
         replaces: shell patterns of files that the same commit removes from the repository where it does not write them.
-        progress: draw progress bars.
 
     Returns:
         The web address of the repository, of the branch in it, or of the pull request. The Hub opens no pull request
@@ -111,25 +107,23 @@ def push_folder(
     full = check_push(repo)
     api = HfApi()
     try:
-        with progress_bars(shown=progress):
-            # None leaves the choice to the organization, some of which make every new repository private.
-            url = api.create_repo(full, private=private or None, exist_ok=True)
-            if private and not api.model_info(full).private:
-                raise OutputError(
-                    f"cannot push to {full!r} as private: it exists and is public. Make it private at {url}/settings, "
-                    "or push without asking for privacy."
-                )
-            if revision is not None and not revision.startswith("refs/"):
-                api.create_branch(full, branch=revision, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=full,
-                folder_path=folder,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=message,
-                ignore_patterns=list(ignore),
-                delete_patterns=list(replaces) or None,
+        # None leaves the choice to the organization, some of which make every new repository private.
+        url = api.create_repo(full, private=private or None, exist_ok=True)
+        if private and not api.model_info(full).private:
+            raise OutputError(
+                f"cannot push to {full!r} as private: it exists and is public. Make it private at {url}/settings, "
+                "or push without asking for privacy."
             )
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(full, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=full,
+            folder_path=folder,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=message,
+            delete_patterns=list(replaces) or None,
+        )
     except OutputError:
         raise
     except Exception as error:  # which classes can come depends on the transport library below huggingface_hub

@@ -39,11 +39,11 @@ def fetched_sha256(path: Path) -> str | None:
 
 
 @contextmanager
-def progress_bars(*, shown: bool) -> Iterator[None]:
-    """Keep `huggingface_hub` from drawing progress bars inside the block, unless they are to be `shown`."""
+def without_progress_bars() -> Iterator[None]:
+    """Keep `huggingface_hub` from drawing progress bars inside the block."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if shown or are_progress_bars_disabled():
+    if are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()

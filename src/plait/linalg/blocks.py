@@ -19,6 +19,8 @@ RangeHint = Callable[[Tensor], Tensor]
 
 MATRIX_BLOCK_ELEMENTS = 1 << 17  # rows per block × columns: with a handful of temporaries of its size it stays in the cache
 _CHANCE = 1e-3  # share of the random part in a sketch that has a hint
+_OVERSAMPLE = 16  # extra columns of a sketch
+_TOLERANCE = 0.01  # share of its error that an iteration of the SVD must gain for another one
 HOLD_ELEMENTS = 1 << 24  # a matrix up to 64 MiB (float32) is computed once and kept in memory
 
 
@@ -118,29 +120,24 @@ def _rows_per_block(n: int) -> int:
     return max(1, MATRIX_BLOCK_ELEMENTS // max(1, n))
 
 
-def truncated_svd(
-    matrix: RowBlocks, rank: int, key: Key, *, oversample: int = 16, tolerance: float = 0.01, iterations: int = 4
-) -> ThinSVD:
+def truncated_svd(matrix: RowBlocks, rank: int, key: Key, *, iterations: int = 4) -> ThinSVD:
     """Compute the leading `rank` singular triplets of a matrix given by row blocks.
 
     Halko, Martinsson & Tropp 2011 (arXiv:0909.4061), algorithms 4.4 and 5.1: randomized subspace iteration, with the shift of
-    Feng, Yu, Xie & Tang 2024 (arXiv:2404.09276), which hastens it where the spectrum hardly falls. Deviations: it ends when
-    an iteration no longer helps, and it begins with the matrix's `range_hint` where there is one. The sketch is drawn from
-    `key`, never from a global generator. Where the sketch would be half as wide as the matrix, a dense SVD is both exact and
-    cheaper, and is used instead.
+    Feng, Yu, Xie & Tang 2024 (arXiv:2404.09276), which hastens it where the spectrum hardly falls. Deviations: it ends when the
+    error ‖M − U S Vᵀ‖ fell by less than a share of itself (what is left to gain is less than that in practice), and it begins
+    with the matrix's `range_hint` where there is one. The sketch is drawn from `key`, never from a global generator. Where the
+    sketch would be half as wide as the matrix, a dense SVD is both exact and cheaper, and is used instead.
 
     Args:
         matrix: (m, n), float32 or float64.
         rank: number of triplets; at most min(m, n) are returned.
         key: of the random sketch.
-        oversample: extra columns of the sketch.
-        tolerance: iteration ends when the error ‖M − U S Vᵀ‖ fell by less than this share of itself; what is left to gain is
-            less than that in practice.
         iterations: at most, two passes each, and at least one.
     """
     m, n = matrix.shape
     rank = min(rank, m, n)
-    width = rank + oversample
+    width = rank + _OVERSAMPLE
     if min(m, n) <= 2 * max(width, 32):
         u, s, vh = torch.linalg.svd(matrix.dense(), full_matrices=False)
         return ThinSVD(u[:, :rank], s[:rank].double(), vh[:rank])
@@ -151,7 +148,7 @@ def truncated_svd(
     for done in range(iterations + 1):
         u, s, v = _ritz(matrix, y)
         found = float(s[:rank].square().sum())
-        if done == iterations or (done and found - before <= max(2 * tolerance * (total - found), slack)):
+        if done == iterations or (done and found - before <= max(2 * _TOLERANCE * (total - found), slack)):
             break
         before, shift = found, max(shift, float(s[-1]) ** 2 / 2)
         # (M Mᵀ − shift) u = σ (M v − shift / σ · u); the factor σ does not change the span, and float32 would lose it

@@ -30,16 +30,15 @@ def numerical_rank(s: Tensor, largest: float | None = None, *, tolerance: float 
     return int((s > tolerance * (float(s[0]) if largest is None else largest)).sum())
 
 
-def polar(x: Tensor, *, tolerance: float = 1e-4) -> Tensor:
+def polar(x: Tensor) -> Tensor:
     """Return the polar factor X (XᵀX)^(−1/2): the matrix with orthonormal columns that is nearest to X.
 
-    From the R × R Gram matrix, with a pseudo-inverse root: singular directions of X below tolerance · largest are dropped, and
-    the result is then a partial isometry. (The polar factor from an SVD is not unique there: it fills up with an arbitrary
-    basis of the null space.)
+    From the R × R Gram matrix, with a pseudo-inverse root: singular directions of X below 1e-4 · largest are dropped (round-off
+    of 1e-7 in X is amplified by at most the inverse of that), and the result is then a partial isometry. (The polar factor from
+    an SVD is not unique there: it fills up with an arbitrary basis of the null space.)
 
     Args:
         x: (k, R), float64.
-        tolerance: on singular values of X; round-off of 1e-7 in X is amplified by at most its inverse.
 
     Returns:
         (k, R).
@@ -47,7 +46,7 @@ def polar(x: Tensor, *, tolerance: float = 1e-4) -> Tensor:
     if x.shape[1] == 0:
         return x
     values, vectors = torch.linalg.eigh(x.mT @ x)
-    kept = values > tolerance**2 * values[-1]
+    kept = values > 1e-8 * values[-1]
     vectors = vectors[:, kept]
     factor: Tensor = (x @ (vectors * values[kept].rsqrt())) @ vectors.mT
     return factor

@@ -139,7 +139,12 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
         rank=rank,
         result=max((m.result for m in modules), key=("exact", "truncated", "dense").index),
         pipeline=str(pipeline) if recipe.factor == 1 else f"{pipeline} → scale {recipe.factor:g}",
-        promises=_promises(inventory, modules),
+        promises={
+            "exact": all(m.result != "truncated" for m in modules),
+            "rank": all(m.rank is not None for m in modules),
+            "deterministic": inventory.moments is None or bool(inventory.moments.files),
+            "gauge_free": space != "factors",
+        },
         randomised=method.randomised or pipeline.randomised,
         passes=_passes(recipe, pipeline),
         output_bytes=_output_bytes(inventory, kept, modules, rank),
@@ -263,16 +268,6 @@ def _written_rank(
     if method.auto_rank == "largest":
         return min(largest, exact_rank)
     return exact_rank if low_rank else min(largest * len(adapters), DENSE_RANK_CAP, layout.full_rank)
-
-
-def _promises(inventory: Inventory, modules: Sequence[ModulePlan]) -> dict[str, bool]:
-    recipe = inventory.recipe
-    return {
-        "exact": all(m.result != "truncated" for m in modules),
-        "rank": all(m.rank is not None for m in modules),
-        "deterministic": inventory.moments is None or bool(inventory.moments.files),
-        "gauge_free": recipe.space_name != "factors",
-    }
 
 
 def _passes(recipe: Recipe, pipeline: Pipeline) -> int:

@@ -73,7 +73,8 @@ def _method_keys() -> Iterator[dict[str, str]]:
         by_text: dict[str, list[str]] = {}
         for method_name, about in owners:
             by_text.setdefault(about["description"], []).append(method_name)
-        texts = [text if name == "space" else f"{_listed(names)}: {text}" for text, names in by_text.items()]
+        whose = {text: ", ".join(names[:_LISTED]) + ", …" * (len(names) > _LISTED) for text, names in by_text.items()}
+        texts = [text if name == "space" else f"{methods}: {text}" for text, methods in whose.items()]
         defaults = {_key("", about)["default"] for _, about in owners}
         yield {
             "path": f"method.{name}",
@@ -81,10 +82,6 @@ def _method_keys() -> Iterator[dict[str, str]]:
             "default": defaults.pop() if len(defaults) == 1 else "",
             "allowed": " | ".join(dict.fromkeys(part for _, about in owners for part in about["allowed"].split(" | "))),
         }
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_LISTED]) + ", …" * (len(names) > _LISTED)
 
 
 def _allowed(field: dict[str, Any], shapes: dict[str, Any]) -> str:

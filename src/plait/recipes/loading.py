@@ -63,18 +63,17 @@ def read_recipe(path_or_text: str | Path, *, overrides: Overrides = ()) -> Loade
     return loaded
 
 
-def build_recipe(data: Mapping[str, Plain], *, source: str = "recipe", folder: Path | None = None) -> Recipe:
+def build_recipe(data: Mapping[str, Plain], *, source: str = "recipe") -> Recipe:
     """Return the recipe that plain data describes, checked as a file is, without lines.
 
     Args:
         data: mappings, lists and scalars, from flags or from Python.
         source: what messages call it.
-        folder: where relative paths start; the working directory when None.
 
     Raises:
         RecipeError: it is not valid; all that is wrong is listed.
     """
-    recipe, notes = _resolve(YamlDocument(plain_data(data), {}), source, folder, ())
+    recipe, notes = _resolve(YamlDocument(plain_data(data), {}), source, None, ())
     _warn(notes)
     return recipe.written(Origins(""))
 

@@ -98,15 +98,11 @@ def validate(kind: type[RecordT], data: Mapping[str, Plain]) -> tuple[RecordT | 
         return None, [*problems, *explain_errors(error, data, kind)]
 
 
-def _same_elsewhere(key: str, allowed: Sequence[str]) -> str:
-    """Report which of the allowed keys means what an unknown one means elsewhere."""
-    return next((f" {hint}" for other, (own, hint) in _ELSEWHERE.items() if key == other and own in allowed), "")
-
-
 def unknown_key(key: str, allowed: Sequence[str]) -> str:
     """Report that a key is not known, what is, and which is nearest."""
     known = f"allowed: {', '.join(allowed)}" if allowed else "nothing is allowed here"
-    return f"{key!r} is not known here; {known}.{_same_elsewhere(key, allowed) or did_you_mean(key, allowed)}"
+    own, hint = _ELSEWHERE.get(key, ("", ""))  # the key that means the same here
+    return f"{key!r} is not known here; {known}.{f' {hint}' if own in allowed else did_you_mean(key, allowed)}"
 
 
 def truth_values(data: Mapping[str, Plain], root: type[BaseModel] = Recipe) -> Iterator[Problem]:

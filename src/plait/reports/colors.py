@@ -7,16 +7,14 @@ Color = tuple[int, int, int]
 _LOW, _MIDDLE, _HIGH = (202, 85, 14), (250, 250, 250), (31, 95, 167)
 
 
-def diverging(value: float, *, low: float = -1.0, middle: float = 0.0, high: float = 1.0) -> Color:
-    """Return the color of a value between two ends; values beyond them take the end's color."""
-    if value >= middle:
-        return _mix(_MIDDLE, _HIGH, (value - middle) / (high - middle))
-    return _mix(_MIDDLE, _LOW, (middle - value) / (middle - low))
+def diverging(value: float) -> Color:
+    """Return the color of a value in [−1, 1]; values beyond take the end's color."""
+    return _mix(_MIDDLE, _HIGH if value >= 0 else _LOW, abs(value))
 
 
-def sequential(value: float, *, low: float = 0.0, high: float = 1.0) -> Color:
-    """Return the color of a value on a scale from nothing to much."""
-    return _mix(_MIDDLE, _LOW, (value - low) / (high - low))
+def sequential(value: float) -> Color:
+    """Return the color of a value in [0, 1], on a scale from nothing to much."""
+    return _mix(_MIDDLE, _LOW, value)
 
 
 def text_color(background: Color) -> str:

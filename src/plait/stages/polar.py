@@ -108,14 +108,12 @@ class Cover(CoverFields, StageParams, DeltaCombine):
         u, v = polar(torch.cat([x.u for x in svds], dim=1)), polar(torch.cat([x.vh for x in svds]).mT)  # (k, R), (l, R)
         if u.shape[1] == 0:
             return LowRank.zero(site.shape, site.deltas[0].a.dtype)
-        cores = torch.stack([self._kept((u.mT @ x.u * self._spectrum(x.s)) @ (x.vh @ v), len(x.s)) for x in svds])
+        spectra = [x.s if self.rho is None else smooth_spectrum(x.s, self.rho) for x in svds]
+        cores = torch.stack([self._kept((u.mT @ x.u * s) @ (x.vh @ v), len(s)) for x, s in zip(svds, spectra, strict=True)])
         elected = agreement(cores, elect_sign(cores, "total"))
         merged = merge_agreeing(cores, elected, torch.ones(len(cores), dtype=cores.dtype), "count")  # (R, R)
         blocks = torch.block_diag(*(torch.ones(len(x.s), len(x.s), dtype=cores.dtype) for x in svds))  # type: ignore[no-untyped-call]
         return joint.lift_dense(u @ (merged * blocks) @ v.mT)
-
-    def _spectrum(self, s: Tensor) -> Tensor:
-        return s if self.rho is None else smooth_spectrum(s, self.rho)
 
     def _kept(self, core: Tensor, directions: int) -> Tensor:
         if directions == 0:

@@ -116,10 +116,12 @@ class PromptEncoder:
         heads = self._tokens(texts, special=not self._chat)
         both = iter(self._tokens(whole, special=not self._chat))
         separate = dict(zip(alone, self._tokens(alone, special=False), strict=True))
-        return [
-            self._question(head, [(next(both), separate[delimiter + a]) for a in some])
-            for head, some in zip(heads, answers, strict=True)
-        ]
+        questions = []
+        for head, some in zip(heads, answers, strict=True):
+            pairs = [(next(both), separate[delimiter + a]) for a in some]
+            tokens = [joined[len(head) :] if joined[: len(head)] == head else apart for joined, apart in pairs]
+            questions.append(self._checked(head, tokens, []))
+        return questions
 
     def _encode_separately(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[Question]:
         prompts = self._tokenizer(list(texts), add_special_tokens=not self._chat)["input_ids"]
@@ -129,11 +131,6 @@ class PromptEncoder:
         lead = self._tokenizer(text_target="")["input_ids"]  # a language's token, or another beginning; and an end
         lead = lead[:-1] if lead[-1:] == [self._tokenizer.eos_token_id] else lead
         return [self._checked(prompt, [tokens[a] for a in some], lead) for prompt, some in zip(prompts, answers, strict=True)]
-
-    def _question(self, head: list[int], pairs: Sequence[tuple[list[int], list[int]]]) -> Question:
-        return self._checked(
-            head, [both[len(head) :] if both[: len(head)] == head else separate for both, separate in pairs], []
-        )
 
     def _checked(self, head: list[int], answers: list[list[int]], lead: list[int]) -> Question:
         if not all(answers):

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any, Final, NamedTuple
 
@@ -96,7 +96,7 @@ class _StackMachine:
         self.functions: set[str] = set()
 
     def run(self, stream: IO[bytes]) -> Any:
-        for operation, argument, _ in self._operations(stream):
+        for operation, argument, _ in pickletools.genops(stream):
             name = operation.name
             if name == "STOP":
                 return self._stack.pop()
@@ -109,10 +109,6 @@ class _StackMachine:
             elif name not in ("PROTO", "FRAME"):
                 raise PickleError(f"it holds more than tensors ({name.lower()})")
         raise PickleError("it is cut off")
-
-    @staticmethod
-    def _operations(stream: IO[bytes]) -> Iterator[tuple[Any, Any, int | None]]:
-        yield from pickletools.genops(stream)
 
     def remember(self, at: int | None) -> None:
         self._memo[len(self._memo) if at is None else at] = self._stack[-1]

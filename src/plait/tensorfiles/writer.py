@@ -93,12 +93,6 @@ class TensorWriter:
         while view:
             view = view[self._file.write(view) :]
 
-    def _hash_the_rest(self) -> None:
-        self._file.seek(self._hashed)
-        while piece := self._file.read(1 << 20):
-            self._hash.update(piece)
-        self.sha256 = self._hash.hexdigest()
-
     def __enter__(self) -> TensorWriter:
         return self
 
@@ -108,7 +102,10 @@ class TensorWriter:
                 if self._left:
                     raise AssertionError(f"{self._left} of {self._expected} bytes were never written")
                 os.fsync(self._file.fileno())
-                self._hash_the_rest()
+                self._file.seek(self._hashed)
+                while piece := self._file.read(1 << 20):
+                    self._hash.update(piece)
+                self.sha256 = self._hash.hexdigest()
         finally:
             self._file.close()
 

@@ -50,9 +50,9 @@ class Cohort:
         """Return the cohort with every delta times a number."""
         return self.map(lambda adapter, module, f: LowRank(f.a, f.b * factor))
 
-    def turned(self, seed: int = 1) -> Cohort:
+    def turned(self) -> Cohort:
         """Return the same deltas from other factors: B G and G⁻¹ A with a random G per adapter and module (condition 4)."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(1)
 
         def turn(adapter: str, module: str, f: LowRank) -> LowRank:
             q = torch.linalg.qr(torch.randn(f.rank, f.rank, generator=generator, dtype=torch.float64)).Q

@@ -25,7 +25,7 @@ from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json
 from plait.results.lock import LOCK, RUN_RECORD, Lock, read_lock, relative_path
 from plait.stages.base import LinearCombine
-from plait.verification.inputs import BASE, FoundInput, check_inputs
+from plait.verification.inputs import BASE, FoundInput, InputCheck, check_inputs
 from plait.verification.rebuild import located_recipe
 
 ModuleFactors = dict[str, list[float]]  # target module → one factor per adapter
@@ -80,14 +80,17 @@ def extend(
     if from_merged:
         return _from_merged(folder, lock, add, settings, sets)
     checks, found = check_inputs(folder, lock, inputs or {})
-    lost = {c.name: f"{c.name}: {_what_changed(c.state, c.path, c.detail)}" for c in checks if c.state != "equal"}
+    lost = [c for c in checks if c.state != "equal"]
     if lost:
-        lines = "\n".join(f"  - {line}" for line in lost.values())
-        given = " ".join(f"--input {name}=PATH" for name in lost)
+        lines = "\n".join(f"  - {c.name}: {_what_changed(c)}" for c in lost)
+        given = " ".join(f"--input {c.name}=PATH" for c in lost)
+        then = _recipe(folder, lock)
+        exact = f"exact for {then.method_name!r}, by arithmetic on the weights"
+        other = f"with {then.method_name!r} another result than merging all at once"
         raise AdapterError(
             f"{folder}: {len(lost)} of {len(checks)} sources of this merge are not what they were:\n{lines}\n"
             f"Give their present places ({given}), or add to the merged adapter itself (--from-merged): "
-            f"{_from_merged_hint(folder, lock)}."
+            f"{exact if _is_exact(then) else other}."
         )
     earlier = recipe_json(located_recipe(lock, found, str(folder / LOCK)))
     for entry in earlier["adapters"]:
@@ -104,15 +107,8 @@ def _origins(folder: Path) -> Origins:
     return Origins(f"{folder / LOCK}, its recipe with what is added")
 
 
-def _what_changed(state: str, path: str, detail: str) -> str:
-    return f"{path} has other files than then ({detail})" if state == "changed" else detail or f"{path} is not there"
-
-
-def _from_merged_hint(folder: Path, lock: Lock) -> str:
-    recipe = _recipe(folder, lock)
-    if _is_exact(recipe):
-        return f"exact for {recipe.method_name!r}, by arithmetic on the weights"
-    return f"with {recipe.method_name!r} another result than merging all at once"
+def _what_changed(c: InputCheck) -> str:
+    return f"{c.path} has other files than then ({c.detail})" if c.state == "changed" else c.detail or f"{c.path} is not there"
 
 
 def _recipe(folder: Path, lock: Lock) -> Recipe:

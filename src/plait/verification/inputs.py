@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from plait.errors import PlaitError, RecipeError, did_you_mean
 from plait.hub.download import resolve, resolve_model
@@ -41,6 +41,10 @@ class FoundInput:
 
     folder: Path
     moments: Path | None
+
+    def located(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Return an adapter's entry of a recipe with the place where it is."""
+        return {**entry, "path": str(self.folder), **({"moments": str(self.moments)} if self.moments is not None else {})}
 
 
 def check_inputs(folder: Path, lock: Lock, given: Mapping[str, str]) -> tuple[tuple[InputCheck, ...], dict[str, FoundInput]]:

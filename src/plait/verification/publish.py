@@ -10,7 +10,7 @@ from pathlib import Path
 from plait.errors import OutputError, listed
 from plait.hub.client import explain_failure
 from plait.hub.upload import check_push, push_folder
-from plait.libraries.huggingface_hub import progress_bars
+from plait.libraries.huggingface_hub import without_progress_bars
 from plait.parsing import read_object, shown
 from plait.recipes.documents import read_front_matter
 from plait.records import ShortRepr
@@ -57,7 +57,6 @@ def push_result(
     revision: str | None = None,
     create_pr: bool = False,
     message: str | None = None,
-    progress: bool = True,
 ) -> PushResult:
     """Upload a finished result: an adapter, a dense delta or a baked model.
 
@@ -72,7 +71,6 @@ def push_result(
         revision: the branch to write to, created when missing.
         create_pr: open a pull request instead.
         message: title of the commit or pull request; describes the result when None.
-        progress: draw progress bars.
 
     Raises:
         AdapterError: the folder has no lock: it is not a complete result.
@@ -96,7 +94,6 @@ def push_result(
             create_pr=create_pr,
             message=message or _message(lock),
             replaces=replaced,
-            progress=progress,
         )
     published = [f.name for f in files if f.state != "extra"]
     return PushResult(url, left_out, (*_notes(folder), *_named_folders(folder, published)))
@@ -112,7 +109,7 @@ def _earlier_files(repo: str, revision: str | None) -> tuple[str, ...]:
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     full = check_push(repo)
-    with scratch("push") as place, progress_bars(shown=False):
+    with scratch("push") as place, without_progress_bars():
         for branch in dict.fromkeys((revision, None)):  # a branch that is not there yet begins with the default one's files
             try:
                 path = HfApi().hf_hub_download(full, LOCK, revision=branch, local_dir=place)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -91,7 +91,7 @@ def located_recipe(lock: Lock, inputs: Mapping[str, FoundInput], name: str = LOC
             "a tuning is repeated by `plait tune`, with the recipe and texts that tuning.json names; its files were checked."
         )
     try:
-        adapters = [_located(entry, inputs[entry["name"]]) for entry in lock.recipe["adapters"]]
+        adapters = [inputs[entry["name"]].located(entry) for entry in lock.recipe["adapters"]]
         return Recipe.model_validate(lock.recipe | {"adapters": adapters})
     except (ValidationError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
@@ -144,11 +144,6 @@ def _differences(name: str, first: Path, second: Path) -> RebuiltFile:
     where = max(unequal, key=lambda n: unequal[n], default=None)
     largest = unequal[where] if where is not None else 0.0
     return RebuiltFile(name=name, state="differs", tensors=len(unequal), difference=largest, where=where)
-
-
-def _located(entry: dict[str, Any], found: FoundInput) -> dict[str, Any]:
-    moments = {"moments": str(found.moments)} if found.moments is not None else {}
-    return entry | {"path": str(found.folder)} | moments
 
 
 def _base_name(lock: Lock) -> tuple[str, str | None]:

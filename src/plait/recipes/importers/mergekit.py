@@ -83,7 +83,9 @@ class _MergekitRecipe:
         base = self._base(models)
         method = MERGEKIT_METHODS.get(self._name)
         if method is None:
-            self._refuse_method()
+            text = f"mergekit's {self._name!r} has no counterpart here; these have one: {', '.join(MERGEKIT_METHODS)}."
+            why = f" mergekit's {self._name!r}: {WHOLE_MODELS[self._name]}." if self._name in WHOLE_MODELS else ""
+            self._problem(("merge_method",), text + (why or did_you_mean(self._name, MERGEKIT_METHODS)))
             raise _GiveUpError
         adapters = [m for m in models if m.adapter is not None]
         entries = self._entries(adapters)
@@ -118,11 +120,6 @@ class _MergekitRecipe:
                 self._problem((key,), text)
             elif key not in _TOP:
                 self._problem((key,), unknown_key(key, _TOP))
-
-    def _refuse_method(self) -> None:
-        text = f"mergekit's {self._name!r} has no counterpart here; these have one: {', '.join(MERGEKIT_METHODS)}."
-        why = f" mergekit's {self._name!r}: {WHOLE_MODELS[self._name]}." if self._name in WHOLE_MODELS else ""
-        self._problem(("merge_method",), text + (why or did_you_mean(self._name, MERGEKIT_METHODS)))
 
     def _models(self) -> Iterator[ModelEntry]:
         models = self._data.get("models")
@@ -309,7 +306,8 @@ class _MergekitRecipe:
             raise _GiveUpError
         rows: dict[str | None, dict[str, float]] = {}
         for name in lists[0] if lists else (None,):
-            row = self._row(method, merged, [_value(s, name) for s in settings])
+            found = [next(float(value) for part, value in s.values if part in (name, None)) for s in settings]
+            row = self._row(method, merged, found)
             rows.setdefault(name, dict(zip((e["name"] for e in entries), row, strict=True)))
         for name in (n for n in rows if n is not None and is_loose(n)):
             self.notes.append(f"the filter {name!r} is read as the pattern {pattern(name)!r} over module paths.")
@@ -376,10 +374,6 @@ class _MergekitRecipe:
         left_out = [key for key in _TOKENIZER if key in self._data]
         if left_out:
             self.notes.append(f"{join_words(left_out)}: left out, for a merge of adapters keeps the base model's tokenizer.")
-
-
-def _value(setting: FilteredParameter, name: str | None) -> float:
-    return float(next(value for part, value in setting.values if part in (name, None)))
 
 
 def _put(target: Plain, path: KeyPath, value: Plain) -> None:

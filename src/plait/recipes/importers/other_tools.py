@@ -46,7 +46,8 @@ class Word:
         """What to write, for a message."""
         start = f"write `{self.new}`." if self.new else "leave it out."
         more = f" {self.more}" if self.more else ""
-        return f"{self.old} is a word of {_in_a_sentence(self.tool)}; {start}{more}"
+        tool = self.tool[:1].lower() + self.tool[1:] if self.tool.startswith(("A ", "The ")) else self.tool
+        return f"{self.old} is a word of {tool}; {start}{more}"
 
 
 TABLE: tuple[Word, ...] = (
@@ -145,7 +146,3 @@ def page() -> str:
             parts.append(f"| `{row.old}` | {new}{'; read as it is' * row.read} | {row.more} |")
         parts.append("")
     return "\n".join(parts)
-
-
-def _in_a_sentence(tool: str) -> str:
-    return tool[:1].lower() + tool[1:] if tool.startswith(("A ", "The ")) else tool
