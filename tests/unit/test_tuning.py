@@ -20,12 +20,10 @@ from plait.errors import PlanError, RecipeError
 from plait.linalg.blocks import RowBlocks
 from plait.mixture import Mixture
 from plait.recipes.tuning import TuneSpec
+from plait.tuning.held_out import split_off
 from plait.tuning.hierarchy import levels, similarity
 from plait.tuning.learners import CoefficientLearner
-from plait.tuning.learning import (
-    learning_rate,
-    split_off,
-)
+from plait.tuning.learning import learning_rate
 from plait.tuning.links import LINKS, normalized
 from plait.tuning.objectives import (
     OBJECTIVES,

@@ -16,16 +16,16 @@ from plait.errors import PlanError
 from plait.mixture import Mixture
 from plait.recipes.tuning import TuneSpec
 from plait.tasks.loading import load_tasks
-from plait.tuning.learners import CoefficientLearner
-from plait.tuning.learning import (
+from plait.tuning.held_out import (
     HeldOutScore,
     SplitLessons,
     evaluate_held_out,
-    run_loop,
     split_off,
     text_losses,
     with_references,
 )
+from plait.tuning.learners import CoefficientLearner
+from plait.tuning.learning import run_loop
 from plait.tuning.objectives import OBJECTIVES
 from plait.tuning.teaching import Lesson, make_lesson
 from tests.language_models import LABELS, WORDS, label, language_model, tokenizer, train_adapter, write_task

@@ -23,9 +23,10 @@ from plait.recipes.tuning import Granularity, TuneSpec
 from plait.records import Record
 from plait.results.progress import SilentProgress
 from plait.stages.base import LinearCombine
+from plait.tuning.held_out import HeldOutScore, SplitLessons, evaluate_held_out
 from plait.tuning.hierarchy import levels, similarity
 from plait.tuning.learners import CoefficientLearner
-from plait.tuning.learning import HeldOutScore, LearningRun, SplitLessons, evaluate_held_out, run_loop
+from plait.tuning.learning import LearningRun, run_loop
 from plait.tuning.working import WorkingState
 
 _ABOVE = 0.9  # where the nodes above the first level of a tree start: near 1, where tanh still has a gradient

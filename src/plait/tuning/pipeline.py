@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from plait.adapters.lowrank import LowRank
 from plait.calibration.inputs import check_texts
 from plait.calibration.rebuilding import check_same_texts, request_of
 from plait.calibration.request import base_digests, base_of, locked_request
-from plait.calibration.search import LEAST_DIVERGENCE
 from plait.calibration.texts import Texts
 from plait.errors import OutputError, PlanError
 from plait.evaluation.loaded_base import LoadedBase, with_used_dtype
@@ -27,12 +21,10 @@ from plait.evaluation.scores import adapter_digest, digest
 from plait.extras import require
 from plait.hub.download import Located
 from plait.hub.pretrained import LoadOptions
-from plait.linalg.finite import all_finite
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.pipeline import input_folders
 from plait.merging.record import input_digests, make_lock, sources
-from plait.merging.truncation import OutputFactors
 from plait.mixture import Mixture
 from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Recipe
@@ -53,19 +45,12 @@ from plait.tuning.coefficients import (
     make_learner,
     random_like,
 )
+from plait.tuning.held_out import HeldOutScore, SplitLessons, evaluate_held_out, split_off, with_references
 from plait.tuning.learners import FactorLearner, Learner
-from plait.tuning.learning import (
-    HeldOutScore,
-    LearningRun,
-    SplitLessons,
-    best_scale,
-    evaluate_held_out,
-    run_loop,
-    split_off,
-    with_references,
-)
+from plait.tuning.learning import LearningRun, run_loop
+from plait.tuning.notes import notes_on
 from plait.tuning.record import TUNING, Control, TuneRecord
-from plait.tuning.seen import seen_in_training
+from plait.tuning.scale import scale_start
 from plait.tuning.span import energy_outside_span, relative_distance
 from plait.tuning.start import closed_form, plan_start
 from plait.tuning.teaching import Lesson, make_lesson
@@ -177,12 +162,12 @@ def _run(
     clock.lap("load")
     lessons = _lessons(mixture, texts, right, owners, progress)
     clock.lap("answers of the adapters")
-    closed = _closed_form(inventory, mixture, lessons, options, working, progress)
+    closed = closed_form(inventory, mixture, lessons, workers=worker_count(options.workers), progress=progress, working=working)
     factors = FactorLearner(mixture, mixture.learned(closed, rank=rank if spec.learns_factors else None))
     clock.lap("closed form")
     taught = split_off(lessons, share=spec.held_out, most=_HELD_MOST, seed=spec.seed)
     taught = with_references(mixture, taught, spec)
-    scale, scales, start = _scaled(factors, taught, recipe, working, progress)
+    scale, scales, start = scale_start(factors, taught, recipe, working, progress)
     clock.lap("scale")
     before = factors.factors.deltas()
     tuning = _Tuning(inventory, mixture, taught, closed, scale, working, progress)
@@ -215,7 +200,7 @@ def _run(
             outside=energy_outside_span(made.deltas, inventory),
             coefficients=learned.coefficients,
             tree=learned.tree,
-            notes=(*excluded, *_notes(inventory, texts, right, taught, learned.run), *learned.notes),
+            notes=(*excluded, *notes_on(inventory, texts, right, taught, learned.run), *learned.notes),
             seconds=clock.seconds,
             finished=datetime.now().astimezone().isoformat(timespec="seconds"),
             **controls,
@@ -367,53 +352,6 @@ def _digest(
     return digest(asked, options.load.dtype, options.load.device_map, read, content, versions)
 
 
-def _closed_form(
-    inventory: Inventory,
-    mixture: Mixture,
-    lessons: Sequence[Lesson],
-    options: TuneOptions,
-    working: WorkingState,
-    progress: Progress,
-) -> tuple[MergedModule, ...]:
-    """Return the start, and keep it, so that a killed tuning does not take second moments again."""
-    if not inventory.recipe.tune.learns_factors and inventory.recipe.output.rank != "auto":
-        whole = inventory.recipe.model_copy(update={"output": inventory.recipe.output.model_copy(update={"rank": "auto"})})
-        inventory = replace(inventory, recipe=whole)
-    if (found := working.load("closed-form", partial(_from_tensors, inventory))) is not None:
-        return found
-    merged = closed_form(inventory, mixture, lessons, workers=worker_count(options.workers), progress=progress, working=working)
-    tensors: dict[str, Tensor] = {}
-    for m in merged:
-        if m.factors is None or m.magnitude is not None:
-            return merged  # refused by what follows
-        for i, s in enumerate(m.factors.slices):
-            tensors |= {f"{i}.a.{m.target}": s.a, f"{i}.b.{m.target}": s.b}
-        if m.bias is not None:
-            tensors[f"bias.{m.target}"] = m.bias
-    working.save("closed-form", tensors, {"targets": {m.target: len(m.factors.slices) for m in merged if m.factors}})
-    return merged
-
-
-def _from_tensors(inventory: Inventory, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> tuple[MergedModule, ...]:
-    """Return the start that was saved.
-
-    Raises:
-        LookupError, ValueError: it is not one of these adapters.
-    """
-    found = []
-    for target, count in info["targets"].items():
-        layout, bias = inventory.layouts[target], tensors.get(f"bias.{target}")
-        slices = tuple(LowRank(tensors[f"{i}.a.{target}"], tensors[f"{i}.b.{target}"]) for i in range(count))
-        values = [t for s in slices for t in (s.a, s.b)] + ([] if bias is None else [bias])
-        shapes = [(layout.d_out, s.rank, s.rank, layout.d_in) for s in slices]
-        if [(*s.b.shape, *s.a.shape) for s in slices] != shapes or count != layout.stack or not all(map(all_finite, values)):
-            raise ValueError(target)
-        found.append(MergedModule(target, OutputFactors(slices), None, bias, None))
-    if not found:
-        raise ValueError(info)
-    return tuple(found)
-
-
 def _rank(inventory: Inventory) -> int:
     """Return the rank to learn at: the recipe's, or that of the largest source."""
     wanted = inventory.recipe.output
@@ -441,81 +379,3 @@ def _lessons(
         )
     finally:
         progress.finish()
-
-
-def _scaled(
-    learner: FactorLearner, taught: SplitLessons, recipe: Recipe, working: WorkingState, progress: Progress
-) -> tuple[float, list[tuple[float, float]], HeldOutScore]:
-    """Give the start its scale: the recipe's where it has one, else the one that is nearest to the adapters."""
-    if "scale" in recipe.model_fields_set and recipe.scale != "auto":
-        return recipe.factor, [], evaluate_held_out(learner, taught, 0, recipe.tune)
-    if (found := working.load("scale", _from_scale)) is not None:
-        learner.factors.scale(found[0])
-        return found
-    tried: list[tuple[float, float]] = []
-
-    def report(scale: float, held: HeldOutScore) -> None:
-        tried.append((scale, held.share))
-        progress.advance()
-
-    progress.start("scale", 6, "scales")
-    try:
-        scale, start = best_scale(learner, taught, recipe.tune, report)
-    finally:
-        progress.finish()
-    working.save("scale", {}, {"scale": scale, "tried": tried, "held": start.model_dump(mode="json")})
-    return scale, tried, start
-
-
-def _from_scale(_: Mapping[str, Tensor], info: Mapping[str, Any]) -> tuple[float, list[tuple[float, float]], HeldOutScore]:
-    """Return the scale that was saved, those that were tried, and the look.
-
-    Raises:
-        LookupError, TypeError, ValueError: it is none.
-    """
-    scale = float(info["scale"])
-    if not 0 < scale < math.inf:
-        raise ValueError(scale)
-    return scale, [(float(s), float(share)) for s, share in info["tried"]], HeldOutScore.model_validate(info["held"])
-
-
-def _notes(
-    inventory: Inventory,
-    texts: Mapping[str, Texts],
-    right: Mapping[str, tuple[str, ...]],
-    taught: SplitLessons,
-    run: LearningRun,
-) -> list[str]:
-    adapters = {a.name: a for a in inventory.adapters}
-    known = {x.task: seen_in_training(texts[x.task], adapters[x.adapter]) for x in taught.lessons}
-    trained = [name for name, t in texts.items() if t.source == "split 'train'" and known[name] is None]
-    tested = [name for name, t in texts.items() if t.source == "split 'test'"]
-    notes = []
-    if right:
-        notes.append(f"labels were read: {sum(map(len, right.values()))} in all.")
-    if tested:
-        notes.append(f"{', '.join(tested)}: learned from split 'test', as allow_test allows; do not judge the result on it.")
-    if len(run.looks) > 1 and max(run.looks, key=lambda h: h.score).step == 0:
-        notes.append("no step was better than the start on the held-out texts.")
-    if lost := [x.task for x in taught.lessons if run.best.divergence[x.task] > max(taught.base[x.task], LEAST_DIVERGENCE)]:
-        notes.append(
-            f"{', '.join(lost)}: the result is farther from the task's own adapter than the base model is. More texts, steps "
-            "or another method may keep it (plait eval shows what is lost); else leave the adapter out."
-        )
-    if same := [x.task for x in taught.lessons if taught.base[x.task] < LEAST_DIVERGENCE]:
-        notes.append(f"{', '.join(same)}: the own adapter answers these texts as the base does; they teach little or nothing.")
-    notes += [
-        f"{x.task}: {known[x.task]} of {len(texts[x.task].prompts)} texts were in the training of adapter {x.adapter} (its "
-        "training.json)."
-        for x in taught.lessons
-        if known[x.task] is not None
-    ]
-    if trained:
-        notes.append(
-            f"{', '.join(trained)}: the texts are of the training split, which the adapters have probably seen: "
-            "held-out texts flatter. A split 'calibration' in the task, or --split, names others."
-        )
-    few = [name for name in texts if set(taught.learn[name]) & set(taught.held[name])]
-    if few:
-        notes.append(f"{', '.join(few)}: no texts were held out; scale and step were chosen on those learned from.")
-    return notes

@@ -7,7 +7,7 @@ from typing import Any
 from plait.calibration.record import TextsOrigin
 from plait.records import Record
 from plait.tuning.coefficients import LearnedCoefficients
-from plait.tuning.learning import HeldOutScore
+from plait.tuning.held_out import HeldOutScore
 
 TUNING = "tuning.json"
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from plait.adapters.lowrank import LowRank
 from plait.calibration.moments import MOST_ROWS, take_moments
 from plait.calibration.passages import Passage
 from plait.calibration.sequential import merge_layer_by_layer
 from plait.errors import PlanError
+from plait.linalg.finite import all_finite
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.inventory import Inventory
 from plait.merging.moments import Found, from_function
 from plait.merging.plan import MergePlan, make_plan
+from plait.merging.truncation import OutputFactors
 from plait.methods import METHODS
 from plait.mixture import Mixture
 from plait.results.progress import Progress
@@ -55,7 +60,7 @@ def closed_form(
     progress: Progress,
     working: WorkingState,
 ) -> tuple[MergedModule, ...]:
-    """Merge in memory.
+    """Merge in memory, and keep the result, so that a killed tuning does not take second moments again.
 
     Args:
         inventory: the adapters and the recipe.
@@ -63,8 +68,54 @@ def closed_form(
         lessons: whose passages, read with their own adapters, give the second moments.
         workers: modules merged at a time; never changes a bit.
         progress: receives stages and steps.
-        working: where the moments of finished layers are kept, for a method that takes them layer by layer.
+        working: where the result is kept, and the moments of finished layers, for a method that takes them layer by layer.
     """
+    if not inventory.recipe.tune.learns_factors and inventory.recipe.output.rank != "auto":
+        whole = inventory.recipe.model_copy(update={"output": inventory.recipe.output.model_copy(update={"rank": "auto"})})
+        inventory = replace(inventory, recipe=whole)
+    if (found := working.load("closed-form", partial(_from_tensors, inventory))) is not None:
+        return found
+    merged = _merged(inventory, mixture, lessons, workers, progress, working)
+    tensors: dict[str, Tensor] = {}
+    for m in merged:
+        if m.factors is None or m.magnitude is not None:
+            return merged  # refused by what follows
+        for i, s in enumerate(m.factors.slices):
+            tensors |= {f"{i}.a.{m.target}": s.a, f"{i}.b.{m.target}": s.b}
+        if m.bias is not None:
+            tensors[f"bias.{m.target}"] = m.bias
+    working.save("closed-form", tensors, {"targets": {m.target: len(m.factors.slices) for m in merged if m.factors}})
+    return merged
+
+
+def _from_tensors(inventory: Inventory, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> tuple[MergedModule, ...]:
+    """Return the start that was saved.
+
+    Raises:
+        LookupError, ValueError: it is not one of these adapters.
+    """
+    found = []
+    for target, count in info["targets"].items():
+        layout, bias = inventory.layouts[target], tensors.get(f"bias.{target}")
+        slices = tuple(LowRank(tensors[f"{i}.a.{target}"], tensors[f"{i}.b.{target}"]) for i in range(count))
+        values = [t for s in slices for t in (s.a, s.b)] + ([] if bias is None else [bias])
+        shapes = [(layout.d_out, s.rank, s.rank, layout.d_in) for s in slices]
+        if [(*s.b.shape, *s.a.shape) for s in slices] != shapes or count != layout.stack or not all(map(all_finite, values)):
+            raise ValueError(target)
+        found.append(MergedModule(target, OutputFactors(slices), None, bias, None))
+    if not found:
+        raise ValueError(info)
+    return tuple(found)
+
+
+def _merged(
+    inventory: Inventory,
+    mixture: Mixture,
+    lessons: Sequence[Lesson],
+    workers: int,
+    progress: Progress,
+    working: WorkingState,
+) -> tuple[MergedModule, ...]:
     if not needs_moments(inventory):
         return tuple(merged_modules_of(inventory, make_plan(inventory, workers=workers), workers, progress))
     if inventory.recipe.is_sequential:

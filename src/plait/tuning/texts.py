@@ -13,8 +13,8 @@ from plait.merging.inventory import Inventory
 from plait.recipes.schema import Recipe
 from plait.recipes.tuning import LABELED
 from plait.tasks.inputs import prompt_text
+from plait.tuning.held_out import SplitLessons
 from plait.tuning.labels import read_labeled
-from plait.tuning.learning import SplitLessons
 from plait.tuning.record import SeenTexts
 
 _SHOWN = 3  # texts of a task in the record
