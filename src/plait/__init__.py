@@ -35,6 +35,7 @@ _HOME = {
     "calibrate": "plait.api.models",
     "check_tasks": "plait.api.models",
     "compress": "plait.api.files",
+    "convert": "plait.api.files",
     "evaluate": "plait.api.models",
     "evaluator": "plait.api.models",
     "extract": "plait.api.files",
@@ -79,6 +80,7 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
     "calibrate",
     "check_tasks",
     "compress",
+    "convert",
     "evaluate",
     "evaluator",
     "extract",
@@ -104,7 +106,20 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
 if TYPE_CHECKING:
     from plait import mixture as mixture
     from plait.adapters import Adapter, LowRank
-    from plait.api.files import bake, compress, extract, inspect, merge, migrate_recipe, plan, plan_bake, push, unbake, verify
+    from plait.api.files import (
+        bake,
+        compress,
+        convert,
+        extract,
+        inspect,
+        merge,
+        migrate_recipe,
+        plan,
+        plan_bake,
+        push,
+        unbake,
+        verify,
+    )
     from plait.api.models import calibrate, check_tasks, evaluate, evaluator, report, sft, sweep, sweep_status, train, tune
     from plait.errors import (
         AdapterError,

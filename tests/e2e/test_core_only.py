@@ -35,6 +35,7 @@ WORK = {
     "un-bake": "un-bake baked a --weight 1 -o unbaked",
     "inspect": "inspect a b",
     "compress": "compress a --rank 2 -o small",
+    "convert": "convert a --to mlx -o mlx",
     "extract": "extract base tuned --rank 2 -o extracted",
     "verify": "verify merged",
     "push": "push --help",

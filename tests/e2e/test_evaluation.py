@@ -11,6 +11,7 @@ import torch
 import yaml
 
 import plait
+from plait.adapters import Adapter
 from plait.errors import OutputError, PlaitError, TaskError
 from plait.evaluation.loaded_base import placement
 from plait.evaluation.scores import Answers, adapter_digest, model_digest
@@ -182,10 +183,11 @@ def test_the_processor_is_one_device_whatever_it_is_called(prepared, tmp_path, m
 
 def test_keys_are_of_files_and_of_a_models_own_code(prepared, tmp_path):
     model, adapter = (shutil.copytree(f, tmp_path / f.name) for f in (prepared.base, prepared.adapters["sort"]))
-    keys = model_digest(model), adapter_digest(adapter)
+    opened = Adapter.open(adapter, "sort")
+    keys = model_digest(model), adapter_digest(opened)
     (adapter / "adapter_old").mkdir()
     (model / "old.json").mkdir()
-    assert (model_digest(model), adapter_digest(adapter)) == keys
+    assert (model_digest(model), adapter_digest(opened)) == keys
     (model / "modeling.py").write_text("# other code")
     assert model_digest(model) != keys[0]
 

@@ -5,26 +5,23 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from plait.adapters.config import AdapterConfig, subfolders_with
-from plait.adapters.contents import complete_names, other_files, sort_tensors
+from plait.adapters.config import AdapterConfig
+from plait.adapters.contents import complete_names, sort_tensors
+from plait.adapters.formats import Origin, StoredAdapter, read_adapter
+from plait.adapters.formats.base import one_number
 from plait.adapters.layouts import Layout, layout_type
 from plait.adapters.layouts.parameter import WRAPPED, ParameterNaming
 from plait.adapters.lowrank import LowRank
-from plait.adapters.names import clean_settings
 from plait.errors import AdapterError, collect, listed
 from plait.linalg.finite import all_finite
-from plait.parsing import is_there
-from plait.tensorfiles.formats import TENSOR_FORMATS
-from plait.tensorfiles.reader import FLOATS, SafetensorsFile, TensorFile
+from plait.tensorfiles.reader import FLOATS, TensorFile
 
-ADAPTER_WEIGHTS = SafetensorsFile.adapter_name
-ADAPTER_CONFIG = "adapter_config.json"
 ALPHA = "alpha"  # the part of a module whose file brings its own
 
 
@@ -40,6 +37,7 @@ class Target:
         dtype: of the stored factors (safetensors' names).
         tensors: part (`lora_A`, `lora_B`, `lora_B.bias`, `lora_magnitude_vector`, …; `alpha` where the file has its own) →
             tensor name in the file.
+        own_scaling: the scaling is the file's own, so that the configuration's rank and alpha say nothing of this module.
     """
 
     path: str
@@ -48,6 +46,12 @@ class Target:
     scaling: float
     dtype: str
     tensors: Mapping[str, str] = field(repr=False)
+    own_scaling: bool = False
+
+    @property
+    def stored_rank(self) -> int:
+        """The rank as PEFT counts it: a grouped convolution's is spread over its groups."""
+        return self.rank * self.layout.rank_unit
 
     @property
     def is_dora(self) -> bool:
@@ -67,11 +71,15 @@ class Adapter:
     Attributes:
         name: unique within a merge.
         folder: of its files.
-        config: its configuration.
+        config: its configuration, in PEFT's terms.
         targets: path → target, sorted by path.
         full_tensors: tensors that are not low-rank deltas: heads (`modules_to_save`), trainable token rows, trained biases;
             path in the base model → tensor name in the file.
-        file: the tensor file.
+        file: the tensor file, in PEFT's terms.
+        origin: what its files are.
+        files: that were read; the tensor file first.
+        is_one_file: it is a single file, so that what else is in the folder is not its own.
+        towers: components of a pipeline that the paths begin with (`unet`, …); none where they are of one model.
     """
 
     name: str
@@ -80,24 +88,33 @@ class Adapter:
     targets: Mapping[str, Target]
     full_tensors: Mapping[str, str]
     file: TensorFile = field(repr=False)
+    origin: Origin = field(default=Origin(format="peft"), repr=False)
+    files: tuple[Path, ...] = field(default=(), repr=False)
+    is_one_file: bool = False
+    towers: tuple[str, ...] = ()
 
     @staticmethod
-    def open(folder: str | Path, name: str) -> Adapter:
-        """Open an adapter: read its configuration and the header of its tensor file.
+    def open(place: str | Path, name: str) -> Adapter:
+        """Open an adapter of any format: read its configuration and the header of its tensor file.
+
+        Args:
+            place: a folder, or a single file.
+            name: unique within a merge.
 
         Raises:
             AdapterError: with everything that is wrong with it.
         """
-        folder = Path(folder)
-        config = AdapterConfig.read(folder / ADAPTER_CONFIG)
-        config = replace(config, raw=clean_settings(config.raw))
-        file = _open_file(folder)
-        targets, full, problems = _read_targets(config, file)
-        collect(AdapterError, [f"{file.path}: {p}" for p in problems], f"{folder}: not an adapter that plait can merge")
+        place = Path(place)
+        stored = read_adapter(place)
+        file = stored.file
+        targets, full, problems = _read_targets(stored)
+        collect(AdapterError, [f"{file.path}: {p}" for p in problems], f"{place}: not an adapter that plait can merge")
         if not targets and not full:
             held = listed(map(repr, file.tensors), 3) or "nothing"
             raise AdapterError(f"{file.path}: no LoRA tensors found; it holds {held}.")
-        return Adapter(name, folder, config, targets, full, file)
+        alone = place.is_file()
+        folder = place.parent if alone else place
+        return Adapter(name, folder, stored.config, targets, full, file, stored.origin, stored.files, alone, stored.towers)
 
     def read(self, path: str, dtype: torch.dtype = torch.float32) -> list[LowRank]:
         """Read one target's factors, scaling not yet folded in; one `LowRank` per matrix of its stack.
@@ -157,19 +174,9 @@ class Adapter:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _open_file(folder: Path) -> TensorFile:
-    for kind in TENSOR_FORMATS:
-        if is_there(folder / kind.adapter_name, AdapterError):
-            return kind(folder / kind.adapter_name)
-    below = dict.fromkeys(place for kind in TENSOR_FORMATS for place in subfolders_with(folder, kind.adapter_name))
-    elsewhere = f"It has them in {listed(below, 8)}: name one of these subfolders." if below else ""
-    instead = other_files(folder) or elsewhere or "Was the download cut short?"
-    others = " or ".join(kind.adapter_name for kind in TENSOR_FORMATS[1:])
-    raise AdapterError(f"{folder / ADAPTER_WEIGHTS}: no such file, and no {others} either. {instead}")
-
-
-def _read_targets(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Target], dict[str, str], list[str]]:
+def _read_targets(stored: StoredAdapter) -> tuple[dict[str, Target], dict[str, str], list[str]]:
     """Sort a file's tensors into targets and full tensors; return them with what is wrong."""
+    config, file = stored.config, stored.file
     contents = sort_tensors(file)
     naming = ParameterNaming(config.target_parameters, contents.modules)
     biases = config.raw.get("bias") not in (None, "none")
@@ -178,7 +185,7 @@ def _read_targets(config: AdapterConfig, file: TensorFile) -> tuple[dict[str, Ta
     targets: dict[str, Target] = {}
     for module, parts in contents.modules.items():
         try:
-            target = _target(config, file, module, naming.parameter(module), parts)
+            target = _target(stored, module, naming.parameter(module), parts)
         except ValueError as error:
             problems.append(f"{module!r}: {error}")
         else:
@@ -206,7 +213,8 @@ def _wrong_full(file: TensorFile, full: Mapping[str, str]) -> list[str]:
     return problems
 
 
-def _target(config: AdapterConfig, file: TensorFile, module: str, parameter: str | None, parts: Mapping[str, str]) -> Target:
+def _target(stored: StoredAdapter, module: str, parameter: str | None, parts: Mapping[str, str]) -> Target:
+    config, file = stored.config, stored.file
     if "lora_diag" in parts:
         raise ValueError("has lora_diag (KaSA), which also changes the base model; it has no exact form here")
     if parameter is None and module.endswith(WRAPPED):
@@ -229,7 +237,9 @@ def _target(config: AdapterConfig, file: TensorFile, module: str, parameter: str
     layout, rank = kind.of(info_a.shape, info_b.shape, config.rank(path))
     if rank == 0:
         raise ValueError("has rank 0")
-    if ALPHA in parts:
+    if stored.scalings is not None:
+        scaling = stored.scalings[module]
+    elif ALPHA in parts:
         scaling = _own_scaling(config, file, parts[ALPHA], rank * layout.rank_unit)
         configured = config.scaling(path, rank * layout.rank_unit)
         if f".{kind.a_part}" in parts[kind.a_part] and not math.isclose(scaling, configured, rel_tol=1e-2):
@@ -239,16 +249,12 @@ def _target(config: AdapterConfig, file: TensorFile, module: str, parameter: str
             )
     else:
         scaling = config.scaling(path, rank * layout.rank_unit)
-    return Target(path, layout, rank, scaling, info_b.dtype, dict(parts))
+    own = stored.scalings is not None or ALPHA in parts
+    return Target(path, layout, rank, scaling, info_b.dtype, dict(parts), own)
 
 
 def _own_scaling(config: AdapterConfig, file: TensorFile, name: str, rank: int) -> float:
     """Return the scaling that a module's own alpha in the file gives, as kohya's scripts do."""
-    if math.prod(file.tensors[name].shape) != 1:
-        raise ValueError(f"{name!r} is {list(file.tensors[name].shape)}; an alpha is one number")
     if config.flag("use_rslora"):
         raise ValueError(f"{name!r} is an alpha for alpha / rank, and the configuration asks for alpha / sqrt(rank)")
-    alpha = float(file.read(name))
-    if not math.isfinite(alpha):
-        raise ValueError(f"{name!r} is {alpha}; an alpha is a finite number")
-    return alpha / rank
+    return one_number(file, name) / rank

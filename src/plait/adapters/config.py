@@ -16,7 +16,10 @@ from typing import Any
 from plait.adapters.patterns import PatternError, PatternTable, module_pattern
 from plait.errors import AdapterError, collect, listed
 from plait.parsing import is_there, read_object, shown
+from plait.tensorfiles.reader import SafetensorsFile
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = SafetensorsFile.adapter_name
 _LARGEST_RANK = 2**31 - 1
 _LONGEST_TEXT = 10_000  # letters of a name; paths of files have no more than 4096
 _BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
@@ -85,7 +88,7 @@ class AdapterConfig:
         rank, alpha = self.raw.get("r", 8), self.raw.get("lora_alpha", 8)
         if not _is_rank(rank):
             yield f"r is {shown(rank)}; it must be an integer from 1 to {_LARGEST_RANK}."
-        if not _is_number(alpha):
+        if not is_number(alpha):
             yield f"lora_alpha is {shown(alpha)}; it must be a number."
         for key in ("rank_pattern", "alpha_pattern"):
             yield from _wrong_pattern(key, self.raw.get(key) or {})
@@ -162,7 +165,8 @@ class AdapterConfig:
         return {key: (PatternTable(values), list(values.values())) for key, values in patterns.items()}
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Return whether a value of JSON is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -226,12 +230,19 @@ def _wrong_pattern(key: str, patterns: object) -> Iterator[str]:
     for pattern, value in patterns.items():
         if key == "rank_pattern" and not _is_rank(value):
             yield f"{key}[{shown(pattern)}] is {shown(value)}; it must be an integer from 1 to {_LARGEST_RANK}."
-        elif not _is_number(value):
+        elif not is_number(value):
             yield f"{key}[{shown(pattern)}] is {shown(value)}; it must be a number."
         try:
             module_pattern(pattern)
         except PatternError as error:
             yield f"{key}: {shown(pattern)}: {error}."
+
+
+def alpha_of(scaling: float, rank: int) -> float:
+    """Return the alpha for which alpha / rank is a scaling, to the last bit where there is one."""
+    alpha = scaling * rank
+    near = (float(f"{alpha:.12g}"), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((a for a in near if a / rank == scaling), alpha)
 
 
 def subfolders_with(folder: Path, name: str) -> list[str]:

@@ -25,8 +25,7 @@ from plait.linalg.blocks import block_ranges
 from plait.tensorfiles.reader import TensorFile
 
 _OTHER_FILES = (  # what programs other than PEFT call their files, and what to do with them
-    ("adapters.safetensors", "mlx's adapter", "Convert it to PEFT's form first (lora_a, lora_b are transposed there)"),
-    ("adapters.npz", "mlx's adapter", "Convert it to PEFT's form first"),
+    ("adapters.npz", "an adapter of early mlx", "Save its arrays as adapters.safetensors (mlx.core.save_safetensors)"),
     ("pytorch_lora_weights.safetensors", "diffusers' LoRA", "Convert it to PEFT's form first"),
     ("adapter_model-*-of-*.safetensors", "an adapter in several files", "Save it again in one: PEFT's save_pretrained"),
     ("adapter_model-*-of-*.bin", "an adapter in several files", "Save it again in one: PEFT's save_pretrained"),

@@ -7,6 +7,7 @@ ranks, factors, full tensors, and the settings of `adapter_config.json` that are
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from plait.adapters.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, alpha_of
 from plait.adapters.layouts import Layout, module_keys, uniform_rank
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import PREFIX, pattern_of
@@ -38,14 +39,14 @@ class AdapterWriter:
     Args:
         layouts: target → layout.
         ranks: target → rank of one of its matrices.
-        dtype: of the tensors that belong to targets.
+        dtype: of the tensors that belong to targets, or of each target's.
         uniform: one rank for all targets, zero-padded; else every target has its own (`rank_pattern`, `alpha_pattern`).
+        scalings: target → s in ΔW = s · B A, for factors that have not got it; all 1 when None.
         has_bias: every target has a `lora_bias`.
         is_dora: every target has DoRA's magnitudes.
 
     Attributes:
         rank: PEFT's r.
-        dtype: as given.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class AdapterWriter:
         layouts: Mapping[str, Layout],
         ranks: Mapping[str, int],
         *,
-        dtype: torch.dtype,
+        dtype: torch.dtype | Mapping[str, torch.dtype],
         uniform: bool,
+        scalings: Mapping[str, float] | None = None,
         has_bias: bool = False,
         is_dora: bool = False,
     ) -> None:
@@ -63,17 +65,22 @@ class AdapterWriter:
         self.rank = uniform_rank(ranks, layouts)
         self._ranks = dict.fromkeys(own, self.rank) if uniform else own
         self._names = {t: layouts[t].tensor_names(PREFIX + key) for t, key in module_keys(layouts).items()}
-        self.dtype, self._has_bias, self._is_dora = dtype, has_bias, is_dora
+        self._alphas: dict[str, float] = {**self._ranks}
+        if scalings is not None:
+            self._alphas = {t: alpha_of(scalings[t], rank) for t, rank in self._ranks.items()}
+        self._alpha = self.rank if scalings is None else Counter(self._alphas.values()).most_common(1)[0][0]
+        self._dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(layouts, dtype)
+        self._has_bias, self._is_dora = has_bias, is_dora
 
     def entries(self) -> list[TensorEntry]:
         """Return every tensor that belongs to a target."""
         entries = []
         for target, layout in self._layouts.items():
-            names = self._names[target]
+            names, dtype = self._names[target], self._dtypes[target]
             shape_a, shape_b = layout.packed_shapes(self._slice_rank(target))
-            entries += [TensorEntry(names.a, self.dtype, shape_a), TensorEntry(names.b, self.dtype, shape_b)]
-            entries += [TensorEntry(names.bias, self.dtype, (layout.outputs,))] * self._has_bias
-            entries += [TensorEntry(names.magnitude, self.dtype, layout.magnitude_shape)] * self._is_dora
+            entries += [TensorEntry(names.a, dtype, shape_a), TensorEntry(names.b, dtype, shape_b)]
+            entries += [TensorEntry(names.bias, dtype, (layout.outputs,))] * self._has_bias
+            entries += [TensorEntry(names.magnitude, dtype, layout.magnitude_shape)] * self._is_dora
         return entries
 
     def tensors(
@@ -88,7 +95,7 @@ class AdapterWriter:
             magnitude: (d_out,), for DoRA.
         """
         layout, names = self._layouts[target], self._names[target]
-        a, b = layout.pack([s.normal_in(self.dtype).padded(self._slice_rank(target)) for s in slices])
+        a, b = layout.pack([s.normal_in(self._dtypes[target]).padded(self._slice_rank(target)) for s in slices])
         found = {names.a: a, names.b: b}
         if bias is not None:
             found[names.bias] = bias
@@ -102,17 +109,18 @@ class AdapterWriter:
         Args:
             settings: what does not follow from layouts and ranks: base model, task, which modules (`selection`).
         """
-        patterned = {pattern_of(t): rank for t, rank in self._ranks.items() if rank != self.rank}
+        ranks = {pattern_of(t): rank for t, rank in self._ranks.items() if rank != self.rank}
+        alphas = {pattern_of(t): a for t, a in self._alphas.items() if a != self._alpha}
         config = {
             "peft_type": "LORA",
             "r": self.rank,
-            "lora_alpha": self.rank,
+            "lora_alpha": self._alpha,
             "lora_dropout": 0.0,
             "use_rslora": False,
             "use_dora": self._is_dora,
             "lora_bias": self._has_bias,
-            "rank_pattern": patterned,
-            "alpha_pattern": patterned,
+            "rank_pattern": ranks,
+            "alpha_pattern": alphas,
             "bias": "none",
             "init_lora_weights": True,
             "inference_mode": True,

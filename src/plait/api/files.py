@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plait.commands.compress import CompressOrder
+from plait.commands.convert import ConvertOrder
 from plait.commands.merge import Merged, MergeOrder
 from plait.commands.request import RecipeSource, Request
 from plait.hub.pretrained import LoadOptions
+from plait.merging.conversion import ConvertResult
 from plait.merging.moments import MomentsOf
 from plait.merging.pipeline import MergeResult
 from plait.merging.plan import MergePlan
@@ -247,6 +249,33 @@ def compress(
         PlaitError: as `merge`.
     """
     return CompressOrder(Path(out), rank, energy, settings, force, workers, adapter=str(adapter)).run(progress)
+
+
+def convert(
+    adapter: str | Path,
+    *,
+    to: str,
+    out: str | Path,
+    tower: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ConvertResult:
+    """Write an adapter in the format of another program, with the same factors.
+
+    >>> plait.convert("./adapter", to="mlx", out="adapter-mlx")
+
+    Args:
+        adapter: a reference.
+        to: name of the format, as in docs/formats.md.
+        out: where to write.
+        tower: component of a pipeline that alone is written (`unet`, `text_encoder`, …); all when None.
+        force: replace a result of plait's at `out`.
+        progress: receives stages and steps.
+
+    Raises:
+        PlaitError: it cannot be read, or the format has no place for something of it; nothing is left at `out` then.
+    """
+    return ConvertOrder(adapter=str(adapter), to=to, out=Path(out), tower=tower, force=force).run(progress)
 
 
 def extract(

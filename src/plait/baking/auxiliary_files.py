@@ -89,7 +89,8 @@ def gather_auxiliary_files(
     The base's files do, but for weights and its card; an adapter's tokenizer takes the place of the base's where it differs.
     """
     files = {p.name: p for p in _copied(checkpoint.folder) if not _matches(p.name, (*_WEIGHTS, *_OWN))}
-    brought = {a.name: {p.name: p for p in _copied(a.folder) if _matches(p.name, _TOKENIZER)} for a in inventory.adapters}
+    own = [a for a in inventory.adapters if not a.is_one_file]
+    brought = {a.name: {p.name: p for p in _copied(a.folder) if _matches(p.name, _TOKENIZER)} for a in own}
     _check_contained([*files.values(), *(path for each in brought.values() for path in each.values())])
     described = dict.fromkeys(files, "base")
     tokenizer, notes = _tokenizer(brought, files)

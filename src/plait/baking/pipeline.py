@@ -174,7 +174,7 @@ def _digest(bake: Bake, adapters: list[str]) -> str:
         "recipe": recipe_json(bake.recipe),
         "options": bake.options.kept,
         "moments": None if moments is None else of_moments or {"function": uuid.uuid4().hex},  # no two functions are the same
-        "adapters": [(d, sha256(a.config.path)) for d, a in zip(adapters, bake.inventory.adapters, strict=True)],
+        "adapters": [(d, *(sha256(p) for p in a.files[1:])) for d, a in zip(adapters, bake.inventory.adapters, strict=True)],
         "base": {
             s.name: (stats[s.name].st_size, stats[s.name].st_mtime_ns, hashlib.sha256(s.lead).hexdigest())
             for s in bake.checkpoint.shards

@@ -89,7 +89,7 @@ def run_unbake(
     if weight is not None and (not math.isfinite(weight) or weight == 0):
         raise RecipeError(f"weight is {weight}; give the number that the adapter was baked with, such as 0.7.")
     before = None if original is None else _original(original, BaseCheckpoint.open(model))
-    opened = Adapter.open(resolve(parse_reference(adapter)).folder, "adapter")
+    opened = Adapter.open(resolve(parse_reference(adapter)).path, "adapter")
     if any(target.is_dora for target in opened.targets.values()):
         raise PlanError(
             f"{adapter}: DoRA scales rows by the norms that they had before the bake, which the model no longer holds. "

@@ -102,7 +102,7 @@ class CalibrationRequest:
         ]
         about = (self.spec.tokens, self.spec.seed, self.options.dtype, library_versions("transformers"))
         texts = self.text_digests(adapter.name)
-        own = adapter_digest(adapter.folder)
+        own = adapter_digest(adapter)
         return digest(MOMENTS_VERSION, self.base_digest, own, self.targets, texts, forms, about)
 
     def seen(self) -> tuple[CalibratedTexts, ...]:

@@ -16,6 +16,7 @@ import typer
 from plait.cli.bake import bake
 from plait.cli.calibrate import calibrate
 from plait.cli.compress import compress
+from plait.cli.convert import convert
 from plait.cli.evaluate import evaluate
 from plait.cli.extract import extract
 from plait.cli.inspect import inspect
@@ -56,6 +57,7 @@ app.command("bake")(bake)
 app.command("un-bake")(unbake)
 app.command("inspect")(inspect)
 app.command("compress")(compress)
+app.command("convert")(convert)
 app.command("extract")(extract)
 app.command("verify")(verify)
 app.command("push")(push)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from plait.adapters.adapter import ADAPTER_WEIGHTS
+from plait.adapters.config import ADAPTER_WEIGHTS
 from plait.commands.request import LowRankOrder, Request
 from plait.errors import RecipeError
 from plait.hub.references import parse_reference

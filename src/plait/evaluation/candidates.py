@@ -68,14 +68,14 @@ def single_candidate(name: str, adapters: Mapping[str, Adapter]) -> Candidate:
             return _own(task, adapters)
         return name if adapters[name].full_tensors else None
 
-    key = digest("adapter", adapter_digest(adapters[name].folder))
+    key = digest("adapter", adapter_digest(adapters[name]))
     return Candidate(name, key, heads, lambda live, owner: live.mixture.active({name: 1.0}, heads=owner or False))
 
 
 def saved_candidate(name: str, adapters: Mapping[str, Adapter]) -> Candidate:
     """Return a written merge, read from its files: not any task's own adapter."""
     own = name if adapters[name].full_tensors else None
-    key = digest("adapter", adapter_digest(adapters[name].folder))
+    key = digest("adapter", adapter_digest(adapters[name]))
     return Candidate(
         name,
         key,
@@ -131,7 +131,7 @@ def merge_key(inventory: Inventory) -> str:
     """Return a hash of a merge: its recipe without paths, and the content of every input."""
     recipe = {k: v for k, v in recipe_json(inventory.recipe).items() if k not in _NOT_HASHED}
     recipe["adapters"] = [
-        {"name": e.name, "weight": e.weight, "digest": adapter_digest(a.folder)}
+        {"name": e.name, "weight": e.weight, "digest": adapter_digest(a)}
         for e, a in zip(inventory.recipe.adapters, inventory.adapters, strict=True)
     ]
     moments = {} if inventory.moments is None else {n: sha256(f.path) for n, f in sorted(inventory.moments.files.items())}

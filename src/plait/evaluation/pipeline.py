@@ -12,7 +12,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from plait.adapters.adapter import ADAPTER_CONFIG, Adapter
+from plait.adapters.adapter import Adapter
+from plait.adapters.config import ADAPTER_CONFIG
 from plait.errors import AddressError, PlanError, TaskError, did_you_mean
 from plait.evaluation.candidates import Candidate, live_candidate, merge_candidate, model_candidate, saved_candidate
 from plait.evaluation.loaded_base import LoadedBase, placement, with_used_dtype
@@ -261,7 +262,7 @@ def evaluate_saved(
     name = parse_reference(reference, allow_bare=True).default_name()
     taken = [a.name for a, _, _ in singles]
     label = next(n for i in count(1) if (n := name if i == 1 else f"{name}-{i}") not in taken)
-    others = [Adapter.open(place.folder, label)] if is_adapter else []
+    others = [Adapter.open(place.path, label)] if is_adapter else []
     recipe = lock.recipe if lock is not None and lock.has_adapters else None
     method = recipe["method"] if recipe else {}
     if options.workspace is not None:
@@ -328,6 +329,8 @@ def _find(reference: str) -> tuple[Located, bool]:
     """Return where a reference leads, and whether an adapter is there (else a full model)."""
     parsed = parse_reference(reference, allow_bare=True)
     if parsed.path is not None:
+        if (single := resolve(parsed)).file is not None:
+            return single, True
         place = resolve_model(parsed.address)
         is_adapter = (place.folder / ADAPTER_CONFIG).is_file()
         if not is_adapter and not (place.folder / "config.json").is_file():
@@ -369,14 +372,14 @@ def _sources(folder: Path, lock: Lock | None, given: Mapping[str, str]) -> tuple
     for name, entry in lock.inputs.items():
         if name not in found:
             continue
-        place = Located(folder=found[name].folder, repo=entry.repo, commit=entry.commit)
+        place = Located(folder=found[name].folder, file=found[name].file, repo=entry.repo, commit=entry.commit)
         of_merge = read_lock(place.folder) if lock.kind == "bake" and (place.folder / LOCK).is_file() else None
         if of_merge is not None and of_merge.kind == "merge":  # a baked merge has the single adapters of that merge
             within, more = _sources(place.folder, of_merge, {})
             singles += within
             notes += more
         else:
-            singles.append((Adapter.open(place.folder, name), place, entry.path))
+            singles.append((Adapter.open(place.path, name), place, entry.path))
     return singles, notes
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
+from plait.adapters import Adapter
 from plait.errors import TaskError
 from plait.notices import announce
 from plait.parsing import read_text
@@ -88,9 +89,10 @@ def model_digest(folder: Path) -> str:
     return digest(_hashes(p for pattern in _MODEL_FILES for p in folder.glob(pattern)))
 
 
-def adapter_digest(folder: Path) -> str:
+def adapter_digest(adapter: Adapter) -> str:
     """Return a hash of everything that belongs to an adapter: configuration, tensors, heads."""
-    return digest(_hashes(p for pattern in ("adapter_*", "heads/*/*") for p in folder.glob(pattern)))
+    others = () if adapter.is_one_file else (p for pattern in ("adapter_*", "heads/*/*") for p in adapter.folder.glob(pattern))
+    return digest(_hashes({*adapter.files, *others}))
 
 
 @cache

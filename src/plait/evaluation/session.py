@@ -177,7 +177,7 @@ class Session:
         """Return what a candidate answers to a task: known, kept, or asked for now."""
         examples, owner = entry.examples, candidate.heads(entry.task)
         # full tensors of its own are in a candidate's key
-        heads = adapter_digest(self.adapters[owner].folder) if owner is not None and owner in self.adapters else None
+        heads = adapter_digest(self.adapters[owner]) if owner is not None and owner in self.adapters else None
         key = digest(candidate.key, heads, examples.digest, self._setting)
         if key not in self._known:
             found = self._cache.find(key, len(examples.items))

@@ -44,14 +44,17 @@ FILES_NEXT_TO_ADAPTER = (
 MODEL_FILES = (SafetensorsFile.model_files, "*.json")
 #: What a full model needs next to its weights and its json files; `resolve_model(files=...)` takes both together.
 COMPANION_FILES = ("*.jinja", "*.model", "*.txt", "LICENSE*", "README.md")
+#: Ends of names of single files that are adapters.
+ADAPTER_SUFFIXES = (SafetensorsFile.suffix, ".gguf")
 _SHOWN = 12
 
 
 class Located(Record):
-    """A folder on this machine, and where it came from.
+    """A folder on this machine, or one file in it, and where it came from.
 
     Attributes:
         folder: absolute; for the Hub inside the snapshot of `commit` in the cache.
+        file: name of the file there that the reference leads to; None where it is the folder.
         repo: `org/repo`, or None for a local folder.
         revision: as it was asked for, or None.
         commit: the 40 hexadecimal digits that `revision` resolved to, or None for a local folder.
@@ -59,17 +62,23 @@ class Located(Record):
     """
 
     folder: Path
+    file: str | None = None
     repo: str | None = None
     revision: str | None = None
     commit: str | None = None
     subfolder: str | None = None
 
+    @property
+    def path(self) -> Path:
+        """The folder, or the file in it."""
+        return self.folder if self.file is None else self.folder / self.file
+
 
 def resolve(reference: Reference, *, base: Path | None = None) -> Located:
     """Return the folder of an adapter, fetched from the Hub when the reference leads there.
 
-    A local folder is only checked to be one; what it holds is for the reader of adapters to judge. When the Hub does
-    not answer, an adapter that is in the cache is taken from there.
+    A local folder, or file of tensors, is only checked to be one; what it holds is for the reader of adapters to judge. When
+    the Hub does not answer, an adapter that is in the cache is taken from there.
 
     Args:
         reference: from `parse_reference`.
@@ -79,7 +88,7 @@ def resolve(reference: Reference, *, base: Path | None = None) -> Located:
         AddressError: the reference leads nowhere, or may not be read. The message says what to do.
     """
     if reference.path is not None:
-        return Located(folder=_local_folder(reference, base))
+        return _local_adapter(reference, base)
     tensors = [kind.adapter_name for kind in TENSOR_FORMATS]
     prefix = _prefix(reference)
     commit, names, error = _listing(reference)
@@ -182,6 +191,17 @@ def _located(reference: Reference, snapshot: Path) -> Located:
         commit=snapshot.name,
         subfolder=reference.subfolder,
     )
+
+
+def _local_adapter(reference: Reference, base: Path | None) -> Located:
+    """Return a local folder, or a file whose name ends as files of tensors do."""
+    try:
+        place = Path.cwd() / (base or Path()) / expanded(reference.path or "")
+        if place.suffix in ADAPTER_SUFFIXES and place.is_file():
+            return Located(folder=place.parent, file=place.name)
+    except OSError as error:
+        raise AddressError(f"{reference.path!r} cannot be read: {error}.") from error
+    return Located(folder=_local_folder(reference, base))
 
 
 def _local_folder(reference: Reference, base: Path | None) -> Path:

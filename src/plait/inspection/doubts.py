@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from plait.adapters.adapter import ALPHA, Adapter, Target
+from plait.adapters.adapter import Adapter, Target
 from plait.adapters.config import PLAIN_INITIALIZATIONS
 from plait.adapters.names import layer_key
 from plait.adapters.selection import unselected
@@ -27,14 +27,13 @@ def adapter_doubts(adapters: Sequence[Adapter]) -> list[str]:
 def config_problems(adapter: Adapter) -> Iterator[str]:
     """Yield where the configuration contradicts the tensors; reads headers alone."""
     config, targets = adapter.config, adapter.targets
-    # an alpha of a module's own makes the configuration's rank and alpha void
-    ruled = [t for t in targets.values() if ALPHA not in t.tensors]
-    other = [t for t in ruled if stored_rank(t) != config.rank(t.path)]
+    ruled = [t for t in targets.values() if not t.own_scaling]
+    other = [t for t in ruled if t.stored_rank != config.rank(t.path)]
     if other:
         first = other[0]
         yield (
             f"the configuration gives {len(other)} of {len(targets)} modules another rank than their tensors have (such as "
-            f"{first.path!r}: {config.rank(first.path)}, in the file {stored_rank(first)}). PEFT does not load that. The "
+            f"{first.path!r}: {config.rank(first.path)}, in the file {first.stored_rank}). PEFT does not load that. The "
             f"tensors count, for the scaling too ({config.alpha(first.path):g} as alpha gives {first.scaling:g} there)."
         )
     for key in ("rank_pattern", "alpha_pattern"):
@@ -84,11 +83,6 @@ def _lost_tensors(adapter: Adapter) -> list[str]:
     which = listed(map(shown, tables)) if isinstance(rows, dict) else "rows"
     found = {"modules_to_save": heads and listed(map(shown, heads)), "trainable_token_indices": tables and which}
     return [f"{key} has {names}" for key, names in found.items() if names]
-
-
-def stored_rank(target: Target) -> int:
-    """Return the rank as PEFT counts it: a grouped convolution's is spread over its groups."""
-    return target.rank * target.layout.rank_unit
 
 
 def other_file(adapter: Adapter) -> Iterator[str]:

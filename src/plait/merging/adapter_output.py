@@ -28,12 +28,12 @@ class MergedAdapter:
 
     def __init__(self, inventory: Inventory, ranks: Mapping[str, int]) -> None:
         output, targets = inventory.recipe.output, [a.targets[t] for a in inventory.adapters for t in ranks if t in a.targets]
-        self._inventory = inventory
+        self._inventory, self._dtype = inventory, OUTPUT_DTYPES[output.dtype]
         self._layouts = {t: inventory.layouts[t] for t in ranks}
         self._writer = AdapterWriter(
             self._layouts,
             ranks,
-            dtype=OUTPUT_DTYPES[output.dtype],
+            dtype=self._dtype,
             uniform=output.layout == "uniform",
             has_bias=any(t.has_bias for t in targets),
             is_dora=any(t.is_dora for t in targets),
@@ -49,7 +49,7 @@ class MergedAdapter:
         if merged.factors is None:
             raise AssertionError(f"{merged.target!r} has no factors")
         found = self._writer.tensors(merged.target, merged.factors.slices, bias=merged.bias, magnitude=merged.magnitude)
-        return {name: rounded(merged.target, tensor, self._writer.dtype) for name, tensor in found.items()}
+        return {name: rounded(merged.target, tensor, self._dtype) for name, tensor in found.items()}
 
     def write(self, folder: Path, modules: Iterable[dict[str, Tensor]]) -> dict[str, str]:
         """Write every module's tensors, the heads that the adapter itself holds, and `adapter_config.json`.

@@ -164,11 +164,11 @@ def front_matter(inventory: Inventory) -> dict[str, Any]:
 
 def _license(inventory: Inventory) -> tuple[tuple[str, str], ...] | None:
     """Return the license that every source states, the base model included where it is local; None when they differ."""
-    folders = [a.folder for a in inventory.adapters]
+    cards = [None if a.is_one_file else a.folder for a in inventory.adapters]
     located = inventory.base_located
     base = Path(inventory.base_model or "") if located is None else located.folder
     is_here = located is not None or (base.is_absolute() and base.is_dir())
-    stated = {license_of(folder) for folder in folders}
+    stated = {None if folder is None else license_of(folder) for folder in cards}
     if is_here and (of_base := license_of(base)):
         # an adapter without a card of its own adds no stated condition
         stated = (stated - {None}) | {of_base}

@@ -157,7 +157,7 @@ def open_adapters(
                 reference = parse_reference(text, base=folder)
                 place = resolve(reference, base=folder)
                 name = given or _unused(reference.default_name(folder), {a.name for a in adapters})
-                adapters.append(Adapter.open(place.folder, name))
+                adapters.append(Adapter.open(place.path, name))
             located.append(place)
         except PlaitError as error:
             errors.append(error)

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from plait.adapters.adapter import ADAPTER_CONFIG
 from plait.checkpoints.digests import weight_files
 from plait.merging.inventory import Inventory
 from plait.recipes.writing import recipe_json
@@ -130,7 +129,9 @@ def adapter_inputs(
     """
     known = known or {}
     inputs = {
-        adapter.name: locked_input(place, {adapter.file.path.name: digest, ADAPTER_CONFIG: sha256(adapter.config.path)}, home)
+        adapter.name: locked_input(
+            place, {adapter.file.path.name: digest} | {p.name: sha256(p) for p in adapter.files[1:]}, home
+        )
         for adapter, place, digest in zip(inventory.adapters, inventory.located, digests, strict=True)
     }
     for name, file in inventory.moments.files.items() if inventory.moments is not None else ():

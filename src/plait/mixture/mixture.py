@@ -370,7 +370,7 @@ class Mixture:
         base = next((a.config.base_model for a in self._adapters if a.config.base_model), None)
         with staged(Path(folder), force=False) as place:
             tensors = (
-                {name: rounded(path, tensor, writer.dtype) for name, tensor in writer.tensors(path, slices).items()}
+                {name: rounded(path, tensor, OUTPUT_DTYPES[dtype]) for name, tensor in writer.tensors(path, slices).items()}
                 for path, slices in deltas.items()
             )
             writer.write(place, tensors, writer.config(settings_of(self._adapters, layouts, base)))

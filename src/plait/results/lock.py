@@ -25,7 +25,7 @@ SUMMARY = "summary.json"
 CARD = "README.md"
 LEARNED_RECIPE, LEARNED_START = "recipe.yaml", "start"  # what a tuning of coefficients learned, and the adapter that it names
 LOCK_VERSION = 1
-ResultKind = Literal["merge", "bake", "extract", "train", "tune", "calibrate"]
+ResultKind = Literal["merge", "bake", "extract", "train", "tune", "calibrate", "convert"]
 
 
 def _digests(files: dict[str, str]) -> dict[str, str]:
@@ -122,6 +122,9 @@ class Lock(Record):
             fields = all(isinstance(recipe.get(key), text) for key in ("base", "finetuned", "base_id"))
             if not fields or not {"base", "finetuned"} <= self.inputs.keys():
                 raise ValueError("the request names no base and no fine-tune")
+        elif self.kind == "convert":
+            if not isinstance(recipe.get("adapter"), str) or not isinstance(recipe.get("to"), str) or len(self.inputs) != 1:
+                raise ValueError("the request names no adapter, or no format")
         elif not isinstance(recipe.get("base"), str):
             raise ValueError("the request names no base model")
         return self
@@ -202,7 +205,7 @@ def locked_input(place: Located, files: Mapping[str, str], folder: Path) -> Lock
         folder: where the lock will be, or a folder next to that.
     """
     if place.repo is None:
-        path = relative_path(place.folder, folder)
+        path = relative_path(place.path, folder)
     else:
         path = f"{place.repo}@{place.commit}" + (f"/{place.subfolder}" if place.subfolder else "")
     return LockedInput(path=path, repo=place.repo, commit=place.commit, files=dict(files))

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plait.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, Target
-from plait.adapters.config import AdapterConfig
+from plait.adapters.adapter import Adapter, Target
+from plait.adapters.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig
 from plait.adapters.layouts import Layout, Linear
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import PREFIX

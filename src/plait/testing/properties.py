@@ -17,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from plait.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from plait.adapters.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from plait.adapters.lowrank import LowRank
 from plait.linalg import blocks
 from plait.merging.pipeline import run_recipe

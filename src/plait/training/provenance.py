@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from plait.adapters.adapter import ADAPTER_CONFIG
+from plait.adapters.config import ADAPTER_CONFIG
 from plait.checkpoints.digests import weight_digests
 from plait.merging.card import base_name, load_with_peft
 from plait.results.lock import LOCK, locked_input, new_lock, output_digests

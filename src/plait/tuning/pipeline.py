@@ -154,7 +154,7 @@ def _run(
     options = replace(options, load=with_used_dtype(options.load, base.folder))
     digests = input_digests(inventory)
     base_files = base_digests(base.folder)
-    content = [*digests.values(), base_files, *(adapter_digest(a.folder) for a in inventory.adapters)]
+    content = [*digests.values(), base_files, *(adapter_digest(a) for a in inventory.adapters)]
     working = WorkingState(tuning_folder(out), _digest(inventory.recipe, options, texts, right, owners, content))
     clock.lap("check")
 

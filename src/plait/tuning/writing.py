@@ -99,9 +99,9 @@ def write_learned(
         written, known = _write_adapter(inventory, with_deltas(closed, deltas), place)
         write_tensors(place / DIRECTIONS, {"coefficients": learned.values.contiguous()})
         return WrittenTuning(inventory, written, deltas, known, {})
-    paths = {a.name: str(located.folder) for a, located in zip(inventory.adapters, inventory.located, strict=True)}
+    paths = {a.name: str(located.path) for a, located in zip(inventory.adapters, inventory.located, strict=True)}
     public = {
-        a.name: relative_path(located.folder, place)
+        a.name: relative_path(located.path, place)
         if located.repo is None
         else f"{located.repo}@{located.commit}" + (f"/{located.subfolder}" if located.subfolder else "")
         for a, located in zip(inventory.adapters, inventory.located, strict=True)

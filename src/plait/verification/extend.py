@@ -97,7 +97,7 @@ def extend(
         name = entry["name"]
         source = lock.inputs[name]  # on the Hub, or from the working directory, so that no home folder is published
         moved = not source.repo or name in (inputs or {})
-        entry["path"] = relative_path(found[name].folder, Path.cwd()) if moved else source.path
+        entry["path"] = relative_path(found[name].path, Path.cwd()) if moved else source.path
     base = found[BASE].folder if BASE in found else None
     return Extension(extend_request(earlier, add, settings, sets).written(_origins(folder)), base, ())
 

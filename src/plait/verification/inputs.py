@@ -37,14 +37,20 @@ class InputCheck(Record):
 
 @dataclass(frozen=True)
 class FoundInput:
-    """An input on this machine: its folder, and its second moments where the merge used them."""
+    """An input on this machine: its folder, or the file that it is, and its second moments where the merge used them."""
 
     folder: Path
     moments: Path | None
+    file: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """The folder, or the file in it."""
+        return self.folder if self.file is None else self.folder / self.file
 
     def located(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         """Return an adapter's entry of a recipe with the place where it is."""
-        return {**entry, "path": str(self.folder), **({"moments": str(self.moments)} if self.moments is not None else {})}
+        return {**entry, "path": str(self.path), **({"moments": str(self.moments)} if self.moments is not None else {})}
 
 
 def check_inputs(folder: Path, lock: Lock, given: Mapping[str, str]) -> tuple[tuple[InputCheck, ...], dict[str, FoundInput]]:
@@ -72,7 +78,8 @@ def check_inputs(folder: Path, lock: Lock, given: Mapping[str, str]) -> tuple[tu
         path = given.get(name) or (entry.path if entry.repo else _local(folder, entry.path))
         try:
             is_model = name == BASE or lock.kind in _MODELS
-            place = (resolve_model(path) if is_model else resolve(parse_reference(path))).folder.resolve()
+            located = resolve_model(path) if is_model else resolve(parse_reference(path))
+            place = located.folder.resolve()
         except PlaitError as error:
             checks.append(InputCheck(name=name, path=path, state="unknown", detail=str(error)))
             continue
@@ -82,7 +89,7 @@ def check_inputs(folder: Path, lock: Lock, given: Mapping[str, str]) -> tuple[tu
             differing.append(moments.name)
         state: Literal["equal", "changed"] = "changed" if differing else "equal"
         checks.append(InputCheck(name=name, path=path, state=state, detail=", ".join(differing)))
-        found[name] = FoundInput(place, moments)
+        found[name] = FoundInput(place, moments, located.file)
     return tuple(checks), found
 
 

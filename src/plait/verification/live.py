@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.adapters.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from plait.adapters.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from plait.adapters.names import PREFIX
 from plait.checkpoints.files import architectures, read_config
 from plait.errors import AdapterError, PlanError
@@ -119,6 +119,11 @@ def load_sides(
             reference = "the base model with the dense merge added"
             live = ParityModel(_with_delta(_model(base, task), recipe, scratch, progress))
         else:
+            if others := [a.name for a in inventory.adapters if a.origin.format != "peft"]:
+                raise PlanError(
+                    f"{', '.join(map(repr, others))}: PEFT, with which a result is compared, does not load this format. "
+                    "Convert it (plait convert ADAPTER --to peft), and give that as --input NAME=PATH."
+                )
             reference = "the base model with the adapters active"
             adapters |= {f"source{i}": adapter.folder for i, adapter in enumerate(inventory.adapters)}
     shared = _attached(_model(base, task), adapters) if adapters else None

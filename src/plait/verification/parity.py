@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plait.adapters.adapter import ADAPTER_CONFIG
+from plait.adapters.config import ADAPTER_CONFIG
 from plait.baking.plan import usable_device
 from plait.errors import AdapterError, AddressError, RecipeError
 from plait.extras import require

@@ -145,6 +145,8 @@ def _message(lock: Lock) -> str:
         return f"LoRA extracted from {place_name(lock.recipe['finetuned'])}"
     if lock.kind == "train":
         return f"Trained on {place_name(lock.recipe['base'])}"
+    if lock.kind == "convert":
+        return f"Converted to {lock.recipe['to']} from {place_name(lock.recipe['adapter'])}"
     names = ", ".join(entry["name"] for entry in lock.recipe["adapters"])
     done = {"bake": "Bake", "tune": "Merge and tune"}.get(lock.kind, "Merge")
     return f"{done} {names} with {lock.recipe['method']['name']}"

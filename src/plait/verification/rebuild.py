@@ -15,6 +15,7 @@ from plait.errors import PlaitError, RecipeError
 from plait.extraction.pipeline import run_extract
 from plait.extraction.request import make_request
 from plait.folders import entries, file_in
+from plait.merging.conversion import run_convert
 from plait.merging.pipeline import run_recipe
 from plait.recipes.schema import Recipe
 from plait.records import Record
@@ -64,6 +65,10 @@ def rebuild(lock: Lock, inputs: Mapping[str, FoundInput], out: Path, workers: in
         except TypeError as error:
             raise RecipeError(f"this version of plait cannot read the lock's request ({error}).") from None
         run_extract(request, out=out, workers=workers, progress=progress, written_as=_base_name(lock))
+        return
+    if lock.kind == "convert":
+        ((_, source),) = inputs.items()
+        run_convert(str(source.path), out=out, **{key: lock.recipe[key] for key in ("to", "tower") if key in lock.recipe})
         return
     recipe = located_recipe(lock, inputs)
     base = inputs[BASE].folder if BASE in inputs else None

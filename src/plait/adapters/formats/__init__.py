@@ -1,0 +1,42 @@
+"""One class per format of adapter files: which places are of it, how they are read, how they are written.
+
+A new one is a file here and an import below, in the order in which formats are asked; a package of its own publishes it by an
+entry point in the group `plait.adapter_formats`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from plait.adapters.formats import mlx, peft
+from plait.adapters.formats.base import (
+    FORMATS,
+    AdapterFormat,
+    Factors,
+    ModuleFactors,
+    Origin,
+    OutgoingAdapter,
+    OutgoingTarget,
+    StoredAdapter,
+)
+
+__all__ = [
+    "FORMATS", "AdapterFormat", "Factors", "ModuleFactors", "Origin", "OutgoingAdapter", "OutgoingTarget", "StoredAdapter",
+    "read_adapter",
+]  # fmt: skip
+
+for _format in (peft.PEFT, mlx.MLX):
+    FORMATS.add(_format.name, _format)
+
+
+def read_adapter(place: Path) -> StoredAdapter:
+    """Open an adapter by its headers, in the first format that it is of; what is of none is read as PEFT's.
+
+    Args:
+        place: a folder, or a single file.
+
+    Raises:
+        AdapterError: with everything that is wrong with it.
+    """
+    FORMATS.load_plugins()
+    return next((f for f in FORMATS.values() if f.matches(place)), peft.PEFT).read(place)

@@ -1,0 +1,70 @@
+"""PEFT's folder: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from plait.adapters.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig, subfolders_with
+from plait.adapters.contents import other_files
+from plait.adapters.formats.base import AdapterFormat, Factors, Origin, OutgoingAdapter, StoredAdapter, of_one_model
+from plait.adapters.names import clean_settings
+from plait.adapters.writing import AdapterWriter
+from plait.errors import AdapterError, listed
+from plait.parsing import is_there
+from plait.tensorfiles.formats import TENSOR_FORMATS
+from plait.tensorfiles.reader import TensorFile
+
+
+class PeftFolder(AdapterFormat):
+    """What `save_pretrained` of PEFT writes."""
+
+    name = "peft"
+    program = "PEFT"
+    file_name = ADAPTER_WEIGHTS
+
+    def matches(self, place: Path) -> bool:
+        """Return whether a folder has a tensor file of PEFT's name."""
+        return place.is_dir() and any((place / kind.adapter_name).is_file() for kind in TENSOR_FORMATS)
+
+    def read(self, place: Path) -> StoredAdapter:
+        """Open an adapter; see `AdapterFormat.read`."""
+        config = AdapterConfig.read(place / ADAPTER_CONFIG)
+        config = replace(config, raw=clean_settings(config.raw))
+        file = _open_file(place)
+        version = config.raw.get("peft_version")
+        writer = f"PEFT {version}" if version else None
+        return StoredAdapter(config, file, Origin(format=self.name, writer=writer), (file.path, config.path))
+
+    def problems(self, outgoing: OutgoingAdapter) -> list[str]:
+        """Return what has no place in a folder of PEFT's."""
+        return of_one_model(outgoing, self.program)
+
+    def write(self, folder: Path, outgoing: OutgoingAdapter, factors: Factors) -> dict[str, str]:
+        """Write an adapter; see `AdapterFormat.write`. Factors stay as they are: scalings become alphas."""
+        targets = outgoing.targets
+        writer = AdapterWriter(
+            {path: t.layout for path, t in targets.items()},
+            {path: t.rank for path, t in targets.items()},
+            dtype={path: t.dtype for path, t in targets.items()},
+            uniform=False,
+            scalings={path: t.scaling for path, t in targets.items()},
+            has_bias=any(t.has_bias for t in targets.values()),
+            is_dora=any(t.is_dora for t in targets.values()),
+        )
+        tensors = (writer.tensors(m.target, m.slices, bias=m.bias, magnitude=m.magnitude) for m in factors)
+        return writer.write(folder, tensors, writer.config(outgoing.settings))
+
+
+def _open_file(folder: Path) -> TensorFile:
+    for kind in TENSOR_FORMATS:
+        if is_there(folder / kind.adapter_name, AdapterError):
+            return kind(folder / kind.adapter_name)
+    below = dict.fromkeys(place for kind in TENSOR_FORMATS for place in subfolders_with(folder, kind.adapter_name))
+    elsewhere = f"It has them in {listed(below, 8)}: name one of these subfolders." if below else ""
+    instead = other_files(folder) or elsewhere or "Was the download cut short?"
+    others = " or ".join(kind.adapter_name for kind in TENSOR_FORMATS[1:])
+    raise AdapterError(f"{folder / ADAPTER_WEIGHTS}: no such file, and no {others} either. {instead}")
+
+
+PEFT = PeftFolder()
