@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -10,13 +11,16 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 
 import plait
 import plait.evaluation.session as session
+from plait.adapters.adapter import Adapter
 from plait.errors import OutputError, PlanError, RecipeError, TaskError
 from plait.mixture import Mixture
+from plait.mixture.mixture import PlacedMerge
 from plait.search.conclusion import SweepResult
 from plait.search.record import StudyRecord, read_study
 from tests.command_line import exit_code
@@ -114,13 +118,25 @@ def evaluate(place: Path, tmp_path: Path, scale: float, split: str) -> plait.Eva
 def test_a_trial_costs_its_evaluation(
     place: Path, tmp_path: Path, asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loads = []
-    load = Mixture.load
+    loads, opened, merges, most = [], [], WeakSet[PlacedMerge](), [0, 0]
+    load, read, put = Mixture.load, Adapter.open, Mixture.placed
+
+    def listen(mixture: Mixture, merged: Any) -> PlacedMerge:
+        found = put(mixture, merged)
+        merges.add(found)
+        gc.collect()
+        most[:] = [max(most[0], len(merges)), most[1] + 1]
+        return found
+
     monkeypatch.setattr(Mixture, "load", lambda *a, **k: loads.append(a) or load(*a, **k))
+    monkeypatch.setattr(Adapter, "open", lambda *a, **k: opened.append(a) or read(*a, **k))
+    monkeypatch.setattr(Mixture, "placed", listen)
     record = sweep(place, tmp_path / "study", {**RANDOM, "race": False}).record
-    assert len(loads) == 1
     final = record.post_sweep_eval
     assert final is not None
+    assert (len(loads), len(opened)) == (1, 2)
+    assert most[1] == 5 + 1 + len(final.differences)  # once per candidate, whatever it is asked
+    assert most[0] <= 3  # the start, the one that is asked, and in the end the best
     # base, own adapter, start and 4 candidates on validation; base, own adapter, the best and what it is compared with on test
     assert len(asked) == 2 * (2 + 5) + 2 * (2 + 1 + len(final.differences))
     assert not [*tmp_path.rglob("*.safetensors")]

@@ -241,6 +241,20 @@ def test_zero_padding_changes_no_bit(mixture):
     assert torch.equal(*outputs)
 
 
+def test_a_merge_result_that_was_placed_acts_again_and_on_its_own_mixture_only(tmp_path, mixture):
+    delta = low_rank("layers.0.q_proj")
+    merged = {"layers.0.q_proj": [delta], "layers.1.c_attn": [as_rows(low_rank("layers.1.c_attn"))]}
+    with mixture.attached(merged) as model:
+        expected = model(IDS)
+    with mixture.attached({"layers.0.q_proj": [delta.scaled(2.0)]}):
+        placed = mixture.placed(merged)  # while another acts
+    for _ in range(2):
+        with mixture.attached(placed) as model:
+            assert torch.equal(model(IDS), expected)
+    with pytest.raises(PlanError, match="placed on another Mixture"), Mixture(net(), []).attached(placed):
+        pass
+
+
 # what is refused
 
 

@@ -17,14 +17,15 @@ from typing import Any
 
 from plait.adapters.adapter import Adapter
 from plait.evaluation.loaded_base import LoadedBase
-from plait.evaluation.scores import adapter_digest, digest, model_digest
-from plait.merging.engine import MergedModule
+from plait.evaluation.scores import adapter_digest, digest, file_digest, model_digest
 from plait.merging.inventory import Inventory
 from plait.merging.plan import make_plan
+from plait.mixture import Mixture
 from plait.mixture.merged import averaged_heads, merged_modules
+from plait.mixture.mixture import PlacedMerge
 from plait.recipes.writing import recipe_json
-from plait.results.digests import sha256
 from plait.results.progress import Progress
+from plait.results.threads import worker_count
 from plait.tasks.asking import Head
 from plait.tasks.schema import Task
 
@@ -98,11 +99,11 @@ def merge_candidate(
         PlanError: it cannot be done.
     """
     recipe = inventory.recipe
-    make_plan(inventory, workers=1)  # what cannot be done is refused now
+    plan = make_plan(inventory, workers=worker_count(workers))  # what cannot be done is refused now
 
-    @cache
-    def modules() -> tuple[MergedModule, ...]:
-        return merged_modules(inventory, workers=workers, progress=progress)
+    @cache  # it acts anew for every task, and for every part of one that is asked
+    def placed(mixture: Mixture) -> PlacedMerge:
+        return mixture.placed(merged_modules(inventory, plan, workers=workers, progress=progress))
 
     def heads(task: Task) -> str | None:
         match recipe.heads.policy:
@@ -114,7 +115,7 @@ def merge_candidate(
                 return _own(task, adapters)
 
     def act(live: LoadedBase, owner: str | None) -> AbstractContextManager[Any]:
-        return live.mixture.attached(modules(), heads=owner or averaged_heads(inventory))
+        return live.mixture.attached(placed(live.mixture), heads=owner or averaged_heads(inventory))
 
     return Candidate("merged", merge_key(inventory), heads, act)
 
@@ -134,7 +135,7 @@ def merge_key(inventory: Inventory) -> str:
         {"name": e.name, "weight": e.weight, "digest": adapter_digest(a)}
         for e, a in zip(inventory.recipe.adapters, inventory.adapters, strict=True)
     ]
-    moments = {} if inventory.moments is None else {n: sha256(f.path) for n, f in sorted(inventory.moments.files.items())}
+    moments = {} if inventory.moments is None else {n: file_digest(f.path) for n, f in sorted(inventory.moments.files.items())}
     base = None if inventory.base_located is None else model_digest(inventory.base_located.folder)
     return digest("merge", recipe, moments, base)
 

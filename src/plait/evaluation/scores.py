@@ -105,14 +105,18 @@ def _hashes(files: Iterable[Path]) -> Sequence[tuple[str, str]]:
     return [
         (
             p.name if p.parent.parent.name != "heads" else f"{p.parent.name}/{p.name}",
-            _hash(p, p.stat().st_size, p.stat().st_mtime_ns),
+            file_digest(p),
         )
         for p in sorted(files)
         if p.is_file()
     ]
 
 
+def file_digest(path: Path) -> str:
+    """Return a file's sha256, once per process while it is unchanged: every candidate asks for those of all its inputs."""
+    return _hash(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
 @cache
 def _hash(path: Path, size: int, changed: int) -> str:
-    """Return a file's sha256, once per process while it is unchanged: every candidate asks for those of all adapters."""
     return sha256(path)

@@ -17,7 +17,7 @@ from plait.hub.download import resolve_model
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.heads import main_heads
 from plait.merging.inventory import Inventory, naming_base, take_inventory
-from plait.merging.plan import make_plan
+from plait.merging.plan import MergePlan, make_plan
 from plait.merging.truncation import rounded
 from plait.mixture.loading import require_libraries
 from plait.mixture.mixture import Mixture
@@ -29,7 +29,7 @@ from plait.results.threads import worker_count
 
 
 def merged_modules(
-    inventory: Inventory, *, workers: int | None = None, progress: Progress | None = None
+    inventory: Inventory, plan: MergePlan | None = None, *, workers: int | None = None, progress: Progress | None = None
 ) -> tuple[MergedModule, ...]:
     """Return every merged module of a recipe, rounded to the output's dtype as writing it would round.
 
@@ -37,6 +37,7 @@ def merged_modules(
 
     Args:
         inventory: what there is to merge.
+        plan: of it, where it has been made already.
         workers: modules merged at a time; never changes a bit.
         progress: receives stages and steps.
 
@@ -44,7 +45,8 @@ def merged_modules(
         PlanError: the merge cannot be done.
     """
     workers = worker_count(workers)
-    engine = Engine(inventory, make_plan(inventory, workers=workers), workers=workers, progress=progress or SilentProgress())
+    plan = plan or make_plan(inventory, workers=workers)
+    engine = Engine(inventory, plan, workers=workers, progress=progress or SilentProgress())
     combiner = engine.prepare()
     return tuple(_rounded(m, inventory.recipe) for m in engine.run(combiner, engine.ranks(combiner)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -35,6 +36,21 @@ from plait.results.staging import staged
 from plait.spaces.base import MergedMatrix
 
 _ACTING: WeakKeyDictionary[nn.Module, Mixture] = WeakKeyDictionary()  # model → whose block is entered
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedMerge:
+    """A merge result on the modules of a live model; see `Mixture.placed`.
+
+    Attributes:
+        mixture: whose model it is.
+        layers: of low-rank deltas, ready to act.
+        dense: dense deltas, whose sum with W is formed when they act.
+    """
+
+    mixture: Mixture
+    layers: tuple[Adapted, ...]
+    dense: tuple[tuple[TargetModule, DenseDelta], ...]
 
 
 class Mixture:
@@ -197,9 +213,32 @@ class Mixture:
         with self._suspended(), self._acting(Arrangement(self._adapted, self._swaps(heads)), checked):
             yield self.model
 
+    def placed(self, merged: Mapping[str, Sequence[MergedMatrix]] | Iterable[MergedModule]) -> PlacedMerge:
+        """Return a merge result on the modules of this model, for `attached`: to act several times, it is prepared once.
+
+        Args:
+            merged: as `attached` takes it.
+
+        Raises:
+            PlanError: a target that the model does not have, or another shape.
+        """
+        state = CoefficientState(Coefficients(torch.ones(1), "task", 0, 1))
+        layers: list[Adapted] = []
+        dense: list[tuple[TargetModule, DenseDelta]] = []
+        with self._suspended():  # DoRA reads the base's weights
+            for path, delta in merged_deltas(merged):
+                target = fitting_module(path, delta, self._index)
+                if isinstance(delta, DenseDelta):
+                    dense.append((target, delta))
+                else:
+                    layers.append(adapted(target, Stack.of(target, [delta]), state))
+        return PlacedMerge(self, tuple(layers), tuple(dense))
+
     @contextmanager
     def attached(
-        self, merged: Mapping[str, Sequence[MergedMatrix]] | Iterable[MergedModule], heads: str | FullTensorSet | None = None
+        self,
+        merged: PlacedMerge | Mapping[str, Sequence[MergedMatrix]] | Iterable[MergedModule],
+        heads: str | FullTensorSet | None = None,
     ) -> Iterator[nn.Module]:
         """Make a merge result act, and nothing else.
 
@@ -207,16 +246,21 @@ class Mixture:
         as the baked model: W + ΔW, rounded once to the base's dtype, held in addition to W as long as this lasts.
 
         Args:
-            merged: target → one delta per slice, or merged modules as the engine yields them.
+            merged: target → one delta per slice, or merged modules as the engine yields them; or what `placed` made of them.
             heads: whose full tensors act, or the full tensors themselves (averaged heads belong to no adapter).
 
         Raises:
-            PlanError: a target that the model does not have, another shape, or a weight that cannot be replaced.
+            PlanError: a target that the model does not have, another shape, or a weight that cannot be replaced; or the merge
+                result was placed on another mixture.
         """
         swaps = self._swaps(heads)
+        found = merged if isinstance(merged, PlacedMerge) else self.placed(merged)
+        if found.mixture is not self:
+            raise PlanError("this merge result was placed on another Mixture; place it on this one.")
         with self._suspended():
-            arrangement = self._arranged(merged, swaps)
-            with self._acting(arrangement, self._state.now):
+            for target, delta in found.dense:
+                swaps += dense_swaps(target, delta)
+            with self._acting(Arrangement(found.layers, swaps), self._state.now):
                 yield self.model
 
     def module(self, target: str) -> nn.Module:
@@ -413,20 +457,6 @@ class Mixture:
         nonlinear = [a.target.path for a in self._adapted if a.stack.gains is not None or a.stack.biases is not None]
         if nonlinear:
             raise PlanError(f"{nonlinear[0]!r} has DoRA or lora_bias, which are not {wanted}.")
-
-    def _arranged(
-        self, merged: Mapping[str, Sequence[MergedMatrix]] | Iterable[MergedModule], swaps: list[Swap]
-    ) -> Arrangement:
-        """Turn a merge result into layers and swaps; the base must be bare, since it is read."""
-        state = CoefficientState(Coefficients(torch.ones(1), "task", 0, 1))
-        layers: list[Adapted] = []
-        for path, delta in merged_deltas(merged):
-            target = fitting_module(path, delta, self._index)
-            if isinstance(delta, DenseDelta):
-                swaps += dense_swaps(target, delta)
-            else:
-                layers.append(adapted(target, Stack.of(target, [delta]), state))
-        return Arrangement(layers, swaps)
 
     @contextmanager
     def _suspended(self) -> Iterator[None]:

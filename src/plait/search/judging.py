@@ -143,7 +143,8 @@ class Judged:
     """
 
     def __init__(self, judge: Judge, candidate: Candidate) -> None:
-        self._judge, self._candidate = judge, candidate
+        self._judge = judge
+        self._candidate: Candidate | None = candidate  # until everything is asked: a merge in memory
         self.rung = 0
         self._answers: dict[str, list[Answer]] = {task.name: [] for task in judge.tasks}
         self._drawn: dict[int, dict[str, BootstrapDraws]] = {}
@@ -154,10 +155,18 @@ class Judged:
         return self.rung == self._judge.rungs
 
     def ask(self) -> None:
-        """Ask the next part of every task."""
+        """Ask the next part of every task; with the last one, the merge is let go.
+
+        Raises:
+            AssertionError: it was asked everything.
+        """
+        if self._candidate is None:
+            raise AssertionError("a candidate that was asked everything is asked again")
         for task in self._judge.tasks:
             self._answers[task.name] += self._judge.evaluator.session.answers(self._candidate, task.parts[self.rung])
         self.rung += 1
+        if self.complete:
+            self._candidate = None
 
     @property
     def score(self) -> Score:

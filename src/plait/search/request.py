@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from plait.errors import OutputError, PlaitError, PlanError, RecipeError
@@ -14,7 +14,7 @@ from plait.evaluation.workspace import check_index
 from plait.folders import expanded
 from plait.hub.pretrained import LoadOptions
 from plait.hub.references import parse_reference
-from plait.merging.inventory import take_inventory
+from plait.merging.inventory import Inventory
 from plait.recipes.candidates import Point
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.schema import Recipe
@@ -92,10 +92,10 @@ class Sweep:
         )
         evaluating = EvaluateOptions(options.workspace, options.load, workers=options.workers)
         with recipe.origins.named():
-            self.evaluator, inventory = recipe_evaluator(recipe.changed(eval=asked), folder, evaluating, self.progress)
+            self.evaluator, self._inventory = recipe_evaluator(recipe.changed(eval=asked), folder, evaluating, self.progress)
         self.final = None if self.spec.split == "test" else self._other_split()
         self.judge = Judge(self.evaluator, self.spec)
-        self.start = self.evaluator.merge(inventory, "start")
+        self.start = self.evaluator.merge(self._inventory, "start")
         self.setting = self.evaluator.session.digest(base_candidate(self.evaluator.singles))
         self.earlier: dict[Path, StudyRecord] = {place: read_study(place) for place in options.warm_start}
 
@@ -112,11 +112,11 @@ class Sweep:
             RecipeError: its values do not go together.
             PlanError: it cannot be done.
         """
-        return self.evaluator.merge(take_inventory(self.space.recipe(point), self._folder), name)
+        return self.evaluator.merge(self._inventory_of(self.space.recipe(point)), name)
 
     def final_subject(self, evaluator: Evaluator, run: Run, name: str) -> EvalSubject:
         """Return the merge of a candidate, for another evaluator."""
-        return evaluator.merge(take_inventory(self.recipe_of(run), self._folder), name)
+        return evaluator.merge(self._inventory_of(self.recipe_of(run)), name)
 
     def recipe_of(self, run: Run) -> Recipe:
         """Return a candidate's recipe; the start is the recipe as it was given."""
@@ -125,7 +125,7 @@ class Sweep:
     def key_of(self, point: Point) -> str | None:
         """Return the hash of a point's merge; None where it is none."""
         try:
-            return merge_key(take_inventory(self.space.recipe(point), self._folder))
+            return merge_key(self._inventory_of(self.space.recipe(point)))
         except PlaitError:
             return None
 
@@ -148,6 +148,10 @@ class Sweep:
             base = str((start / expanded(base)).absolute())
         tasks = tuple(absolute_reference(task, start) for task in recipe.tasks)
         return recipe.model_copy(update={"adapters": entries, "base_model": base, "tasks": tasks, "search": SearchSpec()})
+
+    def _inventory_of(self, recipe: Recipe) -> Inventory:
+        """Return what there is to merge for a candidate: adapters, base and moments of the start, which were opened once."""
+        return replace(self._inventory, recipe=recipe)
 
     def _check_methods(self) -> None:
         """Refuse methods that would read texts for every candidate.
