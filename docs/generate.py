@@ -23,6 +23,7 @@ from plait.methods import METHODS
 from plait.recipes.importers.other_tools import page as words
 from plait.recipes.keys import recipe_keys
 from plait.recipes.problems import spell_value
+from plait.results.older_keys import page as older_keys
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -31,6 +32,7 @@ PAGES = ("linear", "elementwise", "spectral", "geometric", "solved", "compatibil
 KEYS = ROOT / "src" / "plait" / "cli" / TABLE.name
 _BLOCK = re.compile(r"(?<=<!-- methods: )([\w\s]+?)( -->\n).*?(?=<!-- /methods -->)", re.DOTALL)
 _WORDS = re.compile(r"(?<=<!-- words -->\n).*?(?=<!-- /words -->)", re.DOTALL)
+_OLDER_KEYS = re.compile(r"(?<=<!-- older keys -->\n).*?(?=<!-- /older keys -->)", re.DOTALL)
 _TABLE = re.compile(r"(?<=<!-- methods -->\n).*?(?=<!-- /methods -->)", re.DOTALL)
 _VERSIONS = re.compile(r"(?<=<!-- versions -->\n).*?(?=<!-- /versions -->)", re.DOTALL)
 _PAGE = {"linear": "linear", "entries": "elementwise", "deltas": "spectral"}  # of a method that no page names yet
@@ -132,6 +134,7 @@ def generated(path: Path) -> str:
         text = _VERSIONS.sub(lambda _: f"{versions()}\n", text)
         return _TABLE.sub(lambda _: f"\n{table()}\n", text)
     if path == OTHER_TOOLS:
+        text = _OLDER_KEYS.sub(lambda _: f"\n{older_keys()}\n", text)
         return _WORDS.sub(lambda _: f"\n{words()}\n", text)
     return _BLOCK.sub(lambda m: f"{m[1]}{m[2]}\n" + "\n".join(section(name) for name in m[1].split()) + "\n", complete(path))
 

@@ -106,6 +106,12 @@ def test_finds_the_best_of_a_grid_and_asks_it_once_on_other_examples(place: Path
     assert found.recipe.scale == record.best.params["scale"]
     assert plait.load_recipe(tmp_path / "study" / "recipe.yaml").scale == found.recipe.scale
     assert Path(final.run, "summary.json").is_file()
+    (summary,) = tmp_path.glob("artifacts/merged/linear/rate_sort/sweeps/sweep_*.json")  # where the earlier framework had it
+    written = json.loads(summary.read_text())
+    assert [r["results"]["sort"]["interference_delta"] for r in written["runs"]] == [
+        r.results["sort"].recovery for r in record.runs
+    ]
+    assert read_study(tmp_path / "study") == record
 
 
 def evaluate(place: Path, tmp_path: Path, scale: float, split: str) -> plait.Evaluation:

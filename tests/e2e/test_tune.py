@@ -18,6 +18,8 @@ from plait.calibration.texts import Texts, read_texts
 from plait.errors import OutputError, PlaitError, PlanError, RecipeError, TaskError
 from plait.mixture import Mixture
 from plait.notices import PlaitWarning
+from plait.reports.pipeline import make_report
+from plait.results.older_keys import keys_of
 from plait.tasks.loading import load_task
 from plait.tuning.pipeline import TuneResult
 from plait.tuning.seen import seen_in_training
@@ -197,10 +199,14 @@ def test_another_method_as_the_start(place: Path, tmp_path: Path) -> None:
     assert record.kept.share < record.start.share
 
 
-def test_the_result_is_one_of_plaits(tuned: TuneResult) -> None:
-    assert {"plait.lock", "tuning.json", "README.md", "adapter_config.json", "adapter_model.safetensors"} == {
-        p.name for p in tuned.folder.iterdir()
-    }
+def test_the_result_is_one_of_plaits(tuned: TuneResult, tmp_path: Path) -> None:
+    own = {"plait.lock", "tuning.json", "README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {p.name for p in tuned.folder.iterdir()} == {*own, "merge_metadata.json"}
+    metadata = json.loads((tuned.folder / "merge_metadata.json").read_text())  # for scripts of the earlier framework
+    assert keys_of("merge_metadata.json") - {"num_parameters", "lambda", "lambda_policy"} <= metadata.keys()
+    assert metadata["optimizer"]["type"] == "distill"
+    assert metadata["params"]["optimizer"]["params"]["steps"] == tuned.record.recipe["tune"]["steps"]
+    make_report([tuned.folder], out=tmp_path / "report.html")
     checked = plait.verify(tuned.folder)  # learned again, to the same bytes
     assert checked.ok
     assert {r.name: r.state for r in checked.rebuilt or ()} == {

@@ -147,6 +147,28 @@ def test_a_number_given_beside_a_recipe_is_that_of_every_task():
     assert (found.max_samples, found.per_task, found.seed) == (4, {}, 3)
 
 
+SEARCH = {"type": "grid", "grid": {"lambda": [0.1, 0.5]}}
+TRANSFORM = [{"name": "layer_l2_normalize", "params": {"target_norm": 1.0}}]
+
+
+@every(
+    ("old", "remark"),
+    [
+        ({"search": SEARCH, "transforms": TRANSFORM}, "its sweeps left `transforms` out; every candidate has them"),
+        ({"search": SEARCH, "method_params": {"lambda": 0.3}}, "every candidate of 'weighted' had that one; each has its own"),
+        ({"search": SEARCH, "lambda_policy": {"type": "scalar", "value": 0.3}}, "every candidate of 'weighted' had that one"),
+        ({"search": SEARCH}, None),
+        ({"search": SEARCH, "transforms": ["identity", {"name": "ties_scaffold", "params": {}}]}, None),
+        ({"search": SEARCH, "method_params": {"lambda": 0.3}, "method": "weighted_delta"}, None),
+        ({"transforms": TRANSFORM, "method_params": {"lambda": 0.3}}, None),
+    ],
+)
+def test_what_a_sweep_left_out_without_a_word_is_said(old, remark):
+    notes = migrate({**HEAD, "method": "weighted", **old})[1]
+    assert [note for note in notes if "the scores of this search differ" in note and (remark or "") in note] != [] or not remark
+    assert remark or not [note for note in notes if "the scores of this search differ" in note]
+
+
 # --- which files are old, and what differs ---------------------------------------------------------------------------
 
 

@@ -94,6 +94,21 @@ def test_what_is_certain_is_read(given, read):
     assert translate_flags(["merge", *given.split()], options("merge"))[0] == ["merge", *read.split()]
 
 
+def test_a_sweep_is_typed_as_there_or_answered():
+    read = translate_flags(["sweep", "--config", "r.yaml", "--output", "z"], options("sweep"))[0]
+    assert read == ["sweep", "r.yaml", "--out", "z"]
+    assert translate_flags(["sweep", "--adapters", "a", "b", "--grid", "lambda=0.1,0.5"], options("sweep"))[0] == [
+        "sweep", "--grid", "lambda=0.1,0.5", "a", "b",
+    ]  # fmt: skip
+    with pytest.raises(RecipeError) as error:
+        translate_flags(
+            ["sweep", "r.yaml", "--search-type", "grid", "--allow-negative", "--output-dir", "o", "--eval-tasks", "a"],
+            options("sweep"),
+        )
+    for word in ("--type bayes", "--constraint-nonnegative false", "-o STUDY", "--tasks TASK..."):
+        assert word in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("given", "problem"),
     [

@@ -244,8 +244,8 @@ def test_old_forms(old, new):
                 "method_params": {"lambda": 0.6},
             },
             [
-                "`adapters: [asr]` is an old form: write `adapters: [{name: asr, path: ./asr}]`. They were folders or tasks; "
-                "each is read as a folder now.",
+                "`adapters: [asr]` is an old form: write `adapters: [{name: asr, path: ./asr}]`. They were folders or tasks: "
+                "the folder of that name is taken, else the task's best adapter in artifacts/.",
                 "`method_params: {lambda: 0.6}` is an old form: write `method: {name: weighted, lambda: 0.6}`.",
                 WEIGHTED,
             ],

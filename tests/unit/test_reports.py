@@ -303,6 +303,17 @@ def test_a_written_merge_brings_its_energy_and_its_lock(tmp_path):
     assert "plait.lock" in page.text
 
 
+def test_the_run_record_of_a_bake_is_not_a_merges(tmp_path):
+    cohort([(12, 10)], [2, 2], seed=3).save(tmp_path)
+    plait.merge([tmp_path / "adapter0", tmp_path / "adapter1"], method="svd", rank=1, out=tmp_path / "made")
+    lock, record = tmp_path / "made" / "plait.lock", tmp_path / "made" / "merge_metadata.json"
+    lock.write_text(json.dumps({**json.loads(lock.read_text()), "kind": "bake"}))
+    record.write_text(json.dumps({**json.loads(record.read_text()), "shards": {"model.safetensors": "0"}}))
+    page = Page(plait.report([tmp_path / "made"], out=tmp_path / "r.html").page.read_text())
+    assert "plait.lock" in page.text
+    assert "Energy kept" not in page.text
+
+
 @pytest.mark.parametrize("content", ["[" * 10_000, "{}", "a text", None])
 def test_a_lock_that_is_none_is_refused_by_name(tmp_path, content):
     cohort([(12, 10)], [2, 2], seed=3).save(tmp_path)

@@ -198,7 +198,7 @@ def test_methods_with_parameters_of_their_own_are_searched_by_tpe(monkeypatch: p
 
 
 def run(number: int, worst: float, mean: float, **changes: Any) -> Run:
-    results = {"t": TaskOutcome(metric=0.5, recovery=worst, interference_delta=worst, interval=None)}
+    results = {"t": TaskOutcome(metric=0.5, recovery=worst, interval=None)}
     plain = {
         "number": number, "phase": "search", "params": {"scale": float(number)}, "score": worst, "results": results, "key": "",
         "score_details": {"min_interference_delta": worst, "mean_interference_delta": mean}, "examples": 1, "stopped": False,

@@ -26,14 +26,14 @@ from plait.merging.engine import Engine
 from plait.merging.heads import write_heads
 from plait.merging.moments import MomentsOf
 from plait.merging.pipeline import input_folders
-from plait.merging.record import adapter_inputs, merge_summary, sources
+from plait.merging.record import adapter_inputs, sources, write_records
 from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Heads, Recipe
 from plait.recipes.writing import recipe_json
 from plait.records import ShortRepr
 from plait.results.digests import sha256
 from plait.results.disk import UNWRITABLE, check_not_an_input, check_space
-from plait.results.lock import LOCK, RUN_RECORD, SUMMARY, Lock, locked_input, new_lock, output_digests
+from plait.results.lock import LOCK, Lock, locked_input, new_lock, output_digests
 from plait.results.progress import Progress, SilentProgress
 from plait.results.records import ModuleRecord, write_json
 from plait.results.staging import checking_output
@@ -130,8 +130,7 @@ def run_bake(
             (journal.model / "README.md").write_text(model_card(bake, record), encoding="utf-8")
             lock = _lock(bake, digests, shards, digests_of_base(shards), journal.model, out)
         write_json(journal.model / LOCK, lock)
-        write_json(journal.model / RUN_RECORD, record)
-        write_json(journal.model / SUMMARY, merge_summary(record))
+        write_records(journal.model, record)
         journal.publish(force=force)
     return BakeResult(out, bake.plan, record)
 

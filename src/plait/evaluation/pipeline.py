@@ -27,6 +27,7 @@ from plait.extras import require
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve, resolve_model
 from plait.hub.pretrained import LoadOptions
 from plait.hub.references import parse_reference
+from plait.hub.task_adapters import task_adapter
 from plait.inspection.doubts import adapter_doubts
 from plait.merging.inventory import Inventory, naming_base, open_adapters, take_inventory
 from plait.mixture import Mixture
@@ -241,7 +242,7 @@ def evaluate_saved(
     """Evaluate an adapter or a full model from its files.
 
     Args:
-        reference: a folder, or a place on the Hub.
+        reference: a folder, a place on the Hub, or a task whose best adapter is in `artifacts/`.
         tasks: files, or `lm_eval:NAME`.
         spec: how to evaluate.
         options: how to evaluate, on this machine.
@@ -255,6 +256,8 @@ def evaluate_saved(
     _require_libraries()
     if not tasks:
         raise TaskError("there are no tasks; give --tasks FILE.yaml (tasks=[...] in Python).")
+    if (own := task_adapter(reference)) is not None:
+        reference = str(own)
     place, is_adapter = _find(reference)
     lock = read_lock(place.folder) if (place.folder / LOCK).is_file() else None
     singles, notes = _sources(place.folder, lock, sources)

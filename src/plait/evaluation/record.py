@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from plait.recipes.evaluation import SplitName
 from plait.records import Record
+from plait.results.older_keys import RESULTS, OlderKeysDropped, keys_of
 
 EVALUATION_VERSION = 1
 CandidateKind = Literal["merge", "adapter", "model"]
@@ -121,7 +122,7 @@ class SingleAdapter(Record):
     sha256: str
 
 
-class Evaluation(Record):
+class Evaluation(OlderKeysDropped):
     """What one merge, adapter or model kept.
 
     Attributes:
@@ -153,6 +154,8 @@ class Evaluation(Record):
         finished: local time, ISO 8601.
         seconds: wall time.
     """
+
+    OLDER_KEYS: ClassVar[frozenset[str]] = keys_of(RESULTS)
 
     version: int = EVALUATION_VERSION
     plait: str

@@ -4,6 +4,7 @@
     <workspace>/merged/<method>/<adapters>/eval/<split>/eval_results_<tag>_<split>.json
     <workspace>/merged/<method>/<adapters>/eval/<split>/per_task/<task>/<task>_<tag>_metrics.json
     <workspace>/merged/<method>/<adapters>/eval/index.json
+    <workspace>/merged/<method>/<adapters>/sweeps/sweep_<study>.json  → the record of a search
     <workspace>/<task>/metrics/eval/<split>/merged/<others>/<tag>/metrics.json → the per-task file
     <workspace>/.scores/                                               finished answers
 
@@ -23,7 +24,9 @@ from plait.errors import OutputError, TaskError
 from plait.evaluation.record import Evaluation, TaskResult
 from plait.notices import announce
 from plait.parsing import read_object
+from plait.results.lock import RUN_RECORD, SUMMARY
 from plait.results.locking import has_locks
+from plait.results.older_keys import INDEX, RESULTS, task_with_older_keys, with_older_keys
 from plait.results.run_folders import new_run_folder
 from plait.results.writing import write_json_atomic
 
@@ -80,19 +83,34 @@ def write_evaluation(workspace: Path, found: Evaluation) -> Path:
     home = _home(workspace, found.method or found.kind, [s.name for s in found.sources] or [found.name])
     results = home / "eval" / found.split / f"eval_results_{found.tag}_{found.split}.json"
     data = found.model_dump(mode="json")
+    in_older_words = with_older_keys(RESULTS, data)
     if not results.is_file():
-        write_json_atomic(results, data)
+        write_json_atomic(results, in_older_words)
     for task in found.tasks:
         _write_task(workspace, home, found, task)
     run = new_run_folder(home / "runs")
-    write_json_atomic(run / f"eval_results_{found.split}.json", data)
-    kept = ("plait", "name", "kind", "method", "space", "recipe", "base_model", "sources", "notes")
-    write_json_atomic(run / "merge_metadata.json", {key: data[key] for key in kept})
-    write_json_atomic(run / "summary.json", evaluation_summary(found))
+    own = run / f"eval_results_{found.split}.json"
+    write_json_atomic(own, in_older_words)
+    kept = ("plait", "name", "kind", "method", "space", "recipe", "base_model", "sources", "notes", "finished")
+    write_json_atomic(run / RUN_RECORD, with_older_keys(RUN_RECORD, data, {key: data[key] for key in kept}))
+    about = data | {"results_path": str(own.absolute())}
+    write_json_atomic(run / SUMMARY, with_older_keys(SUMMARY, about, evaluation_summary(found)))
     index = home / "eval" / "index.json"
+    about = data | {"results_path": str(results.absolute()), "run_path": str(run.absolute())}
     with _alone(index):  # what the index holds is never changed
-        write_json_atomic(index, {"entries": [*_entries(index), _entry(workspace, found, results, run)]})
+        write_json_atomic(
+            index, {"entries": [*_entries(index), with_older_keys(INDEX, about, _entry(workspace, found, results, run))]}
+        )
     return run
+
+
+def link_study(workspace: Path, method: str, names: Sequence[str], study: str, file: Path) -> None:
+    """Link the record of a search to where the earlier framework kept the summaries of its sweeps.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    _link(_home(workspace, method, names) / "sweeps" / f"sweep_{study}.json", file)
 
 
 def write_comparison(workspace: Path, names: Sequence[str], data: Mapping[str, Any]) -> Path:
@@ -126,7 +144,7 @@ def _write_task(workspace: Path, home: Path, found: Evaluation, task: TaskResult
     file = home / "eval" / found.split / "per_task" / task.task / f"{task.task}_{found.tag}_metrics.json"
     if not file.is_file():
         head = {"name": found.name, "tag": found.tag, "method": found.method, "split": found.split}
-        write_json_atomic(file, head | task.model_dump(mode="json"))
+        write_json_atomic(file, task_with_older_keys(head | task.model_dump(mode="json")))
     others = sorted(s.name for s in found.sources if s.name != task.adapter)
     label = {0: "self", 1: "".join(others)}.get(len(others), f"multi_{_joined(others)}")
     link = workspace / task.task / "metrics" / "eval" / found.split / "merged" / label / found.tag / "metrics.json"
@@ -136,6 +154,8 @@ def _write_task(workspace: Path, home: Path, found: Evaluation, task: TaskResult
 def _link(link: Path, file: Path) -> None:
     try:
         link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.unlink(missing_ok=True)  # one that leads nowhere any more
         with suppress(FileExistsError):
             try:
                 link.symlink_to(os.path.relpath(file.resolve(), link.parent.resolve()))

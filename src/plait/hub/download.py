@@ -122,7 +122,7 @@ def folder_at_hand(text: str, *, commit: str | None = None) -> Path | None:
         The folder; None where there is none, or the text is not a reference.
     """
     try:
-        reference = parse_reference(text)
+        reference = parse_reference(text, allow_task=False)
         if reference.path is not None:
             folder = Path.cwd() / expanded(reference.path)
             return folder if folder.is_dir() else None

@@ -2,14 +2,16 @@
 
     [name=]PATH                              ./adapters/code    ~/runs/7/final    code=/data/code
     [name=]org/repo[@revision][/subfolder]   code=org/repo@v2/checkpoint-2874
+    [name=]TASK                              a word, where no folder is called so: the task's best adapter (`task_adapters.py`)
 
-Independent of networks, caches or what an adapter holds: it looks at the disk only to distinguish a folder from a
+Independent of networks, caches or what an adapter holds: it looks at the disk only to distinguish a folder, a task and a
 repository.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -19,6 +21,7 @@ from pydantic import field_validator, model_validator
 
 from plait.errors import AddressError, collect, did_you_mean
 from plait.folders import expanded
+from plait.hub.task_adapters import task_adapter, task_of
 from plait.records import Record
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -99,7 +102,7 @@ class Reference(Record):
         """Return the user's name for the adapter, or one made from the last distinctive parts of its address.
 
         A last part that identifies nothing (`checkpoint-123`, `final`, `adapter`, …) keeps the part before it:
-        `org/repo/checkpoint-123` is `repo-checkpoint-123`.
+        `org/repo/checkpoint-123` is `repo-checkpoint-123`. In `artifacts/<task>/adapters/…` it is the task.
 
         Args:
             base: the folder that a relative `path` starts from; the working directory when absent.
@@ -108,8 +111,9 @@ class Reference(Record):
             return self.name
         below = self.subfolder.split("/") if self.subfolder else []
         parts = [(self.repo or "").rpartition("/")[2], *below] if self.path is None else _path_parts(self.path, base)
-        kept = parts[-1:]
-        for part in reversed(parts[:-1]):
+        task = None if self.path is None else task_of(parts)
+        kept = parts[-1:] if task is None else [task]
+        for part in reversed(parts[:-1] if task is None else ()):
             if not _GENERIC.fullmatch(kept[0]):
                 break
             kept.insert(0, part)
@@ -122,20 +126,21 @@ class Reference(Record):
         return f"{name}-{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:6]}"
 
 
-def parse_reference(text: str, *, base: Path | None = None, allow_bare: bool = False) -> Reference:
+def parse_reference(text: str, *, base: Path | None = None, allow_bare: bool = False, allow_task: bool = True) -> Reference:
     """Read `[name=]PATH` or `[name=]org/repo[@revision][/subfolder]`.
 
     The name is the text before the first `=`, when it can be a name. The rest is a path when it starts with `.`,
-    `/` or `~`, or when it exists on disk; anything else must be a place on the Hub. A folder `org/repo` therefore
-    hides the repository of that name; `org/repo@main` still reaches it.
+    `/` or `~`, or when it exists on disk; a word may be a task with an adapter in `artifacts/`; anything else must be a place
+    on the Hub. A folder `org/repo` therefore hides the repository of that name; `org/repo@main` still reaches it.
 
     Args:
         text: what the user wrote.
         base: the folder that relative paths start from (a recipe's own); the working directory when absent.
-        allow_bare: also take a repository without an owner (`gpt2`), as the Hub's oldest models have none.
+        allow_bare: also take a repository without an owner (`gpt2`), as the Hub's oldest models have none; and no task.
+        allow_task: take a task.
 
     Raises:
-        AddressError: the text is neither form, or its subfolder climbs out of the repository.
+        AddressError: the text is neither form, its subfolder climbs out of the repository, or a task has not one best adapter.
     """
     head, equals, tail = text.partition("=")
     name, address = (head, tail) if equals and _NAME.fullmatch(head) else (None, text)
@@ -145,6 +150,8 @@ def parse_reference(text: str, *, base: Path | None = None, allow_bare: bool = F
         return Reference(name=name, path=address)
     if "://" in address:
         raise AddressError(f"{text!r} is a web address.{_write_instead(address)} Allowed: {FORMS}.")
+    if allow_task and not allow_bare and (found := task_adapter(address, base)) is not None:
+        return Reference(name=name, path=_from(found, base))
     match = _HUB.fullmatch(address) or (_BARE.fullmatch(address) if allow_bare else None)
     if match is None:
         raise AddressError(_neither(text, address, base))
@@ -203,6 +210,11 @@ def _problems(repo: str | None, revision: str | None, subfolder: str | None) -> 
         _subfolder_problem(subfolder) if subfolder is not None else "",
     ]
     return [problem for problem in found if problem]
+
+
+def _from(folder: Path, base: Path | None) -> str:
+    """Return a folder as a path from another, which is in the same tree."""
+    return Path(os.path.relpath(folder, (base or Path()).absolute())).as_posix()
 
 
 def _exists(address: str, base: Path | None) -> bool:

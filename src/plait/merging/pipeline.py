@@ -23,13 +23,13 @@ from plait.merging.heads import write_heads
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.moments import MomentsOf, not_taken_yet
 from plait.merging.plan import MergePlan, make_plan
-from plait.merging.record import RunRecord, input_digests, make_lock, merge_summary, sources
+from plait.merging.record import RunRecord, input_digests, make_lock, sources, write_records
 from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json
 from plait.records import ShortRepr
 from plait.results.disk import check_not_an_input, check_space
-from plait.results.lock import LOCK, RUN_RECORD, SUMMARY
+from plait.results.lock import LOCK
 from plait.results.progress import Progress, SilentProgress
 from plait.results.records import ModuleRecord, overall_kept, write_json
 from plait.results.run_folders import new_run_folder
@@ -142,8 +142,7 @@ def run_recipe(
         (place / "README.md").write_text(card(inventory, plan, record, place), encoding="utf-8")
         lock = make_lock(inventory, digests(), place, final=out, known=written)
         write_json(place / LOCK, lock)
-        write_json(place / RUN_RECORD, record)
-        write_json(place / SUMMARY, merge_summary(record))
+        write_records(place, record)
     return MergeResult(out, plan, record)
 
 

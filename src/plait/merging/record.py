@@ -5,20 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from plait.checkpoints.digests import weight_files
 from plait.merging.inventory import Inventory
 from plait.recipes.writing import recipe_json
-from plait.records import Record
 from plait.results.digests import sha256
-from plait.results.lock import Lock, LockedFile, LockedInput, ResultKind, locked_input, new_lock, output_digests, relative_path
-from plait.results.records import ModuleRecord, Result
+from plait.results.lock import (
+    RUN_RECORD,
+    SUMMARY,
+    Lock,
+    LockedFile,
+    LockedInput,
+    ResultKind,
+    locked_input,
+    new_lock,
+    output_digests,
+    relative_path,
+)
+from plait.results.older_keys import OlderKeysDropped, keys_of, with_older_keys
+from plait.results.records import ModuleRecord, Result, write_json
 
 _HASHED_AT_ONCE = 4
 
 
-class RunRecord(Record):
+class RunRecord(OlderKeysDropped):
     """What a merge did. Everything in it is a function of the recipe and the inputs, but for `seconds` and `finished`.
 
     Attributes:
@@ -37,6 +48,8 @@ class RunRecord(Record):
         finished: local time, ISO 8601.
         seconds: wall time.
     """
+
+    OLDER_KEYS: ClassVar[frozenset[str]] = keys_of(RUN_RECORD)
 
     plait: str
     recipe: dict[str, Any]
@@ -142,6 +155,13 @@ def adapter_inputs(
         )
         inputs[name] = inputs[name].model_copy(update={"moments": moments})
     return inputs
+
+
+def write_records(folder: Path, record: RunRecord) -> None:
+    """Write the run record and its summary."""
+    data = record.model_dump(mode="json")
+    write_json(folder / RUN_RECORD, with_older_keys(RUN_RECORD, data))
+    write_json(folder / SUMMARY, with_older_keys(SUMMARY, data, merge_summary(record)))
 
 
 def merge_summary(record: RunRecord) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
             comparisons += boards.values()
             for file, board in boards.items():
                 evaluations += _places(file, board)
-            merges += [_read(RunRecord, f) for f in found if f.name == RUN_RECORD and (f.parent / LOCK).is_file()]
+            merges += [_read(RunRecord, f) for f in found if f.name == RUN_RECORD and _is_merge(f.parent)]
             tunings += [_read(TuneRecord, f) for f in found if f.name == TUNING]
             studies += [_read(StudyRecord, f) for f in found if f.name == STUDY]
             losses += [curve for f in found if f.name == CURVES for curve in _read(LossCurves, f).curves]
@@ -167,6 +167,11 @@ def _files(path: Path) -> list[Path]:
             f"folder of a merge ({RUN_RECORD}) or of a search ({STUDY})."
         )
     return found
+
+
+def _is_merge(folder: Path) -> bool:
+    """Return whether the run record of a folder is that of a merge: a bake, an extraction and a tuning have others."""
+    return (folder / LOCK).is_file() and read_lock(folder).kind == "merge"
 
 
 def _places(file: Path, board: Leaderboard) -> list[Evaluation]:

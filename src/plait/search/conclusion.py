@@ -10,10 +10,11 @@ from pathlib import Path
 from plait.evaluation.pipeline import Evaluator
 from plait.evaluation.record import Evaluation
 from plait.evaluation.recovery import BootstrapDraws, central_interval, mean_and_worst
-from plait.evaluation.workspace import write_evaluation
+from plait.evaluation.workspace import link_study, write_evaluation
 from plait.libraries.optuna import without_password
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json, to_yaml
+from plait.results.older_keys import study_with_older_keys
 from plait.results.writing import write_json_atomic, write_text_atomic
 from plait.search.record import STUDY, Difference, Final, Run, StudyRecord
 from plait.search.request import RECIPE, Sweep
@@ -103,7 +104,8 @@ def conclude(sweep: Sweep, study: Study, start: Run, reason: str | None) -> Swee
         seconds=round(sum(run.seconds for run in runs), 3),
     )
     write_text_atomic(sweep.out / RECIPE, to_yaml(sweep.placed(recipe)))
-    write_json_atomic(sweep.out / STUDY, record.model_dump(mode="json"))
+    write_json_atomic(sweep.out / STUDY, study_with_older_keys(record.model_dump(mode="json")))
+    link_study(sweep.options.workspace, record.method, record.adapters, record.study, sweep.out / STUDY)
     return SweepResult(sweep.out, recipe, record, evaluation)
 
 

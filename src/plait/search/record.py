@@ -7,31 +7,34 @@ and so are a study's keys that it had, for scripts that read those. `version` co
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
 
 from plait.errors import OutputError
 from plait.folders import expanded
 from plait.parsing import read_object
 from plait.records import Record
+from plait.results.older_keys import FINAL_KEYS, OUTCOME_KEYS, SWEEP, OlderKeysDropped, drop_older_params, keys_of
 
 STUDY, STUDY_VERSION = "study.json", 1
 Phase = Literal["start", "zero", "point", "warm_start", "search"]
 Interval = tuple[float, float]
 
 
-class TaskOutcome(Record):
+class TaskOutcome(OlderKeysDropped):
     """One task of a candidate.
 
     Attributes:
         metric: the task's metric.
         recovery: share of the own adapter's gain.
-        interference_delta: the same, as the earlier framework called it.
         interval: 95 %, paired.
     """
 
+    OLDER_KEYS: ClassVar[frozenset[str]] = OUTCOME_KEYS
+
     metric: float
     recovery: float | None
-    interference_delta: float | None
     interval: Interval | None
 
 
@@ -108,7 +111,7 @@ class Difference(Record):
     mean_interval: Interval | None
 
 
-class Final(Record):
+class Final(OlderKeysDropped):
     """What the best keeps on the split that it was not chosen on.
 
     Attributes:
@@ -123,6 +126,8 @@ class Final(Record):
         run: folder of the complete evaluation.
     """
 
+    OLDER_KEYS: ClassVar[frozenset[str]] = FINAL_KEYS
+
     split: str
     worst_recovery: float | None
     worst_interval: Interval | None
@@ -134,7 +139,7 @@ class Final(Record):
     run: str
 
 
-class StudyRecord(Record):
+class StudyRecord(OlderKeysDropped):
     """A search from its beginning to its end.
 
     Attributes:
@@ -175,6 +180,8 @@ class StudyRecord(Record):
         seconds: wall time of the trials, over all processes.
     """
 
+    OLDER_KEYS: ClassVar[frozenset[str]] = keys_of(SWEEP)
+
     version: int = STUDY_VERSION
     plait: str
     study: str
@@ -210,6 +217,11 @@ class StudyRecord(Record):
     notes: tuple[str, ...]
     timestamp: str
     seconds: float
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_older_params(cls, data: Any) -> Any:
+        return drop_older_params(data)
 
     @property
     def best(self) -> Run:

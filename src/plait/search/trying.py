@@ -169,8 +169,7 @@ class Trials:
     def _zero(self) -> Outcome:
         """Return the base model as a candidate of scale 0."""
         results = {
-            task.name: TaskOutcome(metric=task.base_value, recovery=0.0, interference_delta=0.0, interval=None)
-            for task in self._sweep.judge.tasks
+            task.name: TaskOutcome(metric=task.base_value, recovery=0.0, interval=None) for task in self._sweep.judge.tasks
         }
         path = zero_path(self._sweep.space.parameters)
         point = {**self._sweep.space.anywhere(), **({} if path is None else {path: 0.0})}
@@ -197,7 +196,7 @@ class Trials:
 
 def _outcomes(score: Score) -> dict[str, TaskOutcome]:
     return {
-        name: TaskOutcome(metric=score.metric[name], recovery=value, interference_delta=value, interval=score.intervals[name])
+        name: TaskOutcome(metric=score.metric[name], recovery=value, interval=score.intervals[name])
         for name, value in score.recovery.items()
     }
 

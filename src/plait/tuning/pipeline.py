@@ -30,7 +30,8 @@ from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Recipe
 from plait.recipes.tuning import TuneSpec
 from plait.results.disk import check_not_an_input
-from plait.results.lock import LOCK, Lock, locked_input
+from plait.results.lock import LOCK, RUN_RECORD, Lock, locked_input
+from plait.results.older_keys import with_older_keys
 from plait.results.progress import Progress, SilentProgress
 from plait.results.records import write_json
 from plait.results.staging import output_problem, staged, tuning_folder
@@ -207,6 +208,8 @@ def _run(
         )
         (place / "README.md").write_text(tune_card(inventory, record, place), encoding="utf-8")
         write_json(place / TUNING, record)
+        data = record.model_dump(mode="json")
+        write_json(place / RUN_RECORD, with_older_keys(RUN_RECORD, data, {key: data[key] for key in ("plait", "finished")}))
         asked = locked_request(recipe, folder, out, "tune", {name: t.digest for name, t in texts.items()})
         options_run = {"dtype": options.load.dtype, "device_map": options.load.device_map}
         lock = make_lock(

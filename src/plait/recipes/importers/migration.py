@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from plait.errors import AddressError
+from plait.hub.task_adapters import task_adapter
 from plait.recipes.importers.base import RecipeForm
 from plait.recipes.importers.entries import named_entry
 from plait.recipes.importers.older_evaluation import KEYS as EVALUATION
@@ -199,7 +200,7 @@ class _Migration:
         }
         if words := [a for a in adapters if isinstance(a, str) and _is_word(a)]:
             new = f"adapters: {spell_value([e for e, a in zip(entries, adapters, strict=True) if a in words])}"
-            more = " They were folders or tasks; each is read as a folder now."
+            more = " They were folders or tasks: the folder of that name is taken, else the task's best adapter in artifacts/."
             self._note(f"adapters: {spell_value(words)}", new, more)
 
     def _apply_method(self) -> None:
@@ -365,6 +366,7 @@ class _Migration:
         found = self._search = take_search(self._data, self._params, self._method)
         self._params = {**self._params, **found.first}
         self._problems += found.problems
+        self._remarks += found.remarks
         for note in found.notes:
             self._note(*note)
 
@@ -470,7 +472,8 @@ def _is_word(text: str) -> bool:
 def _entry(text: str, folder: Path | None) -> dict[str, Plain]:
     """Return a listed adapter with its name; what is not a reference keeps its text, for the check to refuse."""
     try:
-        return named_entry(f"./{text}" if _is_word(text) else text, folder)
+        is_folder = _is_word(text) and task_adapter(text, folder) is None
+        return named_entry(f"./{text}" if is_folder else text, folder)
     except AddressError:
         return {"path": text}
 

@@ -55,6 +55,7 @@ class OlderSearch:
         notes: what was found, what it is now, and what to know of it.
         moved: path in the recipe → the path where its user wrote it.
         problems: what cannot be carried over.
+        remarks: where scores differ.
     """
 
     search: dict[str, Any] = field(default_factory=dict)
@@ -63,13 +64,14 @@ class OlderSearch:
     notes: list[tuple[str, str, str]] = field(default_factory=list)
     moved: dict[KeyPath, KeyPath] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 def take_search(data: dict[str, Plain], params: Mapping[str, Plain], method: str | None) -> OlderSearch:
     """Take `search`, `grid` and `post_sweep_eval` out of a recipe; return them in the present form.
 
     Args:
-        data: the recipe; loses these keys.
+        data: the recipe, with its transforms as they are written now; loses these keys.
         params: of its method, as they are called now.
         method: its name.
     """
@@ -77,7 +79,26 @@ def take_search(data: dict[str, Plain], params: Mapping[str, Plain], method: str
     found = _SearchReader(old, params, method).run()
     if found.search and data.pop("constraint_nonnegative", None) is False:
         found.search["constraint_nonnegative"] = False
+    if found.search:
+        found.remarks += _other_scores(found.search, data.get("transforms"), params, method)
     return found
+
+
+def _other_scores(search: Mapping[str, Any], transforms: Plain, params: Mapping[str, Plain], method: str | None) -> list[str]:
+    """Report what a sweep left out without a word, and plait does not."""
+    acting = [t for t in transforms if t != {"name": "identity"} and t != "identity"] if isinstance(transforms, list) else []
+    remarks = []
+    if acting:
+        remarks.append(
+            "the scores of this search differ from before: its sweeps left `transforms` out; every candidate has them."
+        )
+    searched = {**search.get("grid", {}), **search.get("space", {})}
+    if method == "weighted" and "lambda" in params and "method.lambda" in searched:
+        remarks.append(
+            "the scores of this search differ from before: where `lambda` was given as well, every candidate of 'weighted' had "
+            "that one; each has its own."
+        )
+    return remarks
 
 
 class _SearchReader:
