@@ -58,7 +58,11 @@ class AdapterConfig:
                 f"{path}: no such file. An adapter is a folder with adapter_config.json and adapter_model.safetensors; "
                 f"{_what_is_there(path.parent)}"
             )
-        raw = read_object(path, AdapterError, constants=True)
+        return AdapterConfig.of(read_object(path, AdapterError, constants=True), path)
+
+    @staticmethod
+    def of(raw: Mapping[str, Any], path: Path) -> AdapterConfig:
+        """Check a configuration that was read from a file; errors as `read`."""
         config = AdapterConfig(raw, path)
         wrong = config._unsupported()
         problems = [wrong] if wrong else list(config._wrong_values())

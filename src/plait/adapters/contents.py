@@ -26,7 +26,11 @@ from plait.tensorfiles.reader import TensorFile
 
 _OTHER_FILES = (  # what programs other than PEFT call their files, and what to do with them
     ("adapters.npz", "an adapter of early mlx", "Save its arrays as adapters.safetensors (mlx.core.save_safetensors)"),
-    ("pytorch_lora_weights.safetensors", "diffusers' LoRA", "Convert it to PEFT's form first"),
+    (
+        "pytorch_lora_weights.safetensors",
+        "diffusers' LoRA by its name, but its tensors have other names",
+        "Call it adapter_model.safetensors where they are PEFT's",
+    ),
     ("adapter_model-*-of-*.safetensors", "an adapter in several files", "Save it again in one: PEFT's save_pretrained"),
     ("adapter_model-*-of-*.bin", "an adapter in several files", "Save it again in one: PEFT's save_pretrained"),
     ("global_step*", "what DeepSpeed saves", "Save the adapter from it (zero_to_fp32.py, then PEFT's save_pretrained)"),

@@ -80,8 +80,8 @@ def merge(  # noqa: PLR0913 (what a command line takes)
         device_map: of that base, as transformers takes it.
         trust_remote_code: let transformers run code that comes with its weights.
         **settings: keys of a recipe (`method`, `scale`, `seed`, `merge_mode`, `transforms`, `heads`, `base_model`), of its
-            output (`kind`, `rank`, `dtype`, `layout`), `weights` (numbers in order, name → number, or a policy), and the
-            method's own parameters (`space`, `density`, …).
+            output (`kind`, `rank`, `dtype`, `layout`, `format`), `weights` (numbers in order, name → number, or a policy), and
+            the method's own parameters (`space`, `density`, …).
 
     Returns:
         Folder, plan and run record.

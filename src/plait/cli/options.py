@@ -101,6 +101,7 @@ _NOT_FLAGS = ("version", "adapters")  # the arguments of the command are the ada
 #: Parts whose keys are flags with the part's name before theirs, except in the part's own command.
 _PREFIXED = ("heads", "calibration", "eval", "tune", "search")
 _NAMED = {
+    "output.format": "--to",
     "base_model": "--base-id",
     "method.name": "--method",
     "search.subset.max_samples": "--subset",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from plait.adapters.config import ADAPTER_WEIGHTS
 from plait.commands.request import LowRankOrder, Request
 from plait.errors import RecipeError
 from plait.hub.references import parse_reference
@@ -45,9 +44,8 @@ class CompressOrder(LowRankOrder):
 
 def _announce_if_not_smaller(result: MergeResult, adapter: str) -> None:
     """Announce that a compressed adapter has hardly fewer bytes than it had, and what would have."""
-    (opened,) = open_adapters([(None, adapter)])[1]
-    before = opened.file.path.stat().st_size
-    after = (result.folder / ADAPTER_WEIGHTS).stat().st_size
+    opened, written = open_adapters([(None, adapter), ("compressed", str(result.folder))])[1]
+    before, after = opened.file.path.stat().st_size, written.file.path.stat().st_size
     if after < _SMALLER * before:
         return
     ranks = {m.target: m.rank or 0 for m in result.record.modules}

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from plait.adapters.adapter import Adapter
+from plait.adapters.formats.pipelines import MAIN as MAIN_COMPONENTS
 from plait.adapters.layouts import Layout
 from plait.adapters.layouts.conv1d import may_be_conv1d
 from plait.errors import listed
@@ -82,7 +83,7 @@ def check_compatibility(adapters: Sequence[Adapter], *, base_model: str | None =
     """
     problems = (
         *base_model_problems(adapters, base_model),
-        *naming_problems(adapters),
+        *(tower_problems(adapters) or naming_problems(adapters)),
         *shape_problems(adapters),
         *dora_problems(adapters, base_model),
         *form_problems(adapters),
@@ -125,6 +126,29 @@ def base_model_problems(adapters: Sequence[Adapter], given_base: str | None) -> 
     return [
         f"the adapters name different base models ({text}). Deltas of different models do not add up. If these are the "
         "same weights under several names or paths, give the one to use: --base-id, or base_model in a recipe."
+    ]
+
+
+def tower_problems(adapters: Sequence[Adapter]) -> list[str]:
+    """Report adapters of pipelines next to those of one model, and main models under names of different code."""
+    of_one = [a for a in adapters if not a.towers]
+    if 0 < len(of_one) < len(adapters):
+        others = [a for a in adapters if a.towers]
+        return [
+            f"{_names(others)}: of a pipeline, with paths that begin with its components ({', '.join(others[0].towers)}); "
+            f"{_names(of_one)}: of one model. Take one component of the former by itself: plait convert --tower NAME --to peft."
+        ]
+    main: dict[str, list[Adapter]] = defaultdict(list)
+    for adapter in adapters:
+        for tower in adapter.towers:
+            if tower in MAIN_COMPONENTS:
+                main[tower].append(adapter)
+    if len(main) < 2:
+        return []
+    text = "; ".join(f"{_names(group)}: {tower}" for tower, group in main.items())
+    return [
+        f"the adapters call the main model by different names ({text}): they are of different models, or of one under names "
+        "of its original code (diffusion_model) and of diffusers. Save one of them again in the form of the other."
     ]
 
 
@@ -271,7 +295,7 @@ def _served(adapter: Adapter) -> ServedAdapter:
     for t in adapter.targets.values():
         if not t.layout.served_by_vllm:
             unserved.setdefault(t.layout.kind, set()).add(short_name(t.path))
-    refused = []
+    refused = [] if adapter.origin.format == "peft" else [f"its format ({adapter.origin.format}; plait convert --to peft)"]
     if _is_dora(adapter):
         refused.append("DoRA")
     if adapter.full_tensors:

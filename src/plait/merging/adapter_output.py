@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from plait.adapters.adapter import Adapter
-from plait.adapters.layouts import Layout
-from plait.adapters.selection import selection_of
+from plait.adapters.formats import ModuleFactors
+from plait.adapters.lowrank import LowRank
 from plait.adapters.writing import OUTPUT_DTYPES, AdapterWriter, tensors_in_memory
 from plait.merging.engine import MergedModule
 from plait.merging.heads import main_heads
 from plait.merging.inventory import Inventory
+from plait.merging.output_format import outgoing_merge, output_format, settings_of
 from plait.merging.truncation import rounded
+
+
+class OtherAdapter:
+    """Writes the adapter of a merge in a format that is not PEFT's, or for a component of a pipeline.
+
+    Args:
+        inventory: the sources, and what is asked for.
+        ranks: target → rank of one of its matrices.
+    """
+
+    def __init__(self, inventory: Inventory, ranks: Mapping[str, int]) -> None:
+        self._format = output_format(inventory)
+        self._outgoing = outgoing_merge(inventory, ranks)
+        self._dtype, self._ranks = OUTPUT_DTYPES[inventory.recipe.output.dtype], ranks
+        self._names = dict(zip(ranks, self._outgoing.targets, strict=True))
+        self.rank = max(ranks.values())
+
+    def tensors(self, merged: MergedModule) -> ModuleFactors:
+        """Return one merged module's factors in the output's dtype; errors as `MergedAdapter.tensors`."""
+        if merged.factors is None:
+            raise AssertionError(f"{merged.target!r} has no factors")
+        target, dtype = merged.target, self._dtype
+        parts = [s.normal_in(dtype).padded(self._ranks[target]) for s in merged.factors.slices]
+        slices = [LowRank(rounded(target, s.a, dtype), rounded(target, s.b, dtype)) for s in parts]
+        bias, magnitude = (None if x is None else rounded(target, x, dtype) for x in (merged.bias, merged.magnitude))
+        return ModuleFactors(self._names[target], slices, bias, magnitude)
+
+    def write(self, folder: Path, modules: Iterable[ModuleFactors]) -> dict[str, str]:
+        """Write every module; return the sha256 of the tensor file by its name."""
+        return self._format.write(folder, self._outgoing, modules)
 
 
 class MergedAdapter:
@@ -61,17 +90,3 @@ class MergedAdapter:
         heads, declared = main_heads(adapters, recipe.heads)
         settings = {**settings_of(adapters, self._layouts, self._inventory.base_model), **declared}
         return self._writer.write(folder, modules, self._writer.config(settings), tensors_in_memory(heads))
-
-
-def settings_of(adapters: Sequence[Adapter], layouts: Mapping[str, Layout], base_model: str | None) -> dict[str, Any]:
-    """Return the keys of `adapter_config.json` that a merge of adapters on these targets has from them."""
-    # keys that change what the base model is or when the adapter acts; the sources agree on them (`inventory`)
-    keys = ("layer_replication", "alora_invocation_tokens")
-    return {
-        "task_type": next((t for a in adapters if (t := a.config.raw.get("task_type"))), None),
-        "base_model_name_or_path": base_model,
-        "revision": next((a.config.revision for a in adapters if a.config.revision), None),
-        "fan_in_fan_out": any(a.config.flag("fan_in_fan_out") for a in adapters),
-        **selection_of(adapters, layouts),
-        **{key: value for key in keys if (value := adapters[0].config.raw.get(key)) is not None},
-    }

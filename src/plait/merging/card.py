@@ -11,6 +11,7 @@ from plait.adapters.adapter import Adapter
 from plait.inspection.compatibility import serving
 from plait.libraries.transformers import AUTO_MODELS
 from plait.merging.inventory import Inventory
+from plait.merging.output_format import output_format, writes_peft
 from plait.merging.plan import MergePlan
 from plait.merging.record import RunRecord
 from plait.methods import METHODS
@@ -70,7 +71,9 @@ def _facts(inventory: Inventory, plan: MergePlan, record: RunRecord) -> Iterator
     deviation = METHODS[plan.method].deviation
     if deviation:
         yield f"**Differs from its source**: {deviation}"
-    if record.rank is not None:
+    if record.rank is not None and not writes_peft(inventory):
+        yield f"**Rank**: up to {record.rank}, scaling baked in."
+    elif record.rank is not None:
         yield f"**Rank**: {record.rank}, scaling baked in (`lora_alpha` = `r`)."
     losses = {"exact": "none; the factors hold the merge exactly.", "dense": "none; the dense deltas are stored."}
     truncated = f"truncated: {record.kept:.2%} of ‖ΔW‖² kept overall, {record.lowest_kept:.2%} in the worst module."
@@ -98,6 +101,9 @@ def loading(inventory: Inventory, max_lora_rank: int | None, folder: Path) -> st
         folder: of its files, which decide what can serve it.
     """
     base = base_name(inventory.base_model)
+    if not writes_peft(inventory):
+        chosen = output_format(inventory)
+        return f"`{chosen.file_name}` is in the format of {chosen.program}; `plait convert` writes others.\n"
     with_peft = load_with_peft(base, task_type_of(inventory.adapters))
     (served,) = serving([Adapter.open(folder, "merged")]).adapters
     if served.refused:
@@ -149,10 +155,11 @@ def front_matter(inventory: Inventory) -> dict[str, Any]:
     """Return what the Hub reads of a merged adapter's card."""
     base = hub_id(inventory.base_model)
     task = task_type_of(inventory.adapters)
-    front: dict[str, Any] = {"library_name": "peft"}
+    of_peft = writes_peft(inventory)
+    front: dict[str, Any] = {"library_name": "peft"} if of_peft else {}
     if base:
         front |= {"base_model": base, "base_model_relation": "adapter"}
-    front["tags"] = ["lora", "peft", "merge", "plait", *([f"base_model:adapter:{base}"] if base else [])]
+    front["tags"] = ["lora", *["peft"] * of_peft, "merge", "plait", *([f"base_model:adapter:{base}"] if base else [])]
     if task is not None and task in PIPELINES:
         front["pipeline_tag"] = PIPELINES[task]
     front |= dict(_license(inventory) or ())

@@ -14,8 +14,8 @@ from plait.adapters.adapter import Adapter
 from plait.adapters.formats import FORMATS, AdapterFormat, ModuleFactors, OutgoingAdapter, OutgoingTarget
 from plait.errors import PlanError, RecipeError, collect, did_you_mean
 from plait.hub.download import Located
-from plait.merging.adapter_output import settings_of
 from plait.merging.inventory import open_adapters
+from plait.merging.output_format import settings_of
 from plait.records import Record, ShortRepr
 from plait.results.digests import sha256
 from plait.results.disk import check_not_an_input, check_space
@@ -62,12 +62,7 @@ class ConvertResult(ShortRepr):
     plan: ConvertPlan
 
 
-def format_of(name: str) -> AdapterFormat:
-    """Return a format by its name.
-
-    Raises:
-        RecipeError: there is none of that name.
-    """
+def _format(name: str) -> AdapterFormat:
     FORMATS.load_plugins()
     if name not in FORMATS:
         raise RecipeError(f"--to {name}: no such format.{did_you_mean(name, FORMATS)} There are: {', '.join(FORMATS)}.")
@@ -131,7 +126,7 @@ class _Conversion:
 
 
 def _planned(reference: str, to: str, out: Path | None, tower: str | None, *, force: bool) -> _Conversion:
-    wanted = format_of(to)
+    wanted = _format(to)
     with checking_output(out, force=force):
         (located,), (adapter,) = open_adapters([(None, reference)])
         if adapter.origin.format == wanted.name and tower is None:

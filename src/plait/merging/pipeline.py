@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-
-from torch import Tensor
+from typing import TypeVar
 
 from plait.inspection.compatibility import max_lora_rank
-from plait.merging.adapter_output import MergedAdapter
+from plait.merging.adapter_output import MergedAdapter, OtherAdapter
 from plait.merging.card import card
 from plait.merging.combine import Combiner
 from plait.merging.delta_file import NAME as DELTA
@@ -22,6 +21,7 @@ from plait.merging.engine import Engine, MergedModule, name_extreme_adapters
 from plait.merging.heads import write_heads
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.moments import MomentsOf, not_taken_yet
+from plait.merging.output_format import writes_peft
 from plait.merging.plan import MergePlan, make_plan
 from plait.merging.record import RunRecord, input_digests, make_lock, sources, write_records
 from plait.recipes.naming import naming_its_file
@@ -37,6 +37,8 @@ from plait.results.staging import checking_output, staged
 from plait.results.threads import worker_count
 from plait.tensorfiles.writer import TensorWriter
 from plait.version import __version__
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, repr=False)
@@ -183,19 +185,25 @@ def _write(
                     dense.write(merged, writer)
                 done.append(ModuleRecord(target=merged.target, rank=None, result="dense", energy=None, kept=1.0))
         return tuple(done), None, {DELTA: writer.sha256}
-    adapter = MergedAdapter(inventory, ranks)
     exact_ranks = {m.target: m.exact_rank for m in plan.modules}
 
-    def finish(merged: MergedModule) -> tuple[ModuleRecord, dict[str, Tensor]]:
-        return _module_record(merged, exact_ranks[merged.target]), adapter.tensors(merged)
+    def each(tensors: Callable[[MergedModule], T]) -> Iterator[T]:
+        """Yield what is written of every module, as it is merged."""
 
-    def finished() -> Iterator[dict[str, Tensor]]:
-        for module, tensors in engine.each(combiner, ranks, finish):
+        def finish(merged: MergedModule) -> tuple[ModuleRecord, T]:
+            return _module_record(merged, exact_ranks[merged.target]), tensors(merged)
+
+        for module, written in engine.each(combiner, ranks, finish):
             done.append(module)
-            yield tensors
+            yield written
 
-    digests = adapter.write(place, finished())
-    return tuple(done), adapter.rank, digests
+    if writes_peft(inventory):
+        adapter = MergedAdapter(inventory, ranks)
+        digests = adapter.write(place, each(adapter.tensors))
+        return tuple(done), adapter.rank, digests
+    other = OtherAdapter(inventory, ranks)
+    digests = other.write(place, each(other.tensors))
+    return tuple(done), other.rank, digests
 
 
 def _module_record(merged: MergedModule, exact_rank: int) -> ModuleRecord:

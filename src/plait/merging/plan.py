@@ -15,6 +15,7 @@ from plait.merging.combine import pipeline_of
 from plait.merging.heads import head_problems, main_head_bytes
 from plait.merging.inventory import Inventory
 from plait.merging.moments import moments_problems
+from plait.merging.output_format import outgoing_merge, output_format, writes_peft
 from plait.merging.weighting import Towers, layer_problems, module_weights, policy_problems, towers_of
 from plait.methods import METHODS
 from plait.methods.base import Method
@@ -118,6 +119,7 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
         *layer_problems("method", method.layers(recipe.method), list(inventory.layouts)),
         *head_problems(inventory.adapters, recipe.heads),
     ]
+    problems += _format_problems(inventory, kept)
     if recipe.output.kind == "delta" and recipe.heads.policy != "separate":
         problems.append("heads are full tensors, not deltas: with output.kind 'delta' they must be kept separate.")
     if recipe.output.kind == "delta":
@@ -152,6 +154,22 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
         max_lora_rank=None if rank is None else max_lora_rank(rank),
         notes=(*_notes(inventory, left_out), *_data_notes(inventory, pipeline, list(kept))),
     )
+
+
+def _format_problems(inventory: Inventory, kept: dict[str, Layout]) -> list[str]:
+    """Return why the result has no place in the format that is written; components of a pipeline have none as dense deltas."""
+    towers = sorted({t for a in inventory.adapters for t in a.towers})
+    if inventory.recipe.output.kind == "delta":
+        return [f"output.kind 'delta' is for one model; these adapters are of {listed(towers)} of a pipeline."] * bool(towers)
+    if writes_peft(inventory) or not kept:
+        return []
+    outgoing = outgoing_merge(inventory, dict.fromkeys(kept, 1))
+    chosen = output_format(inventory)
+    if chosen.of_one_model and len(towers) > 1:
+        return [
+            f"--to {chosen.name}: {chosen.program}'s adapters are of one model; these are of {listed(towers)} of a pipeline."
+        ]
+    return chosen.problems(outgoing)
 
 
 def _select(inventory: Inventory) -> tuple[dict[str, Layout], dict[str, tuple[str, ...]]]:
@@ -284,7 +302,7 @@ def _output_bytes(
         return size * sum(layout.entries for layout in layouts.values())
     if rank is None:
         return None
-    uniform = output.layout == "uniform"
+    uniform = output.layout == "uniform" and writes_peft(inventory)
     per_rank = [(x := layouts[m.target], rank // x.rank_unit if uniform else m.rank or 0) for m in modules]
     targets = [a.targets[m.target] for a in inventory.adapters for m in modules if m.target in a.targets]
     vectors = any(t.has_bias for t in targets) + any(t.is_dora for t in targets)  # (d_out,) of every module
@@ -333,6 +351,10 @@ def _notes(inventory: Inventory, left_out: dict[str, tuple[str, ...]]) -> list[s
     if left_out:
         first, lacking = next(iter(left_out.items()))
         notes.append(f"merge_mode 'common' leaves {len(left_out)} modules out, such as {first} (not in {', '.join(lacking)}).")
+    if not writes_peft(inventory) and recipe.output.kind == "adapter":
+        chosen = output_format(inventory)
+        notes.append(f"the adapter is written as {chosen.program} has it ({chosen.name}; docs/formats.md).")
+    notes += [f"{a.name!r}: {text}" for a in inventory.adapters for text in a.origin.notes]
     if recipe.space_name == "factors":
         notes.append("space 'factors' merges A and B separately, as PEFT does: the result is not a function of the deltas.")
     if any(t.has_bias for a in inventory.adapters for t in a.targets.values()):

@@ -18,8 +18,8 @@ from plait.adapters.lowrank import LowRank
 from plait.adapters.names import layer_key
 from plait.adapters.writing import OUTPUT_DTYPES, AdapterWriter
 from plait.errors import PlanError, collect, did_you_mean
-from plait.merging.adapter_output import settings_of
 from plait.merging.engine import MergedModule
+from plait.merging.output_format import settings_of
 from plait.merging.truncation import rounded
 from plait.mixture.arrangement import Arrangement
 from plait.mixture.coefficients import Axes, Coefficients, CoefficientState, Granularity, span

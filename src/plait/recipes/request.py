@@ -17,7 +17,7 @@ from plait.recipes.loading import build_recipe, read_recipe
 from plait.recipes.overrides import apply_overrides, parse_override
 from plait.recipes.schema import Recipe
 
-_OUTPUT = ("kind", "rank", "dtype", "layout")
+_OUTPUT = ("kind", "rank", "dtype", "layout", "format")
 _TOP = tuple(name for name in Recipe.model_fields if name not in ("method", "weights", "output", "adapters"))
 
 _PARTS = ("eval", "calibration", "tune", "search")  # whose keys are set one by one

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from plait.errors import PlanError
+from plait.adapters.formats import FORMATS
+from plait.errors import PlanError, did_you_mean
 from plait.hub.references import parse_reference
 from plait.methods import METHODS
 from plait.methods.auto import values_to_find
@@ -192,6 +193,22 @@ class Output(Record):
         Literal["uniform", "pattern"],
         Field(description="Store one rank for all modules (zero-padded; loads everywhere), or each its own (`rank_pattern`)."),
     ] = "uniform"
+    format: Annotated[
+        str,
+        Field(
+            description="Format of the adapter's files (docs/formats.md); auto: that of the sources where they have one.",
+            examples=["kohya"],
+        ),
+    ] = "auto"
+
+    @field_validator("format")
+    @classmethod
+    def _format(cls, value: str) -> str:
+        FORMATS.load_plugins()
+        if value == "auto" or value in FORMATS:
+            return value
+        near = did_you_mean(value, FORMATS)
+        raise ValueError(f"{value!r} is not a format of adapters.{near} There are: auto, {', '.join(FORMATS)}")
 
     @field_validator("rank")
     @classmethod
@@ -204,8 +221,8 @@ class Output(Record):
 
     @model_validator(mode="after")
     def _dense_has_no_rank(self) -> Output:
-        if self.kind == "delta" and (self.rank != "auto" or self.layout != "uniform"):
-            raise ValueError("a dense delta has neither rank nor layout; leave them out, or write an adapter")
+        if self.kind == "delta" and (self.rank != "auto" or self.layout != "uniform" or self.format != "auto"):
+            raise ValueError("a dense delta has neither rank nor layout nor format; leave them out, or write an adapter")
         return self
 
     @property

@@ -284,6 +284,13 @@ def of_one_model(outgoing: OutgoingAdapter, program: str) -> list[str]:
     ]
 
 
+def of_a_pipeline(outgoing: OutgoingAdapter, program: str) -> list[str]:
+    """Return why an adapter of one model has no place in a format for pipelines."""
+    if outgoing.towers:
+        return []
+    return [f"{program}'s files are of a pipeline; this adapter is of one model, and its paths do not begin with a component."]
+
+
 def only_file(folder: Path, suffix: str) -> Path | None:
     """Return the file of a folder that alone there has a suffix; None where there is none, or several."""
     found = [p for p in folder.glob(f"*{suffix}") if p.is_file()]

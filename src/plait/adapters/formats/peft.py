@@ -8,12 +8,12 @@ from pathlib import Path
 from plait.adapters.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig, subfolders_with
 from plait.adapters.contents import other_files
 from plait.adapters.formats.base import AdapterFormat, Factors, Origin, OutgoingAdapter, StoredAdapter, of_one_model
-from plait.adapters.names import clean_settings
+from plait.adapters.names import clean_settings, foreign_tensors, parse_lora_name
 from plait.adapters.writing import AdapterWriter
 from plait.errors import AdapterError, listed
 from plait.parsing import is_there
 from plait.tensorfiles.formats import TENSOR_FORMATS
-from plait.tensorfiles.reader import TensorFile
+from plait.tensorfiles.reader import SafetensorsFile, TensorFile
 
 
 class PeftFolder(AdapterFormat):
@@ -29,6 +29,8 @@ class PeftFolder(AdapterFormat):
 
     def read(self, place: Path) -> StoredAdapter:
         """Open an adapter; see `AdapterFormat.read`."""
+        if place.is_file():
+            place = _folder_of(place)
         config = AdapterConfig.read(place / ADAPTER_CONFIG)
         config = replace(config, raw=clean_settings(config.raw))
         file = _open_file(place)
@@ -54,6 +56,24 @@ class PeftFolder(AdapterFormat):
         )
         tensors = (writer.tensors(m.target, m.slices, bias=m.bias, magnitude=m.magnitude) for m in factors)
         return writer.write(folder, tensors, writer.config(outgoing.settings))
+
+
+def _folder_of(file: Path) -> Path:
+    """Return the folder that a file of PEFT's belongs to.
+
+    Raises:
+        AdapterError: it belongs to none, or is of no known format.
+    """
+    if any(file.name == kind.adapter_name for kind in TENSOR_FORMATS) and (file.parent / ADAPTER_CONFIG).is_file():
+        return file.parent
+    names = list(SafetensorsFile(file).tensors) if file.suffix == SafetensorsFile.suffix else []
+    if any(parse_lora_name(name) for name in names):
+        raise AdapterError(
+            f"{file}: factors under PEFT's names, whose scaling is in {ADAPTER_CONFIG}. Put that next to them, call the file "
+            f"{ADAPTER_WEIGHTS}, and give the folder."
+        )
+    what = "; ".join(foreign_tensors(names)) or f"tensors such as {listed(map(repr, names), 3) or 'none'}"
+    raise AdapterError(f"{file}: of no format of adapters that is known; it holds {what}. docs/formats.md lists them.")
 
 
 def _open_file(folder: Path) -> TensorFile:
