@@ -294,6 +294,17 @@ def test_a_recipe_that_cannot_be_read_costs_only_what_is_drawn_from_it(tmp_path)
     assert note.startswith("the conflict between the adapters is not shown: recipe: adapters: 'adapters' is missing.")
 
 
+@pytest.mark.parametrize("entry", ["kws", {"name": "x", "path": "kws"}, {"name": "x", "path": "a=kws"}])
+def test_a_word_in_a_recipe_is_not_looked_up(tmp_path, monkeypatch, entry):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "artifacts" / "kws" / "adapters" / "secret").mkdir(parents=True)
+    (tmp_path / "kwss").mkdir()
+    found = read_report([run_folder(tmp_path / "run", WHOLE.model_copy(update={"recipe": {"adapters": [entry]}}))])
+    (note,) = found.notes
+    assert "is not on this machine with the bytes that the run was made of" in note
+    assert not re.search("secret|kwss|artifacts", note)
+
+
 def test_a_written_merge_brings_its_energy_and_its_lock(tmp_path):
     cohort([(12, 10)], [2, 2], seed=3).save(tmp_path)
     plait.merge([tmp_path / "adapter0", tmp_path / "adapter1"], method="svd", rank=1, out=tmp_path / "merged")

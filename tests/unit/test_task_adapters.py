@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import plait
-from plait.errors import AddressError, RecipeError
+from plait.errors import AddressError, OutputError, RecipeError
 from plait.hub.references import parse_reference
 from plait.notices import PlaitWarning
 from plait.recipes.loading import load_recipe, migrate_file
@@ -51,6 +52,8 @@ def test_a_task_is_its_best_run(root: Path) -> None:
         ("intent", f"./{asr.relative_to(root)}"),
     ]
     assert plait.verify(made.folder).ok
+    metadata = json.loads((made.folder / "merge_metadata.json").read_text())
+    assert [(s["task"], s["run_id"]) for s in metadata["source_adapters"]] == [("kws", BEST), ("intent", BEST)]
 
 
 def test_a_recipe_of_the_earlier_framework_names_tasks(root: Path) -> None:
@@ -68,6 +71,17 @@ def test_a_recipe_of_the_earlier_framework_names_tasks(root: Path) -> None:
     assert f"path: {path}" in text
     assert any("else the task's best adapter in artifacts/" in note for note in notes)
     assert len(plait.plan(file).modules) == 1
+
+
+def test_an_evaluation_takes_a_task(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = train(root, "kws")
+
+    def find(reference: str) -> None:
+        raise OutputError(reference)
+
+    monkeypatch.setattr("plait.evaluation.pipeline._find", find)
+    with pytest.warns(PlaitWarning, match="taken for a task"), pytest.raises(OutputError, match=re.escape(str(best))):
+        plait.evaluate("kws", tasks=["kws.yaml"], workspace=None)
 
 
 def test_an_adapter_in_a_tasks_folder_is_called_by_the_task(root: Path) -> None:

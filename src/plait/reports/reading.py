@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -207,6 +207,7 @@ def _adapters(
     if evaluation is None or evaluation.recipe is None:
         return None, None, []
     try:
+        _check_places(evaluation.recipe)
         recipe = build_recipe(evaluation.recipe)
         sources = {s.name: s for s in evaluation.sources}
         adapters = [_open_known(entry.name, entry.path, sources.get(entry.name)) for entry in recipe.adapters]
@@ -220,6 +221,19 @@ def _adapters(
     if len(adapters) < 2:
         return None, weights, []
     return inspect_adapters(adapters, base_model=recipe.base_model, progress=progress).comparison, weights, []
+
+
+def _check_places(recipe: Mapping[str, Any]) -> None:
+    """Refuse adapters that are named by a word: plait writes none, and what is looked up for one tells what is on this machine.
+
+    Raises:
+        AddressError: there is one.
+    """
+    entries = recipe.get("adapters")
+    for entry in entries if isinstance(entries, list) else ():
+        path = entry.get("path") if isinstance(entry, Mapping) else entry
+        if isinstance(path, str) and "/" not in path and not path.startswith((".", "~")):
+            raise AddressError(_not_at_hand(path))
 
 
 def _open_known(name: str, path: str, source: SingleAdapter | None) -> Adapter:
@@ -237,9 +251,13 @@ def _open_known(name: str, path: str, source: SingleAdapter | None) -> Adapter:
             folder = folder_at_hand(text, commit=source.commit)
             if folder is not None and _digest(folder) == source.sha256:
                 return Adapter.open(folder, name)
-    raise AddressError(
-        f"adapter {name!r}: {shown(path)} is not on this machine with the bytes that the run was made of. plait inspect "
-        "compares adapters wherever they are."
+    raise AddressError(f"adapter {name!r}: {_not_at_hand(path)}")
+
+
+def _not_at_hand(path: str) -> str:
+    return (
+        f"{shown(path)} is not on this machine with the bytes that the run was made of. plait inspect compares adapters "
+        "wherever they are."
     )
 
 

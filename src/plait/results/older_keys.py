@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, ClassVar
 
 from pydantic import model_validator
@@ -200,10 +201,13 @@ def _params(record: Data) -> dict[str, Any]:
 
 def _source_adapters(record: Data) -> list[dict[str, Any]]:
     weights = {entry.get("name"): entry["weight"] for entry in _mappings(_recipe(record).get("adapters")) if "weight" in entry}
-    return [
-        {"task": s["name"], "path": s["path"], **({"weight": weights[s["name"]]} if s["name"] in weights else {})}
-        for s in record["sources"]
-    ]
+    found = []
+    for source in record["sources"]:
+        name, path = source["name"], PurePath(source["path"])
+        run = {"run_id": path.name} if path.parent.name == "runs" else {}
+        weight = {"weight": weights[name]} if name in weights else {}
+        found.append({"task": name, "path": source["path"], **run, **weight})
+    return found
 
 
 def _alias_params(params: Data, method: Any) -> dict[str, Any]:
@@ -279,7 +283,11 @@ FILES: Mapping[str, tuple[OlderKey, ...]] = {
         OlderKey("merge_mode", "`recipe.merge_mode`", lambda record: _recipe(record).get("merge_mode")),
         OlderKey("num_adapters", "number of `sources`", lambda record: len(record["sources"])),
         OlderKey("timestamp", "`finished`", _same("finished")),
-        OlderKey("source_adapters", "`sources`: `task` (the name), `path`, `weight`", _source_adapters),
+        OlderKey(
+            "source_adapters",
+            "`sources`: `task` (the name), `path`, `run_id` (of a path `…/runs/RUN`), `weight`",
+            _source_adapters,
+        ),
         OlderKey(
             "num_parameters",
             "number of `modules`, of a merge that is written",
