@@ -439,7 +439,7 @@ def test_a_live_state_is_scored_in_one_call(prepared, tmp_path, monkeypatch):
     asked: list[str] = []
     monkeypatch.setattr(
         "plait.evaluation.session.Session._ask",
-        lambda self, candidate, *rest, ask=Session._ask: asked.append(candidate.name) or ask(self, candidate, *rest),
+        lambda self, what, ask=Session._ask: asked.append(what.candidate.name) or ask(self, what),
     )
     live = plait.evaluator(prepared.adapters, tasks=prepared.tasks, base=prepared.base, workspace=tmp_path / "ws")
     weights = torch.tensor([0.7, 0.6])

@@ -23,6 +23,7 @@ from plait.mixture import Mixture
 from plait.mixture.mixture import PlacedMerge
 from plait.search.conclusion import SweepResult
 from plait.search.record import StudyRecord, read_study
+from plait.search.study import Study
 from tests.command_line import exit_code
 from tests.language_models import LABELS, WORDS, label, train_adapter, train_pair, write_task
 
@@ -207,6 +208,40 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert status.begun == 1
     assert not status.finished
     assert tried(sweep(place, tmp_path / "cut" / "study", wanted).record) == tried(whole)
+    assert len(asked) == total  # nothing was asked twice
+
+
+@pytest.mark.parametrize("cut", [10, 14])
+def test_a_batch_that_was_stopped_is_completed_with_what_was_known_when_it_began(
+    place: Path, tmp_path: Path, asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    wanted = {"budget": 5, "init_points": 2, "parallel": 2, "space": {"scale": "0.1..3"}}
+    whole = sweep(place, tmp_path / "whole" / "study", wanted).record
+    total = len(asked)
+    assert whole.parallel == 2
+    assert [r.phase for r in whole.runs] == ["start", *["search"] * 5]
+    assert len({r.params["scale"] for r in whole.runs}) == 6, "what is suggested together is not suggested twice"
+    del asked[:]
+    told = Study.tell
+
+    def stop_asking(*given: Any, **how: Any) -> Any:
+        if len(asked) == cut:
+            raise KeyboardInterrupt
+        return answer(*given, **how)
+
+    def stop_telling(self: Study, trial: Any, *what: Any) -> None:
+        told(self, trial, *what)
+        if trial.number == 3:  # the first of the second batch
+            raise KeyboardInterrupt
+
+    answer = session.answer_examples
+    for stopped in ((session, "answer_examples", stop_asking), (Study, "tell", stop_telling)):
+        with monkeypatch.context() as patch:
+            patch.setattr(*stopped)
+            with pytest.raises(KeyboardInterrupt):
+                sweep(place, tmp_path / "cut" / "study", wanted)
+    assert plait.sweep_status(tmp_path / "cut" / "study").begun == 1
+    assert tried(sweep(place, tmp_path / "cut" / "study", {**wanted, "parallel": None}).record) == tried(whole)
     assert len(asked) == total  # nothing was asked twice
 
 

@@ -530,22 +530,14 @@ def test_encoders_with_heads(tmp_path, monkeypatch, whole):
     assert plait.train("phases.yaml", out="out").evaluation.tasks == result.evaluation.tasks
 
 
+@pytest.mark.xdist_group("ray")
+@pytest.mark.usefixtures("nodes")
 def test_on_ray(place):
-    ray = pytest.importorskip("ray", reason="Ray is not installed: `make .venv/.ray` installs it")
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
-    )
-    try:
-        rewrite(("[sort.yaml,", "[{task: sort.yaml, arguments: {max_length: 2}},"))
-        result = plait.train("phases.yaml", out="out", cluster="ray")
-        assert states(result) == {"sort": "failed", "rate": "done"}
-        assert "no example is left" in result.failed[0].error
-        rewrite()
-        result = plait.train("phases.yaml", out="out", cluster="ray", workers=1)
-    finally:
-        ray.shutdown()
+    rewrite(("[sort.yaml,", "[{task: sort.yaml, arguments: {max_length: 2}},"))
+    result = plait.train("phases.yaml", out="out", cluster="ray")
+    assert states(result) == {"sort": "failed", "rate": "done"}
+    assert "no example is left" in result.failed[0].error
+    rewrite()
+    result = plait.train("phases.yaml", out="out", cluster="ray", workers=1)
     assert states(result) == {"sort": "done", "rate": "found"}
     assert result.merged == "merged"

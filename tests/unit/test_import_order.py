@@ -16,7 +16,7 @@ ORDER = [
     {"tensorfiles"},
     {"hub"},
     {"results"},
-    {"adapters"},
+    {"adapters", "cluster"},
     {"checkpoints", "inspection"},
     {"spaces", "transforms"},
     {"stages"},

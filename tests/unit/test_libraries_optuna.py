@@ -5,7 +5,7 @@ from __future__ import annotations
 import optuna
 import pytest
 
-from plait.libraries.optuna import quiet_optuna, sqlite_url, taken_up, without_password
+from plait.libraries.optuna import process_knows_pending, quiet_optuna, sqlite_url, taken_up, without_password, without_trial
 
 
 def test_a_trial_of_a_process_that_is_gone_is_taken_up(tmp_path):
@@ -32,6 +32,28 @@ def test_a_sampler_is_told_the_number_before_it_samples():
     study.ask()
     study.ask()
     assert seen == [0, 1]
+
+
+def test_a_process_takes_trials_into_account_that_have_begun():
+    with quiet_optuna():
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0), direction="maximize")
+        study.optimize(lambda trial: -((trial.suggest_float("x", 0, 1) - 0.3) ** 2), n_trials=6)
+        suggested = []
+        for _ in range(2):
+            study.sampler = optuna.samplers.GPSampler(seed=1, n_startup_trials=1)
+            suggested.append(study.ask().suggest_float("x", 0, 1))
+    assert (abs(suggested[0] - suggested[1]) > 1e-3) == process_knows_pending()
+
+
+def test_a_trial_that_is_left_out_cannot_be_seen():
+    with quiet_optuna():
+        study = optuna.create_study()
+        for _ in range(3):
+            study.ask()
+    seen = without_trial(study, 1)
+    assert [t.number for t in seen.get_trials()] == [0, 2]
+    assert [t.number for t in seen._get_trials(deepcopy=False)] == [0, 2]
+    assert len(study.trials) == 3
 
 
 def test_it_is_as_loud_as_before(capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from plait.errors import OutputError, PlaitError, RecipeError
+from plait.errors import OutputError, RecipeError
 from plait.reports.losses import LossCurve, loss_chart
 from plait.training import checks
 from plait.training.causal import model_config
@@ -17,7 +17,6 @@ from plait.training.data import TrainingData
 from plait.training.job import LoraSettings, TrainingJob
 from plait.training.phases import phase_seed
 from plait.training.preflight import check_output
-from plait.training.ray import _shares
 from plait.training.reading import read_phases
 from plait.training.settings import trainer_settings
 from tests.language_models import write_task
@@ -274,29 +273,6 @@ class TestTheOutputFolder:
             check_output(out)
         with pytest.raises(OutputError, match="evaluation exists and is not a folder"):
             check_output(out / "evaluation")
-
-
-class Cluster:
-    """Of Ray, what is asked of it."""
-
-    def __init__(self, *nodes: dict[str, float]) -> None:
-        self._nodes = nodes
-
-    def nodes(self):
-        return [{"Alive": True, "Resources": resources} for resources in self._nodes]
-
-
-def test_the_share_of_a_phase_on_a_cluster():
-    assert _shares(Cluster({"CPU": 8}, {"CPU": 4}), None) == (2, {"num_cpus": 4})
-    assert _shares(Cluster({"CPU": 8}, {"CPU": 8}), 4) == (4, {"num_cpus": 4})
-    assert _shares(Cluster({"CPU": 8, "GPU": 2}), None) == (2, {"num_cpus": 4, "num_gpus": 1})
-    assert _shares(Cluster({"memory": 1}, {"CPU": 4}), None) == (1, {"num_cpus": 4}), "a head node that only manages"
-
-
-@pytest.mark.parametrize("nodes", [(), ({"memory": 1},), ({"CPU": 0.0},)])
-def test_a_cluster_without_a_cpu(nodes):
-    with pytest.raises(PlaitError, match="no node of the Ray cluster offers a CPU, and every phase needs one"):
-        _shares(Cluster(*nodes), None)
 
 
 def test_messages_of_training_name_no_flags_of_one_command():

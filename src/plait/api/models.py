@@ -142,6 +142,7 @@ def sweep(  # noqa: PLR0913 (what a command line takes)
     out: str | Path,
     storage: str | None = None,
     warm_start: Sequence[str | Path] = (),
+    cluster: str | None = None,
     moments: str | Path | Mapping[str, str | Path] | None = None,
     load_dtype: str = "auto",
     device_map: str = "auto",
@@ -167,6 +168,7 @@ def sweep(  # noqa: PLR0913 (what a command line takes)
         out: folder of the study: `study.json`, `recipe.yaml` (the best) and, without `storage`, `study.db`.
         storage: Optuna's address of a storage that several machines share.
         warm_start: folders of earlier studies; their candidates that are merged alike and were asked the same count here.
+        cluster: `ray` or `ray://HOST:PORT`: ask candidates on an existing Ray cluster, `search["parallel"]` at a time.
         moments: second moments of inputs, as `merge` takes them from files.
         load_dtype: of the base in memory, as transformers takes it; `stored` is the checkpoint's; `auto` too, or
             float32 where that is slow here.
@@ -195,6 +197,7 @@ def sweep(  # noqa: PLR0913 (what a command line takes)
         eval=judged,
         storage=storage,
         warm_start=warm_start,
+        cluster=cluster,
         workspace=Path(workspace),
         load=LoadOptions(load_dtype, device_map, trust_remote_code),
         workers=workers,

@@ -28,6 +28,10 @@ MaybeOut = Annotated[Path | None, typer.Option("--out", "-o", help="Where to wri
 Workers = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Modules worked on at a time; never changes a byte.", show_default=False)
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option(metavar="RAY", help="Work on an existing Ray cluster: ray, or ray://HOST:PORT.", show_default=False),
+]
 Private = Annotated[bool, typer.Option("--private", help="Create the repository as private.")]
 Moments = Annotated[
     Path | None,

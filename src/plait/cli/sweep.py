@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.cli.options import Keys, Loading, MaybeOut, Moments, Writing, with_options
+from plait.cli.options import Cluster, Keys, Loading, MaybeOut, Moments, Writing, with_options
 
 if TYPE_CHECKING:
     from plait.search.conclusion import SweepResult
@@ -36,6 +36,7 @@ def sweep(
         list[str] | None,
         typer.Option(metavar="STUDY", help="An earlier study, whose candidates are not evaluated again.", show_default=False),
     ] = None,
+    cluster: Cluster = None,
     status: Annotated[
         Path | None, typer.Option(metavar="STUDY", help="Print how far a study is, and leave.", show_default=False)
     ] = None,
@@ -75,6 +76,7 @@ def sweep(
         eval=keys.of("eval"),
         storage=storage,
         warm_start=warm_start or (),
+        cluster=cluster,
         workspace=workspace,
         load=LoadOptions(*loading),
     )

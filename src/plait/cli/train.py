@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.cli.options import Json
+from plait.cli.options import Cluster, Json
 
 if TYPE_CHECKING:
     from plait.training.estimate import Forecast
@@ -32,9 +32,7 @@ def train(
     workers: Annotated[
         int | None, typer.Option(min=1, help=r"Phases side by side, each a process. \[1]", show_default=False)
     ] = None,
-    cluster: Annotated[
-        str | None, typer.Option(metavar="RAY", help="Run phases on Ray: ray, or ray://HOST:PORT.", show_default=False)
-    ] = None,
+    cluster: Cluster = None,
     base_id: Annotated[
         str | None, typer.Option("--base-id", help="Base model, in place of the file's.", show_default=False)
     ] = None,

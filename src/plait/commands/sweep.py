@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plait.cluster.connection import check_address
 from plait.commands.request import WritingOrder
 from plait.evaluation.request import eval_spec
 from plait.extras import require
@@ -42,6 +43,7 @@ class SweepOrder(WritingOrder):
         eval: keys of the recipe's `eval`: how the best is judged in the end.
         storage: Optuna's address of a shared storage.
         warm_start: folders of earlier studies.
+        cluster: address of the cluster on which candidates are asked; this process when None.
         workspace: where results and finished answers are kept.
         load: how the base is loaded.
     """
@@ -50,6 +52,7 @@ class SweepOrder(WritingOrder):
     eval: Mapping[str, Any] = field(default_factory=dict)
     storage: str | None = None
     warm_start: Sequence[str | Path] = ()
+    cluster: str | None = None
     workspace: Path = Path("artifacts")
     load: LoadOptions = field(default_factory=LoadOptions)
 
@@ -72,7 +75,7 @@ class SweepOrder(WritingOrder):
         Raises:
             PlaitError: anything wrong with what was given.
         """
-        _require_libraries()
+        _require_libraries(self.cluster)
         from plait.search.request import Sweep
 
         recipe, folder = self._checked()
@@ -84,7 +87,7 @@ class SweepOrder(WritingOrder):
         Raises:
             PlaitError: anything wrong with what was given. Candidates that were evaluated are kept.
         """
-        _require_libraries()
+        _require_libraries(self.cluster)
         from plait.search.pipeline import run_sweep
 
         recipe, folder = self._checked()
@@ -92,6 +95,7 @@ class SweepOrder(WritingOrder):
 
     def _checked(self) -> tuple[Recipe, Path | None]:
         worker_count(self.workers)
+        check_address(self.cluster)
         check_loading(self.load.dtype, self.load.device_map)
         return self.recipe
 
@@ -99,7 +103,7 @@ class SweepOrder(WritingOrder):
         from plait.search.request import SweepOptions
 
         earlier = tuple(expanded(place) for place in self.warm_start)
-        return SweepOptions(self.workspace, self.load, self.workers, self.storage, earlier)
+        return SweepOptions(self.workspace, self.load, self.workers, self.storage, earlier, self.cluster)
 
     def _usual_search(self, recipe: Recipe) -> SearchSpec:
         """Return a search where nothing says what is searched: the method, where none is named, and the scale.
@@ -147,5 +151,6 @@ class SweepStatusOrder:
         return read_status(self.folder, self.storage)
 
 
-def _require_libraries() -> None:
-    require("plait sweep", {"eval": ["transformers", "accelerate", "jinja2"], "sweep": ["optuna", "scipy", "sklearn"]})
+def _require_libraries(cluster: str | None) -> None:
+    needed = {"eval": ["transformers", "accelerate", "jinja2"], "sweep": ["optuna", "scipy", "sklearn"]}
+    require("plait sweep", {**needed, "ray": ["ray"] * (cluster is not None)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from secrets import token_hex
@@ -18,11 +18,12 @@ from typing import Any
 from plait.adapters.adapter import Adapter
 from plait.evaluation.loaded_base import LoadedBase
 from plait.evaluation.scores import adapter_digest, digest, file_digest, model_digest
-from plait.merging.inventory import Inventory
+from plait.merging.inventory import Inventory, placed_recipe, take_inventory
 from plait.merging.plan import make_plan
 from plait.mixture import Mixture
 from plait.mixture.merged import averaged_heads, merged_modules
 from plait.mixture.mixture import PlacedMerge
+from plait.recipes.loading import build_recipe
 from plait.recipes.writing import recipe_json
 from plait.results.progress import Progress
 from plait.results.threads import worker_count
@@ -43,6 +44,8 @@ class Candidate:
         heads: task → adapter whose full tensors act; None for the base's.
         act: puts it on the base, with the full tensors of the adapter of that name; the value is the model.
         kept: whether its answers are kept for later processes.
+        described: returns it as plain data, of which `described_candidate` makes it in another process; None where there is
+            no such data.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Candidate:
     heads: HeadSource
     act: Callable[[LoadedBase, str | None], AbstractContextManager[Any]]
     kept: bool = True
+    described: Callable[[], dict[str, Any]] | None = None
 
 
 def base_candidate(adapters: Mapping[str, Adapter]) -> Candidate:
@@ -58,7 +62,7 @@ def base_candidate(adapters: Mapping[str, Adapter]) -> Candidate:
     def heads(task: Task) -> str | None:
         return _own(task, adapters) if isinstance(task.ask, Head) else None
 
-    return Candidate("base", "base", heads, lambda live, owner: live.mixture.active(None, heads=owner or False))
+    return Candidate("base", "base", heads, lambda live, owner: live.mixture.active(None, heads=owner or False), described=dict)
 
 
 def single_candidate(name: str, adapters: Mapping[str, Adapter]) -> Candidate:
@@ -70,7 +74,13 @@ def single_candidate(name: str, adapters: Mapping[str, Adapter]) -> Candidate:
         return name if adapters[name].full_tensors else None
 
     key = digest("adapter", adapter_digest(adapters[name]))
-    return Candidate(name, key, heads, lambda live, owner: live.mixture.active({name: 1.0}, heads=owner or False))
+    return Candidate(
+        name,
+        key,
+        heads,
+        lambda live, owner: live.mixture.active({name: 1.0}, heads=owner or False),
+        described=lambda: {"adapter": name},
+    )
 
 
 def saved_candidate(name: str, adapters: Mapping[str, Adapter]) -> Candidate:
@@ -117,7 +127,26 @@ def merge_candidate(
     def act(live: LoadedBase, owner: str | None) -> AbstractContextManager[Any]:
         return live.mixture.attached(placed(live.mixture), heads=owner or averaged_heads(inventory))
 
-    return Candidate("merged", merge_key(inventory), heads, act)
+    def described() -> dict[str, Any]:
+        base = None if inventory.base_located is None else str(inventory.base_located.folder.absolute())
+        return {"merge": placed_recipe(recipe, inventory), "base": base, "config": dict(inventory.base_config)}
+
+    return Candidate("merged", merge_key(inventory), heads, act, described=described)
+
+
+def described_candidate(
+    data: Mapping[str, Any], adapters: Mapping[str, Adapter], *, workers: int | None, progress: Progress
+) -> Candidate:
+    """Return the candidate that another process has described.
+
+    Raises:
+        PlanError: it cannot be made here.
+    """
+    if "merge" in data:
+        base = None if data["base"] is None else Path(data["base"])
+        inventory = take_inventory(build_recipe(data["merge"]), base_folder=base)
+        return merge_candidate(replace(inventory, base_config=data["config"]), adapters, workers=workers, progress=progress)
+    return single_candidate(data["adapter"], adapters) if "adapter" in data else base_candidate(adapters)
 
 
 def live_candidate(

@@ -93,7 +93,7 @@ def with_used_dtype(options: LoadOptions, folder: Path) -> LoadOptions:
         folder: of the base; whatever is wrong with it is left to the one that loads it.
     """
     if options.dtype != "auto":
-        return replace(options, dtype="auto") if options.dtype == "stored" else options
+        return with_stored_dtype(options)
     stored = _stored(folder) if placement(options.device_map) is None else None
     if stored is None or stored.dtype not in _NARROW or stored.parameters < _LARGE:
         return options
@@ -117,6 +117,11 @@ def with_used_dtype(options: LoadOptions, folder: Path) -> LoadOptions:
         f"--load-dtype stored (load_dtype='stored') keeps {name}, with half the memory."
     )
     return replace(options, dtype="float32")
+
+
+def with_stored_dtype(options: LoadOptions) -> LoadOptions:
+    """Return options with transformers' word for the checkpoint's own dtype."""
+    return replace(options, dtype="auto") if options.dtype == "stored" else options
 
 
 class _Stored(NamedTuple):

@@ -14,8 +14,17 @@ from typing import Any
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.config import ADAPTER_CONFIG
+from plait.cluster.connection import Cluster
 from plait.errors import AddressError, PlanError, TaskError, did_you_mean
-from plait.evaluation.candidates import Candidate, live_candidate, merge_candidate, model_candidate, saved_candidate
+from plait.evaluation.asking import ClusterAsking
+from plait.evaluation.candidates import (
+    Candidate,
+    base_candidate,
+    live_candidate,
+    merge_candidate,
+    model_candidate,
+    saved_candidate,
+)
 from plait.evaluation.loaded_base import LoadedBase, placement, with_used_dtype
 from plait.evaluation.record import CandidateKind, Evaluation, SingleAdapter
 from plait.evaluation.recovery import BootstrapDraws
@@ -55,12 +64,14 @@ class EvaluateOptions:
         load: how the base is loaded.
         matrix: evaluate every single adapter on every task.
         workers: modules merged at a time.
+        cluster: where candidates are asked; this process when None.
     """
 
     workspace: Path | None = Path("artifacts")
     load: LoadOptions = field(default_factory=LoadOptions)
     matrix: bool = False
     workers: int | None = None
+    cluster: Cluster | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +112,7 @@ class Evaluator:
         tasks: with the examples that are asked.
         singles: the tasks' own adapters by name.
         session: asks the model, and keeps its answers.
+        elsewhere: the cluster on which models are asked; None where they are in this process.
     """
 
     def __init__(
@@ -126,12 +138,18 @@ class Evaluator:
         self._sources = tuple(
             SingleAdapter(name=a.name, path=text, repo=p.repo, commit=p.commit, sha256=a.sha256()) for a, p, text in singles
         )
-        load = with_used_dtype(options.load, place.folder)
+        everyone = [*self.singles.values(), *others]
+        key, self.elsewhere = model_digest(place.folder), None
+        if options.cluster is None:
+            load = with_used_dtype(options.load, place.folder)
+            device = str(placement(load.device_map))  # `auto` is another device on another machine
+        else:
+            self.elsewhere = ClusterAsking(options.cluster, place.folder, key, everyone, options.load, workers=options.workers)
+            load, device = self.elsewhere.load, self.elsewhere.placement
         self.options = replace(options, load=load)
-        live = LoadedBase(place.folder, [*self.singles.values(), *others], load, progress)
+        live = LoadedBase(place.folder, everyone, load, progress)
         cache = ScoreCache(None if options.workspace is None else options.workspace / SCORES)
-        setting = (load.dtype, str(placement(load.device_map)))  # `auto` is another device on another machine
-        self.session = Session(live, model_digest(place.folder), self.singles, self.tasks, spec, setting, cache, progress)
+        self.session = Session(live, key, self.singles, self.tasks, spec, (load.dtype, device), cache, progress, self.elsewhere)
 
     def evaluate(self, subject: EvalSubject) -> Evaluation:
         """Evaluate one candidate next to base and single adapters."""
@@ -181,6 +199,15 @@ class Evaluator:
             name: for people.
         """
         return self.evaluate(EvalSubject(name, "merge", live_candidate(name, state, self.singles)))
+
+    def prepare(self, subjects: Sequence[EvalSubject]) -> None:
+        """Have subjects, base and own adapters asked side by side where candidates are asked elsewhere; do nothing here."""
+        wanted = []
+        for entry in self.tasks:
+            own = self.session.own(entry.task)
+            sides = [base_candidate(self.singles), *([] if own is None else [own]), *(s.candidate for s in subjects)]
+            wanted += [(side, entry) for side in sides]
+        self.session.prepare(wanted)
 
     def draws(self, subject: EvalSubject) -> dict[str, BootstrapDraws]:
         """Return the bootstrap draws of every task; those of two subjects are of the same examples, and so can be compared."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from plait.evaluation.loaded_base import LoadedBase
 from plait.evaluation.record import Bounds, InterferenceMatrix, Sample, TaskResult
 from plait.evaluation.recovery import BootstrapDraws, PairedStatistics, central_interval, mean_and_worst, recovery, task_seed
 from plait.evaluation.scores import Answers, ScoreCache, adapter_digest, answers_digest, digest
-from plait.evaluation.scoring import answer_examples
+from plait.evaluation.scoring import StepListener, answer_examples
 from plait.evaluation.subsets import ChosenSubset
 from plait.recipes.evaluation import EvalSpec
 from plait.results.progress import Progress
@@ -25,6 +26,7 @@ from plait.tasks.metrics import metric_of
 from plait.tasks.schema import Task
 
 _SAMPLES = 5
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,38 @@ class Totals:
     worst_task: str | None
 
 
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """What a candidate is asked, and is not known to have answered.
+
+    Attributes:
+        key: hash of everything that the answers depend on.
+        candidate: who is asked.
+        owner: adapter whose full tensors act; None for the base's.
+        examples: what is asked.
+        batch_size: prompts at a time.
+    """
+
+    key: str
+    candidate: Candidate
+    owner: str | None
+    examples: Examples
+    batch_size: int
+
+
+class Elsewhere(Protocol):
+    """Where candidates are asked, if not in this process."""
+
+    def submit(self, ask: Ask) -> None:
+        """Have something asked."""
+
+    def next(self, report: StepListener) -> tuple[Ask, Sequence[Answer]]:
+        """Wait until something that was submitted is answered."""
+
+
+Wanted = Iterable[tuple[Candidate, TaskExamples]]
+
+
 class Session:
     """Asks and compares; every answer is asked for once, in this process and, through the cache, in later ones.
 
@@ -63,6 +97,7 @@ class Session:
         setting: what else answers depend on (dtype, device).
         cache: of finished answers.
         progress: receives stages and steps.
+        elsewhere: where candidates are asked; on `live` when None.
     """
 
     def __init__(
@@ -75,6 +110,7 @@ class Session:
         setting: Sequence[str],
         cache: ScoreCache,
         progress: Progress,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         self.tasks = tuple(tasks)
         self.spec = spec
@@ -85,6 +121,7 @@ class Session:
         self._progress = progress
         self._metrics: dict[str, Metric] = {a.task.name: metric_of(a.task) for a in tasks}
         self._known: dict[str, tuple[Answer, ...]] = {}
+        self._elsewhere = elsewhere
 
     def on(self, tasks: Sequence[TaskExamples], spec: EvalSpec) -> Session:
         """Return a session of the same base and adapters on other examples; it asks nothing again that this one knows."""
@@ -175,6 +212,65 @@ class Session:
 
     def answers(self, candidate: Candidate, entry: TaskExamples) -> tuple[Answer, ...]:
         """Return what a candidate answers to a task: known, kept, or asked for now."""
+        key, ask = self._wanted(candidate, entry)
+        if ask is not None:
+            if self._elsewhere is None:
+                self._learn(ask, self._ask(ask))
+            else:
+                self.prepare([(candidate, entry)])
+        return self._known[key]
+
+    def prepare(self, wanted: Wanted) -> None:
+        """Have candidates asked at the same time where that is done elsewhere; here they are asked when they must answer."""
+        if self._elsewhere is not None:
+            self.together([_wanting(wanted)])
+
+    def together(self, work: Sequence[Generator[Wanted, None, T]]) -> list[T]:
+        """Return what each piece of work returns; they run side by side where candidates are asked elsewhere.
+
+        Args:
+            work: yields what it will have asked of `answers` next.
+        """
+        elsewhere = self._elsewhere
+        if elsewhere is None:
+            return [_exhausted(piece) for piece in work]
+        found: dict[int, T] = {}
+        missing: dict[int, set[str]] = {}
+        given: set[str] = set()
+
+        def go_on(i: int) -> int:
+            """Run a piece to the next answer that is not known; return how many more examples are asked."""
+            more = 0
+            while not missing.get(i):
+                try:
+                    wanted = next(work[i])
+                except StopIteration as end:
+                    found[i] = end.value
+                    missing.pop(i, None)
+                    break
+                asks = {ask.key: ask for pair in wanted if (ask := self._wanted(*pair)[1]) is not None}
+                missing[i] = {*asks}
+                for key in [key for key in asks if key not in given]:
+                    given.add(key)
+                    more += len(asks[key].examples.items)
+                    elsewhere.submit(asks[key])
+            return more
+
+        total = sum(go_on(i) for i in range(len(work)))
+        self._progress.start("asked on the cluster", total, "examples")
+        try:
+            while missing:
+                ask, answers = elsewhere.next(self._progress.advance)
+                self._learn(ask, answers)
+                for i in [i for i, keys in missing.items() if ask.key in keys]:
+                    missing[i].remove(ask.key)
+                    go_on(i)
+        finally:
+            self._progress.finish()
+        return [found[i] for i in range(len(work))]
+
+    def _wanted(self, candidate: Candidate, entry: TaskExamples) -> tuple[str, Ask | None]:
+        """Return the key of what a candidate answers to a task, and what is to be asked where that is not known."""
         examples, owner = entry.examples, candidate.heads(entry.task)
         # full tensors of its own are in a candidate's key
         heads = adapter_digest(self.adapters[owner]) if owner is not None and owner in self.adapters else None
@@ -182,23 +278,25 @@ class Session:
         if key not in self._known:
             found = self._cache.find(key, len(examples.items))
             if found is None:
-                found = self._ask(candidate, owner, examples)
-                if candidate.kept:
-                    self._cache.keep(key, found)
+                return key, Ask(key, candidate, owner, examples, self.spec.batch_size)
             self._known[key] = found.answers
-        return self._known[key]
+        return key, None
 
-    def _ask(self, candidate: Candidate, owner: str | None, examples: Examples) -> Answers:
-        tokenizer, name = self.live.tokenizer, examples.task.name
-        with candidate.act(self.live, owner) as model:
-            self._progress.start(f"{candidate.name} · {name}", len(examples.items), "examples")
+    def _learn(self, ask: Ask, found: Sequence[Answer]) -> None:
+        """Keep answers."""
+        kept = Answers(contender=ask.candidate.name, task=ask.examples.task.name, answers=tuple(found))
+        if ask.candidate.kept:
+            self._cache.keep(ask.key, kept)
+        self._known[ask.key] = kept.answers
+
+    def _ask(self, ask: Ask) -> Sequence[Answer]:
+        tokenizer, examples = self.live.tokenizer, ask.examples
+        with ask.candidate.act(self.live, ask.owner) as model:
+            self._progress.start(f"{ask.candidate.name} · {examples.task.name}", len(examples.items), "examples")
             try:
-                found = answer_examples(
-                    model, tokenizer, examples, batch_size=self.spec.batch_size, report=self._progress.advance
-                )
+                return answer_examples(model, tokenizer, examples, batch_size=ask.batch_size, report=self._progress.advance)
             finally:
                 self._progress.finish()
-        return Answers(contender=candidate.name, task=name, answers=tuple(found))
 
     def own(self, task: Task) -> Candidate | None:
         """Return a task's own adapter; None where none is known."""
@@ -206,6 +304,20 @@ class Session:
 
     def _value(self, candidate: Candidate, entry: TaskExamples) -> float:
         return self._metrics[entry.task.name].value(self.answers(candidate, entry))
+
+
+def _wanting(wanted: Wanted) -> Generator[Wanted, None, None]:
+    yield wanted
+
+
+def _exhausted(work: Generator[Wanted, None, T]) -> T:
+    """Run work here, where it asks by itself."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            found: T = end.value
+            return found
 
 
 def _undefined_reason(

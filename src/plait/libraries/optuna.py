@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from copy import copy
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optuna import Study
-    from optuna.trial import Trial
+    from optuna.trial import FrozenTrial, Trial
 
 
 @contextmanager
@@ -32,6 +33,24 @@ def taken_up(study: Study, number: int) -> Trial:
     from optuna.trial import Trial
 
     return Trial(study, study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number))
+
+
+def without_trial(study: Study, number: int) -> Study:
+    """Return a study in which one trial cannot be seen: what a sampler that was killed has left of it changes nothing then."""
+    seen = copy(study)
+
+    def others(*given: Any, **how: Any) -> list[FrozenTrial]:
+        return [trial for trial in study._get_trials(*given, **how) if trial.number != number]
+
+    vars(seen)["_get_trials"] = others
+    return seen
+
+
+def process_knows_pending() -> bool:
+    """Return whether Optuna's Gaussian process takes trials into account that have begun: since 5.0."""
+    from optuna import __version__
+
+    return int(__version__.partition(".")[0]) >= 5
 
 
 def sqlite_url(path: str) -> str:

@@ -20,6 +20,7 @@ from plait.hub.references import parse_reference
 from plait.inspection.compatibility import check_compatibility
 from plait.merging.moments import Moments, MomentsOf, from_files, from_function, not_taken_yet
 from plait.recipes.schema import Recipe
+from plait.recipes.writing import recipe_json
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,21 @@ def _moments(recipe: Recipe, folder: Path | None, given: MomentsOf | None, adapt
     if lacking := [a.name for a in adapters if a.name not in paths]:
         raise PlanError(f"adapters[].moments: given for {', '.join(paths)}, not for {', '.join(lacking)}; all need them.")
     return from_files(paths, adapters, lambda name: recipe.origins.at("adapters", names.index(name), "moments"))
+
+
+def placed_recipe(recipe: Recipe, inventory: Inventory) -> dict[str, Any]:
+    """Return a recipe as plain values that name the folders and files that were found, for a process elsewhere.
+
+    Args:
+        recipe: what was asked for.
+        inventory: what was found for it.
+    """
+    data = recipe_json(recipe)
+    for entry, place in zip(data["adapters"], inventory.located, strict=True):
+        entry["path"] = str(place.path.absolute())
+        if inventory.moments is not None and entry["name"] in inventory.moments.files:
+            entry["moments"] = str(inventory.moments.files[entry["name"]].path.absolute())
+    return data
 
 
 def open_entries(recipe: Recipe, folder: Path | None) -> tuple[list[Located], list[Adapter]]:

@@ -22,7 +22,7 @@ _RANGE = re.compile(
     r"\s*(?P<low>[-+]?[\d.]+?(?:[eE][-+]?\d+)?)\s*\.\.\s*(?P<high>[-+]?[\d.]+(?:[eE][-+]?\d+)?)(?P<how>(?::\w+)*)\s*"
 )
 _FORM = "write LOW..HIGH, LOW..HIGH:log, LOW..HIGH:int, or values: a,b,c"
-DEFAULT_BUDGET, DEFAULT_INIT_POINTS = 20, 8
+DEFAULT_BUDGET, DEFAULT_INIT_POINTS, MOST_PARALLEL = 20, 8, 256
 
 
 class Range(Record):
@@ -106,6 +106,15 @@ class SearchSpec(Record):
         int | None, Field(ge=1, description="Candidates before the first expected one; 8, or the budget, when not given.")
     ] = None
     seed: Annotated[int, Field(ge=0, lt=2**31, description="Seed of what is tried.")] = 0
+    parallel: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=MOST_PARALLEL,
+            description="Candidates that are suggested together, before one of them is known; 1, or the workers of a cluster, "
+            "when not given.",
+        ),
+    ] = None
     points: Annotated[
         tuple[dict[str, Any], ...],
         Field(description="Candidates that are tried first: path → value; the recipe's own values where they give none."),

@@ -83,6 +83,7 @@ def conclude(sweep: Sweep, study: Study, start: Run, reason: str | None) -> Swee
         selected_on_test=sweep.final is None,
         search=sweep.spec.model_dump(mode="json", exclude_unset=True),
         grid={p.path: list(p.choices.values()) for p in sweep.space.parameters if p.kind == "categorical"},
+        parallel=study.parallel,
         maximize=sweep.spec.maximize,
         constraint_nonnegative=sweep.spec.constraint_nonnegative,
         early_stopped=reason is not None,
@@ -112,14 +113,14 @@ def conclude(sweep: Sweep, study: Study, start: Run, reason: str | None) -> Swee
 def _asked_once(sweep: Sweep, final: Evaluator, best: Run, others: Mapping[str, Run | None]) -> tuple[Evaluation, Final]:
     """Evaluate the best on the other split, and how much better it is there than others, on the same examples."""
     subject = sweep.final_subject(final, best, "best")
+    compared = [(name, run, sweep.final_subject(final, run, name)) for name, run in others.items() if run is not None]
+    final.prepare([subject, *(other for _, _, other in compared)])
     evaluation = final.evaluate(subject)
     mine = final.draws(subject)
     differences = []
-    for name, run in others.items():
-        if run is not None:
-            other = sweep.final_subject(final, run, name)
-            found = final.evaluate(other)
-            differences.append(_difference(name, run, evaluation, found, mine, final.draws(other)))
+    for name, run, other in compared:
+        found = final.evaluate(other)
+        differences.append(_difference(name, run, evaluation, found, mine, final.draws(other)))
     place = write_evaluation(sweep.options.workspace, evaluation)
     return evaluation, Final(
         split=evaluation.split,

@@ -113,6 +113,7 @@ class Judge:
             TaskError: an own adapter is not better than the base, so that no candidate has a recovery.
         """
         session, found, flat = self.evaluator.session, [], []
+        self.evaluator.prepare([])
         for entry in self.evaluator.tasks:
             parts, order = _parts(entry, self._shares)
             own = session.own(entry.task)
@@ -153,6 +154,13 @@ class Judged:
     def complete(self) -> bool:
         """Whether it was asked everything."""
         return self.rung == self._judge.rungs
+
+    def wanted(self, parts: int | None = 1) -> list[tuple[Candidate, TaskExamples]]:
+        """Return what `ask` asks in the next `parts` calls; in all that are left when None."""
+        if self._candidate is None:
+            return []
+        until = self._judge.rungs if parts is None else self.rung + parts
+        return [(self._candidate, part) for task in self._judge.tasks for part in task.parts[self.rung : until]]
 
     def ask(self) -> None:
         """Ask the next part of every task; with the last one, the merge is let go.

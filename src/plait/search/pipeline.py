@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
+from plait.cluster.connection import connected
+from plait.notices import announce
 from plait.recipes.schema import Recipe
+from plait.recipes.search import MOST_PARALLEL
 from plait.results.locking import locked
 from plait.results.progress import Progress, SilentProgress
 from plait.search.conclusion import SweepResult, conclude
@@ -29,12 +33,38 @@ def run_sweep(
     Raises:
         PlaitError: anything wrong with what was given. Candidates that were evaluated are kept, and not evaluated again.
     """
-    sweep = Sweep(recipe, folder, out, options, progress or SilentProgress())
-    with locked(out / LOCK, "a search"):
+    with ExitStack() as stack:
+        cluster = None if options.cluster is None else stack.enter_context(connected(options.cluster))
+        sweep = Sweep(recipe, folder, out, options, progress or SilentProgress(), cluster)
+        elsewhere = sweep.evaluator.elsewhere
+        if cluster is not None and elsewhere is not None:
+            cluster.check(inputs=elsewhere.read)
+        stack.enter_context(locked(out / LOCK, "a search"))
         if force:
             for name in OWN_FILES:
                 (out / name).unlink(missing_ok=True)
-        study = Study(out, options.storage, sweep.name, sweep.space, len(sweep.spec.maximize))
+        room = 1 if elsewhere is None else elsewhere.share.workers
+        study = Study(
+            out,
+            options.storage,
+            sweep.name,
+            sweep.space,
+            len(sweep.spec.maximize),
+            sweep.spec.parallel,
+            min(room, MOST_PARALLEL),
+        )
+        if elsewhere is not None:
+            elsewhere.at_once = study.parallel
+            _announce_room(study.parallel, room)
         trials = Trials(sweep, study)
         reason = trials.run()
         return conclude(sweep, study, trials.start, reason)
+
+
+def _announce_room(parallel: int, room: int) -> None:
+    """Announce it where a part of the cluster stays idle."""
+    if parallel < room:
+        announce(
+            f"{parallel} candidates are suggested at a time (search.parallel), and the cluster has room for {room}. A study "
+            f"keeps its number: --parallel {room} in another one uses all of it."
+        )

@@ -159,6 +159,7 @@ class StudyRecord(OlderKeysDropped):
         selected_on_test: whether that was the split `test`: no number here is an independent judgement then.
         search: what was asked for.
         grid: values per path; empty for ranges.
+        parallel: candidates that were suggested together, before one of them was known.
         maximize: what was maximized.
         constraint_nonnegative: whether candidates that are worse than the base on some task rank last.
         early_stopped: whether it ended before its budget.
@@ -198,6 +199,7 @@ class StudyRecord(OlderKeysDropped):
     selected_on_test: bool
     search: dict[str, Any]
     grid: dict[str, Any]
+    parallel: int = 1
     maximize: tuple[str, ...]
     constraint_nonnegative: bool
     early_stopped: bool

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from plait.cluster.connection import Cluster
 from plait.errors import OutputError, PlaitError, PlanError, RecipeError
 from plait.evaluation.candidates import base_candidate, merge_key
 from plait.evaluation.pipeline import EvalSubject, EvaluateOptions, Evaluator, recipe_evaluator
@@ -29,7 +30,8 @@ from plait.tasks.loading import absolute_reference, recipe_tasks
 
 RECIPE = "recipe.yaml"
 OWN_FILES = (STUDY, RECIPE, STORAGE, f"{STORAGE}-journal", f"{STORAGE}-wal", f"{STORAGE}-shm")
-_NOT_OF_TRIALS = ("budget", "early_stop", "points", "allow_test")  # keys of `search` that change no trial
+#: Keys of `search` that change no trial, and the one that a study keeps by itself.
+_NOT_OF_TRIALS = ("budget", "early_stop", "points", "allow_test", "parallel")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class SweepOptions:
         workers: modules merged at a time.
         storage: Optuna's address of a storage that several machines share; None for a file in the study's folder.
         warm_start: folders of earlier studies, whose candidates are not evaluated again.
+        cluster: address of the cluster on which candidates are asked; None is this process.
     """
 
     workspace: Path = Path("artifacts")
@@ -49,6 +52,7 @@ class SweepOptions:
     workers: int | None = None
     storage: str | None = None
     warm_start: Sequence[Path] = ()
+    cluster: str | None = None
 
 
 class Sweep:
@@ -60,6 +64,7 @@ class Sweep:
         out: folder of the study.
         options: of this machine.
         progress: receives stages and steps.
+        cluster: that of the options, connected; None is this process.
 
     Attributes:
         space: the candidates.
@@ -74,7 +79,15 @@ class Sweep:
         PlaitError: anything wrong with what was given.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path | None, out: Path, options: SweepOptions, progress: Progress) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path | None,
+        out: Path,
+        options: SweepOptions,
+        progress: Progress,
+        cluster: Cluster | None = None,
+    ) -> None:
         self.recipe, self.spec, self.out, self.options = recipe, recipe.search, out, options
         self.progress, self._folder = TrialProgress(progress), folder
         self.space = SearchSpace(recipe)
@@ -90,7 +103,7 @@ class Sweep:
             draws=recipe.eval.draws,
             seed=recipe.eval.seed,
         )
-        evaluating = EvaluateOptions(options.workspace, options.load, workers=options.workers)
+        evaluating = EvaluateOptions(options.workspace, options.load, workers=options.workers, cluster=cluster)
         with recipe.origins.named():
             self.evaluator, self._inventory = recipe_evaluator(recipe.changed(eval=asked), folder, evaluating, self.progress)
         self.final = None if self.spec.split == "test" else self._other_split()

@@ -1,4 +1,6 @@
-"""Optuna's samplers, such that what they suggest for a trial depends on the seed, its number and the finished trials alone."""
+"""Optuna's samplers, such that what they suggest for a trial depends on the seed, its number, the finished trials and those of
+its batch before it alone.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from optuna import Study
+from optuna import __version__ as version
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
+from plait.errors import PlanError
+from plait.libraries.optuna import process_knows_pending, without_trial
 from plait.notices import announce
 from plait.recipes.search import SearchSpec
 from plait.search.space import SearchSpace
@@ -36,17 +41,18 @@ class NumberedSampler(BaseSampler):
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return the parameters that are sampled together."""
-        return self._of(trial).infer_relative_search_space(study, trial)
+        return self._of(trial).infer_relative_search_space(without_trial(study, trial.number), trial)
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
         """Return their values."""
-        return self._of(trial).sample_relative(study, trial, search_space)
+        return self._of(trial).sample_relative(without_trial(study, trial.number), trial, search_space)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """Return the value of another parameter."""
-        return self._of(trial).sample_independent(study, trial, param_name, param_distribution)
+        seen = without_trial(study, trial.number)
+        return self._of(trial).sample_independent(seen, trial, param_name, param_distribution)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Tell the sampler of a trial that begins."""
@@ -57,12 +63,26 @@ class NumberedSampler(BaseSampler):
         self._of(trial).after_trial(study, trial, state, values)
 
 
-def sampler_of(spec: SearchSpec, space: SearchSpace) -> NumberedSampler:
-    """Return the sampler that a search asks for; a grid's points are given, and nothing is sampled."""
+def sampler_of(spec: SearchSpec, space: SearchSpace, parallel: int = 1) -> NumberedSampler:
+    """Return the sampler that a search asks for; a grid's points are given, and nothing is sampled.
+
+    Args:
+        spec: what is asked for.
+        space: the candidates.
+        parallel: trials of a batch: later ones know of those before them that they have begun, and avoid their places.
+
+    Raises:
+        PlanError: the installed Optuna's Gaussian process does not know of trials that have begun.
+    """
     if spec.used_type in ("grid", "random"):
         return NumberedSampler(lambda seed: RandomSampler(seed=seed), spec.seed)
     count = spec.used_init_points
     if not space.is_conditional:
+        if parallel > 1 and not process_knows_pending():
+            raise PlanError(
+                f"search.parallel is {parallel}: the Gaussian process of the installed Optuna ({version}) would suggest the "
+                "same candidate several times. Install optuna 5.0 or later, or give --parallel 1 or --type random."
+            )
         return NumberedSampler(
             lambda seed: GPSampler(seed=seed, n_startup_trials=count, warn_independent_sampling=False), spec.seed
         )
@@ -71,6 +91,6 @@ def sampler_of(spec: SearchSpec, space: SearchSpace) -> NumberedSampler:
         "tree-structured Parzen estimator (TPE) searches in its place."
     )
     return NumberedSampler(
-        lambda seed: TPESampler(seed=seed, n_startup_trials=count, multivariate=True, group=True),
+        lambda seed: TPESampler(seed=seed, n_startup_trials=count, multivariate=True, group=True, constant_liar=True),
         spec.seed,
     )

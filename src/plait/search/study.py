@@ -28,7 +28,8 @@ from plait.search.space import SearchSpace, point_key
 STORAGE = "study.db"
 LOCK = ".lock"  # of the folder, while a process is at work there
 FOUND = "plait"  # a trial's user attribute with what came of it
-_PHASE, _WORKER = "phase", "worker"
+_PHASE, _WORKER, _BATCH = "phase", "worker", "batch"  # further attributes of a trial
+_PARALLEL = "parallel"  # an attribute of the study
 
 
 class Outcome(Record):
@@ -102,6 +103,18 @@ class Studied(Record):
         )
 
 
+class Batch(Record):
+    """Trials that are suggested together, before one of them is known.
+
+    Attributes:
+        first: number of the first.
+        size: how many there are; None for one that is not written down.
+    """
+
+    first: int
+    size: int | None = None
+
+
 class Study:
     """A search's trials.
 
@@ -111,14 +124,29 @@ class Study:
         name: of this search in the storage: two searches that differ in what their scores depend on have two names.
         space: the candidates.
         goals: how many numbers are maximized.
+        parallel: trials of a batch, where that is asked for.
+        usual: where it is not, and the study is new.
+
+    Attributes:
+        parallel: trials of a batch; a study keeps the number that it began with.
 
     Raises:
-        OutputError: the storage cannot be opened, or the folder's own is that of another search.
+        OutputError: the storage cannot be opened; or the study there is another one, or began with another number.
     """
 
-    def __init__(self, folder: Path, url: str | None, name: str, space: SearchSpace, goals: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        url: str | None,
+        name: str,
+        space: SearchSpace,
+        goals: int,
+        parallel: int | None = None,
+        usual: int = 1,
+    ) -> None:
         self.url, self.name, self._space = url, name, space
         self._alone = url is None
+        self._begun: set[int] = set()  # trials of this process
         address = url or sqlite_url(str((folder / STORAGE).absolute()))
         with quiet_optuna():
             try:
@@ -133,11 +161,29 @@ class Study:
                 self._study = optuna.create_study(
                     storage=storage, study_name=name, directions=["maximize"] * goals, load_if_exists=True
                 )
+                self.parallel = self._agreed(parallel, usual)
             except OutputError:
                 raise
             except Exception as error:  # SQLAlchemy and its drivers raise any class
                 where = f"{folder / STORAGE}" if self._alone else "--storage (storage=)"
                 raise OutputError(f"{where}: Optuna cannot open this storage: {_first_line(error)}.") from None
+
+    def _agreed(self, parallel: int | None, usual: int) -> int:
+        """Return the number of trials of a batch, and write it down for a study that is new.
+
+        Raises:
+            OutputError: the study began with another number.
+        """
+        found: int | None = self._study.user_attrs.get(_PARALLEL)
+        if found is None:
+            found = 1 if self._study.get_trials(deepcopy=False) else parallel or usual
+            self._study.set_user_attr(_PARALLEL, found)
+        if parallel not in (None, found):
+            raise OutputError(
+                f"search.parallel is {parallel}, and the study that is there began with {found}: what is suggested depends on "
+                f"it. Give --parallel {found} or none, another -o, or --force to begin anew."
+            )
+        return found
 
     @property
     def optuna(self) -> optuna.Study:
@@ -179,14 +225,37 @@ class Study:
             for point in points:
                 self._study.enqueue_trial(self._space.labels(point), user_attrs={_PHASE: "point"}, skip_if_exists=True)
 
-    def next(self, sampler: NumberedSampler) -> tuple[Trial, dict[str, Any]]:
-        """Return the next trial and its point: one whose process is gone, or a new one."""
+    def open_batch(self) -> Batch | None:
+        """Return the batch of which a trial was begun by a process that is gone; None where there is none.
+
+        Of a process that was killed before it could write down to which batch a trial belongs, the trial begins one, or is the
+        next of the one that had begun.
+        """
+        left = self._left_over()
+        known = [found for trial in left if (found := _batch(trial)) is not None]
+        return known[0] if known else Batch(first=left[0].number) if left else None
+
+    def next(self, sampler: NumberedSampler, batch: Batch | None, size: int) -> tuple[Trial, dict[str, Any], Batch]:
+        """Return the next trial of a batch and its point: one whose process is gone, or a new one.
+
+        Args:
+            sampler: suggests.
+            batch: which one; the trial begins one when None.
+            size: of a batch that begins.
+        """
         with quiet_optuna():
             self._study.sampler = sampler
-            left = self.left_over()
-            trial = self._study.ask() if left is None else taken_up(self._study, left)
+            number = min((t.number for t in self._left_over() if batch is None or _batch(t) in (batch, None)), default=None)
+            trial = self._study.ask() if number is None else taken_up(self._study, number)
+            self._begun.add(trial.number)
+            batch = batch or Batch(first=trial.number, size=size)
+            trial.set_user_attr(_BATCH, batch.model_dump())
             trial.set_user_attr(_WORKER, _worker())
-            return trial, self._space.suggest(trial)
+            return trial, self._space.suggest(trial), batch
+
+    def ended_of(self, batch: Batch) -> int:
+        """Return how many trials of a batch have ended."""
+        return sum(_batch(t) == batch and t.state.is_finished() for t in self._study.get_trials(deepcopy=False))
 
     def tell(self, trial: Trial, outcome: Outcome, values: Sequence[float]) -> None:
         """Report what came of a trial; one with an `error` has failed."""
@@ -213,12 +282,18 @@ class Study:
                 return {str(name): float(share) for name, share in found.items()}
         return {}
 
-    def left_over(self) -> int | None:
-        """Return the number of a trial that was begun by a process that is gone; None where there is none."""
-        for trial in self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            if self._alone or _is_gone(trial.user_attrs):
-                return trial.number
-        return None
+    def left_over(self) -> int:
+        """Return how many trials were begun by processes that are gone."""
+        return len(self._left_over())
+
+    def _left_over(self) -> list[FrozenTrial]:
+        running = self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+        return [t for t in running if t.number not in self._begun and (self._alone or _is_gone(t.user_attrs))]
+
+
+def _batch(trial: FrozenTrial) -> Batch | None:
+    found = trial.user_attrs.get(_BATCH)
+    return None if found is None else Batch.model_validate(found)
 
 
 def _phase(trial: FrozenTrial) -> Phase:

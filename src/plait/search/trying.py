@@ -1,15 +1,18 @@
 """The trials of a search: each is asked as long as it can still win, and what came of it is put into the study.
 
-What is tried, and where it is stopped, depends on the seed and the finished trials alone, so that a search that was killed
-continues as if it had not been.
+What is tried, and where it is stopped, depends on the seed and the trials that had ended before a batch began, so that a search
+that was killed continues as if it had not been, and what is done side by side may end in any order.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+
+from optuna.trial import Trial
 
 from plait.errors import PlanError, RecipeError
+from plait.evaluation.session import Wanted
 from plait.libraries.optuna import quiet_optuna
 from plait.notices import announce
 from plait.recipes.candidates import Point, zero_path
@@ -46,19 +49,55 @@ class Trials:
         """Try candidates until the budget is used; return why, where it ends before."""
         self._begin()
         with quiet_optuna():
-            sampler = sampler_of(self._spec, self._sweep.space)
+            sampler = sampler_of(self._spec, self._sweep.space, self._study.parallel)
         while True:
-            finished = self._study.finished()
-            ended, reason = self._end(finished)
-            if ended:
-                return reason
-            trial, point = self._study.next(sampler)
-            key = point_key(point)
-            same = next((f for f in finished if f.outcome.repeats is None and point_key(f.outcome.params) == key), None)
-            if same is None:
-                outcome = self._tried(point, trial.number, finished)
+            batch, finished = self._study.open_batch(), self._study.finished()
+            if batch is None:
+                ended, reason = self._end(finished)
+                if ended:
+                    return reason
             else:
-                outcome = same.outcome.model_copy(update={"repeats": same.number, "seconds": 0.0, "examples": 0})
+                finished = [found for found in finished if found.number < batch.first]  # what was known when it began
+            size = self._size(finished) if batch is None or batch.size is None else batch.size
+            begun = None if batch is None or batch.size is None else batch
+            together = []
+            for _ in range(size - (0 if begun is None else self._study.ended_of(begun))):
+                trial, point, begun = self._study.next(sampler, begun, size)
+                together.append((trial, point))
+            self._try(together, finished)
+
+    def _size(self, finished: Sequence[Studied]) -> int:
+        """Return how many trials the next batch has."""
+        sizes = [self._study.parallel]
+        if self._spec.used_budget is not None:
+            sizes.append(self._spec.used_budget - sum(found.is_new for found in finished))
+        if self._spec.used_type == "grid":
+            sizes.append(self._study.waiting() + self._study.left_over())
+        return max(1, min(sizes))
+
+    def _try(self, together: Sequence[tuple[Trial, Point]], known: Sequence[Studied]) -> None:
+        """Evaluate trials of one batch, and report what came of them in their order.
+
+        Args:
+            together: the trials with their points.
+            known: trials that had ended when the batch began, against which all of it races.
+        """
+        earlier = {point_key(f.outcome.params): f for f in reversed(self._study.finished()) if f.outcome.repeats is None}
+        firsts: dict[str, int] = {}  # point → number of the trial that evaluates it
+        for trial, point in together:
+            key = point_key(point)
+            if key not in earlier or earlier[key].number > trial.number:
+                firsts.setdefault(key, trial.number)
+        new = [(point, trial.number) for trial, point in together if firsts.get(point_key(point)) == trial.number]
+        outcomes = dict(zip((number for _, number in new), self._tried(new, known), strict=True))
+        for trial, point in together:
+            key = point_key(point)
+            if trial.number in outcomes:
+                outcome = outcomes[trial.number]
+            else:
+                number = firsts[key] if key in firsts else earlier[key].number
+                same = outcomes[number] if key in firsts else earlier[key].outcome
+                outcome = same.model_copy(update={"repeats": number, "seconds": 0.0, "examples": 0})
             self._study.tell(trial, outcome, self._values(outcome))
 
     def _evaluated_start(self) -> Run:
@@ -89,7 +128,7 @@ class Trials:
         budget, space = self._spec.used_budget, self._sweep.space
         if budget is not None and sum(found.is_new for found in finished) >= budget:
             return True, None
-        if self._spec.used_type == "grid" and not self._study.waiting() and self._study.left_over() is None:
+        if self._spec.used_type == "grid" and not self._study.waiting():
             return True, None
         if reason := reason_to_stop([self.start, *(f.run() for f in finished)], self._spec, space.parameters):
             return True, reason
@@ -101,21 +140,29 @@ class Trials:
             return True, f"{_FRUITLESS} suggestions in a row were there already, or could not be merged"
         return False, None
 
-    def _tried(self, point: Point, number: int, finished: Sequence[Studied]) -> Outcome:
-        """Evaluate one candidate, as far as it can still win."""
+    def _tried(self, new: Sequence[tuple[Point, int]], known: Sequence[Studied]) -> list[Outcome]:
+        """Evaluate candidates, as far as they can still win; side by side on a cluster."""
+        if not new:
+            return []
+        best = self._best(known)
+        numbers = [number for _, number in new]
+        name = f"trial {numbers[0]}" if len(new) == 1 else f"trials {', '.join(map(str, numbers))}"
+        with self._sweep.progress.trial(name, self._sweep.judge.total * len(new)):
+            return self._sweep.evaluator.session.together([self._trying(*one, *best) for one in new])
+
+    def _trying(self, point: Point, number: int, best_run: Run, best: Judged) -> Generator[Wanted, None, Outcome]:
+        """Evaluate one candidate, as far as it can still win; yield what is asked next."""
         began = time.perf_counter()
         try:
             subject = self._sweep.subject(point, f"trial {number}")
         except (PlanError, RecipeError) as error:
             return Outcome(params=dict(point), error=str(error), seconds=round(time.perf_counter() - began, 3))
-        best_run, best = self._best(finished)
         candidate = self._sweep.judge.begin(subject.candidate)
         # one that is worse than the base somewhere ranks behind all others, whatever its score
         races = best_run.nonnegative or self._spec.maximize[0] == "worst_recovery" or not self._spec.constraint_nonnegative
-        with self._sweep.progress.trial(f"trial {number}", self._sweep.judge.total):
+        while not candidate.complete and not (candidate.rung and races and cannot_win(candidate, best)):
+            yield candidate.wanted()
             candidate.ask()
-            while not candidate.complete and not (races and cannot_win(candidate, best)):
-                candidate.ask()
         outcome = self._outcome(point, subject.candidate.key, candidate.score, time.perf_counter() - began)
         if candidate.complete:
             self._known[point_key(point)] = candidate
@@ -141,6 +188,7 @@ class Trials:
 
     def _asked_everything(self, judged: Judged, name: str) -> Judged:
         with self._sweep.progress.trial(name, self._sweep.judge.total):
+            self._sweep.evaluator.session.prepare(judged.wanted(None))
             while not judged.complete:
                 judged.ask()
         return judged

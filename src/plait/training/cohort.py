@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from plait.cluster.connection import check_address
 from plait.errors import OutputError, RecipeError
 from plait.evaluation.pipeline import EvaluateOptions
 from plait.extras import require
@@ -130,8 +131,7 @@ def check_scheduling(scheduling: Scheduling) -> None:
     """
     if scheduling.workers is not None and scheduling.workers < 1:
         raise RecipeError(f"--workers {scheduling.workers}: at least one phase must run at a time.")
-    if scheduling.cluster is not None and scheduling.cluster != "ray" and not scheduling.cluster.startswith("ray://"):
-        raise RecipeError(f"--cluster {scheduling.cluster!r}: it must be 'ray' or 'ray://HOST:PORT'.")
+    check_address(scheduling.cluster)
     require("plait train", {"train": PACKAGES, "ray": ["ray"] * (scheduling.cluster is not None)})
 
 
@@ -164,9 +164,9 @@ def _run(
     parts = {p.name: progress_of_part(progress, p.name) for p in phases}
     devices, workers = _devices(), scheduling.workers or 1
     if scheduling.cluster is not None:
-        from plait.training.ray import run_on_ray
+        from plait.training.on_cluster import run_on_cluster
 
-        ended = run_on_ray(phases, parts, address=scheduling.cluster, workers=scheduling.workers)
+        ended = run_on_cluster(phases, parts, address=scheduling.cluster, workers=scheduling.workers)
     elif workers > 1 or len(devices) > 1:  # a trainer that sees several GPUs would take them all, for larger batches
         ended = run_in_processes(phases, parts, workers=workers, lock=lock, devices=devices)
     else:

@@ -1,4 +1,4 @@
-"""How one phase is run, so that it may fail without the others: in this process here, elsewhere by `worker` and `ray`."""
+"""How one phase is run, so that it may fail without the others: in this process here, by `worker` or `on_cluster` elsewhere."""
 
 from __future__ import annotations
 

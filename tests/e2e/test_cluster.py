@@ -1,0 +1,124 @@
+"""`--cluster ray` on two nodes of this machine, one of which is lost in the middle: what is made is what is made here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import plait
+from plait.cluster.connection import Cluster, Share
+from plait.errors import OutputError, PlaitError, RecipeError
+from plait.search.record import StudyRecord
+from plait.version import __version__
+from tests.e2e.test_sweep import sweep, trials, tried, write_tasks
+from tests.language_models import train_pair
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ray")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = train_pair(tmp_path_factory.mktemp("cluster"))
+    write_tasks(folder)
+    return folder
+
+
+def test_a_sweep_whose_driver_and_node_are_killed_ends_as_one_here(
+    place: Path, tmp_path: Path, losing: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = {"seed": 3, "budget": 7, "init_points": 3, "parallel": 2, "space": {"scale": "0.1..3"}}
+    here = sweep(place, tmp_path / "here" / "study", search).record
+    line = ["sweep", str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
+    line += ["--base-id", str(place / "base"), "--seed", "3", "--budget", "7", "--init-points", "3", "--space", "scale=0.1..3"]
+    line += ["--method", "linear", "--cluster", "ray"]  # as many at a time as there are workers: two
+    study = tmp_path / "there" / "study"
+    line += ["--workspace", str(tmp_path / "there" / "artifacts"), "-o", str(study)]
+    process = subprocess.Popen([sys.executable, "-m", "plait", *line], stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 300
+    while time.monotonic() < end and process.poll() is None and trials(study) < 3:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    said = process.communicate()[1]
+    assert "raylet" not in said
+    assert 3 <= trials(study) < 8, said
+    losing(2)
+    monkeypatch.setattr("plait.evaluation.session.answer_examples", None)  # no model is asked here
+    with pytest.warns(UserWarning, match=r"a worker was lost, and what it did \(.*\) is done again elsewhere"):
+        there = sweep(place, study, {**search, "parallel": None}, cluster="ray").record
+    assert tried(there) == tried(here)
+    assert same(there) == same(here)
+    monkeypatch.undo()
+    with pytest.raises(OutputError, match=r"search\.parallel is 3, and the study that is there began with 2"):
+        sweep(place, study, {**search, "parallel": 3})
+
+
+def same(record: StudyRecord) -> dict[str, Any]:
+    """Return what of a record depends neither on when nor on where it was made."""
+    left_out = {"runs", "timestamp", "seconds", "search", "recipe"}
+    found = record.model_dump(exclude=left_out)
+    found["post_sweep_eval"].pop("run")
+    return found
+
+
+class Answering:
+    """Of Ray, what is asked of it: nodes that answer what they are told to."""
+
+    def __init__(self, *nodes: dict[str, float]) -> None:
+        self._nodes = nodes
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": resources} for resources in self._nodes]
+
+
+def share(*nodes: dict[str, float], workers: int | None = None, gpus: bool = True) -> Share:
+    return Cluster(Answering(*nodes), "ray").share(workers, gpus=gpus)
+
+
+def test_the_share_of_a_worker() -> None:
+    assert share({"CPU": 8}, {"CPU": 4}) == Share(2, 4)
+    assert share({"CPU": 8}, {"CPU": 8}, workers=4) == Share(4, 4)
+    assert share({"CPU": 8, "GPU": 2}) == Share(2, 4, 1)
+    assert share({"CPU": 8, "GPU": 2}, gpus=False) == Share(1, 8)
+    assert share({"memory": 1}, {"CPU": 4}) == Share(1, 4), "a head node that only manages"
+
+
+@pytest.mark.parametrize("nodes", [(), ({"memory": 1},), ({"CPU": 0.0},)])
+def test_a_cluster_without_a_cpu(nodes: tuple[dict[str, float], ...]) -> None:
+    with pytest.raises(PlaitError, match="no node of the Ray cluster offers a CPU, and every worker needs one"):
+        share(*nodes)
+
+
+@pytest.mark.parametrize("address", ["slurm", "ray:", "ray://host", "ray://:1", "10.0.0.1:6379", "ray://host:port"])
+def test_addresses_of_other_forms(address: str) -> None:
+    with pytest.raises(RecipeError, match=r"--cluster '.*': it must be 'ray' or 'ray://HOST:PORT'"):
+        plait.sweep(["a", "b"], out="study", cluster=address, scale=1, search={"space": {"scale": "0..1"}})
+
+
+def test_nodes_that_cannot_take_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from plait.results.versions import library_versions
+
+    fine = {**library_versions("transformers"), "plait": __version__}
+    answers: dict[str, Any] = {"one": {"unseen": [], "versions": fine}, "two": {"unseen": [], "versions": {**fine}}}
+    monkeypatch.setattr(Cluster, "_looked", lambda *given: answers)
+    cluster = Cluster(None, "ray")
+    cluster.check(tmp_path)
+    assert not [*tmp_path.iterdir()]
+    answers["two"]["versions"] = {**fine, "torch": "1.0", "plait": None}
+    answers["three"] = "nothing came within 60 s"
+    with pytest.raises(PlaitError) as caught:
+        cluster.check(tmp_path)
+    said = str(caught.value)
+    assert "node three does not answer: nothing came within 60 s" in said
+    assert f"node two has torch 1.0 ({fine['torch']} here), plait is missing ({__version__} here)" in said
+    answers.clear()
+    answers["two"] = {"unseen": ["/base"], "versions": fine}
+    with pytest.raises(OutputError, match="/base: node two of the cluster does not see this"):
+        cluster.check(tmp_path, [Path("/base")])

@@ -1,0 +1,80 @@
+"""A Ray cluster of two nodes on this machine, one for all tests of a session: they are in one group of xdist, `ray`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from plait.cluster.workers import Workers
+
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+
+
+class Nodes:
+    """Two nodes of one CPU each."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(initialize_head=True, head_node_args=NODE)
+        self._other = self._cluster.add_node(**NODE)
+        self.address = self._cluster.address
+
+    def lose(self) -> None:
+        """Kill one."""
+        self._cluster.remove_node(self._other, allow_graceful=False)
+        self._other = None
+
+    def restore(self) -> None:
+        """Have two again."""
+        if self._other is None:
+            self._other = self._cluster.add_node(**NODE)
+
+    def stop(self) -> None:
+        """End both."""
+        self._cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Nodes]:
+    """Return the cluster; `--cluster ray` finds it."""
+    pytest.importorskip("ray", reason="Ray is not installed: `make .venv/.ray` installs it")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_worker_niceness", "0")  # the other tests would take all time from workers that are nice
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        found = Nodes()
+        patch.setenv("RAY_ADDRESS", found.address)
+        yield found
+        found.stop()
+
+
+@pytest.fixture
+def nodes(ray_cluster: Nodes) -> Nodes:
+    """Return it with both nodes."""
+    ray_cluster.restore()
+    return ray_cluster
+
+
+@pytest.fixture
+def losing(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return what has a node killed once so many jobs were given to workers."""
+
+    def after(count: int) -> None:
+        given = []
+        give = Workers._give
+
+        def counted(self: Workers, *what: Any) -> None:
+            give(self, *what)
+            given.append(what)
+            if len(given) == count:
+                nodes.lose()
+
+        monkeypatch.setattr(Workers, "_give", counted)
+
+    return after
