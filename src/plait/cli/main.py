@@ -9,9 +9,11 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from plait.cli.bake import bake
 from plait.cli.calibrate import calibrate
@@ -89,6 +91,14 @@ def _options(
     pass
 
 
+@cache
+def _command() -> TyperGroup:
+    """Return all commands with their options, which takes longer than a small merge: made from the signatures once."""
+    found = typer.main.get_command(app)
+    assert isinstance(found, TyperGroup)
+    return found
+
+
 _LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "torch", "transformers", "trl")
 
 
@@ -123,7 +133,7 @@ def _run(arguments: list[str], *, wants_traceback: bool) -> int:
     try:
         with warnings_as_notes(PlaitWarning), stoppable():
             _hide_deprecations()
-            app(_translated(arguments))
+            _command()(_translated(arguments))
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except Stopped as stop:
@@ -161,7 +171,7 @@ def _translated(arguments: list[str]) -> list[str]:
         return arguments
     if not any(word.startswith("--") for word in arguments[at:]):
         return arguments
-    command = typer.main.get_command(app).commands[arguments[at]]  # type: ignore[attr-defined]
+    command = _command().commands[arguments[at]]
     known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     words, notes = translate_flags(arguments[at:], known)
     print_notes(notes)
