@@ -10,7 +10,8 @@ from plait.calibration.passages import Passage
 from plait.calibration.texts import Texts
 from plait.errors import TaskError, collect
 from plait.evaluation.generation import generate_tokens
-from plait.evaluation.likelihood import check_lengths, log_likelihoods
+from plait.evaluation.likelihood import log_likelihoods
+from plait.evaluation.model_calls import check_lengths
 from plait.mixture import Mixture
 from plait.tasks.asking import Generated, Head, TargetLikelihood
 from plait.tasks.encoding import PromptEncoder, Question

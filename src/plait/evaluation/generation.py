@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.evaluation.likelihood import check_lengths, decoder_start, padded
+from plait.evaluation.model_calls import check_lengths, decoder_start, padded
 from plait.evaluation.output_layer import plain_states
 from plait.notices import announce
 from plait.tasks.encoding import Question

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from plait.errors import TaskError
-from plait.evaluation.likelihood import check_lengths, check_numbers, vocabulary
+from plait.evaluation.model_calls import check_lengths, check_numbers, vocabulary
 from plait.hub.pretrained import refuse_failures
 from plait.tasks.encoding import check_tokens
 

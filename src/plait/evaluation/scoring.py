@@ -9,7 +9,8 @@ from plait.errors import TaskError
 from plait.evaluation import harness
 from plait.evaluation.generation import generate
 from plait.evaluation.heads import classify
-from plait.evaluation.likelihood import log_likelihoods, vocabulary
+from plait.evaluation.likelihood import log_likelihoods
+from plait.evaluation.model_calls import vocabulary
 from plait.tasks.answers import Answer
 from plait.tasks.asking import Choices, Generated, Harness, Head, Length, TargetLikelihood
 from plait.tasks.encoding import PromptEncoder

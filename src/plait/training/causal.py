@@ -13,7 +13,7 @@ from plait.hub.pretrained import load_tokenizer, refuse_failures
 from plait.libraries.trl import trusts_code
 from plait.parsing import read_text
 from plait.training.data import LoadedData
-from plait.training.encoding import EncodedData, ExampleEncoder, encode_all
+from plait.training.encoding import EncodedData, EncodedSplits, ExampleEncoder, encode_all
 from plait.training.job import ResolvedJob, TrainingJob
 from plait.training.settings import check_values, construct, lora_config, trainer_settings
 
@@ -32,7 +32,7 @@ def check_first(opened: ResolvedJob, config: Any) -> None:
     encoder_of(opened, config).encode(opened.data.examples[0])
 
 
-def make_trainer(opened: ResolvedJob, config: Any, encoded: tuple[EncodedData, EncodedData | None]) -> Any:
+def make_trainer(opened: ResolvedJob, config: Any, encoded: EncodedSplits) -> Any:
     """Load the model; see `TrainerKind`."""
     trl = optional("trl", "train", "training")
     job, (train, held) = opened.job, encoded
@@ -62,7 +62,7 @@ def make_trainer(opened: ResolvedJob, config: Any, encoded: tuple[EncodedData, E
         )
 
 
-def encode_data(opened: ResolvedJob, config: Any) -> tuple[EncodedData, EncodedData | None]:
+def encode_data(opened: ResolvedJob, config: Any) -> EncodedSplits:
     """Tokenize and label; see `TrainerKind`."""
     encoder = encoder_of(opened, config)
     splits = config.packing and config.packing_strategy in _SPLITTING
@@ -74,7 +74,7 @@ def encode_data(opened: ResolvedJob, config: Any) -> tuple[EncodedData, EncodedD
     return encoded(opened.data), None if opened.eval_data is None else encoded(opened.eval_data)
 
 
-def notes_of(opened: ResolvedJob, encoded: tuple[EncodedData, EncodedData | None]) -> tuple[str, ...]:
+def notes_of(opened: ResolvedJob, encoded: EncodedSplits) -> tuple[str, ...]:
     """Return which rows and examples were left out or cut; see `TrainerKind`."""
     train, held = encoded
     notes = (*opened.data.notes, *train.notes)

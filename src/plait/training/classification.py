@@ -14,7 +14,7 @@ from plait.errors import PlanError, RecipeError, TaskError
 from plait.extras import optional
 from plait.hub.pretrained import load_config, load_model, load_tokenizer, with_padding_token
 from plait.training.data import LoadedData
-from plait.training.encoding import EncodedData
+from plait.training.encoding import EncodedData, EncodedSplits
 from plait.training.formats import Completion
 from plait.training.job import ResolvedJob, TrainingJob
 from plait.training.settings import lora_config, trainer_settings
@@ -28,7 +28,7 @@ MAX_LENGTH = "max_length"
 _UNBOUNDED = 1_000_000  # tokenizers without a limit give 1e30
 
 
-def make_trainer(opened: ResolvedJob, config: Any, encoded: tuple[EncodedData, EncodedData | None]) -> Any:
+def make_trainer(opened: ResolvedJob, config: Any, encoded: EncodedSplits) -> Any:
     """Load the model, with a new head of the job's labels; see `TrainerKind`."""
     transformers = optional("transformers", "train", "training")
     (tokenizer, _), (train, held) = tokenizer_of(opened), encoded
@@ -113,7 +113,7 @@ def _with_lora(model: Any, opened: ResolvedJob, fresh: Sequence[str]) -> Any:
         raise PlanError(f"{opened.job.base} cannot be trained so: {' '.join(str(error).split())}") from error
 
 
-def encode_data(opened: ResolvedJob, config: Any) -> tuple[EncodedData, EncodedData | None]:
+def encode_data(opened: ResolvedJob, config: Any) -> EncodedSplits:
     """Tokenize texts and number their labels; see `TrainerKind`."""
     if not opened.job.labels or opened.job.lora is None:
         raise PlanError("a classifier is trained as a LoRA on a task of kind sequence_classification, whose labels it has.")
@@ -142,7 +142,7 @@ def _encoded(opened: ResolvedJob, data: LoadedData, tokenizer: Any, limit: int |
     return EncodedData(tuple(items), tuple(len(item["input_ids"]) for item in items), limit, left_out, truncated)
 
 
-def notes_of(opened: ResolvedJob, encoded: tuple[EncodedData, EncodedData | None]) -> tuple[str, ...]:
+def notes_of(opened: ResolvedJob, encoded: EncodedSplits) -> tuple[str, ...]:
     """Return which rows and texts were left out or cut; see `TrainerKind`."""
     train, _ = encoded
     counts = [(train.left_out, "are left out"), (train.truncated, "are cut: their end is not learned")]

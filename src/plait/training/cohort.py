@@ -63,10 +63,10 @@ class Scheduling:
 def train_cohort(
     plan: TrainingPlan,
     *,
-    only: Sequence[str] = (),
-    scheduling: Scheduling | None = None,
-    evaluation: EvaluateOptions | None = None,
-    progress: Progress | None = None,
+    only: Sequence[str],
+    scheduling: Scheduling,
+    evaluation: EvaluateOptions,
+    progress: Progress | None,
 ) -> TrainResult:
     """Train what is missing; when nothing is missing any more, merge, evaluate and report.
 
@@ -83,7 +83,7 @@ def train_cohort(
         PlaitError: anything wrong with what was asked for, all of it before the first step; or merge or evaluation cannot be
             done, with all adapters finished and kept.
     """
-    started, scheduling = time.perf_counter(), scheduling or Scheduling()
+    started = time.perf_counter()
     chosen = [plan.phase(name) for name in only] or list(plan.phases)
     check_scheduling(scheduling)
     if (plan.out / _IN_USE).exists():
@@ -116,10 +116,8 @@ def train_cohort(
         if not only and all(r.state in ("done", "found") for r in result.phases):
             records = {p.phase.name: p.record or ended[p.phase.name].record for p in phases}
             known = {name: record for name, record in records.items() if record is not None}
-            options = evaluation or EvaluateOptions()
-            result = merge_and_report(
-                plan, result, known, before=before, evaluation=options, progress=progress or SilentProgress()
-            )
+            progress = progress or SilentProgress()
+            result = merge_and_report(plan, result, known, before=before, evaluation=evaluation, progress=progress)
         return _write(plan.out, result, started)
 
 

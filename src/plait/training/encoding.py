@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +72,10 @@ class EncodedData:
             "differently once a later one follows.": self.expanded,
         }
         return [note for note, count in found.items() if count]
+
+
+#: What is trained on, and what the loss is also measured on; None for nothing.
+EncodedSplits: TypeAlias = tuple[EncodedData, EncodedData | None]
 
 
 class ExampleEncoder:

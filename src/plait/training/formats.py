@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from plait.errors import TaskError, collect
-from plait.parsing import parse_json
+from plait.parsing import parse_json, shown
 
 FormatName = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "question_answer", "pair", "text"]
 ChatTurn: TypeAlias = dict[str, Any]
@@ -211,7 +211,7 @@ def detect_format(
             used = {columns.question, columns.answer, columns.system, *columns.context}
             extra = {"tools"} if columns.format in ("messages", "sharegpt", "prompt_completion") else set()
             unused = tuple(name for name in present if name not in used and name not in extra)
-            return ColumnRoles(columns.format, columns.question, columns.answer, columns.context, columns.system, unused)
+            return replace(columns, unused=unused)
     wanted = "no known format" if format == "auto" else f"not {format}"
     rest = sorted(held - set(present))
     sometimes = f" (only some rows have {', '.join(rest)})" if rest else ""
@@ -303,7 +303,7 @@ def _answered(conversation: Conversation) -> Conversation | None:
 def _turns(value: Any, column: str) -> list[ChatTurn]:
     value = _parsed(value)
     if not isinstance(value, (list, tuple)) or not all(isinstance(turn, Mapping) for turn in value):
-        raise TaskError(f"column {column!r} is not a list of turns: {_short(value)}")
+        raise TaskError(f"column {column!r} is not a list of turns: {shown(value)}")
     return [_turn(turn, f"column {column!r}, turn {i}") for i, turn in enumerate(value)]
 
 
@@ -315,10 +315,10 @@ def _turn(turn: Mapping[str, Any], where: str) -> ChatTurn:
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):  # written as parts
         if not all(isinstance(p, Mapping) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
-            raise TaskError(f"{where}: training is on text, and the content has other parts: {_short(content)}")
+            raise TaskError(f"{where}: training is on text, and the content has other parts: {shown(content)}")
         content = "".join(p["text"] for p in content)
     if content is not None and not isinstance(content, str):
-        raise TaskError(f"{where}: the content is {_short(content)}, not a text.")
+        raise TaskError(f"{where}: the content is {shown(content)}, not a text.")
     kept = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value", "weight") and v is not None}
     kept |= {"weight": 0} if turn.get("weight") == 0 else {}
     if content is None and "tool_calls" not in kept:
@@ -339,7 +339,7 @@ def _system(row: TrainingRow, columns: ColumnRoles, system_prompt: str | None) -
 def _tools(row: TrainingRow) -> Sequence[Any] | None:
     tools = _parsed(row.get("tools"))
     if tools is not None and not isinstance(tools, list):
-        raise TaskError(f"column 'tools' is not a list: {_short(tools)}")
+        raise TaskError(f"column 'tools' is not a list: {shown(tools)}")
     return tools or None
 
 
@@ -361,10 +361,5 @@ def _text(row: TrainingRow, column: str) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise TaskError(f"column {column!r} is not a text: {_short(value)}")
+        raise TaskError(f"column {column!r} is not a text: {shown(value)}")
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"

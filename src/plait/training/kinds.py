@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from plait.training import causal, classification
-from plait.training.encoding import EncodedData
+from plait.training.encoding import EncodedSplits
 from plait.training.job import ResolvedJob, TrainingJob, TrainingKind
 
 
@@ -32,17 +32,17 @@ class TrainerKind(Protocol):
     def check_first(self, opened: ResolvedJob, config: Any) -> None:
         """Read the first example as training will: a template that is missing, or refuses it, must not be found hours later."""
 
-    def encode_data(self, opened: ResolvedJob, config: Any) -> tuple[EncodedData, EncodedData | None]:
+    def encode_data(self, opened: ResolvedJob, config: Any) -> EncodedSplits:
         """Tokenize and label what is trained on, and what the loss is also measured on.
 
         Raises:
             PlaitError: an example cannot be encoded, or none is left.
         """
 
-    def notes_of(self, opened: ResolvedJob, encoded: tuple[EncodedData, EncodedData | None]) -> tuple[str, ...]:
+    def notes_of(self, opened: ResolvedJob, encoded: EncodedSplits) -> tuple[str, ...]:
         """Return which rows and examples were left out or cut."""
 
-    def make_trainer(self, opened: ResolvedJob, config: Any, encoded: tuple[EncodedData, EncodedData | None]) -> Any:
+    def make_trainer(self, opened: ResolvedJob, config: Any, encoded: EncodedSplits) -> Any:
         """Load the model and make the trainer, which may change `config`.
 
         Raises:

@@ -21,7 +21,7 @@ from plait.reports.losses import CURVES
 from plait.reports.pipeline import page_problem
 from plait.results.staging import output_problem
 from plait.tasks.examples import read_examples
-from plait.training.encoding import EncodedData
+from plait.training.encoding import EncodedSplits
 from plait.training.folder import TRAINING_RECORD, finished, folder_problem, last_checkpoint, named_checkpoint
 from plait.training.job import PACKAGES, ResolvedJob, TrainingRecord, resolve_job
 from plait.training.kinds import KINDS
@@ -49,11 +49,11 @@ class ResolvedPhase:
     phase: PlannedPhase
     opened: ResolvedJob
     settings: Any
-    record: TrainingRecord | None
-    checkpoint: int | None
+    record: TrainingRecord | None = None
+    checkpoint: int | None = None
 
     @cached_property
-    def encoded(self) -> tuple[EncodedData, EncodedData | None]:
+    def encoded(self) -> EncodedSplits:
         """The examples, and those that the loss is also measured on, as tokens; taken once.
 
         Raises:
@@ -128,7 +128,7 @@ def resolve_phase(
         problems.append(("folder", problem))
     if opened is None or settings is None:
         return None, problems
-    found = with_folder_state(ResolvedPhase(phase, opened, settings, None, None))
+    found = with_folder_state(ResolvedPhase(phase, opened, settings))
     if found.record is None:
         step("arguments", lambda: named_checkpoint(settings.resume_from_checkpoint))
     return found, problems

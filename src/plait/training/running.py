@@ -17,7 +17,7 @@ from plait.results.progress import Progress
 from plait.results.staging import publish
 from plait.results.versions import library_versions
 from plait.results.writing import write_json_atomic
-from plait.training.encoding import EncodedData
+from plait.training.encoding import EncodedSplits
 from plait.training.folder import (
     TRAINING_RECORD,
     checkpoint_step,
@@ -60,7 +60,7 @@ def train_in_folder(
     *,
     force: bool = False,
     progress: Progress | None = None,
-    encoded: tuple[EncodedData, EncodedData | None] | None = None,
+    encoded: EncodedSplits | None = None,
 ) -> tuple[TrainingRecord, bool]:
     """Train in a folder, or continue there, or return the record of what is finished there; see `run_job`.
 
@@ -89,7 +89,7 @@ def _run(
     trainer: Trainer,
     opened: ResolvedJob,
     out: Path,
-    encoded: tuple[EncodedData, EncodedData | None],
+    encoded: EncodedSplits,
     progress: Progress | None,
 ) -> TrainingRecord:
     job, data = opened.job, encoded[0]

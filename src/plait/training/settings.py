@@ -21,7 +21,7 @@ def trainer_settings(kind: type, job: TrainingJob, out: Path) -> Any:
     """Make the configuration of a trainer.
 
     Without an accelerator the processor is used, in float32 unless the job names another precision. The seed is that of A,
-    which is drawn while the trainer is construct.
+    which is drawn while the trainer is made.
 
     Args:
         kind: `SFTConfig` or `TrainingArguments`.
