@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +24,14 @@ def adapter(folder: Path, *, seed: int = 0, rank: int = 2, modules=None, **confi
     save_file(tensors, folder / "adapter_model.safetensors")
     data = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "base_model_name_or_path": "org/base", **config}
     (folder / "adapter_config.json").write_text(json.dumps(data))
+    return folder
+
+
+def work_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write the adapters `a` and `b` into a folder, and make it the working directory."""
+    monkeypatch.chdir(folder)
+    adapter(folder / "a", seed=1)
+    adapter(folder / "b", seed=2)
     return folder
 
 

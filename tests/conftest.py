@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from importlib import import_module
@@ -40,6 +41,12 @@ def one_thread() -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Look for no garbage among what was imported: trainers collect all of it, several times each."""
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -34,9 +34,10 @@ def kept_trainers(monkeypatch):
 
 
 def flags(place, out, **changes):
+    """Read flags; a checkpoint takes as long as several steps, so that there are none unless `save_steps` are given."""
     given = {
         "model_name_or_path": str(place / "base"), "dataset_name_or_path": str(place / "rows.jsonl"), "output_dir": str(out),
-        **QUICK, **LORA, **changes,
+        **QUICK, **LORA, **({} if "save_steps" in changes else {"save_strategy": "no"}), **changes,
     }  # fmt: skip
     return read_keywords(given)
 

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 # Forks one program per line of its input. `hold()` in a program says so and waits: a signal finds it there on any machine.
 # What libraries have read of the environment when they were imported is set again: a program has its own.
 _NURSERY = """
-import json, os, sys, traceback
+import gc, json, os, sys, traceback
 from contextlib import suppress
 from importlib import reload
 import torch
@@ -28,6 +28,7 @@ with suppress(ImportError):  # not every environment has what training needs
     import accelerate, datasets, peft
     from trl import SFTConfig, SFTTrainer
     import plait.commands.train, plait.training.sft
+gc.freeze()  # programs share it, and trainers look for no garbage there
 for line in sys.stdin:
     order = json.loads(line)
     if (pid := os.fork()) == 0:

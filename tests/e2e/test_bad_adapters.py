@@ -11,16 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.bad_input import MODULES, adapter, change, merge, refused
+from tests.bad_input import MODULES, adapter, change, merge, refused, work_in
 from tests.command_line import exit_code
 
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    adapter(tmp_path / "a", seed=1)
-    adapter(tmp_path / "b", seed=2)
-    return tmp_path
+    return work_in(tmp_path, monkeypatch)
 
 
 def test_wrong_shapes(place, capsys):

@@ -7,16 +7,13 @@ import json
 import pytest
 
 from plait.cli.main import main
-from tests.bad_input import adapter, merge, refused
+from tests.bad_input import adapter, merge, refused, work_in
 from tests.command_line import exit_code
 
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    adapter(tmp_path / "a", seed=1)
-    adapter(tmp_path / "b", seed=2)
-    return tmp_path
+    return work_in(tmp_path, monkeypatch)
 
 
 def test_missing_module_in_strict_mode(place, capsys):

@@ -166,8 +166,9 @@ def test_there_is_something_to_leave_out():
 def asked_for() -> set[tuple[str, str]]:
     """Return (extra, module) of every call of `plait.extras` in the source that names them as they are."""
     found = set()
-    for file in (ROOT / "src").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    texts = (file.read_text(encoding="utf-8") for file in (ROOT / "src").rglob("*.py"))
+    for text in (t for t in texts if "optional(" in t or "require(" in t):
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "optional":
                 module, extra = node.args[:2]
                 extra = "lm-eval" if getattr(extra, "id", "") == "_EXTRA" else ast.literal_eval(extra)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from plait.cli.inspect import _bars, _ruler
 from plait.inspection.report import inspect_adapters
 from tests.command_line import exit_code
 from tests.inspected import drawing, key, linear, open_linear, write
+from tests.warm import PLAIT, run_forked
 
 SHAPES = {f"model.layers.{i}.self_attn.{m}": (24, 32) for i in range(6) for m in ("q_proj", "v_proj")}
 
@@ -159,18 +159,14 @@ def test_a_diverged_adapter(run, tmp_path):
     assert "'bad'" in err
 
 
-def plait(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "plait", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, env={**os.environ, **environment}, check=False)
-
-
 def test_without_unicode(cohort):
-    done = plait("inspect", *cohort, PYTHONIOENCODING="ascii", COLUMNS="80")
-    assert done.returncode == 0, done.stderr.decode()
-    text = done.stdout.decode("ascii")
-    assert "+ They can be merged" in text
-    assert "* They do different things" in text
-    assert "?" not in text
+    program = f"import sys; sys.stdout.reconfigure(encoding='ascii', errors='strict')\n{PLAIT}"
+    done = run_forked(program, "inspect", *map(str, cohort), environment={**os.environ, "COLUMNS": "80"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    assert "+ They can be merged" in done.stdout
+    assert "* They do different things" in done.stdout
+    assert "?" not in done.stdout
 
 
 def test_help_does_not_load_torch():

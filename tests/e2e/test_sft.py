@@ -150,7 +150,7 @@ def test_a_is_drawn_from_its_own_seed(place, tmp_path):
 
     def drawn(name, init_seed, seed):
         lora = LoraSettings(r=2, init_seed=init_seed, dropout=0.5)
-        quick = {"max_steps": 2, "logging_steps": 1, "disable_tqdm": True, "learning_rate": 0.0}
+        quick = {"max_steps": 2, "logging_steps": 1, "disable_tqdm": True, "learning_rate": 0.0, "save_strategy": "no"}
         job = TrainingJob(base=base, data=rows, lora=lora, seed=seed, arguments=quick)
         losses = run_job(job, tmp_path / name).losses
         tensors = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")

@@ -23,9 +23,9 @@ import plait
 from plait.training import sft
 found = {}
 def train(key, out, **flags):
-    quick = dict(max_steps=1, logging_steps=1, disable_tqdm=True, use_peft=True, lora_r=2, model_name_or_path="base")
+    quick = dict(max_steps=1, save_strategy="no", logging_steps=1, disable_tqdm=True, use_peft=True, lora_r=2)
     try:
-        done = plait.sft(dataset_name_or_path="rows.jsonl", output_dir=out, **{**quick, **flags})
+        done = plait.sft(dataset_name_or_path="rows.jsonl", output_dir=out, **{"model_name_or_path": "base", **quick, **flags})
         found[key] = [done.url, [[f.step, f.reason, f.command] for f in done.failures]]
     except plait.PlaitError as error:
         found[key] = str(error)

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -26,6 +21,7 @@ from plait.search.record import StudyRecord, read_study
 from plait.search.study import Study
 from tests.command_line import exit_code
 from tests.language_models import LABELS, WORDS, label, train_adapter, train_pair, write_task
+from tests.warm import check_killed, run_forked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -245,33 +241,35 @@ def test_a_batch_that_was_stopped_is_completed_with_what_was_known_when_it_began
     assert len(asked) == total  # nothing was asked twice
 
 
+# Waits when three trials have ended: the start, and two that were suggested.
+HELD = """
+import optuna
+from plait.cli.main import main
+tell = optuna.Study.tell
+told = []
+def tell_and_wait(self, *outcome, **settings):
+    trial = tell(self, *outcome, **settings)
+    told.append(trial)
+    if len(told) == 2:
+        hold()
+    return trial
+optuna.Study.tell = tell_and_wait
+main()
+"""
+
+
 def test_killed_and_started_again(place: Path, tmp_path: Path) -> None:
-    wanted = ["--type", "random", "--seed", "3", "--budget", "12", "--space", "scale=0.1..3", "--method", "linear"]
+    wanted = ["--type", "random", "--seed", "3", "--budget", "4", "--space", "scale=0.1..3", "--method", "linear"]
     tasks = [str(place / "sort.yaml"), str(place / "rate.yaml")]
     line = ["sweep", str(place / "sort"), str(place / "rate"), "--tasks", *tasks, "--base-id", str(place / "base"), *wanted]
     line += ["--workspace", str(tmp_path / "artifacts"), "-o", str(tmp_path / "study")]
-    process = subprocess.Popen([sys.executable, "-m", "plait", *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while time.monotonic() < end and process.poll() is None:
-        if (tmp_path / "study" / "study.db").is_file() and trials(tmp_path / "study") >= 3:
-            break
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    before = plait.sweep_status(tmp_path / "study")
-    assert 3 <= before.trials < 13
+    check_killed(run_forked(HELD, *line))
+    assert plait.sweep_status(tmp_path / "study").trials == 3
     assert exit_code(*line) == 0
-    search = {"type": "random", "seed": 3, "budget": 12, "space": {"scale": "0.1..3"}}
+    search = {"type": "random", "seed": 3, "budget": 4, "space": {"scale": "0.1..3"}}
     whole = sweep(place, tmp_path / "whole" / "study", search).record
     assert tried(read_study(tmp_path / "study")) == tried(whole)
     assert not plait.sweep_status(tmp_path / "study").running
-
-
-def trials(folder: Path) -> int:
-    try:
-        return plait.sweep_status(folder).trials
-    except OutputError:  # being made
-        return 0
 
 
 def test_several_machines_share_a_storage(place: Path, tmp_path: Path, asked: list[tuple[str, int]]) -> None:

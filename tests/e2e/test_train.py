@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from plait.training.preflight import resolve_phases
 from plait.training.reading import read_phases
 from tests.command_line import exit_code
 from tests.language_models import WORDS, label, save_model, tokenizer, write_task
-from tests.warm import check_killed, killed_at_a_checkpoint, run_forked
+from tests.warm import PLAIT, check_killed, killed_at_a_checkpoint, run_forked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,10 +38,12 @@ SPLITS = {"train": "test.jsonl", "test": "test.jsonl"}
 PHASES = """\
 base_model: base
 lora: {r: 4, alpha: 8, dropout: 0, targets: all-linear}
-arguments: {learning_rate: 1e-2, lr_scheduler_type: constant, per_device_train_batch_size: 8, max_steps: 10}
+arguments: {learning_rate: 1e-2, lr_scheduler_type: constant, max_steps: 10, save_strategy: 'no'}
 phases: [sort.yaml, rate.yaml]
 merge: {method: {name: ties, space: core, density: 0.5}}
 """
+#: A checkpoint takes as long as several steps.
+CHECKPOINTS = (", save_strategy: 'no'", "")
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +84,7 @@ def states(result) -> dict[str, str]:
 
 
 def test_from_data_to_report(place):
-    rewrite(
-        ("max_steps: 10", "max_steps: 40, save_strategy: 'no'"), ("base_model: base", "base_model: base\nbase_name: org/tiny")
-    )
+    rewrite(("max_steps: 10", "max_steps: 40"), ("base_model: base", "base_model: base\nbase_name: org/tiny"))
     result = plait.train("phases.yaml", out="out", matrix=True)
     assert result.ok
     config = json.loads(Path("out/phases/sort/adapter/adapter_config.json").read_text())
@@ -173,7 +174,7 @@ def test_other_settings_put_an_adapter_aside_and_find_it_again(place):
 
 def test_killed_and_run_again(place):
     """Killed in the first phase, then in the second; the end is that of a run that nobody disturbed."""
-    rewrite(("max_steps: 10", "max_steps: 20"), ("dropout: 0,", "dropout: 0.1,"))
+    rewrite(CHECKPOINTS, ("max_steps: 10", "max_steps: 20"), ("dropout: 0,", "dropout: 0.1,"))
     for watched in ("sort", "rate"):
         killed_at_a_checkpoint(["train", "phases.yaml", "-o", "out"], f"/phases/{watched}/")
         assert not Path("out/phases", watched, "adapter").exists()
@@ -181,6 +182,7 @@ def test_killed_and_run_again(place):
     ended = plait.train("phases.yaml", out="out")
     assert states(ended) == {"sort": "found", "rate": "done"}
     assert [p.resumed_from is not None for p in ended.phases] == [True, True]
+    assert not list(Path("out").rglob("checkpoint-*"))
     calm = plait.train("phases.yaml", out="calm")
     for name in ("sort", "rate"):
         assert all(torch.equal(tensors("out", name)[key], tensor) for key, tensor in tensors("calm", name).items())
@@ -301,10 +303,7 @@ def test_workers_leave_with_their_parent(place):
 
     check_killed(run_forked(HELD_PARENT, "train", "phases.yaml", "-o", "out", "--workers", "2", when_held=kill))
     assert len(workers) == 3, "two phases, and the process that renders templates"
-    end = time.monotonic() + 240
-    while any(map(alive, workers)):
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_for_the_end(workers)
 
 
 # Imported by every Python; workers wait behind their first checkpoint, so that a signal finds them there on any machine.
@@ -320,33 +319,38 @@ if "plait.training.worker" in sys.orig_argv:
 """
 
 
-def test_sigterm_ends_the_workers_too_and_the_same_command_continues(place, capsys):
+def test_sigterm_ends_the_worker_too_and_the_same_command_continues(place, capsys):
+    rewrite(CHECKPOINTS)
     (place / "held").mkdir()
     (place / "held" / "sitecustomize.py").write_text(HELD_WORKERS)
-    words = ["phases.yaml", "-o", "out", "--workers", "2"]
+    words = ["phases.yaml", "-o", "out", "--only", "sort"]
+    program = f"import os, pathlib; pathlib.Path('pid').write_text(str(os.getpid()))\n{PLAIT}"
     environment = {**os.environ, "PYTHONPATH": str(place / "held")}
-    run = subprocess.Popen([sys.executable, "-m", "plait", "train", *words], stderr=subprocess.PIPE, text=True, env=environment)
-    try:
-        end = time.monotonic() + 240
-        while len(list(Path("out").glob("phases/*/checkpoint-1/trainer_state.json"))) < 2:
-            assert run.poll() is None
-            assert time.monotonic() < end
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(run_forked, program, "train", *words, "--workers", "2", environment=environment)
+        while not Path("out/phases/sort/checkpoint-1/trainer_state.json").exists():
+            assert not run.done(), run.result().stderr
             time.sleep(0.1)
-        workers = psutil.Process(run.pid).children()
-        run.terminate()
-        _, message = run.communicate(timeout=120)
-    finally:
-        run.kill()
-        run.communicate()
-    assert run.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM\n0 of 2 phases are finished and kept in" in message
-    assert "Traceback" not in message
-    assert len(workers) == 3, "two phases, and the process that renders templates"
-    assert not any(map(alive, workers))
+        parent = psutil.Process(int(Path("pid").read_text()))
+        workers = parent.children()
+        parent.terminate()
+    done = run.result()
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM\n0 of 2 phases are finished and kept in" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(workers) == 2, "a phase, and the process that renders templates"
+    wait_for_the_end(workers)
     code, _, _ = command(capsys, *words)
     assert code == 0
-    phases = json.loads(Path("out/train.json").read_text())["phases"]
-    assert [(p["state"], p["resumed_from"], p["steps"]) for p in phases] == [("done", 1, 10)] * 2
+    phase = json.loads(Path("out/train.json").read_text())["phases"][0]
+    assert (phase["state"], phase["resumed_from"], phase["steps"]) == ("done", 1, 10)
+
+
+def wait_for_the_end(workers: list[psutil.Process]) -> None:
+    end = time.monotonic() + 240
+    while any(map(alive, workers)):
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def alive(process: psutil.Process) -> bool:
@@ -475,6 +479,7 @@ def test_stopped_by_hand(place, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("workers", "enough"), [(None, True), (2, False)])
 def test_checkpoints_need_room_only_while_their_phase_is_trained(place, monkeypatch, workers, enough):
+    rewrite(CHECKPOINTS)
     phases = resolve_phases(read_phases("phases.yaml", out=Path("out")))
     found = cohort.estimate(phases[0], Path("out"), examples=24)
     free = cohort._SPARE + 2 * (found.bytes - found.passing) + found.passing
@@ -510,7 +515,7 @@ def test_encoders_with_heads(tmp_path, monkeypatch, whole):
         write_task(
             tmp_path, task, splits=SPLITS, kind="sequence_classification", delimiter=None, prompt=f"{task} {{{{ word }}}}"
         )
-    rewrite(("max_steps: 10", "max_steps: 40, save_strategy: 'no'"))
+    rewrite(("max_steps: 10", "max_steps: 40"))
     result = plait.train("phases.yaml", out="out")
     assert result.ok, result.failed
     assert all(t.single > t.base for t in result.evaluation.tasks)

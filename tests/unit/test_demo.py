@@ -2,8 +2,6 @@
 
 import json
 import shlex
-import subprocess
-import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -16,9 +14,10 @@ from plait.recipes.request import read_request
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_tasks
 from plait.training.phases import phase_seed
+from tests.command_line import exit_code
 from tests.demo import DEMO, TASKS, module
-from tests.unit.test_reports import board_of, evaluation
-from tests.unit.test_reports import task as result
+from tests.evaluated import board_of, evaluation
+from tests.evaluated import task as result
 
 SIZES = {
     "sentiment": {"train": 4000, "validation": 200, "test": 300},
@@ -207,12 +206,11 @@ def test_elsewhere_the_paths_are_whole(monkeypatch, tmp_path):
     assert demo._words([demo._adapters()]) == [str(DEMO / "adapters" / name) for name in sorted(TASKS)]
 
 
-def test_the_demo_merge_is_one_that_plait_accepts(monkeypatch, tmp_path):
+def test_the_demo_merge_is_one_that_plait_accepts(monkeypatch, capsys):
     demo = module("demo", monkeypatch)
     words = demo._words(["merge", demo._adapters(), *demo.MERGE, "--dry-run", "--json"])
-    done = subprocess.run([sys.executable, "-m", "plait", *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["rank"] == 24
+    assert exit_code(*words) == 0
+    assert json.loads(capsys.readouterr().out)["rank"] == 24
 
 
 def test_the_merge_that_is_written_is_the_one_that_is_evaluated(monkeypatch):

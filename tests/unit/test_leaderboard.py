@@ -14,8 +14,8 @@ from plait.recipes.request import read_request
 from plait.tasks.examples import read_examples
 from plait.tasks.loading import load_tasks
 from tests.demo import DEMO, TASKS, module
-from tests.unit.test_reports import evaluation
-from tests.unit.test_reports import task as result
+from tests.evaluated import evaluation
+from tests.evaluated import task as result
 
 
 @pytest.fixture
