@@ -207,20 +207,16 @@ def test_an_adapter_without_a_recipe(tmp_path: Path) -> None:
         ({}, None),
         ({"method": {"name": "dare", "lambda": 2.0}}, {"type": "scalar", "value": 2.0}),
         ({"weights": POLICY}, {"type": "per_layer", "default": 0.3, "overrides": {"3": 0.1}}),
-        (
-            {"weights": {"policy": "per_layer", "default": 0.5, "layers": {"3": 1.0}}},
-            {"type": "per_layer", "default": 0.5, "layers": {"3": 1.0}},
-        ),
-        (
-            {"weights": {**POLICY, "layers": {"3": {"asr": 0.5, "kws": 0.9}}}},
-            {"type": "per_layer", **POLICY, "layers": {"3": {"asr": 0.5, "kws": 0.9}}},
-        ),
-        ({"weights": {"policy": "scalar", "value": 0.5}}, {"type": "scalar", "value": 0.5}),
+        ({"weights": {"policy": "per_layer", "default": 0.5, "layers": {"3": 1.0}}}, None),
+        ({"weights": {**POLICY, "layers": {"3": {"asr": 0.5, "kws": 0.9}}}}, None),
+        ({"weights": POLICY, "method": {"name": "weighted", "lambda": 0.4}}, None),
+        ({"weights": {"policy": "scalar", "value": 0.5}}, None),
     ],
 )
 def test_policies(changes: dict[str, Any], expected: dict[str, Any] | None) -> None:
-    found = with_older_keys(RUN_RECORD, {"recipe": recipe(**changes), "sources": []}).get("lambda_policy")
-    assert found == (None if expected is None else {key: value for key, value in expected.items() if key != "policy"})
+    found = with_older_keys(RUN_RECORD, {"recipe": recipe(**changes), "sources": []})
+    assert found.get("lambda_policy") == expected
+    assert ("lambda_policy" in found["params"]) == ("lambda_policy" in found) == (expected is not None)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -235,7 +231,8 @@ def test_a_policy_of_that_framework_comes_back_as_it_was() -> None:
     "broken",
     [
         {"method": "ties"}, {"method": {"name": "ties", "density": "x"}}, {"weights": [1]}, {"adapters": 3, "transforms": "x"},
-        {"weights": {"policy": "per_layer", "default": {"asr": "x", "kws": 1}, "layers": [1]}}, {"adapters": [1, {"name": []}]},
+        {"weights": {"policy": "per_layer", "default": {"asr": "x", "kws": 1}, "layers": [1]}},
+        {"adapters": [1, {"name": [], "weight": 1}], "weights": POLICY},
     ],
 )  # fmt: skip
 def test_a_recipe_from_elsewhere_may_have_any_shape(broken: dict[str, Any]) -> None:

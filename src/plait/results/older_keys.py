@@ -135,6 +135,11 @@ def _recipe(record: Data) -> Data:
     return _mapping(record.get("recipe"))
 
 
+def _adapters(recipe: Data) -> dict[str, Data]:
+    """Return name → entry."""
+    return {entry["name"]: entry for entry in _mappings(recipe.get("adapters")) if isinstance(entry.get("name"), str)}
+
+
 def _method_params(record: Data) -> dict[str, Any]:
     """Return the method's parameters: under plait's names, and those of that framework's `ties` and `dare` under its own."""
     recipe = _recipe(record)
@@ -156,21 +161,19 @@ def _lambda(record: Data) -> Any:
 
 
 def _lambda_policy(record: Data) -> Any:
-    """Return λ as that framework's policy; weights other than λ and 1 − λ by the name of their own policy."""
+    """Return λ as that framework's policy; None for weights other than λ and 1 − λ, which it had no policy for."""
     recipe, value = _recipe(record), _lambda(record)
-    weights = _mapping(recipe.get("weights"))
+    weights, names = _mapping(recipe.get("weights")), list(_adapters(recipe))
     if not weights:
         return None if value is None else {"type": "scalar", "value": value}
-    if weights.get("policy") == "per_layer":
-        names = [entry.get("name") for entry in _mappings(recipe.get("adapters"))]
-        default = _share(weights.get("default"), names)
-        layers = {layer: _share(pair, names) for layer, pair in _mapping(weights.get("layers")).items()}
-        if None not in (default, *layers.values()):
-            return {"type": "per_layer", "default": default, "overrides": layers}
-    return {"type": weights.get("policy"), **{key: item for key, item in weights.items() if key != "policy"}}
+    default = _share(weights.get("default"), names)
+    layers = {layer: _share(pair, names) for layer, pair in _mapping(weights.get("layers")).items()}
+    if weights.get("policy") != "per_layer" or value is not None or None in (default, *layers.values()):
+        return None
+    return {"type": "per_layer", "default": default, "overrides": layers}
 
 
-def _share(weights: Any, names: list[Any]) -> float | None:
+def _share(weights: Any, names: list[str]) -> float | None:
     """Return λ of two adapters that have λ and 1 − λ; None for other weights."""
     pair = [weight for name in names if isinstance(weight := _mapping(weights).get(name), int | float)]
     if len(names) != 2 or len(pair) != 2:
@@ -200,12 +203,11 @@ def _params(record: Data) -> dict[str, Any]:
 
 
 def _source_adapters(record: Data) -> list[dict[str, Any]]:
-    weights = {entry.get("name"): entry["weight"] for entry in _mappings(_recipe(record).get("adapters")) if "weight" in entry}
-    found = []
+    entries, found = _adapters(_recipe(record)), []
     for source in record["sources"]:
         name, path = source["name"], PurePath(source["path"])
         run = {"run_id": path.name} if path.parent.name == "runs" else {}
-        weight = {"weight": weights[name]} if name in weights else {}
+        weight = {"weight": entries[name]["weight"]} if "weight" in entries.get(name, {}) else {}
         found.append({"task": name, "path": source["path"], **run, **weight})
     return found
 
@@ -273,7 +275,10 @@ _FINAL: Mapping[str, Callable[[Data, Data], Any]] = {
 FINAL_KEYS = frozenset(_FINAL)
 OUTCOME_KEYS = frozenset({"interference_delta"})
 
-_POLICY = "`lambda` of the method as `{type: scalar, value}`; weights per layer that are λ and 1 − λ as `{type: per_layer, …}`"
+_POLICY = (
+    "`lambda` of the method as `{type: scalar, value}`; weights per layer of λ and 1 − λ as `{type: per_layer, …}`; "
+    "left out for others"
+)
 _METHOD = "parameters of `recipe.method`; of `ties` also `k` (100 · density) and `lambda` (`recipe.scale`), of `dare` `seed`"
 _TAG = "`tag`: the name of the results' file; a hash of all that they depend on, so that no two share it"
 _DELTA = "`recovery`; left out where that is undefined"
@@ -340,7 +345,7 @@ FILES: Mapping[str, tuple[OlderKey, ...]] = {
         OlderKey("evaluated_tasks", "`tasks`", _names("tasks", "task")),
     ),
     SWEEP: (
-        OlderKey("lambda_policy", "as in merge_metadata.json; null where there is none", _lambda_policy),
+        OlderKey("lambda_policy", "as in merge_metadata.json; null in place of left out", _lambda_policy),
         OlderKey("optimizer", "null: a search learns nothing", lambda record: None),
     ),
 }
