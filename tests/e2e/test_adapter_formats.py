@@ -438,6 +438,93 @@ class TestProducts:
             self.delta(tmp_path, {"lokr_w1": random(2, 3), "lokr_w2": random(4, 5)})
 
 
+BLOCKS = {
+    f"model.layers.{i}.{n}": Linear(16, 6) for i in range(2) for n in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
+}
+
+
+class TestGguf:
+    @pytest.fixture
+    def base(self, tmp_path) -> Path:
+        """A base model's folder, of which its configuration is read."""
+        (tmp_path / "base").mkdir()
+        said = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 8}
+        (tmp_path / "base" / "config.json").write_text(json.dumps(said))
+        return tmp_path / "base"
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_ggufs_own_reader_finds_what_was_written(self, base, tmp_path, dtype):
+        gguf = pytest.importorskip("gguf")
+        write_adapter(tmp_path / "a", BLOCKS, r=3, alpha=5.0, base=str(base), dtype=dtype)
+        plait.convert(tmp_path / "a", to="gguf", out=tmp_path / "g")
+        reader = gguf.GGUFReader(tmp_path / "g" / "adapter.gguf")
+        fields = {name: reader.fields[name].contents() for name in ("general.type", "adapter.type", "adapter.lora.alpha")}
+        assert fields == {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 5.0}
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+        held = {t.name: t for t in reader.tensors}
+        before = load_file(tmp_path / "a" / "adapter_model.safetensors")
+        for path in BLOCKS:
+            name = names.get_name(path)
+            a, b = (before[f"base_model.model.{path}.lora_{x}.weight"] for x in "AB")
+            if "_proj" in path and "self_attn" in path:  # llama.cpp's conversion puts the halves of a head next to each other
+                heads = 4 if "q_proj" in path else 2
+                b = torch.stack([head.reshape(2, -1, 3).transpose(0, 1).reshape(-1, 3) for head in b.chunk(heads)]).reshape(
+                    b.shape
+                )
+            for x, wanted in (("a", a), ("b", b)):
+                tensor = held[f"{name}.weight.lora_{x}"]
+                assert tensor.tensor_type.name == {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+                assert tensor.shape.tolist() == list(wanted.shape[::-1])
+                assert tensor.data.tobytes() == wanted.contiguous().view(torch.uint8).numpy().tobytes()
+
+    def test_back_again_is_the_same_delta(self, base, tmp_path):
+        write_adapter(tmp_path / "a", BLOCKS, r=3, alpha=5.0, base="org/base")
+        plait.convert(tmp_path / "a", to="gguf", base_model=str(base), out=tmp_path / "g")
+        with pytest.raises(AdapterError, match=r"rows in llama\.cpp's order.*Put the config\.json of the base model next to"):
+            Adapter.open(tmp_path / "g" / "adapter.gguf", "g")
+        (tmp_path / "with").mkdir()
+        (tmp_path / "g" / "adapter.gguf").rename(tmp_path / "with" / "adapter.gguf")
+        (base / "config.json").rename(tmp_path / "with" / "config.json")
+        close(deltas(tmp_path / "with" / "adapter.gguf"), deltas(tmp_path / "a"))
+
+    def test_llama_cpps_scaling_is_alpha_by_the_tensors_own_rank(self, tmp_path):
+        gguf = pytest.importorskip("gguf")
+        for alpha, scale in ((6.0, 2.0), (0.0, 1.0)):
+            writer = gguf.GGUFWriter(str(tmp_path / f"{alpha}.gguf"), "qwen2")
+            writer.add_type("adapter")
+            writer.add_string("adapter.type", "lora")
+            writer.add_float32("adapter.lora.alpha", alpha)
+            a, b = random(3, 6), random(8, 3, seed=1)
+            writer.add_tensor("blk.1.attn_q.weight.lora_a", a.numpy())
+            writer.add_tensor("blk.1.attn_q.weight.lora_b", b.numpy())
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            wanted = scale * (b.double() @ a.double()).numpy()
+            close(deltas(tmp_path / f"{alpha}.gguf"), {"model.layers.1.self_attn.q_proj": wanted}, 1e-15)
+        plait.merge([tmp_path / "6.0.gguf", tmp_path / "0.0.gguf"], out=tmp_path / "out", format="peft")
+        found = deltas(tmp_path / "out")
+        close(found, {"model.layers.1.self_attn.q_proj": 1.5 * wanted * 2}, 1e-6)
+
+    def test_what_has_no_name_there_is_refused(self, base, tmp_path):
+        write_adapter(tmp_path / "a", {"model.layers.0.mlp.strange": Linear(8, 6)}, base=str(base))
+        with pytest.raises(PlanError, match=r"1 modules have no name in GGUF's 'llama'"):
+            plait.convert(tmp_path / "a", to="gguf", out=tmp_path / "g")
+        write_adapter(tmp_path / "b", BLOCKS, base=None)
+        with pytest.raises(PlanError, match=r"needs the base model's config\.json"):
+            plait.convert(tmp_path / "b", to="gguf", out=tmp_path / "g")
+
+    @pytest.mark.parametrize("cut", [0, 3, 10, 60, 200, -1])
+    def test_damaged_files_are_refused(self, base, tmp_path, cut):
+        write_adapter(tmp_path / "a", BLOCKS, base=str(base))
+        plait.convert(tmp_path / "a", to="gguf", out=tmp_path / "g")
+        data = (tmp_path / "g" / "adapter.gguf").read_bytes()
+        (tmp_path / "cut.gguf").write_bytes(data[:cut])
+        with pytest.raises(AdapterError, match=r"cut\.gguf"):
+            Adapter.open(tmp_path / "cut.gguf", "cut")
+
+
 class TestConvert:
     def test_formats_have_names(self, tmp_path):
         write_adapter(tmp_path / "a", LINEAR)

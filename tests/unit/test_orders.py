@@ -23,7 +23,7 @@ RENAMED = {
     "merge": {"inputs": "source", "input_": "inputs", "push_adapter_repo": "push_to", "push_baked_repo": "push_baked_to"},
     "bake": {"inputs": "source", "push_baked_repo": "push_to", "base_model": "base"},
     "compress": {"output__rank": "rank"},
-    "convert": {},
+    "convert": {"base_id": "base_model"},
     "extract": {},
     "verify": {"base_id": "base_model"},
     "evaluate": {"inputs": "source", "source": "sources", "base_model": "base", "eval__split": "split",

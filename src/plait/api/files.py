@@ -257,6 +257,7 @@ def convert(
     to: str,
     out: str | Path,
     tower: str | None = None,
+    base_model: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ConvertResult:
@@ -269,13 +270,15 @@ def convert(
         to: name of the format, as in docs/formats.md.
         out: where to write.
         tower: component of a pipeline that alone is written (`unet`, `text_encoder`, …); all when None.
+        base_model: the base model, where the adapter names none, or another; GGUF needs its `config.json`.
         force: replace a result of plait's at `out`.
         progress: receives stages and steps.
 
     Raises:
         PlaitError: it cannot be read, or the format has no place for something of it; nothing is left at `out` then.
     """
-    return ConvertOrder(adapter=str(adapter), to=to, out=Path(out), tower=tower, force=force).run(progress)
+    order = ConvertOrder(adapter=str(adapter), to=to, out=Path(out), tower=tower, base_model=base_model, force=force)
+    return order.run(progress)
 
 
 def extract(

@@ -22,6 +22,10 @@ def convert(
         str | None,
         typer.Option(metavar="NAME", help="Write one component of a pipeline alone: unet, text_encoder, …", show_default=False),
     ] = None,
+    base_id: Annotated[
+        str | None,
+        typer.Option("--base-id", help="The base model, where the adapter names none, or another.", show_default=False),
+    ] = None,
     dry_run: DryRun = False,
     force: Force = False,
     json: Json = False,
@@ -34,7 +38,7 @@ def convert(
     from plait.cli.console import out as console
     from plait.commands.convert import ConvertOrder
 
-    order = ConvertOrder(adapter=adapter, to=to, out=out, tower=tower, force=force)
+    order = ConvertOrder(adapter=adapter, to=to, out=out, tower=tower, base_model=base_id, force=force)
     plan = order.plan() if dry_run else order.run(ProgressBars()).plan
     if json:
         print_json(({} if dry_run else {"folder": str(out)}) | plan.model_dump(mode="json"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from plait.adapters.formats import FORMATS, AdapterFormat, ModuleFactors, Outgoi
 from plait.errors import PlanError, RecipeError, collect, did_you_mean
 from plait.hub.download import Located
 from plait.merging.inventory import open_adapters
-from plait.merging.output_format import settings_of
+from plait.merging.output_format import base_config, settings_of
 from plait.records import Record, ShortRepr
 from plait.results.digests import sha256
 from plait.results.disk import check_not_an_input, check_space
@@ -70,10 +70,16 @@ def _format(name: str) -> AdapterFormat:
 
 
 def plan_convert(
-    reference: str, *, to: str, out: Path | None = None, force: bool = False, tower: str | None = None
+    reference: str,
+    *,
+    to: str,
+    out: Path | None = None,
+    force: bool = False,
+    tower: str | None = None,
+    base_model: str | None = None,
 ) -> ConvertPlan:
     """Return what `run_convert` would do with the same arguments; reads headers, no factor."""
-    return _planned(reference, to, out, tower, force=force).plan
+    return _planned(reference, to, out, tower, base_model, force=force).plan
 
 
 def run_convert(
@@ -83,6 +89,7 @@ def run_convert(
     out: Path,
     force: bool = False,
     tower: str | None = None,
+    base_model: str | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Write an adapter in another format.
@@ -93,12 +100,13 @@ def run_convert(
         out: folder to write.
         force: replace a result of plait's at `out`.
         tower: component of a pipeline that alone is written; all when None.
+        base_model: the base model's name in what is written, in place of the adapter's own; a folder or a place on the Hub.
         progress: receives stages and steps.
 
     Raises:
         PlaitError: anything wrong with what the user gave, or the format has no place for something; nothing is left at `out`.
     """
-    found = _planned(reference, to, out, tower, force=force)
+    found = _planned(reference, to, out, tower, base_model, force=force)
     check_space(out, found.plan.output_bytes, what="the adapter", advice="another disk")
     listener = progress or SilentProgress()
     listener.start("convert", len(found.outgoing.targets))
@@ -106,7 +114,8 @@ def run_convert(
         with staged(out, force=force) as place:
             written = found.format.write(place, found.outgoing, _factors(found, listener))
             files = {p.name: sha256(p) for p in found.adapter.files}
-            request: dict[str, Any] = {"adapter": reference, "to": to} | ({} if tower is None else {"tower": tower})
+            options = {"tower": tower, "base_model": base_model}
+            request: dict[str, Any] = {"adapter": reference, "to": to} | {k: v for k, v in options.items() if v is not None}
             inputs = {found.adapter.name: locked_input(found.located, files, out)}
             outputs = output_digests(place, written)
             write_json(place / LOCK, new_lock("convert", recipe=request, inputs=inputs, outputs=outputs))
@@ -125,14 +134,17 @@ class _Conversion:
     plan: ConvertPlan
 
 
-def _planned(reference: str, to: str, out: Path | None, tower: str | None, *, force: bool) -> _Conversion:
+def _planned(
+    reference: str, to: str, out: Path | None, tower: str | None, base_model: str | None, *, force: bool
+) -> _Conversion:
     wanted = _format(to)
     with checking_output(out, force=force):
         (located,), (adapter,) = open_adapters([(None, reference)])
         if adapter.origin.format == wanted.name and tower is None:
             raise PlanError(f"{adapter.folder}: this is an adapter of format {to!r} already.")
         paths = _paths(adapter, tower, wanted)
-        outgoing = outgoing_adapter(adapter, paths, tower)
+        named = base_model or adapter.config.base_model
+        outgoing = replace(_outgoing(adapter, paths, tower, named), base_config=base_config(wanted, named))
         problems = wanted.problems(outgoing)
         collect(PlanError, problems, f"this adapter cannot be written as {to!r}")
     read = adapter.files[0] if adapter.is_one_file else adapter.folder
@@ -168,14 +180,8 @@ def _paths(adapter: Adapter, tower: str | None, wanted: AdapterFormat) -> dict[s
     return {path: path for path in kept}
 
 
-def outgoing_adapter(adapter: Adapter, paths: dict[str, str], tower: str | None = None) -> OutgoingAdapter:
-    """Describe some targets of an adapter as they are to be written.
-
-    Args:
-        adapter: opened.
-        paths: target as it is written → in the adapter.
-        tower: component of a pipeline that alone is written.
-    """
+def _outgoing(adapter: Adapter, paths: dict[str, str], tower: str | None, base_model: str | None) -> OutgoingAdapter:
+    """Describe some targets of an adapter as they are to be written."""
     targets = {}
     for path, own in paths.items():
         t = adapter.targets[own]
@@ -185,7 +191,7 @@ def outgoing_adapter(adapter: Adapter, paths: dict[str, str], tower: str | None 
     acting = [key for key in ("alora_invocation_tokens", "layer_replication") if adapter.config.raw.get(key)]
     return OutgoingAdapter(
         targets=targets,
-        settings=settings_of([adapter], layouts, adapter.config.base_model),
+        settings=settings_of([adapter], layouts, base_model),
         metadata=adapter.origin.metadata,
         towers=adapter.towers if tower is None else (tower,),
         others=(*adapter.full_tensors, *acting),

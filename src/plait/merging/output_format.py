@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from plait.adapters.adapter import Adapter
@@ -10,6 +11,8 @@ from plait.adapters.formats import FORMATS, AdapterFormat, OutgoingAdapter, Outg
 from plait.adapters.layouts import Layout
 from plait.adapters.selection import selection_of
 from plait.adapters.writing import OUTPUT_DTYPES
+from plait.checkpoints.files import read_config
+from plait.hub.download import resolve_model
 from plait.merging.inventory import Inventory
 
 
@@ -27,6 +30,17 @@ def output_format(inventory: Inventory) -> AdapterFormat:
 def writes_peft(inventory: Inventory) -> bool:
     """Return whether a merge is a folder of PEFT's for one model, with all that such a folder can hold."""
     return output_format(inventory).name == "peft" and not any(a.towers for a in inventory.adapters)
+
+
+def base_config(wanted: AdapterFormat, base_model: str | None, folder: Path | None = None) -> Mapping[str, Any]:
+    """Return the base model's `config.json` where a format needs it and there is a base; else nothing.
+
+    Raises:
+        AddressError: the base is nowhere.
+    """
+    if not wanted.reads_base or base_model is None:
+        return {}
+    return read_config(resolve_model(base_model, base=folder, files=("config.json",)).folder)
 
 
 def merged_metadata(adapters: Sequence[Adapter]) -> dict[str, str]:
@@ -62,6 +76,7 @@ def outgoing_merge(inventory: Inventory, ranks: Mapping[str, int]) -> OutgoingAd
         settings=settings_of(adapters, layouts, inventory.base_model),
         metadata=merged_metadata(adapters),
         towers=towers,
+        base_config=base_config(output_format(inventory), inventory.base_model, recipe.folder),
         others=(*dict.fromkeys(heads), *(key for key in keys if any(a.config.raw.get(key) for a in adapters))),
     )
 

@@ -68,7 +68,9 @@ def rebuild(lock: Lock, inputs: Mapping[str, FoundInput], out: Path, workers: in
         return
     if lock.kind == "convert":
         ((_, source),) = inputs.items()
-        run_convert(str(source.path), out=out, **{key: lock.recipe[key] for key in ("to", "tower") if key in lock.recipe})
+        run_convert(
+            str(source.path), out=out, **{key: lock.recipe[key] for key in ("to", "tower", "base_model") if key in lock.recipe}
+        )
         return
     recipe = located_recipe(lock, inputs)
     base = inputs[BASE].folder if BASE in inputs else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from plait.adapters.formats import diffusers, kohya, mlx, peft
+from plait.adapters.formats import diffusers, gguf, kohya, mlx, peft
 from plait.adapters.formats.base import (
     FORMATS,
     AdapterFormat,
@@ -25,7 +25,7 @@ __all__ = [
     "read_adapter",
 ]  # fmt: skip
 
-for _format in (peft.PEFT, mlx.MLX, kohya.KOHYA, diffusers.DIFFUSERS):
+for _format in (peft.PEFT, mlx.MLX, kohya.KOHYA, diffusers.DIFFUSERS, gguf.GGUF):
     FORMATS.add(_format.name, _format)
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -110,6 +110,7 @@ class OutgoingAdapter:
         settings: keys of `adapter_config.json` that do not follow from the targets: base model, task, selection of modules.
         metadata: texts for the file's header.
         towers: components of a pipeline that the paths begin with (`unet`, `text_encoder`); none where they are of one model.
+        base_config: the base model's `config.json`, for formats that need it.
         others: full tensors, by name, and settings that change when it acts; a format without a place for them refuses.
     """
 
@@ -118,6 +119,7 @@ class OutgoingAdapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
     towers: Sequence[str] = ()
     others: Sequence[str] = ()
+    base_config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 Factors = Iterable[ModuleFactors]  # of every target, once each, in any order
@@ -131,12 +133,14 @@ class AdapterFormat(ABC):
         program: that writes it.
         file_name: of the tensors that are written.
         of_one_model: paths start at a model; else at a pipeline, whose components they name.
+        reads_base: writing needs the base model's `config.json`.
     """
 
     name: ClassVar[str]
     program: ClassVar[str]
     file_name: ClassVar[str]
     of_one_model: ClassVar[bool] = True
+    reads_base: ClassVar[bool] = False
 
     @abstractmethod
     def matches(self, place: Path) -> bool:
