@@ -204,6 +204,11 @@ def test_a_reference_cannot_be_made_of_what_cannot_be_written(fields):
         ("/", "adapter"),
         ("./.hidden", "hidden"),
         ("./ümlaut", "umlaut"),
+        ("./styles/pixel.v2.safetensors", "pixel.v2"),
+        ("./styles/ink.GGUF", "ink"),
+        ("./ink/pytorch_lora_weights.safetensors", "ink-pytorch_lora_weights"),
+        ("./ink/adapter_model.bin", "ink-adapter_model"),
+        ("org/repo/lora/weights.safetensors", "repo-lora-weights"),
     ],
 )
 def test_default_names(text, name, tmp_path):

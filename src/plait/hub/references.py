@@ -33,12 +33,13 @@ _HUB = re.compile(
 )
 _BARE = re.compile(r"(?P<repo>[^/@]+)(?:@(?P<revision>[^/]*))?")
 _WEB = re.compile(r"https?://[^/]+/(?P<repo>[^/]+/[^/]+)(?:/tree/(?P<revision>[^/]+)(?:/(?P<sub>.+?))?)?/?")
-# Folder names that trainers give to every run, so that they do not identify the adapter.
+# Names that trainers give to the folders and files of every run, so that they do not identify the adapter.
 _GENERIC = re.compile(
-    r"(?:lora[-_])?(?:adapters?|checkpoints?|final|best|last|latest|outputs?|model|lora)"
+    r"(?:(?:pytorch[-_])?lora[-_])?(?:adapters?|checkpoints?|final|best|last|latest|outputs?|model|lora|weights)"
     r"(?:[-_](?:adapter|checkpoint|model|weights))?|(?:checkpoint|epoch|step)[-_]?[0-9]+",
     re.IGNORECASE,
 )
+_FILE = re.compile(r"\.(?:safetensors|gguf|bin|pt|ckpt)$", re.IGNORECASE)  # of adapters that are a single file
 FORMS = "[name=]PATH (a folder, as ./a, /a, ~/a) or [name=]org/repo[@revision][/subfolder] (on the Hub)"
 
 
@@ -102,7 +103,8 @@ class Reference(Record):
         """Return the user's name for the adapter, or one made from the last distinctive parts of its address.
 
         A last part that identifies nothing (`checkpoint-123`, `final`, `adapter`, …) keeps the part before it:
-        `org/repo/checkpoint-123` is `repo-checkpoint-123`. In `artifacts/<task>/adapters/…` it is the task.
+        `org/repo/checkpoint-123` is `repo-checkpoint-123`; `style.safetensors` is `style`. In `artifacts/<task>/adapters/…`
+        it is the task.
 
         Args:
             base: the folder that a relative `path` starts from; the working directory when absent.
@@ -111,6 +113,7 @@ class Reference(Record):
             return self.name
         below = self.subfolder.split("/") if self.subfolder else []
         parts = [(self.repo or "").rpartition("/")[2], *below] if self.path is None else _path_parts(self.path, base)
+        parts = [*parts[:-1], _FILE.sub("", parts[-1])]
         task = None if self.path is None else task_of(parts)
         kept = parts[-1:] if task is None else [task]
         for part in reversed(parts[:-1] if task is None else ()):
