@@ -322,7 +322,7 @@ class TestKohya:
         }
         assert {p for p in SDXL if p.startswith("unet.")} <= {t.replace(".weight", "") for t in theirs}
 
-    def test_metadata_is_carried(self, unet, tmp_path):
+    def test_metadata_is_shown_and_carried(self, unet, tmp_path, capsys):
         saved_by_diffusers(unet, tmp_path / "d")
         plait.convert(tmp_path / "d", to="kohya", out=tmp_path / "k")
         held = load_file(tmp_path / "k" / "lora.safetensors")
@@ -335,6 +335,11 @@ class TestKohya:
         for i in (0, 1):
             save_file(held, tmp_path / f"{i}.safetensors", metadata=texts | {"ss_output_name": f"of{i}"})
         assert Adapter.open(tmp_path / "0.safetensors", "a").origin.writer == "kohya's sd-scripts"
+        (report,) = plait.inspect([tmp_path / "0.safetensors"]).adapters
+        assert (report.format, report.components, report.alphas) == ("kohya", ("unet", "text_encoder"), (3.0,))
+        assert exit_code("inspect", tmp_path / "0.safetensors") == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "kohya, written by kohya's sd-scripts, of unet and text_encoder; modelspec.license 'MIT'" in shown
         result = plait.convert(tmp_path / "0.safetensors", to="diffusers", out=tmp_path / "back")
         assert set(result.plan.metadata) == {"ss_network_module", "ss_tag_frequency", "modelspec.license", "ss_output_name"}
         plait.merge({"one": tmp_path / "0.safetensors", "two": tmp_path / "1.safetensors"}, out=tmp_path / "out")
@@ -525,6 +530,34 @@ class TestGguf:
             Adapter.open(tmp_path / "cut.gguf", "cut")
 
 
+class TestNumberedFiles:
+    def split(self, folder: Path) -> None:
+        """Put an adapter's tensors into two files, as accelerate numbers them."""
+        held = load_file(folder / "adapter_model.safetensors")
+        for i in (0, 1):
+            part = {n: t for j, (n, t) in enumerate(sorted(held.items())) if j % 2 == i}
+            save_file(part, folder / f"adapter_model-{i + 1:05}-of-00002.safetensors")
+        (folder / "adapter_model.safetensors").unlink()
+
+    def test_are_one_adapter(self, tmp_path):
+        written = write_adapter(tmp_path / "a", LINEAR)
+        self.split(tmp_path / "a")
+        close(deltas(tmp_path / "a"), written.deltas, 1e-15)
+        plait.merge([tmp_path / "a"], out=tmp_path / "out")
+        assert exit_code("verify", tmp_path / "out") == 0
+        (tmp_path / "a" / "adapter_model-00002-of-00002.safetensors").unlink()
+        with pytest.raises(AdapterError, match="several files, of which 2 of 2 are missing"):
+            Adapter.open(tmp_path / "a", "a")
+
+    def test_a_change_in_the_second_is_seen(self, tmp_path):
+        write_adapter(tmp_path / "a", LINEAR)
+        self.split(tmp_path / "a")
+        plait.merge([tmp_path / "a"], out=tmp_path / "out")
+        second = tmp_path / "a" / "adapter_model-00002-of-00002.safetensors"
+        save_file({n: t + 1 for n, t in load_file(second).items()}, second)
+        assert exit_code("verify", tmp_path / "out") != 0
+
+
 class TestConvert:
     def test_formats_have_names(self, tmp_path):
         write_adapter(tmp_path / "a", LINEAR)
@@ -550,5 +583,9 @@ class TestConvert:
         assert not (tmp_path / "out").exists()
         assert exit_code("convert", tmp_path / "a", "--to", "mlx", "-o", tmp_path / "out") == 0
         assert "peft to mlx, 4 target modules, rank 2" in capsys.readouterr().out
+        assert exit_code("merge", tmp_path / "a", "--to", "mlx", "-o", tmp_path / "merged") == 0
+        close(deltas(tmp_path / "merged"), deltas(tmp_path / "a"), 1e-6)
+        assert exit_code("merge", tmp_path / "a", "--to", "mxl", "-o", tmp_path / "other") == 2
+        assert "'mxl' is not a format of adapters. Did you mean 'mlx'?" in capsys.readouterr().err
         assert exit_code("convert", tmp_path / "a", "--to", "mlx", "-o", tmp_path / "out") == 2
         assert exit_code("convert", tmp_path / "a", "--to", "mlx", "-o", tmp_path / "out", "--force") == 0

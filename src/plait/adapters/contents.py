@@ -31,7 +31,6 @@ _OTHER_FILES = (  # what programs other than PEFT call their files, and what to 
         "diffusers' LoRA by its name, but its tensors have other names",
         "Call it adapter_model.safetensors where they are PEFT's",
     ),
-    ("adapter_model-*-of-*.safetensors", "an adapter in several files", "Save it again in one: PEFT's save_pretrained"),
     ("adapter_model-*-of-*.bin", "an adapter in several files", "Save it again in one: PEFT's save_pretrained"),
     ("global_step*", "what DeepSpeed saves", "Save the adapter from it (zero_to_fp32.py, then PEFT's save_pretrained)"),
     ("*_fsdp_*", "what FSDP saves", "Join it (accelerate merge-weights), then save the adapter with PEFT's save_pretrained"),

@@ -25,6 +25,8 @@ _PLAIN = str.maketrans(
     {**dict(zip(_BARS, "_.-:=+*#", strict=True)), "✓": "+", "✗": "x", "·": "*", "‖": "|", "Δ": "d", "×": "x", "√": "sqrt "}
     | {"–": "-", "…": "...", "→": "->"}
 )
+# Texts of a header that tell what an adapter is for and how it may be used.
+_SHOWN = ("ss_base_model_version", "modelspec.title", "modelspec.trigger_phrase", "modelspec.license", "license")
 _LABEL = 22  # widest name shown in full
 
 
@@ -161,6 +163,8 @@ def _targets(adapters: Sequence[AdapterReport]) -> Iterator[RenderableType]:
         for number, words in enumerate(targets, 1):
             lines.add_row(f"{number} adapts", words)
     for number, adapter in enumerate(adapters, 1):
+        if adapter.format != "peft":
+            lines.add_row(f"{number} files", _files_words(adapter))
         if adapter.full_tensors:
             tensors = [f"{t.path} {'×'.join(map(str, t.shape))} ({t.role})" for t in adapter.full_tensors]
             lines.add_row(f"{number} also", _listed(tensors, limit=4))
@@ -174,6 +178,14 @@ def _targets_words(adapter: AdapterReport) -> str:
     kinds = "; ".join(f"{count} × {' '.join(names)}" for count, names in counts.items())
     towers = ", ".join(f"{t.layers} layers of {t.name}" for t in adapter.towers)
     return (kinds + (f", in {towers}" if towers else "")) or "no module"
+
+
+def _files_words(adapter: AdapterReport) -> str:
+    words = f"{adapter.format}, written by {adapter.writer}" if adapter.writer else adapter.format
+    words += f", of {' and '.join(adapter.components)}" if adapter.components else ""
+    shown = [f"{key} {value!r}" for key, value in adapter.metadata.items() if key in _SHOWN]
+    others = [key for key in adapter.metadata if key not in _SHOWN]
+    return "; ".join([words, *shown, *([f"also has {_listed(others, limit=4)}"] if others else [])])
 
 
 class _Measure(NamedTuple):

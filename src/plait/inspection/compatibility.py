@@ -295,7 +295,10 @@ def _served(adapter: Adapter) -> ServedAdapter:
     for t in adapter.targets.values():
         if not t.layout.served_by_vllm:
             unserved.setdefault(t.layout.kind, set()).add(short_name(t.path))
-    refused = [] if adapter.origin.format == "peft" else [f"its format ({adapter.origin.format}; plait convert --to peft)"]
+    refused = []
+    if adapter.origin.format != "peft":
+        form = f"the format {adapter.origin.format} (plait convert --to peft)"
+        return ServedAdapter(name=adapter.name, rank=rank, max_lora_rank=max_lora_rank(rank), refused=(form,))
     if _is_dora(adapter):
         refused.append("DoRA")
     if adapter.full_tensors:

@@ -12,7 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from plait.adapters.adapter import Adapter
+from plait.adapters.adapter import Adapter, Target
+from plait.adapters.config import alpha_of
 from plait.adapters.layouts import Linear
 from plait.adapters.names import layer_key
 from plait.errors import PlanError
@@ -23,6 +24,8 @@ from plait.inspection.geometry import PairwiseMeasures, Spectra, layer_name, mea
 from plait.records import Record
 from plait.results.progress import Progress, SilentProgress
 from plait.results.threads import worker_count
+
+_LONGEST_TEXT = 200  # letters of a text of a header
 
 
 class ModuleKind(Record):
@@ -92,6 +95,10 @@ class AdapterReport(Record):
     Attributes:
         name: what it is called here.
         folder: of its files.
+        format: of its files, as docs/formats.md lists them.
+        writer: the program that wrote them, as far as they say.
+        components: of a pipeline that it adapts (`unet`, `text_encoder`); none where it is of one model.
+        metadata: texts of the file's header, at most the first 200 letters of each.
         base_model: as its configuration names it.
         revision: of the base model.
         kind: `LoRA`, `rsLoRA`, `DoRA` or `rsLoRA + DoRA`.
@@ -120,6 +127,10 @@ class AdapterReport(Record):
 
     name: str
     folder: str
+    format: str
+    writer: str | None
+    components: tuple[str, ...]
+    metadata: dict[str, str]
     base_model: str | None
     revision: str | None
     kind: str
@@ -220,6 +231,10 @@ def _report(adapter: Adapter, spectra: Spectra) -> AdapterReport:
     return AdapterReport(
         name=adapter.name,
         folder=str(adapter.folder),
+        format=adapter.origin.format,
+        writer=adapter.origin.writer,
+        components=adapter.towers,
+        metadata={key: text[:_LONGEST_TEXT] for key, text in adapter.origin.metadata.items()},
         base_model=config.base_model,
         revision=config.revision,
         kind=" + ".join(word for word, has in variants if has) or "LoRA",
@@ -227,7 +242,7 @@ def _report(adapter: Adapter, spectra: Spectra) -> AdapterReport:
         peft_version=str(version) if version else None,
         config_rank=int(config.raw.get("r", 8)),
         ranks=adapter.ranks,
-        alphas=tuple(sorted({config.alpha(t.path) for t in targets})),
+        alphas=tuple(sorted({_alpha(adapter, t) for t in targets})),
         scaling_rule=config.scaling_rule,
         scalings=tuple(sorted({t.scaling for t in targets})),
         modules=len(targets),
@@ -244,6 +259,11 @@ def _report(adapter: Adapter, spectra: Spectra) -> AdapterReport:
         full_tensors=_full_tensors(adapter),
         warnings=tuple(_warnings(adapter, spectra)),
     )
+
+
+def _alpha(adapter: Adapter, target: Target) -> float:
+    """Return a target's alpha: the configuration's, or that of the scaling that its file gives."""
+    return alpha_of(target.scaling, target.stored_rank) if target.own_scaling else adapter.config.alpha(target.path)
 
 
 def _full_tensors(adapter: Adapter) -> tuple[FullTensorSummary, ...]:
@@ -265,6 +285,7 @@ def _warnings(adapter: Adapter, spectra: Spectra) -> Iterator[str]:
     config, targets = adapter.config, adapter.targets
     if not targets:
         yield "It has no LoRA tensors, only tensors trained in full: there is no delta to merge."
+    yield from adapter.origin.notes
     yield from (text[0].upper() + text[1:] for text in (*config_problems(adapter), *other_file(adapter)))
     zero = [path for path, energy in spectra.energies.items() if energy == 0]
     if zero:

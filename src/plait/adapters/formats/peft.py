@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 from plait.adapters.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig, subfolders_with
 from plait.adapters.contents import other_files
-from plait.adapters.formats.base import AdapterFormat, Factors, Origin, OutgoingAdapter, StoredAdapter, of_one_model
+from plait.adapters.formats.base import (
+    AdapterFormat,
+    Factors,
+    Origin,
+    OutgoingAdapter,
+    StoredAdapter,
+    TranslatedFile,
+    View,
+    of_one_model,
+    same,
+)
 from plait.adapters.names import clean_settings, foreign_tensors, parse_lora_name
 from plait.adapters.writing import AdapterWriter
 from plait.errors import AdapterError, listed
 from plait.parsing import is_there
 from plait.tensorfiles.formats import TENSOR_FORMATS
 from plait.tensorfiles.reader import SafetensorsFile, TensorFile
+
+_SHARD = re.compile(r"adapter_model-(\d{1,6})-of-(\d{1,6})\.safetensors")
 
 
 class PeftFolder(AdapterFormat):
@@ -25,7 +38,7 @@ class PeftFolder(AdapterFormat):
 
     def matches(self, place: Path) -> bool:
         """Return whether a folder has a tensor file of PEFT's name."""
-        return place.is_dir() and any((place / kind.adapter_name).is_file() for kind in TENSOR_FORMATS)
+        return place.is_dir() and (_has_one_file(place) or bool(_shards(place)))
 
     def read(self, place: Path) -> StoredAdapter:
         """Open an adapter; see `AdapterFormat.read`."""
@@ -33,10 +46,11 @@ class PeftFolder(AdapterFormat):
             place = _folder_of(place)
         config = AdapterConfig.read(place / ADAPTER_CONFIG)
         config = replace(config, raw=clean_settings(config.raw))
-        file = _open_file(place)
+        shards = [] if _has_one_file(place) else _shards(place)
+        file = _joined(shards) if shards else _open_file(place)
         version = config.raw.get("peft_version")
         writer = f"PEFT {version}" if version else None
-        return StoredAdapter(config, file, Origin(format=self.name, writer=writer), (file.path, config.path))
+        return StoredAdapter(config, file, Origin(format=self.name, writer=writer), (*(shards or [file.path]), config.path))
 
     def problems(self, outgoing: OutgoingAdapter) -> list[str]:
         """Return what has no place in a folder of PEFT's."""
@@ -56,6 +70,42 @@ class PeftFolder(AdapterFormat):
         )
         tensors = (writer.tensors(m.target, m.slices, bias=m.bias, magnitude=m.magnitude) for m in factors)
         return writer.write(folder, tensors, writer.config(outgoing.settings))
+
+
+def _has_one_file(folder: Path) -> bool:
+    return any((folder / kind.adapter_name).is_file() for kind in TENSOR_FORMATS)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Return the numbered files of an adapter that was saved in several, in order."""
+    return sorted(p for p in folder.glob("adapter_model-*-of-*.safetensors") if _SHARD.fullmatch(p.name))
+
+
+def _joined(shards: list[Path]) -> TensorFile:
+    """Return several files as one.
+
+    Raises:
+        AdapterError: some of them are missing, or have a tensor in common.
+    """
+    counts = {name[2] for p in shards if (name := _SHARD.fullmatch(p.name))}
+    there = {int(name[1]) for p in shards if (name := _SHARD.fullmatch(p.name))}
+    wanted = int(max(counts))
+    folder = shards[0].parent
+    if len(counts) > 1:
+        raise AdapterError(
+            f"{folder}: numbered files of several adapters ({', '.join(p.name for p in shards)}). Keep those of one."
+        )
+    if missing := sorted({*range(1, wanted + 1)} - there):
+        numbers = listed(map(str, missing))
+        raise AdapterError(
+            f"{folder}: an adapter in several files, of which {numbers} of {wanted} are missing. Fetch them too."
+        )
+    views: dict[str, View] = {}
+    for file in map(SafetensorsFile, shards):
+        if twice := views.keys() & file.tensors.keys():
+            raise AdapterError(f"{file.path}: {min(twice)!r} is in another of the numbered files too. Fetch the files again.")
+        views |= {name: same(file, name) for name in file.tensors}
+    return TranslatedFile(shards[0], views)
 
 
 def _folder_of(file: Path) -> Path:
