@@ -47,6 +47,11 @@ def file_name_problem(name: str) -> str | None:
     return None
 
 
+def one_file(one: str, other: str) -> bool:
+    """Return whether two names are those of one file where a file system does not tell upper from lower case."""
+    return one.casefold() == other.casefold()
+
+
 def file_in(folder: Path, name: str) -> Path:
     """Return where a file of a folder really is.
 

@@ -164,6 +164,34 @@ def test_what_a_truncation_lost_is_said(place):
     assert any("the earlier merge was truncated: what it lost is missing here too" in n for n in result.record.notes)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("merge_metadata.json", lambda text: text[:-9], r"merge_metadata\.json \(damaged\): not what plait\.lock says"),
+        (
+            "merge_metadata.json",
+            lambda text: text.replace(b'"exact"', b'"fine"'),
+            r"result: 'fine' must be one of exact, trunc",
+        ),
+        ("adapter_model.safetensors", lambda text: text[:-1] + b"?", r"adapter_model\.safetensors \(changed\): not what"),
+    ],
+)
+def test_a_merged_adapter_that_is_not_what_was_written_is_refused(place, name, change, message):
+    three("linear")
+    file = place / "earlier" / name
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(plait.AdapterError, match=message):
+        plait.merge("earlier", add=["./d"], from_merged=True, out="more")
+    assert not (place / "more").exists()
+
+
+def test_a_merged_adapter_without_its_record_may_have_been_truncated(place):
+    three("linear", rank=2)
+    (place / "earlier" / "merge_metadata.json").unlink()
+    result = plait.merge("earlier", add=["./d"], from_merged=True, rank="auto", out="more")
+    assert any("whether the earlier merge was truncated is not known" in n for n in result.record.notes)
+
+
 def test_weights_that_change_against_each_other_are_refused(place):
     three("linear", weights={"policy": "per_adapter", "adapters": {"a": 0.5}})
     with pytest.raises(plait.PlanError, match=r"weigh differently against each other.* Merge from the sources"):

@@ -128,6 +128,12 @@ def test_two_adapters_of_one_name(place, capsys):
     assert "adapters.1.name: adapters.0 is called 'x' too" in printed
 
 
+def test_two_adapters_whose_files_would_be_one_elsewhere(capsys):
+    """As on a Mac's disk: heads and moments are kept under adapters' names."""
+    printed = merge(capsys, "xa=a", "Xa=b")
+    assert "adapters.1.name: adapters.0 is called 'xa', the same name to some file systems" in printed
+
+
 def test_policy_for_a_layer_that_is_not_there(capsys):
     printed = merge(capsys, "a", "b", "--set", "weights={policy: per_layer, layers: {7: 0.5}}")
     assert "weights.layers: '7' is not a layer of these adapters" in printed

@@ -172,6 +172,28 @@ def test_resized_vocabularies_of_two_adapters_need_a_word(kind, tmp_path):
     assert reload(out, _LM).get_input_embeddings().weight.shape[0] == 36
 
 
+def test_the_same_resized_vocabulary_of_two_adapters_needs_none(tmp_path):
+    base = save_model("llama tied", tmp_path / "base")
+    for seed, name in enumerate("ab"):
+        model = _LM.from_pretrained(base)
+        torch.manual_seed(9)
+        model.resize_token_embeddings(36)
+        torch.manual_seed(seed)
+        peft = get_peft_model(model, LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False))
+        peft.save_pretrained(tmp_path / name, save_embedding_layers=True)
+    pair = [tmp_path / "a", tmp_path / "b"]
+    plait.bake(pair, base=base, out=tmp_path / "out")
+    plait.bake(pair, base=base, out=tmp_path / "said", heads={"policy": "from", "adapter": "b"})
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "said"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    tensors = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    tensors["base_model.model.model.embed_tokens.base_layer.weight"][35, 0] += 1
+    save_file(tensors, tmp_path / "b" / "adapter_model.safetensors")
+    with pytest.raises(PlanError, match=r"heads: \{policy: from, adapter: NAME\}"):
+        plait.bake(pair, base=base, out=tmp_path / "other")
+
+
 def test_trained_token_rows_of_a_tied_model_stay_tied(tmp_path):
     base = save_model("llama tied", tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "a", 1, _LM, target_modules=["q_proj"], trainable_token_indices=[2, 5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 import plait
+from plait.calibration.pipeline import _work
 from plait.errors import OutputError
+from plait.merging import moments
 from plait.results.staging import staged
 from plait.testing.cohorts import cohort
 from tests.warm import run_forked
@@ -91,6 +94,20 @@ def test_full_disk(pair, tmp_path):
     assert "cannot be written" in done.stderr
     assert not out.exists()
     assert not list(tmp_path.glob(".out.staging-*"))
+
+
+def test_a_disk_that_fills_while_moments_are_written(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(moments, "write_tensors", full)
+    with pytest.raises(OutputError, match=r"a\.safetensors cannot be written: No space left on device"):
+        plait.save_moments(tmp_path / "a.safetensors", {"m": torch.eye(2)})
+    with pytest.raises(OutputError, match="out cannot be written: No space left on device"), _work(tmp_path / "out"):
+        full()
+    with pytest.raises(FileNotFoundError), _work(tmp_path / "out"):  # of something that is read
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / "rows.jsonl"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_too_little_space_is_said_before_any_work(pair, tmp_path, monkeypatch):

@@ -193,7 +193,7 @@ class TestTiedWeights:
     def live(self, base: Path, folders: dict[str, Path], weights: dict[str, float], auto: Any) -> torch.Tensor:
         model = auto.from_pretrained(base)
         mixture = Mixture(model, [Adapter.open(folder, name) for name, folder in folders.items()])
-        with mixture.active(weights, heads=len(folders) == 1):  # of two, the heads are copies of the base's
+        with mixture.active(weights):  # of two, the heads are copies of the base's
             return run(model)
 
     @pytest.mark.parametrize("kinds", [("both", "both"), ("both", "head"), ("embedding", "both"), ("dora", "both")])
@@ -211,7 +211,9 @@ class TestTiedWeights:
         merged = plait.merge([*folders.values()], weights=[0.7, -0.4], base_model=str(base), out=tmp_path / "m")
         assert not any("does not select" in note for note in merged.record.notes)
         assert difference(adapter_output(base, {"m": tmp_path / "m"}, {"m": 1.0}, LM), expected) < 1e-5
-        plait.bake([*folders.values()], weights=[0.7, -0.4], base=base, out=tmp_path / "b")
+        result = plait.bake([*folders.values()], weights=[0.7, -0.4], base=base, out=tmp_path / "b")
+        noted = [note for note in result.plan.notes if "are the base's own: no change" in note]
+        assert len(noted) == any("base_layer" in n for f in folders.values() for n in load_file(f / WEIGHTS))
         assert difference(run(LM.from_pretrained(tmp_path / "b").eval()), expected) < 1e-5
         assert difference(self.live(base, folders, weights, LM), expected) < 1e-5
 

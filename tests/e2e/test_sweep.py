@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import os
+import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
+import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 
 import plait
 import plait.evaluation.session as session
@@ -405,6 +411,87 @@ def test_what_else_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"there is no study\.db"):
         plait.sweep_status(tmp_path)
     assert not (tmp_path / "new" / "study.json").exists()
+
+
+#: SQL → what is said of a storage in which it was done.
+DAMAGE = {
+    "UPDATE trial_user_attributes SET value_json = '{}' WHERE key = 'plait'": r"trial 0: not a candidate .*outcome\.params",
+    "UPDATE trial_user_attributes SET value_json = '{\"params\": {}}' WHERE key = 'plait'": "trial 0: not a candidate .*score",
+    "UPDATE trial_user_attributes SET value_json = '{' WHERE key = 'plait'": "Optuna cannot .* this storage",
+    "UPDATE trial_user_attributes SET value_json = '\"x\"' WHERE key = 'phase'": "trial 0: not a candidate .*phase",
+    "UPDATE trial_values SET value = 7": r"trial 0: its value is 7\.0, and its score",
+    "DELETE FROM trial_values": "trial 0: its value is None, and its score",
+    "UPDATE trials SET state = 'x'": "Optuna cannot .* this storage",
+}
+
+
+def test_a_storage_that_is_damaged_is_refused(place: Path, tmp_path: Path, drawn: SweepResult) -> None:
+    study = tmp_path / "studies" / "drawn"  # next to the kept answers
+    shutil.copytree(drawn.folder.parent / "artifacts", study.parent / "artifacts")
+
+    def refused(message: str) -> None:
+        with pytest.raises(OutputError, match=rf"study\.db: {message}"):
+            plait.sweep_status(study)
+        with pytest.raises(OutputError, match=rf"study\.db: {message}"):
+            sweep(place, study)
+
+    for statement, message in DAMAGE.items():
+        shutil.rmtree(study, ignore_errors=True)
+        shutil.copytree(drawn.folder, study)
+        with contextlib.closing(sqlite3.connect(study / "study.db")) as base, base:
+            base.execute(statement)
+        refused(message)
+    for statement, message in {
+        "UPDATE trial_user_attributes SET value_json = '5' WHERE key = 'batch'": "trial 1: not a batch",
+        "UPDATE study_user_attributes SET value_json = '\"x\"' WHERE key = 'parallel'": "the number of trials .* is 'x'",
+    }.items():
+        shutil.copy(drawn.folder / "study.db", study)
+        with contextlib.closing(sqlite3.connect(study / "study.db")) as base, base:
+            base.execute(statement)
+        with pytest.raises(OutputError, match=rf"study\.db: {message}"):
+            sweep(place, study)
+    (study / "study.db").write_bytes(b"no database" * 100)
+    refused("Optuna cannot .* this storage")
+    (study / "study.db").unlink()
+    os.mkfifo(study / "study.db")
+    refused("a folder, a pipe, a device or a link that leads nowhere")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("best_index", 99, "best_index is 99; there are"),
+        ("second_index", -2, "second_index is -2"),
+        ("front", [0, 50], r"front\.1 is 50"),
+        ("version", 2, "of version 2; this plait reads 1"),
+        ("runs", 5, r"\(runs: Input should be a valid tuple"),
+        ("eval_tasks", ["sort", "other"], r"runs\.0\.results lacks 'other'"),
+        ("search", {"space": {"scale": "x..y"}}, "not the record of a search|not a result"),
+        ("best_score", "much", r"\(best_score: "),
+        ("recovery", None, r"runs\.0: a candidate that was asked everything has a recovery of every task"),
+    ],
+)
+def test_a_record_that_is_damaged_is_refused(
+    place: Path, tmp_path: Path, drawn: SweepResult, field: str, value: Any, message: str
+) -> None:
+    data = json.loads((drawn.folder / "study.json").read_text())
+    if field == "recovery":
+        data["runs"][0]["results"]["sort"][field] = value
+    (tmp_path / "study.json").write_text(json.dumps(data if field == "recovery" else {**data, field: value}))
+    with pytest.raises(plait.ReportError, match=rf"study\.json: .*({message})"):
+        plait.report([tmp_path], out=tmp_path / "page.html")
+    with pytest.raises(OutputError, match=rf"study\.json: .*({message})"):
+        sweep(place, tmp_path / "new", warm_start=[tmp_path])
+    assert {path.name for path in tmp_path.iterdir()} == {"study.json"}
+
+
+def test_a_full_disk_ends_a_search_with_its_reason(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise StorageInternalError("during the commit") from sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(optuna.Study, "tell", full)
+    with pytest.raises(OutputError, match=r"study\.db: Optuna's storage failed: database or disk is full"):
+        sweep(place, tmp_path / "studies" / "new")
 
 
 def test_a_page_of_a_study(place: Path, tmp_path: Path, drawn: SweepResult) -> None:

@@ -129,6 +129,18 @@ def test_changed_missing_and_extra_files_are_named(merged):
     assert row.difference == pytest.approx(0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize("record", ["merge_metadata.json", "summary.json"])
+@pytest.mark.parametrize("text", ["", "[]", '{"result": "exact"', "[" * 5000])
+def test_a_record_that_cannot_be_read_is_named(merged, capsys, record, text):
+    (merged / record).write_text(text)
+    found = plait.verify(merged, rebuild=False)
+    assert not found.ok
+    assert {name: state for name, state in states(found.files).items() if state != "equal"} == {record: "damaged"}
+    code, printed, _ = cli(capsys, "verify", merged, "--no-rebuild")
+    assert code == 2
+    assert f"{record}: a record that cannot be read" in printed
+
+
 def test_a_changed_input_is_named_and_not_rebuilt_from(merged, pair):
     config = json.loads((pair["b"] / "adapter_config.json").read_text())
     (pair["b"] / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))

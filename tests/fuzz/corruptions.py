@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pickle
 import random
 import shutil
+import sqlite3
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -55,6 +57,8 @@ def corrupt(chosen: random.Random, path: Path) -> str:
         kinds += [_table] * 4
     elif path.suffix == ".bin":
         kinds += [_archive] * 4
+    elif path.suffix == ".db":
+        kinds += [_database] * 6
     elif path.suffix == ".md":
         kinds += [_front_matter] * 6
     return chosen.choice(kinds)(chosen, path)
@@ -110,6 +114,26 @@ def _table(chosen: random.Random, path: Path) -> str:
         table = table.append_column(name, table.column(at))
     (pyarrow.csv.write_csv if path.suffix == ".csv" else pyarrow.parquet.write_table)(table, path)
     return f"{kind} {name}"
+
+
+def _database(chosen: random.Random, path: Path) -> str:
+    """Give one field of one row another value, or take the row away; what is JSON is changed as JSON is."""
+    with contextlib.closing(sqlite3.connect(path)) as base, base:
+        tables = [name for (name,) in base.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+        tables = [table for table in tables if base.execute(f"SELECT count(*) FROM {table}").fetchone()[0]]
+        table = chosen.choice([*tables, *(t for t in tables if t.startswith("trial_"))] * 2)
+        column = chosen.choice([name for _, name, *_ in base.execute(f"PRAGMA table_info({table})")])
+        row, value = chosen.choice(base.execute(f"SELECT rowid, {column} FROM {table} ORDER BY rowid").fetchall())
+        if chosen.random() < 0.1:
+            base.execute(f"DELETE FROM {table} WHERE rowid = ?", (row,))
+            return f"no row {row} of {table}"
+        new: Any = chosen.choice([None, "", "x", "null", "{}", "[]", -1, 0, 7, 2**40, 1e308, "1e999", "a" * 5000, "@json@"])
+        if column.endswith("json") and isinstance(value, str) and chosen.random() < 0.8:
+            changed, _ = _changed(chosen, json.loads(value))
+            new = _unquoted(json.dumps(changed))
+        with contextlib.suppress(sqlite3.IntegrityError):
+            base.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (new, row))
+    return f"{table}.{column} of row {row} → {str(new)[:60]!r}"
 
 
 #: What is put in place of the bytes from a start to an end.

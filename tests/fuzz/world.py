@@ -22,7 +22,7 @@ from plait.baking import journal
 from plait.cli.main import main
 from plait.tuning.working import WorkingState
 from tests.adapters_on_disk import Linear, write_adapter
-from tests.language_models import LABELS, WORDS, label, save_model, write_task
+from tests.language_models import LABELS, WORDS, label, save_model, train_adapter, write_task
 
 SHAPES = {
     f"model.layers.{i}.{name}": shape
@@ -60,6 +60,13 @@ TUNE = (
     *("tune", "sort=first", "rate=second", "--tasks", "tasks/sort.yaml", "tasks/rate.yaml", "--base-id", "base"),
     *("--steps", "2", "--count", "4", "--split", "train", *OUT),
 )
+
+
+SWEEP = (
+    *("sweep", "sort", "rate", "--tasks", "tasks/sort.yaml", "tasks/rate.yaml", "--base-id", "base", "--method", "linear"),
+    *("--space", "scale=0.2..2", "--type", "random", "--budget", "2", "--split", "train", "--workspace", "sws"),
+)
+SEARCHED = ("sort", "rate", "base", "tasks", "study", "sws")
 
 
 def _in(folder: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -189,6 +196,11 @@ COMMANDS = (
         ("first", "second", "base", "tasks"),
         3,
     ),
+    Command((*SWEEP, "-o", "study"), ("study/study.db",), SEARCHED, 4),
+    Command((*SWEEP, "--warm-start", "study", *OUT), ("study/study.json",), SEARCHED, 3),
+    Command(("sweep", "--status", "study"), ("study/study.db", "study/study.json", "study/.lock"), ("study",), 4),
+    Command(("report", "study", "-o", "page.html"), ("study/study.json",), ("study",), 5),
+    Command(("merge", "study/recipe.yaml", *OUT), ("study/recipe.yaml",), ("study", "sort", "rate"), 2),
     # what a killed tuning has left
     Command(TUNE, (".out.tuning/*",), ("first", "second", "base", "tasks", ".out.tuning"), 3),
 )
@@ -200,6 +212,8 @@ def build(folder: Path) -> None:
     _adapter(folder / "first", 1)
     _adapter(folder / "second", 2)
     _adapter(folder / "dora", 3, magnitude=True)
+    for task in LABELS:
+        train_adapter(folder / task, task, steps=30)
     (folder / "first" / "README.md").write_text("---\nlicense: mit\n---\n# card\n")
     shutil.copytree(folder / "first", folder / "pickled")
     torch.save(load_file(folder / "pickled" / ADAPTER[1]), folder / "pickled" / "adapter_model.bin")
@@ -282,6 +296,7 @@ def _results(folder: Path) -> None:
         ("merge", "first", "second", "-o", "merged"),
         ("bake", "first", "--base-id", "base", "-o", "baked"),
         ("eval", "sort=first", "--base-id", "base", "--tasks", "tasks/sort.yaml", "--workspace", "ws"),
+        (*SWEEP, "-o", "study"),
     ):
         with suppress(SystemExit):
             main(words)
@@ -303,5 +318,5 @@ def _left_behind(folder: Path) -> None:
     for name in ("adapter", "final_model"):
         shutil.rmtree(folder / "left" / name)
     (folder / "left" / "training.json").unlink()
-    for name in (".out.baking/journal.jsonl", ".out.tuning/tuning", "runs/train.json", "left/checkpoint-2"):
+    for name in ("study/study.json", ".out.baking/journal.jsonl", ".out.tuning/tuning", "runs/train.json", "left/checkpoint-2"):
         assert (folder / name).exists(), name

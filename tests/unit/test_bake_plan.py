@@ -259,29 +259,59 @@ def test_a_rank_is_no_word_for_a_bake(base, adapter):
 
 def test_everything_goes_along_but_weights_and_cards(base, adapter, tmp_path):
     for name in ("tokenizer.json", "generation_config.json", "modeling_x.py", "LICENSE", "chat_template.jinja"):
-        (base / name).write_text(f"{name} of the base")
+        (base / name).write_text(f'{{"{name}": "of the base"}}')
     for name in ("README.md", "pytorch_model.bin", "plait.lock", "training_args.bin", ".gitattributes"):
         (base / name).write_text("not wanted")
-    (adapter / "tokenizer.json").write_text("of the adapter")
+    (adapter / "tokenizer.json").write_text('{"of": "the adapter"}')
     result = plait.bake([adapter], base=base, out=tmp_path / "out")
     texts = {p.name: p.read_text() for p in result.folder.iterdir() if p.suffix != ".safetensors"}
     for name in ("generation_config.json", "modeling_x.py", "LICENSE", "chat_template.jinja"):
-        assert texts[name] == f"{name} of the base"
-    assert texts["tokenizer.json"] == "of the adapter"
+        assert texts[name] == f'{{"{name}": "of the base"}}'
+    assert texts["tokenizer.json"] == '{"of": "the adapter"}'
     assert "not wanted" not in texts.values()
     assert any("the tokenizer is that of " in note for note in result.plan.notes)
 
 
 def test_tokenizers_that_differ_leave_the_bases(base, tmp_path):
     pair = [write_adapter(tmp_path / n, MODULES, seed=i).folder for i, n in enumerate("ab")]
-    (base / "tokenizer.json").write_text("base")
+    (base / "tokenizer.json").write_text("{}")
     for folder in pair:
-        (folder / "tokenizer.json").write_text("the same")
+        (folder / "tokenizer.json").write_text('{"the": "same"}')
     assert plan(base, *pair).carried["tokenizer.json"] == "adapter a"
-    (pair[1] / "tokenizer.json").write_text("another")
+    (pair[1] / "tokenizer.json").write_text('{"another": 1}')
     found = plan(base, *pair)
     assert found.carried["tokenizer.json"] == "base"
     assert any("bring different tokenizers (tokenizer.json of a, b): the base's is kept" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"a": ', "this is not JSON"),
+        (b"", "this is not JSON"),
+        (b"[1]", "expected a JSON object, found a list"),
+        (b"\xff\xfe{}", "this is not text in UTF-8"),
+        (b"\xef\xbb\xbf{}", "begins with a byte order mark"),
+        (b'{"a": 1, "a": 2}', "given twice"),
+        (b'{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}", "nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "thousands of digits"),
+    ],
+)
+def test_json_that_cannot_be_read_is_not_copied(base, adapter, tmp_path, text, message):
+    for folder, name in ((base, "generation_config.json"), (adapter, "special_tokens_map.json")):
+        (folder / name).write_bytes(text)
+    with pytest.raises(AdapterError) as caught:
+        plait.bake([adapter], base=base, out=tmp_path / "out")
+    for file in (base / "generation_config.json", adapter / "special_tokens_map.json"):
+        assert re.search(f"{re.escape(str(file))}.*{message}.*Fetch it again, or delete it", str(caught.value))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_token_may_be_any_character(base, adapter, tmp_path):
+    text = json.dumps({"vocab": {"\0": 0, "NaN": 1, "1e999": 2}, "model_max_length": 10**30})
+    (base / "tokenizer.json").write_text(text)
+    plait.bake([adapter], base=base, out=tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == text
 
 
 def test_the_license_is_the_bases_word(base, adapter, tmp_path):

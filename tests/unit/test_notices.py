@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from huggingface_hub import HfApi
 
 from plait import notices
+from plait.adapters.adapter import Adapter
 from plait.baking.journal import _read
+from plait.calibration.texts import Texts
 from plait.cli.console import warnings_as_notes
+from plait.errors import OutputError
 from plait.evaluation import workspace
 from plait.evaluation.generation import generate
 from plait.evaluation.scores import Answers, ScoreCache
 from plait.notices import PlaitWarning, announce
+from plait.results.records import read_earlier
 from plait.tasks.encoding import Question
 from plait.tensorfiles.blocks import copy_range
+from plait.training.job import TrainingRecord
+from plait.training.preflight import move_outdated
+from plait.tuning.seen import seen_in_training
+from plait.verification import publish
+from tests.adapters_on_disk import Linear, write_adapter
 from tests.language_models import language_model, tokenizer
 
 
@@ -86,6 +98,63 @@ def test_kept_answers_that_are_damaged(tmp_path):
     (tmp_path / "k.json").write_text("{")
     with pytest.warns(PlaitWarning, match=r"k\.json does not hold complete answers .*the model is asked again"):
         assert cache.find("k", 0) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"tag": "other"}'])
+def test_results_that_are_damaged_are_written_again(tmp_path, text):
+    file = tmp_path / "results.json"
+    file.write_text(text)
+    if text.startswith("{") and text.endswith("}"):
+        workspace._write_once(file, {"tag": "t"})
+    else:
+        with pytest.warns(PlaitWarning, match=r"results\.json.*It is written again"):
+            workspace._write_once(file, {"tag": "t"})
+    assert json.loads(file.read_text()) == {"tag": "t"}
+
+
+def test_an_index_that_leads_nowhere_is_refused(tmp_path):
+    index = tmp_path / "merged" / "linear" / "a" / "eval" / "index.json"
+    index.parent.mkdir(parents=True)
+    index.symlink_to("gone")
+    with pytest.raises(OutputError, match=r"index\.json: .*a link that leads nowhere"):
+        workspace.check_index(tmp_path, "linear", ["a"])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"plait": 1}'])
+def test_a_record_of_an_earlier_run_that_cannot_be_read(tmp_path, text):
+    (tmp_path / "training.json").write_text(text)
+    with pytest.warns(PlaitWarning, match=r"training\.json.*what an earlier run wrote there does not count"):
+        assert read_earlier(TrainingRecord, tmp_path / "training.json") is None
+    assert read_earlier(TrainingRecord, tmp_path / "none.json") is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"job": 1}', '{"job": {"data": {"split": "train"}}}'])
+def test_a_record_that_does_not_say_what_was_trained_on(tmp_path, text):
+    folder = write_adapter(tmp_path / "run" / "adapter", {"q": Linear(4, 4)}).folder
+    (tmp_path / "run" / "training.json").write_text(text)
+    with pytest.warns(PlaitWarning, match=r"training\.json.*; whether a was trained on these texts is not known"):
+        assert seen_in_training(Texts("t", "lines", (), "", ()), Adapter.open(folder, "a")) is None
+
+
+def test_an_adapter_whose_record_is_damaged_is_not_replaced_by_an_earlier_one(tmp_path):
+    (tmp_path / "phases" / "a").mkdir(parents=True)
+    (tmp_path / "earlier" / "a-0123456789ab").mkdir(parents=True)
+    phase = SimpleNamespace(
+        phase=SimpleNamespace(folder=tmp_path / "phases" / "a"), opened=SimpleNamespace(digest="0123456789abc")
+    )
+    (tmp_path / "phases" / "a" / "training.json").write_text("{")
+    with pytest.raises(OutputError, match=r"training\.json cannot be read, and .*a-0123456789ab holds an adapter"):
+        move_outdated(SimpleNamespace(out=tmp_path), [phase])
+    (tmp_path / "phases" / "a" / "training.json").unlink()
+    assert "restored from earlier/" in move_outdated(SimpleNamespace(out=tmp_path), [phase])[0]
+
+
+def test_a_lock_in_a_repository_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "plait.lock").write_text("{")
+    monkeypatch.setattr(HfApi, "hf_hub_download", lambda *_, **__: str(tmp_path / "plait.lock"))
+    monkeypatch.setattr(publish, "check_push", lambda repo: repo)
+    with pytest.warns(PlaitWarning, match=r"org/name: .*plait\.lock.*not JSON.*What an older result left there .* stays"):
+        assert publish._earlier_files("org/name", None) == ()
 
 
 def test_results_without_links(tmp_path, monkeypatch):

@@ -6,13 +6,22 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from plait.errors import OutputError
+from plait.evaluation.workspace import check_workspace
+from plait.reports.pipeline import page_problem
 from plait.results import staging
 from plait.results.staging import output_problem, scratch, staged
+from plait.search.request import _check_place
+from plait.training.folder import folder_problem
+from plait.training.preflight import check_output, resolve_phases
+from tests.every import every
 from tests.locks import write_lock
 
 
@@ -210,3 +219,58 @@ def test_scratch_of_the_dead_goes_and_of_the_living_stays(tmp_path, monkeypatch)
     assert (tmp_path / held).exists()
     with scratch("push") as place:
         assert {p.name for p in tmp_path.iterdir()} == {place.name, "plait-push-theirs"}
+
+
+def _workspace(place: Path) -> str:
+    with pytest.raises(OutputError) as caught:
+        check_workspace(place)
+    return str(caught.value)
+
+
+#: What every command asks of the place that it is to write to: a folder, a study, a training, a run, a page, a workspace.
+ASKED = {
+    "merge": lambda place: output_problem(place, force=True),
+    "sweep": lambda place: _refused(lambda: _check_place(place)),
+    "train": lambda place: _refused(lambda: check_output(place)),
+    "sft": lambda place: folder_problem(place, None, force=True),
+    "report": lambda place: page_problem(place, force=True),
+    "eval": _workspace,
+}
+
+
+def _refused(check: Callable[[], object]) -> str:
+    with pytest.raises(OutputError) as caught:
+        check()
+    return str(caught.value)
+
+
+@pytest.fixture
+def links(tmp_path, monkeypatch):
+    """A link to itself, and one to the root of the file system, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "link").symlink_to("/")
+
+
+@every("command", ASKED)
+@every(
+    "place, message",
+    [
+        ("x" * 300, "File name too long"),
+        ("/", "is the root of the file system"),
+        ("link", "is the root of the file system"),
+        ("~/x", "'~' is not expanded here"),
+        ("~nobody", "'~' is not expanded here"),
+        ("a\0b", "NUL"),
+        ("loop/x", "Too many levels of symbolic links"),
+    ],
+)
+def test_no_command_writes_to_what_is_no_place(links, command, place, message):
+    assert message in (ASKED[command](Path(place)) or "")
+
+
+def test_a_training_does_not_go_into_its_base(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    plan = SimpleNamespace(out=tmp_path, base=str(tmp_path), origins=SimpleNamespace(at=lambda *_: nullcontext()))
+    with pytest.raises(OutputError, match="is the base model's folder"):
+        resolve_phases(plan)

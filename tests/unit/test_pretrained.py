@@ -80,6 +80,7 @@ TOKENIZER_CONFIG = {
     "an end that is a number": {"eos_token": 5},
     "an end that is a list": {"eos_token": ["</s>"]},
     "a length that is a text": {"model_max_length": "x"},
+    "a length of nothing": {"model_max_length": 0},
     "a length that is a list": {"model_max_length": [1]},
     "a class that is a number": {"tokenizer_class": 5},
     "added tokens that are a text": {"added_tokens_decoder": "x"},

@@ -18,6 +18,7 @@ from plait.reports.reading import read_report
 from plait.testing import cohort
 from tests.evaluated import WHOLE, Page, board_of, evaluation, leaderboard_on_disk, pair_on_disk, run_folder, task
 from tests.every import every
+from tests.locks import write_lock
 
 
 @pytest.fixture
@@ -260,3 +261,14 @@ def test_what_is_no_run_is_told_all_at_once(tmp_path):
     for message in ("nowhere: is not a file or folder", "empty: holds no run", "not a result that this version of plait wrote"):
         assert message in str(caught.value)
     assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize(("kind", "record"), [("merge", "merge_metadata.json"), ("tune", "tuning.json")])
+def test_a_result_without_its_record_or_its_lock(tmp_path, kind, record):
+    (tmp_path / "out").mkdir()
+    write_lock(tmp_path / "out", kind=kind)
+    with pytest.raises(ReportError, match=rf"there is no {record}, which says what was done"):
+        read_report([tmp_path / "out"])
+    (tmp_path / "out" / "plait.lock").rename(tmp_path / "out" / "merge_metadata.json")
+    with pytest.raises(ReportError, match=r"holds merge_metadata\.json and no plait\.lock"):
+        read_report([tmp_path / "out"])

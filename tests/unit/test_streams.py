@@ -117,7 +117,19 @@ def test_a_signal_clears_away_and_says_what_is_left(monkeypatch, capsys, tmp_pat
     assert list(tmp_path.iterdir()) == []
     message = " ".join(capsys.readouterr().err.split())
     assert message.startswith("stopped" if name == "SIGINT" else f"stopped by {name}")
-    assert "out was not written; the same command starts from the beginning." in message
+    assert message.endswith("out was not written. The same command starts from the beginning.")
+
+
+def test_a_command_that_continues_does_not_start_from_the_beginning(monkeypatch, capsys, tmp_path):
+    def work(arguments: list[str]) -> None:
+        with noting_on_stop(lambda: "Steps are kept; the same command continues."), staged(tmp_path / "out", force=False):
+            raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(command, "app", work)
+    monkeypatch.setattr(command, "_translated", list)
+    assert exit_code("tune") == 143
+    message = " ".join(capsys.readouterr().err.split())
+    assert message.endswith("out was not written. Steps are kept; the same command continues.")
 
 
 @pytest.mark.parametrize("wrapper", [ValueError, PlaitError])

@@ -240,3 +240,25 @@ def test_an_index_that_names_files_elsewhere_is_not_followed(tmp_path):
         AdapterError, match=r"index\.json: names '../model\.safetensors', which is not a file in the same folder"
     ):
         resolve_job(job)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", b"\x08\0\0\0\0\0\0\0{", "cut off|truncated"),
+        ("model.safetensors", b"", "cut off|truncated"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors"),
+        ("config.json", b"{", "this is not JSON"),
+        ("generation_config.json", b"[]", "expected a JSON object"),
+        ("tokenizer_config.json", b"\xef\xbb\xbf{}", "byte order mark"),
+    ],
+)
+def test_a_base_that_is_damaged_is_refused_before_it_is_loaded(tmp_path, name, content, message):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    (base / name).write_bytes(content)
+    rows = TrainingData(place=str(write_rows(tmp_path / "a.jsonl", ROWS)))
+    with pytest.raises(PlaitError, match=message) as caught:
+        resolve_job(TrainingJob(base=str(base), data=rows))
+    assert str(base) in str(caught.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,6 +16,7 @@ from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.checkpoints.files import INDEX, MODEL_CONFIG
 from plait.errors import AdapterError, collect
 from plait.folders import OutsideError, file_in, file_name_problem, open_in
+from plait.hub.pretrained import json_problem
 from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
 from plait.libraries.transformers import LABEL_LAYERS
 from plait.merging.inventory import Inventory
@@ -87,6 +88,9 @@ def gather_auxiliary_files(
     """Decide which files are copied with the weights.
 
     The base's files do, but for weights and its card; an adapter's tokenizer takes the place of the base's where it differs.
+
+    Raises:
+        AdapterError: one is not a file of its folder, or is called JSON and cannot be read.
     """
     files = {p.name: p for p in _copied(checkpoint.folder) if not _matches(p.name, (*_WEIGHTS, *_OWN))}
     own = [a for a in inventory.adapters if not a.is_one_file]
@@ -96,6 +100,7 @@ def gather_auxiliary_files(
     tokenizer, notes = _tokenizer(brought, files)
     files |= {name: path for name, (_, path) in tokenizer.items()}
     described |= {name: f"adapter {owner}" for name, (owner, _) in tokenizer.items()}
+    _check_json(files.values())
     texts = {}
     config = _config(checkpoint, inventory, placement, dtype)
     if config != checkpoint.config:
@@ -136,6 +141,17 @@ def _check_contained(paths: Sequence[Path]) -> None:
         except OSError as error:
             problems.append(f"{path}: cannot be read ({error.strerror or error}).")
     collect(AdapterError, problems, "files that must be copied cannot be read")
+
+
+def _check_json(paths: Iterable[Path]) -> None:
+    """Refuse JSON that cannot be read: a model with a copy of it could not be loaded, or would be without what it says.
+
+    Raises:
+        AdapterError: with all of them.
+    """
+    found = ((path, json_problem(path)) for path in paths if path.suffix == ".json")
+    problems = [f"{path.parent / problem}. Fetch it again, or delete it." for path, problem in found if problem]
+    collect(AdapterError, problems, "files that must be copied are damaged")
 
 
 def _tokenizer(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from plait.adapters.adapter import Adapter
 from plait.checkpoints.checkpoint import BaseCheckpoint
-from plait.recipes.schema import Heads, Recipe
+from plait.merging.heads import same_full_tensors
+from plait.recipes.schema import Heads
 from plait.tensorfiles.blocks import TENSOR_BLOCK_ELEMENTS, TORCH_DTYPES
 
 _TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -64,11 +65,15 @@ class FullTensor:
         )
 
 
-def effective_heads(recipe: Recipe) -> Heads:
-    """Return the policy for a model: one adapter's own tensors are part of it, those of several follow the recipe."""
-    if recipe.heads.policy == "separate" and len(recipe.adapters) == 1:
-        return Heads(policy="from", adapter=recipe.adapters[0].name)
-    return recipe.heads
+def effective_heads(adapters: Sequence[Adapter], heads: Heads) -> Heads:
+    """Return the policy for a model: one adapter's own tensors are part of it, those of several follow the recipe.
+
+    Where several adapt a tensor of their own (a resized vocabulary) it must be said whose it is, unless all have the same.
+    """
+    own = any(".base_layer." in path for adapter in adapters for path in adapter.full_tensors)
+    if heads.policy == "separate" and (len(adapters) == 1 or (own and same_full_tensors(adapters))):
+        return Heads(policy="from", adapter=adapters[0].name)
+    return heads
 
 
 def full_tensors(adapters: Sequence[Adapter], heads: Heads) -> tuple[dict[str, FullTensor], list[str]]:

@@ -44,6 +44,7 @@ class _Placing:
         self._names = ParameterFinder(checkpoint, [layout.weight_name(t) for t, layout in self._layouts.items()])
         self._result = Placement()
         self._placed: set[str] = set()
+        self._copies: dict[str, None] = {}  # parameters of which adapters bring the base's own values
 
     def run(self) -> Placement:
         self._full = {p: t for p, t in self._full.items() if not self._is_copy(p, t)}
@@ -81,6 +82,7 @@ class _Placing:
             self._result.problems += [
                 f"{t}: no tensor was found for its delta" for t in sorted(set(self._layouts) - self._placed)
             ]
+        self._note_copies()
         return self._result
 
     def _place_delta(self, target: str, layout: Layout, parts: tuple[Part, ...]) -> None:
@@ -194,7 +196,14 @@ class _Placing:
             parts = tuple(Part(stored) for stored in [stored_tensor(self._names, tied[1])] if stored)
         if len(parts) != 1 or parts[0] != Part(parts[0].tensor):
             return False
-        return tensor.equals(self._checkpoint, parts[0].tensor)
+        if not tensor.equals(self._checkpoint, parts[0].tensor):
+            return False
+        self._copies[parameter] = None
+        return True
+
+    def _note_copies(self) -> None:
+        if self._copies:
+            self._result.notes.append(f"adapters' copies of {listed(sorted(self._copies))} are the base's own: no change.")
 
     def _keep_separate(self) -> None:
         """Find the full tensors that are kept under heads/, one set per task."""

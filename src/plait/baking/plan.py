@@ -202,12 +202,13 @@ def prepare_bake(
     recipe, naming = _with_base(recipe, folder)
     with naming:
         checkpoint = _open_base(recipe, folder, dequantize=options.dequantize)
-    working = recipe.model_copy(update={"output": Output(), "heads": effective_heads(recipe)})
-    inventory = take_inventory(working, folder, moments)
+    inventory = take_inventory(recipe.model_copy(update={"output": Output()}), folder, moments)
+    heads = effective_heads(inventory.adapters, recipe.heads)
+    inventory = replace(inventory, recipe=inventory.recipe.model_copy(update={"heads": heads}))
     if not options.full_tensors:
         inventory = replace(inventory, adapters=tuple(replace(a, full_tensors={}) for a in inventory.adapters))
     merge = make_plan(inventory, workers=workers)
-    full, problems = full_tensors(inventory.adapters, working.heads)
+    full, problems = full_tensors(inventory.adapters, heads)
     problems += [*activation_problems(inventory.adapters), *replication_problems(inventory.adapters)]
     placement = place_deltas(inventory, merge, checkpoint, full)
     collect(PlanError, [*problems, *placement.problems], f"{checkpoint.folder}: this bake cannot be done")

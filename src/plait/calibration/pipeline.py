@@ -32,7 +32,7 @@ from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json
 from plait.results.digests import sha256
-from plait.results.disk import check_not_an_input, check_space
+from plait.results.disk import check_not_an_input, check_space, writing
 from plait.results.lock import LOCK, locked_input, new_lock, output_digests
 from plait.results.locking import locked
 from plait.results.progress import Progress, SilentProgress
@@ -193,7 +193,7 @@ def take_sequential_moments(
         for a in inventory.adapters
     }
     place = store / f".sequential-{key}"
-    with locked(place / "lock", "these moments are being taken"):
+    with writing(store, store), locked(place / "lock", "these moments are being taken"):
         for _ in merge_layer_by_layer(
             replace(inventory, recipe=recipe),
             mixture,
@@ -302,7 +302,7 @@ def _work(out: Path) -> Iterator[Path]:
     work = calibrating_folder(Path(os.path.abspath(out)))  # noqa: PTH100 (resolve() would follow links)
     if work.is_symlink():
         raise OutputError(f"{work} is a link, and moments are collected there. Delete it, or choose another output.")
-    with locked(work / "lock", "these adapters are being calibrated"):
+    with writing(out, work), locked(work / "lock", "these adapters are being calibrated"):
         place, aside = work / "moments", work / "moments.old"
         if aside.exists() and not out.exists():
             aside.rename(out)  # killed between the two renames of a replacement: the old result comes back

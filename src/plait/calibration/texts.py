@@ -157,7 +157,7 @@ def _rows(task: RowTask, kind: TextKind, split: SplitName | None, file: str | Pa
 
 def _file_rows(task: RowTask, path: Path) -> Sequence[Row]:
     if path.suffix.lower() != ".txt":
-        return read_file(path)
+        return read_file(path, besides=[".txt"])
     fields = fields_of(task)
     if len(fields) != 1:
         raise TaskError(

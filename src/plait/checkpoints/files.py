@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plait.errors import AdapterError
+from plait.errors import AdapterError, collect
 from plait.parsing import is_there, read_object, shown
-from plait.tensorfiles.formats import TENSOR_FORMATS
+from plait.tensorfiles.formats import TENSOR_FORMATS, open_tensors
 from plait.tensorfiles.reader import SafetensorsFile
 
 SINGLE = SafetensorsFile.model_name
@@ -51,6 +51,23 @@ def find_weights(folder: Path) -> WeightFiles | None:
             index, home = read_index(folder / name)
             return WeightFiles(tuple(sorted(set(home.values()))), name, index, home)
     return None
+
+
+def check_headers(folder: Path, weights: WeightFiles) -> None:
+    """Read the headers of a model's files.
+
+    Raises:
+        AdapterError: files that are missing, damaged or cut off, all at once.
+    """
+    problems = []
+    for name in weights.names:
+        try:
+            open_tensors(folder / name)
+        except AdapterError as error:
+            problems.append(str(error))
+        except OSError as error:
+            problems.append(f"{folder / name}: {error.strerror or error}. {_FETCH_AGAIN}")
+    collect(AdapterError, problems, f"{folder}: the base model is not complete")
 
 
 def index_name(single: str) -> str:

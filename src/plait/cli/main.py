@@ -137,7 +137,7 @@ def _run(arguments: list[str], *, wants_traceback: bool) -> int:
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except Stopped as stop:
-        if not hasattr(stop, "__notes__"):
+        if not any("the same command" in note for note in getattr(stop, "__notes__", ())):  # where nothing was kept
             stop.add_note("The same command starts from the beginning.")
         _show(stop, "", wants_traceback=False)
         return stop.code

@@ -75,7 +75,7 @@ def _show_files(found: Verification) -> None:
     from plait.cli.console import out
 
     words = {"changed": "changed since it was written", "missing": "missing", "extra": "not written by plait",
-             "outside": "a link out of the folder, or not a file"}  # fmt: skip
+             "outside": "a link out of the folder, or not a file", "damaged": "a record that cannot be read"}  # fmt: skip
     wrong = [f for f in found.files if f.state != "equal"]
     equal = len(found.files) - len(wrong)
     out().print(f"files    {equal} of {sum(f.state != 'extra' for f in found.files)} are as written")

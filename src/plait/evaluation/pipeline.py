@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -416,6 +417,6 @@ def _sources(folder: Path, lock: Lock | None, given: Mapping[str, str]) -> tuple
 def _locked_base(folder: Path, lock: Lock) -> str | None:
     """Return the base model that a lock names; a relative path starts at the lock's folder."""
     if lock.base is not None and lock.base.repo is None:
-        return str((folder / lock.base.path).resolve())
+        return os.path.realpath(folder / lock.base.path)  # Path.resolve raises RuntimeError where links lead in a circle
     base = lock.recipe.get("base_model")
     return str(base) if base is not None else None

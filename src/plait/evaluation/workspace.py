@@ -23,11 +23,12 @@ from typing import Any
 from plait.errors import OutputError, TaskError
 from plait.evaluation.record import Evaluation, TaskResult
 from plait.notices import announce
-from plait.parsing import read_object
+from plait.parsing import is_there, read_object
 from plait.results.lock import RUN_RECORD, SUMMARY
 from plait.results.locking import has_locks
 from plait.results.older_keys import INDEX, RESULTS, task_with_older_keys, with_older_keys
 from plait.results.run_folders import new_run_folder
+from plait.results.staging import place_problem
 from plait.results.writing import write_json_atomic
 
 SCORES = ".scores"
@@ -53,6 +54,8 @@ def check_workspace(workspace: Path) -> None:
     Raises:
         OutputError: they cannot.
     """
+    if problem := place_problem(workspace):
+        raise OutputError(f"the workspace: {problem}")
     there = next(p for p in (workspace.absolute(), *workspace.absolute().parents) if p.exists())
     if not there.is_dir():
         raise OutputError(f"the workspace {workspace} cannot be written: {there} is not a folder. Give another --workspace.")
@@ -84,8 +87,7 @@ def write_evaluation(workspace: Path, found: Evaluation) -> Path:
     results = home / "eval" / found.split / f"eval_results_{found.tag}_{found.split}.json"
     data = found.model_dump(mode="json")
     in_older_words = with_older_keys(RESULTS, data)
-    if not results.is_file():
-        write_json_atomic(results, in_older_words)
+    _write_once(results, in_older_words)
     for task in found.tasks:
         _write_task(workspace, home, found, task)
     run = new_run_folder(home / "runs")
@@ -142,13 +144,22 @@ def evaluation_summary(found: Evaluation) -> dict[str, Any]:
 
 def _write_task(workspace: Path, home: Path, found: Evaluation, task: TaskResult) -> None:
     file = home / "eval" / found.split / "per_task" / task.task / f"{task.task}_{found.tag}_metrics.json"
-    if not file.is_file():
-        head = {"name": found.name, "tag": found.tag, "method": found.method, "split": found.split}
-        write_json_atomic(file, task_with_older_keys(head | task.model_dump(mode="json")))
+    head = {"name": found.name, "tag": found.tag, "method": found.method, "split": found.split}
+    _write_once(file, task_with_older_keys(head | task.model_dump(mode="json")))
     others = sorted(s.name for s in found.sources if s.name != task.adapter)
     label = {0: "self", 1: "".join(others)}.get(len(others), f"multi_{_joined(others)}")
     link = workspace / task.task / "metrics" / "eval" / found.split / "merged" / label / found.tag / "metrics.json"
     _link(link, file)
+
+
+def _write_once(file: Path, data: Mapping[str, Any]) -> None:
+    """Write results where they are not yet: a tag has one content. What cannot be read is written again."""
+    try:
+        if is_there(file, OutputError) and read_object(file, OutputError, constants=True).get("tag") == data["tag"]:
+            return
+    except OutputError as error:
+        announce(f"{error} It is written again.")
+    write_json_atomic(file, data)
 
 
 def _link(link: Path, file: Path) -> None:
@@ -196,7 +207,7 @@ def _entries(index: Path) -> list[Any]:
     Raises:
         OutputError: it is not an index.
     """
-    if not index.exists():
+    if not is_there(index, OutputError):
         return []
     advice = "It cannot be added to; move it away, and a new one is begun."
     entries = read_object(index, OutputError, advice=advice).get("entries", ())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -349,6 +350,6 @@ def _check_contained(folder: Path, snapshot: Path) -> None:
     if not folder.resolve().is_relative_to(inside):
         raise AddressError(f"{folder} is a link to {folder.resolve()}, outside the snapshot. Delete {storage} and retry.")
     for entry in sorted(folder.iterdir()):
-        target = entry.resolve()
+        target = Path(os.path.realpath(entry))  # Path.resolve raises RuntimeError where links lead in a circle
         if not any(target.is_relative_to(root) for root in (inside, *blobs)):
             raise AddressError(f"{entry} is a link to {target}, outside the cache. Delete {storage} and retry.")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlaitError, PlanError, TaskError
-from plait.parsing import MAX_TEXT_BYTES, is_there, open_bytes, read_json, read_object
+from plait.parsing import MAX_TEXT_BYTES, is_there, kind_of, open_bytes, parse_json, read_text
 
 _TRUST = "--trust-remote-code (trust_remote_code=True in Python)"
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -170,7 +170,7 @@ def _check_generation(folder: Path, model: Any) -> None:
         ValueError: `generation_config.json` is damaged.
     """
     file = folder / _GENERATION
-    if file.is_file() and (wrong := _damaged(file)):
+    if file.is_file() and (wrong := json_problem(file)):
         raise ValueError(wrong)
     for name in _TOKENS:
         value = getattr(getattr(model, "generation_config", None), name, None)
@@ -188,7 +188,7 @@ def _foreign_code(text: str) -> str | None:
 def _damage(folder: Path, raised: BaseException) -> str | None:
     """Return which JSON or safetensors file of a folder is damaged, and how, and what was raised."""
     for file in sorted(folder.glob("*.json")):
-        if wrong := _damaged(file):
+        if wrong := json_problem(file):
             return wrong if wrong in str(raised) else f"{wrong} ({_words(raised)})"
     for file in sorted(folder.glob("*.safetensors")):
         try:
@@ -199,14 +199,28 @@ def _damage(folder: Path, raised: BaseException) -> str | None:
     return None
 
 
-def _damaged(file: Path) -> str | None:
+def damaged_files(folder: Path) -> list[str]:
+    """Return what is wrong with the JSON files of a folder that transformers reads, as `json_problem` reports it."""
+    there = (folder / name for name in dict.fromkeys((*_MODEL, *_TOKENIZER)))
+    return [problem for file in there if file.is_file() and (problem := json_problem(file))]
+
+
+def json_problem(file: Path) -> str | None:
+    """Report why a JSON file of a model cannot be read, by transformers or under the limits; None where it can.
+
+    Returns:
+        The file's name, and what is wrong, without a full stop.
+    """
     try:
         with open_bytes(file) as data:
             if data.read(3) == b"\xef\xbb\xbf":
                 return f"{file.name} begins with a byte order mark; save it as UTF-8 without one"
-        (read_object if file.name in (*_TOKENIZER, *_MODEL) else read_json)(file, PlanError, constants=True)
+        text = read_text(file, PlanError, most=_LARGEST)
+        found = parse_json(text, file.name, PlanError, constants=True, nul=True)  # a token may be U+0000
     except (PlaitError, OSError) as error:
         return str(error).removeprefix(f"{file.parent}/").rstrip(".")
+    if file.name in (*_TOKENIZER, *_MODEL) and not isinstance(found, dict):
+        return f"{file.name}: expected a JSON object, found {kind_of(found)}"
     return None
 
 
@@ -223,8 +237,8 @@ def _words(error: BaseException) -> str:
 def _try(tokenizer: Any) -> None:
     """Use a tokenizer once: types that nothing has looked at fail here."""
     longest = tokenizer.model_max_length
-    if isinstance(longest, bool) or not isinstance(longest, (int, float)):
-        raise TypeError(f"tokenizer_config.json: model_max_length must be a number, got {longest!r}")
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)) or longest <= 0:
+        raise TypeError(f"tokenizer_config.json: model_max_length must be a number above 0, got {longest!r}")
     for name in _SPECIAL:
         token, number = getattr(tokenizer, name, None), getattr(tokenizer, f"{name}_id", None)
         if not isinstance(token, str | None) or not isinstance(number, int | None):

@@ -28,6 +28,14 @@ def quiet_optuna() -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
+def storage_failures() -> tuple[type[Exception], ...]:
+    """Return what is raised where a storage cannot be read or written: Optuna's own class, and the database's."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return StorageInternalError, SQLAlchemyError
+
+
 def taken_up(study: Study, number: int) -> Trial:
     """Return a trial that was begun by a process that is gone, to be asked further: Optuna itself only begins new ones."""
     from optuna.trial import Trial

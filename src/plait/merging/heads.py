@@ -42,6 +42,18 @@ def head_problems(adapters: Sequence[Adapter], heads: Heads) -> list[str]:
     return problems
 
 
+def same_full_tensors(adapters: Sequence[Adapter]) -> bool:
+    """Return whether all adapters hold the same full tensors with the same values: it does not matter whose are taken."""
+    first, *others = adapters
+    indices = json.dumps(first.config.raw.get("trainable_token_indices"), sort_keys=True)
+    for other in others:
+        if other.full_tensors.keys() != first.full_tensors.keys():
+            return False
+        if json.dumps(other.config.raw.get("trainable_token_indices"), sort_keys=True) != indices:
+            return False
+    return all(torch.equal(first.read_full(path), other.read_full(path)) for path in first.full_tensors for other in others)
+
+
 def main_heads(adapters: Sequence[Adapter], heads: Heads) -> tuple[dict[str, Tensor], Mapping[str, object]]:
     """Return the full tensors that go into the merged adapter itself, and the configuration keys that declare them."""
     have = [a for a in adapters if a.full_tensors]

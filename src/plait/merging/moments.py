@@ -27,6 +27,7 @@ from plait.errors import AdapterError, OutputError, listed
 from plait.linalg.inputs import InputRows
 from plait.parsing import as_record, parse_json
 from plait.records import Record
+from plait.results.disk import writing
 from plait.tensorfiles.reader import SafetensorsFile
 from plait.tensorfiles.writer import write_tensors
 
@@ -325,6 +326,9 @@ def write_moments(path: Path, moments: Mapping[str, Found], origin: MomentsOrigi
         path: of the file; one of this name is replaced.
         moments: target module → E[x xᵀ]; modules with the same object share it. Rows keep their dtype.
         origin: what they were taken of.
+
+    Raises:
+        OutputError: it cannot be written.
     """
     first: dict[int, str] = {}
     owners = {module: first.setdefault(id(found), module) for module, found in moments.items()}
@@ -335,13 +339,14 @@ def write_moments(path: Path, moments: Mapping[str, Found], origin: MomentsOrigi
     metadata = {_PREFIX + "origin": origin.model_dump_json()} if origin is not None else {}
     if shared := {module: owner for module, owner in owners.items() if owner != module}:
         metadata[_PREFIX + "shared"] = json.dumps(shared, separators=(",", ":"))
-    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write_tensors(fresh, tensors, metadata)
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with writing(path, path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_tensors(fresh, tensors, metadata)
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
 
 
 def _check_entry(found: Found, where: str) -> None:

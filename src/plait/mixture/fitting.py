@@ -43,7 +43,7 @@ def fitting_modules(adapters: Sequence[Adapter], index: ModuleIndex) -> dict[str
 
 
 def fitting_full_tensors(adapters: Sequence[Adapter], index: ModuleIndex) -> dict[str, list[Swap]]:
-    """Return adapter → what its full tensors replace.
+    """Return adapter → what its full tensors replace; nothing of one that brings copies of the model's own alone.
 
     Raises:
         PlanError: tensors that do not fit the model, of all adapters.
@@ -53,7 +53,8 @@ def fitting_full_tensors(adapters: Sequence[Adapter], index: ModuleIndex) -> dic
     for adapter in adapters:
         if adapter.full_tensors:
             try:
-                swaps[adapter.name] = full_swaps(FullTensorSet.of(adapter), index)
+                if found := full_swaps(FullTensorSet.of(adapter), index):
+                    swaps[adapter.name] = found
             except ValueError as error:
                 problems.append(f"adapter {adapter.name!r}: {error}")
     collect(PlanError, problems, "these adapters do not fit the model")

@@ -19,6 +19,7 @@ from plait.adapters.names import layer_key
 from plait.adapters.writing import OUTPUT_DTYPES, AdapterWriter
 from plait.errors import PlanError, collect, did_you_mean
 from plait.merging.engine import MergedModule
+from plait.merging.heads import same_full_tensors
 from plait.merging.output_format import settings_of
 from plait.merging.truncation import rounded
 from plait.mixture.arrangement import Arrangement
@@ -488,7 +489,7 @@ class Mixture:
 
     def _own_heads(self, row: Sequence[float]) -> str | None:
         owners = [name for name, weight in zip(self.names, row, strict=True) if weight != 0 and name in self._heads]
-        if len(owners) > 1:
+        if len(owners) > 1 and not same_full_tensors([a for a in self._adapters if a.name in owners]):
             raise PlanError(
                 f"{', '.join(owners)} each bring full tensors (heads, token rows, biases) of their own; "
                 f"choose whose are used: heads={owners[0]!r}, or heads=False for the base's."

@@ -101,7 +101,7 @@ class FullTensorSet:
 
 
 def full_swaps(full: FullTensorSet, modules: ModuleIndex) -> list[Swap]:
-    """Return what makes full tensors act.
+    """Return what makes full tensors act; copies of the model's own values are no change, and are left out.
 
     Raises:
         ValueError: the model has no place for one of them; the text says which.
@@ -113,8 +113,15 @@ def full_swaps(full: FullTensorSet, modules: ModuleIndex) -> list[Swap]:
             swaps.append(_token_rows(path, tensor, full.token_indices, modules, alone=len(tables) == 1))
             continue
         module, name = modules.tensor(path.replace(_WRAPPED, ""))
-        swaps.append(_full_swap(path, tensor, module, name))
+        swap = _full_swap(path, tensor, module, name)
+        # trained rows of a shared tensor would reach a module that keeps the model's
+        if tables or not _is_copy(tensor, getattr(module, name)):
+            swaps.append(swap)
     return swaps
+
+
+def _is_copy(tensor: Tensor, present: Tensor) -> bool:
+    return tensor.shape == present.shape and torch.equal(tensor.to(present.device, present.dtype), present.detach())
 
 
 def _full_swap(path: str, tensor: Tensor, module: nn.Module, name: str) -> Swap:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from plait.errors import did_you_mean, join_words
+from plait.folders import one_file
 from plait.methods import METHODS
 from plait.recipes.candidates import search_problems
 from plait.recipes.paths import KeyPath, Plain, get_item
@@ -127,8 +128,11 @@ def _name_problems(data: Mapping[str, Plain]) -> Iterator[Problem]:
         return
     names = [get_item(entry, "name") for entry in adapters]
     for i, name in enumerate(names):
-        if isinstance(name, str) and name in names[:i]:
-            text = f"adapters.{names.index(name)} is called {name!r} too; give names (name: … or NAME=PATH)."
+        before = [other for other in names[:i] if isinstance(name, str) and isinstance(other, str) and one_file(other, name)]
+        if before:
+            first = name if name in before else before[0]
+            called = f"{name!r} too" if first == name else f"{first!r}, the same name to some file systems"
+            text = f"adapters.{names.index(first)} is called {called}; give names (name: … or NAME=PATH)."
             yield Problem(("adapters", i, "name"), text)
     known = [name for name in names if isinstance(name, str)]
     for path in _uses(data) if len(known) == len(names) else ():

@@ -14,6 +14,7 @@ from plait.reports.figures import figure_files, write_figures
 from plait.reports.page import render
 from plait.reports.reading import Report, read_report
 from plait.results.progress import Progress
+from plait.results.staging import place_problem
 from plait.results.writing import write_text_atomic
 
 _GENERATOR = b'<meta name="generator" content="plait">'  # of the template
@@ -63,6 +64,8 @@ def make_report(
     if problem := page_problem(out, force=force):
         raise OutputError(problem)
     report = read_report(runs, progress)
+    if figures is not None and (problem := place_problem(figures)):
+        raise OutputError(problem)
     existing = [] if figures is None or force else [f.name for f in figure_files(report, figures) if os.path.lexists(f)]
     if existing:
         raise OutputError(f"{figures} has {', '.join(existing)} already. Choose another folder, or replace them with --force.")
@@ -73,6 +76,8 @@ def make_report(
 
 def page_problem(page: Path, *, force: bool) -> str | None:
     """Return why a page must not be written; with `force` it may take the place of another page, and of nothing else."""
+    if problem := place_problem(page):
+        return problem
     if page.is_symlink() or (page.exists() and not page.is_file()):
         return f"{page} exists already, and is not a file. Choose another file."
     if not page.exists():

@@ -112,6 +112,9 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
     for path in paths:
         try:
             found = _files(path)
+            for file in (f for f in found if f.name == LOCK):
+                _check_result(file, {f.name for f in found} if path.is_dir() else None)
+                locks[str(file)] = read_text(file, ReportError)
             evaluations += [_read(Evaluation, f) for f in found if f.match(RESULTS)]
             boards = {f: _read(Leaderboard, f) for f in found if f.name == LEADERBOARD}
             comparisons += boards.values()
@@ -121,9 +124,6 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
             tunings += [_read(TuneRecord, f) for f in found if f.name == TUNING]
             studies += [_read(StudyRecord, f) for f in found if f.name == STUDY]
             losses += [curve for f in found if f.name == CURVES for curve in _read(LossCurves, f).curves]
-            for file in (f for f in found if f.name == LOCK):
-                read_lock(file.parent)  # what is not a lock is not shown as one
-                locks[str(file)] = read_text(file, ReportError)
         except (AdapterError, ReportError) as error:
             problems.append(str(error))
     once: dict[str, Evaluation] = {}
@@ -152,6 +152,8 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         named = [path / name for name in (LEADERBOARD, RUN_RECORD, TUNING, LOCK, CURVES, STUDY)]
         found = [*sorted(path.glob(RESULTS)), *(f for f in named if os.path.lexists(f))]
+        if found == [path / RUN_RECORD]:  # evaluations leave one too; a merge's is beside its lock
+            raise ReportError(f"{path}: holds {RUN_RECORD} and no {LOCK}: not a complete result. Make it again.")
         for file in found:
             try:
                 file_in(path, file.name)
@@ -172,6 +174,23 @@ def _files(path: Path) -> list[Path]:
 def _is_merge(folder: Path) -> bool:
     """Return whether the run record of a folder is that of a merge: a bake, an extraction and a tuning have others."""
     return (folder / LOCK).is_file() and read_lock(folder).kind == "merge"
+
+
+def _check_result(file: Path, beside: set[str] | None) -> None:
+    """Refuse a lock that is none, and that of a merge or a tuning whose record is gone.
+
+    Args:
+        file: the lock.
+        beside: names of what was found with it; None where the lock alone is given.
+
+    Raises:
+        AdapterError: it is not a lock.
+        ReportError: there is no record of what was done.
+    """
+    kind = read_lock(file.parent).kind
+    record = {"merge": RUN_RECORD, "tune": TUNING}.get(kind)
+    if beside is not None and record is not None and record not in beside:
+        raise ReportError(f"{file.parent}: there is no {record}, which says what was done. Make the result again.")
 
 
 def _places(file: Path, board: Leaderboard) -> list[Evaluation]:

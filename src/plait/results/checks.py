@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from plait.errors import AdapterError
-from plait.folders import OutsideError, entries, open_in
+from plait.folders import OutsideError, entries, file_in, open_in
+from plait.parsing import read_object
 from plait.records import Record
 from plait.results.lock import LOCK, RUN_RECORD, SUMMARY, Lock, read_lock
 
-FileState = Literal["equal", "changed", "missing", "extra", "outside"]
+FileState = Literal["equal", "changed", "missing", "extra", "outside", "damaged"]
 _NOT_LOCKED = (LOCK, RUN_RECORD, SUMMARY)
 _LEFT_BY_THE_HUB = (".gitattributes", ".cache", ".git")
 
@@ -23,7 +24,7 @@ class FileCheck(Record):
     Attributes:
         name: its path in the folder.
         state: against the lock; `outside` for a link that leads out of the folder and for what is not a file: nothing of it
-            is read.
+            is read; `damaged` for a record that cannot be read.
     """
 
     name: str
@@ -31,11 +32,16 @@ class FileCheck(Record):
 
 
 def check_files(folder: Path, lock: Lock) -> tuple[FileCheck, ...]:
-    """Compare every file with the lock; lock, run record and what the Hub's tools leave next to them are not part of it."""
+    """Compare every file with the lock; what the Hub's tools leave next to them is not part of it.
+
+    Run record and summary hold times and notes, so that no lock has their hashes: they are among the files found where they
+    cannot be read.
+    """
     names = {n for n in entries(folder) if n not in _NOT_LOCKED and n.split("/")[0] not in _LEFT_BY_THE_HUB}
-    return tuple(
-        FileCheck(name=name, state=_state(folder, name, lock.outputs.get(name))) for name in sorted(names | {*lock.outputs})
-    )
+    states = {name: _state(folder, name, lock.outputs.get(name)) for name in sorted(names | {*lock.outputs})}
+    records = {name: _record_state(folder, name) for name in (RUN_RECORD, SUMMARY) if os.path.lexists(folder / name)}
+    states |= {name: state for name, state in records.items() if state != "equal"}
+    return tuple(FileCheck(name=name, state=state) for name, state in states.items())
 
 
 def is_complete(folder: Path) -> bool:
@@ -58,3 +64,13 @@ def _state(folder: Path, name: str, digest: str | None) -> FileState:
         return "outside"
     except OSError as error:
         raise AdapterError(f"{folder / name}: cannot be read ({error.strerror or error}).") from None
+
+
+def _record_state(folder: Path, name: str) -> FileState:
+    try:
+        read_object(file_in(folder, name), AdapterError)
+    except AdapterError:
+        return "damaged"
+    except OSError:
+        return "outside"
+    return "equal"

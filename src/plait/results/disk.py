@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from plait.errors import DISK_FULL, OutputError
 
 UNWRITABLE = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextmanager
+def writing(out: Path, place: Path) -> Iterator[None]:
+    """Refuse what the file system fails at inside the block, such as a disk that is full.
+
+    Args:
+        out: what is being written, for the message.
+        place: the folder that is written in; what fails elsewhere is raised as it is.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        about = Path(error.filename) if isinstance(error.filename, (str, os.PathLike)) else place
+        if isinstance(error, OutputError) or (error.errno not in UNWRITABLE and not about.is_relative_to(place)):
+            raise
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror or error}. Free some space or choose another place."
+        ) from error
 
 
 def free_space(folder: Path) -> tuple[Path, int]:

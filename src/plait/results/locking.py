@@ -18,6 +18,7 @@ from typing import IO
 
 from plait.errors import OutputError
 from plait.notices import announce
+from plait.parsing import is_there
 
 _PAUSE = 0.1  # seconds between tries
 
@@ -52,13 +53,19 @@ def locked(file: Path, work: str, *, patience: float = 0.0) -> Iterator[int | No
 
 
 def lock_holder(file: Path, work: str) -> str | None:
-    """Return a message where another process holds a lock; None where none does."""
-    if not has_locks():
+    """Return a message where another process holds a lock; None where none does.
+
+    Raises:
+        OutputError: the lock cannot be opened.
+    """
+    if not has_locks() or not is_there(file, OutputError):
         return None
     try:
         handle = file.open("r+", encoding="utf-8")
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise OutputError(f"{file}: {error.strerror or error}.") from None
     with handle:
         return None if _lock(handle) else _holder(file, handle, work)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from plait.errors import OutputError
+from plait.notices import announce
 from plait.parsing import read_text
 from plait.records import Record
 
@@ -41,9 +43,13 @@ def overall_kept(modules: tuple[ModuleRecord, ...]) -> float:
 
 def read_earlier(kind: type[R], path: Path) -> R | None:
     """Return the record that an earlier run wrote; None where none can be read: not there, not JSON, of another version."""
+    if not os.path.lexists(path):
+        return None
     try:
         return kind.model_validate_json(read_text(path, OutputError))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        reason = str(error) if isinstance(error, OutputError) else f"{path}: not a record of this version"
+        announce(f"{reason.rstrip('.')}: what an earlier run wrote there does not count.")
         return None
 
 

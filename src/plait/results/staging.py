@@ -61,10 +61,8 @@ def checking_output(out: Path | None, *, force: bool) -> Iterator[None]:
 
 def output_problem(folder: Path, *, force: bool) -> str | None:
     """Return why a folder must not be written, before any work is done."""
-    if "\0" in str(folder):
-        return f"{str(folder)!r} holds a NUL character. Choose another output."
-    if str(folder).startswith("~"):
-        return f"{folder}: '~' is not expanded here. Write the complete path, such as {Path.home() / 'merged'}."
+    if problem := place_problem(folder):
+        return problem
     try:
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             return f"{folder} exists and is not a folder. Choose another output."
@@ -79,6 +77,23 @@ def output_problem(folder: Path, *, force: bool) -> str | None:
             return f"{folder} cannot be written: no permission to write in {place}. Choose another output."
     except OSError as error:
         return f"{folder} cannot be written: {error.strerror or error}."
+    return None
+
+
+def place_problem(place: Path) -> str | None:
+    """Return why nothing can be written at a path, whatever is there: how it is spelled, or that it is no place for results."""
+    if "\0" in str(place):
+        return f"{str(place)!r} holds a NUL character. Choose another output."
+    if str(place).startswith("~"):
+        return f"{place}: '~' is not expanded here. Write the complete path, such as {Path.home() / 'merged'}."
+    if os.path.realpath(place) == place.absolute().anchor:
+        return f"{place} is the root of the file system. Choose another output."
+    try:
+        os.lstat(place)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return f"{place} cannot be written: {error.strerror or error}. Choose another output."
     return None
 
 
@@ -150,7 +165,7 @@ def staged(folder: Path, *, force: bool) -> Iterator[Path]:
     except BaseException as error:
         if not isinstance(error, Exception):  # stopped by its user
             state = "is as it was before" if folder.exists() else "was not written"
-            error.add_note(f"{folder} {state}; the same command starts from the beginning.")
+            error.add_note(f"{folder} {state}.")
         raise
     finally:
         shutil.rmtree(place, ignore_errors=True)

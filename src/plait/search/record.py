@@ -7,13 +7,14 @@ and so are a study's keys that it had, for scripts that read those. `version` co
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from plait.errors import OutputError
 from plait.folders import expanded
-from plait.parsing import read_object
+from plait.parsing import is_there, read_record
+from plait.recipes.search import SearchSpec
 from plait.records import Record
 from plait.results.older_keys import FINAL_KEYS, OUTCOME_KEYS, SWEEP, OlderKeysDropped, drop_older_params, keys_of
 
@@ -225,6 +226,24 @@ class StudyRecord(OlderKeysDropped):
     def _drop_older_params(cls, data: Any) -> Any:
         return drop_older_params(data)
 
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        """Refuse what points at runs that are not there, and runs without a task."""
+        if self.version != STUDY_VERSION:
+            raise ValueError(f"it is of version {self.version}; this plait reads {STUDY_VERSION}")
+        front = {f"front.{place}": index for place, index in enumerate(self.front)}
+        for name, index in {"best_index": self.best_index, "second_index": self.second_index, **front}.items():
+            if index is not None and not 0 <= index < len(self.runs):
+                raise ValueError(f"{name} is {index}; there are {len(self.runs)} runs")
+        for number, run in enumerate(self.runs):
+            if run.complete and (lacking := [task for task in self.eval_tasks if task not in run.results]):
+                raise ValueError(f"runs.{number}.results lacks {', '.join(map(repr, lacking))}")
+            numbers = (run.worst, run.mean, *(found.recovery for found in run.results.values()))
+            if run.complete and None in numbers:
+                raise ValueError(f"runs.{number}: a candidate that was asked everything has a recovery of every task")
+        SearchSpec.model_validate(self.search)
+        return self
+
     @property
     def best(self) -> Run:
         """The best candidate."""
@@ -242,9 +261,6 @@ def read_study(folder: Path) -> StudyRecord:
         OutputError: there is none, or it cannot be read.
     """
     file = expanded(folder) / STUDY
-    if not file.is_file():
+    if not is_there(file, OutputError):
         raise OutputError(f"{folder}: there is no {STUDY}; give the folder of a study that plait sweep has finished.")
-    try:
-        return StudyRecord.model_validate(read_object(file, OutputError))
-    except ValueError as error:
-        raise OutputError(f"{file} is not a study's record: {error}".splitlines()[0]) from None
+    return read_record(StudyRecord, file, OutputError, what="the record of a search", advice="Search again.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from plait.recipes.evaluation import EvalSpec
 from plait.recipes.schema import Recipe
 from plait.recipes.search import SearchSpec
 from plait.results.progress import Progress
+from plait.results.staging import place_problem
 from plait.search.judging import Judge, check_owners
 from plait.search.progress import TrialProgress
 from plait.search.record import STUDY, Run, StudyRecord, read_study
@@ -207,11 +209,13 @@ def _check_complete(recipe: Recipe) -> None:
 
 
 def _check_place(out: Path) -> None:
-    """Refuse an output that is neither a study nor empty.
+    """Refuse an output that is neither a study nor empty, or cannot be written.
 
     Raises:
-        OutputError: something else is there.
+        OutputError: something else is there, or it is no place for a study.
     """
-    is_study = any((out / name).exists() for name in (STORAGE, STUDY))
+    if problem := place_problem(out):
+        raise OutputError(problem)
+    is_study = any(os.path.lexists(out / name) for name in (STORAGE, STUDY))
     if out.exists() and not is_study and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
         raise OutputError(f"{out} holds something that is not a study of plait sweep; give another -o.")

@@ -10,9 +10,11 @@ import optuna
 from plait.errors import OutputError
 from plait.folders import expanded
 from plait.libraries.optuna import quiet_optuna, sqlite_url
+from plait.parsing import is_there
 from plait.records import Record
 from plait.results.locking import lock_holder
-from plait.search.study import FOUND, LOCK, STORAGE, Outcome
+from plait.search.record import STUDY
+from plait.search.study import FOUND, LOCK, STORAGE, first_line, studied
 
 
 class StudyStatus(Record):
@@ -54,7 +56,8 @@ def read_status(folder: Path, storage: str | None = None) -> StudyStatus:
         OutputError: there is no study.
     """
     place = expanded(folder)
-    if storage is None and not (place / STORAGE).is_file():
+    where = f"{place / STORAGE}" if storage is None else "--storage (storage=)"
+    if storage is None and not is_there(place / STORAGE, OutputError):
         raise OutputError(f"{folder}: there is no {STORAGE}; give the folder of a study (or --storage, as the sweep had it).")
     with quiet_optuna():
         try:
@@ -67,15 +70,15 @@ def read_status(folder: Path, storage: str | None = None) -> StudyStatus:
         except OutputError:
             raise
         except Exception as error:  # SQLAlchemy and its drivers raise any class
-            raise OutputError(f"{folder}: Optuna cannot read this storage: {str(error).strip().splitlines()[0]}.") from None
-    ended = [Outcome.model_validate(t.user_attrs[FOUND]) for t in trials if t.state.is_finished() and FOUND in t.user_attrs]
+            raise OutputError(f"{where}: Optuna cannot read this storage: {first_line(error)}.") from None
+    ended = [studied(t, where).outcome for t in trials if t.state.is_finished() and FOUND in t.user_attrs]
     complete = [found for found in ended if found.score is not None and not found.stopped]
     best = max(complete, key=lambda found: found.score or 0.0, default=None)
     states = optuna.trial.TrialState
     return StudyStatus(
         study=study.study_name,
         running=lock_holder(place / LOCK, "a search") is not None,
-        finished=(place / "study.json").is_file(),
+        finished=is_there(place / STUDY, OutputError),
         trials=len(ended),
         begun=sum(t.state is states.RUNNING for t in trials),
         waiting=sum(t.state is states.WAITING for t in trials),

@@ -6,19 +6,21 @@ taken up, where they are this process's to take.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from plait.errors import OutputError
-from plait.libraries.optuna import quiet_optuna, sqlite_url, taken_up
+from plait.libraries.optuna import quiet_optuna, sqlite_url, storage_failures, taken_up
+from plait.parsing import as_record, is_there, shown
 from plait.recipes.candidates import Point
 from plait.records import Record
 from plait.search.record import Phase, Run, TaskOutcome
@@ -29,6 +31,7 @@ STORAGE = "study.db"
 LOCK = ".lock"  # of the folder, while a process is at work there
 FOUND = "plait"  # a trial's user attribute with what came of it
 _PHASE, _WORKER, _BATCH = "phase", "worker", "batch"  # further attributes of a trial
+_ANEW = "Give another -o, or --force to begin anew there."
 _PARALLEL = "parallel"  # an attribute of the study
 
 
@@ -60,6 +63,13 @@ class Outcome(Record):
     error: str | None = None
     repeats: int | None = None
     seconds: float = 0.0
+
+    @model_validator(mode="after")
+    def _has_a_score(self) -> Self:
+        """Refuse a candidate that was merged and has no number."""
+        if self.error is None and self.score is None:
+            raise ValueError("a candidate that could be merged has a score")
+        return self
 
 
 class Studied(Record):
@@ -147,6 +157,9 @@ class Study:
         self.url, self.name, self._space = url, name, space
         self._alone = url is None
         self._begun: set[int] = set()  # trials of this process
+        self._where = f"{folder / STORAGE}" if self._alone else "--storage (storage=)"
+        if self._alone:
+            is_there(folder / STORAGE, OutputError)
         address = url or sqlite_url(str((folder / STORAGE).absolute()))
         with quiet_optuna():
             try:
@@ -162,11 +175,21 @@ class Study:
                     storage=storage, study_name=name, directions=["maximize"] * goals, load_if_exists=True
                 )
                 self.parallel = self._agreed(parallel, usual)
+                self._check()
             except OutputError:
                 raise
             except Exception as error:  # SQLAlchemy and its drivers raise any class
-                where = f"{folder / STORAGE}" if self._alone else "--storage (storage=)"
-                raise OutputError(f"{where}: Optuna cannot open this storage: {_first_line(error)}.") from None
+                raise OutputError(f"{self._where}: Optuna cannot open this storage: {first_line(error)}.") from None
+
+    def _check(self) -> None:
+        """Read all trials: what is damaged is found now, and not after hours.
+
+        Raises:
+            OutputError: what one of them says cannot be read.
+        """
+        self.finished()
+        for trial in self._study.get_trials(deepcopy=False):
+            self._batch(trial)
 
     def _agreed(self, parallel: int | None, usual: int) -> int:
         """Return the number of trials of a batch, and write it down for a study that is new.
@@ -174,16 +197,18 @@ class Study:
         Raises:
             OutputError: the study began with another number.
         """
-        found: int | None = self._study.user_attrs.get(_PARALLEL)
+        found: Any = self._study.user_attrs.get(_PARALLEL)
         if found is None:
             found = 1 if self._study.get_trials(deepcopy=False) else parallel or usual
             self._study.set_user_attr(_PARALLEL, found)
+        if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+            raise OutputError(f"{self._where}: the number of trials of a batch is {shown(found)}. {_ANEW}")
         if parallel not in (None, found):
             raise OutputError(
                 f"search.parallel is {parallel}, and the study that is there began with {found}: what is suggested depends on "
                 f"it. Give --parallel {found} or none, another -o, or --force to begin anew."
             )
-        return found
+        return int(found)
 
     @property
     def optuna(self) -> optuna.Study:
@@ -192,24 +217,21 @@ class Study:
 
     def finished(self) -> list[Studied]:
         """Return the trials that came to an end, in their order."""
-        with quiet_optuna():
+        with self._storage():
             trials = self._study.get_trials(deepcopy=False)
-        return [
-            Studied(number=t.number, phase=_phase(t), outcome=Outcome.model_validate(t.user_attrs[FOUND]))
-            for t in trials
-            if t.state.is_finished() and FOUND in t.user_attrs
-        ]
+        return [studied(t, self._where) for t in trials if t.state.is_finished() and FOUND in t.user_attrs]
 
     def waiting(self) -> int:
         """Return how many points are still to be tried before anything is suggested."""
-        return len(self._study.get_trials(deepcopy=False, states=[TrialState.WAITING]))
+        with self._storage():
+            return len(self._study.get_trials(deepcopy=False, states=[TrialState.WAITING]))
 
     def add(self, phase: Literal["start", "zero", "warm_start"], outcome: Outcome, values: Sequence[float]) -> None:
         """Put a candidate there that has been evaluated already, unless it is there."""
         known = {point_key(found.outcome.params) for found in self.finished()}
         if point_key(outcome.params) in known:
             return
-        with quiet_optuna():
+        with self._storage():
             self._study.add_trial(
                 create_trial(
                     params=self._space.labels(outcome.params),
@@ -221,7 +243,7 @@ class Study:
 
     def enqueue(self, points: Sequence[Point]) -> None:
         """Have points tried before anything is suggested; those that are there already are not added again."""
-        with quiet_optuna():
+        with self._storage():
             for point in points:
                 self._study.enqueue_trial(self._space.labels(point), user_attrs={_PHASE: "point"}, skip_if_exists=True)
 
@@ -232,7 +254,7 @@ class Study:
         next of the one that had begun.
         """
         left = self._left_over()
-        known = [found for trial in left if (found := _batch(trial)) is not None]
+        known = [found for trial in left if (found := self._batch(trial)) is not None]
         return known[0] if known else Batch(first=left[0].number) if left else None
 
     def next(self, sampler: NumberedSampler, batch: Batch | None, size: int) -> tuple[Trial, dict[str, Any], Batch]:
@@ -243,9 +265,11 @@ class Study:
             batch: which one; the trial begins one when None.
             size: of a batch that begins.
         """
-        with quiet_optuna():
+        with self._storage():
             self._study.sampler = sampler
-            number = min((t.number for t in self._left_over() if batch is None or _batch(t) in (batch, None)), default=None)
+            number = min(
+                (t.number for t in self._left_over() if batch is None or self._batch(t) in (batch, None)), default=None
+            )
             trial = self._study.ask() if number is None else taken_up(self._study, number)
             self._begun.add(trial.number)
             batch = batch or Batch(first=trial.number, size=size)
@@ -255,11 +279,13 @@ class Study:
 
     def ended_of(self, batch: Batch) -> int:
         """Return how many trials of a batch have ended."""
-        return sum(_batch(t) == batch and t.state.is_finished() for t in self._study.get_trials(deepcopy=False))
+        with self._storage():
+            trials = self._study.get_trials(deepcopy=False)
+        return sum(self._batch(t) == batch and t.state.is_finished() for t in trials)
 
     def tell(self, trial: Trial, outcome: Outcome, values: Sequence[float]) -> None:
         """Report what came of a trial; one with an `error` has failed."""
-        with quiet_optuna():
+        with self._storage():
             trial.set_user_attr(FOUND, outcome.model_dump(mode="json"))
             if outcome.error is not None:
                 self._study.tell(trial.number, state=TrialState.FAIL)
@@ -270,7 +296,7 @@ class Study:
         """Return path → share of the variance of the first number (fANOVA); empty where trials are too few, or all alike."""
         from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
-        with quiet_optuna():
+        with self._storage():
             trials = self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
             values = {t.values[0] for t in trials}
             if len(trials) < 4 or len(values) < 2:
@@ -287,17 +313,52 @@ class Study:
         return len(self._left_over())
 
     def _left_over(self) -> list[FrozenTrial]:
-        running = self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+        with self._storage():
+            running = self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
         return [t for t in running if t.number not in self._begun and (self._alone or _is_gone(t.user_attrs))]
 
+    def _batch(self, trial: FrozenTrial) -> Batch | None:
+        """Return the batch of a trial; None of one that has none.
 
-def _batch(trial: FrozenTrial) -> Batch | None:
-    found = trial.user_attrs.get(_BATCH)
-    return None if found is None else Batch.model_validate(found)
+        Raises:
+            OutputError: what is there is none.
+        """
+        found, source = trial.user_attrs.get(_BATCH), f"{self._where}: trial {trial.number}"
+        return None if found is None else as_record(Batch, found, source, OutputError, what="a batch", advice=_ANEW)
+
+    @contextmanager
+    def _storage(self) -> Iterator[None]:
+        """Keep Optuna quiet, and refuse what its storage fails at, such as a disk that is full.
+
+        Raises:
+            OutputError: the storage fails.
+        """
+        try:
+            with quiet_optuna():
+                yield
+        except storage_failures() as error:
+            raise OutputError(f"{self._where}: Optuna's storage failed: {first_line(error)}.") from error
 
 
-def _phase(trial: FrozenTrial) -> Phase:
-    found: Phase = trial.user_attrs.get(_PHASE, "search")
+def studied(trial: FrozenTrial, where: str) -> Studied:
+    """Return a trial that has ended as the storage has it.
+
+    Args:
+        trial: with what came of it.
+        where: the storage, for messages.
+
+    Raises:
+        OutputError: what is there was not written by plait, or is damaged.
+    """
+    data = {
+        "number": trial.number,
+        "phase": trial.user_attrs.get(_PHASE, "search"),  # a trial that Optuna suggested has none
+        "outcome": trial.user_attrs[FOUND],
+    }
+    found = as_record(Studied, data, f"{where}: trial {trial.number}", OutputError, what="a candidate", advice=_ANEW)
+    score, values = found.outcome.score, trial.values or [None]
+    if trial.state is TrialState.COMPLETE and (score is None or values[0] is None or not math.isclose(values[0], score)):
+        raise OutputError(f"{where}: trial {trial.number}: its value is {values[0]}, and its score {score}. {_ANEW}")
     return found
 
 
@@ -319,6 +380,7 @@ def _is_gone(attributes: Mapping[str, Any]) -> bool:
     return False
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
+def first_line(error: Exception) -> str:
+    """Return the first line of what was raised, without a full stop; of the database, where Optuna speaks for it."""
+    lines = str(error.__cause__ or error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from plait.errors import PlaitError, TaskError, collect, did_you_mean, join_words
-from plait.folders import expanded
+from plait.folders import expanded, one_file
 from plait.recipes.documents import YamlDocument, open_document
 from plait.recipes.paths import Plain, get_item
 from plait.recipes.problems import Origins, Problem, show_value
@@ -58,8 +58,9 @@ def load_tasks(
         except PlaitError as error:
             problems.append(str(error))
             continue
-        if task.name in (t.name for t in tasks):
-            problems.append(f"{path}: another task is called {task.name!r} too; task names must be unique.")
+        if same := next((t.name for t in tasks if one_file(t.name, task.name)), None):
+            called = f"{same!r} too" if same == task.name else f"{same!r}, the same as {task.name!r} to some file systems"
+            problems.append(f"{path}: another task is called {called}; task names must be unique.")
         tasks.append(task)
     collect(TaskError, problems, "some tasks cannot be used")
     return tuple(tasks)

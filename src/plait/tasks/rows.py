@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,19 @@ def _file(task: RowTask, place: Path, split: Split, name: SplitName) -> Path:
     return file
 
 
-def read_file(file: Path) -> list[Row]:
+def read_file(file: Path, *, besides: Sequence[str] = ()) -> list[Row]:
     """Return the rows of one file.
+
+    Args:
+        file: its ending says how it is read.
+        besides: endings that the caller reads itself, for the message.
 
     Raises:
         TaskError: its ending is not known, or it cannot be read.
     """
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
-        raise TaskError(f"{file}: {file.suffix or 'no ending'!r} is not read; allowed: {', '.join(_READERS)}.")
+        raise TaskError(f"{file}: {file.suffix or 'no ending'!r} is not read; allowed: {', '.join((*_READERS, *besides))}.")
     try:
         return reader(file)
     except UnicodeDecodeError as error:

@@ -18,7 +18,7 @@ from plait.results.checks import check_files
 from plait.results.lock import read_lock
 from plait.results.locking import lock_holder, locked
 from plait.results.records import read_earlier
-from plait.results.staging import output_problem
+from plait.results.staging import output_problem, place_problem
 from plait.results.writing import write_json_atomic
 from plait.training.job import ADAPTER, FINAL_MODEL, ResolvedJob, TrainingRecord
 
@@ -115,8 +115,8 @@ def folder_problem(out: Path, opened: ResolvedJob | None, *, force: bool) -> str
 
 
 def _place_problem(out: Path) -> str | None:
-    if str(out).startswith("~") or "\0" in str(out):
-        return f"{str(out)!r} is not a folder's name: '~' is not expanded here. Write the complete path."
+    if problem := place_problem(out):
+        return problem
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         return f"{out} exists and is not a folder. Choose another output folder."
     above = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())

@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from plait.checkpoints.files import find_weights
-from plait.errors import AddressError, PlaitError, TaskError, collect
+from plait.checkpoints.files import check_headers, find_weights
+from plait.errors import AdapterError, AddressError, PlaitError, TaskError, collect
 from plait.evaluation.scores import model_digest
 from plait.folders import expanded
 from plait.hub.download import COMPANION_FILES, Located, resolve_model
+from plait.hub.pretrained import damaged_files
 from plait.parsing import MAX_TEXT_BYTES
 from plait.records import Record
 from plait.results.digests import sha256
@@ -248,7 +249,12 @@ def _base(text: str) -> Located:
         found = resolve_model(text, files=("*.json", "*.safetensors", *COMPANION_FILES))
     except AddressError as error:
         raise AddressError(f"model_name_or_path: {error}") from error
-    find_weights(found.folder)  # transformers follows an index out of its folder
+    weights = find_weights(found.folder)  # transformers follows an index out of its folder
+    # of a repository in another format than safetensors, transformers fetches the weights itself
+    if weights is not None and (found.repo is None or all((found.folder / name).exists() for name in weights.names)):
+        check_headers(found.folder, weights)
+    if damaged := damaged_files(found.folder):
+        raise AdapterError(f"model_name_or_path: {found.folder}: {'; '.join(damaged)}. Fetch the base model again.")
     return found
 
 

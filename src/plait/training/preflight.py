@@ -5,6 +5,7 @@ All that can be wrong before a model is loaded is found here, in all phases, and
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from plait.libraries.transformers import silence
 from plait.parsing import read_object
 from plait.reports.losses import CURVES
 from plait.reports.pipeline import page_problem
-from plait.results.staging import output_problem
+from plait.results.staging import output_problem, place_problem
 from plait.tasks.examples import read_examples
 from plait.training.encoding import EncodedSplits
 from plait.training.folder import TRAINING_RECORD, finished, folder_problem, last_checkpoint, named_checkpoint
@@ -74,7 +75,9 @@ def resolve_phases(plan: TrainingPlan) -> tuple[ResolvedPhase, ...]:
     require("plait train", {"train": PACKAGES})
     check_output(plan.out)
     with plan.origins.at("base_model"):
-        resolve_model(plan.base)
+        base = resolve_model(plan.base)
+    if plan.out.exists() and plan.out.samefile(base.folder):
+        raise OutputError(f"{plan.out} is the base model's folder. Choose another output folder.")
     resolved: list[ResolvedPhase] = []
     problems: list[tuple[int, str, str]] = []
     occupied: list[str] = []
@@ -138,6 +141,9 @@ def move_outdated(plan: TrainingPlan, phases: Sequence[ResolvedPhase]) -> list[s
     """Move finished adapters of other settings out of the way, and back where these settings made them; return notes of it.
 
     They go to `earlier/NAME-DIGEST`: hours of training are not thrown away because a line of the file changed.
+
+    Raises:
+        OutputError: one would take the place of an adapter whose record cannot be read.
     """
     notes = []
     for phase in phases:
@@ -149,6 +155,11 @@ def move_outdated(plan: TrainingPlan, phases: Sequence[ResolvedPhase]) -> list[s
             notes.append(f"{folder.name}: an adapter with other settings was there; it was moved to {EARLIER}/{away.name}.")
         kept = plan.out / EARLIER / f"{folder.name}-{digest[:12]}"
         if kept.is_dir() and _digest(folder) is None:
+            if os.path.lexists(folder / TRAINING_RECORD):
+                raise OutputError(
+                    f"{folder / TRAINING_RECORD} cannot be read, and {kept} holds an adapter of these settings: which one is "
+                    "wanted is not known. Move one of the two folders away."
+                )
             _move(kept, folder)
             notes.append(f"{folder.name}: these settings had been trained before; the adapter was restored from {EARLIER}/.")
     return notes
@@ -191,6 +202,9 @@ def check_output(out: Path) -> None:
 
 
 def _in_the_way(out: Path) -> Iterator[tuple[Path, str]]:
+    if problem := place_problem(out):
+        yield out, problem.removeprefix(f"{out} ")
+        return
     if out.exists() and not out.is_dir():
         yield out, "exists and is not a folder. Choose another output folder."
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import AddressError, PlaitError, RecipeError, join_words
-from plait.folders import expanded
+from plait.folders import expanded, one_file
 from plait.hub.references import parse_reference
 from plait.methods import METHODS
 from plait.recipes.documents import YamlDocument, open_document
@@ -157,8 +157,9 @@ def _phase_problems(phases: Phases, tasks: Mapping[int, Task]) -> Iterator[Probl
     """Find names given twice, what phases must not change in the LoRA configuration, and losses on rows that are not there."""
     names = [p.name for p in phases.phases]
     for i, phase in enumerate(phases.phases):
-        if (first := names.index(phase.name)) < i:
-            text = f"phases.{first} is called {phase.name!r} too; give names that differ (name: …)."
+        if (first := next(k for k, name in enumerate(names) if one_file(name, phase.name))) < i:
+            called = f"{phase.name!r} too" if names[first] == phase.name else f"{names[first]!r}, the same to some file systems"
+            text = f"phases.{first} is called {called}; give names that differ (name: …)."
             yield Problem((PHASES, i, "name"), text)
         strategy, task = (phases.arguments | phase.arguments).get("eval_strategy", "no"), tasks.get(i)
         if strategy != "no" and (task is None or "validation" not in task.split_names):
@@ -211,8 +212,8 @@ def _name_problems(i: int, phase: Phase, task: Task, others: Sequence[Task]) -> 
             f"name is {phase.name!r}, but the own adapter of task {task.name!r} is called {task.own_adapter!r}: recovery "
             f"would not be known. Leave the name out, or write adapter: {phase.name} into the task's file.",
         )
-    if task.name in (t.name for t in others):
-        yield Problem((PHASES, i, "task"), f"another phase's task is called {task.name!r} too; task names must be unique.")
+    if same := next((t.name for t in others if one_file(t.name, task.name)), None):
+        yield Problem((PHASES, i, "task"), f"another phase's task is called {same!r} too; task names must be unique.")
 
 
 def _kind(task: Task) -> TrainingKind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from plait.adapters.adapter import Adapter
 from plait.calibration.texts import Texts
 from plait.errors import PlaitError, TaskError
+from plait.notices import announce
 from plait.parsing import read_object
 from plait.recipes.evaluation import SplitName
 from plait.tasks.examples import prompts_of
@@ -24,11 +26,19 @@ _LEAST = 16  # characters: a shorter text, such as `yes`, is within others by ch
 def seen_in_training(texts: Texts, adapter: Adapter) -> int | None:
     """Return how many texts were in an adapter's training; None where no record, or no data that can be read, says it."""
     file = adapter.folder.absolute().parent / _RECORD
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
     try:
-        asked = _questions(read_object(file, TaskError)["job"]["data"])
-    except (PlaitError, KeyError, TypeError):
+        data = read_object(file, TaskError)["job"]["data"]
+        if lacking := {"split", "task", "place", "limit", "text_field"} - {*data}:
+            raise LookupError(lacking)
+    except (TaskError, LookupError, TypeError) as error:
+        why = str(error).rstrip(".") if isinstance(error, TaskError) else f"{file}: it does not say what was trained on"
+        announce(f"{why}; whether {adapter.name} was trained on these texts is not known.")
+        return None
+    try:
+        asked = _questions(data)
+    except (PlaitError, LookupError, TypeError, ValueError, AttributeError):  # data that is elsewhere, or of another form now
         return None
     exact, longer = set(asked), [q for q in asked if len(q) >= _LEAST]
     prompts = [prompt_text(p).strip() for p in texts.prompts]

@@ -106,6 +106,8 @@ class WorkingState:
             draft.replace(self.folder / f"{name}.safetensors")
         except OSError as error:
             raise OutputError(f"{self.folder} cannot be written: {error.strerror or error}.") from None
+        finally:
+            draft.unlink(missing_ok=True)
 
     @property
     def place(self) -> Path:

@@ -6,24 +6,26 @@ import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from plait.adapters.adapter import Adapter
-from plait.errors import AdapterError, PlanError, RecipeError
+from plait.errors import AdapterError, PlanError, RecipeError, listed
 from plait.hub.references import parse_reference
 from plait.merging.combine import pipeline_of
 from plait.merging.inventory import open_adapters
 from plait.merging.weighting import module_weights, towers_of
-from plait.parsing import read_object
+from plait.parsing import is_there, read_object, shown
 from plait.recipes.loading import build_recipe
 from plait.recipes.problems import Origins
 from plait.recipes.request import Adapters, extend_request
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json
-from plait.results.lock import LOCK, RUN_RECORD, Lock, read_lock, relative_path
+from plait.results.checks import check_files
+from plait.results.lock import CARD, LOCK, RUN_RECORD, Lock, read_lock, relative_path
+from plait.results.records import Result
 from plait.stages.base import LinearCombine
 from plait.verification.inputs import BASE, FoundInput, InputCheck, check_inputs
 from plait.verification.rebuild import located_recipe
@@ -120,6 +122,7 @@ def _from_merged(folder: Path, lock: Lock, add: Adapters, settings: Mapping[str,
     earlier = _recipe(folder, lock)
     if lock.kind != "merge" or earlier.output.kind != "adapter":
         raise PlanError(f"{folder}: --from-merged needs a merged adapter, and this is a {lock.kind} of dense weights.")
+    _check_unchanged(folder, lock)
     every = extend_request(recipe_json(earlier), add, settings, sets)
     new = every.adapters[len(earlier.adapters) :]
     _, opened = open_adapters([("merged", str(folder)), *((a.name, a.path) for a in new)])
@@ -196,11 +199,44 @@ def _relation(folder: Path, every: Recipe, *, exact: bool) -> str:
             f"this is {every.method_name!r} of the earlier merge and what is added, another result than that of all {count} "
             f"adapters at once: {why}. The sources are needed for that one."
         )
-    record = folder / RUN_RECORD
-    result = read_object(record, AdapterError).get("result") if record.is_file() else None
+    result = _written_as(folder)
+    if result is None:
+        return (
+            f"{folder} has no {RUN_RECORD}: whether the earlier merge was truncated is not known. If it was, what it lost is "
+            f"missing here too, against merging all {count} adapters at once."
+        )
     if result == "truncated":
         return (
             f"the earlier merge was truncated: what it lost is missing here too, against merging all {count} adapters at once."
         )
     rounded = f", up to rounding it to {every.output.dtype} once more" if every.output.dtype != "float32" else ""
     return f"the same as merging all {count} adapters at once{rounded}: {every.method_name!r} is linear."
+
+
+def _written_as(folder: Path) -> str | None:
+    """Return whether an earlier merge was written exactly; None where it has no record.
+
+    Raises:
+        AdapterError: the record cannot be read.
+    """
+    record = folder / RUN_RECORD
+    if not is_there(record, AdapterError):
+        return None
+    result = read_object(record, AdapterError).get("result")
+    if result not in get_args(Result):
+        raise AdapterError(f"{record}: result: {shown(result)} must be one of {', '.join(get_args(Result))}.")
+    return str(result)
+
+
+def _check_unchanged(folder: Path, lock: Lock) -> None:
+    """Refuse a merged adapter that is not what its lock says.
+
+    Raises:
+        AdapterError: files of it are gone, or have changed.
+    """
+    wrong = [f"{f.name} ({f.state})" for f in check_files(folder, lock) if f.state not in ("equal", "extra") and f.name != CARD]
+    if wrong:
+        raise AdapterError(
+            f"{folder}: {listed(wrong)}: not what {LOCK} says was written; how the earlier adapters are weighed in it is not "
+            "known. Make the merge again, or merge the folder as an adapter: plait merge, without --add."
+        )

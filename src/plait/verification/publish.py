@@ -11,6 +11,7 @@ from plait.errors import OutputError, listed
 from plait.hub.client import explain_failure
 from plait.hub.upload import check_push, push_folder
 from plait.libraries.huggingface_hub import without_progress_bars
+from plait.notices import announce
 from plait.parsing import read_object, shown
 from plait.recipes.documents import read_front_matter
 from plait.records import ShortRepr
@@ -117,7 +118,11 @@ def _earlier_files(repo: str, revision: str | None) -> tuple[str, ...]:
                 return tuple(outputs) if isinstance(outputs, dict) else ()
             except RevisionNotFoundError:
                 continue
-            except (EntryNotFoundError, RepositoryNotFoundError, OutputError):
+            except (EntryNotFoundError, RepositoryNotFoundError):
+                break
+            except OutputError as error:
+                why = str(error).removeprefix(f"{place}/").rstrip(".")
+                announce(f"{full}: {why}. What an older result left there besides weights and configurations stays.")
                 break
             except Exception as error:  # which classes can come depends on the transport library below huggingface_hub
                 raise OutputError(f"pushing to {full!r} failed: {explain_failure(error, full, None)}") from error
