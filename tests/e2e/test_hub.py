@@ -103,6 +103,7 @@ out["name"] = parse_reference("org/repo/runs/[a]/checkpoint-9").default_name()
     assert found["default"]["revision"] is None
     assert found["branch"] == {
         "folder": found["branch"]["folder"],
+        "file": None,
         "repo": "org/repo",
         "revision": "dev",
         "commit": dev,
@@ -118,6 +119,19 @@ def test_a_pickled_adapter_is_fetched_only_where_there_is_no_other(hub, home):
     hub.add("org/old", {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"})
     found = run(hub, home, 'at("old", "org/old")')
     assert names(found["old"]["folder"]) == hub.files("org/old")
+
+
+def test_single_files_and_adapters_of_mlx(hub, home):
+    """What other programs publish: one file at a place of its own, or mlx-lm's names."""
+    commit = hub.add("org/lora", {"v2/style.safetensors": b"lora", "v2/other.safetensors": b"w", "README.md": b"card"})
+    hub.add("org/mlx", {"adapter_config.json": b"{}", "adapters.safetensors": b"mlx"})
+    code = 'at("one", "org/lora/v2/style.safetensors")\nat("mlx", "org/mlx")'
+    found = run(hub, home, code + '\nat("gone", "org/lora/v2/stile.safetensors")')
+    assert (found["one"]["file"], found["one"]["commit"]) == ("style.safetensors", commit)
+    assert names(found["one"]["folder"]) == {"style.safetensors": b"lora"}
+    assert names(found["mlx"]["folder"]) == {"adapter_config.json": b"{}", "adapters.safetensors": b"mlx"}
+    assert "there is no such file. Did you mean 'v2/style.safetensors'?" in found["gone"]
+    assert run(hub, home, code, offline=True) == {key: found[key] for key in ("one", "mlx")}
 
 
 def test_the_commit_is_the_one_that_was_looked_at_even_when_the_branch_moves(hub, home):
@@ -433,6 +447,7 @@ def test_local_folders_are_found_without_the_hub(tmp_path, monkeypatch):
     adapter = tmp_path / "recipes" / "adapters" / "code"
     adapter.mkdir(parents=True)
     (adapter / "adapter_model.safetensors").write_bytes(b"")
+    (adapter / "notes.txt").touch()
     monkeypatch.setenv("HOME", str(tmp_path / "recipes"))
     monkeypatch.chdir(tmp_path)
     base = tmp_path / "recipes"
@@ -441,12 +456,14 @@ def test_local_folders_are_found_without_the_hub(tmp_path, monkeypatch):
         assert located.folder == adapter
         assert (located.repo, located.commit) == (None, None)
     assert resolve_model("adapters/code", base=base).folder == adapter
+    single = resolve(parse_reference("./recipes/adapters/code/adapter_model.safetensors"))
+    assert (single.folder, single.file) == (adapter, "adapter_model.safetensors")
     (tmp_path / "link").symlink_to(adapter)
     assert resolve(parse_reference("link")).folder == tmp_path / "link"
     for text, message in (
         ("./adapters/cdoe", r"'./adapters/cdoe': there is no folder '.*/adapters/cdoe'. Did you mean 'code'\? If you"),
         ("./nope/code", r"there is no folder .* '.*/nope' does not exist either. If you mean .* write 'nope/code'\."),
-        ("./adapters/code/adapter_model.safetensors", r"is a file. Give the folder that holds it: 'adapters/code'\."),
+        ("./adapters/code/notes.txt", r"is a file. Give the folder that holds it: 'adapters/code'\."),
         ("~nobody-of-that-name/x", r"'~nobody-of-that-name/x': there is no folder .* does not exist either\."),
     ):
         with pytest.raises(AddressError, match=message):

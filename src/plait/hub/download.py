@@ -47,6 +47,7 @@ MODEL_FILES = (SafetensorsFile.model_files, "*.json")
 COMPANION_FILES = ("*.jinja", "*.model", "*.txt", "LICENSE*", "README.md")
 #: Ends of names of single files that are adapters.
 ADAPTER_SUFFIXES = (SafetensorsFile.suffix, ".gguf")
+_OF_MLX = "adapters.safetensors"
 _SHOWN = 12
 
 
@@ -90,7 +91,10 @@ def resolve(reference: Reference, *, base: Path | None = None) -> Located:
     """
     if reference.path is not None:
         return _local_adapter(reference, base)
-    tensors = [kind.adapter_name for kind in TENSOR_FORMATS]
+    if (reference.subfolder or "").endswith(ADAPTER_SUFFIXES):
+        return _single_file(reference, base)
+    known = [kind.adapter_name for kind in TENSOR_FORMATS]
+    tensors = [*known, _OF_MLX]
     prefix = _prefix(reference)
     commit, names, error = _listing(reference)
     if error is not None:
@@ -104,12 +108,38 @@ def resolve(reference: Reference, *, base: Path | None = None) -> Located:
         weights = [name for name in tensors if prefix + name in names][:1]
         if not weights:
             raise AddressError(
-                f"{reference.address!r} has {ADAPTER_CONFIG}, but neither {' nor '.join(tensors)}. It holds: "
+                f"{reference.address!r} has {ADAPTER_CONFIG}, but neither {' nor '.join(known)}. It holds: "
                 f"{listed(names, _SHOWN)}."
             )
         wanted = [prefix + name for name in (ADAPTER_CONFIG, *weights, *FILES_NEXT_TO_ADAPTER) if prefix + name in names]
         snapshot = _fetch(reference, commit, wanted, base=base)
     return _located(reference, snapshot)
+
+
+def _single_file(reference: Reference, base: Path | None) -> Located:
+    """Return an adapter that is one file of a repository, named by the reference as a subfolder would be."""
+    name = reference.subfolder or ""
+    commit, names, error = _listing(reference)
+    if error is not None:
+        snapshot = _from_cache(error, reference, [glob.escape(name)], base=base)
+        if not (snapshot / name).is_file():
+            raise AddressError(_offline_reason(error, reference, base)) from error
+    elif name not in names:
+        files = [n for n in names if n.endswith(ADAPTER_SUFFIXES)]
+        near = did_you_mean(name, files)
+        raise AddressError(f"{reference.address!r}: there is no such file.{near} It holds: {listed(files or names, _SHOWN)}.")
+    else:
+        snapshot = _fetch(reference, commit, [name], base=base)
+    file = snapshot / name
+    _check_contained(file.parent, snapshot)
+    return Located(
+        folder=file.parent,
+        file=file.name,
+        repo=reference.repo,
+        revision=reference.revision,
+        commit=snapshot.name,
+        subfolder=name,
+    )
 
 
 def folder_at_hand(text: str, *, commit: str | None = None) -> Path | None:
