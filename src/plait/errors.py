@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 #: Numbers of an `OSError`: the disk is full; the disk fails, whichever way bytes are copied.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -77,6 +78,20 @@ def collect(error: type[PlaitError], problems: Sequence[str], heading: str) -> N
     if len(problems) == 1:
         raise error(problems[0])
     raise error(f"{heading}: {len(problems)} problems\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def take_all(error: type[PlaitError], steps: Iterable[Callable[[], Any]], heading: str) -> list[Any]:
+    """Take every step, and only then raise what was wrong: a single error as it is, several as one; see `collect`."""
+    results, errors = [], []
+    for step in steps:
+        try:
+            results.append(step())
+        except PlaitError as found:
+            errors.append(found)
+    if len(errors) == 1:
+        raise errors[0]
+    collect(error, [str(found) for found in errors], heading)
+    return results
 
 
 def listed(words: Iterable[str], most: int = 4, separator: str = ", ") -> str:

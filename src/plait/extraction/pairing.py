@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from plait.adapters.layouts.conv1d import may_be_conv1d
 from plait.checkpoints.architecture import Architecture, ArchitectureUnknown, Part
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.checkpoints.files import INPUT_EMBEDDING, OUTPUT_HEAD
-from plait.errors import PlaitError, PlanError, collect, listed
+from plait.errors import PlanError, collect, listed, take_all
 from plait.libraries.peft import EXPERT_LAYERS, TASK_HEADS, reads_past_adapters
 from plait.libraries.transformers import task_of
 from plait.linalg.blocks import RowBlocks
@@ -205,7 +206,7 @@ def pair_checkpoints(base: str, tuned: str) -> Pairing:
         AdapterError: files that are not a checkpoint.
         PlanError: a quantized model, or two models that are not a base and its fine-tune, with everything that does not fit.
     """
-    one, two = _open_both(base, tuned)
+    one, two = take_all(PlanError, [partial(BaseCheckpoint.open, text) for text in (base, tuned)], "neither model can be used")
     names = _align(set(one.home), set(two.home))
     _tie(names, one, two)
     both = {name: (b, t) for name, (b, t) in names.items() if b is not None and t is not None}
@@ -340,20 +341,6 @@ class _Pairs:
         columns = shape[-1] if matrix else math.prod(shape[1:])
         sides = (self._base.home[base].file, base), (self._tuned.home[tuned].file, tuned)
         return PairedRows(*sides, 0, math.prod(shape) // max(1, columns), columns)
-
-
-def _open_both(*texts: str) -> tuple[BaseCheckpoint, BaseCheckpoint]:
-    opened: list[BaseCheckpoint] = []
-    errors: list[PlaitError] = []
-    for text in texts:
-        try:
-            opened.append(BaseCheckpoint.open(text))
-        except PlaitError as error:
-            errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
-    collect(PlanError, [str(e) for e in errors], "neither model can be used")
-    return opened[0], opened[1]
 
 
 def _align(base: set[str], tuned: set[str]) -> dict[str, tuple[str | None, str | None]]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from plait.checkpoints.files import check_headers, find_weights
-from plait.errors import AdapterError, AddressError, PlaitError, TaskError, collect
+from plait.errors import AdapterError, AddressError, TaskError, take_all
 from plait.evaluation.scores import model_digest
 from plait.folders import expanded
 from plait.hub.download import COMPANION_FILES, Located, resolve_model
@@ -167,11 +167,8 @@ def resolve_job(job: TrainingJob) -> ResolvedJob:
     Raises:
         PlaitError: either cannot be read; all that is wrong at once.
     """
-    base, data, held = _collected(
-        lambda: _base(job.base),
-        lambda: load_data(job.data),
-        lambda: None if job.eval_data is None else _watched(job.eval_data),
-    )
+    watched = (lambda: None) if job.eval_data is None else partial(_watched, job.eval_data)
+    base, data, held = take_all(TaskError, (partial(_base, job.base), partial(load_data, job.data), watched), "the job")
     if job.held_out is not None:
         data, held = hold_out(data, job.held_out, job.seed)
     settings = job.model_dump(mode="json", exclude={"base", "base_name", "data", "eval_data", "arguments", "lora"})
@@ -228,20 +225,6 @@ class TrainingRecord(Record):
     notes: tuple[str, ...]
     versions: dict[str, str]
     finished: str
-
-
-def _collected(*steps: Callable[[], Any]) -> list[Any]:
-    """Take all steps, and only then raise what was wrong with any."""
-    results, errors = [], []
-    for step in steps:
-        try:
-            results.append(step())
-        except PlaitError as error:
-            errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
-    collect(TaskError, [str(error) for error in errors], "the job")
-    return results
 
 
 def _base(text: str) -> Located:
