@@ -34,16 +34,17 @@ def kept_trainers(monkeypatch):
 
 
 def flags(place, out, **changes):
-    """Read flags; a checkpoint takes as long as several steps, so that there are none unless `save_steps` are given."""
     given = {
         "model_name_or_path": str(place / "base"), "dataset_name_or_path": str(place / "rows.jsonl"), "output_dir": str(out),
-        **QUICK, **LORA, **({} if "save_steps" in changes else {"save_strategy": "no"}), **changes,
+        **QUICK, **LORA, **changes,
     }  # fmt: skip
     return read_keywords(given)
 
 
 def train(place, out, **changes):
-    return run_sft(plan_sft(flags(place, out, **changes)))
+    """Train; a checkpoint takes as long as several steps, so that there are none unless `save_steps` are given."""
+    saving = {} if "save_steps" in changes else {"save_strategy": "no"}
+    return run_sft(plan_sft(flags(place, out, **saving, **changes)))
 
 
 def logits(model) -> torch.Tensor:
