@@ -90,6 +90,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python bench/calibrate.py
 	$(BIN)/python bench/tune.py
 	$(BIN)/python bench/evaluation.py
+	$(BIN)/python bench/sweep.py
 	$(BIN)/python bench/methods.py
 	$(BIN)/python bench/bake.py
 	$(BIN)/python bench/train.py

@@ -388,6 +388,21 @@ def test_a_score_leaves_no_task_out(place: Path, tmp_path: Path) -> None:
         )  # fmt: skip
 
 
+def test_moments_are_taken_once_for_all_candidates(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    search = {"grid": {"method": ["linear", "regmean"], "scale": [0.5, 1]}, "subset": {"max_samples": 12}, "race": False}
+    with pytest.warns(UserWarning, match=r"second moments of sort, rate, taken now .* are kept in"):
+        found = sweep(place, tmp_path / "study", search, calibration={"texts": "lines"})
+    assert [(r.params["method"], r.complete) for r in found.record.runs] == [
+        ("linear", True), ("linear", True), ("regmean", True), ("regmean", True)
+    ]  # fmt: skip
+    assert len([*tmp_path.rglob("*.safetensors")]) == 2  # the moments
+    assert all(Path(entry.moments or "").is_file() for entry in plait.load_recipe(tmp_path / "study" / "recipe.yaml").adapters)
+    with pytest.warns(UserWarning, match="taken by an earlier run"):
+        again = sweep(place, tmp_path / "study", search, calibration={"texts": "lines"})
+    assert tried(again.record) == tried(found.record)
+
+
 def test_what_else_is_refused(place: Path, tmp_path: Path) -> None:
     one = {**RANDOM, "budget": 1}
     sweep(place, tmp_path / "study", one)
@@ -402,8 +417,8 @@ def test_what_else_is_refused(place: Path, tmp_path: Path) -> None:
         sweep(place, tmp_path / "new", {**RANDOM, "maximize": "sorting.recovery"})
     with pytest.raises(PlanError, match="'auto' is found on texts"):
         sweep(place, tmp_path / "new", scale="auto", search={"grid": {"merge_mode": ["union", "common"]}})
-    with pytest.raises(PlanError, match="needs second moments, which are taken once"):
-        sweep(place, tmp_path / "new", {"grid": {"method": ["linear", "regmean"]}})
+    with pytest.raises(PlanError, match="with the layers below already merged, which are others for every candidate"):
+        sweep(place, tmp_path / "new", {"grid": {"method": ["linear", "regmean", "regmean_sequential"]}})
     with pytest.raises(OutputError, match=r"--storage \(storage=\): Optuna cannot open this storage"):
         sweep(place, tmp_path / "new", storage="nowhere://x")
     with pytest.raises(RecipeError, match=r"`plait sweep` \(plait\.sweep\)"):

@@ -20,6 +20,7 @@ from plait.search.record import Run, TaskOutcome
 from plait.search.sampling import sampler_of
 from plait.search.selection import front, ranked, reason_to_stop
 from plait.search.space import SearchSpace, point_key
+from plait.search.trying import as_told
 from tests.every import every
 
 PAIR = "version: 1\nadapters: [a=./a, b=./b]\n"
@@ -211,6 +212,13 @@ def test_the_largest_worst_recovery_wins_and_ties_go_to_the_mean() -> None:
     runs = [run(0, 0.5, 0.6), run(1, 0.5, 0.7), run(2, 0.9, 0.9, stopped=True), run(3, 0.4, 0.9), run(4, 0.5, 0.7)]
     assert ranked(runs, SearchSpec()) == [1, 4, 0, 3]  # one that was stopped has an estimate, and is not chosen
     assert front(runs, SearchSpec()) == [1, 3]
+
+
+def test_the_sampler_gets_scores_in_their_order_and_none_far_below_the_others() -> None:
+    told = [as_told(value) for value in (-40.0, -4.0, -0.5, 0.0, 0.25, 1.5)]
+    assert told == sorted(told)
+    assert told[0] > -1
+    assert told[3:] == [0.0, 0.25, 1.5]
 
 
 def test_candidates_below_the_base_rank_last_and_keep_their_score() -> None:

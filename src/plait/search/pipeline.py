@@ -12,6 +12,7 @@ from plait.recipes.search import MOST_PARALLEL
 from plait.results.locking import locked
 from plait.results.progress import Progress, SilentProgress
 from plait.search.conclusion import SweepResult, conclude
+from plait.search.moments import with_moments
 from plait.search.request import OWN_FILES, Sweep, SweepOptions
 from plait.search.study import LOCK, Study
 from plait.search.trying import Trials
@@ -33,9 +34,11 @@ def run_sweep(
     Raises:
         PlaitError: anything wrong with what was given. Candidates that were evaluated are kept, and not evaluated again.
     """
+    progress = progress or SilentProgress()
     with ExitStack() as stack:
         cluster = None if options.cluster is None else stack.enter_context(connected(options.cluster))
-        sweep = Sweep(recipe, folder, out, options, progress or SilentProgress(), cluster)
+        recipe = with_moments(recipe, folder, out, options, progress)
+        sweep = Sweep(recipe, folder, out, options, progress, cluster)
         elsewhere = sweep.evaluator.elsewhere
         if cluster is not None and elsewhere is not None:
             cluster.check(inputs=elsewhere.read)

@@ -93,9 +93,9 @@ class Sweep:
         self.recipe, self.spec, self.out, self.options = recipe, recipe.search, out, options
         self.progress, self._folder = TrialProgress(progress), folder
         self.space = SearchSpace(recipe)
-        _check_place(out)
-        _check_complete(recipe)
-        self._check_methods()
+        check_place(out)
+        for candidate in (recipe, *self.space.of_every_method()):
+            check_complete(candidate)
         check_owners(recipe_tasks(recipe, folder), [entry.name for entry in recipe.adapters])
         check_index(options.workspace, recipe.method_name, [entry.name for entry in recipe.adapters])
         asked = EvalSpec(
@@ -168,16 +168,6 @@ class Sweep:
         """Return what there is to merge for a candidate: adapters, base and moments of the start, which were opened once."""
         return replace(self._inventory, recipe=recipe)
 
-    def _check_methods(self) -> None:
-        """Refuse methods that would read texts for every candidate.
-
-        Raises:
-            PlanError: one of those that are searched lacks its second moments.
-        """
-        for parameter in (p for p in self.space.parameters if p.path == "method"):
-            for value in parameter.ends:
-                _check_complete(self.space.recipe(self.space.anywhere({"method": value})))
-
     def _other_split(self) -> Evaluator:
         """Return the evaluator of the split that nothing is chosen on.
 
@@ -193,22 +183,31 @@ class Sweep:
         return self.evaluator.on(spec)
 
 
-def _check_complete(recipe: Recipe) -> None:
+def check_complete(recipe: Recipe, *, moments: bool = False) -> None:
     """Refuse what would read texts for every candidate.
+
+    Args:
+        recipe: of a candidate.
+        moments: whether those that it lacks will be taken, once for all candidates.
 
     Raises:
         PlanError: moments or values are still to be found.
     """
     if found := [*recipe.values_to_find]:
         raise PlanError(f"{', '.join(found)}: 'auto' is found on texts, once per merge; a search tries numbers of it instead.")
-    if recipe.lacks_moments:
+    if recipe.lacks_moments and recipe.is_sequential:
         raise PlanError(
-            f"method {recipe.method_name!r} needs second moments, which are taken once for all candidates: "
+            f"method {recipe.method_name!r} takes second moments with the layers below already merged, which are others for "
+            "every candidate; search another method, such as 'regmean'."
+        )
+    if recipe.lacks_moments and not moments:
+        raise PlanError(
+            f"method {recipe.method_name!r} needs second moments, which a sweep takes once for all candidates when it runs; or "
             "plait calibrate … -o moments, then --moments moments."
         )
 
 
-def _check_place(out: Path) -> None:
+def check_place(out: Path) -> None:
     """Refuse an output that is neither a study nor empty, or cannot be written.
 
     Raises:

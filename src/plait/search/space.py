@@ -137,6 +137,11 @@ class SearchSpace:
         """Return the recipe of a point as plain data."""
         return candidate_data(self._data, point)[0]
 
+    def of_every_method(self) -> list[Recipe]:
+        """Return one candidate's recipe per method that is searched; none where the method is not."""
+        methods = self._of("method")
+        return [] if methods is None else [self.recipe(self.anywhere({"method": value})) for value in methods.ends]
+
     def recipe(self, point: Point) -> Recipe:
         """Return the recipe of a point.
 
