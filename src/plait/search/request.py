@@ -211,7 +211,7 @@ def check_place(out: Path) -> None:
     """Refuse an output that is neither a study nor empty, or cannot be written.
 
     Raises:
-        OutputError: something else is there, or it is no place for a study.
+        OutputError: something else is there, or it is not a place for a study.
     """
     if problem := place_problem(out):
         raise OutputError(problem)
