@@ -7,6 +7,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import create_trial
 
 from plait.errors import RecipeError
 from plait.libraries.optuna import quiet_optuna
@@ -20,7 +21,7 @@ from plait.search.record import Run, TaskOutcome
 from plait.search.sampling import sampler_of
 from plait.search.selection import front, ranked, reason_to_stop
 from plait.search.space import SearchSpace, point_key
-from plait.search.trying import as_told
+from plait.search.study import FOUND, Outcome, as_told, studied
 from tests.every import every
 
 PAIR = "version: 1\nadapters: [a=./a, b=./b]\n"
@@ -219,6 +220,12 @@ def test_the_sampler_gets_scores_in_their_order_and_none_far_below_the_others() 
     assert told == sorted(told)
     assert told[0] > -1
     assert told[3:] == [0.0, 0.25, 1.5]
+
+
+def test_a_candidate_below_the_base_is_read_as_it_was_told() -> None:
+    found = Outcome(params={}, key="0", score=-4.0, worst=-4.0, mean=-1.0, examples=8)
+    trial = create_trial(values=[as_told(-4.0)], user_attrs={FOUND: found.model_dump(mode="json")})
+    assert studied(trial, "study.db").outcome.score == -4.0
 
 
 def test_candidates_below_the_base_rank_last_and_keep_their_score() -> None:

@@ -23,7 +23,7 @@ from plait.search.request import Sweep
 from plait.search.sampling import sampler_of
 from plait.search.selection import ranked, reason_to_stop
 from plait.search.space import SearchSpace, point_key
-from plait.search.study import Outcome, Studied, Study
+from plait.search.study import Outcome, Studied, Study, as_told
 
 _FRUITLESS = 30  # suggestions in a row that are there already, or cannot be merged
 
@@ -210,9 +210,9 @@ class Trials:
         if outcome.error is not None:
             return []
         if len(self._spec.maximize) == 1:
-            return [as_told(outcome.score)]
+            return [_told(outcome.score)]
         run = Studied(number=0, phase="search", outcome=outcome).run()
-        return [as_told(run.goal(name)) for name in self._spec.maximize]
+        return [_told(run.goal(name)) for name in self._spec.maximize]
 
     def _zero(self) -> Outcome:
         """Return the base model as a candidate of scale 0."""
@@ -262,14 +262,12 @@ def _outcome_of(run: Run, point: Point, goal: float | None) -> Outcome:
     )
 
 
-def as_told(value: float | None) -> float:
-    """Return a number of a candidate as the sampler gets it: itself, or v / (1 - v) below the base, which ends at -1.
-
-    The order stays. A process that is fitted to one recovery of -4 among others of 0.6 to 0.7 takes those for equal.
+def _told(value: float | None) -> float:
+    """Return a number of a candidate that was asked everything, as the storage gets it.
 
     Raises:
         AssertionError: there is none, though base and own adapters define a recovery of every task.
     """
     if value is None:
         raise AssertionError("a candidate that was asked everything has no recovery")
-    return value if value >= 0 else value / (1 - value)
+    return as_told(value)
