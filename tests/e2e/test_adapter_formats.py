@@ -119,7 +119,8 @@ class TestMlx:
 @pytest.fixture(scope="module")
 def unet() -> Any:
     """A tiny UNet of diffusers with SD's names, and inputs."""
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     torch.manual_seed(0)
     return diffusers.UNet2DConditionModel(
         block_out_channels=(4, 8), layers_per_block=2, sample_size=8, norm_num_groups=2, in_channels=4, out_channels=4,
@@ -301,7 +302,8 @@ class TestKohya:
 
     def test_names_of_the_original_code_are_diffusers_own(self, tmp_path):
         """Kohya's scripts train SDXL on its original code; the oracle is diffusers' own renaming."""
-        diffusers = pytest.importorskip("diffusers")
+        import diffusers
+
         held = {
             f"{p}.lora_{x}.weight": random(*s, *([1, 1] * ("conv" in p)))
             for p in SDXL
@@ -459,7 +461,8 @@ class TestGguf:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
     def test_ggufs_own_reader_finds_what_was_written(self, base, tmp_path, dtype):
-        gguf = pytest.importorskip("gguf")
+        import gguf
+
         write_adapter(tmp_path / "a", BLOCKS, r=3, alpha=5.0, base=str(base), dtype=dtype)
         plait.convert(tmp_path / "a", to="gguf", out=tmp_path / "g")
         reader = gguf.GGUFReader(tmp_path / "g" / "adapter.gguf")
@@ -493,7 +496,8 @@ class TestGguf:
         close(deltas(tmp_path / "with" / "adapter.gguf"), deltas(tmp_path / "a"))
 
     def test_llama_cpps_scaling_is_alpha_by_the_tensors_own_rank(self, tmp_path):
-        gguf = pytest.importorskip("gguf")
+        import gguf
+
         for alpha, scale in ((6.0, 2.0), (0.0, 1.0)):
             writer = gguf.GGUFWriter(str(tmp_path / f"{alpha}.gguf"), "qwen2")
             writer.add_type("adapter")

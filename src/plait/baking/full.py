@@ -68,7 +68,7 @@ class FullTensor:
 def effective_heads(adapters: Sequence[Adapter], heads: Heads) -> Heads:
     """Return the policy for a model: one adapter's own tensors are part of it, those of several follow the recipe.
 
-    Where several adapt a tensor of their own (a resized vocabulary) it must be said whose it is, unless all have the same.
+    Where several adapt a tensor of their own (a resized vocabulary) the recipe must name whose it is, unless all have the same.
     """
     own = any(".base_layer." in path for adapter in adapters for path in adapter.full_tensors)
     if heads.policy == "separate" and (len(adapters) == 1 or (own and same_full_tensors(adapters))):

@@ -101,7 +101,7 @@ class FullTensorSet:
 
 
 def full_swaps(full: FullTensorSet, modules: ModuleIndex) -> list[Swap]:
-    """Return what makes full tensors act; copies of the model's own values are no change, and are left out.
+    """Return what makes full tensors act; copies of the model's own values change nothing, and are left out.
 
     Raises:
         ValueError: the model has no place for one of them; the text says which.

@@ -152,7 +152,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         named = [path / name for name in (LEADERBOARD, RUN_RECORD, TUNING, LOCK, CURVES, STUDY)]
         found = [*sorted(path.glob(RESULTS)), *(f for f in named if os.path.lexists(f))]
-        if found == [path / RUN_RECORD]:  # evaluations leave one too; a merge's is beside its lock
+        if found == [path / RUN_RECORD]:  # evaluations leave one too; a merge's is next to its lock
             raise ReportError(f"{path}: holds {RUN_RECORD} and no {LOCK}: not a complete result. Make it again.")
         for file in found:
             try:
@@ -176,12 +176,12 @@ def _is_merge(folder: Path) -> bool:
     return (folder / LOCK).is_file() and read_lock(folder).kind == "merge"
 
 
-def _check_result(file: Path, beside: set[str] | None) -> None:
+def _check_result(file: Path, others: set[str] | None) -> None:
     """Refuse a lock that is none, and that of a merge or a tuning whose record is gone.
 
     Args:
         file: the lock.
-        beside: names of what was found with it; None where the lock alone is given.
+        others: names of what was found with it; None where the lock alone is given.
 
     Raises:
         AdapterError: it is not a lock.
@@ -189,7 +189,7 @@ def _check_result(file: Path, beside: set[str] | None) -> None:
     """
     kind = read_lock(file.parent).kind
     record = {"merge": RUN_RECORD, "tune": TUNING}.get(kind)
-    if beside is not None and record is not None and record not in beside:
+    if others is not None and record is not None and record not in others:
         raise ReportError(f"{file.parent}: there is no {record}, which says what was done. Make the result again.")
 
 

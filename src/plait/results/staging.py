@@ -81,7 +81,7 @@ def output_problem(folder: Path, *, force: bool) -> str | None:
 
 
 def place_problem(place: Path) -> str | None:
-    """Return why nothing can be written at a path, whatever is there: how it is spelled, or that it is no place for results."""
+    """Return why nothing can be written at a path, whatever is there: how it is spelled, or that no result belongs there."""
     if "\0" in str(place):
         return f"{str(place)!r} holds a NUL character. Choose another output."
     if str(place).startswith("~"):
