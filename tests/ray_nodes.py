@@ -24,6 +24,11 @@ class Nodes:
         self._other = self._cluster.add_node(**NODE)
         self.address = self._cluster.address
 
+    @property
+    def both(self) -> bool:
+        """Whether none is lost."""
+        return self._other is not None
+
     def lose(self) -> None:
         """Kill one."""
         self._cluster.remove_node(self._other, allow_graceful=False)
@@ -62,19 +67,22 @@ def nodes(ray_cluster: Nodes) -> Nodes:
 
 
 @pytest.fixture
-def losing(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Return what has a node killed once so many jobs were given to workers."""
+def losing(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return what has a node killed as soon as a worker on each has a job; until then none is given to one alone."""
 
-    def after(count: int) -> None:
-        given = []
-        give = Workers._give
+    def soon() -> None:
+        assign, give = Workers._assign, Workers._give
 
-        def counted(self: Workers, *what: Any) -> None:
+        def assign_to_both(self: Workers) -> None:
+            if not (nodes.both and self._idle and self._starting):
+                assign(self)
+
+        def give_and_lose(self: Workers, *what: Any) -> None:
             give(self, *what)
-            given.append(what)
-            if len(given) == count:
+            if nodes.both and len(self._running) == 2:
                 nodes.lose()
 
-        monkeypatch.setattr(Workers, "_give", counted)
+        monkeypatch.setattr(Workers, "_assign", assign_to_both)
+        monkeypatch.setattr(Workers, "_give", give_and_lose)
 
-    return after
+    return soon

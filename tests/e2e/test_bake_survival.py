@@ -143,8 +143,11 @@ def nursery(materials):
 
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory):
-    """A base of 12 layers in one file (several when baked), and two adapters."""
-    folder = tmp_path_factory.mktemp("materials")
+    return write_materials(tmp_path_factory.mktemp("materials"))
+
+
+def write_materials(folder: Path) -> SimpleNamespace:
+    """Write a base of 12 layers in one file (several when baked), and two adapters."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
         f"model.layers.{i}.{name}.weight": torch.randn(shape, generator=generator)

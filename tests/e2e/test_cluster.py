@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import plait
+from plait.baking.journal import BakeJournal
 from plait.cluster.connection import Cluster, Share
-from plait.errors import OutputError, PlaitError, RecipeError
+from plait.errors import OutputError, PlaitError, PlanError, RecipeError
 from plait.search.record import StudyRecord
 from plait.version import __version__
+from tests.e2e.test_bake_survival import SETTINGS, contents, write_materials
 from tests.e2e.test_sweep import sweep, trials, tried, write_tasks
 from tests.language_models import train_pair
 
@@ -30,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_sweep_whose_driver_and_node_are_killed_ends_as_one_here(
-    place: Path, tmp_path: Path, losing: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, losing: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = {"seed": 3, "budget": 9, "init_points": 3, "parallel": 2, "space": {"scale": "0.1..3"}}
     here = sweep(place, tmp_path / "here" / "study", search).record
@@ -47,7 +50,7 @@ def test_a_sweep_whose_driver_and_node_are_killed_ends_as_one_here(
     said = process.communicate()[1]
     assert "raylet" not in said
     assert 3 <= trials(study) < 10, said
-    losing(2)
+    losing()
     monkeypatch.setattr("plait.evaluation.session.answer_examples", None)  # no model is asked here
     with pytest.warns(UserWarning, match=r"a worker was lost, and what it did \(.*\) is done again elsewhere"):
         there = sweep(place, study, {**search, "parallel": None}, cluster="ray").record
@@ -56,6 +59,45 @@ def test_a_sweep_whose_driver_and_node_are_killed_ends_as_one_here(
     monkeypatch.undo()
     with pytest.raises(OutputError, match=r"search\.parallel is 3, and the study that is there began with 2"):
         sweep(place, study, {**search, "parallel": 3})
+
+
+def test_a_bake_whose_driver_and_node_are_killed_has_the_bytes_of_one_here(
+    tmp_path: Path, losing: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = write_materials(tmp_path)
+    pair, base = made.pair, made.base
+    here = plait.bake(pair, base=base, out=tmp_path / "here", **SETTINGS).record
+
+    class Killed(BaseException):
+        """Ends a bake as a signal does."""
+
+    finish = BakeJournal.finish
+
+    def stop(self: BakeJournal, *what: Any) -> None:
+        finish(self, *what)
+        if len(self.finished) == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BakeJournal, "finish", stop)
+        with pytest.raises(Killed):
+            plait.bake(pair, base=base, out=tmp_path / "there", cluster="ray", **SETTINGS)
+    assert not (tmp_path / "there").exists()
+    capfd.readouterr()
+    losing()
+    monkeypatch.setattr("plait.baking.pipeline.ShardWriter", None)  # no file is made here
+    with pytest.warns(UserWarning, match=r"a worker was lost, and what it did \(model-.*\) is done again elsewhere"):
+        there = plait.bake(pair, base=base, out=tmp_path / "there", cluster="ray", **SETTINGS).record
+    assert capfd.readouterr().out == "", "nothing of Ray's is printed"
+    assert len(there.resumed) == 3
+    assert there.shards == here.shards
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+    assert len(there.shards) == 12
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    with pytest.raises(PlanError, match="second moments that a function gives are in this process only"):
+        plait.bake(
+            pair, base=base, out=tmp_path / "other", cluster="ray", method="regmean", moments=lambda *of: torch.eye(32)
+        )  # fmt: skip
 
 
 def same(record: StudyRecord) -> dict[str, Any]:

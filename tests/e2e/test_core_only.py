@@ -53,6 +53,10 @@ NEEDS = {
     "eval a b --tasks lm_eval:piqa --base-id base": says("an evaluation", EVAL, "eval"),
     "tune a b --tasks tasks/sort.yaml --base-id base -o tuned-merge": says("plait tune", EVAL, "eval"),
     "sweep a b --tasks tasks/sort.yaml --base-id base -o study": says("plait sweep", SWEEP, "eval", "sweep"),
+    "sweep a b --tasks tasks/sort.yaml --base-id base -o study --cluster ray": says(
+        "plait sweep", [*SWEEP, "ray"], "eval", "sweep", "ray"
+    ),
+    "bake a b --base-id base -o model --cluster ray": says("plait bake", ["ray"], "ray"),
     "sweep --status study": says("plait sweep", ["optuna"], "sweep"),
     "calibrate a b --tasks tasks/sort.yaml --base-id base -o moments": says("plait calibrate", EVAL, "eval"),
     "merge a b --method regmean --tasks tasks/sort.yaml -o solved": says("a merge that reads texts", EVAL, "eval"),

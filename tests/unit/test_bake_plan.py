@@ -337,15 +337,16 @@ def test_a_device_that_is_not_here_is_said_before_anything_else(base, adapter, t
 def test_the_kind_of_device_is_part_of_what_the_bytes_depend_on(base, adapter, tmp_path, monkeypatch):
     """In the lock, so that a rebuild computes there; in the journal, so that a bake goes on only where it was begun."""
     from plait.baking import pipeline
+    from plait.baking.identity import bake_digest
     from plait.baking.plan import BakeOptions, prepare_bake
 
     assert BakeOptions(device="cuda:1").kept["device"] == "cuda"
     recipe, folder = read_request(None, [adapter], {"base_model": str(base)})
     bake = prepare_bake(recipe, BakeOptions(), folder=folder, workers=1)
-    here = pipeline._digest(bake, ["x"])
+    here = bake_digest(bake, ["x"], {})
     monkeypatch.setattr("plait.baking.plan.usable_device", torch.device)  # a device is taken for one that is there
     elsewhere = prepare_bake(recipe, BakeOptions(device="cuda:0"), folder=folder, workers=1)
     other = prepare_bake(recipe, BakeOptions(device="cuda:1"), folder=folder, workers=1)
     monkeypatch.undo()
-    assert pipeline._digest(elsewhere, ["x"]) == pipeline._digest(other, ["x"]) != here
+    assert bake_digest(elsewhere, ["x"], {}) == bake_digest(other, ["x"], {}) != here
     assert pipeline._lock(elsewhere, ["x"], {}, {}, tmp_path, tmp_path).options["device"] == "cuda"

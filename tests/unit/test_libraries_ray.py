@@ -8,22 +8,28 @@ from types import SimpleNamespace
 import pytest
 
 from plait.cluster import probe
-from plait.libraries.ray import connect_quietly, error_of_work, sent_by_value
+from plait.libraries.ray import error_of_work, quiet_connection, sent_by_value
 from plait.version import __version__
 
 pytest.importorskip("ray", reason="Ray is not installed: `make .venv/.ray` installs it")
 
 
-def test_signals_are_handled_as_before_a_connection():
+def test_a_connection_is_quiet_and_changes_no_signal(capsys):
+    from ray._private import worker
+
     def init(**given):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         asked.update(given)
 
-    asked = {}
+    asked, lost = {}, {"lines": ["Raylet is terminated."], "pid": "raylet", "is_err": False}
     before = signal.getsignal(signal.SIGTERM)
-    connect_quietly(SimpleNamespace(init=init), "auto")
-    assert signal.getsignal(signal.SIGTERM) is before
+    with quiet_connection(SimpleNamespace(init=init, shutdown=lambda: None), "auto"):
+        assert signal.getsignal(signal.SIGTERM) is before
+        worker.print_to_stdstream(lost, ignore_prefix=False)
     assert asked["log_to_driver"] is False
+    assert capsys.readouterr() == ("", "")
+    worker.print_to_stdstream(lost, ignore_prefix=True)
+    assert "Raylet is terminated." in capsys.readouterr().out, "it is by this function that Ray prints"
 
 
 def test_what_work_raised_is_told_from_work_that_was_lost():

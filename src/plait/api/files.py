@@ -145,6 +145,7 @@ def bake(  # noqa: PLR0913 (what a command line takes)
     load_dtype: str = "auto",
     device_map: str = "auto",
     trust_remote_code: bool = False,
+    cluster: str | None = None,
     **settings: Any,
 ) -> Baked:
     """Write base model + merge as a full model, shard by shard.
@@ -173,6 +174,7 @@ def bake(  # noqa: PLR0913 (what a command line takes)
             float32 where that is slow here.
         device_map: of that base, as transformers takes it.
         trust_remote_code: let transformers run code that comes with its weights.
+        cluster: `ray` or `ray://HOST:PORT`: make the files on the nodes of an existing Ray cluster, to the same bytes.
         **settings: as `merge`, but for what shapes an adapter (`rank`, `kind`, `layout`).
 
     Raises:
@@ -187,6 +189,7 @@ def bake(  # noqa: PLR0913 (what a command line takes)
         shard_size=shard_size,
         device=device,
         dequantize=dequantize,
+        cluster=cluster,
         force=force,
         workers=workers,
         prompts=optional_path(check),

@@ -18,6 +18,7 @@ from plait.errors import OutputError
 from plait.folders import file_name_problem
 from plait.notices import announce
 from plait.parsing import parse_json, read_text
+from plait.results.digests import sha256
 from plait.results.locking import locked
 from plait.results.staging import baking_folder, output_problem, publish
 
@@ -72,6 +73,14 @@ class BakeJournal:
         for path in self.model.iterdir():
             if path.name not in self.finished:
                 _remove(path)
+
+    def holds(self, shard: str) -> bool:
+        """Return whether a shard that an earlier run has finished is as it was; any other is forgotten, which is announced."""
+        if sha256(self.model / shard) == self.finished[shard][1]:
+            return True
+        announce(f"{shard} is made again: what an earlier run finished has been changed since.")
+        del self.finished[shard]
+        return False
 
     def finish(self, shard: str, size: int, sha256: str) -> None:
         """Note a finished shard; it must be on disk already."""

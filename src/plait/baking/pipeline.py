@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -16,11 +13,14 @@ from pathlib import Path
 from plait.adapters.adapter import Adapter
 from plait.baking.card import model_card
 from plait.baking.digests import base_digests
+from plait.baking.identity import bake_digest
 from plait.baking.journal import BakeJournal, open_journal
+from plait.baking.on_cluster import check_nodes, write_on_nodes
 from plait.baking.plan import Bake, BakeOptions, BakePlan, prepare_bake
 from plait.baking.record import BakeRecord
 from plait.baking.tensors import ShardTensorBuilder
 from plait.baking.writing import ShardWriter
+from plait.cluster.connection import connected
 from plait.errors import OutputError, PlaitError
 from plait.merging.engine import Engine
 from plait.merging.heads import write_heads
@@ -31,14 +31,12 @@ from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Heads, Recipe
 from plait.recipes.writing import recipe_json
 from plait.records import ShortRepr
-from plait.results.digests import sha256
 from plait.results.disk import UNWRITABLE, check_not_an_input, check_space
 from plait.results.lock import LOCK, Lock, locked_input, new_lock, output_digests
 from plait.results.progress import Progress, SilentProgress
 from plait.results.records import ModuleRecord, write_json
 from plait.results.staging import checking_output
 from plait.results.threads import worker_count
-from plait.results.versions import library_versions
 from plait.version import __version__
 
 
@@ -89,6 +87,7 @@ def run_bake(
     workers: int | None = None,
     moments: MomentsOf | None = None,
     progress: Progress | None = None,
+    cluster: str | None = None,
 ) -> BakeResult:
     """Write base + merge as a full model.
 
@@ -104,26 +103,36 @@ def run_bake(
         moments: second moments of inputs, in place of files that the recipe names. A bake with them starts from the
             beginning when it was killed, since it is not known whether the function is the same one.
         progress: receives the bytes done.
+        cluster: address of the cluster on whose nodes files are made; this process when None.
 
     Raises:
         PlaitError: anything wrong with what the user gave; nothing is written at `out` then.
     """
     started = time.perf_counter()
-    options, workers = options or BakeOptions(), worker_count(workers)
-    bake = _prepared(recipe, options, out, folder, workers, moments, force=force)
+    options, threads = options or BakeOptions(), worker_count(workers)
     progress = progress or SilentProgress()
-    with open_journal(out, force=force) as journal, _explained(out, journal, len(bake.shards)):
+    with ExitStack() as stack:
+        nodes = None if cluster is None else stack.enter_context(connected(cluster))
+        bake = _prepared(recipe, options, out, folder, threads, moments, force=force)
+        if nodes is not None:
+            check_nodes(nodes, bake, out)
+        journal = stack.enter_context(open_journal(out, force=force))
+        stack.enter_context(_explained(out, journal, len(bake.shards)))
         with ThreadPoolExecutor(min(4, len(bake.inventory.adapters)), "plait-sha256") as pool:
             digests = list(pool.map(Adapter.sha256, bake.inventory.adapters))
-        journal.begin(_digest(bake, digests))
+        digest = bake_digest(bake, digests, recipe_json(bake.recipe))
+        journal.begin(digest)
         resumed = tuple(sorted(journal.finished))
         left = bake.plan.output_bytes - sum(size for size, _ in journal.finished.values())
         check_space(out, left, what="the model", on=journal.folder, advice="--dtype bfloat16")
         with base_digests(bake.checkpoint, bake.shards) as digests_of_base:
-            combiner = Engine(bake.inventory, bake.merge, workers=workers, progress=progress).prepare()
-            builder = ShardTensorBuilder(bake.checkpoint, bake.device, journal.folder)
-            writer = ShardWriter(bake.checkpoint, bake.inventory, combiner, builder, journal, workers, progress)
-            shards = writer.write(bake.shards)
+            if nodes is not None:
+                shards = write_on_nodes(nodes, bake, digest, journal, threads=workers, progress=progress)
+            else:
+                combiner = Engine(bake.inventory, bake.merge, workers=threads, progress=progress).prepare()
+                builder = ShardTensorBuilder(bake.checkpoint, bake.device, journal.folder)
+                writer = ShardWriter(bake.checkpoint, bake.inventory, combiner, builder, journal, threads, progress)
+                shards = writer.write(bake.shards)
             bake.auxiliary.write(journal.model)
             _write_heads(bake, journal.model)
             record = _record(bake, digests, shards, resumed, started)
@@ -160,28 +169,6 @@ def _write_heads(bake: Bake, folder: Path) -> None:
         replace(a, full_tensors={p: a.full_tensors[p] for p in separate.get(a.name, ())}) for a in bake.inventory.adapters
     ]
     write_heads(adapters, Heads(), folder)
-
-
-def _digest(bake: Bake, adapters: list[str]) -> str:
-    """Return a digest of everything that the bytes of the shards depend on."""
-    moments = bake.inventory.moments
-    of_moments = {} if moments is None else {name: sha256(file.path) for name, file in moments.files.items()}
-    stats = {s.name: s.file.path.stat() for s in bake.checkpoint.shards}
-    content = {
-        "plait": __version__,
-        "libraries": library_versions(),
-        "recipe": recipe_json(bake.recipe),
-        "options": bake.options.kept,
-        "moments": None if moments is None else of_moments or {"function": uuid.uuid4().hex},  # no two functions are the same
-        "adapters": [(d, *(sha256(p) for p in a.files[1:])) for d, a in zip(adapters, bake.inventory.adapters, strict=True)],
-        "base": {
-            s.name: (stats[s.name].st_size, stats[s.name].st_mtime_ns, hashlib.sha256(s.lead).hexdigest())
-            for s in bake.checkpoint.shards
-        },
-        "config": bake.checkpoint.config,
-        "headers": {s.name: hashlib.sha256(s.lead).hexdigest() for s in bake.shards},
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _record(bake: Bake, digests: list[str], shards: dict[str, str], resumed: tuple[str, ...], started: float) -> BakeRecord:

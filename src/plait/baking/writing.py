@@ -10,18 +10,16 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from plait.baking.deltas import ModuleMerge
 from plait.baking.digests import GrowingDigest
-from plait.baking.journal import BakeJournal
 from plait.baking.shards import OutShard, OutTensor
 from plait.baking.tensors import ShardTensorBuilder
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import AdapterError
 from plait.merging.combine import Combiner
 from plait.merging.inventory import Inventory
-from plait.notices import announce
-from plait.results.digests import sha256
 from plait.results.progress import Progress
 from plait.results.threads import one_thread_each
 from plait.tensorfiles.blocks import CopySourceError, copy_range
@@ -33,16 +31,29 @@ class _StoppedError(Exception):
     """Another thread has failed."""
 
 
+class ShardFolder(Protocol):
+    """A folder of shards; see `BakeJournal`."""
+
+    model: Path
+    finished: dict[str, tuple[int, str]]
+
+    def holds(self, shard: str) -> bool:
+        """Return whether a finished shard is as it was."""
+
+    def finish(self, shard: str, size: int, sha256: str) -> None:
+        """Note a finished shard, which is on disk."""
+
+
 @dataclass
 class ShardWriter:
-    """Writes shards into the folder of a `BakeJournal`.
+    """Writes shards into a folder.
 
     Attributes:
         checkpoint: the base.
         inventory: the adapters.
         combiner: merges.
         builder: makes changed tensors.
-        journal: where.
+        journal: where, and what is finished there.
         workers: threads; never change a byte.
         progress: receives the bytes done.
     """
@@ -51,7 +62,7 @@ class ShardWriter:
     inventory: Inventory
     combiner: Combiner
     builder: ShardTensorBuilder
-    journal: BakeJournal
+    journal: ShardFolder
     workers: int
     progress: Progress
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -115,11 +126,8 @@ class ShardWriter:
 
     def _check(self, shard: OutShard) -> None:
         """Take over a shard of an earlier run that is as the journal records; any other is made again."""
-        if sha256(self.journal.model / shard.name) == self.journal.finished[shard.name][1]:
+        if self.journal.holds(shard.name):
             self._advance(shard.size)
-        else:
-            announce(f"{shard.name} is made again: what an earlier run finished has been changed since.")
-            del self.journal.finished[shard.name]
 
     def _open(self, shard: OutShard) -> _Open:
         path = self.journal.model / shard.name

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plait.cli.options import (
+    Cluster,
     DryRun,
     Keys,
     Loading,
@@ -53,6 +54,7 @@ def bake(
             metavar="PROMPTS", help="Then compare its logits with the live merge on these prompts.", show_default=False
         ),
     ] = None,
+    cluster: Cluster = None,
     dry_run: DryRun = False,
     *,
     pushing: Pushing,
@@ -82,6 +84,7 @@ def bake(
         push_to=pushing.push_baked_repo,
         private=pushing.private,
         load=LoadOptions(*loading),
+        cluster=cluster,
     )
     with warnings_as_notes():
         order.check()

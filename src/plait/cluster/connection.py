@@ -14,7 +14,7 @@ from typing import Any
 from plait.cluster import probe
 from plait.errors import OutputError, PlaitError, RecipeError, collect
 from plait.extras import optional
-from plait.libraries.ray import connect_quietly, error_of_work, on_node, sent_by_value
+from plait.libraries.ray import error_of_work, on_node, quiet_connection, sent_by_value
 from plait.results.versions import library_versions
 from plait.version import __version__
 
@@ -198,13 +198,12 @@ def connected(address: str) -> Iterator[Cluster]:
     with ExitStack() as stack:
         if not ray.is_initialized():
             try:
-                connect_quietly(ray, "auto" if address == "ray" else address)
+                stack.enter_context(quiet_connection(ray, "auto" if address == "ray" else address))
             except Exception as error:  # Ray raises many classes
                 raise PlaitError(
                     f"--cluster {address}: no Ray cluster answers ({in_short(error)}). Start one with `ray start --head`, or "
                     "name one: --cluster ray://HOST:10001."
                 ) from None
-            stack.callback(ray.shutdown)
         cluster = Cluster(ray, address)
         stack.callback(cluster.close)
         yield cluster

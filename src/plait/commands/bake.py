@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from plait.baking.pipeline import BakeResult, plan_bake, run_bake
 from plait.baking.plan import BakeOptions, BakePlan, bake_options
+from plait.cluster.connection import check_address
 from plait.commands.request import WritingOrder, check_texts, needless_loading
 from plait.errors import PlaitError, RecipeError
+from plait.extras import require
 from plait.hub.pretrained import LoadOptions
 from plait.hub.upload import check_push
 from plait.notices import announce
@@ -43,6 +45,7 @@ class BakeOrder(WritingOrder):
     push_to: str | None = None
     private: bool = False
     load: LoadOptions | None = None
+    cluster: str | None = None
 
     @cached_property
     def options(self) -> BakeOptions:
@@ -59,6 +62,8 @@ class BakeOrder(WritingOrder):
             raise RecipeError(
                 "--private (private=) is for the repository of --push-baked-repo (push_to=); give both or neither."
             )
+        check_address(self.cluster)
+        require("plait bake", {"ray": ["ray"] * (self.cluster is not None)})
         _ = self.options, needless_loading(self.request.resolved[0], self.load, self.request.function)
 
     def _check_beforehand(self) -> None:
@@ -94,7 +99,7 @@ class BakeOrder(WritingOrder):
         recipe, notes = self.complete_from_texts(recipe, folder, progress, self.load)
         for note in notes:
             announce(note)
-        result = run_bake(recipe, self.options, folder=folder, progress=progress, **self.writing)
+        result = run_bake(recipe, self.options, folder=folder, progress=progress, cluster=self.cluster, **self.writing)
         parity = None
         try:
             if self.prompts is not None:

@@ -27,15 +27,27 @@ def keeping_signals() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def connect_quietly(ray: Any, address: str) -> None:
-    """Connect this process to a cluster that is there; neither Ray's log nor what its workers print reaches the terminal.
+@contextmanager
+def quiet_connection(ray: Any, address: str) -> Iterator[None]:
+    """Connect this process to a cluster that is there while the block runs, with nothing of Ray's on stdout and stderr.
+
+    Workers' output and Ray's log are left to the cluster's own log files. So are the last lines of the log of a node that is
+    lost, which Ray prints to stdout whatever it is asked for.
 
     Args:
         ray: the module.
         address: `auto`, or `ray://HOST:PORT`.
     """
-    with keeping_signals():
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    worker: Any = importlib.import_module("ray._private.worker")
+    before = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda *given, **how: None
+    try:
+        with keeping_signals():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        yield
+    finally:
+        ray.shutdown()
+        worker.print_to_stdstream = before
 
 
 @contextmanager
