@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,9 @@ from plait.errors import OutputError, PlaitError, PlanError, RecipeError
 from plait.search.record import StudyRecord
 from plait.version import __version__
 from tests.e2e.test_bake_survival import SETTINGS, contents, write_materials
-from tests.e2e.test_sweep import sweep, trials, tried, write_tasks
+from tests.e2e.test_sweep import sweep, tried, write_tasks
 from tests.language_models import train_pair
+from tests.warm import check_killed, run_forked
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ray")]
 
@@ -32,24 +30,35 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Waits when the first of the second batch has been reported, and the second of it has not.
+HELD = """
+import optuna
+from plait.cli.main import main
+tell = optuna.Study.tell
+known = []
+def tell_and_wait(self, *outcome, **settings):
+    trial = tell(self, *outcome, **settings)
+    known.append(trial)
+    if len(known) == 3:
+        hold()
+    return trial
+optuna.Study.tell = tell_and_wait
+main()
+"""
+
+
 def test_a_sweep_whose_driver_and_node_are_killed_ends_as_one_here(
     place: Path, tmp_path: Path, losing: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search = {"seed": 3, "budget": 9, "init_points": 3, "parallel": 2, "space": {"scale": "0.1..3"}}
+    search = {"seed": 3, "budget": 6, "init_points": 3, "parallel": 2, "space": {"scale": "0.1..3"}}
     here = sweep(place, tmp_path / "here" / "study", search).record
     line = ["sweep", str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
-    line += ["--base-id", str(place / "base"), "--seed", "3", "--budget", "9", "--init-points", "3", "--space", "scale=0.1..3"]
+    line += ["--base-id", str(place / "base"), "--seed", "3", "--budget", "6", "--init-points", "3", "--space", "scale=0.1..3"]
     line += ["--method", "linear", "--cluster", "ray"]  # as many at a time as there are workers: two
     study = tmp_path / "there" / "study"
     line += ["--workspace", str(tmp_path / "there" / "artifacts"), "-o", str(study)]
-    process = subprocess.Popen([sys.executable, "-m", "plait", *line], stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 300
-    while time.monotonic() < end and process.poll() is None and trials(study) < 3:
-        time.sleep(0.05)
-    process.kill()  # SIGKILL
-    said = process.communicate()[1]
-    assert "raylet" not in said
-    assert 3 <= trials(study) < 10, said
+    check_killed(run_forked(HELD, *line))
+    assert plait.sweep_status(study).trials == 4
     losing()
     monkeypatch.setattr("plait.evaluation.session.answer_examples", None)  # no model is asked here
     with pytest.warns(UserWarning, match=r"a worker was lost, and what it did \(.*\) is done again elsewhere"):

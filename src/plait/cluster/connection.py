@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from plait.version import __version__
 
 _ADDRESS = re.compile(r"ray|ray://[^/\s]+:\d+")
 _ANSWER = 60.0  # seconds in which a node must answer
+_PAUSE = 0.5  # seconds before a node is asked again that the scheduler does not know
 _SHARED = "Base model, adapters, data and output must be on storage that all nodes share, under the same paths."
 
 
@@ -143,20 +145,30 @@ class Cluster:
         ray = self.ray
         with sent_by_value(probe):
             remote = ray.remote(num_cpus=0, max_retries=0)(probe.look)
-            asked = {
-                node["NodeManagerAddress"] + f" ({node['NodeID'][:8]})": remote.options(
-                    scheduling_strategy=on_node(node["NodeID"], only=True)
-                ).remote(files, packages)
-                for node in self._nodes()
-            }
-        found: dict[str, dict[str, Any] | str] = {}
-        for name, reference in asked.items():
-            try:
-                found[name] = ray.get(reference, timeout=_ANSWER)
-            except ray.exceptions.GetTimeoutError:
-                found[name] = f"nothing came within {_ANSWER:.0f} s"
-            except ray.exceptions.RayError as error:
-                found[name] = in_short(error_of_work(error) or error)
+
+            def ask(node: str) -> Any:
+                return remote.options(scheduling_strategy=on_node(node, only=True)).remote(files, packages)
+
+            names = {node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})" for node in self._nodes()}
+            asked = {node: ask(node) for node in names}
+            found: dict[str, dict[str, Any] | str] = {}
+            end = time.monotonic() + _ANSWER
+            while asked:
+                node, reference = asked.popitem()
+                try:
+                    found[names[node]] = ray.get(reference, timeout=max(0.0, end - time.monotonic()))
+                except ray.exceptions.GetTimeoutError:
+                    found[names[node]] = f"nothing came within {_ANSWER:.0f} s"
+                except ray.exceptions.TaskUnschedulableError as error:  # it has just come, or is just leaving
+                    if node not in [known["NodeID"] for known in self._nodes()]:
+                        continue
+                    if time.monotonic() > end:
+                        found[names[node]] = in_short(error)
+                        continue
+                    time.sleep(_PAUSE)
+                    asked[node] = ask(node)
+                except ray.exceptions.RayError as error:
+                    found[names[node]] = in_short(error_of_work(error) or error)
         return found
 
 
