@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
+import psutil
 import pytest
 
 from plait.cluster.workers import Workers
@@ -30,8 +32,13 @@ class Nodes:
         return self._other is not None
 
     def lose(self) -> None:
-        """Kill one."""
+        """Kill one, with its workers, which would see it a second later by themselves and work until then."""
+        (raylet,) = self._other.all_processes["raylet"]
+        workers = psutil.Process(raylet.process.pid).children(recursive=True)
         self._cluster.remove_node(self._other, allow_graceful=False)
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
         self._other = None
 
     def restore(self) -> None:
