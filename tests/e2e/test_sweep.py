@@ -247,6 +247,29 @@ def test_a_batch_that_was_stopped_is_completed_with_what_was_known_when_it_began
     assert len(asked) == total  # nothing was asked twice
 
 
+def test_a_batch_races_against_what_was_known_when_it_began(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {"type": "random", "budget": 2, "maximize": "mean_recovery", "space": {"scale": "0..3"}}
+    wanted |= {"constraint_nonnegative": False, "points": [{"scale": 0.2}, {"scale": 2.0}]}
+    alone = sweep(place, tmp_path / "alone" / "study", wanted, scale=3.0).record
+    assert [r.stopped for r in alone.runs] == [False, False, True], "the first stops the second where it is known"
+    batch = sweep(place, tmp_path / "batch" / "study", {**wanted, "parallel": 2}, scale=3.0).record
+    assert [r.stopped for r in batch.runs] == [False, False, False]
+    told = Study.tell
+
+    def stop(self: Study, *what: Any) -> None:
+        told(self, *what)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "tell", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(place, tmp_path / "cut" / "study", {**wanted, "parallel": 2}, scale=3.0)
+    again = sweep(place, tmp_path / "cut" / "study", {**wanted, "parallel": 2}, scale=3.0).record
+    assert tried(again) == tried(batch)
+
+
 # Waits when three trials have ended: the start, and two that were suggested.
 HELD = """
 import optuna
