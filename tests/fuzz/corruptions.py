@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -21,6 +22,8 @@ import pyarrow.csv
 import pyarrow.parquet
 import torch
 import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 #: Texts that stand in a document in place of what `json.dumps` or `yaml.safe_dump` could not write.
 RAW = {
@@ -52,7 +55,9 @@ def corrupt(chosen: random.Random, path: Path) -> str:
     elif path.suffix == ".jsonl":
         kinds += [_json_line] * 5
     elif path.suffix == ".safetensors":
-        kinds += [_header] * 6 + [_values]
+        kinds += [_header] * 6 + [_values, _metadata, _alpha]
+    elif path.suffix == ".gguf":
+        kinds += [_gguf] * 7
     elif path.suffix in (".csv", ".parquet"):
         kinds += [_table] * 4
     elif path.suffix == ".bin":
@@ -289,6 +294,98 @@ def _header(chosen: random.Random, path: Path) -> str:
     size = chosen.choice([0, 1, len(text) - 1, 2**63, 2**32, len(text) + 9]) if kind == "length" else len(text)
     path.write_bytes(struct.pack("<Q", size) + text + body)
     return f"header: {kind} of {one[:60]}"
+
+
+def _metadata(chosen: random.Random, path: Path) -> str:
+    """Change a text of the header; what is JSON is changed as JSON is."""
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    texts = {key: text for key, text in header.get("__metadata__", {}).items() if key != "format"}
+    if not texts:
+        return _bytes(chosen, path)
+    key = chosen.choice(list(texts))
+    try:
+        changed, what = _changed(chosen, json.loads(texts[key]))
+        header["__metadata__"][key] = _unquoted(json.dumps(changed))
+    except ValueError:
+        what = chosen.choice([str(v) for v in VALUES])
+        header["__metadata__"][key] = what
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    return f"metadata {key}: {what[:60]!r}"
+
+
+def _alpha(chosen: random.Random, path: Path) -> str:
+    """Give one alpha another value, dtype or shape, or take it away."""
+    with safe_open(path, "pt") as opened:
+        metadata, held = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    names = [name for name in held if name.endswith(".alpha")]
+    if not names:
+        return _values(chosen, path)
+    name = chosen.choice(names)
+    number = chosen.choice([math.nan, math.inf, 0.0, -1.0, 1e-45, 3e38, 2.0, 7.0])
+    dtypes = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+    if math.isfinite(number) and abs(number) < 100:
+        dtypes += [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float8_e4m3fn]
+    held[name] = torch.full(chosen.choice([(), (), (1,), (1, 1), (2,), (0,)]), number).to(chosen.choice(dtypes))
+    what = f"{name}: {held[name].tolist()} of {held[name].dtype}"
+    if chosen.random() < 0.1:
+        del held[name]
+        what = f"no {name}"
+    save_file(held, path, metadata=metadata)
+    return what
+
+
+def _gguf(chosen: random.Random, path: Path) -> str:
+    """Change one field, count, name, length, shape, type or place of a GGUF file's header."""
+    data = bytearray(path.read_bytes())
+    spots = _gguf_spots(data)
+    kind = chosen.choice(sorted(spots))
+    at, size = chosen.choice(spots[kind])
+    if kind == "text":
+        new = chosen.randbytes(size) if chosen.random() < 0.3 else chosen.choice([b"\0", b"x", b"9", "٣".encode()]) * size
+    elif kind == "number":
+        new = struct.pack("<f", chosen.choice([math.nan, math.inf, 0.0, -1.0, 3e38, 1e-45]))
+    else:
+        new = chosen.choice([0, 1, 2, 3, 7, 8, 9, 13, 2**20, 2**31, 2**40, 2**60, 2**63, 2**64 - 1]).to_bytes(8, "little")
+    data[at : at + size] = new[:size]
+    path.write_bytes(data)
+    return f"gguf: {kind} of {size} bytes at {at} → {bytes(new[:size])[:20]!r}"
+
+
+def _gguf_spots(data: bytearray) -> dict[str, list[tuple[int, int]]]:
+    """Return kind of place → where it begins and its number of bytes, in a file whose fields are texts, u32 and f32."""
+    spots: dict[str, list[tuple[int, int]]] = {"count": [(8, 8), (16, 8)], "version": [(4, 4)]}
+    at = 24
+
+    def text() -> int:
+        (size,) = struct.unpack_from("<Q", data, at)
+        spots.setdefault("length", []).append((at, 8))
+        spots.setdefault("text", []).append((at + 8, size))
+        return at + 8 + int(size)
+
+    tensors, fields = struct.unpack_from("<QQ", data, 8)
+    for _ in range(fields):
+        at = text()
+        (kind,) = struct.unpack_from("<I", data, at)
+        spots.setdefault("type", []).append((at, 4))
+        at += 4
+        if kind == 8:
+            at = text()
+            continue
+        spots.setdefault("number", []).append((at, 4))
+        at += 4
+    for _ in range(tensors):
+        at = text()
+        (dimensions,) = struct.unpack_from("<I", data, at)
+        spots.setdefault("dimensions", []).append((at, 4))
+        spots.setdefault("shape", []).extend((at + 4 + 8 * i, 8) for i in range(dimensions))
+        at += 4 + 8 * dimensions
+        spots.setdefault("type", []).append((at, 4))
+        spots.setdefault("offset", []).append((at + 4, 8))
+        at += 12
+    return spots
 
 
 _DTYPES = ("I32", "F16", "BF16", "F64", "F8_E4M3", "U8", "BOOL", "Q4", "", "f32")

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from plait.cli.main import main
 from tests.fuzz.corruptions import corrupt
+from tests.fuzz.formats import deltas_of
 from tests.fuzz.world import COMMANDS, Command
 
 _NAMELESS = "a refusal that names no file"
@@ -132,7 +133,8 @@ def judge(command: Command, folder: Path, target: Path, code: int | str | None, 
             return f"refused, and written all the same: {partial[:3]}"
         if any(words in said for words in _SAID.get(command.words[0], ())):
             return None
-        stem = [target.stem] if target.suffix == ".yaml" else []  # tasks are spoken of by their names
+        named = target.suffix == ".yaml" or target.name in command.words  # tasks and adapters are spoken of by their names
+        stem = [target.stem] if named else []
         here = {target.name, target.parent.name, str(target.relative_to(folder)), *stem}
         return None if any(name in said for name in here) else _NAMELESS
     return None
@@ -140,13 +142,13 @@ def judge(command: Command, folder: Path, target: Path, code: int | str | None, 
 
 def _compare(command: Command, folder: Path, world: Path) -> str | None:
     """Compare a merge with the sum of what an independent reader finds in its sources."""
-    names = command.words[1:3]
-    weights = [float(w) for w in command.words[4:6]] if "--weights" in command.words else [1.0, 1.0]
+    names = command.words[1 : 2 if command.words[0] == "convert" else 3]
+    weights = [float(w) for w in command.words[4:6]] if "--weights" in command.words else [1.0] * len(names)
     try:
         parts = [(w, _source(folder / name, world / name)) for w, name in zip(weights, names, strict=True)]
     except Exception as error:
         return f"accepted, and no independent reader can read it ({type(error).__name__}: {error})"
-    found = _deltas(folder / "out")
+    found = _by_flat_name(folder / "out")
     if set(found) != set().union(*(deltas for _, deltas in parts)):
         return "accepted, with other modules than an independent reader finds"
     for module, delta in found.items():
@@ -160,18 +162,27 @@ def _compare(command: Command, folder: Path, world: Path) -> str | None:
 def _source(folder: Path, whole: Path) -> dict[str, np.ndarray]:
     """Read a source. Of an archive torch refuses more than it needs; where it does, what was saved is the measure."""
     try:
-        return _deltas(folder)
+        return _by_flat_name(folder)
     except RuntimeError:
         if not (folder / "adapter_model.bin").exists():
             raise
-        return _deltas(whole)
+        return _by_flat_name(whole)
+
+
+def _by_flat_name(place: Path) -> dict[str, np.ndarray]:
+    """Read an adapter of any format; kohya's names have underscores for dots, and so have all here."""
+    if place.is_dir() and [*place.glob("adapter_model*")]:
+        return {path.replace(".", "_"): delta for path, delta in _deltas(place).items()}
+    return deltas_of(place)
 
 
 def _deltas(folder: Path) -> dict[str, np.ndarray]:
     """Read an adapter with the libraries alone: module → s · B A in float64."""
     config = json.loads((folder / "adapter_config.json").read_bytes())
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file) if file.is_file() else torch.load(folder / "adapter_model.bin", weights_only=True)
+    files = sorted(folder.glob("adapter_model*.safetensors"))
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    if not files:
+        tensors = torch.load(folder / "adapter_model.bin", weights_only=True)
     found = {}
     for name, a in tensors.items():
         if not (match := re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", name)):

@@ -22,6 +22,7 @@ from plait.baking import journal
 from plait.cli.main import main
 from plait.tuning.working import WorkingState
 from tests.adapters_on_disk import Linear, write_adapter
+from tests.fuzz.formats import build_formats
 from tests.language_models import LABELS, WORDS, label, save_model, train_adapter, write_task
 
 SHAPES = {
@@ -73,7 +74,38 @@ def _in(folder: str, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{folder}/{name}" for name in names)
 
 
+SD = "sd/pytorch_lora_weights.safetensors"
+MLX = _in("mlx", ("adapter_config.json", "adapters.safetensors"))
+GGUF = ("gguf/adapter.gguf",)
+LYCORIS = ("lycoris.safetensors",)
+NUMBERED = _in("numbered", ("adapter_config.json", "adapter_model-0000?-of-00002.safetensors"))
+#: Of adapters that other programs than PEFT wrote.
+FORMAT_COMMANDS = (
+    Command(("merge", "mlx", "second", "--weights", "0.7", "-0.3", *OUT), MLX, ("mlx", "second"), 4, exact=True),
+    Command(("merge", "sd", "sd2", "--weights", "0.7", "-0.3", *OUT), (SD,), ("sd", "sd2"), 4, exact=True),
+    Command(("merge", "kohya.safetensors", "sd2", *OUT), ("kohya.safetensors",), ("kohya.safetensors", "sd2"), 5, exact=True),
+    Command(("merge", "numbered", "second", *OUT), NUMBERED, ("numbered", "second"), 2, exact=True),
+    Command(("merge", "lycoris.safetensors", "sd2", *OUT), LYCORIS, (*LYCORIS, "sd2"), 4),
+    Command(("merge", "gguf", "second", *OUT), (*GGUF, "gguf/config.json"), ("gguf", "second"), 4),
+    Command(("inspect", "mlx", "gguf"), (*MLX, *GGUF), ("mlx", "gguf"), 2),
+    Command(("inspect", "sd", "kohya.safetensors"), (SD, "kohya.safetensors"), ("sd", "kohya.safetensors"), 2),
+    Command(("convert", "mlx", "--to", "peft", *OUT), MLX, ("mlx",), 3, exact=True),
+    Command(("convert", "sd", "--to", "kohya", *OUT), (SD,), ("sd",), 3, exact=True),
+    Command(
+        ("convert", "kohya.safetensors", "--to", "diffusers", *OUT),
+        ("kohya.safetensors",),
+        ("kohya.safetensors",),
+        3,
+        exact=True,
+    ),
+    Command(("convert", "lycoris.safetensors", "--to", "diffusers", *OUT), LYCORIS, LYCORIS, 3),
+    Command(("convert", "gguf", "--to", "peft", *OUT), (*GGUF, "gguf/config.json"), ("gguf",), 3),
+    Command(("convert", "mlx", "--to", "gguf", "--base-id", "base", *OUT), (*MLX, "base/config.json"), ("mlx", "base"), 3),
+    Command(("bake", "mlx", "gguf", "--base-id", "base", *OUT), (*MLX, *GGUF), ("mlx", "gguf", "base"), 3),
+)
+
 COMMANDS = (
+    *FORMAT_COMMANDS,
     Command(
         ("merge", "first", "second", "--weights", "0.7", "-0.3", *OUT),
         _in("first", ADAPTER),
@@ -232,6 +264,7 @@ def build(folder: Path) -> None:
             splits={"train": {"rows": [0, 12]}, "test": {"rows": [12, 24]}},
             data={"path": f"{task}/test.jsonl"},
         )
+    build_formats(folder)
     _documents(folder)
     _results(folder)
 

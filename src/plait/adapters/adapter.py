@@ -237,20 +237,39 @@ def _target(stored: StoredAdapter, module: str, parameter: str | None, parts: Ma
     layout, rank = kind.of(info_a.shape, info_b.shape, config.rank(path))
     if rank == 0:
         raise ValueError("has rank 0")
+    if 0 in info_a.shape or 0 in info_b.shape:
+        raise ValueError(f"has no values: A is {list(info_a.shape)} and B is {list(info_b.shape)}")
+    sizes = {"lora_B.bias": layout.outputs, "lora_magnitude_vector": math.prod(layout.magnitude_shape)}
+    for part, size in sizes.items():
+        if part in parts and math.prod(shape := file.tensors[parts[part]].shape) != size:
+            raise ValueError(f"{part} is {list(shape)}; it must have {size} values, since B is {list(info_b.shape)}")
+    scaling = _scaling(stored, module, path, parts, rank * layout.rank_unit)
+    own = stored.scalings is not None or ALPHA in parts
+    return Target(path, layout, rank, scaling, info_b.dtype, dict(parts), own)
+
+
+def _scaling(stored: StoredAdapter, module: str, path: str, parts: Mapping[str, str], rank: int) -> float:
+    """Return s in ΔW = s · B A: the format's, the module's own alpha's, or that of PEFT's rules."""
     if stored.scalings is not None:
+        if module not in stored.scalings:
+            of = stored.origin.format
+            raise ValueError(f"its name in the file has a prefix or a wrapper of PEFT's, which no file of {of} has")
         scaling = stored.scalings[module]
     elif ALPHA in parts:
-        scaling = _own_scaling(config, file, parts[ALPHA], rank * layout.rank_unit)
-        configured = config.scaling(path, rank * layout.rank_unit)
-        if f".{kind.a_part}" in parts[kind.a_part] and not math.isclose(scaling, configured, rel_tol=1e-2):
+        scaling = _own_scaling(stored.config, stored.file, parts[ALPHA], rank)
+        configured = stored.config.scaling(path, rank)
+        if any(f".{part}" in name for part, name in parts.items() if part.endswith("_A")) and not math.isclose(
+            scaling, configured, rel_tol=1e-2
+        ):
             raise ValueError(
                 f"{parts[ALPHA]!r} gives {scaling:g} as scaling, the configuration {configured:g}; PEFT reads the latter. "
                 "Delete the tensor, or put its value into alpha_pattern"
             )
     else:
-        scaling = config.scaling(path, rank * layout.rank_unit)
-    own = stored.scalings is not None or ALPHA in parts
-    return Target(path, layout, rank, scaling, info_b.dtype, dict(parts), own)
+        scaling = stored.config.scaling(path, rank)
+    if not math.isfinite(scaling * rank):
+        raise ValueError(f"its scaling is {scaling:g} at rank {rank}: no number holds their product, the alpha")
+    return scaling
 
 
 def _own_scaling(config: AdapterConfig, file: TensorFile, name: str, rank: int) -> float:

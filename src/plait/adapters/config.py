@@ -261,4 +261,6 @@ def _what_is_there(folder: Path) -> str:
     if below := subfolders_with(folder, "adapter_config.json"):
         return f"{folder} has them in {listed(below, 8)}: name one of these subfolders."
     names = sorted(p.name for p in folder.iterdir())
+    if len(files := [n for n in names if n.endswith((".safetensors", ".gguf"))]) > 1:
+        return f"{folder} holds {listed(files, 8)}: name one of these files."
     return f"{folder} holds {listed(names, 8) if names else 'nothing'}."

@@ -167,7 +167,7 @@ def _format_problems(inventory: Inventory, kept: dict[str, Layout]) -> list[str]
     chosen = output_format(inventory)
     if chosen.of_one_model and len(towers) > 1:
         return [
-            f"--to {chosen.name}: {chosen.program}'s adapters are of one model; these are of {listed(towers)} of a pipeline."
+            f"--to {chosen.name}: adapters of {chosen.program} are of one model; these are of {listed(towers)} of a pipeline."
         ]
     return chosen.problems(outgoing)
 
@@ -353,7 +353,7 @@ def _notes(inventory: Inventory, left_out: dict[str, tuple[str, ...]]) -> list[s
         notes.append(f"merge_mode 'common' leaves {len(left_out)} modules out, such as {first} (not in {', '.join(lacking)}).")
     if not writes_peft(inventory) and recipe.output.kind == "adapter":
         chosen = output_format(inventory)
-        notes.append(f"the adapter is written as {chosen.program} has it ({chosen.name}; docs/formats.md).")
+        notes.append(f"the adapter is written in the format of {chosen.program} ({chosen.name}; docs/formats.md).")
     notes += [f"{a.name!r}: {text}" for a in inventory.adapters for text in a.origin.notes]
     if recipe.space_name == "factors":
         notes.append("space 'factors' merges A and B separately, as PEFT does: the result is not a function of the deltas.")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import AdapterError
-from plait.parsing import open_bytes
+from plait.parsing import open_bytes, shown
 from plait.tensorfiles.header import TensorInfo
 from plait.tensorfiles.reader import DTYPES, TensorFile
 from plait.tensorfiles.writer import TensorEntry
@@ -99,26 +99,33 @@ def _header(data: bytes, size: int) -> tuple[dict[str, Any], dict[str, TensorInf
     fields: dict[str, Any] = {}
     for _ in range(fields_count):
         name = cursor.text()
+        if name in fields:
+            raise ValueError(f"the field {shown(name)} is there twice")
         fields[name] = cursor.value(cursor.take("<I"))
     found = []
     for _ in range(count):
         name = cursor.text()
         dimensions = cursor.take("<I")
         if dimensions > 4:
-            raise ValueError(f"{name!r} has {dimensions} dimensions")
+            raise ValueError(f"{shown(name)} has {dimensions} dimensions")
         shape = tuple(cursor.take("<Q") for _ in range(dimensions))[::-1]
         found.append((name, shape, cursor.take("<I"), cursor.take("<Q")))
     alignment = fields.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
-        raise ValueError(f"alignment {alignment}")
+        raise ValueError(f"alignment {shown(alignment)}")
     start = -(-cursor.at // alignment) * alignment
     tensors = {}
     for name, shape, kind, offset in found:
         dtype = _TYPES.get(kind, f"quantized (type {kind})")
         nbytes = math.prod(shape) * getattr(torch, DTYPES[dtype]).itemsize if dtype in DTYPES else 0
         if start + offset + nbytes > size or name in tensors:
-            raise ValueError(f"{name!r} ends after the file, or is there twice")
+            raise ValueError(f"{shown(name)} ends after the file, or is there twice")
         tensors[name] = TensorInfo(shape, dtype, nbytes, start + offset)
+    end = start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if info.start < end:
+            raise ValueError(f"{shown(name)} shares bytes with another tensor")
+        end = info.start + info.nbytes
     return fields, tensors
 
 

@@ -6,6 +6,7 @@ entry point in the group `plait.adapter_formats`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from plait.adapters.formats import diffusers, gguf, kohya, mlx, peft
@@ -39,4 +40,8 @@ def read_adapter(place: Path) -> StoredAdapter:
         AdapterError: with everything that is wrong with it.
     """
     FORMATS.load_plugins()
-    return next((f for f in FORMATS.values() if f.matches(place)), peft.PEFT).read(place)
+    format = next((f for f in FORMATS.values() if f.matches(place)), peft.PEFT)
+    stored = format.read(place)
+    others = [f for f in FORMATS.values() if f is not format and place.is_dir() and (place / f.file_name).is_file()]
+    notes = tuple(f"{place / f.file_name} is of another format, {f.name}, and was not read." for f in others)
+    return replace(stored, origin=stored.origin.model_copy(update={"notes": (*stored.origin.notes, *notes)}))

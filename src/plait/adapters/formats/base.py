@@ -21,7 +21,8 @@ from torch import Tensor
 from plait.adapters.config import AdapterConfig
 from plait.adapters.layouts import Layout
 from plait.adapters.lowrank import LowRank
-from plait.errors import join_words, listed
+from plait.errors import PlanError, join_words, listed
+from plait.linalg.finite import all_finite
 from plait.plugins import Registry
 from plait.records import Record
 from plait.tensorfiles.header import TensorInfo
@@ -250,11 +251,26 @@ def most_common(values: Iterable[float]) -> float:
     return Counter(values).most_common(1)[0][0]
 
 
-def rescaled(delta: LowRank, factor: float) -> LowRank:
-    """Return factor · ΔW, rounded once where the factor is not a power of two."""
+def common_value(values: Iterable[float]) -> float:
+    """Return what most modules have, that they all can be expressed by: not 0, and 1 where they have nothing else."""
+    return most_common([v for v in values if v] or [1.0])
+
+
+def rescaled(delta: LowRank, factor: float, target: str) -> LowRank:
+    """Return factor · ΔW of a target, rounded once where the factor is not a power of two.
+
+    Raises:
+        PlanError: the dtype does not hold the result.
+    """
     if factor == 1:
         return delta
-    return LowRank(delta.a, (delta.b.double() * factor).to(delta.b.dtype))
+    b = (delta.b.double() * factor).to(delta.b.dtype)
+    if not all_finite(b) or (factor and delta.b.any() and not b.any()):
+        raise PlanError(
+            f"{target}: its scaling is {abs(factor):.1e} times the one that is written for all modules, and multiplied into B "
+            f"it is out of the range of {str(b.dtype).removeprefix('torch.')}. Write it as 'peft', with a scaling per module."
+        )
+    return LowRank(delta.a, b)
 
 
 def only_plain(outgoing: OutgoingAdapter, program: str, *kinds: type[Layout], dora: bool = False) -> list[str]:
@@ -267,12 +283,12 @@ def only_plain(outgoing: OutgoingAdapter, program: str, *kinds: type[Layout], do
     if wrong:
         allowed = join_words([kind.kind for kind in kinds])
         problems.append(
-            f"{program}'s adapters hold factors on layers of kind {allowed}; {len(wrong)} targets are of another, such as "
+            f"adapters of {program} hold factors on layers of kind {allowed}; {len(wrong)} targets are of another, such as "
             f"{wrong[0]!r} ({outgoing.targets[wrong[0]].layout.kind})."
         )
     if others:
         problems.append(
-            f"{program}'s adapters hold nothing but factors; this one also has {listed(others)}. Write it as "
+            f"adapters of {program} hold nothing but factors; this one also has {listed(others)}. Write it as "
             "'peft', or take them out."
         )
     return problems
@@ -283,7 +299,7 @@ def of_one_model(outgoing: OutgoingAdapter, program: str) -> list[str]:
     if len(outgoing.towers) < 2:
         return []
     return [
-        f"{program}'s adapters are of one model; this one is of {join_words(outgoing.towers)} of a pipeline. Choose one "
+        f"adapters of {program} are of one model; this one is of {join_words(outgoing.towers)} of a pipeline. Choose one "
         "of them (--tower, tower=)."
     ]
 
@@ -292,7 +308,7 @@ def of_a_pipeline(outgoing: OutgoingAdapter, program: str) -> list[str]:
     """Return why an adapter of one model has no place in a format for pipelines."""
     if outgoing.towers:
         return []
-    return [f"{program}'s files are of a pipeline; this adapter is of one model, and its paths do not begin with a component."]
+    return [f"files of {program} are of a pipeline; this adapter is of one model, and its paths do not begin with a component."]
 
 
 def only_file(folder: Path, suffix: str) -> Path | None:

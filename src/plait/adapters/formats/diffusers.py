@@ -26,6 +26,7 @@ from plait.adapters.formats.pipelines import COMPONENTS, with_text_model
 from plait.adapters.formats.single_file import DIFFUSERS_METADATA, DIFFUSERS_NAME, grouped, stored, tensor_file
 from plait.adapters.layouts import Convolution, Linear
 from plait.errors import AdapterError
+from plait.parsing import kind_of, parse_json
 from plait.tensorfiles.reader import SafetensorsFile
 from plait.tensorfiles.writer import TensorEntry, TensorWriter
 
@@ -69,6 +70,8 @@ class DiffusersFile(AdapterFormat):
         file = SafetensorsFile(path)
         modules, problems = grouped(file, _split)
         configs = _configs(file)
+        without = [c for c in configs if configs[c].flag("use_dora") and not any("magnitude" in p for p in modules.values())]
+        problems += [f"use_dora is set for {c!r} in its metadata, and the file has no magnitudes" for c in without]
 
         def scaling(module: str, rank: int) -> float | None:
             component, _, inner = module.partition(".")
@@ -135,12 +138,10 @@ def _configs(file: SafetensorsFile) -> dict[str, AdapterConfig]:
     text = file.metadata.get(DIFFUSERS_METADATA)
     if text is None:
         return {}
-    try:
-        raw = json.loads(text)
-    except ValueError as error:
-        raise AdapterError(f"{file.path}: {DIFFUSERS_METADATA} in its metadata is not JSON ({error}).") from None
+    source = f"{file.path}: {DIFFUSERS_METADATA} in its metadata"
+    raw = parse_json(text, source, AdapterError, constants=True)
     if not isinstance(raw, dict):
-        raise AdapterError(f"{file.path}: {DIFFUSERS_METADATA} in its metadata is not an object.")
+        raise AdapterError(f"{source}: expected a JSON object, found {kind_of(raw)}.")
     settings: dict[str, dict[str, Any]] = {}
     for key, value in raw.items():
         component, _, setting = key.partition(".")

@@ -7,10 +7,10 @@ rows of B; how many heads there are, the file does not say, so that the base mod
 
 from __future__ import annotations
 
+import math
 import re
-import struct
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from plait.adapters.formats.base import (
     StoredAdapter,
     TranslatedFile,
     View,
-    most_common,
+    common_value,
     of_one_model,
     only_file,
     only_plain,
@@ -35,13 +35,13 @@ from plait.adapters.formats.base import (
 )
 from plait.adapters.layouts import Linear
 from plait.errors import AdapterError, collect, listed
-from plait.parsing import read_object
+from plait.parsing import read_object, shown
 from plait.tensorfiles.gguf import GgufFile, write_gguf
 from plait.tensorfiles.reader import FLOATS
 from plait.tensorfiles.writer import TensorEntry
 
-_BLOCK = re.compile(r"blk\.(?P<number>\d+)\.(?P<name>\w+)")
-_LAYER = re.compile(r"model\.layers\.(?P<number>\d+)\.(?P<name>.+)")
+_BLOCK = re.compile(r"blk\.(?P<number>0|[1-9][0-9]*)\.(?P<name>\w+)")
+_LAYER = re.compile(r"model\.layers\.(?P<number>0|[1-9][0-9]*)\.(?P<name>.+)")
 _USUAL = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
@@ -54,6 +54,7 @@ _MODULES: dict[str, Mapping[str, str]] = {
         "ffn_down": "mlp.down_proj",
     },
 }  # fmt: skip
+_SMALLEST = torch.finfo(torch.float32).tiny
 _HEAD = "output", "lm_head"  # in GGUF, in transformers
 #: Those whose rows of queries and keys are in llama.cpp's order.
 _REORDERED = ("llama", "granite", "smollm3")
@@ -85,14 +86,14 @@ class GgufAdapter(AdapterFormat):
         architecture = file.fields.get("general.architecture")
         if file.fields.get("general.type") != "adapter" or file.fields.get("adapter.type") != "lora":
             raise AdapterError(f"{path}: not an adapter, but a model. Give the file that convert_lora_to_gguf.py wrote.")
-        if architecture not in _MODULES:
+        if not isinstance(architecture, str) or architecture not in _MODULES:
             raise AdapterError(
-                f"{path}: of the architecture {architecture!r}, whose modules are not known here; known are "
+                f"{path}: of the architecture {shown(architecture)}, whose modules are not known here; known are "
                 f"{', '.join(_MODULES)}. Give the adapter that it was made from."
             )
         alpha = file.fields.get("adapter.lora.alpha", 0.0)
         if not is_number(alpha):
-            raise AdapterError(f"{path}: adapter.lora.alpha is {alpha!r}; it must be a number.")
+            raise AdapterError(f"{path}: adapter.lora.alpha is {shown(alpha)}; it must be a number.")
         modules, problems = _grouped(file, architecture)
         config_path = path.parent / "config.json"
         config = read_object(config_path, AdapterError, constants=True) if config_path.is_file() else {}
@@ -102,6 +103,7 @@ class GgufAdapter(AdapterFormat):
                 f"{len(reordered)} modules, such as {reordered[0]!r}, have rows in llama.cpp's order, which depends on the "
                 "number of heads. Put the config.json of the base model next to the file"
             )
+        problems += _uneven(file, modules, reordered, heads_of(config))
         collect(AdapterError, [f"{path}: {p}" for p in problems], f"{path}: not an adapter that plait can merge")
         views = {n: v for m, parts in modules.items() for n, v in _views(file, m, parts, config, reordered=m in reordered)}
         ranks = {m: file.tensors[parts["lora_b"]].shape[1] for m, parts in modules.items()}
@@ -125,10 +127,11 @@ class GgufAdapter(AdapterFormat):
                 *problems,
                 "GGUF needs the base model's config.json: give the base (--base-id, base_model=), here or on the Hub.",
             ]
-        if kind not in _ARCHITECTURES:
+        if not isinstance(kind, str) or kind not in _ARCHITECTURES:
             return [
                 *problems,
-                f"model_type is {kind!r}, for which no names in GGUF are known; known are {', '.join(_ARCHITECTURES)}.",
+                f"model_type in the base model's config.json is {shown(kind)}, for which no names in GGUF are known; "
+                f"known are {', '.join(_ARCHITECTURES)}.",
             ]
         architecture = _ARCHITECTURES[kind]
         unknown = [path for path in outgoing.targets if _gguf_name(path, architecture) is None]
@@ -136,6 +139,11 @@ class GgufAdapter(AdapterFormat):
             problems.append(f"{len(unknown)} modules have no name in GGUF's {architecture!r}: {listed(map(repr, unknown), 3)}.")
         if architecture in _REORDERED and heads_of(outgoing.base_config) is None:
             problems.append("num_attention_heads is missing in the base model's config.json.")
+        for path, t in outgoing.targets.items():
+            if (heads := _heads(path, architecture, outgoing.base_config)) and t.layout.d_out % (2 * heads):
+                problems.append(f"{path!r} has {t.layout.d_out} rows, which are not pairs in each of {shown(heads)} heads.")
+        if not _SMALLEST <= abs(alpha := _alpha(outgoing)) < math.inf:
+            problems.append(f"the alpha of most modules is {alpha:g} in float32, out of its range.")
         wide = [path for path, t in outgoing.targets.items() if t.dtype == torch.float64]
         if wide:
             problems.append(f"{len(wide)} modules are float64, which llama.cpp does not read. Write them as float32 first.")
@@ -160,7 +168,7 @@ class GgufAdapter(AdapterFormat):
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for module in factors:
                 path = module.target
-                part = rescaled(module.slices[0], targets[path].scaling * targets[path].rank / alpha)
+                part = rescaled(module.slices[0], targets[path].scaling * targets[path].rank / alpha, path)
                 heads = _heads(path, architecture, config)
                 yield f"{names[path]}.lora_a", part.a
                 yield f"{names[path]}.lora_b", part.b if heads is None else reordered_rows(part.b, heads)
@@ -213,6 +221,8 @@ def _grouped(file: GgufFile, architecture: str) -> tuple[dict[str, dict[str, str
         path = _path(base.removesuffix(".weight"), architecture) if part in ("lora_a", "lora_b") else None
         if path is None:
             unknown.append(name)
+        elif part in modules[path]:
+            problems.append(f"{name!r} and {modules[path][part]!r} are the same part of one module")
         else:
             modules[path][part] = name
     if unknown:
@@ -227,6 +237,17 @@ def _grouped(file: GgufFile, architecture: str) -> tuple[dict[str, dict[str, str
         if wrong := {i.dtype for i in (a, b)} - {*FLOATS}:
             problems.append(f"{path!r} is stored as {' and '.join(sorted(wrong))}; factors are read as {', '.join(FLOATS)}")
     return modules, problems
+
+
+def _uneven(
+    file: GgufFile, modules: Mapping[str, Mapping[str, str]], reordered: Sequence[str], heads: tuple[int, int] | None
+) -> Iterator[str]:
+    """Find modules whose rows are not pairs in every head."""
+    for module in reordered if heads is not None else ():
+        shape = file.tensors[modules[module]["lora_b"]].shape if "lora_b" in modules[module] else ()
+        count = heads[module.endswith("k_proj")] if heads is not None else 1
+        if shape and shape[0] % (2 * count):
+            yield f"{module!r} has {shape[0]} rows, which are not pairs in each of {shown(count)} heads (config.json)"
 
 
 def _views(
@@ -267,8 +288,7 @@ def _heads(path: str, architecture: str, config: Mapping[str, Any]) -> int | Non
 
 def _alpha(outgoing: OutgoingAdapter) -> float:
     """Return the alpha of most modules as float32 holds it; 0 would mean none."""
-    alpha = most_common(t.scaling * t.rank for t in outgoing.targets.values())
-    return float(struct.unpack("<f", struct.pack("<f", alpha))[0]) or 1.0
+    return float(torch.tensor(common_value(t.scaling * t.rank for t in outgoing.targets.values()), dtype=torch.float32))
 
 
 def _base(fields: Mapping[str, Any]) -> str | None:

@@ -24,7 +24,7 @@ from plait.adapters.formats.base import (
     TranslatedFile,
     View,
     carried,
-    most_common,
+    common_value,
     of_one_model,
     only_plain,
     rescaled,
@@ -84,14 +84,14 @@ class MlxFolder(AdapterFormat):
 
     def notes(self, outgoing: OutgoingAdapter) -> list[str]:
         """Return how many modules have another scaling than the one that is written."""
-        scale = most_common(t.scaling for t in outgoing.targets.values())
+        scale = common_value(t.scaling for t in outgoing.targets.values())
         others = [t for t in outgoing.targets.values() if t.scaling != scale and not _is_power_of_two(t.scaling / scale)]
         return [f"mlx-lm has one scale for all modules: that of {len(others)} others is multiplied into B."] * bool(others)
 
     def write(self, folder: Path, outgoing: OutgoingAdapter, factors: Factors) -> dict[str, str]:
         """Write an adapter; see `AdapterFormat.write`. All modules get the largest rank, with zeros."""
         targets = outgoing.targets
-        scale, rank = most_common(t.scaling for t in targets.values()), max(t.rank for t in targets.values())
+        scale, rank = common_value(t.scaling for t in targets.values()), max(t.rank for t in targets.values())
         entries = []
         for path, t in targets.items():
             a, b = (t.layout.d_in, rank), (rank, t.layout.d_out)
@@ -100,7 +100,7 @@ class MlxFolder(AdapterFormat):
         with TensorWriter(folder / self.file_name, entries, outgoing.metadata) as writer:
             for module in factors:
                 path = module.target
-                part = rescaled(module.slices[0], targets[path].scaling / scale).padded(rank)
+                part = rescaled(module.slices[0], targets[path].scaling / scale, path).padded(rank)
                 writer.write(f"{path}.lora_a", part.a.mT)
                 writer.write(f"{path}.lora_b", part.b.mT)
                 if module.magnitude is not None:

@@ -45,6 +45,11 @@ class PeftFolder(AdapterFormat):
         if place.is_file():
             place = _folder_of(place)
         config = AdapterConfig.read(place / ADAPTER_CONFIG)
+        if "lora_parameters" in config.raw and "peft_type" not in config.raw:
+            raise AdapterError(
+                f"{config.path}: of mlx-lm, and the tensors next to it are PEFT's, whose scaling it does not hold. Keep the "
+                "files of one program in a folder."
+            )
         config = replace(config, raw=clean_settings(config.raw))
         shards = [] if _has_one_file(place) else _shards(place)
         file = _joined(shards) if shards else _open_file(place)

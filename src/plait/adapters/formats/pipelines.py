@@ -65,7 +65,7 @@ def dotted(flat: str, component: str) -> str | None:
     at = 0
     while at < len(parts):
         ends = (end for end in range(min(len(parts), at + 4), at, -1) if "_".join(parts[at:end]) in words)
-        end = next(ends, at + 1 if parts[at].isdecimal() else None)
+        end = next(ends, at + 1 if parts[at].isascii() and parts[at].isdecimal() else None)
         if end is None:
             return None
         found.append("_".join(parts[at:end]))
@@ -78,11 +78,13 @@ def from_sgm(path: str) -> str | None:
     for old, new in (*_SGM_TOP, *_MIDDLE):
         if path == old or path.startswith(f"{old}."):
             return _inner(new + path[len(old) :])
-    found = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d)\.(.+)", path)
+    found = re.fullmatch(r"(input|output)_blocks\.([0-9]{1,4})\.([0-9])\.(.+)", path)
     if found is None:
         return None
     number, part, rest = int(found[2]), int(found[3]), found[4]
     down = found[1] == "input"
+    if number < down:
+        return None
     block, layer = divmod(number - down, _PER_BLOCK)
     side = "down_blocks" if down else "up_blocks"
     if down and rest == "op":
@@ -105,7 +107,9 @@ def to_sgm(path: str, paths: Iterable[str] = ()) -> str | None:
     for new, old in (*_SGM_TOP, *_MIDDLE):
         if path == old or path.startswith(f"{old}."):
             return new + _outer(path[len(old) :])
-    found = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", path)
+    found = re.fullmatch(
+        r"(down|up)_blocks\.([0-9]{1,4})\.(resnets|attentions|downsamplers|upsamplers)\.([0-9]{1,4})\.(.+)", path
+    )
     if found is None:
         return None
     block, kind, layer, rest = int(found[2]), found[3], int(found[4]), found[5]

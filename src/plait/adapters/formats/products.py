@@ -84,9 +84,6 @@ def factored(file: TensorFile, path: str, parts: Mapping[str, str], kernel: tupl
         return _computed(file, path, parts, _lokr(file, parts, kernel), alpha, "LoKr")
     if lacking := [p for p in ("lora_A", "lora_B") if p not in parts]:
         raise ValueError(f"{' and '.join(lacking)} missing; found {', '.join(sorted(parts))}")
-    rank = file.tensors[parts["lora_B"]].shape[1] if len(file.tensors[parts["lora_B"]].shape) > 1 else 0
-    if not rank:
-        raise ValueError("has rank 0")
     if "lora_mid" in parts:
         return _computed(file, path, parts, _locon(file, parts), alpha, "LoCon")
     views = {names.a: same(file, parts["lora_A"]), names.b: same(file, parts["lora_B"])}
@@ -95,19 +92,24 @@ def factored(file: TensorFile, path: str, parts: Mapping[str, str], kernel: tupl
     if "magnitude" in parts:
         views[names.magnitude] = same(file, parts["magnitude"])
     method = "LoCon" if len(views[names.a].shape) > 2 else "LoRA"
-    return Factored(views, 1.0 if alpha is None else alpha / rank, method)
+    return Factored(views, 1.0 if alpha is None else alpha / views[names.b].shape[1], method)
 
 
 def _check_parts(file: TensorFile, parts: Mapping[str, str]) -> None:
-    """Refuse parts of other methods, and of other dtypes than floats."""
+    """Refuse parts of other methods, of other dtypes than floats, and of shapes that no factor has."""
     for part in sorted(parts):
         if part in _REFUSED:
             raise ValueError(f"{parts[part]!r} is {_REFUSED[part]}")
         if part != ALPHA and part not in _KNOWN:
             raise ValueError(f"{parts[part]!r} is not a part of a LoRA, LoHa or LoKr")
-    for part in parts.keys() - {ALPHA}:
-        if file.tensors[parts[part]].dtype not in FLOATS:
-            raise ValueError(f"{parts[part]!r} is stored as {file.tensors[parts[part]].dtype}; factors are {', '.join(FLOATS)}")
+    for part in sorted(parts.keys() - {ALPHA}):
+        info = file.tensors[parts[part]]
+        if info.dtype not in FLOATS:
+            raise ValueError(f"{parts[part]!r} is stored as {info.dtype}; factors are {', '.join(FLOATS)}")
+        if 0 in info.shape:
+            raise ValueError(f"{parts[part]!r} is {list(info.shape)}, without a value")
+        if len(info.shape) < 2 and part not in ("bias", "magnitude"):
+            raise ValueError(f"{parts[part]!r} is {list(info.shape)}; a factor has two dimensions or more")
 
 
 def _computed(
