@@ -244,7 +244,7 @@ def study(method: str, *points: dict[str, Any], best: int = 0) -> StudyRecord:
     details: dict[str, float | str | None] = {"min_interference_delta": 0.5, "mean_interference_delta": 0.6}
     outcome = {
         "asr": TaskOutcome(metric=0.4, recovery=0.5, interval=None),
-        "st": TaskOutcome(metric=0.4, recovery=None, interval=None),
+        "st": TaskOutcome(metric=0.4, recovery=0.7, interval=None),
     }
     runs = [
         Run(number=i, phase="search", params=point, score=0.5, score_details=details, results=outcome, key="", examples=1,
@@ -277,7 +277,7 @@ def test_the_summary_of_a_sweep() -> None:
     first, second = found["runs"]
     assert first["params"] == {"scale": 0.5, "method.density": 0.3, "density": 0.3, "k": 30, "lambda": 0.5}
     assert first["results"]["asr"]["interference_delta"] == 0.5
-    assert "interference_delta" not in first["results"]["st"]
+    assert first["results"]["st"]["interference_delta"] == 0.7
     assert first["score_details"] == {"min_interference_delta": 0.5, "mean_interference_delta": 0.6}
     final = found["post_sweep_eval"]
     assert (final["enabled"], final["split"], final["score"]) == (True, "test", 0.4)

@@ -18,7 +18,7 @@ from plait.evaluation.workspace import check_workspace
 from plait.reports.pipeline import page_problem
 from plait.results import staging
 from plait.results.staging import output_problem, scratch, staged
-from plait.search.request import _check_place
+from plait.search.request import check_place
 from plait.training.folder import folder_problem
 from plait.training.preflight import check_output, resolve_phases
 from tests.every import every
@@ -230,7 +230,7 @@ def _workspace(place: Path) -> str:
 #: What every command asks of the place that it is to write to: a folder, a study, a training, a run, a page, a workspace.
 ASKED = {
     "merge": lambda place: output_problem(place, force=True),
-    "sweep": lambda place: _refused(lambda: _check_place(place)),
+    "sweep": lambda place: _refused(lambda: check_place(place)),
     "train": lambda place: _refused(lambda: check_output(place)),
     "sft": lambda place: folder_problem(place, None, force=True),
     "report": lambda place: page_problem(place, force=True),

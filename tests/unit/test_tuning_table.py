@@ -45,7 +45,7 @@ def test_counts_what_was_read(script: ModuleType) -> None:
         "looks": [{}] * 3,
         "losses": [0.0] * 10,
     }
-    assert script.passes(record) == {"read": 106 + 2 * (50 + 6) + (20 + 6) * 8, "learned": 10 * 8 * 2}
+    assert script.passes(record) == {"read": 106 + (50 + 6) + (20 + 6) * (1 + 5 + 3), "learned": 10 * 8 * 2}
 
 
 def test_writes_a_row_per_name(script: ModuleType) -> None:
