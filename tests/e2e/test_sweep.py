@@ -20,6 +20,7 @@ import plait
 import plait.evaluation.session as session
 from plait.adapters.adapter import Adapter
 from plait.errors import OutputError, PlanError, RecipeError, TaskError
+from plait.libraries.optuna import process_knows_pending
 from plait.mixture import Mixture
 from plait.mixture.mixture import PlacedMerge
 from plait.search.conclusion import SweepResult
@@ -217,7 +218,8 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(
 def test_a_batch_that_was_stopped_is_completed_with_what_was_known_when_it_began(
     place: Path, tmp_path: Path, asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, cut: int
 ) -> None:
-    wanted = {"budget": 5, "init_points": 2, "parallel": 2, "space": {"scale": "0.1..3"}}
+    kind = "bayes" if process_knows_pending() else "random"  # the earlier process takes no batches
+    wanted = {"type": kind, "budget": 5, "init_points": 2, "parallel": 2, "space": {"scale": "0.1..3"}}
     whole = sweep(place, tmp_path / "whole" / "study", wanted).record
     total = len(asked)
     assert whole.parallel == 2
@@ -481,6 +483,7 @@ def test_a_storage_that_is_damaged_is_refused(place: Path, tmp_path: Path, drawn
         refused(message)
     for statement, message in {
         "UPDATE trial_user_attributes SET value_json = '5' WHERE key = 'batch'": "trial 1: not a batch",
+        "UPDATE studies SET study_id = -1": "the goals of the study must be 1 × maximize, got none",
         "UPDATE study_user_attributes SET value_json = '\"x\"' WHERE key = 'parallel'": "the number of trials .* is 'x'",
     }.items():
         shutil.copy(drawn.folder / "study.db", study)
@@ -520,6 +523,17 @@ def test_a_record_that_is_damaged_is_refused(
         plait.report([tmp_path], out=tmp_path / "page.html")
     with pytest.raises(OutputError, match=rf"study\.json: .*({message})"):
         sweep(place, tmp_path / "new", warm_start=[tmp_path])
+    assert {path.name for path in tmp_path.iterdir()} == {"study.json"}
+
+
+def test_an_earlier_recipe_that_is_damaged_is_refused_before_anything_is_written(
+    place: Path, tmp_path: Path, drawn: SweepResult
+) -> None:
+    data = json.loads((drawn.folder / "study.json").read_text())
+    data["recipe"]["wieghts"] = data["recipe"].pop("weights")
+    (tmp_path / "study.json").write_text(json.dumps(data))
+    with pytest.raises(RecipeError, match=r"study\.json: wieghts: .*weights"):
+        sweep(place, tmp_path / "new", warm_start=[tmp_path], workspace=drawn.folder.parent / "artifacts")
     assert {path.name for path in tmp_path.iterdir()} == {"study.json"}
 
 

@@ -19,6 +19,7 @@ from plait.inspection.compatibility import replication_problems
 from plait.libraries.accelerate import PLACEMENTS
 from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
 from plait.libraries.transformers import AUTO_MODELS
+from plait.parsing import shown
 
 _CLASSES = {**AUTO_MODELS, "FEATURE_EXTRACTION": "AutoModel"}
 _LABELED_WEIGHTS = tuple(f"{layer}.weight" for layer in (*TASK_HEADS["SEQ_CLS"], "classifier.out_proj"))
@@ -98,16 +99,16 @@ def check_loading(dtype: Any, device_map: Any) -> None:
 
 
 def _class_name(transformers: Any, adapters: Sequence[Adapter], config: Any) -> str:
-    kinds = {str(a.config.raw["task_type"]): a.name for a in adapters if a.config.raw.get("task_type")}
+    kinds = {str(a.config.raw["task_type"]): a for a in adapters if a.config.raw.get("task_type")}
     if len(kinds) > 1:
-        listed = ", ".join(f"{name}: {kind}" for kind, name in kinds.items())
+        listed = ", ".join(f"{a.config.path}: {shown(kind)}" for kind, a in kinds.items())
         raise PlanError(
             f"the adapters have different task types ({listed}), which are different model classes. Evaluate those of one "
             "type together, or load the model yourself and give it to Mixture(model, adapters)."
         )
-    for kind in kinds:
+    for kind, adapter in kinds.items():
         if kind not in _CLASSES:
-            raise PlanError(f"task_type {kind!r} is not known; known are {', '.join(_CLASSES)}.")
+            raise PlanError(f"{adapter.config.path}: task_type {shown(kind)} is not known; known are {', '.join(_CLASSES)}.")
         return _CLASSES[kind]
     named = next(iter(config.architectures or ()), "")
     # a checkpoint with code of its own registers it with the Auto classes

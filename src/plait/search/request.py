@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from plait.folders import expanded
 from plait.hub.pretrained import LoadOptions
 from plait.hub.references import parse_reference
 from plait.merging.inventory import Inventory
+from plait.notices import announce
 from plait.recipes.candidates import Point
 from plait.recipes.evaluation import EvalSpec
+from plait.recipes.loading import build_recipe
 from plait.recipes.schema import Recipe
 from plait.recipes.search import SearchSpec
 from plait.results.progress import Progress
@@ -75,7 +77,8 @@ class Sweep:
         judge: asks candidates.
         start: the recipe itself.
         setting: hash of what scores depend on besides the merge: base, examples, and how they are asked.
-        earlier: folder → record of earlier studies.
+        earlier: candidates of earlier studies that are candidates of this one, merged alike and asked the same; each with its
+            point here.
 
     Raises:
         PlaitError: anything wrong with what was given.
@@ -112,7 +115,7 @@ class Sweep:
         self.judge = Judge(self.evaluator, self.spec)
         self.start = self.evaluator.merge(self._inventory, "start")
         self.setting = self.evaluator.session.digest(base_candidate(self.evaluator.singles))
-        self.earlier: dict[Path, StudyRecord] = {place: read_study(place) for place in options.warm_start}
+        self.earlier = [known for place in options.warm_start for known in self._known_of(place, read_study(place))]
 
     @property
     def name(self) -> str:
@@ -136,6 +139,20 @@ class Sweep:
     def recipe_of(self, run: Run) -> Recipe:
         """Return a candidate's recipe; the start is the recipe as it was given."""
         return self.recipe.changed(search=SearchSpec()) if run.phase == "start" else self.space.recipe(run.params)
+
+    def _known_of(self, place: Path, record: StudyRecord) -> Iterator[tuple[Run, Point]]:
+        """Yield the candidates of an earlier study that are candidates of this one."""
+        if record.setting != self.setting:
+            announce(
+                f"--warm-start {place}: its candidates answered other examples, or were asked in another way (base model, "
+                "tasks, split, subset, dtype, batch size, versions); none of them counts here."
+            )
+            return
+        space = SearchSpace(build_recipe({**record.recipe, "search": record.search}, source=str(place / STUDY)))
+        for run in (run for run in record.runs if run.complete and run.phase != "zero"):
+            point = self.space.start if run.phase == "start" else self.space.of_recipe(space.recipe(run.params))
+            if point is not None and self.key_of(point) == run.key:
+                yield run, point
 
     def key_of(self, point: Point) -> str | None:
         """Return the hash of a point's merge; None where it is none."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from pydantic import Field, model_validator
 
@@ -175,18 +176,21 @@ class Study:
                     storage=storage, study_name=name, directions=["maximize"] * goals, load_if_exists=True
                 )
                 self.parallel = self._agreed(parallel, usual)
-                self._check()
+                self._check(goals)
             except OutputError:
                 raise
             except Exception as error:  # SQLAlchemy and its drivers raise any class
                 raise OutputError(f"{self._where}: Optuna cannot open this storage: {first_line(error)}.") from None
 
-    def _check(self) -> None:
+    def _check(self, goals: int) -> None:
         """Read all trials: what is damaged is found now, and not after hours.
 
         Raises:
-            OutputError: what one of them says cannot be read.
+            OutputError: the study has other goals, or what one of its trials says cannot be read.
         """
+        if self._study.directions != [StudyDirection.MAXIMIZE] * goals:
+            found = ", ".join(d.name.lower() for d in self._study.directions) or "none"
+            raise OutputError(f"{self._where}: the goals of the study must be {goals} × maximize, got {found}. {_ANEW}")
         self.finished()
         for trial in self._study.get_trials(deepcopy=False):
             self._batch(trial)

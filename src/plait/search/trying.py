@@ -14,15 +14,13 @@ from optuna.trial import Trial
 from plait.errors import PlanError, RecipeError
 from plait.evaluation.session import Wanted
 from plait.libraries.optuna import quiet_optuna
-from plait.notices import announce
 from plait.recipes.candidates import Point, zero_path
-from plait.recipes.loading import build_recipe
 from plait.search.judging import Judged, Score, cannot_win, estimate
-from plait.search.record import STUDY, Run, TaskOutcome
+from plait.search.record import Run, TaskOutcome
 from plait.search.request import Sweep
 from plait.search.sampling import sampler_of
 from plait.search.selection import ranked, reason_to_stop
-from plait.search.space import SearchSpace, point_key
+from plait.search.space import point_key
 from plait.search.study import Outcome, Studied, Study, as_told
 
 _FRUITLESS = 30  # suggestions in a row that are there already, or cannot be merged
@@ -118,7 +116,8 @@ class Trials:
         if self._spec.zero_baseline:
             zero = self._zero()
             study.add("zero", zero, self._values(zero))
-        for earlier in self._earlier():
+        for run, point in self._sweep.earlier:
+            earlier = _outcome_of(run, point, run.goal(self._spec.maximize[0]))
             study.add("warm_start", earlier, self._values(earlier))
         points = [space.wanted(point) for point in self._spec.points]
         study.enqueue([*points, *(space.grid() if self._spec.used_type == "grid" else [])])
@@ -222,24 +221,6 @@ class Trials:
         path = zero_path(self._sweep.space.parameters)
         point = {**self._sweep.space.anywhere(), **({} if path is None else {path: 0.0})}
         return Outcome(params=point, score=0.0, worst=0.0, mean=0.0, results=results)
-
-    def _earlier(self) -> list[Outcome]:
-        """Return the candidates of earlier studies that are candidates of this one: merged alike, and asked the same."""
-        found = []
-        for place, record in self._sweep.earlier.items():
-            if record.setting != self._sweep.setting:
-                announce(
-                    f"--warm-start {place}: its candidates answered other examples, or were asked in another way (base model, "
-                    "tasks, split, subset, dtype, batch size, versions); none of them counts here."
-                )
-                continue
-            space = SearchSpace(build_recipe({**record.recipe, "search": record.search}, source=str(place / STUDY)))
-            for run in (run for run in record.runs if run.complete and run.phase != "zero"):
-                recipe = space.recipe(run.params) if run.phase != "start" else None
-                point = self._sweep.space.start if recipe is None else self._sweep.space.of_recipe(recipe)
-                if point is not None and self._sweep.key_of(point) == run.key:
-                    found.append(_outcome_of(run, point, run.goal(self._spec.maximize[0])))
-        return found
 
 
 def _outcomes(score: Score) -> dict[str, TaskOutcome]:
