@@ -30,6 +30,7 @@ ROWS: Mapping[str, str] = {
     "lines, closed form": "--texts lines --steps 0",
     "lines": "--texts lines",
     "8": f"{UNSEEN} --count 8",
+    "128": UNSEEN,
     "200": f"{UNSEEN} --count 200",
     "200, rank 24": f"{UNSEEN} --count 200 --rank 24",
     "200, task": f"{UNSEEN} --count 200 --granularity task",
