@@ -1,8 +1,8 @@
 """What `plait sweep` finds of the three adapters: a grid that a person would try, and searches of as many candidates.
 
 `python examples/demo/sweep_table.py` prints a table of them; `--commands` shows the command of each study. Studies and answers
-are kept in `--cache`, so that a run that was stopped goes on. An answer takes about 0.12 s of CPU time, a study 2 hours or
-less; `--rows ties` runs only the studies whose name begins so.
+are kept in `--cache`, so that a run that was stopped goes on. A study asks 20 candidates up to 400 questions each;
+`--rows ties` runs only the studies whose name begins so.
 """
 
 from __future__ import annotations

@@ -510,11 +510,11 @@ class TestGguf:
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
             writer.close()
-            wanted = scale * (b.double() @ a.double()).numpy()
-            close(deltas(tmp_path / f"{alpha}.gguf"), {"model.layers.1.self_attn.q_proj": wanted}, 1e-15)
+            product = (b.double() @ a.double()).numpy()
+            close(deltas(tmp_path / f"{alpha}.gguf"), {"model.layers.1.self_attn.q_proj": scale * product}, 1e-15)
         plait.merge([tmp_path / "6.0.gguf", tmp_path / "0.0.gguf"], out=tmp_path / "out", format="peft")
         found = deltas(tmp_path / "out")
-        close(found, {"model.layers.1.self_attn.q_proj": 1.5 * wanted * 2}, 1e-6)
+        close(found, {"model.layers.1.self_attn.q_proj": (2.0 + 1.0) * product}, 1e-6)
 
     def test_what_has_no_name_there_is_refused(self, base, tmp_path):
         write_adapter(tmp_path / "a", {"model.layers.0.mlp.strange": Linear(8, 6)}, base=str(base))

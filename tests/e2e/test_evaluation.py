@@ -304,6 +304,7 @@ def test_splits_that_overlap_are_refused(prepared, tmp_path):
         ({"base": "nowhere/at-all/x/y"}, "nowhere"),
         ({"load_dtype": "float23"}, "dtype 'float23' is not allowed; it must be one of auto, stored, float32"),
         ({"device_map": "gpu"}, "device_map 'gpu' cannot be used here"),
+        ({"device_map": "meta"}, "device_map 'meta' cannot be used here: it holds no values"),
     ],
 )
 def test_what_is_refused(prepared, settings, message):

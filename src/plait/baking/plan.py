@@ -20,6 +20,7 @@ from plait.baking.shards import OutShard, parse_size, plan_shards, shard_index
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.errors import AddressError, PlanError, RecipeError, collect
 from plait.inspection.compatibility import activation_problems, base_model_problems, replication_problems
+from plait.linalg.devices import device_problem
 from plait.merging.inventory import Inventory, naming_base, open_entries, take_inventory
 from plait.merging.moments import MomentsOf
 from plait.merging.plan import MergePlan, make_plan
@@ -78,17 +79,9 @@ def usable_device(name: str) -> torch.device:
     Raises:
         RecipeError: torch knows no such device, or it is not here.
     """
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise RecipeError(
-            f"device {name!r} cannot be used: {reason}. Use 'cpu', or an accelerator that torch sees here."
-        ) from None
-    if device.type == "meta":
-        raise RecipeError("device 'meta' holds no values. Use 'cpu', or an accelerator that torch sees here.")
-    return device
+    if problem := device_problem(name):
+        raise RecipeError(f"device {name!r} cannot be used: {problem}. Use 'cpu', or an accelerator that torch sees here.")
+    return torch.device(name)
 
 
 class TensorPlan(Record):

@@ -83,7 +83,7 @@ class ClusterAsking:
         if load.device_map not in ("auto", "cpu"):
             self.placement = str(placement(load.device_map))
         self.at_once = self.share.workers
-        # which dtype is slow is seen on this processor, which is none of an accelerator's business
+        # which dtype is slow is measured on this processor, and says nothing of an accelerator
         self.load = with_used_dtype(load, base) if self.placement == "None" else with_stored_dtype(load)
         self._inputs = Inputs(
             base=str(base.absolute()),

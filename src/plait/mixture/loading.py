@@ -19,6 +19,7 @@ from plait.inspection.compatibility import replication_problems
 from plait.libraries.accelerate import PLACEMENTS
 from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
 from plait.libraries.transformers import AUTO_MODELS
+from plait.linalg.devices import device_problem
 from plait.parsing import shown
 
 _CLASSES = {**AUTO_MODELS, "FEATURE_EXTRACTION": "AutoModel"}
@@ -87,15 +88,11 @@ def check_loading(dtype: Any, device_map: Any) -> None:
         raise PlanError(f"dtype {dtype!r} is not allowed; it must be one of auto, stored, float32, bfloat16, float16, float64.")
     if not isinstance(device_map, str) or device_map in PLACEMENTS:
         return
-    try:
-        device = torch.device(device_map)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
+    if problem := device_problem(device_map):
         raise PlanError(
-            f"device_map {device_map!r} cannot be used here: {reason}. Allowed are "
-            f"{', '.join(PLACEMENTS)}, or a device (cpu, cuda:0)."
-        ) from None
+            f"device_map {device_map!r} cannot be used here: {problem}. Allowed are {', '.join(PLACEMENTS)}, or a device "
+            "(cpu, cuda:0)."
+        )
 
 
 def _class_name(transformers: Any, adapters: Sequence[Adapter], config: Any) -> str:

@@ -23,7 +23,7 @@ from plait.adapters.formats.base import (
     only_plain,
 )
 from plait.adapters.formats.pipelines import COMPONENTS, with_text_model
-from plait.adapters.formats.single_file import DIFFUSERS_METADATA, DIFFUSERS_NAME, grouped, stored, tensor_file
+from plait.adapters.formats.single_file import DIFFUSERS_METADATA, DIFFUSERS_NAME, opened, stored, tensor_file
 from plait.adapters.layouts import Convolution, Linear
 from plait.errors import AdapterError
 from plait.parsing import kind_of, parse_json
@@ -64,11 +64,7 @@ class DiffusersFile(AdapterFormat):
 
     def read(self, place: Path) -> StoredAdapter:
         """Open an adapter; see `AdapterFormat.read`."""
-        path = tensor_file(place)
-        if path is None:
-            raise AssertionError(f"{place} has no file of this format")
-        file = SafetensorsFile(path)
-        modules, problems = grouped(file, _split)
+        file, modules, problems = opened(place, _split)
         configs = _configs(file)
         without = [c for c in configs if configs[c].flag("use_dora") and not any("magnitude" in p for p in modules.values())]
         problems += [f"use_dora is set for {c!r} in its metadata, and the file has no magnitudes" for c in without]

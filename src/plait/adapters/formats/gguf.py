@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from plait.adapters.formats.base import (
     rescaled,
     same,
 )
+from plait.adapters.formats.single_file import grouped
 from plait.adapters.layouts import Linear
 from plait.errors import AdapterError, collect, listed
 from plait.parsing import read_object, shown
@@ -94,7 +94,7 @@ class GgufAdapter(AdapterFormat):
         alpha = file.fields.get("adapter.lora.alpha", 0.0)
         if not is_number(alpha):
             raise AdapterError(f"{path}: adapter.lora.alpha is {shown(alpha)}; it must be a number.")
-        modules, problems = _grouped(file, architecture)
+        modules, problems = _modules_of(file, architecture)
         config_path = path.parent / "config.json"
         config = read_object(config_path, AdapterError, constants=True) if config_path.is_file() else {}
         reordered = [m for m in modules if architecture in _REORDERED and m.endswith(("q_proj", "k_proj"))]
@@ -212,21 +212,15 @@ def _file(place: Path) -> Path | None:
     return only_file(place, GgufFile.suffix)
 
 
-def _grouped(file: GgufFile, architecture: str) -> tuple[dict[str, dict[str, str]], list[str]]:
+def _modules_of(file: GgufFile, architecture: str) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Return module → part → tensor name, and what is wrong."""
-    modules: dict[str, dict[str, str]] = defaultdict(dict)
-    unknown, problems = [], []
-    for name in sorted(file.tensors):
+
+    def split(name: str) -> tuple[str, str] | None:
         base, _, part = name.rpartition(".")
         path = _path(base.removesuffix(".weight"), architecture) if part in ("lora_a", "lora_b") else None
-        if path is None:
-            unknown.append(name)
-        elif part in modules[path]:
-            problems.append(f"{name!r} and {modules[path][part]!r} are the same part of one module")
-        else:
-            modules[path][part] = name
-    if unknown:
-        problems.append(f"{len(unknown)} tensors are not understood: {listed(map(repr, unknown), 5)}")
+        return None if path is None else (path, part)
+
+    modules, problems = grouped(file, split)
     for path, parts in modules.items():
         if lacking := [p for p in ("lora_a", "lora_b") if p not in parts]:
             problems.append(f"{path!r}: {' and '.join(lacking)} missing; found {', '.join(sorted(parts))}")

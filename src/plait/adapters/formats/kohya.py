@@ -11,7 +11,7 @@ import torch
 from plait.adapters.config import alpha_of
 from plait.adapters.formats.base import AdapterFormat, Factors, OutgoingAdapter, StoredAdapter, of_a_pipeline, only_plain
 from plait.adapters.formats.pipelines import dotted, from_sgm, is_sdxl, to_sgm
-from plait.adapters.formats.single_file import grouped, stored, tensor_file
+from plait.adapters.formats.single_file import opened, stored, tensor_file
 from plait.adapters.layouts import Convolution, Linear
 from plait.errors import listed
 from plait.tensorfiles.reader import SafetensorsFile
@@ -41,11 +41,7 @@ class KohyaFile(AdapterFormat):
 
     def read(self, place: Path) -> StoredAdapter:
         """Open an adapter; see `AdapterFormat.read`."""
-        path = tensor_file(place)
-        if path is None:
-            raise AssertionError(f"{place} has no file of this format")
-        file = SafetensorsFile(path)
-        modules, problems = grouped(file, _split)
+        file, modules, problems = opened(place, _split)
         return stored(
             file, modules, problems, name=self.name, writer=_writer(file.metadata),
             linear_projections=_has_linear_projections(file.metadata, list(modules)),

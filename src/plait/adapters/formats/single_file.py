@@ -12,7 +12,7 @@ from plait.adapters.formats.base import Origin, StoredAdapter, TranslatedFile, V
 from plait.adapters.formats.pipelines import COMPONENTS, kernel_of
 from plait.adapters.formats.products import Factored, factored
 from plait.errors import AdapterError, collect, listed
-from plait.tensorfiles.reader import SafetensorsFile
+from plait.tensorfiles.reader import SafetensorsFile, TensorFile
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 DIFFUSERS_METADATA = "lora_adapter_metadata"
@@ -31,7 +31,20 @@ def tensor_file(place: Path) -> Path | None:
     return only_file(place, SafetensorsFile.suffix)
 
 
-def grouped(file: SafetensorsFile, split: Callable[[str], tuple[str, str] | None]) -> tuple[Parts, list[str]]:
+def opened(place: Path, split: Callable[[str], tuple[str, str] | None]) -> tuple[SafetensorsFile, Parts, list[str]]:
+    """Return the file of a place that its format has matched, and what `grouped` returns of it.
+
+    Raises:
+        AdapterError: it is damaged.
+    """
+    path = tensor_file(place)
+    if path is None:
+        raise AssertionError(f"{place} has no file of tensors")
+    file = SafetensorsFile(path)
+    return file, *grouped(file, split)
+
+
+def grouped(file: TensorFile, split: Callable[[str], tuple[str, str] | None]) -> tuple[Parts, list[str]]:
     """Return module → part → tensor name, and what is wrong: names that cannot be taken apart, or are there twice."""
     modules: Parts = defaultdict(dict)
     unknown, problems = [], []
