@@ -118,6 +118,31 @@ def test_finds_the_best_of_a_grid_and_asks_it_once_on_other_examples(place: Path
     assert read_study(tmp_path / "study") == record
 
 
+def test_the_merge_of_the_best_is_written_where_it_is_asked_for(place: Path, tmp_path: Path, drawn: SweepResult) -> None:
+    shutil.copytree(drawn.folder, tmp_path / "study")
+    assert drawn.merged is None
+    found = sweep(place, tmp_path / "study", {**RANDOM, "save_merged": True})
+    assert found.merged == tmp_path / "study" / "merged"
+    alone = plait.merge(tmp_path / "study" / "recipe.yaml", out=tmp_path / "alone")
+    written = (found.merged / "adapter_model.safetensors").read_bytes()
+    assert written == (alone.folder / "adapter_model.safetensors").read_bytes()
+    assert plait.verify(found.merged).ok
+    assert "recovery" in (found.merged / "README.md").read_text(), "its results are in its card"
+    assert json.loads((found.folder / "study.json").read_text())["post_sweep_eval"]["save_merged"] is True
+    (found.merged / "mine.txt").touch()
+    with pytest.raises(OutputError, match=r"search\.save_merged: .* also holds what plait did not write: 'mine\.txt'"):
+        sweep(place, tmp_path / "study", {**RANDOM, "save_merged": True})
+    (found.merged / "mine.txt").unlink()
+    further = sweep(place, tmp_path / "study", {**RANDOM, "budget": 5, "points": [{"scale": 2.5}], "maximize": "mean_recovery"},
+                    force=True)  # fmt: skip
+    assert further.recipe.scale != found.recipe.scale
+    assert further.merged == found.merged, "a merge that is there is that of the best"
+    assert (found.merged / "adapter_model.safetensors").read_bytes() != written
+    with pytest.raises(OutputError, match=r"merged is an input of this search \(adapter 'merged'\)"):
+        plait.sweep([place / "sort", found.merged], out=tmp_path / "study", tasks=[place / "sort.yaml"], force=True,
+                    base_model=str(place / "base"), search=RANDOM, workspace=tmp_path / "artifacts")  # fmt: skip
+
+
 def evaluate(place: Path, tmp_path: Path, scale: float, split: str) -> plait.Evaluation:
     return plait.evaluate(
         [place / "sort", place / "rate"], tasks=[place / "sort.yaml", place / "rate.yaml"], base=place / "base",

@@ -169,6 +169,46 @@ def test_what_a_sweep_left_out_without_a_word_is_said(old, remark):
     assert remark or not [note for note in notes if "the scores of this search differ" in note]
 
 
+BETWEEN = {"type": "bayes", "space": {"lambda": {"min": 0.0, "max": 1.0}}}
+LEARNED = {"type": "supermerge", "params": {"variant": "task_wise"}}
+KNOWN = [{"params": {"lambda": 0.2}, "score": 0.1}]
+
+
+@every(
+    ("old", "said"),
+    [
+        ({"search": {**BETWEEN, "early_stop": {"enabled": False, "patience": 3}}}, "early_stop (it was not enabled)"),
+        ({"search": {**BETWEEN, "grid": {"lambda": [1]}}}, "grid (it had no effect with type bayes)"),
+        ({"search": {**BETWEEN, "known_points": KNOWN}}, "the scores of known_points"),
+        ({"search": {**BETWEEN, "xi": 0.1}}, "xi (Optuna's Gaussian process"),
+        ({"search": {**BETWEEN, "inject_zero_baseline": True}}, "inject_zero_baseline (it had an effect on"),
+        ({"search": {**SEARCH, "budget": 1}}, "budget (it had no effect with type grid)"),
+        ({"search": {**SEARCH, "early_stop": {"enabled": True}}}, "early_stop (it had no effect with type grid)"),
+        ({"search": {**SEARCH, "known_points": KNOWN}}, "known_points (it had no effect with type grid)"),
+        ({"search": {**SEARCH, "space": BETWEEN["space"]}}, "space (it had no effect with type grid)"),
+        (
+            {"search": {"type": "bayes", "space": {"lambda": {"type": "float", "min": 0, "max": 1, "values": [2]}}}},
+            "values of lambda (no effect with type float)",
+        ),
+        (
+            {"search": {"type": "bayes", "space": {"lambda": {"type": "cat", "min": 0, "max": 1, "values": [2]}}}},
+            "min and max of lambda (no effect with type cat)",
+        ),
+        ({"search": BETWEEN, "save_merged": True}, "write `search: {save_merged: true}`"),
+        ({"search": BETWEEN, "post_sweep_eval": {"enabled": True}}, "`search: {save_merged: true}`. The best of a search"),
+        ({"search": BETWEEN, "output_dir": "a/b"}, "the command line says where to write: -o a/b"),
+        (
+            {"search": BETWEEN, "method": "weighted_delta_n", "optimizer": LEARNED},
+            "its optimizer learned anew for every candidate",
+        ),
+    ],
+)
+def test_nothing_of_a_search_is_left_out_without_a_word(old, said):
+    found, notes = migrate({**HEAD, "method": "weighted_delta", "split": "validation", **old})
+    assert len([note for note in notes if said in note]) == 1
+    assert found["search"].keys() <= {"type", "space", "grid", "save_merged", "points", "split"}
+
+
 # --- which files are old, and what differs ---------------------------------------------------------------------------
 
 

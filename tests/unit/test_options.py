@@ -8,7 +8,8 @@ from typing import Any
 import typer
 
 from plait.cli.main import app
-from plait.cli.options import TABLE, flags_of
+from plait.cli.options import TABLE, flags_of, switches_of
+from plait.cli.spellings import complete_switches
 from plait.methods import METHODS
 from plait.recipes.calibration import CalibrationSpec
 from plait.recipes.evaluation import EvalSpec, Subset
@@ -121,3 +122,11 @@ def test_flags_keep_their_meaning() -> None:
         assert {flag: found.get(flag) for flag in flags} == flags
         assert set(found) <= set(options(name))
     assert "--coefficients" in options("tune")
+
+
+def test_a_key_that_is_true_or_false_is_true_where_its_flag_has_no_value() -> None:
+    line = ["sweep", "a", "--save-merged", "-o", "out", "--race", "false", "--allow-test"]
+    assert complete_switches(line, switches_of("sweep")) == [
+        "sweep", "a", "--save-merged", "true", "-o", "out", "--race", "false", "--allow-test", "true"
+    ]  # fmt: skip
+    assert complete_switches(line, switches_of("inspect")) == line

@@ -177,6 +177,7 @@ WEIGHTED = (
                     "points": [{"method.lambda": 0.5}],
                     "early_stop": {"patience": 3, "min_trials": 9, "resolution": {"method.lambda": 0.1}},
                     "constraint_nonnegative": False,
+                    "save_merged": True,
                 },
             },
             id="a search by a Gaussian process",
@@ -209,6 +210,34 @@ WEIGHTED = (
                 },
             },
             id="the base as a candidate",
+        ),
+        pytest.param(
+            {
+                "method": "uniform_scalar_delta",
+                "search": {"grid": {"scale": [0.5, 1]}},
+                "save_merged": True,
+                "post_sweep_eval": {"enabled": True, "save_merged": False},
+            },
+            {
+                "method": "uniform_scalar_delta",
+                "eval": {"split": "test"},
+                "search": {"type": "grid", "grid": {"method.scale": [0.5, 1]}, "save_merged": True},
+            },
+            id="the merge of the best, by a key at the top",
+        ),
+        pytest.param(
+            {
+                "method": "uniform_scalar_delta",
+                "search": {"grid": {"scale": [0.5, 1]}},
+                "save_merged": False,
+                "post_sweep_eval": {"enabled": True, "save_merged": False},
+            },
+            {
+                "method": "uniform_scalar_delta",
+                "eval": {"split": "test"},
+                "search": {"type": "grid", "grid": {"method.scale": [0.5, 1]}},
+            },
+            id="no merge of the best",
         ),
         pytest.param(
             {

@@ -24,6 +24,7 @@ from plait.cli.extract import extract
 from plait.cli.inspect import inspect
 from plait.cli.merge import merge
 from plait.cli.methods import methods
+from plait.cli.options import switches_of
 from plait.cli.push import push
 from plait.cli.recipe import recipe_app
 from plait.cli.report import report
@@ -160,7 +161,7 @@ def _translated(arguments: list[str]) -> list[str]:
         RecipeError: some of them mean something else here.
     """
     from plait.cli.console import print_notes
-    from plait.cli.spellings import refuse_foreign_command, translate_flags
+    from plait.cli.spellings import complete_switches, refuse_foreign_command, translate_flags
 
     at = next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)
     if at is None:
@@ -175,7 +176,7 @@ def _translated(arguments: list[str]) -> list[str]:
     known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     words, notes = translate_flags(arguments[at:], known)
     print_notes(notes)
-    return [*arguments[:at], *words]
+    return [*arguments[:at], *complete_switches(words, switches_of(arguments[at]))]
 
 
 def _show(error: BaseException, head: str, *, wants_traceback: bool) -> None:

@@ -238,6 +238,11 @@ def flags_of(command: str) -> dict[str, RecipeKey]:
     return found
 
 
+def switches_of(command: str) -> set[str]:
+    """Return the flags of a command whose keys are true or false."""
+    return {flag for flag, key in flags_of(command).items() if key.allowed == "true | false"} if command in _PARTS else set()
+
+
 def _flag(command: str, key: RecipeKey, taken: Mapping[str, RecipeKey]) -> str:
     if (named := _NAMED.get(key.path)) and named not in taken:
         return named

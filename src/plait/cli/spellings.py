@@ -33,6 +33,14 @@ def translate_flags(arguments: Sequence[str], known: Collection[str]) -> tuple[l
     return [command, *reader.recipe, *rest, *reader.adapters()], reader.notes
 
 
+def complete_switches(given: Sequence[str], switches: Collection[str]) -> list[str]:
+    """Return words with `true` after every flag of a key that is true or false and is given without a value."""
+    done: list[str] = []
+    for word, after in zip(given, [*given[1:], "-"], strict=True):
+        done += [word, "true"] if word in switches and after.startswith("-") else [word]
+    return done
+
+
 def refuse_foreign_command(word: str) -> None:
     """Report what a command of another tool is here.
 

@@ -86,7 +86,8 @@ def sweep(
     ):
         result = order.run(ProgressBars())
     if writing.json:
-        print_json({"folder": str(result.folder), **result.record.model_dump(mode="json")})
+        merged = None if result.merged is None else str(result.merged)
+        print_json({"folder": str(result.folder), "merged": merged, **result.record.model_dump(mode="json")})
     else:
         _show(result)
 
@@ -116,7 +117,10 @@ def _show(result: SweepResult) -> None:
         console.print(f"{record.failed} could not be merged; the first: {reasons[0]}", markup=False)
     _show_final(record)
     print_notes(record.notes)
-    console.print(f"plait merge {result.folder / 'recipe.yaml'} -o OUT writes the best", markup=False, soft_wrap=True)
+    if result.merged is not None:
+        console.print(f"the merge of the best → [bold]{result.merged}[/bold]", soft_wrap=True)
+    else:
+        console.print(f"plait merge {result.folder / 'recipe.yaml'} -o OUT writes the best", markup=False, soft_wrap=True)
 
 
 def _show_final(record: StudyRecord) -> None:

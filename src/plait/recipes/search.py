@@ -142,6 +142,9 @@ class SearchSpec(Record):
         bool, Field(description="Ask candidates on growing parts of the examples, and stop where they cannot win any more.")
     ] = True
     early_stop: Annotated[EarlyStop | None, Field(description="When a search ends before its budget; never without it.")] = None
+    save_merged: Annotated[
+        bool, Field(description="Write the merge of the best, as `plait merge` does, to `merged` in the study's folder.")
+    ] = False
 
     @field_validator("grid", mode="before")
     @classmethod

@@ -76,6 +76,7 @@ def study_with_older_keys(study: Data) -> dict[str, Any]:
     final = study["post_sweep_eval"]
     if final is not None:
         final = {**final, **{name: value(final, runs[study["best_index"]]) for name, value in _FINAL.items()}}
+        final["save_merged"] = study["search"].get("save_merged", False)
     return with_older_keys(SWEEP, study, {**study, "runs": runs, "post_sweep_eval": final, _ALIASES: names})
 
 
@@ -272,7 +273,7 @@ _FINAL: Mapping[str, Callable[[Data, Data], Any]] = {
     },
     "results": lambda final, best: {task: _delta(value) for task, value in final["recovery"].items()},
 }
-FINAL_KEYS = frozenset(_FINAL)
+FINAL_KEYS = frozenset(_FINAL) | {"save_merged"}
 OUTCOME_KEYS = frozenset({"interference_delta"})
 
 _POLICY = (
@@ -352,6 +353,8 @@ FILES: Mapping[str, tuple[OlderKey, ...]] = {
 _WITHIN_SWEEP = {
     "runs[].params": "paths; also what parameters are called there: `lambda` for `method.lambda`, `k` of `ties`",
     "runs[].results.TASK.interference_delta": _DELTA,
+    "post_sweep_eval.enabled": "true",
+    "post_sweep_eval.save_merged": "`search.save_merged`",
     "post_sweep_eval.params": "`params` of the best run",
     "post_sweep_eval.score, .score_details": "`worst_recovery`; it and `mean_recovery`",
     "post_sweep_eval.results.TASK.interference_delta": "`recovery.TASK`",

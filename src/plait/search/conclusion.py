@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from plait.evaluation.card import put_results
 from plait.evaluation.pipeline import Evaluator
 from plait.evaluation.record import Evaluation
 from plait.evaluation.recovery import BootstrapDraws, central_interval, mean_and_worst
 from plait.evaluation.workspace import link_study, write_evaluation
 from plait.libraries.optuna import without_password
+from plait.merging.pipeline import run_recipe
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json, to_yaml
 from plait.results.older_keys import study_with_older_keys
@@ -32,16 +34,18 @@ class SweepResult:
         recipe: the best.
         record: what `study.json` holds.
         evaluation: of the best, on the split that nothing was chosen on; None where candidates were compared on `test`.
+        merged: where the merge of the best was written; None where it was not.
     """
 
     folder: Path
     recipe: Recipe
     record: StudyRecord
     evaluation: Evaluation | None
+    merged: Path | None = None
 
 
 def conclude(sweep: Sweep, study: Study, start: Run, reason: str | None) -> SweepResult:
-    """Choose the best of all candidates, ask it once on the other split, and write everything down.
+    """Choose the best of all candidates, ask it once on the other split, and write everything down; in the end its merge.
 
     Args:
         sweep: what was asked for.
@@ -50,7 +54,7 @@ def conclude(sweep: Sweep, study: Study, start: Run, reason: str | None) -> Swee
         reason: why the search ended before its budget; None where it did not.
 
     Raises:
-        OutputError: the record cannot be written.
+        OutputError: the record or the merge cannot be written.
     """
     finished = study.finished()
     runs = [f.run() for f in finished if f.outcome.repeats is None]
@@ -107,7 +111,18 @@ def conclude(sweep: Sweep, study: Study, start: Run, reason: str | None) -> Swee
     write_text_atomic(sweep.out / RECIPE, to_yaml(sweep.placed(recipe)))
     write_json_atomic(sweep.out / STUDY, study_with_older_keys(record.model_dump(mode="json")))
     link_study(sweep.options.workspace, record.method, record.adapters, record.study, sweep.out / STUDY)
-    return SweepResult(sweep.out, recipe, record, evaluation)
+    merged = _write_merged(sweep, recipe, evaluation) if sweep.saves else None
+    return SweepResult(sweep.out, recipe, record, evaluation, merged)
+
+
+def _write_merged(sweep: Sweep, recipe: Recipe, evaluation: Evaluation | None) -> Path:
+    """Write the merge of the best, with its results in the card: what `plait merge` makes of the study's `recipe.yaml`."""
+    made = run_recipe(
+        sweep.placed(recipe), out=sweep.merged, force=True, workers=sweep.options.workers, progress=sweep.progress
+    )
+    if evaluation is not None:
+        put_results(made.folder, evaluation)
+    return made.folder
 
 
 def _asked_once(sweep: Sweep, final: Evaluator, best: Run, others: Mapping[str, Run | None]) -> tuple[Evaluation, Final]:

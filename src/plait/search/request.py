@@ -17,14 +17,17 @@ from plait.folders import expanded
 from plait.hub.pretrained import LoadOptions
 from plait.hub.references import parse_reference
 from plait.merging.inventory import Inventory
+from plait.merging.pipeline import input_folders
 from plait.notices import announce
 from plait.recipes.candidates import Point
 from plait.recipes.evaluation import EvalSpec
 from plait.recipes.loading import build_recipe
 from plait.recipes.schema import Recipe
 from plait.recipes.search import SearchSpec
+from plait.results.disk import check_not_an_input
+from plait.results.lock import LOCK
 from plait.results.progress import Progress
-from plait.results.staging import place_problem
+from plait.results.staging import output_problem, place_problem
 from plait.search.judging import Judge, check_owners
 from plait.search.progress import TrialProgress
 from plait.search.record import STUDY, Run, StudyRecord, read_study
@@ -32,10 +35,10 @@ from plait.search.space import SearchSpace
 from plait.search.study import STORAGE
 from plait.tasks.loading import absolute_reference, recipe_tasks
 
-RECIPE = "recipe.yaml"
+RECIPE, MERGED = "recipe.yaml", "merged"
 OWN_FILES = (STUDY, RECIPE, STORAGE, f"{STORAGE}-journal", f"{STORAGE}-wal", f"{STORAGE}-shm")
 #: Keys of `search` that change no trial, and the one that a study keeps by itself.
-_NOT_OF_TRIALS = ("budget", "early_stop", "points", "allow_test", "parallel")
+_NOT_OF_TRIALS = ("budget", "early_stop", "points", "allow_test", "parallel", "save_merged")
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,33 @@ class Sweep:
         evaluating = EvaluateOptions(options.workspace, options.load, workers=options.workers, cluster=cluster)
         with recipe.origins.named():
             self.evaluator, self._inventory = recipe_evaluator(recipe.changed(eval=asked), folder, evaluating, self.progress)
+        if self.saves:
+            self._check_merged()
         self.final = None if self.spec.split == "test" else self._other_split()
         self.judge = Judge(self.evaluator, self.spec)
         self.start = self.evaluator.merge(self._inventory, "start")
         self.setting = self.evaluator.session.digest(base_candidate(self.evaluator.singles))
         self.earlier = [known for place in options.warm_start for known in self._known_of(place, read_study(place))]
+
+    @property
+    def merged(self) -> Path:
+        """Where the merge of the best is written."""
+        return self.out / MERGED
+
+    @property
+    def saves(self) -> bool:
+        """Whether it is written: where that is asked for, and anew where an earlier run has written that of its best."""
+        return self.spec.save_merged or os.path.lexists(self.merged / LOCK)
+
+    def _check_merged(self) -> None:
+        """Refuse to write the merge of the best where that cannot be, before the first candidate.
+
+        Raises:
+            OutputError: something else is there, or an adapter that is merged.
+        """
+        if problem := output_problem(self.merged, force=True):
+            raise OutputError(f"search.save_merged: {problem}")
+        check_not_an_input(self.merged, input_folders(self._inventory), command="search")
 
     @property
     def name(self) -> str:

@@ -26,8 +26,8 @@ from plait.recipes.validation import unknown_key
 
 #: Keys that a recipe does not have any more, and what does the same now.
 _ELSEWHERE = {
-    "save_merged": "plait merge always writes the merge, plait eval where it is given -o",
-    "output_dir": "the command line says where to write, with -o (out= in Python)",
+    "save_merged": "plait merge always writes the merge, plait eval where it is given -o, plait sweep with search.save_merged",
+    "output_dir": "the command line says where to write: -o {value} (out= in Python)",
     "constraint_nonnegative": "it bounded what a search tried; weights that are given are taken as they are",
     "compute_missing_interference_baselines": "an evaluation always scores the base model and every single adapter too",
 }
@@ -386,6 +386,11 @@ class _Migration:
         if found.tune:
             self._data["tune"] = found.tune
             self._data.setdefault("scale", 1.0)  # the first coefficients were taken as they are
+            if self._search.search:
+                self._remarks.append(
+                    "the scores of this search differ from before: its optimizer learned anew for every candidate. "
+                    "`plait sweep` compares merges as they are, and `plait tune STUDY/recipe.yaml` learns from the best."
+                )
         if found.tasks is not None:
             if self._data.get("eval_tasks", found.tasks) != found.tasks:
                 text = "other tasks than eval_tasks; every adapter learns from and is evaluated on the same, so give them once."
@@ -427,7 +432,9 @@ class _Migration:
     def _point_elsewhere(self) -> None:
         for key, why in _ELSEWHERE.items():
             if (value := self._data.pop(key, None)) is not None:
-                self._notes.append(f"`{key}: {spell_value(value)}` is an old form: a recipe does not have this now; {why}.")
+                shown = spell_value(value)
+                why = why.format(value=shown)
+                self._notes.append(f"`{key}: {shown}` is an old form: a recipe does not have this now; {why}.")
 
     def _put_method(self) -> None:
         if self._method is None:

@@ -27,6 +27,7 @@ _EARLY = {
 }
 _RANGE = ("type", "min", "max", "log", "scale", "values", "choices")
 _KINDS = {"continuous": "float", "integer": "int", "cat": "categorical", "choice": "categorical", "enum": "categorical"}
+_WORDS = ("categorical", *(word for word, kind in _KINDS.items() if kind == "categorical"))
 #: Keys that mean nothing here, and why.
 _ELSEWHERE = {
     "warm_start_sweeps": "a summary of that framework does not tell what its candidates were asked; give studies of plait "
@@ -39,9 +40,11 @@ _ELSEWHERE = {
     "xi": "Optuna's Gaussian process takes the logarithm of the expected improvement, which has no such number",
 }
 _POINTS = ("initial_points", "known_points")
+_NOT_OF_GRIDS = ("budget", "init_points", "seed", "early_stop", "inject_zero_baseline", *_POINTS)
 _ALLOWED = (*_SAME, "space", "grid", "early_stop", "inject_zero_baseline", *_POINTS, *_ELSEWHERE)
 _PRESENT = frozenset(SearchSpec.model_fields) - {*_ALLOWED}
 _POST = ("enabled", "split", "eval_tasks", "save_merged")
+_BEST = " The merge of the best is written to STUDY/merged; those of other candidates are not."
 
 
 @dataclass
@@ -79,6 +82,10 @@ def take_search(data: dict[str, Plain], params: Mapping[str, Plain], method: str
     found = _SearchReader(old, params, method).run()
     if found.search and data.pop("constraint_nonnegative", None) is False:
         found.search["constraint_nonnegative"] = False
+    if found.search and data.get("save_merged"):
+        found.search["save_merged"] = saved = data.pop("save_merged")
+        found.moved["search", "save_merged"] = ("save_merged",)
+        found.notes.append((f"save_merged: {spell_value(saved)}", f"search: {{save_merged: {spell_value(saved)}}}", _BEST))
     if found.search:
         found.remarks += _other_scores(found.search, data.get("transforms"), params, method)
     return found
@@ -108,6 +115,7 @@ class _SearchReader:
         self._old, self._params, self._method = old, params, method
         self._found = OlderSearch()
         self._remarks: list[str] = []
+        self._saved: Plain = None  # what asks for the merge of the best
 
     def run(self) -> OlderSearch:
         """Take every key."""
@@ -134,10 +142,11 @@ class _SearchReader:
 
     def _search(self, old: Mapping[str, Plain], wanted: Mapping[str, Any], kind: str) -> None:
         search = self._found.search
+        if kind == "grid":
+            self._remarks += [f"{key} (it had no effect with type grid)" for key in _NOT_OF_GRIDS if old.get(key)]
+            old = {key: value for key, value in old.items() if key not in _NOT_OF_GRIDS}
         search |= {new: old[key] for key, new in _SAME.items() if old.get(key) is not None} | {"type": kind} | dict(wanted)
         self._found.moved |= {("search", new): ("search", key) for key, new in _SAME.items()}
-        if kind == "grid":
-            search.pop("init_points", None)
         points = [self._point(p) for key in _POINTS for p in _listed(old.get(key))]
         if points:
             search["points"] = points
@@ -145,6 +154,9 @@ class _SearchReader:
             self._remarks.append("the scores of known_points (they are evaluated like others)")
         if early := self._early(old.get("early_stop")):
             search["early_stop"] = early
+        if self._saved is not None:
+            search["save_merged"] = self._saved
+            self._found.moved["search", "save_merged"] = ("post_sweep_eval", "save_merged")
         if old.get("inject_zero_baseline"):
             if "method.scale" in wanted.get("space", {}):
                 search["zero_baseline"] = True
@@ -198,10 +210,14 @@ class _SearchReader:
             return self._values(value, path)
         for key in value.keys() - {*_RANGE}:
             self._problem((*path, key), unknown_key(str(key), _RANGE))
-        values = value.get("values", value.get("choices"))
-        if values is not None:
-            return {"values": self._values(values, path)}
         kind = str(value.get("type", "float"))
+        values = value.get("values", value.get("choices"))
+        bounds = [key for key in ("min", "max", "log") if value.get(key) is not None]
+        if values is not None and bounds:
+            unused = "values" if kind not in _WORDS else " and ".join(bounds)
+            self._remarks.append(f"{unused} of {path[-1]} (no effect with type {kind})")
+        if values is not None and (kind in _WORDS or not bounds):
+            return {"values": self._values(values, path)}
         found = {key: value[key] for key in ("min", "max") if key in value} | {"type": _KINDS.get(kind, kind)}
         return found | ({"log": True} if value.get("log") is True or value.get("scale") == "log" else {})
 
@@ -213,7 +229,12 @@ class _SearchReader:
         return {path: value if factor is None else _scaled(value, factor) for (path, factor), value in named}
 
     def _early(self, early: Plain) -> dict[str, Plain]:
-        if not isinstance(early, Mapping) or early.get("enabled", False) is not True:
+        if not isinstance(early, Mapping):
+            if early:
+                self._problem(("search", "early_stop"), f"early_stop is {show_value(early)}; it must be a mapping.")
+            return {}
+        if early.get("enabled", False) is not True:
+            self._remarks.append("early_stop (it was not enabled)")
             return {}
         for key in early.keys() - {"enabled", *_EARLY}:
             self._problem(("search", "early_stop", key), unknown_key(str(key), ("enabled", *_EARLY)))
@@ -234,14 +255,17 @@ class _SearchReader:
             return
         for key in post.keys() - {*_POST}:
             self._problem(("post_sweep_eval", key), unknown_key(str(key), _POST))
-        more = " The best of a search is always asked once on the split of eval; plait merge STUDY/recipe.yaml writes it."
+        more = " The best of a search is always asked once on the split of eval."
         if post.get("enabled", False):
             self._found.judged = str(post.get("split") or "test")
+            new = f"eval: {{split: {self._found.judged}}}"
             if post.get("eval_tasks") is not None:
                 more += " It is judged on the tasks that it was searched on."
-            self._found.notes.append(
-                (f"post_sweep_eval: {spell_value(dict(post))}", f"eval: {{split: {self._found.judged}}}", more)
-            )
+            if (saved := post.get("save_merged", True)) is not False:  # true was the default
+                self._saved = saved
+                new += f"` and `search: {{save_merged: {spell_value(saved)}}}"
+                more += _BEST
+            self._found.notes.append((f"post_sweep_eval: {spell_value(dict(post))}", new, more))
         else:
             self._found.notes.append((f"post_sweep_eval: {spell_value(dict(post))}", "", more))
 
