@@ -123,7 +123,9 @@ def test_the_metadata_of_an_evaluation(run: Path) -> None:
 def test_results(run: Path) -> None:
     for file in (run / "eval_results_test.json", results_of(run)):
         found = read(file)
-        assert keys_of(RESULTS) <= found.keys()
+        assert keys_of(RESULTS) - {"eval_subset", "eval_tag"} <= found.keys()
+        assert found["adapter_path"] is None, "in memory"
+        assert found["task_status"]["st"] == {"retry_attempted": False, "retry_succeeded": False}
         assert f"eval_results_{found['merge_tag']}_{found['split']}.json" == results_of(run).name
         assert (found["timestamp"], found["requested_split"]) == (found["finished"], "test")
         assert (found["merge_method"], found["lambda"]) == ("weighted", 0.3)
@@ -153,13 +155,33 @@ def test_a_tasks_own_file(tmp_path: Path, run: Path) -> None:
         return read(tmp_path / "work" / name / "metrics/eval/test/merged" / others / "weighted_1a2b" / "metrics.json")
 
     found = metrics("asr")
-    assert keys_of(METRICS) <= found.keys()
+    assert keys_of(METRICS) - {"_eval_subset"} <= found.keys()
     assert (found["wer"], found["interference_delta"], found["num_samples"]) == (0.3, 0.5, 40)
     meta = {"metric": "wer", "base": 0.5, "task_adapter": 0.1, "merged": 0.3, "split": "test"}
     assert found["interference_delta_meta"] == meta
     assert (found["metric"], found["merged"], found["recovery"]) == ("wer", 0.3, 0.5), "plait's own stay"
     assert metrics("st")["accuracy"] == 0.65
     assert not {"interference_delta", "interference_delta_meta"} & metrics("st").keys(), "undefined, and left out as there"
+
+
+def test_a_sample_and_an_adapters_own_folder(tmp_path: Path) -> None:
+    asked = [task("asr", subset="subset_1"), task("kws", examples=9, subset="subset_2"), task("st")]
+    made = evaluation(tasks=asked, subset={"max_samples": 9, "per_task": {"st": None}}, kind="adapter", path="/merges/one")
+    run = write_evaluation(tmp_path, made)
+    found, summary = read(run / "eval_results_test.json"), read(run / SUMMARY)
+    assert keys_of(RESULTS) <= found.keys()
+    assert found["adapter_path"] == "/merges/one"
+    assert found["eval_subset"] == {
+        "enabled": True, "shuffle": True, "max_samples": 9, "stratified": True, "seed": 0, "per_task": {"st": None}
+    }  # fmt: skip
+    assert found["eval_tag"] == summary["eval_tag"] != read(write_evaluation(tmp_path, evaluation()) / SUMMARY)["eval_tag"]
+    assert found["results"]["kws"]["_eval_subset"] == {"tag": "subset_2", "used_size": 9}
+    assert "_eval_subset" not in found["results"]["st"]
+    (own,) = tmp_path.glob("kws/metrics/eval/test/merged/asr/weighted_1a2b/metrics.json")
+    assert read(own)["_eval_subset"] == {"tag": "subset_2", "used_size": 9}
+    assert Evaluation.model_validate(found) == made
+    bare = {key: value for key, value in made.model_dump(mode="json").items() if key not in ("path", "subset")}
+    assert Evaluation.model_validate(bare).subset is None, "of an earlier version"
 
 
 def test_a_metric_that_is_called_like_a_key_of_plaits_own_replaces_nothing(tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ class EvalSubject:
         method: of the merge, where it is known.
         space: of the merge.
         recipe: of the merge.
+        path: of the files; None for a merge in memory.
     """
 
     name: str
@@ -94,6 +95,7 @@ class EvalSubject:
     method: str | None = None
     space: str | None = None
     recipe: Mapping[str, Any] | None = None
+    path: str | None = None
 
 
 class Evaluator:
@@ -160,6 +162,7 @@ class Evaluator:
             plait=__version__,
             name=subject.name,
             kind=subject.kind,
+            path=subject.path,
             tag=f"{subject.method or subject.kind}_{self.session.tag(subject.candidate)}",
             method=subject.method,
             space=subject.space,
@@ -167,6 +170,7 @@ class Evaluator:
             base_model=self.base,
             sources=self._sources,
             split=self.spec.split,
+            subset=self.spec.subset,
             dtype=self.options.load.dtype,
             batch_size=self.spec.batch_size,
             draws=self.spec.draws,
@@ -304,8 +308,10 @@ def evaluate_saved(
     check([entry.task.name for entry in evaluator.tasks])
     known = {**evaluator.singles, **{a.name: a for a in others}}
     candidate = saved_candidate(label, known) if is_adapter else model_candidate(name, place.folder)
+    kind: CandidateKind = "adapter" if is_adapter else "model"
+    where = place.path if is_adapter else place.folder
     return evaluator.evaluate(
-        EvalSubject(name, "adapter" if is_adapter else "model", candidate, method.get("name"), method.get("space"), recipe)
+        EvalSubject(name, kind, candidate, method.get("name"), method.get("space"), recipe, str(where.absolute()))
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from plait.recipes.evaluation import SplitName
+from plait.recipes.evaluation import SplitName, Subset
 from plait.records import Record
 from plait.results.older_keys import RESULTS, OlderKeysDropped, keys_of
 
@@ -130,6 +130,7 @@ class Evaluation(OlderKeysDropped):
         plait: version that made it.
         name: of what is evaluated, for people.
         kind: `merge` (made in memory), `adapter` or `model` (read from files).
+        path: of those files; None for a merge in memory.
         tag: `<method>_<hash>` of everything that the result depends on but the tasks; distinguishes files.
         method: of the merge; None for anything that plait did not merge.
         space: of the merge.
@@ -137,6 +138,7 @@ class Evaluation(OlderKeysDropped):
         base_model: as it was written.
         sources: the single adapters.
         split: of every task.
+        subset: of every task's split, as it was asked for; None for all of it.
         dtype: of the base model.
         batch_size: prompts at a time.
         draws: of the bootstrap.
@@ -161,6 +163,7 @@ class Evaluation(OlderKeysDropped):
     plait: str
     name: str
     kind: CandidateKind
+    path: str | None = None
     tag: str
     method: str | None
     space: str | None
@@ -168,6 +171,7 @@ class Evaluation(OlderKeysDropped):
     base_model: str
     sources: tuple[SingleAdapter, ...]
     split: SplitName
+    subset: Subset | None = None
     dtype: str
     batch_size: int
     draws: int

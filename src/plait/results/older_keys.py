@@ -9,6 +9,8 @@ Independent of what the records are: all of them come as plain JSON.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -24,6 +26,7 @@ RESULTS, METRICS, INDEX, SWEEP = "eval_results_*.json", "metrics.json", "eval/in
 _ABSENT = object()
 _ROUNDING = 1e-9  # of λ and 1 − λ, as they are written
 _ALIASES = "older_params"
+_SUBSET = "_eval_subset"
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def page() -> str:
     """Return the table of all files as Markdown."""
     rows = [f"| `{file}` | `{key.name}` | {key.here} |" for file, keys in FILES.items() for key in keys]
     rows += [f"| `{SWEEP}` | `{key}` | {here} |" for key, here in _WITHIN_SWEEP.items()]
+    rows += [f"| `{file}` | `{key}` | left out: {why} |" for file, found in _LEFT_OUT.items() for key, why in found.items()]
     return "\n".join(["| file | key there | what it is here |", "|---|---|---|", *rows, ""])
 
 
@@ -237,9 +241,27 @@ def _delta_meta(task: Data) -> dict[str, Any]:
 def _task_metrics(task: Data) -> dict[str, Any]:
     """Return one task's numbers under older keys; those of `interference_delta` only where it is defined."""
     found = {task["metric"]: task["merged"], "num_samples": task["examples"]}
+    if task["subset"] is not None:
+        found[_SUBSET] = {"tag": task["subset"], "used_size": task["examples"]}
     if task["recovery"] is not None:
         found |= {**_delta(task["recovery"]), "interference_delta_meta": _delta_meta(task)}
     return found
+
+
+def _eval_subset(record: Data) -> Any:
+    """Return the sample as it was asked for, in the earlier words."""
+    subset = record.get("subset")
+    return _ABSENT if subset is None else {"enabled": True, "shuffle": True, **subset}
+
+
+def _eval_tag(record: Data) -> str | None:
+    """Return what tells samples apart: a hash of all tasks' own tags; None where every task is asked everything."""
+    tags = [[task["task"], task["subset"]] for task in record.get("tasks", ()) if task["subset"] is not None]
+    return f"subset_{hashlib.sha256(json.dumps(sorted(tags)).encode()).hexdigest()[:10]}" if tags else None
+
+
+def _task_status(record: Data) -> dict[str, Any]:
+    return {task["task"]: {"retry_attempted": False, "retry_succeeded": False} for task in record["tasks"]}
 
 
 def _metric(key: str) -> Callable[[Data], Any]:
@@ -256,6 +278,10 @@ def _unless_none(value: Callable[[Data], Any]) -> Callable[[Data], Any]:
 
 def _names(key: str, of: str) -> Callable[[Data], Any]:
     return lambda record: [entry[of] for entry in record[key]] if key in record else _ABSENT
+
+
+def _of_evaluation(value: Callable[[Data], Any]) -> Callable[[Data], Any]:
+    return lambda record: value(record) if "tasks" in record else _ABSENT
 
 
 def _results(record: Data) -> dict[str, Any]:
@@ -282,6 +308,7 @@ _POLICY = (
 )
 _METHOD = "parameters of `recipe.method`; of `ties` also `k` (100 · density) and `lambda` (`recipe.scale`), of `dare` `seed`"
 _TAG = "`tag`: the name of the results' file; a hash of all that they depend on, so that no two share it"
+_EVAL_TAG = "a hash of the tasks' own `subset`; names of files have `merge_tag`, which tells samples apart too"
 _DELTA = "`recovery`; left out where that is undefined"
 FILES: Mapping[str, tuple[OlderKey, ...]] = {
     RUN_RECORD: (
@@ -315,6 +342,10 @@ FILES: Mapping[str, tuple[OlderKey, ...]] = {
         OlderKey("source_tasks", "names of `sources`", _names("sources", "name")),
         OlderKey("evaluated_tasks", "names of `tasks`", _names("tasks", "task")),
         OlderKey("results", "task → the older keys of its metrics, as in its own file", _results),
+        OlderKey("adapter_path", "`path`: null for a merge in memory", _same("path")),
+        OlderKey("task_status", "task → `retry_attempted`, `retry_succeeded`: false, as no task is begun twice", _task_status),
+        OlderKey("eval_subset", "`subset`, with `enabled` and `shuffle`; left out where there is none", _eval_subset),
+        OlderKey("eval_tag", f"{_EVAL_TAG}; left out where there is none", _unless_none(_eval_tag)),
     ),
     METRICS: (
         OlderKey("interference_delta", _DELTA, _metric("interference_delta")),
@@ -324,6 +355,7 @@ FILES: Mapping[str, tuple[OlderKey, ...]] = {
             _metric("interference_delta_meta"),
         ),
         OlderKey("num_samples", "`examples`", _metric("num_samples")),
+        OlderKey(_SUBSET, "`tag` (`subset`), `used_size` (`examples`); left out where there is none", _metric(_SUBSET)),
     ),
     SUMMARY: (
         OlderKey("timestamp", "`finished`", _same("finished")),
@@ -334,6 +366,7 @@ FILES: Mapping[str, tuple[OlderKey, ...]] = {
         OlderKey("evaluated_tasks", "names of `tasks`", _names("tasks", "task")),
         OlderKey("requested_split", "`split`", _same("split")),
         OlderKey("results_path", "the results in the same folder, as an absolute path", _same("results_path")),
+        OlderKey("eval_tag", f"{_EVAL_TAG}; null where there is none", _of_evaluation(_eval_tag)),
     ),
     INDEX: (
         OlderKey("timestamp", "`finished`", _same("finished")),
@@ -358,4 +391,22 @@ _WITHIN_SWEEP = {
     "post_sweep_eval.params": "`params` of the best run",
     "post_sweep_eval.score, .score_details": "`worst_recovery`; it and `mean_recovery`",
     "post_sweep_eval.results.TASK.interference_delta": "`recovery.TASK`",
+}
+#: Keys that no file has, and why.
+_LEFT_OUT: Mapping[str, Mapping[str, str]] = {
+    RUN_RECORD: {
+        "source_adapters[].metrics, .config_hash, .timestamp": "`sources[].sha256` tells adapters apart; what their trainer "
+        "noted is in their folders",
+        "ties_stats": "counts of entries of complete tensors, which a merge in blocks or in `core` never has; `k` is in "
+        "`method_params`, and `kept` of every module is the share of the energy",
+        "dare_stats": "see `ties_stats`; `drop_rate` is in `method_params`, or `density`",
+        "coefficient_policy": "coefficients that were learned are a plain recipe's `weights`",
+        "optimizer.provenance": "`tuning.json` has the steps of a tuning",
+    },
+    RESULTS: {"results.TASK.error": "an evaluation in which a task fails ends with its error; finished answers are kept"},
+    SWEEP: {
+        "early_stop_state": "`runs` and `search.early_stop` are all that the rule looks at; `early_stop_reason` is what held",
+        "runs[].continual": "there are no sweeps of sequences",
+        "post_sweep_eval.error": "a search whose best cannot be asked ends with the error; the same command asks it again",
+    },
 }
