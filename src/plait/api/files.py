@@ -157,7 +157,8 @@ def bake(  # noqa: PLR0913 (what a command line takes)
     Args:
         source: adapters (references, or name → reference), the path of a recipe, or a `Recipe`.
         out: where to write.
-        base: the base model, a folder or `org/repo[@revision]`; the recipe's or the adapters' own when None.
+        base: the base model, a folder or `org/repo[@revision]`, of a pipeline of diffusers too, or a `.safetensors` file of
+            SD, SDXL or Flux; the recipe's or the adapters' own when None.
         dtype: of all float tensors (`bfloat16`, …); every tensor keeps its own when None.
         shard_size: largest file, such as `5GB`; the base's files when None.
         force: replace a model at `out`.

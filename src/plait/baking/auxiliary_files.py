@@ -13,9 +13,10 @@ from typing import Any
 
 from plait.baking.changes import Placement
 from plait.checkpoints.checkpoint import BaseCheckpoint
-from plait.checkpoints.files import INDEX, MODEL_CONFIG
-from plait.errors import AdapterError, collect
-from plait.folders import OutsideError, file_in, file_name_problem, open_in
+from plait.checkpoints.files import INDEX, MODEL_CONFIG, read_config
+from plait.checkpoints.forms import PipelineFolder, is_weight_file
+from plait.errors import AdapterError, collect, listed
+from plait.folders import OutsideError, entries, file_in, file_name_problem, open_in
 from plait.hub.pretrained import json_problem
 from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
 from plait.libraries.transformers import LABEL_LAYERS
@@ -67,9 +68,11 @@ class AuxiliaryFiles:
     def write(self, folder: Path) -> None:
         """Put everything into a folder."""
         for name, path in self.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with open_in(path.parent, path.name) as source, (folder / name).open("xb") as target:
                 shutil.copyfileobj(source, target)
         for name, text in self.texts.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
 
     def digests(self) -> dict[str, str]:
@@ -92,6 +95,10 @@ def gather_auxiliary_files(
     Raises:
         AdapterError: one is not a file of its folder, or is called JSON and cannot be read.
     """
+    if isinstance(checkpoint.form, PipelineFolder):
+        return _of_pipeline(checkpoint, checkpoint.form, placement, dtype)
+    if not checkpoint.form.has_code:  # one file, whose neighbors are not its own
+        return AuxiliaryFiles({}, {}, {}, ())
     files = {p.name: p for p in _copied(checkpoint.folder) if not _matches(p.name, (*_WEIGHTS, *_OWN))}
     own = [a for a in inventory.adapters if not a.is_one_file]
     brought = {a.name: {p.name: p for p in _copied(a.folder) if _matches(p.name, _TOKENIZER)} for a in own}
@@ -111,6 +118,39 @@ def gather_auxiliary_files(
         texts[INDEX] = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         described[INDEX] = "new"
     return AuxiliaryFiles(files, texts, dict(sorted(described.items())), tuple(notes))
+
+
+def _of_pipeline(checkpoint: BaseCheckpoint, form: PipelineFolder, placement: Placement, dtype: str | None) -> AuxiliaryFiles:
+    """Carry everything of a pipeline but what is read as weights, and further copies of what is changed."""
+    read = {shard.source for shard in checkpoint.shards}
+    changed = set(checkpoint.home) if dtype is not None else set(placement.changes)
+    touched = {s.component for s in form.sets if any(name.startswith(s.prefix) for name in changed)}
+    left = {f"{c}/{n}" for c in touched for n in form.others.get(c, ())}
+    files, top = {}, []
+    for name in sorted(entries(form.folder)):
+        if name in read or name in left or any(part.startswith(".") for part in name.split("/")) or file_name_problem(name):
+            continue
+        if "/" not in name and _matches(name, (*_WEIGHTS, *_OWN)):
+            top += [name] if is_weight_file(name) else []
+            continue
+        files[name] = form.folder / name
+    _check_contained(list(files.values()))
+    _check_json(files.values())
+    texts = {}
+    for part in form.sets if dtype is not None else ():
+        config = dict(read_config(part.folder))
+        if stated := [key for key in _DTYPE_KEYS if key in config]:
+            texts[f"{part.place}{MODEL_CONFIG}"] = config | dict.fromkeys(stated, dtype)
+        if part.files.index_name is not None and part.files.listing is not None:
+            size = sum(checkpoint.info(n).nbytes for n in checkpoint.home if n.startswith(part.prefix))
+            texts[f"{part.place}{part.files.index_name}"] = dict(part.files.listing) | {"metadata": {"total_size": size}}
+    written = {name: json.dumps(text, indent=2, ensure_ascii=False) + "\n" for name, text in texts.items()}
+    origins = dict.fromkeys(files, "base") | dict.fromkeys(written, "base, changed")
+    files = {name: path for name, path in files.items() if name not in written}
+    notes = []
+    if lost := sorted(left | set(top)):
+        notes.append(f"further copies of the weights are not carried, since they would be without the merge: {listed(lost)}.")
+    return AuxiliaryFiles(files, written, dict(sorted(origins.items())), tuple(notes))
 
 
 def _copied(folder: Path) -> list[Path]:

@@ -56,6 +56,14 @@ def _facts(bake: Bake) -> Iterator[str]:
 
 
 def _loading(bake: Bake) -> str:
+    form = bake.checkpoint.form
+    if form.loading is not None:
+        return f"With diffusers:\n\n```python\n{form.loading}\n```\n"
+    if not form.has_code:
+        return (
+            f"{code(bake.shards[0].name)} has the names and the layout of the base's own file: ComfyUI, Forge and diffusers' "
+            "`from_single_file` load it in its place.\n"
+        )
     names = str(bake.checkpoint.config.get("architectures"))
     causal = "ForCausalLM" in names or "LMHeadModel" in names
     task = task_type_of(bake.inventory.adapters) or ""
@@ -83,7 +91,7 @@ With Unsloth: `FastLanguageModel.from_pretrained("PATH_OR_REPO")`.
 
 def _front_matter(bake: Bake) -> dict[str, Any]:
     base = hub_id(bake.recipe.base_model)
-    front: dict[str, Any] = {"library_name": "transformers"}
+    front: dict[str, Any] = {"library_name": bake.checkpoint.form.library}
     if base:
         front |= {"base_model": base.partition("@")[0], "base_model_relation": "merge"}
     front["tags"] = ["merge", "lora", "plait"]

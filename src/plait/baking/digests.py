@@ -83,11 +83,10 @@ def base_digests(
     copied = {s.name for s in shards if leads.get(s.name) == s.lead and all(t.copied for t in s.tensors)}
     with ThreadPoolExecutor(1, "plait-sha256") as pool:
         files = [s.file.path for s in checkpoint.shards if s.name not in copied]
-        futures = {path.name: pool.submit(lambda p: fetched_sha256(p) or sha256(p), path) for path in files}
+        futures = {path: pool.submit(lambda p: fetched_sha256(p) or sha256(p), path) for path in files}
         try:
             yield lambda results: {
-                s.file.path.name: results[s.name] if s.name in copied else futures[s.file.path.name].result()
-                for s in checkpoint.shards
+                s.source: results[s.name] if s.name in copied else futures[s.file.path].result() for s in checkpoint.shards
             }
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

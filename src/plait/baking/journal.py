@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import OutputError
-from plait.folders import file_name_problem
+from plait.folders import entries as names_in
+from plait.folders import file_in, file_name_problem
 from plait.notices import announce
 from plait.parsing import parse_json, read_text
 from plait.results.digests import sha256
@@ -65,14 +66,25 @@ class BakeJournal:
                 or not isinstance(size, int)
             ):
                 continue  # a journal from elsewhere
-            path = self.model / shard
-            if path.is_file() and not path.is_symlink() and path.stat().st_size == size:
+            if self._size_of(shard) == size:
                 self.finished[shard] = (size, sha256)
             else:
-                announce(f"{path} is made again: it has changed since an earlier run finished it.")
+                announce(f"{self.model / shard} is made again: it has changed since an earlier run finished it.")
+        folders = {shard.partition("/")[0] for shard in self.finished}
         for path in self.model.iterdir():
-            if path.name not in self.finished:
+            if path.name not in folders or path.is_symlink():
                 _remove(path)
+        for name in list(names_in(self.model)):
+            if name not in self.finished:
+                _remove(self.model / name)
+
+    def _size_of(self, shard: str) -> int | None:
+        """Return the size of a file of the model; None where there is none of its own, such as a link."""
+        try:
+            real = file_in(self.model, shard)
+        except OSError:
+            return None
+        return real.stat().st_size if real == Path(os.path.realpath(self.model), shard) else None
 
     def holds(self, shard: str) -> bool:
         """Return whether a shard that an earlier run has finished is as it was; any other is forgotten, which is announced."""
@@ -159,5 +171,5 @@ def _is_entry(entry: Any, *, first: bool) -> bool:
     if first:
         return isinstance(entry.get("digest"), str)
     shard = entry.get("shard")
-    plain = isinstance(shard, str) and Path(shard).name == shard and shard not in ("", ".", "..")
+    plain = isinstance(shard, str) and file_name_problem(shard) is None
     return plain and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)

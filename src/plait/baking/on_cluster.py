@@ -64,7 +64,7 @@ def write_on_nodes(
     """
     share = cluster.share(gpus=bake.device.type == "cuda")
     given = {
-        "recipe": placed_recipe(bake.recipe, bake.inventory) | {"base_model": str(bake.checkpoint.folder.absolute())},
+        "recipe": placed_recipe(bake.recipe, bake.inventory) | {"base_model": str(bake.checkpoint.located.path.absolute())},
         "asked": recipe_json(bake.recipe),
         "options": bake.options.model_dump(mode="json") | {"device": bake.device.type},  # a worker sees its own only
         "digest": digest,
@@ -85,14 +85,14 @@ def write_on_nodes(
                 ended = workers.next()
                 if ended.error is not None:
                     raise ended.error
-                _take(journal, ended.job.about, *ended.value)
+                _take(journal, ended.job.about, ended.job.name, *ended.value)
     finally:
         progress.finish()
         shutil.rmtree(parts, ignore_errors=True)
     return {shard.name: journal.finished[shard.name][1] for shard in bake.shards}
 
 
-def _take(journal: BakeJournal, made: Path, size: int, sha256: str) -> None:
+def _take(journal: BakeJournal, made: Path, name: str, size: int, sha256: str) -> None:
     """Give a file that a worker has made its name, and note it.
 
     Raises:
@@ -103,8 +103,9 @@ def _take(journal: BakeJournal, made: Path, size: int, sha256: str) -> None:
             f"{made}: a node has made this file of {size} bytes, and it is not seen here. The output must be on storage that "
             "all nodes share, under the same path."
         )
-    os.replace(made, journal.model / made.name)  # noqa: PTH105 (one word for all systems)
-    journal.finish(made.name, size, sha256)
+    (journal.model / name).parent.mkdir(parents=True, exist_ok=True)
+    os.replace(made, journal.model / name)  # noqa: PTH105 (one word for all systems)
+    journal.finish(name, size, sha256)
 
 
 class NodeBaker:

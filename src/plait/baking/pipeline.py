@@ -157,7 +157,7 @@ def _prepared(
     """Prepare a bake; refuse an output that cannot be written, or is an input."""
     with checking_output(out, force=force):
         bake = prepare_bake(recipe, options, folder=folder, workers=workers, moments=moments)
-    inputs = input_folders(bake.inventory) | {"the base model": bake.checkpoint.folder}
+    inputs = input_folders(bake.inventory) | {"the base model": bake.checkpoint.located.path}
     check_not_an_input(out, inputs, command="bake")
     return bake
 

@@ -11,7 +11,7 @@ from plait.baking.full import FullTensor, full_tensor, parameter_of
 from plait.baking.tying import Untying, stored_tensor
 from plait.checkpoints.architecture import Architecture, ArchitectureUnknown, Part
 from plait.checkpoints.checkpoint import BaseCheckpoint, sections
-from plait.checkpoints.names import ParameterFinder
+from plait.checkpoints.names import parameter_finder
 from plait.errors import listed
 from plait.libraries.transformers import HEADED_TASKS, head_class
 from plait.merging.inventory import Inventory
@@ -32,6 +32,8 @@ def place_deltas(
         checkpoint: the base model.
         full: heads and other full tensors that go into the model: parameter → tensor.
     """
+    if problems := checkpoint.unchangeable([m.target for m in plan.modules]):
+        return Placement(problems=problems)
     return _Placing(inventory, plan, checkpoint, full).run()
 
 
@@ -41,7 +43,7 @@ class _Placing:
     ) -> None:
         self._inventory, self._checkpoint, self._full = inventory, checkpoint, dict(full)
         self._layouts = {m.target: inventory.layouts[m.target] for m in plan.modules}
-        self._names = ParameterFinder(checkpoint, [layout.weight_name(t) for t, layout in self._layouts.items()])
+        self._names = parameter_finder(checkpoint, [layout.weight_name(t) for t, layout in self._layouts.items()])
         self._result = Placement()
         self._placed: set[str] = set()
         self._copies: dict[str, None] = {}  # parameters of which adapters bring the base's own values
@@ -326,7 +328,10 @@ class _Placing:
                 problems.append(f"{tensor}: a trained bias and a lora_bias on the same tensor; cannot be baked yet.")
             targets = [p.target for p in change.ranges]
             dora = [t for t in targets for a in self._inventory.adapters if t in a.targets and a.targets[t].is_dora]
-            if dora and len(set(targets)) > 1:
+            partial = (
+                any(p.row or p.count < self._checkpoint.info(tensor).shape[0] for p in change.ranges) and not change.replaced
+            )
+            if dora and (len(set(targets)) > 1 or (partial and not self._checkpoint.form.has_code)):
                 problems.append(f"{tensor}: DoRA on one of several modules that share a tensor; cannot be baked yet.")
         return problems
 

@@ -123,6 +123,7 @@ class BakePlan(Record):
 
     Attributes:
         base: the base model's reference.
+        form: in which the base, and so the result, lies on disk: `model`, `pipeline` or `single file`.
         method: name.
         space: name.
         adapters: names, in order.
@@ -135,6 +136,7 @@ class BakePlan(Record):
     """
 
     base: str
+    form: str
     method: str
     space: str
     adapters: tuple[str, ...]
@@ -259,6 +261,7 @@ def _plan(
     blocks = 4 * max(1, workers) * max(4 * TENSOR_BLOCK_ELEMENTS, widest)
     return BakePlan(
         base=recipe.base_model or "",
+        form=checkpoint.form.kind,
         method=merge.method,
         space=merge.space,
         adapters=merge.adapters,

@@ -90,10 +90,18 @@ def plan_shards(
         placement: what is changed and added.
         dtype: safetensors' name of the wanted dtype of all floats; None keeps each tensor's.
         shard_size: largest number of bytes of tensors in a file; None keeps the base's files.
+
+    Raises:
+        RecipeError: a size is given for a base whose files are what they are.
     """
     kept = [[name for name, _ in shard.in_order if name not in placement.left_out] for shard in checkpoint.shards]
     groups = [[_entry(checkpoint, placement, name, dtype) for name in names] for names in kept]
     groups[-1] += _added(checkpoint, placement, dtype)
+    if shard_size is not None and not checkpoint.form.has_code:
+        raise RecipeError(
+            f"--shard-size (shard_size=): this base is a {checkpoint.form.kind}, whose files keep their names and "
+            "what they hold. Leave it out."
+        )
     if shard_size is None:
         named = zip(checkpoint.shards, groups, strict=True)
         return tuple(_shard(checkpoint, base.name, entries, base) for base, entries in named if entries)
@@ -105,8 +113,8 @@ def plan_shards(
 
 
 def shard_index(checkpoint: BaseCheckpoint, shards: Sequence[OutShard]) -> dict[str, Any] | None:
-    """Return the index; None for a single file that needs none."""
-    if len(shards) == 1 and (checkpoint.index is None or shards[0].name == SINGLE):
+    """Return a model's index; None for a single file that needs none."""
+    if not checkpoint.form.has_code or (len(shards) == 1 and (checkpoint.index is None or shards[0].name == SINGLE)):
         return None
     metadata = dict(checkpoint.index or {})
     if "total_parameters" in metadata:
@@ -190,7 +198,9 @@ def _shard(checkpoint: BaseCheckpoint, name: str, entries: Sequence[_Entry], bas
     else:
         # larger item sizes first keeps every tensor aligned; else the base's order stays
         entries = sorted(entries, key=lambda e: -e.itemsize)
-        lead = _header(entries, checkpoint.shards[0].metadata if base is None else base.metadata)
+        lead = _header(
+            entries, checkpoint.shards[0].metadata if base is None else base.metadata, "" if base is None else base.prefix
+        )
         starts, at = [], len(lead)
         for entry in entries:
             starts.append(at)
@@ -212,11 +222,15 @@ def _is_copy(checkpoint: BaseCheckpoint, entry: _Entry) -> bool:
     )
 
 
-def _header(entries: Sequence[_Entry], metadata: Mapping[str, str]) -> bytes:
+def _header(entries: Sequence[_Entry], metadata: Mapping[str, str], prefix: str) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(metadata) or {"format": "pt"}}
     at = 0
     for entry in entries:
-        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + entry.nbytes]}
+        header[entry.name.removeprefix(prefix)] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [at, at + entry.nbytes],
+        }
         at += entry.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

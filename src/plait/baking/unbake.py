@@ -111,7 +111,7 @@ def _weight_of_lock(model: str, adapter: Adapter) -> float:
         AdapterError: the lock cannot be read.
         PlanError: the adapter is not in it; its weight is another than 1, or not a plain coefficient: then it must be given.
     """
-    folder = resolve_model(model, files=("*.safetensors", "*.json", LOCK)).folder
+    folder = resolve_model(model, files=("*.safetensors", "*.json", LOCK), any_form=True).folder
     has_lock = os.path.lexists(folder / LOCK)
     lock = read_lock(folder, advice=_GIVE_WEIGHT) if has_lock else None
     if lock is None or lock.kind != "bake":

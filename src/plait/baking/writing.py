@@ -131,6 +131,7 @@ class ShardWriter:
 
     def _open(self, shard: OutShard) -> _Open:
         path = self.journal.model / shard.name
+        path.parent.mkdir(parents=True, exist_ok=True)
         one = _Open(shard, path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666), deque(self._jobs(shard)))
         try:
             if hasattr(os, "posix_fallocate"):

@@ -13,12 +13,13 @@ from torch import Tensor
 from plait.adapters.layouts.conv1d import has_conv1d
 from plait.checkpoints.architecture import Architecture, ArchitectureUnknown
 from plait.checkpoints.dequantize import QUANTIZED_FORMATS, PlainFile, dequantized
-from plait.checkpoints.files import INDEX, MODEL_CONFIG, SINGLE, WeightFiles, find_weights, index_name, read_config
-from plait.checkpoints.quantization import quantization, quantization_advice
+from plait.checkpoints.files import MODEL_CONFIG, SINGLE, read_config
+from plait.checkpoints.forms import BaseForm, WeightSet, base_form
+from plait.checkpoints.quantization import Quantization, quantization, quantization_advice
 from plait.errors import AdapterError, PlanError, collect, listed
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve_model
 from plait.notices import announce
-from plait.tensorfiles.formats import TENSOR_FORMATS, open_tensors
+from plait.tensorfiles.formats import open_tensors
 from plait.tensorfiles.header import TensorInfo
 from plait.tensorfiles.reader import SafetensorsFile, TensorFile
 
@@ -30,34 +31,42 @@ class Shard:
     """One file of tensors.
 
     Attributes:
-        name: of the safetensors file: its own, or for a `.bin` the one that is written in its place.
-        file: its header, checked.
+        name: of the safetensors file, from the model's folder: its own, or for a `.bin` the one that is written in its place.
+        source: of the file that is read, from the base's folder.
+        file: its header, checked; its tensors under their names in the checkpoint.
         lead: the bytes before the first tensor: the header's length and the header; empty for a `.bin`.
         metadata: of the header.
         left: tensors of the file that are not the model's own: further names of others.
+        prefix: what the names of its tensors begin with in the checkpoint, and not in the file.
     """
 
     name: str
+    source: str
     file: TensorFile
     lead: bytes = field(repr=False)
     metadata: Mapping[str, str] = field(repr=False)
     left: frozenset[str] = frozenset()
+    prefix: str = ""
 
     @staticmethod
-    def open(path: Path) -> Shard:
-        """Read a shard's header.
+    def open(name: str, files: WeightSet) -> Shard:
+        """Read the header of one of several files.
 
         Raises:
             AdapterError: the file is truncated or damaged.
         """
+        path = files.folder / name
         file = open_tensors(path)
         if not isinstance(file, SafetensorsFile):
             stem = path.name.removesuffix(file.suffix).replace(Path(file.model_name).stem, Path(SINGLE).stem, 1)
-            return Shard(stem + SafetensorsFile.suffix, file, b"", {})
+            return Shard(stem + SafetensorsFile.suffix, path.name, file, b"", {})
         with path.open("rb") as stream:
             length = stream.read(8)
             lead = length + stream.read(int.from_bytes(length, "little"))
-        return Shard(path.name, file, lead, file.metadata)
+        if files.prefix:
+            file.tensors = {files.prefix + tensor: info for tensor, info in file.tensors.items()}
+        place = files.place + name
+        return Shard(place, place, file, lead, file.metadata, prefix=files.prefix)
 
     @property
     def is_safetensors(self) -> bool:
@@ -81,14 +90,16 @@ class BaseCheckpoint:
     """A base model.
 
     Attributes:
-        located: its folder and where that came from.
-        config: `config.json`.
-        shards: sorted by name.
-        index: metadata of the index; None for a single file.
+        located: its folder, or file, and where that came from.
+        form: in which it lies there.
+        config: `config.json`; of a pipeline `model_index.json`.
+        shards: sorted by name, those of one component after those of another.
+        index: metadata of a model's index; None where there is none.
         home: tensor name → its shard.
     """
 
     located: Located
+    form: BaseForm
     config: Mapping[str, Any] = field(repr=False)
     shards: tuple[Shard, ...]
     index: Mapping[str, Any] | None = field(repr=False)
@@ -99,7 +110,8 @@ class BaseCheckpoint:
         """Find a base model and read its headers.
 
         Args:
-            reference: a folder, or `org/repo[@revision][/subfolder]`.
+            reference: a folder, or `org/repo[@revision][/subfolder]`, of a model of transformers or a pipeline of diffusers;
+                or a `.safetensors` file of SD, SDXL or Flux.
             base: what a relative path is relative to.
             dequantize: take a quantized one for the plain model that it encodes.
 
@@ -108,49 +120,57 @@ class BaseCheckpoint:
             AdapterError: files that are missing, cut off or not safetensors, all at once.
             PlanError: it is quantized, and is not to be dequantized or cannot be.
         """
-        located = resolve_model(reference, base=base, files=CHECKPOINT_FILES)
-        folder = located.folder
-        weights, index = _weight_files(folder)
-        names = weights.names
-        where = folder / (weights.index_name or "the index")
-        shards, problems = [], []
-        for name in names:
-            try:
-                shards.append(Shard.open(folder / name))
-            except AdapterError as error:
-                problems.append(str(error))
-            except OSError as error:
-                problems.append(f"{folder / name}: {error.strerror or error}. Fetch the base model again.")
-        problems += [
-            f"{path}: a link that leads nowhere. Fetch the base model again, or delete the link."
-            for path in sorted(folder.iterdir())
-            if path.is_symlink() and not path.exists() and path.name not in names
-        ]
+        located = resolve_model(reference, base=base, files=CHECKPOINT_FILES, any_form=True)
+        folder, form = located.folder, base_form(located)
+        shards, problems = _opened(form)
+        problems += (
+            []
+            if located.file is not None
+            else [
+                f"{path}: a link that leads nowhere. Fetch the base model again, or delete the link."
+                for path in sorted(folder.iterdir())
+                if path.is_symlink() and not path.exists() and path.name not in form.sets[0].files.names
+            ]
+        )
         home = _home(shards)
         if not problems:
-            problems += [
-                f"{where}: {tensor!r} should be in {name}, but is not. Fetch the base model again."
-                for tensor, name in weights.home.items()
-                if tensor not in home or home[tensor].file.path.name != name
-            ][:5]
+            problems += list(_not_there(form, home))[:5]
         if not home and not problems:
-            problems.append(f"{folder}: {listed(names)} of the base model holds no tensors. Fetch it again.")
+            problems.append(f"{folder}: {listed(form.sets[0].files.names)} of the base model holds no tensors. Fetch it again.")
         collect(AdapterError, problems, f"{folder}: the base model is not complete")
-        checkpoint = BaseCheckpoint(located, read_config(folder), tuple(shards), index, home)._without_copies()
-        found = quantization(checkpoint.config, {n: s.file.tensors[n] for n, s in home.items()})
+        listing = form.sets[0].files.listing if form.has_code else None
+        index = None if listing is None else listing.get("metadata") or {}
+        config = read_config(folder) if form.has_code else form.config
+        checkpoint = BaseCheckpoint(located, form, config, tuple(shards), index, home)
+        if not form.has_code:
+            return checkpoint
+        checkpoint = checkpoint._without_copies()
+        found = checkpoint.quantization()
         if found is None:
             return checkpoint
         if dequantize and found.method in QUANTIZED_FORMATS and all(s.is_safetensors for s in shards):
             return checkpoint._plain()
-        raise PlanError(
-            f"{folder}: the base model is quantized ({found.description}). "
-            f"{quantization_advice(found.method, requested=dequantize)}"
-        )
+        raise PlanError(_refusal(folder, found, dequantize=dequantize))
 
     @property
     def folder(self) -> Path:
         """Its folder."""
         return self.located.folder
+
+    def quantization(self, component: str = "") -> Quantization | None:
+        """Return how it, or a component of a pipeline, is quantized; None when it is plain."""
+        config = read_config(self.folder / component) if component else self.config
+        prefix = f"{component}." if component else ""
+        return quantization(config, {n: self.info(n) for n in self.home if n.startswith(prefix)})
+
+    def unchangeable(self, targets: Iterable[str]) -> list[str]:
+        """Return why the components that some targets are in cannot be changed; complete messages."""
+        if self.form.has_code:
+            return []  # found when it was opened
+        named = {component for s in self.form.sets if (component := s.component)}
+        touched = {t.partition(".")[0].replace("diffusion_model", "transformer") for t in targets} & named if named else {""}
+        found = ((self.folder / c if c else self.located.path, self.quantization(c)) for c in sorted(touched))
+        return [_refusal(place, how, dequantize=False) for place, how in found if how is not None]
 
     @cached_property
     def has_conv1d(self) -> bool | None:
@@ -165,7 +185,7 @@ class BaseCheckpoint:
     def notes(self) -> list[str]:
         """What a user should know of it."""
         notes = []
-        if self.config.keys().isdisjoint(("model_type", "_class_name")):
+        if self.form.has_code and self.config.keys().isdisjoint(("model_type", "_class_name")):
             there = (self.folder / MODEL_CONFIG).is_file()
             found = f"{MODEL_CONFIG} names no model_type" if there else f"there is no {MODEL_CONFIG}"
             notes.append(
@@ -232,6 +252,35 @@ def _repeated(file: TensorFile) -> Iterator[tuple[str, str]]:
             yield name, first[info]
 
 
+def _opened(form: BaseForm) -> tuple[list[Shard], list[str]]:
+    """Read the headers of all files; return the shards, and what is wrong."""
+    shards, problems = [], []
+    for files in form.sets:
+        for name in files.files.names:
+            try:
+                shards.append(Shard.open(name, files))
+            except AdapterError as error:
+                problems.append(str(error))
+            except OSError as error:
+                problems.append(f"{files.folder / name}: {error.strerror or error}. Fetch the base model again.")
+    return shards, problems
+
+
+def _not_there(form: BaseForm, home: Mapping[str, Shard]) -> Iterator[str]:
+    """Yield what indexes promise and files do not hold."""
+    for files in form.sets:
+        where = files.folder / (files.files.index_name or "the index")
+        for tensor, name in files.files.home.items():
+            shard = home.get(files.prefix + tensor)
+            if shard is None or shard.file.path.name != name:
+                yield f"{where}: {tensor!r} should be in {name}, but is not. Fetch the base model again."
+
+
+def _refusal(place: Path, found: Quantization, *, dequantize: bool) -> str:
+    advice = quantization_advice(found.method, requested=dequantize)
+    return f"{place}: the base model is quantized ({found.description}). {advice}"
+
+
 def _home(shards: Iterable[Shard]) -> dict[str, Shard]:
     return {tensor: shard for shard in shards for tensor in shard.file.tensors}
 
@@ -242,19 +291,3 @@ def sections(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     text = config.get("text_config")
     if isinstance(text, dict):
         yield text
-
-
-def _weight_files(folder: Path) -> tuple[WeightFiles, Mapping[str, Any] | None]:
-    """Return the files with tensors, and the metadata of the index where there is one."""
-    weights = find_weights(folder)
-    if weights is not None:
-        return weights, None if weights.listing is None else weights.listing.get("metadata") or {}
-    found = sorted(p.name for p in folder.iterdir())
-    hint = " It holds an adapter; give the base model." if "adapter_config.json" in found else ""
-    other = [name for name in found if name.endswith((".bin", ".pt", ".pth", ".gguf"))]
-    if other:
-        # transformers dequantizes GGUF on loading, but saves what it made of it only on request
-        gguf = f", gguf_file={other[0]!r}, quantization_config=GgufConfig(dequantize=True)" * other[0].endswith(".gguf")
-        hint = f" It holds {other[0]}; convert it first: transformers' from_pretrained(…{gguf}), then save_pretrained."
-    others = [name for kind in TENSOR_FORMATS[1:] for name in (kind.model_name, index_name(kind.model_name))]
-    raise AdapterError(f"{folder}: neither {SINGLE} nor {INDEX} is here, nor {' or '.join(others)}.{hint}")

@@ -27,7 +27,57 @@ class Prefix:
 
 
 class ParameterFinder:
-    """Finds parameters in a checkpoint.
+    """Finds parameters in a checkpoint by the rules of its form alone: no one class is the code of all of it.
+
+    Args:
+        checkpoint: the base model.
+    """
+
+    def __init__(self, checkpoint: BaseCheckpoint) -> None:
+        self._checkpoint = checkpoint
+        self._infos = {name: checkpoint.info(name) for name in checkpoint.home}
+
+    @property
+    def architecture(self) -> Architecture | None:
+        """What the model's code says; None when it cannot be asked."""
+        return None
+
+    def parts(self, parameter: str) -> tuple[Part, ...]:
+        """Return the checkpoint tensors that a parameter is made of; nothing when it is not there."""
+        return self._checkpoint.form.parts(parameter, self._infos)
+
+    def source_of(self, parameter: str) -> tuple[str, str] | None:
+        """Return (own name, name of the parameter that it shares its values with) in the model; None when it shares none."""
+        return None
+
+    def is_transposed(self, module: str) -> bool | None:
+        """Return whether the code stores a module's parameters as (d_in, d_out); None when it cannot be asked."""
+        return None
+
+    def why_not(self, parameter: str) -> str:
+        """Report why a parameter was not found."""
+        return self._checkpoint.form.why_not(parameter)
+
+    def tied_groups(self) -> list[tuple[str, ...]]:
+        """Return groups of parameters with common values, the one that owns them first; empty when nothing is tied.
+
+        Raises:
+            ArchitectureUnknown: the configuration leaves it open, and the model's code cannot be asked.
+        """
+        raise ArchitectureUnknown("only the code of its component knows")
+
+    def model_name(self, parameter: str) -> str:
+        """Return a parameter's name in the model's code."""
+        return parameter
+
+
+def parameter_finder(checkpoint: BaseCheckpoint, targets: Collection[str]) -> ParameterFinder:
+    """Return what finds the parameters that adapters change, `targets`, in a checkpoint."""
+    return CodeParameterFinder(checkpoint, targets) if checkpoint.form.has_code else ParameterFinder(checkpoint)
+
+
+class CodeParameterFinder(ParameterFinder):
+    """Finds parameters of one model of transformers: by name, with another prefix, or as the model's code says.
 
     Args:
         checkpoint: the base model.
@@ -35,7 +85,7 @@ class ParameterFinder:
     """
 
     def __init__(self, checkpoint: BaseCheckpoint, targets: Collection[str]) -> None:
-        self._checkpoint = checkpoint
+        super().__init__(checkpoint)
         self._architecture: Architecture | None = None
         self._unknown: str | None = None
         self.prefix = _common_prefix(targets, checkpoint.home)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from plait.checkpoints.dequantize import QUANTIZED_FORMATS
 from plait.tensorfiles.header import TensorInfo
+from plait.tensorfiles.reader import FLOATS
 
 # names under which bitsandbytes, GPTQ, AWQ, compressed-tensors and fp8 checkpoints store what a float weight is not
 _QUANTIZED = re.compile(
@@ -52,7 +53,7 @@ def quantization(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
             method = settings.get("quant_method") if isinstance(settings, dict) else str(settings)
             return Quantization(method, f"{method or 'a method that is not named'}, in config.json")
     for name, info in tensors.items():
-        if _QUANTIZED.search(name) or info.dtype.startswith(("F8", "F4", "F6")):
+        if _QUANTIZED.search(name) or (info.dtype not in FLOATS and info.dtype.startswith(("F8", "F4", "F6"))):
             return Quantization(None, f"{name!r} is stored as {info.dtype}")
     return None
 

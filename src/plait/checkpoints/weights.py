@@ -11,6 +11,7 @@ from plait.adapters.layouts import Layout
 from plait.adapters.layouts.conv1d import has_conv1d
 from plait.checkpoints.files import INPUT_EMBEDDING, OUTPUT_HEAD, find_weights, read_config
 from plait.errors import AdapterError, listed
+from plait.hub.pipelines import PIPELINE_INDEX
 from plait.tensorfiles.formats import open_tensors
 from plait.tensorfiles.reader import SafetensorsFile
 
@@ -27,6 +28,11 @@ class BaseWeights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if folder.is_file() or (folder / PIPELINE_INDEX).is_file():
+            raise AdapterError(
+                f"{folder}: DoRA scales rows by the norms of the base's weights, which are read from a folder of one model, "
+                "not from a pipeline or a single file. Merge one component's adapters by themselves (plait convert --tower)."
+            )
         found = find_weights(folder)
         other = sorted(p.name for p in folder.glob("*.safetensors") if p.name != SafetensorsFile.adapter_name)
         names = found.names if found else other

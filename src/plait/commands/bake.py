@@ -99,6 +99,11 @@ class BakeOrder(WritingOrder):
         recipe, notes = self.complete_from_texts(recipe, folder, progress, self.load)
         for note in notes:
             announce(note)
+        if (
+            self.prompts is not None
+            and (form := plan_bake(recipe, self.options, folder=folder, **self.writing).form) != "model"
+        ):
+            raise RecipeError(f"--check (check=) compares logits of a language model; this base is a {form}. Leave it out.")
         result = run_bake(recipe, self.options, folder=folder, progress=progress, cluster=self.cluster, **self.writing)
         parity = None
         try:

@@ -17,6 +17,7 @@ from pathlib import Path
 from plait.errors import AddressError, did_you_mean, listed
 from plait.folders import expanded
 from plait.hub.client import explain_failure
+from plait.hub.pipelines import PIPELINE_INDEX, pipeline_files
 from plait.hub.references import Reference, parse_reference
 from plait.libraries.huggingface_hub import status_of
 from plait.notices import announce
@@ -90,7 +91,7 @@ def resolve(reference: Reference, *, base: Path | None = None) -> Located:
         AddressError: the reference leads nowhere, or may not be read. The message says what to do.
     """
     if reference.path is not None:
-        return _local_adapter(reference, base)
+        return _local_place(reference, base, ADAPTER_SUFFIXES)
     if (reference.subfolder or "").endswith(ADAPTER_SUFFIXES):
         return _single_file(reference, base)
     known = [kind.adapter_name for kind in TENSOR_FORMATS]
@@ -165,7 +166,9 @@ def folder_at_hand(text: str, *, commit: str | None = None) -> Path | None:
         return None
 
 
-def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] = MODEL_FILES) -> Located:
+def resolve_model(
+    text: str, *, base: Path | None = None, files: Sequence[str] = MODEL_FILES, any_form: bool = False
+) -> Located:
     """Return the folder of a base model: a local one, or `org/repo[@revision][/subfolder]` fetched from the Hub.
 
     Args:
@@ -174,6 +177,7 @@ def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] =
         files: shell patterns of the files to fetch, of that folder alone and not of those below it; at least one file
             has to match the first. Where a model has no safetensors, its tensors in another format are fetched in their place.
             Second copies of the weights in another layout (`consolidated*`) are never fetched.
+        any_form: it may also be a pipeline of diffusers, of whose weights one copy is fetched, or a `.safetensors` file.
 
     Raises:
         AddressError: the reference leads nowhere, may not be read, or nothing there matches the first pattern.
@@ -182,18 +186,27 @@ def resolve_model(text: str, *, base: Path | None = None, files: Sequence[str] =
     if reference.name is not None:
         raise AddressError(f"{text!r}: a base model has no name. Write {reference.address!r}.")
     if reference.path is not None:
-        return Located(folder=_local_folder(reference, base))
+        return _local_place(reference, base, (SafetensorsFile.suffix,) if any_form else ())
+    if any_form and (reference.subfolder or "").endswith(SafetensorsFile.suffix):
+        return _single_file(reference, base)
     safetensors, *others = (kind.model_files for kind in TENSOR_FORMATS)
     prefix = _prefix(reference)
     commit, names, error = _listing(reference)
     if error is not None:
         patterns = [glob.escape(prefix) + pattern for pattern in (*files, *others)]
+        of_pipeline = [glob.escape(prefix + PIPELINE_INDEX)]
+        held = _cached(reference, of_pipeline) if any_form else None
+        if held is not None and (held / prefix / PIPELINE_INDEX).is_file():
+            patterns = of_pipeline  # not all weights that the repository has were fetched
         snapshot = _from_cache(error, reference, patterns, base=base)
         first = (safetensors, *others) if files[0] == safetensors else files[:1]  # of which one has to match
+        first = (*first, PIPELINE_INDEX) if any_form else first
         if not any(path for pattern in first for path in (snapshot / prefix).glob(pattern)):
             raise AddressError(_offline_reason(error, reference, base)) from error
     else:
         here = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        if any_form and PIPELINE_INDEX in here:
+            return _located(reference, _fetch(reference, commit, [prefix + n for n in pipeline_files(here)], base=base))
         here = [name for name in here if "/" not in name and not name.startswith("consolidated")]
         wanted = {pattern: fnmatch.filter(here, pattern) for pattern in files}
         if not wanted.get(safetensors, True):
@@ -214,7 +227,8 @@ def _prefix(reference: Reference) -> str:
 
 def _located(reference: Reference, snapshot: Path) -> Located:
     folder = snapshot / (reference.subfolder or "")
-    _check_contained(folder, snapshot)
+    for place in (folder, *(p for p in sorted(folder.iterdir()) if p.is_dir() and (folder / PIPELINE_INDEX).exists())):
+        _check_contained(place, snapshot)
     return Located(
         folder=folder,
         repo=reference.repo,
@@ -224,11 +238,11 @@ def _located(reference: Reference, snapshot: Path) -> Located:
     )
 
 
-def _local_adapter(reference: Reference, base: Path | None) -> Located:
-    """Return a local folder, or a file whose name ends as files of tensors do."""
+def _local_place(reference: Reference, base: Path | None, suffixes: tuple[str, ...]) -> Located:
+    """Return a local folder, or a file whose name ends in one of some suffixes."""
     try:
         place = Path.cwd() / (base or Path()) / expanded(reference.path or "")
-        if place.suffix in ADAPTER_SUFFIXES and place.is_file():
+        if place.suffix in suffixes and place.is_file():
             return Located(folder=place.parent, file=place.name)
     except OSError as error:
         raise AddressError(f"{reference.path!r} cannot be read: {error}.") from error

@@ -76,8 +76,12 @@ def take_inventory(
     base, place = None, None
     if recipe.base_model is not None and any(t.is_dora for a in adapters for t in a.targets.values()):
         with naming_base(recipe, adapters):
-            place = resolve_model(recipe.base_model, base=folder) if base_folder is None else Located(folder=base_folder)
-        base = BaseWeights(place.folder)
+            place = (
+                resolve_model(recipe.base_model, base=folder, any_form=True)
+                if base_folder is None
+                else Located(folder=base_folder)
+            )
+        base = BaseWeights(place.path)
     found = _moments(recipe, folder, moments, adapters)
     inventory = Inventory(recipe, tuple(adapters), tuple(located), dict(sorted(layouts.items())), base, place, found)
     return (

@@ -78,7 +78,7 @@ def check_inputs(folder: Path, lock: Lock, given: Mapping[str, str]) -> tuple[tu
         path = given.get(name) or (entry.path if entry.repo else _local(folder, entry.path))
         try:
             is_model = name == BASE or lock.kind in _MODELS
-            located = resolve_model(path) if is_model else resolve(parse_reference(path))
+            located = resolve_model(path, any_form=name == BASE) if is_model else resolve(parse_reference(path))
             place = located.folder.resolve()
         except PlaitError as error:
             checks.append(InputCheck(name=name, path=path, state="unknown", detail=str(error)))

@@ -73,7 +73,7 @@ def rebuild(lock: Lock, inputs: Mapping[str, FoundInput], out: Path, workers: in
         )
         return
     recipe = located_recipe(lock, inputs)
-    base = inputs[BASE].folder if BASE in inputs else None
+    base = inputs[BASE].path if BASE in inputs else None
     if lock.kind == "bake":
         options = BakeOptions.model_validate(lock.options)
         run_bake(recipe.model_copy(update={"base_model": str(base)}), options, out=out, workers=workers, progress=progress)
