@@ -20,7 +20,6 @@ import plait
 import plait.evaluation.session as session
 from plait.adapters.adapter import Adapter
 from plait.errors import OutputError, PlanError, RecipeError, TaskError
-from plait.libraries.optuna import process_knows_pending
 from plait.mixture import Mixture
 from plait.mixture.mixture import PlacedMerge
 from plait.search.conclusion import SweepResult
@@ -243,8 +242,7 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(
 def test_a_batch_that_was_stopped_is_completed_with_what_was_known_when_it_began(
     place: Path, tmp_path: Path, asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, cut: int
 ) -> None:
-    kind = "bayes" if process_knows_pending() else "random"  # the earlier process takes no batches
-    wanted = {"type": kind, "budget": 5, "init_points": 2, "parallel": 2, "space": {"scale": "0.1..3"}}
+    wanted = {"budget": 5, "init_points": 2, "parallel": 2, "space": {"scale": "0.1..3"}}
     whole = sweep(place, tmp_path / "whole" / "study", wanted).record
     total = len(asked)
     assert whole.parallel == 2

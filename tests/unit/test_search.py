@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import optuna
@@ -17,11 +20,11 @@ from plait.recipes.schema import Recipe
 from plait.recipes.search import SearchSpec
 from plait.recipes.writing import recipe_json, to_yaml
 from plait.search.judging import shares_of
+from plait.search.outcome import FOUND, Outcome, as_told, studied
 from plait.search.record import Run, TaskOutcome
 from plait.search.sampling import sampler_of
 from plait.search.selection import front, ranked, reason_to_stop
 from plait.search.space import SearchSpace, point_key
-from plait.search.study import FOUND, Outcome, as_told, studied
 from tests.every import every
 
 PAIR = "version: 1\nadapters: [a=./a, b=./b]\n"
@@ -164,10 +167,21 @@ def test_a_point_is_completed_by_the_recipes_own_values() -> None:
     assert space("{space: {scale: 2..3}}").start is None
 
 
+Recoveries = Callable[[dict[str, Any]], dict[str, float]]
+
+
+def near_seven_tenths(point: dict[str, Any]) -> dict[str, float]:
+    return {"t": 1 - abs(point["scale"] - 0.7)}
+
+
 def suggestions(text: str, count: int, *, again_at: int = -1) -> list[dict[str, Any]]:
+    return suggested(recipe(text), count, near_seven_tenths, again_at=again_at)
+
+
+def suggested(asked: Recipe, count: int, of: Recoveries, *, again_at: int = -1) -> list[dict[str, Any]]:
     """Return what is suggested, where the process ends before trial `again_at` and another goes on."""
-    asked = recipe(text)
-    found, study, points = SearchSpace(asked), optuna.create_study(direction="maximize"), []
+    found, points = SearchSpace(asked), []
+    study = optuna.create_study(directions=["maximize"] * len(asked.search.maximize))
     with quiet_optuna():
         sampler = sampler_of(asked.search, found)
         for number in range(count):
@@ -176,8 +190,16 @@ def suggestions(text: str, count: int, *, again_at: int = -1) -> list[dict[str, 
             study.sampler = sampler
             trial = study.ask()
             points.append(found.suggest(trial))
-            study.tell(trial, -abs(points[-1]["scale"] - 0.7))
+            outcome = outcome_of(points[-1], of(points[-1]))
+            trial.set_user_attr(FOUND, outcome.model_dump(mode="json"))
+            study.tell(trial, [as_told(outcome.worst or 0.0)] * len(study.directions))
     return points
+
+
+def outcome_of(point: dict[str, Any], recoveries: dict[str, float], **more: Any) -> Outcome:
+    results = {name: TaskOutcome(metric=0.5, recovery=value, interval=None) for name, value in recoveries.items()}
+    worst, mean = min(recoveries.values()), sum(recoveries.values()) / len(recoveries)
+    return Outcome(params=point, score=worst, worst=worst, mean=mean, results=results, **more)
 
 
 @pytest.mark.parametrize("kind", ["random", "bayes"])
@@ -191,12 +213,35 @@ def test_what_is_suggested_depends_on_the_seed_and_the_trials_alone(kind: str) -
         assert min(abs(p["scale"] - 0.7) for p in first[3:]) < 0.2
 
 
-def test_methods_with_parameters_of_their_own_are_searched_by_tpe(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "{type: bayes, init_points: 2, budget: 4, space: {method: [ties, linear], density: 0.1..1, scale: 0..2}}"
-    with pytest.warns(UserWarning, match="tree-structured Parzen estimator"):
-        points = suggestions(text, 6)
+@every("maximize", ["worst_recovery", "worst_recovery, mean_recovery"])
+def test_methods_with_parameters_of_their_own(maximize: str) -> None:
+    text = "{type: bayes, init_points: 2, budget: 4, space: {method: [ties, linear], density: 0.1..1, scale: 0..2}"
+    several = "," in maximize
+    with pytest.warns(UserWarning, match="tree-structured Parzen estimator") if several else nullcontext():
+        points = suggestions(f"{text}, maximize: '{maximize}'}}", 8)
     assert {p["method"] for p in points} == {"ties", "linear"}
     assert all(("method.density" in p) == (p["method"] == "ties") for p in points)
+
+
+def three_tasks(point: dict[str, Any]) -> dict[str, float]:
+    """Return recoveries that grow with a task's own weight until it is large enough, and fall with those of the others."""
+    own = [float(point[f"adapters.{name}.weight"]) for name in "abc"]
+    found = {}
+    for i, (enough, harm) in enumerate(((0.3, 0.5), (0.5, 1.5), (0.9, 0.25))):
+        others = sum(own) - own[i]
+        found[f"task{i}"] = math.tanh(2 * own[i] / enough) - harm * others**2
+    return found
+
+
+def test_weights_of_three_adapters_are_found_that_no_grid_of_27_has() -> None:
+    more, levels = "adapters: [a=./a, b=./b, c=./c]\nmethod: linear\n", (0.1, 0.2, 0.4)
+    names = [f"adapters.{name}.weight" for name in "abc"]
+    grid = max(min(three_tasks(dict(zip(names, at, strict=True))).values()) for at in product(levels, repeat=3))
+    for seed in range(3):
+        search = f"{{budget: 20, seed: {seed}, space: {{'adapters.*.weight': 0.05..1:log}}}}"
+        asked = load_recipe(f"version: 1\n{more}search: {search}\n")
+        worst = [min(three_tasks(point).values()) for point in suggested(asked, 20, three_tasks)]
+        assert max(worst[6:]) > grid, "the search knows of every task"
 
 
 def run(number: int, worst: float, mean: float, **changes: Any) -> Run:

@@ -6,6 +6,7 @@ Independent of how candidates are found.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -60,6 +61,44 @@ class Parameter:
         if self.kind == "categorical":
             return tuple(self.choices.values())
         return (int(self.low), int(self.high)) if self.kind == "int" else (self.low, self.high)
+
+    @property
+    def ordered(self) -> tuple[Plain, ...]:
+        """Its choices: numbers in their order, others as they were given."""
+        values = tuple(self.choices.values())
+        return tuple(sorted(values, key=float)) if self.is_numeric else values
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether all of its values are numbers, so that some are nearer to each other than others."""
+        return self.kind != "categorical" or all(is_number(value) for value in self.choices.values())
+
+    def at(self, unit: float) -> Plain:
+        """Return the value at a place between 0 and 1."""
+        if self.kind == "categorical":
+            return self.ordered[min(int(unit * len(self.choices)), len(self.choices) - 1)]
+        low, high = (self._scaled(edge) for edge in self._edges)
+        value = low + unit * (high - low)
+        value = math.exp(value) if self.log else value
+        if self.kind == "int":
+            return int(min(max(round(value), self.low), self.high))
+        return min(max(value, self.low), self.high)
+
+    def unit(self, value: Plain) -> float:
+        """Return the place between 0 and 1 of one of its values."""
+        if self.kind == "categorical":
+            return (self.ordered.index(value) + 0.5) / len(self.choices)
+        low, high = (self._scaled(edge) for edge in self._edges)
+        return (self._scaled(float(value)) - low) / (high - low) if high > low else 0.5
+
+    @property
+    def _edges(self) -> tuple[float, float]:
+        """The ends; of integers half a step further, so that all have the same share."""
+        half = 0.5 if self.kind == "int" else 0.0
+        return self.low - half, self.high + half
+
+    def _scaled(self, value: float) -> float:
+        return math.log(value) if self.log else value
 
 
 def label_of(value: Plain) -> Any:

@@ -71,6 +71,10 @@ class _TaskParts:
     def name(self) -> str:
         return self.entry.task.name
 
+    def size(self, rung: int) -> int:
+        """Return how many examples the first parts have."""
+        return sum(len(part.examples.items) for part in self.parts[:rung])
+
     @property
     def base_value(self) -> float:
         return metric_of(self.entry.task).value(self.base)
@@ -205,25 +209,47 @@ class Judged:
             {n: d.recovery for n, d in best._draws(self.rung).items()}, goal
         )
 
-    def at(self, rung: int) -> float | None:
-        """Return its goal as it was after so many parts."""
-        sizes = {t.name: sum(len(p.examples.items) for p in t.parts[:rung]) for t in self._judge.tasks}
+    def recoveries(self, rung: int) -> dict[str, float | None]:
+        """Return task → its recovery as it was after so many parts; None where it is undefined on so few examples."""
         values: dict[str, float | None] = {}
         for task in self._judge.tasks:
-            metric, size = metric_of(task.entry.task), sizes[task.name]
+            metric, size = metric_of(task.entry.task), task.size(rung)
             base, own, merged = (metric.value(given[:size]) for given in (task.base, task.own, self._answers[task.name]))
             values[task.name] = recovery(metric, base, own, merged)
+        return values
+
+    def at(self, rung: int) -> float | None:
+        """Return its goal as it was after so many parts."""
+        values = self.recoveries(rung)
         if any(v is None for v in values.values()):
             return None
         return float(goal_of({n: np.array([v], dtype=float) for n, v in values.items()}, self._judge.spec.maximize[0])[0])
+
+    def expected(self, best: Judged) -> dict[str, tuple[float, float]]:
+        """Return what a candidate that was stopped would have reached: task → recovery, and its standard deviation.
+
+        The recovery is that of the best, which was asked everything, and the difference on what both were asked. The deviation
+        is that of its paired draws, less the share of the examples that are known. Tasks that leave it undefined are left out.
+        """
+        mine, others, whole = self.recoveries(self.rung), best.recoveries(self.rung), best.recoveries(best.rung)
+        found = {}
+        for task in self._judge.tasks:
+            values = mine[task.name], others[task.name], whole[task.name]
+            own, other = (of._draws(self.rung)[task.name].recovery for of in (self, best))
+            known = (own - other)[np.isfinite(own - other)]
+            if any(value is None for value in values) or not len(known):
+                continue
+            here, there, all_of_it = (float(value) for value in values if value is not None)
+            left = 1 - task.size(self.rung) / task.size(self._judge.rungs)
+            found[task.name] = (all_of_it + here - there, float(np.std(known)) * math.sqrt(left))
+        return found
 
     def _draws(self, rung: int) -> dict[str, BootstrapDraws]:
         if rung not in self._drawn:
             spec = self._judge.evaluator.spec
             found = {}
             for task in self._judge.tasks:
-                size = sum(len(p.examples.items) for p in task.parts[:rung])
-                metric = metric_of(task.entry.task)
+                metric, size = metric_of(task.entry.task), task.size(rung)
                 base, own, merged = (
                     np.asarray(metric.statistics(given[:size])) for given in (task.base, task.own, self._answers[task.name])
                 )

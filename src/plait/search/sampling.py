@@ -17,6 +17,7 @@ from plait.errors import PlanError
 from plait.libraries.optuna import process_knows_pending, without_trial
 from plait.notices import announce
 from plait.recipes.search import SearchSpec
+from plait.search.recovery_sampler import RecoverySampler
 from plait.search.space import SearchSpace
 
 _MOST = 2**32  # Optuna takes seeds below it
@@ -63,7 +64,7 @@ class NumberedSampler(BaseSampler):
         self._of(trial).after_trial(study, trial, state, values)
 
 
-def sampler_of(spec: SearchSpec, space: SearchSpace, parallel: int = 1) -> NumberedSampler:
+def sampler_of(spec: SearchSpec, space: SearchSpace, parallel: int = 1) -> BaseSampler:
     """Return the sampler that a search asks for; a grid's points are given, and nothing is sampled.
 
     Args:
@@ -77,6 +78,9 @@ def sampler_of(spec: SearchSpec, space: SearchSpace, parallel: int = 1) -> Numbe
     if spec.used_type in ("grid", "random"):
         return NumberedSampler(lambda seed: RandomSampler(seed=seed), spec.seed)
     count = spec.used_init_points
+    if len(spec.maximize) == 1:
+        goal, behind = spec.maximize[0], spec.constraint_nonnegative
+        return RecoverySampler(space, goal, nonnegative=behind, init_points=count, seed=spec.seed)
     if not space.is_conditional:
         if parallel > 1 and not process_knows_pending():
             raise PlanError(

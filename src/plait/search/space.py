@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ class SearchSpace:
         self._recipe = recipe
         self._data: dict[str, Plain] = recipe.model_dump(mode="json", by_alias=True, exclude={"search"})
         self.parameters = search_parameters(self._data, recipe.search)
+        self._active: dict[Any, frozenset[str]] = {}  # method, as a label → paths that its candidates have
         self.start = self.of_recipe(recipe)
 
     @property
@@ -114,13 +115,34 @@ class SearchSpace:
                 point[p.path] = trial.suggest_float(p.path, p.low, p.high, log=p.log)
         return point
 
+    def point(self, labels: Mapping[str, Any]) -> dict[str, Plain]:
+        """Return a point that Optuna has."""
+        choices = {p.path: p.choices for p in self.parameters if p.kind == "categorical"}
+        return {path: choices[path][value] if path in choices else value for path, value in labels.items()}
+
+    def at(self, unit: Sequence[float]) -> dict[str, Plain]:
+        """Return the point at a place in the unit cube of all parameters, of which it has some."""
+        point: dict[str, Plain] = {}
+        for p, x in zip(self.parameters, unit, strict=True):
+            if self._has(p, point):
+                point[p.path] = p.at(float(x))
+        return point
+
+    def unit(self, point: Point) -> list[float]:
+        """Return the place of a point in the unit cube; the middle for a parameter that it does not have."""
+        return [p.unit(point[p.path]) if p.path in point else 0.5 for p in self.parameters]
+
     def labels(self, point: Point) -> dict[str, Any]:
         """Return a point as Optuna has it."""
         choices = {p.path for p in self.parameters if p.kind == "categorical"}
         return {path: label_of(value) if path in choices else value for path, value in point.items()}
 
-    def distributions(self, point: Point) -> dict[str, BaseDistribution]:
-        """Return the distributions of the parameters that a point has."""
+    def distributions(self, point: Iterable[str]) -> dict[str, BaseDistribution]:
+        """Return the distributions of the parameters that a point has.
+
+        Args:
+            point: its paths.
+        """
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         found: dict[str, BaseDistribution] = {}
@@ -176,7 +198,11 @@ class SearchSpace:
 
     def _has(self, parameter: Parameter, point: Point) -> bool:
         """Whether a candidate with these values, the method's among them, has a parameter."""
-        return is_active(parameter.path, self.data({"method": point["method"]} if "method" in point else {}))
+        method = label_of(point.get("method"))
+        if method not in self._active:
+            data = self.data({"method": point["method"]} if "method" in point else {})
+            self._active[method] = frozenset(p.path for p in self.parameters if is_active(p.path, data))
+        return parameter.path in self._active[method]
 
     @staticmethod
     def _count(parameter: Parameter) -> int:

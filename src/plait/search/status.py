@@ -13,8 +13,9 @@ from plait.libraries.optuna import quiet_optuna, sqlite_url
 from plait.parsing import is_there
 from plait.records import Record
 from plait.results.locking import lock_holder
+from plait.search.outcome import FOUND, studied
 from plait.search.record import STUDY
-from plait.search.study import FOUND, LOCK, STORAGE, first_line, studied
+from plait.search.study import LOCK, STORAGE, first_line
 
 
 class StudyStatus(Record):

@@ -6,112 +6,30 @@ taken up, where they are this process's to take.
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import optuna
+from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
-from pydantic import Field, model_validator
 
 from plait.errors import OutputError
 from plait.libraries.optuna import quiet_optuna, sqlite_url, storage_failures, taken_up
 from plait.parsing import as_record, is_there, shown
 from plait.recipes.candidates import Point
 from plait.records import Record
-from plait.search.record import Phase, Run, TaskOutcome
-from plait.search.sampling import NumberedSampler
+from plait.search.outcome import ANEW, FOUND, PHASE, Outcome, Studied, studied
 from plait.search.space import SearchSpace, point_key
 
 STORAGE = "study.db"
 LOCK = ".lock"  # of the folder, while a process is at work there
-FOUND = "plait"  # a trial's user attribute with what came of it
-_PHASE, _WORKER, _BATCH = "phase", "worker", "batch"  # further attributes of a trial
-_ANEW = "Give another -o, or --force to begin anew there."
+_WORKER, _BATCH = "worker", "batch"  # further attributes of a trial
 _PARALLEL = "parallel"  # an attribute of the study
-
-
-class Outcome(Record):
-    """What came of a trial, as the storage has it.
-
-    Attributes:
-        params: path → value.
-        key: hash of the merge.
-        score: the first of what is maximized.
-        worst: the worst recovery.
-        mean: the mean recovery.
-        results: per task.
-        examples: how many it was asked.
-        stopped: whether it could not win.
-        error: why it cannot be merged.
-        repeats: number of the trial with the same values.
-        seconds: wall time.
-    """
-
-    params: dict[str, Any]
-    key: str = ""
-    score: float | None = None
-    worst: float | None = None
-    mean: float | None = None
-    results: dict[str, TaskOutcome] = Field(default_factory=dict)
-    examples: int = 0
-    stopped: bool = False
-    error: str | None = None
-    repeats: int | None = None
-    seconds: float = 0.0
-
-    @model_validator(mode="after")
-    def _has_a_score(self) -> Self:
-        """Refuse a candidate that was merged and has no number."""
-        if self.error is None and self.score is None:
-            raise ValueError("a candidate that could be merged has a score")
-        return self
-
-
-class Studied(Record):
-    """One trial of the storage.
-
-    Attributes:
-        number: of the trial.
-        phase: how it came to be tried.
-        outcome: what came of it.
-    """
-
-    number: int
-    phase: Phase
-    outcome: Outcome
-
-    @property
-    def is_new(self) -> bool:
-        """Whether it counts for the budget."""
-        return self.phase in ("point", "search") and self.outcome.repeats is None and self.outcome.error is None
-
-    def run(self) -> Run:
-        """Return it as a study's record has it."""
-        found = self.outcome
-        details: dict[str, float | str | None] = (
-            {"error": found.error}
-            if found.error is not None
-            else {"min_interference_delta": found.worst, "mean_interference_delta": found.mean}
-        )
-        return Run(
-            number=self.number,
-            phase=self.phase,
-            params=found.params,
-            score=found.score,
-            score_details=details,
-            results=found.results,
-            key=found.key,
-            examples=found.examples,
-            stopped=found.stopped,
-            nonnegative=found.worst is not None and found.worst >= 0,
-            seconds=found.seconds,
-        )
 
 
 class Batch(Record):
@@ -190,7 +108,7 @@ class Study:
         """
         if self._study.directions != [StudyDirection.MAXIMIZE] * goals:
             found = ", ".join(d.name.lower() for d in self._study.directions) or "none"
-            raise OutputError(f"{self._where}: the goals of the study must be {goals} × maximize, got {found}. {_ANEW}")
+            raise OutputError(f"{self._where}: the goals of the study must be {goals} × maximize, got {found}. {ANEW}")
         self.finished()
         for trial in self._study.get_trials(deepcopy=False):
             self._batch(trial)
@@ -206,7 +124,7 @@ class Study:
             found = 1 if self._study.get_trials(deepcopy=False) else parallel or usual
             self._study.set_user_attr(_PARALLEL, found)
         if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-            raise OutputError(f"{self._where}: the number of trials of a batch is {shown(found)}. {_ANEW}")
+            raise OutputError(f"{self._where}: the number of trials of a batch is {shown(found)}. {ANEW}")
         if parallel not in (None, found):
             raise OutputError(
                 f"search.parallel is {parallel}, and the study that is there began with {found}: what is suggested depends on "
@@ -241,7 +159,7 @@ class Study:
                     params=self._space.labels(outcome.params),
                     distributions=self._space.distributions(outcome.params),
                     values=list(values),
-                    user_attrs={FOUND: outcome.model_dump(mode="json"), _PHASE: phase},
+                    user_attrs={FOUND: outcome.model_dump(mode="json"), PHASE: phase},
                 )
             )
 
@@ -249,7 +167,7 @@ class Study:
         """Have points tried before anything is suggested; those that are there already are not added again."""
         with self._storage():
             for point in points:
-                self._study.enqueue_trial(self._space.labels(point), user_attrs={_PHASE: "point"}, skip_if_exists=True)
+                self._study.enqueue_trial(self._space.labels(point), user_attrs={PHASE: "point"}, skip_if_exists=True)
 
     def open_batch(self) -> Batch | None:
         """Return the batch of which a trial was begun by a process that is gone; None where there is none.
@@ -261,7 +179,7 @@ class Study:
         known = [found for trial in left if (found := self._batch(trial)) is not None]
         return known[0] if known else Batch(first=left[0].number) if left else None
 
-    def next(self, sampler: NumberedSampler, batch: Batch | None, size: int) -> tuple[Trial, dict[str, Any], Batch]:
+    def next(self, sampler: BaseSampler, batch: Batch | None, size: int) -> tuple[Trial, dict[str, Any], Batch]:
         """Return the next trial of a batch and its point: one whose process is gone, or a new one.
 
         Args:
@@ -328,7 +246,7 @@ class Study:
             OutputError: what is there is none.
         """
         found, source = trial.user_attrs.get(_BATCH), f"{self._where}: trial {trial.number}"
-        return None if found is None else as_record(Batch, found, source, OutputError, what="a batch", advice=_ANEW)
+        return None if found is None else as_record(Batch, found, source, OutputError, what="a batch", advice=ANEW)
 
     @contextmanager
     def _storage(self) -> Iterator[None]:
@@ -342,38 +260,6 @@ class Study:
                 yield
         except storage_failures() as error:
             raise OutputError(f"{self._where}: Optuna's storage failed: {first_line(error)}.") from error
-
-
-def as_told(value: float) -> float:
-    """Return a score as Optuna gets it: itself, or v / (1 - v) below the base, which ends at -1.
-
-    The order stays. A process that is fitted to one recovery of -4 among others of 0.6 to 0.7 takes those for equal.
-    """
-    return value if value >= 0 else value / (1 - value)
-
-
-def studied(trial: FrozenTrial, where: str) -> Studied:
-    """Return a trial that has ended as the storage has it.
-
-    Args:
-        trial: with what came of it.
-        where: the storage, for messages.
-
-    Raises:
-        OutputError: what is there was not written by plait, or is damaged.
-    """
-    data = {
-        "number": trial.number,
-        "phase": trial.user_attrs.get(_PHASE, "search"),  # a trial that Optuna suggested has none
-        "outcome": trial.user_attrs[FOUND],
-    }
-    found = as_record(Studied, data, f"{where}: trial {trial.number}", OutputError, what="a candidate", advice=_ANEW)
-    score, values = found.outcome.score, trial.values or [None]
-    if trial.state is TrialState.COMPLETE and (
-        score is None or values[0] is None or not math.isclose(values[0], as_told(score))
-    ):
-        raise OutputError(f"{where}: trial {trial.number}: its value is {values[0]}, and its score {score}. {_ANEW}")
-    return found
 
 
 def _worker() -> str:

@@ -16,12 +16,13 @@ from plait.evaluation.session import Wanted
 from plait.libraries.optuna import quiet_optuna
 from plait.recipes.candidates import Point, zero_path
 from plait.search.judging import Judged, Score, cannot_win, estimate
+from plait.search.outcome import Outcome, Studied, as_told
 from plait.search.record import Run, TaskOutcome
 from plait.search.request import Sweep
 from plait.search.sampling import sampler_of
 from plait.search.selection import ranked, reason_to_stop
 from plait.search.space import point_key
-from plait.search.study import Outcome, Studied, Study, as_told
+from plait.search.study import Study
 
 _FRUITLESS = 30  # suggestions in a row that are there already, or cannot be merged
 
@@ -166,7 +167,8 @@ class Trials:
         if candidate.complete:
             self._known[point_key(point)] = candidate
             return outcome
-        return outcome.model_copy(update={"stopped": True, "score": estimate(candidate, best, best_run.score or 0.0)})
+        left = {"score": estimate(candidate, best, best_run.score or 0.0), "expected": candidate.expected(best)}
+        return outcome.model_copy(update={"stopped": True, **left})
 
     def _best(self, finished: Sequence[Studied]) -> tuple[Run, Judged]:
         """Return the best candidate so far with its answers; of a shared storage, the best that was evaluated here.
