@@ -16,6 +16,7 @@ from plait.calibration.teachers import answer_texts
 from plait.errors import PlanError
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.inventory import Inventory
+from plait.merging.kept import KeptResults
 from plait.merging.plan import make_plan
 from plait.methods.auto import SEARCHED
 from plait.mixture import Mixture
@@ -78,6 +79,7 @@ def find_values(
     tried: dict[tuple[float, ...], float] = {}
     parameters = [name for name in wanted if name != "scale"]
     given = inventory.recipe.factor
+    inventory = replace(inventory, kept=inventory.kept or KeptResults())
     is_dora = inventory.base is not None  # it normalizes by the merged weight, which is not linear in the scale
 
     @lru_cache(maxsize=1)

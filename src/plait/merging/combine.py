@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -13,6 +14,7 @@ from plait.adapters.lowrank import LowRank
 from plait.errors import PlanError
 from plait.linalg.blocks import RowBlocks, block_ranges
 from plait.linalg.keyed import Key
+from plait.merging.kept import KeptResults
 from plait.merging.module_notes import ModuleNotes
 from plait.merging.moments import Moments
 from plait.merging.prepared import MatrixFactors, PreparedAdapters
@@ -20,12 +22,14 @@ from plait.merging.weighting import module_weights
 from plait.methods import METHODS
 from plait.methods.auto import values_to_find
 from plait.recipes.schema import Recipe
+from plait.recipes.writing import recipe_json
 from plait.spaces import SPACES
 from plait.spaces.base import Array, Frame, MergedMatrix
 from plait.stages.base import Block, DeltaCombine, EntryCombine, GramCombine, LinearCombine, Reduction, Site, Survey
 from plait.stages.pipeline import Pipeline
 from plait.stages.solve import IndefiniteMomentsError
 
+_AFTERWARD = ("scale", "base_model", "heads", "output", "tasks", "eval")  # keys of a recipe that come after its merge
 Statistics = tuple[Mapping[str, Tensor] | None, ...]  # per survey: array name → values; None when it is per module
 
 
@@ -40,6 +44,7 @@ class Combiner:
         gram: ⟨ΔWᵢ, ΔWⱼ⟩ over the complete model, (T, T) float64, where coefficients depend on it.
         moments: second moments of the modules' inputs, where the recipe names them.
         notes: notes of stages on modules so far.
+        kept: results that merges of the same adapters share; a module whose result is there is not read, and has no notes.
     """
 
     recipe: Recipe
@@ -48,6 +53,7 @@ class Combiner:
     gram: Tensor | None = None
     moments: Moments | None = None
     notes: ModuleNotes = field(default_factory=ModuleNotes)
+    kept: KeptResults | None = None
 
     @cached_property
     def pipeline(self) -> Pipeline:
@@ -82,14 +88,29 @@ class Combiner:
 
     def merge(self, module: str) -> list[MergedMatrix]:
         """Return the merged delta of every matrix of a module: low rank, or row blocks of a dense one."""
-        pipeline, space = self.pipeline, self.recipe.space_name
-        stack = self.read(module)
-        if pipeline.is_linear and space != "factors":
+        if self.pipeline.is_linear and self.recipe.space_name != "factors":
             c = self.coefficients(module).tolist()
-            return [LowRank.concatenate(f.deltas, [x * s for x, s in zip(c, f.scalings, strict=True)]) for f in stack]
-        sites = self._sites(module, stack)
-        if pipeline.needs_coordinates(space):
-            frames = self._frames(stack, sites)
+            scaled = [(f.deltas, [x * s for x, s in zip(c, f.scalings, strict=True)]) for f in self.read(module)]
+            return [LowRank.concatenate(deltas, shares) for deltas, shares in scaled]
+        if self.kept is None:
+            found = self._unscaled(module)
+        else:
+            found = self.kept.result(self._settings, module, lambda: self._unscaled(module), _bytes)
+        return [part.scaled(self.recipe.factor) for part in found]
+
+    @cached_property
+    def _settings(self) -> str:
+        """All that a merge depends on besides the adapters, the module and `scale`, which comes last."""
+        data = recipe_json(self.recipe)
+        return f"{self.prepared.dtype} {json.dumps({k: v for k, v in data.items() if k not in _AFTERWARD}, sort_keys=True)}"
+
+    def _unscaled(self, module: str) -> list[MergedMatrix]:
+        """Return what `merge` returns, before `scale`."""
+        pipeline = self.pipeline
+        by_entry = pipeline.needs_coordinates(self.recipe.space_name)
+        sites = [] if by_entry and not pipeline.post else self._sites(module, self.read(module))
+        if by_entry:
+            frames = self._coordinates(module)
             statistics = self._local(module, frames)
             merged = [self._merge_frame(module, i, frame, statistics) for i, frame in enumerate(frames)]
         elif isinstance(pipeline.combine, DeltaCombine):
@@ -97,7 +118,20 @@ class Combiner:
         else:
             c = self._shares(module).tolist()
             merged = [LowRank.concatenate(site.deltas, c) for site in sites]
-        return [self._finish(part, site) for part, site in zip(merged, sites, strict=True)]
+        return [self._finish(part, site) for part, site in zip(merged, sites, strict=True)] if sites else merged
+
+    def _coordinates(self, module: str) -> list[Frame]:
+        """Return the coordinates of every matrix of a module."""
+
+        def frames() -> list[Frame]:
+            stack = self.read(module)
+            return self._frames(stack, self._sites(module, stack))
+
+        if self.kept is None or self.pipeline.on_deltas:  # which depend on parameters, weights and the seed
+            return frames()
+        transforms = json.dumps([t.model_dump(mode="json") for t in self.recipe.transforms], sort_keys=True)
+        settings = f"{self.recipe.space_name} {self.prepared.dtype} {transforms}"
+        return self.kept.result(settings, module, frames, _frame_bytes)
 
     def read(self, module: str) -> list[MatrixFactors]:
         """Return a module's factors, with a remark where they are computed with otherwise than those of other modules."""
@@ -118,7 +152,7 @@ class Combiner:
             if not isinstance(merged, LowRank):
                 raise AssertionError(f"{stage} needs a low-rank delta")
             merged = stage.apply(merged, site)
-        return merged.scaled(self.recipe.factor)
+        return merged
 
     def _sites(self, module: str, stack: Sequence[MatrixFactors]) -> list[Site]:
         """Return what stages on deltas see of every matrix of a module, with the deltas after those that run before."""
@@ -191,8 +225,7 @@ class Combiner:
 
     def observe(self, module: str, reductions: Mapping[str, Reduction]) -> None:
         """Show one module's coordinates to reductions over the complete model, one per array name."""
-        stack = self.prepared.read(module)
-        frames = self._frames(stack, self._sites(module, stack))
+        frames = self._coordinates(module)
         statistics = self._local(module, frames)
         for index, frame in enumerate(frames):
             for array in frame.arrays:
@@ -209,6 +242,20 @@ def pipeline_of(recipe: Recipe) -> Pipeline:
         keys = ", ".join(f"method.{name}" for name in lacking)
         raise PlanError(f"{keys}: 'auto' is found by a merge or a bake with tasks (--tasks, tasks=…); give a number here.")
     return METHODS[recipe.method_name].pipeline(recipe.method)
+
+
+def _bytes(merged: Sequence[MergedMatrix]) -> int | None:
+    """Return the bytes of merged deltas; None where one of them is dense."""
+    return _total([m.a.nbytes + m.b.nbytes if isinstance(m, LowRank) else None for m in merged])
+
+
+def _frame_bytes(frames: Sequence[Frame]) -> int | None:
+    return _total([frame.bytes for frame in frames])
+
+
+def _total(counts: Sequence[int | None]) -> int | None:
+    """Return their sum; None where one of them is None."""
+    return None if None in counts else sum(count or 0 for count in counts)
 
 
 def _gram(deltas: Sequence[LowRank]) -> Tensor:

@@ -90,13 +90,14 @@ class Engine:
         with _pool(self._workers) as pool:
             prepared = pool.submit(prepare, self._inventory, self._progress).result()
             statistics: Statistics = ()
-            gram = self._gram(Combiner(recipe, prepared, moments=moments), pool)  # of the deltas, so it waits for no survey
+            first = Combiner(recipe, prepared, moments=moments, kept=self._inventory.kept)
+            gram = self._gram(first, pool)  # of the deltas, so it waits for no survey
             for survey in pipeline.surveys():
                 over_model = None
                 if survey.scope == "model":
-                    over_model = self._survey(Combiner(recipe, prepared, statistics, gram, moments), survey.start, pool)
+                    over_model = self._survey(replace(first, statistics=statistics, gram=gram), survey.start, pool)
                 statistics = (*statistics, over_model)
-        return Combiner(recipe, prepared, statistics, gram, moments)
+        return replace(first, statistics=statistics, gram=gram)
 
     def ranks(self, combiner: Combiner) -> dict[str, int]:
         """Return the rank of every target: the planned one, or the one that an energy asks for (a pass of its own)."""

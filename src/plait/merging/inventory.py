@@ -18,6 +18,7 @@ from plait.folders import expanded
 from plait.hub.download import ADAPTER_CONFIG, Located, resolve, resolve_model
 from plait.hub.references import parse_reference
 from plait.inspection.compatibility import check_compatibility
+from plait.merging.kept import KeptResults
 from plait.merging.moments import Moments, MomentsOf, from_files, from_function, not_taken_yet
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json
@@ -35,6 +36,7 @@ class Inventory:
         base: the base model's weights, where the merge needs them (DoRA).
         base_located: where those came from.
         moments: second moments of the modules' inputs, where the recipe or the caller gives them.
+        kept: results per module that merges of these adapters share; None where each is merged once.
         base_config: the base model's `config.json`, where a dense output needs it and it is in a local folder; else empty.
     """
 
@@ -45,6 +47,7 @@ class Inventory:
     base: BaseWeights | None
     base_located: Located | None = None
     moments: Moments | None = None
+    kept: KeptResults | None = field(default=None, repr=False)
     base_config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property

@@ -17,6 +17,7 @@ from plait.folders import expanded
 from plait.hub.pretrained import LoadOptions
 from plait.hub.references import parse_reference
 from plait.merging.inventory import Inventory
+from plait.merging.kept import KeptResults
 from plait.merging.pipeline import input_folders
 from plait.notices import announce
 from plait.recipes.candidates import Point
@@ -113,7 +114,8 @@ class Sweep:
         )
         evaluating = EvaluateOptions(options.workspace, options.load, workers=options.workers, cluster=cluster)
         with recipe.origins.named():
-            self.evaluator, self._inventory = recipe_evaluator(recipe.changed(eval=asked), folder, evaluating, self.progress)
+            self.evaluator, inventory = recipe_evaluator(recipe.changed(eval=asked), folder, evaluating, self.progress)
+        self._inventory = replace(inventory, kept=KeptResults())  # a candidate repeats most of what others have computed
         if self.saves:
             self._check_merged()
         self.final = None if self.spec.split == "test" else self._other_split()

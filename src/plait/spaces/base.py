@@ -51,11 +51,13 @@ class Frame:
         arrays: one stack, or two in `factors`.
         lift: takes one merged array per stack, as blocks of rows, back to a delta.
         dtype: of the arrays.
+        bytes: of all that it holds in memory; None where it forms the arrays anew whenever they are read.
     """
 
     arrays: tuple[Array, ...]
     lift: Callable[[Sequence[RowBlocks]], MergedMatrix]
     dtype: torch.dtype
+    bytes: int | None = None
 
 
 class Space(ABC):

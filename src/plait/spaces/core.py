@@ -40,7 +40,8 @@ class Core(Space):
                 return LowRank(core @ v.mT, u)
             return LowRank(v.mT.contiguous(), u @ core)
 
-        return Frame((Array("core", (u.shape[1], v.shape[1]), in_memory(cores), unchanged),), lift, cores.dtype)
+        array = Array("core", (u.shape[1], v.shape[1]), in_memory(cores), unchanged)
+        return Frame((array,), lift, cores.dtype, sum(x.nbytes for x in (u, v, cores)))
 
     def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """Return min(Σ rₜ, d_out, d_in)."""

@@ -41,7 +41,7 @@ class Factors(Space):
             Array("A", (a.shape[1], a.shape[2]), in_memory(a), on_a),
             Array("B", (b.shape[1], b.shape[2]), in_memory(b), on_b),
         )
-        return Frame(arrays, lambda merged: LowRank(merged[0].dense(), merged[1].dense()), a.dtype)
+        return Frame(arrays, lambda merged: LowRank(merged[0].dense(), merged[1].dense()), a.dtype, a.nbytes + b.nbytes)
 
     def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """Return the common rank."""

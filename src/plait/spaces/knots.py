@@ -45,7 +45,8 @@ class Knots(Space):
         def lift(merged: Sequence[RowBlocks]) -> MergedMatrix:
             return LowRank(merged[0].dense(), basis)
 
-        return Frame((Array("knots", (kept, coordinates.shape[2]), in_memory(coordinates), unchanged),), lift, basis.dtype)
+        array = Array("knots", (kept, coordinates.shape[2]), in_memory(coordinates), unchanged)
+        return Frame((array,), lift, basis.dtype, basis.nbytes + coordinates.nbytes)
 
     def rank(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
         """Return min(Σ rₜ, d_out, d_in)."""

@@ -1,0 +1,56 @@
+"""Results per module that several merges of the same adapters share: a search merges them again and again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from threading import Lock
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+USUAL_BYTES = 1 << 30
+
+
+class KeptResults:
+    """Keeps results up to a number of bytes; those of the settings that were used least recently go first.
+
+    Args:
+        most: bytes that are kept.
+    """
+
+    def __init__(self, most: int = USUAL_BYTES) -> None:
+        self._most, self._bytes = most, 0
+        self._groups: OrderedDict[Hashable, dict[Any, tuple[Any, int]]] = OrderedDict()
+        self._lock = Lock()
+
+    def result(self, settings: Hashable, module: str, make: Callable[[], T], size: Callable[[T], int | None]) -> T:
+        """Return what was made before of a module with these settings, or make it, and keep it where there is room.
+
+        Args:
+            settings: all that it depends on besides the module.
+            module: path of the target module.
+            make: makes it.
+            size: result → bytes; None for one that is not kept.
+        """
+        with self._lock:
+            group = self._groups.get(settings, {})
+            if settings in self._groups:
+                self._groups.move_to_end(settings)
+        if module in group:
+            found: T = group[module][0]
+            return found
+        made = make()
+        count = size(made)
+        if count is not None:
+            self._keep(settings, module, made, count)
+        return made
+
+    def _keep(self, settings: Hashable, module: str, made: Any, count: int) -> None:
+        with self._lock:
+            while self._bytes + count > self._most and self._groups and next(iter(self._groups)) != settings:
+                _, oldest = self._groups.popitem(last=False)
+                self._bytes -= sum(size for _, size in oldest.values())
+            group = self._groups.setdefault(settings, {})
+            if module not in group and self._bytes + count <= self._most:
+                group[module] = (made, count)
+                self._bytes += count

@@ -1,0 +1,106 @@
+"""Merges of the same adapters that share results: the same bits, read once, within a number of bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from plait.adapters.adapter import Adapter
+from plait.merging.inventory import Inventory, take_inventory
+from plait.merging.kept import KeptResults
+from plait.mixture.merged import merged_modules
+from plait.recipes.request import read_request
+from plait.spaces.core import Core
+from plait.testing import cohort
+from tests.every import every
+
+CANDIDATES: list[dict[str, Any]] = [
+    {"method": "ties", "space": "core"},
+    {"method": "ties", "space": "core", "scale": 0.3},
+    {"method": "ties", "space": "core", "density": 0.7},
+    {"method": "ties", "space": "core", "weights": {"adapter0": 2.0}},
+    {"method": "ties", "space": "core", "transforms": ["layer_l2_normalize"]},
+    {"method": "ties", "space": "knots"},
+    {"method": "ties", "space": "delta"},
+    {"method": "dare_ties", "space": "core"},
+    {"method": "dare_ties", "space": "core", "seed": 3},
+    {"method": "iso_cts"},
+    {"method": "iso_cts", "scale": 2.0},
+    {"method": "tsv"},
+    {"method": "linear"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("kept")
+    cohort([(12, 8)] * 5, [3, 3], dtype=torch.float32).save(place)
+    return place
+
+
+def inventory(folder: Path, settings: dict[str, Any]) -> Inventory:
+    recipe, _ = read_request(None, {f"adapter{i}": folder / f"adapter{i}" for i in range(2)}, settings)
+    return take_inventory(recipe)
+
+
+def bits(found: Inventory) -> list[tuple[str, bytes, bytes]]:
+    return [
+        (m.target, s.a.numpy().tobytes(), s.b.numpy().tobytes())
+        for m in merged_modules(found, workers=2)
+        if m.factors is not None
+        for s in m.factors.slices
+    ]
+
+
+@every("most", [3000, 1 << 30])
+def test_candidates_that_share_results_have_the_bits_of_those_that_do_not(folder: Path, most: int) -> None:
+    first = inventory(folder, CANDIDATES[0])
+    shared = KeptResults(most)
+    for settings in [*CANDIDATES, *CANDIDATES]:
+        recipe = inventory(folder, settings).recipe
+        assert bits(replace(first, recipe=recipe, kept=shared)) == bits(replace(first, recipe=recipe)), settings
+
+
+def test_what_does_not_change_is_not_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: Counter[str] = Counter()
+    read, frame = Adapter.read, Core.frame
+    monkeypatch.setattr(Adapter, "read", lambda self, *given: (counts.update(["read"]), read(self, *given))[1])
+    monkeypatch.setattr(Core, "frame", lambda self, *given: (counts.update(["frame"]), frame(self, *given))[1])
+    first = replace(inventory(folder, CANDIDATES[0]), kept=KeptResults())
+
+    def computed(settings: dict[str, Any]) -> tuple[int, int]:
+        counts.clear()
+        merged_modules(replace(first, recipe=inventory(folder, settings).recipe), workers=1)
+        return counts["read"], counts["frame"]
+
+    assert computed(CANDIDATES[0]) == (10, 5)  # two adapters, five modules, in three passes
+    assert [computed(settings) for settings in CANDIDATES[1:4]] == [(0, 0)] * 3
+    assert computed(CANDIDATES[4])[1] == 5, "another transform is another frame"
+    iso = [computed(settings)[0] for settings in CANDIDATES[9:11]]
+    assert iso == [10, 0], "the scale comes last"
+
+
+def test_the_settings_that_were_used_least_recently_go_first() -> None:
+    kept, made = KeptResults(10), list[str]()
+
+    def get(settings: str, module: str, size: int | None = 4) -> str:
+        def make() -> str:
+            made.append(f"{settings}{module}")
+            return made[-1]
+
+        return kept.result(settings, module, make, lambda _: size)
+
+    assert [get(*at) for at in ("ax", "bx", "ax")] == ["ax", "bx", "ax"]
+    get("c", "x")  # b goes
+    get("a", "x")
+    assert made == ["ax", "bx", "cx"]
+    get("b", "x")  # c goes
+    get("d", "x", None)
+    get("d", "x", 11)  # neither is kept, the second since it is larger than all
+    get("d", "x")
+    assert made == ["ax", "bx", "cx", "bx", "dx", "dx", "dx"]
