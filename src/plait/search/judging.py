@@ -1,7 +1,8 @@
-"""Candidates on the examples, in growing parts: what they kept so far, and whether they can still win.
+"""Candidates on the examples, part by part: what they kept so far, and whether they can still win.
 
-The parts of a task are nested samples as `eval.subset` takes them, each example in one part. Every candidate is asked them in
-the same order, so that two of them are compared on the same examples by the same draws.
+The parts of a task are nested samples as `eval.subset` takes them, each example in one part. Every candidate is asked those of
+a task in the same order, so that two of them are compared on the same examples by the same draws. Which task comes next is
+decided by what is known: the smallest recovery decides, and no task can raise it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from plait.errors import TaskError, did_you_mean
 from plait.evaluation.candidates import Candidate, base_candidate
 from plait.evaluation.pipeline import Evaluator
-from plait.evaluation.recovery import BootstrapDraws, PairedStatistics, central_interval, recovery, task_seed
+from plait.evaluation.recovery import PairedStatistics, central_interval, recovery, task_seed
 from plait.evaluation.session import TaskExamples
 from plait.evaluation.subsets import choose_subset
 from plait.recipes.evaluation import Subset
@@ -26,8 +27,8 @@ from plait.tasks.answers import Answer, FloatArray
 from plait.tasks.metrics import metric_of
 from plait.tasks.schema import Task
 
-_SHARES = (1 / 8, 1 / 4, 1 / 2)
-_FEWEST = 12  # examples per task at the first look
+_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
+_FEWEST = 12  # examples of a task at the first look
 _TAIL = 97.5
 Interval = tuple[float, float]
 
@@ -71,9 +72,9 @@ class _TaskParts:
     def name(self) -> str:
         return self.entry.task.name
 
-    def size(self, rung: int) -> int:
-        """Return how many examples the first parts have."""
-        return sum(len(part.examples.items) for part in self.parts[:rung])
+    def size(self, count: int) -> int:
+        """Return how many examples the first `count` parts have."""
+        return sum(len(part.examples.items) for part in self.parts[:count])
 
     @property
     def base_value(self) -> float:
@@ -88,7 +89,7 @@ class Judge:
         spec: what is maximized, and whether candidates race.
 
     Attributes:
-        rungs: number of parts.
+        races: whether candidates are asked part by part.
         total: examples of all tasks.
 
     Raises:
@@ -103,10 +104,7 @@ class Judge:
             if goal not in ("worst_recovery", "mean_recovery") and task not in names:
                 near = did_you_mean(task, names)
                 raise TaskError(f"search.maximize: {task!r} is not one of the tasks {', '.join(names)}.{near}")
-        self._shares = shares_of(min(len(entry.examples.items) for entry in evaluator.tasks)) if spec.race else (1.0,)
-        if len(spec.maximize) > 1:  # a front has no best candidate to race against
-            self._shares = (1.0,)
-        self.rungs = len(self._shares)
+        self.races = spec.race and len(spec.maximize) == 1  # a front has no best candidate to race against
         self.total = sum(len(entry.examples.items) for entry in evaluator.tasks)
 
     @cached_property
@@ -119,7 +117,7 @@ class Judge:
         session, found, flat = self.evaluator.session, [], []
         self.evaluator.prepare([])
         for entry in self.evaluator.tasks:
-            parts, order = _parts(entry, self._shares)
+            parts, order = _parts(entry, shares_of(len(entry.examples.items)) if self.races else (1.0,))
             own = session.own(entry.task)
             if own is None:
                 raise AssertionError("a task without an adapter of its own was not refused")
@@ -143,56 +141,91 @@ class Judge:
 class Judged:
     """What one candidate has answered so far.
 
-    Attributes:
-        rung: number of parts that it was asked.
+    Args:
+        judge: of the search.
+        candidate: what answers; it is let go when everything has been asked.
     """
 
     def __init__(self, judge: Judge, candidate: Candidate) -> None:
         self._judge = judge
-        self._candidate: Candidate | None = candidate  # until everything is asked: a merge in memory
-        self.rung = 0
+        self._candidate: Candidate | None = candidate
+        self._asked = {task.name: 0 for task in judge.tasks}  # parts
         self._answers: dict[str, list[Answer]] = {task.name: [] for task in judge.tasks}
-        self._drawn: dict[int, dict[str, BootstrapDraws]] = {}
+        self._drawn: dict[tuple[str, int], FloatArray] = {}
 
     @property
     def complete(self) -> bool:
         """Whether it was asked everything."""
-        return self.rung == self._judge.rungs
+        return all(self._asked[task.name] == len(task.parts) for task in self._judge.tasks)
 
-    def wanted(self, parts: int | None = 1) -> list[tuple[Candidate, TaskExamples]]:
-        """Return what `ask` asks in the next `parts` calls; in all that are left when None."""
+    def wanted(self, names: Sequence[str]) -> list[tuple[Candidate, TaskExamples]]:
+        """Return what `ask` asks: the next part of these tasks."""
+        return [] if self._candidate is None else [(self._candidate, part) for _, part in self._parts(names)]
+
+    def everything(self) -> list[tuple[Candidate, TaskExamples]]:
+        """Return all that is left."""
         if self._candidate is None:
             return []
-        until = self._judge.rungs if parts is None else self.rung + parts
-        return [(self._candidate, part) for task in self._judge.tasks for part in task.parts[self.rung : until]]
+        return [(self._candidate, part) for task in self._judge.tasks for part in task.parts[self._asked[task.name] :]]
 
-    def ask(self) -> None:
-        """Ask the next part of every task; with the last one, the merge is let go.
+    def ask(self, names: Sequence[str]) -> None:
+        """Ask the next part of these tasks; with the last one, the merge is let go.
 
         Raises:
             AssertionError: it was asked everything.
         """
         if self._candidate is None:
             raise AssertionError("a candidate that was asked everything is asked again")
-        for task in self._judge.tasks:
-            self._answers[task.name] += self._judge.evaluator.session.answers(self._candidate, task.parts[self.rung])
-        self.rung += 1
+        for name, part in self._parts(names):
+            self._answers[name] += self._judge.evaluator.session.answers(self._candidate, part)
+            self._asked[name] += 1
         if self.complete:
             self._candidate = None
 
+    def left(self) -> list[str]:
+        """Return the tasks of which it was not asked everything."""
+        return [name for name, _ in self._parts([task.name for task in self._judge.tasks])]
+
+    def next(self, best: Judged) -> list[str]:
+        """Return the tasks that it is asked next: in a race the one that is likely to decide, else all.
+
+        For the worst recovery that is the task with the smallest recovery, as far as it is known, and as the best has it where
+        nothing is; for one task's own recovery this task; for the mean all of them.
+        """
+        left, goal = self.left(), self.goal_name
+        if not self._judge.races or goal == "mean_recovery":
+            return left
+        if goal != "worst_recovery":
+            name = goal.removesuffix(".recovery")
+            return [name] if name in left else left
+        known, there = self.expected(best), best.recoveries()
+        return [min(left, key=lambda name: known[name][0] if name in known else there[name] or 0.0)]
+
+    @property
+    def goal_name(self) -> str:
+        """What is maximized."""
+        return self._judge.spec.maximize[0]
+
+    @property
+    def goal(self) -> float:
+        """Its value, of one that was asked everything.
+
+        Raises:
+            AssertionError: it was not.
+        """
+        values = {name: np.array([value], dtype=float) for name, value in self.recoveries().items()}
+        if not self.complete:
+            raise AssertionError("a candidate that was not asked everything has no score")
+        return float(goal_of(values, self.goal_name)[0])
+
     @property
     def score(self) -> Score:
-        """What it kept so far."""
-        values, metrics = {}, {}
-        for task in self._judge.tasks:
-            metric, answers = metric_of(task.entry.task), self._answers[task.name]
-            base, own = (metric.value(given[: len(answers)]) for given in (task.base, task.own))
-            metrics[task.name] = metric.value(answers)
-            values[task.name] = recovery(metric, base, own, metrics[task.name])
-        drawn = self._draws(self.rung)
-        intervals = {n: None if v is None else central_interval(drawn[n].recovery, v) for n, v in values.items()}
+        """What it kept so far: of the tasks of which it was asked something."""
+        values = self.recoveries()
+        metrics = {t.name: metric_of(t.entry.task).value(given) for t in self._judge.tasks if (given := self._answers[t.name])}
+        intervals = {n: None if v is None else central_interval(self._draws(n, self._asked[n]), v) for n, v in values.items()}
         known = [v for v in values.values() if v is not None]
-        whole = len(known) == len(values)  # a number over the tasks leaves none out
+        whole = len(known) == len(self._judge.tasks)  # a number over the tasks leaves none out
         return Score(
             recovery=values,
             intervals=intervals,
@@ -202,61 +235,70 @@ class Judged:
             examples=sum(map(len, self._answers.values())),
         )
 
-    def lead(self, best: Judged) -> FloatArray:
-        """Return draws of how much larger its goal is than that of the best, on the examples that both were asked."""
-        goal = self._judge.spec.maximize[0]
-        return goal_of({n: d.recovery for n, d in self._draws(self.rung).items()}, goal) - goal_of(
-            {n: d.recovery for n, d in best._draws(self.rung).items()}, goal
-        )
+    def recoveries(self, like: Judged | None = None) -> dict[str, float | None]:
+        """Return task → recovery, on what it was asked, or on what another was; None where it is undefined on so few examples.
 
-    def recoveries(self, rung: int) -> dict[str, float | None]:
-        """Return task → its recovery as it was after so many parts; None where it is undefined on so few examples."""
+        Tasks of which nothing was asked are left out.
+        """
         values: dict[str, float | None] = {}
         for task in self._judge.tasks:
-            metric, size = metric_of(task.entry.task), task.size(rung)
-            base, own, merged = (metric.value(given[:size]) for given in (task.base, task.own, self._answers[task.name]))
-            values[task.name] = recovery(metric, base, own, merged)
+            metric, size = metric_of(task.entry.task), task.size((like or self)._asked[task.name])
+            if size:
+                base, own, merged = (metric.value(given[:size]) for given in (task.base, task.own, self._answers[task.name]))
+                values[task.name] = recovery(metric, base, own, merged)
         return values
 
-    def at(self, rung: int) -> float | None:
-        """Return its goal as it was after so many parts."""
-        values = self.recoveries(rung)
-        if any(v is None for v in values.values()):
-            return None
-        return float(goal_of({n: np.array([v], dtype=float) for n, v in values.items()}, self._judge.spec.maximize[0])[0])
-
     def expected(self, best: Judged) -> dict[str, tuple[float, float]]:
-        """Return what a candidate that was stopped would have reached: task → recovery, and its standard deviation.
+        """Return what it would reach on all examples: task → recovery, and its standard deviation.
 
-        The recovery is that of the best, which was asked everything, and the difference on what both were asked. The deviation
-        is that of its paired draws, less the share of the examples that are known. Tasks that leave it undefined are left out.
+        Of a task of which everything was asked, that is what it has. Of others, it is that of the best, which was asked
+        everything, and the difference on what both were asked; the deviation is that of its paired draws, less the share of
+        the examples that are known. Tasks that leave it undefined, or of which nothing was asked, are left out.
         """
-        mine, others, whole = self.recoveries(self.rung), best.recoveries(self.rung), best.recoveries(best.rung)
-        found = {}
+        return {name: (value, float(np.std(draws))) for name, (value, draws) in self._at_the_end(best).items()}
+
+    def hope(self, best: Judged) -> FloatArray | None:
+        """Return draws of what its goal can still become on all examples; None where nothing limits it yet."""
+        found, goal = {name: value + draws for name, (value, draws) in self._at_the_end(best).items()}, self.goal_name
+        names = [task.name for task in self._judge.tasks]
+        needed = [] if goal == "worst_recovery" else names if goal == "mean_recovery" else [goal.removesuffix(".recovery")]
+        return goal_of(found, goal) if found and all(name in found for name in needed) else None
+
+    def _at_the_end(self, best: Judged) -> dict[str, tuple[float, FloatArray]]:
+        """Return task → the recovery that is expected on all examples, and draws of how far it may be off."""
+        found: dict[str, tuple[float, FloatArray]] = {}
+        mine, others, whole = self.recoveries(), best.recoveries(self), best.recoveries()
+        count = self._judge.evaluator.spec.draws
         for task in self._judge.tasks:
-            values = mine[task.name], others[task.name], whole[task.name]
-            own, other = (of._draws(self.rung)[task.name].recovery for of in (self, best))
-            known = (own - other)[np.isfinite(own - other)]
-            if any(value is None for value in values) or not len(known):
-                continue
-            here, there, all_of_it = (float(value) for value in values if value is not None)
-            left = 1 - task.size(self.rung) / task.size(self._judge.rungs)
-            found[task.name] = (all_of_it + here - there, float(np.std(known)) * math.sqrt(left))
+            name, parts = task.name, self._asked[task.name]
+            own, other, end = mine.get(name), others.get(name), whole[name]
+            if own is not None and parts == len(task.parts):
+                found[name] = (own, np.zeros(count))
+            elif own is not None and other is not None and end is not None:
+                lead = self._draws(name, parts) - best._draws(name, parts)
+                known = lead[np.isfinite(lead)]
+                if len(known) > count / 2:
+                    left = 1 - task.size(parts) / task.size(len(task.parts))
+                    found[name] = (end + own - other, np.resize(known - known.mean(), count) * math.sqrt(left))
         return found
 
-    def _draws(self, rung: int) -> dict[str, BootstrapDraws]:
-        if rung not in self._drawn:
+    def _parts(self, names: Sequence[str]) -> list[tuple[str, TaskExamples]]:
+        """Return the next part of each of these tasks that has one."""
+        tasks = [task for task in self._judge.tasks if task.name in names and self._asked[task.name] < len(task.parts)]
+        return [(task.name, task.parts[self._asked[task.name]]) for task in tasks]
+
+    def _draws(self, name: str, parts: int) -> FloatArray:
+        """Return draws of a task's recovery on its first parts."""
+        if (name, parts) not in self._drawn:
             spec = self._judge.evaluator.spec
-            found = {}
-            for task in self._judge.tasks:
-                metric, size = metric_of(task.entry.task), task.size(rung)
-                base, own, merged = (
-                    np.asarray(metric.statistics(given[:size])) for given in (task.base, task.own, self._answers[task.name])
-                )
-                sides = PairedStatistics(metric, base, own, merged)
-                found[task.name] = sides.draws(spec.draws, task_seed(spec.seed, task.name))
-            self._drawn[rung] = found
-        return self._drawn[rung]
+            task = next(task for task in self._judge.tasks if task.name == name)
+            metric, size = metric_of(task.entry.task), task.size(parts)
+            base, own, merged = (
+                np.asarray(metric.statistics(given[:size])) for given in (task.base, task.own, self._answers[name])
+            )
+            drawn = PairedStatistics(metric, base, own, merged).draws(spec.draws, task_seed(spec.seed, name))
+            self._drawn[name, parts] = np.asarray(drawn.recovery)
+        return self._drawn[name, parts]
 
 
 def goal_of(recoveries: Mapping[str, FloatArray], goal: str) -> FloatArray:
@@ -268,31 +310,24 @@ def goal_of(recoveries: Mapping[str, FloatArray], goal: str) -> FloatArray:
 
 
 def cannot_win(candidate: Judged, best: Judged) -> bool:
-    """Whether a candidate is behind the best by more than the paired 95 % interval of their difference."""
-    lead = candidate.lead(best)
-    known = lead[np.isfinite(lead)]
-    return len(known) > len(lead) / 2 and float(np.percentile(known, _TAIL)) < 0
+    """Whether a candidate ends below the best, by the upper end of the 95 % interval of what it can still become."""
+    hope = candidate.hope(best)
+    return hope is not None and float(np.percentile(hope, _TAIL)) < best.goal
 
 
-def estimate(candidate: Judged, best: Judged, value: float) -> float:
-    """Return what a candidate that was stopped would have reached: the best's value and the difference on what both were asked.
-
-    It is never above the best's, by which it was stopped.
-    """
-    mine, others = candidate.at(candidate.rung), best.at(candidate.rung)
-    if mine is None or others is None:
-        lead = candidate.lead(best)
-        return value + min(0.0, float(np.mean(lead[np.isfinite(lead)])))
-    return value + min(0.0, mine - others)
+def estimate(candidate: Judged, best: Judged) -> float:
+    """Return what a candidate that was stopped would have reached at most; never above the best, by which it was stopped."""
+    found = {name: np.array([value]) for name, (value, _) in candidate.expected(best).items()}
+    return min(best.goal, float(goal_of(found, candidate.goal_name)[0]))
 
 
-def shares_of(fewest: int) -> tuple[float, ...]:
-    """Return the shares of the examples after which candidates are compared.
+def shares_of(count: int) -> tuple[float, ...]:
+    """Return the shares of a task's examples after which candidates are compared.
 
     Args:
-        fewest: examples of the smallest task.
+        count: its examples.
     """
-    return (*(share for share in _SHARES if fewest * share >= _FEWEST), 1.0)
+    return (*(share for share in _SHARES if count * share >= _FEWEST), 1.0)
 
 
 def _parts(entry: TaskExamples, shares: Sequence[float]) -> tuple[tuple[TaskExamples, ...], list[int]]:

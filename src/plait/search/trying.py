@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
+from typing import Any
 
 from optuna.trial import Trial
 
@@ -160,15 +161,16 @@ class Trials:
         candidate = self._sweep.judge.begin(subject.candidate)
         # one that is worse than the base somewhere ranks behind all others, whatever its score
         races = best_run.nonnegative or self._spec.maximize[0] == "worst_recovery" or not self._spec.constraint_nonnegative
-        while not candidate.complete and not (candidate.rung and races and cannot_win(candidate, best)):
-            yield candidate.wanted()
-            candidate.ask()
-        outcome = self._outcome(point, subject.candidate.key, candidate.score, time.perf_counter() - began)
-        if candidate.complete:
-            self._known[point_key(point)] = candidate
-            return outcome
-        left = {"score": estimate(candidate, best, best_run.score or 0.0), "expected": candidate.expected(best)}
-        return outcome.model_copy(update={"stopped": True, **left})
+        while not candidate.complete and not (races and cannot_win(candidate, best)):
+            names = candidate.next(best)
+            yield candidate.wanted(names)
+            candidate.ask(names)
+        key, seconds = subject.candidate.key, time.perf_counter() - began
+        if not candidate.complete:
+            left = {"stopped": True, "score": estimate(candidate, best), "expected": candidate.expected(best)}
+            return self._outcome(point, key, candidate.score, seconds, **left)
+        self._known[point_key(point)] = candidate
+        return self._outcome(point, key, candidate.score, seconds)
 
     def _best(self, finished: Sequence[Studied]) -> tuple[Run, Judged]:
         """Return the best candidate so far with its answers; of a shared storage, the best that was evaluated here.
@@ -189,22 +191,24 @@ class Trials:
 
     def _asked_everything(self, judged: Judged, name: str) -> Judged:
         with self._sweep.progress.trial(name, self._sweep.judge.total):
-            self._sweep.evaluator.session.prepare(judged.wanted(None))
-            while not judged.complete:
-                judged.ask()
+            self._sweep.evaluator.session.prepare(judged.everything())
+            while left := judged.left():
+                judged.ask(left)
         return judged
 
-    def _outcome(self, point: Point, key: str, score: Score, seconds: float) -> Outcome:
-        return Outcome(
-            params=dict(point),
-            key=key,
-            score=score.goal(self._spec.maximize[0]),
-            worst=score.worst,
-            mean=score.mean,
-            results=_outcomes(score),
-            examples=score.examples,
-            seconds=round(seconds, 3),
-        )
+    def _outcome(self, point: Point, key: str, found: Score, seconds: float, **stopped: Any) -> Outcome:
+        """Return what came of a candidate; of one that was stopped with the score that it would have reached."""
+        plain: dict[str, Any] = {
+            "params": dict(point),
+            "key": key,
+            "score": None if stopped else found.goal(self._spec.maximize[0]),
+            "worst": found.worst,
+            "mean": found.mean,
+            "results": _outcomes(found),
+            "examples": found.examples,
+            "seconds": round(seconds, 3),
+        }
+        return Outcome(**{**plain, **stopped})
 
     def _values(self, outcome: Outcome) -> list[float]:
         """Return the numbers that Optuna gets of a candidate; none of one that has failed."""
