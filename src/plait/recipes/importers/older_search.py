@@ -36,8 +36,8 @@ _ELSEWHERE = {
     "(--warm-start STUDY)",
     "warm_start_max_points": "all candidates that match are taken",
     "known_points_consume_budget": "known points are evaluated here, within the budget",
-    "n_candidates": "Optuna's Gaussian process finds the largest expectation by itself",
-    "xi": "Optuna's Gaussian process takes the logarithm of the expected improvement, which has no such number",
+    "n_candidates": "how many candidates an expectation is computed for is fixed",
+    "xi": "the improvement is expected over the best so far, without a margin",
 }
 _POINTS = ("initial_points", "known_points")
 _NOT_OF_GRIDS = ("budget", "init_points", "seed", "early_stop", "inject_zero_baseline", *_POINTS)
