@@ -32,6 +32,7 @@ _POINTS = 2048  # at random, of which the one with the largest expectation is ta
 _NEAR, _STEPS, _LEADERS = 192, (0.03, 0.1), 3  # and near each of the best: how many, standard deviations, how many best
 _DRAWS = 256
 _FLAT = 1e-9  # an expected improvement below it says nothing
+_SCALE = 0.1  # of recoveries that do not differ
 _JITTER = 1e-6  # variance of a recovery that all examples gave, besides the noise that a process finds
 
 
@@ -44,7 +45,7 @@ class RecoverySampler(BaseSampler):
         space: the candidates.
         goal: `worst_recovery`, `mean_recovery` or `TASK.recovery`.
         nonnegative: whether a candidate that is worse than the base on some task ranks behind all others.
-        init_points: complete candidates before the first that is expected to be good.
+        init_points: candidates before the first that is expected to be good.
         seed: of the search.
     """
 
@@ -62,7 +63,7 @@ class RecoverySampler(BaseSampler):
         points = {t.number: self._space.point(t.params) for t in others}
         tried = {point_key(point) for point in points.values()}
         known = [found for t in others if (found := _observed(t, points[t.number])) is not None]
-        if sum(found.complete for found in known) < self._init_points:
+        if len(known) < self._init_points or not any(found.complete for found in known):
             return self._space.labels(self._spread(trial.number, tried))
         begun = [points[t.number] for t in others if t.state is TrialState.RUNNING]
         chosen = self._expected(known, begun, tried, np.random.default_rng([self._seed, trial.number]))
@@ -137,7 +138,7 @@ class _Process:
 
         self._at = at[[i for i, value in enumerate(values) if value is not None]]
         found, variance = np.array([value for value in values if value is not None]).T
-        self._middle, self._scale = found.mean(), found.std() or 1.0
+        self._middle, self._scale = found.mean(), found.std() or _SCALE
         self._found, self._variance = (found - self._middle) / self._scale, variance / self._scale**2 + _JITTER
         shape = Matern([0.5] * at.shape[1], (0.1, 10.0), nu=2.5)
         kernel = ConstantKernel(1.0, (0.05, 20.0)) * shape + WhiteKernel(1e-2, (1e-4, 0.2))
