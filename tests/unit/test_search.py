@@ -244,6 +244,27 @@ def test_weights_of_three_adapters_are_found_that_no_grid_of_27_has() -> None:
         assert max(worst[6:]) > grid, "the search knows of every task"
 
 
+def test_what_is_known_of_stopped_candidates_counts() -> None:
+    asked = recipe("{budget: 9, init_points: 1, seed: 1, space: {scale: 0..2}}")
+    found = SearchSpace(asked)
+
+    def suggested_after(stopped: list[tuple[float, float]]) -> float:
+        study = optuna.create_study(direction="maximize")
+        known = [outcome_of({"scale": x}, {"t": y, "u": 0.9}) for x, y in ((0.2, 0.2), (0.5, 0.4), (0.8, 0.5))]
+        for scale, t in stopped:  # nothing was asked of the other task
+            cut = outcome_of({"scale": scale}, {"t": 0.1}, stopped=True, expected={"t": (t, 0.01)})
+            known.append(cut)
+        for outcome in known:
+            attributes, at = {FOUND: outcome.model_dump(mode="json")}, found.distributions(outcome.params)
+            study.add_trial(create_trial(params=outcome.params, distributions=at, value=outcome.score, user_attrs=attributes))
+        study.sampler = sampler_of(asked.search, found)
+        return float(found.suggest(study.ask())["scale"])  # type: ignore[arg-type]
+
+    with quiet_optuna():
+        assert suggested_after([]) > 0.8
+        assert suggested_after([(0.9, 0.3), (1.3, -0.2), (1.8, -0.6)]) < 0.9
+
+
 def run(number: int, worst: float, mean: float, **changes: Any) -> Run:
     results = {"t": TaskOutcome(metric=0.5, recovery=worst, interval=None)}
     plain = {
