@@ -180,7 +180,7 @@ KNOWN = [{"params": {"lambda": 0.2}, "score": 0.1}]
         ({"search": {**BETWEEN, "early_stop": {"enabled": False, "patience": 3}}}, "early_stop (it was not enabled)"),
         ({"search": {**BETWEEN, "grid": {"lambda": [1]}}}, "grid (it had no effect with type bayes)"),
         ({"search": {**BETWEEN, "known_points": KNOWN}}, "the scores of known_points"),
-        ({"search": {**BETWEEN, "xi": 0.1}}, "xi (Optuna's Gaussian process"),
+        ({"search": {**BETWEEN, "xi": 0.1}}, "xi (the improvement is expected"),
         ({"search": {**BETWEEN, "inject_zero_baseline": True}}, "inject_zero_baseline (it had an effect on"),
         ({"search": {**SEARCH, "budget": 1}}, "budget (it had no effect with type grid)"),
         ({"search": {**SEARCH, "early_stop": {"enabled": True}}}, "early_stop (it had no effect with type grid)"),

@@ -32,6 +32,7 @@ _POINTS = 2048  # at random, of which the one with the largest expectation is ta
 _NEAR, _STEPS, _LEADERS = 192, (0.03, 0.1), 3  # and near each of the best: how many, standard deviations, how many best
 _DRAWS = 256
 _FLAT = 1e-9  # an expected improvement below it says nothing
+_APART = 0.03  # of the range: candidates that are nearer in everything give the same answers, or nearly
 _SCALE = 0.1  # of recoveries that do not differ
 _JITTER = 1e-6  # variance of a recovery that all examples gave, besides the noise that a process finds
 
@@ -104,11 +105,18 @@ class RecoverySampler(BaseSampler):
 
         leaders = [complete[i].point for i in order[:_LEADERS]]
         points = [self._space.at(row) for row in rng.random((_POINTS, len(self._space.parameters)))]
-        anew = _untried([*points, *(p for leader in leaders for p in self._near(leader, rng))], tried)
+        there = np.concatenate([at, features(begun)]) if begun else at
+
+        def apart(some: Sequence[Point]) -> list[Point]:
+            anew = _untried(some, tried)
+            distances = [np.abs(there - row).max(1).min() for row in features(anew)] if anew else []
+            return [point for point, distance in zip(anew, distances, strict=True) if distance >= _APART] or anew
+
+        anew = apart([*points, *(p for leader in leaders for p in self._near(leader, rng))])
         if not anew:
             return points[0]
         first = most_promising(anew)
-        return most_promising(_untried([first, *self._near(first, rng)], tried))
+        return most_promising([first, *apart(self._near(first, rng))])
 
     def _near(self, point: Point, rng: np.random.Generator) -> list[Point]:
         """Return points near one."""
