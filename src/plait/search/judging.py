@@ -76,6 +76,11 @@ class _TaskParts:
         """Return how many examples the first `count` parts have."""
         return sum(len(part.examples.items) for part in self.parts[:count])
 
+    def gain(self, size: int) -> float:
+        """Return by how much the own adapter's metric differs from the base's on the first `size` examples."""
+        metric = metric_of(self.entry.task)
+        return abs(metric.value(self.own[:size]) - metric.value(self.base[:size]))
+
     @property
     def base_value(self) -> float:
         return metric_of(self.entry.task).value(self.base)
@@ -265,7 +270,11 @@ class Judged:
         return goal_of(found, goal) if found and all(name in found for name in needed) else None
 
     def _at_the_end(self, best: Judged) -> dict[str, tuple[float, FloatArray]]:
-        """Return task → the recovery that is expected on all examples, and draws of how far it may be off."""
+        """Return task → the recovery that is expected on all examples, and draws of how far it may be off.
+
+        Draws of few examples hold no difference that those do not have. So as much is added as one answer more that differs would
+        (as Agresti and Min, 2005, add to counts of pairs), with a normal variable.
+        """
         found: dict[str, tuple[float, FloatArray]] = {}
         mine, others, whole = self.recoveries(), best.recoveries(self), best.recoveries()
         count = self._judge.evaluator.spec.draws
@@ -278,8 +287,10 @@ class Judged:
                 lead = self._draws(name, parts) - best._draws(name, parts)
                 known = lead[np.isfinite(lead)]
                 if len(known) > count / 2:
-                    left = 1 - task.size(parts) / task.size(len(task.parts))
-                    found[name] = (end + own - other, np.resize(known - known.mean(), count) * math.sqrt(left))
+                    size = task.size(parts)
+                    normal = np.random.default_rng(task_seed(self._judge.evaluator.spec.seed, name)).standard_normal(count)
+                    off = np.resize(known - known.mean(), count) + normal / (size * task.gain(size))
+                    found[name] = (end + (own - other), off * math.sqrt(1 - size / task.size(len(task.parts))))
         return found
 
     def _parts(self, names: Sequence[str]) -> list[tuple[str, TaskExamples]]:
