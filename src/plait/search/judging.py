@@ -272,12 +272,13 @@ class Judged:
     def _at_the_end(self, best: Judged) -> dict[str, tuple[float, FloatArray]]:
         """Return task → the recovery that is expected on all examples, and draws of how far it may be off.
 
-        Draws of few examples hold no difference that those do not have. So as much is added as one answer more that differs would
-        (as Agresti and Min, 2005, add to counts of pairs), with a normal variable.
+        Draws of few examples hold no difference that those do not have. So as much is added as one more answer that differs
+        would (Agresti and Min, 2005, add to counts of pairs for that reason), with a normal variable.
         """
         found: dict[str, tuple[float, FloatArray]] = {}
         mine, others, whole = self.recoveries(), best.recoveries(self), best.recoveries()
-        count = self._judge.evaluator.spec.draws
+        spec = self._judge.evaluator.spec
+        count = spec.draws
         for task in self._judge.tasks:
             name, parts = task.name, self._asked[task.name]
             own, other, end = mine.get(name), others.get(name), whole[name]
@@ -288,7 +289,7 @@ class Judged:
                 known = lead[np.isfinite(lead)]
                 if len(known) > count / 2:
                     size = task.size(parts)
-                    normal = np.random.default_rng(task_seed(self._judge.evaluator.spec.seed, name)).standard_normal(count)
+                    normal = np.random.default_rng((*task_seed(spec.seed, name), 1)).standard_normal(count)
                     off = np.resize(known - known.mean(), count) + normal / (size * task.gain(size))
                     found[name] = (end + (own - other), off * math.sqrt(1 - size / task.size(len(task.parts))))
         return found
