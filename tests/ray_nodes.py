@@ -1,8 +1,10 @@
-"""A Ray cluster of two nodes on this machine, one for all tests of a session: they are in one group of xdist, `ray`."""
+"""A Ray cluster on this machine, one for all tests of a session: they are in one group of xdist, `ray`."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,22 +19,34 @@ NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": F
 
 
 class Nodes:
-    """Two nodes of one CPU each."""
+    """A head of one CPU, and another node while it is wanted.
+
+    Attributes:
+        address: of the head.
+        client: of the server for processes outside; None where its package, grpcio, is not installed.
+    """
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self._cluster = Cluster(initialize_head=True, head_node_args=NODE)
-        self._other = self._cluster.add_node(**NODE)
+        port = _free_port() if importlib.util.find_spec("grpc") else None
+        self._cluster = Cluster(initialize_head=True, head_node_args={**NODE, "ray_client_server_port": port})
+        self._other: Any = None
         self.address = self._cluster.address
+        self.client = None if port is None else f"ray://127.0.0.1:{port}"
 
     @property
     def both(self) -> bool:
-        """Whether none is lost."""
+        """Whether there are two."""
         return self._other is not None
 
+    def have_two(self) -> None:
+        """Add the other node, where it is not there."""
+        if self._other is None:
+            self._other = self._cluster.add_node(**NODE)
+
     def lose(self) -> None:
-        """Kill one, with its workers, which would see it a second later by themselves and work until then."""
+        """Kill the other, with its workers, which would see it a second later by themselves and work until then."""
         (raylet,) = self._other.all_processes["raylet"]
         workers = psutil.Process(raylet.process.pid).children(recursive=True)
         self._cluster.remove_node(self._other, allow_graceful=False)
@@ -41,18 +55,19 @@ class Nodes:
                 worker.kill()
         self._other = None
 
-    def restore(self) -> None:
-        """Have two again."""
-        if self._other is None:
-            self._other = self._cluster.add_node(**NODE)
-
     def stop(self) -> None:
-        """End both."""
+        """End all."""
         self._cluster.shutdown()
 
 
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[Nodes]:
+def nodes() -> Iterator[Nodes]:
     """Return the cluster; `--cluster ray` finds it."""
     pytest.importorskip("ray", reason="Ray is not installed: `make .venv/.ray` installs it")
     with pytest.MonkeyPatch.context() as patch:
@@ -67,17 +82,14 @@ def ray_cluster() -> Iterator[Nodes]:
 
 
 @pytest.fixture
-def nodes(ray_cluster: Nodes) -> Nodes:
-    """Return it with both nodes."""
-    ray_cluster.restore()
-    return ray_cluster
+def losing(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return what makes two nodes, one of which is killed as soon as both have a job, or when the test does it.
 
+    Until then no job is given to one alone.
+    """
 
-@pytest.fixture
-def losing(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Return what has a node killed as soon as a worker on each has a job; until then none is given to one alone."""
-
-    def soon() -> None:
+    def soon(*, at_once: bool = True) -> None:
+        nodes.have_two()
         assign, give = Workers._assign, Workers._give
 
         def assign_to_both(self: Workers) -> None:
@@ -86,7 +98,7 @@ def losing(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
         def give_and_lose(self: Workers, *what: Any) -> None:
             give(self, *what)
-            if nodes.both and len(self._running) == 2:
+            if at_once and nodes.both and len(self._running) == 2:
                 nodes.lose()
 
         monkeypatch.setattr(Workers, "_assign", assign_to_both)

@@ -1,3 +1,3 @@
 """Fixtures of commands that are run as their users run them."""
 
-from tests.ray_nodes import losing, nodes, ray_cluster  # noqa: F401
+from tests.ray_nodes import losing, nodes  # noqa: F401

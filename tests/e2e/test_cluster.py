@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ import pytest
 import torch
 
 import plait
-from plait.baking.journal import BakeJournal
-from plait.cluster.connection import Cluster, Share
-from plait.errors import OutputError, PlaitError, PlanError, RecipeError
+from plait.cluster.connection import Cluster, Share, connected
+from plait.errors import MissingPackageError, OutputError, PlaitError, PlanError, RecipeError
 from plait.search.record import StudyRecord
 from plait.version import __version__
 from tests.e2e.test_bake_survival import SETTINGS, contents, write_materials
 from tests.e2e.test_sweep import sweep, tried, write_tasks
 from tests.language_models import train_pair
+from tests.ray_nodes import Nodes
 from tests.warm import check_killed, run_forked
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ray")]
@@ -31,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Waits when the first of the second batch has been reported, and the second of it has not.
-HELD = """
+SWEEP_HELD = """
 import optuna
 from plait.cli.main import main
 tell = optuna.Study.tell
@@ -45,29 +46,78 @@ def tell_and_wait(self, *outcome, **settings):
 optuna.Study.tell = tell_and_wait
 main()
 """
+# Waits when three files are finished, and noted in the journal.
+BAKE_HELD = """
+from plait.baking.journal import BakeJournal
+from plait.cli.main import main
+finish = BakeJournal.finish
+def finish_and_wait(self, *what):
+    finish(self, *what)
+    if len(self.finished) == 3:
+        hold()
+BakeJournal.finish = finish_and_wait
+main()
+"""
+SEARCH = {"seed": 3, "budget": 5, "init_points": 3, "parallel": 2, "space": {"scale": "0.1..3"}}
 
 
+@pytest.fixture(scope="module")
+def earlier(place: Path) -> Path:
+    """Return a study with one candidate that is one of `SEARCH`'s space too."""
+    return sweep(place, place / "earlier" / "study", {"grid": {"scale": [0.5]}, "race": False}).folder
+
+
+@pytest.fixture(scope="module")
+def here(place: Path, earlier: Path) -> StudyRecord:
+    """Return what `SEARCH` finds in this process, undisturbed."""
+    return sweep(place, place / "here" / "study", SEARCH, warm_start=[earlier]).record
+
+
+@pytest.mark.usefixtures("nodes")
 def test_a_sweep_whose_driver_and_node_are_killed_ends_as_one_here(
-    place: Path, tmp_path: Path, losing: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    place: Path, earlier: Path, here: StudyRecord, tmp_path: Path, losing: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search = {"seed": 3, "budget": 6, "init_points": 3, "parallel": 2, "space": {"scale": "0.1..3"}}
-    here = sweep(place, tmp_path / "here" / "study", search).record
+    """With candidates of an earlier study; begun on one node, which asks those of a batch one after another."""
     line = ["sweep", str(place / "sort"), str(place / "rate"), "--tasks", str(place / "sort.yaml"), str(place / "rate.yaml")]
-    line += ["--base-id", str(place / "base"), "--seed", "3", "--budget", "6", "--init-points", "3", "--space", "scale=0.1..3"]
-    line += ["--method", "linear", "--cluster", "ray"]  # as many at a time as there are workers: two
+    line += ["--base-id", str(place / "base"), "--seed", "3", "--budget", "5", "--init-points", "3", "--space", "scale=0.1..3"]
+    line += ["--method", "linear", "--cluster", "ray", "--parallel", "2", "--warm-start", str(earlier)]
     study = tmp_path / "there" / "study"
     line += ["--workspace", str(tmp_path / "there" / "artifacts"), "-o", str(study)]
-    check_killed(run_forked(HELD, *line))
-    assert plait.sweep_status(study).trials == 4
+    check_killed(run_forked(SWEEP_HELD, *line))
+    assert plait.sweep_status(study).trials == 5
     losing()
     monkeypatch.setattr("plait.evaluation.session.answer_examples", None)  # no model is asked here
+    wanted = {**SEARCH, "parallel": None}
     with pytest.warns(UserWarning, match=r"a worker was lost, and what it did \(.*\) is done again elsewhere"):
-        there = sweep(place, study, {**search, "parallel": None}, cluster="ray").record
+        there = sweep(place, study, wanted, warm_start=[earlier], cluster="ray").record
+    assert [run.phase for run in here.runs] == ["start", "warm_start", *["search"] * 5]
     assert tried(there) == tried(here)
     assert same(there) == same(here)
+    monkeypatch.setattr(Cluster, "share", lambda *given, **how: Share(2, 1))  # as many at a time as there are workers
+    again = sweep(place, tmp_path / "there" / "again", wanted, warm_start=[earlier], cluster="ray").record
+    assert tried(again) == tried(here), "what was answered is not asked again: no worker is started"
     monkeypatch.undo()
     with pytest.raises(OutputError, match=r"search\.parallel is 3, and the study that is there began with 2"):
-        sweep(place, study, {**search, "parallel": 3})
+        sweep(place, study, {**SEARCH, "parallel": 3}, warm_start=[earlier])
+
+
+def test_a_sweep_from_outside_of_the_cluster(
+    place: Path, here: StudyRecord, earlier: Path, tmp_path: Path, nodes: Nodes
+) -> None:
+    if nodes.client is None:
+        pytest.skip("the server of Ray's client needs grpcio: `pip install 'plait[ray]'`")
+    there = sweep(place, tmp_path / "study", SEARCH, warm_start=[earlier], cluster=nodes.client).record
+    assert tried(there) == tried(here)
+
+
+def test_an_address_that_needs_grpcio(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setitem(sys.modules, "grpc", None)
+    with (
+        pytest.raises(MissingPackageError, match=r"--cluster ray://127\.0\.0\.1:1 needs .*grpc.*'plait\[ray\]'"),
+        connected("ray://127.0.0.1:1"),
+    ):
+        pass
 
 
 def test_a_bake_whose_driver_and_node_are_killed_has_the_bytes_of_one_here(
@@ -76,21 +126,8 @@ def test_a_bake_whose_driver_and_node_are_killed_has_the_bytes_of_one_here(
     made = write_materials(tmp_path)
     pair, base = made.pair, made.base
     here = plait.bake(pair, base=base, out=tmp_path / "here", **SETTINGS).record
-
-    class Killed(BaseException):
-        """Ends a bake as a signal does."""
-
-    finish = BakeJournal.finish
-
-    def stop(self: BakeJournal, *what: Any) -> None:
-        finish(self, *what)
-        if len(self.finished) == 3:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BakeJournal, "finish", stop)
-        with pytest.raises(Killed):
-            plait.bake(pair, base=base, out=tmp_path / "there", cluster="ray", **SETTINGS)
+    line = ["bake", *map(str, pair), "--base-id", str(base), "-o", str(tmp_path / "there"), "--cluster", "ray"]
+    check_killed(run_forked(BAKE_HELD, *line, *(f"--{key.replace('_', '-')}={value}" for key, value in SETTINGS.items())))
     assert not (tmp_path / "there").exists()
     capfd.readouterr()
     losing()

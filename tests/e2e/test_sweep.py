@@ -412,7 +412,7 @@ def test_without_a_space_the_method_and_the_scale_are_searched(
     assert "best of 3 candidates on validation" in shown.out
     assert "asked once" in shown.out
     assert exit_code("sweep", "--status", tmp_path / "study") == 0
-    assert "3 trials have ended, 0 have begun, 0 are waiting · finished" in capsys.readouterr().out
+    assert "trials: 3 ended, 0 begun, 0 waiting · finished" in capsys.readouterr().out
     assert exit_code("sweep", *line, "--json") == 0
     assert json.loads(capsys.readouterr().out)["best_score"] is not None
 

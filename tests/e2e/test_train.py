@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 import plait
 from plait.errors import OutputError, RecipeError
 from plait.results.progress import SilentProgress
-from plait.training import cohort, processes
+from plait.training import cohort, on_cluster, processes
 from plait.training.phases import phase_seed
 from plait.training.preflight import resolve_phases
 from plait.training.reading import read_phases
@@ -44,6 +44,8 @@ merge: {method: {name: ties, space: core, density: 0.5}}
 """
 #: A checkpoint takes as long as several steps.
 CHECKPOINTS = (", save_strategy: 'no'", "")
+#: Phases, and no merge of them.
+MERGE = ("merge: {method: {name: ties, space: core, density: 0.5}}\n", "")
 
 
 @pytest.fixture(scope="module")
@@ -536,13 +538,28 @@ def test_encoders_with_heads(tmp_path, monkeypatch, whole):
 
 
 @pytest.mark.xdist_group("ray")
-@pytest.mark.usefixtures("nodes")
-def test_on_ray(place):
-    rewrite(("[sort.yaml,", "[{task: sort.yaml, arguments: {max_length: 2}},"))
-    result = plait.train("phases.yaml", out="out", cluster="ray")
-    assert states(result) == {"sort": "failed", "rate": "done"}
-    assert "no example is left" in result.failed[0].error
-    rewrite()
-    result = plait.train("phases.yaml", out="out", cluster="ray", workers=1)
-    assert states(result) == {"sort": "done", "rate": "found"}
+def test_on_ray_with_a_node_lost_it_continues_from_its_checkpoint(place, nodes, losing, monkeypatch):
+    rewrite(CHECKPOINTS, ("max_steps: 10", "max_steps: 40"), MERGE)
+    assert plait.train("phases.yaml", out="here").ok
+    rewrite(CHECKPOINTS, ("max_steps: 10", "max_steps: 40"))
+    losing(at_once=False)
+
+    def receive_and_lose(part, call):
+        receive(part, call)
+        begun = {file.parents[1] for file in Path("out").rglob("trainer_state.json")}
+        if nodes.both and len(begun) == 2:
+            nodes.lose()
+
+    receive = on_cluster.receive
+    monkeypatch.setattr(on_cluster, "receive", receive_and_lose)
+    with pytest.warns(UserWarning, match=r"a worker was lost, and what it did \(phase '.*'\) is done again elsewhere"):
+        result = plait.train("phases.yaml", out="out", cluster="ray")
+    assert states(result) == {"sort": "done", "rate": "done"}
+    assert len([phase for phase in result.phases if phase.resumed_from]) == 1
+    for name in ("sort", "rate"):
+        assert all(tensor.equal(tensors("out", name)[key]) for key, tensor in tensors("here", name).items())
     assert result.merged == "merged"
+    rewrite(("[sort.yaml, rate.yaml]", "[{task: sort.yaml, arguments: {max_length: 2}}]"), MERGE)
+    result = plait.train("phases.yaml", out="other", cluster="ray")
+    assert states(result) == {"sort": "failed"}
+    assert "no example is left" in result.failed[0].error

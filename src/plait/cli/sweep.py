@@ -107,14 +107,14 @@ def _show(result: SweepResult) -> None:
     stopped = sum(run.stopped for run in record.runs)
     if stopped:
         console.print(
-            f"{stopped} candidates were stopped where they could not win: {record.examples_asked} of {record.examples_of_all} "
-            f"examples were asked ({saved:.0%} saved)"
+            f"stopped where they could not win: {stopped} of {record.candidates} candidates; asked: {record.examples_asked} of "
+            f"{record.examples_of_all} examples ({saved:.0%} saved)"
         )
     if record.early_stop_reason:
         console.print(f"ended early: {record.early_stop_reason}", markup=False)
     if record.failed:
         reasons = [str(run.score_details["error"]) for run in record.runs if "error" in run.score_details]
-        console.print(f"{record.failed} could not be merged; the first: {reasons[0]}", markup=False)
+        console.print(f"not merged: {record.failed} candidates; the first: {reasons[0]}", markup=False)
     _show_final(record)
     print_notes(record.notes)
     if result.merged is not None:
@@ -147,10 +147,10 @@ def _show_final(record: StudyRecord) -> None:
 def _show_status(found: StudyStatus) -> None:
     from plait.cli.console import out
 
-    state = "finished" if found.finished else "at work" if found.running else "not at work; the same command continues"
-    out().print(f"{found.trials} trials have ended, {found.begun} have begun, {found.waiting} are waiting · {state}")
+    state = "at work" if found.running else "finished" if found.finished else "not at work; the same command continues"
+    out().print(f"trials: {found.trials} ended, {found.begun} begun, {found.waiting} waiting · {state}")
     if found.stopped or found.failed:
-        out().print(f"{found.stopped} were stopped where they could not win; {found.failed} could not be merged")
+        out().print(f"stopped where they could not win: {found.stopped}; not merged: {found.failed}")
     if found.best_score is not None:
         values = ", ".join(f"{path} {_value(value)}" for path, value in found.best_params.items())
         out().print(f"best so far: {found.best_score:.3f} at {values or 'the start'}", markup=False)

@@ -207,6 +207,8 @@ def connected(address: str) -> Iterator[Cluster]:
     """
     check_address(address)
     ray = optional("ray", "ray", f"--cluster {address}")
+    if address != "ray":
+        optional("grpc", "ray", f"--cluster {address}")
     with ExitStack() as stack:
         if not ray.is_initialized():
             try:
