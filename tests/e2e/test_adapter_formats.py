@@ -366,6 +366,31 @@ class TestKohya:
         with pytest.raises(PlanError, match="call the main model by different names"):
             plait.plan([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
 
+    @pytest.mark.parametrize(
+        ("flat", "path"),
+        [
+            (
+                "lora_unet_transformer_blocks_3_attn_add_q_proj",
+                "transformer.transformer_blocks.3.attn.add_q_proj",
+            ),  # Qwen-Image
+            ("lora_unet_transformer_blocks_3_img_mlp_net_0_proj", "transformer.transformer_blocks.3.img_mlp.net.0.proj"),
+            ("lora_unet_transformer_blocks_3_txt_mod_1", "transformer.transformer_blocks.3.txt_mod.1"),
+            ("lora_unet_blocks_12_self_attn_q", "diffusion_model.blocks.12.self_attn.q"),  # Wan
+            ("lora_unet_blocks_12_cross_attn_k_img", "diffusion_model.blocks.12.cross_attn.k_img"),
+            ("lora_unet_blocks_12_ffn_2", "diffusion_model.blocks.12.ffn.2"),
+            ("lora_unet_blocks_12_attn1_to_out_0", "transformer.blocks.12.attn1.to_out.0"),  # Wan in diffusers
+            ("lora_transformer_single_transformer_blocks_7_proj_mlp", "transformer.single_transformer_blocks.7.proj_mlp"),
+        ],
+    )
+    def test_names_of_transformers(self, tmp_path, flat, path):
+        parts = {"lora_down.weight": random(2, 4), "lora_up.weight": random(16, 2, seed=1), "alpha": torch.tensor(2.0)}
+        save_file({f"{flat}.{n}": t for n, t in parts.items()}, tmp_path / "it.safetensors")
+        found = deltas(tmp_path / "it.safetensors")
+        assert list(found) == [path]
+        if "single" not in path:
+            plait.merge([tmp_path / "it.safetensors"], out=tmp_path / "out")
+            assert f"{flat}.alpha" in load_file(tmp_path / "out" / "lora.safetensors")
+
 
 class TestProducts:
     """LoCon, LoHa and LoKr: the delta as their papers and LyCORIS' documentation have it, written out densely."""
@@ -560,6 +585,14 @@ class TestNumberedFiles:
         second = tmp_path / "a" / "adapter_model-00002-of-00002.safetensors"
         save_file({n: t + 1 for n, t in load_file(second).items()}, second)
         assert exit_code("verify", tmp_path / "out") != 0
+
+    def test_a_change_in_the_second_is_another_adapter_to_an_evaluation(self, tmp_path):
+        write_adapter(tmp_path / "a", LINEAR)
+        self.split(tmp_path / "a")
+        before = Adapter.open(tmp_path / "a", "a").sha256()
+        second = tmp_path / "a" / "adapter_model-00002-of-00002.safetensors"
+        save_file({n: t + 1 for n, t in load_file(second).items()}, second)
+        assert Adapter.open(tmp_path / "a", "a").sha256() != before
 
 
 class TestConvert:

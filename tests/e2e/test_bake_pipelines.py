@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from copy import deepcopy
@@ -302,6 +304,33 @@ class TestPipelines:
         assert all(torch.equal(one[n], two[n]) for n in one)
         assert "license: mit" in (tmp_path / "out/README.md").read_text()
 
+    def test_kohyas_names_are_resolved_by_the_bases_modules(self, tmp_path):
+        """A name of a model whose words are not known; where two modules have it, or none, it stays unknown."""
+        index = {"_class_name": "SomePipeline", "transformer": ["diffusers", "SomeModel"]}
+        (tmp_path / "base/transformer").mkdir(parents=True)
+        (tmp_path / "base/model_index.json").write_text(json.dumps(index))
+        weights = {"odd_blocks.0.some_part": random(6, 4), "a.b_c": random(6, 4), "a.b.c": random(6, 4)}
+        file = tmp_path / "base/transformer/diffusion_pytorch_model.safetensors"
+        save_file({f"{n}.weight": t for n, t in weights.items()}, file)
+
+        def adapter(flat: str) -> Path:
+            held = {f"lora_unet_{flat}.lora_{x}.weight": t for x, t in {"down": random(2, 4), "up": random(6, 2)}.items()}
+            save_file(held | {f"lora_unet_{flat}.alpha": torch.tensor(1.0)}, tmp_path / "lora.safetensors")
+            return tmp_path / "lora.safetensors"
+
+        place = adapter("odd_blocks_0_some_part")
+        with pytest.raises(AdapterError, match=r"are not understood.*--base-id"):
+            plait.merge([place], out=tmp_path / "out")
+        plait.bake([place], base=tmp_path / "base", out=tmp_path / "out")
+        found = load_file(tmp_path / "out/transformer" / file.name)["odd_blocks.0.some_part.weight"]
+        assert_near(found, weights["odd_blocks.0.some_part"] + random(6, 2) @ random(2, 4) / 2)
+        assert exit_code("verify", tmp_path / "out") == 0
+        plait.convert(place, to="diffusers", base_model=str(tmp_path / "base"), out=tmp_path / "converted")
+        assert list(Adapter.open(tmp_path / "converted", "it").targets) == ["transformer.odd_blocks.0.some_part"]
+        for flat in ("a_b_c", "a_b_d"):
+            with pytest.raises(AdapterError, match="are not understood"):
+                plait.bake([adapter(flat)], base=tmp_path / "base", out=tmp_path / "no")
+
     def test_a_parity_check_is_refused_with_the_reason(self, sd, tmp_path):
         (tmp_path / "prompts").write_text("a\n")
         with pytest.raises(RecipeError, match="this base is a pipeline"):
@@ -382,6 +411,27 @@ def close_to_sum(model: Any, before: Tensors, after: Tensors, prefix: str, delta
         assert (delta is None) == torch.equal(after[name], tensor), name
 
 
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A tiny checkpoint of SDXL under the names of its original code, and two adapters in kohya's form."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("sdxl")
+    more = {"use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    unet = tiny_unet(cross=16, layers=2, projection_class_embeddings_input_dim=32, **more)
+    one, two = tiny_text(), tiny_text("CLIPTextModelWithProjection")
+    base, places = folder / "sd_xl_base_1.0.safetensors", []
+    held = in_original_names(unet) | in_openclip_names(two) | vae_and_more()
+    save_file(held | with_prefix("conditioner.embedders.0.transformer.", one), base)
+    for i in (0, 1):
+        factors = {"unet": random_adapter(unet, OF_UNET, i), "text_encoder": random_adapter(one, OF_TEXT, i)}
+        factors["text_encoder_2"] = random_adapter(two, OF_TEXT, i)
+        held = {f"{c}.{n}": t.contiguous() for c, tensors in factors.items() for n, t in tensors.items()}
+        save_file(held, folder / f"{i}.safetensors")
+        places.append(folder / f"kohya{i}")
+        plait.convert(folder / f"{i}.safetensors", to="kohya", out=places[-1])
+    return SimpleNamespace(base=base, adapters=places, unet=unet, second=two)
+
+
 class TestSingleFiles:
     def test_sd1(self, sd, tmp_path):
         from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
@@ -409,34 +459,40 @@ class TestSingleFiles:
         assert unbaked.bake.plan.form == "single file"
         assert max(float((one[n] - two[n]).abs().max()) for n in one) < 1e-6
 
-    def test_sdxl_with_kohyas_adapters(self, tmp_path):
+    def test_sdxl_with_kohyas_adapters(self, sdxl, tmp_path):
         from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_open_clip_checkpoint
 
-        torch.manual_seed(1)
-        more = {"use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 4}
-        unet = tiny_unet(cross=16, layers=2, projection_class_embeddings_input_dim=32, **more)
-        one, two = tiny_text(), tiny_text("CLIPTextModelWithProjection")
-        base, places = tmp_path / "xl.safetensors", []
-        held = in_original_names(unet) | in_openclip_names(two) | vae_and_more()
-        save_file(held | with_prefix("conditioner.embedders.0.transformer.", one), base)
-        for i in (0, 1):
-            factors = {"unet": random_adapter(unet, OF_UNET, i), "text_encoder": random_adapter(one, OF_TEXT, i)}
-            factors["text_encoder_2"] = random_adapter(two, OF_TEXT, i)
-            held = {f"{c}.{n}": t.contiguous() for c, tensors in factors.items() for n, t in tensors.items()}
-            save_file(held, tmp_path / f"{i}.safetensors")
-            places.append(tmp_path / f"kohya{i}")
-            plait.convert(tmp_path / f"{i}.safetensors", to="kohya", out=places[-1])
-        result = plait.bake(places, weights=list(WEIGHTS), base=base, out=tmp_path / "out", workers=2)
-        found = tmp_path / "out" / base.name
-        check_single(base, found, result)
-        deltas = merged_deltas(places, WEIGHTS)
-        before, after = load_file(base), load_file(found)
-        converted = [convert_ldm_unet_checkpoint(dict(t), dict(unet.config)) for t in (before, after)]
-        close_to_sum(unet, *converted, "unet.", deltas)
+        result = plait.bake(sdxl.adapters, weights=list(WEIGHTS), base=sdxl.base, out=tmp_path / "out", workers=2)
+        found = tmp_path / "out" / sdxl.base.name
+        check_single(sdxl.base, found, result)
+        deltas = merged_deltas(sdxl.adapters, WEIGHTS)
+        before, after = load_file(sdxl.base), load_file(found)
+        converted = [convert_ldm_unet_checkpoint(dict(t), dict(sdxl.unet.config)) for t in (before, after)]
+        close_to_sum(deepcopy(sdxl.unet), *converted, "unet.", deltas)
         prefix = "conditioner.embedders.1.model."
-        texts = [convert_open_clip_checkpoint(two, dict(t), prefix=prefix) for t in (before, after)]
+        texts = [convert_open_clip_checkpoint(sdxl.second, dict(t), prefix=prefix) for t in (before, after)]
         texts = [{n: t for n, t in text.items() if "position_ids" not in n} for text in texts]
-        close_to_sum(two, *texts, "text_encoder_2.", deltas)
+        close_to_sum(deepcopy(sdxl.second), *texts, "text_encoder_2.", deltas)
+
+    def test_the_commands_of_the_tutorial(self, sdxl, tmp_path, monkeypatch, capsys):
+        text = (Path(__file__).parents[2] / "docs" / "sdxl.md").read_text(encoding="utf-8")
+        shutil.copy(sdxl.base, tmp_path)
+        for name, place in zip(("watercolor", "pixelart"), sdxl.adapters, strict=True):
+            shutil.copy(place / "lora.safetensors", tmp_path / f"{name}.safetensors")
+        (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+        (tmp_path / "styles.yaml").write_text(recipe)
+        monkeypatch.chdir(tmp_path)
+        lines = [line for body in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in body.splitlines()]
+        assert len(lines) == 10
+        for line in lines:
+            assert exit_code(*shlex.split(line)[1:]) == 0, line + capsys.readouterr().err
+        one, two = load_file("both/lora.safetensors"), load_file("both-again/lora.safetensors")
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[n], two[n]) for n in one)
+        whole, unet = merged_deltas([Path("both")], [1.0]), merged_deltas([Path("both-unet")], [1.0])
+        watercolor = merged_deltas([Path("watercolor.safetensors")], [0.7])
+        for path, delta in unet.items():
+            assert_near(delta, (watercolor if path.startswith("text_encoder") else whole)[path])
 
     @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
     def test_flux(self, tmp_path, prefix):
@@ -491,6 +547,40 @@ class TestSingleFiles:
         for name, tensor in originals.items():
             delta = deltas.get(f"diffusion_model.{name.removesuffix('.weight')}", torch.zeros(()))
             assert float((after[name].double() - tensor.double() - delta).abs().max()) < 1e-6, name
+
+    def test_fluxs_names_are_converted_both_ways(self, tmp_path):
+        """Kohya's fused modules act in diffusers once they are cut, and are the same deltas once they are fused again."""
+        import diffusers
+
+        torch.manual_seed(2)
+        model = diffusers.FluxTransformer2DModel(
+            patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=4, num_attention_heads=2,
+            joint_attention_dim=6, pooled_projection_dim=6, axes_dims_rope=(2, 2, 0),
+        ).eval()  # fmt: skip
+        originals, held = original_flux(model.state_dict()), {}
+        for seed, module in enumerate(("double_blocks.0.img_attn.qkv", "double_blocks.0.txt_mlp.2", "single_blocks.0.linear1")):
+            rows, columns = originals[f"{module}.weight"].shape
+            flat = f"lora_unet_{module.replace('.', '_')}"
+            held |= {f"{flat}.lora_down.weight": random(2, columns, seed=seed), f"{flat}.lora_up.weight": random(rows, 2)}
+            held[f"{flat}.alpha"] = torch.tensor(1.0)
+        save_file(held, tmp_path / "kohya.safetensors")
+        plait.convert(tmp_path / "kohya.safetensors", to="diffusers", out=tmp_path / "cut")
+        plait.convert(tmp_path / "cut", to="kohya", out=tmp_path / "fused")
+        before, after = (merged_deltas([tmp_path / n], [1.0]) for n in ("kohya.safetensors", "fused"))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[n], after[n]) for n in before)
+        assert exit_code("verify", tmp_path / "fused") == 0
+        state, _, metadata = diffusers.FluxPipeline.lora_state_dict(
+            str(tmp_path / "cut"), return_alphas=True, return_lora_metadata=True
+        )
+        live = deepcopy(model)
+        diffusers.FluxPipeline.load_lora_into_transformer(state, None, live, adapter_name="it", metadata=metadata)
+        for name, delta in before.items():
+            originals[f"{name.removeprefix('diffusion_model.')}.weight"] += delta.float()
+        live.fuse_lora()
+        live.unload_lora()
+        wanted, found = originals, original_flux(live.state_dict())
+        assert max(float((found[n] - wanted[n]).abs().max()) for n in wanted) < 1e-5
 
     def test_what_is_not_known_is_refused(self, sd, tmp_path):
         file = tmp_path / "other.safetensors"

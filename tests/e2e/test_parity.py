@@ -144,6 +144,16 @@ def test_prompts(place, tmp_path):
         read_prompts(tmp_path / "nowhere.txt")
 
 
+def test_adapters_of_other_programs_are_run_by_peft(place, tmp_path):
+    """Result and sources are converted for it: the logits are those of the live merge."""
+    for name in "ab":
+        plait.convert(place / name, to="mlx", base_model=str(place / "base"), out=tmp_path / name)
+    merged = plait.merge([tmp_path / n for n in "ab"], weights=[0.7, -0.4], base_model=str(place / "base"), out=tmp_path / "out").folder
+    found = rows(parity(merged, place))
+    assert found["adapter, live result", "float32"].max_difference < 1e-5
+    assert found["rounding alone", "bfloat16"].max_difference > 1e-4
+
+
 def test_what_cannot_be_run(place, tmp_path, monkeypatch):
     dense = plait.merge({n: place / n for n in "ab"}, kind="delta", out=tmp_path / "dense").folder
     with pytest.raises(plait.PlanError, match="bake it first"):

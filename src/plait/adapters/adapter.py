@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,18 +94,19 @@ class Adapter:
     towers: tuple[str, ...] = ()
 
     @staticmethod
-    def open(place: str | Path, name: str) -> Adapter:
+    def open(place: str | Path, name: str, modules: Callable[[], Collection[str]] | None = None) -> Adapter:
         """Open an adapter of any format: read its configuration and the header of its tensor file.
 
         Args:
             place: a folder, or a single file.
             name: unique within a merge.
+            modules: gives the paths of the base model's modules, where it is at hand.
 
         Raises:
             AdapterError: with everything that is wrong with it.
         """
         place = Path(place)
-        stored = read_adapter(place)
+        stored = read_adapter(place, modules)
         file = stored.file
         targets, full, problems = _read_targets(stored)
         collect(AdapterError, [f"{file.path}: {p}" for p in problems], f"{place}: not an adapter that plait can merge")
@@ -169,9 +170,15 @@ class Adapter:
         return tuple(sorted({info.dtype for info in self.file.tensors.values()}))
 
     def sha256(self) -> str:
-        """Return the hex digest of the tensor file."""
-        with self.file.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """Return the hex digest of the tensor file; of numbered files that of their digests, in order."""
+        paths = [p for p in self.files if p.suffix != ".json"] or [self.file.path]
+        digests = []
+        for path in paths:
+            with path.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256"))
+        return (
+            digests[0].hexdigest() if len(digests) == 1 else hashlib.sha256(b"".join(d.digest() for d in digests)).hexdigest()
+        )
 
 
 def _read_targets(stored: StoredAdapter) -> tuple[dict[str, Target], dict[str, str], list[str]]:

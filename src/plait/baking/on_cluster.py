@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from plait.adapters.adapter import Adapter
 from plait.baking.identity import bake_digest
 from plait.baking.journal import BakeJournal
 from plait.baking.plan import Bake, BakeOptions, prepare_bake
@@ -26,6 +25,7 @@ from plait.merging.engine import Engine
 from plait.merging.inventory import placed_recipe
 from plait.recipes.loading import build_recipe
 from plait.recipes.writing import recipe_json
+from plait.results.digests import sha256
 from plait.results.progress import Progress, SilentProgress
 
 _PARTS = "parts"  # folder in the journal's, with one per file that is being made
@@ -121,7 +121,7 @@ class NodeBaker:
     def __init__(self, given: Mapping[str, Any]) -> None:
         self._threads = given["threads"]
         bake = self._bake = prepare_bake(build_recipe(given["recipe"]), BakeOptions(**given["options"]), workers=self._threads)
-        digests = [Adapter.sha256(adapter) for adapter in bake.inventory.adapters]
+        digests = [sha256(adapter.file.path) for adapter in bake.inventory.adapters]
         if bake_digest(bake, digests, given["asked"]) != given["digest"]:
             raise OutputError(
                 "--cluster: a node sees other files than this machine: base model, adapters or second moments differ in "

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from plait.adapters.adapter import Adapter
 from plait.baking.card import model_card
 from plait.baking.digests import base_digests
 from plait.baking.identity import bake_digest
@@ -31,6 +30,7 @@ from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Heads, Recipe
 from plait.recipes.writing import recipe_json
 from plait.records import ShortRepr
+from plait.results.digests import sha256
 from plait.results.disk import UNWRITABLE, check_not_an_input, check_space
 from plait.results.lock import LOCK, Lock, locked_input, new_lock, output_digests
 from plait.results.progress import Progress, SilentProgress
@@ -119,7 +119,7 @@ def run_bake(
         journal = stack.enter_context(open_journal(out, force=force))
         stack.enter_context(_explained(out, journal, len(bake.shards)))
         with ThreadPoolExecutor(min(4, len(bake.inventory.adapters)), "plait-sha256") as pool:
-            digests = list(pool.map(Adapter.sha256, bake.inventory.adapters))
+            digests = list(pool.map(sha256, (a.file.path for a in bake.inventory.adapters)))
         digest = bake_digest(bake, digests, recipe_json(bake.recipe))
         journal.begin(digest)
         resumed = tuple(sorted(journal.finished))

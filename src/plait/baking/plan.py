@@ -202,7 +202,7 @@ def prepare_bake(
     inventory = replace(inventory, recipe=inventory.recipe.model_copy(update={"heads": heads}))
     if not options.full_tensors:
         inventory = replace(inventory, adapters=tuple(replace(a, full_tensors={}) for a in inventory.adapters))
-    merge = make_plan(inventory, workers=workers)
+    merge = make_plan(inventory, workers=workers, written=False)
     full, problems = full_tensors(inventory.adapters, heads)
     problems += [*activation_problems(inventory.adapters), *replication_problems(inventory.adapters)]
     placement = place_deltas(inventory, merge, checkpoint, full)

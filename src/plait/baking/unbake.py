@@ -25,6 +25,7 @@ from plait.parsing import as_record
 from plait.recipes.loading import build_recipe
 from plait.recipes.schema import Recipe
 from plait.records import Record, ShortRepr
+from plait.results.digests import sha256
 from plait.results.lock import LOCK, read_lock
 from plait.results.progress import Progress
 from plait.tensorfiles.reader import TensorFile
@@ -116,7 +117,7 @@ def _weight_of_lock(model: str, adapter: Adapter) -> float:
     lock = read_lock(folder, advice=_GIVE_WEIGHT) if has_lock else None
     if lock is None or lock.kind != "bake":
         return 1.0
-    file, digest = adapter.file.path.name, adapter.sha256()
+    file, digest = adapter.file.path.name, sha256(adapter.file.path)
     name = next((n for n, entry in lock.inputs.items() if entry.files.get(file) == digest), None)
     if name is None:
         raise PlanError(

@@ -163,6 +163,10 @@ class BaseCheckpoint:
         prefix = f"{component}." if component else ""
         return quantization(config, {n: self.info(n) for n in self.home if n.startswith(prefix)})
 
+    def modules(self) -> list[str]:
+        """Return the paths of modules with a weight, as adapters of pipelines name them; none of one model of transformers."""
+        return [module for name in self.home if (module := self.form.module_of(name)) is not None]
+
     def unchangeable(self, targets: Iterable[str]) -> list[str]:
         """Return why the components that some targets are in cannot be changed; complete messages."""
         if self.form.has_code:

@@ -106,6 +106,10 @@ class BaseForm(ABC):
         """Report why a parameter has no tensor."""
         return "no tensor has its name"
 
+    def module_of(self, tensor: str) -> str | None:
+        """Return the module that a weight belongs to, as adapters of pipelines name it; None for what they do not name."""
+        return None
+
     @property
     def loading(self) -> str | None:
         """Code that loads it, for a card; None where that depends on more than the form."""
@@ -167,6 +171,10 @@ class PipelineFolder(BaseForm):
         starts = [sum(tensors[n].shape[0] for n in names[:i]) for i in range(len(names))]
         return tuple(Part(name, start=start) for name, start in zip(names, starts, strict=True))
 
+    def module_of(self, tensor: str) -> str | None:
+        """Return component and module."""
+        return tensor.removesuffix(".weight") if tensor.endswith(".weight") else None
+
     def why_not(self, parameter: str) -> str:
         """Report why a parameter has no tensor."""
         component = parameter.partition(".")[0]
@@ -209,6 +217,11 @@ class SingleFile(BaseForm):
             return _flux_parts(main, module, leaf, tensors)
         names = (f"{main}{path}.{leaf}" for path in _sgm_paths(module)) if component == "unet" else iter(())
         return next(((Part(name),) for name in names if name in tensors), ())
+
+    def module_of(self, tensor: str) -> str | None:
+        """Return the module of the main model, under the names of its original code."""
+        own = tensor.endswith(".weight") and not tensor.startswith(tuple(p for ps in _TEXT.values() for p in ps))
+        return f"diffusion_model.{tensor.removeprefix(_MAIN).removesuffix('.weight')}" if own else None
 
     def why_not(self, parameter: str) -> str:
         """Report why a parameter has no tensor."""

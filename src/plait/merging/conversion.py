@@ -14,7 +14,7 @@ from plait.adapters.adapter import Adapter
 from plait.adapters.formats import FORMATS, AdapterFormat, ModuleFactors, OutgoingAdapter, OutgoingTarget
 from plait.errors import PlanError, RecipeError, collect, did_you_mean
 from plait.hub.download import Located
-from plait.merging.inventory import open_adapters
+from plait.merging.inventory import modules_of, open_adapters
 from plait.merging.output_format import base_config, settings_of
 from plait.records import Record, ShortRepr
 from plait.results.digests import sha256
@@ -139,7 +139,7 @@ def _planned(
 ) -> _Conversion:
     wanted = _format(to)
     with checking_output(out, force=force):
-        (located,), (adapter,) = open_adapters([(None, reference)])
+        (located,), (adapter,) = open_adapters([(None, reference)], modules=modules_of(base_model, None))
         if adapter.origin.format == wanted.name and tower is None:
             raise PlanError(f"{adapter.folder}: this is an adapter of format {to!r} already.")
         paths = _paths(adapter, tower, wanted)

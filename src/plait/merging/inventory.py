@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -11,6 +11,7 @@ from typing import Any
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
+from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.checkpoints.files import read_config
 from plait.checkpoints.weights import BaseWeights
 from plait.errors import AdapterError, AddressError, PlaitError, PlanError, collect
@@ -152,13 +153,23 @@ def placed_recipe(recipe: Recipe, inventory: Inventory) -> dict[str, Any]:
 def open_entries(recipe: Recipe, folder: Path | None) -> tuple[list[Located], list[Adapter]]:
     """Find and open the adapters of a recipe; see `open_adapters`."""
     references = [(entry.name, entry.path) for entry in recipe.adapters]
-    return open_adapters(references, folder, lambda i: recipe.origins.at("adapters", i, "path"))
+    modules = modules_of(recipe.base_model, folder)
+    return open_adapters(references, folder, lambda i: recipe.origins.at("adapters", i, "path"), modules)
+
+
+def modules_of(base_model: str | None, folder: Path | None) -> Callable[[], Collection[str]] | None:
+    """Return what gives the modules of a base model that is on this machine; None for others: a name fetches none."""
+    place = None if base_model is None else (folder or Path()) / expanded(base_model)
+    if place is None or not place.exists():
+        return None
+    return lambda: BaseCheckpoint.open(str(place.absolute())).modules()
 
 
 def open_adapters(
     references: Sequence[tuple[str | None, str]],
     folder: Path | None = None,
     naming: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext(),
+    modules: Callable[[], Collection[str]] | None = None,
 ) -> tuple[list[Located], list[Adapter]]:
     """Find and open adapters.
 
@@ -166,6 +177,7 @@ def open_adapters(
         references: (name, reference); without a name the reference gives one, made different from the others'.
         folder: what relative paths are relative to; the current folder when None.
         naming: index → what names the place of that reference in what is refused of it.
+        modules: gives the paths of the base model's modules, where it is at hand.
 
     Raises:
         AddressError: references that lead nowhere, all at once.
@@ -180,7 +192,7 @@ def open_adapters(
                 reference = parse_reference(text, base=folder)
                 place = resolve(reference, base=folder)
                 name = given or _unused(reference.default_name(folder), {a.name for a in adapters})
-                adapters.append(Adapter.open(place.path, name))
+                adapters.append(Adapter.open(place.path, name, modules))
             located.append(place)
         except PlaitError as error:
             errors.append(error)

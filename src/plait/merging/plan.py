@@ -97,10 +97,15 @@ class MergePlan(Record):
     notes: tuple[str, ...]
 
 
-def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
+def make_plan(inventory: Inventory, *, workers: int, written: bool = True) -> MergePlan:
     """Decide everything that can be decided from headers.
 
     Read are only a few modules' factors: to see that the adapters were trained, and three for methods that solve.
+
+    Args:
+        inventory: what there is to merge.
+        workers: threads; they decide the memory estimate.
+        written: the merge becomes files of an adapter's format, which must have a place for it; else it is baked, or acts.
 
     Raises:
         PlanError: with everything that does not fit, all at once.
@@ -119,7 +124,7 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
         *layer_problems("method", method.layers(recipe.method), list(inventory.layouts)),
         *head_problems(inventory.adapters, recipe.heads),
     ]
-    problems += _format_problems(inventory, kept)
+    problems += _format_problems(inventory, kept) if written else []
     if recipe.output.kind == "delta" and recipe.heads.policy != "separate":
         problems.append("heads are full tensors, not deltas: with output.kind 'delta' they must be kept separate.")
     if recipe.output.kind == "delta":
@@ -152,7 +157,7 @@ def make_plan(inventory: Inventory, *, workers: int) -> MergePlan:
         output_bytes=_output_bytes(inventory, kept, modules, rank),
         peak_bytes=_peak_bytes(inventory, pipeline, modules, workers),
         max_lora_rank=None if rank is None else max_lora_rank(rank),
-        notes=(*_notes(inventory, left_out), *_data_notes(inventory, pipeline, list(kept))),
+        notes=(*_notes(inventory, left_out, written=written), *_data_notes(inventory, pipeline, list(kept))),
     )
 
 
@@ -345,15 +350,16 @@ def _data_notes(inventory: Inventory, pipeline: Pipeline, paths: list[str]) -> l
     return notes
 
 
-def _notes(inventory: Inventory, left_out: dict[str, tuple[str, ...]]) -> list[str]:
+def _notes(inventory: Inventory, left_out: dict[str, tuple[str, ...]], *, written: bool) -> list[str]:
     recipe = inventory.recipe
     notes = adapter_doubts(inventory.adapters)
     if left_out:
         first, lacking = next(iter(left_out.items()))
         notes.append(f"merge_mode 'common' leaves {len(left_out)} modules out, such as {first} (not in {', '.join(lacking)}).")
-    if not writes_peft(inventory) and recipe.output.kind == "adapter":
+    if written and not writes_peft(inventory) and recipe.output.kind == "adapter":
         chosen = output_format(inventory)
-        notes.append(f"the adapter is written in the format of {chosen.program} ({chosen.name}; docs/formats.md).")
+        one = ", where output.layout has no meaning" if recipe.output.layout != "uniform" else ""
+        notes.append(f"the adapter is written in the format of {chosen.program} ({chosen.name}; docs/formats.md){one}.")
     notes += [f"{a.name!r}: {text}" for a in inventory.adapters for text in a.origin.notes]
     if recipe.space_name == "factors":
         notes.append("space 'factors' merges A and B separately, as PEFT does: the result is not a function of the deltas.")

@@ -191,7 +191,7 @@ class Output(Record):
     dtype: Annotated[Dtype, Field(description="Dtype of the written tensors.")] = "float32"
     layout: Annotated[
         Literal["uniform", "pattern"],
-        Field(description="Store one rank for all modules (zero-padded; loads everywhere), or each its own (`rank_pattern`)."),
+        Field(description="In PEFT's format, one rank for all modules (zero-padded; loads everywhere), or each its own."),
     ] = "uniform"
     format: Annotated[
         str,

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.adapters.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from plait.adapters.adapter import Adapter
+from plait.adapters.config import ADAPTER_CONFIG
 from plait.adapters.names import PREFIX
 from plait.checkpoints.files import architectures, read_config
-from plait.errors import AdapterError, PlanError
+from plait.errors import AdapterError, PlanError, join_words
 from plait.hub.pretrained import load_model, refuse_failures
 from plait.libraries.peft import scalings
 from plait.libraries.transformers import AUTO_MODELS, holds_transposed
 from plait.merging.combine import pipeline_of
+from plait.merging.conversion import run_convert
 from plait.merging.delta_file import NAME as DELTA
 from plait.merging.engine import Engine
 from plait.merging.inventory import Inventory, take_inventory
@@ -97,16 +99,14 @@ def load_sides(
         lock: of it.
         found: its inputs.
         base: the base model's folder.
-        scratch: for a dense merge.
+        scratch: for a dense merge, and for adapters of other formats, which PEFT reads in its own.
         progress: receives stages and steps.
 
     Raises:
         PlaitError: the result cannot be run, or has no live form.
     """
-    if not is_model(folder) and not (folder / ADAPTER_WEIGHTS).is_file():
-        raise PlanError(f"{folder}: holds neither an adapter nor a model that can be run; bake it first.")
+    adapters = {} if is_model(folder) else {"merged": _for_peft(_opened(folder), base, scratch / "merged")}
     task = _task_type(folder, found)
-    adapters = {} if is_model(folder) else {"merged": folder}
     live: ParityModel | None = None
     if lock.kind == "extract":
         reference, live = "the fine-tune", ParityModel(_model(found["finetuned"].folder, task))
@@ -119,13 +119,10 @@ def load_sides(
             reference = "the base model with the dense merge added"
             live = ParityModel(_with_delta(_model(base, task), recipe, scratch, progress))
         else:
-            if others := [a.name for a in inventory.adapters if a.origin.format != "peft"]:
-                raise PlanError(
-                    f"{', '.join(map(repr, others))}: PEFT, with which a result is compared, does not load this format. "
-                    "Convert it (plait convert ADAPTER --to peft), and give that as --input NAME=PATH."
-                )
             reference = "the base model with the adapters active"
-            adapters |= {f"source{i}": adapter.folder for i, adapter in enumerate(inventory.adapters)}
+            adapters |= {
+                f"source{i}": _for_peft(adapter, base, scratch / f"source{i}") for i, adapter in enumerate(inventory.adapters)
+            }
     shared = _attached(_model(base, task), adapters) if adapters else None
     if live is None:
         sources = tuple(name for name in adapters if name != "merged")
@@ -134,6 +131,30 @@ def load_sides(
     if is_model(folder):
         return ParityModels("baked model", reference, ParityModel(_model(folder, task)), live)
     return ParityModels("adapter", reference, ParityModel(shared, ("merged",)), live)
+
+
+def _opened(folder: Path) -> Adapter:
+    try:
+        return Adapter.open(folder, "merged")
+    except AdapterError as error:
+        raise PlanError(f"{folder}: holds neither an adapter nor a model that can be run; bake it first ({error})") from None
+
+
+def _for_peft(adapter: Adapter, base: Path, scratch: Path) -> Path:
+    """Return a folder from which PEFT loads an adapter.
+
+    Raises:
+        PlanError: it is of a pipeline, which has no logits.
+    """
+    if adapter.towers:
+        raise PlanError(
+            f"{adapter.name!r} is of {join_words(adapter.towers)} of a pipeline: a parity check compares logits of a language "
+            "model. Compare images, or what the components compute, with diffusers."
+        )
+    if adapter.origin.format == "peft":
+        return adapter.folder
+    place = adapter.files[0] if adapter.is_one_file else adapter.folder
+    return run_convert(str(place.absolute()), to="peft", out=scratch, base_model=str(base.absolute())).folder
 
 
 def _task_type(folder: Path, found: Mapping[str, FoundInput]) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -154,6 +154,18 @@ class AdapterFormat(ABC):
         Raises:
             AdapterError: with everything that is wrong with it.
         """
+
+    def read_for(self, place: Path, modules: Callable[[], Collection[str]]) -> StoredAdapter:
+        """Open an adapter whose base model is at hand; see `read`. A format whose names are complete does not ask for modules.
+
+        Args:
+            place: a folder, or a single file.
+            modules: gives the base model's, as paths that begin with a component; headers are read when it is called.
+
+        Raises:
+            AdapterError: as `read`.
+        """
+        return self.read(place)
 
     def problems(self, outgoing: OutgoingAdapter) -> list[str]:
         """Return why an adapter cannot be written in this format; complete sentences."""

@@ -22,6 +22,7 @@ from plait.adapters.formats.base import (
     of_a_pipeline,
     only_plain,
 )
+from plait.adapters.formats.flux import cut, has_original_names
 from plait.adapters.formats.pipelines import COMPONENTS, with_text_model
 from plait.adapters.formats.single_file import DIFFUSERS_METADATA, DIFFUSERS_NAME, opened, stored, tensor_file
 from plait.adapters.layouts import Convolution, Linear
@@ -86,6 +87,10 @@ class DiffusersFile(AdapterFormat):
         """Return what other programs may not read."""
         if "diffusion_model" not in outgoing.towers:
             return []
+        if has_original_names(outgoing):
+            return [
+                "Flux's fused modules are cut into diffusers' layers, each with the whole A: the same delta, a larger file."
+            ]
         return [
             "the main model's modules keep the names of its original code (diffusion_model.…), as ComfyUI reads them; "
             "diffusers has names of its own for them."
@@ -93,6 +98,8 @@ class DiffusersFile(AdapterFormat):
 
     def write(self, folder: Path, outgoing: OutgoingAdapter, factors: Factors) -> dict[str, str]:
         """Write an adapter; see `AdapterFormat.write`. Factors stay as they are: scalings become alphas of the metadata."""
+        if has_original_names(outgoing):
+            outgoing, factors = cut(outgoing, factors)
         entries = []
         for path, t in outgoing.targets.items():
             names, (a, b) = t.layout.tensor_names(path), t.layout.packed_shapes(t.rank)

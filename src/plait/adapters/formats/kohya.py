@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from plait.adapters.config import alpha_of
 from plait.adapters.formats.base import AdapterFormat, Factors, OutgoingAdapter, StoredAdapter, of_a_pipeline, only_plain
+from plait.adapters.formats.flux import fuse, has_diffusers_names
 from plait.adapters.formats.pipelines import dotted, from_sgm, is_sdxl, to_sgm
 from plait.adapters.formats.single_file import opened, stored, tensor_file
 from plait.adapters.layouts import Convolution, Linear
@@ -17,10 +19,13 @@ from plait.errors import listed
 from plait.tensorfiles.reader import SafetensorsFile
 from plait.tensorfiles.writer import TensorEntry, TensorWriter
 
-_NAME = re.compile(r"lora_(?P<tower>unet|te[123]?)_(?P<module>[^.]+)\.(?P<part>.+)")
+_NAME = re.compile(r"lora_(?P<tower>unet|transformer|te[123]?)_(?P<module>[^.]+)\.(?P<part>.+)")
+_GIVE_BASE = ". Names of other models are resolved by the modules of a local base: give it (--base-id, base_model)"
 _PARTS = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B", "lora_mid.weight": "lora_mid"}
 _TOWERS = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
 _SGM = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)_\d")
+_WAN = re.compile(r"blocks_\d+_(?:self_attn|cross_attn|ffn_\d)|(?:text|time)_embedding_\d|time_projection_|head_head|img_emb_")
+_TRANSFORMER = re.compile(r"(?:single_)?transformer_blocks_\d|blocks_\d+_(?:attn[12]|ffn_net)_")
 _DIT = re.compile(
     r"(?:double_blocks|single_blocks|joint_blocks|img_in|txt_in|time_in|vector_in|guidance_in|final_layer|[xty]_embedder|context_embedder)(?:_|$)"
 )
@@ -41,7 +46,15 @@ class KohyaFile(AdapterFormat):
 
     def read(self, place: Path) -> StoredAdapter:
         """Open an adapter; see `AdapterFormat.read`."""
-        file, modules, problems = opened(place, _split)
+        return self._read(place, _split)
+
+    def read_for(self, place: Path, modules: Callable[[], Collection[str]]) -> StoredAdapter:
+        """Open an adapter; words that no known layout has are resolved by the base's modules."""
+        known = cache(lambda: _flattened(modules()))
+        return self._read(place, lambda name: _split(name) or _split_by(name, known()))
+
+    def _read(self, place: Path, split: Callable[[str], tuple[str, str] | None]) -> StoredAdapter:
+        file, modules, problems = opened(place, split, _GIVE_BASE if split is _split else "")
         return stored(
             file, modules, problems, name=self.name, writer=_writer(file.metadata),
             linear_projections=_has_linear_projections(file.metadata, list(modules)),
@@ -51,6 +64,7 @@ class KohyaFile(AdapterFormat):
         """Return what has no place in such a file."""
         if alone := of_a_pipeline(outgoing, self.program):
             return alone
+        outgoing = fuse(outgoing, ())[0] if has_diffusers_names(outgoing) else outgoing
         problems = only_plain(outgoing, self.program, Linear, Convolution)
         names = _flat_names(outgoing)
         lost = [path for path, flat in names.items() if flat is None or (_split(f"{flat}.alpha") or ("",))[0] != path]
@@ -61,8 +75,19 @@ class KohyaFile(AdapterFormat):
             )
         return problems
 
+    def notes(self, outgoing: OutgoingAdapter) -> list[str]:
+        """Return how an adapter changes."""
+        if not has_diffusers_names(outgoing):
+            return []
+        return [
+            "Flux's layers become the fused modules of its original code, as kohya's scripts have them: the ranks of query, "
+            "key and value add up, the delta is the same."
+        ]
+
     def write(self, folder: Path, outgoing: OutgoingAdapter, factors: Factors) -> dict[str, str]:
         """Write an adapter; see `AdapterFormat.write`. Factors stay as they are: scalings become alphas."""
+        if has_diffusers_names(outgoing):
+            outgoing, factors = fuse(outgoing, factors)
         names = _flat_names(outgoing)
         entries, alphas = [], {}
         for path, t in outgoing.targets.items():
@@ -89,26 +114,50 @@ def _split(name: str) -> tuple[str, str] | None:
     found = _NAME.fullmatch(name)
     if found is None:
         return None
-    part = _PARTS.get(found["part"], found["part"].removesuffix(".weight"))
     flat = found["module"]
-    if found["tower"] != "unet":
+    if found["tower"] == "transformer" or _TRANSFORMER.match(flat):
+        component, path = "transformer", dotted(flat, "transformer")
+    elif found["tower"] != "unet":
         component, path = _TOWERS[found["tower"]], dotted(flat, "text_encoder")
-    elif _DIT.match(flat):
+    elif _DIT.match(flat) or _WAN.match(flat):
         component, path = "diffusion_model", dotted(flat, "diffusion_model")
     else:
         component, path = "unet", dotted(flat, "unet")
         if path is not None and _SGM.match(flat):
             path = from_sgm(path)
-    return None if path is None else (f"{component}.{path}", part)
+    return None if path is None else (f"{component}.{path}", _part(found["part"]))
+
+
+def _flattened(modules: Collection[str]) -> dict[tuple[str, str], str]:
+    """Return (tower, path with underscores) → path, where only one module has them."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in modules:
+        component, _, inner = path.partition(".")
+        found.setdefault((component if component.startswith("text_encoder") else "", inner.replace(".", "_")), []).append(path)
+    return {flat: paths[0] for flat, paths in found.items() if len(paths) == 1}
+
+
+def _split_by(name: str, modules: Mapping[tuple[str, str], str]) -> tuple[str, str] | None:
+    """Return the module and the part of a tensor by the base's modules; None where it has none of that name."""
+    if (found := _NAME.fullmatch(name)) is None:
+        return None
+    path = modules.get((_TOWERS.get(found["tower"], ""), found["module"]))
+    return None if path is None else (path, _part(found["part"]))
+
+
+def _part(name: str) -> str:
+    return _PARTS.get(name, name.removesuffix(".weight"))
 
 
 def _flat_names(outgoing: OutgoingAdapter) -> dict[str, str | None]:
     """Return target → the beginning of its tensors' names; None where kohya's scripts have none."""
     paths = list(outgoing.targets)
-    several = is_sdxl(paths) or any(p.startswith(("text_encoder_2.", "text_encoder_3.", "diffusion_model.")) for p in paths)
+    several = is_sdxl(paths) or any(
+        p.startswith(("text_encoder_2.", "text_encoder_3.", "diffusion_model.", "transformer.")) for p in paths
+    )
     unet = [p.removeprefix("unet.") for p in paths if p.startswith("unet.")]
     towers = {"text_encoder": "te1" if several else "te", "text_encoder_2": "te2", "text_encoder_3": "te3"}
-    towers |= {"unet": "unet", "diffusion_model": "unet"}
+    towers |= {"unet": "unet", "diffusion_model": "unet", "transformer": "unet"}
     names: dict[str, str | None] = {}
     for path in paths:
         component, _, inner = path.partition(".")

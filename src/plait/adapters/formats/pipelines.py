@@ -27,6 +27,13 @@ _DIT = """
 double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod img_in txt_in time_in vector_in guidance_in
 final_layer adaLN_modulation in_layer out_layer linear linear1 linear2 modulation lin qkv proj joint_blocks context_block
 x_block attn mlp fc1 fc2 x_embedder t_embedder y_embedder context_embedder
+blocks self_attn cross_attn q k v o k_img v_img ffn head text_embedding time_embedding time_projection patch_embedding img_emb
+"""
+_TRANSFORMER = """
+transformer_blocks single_transformer_blocks blocks attn attn1 attn2 to_q to_k to_v to_out add_q_proj add_k_proj add_v_proj
+to_add_out ff ff_context ffn net proj norm1 norm1_context norm norm_out linear proj_mlp proj_out proj_in img_mlp txt_mlp img_mod
+txt_mod img_in txt_in x_embedder context_embedder time_text_embed timestep_embedder text_embedder guidance_embedder linear_1
+linear_2 condition_embedder time_embedder time_proj patch_embedding norm2 norm3
 """
 _TEXT = """
 text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection embeddings token_embedding
@@ -35,6 +42,7 @@ position_embedding block layer SelfAttention EncDecAttention DenseReluDense q k 
 _WORDS = {
     "unet": frozenset((_UNET + _SGM).split()),
     "diffusion_model": frozenset(_DIT.split()),
+    "transformer": frozenset(_TRANSFORMER.split()),
     "text_encoder": frozenset(_TEXT.split()),
 }
 _SGM_NAMES = (

@@ -31,8 +31,15 @@ def tensor_file(place: Path) -> Path | None:
     return only_file(place, SafetensorsFile.suffix)
 
 
-def opened(place: Path, split: Callable[[str], tuple[str, str] | None]) -> tuple[SafetensorsFile, Parts, list[str]]:
+def opened(
+    place: Path, split: Callable[[str], tuple[str, str] | None], advice: str = ""
+) -> tuple[SafetensorsFile, Parts, list[str]]:
     """Return the file of a place that its format has matched, and what `grouped` returns of it.
+
+    Args:
+        place: a folder, or the file.
+        split: name → module and part; None where it is not understood.
+        advice: what to do about names that are not.
 
     Raises:
         AdapterError: it is damaged.
@@ -41,10 +48,10 @@ def opened(place: Path, split: Callable[[str], tuple[str, str] | None]) -> tuple
     if path is None:
         raise AssertionError(f"{place} has no file of tensors")
     file = SafetensorsFile(path)
-    return file, *grouped(file, split)
+    return file, *grouped(file, split, advice)
 
 
-def grouped(file: TensorFile, split: Callable[[str], tuple[str, str] | None]) -> tuple[Parts, list[str]]:
+def grouped(file: TensorFile, split: Callable[[str], tuple[str, str] | None], advice: str = "") -> tuple[Parts, list[str]]:
     """Return module → part → tensor name, and what is wrong: names that cannot be taken apart, or are there twice."""
     modules: Parts = defaultdict(dict)
     unknown, problems = [], []
@@ -56,7 +63,7 @@ def grouped(file: TensorFile, split: Callable[[str], tuple[str, str] | None]) ->
         else:
             modules[found[0]][found[1]] = name
     if unknown:
-        problems.append(f"{len(unknown)} tensors are not understood: {listed(map(repr, unknown), 5)}")
+        problems.append(f"{len(unknown)} tensors are not understood: {listed(map(repr, unknown), 5)}{advice}")
     return modules, problems
 
 
