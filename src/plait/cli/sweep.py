@@ -140,7 +140,7 @@ def _show_final(record: StudyRecord) -> None:
             f"{value:+.2f}{_bounds(bounds)}" if value is not None else "–"
             for value, bounds in ((other.worst, other.worst_interval), (other.mean, other.mean_interval))
         )
-        out().print(f"  better than {name} by {one} in the worst, {two} in the mean")
+        out().print(f"  against {name}: {one} in the worst, {two} in the mean")
     out().print(f"[dim]{final.run}[/dim]", soft_wrap=True)
 
 

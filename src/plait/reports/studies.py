@@ -169,7 +169,8 @@ def _parameter(path: str, scale: Scale, runs: Sequence[Run], study: StudyRecord)
                 dots.append(dot.model_copy(update=ends))
     return Panel(
         title=path,
-        about="Recovery of every task, with its 95 % interval, of the candidates that were asked everything.",
+        about="Recovery of every task, with its 95 % interval as far as it is in the drawing, of the candidates that were "
+        "asked everything.",
         dots=tuple(dots),
         left=_along(scale.marks()),
         up=_upward(y),

@@ -59,7 +59,10 @@ def read_status(folder: Path, storage: str | None = None) -> StudyStatus:
     place = expanded(folder)
     where = f"{place / STORAGE}" if storage is None else "--storage (storage=)"
     if storage is None and not is_there(place / STORAGE, OutputError):
-        raise OutputError(f"{folder}: there is no {STORAGE}; give the folder of a study (or --storage, as the sweep had it).")
+        raise OutputError(
+            f"{folder}: there is no {STORAGE}, which a search writes when it has read its adapters and tasks; give the folder "
+            "of a study (or --storage, as the sweep had it)."
+        )
     with quiet_optuna():
         try:
             opened = optuna.storages.get_storage(storage or sqlite_url(str((place / STORAGE).absolute())))
