@@ -148,7 +148,9 @@ def test_adapters_of_other_programs_are_run_by_peft(place, tmp_path):
     """Result and sources are converted for it: the logits are those of the live merge."""
     for name in "ab":
         plait.convert(place / name, to="mlx", base_model=str(place / "base"), out=tmp_path / name)
-    merged = plait.merge([tmp_path / n for n in "ab"], weights=[0.7, -0.4], base_model=str(place / "base"), out=tmp_path / "out").folder
+    merged = plait.merge(
+        [tmp_path / n for n in "ab"], weights=[0.7, -0.4], base_model=str(place / "base"), out=tmp_path / "out"
+    ).folder
     found = rows(parity(merged, place))
     assert found["adapter, live result", "float32"].max_difference < 1e-5
     assert found["rounding alone", "bfloat16"].max_difference > 1e-4

@@ -134,7 +134,7 @@ class Judge:
         if flat:
             raise TaskError(
                 f"no recovery on split {self.spec.split!r}: the own adapter is not better than the base on {', '.join(flat)}. "
-                "A score leaves no task out: take these tasks out, give more examples (search.subset), or another search.split."
+                "A score leaves no task out: take them out, give more examples (--subset, search.subset), or another split."
             )
         return tuple(found)
 
