@@ -41,7 +41,8 @@ def run(cache: Path, raw: dict[str, Any], *, quick: bool) -> list[Section]:
     shutil.rmtree(out, ignore_errors=True)
     _say("making two adapters (once)")
     run_job("make", script="sdxl_jobs.py", paths=adapters)
-    ours = {}
+    ours: dict[str, Any] = {}
+    given: dict[str, Any]
     for label, settings in RUNS.items():
         given = {"adapters": adapters, "out": str(out / label), "settings": settings | {"weights": list(WEIGHTS)}}
         ours[label] = run_job("plait_merge", **given)
@@ -100,7 +101,8 @@ def _say(text: str) -> None:
 def main() -> None:
     """Parse arguments, measure, report."""
     options = report.arguments(__doc__, "the dense way on the small shapes alone")
-    about, raw = report.machine(), {}
+    about: dict[str, Any] = report.machine()
+    raw: dict[str, Any] = {}
     sections = run(options.cache.resolve(), raw, quick=options.quick)
     report.conclude(RESULTS, about, sections, raw, quick=options.quick, as_markdown=options.markdown)
 

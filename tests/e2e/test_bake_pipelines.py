@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import plait
 from plait.adapters import Adapter
 from plait.adapters.formats.pipelines import to_sgm
+from plait.baking.journal import open_journal
 from plait.errors import AdapterError, PlaitError, PlanError, RecipeError
 from tests.command_line import exit_code
 from tests.hub_server import HubServer
@@ -286,6 +287,27 @@ class TestPipelines:
         assert one.keys() == two.keys()
         assert all(torch.equal(one[n], two[n]) for n in one)
         assert not (tmp_path / ".out.baking").exists()
+
+    def test_a_node_of_a_cluster_makes_a_components_file(self, sd, tmp_path):
+        """What a worker does, without a cluster: the file keeps its folder on the way to the driver's."""
+        from plait.baking.identity import bake_digest
+        from plait.baking.on_cluster import NodeBaker, _take
+        from plait.baking.plan import BakeOptions, prepare_bake
+        from plait.recipes.loading import build_recipe
+        from plait.results.digests import sha256
+
+        settings = {"adapters": [{"path": str(p)} for p in sd.adapters], "base_model": str(sd.base)}
+        bake = prepare_bake(build_recipe(settings), BakeOptions(), workers=1)
+        digest = bake_digest(bake, [sha256(a.file.path) for a in bake.inventory.adapters], settings)
+        node = NodeBaker({"recipe": settings, "asked": settings, "options": {}, "digest": digest, "threads": 1})
+        plait.bake(sd.adapters, base=sd.base, out=tmp_path / "here")
+        with open_journal(tmp_path / "there", force=False) as journal:
+            journal.begin(digest)
+            for name in ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
+                size, sum_of = node.write(lambda _: None, name, str(journal.folder / "parts"))
+                _take(journal, journal.folder / "parts" / name, name, size, sum_of)
+                assert (journal.model / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+            assert journal.holds("text_encoder/model.safetensors")
 
     def test_from_the_hub_come_one_copy_of_the_weights_and_what_is_small(self, sd, tmp_path):
         files = {str(p.relative_to(sd.base)): p.read_bytes() for p in sd.base.rglob("*") if p.is_file()}
