@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -30,7 +32,10 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         port = _free_port() if importlib.util.find_spec("grpc") else None
-        self._cluster = Cluster(initialize_head=True, head_node_args={**NODE, "ray_client_server_port": port})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # the server's log files, which Ray does not close
+            self._cluster = Cluster(initialize_head=True, head_node_args={**NODE, "ray_client_server_port": port})
+            gc.collect()
         self._other: Any = None
         self.address = self._cluster.address
         self.client = None if port is None else f"ray://127.0.0.1:{port}"
