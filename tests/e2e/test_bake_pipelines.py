@@ -588,6 +588,17 @@ class TestSingleFiles:
         save_file(held, tmp_path / "kohya.safetensors")
         plait.convert(tmp_path / "kohya.safetensors", to="diffusers", out=tmp_path / "cut")
         plait.convert(tmp_path / "cut", to="kohya", out=tmp_path / "fused")
+        merged = {}
+        for one, other in (("cut", "cut"), ("kohya.safetensors", "cut"), ("cut", "fused")):  # names of both kinds mix
+            plait.merge({"a": tmp_path / one, "b": tmp_path / other}, out=tmp_path / "merged", weights=[0.5, 2.0], force=True)
+            merged[one, other] = merged_deltas([tmp_path / "merged"], [1.0])
+        wanted = merged.pop(("cut", "cut"))
+        for found in merged.values():
+            assert found.keys() == wanted.keys()
+            assert max(float((found[n] - wanted[n]).abs().max()) for n in wanted) < 1e-5
+        assert exit_code("verify", tmp_path / "merged") == 0
+        notes = plait.plan({"a": tmp_path / "kohya.safetensors", "b": tmp_path / "cut"}).notes
+        assert sum("read as diffusers' layers" in note for note in notes) == 1
         before, after = (merged_deltas([tmp_path / n], [1.0]) for n in ("kohya.safetensors", "fused"))
         assert before.keys() == after.keys()
         assert all(torch.equal(before[n], after[n]) for n in before)

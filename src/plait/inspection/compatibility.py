@@ -148,7 +148,8 @@ def tower_problems(adapters: Sequence[Adapter]) -> list[str]:
     text = "; ".join(f"{_names(group)}: {tower}" for tower, group in main.items())
     return [
         f"the adapters call the main model by different names ({text}): they are of different models, or of one under names "
-        "of its original code (diffusion_model) and of diffusers. Save one of them again in the form of the other."
+        "of its original code (diffusion_model) and of diffusers (of Flux these are read as one; of others they are not). Save "
+        "one of them again in the form of the other."
     ]
 
 

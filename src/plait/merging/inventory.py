@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.adapter import Adapter
+from plait.adapters.agreement import in_one_naming
 from plait.adapters.layouts import Layout
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.checkpoints.files import read_config
@@ -201,7 +202,7 @@ def open_adapters(
         raise errors[0]
     kind = AddressError if all(isinstance(e, AddressError) for e in errors) else AdapterError
     collect(kind, [str(e) for e in errors], "some adapters cannot be opened")
-    return located, adapters
+    return located, in_one_naming(adapters)
 
 
 def _unused(name: str, taken: set[str]) -> str:

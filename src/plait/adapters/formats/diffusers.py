@@ -87,7 +87,7 @@ class DiffusersFile(AdapterFormat):
         """Return what other programs may not read."""
         if "diffusion_model" not in outgoing.towers:
             return []
-        if has_original_names(outgoing):
+        if has_original_names(outgoing.targets):
             return [
                 "Flux's fused modules are cut into diffusers' layers, each with the whole A: the same delta, a larger file."
             ]
@@ -98,7 +98,7 @@ class DiffusersFile(AdapterFormat):
 
     def write(self, folder: Path, outgoing: OutgoingAdapter, factors: Factors) -> dict[str, str]:
         """Write an adapter; see `AdapterFormat.write`. Factors stay as they are: scalings become alphas of the metadata."""
-        if has_original_names(outgoing):
+        if has_original_names(outgoing.targets):
             outgoing, factors = cut(outgoing, factors)
         entries = []
         for path, t in outgoing.targets.items():

@@ -8,10 +8,10 @@ Source: diffusers' conversion of original checkpoints (`convert_flux_transformer
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -47,7 +47,8 @@ _OF_DIFFUSERS = {
 }
 #: Modules whose rows are two halves in one order there and in the other here: shift and scale.
 SWAPPED = ("final_layer.adaLN_modulation.1", "norm_out.linear")
-_ORIGINAL, _DIFFUSERS = "diffusion_model.", "transformer."
+ORIGINAL_TOWER, DIFFUSERS_TOWER = "diffusion_model", "transformer"
+_ORIGINAL, _DIFFUSERS = f"{ORIGINAL_TOWER}.", f"{DIFFUSERS_TOWER}."
 _MLP_RATIO = 4
 _BLOCK = re.compile(r"(?P<blocks>\w+)\.(?P<number>[0-9]{1,4})\.(?P<rest>.+)")
 
@@ -89,17 +90,25 @@ def piece_rows(pieces: int, rows: int, columns: int) -> list[int]:
     return [rows // pieces] * pieces
 
 
-def has_original_names(outgoing: OutgoingAdapter) -> bool:
+class HasLayout(Protocol):
+    """A target of an adapter, read or to be written."""
+
+    @property
+    def layout(self) -> Layout:
+        """How its factors are stored."""
+
+
+def has_original_names(targets: Mapping[str, HasLayout]) -> bool:
     """Return whether the main model of an adapter is Flux under the names of its original code, every module known."""
-    own = {p.removeprefix(_ORIGINAL): t.layout for p, t in outgoing.targets.items() if p.startswith(_ORIGINAL)}
+    own = {p.removeprefix(_ORIGINAL): t.layout for p, t in targets.items() if p.startswith(_ORIGINAL)}
     return bool(own) and all(
         isinstance(layout, Linear) and (path == SWAPPED[0] or bool(diffusers_paths(path))) for path, layout in own.items()
     )
 
 
-def has_diffusers_names(outgoing: OutgoingAdapter) -> bool:
+def has_diffusers_names(targets: Mapping[str, HasLayout]) -> bool:
     """Return whether the main model of an adapter is Flux under diffusers' names, every module known and of Flux's shape."""
-    own = {p: t.layout for p, t in outgoing.targets.items() if p.startswith(_DIFFUSERS)}
+    own = {p: t.layout for p, t in targets.items() if p.startswith(_DIFFUSERS)}
     # names of attention alone are those of other models too
     return any(".single_" in p or ".ff" in p for p in own) and all(
         isinstance(layout, Linear) and (p == _DIFFUSERS + SWAPPED[1] or _fits(p, layout)) for p, layout in own.items()
@@ -108,7 +117,7 @@ def has_diffusers_names(outgoing: OutgoingAdapter) -> bool:
 
 def cut(outgoing: OutgoingAdapter, factors: Factors) -> tuple[OutgoingAdapter, Factors]:
     """Return an adapter under the original names under diffusers' names."""
-    pieces = {p: _pieces(p, t) for p, t in outgoing.targets.items() if p.startswith(_ORIGINAL)}
+    pieces = {p: diffusers_pieces(p, t.layout) for p, t in outgoing.targets.items() if p.startswith(_ORIGINAL)}
     targets: dict[str, OutgoingTarget] = {}
     for path, target in outgoing.targets.items():
         own = pieces.get(path)
@@ -123,7 +132,7 @@ def cut(outgoing: OutgoingAdapter, factors: Factors) -> tuple[OutgoingAdapter, F
             (delta,) = module.slices
             yield from (ModuleFactors(n, [LowRank(delta.a, delta.b[rows])]) for n, rows in pieces[module.target].items())
 
-    towers = tuple("transformer" if t == "diffusion_model" else t for t in outgoing.towers)
+    towers = tuple(DIFFUSERS_TOWER if t == ORIGINAL_TOWER else t for t in outgoing.towers)
     return replace(outgoing, targets=targets, towers=towers), cut_factors()
 
 
@@ -151,7 +160,7 @@ def fuse(outgoing: OutgoingAdapter, factors: Factors) -> tuple[OutgoingAdapter, 
                 yield ModuleFactors(name, [_fused(parts, targets[name])])
                 del waiting[name]
 
-    towers = tuple("diffusion_model" if t == "transformer" else t for t in outgoing.towers)
+    towers = tuple(ORIGINAL_TOWER if t == DIFFUSERS_TOWER else t for t in outgoing.towers)
     return replace(outgoing, targets=targets, towers=towers), fused_factors()
 
 
@@ -176,13 +185,13 @@ def _height(place: OriginalPlace, layout: Layout) -> int:
     return layout.d_out if place.pieces == 1 else layout.d_in * (3 + _MLP_RATIO * (place.pieces == 4))
 
 
-def _pieces(path: str, target: OutgoingTarget) -> dict[str, torch.Tensor]:
-    """Return diffusers' layers for a target, with the rows of its B that are theirs."""
-    module, rows = path.removeprefix(_ORIGINAL), torch.arange(target.layout.d_out)
+def diffusers_pieces(path: str, layout: Layout) -> dict[str, torch.Tensor]:
+    """Return diffusers' layers for a target under the original names, with the rows of its B that are theirs."""
+    module, rows = path.removeprefix(_ORIGINAL), torch.arange(layout.d_out)
     if module == SWAPPED[0]:
         return {_DIFFUSERS + SWAPPED[1]: torch.cat(rows.chunk(2)[::-1])}
     names = diffusers_paths(module)
-    sizes = piece_rows(len(names), target.layout.d_out, target.layout.d_in)
+    sizes = piece_rows(len(names), layout.d_out, layout.d_in)
     return {_DIFFUSERS + name: own for name, own in zip(names, torch.split(rows, sizes), strict=True)}
 
 

@@ -64,7 +64,7 @@ class KohyaFile(AdapterFormat):
         """Return what has no place in such a file."""
         if alone := of_a_pipeline(outgoing, self.program):
             return alone
-        outgoing = fuse(outgoing, ())[0] if has_diffusers_names(outgoing) else outgoing
+        outgoing = fuse(outgoing, ())[0] if has_diffusers_names(outgoing.targets) else outgoing
         problems = only_plain(outgoing, self.program, Linear, Convolution)
         names = _flat_names(outgoing)
         lost = [path for path, flat in names.items() if flat is None or (_split(f"{flat}.alpha") or ("",))[0] != path]
@@ -77,7 +77,7 @@ class KohyaFile(AdapterFormat):
 
     def notes(self, outgoing: OutgoingAdapter) -> list[str]:
         """Return how an adapter changes."""
-        if not has_diffusers_names(outgoing):
+        if not has_diffusers_names(outgoing.targets):
             return []
         return [
             "Flux's layers become the fused modules of its original code, as kohya's scripts have them: the ranks of query, "
@@ -86,7 +86,7 @@ class KohyaFile(AdapterFormat):
 
     def write(self, folder: Path, outgoing: OutgoingAdapter, factors: Factors) -> dict[str, str]:
         """Write an adapter; see `AdapterFormat.write`. Factors stay as they are: scalings become alphas."""
-        if has_diffusers_names(outgoing):
+        if has_diffusers_names(outgoing.targets):
             outgoing, factors = fuse(outgoing, factors)
         names = _flat_names(outgoing)
         entries, alphas = [], {}
