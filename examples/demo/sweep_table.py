@@ -79,7 +79,7 @@ def row(record: Mapping[str, Any]) -> dict[str, Any]:
     leader = next(i for i, r in enumerate(tried, 1) if r is best) if best in tried else 0
     final = record["post_sweep_eval"]
     return {
-        "params": {p: v for p, v in best["params"].items() if p not in record["older_params"]},
+        "params": {p: v for p, v in best["params"].items() if p not in record.get("older_params", ())},
         "score": best["score"],
         "mean": best["score_details"]["mean_interference_delta"],
         "after": leader,
