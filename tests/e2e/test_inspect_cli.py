@@ -117,7 +117,7 @@ def test_everything_unusual_is_shown(run, tmp_path):
         "score.weight 2×8 (head)",
         "Space 'factors' cannot be used",
         "2, 4",
-        "It does not serve of odd: DoRA; full tensors (score); scalings of 1 module",
+        "Of odd it does not serve: DoRA; full tensors (score); scalings of 1 module",
         "1 of 3 target modules are in every adapter",
     ):
         assert word in words, word

@@ -382,7 +382,7 @@ def _serving(inspection: Inspection) -> RenderableType:
     lines.add_row("vLLM", _serving_words(inspection))
     for one in inspection.serving.adapters:
         if one.refused:
-            lines.add_row("", f"It does not serve of {one.name}: {'; '.join(one.refused)}.")
+            lines.add_row("", f"Of {one.name} it does not serve: {'; '.join(one.refused)}.")
     return lines
 
 

@@ -298,7 +298,8 @@ def _served(adapter: Adapter) -> ServedAdapter:
             unserved.setdefault(t.layout.kind, set()).add(short_name(t.path))
     refused = []
     if adapter.origin.format != "peft":
-        form = f"the format {adapter.origin.format} (plait convert --to peft)"
+        advice = "" if adapter.towers else " (plait convert --to peft)"  # it serves language models
+        form = f"the format {adapter.origin.format}{advice}"
         return ServedAdapter(name=adapter.name, rank=rank, max_lora_rank=max_lora_rank(rank), refused=(form,))
     if _is_dora(adapter):
         refused.append("DoRA")
