@@ -265,6 +265,27 @@ def test_what_is_known_of_stopped_candidates_counts() -> None:
         assert suggested_after([(0.9, 0.3), (1.3, -0.2), (1.8, -0.6)]) < 0.9
 
 
+def test_suggestions_keep_apart_from_what_could_not_be_merged() -> None:
+    asked = recipe("{budget: 9, init_points: 1, seed: 1, space: {scale: 0..2}}")
+    found, study = SearchSpace(asked), optuna.create_study(direction="maximize")
+
+    def add(x: float, **outcome: Any) -> None:
+        at = found.distributions({"scale"})
+        study.add_trial(create_trial(params={"scale": x}, distributions=at, **outcome))
+
+    for x, y in ((0.2, 0.2), (0.5, 0.4), (0.8, 0.5)):
+        attributes = {FOUND: outcome_of({"scale": x}, {"t": y}).model_dump(mode="json")}
+        add(x, value=y, user_attrs=attributes)
+    with quiet_optuna():
+        study.sampler = sampler_of(asked.search, found)
+        for _ in range(3):
+            trial = study.ask()
+            tried = [t.params["scale"] for t in study.get_trials() if t.number != trial.number]
+            suggested_now = float(found.suggest(trial)["scale"])  # type: ignore[arg-type]
+            assert min(abs(suggested_now - x) for x in tried) >= 0.03 * 2 - 1e-9
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+
 def run(number: int, worst: float, mean: float, **changes: Any) -> Run:
     results = {"t": TaskOutcome(metric=0.5, recovery=worst, interval=None)}
     plain = {

@@ -56,18 +56,18 @@ class RecoverySampler(BaseSampler):
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return all parameters: they are sampled together."""
-        return self._space.distributions(dict.fromkeys(p.path for p in self._space.parameters))
+        return self._space.distributions({p.path for p in self._space.parameters})
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
         """Return the values of the parameters that the suggested candidate has."""
         others = [t for t in study.get_trials(deepcopy=False) if t.params and t.number != trial.number]
         points = {t.number: self._space.point(t.params) for t in others}
-        tried = {point_key(point) for point in points.values()}
         known = [found for t in others if (found := _observed(t, points[t.number])) is not None]
         if len(known) < self._init_points or not any(found.complete for found in known):
-            return self._space.labels(self._spread(trial.number, tried))
+            return self._space.labels(self._spread(trial.number, {point_key(point) for point in points.values()}))
         begun = [points[t.number] for t in others if t.state is TrialState.RUNNING]
-        chosen = self._expected(known, begun, tried, np.random.default_rng([self._seed, trial.number]))
+        rng = np.random.default_rng([self._seed, trial.number])
+        chosen = self._expected(known, begun, list(points.values()), rng)
         return self._space.labels(chosen)
 
     def sample_independent(
@@ -85,8 +85,17 @@ class RecoverySampler(BaseSampler):
             points = [self._space.at(row) for row in sequence.random(number + 100)[number:]]
         return next((point for point in points if point_key(point) not in tried), points[0])
 
-    def _expected(self, known: Sequence[_Observed], begun: Sequence[Point], tried: set[str], rng: np.random.Generator) -> Point:
-        """Return the point whose goal is expected to improve most."""
+    def _expected(
+        self, known: Sequence[_Observed], begun: Sequence[Point], tried: Sequence[Point], rng: np.random.Generator
+    ) -> Point:
+        """Return the point whose goal is expected to improve most.
+
+        Args:
+            known: candidates with recoveries, one of them complete at least.
+            begun: of trials whose recoveries are not known yet.
+            tried: of all trials, those that could not be merged included; the suggestion keeps apart from them.
+            rng: of the points and the draws.
+        """
         features = partial(_features, self._space.parameters)
         at, complete = features([found.point for found in known]), [found for found in known if found.complete]
         names = tuple(complete[0].recoveries)
@@ -105,10 +114,10 @@ class RecoverySampler(BaseSampler):
 
         leaders = [complete[i].point for i in order[:_LEADERS]]
         points = [self._space.at(row) for row in rng.random((_POINTS, len(self._space.parameters)))]
-        there = np.concatenate([at, features(begun)]) if begun else at
+        keys, there = {point_key(point) for point in tried}, features(tried)
 
         def apart(some: Sequence[Point]) -> list[Point]:
-            anew = _untried(some, tried)
+            anew = [point for key, point in {point_key(p): p for p in some}.items() if key not in keys]
             distances = [np.abs(there - row).max(1).min() for row in features(anew)] if anew else []
             return [point for point, distance in zip(anew, distances, strict=True) if distance >= _APART] or anew
 
@@ -202,11 +211,6 @@ def _observed(trial: FrozenTrial, point: Point) -> _Observed | None:
         else {name: (as_told(result.recovery), 0.0) for name, result in outcome.results.items() if result.recovery is not None}
     )
     return _Observed(point, values, not outcome.stopped)
-
-
-def _untried(points: Sequence[Point], tried: set[str]) -> list[Point]:
-    """Return the points that were not tried, each once."""
-    return [point for key, point in {point_key(p): p for p in points}.items() if key not in tried]
 
 
 def _features(parameters: Sequence[Parameter], points: Sequence[Point]) -> FloatArray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -137,7 +137,7 @@ class SearchSpace:
         choices = {p.path for p in self.parameters if p.kind == "categorical"}
         return {path: label_of(value) if path in choices else value for path, value in point.items()}
 
-    def distributions(self, point: Iterable[str]) -> dict[str, BaseDistribution]:
+    def distributions(self, point: Container[str]) -> dict[str, BaseDistribution]:
         """Return the distributions of the parameters that a point has.
 
         Args:
