@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,53 @@ def test_a_sweep_from_outside_of_the_cluster(
         pytest.skip("the server of Ray's client needs grpcio: `pip install 'plait[ray]'`")
     there = sweep(place, tmp_path / "study", SEARCH, warm_start=[earlier], cluster=nodes.client).record
     assert tried(there) == tried(here)
+
+
+class Failing:
+    """Of Ray, a connection that fails so many times in the way that its proxy fails, or in another."""
+
+    def __init__(self, times: int, error: Exception) -> None:
+        self._left, self._error = times, error
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **settings: Any) -> None:
+        self._left -= 1
+        if self._left >= 0:
+            raise self._error
+
+    def shutdown(self) -> None:
+        pass
+
+
+UNSTARTED = ConnectionAbortedError(
+    'Initialization failure from server:\nTraceback (most recent call last):\n  File "proxier.py", line 765, in Datapath\n'
+    "    raise RuntimeError(\nRuntimeError: Starting Ray client server failed.\n\n"
+)
+
+
+@pytest.mark.parametrize(("times", "error", "warned"), [(2, UNSTARTED, 2), (3, UNSTARTED, 2), (1, ConnectionError("none"), 0)])
+def test_a_server_of_a_client_that_does_not_start(
+    times: int, error: Exception, warned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setattr("plait.cluster.connection.optional", lambda *of: Failing(times, error))
+    what = "Initialization failure from server: RuntimeError: Starting Ray client server failed" if warned else "none"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if times == warned:
+            with connected("ray://127.0.0.1:1") as cluster:
+                assert cluster.address == "ray://127.0.0.1:1"
+        else:
+            with (
+                pytest.raises(PlaitError, match=f"no Ray cluster answers \\({what}\\)"),
+                connected("ray://127.0.0.1:1"),
+            ):
+                pass
+    assert [str(warning.message) for warning in said] == [
+        f"--cluster ray://127.0.0.1:1: the cluster could not start what serves this process ({what}); asked again."
+    ] * warned
 
 
 def test_an_address_that_needs_grpcio(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 import secrets
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from typing import Any
 from plait.cluster import probe
 from plait.errors import OutputError, PlaitError, RecipeError, collect
 from plait.extras import optional
-from plait.libraries.ray import error_of_work, on_node, quiet_connection, sent_by_value
+from plait.libraries.ray import error_of_work, is_unstarted_server, on_node, quiet_connection, sent_by_value
 from plait.results.versions import library_versions
 from plait.version import __version__
 
 _ADDRESS = re.compile(r"ray|ray://[^/\s]+:\d+")
 _ANSWER = 60.0  # seconds in which a node must answer
+_STARTS = 3  # how often a connection is tried that fails because the cluster could not start what serves it
 _PAUSE = 0.5  # seconds before a node is asked again that the scheduler does not know
 _SHARED = "Base model, adapters, data and output must be on storage that all nodes share, under the same paths."
 
@@ -201,6 +203,9 @@ def connected(address: str) -> Iterator[Cluster]:
     Args:
         address: `ray` for the cluster of this machine or of RAY_ADDRESS, or `ray://HOST:PORT`.
 
+    Warns:
+        UserWarning: the cluster could not start the server of `ray://`; it is asked again.
+
     Raises:
         MissingPackageError: Ray is not installed.
         PlaitError: no cluster answers.
@@ -211,18 +216,36 @@ def connected(address: str) -> Iterator[Cluster]:
         optional("grpc", "ray", f"--cluster {address}")
     with ExitStack() as stack:
         if not ray.is_initialized():
-            try:
-                stack.enter_context(quiet_connection(ray, "auto" if address == "ray" else address))
-            except Exception as error:  # Ray raises many classes
-                raise PlaitError(
-                    f"--cluster {address}: no Ray cluster answers ({in_short(error)}). Start one with `ray start --head`, or "
-                    "name one: --cluster ray://HOST:10001."
-                ) from None
+            _connect(ray, address, stack)
         cluster = Cluster(ray, address)
         stack.callback(cluster.close)
         yield cluster
 
 
+def _connect(ray: Any, address: str, stack: ExitStack) -> None:
+    """Connect, until a stack is closed."""
+    for start in range(1, _STARTS + 1):
+        try:
+            stack.enter_context(quiet_connection(ray, "auto" if address == "ray" else address))
+            return
+        except Exception as error:  # Ray raises many classes
+            why = in_short(error)
+            if start < _STARTS and is_unstarted_server(error):
+                warnings.warn(
+                    f"--cluster {address}: the cluster could not start what serves this process ({why}); asked again.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+                continue
+            raise PlaitError(
+                f"--cluster {address}: no Ray cluster answers ({why}). Start one with `ray start --head`, or name one: "
+                "--cluster ray://HOST:10001."
+            ) from None
+
+
 def in_short(error: Exception) -> str:
-    """Return what an error says as a few words."""
-    return " ".join(str(error).split())[:300].rstrip(".")
+    """Return what an error says as a few words; of a traceback in it, the last line."""
+    said, traceback, frames = str(error).partition("Traceback (most recent call last):")
+    if traceback:
+        said += frames.strip().rpartition("\n")[2]
+    return " ".join(said.split())[:300].rstrip(".")

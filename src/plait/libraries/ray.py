@@ -50,6 +50,15 @@ def quiet_connection(ray: Any, address: str) -> Iterator[None]:
         worker.print_to_stdstream = before
 
 
+def is_unstarted_server(error: Exception) -> bool:
+    """Return whether a connection failed because the cluster could not start this client's server.
+
+    Ray's proxy forks while other threads of it call gRPC, and the new process dies in about one of ten starts
+    (ray-project/ray#63202): the next start is likely to live.
+    """
+    return isinstance(error, ConnectionAbortedError) and "Initialization failure from server" in str(error)
+
+
 @contextmanager
 def sent_by_value(module: ModuleType) -> Iterator[None]:
     """Send the functions of a module as their code while the block runs, so that a node that lacks the module runs them."""
