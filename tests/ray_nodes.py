@@ -79,9 +79,7 @@ def nodes() -> Iterator[Nodes]:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_worker_niceness", "0")  # the other tests would take all time from workers that are nice
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv(
-            "GRPC_ENABLE_FORK_SUPPORT", "0"
-        )  # handlers that end one in ten: `is_unstarted_server`
+        patch.setenv("GRPC_ENABLE_FORK_SUPPORT", "0")  # handlers that end one in ten: `is_unstarted_server`
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
         found = Nodes()
         patch.setenv("RAY_ADDRESS", found.address)

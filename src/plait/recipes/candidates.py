@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from plait.errors import RecipeError, did_you_mean
@@ -77,7 +78,7 @@ class Parameter:
         """Return the value at a place between 0 and 1."""
         if self.kind == "categorical":
             return self.ordered[min(int(unit * len(self.choices)), len(self.choices) - 1)]
-        low, high = (self._scaled(edge) for edge in self._edges)
+        low, high = self._edges
         value = low + unit * (high - low)
         value = math.exp(value) if self.log else value
         if self.kind == "int":
@@ -88,14 +89,14 @@ class Parameter:
         """Return the place between 0 and 1 of one of its values."""
         if self.kind == "categorical":
             return (self.ordered.index(value) + 0.5) / len(self.choices)
-        low, high = (self._scaled(edge) for edge in self._edges)
+        low, high = self._edges
         return (self._scaled(float(value)) - low) / (high - low) if high > low else 0.5
 
-    @property
+    @cached_property
     def _edges(self) -> tuple[float, float]:
-        """The ends; of integers half a step further, so that all have the same share."""
+        """The ends, as they are searched; of integers half a step further, so that all have the same share."""
         half = 0.5 if self.kind == "int" else 0.0
-        return self.low - half, self.high + half
+        return self._scaled(self.low - half), self._scaled(self.high + half)
 
     def _scaled(self, value: float) -> float:
         return math.log(value) if self.log else value

@@ -106,8 +106,7 @@ class RecoverySampler(BaseSampler):
         goals = self._goals({name: np.array([found.recoveries[name][0] for found in complete]) for name in names})
         order, normal = np.argsort(-goals, kind="stable"), rng.standard_normal((len(names), _DRAWS))
 
-        def most_promising(points: Sequence[Point]) -> Point:
-            there = features(points)
+        def most_promising(points: Sequence[Point], there: FloatArray) -> Point:
             drawn = self._goals({name: p.draws(there, z) for name, p, z in zip(names, processes, normal, strict=True)})
             expected = np.maximum(drawn - goals[order[0]], 0).mean(1)
             return points[int(np.argmax(expected if expected.max() > _FLAT else drawn.mean(1) + drawn.std(1)))]
@@ -116,16 +115,22 @@ class RecoverySampler(BaseSampler):
         points = [self._space.at(row) for row in rng.random((_POINTS, len(self._space.parameters)))]
         keys, there = {point_key(point) for point in tried}, features(tried)
 
-        def apart(some: Sequence[Point]) -> list[Point]:
+        def apart(some: Sequence[Point]) -> tuple[list[Point], FloatArray]:
+            """Return those that were not tried, away from what was tried where some are, and their features."""
             anew = [point for key, point in {point_key(p): p for p in some}.items() if key not in keys]
-            distances = [np.abs(there - row).max(1).min() for row in features(anew)] if anew else []
-            return [point for point, distance in zip(anew, distances, strict=True) if distance >= _APART] or anew
+            if not anew:
+                return [], there[:0]
+            rows = features(anew)
+            away = np.flatnonzero(np.abs(there - rows[:, None]).max(2).min(1) >= _APART)
+            chosen = away if len(away) else np.arange(len(anew))
+            return [anew[i] for i in chosen], rows[chosen]
 
-        anew = apart([*points, *(p for leader in leaders for p in self._near(leader, rng))])
+        anew, rows = apart([*points, *(p for leader in leaders for p in self._near(leader, rng))])
         if not anew:
             return points[0]
-        first = most_promising(anew)
-        return most_promising([first, *apart(self._near(first, rng))])
+        first = most_promising(anew, rows)
+        nearer, rows = apart(self._near(first, rng))
+        return most_promising([first, *nearer], np.concatenate([features([first]), rows]))
 
     def _near(self, point: Point, rng: np.random.Generator) -> list[Point]:
         """Return points near one."""
