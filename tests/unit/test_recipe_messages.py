@@ -32,6 +32,14 @@ METHOD_NAMES = f"{', '.join(map(repr, list(METHODS)[:-1]))} or {list(METHODS)[-1
             ],
         ),
         (
+            "method:\n  name: ties\n  subset: 8",
+            [
+                f"recipe:6: method.subset: 'subset' is not known here; allowed: {TIES}. "
+                "Did you mean eval.subset or search.subset?"
+            ],
+        ),
+        ("budget: 8", [f"recipe:4: budget: 'budget' is not known here; allowed: {TOP}. Did you mean search.budget?"]),
+        (
             "eval: {subset: 8}",
             [
                 f"recipe:4: eval.subset: subset is 8; it must be a mapping with the keys {join_words([*Subset.model_fields])}, "

@@ -30,6 +30,7 @@ _ELSEWHERE = {
     "majority_sign_method": ("sign", "Write sign."),
     "method_params": ("method", "Parameters go next to the method's name: method: {name: …, …}."),
 }
+_SECTIONS = ("output", "eval", "search", "tune", "calibration")  # of a recipe, each with keys of its own
 _KINDS = {
     "float_type": "a number",
     "float_parsing": "a number",
@@ -243,8 +244,18 @@ def _unknown(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) ->
     model = model_at(path[:-1], data, root)
     scale = " The factor on the merged delta is scale, next to the method." if path == ("method", "lambda") else ""
     problem = unknown_key(key, field_names(model) if model else [])
-    elsewhere = "" if len(path) == 1 or "?" in problem else did_you_mean(key, [*Recipe.model_fields])
-    return problem + scale + elsewhere.replace("?", ", a key of the recipe itself?")
+    if "?" in problem or scale:
+        return problem + scale
+    if places := [f"{section}.{key}" for section in _SECTIONS if key in _section_keys(section)]:
+        return f"{problem} Did you mean {join_words(places, 'or')}?"
+    if len(path) == 1:
+        return problem
+    return problem + did_you_mean(key, [*Recipe.model_fields]).replace("?", ", a key of the recipe itself?")
+
+
+def _section_keys(section: str) -> list[str]:
+    model = model_at((section,), {})
+    return field_names(model) if model else []
 
 
 def _hint(path: KeyPath, data: Mapping[str, Plain], root: type[BaseModel]) -> str:
