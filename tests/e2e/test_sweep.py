@@ -587,6 +587,7 @@ def test_a_page_of_a_study(place: Path, tmp_path: Path, drawn: SweepResult) -> N
     assert page.count("<circle") == len(complete) + len(stopped) + 2 * len(complete) + len(complete)
     assert page.count('fill="none" stroke="#7f7f7f"') == len(stopped)
     for task in ("sort", "rate"):
-        assert f"{task}: {complete[-1].results[task].recovery:.3f} at scale {complete[-1].params['scale']:.3g}" in page
+        recovery = f"{100 * complete[-1].results[task].recovery:.1f}\N{NO-BREAK SPACE}%"
+        assert f"{task}: {recovery} at scale {complete[-1].params['scale']:.3g}" in page
     with pytest.raises(plait.ReportError, match=r"or of a search \(study\.json\)"):
         plait.report([place / "base"], out=tmp_path / "none.html")

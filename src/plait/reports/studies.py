@@ -85,12 +85,14 @@ class Scale(Record):
         high: at the end.
         log: whether positions are of the logarithm.
         choices: in place of numbers: words at equal distances.
+        shares: whether numbers are recoveries, written in percent.
     """
 
     low: float = 0.0
     high: float = 1.0
     log: bool = False
     choices: tuple[str, ...] = ()
+    shares: bool = False
 
     def at(self, value: object) -> float:
         """Return where a value is, from 0 to 1."""
@@ -104,7 +106,10 @@ class Scale(Record):
         """Return positions from 0 to 1 and what is written there."""
         if self.choices:
             return tuple((self.at(word), word) for word in self.choices)
-        return ((0.0, f"{self.low:.3g}"), (1.0, f"{self.high:.3g}"))
+        return ((0.0, self._mark(self.low)), (1.0, self._mark(self.high)))
+
+    def _mark(self, value: float) -> str:
+        return _percent(value) if self.shares else f"{value:.3g}"
 
 
 def study_panels(study: StudyRecord) -> tuple[Panel, ...]:
@@ -220,7 +225,7 @@ def _front(study: StudyRecord) -> Panel:
 
 def _dot(run: Run, x: float, y: Scale, color: str, value: float | None = None, task: str = "") -> Dot:
     shown = run.score if value is None else value
-    title = f"{task + ': ' if task else ''}{shown or 0.0:.3f} at {_words(run)}"
+    title = f"{task + ': ' if task else ''}{_percent(shown or 0.0)} at {_words(run)}"
     return Dot(x=_WIDTH * x, y=_HEIGHT * (1 - y.at(shown or 0.0)), color=color, filled=run.complete, title=title)
 
 
@@ -229,10 +234,16 @@ def _words(run: Run) -> str:
     return ", ".join(values) or "the start"
 
 
+def _percent(share: float) -> str:
+    """Write a recovery finer than the verdict does: candidates differ in little."""
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+
+
 def _range(values: Sequence[float]) -> Scale:
+    """Return the scale of some recoveries."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     room = _MARGIN * (high - low or 1.0)
-    return Scale(low=low - room, high=high + room)
+    return Scale(low=low - room, high=high + room, shares=True)
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
