@@ -7,18 +7,14 @@ are kept in `--cache`, so that a run that was stopped goes on. A study asks 20 c
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from base_model import base_model
+from tables import Found, Table, folder, plait, two_digits
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("langid", "sentiment", "supersense")
@@ -59,22 +55,16 @@ def command(name: str, seed: int, cache: Path) -> list[str]:
     return ["sweep", *adapters, *tasks, "--base-id", str(base_model()), *chosen, *place]
 
 
-def folder(name: str, seed: int, cache: Path) -> Path:
-    """Return where a study is kept."""
-    return cache / f"{name.replace(', ', '-')}-{seed}"
-
-
 def study(name: str, seed: int, cache: Path) -> dict[str, Any]:
     """Run a study, or find it."""
     file = folder(name, seed, cache) / "study.json"
     if not file.is_file():
-        subprocess.run([sys.executable, "-m", "plait", *command(name, seed, cache)], check=True, stdout=subprocess.DEVNULL)
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+        plait(command(name, seed, cache))
+    return row(json.loads(file.read_text(encoding="utf-8")))
 
 
 def row(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a table says of a study."""
+    """Return what the table shows of a study."""
     best, tried = record["runs"][record["best_index"]], [r for r in record["runs"] if r["phase"] in ("point", "search")]
     leader = next(i for i, r in enumerate(tried, 1) if r is best) if best in tried else 0
     final = record["post_sweep_eval"]
@@ -89,7 +79,7 @@ def row(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def table(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> Iterator[str]:
+def table(found: Found) -> Iterator[str]:
     """Yield the lines of a Markdown table: a row per study and seed."""
     yield "| study | seed | best | worst / mean, validation | found at trial | examples asked | worst (95 %) / mean, test |"
     yield "|---|---|---|---|---|---|---|"
@@ -97,10 +87,10 @@ def table(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> Iterator[str]
         for seed, of in seeds.items():
             at = ", ".join(f"{_short(path)} {value:.2g}" for path, value in of["params"].items()) or "as given"
             worst, interval, mean = of["test"]
-            between = f"{_two(interval[0])} – {_two(interval[1])}"
+            between = f"{two_digits(interval[0])} – {two_digits(interval[1])}"
             yield (
-                f"| {name} | {'' if 'bayes' not in name else seed} | {at} | {_two(of['score'])} / {_two(of['mean'])} | "
-                f"{of['after']} | {of['asked']} of {of['all']} | {_two(worst)} ({between}) / {_two(mean)} |"
+                f"| {name} | {seed if is_search(name) else ''} | {at} | {two_digits(of['score'])} / {two_digits(of['mean'])} | "
+                f"{of['after']} | {of['asked']} of {of['all']} | {two_digits(worst)} ({between}) / {two_digits(mean)} |"
             )
 
 
@@ -108,28 +98,19 @@ def _short(path: str) -> str:
     return path.removeprefix("method.").removeprefix("adapters.").removesuffix(".weight")
 
 
-def _two(share: float) -> str:
-    return f"{share:.2f}".replace("0.", ".", 1)
-
-
-def main() -> None:
-    """Run studies, and print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="", help="names, or how they begin, separated by semicolons; all without")
-    parser.add_argument("--seeds", default="0,1,2", help="of the searches, with commas between [%(default)s]")
-    parser.add_argument("--cache", type=Path, default=Path("out/sweep-table"), help="where all is kept [%(default)s]")
-    parser.add_argument("--commands", action="store_true", help="print the commands and run nothing")
-    options = parser.parse_args()
-    wanted = tuple(options.rows.split(";"))
-    seeds = [int(s) for s in options.seeds.split(",")]
-    chosen = {n: seeds if "bayes" in n else [0] for n in ROWS if n.startswith(wanted)}
-    if options.commands:
-        for words in chain.from_iterable((command(n, s, options.cache) for s in some) for n, some in chosen.items()):
-            print("plait", shlex.join(words))
-        return
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    print(*table({n: {s: row(study(n, s, options.cache)) for s in some} for n, some in chosen.items()}), sep="\n")
+def is_search(name: str) -> bool:
+    """Return whether a study depends on its seed: grids and points do not."""
+    return "bayes" in name
 
 
 if __name__ == "__main__":
-    main()
+    Table(
+        __doc__,
+        list(ROWS),
+        seeds="0,1,2",
+        cache="out/sweep-table",
+        commands=lambda name, seed, cache: [command(name, seed, cache)],
+        run=study,
+        lines=table,
+        has_seed=is_search,
+    ).main()

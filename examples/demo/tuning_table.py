@@ -2,23 +2,20 @@
 
 `python examples/demo/tuning_table.py` prints the table of docs/tuning.md; `--commands` shows the command of each row. Rows are
 kept in `--cache` as they finish, so that a run that was stopped goes on. One row takes 2 to 8 minutes on two cores;
-`--rows lines,8` runs only those whose name begins so, `--seeds 0,1,2` each of them three times.
+`--rows 'lines;8'` runs only those whose name begins so, `--seeds 0,1,2` each of them three times.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import resource
 import shlex
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from base_model import base_model
+from tables import Found, Table, folder, plait, two_digits
 
 from plait.tuning.teaching import evenly_spread
 
@@ -50,28 +47,29 @@ ROWS: Mapping[str, str] = {
 }
 
 
-def commands(name: str, seed: int, out: Path, workspace: Path) -> tuple[list[str], list[str]]:
+def commands(name: str, seed: int, cache: Path) -> tuple[list[str], list[str]]:
     """Return the words of `plait tune` and of `plait eval` for a row."""
+    out = folder(name, seed, cache)
     adapters = [str(p) for p in sorted((HERE / "adapters").iterdir())]
     tasks = ["--tasks", *(str(p) for p in sorted((HERE / "tasks").glob("*.yaml")))]
     base = ["--base-id", str(base_model())]
     tune = ["tune", *adapters, *tasks, *base, *shlex.split(ROWS[name]), "--seed", str(seed), "-o", str(out), "--force"]
-    return tune, ["eval", str(out), *tasks, *base, "--batch-size", "32", "--workspace", str(workspace), "--json"]
+    return tune, ["eval", str(out), *tasks, *base, "--batch-size", "32", "--workspace", str(cache / "answers"), "--json"]
 
 
 def row(name: str, seed: int, cache: Path) -> dict[str, Any]:
     """Run a row, or find it."""
-    out = cache / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-    tune, judge = commands(name, seed, out, cache / "answers")
+    out = folder(name, seed, cache)
+    tune, judge = commands(name, seed, cache)
     kept = out.with_suffix(".json")
     if kept.is_file():
         found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
         if found["command"] == tune:
             return found
     before = _processor_time()
-    _plait(tune)
+    plait(tune)
     seconds = _processor_time() - before
-    judged = json.loads(_plait(judge))
+    judged = json.loads(plait(judge))
     record = json.loads((out / "tuning.json").read_text(encoding="utf-8"))
     found = {
         "command": tune,
@@ -105,54 +103,22 @@ def passes(record: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _plait(words: Sequence[str]) -> str:
-    return subprocess.run([sys.executable, "-m", "plait", *words], check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
 def _processor_time() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
-def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+def table(found: Found) -> Iterator[str]:
     """Yield the lines of a Markdown table: a row per name, a pair per seed."""
     yield "| seen and learned | options of `plait tune` | rank | mean / worst | texts read / learned from | processor time |"
     yield "|---|---|---|---|---|---|"
-    for name, runs in found.items():
-        pairs = " · ".join(f"{_two(r['mean'])} / {_two(r['worst'])}" for r in runs)
+    for name, seeds in found.items():
+        runs = list(seeds.values())
+        pairs = " · ".join(f"{two_digits(r['mean'])} / {two_digits(r['worst'])}" for r in runs)
         first = runs[0]
         read = f"{first['passes']['read']} / {first['passes']['learned']}"
         yield f"| {name} | `{ROWS[name]}` | {first['rank']} | {pairs} | {read} | {max(r['seconds'] for r in runs):.0f} s |"
 
 
-def _two(share: float) -> str:
-    return f"{share:.2f}".replace("0.", ".", 1)
-
-
-def main() -> None:
-    """Run rows, and print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="", help="names, or how they begin, with commas between; all without")
-    parser.add_argument("--seeds", default="0", help="with commas between [%(default)s]")
-    parser.add_argument("--cache", type=Path, default=Path("out/tuning-table"), help="where rows are kept [%(default)s]")
-    parser.add_argument("--commands", action="store_true", help="print the commands and run nothing")
-    options = parser.parse_args()
-    wanted = tuple(options.rows.split(","))
-    names = [name for name in ROWS if name.startswith(wanted)]
-    seeds = [int(s) for s in options.seeds.split(",")]
-    options.cache.mkdir(parents=True, exist_ok=True)
-    if options.commands:
-        for name in names:
-            for words in commands(name, seeds[0], options.cache / "tuned", options.cache / "answers"):
-                print("plait", shlex.join(words))
-        return
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name in names:
-        found[name] = [row(name, seed, options.cache) for seed in seeds]
-        print(f"{name}: {found[name]}", file=sys.stderr)
-    print(*table(found), sep="\n")
-
-
 if __name__ == "__main__":
-    main()
+    Table(__doc__, list(ROWS), seeds="0", cache="out/tuning-table", commands=commands, run=row, lines=table).main()

@@ -81,8 +81,15 @@ def collect(error: type[PlaitError], problems: Sequence[str], heading: str) -> N
 
 
 def take_all(error: type[PlaitError], steps: Iterable[Callable[[], Any]], heading: str) -> list[Any]:
-    """Take every step, and only then raise what was wrong: a single error as it is, several as one; see `collect`."""
-    results, errors = [], []
+    """Take every step, and only then raise what was wrong: a single error as it is, several as one; see `collect`.
+
+    Args:
+        error: the class of several that are not all of one class.
+        steps: taken one after another, in order.
+        heading: as of `collect`.
+    """
+    results: list[Any] = []
+    errors: list[PlaitError] = []
     for step in steps:
         try:
             results.append(step())
@@ -90,7 +97,8 @@ def take_all(error: type[PlaitError], steps: Iterable[Callable[[], Any]], headin
             errors.append(found)
     if len(errors) == 1:
         raise errors[0]
-    collect(error, [str(found) for found in errors], heading)
+    kinds = {type(found) for found in errors}
+    collect(kinds.pop() if len(kinds) == 1 else error, [str(found) for found in errors], heading)
     return results
 
 

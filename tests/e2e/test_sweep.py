@@ -21,7 +21,7 @@ import plait.evaluation.session as session
 from plait.adapters.adapter import Adapter
 from plait.errors import OutputError, PlanError, RecipeError, TaskError
 from plait.mixture import Mixture
-from plait.mixture.mixture import PlacedMerge
+from plait.mixture.placing import PlacedMerge
 from plait.search.conclusion import SweepResult
 from plait.search.record import StudyRecord, read_study
 from plait.search.study import Study

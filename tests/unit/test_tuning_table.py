@@ -50,5 +50,5 @@ def test_counts_what_was_read(script: ModuleType) -> None:
 
 def test_writes_a_row_per_name(script: ModuleType) -> None:
     run = {"rank": 8, "mean": 0.986, "worst": -0.0238, "seconds": 84.2, "passes": {"read": 5, "learned": 0}}
-    *_, line = script.table({"lines": [run, run]})
+    *_, line = script.table({"lines": {0: run, 1: run}})
     assert line == "| lines | `--texts lines` | 8 | .99 / -.02 · .99 / -.02 | 5 / 0 | 84 s |"

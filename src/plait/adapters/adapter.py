@@ -14,7 +14,7 @@ from torch import Tensor
 from plait.adapters.config import AdapterConfig
 from plait.adapters.contents import complete_names, sort_tensors
 from plait.adapters.formats import Origin, StoredAdapter, read_adapter
-from plait.adapters.formats.base import one_number
+from plait.adapters.formats.scalings import one_number
 from plait.adapters.layouts import Layout, layout_type
 from plait.adapters.layouts.parameter import WRAPPED, ParameterNaming
 from plait.adapters.lowrank import LowRank

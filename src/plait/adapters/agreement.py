@@ -8,7 +8,6 @@ from dataclasses import replace
 from torch import Tensor
 
 from plait.adapters.adapter import Adapter, Target
-from plait.adapters.formats.base import TranslatedFile, View, same
 from plait.adapters.formats.flux import (
     DIFFUSERS_TOWER,
     ORIGINAL_TOWER,
@@ -16,6 +15,7 @@ from plait.adapters.formats.flux import (
     has_diffusers_names,
     has_original_names,
 )
+from plait.adapters.formats.views import TranslatedFile, View, same
 from plait.adapters.layouts import Linear
 from plait.tensorfiles.reader import TensorFile
 

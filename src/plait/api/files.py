@@ -289,9 +289,9 @@ def extract(
     base: str | Path,
     finetuned: str | Path,
     *,
+    out: str | Path,
     rank: int | str | None = None,
     energy: float | None = None,
-    out: str | Path,
     force: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -304,9 +304,9 @@ def extract(
     Args:
         base: reference of the base model.
         finetuned: reference of the fine-tune, a full model of the same architecture.
+        out: where to write.
         rank: a number, or `energy:0.99` for the lowest rank that keeps that share of ‖ΔW‖² in every module.
         energy: that share, in place of a rank.
-        out: where to write.
         force: replace an adapter at `out`.
         workers: tensors worked on at a time; never changes a byte.
         progress: receives stages and steps.

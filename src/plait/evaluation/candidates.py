@@ -22,7 +22,7 @@ from plait.merging.inventory import Inventory, placed_recipe, take_inventory
 from plait.merging.plan import make_plan
 from plait.mixture import Mixture
 from plait.mixture.merged import averaged_heads, merged_modules
-from plait.mixture.mixture import PlacedMerge
+from plait.mixture.placing import PlacedMerge
 from plait.recipes.loading import build_recipe
 from plait.recipes.writing import recipe_json
 from plait.results.progress import Progress

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from plait.adapters.layouts import Layout
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.checkpoints.files import read_config
 from plait.checkpoints.weights import BaseWeights
-from plait.errors import AdapterError, AddressError, PlaitError, PlanError, collect
+from plait.errors import AdapterError, AddressError, PlanError, collect, take_all
 from plait.folders import expanded
 from plait.hub.download import ADAPTER_CONFIG, Located, resolve, resolve_model
 from plait.hub.references import parse_reference
@@ -185,24 +186,19 @@ def open_adapters(
         AddressError: references that lead nowhere, all at once.
         AdapterError: files that are not adapters, all at once.
     """
-    located: list[Located] = []
-    adapters: list[Adapter] = []
-    errors: list[PlaitError] = []
-    for i, (given, text) in enumerate(references):
-        try:
-            with naming(i):
-                reference = parse_reference(text, base=folder)
-                place = resolve(reference, base=folder)
-                name = given or _unused(reference.default_name(folder), {a.name for a in adapters})
-                adapters.append(Adapter.open(place.path, name, modules))
-            located.append(place)
-        except PlaitError as error:
-            errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
-    kind = AddressError if all(isinstance(e, AddressError) for e in errors) else AdapterError
-    collect(kind, [str(e) for e in errors], "some adapters cannot be opened")
-    return located, in_one_naming(adapters)
+    names: set[str] = set()
+
+    def opened(index: int) -> tuple[Located, Adapter]:
+        given, text = references[index]
+        with naming(index):
+            reference = parse_reference(text, base=folder)
+            place = resolve(reference, base=folder)
+            adapter = Adapter.open(place.path, given or _unused(reference.default_name(folder), names), modules)
+        names.add(adapter.name)
+        return place, adapter
+
+    found = take_all(AdapterError, (partial(opened, i) for i in range(len(references))), "some adapters cannot be opened")
+    return [place for place, _ in found], in_one_naming([adapter for _, adapter in found])
 
 
 def _unused(name: str, taken: set[str]) -> str:

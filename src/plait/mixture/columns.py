@@ -9,11 +9,14 @@ from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import LayerKey, layer_key
+from plait.merging.engine import MergedModule
 from plait.mixture.coefficients import Axes, Coefficients, CoefficientState, Granularity
-from plait.mixture.deltas import AdapterDelta
+from plait.mixture.deltas import AdapterDelta, low_rank_only, merged_deltas
+from plait.mixture.fitting import fitting_module
 from plait.mixture.layers import Adapted, adapted
-from plait.mixture.modules import TargetModule
+from plait.mixture.modules import ModuleIndex, TargetModule
 from plait.mixture.stack import Stack
+from plait.spaces.base import MergedMatrix
 
 ColumnDeltas = Sequence[AdapterDelta | None]  # one target's delta per column
 
@@ -46,6 +49,36 @@ class Columns:
             tuple(rows),
             tuple(a.stack.rank for a in self.layers),
         )
+
+    @classmethod
+    def of(
+        cls,
+        columns: Mapping[str, Mapping[str, Sequence[MergedMatrix]] | Iterable[MergedModule]],
+        index: ModuleIndex,
+        *,
+        canonical: bool,
+    ) -> Columns:
+        """Find the module of every delta; see `Mixture.columns`.
+
+        Args:
+            columns: name → low-rank deltas.
+            index: the model's modules.
+            canonical: take every delta in balanced singular directions.
+
+        Raises:
+            PlanError: a dense delta, DoRA, a target that the model does not have, or another shape.
+        """
+        found: dict[str, list[AdapterDelta | None]] = {}
+        for t, merged in enumerate(columns.values()):
+            for path, delta in merged_deltas(merged):
+                only = low_rank_only(path, delta, "combined")
+                row = found.setdefault(path, [None] * len(columns))
+                row[t] = only.canonical() if canonical else only
+        rows = {
+            path: (fitting_module(path, next(d for d in row if d is not None), index), row)
+            for path, row in sorted(found.items())
+        }
+        return cls(rows, tuple(columns))
 
     def row_of_module(self) -> Tensor:
         """Return the row in Λ per layer of every module, (K,) int64."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.lowrank import LowRank
+from plait.errors import PlanError
 from plait.linalg.blocks import RowBlocks
 from plait.merging.engine import MergedModule
 from plait.merging.truncation import as_blocks
@@ -91,3 +92,20 @@ def merged_deltas(
             yield module.target, AdapterDelta(module.factors.slices, module.bias, module.magnitude).trimmed()
         elif module.dense is not None:
             yield module.target, DenseDelta(module.dense, module.bias)
+
+
+def low_rank_only(path: str, delta: AdapterDelta | DenseDelta, done: str) -> AdapterDelta:
+    """Return a delta that is factors and nothing else.
+
+    Args:
+        path: of its target.
+        delta: of any kind.
+        done: what only factors can be, for the message.
+
+    Raises:
+        PlanError: it is dense, or of DoRA.
+    """
+    if isinstance(delta, DenseDelta) or delta.magnitude is not None:
+        found = "dense" if isinstance(delta, DenseDelta) else "DoRA"
+        raise PlanError(f"{path!r}: the merged delta is {found}; only the factors of a low-rank delta can be {done}.")
+    return delta

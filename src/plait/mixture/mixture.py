@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -16,42 +15,26 @@ from torch import Tensor, nn
 from plait.adapters.adapter import Adapter
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import layer_key
-from plait.adapters.writing import OUTPUT_DTYPES, AdapterWriter
+from plait.adapters.writing import OUTPUT_DTYPES
 from plait.errors import PlanError, collect, did_you_mean
 from plait.merging.engine import MergedModule
 from plait.merging.heads import same_full_tensors
-from plait.merging.output_format import settings_of
-from plait.merging.truncation import rounded
 from plait.mixture.arrangement import Arrangement
 from plait.mixture.coefficients import Axes, Coefficients, CoefficientState, Granularity, span
 from plait.mixture.columns import Columns, layers_of
-from plait.mixture.deltas import AdapterDelta, DenseDelta, merged_deltas
+from plait.mixture.deltas import AdapterDelta, low_rank_only, merged_deltas
 from plait.mixture.factors import LearnedFactors
 from plait.mixture.fitting import fitting_full_tensors, fitting_module, fitting_modules
-from plait.mixture.layers import Adapted, ParameterLayer, adapted
+from plait.mixture.layers import ParameterLayer, adapted
 from plait.mixture.loading import load_base_model
 from plait.mixture.modules import ModuleIndex, TargetModule
+from plait.mixture.placing import PlacedMerge
+from plait.mixture.saving import save_deltas
 from plait.mixture.stack import Stack
 from plait.mixture.swaps import FullTensorSet, Swap, dense_swaps, full_swaps
-from plait.results.staging import staged
 from plait.spaces.base import MergedMatrix
 
 _ACTING: WeakKeyDictionary[nn.Module, Mixture] = WeakKeyDictionary()  # model → whose block is entered
-
-
-@dataclass(frozen=True, eq=False)
-class PlacedMerge:
-    """A merge result on the modules of a live model; see `Mixture.placed`.
-
-    Attributes:
-        mixture: whose model it is.
-        layers: of low-rank deltas, ready to act.
-        dense: dense deltas, whose sum with W is formed when they act.
-    """
-
-    mixture: Mixture
-    layers: tuple[Adapted, ...]
-    dense: tuple[tuple[TargetModule, DenseDelta], ...]
 
 
 class Mixture:
@@ -223,17 +206,8 @@ class Mixture:
         Raises:
             PlanError: a target that the model does not have, or another shape.
         """
-        state = CoefficientState(Coefficients(torch.ones(1), "task", 0, 1))
-        layers: list[Adapted] = []
-        dense: list[tuple[TargetModule, DenseDelta]] = []
         with self._suspended():  # DoRA reads the base's weights
-            for path, delta in merged_deltas(merged):
-                target = fitting_module(path, delta, self._index)
-                if isinstance(delta, DenseDelta):
-                    dense.append((target, delta))
-                else:
-                    layers.append(adapted(target, Stack.of(target, [delta]), state))
-        return PlacedMerge(self, tuple(layers), tuple(dense))
+            return PlacedMerge.of(merged, self._index)
 
     @contextmanager
     def attached(
@@ -256,7 +230,7 @@ class Mixture:
         """
         swaps = self._swaps(heads)
         found = merged if isinstance(merged, PlacedMerge) else self.placed(merged)
-        if found.mixture is not self:
+        if found.index is not self._index:
             raise PlanError("this merge result was placed on another Mixture; place it on this one.")
         with self._suspended():
             for target, delta in found.dense:
@@ -295,7 +269,7 @@ class Mixture:
         """
         deltas: dict[str, tuple[TargetModule, AdapterDelta]] = {}
         for target, delta in merged_deltas(merged):
-            only = _low_rank(target, delta, "learned")
+            only = low_rank_only(target, delta, "learned")
             deltas[target] = (fitting_module(target, only, self._index), only)
         return LearnedFactors(deltas, rank)
 
@@ -329,17 +303,7 @@ class Mixture:
         Raises:
             PlanError: a dense delta, DoRA, a target that the model does not have, or another shape.
         """
-        found: dict[str, list[AdapterDelta | None]] = {}
-        for t, merged in enumerate(columns.values()):
-            for path, delta in merged_deltas(merged):
-                only = _low_rank(path, delta, "combined")
-                row = found.setdefault(path, [None] * len(columns))
-                row[t] = only.canonical() if factors == "canonical" else only
-        rows = {
-            path: (fitting_module(path, next(d for d in row if d is not None), self._index), row)
-            for path, row in sorted(found.items())
-        }
-        return Columns(rows, tuple(columns))
+        return Columns.of(columns, self._index, canonical=factors == "canonical")
 
     @contextmanager
     def combined(
@@ -383,13 +347,8 @@ class Mixture:
         layers = layers_of(self.axes.modules)
         found = {}
         for k, layer in enumerate(self._adapted):
-            stack, share = layer.stack, checked.share(k, layers.index(layer_key(layer.target.path))).cpu()
-            per_rank = share[: stack.rank] if granularity == "direction" else share[stack.owners.cpu()]
-            slices = [
-                LowRank(a, (bt * per_rank.to(bt.dtype).unsqueeze(1)).mT)
-                for a, bt in zip(stack.a.cpu(), stack.bt.cpu(), strict=True)
-            ]
-            found[layer.target.path] = tuple(slices)
+            share = checked.share(k, layers.index(layer_key(layer.target.path)))
+            found[layer.target.path] = layer.stack.weighted(share.cpu(), per_rank=granularity == "direction")
         return found
 
     def save(self, deltas: Mapping[str, Sequence[LowRank]], folder: str | Path, *, dtype: str = "float32") -> Path:
@@ -410,15 +369,7 @@ class Mixture:
             layouts = {path: self._index.find(path).layout for path in deltas}
         except ValueError as error:
             raise PlanError(str(error)) from None
-        ranks = {path: max(s.rank for s in slices) for path, slices in deltas.items()}
-        writer = AdapterWriter(layouts, ranks, dtype=OUTPUT_DTYPES[dtype], uniform=True)
-        base = next((a.config.base_model for a in self._adapters if a.config.base_model), None)
-        with staged(Path(folder), force=False) as place:
-            tensors = (
-                {name: rounded(path, tensor, OUTPUT_DTYPES[dtype]) for name, tensor in writer.tensors(path, slices).items()}
-                for path, slices in deltas.items()
-            )
-            writer.write(place, tensors, writer.config(settings_of(self._adapters, layouts, base)))
+        save_deltas(deltas, Path(folder), layouts, self._adapters, OUTPUT_DTYPES[dtype])
         return Path(folder)
 
     @property
@@ -523,10 +474,3 @@ def _check_free(model: nn.Module, mixture: Mixture | None) -> None:
         raise PlanError(
             "another Mixture acts on this model right now. Leave its `with` block first, or put all adapters into one Mixture."
         )
-
-
-def _low_rank(path: str, delta: AdapterDelta | DenseDelta, done: str) -> AdapterDelta:
-    if isinstance(delta, DenseDelta) or delta.magnitude is not None:
-        found = "dense" if isinstance(delta, DenseDelta) else "DoRA"
-        raise PlanError(f"{path!r}: the merged delta is {found}; only the factors of a low-rank delta can be {done}.")
-    return delta

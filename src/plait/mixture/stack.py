@@ -64,6 +64,13 @@ class Stack:
         """R, the sum of the adapters' ranks."""
         return self.bounds[-1]
 
+    def weighted(self, share: Tensor, *, per_rank: bool) -> tuple[LowRank, ...]:
+        """Return Σ of the deltas with coefficients (T,), or one per rank, (R,) or longer; per matrix, on the processor."""
+        factors = share[: self.rank] if per_rank else share[self.owners.cpu()]
+        return tuple(
+            LowRank(a, (bt * factors.to(bt.dtype).unsqueeze(1)).mT) for a, bt in zip(self.a.cpu(), self.bt.cpu(), strict=True)
+        )
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Stack:
         """Return it on a device; only the factors take the dtype."""
         return Stack(

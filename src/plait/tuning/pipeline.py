@@ -53,7 +53,7 @@ from plait.tuning.notes import notes_on
 from plait.tuning.record import TUNING, Control, TuneRecord
 from plait.tuning.scale import scale_start
 from plait.tuning.span import energy_outside_span, relative_distance
-from plait.tuning.start import closed_form, plan_start
+from plait.tuning.start import ClosedForm, plan_start
 from plait.tuning.teaching import Lesson, make_lesson
 from plait.tuning.texts import seen_texts, tuning_texts, without_test_texts
 from plait.tuning.working import WorkingState, alone
@@ -163,7 +163,7 @@ def _run(
     clock.lap("load")
     lessons = _lessons(mixture, texts, right, owners, progress)
     clock.lap("answers of the adapters")
-    closed = closed_form(inventory, mixture, lessons, workers=worker_count(options.workers), progress=progress, working=working)
+    closed = ClosedForm(inventory, mixture, lessons, worker_count(options.workers), progress, working).merged()
     factors = FactorLearner(mixture, mixture.learned(closed, rank=rank if spec.learns_factors else None))
     clock.lap("closed form")
     taught = split_off(lessons, share=spec.held_out, most=_HELD_MOST, seed=spec.seed)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,18 +50,11 @@ def plan_start(inventory: Inventory) -> MergePlan:
     return make_plan(_with(inventory, {}) if needs_moments(inventory) else inventory, workers=1)
 
 
-def closed_form(
-    inventory: Inventory,
-    mixture: Mixture,
-    lessons: Sequence[Lesson],
-    *,
-    workers: int,
-    progress: Progress,
-    working: WorkingState,
-) -> tuple[MergedModule, ...]:
-    """Merge in memory, and keep the result, so that a killed tuning does not take second moments again.
+@dataclass(frozen=True)
+class ClosedForm:
+    """The merge that a tuning begins at.
 
-    Args:
+    Attributes:
         inventory: the adapters and the recipe.
         mixture: the base with them.
         lessons: whose passages, read with their own adapters, give the second moments.
@@ -70,22 +62,69 @@ def closed_form(
         progress: receives stages and steps.
         working: where the result is kept, and the moments of finished layers, for a method that takes them layer by layer.
     """
-    if not inventory.recipe.tune.learns_factors and inventory.recipe.output.rank != "auto":
-        whole = inventory.recipe.model_copy(update={"output": inventory.recipe.output.model_copy(update={"rank": "auto"})})
-        inventory = replace(inventory, recipe=whole)
-    if (found := working.load("closed-form", partial(_from_tensors, inventory))) is not None:
-        return found
-    merged = _merged(inventory, mixture, lessons, workers, progress, working)
-    tensors: dict[str, Tensor] = {}
-    for m in merged:
-        if m.factors is None or m.magnitude is not None:
-            return merged  # refused by what follows
-        for i, s in enumerate(m.factors.slices):
-            tensors |= {f"{i}.a.{m.target}": s.a, f"{i}.b.{m.target}": s.b}
-        if m.bias is not None:
-            tensors[f"bias.{m.target}"] = m.bias
-    working.save("closed-form", tensors, {"targets": {m.target: len(m.factors.slices) for m in merged if m.factors}})
-    return merged
+
+    inventory: Inventory
+    mixture: Mixture
+    lessons: Sequence[Lesson]
+    workers: int
+    progress: Progress
+    working: WorkingState
+
+    def merged(self) -> tuple[MergedModule, ...]:
+        """Merge in memory, and keep the result, so that a killed tuning does not take second moments again."""
+        if (found := self.working.load("closed-form", partial(_from_tensors, self.inventory))) is not None:
+            return found
+        merged = self._computed(_untruncated(self.inventory))
+        tensors: dict[str, Tensor] = {}
+        for m in merged:
+            if m.factors is None or m.magnitude is not None:
+                return merged  # refused by what follows
+            for i, s in enumerate(m.factors.slices):
+                tensors |= {f"{i}.a.{m.target}": s.a, f"{i}.b.{m.target}": s.b}
+            if m.bias is not None:
+                tensors[f"bias.{m.target}"] = m.bias
+        self.working.save("closed-form", tensors, {"targets": {m.target: len(m.factors.slices) for m in merged if m.factors}})
+        return merged
+
+    def _computed(self, inventory: Inventory) -> tuple[MergedModule, ...]:
+        if not needs_moments(inventory):
+            return tuple(merged_modules_of(inventory, make_plan(inventory, workers=self.workers), self.workers, self.progress))
+        if inventory.recipe.is_sequential:
+            return self._layer_by_layer(inventory)
+        plan = plan_start(inventory)
+        merged: list[MergedModule] = []
+        for targets in _groups(inventory, [m.target for m in plan.modules]):
+            found = _moments(self.mixture, self.lessons, targets, self.progress)
+            part = plan.model_copy(update={"modules": tuple(m for m in plan.modules if m.target in set(targets))})
+            merged += merged_modules_of(_with(inventory, found), part, self.workers, self.progress)
+        return tuple(merged)
+
+    def _layer_by_layer(self, inventory: Inventory) -> tuple[MergedModule, ...]:
+        passages: dict[str, list[Passage]] = {}
+        for lesson in self.lessons:
+            passages.setdefault(lesson.adapter, []).extend(lesson.passages[i] for i in evenly_spread(len(lesson.passages)))
+        heads = {lesson.adapter: lesson.head for lesson in self.lessons}
+        merged = merge_layer_by_layer(
+            inventory,
+            self.mixture,
+            passages,
+            heads,
+            tokens=MOST_ROWS,
+            seed=0,
+            workers=self.workers,
+            progress=self.progress,
+            parts=self.working.place / "layers",
+        )
+        return tuple(sorted(merged, key=lambda m: m.target))
+
+
+def _untruncated(inventory: Inventory) -> Inventory:
+    """Return the same with every rank kept, where coefficients are learned: the truncation comes after that."""
+    output = inventory.recipe.output
+    if inventory.recipe.tune.learns_factors or output.rank == "auto":
+        return inventory
+    recipe = inventory.recipe.model_copy(update={"output": output.model_copy(update={"rank": "auto"})})
+    return replace(inventory, recipe=recipe)
 
 
 def _from_tensors(inventory: Inventory, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> tuple[MergedModule, ...]:
@@ -106,40 +145,6 @@ def _from_tensors(inventory: Inventory, tensors: Mapping[str, Tensor], info: Map
     if not found:
         raise ValueError(info)
     return tuple(found)
-
-
-def _merged(
-    inventory: Inventory,
-    mixture: Mixture,
-    lessons: Sequence[Lesson],
-    workers: int,
-    progress: Progress,
-    working: WorkingState,
-) -> tuple[MergedModule, ...]:
-    if not needs_moments(inventory):
-        return tuple(merged_modules_of(inventory, make_plan(inventory, workers=workers), workers, progress))
-    if inventory.recipe.is_sequential:
-        return _layer_by_layer(inventory, mixture, lessons, workers, progress, working.place / "layers")
-    plan = plan_start(inventory)
-    merged: list[MergedModule] = []
-    for targets in _groups(inventory, [m.target for m in plan.modules]):
-        found = _moments(mixture, lessons, targets, progress)
-        part = plan.model_copy(update={"modules": tuple(m for m in plan.modules if m.target in set(targets))})
-        merged += merged_modules_of(_with(inventory, found), part, workers, progress)
-    return tuple(merged)
-
-
-def _layer_by_layer(
-    inventory: Inventory, mixture: Mixture, lessons: Sequence[Lesson], workers: int, progress: Progress, parts: Path
-) -> tuple[MergedModule, ...]:
-    passages: dict[str, list[Passage]] = {}
-    for lesson in lessons:
-        passages.setdefault(lesson.adapter, []).extend(lesson.passages[i] for i in evenly_spread(len(lesson.passages)))
-    heads = {lesson.adapter: lesson.head for lesson in lessons}
-    merged = merge_layer_by_layer(
-        inventory, mixture, passages, heads, tokens=MOST_ROWS, seed=0, workers=workers, progress=progress, parts=parts
-    )
-    return tuple(sorted(merged, key=lambda m: m.target))
 
 
 def merged_modules_of(inventory: Inventory, plan: MergePlan, workers: int, progress: Progress) -> Iterator[MergedModule]:

@@ -54,9 +54,9 @@ def push_result(
     folder: Path,
     repo: str,
     *,
-    private: bool = False,
     revision: str | None = None,
     create_pr: bool = False,
+    private: bool = False,
     message: str | None = None,
 ) -> PushResult:
     """Upload a finished result: an adapter, a dense delta or a baked model.
@@ -68,9 +68,9 @@ def push_result(
     Args:
         folder: of a merge, a bake, a compression or an extraction.
         repo: `org/name`, or `name` for the user's own; created when it does not exist.
-        private: make the repository private; a public one is refused.
         revision: the branch to write to, created when missing.
         create_pr: open a pull request instead.
+        private: make the repository private; a public one is refused.
         message: title of the commit or pull request; describes the result when None.
 
     Raises:

@@ -12,18 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.config import AdapterConfig, alpha_of
-from plait.adapters.formats.base import (
-    AdapterFormat,
-    Factors,
-    OutgoingAdapter,
-    OutgoingTarget,
-    StoredAdapter,
-    most_common,
-    of_a_pipeline,
-    only_plain,
-)
+from plait.adapters.formats.base import AdapterFormat, Factors, OutgoingAdapter, OutgoingTarget, StoredAdapter
 from plait.adapters.formats.flux import cut, has_original_names
+from plait.adapters.formats.limits import of_a_pipeline, only_plain
 from plait.adapters.formats.pipelines import COMPONENTS, with_text_model
+from plait.adapters.formats.scalings import most_common
 from plait.adapters.formats.single_file import DIFFUSERS_METADATA, DIFFUSERS_NAME, opened, stored, tensor_file
 from plait.adapters.layouts import Convolution, Linear
 from plait.errors import AdapterError

@@ -15,7 +15,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from plait.adapters.formats.base import Factors, ModuleFactors, OutgoingAdapter, OutgoingTarget, rescaled
+from plait.adapters.formats.base import Factors, ModuleFactors, OutgoingAdapter, OutgoingTarget
+from plait.adapters.formats.scalings import rescaled
 from plait.adapters.layouts import Layout, Linear
 from plait.adapters.lowrank import LowRank
 

@@ -17,22 +17,11 @@ import torch
 from torch import Tensor
 
 from plait.adapters.config import AdapterConfig, is_number
-from plait.adapters.formats.base import (
-    AdapterFormat,
-    Factors,
-    Origin,
-    OutgoingAdapter,
-    StoredAdapter,
-    TranslatedFile,
-    View,
-    common_value,
-    of_one_model,
-    only_file,
-    only_plain,
-    rescaled,
-    same,
-)
+from plait.adapters.formats.base import AdapterFormat, Factors, Origin, OutgoingAdapter, StoredAdapter, only_file
+from plait.adapters.formats.limits import of_one_model, only_plain
+from plait.adapters.formats.scalings import common_value, rescaled
 from plait.adapters.formats.single_file import grouped
+from plait.adapters.formats.views import TranslatedFile, View, same
 from plait.adapters.layouts import Linear
 from plait.errors import AdapterError, collect, listed
 from plait.parsing import read_object, shown

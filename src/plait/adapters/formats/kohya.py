@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from plait.adapters.config import alpha_of
-from plait.adapters.formats.base import AdapterFormat, Factors, OutgoingAdapter, StoredAdapter, of_a_pipeline, only_plain
+from plait.adapters.formats.base import AdapterFormat, Factors, OutgoingAdapter, StoredAdapter
 from plait.adapters.formats.flux import fuse, has_diffusers_names
+from plait.adapters.formats.limits import of_a_pipeline, only_plain
 from plait.adapters.formats.pipelines import dotted, from_sgm, is_sdxl, to_sgm
 from plait.adapters.formats.single_file import opened, stored, tensor_file
 from plait.adapters.layouts import Convolution, Linear

@@ -15,22 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.config import ADAPTER_CONFIG, AdapterConfig, is_number
-from plait.adapters.formats.base import (
-    AdapterFormat,
-    Factors,
-    Origin,
-    OutgoingAdapter,
-    StoredAdapter,
-    TranslatedFile,
-    View,
-    carried,
-    common_value,
-    of_one_model,
-    only_plain,
-    rescaled,
-    same,
-    transposed,
-)
+from plait.adapters.formats.base import AdapterFormat, Factors, Origin, OutgoingAdapter, StoredAdapter, carried
+from plait.adapters.formats.limits import of_one_model, only_plain
+from plait.adapters.formats.scalings import common_value, rescaled
+from plait.adapters.formats.views import TranslatedFile, View, same, transposed
 from plait.adapters.layouts import Embedding, Linear
 from plait.adapters.names import layer_key
 from plait.errors import AdapterError, collect, listed

@@ -8,17 +8,9 @@ from pathlib import Path
 
 from plait.adapters.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig, subfolders_with
 from plait.adapters.contents import other_files
-from plait.adapters.formats.base import (
-    AdapterFormat,
-    Factors,
-    Origin,
-    OutgoingAdapter,
-    StoredAdapter,
-    TranslatedFile,
-    View,
-    of_one_model,
-    same,
-)
+from plait.adapters.formats.base import AdapterFormat, Factors, Origin, OutgoingAdapter, StoredAdapter
+from plait.adapters.formats.limits import of_one_model
+from plait.adapters.formats.views import TranslatedFile, View, same
 from plait.adapters.names import clean_settings, foreign_tensors, parse_lora_name
 from plait.adapters.writing import AdapterWriter
 from plait.errors import AdapterError, listed

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from plait.adapters.formats.base import View, one_number, same
+from plait.adapters.formats.scalings import one_number
+from plait.adapters.formats.views import View, same
 from plait.adapters.layouts import Convolution, Linear
 from plait.tensorfiles.reader import FLOATS, TensorFile
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from plait.adapters.config import ADAPTER_CONFIG, AdapterConfig, alpha_of
-from plait.adapters.formats.base import Origin, StoredAdapter, TranslatedFile, View, carried, only_file
+from plait.adapters.formats.base import Origin, StoredAdapter, carried, only_file
 from plait.adapters.formats.pipelines import COMPONENTS, kernel_of
 from plait.adapters.formats.products import Factored, factored
+from plait.adapters.formats.views import TranslatedFile, View
 from plait.errors import AdapterError, collect, listed
 from plait.tensorfiles.reader import SafetensorsFile, TensorFile
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from decimal import Decimal
 from pathlib import Path
 
 from plait.errors import AddressError
@@ -17,12 +16,13 @@ from plait.recipes.importers.base import RecipeForm
 from plait.recipes.importers.entries import named_entry
 from plait.recipes.importers.older_evaluation import KEYS as EVALUATION
 from plait.recipes.importers.older_evaluation import take_evaluation
+from plait.recipes.importers.older_policy import PAIRS, WITHOUT_LAMBDA, take_policy
 from plait.recipes.importers.older_search import KEYS as SEARCH
 from plait.recipes.importers.older_search import OlderSearch, is_older, is_present, searched_split, take_search
+from plait.recipes.importers.older_transforms import is_old_transform, name_of, take_transforms
 from plait.recipes.importers.older_tuning import take_tuning
 from plait.recipes.paths import KeyPath, Plain, is_number
 from plait.recipes.problems import ConvertedRecipe, Origins, Problem, show_value, spell_value
-from plait.recipes.validation import unknown_key
 
 #: Keys that a recipe does not have any more, and what does the same now.
 _ELSEWHERE = {
@@ -36,9 +36,7 @@ _OLD_KEYS = frozenset(
     (*EVALUATION, *_ELSEWHERE, *(key for key in SEARCH if key != "search"), *_PARAMS, "optimizer", "lambda", "lambda_policy")
 )
 _ALL_KEYS = _OLD_KEYS | {"adapters", "method", "merge_mode", "transforms", "search"}
-_PAIRS = ("weighted", "weighted_delta")
-_WITHOUT_LAMBDA = ("uniform", "uniform_delta", "uniform_scalar_delta", "task_vector", "weighted_delta_n")
-_METHODS = frozenset((*_PAIRS, *_WITHOUT_LAMBDA, "dare", "ties"))
+_METHODS = frozenset((*PAIRS, *WITHOUT_LAMBDA, "dare", "ties"))
 _ON_FACTORS = ("uniform", "weighted", "uniform_delta", "uniform_scalar_delta")  # there, transforms acted on A and B
 #: Methods whose results are others than before, and why.
 _OTHER_NUMBERS = {
@@ -53,7 +51,7 @@ def is_old(data: Mapping[str, Plain]) -> bool:
     transforms = data.get("transforms")
     return (
         not _OLD_KEYS.isdisjoint(data)
-        or (isinstance(transforms, list) and any(map(_is_old_transform, transforms)))
+        or (isinstance(transforms, list) and any(map(is_old_transform, transforms)))
         or _is_old_by_its_adapters(data)
         or is_older(data.get("search"))
     )
@@ -125,7 +123,7 @@ class _Migration:
         self._take_lambda()
         self._name_adapters()
         self._apply_method()
-        self._flatten_transforms()
+        self._take_transforms()
         self._take_search()
         self._take_optimizer()
         self._take_evaluation()
@@ -216,14 +214,14 @@ class _Migration:
                 self._take_seed()
             case None if "method" not in self._data:
                 self._problem((), "'method' is missing.")
-        if self._method in _WITHOUT_LAMBDA and "lambda" in self._params:
+        if self._method in WITHOUT_LAMBDA and "lambda" in self._params:
             value = self._params.pop("lambda")
             self._note(f"lambda: {spell_value(value)}", "", f" It never had an effect on {self._method!r}.")
 
     def _note_changed_numbers(self) -> None:
         if (note := number_note({"method": self._method})) is not None:
             self._remarks.append(note)
-        names = [_name(t) for t in self._data.get("transforms") or [] if isinstance(self._data.get("transforms"), list)]
+        names = [name_of(t) for t in self._data.get("transforms") or [] if isinstance(self._data.get("transforms"), list)]
         if self._method in _ON_FACTORS and not {"identity", "ties_scaffold"}.issuperset(map(str, names)):
             self._remarks.append(
                 f"the numbers of `transforms` differ from before. With {self._method!r} they acted on A and B; they act on the "
@@ -273,92 +271,19 @@ class _Migration:
         )
 
     def _take_policy(self, policy: Plain) -> None:
-        path: KeyPath = ("lambda_policy",)
-        if not isinstance(policy, Mapping):
-            self._problem(path, f"lambda_policy is {show_value(policy)}; it must be a mapping.")
-            return
-        allowed = {"scalar": ["type", "value"], "per_layer": ["type", "default", "overrides"]}.get(str(policy.get("type")))
-        if allowed is None:
-            found = show_value(policy.get("type"))
-            self._problem((*path, "type"), f"type is {found}; it must be 'scalar' or 'per_layer'.")
-            return
-        for key in policy.keys() - set(allowed):
-            self._problem((*path, key), unknown_key(str(key), allowed))
-        if self._method in (*_WITHOUT_LAMBDA, "ties", "dare"):
-            self._note(f"lambda_policy: {spell_value(dict(policy))}", "", f" It never had an effect on {self._method!r}.")
-        elif self._method not in _PAIRS:
-            self._problem(path, f"method {self._method!r} never had a lambda_policy; write weights: {{policy: …}}.")
-        elif "weights" in self._data:
-            self._problem(path, "lambda_policy and weights mean the same; keep weights.")
-        elif policy["type"] == "scalar":
-            self._take_scalar(policy)
-        else:
-            self._take_layers(policy)
+        found = take_policy(policy, self._method, self._data, self._params)
+        self._moved |= found.moved
+        self._problems += found.problems
+        self._method_forms += found.method_forms
+        for note in found.notes:
+            self._note(*note)
 
-    def _take_scalar(self, policy: Mapping[str, Plain]) -> None:
-        if "value" in policy:
-            self._params["lambda"] = policy["value"]
-            self._moved["method", "lambda"] = ("lambda_policy", "value")
-        self._method_forms.append((f"lambda_policy: {spell_value(dict(policy))}", _policy_note(self._method)))
-
-    def _take_layers(self, policy: Mapping[str, Plain]) -> None:
-        """Express λ of the first and 1 − λ of the second adapter, layer by layer."""
-        path: KeyPath = ("lambda_policy",)
-        method, given = self._method, self._params.pop("lambda", None)
-        self._data["method"] = "linear"
-        names = [a.get("name") for a in self._data.get("adapters") or [] if isinstance(a, Mapping)]
-        if len(names) != 2 or None in names:
-            self._problem(("adapters",), f"a lambda_policy of {method!r} needs 2 adapters that have names.")
-            return
-        layers = policy.get("overrides") or {}
-        if not isinstance(layers, Mapping):
-            self._problem((*path, "overrides"), f"overrides is {show_value(layers)}; it must map layers to numbers.")
-            return
-        default = policy.get("default", given)
-        lambdas = {(*path, "default"): default, **{(*path, "overrides", key): value for key, value in layers.items()}}
-        wrong = {p: v for p, v in lambdas.items() if not (is_number(v) and 0 <= v <= 1)}
-        for place, value in wrong.items():
-            self._problem(place, f"lambda of {place[-1]} is {show_value(value)}; it must be a number, >= 0 and <= 1.")
-        if wrong:
-            return
-        self._data["weights"] = {
-            "policy": "per_layer",
-            "default": _shares(names, default),
-            "layers": {str(key): _shares(names, value) for key, value in layers.items()},
-        }
-        new = f"method: linear` and `weights: {spell_value(self._data['weights'])}"
-        self._note(f"lambda_policy: {spell_value(dict(policy))}", new, _policy_note(method))
-
-    def _flatten_transforms(self) -> None:
-        transforms = self._data.get("transforms")
-        if not isinstance(transforms, list):
-            return
-        origin = self._moved.get(("transforms",), ("transforms",))
-        flat = [self._flat(t, (*origin, i), i) for i, t in enumerate(transforms)]
-        self._data["transforms"] = flat
-        nested = [t for t in transforms if isinstance(t, Mapping) and "params" in t]
-        if nested:
-            new = [f for f, t in zip(flat, transforms, strict=True) if t in nested]
-            self._note(f"transforms: {spell_value(nested)}", f"transforms: {spell_value(new)}")
-        if any(_name(t) == "ties_scaffold" for t in transforms):
-            self._note("ties_scaffold", "identity", " It never did anything.")
-
-    def _flat(self, transform: Plain, path: KeyPath, index: int) -> Plain:
-        if _name(transform) == "ties_scaffold":
-            return {"name": "identity"}
-        if not isinstance(transform, Mapping) or "params" not in transform:
-            return transform
-        flat = {k: v for k, v in transform.items() if k != "params"}
-        params = {} if transform["params"] is None else transform["params"]
-        if not isinstance(params, Mapping):
-            self._problem((*path, "params"), f"params is {show_value(params)}; it must be a mapping.")
-            return flat
-        for key, value in params.items():
-            if key in flat:
-                self._problem((*path, "params", key), f"{key} is given here and next to the name; keep the latter.")
-            self._moved["transforms", index, key] = (*path, "params", key)
-            flat.setdefault(key, value)
-        return flat
+    def _take_transforms(self) -> None:
+        found = take_transforms(self._data, self._moved.get(("transforms",), ("transforms",)))
+        self._moved |= found.moved
+        self._problems += found.problems
+        for note in found.notes:
+            self._note(*note)
 
     def _take_search(self) -> None:
         if is_present(self._data.get("search")):
@@ -460,18 +385,6 @@ class _Migration:
         self._notes.append(f"`{found}` is an old form: {advice}.{more}")
 
 
-def _is_old_transform(transform: Plain) -> bool:
-    return _name(transform) == "ties_scaffold" or (isinstance(transform, Mapping) and "params" in transform)
-
-
-def _name(transform: Plain) -> Plain:
-    return transform.get("name") if isinstance(transform, Mapping) else transform
-
-
-def _policy_note(method: str | None) -> str:
-    return f" It had no effect on {method!r} before; it has one now." if method == "weighted_delta" else ""
-
-
 def _is_word(text: str) -> bool:
     return not any(c in "/=@" for c in text) and not text.startswith((".", "~"))
 
@@ -499,11 +412,6 @@ def _percent_problem(k: Plain) -> str | None:
     if is_number(k) and k == 0:
         return "k is 0, which keeps no entry: the merge would be zero. It must be > 0 and <= 100."
     return f"k is {show_value(k)}; it must be a percentage, > 0 and <= 100."
-
-
-def _shares(names: list[Plain], value: float) -> dict[str, float]:
-    """Return λ for the first adapter and 1 − λ, taken in decimals as λ is written, for the second."""
-    return {names[0]: float(value), names[1]: float(1 - Decimal(repr(value)))}
 
 
 OLDER = RecipeForm(is_old, convert_old, DeprecationWarning, number_note)
