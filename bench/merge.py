@@ -234,7 +234,7 @@ def run(bench: Bench) -> list[Section]:
     compared.notes = [
         f"Two adapters of {m.adapter_parameters / 1e6:.0f} M float32 values for {m.modules} modules "
         f"({m.layers} layers; {m.delta_entries / 1e6:.0f} M entries of ΔW). The base model is bfloat16, and so PEFT writes "
-        "bfloat16; `linear` writes the same where nothing else is said (plait's default is float32).",
+        "bfloat16; `linear` writes the same where nothing else is given (plait's default is float32).",
         "Whole process: interpreter, imports, work, exit, of the command `plait merge` and of a script for PEFT. Memory: peak "
         "above Python with torch imported, plait's own imports included.",
         f"PEFT per module: measured on {', '.join(bench.modules)} of layer 0, averaged over a layer's seven modules. "

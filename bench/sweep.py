@@ -38,7 +38,7 @@ WORDS = {
     "placed": "on the base",
     "planned": "plan",
     "suggested": "suggestion",
-    "told": "storage",
+    "recorded": "storage",
 }
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PARTS = ("asked", "merged", "placed", "planned", "suggested", "told")
+PARTS = ("asked", "merged", "placed", "planned", "suggested", "recorded")
 WARM_UP = 3  # trials that are not counted: what is imported or filled once for all
 
 
@@ -111,7 +111,7 @@ def _listening(clock: _Clock, end_of_trial: Callable[[], None]) -> Iterator[None
     timed(Mixture, "placed", "placed")
     timed(Sweep, "subject", "planned")
     timed(Study, "next", "suggested")
-    timed(Study, "tell", "told", end_of_trial)
+    timed(Study, "tell", "recorded", end_of_trial)
     try:
         yield
     finally:

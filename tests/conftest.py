@@ -58,7 +58,7 @@ def pytest_runtest_setup() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
-    """Fail where a library has said that plait uses something deprecated of it, whoever filters it."""
+    """Fail where a library has warned that plait uses something deprecated of it, whoever filters it."""
     if message := list(dict.fromkeys(library_warnings.found)):
         library_warnings.found.clear()
         pytest.fail("plait uses what is deprecated:\n" + "\n".join(message), pytrace=False)

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
-#: Runs commands and Python expressions without the packages that stand in `blocked`, and writes what became of them.
+#: Runs commands and Python expressions without the packages in `blocked`, and writes what became of them.
 _PROCESS = """
 import contextlib, io, json, os, sys, traceback
 from pathlib import Path

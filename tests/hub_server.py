@@ -290,7 +290,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.server.hub.repos.get(name)
         mine = self.account is not None and self.account.owns(name)
         if repo is None or (repo.private and not mine):
-            # As the Hub does: strangers are not told whether a repository exists.
+            # As the Hub does: strangers do not learn whether a repository exists.
             if self.account is None:
                 raise _Refused(401, "RepoNotFound", "Invalid username or password.")
             raise _Refused(404, "RepoNotFound", "Repository not found")

@@ -85,7 +85,7 @@ def test_a_parameter_has_the_bounds_of_the_stage_that_it_goes_to(name) -> None:
     for stage in method.pipeline(method.spec.model_validate({"name": name, **example_params(method)})).stages:
         for key in set(type(stage).model_fields) & set(method.params.model_fields):
             theirs, ours = type(stage).model_fields[key], method.params.model_fields[key]
-            # a parameter that stands in place of another is None where that one is given
+            # a parameter in place of another is None where that one is given
             annotation = theirs.annotation | None if ours.default is None else theirs.annotation
             assert (ours.annotation, ours.metadata) == (annotation, theirs.metadata), f"{name}: {key}, of {stage}"
 

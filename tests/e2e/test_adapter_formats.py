@@ -53,8 +53,8 @@ class TestMlx:
         folder.mkdir()
         save_file(tensors, folder / "adapters.safetensors")
         given = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": ["self_attn.q_proj", "self_attn.v_proj"]}
-        said = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": given, "model": "org/base"} | config
-        (folder / "adapter_config.json").write_text(json.dumps(said))
+        settings = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": given, "model": "org/base"} | config
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
         return wanted
 
     def test_is_read_as_its_fuse_adds_it(self, tmp_path):
@@ -90,8 +90,12 @@ class TestMlx:
         write_adapter(tmp_path / "a", modules)
         result = plait.convert(tmp_path / "a", to="mlx", out=tmp_path / "mlx")
         assert result.plan.notes == ("mlx-lm has one scale for all modules: that of 1 others is multiplied into B.",)
-        said = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
-        assert (said["lora_parameters"]["rank"], said["lora_parameters"]["scale"], said["num_layers"]) == (5, 4.0, -1)
+        settings = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
+        assert (settings["lora_parameters"]["rank"], settings["lora_parameters"]["scale"], settings["num_layers"]) == (
+            5,
+            4.0,
+            -1,
+        )
         close(deltas(tmp_path / "mlx"), deltas(tmp_path / "a"), 1e-6)
 
     @pytest.mark.parametrize(
@@ -480,8 +484,8 @@ class TestGguf:
     def base(self, tmp_path) -> Path:
         """A base model's folder, of which its configuration is read."""
         (tmp_path / "base").mkdir()
-        said = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 8}
-        (tmp_path / "base" / "config.json").write_text(json.dumps(said))
+        settings = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 8}
+        (tmp_path / "base" / "config.json").write_text(json.dumps(settings))
         return tmp_path / "base"
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -183,8 +183,8 @@ def test_the_same_resized_vocabulary_of_two_adapters_needs_none(tmp_path):
         peft.save_pretrained(tmp_path / name, save_embedding_layers=True)
     pair = [tmp_path / "a", tmp_path / "b"]
     plait.bake(pair, base=base, out=tmp_path / "out")
-    plait.bake(pair, base=base, out=tmp_path / "said", heads={"policy": "from", "adapter": "b"})
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "said"))
+    plait.bake(pair, base=base, out=tmp_path / "chosen", heads={"policy": "from", "adapter": "b"})
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "chosen"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     tensors = load_file(tmp_path / "b" / "adapter_model.safetensors")

@@ -26,7 +26,7 @@ MODULES = {"q_proj": (24, 32), "up_proj": (48, 32)}
 SETTINGS = {"shard_size": "20KB", "method": "ties", "density": 0.5}
 STEPS = 38  # of a whole bake: 24 tensors, 12 files, the publication
 # Imports everything once and forks a bake per line of its input. A bake waits, and says so, before the step that the line
-# names, until it is told to go on: a signal finds it there, however busy the machine is. Steps are tensors written, files
+# names, until it may continue: a signal finds it there, however busy the machine is. Steps are tensors written, files
 # noted as finished, and the two ends of the publication.
 NURSERY = """
 import json, os, resource, signal, sys, threading
@@ -169,7 +169,7 @@ def undisturbed(materials, tmp_path_factory):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return every file that is a function of the inputs; the lock names its inputs from where it stands."""
+    """Return every file that is a function of the inputs; the lock names its inputs from where it is."""
     skipped = ("merge_metadata.json", "summary.json", "plait.lock")
     return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in skipped}
 

@@ -57,7 +57,7 @@ def test_lines_in_a_pipe_fit_and_end_where_their_text_ends(capsys, monkeypatch, 
     lines = run(capsys, *command)[0].splitlines()
     assert max(map(cell_len, lines)) <= int(columns)
     assert not [line for line in lines if line.endswith(" ")]
-    assert not [line for line in lines if line.startswith(("j (", "(30)"))], "module names stand on one line"
+    assert not [line for line in lines if line.startswith(("j (", "(30)"))], "module names are on one line"
 
 
 def test_a_path_is_shown_whole_whatever_is_in_it(capsys, tmp_path, monkeypatch):

@@ -142,7 +142,7 @@ def test_a_server_of_a_client_that_does_not_start(
     pytest.importorskip("ray")
     monkeypatch.setattr("plait.cluster.connection.optional", lambda *of: Failing(times, error))
     what = "Initialization failure from server: RuntimeError: Starting Ray client server failed" if warned else "none"
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if times == warned:
             with connected("ray://127.0.0.1:1") as cluster:
@@ -153,7 +153,7 @@ def test_a_server_of_a_client_that_does_not_start(
                 connected("ray://127.0.0.1:1"),
             ):
                 pass
-    assert [str(warning.message) for warning in said] == [
+    assert [str(warning.message) for warning in caught] == [
         f"--cluster ray://127.0.0.1:1: the cluster could not start what serves this process ({what}); asked again."
     ] * warned
 
@@ -203,7 +203,7 @@ def same(record: StudyRecord) -> dict[str, Any]:
 
 
 class Answering:
-    """Of Ray, what is asked of it: nodes that answer what they are told to."""
+    """Of Ray, what is asked of it: nodes that answer what they are made to."""
 
     def __init__(self, *nodes: dict[str, float]) -> None:
         self._nodes = nodes
@@ -249,9 +249,9 @@ def test_nodes_that_cannot_take_part(tmp_path: Path, monkeypatch: pytest.MonkeyP
     answers["three"] = "nothing came within 60 s"
     with pytest.raises(PlaitError) as caught:
         cluster.check(tmp_path)
-    said = str(caught.value)
-    assert "node three does not answer: nothing came within 60 s" in said
-    assert f"node two has torch 1.0 ({fine['torch']} here), plait is missing ({__version__} here)" in said
+    message = str(caught.value)
+    assert "node three does not answer: nothing came within 60 s" in message
+    assert f"node two has torch 1.0 ({fine['torch']} here), plait is missing ({__version__} here)" in message
     answers.clear()
     answers["two"] = {"unseen": ["/base"], "versions": fine}
     with pytest.raises(OutputError, match="/base: node two of the cluster does not see this"):

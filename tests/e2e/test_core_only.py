@@ -23,7 +23,7 @@ SFT = ["--model_name_or_path", "base", "--dataset_name_or_path", "rows.jsonl", "
 
 
 def says(why: str, packages: list[str], *extras: str) -> str:
-    """Return what must be said."""
+    """Return what must be reported."""
     word = "package" if len(packages) == 1 else "packages"
     return f"{why} needs the {word} {', '.join(map(repr, packages))}: python -m pip install 'plait[{','.join(extras)}]'"
 
@@ -46,7 +46,7 @@ WORK = {
     "recipe migrate": "recipe migrate recipe.yaml",
     "tasks check": "tasks check tasks/sort.yaml",
 }
-#: Command lines and Python that need more, and what must be said.
+#: Command lines and Python that need more, and what must be reported.
 NEEDS = {
     "eval a b --tasks tasks/sort.yaml --base-id base": says("an evaluation", EVAL, "eval"),
     "eval a --tasks tasks/sort.yaml --base-id base": says("an evaluation", EVAL, "eval"),

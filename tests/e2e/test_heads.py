@@ -110,7 +110,7 @@ def test_the_matrix_judges_every_adapter_with_the_tasks_head(prepared):
 
 
 def scores(workspace: Path, name: str) -> dict[str, list[tuple[float, ...]]]:
-    """Return what the head said of every text, per task."""
+    """Return what the head gave for every text, per task."""
     kept = [Answers.model_validate_json(f.read_text()) for f in (workspace / ".scores").glob("*.json")]
     return {k.task: [a.scores for a in k.answers] for k in kept if k.contender == name}
 

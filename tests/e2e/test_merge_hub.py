@@ -1,4 +1,4 @@
-"""From the Hub and to the Hub, through the command line, against a local server that speaks the Hub's API."""
+"""From the Hub and to the Hub, through the command line, against a local server that has the Hub's API."""
 
 from __future__ import annotations
 

@@ -281,7 +281,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
             mixture.model.train()  # transformers checkpoints in training mode only
-        values = torch.full((3, 1), 0.5, requires_grad=True)  # lm_head stands in no layer
+        values = torch.full((3, 1), 0.5, requires_grad=True)  # lm_head is in no layer
         with mixture.mixed(values[: len(mixture.axes.layers)], "layer") as model:
             model(TOKENS, labels=TOKENS).loss.backward()
         gradients.append(values.grad)

@@ -1,4 +1,4 @@
-"""`plait push`: finished results to a local server that the real `huggingface_hub` speaks to."""
+"""`plait push`: finished results to a local server that the real `huggingface_hub` talks to."""
 
 from __future__ import annotations
 

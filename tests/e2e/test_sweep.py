@@ -63,12 +63,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Return the tasks that a model is asked from now on, with the number of examples."""
     found: list[tuple[str, int]] = []
 
-    def listen(model: Any, tokenizer: Any, examples: Any, **how: Any) -> Any:
+    def noted(model: Any, tokenizer: Any, examples: Any, **how: Any) -> Any:
         found.append((examples.task.name, len(examples.items)))
         return answer(model, tokenizer, examples, **how)
 
     answer = session.answer_examples
-    monkeypatch.setattr(session, "answer_examples", listen)
+    monkeypatch.setattr(session, "answer_examples", noted)
     return found
 
 
@@ -155,7 +155,7 @@ def test_a_trial_costs_its_evaluation(
     loads, opened, merges, most = [], [], WeakSet[PlacedMerge](), [0, 0]
     load, read, put = Mixture.load, Adapter.open, Mixture.placed
 
-    def listen(mixture: Mixture, merged: Any) -> PlacedMerge:
+    def noted(mixture: Mixture, merged: Any) -> PlacedMerge:
         found = put(mixture, merged)
         merges.add(found)
         gc.collect()
@@ -164,7 +164,7 @@ def test_a_trial_costs_its_evaluation(
 
     monkeypatch.setattr(Mixture, "load", lambda *a, **k: loads.append(a) or load(*a, **k))
     monkeypatch.setattr(Adapter, "open", lambda *a, **k: opened.append(a) or read(*a, **k))
-    monkeypatch.setattr(Mixture, "placed", listen)
+    monkeypatch.setattr(Mixture, "placed", noted)
     record = sweep(place, tmp_path / "study", {**RANDOM, "race": False}).record
     final = record.post_sweep_eval
     assert final is not None
@@ -254,7 +254,7 @@ def test_a_batch_that_was_stopped_is_completed_with_what_was_known_when_it_began
     assert [r.phase for r in whole.runs] == ["start", *["search"] * 5]
     assert len({r.params["scale"] for r in whole.runs}) == 6, "what is suggested together is not suggested twice"
     del asked[:]
-    told = Study.tell
+    tell = Study.tell
 
     def stop_asking(*given: Any, **how: Any) -> Any:
         if len(asked) == cut:
@@ -262,7 +262,7 @@ def test_a_batch_that_was_stopped_is_completed_with_what_was_known_when_it_began
         return answer(*given, **how)
 
     def stop_telling(self: Study, trial: Any, *what: Any) -> None:
-        told(self, trial, *what)
+        tell(self, trial, *what)
         if trial.number == 3:  # the first of the second batch
             raise KeyboardInterrupt
 
@@ -286,10 +286,10 @@ def test_a_batch_races_against_what_was_known_when_it_began(
     assert [r.stopped for r in alone.runs] == [False, False, True], "the first stops the second where it is known"
     batch = sweep(place, tmp_path / "batch" / "study", {**wanted, "parallel": 2}, scale=3.0).record
     assert [r.stopped for r in batch.runs] == [False, False, False]
-    told = Study.tell
+    tell = Study.tell
 
     def stop(self: Study, *what: Any) -> None:
-        told(self, *what)
+        tell(self, *what)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -305,11 +305,11 @@ HELD = """
 import optuna
 from plait.cli.main import main
 tell = optuna.Study.tell
-told = []
+known = []
 def tell_and_wait(self, *outcome, **settings):
     trial = tell(self, *outcome, **settings)
-    told.append(trial)
-    if len(told) == 2:
+    known.append(trial)
+    if len(known) == 2:
         hold()
     return trial
 optuna.Study.tell = tell_and_wait
@@ -407,8 +407,8 @@ def test_without_a_space_the_method_and_the_scale_are_searched(
     line += ["--type", "random", "--budget", "2", "--workspace", tmp_path / "artifacts", "-o", tmp_path / "study"]
     assert exit_code("sweep", *line) == 0
     shown = capsys.readouterr()
-    said = " ".join(shown.err.split())
-    assert "nothing says what is searched (--space, --grid): the method (iso_cts, dc_merge, tsv, ties, linear)" in said
+    message = " ".join(shown.err.split())
+    assert "nothing says what is searched (--space, --grid): the method (iso_cts, dc_merge, tsv, ties, linear)" in message
     assert "best of 3 candidates on validation" in shown.out
     assert "asked once" in shown.out
     assert exit_code("sweep", "--status", tmp_path / "study") == 0
@@ -481,7 +481,7 @@ def test_what_else_is_refused(place: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new" / "study.json").exists()
 
 
-#: SQL → what is said of a storage in which it was done.
+#: SQL → what is reported of a storage in which it was done.
 DAMAGE = {
     "UPDATE trial_user_attributes SET value_json = '{}' WHERE key = 'plait'": r"trial 0: not a candidate .*outcome\.params",
     "UPDATE trial_user_attributes SET value_json = '{\"params\": {}}' WHERE key = 'plait'": "trial 0: not a candidate .*score",

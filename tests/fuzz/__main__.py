@@ -82,7 +82,7 @@ def show(seed: int, world: Path, scratch: Path) -> int:
     from tests.fuzz.running import attempt
 
     outcome = attempt(seed, world, scratch)
-    print(outcome.what, outcome.said, f"exit {outcome.code}", outcome.finding or "as it should be", sep="\n")
+    print(outcome.what, outcome.shown, f"exit {outcome.code}", outcome.finding or "as it should be", sep="\n")
     return int(outcome.finding is not None)
 
 
@@ -96,7 +96,7 @@ def work(first: int, step: int, end: int, world: Path) -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz-work-") as place:
         for seed in range(first, end, step):
             found = attempt(seed, world, Path(place) / "scratch")
-            line = [seed, found.code, found.what, found.finding, found.said if found.finding else ""]
+            line = [seed, found.code, found.what, found.finding, found.shown if found.finding else ""]
             print(json.dumps(line), file=lines, flush=True)
     return 0
 
@@ -131,12 +131,12 @@ def supervise(first: int, count: int, jobs: int, world: Path) -> int:
                 worker.process.kill()  # its end is read, and taken for a death
             continue
         if line is not None:
-            seed, code, what, finding, said = json.loads(line)
+            seed, code, what, finding, shown = json.loads(line)
             worker.next, worker.heard, done = seed + worker.step, time.monotonic(), done + 1
             codes[str(code)] = codes.get(str(code), 0) + 1
             if finding:
                 findings += 1
-                print(f"\nseed {seed}: {finding}\n  {what}\n  {said}", flush=True)
+                print(f"\nseed {seed}: {finding}\n  {what}\n  {shown}", flush=True)
             continue
         at_work.discard(worker)
         if worker.process.wait() != 0 and worker.next < end:

@@ -25,7 +25,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-#: Texts that stand in a document in place of what `json.dumps` or `yaml.safe_dump` could not write.
+#: Texts in a document in place of what `json.dumps` or `yaml.safe_dump` could not write.
 RAW = {
     "@digits@": "9" * 400,
     "@more-digits@": "7" * 5000,
@@ -389,7 +389,7 @@ def _gguf_spots(data: bytearray) -> dict[str, list[tuple[int, int]]]:
 
 
 _DTYPES = ("I32", "F16", "BF16", "F64", "F8_E4M3", "U8", "BOOL", "Q4", "", "f32")
-#: What is said of one tensor, in place of what is true.
+#: What a header gives of one tensor, in place of what is true.
 _FIELDS: dict[str, Callable[[random.Random, dict[str, Any], dict[str, Any]], dict[str, Any]]] = {
     "same place": lambda _, one, other: {"data_offsets": other["data_offsets"]},
     "shape": lambda chosen, one, other: {
@@ -435,7 +435,7 @@ def _archive(chosen: random.Random, path: Path) -> str:
     return f"{kind} {name[:60]}"
 
 
-#: What stands in place of a tensor.
+#: What is in place of a tensor.
 _ENTRIES: dict[str, Callable[[torch.Tensor], Any]] = {
     "sparse": lambda tensor: tensor.to_sparse(),
     "meta": lambda tensor: tensor.to("meta"),

@@ -55,14 +55,14 @@ class Outcome:
         what: command, file and change, for people.
         code: of the exit.
         finding: what is wrong with the outcome; None when it is right.
-        said: the last that was printed.
+        shown: the last that was printed.
     """
 
     seed: int
     what: str
     code: int | str | None
     finding: str | None
-    said: str
+    shown: str
 
 
 class _TooLong(BaseException):
@@ -89,16 +89,16 @@ def attempt(seed: int, world: Path, scratch: Path) -> Outcome:
     what = f"plait {' '.join(command.words)}   [{target.relative_to(scratch)}: {change}]"
     before = _names(scratch)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    code, said = run(command.words, scratch)
+    code, shown = run(command.words, scratch)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024
-    finding = judge(command, scratch, target, code, said, before)
-    if finding == _NAMELESS and (change.startswith("values") or target.suffix in (".yaml", ".json")) and _AT.search(said):
+    finding = judge(command, scratch, target, code, shown, before)
+    if finding == _NAMELESS and (change.startswith("values") or target.suffix in (".yaml", ".json")) and _AT.search(shown):
         finding = None  # numbers that can be read, and lead to a result that cannot be written
     if finding is None and code in (0, None) and command.exact:
         finding = _compare(command, scratch, world)
     if finding is None and grown > _MOST_MEMORY:
         finding = f"it took {grown >> 20} MB of memory"
-    return Outcome(seed, what, code, finding, said[-1500:])
+    return Outcome(seed, what, code, finding, shown[-1500:])
 
 
 def run(words: tuple[str, ...], folder: Path) -> tuple[int | str | None, str]:
@@ -119,11 +119,11 @@ def run(words: tuple[str, ...], folder: Path) -> tuple[int | str | None, str]:
     return code, printed.getvalue()
 
 
-def judge(command: Command, folder: Path, target: Path, code: int | str | None, said: str, before: set[str]) -> str | None:
+def judge(command: Command, folder: Path, target: Path, code: int | str | None, shown: str, before: set[str]) -> str | None:
     """Return what is wrong with an outcome; None when nothing is."""
     if code not in (0, None, 2):
         return f"exit {code!r}"
-    if "Traceback" in said or "bug in plait" in said:
+    if "Traceback" in shown or "bug in plait" in shown:
         return "a traceback"
     new = _names(folder) - before
     if left := sorted(name for name in new if _LEFTOVERS.search(name)):
@@ -131,12 +131,12 @@ def judge(command: Command, folder: Path, target: Path, code: int | str | None, 
     if code == 2:
         if partial := sorted(name for name in new if name.startswith(("out/", "page.html"))):
             return f"refused, and written all the same: {partial[:3]}"
-        if any(words in said for words in _SAID.get(command.words[0], ())):
+        if any(words in shown for words in _SAID.get(command.words[0], ())):
             return None
         named = target.suffix == ".yaml" or target.name in command.words  # tasks and adapters are spoken of by their names
         stem = [target.stem] if named else []
         here = {target.name, target.parent.name, str(target.relative_to(folder)), *stem}
-        return None if any(name in said for name in here) else _NAMELESS
+        return None if any(name in shown for name in here) else _NAMELESS
     return None
 
 

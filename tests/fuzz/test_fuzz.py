@@ -35,8 +35,8 @@ def test_commands_are_done_where_nothing_is_damaged(world, tmp_path, first):
         for name in command.needs:
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             (shutil.copytree if (world / name).is_dir() else shutil.copy2)(world / name, place / name)
-        code, said = run(command.words, place)
-        assert code in (0, None), f"{' '.join(command.words)}\n{said}"
+        code, shown = run(command.words, place)
+        assert code in (0, None), f"{' '.join(command.words)}\n{shown}"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -47,16 +47,16 @@ def test_what_a_killed_command_left_is_taken_up_elsewhere_too(world, tmp_path, l
     for name in command.needs:
         source = world / name
         (shutil.copytree if source.is_dir() else shutil.copy2)(source, tmp_path / name)
-    code, said = run(command.words, tmp_path)
-    assert code in (0, None), said
-    assert not re.search("from the beginning|made again|second moments", said), said
+    code, shown = run(command.words, tmp_path)
+    assert code in (0, None), shown
+    assert not re.search("from the beginning|made again|second moments", shown), shown
     words = {".out.baking": "10 of 10 files were finished before", ".out.tuning": "tuned", "left": "continues at step 2"}
-    assert words[left] in said
+    assert words[left] in shown
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("first", range(0, _SEEDS, _AT_ONCE))
 def test_a_damaged_file_is_refused_by_name_or_read_rightly(world, tmp_path, first):
     outcomes = [attempt(seed, world, tmp_path / "scratch") for seed in range(first, first + _AT_ONCE)]
-    found = [f"seed {o.seed}: {o.finding}\n  {o.what}\n{o.said}" for o in outcomes if o.finding]
+    found = [f"seed {o.seed}: {o.finding}\n  {o.what}\n{o.shown}" for o in outcomes if o.finding]
     assert not found, "\n".join(found)

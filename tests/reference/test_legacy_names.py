@@ -98,7 +98,7 @@ LOOKUPS = {
 
 @pytest.mark.parametrize("case", LOOKUPS)
 def test_weighted_delta_n(tmp_path, three, case):
-    """Layer map → default → task coefficients → 1/N, divided by their sum unless told otherwise."""
+    """Layer map → default → task coefficients → 1/N, divided by their sum unless asked otherwise."""
     params, first, second = LOOKUPS[case]
     rows = {"0": first, "1": second}
     if case.startswith("nothing"):

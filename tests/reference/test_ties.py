@@ -249,7 +249,7 @@ def test_a_weighted_vote_follows_the_weights(tmp_path):
 
 
 def test_weights_that_cancel_are_not_divided_by(tmp_path):
-    """Both adapters agree on minus (1 · −2 and −1 · 3), their weights sum to 0: the sum stands."""
+    """Both adapters agree on minus (1 · −2 and −1 · 3), their weights sum to 0: the sum stays."""
     written = exact(tmp_path, "a", [[-2.0]]) | exact(tmp_path, "b", [[3.0]])
     found = dense(tmp_path / "out", written, [1, -1], method={"name": "ties", "flavor": "mergekit", "density": 1})
     assert found[FIRST].item() == mergekit(stacks(written), [1, -1], 1)[FIRST].item() == -5.0

@@ -1,6 +1,6 @@
 """A bake on another device: every block goes there and comes back, and none meets a tensor that stayed behind.
 
-No accelerator is needed: a kind of tensor stands in for one, which refuses to meet plain tensors as an accelerator's do.
+No accelerator is needed: a kind of tensor takes its place, which refuses to meet plain tensors as an accelerator's do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HERE = torch.device("cpu")
 
 
 class Far(torch.Tensor):
-    """A tensor of the device that stands in."""
+    """A tensor of the device that takes the place."""
 
     device = property(lambda _: THERE)  # type: ignore[assignment]
 
@@ -46,7 +46,7 @@ THERE = There()
 
 @pytest.fixture
 def moves(monkeypatch):
-    """Stand in for CUDA; count what is moved there and back."""
+    """Take the place of CUDA; count what is moved there and back."""
     counts: Counter[str] = Counter()
     to, cpu = torch.Tensor.to, torch.Tensor.cpu
 

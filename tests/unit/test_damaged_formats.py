@@ -31,8 +31,8 @@ def ones(*shape: int) -> torch.Tensor:
 def write_mlx(folder: Path, tensors: dict[str, torch.Tensor] = PAIR, scale: float = 2.0, kind: str = "lora") -> Path:
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "adapters.safetensors")
-    said = {"fine_tune_type": kind, "lora_parameters": {"rank": 2, "scale": scale}}
-    (folder / "adapter_config.json").write_text(json.dumps(said))
+    settings = {"fine_tune_type": kind, "lora_parameters": {"rank": 2, "scale": scale}}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
 
 

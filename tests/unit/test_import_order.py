@@ -55,7 +55,7 @@ def sources() -> dict[str, ast.Module]:
 
 
 def imports(tree: ast.AST, modules: Mapping[str, object]) -> Iterator[str]:
-    """Yield the modules of plait that a module imports, `plait` itself included, wherever the statement stands."""
+    """Yield the modules of plait that a module imports, `plait` itself included, wherever the statement is."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "plait")

@@ -49,7 +49,7 @@ def made(name: str, model: str | None = None, **config: Any) -> nn.Module:
     return own(kind(**{**settings, **config})).eval()
 
 
-# architectures that keep what they have read, and count positions as they are told
+# architectures that keep what they have read, and count positions as they are given
 PADDED: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: made("Llama"),
     "qwen2": lambda: made("Qwen2"),
@@ -271,7 +271,7 @@ class Annotated(Renamed):
 
 
 class Unnamed(transformers.LlamaForCausalLM):
-    """Nothing is said about what it takes."""
+    """Nothing is known of what it takes."""
 
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)

@@ -103,7 +103,7 @@ def test_wrappers_at_any_depth(wrapper, at):
 
 
 def test_a_module_of_the_models_own_called_module_stays():
-    """LeViT's layers are wrapped in a residual of the model's own; DDP's wrapper stands before all layers."""
+    """LeViT's layers are wrapped in a residual of the model's own; DDP's wrapper is around all layers."""
     own = "levit.encoder.stages.0.layers.1.module.queries_keys_values.linear"
     assert parse_lora_name(f"base_model.model.{own}.lora_B.weight").module == own
     assert parse_lora_name("base_model.model.model.module.layers.0.q_proj.lora_B.weight").module == "model.layers.0.q_proj"

@@ -175,7 +175,7 @@ KNOWN = [{"params": {"lambda": 0.2}, "score": 0.1}]
 
 
 @every(
-    ("old", "said"),
+    ("old", "shown"),
     [
         ({"search": {**BETWEEN, "early_stop": {"enabled": False, "patience": 3}}}, "early_stop (it was not enabled)"),
         ({"search": {**BETWEEN, "grid": {"lambda": [1]}}}, "grid (it had no effect with type bayes)"),
@@ -203,9 +203,9 @@ KNOWN = [{"params": {"lambda": 0.2}, "score": 0.1}]
         ),
     ],
 )
-def test_nothing_of_a_search_is_left_out_without_a_word(old, said):
+def test_nothing_of_a_search_is_left_out_without_a_word(old, shown):
     found, notes = migrate({**HEAD, "method": "weighted_delta", "split": "validation", **old})
-    assert len([note for note in notes if said in note]) == 1
+    assert len([note for note in notes if shown in note]) == 1
     assert found["search"].keys() <= {"type", "space", "grid", "save_merged", "points", "split"}
 
 

@@ -41,7 +41,7 @@ RENAMED = {
 }  # fmt: skip
 #: Commands whose function is not that of their name.
 SHELL = {"check_tasks": ("tasks", "check"), "migrate_recipe": ("recipe", "migrate")}
-# what the order has and the Python function has not, and what stands for it there
+# what the order has and the Python function has not, and what takes its place there
 ORDER_ONLY = {
     "evaluate": {
         "methods": "evaluate in a loop", "spaces": "evaluate in a loop", "require": "the numbers of the Evaluation",

@@ -165,7 +165,7 @@ def test_a_failure_leaves_such_a_folder_as_it_was(fixed):
 
 
 def test_a_kill_while_such_a_folder_is_filled_is_cleared_away(fixed, monkeypatch):
-    """The process ends between two of its files: no lock stands there, and the next run needs no --force."""
+    """The process ends between two of its files: no lock is there, and the next run needs no --force."""
     moved = []
 
     def move_one(source, target, draft):

@@ -1,4 +1,4 @@
-"""PHASES.yaml: what it stands for, and everything that can be wrong with it, by line."""
+"""PHASES.yaml: what it means, and everything that can be wrong with it, by line."""
 
 from __future__ import annotations
 

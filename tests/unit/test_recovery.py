@@ -123,7 +123,7 @@ def test_macro_f1_of_few_is_not_certain_either(tmp_path):
 
 
 def test_the_bootstrap_is_a_literal_one(task):
-    """Against resampling row by row: same distribution, told by mean and spread over many draws."""
+    """Against resampling row by row: same distribution, compared by mean and spread over many draws."""
     one = sides(task)
     drawn = one.draws(4000, (0, 1))
     rng = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""The report: what is read, what is said of it, what is drawn."""
+"""The report: what is read, what it shows, what is drawn."""
 
 from __future__ import annotations
 

@@ -303,10 +303,10 @@ def test_the_largest_worst_recovery_wins_and_ties_go_to_the_mean() -> None:
 
 
 def test_the_sampler_gets_scores_in_their_order_and_none_far_below_the_others() -> None:
-    told = [as_told(value) for value in (-40.0, -4.0, -0.5, 0.0, 0.25, 1.5)]
-    assert told == sorted(told)
-    assert told[0] > -1
-    assert told[3:] == [0.0, 0.25, 1.5]
+    values = [as_told(value) for value in (-40.0, -4.0, -0.5, 0.0, 0.25, 1.5)]
+    assert values == sorted(values)
+    assert values[0] > -1
+    assert values[3:] == [0.0, 0.25, 1.5]
 
 
 def test_a_candidate_below_the_base_is_read_as_it_was_told() -> None:

@@ -314,7 +314,7 @@ def text_task(folder: Path, kind: str, metric: str, **changes: object) -> object
 
 
 CLASSES = [("red", "red"), ("red", "blue"), ("blue", "blue"), ("blue", "red"), ("red", "red"), ("blue", "blue"), ("red", "red")]
-SAID = [("the cat sat down", "the cat sat"), ("a b c", "a x c d"), ("hello there", "hello there"), ("one", "")]
+SPOKEN = [("the cat sat down", "the cat sat"), ("a b c", "a x c d"), ("hello there", "hello there"), ("one", "")]
 
 
 @pytest.mark.parametrize(
@@ -322,14 +322,14 @@ SAID = [("the cat sat down", "the cat sat"), ("a b c", "a x c d"), ("hello there
     [
         ("classification", "accuracy", CLASSES, lambda t, g: accuracy_score(t, g)),
         ("classification", "macro_f1", CLASSES, lambda t, g: f1_score(t, g, average="macro")),
-        ("generation", "exact_match", SAID, lambda t, g: float(np.mean([a == b for a, b in zip(t, g, strict=True)]))),
-        ("generation", "wer", SAID, lambda t, g: jiwer.wer(list(t), list(g))),
-        ("generation", "cer", SAID, lambda t, g: jiwer.cer(list(t), list(g))),
+        ("generation", "exact_match", SPOKEN, lambda t, g: float(np.mean([a == b for a, b in zip(t, g, strict=True)]))),
+        ("generation", "wer", SPOKEN, lambda t, g: jiwer.wer(list(t), list(g))),
+        ("generation", "cer", SPOKEN, lambda t, g: jiwer.cer(list(t), list(g))),
         *(
             (
                 "generation",
                 r,
-                SAID,
+                SPOKEN,
                 lambda t, g, r=r: float(np.mean([RougeScorer([r]).score(a, b)[r].fmeasure for a, b in zip(t, g, strict=True)])),
             )
             for r in ("rouge1", "rouge2", "rougeL")

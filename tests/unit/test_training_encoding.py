@@ -92,7 +92,7 @@ def test_a_template_that_rewrites_earlier_turns_makes_one_example_per_answer():
 
 
 def test_a_template_that_puts_words_before_the_answer_learns_them():
-    """As templates do that open a thought only where an answer stands."""
+    """As templates do that open a thought only where there is an answer."""
     thinking = CHATML.replace(
         "<|im_start|>{{ m.role }}\n{{ m.content }}",
         "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}",

@@ -74,7 +74,7 @@ def write_on_nodes(
     shutil.rmtree(parts, ignore_errors=True)
     progress.start("bake", sum(shard.size for shard in bake.shards), "B")
     try:
-        with Workers(cluster, NodeBaker, (given,), share, listen=lambda _, call: progress.advance(*call)) as workers:
+        with Workers(cluster, NodeBaker, (given,), share, on_message=lambda _, call: progress.advance(*call)) as workers:
             for shard in bake.shards:
                 if shard.name in journal.finished and journal.holds(shard.name):
                     progress.advance(shard.size)

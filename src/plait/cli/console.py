@@ -89,7 +89,7 @@ def print_notes(notes: Iterable[str], console: Console | None = None) -> None:
 
 
 def without_numbers(name: str) -> str:
-    """Return the name of a module or tensor with `*` for its numbers, for rows that stand for all layers."""
+    """Return the name of a module or tensor with `*` for its numbers, for rows that show all layers."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 

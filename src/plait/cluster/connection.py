@@ -245,7 +245,7 @@ def _connect(ray: Any, address: str, stack: ExitStack) -> None:
 
 def in_short(error: Exception) -> str:
     """Return what an error says as a few words; of a traceback in it, the last line."""
-    said, traceback, frames = str(error).partition("Traceback (most recent call last):")
+    message, traceback, frames = str(error).partition("Traceback (most recent call last):")
     if traceback:
-        said += frames.strip().rpartition("\n")[2]
-    return " ".join(said.split())[:300].rstrip(".")
+        message += frames.strip().rpartition("\n")[2]
+    return " ".join(message.split())[:300].rstrip(".")

@@ -76,7 +76,7 @@ class Workers:
         arguments: of it; plain data.
         share: how many workers there are at most, and what each gets.
         fresh: whether a worker does one job only.
-        listen: gets what a job sends, with `about` of the job.
+        on_message: gets what a job sends, with `about` of the job.
     """
 
     cluster: Cluster
@@ -84,7 +84,7 @@ class Workers:
     arguments: Sequence[Any]
     share: Share
     fresh: bool = False
-    listen: Callable[[Any, tuple[Any, ...]], object] = lambda about, call: None
+    on_message: Callable[[Any, tuple[Any, ...]], object] = lambda about, call: None
     _waiting: deque[Job] = field(default_factory=deque)
     _starting: dict[Any, _Worker] = field(default_factory=dict)
     _idle: list[_Worker] = field(default_factory=list)
@@ -243,7 +243,7 @@ class Workers:
             if number is None:
                 announce(*call)
                 continue
-            self.listen(self._jobs[number].about, call)
+            self.on_message(self._jobs[number].about, call)
 
     def _announce_waiting(self) -> None:
         if self._running or self._idle or not self._starting:

@@ -114,7 +114,9 @@ class ClusterAsking:
             raise AssertionError(f"{ask.candidate.name} cannot be asked elsewhere")
         if self._pool is None:
             share = self._cluster.share(min(self.at_once, self.share.workers), gpus=self.share.gpus > 0)
-            self._pool = Workers(self._cluster, Answerer, (self._inputs,), share, listen=lambda _, call: self._report(*call))
+            self._pool = Workers(
+                self._cluster, Answerer, (self._inputs,), share, on_message=lambda _, call: self._report(*call)
+            )
             self._cluster.ended_with(self._pool)
         name = f"{ask.candidate.name} · {ask.examples.task.name}"
         given = (ask.candidate.key, ask.candidate.described(), ask.owner, ask.examples, ask.batch_size)

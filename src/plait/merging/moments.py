@@ -270,7 +270,7 @@ def from_function(given: MomentsOf, targets: Mapping[str, Collection[str]]) -> M
 
 
 def not_taken_yet(adapter: str, module: str) -> Found | None:
-    """Stand for moments that a merge takes first, in a plan of it."""
+    """Take the place of moments that a merge takes first, in a plan of it."""
     raise AssertionError(f"a plan asked for the moments of {adapter}, {module}")
 
 

@@ -63,7 +63,7 @@ class Panel(Record):
         strokes: lines.
         left: (position from the left, words) below the drawing.
         up: (position from above, words) to the left of it.
-        names: name → color, where colors stand for tasks.
+        names: name → color, where colors are tasks.
     """
 
     title: str

@@ -281,6 +281,6 @@ def _is_gone(attributes: Mapping[str, Any]) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what was raised, without a full stop; of the database, where Optuna speaks for it."""
+    """Return the first line of what was raised, without a full stop; of the database's error where Optuna wraps it."""
     lines = str(error.__cause__ or error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")

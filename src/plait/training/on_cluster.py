@@ -36,10 +36,12 @@ def run_on_cluster(
         share = cluster.share(workers)
         cluster.check(phases[0].folder.parent, packages=PACKAGES)
 
-        def listen(phase: PlannedPhase, call: tuple[Any, ...]) -> None:
+        def on_message(phase: PlannedPhase, call: tuple[Any, ...]) -> None:
             receive(parts[phase.name], call)
 
-        with Workers(cluster, PhaseTrainer, (), share, fresh=True, listen=listen) as pool:  # a trainer leaves memory behind
+        with Workers(
+            cluster, PhaseTrainer, (), share, fresh=True, on_message=on_message
+        ) as pool:  # a trainer leaves memory behind
             for phase in phases:
                 places = (str(phase.folder), str(phase.log))
                 given = (phase.name, phase.job.model_dump(mode="json"), *places)
