@@ -14,12 +14,14 @@ import torch
 import plait
 from plait.cluster.connection import Cluster, Share, connected
 from plait.errors import MissingPackageError, OutputError, PlaitError, PlanError, RecipeError
+from plait.results.progress import Progress
 from plait.search.record import StudyRecord
+from plait.training import on_cluster
 from plait.version import __version__
 from tests.e2e.test_bake_survival import SETTINGS, contents, write_materials
-from tests.e2e.test_sweep import sweep, tried, write_tasks
-from tests.language_models import train_pair
+from tests.phase_files import CHECKPOINTS, MERGE, lay_out, rewrite, states, tensors
 from tests.ray_nodes import Nodes
+from tests.searched import make_cohort, sweep, tried
 from tests.warm import check_killed, run_forked
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ray")]
@@ -27,9 +29,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ra
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = train_pair(tmp_path_factory.mktemp("cluster"))
-    write_tasks(folder)
-    return folder
+    return make_cohort(tmp_path_factory.mktemp("cluster"))
 
 
 # Waits when the first of the second batch has been reported, and the second of it has not.
@@ -192,6 +192,43 @@ def test_a_bake_whose_driver_and_node_are_killed_has_the_bytes_of_one_here(
         plait.bake(
             pair, base=base, out=tmp_path / "other", cluster="ray", method="regmean", moments=lambda *of: torch.eye(32)
         )  # fmt: skip
+
+
+@pytest.fixture
+def phases(tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be where two phases are, as `rewrite` changes them."""
+    lay_out(tmp_path, place / "base")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("phases")
+def test_a_training_with_a_node_lost_continues_from_its_checkpoint(
+    nodes: Nodes, losing: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewrite(CHECKPOINTS, ("max_steps: 10", "max_steps: 40"), MERGE)
+    assert plait.train("phases.yaml", out="here").ok
+    rewrite(CHECKPOINTS, ("max_steps: 10", "max_steps: 40"))
+    losing(at_once=False)
+
+    def receive_and_lose(part: Progress, call: Any) -> None:
+        receive(part, call)
+        begun = {file.parents[1] for file in Path("out").rglob("trainer_state.json")}
+        if nodes.both and len(begun) == 2:
+            nodes.lose()
+
+    receive = on_cluster.receive
+    monkeypatch.setattr(on_cluster, "receive", receive_and_lose)
+    with pytest.warns(UserWarning, match=r"a worker was lost, and what it did \(phase '.*'\) is done again elsewhere"):
+        result = plait.train("phases.yaml", out="out", cluster="ray")
+    assert states(result) == {"sort": "done", "rate": "done"}
+    assert len([phase for phase in result.phases if phase.resumed_from]) == 1
+    for name in ("sort", "rate"):
+        assert all(tensor.equal(tensors("out", name)[key]) for key, tensor in tensors("here", name).items())
+    assert result.merged == "merged"
+    rewrite(("[sort.yaml, rate.yaml]", "[{task: sort.yaml, arguments: {max_length: 2}}]"), MERGE)
+    result = plait.train("phases.yaml", out="other", cluster="ray")
+    assert states(result) == {"sort": "failed"}
+    assert "no example is left" in result.failed[0].error
 
 
 def same(record: StudyRecord) -> dict[str, Any]:
