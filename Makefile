@@ -17,16 +17,16 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Tests of what other libraries are asked for, and of training, whose libraries must be newer. torch is the tested one everywhere:
 # another is a download of gigabytes, so that its lower bound is the one that no run has tried.
 LIBRARY_TESTS := $(addprefix tests/,$(addsuffix .py, \
-  e2e/test_cli e2e/test_core_only e2e/test_encoder_decoder e2e/test_evaluation e2e/test_heads e2e/test_hub e2e/test_live_merge \
-  e2e/test_lm_eval e2e/test_sweep e2e/test_sweep_again e2e/test_mixture_peft e2e/test_parity e2e/test_peft_round_trip e2e/test_push unit/test_libraries_accelerate \
-  unit/test_libraries_huggingface_hub unit/test_libraries_optuna unit/test_libraries_peft unit/test_libraries_transformers unit/test_likelihood unit/test_likelihood_reads \
-  unit/test_packing \
-  unit/test_mixture unit/test_public_surface unit/test_recipe_messages unit/test_recipe_overrides unit/test_recipe_writing \
-  unit/test_recipes unit/test_report_runs unit/test_reports unit/test_tasks unit/test_training_data))
+  e2e/test_cli e2e/test_core_only e2e/test_encoder_decoder e2e/test_evaluation e2e/test_heads e2e/test_hub \
+  e2e/test_live_merge e2e/test_lm_eval e2e/test_mixture_peft e2e/test_parity e2e/test_peft_round_trip e2e/test_push \
+  e2e/test_sweep e2e/test_sweep_again unit/test_libraries_accelerate unit/test_libraries_huggingface_hub \
+  unit/test_libraries_optuna unit/test_libraries_peft unit/test_libraries_transformers unit/test_likelihood \
+  unit/test_likelihood_reads unit/test_mixture unit/test_packing unit/test_public_surface unit/test_recipe_messages \
+  unit/test_recipe_overrides unit/test_recipe_writing unit/test_recipes unit/test_report_runs unit/test_reports \
+  unit/test_tasks unit/test_training_data))
 TRAINING_TESTS := $(addprefix tests/,$(addsuffix .py, \
-  e2e/test_bake_models e2e/test_sft e2e/test_sft_again e2e/test_sft_flags e2e/test_terminal e2e/test_train e2e/test_train_checks e2e/test_train_workers \
-  unit/test_libraries_trl unit/test_phases \
-  unit/test_training_encoding))
+  e2e/test_bake_models e2e/test_sft e2e/test_sft_again e2e/test_sft_flags e2e/test_terminal e2e/test_train \
+  e2e/test_train_checks e2e/test_train_workers unit/test_libraries_trl unit/test_phases unit/test_training_encoding))
 
 .PHONY: demo test test-newest test-oldest check fuzz bench docs clean
 

@@ -196,7 +196,7 @@ class Study:
             self._begun.add(trial.number)
             batch = batch or Batch(first=trial.number, size=size)
             trial.set_user_attr(_BATCH, batch.model_dump())
-            trial.set_user_attr(_WORKER, _worker())
+            trial.set_user_attr(_WORKER, f"{socket.gethostname()}:{os.getpid()}")
             return trial, self._space.suggest(trial), batch
 
     def ended_of(self, batch: Batch) -> int:
@@ -260,10 +260,6 @@ class Study:
                 yield
         except storage_failures() as error:
             raise OutputError(f"{self._where}: Optuna's storage failed: {first_line(error)}.") from error
-
-
-def _worker() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def _is_gone(attributes: Mapping[str, Any]) -> bool:

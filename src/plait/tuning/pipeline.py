@@ -19,7 +19,6 @@ from plait.errors import OutputError, PlanError
 from plait.evaluation.loaded_base import LoadedBase, with_used_dtype
 from plait.evaluation.scores import adapter_digest, digest
 from plait.extras import require
-from plait.hub.download import Located
 from plait.hub.pretrained import LoadOptions
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory, take_inventory
@@ -159,7 +158,7 @@ def _run(
     working = WorkingState(tuning_folder(out), _digest(inventory.recipe, options, texts, right, owners, content))
     clock.lap("check")
 
-    mixture = _load(base, inventory, options, progress)
+    mixture = LoadedBase(base.folder, inventory.adapters, options.load, progress).mixture
     clock.lap("load")
     lessons = _lessons(mixture, texts, right, owners, progress)
     clock.lap("answers of the adapters")
@@ -361,10 +360,6 @@ def _rank(inventory: Inventory) -> int:
     if wanted.kind != "adapter" or wanted.energy is not None:
         raise PlanError("output: a tuning writes an adapter of a fixed rank; output.rank (--rank) must be a number or 'auto'.")
     return int(wanted.rank) if wanted.rank != "auto" else max(r for a in inventory.adapters for r in a.ranks)
-
-
-def _load(base: Located, inventory: Inventory, options: TuneOptions, progress: Progress) -> Mixture:
-    return LoadedBase(base.folder, inventory.adapters, options.load, progress).mixture
 
 
 def _lessons(

@@ -1,0 +1,19 @@
+"""The Makefile names tests that exist: a file that was renamed would silently be left out of what runs with other releases."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("variable", ["LIBRARY_TESTS", "TRAINING_TESTS"])
+def test_the_tests_that_run_with_other_releases_exist(variable: str) -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (names,) = re.findall(rf"^{variable} := \$\(addprefix tests/,\$\(addsuffix \.py, (.*?)\)\)$", text, re.DOTALL | re.MULTILINE)
+    words = names.replace("\\", " ").split()
+    assert len(words) > 5
+    assert not [word for word in words if not (ROOT / "tests" / f"{word}.py").is_file()]
