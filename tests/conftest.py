@@ -43,6 +43,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have one process do the tests that share what is made once per file (`--dist loadgroup`): every other makes it again."""
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        known = item._fixtureinfo.name2fixturedefs.values() if isinstance(item, pytest.Function) else ()
+        if item.get_closest_marker("xdist_group") is None and any(
+            fixture.scope != "function" and fixture.baseid.partition("::")[0] == file for found in known for fixture in found
+        ):
+            item.add_marker(pytest.mark.xdist_group(file))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
     """Look for no garbage among what was imported: trainers collect all of it, several times each."""
