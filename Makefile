@@ -52,23 +52,23 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo/demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto
 
 test-newest:
 	$(PYTHON) -m venv $(VENV)-newest
 	grep '^torch==' constraints.txt > $(VENV)-newest/constraints.txt
 	$(call installed,newest) --upgrade --upgrade-strategy eager -e '.[dev]'
-	$(VENV)-newest/bin/python -m pytest -n auto --dist loadgroup $(LIBRARY_TESTS) $(TRAINING_TESTS)
+	$(VENV)-newest/bin/python -m pytest -n auto $(LIBRARY_TESTS) $(TRAINING_TESTS)
 
 # Old releases warn of newer ones of what they need themselves: here warnings are not errors.
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(PYTHON) tests/lower_bounds.py $(subst $(comma), ,$(WITHOUT_TRAINING)) > $(VENV)-oldest/constraints.txt
 	$(call installed,oldest) -e '.[$(WITHOUT_TRAINING)]'
-	$(VENV)-oldest/bin/python -m pytest -n auto --dist loadgroup -W default $(LIBRARY_TESTS)
+	$(VENV)-oldest/bin/python -m pytest -n auto -W default $(LIBRARY_TESTS)
 	$(PYTHON) tests/lower_bounds.py test train > $(VENV)-oldest/constraints.txt
 	$(call installed,oldest) -e '.[test,train]'
-	$(VENV)-oldest/bin/python -m pytest -n auto --dist loadgroup -W default $(TRAINING_TESTS)
+	$(VENV)-oldest/bin/python -m pytest -n auto -W default $(TRAINING_TESTS)
 
 comma := ,
 WITHOUT_TRAINING := data,eval,lm-eval,parity,report,sweep,test

@@ -101,7 +101,7 @@ for options in ([], ["--check"]):
     except SystemExit as left:
         assert not left.code, f"{sys.argv}: {left.code}"
 files = ("tests/contract/test_methods.py", "tests/contract/test_registry.py")
-sys.exit(pytest.main(["-v", "-p", "no:cacheprovider", "-p", "no:xdist", *files, *words]))
+sys.exit(pytest.main(["-v", "-p", "no:cacheprovider", *files, *words]))
 """
 
 
