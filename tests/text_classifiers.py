@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from tests.language_models import WORDS, tokenizer
@@ -83,3 +85,17 @@ def write_classification(folder: Path, task: str, **changes: object) -> Path:
     file = folder / f"{task}.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     return file
+
+
+def with_head(adapter: Path, head: Path, out: Path) -> Path:
+    """Write an adapter with the head of another."""
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(adapter, out)
+    own, other = (load_file(p / "adapter_model.safetensors") for p in (adapter, head))
+    body = {n: t for n, t in own.items() if "classifier" not in n}
+    config = json.loads((head / "adapter_config.json").read_text())
+    mine = json.loads((adapter / "adapter_config.json").read_text())
+    mine["modules_to_save"] = config["modules_to_save"]
+    (out / "adapter_config.json").write_text(json.dumps(mine))
+    save_file(body | {n: t for n, t in other.items() if "classifier" in n}, out / "adapter_model.safetensors")
+    return out

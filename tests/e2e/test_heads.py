@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 
 import plait
 from plait.errors import PlanError, RecipeError
 from plait.evaluation.scores import Answers
 from plait.mixture import load
 from tests.language_models import WORDS, tokenizer, write_task
-from tests.text_classifiers import LABELS, encoder, label, save_encoder, train_classifier, write_classification
+from tests.text_classifiers import LABELS, encoder, label, save_encoder, train_classifier, with_head, write_classification
 
 # PEFT's and torch's own
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
@@ -49,20 +46,6 @@ class Prepared:
         with torch.no_grad():
             found = model(input_ids=ids).logits.argmax(-1).tolist()
         return sum(LABELS[task][i] == label(task, word) for i, word in zip(found, WORDS, strict=True)) / len(WORDS)
-
-
-def with_head(adapter: Path, head: Path, out: Path) -> Path:
-    """Write an adapter with the head of another."""
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(adapter, out)
-    own, other = (load_file(p / "adapter_model.safetensors") for p in (adapter, head))
-    body = {n: t for n, t in own.items() if "classifier" not in n}
-    config = json.loads((head / "adapter_config.json").read_text())
-    mine = json.loads((adapter / "adapter_config.json").read_text())
-    mine["modules_to_save"] = config["modules_to_save"]
-    (out / "adapter_config.json").write_text(json.dumps(mine))
-    save_file(body | {n: t for n, t in other.items() if "classifier" in n}, out / "adapter_model.safetensors")
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +81,9 @@ def test_a_wrong_head_is_seen(prepared, tmp_path):
 
 def test_a_head_of_another_number_of_labels_is_refused(prepared, tmp_path):
     task = write_classification(tmp_path, "third", name="sort", labels=LABELS["third"])
-    with pytest.raises(plait.TaskError, match=r"the model's head has outputs \[2\]; the task has 3 labels"):
+    with pytest.raises(
+        plait.TaskError, match=r"the model's head \(BertForSequenceClassification\) has outputs \[2\]; the task has 3 labels"
+    ):
         prepared.evaluate(names=("sort",), tasks=[task])
 
 

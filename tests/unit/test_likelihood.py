@@ -21,7 +21,7 @@ from transformers import (
 
 from plait.errors import TaskError
 from plait.evaluation.generation import generate
-from plait.evaluation.heads import classify
+from plait.evaluation.heads import head_outputs
 from plait.evaluation.likelihood import log_likelihoods
 from plait.evaluation.scoring import answer_examples, likeliest
 from plait.tasks.encoding import Question
@@ -174,9 +174,9 @@ def test_positions_that_no_token_can_have_are_not_counted():
     config.is_decoder, config.num_labels = False, 2
     model = RobertaForSequenceClassification(config).eval()
     fits, too_long = " ".join(["w1"] * 64), " ".join(["w1"] * 65)
-    assert len(classify(model, tokens, [fits], labels=2, max_tokens=None, batch_size=1)) == 1
+    assert len(head_outputs(model, tokens, read_texts([fits]), outputs=2, batch_size=1)) == 1
     with pytest.raises(TaskError, match=r"longer than the model's context of 64 tokens .the longest has 65"):
-        classify(model, tokens, [too_long], labels=2, max_tokens=None, batch_size=1)
+        head_outputs(model, tokens, read_texts([too_long]), outputs=2, batch_size=1)
 
 
 def test_outputs_that_are_no_numbers_are_no_answers():
@@ -187,7 +187,7 @@ def test_outputs_that_are_no_numbers_are_no_answers():
     with pytest.raises(TaskError, match=r"outputs are NaN \(computed in torch.float32\).*--load-dtype"):
         log_likelihoods(model, questions(2), batch_size=4)
     with pytest.raises(TaskError, match="outputs are NaN"):
-        classify(head, tokens, ["w1"], labels=2, max_tokens=None, batch_size=1)
+        head_outputs(head, tokens, read_texts(["w1"]), outputs=2, batch_size=1)
 
 
 def test_how_length_counts():
@@ -268,13 +268,17 @@ def test_a_head_says_the_same_in_any_batch():
     config.num_labels = 3
     model, tokens = LlamaForSequenceClassification(config).eval(), tokenizer()
     texts = ["sort w1 :", "w2", "rate w3 : very w4 w5 :", "w7 w8"]
-    found = classify(model, tokens, texts, labels=3, max_tokens=None, batch_size=3)
+    found = head_outputs(model, tokens, read_texts(texts), outputs=3, batch_size=3)
     for text, row in zip(texts, found, strict=True):
         with torch.no_grad():
             alone = model(torch.tensor([tokens(text)["input_ids"]])).logits[0].tolist()
         assert row == pytest.approx(alone, abs=1e-5)
     with pytest.raises(TaskError, match="the task has 2 labels"):
-        classify(model, tokens, texts, labels=2, max_tokens=None, batch_size=3)
+        head_outputs(model, tokens, read_texts(texts), outputs=2, batch_size=3)
+
+
+def read_texts(texts: list[str]) -> list[Question]:
+    return [Question(row, []) for row in tokenizer()(texts)["input_ids"]]
 
 
 def test_words_of_the_model():

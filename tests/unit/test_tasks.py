@@ -408,7 +408,13 @@ def test_every_task_of_the_page_is_one(tmp_path):
         file = tmp_path / f"{number}.yaml"
         file.write_text(block, encoding="utf-8")
         found.append(load_task(file))
-    assert [t.kind for t in found] == ["classification", "classification", "lm_eval:arc_easy"]
+    assert [t.kind for t in found] == [
+        "classification",
+        "classification",
+        "sequence_classification",
+        "token_classification",
+        "lm_eval:arc_easy",
+    ]
     shown = set(re.findall(r"^\| `(\w+)", page, re.MULTILINE))
     assert shown == set(KINDS), "the page names every kind"
 

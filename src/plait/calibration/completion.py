@@ -10,8 +10,8 @@ from pathlib import Path
 from plait.calibration.pipeline import load_base, take_all_moments, take_sequential_moments
 from plait.calibration.request import CalibrationRequest, read_calibration
 from plait.calibration.search import FoundValues, find_values
-from plait.calibration.texts import describe_counts
-from plait.errors import OutputError, PlanError
+from plait.calibration.texts import answer_problem, describe_counts
+from plait.errors import OutputError, PlanError, TaskError, collect
 from plait.extras import require
 from plait.hub.pretrained import LoadOptions
 from plait.merging.inventory import take_inventory
@@ -61,7 +61,11 @@ def read_for_completion(recipe: Recipe, folder: Path | None, options: LoadOption
             f"{', '.join(wanted.keys() - {'scale'})}. Give a number, or find one with 'regmean'."
         )
     require("a merge that reads texts", {"eval": ["transformers", "accelerate", "jinja2"]})
-    return read_calibration(recipe, folder, options)
+    request = read_calibration(recipe, folder, options)
+    if wanted:
+        problems = [problem for t in request.texts.values() if (problem := answer_problem(t.task))]
+        collect(TaskError, problems, f"{', '.join(wanted)}: 'auto' cannot be found for these tasks")
+    return request
 
 
 @naming_its_file

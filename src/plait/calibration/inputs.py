@@ -13,8 +13,8 @@ from plait.evaluation.generation import generate_tokens
 from plait.evaluation.likelihood import log_likelihoods
 from plait.evaluation.model_calls import check_lengths
 from plait.mixture import Mixture
-from plait.tasks.asking import Generated, Head, TargetLikelihood
-from plait.tasks.encoding import PromptEncoder, Question
+from plait.tasks.asking import Generated, Reading, TargetLikelihood
+from plait.tasks.encoding import PromptEncoder, Question, encode_readings
 
 _ANSWER = 32  # tokens of a free answer that a decoder reads, at most
 
@@ -70,7 +70,7 @@ def own_answers(
     """Return the answer that an adapter gives to every question: the label that it finds likeliest, or its greedy answer.
 
     The latter has up to 32 tokens, and is given by an encoder-decoder model, or where it is `answered`. The text of a
-    perplexity task is its own answer; a classification head has none.
+    perplexity task is its own answer; what is read as a whole has none.
 
     Args:
         mixture: the base with the adapters.
@@ -97,7 +97,10 @@ def own_answers(
 
 def passages_of(questions: Sequence[Question], answers: Sequence[Sequence[int]]) -> tuple[Passage, ...]:
     """Return questions with one answer each."""
-    return tuple(Passage(tuple(q.prompt), tuple(a), tuple(q.lead)) for q, a in zip(questions, answers, strict=True))
+    return tuple(
+        Passage(tuple(q.prompt), tuple(a), tuple(q.lead), tuple(q.segments), tuple(q.places))
+        for q, a in zip(questions, answers, strict=True)
+    )
 
 
 @contextmanager
@@ -124,11 +127,10 @@ def tokenize(
         TaskError: one is longer than the base's context.
     """
     ask, tokenizer, longest = texts.task.ask, mixture.tokenizer, 0
-    if isinstance(ask, Head):
-        cut: dict[str, Any] = {"truncation": ask.max_tokens is not None, "max_length": ask.max_tokens}
-        rows = tokenizer([str(p) for p in texts.prompts], **cut)["input_ids"]
-        check_lengths(mixture.model, [len(r) for r in rows])
-        return [Question(row, []) for row in rows], ()
+    if isinstance(ask, Reading):
+        readings = encode_readings(tokenizer, texts.task, ask, texts.prompts)
+        check_lengths(mixture.model, [len(q.prompt) for q in readings])
+        return readings, ()
     encoder_decoder = is_encoder_decoder(mixture)
     answered = answered or encoder_decoder
     encoder = PromptEncoder(tokenizer, texts.task, encoder_decoder=encoder_decoder)

@@ -8,7 +8,7 @@ is exact (no position sees a later one) and faster than a mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,18 +29,22 @@ class Passage:
 
     Attributes:
         prompt: read by the model, or by the encoder of an encoder-decoder model; never empty.
-        answer: the tokens whose distributions are compared; empty for a classification head.
+        answer: the tokens whose distributions are compared; empty where a head answers.
         lead: what a decoder of its own reads before the answer, after its start token.
+        segments: which text of a pair every token is of; empty where all are of one.
+        places: at which tokens a head answers; empty where it answers once.
     """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...] = ()
     lead: tuple[int, ...] = ()
+    segments: tuple[int, ...] = ()
+    places: tuple[int, ...] = ()
 
     @property
     def positions(self) -> int:
-        """How many distributions are compared: one per token of the answer, at least one."""
-        return max(1, len(self.answer))
+        """How many distributions are compared: one per token of the answer or place of a head's answer, at least one."""
+        return max(1, len(self.answer), len(self.places))
 
     @property
     def tokens(self) -> int:
@@ -67,8 +71,8 @@ class Reader:
     """Reads passages with a model of transformers.
 
     Args:
-        model: causal, encoder-decoder, or with a classification head (`head`).
-        head: whether answers are a classification head's outputs rather than tokens.
+        model: causal, encoder-decoder, or one that reads texts as a whole (`head`).
+        head: whether answers are a head's outputs, if any, rather than tokens.
     """
 
     def __init__(self, model: Any, *, head: bool = False) -> None:
@@ -92,21 +96,26 @@ class Reader:
         """
         sequences = [self._sequence(p) for p in passages]
         one_row = len(set(map(len, sequences))) > 1
-        self._ask(self._packed_input(pack_apart(sequences), passages) if one_row else self._padded_input(passages))
+        given = self._packed_input(pack_apart(sequences), passages) if one_row else self._padded_input(passages)
+        with self._gathering(given):
+            self._model(**given.keywords)
 
     def reads_in_one_row(self, passages: Sequence[Passage]) -> bool:
         """Return whether the model reads passages of different lengths in one row as it reads each alone."""
         return not self._head and not self._encoder_decoder and self._packs(passages)
 
     def _ask(self, given: _Input, **more: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-        with only_positions(self._model, given.rows, given.columns) if not self._head else nullcontext() as gathered:
+        with self._gathering(given) as gathered:
             out = self._model(**given.keywords, **more)
         hidden = getattr(out, "decoder_hidden_states", None) or getattr(out, "hidden_states", None) or ()
         states = tuple(h[given.rows.to(h.device), given.columns.to(h.device)] for h in hidden[1:])
-        if self._head:
+        if self._head and out.logits.ndim == 2:
             return out.logits.float(), states
         scores: Tensor = out.logits[0] if gathered else out.logits[given.rows, given.columns]
         return scores.float(), states
+
+    def _gathering(self, given: _Input) -> AbstractContextManager[Any]:
+        return nullcontext() if self._head else only_positions(self._model, given.rows, given.columns)
 
     def _input(self, passages: Sequence[Passage]) -> _Input:
         if self._head or self._encoder_decoder:
@@ -129,8 +138,11 @@ class Reader:
         ids, mask = _padded(sequences, self._model.device)
         places = [(i, range(len(s))) for i, s in enumerate(sequences)]
         if self._head:
-            last = mask.sum(1) - 1
-            return _Input({"input_ids": ids, "attention_mask": mask}, torch.arange(len(ids), device=ids.device), last)
+            keywords = {"input_ids": ids, "attention_mask": mask}
+            if any(p.segments for p in passages):
+                keywords["token_type_ids"] = _padded([p.segments or [0] * len(p.prompt) for p in passages], ids.device)[0]
+            at = [(i, column) for i, p in enumerate(passages) for column in p.places or [len(p.prompt) - 1]]
+            return _Input(keywords, *torch.tensor(at, device=ids.device).unbind(1))
         keywords = {"input_ids": ids}
         if self._encoder_decoder:
             prompts, mask = _padded([p.prompt for p in passages], ids.device)

@@ -26,7 +26,7 @@ from plait.recipes.schema import Recipe
 from plait.results.digests import sha256
 from plait.results.lock import relative_path
 from plait.results.versions import library_versions
-from plait.tasks.asking import Head
+from plait.tasks.asking import Reading
 from plait.tasks.inputs import prompt_text
 from plait.tasks.loading import absolute_reference, recipe_tasks
 from plait.tasks.schema import Task
@@ -88,8 +88,8 @@ class CalibrationRequest:
         return [task for task, owner in self.owners.items() if owner == adapter]
 
     def has_head(self, adapter: str) -> bool:
-        """Whether an adapter's tasks are answered by a classification head."""
-        return all(isinstance(self.texts[task].task.ask, Head) for task in self.tasks_of(adapter))
+        """Whether an adapter's texts are read as a whole, and answered by a head, if at all."""
+        return all(isinstance(self.texts[task].task.ask, Reading) for task in self.tasks_of(adapter))
 
     def text_digests(self, adapter: str) -> dict[str, str]:
         """Return task → digest of its texts, of an adapter's tasks."""

@@ -20,7 +20,7 @@ from plait.errors import TaskError
 from plait.notices import announce
 from plait.parsing import read_text
 from plait.recipes.evaluation import SplitName
-from plait.tasks.asking import TargetLikelihood
+from plait.tasks.asking import NumberHead, Similarity, TargetLikelihood
 from plait.tasks.examples import fields_of, prompts_of
 from plait.tasks.inputs import Example, Prompt, Row, prompt_text
 from plait.tasks.loading import absolute_reference
@@ -104,6 +104,17 @@ def read_texts(
             source += f" ({len(found)}) and {len(lines)} generic lines"
             found += lines
     return Texts(task, kind, source, tuple(prompt for prompt, _ in found), tuple(choices for _, choices in found))
+
+
+def answer_problem(task: Task) -> str | None:
+    """Return, in words, why answers to a task cannot be compared as distributions; None where they can."""
+    if not isinstance(task.ask, (NumberHead, Similarity)):
+        return None
+    return (
+        f"task {task.name!r} ({task.kind}): its answers are numbers, not distributions, so what acts cannot be compared with "
+        "its own adapter by divergence. Take moments with plait calibrate, give scale and parameters as numbers, or search "
+        "them with plait sweep."
+    )
 
 
 def _chosen(task: RowTask, rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:

@@ -5,16 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from plait.errors import TaskError
 from plait.evaluation import harness
 from plait.evaluation.generation import generate
-from plait.evaluation.heads import classify
+from plait.evaluation.heads import head_outputs, text_vectors, word_labels
 from plait.evaluation.likelihood import log_likelihoods
 from plait.evaluation.model_calls import vocabulary
 from plait.tasks.answers import Answer
-from plait.tasks.asking import Choices, Generated, Harness, Head, Length, TargetLikelihood
-from plait.tasks.encoding import PromptEncoder
+from plait.tasks.asking import (
+    Choices,
+    Generated,
+    Harness,
+    LabelHead,
+    Length,
+    NumberHead,
+    Reading,
+    Similarity,
+    TagHead,
+    TargetLikelihood,
+)
+from plait.tasks.encoding import PromptEncoder, Question, encode_readings
 from plait.tasks.examples import Examples
+from plait.tasks.inputs import Example
 from plait.tasks.schema import Task
 
 StepListener = Callable[[int], object]
@@ -36,12 +50,12 @@ def answer_examples(
         TaskError: the task does not suit the model.
     """
     task, ask = examples.task, examples.task.ask
-    if not isinstance(ask, Head) and not model.can_generate():
+    if not isinstance(ask, Reading) and not model.can_generate():
         raise TaskError(
-            f"task {task.name!r} ({task.kind}) asks for texts, but {type(model).__name__} generates none; "
-            "only 'sequence_classification' suits it."
+            f"task {task.name!r} ({task.kind}) asks for texts, but {type(model).__name__} generates none; kinds that suit it "
+            "are 'sequence_classification', 'token_classification', 'regression' and 'sentence_similarity'."
         )
-    others = {name for e in examples.items for name in e.inputs} - {"text", "messages"}
+    others = {name for e in examples.items for name in e.inputs} - {"text", "messages", "second", "words"}
     if others:
         raise TaskError(f"task {task.name!r} ({task.kind}) has inputs {', '.join(sorted(others))}; models are given only text.")
     return _WAYS[type(ask)](model, tokenizer, examples, ask, batch_size, report)
@@ -122,20 +136,64 @@ def _score_target(
     ]
 
 
-def _classify(model: Any, tokenizer: Any, examples: Examples, ask: Head, batch_size: int, report: StepListener) -> list[Answer]:
-    rows = classify(
-        model,
-        tokenizer,
-        [str(e.prompt) for e in examples.items],
-        labels=len(ask.labels),
-        max_tokens=ask.max_tokens,
-        batch_size=batch_size,
-        report=report,
-    )
+def _classify(
+    model: Any, tokenizer: Any, examples: Examples, ask: LabelHead, batch_size: int, report: StepListener
+) -> list[Answer]:
+    texts = _readings(model, tokenizer, examples, ask)
+    rows = head_outputs(model, tokenizer, texts, outputs=len(ask.labels), batch_size=batch_size, report=report)
     return [
         Answer(id=e.id, target=e.target, given=ask.labels[row.index(max(row))], scores=tuple(row))
         for e, row in zip(examples.items, rows, strict=True)
     ]
+
+
+def _label_words(
+    model: Any, tokenizer: Any, examples: Examples, ask: TagHead, batch_size: int, report: StepListener
+) -> list[Answer]:
+    texts = _readings(model, tokenizer, examples, ask)
+    rows = word_labels(model, tokenizer, texts, outputs=len(ask.labels), batch_size=batch_size, report=report)
+    return [
+        Answer(id=e.id, target=e.target, given=" ".join(ask.labels[i] for i in row))
+        for e, row in zip(examples.items, rows, strict=True)
+    ]
+
+
+def _give_numbers(
+    model: Any, tokenizer: Any, examples: Examples, ask: NumberHead, batch_size: int, report: StepListener
+) -> list[Answer]:
+    texts = _readings(model, tokenizer, examples, ask)
+    rows = head_outputs(model, tokenizer, texts, outputs=1, batch_size=batch_size, report=report)
+    return [_number(e, row[0]) for e, row in zip(examples.items, rows, strict=True)]
+
+
+def _compare(
+    model: Any, tokenizer: Any, examples: Examples, ask: Similarity, batch_size: int, report: StepListener
+) -> list[Answer]:
+    texts = _readings(model, tokenizer, examples, ask)
+    vectors = text_vectors(model, tokenizer, texts, pooling=ask.pooling, batch_size=batch_size, report=_every_second(report))
+    cosines = torch.cosine_similarity(vectors[::2].double(), vectors[1::2].double()).tolist()
+    return [_number(e, value) for e, value in zip(examples.items, cosines, strict=True)]
+
+
+def _every_second(report: StepListener) -> StepListener:
+    """Return a listener to texts that reports pairs."""
+    left = 0
+
+    def tell(done: int) -> None:
+        nonlocal left
+        pairs, left = divmod(left + done, 2)
+        report(pairs)
+
+    return tell
+
+
+def _number(example: Example, value: float) -> Answer:
+    return Answer(id=example.id, target=example.target, given=f"{value:.6g}", scores=(value,))
+
+
+def _readings(model: Any, tokenizer: Any, examples: Examples, ask: Reading) -> list[Question]:
+    prompts = [e.prompt for e in examples.items]
+    return encode_readings(tokenizer, examples.task, ask, prompts, vocabulary=vocabulary(model))
 
 
 def _through_harness(
@@ -149,6 +207,9 @@ _WAYS: Mapping[type, Callable[[Any, Any, Examples, Any, int, StepListener], list
     Choices: _choose,
     Generated: _generate,
     TargetLikelihood: _score_target,
-    Head: _classify,
+    LabelHead: _classify,
+    TagHead: _label_words,
+    NumberHead: _give_numbers,
+    Similarity: _compare,
     Harness: _through_harness,
 }

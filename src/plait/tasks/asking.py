@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 Length = Literal["sum", "tokens", "bytes"]
+Pooling = Literal["mean", "first"]
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,52 @@ class Generated:
     stop: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Head:
-    """The largest output of a classification head, which belongs to the task's own adapter.
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What is read as a whole and continued by nothing; the base of the ways below.
 
     Attributes:
-        labels: in the order of the outputs.
         max_tokens: longer texts lose their end; None: they are an error.
     """
 
-    labels: tuple[str, ...]
     max_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head(Reading):
+    """The outputs of a head, which belongs to the task's own adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelHead(Head):
+    """The largest output of a classification head.
+
+    Attributes:
+        labels: in the order of the outputs.
+    """
+
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagHead(LabelHead):
+    """The largest output of a classification head at the first token of every word."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumberHead(Head):
+    """The one output of a head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Similarity(Reading):
+    """The cosine of two texts' vectors, which the model makes of each by itself.
+
+    Attributes:
+        pooling: the mean of all tokens' vectors, or that of the first token.
+    """
+
+    pooling: Pooling = "mean"
 
 
 @dataclass(frozen=True)
@@ -57,4 +93,4 @@ class Harness:
     """By lm-eval's own evaluator."""
 
 
-Ask: TypeAlias = Choices | TargetLikelihood | Generated | Head | Harness
+Ask: TypeAlias = Choices | TargetLikelihood | Generated | Reading | Harness

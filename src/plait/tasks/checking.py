@@ -7,9 +7,10 @@ from typing import Any
 
 from plait.recipes.evaluation import SplitName
 from plait.records import Record
-from plait.tasks.asking import Head
-from plait.tasks.encoding import PromptEncoder
+from plait.tasks.asking import NumberHead, Reading, Similarity, TagHead
+from plait.tasks.encoding import PromptEncoder, Question, encode_readings
 from plait.tasks.examples import Examples, read_examples
+from plait.tasks.inputs import Prompt, prompt_text
 from plait.tasks.metrics import metric_of
 from plait.tasks.overlap import Overlap, overlaps
 from plait.tasks.schema import SPLITS, Task
@@ -26,7 +27,7 @@ class Tokens(Record):
         median: of the prompts.
         longest: prompt.
         longest_answer: over all choices.
-        truncated: prompts that lose their beginning to `max_tokens`.
+        truncated: prompts that lose their beginning (or, read as a whole, their end) to `max_tokens`.
     """
 
     shortest: int
@@ -54,7 +55,7 @@ class SplitCheck(Record):
     Attributes:
         examples: how many.
         duplicates: how many ask what an earlier one asked.
-        targets: how often each answer is right; None where answers are free.
+        targets: how often each answer is right, of all words where each has a label; None where answers are free.
         majority: share of the most frequent answer, the accuracy of always giving it; None where answers are free.
         rendered: the first examples.
         tokens: lengths; None without a model.
@@ -106,7 +107,7 @@ def check_task(task: Task, tokenizer: Any | None = None) -> TaskCheck:
         TaskError: data that cannot be read, or rows that do not fit.
     """
     splits = {name: read_examples(task, name) for name in SPLITS if name in task.split_names}
-    encoder = PromptEncoder(tokenizer, task) if tokenizer is not None else None
+    encoder = None if tokenizer is None else _Tokenizer(tokenizer, task)
     return TaskCheck(
         name=task.name,
         kind=task.kind,
@@ -118,34 +119,54 @@ def check_task(task: Task, tokenizer: Any | None = None) -> TaskCheck:
     )
 
 
-def _check_split(examples: Examples, encoder: PromptEncoder | None) -> SplitCheck:
+class _Tokenizer:
+    """Puts a task's examples into tokens, as evaluation does."""
+
+    def __init__(self, tokenizer: Any, task: Task) -> None:
+        self._inner, self._task, self._encoder = tokenizer, task, PromptEncoder(tokenizer, task)
+
+    def text(self, prompt: Prompt) -> str:
+        """Return a prompt as the model reads it."""
+        return prompt_text(prompt) if isinstance(self._task.ask, Reading) else self._encoder.text(prompt)
+
+    def questions(self, examples: Examples) -> list[Question]:
+        """Return every example's prompt with its answers."""
+        ask = self._task.ask
+        if isinstance(ask, Reading):
+            return encode_readings(self._inner, self._task, ask, [e.prompt for e in examples.items])
+        return self._encoder.questions(examples, [e.choices or (e.target,) for e in examples.items])
+
+
+def _check_split(examples: Examples, encoder: _Tokenizer | None) -> SplitCheck:
     items = examples.items
-    labels = examples.task.closed_labels
-    counts = Counter(e.target for e in items)
+    labels, right = examples.task.closed_labels, [e.target for e in items]
+    if isinstance(examples.task.ask, TagHead):
+        labels, right = examples.task.ask.labels, [tag for target in right for tag in target.split()]
+    counts = Counter(right)
     return SplitCheck(
         examples=len(items),
         duplicates=len(items) - len({e.question for e in items}),
         targets=None if labels is None else {label: counts[label] for label in labels},
-        majority=None if labels is None else max(counts.values()) / len(items),
+        majority=None if labels is None else max(counts.values()) / len(right),
         rendered=tuple(_rendered(examples, i, encoder) for i in range(min(_SHOWN, len(items)))),
         tokens=None if encoder is None else _tokens(examples, encoder),
     )
 
 
-def _rendered(examples: Examples, index: int, encoder: PromptEncoder | None) -> Rendered:
+def _rendered(examples: Examples, index: int, encoder: _Tokenizer | None) -> Rendered:
     example = examples.items[index]
     prompt = example.prompt_text if encoder is None else encoder.text(example.prompt)
     return Rendered(prompt=prompt, target=getattr(examples.task, "delimiter", "") + example.target)
 
 
-def _tokens(examples: Examples, encoder: PromptEncoder) -> Tokens:
-    questions = encoder.questions(examples, [e.choices or (e.target,) for e in examples.items])
+def _tokens(examples: Examples, encoder: _Tokenizer) -> Tokens:
+    questions = encoder.questions(examples)
     lengths = sorted(len(q.prompt) for q in questions)
     return Tokens(
         shortest=lengths[0],
         median=lengths[len(lengths) // 2],
         longest=lengths[-1],
-        longest_answer=max(len(a) for q in questions for a in q.answers),
+        longest_answer=max((len(a) for q in questions for a in q.answers), default=0),
         truncated=sum(q.truncated for q in questions),
     )
 
@@ -154,10 +175,12 @@ def _notes(splits: dict[SplitName, Examples]) -> list[str]:
     task = next(iter(splits.values())).task
     prompt = next(iter(splits.values())).items[0].prompt
     notes = []
-    if isinstance(prompt, str) and prompt.endswith(" ") and not isinstance(task.ask, Head):
+    if isinstance(prompt, str) and prompt.endswith(" ") and not isinstance(task.ask, Reading):
         notes.append("the prompt ends in a blank, which most tokenizers join to the next word; put it into 'delimiter'.")
     for name, examples in splits.items():
         absent = set(task.closed_labels or ()) - {e.target for e in examples.items}
         if absent:
             notes.append(f"split {name!r} has no example of {', '.join(sorted(absent))}.")
+        if isinstance(task.ask, (NumberHead, Similarity)) and len({float(e.target) for e in examples.items}) == 1:
+            notes.append(f"split {name!r} has one target only, {examples.items[0].target}: nothing correlates with it.")
     return notes

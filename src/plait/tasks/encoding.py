@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from plait.errors import TaskError
 from plait.hub.pretrained import refuse_failures
+from plait.tasks.asking import Reading, Similarity
 from plait.tasks.chat import chat_text
 from plait.tasks.examples import Examples
-from plait.tasks.inputs import Prompt
+from plait.tasks.inputs import Messages, Prompt, TextPair, Words
 from plait.tasks.schema import Task
 
 
@@ -23,12 +24,16 @@ class Question:
         answers: one list per continuation, none empty.
         truncated: whether the prompt lost its beginning to `max_tokens`.
         lead: what a decoder of its own reads before an answer, after its start token; empty without an encoder.
+        segments: which text of a pair every token is of, as the tokenizer numbers them; empty where all are 0.
+        places: where a word begins, of every word; empty for a text that is not cut into words.
     """
 
     prompt: list[int]
     answers: list[list[int]]
     truncated: bool = False
     lead: list[int] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
 
 
 def check_tokens(rows: Iterable[Sequence[int]], vocabulary: int | None) -> None:
@@ -47,6 +52,74 @@ def check_tokens(rows: Iterable[Sequence[int]], vocabulary: int | None) -> None:
             f"the tokenizer gives token {largest}, and the model has embeddings for tokens 0 to {vocabulary - 1}: they do not "
             "belong together."
         )
+
+
+def encode_readings(
+    tokenizer: Any, task: Task, ask: Reading, prompts: Sequence[Prompt], *, vocabulary: int | None = None
+) -> list[Question]:
+    """Return texts that are read as a whole, without answers; of the pairs of `Similarity` the first and the second in turn.
+
+    Args:
+        tokenizer: of transformers.
+        task: whose texts they are.
+        ask: how it asks.
+        prompts: texts, pairs or words.
+        vocabulary: tokens that the model has embeddings for; any when None.
+
+    Raises:
+        TaskError: the tokenizer cannot read them, or makes no token of a word.
+    """
+    first, given = _tokenizer_arguments(tokenizer, ask, prompts)
+    words = given["is_split_into_words"]
+    home = getattr(tokenizer, "name_or_path", "") or "the model"
+    with refuse_failures(home, f"the tokenizer cannot read the texts of task {task.name!r}", TaskError):
+        found = tokenizer(first, **given)
+        lengths = [len(row) for row in found["input_ids"]]
+        if ask.max_tokens is not None and max(lengths, default=0) > ask.max_tokens:
+            found = tokenizer(first, truncation=True, max_length=ask.max_tokens, **given)
+        rows: list[list[int]] = found["input_ids"]
+        starts = [_word_starts(found.word_ids(i)) for i in range(len(rows))] if words else [{} for _ in rows]
+    check_tokens(rows, vocabulary)
+    kinds = found.get("token_type_ids") or [[] for _ in rows]
+    questions = []
+    for text, row, kind, start, length in zip(first, rows, kinds, starts, lengths, strict=True):
+        unread = [word for i, word in enumerate(text) if i not in start] if words else []
+        if unread:
+            raise TaskError(
+                f"task {task.name!r}: the tokenizer makes no token of the word {unread[0]!r}, so it cannot be given a label; "
+                "leave it out of the row."
+            )
+        places = [start[i] for i in range(len(text))] if words else []
+        questions.append(Question(row, [], length > len(row), segments=kind if any(kind) else [], places=places))
+    return questions
+
+
+def _tokenizer_arguments(tokenizer: Any, ask: Reading, prompts: Sequence[Prompt]) -> tuple[list[Any], dict[str, Any]]:
+    """Return what a tokenizer is given, and how; prompts of a task are all of one kind."""
+    pairs = [p for p in prompts if isinstance(p, TextPair)]
+    lists = [list(p.words) for p in prompts if isinstance(p, Words)]
+    if pairs and isinstance(ask, Similarity):
+        return [text for p in pairs for text in (p.first, p.second)], {"is_split_into_words": False}
+    if pairs:
+        return [p.first for p in pairs], {"text_pair": [p.second for p in pairs], "is_split_into_words": False}
+    if lists and _blanks_begin_words(tokenizer):
+        lists = [[f" {word}" for word in text] for text in lists]
+    return lists or [str(p) for p in prompts], {"is_split_into_words": bool(lists)}
+
+
+def _word_starts(words: Sequence[int | None]) -> dict[int, int]:
+    """Return word → its first token."""
+    found: dict[int, int] = {}
+    for at, word in enumerate(words):
+        if word is not None:
+            found.setdefault(word, at)
+    return found
+
+
+def _blanks_begin_words(tokenizer: Any) -> bool:
+    """Whether a word has other tokens without a blank before it, as words of a list have none (GPT-2, RoBERTa)."""
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    return "ByteLevel(add_prefix_space=False" in repr(getattr(inner, "pre_tokenizer", None))
 
 
 class PromptEncoder:
@@ -79,7 +152,7 @@ class PromptEncoder:
         """Return the prompt as the model reads it, up to where the answer begins."""
         if isinstance(prompt, str):
             return prompt
-        turns = [{"role": role, "content": content} for role, content in prompt]
+        turns = [{"role": role, "content": content} for role, content in cast("Messages", prompt)]
         return chat_text(self._tokenizer, turns, add_generation_prompt=True)
 
     def questions(self, examples: Examples, answers: Sequence[Sequence[str]]) -> list[Question]:

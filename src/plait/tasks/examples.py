@@ -104,7 +104,7 @@ class _Maker:
     def __init__(self, task: RowTask) -> None:
         self._task = task
         self._inputs = task.inputs_of()
-        self._target = task.target_template
+        self._targets = task.targets_of()
         self._choices = task.choices_of()
 
     def __call__(self, rows: Sequence[Row]) -> list[Example | TaskError]:
@@ -115,7 +115,7 @@ class _Maker:
             {**row, **({"choices": chosen} if chosen and isinstance(chosen, tuple) else {}), **labels}
             for row, chosen in zip(rows, choices, strict=True)
         ]
-        parts = zip(self._inputs(rows), choices, self._target.each(columns), strict=True)
+        parts = zip(self._inputs(rows), choices, self._targets(columns), strict=True)
         return [self._example(*part) for part in parts]
 
     def blank(self, row: Row) -> Prompt:

@@ -8,13 +8,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 Row: TypeAlias = Mapping[str, Any]
 Messages: TypeAlias = tuple[tuple[str, str], ...]  # chat turns (role, content)
-Prompt: TypeAlias = str | Messages
-Input: TypeAlias = Prompt | bytes  # bytes: an encoded file of audio or an image
+Input: TypeAlias = str | Messages | tuple[str, ...] | bytes  # bytes: an encoded file of audio or an image
 Inputs: TypeAlias = Mapping[str, Input]
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """Two texts."""
+
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
+class Words:
+    """A text that is cut into words already."""
+
+    words: tuple[str, ...]
+
+
+Prompt: TypeAlias = str | Messages | TextPair | Words
 
 
 @dataclass(frozen=True)
@@ -22,7 +39,8 @@ class Example:
     """One question.
 
     Attributes:
-        inputs: name → what the model is given: `text` or `messages`, `audio`, `image`; cannot be changed.
+        inputs: name → what the model is given: `text` (with `second` the other of a pair), `messages` or `words`, `audio`,
+            `image`; cannot be changed.
         target: the right answer.
         choices: all possible answers; empty where the answer is free.
     """
@@ -55,7 +73,7 @@ class Example:
     def messages(self) -> Messages | None:
         """The chat turns; None where there are none."""
         found = self.inputs.get("messages")
-        return found if isinstance(found, tuple) else None
+        return cast("Messages", found) if isinstance(found, tuple) else None
 
     @property
     def audio(self) -> bytes | None:
@@ -71,12 +89,19 @@ class Example:
 
     @property
     def prompt(self) -> Prompt:
-        """What is read as text: the chat turns or the text; empty where there is neither."""
-        return self.messages if self.messages is not None else self.text or ""
+        """What is read as text: the chat turns, the words, the pair or the text; empty where there is none of them."""
+        if self.messages is not None:
+            return self.messages
+        match self.inputs:
+            case {"words": tuple(words)}:
+                return Words(cast("tuple[str, ...]", words))
+            case {"text": str(first), "second": str(second)}:
+                return TextPair(first, second)
+        return self.text or ""
 
     @property
     def prompt_text(self) -> str:
-        """The prompt for people: chat turns as lines of `role: content`."""
+        """The prompt for people: chat turns as lines of `role: content`, the texts of a pair as lines."""
         return prompt_text(self.prompt)
 
     @cached_property
@@ -99,13 +124,27 @@ class Example:
 
 
 def inputs_of(prompt: Prompt) -> Inputs:
-    """Return a prompt as the only input, by its name."""
-    return {"text" if isinstance(prompt, str) else "messages": prompt}
+    """Return a prompt as the only inputs, by their names."""
+    match prompt:
+        case str():
+            return {"text": prompt}
+        case TextPair(first, second):
+            return {"text": first, "second": second}
+        case Words(words):
+            return {"words": words}
+    return {"messages": prompt}
 
 
 def prompt_text(prompt: Prompt) -> str:
     """Return a prompt as one text, for people."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{role}: {content}" for role, content in prompt)
+    match prompt:
+        case str():
+            return prompt
+        case TextPair(first, second):
+            return f"{first}\n{second}"
+        case Words(words):
+            return " ".join(words)
+    return "\n".join(f"{role}: {content}" for role, content in prompt)
 
 
 def content_digest(*parts: Any) -> str:

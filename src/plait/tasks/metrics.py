@@ -1,9 +1,13 @@
-"""The metrics, one function each. Macro-F1's own value is scikit-learn's, word alignment is jiwer's, ROUGE is rouge-score's."""
+"""The metrics, one function each.
+
+Macro-F1's own value is scikit-learn's, word alignment is jiwer's, ROUGE is rouge-score's, correlations are scipy's.
+"""
 
 from __future__ import annotations
 
 import string
 from collections.abc import Callable, Iterable, Sequence
+from operator import eq
 from typing import TypeAlias
 
 import numpy as np
@@ -17,6 +21,8 @@ from plait.tasks.schema import Normalization, Task
 OfTask: TypeAlias = Callable[[Task], Metric]
 #: Name → what makes a task's metric. Third parties add theirs by the entry-point group `plait.metrics`, under the name.
 METRICS: Registry[OfTask] = Registry("plait.metrics", "metric")
+_PORTION = 256  # answers that are left out at a time
+_TINY = 1e-9
 _NAMED_BY: dict[str, tuple[str, ...]] = {}  # metric → kinds of tasks that it names
 
 
@@ -192,6 +198,149 @@ def _perplexity(task: Task) -> Metric:
         return float(from_sums(statistics(answers).sum(0)))
 
     return Metric("perplexity", False, statistics, from_sums, value)  # noqa: FBT003
+
+
+@metric("word_accuracy")
+def _word_accuracy(task: Task) -> Metric:
+    """Share of words with the right label, over all words of all texts."""
+
+    def statistics(answers: Sequence[Answer]) -> FloatArray:
+        pairs = [(_tags(a.given), _tags(a.target)) for a in answers]
+        return np.array([(sum(map(eq, given, right)), len(right)) for given, right in pairs], dtype=np.float64)
+
+    return summed("word_accuracy", statistics)
+
+
+@metric("entity_f1")
+def _entity_f1(task: Task) -> Metric:
+    """F1 of entities over all texts, right where kind, beginning and end are: 2 · right / (given + there), as conlleval's."""
+
+    def statistics(answers: Sequence[Answer]) -> FloatArray:
+        pairs = [(entities(_tags(a.given)), entities(_tags(a.target))) for a in answers]
+        return np.array([(2 * len(given & right), len(given) + len(right)) for given, right in pairs], dtype=np.float64)
+
+    def from_sums(sums: FloatArray) -> FloatArray:
+        return np.where(sums[..., 1] > 0, ratio(sums), 0.0)  # no entity is there and none is given: 0, as in seqeval
+
+    def value(answers: Sequence[Answer]) -> float:
+        return float(from_sums(statistics(answers).sum(0)))
+
+    return Metric("entity_f1", True, statistics, from_sums, value)  # noqa: FBT003
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Return kind, first word and one after the last of every entity.
+
+    As conlleval reads labels of the schemes IOB1, IOB2 and IOBES: an entity begins with B or S, after E, S or O, and where the
+    kind changes.
+
+    Args:
+        tags: O, or B-…, I-…, E-…, S-… with the kind.
+    """
+    found: set[tuple[str, int, int]] = set()
+    begun, last = 0, ("O", "")
+    for i, tag in enumerate([*tags, "O"]):
+        letter, _, what = tag.partition("-")
+        goes_on = letter in "IE" and last[0] in "BI" and what == last[1]
+        if last[0] != "O" and not goes_on:
+            found.add((last[1], begun, i))
+        if not goes_on:
+            begun = i
+        last = letter, what
+    return found
+
+
+def _tags(text: str | None) -> list[str]:
+    return (text or "").split()
+
+
+@metric("mean_squared_error")
+def _mean_squared_error(task: Task) -> Metric:
+    def statistics(answers: Sequence[Answer]) -> FloatArray:
+        given, right = _numbers(answers)
+        return _with_ones((given - right) ** 2)
+
+    return summed("mean_squared_error", statistics, higher_is_better=False)
+
+
+@metric("pearson")
+def _pearson(task: Task) -> Metric:
+    """Pearson's correlation of answers and targets; 0 where one of the two is constant."""
+    require("metric 'pearson'", {"eval": ["scipy"]})
+
+    def statistics(answers: Sequence[Answer]) -> FloatArray:
+        x, y = (_standardized(side) for side in _numbers(answers))  # the same correlation, without cancellation in the sums
+        return np.stack([x, y, x * x, y * y, x * y, np.ones_like(x)], axis=1)
+
+    def from_sums(sums: FloatArray) -> FloatArray:
+        x, y, xx, yy, xy, n = np.moveaxis(sums, -1, 0)
+        return _quotient(n * xy - x * y, np.sqrt(np.maximum(n * xx - x * x, 0) * np.maximum(n * yy - y * y, 0)))
+
+    def value(answers: Sequence[Answer]) -> float:
+        return _correlation("pearson", *_numbers(answers))
+
+    return Metric("pearson", True, statistics, from_sums, value)  # noqa: FBT003
+
+
+@metric("spearman")
+def _spearman(task: Task) -> Metric:
+    """Spearman's rank correlation of answers and targets; 0 where one of the two is constant.
+
+    It is not a function of sums. What is summed are pseudo-values, n ρ − (n − 1) ρ₋ᵢ with ρ₋ᵢ without answer i (Tukey 1958),
+    moved so that their mean is ρ.
+    """
+    require("metric 'spearman'", {"eval": ["scipy"]})
+
+    def statistics(answers: Sequence[Answer]) -> FloatArray:
+        x, y = _numbers(answers)
+        without = _spearman_without_each(x, y)
+        return _with_ones(_correlation("spearman", x, y) + (len(x) - 1) * (without.mean() - without))
+
+    def value(answers: Sequence[Answer]) -> float:
+        return _correlation("spearman", *_numbers(answers))
+
+    return Metric("spearman", True, statistics, ratio, value)  # noqa: FBT003
+
+
+def _spearman_without_each(x: FloatArray, y: FloatArray) -> FloatArray:
+    """Return the rank correlation without each of n pairs, (n,), in portions of bounded memory."""
+    rank = optional("scipy.stats", "eval", "metric 'spearman'").rankdata
+    ranks, found = (rank(x), rank(y)), np.zeros(len(x))
+    for at in range(0, len(x), _PORTION):
+        some = np.arange(at, min(at + _PORTION, len(x)))
+        left = np.ones((len(some), len(x)))
+        left[np.arange(len(some)), some] = 0
+        # a rank is one less without what is smaller, and a half less without what is equal
+        u, v = (
+            (r - (side > side[some, None]) - 0.5 * (side == side[some, None])) * left
+            for r, side in zip(ranks, (x, y), strict=True)
+        )
+        n = len(x) - 1
+        a, b = u - u.sum(1, keepdims=True) / max(n, 1) * left, v - v.sum(1, keepdims=True) / max(n, 1) * left
+        found[some] = _quotient((a * b).sum(1), np.sqrt((a * a).sum(1) * (b * b).sum(1)))
+    return found
+
+
+def _correlation(name: str, x: FloatArray, y: FloatArray) -> float:
+    stats = optional("scipy.stats", "eval", f"metric {name!r}")
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    return float({"pearson": stats.pearsonr, "spearman": stats.spearmanr}[name](x, y).statistic)
+
+
+def _numbers(answers: Sequence[Answer]) -> tuple[FloatArray, FloatArray]:
+    """Return answers and targets, (n,) each."""
+    return (np.array([a.scores[0] for a in answers]), np.array([float(a.target) for a in answers]))
+
+
+def _standardized(x: FloatArray) -> FloatArray:
+    return np.asarray((x - x.mean()) / (x.std() or 1.0))
+
+
+def _quotient(above: FloatArray, below: FloatArray) -> FloatArray:
+    """Return a quotient; 0 where it is divided by 0, or by what is left of rounding."""
+    usable = below > _TINY
+    return np.where(usable, above / np.where(usable, below, 1.0), 0.0)
 
 
 def _normalizer(task: Task) -> Callable[[str], str]:

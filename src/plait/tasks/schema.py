@@ -5,6 +5,7 @@ Independent of how data is read or how a model is asked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
@@ -16,13 +17,14 @@ from plait.recipes.evaluation import SplitName
 from plait.records import Record
 from plait.tasks.answers import Metric
 from plait.tasks.asking import Ask, Choices, Length, TargetLikelihood
-from plait.tasks.inputs import Example, Inputs, Row, inputs_of
+from plait.tasks.inputs import Example, Inputs, Row, TextPair, inputs_of
 from plait.tasks.templates import Template as Compiled
 
 SPLITS: tuple[SplitName, ...] = ("train", "calibration", "validation", "test")
 Normalization = Literal["lower", "punctuation", "whitespace"]
 TemplateText = Annotated[str, Field(min_length=1)]
 InputMaker: TypeAlias = Callable[[Sequence[Row]], Sequence[Inputs | TaskError]]
+TargetMaker: TypeAlias = Callable[[Sequence[Row]], Sequence[str | TaskError]]
 ChoiceMaker: TypeAlias = Callable[[Sequence[Row]], Sequence[tuple[str, ...] | TaskError]]
 _T = TypeVar("_T")
 
@@ -149,7 +151,7 @@ class RowTask(Task):
             raise ValueError(
                 f"{there!r} needs {lacking!r}; a task without rows (to calibrate, tune and merge with) has neither"
             )
-        if self.target is None and (self.data is not None or isinstance(self.ask, TargetLikelihood)):
+        if self.target is None and self.needs_target() and (self.data is not None or isinstance(self.ask, TargetLikelihood)):
             raise ValueError("'target' is missing, the template of the right answer")
         return self
 
@@ -157,6 +159,11 @@ class RowTask(Task):
     def split_names(self) -> tuple[SplitName, ...]:
         """The splits that it has."""
         return tuple(self.splits)
+
+    @classmethod
+    def needs_target(cls) -> bool:
+        """Whether the right answer is a template's."""
+        return True
 
     @property
     def target_template(self) -> Compiled:
@@ -179,6 +186,14 @@ class RowTask(Task):
             return lambda rows: [inputs_of("")] * len(rows)
         template = Compiled(self.prompt, f"{self.where}: prompt")
         return lambda rows: [text if isinstance(text, TaskError) else inputs_of(text) for text in template.each(rows)]
+
+    def targets_of(self) -> TargetMaker:
+        """Return what makes an example's right answer of every row.
+
+        Raises:
+            TaskError: the task has no template of it.
+        """
+        return self.target_template.each
 
     def choices_of(self) -> ChoiceMaker:
         """Return what makes an example's possible answers of every row; empty where the answer is free."""
@@ -244,6 +259,45 @@ class RankedTask(PromptedTask):
     def ask(self) -> Choices:
         """How answers are asked of a model."""
         return Choices(self.length, self.calibrated)
+
+
+class ReadTask(RowTask):
+    """A task whose text, or pair of texts, is read as a whole by an encoder."""
+
+    prompt: Annotated[TemplateText, Field(description="Jinja2 template of the text.")]
+    second: Annotated[TemplateText | None, Field(description="Jinja2 template of a second text, where there are two.")] = None
+    target: Annotated[TemplateText | None, Field(description="Jinja2 template of the right answer.")] = None
+    max_tokens: Annotated[int | None, Field(ge=1, description="Longer texts lose their end; otherwise they are an error.")] = (
+        None
+    )
+
+    def sources(self) -> list[str]:
+        """Return the templates that are filled from a row before its target."""
+        return super().sources() + ([] if self.second is None else [self.second])
+
+    def inputs_of(self) -> InputMaker:
+        """Return what makes an example's text, or pair of texts, of every row."""
+        if self.second is None:
+            return super().inputs_of()
+        both = [Compiled(self.prompt, f"{self.where}: prompt"), Compiled(self.second, f"{self.where}: second")]
+        return lambda rows: combine_texts(both, rows, lambda texts: inputs_of(TextPair(*texts)))
+
+
+class NumberTask(ReadTask):
+    """A task whose answers are numbers."""
+
+    def check_target(self, target: str) -> None:
+        """Make sure that a target is a number.
+
+        Raises:
+            TaskError: it is not.
+        """
+        try:
+            number = float(target)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise TaskError(f"{self.where}: target {target!r} is not a number.")
 
 
 def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:

@@ -15,10 +15,12 @@ from plait.extras import optional
 from plait.folders import expanded
 from plait.recipes.evaluation import SplitName
 from plait.records import Record
+from plait.tasks.asking import LabelHead, Reading
 from plait.tasks.examples import read_examples
 from plait.tasks.inputs import Row
 from plait.tasks.loading import load_tasks
 from plait.tasks.rows import read_file, read_hub
+from plait.tasks.schema import Task
 from plait.training.formats import Completion, Conversation, FormatName, TrainingExample, convert_rows, digest_form
 
 _ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
@@ -160,8 +162,21 @@ def _chosen(split: str | tuple[str, ...], there: Sequence[str]) -> str:
     return split if isinstance(split, str) else next((name for name in split if name in there), split[-1])
 
 
+def training_problem(task: Task) -> str | None:
+    """Return, in words, why adapters are not trained here for a task; None where they are."""
+    if not isinstance(task.ask, Reading) or (type(task.ask) is LabelHead and getattr(task, "second", None) is None):
+        return None
+    what = "two texts with a label" if type(task.ask) is LabelHead else f"kind {task.kind}"
+    return (
+        f"task {task.name!r}: training on {what} is not covered, only on a text with a label. Train this adapter with PEFT "
+        "and merge it; calibration, evaluation and search have the task."
+    )
+
+
 def _from_task(data: TrainingData, file: str) -> LoadedData:
     (task,) = load_tasks([file])
+    if problem := training_problem(task):
+        raise TaskError(problem)
     split = _chosen(data.split, list(getattr(task, "splits", get_args(SplitName))))
     if split not in get_args(SplitName):
         raise TaskError(f"{file}: a task has the splits {', '.join(get_args(SplitName))}, not {split!r}.")
@@ -171,6 +186,6 @@ def _from_task(data: TrainingData, file: str) -> LoadedData:
         if isinstance(item.prompt, str):
             examples.append(Completion(item.prompt, delimiter + item.target))
         else:
-            prompt = [{"role": role, "content": content} for role, content in item.prompt]
+            prompt = [{"role": role, "content": content} for role, content in item.messages or ()]
             examples.append(Conversation((*prompt, {"role": "assistant", "content": item.target}), len(prompt)))
     return LoadedData(f"task {task.name!r} ({split})", tuple(examples))

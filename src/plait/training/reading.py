@@ -20,11 +20,11 @@ from plait.recipes.overrides import parse_override, set_values
 from plait.recipes.paths import Plain, get_item
 from plait.recipes.problems import Moves, Origins, Problem, show_value
 from plait.recipes.validation import check_recipe, validate
-from plait.tasks.asking import Head
+from plait.tasks.asking import LabelHead
 from plait.tasks.loading import load_task
 from plait.tasks.schema import Task
 from plait.training.classification import MAX_LENGTH
-from plait.training.data import TrainingData, is_local
+from plait.training.data import TrainingData, is_local, training_problem
 from plait.training.job import ADAPTER, FILE_ARGUMENTS, TrainingJob, TrainingKind
 from plait.training.phases import PHASES, Phase, Phases, PlannedPhase, TrainingPlan, phase_seed
 
@@ -180,7 +180,9 @@ def _task_problems(phases: Phases, tasks: Mapping[int, Task]) -> Iterator[Proble
     first = next(iter(tasks.values()), None)
     for i, phase in enumerate(phases.phases):
         task = tasks.get(i)
-        if task is not None:
+        if task is not None and (untrained := training_problem(task)):
+            yield Problem((PHASES, i, "task"), untrained)
+        elif task is not None:
             yield from _splits_problems(i, phase, task, phases.eval.split)
             yield from _name_problems(i, phase, task, [t for t in tasks.values() if t is not task])
         elif phase.task is None and first is not None and _kind(first) != "causal":
@@ -217,7 +219,7 @@ def _name_problems(i: int, phase: Phase, task: Task, others: Sequence[Task]) -> 
 
 
 def _kind(task: Task) -> TrainingKind:
-    return "sequence_classification" if isinstance(task.ask, Head) else "causal"
+    return "sequence_classification" if isinstance(task.ask, LabelHead) else "causal"
 
 
 def _base(text: str, folder: Path) -> tuple[str, list[Problem]]:
@@ -260,7 +262,7 @@ def _job(phases: Phases, phase: Phase, task: Task | None, base: str, folder: Pat
     arguments = _ARGUMENTS | phases.arguments | phase.arguments
     paths = {name: _path(arguments.get(name), folder) for name in _PATHS}
     arguments |= {name: str(path) for name, path in paths.items() if path is not None}
-    head = task.ask if task is not None and isinstance(task.ask, Head) else None
+    head = task.ask if task is not None and isinstance(task.ask, LabelHead) else None
     if head is not None and head.max_tokens is not None:
         arguments = {MAX_LENGTH: head.max_tokens, **arguments}  # learned as it is evaluated
     data = phase.data or TrainingData()

@@ -150,7 +150,7 @@ def text_losses(
 
 def loss_count(lesson: Lesson, objective: Objective, text: int) -> int:
     """Return over how many losses of a text a mean is taken."""
-    return 1 if objective.per == "text" or lesson.head else lesson.passages[text].positions
+    return 1 if objective.per == "text" and not lesson.head else lesson.passages[text].positions
 
 
 def evaluate_held_out(

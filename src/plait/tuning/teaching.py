@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from plait.calibration.passages import Reader
 from plait.calibration.teachers import AnsweredTexts, answer_texts
 from plait.calibration.texts import Texts
 from plait.mixture import Mixture
-from plait.tasks.asking import Head
+from plait.tasks.asking import LabelHead, TagHead
 from plait.tuning.objectives import BatchOutputs
 
 Hidden = Sequence[torch.Tensor] | None  # per layer (positions, d)
@@ -26,13 +27,14 @@ class Lesson(AnsweredTexts):
     Attributes:
         task: its name.
         adapter: whose answers they are.
-        targets: per passage, the right labels of a classification head; empty where they are tokens, or not read.
+        targets: per passage, the right outputs of a classification head, one per place; empty where they are tokens, or not
+            read.
         labeled: whether the passages' answers are labels of the data, rather than what the adapter answers.
     """
 
     task: str
     adapter: str
-    targets: tuple[int, ...] = ()
+    targets: tuple[tuple[int, ...], ...] = ()
     labeled: bool = False
 
     def outputs(self, model: Any, wanted: Sequence[int]) -> BatchOutputs:
@@ -48,16 +50,19 @@ class Lesson(AnsweredTexts):
         """Return what every passage is counted as by samplers: its answer."""
         if not self.head:
             return [p.answer for p in self.passages]
-        return list(self.targets) if self.labeled else self.answers.log_p.argmax(-1).tolist()
+        given = iter(self.answers.log_p.argmax(-1).tolist())
+        return list(self.targets) if self.labeled else [tuple(islice(given, p.positions)) for p in self.passages]
 
     def _outputs_at(
         self, wanted: Sequence[int], logits: torch.Tensor, states: Sequence[torch.Tensor], hidden: Hidden
     ) -> BatchOutputs:
         """Return what was answered to some passages, given the scores and hidden states at their positions."""
         passages, answers = self.batch(wanted)
-        starts = [0, *itertools.accumulate(1 if self.head else p.positions for p in passages[:-1])]
+        starts = [0, *itertools.accumulate(p.positions for p in passages[:-1])]
+        if self.head:  # every word of a text has an answer of its own
+            starts = [*range(len(logits))]
         at = logits.device
-        right = [self.targets[i] for i in wanted] if self.targets else [t for p in passages for t in p.answer]
+        right = [t for i in wanted for t in self.targets[i]] if self.targets else [t for p in passages for t in p.answer]
         return BatchOutputs(
             logits,
             torch.tensor(starts, device=at),
@@ -80,7 +85,7 @@ def outputs_of(model: Any, parts: Sequence[tuple[Lesson, Sequence[int], Hidden]]
     reader = Reader(model, head=parts[0][0].head)
     passages = [lesson.passages[i] for lesson, wanted, _ in parts for i in wanted]
     logits, states = (reader.logits(passages), ()) if parts[0][2] is None else reader.states(passages)
-    sizes = [len(w) if x.head else sum(x.passages[i].positions for i in w) for x, w, _ in parts]
+    sizes = [sum(x.passages[i].positions for i in w) for x, w, _ in parts]
     found, at = [], 0
     for (lesson, wanted, hidden), size in zip(parts, sizes, strict=True):
         found.append(lesson._outputs_at(wanted, logits[at : at + size], [h[at : at + size] for h in states], hidden))
@@ -109,9 +114,12 @@ def make_lesson(
         TaskError: a label is not one of the task's.
     """
     answered = answer_texts(mixture, texts, adapter, right=right, report=report)
-    targets: tuple[int, ...] = ()
-    if right is not None and isinstance(texts.task.ask, Head):
-        targets = tuple(texts.task.ask.labels.index(text) for text in right)
+    targets: tuple[tuple[int, ...], ...] = ()
+    match texts.task.ask:
+        case TagHead(labels=labels) if right is not None:
+            targets = tuple(tuple(labels.index(tag) for tag in text.split()) for text in right)
+        case LabelHead(labels=labels) if right is not None:
+            targets = tuple((labels.index(text),) for text in right)
     known = {f.name: getattr(answered, f.name) for f in fields(answered)}
     return Lesson(**known, task=texts.task.name, adapter=adapter, targets=targets, labeled=right is not None)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from plait.calibration.request import paired_tasks, read_each, tasks_key_problem, texts_of
-from plait.calibration.texts import Texts, texts_in_split
+from plait.calibration.texts import Texts, answer_problem, texts_in_split
 from plait.errors import TaskError, collect
 from plait.merging.inventory import Inventory
 from plait.recipes.schema import Recipe
@@ -34,6 +34,7 @@ def tuning_texts(
     named: dict[str, Mapping[str, object]] = {"files": spec.files, "samplers": spec.samplers, "task_weights": weights}
     for key, given in named.items():
         problems += tasks_key_problem(recipe, "tune", key, given, tasks)
+    problems += [problem for t in tasks if (problem := answer_problem(t))]
     owners = {t.name: t.own_adapter for t in tasks}
     if spec.objective not in LABELED:
         return read_each(recipe, tasks, problems, lambda task: texts_of(task, recipe, "tune", folder)), {}, owners

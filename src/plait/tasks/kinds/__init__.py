@@ -6,7 +6,10 @@ from plait.tasks.kinds import (  # noqa: F401
     lm_eval,
     multiple_choice,
     perplexity,
+    regression,
+    sentence_similarity,
     sequence_classification,
+    token_classification,
 )
 from plait.tasks.schema import KINDS
 
