@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import select
 import stat
 from collections.abc import Iterable, Iterator
 from io import BufferedReader
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 #: What Git puts in the place of a file that was not fetched.
 _POINTER = b"version https://git-lfs.github.com/spec/"
+_GZIP = b"\x1f\x8b\x08"
 MAX_TEXT_BYTES = 64 << 20  # of a text that is read completely; the largest index of a model has 20 MB
+_PATIENCE = 15  # seconds that the writer of a pipe may be silent
 MOST_LEVELS = 100  # of lists and mappings in each other
 MOST_BITS = 1023  # of an integer: it is still a float
 _SHOWN = 60
@@ -51,11 +54,9 @@ def read_text(path: Path, error: type[PlaitError], *, advice: str = "", most: in
         PlaitError: (`error`) there is no such file, it cannot be read, is too large, or is not UTF-8.
     """
     try:
-        data = _contents(path, most + 1)
-        if problem := pointer_problem(data):
+        data = _contents(path, most)
+        if problem := _packed_problem(data):
             raise error(f"{path}: {problem}")
-        if len(data) > most:
-            raise error(f"{path}: larger than {most >> 20} MB, the limit for such a file.{_then(advice)}")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as found:
         raise error(f"{path}: this is not text in UTF-8 (byte {found.start}).{_then(advice)}") from None
@@ -67,6 +68,35 @@ def read_text(path: Path, error: type[PlaitError], *, advice: str = "", most: in
         if isinstance(found, PlaitError):
             raise
         raise error(f"{str(path)!r}: {found}.{_then(advice)}") from None
+
+
+def read_lines(path: Path, error: type[PlaitError], *, longest: int = MAX_TEXT_BYTES) -> Iterator[str]:
+    """Yield the lines of a file with their ends, one at a time; a byte order mark at its beginning is dropped.
+
+    Args:
+        path: of a file.
+        error: what a refusal raises.
+        longest: bytes that a line may have.
+
+    Raises:
+        PlaitError: (`error`) there is no such file, it cannot be read, a line is too long or is not UTF-8.
+    """
+    start, number = 0, 1
+    try:
+        with open_bytes(path) as file:
+            if problem := _packed_problem(file.peek(len(_POINTER))):
+                raise error(f"{path}: {problem}")
+            while line := file.readline(longest + 1):
+                if len(line) > longest:
+                    raise error(f"{path}:{number}: a line of more than {longest >> 20} MB, the limit for one.")
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                start, number = start + len(line), number + 1
+    except UnicodeDecodeError as found:
+        raise error(f"{path}: this is not text in UTF-8 (byte {start + found.start}).") from None
+    except OSError as found:
+        if isinstance(found, PlaitError):
+            raise
+        raise error(f"{path}: {found.strerror or found}.") from None
 
 
 def is_there(path: Path, error: type[PlaitError]) -> bool:
@@ -108,7 +138,12 @@ def _handle(path: Path) -> int:
 
 
 def _contents(path: Path, most: int) -> bytes:
-    """Return the bytes of a file, or of a pipe that another process writes to (`<(command)` of a shell), up to a number."""
+    """Return the bytes of a file, or of a pipe that another process writes to (`<(command)` of a shell).
+
+    Raises:
+        OSError: it cannot be read, or has more bytes than `most`.
+    """
+    too_large = OSError(errno.EFBIG, f"larger than {most >> 20} MB, the limit for such a file")
     handle = _handle(path)
     mode = os.fstat(handle).st_mode
     if not stat.S_ISFIFO(mode):
@@ -116,15 +151,17 @@ def _contents(path: Path, most: int) -> bytes:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with open_bytes(path) as file:
-            return file.read(most)
+            if os.fstat(file.fileno()).st_size > most:
+                raise too_large
+            return file.read()
     with os.fdopen(handle, "rb", buffering=0) as pipe:
-        first = pipe.read(1)  # None while its writer is silent, empty where there is no writer
-        if first == b"":
-            return b""
-        os.set_blocking(handle, True)
-        data = bytearray(first or b"")
-        while len(data) < most and (more := pipe.read(most - len(data))):
-            data += more
+        data = bytearray()
+        while (more := pipe.read(1 << 16)) != b"":  # at its end, or where there is no writer; None while the writer is silent
+            if more is None and not select.select([pipe], [], [], _PATIENCE)[0]:
+                raise TimeoutError(errno.ETIMEDOUT, f"nothing was written to this pipe for {_PATIENCE} s")
+            data += more or b""
+            if len(data) > most:
+                raise too_large
         return bytes(data)
 
 
@@ -137,6 +174,13 @@ def pointer_problem(head: bytes) -> str | None:
     if not head.startswith(_POINTER):
         return None
     return "a Git LFS pointer in place of the file itself. Fetch that: git lfs pull."
+
+
+def _packed_problem(head: bytes) -> str | None:
+    """Report that a file begins as no text does, but as what a text is packed into, or what Git puts in its place."""
+    if head.startswith(_GZIP):
+        return "this is packed by gzip. Unpack it: gunzip."
+    return pointer_problem(head)
 
 
 def read_json(path: Path, error: type[PlaitError], *, advice: str = "", constants: bool = False) -> Any:

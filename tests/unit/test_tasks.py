@@ -14,7 +14,6 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score
 
 from plait.errors import TaskError
-from plait.tasks import rows as rows_module
 from plait.tasks.answers import Answer
 from plait.tasks.checking import check_task
 from plait.tasks.encoding import PromptEncoder
@@ -417,16 +416,3 @@ def test_every_task_of_the_page_is_one(tmp_path):
     ]
     shown = set(re.findall(r"^\| `(\w+)", page, re.MULTILINE))
     assert shown == set(KINDS), "the page names every kind"
-
-
-def test_a_small_file_of_many_rows_is_refused_before_memory_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows_module, "_MOST_BYTES", 1 << 30)  # a quarter of what is allowed
-    pyarrow = pytest.importorskip("pyarrow")
-    file, schema = tmp_path / "rows.parquet", pyarrow.schema([("text", pyarrow.dictionary(pyarrow.int32(), pyarrow.string()))])
-    indices = pyarrow.array([0]).take(pyarrow.nulls(1 << 18, pyarrow.int64()).fill_null(0)).cast(pyarrow.int32())
-    one = pyarrow.table([pyarrow.DictionaryArray.from_arrays(indices, ["x" * 5000])], schema)
-    with pytest.importorskip("pyarrow.parquet").ParquetWriter(file, schema, store_schema=False) as writer:
-        writer.write_table(one)
-    assert file.stat().st_size < 1 << 20
-    with pytest.raises(TaskError, match=r"rows\.parquet: its rows have more than 1 GB"):
-        read_file(file)

@@ -49,5 +49,5 @@ class MigrateOrder:
         """
         self.check()
         if self.out is not None:
-            write_text_atomic(self.out, self.migrated[0])
+            write_text_atomic(self.out, self.migrated[0], replace=self.force)
         return self.migrated

@@ -37,11 +37,18 @@ class Answers(Record):
         contender: name of the candidate, for people; the key is that of earlier releases, so that kept answers are still found.
         task: its name, for people.
         answers: in the order of the examples.
+        sha256: of them as they are written; None of those that earlier releases kept.
     """
 
     contender: str
     task: str
     answers: tuple[Answer, ...]
+    sha256: str | None = None
+
+    @property
+    def content(self) -> str:
+        """Hash of the answers."""
+        return hashlib.sha256(json.dumps([a.model_dump(mode="json") for a in self.answers]).encode()).hexdigest()
 
 
 class ScoreCache:
@@ -66,16 +73,17 @@ class ScoreCache:
         except (OSError, ValueError) as error:  # not UTF-8, not JSON, or not answers
             reason = type(error).__name__
         else:
-            if len(found.answers) == count:
+            if len(found.answers) == count and found.sha256 in (None, found.content):
                 return found
-            reason = f"{len(found.answers)} for {count} examples"
+            reason = f"{len(found.answers)} for {count} examples" if len(found.answers) != count else "they were changed"
         announce(f"{file} does not hold complete answers ({reason}); the model is asked again.")
         return None
 
     def keep(self, key: str, answers: Answers) -> None:
         """Write answers down."""
         if self._folder is not None:
-            write_json_atomic(self._folder / f"{key}.json", answers.model_dump(mode="json"))
+            whole = answers.model_copy(update={"sha256": answers.content})
+            write_json_atomic(self._folder / f"{key}.json", whole.model_dump(mode="json"))
 
 
 def digest(*parts: object) -> str:

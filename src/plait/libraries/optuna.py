@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sqlite3
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from copy import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,6 +68,22 @@ def sqlite_url(path: str) -> str:
     from sqlalchemy import URL
 
     return URL.create("sqlite", database=path).render_as_string(hide_password=False)
+
+
+def lost_tables(file: Path) -> list[str]:
+    """Return the tables of Optuna that a SQLite file lacks, though others of them hold something: Optuna would make them anew.
+
+    Args:
+        file: of a storage; what is not a database is left to Optuna to refuse.
+    """
+    from optuna.storages._rdb.models import BaseModel
+
+    wanted = set(BaseModel.metadata.tables)
+    with suppress(sqlite3.Error), closing(sqlite3.connect(file)) as base:
+        there = {name for (name,) in base.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if any(base.execute(f'SELECT 1 FROM "{name}" LIMIT 1').fetchone() for name in wanted & there):
+            return sorted(wanted - there)
+    return []
 
 
 def without_password(url: str) -> str:

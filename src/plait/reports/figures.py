@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from plait.errors import OutputError
@@ -20,6 +22,7 @@ from plait.reports.charts import (
 )
 from plait.reports.colors import css, diverging
 from plait.reports.reading import Report
+from plait.results.staging import held
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,40 +34,55 @@ _RECOVERY = "recovery: (merged − base) / (own adapter − base), 95 % interval
 _LAYERS = ("cosine", "sign_conflict", "overlap_a", "overlap_b")
 
 
-def figure_files(report: Report, folder: Path) -> list[Path]:
-    """Return the files that `write_figures` writes."""
-    return [folder / f"{name}.{kind}" for name, _ in _drawings(report) for kind in FIGURE_FORMATS]
+def figures_problem(report: Report, folder: Path) -> str | None:
+    """Return why figures must not be written to a folder: files of their names are there."""
+    names = (f"{name}.{kind}" for name, _ in _drawings(report) for kind in FIGURE_FORMATS)
+    existing = [name for name in names if os.path.lexists(folder / name)]
+    if not existing:
+        return None
+    return f"{folder} has {', '.join(existing)} already. Choose another folder, or replace them with --force."
 
 
-def write_figures(report: Report, folder: Path) -> list[Path]:
-    """Draw every figure that a report has the numbers for.
+def write_figures(report: Report, folder: Path, *, force: bool) -> list[Path]:
+    """Draw every figure that a report has the numbers for; all of them appear in the folder when the last is drawn.
 
     Args:
         report: what to draw.
-        folder: where to write `<figure>.svg` and `<figure>.png`; files of these names are replaced.
+        folder: where to write `<figure>.svg` and `<figure>.png`.
+        force: replace files of these names.
 
     Raises:
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, holds such files, or another process writes there.
     """
     import matplotlib as mpl
-    from matplotlib.figure import Figure
 
-    written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
-            for name, draw in _drawings(report):
-                figure = Figure(layout="constrained")
-                draw(figure)
-                for kind in FIGURE_FORMATS:
-                    # without dates the same numbers give the same bytes
-                    metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": "plait"}
-                    path = folder / f"{name}.{kind}"
-                    figure.savefig(path, dpi=200, metadata=metadata)
-                    written.append(path)
+        with held(folder), TemporaryDirectory(dir=folder, prefix=".plait-") as place, mpl.rc_context(_STYLE):  # type: ignore[arg-type]
+            if not force and (problem := figures_problem(report, folder)):
+                raise OutputError(problem)
+            drawn = list(_drawn(report, Path(place)))
+            return [path.replace(folder / path.name) for path in drawn]
+    except BlockingIOError:
+        raise OutputError(f"{folder} is being written by another process. Choose another folder.") from None
     except OSError as error:
+        if isinstance(error, OutputError):
+            raise
         raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from None
-    return written
+
+
+def _drawn(report: Report, place: Path) -> Iterator[Path]:
+    from matplotlib.figure import Figure
+
+    for name, draw in _drawings(report):
+        figure = Figure(layout="constrained")
+        draw(figure)
+        for kind in FIGURE_FORMATS:
+            # without dates the same numbers give the same bytes
+            metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": "plait"}
+            path = place / f"{name}.{kind}"
+            figure.savefig(path, dpi=200, metadata=metadata)
+            yield path
 
 
 def _drawings(report: Report) -> Iterator[tuple[str, Callable[[Figure], None]]]:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from plait.errors import OutputError
 from plait.extras import require
 from plait.records import ShortRepr
-from plait.reports.figures import figure_files, write_figures
+from plait.reports.figures import figures_problem, write_figures
 from plait.reports.page import render
 from plait.reports.reading import Report, read_report
+from plait.results.lock import ResultKind
 from plait.results.progress import Progress
 from plait.results.staging import place_problem
 from plait.results.writing import write_text_atomic
 
 _GENERATOR = b'<meta name="generator" content="plait">'  # of the template
 _HEAD_BYTES = 1024
+#: Of a page about a result that has no numbers of its own to show.
+_TITLES: Mapping[ResultKind, str] = {
+    "merge": "Merge",
+    "bake": "Baked model",
+    "extract": "Extracted adapter",
+    "train": "Training",
+    "tune": "Tuned merge",
+    "calibrate": "Second moments of inputs",
+    "convert": "Converted adapter",
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,11 +76,10 @@ def make_report(
     report = read_report(runs, progress)
     if figures is not None and (problem := place_problem(figures)):
         raise OutputError(problem)
-    existing = [] if figures is None or force else [f.name for f in figure_files(report, figures) if os.path.lexists(f)]
-    if existing:
-        raise OutputError(f"{figures} has {', '.join(existing)} already. Choose another folder, or replace them with --force.")
-    write_text_atomic(out, render(report, title=title or _title(report)))
-    drawn = write_figures(report, figures) if figures is not None else []
+    if figures is not None and not force and (problem := figures_problem(report, figures)):
+        raise OutputError(problem)
+    write_text_atomic(out, render(report, title=title or _title(report)), replace=force)
+    drawn = write_figures(report, figures, force=force) if figures is not None else []
     return ReportResult(out, tuple(drawn), report)
 
 
@@ -96,4 +105,6 @@ def _title(report: Report) -> str:
         return f"Merges of {' + '.join(report.comparison.adapters)}"
     if report.studies:
         return f"Search over merges of {' + '.join(report.studies[0].adapters)}"
-    return f"Merge by {report.merges[0].method}" if report.merges else "Training"
+    if report.merges:
+        return f"Merge by {report.merges[0].method}"
+    return _TITLES[report.kinds[0]] if report.kinds else "Training"

@@ -32,7 +32,7 @@ from plait.recipes.loading import build_recipe
 from plait.recipes.schema import Recipe
 from plait.records import Record
 from plait.reports.losses import CURVES, LossCurve, LossCurves
-from plait.results.lock import LOCK, RUN_RECORD, read_lock
+from plait.results.lock import LOCK, RUN_RECORD, ResultKind, read_lock
 from plait.results.progress import Progress
 from plait.search.record import STUDY, StudyRecord
 from plait.tensorfiles.formats import TENSOR_FORMATS
@@ -73,6 +73,7 @@ class Report(Record):
         conflict: the conflict between the adapters; None where their files are not at hand.
         weights: per layer; None where they are not known.
         losses: how the adapters were trained, where that is known.
+        kinds: of the results whose locks are shown.
         locks: file → text.
         notes: what could not be shown, and why.
     """
@@ -85,6 +86,7 @@ class Report(Record):
     conflict: AdapterComparison | None = None
     weights: LayerCoefficients | None = None
     losses: tuple[LossCurve, ...] = ()
+    kinds: tuple[ResultKind, ...] = ()
     locks: dict[str, str] = {}  # noqa: RUF012 (frozen)
     notes: tuple[str, ...] = ()
 
@@ -107,13 +109,14 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
     tunings: list[TuneRecord] = []
     studies: list[StudyRecord] = []
     losses: list[LossCurve] = []
+    kinds: list[ResultKind] = []
     locks: dict[str, str] = {}
     problems: list[str] = []
     for path in paths:
         try:
             found = _files(path)
             for file in (f for f in found if f.name == LOCK):
-                _check_result(file, {f.name for f in found} if path.is_dir() else None)
+                kinds.append(_kind_of(file, {f.name for f in found} if path.is_dir() else None))
                 locks[str(file)] = read_text(file, ReportError)
             evaluations += [_read(Evaluation, f) for f in found if f.match(RESULTS)]
             boards = {f: _read(Leaderboard, f) for f in found if f.name == LEADERBOARD}
@@ -143,6 +146,7 @@ def read_report(paths: Sequence[Path], progress: Progress | None = None) -> Repo
         conflict=conflict,
         weights=learned or weights,
         losses=tuple(losses),
+        kinds=tuple(kinds),
         locks=locks,
         notes=tuple(notes),
     )
@@ -176,8 +180,8 @@ def _is_merge(folder: Path) -> bool:
     return (folder / LOCK).is_file() and read_lock(folder).kind == "merge"
 
 
-def _check_result(file: Path, others: set[str] | None) -> None:
-    """Refuse a lock that is none, and that of a merge or a tuning whose record is gone.
+def _kind_of(file: Path, others: set[str] | None) -> ResultKind:
+    """Return what a lock is of; refuse one that is none, and that of a merge or a tuning whose record is gone.
 
     Args:
         file: the lock.
@@ -191,6 +195,7 @@ def _check_result(file: Path, others: set[str] | None) -> None:
     record = {"merge": RUN_RECORD, "tune": TUNING}.get(kind)
     if others is not None and record is not None and record not in others:
         raise ReportError(f"{file.parent}: there is no {record}, which says what was done. Make the result again.")
+    return kind
 
 
 def _places(file: Path, board: Leaderboard) -> list[Evaluation]:

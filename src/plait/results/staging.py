@@ -151,7 +151,7 @@ def staged(folder: Path, *, force: bool) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from None
     try:
-        with _held(place):
+        with held(place):
             yield place
             publish(place, folder, force=force)
     except OSError as error:
@@ -183,7 +183,7 @@ def scratch(purpose: str) -> Iterator[Path]:
                 shutil.rmtree(stale, ignore_errors=True)
     place = Path(tempfile.mkdtemp(prefix=f"plait-{purpose}-{os.getpid()}-"))
     try:
-        with _held(place):
+        with held(place):
             yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -282,8 +282,12 @@ def _sweep(folder: Path) -> None:
 
 
 @contextmanager
-def _held(place: Path) -> Iterator[None]:
-    """Lock a folder while it is worked in, so that no process removes it, whatever it can see of this one's number."""
+def held(place: Path) -> Iterator[None]:
+    """Lock a folder while it is worked in, so that no process removes it, whatever it can see of this one's number.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
     handle = _locked(place)
     try:
         yield
@@ -356,16 +360,27 @@ def _swap(place: Path, folder: Path, *, force: bool) -> None:
         place.rename(folder)  # onto nothing, or onto an empty folder; the system refuses a full one
     except OSError as error:
         if aside.exists():
-            aside.rename(folder)
+            _put_back(aside, folder)
         if error.errno in (errno.EBUSY, errno.EXDEV) and folder.is_dir():  # a mount point after all, or a layer of a container
             _fill(place, folder, force=force)
             return
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise OutputError(f"{folder} was written by another process in the meantime. Choose another output.") from None
+        moved_away = error.errno == errno.ENOENT and place.is_dir() and folder.parent.is_dir()
+        if moved_away or error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise OutputError(_meanwhile(folder)) from None
         raise
     shutil.rmtree(aside, ignore_errors=True)
     with suppress(OSError):  # not every file system can flush a folder
         _flush(folder.parent, deep=False)
+
+
+def _put_back(aside: Path, folder: Path) -> None:
+    """Give an old result its name again; where another process has put its own there, that one has replaced it."""
+    try:
+        aside.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _fill(place: Path, folder: Path, *, force: bool) -> None:
@@ -376,8 +391,16 @@ def _fill(place: Path, folder: Path, *, force: bool) -> None:
     Raises:
         OutputError: another process has written there in the meantime, and nothing may be replaced.
     """
+    try:
+        with held(folder):
+            _fill_alone(place, folder, force=force)
+    except BlockingIOError:
+        raise OutputError(_meanwhile(folder)) from None
+
+
+def _fill_alone(place: Path, folder: Path, *, force: bool) -> None:
     if _taken(folder, force=force):
-        raise OutputError(f"{folder} was written by another process in the meantime. Choose another output.")
+        raise OutputError(_meanwhile(folder))
     new, old = list(entries(place)), list(_contents(folder))
     _note(folder, {*new, *old})
     _remove(folder, old)
@@ -395,6 +418,10 @@ def _fill(place: Path, folder: Path, *, force: bool) -> None:
     with suppress(OSError):
         _flush(folder, deep=False)
     (folder / _MARK).unlink(missing_ok=True)
+
+
+def _meanwhile(folder: Path) -> str:
+    return f"{folder} was written by another process in the meantime. Choose another output."
 
 
 def _note(folder: Path, names: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from plait.results.locking import locked
 from plait.results.progress import Progress, SilentProgress
 from plait.search.conclusion import SweepResult, conclude
 from plait.search.moments import with_moments
+from plait.search.record import STUDY
 from plait.search.request import OWN_FILES, Sweep, SweepOptions
-from plait.search.study import LOCK, Study
+from plait.search.study import LOCK, STORAGE, Study
 from plait.search.trying import Trials
 
 
@@ -56,6 +58,11 @@ def run_sweep(
             sweep.spec.parallel,
             min(room, MOST_PARALLEL),
         )
+        if os.path.lexists(out / STUDY) and not study.finished():
+            announce(
+                f"{out / STUDY} tells of candidates that {'its storage' if options.storage else STORAGE} does not hold: the "
+                "search begins anew, and the record is replaced in the end."
+            )
         if elsewhere is not None:
             elsewhere.at_once = study.parallel
             _announce_room(study.parallel, room)

@@ -15,7 +15,7 @@ from plait.records import Record
 from plait.results.locking import lock_holder
 from plait.search.outcome import FOUND, studied
 from plait.search.record import STUDY
-from plait.search.study import LOCK, STORAGE, first_line
+from plait.search.study import LOCK, STORAGE, check_tables, first_line
 
 
 class StudyStatus(Record):
@@ -63,6 +63,8 @@ def read_status(folder: Path, storage: str | None = None) -> StudyStatus:
             f"{folder}: there is no {STORAGE}, which a search writes when it has read its adapters and tasks; give the folder "
             "of a study (or --storage, as the sweep had it)."
         )
+    if storage is None:
+        check_tables(place / STORAGE)
     with quiet_optuna():
         try:
             opened = optuna.storages.get_storage(storage or sqlite_url(str((place / STORAGE).absolute())))

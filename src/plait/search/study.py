@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,9 @@ from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from plait.errors import OutputError
-from plait.libraries.optuna import quiet_optuna, sqlite_url, storage_failures, taken_up
+from plait.errors import OutputError, listed
+from plait.libraries.optuna import lost_tables, quiet_optuna, sqlite_url, storage_failures, taken_up
+from plait.notices import announce
 from plait.parsing import as_record, is_there, shown
 from plait.recipes.candidates import Point
 from plait.records import Record
@@ -77,8 +78,8 @@ class Study:
         self._alone = url is None
         self._begun: set[int] = set()  # trials of this process
         self._where = f"{folder / STORAGE}" if self._alone else "--storage (storage=)"
-        if self._alone:
-            is_there(folder / STORAGE, OutputError)
+        if self._alone and is_there(folder / STORAGE, OutputError):
+            check_tables(folder / STORAGE)
         address = url or sqlite_url(str((folder / STORAGE).absolute()))
         with quiet_optuna():
             try:
@@ -223,12 +224,14 @@ class Study:
             values = {t.values[0] for t in trials}
             if len(trials) < 4 or len(values) < 2:
                 return {}
-            with suppress(ValueError, RuntimeError):
+            try:
                 found = get_param_importances(
                     self._study, evaluator=FanovaImportanceEvaluator(seed=0), target=lambda t: t.values[0]
                 )
-                return {str(name): float(share) for name, share in found.items()}
-        return {}
+            except (ValueError, RuntimeError) as error:  # of trials that have no path in common, or of no variance
+                announce(f"the study does not say which paths matter: {first_line(error)}.")
+                return {}
+        return {str(name): float(share) for name, share in found.items()}
 
     def left_over(self) -> int:
         """Return how many trials were begun by processes that are gone."""
@@ -260,6 +263,16 @@ class Study:
                 yield
         except storage_failures() as error:
             raise OutputError(f"{self._where}: Optuna's storage failed: {first_line(error)}.") from error
+
+
+def check_tables(file: Path) -> None:
+    """Refuse a storage that has lost a part of what it held.
+
+    Raises:
+        OutputError: it has.
+    """
+    if lost := lost_tables(file):
+        raise OutputError(f"{file}: there is no table {listed(map(repr, lost))}, and there are others of a study. {ANEW}")
 
 
 def _is_gone(attributes: Mapping[str, Any]) -> bool:

@@ -6,7 +6,6 @@ is its own; only the rendering in the middle is taken out of its hands.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -15,6 +14,7 @@ from typing import Any
 
 from plait.errors import PlaitError, TaskError
 from plait.libraries.transformers import chats_rendered_by, renders_chats_by_a_function
+from plait.notices import announce
 from plait.tasks.rendering import LimitedTemplate
 
 _one_at_a_time = RLock()
@@ -68,10 +68,9 @@ def limited_chats(where: str) -> Iterator[None]:
         where: what messages call the template.
     """
     if not renders_chats_by_a_function():
-        warnings.warn(
+        announce(
             "this release of transformers renders chat templates in a way that plait does not know: they have no limits of "
-            "time and memory here.",
-            stacklevel=4,
+            "time and memory here."
         )
         yield
         return

@@ -12,17 +12,13 @@ import json
 import os
 import pickle
 import signal
-import struct
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from plait.errors import TaskError
 from plait.tasks.template_worker import MEMORY
+from plait.tasks.workers import EndedError, Worker
 
 TemplateKind: TypeAlias = Literal["task", "chat"]
 
@@ -83,7 +79,7 @@ class LimitedTemplate:
                         self.columns = frozenset(json.loads(body))
                     else:
                         answers.append(self._answer(kind, body))
-            except _Ended as ended:
+            except EndedError as ended:
                 raise TaskError(f"{self._where}{self._which(len(batch))}: {ended}.") from None
         self._rendered += len(batch)
         if len(answers) != len(batch) and isinstance(answers[0], TaskError):
@@ -124,84 +120,13 @@ def _batches(rows: Sequence[Mapping[str, Any]], packed: Callable[[Mapping[str, A
         yield batch
 
 
-class _Ended(Exception):
-    """The process ended during a request; the text says why."""
-
-
-class _Worker:
-    """The process, and the way to it."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).with_name("template_worker.py")
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-            )
-        except OSError as error:
-            raise _Ended(f"the process that renders templates cannot be started ({error.strerror or error})") from None
-        with suppress(BrokenPipeError):  # the first request reports it
-            self._send(list(sys.path))
-
-    def request(self, what: Any) -> Iterator[tuple[bytes, bytes]]:
-        """Return the frames that answer a request, the last of which is `.`.
-
-        Raises:
-            _Ended: the process ended.
-        """
-        finished = False
-        try:
-            self._send(what)
-            while not finished:
-                head = self._read(9)
-                kind, body = head[:1], self._read(struct.unpack("<Q", head[1:])[0])
-                finished = kind == b"."
-                yield kind, body
-        except (BrokenPipeError, EOFError):
-            raise _Ended(self._why()) from None
-        finally:
-            if not finished:  # an answer that was not read must not be taken for that of the next request
-                self.close()
-
-    @property
-    def is_open(self) -> bool:
-        """Whether requests can be made."""
-        return self._process.stdin is not None and not self._process.stdin.closed
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(OSError):
-                pipe.close()  # type: ignore[union-attr]
-
-    def _why(self) -> str:
-        try:
-            code = self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            code = None
-        if code == _TOO_LONG:
-            return "it takes too long to render, and was stopped; a template may loop over what a row holds, not over more"
-        if code is not None and code < 0:
-            return f"it is nested too deeply, or needs more than {MEMORY >> 20} MiB of memory (signal {-code})"
-        return f"the process that renders templates ended (code {code})"
-
-    def _send(self, what: Any) -> None:
-        body, pipe = pickle.dumps(what, protocol=5), self._process.stdin
-        if pipe is None:
-            raise AssertionError("Popen was given no pipe")
-        pipe.write(struct.pack("<Q", len(body)))
-        pipe.write(body)
-        pipe.flush()
-
-    def _read(self, count: int) -> bytes:
-        pipe = self._process.stdout
-        if pipe is None:
-            raise AssertionError("Popen was given no pipe")
-        found = pipe.read(count)
-        if len(found) < count:
-            raise EOFError
-        return found
+def _why(code: int) -> str | None:
+    """Return why the process that renders ended, of its exit code."""
+    if code == _TOO_LONG:
+        return "it takes too long to render, and was stopped; a template may loop over what a row holds, not over more"
+    if code < 0:
+        return f"it is nested too deeply, or needs more than {MEMORY >> 20} MiB of memory (signal {-code})"
+    return None
 
 
 class _Shared:
@@ -209,13 +134,13 @@ class _Shared:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self._worker: _Worker | None = None
-        self._inherited: list[_Worker | None] = []
+        self._worker: Worker | None = None
+        self._inherited: list[Worker | None] = []
 
-    def worker(self) -> _Worker:
+    def worker(self) -> Worker:
         """Return the process, started, or started again, where there is none."""
         if self._worker is None or not self._worker.is_open:
-            self._worker = _Worker()
+            self._worker = Worker("template_worker.py", "renders templates", _why)
         return self._worker
 
     def close(self) -> None:

@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from plait.errors import TaskError, did_you_mean
-from plait.extras import optional
-from plait.parsing import open_bytes, parse_json, read_text
+from plait.extras import optional, require
+from plait.parsing import MAX_TEXT_BYTES, MOST_LEVELS, check_levels, open_bytes, parse_json, read_lines, read_text
 from plait.recipes.evaluation import SplitName
 from plait.tasks.inputs import Row
 from plait.tasks.schema import RowTask, Split
+from plait.tasks.workers import EndedError, Worker
 
-_MOST_BYTES = 4 << 30  # of a file with rows, which is read completely
+_MOST_BYTES = 4 << 30  # of the rows of a file, all of which are held in memory
 _ROW_BYTES = 100  # of a row in memory, whatever is in it
-_MOST_CHARACTERS = (1 << 31) - 1  # of one cell: what csv can count to on every system
+_DOCUMENT_BYTES = 512 << 20  # of a file that is one JSON document; its values take several times as much in memory
+_DECODING_BYTES = 1 << 30  # of address space that a part of a packed file is decoded in
+# of a packed file: bytes that any may have, and how many there may be to one of the file
+_SMALL_BYTES, _MOST_UNPACKED = 256 << 20, 100
 
 
 def read_rows(task: RowTask, name: SplitName) -> list[Row]:
@@ -89,23 +96,24 @@ def read_file(file: Path, *, besides: Sequence[str] = ()) -> list[Row]:
 
 def _jsonl(file: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(read_text(file, TaskError, most=_MOST_BYTES).split("\n"), 1):
+    for number, line in enumerate(_lines(file), 1):
         if line.strip():
             rows.append(_mapping(_parsed(line, file, number), f"{file}:{number}"))
     return rows
 
 
 def _json(file: Path) -> list[Row]:
-    data = _parsed(read_text(file, TaskError, most=_MOST_BYTES), file)
+    advice = "One row per line (.jsonl) may have more."
+    data = _parsed(read_text(file, TaskError, most=_DOCUMENT_BYTES, advice=advice), file)
     if not isinstance(data, list):
         raise TaskError(f"{file}: it must be a list of rows; one row per line is .jsonl.")
     return [_mapping(row, f"{file}: row {i}") for i, row in enumerate(data)]
 
 
 def _csv(file: Path) -> list[Row]:
-    csv.field_size_limit(_MOST_CHARACTERS)  # a cell may be a long document
-    reader = csv.DictReader(io.StringIO(read_text(file, TaskError, most=_MOST_BYTES), newline=""))
+    before = csv.field_size_limit(MAX_TEXT_BYTES)  # a cell may be a long document
     rows: list[Row] = []
+    reader = csv.DictReader(part for line in _lines(file) for part in io.StringIO(line, newline=""))
     try:
         for row in reader:
             if None in row or None in row.values():
@@ -113,25 +121,52 @@ def _csv(file: Path) -> list[Row]:
             rows.append(row)
     except csv.Error as error:
         raise TaskError(f"{file}:{reader.line_num}: this cannot be read as CSV: {error}.") from None
+    finally:
+        csv.field_size_limit(before)
     return rows
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """Yield the lines of a file with their ends, as long as what is made of them can be held in memory."""
+    size = 0
+    for line in read_lines(file, TaskError):
+        size += len(line) + _ROW_BYTES
+        if size > _MOST_BYTES:
+            raise TaskError(f"{file}: its rows have more than {_MOST_BYTES >> 30} GB, the limit for such a file.")
+        yield line
 
 
 def _parquet(file: Path) -> list[Row]:
-    parquet = optional("pyarrow.parquet", "data", f"{file}: reading parquet")
+    """Have a process of its own decode the file, since a small one may hold one value a billion times."""
+    require(f"{file}: reading parquet", {"data": ["pyarrow"]})
+    with open_bytes(file) as opened:
+        most = min(_MOST_BYTES, max(_SMALL_BYTES, _MOST_UNPACKED * os.fstat(opened.fileno()).st_size))
     rows: list[Row] = []
     size = 0
     try:
-        with open_bytes(file) as stream:
-            for batch in parquet.ParquetFile(stream).iter_batches():  # a small file may hold one value a billion times
-                size += batch.nbytes + batch.num_rows * _ROW_BYTES
-                if size > _MOST_BYTES:
-                    raise TaskError(f"{file}: its rows have more than {_MOST_BYTES >> 30} GB, the limit for such a file.")
-                rows += batch.to_pylist()
-    except TaskError:
-        raise
-    except (ValueError, MemoryError) as error:  # pyarrow's own classes are kinds of them
-        raise TaskError(f"{file}: this cannot be read as parquet: {error}") from None
+        worker = Worker("parquet_worker.py", "reads parquet", _why)
+        with closing(worker), closing(worker.request((str(file), _DECODING_BYTES))) as answers:
+            for kind, body in answers:
+                if kind == b"e":
+                    raise TaskError(f"{file}: this cannot be read as parquet: {body.decode()}.")
+                found = pickle.loads(body) if kind == b"r" else []
+                size += len(body) + len(found) * _ROW_BYTES
+                if size > most:
+                    raise TaskError(f"{file}: its rows have more than {most >> 20} MB, the limit for a file of its size.")
+                check_levels(found)
+                rows += found
+    except EndedError as ended:
+        raise TaskError(f"{file}: this cannot be read as parquet: {ended}.") from None
+    except RecursionError:
+        raise TaskError(f"{file}: nested too deeply, more than {MOST_LEVELS} levels.") from None
     return rows
+
+
+def _why(code: int) -> str | None:
+    """Return why the process that reads parquet ended, of its exit code."""
+    if code >= 0:
+        return None
+    return f"Arrow's code failed, or needed more than {_DECODING_BYTES >> 20} MB of memory (signal {-code})"
 
 
 def read_hub(repo: str, split: str, *, config: str | None = None, revision: str | None = None, where: str) -> list[Row]:

@@ -33,15 +33,15 @@ def main() -> None:
     """Serve requests until stdin ends."""
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks; its end ends this one
-    sys.path[:] = pickle.loads(_frame(source) or b"")  # the parent's own bytes
+    sys.path[:] = pickle.loads(frame(source) or b"")  # the parent's own bytes
     _columns()  # imports Jinja, before memory is limited
-    _limit_memory()
-    while (frame := _frame(source)) is not None:
-        kind, text, seconds, rows = pickle.loads(frame)
+    limit_memory(MEMORY)
+    while (request := frame(source)) is not None:
+        kind, text, seconds, rows = pickle.loads(request)
         before = time.process_time()
         with _clock(seconds):
             _serve(sink, kind, text, rows)
-        _answer(sink, b".", repr(time.process_time() - before).encode())
+        answer(sink, b".", repr(time.process_time() - before).encode())
         sink.flush()
 
 
@@ -49,11 +49,11 @@ def _serve(sink: BinaryIO, kind: str, source: str, rows: list[bytes]) -> None:
     try:
         template, names = _compile(kind, source)
     except Exception as error:  # whatever a template makes Jinja raise
-        _answer(sink, b"e", _message(error).encode("utf-8", "replace"))
+        answer(sink, b"e", _message(error).encode("utf-8", "replace"))
         return
-    _answer(sink, b"c", json.dumps(names).encode())
+    answer(sink, b"c", json.dumps(names).encode())
     for row in rows:
-        _answer(sink, *_rendered(template, row))
+        answer(sink, *_rendered(template, row))
 
 
 def _rendered(template: Any, row: bytes) -> tuple[bytes, bytes]:
@@ -172,23 +172,26 @@ def _clock(seconds: float) -> Iterator[None]:
     faulthandler.cancel_dump_traceback_later()
 
 
-def _limit_memory() -> None:
+def limit_memory(most: int) -> None:
+    """Have the system refuse this process more than so many bytes of address space."""
     try:
         import resource
 
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        limit = MEMORY if hard == resource.RLIM_INFINITY else min(hard, MEMORY)
+        limit = most if hard == resource.RLIM_INFINITY else min(hard, most)
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     except (ImportError, OSError, ValueError):
         pass  # a system that counts no memory; time and the length of a text are limited all the same
 
 
-def _frame(source: BinaryIO) -> bytes | None:
+def frame(source: BinaryIO) -> bytes | None:
+    """Return the next request; None where there is none."""
     head = source.read(8)
     return source.read(struct.unpack("<Q", head)[0]) if len(head) == 8 else None
 
 
-def _answer(sink: BinaryIO, kind: bytes, body: bytes) -> None:
+def answer(sink: BinaryIO, kind: bytes, body: bytes) -> None:
+    """Write a frame of an answer."""
     sink.write(kind + struct.pack("<Q", len(body)) + body)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from plait.errors import OutputError, RecipeError, listed
 from plait.extras import optional
 from plait.folders import entries, file_in
+from plait.notices import announce
 from plait.parsing import read_object, shown
 from plait.results.checks import check_files
 from plait.results.lock import read_lock
@@ -44,12 +45,16 @@ def finished(out: Path, opened: ResolvedJob) -> TrainingRecord | None:
     record = read_earlier(TrainingRecord, out / TRAINING_RECORD)
     if record is None or record.digest != opened.digest:
         return None
+    result = out / record.folder
     try:
-        result = out / record.folder
-        complete = all(file.state in ("equal", "extra") for file in check_files(result, read_lock(result)))
-    except (OSError, ValueError):  # which PlaitErrors of a file are too
-        return None
-    return record if complete else None
+        files = check_files(result, read_lock(result))
+        others = [f"{file.name} {file.state}" for file in files if file.state not in ("equal", "extra")]
+    except (OSError, ValueError) as error:  # which PlaitErrors of a file are too
+        others = [str(error).splitlines()[0].rstrip(".")]
+    if not others:
+        return record
+    announce(f"{result} is not as the training wrote it ({listed(others)}), and is made again.")
+    return None
 
 
 @contextmanager
@@ -153,9 +158,13 @@ def named_checkpoint(reference: str | None) -> Path | None:
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """Return the newest checkpoint that is complete."""
+    """Return the newest checkpoint that is complete; one that is not is announced."""
     found = {int(p.name.rpartition("-")[2]): p for p in _checkpoints(out)}
-    return next((found[step] for step in sorted(found, reverse=True) if _is_complete(found[step])), None)
+    for step in sorted(found, reverse=True):
+        if (why := _incomplete(found[step])) is None:
+            return found[step]
+        announce(f"{found[step]} is left aside: {why.removeprefix(f'{found[step]}/')}", once=f"{found[step]} is left aside")
+    return None
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -176,16 +185,14 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(state["global_step"])
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def _incomplete(checkpoint: Path) -> str | None:
+    """Return why a checkpoint cannot be continued from; None where it can."""
     try:
         checkpoint_step(checkpoint)
-    except RecipeError:
-        return False
-    return (
-        any(checkpoint.glob("optimizer*"))
-        or any(checkpoint.glob("global_step*"))
-        or any(checkpoint.glob("pytorch_model_fsdp*"))
-    )
+    except RecipeError as error:
+        return str(error)
+    states = ("optimizer*", "global_step*", "pytorch_model_fsdp*")
+    return None if any(any(checkpoint.glob(form)) for form in states) else "it holds no state of the optimizer."
 
 
 def _differences(out: Path, opened: ResolvedJob) -> list[str]:

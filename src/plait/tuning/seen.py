@@ -34,15 +34,21 @@ def seen_in_training(texts: Texts, adapter: Adapter) -> int | None:
             raise LookupError(lacking)
     except (TaskError, LookupError, TypeError) as error:
         why = str(error).rstrip(".") if isinstance(error, TaskError) else f"{file}: it does not say what was trained on"
-        announce(f"{why}; whether {adapter.name} was trained on these texts is not known.")
+        announce(f"{why}; {_unknown(adapter)}")
         return None
     try:
         asked = _questions(data)
-    except (PlaitError, LookupError, TypeError, ValueError, AttributeError):  # data that is elsewhere, or of another form now
+    except (PlaitError, LookupError, TypeError, ValueError, AttributeError) as error:  # elsewhere, or of another form now
+        why = str(error).splitlines()[0].rstrip(".") if isinstance(error, PlaitError) else "it has another form now"
+        announce(f"the data that {file} names cannot be read ({why}): {_unknown(adapter)}")
         return None
     exact, longer = set(asked), [q for q in asked if len(q) >= _LEAST]
     prompts = [prompt_text(p).strip() for p in texts.prompts]
     return sum(p in exact or any(q in p or (len(p) >= _LEAST and p in q) for q in longer) for p in prompts)
+
+
+def _unknown(adapter: Adapter) -> str:
+    return f"whether {adapter.name} was trained on these texts is not known."
 
 
 def _questions(data: Mapping[str, Any]) -> list[str]:
