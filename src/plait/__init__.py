@@ -31,6 +31,7 @@ _HOME = {
     "RecipeError": "plait.errors",
     "ReportError": "plait.errors",
     "TaskError": "plait.errors",
+    "ask": "plait.api.models",
     "bake": "plait.api.files",
     "calibrate": "plait.api.models",
     "check_tasks": "plait.api.models",
@@ -76,6 +77,7 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
     "RecipeError",
     "ReportError",
     "TaskError",
+    "ask",
     "bake",
     "calibrate",
     "check_tasks",
@@ -120,7 +122,7 @@ if TYPE_CHECKING:
         unbake,
         verify,
     )
-    from plait.api.models import calibrate, check_tasks, evaluate, evaluator, report, sft, sweep, sweep_status, train, tune
+    from plait.api.models import ask, calibrate, check_tasks, evaluate, evaluator, report, sft, sweep, sweep_status, train, tune
     from plait.errors import (
         AdapterError,
         AddressError,

@@ -51,6 +51,7 @@ NEEDS = {
     "eval a b --tasks tasks/sort.yaml --base-id base": says("an evaluation", EVAL, "eval"),
     "eval a --tasks tasks/sort.yaml --base-id base": says("an evaluation", EVAL, "eval"),
     "eval a b --tasks lm_eval:piqa --base-id base": says("an evaluation", EVAL, "eval"),
+    "ask hello a b --base-id base": says("plait ask", EVAL, "eval"),
     "tune a b --tasks tasks/sort.yaml --base-id base -o tuned-merge": says("plait tune", EVAL, "eval"),
     "sweep a b --tasks tasks/sort.yaml --base-id base -o study": says("plait sweep", SWEEP, "eval", "sweep"),
     "sweep a b --tasks tasks/sort.yaml --base-id base -o study --cluster ray": says(

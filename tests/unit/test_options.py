@@ -18,13 +18,13 @@ from plait.recipes.schema import Heads, Output, Recipe
 from plait.recipes.search import EarlyStop, SearchSpec
 from plait.recipes.tuning import TuneSpec
 
-MERGES = ("merge", "bake", "eval", "tune", "sweep")
+MERGES = ("merge", "bake", "eval", "ask", "tune", "sweep")
 PARTS = {
     "heads": (Heads, MERGES),
-    "output": (Output, ("merge", "eval", "tune", "sweep")),
+    "output": (Output, ("merge", "eval", "ask", "tune", "sweep")),
     "eval": (EvalSpec, ("eval", "sweep")),
     "eval.subset": (Subset, ("eval", "sweep")),
-    "calibration": (CalibrationSpec, ("merge", "bake", "eval", "calibrate")),
+    "calibration": (CalibrationSpec, ("merge", "bake", "eval", "ask", "calibrate")),
     "tune": (TuneSpec, ("tune",)),
     "search": (SearchSpec, ("sweep",)),
     "search.subset": (Subset, ("sweep",)),
@@ -71,7 +71,7 @@ def test_the_table_is_that_of_the_schema() -> None:
 
 def test_every_key_has_a_flag_with_its_description() -> None:
     missing = []
-    for name in ("merge", "bake", "eval", "tune", "sweep", "calibrate"):
+    for name in (*MERGES, "calibrate"):
         flags = {key.path: flag for flag, key in flags_of(name).items()}
         found = options(name)
         for _, path, text in (row for row in expected() if row[0] == name):

@@ -28,6 +28,7 @@ RENAMED = {
     "verify": {"base_id": "base_model"},
     "evaluate": {"inputs": "source", "source": "sources", "base_model": "base", "eval__split": "split",
                  "eval__batch_size": "batch_size", "eval__subset__max_samples": "subset"},
+    "ask": {"prompt": "prompts", "inputs": "source", "source": "sources", "base_model": "base"},
     "calibrate": {"inputs": "source", "set_": "sets"},
     "tune": {"inputs": "source", "set_": "sets"},
     "sweep": {"inputs": "source", "set_": "sets"},

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from plait.calibration.pipeline import CalibrateResult
     from plait.evaluation.pipeline import Evaluator
     from plait.evaluation.record import Evaluation
+    from plait.evaluation.replies import AskResult
     from plait.reports.pipeline import ReportResult
     from plait.search.conclusion import SweepResult
     from plait.search.status import StudyStatus
@@ -328,6 +329,68 @@ def evaluator(  # noqa: PLR0913 (what a command line takes)
     asked = evaluated_recipe(recipe, tasks, {"split": split, "subset": subset, "batch_size": batch_size})
     with asked.origins.named():
         return recipe_evaluator(asked, folder, EvaluateOptions(optional_path(workspace), load), progress)[0]
+
+
+def ask(  # noqa: PLR0913 (what a command line takes)
+    prompts: str | Path | Sequence[str | Sequence[Mapping[str, str]]],
+    source: RecipeSource,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    sampling_seed: int = 0,
+    system: str | None = None,
+    plain: bool = False,
+    sources: Mapping[str, str | Path] | None = None,
+    base: str | Path | None = None,
+    load_dtype: str = "auto",
+    device_map: str = "auto",
+    trust_remote_code: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> AskResult:
+    """Ask base, single adapters and a merge the same prompts; nothing is written.
+
+    >>> asked = plait.ask("Which language is this? Guten Tag", {"intent": "./intent", "langid": "./langid"}, method="ties")
+    >>> asked.prompts[0].replies["merged"].text
+
+    Args:
+        prompts: text; a file, with one prompt per line (`.txt`) or rows with `prompt` or `messages` (`.jsonl`, `.json`, `.csv`,
+            `.parquet`); or a list of texts and chats (lists of `{"role": …, "content": …}`).
+        source: as `evaluate` takes it: adapters, a recipe (merged in memory), or one adapter or full model as text.
+        max_new_tokens: longest reply.
+        temperature: of the draws; 0 takes the likeliest token.
+        top_p: tokens are drawn among the likeliest that have this probability together.
+        sampling_seed: of the draws.
+        system: the first message of every chat.
+        plain: read prompts as they are, also where the tokenizer has a chat template.
+        sources: for an adapter or model: the single adapters, name → reference; those of its `plait.lock` when None.
+        base: the base model; the recipe's or the adapters' own when None.
+        load_dtype: of the base model, as transformers takes it; `stored` is the checkpoint's; `auto` too, or
+            float32 where that is slow here.
+        device_map: as transformers takes it; `auto` is the first accelerator, or the processor where there is none.
+        trust_remote_code: let transformers run code that comes with the weights.
+        workers: modules merged at a time; never changes a number.
+        progress: receives stages and steps.
+        **settings: as `merge`.
+
+    Raises:
+        PlaitError: anything wrong with what was given.
+    """
+    from plait.commands.ask import AskOrder
+    from plait.evaluation.generation import Sampling
+
+    return AskOrder(
+        prompts,
+        Request(source, settings),
+        Sampling(max_new_tokens, temperature, top_p, sampling_seed),
+        system=system,
+        plain=plain,
+        sources=sources or {},
+        load=LoadOptions(load_dtype, device_map, trust_remote_code, None if base is None else str(base)),
+        workers=workers,
+    ).run(progress)
 
 
 def check_tasks(

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from plait.cli.ask import ask
 from plait.cli.bake import bake
 from plait.cli.calibrate import calibrate
 from plait.cli.compress import compress
@@ -65,6 +66,7 @@ app.command("extract")(extract)
 app.command("verify")(verify)
 app.command("push")(push)
 app.command("eval")(evaluate)
+app.command("ask")(ask)
 app.command("calibrate")(calibrate)
 app.command("tune")(tune)
 app.command("sweep")(sweep)

@@ -96,6 +96,7 @@ _PARTS = {
     "merge": ("", "output", "heads", "calibration", "method"),
     "bake": ("", "heads", "calibration", "method"),
     "eval": ("eval", "", "output", "heads", "calibration", "method"),
+    "ask": ("", "output", "heads", "calibration", "method"),
     "tune": ("tune", "", "output", "heads", "method"),
     "sweep": ("search", "", "output", "heads", "eval", "method"),
     "calibrate": ("calibration", "base_model", "tasks"),
@@ -119,7 +120,7 @@ _DEFAULTS = {
     ("tune", "scale"): "the one nearest to the adapters",
     ("tune", "output.rank"): "the largest source's",
 }
-_EXAMPLES = dict.fromkeys(("merge", "bake", "eval"), "method.density=0.3") | {
+_EXAMPLES = dict.fromkeys(("merge", "bake", "eval", "ask"), "method.density=0.3") | {
     "tune": "tune.prompts=8",
     "sweep": "search.early_stop.patience=5",
     "calibrate": "calibration.tokens=1024",

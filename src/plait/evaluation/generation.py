@@ -1,4 +1,4 @@
-"""Greedy generation, in batches."""
+"""Generation: greedy in batches, and one reply at a time as it is written."""
 
 from __future__ import annotations
 
@@ -73,6 +73,87 @@ def generate_tokens(
     return answers
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a reply is written.
+
+    Attributes:
+        max_new_tokens: its longest length.
+        temperature: that logits are divided by before tokens are drawn; 0 takes the likeliest token.
+        top_p: tokens are drawn among the likeliest that have this probability together.
+        seed: of the draws; each reply begins with it.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def write_reply(
+    model: Any, tokenizer: Any, prompt: Sequence[int], sampling: Sampling, report: Callable[[str], object] = lambda text: None
+) -> tuple[str, int, bool]:
+    """Return a reply without special tokens, how many tokens it has, and whether it came to its end.
+
+    Args:
+        model: as `generate` takes it.
+        tokenizer: its tokenizer.
+        prompt: tokens.
+        sampling: how.
+        report: called with the text so far whenever there is more of it.
+
+    Raises:
+        TaskError: prompt and reply may be longer than the model's context.
+    """
+    drawn = {} if sampling.temperature == 0 else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    shorten = "Give a shorter prompt, or a smaller --max-new-tokens (max_new_tokens=)."
+    check_lengths(model, _lengths(model, [len(prompt)], sampling.max_new_tokens), advice=shorten)
+    config = _config(model, tokenizer, sampling.max_new_tokens, do_sample=bool(drawn), **drawn)
+    ids = torch.tensor([list(prompt)], device=model.device)
+    start = 1 if model.config.is_encoder_decoder else ids.shape[1]
+    accelerators = [model.device] if model.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(accelerators),
+        torch.inference_mode(),
+        plain_states(model),
+        _configured(model, config),
+        announced_rereading(model),
+    ):
+        torch.manual_seed(sampling.seed)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            streamer=_Stream(tokenizer, report),
+        )
+    tokens = out[0, start:].tolist()
+    return (
+        tokenizer.decode(tokens, skip_special_tokens=True),
+        len(tokens),
+        bool(tokens) and tokens[-1] in _ends(model, tokenizer),
+    )
+
+
+class _Stream:
+    """Decodes tokens as transformers gives them to a streamer: the prompt first."""
+
+    def __init__(self, tokenizer: Any, report: Callable[[str], object]) -> None:
+        self._tokenizer, self._report = tokenizer, report
+        self._tokens: list[int] | None = None
+
+    def put(self, value: Tensor) -> None:
+        if self._tokens is None:
+            self._tokens = []
+            return
+        self._tokens += value.reshape(-1).tolist()
+        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose other bytes come with the next token
+            self._report(text)
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
     """Return the tokens that end an answer."""
     # the model's own settings may ask for sampling, or punish repetition; only its end tokens are wanted
@@ -86,22 +167,9 @@ def _answered(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield batches of questions by their places, with the tokens of their answers, padded on the right."""
     encoder_decoder = bool(model.config.is_encoder_decoder)
-    prompts = [len(q.prompt) for q in questions]
-    check_lengths(model, [max(n, 1 + max_new_tokens) if encoder_decoder else n + max_new_tokens for n in prompts])
-    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # masked; any token will do
-    begins = {"decoder_start_token_id": decoder_start(model)} if encoder_decoder else {}
-    if encoder_decoder and (first := getattr(model.generation_config, "forced_bos_token_id", None)) is not None:
-        begins["forced_bos_token_id"] = first  # that some models must begin with
-    transformers = import_module("transformers")
-    criteria = transformers.StoppingCriteriaList
-    config = transformers.GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=sorted(_ends(model, tokenizer)) or None,
-        pad_token_id=pad,
-        **begins,
-    )
+    check_lengths(model, _lengths(model, [len(q.prompt) for q in questions], max_new_tokens))
+    config = _config(model, tokenizer, max_new_tokens, do_sample=False)
+    pad, criteria = config.pad_token_id, import_module("transformers").StoppingCriteriaList
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i].prompt), i))
     for at in range(0, len(order), batch_size):
         batch = order[at : at + batch_size]
@@ -116,6 +184,28 @@ def _answered(
                 stopping_criteria=criteria([_StopTexts(tokenizer, stop, start)]),
             )
         yield batch, out[:, start:]
+
+
+def _lengths(model: Any, prompts: Sequence[int], max_new_tokens: int) -> list[int]:
+    """Return how many tokens a model may have to read for prompts of these lengths and their answers."""
+    apart = bool(model.config.is_encoder_decoder)
+    return [max(n, 1 + max_new_tokens) if apart else n + max_new_tokens for n in prompts]
+
+
+def _config(model: Any, tokenizer: Any, max_new_tokens: int, **how: Any) -> Any:
+    """Return transformers' configuration of a generation without beams."""
+    encoder_decoder = bool(model.config.is_encoder_decoder)
+    begins = {"decoder_start_token_id": decoder_start(model)} if encoder_decoder else {}
+    if encoder_decoder and (first := getattr(model.generation_config, "forced_bos_token_id", None)) is not None:
+        begins["forced_bos_token_id"] = first  # that some models must begin with
+    return import_module("transformers").GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=1,
+        eos_token_id=sorted(_ends(model, tokenizer)) or None,
+        pad_token_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,  # masked; any token will do
+        **begins,
+        **how,
+    )
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class LoadedBase:
     """
 
     def __init__(self, base: Path, adapters: Sequence[Adapter], options: LoadOptions, progress: Progress) -> None:
-        self.base, self._adapters, self._options, self._progress = base, adapters, options, progress
+        self.base, self.options, self._adapters, self._progress = base, options, adapters, progress
 
     @cached_property
     def mixture(self) -> Mixture:
@@ -72,9 +72,9 @@ class LoadedBase:
             loaded = Mixture.load(
                 folder,
                 adapters,
-                dtype=self._options.dtype,
-                device_map=placement(self._options.device_map),
-                trust_remote_code=self._options.trust_remote_code,
+                dtype=self.options.dtype,
+                device_map=placement(self.options.device_map),
+                trust_remote_code=self.options.trust_remote_code,
             )
         self._progress.advance()
         self._progress.finish()

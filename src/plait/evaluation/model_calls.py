@@ -12,9 +12,16 @@ from torch import Tensor
 from plait.errors import TaskError
 from plait.libraries import transformers as library
 
+_SHORTEN = "Leave them out, or let prompts lose their beginning with 'max_tokens' in the task."
 
-def check_lengths(model: Any, lengths: Sequence[int]) -> None:
+
+def check_lengths(model: Any, lengths: Sequence[int], *, advice: str = _SHORTEN) -> None:
     """Make sure that texts fit a model's context.
+
+    Args:
+        model: of transformers.
+        lengths: in tokens.
+        advice: the last sentence of a refusal.
 
     Raises:
         TaskError: some do not.
@@ -25,7 +32,7 @@ def check_lengths(model: Any, lengths: Sequence[int]) -> None:
     if too_long:
         raise TaskError(
             f"{len(too_long)} of {len(lengths)} texts are longer than the model's context of {limit} tokens (the longest has "
-            f"{max(too_long)}). Leave them out, or let prompts lose their beginning with 'max_tokens' in the task."
+            f"{max(too_long)}). {advice}"
         )
 
 

@@ -137,7 +137,7 @@ class Evaluator:
         self.notes = [*task_notes, *adapter_doubts([*self.singles.values(), *others])]
         if self.singles:
             _announce_alone(self.tasks, self.singles)
-        self.base, place = _base(base, folder, [*self.singles.values(), *others], options.load.base)
+        self.base, place = find_base(base, folder, [*self.singles.values(), *others], options.load.base)
         self._sources = tuple(
             SingleAdapter(name=a.name, path=text, repo=p.repo, commit=p.commit, sha256=a.sha256()) for a, p, text in singles
         )
@@ -288,31 +288,71 @@ def evaluate_saved(
     _require_libraries()
     if not tasks:
         raise TaskError("there are no tasks; give --tasks FILE.yaml (tasks=[...] in Python).")
+    saved = find_saved(reference, sources)
+    place, lock, adapter = saved.place, saved.lock, saved.adapter
+    recipe = lock.recipe if lock is not None and lock.has_adapters else None
+    method = recipe["method"] if recipe else {}
+    if options.workspace is not None:
+        taken = [a.name for a, _, _ in saved.singles] or [saved.name]
+        check_index(options.workspace, method.get("name") or ("model" if adapter is None else "adapter"), taken)
+    others = [] if adapter is None else [adapter]
+    with naming_base(None, [a for a, _, _ in saved.singles] + others, given=saved.base or options.load.base):
+        evaluator = Evaluator(
+            saved.base, None, saved.singles, others, load_tasks(tasks), spec, options, progress or SilentProgress()
+        )
+    evaluator.notes.extend(saved.notes)
+    check([entry.task.name for entry in evaluator.tasks])
+    known = {**evaluator.singles, **{a.name: a for a in others}}
+    candidate = model_candidate(saved.name, place.folder) if adapter is None else saved_candidate(adapter.name, known)
+    kind: CandidateKind = "model" if adapter is None else "adapter"
+    where = place.folder if adapter is None else place.path
+    return evaluator.evaluate(
+        EvalSubject(saved.name, kind, candidate, method.get("name"), method.get("space"), recipe, str(where.absolute()))
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class SavedResult:
+    """An adapter or a full model in files, and what its lock says of it.
+
+    Attributes:
+        name: for people.
+        place: where it is.
+        adapter: it, under a name that none of the single adapters has; None for a model.
+        lock: of the result; None without one.
+        singles: the adapters that it was made from, and where they were found.
+        base: the base model that its lock names.
+        notes: on single adapters that were not found.
+    """
+
+    name: str
+    place: Located
+    adapter: Adapter | None
+    lock: Lock | None
+    singles: Sequence[tuple[Adapter, Located, str]]
+    base: str | None
+    notes: Sequence[str]
+
+
+def find_saved(reference: str, sources: Mapping[str, str]) -> SavedResult:
+    """Find an adapter or a full model, and the adapters that it was made from.
+
+    Args:
+        reference: a folder, a place on the Hub, or a task whose best adapter is in `artifacts/`.
+        sources: name → reference of the single adapters; those of its `plait.lock` when empty.
+
+    Raises:
+        PlaitError: there is none, or a single adapter has changed.
+    """
     if (own := task_adapter(reference)) is not None:
         reference = str(own)
     place, is_adapter = _find(reference)
     lock = read_lock(place.folder) if (place.folder / LOCK).is_file() else None
     singles, notes = _sources(place.folder, lock, sources)
-    base = None if lock is None else _locked_base(place.folder, lock)
-    name = parse_reference(reference, allow_bare=True).default_name()
-    taken = [a.name for a, _, _ in singles]
+    name, taken = parse_reference(reference, allow_bare=True).default_name(), [a.name for a, _, _ in singles]
     label = next(n for i in count(1) if (n := name if i == 1 else f"{name}-{i}") not in taken)
-    others = [Adapter.open(place.path, label)] if is_adapter else []
-    recipe = lock.recipe if lock is not None and lock.has_adapters else None
-    method = recipe["method"] if recipe else {}
-    if options.workspace is not None:
-        check_index(options.workspace, method.get("name") or ("adapter" if is_adapter else "model"), taken or [name])
-    with naming_base(None, [a for a, _, _ in singles] + others, given=base or options.load.base):
-        evaluator = Evaluator(base, None, singles, others, load_tasks(tasks), spec, options, progress or SilentProgress())
-    evaluator.notes.extend(notes)
-    check([entry.task.name for entry in evaluator.tasks])
-    known = {**evaluator.singles, **{a.name: a for a in others}}
-    candidate = saved_candidate(label, known) if is_adapter else model_candidate(name, place.folder)
-    kind: CandidateKind = "adapter" if is_adapter else "model"
-    where = place.path if is_adapter else place.folder
-    return evaluator.evaluate(
-        EvalSubject(name, kind, candidate, method.get("name"), method.get("space"), recipe, str(where.absolute()))
-    )
+    adapter = Adapter.open(place.path, label) if is_adapter else None
+    return SavedResult(name, place, adapter, lock, singles, None if lock is None else _locked_base(place.folder, lock), notes)
 
 
 def _require_libraries() -> None:
@@ -353,7 +393,18 @@ def _announce_alone(tasks: Sequence[TaskExamples], singles: Mapping[str, Adapter
             )
 
 
-def _base(text: str | None, folder: Path | None, adapters: Iterable[Adapter], given: str | None) -> tuple[str, Located]:
+def find_base(text: str | None, folder: Path | None, adapters: Iterable[Adapter], given: str | None) -> tuple[str, Located]:
+    """Return the base model as it was written, and where it is.
+
+    Args:
+        text: that a recipe or a lock names.
+        folder: where a relative one starts; the working directory when None.
+        adapters: whose own is taken where nothing names one.
+        given: in place of both, relative to the working directory.
+
+    Raises:
+        AddressError: none is named, or it is not there.
+    """
     if given is not None:
         text, folder = given, None
     text = text or next((a.config.base_model for a in adapters if a.config.base_model), None)

@@ -1,0 +1,274 @@
+"""What base, single adapters and a merge write to the same prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import Field
+
+from plait.adapters.adapter import Adapter
+from plait.errors import TaskError
+from plait.evaluation.candidates import Candidate
+from plait.evaluation.generation import Sampling, write_reply
+from plait.evaluation.loaded_base import LoadedBase
+from plait.evaluation.model_calls import vocabulary
+from plait.parsing import read_text
+from plait.records import Record
+from plait.tasks.encoding import PromptEncoder
+from plait.tasks.inputs import Prompt
+from plait.tasks.kinds.generation import Generation
+from plait.tasks.rows import read_file
+
+_LINES = (".txt",)  # endings of files with one prompt per line
+
+
+class Listener(Protocol):
+    """Follows replies while they are written."""
+
+    def writing(self, name: str, text: str) -> None:
+        """Receive what someone has written so far; nothing before the first token."""
+
+    def replied(self, asked: AskedPrompt) -> None:
+        """Receive a prompt with all replies."""
+
+
+class NoListener:
+    """Follows nothing."""
+
+    def writing(self, name: str, text: str) -> None:
+        """Do nothing."""
+
+    def replied(self, asked: AskedPrompt) -> None:
+        """Do nothing."""
+
+
+class Reply(Record):
+    """One text that a model wrote.
+
+    Attributes:
+        text: without special tokens.
+        tokens: how many were generated.
+        complete: whether it came to its end before the longest length.
+    """
+
+    text: str
+    tokens: int
+    complete: bool
+
+
+class AskedPrompt(Record):
+    """One prompt and what was written to it.
+
+    Attributes:
+        prompt: as it was given: text, or turns of a chat (role, content).
+        text: as the models read it.
+        replies: who → reply, in the order in which they were asked.
+    """
+
+    prompt: str | tuple[tuple[str, str], ...]
+    text: str
+    replies: dict[str, Reply]
+
+
+class AskResult(Record):
+    """What was written to some prompts.
+
+    Attributes:
+        plait: version.
+        base_model: as it was written.
+        names: who was asked.
+        prompts: each with its replies.
+        max_new_tokens: longest reply.
+        temperature: 0 where the likeliest tokens were taken.
+        top_p: of the draws.
+        seed: of the draws.
+        dtype: of the base in memory, as transformers takes it.
+        notes: for people.
+        seconds: that it took.
+    """
+
+    plait: str
+    base_model: str
+    names: tuple[str, ...]
+    prompts: tuple[AskedPrompt, ...]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    dtype: str
+    notes: tuple[str, ...] = Field(default_factory=tuple)
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Respondent:
+    """Who is asked.
+
+    Attributes:
+        name: for people.
+        candidate: puts it on the base; None for a full model.
+        heads: adapter whose heads act; None for the base's.
+        model: folder of that full model, which is loaded once.
+    """
+
+    name: str
+    candidate: Candidate | None = None
+    heads: str | None = None
+    model: Path | None = None
+
+    def on(self, live: LoadedBase, models: Mapping[str, Any]) -> AbstractContextManager[Any]:
+        """Return a context whose value is the model that replies."""
+        return nullcontext(models[self.name]) if self.candidate is None else self.candidate.act(live, self.heads)
+
+
+def merge_heads(policy: str, source: str | None, adapters: Mapping[str, Adapter]) -> tuple[str | None, tuple[str, ...]]:
+    """Return the adapter whose heads a merge replies with, and notes on heads that no prompt belongs to.
+
+    Args:
+        policy: of the recipe's heads.
+        source: adapter that the policy `from` names.
+        adapters: by name.
+    """
+    kept = [name for name, adapter in adapters.items() if adapter.full_tensors]
+    if policy == "separate" and kept:
+        return None, (
+            f"the merge keeps the heads or token rows of {', '.join(kept)} apart, one per task; it replies with the base's. "
+            "`heads: average` or `heads: {policy: from, adapter: NAME}` merges them.",
+        )
+    return (source if policy == "from" else None), ()
+
+
+def read_prompts(source: str | Path | Sequence[str | Sequence[Mapping[str, str]]]) -> tuple[Prompt, ...]:
+    """Return prompts: one text, those of a file, or a list of texts and chats.
+
+    Args:
+        source: text; a file: lines of a `.txt`, or rows (`.jsonl`, `.json`, `.csv`, `.parquet`) with the column `prompt` or
+            `messages`; or texts and lists of `{"role": …, "content": …}`.
+
+    Raises:
+        TaskError: there is no prompt, or a row has neither column.
+    """
+    if isinstance(source, Path) or (isinstance(source, str) and _is_file(source)):
+        found = tuple(_of_file(Path(source)))
+        if not found:
+            raise TaskError(f"{source}: there is no prompt in this file.")
+        return found
+    given = [source] if isinstance(source, str) else [*source]
+    prompts = tuple(p if isinstance(p, str) else _chat(p, f"prompt {i}") for i, p in enumerate(given, 1))
+    if not prompts or not all(prompts):
+        raise TaskError("a prompt must not be empty.")
+    return prompts
+
+
+def _is_file(text: str) -> bool:
+    """Whether a prompt is the name of a file: one that is there, or a word with the ending of one."""
+    try:
+        return Path(text).is_file() or (Path(text).suffix.lower() in (*_LINES, ".jsonl") and len(text.split()) == 1)
+    except (OSError, ValueError):  # too long for a name, or with NUL in it
+        return False
+
+
+def _of_file(file: Path) -> Iterator[Prompt]:
+    if file.suffix.lower() in _LINES:
+        yield from (line for line in read_text(file, TaskError).splitlines() if line.strip())
+        return
+    for number, row in enumerate(read_file(file, besides=_LINES), 1):
+        if isinstance(text := row.get("prompt"), str) and text:
+            yield text
+        elif row.get("messages"):
+            yield _chat(row["messages"], f"{file}: row {number}")
+        else:
+            raise TaskError(f"{file}: row {number} has neither 'prompt' nor 'messages'; it has {', '.join(row) or 'nothing'}.")
+
+
+def _chat(turns: Any, where: str) -> Prompt:
+    try:
+        return tuple((str(turn["role"]), str(turn["content"])) for turn in turns)
+    except (TypeError, KeyError):
+        raise TaskError(f"{where}: messages must be a list of {{role: …, content: …}}.") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Asking:
+    """Prompts that several respondents are asked.
+
+    Attributes:
+        live: the base.
+        respondents: in their order.
+        prompts: as given.
+        sampling: how replies are written.
+        system: the chat's first message, where a prompt is text.
+        plain: read prompts as they are, without the chat template.
+    """
+
+    live: LoadedBase
+    respondents: Sequence[Respondent]
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    system: str | None = None
+    plain: bool = False
+
+    def run(self, listener: Listener) -> Iterator[AskedPrompt]:
+        """Yield each prompt with all replies.
+
+        Raises:
+            TaskError: the model writes no text, or a prompt does not fit.
+        """
+        with ExitStack() as stack:
+            models = {r.name: stack.enter_context(self.live.model(r.model)) for r in self.respondents if r.model is not None}
+            for respondent in self.respondents:  # what is loaded and merged is so before the first reply
+                with respondent.on(self.live, models) as model:
+                    self._check(model)
+            for given, prompt in zip(self.prompts, self._prompts, strict=True):
+                replies = {}
+                for respondent in self.respondents:
+                    with respondent.on(self.live, models) as model:
+                        replies[respondent.name] = self._reply(model, prompt, partial(listener.writing, respondent.name))
+                asked = AskedPrompt(prompt=given, text=self._texts.text(prompt), replies=replies)
+                listener.replied(asked)
+                yield asked
+
+    def _check(self, model: Any) -> None:
+        if not getattr(model, "can_generate", lambda: False)():
+            raise TaskError(f"{self.live.base}: {type(model).__name__} writes no text; only language models reply.")
+
+    def _reply(self, model: Any, prompt: Prompt, report: Callable[[str], object]) -> Reply:
+        encoder = self._encoder(encoder_decoder=bool(model.config.is_encoder_decoder), size=vocabulary(model))
+        tokens = encoder.question(prompt, []).prompt
+        report("")
+        text, count, complete = write_reply(model, self.live.tokenizer, tokens, self.sampling, report)
+        return Reply(text=text, tokens=count, complete=complete)
+
+    @cached_property
+    def is_chat(self) -> bool:
+        """Whether prompts are read by the chat template."""
+        return not self.plain and bool(getattr(self.live.tokenizer, "chat_template", None))
+
+    @cached_property
+    def _prompts(self) -> list[Prompt]:
+        """The prompts as the encoder takes them.
+
+        Raises:
+            TaskError: a chat, or a first message, where there is no chat template.
+        """
+        if not self.is_chat:
+            why = "--plain (plain=True) reads text alone" if self.plain else f"{self.live.base} has no chat template"
+            if self.system is not None or not all(isinstance(prompt, str) for prompt in self.prompts):
+                raise TaskError(f"messages need a chat template, and {why}; give the prompt as text.")
+            return [*self.prompts]
+        first = () if self.system is None else (("system", self.system),)
+        return [(*first, ("user", prompt)) if isinstance(prompt, str) else prompt for prompt in self.prompts]
+
+    @cached_property
+    def _texts(self) -> PromptEncoder:
+        return self._encoder(encoder_decoder=False, size=None)
+
+    def _encoder(self, *, encoder_decoder: bool, size: int | None) -> PromptEncoder:
+        asked = {"messages": [{"role": "user", "content": "{{ prompt }}"}]} if self.is_chat else {"prompt": "{{ prompt }}"}
+        task = Generation.model_validate({"name": "prompt", "kind": "generation", **asked})
+        return PromptEncoder(self.live.tokenizer, task, encoder_decoder=encoder_decoder, vocabulary=size)
