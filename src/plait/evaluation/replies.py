@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from pydantic import Field
 
@@ -20,9 +20,11 @@ from plait.evaluation.model_calls import vocabulary
 from plait.parsing import read_text
 from plait.records import Record
 from plait.tasks.encoding import PromptEncoder
-from plait.tasks.inputs import Prompt
+from plait.tasks.inputs import Messages
 from plait.tasks.kinds.generation import Generation
 from plait.tasks.rows import read_file
+
+Prompted: TypeAlias = str | Messages
 
 _LINES = (".txt",)  # endings of files with one prompt per line
 
@@ -70,7 +72,7 @@ class AskedPrompt(Record):
         replies: who → reply, in the order in which they were asked.
     """
 
-    prompt: str | tuple[tuple[str, str], ...]
+    prompt: Prompted
     text: str
     replies: dict[str, Reply]
 
@@ -143,7 +145,7 @@ def merge_heads(policy: str, source: str | None, adapters: Mapping[str, Adapter]
     return (source if policy == "from" else None), ()
 
 
-def read_prompts(source: str | Path | Sequence[str | Sequence[Mapping[str, str]]]) -> tuple[Prompt, ...]:
+def read_prompts(source: str | Path | Sequence[str | Sequence[Mapping[str, str]]]) -> tuple[Prompted, ...]:
     """Return prompts: one text, those of a file, or a list of texts and chats.
 
     Args:
@@ -173,7 +175,7 @@ def _is_file(text: str) -> bool:
         return False
 
 
-def _of_file(file: Path) -> Iterator[Prompt]:
+def _of_file(file: Path) -> Iterator[Prompted]:
     if file.suffix.lower() in _LINES:
         yield from (line for line in read_text(file, TaskError).splitlines() if line.strip())
         return
@@ -186,7 +188,7 @@ def _of_file(file: Path) -> Iterator[Prompt]:
             raise TaskError(f"{file}: row {number} has neither 'prompt' nor 'messages'; it has {', '.join(row) or 'nothing'}.")
 
 
-def _chat(turns: Any, where: str) -> Prompt:
+def _chat(turns: Any, where: str) -> Prompted:
     try:
         return tuple((str(turn["role"]), str(turn["content"])) for turn in turns)
     except (TypeError, KeyError):
@@ -208,7 +210,7 @@ class Asking:
 
     live: LoadedBase
     respondents: Sequence[Respondent]
-    prompts: Sequence[Prompt]
+    prompts: Sequence[Prompted]
     sampling: Sampling
     system: str | None = None
     plain: bool = False
@@ -237,7 +239,7 @@ class Asking:
         if not getattr(model, "can_generate", lambda: False)():
             raise TaskError(f"{self.live.base}: {type(model).__name__} writes no text; only language models reply.")
 
-    def _reply(self, model: Any, prompt: Prompt, report: Callable[[str], object]) -> Reply:
+    def _reply(self, model: Any, prompt: Prompted, report: Callable[[str], object]) -> Reply:
         encoder = self._encoder(encoder_decoder=bool(model.config.is_encoder_decoder), size=vocabulary(model))
         tokens = encoder.question(prompt, []).prompt
         report("")
@@ -250,7 +252,7 @@ class Asking:
         return not self.plain and bool(getattr(self.live.tokenizer, "chat_template", None))
 
     @cached_property
-    def _prompts(self) -> list[Prompt]:
+    def _prompts(self) -> list[Prompted]:
         """The prompts as the encoder takes them.
 
         Raises:
