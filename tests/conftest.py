@@ -32,6 +32,11 @@ settings.load_profile("plait")
 NOTHING_SKIPPED = "PLAIT_NOTHING_SKIPPED"
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores: tests wait for nodes, workers and locks, and leave a fifth of two cores idle."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Several threads wait for each other far longer than small matrices take; and numbers are compared across processes."""

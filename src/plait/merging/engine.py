@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +30,7 @@ from plait.merging.plan import MergePlan, ModulePlan
 from plait.merging.prepared import NeedsDouble, PreparedAdapters
 from plait.merging.truncation import OutputFactors, as_blocks, rank_at_energy, truncate_module
 from plait.results.progress import Progress
-from plait.results.threads import one_thread_each
+from plait.results.threads import InThisThread, one_thread_each
 from plait.spaces import SPACES
 from plait.spaces.base import MergedMatrix
 from plait.stages.base import GramCombine, LinearCombine, Reduction
@@ -199,7 +199,7 @@ class Engine:
                 total += c * adapter.targets[target].scaling * adapter.read_part(target, "lora_B.bias", torch.float64)
         return total.to(combiner.prepared.dtype)
 
-    def _gram(self, combiner: Combiner, pool: ThreadPoolExecutor) -> Tensor | None:
+    def _gram(self, combiner: Combiner, pool: Executor) -> Tensor | None:
         """Sum the inner products of the deltas over the model, where coefficients depend on them."""
         combine = combiner.pipeline.combine
         if not isinstance(combine, GramCombine) or combine.scope != "model":
@@ -209,7 +209,7 @@ class Engine:
         adapters = len(self._inventory.adapters)
         return torch.tensor([math.fsum(e) for e in entries], dtype=torch.float64).view(adapters, adapters)
 
-    def _survey(self, combiner: Combiner, start: Callable[[int], Reduction], pool: ThreadPoolExecutor) -> dict[str, Tensor]:
+    def _survey(self, combiner: Combiner, start: Callable[[int], Reduction], pool: Executor) -> dict[str, Tensor]:
         names = SPACES[self._inventory.recipe.space_name].arrays
         reductions = {name: start(len(self._inventory.adapters)) for name in names}
         done = False
@@ -222,7 +222,7 @@ class Engine:
     def _key(self, target: str) -> Key:
         return Key(self._inventory.recipe.seed).child("truncation", target)
 
-    def _each(self, stage: str, work: Callable[[T], R], items: Sequence[T], pool: ThreadPoolExecutor) -> Iterator[R]:
+    def _each(self, stage: str, work: Callable[[T], R], items: Sequence[T], pool: Executor) -> Iterator[R]:
         """Run `work` on items in threads, a few ahead of the consumer, and yield results in order."""
         self._progress.start(stage, len(items))
         waiting: deque[Future[R]] = deque()
@@ -289,8 +289,15 @@ def _above_float32(part: MergedMatrix) -> bool:
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Offer worker threads; torch uses one thread in each of them and in the caller's, whose setting is put back."""
-    with one_thread_each(workers) as pool:
-        torch.set_num_threads(1)
-        yield pool
+def _pool(workers: int) -> Iterator[Executor]:
+    """Offer worker threads, or the caller's as the only one; torch uses one thread in each. The caller's number is put back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if workers == 1:
+            yield InThisThread()
+            return
+        with one_thread_each(workers) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -38,6 +38,19 @@ def in_order(stage: str, work: Callable[[T], R], items: Sequence[T], workers: in
                 progress.advance()
     finally:
         progress.finish()
+
+
+class InThisThread(Executor):
+    """Does at once, in the caller's thread, what it is given: one worker that costs no thread."""
+
+    def submit(self, work: Callable[..., R], /, *given: Any, **named: Any) -> Future[R]:
+        """Return what came of the work; an interrupt is not kept for later."""
+        future: Future[R] = Future()
+        try:
+            future.set_result(work(*given, **named))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
 from plait.testing.cohorts import Cohort, MatrixShape, cohort
@@ -25,6 +26,13 @@ def ordinary(
     """Return a well-conditioned cohort: mixed ranks, but for `factors`, which needs equal ones."""
     ranks = [2, 2, 2] if space == "factors" else [2, 1, 3]
     return cohort(shapes, ranks[: subject.adapters] + [2] * (subject.adapters - 3), dtype=dtype)
+
+
+def ordinary_merge(subject: Subject, space: str) -> dict[str, Tensor]:
+    """Return what the ordinary cohort merges to, computed once: what many rows compare another merge with."""
+    if space not in subject.known:
+        subject.known[space] = subject.merge(ordinary(subject, space), space)
+    return subject.known[space]
 
 
 def nearly_equal(count: int, shift: float) -> Cohort:

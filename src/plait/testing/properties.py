@@ -24,7 +24,7 @@ from plait.merging.pipeline import run_recipe
 from plait.methods import METHODS, Preset
 from plait.results.lock import LOCK
 from plait.stages.base import StageParams
-from plait.testing.cases import ORDINARY, SMALL, degenerate, extreme, nearly_equal, ordinary, ranked
+from plait.testing.cases import ORDINARY, SMALL, degenerate, extreme, nearly_equal, ordinary, ordinary_merge, ranked
 from plait.testing.claims import Broken, case, close, identical, not_all_zero, require, sound
 from plait.testing.cohorts import cohort
 from plait.testing.parameters import parameter_problems
@@ -137,7 +137,7 @@ def seed(subject: Subject, space: str) -> None:
 def row_blocks(subject: Subject, space: str) -> None:
     """The result does not depend on how a matrix is cut into blocks of rows."""
     adapters = ordinary(subject, space)
-    whole = subject.merge(adapters, space)
+    whole = ordinary_merge(subject, space)
     for rows in (1, 5):
         with case(f"blocks of {rows} rows"), _cut(rows * max(n for _, n in ORDINARY)):
             parts = subject.merge(adapters, space)
@@ -181,13 +181,13 @@ def order_of_adapters(subject: Subject, space: str) -> None:
     """The result does not depend on the order of the adapters."""
     adapters = ordinary(subject, space)
     with case("adapters in the opposite order"):
-        close(subject.merge(adapters.reversed_adapters(), space), subject.merge(adapters, space))
+        close(subject.merge(adapters.reversed_adapters(), space), ordinary_merge(subject, space))
 
 
 def scale(subject: Subject, space: str) -> None:
     """merge(c · ΔW) = c · merge(ΔW): there is no absolute threshold."""
     adapters = ordinary(subject, space)
-    plain = subject.merge(adapters, space)
+    plain = ordinary_merge(subject, space)
     for factor in (1e-14, 3e7):
         with case(f"c = {factor:g}"):
             close(subject.merge(adapters.scaled(factor), space), {m: factor * x for m, x in plain.items()})
@@ -196,7 +196,7 @@ def scale(subject: Subject, space: str) -> None:
 def recipe_scale(subject: Subject, space: str) -> None:
     """The recipe's `scale` multiplies the result, once."""
     adapters = ordinary(subject, space)
-    plain = subject.merge(adapters, space)
+    plain = ordinary_merge(subject, space)
     for factor in (2.5, -0.5):
         with case(f"scale {factor:g}"):
             close(subject.merge(adapters, space, scale=factor), {m: factor * x for m, x in plain.items()})
@@ -206,14 +206,14 @@ def gauge(subject: Subject, space: str) -> None:
     """The result is a function of the deltas: B G and G⁻¹ A merge as B and A do."""
     adapters = ordinary(subject, space)
     with case("a random G of condition 4 per adapter and module"):
-        close(subject.merge(adapters.turned(), space), subject.merge(adapters, space))
+        close(subject.merge(adapters.turned(), space), ordinary_merge(subject, space))
 
 
 def sign(subject: Subject, space: str) -> None:
     """merge(−ΔW) = −merge(ΔW)."""
     adapters = ordinary(subject, space)
     with case("all adapters negated"):
-        close(subject.merge(adapters.scaled(-1), space), {m: -x for m, x in subject.merge(adapters, space).items()})
+        close(subject.merge(adapters.scaled(-1), space), {m: -x for m, x in ordinary_merge(subject, space).items()})
 
 
 def missing(subject: Subject, space: str) -> None:
@@ -232,7 +232,7 @@ def factored(subject: Subject, space: str) -> None:
     adapters = ordinary(subject, space)
     whole = adapters.map(lambda name, module, f: LowRank(torch.eye(f.shape[1], dtype=f.a.dtype), f.b @ f.a))
     with case("B = ΔW, A = I"):
-        close(subject.merge(whole, space), subject.merge(adapters, space))
+        close(subject.merge(whole, space), ordinary_merge(subject, space))
 
 
 def linear_sum(subject: Subject, space: str) -> None:
@@ -300,7 +300,7 @@ def spelled(subject: Subject, space: str) -> None:
     adapters = ordinary(subject, space)
     with case(str(subject.pipeline(space))):
         pipeline = replace(subject, method=METHODS["pipeline"], params=_stages(subject, space))
-        identical(pipeline.merge(adapters, space), subject.merge(adapters, space))
+        identical(pipeline.merge(adapters, space), ordinary_merge(subject, space))
 
 
 def _promises_copies(subject: Subject, space: str) -> bool:

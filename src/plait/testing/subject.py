@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -42,6 +42,7 @@ class Subject:
             each has weight 1 (`mean`); None when neither holds.
         by_position: parameters are in the order of the adapters, so that another order is another merge.
         odd: merging −ΔW gives −1 times the merge of ΔW.
+        known: space → what the ordinary cohort merges to, once it is known.
     """
 
     method: Method
@@ -50,6 +51,7 @@ class Subject:
     copies: Copies | None = None
     by_position: bool = False
     odd: bool = True
+    known: dict[str, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def adapters(self) -> int:
