@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 import typer
 
 from plait.cli.main import app
@@ -17,6 +18,7 @@ from plait.recipes.keys import recipe_keys
 from plait.recipes.schema import Heads, Output, Recipe
 from plait.recipes.search import EarlyStop, SearchSpec
 from plait.recipes.tuning import TuneSpec
+from tests.command_line import exit_code
 
 MERGES = ("merge", "bake", "eval", "ask", "tune", "sweep")
 PARTS = {
@@ -130,3 +132,12 @@ def test_a_key_that_is_true_or_false_is_true_where_its_flag_has_no_value() -> No
         "sweep", "a", "--save-merged", "true", "-o", "out", "--race", "false", "--allow-test", "true"
     ]  # fmt: skip
     assert complete_switches(line, switches_of("inspect")) == line
+
+
+def test_the_help_has_no_types_of_flags_and_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--help"], ["merge", "--help"], ["recipe", "migrate", "--help"]):
+        assert exit_code(*words) == 0
+        shown = capsys.readouterr().out
+        assert "--help" in shown
+        assert "<bool>" not in shown
+        assert "list[" not in shown

@@ -10,10 +10,10 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperArgument, TyperGroup
 
 from plait.cli.ask import ask
 from plait.cli.bake import bake
@@ -48,13 +48,15 @@ _LISTS = {
     "--tasks": re.compile(r"[^-].*\.(ya?ml|json)"),
 }
 
+_HELP = ["-h", "--help"]
+
 app = typer.Typer(
     name="plait",
     help="Merge LoRA adapters of one base model into one adapter, exactly, straight from their files.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": _HELP},
 )
 app.command("merge")(merge)
 app.command("bake")(bake)
@@ -99,7 +101,20 @@ def _command() -> TyperGroup:
     """Return all commands with their options, which takes longer than a small merge: made from the signatures once."""
     found = typer.main.get_command(app)
     assert isinstance(found, TyperGroup)
+    _hide_types(found)
     return found
+
+
+def _hide_types(command: Any) -> None:
+    """Leave the types of flags and arguments out of the help: a flag takes nothing, and an argument's name says what it is."""
+    for inner in getattr(command, "commands", {}).values():
+        _hide_types(inner)
+    context = command.context_class(command, help_option_names=_HELP)
+    for parameter in [*command.params, command.get_help_option(context)]:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+        elif isinstance(parameter, TyperArgument):
+            parameter.display_type_rich = lambda ctx: None  # type: ignore[method-assign]
 
 
 _LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "torch", "transformers", "trl")

@@ -23,8 +23,8 @@ TABLE = Path(__file__).with_name("recipe_keys.json")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.", show_default=False)]
-MaybeOut = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="PATH", help="Where to write.", show_default=False)]
+MaybeOut = Annotated[Path | None, typer.Option("--out", "-o", metavar="PATH", help="Where to write.", show_default=False)]
 Workers = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Modules worked on at a time; never changes a byte.", show_default=False)
 ]
