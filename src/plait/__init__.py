@@ -48,10 +48,10 @@ _HOME = {
     "plan_bake": "plait.api.files",
     "push": "plait.api.files",
     "report": "plait.api.models",
-    "sft": "plait.api.models",
+    "sft": "plait.api.training",
     "sweep": "plait.api.models",
     "sweep_status": "plait.api.models",
-    "train": "plait.api.models",
+    "train": "plait.api.training",
     "tune": "plait.api.models",
     "unbake": "plait.api.files",
     "save_moments": "plait.merging.moments",
@@ -122,7 +122,8 @@ if TYPE_CHECKING:
         unbake,
         verify,
     )
-    from plait.api.models import ask, calibrate, check_tasks, evaluate, evaluator, report, sft, sweep, sweep_status, train, tune
+    from plait.api.models import ask, calibrate, check_tasks, evaluate, evaluator, report, sweep, sweep_status, tune
+    from plait.api.training import sft, train
     from plait.errors import (
         AdapterError,
         AddressError,

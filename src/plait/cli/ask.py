@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plait.cli.options import Json, Keys, Loading, Moments, Workers, with_options
+from plait.cli.options import Json, Keys, Loading, MergeOrResult, Moments, Workers, with_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,14 +27,7 @@ def ask(
             show_default=False,
         ),
     ],
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RECIPE|ADAPTER...|MODEL",
-            help="A recipe or several adapters: their merge, in memory. One adapter or model: as its files are.",
-            show_default=False,
-        ),
-    ],
+    inputs: MergeOrResult,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest reply.")] = 128,
     temperature: Annotated[
         float, typer.Option(metavar="NUMBER", help="Of the tokens' draws; 0 takes the likeliest token.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.cli.options import Keys, Loading, Moments, Writing, with_options
+from plait.cli.options import Keys, Loading, MergeOrResult, Moments, Writing, with_options
 
 if TYPE_CHECKING:
     from plait.commands.evaluate import Evaluated
@@ -19,14 +19,7 @@ NOT_MET = 3  # exit code: evaluated, but not good enough
 
 @with_options("eval")
 def evaluate(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RECIPE|ADAPTER...|MODEL",
-            help="A recipe or several adapters: their merge, in memory. One adapter or model: as its files are.",
-            show_default=False,
-        ),
-    ],
+    inputs: MergeOrResult,
     matrix: Annotated[bool, typer.Option("--matrix", help="Also every single adapter on every task.")] = False,
     methods: Annotated[
         str | None,

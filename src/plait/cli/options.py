@@ -44,6 +44,14 @@ Energy = Annotated[
 RecipeOrSeveral = Annotated[
     list[str], typer.Argument(metavar="RECIPE|ADAPTER...", help="A recipe, or several adapters.", show_default=False)
 ]
+MergeOrResult = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RECIPE|ADAPTER...|MODEL",
+        help="A recipe or several adapters: their merge, in memory. One adapter or model: as its files are.",
+        show_default=False,
+    ),
+]
 RecipeOrAdapters = Annotated[
     list[str],
     typer.Argument(

@@ -124,14 +124,14 @@ def with_stored_dtype(options: LoadOptions) -> LoadOptions:
     return replace(options, dtype="auto") if options.dtype == "stored" else options
 
 
-class _Stored(NamedTuple):
+class _StoredBase(NamedTuple):
     """Of a checkpoint: the dtype of most of its parameters, by safetensors' name, and how many it has."""
 
     dtype: str
     parameters: int
 
 
-def _stored(folder: Path) -> _Stored | None:
+def _stored(folder: Path) -> _StoredBase | None:
     """Return the dtype and size of a plain checkpoint; None where it is quantized or cannot be read."""
     counts: Counter[str] = Counter()
     try:
@@ -144,7 +144,7 @@ def _stored(folder: Path) -> _Stored | None:
                 counts[info.dtype] += math.prod(info.shape)
     except (PlaitError, OSError):
         return None
-    return _Stored(counts.most_common(1)[0][0], counts.total()) if counts else None
+    return _StoredBase(counts.most_common(1)[0][0], counts.total()) if counts else None
 
 
 def placement(wanted: str) -> Any:

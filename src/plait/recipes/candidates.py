@@ -29,7 +29,7 @@ _EVERY = "adapters.*.weight"
 
 
 @dataclass(frozen=True)
-class Parameter:
+class SearchParameter:
     """One path of a recipe, and the values that it may have.
 
     Attributes:
@@ -107,7 +107,7 @@ def label_of(value: Plain) -> Any:
     return json.dumps(value, sort_keys=True) if isinstance(value, (list, tuple, Mapping)) else value
 
 
-def search_parameters(data: Mapping[str, Plain], spec: SearchSpec) -> tuple[Parameter, ...]:
+def search_parameters(data: Mapping[str, Plain], spec: SearchSpec) -> tuple[SearchParameter, ...]:
     """Return the parameters of a search, the method first.
 
     Args:
@@ -118,16 +118,16 @@ def search_parameters(data: Mapping[str, Plain], spec: SearchSpec) -> tuple[Para
     return tuple(sorted(found, key=lambda p: p.path != "method"))
 
 
-def _parameters(key: str, given: Range, data: Mapping[str, Plain]) -> Iterator[Parameter]:
+def _parameters(key: str, given: Range, data: Mapping[str, Plain]) -> Iterator[SearchParameter]:
     path = recipe_path(key)
     names = [str(name) for entry in data.get("adapters") or () if (name := get_item(entry, "name")) is not None]
     paths = [f"adapters.{show_path([name])}.weight" for name in names] if path == _EVERY else [path]
     for one in paths:
         if given.values is not None:
-            yield Parameter(one, key, "categorical", 0.0, 0.0, log=False, choices={label_of(v): v for v in given.values})
+            yield SearchParameter(one, key, "categorical", 0.0, 0.0, log=False, choices={label_of(v): v for v in given.values})
         else:
             kind: Literal["float", "int"] = "int" if given.type == "int" or (given.type is None and _integral(one)) else "float"
-            yield Parameter(one, key, kind, given.min or 0.0, given.max or 0.0, log=given.log, choices={})
+            yield SearchParameter(one, key, kind, given.min or 0.0, given.max or 0.0, log=given.log, choices={})
 
 
 def _integral(path: str) -> bool:
@@ -191,7 +191,7 @@ def value_at(data: Mapping[str, Plain], path: str) -> Plain:
     return value.get("name", "pipeline") if path == "method" and isinstance(value, Mapping) else value
 
 
-def zero_path(parameters: Sequence[Parameter]) -> str | None:
+def zero_path(parameters: Sequence[SearchParameter]) -> str | None:
     """Return the path at which 0 is the base model; None where that is not searched."""
     return next((p.path for p in parameters if p.path in ("scale", "method.scale") and p.holds(0.0)), None)
 
@@ -271,7 +271,11 @@ def _path_problems(data: Mapping[str, Plain], spec: SearchSpec) -> Iterator[Prob
 
 
 def _value_problems(
-    parameter: Parameter, data: dict[str, Plain], parameters: Sequence[Parameter], check: RecipeCheck, place: KeyPath
+    parameter: SearchParameter,
+    data: dict[str, Plain],
+    parameters: Sequence[SearchParameter],
+    check: RecipeCheck,
+    place: KeyPath,
 ) -> Iterator[Problem]:
     """Find values that no method of the search allows, and a path that none of them has."""
     method = next((p for p in parameters if p.path == "method" and p is not parameter), None)

@@ -22,7 +22,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
-from plait.recipes.candidates import Parameter, Point
+from plait.recipes.candidates import Point, SearchParameter
 from plait.search.judging import goal_of
 from plait.search.outcome import FOUND, Outcome, as_told
 from plait.search.space import SearchSpace, point_key
@@ -218,7 +218,7 @@ def _observed(trial: FrozenTrial, point: Point) -> _Observed | None:
     return _Observed(point, values, not outcome.stopped)
 
 
-def _features(parameters: Sequence[Parameter], points: Sequence[Point]) -> FloatArray:
+def _features(parameters: Sequence[SearchParameter], points: Sequence[Point]) -> FloatArray:
     """Return points as a process has them, [points, features].
 
     Numbers lie between 0 and 1; two choices have the distance 1; a parameter that a point does not have is in the middle.
@@ -226,7 +226,7 @@ def _features(parameters: Sequence[Parameter], points: Sequence[Point]) -> Float
     return np.array([[x for p in parameters for x in _feature(p, point)] for point in points], dtype=float)
 
 
-def _feature(parameter: Parameter, point: Point) -> list[float]:
+def _feature(parameter: SearchParameter, point: Point) -> list[float]:
     has, value = parameter.path in point, point.get(parameter.path)
     if parameter.is_numeric:
         return [parameter.unit(value) if has else 0.5]

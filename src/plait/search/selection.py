@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from plait.recipes.candidates import Parameter, recipe_path
+from plait.recipes.candidates import SearchParameter, recipe_path
 from plait.recipes.search import EarlyStop, SearchSpec
 from plait.search.record import Run
 
@@ -39,7 +39,7 @@ def front(runs: Sequence[Run], spec: SearchSpec) -> list[int]:
     return sorted(found.values(), key=lambda i: values[i], reverse=True)
 
 
-def reason_to_stop(runs: Sequence[Run], spec: SearchSpec, parameters: Sequence[Parameter]) -> str | None:
+def reason_to_stop(runs: Sequence[Run], spec: SearchSpec, parameters: Sequence[SearchParameter]) -> str | None:
     """Return why a search ends; None where it continues.
 
     Args:
@@ -69,7 +69,7 @@ def reason_to_stop(runs: Sequence[Run], spec: SearchSpec, parameters: Sequence[P
     return " and ".join(words) if len(words) >= wanted else None
 
 
-def _near(run: Run, best: Run, stop: EarlyStop, parameters: Sequence[Parameter]) -> bool:
+def _near(run: Run, best: Run, stop: EarlyStop, parameters: Sequence[SearchParameter]) -> bool:
     """Whether a candidate rounds to the same steps as the best; where a path has no step, it must be equal."""
     steps = {recipe_path(key): step for key, step in stop.resolution.items()}
     return all(_bucket(run.params, p.path, steps) == _bucket(best.params, p.path, steps) for p in parameters)

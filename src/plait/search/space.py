@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from plait.errors import RecipeError
 from plait.recipes.candidates import (
-    Parameter,
     Point,
+    SearchParameter,
     candidate_data,
     is_active,
     label_of,
@@ -190,13 +190,13 @@ class SearchSpace:
             point[parameter.path] = value
         return point
 
-    def _of(self, path: str) -> Parameter | None:
+    def _of(self, path: str) -> SearchParameter | None:
         return next((p for p in self.parameters if p.path == path), None)
 
     def _with_method(self, value: Plain) -> dict[str, Plain]:
         return self.data({"method": value})
 
-    def _has(self, parameter: Parameter, point: Point) -> bool:
+    def _has(self, parameter: SearchParameter, point: Point) -> bool:
         """Whether a candidate with these values, the method's among them, has a parameter."""
         method = label_of(point.get("method"))
         if method not in self._active:
@@ -205,7 +205,7 @@ class SearchSpace:
         return parameter.path in self._active[method]
 
     @staticmethod
-    def _count(parameter: Parameter) -> int:
+    def _count(parameter: SearchParameter) -> int:
         return len(parameter.choices) if parameter.kind == "categorical" else int(parameter.high - parameter.low) + 1
 
 

@@ -54,7 +54,7 @@ class Factored(NamedTuple):
     method: str
 
 
-class _Product(NamedTuple):
+class _ReadFactors(NamedTuple):
     """A pair of factors that is computed: shapes on disk as PEFT has them, and how each is made, in float64."""
 
     shape_a: tuple[int, ...]
@@ -114,7 +114,7 @@ def _check_parts(file: TensorFile, parts: Mapping[str, str]) -> None:
 
 
 def _computed(
-    file: TensorFile, path: str, parts: Mapping[str, str], product: _Product, alpha: float | None, method: str
+    file: TensorFile, path: str, parts: Mapping[str, str], product: _ReadFactors, alpha: float | None, method: str
 ) -> Factored:
     """Return computed factors: float32, or float64 where the file's own are."""
     stored = {file.tensors[name].dtype for part, name in parts.items() if part != ALPHA}
@@ -129,7 +129,7 @@ def _computed(
     return Factored(views, 1.0 if alpha is None or product.dim is None else alpha / product.dim, method)
 
 
-def _locon(file: TensorFile, parts: Mapping[str, str]) -> _Product:
+def _locon(file: TensorFile, parts: Mapping[str, str]) -> _ReadFactors:
     a, mid, b = (file.tensors[parts[p]].shape for p in ("lora_A", "lora_mid", "lora_B"))
     if len(mid) < 3 or mid[:2] != (b[1], a[0]) or math.prod(a[2:]) != 1 or math.prod(b[2:]) != 1:
         raise ValueError(f"lora_down is {list(a)}, lora_mid {list(mid)} and lora_up {list(b)}; they do not fit each other")
@@ -138,10 +138,10 @@ def _locon(file: TensorFile, parts: Mapping[str, str]) -> _Product:
         down, kernel = (_double(file, parts[p]) for p in ("lora_A", "lora_mid"))
         return torch.einsum("pq...,qi->pi...", kernel, down.flatten(1))
 
-    return _Product((b[1], a[1], *mid[2:]), b, make_a, lambda: _double(file, parts["lora_B"]), b[1])
+    return _ReadFactors((b[1], a[1], *mid[2:]), b, make_a, lambda: _double(file, parts["lora_B"]), b[1])
 
 
-def _loha(file: TensorFile, parts: Mapping[str, str], kernel: tuple[int, ...] | None) -> _Product:
+def _loha(file: TensorFile, parts: Mapping[str, str], kernel: tuple[int, ...] | None) -> _ReadFactors:
     if lacking := [p for p in _LOHA if p not in parts]:
         raise ValueError(f"{' and '.join(lacking)} missing; found {', '.join(sorted(parts))}")
     a1, b1, a2, b2 = (file.tensors[parts[p]].shape for p in _LOHA)
@@ -158,7 +158,7 @@ def _loha(file: TensorFile, parts: Mapping[str, str], kernel: tuple[int, ...] | 
     size = _kernel(kernel, b1[1])
     inputs = b1[1] // math.prod(size), *size
     shape_b = (a1[0], ranks[0] * ranks[1], *(1 for _ in size))
-    return _Product(
+    return _ReadFactors(
         (ranks[0] * ranks[1], *inputs),
         shape_b,
         lambda: _row_pairs(_double(file, parts["hada_w1_b"]), _double(file, parts["hada_w2_b"])).reshape(-1, *inputs),
@@ -167,7 +167,7 @@ def _loha(file: TensorFile, parts: Mapping[str, str], kernel: tuple[int, ...] | 
     )
 
 
-def _loha_with_kernels(file: TensorFile, parts: Mapping[str, str]) -> _Product:
+def _loha_with_kernels(file: TensorFile, parts: Mapping[str, str]) -> _ReadFactors:
     """LoHa with Tucker kernels: factor i is W[p, q, …] = Σ w_a[m, p] t[m, n, …] w_b[n, q], (d_out, d_in, *kernel)."""
     t1, t2, a1, b1, a2, b2 = (file.tensors[parts[p]].shape for p in ("hada_t1", "hada_t2", *_LOHA))
     fits = all(len(t) > 2 and t[:2] == (a[0], b[0]) for t, a, b in ((t1, a1, b1), (t2, a2, b2)))
@@ -185,10 +185,10 @@ def _loha_with_kernels(file: TensorFile, parts: Mapping[str, str]) -> _Product:
     def make_b() -> Tensor:
         return _row_pairs(_double(file, parts["hada_w1_a"]), _double(file, parts["hada_w2_a"])).mT
 
-    return _Product((rank, b1[1], *kernel), (a1[1], rank, *(1 for _ in kernel)), make_a, make_b, b1[0])
+    return _ReadFactors((rank, b1[1], *kernel), (a1[1], rank, *(1 for _ in kernel)), make_a, make_b, b1[0])
 
 
-def _lokr(file: TensorFile, parts: Mapping[str, str], kernel: tuple[int, ...] | None) -> _Product:
+def _lokr(file: TensorFile, parts: Mapping[str, str], kernel: tuple[int, ...] | None) -> _ReadFactors:
     """LoKr: W1 ⊗ W2 = (W1 ⊗ W2a)(I ⊗ W2b), or (W1a ⊗ W2a)(W1b ⊗ W2b), whichever its parts give."""
     if "lokr_w2" in parts or not {"lokr_w2_a", "lokr_w2_b"} <= parts.keys():
         raise ValueError(
@@ -232,7 +232,7 @@ def _lokr(file: TensorFile, parts: Mapping[str, str], kernel: tuple[int, ...] | 
         made = torch.einsum("ab,rqk->arbqk", right, second()[1].reshape(rank, inputs, -1))
         return made.reshape(inner * rank, outer_columns * inputs, *size)
 
-    return _Product(
+    return _ReadFactors(
         (inner * rank, outer_columns * inputs, *size),
         (outer_rows * rows, inner * rank, *(1 for _ in size)),
         make_a,
