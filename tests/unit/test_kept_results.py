@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from plait.adapters.adapter import Adapter
+from plait.merging.combine import Combiner
 from plait.merging.inventory import Inventory, take_inventory
 from plait.merging.kept import KeptResults
 from plait.mixture.merged import merged_modules
@@ -68,21 +69,21 @@ def test_candidates_that_share_results_have_the_bits_of_those_that_do_not(folder
 
 def test_what_does_not_change_is_not_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: Counter[str] = Counter()
-    read, frame = Adapter.read, Core.frame
+    read, frame, unscaled = Adapter.read, Core.frame, Combiner._unscaled
     monkeypatch.setattr(Adapter, "read", lambda self, *given: (counts.update(["read"]), read(self, *given))[1])
     monkeypatch.setattr(Core, "frame", lambda self, *given: (counts.update(["frame"]), frame(self, *given))[1])
+    monkeypatch.setattr(Combiner, "_unscaled", lambda self, *of: (counts.update(["merged"]), unscaled(self, *of))[1])
     first = replace(inventory(folder, CANDIDATES[0]), kept=KeptResults())
 
-    def computed(settings: dict[str, Any]) -> tuple[int, int]:
+    def computed(settings: dict[str, Any]) -> tuple[int, int, int]:
         counts.clear()
         merged_modules(replace(first, recipe=inventory(folder, settings).recipe), workers=1)
-        return counts["read"], counts["frame"]
+        return counts["read"], counts["frame"], counts["merged"]
 
-    assert computed(CANDIDATES[0]) == (10, 5)  # two adapters, five modules, in three passes
-    assert [computed(settings) for settings in CANDIDATES[1:4]] == [(0, 0)] * 3
-    assert computed(CANDIDATES[4])[1] == 5, "another transform is another frame"
-    iso = [computed(settings)[0] for settings in CANDIDATES[9:11]]
-    assert iso == [10, 0], "the scale comes last"
+    assert computed(CANDIDATES[0]) == (10, 5, 5)  # two adapters, five modules, in three passes
+    assert [computed(settings) for settings in CANDIDATES[1:4]] == [(0, 0, 0), (0, 0, 5), (0, 0, 5)], "the scale comes last"
+    assert computed(CANDIDATES[4]) == (10, 5, 5), "another transform takes norms of its own, and is another frame"
+    assert [computed(settings) for settings in CANDIDATES[9:]] == [(0, 0, 5), (0, 0, 0), (0, 0, 5), (0, 0, 0)]
 
 
 def test_the_settings_that_were_used_least_recently_go_first() -> None:

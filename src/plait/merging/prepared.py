@@ -113,7 +113,13 @@ class PreparedAdapters:
         return [MatrixFactors(tuple(row), scalings) for row in zip(*(s or absent for s in stacks), strict=True)]
 
     def _raw(self, module: str, dtype: torch.dtype) -> list[list[LowRank]]:
-        return [a.read(module, dtype) if module in a.targets else [] for a in self._inventory.adapters]
+        """Return every adapter's matrices of a module as they are stored; read once by merges that share results."""
+
+        def read() -> list[list[LowRank]]:
+            return [a.read(module, dtype) if module in a.targets else [] for a in self._inventory.adapters]
+
+        kept = self._inventory.kept
+        return read() if kept is None else kept.result(f"factors {dtype}", module, read, _bytes)
 
     def _transformed(self, slices: list[LowRank], index: int, module: str) -> list[LowRank]:
         for step in self._steps:
@@ -127,3 +133,7 @@ class PreparedAdapters:
             energies[module] = target.scaling**2 * sum(s.energy() for s in slices)
             progress.advance()
         return energies
+
+
+def _bytes(factors: Sequence[Sequence[LowRank]]) -> int:
+    return sum(matrix.a.nbytes + matrix.b.nbytes for adapter in factors for matrix in adapter)
