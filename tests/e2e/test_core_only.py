@@ -72,6 +72,7 @@ NEEDS = {
     "train phases.yaml -o trained --cluster ray": says("plait train", [*TRAIN, "ray"], "train", "ray"),
     "tasks check tasks/sort.yaml --model base": says("a tokenizer", ["transformers"], "eval"),
     "tasks check lm_eval:piqa": says("task 'piqa': lm_eval:piqa", ["lm_eval"], "lm-eval"),
+    "tasks check images/sort.yaml": says("task 'sort': decoding images", ["PIL"], "vision"),
     "tasks check parquet/sort.yaml": says("rows.parquet: reading parquet", ["pyarrow"], "data"),
     "tasks check hub/sort.yaml": says("task 'sort': data from the Hub", ["datasets"], "data"),
     "plait.evaluate(['a', 'b'], tasks=['tasks/sort.yaml'], base='base')": says("an evaluation", EVAL, "eval"),
@@ -108,6 +109,8 @@ def place(tmp_path_factory):
     write_task(folder / "tasks", "sort")
     write_task(folder / "parquet", "sort", splits={"test": "rows.parquet"})
     (folder / "parquet" / "sort" / "rows.parquet").touch()
+    seen = {"kind": "image_classification", "image": "word", "prompt": None, "delimiter": None}
+    write_task(folder / "images", "sort", **seen)
     write_task(folder / "hub", "sort", data={"hub": "org/rows"}, splits={"test": "test"})
     rows = [{"prompt": f"sort {word} :", "completion": f" {label('sort', word)}"} for word in WORDS]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

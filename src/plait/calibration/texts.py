@@ -83,6 +83,8 @@ def read_texts(
     """
     if not isinstance(task, RowTask):
         raise TaskError(f"task {task.name!r} ({task.kind}) has no prompt of its own to put texts into; use a task file.")
+    if task.image_column is not None:
+        raise TaskError(seen_problem(task))
     if kind is None:
         own = split is not None or not {"calibration", "train"}.isdisjoint(task.splits)
         kind = "file" if file is not None else "split" if own else "lines"
@@ -104,6 +106,14 @@ def read_texts(
             source += f" ({len(found)}) and {len(lines)} generic lines"
             found += lines
     return Texts(task, kind, source, tuple(prompt for prompt, _ in found), tuple(choices for _, choices in found))
+
+
+def seen_problem(task: Task) -> str:
+    """Return, in words, why a task of images gives no texts."""
+    return (
+        f"task {task.name!r} ({task.kind}) shows images, and only texts are read to calibrate and tune. plait eval and plait "
+        "sweep have such tasks; methods without moments merge their adapters."
+    )
 
 
 def answer_problem(task: Task) -> str | None:

@@ -66,6 +66,10 @@ def _show(found: TaskCheck) -> None:
         if split.targets is not None:
             counts = ", ".join(f"{label} {count}" for label, count in split.targets.items())
             console.print(f"{name}: {counts}", markup=False)
+        if split.images is not None:
+            sizes = " / ".join(f"{w} × {h}" for w, h in (split.images.smallest, split.images.median, split.images.largest))
+            kinds = ", ".join(f"{count} {kind}" for kind, count in split.images.formats.items())
+            console.print(f"{name}: images of {sizes} pixels ({kinds}, {split.images.bytes / 1e6:.1f} MB)", markup=False)
     for name, split in list(found.splits.items())[-1:]:
         for rendered in split.rendered:
             console.print(f"\n[dim]{name}, as the model reads it, up to the answer:[/dim]")
@@ -83,4 +87,4 @@ def _token_cells(split: SplitCheck) -> tuple[str, str]:
     if t is None:
         return "–", "–"
     cut = f" ({t.truncated} cut)" if t.truncated else ""
-    return f"{t.shortest} / {t.median} / {t.longest}{cut}", f"≤ {t.longest_answer}"
+    return f"{t.shortest} / {t.median} / {t.longest}{cut}", f"≤ {t.longest_answer}" if t.longest_answer else "–"

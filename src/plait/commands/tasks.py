@@ -26,5 +26,8 @@ class CheckTasksOrder:
             PlaitError: files or data that cannot be read, rows that do not fit; or the model has no tokenizer.
         """
         loaded = load_tasks(self.tasks)
-        tokenizer = None if self.model is None else load_task_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
+        read = any(getattr(task, "image_column", None) is None for task in loaded)
+        tokenizer = None
+        if self.model is not None and read:
+            tokenizer = load_task_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
         return [check_task(task, tokenizer) for task in loaded]

@@ -176,9 +176,15 @@ class Answerer:
             self._last = None  # the merge before it is not needed any more, and may be large
             made = described_candidate(described, self._adapters, workers=self._given.workers, progress=SilentProgress())
             self._last = key, made
+        readers = self._live.readers(examples.task)
         with self._last[1].act(self._live, owner) as model:
             found = answer_examples(
-                model, self._live.tokenizer, examples, batch_size=batch_size, report=lambda done: send((done,))
+                model,
+                readers.tokenizer,
+                examples,
+                image_processor=readers.image_processor,
+                batch_size=batch_size,
+                report=lambda done: send((done,)),
             )
         return [answer.model_dump(mode="json") for answer in found]
 

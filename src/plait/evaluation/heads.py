@@ -38,7 +38,7 @@ def head_outputs(
     """
     found: list[list[float]] = [[] for _ in texts]
     for batch, out, _ in _read(model, tokenizer, texts, batch_size):
-        logits = _logits(model, out, 2, outputs)
+        logits = logits_of(model, out, 2, outputs)
         for i, row in zip(batch, logits.float().tolist(), strict=True):
             check_numbers(model, row)
             found[i] = row
@@ -52,7 +52,7 @@ def word_labels(
     """Return the largest of a head's outputs at the first token of every word; arguments and errors as `head_outputs`."""
     found: list[list[int]] = [[] for _ in texts]
     for batch, out, _ in _read(model, tokenizer, texts, batch_size):
-        logits = _logits(model, out, 3, outputs).float()
+        logits = logits_of(model, out, 3, outputs).float()
         for row, i in enumerate(batch):
             own = logits[row, texts[i].places]
             check_numbers(model, own.flatten().tolist())
@@ -108,7 +108,12 @@ def _read(model: Any, tokenizer: Any, texts: Sequence[Question], batch_size: int
             yield batch, model(**given), mask
 
 
-def _logits(model: Any, out: Any, axes: int, outputs: int) -> Tensor:
+def logits_of(model: Any, out: Any, axes: int, outputs: int) -> Tensor:
+    """Return a head's outputs, of so many axes and so many per answer.
+
+    Raises:
+        TaskError: the model has none such.
+    """
     logits: Tensor | None = getattr(out, "logits", None)
     if logits is None or logits.ndim != axes or logits.shape[-1] != outputs:
         has = f"outputs {list(logits.shape[1:])}" if logits is not None else "none"

@@ -17,11 +17,14 @@ from plait.adapters.adapter import Adapter
 from plait.checkpoints.files import find_weights, read_config
 from plait.checkpoints.quantization import quantization
 from plait.errors import PlaitError, TaskError
-from plait.hub.pretrained import LoadOptions
+from plait.extras import require
+from plait.hub.pretrained import LoadOptions, load_image_processor
 from plait.libraries.transformers import quiet_loading
 from plait.mixture import Mixture
 from plait.notices import announce
 from plait.results.progress import Progress
+from plait.tasks.asking import ClassPrompts
+from plait.tasks.schema import Task
 from plait.tensorfiles.formats import open_tensors
 
 _NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -29,6 +32,13 @@ _FLOAT32 = 4  # bytes
 _ROOM = 1.5  # of its weights' size, which a model needs while it is loaded and read with
 _LARGE = 20_000_000  # parameters, from which on it matters how fast they are multiplied
 _SLOW = 1.5
+
+
+class Readers(NamedTuple):
+    """What makes a model's inputs: its tokenizer, and its image processor; None where a task needs none."""
+
+    tokenizer: Any
+    image_processor: Any = None
 
 
 class LoadedBase:
@@ -57,8 +67,23 @@ class LoadedBase:
             TaskError: it has none.
         """
         if self.mixture.tokenizer is None:
-            raise TaskError(f"{self.base}: there is no tokenizer; only tasks of text are covered, not sound or images.")
+            raise TaskError(f"{self.base}: there is no tokenizer, and texts must be read.")
         return self.mixture.tokenizer
+
+    def readers(self, task: Task) -> Readers:
+        """Return what makes the model's inputs of a task's examples.
+
+        Raises:
+            TaskError: the base has no tokenizer, or no image processor, that the task needs.
+        """
+        if getattr(task, "image_column", None) is None:
+            return Readers(self.tokenizer)
+        return Readers(self.tokenizer if isinstance(task.ask, ClassPrompts) else None, self._image_processor)
+
+    @cached_property
+    def _image_processor(self) -> Any:
+        require("a model of images", {"vision": ["PIL"]})
+        return load_image_processor(self.base, trust_remote_code=self.options.trust_remote_code)
 
     @contextmanager
     def model(self, folder: Path) -> Iterator[Any]:

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from plait.recipes.evaluation import SplitName, Subset
 from plait.records import Record
@@ -26,6 +28,8 @@ class Sample(Record):
         base: the base model's answer; None for perplexity.
         single: of the task's own adapter; None where there is none.
         merged: of what is evaluated.
+        image: what was shown, as a small JPEG in a `data:` address; None where nothing was.
+        judged: whether an answer is right or wrong; numbers are not.
     """
 
     id: str
@@ -34,6 +38,8 @@ class Sample(Record):
     base: str | None
     single: str | None
     merged: str | None
+    image: Annotated[str | None, Field(pattern=r"^data:image/jpeg;base64,[A-Za-z0-9+/=]*$")] = None
+    judged: bool = True
 
 
 class TaskResult(Record):

@@ -13,9 +13,11 @@ from plait.evaluation.generation import generate
 from plait.evaluation.heads import head_outputs, text_vectors, word_labels
 from plait.evaluation.likelihood import log_likelihoods
 from plait.evaluation.model_calls import vocabulary
+from plait.evaluation.vision import class_likeness, image_outputs
 from plait.tasks.answers import Answer
 from plait.tasks.asking import (
     Choices,
+    ClassPrompts,
     Generated,
     Harness,
     LabelHead,
@@ -35,14 +37,21 @@ StepListener = Callable[[int], object]
 
 
 def answer_examples(
-    model: Any, tokenizer: Any, examples: Examples, *, batch_size: int, report: StepListener = lambda done: None
+    model: Any,
+    tokenizer: Any,
+    examples: Examples,
+    *,
+    image_processor: Any = None,
+    batch_size: int,
+    report: StepListener = lambda done: None,
 ) -> list[Answer]:
     """Ask a model everything.
 
     Args:
         model: of transformers: causal or encoder-decoder, or a sequence classifier for that kind of task.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; None where nothing is read.
         examples: what is asked.
+        image_processor: what makes its inputs of images, where there are some.
         batch_size: prompts at a time; changes the last bits of scores, as every regrouping of sums does.
         report: called with the number of examples finished since it was last called.
 
@@ -55,9 +64,13 @@ def answer_examples(
             f"task {task.name!r} ({task.kind}) asks for texts, but {type(model).__name__} generates none; kinds that suit it "
             "are 'sequence_classification', 'token_classification', 'regression' and 'sentence_similarity'."
         )
+    if any(e.image is not None for e in examples.items):
+        return _see(model, tokenizer, image_processor, examples, batch_size=batch_size, report=report)
     others = {name for e in examples.items for name in e.inputs} - {"text", "messages", "second", "words"}
     if others:
-        raise TaskError(f"task {task.name!r} ({task.kind}) has inputs {', '.join(sorted(others))}; models are given only text.")
+        raise TaskError(
+            f"task {task.name!r} ({task.kind}) has inputs {', '.join(sorted(others))}; models are given text or images."
+        )
     return _WAYS[type(ask)](model, tokenizer, examples, ask, batch_size, report)
 
 
@@ -143,6 +156,23 @@ def _classify(
     rows = head_outputs(model, tokenizer, texts, outputs=len(ask.labels), batch_size=batch_size, report=report)
     return [
         Answer(id=e.id, target=e.target, given=ask.labels[row.index(max(row))], scores=tuple(row))
+        for e, row in zip(examples.items, rows, strict=True)
+    ]
+
+
+def _see(
+    model: Any, tokenizer: Any, processor: Any, examples: Examples, *, batch_size: int, report: StepListener
+) -> list[Answer]:
+    ask, images = examples.task.ask, [e.image or b"" for e in examples.items]
+    match ask:
+        case ClassPrompts(labels=labels, texts=texts):
+            rows = class_likeness(model, tokenizer, processor, images, texts, batch_size=batch_size, report=report)
+        case LabelHead(labels=labels):
+            rows = image_outputs(model, processor, images, outputs=len(labels), batch_size=batch_size, report=report)
+        case _:
+            raise TaskError(f"task {examples.task.name!r} ({examples.task.kind}): only labels are asked of images.")
+    return [
+        Answer(id=e.id, target=e.target, given=labels[row.index(max(row))], scores=tuple(row))
         for e, row in zip(examples.items, rows, strict=True)
     ]
 

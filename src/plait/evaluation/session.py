@@ -20,7 +20,9 @@ from plait.evaluation.subsets import ChosenSubset
 from plait.recipes.evaluation import EvalSpec
 from plait.results.progress import Progress
 from plait.tasks.answers import Answer, Metric
+from plait.tasks.asking import NumberHead, Similarity
 from plait.tasks.examples import Examples
+from plait.tasks.images import thumbnail
 from plait.tasks.inputs import Example
 from plait.tasks.metrics import metric_of
 from plait.tasks.schema import Task
@@ -207,7 +209,9 @@ class Session:
             recovery_interval=None if found is None else central_interval(draws.recovery, found),
             undefined=_undefined_reason(task, values, found, self.adapters),
             below_base=values[2] < values[0] if metric.higher_is_better else values[2] > values[0],
-            samples=_samples(entry.examples.items, base, alone, merged),
+            samples=_samples(
+                entry.examples.items, base, alone, merged, judged=not isinstance(task.ask, (NumberHead, Similarity))
+            ),
         )
 
     def answers(self, candidate: Candidate, entry: TaskExamples) -> tuple[Answer, ...]:
@@ -290,11 +294,18 @@ class Session:
         self._known[ask.key] = kept.answers
 
     def _ask(self, ask: Ask) -> Sequence[Answer]:
-        tokenizer, examples = self.live.tokenizer, ask.examples
+        readers, examples = self.live.readers(ask.examples.task), ask.examples
         with ask.candidate.act(self.live, ask.owner) as model:
             self._progress.start(f"{ask.candidate.name} · {examples.task.name}", len(examples.items), "examples")
             try:
-                return answer_examples(model, tokenizer, examples, batch_size=ask.batch_size, report=self._progress.advance)
+                return answer_examples(
+                    model,
+                    readers.tokenizer,
+                    examples,
+                    image_processor=readers.image_processor,
+                    batch_size=ask.batch_size,
+                    report=self._progress.advance,
+                )
             finally:
                 self._progress.finish()
 
@@ -344,7 +355,12 @@ def _totals(results: Sequence[TaskResult], drawn: Mapping[str, BootstrapDraws]) 
 
 
 def _samples(
-    items: Sequence[Example], base: Sequence[Answer], alone: Sequence[Answer] | None, merged: Sequence[Answer]
+    items: Sequence[Example],
+    base: Sequence[Answer],
+    alone: Sequence[Answer] | None,
+    merged: Sequence[Answer],
+    *,
+    judged: bool,
 ) -> tuple[Sample, ...]:
     """Take a few examples: those first on which the sides differ, in their order."""
     sides = [base, merged] if alone is None else [base, alone, merged]
@@ -358,6 +374,8 @@ def _samples(
             base=base[i].given,
             single=None if alone is None else alone[i].given,
             merged=merged[i].given,
+            image=None if (image := items[i].image) is None else thumbnail(image),
+            judged=judged,
         )
         for i in order
     )

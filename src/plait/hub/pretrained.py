@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlaitError, PlanError, TaskError
+from plait.libraries.transformers import pil_backend
 from plait.parsing import MAX_TEXT_BYTES, is_there, kind_of, open_bytes, parse_json, read_text
 
 _TRUST = "--trust-remote-code (trust_remote_code=True in Python)"
@@ -76,6 +77,24 @@ def load_tokenizer(
         )
         _try(tokenizer)
     return tokenizer
+
+
+def load_image_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return what makes a model's input of images, by PIL.
+
+    Args:
+        folder: of the model.
+        trust_remote_code: run code that is next to its files.
+
+    Raises:
+        TaskError: there is none, or it cannot be loaded.
+    """
+    if not (folder / "preprocessor_config.json").is_file():
+        raise TaskError(f"{folder}: there is no preprocessor_config.json, which says how the model sees images.")
+    with refuse_failures(folder, "the image processor cannot be loaded", TaskError, files=("preprocessor_config.json",)):
+        return import_module("transformers").AutoImageProcessor.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **pil_backend()
+        )
 
 
 def with_padding_token(tokenizer: Any) -> Any:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from plait.extras import optional
@@ -35,6 +36,7 @@ _HEADS = {
     "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
 }
+_IMAGE_HEADS = "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"
 HEADED_TASKS = frozenset(_HEADS)  #: PEFT's task types whose head a model has or not
 #: The layers whose output is one value per label.
 LABEL_LAYERS = ("classifier", "score", "out_proj")
@@ -218,6 +220,31 @@ def head_class(model_type: str, task_type: str) -> str | None:
     known = optional("transformers.models.auto.modeling_auto", "eval", f"a model with a head ({task_type})")
     name = getattr(known, table, {}).get(model_type)
     return name if isinstance(name, str) else None
+
+
+def classifies_images(model_type: str) -> bool:
+    """Whether transformers has an image classifier for a kind of model.
+
+    Raises:
+        MissingPackageError: transformers is not installed.
+    """
+    return model_type in getattr(optional("transformers.models.auto.modeling_auto", "eval", "a live model"), _IMAGE_HEADS, {})
+
+
+def newly_made(report: Mapping[str, Any]) -> list[str]:
+    """Return the parameters that were not loaded, by what `from_pretrained` reports: missing, or of another shape."""
+    others = (key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])  # 5.x has the shapes with them
+    return list(dict.fromkeys([*report["missing_keys"], *others]))
+
+
+def features_of(out: Any) -> Any:
+    """Return the vectors of `get_image_features` or `get_text_features`, which transformers 5 puts into an output."""
+    return getattr(out, "pooler_output", out)
+
+
+def pil_backend() -> dict[str, Any]:
+    """Return the keywords with which an image processor uses PIL, whether or not torchvision is there: the same pixels."""
+    return {"backend": "pil"} if find_spec("transformers.image_processing_backends") is not None else {"use_fast": False}
 
 
 def is_conv1d(module: Any) -> bool:

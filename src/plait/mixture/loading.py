@@ -18,11 +18,12 @@ from plait.hub.download import resolve_model
 from plait.inspection.compatibility import replication_problems
 from plait.libraries.accelerate import PLACEMENTS
 from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
-from plait.libraries.transformers import AUTO_MODELS
+from plait.libraries.transformers import AUTO_MODELS, classifies_images, newly_made
 from plait.linalg.devices import device_problem
 from plait.parsing import shown
 
 _CLASSES = {**AUTO_MODELS, "FEATURE_EXTRACTION": "AutoModel"}
+_IMAGE_CLASS = "AutoModelForImageClassification"
 _LABELED_WEIGHTS = tuple(f"{layer}.weight" for layer in (*TASK_HEADS["SEQ_CLS"], "classifier.out_proj"))
 
 
@@ -40,9 +41,10 @@ def load_base_model(
 ) -> tuple[nn.Module, Any]:
     """Return the base model and its tokenizer (None where the base has none).
 
-    The class is that of the adapters' `task_type`; without one, the class that the base's configuration names. A head that
-    the checkpoint lacks (a classifier that every adapter brings for itself) is zero, so that a bare base predicts nothing
-    rather than something random.
+    The class is that of the adapters' `task_type`; without one, an image classifier where adapters bring a classifier for a
+    base that sees images, else the class that the base's configuration names. A head that the checkpoint lacks, or has for
+    other labels (a classifier that every adapter brings for itself), is zero, so that a bare base predicts nothing rather than
+    something random.
 
     Raises:
         MissingPackageError: transformers is not installed, or accelerate, which `device_map` needs.
@@ -62,15 +64,17 @@ def load_base_model(
         keywords["device_map"] = device_map
     check_loading(dtype, device_map)
     config = pretrained.load_config(folder, trust_remote_code=trust_remote_code)
-    labels = _labels(adapters)
+    name = _class_name(transformers, adapters, config)
+    labels = _labels(adapters, images=name == _IMAGE_CLASS)
     if labels is not None:
         config.num_labels = labels
-    loader = getattr(transformers, _class_name(transformers, adapters, config))
+        keywords["ignore_mismatched_sizes"] = True  # the base's own head may have other labels
+    loader = getattr(transformers, name)
     tokenizer = _tokenizer(folder, trust_remote_code=trust_remote_code)
     model, report = pretrained.load_model(
         loader, folder, trust_remote_code=trust_remote_code, config=config, output_loading_info=True, **keywords
     )
-    _zero(model, report["missing_keys"], adapters)
+    _zero(model, newly_made(report), adapters)
     return model, tokenizer
 
 
@@ -107,19 +111,25 @@ def _class_name(transformers: Any, adapters: Sequence[Adapter], config: Any) -> 
         if kind not in _CLASSES:
             raise PlanError(f"{adapter.config.path}: task_type {shown(kind)} is not known; known are {', '.join(_CLASSES)}.")
         return _CLASSES[kind]
+    if any(_label_tensors(a) for a in adapters) and classifies_images(str(config.model_type)):
+        return _IMAGE_CLASS  # PEFT has no task type for them
     named = next(iter(config.architectures or ()), "")
     # a checkpoint with code of its own registers it with the Auto classes
     return named if named and hasattr(transformers, named) else "AutoModelForCausalLM"
 
 
-def _labels(adapters: Sequence[Adapter]) -> int | None:
+def _labels(adapters: Sequence[Adapter], *, images: bool) -> int | None:
     """Return the number of labels of the first adapter that brings a classification head."""
     for adapter in adapters:
-        if adapter.config.raw.get("task_type") in LABELED_TASKS:
-            for path, tensor in adapter.full_tensors.items():
-                if path.endswith(_LABELED_WEIGHTS):
-                    return adapter.file.tensors[tensor].shape[0]
+        if images or adapter.config.raw.get("task_type") in LABELED_TASKS:
+            for tensor in _label_tensors(adapter):
+                return adapter.file.tensors[tensor].shape[0]
     return None
+
+
+def _label_tensors(adapter: Adapter) -> list[str]:
+    """Return the full tensors that are weights of classification heads, as the file names them."""
+    return [tensor for path, tensor in adapter.full_tensors.items() if path.endswith(_LABELED_WEIGHTS)]
 
 
 def _zero(model: nn.Module, missing: Sequence[str], adapters: Sequence[Adapter]) -> None:

@@ -42,7 +42,7 @@ class Generated:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What is read as a whole and continued by nothing; the base of the ways below.
+    """What is read, or seen, as a whole and continued by nothing; the base of the ways below.
 
     Attributes:
         max_tokens: longer texts lose their end; None: they are an error.
@@ -75,6 +75,19 @@ class TagHead(LabelHead):
 @dataclass(frozen=True, kw_only=True)
 class NumberHead(Head):
     """The one output of a head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassPrompts(Reading):
+    """The label whose texts are nearest to an image.
+
+    Attributes:
+        labels: all possible answers.
+        texts: per label.
+    """
+
+    labels: tuple[str, ...]
+    texts: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from plait.records import Record
 from plait.tasks.asking import NumberHead, Reading, Similarity, TagHead
 from plait.tasks.encoding import PromptEncoder, Question, encode_readings
 from plait.tasks.examples import Examples, read_examples
+from plait.tasks.images import ImageSizes, image_sizes
 from plait.tasks.inputs import Prompt, prompt_text
 from plait.tasks.metrics import metric_of
 from plait.tasks.overlap import Overlap, overlaps
@@ -58,7 +59,8 @@ class SplitCheck(Record):
         targets: how often each answer is right, of all words where each has a label; None where answers are free.
         majority: share of the most frequent answer, the accuracy of always giving it; None where answers are free.
         rendered: the first examples.
-        tokens: lengths; None without a model.
+        tokens: lengths; None without a model, and where nothing is read.
+        images: their sizes; None where there are none.
     """
 
     examples: int
@@ -67,6 +69,7 @@ class SplitCheck(Record):
     majority: float | None
     rendered: tuple[Rendered, ...]
     tokens: Tokens | None
+    images: ImageSizes | None = None
 
 
 class TaskCheck(Record):
@@ -142,6 +145,7 @@ def _check_split(examples: Examples, encoder: _Tokenizer | None) -> SplitCheck:
     labels, right = examples.task.closed_labels, [e.target for e in items]
     if isinstance(examples.task.ask, TagHead):
         labels, right = examples.task.ask.labels, [tag for target in right for tag in target.split()]
+    images = [e.image for e in items if e.image is not None]
     counts = Counter(right)
     return SplitCheck(
         examples=len(items),
@@ -149,13 +153,14 @@ def _check_split(examples: Examples, encoder: _Tokenizer | None) -> SplitCheck:
         targets=None if labels is None else {label: counts[label] for label in labels},
         majority=None if labels is None else max(counts.values()) / len(right),
         rendered=tuple(_rendered(examples, i, encoder) for i in range(min(_SHOWN, len(items)))),
-        tokens=None if encoder is None else _tokens(examples, encoder),
+        tokens=None if encoder is None or images else _tokens(examples, encoder),
+        images=image_sizes(images) if images else None,
     )
 
 
 def _rendered(examples: Examples, index: int, encoder: _Tokenizer | None) -> Rendered:
     example = examples.items[index]
-    prompt = example.prompt_text if encoder is None else encoder.text(example.prompt)
+    prompt = example.prompt_text if encoder is None or example.image is not None else encoder.text(example.prompt)
     return Rendered(prompt=prompt, target=getattr(examples.task, "delimiter", "") + example.target)
 
 

@@ -9,13 +9,14 @@ from functools import cached_property
 from plait.errors import TaskError, collect
 from plait.recipes.evaluation import SplitName
 from plait.tasks.asking import Choices, TargetLikelihood
+from plait.tasks.images import check_total
 from plait.tasks.inputs import Example, Inputs, Prompt, Row, content_digest
 from plait.tasks.rows import read_rows
 from plait.tasks.schema import RowTask, Task
 from plait.tasks.templates import Template
 
 _SHOWN = 5
-_PORTION = 4096  # rows between two looks at what was wrong
+_PORTION = 1024  # rows between two looks at what was wrong
 _NOTHING = "N/A"
 
 
@@ -67,9 +68,10 @@ def read_examples(task: Task, split: SplitName) -> Examples:
                 items.append(made)
             else:
                 problems.append(f"{made} (row {number} of split {split!r})")
-        if len(problems) >= _SHOWN:
+        if len(problems) >= task.problems_shown:
             break
-    collect(TaskError, problems[:_SHOWN], f"task {task.name!r}: rows that do not fit, the first of them")
+    collect(TaskError, problems[: task.problems_shown], f"task {task.name!r}: rows that do not fit, the first of them")
+    check_total([e.image for e in items if e.image is not None], task.where)
     blank = make.blank(rows[0]) if isinstance(task.ask, Choices) and task.ask.calibrated else None
     return Examples(task, split, tuple(items), blank)
 

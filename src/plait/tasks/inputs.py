@@ -101,8 +101,10 @@ class Example:
 
     @property
     def prompt_text(self) -> str:
-        """The prompt for people: chat turns as lines of `role: content`, the texts of a pair as lines."""
-        return prompt_text(self.prompt)
+        """The prompt for people: chat turns as lines of `role: content`, the texts of a pair as lines, an image by its hash."""
+        if self.image is None:
+            return prompt_text(self.prompt)
+        return f"⟨image of {len(self.image)} bytes, sha256 {hashlib.sha256(self.image).hexdigest()[:16]}⟩"
 
     @cached_property
     def id(self) -> str:

@@ -19,7 +19,7 @@ from plait.tasks.kinds.lm_eval import LM_EVAL, LmEval
 from plait.tasks.metrics import metrics_of, not_a_metric
 from plait.tasks.schema import Task
 
-_NO_TEXT = {"asr": "sound", "audio_classification": "sound", "image_classification": "images"}
+_SOUND = ("asr", "audio_classification")
 
 
 def load_task(path: str | Path) -> Task:
@@ -133,9 +133,9 @@ def _bad_kind(kind: Plain) -> Problem:
     known = join_words([repr(f"{LM_EVAL}NAME" if model is LmEval else name) for name, model in KINDS.items()], "or")
     if kind is None:
         return Problem(("kind",), f"'kind' is missing; it must be {known}.")
-    if isinstance(kind, str) and kind in _NO_TEXT:
+    if isinstance(kind, str) and kind in _SOUND:
         return Problem(
-            ("kind",), f"kind is {show_value(kind)}: only tasks of text are covered, not {_NO_TEXT[kind]}. It may be {known}."
+            ("kind",), f"kind is {show_value(kind)}: tasks of text and images are covered, not of sound. It may be {known}."
         )
     return Problem(("kind",), f"kind is {show_value(kind)}; it must be {known}.{did_you_mean(str(kind), KINDS)}")
 

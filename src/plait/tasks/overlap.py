@@ -49,7 +49,7 @@ def overlaps(splits: Mapping[SplitName, Examples]) -> list[Overlap]:
         known = {e.question for e in one.items}
         shared = [e for e in other.items if e.question in known]
         if shared:
-            text = str(shared[0].prompt or shared[0].target)[-80:]
+            text = (shared[0].prompt_text or shared[0].target)[-80:]
             found.append(Overlap(first=first, second=second, shared=len(shared), of=len(other.items), example=text))
     return found
 

@@ -16,8 +16,10 @@ from typing import Any
 
 from plait.errors import TaskError, did_you_mean
 from plait.extras import optional, require
+from plait.folders import expanded
 from plait.parsing import MAX_TEXT_BYTES, MOST_LEVELS, check_levels, open_bytes, parse_json, read_lines, read_text
 from plait.recipes.evaluation import SplitName
+from plait.tasks.images import folder_rows
 from plait.tasks.inputs import Row
 from plait.tasks.schema import RowTask, Split
 from plait.tasks.workers import EndedError, Worker
@@ -48,7 +50,7 @@ def read_rows(task: RowTask, name: SplitName) -> list[Row]:
         where, source = f"task {task.name!r}", split.source or name
         rows = read_hub(task.data.hub, source, config=task.data.config, revision=task.data.revision, where=where)
     else:
-        rows = read_file(_file(task, Path(str(task.data.path)), split, name))
+        rows = _local_rows(task, Path(str(task.data.path)), split, name)
     if split.rows is not None:
         first, end = split.rows
         if end > len(rows):
@@ -57,6 +59,21 @@ def read_rows(task: RowTask, name: SplitName) -> list[Row]:
     if not rows:
         raise TaskError(f"task {task.name!r}: split {name!r} is empty.")
     return rows
+
+
+def _local_rows(task: RowTask, place: Path, split: Split, name: SplitName) -> list[Row]:
+    column = task.image_column
+    if column is not None and split.source is not None and (place / split.source).is_dir():
+        return folder_rows(place / split.source, column)
+    file = _file(task, place, split, name)
+    rows = read_file(file)
+    return rows if column is None else [_beside(row, column, file.parent) for row in rows]
+
+
+def _beside(row: Row, column: str, folder: Path) -> Row:
+    """Return a row whose path of an image starts at the folder of the rows."""
+    value = row.get(column)
+    return {**row, column: str(folder / expanded(value))} if isinstance(value, str) and value else row
 
 
 def _file(task: RowTask, place: Path, split: Split, name: SplitName) -> Path:
@@ -188,6 +205,9 @@ def read_hub(repo: str, split: str, *, config: str | None = None, revision: str 
     except Exception as error:  # datasets and its transport raise many classes
         words = " ".join(str(error).split())
         raise TaskError(f"{where}: the data set {repo!r} (split {split!r}) cannot be read: {words}") from error
+    for column, feature in (found.features or {}).items():
+        if type(feature).__name__ in ("Audio", "Image"):  # as stored: a broken file is an error of its row alone
+            found = found.cast_column(column, type(feature)(decode=False))
     return list(found)
 
 

@@ -137,6 +137,7 @@ class RowTask(Task):
     with, not to evaluate.
     """
 
+    problems_shown: ClassVar[int] = 5  # rows that do not fit, in one message
     data: Annotated[Data | None, Field(description="Where the rows are; none for a task that nothing is evaluated on.")] = None
     splits: Annotated[dict[SplitName, Split], Field(description="train, calibration, validation, test.")] = Field(
         default_factory=dict
@@ -175,6 +176,11 @@ class RowTask(Task):
         if self.target is None:
             raise TaskError(f"{self.where} has no 'target', the template of the right answer.")
         return Compiled(self.target, f"{self.where}: target")
+
+    @property
+    def image_column(self) -> str | None:
+        """The column with images; None where there are none."""
+        return None
 
     def sources(self) -> list[str]:
         """Return the templates that are filled from a row before its target."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from plait.calibration.texts import MOST_TEXTS, Texts
+from plait.calibration.texts import MOST_TEXTS, Texts, seen_problem
 from plait.errors import TaskError
 from plait.recipes.tuning import TuneSpec
 from plait.tasks.examples import read_examples
@@ -19,6 +19,8 @@ def read_labeled(task: Task, spec: TuneSpec) -> tuple[Texts, tuple[str, ...]]:
     """
     if not isinstance(task, RowTask):
         raise TaskError(f"task {task.name!r} ({task.kind}) has no prompt of its own to put texts into; use a task file.")
+    if task.image_column is not None:
+        raise TaskError(seen_problem(task))
     if task.name in spec.files or spec.texts in ("lines", "template"):
         given = "a file" if task.name in spec.files else f"texts: {spec.texts}"
         raise TaskError(

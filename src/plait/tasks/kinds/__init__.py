@@ -3,6 +3,7 @@
 from plait.tasks.kinds import (  # noqa: F401
     classification,
     generation,
+    image_classification,
     lm_eval,
     multiple_choice,
     perplexity,

@@ -1,0 +1,118 @@
+"""Images that a model sees: outputs of heads, and likeness to the texts of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plait.errors import TaskError
+from plait.evaluation.heads import logits_of
+from plait.evaluation.model_calls import check_lengths, check_numbers
+from plait.hub.pretrained import refuse_failures
+from plait.libraries.transformers import features_of
+from plait.tasks.images import decoded
+
+StepListener = Callable[[int], object]
+
+
+def image_outputs(
+    model: Any, processor: Any, images: Sequence[bytes], *, outputs: int, batch_size: int, report: StepListener
+) -> list[list[float]]:
+    """Return a head's outputs for every image, float32.
+
+    Args:
+        model: with a head of transformers.
+        processor: what makes the model's input of images.
+        images: encoded.
+        outputs: how many the head must have.
+        batch_size: images at a time.
+        report: called with the number of images finished since it was last called.
+
+    Raises:
+        TaskError: the model has no head of that many outputs, or its output is NaN.
+    """
+    found: list[list[float]] = []
+    for pixels in _pixels(model, processor, images, batch_size):
+        with torch.inference_mode():
+            rows = logits_of(model, model(pixel_values=pixels), 2, outputs).float().tolist()
+        for row in rows:
+            check_numbers(model, row)
+        found += rows
+        report(len(rows))
+    return found
+
+
+def class_likeness(
+    model: Any,
+    tokenizer: Any,
+    processor: Any,
+    images: Sequence[bytes],
+    texts: Sequence[Sequence[str]],
+    *,
+    batch_size: int,
+    report: StepListener,
+) -> list[list[float]]:
+    """Return how like every image is to every class, times the model's scale: zero-shot classification.
+
+    A class is the mean of its texts' vectors, each of length 1 (Radford et al. 2021, arXiv:2103.00020, §3.1.4).
+
+    Args:
+        model: with vectors of images and of texts, as CLIP.
+        tokenizer: of the texts.
+        processor: what makes the model's input of images.
+        images: encoded.
+        texts: per class, the same number of each.
+        batch_size: images, and texts, at a time.
+        report: called with the number of images finished since it was last called.
+
+    Raises:
+        TaskError: the model has no such vectors, one is NaN, or a text is too long.
+    """
+    if not hasattr(model, "get_image_features") or not hasattr(model, "logit_scale"):
+        raise TaskError(
+            f"{type(model).__name__} does not compare images with texts; 'class_prompts' are for models like CLIP. Without "
+            "them the task's own head is asked."
+        )
+    classes = _class_vectors(model, tokenizer, texts, batch_size)
+    found: list[list[float]] = []
+    for pixels in _pixels(model, processor, images, batch_size):
+        with torch.inference_mode():
+            vectors = _unit(features_of(model.get_image_features(pixel_values=pixels)).float())
+            rows = (model.logit_scale.float().exp() * vectors @ classes.T).tolist()
+        for row in rows:
+            check_numbers(model, row)
+        found += rows
+        report(len(rows))
+    return found
+
+
+def _class_vectors(model: Any, tokenizer: Any, texts: Sequence[Sequence[str]], batch_size: int) -> Tensor:
+    """Return a vector of length 1 per class, (classes, d)."""
+    flat = [text for some in texts for text in some]
+    home = getattr(tokenizer, "name_or_path", "") or "the model"
+    with refuse_failures(home, "the tokenizer cannot read the class prompts", TaskError):
+        lengths = [len(row) for row in tokenizer(flat)["input_ids"]]
+    check_lengths(model, lengths)
+    vectors = []
+    for at in range(0, len(flat), batch_size):
+        given = tokenizer(flat[at : at + batch_size], padding=True, return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            out = model.get_text_features(input_ids=given["input_ids"], attention_mask=given["attention_mask"])
+            vectors.append(_unit(features_of(out).float()))
+    return _unit(torch.cat(vectors).reshape(len(texts), len(texts[0]), -1).mean(1))
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+def _pixels(model: Any, processor: Any, images: Sequence[bytes], batch_size: int) -> Iterator[Tensor]:
+    """Yield the model's inputs, (B, channels, height, width) in its dtype."""
+    for at in range(0, len(images), batch_size):
+        some = [decoded(data) for data in images[at : at + batch_size]]
+        with refuse_failures("the base", "the image processor cannot prepare the images", TaskError):
+            pixels: Tensor = processor(images=some, return_tensors="pt")["pixel_values"]
+        yield pixels.to(model.device, model.dtype)
