@@ -210,23 +210,27 @@ def test_a_live_merge_gives_the_outputs_of_the_merged_weights(world: World, tmp_
     images, pair = [picture(i) for i in range(3)], world.adapters(kind)
     merged = plait.merge(pair, weights=[0.7, -0.4], out=tmp_path / "out").folder
     mixed = merged if kind == "clip" else with_head(merged, pair["one"], tmp_path / "mixed")
-    prepare, texts = world.processor(kind), ["very red", "very blue", "very good"]
+    prepare, texts = world.processor(kind), [["very red", "red :"], ["very blue", "blue :"], ["very good", "good :"]]
     given = prepare(images=[decoded(i) for i in images], return_tensors="pt")
     if kind == "clip":
-        given |= read(texts)
+        given |= read([text for some in texts for text in some])
     mixture = Mixture.load(world.folder / kind / "base", [Adapter.open(p, n) for n, p in pair.items()])
     heads = False if kind == "clip" else "one"
     settings: dict[str, Any] = {"batch_size": 2, "report": lambda done: None}
     with mixture.active({"one": 0.7, "two": -0.4}, heads=heads) as acting:
         if kind == "clip":
-            found = class_likeness(acting, mixture.tokenizer, prepare, images, [[t] for t in texts], **settings)
+            found = class_likeness(acting, mixture.tokenizer, prepare, images, texts, **settings)
         else:
             found = image_outputs(acting, prepare, images, outputs=3, **settings)
     model = world.peft(kind, mixed)
     for plain in (model, model.merge_and_unload()):
         with torch.no_grad():
             out = plain(**given)
-        wanted = out.logits_per_image if kind == "clip" else out.logits
+        if kind == "clip":  # a class is the mean of its texts' vectors, each of length 1
+            classes = out.text_embeds.reshape(3, 2, -1).mean(1)
+            wanted = plain.logit_scale.exp() * out.image_embeds @ (classes / classes.norm(dim=1, keepdim=True)).T
+        else:
+            wanted = out.logits
         torch.testing.assert_close(torch.tensor(found), wanted, atol=1e-4, rtol=1e-4)
 
 
