@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from plait import commands
 from plait.errors import OutputError, PlanError, RecipeError
+from plait.notices import PlaitWarning
 from plait.results import disk
 from plait.training import running, sft
-from plait.training.folder import checkpoint_step
+from plait.training.folder import checkpoint_step, last_checkpoint
 from plait.training.sft import plan_sft, run_sft
 from tests.chat_models import questions, write_rows
 from tests.command_line import exit_code
@@ -92,6 +93,8 @@ def test_a_stopped_training_says_which_checkpoint_there_is(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "optimizer.pt").write_text("")
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    with pytest.warns(PlaitWarning, match="checkpoint-10 is left aside: trainer_state.json: No such file or directory"):
+        last_checkpoint(tmp_path)
     assert stop(tmp_path) == [f"{tmp_path / 'checkpoint-2'} is kept; the same command continues from there."], "10 is not whole"
 
 

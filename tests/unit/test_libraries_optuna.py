@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
+
 import optuna
 import pytest
 
-from plait.libraries.optuna import process_knows_pending, quiet_optuna, sqlite_url, taken_up, without_password, without_trial
+from plait.errors import OutputError
+from plait.libraries.optuna import (
+    lost_tables,
+    process_knows_pending,
+    quiet_optuna,
+    sqlite_url,
+    taken_up,
+    without_password,
+    without_trial,
+)
+from plait.search.study import check_tables
 
 
 def test_a_trial_of_a_process_that_is_gone_is_taken_up(tmp_path):
@@ -19,6 +32,23 @@ def test_a_trial_of_a_process_that_is_gone_is_taken_up(tmp_path):
         again.tell(trial.number, 1.0)
         assert [t.state.name for t in again.trials] == ["COMPLETE"]
     assert (tmp_path / "a ?b#%20.db").is_file()
+
+
+def test_tables_that_were_dropped_are_missed(tmp_path):
+    file = tmp_path / "study.db"
+    assert lost_tables(file) == []
+    with quiet_optuna():
+        optuna.create_study(storage=sqlite_url(str(file)), study_name="s").ask()
+    assert lost_tables(file) == []
+    for number, table in enumerate(["trials", "studies"], 1):
+        with closing(sqlite3.connect(file)) as base, base:
+            base.execute(f"DROP TABLE {table}")
+        assert len(lost_tables(file)) == number
+        assert table in lost_tables(file)
+    with pytest.raises(OutputError, match=r"study\.db: there is no table 'studies', 'trials', and there are others of a study"):
+        check_tables(file)
+    file.write_bytes(b"not a database" * 100)
+    assert lost_tables(file) == [], "which Optuna itself refuses"
 
 
 def test_a_sampler_is_told_the_number_before_it_samples():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import subprocess
 import sys
@@ -36,6 +37,17 @@ def test_one_at_a_time(file):
     assert lock_holder(file, "work is done there") is None
     with locked(file, "mine"):
         pass
+
+
+def test_on_a_full_disk_it_holds_without_a_name(file, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, ExitStack() as mine:
+        patch.setattr(os, "write", full)
+        mine.enter_context(locked(file, "mine"))
+        with pytest.raises(OutputError, match="made is in use by another process: work"), locked(file, "work"):
+            pass
 
 
 def test_it_is_waited_for(file, monkeypatch):

@@ -95,6 +95,12 @@ def test_kept_answers_that_are_damaged(tmp_path):
     assert cache.find("k", 0) is not None
     with pytest.warns(PlaitWarning, match=r"k\.json does not hold complete answers \(0 for 1 examples\); the model"):
         assert cache.find("k", 1) is None
+    changed = json.loads((tmp_path / "k.json").read_text()) | {"sha256": "0" * 64}
+    (tmp_path / "k.json").write_text(json.dumps(changed))
+    with pytest.warns(PlaitWarning, match=r"k\.json does not hold complete answers \(they were changed\); the model"):
+        assert cache.find("k", 0) is None
+    (tmp_path / "k.json").write_text(json.dumps({name: changed[name] for name in ("contender", "task", "answers")}))
+    assert cache.find("k", 0) is not None, "of an earlier release"
     (tmp_path / "k.json").write_text("{")
     with pytest.warns(PlaitWarning, match=r"k\.json does not hold complete answers .*the model is asked again"):
         assert cache.find("k", 0) is None
@@ -133,6 +139,14 @@ def test_a_record_that_does_not_say_what_was_trained_on(tmp_path, text):
     folder = write_adapter(tmp_path / "run" / "adapter", {"q": Linear(4, 4)}).folder
     (tmp_path / "run" / "training.json").write_text(text)
     with pytest.warns(PlaitWarning, match=r"training\.json.*; whether a was trained on these texts is not known"):
+        assert seen_in_training(Texts("t", "lines", (), "", ()), Adapter.open(folder, "a")) is None
+
+
+def test_data_of_a_training_that_cannot_be_read(tmp_path):
+    folder = write_adapter(tmp_path / "run" / "adapter", {"q": Linear(4, 4)}).folder
+    data = {"split": "train", "task": None, "place": str(tmp_path / "gone.jsonl"), "limit": None, "text_field": "text"}
+    (tmp_path / "run" / "training.json").write_text(json.dumps({"job": {"data": data}}))
+    with pytest.warns(PlaitWarning, match=r"gone\.jsonl: No such file.*whether a was trained on these texts is not known"):
         assert seen_in_training(Texts("t", "lines", (), "", ()), Adapter.open(folder, "a")) is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,15 +13,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
 from plait.errors import OutputError
 from plait.evaluation.workspace import check_workspace
+from plait.reports.figures import write_figures
 from plait.reports.pipeline import page_problem
+from plait.reports.reading import read_report
 from plait.results import staging
-from plait.results.staging import output_problem, scratch, staged
+from plait.results.disk import check_not_an_input, full_disk
+from plait.results.staging import held, output_problem, scratch, staged
+from plait.results.writing import write_text_atomic
 from plait.search.request import check_place
 from plait.training.folder import folder_problem
 from plait.training.preflight import check_output, resolve_phases
+from plait.training.running import _error_context
+from tests.evaluated import evaluation, run_folder, task
 from tests.every import every
 from tests.locks import write_lock
 
@@ -151,6 +159,110 @@ def test_a_folder_that_stays_is_filled(fixed):
     assert (fixed / "weights").read_text() == "new"
     assert files(fixed) == RESULT
     assert fixed.stat().st_ino == number
+
+
+def test_such_a_folder_is_filled_by_one_process_at_a_time(fixed):
+    with held(fixed), pytest.raises(OutputError, match="volume was written by another process in the meantime"):
+        write(fixed, force=True)
+    assert list(fixed.iterdir()) == []
+    write(fixed, force=False)
+
+
+@pytest.mark.parametrize("moment", ["before it is moved aside", "before the new one has its name"])
+def test_two_that_replace_one_result(tmp_path, monkeypatch, moment):
+    """The other one's stays complete, and nothing of the old one."""
+    out, rename = result(tmp_path / "out"), Path.rename
+
+    def late(self, target):
+        if self == out and moment.startswith("before it"):
+            rename(out, tmp_path / "gone")
+        if Path(target) == out and self.name.endswith(tuple("0123456789abcdef")) and moment.endswith("name"):
+            result(out, "other")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with pytest.raises(OutputError, match="out was written by another process in the meantime"):
+        write(out, force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["gone" if moment.startswith("before it") else "out"]
+    assert moment.startswith("before it") or (out / "weights").read_text() == "other"
+
+
+def test_a_file_that_another_process_has_written_is_not_replaced(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    for links in (True, False):
+        file = tmp_path / f"{links}.html"
+        with monkeypatch.context() as patch:
+            if not links:
+                patch.setattr(os, "link", none)
+            write_text_atomic(file, "first", replace=False)
+            with pytest.raises(OutputError, match=r"html was written by another process in the meantime"):
+                write_text_atomic(file, "second", replace=False)
+        assert file.read_text() == "first"
+        write_text_atomic(file, "third")
+        assert file.read_text() == "third"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_figures_appear_together_or_not_at_all(tmp_path, monkeypatch):
+    report = read_report([run_folder(tmp_path / "run", evaluation(task("a", 0.5)))])
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).write_text("drawn"))
+    with held(make(tmp_path / "figures")), pytest.raises(OutputError, match="figures is being written by another process"):
+        write_figures(report, tmp_path / "figures", force=False)
+    drawn = write_figures(report, tmp_path / "figures", force=False)
+    assert sorted(drawn) == sorted((tmp_path / "figures").iterdir())
+    with pytest.raises(OutputError, match=r"figures has .* already"):
+        write_figures(report, tmp_path / "figures", force=False)
+
+    def full(self, path, **_):
+        if Path(path).suffix == ".png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        Path(path).write_text("half")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(OutputError, match="figures cannot be written: No space left on device"):
+        write_figures(report, tmp_path / "figures", force=True)
+    assert {p.read_text() for p in (tmp_path / "figures").iterdir()} == {"drawn"}
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_an_output_in_the_folder_of_an_input(tmp_path):
+    read = {"adapter 'a'": make(tmp_path / "a"), "adapter 'b'": tmp_path / "b.safetensors"}
+    check_not_an_input(tmp_path / "b", read, command="merge")
+    (tmp_path / "link").symlink_to("a")
+    for place in ("a/out", "a/deep/out", "link/out"):
+        message = rf"{place} is in the folder of an input of this merge \(adapter 'a'\)"
+        with pytest.raises(OutputError, match=message):
+            check_not_an_input(tmp_path / place, read, command="merge")
+
+
+FULL = [
+    (OSError(errno.ENOSPC, "x"), "No space left on device"),
+    (OSError(errno.EDQUOT, "x"), "Disk quota exceeded"),
+    (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left on device"),
+    (Exception("Disk quota exceeded (os error 122)"), "Disk quota exceeded"),
+    (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "torch could not write a file to"),
+    (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "torch could not write a file to"),
+]
+
+
+@pytest.mark.parametrize(("error", "why"), FULL)
+def test_what_libraries_raise_on_a_full_disk(tmp_path, error, why):
+    assert (full_disk(error) or "").startswith(why)
+    with pytest.raises(OutputError, match=rf"cannot be written: {why}.* No checkpoint was saved yet"), _error_context(tmp_path):
+        raise ValueError from error
+
+
+def test_what_is_not_a_full_disk(tmp_path):
+    for error in (ValueError("x"), OSError(errno.EIO, "x"), RuntimeError("x (os error 2)"), RuntimeError("shape")):
+        assert full_disk(error) is None
+        with pytest.raises(type(error)), _error_context(tmp_path):
+            raise error
 
 
 def test_a_failure_leaves_such_a_folder_as_it_was(fixed):

@@ -155,6 +155,7 @@ def test_the_run_record_of_a_bake_is_not_a_merges(tmp_path):
     record.write_text(json.dumps({**json.loads(record.read_text()), "shards": {"model.safetensors": "0"}}))
     page = Page(plait.report([tmp_path / "made"], out=tmp_path / "r.html").page.read_text())
     assert "plait.lock" in page.text
+    assert page.text.startswith("Baked model")
     assert "Energy kept" not in page.text
 
 

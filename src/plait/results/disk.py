@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from plait.errors import DISK_FULL, OutputError
 
+#: What libraries written in Rust say of the system's error, and what torch says whose archive could not be written to its end.
+_NUMBER, _CUT_OFF = re.compile(r"\(os error (\d+)\)"), re.compile(r"inline_container\.cc|PytorchStreamWriter failed")
 UNWRITABLE = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -34,6 +37,24 @@ def writing(out: Path, place: Path) -> Iterator[None]:
         raise OutputError(
             f"{out} cannot be written: {error.strerror or error}. Free some space or choose another place."
         ) from error
+
+
+def full_disk(error: BaseException) -> str | None:
+    """Return why a library could not write to a disk that is full; None where it failed at something else.
+
+    Args:
+        error: of any class; what led to it is looked at too.
+    """
+    raised: BaseException | None = error
+    while raised is not None:
+        found = _NUMBER.search(str(raised))
+        number = raised.errno if isinstance(raised, OSError) else int(found[1]) if found else None
+        if number in DISK_FULL:
+            return os.strerror(number)
+        if isinstance(raised, RuntimeError) and _CUT_OFF.search(str(raised)):
+            return "torch could not write a file to its end"
+        raised = raised.__cause__ or raised.__context__
+    return None
 
 
 def free_space(folder: Path) -> tuple[Path, int]:
@@ -72,13 +93,17 @@ def check_not_an_input(out: Path | None, inputs: Mapping[str, Path], *, command:
         command: as a noun, such as "merge".
 
     Raises:
-        OutputError: `out` is one of the folders, or holds one.
+        OutputError: `out` is one of the folders, holds one, or is in one.
     """
-    if out is None or not out.exists():
+    if out is None:
         return
+    place = Path(os.path.realpath(out))
     for what, folder in inputs.items():
-        if out.resolve() in (folder.resolve(), *folder.resolve().parents):
+        read = Path(os.path.realpath(folder))
+        if place in (read, *read.parents) and out.exists():
             raise OutputError(f"{out} is an input of this {command} ({what}). Choose another output.")
+        if read in place.parents:
+            raise OutputError(f"{out} is in the folder of an input of this {command} ({what}). Choose another output.")
 
 
 def _size(number: int) -> str:

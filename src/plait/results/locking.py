@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,9 +88,10 @@ def _taken(file: Path, work: str, patience: float) -> IO[str]:
         elif not _is_current(file, handle):
             handle.close()
         else:
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
-            handle.flush()
+            who = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
+            with suppress(OSError):  # a full disk: what is written next is refused, and the lock holds without a name
+                os.truncate(handle.fileno(), 0)
+                os.write(handle.fileno(), who.encode())
             return handle
 
 

@@ -10,9 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plait.errors import DISK_FULL, OutputError, PlanError
+from plait.errors import OutputError, PlaitError, PlanError
 from plait.extras import optional
 from plait.libraries.transformers import CheckpointError, report_steps, take_steps
+from plait.results.disk import full_disk
 from plait.results.progress import Progress
 from plait.results.staging import publish
 from plait.results.versions import library_versions
@@ -128,7 +129,8 @@ def _run(
         versions=library_versions(*_LIBRARIES),
         finished=datetime.now().astimezone().isoformat(timespec="seconds"),
     )
-    _save(trainer, opened, out, record)
+    with _error_context(out):
+        _save(trainer, opened, out, record)
     return record
 
 
@@ -144,10 +146,6 @@ def _error_context(out: Path, checkpoint: Path | None = None) -> Iterator[None]:
             f"training ran out of memory: {str(error).splitlines()[0]} Give a smaller per_device_train_batch_size with more "
             "gradient_accumulation_steps, or a smaller max_length; these are other settings, so that training begins anew."
         ) from error
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise OutputError(f"{out} cannot be written: {error.strerror}. Free some space. {_how_to_continue(out)}") from error
     except CheckpointError as error:
         cause = error.__cause__
         lines = str(cause).splitlines() or [""]
@@ -155,8 +153,10 @@ def _error_context(out: Path, checkpoint: Path | None = None) -> Iterator[None]:
             f"{checkpoint} cannot be continued from ({type(cause).__name__}: {lines[0][:200]}). Delete it: the same command "
             "continues from the checkpoint before it, or from the beginning."
         ) from error
-    except Exception:
-        raise
+    except Exception as error:
+        if isinstance(error, PlaitError) or not (why := full_disk(error)):
+            raise
+        raise OutputError(f"{out} cannot be written: {why}. Free some space. {_how_to_continue(out)}") from error
     except BaseException as error:  # stopped by its user
         error.add_note(_how_to_continue(out))
         raise
@@ -173,15 +173,20 @@ def _how_to_continue(out: Path) -> str:
 def _save(trainer: Trainer, opened: ResolvedJob, out: Path, record: TrainingRecord) -> None:
     """Write weights, tokenizer, card and lock next to the final name; rename; then write the record."""
     place = out / _SAVING
-    if trainer.is_world_process_zero():
+    first = trainer.is_world_process_zero()
+    if first:
         shutil.rmtree(place, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(place))  # all processes: shards may have to be gathered
-    if trainer.is_world_process_zero():
-        (place / "training_args.bin").unlink(missing_ok=True)  # a pickle that names this machine's folders
-        if trainer.processing_class is not None:
-            trainer.processing_class.save_pretrained(str(place))
-        write_provenance(place, opened, record, home=out / record.folder)
-        publish(place, out / record.folder, force=True)
-        write_json_atomic(out / TRAINING_RECORD, record.model_dump(mode="json"))  # from now on the run is done
+    try:
+        trainer.save_model(str(place))  # all processes: shards may have to be gathered
+        if first:
+            (place / "training_args.bin").unlink(missing_ok=True)  # a pickle that names this machine's folders
+            if trainer.processing_class is not None:
+                trainer.processing_class.save_pretrained(str(place))
+            write_provenance(place, opened, record, home=out / record.folder)
+            publish(place, out / record.folder, force=True)
+            write_json_atomic(out / TRAINING_RECORD, record.model_dump(mode="json"))  # from now on the run is done
+    finally:
+        if first:
+            shutil.rmtree(place, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
