@@ -135,6 +135,8 @@ def test_what_is_refused(place: Path, chat: Path, tmp_path: Path) -> None:
         ask(place, max_new_tokens=90)
     with pytest.raises(TaskError, match=r"messages need a chat template, and .*base has no chat template"):
         ask(place, system="Be short.")
+    with pytest.raises(TaskError, match=r"sort is an adapter or a model, and the prompt comes first"):
+        ask(place, str(place / "sort"), source=str(place / "rate"))
     with pytest.raises(TaskError, match="must not be empty"):
         ask(place, "")
     write_rows(tmp_path / "rows.jsonl", [{"text": "x"}])

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias
 from pydantic import Field
 
 from plait.adapters.adapter import Adapter
+from plait.adapters.config import ADAPTER_CONFIG
 from plait.errors import TaskError
 from plait.evaluation.candidates import Candidate
 from plait.evaluation.generation import Sampling, write_reply
@@ -160,6 +161,8 @@ def read_prompts(source: str | Path | Sequence[str | Sequence[Mapping[str, str]]
         if not found:
             raise TaskError(f"{source}: there is no prompt in this file.")
         return found
+    if isinstance(source, str) and _is_result(source):
+        raise TaskError(f"{source} is an adapter or a model, and the prompt comes first: plait ask PROMPT|FILE {source} ….")
     given = [source] if isinstance(source, str) else [*source]
     prompts = tuple(p if isinstance(p, str) else _chat(p, f"prompt {i}") for i, p in enumerate(given, 1))
     if not prompts or not all(prompts):
@@ -172,6 +175,14 @@ def _is_file(text: str) -> bool:
     try:
         return Path(text).is_file() or (Path(text).suffix.lower() in (*_LINES, ".jsonl") and len(text.split()) == 1)
     except (OSError, ValueError):  # too long for a name, or with NUL in it
+        return False
+
+
+def _is_result(text: str) -> bool:
+    """Whether a prompt is the folder of an adapter or a model, which was meant for another place."""
+    try:
+        return any((Path(text) / name).is_file() for name in (ADAPTER_CONFIG, "config.json"))
+    except (OSError, ValueError):
         return False
 
 
