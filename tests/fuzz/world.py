@@ -182,6 +182,12 @@ COMMANDS = (
         3,
     ),
     Command(
+        ("ask", "asked.jsonl", "first", "second", "--base-id", "base", "--max-new-tokens", "1", "--json"),
+        ("asked.jsonl", *_in("base", BASE + TOKENIZER), *_in("first", ADAPTER)),
+        ("asked.jsonl", "first", "second", "base"),
+        3,
+    ),
+    Command(
         ("report", "ws/run", "-o", "page.html"),
         ("ws/run/eval_results_test.json", "merged/merge_metadata.json"),
         ("ws", "merged", "first"),
@@ -310,6 +316,7 @@ def _documents(folder: Path) -> None:
         "lora_r: 4\nlearning_rate: 1e-3\nmax_steps: 2\nuse_cpu: true\n"
     )
     rows = [{"prompt": f"sort w{i} :", "completion": " red"} for i in range(8)]
+    (folder / "asked.jsonl").write_text("".join(json.dumps({"prompt": f"{task} w1 :"}) + "\n" for task in LABELS))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _table(folder / "rows.csv", rows)
     _table(folder / "rows.parquet", rows)
