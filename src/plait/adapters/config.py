@@ -158,6 +158,8 @@ class AdapterConfig:
         return default if number is None else self._tables[key][1][number]
 
     def _matching(self, key: str, target: str) -> Iterator[int]:
+        if not self.raw.get(key):  # the tables of patterns need not be asked, module by module
+            return
         try:
             yield from self._tables[key][0].matching(target)
         except PatternError as error:
