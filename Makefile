@@ -13,6 +13,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 
 # torch threads that wait asleep: spinning ones make a busy machine several times slower
 export OMP_WAIT_POLICY ?= PASSIVE
+# tests start some thirty processes, and each would compile plait again
+unexport PYTHONDONTWRITEBYTECODE
 
 # Tests of what other libraries are asked for, and of training, whose libraries must be newer. torch is the tested one everywhere:
 # another is a download of gigabytes, so that its lower bound is the one that no run has tried.
