@@ -92,10 +92,11 @@ def with_head(adapter: Path, head: Path, out: Path) -> Path:
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(adapter, out)
     own, other = (load_file(p / "adapter_model.safetensors") for p in (adapter, head))
-    body = {n: t for n, t in own.items() if "classifier" not in n}
     config = json.loads((head / "adapter_config.json").read_text())
+    layers = config["modules_to_save"]
+    body = {n: t for n, t in own.items() if not any(layer in n for layer in layers)}
     mine = json.loads((adapter / "adapter_config.json").read_text())
     mine["modules_to_save"] = config["modules_to_save"]
     (out / "adapter_config.json").write_text(json.dumps(mine))
-    save_file(body | {n: t for n, t in other.items() if "classifier" in n}, out / "adapter_model.safetensors")
+    save_file(body | {n: t for n, t in other.items() if any(layer in n for layer in layers)}, out / "adapter_model.safetensors")
     return out

@@ -73,6 +73,7 @@ NEEDS = {
     "tasks check tasks/sort.yaml --model base": says("a tokenizer", ["transformers"], "eval"),
     "tasks check lm_eval:piqa": says("task 'piqa': lm_eval:piqa", ["lm_eval"], "lm-eval"),
     "tasks check images/sort.yaml": says("task 'sort': decoding images", ["PIL"], "vision"),
+    "tasks check sounds/sort.yaml": says("task 'sort': decoding sounds", ["soundfile"], "audio"),
     "tasks check parquet/sort.yaml": says("rows.parquet: reading parquet", ["pyarrow"], "data"),
     "tasks check hub/sort.yaml": says("task 'sort': data from the Hub", ["datasets"], "data"),
     "plait.evaluate(['a', 'b'], tasks=['tasks/sort.yaml'], base='base')": says("an evaluation", EVAL, "eval"),
@@ -111,6 +112,8 @@ def place(tmp_path_factory):
     (folder / "parquet" / "sort" / "rows.parquet").touch()
     seen = {"kind": "image_classification", "image": "word", "prompt": None, "delimiter": None}
     write_task(folder / "images", "sort", **seen)
+    heard = {"kind": "audio_classification", "audio": "word", "prompt": None, "delimiter": None}
+    write_task(folder / "sounds", "sort", **heard)
     write_task(folder / "hub", "sort", data={"hub": "org/rows"}, splits={"test": "test"})
     rows = [{"prompt": f"sort {word} :", "completion": f" {label('sort', word)}"} for word in WORDS]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -314,7 +314,9 @@ def test_what_reads_texts_is_refused(world: World, tmp_path: Path, capsys: pytes
     given += ["--base-id", str(world.folder / "vit" / "base")]
     for command in (["calibrate", *given], ["tune", *given], ["tune", *given, "--objective", "gradient"]):
         assert exit_code(*command, "-o", str(tmp_path / "out")) == 2
-        assert "shows images, and only texts are read to calibrate and tune" in " ".join(capsys.readouterr().err.split())
+        assert "has images or sounds, and only texts are read to calibrate and tune" in " ".join(
+            capsys.readouterr().err.split()
+        )
 
 
 def test_what_has_no_place_is_said(world: World, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def read_texts(
     """
     if not isinstance(task, RowTask):
         raise TaskError(f"task {task.name!r} ({task.kind}) has no prompt of its own to put texts into; use a task file.")
-    if task.image_column is not None:
+    if task.file_column is not None:
         raise TaskError(seen_problem(task))
     if kind is None:
         own = split is not None or not {"calibration", "train"}.isdisjoint(task.splits)
@@ -109,10 +109,10 @@ def read_texts(
 
 
 def seen_problem(task: Task) -> str:
-    """Return, in words, why a task of images gives no texts."""
+    """Return, in words, why a task of images or sounds gives no texts."""
     return (
-        f"task {task.name!r} ({task.kind}) shows images, and only texts are read to calibrate and tune. plait eval and plait "
-        "sweep have such tasks; methods without moments merge their adapters."
+        f"task {task.name!r} ({task.kind}) has images or sounds, and only texts are read to calibrate and tune. plait eval and "
+        "plait sweep have such tasks; methods without moments merge their adapters."
     )
 
 

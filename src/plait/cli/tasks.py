@@ -70,6 +70,10 @@ def _show(found: TaskCheck) -> None:
             sizes = " / ".join(f"{w} × {h}" for w, h in (split.images.smallest, split.images.median, split.images.largest))
             kinds = ", ".join(f"{count} {kind}" for kind, count in split.images.formats.items())
             console.print(f"{name}: images of {sizes} pixels ({kinds}, {split.images.bytes / 1e6:.1f} MB)", markup=False)
+        if split.sounds is not None:
+            seconds = " / ".join(f"{n:.1f}" for n in (split.sounds.shortest, split.sounds.median, split.sounds.longest))
+            rates = ", ".join(f"{count} of {rate} Hz" for rate, count in split.sounds.rates.items())
+            console.print(f"{name}: sounds of {seconds} seconds ({rates})", markup=False)
     for name, split in list(found.splits.items())[-1:]:
         for rendered in split.rendered:
             console.print(f"\n[dim]{name}, as the model reads it, up to the answer:[/dim]")

@@ -26,7 +26,7 @@ class CheckTasksOrder:
             PlaitError: files or data that cannot be read, rows that do not fit; or the model has no tokenizer.
         """
         loaded = load_tasks(self.tasks)
-        read = any(getattr(task, "image_column", None) is None for task in loaded)
+        read = any(getattr(task, "file_column", None) is None for task in loaded)
         tokenizer = None
         if self.model is not None and read:
             tokenizer = load_task_tokenizer(self.model, trust_remote_code=self.trust_remote_code)

@@ -182,7 +182,7 @@ class Answerer:
                 model,
                 readers.tokenizer,
                 examples,
-                image_processor=readers.image_processor,
+                processor=readers.processor,
                 batch_size=batch_size,
                 report=lambda done: send((done,)),
             )

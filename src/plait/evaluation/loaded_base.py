@@ -18,7 +18,7 @@ from plait.checkpoints.files import find_weights, read_config
 from plait.checkpoints.quantization import quantization
 from plait.errors import PlaitError, TaskError
 from plait.extras import require
-from plait.hub.pretrained import LoadOptions, load_image_processor
+from plait.hub.pretrained import LoadOptions, load_feature_extractor, load_image_processor
 from plait.libraries.transformers import quiet_loading
 from plait.mixture import Mixture
 from plait.notices import announce
@@ -35,10 +35,10 @@ _SLOW = 1.5
 
 
 class Readers(NamedTuple):
-    """What makes a model's inputs: its tokenizer, and its image processor; None where a task needs none."""
+    """What makes a model's inputs: its tokenizer, and its processor of images or sounds; None where a task needs none."""
 
     tokenizer: Any
-    image_processor: Any = None
+    processor: Any = None
 
 
 class LoadedBase:
@@ -74,16 +74,23 @@ class LoadedBase:
         """Return what makes the model's inputs of a task's examples.
 
         Raises:
-            TaskError: the base has no tokenizer, or no image processor, that the task needs.
+            TaskError: the base has no tokenizer, or no processor of images or sounds, that the task needs.
         """
-        if getattr(task, "image_column", None) is None:
+        column = getattr(task, "file_column", None)
+        if column is None:
             return Readers(self.tokenizer)
-        return Readers(self.tokenizer if isinstance(task.ask, ClassPrompts) else None, self._image_processor)
+        processor = self._image_processor if column.kind == "image" else self._feature_extractor
+        return Readers(self.tokenizer if isinstance(task.ask, ClassPrompts) else None, processor)
 
     @cached_property
     def _image_processor(self) -> Any:
         require("a model of images", {"vision": ["PIL"]})
         return load_image_processor(self.base, trust_remote_code=self.options.trust_remote_code)
+
+    @cached_property
+    def _feature_extractor(self) -> Any:
+        require("a model of sounds", {"audio": ["soundfile"]})
+        return load_feature_extractor(self.base, trust_remote_code=self.options.trust_remote_code)
 
     @contextmanager
     def model(self, folder: Path) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from plait.errors import TaskError
 from plait.evaluation import harness
 from plait.evaluation.generation import generate
 from plait.evaluation.heads import head_outputs, text_vectors, word_labels
+from plait.evaluation.hearing import sound_outputs
 from plait.evaluation.likelihood import log_likelihoods
 from plait.evaluation.model_calls import vocabulary
 from plait.evaluation.vision import class_likeness, image_outputs
@@ -41,7 +42,7 @@ def answer_examples(
     tokenizer: Any,
     examples: Examples,
     *,
-    image_processor: Any = None,
+    processor: Any = None,
     batch_size: int,
     report: StepListener = lambda done: None,
 ) -> list[Answer]:
@@ -51,7 +52,7 @@ def answer_examples(
         model: of transformers: causal or encoder-decoder, or a sequence classifier for that kind of task.
         tokenizer: its tokenizer; None where nothing is read.
         examples: what is asked.
-        image_processor: what makes its inputs of images, where there are some.
+        processor: what makes its inputs of images or sounds, where there are some.
         batch_size: prompts at a time; changes the last bits of scores, as every regrouping of sums does.
         report: called with the number of examples finished since it was last called.
 
@@ -65,11 +66,13 @@ def answer_examples(
             "are 'sequence_classification', 'token_classification', 'regression' and 'sentence_similarity'."
         )
     if any(e.image is not None for e in examples.items):
-        return _see(model, tokenizer, image_processor, examples, batch_size=batch_size, report=report)
+        return _see(model, tokenizer, processor, examples, batch_size=batch_size, report=report)
+    if any(e.audio is not None for e in examples.items):
+        return _hear(model, processor, examples, batch_size=batch_size, report=report)
     others = {name for e in examples.items for name in e.inputs} - {"text", "messages", "second", "words"}
     if others:
         raise TaskError(
-            f"task {task.name!r} ({task.kind}) has inputs {', '.join(sorted(others))}; models are given text or images."
+            f"task {task.name!r} ({task.kind}) has inputs {', '.join(sorted(others))}; models are given text, images or sounds."
         )
     return _WAYS[type(ask)](model, tokenizer, examples, ask, batch_size, report)
 
@@ -154,10 +157,7 @@ def _classify(
 ) -> list[Answer]:
     texts = _readings(model, tokenizer, examples, ask)
     rows = head_outputs(model, tokenizer, texts, outputs=len(ask.labels), batch_size=batch_size, report=report)
-    return [
-        Answer(id=e.id, target=e.target, given=ask.labels[row.index(max(row))], scores=tuple(row))
-        for e, row in zip(examples.items, rows, strict=True)
-    ]
+    return _labeled(examples, ask.labels, rows)
 
 
 def _see(
@@ -171,6 +171,19 @@ def _see(
             rows = image_outputs(model, processor, images, outputs=len(labels), batch_size=batch_size, report=report)
         case _:
             raise TaskError(f"task {examples.task.name!r} ({examples.task.kind}): only labels are asked of images.")
+    return _labeled(examples, labels, rows)
+
+
+def _hear(model: Any, processor: Any, examples: Examples, *, batch_size: int, report: StepListener) -> list[Answer]:
+    ask, sounds = examples.task.ask, [e.audio or b"" for e in examples.items]
+    if not isinstance(ask, LabelHead):
+        raise TaskError(f"task {examples.task.name!r} ({examples.task.kind}): only labels are asked of sounds.")
+    rows = sound_outputs(model, processor, sounds, outputs=len(ask.labels), batch_size=batch_size, report=report)
+    return _labeled(examples, ask.labels, rows)
+
+
+def _labeled(examples: Examples, labels: Sequence[str], rows: Sequence[Sequence[float]]) -> list[Answer]:
+    """Return the label of the largest score of every example."""
     return [
         Answer(id=e.id, target=e.target, given=labels[row.index(max(row))], scores=tuple(row))
         for e, row in zip(examples.items, rows, strict=True)

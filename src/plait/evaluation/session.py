@@ -302,7 +302,7 @@ class Session:
                     model,
                     readers.tokenizer,
                     examples,
-                    image_processor=readers.image_processor,
+                    processor=readers.processor,
                     batch_size=ask.batch_size,
                     report=self._progress.advance,
                 )

@@ -20,6 +20,7 @@ from plait.parsing import MAX_TEXT_BYTES, is_there, kind_of, open_bytes, parse_j
 _TRUST = "--trust-remote-code (trust_remote_code=True in Python)"
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _GENERATION = "generation_config.json"
+_PREPROCESSOR = "preprocessor_config.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 _MODEL = ("config.json", _GENERATION, "model.safetensors.index.json")
 _TEXTS = (  # what transformers reads completely, beyond its tensors
@@ -89,12 +90,19 @@ def load_image_processor(folder: Path, *, trust_remote_code: bool = False) -> An
     Raises:
         TaskError: there is none, or it cannot be loaded.
     """
-    if not (folder / "preprocessor_config.json").is_file():
-        raise TaskError(f"{folder}: there is no preprocessor_config.json, which says how the model sees images.")
-    with refuse_failures(folder, "the image processor cannot be loaded", TaskError, files=("preprocessor_config.json",)):
-        return import_module("transformers").AutoImageProcessor.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, **pil_backend()
-        )
+    return _processor("AutoImageProcessor", "image processor", folder, trust_remote_code=trust_remote_code, **pil_backend())
+
+
+def load_feature_extractor(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return what makes a model's input of sounds; arguments and errors as `load_image_processor`."""
+    return _processor("AutoFeatureExtractor", "feature extractor", folder, trust_remote_code=trust_remote_code)
+
+
+def _processor(kind: str, called: str, folder: Path, **keywords: Any) -> Any:
+    if not (folder / _PREPROCESSOR).is_file():
+        raise TaskError(f"{folder}: there is no {_PREPROCESSOR}, which says how the model sees images or hears sounds.")
+    with refuse_failures(folder, f"the {called} cannot be loaded", TaskError, files=(_PREPROCESSOR,)):
+        return getattr(import_module("transformers"), kind).from_pretrained(folder, **keywords)
 
 
 def with_padding_token(tokenizer: Any) -> Any:

@@ -36,7 +36,10 @@ _HEADS = {
     "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
 }
-_IMAGE_HEADS = "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"
+_MEDIA_HEADS = {
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForAudioClassification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+}
 HEADED_TASKS = frozenset(_HEADS)  #: PEFT's task types whose head a model has or not
 #: The layers whose output is one value per label.
 LABEL_LAYERS = ("classifier", "score", "out_proj")
@@ -222,13 +225,14 @@ def head_class(model_type: str, task_type: str) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def classifies_images(model_type: str) -> bool:
-    """Whether transformers has an image classifier for a kind of model.
+def media_class(model_type: str) -> str | None:
+    """Return the Auto class of classifiers of images, or of sounds, for a kind of model; None where there is none.
 
     Raises:
         MissingPackageError: transformers is not installed.
     """
-    return model_type in getattr(optional("transformers.models.auto.modeling_auto", "eval", "a live model"), _IMAGE_HEADS, {})
+    known = optional("transformers.models.auto.modeling_auto", "eval", "a live model")
+    return next((name for name, table in _MEDIA_HEADS.items() if model_type in getattr(known, table, {})), None)
 
 
 def newly_made(report: Mapping[str, Any]) -> list[str]:

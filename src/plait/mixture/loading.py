@@ -18,12 +18,11 @@ from plait.hub.download import resolve_model
 from plait.inspection.compatibility import replication_problems
 from plait.libraries.accelerate import PLACEMENTS
 from plait.libraries.peft import LABELED_TASKS, TASK_HEADS
-from plait.libraries.transformers import AUTO_MODELS, classifies_images, newly_made
+from plait.libraries.transformers import AUTO_MODELS, media_class, newly_made
 from plait.linalg.devices import device_problem
 from plait.parsing import shown
 
 _CLASSES = {**AUTO_MODELS, "FEATURE_EXTRACTION": "AutoModel"}
-_IMAGE_CLASS = "AutoModelForImageClassification"
 _LABELED_WEIGHTS = tuple(f"{layer}.weight" for layer in (*TASK_HEADS["SEQ_CLS"], "classifier.out_proj"))
 
 
@@ -41,8 +40,8 @@ def load_base_model(
 ) -> tuple[nn.Module, Any]:
     """Return the base model and its tokenizer (None where the base has none).
 
-    The class is that of the adapters' `task_type`; without one, an image classifier where adapters bring a classifier for a
-    base that sees images, else the class that the base's configuration names. A head that the checkpoint lacks, or has for
+    The class is that of the adapters' `task_type`; without one, a classifier of images or sounds where adapters bring one for
+    a base that sees or hears, else the class that the base's configuration names. A head that the checkpoint lacks, or has for
     other labels (a classifier that every adapter brings for itself), is zero, so that a bare base predicts nothing rather than
     something random.
 
@@ -65,7 +64,7 @@ def load_base_model(
     check_loading(dtype, device_map)
     config = pretrained.load_config(folder, trust_remote_code=trust_remote_code)
     name = _class_name(transformers, adapters, config)
-    labels = _labels(adapters, images=name == _IMAGE_CLASS)
+    labels = _labels(adapters, untyped=name == media_class(str(config.model_type)))
     if labels is not None:
         config.num_labels = labels
         keywords["ignore_mismatched_sizes"] = True  # the base's own head may have other labels
@@ -111,17 +110,18 @@ def _class_name(transformers: Any, adapters: Sequence[Adapter], config: Any) -> 
         if kind not in _CLASSES:
             raise PlanError(f"{adapter.config.path}: task_type {shown(kind)} is not known; known are {', '.join(_CLASSES)}.")
         return _CLASSES[kind]
-    if any(_label_tensors(a) for a in adapters) and classifies_images(str(config.model_type)):
-        return _IMAGE_CLASS  # PEFT has no task type for them
+    seen_or_heard = media_class(str(config.model_type))
+    if seen_or_heard is not None and any(_label_tensors(a) for a in adapters):
+        return seen_or_heard  # PEFT has no task type for them
     named = next(iter(config.architectures or ()), "")
     # a checkpoint with code of its own registers it with the Auto classes
     return named if named and hasattr(transformers, named) else "AutoModelForCausalLM"
 
 
-def _labels(adapters: Sequence[Adapter], *, images: bool) -> int | None:
+def _labels(adapters: Sequence[Adapter], *, untyped: bool) -> int | None:
     """Return the number of labels of the first adapter that brings a classification head."""
     for adapter in adapters:
-        if images or adapter.config.raw.get("task_type") in LABELED_TASKS:
+        if untyped or adapter.config.raw.get("task_type") in LABELED_TASKS:
             for tensor in _label_tensors(adapter):
                 return adapter.file.tensors[tensor].shape[0]
     return None

@@ -15,6 +15,7 @@ from plait.tasks.inputs import Prompt, prompt_text
 from plait.tasks.metrics import metric_of
 from plait.tasks.overlap import Overlap, overlaps
 from plait.tasks.schema import SPLITS, Task
+from plait.tasks.sounds import SoundLengths, sound_lengths
 
 _SHOWN = 2
 _NO_ROWS = "it has no data: calibrate, tune and merge --tasks put generic lines into its prompt; it cannot be evaluated."
@@ -61,6 +62,7 @@ class SplitCheck(Record):
         rendered: the first examples.
         tokens: lengths; None without a model, and where nothing is read.
         images: their sizes; None where there are none.
+        sounds: their lengths; None where there are none.
     """
 
     examples: int
@@ -70,6 +72,7 @@ class SplitCheck(Record):
     rendered: tuple[Rendered, ...]
     tokens: Tokens | None
     images: ImageSizes | None = None
+    sounds: SoundLengths | None = None
 
 
 class TaskCheck(Record):
@@ -146,6 +149,7 @@ def _check_split(examples: Examples, encoder: _Tokenizer | None) -> SplitCheck:
     if isinstance(examples.task.ask, TagHead):
         labels, right = examples.task.ask.labels, [tag for target in right for tag in target.split()]
     images = [e.image for e in items if e.image is not None]
+    sounds = [e.audio for e in items if e.audio is not None]
     counts = Counter(right)
     return SplitCheck(
         examples=len(items),
@@ -153,14 +157,17 @@ def _check_split(examples: Examples, encoder: _Tokenizer | None) -> SplitCheck:
         targets=None if labels is None else {label: counts[label] for label in labels},
         majority=None if labels is None else max(counts.values()) / len(right),
         rendered=tuple(_rendered(examples, i, encoder) for i in range(min(_SHOWN, len(items)))),
-        tokens=None if encoder is None or images else _tokens(examples, encoder),
+        tokens=None if encoder is None or images or sounds else _tokens(examples, encoder),
         images=image_sizes(images) if images else None,
+        sounds=sound_lengths(sounds) if sounds else None,
     )
 
 
 def _rendered(examples: Examples, index: int, encoder: _Tokenizer | None) -> Rendered:
     example = examples.items[index]
-    prompt = example.prompt_text if encoder is None or example.image is not None else encoder.text(example.prompt)
+    prompt = (
+        example.prompt_text if encoder is None or getattr(examples.task, "file_column", None) else encoder.text(example.prompt)
+    )
     return Rendered(prompt=prompt, target=getattr(examples.task, "delimiter", "") + example.target)
 
 

@@ -9,8 +9,8 @@ from functools import cached_property
 from plait.errors import TaskError, collect
 from plait.recipes.evaluation import SplitName
 from plait.tasks.asking import Choices, TargetLikelihood
-from plait.tasks.images import check_total
 from plait.tasks.inputs import Example, Inputs, Prompt, Row, content_digest
+from plait.tasks.row_files import check_total
 from plait.tasks.rows import read_rows
 from plait.tasks.schema import RowTask, Task
 from plait.tasks.templates import Template
@@ -71,7 +71,7 @@ def read_examples(task: Task, split: SplitName) -> Examples:
         if len(problems) >= task.problems_shown:
             break
     collect(TaskError, problems[: task.problems_shown], f"task {task.name!r}: rows that do not fit, the first of them")
-    check_total([e.image for e in items if e.image is not None], task.where)
+    check_total([data for e in items for data in (e.image, e.audio) if data is not None], task.where)
     blank = make.blank(rows[0]) if isinstance(task.ask, Choices) and task.ask.calibrated else None
     return Examples(task, split, tuple(items), blank)
 

@@ -8,12 +8,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 Row: TypeAlias = Mapping[str, Any]
 Messages: TypeAlias = tuple[tuple[str, str], ...]  # chat turns (role, content)
 Input: TypeAlias = str | Messages | tuple[str, ...] | bytes  # bytes: an encoded file of audio or an image
 Inputs: TypeAlias = Mapping[str, Input]
+
+
+class FileColumn(NamedTuple):
+    """A column of rows with encoded files.
+
+    Attributes:
+        name: of the column.
+        kind: what the files are, and the name of the input.
+        endings: of names of such files.
+    """
+
+    name: str
+    kind: Literal["image", "audio"]
+    endings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -101,10 +115,11 @@ class Example:
 
     @property
     def prompt_text(self) -> str:
-        """The prompt for people: chat turns as lines of `role: content`, the texts of a pair as lines, an image by its hash."""
-        if self.image is None:
-            return prompt_text(self.prompt)
-        return f"⟨image of {len(self.image)} bytes, sha256 {hashlib.sha256(self.image).hexdigest()[:16]}⟩"
+        """The prompt for people: chat turns as lines of `role: content`, the texts of a pair as lines, a file by its hash."""
+        for kind, data in (("image", self.image), ("audio", self.audio)):
+            if data is not None:
+                return f"⟨{kind} of {len(data)} bytes, sha256 {hashlib.sha256(data).hexdigest()[:16]}⟩"
+        return prompt_text(self.prompt)
 
     @cached_property
     def id(self) -> str:

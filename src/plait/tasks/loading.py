@@ -19,8 +19,6 @@ from plait.tasks.kinds.lm_eval import LM_EVAL, LmEval
 from plait.tasks.metrics import metrics_of, not_a_metric
 from plait.tasks.schema import Task
 
-_SOUND = ("asr", "audio_classification")
-
 
 def load_task(path: str | Path) -> Task:
     """Return the task that a file describes; its data's path is made absolute, from the file's folder.
@@ -133,10 +131,8 @@ def _bad_kind(kind: Plain) -> Problem:
     known = join_words([repr(f"{LM_EVAL}NAME" if model is LmEval else name) for name, model in KINDS.items()], "or")
     if kind is None:
         return Problem(("kind",), f"'kind' is missing; it must be {known}.")
-    if isinstance(kind, str) and kind in _SOUND:
-        return Problem(
-            ("kind",), f"kind is {show_value(kind)}: tasks of text and images are covered, not of sound. It may be {known}."
-        )
+    if kind == "asr":
+        return Problem(("kind",), f"kind is 'asr': transcripts of sounds are not covered. It may be {known}.")
     return Problem(("kind",), f"kind is {show_value(kind)}; it must be {known}.{did_you_mean(str(kind), KINDS)}")
 
 

@@ -19,8 +19,8 @@ from plait.extras import optional, require
 from plait.folders import expanded
 from plait.parsing import MAX_TEXT_BYTES, MOST_LEVELS, check_levels, open_bytes, parse_json, read_lines, read_text
 from plait.recipes.evaluation import SplitName
-from plait.tasks.images import folder_rows
 from plait.tasks.inputs import Row
+from plait.tasks.row_files import folder_rows
 from plait.tasks.schema import RowTask, Split
 from plait.tasks.workers import EndedError, Worker
 
@@ -62,16 +62,16 @@ def read_rows(task: RowTask, name: SplitName) -> list[Row]:
 
 
 def _local_rows(task: RowTask, place: Path, split: Split, name: SplitName) -> list[Row]:
-    column = task.image_column
+    column = task.file_column
     if column is not None and split.source is not None and (place / split.source).is_dir():
         return folder_rows(place / split.source, column)
     file = _file(task, place, split, name)
     rows = read_file(file)
-    return rows if column is None else [_beside(row, column, file.parent) for row in rows]
+    return rows if column is None else [_beside(row, column.name, file.parent) for row in rows]
 
 
 def _beside(row: Row, column: str, folder: Path) -> Row:
-    """Return a row whose path of an image starts at the folder of the rows."""
+    """Return a row whose path of a file starts at the folder of the rows."""
     value = row.get(column)
     return {**row, column: str(folder / expanded(value))} if isinstance(value, str) and value else row
 

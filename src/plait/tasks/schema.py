@@ -17,7 +17,7 @@ from plait.recipes.evaluation import SplitName
 from plait.records import Record
 from plait.tasks.answers import Metric
 from plait.tasks.asking import Ask, Choices, Length, TargetLikelihood
-from plait.tasks.inputs import Example, Inputs, Row, TextPair, inputs_of
+from plait.tasks.inputs import Example, FileColumn, Inputs, Row, TextPair, inputs_of
 from plait.tasks.templates import Template as Compiled
 
 SPLITS: tuple[SplitName, ...] = ("train", "calibration", "validation", "test")
@@ -178,8 +178,8 @@ class RowTask(Task):
         return Compiled(self.target, f"{self.where}: target")
 
     @property
-    def image_column(self) -> str | None:
-        """The column with images; None where there are none."""
+    def file_column(self) -> FileColumn | None:
+        """The column with images or sounds; None where there are none."""
         return None
 
     def sources(self) -> list[str]:

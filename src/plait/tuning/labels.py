@@ -19,7 +19,7 @@ def read_labeled(task: Task, spec: TuneSpec) -> tuple[Texts, tuple[str, ...]]:
     """
     if not isinstance(task, RowTask):
         raise TaskError(f"task {task.name!r} ({task.kind}) has no prompt of its own to put texts into; use a task file.")
-    if task.image_column is not None:
+    if task.file_column is not None:
         raise TaskError(seen_problem(task))
     if task.name in spec.files or spec.texts in ("lines", "template"):
         given = "a file" if task.name in spec.files else f"texts: {spec.texts}"

@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from plait.errors import TaskError
 from plait.tasks.asking import ClassPrompts, LabelHead
-from plait.tasks.images import image_bytes
-from plait.tasks.inputs import Inputs, Row
+from plait.tasks.images import ENDINGS, image_bytes
+from plait.tasks.inputs import FileColumn, Inputs, Row
 from plait.tasks.schema import InputMaker, Labels, RowTask, TemplateText, kind
 from plait.tasks.templates import Template as Compiled
 
@@ -44,9 +44,9 @@ class ImageClassification(RowTask):
         return self
 
     @property
-    def image_column(self) -> str:
+    def file_column(self) -> FileColumn:
         """The column with images."""
-        return self.image
+        return FileColumn(self.image, "image", ENDINGS)
 
     @property
     def closed_labels(self) -> tuple[str, ...]:
@@ -83,5 +83,5 @@ class ImageClassification(RowTask):
         return found
 
     def _inputs(self, row: Row) -> Inputs | TaskError:
-        data = image_bytes(row, self.image, self.where)
+        data = image_bytes(row, self.file_column, self.where)
         return data if isinstance(data, TaskError) else {"image": data}
