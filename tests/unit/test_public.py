@@ -7,21 +7,26 @@ import json
 import shlex
 
 import pytest
+import torch
 import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import plait
 from plait.errors import AdapterError
 from plait.merging.card import base_name, hub_id, license_of, load_with_peft, serve_with_vllm
 from plait.recipes.writing import to_yaml
 from plait.results.checks import check_files
+from plait.results.digests import sha256
 from plait.results.lock import LockedInput, new_lock, read_lock
 from plait.results.public import place_name, public_file, public_text, public_values
 from plait.results.quoting import block, code, prose
 from plait.verification import publish
-from plait.verification.public import public_copy
+from plait.verification.public import public_copy, public_digest
 from plait.verification.verify import verify_folder
 from tests.adapters_on_disk import layers, write_adapter
 from tests.every import every
+from tests.locks import write_lock
 from tests.small_models import peft_adapter, save_base
 
 HOSTILE = [
@@ -223,3 +228,30 @@ def test_templates_are_published_as_they_are_and_the_folders_in_them_are_named(t
     assert public_file("chat_template.jinja", data) == data
     (note,) = publish._named_folders(tmp_path, ["chat_template.jinja", "modeling.py", "config.json"])
     assert "chat_template.jinja names '/home/bob/chats', and was published as it is" in note
+
+
+def test_headers_of_tensor_files_name_no_folder(tmp_path):
+    folder, texts = (
+        tmp_path / "out",
+        {
+            "format": "pt",
+            "ss_output_dir": "/opt/somewhere/out",
+            "ss_dataset_dirs": '{"/home/u/images": {"n": 1}}',
+            "ss_comment": "a/b, 1/2",
+        },
+    )
+    folder.mkdir()
+    tensors = {"a": torch.randn(3, 5), "b": torch.arange(4)}
+    save_file(tensors, folder / "model.safetensors", metadata=texts)
+    save_file(tensors, folder / "other.safetensors", metadata={"format": "pt"})
+    lock = read_lock(write_lock(folder))
+    with public_copy(folder, lock) as place:
+        file = place / "model.safetensors"
+        with safe_open(file, "pt") as opened:
+            found = opened.metadata()
+        assert found == texts | {"ss_output_dir": "out", "ss_dataset_dirs": '{"images": {"n": 1}}'}
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(file).items())
+        published = read_lock(place).outputs
+        assert published["model.safetensors"] == sha256(file) == public_digest(folder / "model.safetensors")
+        assert (place / "other.safetensors").is_symlink()
+        assert published["other.safetensors"] == sha256(folder / "other.safetensors")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,14 @@ def public_file(name: str, data: bytes, hidden: Sequence[str] = ()) -> bytes:
     if changed == found:
         return data
     return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+def public_metadata(texts: Mapping[str, str]) -> dict[str, str]:
+    """Return the texts of a tensor file's header without local paths, as a configuration's are."""
+    return {
+        key: _last(text) if _FAR.fullmatch(text) else _HOMES.sub(lambda found: _last(found[0]), text)
+        for key, text in texts.items()
+    }
 
 
 def _configuration(name: str, value: Any, key: str = "") -> Any:

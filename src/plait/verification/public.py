@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +13,16 @@ from plait.errors import OutputError
 from plait.folders import open_in
 from plait.recipes.documents import read_document
 from plait.recipes.writing import to_yaml
+from plait.results.digests import sha256
 from plait.results.lock import CARD, LEARNED_RECIPE, LOCK, Lock
-from plait.results.public import public_file, public_text, public_values
+from plait.results.public import public_file, public_metadata, public_text, public_values
 from plait.results.records import write_json
 from plait.results.staging import scratch
+from plait.tensorfiles.reader import SafetensorsFile
 
 _LARGEST = 64 << 20  # bytes of a JSON file that is looked through
+_PART = 16 << 20  # bytes that are copied at a time
+_TENSORS = ".safetensors"
 
 
 @contextmanager
@@ -26,7 +31,8 @@ def public_copy(folder: Path, lock: Lock) -> Iterator[Path]:
 
     An input on this machine keeps its own name and its sha256. Its path leads nowhere from where the result is
     published; `plait verify --input NAME=PATH` names its place for those who have it. The lock has the hashes of the files
-    as they are published. Weights are not copied: links lead to them.
+    as they are published. Weights are not copied, links lead to them,
+    unless the texts of a file's header name a folder.
 
     Args:
         folder: the result.
@@ -52,6 +58,9 @@ def public_copy(folder: Path, lock: Lock) -> Iterator[Path]:
 
 def public_digest(path: Path) -> str:
     """Return the sha256 that a file of a result has where it is published."""
+    if path.name.endswith(_TENSORS):
+        start = _public_start(path)
+        return sha256(path) if start is None else _write_tensors(path, start, Path(os.devnull))
     return hashlib.sha256(public_file(path.name, path.read_bytes())).hexdigest()
 
 
@@ -63,7 +72,11 @@ def _publish(folder: Path, place: Path, name: str, hidden: list[str]) -> str | N
         with open_in(folder, name) as file:
             if not name.endswith((".json", ".md", LEARNED_RECIPE)) or os.fstat(file.fileno()).st_size > _LARGEST:
                 opened = Path(f"/proc/self/fd/{file.fileno()}")  # the real place of the file
-                target.symlink_to(opened.readlink() if opened.exists() else (folder / name).resolve())
+                real = opened.readlink() if opened.exists() else (folder / name).resolve()
+                start = _public_start(real) if name.endswith(_TENSORS) else None
+                if start is not None:
+                    return _write_tensors(real, start, target)
+                target.symlink_to(real)
                 return None
             data = file.read()
         if name == LEARNED_RECIPE:
@@ -82,6 +95,35 @@ def _publish(folder: Path, place: Path, name: str, hidden: list[str]) -> str | N
         raise OutputError(f"cannot push {folder}: {error}. Make the result again.") from None
     target.write_bytes(public)
     return None if public == data else hashlib.sha256(public).hexdigest()
+
+
+def _public_start(path: Path) -> bytes | None:
+    """Return what a tensor file begins with where it is published, up to the first tensor; None where nothing changes.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    texts = SafetensorsFile(path).metadata
+    changed = public_metadata(texts)
+    if changed == texts:
+        return None
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    text = json.dumps({**header, "__metadata__": changed}, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensors(path: Path, start: bytes, target: Path) -> str:
+    """Write a tensor file with another beginning; return its sha256."""
+    digest = hashlib.sha256(start)
+    with path.open("rb") as source, target.open("wb") as written:
+        written.write(start)
+        source.seek(8 + int.from_bytes(source.read(8), "little"))
+        while part := source.read(_PART):
+            digest.update(part)
+            written.write(part)
+    return digest.hexdigest()
 
 
 def _folders(folder: Path, lock: Lock) -> list[str]:

@@ -130,7 +130,7 @@ def _compared(folder: Path, rebuilt: Path, name: str, digest: str | None) -> Reb
     except OSError:
         own = None
     # as locked: here, or where it was published
-    equal = sha256(again) == digest or (name.endswith(".json") and public_digest(again) == digest)
+    equal = sha256(again) == digest or (name.endswith((".json", ".safetensors")) and public_digest(again) == digest)
     if own is None or not name.endswith(".safetensors") or (equal and sha256(own) == digest):
         return RebuiltFile(name=name, state="equal" if equal else "differs")
     # also where it comes out as locked and the folder's own was changed since: how far it is from it
