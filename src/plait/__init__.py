@@ -30,6 +30,7 @@ _HOME = {
     "Recipe": "plait.recipes.schema",
     "RecipeError": "plait.errors",
     "ReportError": "plait.errors",
+    "Session": "plait.api.session",
     "TaskError": "plait.errors",
     "ask": "plait.api.models",
     "bake": "plait.api.files",
@@ -76,6 +77,7 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
     "Recipe",
     "RecipeError",
     "ReportError",
+    "Session",
     "TaskError",
     "ask",
     "bake",
@@ -123,6 +125,7 @@ if TYPE_CHECKING:
         verify,
     )
     from plait.api.models import ask, calibrate, check_tasks, evaluate, evaluator, report, sweep, sweep_status, tune
+    from plait.api.session import Session
     from plait.api.training import sft, train
     from plait.errors import (
         AdapterError,

@@ -15,7 +15,7 @@ from plait.adapters import Adapter
 from plait.errors import OutputError, PlaitError, TaskError
 from plait.evaluation.loaded_base import placement
 from plait.evaluation.scores import Answers, adapter_digest, model_digest
-from plait.evaluation.session import Session
+from plait.evaluation.session import AnswerSession
 from plait.mixture import Mixture
 from plait.notices import PlaitWarning
 from tests.command_line import exit_code
@@ -419,7 +419,7 @@ def test_a_broken_index_is_found_before_anything_is_asked(prepared, tmp_path, mo
     index = tmp_path / "merged" / place / "eval" / "index.json"
     index.parent.mkdir(parents=True)
     index.write_text(content)
-    monkeypatch.setattr("plait.evaluation.session.Session.results", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("plait.evaluation.session.AnswerSession.results", lambda *_: pytest.fail("asked"))
     arguments = prepared.arguments(tmp_path)
     if kind == "leaderboard":
         arguments += ["--methods", "linear,ties"]
@@ -439,8 +439,8 @@ def test_a_live_state_is_scored_in_one_call(prepared, tmp_path, monkeypatch):
     """Coefficients on the live base have the scores of the merge that they are; base and single adapters are asked once."""
     asked: list[str] = []
     monkeypatch.setattr(
-        "plait.evaluation.session.Session._ask",
-        lambda self, what, ask=Session._ask: asked.append(what.candidate.name) or ask(self, what),
+        "plait.evaluation.session.AnswerSession._ask",
+        lambda self, what, ask=AnswerSession._ask: asked.append(what.candidate.name) or ask(self, what),
     )
     live = plait.evaluator(prepared.adapters, tasks=prepared.tasks, base=prepared.base, workspace=tmp_path / "ws")
     weights = torch.tensor([0.7, 0.6])

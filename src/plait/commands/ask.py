@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from plait.adapters.adapter import Adapter
 from plait.commands.request import Request, complete_from_texts
 from plait.errors import AddressError, RecipeError
-from plait.evaluation.candidates import base_candidate, merge_candidate, single_candidate
+from plait.evaluation.candidates import merge_candidate
 from plait.evaluation.generation import Sampling
 from plait.evaluation.loaded_base import LoadedBase, with_used_dtype
 from plait.evaluation.pipeline import find_base, find_saved
-from plait.evaluation.replies import Asking, AskResult, Listener, NoListener, Respondent, merge_heads, read_prompts
+from plait.evaluation.replies import (
+    Asking,
+    AskResult,
+    Listener,
+    NoListener,
+    Respondent,
+    base_and_singles,
+    heads_apart,
+    read_prompts,
+)
 from plait.extras import require
 from plait.hub.pretrained import LoadOptions
 from plait.inspection.doubts import adapter_doubts
@@ -23,7 +30,6 @@ from plait.merging.inventory import naming_base, take_inventory
 from plait.mixture.loading import check_loading
 from plait.recipes.request import is_recipe_file
 from plait.results.progress import Progress, SilentProgress
-from plait.version import __version__
 
 
 @dataclass(frozen=True)
@@ -62,15 +68,7 @@ class AskOrder:
         Raises:
             PlaitError: with what is wrong.
         """
-        how = self.sampling
-        bounds = {
-            "--max-new-tokens (max_new_tokens=) must be at least 1": how.max_new_tokens >= 1,
-            "--temperature (temperature=) must be 0 or larger": 0 <= how.temperature < float("inf"),
-            "--top-p (top_p=) must be a share in (0, 1]": 0 < how.top_p <= 1,
-            "--top-p (top_p=) has no effect without --temperature": how.top_p == 1 or how.temperature > 0,
-        }
-        if broken := [text for text, holds in bounds.items() if not holds]:
-            raise RecipeError(f"{'; '.join(broken)}.")
+        self.sampling.check()
         check_loading(self.load.dtype, self.load.device_map)
         read_prompts(self.prompts)
         if self.saved is None:
@@ -86,27 +84,12 @@ class AskOrder:
         Raises:
             PlaitError: as `plait.ask`.
         """
-        began = time.perf_counter()
         require("plait ask", {"eval": ["transformers", "accelerate", "jinja2"]})
         self.check()
         progress = progress or SilentProgress()
         base, live, respondents, notes = self._merge(progress) if self.saved is None else self._saved(self.saved, progress)
         asking = Asking(live, respondents, read_prompts(self.prompts), self.sampling, self.system, self.plain)
-        asked = tuple(asking.run(listener or NoListener()))
-        how = self.sampling
-        return AskResult(
-            plait=__version__,
-            base_model=base,
-            names=tuple(r.name for r in respondents),
-            prompts=asked,
-            max_new_tokens=how.max_new_tokens,
-            temperature=how.temperature,
-            top_p=how.top_p,
-            seed=how.seed,
-            dtype=live.options.dtype,
-            notes=tuple(notes),
-            seconds=round(time.perf_counter() - began, 3),
-        )
+        return asking.result(base, notes, listener or NoListener())
 
     def _merge(self, progress: Progress) -> tuple[str, LoadedBase, list[Respondent], list[str]]:
         recipe, folder = self.request.resolved
@@ -119,13 +102,8 @@ class AskOrder:
                 base, place = find_base(recipe.base_model, folder, inventory.adapters, self.load.base)
             merged = merge_candidate(inventory, adapters, workers=self.workers, progress=progress)
         live = LoadedBase(place.folder, inventory.adapters, with_used_dtype(self.load, place.folder), progress)
-        heads, more = merge_heads(recipe.heads.policy, recipe.heads.adapter, adapters)
-        respondents = [
-            Respondent("base", base_candidate(adapters)),
-            *(_single(name, adapters) for name in adapters),
-            Respondent("merged", merged, heads),
-        ]
-        return base, live, respondents, [*notes, *more, *adapter_doubts(inventory.adapters)]
+        respondents = [*base_and_singles(adapters), Respondent("merged", merged, recipe.heads.adapter)]
+        return base, live, respondents, [*notes, *heads_apart(recipe, adapters), *adapter_doubts(inventory.adapters)]
 
     def _saved(self, reference: str, progress: Progress) -> tuple[str, LoadedBase, list[Respondent], list[str]]:
         saved = find_saved(reference, {name: str(path) for name, path in self.sources.items()})
@@ -142,12 +120,6 @@ class AskOrder:
                 base, place = reference, saved.place  # a full model needs no other to reply
         live = LoadedBase(place.folder, everyone, with_used_dtype(self.load, place.folder), progress)
         known = {a.name: a for a in everyone}
-        respondents = [_single(name, known) for name in known]  # what is asked about comes last
-        if saved.adapter is None and place.folder != saved.place.folder:
-            respondents.append(Respondent(saved.name, model=saved.place.folder))
-        first = "base" if respondents else saved.name
-        return base, live, [Respondent(first, base_candidate(known)), *respondents], notes
-
-
-def _single(name: str, adapters: Mapping[str, Adapter]) -> Respondent:
-    return Respondent(name, single_candidate(name, adapters), name if adapters[name].full_tensors else None)
+        others = [] if own or place.folder == saved.place.folder else [Respondent(saved.name, model=saved.place.folder)]
+        alone = not known and not others
+        return base, live, [*base_and_singles(known, saved.name if alone else "base"), *others], notes

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plait.errors import RecipeError
 from plait.evaluation.model_calls import check_lengths, decoder_start, padded
 from plait.evaluation.output_layer import plain_states
 from plait.notices import announce
@@ -88,6 +89,21 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def check(self) -> None:
+        """Refuse values that no reply can be written with.
+
+        Raises:
+            RecipeError: with all of them.
+        """
+        bounds = {
+            "--max-new-tokens (max_new_tokens=) must be at least 1": self.max_new_tokens >= 1,
+            "--temperature (temperature=) must be 0 or larger": 0 <= self.temperature < float("inf"),
+            "--top-p (top_p=) must be a share in (0, 1]": 0 < self.top_p <= 1,
+            "--top-p (top_p=) has no effect without --temperature": self.top_p == 1 or self.temperature > 0,
+        }
+        if broken := [text for text, holds in bounds.items() if not holds]:
+            raise RecipeError(f"{'; '.join(broken)}.")
 
 
 def write_reply(

@@ -30,7 +30,7 @@ from plait.evaluation.loaded_base import LoadedBase, placement, with_used_dtype
 from plait.evaluation.record import CandidateKind, Evaluation, SingleAdapter
 from plait.evaluation.recovery import BootstrapDraws
 from plait.evaluation.scores import ScoreCache, model_digest
-from plait.evaluation.session import Session, TaskExamples
+from plait.evaluation.session import AnswerSession, TaskExamples
 from plait.evaluation.subsets import check_names, choose_subset, write_subset
 from plait.evaluation.workspace import SCORES, check_index, check_task_names, check_workspace
 from plait.extras import require
@@ -152,7 +152,9 @@ class Evaluator:
         self.options = replace(options, load=load)
         live = LoadedBase(place.folder, everyone, load, progress)
         cache = ScoreCache(None if options.workspace is None else options.workspace / SCORES)
-        self.session = Session(live, key, self.singles, self.tasks, spec, (load.dtype, device), cache, progress, self.elsewhere)
+        self.session = AnswerSession(
+            live, key, self.singles, self.tasks, spec, (load.dtype, device), cache, progress, self.elsewhere
+        )
 
     def evaluate(self, subject: EvalSubject) -> Evaluation:
         """Evaluate one candidate next to base and single adapters."""
@@ -243,15 +245,27 @@ class Evaluator:
 
 
 def recipe_evaluator(
-    recipe: Recipe, folder: Path | None, options: EvaluateOptions, progress: Progress | None = None
+    recipe: Recipe,
+    folder: Path | None,
+    options: EvaluateOptions,
+    progress: Progress | None = None,
+    *,
+    without_tasks: bool = False,
 ) -> tuple[Evaluator, Inventory]:
     """Find everything that the evaluation of a recipe needs.
+
+    Args:
+        recipe: of a merge.
+        folder: where its relative paths start; the working directory when None.
+        options: how, on this machine.
+        progress: receives stages and steps.
+        without_tasks: whether there may be none, where nothing is evaluated.
 
     Raises:
         PlaitError: anything that is not there, or does not fit.
     """
     _require_libraries()
-    tasks = recipe_tasks(recipe, folder)
+    tasks = () if without_tasks and not recipe.tasks else recipe_tasks(recipe, folder)
     inventory = take_inventory(recipe, folder)
     paths = [entry.path for entry in recipe.adapters]
     singles = list(zip(inventory.adapters, inventory.located, paths, strict=True))

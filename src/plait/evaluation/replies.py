@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -14,16 +15,18 @@ from pydantic import Field
 from plait.adapters.adapter import Adapter
 from plait.adapters.config import ADAPTER_CONFIG
 from plait.errors import TaskError
-from plait.evaluation.candidates import Candidate
+from plait.evaluation.candidates import Candidate, base_candidate, single_candidate
 from plait.evaluation.generation import Sampling, write_reply
 from plait.evaluation.loaded_base import LoadedBase
 from plait.evaluation.model_calls import vocabulary
 from plait.parsing import read_text
+from plait.recipes.schema import Recipe
 from plait.records import Record
 from plait.tasks.encoding import PromptEncoder
 from plait.tasks.inputs import Messages
 from plait.tasks.kinds.generation import Generation
 from plait.tasks.rows import read_file
+from plait.version import __version__
 
 Prompted: TypeAlias = str | Messages
 
@@ -129,21 +132,27 @@ class Respondent:
         return nullcontext(models[self.name]) if self.candidate is None else self.candidate.act(live, self.heads)
 
 
-def merge_heads(policy: str, source: str | None, adapters: Mapping[str, Adapter]) -> tuple[str | None, tuple[str, ...]]:
-    """Return the adapter whose heads a merge replies with, and notes on heads that no prompt belongs to.
+def base_and_singles(adapters: Mapping[str, Adapter], base: str = "base") -> list[Respondent]:
+    """Return the base, and every adapter as it was trained.
 
     Args:
-        policy: of the recipe's heads.
-        source: adapter that the policy `from` names.
         adapters: by name.
+        base: what the base is called.
     """
+    heads = {name: name if adapter.full_tensors else None for name, adapter in adapters.items()}
+    singles = (Respondent(name, single_candidate(name, adapters), heads[name]) for name in adapters)
+    return [Respondent(base, base_candidate(adapters)), *singles]
+
+
+def heads_apart(recipe: Recipe, adapters: Mapping[str, Adapter]) -> tuple[str, ...]:
+    """Return a note where a merge keeps heads apart, none of which a prompt belongs to."""
     kept = [name for name, adapter in adapters.items() if adapter.full_tensors]
-    if policy == "separate" and kept:
-        return None, (
-            f"the merge keeps the heads or token rows of {', '.join(kept)} apart, one per task; it replies with the base's. "
-            "`heads: average` or `heads: {policy: from, adapter: NAME}` merges them.",
-        )
-    return (source if policy == "from" else None), ()
+    if recipe.heads.policy != "separate" or not kept:
+        return ()
+    return (
+        f"the merge keeps the heads or token rows of {', '.join(kept)} apart, one per task; it replies with the base's. "
+        "`heads: {policy: average}` or `heads: {policy: from, adapter: NAME}` merges them.",
+    )
 
 
 def read_prompts(source: str | Path | Sequence[str | Sequence[Mapping[str, str]]]) -> tuple[Prompted, ...]:
@@ -225,6 +234,33 @@ class Asking:
     sampling: Sampling
     system: str | None = None
     plain: bool = False
+
+    def result(self, base: str, notes: Sequence[str], listener: Listener) -> AskResult:
+        """Ask everyone everything.
+
+        Args:
+            base: the base model as it was written.
+            notes: for people.
+            listener: follows replies.
+
+        Raises:
+            TaskError: the model writes no text, or a prompt does not fit.
+        """
+        began, how = time.perf_counter(), self.sampling
+        asked = tuple(self.run(listener))
+        return AskResult(
+            plait=__version__,
+            base_model=base,
+            names=tuple(r.name for r in self.respondents),
+            prompts=asked,
+            max_new_tokens=how.max_new_tokens,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            seed=how.seed,
+            dtype=self.live.options.dtype,
+            notes=tuple(notes),
+            seconds=round(time.perf_counter() - began, 3),
+        )
 
     def run(self, listener: Listener) -> Iterator[AskedPrompt]:
         """Yield each prompt with all replies.

@@ -87,7 +87,7 @@ class Elsewhere(Protocol):
 Wanted = Iterable[tuple[Candidate, TaskExamples]]
 
 
-class Session:
+class AnswerSession:
     """Asks and compares; every answer is asked for once, in this process and, through the cache, in later ones.
 
     Args:
@@ -125,7 +125,7 @@ class Session:
         self._known: dict[str, tuple[Answer, ...]] = {}
         self._elsewhere = elsewhere
 
-    def on(self, tasks: Sequence[TaskExamples], spec: EvalSpec) -> Session:
+    def on(self, tasks: Sequence[TaskExamples], spec: EvalSpec) -> AnswerSession:
         """Return a session of the same base and adapters on other examples; it asks nothing again that this one knows."""
         other = copy(self)
         other.tasks, other.spec = tuple(tasks), spec
