@@ -126,9 +126,10 @@ class World:
         """Write an adapter whose factors are as drawn, and its head."""
         place = self.folder / kind / name
         if not place.is_dir():
-            torch.manual_seed(len(name + kind) + 17 * (name == "two"))
             config = LoraConfig(r=2, target_modules=["query", "value"], task_type=TYPES[kind], init_lora_weights=False)
-            model = get_peft_model(fresh(kind, OUTPUTS.get(kind, 2)), config)
+            plain = fresh(kind, OUTPUTS.get(kind, 2))
+            torch.manual_seed(25 + 17 * (name == "two"))  # adapters that differ in what they answer
+            model = get_peft_model(plain, config)
             for parameter_name, parameter in model.named_parameters():
                 if "modules_to_save" in parameter_name:
                     torch.nn.init.normal_(parameter)
@@ -196,7 +197,7 @@ def test_every_side_is_what_peft_makes_of_it(world: World, tmp_path: Path, kind:
         model = world.peft(kind, merged if kind == "likeness" else with_head(merged, own, tmp_path / "mixed"))
         assert task.merged == pytest.approx(value(kind, task.task, model.eval()), abs=1e-6)
         values |= {task.base, task.single, task.merged}
-    assert len(values) >= 3
+    assert len(values) > 3
 
 
 def test_a_pair_is_read_with_its_segments(world: World) -> None:
@@ -284,11 +285,19 @@ def test_a_check_counts_words_and_shows_pairs(world: World, capsys: pytest.Captu
     assert found["number"]["targets"] is None
 
 
+@torch.no_grad()
 def test_search_is_by_the_metric(world: World, tmp_path: Path) -> None:
+    """Right are the numbers that the own adapter gives, so that there is something to keep."""
+    tasks = [write(tmp_path / "tasks", "number", name) for name in NAMES]
+    for name, adapter in world.adapters("number").items():
+        model = world.peft("number", adapter)
+        texts = [row["text"] for row in rows("number", name)]
+        lines = [{"text": x, "score": model(**pieces()(x, return_tensors="pt")).logits.item()} for x in texts]
+        (tmp_path / "tasks" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = plait.sweep(
         world.adapters("number"),
         search={"grid": {"scale": [0.5, 1.0]}, "split": "test", "allow_test": True},
-        tasks=world.tasks("number"),
+        tasks=tasks,
         base_model=str(world.folder / "base"),
         out=tmp_path / "study",
         workspace=tmp_path / "artifacts",

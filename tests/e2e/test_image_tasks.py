@@ -119,11 +119,12 @@ class World:
             base.save_pretrained(folder / kind / "base")
             save_processor(kind, folder / kind / "base")
             for name in NAMES:
-                torch.manual_seed(3 + 17 * (name == "two"))
                 saved = None if kind == "clip" else ["classifier"]
                 layers = ["q_proj", "v_proj", "query", "value"]  # as releases of transformers call them
                 config = LoraConfig(r=2, target_modules=layers, modules_to_save=saved, init_lora_weights=False)
-                model = get_peft_model(self.plain(kind), config)
+                plain = self.plain(kind)
+                torch.manual_seed(3 + 17 * (name == "two"))
+                model = get_peft_model(plain, config)
                 for parameter_name, parameter in model.named_parameters():
                     if "modules_to_save" in parameter_name:
                         torch.nn.init.normal_(parameter)
@@ -195,7 +196,7 @@ def test_every_side_is_what_peft_makes_of_it(world: World, tmp_path: Path, kind:
         assert [task.base, task.single, task.merged] == expected
         assert again.merged == task.merged
         values |= {*expected}
-    assert len(values) > 1
+    assert len(values) > 2
     shown = found.tasks[0].samples[0].image or ""
     with Image.open(io.BytesIO(base64.b64decode(shown.partition(",")[2]))) as image:
         assert (image.format, image.size) == ("JPEG", (9, 12))
