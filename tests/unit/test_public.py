@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import plait
-from plait.errors import AdapterError
+from plait.errors import AdapterError, OutputError
 from plait.merging.card import base_name, hub_id, license_of, load_with_peft, serve_with_vllm
 from plait.recipes.writing import to_yaml
 from plait.results.checks import check_files
@@ -255,3 +255,11 @@ def test_headers_of_tensor_files_name_no_folder(tmp_path):
         assert published["model.safetensors"] == sha256(file) == public_digest(folder / "model.safetensors")
         assert (place / "other.safetensors").is_symlink()
         assert published["other.safetensors"] == sha256(folder / "other.safetensors")
+
+
+def test_a_lock_without_weights_is_not_pushed(tmp_path):
+    """What an older result left in the repository is removed by a push: that would be all there is."""
+    (tmp_path / "README.md").write_text("# a model\n")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"cannot push .*: its plait\.lock names no weights"):
+        publish.push_result(write_lock(tmp_path), "org/name")

@@ -19,6 +19,7 @@ from plait.results.checks import FileCheck, check_files
 from plait.results.lock import CARD, LOCK, Lock, read_lock
 from plait.results.public import home_paths, place_name
 from plait.results.staging import scratch
+from plait.tensorfiles.formats import TENSOR_FORMATS
 from plait.verification.public import public_copy
 
 #: Weights of another result in the repository would be loaded instead of these, or with them, as its configuration says.
@@ -83,7 +84,7 @@ def push_result(
             f"cannot push {folder}: it holds second moments of inputs, which are not a model. Push what is merged with them."
         )
     files = check_files(folder, lock)
-    _check_complete(folder, files)
+    _check_complete(folder, lock, files)
     left_out = tuple(f.name for f in files if f.state == "extra")
     replaced = (*REPLACED, *(glob.escape(name) for name in _earlier_files(repo, revision)))
     with public_copy(folder, lock) as place:
@@ -129,7 +130,7 @@ def _earlier_files(repo: str, revision: str | None) -> tuple[str, ...]:
     return ()
 
 
-def _check_complete(folder: Path, files: tuple[FileCheck, ...]) -> None:
+def _check_complete(folder: Path, lock: Lock, files: tuple[FileCheck, ...]) -> None:
     outside = [f.name for f in files if f.state == "outside"]
     if outside:
         raise OutputError(
@@ -142,6 +143,12 @@ def _check_complete(folder: Path, files: tuple[FileCheck, ...]) -> None:
             f"cannot push {folder}: {listed(wrong, _SHOWN)}: not what "
             "plait.lock says was written. A stale or half-written result is never uploaded; make it again (`plait verify` "
             "shows what differs)."
+        )
+    suffixes = (*(kind.suffix for kind in TENSOR_FORMATS), ".gguf")
+    if lock.kind != "convert" and not any(name.endswith(suffixes) for name in lock.outputs):  # a format may have any names
+        raise OutputError(
+            f"cannot push {folder}: its {LOCK} names no weights, and what the repository has would be removed. Make the "
+            "result again."
         )
 
 
