@@ -352,10 +352,16 @@ def test_the_record_of_a_training_knows_which_texts_were_seen(place: Path, tmp_p
     turns.append([{"role": "user", "content": "w"}, {"role": "assistant", "content": "red"}])  # within every prompt by chance
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
     trained = write_task(tmp_path, "sort", rows=WORDS[:12], splits={"train": "test.jsonl"})
-    for where in ({"place": str(tmp_path / "rows.jsonl")}, {"task": str(trained)}, {"place": "nowhere.jsonl"}):
+
+    def seen(**where: str) -> int | None:
         (tmp_path / "phase" / "training.json").write_text(json.dumps({"job": {"data": {**data, **where}}}))
-        seen = seen_in_training(texts_of_split(place / "sort.yaml"), Adapter.open(sources["sort"], "sort"))
-        assert seen == (None if where == {"place": "nowhere.jsonl"} else 12)
+        return seen_in_training(texts_of_split(place / "sort.yaml"), Adapter.open(sources["sort"], "sort"))
+
+    assert seen(place=str(tmp_path / "rows.jsonl")) == seen(task=str(trained)) == 12
+    with pytest.warns(
+        UserWarning, match=r"cannot be read \(nowhere\.jsonl: .*whether sort was trained on these texts is not known"
+    ):
+        assert seen(place="nowhere.jsonl") is None
     (tmp_path / "phase" / "training.json").write_text(json.dumps({"job": {"data": {**data, "task": str(trained)}}}))
     tasks = [place / "sort.yaml", place / "rate.yaml"]
     still = {"steps": 0, "generic_lines": 0}
