@@ -95,7 +95,7 @@ def _table(chosen: random.Random, path: Path) -> str:
     table = pyarrow.csv.read_csv(path) if path.suffix == ".csv" else pyarrow.parquet.read_table(path)
     at = chosen.randrange(table.num_columns)
     name, size = table.column_names[at], table.num_rows
-    kind = chosen.choice(["cell", "column", "name", "no column", "no rows", "twice"])
+    kind = chosen.choice(["cell", "column", "name", "no column", "no rows", "twice", "one text many times"])
     if kind == "cell":
         cells = table.column(at).to_pylist()
         cells[chosen.randrange(size)] = chosen.choice(
@@ -115,6 +115,10 @@ def _table(chosen: random.Random, path: Path) -> str:
         table = table.drop_columns([name])
     elif kind == "no rows":
         table = table.slice(0, 0)
+    elif kind == "one text many times":  # in parquet some kB, and 400 MB of rows
+        count = 1 << 13 if path.suffix == ".parquet" else 1
+        indices = pyarrow.array([0]).take(pyarrow.nulls(count, pyarrow.int64()).fill_null(0)).cast(pyarrow.int32())
+        table = pyarrow.table({name: pyarrow.DictionaryArray.from_arrays(indices, ["x" * 50_000])})
     else:
         table = table.append_column(name, table.column(at))
     (pyarrow.csv.write_csv if path.suffix == ".csv" else pyarrow.parquet.write_table)(table, path)
@@ -129,7 +133,11 @@ def _database(chosen: random.Random, path: Path) -> str:
         table = chosen.choice([*tables, *(t for t in tables if t.startswith("trial_"))] * 2)
         column = chosen.choice([name for _, name, *_ in base.execute(f"PRAGMA table_info({table})")])
         row, value = chosen.choice(base.execute(f"SELECT rowid, {column} FROM {table} ORDER BY rowid").fetchall())
-        if chosen.random() < 0.1:
+        place = chosen.random()
+        if place < 0.03:
+            base.execute(f"DROP TABLE {table}")
+            return f"no table {table}"
+        if place < 0.1:
             base.execute(f"DELETE FROM {table} WHERE rowid = ?", (row,))
             return f"no row {row} of {table}"
         new: Any = chosen.choice([None, "", "x", "null", "{}", "[]", -1, 0, 7, 2**40, 1e308, "1e999", "a" * 5000, "@json@"])
