@@ -64,11 +64,11 @@ class Session:
         split: as `plait.evaluate` takes it, and so are all others.
         subset: examples per task.
         batch_size: prompts at a time.
+        workspace: where answers are kept.
+        workers: modules merged at a time; never changes a number.
         load_dtype: of the base model.
         device_map: where it is.
         trust_remote_code: let transformers run code that comes with the weights.
-        workspace: where answers are kept.
-        workers: modules merged at a time; never changes a number.
         progress: receives stages and steps.
 
     Raises:
@@ -84,11 +84,11 @@ class Session:
         split: str | None = None,
         subset: int | Mapping[str, Any] | None = None,
         batch_size: int | None = None,
+        workspace: str | Path | None = "artifacts",
+        workers: int | None = None,
         load_dtype: str = "auto",
         device_map: str = "auto",
         trust_remote_code: bool = False,
-        workspace: str | Path | None = "artifacts",
-        workers: int | None = None,
         progress: Progress | None = None,
     ) -> None:
         from plait.evaluation.pipeline import EvaluateOptions, recipe_evaluator
@@ -155,12 +155,12 @@ class Session:
         self,
         prompts: str | Path | Sequence[str | Sequence[Mapping[str, str]]],
         *merges: SessionMerge,
+        system: str | None = None,
+        plain: bool = False,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
         sampling_seed: int = 0,
-        system: str | None = None,
-        plain: bool = False,
     ) -> AskResult:
         """Ask base, single adapters and merges the same prompts; the arguments are those of `plait.ask`.
 
