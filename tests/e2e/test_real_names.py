@@ -144,9 +144,11 @@ class TestWrappers:
         with pytest.raises(AdapterError, match="are the same part of one module"):
             plait.inspect([tmp_path / "a"])
 
-    def test_a_name_that_only_perhaps_is_a_wrappers(self, tmp_path):
+    @pytest.mark.parametrize("named", ["{layer}.module.self{rest}", "{layer}.self{rest}.module"])
+    def test_a_name_that_only_perhaps_is_a_wrappers(self, tmp_path, named):
         one = write_adapter(tmp_path / "one", MODULES)
-        two = write_adapter(tmp_path / "two", {p.replace(".self", ".module.self"): m for p, m in MODULES.items()})
+        parts = {p: dict(zip(("layer", "rest"), p.split(".self"), strict=True)) for p in MODULES if ".self" in p}
+        two = write_adapter(tmp_path / "two", {named.format(**parts[p]): MODULES[p] for p in parts})
         with pytest.raises(PlanError, match="differ by the word 'module' alone"):
             plait.plan([one.folder, two.folder])
 

@@ -198,6 +198,9 @@ def test_kohyas_names_are_read_where_they_hold_the_modules_path():
     [
         ("lora_te_text_model_encoder_layers_0_mlp_fc1", True),
         ("lycoris_model_layers_0_self_attn_q_proj", True),
+        ("model_layers_0_self_attn_q_proj", True),
+        ("transformer_h_11_attn_c_attn", True),
+        ("layer_0_proj", False),
         (Q, False),
         ("lm_head", False),
         ("lora_proj.q", False),

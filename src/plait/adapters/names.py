@@ -162,7 +162,7 @@ def kohya_part(name: str) -> LoraName | None:
 
 def is_flat(module: str) -> bool:
     """Return whether a module's path has underscores in place of dots (`lora_te_…`), which names alone do not resolve."""
-    return re.match(r"(?:lora|lycoris)_[a-z]+\d*_[^.]*$", module) is not None
+    return re.match(r"(?:lora|lycoris)_[a-z]+\d*_[^.]*$|[^.\d]+_(?:layers?|h|blocks?)_\d+_[^.]+$", module) is not None
 
 
 _KOHYA = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B", "alpha": "alpha"}

@@ -226,8 +226,9 @@ def _alike(path: str) -> str:
 
 def _under_a_wrapper(one: Adapter, two: Adapter) -> tuple[str, str] | None:
     """Return two paths that differ by components called `module` alone, within a layer (see `names`)."""
-    bare = {re.sub(r"(?<=\.)module\.", "", path): path for path in two.targets}
-    pairs = ((path, bare.get(re.sub(r"(?<=\.)module\.", "", path))) for path in one.targets)
+    within = re.compile(r"(?<=\.)module\.|\.module$")
+    bare = {within.sub("", path): path for path in two.targets}
+    pairs = ((path, bare.get(within.sub("", path))) for path in one.targets)
     return next(((path, other) for path, other in pairs if other is not None and other != path), None)
 
 
