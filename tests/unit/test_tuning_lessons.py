@@ -233,6 +233,35 @@ def test_patience_counts_looks_and_threshold_and_warm_up_hold(mixture: Mixture, 
     assert steps(patience=2, threshold=0.0) > 2
 
 
+@pytest.mark.parametrize(
+    ("tolerance", "criterion", "step"), [(1.0, "worst", 3), (0.0, "worst", 2), (1e9, "worst", 4), (1.0, "hypervolume", 2)]
+)
+def test_the_last_look_that_is_not_clearly_worse_is_kept(
+    mixture: Mixture, place: Path, tolerance: float, criterion: str, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best is the second; the third is .001 below it where texts differ by .1; the fourth is .1 below."""
+    from plait.tuning import learning
+
+    noise = torch.linspace(-0.1, 0.1, 20).tolist()
+    shown = {1: [0.5] * 20, 2: [0.8 + x for x in noise], 3: [0.799 - x for x in noise], 4: [0.7 - x for x in noise]}
+    values: dict[int, torch.Tensor] = {}
+
+    def look(learner: CoefficientLearner, taught: SplitLessons, at: int, *of: Any) -> HeldOutScore:
+        values[at] = learner.values().detach().clone()
+        texts = {"sort": tuple((x, 1) for x in shown[at]), "rate": ((0.9, 1), (0.95, 2))}
+        score = sum(shown[at]) / 20
+        return HeldOutScore(step=at, divergence={"sort": 1 - score}, share=0.1, score=score, texts=texts)
+
+    monkeypatch.setattr(learning, "evaluate_held_out", look)
+    changes = {"steps": 4, "look_every": 1, "tolerance": tolerance, "criterion": criterion}
+    spec = SPEC.model_copy(update=changes)
+    learner, taught = ready(mixture, place, spec)
+    shown[0] = [0.0] * 20
+    run = run_loop(mixture, learner, taught, spec, look(learner, taught, 0))
+    assert (run.best.step, run.kept.step) == (2, step)
+    assert torch.equal(learner.values().detach(), values[step])
+
+
 def test_an_objective_that_is_no_number_stops(mixture: Mixture, place: Path) -> None:
     spec = SPEC.model_copy(update={"steps": 3, "learning_rate": 1.0})
     learner, taught = ready(mixture, place, spec)

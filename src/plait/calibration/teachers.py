@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,14 +90,25 @@ class AnsweredTexts:
 
     def divergence(self, model: Any, wanted: Sequence[int]) -> float:
         """Return the mean KL(own adapter ‖ what acts now) over the positions of some passages, in nats."""
+        return mean_of(self.divergences(model, wanted))
+
+    def divergences(self, model: Any, wanted: Sequence[int]) -> dict[int, tuple[float, int]]:
+        """Return passage → (sum of KL(own adapter ‖ what acts now) in nats, over how many positions), of some passages."""
         order = sorted(wanted, key=lambda i: (self.passages[i].tokens, i))
-        reader, parts = Reader(model, head=self.head), []
+        reader, found = Reader(model, head=self.head), {}
         with torch.inference_mode():
             for at in range(0, len(order), _BATCH):
-                passages, answers = self.batch(order[at : at + _BATCH])
-                parts.append(answers.divergence(reader.logits(passages)))
-        mean = float(torch.cat(parts).double().mean())
-        return 0.0 if mean < 0 else mean  # below 0 by rounding alone
+                chosen = order[at : at + _BATCH]
+                passages, answers = self.batch(chosen)
+                values = answers.divergence(reader.logits(passages)).double().cpu()
+                for i, part in zip(chosen, torch.split(values, [p.positions for p in passages]), strict=True):
+                    found[i] = (float(part.sum()), len(part))
+        return found
+
+
+def mean_of(sums: Mapping[int, tuple[float, int]]) -> float:
+    """Return the mean of divergences, given passage → (sum, count); one below 0 is so by rounding alone."""
+    return max(0.0, math.fsum(total for total, _ in sums.values()) / sum(count for _, count in sums.values()))
 
 
 def answer_texts(

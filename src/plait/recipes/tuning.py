@@ -148,7 +148,13 @@ class TuneSpec(TextsSpec):
     threshold: Annotated[NotNegative, Field(description="Smallest gain that counts, for `patience`.")] = 0.0
     min_steps: Annotated[int, Field(ge=0, description="Updates before which `patience` does not stop.")] = 20
     stop_warmup: Annotated[int, Field(ge=0, description="Updates before which a measurement costs no patience.")] = 20
-    restore_best: Annotated[bool, Field(description="Keep the best step, rather than the last.")] = True
+    restore_best: Annotated[
+        bool, Field(description="Keep the last measurement that is not clearly worse than the best, rather than the last.")
+    ] = True
+    tolerance: Annotated[
+        NotNegative,
+        Field(description="Standard errors of the difference beyond which a measurement is clearly worse; 0 keeps the best."),
+    ] = 1.0
     log_every: Annotated[
         int, Field(ge=0, description="Updates between two lines on stderr, with objective and measurement; 0 for none.")
     ] = 0

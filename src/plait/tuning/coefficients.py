@@ -192,11 +192,11 @@ def learn_in_tree(
     first_look = evaluate_held_out(learner, taught, 0, spec)
     run = run_loop(mixture, learner, taught, spec, first_look, report, steps=spec.polish_steps, working=working, name="polish")
     polished = [h.model_copy(update={"step": h.step + done}) for h in run.looks]
-    best = next(h for h in polished if h.step == run.best.step + done)
-    if start.score >= best.score and spec.restore_best:  # nothing was won
+    kept = next(h for h in polished if h.step == run.kept.step + done)
+    if start.score >= kept.score and spec.restore_best:  # nothing was won
         learner.load(CoefficientLearner(mixture, sources.columns, spec.used_granularity, sources.values, spec).state())
-        best = start
-    return learner, LearningRun([start, *polished], [*losses, *run.losses], done + run.step, best), tuple(tree)
+        kept = start
+    return learner, LearningRun([start, *polished], [*losses, *run.losses], done + run.step, kept, kept), tuple(tree)
 
 
 def learned_recipe(

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from plait.calibration.search import LEAST_DIVERGENCE
+from plait.calibration.teachers import mean_of
 from plait.errors import PlanError
 from plait.mixture import Mixture
 from plait.recipes.tuning import TuneSpec
@@ -38,6 +39,7 @@ class HeldOutScore(Record):
         kept: task → what is kept of what the own adapter has over the base, 1 for all: of the divergence, or of the loss on
             labels, as the recipe judges.
         score: the recipe's criterion over these; larger is better.
+        texts: task → per text that is looked at, what is kept on it, and over how many positions; `kept` is their mean.
     """
 
     step: int
@@ -45,6 +47,7 @@ class HeldOutScore(Record):
     share: float
     kept: dict[str, float] = Field(default_factory=dict)
     score: float = 0.0
+    texts: dict[str, tuple[tuple[float, int], ...]] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,21 +165,25 @@ def evaluate_held_out(
 ) -> HeldOutScore:
     """Measure the divergence on the held-out texts, and what is kept; `earlier` is what was kept at earlier looks."""
     spec = spec or TuneSpec()
-    found, kept = {}, {}
+    found, kept, texts = {}, {}, {}
     for lesson in taught.lessons:
         held = taught.held[lesson.task]
         acting = partial(learner.acting, lesson.adapter if lesson.head else None)
         with torch.no_grad(), acting() as model:
-            found[lesson.task] = lesson.divergence(model, held)
-        kept[lesson.task] = 1 - found[lesson.task] / max(taught.base[lesson.task], LEAST_DIVERGENCE)
+            sums = lesson.divergences(model, held)
+        found[lesson.task] = mean_of(sums)
+        nothing, all_of_it = max(taught.base[lesson.task], LEAST_DIVERGENCE), 0.0
         if spec.judge == "loss":
-            base, own = taught.judged.base[lesson.task], taught.judged.own[lesson.task]
-            loss = mean_loss(text_losses(lesson, acting, OBJECTIVES[spec.objective], spec, held), held)
-            kept[lesson.task] = (base - loss) / max(base - own, spec.regret_eps)
+            nothing, all_of_it = taught.judged.base[lesson.task], taught.judged.own[lesson.task]
+            sums = text_losses(lesson, acting, OBJECTIVES[spec.objective], spec, held)
+        gain = max(nothing - all_of_it, spec.regret_eps) if spec.judge == "loss" else nothing
+        texts[lesson.task] = tuple(((nothing - total / count) / gain, count) for total, count in (sums[i] for i in held))
+        mean = mean_loss(sums, held) if spec.judge == "loss" else found[lesson.task]
+        kept[lesson.task] = (nothing - mean) / gain
     shares = [found[x.task] / max(taught.base[x.task], LEAST_DIVERGENCE) for x in taught.lessons]
     share = sum(shares) / len(shares)
     score = selection_score(kept, spec.criterion, earlier)
-    return HeldOutScore(step=step, divergence=found, share=share, kept=kept, score=score)
+    return HeldOutScore(step=step, divergence=found, share=share, kept=kept, score=score, texts=texts)
 
 
 def mean_loss(losses: Mapping[int, tuple[float, int]], texts: Sequence[int]) -> float:

@@ -26,6 +26,7 @@ from plait.tuning.held_out import HeldOutScore, SplitLessons, evaluate_held_out,
 from plait.tuning.learners import Learner
 from plait.tuning.objectives import OBJECTIVES, Objective, regret_weights, regrets, smooth_maximum
 from plait.tuning.sampling import draw_texts
+from plait.tuning.selection import is_clearly_worse
 from plait.tuning.teaching import Hidden, Lesson, outputs_of
 from plait.tuning.working import WorkingState
 
@@ -40,7 +41,8 @@ class LearningRun:
         looks: at the held-out texts.
         losses: the objective at every step.
         step: updates made.
-        best: the look whose parameters are kept.
+        best: the look with the largest score.
+        kept: the look whose parameters are kept.
         waited: looks without a gain.
         ended: whether it has ended.
     """
@@ -49,6 +51,7 @@ class LearningRun:
     losses: list[float]
     step: int
     best: HeldOutScore
+    kept: HeldOutScore
     waited: int = 0
     ended: bool = False
 
@@ -65,7 +68,10 @@ def run_loop(
     working: WorkingState | None = None,
     name: str = "state",
 ) -> LearningRun:
-    """Run the loop, and leave the parameters as they were where the held-out score was best, or as they are in the end.
+    """Run the loop, and leave the parameters as they were at the look that is kept, or in the end.
+
+    That is the last one that is not clearly worse than the best (`is_clearly_worse`): the rate falls to 0, so that a later step
+    is the better one where a few held-out texts do not tell.
 
     Every step reads `spec.prompts` × `spec.accumulate` texts of every task. AdamW without decay; gradients clipped. Which texts
     are read is a function of the seed, the task and the step.
@@ -86,9 +92,9 @@ def run_loop(
     """
     steps = spec.steps if steps is None else steps
     optimizer = torch.optim.AdamW(learner.parameters(), lr=spec.used_rate, betas=spec.betas, weight_decay=0.0)
-    run, best_state = LearningRun([start], [], 0, start), learner.state()
+    run, kept_state = LearningRun([start], [], 0, start, start), learner.state()
     if working is not None and (found := working.load(name, partial(_resume, learner, optimizer))) is not None:
-        run, best_state = found
+        run, kept_state = found
         report(run.step, math.nan, None)
     while run.step < steps and not run.ended:
         step = run.step = run.step + 1
@@ -100,17 +106,19 @@ def run_loop(
             held = evaluate_held_out(learner, taught, step, spec, [look.kept for look in run.looks])
             run.looks.append(held)
             if held.score > run.best.score + spec.threshold:
-                run.best, run.waited, best_state = held, 0, learner.state()
+                run.best, run.waited = held, 0
             elif step > spec.stop_warmup:
                 run.waited += 1
+            if held is run.best or not is_clearly_worse(held.texts, run.best.texts, spec.criterion, spec.tolerance):
+                run.kept, kept_state = held, learner.state()
             run.ended = bool(spec.patience) and run.waited >= spec.patience and step >= spec.min_steps
             if working is not None:
-                working.save(name, *_saved(learner, optimizer, run, best_state))
+                working.save(name, *_saved(learner, optimizer, run, kept_state))
         report(step, run.losses[-1], held)
     if spec.restore_best:
-        learner.load(best_state)
+        learner.load(kept_state)
     else:
-        run.best = run.looks[-1]
+        run.kept = run.looks[-1]
     return run
 
 
@@ -277,10 +285,10 @@ def _computing(model: Any, spec: TuneSpec) -> AbstractContextManager[Any]:
 
 
 def _saved(
-    learner: Learner, optimizer: torch.optim.Optimizer, run: LearningRun, best: Mapping[str, Tensor]
+    learner: Learner, optimizer: torch.optim.Optimizer, run: LearningRun, kept: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return everything that a loop continues from."""
-    tensors: dict[str, Tensor] = {f"best.{name}": value for name, value in best.items()}
+    tensors: dict[str, Tensor] = {f"kept.{name}": value for name, value in kept.items()}
     for name, p in learner.named().items():
         tensors[f"now.{name}"] = p
         tensors |= {f"{key}.{name}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
@@ -289,6 +297,7 @@ def _saved(
         "losses": run.losses,
         "step": run.step,
         "best": run.best.step,
+        "kept": run.kept.step,
         "waited": run.waited,
         "ended": run.ended,
     }
@@ -298,24 +307,26 @@ def _saved(
 def _resume(
     learner: Learner, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], info: Mapping[str, Any]
 ) -> tuple[LearningRun, dict[str, Tensor]]:
-    """Put a saved state in place; return the loop, and the best parameters.
+    """Put a saved state in place; return the loop, and the parameters that are kept.
 
     Raises:
         LookupError, TypeError, ValueError: it is not a state of this learner, which is as it was then.
     """
     looks = [HeldOutScore.model_validate(h) for h in info["looks"]]
-    best = next((h for h in looks if h.step == info["best"]), None)
+    best, kept = (next((h for h in looks if h.step == info[key]), None) for key in ("best", "kept"))
     counts = (info["step"], info["waited"], len(info["losses"]))
-    if best is None or not all(isinstance(n, int) and n >= 0 for n in counts) or info["step"] != len(info["losses"]):
+    counted = all(isinstance(n, int) and n >= 0 for n in counts) and info["step"] == len(info["losses"])
+    if best is None or kept is None or not counted:
         raise ValueError(info)
-    run = LearningRun(looks, [float(loss) for loss in info["losses"]], info["step"], best, info["waited"], bool(info["ended"]))
+    losses = [float(loss) for loss in info["losses"]]
+    run = LearningRun(looks, losses, info["step"], best, kept, info["waited"], bool(info["ended"]))
     parts: dict[str, dict[str, Tensor]] = {}
     for name, p in learner.named().items():
-        parts[name] = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("now", "best", "exp_avg", "exp_avg_sq")}
+        parts[name] = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("now", "kept", "exp_avg", "exp_avg_sq")}
         if any(t.shape != p.shape or t.dtype != p.dtype or not all_finite(t) for t in parts[name].values()):
             raise ValueError(name)
     learner.load({name: part["now"] for name, part in parts.items()})
     for name, p in learner.named().items():
         averages = {key: parts[name][key] for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p] = {"step": torch.tensor(float(run.step)), **averages}
-    return run, {name: part["best"] for name, part in parts.items()}
+    return run, {name: part["kept"] for name, part in parts.items()}

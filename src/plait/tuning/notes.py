@@ -31,7 +31,7 @@ def notes_on(
         notes.append(f"{', '.join(tested)}: learned from split 'test', as allow_test allows; do not judge the result on it.")
     if len(run.looks) > 1 and max(run.looks, key=lambda h: h.score).step == 0:
         notes.append("no step was better than the start on the held-out texts.")
-    if lost := [x.task for x in taught.lessons if run.best.divergence[x.task] > max(taught.base[x.task], LEAST_DIVERGENCE)]:
+    if lost := [x.task for x in taught.lessons if run.kept.divergence[x.task] > max(taught.base[x.task], LEAST_DIVERGENCE)]:
         notes.append(
             f"{', '.join(lost)}: the result is farther from the task's own adapter than the base model is. More texts, steps "
             "or another method may keep it (plait eval shows what is lost); else leave the adapter out."

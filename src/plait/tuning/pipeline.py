@@ -194,7 +194,7 @@ def _run(
             base=dict(taught.base),
             looks=tuple(learned.run.looks),
             losses=tuple(learned.run.losses),
-            kept_step=learned.run.best.step,
+            kept_step=learned.run.kept.step,
             rank=made.rank,
             distance=relative_distance(made.deltas, before),
             outside=energy_outside_span(made.deltas, inventory),
@@ -311,7 +311,7 @@ class _Tuning:
             spec = TuneSpec.model_validate({**kept, "objective": objective, "learning_rate": _FRESH_RATE})
         start = evaluate_held_out(learner, self.taught, 0, spec)
         run = self._run(learner, start, name, spec)
-        return Control(held=run.best, losses=tuple(run.losses))
+        return Control(held=run.kept, losses=tuple(run.losses))
 
     def _run(self, learner: Learner, start: HeldOutScore, name: str, spec: TuneSpec | None = None) -> LearningRun:
         spec = spec or self.spec

@@ -30,7 +30,7 @@ class Control(Record):
     """What something else has learned from the same texts in as many steps: what the merge, or its adapters, are worth.
 
     Attributes:
-        held: its best look at the held-out texts.
+        held: its look at the held-out texts that is kept.
         losses: the objective at every step.
     """
 

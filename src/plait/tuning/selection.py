@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from plait.recipes.tuning import Criterion
 
 Kept = Sequence[float]  # per task: 1 is the own adapter, 0 the base
+Texts = Mapping[str, Sequence[tuple[float, int]]]
+_DRAWS = 200
 
 
 def mean(kept: Kept) -> float:
@@ -71,3 +76,29 @@ def selection_score(kept: Mapping[str, float], criterion: Criterion, earlier: Se
     if criterion == "hypervolume":
         return hypervolume([[look[task] for task in kept] for look in (*earlier, kept)])
     return CRITERIA[criterion](list(kept.values()))
+
+
+def is_clearly_worse(look: Texts, best: Texts, criterion: Criterion, tolerance: float) -> bool:
+    """Whether a look is worse than another by more than some standard errors of their difference.
+
+    The error is that of a bootstrap over the texts, which both looks have in common: each is drawn for both. The hypervolume
+    counts all looks so far, and so no two of them are compared that way: any smaller one is worse.
+
+    Args:
+        look: task → per text, what is kept on it, and over how many positions.
+        best: the same of the other.
+        criterion: over the tasks.
+        tolerance: how many standard errors.
+    """
+    if criterion == "hypervolume":
+        return True
+    rng, score = np.random.default_rng(0), CRITERIA[criterion]
+    pairs = [np.array([[*one, other[0]] for one, other in zip(look[t], best[t], strict=True)]) for t in look]
+
+    def difference(draw: Callable[[int], NDArray[np.int64]]) -> float:
+        rows = [pair[draw(len(pair))] for pair in pairs]
+        here, there = ([float(np.average(row[:, i], weights=row[:, 1])) for row in rows] for i in (0, 2))
+        return score(there) - score(here)
+
+    error = float(np.std([difference(lambda count: rng.integers(count, size=count)) for _ in range(_DRAWS)]))
+    return difference(np.arange) > tolerance * error

@@ -27,6 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "warmup": 0,
     "clip": None,
     "restore_best": False,
+    "tolerance": 0.0,
     "granularity": "task",
 }
 _OWN_DEFAULTS: dict[str, dict[str, Any]] = {
