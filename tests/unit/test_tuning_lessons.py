@@ -234,12 +234,20 @@ def test_patience_counts_looks_and_threshold_and_warm_up_hold(mixture: Mixture, 
 
 
 @pytest.mark.parametrize(
-    ("tolerance", "criterion", "step"), [(1.0, "worst", 3), (0.0, "worst", 2), (1e9, "worst", 4), (1.0, "hypervolume", 2)]
+    ("tolerance", "criterion", "start", "step"),
+    [
+        (1.0, "worst", 0.0, 3),
+        (0.0, "worst", 0.0, 2),
+        (1e9, "worst", 0.0, 4),
+        (1e9, "worst", 0.75, 3),
+        (1.0, "worst", 0.7995, 2),
+        (1.0, "hypervolume", 0.0, 2),
+    ],
 )
 def test_the_last_look_that_is_not_clearly_worse_is_kept(
-    mixture: Mixture, place: Path, tolerance: float, criterion: str, step: int, monkeypatch: pytest.MonkeyPatch
+    mixture: Mixture, place: Path, tolerance: float, criterion: str, start: float, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The best is the second; the third is .001 below it where texts differ by .1; the fourth is .1 below."""
+    """The second is the best; the third is .001 below it where texts differ by .1, the fourth .1; none below the start is kept."""
     from plait.tuning import learning
 
     noise = torch.linspace(-0.1, 0.1, 20).tolist()
@@ -256,7 +264,7 @@ def test_the_last_look_that_is_not_clearly_worse_is_kept(
     changes = {"steps": 4, "look_every": 1, "tolerance": tolerance, "criterion": criterion}
     spec = SPEC.model_copy(update=changes)
     learner, taught = ready(mixture, place, spec)
-    shown[0] = [0.0] * 20
+    shown[0] = [start] * 20
     run = run_loop(mixture, learner, taught, spec, look(learner, taught, 0))
     assert (run.best.step, run.kept.step) == (2, step)
     assert torch.equal(learner.values().detach(), values[step])

@@ -70,8 +70,8 @@ def run_loop(
 ) -> LearningRun:
     """Run the loop, and leave the parameters as they were at the look that is kept, or in the end.
 
-    That is the last one that is not clearly worse than the best (`is_clearly_worse`): the rate falls to 0, so that a later step
-    is the better one where a few held-out texts do not tell.
+    That is the last one that is neither clearly worse than the best (`is_clearly_worse`) nor worse than the start: the rate
+    falls to 0, so that a later step is the better one where a few held-out texts do not tell.
 
     Every step reads `spec.prompts` × `spec.accumulate` texts of every task. AdamW without decay; gradients clipped. Which texts
     are read is a function of the seed, the task and the step.
@@ -109,7 +109,7 @@ def run_loop(
                 run.best, run.waited = held, 0
             elif step > spec.stop_warmup:
                 run.waited += 1
-            if held is run.best or not is_clearly_worse(held.texts, run.best.texts, spec.criterion, spec.tolerance):
+            if held is run.best or (held.score >= start.score and not _is_clearly_worse(held, run.best, spec)):
                 run.kept, kept_state = held, learner.state()
             run.ended = bool(spec.patience) and run.waited >= spec.patience and step >= spec.min_steps
             if working is not None:
@@ -120,6 +120,10 @@ def run_loop(
     else:
         run.kept = run.looks[-1]
     return run
+
+
+def _is_clearly_worse(look: HeldOutScore, best: HeldOutScore, spec: TuneSpec) -> bool:
+    return is_clearly_worse(look.texts, best.texts, spec.criterion, spec.tolerance)
 
 
 def learning_rate(spec: TuneSpec, step: int, steps: int) -> float:
