@@ -247,7 +247,7 @@ def test_patience_counts_looks_and_threshold_and_warm_up_hold(mixture: Mixture, 
 def test_the_last_look_that_is_not_clearly_worse_is_kept(
     mixture: Mixture, place: Path, tolerance: float, criterion: str, start: float, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second is the best; the third is .001 below it where texts differ by .1, the fourth .1; none below the start is kept."""
+    """The third is .001 below the best where texts differ by .1, the fourth .1; none that is below the start is kept."""
     from plait.tuning import learning
 
     noise = torch.linspace(-0.1, 0.1, 20).tolist()
