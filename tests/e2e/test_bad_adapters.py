@@ -26,6 +26,7 @@ def test_wrong_shapes(place, capsys):
     assert "layers.0.q_proj" in printed
     assert "8" in printed
     assert "7" in printed
+    assert f"'wide' is {place / 'c'}" in merge(capsys, "a", "wide=./c"), "a name says nothing of where its adapter is"
 
 
 def test_factors_that_do_not_fit_each_other(place, capsys):

@@ -153,6 +153,14 @@ def tower_problems(adapters: Sequence[Adapter]) -> list[str]:
     ]
 
 
+def with_places(problems: Sequence[str], adapters: Sequence[Adapter]) -> list[str]:
+    """Return problems, the last of which tells where the adapters are that are called otherwise than their folders."""
+    places = [f"{a.name!r} is {a.folder}" for a in adapters if a.folder.name != a.name]
+    if not (problems and places):
+        return [*problems]
+    return [*problems[:-1], f"{problems[-1]} ({'; '.join(places)}.)"]
+
+
 def shape_problems(adapters: Sequence[Adapter]) -> list[str]:
     """Report which target modules have one path, but not one layout (kind, rows, columns, stack) in all adapters."""
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = defaultdict(list)

@@ -21,7 +21,7 @@ from plait.errors import AdapterError, AddressError, PlanError, collect, take_al
 from plait.folders import expanded
 from plait.hub.download import ADAPTER_CONFIG, Located, resolve, resolve_model
 from plait.hub.references import parse_reference
-from plait.inspection.compatibility import check_compatibility
+from plait.inspection.compatibility import check_compatibility, with_places
 from plait.merging.kept import KeptResults
 from plait.merging.moments import Moments, MomentsOf, from_files, from_function, not_taken_yet
 from plait.recipes.schema import Recipe
@@ -78,7 +78,7 @@ def take_inventory(
     """
     located, adapters = open_entries(recipe, folder)
     problems = check_compatibility(adapters, base_model=recipe.base_model).problems
-    collect(PlanError, problems, "these adapters do not fit together")
+    collect(PlanError, with_places(problems, adapters), "these adapters do not fit together")
     layouts = {path: target.layout for adapter in adapters for path, target in adapter.targets.items()}
     base, place = None, None
     if recipe.base_model is not None and any(t.is_dora for a in adapters for t in a.targets.values()):
