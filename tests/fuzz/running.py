@@ -42,7 +42,15 @@ _LEFTOVERS = re.compile(r"(^|/)\.(?!out\.baking|scores|index\.json\.lock)[^/]*(s
 _SAID = {
     "push": ("HF_HUB_OFFLINE", "No token is set"),
     "verify": ("not verified",),
-    "sft": ("cannot be a repository", "HF_HUB_OFFLINE", "OfflineModeIsEnabled", "--", "./base", "./rows."),
+    "sft": (
+        "cannot be a repository",
+        "HF_HUB_OFFLINE",
+        "OfflineModeIsEnabled",
+        "--",
+        "./base",
+        "./rows.",
+        "there is no such file or folder",
+    ),
 }
 
 

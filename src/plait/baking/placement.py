@@ -10,7 +10,8 @@ from plait.baking.changes import AddedTensor, Placement, RowRange, TensorChange
 from plait.baking.full import FullTensor, full_tensor, parameter_of
 from plait.baking.tying import Untying, stored_tensor
 from plait.checkpoints.architecture import Architecture, ArchitectureUnknown, Part
-from plait.checkpoints.checkpoint import BaseCheckpoint, sections
+from plait.checkpoints.checkpoint import BaseCheckpoint
+from plait.checkpoints.files import sections
 from plait.checkpoints.names import parameter_finder
 from plait.errors import listed
 from plait.libraries.transformers import HEADED_TASKS, head_class
@@ -305,6 +306,8 @@ class _Placing:
         changes, problems = self._result.changes, []
         for config in sections(self._checkpoint.config):
             rows = config.get("vocab_size")
+            if not isinstance(rows, int):  # none, or a value that is left to the model's own code
+                continue
             tables = [n for n in self._checkpoint.home if (s := self._checkpoint.info(n).shape)[:1] == (rows,) and len(s) == 2]
             replaced = {n: c.replaced for n in tables if (c := changes.get(n)) is not None and c.replaced is not None}
             sizes = {n: tensor.shape[0] for n, tensor in replaced.items() if tensor.shape}

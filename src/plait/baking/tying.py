@@ -16,6 +16,7 @@ from plait.baking.changes import AddedTensor, Placement, RowRange, TensorChange
 from plait.baking.full import FullTensor
 from plait.checkpoints.architecture import ArchitectureUnknown
 from plait.checkpoints.checkpoint import BaseCheckpoint
+from plait.checkpoints.files import sections
 from plait.checkpoints.names import ParameterFinder
 from plait.merging.combine import pipeline_of
 from plait.merging.inventory import Inventory
@@ -76,12 +77,12 @@ class Untying:
                     self._result.added[name] = AddedTensor(shape, stored, change)
 
     def _may_touch_tied(self) -> bool:
-        vocabulary = {s.get("vocab_size") for s in (self._checkpoint.config, self._checkpoint.config.get("text_config") or {})}
+        vocabulary = [part.get("vocab_size") for part in sections(self._checkpoint.config)]
         touched = {self._checkpoint.info(t).shape[:1] for t in self._result.changes}
         embeddings = any(layout.reads_tokens for layout in self._layouts.values())
         orphan = any(not self._names.parts(layout.weight_name(t)) for t, layout in self._layouts.items())
         orphan = orphan or any(not self._names.parts(p) for p in self._full)
-        return embeddings or orphan or any((size,) in touched for size in vocabulary if size)
+        return embeddings or orphan or any((size,) in touched for size in vocabulary if isinstance(size, int))
 
     def _untie_group(self, group: tuple[str, ...]) -> None:
         owner = group[0]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from plait.calibration.inputs import is_encoder_decoder, naming, own_answers, pa
 from plait.calibration.passages import Passage, Reader
 from plait.calibration.texts import Texts
 from plait.evaluation.likelihood import likeliest_answers
+from plait.evaluation.model_calls import BrokenOutputsError
 from plait.mixture import Mixture
 from plait.tasks.asking import Head
 from plait.tasks.encoding import Question
@@ -106,6 +108,15 @@ class AnsweredTexts:
         return found
 
 
+@contextmanager
+def _naming_adapter(mixture: Mixture, name: str) -> Iterator[None]:
+    """Name an adapter, and where it is, in a refusal of what it answers."""
+    try:
+        yield
+    except BrokenOutputsError as error:
+        raise BrokenOutputsError(f"{name} ({mixture.folder_of(name)}): {error}") from None
+
+
 def mean_of(sums: Mapping[int, tuple[float, int]]) -> float:
     """Return the mean of divergences, given passage → (sum, count); one below 0 is so by rounding alone."""
     return max(0.0, math.fsum(total for total, _ in sums.values()) / sum(count for _, count in sums.values()))
@@ -136,7 +147,7 @@ def answer_texts(
     """
     ask = texts.task.ask
     head = isinstance(ask, Head)
-    with naming(texts):
+    with naming(texts), _naming_adapter(mixture, adapter):
         questions, labels = tokenize(mixture, texts, answered=True, right=right)
         if labels and right is None and not is_encoder_decoder(mixture):
             with mixture.active({adapter: 1.0}) as model:

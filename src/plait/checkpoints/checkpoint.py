@@ -13,7 +13,7 @@ from torch import Tensor
 from plait.adapters.layouts.conv1d import has_conv1d
 from plait.checkpoints.architecture import Architecture, ArchitectureUnknown
 from plait.checkpoints.dequantize import QUANTIZED_FORMATS, PlainFile, dequantized
-from plait.checkpoints.files import MODEL_CONFIG, SINGLE, read_config
+from plait.checkpoints.files import MODEL_CONFIG, SINGLE, read_config, sections
 from plait.checkpoints.forms import BaseForm, WeightSet, base_form
 from plait.checkpoints.quantization import Quantization, quantization, quantization_advice
 from plait.errors import AdapterError, PlanError, collect, listed
@@ -287,11 +287,3 @@ def _refusal(place: Path, found: Quantization, *, dequantize: bool) -> str:
 
 def _home(shards: Iterable[Shard]) -> dict[str, Shard]:
     return {tensor: shard for shard in shards for tensor in shard.file.tensors}
-
-
-def sections(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield a configuration and the text model's part of it, where it has one."""
-    yield config
-    text = config.get("text_config")
-    if isinstance(text, dict):
-        yield text

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from plait.checkpoints.files import sections
 from plait.tensorfiles.blocks import SHORT, TORCH_DTYPES
 from plait.tensorfiles.header import TensorInfo
 from plait.tensorfiles.reader import SafetensorsFile, read_bytes
@@ -257,7 +258,7 @@ def _scales(stored: _Stored) -> Tensor:
 
 def _plain_dtype(config: Mapping[str, Any]) -> str:
     """Return safetensors' name of the dtype that the model computes in; bfloat16 where its configuration names none."""
-    for holder in (config, config.get("text_config") or {}):
+    for holder in sections(config):
         name = str(holder.get("dtype") or holder.get("torch_dtype") or "").removeprefix("torch.")
         if name in SHORT:
             return SHORT[name]

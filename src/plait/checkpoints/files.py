@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,3 +109,11 @@ def architectures(config: Mapping[str, Any]) -> list[str]:
     """Return the names of transformers' classes that a configuration gives; none where it gives no list of names."""
     found = config.get("architectures")
     return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
+def sections(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield a configuration and the text model's part of it, where it has one."""
+    yield config
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        yield text

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from plait.checkpoints.architecture import Architecture, ArchitectureUnknown, Part
-from plait.checkpoints.checkpoint import BaseCheckpoint, sections
+from plait.checkpoints.checkpoint import BaseCheckpoint
+from plait.checkpoints.files import sections
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from plait.checkpoints.dequantize import QUANTIZED_FORMATS
+from plait.checkpoints.files import sections
 from plait.tensorfiles.header import TensorInfo
 from plait.tensorfiles.reader import FLOATS
 
@@ -47,7 +48,7 @@ def quantization(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
         config: its `config.json`.
         tensors: all of them; their names and dtypes decide where the configuration names no method.
     """
-    for holder in (config, config.get("text_config") or {}):
+    for holder in sections(config):
         settings = holder.get("quantization_config")
         if settings:
             method = settings.get("quant_method") if isinstance(settings, dict) else str(settings)

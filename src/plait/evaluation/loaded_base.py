@@ -92,6 +92,11 @@ class LoadedBase:
         require("a model of sounds", {"audio": ["soundfile"]})
         return load_feature_extractor(self.base, trust_remote_code=self.options.trust_remote_code)
 
+    def place_of(self, name: str) -> str:
+        """Return a name, and where the adapter of that name is."""
+        folder = next((adapter.folder for adapter in self._adapters if adapter.name == name), None)
+        return name if folder is None else f"{name} ({folder})"
+
     @contextmanager
     def model(self, folder: Path) -> Iterator[Any]:
         """Offer another full model, loaded as the base is."""

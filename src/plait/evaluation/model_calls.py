@@ -41,14 +41,18 @@ def vocabulary(model: Any) -> int | None:
     return getattr(model.get_input_embeddings(), "num_embeddings", None)
 
 
+class BrokenOutputsError(TaskError):
+    """A model's outputs are NaN."""
+
+
 def check_numbers(model: Any, scores: Sequence[float]) -> None:
     """Refuse outputs that are NaN.
 
     Raises:
-        TaskError: one is NaN.
+        BrokenOutputsError: one is NaN.
     """
     if any(map(math.isnan, scores)):
-        raise TaskError(
+        raise BrokenOutputsError(
             f"the model's outputs are NaN (computed in {model.dtype}). A weight is broken, or the dtype too narrow: try "
             "--load-dtype float32 (dtype='float32')."
         )

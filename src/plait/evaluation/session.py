@@ -12,6 +12,7 @@ import numpy as np
 from plait.adapters.adapter import Adapter
 from plait.evaluation.candidates import Candidate, base_candidate, single_candidate
 from plait.evaluation.loaded_base import LoadedBase
+from plait.evaluation.model_calls import BrokenOutputsError
 from plait.evaluation.record import Bounds, InterferenceMatrix, Sample, TaskResult
 from plait.evaluation.recovery import BootstrapDraws, PairedStatistics, central_interval, mean_and_worst, recovery, task_seed
 from plait.evaluation.scores import Answers, ScoreCache, adapter_digest, answers_digest, digest
@@ -306,6 +307,8 @@ class AnswerSession:
                     batch_size=ask.batch_size,
                     report=self._progress.advance,
                 )
+            except BrokenOutputsError as error:
+                raise BrokenOutputsError(f"{self.live.place_of(ask.candidate.name)}: {error}") from None
             finally:
                 self._progress.finish()
 

@@ -288,6 +288,10 @@ class Mixture:
         with self._suspended(), self._acting(Arrangement(factors.layers, swaps), self._state.now):
             yield self.model
 
+    def folder_of(self, name: str) -> Path:
+        """Return where an adapter is."""
+        return next(adapter.folder for adapter in self._adapters if adapter.name == name)
+
     def columns(
         self,
         columns: Mapping[str, Mapping[str, Sequence[MergedMatrix]] | Iterable[MergedModule]],

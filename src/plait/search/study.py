@@ -112,6 +112,8 @@ class Study:
             raise OutputError(f"{self._where}: the goals of the study must be {goals} × maximize, got {found}. {ANEW}")
         self.finished()
         for trial in self._study.get_trials(deepcopy=False):
+            if trial.state is TrialState.COMPLETE and trial.values is None:
+                raise OutputError(f"{self._where}: trial {trial.number} is complete, and has no value. {ANEW}")
             self._batch(trial)
 
     def _agreed(self, parallel: int | None, usual: int) -> int:
