@@ -17,7 +17,7 @@ from plait.baking.digests import GrowingDigest
 from plait.baking.shards import OutShard, OutTensor
 from plait.baking.tensors import ShardTensorBuilder
 from plait.checkpoints.checkpoint import BaseCheckpoint
-from plait.errors import AdapterError
+from plait.errors import AdapterError, PlanError
 from plait.merging.combine import Combiner
 from plait.merging.inventory import Inventory
 from plait.results.progress import Progress
@@ -176,6 +176,9 @@ class ShardWriter:
                 self.builder.make(tensor, merges, handle, self._advance)
             except _StoppedError:
                 raise
+            except PlanError as error:
+                read = ", ".join(map(str, [self.checkpoint.located.folder, *(a.folder for a in self.inventory.adapters)]))
+                raise PlanError(f"{error} What was read is in {read}.") from None
             except Exception as error:
                 error.add_note(f"while baking tensor {tensor.name!r}")
                 raise

@@ -52,9 +52,10 @@ def check_numbers(model: Any, scores: Sequence[float]) -> None:
         BrokenOutputsError: one is NaN.
     """
     if any(map(math.isnan, scores)):
+        base = getattr(model, "name_or_path", "") or "in memory"
         raise BrokenOutputsError(
-            f"the model's outputs are NaN (computed in {model.dtype}). A weight is broken, or the dtype too narrow: try "
-            "--load-dtype float32 (dtype='float32')."
+            f"the model's outputs are NaN (computed in {model.dtype}). A weight is broken, there or in the base {base}, or the "
+            "dtype too narrow: try --load-dtype float32 (dtype='float32')."
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from plait.adapters.adapter import Adapter
 from plait.errors import PlanError, collect
-from plait.inspection.compatibility import activation_problems
+from plait.inspection.compatibility import activation_problems, with_places
 from plait.mixture.deltas import AdapterDelta, DenseDelta
 from plait.mixture.layers import layer_type
 from plait.mixture.modules import ModuleIndex, TargetModule
@@ -38,7 +38,7 @@ def fitting_modules(adapters: Sequence[Adapter], index: ModuleIndex) -> dict[str
             if problem:
                 problems[f"adapter {adapter.name!r}: {problem}"] = None
             modules[path] = found
-    collect(PlanError, list(problems), "these adapters do not fit the model")
+    collect(PlanError, with_places([*problems], adapters), "these adapters do not fit the model")
     return dict(sorted(modules.items()))
 
 
@@ -57,7 +57,7 @@ def fitting_full_tensors(adapters: Sequence[Adapter], index: ModuleIndex) -> dic
                     swaps[adapter.name] = found
             except ValueError as error:
                 problems.append(f"adapter {adapter.name!r}: {error}")
-    collect(PlanError, problems, "these adapters do not fit the model")
+    collect(PlanError, with_places(problems, adapters), "these adapters do not fit the model")
     return swaps
 
 
