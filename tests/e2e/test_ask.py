@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,17 @@ def test_a_terminal_shows_replies_side_by_side_where_they_fit(
     shown = console.export_text()
     heads = [row for row in shown.splitlines() if all(name in row for name in ("base", "sort", "rate", "merged"))]
     assert bool(heads) is columns
+
+
+def test_a_terminal_is_given_back_where_a_reply_breaks_off(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cursor is hidden while replies are written."""
+    console = Console(force_terminal=True, width=120, file=io.StringIO())
+    monkeypatch.setattr("plait.cli.console.out", lambda: console)
+    cursor: list[bool] = []
+    monkeypatch.setattr(console, "show_cursor", lambda show=True: cursor.append(show))
+    monkeypatch.setattr("plait.evaluation.replies.write_reply", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert exit_code("ask", PROMPT, place / "sort", "--base-id", place / "base") == 130
+    assert cursor == [False, True]
 
 
 def test_heads_that_no_prompt_belongs_to(place: Path, tmp_path: Path) -> None:

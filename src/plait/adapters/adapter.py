@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -284,3 +284,9 @@ def _own_scaling(config: AdapterConfig, file: TensorFile, name: str, rank: int) 
     if config.flag("use_rslora"):
         raise ValueError(f"{name!r} is an alpha for alpha / rank, and the configuration asks for alpha / sqrt(rank)")
     return one_number(file, name) / rank
+
+
+def with_folder(name: str, adapters: Iterable[Adapter]) -> str:
+    """Return a name, and where the adapter of that name is; the name alone where none has it."""
+    folder = next((adapter.folder for adapter in adapters if adapter.name == name), None)
+    return name if folder is None else f"{name} ({folder})"

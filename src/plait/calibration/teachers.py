@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +92,7 @@ class AnsweredTexts:
 
     def divergence(self, model: Any, wanted: Sequence[int]) -> float:
         """Return the mean KL(own adapter ‖ what acts now) over the positions of some passages, in nats."""
-        return mean_of(self.divergences(model, wanted))
+        return mean_divergence(self.divergences(model, wanted))
 
     def divergences(self, model: Any, wanted: Sequence[int]) -> dict[int, tuple[float, int]]:
         """Return passage → (sum of KL(own adapter ‖ what acts now) in nats, over how many positions), of some passages."""
@@ -114,12 +114,18 @@ def _naming_adapter(mixture: Mixture, name: str) -> Iterator[None]:
     try:
         yield
     except BrokenOutputsError as error:
-        raise BrokenOutputsError(f"{name} ({mixture.folder_of(name)}): {error}") from None
+        raise BrokenOutputsError(f"{mixture.with_folder(name)}: {error}") from None
 
 
-def mean_of(sums: Mapping[int, tuple[float, int]]) -> float:
-    """Return the mean of divergences, given passage → (sum, count); one below 0 is so by rounding alone."""
-    return max(0.0, math.fsum(total for total, _ in sums.values()) / sum(count for _, count in sums.values()))
+def mean_of(sums: Iterable[tuple[float, int]]) -> float:
+    """Return the mean per position, given (sum, count) of every text."""
+    known = [*sums]
+    return math.fsum(total for total, _ in known) / sum(count for _, count in known)
+
+
+def mean_divergence(sums: Mapping[int, tuple[float, int]]) -> float:
+    """Return the mean per position, given text → (sum, count); a divergence below 0 is so by rounding alone."""
+    return max(0.0, mean_of(sums.values()))
 
 
 def answer_texts(

@@ -74,7 +74,8 @@ def ask(
     )
     with warnings_as_notes():
         order.check()
-        found = order.run(ProgressBars(), None if json else _Screen())
+        with _Screen() as screen:
+            found = order.run(ProgressBars(), None if json else screen)
     if json:
         print_json(found.model_dump(mode="json"))
         return
@@ -91,6 +92,18 @@ class _Screen:
         self._texts: dict[str, str] = {}
         self._live: Any = None
 
+    def __enter__(self) -> _Screen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        """Take away what is not finished, and give the terminal its cursor back."""
+        if self._live is not None:
+            self._live.stop()
+        self._live, self._texts = None, {}
+
     def writing(self, name: str, text: str) -> None:
         """Show what someone has written so far."""
         from rich.live import Live
@@ -105,9 +118,7 @@ class _Screen:
 
     def replied(self, asked: AskedPrompt) -> None:
         """Show a prompt with all replies, which stay."""
-        if self._live is not None:
-            self._live.stop()
-        self._live, self._texts = None, {}
+        self._stop()
         prompt = asked.prompt if isinstance(asked.prompt, str) else "\n".join(f"{role}: {text}" for role, text in asked.prompt)
         self._console.print(prompt.strip(), style="bold", markup=False)
         texts = {name: r.text.strip() + ("" if r.complete else " …") for name, r in asked.replies.items()}

@@ -17,8 +17,9 @@ from plait.cluster.workers import Job, Workers
 from plait.errors import OutputError
 from plait.evaluation.candidates import Candidate, described_candidate
 from plait.evaluation.loaded_base import LoadedBase, placement, with_stored_dtype, with_used_dtype
+from plait.evaluation.model_calls import StepListener
 from plait.evaluation.scores import adapter_digest, model_digest
-from plait.evaluation.scoring import StepListener, answer_examples
+from plait.evaluation.scoring import answer_examples
 from plait.evaluation.session import Ask
 from plait.hub.pretrained import LoadOptions
 from plait.results.progress import SilentProgress

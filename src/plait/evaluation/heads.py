@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from plait.errors import TaskError
-from plait.evaluation.model_calls import check_lengths, check_numbers, padded
+from plait.evaluation.model_calls import StepListener, check_lengths, check_numbers, padded
 from plait.tasks.asking import Pooling
 from plait.tasks.encoding import Question
-
-StepListener = Callable[[int], object]
 
 
 def _nobody(done: int) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from plait.errors import TaskError
 from plait.evaluation.heads import logits_of
-from plait.evaluation.model_calls import check_numbers
+from plait.evaluation.model_calls import StepListener, check_numbers
 from plait.hub.pretrained import refuse_failures
 from plait.notices import announce
 from plait.tasks.sounds import sample_count, samples, sound_rate
 
-StepListener = Callable[[int], object]
 _EXACT = ("Wav2Vec2FeatureExtractor", "WhisperFeatureExtractor")  # the first cuts nothing, the other what is known
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from plait.adapters.adapter import Adapter
+from plait.adapters.adapter import Adapter, with_folder
 from plait.checkpoints.files import find_weights, read_config
 from plait.checkpoints.quantization import quantization
 from plait.errors import PlaitError, TaskError
@@ -92,10 +92,9 @@ class LoadedBase:
         require("a model of sounds", {"audio": ["soundfile"]})
         return load_feature_extractor(self.base, trust_remote_code=self.options.trust_remote_code)
 
-    def place_of(self, name: str) -> str:
+    def with_folder(self, name: str) -> str:
         """Return a name, and where the adapter of that name is."""
-        folder = next((adapter.folder for adapter in self._adapters if adapter.name == name), None)
-        return name if folder is None else f"{name} ({folder})"
+        return with_folder(name, self._adapters)
 
     @contextmanager
     def model(self, folder: Path) -> Iterator[Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from plait.errors import TaskError
 from plait.libraries import transformers as library
 
+#: Called with how many were finished since it was last called.
+StepListener: TypeAlias = Callable[[int], object]
 _SHORTEN = "Leave them out, or let prompts lose their beginning with 'max_tokens' in the task."
 
 

@@ -13,7 +13,7 @@ from plait.evaluation.generation import generate
 from plait.evaluation.heads import head_outputs, text_vectors, word_labels
 from plait.evaluation.hearing import sound_outputs
 from plait.evaluation.likelihood import log_likelihoods
-from plait.evaluation.model_calls import vocabulary
+from plait.evaluation.model_calls import StepListener, vocabulary
 from plait.evaluation.vision import class_likeness, image_outputs
 from plait.tasks.answers import Answer
 from plait.tasks.asking import (
@@ -33,8 +33,6 @@ from plait.tasks.encoding import PromptEncoder, Question, encode_readings
 from plait.tasks.examples import Examples
 from plait.tasks.inputs import Example
 from plait.tasks.schema import Task
-
-StepListener = Callable[[int], object]
 
 
 def answer_examples(

@@ -12,11 +12,11 @@ import numpy as np
 from plait.adapters.adapter import Adapter
 from plait.evaluation.candidates import Candidate, base_candidate, single_candidate
 from plait.evaluation.loaded_base import LoadedBase
-from plait.evaluation.model_calls import BrokenOutputsError
+from plait.evaluation.model_calls import BrokenOutputsError, StepListener
 from plait.evaluation.record import Bounds, InterferenceMatrix, Sample, TaskResult
 from plait.evaluation.recovery import BootstrapDraws, PairedStatistics, central_interval, mean_and_worst, recovery, task_seed
 from plait.evaluation.scores import Answers, ScoreCache, adapter_digest, answers_digest, digest
-from plait.evaluation.scoring import StepListener, answer_examples
+from plait.evaluation.scoring import answer_examples
 from plait.evaluation.subsets import ChosenSubset
 from plait.recipes.evaluation import EvalSpec
 from plait.results.progress import Progress
@@ -308,7 +308,7 @@ class AnswerSession:
                     report=self._progress.advance,
                 )
             except BrokenOutputsError as error:
-                raise BrokenOutputsError(f"{self.live.place_of(ask.candidate.name)}: {error}") from None
+                raise BrokenOutputsError(f"{self.live.with_folder(ask.candidate.name)}: {error}") from None
             finally:
                 self._progress.finish()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,10 @@ from torch import Tensor
 
 from plait.errors import TaskError
 from plait.evaluation.heads import logits_of
-from plait.evaluation.model_calls import check_lengths, check_numbers
+from plait.evaluation.model_calls import StepListener, check_lengths, check_numbers
 from plait.hub.pretrained import refuse_failures
 from plait.libraries.transformers import features_of
 from plait.tasks.images import decoded
-
-StepListener = Callable[[int], object]
 
 
 def image_outputs(

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from plait.adapters.adapter import Adapter
+from plait.adapters.adapter import Adapter, with_folder
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import layer_key
 from plait.adapters.writing import OUTPUT_DTYPES
@@ -288,9 +288,9 @@ class Mixture:
         with self._suspended(), self._acting(Arrangement(factors.layers, swaps), self._state.now):
             yield self.model
 
-    def folder_of(self, name: str) -> Path:
-        """Return where an adapter is."""
-        return next(adapter.folder for adapter in self._adapters if adapter.name == name)
+    def with_folder(self, name: str) -> str:
+        """Return a name, and where the adapter of that name is."""
+        return with_folder(name, self._adapters)
 
     def columns(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,7 +13,7 @@ from pydantic import Field
 from torch import nn
 
 from plait.calibration.search import LEAST_DIVERGENCE
-from plait.calibration.teachers import mean_of
+from plait.calibration.teachers import mean_divergence, mean_of
 from plait.errors import PlanError
 from plait.mixture import Mixture
 from plait.recipes.tuning import TuneSpec
@@ -171,15 +170,14 @@ def evaluate_held_out(
         acting = partial(learner.acting, lesson.adapter if lesson.head else None)
         with torch.no_grad(), acting() as model:
             sums = lesson.divergences(model, held)
-        found[lesson.task] = mean_of(sums)
-        nothing, all_of_it = max(taught.base[lesson.task], LEAST_DIVERGENCE), 0.0
+        found[lesson.task] = mean = mean_divergence(sums)
+        base = gain = max(taught.base[lesson.task], LEAST_DIVERGENCE)
         if spec.judge == "loss":
-            nothing, all_of_it = taught.judged.base[lesson.task], taught.judged.own[lesson.task]
             sums = text_losses(lesson, acting, OBJECTIVES[spec.objective], spec, held)
-        gain = max(nothing - all_of_it, spec.regret_eps) if spec.judge == "loss" else nothing
-        texts[lesson.task] = tuple(((nothing - total / count) / gain, count) for total, count in (sums[i] for i in held))
-        mean = mean_loss(sums, held) if spec.judge == "loss" else found[lesson.task]
-        kept[lesson.task] = (nothing - mean) / gain
+            base, mean = taught.judged.base[lesson.task], mean_loss(sums, held)
+            gain = max(base - taught.judged.own[lesson.task], spec.regret_eps)
+        texts[lesson.task] = tuple(((base - total / count) / gain, count) for total, count in (sums[i] for i in held))
+        kept[lesson.task] = (base - mean) / gain
     shares = [found[x.task] / max(taught.base[x.task], LEAST_DIVERGENCE) for x in taught.lessons]
     share = sum(shares) / len(shares)
     score = selection_score(kept, spec.criterion, earlier)
@@ -188,4 +186,4 @@ def evaluate_held_out(
 
 def mean_loss(losses: Mapping[int, tuple[float, int]], texts: Sequence[int]) -> float:
     """Return the mean per position of some texts' losses, given text → (sum, count)."""
-    return math.fsum(losses[i][0] for i in texts) / sum(losses[i][1] for i in texts)
+    return mean_of(losses[i] for i in texts)
