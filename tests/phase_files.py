@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.command_line import exit_code
-from tests.language_models import write_task
+from tests.language_models import save_model, write_task
 
 SPLITS = {"train": "test.jsonl", "test": "test.jsonl"}
 PHASES = """\
@@ -30,6 +31,19 @@ def lay_out(folder: Path, model: Path) -> None:
     for task in ("sort", "rate"):
         write_task(folder, task, splits=SPLITS)
     (folder / "phases.yaml").write_text(PHASES)
+
+
+@pytest.fixture(scope="session")
+def phase_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("phases") / "base")
+
+
+@pytest.fixture
+def phases(tmp_path: Path, phase_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Lay out phases in the working directory, and return it."""
+    lay_out(tmp_path, phase_model)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def rewrite(*changes: tuple[str, str]) -> None:

@@ -1,3 +1,4 @@
 """Fixtures of commands that are run as their users run them."""
 
+from tests.phase_files import phase_model, phases  # noqa: F401
 from tests.ray_nodes import losing, nodes  # noqa: F401

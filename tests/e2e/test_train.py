@@ -15,26 +15,14 @@ import plait
 from plait.notices import PlaitWarning
 from plait.training import cohort
 from plait.training.phases import phase_seed
-from tests.language_models import WORDS, label, save_model, tokenizer, write_task
-from tests.phase_files import CHECKPOINTS, SPLITS, command, lay_out, rewrite, states, tensors
+from tests.language_models import WORDS, label, tokenizer, write_task
+from tests.phase_files import CHECKPOINTS, SPLITS, command, rewrite, states, tensors
 from tests.warm import killed_at_a_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model") / "base")
-
-
-@pytest.fixture
-def place(tmp_path, model, monkeypatch):
-    lay_out(tmp_path, model)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_from_data_to_report(place):
+def test_from_data_to_report(phases):
     rewrite(("max_steps: 10", "max_steps: 40"), ("base_model: base", "base_model: base\nbase_name: org/tiny"))
     result = plait.train("phases.yaml", out="out", matrix=True)
     assert result.ok
@@ -72,7 +60,7 @@ def test_from_data_to_report(place):
     assert sorted(p.name for p in Path("out/phases/sort").iterdir()) == ["adapter", "job.json", "training.json"]
 
 
-def test_phases_begin_with_matrices_of_their_own(place):
+def test_phases_begin_with_matrices_of_their_own(phases):
     """With a learning rate of 0 what is saved is the beginning: B is 0, and A is the seed's."""
     rewrite(("learning_rate: 1e-2", "learning_rate: 0.0"), ("max_steps: 10", "max_steps: 1"))
     plait.train("phases.yaml", out="own")
@@ -90,7 +78,7 @@ def test_phases_begin_with_matrices_of_their_own(place):
     assert phase_seed(0, "sort") != phase_seed(0, "rate")
 
 
-def test_what_is_done_is_found(place):
+def test_what_is_done_is_found(phases):
     first = plait.train("phases.yaml", out="out")
     before = {p: p.stat().st_mtime_ns for p in Path("out/phases").rglob("*") if p.is_file()}
     merged = Path("out/merged/adapter_model.safetensors").stat().st_mtime_ns
@@ -110,7 +98,7 @@ def test_what_is_done_is_found(place):
     assert third.evaluation.tasks == first.evaluation.tasks
 
 
-def test_other_settings_put_an_adapter_aside_and_find_it_again(place):
+def test_other_settings_put_an_adapter_aside_and_find_it_again(phases):
     plait.train("phases.yaml", out="out")
     wanted = tensors("out", "sort")
     rewrite(("[sort.yaml,", "[{task: sort.yaml, arguments: {max_steps: 2}},"))
@@ -124,7 +112,7 @@ def test_other_settings_put_an_adapter_aside_and_find_it_again(place):
     assert all(torch.equal(tensors("out", "sort")[key], tensor) for key, tensor in wanted.items())
 
 
-def test_killed_and_run_again(place):
+def test_killed_and_run_again(phases):
     """Killed in the first phase, then in the second; the end is that of a run that nobody disturbed."""
     rewrite(CHECKPOINTS, ("max_steps: 10", "max_steps: 20"), ("dropout: 0,", "dropout: 0.1,"))
     for watched in ("sort", "rate"):
@@ -141,7 +129,7 @@ def test_killed_and_run_again(place):
     assert ended.evaluation.tasks == calm.evaluation.tasks
 
 
-def test_a_phase_that_fails_does_not_stop_the_others(place, capsys):
+def test_a_phase_that_fails_does_not_stop_the_others(phases, capsys):
     rewrite(("[sort.yaml,", "[{task: sort.yaml, arguments: {max_length: 2}},"))
     code, out, message = command(capsys, "phases.yaml", "-o", "out", "--json")
     assert code == 1
@@ -158,7 +146,7 @@ def test_a_phase_that_fails_does_not_stop_the_others(place, capsys):
     assert "worst (" in out
 
 
-def test_one_phase_only(place, capsys):
+def test_one_phase_only(phases, capsys):
     code, _, message = command(capsys, "phases.yaml", "-o", "out", "--only", "rate", "--set", "seed=0")
     assert code == 0
     assert (
@@ -175,7 +163,7 @@ def test_one_phase_only(place, capsys):
     assert json.loads(Path("out/train.json").read_text())["report"] == "report.html"
 
 
-def test_stopped_by_hand(place, monkeypatch, capsys):
+def test_stopped_by_hand(phases, monkeypatch, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
@@ -186,7 +174,7 @@ def test_stopped_by_hand(place, monkeypatch, capsys):
     assert "the same command continues with the others." in " ".join(message.split())
 
 
-def test_rslora_and_dora(place):
+def test_rslora_and_dora(phases):
     rewrite(("{r: 4,", "{r: 4, rslora: true, dora: true,"), ("{name: ties, space: core, density: 0.5}", "linear"))
     result = plait.train("phases.yaml", out="out")
     assert result.ok

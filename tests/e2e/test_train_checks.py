@@ -19,24 +19,12 @@ from plait.training.phases import phase_seed
 from plait.training.preflight import resolve_phases
 from plait.training.reading import read_phases
 from tests.language_models import save_model
-from tests.phase_files import CHECKPOINTS, PHASES, command, lay_out, rewrite
+from tests.phase_files import CHECKPOINTS, PHASES, command, rewrite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model") / "base")
-
-
-@pytest.fixture
-def place(tmp_path, model, monkeypatch):
-    lay_out(tmp_path, model)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_what_would_happen(place, capsys):
+def test_what_would_happen(phases, capsys):
     Path("base").unlink()
     save_model(Path("base"))
     code, out, _ = command(capsys, "phases.yaml", "--dry-run", "--json", "--set", "arguments.num_train_epochs=2",
@@ -62,8 +50,8 @@ def lora_of(base: str, r: int) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(get_peft_model(model, LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM")))
 
 
-def test_what_is_wrong_is_said_before_anything_is_trained(place, capsys):
-    (place / "rows.jsonl").write_text('{"nothing": 1}\n')
+def test_what_is_wrong_is_said_before_anything_is_trained(phases, capsys):
+    (phases / "rows.jsonl").write_text('{"nothing": 1}\n')
     text = PHASES.replace("phases: [sort.yaml, rate.yaml]", """\
 phases:
   - {task: sort.yaml, arguments: {learning_rat: 1}}
@@ -90,7 +78,7 @@ phases:
         plait.train("phases.yaml", out="out", workers=0)
 
 
-def test_what_is_in_the_way_is_said_before_anything_is_trained(place, capsys):
+def test_what_is_in_the_way_is_said_before_anything_is_trained(phases, capsys):
     Path("out/merged").mkdir(parents=True)
     Path("out/merged/mine.txt").write_text("mine")
     for words in ([], ["--dry-run"]):
@@ -100,11 +88,11 @@ def test_what_is_in_the_way_is_said_before_anything_is_trained(place, capsys):
     assert not Path("out/phases").exists()
 
 
-def test_a_template_is_tried_before_anything_is_trained(place, capsys):
+def test_a_template_is_tried_before_anything_is_trained(phases, capsys):
     Path("chat.jinja").write_text("{{ raise_exception('not this') }}")
     Path("chats.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
     rewrite(("rate.yaml]", "{name: chats, data: chats.jsonl, arguments: {chat_template_path: chat.jinja}}]"))
-    (place / "elsewhere").mkdir()
+    (phases / "elsewhere").mkdir()
     os.chdir("elsewhere")
     code, _, message = command(capsys, "../phases.yaml", "-o", "out")
     assert code == 2
@@ -114,7 +102,7 @@ def test_a_template_is_tried_before_anything_is_trained(place, capsys):
 
 
 @pytest.mark.parametrize(("workers", "enough"), [(None, True), (2, False)])
-def test_checkpoints_need_room_only_while_their_phase_is_trained(place, monkeypatch, workers, enough):
+def test_checkpoints_need_room_only_while_their_phase_is_trained(phases, monkeypatch, workers, enough):
     rewrite(CHECKPOINTS)
     phases = resolve_phases(read_phases("phases.yaml", out=Path("out")))
     found = cohort.estimate(phases[0], Path("out"), examples=24)

@@ -20,23 +20,10 @@ import plait
 from plait.errors import OutputError
 from plait.results.progress import SilentProgress
 from plait.training import processes
-from tests.language_models import save_model
-from tests.phase_files import CHECKPOINTS, command, lay_out, rewrite, states, tensors
+from tests.phase_files import CHECKPOINTS, command, rewrite, states, tensors
 from tests.warm import PLAIT, check_killed, run_forked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model") / "base")
-
-
-@pytest.fixture
-def place(tmp_path, model, monkeypatch):
-    lay_out(tmp_path, model)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 class Killer(SilentProgress):
@@ -74,7 +61,7 @@ class Part(SilentProgress):
             self._killer.message[self._name] = stage
 
 
-def test_side_by_side_is_as_in_turn(place, monkeypatch):
+def test_side_by_side_is_as_in_turn(phases, monkeypatch):
     rewrite(("[sort.yaml,", "[{task: sort.yaml, arguments: {max_steps: 100000}},"))  # it does not end before it is killed
     with monkeypatch.context() as patch:
         result = plait.train("phases.yaml", out="killed", workers=2, progress=(killer := Killer("sort", patch)))
@@ -124,7 +111,7 @@ main()
 """
 
 
-def test_workers_leave_with_their_parent(place):
+def test_workers_leave_with_their_parent(phases):
     rewrite(("max_steps: 10", "max_steps: 100000"))
     workers = []
 
@@ -152,13 +139,13 @@ if "plait.training.worker" in sys.orig_argv:
 """
 
 
-def test_sigterm_ends_the_worker_too_and_the_same_command_continues(place, capsys):
+def test_sigterm_ends_the_worker_too_and_the_same_command_continues(phases, capsys):
     rewrite(CHECKPOINTS)
-    (place / "held").mkdir()
-    (place / "held" / "sitecustomize.py").write_text(HELD_WORKERS)
+    (phases / "held").mkdir()
+    (phases / "held" / "sitecustomize.py").write_text(HELD_WORKERS)
     words = ["phases.yaml", "-o", "out", "--only", "sort"]
     program = f"import os, pathlib; pathlib.Path('pid').write_text(str(os.getpid()))\n{PLAIT}"
-    environment = {**os.environ, "PYTHONPATH": str(place / "held")}
+    environment = {**os.environ, "PYTHONPATH": str(phases / "held")}
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(run_forked, program, "train", *words, "--workers", "2", environment=environment)
         while not Path("out/phases/sort/checkpoint-1/trainer_state.json").exists():
