@@ -23,7 +23,7 @@ LIBRARY_TESTS := $(addprefix tests/,$(addsuffix .py, \
   e2e/test_live_merge e2e/test_lm_eval e2e/test_mixture_peft e2e/test_parity e2e/test_peft_round_trip e2e/test_push \
   e2e/test_sweep e2e/test_sweep_again unit/test_libraries_accelerate unit/test_libraries_huggingface_hub \
   unit/test_libraries_optuna unit/test_libraries_peft unit/test_libraries_transformers unit/test_likelihood \
-  unit/test_likelihood_reads unit/test_mixture unit/test_packing unit/test_public_surface unit/test_recipe_messages \
+  unit/test_likelihood_reads unit/test_mixture unit/test_notebook unit/test_packing unit/test_public_surface unit/test_recipe_messages \
   unit/test_recipe_overrides unit/test_recipe_writing unit/test_recipes unit/test_report_runs unit/test_reports \
   unit/test_tasks unit/test_training_data))
 TRAINING_TESTS := $(addprefix tests/,$(addsuffix .py, \
@@ -73,7 +73,7 @@ test-oldest:
 	$(VENV)-oldest/bin/python -m pytest -n auto -W default $(TRAINING_TESTS)
 
 comma := ,
-WITHOUT_TRAINING := audio,data,eval,lm-eval,parity,report,sweep,test,vision
+WITHOUT_TRAINING := audio,data,eval,lm-eval,notebook,parity,report,sweep,test,vision
 installed = $(VENV)-$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-$(1)/constraints.txt
 
 check: $(VENV)/.dev

@@ -24,6 +24,7 @@ _HOME = {
     "MergePlan": "plait.merging.plan",
     "MergeResult": "plait.merging.pipeline",
     "MissingPackageError": "plait.errors",
+    "NotebookProgress": "plait.results.notebook_progress",
     "OutputError": "plait.errors",
     "PlaitError": "plait.errors",
     "PlanError": "plait.errors",
@@ -71,6 +72,7 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
     "MergePlan",
     "MergeResult",
     "MissingPackageError",
+    "NotebookProgress",
     "OutputError",
     "PlaitError",
     "PlanError",
@@ -146,6 +148,7 @@ if TYPE_CHECKING:
     from plait.methods import METHODS
     from plait.recipes.loading import load_recipe
     from plait.recipes.schema import Recipe
+    from plait.results.notebook_progress import NotebookProgress
     from plait.spaces import SPACES
 
 

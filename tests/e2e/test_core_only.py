@@ -198,7 +198,7 @@ def _texts(node: ast.AST) -> list[str]:
     return [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
 
 
-NAMED_OTHERWISE = {"grpc": frozenset({"grpcio"})}
+NAMED_OTHERWISE = {"grpc": frozenset({"grpcio"}), "IPython": frozenset({"ipython"})}
 
 
 def test_an_extra_brings_what_is_said_of_it():

@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "plait"
 ORDER = [
     {"errors", "notices", "records", "version"},
     {"extras", "plugins"},
+    {"views"},
     {"folders", "libraries", "linalg", "parsing"},
     {"tensorfiles"},
     {"hub"},

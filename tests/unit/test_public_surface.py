@@ -18,10 +18,11 @@ def run(code: str) -> str:
 def test_the_public_names() -> None:
     assert plait.__all__ == [
         "METHODS", "SPACES", "Adapter", "AdapterError", "AddressError", "Evaluation", "Inspection", "LowRank", "MergePlan",
-        "MergeResult", "MissingPackageError", "OutputError", "PlaitError", "PlanError", "Recipe", "RecipeError", "ReportError",
-        "Session", "TaskError", "ask", "bake", "calibrate", "check_tasks", "compress", "convert", "evaluate", "evaluator",
-        "extract", "inspect", "load_recipe", "merge", "migrate_recipe", "plan", "plan_bake", "push", "report", "save_moments",
-        "sft", "sweep", "sweep_status", "train", "tune", "unbake", "verify", "__version__",
+        "MergeResult", "MissingPackageError", "NotebookProgress", "OutputError", "PlaitError", "PlanError", "Recipe",
+        "RecipeError", "ReportError", "Session", "TaskError", "ask", "bake", "calibrate", "check_tasks", "compress",
+        "convert", "evaluate", "evaluator", "extract", "inspect", "load_recipe", "merge", "migrate_recipe", "plan",
+        "plan_bake", "push", "report", "save_moments", "sft", "sweep", "sweep_status", "train", "tune", "unbake", "verify",
+        "__version__",
     ]  # fmt: skip
     for name in plait.__all__:
         assert getattr(plait, name) is not None

@@ -31,6 +31,7 @@ from plait.notices import announce
 from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json
+from plait.records import ShortRepr
 from plait.results.digests import sha256
 from plait.results.disk import check_not_an_input, check_space, writing
 from plait.results.lock import LOCK, locked_input, new_lock, output_digests
@@ -42,8 +43,8 @@ from plait.results.versions import library_versions
 from plait.version import __version__
 
 
-@dataclass(frozen=True)
-class CalibrateResult:
+@dataclass(frozen=True, repr=False)
+class CalibrateResult(ShortRepr):
     """A finished calibration.
 
     Attributes:

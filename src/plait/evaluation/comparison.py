@@ -17,6 +17,7 @@ from plait.recipes.schema import Recipe
 from plait.records import Record
 from plait.results.progress import Progress
 from plait.version import __version__
+from plait.views import Viewed
 
 
 class LeaderboardEntry(Record):
@@ -49,7 +50,7 @@ class LeaderboardEntry(Record):
     metric: dict[str, float]
 
 
-class Leaderboard(Record):
+class Leaderboard(Viewed, Record):
     """A leaderboard: the largest worst recovery first, ties by the mean.
 
     Attributes:

@@ -12,6 +12,7 @@ from pydantic import Field
 from plait.recipes.evaluation import SplitName, Subset
 from plait.records import Record
 from plait.results.older_keys import RESULTS, OlderKeysDropped, keys_of
+from plait.views import Viewed
 
 EVALUATION_VERSION = 1
 CandidateKind = Literal["merge", "adapter", "model"]
@@ -128,7 +129,7 @@ class SingleAdapter(Record):
     sha256: str
 
 
-class Evaluation(OlderKeysDropped):
+class Evaluation(Viewed, OlderKeysDropped):
     """What one merge, adapter or model kept.
 
     Attributes:

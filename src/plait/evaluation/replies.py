@@ -27,6 +27,7 @@ from plait.tasks.inputs import Messages
 from plait.tasks.kinds.generation import Generation
 from plait.tasks.rows import read_file
 from plait.version import __version__
+from plait.views import Viewed
 
 Prompted: TypeAlias = str | Messages
 
@@ -81,7 +82,7 @@ class AskedPrompt(Record):
     replies: dict[str, Reply]
 
 
-class AskResult(Record):
+class AskResult(Viewed, Record):
     """What was written to some prompts.
 
     Attributes:

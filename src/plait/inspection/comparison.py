@@ -14,6 +14,7 @@ from plait.errors import join_words
 from plait.inspection.geometry import EntrySums, PairwiseMeasures, SymmetricMatrix
 from plait.inspection.wording import below_diagonal, norm_text, span
 from plait.records import Record
+from plait.views import Viewed
 
 COLLAPSED = 0.9  # overlap of the A row spaces above which adapters count as one initialization
 SEPARATE = 0.5  # and below which as independent ones
@@ -66,7 +67,7 @@ class SharedInit(Record):
     words: str
 
 
-class AdapterComparison(Record):
+class AdapterComparison(Viewed, Record):
     """The adapters side by side, over all target modules whose shapes agree; a module an adapter lacks is a zero delta.
 
     Attributes:

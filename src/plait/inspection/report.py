@@ -24,6 +24,7 @@ from plait.inspection.geometry import PairwiseMeasures, Spectra, layer_name, mea
 from plait.records import Record
 from plait.results.progress import Progress, SilentProgress
 from plait.results.threads import worker_count
+from plait.views import Viewed
 
 _LONGEST_TEXT = 200  # letters of a text of a header
 
@@ -156,7 +157,7 @@ class AdapterReport(Record):
     warnings: tuple[str, ...]
 
 
-class Inspection(Record):
+class Inspection(Viewed, Record):
     """Everything known of some adapters.
 
     Attributes:

@@ -37,12 +37,13 @@ from plait.results.staging import checking_output, staged
 from plait.results.threads import worker_count
 from plait.tensorfiles.writer import TensorWriter
 from plait.version import __version__
+from plait.views import Viewed
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, repr=False)
-class MergeResult(ShortRepr):
+class MergeResult(Viewed, ShortRepr):
     """A finished merge.
 
     Attributes:

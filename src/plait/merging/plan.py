@@ -23,6 +23,7 @@ from plait.recipes.schema import Recipe
 from plait.records import Record
 from plait.results.records import Result
 from plait.stages.pipeline import Pipeline
+from plait.views import Viewed
 
 DENSE_RANK_CAP = 256  # `auto` rank of a result that has no low rank of its own
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -56,7 +57,7 @@ class ModulePlan(Record):
     result: Result
 
 
-class MergePlan(Record):
+class MergePlan(Viewed, Record):
     """What a merge will do.
 
     Attributes:

@@ -25,11 +25,12 @@ from plait.results.lock import (
 )
 from plait.results.older_keys import OlderKeysDropped, keys_of, with_older_keys
 from plait.results.records import ModuleRecord, Result, write_json
+from plait.views import Viewed
 
 _HASHED_AT_ONCE = 4
 
 
-class RunRecord(OlderKeysDropped):
+class RunRecord(Viewed, OlderKeysDropped):
     """What a merge did. Everything in it is a function of the recipe and the inputs, but for `seconds` and `finished`.
 
     Attributes:

@@ -10,6 +10,7 @@ from plait.adapters.names import LayerKey, layer_key
 from plait.evaluation.comparison import Leaderboard
 from plait.evaluation.record import Bounds, Evaluation, TaskResult
 from plait.inspection.comparison import AdapterComparison
+from plait.merging.plan import MergePlan
 from plait.merging.record import RunRecord
 from plait.records import Record
 from plait.reports.colors import Color, css, diverging, sequential, text_color
@@ -254,8 +255,7 @@ def energy_map(record: RunRecord) -> HeatMap:
         kept, total = found.setdefault(kind, {}).get(layer_key(m.target), (0.0, 0.0))
         energy = m.energy or 0.0
         found[kind][layer_key(m.target)] = (kept + m.kept * energy, total + energy)
-    keys = sorted({key for places in found.values() for key in places if key is not None})
-    columns: list[LayerKey | None] = [*keys, *([None] if any(None in places for places in found.values()) else [])]
+    columns = _layers({key for places in found.values() for key in places})
     rows = [(kind, [_ratio(places.get(key)) for key in columns]) for kind, places in found.items()]
     lowest = min((v for _, values in rows for v in values if v is not None), default=0.0)
     low = min(lowest, 1 - _LEAST_SPAN)
@@ -269,6 +269,32 @@ def energy_map(record: RunRecord) -> HeatMap:
         lambda v: sequential((1 - v) / (1 - low)),
         _finely,
     )
+
+
+def rank_map(plan: MergePlan) -> HeatMap:
+    """Return the ranks that a merge will have, by kind of module and layer: the largest of those in one place."""
+    found: dict[str, dict[LayerKey | None, int]] = {}
+    for m in plan.modules:
+        places = found.setdefault(m.target.rpartition(".")[2], {})
+        key, rank = layer_key(m.target), m.exact_rank if m.rank is None else m.rank
+        places[key] = max(rank, places.get(key, 0))
+    keys = _layers({key for places in found.values() for key in places})
+    largest = max((rank for places in found.values() for rank in places.values()), default=1) or 1
+    return _scaled(
+        "Rank",
+        "Of the written factors; where an energy decides it at run time, or for a dense merge, that at which nothing is lost.",
+        tuple("–" if key is None else str(key) for key in keys),
+        [(kind, [places.get(key) for key in keys]) for kind, places in found.items()],
+        (0.0, largest / 2, float(largest)),
+        lambda v: sequential(v / largest),
+        lambda v: f"{v:g}",
+    )
+
+
+def _layers(keys: set[LayerKey | None]) -> list[LayerKey | None]:
+    """Return layers in order, and modules outside of layers after them."""
+    known: list[LayerKey | None] = [*sorted(key for key in keys if key is not None)]
+    return [*known, None] if None in keys else known
 
 
 def _ratio(sums: tuple[float, float] | None) -> float | None:

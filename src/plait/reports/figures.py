@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Draw = Callable[["Figure"], None]
+
 FIGURE_FORMATS = ("svg", "png")
-_STYLE = {"font.size": 9, "svg.hashsalt": "plait", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
-_RECOVERY = "recovery: (merged − base) / (own adapter − base), 95 % interval"
+STYLE = {"font.size": 9, "svg.hashsalt": "plait", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
+RECOVERY = "recovery: (merged − base) / (own adapter − base), 95 % interval"
 _LAYERS = ("cosine", "sign_conflict", "overlap_a", "overlap_b")
 
 
@@ -58,7 +60,7 @@ def write_figures(report: Report, folder: Path, *, force: bool) -> list[Path]:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with held(folder), TemporaryDirectory(dir=folder, prefix=".plait-") as place, mpl.rc_context(_STYLE):  # type: ignore[arg-type]
+        with held(folder), TemporaryDirectory(dir=folder, prefix=".plait-") as place, mpl.rc_context(STYLE):  # type: ignore[arg-type]
             if not force and (problem := figures_problem(report, folder)):
                 raise OutputError(problem)
             drawn = list(_drawn(report, Path(place)))
@@ -85,23 +87,72 @@ def _drawn(report: Report, place: Path) -> Iterator[Path]:
             yield path
 
 
-def _drawings(report: Report) -> Iterator[tuple[str, Callable[[Figure], None]]]:
+def _drawings(report: Report) -> Iterator[tuple[str, Draw]]:
     if report.evaluations:
         first = report.evaluations[0]
-        yield "recovery", lambda figure: _bars(figure, task_recoveries(first.tasks), _RECOVERY)
+        yield "recovery", bars_of(task_recoveries(first.tasks), RECOVERY)
         if (found := interference_map(first)) is not None:
             yield "interference", lambda figure: _table(figure, found)
     if (board := report.comparison) is not None:
-        yield "leaderboard", lambda figure: _bars(figure, leaderboard_recoveries(board), f"worst {_RECOVERY}")
+        yield "leaderboard", bars_of(leaderboard_recoveries(board), f"worst {RECOVERY}")
     if report.weights is not None and not report.weights.constant:
         weights = weight_map(report.weights)
-        yield "weights", lambda figure: _strips(figure, weights)
+        yield "weights", maps_of([weights])
     if report.conflict is not None:
         for name, table in zip(_LAYERS, layer_maps(report.conflict), strict=True):
-            yield f"layers_{name}", lambda figure, table=table: _strips(figure, table)  # type: ignore[misc]
+            yield f"layers_{name}", maps_of([table])
     for index, merge in enumerate(m for m in report.merges if m.result == "truncated"):
         energy = energy_map(merge)
-        yield f"energy{f'_{index + 1}' if index else ''}", lambda figure, energy=energy: _strips(figure, energy)  # type: ignore[misc]
+        yield f"energy{f'_{index + 1}' if index else ''}", maps_of([energy])
+
+
+def bars_of(found: Sequence[ChartRecovery], label: str) -> Draw:
+    """Return what draws recoveries as bars."""
+    return lambda figure: _bars(figure, found, label)
+
+
+def maps_of(tables: Sequence[HeatMap]) -> Draw:
+    """Return what draws maps over layers below each other."""
+
+    def draw(figure: Figure) -> None:
+        figure.set_size_inches(7.0, sum(1.0 + 0.26 * len(table.rows) for table in tables))
+        for axes, table in zip(figure.subplots(len(tables), squeeze=False)[:, 0], tables, strict=True):
+            _strip(axes, table)
+
+    return draw
+
+
+def curves_of(curves: Mapping[str, Sequence[tuple[float | str, float]]], across: str, up: str) -> Draw:
+    """Return what draws named lines over steps or layers."""
+
+    def draw(figure: Figure) -> None:
+        figure.set_size_inches(6.0, 3.2)
+        axes: Axes = figure.subplots()
+        for name, points in curves.items():
+            axes.plot(*zip(*points, strict=True), marker=".", label=name.lstrip("_"))
+        axes.set(xlabel=across, ylabel=up)
+        axes.legend(frameon=False)
+
+    return draw
+
+
+def dots_of(dots: Sequence[tuple[float, float, bool]], across: str, up: str) -> Draw:
+    """Return what draws dots, filled where the third value says so, and the best of the filled ones so far."""
+
+    def draw(figure: Figure) -> None:
+        figure.set_size_inches(6.0, 3.2)
+        axes: Axes = figure.subplots()
+        color, best = css(diverging(1.0)), list[tuple[float, float]]()
+        for x, y, filled in dots:
+            axes.plot(x, y, "o", color=color, fillstyle="full" if filled else "none")
+            if filled:
+                best.append((x, max(y, best[-1][1] if best else y)))
+        if best:
+            axes.step(*zip(*best, strict=True), where="post", color=css(diverging(-1.0)), label="best so far")
+            axes.legend(frameon=False)
+        axes.set(xlabel=across, ylabel=up)
+
+    return draw
 
 
 def _bars(figure: Figure, found: Sequence[ChartRecovery], label: str) -> None:
@@ -131,10 +182,8 @@ def _table(figure: Figure, table: HeatMap) -> None:
     _finish(axes, table)
 
 
-def _strips(figure: Figure, table: HeatMap) -> None:
-    rows, columns = len(table.rows), len(table.columns)
-    figure.set_size_inches(7.0, 1.0 + 0.26 * rows)
-    axes: Axes = figure.subplots()
+def _strip(axes: Axes, table: HeatMap) -> None:
+    columns = len(table.columns)
     for y, (_, cells) in enumerate(table.rows):
         for x, cell in enumerate(cells):
             axes.add_patch(_square(x, y, cell))

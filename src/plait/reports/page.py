@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plait.recipes.writing import to_yaml
 from plait.reports.charts import (
@@ -24,6 +24,9 @@ from plait.reports.studies import study_panels
 from plait.reports.verdict import certainty, leaderboard_position, verdict
 from plait.results.public import place_name, public_values
 
+if TYPE_CHECKING:
+    import jinja2
+
 
 def render(report: Report, *, title: str) -> str:
     """Return the page.
@@ -32,12 +35,23 @@ def render(report: Report, *, title: str) -> str:
         report: what to show.
         title: of the page.
     """
+    return template("report.html.j2").render(title=title, report=report, **_parts(report))
+
+
+def template(name: str) -> jinja2.Template:
+    """Return a template of a page, or of a part of one; every text that it shows is escaped."""
     import jinja2
 
-    source = files("plait.reports").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    folder = files("plait.reports").joinpath("templates")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda file: folder.joinpath(file).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"number": show_number, "share": show_share, "interval": show_interval, "place": place_name}
-    return environment.from_string(source).render(title=title, report=report, **_parts(report))
+    return environment.get_template(name)
 
 
 def _parts(report: Report) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from plait.libraries.optuna import without_password
 from plait.merging.pipeline import run_recipe
 from plait.recipes.schema import Recipe
 from plait.recipes.writing import recipe_json, to_yaml
+from plait.records import ShortRepr
 from plait.results.older_keys import study_with_older_keys
 from plait.results.writing import write_json_atomic, write_text_atomic
 from plait.search.record import STUDY, Difference, Final, Run, StudyRecord
@@ -23,10 +24,11 @@ from plait.search.request import RECIPE, Sweep
 from plait.search.selection import front, ranked
 from plait.search.study import Study
 from plait.version import __version__
+from plait.views import Viewed
 
 
-@dataclass(frozen=True)
-class SweepResult:
+@dataclass(frozen=True, repr=False)
+class SweepResult(Viewed, ShortRepr):
     """A search that has ended.
 
     Attributes:

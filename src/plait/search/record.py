@@ -17,6 +17,7 @@ from plait.parsing import is_there, read_record
 from plait.recipes.search import SearchSpec
 from plait.records import Record
 from plait.results.older_keys import FINAL_KEYS, OUTCOME_KEYS, SWEEP, OlderKeysDropped, drop_older_params, keys_of
+from plait.views import Viewed
 
 STUDY, STUDY_VERSION = "study.json", 1
 Phase = Literal["start", "zero", "point", "warm_start", "search"]
@@ -140,7 +141,7 @@ class Final(OlderKeysDropped):
     run: str
 
 
-class StudyRecord(OlderKeysDropped):
+class StudyRecord(Viewed, OlderKeysDropped):
     """A search from its beginning to its end.
 
     Attributes:

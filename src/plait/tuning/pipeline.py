@@ -28,6 +28,7 @@ from plait.mixture import Mixture
 from plait.recipes.naming import naming_its_file
 from plait.recipes.schema import Recipe
 from plait.recipes.tuning import TuneSpec
+from plait.records import ShortRepr
 from plait.results.disk import check_not_an_input
 from plait.results.lock import LOCK, RUN_RECORD, Lock, locked_input
 from plait.results.older_keys import with_older_keys
@@ -59,6 +60,7 @@ from plait.tuning.working import WorkingState, alone
 from plait.tuning.writing import LearnedMerge, with_deltas, write_learned
 from plait.verification.inputs import FoundInput
 from plait.version import __version__
+from plait.views import Viewed
 
 _FRESH_RATE = 2e-3  # at which a fresh LoRA learns best: a control at the rate of a merge would be weaker than it is
 _HELD_MOST = 24  # texts of a task that are held out, at most
@@ -81,8 +83,8 @@ class TuneOptions:
     workers: int | None = None
 
 
-@dataclass(frozen=True)
-class TuneResult:
+@dataclass(frozen=True, repr=False)
+class TuneResult(Viewed, ShortRepr):
     """A finished tuning.
 
     Attributes:

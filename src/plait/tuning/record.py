@@ -8,6 +8,7 @@ from plait.calibration.record import TextsOrigin
 from plait.records import Record
 from plait.tuning.coefficients import LearnedCoefficients
 from plait.tuning.held_out import HeldOutScore
+from plait.views import Viewed
 
 TUNING = "tuning.json"
 
@@ -38,7 +39,7 @@ class Control(Record):
     losses: tuple[float, ...]
 
 
-class TuneRecord(Record):
+class TuneRecord(Viewed, Record):
     """What was done.
 
     Attributes:
