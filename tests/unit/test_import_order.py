@@ -10,7 +10,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[2] / "src" / "plait"
 # from the bottom up; names on one line do not import each other
 ORDER = [
-    {"errors", "notices", "records", "version"},
+    {"deferred", "errors", "notices", "records", "version"},
     {"extras", "plugins"},
     {"views"},
     {"folders", "libraries", "linalg", "parsing"},

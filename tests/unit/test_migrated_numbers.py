@@ -19,7 +19,10 @@ from tests.recipe_texts import quietly
 
 def merged(recipe, x: torch.Tensor, module: str = "model.layers.3.self_attn.q_proj") -> torch.Tensor:
     """Merge the deltas x (T, p, q) of one module by a recipe, in one block."""
-    pipeline, weights = pipeline_of(recipe), module_weights(recipe, module, towers_of([module]))
+    pipeline, weights = (
+        pipeline_of(recipe),
+        torch.tensor(module_weights(recipe, module, towers_of([module])), dtype=torch.float64),
+    )
     if isinstance(pipeline.combine, LinearCombine):
         weights = pipeline.combine.coefficients(weights, module)
     if isinstance(pipeline.combine, GramCombine):

@@ -8,9 +8,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from plait.adapters.config import AdapterConfig
 from plait.adapters.contents import complete_names, sort_tensors
 from plait.adapters.formats import Origin, StoredAdapter, read_adapter
@@ -18,6 +15,7 @@ from plait.adapters.formats.scalings import one_number
 from plait.adapters.layouts import Layout, layout_type
 from plait.adapters.layouts.parameter import WRAPPED, ParameterNaming
 from plait.adapters.lowrank import LowRank
+from plait.deferred import Tensor, torch
 from plait.errors import AdapterError, collect, listed
 from plait.linalg.finite import all_finite
 from plait.tensorfiles.reader import FLOATS, TensorFile
@@ -117,8 +115,8 @@ class Adapter:
         folder = place.parent if alone else place
         return Adapter(name, folder, stored.config, targets, full, file, stored.origin, stored.files, alone, stored.towers)
 
-    def read(self, path: str, dtype: torch.dtype = torch.float32) -> list[LowRank]:
-        """Read one target's factors, scaling not yet folded in; one `LowRank` per matrix of its stack.
+    def read(self, path: str, dtype: torch.dtype | None = None) -> list[LowRank]:
+        """Read one target's factors, in float32 where no dtype is given, scaling not yet folded in: a `LowRank` per matrix.
 
         Raises:
             AdapterError: a value is NaN or infinite.
@@ -128,7 +126,7 @@ class Adapter:
         a, b = (self._tensor(names[part], dtype) for part in (target.layout.a_part, target.layout.b_part))
         return target.layout.unpack(a, b)
 
-    def read_part(self, path: str, part: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    def read_part(self, path: str, part: str, dtype: torch.dtype | None = None) -> Tensor:
         """Read another part of a target as a vector: `lora_B.bias` (d_out,) or `lora_magnitude_vector` (d_out,)."""
         return self._tensor(self.targets[path].tensors[part], dtype).flatten()
 
@@ -137,8 +135,8 @@ class Adapter:
         name = self.full_tensors[path]
         return self.finite(name, self.file.read(name))
 
-    def _tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        return self.finite(name, self.file.read(name).to(dtype))
+    def _tensor(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        return self.finite(name, self.file.read(name).to(dtype or torch.float32))
 
     def finite(self, name: str, tensor: Tensor) -> Tensor:
         """Return values of one of the file's tensors as they are.

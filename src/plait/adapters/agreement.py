@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor
-
 from plait.adapters.adapter import Adapter, Target
 from plait.adapters.formats.flux import (
     DIFFUSERS_TOWER,
@@ -17,6 +15,7 @@ from plait.adapters.formats.flux import (
 )
 from plait.adapters.formats.views import TranslatedFile, View, same
 from plait.adapters.layouts import Linear
+from plait.deferred import Tensor
 from plait.tensorfiles.reader import TensorFile
 
 _CUT = (

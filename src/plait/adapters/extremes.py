@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from plait.adapters.lowrank import LowRank
+from plait.deferred import Tensor
 
 # Of the largest entry of a factor and of a bound of the delta's entries. Deltas of trained adapters are between 1e-8 and 1e2;
 # within the range sums of squares of 2³⁰ entries do not overflow, and squares of a thousandth of the largest do not vanish.

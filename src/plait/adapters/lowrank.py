@@ -6,9 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from plait.deferred import Tensor, torch
 from plait.linalg import factored
 from plait.linalg.factored import ThinSVD
 
@@ -36,8 +34,9 @@ class LowRank:
         return self.b.shape[0], self.a.shape[1]
 
     @staticmethod
-    def zero(shape: tuple[int, int], dtype: torch.dtype = torch.float32, rank: int = 0) -> LowRank:
-        """Return the zero delta: what a module that an adapter lacks contributes."""
+    def zero(shape: tuple[int, int], dtype: torch.dtype | None = None, rank: int = 0) -> LowRank:
+        """Return the zero delta, in float32 where no dtype is given: what a module that an adapter lacks contributes."""
+        dtype = dtype or torch.float32
         return LowRank(torch.zeros(rank, shape[1], dtype=dtype), torch.zeros(shape[0], rank, dtype=dtype))
 
     @staticmethod

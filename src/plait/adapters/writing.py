@@ -12,20 +12,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from plait.adapters.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, alpha_of
 from plait.adapters.layouts import Layout, module_keys, uniform_rank
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import PREFIX, pattern_of
+from plait.deferred import Tensor, torch
 from plait.tensorfiles.writer import TensorEntry, TensorWriter
-
-OUTPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 StreamedTensors = Sequence[
     tuple[TensorEntry, Iterable[tuple[int, Tensor]]]
 ]  # by path in the base model; (first row, rows) as they come
+
+
+def output_dtype(name: str) -> torch.dtype:
+    """Return torch's dtype of that name."""
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def tensors_in_memory(tensors: Mapping[str, Tensor]) -> StreamedTensors:

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import torch
-from torch import Tensor
-
 from plait.adapters.lowrank import LowRank
 from plait.baking.changes import RowRange
+from plait.deferred import Tensor, torch
 from plait.errors import PlanError
 from plait.linalg.blocks import HOLD_ELEMENTS, RowBlocks
 from plait.merging.combine import Combiner

@@ -7,14 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
-
 from plait.adapters.adapter import Adapter
 from plait.checkpoints.checkpoint import BaseCheckpoint
+from plait.deferred import Tensor, torch
 from plait.merging.heads import same_full_tensors
 from plait.recipes.schema import Heads
-from plait.tensorfiles.blocks import TENSOR_BLOCK_ELEMENTS, TORCH_DTYPES
+from plait.tensorfiles.blocks import TENSOR_BLOCK_ELEMENTS
+from plait.tensorfiles.reader import torch_dtype
 
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 
@@ -47,7 +46,7 @@ class FullTensor:
         """Return whether a tensor of the base has these values, as far as the dtype of these can show."""
         if checkpoint.info(name).shape != self.shape or len(self.adapters) != 1:
             return False
-        dtype = TORCH_DTYPES[self.adapters[0].file.tensors[self.names[0][1]].dtype]
+        dtype = torch_dtype(self.adapters[0].file.tensors[self.names[0][1]].dtype)
         size = math.prod(self.shape)
         return all(
             torch.equal(self.values(i, n, dtype), checkpoint.values(name, i, n).to(dtype))

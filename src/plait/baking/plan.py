@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from pydantic import ValidationError
 
 from plait.baking.auxiliary_files import AuxiliaryFiles, gather_auxiliary_files
@@ -18,6 +17,7 @@ from plait.baking.full import effective_heads, full_tensors
 from plait.baking.placement import place_deltas
 from plait.baking.shards import OutShard, parse_size, plan_shards, shard_index
 from plait.checkpoints.checkpoint import BaseCheckpoint
+from plait.deferred import torch
 from plait.errors import AddressError, PlanError, RecipeError, collect
 from plait.inspection.compatibility import activation_problems, base_model_problems, replication_problems
 from plait.linalg.devices import device_problem

@@ -15,8 +15,8 @@ from plait.baking.changes import Placement, TensorChange
 from plait.checkpoints.checkpoint import BaseCheckpoint, Shard
 from plait.checkpoints.files import SINGLE
 from plait.errors import RecipeError
-from plait.tensorfiles.blocks import TORCH_DTYPES
-from plait.tensorfiles.reader import FLOATS
+from plait.tensorfiles.header import BITS
+from plait.tensorfiles.reader import DTYPES, FLOATS
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -142,7 +142,7 @@ def _entry(checkpoint: BaseCheckpoint, placement: Placement, name: str, dtype: s
     shape = change.replaced.shape if change.replaced is not None else info.shape
     wanted = _wanted(info.dtype, dtype)
     # one that is copied may have a dtype that only its header knows
-    itemsize = _itemsize(wanted) if wanted in TORCH_DTYPES else info.nbytes // max(1, math.prod(info.shape))
+    itemsize = BITS[wanted] // 8 if wanted in DTYPES else info.nbytes // max(1, math.prod(info.shape))
     return _Entry(name, wanted, shape, itemsize, name, change)
 
 
@@ -151,7 +151,7 @@ def _added(checkpoint: BaseCheckpoint, placement: Placement, dtype: str | None) 
     for name, added in placement.added.items():
         own = checkpoint.info(added.source).dtype if added.source else usual
         wanted = _wanted(own, dtype)
-        yield _Entry(name, wanted, added.shape, _itemsize(wanted), added.source, added.change)
+        yield _Entry(name, wanted, added.shape, BITS[wanted] // 8, added.source, added.change)
 
 
 def _usual_dtype(checkpoint: BaseCheckpoint) -> str:
@@ -166,10 +166,6 @@ def _usual_dtype(checkpoint: BaseCheckpoint) -> str:
 
 def _wanted(own: str, dtype: str | None) -> str:
     return dtype if dtype is not None and own in FLOATS else own
-
-
-def _itemsize(dtype: str) -> int:
-    return int(TORCH_DTYPES[dtype].itemsize)
 
 
 def _packed(entries: Sequence[_Entry], limit: int) -> list[list[_Entry]]:

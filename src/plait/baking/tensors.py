@@ -8,17 +8,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from plait.adapters.lowrank import LowRank
 from plait.baking.changes import RowRange
 from plait.baking.deltas import ModuleMerge, RowReader, add_rows, dense_rows, merge_dora_weight, own_columns
 from plait.baking.shards import OutTensor
 from plait.checkpoints.checkpoint import BaseCheckpoint
+from plait.deferred import Tensor, torch
 from plait.errors import PlanError
 from plait.linalg.finite import all_finite
-from plait.tensorfiles.blocks import TORCH_DTYPES, tensor_block_ranges, write_at
+from plait.tensorfiles.blocks import tensor_block_ranges, write_at
+from plait.tensorfiles.reader import torch_dtype
 
 Adder = Callable[[Tensor, int], None]  # adds to the rows of a block that starts at a row
 
@@ -50,8 +49,8 @@ class ShardTensorBuilder:
             PlanError: a value is NaN or infinite.
             AdapterError: the base cannot be read.
         """
-        dtype = TORCH_DTYPES[tensor.dtype]
-        source = TORCH_DTYPES[self.checkpoint.info(tensor.source).dtype] if tensor.source else None
+        dtype = torch_dtype(tensor.dtype)
+        source = torch_dtype(self.checkpoint.info(tensor.source).dtype) if tensor.source else None
         wide = torch.float64 in (dtype, source) or not dtype.is_floating_point
         exact = torch.float64 if wide else torch.float32
         with ExitStack() as stack:
@@ -62,7 +61,7 @@ class ShardTensorBuilder:
         self, tensor: OutTensor, adders: Sequence[Adder], exact: torch.dtype, handle: int, advance: Callable[[int], None]
     ) -> None:
         rows, columns = self._matrix(tensor)
-        dtype = TORCH_DTYPES[tensor.dtype]
+        dtype = torch_dtype(tensor.dtype)
         position = tensor.start
         for start, stop in tensor_block_ranges(rows, columns):
             block = self._base(tensor, start * columns, (stop - start) * columns, exact).view(-1, columns)

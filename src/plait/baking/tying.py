@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
-
 from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
 from plait.baking.changes import AddedTensor, Placement, RowRange, TensorChange
@@ -18,6 +16,7 @@ from plait.checkpoints.architecture import ArchitectureUnknown
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.checkpoints.files import sections
 from plait.checkpoints.names import ParameterFinder
+from plait.deferred import torch
 from plait.merging.combine import pipeline_of
 from plait.merging.inventory import Inventory
 

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 from plait.calibration.passages import Passage, Reader
+from plait.deferred import Tensor, torch
 from plait.errors import PlanError
 from plait.evaluation.packing import MOST_NODES
 from plait.linalg.inputs import InputRows, add_outer_products, mirror_lower
@@ -36,7 +35,7 @@ class InputMoments:
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], *, most_rows: int = MOST_ROWS, seed: int = 0, share: float = 1.0
+        self, modules: Mapping[str, torch.nn.Module], *, most_rows: int = MOST_ROWS, seed: int = 0, share: float = 1.0
     ) -> None:
         self._modules = modules
         self._most = most_rows
@@ -68,8 +67,8 @@ class InputMoments:
         counts = {path: (taken.kept, taken.seen) for path, taken in self._taken.items()}
         return {path: counts[source] for path, source in self._source.items() if counts[source][0] < counts[source][1]}
 
-    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def take(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _hook(self, path: str) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
+        def take(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
             (x, *_) = inputs
             first, seen = self._last
             source = self._source.setdefault(path, first if seen is x else path)
@@ -156,20 +155,25 @@ class _ModuleInputs:
         return InputRows(torch.cat(self._rows).cpu())
 
 
-def _rows(module: nn.Module, x: Tensor) -> Tensor:
+def _rows(module: torch.nn.Module, x: Tensor) -> Tensor:
     """Return a module's inputs as (tokens, d_in), float32 or narrower: of a convolution its unfolded patches.
 
     Raises:
         PlanError: a convolution whose patches are not unfolded here.
     """
-    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if not isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
         x = x.detach().reshape(-1, x.shape[-1])
         return x.float() if x.dtype == torch.float64 else x
-    if isinstance(module, nn.Conv3d) or module.groups > 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
+    if (
+        isinstance(module, torch.nn.Conv3d)
+        or module.groups > 1
+        or module.padding_mode != "zeros"
+        or isinstance(module.padding, str)
+    ):
         raise PlanError(
             f"the inputs of {module} cannot be collected; use a method that needs no second moments, or give files."
         )
-    image, ones, zeros = (x.unsqueeze(2), (1,), (0,)) if isinstance(module, nn.Conv1d) else (x, (), ())
+    image, ones, zeros = (x.unsqueeze(2), (1,), (0,)) if isinstance(module, torch.nn.Conv1d) else (x, (), ())
     patches = F.unfold(
         image.detach().float(),
         (*ones, *module.kernel_size),
@@ -205,14 +209,14 @@ def without_padding(reader: Reader, passages: Sequence[Passage]) -> Iterator[lis
 
 def take_moments(
     model: Any,
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, torch.nn.Module],
     passages: Sequence[Passage],
     *,
     head: bool = False,
     most_rows: int = MOST_ROWS,
     seed: int = 0,
     report: Callable[[int], object] = lambda done: None,
-    until: Sequence[nn.Module] = (),
+    until: Sequence[torch.nn.Module] = (),
 ) -> InputMoments:
     """Return the second moments of modules' inputs over the tokens of some passages, as a model that acts now reads them.
 
@@ -244,7 +248,7 @@ class _Reached(Exception):
 
 
 @contextmanager
-def _ending_at(modules: Sequence[nn.Module]) -> Iterator[None]:
+def _ending_at(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
     """End a forward pass at the first of some modules, by `_Reached`."""
 
     def end(*_: object) -> None:

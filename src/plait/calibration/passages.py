@@ -12,9 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from plait.deferred import Tensor, torch
 from plait.evaluation.model_calls import decoder_start
 from plait.evaluation.output_layer import only_positions
 from plait.evaluation.packing import PackedRows, pack_apart, pack_shared, packed_keywords, why_not_packed, worth_packing

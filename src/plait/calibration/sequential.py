@@ -7,13 +7,11 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from plait.adapters.adapter import Adapter
 from plait.adapters.names import layer_key
 from plait.calibration.moments import take_moments
 from plait.calibration.passages import Passage, Reader
+from plait.deferred import torch
 from plait.errors import AdapterError
 from plait.merging.engine import Engine, MergedModule
 from plait.merging.inventory import Inventory
@@ -110,7 +108,7 @@ def _kept(file: Path) -> dict[str, Found] | None:
         return None
 
 
-def _layers(mixture: Mixture, modules: Mapping[str, nn.Module], passage: Passage, *, head: bool) -> list[list[str]]:
+def _layers(mixture: Mixture, modules: Mapping[str, torch.nn.Module], passage: Passage, *, head: bool) -> list[list[str]]:
     """Return the modules by layer, in the order in which a model runs them; what is in no layer is one of its own."""
     order: dict[str, None] = {}
     hooks = [m.register_forward_pre_hook(lambda *_, p=path: order.setdefault(p)) for path, m in modules.items()]

@@ -9,12 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from plait.calibration.inputs import is_encoder_decoder, naming, own_answers, passages_of, tokenize
 from plait.calibration.passages import Passage, Reader
 from plait.calibration.texts import Texts
+from plait.deferred import Tensor, torch
 from plait.evaluation.likelihood import likeliest_answers
 from plait.evaluation.model_calls import BrokenOutputsError
 from plait.mixture import Mixture

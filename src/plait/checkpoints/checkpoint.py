@@ -8,14 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from plait.adapters.layouts.conv1d import has_conv1d
 from plait.checkpoints.architecture import Architecture, ArchitectureUnknown
 from plait.checkpoints.dequantize import QUANTIZED_FORMATS, PlainFile, dequantized
 from plait.checkpoints.files import MODEL_CONFIG, SINGLE, read_config, sections
 from plait.checkpoints.forms import BaseForm, WeightSet, base_form
 from plait.checkpoints.quantization import Quantization, quantization, quantization_advice
+from plait.deferred import Tensor
 from plait.errors import AdapterError, PlanError, collect, listed
 from plait.hub.download import COMPANION_FILES, MODEL_FILES, Located, resolve_model
 from plait.notices import announce

@@ -18,17 +18,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
 from plait.checkpoints.files import sections
-from plait.tensorfiles.blocks import SHORT, TORCH_DTYPES
-from plait.tensorfiles.header import TensorInfo
-from plait.tensorfiles.reader import SafetensorsFile, read_bytes
+from plait.deferred import Tensor, torch
+from plait.tensorfiles.blocks import SHORT
+from plait.tensorfiles.header import BITS, TensorInfo
+from plait.tensorfiles.reader import SafetensorsFile, read_bytes, torch_dtype
 
 #: Methods of `quantization_config` that can be dequantized here.
 QUANTIZED_FORMATS = ("fp8", "mxfp4")
-_FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+_FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # in torch
 _EXPONENTS = ("U8", "F8_E8M0")  # a byte that is the exponent of a power of two, plus 127
 _GROUP = 32  # values of mxfp4 that share a scale
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and their negatives
@@ -74,7 +72,7 @@ class _Fp8:
 
     def rows(self, start: int, stop: int) -> Tensor:
         height, width = self.shape[-2:]
-        values = self.weight.read(start * width, (stop - start) * width).view(_FP8[self.weight.info.dtype])
+        values = self.weight.read(start * width, (stop - start) * width).view(getattr(torch, _FP8[self.weight.info.dtype]))
         matrix = values.view(stop - start, width).to(torch.float32)
         scales = _scales(self.scale)
         if self.block is None:
@@ -141,7 +139,7 @@ class PlainFile(SafetensorsFile):
     def __init__(self, file: SafetensorsFile, computed: Mapping[str, ComputedTensor], parts: set[str], dtype: str) -> None:
         self.path = file.path
         self.computed = dict(computed)
-        size = TORCH_DTYPES[dtype].itemsize
+        size = BITS[dtype] // 8
         tensors = {n: i for n, i in file.tensors.items() if n not in parts}
         for name, made in computed.items():
             at = file.tensors[name if name in file.tensors else f"{name}_blocks"].start  # keeps the order of the file
@@ -166,7 +164,7 @@ class PlainFile(SafetensorsFile):
         if name not in self.computed:
             return super().read(name)
         info = self.tensors[name]
-        return self.values(name, 0, math.prod(info.shape)).to(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+        return self.values(name, 0, math.prod(info.shape)).to(torch_dtype(info.dtype)).reshape(info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return the rows [start, stop) of a tensor along its first dimension."""
@@ -174,7 +172,7 @@ class PlainFile(SafetensorsFile):
             return super().read_rows(name, start, stop)
         info = self.tensors[name]
         size = math.prod(info.shape[1:])
-        return self.values(name, start * size, (stop - start) * size).to(TORCH_DTYPES[info.dtype]).reshape(-1, *info.shape[1:])
+        return self.values(name, start * size, (stop - start) * size).to(torch_dtype(info.dtype)).reshape(-1, *info.shape[1:])
 
 
 @dataclass
@@ -253,7 +251,7 @@ def _scales(stored: _Stored) -> Tensor:
     values = stored.read()
     if stored.info.dtype in _EXPONENTS:
         return torch.ldexp(torch.ones(values.shape), values.int() - 127)
-    return values.view(TORCH_DTYPES[stored.info.dtype]).to(torch.float32)
+    return values.view(torch_dtype(stored.info.dtype)).to(torch.float32)
 
 
 def _plain_dtype(config: Mapping[str, Any]) -> str:

@@ -6,9 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
+from plait.deferred import Tensor, torch
 from plait.linalg.blocks import block_ranges
 from plait.tensorfiles.reader import TensorFile
 

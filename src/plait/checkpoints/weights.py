@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from plait.adapters.layouts import Layout
 from plait.adapters.layouts.conv1d import has_conv1d
 from plait.checkpoints.files import INPUT_EMBEDDING, OUTPUT_HEAD, find_weights, read_config
+from plait.deferred import Tensor, torch
 from plait.errors import AdapterError, listed
 from plait.hub.pipelines import PIPELINE_INDEX
 from plait.tensorfiles.formats import open_tensors

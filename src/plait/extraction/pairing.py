@@ -10,14 +10,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from plait.adapters.layouts import Conv1D, Embedding, Layout, Linear, Parameter
 from plait.adapters.layouts.conv1d import may_be_conv1d
 from plait.checkpoints.architecture import Architecture, ArchitectureUnknown, Part
 from plait.checkpoints.checkpoint import BaseCheckpoint
 from plait.checkpoints.files import INPUT_EMBEDDING, OUTPUT_HEAD
+from plait.deferred import Tensor, torch
 from plait.errors import PlanError, collect, listed, take_all
 from plait.libraries.peft import EXPERT_LAYERS, TASK_HEADS, reads_past_adapters
 from plait.libraries.transformers import task_of

@@ -6,13 +6,11 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from plait.adapters.layouts import Linear
 from plait.adapters.lowrank import LowRank
 from plait.adapters.selection import names_or_paths
-from plait.adapters.writing import OUTPUT_DTYPES, AdapterWriter
+from plait.adapters.writing import AdapterWriter, output_dtype
+from plait.deferred import Tensor, torch
 from plait.errors import PlanError
 from plait.extraction.pairing import Pair, Pairing
 from plait.extraction.plan import ExtractPlan, truncation_key
@@ -52,7 +50,7 @@ def write_extraction(
     writer = AdapterWriter(
         plan.layouts,
         plan.ranks,
-        dtype=OUTPUT_DTYPES[request.dtype],
+        dtype=output_dtype(request.dtype),
         uniform=request.layout == "uniform",
         has_bias=bool(plan.biases),
     )
@@ -106,7 +104,7 @@ def _cast(pair: Pair, tensor: Tensor, dtype: str) -> Tensor:
     Raises:
         PlanError: it overflows there, or vanishes.
     """
-    cast = tensor.to(OUTPUT_DTYPES[dtype])
+    cast = tensor.to(output_dtype(dtype))
     wider = f"in {dtype}; write --dtype bfloat16 or float32"
     if not bool(torch.isfinite(cast).all()):
         raise PlanError(f"{pair.name!r}: the factors overflow {wider}.")

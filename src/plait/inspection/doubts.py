@@ -123,4 +123,4 @@ def _is_zero(adapter: Adapter, target: Target) -> bool:
     if target.is_dora or target.has_bias:
         return False
     parts = (target.layout.b_part, target.layout.a_part)
-    return any(not bool(adapter.file.read(target.tensors[part]).any()) for part in parts)
+    return any(adapter.file.is_zero(target.tensors[part]) for part in parts)

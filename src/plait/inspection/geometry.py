@@ -15,13 +15,11 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, combinations, pairwise
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from plait.adapters.adapter import Adapter
 from plait.adapters.extremes import float32_limit
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import layer_key
+from plait.deferred import Tensor, torch
 from plait.linalg.blocks import block_ranges
 from plait.linalg.factored import rank_for_energy
 from plait.results.threads import one_thread_each

@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-import torch
-from torch import Tensor
-
+from plait.deferred import Tensor, torch
 from plait.linalg.factored import ThinSVD
 from plait.linalg.keyed import Key, normal
 

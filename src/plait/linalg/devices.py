@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from plait.deferred import torch
 
 
 def device_problem(name: str) -> str | None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 from functools import reduce
 from typing import Literal
 
-import torch
-from torch import Tensor
+from plait.deferred import Tensor, torch
 
 Vote = Literal["total", "frequency"]
 Divisor = Literal["count", "weight", "none"]

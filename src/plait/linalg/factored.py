@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from plait.deferred import Tensor, torch
 
-# The largest mean of 1/σ² over the singular values of a matrix with columns of norm 1, by the dtype of its Gram matrix. One σ
-# may hold all of it, and the round-off of its direction grows with 1/σ²: float32 has no digits to spare.
-_WELL_CONDITIONED = {torch.float32: 1.5, torch.float64: 4.0}
+# The largest mean of 1/σ² over the singular values of a matrix with columns of norm 1, by the bytes of one of its values.
+# One σ may hold all of it, and the round-off of its direction grows with 1/σ²: float32 has no digits to spare.
+_WELL_CONDITIONED = {4: 1.5, 8: 4.0}
 _RESOLVED = 1e-3  # singular values above this share of the largest are found from their squares with digits to spare
 
 
@@ -55,7 +54,7 @@ class Reduced(NamedTuple):
         if bool((norms > limits.tiny**0.5 / limits.eps).all()):  # squares of what is smaller have lost digits
             lower, failed = torch.linalg.cholesky_ex(gram / torch.outer(norms, norms))
             inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False).mT
-            if not failed and float(inverse.square().sum()) <= _WELL_CONDITIONED[x.dtype] * len(lower):
+            if not failed and float(inverse.square().sum()) <= _WELL_CONDITIONED[x.itemsize] * len(lower):
                 return Reduced(x, inverse / norms.unsqueeze(1), lower.mT * norms)
         q, r = torch.linalg.qr(x)
         return Reduced(q, None, r.double())
@@ -134,7 +133,7 @@ def flattener(b: Tensor, a: Tensor, tolerance: float) -> Tensor | None:
     if len(gram) == 0 or failed:
         return None
     inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
-    if not float((inverse * gram.diagonal().sqrt()).square().sum()) <= _WELL_CONDITIONED[torch.float64] * len(lower):
+    if not float((inverse * gram.diagonal().sqrt()).square().sum()) <= _WELL_CONDITIONED[gram.itemsize] * len(lower):
         return None
     squares, w = torch.linalg.eigh(lower.mT @ (columns.mT @ columns) @ lower)  # ascending
     if not squares[0] > max(_RESOLVED, tolerance) ** 2 * squares[-1]:

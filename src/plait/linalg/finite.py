@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from plait.deferred import Tensor, torch
 
 
 def all_finite(x: Tensor) -> bool:

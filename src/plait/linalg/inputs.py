@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from plait.deferred import Tensor
 
 _STRIP = 256  # rows of Σ x xᵀ that are added to at once
 

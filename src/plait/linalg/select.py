@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+from plait.deferred import Tensor, torch
 
 _DIGIT = 16  # bits that a pass settles
 _REACH = 3  # a sample's answer may be off by so many leading digits, each of them less than 1 % of the magnitude

@@ -12,9 +12,7 @@ D = diag(e) + ρI,
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
+from plait.deferred import Tensor, torch
 from plait.linalg.inputs import RowGram, mirror_lower
 
 CONDITION = 1e6  # of Σ Gₜ + ρI, at most

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
-from torch import Tensor
+from plait.deferred import Tensor, torch
 
 CountRule = Literal["floor", "ceil", "inclusive"]
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
+from plait.deferred import Tensor, torch
 from plait.linalg.factored import Reduced
 
 # Singular values below this share of the largest are the round-off of products of float32 factors. What promotes weak

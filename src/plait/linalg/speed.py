@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from functools import cache
 
-import torch
+from plait.deferred import torch
 
 _ROWS, _WIDTH = 128, 1024  # of the matrices that are tried: as a batch of short texts in a small model
 _TRIES = 3

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from plait.adapters.formats import ModuleFactors
 from plait.adapters.lowrank import LowRank
-from plait.adapters.writing import OUTPUT_DTYPES, AdapterWriter, tensors_in_memory
+from plait.adapters.writing import AdapterWriter, output_dtype, tensors_in_memory
+from plait.deferred import Tensor
 from plait.merging.engine import MergedModule
 from plait.merging.heads import main_heads
 from plait.merging.inventory import Inventory
@@ -28,7 +27,7 @@ class OtherAdapter:
     def __init__(self, inventory: Inventory, ranks: Mapping[str, int]) -> None:
         self._format = output_format(inventory)
         self._outgoing = outgoing_merge(inventory, ranks)
-        self._dtype, self._ranks = OUTPUT_DTYPES[inventory.recipe.output.dtype], ranks
+        self._dtype, self._ranks = output_dtype(inventory.recipe.output.dtype), ranks
         self._names = dict(zip(ranks, self._outgoing.targets, strict=True))
         self.rank = max(ranks.values())
 
@@ -57,7 +56,7 @@ class MergedAdapter:
 
     def __init__(self, inventory: Inventory, ranks: Mapping[str, int]) -> None:
         output, targets = inventory.recipe.output, [a.targets[t] for a in inventory.adapters for t in ranks if t in a.targets]
-        self._inventory, self._dtype = inventory, OUTPUT_DTYPES[output.dtype]
+        self._inventory, self._dtype = inventory, output_dtype(output.dtype)
         self._layouts = {t: inventory.layouts[t] for t in ranks}
         self._writer = AdapterWriter(
             self._layouts,

@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
-import torch
-from torch import Tensor
-
 from plait.adapters.lowrank import LowRank
+from plait.deferred import Tensor, torch
 from plait.errors import PlanError
 from plait.linalg.blocks import RowBlocks, block_ranges
 from plait.linalg.keyed import Key
@@ -79,7 +77,7 @@ class Combiner:
         return weights
 
     def _weights(self, module: str) -> Tensor:
-        return module_weights(self.recipe, module, self.prepared.towers)
+        return torch.tensor(module_weights(self.recipe, module, self.prepared.towers), dtype=torch.float64)
 
     def module_gram(self, module: str) -> Tensor:
         """Return ⟨ΔWᵢ, ΔWⱼ⟩ of one module, (T, T) float64."""

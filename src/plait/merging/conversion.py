@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from plait.adapters.adapter import Adapter
 from plait.adapters.formats import FORMATS, AdapterFormat, ModuleFactors, OutgoingAdapter, OutgoingTarget
+from plait.deferred import torch
 from plait.errors import PlanError, RecipeError, collect, did_you_mean
 from plait.hub.download import Located
 from plait.merging.inventory import modules_of, open_adapters
@@ -23,7 +22,7 @@ from plait.results.lock import LOCK, locked_input, new_lock, output_digests
 from plait.results.progress import Progress, SilentProgress
 from plait.results.records import write_json
 from plait.results.staging import checking_output, staged
-from plait.tensorfiles.reader import DTYPES
+from plait.tensorfiles.reader import torch_dtype
 
 
 class ConvertPlan(Record):
@@ -185,7 +184,7 @@ def _outgoing(adapter: Adapter, paths: dict[str, str], tower: str | None, base_m
     targets = {}
     for path, own in paths.items():
         t = adapter.targets[own]
-        stored = [getattr(torch, DTYPES[adapter.file.tensors[t.tensors[p]].dtype]) for p in (t.layout.a_part, t.layout.b_part)]
+        stored = [torch_dtype(adapter.file.tensors[t.tensors[p]].dtype) for p in (t.layout.a_part, t.layout.b_part)]
         targets[path] = OutgoingTarget(t.layout, t.rank, t.scaling, torch.promote_types(*stored), t.has_bias, t.is_dora)
     layouts = {path: t.layout for path, t in targets.items()}
     acting = [key for key in ("alora_invocation_tokens", "layer_replication") if adapter.config.raw.get(key)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from plait.adapters.layouts.conv1d import has_conv1d
-from plait.adapters.writing import OUTPUT_DTYPES
+from plait.adapters.writing import output_dtype
 from plait.merging.engine import MergedModule
 from plait.merging.inventory import Inventory
 from plait.merging.plan import MergePlan
@@ -28,7 +28,7 @@ class DeltaFile:
     def __init__(self, inventory: Inventory, plan: MergePlan) -> None:
         self._layouts = {m.target: inventory.layouts[m.target] for m in plan.modules}
         self._has_bias = any(t.has_bias for a in inventory.adapters for t in a.targets.values())
-        self._dtype = OUTPUT_DTYPES[inventory.recipe.output.dtype]
+        self._dtype = output_dtype(inventory.recipe.output.dtype)
         conv1d, flag = has_conv1d(inventory.base_config, {}), any(a.config.flag("fan_in_fan_out") for a in inventory.adapters)
         self._transposed = {
             t for t, layout in self._layouts.items() if layout.is_transposed(t, stored=None, conv1d=conv1d, flag=flag)

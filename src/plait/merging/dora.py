@@ -12,10 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from plait.adapters.lowrank import LowRank
+from plait.deferred import Tensor, torch
 from plait.errors import PlanError
 from plait.linalg.blocks import block_ranges
 from plait.linalg.factored import rank_for_energy

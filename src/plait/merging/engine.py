@@ -15,10 +15,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-
 from plait.adapters.lowrank import LowRank
+from plait.deferred import Tensor, torch
 from plait.errors import PlaitError, PlanError
 from plait.linalg.blocks import RowBlocks
 from plait.linalg.finite import all_finite

@@ -6,11 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from plait.adapters.adapter import Adapter
 from plait.adapters.names import PREFIX
+from plait.deferred import Tensor, torch
 from plait.recipes.schema import Heads
 from plait.tensorfiles.writer import write_tensors
 

@@ -17,12 +17,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from plait.adapters.adapter import Adapter
 from plait.adapters.layouts import Layout
+from plait.deferred import Tensor, torch
 from plait.errors import AdapterError, OutputError, listed
 from plait.linalg.inputs import InputRows
 from plait.parsing import as_record, parse_json
@@ -194,7 +193,7 @@ class Moments:
         read, found = self.of(module, d_in, matrix), []
         for index, name in enumerate(self.targets):
             gram = read(index)
-            if isinstance(gram, Tensor) and name in self.files:
+            if isinstance(gram, torch.Tensor) and name in self.files:
                 values = torch.linalg.eigvalsh(gram)
                 if float(values[0]) < -_ASYMMETRY * float(values.abs().max()):
                     found.append(self.files[name].path)
@@ -264,7 +263,7 @@ def from_function(given: MomentsOf, targets: Mapping[str, Collection[str]]) -> M
 
     def read(adapter: str, module: str, matrix: int | None) -> Found | None:
         found = given(adapter, module)
-        return found if matrix is None or not isinstance(found, Tensor) else found[matrix]
+        return found if matrix is None or not isinstance(found, torch.Tensor) else found[matrix]
 
     return Moments(targets, read, {})
 

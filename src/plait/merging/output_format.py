@@ -10,7 +10,7 @@ from plait.adapters.adapter import Adapter
 from plait.adapters.formats import FORMATS, AdapterFormat, OutgoingAdapter, OutgoingTarget
 from plait.adapters.layouts import Layout
 from plait.adapters.selection import selection_of
-from plait.adapters.writing import OUTPUT_DTYPES
+from plait.adapters.writing import output_dtype
 from plait.checkpoints.files import read_config
 from plait.hub.download import resolve_model
 from plait.merging.inventory import Inventory
@@ -63,7 +63,7 @@ def outgoing_merge(inventory: Inventory, ranks: Mapping[str, int]) -> OutgoingAd
     of = {path: [a.targets[path] for a in adapters if path in a.targets] for path in ranks}
     targets = {
         path.removeprefix(f"{towers[0]}.") if alone else path: OutgoingTarget(
-            inventory.layouts[path], rank, 1.0, OUTPUT_DTYPES[recipe.output.dtype],
+            inventory.layouts[path], rank, 1.0, output_dtype(recipe.output.dtype),
             any(t.has_bias for t in of[path]), any(t.is_dora for t in of[path]),
         )
         for path, rank in ranks.items()

@@ -258,7 +258,6 @@ def _plan_module(
 ) -> ModulePlan:
     recipe = inventory.recipe
     sources = {a.name: a.targets[path].rank for a in inventory.adapters if path in a.targets}
-    weights = module_weights(recipe, path, towers)
     shape = (layout.d_out, layout.d_in)
     low_rank = pipeline.low_rank(recipe.space_name)
     exact_rank = min(pipeline.rank(recipe.space_name, list(sources.values()), shape), layout.full_rank)
@@ -272,7 +271,7 @@ def _plan_module(
         shape=shape,
         stack=layout.stack,
         ranks=sources,
-        weights={a.name: w for a, w in zip(recipe.adapters, weights.tolist(), strict=True)},
+        weights=dict(zip((a.name for a in recipe.adapters), module_weights(recipe, path, towers), strict=True)),
         missing=tuple(a.name for a in inventory.adapters if path not in a.targets),
         exact_rank=exact_rank,
         rank=rank,

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from plait.adapters.adapter import Adapter
 from plait.adapters.extremes import ExtremeDelta, float32_limit
 from plait.adapters.lowrank import LowRank
+from plait.deferred import torch
 from plait.merging.inventory import Inventory
 from plait.merging.weighting import Towers, module_weights, towers_of
 from plait.results.progress import Progress
@@ -86,7 +85,7 @@ class PreparedAdapters:
         return self._extremes(module, self._raw(module, torch.float32))
 
     def _extremes(self, module: str, raw: Sequence[list[LowRank]]) -> tuple[ExtremeDelta, ...]:
-        weights = module_weights(self._inventory.recipe, module, self.towers).tolist()
+        weights = module_weights(self._inventory.recipe, module, self.towers)
         found = []
         for adapter, slices, weight in zip(self._inventory.adapters, raw, weights, strict=True):
             size = float32_limit(slices, adapter.targets[module].scaling * weight) if slices else None

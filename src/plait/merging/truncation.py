@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from plait.adapters.lowrank import LowRank
+from plait.deferred import Tensor, torch
 from plait.errors import PlanError
 from plait.linalg.blocks import RowBlocks, truncated_svd
 from plait.linalg.factored import rank_for_energy

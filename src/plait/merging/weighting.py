@@ -9,9 +9,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-import torch
-from torch import Tensor
-
 from plait.adapters.names import layer_key
 from plait.recipes.schema import (
     AdapterWeights,
@@ -36,16 +33,15 @@ def towers_of(modules: Iterable[str]) -> dict[str, int]:
     return towers
 
 
-def module_weights(recipe: Recipe, module: str, towers: Towers) -> Tensor:
-    """Return the adapters' weights in one target module, (T,) float64: `adapters[].weight` times the policy's factor.
+def module_weights(recipe: Recipe, module: str, towers: Towers) -> list[float]:
+    """Return the adapters' weights in one target module: `adapters[].weight` times the policy's factor.
 
     Args:
         recipe: whose policy.
         module: path of the target module.
         towers: of all target modules of the merge (`towers_of`).
     """
-    values = [a.weight * _factor(recipe, a.name, module, towers) for a in recipe.adapters]
-    return torch.tensor(values, dtype=torch.float64)
+    return [a.weight * _factor(recipe, a.name, module, towers) for a in recipe.adapters]
 
 
 def policy_problems(recipe: Recipe, modules: Sequence[str]) -> list[str]:

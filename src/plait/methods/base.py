@@ -17,8 +17,8 @@ from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from pydantic import Field, create_model
-from torch import Tensor
 
+from plait.deferred import Tensor
 from plait.errors import PlanError, did_you_mean
 from plait.methods.auto import searched_fields
 from plait.records import Record

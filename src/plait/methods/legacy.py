@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from plait.adapters.names import layer_key
+from plait.deferred import Tensor, torch
 from plait.methods.base import LinearMethod, MethodParams, NoParams, Preset, Source, register
 from plait.stages.pipeline import Pipeline
 from plait.stages.sparsify import Drop

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from plait.adapters.lowrank import LowRank
-from plait.adapters.writing import OUTPUT_DTYPES
+from plait.adapters.writing import output_dtype
 from plait.errors import AddressError, RecipeError
 from plait.hub.download import resolve_model
 from plait.merging.engine import Engine, MergedModule
@@ -161,7 +161,7 @@ def _recipe(source: Any, settings: Mapping[str, Any]) -> tuple[Recipe, Path | No
 
 
 def _rounded(module: MergedModule, recipe: Recipe) -> MergedModule:
-    dtype = OUTPUT_DTYPES[recipe.output.dtype]
+    dtype = output_dtype(recipe.output.dtype)
     if module.factors is None or dtype == module.factors.slices[0].a.dtype:
         return module
 

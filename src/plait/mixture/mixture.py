@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from plait.adapters.adapter import Adapter, with_folder
 from plait.adapters.lowrank import LowRank
 from plait.adapters.names import layer_key
-from plait.adapters.writing import OUTPUT_DTYPES
+from plait.adapters.writing import output_dtype
 from plait.errors import PlanError, collect, did_you_mean
 from plait.merging.engine import MergedModule
 from plait.merging.heads import same_full_tensors
@@ -373,7 +373,7 @@ class Mixture:
             layouts = {path: self._index.find(path).layout for path in deltas}
         except ValueError as error:
             raise PlanError(str(error)) from None
-        save_deltas(deltas, Path(folder), layouts, self._adapters, OUTPUT_DTYPES[dtype])
+        save_deltas(deltas, Path(folder), layouts, self._adapters, output_dtype(dtype))
         return Path(folder)
 
     @property

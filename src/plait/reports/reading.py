@@ -327,7 +327,7 @@ def _weights(recipe: Recipe, modules: Sequence[str]) -> LayerCoefficients | None
     for module in sorted(modules):
         key = layer_key(module)
         if key is not None:
-            rows.setdefault(key, []).append(module_weights(recipe, module, towers).tolist())
+            rows.setdefault(key, []).append(module_weights(recipe, module, towers))
     values = [tuple(mean(column) for column in zip(*rows[key], strict=True)) for key in sorted(rows)]
     if not values:
         return None

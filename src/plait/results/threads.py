@@ -8,8 +8,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
-
+from plait.deferred import torch
 from plait.errors import RecipeError
 from plait.results.progress import Progress
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from plait.adapters.lowrank import LowRank
+from plait.deferred import Tensor, torch
 from plait.spaces.base import Array, Frame, Space, unchanged
 
 

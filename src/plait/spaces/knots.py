@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from plait.adapters.lowrank import LowRank
+from plait.deferred import torch
 from plait.linalg.blocks import RowBlocks
 from plait.linalg.factored import orient
 from plait.spaces.base import Array, Frame, MergedMatrix, Space, in_memory, unchanged

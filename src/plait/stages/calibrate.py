@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
+from plait.deferred import Tensor, torch
 from plait.linalg.factored import ThinSVD, flattener, rank_for_energy
 from plait.linalg.sparsify import kept_count
 from plait.linalg.spectral import TOLERANCE, joint_coordinates, numerical_rank, smooth_spectrum

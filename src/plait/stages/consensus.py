@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import reduce
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from plait.deferred import Tensor, torch
 from plait.linalg.elect import agreement, elect_sign, merge_agreeing
 from plait.records import Record
 from plait.stages.base import Block, EntryCombine, Scope, StageParams, Survey, register_stage

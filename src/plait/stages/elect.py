@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field
-from torch import Tensor
 
+from plait.deferred import Tensor
 from plait.linalg.elect import Divisor, Vote, agreement, elect_sign, merge_agreeing
 from plait.records import Record
 from plait.stages.base import Block, EntryCombine, Scope, StageParams, Survey, register_stage

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NamedTuple
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from plait.deferred import Tensor, torch
 from plait.records import Record
 from plait.stages.base import GramCombine, Scope, StageParams, register_stage
 

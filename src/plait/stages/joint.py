@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from plait.adapters.lowrank import LowRank
+from plait.deferred import Tensor, torch
 from plait.linalg.factored import Reduced, ThinSVD
 from plait.linalg.spectral import joint_coordinates, numerical_rank
 

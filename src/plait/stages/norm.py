@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 
 from plait.adapters.lowrank import LowRank
+from plait.deferred import torch
 from plait.records import Record
 from plait.stages.base import MergedStage, Site, StageParams, register_stage
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from torch import Tensor
-
+from plait.deferred import Tensor
 from plait.linalg.elect import weighted_sum
 from plait.spaces import SPACES
 from plait.stages.base import (

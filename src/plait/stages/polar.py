@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
+from plait.deferred import Tensor, torch
 from plait.linalg.elect import agreement, elect_sign, merge_agreeing
 from plait.linalg.factored import ThinSVD
 from plait.linalg.sparsify import keep_at_least, kept_count

@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import reduce
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from plait.deferred import Tensor, torch
 from plait.linalg.sparsify import kept_count
 from plait.records import Record
 from plait.stages.base import Block, EntryStage, Scope, StageParams, Survey, register_stage

@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from plait.adapters.lowrank import LowRank
+from plait.deferred import Tensor, torch
 from plait.errors import PlanError
 from plait.linalg.factored import left_basis
 from plait.linalg.inputs import InputRows, RowGram

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
+from plait.deferred import Tensor, torch
 from plait.linalg.sparsify import CountRule, drop_above, keep_at_least, kept_count, row_ranks
 from plait.records import Record
 from plait.stages.base import Block, EntryStage, Scope, StageParams, Survey, register_stage

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 
 from plait.adapters.lowrank import LowRank
+from plait.deferred import torch
 from plait.linalg.sparsify import kept_count
 from plait.linalg.spectral import tucker_bases
 from plait.records import Record

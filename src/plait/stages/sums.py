@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field
-from torch import Tensor
 
+from plait.deferred import Tensor
 from plait.records import Record
 from plait.stages.base import LinearCombine, StageParams, register_stage
 

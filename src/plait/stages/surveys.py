@@ -7,9 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 
-import torch
-from torch import Tensor
-
+from plait.deferred import Tensor, torch
 from plait.linalg.select import MagnitudeSelect
 from plait.stages.base import Block, Scope, Survey
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
-import torch
-from torch import Tensor
-
+from plait.deferred import Tensor, torch
 from plait.errors import DISK_FAULTS
 from plait.notices import announce
 from plait.tensorfiles.reader import DTYPES, FLOATS
 
 SHORT = {DTYPES[name]: name for name in FLOATS}
 _THROUGH_HERE = "unchanged tensors are copied the slower way, through this process"
-TORCH_DTYPES = {name: getattr(torch, full) for name, full in DTYPES.items()}
 _CHUNK = 1 << 25  # bytes handed to the kernel at a time: progress stays alive, a kill waits for no more
 _BUFFER = 1 << 20
 TENSOR_BLOCK_ELEMENTS = 1 << 20  # rows per block × columns: few calls per tensor, a few MB of memory

@@ -15,13 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from plait.deferred import Tensor, torch
 from plait.errors import AdapterError
 from plait.parsing import open_bytes, shown
-from plait.tensorfiles.header import TensorInfo
-from plait.tensorfiles.reader import DTYPES, TensorFile
+from plait.tensorfiles.header import BITS, TensorInfo
+from plait.tensorfiles.reader import DTYPES, TensorFile, torch_dtype
 from plait.tensorfiles.writer import TensorEntry
 
 _MAGIC, _ALIGNMENT = b"GGUF", 32
@@ -117,7 +115,7 @@ def _header(data: bytes, size: int) -> tuple[dict[str, Any], dict[str, TensorInf
     tensors = {}
     for name, shape, kind, offset in found:
         dtype = _TYPES.get(kind, f"quantized (type {kind})")
-        nbytes = math.prod(shape) * getattr(torch, DTYPES[dtype]).itemsize if dtype in DTYPES else 0
+        nbytes = math.prod(shape) * (BITS[dtype] // 8) if dtype in DTYPES else 0
         if start + offset + nbytes > size or name in tensors:
             raise ValueError(f"{shown(name)} ends after the file, or is there twice")
         tensors[name] = TensorInfo(shape, dtype, nbytes, start + offset)
@@ -146,7 +144,7 @@ def write_gguf(
     Returns:
         The sha256 of the file.
     """
-    kinds = {getattr(torch, DTYPES[name]): number for number, name in _TYPES.items()}
+    kinds = {torch_dtype(name): number for number, name in _TYPES.items()}
     head = [_MAGIC, struct.pack("<IQQ", 3, len(entries), len(fields))]
     for key, value in fields.items():
         head += [_text(key), *_field(value)]

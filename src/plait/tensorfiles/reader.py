@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from plait.deferred import Tensor, torch
 from plait.errors import AdapterError
 from plait.tensorfiles.header import TensorInfo, read_header
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-
-
 FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return torch's dtype of one that files name."""
+    found: torch.dtype = getattr(torch, DTYPES[name])
+    return found
 
 
 class TensorFile:
@@ -75,13 +77,23 @@ class TensorFile:
         size = info.nbytes // max(1, math.prod(info.shape))
         return self._values(name, info.start + first * size, count * size)
 
-    def _values(self, name: str, position: int, nbytes: int) -> Tensor:
-        import torch
+    def is_zero(self, name: str) -> bool:
+        """Return whether every value of a tensor of floats is 0, which needs no torch; errors as `read`."""
+        if not self.is_in_order(name):
+            return not bool(self.read(name).any())
+        info = self.tensors[name]
+        size = info.nbytes // max(1, math.prod(info.shape))
+        data = bytearray(info.nbytes)
+        _fill(data, self.path, name, info.start)
+        ends = data[size - 1 :: size]  # where the sign is
+        del data[size - 1 :: size]
+        return not data.strip(b"\x00") and not ends.strip(b"\x00\x80")
 
+    def _values(self, name: str, position: int, nbytes: int) -> Tensor:
         info = self.tensors[name]
         if info.dtype not in DTYPES:
             raise AdapterError(f"{self.path}: {name!r} is stored as {info.dtype}; plait reads {', '.join(DTYPES)}.")
-        return read_bytes(self.path, name, position, nbytes).view(getattr(torch, DTYPES[info.dtype]))
+        return read_bytes(self.path, name, position, nbytes).view(torch_dtype(info.dtype))
 
 
 def read_bytes(path: Path, name: str, position: int, count: int) -> Tensor:
@@ -96,10 +108,14 @@ def read_bytes(path: Path, name: str, position: int, count: int) -> Tensor:
     Raises:
         AdapterError: the file ends early or cannot be read.
     """
-    import torch
-
     data = torch.empty(count, dtype=torch.uint8)
-    view = memoryview(data.numpy().data)
+    _fill(data.numpy().data, path, name, position)
+    return data
+
+
+def _fill(data: bytearray | memoryview, path: Path, name: str, position: int) -> None:
+    """Read bytes of a file from a position on; errors as `read_bytes`."""
+    view = memoryview(data)
     try:
         with path.open("rb", buffering=0) as file:  # straight into place, through no buffer
             file.seek(position)
@@ -110,7 +126,6 @@ def read_bytes(path: Path, name: str, position: int, count: int) -> Tensor:
                 view = view[done:]
     except OSError as error:
         raise AdapterError(f"{path}: {name!r} cannot be read ({error.strerror or error}). Fetch the file again.") from None
-    return data
 
 
 class SafetensorsFile(TensorFile):

@@ -11,12 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
+from plait.deferred import Tensor, torch
 from plait.tensorfiles.reader import DTYPES
 
-_NAMES = {getattr(torch, name): short for short, name in DTYPES.items()}
+_NAMES = {f"torch.{name}": short for short, name in DTYPES.items()}
 
 
 class TensorEntry(NamedTuple):
@@ -51,7 +49,7 @@ class TensorWriter:
                 raise AssertionError(f"{entry.name!r} is to be written twice")
             size = entry.dtype.itemsize * math.prod(entry.shape)
             header[entry.name] = {
-                "dtype": _NAMES[entry.dtype],
+                "dtype": _NAMES[str(entry.dtype)],
                 "shape": list(entry.shape),
                 "data_offsets": [offset, offset + size],
             }

@@ -298,7 +298,8 @@ def _first(inventory: Inventory, targets: Sequence[str], scale: float, *, leadin
     if not isinstance(combine, LinearCombine):
         raise AssertionError(f"{recipe.method_name} is not a weighted sum")
     towers = towers_of(inventory.layouts)
-    return {t: combine.coefficients(module_weights(recipe, t, towers), t).double() * scale for t in targets}
+    weights = {t: torch.tensor(module_weights(recipe, t, towers), dtype=torch.float64) for t in targets}
+    return {t: combine.coefficients(w, t) * scale for t, w in weights.items()}
 
 
 def _at(columns: Columns, per_module: Mapping[str, Tensor], granularity: Granularity) -> tuple[Tensor, float]:

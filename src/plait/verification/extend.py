@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-from torch import Tensor
-
 from plait.adapters.adapter import Adapter
+from plait.deferred import Tensor, torch
 from plait.errors import AdapterError, PlanError, RecipeError, listed
 from plait.hub.references import parse_reference
 from plait.merging.combine import pipeline_of
@@ -167,14 +165,15 @@ def _coefficients(recipe: Recipe, module: str, towers: Mapping[str, int]) -> Ten
     combine = pipeline_of(recipe).combine
     if not isinstance(combine, LinearCombine):
         raise AssertionError(f"{combine} is not linear")
-    return combine.coefficients(module_weights(recipe, module, towers), module) * recipe.factor
+    weights = torch.tensor(module_weights(recipe, module, towers), dtype=torch.float64)
+    return combine.coefficients(weights, module) * recipe.factor
 
 
 def _plain_factors(every: Recipe, opened: Sequence[Adapter], count: int) -> ModuleFactors:
     """Return 1 for the merged adapter and the weights of the new ones, times the scale that the merged one has in it."""
     modules = sorted({m for a in opened for m in a.targets})
     towers = towers_of(modules)
-    return {m: [1.0, *(module_weights(every, m, towers)[count:] * every.factor).tolist()] for m in modules}
+    return {m: [1.0, *(weight * every.factor for weight in module_weights(every, m, towers)[count:])] for m in modules}
 
 
 def _weighed(data: dict[str, Any], factors: ModuleFactors) -> dict[str, Any]:

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from plait.adapters.adapter import Adapter
 from plait.adapters.config import ADAPTER_CONFIG
 from plait.adapters.names import PREFIX
 from plait.checkpoints.files import architectures, read_config
+from plait.deferred import Tensor, torch
 from plait.errors import AdapterError, PlanError, join_words
 from plait.hub.pretrained import load_model, refuse_failures
 from plait.libraries.peft import scalings

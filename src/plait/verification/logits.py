@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
+from plait.deferred import Tensor, torch
 from plait.records import Record
 
 

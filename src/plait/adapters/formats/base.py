@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from plait.adapters.config import AdapterConfig
 from plait.adapters.layouts import Layout
 from plait.adapters.lowrank import LowRank
+from plait.deferred import Tensor, torch
 from plait.plugins import Registry
 from plait.records import Record
 from plait.tensorfiles.reader import TensorFile

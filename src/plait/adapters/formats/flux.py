@@ -13,12 +13,11 @@ from dataclasses import replace
 from functools import reduce
 from typing import NamedTuple, Protocol
 
-import torch
-
 from plait.adapters.formats.base import Factors, ModuleFactors, OutgoingAdapter, OutgoingTarget
 from plait.adapters.formats.scalings import rescaled
 from plait.adapters.layouts import Layout, Linear
 from plait.adapters.lowrank import LowRank
+from plait.deferred import torch
 
 _DOUBLE = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),

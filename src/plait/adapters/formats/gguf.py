@@ -13,9 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from plait.adapters.config import AdapterConfig, is_number
 from plait.adapters.formats.base import AdapterFormat, Factors, Origin, OutgoingAdapter, StoredAdapter, only_file
 from plait.adapters.formats.limits import of_one_model, only_plain
@@ -23,6 +20,7 @@ from plait.adapters.formats.scalings import common_value, rescaled
 from plait.adapters.formats.single_file import grouped
 from plait.adapters.formats.views import TranslatedFile, View, same
 from plait.adapters.layouts import Linear
+from plait.deferred import Tensor, torch
 from plait.errors import AdapterError, collect, listed
 from plait.parsing import read_object, shown
 from plait.tensorfiles.gguf import GgufFile, write_gguf
@@ -43,7 +41,7 @@ _MODULES: dict[str, Mapping[str, str]] = {
         "ffn_down": "mlp.down_proj",
     },
 }  # fmt: skip
-_SMALLEST = torch.finfo(torch.float32).tiny
+_SMALLEST = 2.0**-126  # the smallest normal float32
 _HEAD = "output", "lm_head"  # in GGUF, in transformers
 #: Those whose rows of queries and keys are in llama.cpp's order.
 _REORDERED = ("llama", "granite", "smollm3")

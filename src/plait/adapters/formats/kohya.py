@@ -7,8 +7,6 @@ from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from plait.adapters.config import alpha_of
 from plait.adapters.formats.base import AdapterFormat, Factors, OutgoingAdapter, StoredAdapter
 from plait.adapters.formats.flux import fuse, has_diffusers_names
@@ -16,6 +14,7 @@ from plait.adapters.formats.limits import of_a_pipeline, only_plain
 from plait.adapters.formats.pipelines import dotted, from_sgm, is_sdxl, to_sgm
 from plait.adapters.formats.single_file import opened, stored, tensor_file
 from plait.adapters.layouts import Convolution, Linear
+from plait.deferred import torch
 from plait.errors import listed
 from plait.tensorfiles.reader import SafetensorsFile
 from plait.tensorfiles.writer import TensorEntry, TensorWriter

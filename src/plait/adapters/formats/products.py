@@ -15,12 +15,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from plait.adapters.formats.scalings import one_number
 from plait.adapters.formats.views import View, same
 from plait.adapters.layouts import Convolution, Linear
+from plait.deferred import Tensor, torch
 from plait.tensorfiles.reader import FLOATS, TensorFile
 
 ALPHA = "alpha"

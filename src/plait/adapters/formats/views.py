@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from plait.tensorfiles.header import TensorInfo
+from plait.deferred import Tensor
+from plait.tensorfiles.header import BITS, TensorInfo
 from plait.tensorfiles.reader import DTYPES, TensorFile
 
 
@@ -53,7 +51,7 @@ class TranslatedFile(TensorFile):
 
 
 def _bytes(view: View) -> int:
-    size: int = getattr(torch, DTYPES[view.dtype]).itemsize if view.dtype in DTYPES else 1
+    size = BITS[view.dtype] // 8 if view.dtype in DTYPES else 1
     return size * math.prod(view.shape)
 
 

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
-from torch import Tensor
-
 from plait.adapters.lowrank import LowRank
+from plait.deferred import Tensor
 
 
 class TensorNames(NamedTuple):

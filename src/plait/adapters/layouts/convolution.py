@@ -1,4 +1,4 @@
-"""`nn.Conv1d`, `Conv2d` and `Conv3d`, grouped or not."""
+"""`torch.nn.Conv1d`, `Conv2d` and `Conv3d`, grouped or not."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
-from torch import Tensor, nn
-
 from plait.adapters.layouts.base import Layout
 from plait.adapters.lowrank import LowRank
+from plait.deferred import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Convolution(Layout):
     @classmethod
     def of_module(cls, module: Any) -> Self | None:
         """Return the layout of factors on a convolution."""
-        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if not isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
             return None
         kernel = (module.in_channels, *module.kernel_size)
         return cls(module.out_channels // module.groups, math.prod(kernel), module.groups, kernel)

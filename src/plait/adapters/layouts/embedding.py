@@ -1,4 +1,4 @@
-"""`nn.Embedding`: a weight (tokens, features), so ΔWᵀ; factors that are parameters, under names of their own."""
+"""`torch.nn.Embedding`: a weight (tokens, features), so ΔWᵀ; factors that are parameters, under names of their own."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from torch import nn
-
 from plait.adapters.layouts.base import Layout
+from plait.deferred import torch
 
 
 @dataclass(frozen=True)
@@ -30,5 +29,5 @@ class Embedding(Layout):
 
     @classmethod
     def of_module(cls, module: Any) -> Self | None:
-        """Return the layout of factors on an `nn.Embedding`."""
-        return cls(module.embedding_dim, module.num_embeddings) if isinstance(module, nn.Embedding) else None
+        """Return the layout of factors on an `torch.nn.Embedding`."""
+        return cls(module.embedding_dim, module.num_embeddings) if isinstance(module, torch.nn.Embedding) else None

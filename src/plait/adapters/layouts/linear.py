@@ -1,4 +1,4 @@
-"""`nn.Linear`: a weight (d_out, d_in)."""
+"""`torch.nn.Linear`: a weight (d_out, d_in)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from torch import nn
-
 from plait.adapters.layouts.base import Layout
 from plait.adapters.layouts.conv1d import may_be_conv1d
+from plait.deferred import torch
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,8 @@ class Linear(Layout):
 
     @classmethod
     def of_module(cls, module: Any) -> Self | None:
-        """Return the layout of factors on an `nn.Linear`."""
-        return cls(module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
+        """Return the layout of factors on an `torch.nn.Linear`."""
+        return cls(module.out_features, module.in_features) if isinstance(module, torch.nn.Linear) else None
 
     def is_transposed(self, target: str, *, stored: tuple[int, ...] | None, conv1d: bool | None, flag: bool) -> bool:
         """Return whether it is a Conv1D in the base: by the shape of the weight; where that is square, by name and model."""

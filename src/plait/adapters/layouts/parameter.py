@@ -12,11 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-import torch
-from torch import Tensor
-
 from plait.adapters.layouts.base import Layout
 from plait.adapters.lowrank import LowRank
+from plait.deferred import Tensor, torch
 from plait.libraries.transformers import EXPERT_PARAMETERS
 
 WRAPPED = ".base_layer"  #: what PEFT adds to a path for every wrapper around a layer
