@@ -53,3 +53,18 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(stored, tmp_path):
     os.truncate(path, file.tensors["wide"].start + 100)
     with pytest.raises(AdapterError, match=r"'wide' ends early\. Did the file change"):
         file.read("wide")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_zeros_of_either_sign_are_zero_and_nothing_else_is(dtype, tmp_path):
+    zeros = torch.tensor([[0.0, -0.0], [-0.0, 0.0]], dtype=dtype)
+    smallest = torch.finfo(dtype).smallest_normal / 2 ** (3 if dtype == torch.bfloat16 else 5)
+    tensors = {"zeros": zeros, "none": torch.zeros(0, 3, dtype=dtype)}
+    tensors |= {f"{at} {value}": zeros.clone() for at in range(4) for value in (1.0, smallest, -smallest, 2.0)}
+    for at in range(4):
+        for value in (1.0, smallest, -smallest, 2.0):
+            tensors[f"{at} {value}"].view(-1)[at] = value
+    save_file(tensors, tmp_path / "z.safetensors")
+    file = SafetensorsFile(tmp_path / "z.safetensors")
+    assert {name for name in tensors if file.is_zero(name)} == {"zeros", "none"}
+    assert all(file.is_zero(name) == (not bool(tensor.any())) for name, tensor in tensors.items())

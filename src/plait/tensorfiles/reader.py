@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from plait.deferred import Tensor, torch
 from plait.errors import AdapterError
-from plait.tensorfiles.header import TensorInfo, read_header
+from plait.tensorfiles.header import BITS, TensorInfo, read_header
 
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -78,16 +78,8 @@ class TensorFile:
         return self._values(name, info.start + first * size, count * size)
 
     def is_zero(self, name: str) -> bool:
-        """Return whether every value of a tensor of floats is 0, which needs no torch; errors as `read`."""
-        if not self.is_in_order(name):
-            return not bool(self.read(name).any())
-        info = self.tensors[name]
-        size = info.nbytes // max(1, math.prod(info.shape))
-        data = bytearray(info.nbytes)
-        _fill(data, self.path, name, info.start)
-        ends = data[size - 1 :: size]  # where the sign is
-        del data[size - 1 :: size]
-        return not data.strip(b"\x00") and not ends.strip(b"\x00\x80")
+        """Return whether every value of a tensor of floats is 0; errors as `read`."""
+        return not bool(self.read(name).any())
 
     def _values(self, name: str, position: int, nbytes: int) -> Tensor:
         info = self.tensors[name]
@@ -148,3 +140,15 @@ class SafetensorsFile(TensorFile):
         header = read_header(path)
         self.tensors = header.tensors
         self.metadata = header.metadata
+
+    def is_zero(self, name: str) -> bool:
+        """Return whether every value of a tensor of floats is 0, which needs no torch; errors as `read`."""
+        if not self.is_in_order(name):
+            return super().is_zero(name)
+        info = self.tensors[name]
+        size = BITS[info.dtype] // 8
+        data = bytearray(info.nbytes)
+        _fill(data, self.path, name, info.start)
+        ends = data[size - 1 :: size]  # where the sign is
+        del data[size - 1 :: size]
+        return not data.strip(b"\x00") and not ends.strip(b"\x00\x80")
