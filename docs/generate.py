@@ -1,11 +1,12 @@
-"""Write the generated parts of README.md, docs/ and src/plait/cli again; `--check` says whether they are current.
+"""Write the generated parts of docs/ and src/plait/cli again; `--check` says whether they are current.
 
 python docs/generate.py [--check]
 
 A page of docs/methods/ names its methods in a comment, `<!-- methods: ties della -->`, and gets their descriptions from the
-registry between that and `<!-- /methods -->`. A method that no page names is added to the page of its kind. README.md
-gets one table of all of them, in the order of the pages, and one of the versions in constraints.txt and pyproject.toml. The
-command line's table of a recipe's keys is written from the schema.
+registry between that and `<!-- /methods -->`. A method that no page names is added to the page of its kind.
+docs/methods/README.md gets one table of all of them, in the order of the pages; docs/installing.md one of the versions in
+constraints.txt and pyproject.toml. The README's pictures are drawn from the table of docs/results.md. The command line's
+table of a recipe's keys is written from the schema.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ from plait.recipes.problems import spell_value
 from plait.results.older_keys import page as older_keys
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+METHODS_PAGE = ROOT / "docs" / "methods" / "README.md"
+VERSIONS_PAGE = ROOT / "docs" / "installing.md"
+RESULTS = ROOT / "docs" / "results.md"
+#: Text, faint text, lines, bars and the bars of others, on a light and on a dark page.
+COLORS = {
+    "light": ("#1b1f24", "#59626c", "#d9dee3", "#1f5fa7", "#9aa4ae"),
+    "dark": ("#e6e9ec", "#9aa4ae", "#343a40", "#6aa5e8", "#6b747d"),
+}
+PICTURES = {ROOT / "docs" / "pictures" / f"recovery-{name}.svg": colors for name, colors in COLORS.items()}
 OTHER_TOOLS = ROOT / "docs" / "coming-from.md"
 PAGES = ("linear", "elementwise", "spectral", "geometric", "solved", "compatibility")
 KEYS = ROOT / "src" / "plait" / "cli" / TABLE.name
@@ -44,7 +53,7 @@ def page(name: str) -> Path:
     return ROOT / "docs" / "methods" / f"{name}.md"
 
 
-FILES = (*map(page, PAGES), README, OTHER_TOOLS, KEYS)
+FILES = (*map(page, PAGES), METHODS_PAGE, VERSIONS_PAGE, OTHER_TOOLS, KEYS, *PICTURES)
 
 
 def methods_of(text: str) -> list[str]:
@@ -85,7 +94,7 @@ def _parameter(about: dict[str, Any]) -> str:
 
 
 def row(name: str, on: str) -> str:
-    """Return one row of the table in README.md."""
+    """Return one row of the table of all methods."""
     method = METHODS[name]
     result = "truncated to the largest rank" if method.auto_rank == "largest" else _RESULT[method.kind]
     if method.kind == "entries" and "delta" not in method.spaces:
@@ -94,7 +103,7 @@ def row(name: str, on: str) -> str:
         result = "dense; truncated to the largest rank"
     notes = ", ".join(w for w, holds in (("random (keyed)", method.randomised), ("needs data", _needs_data(name))) if holds)
     source = f"[{method.source.title}]({method.source.url})" if method.source.url else method.source.title
-    return f"| [`{name}`](docs/methods/{on}.md#{name}) | {method.summary} | {result} | {notes} | {source} |"
+    return f"| [`{name}`]({on}.md#{name}) | {method.summary} | {result} | {notes} | {source} |"
 
 
 def _needs_data(name: str) -> bool:
@@ -111,7 +120,9 @@ def table() -> str:
 def versions() -> str:
     """Return which versions of what plait runs with are tested, and which it allows."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = {name: needs for name, needs in project["optional-dependencies"].items() if name not in ("demo", "dev", "test")}
+    extras = {
+        name: needs for name, needs in project["optional-dependencies"].items() if name not in ("demo", "dev", "site", "test")
+    }
     needed = {"": project["dependencies"], **extras}
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
     rows = []
@@ -125,13 +136,64 @@ def versions() -> str:
     return "\n".join(["", "| package | tested | oldest allowed | comes with |", "|---|---|---|---|", *rows, ""])
 
 
+def means() -> list[tuple[str, float, float, float]]:
+    """Return (merge, mean recovery, and its interval's ends) from the table of docs/results.md."""
+    table = RESULTS.read_text(encoding="utf-8").partition("<!-- demo -->")[2].partition("<!-- /demo -->")[0]
+    head, *rows = ([cell.strip(" *`") for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|")
+    (mean,) = (row for row in rows if row[0] == "mean")
+    numbers = [tuple(map(float, re.findall(r"\d*\.\d+", cell))) for cell in mean[3:]]
+    names = [name.replace("`", "") for name in head[3:]]
+    return [(name, *found) for name, found in zip(names, numbers, strict=True)]  # type: ignore[misc]
+
+
+def picture(colors: tuple[str, ...]) -> str:
+    """Return the means as bars, from the base model to the adapters themselves."""
+    ink, dim, line, own, others = colors
+    left, width, step = 250, 400, 44
+    bars = []
+    found = means()
+    for place, (name, mean, low, high) in enumerate(found):
+        y = 52 + step * place
+        command, _, about = name.partition(": ")
+        short, _, seen = command.partition(", ") if not about else (command, "", about)
+        color = others if name.startswith("PEFT") else own
+        at, a, b = (left + width * value for value in (mean, low, high))
+        bars += [
+            f'<text x="{left - 12}" y="{y + 8}" text-anchor="end" fill="{ink}">{short}</text>',
+            f'<text x="{left - 12}" y="{y + 23}" text-anchor="end" fill="{dim}" font-size="11">{seen}</text>',
+            f'<rect x="{left}" y="{y}" width="{at - left:.0f}" height="20" rx="2" fill="{color}"/>',
+            f'<path d="M{a:.0f} {y + 10}H{b:.0f}M{a:.0f} {y + 5}v10M{b:.0f} {y + 5}v10" stroke="{ink}" stroke-width="1.5"/>',
+            f'<text x="{left + width + 50}" y="{y + 15}" text-anchor="end" fill="{ink}" font-weight="600">{mean:.2f}</text>',
+        ]
+    bottom = 52 + step * len(found)
+    marks = "".join(
+        f'<path d="M{x} 44V{bottom}" stroke="{dim if x > left else line}" stroke-dasharray="3 3"/>'
+        f'<text x="{x}" y="36" text-anchor="middle" fill="{dim}" font-size="11">{text}</text>'
+        for x, text in ((left, "base model"), (left + width, "own adapters"))
+    )
+    title = "What one merge of three adapters keeps of them, mean of three tasks"
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {bottom + 8}" font-family="system-ui, sans-serif" '
+            f'font-size="14" role="img" aria-label="{title}">',
+            f'<text x="12" y="18" fill="{ink}" font-weight="600">{title}</text>',
+            marks,
+            *bars,
+            "</svg>\n",
+        ]
+    )
+
+
 def generated(path: Path) -> str:
     """Return a file with its generated parts made again."""
+    if path in PICTURES:
+        return picture(PICTURES[path])
     if path == KEYS:
         return json.dumps(recipe_keys(), indent=1, ensure_ascii=False) + "\n"
     text = path.read_text(encoding="utf-8")
-    if path == README:
-        text = _VERSIONS.sub(lambda _: f"{versions()}\n", text)
+    if path == VERSIONS_PAGE:
+        return _VERSIONS.sub(lambda _: f"{versions()}\n", text)
+    if path == METHODS_PAGE:
         return _TABLE.sub(lambda _: f"\n{table()}\n", text)
     if path == OTHER_TOOLS:
         text = _OLDER_KEYS.sub(lambda _: f"\n{older_keys()}\n", text)
@@ -144,7 +206,7 @@ def main() -> int:
     stale = []
     for path in FILES:
         after = generated(path)
-        if after != path.read_text(encoding="utf-8"):
+        if not path.is_file() or after != path.read_text(encoding="utf-8"):
             stale.append(path)
             if "--check" not in sys.argv[1:]:
                 path.write_text(after, encoding="utf-8")

@@ -9,20 +9,28 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import plait
+from plait.cli.main import command_tree
 from plait.methods import METHODS
+from plait.recipes.keys import recipe_keys
 from plait.recipes.loading import load_recipe
 from tests.command_line import exit_code
 from tests.every import every
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo" / "adapters"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("tour", "installing", "tutorials/first-merge")),
+]
 BLOCK = re.compile(r"(?P<skip><!-- skip: [^>]+-->\n)?(?:<!-- \w+ -->\n)?```(?P<kind>\w+)\n(?P<body>.*?)```", re.DOTALL)
 
 
@@ -37,8 +45,8 @@ def blocks(kind: str) -> list[tuple[str, str]]:
 
 
 def commands() -> list[str]:
-    """Return every `plait` command of the README that needs no Hub."""
-    lines = [line.partition("#")[0].strip() for _, body in blocks("bash") for line in body.splitlines()]
+    """Return every `plait` command of the pages that needs no Hub, once."""
+    lines = dict.fromkeys(line.partition("#")[0].strip() for _, body in blocks("bash") for line in body.splitlines())
     return [line for line in lines if line.startswith("plait ") and "org/" not in line]
 
 
@@ -124,18 +132,81 @@ def test_a_method_is_one_file_and_one_import_line(tmp_path):
     done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "#### `median`" in (tmp_path / "docs" / "methods" / "elementwise.md").read_text(encoding="utf-8")
-    assert "| [`median`](docs/methods/elementwise.md#median)" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| [`median`](elementwise.md#median)" in (tmp_path / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
     for space in METHODS["ties"].spaces:
         assert f"test_contract[median-{space}] PASSED" in done.stdout
 
 
-def generator():
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+def script(name: str):
+    """Return a script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
-    return generate
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def generator():
+    return script("generate")
+
+
+@cache
+def reference():
+    return script("reference")
+
+
+def test_every_command_option_and_public_name_is_on_the_site():
+    pages = reference().pages()
+    commands = re.findall(r"^## plait (.+)$", pages["reference/cli.md"], re.MULTILINE)
+    assert {"merge", "un-bake", "recipe check", "tasks check"} <= {*commands}
+    assert {words.split()[0] for words in commands} == {*command_tree().commands}
+    sections = dict(zip(commands, re.split(r"^## plait .+$", pages["reference/cli.md"], flags=re.MULTILINE)[1:], strict=True))
+    for name, command in command_tree().commands.items():
+        options = {option for p in command.params if p.param_type_name == "option" and not p.hidden for option in p.opts}
+        assert not [option for option in options if f"`{option}`" not in sections.get(name, "")], name
+    names = re.findall(r"^### plait\.(\w+)$", pages["reference/api.md"], re.MULTILINE)
+    assert sorted([*names, "__version__"]) == sorted(plait.__all__)
+    assert "#### plait.Session.merge" in pages["reference/api.md"]
+    assert all(f"`{key['path']}`" in pages["reference/recipe.md"] for key in recipe_keys())
+
+
+def test_every_page_is_in_the_navigation_once():
+    def places(part):
+        if isinstance(part, str):
+            return [part]
+        return [place for inner in (part.values() if isinstance(part, dict) else part) for place in places(inner)]
+
+    pages = places(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    pages.remove("DECISIONS")
+    written = {file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs").rglob("*.md")}
+    shown = {page for page in written if not page.startswith("decisions/")} | {*reference().pages()}
+    assert sorted(pages) == sorted(shown)
+
+
+def test_links_of_pages_on_the_site_lead_to_pages_of_it():
+    place = reference().with_links
+    markdown = "[a](../examples/demo/README.md#x) [b](tuning.md) [c](../src/plait) [d](https://h) [e](methods) [f](nowhere.md)"
+    assert place(markdown, "docs/results.md", "results.md") == (
+        "[a](demo.md#x) [b](tuning.md) c [d](https://h) [e](methods/README.md) f"
+    )
+    assert place("[a](docs/design.md)", "CONTRIBUTING.md", "contributing.md") == "[a](design.md)"
+
+
+def test_the_readme_is_short_and_its_numbers_are_those_of_the_pages_it_names():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    rows = [line.strip("|").split("|") for line in text.partition("## Why believe it")[2].splitlines() if line.startswith("| ")]
+    seen = 0
+    for claim, found, where in rows[1:]:
+        pages = [ROOT / target for target in re.findall(r"\]\((docs/[^)#]+)", where)]
+        there = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+        for number in re.findall(r"(?<![\w.])\d*\.?\d+(?: (?:s|MB|GB)\b)?", found):
+            assert number in there or number in there.replace("0.", "."), f"{claim}: {number} is not in {pages}"
+            seen += 1
+        for file in re.findall(r"`(tests/[\w/.]+)`|python ([\w/]+\.py)", where):
+            assert (ROOT / "".join(file)).exists(), file
+    assert seen >= 20
 
 
 def test_generated_parts_are_current():
@@ -159,10 +230,22 @@ def test_files_that_the_design_names_are_there():
     assert not [name for name in named if not any(ROOT.glob(name)) and not any(source.rglob(name))]
 
 
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a page's headings, as the site and forges make them."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
 def test_links_lead_somewhere():
+    made = {ROOT / "docs" / place: text for place, text in reference().pages().items()}
     for page in [*PAGES, *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "demo" / "README.md"]:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        links = re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]+))?\)", page.read_text(encoding="utf-8"))
+        for target, anchor in links:
+            found = (page.parent / target).resolve() if target else page
+            assert found.exists() or found in made, f"{page.name}: {target}"
+            if anchor and anchor not in ("only-light", "only-dark"):
+                text = made.get(found) or (found / "README.md" if found.is_dir() else found).read_text(encoding="utf-8")
+                assert anchor in anchors(text), f"{page.name}: {target}#{anchor}"
 
 
 def test_the_changelog_has_this_version():

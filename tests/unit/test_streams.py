@@ -106,7 +106,7 @@ def test_a_signal_clears_away_and_says_what_is_left(monkeypatch, capsys, tmp_pat
             time.sleep(30)
             pytest.fail("the signal did not end the work")
 
-    monkeypatch.setattr(command, "_command", lambda: work)
+    monkeypatch.setattr(command, "command_tree", lambda: work)
     monkeypatch.setattr(command, "_translated", list)
     # a job in the background, or under nohup, begins with some of them ignored
     before = signal.signal(asked, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
@@ -125,7 +125,7 @@ def test_a_command_that_continues_does_not_start_from_the_beginning(monkeypatch,
         with noting_on_stop(lambda: "Steps are kept; the same command continues."), staged(tmp_path / "out", force=False):
             raise Stopped(signal.SIGTERM)
 
-    monkeypatch.setattr(command, "_command", lambda: work)
+    monkeypatch.setattr(command, "command_tree", lambda: work)
     monkeypatch.setattr(command, "_translated", list)
     assert exit_code("tune") == 143
     message = " ".join(capsys.readouterr().err.split())

@@ -33,6 +33,19 @@ from rich.text import Text
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
 
+class _Verbosity:
+    """What a command prints besides its results and errors.
+
+    Attributes:
+        quiet: nothing.
+    """
+
+    quiet = False
+
+
+VERBOSITY = _Verbosity()  # of the command that runs in this process
+
+
 class _Console(Console):
     """A console on which text from elsewhere is shown, and commands nothing."""
 
@@ -83,8 +96,8 @@ def print_json(value: Any) -> None:
 
 
 def print_notes(notes: Iterable[str], console: Console | None = None) -> None:
-    """Print notes, a line each; on stderr when no console is given."""
-    for note in notes:
+    """Print notes, a line each; on stderr when no console is given, unless the command is quiet."""
+    for note in notes if console or not VERBOSITY.quiet else ():
         (console or err()).print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
 
 
@@ -130,10 +143,11 @@ def warnings_as_notes(wanted: type[Warning] = Warning) -> Iterator[None]:
 
 
 class ProgressBars:
-    """Progress on stderr: a bar on a terminal, a line per stage elsewhere."""
+    """Progress on stderr: a bar on a terminal, a line per stage elsewhere; nothing where the command is quiet."""
 
     def __init__(self) -> None:
         self._console = err()
+        self._console.quiet = VERBOSITY.quiet
         self._bar: Progress | None = None
         self._task: Any = None
         self._stage = ""

@@ -46,7 +46,9 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="A task's own adapter, for one adapter or model.", show_default=False),
     ] = None,
-    workspace: Annotated[Path, typer.Option(help="Where results and finished answers are kept.")] = Path("artifacts"),
+    workspace: Annotated[
+        Path, typer.Option(envvar="PLAIT_WORKSPACE", help="Where results and finished answers are kept.")
+    ] = Path("artifacts"),
     card: Annotated[bool, typer.Option("--card", help="Put the results into the card of the adapter or model.")] = False,
     *,
     loading: Loading,

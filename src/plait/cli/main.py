@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Annotated, Any
 
@@ -92,29 +93,41 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print results and errors alone: no progress, no notes.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="As --traceback, and show what libraries warn of.")] = False,
 ) -> None:
     pass
 
 
 @cache
-def _command() -> TyperGroup:
+def command_tree() -> TyperGroup:
     """Return all commands with their options, which takes longer than a small merge: made from the signatures once."""
     found = typer.main.get_command(app)
     assert isinstance(found, TyperGroup)
-    _hide_types(found)
+    _complete(found)
     return found
 
 
-def _hide_types(command: Any) -> None:
-    """Leave the types of flags and arguments out of the help: a flag takes nothing, and an argument's name says what it is."""
-    for inner in getattr(command, "commands", {}).values():
-        _hide_types(inner)
+def _complete(command: Any, words: tuple[str, ...] = ("plait",)) -> None:
+    """Give every option a variable, and leave the types of flags and arguments out of the help.
+
+    A flag takes nothing, and an argument's name says what it is.
+    """
+    for name, inner in getattr(command, "commands", {}).items():
+        _complete(inner, (*words, name))
     context = command.context_class(command, help_option_names=_HELP)
     for parameter in [*command.params, command.get_help_option(context)]:
         if getattr(parameter, "is_flag", False):
             parameter.metavar = ""
-        elif isinstance(parameter, TyperArgument):
+        if isinstance(parameter, TyperArgument):
             parameter.display_type_rich = lambda ctx: None  # type: ignore[method-assign]
+            continue
+        parameter.show_envvar = False
+        if len(words) > 1 and "--help" not in parameter.opts and parameter.envvar is None:
+            option = next(name for name in parameter.opts if name.startswith("--"))
+            parameter.envvar = "_".join((*words, option.lstrip("-"))).replace("-", "_").upper()
 
 
 _LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "torch", "transformers", "trl")
@@ -124,17 +137,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process: 0 done, 1 our fault, 2 the user's, 128 + n stopped by a signal."""
     atexit.register(gc.freeze)  # the last collections would look all of torch through, for nothing: the process ends
 
-    arguments = _join_lists(list(sys.argv[1:] if argv is None else argv))
-    wants_traceback = "--traceback" in arguments
-    # accepted anywhere, though it belongs to the command itself
-    arguments = [a for a in arguments if a != "--traceback"]
+    arguments, asked = _without_anywhere(_join_lists(list(sys.argv[1:] if argv is None else argv)))
     with guarded():
         try:
-            code = _run(arguments, wants_traceback=wants_traceback)
+            code = _run(arguments, asked)
             sys.stdout.flush()
         except StreamError as error:
             code = give_up_stdout(error)
     sys.exit(code)
+
+
+#: Accepted anywhere on the command line, though they belong to `plait` itself.
+_ANYWHERE = {"--traceback": "traceback", "--quiet": "quiet", "--verbose": "verbose"}
+
+
+def _without_anywhere(arguments: list[str]) -> tuple[list[str], set[str]]:
+    """Return the command line without the options that are accepted anywhere, and those of them that it or a variable gives."""
+    at = next((i for i, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
+    short = {"-q": "quiet", "-v": "verbose"}  # before the command alone: after it they may be another program's
+    asked = {short[word] for word in arguments[:at] if word in short}
+    asked |= {name for option, name in _ANYWHERE.items() if option in arguments}
+    asked |= {
+        name for name in _ANYWHERE.values() if os.environ.get(f"PLAIT_{name.upper()}", "0").lower() not in ("", "0", "false")
+    }
+    kept = [word for i, word in enumerate(arguments) if word not in _ANYWHERE and not (i < at and word in short)]
+    return kept, asked
 
 
 def _hide_deprecations() -> None:
@@ -144,14 +171,22 @@ def _hide_deprecations() -> None:
             warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}(\.|$)")
 
 
-def _run(arguments: list[str], *, wants_traceback: bool) -> int:
-    """Run a command and return the exit code."""
-    from plait.cli.console import warnings_as_notes
+def _run(arguments: list[str], asked: Collection[str]) -> int:
+    """Run a command and return the exit code.
 
+    Args:
+        arguments: of the command.
+        asked: names of the options that are accepted anywhere.
+    """
+    from plait.cli.console import VERBOSITY, warnings_as_notes
+
+    VERBOSITY.quiet = "quiet" in asked
+    wants_traceback = bool({"traceback", "verbose"} & {*asked})
     try:
         with warnings_as_notes(PlaitWarning), stoppable():
-            _hide_deprecations()
-            _command()(_translated(arguments))
+            if "verbose" not in asked:
+                _hide_deprecations()
+            command_tree()(_translated(arguments))
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except Stopped as stop:
@@ -189,7 +224,7 @@ def _translated(arguments: list[str]) -> list[str]:
         return arguments
     if not any(word.startswith("--") for word in arguments[at:]):
         return arguments
-    command = _command().commands[arguments[at]]
+    command = command_tree().commands[arguments[at]]
     known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     words, notes = translate_flags(arguments[at:], known)
     print_notes(notes)

@@ -49,13 +49,12 @@ def migrate(
     force: Annotated[bool, typer.Option("--force", help="Replace the file there.")] = False,
 ) -> None:
     """Write a recipe in today's form; what changed, and where numbers will differ, goes to stderr."""
-    from plait.cli.console import err
     from plait.cli.console import out as stdout
+    from plait.cli.console import print_notes
     from plait.commands.recipe import MigrateOrder
 
     text, notes = MigrateOrder(file, out, force).run()
-    for note in notes:
-        err().print(f"note: {note}", markup=False)
+    print_notes(notes)
     if out is None:
         typer.echo(text, nl=False)
         return

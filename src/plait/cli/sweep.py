@@ -41,7 +41,9 @@ def sweep(
         Path | None, typer.Option(metavar="STUDY", help="Print how far a study is, and leave.", show_default=False)
     ] = None,
     moments: Moments = None,
-    workspace: Annotated[Path, typer.Option(help="Where results and finished answers are kept.")] = Path("artifacts"),
+    workspace: Annotated[
+        Path, typer.Option(envvar="PLAIT_WORKSPACE", help="Where results and finished answers are kept.")
+    ] = Path("artifacts"),
     *,
     loading: Loading,
     writing: Writing,
