@@ -18,7 +18,12 @@ from plait.recipes.keys import recipe_keys
 
 ROOT = Path(__file__).parents[1]
 #: Pages of the repository outside of docs/ → where they are on the site.
-ELSEWHERE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "examples/demo/README.md": "demo.md"}
+ELSEWHERE = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "examples/demo/README.md": "demo.md",
+    "examples/notebooks/README.md": "notebooks.md",
+}
 _LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<target>(?!https?:|#|mailto:)[^)\s]+)\)")
 _SECTION = re.compile(r"^(Args|Returns|Raises|Attributes|Yields):$")
 _ENTRY = re.compile(r"^(?P<name>[*\w. ]+?)(?: \([^)]*\))?: (?P<text>.*)$")

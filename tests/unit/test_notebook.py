@@ -235,7 +235,6 @@ def notebook(monkeypatch) -> list[str]:
     module = ModuleType("IPython.display")
     module.display, module.HTML = display, str  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "IPython.display", module)
-    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
     return shown
 
 
