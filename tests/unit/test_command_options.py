@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 import plait
+from plait.cli.main import command_tree
 from plait.testing import cohort
 from tests.command_line import exit_code
 from tests.every import every
@@ -73,3 +75,33 @@ def test_python_m_plait_is_the_same_command_and_completes() -> None:
     code = "import sys; sys.argv[0] = 'plait'; from plait.cli.main import main; main([])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ | asked)
     assert done.stdout.split() == ["verify"]
+
+
+def test_every_command_has_two_examples_whose_options_it_has():
+    for name, command in command_tree().commands.items():
+        if hasattr(command, "commands"):
+            continue
+        examples = re.findall(r"Example: (plait [^\n]+)", command.help)
+        assert len(examples) == 2, name
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        words = {word for example in examples for word in shlex.split(example) if word.startswith("-")}
+        assert name == "sft" or not words - known, name
+        assert {example.split()[1] for example in examples} == {name}
+
+
+def test_options_and_commands_are_in_groups(capsys):
+    assert exit_code("merge", "--help") == 0
+    shown = capsys.readouterr().out
+    for panel in ("Input", "The merge", "What is written", "This machine"):
+        assert f" {panel} " in shown
+    assert exit_code("--help") == 0
+    assert " Judge and tune " in capsys.readouterr().out
+
+
+def test_a_merge_without_a_method_says_what_the_default_is(pair, capsys):
+    assert exit_code("merge", *pair, "-o", "plain") == 0
+    assert "no --method is given: linear, the plain sum. dc_merge keeps more" in capsys.readouterr().err
+    assert exit_code("merge", *pair, "--method", "linear", "-o", "chosen") == 0
+    assert exit_code("merge", *pair, "--weights", "0.7", "0.3", "-o", "weighted") == 0
+    assert exit_code("merge", pair[0], "-o", "one") == 0
+    assert "no --method" not in capsys.readouterr().err

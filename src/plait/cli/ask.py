@@ -52,6 +52,8 @@ def ask(
     """Ask base, single adapters and their merge the same prompts, side by side. Nothing is written.
 
     Example: plait ask "Which language is this? Guten Tag" ./intent ./langid --method ties
+
+    Example: plait ask prompts.txt merged --max-new-tokens 64 --json
     """
     from plait.cli.arguments import named_paths
     from plait.cli.console import ProgressBars, print_json, print_notes, warnings_as_notes

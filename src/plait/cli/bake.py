@@ -65,6 +65,8 @@ def bake(
     """Write base model + adapters as a full model, shard by shard; killed, the same command continues.
 
     Example: plait bake math=./a code=./b --weights 0.7 0.3 --base-id org/model -o model
+
+    Example: plait bake merged --base-id ./base --dequantize --dry-run -o model
     """
     from plait.cli.console import ProgressBars, print_json, warnings_as_notes
     from plait.cli.verify import show_parity

@@ -25,6 +25,8 @@ def calibrate(
     """Take the second moments that regmean and ssr need: each adapter reads its own task's texts. No label is read.
 
     Example: plait calibrate ./intent ./langid --tasks tasks/intent.yaml tasks/langid.yaml -o moments
+
+    Example: plait calibrate ./intent ./langid --tasks tasks/intent.yaml tasks/langid.yaml --texts lines --dry-run -o moments
     """
     from plait.cli.console import ProgressBars, print_json, warnings_as_notes
     from plait.commands.calibrate import CalibrateOrder

@@ -23,6 +23,8 @@ def compress(
     """Write one adapter at a lower rank, with the energy that this keeps.
 
     Example: plait compress ./adapter --rank 16 -o small
+
+    Example: plait compress org/adapter --energy 0.99 --layout pattern -o small
     """
     from plait.cli.console import ProgressBars, print_json
     from plait.cli.merge import show_result

@@ -33,6 +33,8 @@ def convert(
     """Write an adapter in the format of another program, with the same factors.
 
     Example: plait convert ./adapter --to mlx -o adapter-mlx
+
+    Example: plait convert style.safetensors --to diffusers -o style-diffusers
     """
     from plait.cli.console import ProgressBars, print_json, print_notes
     from plait.cli.console import out as console

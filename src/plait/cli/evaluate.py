@@ -58,6 +58,8 @@ def evaluate(
     """Report what a merge kept of every adapter, task by task, next to the base model and each task's own adapter.
 
     Example: plait eval recipe.yaml --tasks tasks/intent.yaml tasks/langid.yaml --matrix
+
+    Example: plait eval ./a ./b --tasks a.yaml b.yaml --methods linear,ties,dc_merge --spaces core
     """
     from plait.cli.arguments import named_paths
     from plait.cli.console import ProgressBars, print_json, warnings_as_notes

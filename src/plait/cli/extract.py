@@ -40,6 +40,8 @@ def extract(
     """Write a LoRA adapter from a full fine-tune: what it changed, at a low rank, with the energy that this keeps.
 
     Example: plait extract org/base org/finetuned --rank 32 -o adapter
+
+    Example: plait extract ./base ./finetuned --energy 0.9 --layout pattern -o adapter
     """
     from plait.cli.console import ProgressBars, print_json
     from plait.commands.extract import ExtractOrder

@@ -49,6 +49,8 @@ def inspect(
     """Report what adapters are, how they relate, and whether they can be merged.
 
     Example: plait inspect math=./a code=org/repo@main/checkpoint-100
+
+    Example: plait inspect watercolor.safetensors pixelart.safetensors --json
     """
     from plait.cli.console import ProgressBars, out, print_json
     from plait.commands.inspect import InspectOrder

@@ -59,26 +59,26 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": _HELP},
 )
-app.command("merge")(merge)
-app.command("bake")(bake)
-app.command("un-bake")(unbake)
-app.command("inspect")(inspect)
-app.command("compress")(compress)
-app.command("convert")(convert)
-app.command("extract")(extract)
-app.command("verify")(verify)
-app.command("push")(push)
-app.command("eval")(evaluate)
-app.command("ask")(ask)
-app.command("calibrate")(calibrate)
-app.command("tune")(tune)
-app.command("sweep")(sweep)
-app.command("report")(report)
-app.command("sft", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(sft)
-app.command("train")(train)
-app.command("methods")(methods)
-app.add_typer(recipe_app, name="recipe")
-app.add_typer(tasks_app, name="tasks")
+app.command("merge", rich_help_panel="Merge")(merge)
+app.command("bake", rich_help_panel="Merge")(bake)
+app.command("un-bake", rich_help_panel="Merge")(unbake)
+app.command("inspect", rich_help_panel="Merge")(inspect)
+app.command("compress", rich_help_panel="Merge")(compress)
+app.command("convert", rich_help_panel="Merge")(convert)
+app.command("extract", rich_help_panel="Merge")(extract)
+app.command("verify", rich_help_panel="Results")(verify)
+app.command("push", rich_help_panel="Results")(push)
+app.command("eval", rich_help_panel="Judge and tune")(evaluate)
+app.command("ask", rich_help_panel="Judge and tune")(ask)
+app.command("calibrate", rich_help_panel="Judge and tune")(calibrate)
+app.command("tune", rich_help_panel="Judge and tune")(tune)
+app.command("sweep", rich_help_panel="Judge and tune")(sweep)
+app.command("report", rich_help_panel="Results")(report)
+app.command("sft", rich_help_panel="Train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(sft)
+app.command("train", rich_help_panel="Train")(train)
+app.command("methods", rich_help_panel="Look up")(methods)
+app.add_typer(recipe_app, name="recipe", rich_help_panel="Look up")
+app.add_typer(tasks_app, name="tasks", rich_help_panel="Look up")
 
 
 def _version(value: bool) -> None:  # noqa: FBT001 (typer's callback)
@@ -110,8 +110,18 @@ def command_tree() -> TyperGroup:
     return found
 
 
+#: Where the help shows options that are not of the recipe's schema.
+_PANELS = {
+    "Input": "tasks base-id add from-merged input moments source sources warm-start set original weight",
+    "The merge": "method methods weights scale rank space spaces energy",
+    "What is written": "out to tower bake-dir push-adapter-repo push-baked-repo private card force dry-run json figures title",
+    "This machine": "load-dtype device-map trust-remote-code workers device cluster workspace storage",
+}
+_PANEL_OF = {f"--{option}": panel for panel, options in _PANELS.items() for option in options.split()}
+
+
 def _complete(command: Any, words: tuple[str, ...] = ("plait",)) -> None:
-    """Give every option a variable, and leave the types of flags and arguments out of the help.
+    """Give every option a variable and a panel of the help, and leave the types of flags and arguments out of it.
 
     A flag takes nothing, and an argument's name says what it is.
     """
@@ -127,6 +137,7 @@ def _complete(command: Any, words: tuple[str, ...] = ("plait",)) -> None:
         parameter.show_envvar = False
         if len(words) > 1 and "--help" not in parameter.opts and parameter.envvar is None:
             option = next(name for name in parameter.opts if name.startswith("--"))
+            parameter.rich_help_panel = parameter.rich_help_panel or _PANEL_OF.get(option)
             parameter.envvar = "_".join((*words, option.lstrip("-"))).replace("-", "_").upper()
 
 

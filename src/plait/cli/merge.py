@@ -23,6 +23,12 @@ _PROMISES = {
 }
 
 
+#: That the plain sum of unlike adapters keeps little is the first surprise of many.
+_NO_METHOD = (
+    "no --method is given: linear, the plain sum. dc_merge keeps more of unlike adapters, without data; plait tune keeps most."
+)
+
+
 @with_options("merge")
 def merge(
     inputs: RecipeOrAdapters,
@@ -67,7 +73,9 @@ def merge(
 ) -> None:
     """Merge LoRA adapters into one, without the base model; with --tasks, moments and scale are taken on their texts.
 
-    Example: plait merge math=./a code=org/repo@main/checkpoint-100 --method ties --density 0.3 -o merged
+    Example: plait merge math=./a code=org/repo@main/checkpoint-100 --method ties --space core -o merged
+
+    Example: plait merge recipe.yaml --set method.density=0.3 --dry-run -o merged
     """
     from plait.cli.arguments import named_paths
     from plait.cli.bake import bake_json, show_bake, show_bake_plan
@@ -100,6 +108,8 @@ def merge(
         if baked is not None and bake_dir is not None:
             show_bake_plan(baked, bake_dir)
         return
+    if add is None and order.request.chooses_no_method:
+        print_notes([_NO_METHOD])
     result = order.run(ProgressBars())
     print_notes(result.record.notes)
     if writing.json:

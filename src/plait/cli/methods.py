@@ -20,7 +20,9 @@ def methods(
 ) -> None:
     """List the merge methods, or describe one: paper, equation, parameters, spaces, exactness, its pipeline.
 
-    Example: plait methods ties; plait methods --stages; plait methods --stages trim
+    Example: plait methods ties
+
+    Example: plait methods --stages trim
     """
     from plait.cli.console import print_json
     from plait.errors import PlanError

@@ -22,6 +22,8 @@ def push(
     """Upload a finished result to the Hub; one that is not what its plait.lock says is refused.
 
     Example: plait push merged me/merged --private
+
+    Example: plait push model me/model --create-pr
     """
     from plait.cli.console import out, print_json, print_notes
     from plait.commands.push import PushOrder

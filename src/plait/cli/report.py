@@ -32,6 +32,8 @@ def report(
     """Write one page that shows what a merge kept: readable offline, in one file.
 
     Example: plait report artifacts/compared/code_maths/run_20260102_030405 merged -o report.html --figures figures
+
+    Example: plait report study -o study.html
     """
     from plait.cli.console import ProgressBars, print_json, print_notes
     from plait.cli.console import out as console

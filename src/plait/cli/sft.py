@@ -33,6 +33,8 @@ def sft(context: typer.Context) -> None:
     upload after it failed.
 
     Example: plait sft --model_name_or_path org/model --dataset_name_or_path rows.jsonl --use_peft --output_dir run
+
+    Example: plait sft --config run.yaml --output_dir run --dry_run
     """
     from plait.cli.console import ProgressBars, print_json
     from plait.cli.stopping import noting_on_stop

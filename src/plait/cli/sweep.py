@@ -54,6 +54,8 @@ def sweep(
     Without --space and --grid: the method and the scale. Stopped or killed, the same command continues.
 
     Example: plait sweep ./intent ./langid --tasks tasks/intent.yaml tasks/langid.yaml --space scale=0.2..2 -o study
+
+    Example: plait sweep --status study
     """
     from plait.cli.console import ProgressBars, print_json, warnings_as_notes
     from plait.cli.stopping import noting_on_stop

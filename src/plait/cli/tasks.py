@@ -37,6 +37,8 @@ def check(
     Exit code 2 when calibration, validation and test are not disjoint.
 
     Example: plait tasks check tasks/langid.yaml --model HuggingFaceTB/SmolLM2-135M-Instruct
+
+    Example: plait tasks check tasks/intent.yaml tasks/langid.yaml --json
     """
     from plait.cli.console import print_json
     from plait.commands.tasks import CheckTasksOrder

@@ -54,6 +54,8 @@ def train(
     Killed at any moment, the same command continues. A phase that fails does not stop the others: exit code 1.
 
     Example: plait train examples/phases.yaml -o trained
+
+    Example: plait train phases.yaml --set arguments.max_steps=10 --dry-run -o trained
     """
     from plait.cli.console import ProgressBars, print_json
     from plait.cli.stopping import noting_on_stop

@@ -32,6 +32,8 @@ def tune(
     Every task's own adapter is the teacher; no label is read. Without texts of yours: --texts lines.
 
     Example: plait tune ./intent ./langid --tasks tasks/intent.yaml tasks/langid.yaml -o tuned
+
+    Example: plait tune ./intent ./langid --tasks tasks/intent.yaml tasks/langid.yaml --granularity module -o tuned
     """
     from plait.cli.console import ProgressBars, print_json
     from plait.commands.tune import START, TuneOrder

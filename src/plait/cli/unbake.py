@@ -27,6 +27,8 @@ def unbake(
     """Take an adapter out of a baked model again, to within rounding.
 
     Example: plait un-bake baked ./adapter -o restored --original org/base
+
+    Example: plait un-bake baked org/adapter --weight 0.5 -o restored
     """
     from plait.cli.console import ProgressBars, print_json
     from plait.commands.unbake import UnbakeOrder

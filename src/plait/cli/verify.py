@@ -40,6 +40,8 @@ def verify(
     """Check a result against its plait.lock: files, inputs, and the result made again. Exit code 0 when all is equal, else 2.
 
     Example: plait verify merged
+
+    Example: plait verify model --parity prompts.txt --no-rebuild
     """
     from plait.cli.arguments import named_paths
     from plait.cli.console import ProgressBars, print_json

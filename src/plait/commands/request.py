@@ -55,6 +55,15 @@ class Request:
         return given | {key: value if key == "moments" else str(value) for key, value in others.items() if value is not None}
 
     @property
+    def chooses_no_method(self) -> bool:
+        """Whether several adapters are given by themselves, and nothing about how they are merged."""
+        if isinstance(self.source, (Recipe, str, Path)) or self.parts[0] is not None or len(self.source) < 2:
+            return False
+        return not {"method", "weights"} & {*self.given} and not any(
+            text.startswith(("method", "weights")) for text in self.sets
+        )
+
+    @property
     def function(self) -> MomentsOf | None:
         """The function that gives second moments."""
         return self.moments if callable(self.moments) else None
