@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # another is a download of gigabytes, so that its lower bound is the one that no run has tried.
 LIBRARY_TESTS := $(addprefix tests/,$(addsuffix .py, \
   e2e/test_audio_tasks e2e/test_cli e2e/test_core_only e2e/test_encoder_decoder e2e/test_encoder_tasks e2e/test_evaluation e2e/test_heads e2e/test_hub e2e/test_image_tasks \
-  e2e/test_live_merge e2e/test_lm_eval e2e/test_mixture_peft e2e/test_parity e2e/test_peft_round_trip e2e/test_push \
+  e2e/test_live_merge e2e/test_lm_eval e2e/test_mix e2e/test_mixture_peft e2e/test_parity e2e/test_peft_round_trip e2e/test_push \
   e2e/test_sweep e2e/test_sweep_again unit/test_libraries_accelerate unit/test_libraries_huggingface_hub \
   unit/test_libraries_optuna unit/test_libraries_peft unit/test_libraries_transformers unit/test_likelihood \
   unit/test_likelihood_reads unit/test_mixture unit/test_notebook unit/test_packing unit/test_public_surface unit/test_recipe_messages \
@@ -75,7 +75,7 @@ test-oldest:
 	$(VENV)-oldest/bin/python -m pytest -n auto -W default $(TRAINING_TESTS)
 
 comma := ,
-WITHOUT_TRAINING := audio,data,eval,lm-eval,notebook,parity,report,sweep,test,vision
+WITHOUT_TRAINING := audio,data,eval,lm-eval,mix,notebook,parity,report,sweep,test,vision
 installed = $(VENV)-$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-$(1)/constraints.txt
 
 check: $(VENV)/.dev

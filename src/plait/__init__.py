@@ -46,6 +46,7 @@ _HOME = {
     "load_recipe": "plait.recipes.loading",
     "merge": "plait.api.files",
     "migrate_recipe": "plait.api.files",
+    "mix": "plait.api.models",
     "plan": "plait.api.files",
     "plan_bake": "plait.api.files",
     "push": "plait.api.files",
@@ -94,6 +95,7 @@ __all__ = [  # noqa: RUF022 (names by the alphabet, then the version)
     "load_recipe",
     "merge",
     "migrate_recipe",
+    "mix",
     "plan",
     "plan_bake",
     "push",
@@ -126,7 +128,7 @@ if TYPE_CHECKING:
         unbake,
         verify,
     )
-    from plait.api.models import ask, calibrate, check_tasks, evaluate, evaluator, report, sweep, sweep_status, tune
+    from plait.api.models import ask, calibrate, check_tasks, evaluate, evaluator, mix, report, sweep, sweep_status, tune
     from plait.api.session import Session
     from plait.api.training import sft, train
     from plait.errors import (

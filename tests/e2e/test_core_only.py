@@ -52,6 +52,7 @@ NEEDS = {
     "eval a --tasks tasks/sort.yaml --base-id base": says("an evaluation", EVAL, "eval"),
     "eval a b --tasks lm_eval:piqa --base-id base": says("an evaluation", EVAL, "eval"),
     "ask hello a b --base-id base": says("plait ask", EVAL, "eval"),
+    "mix a b --base-id base": says("plait mix", [*EVAL, "gradio"], "eval", "mix"),
     "tune a b --tasks tasks/sort.yaml --base-id base -o tuned-merge": says("plait tune", EVAL, "eval"),
     "sweep a b --tasks tasks/sort.yaml --base-id base -o study": says("plait sweep", SWEEP, "eval", "sweep"),
     "sweep a b --tasks tasks/sort.yaml --base-id base -o study --cluster ray": says(
@@ -77,6 +78,7 @@ NEEDS = {
     "tasks check parquet/sort.yaml": says("rows.parquet: reading parquet", ["pyarrow"], "data"),
     "tasks check hub/sort.yaml": says("task 'sort': data from the Hub", ["datasets"], "data"),
     "plait.evaluate(['a', 'b'], tasks=['tasks/sort.yaml'], base='base')": says("an evaluation", EVAL, "eval"),
+    "plait.mix(['a', 'b'], base='base')": says("plait mix", [*EVAL, "gradio"], "eval", "mix"),
     "plait.tune(['a', 'b'], tasks=['tasks/sort.yaml'], base_model='base', out='tuned-merge')": says("plait tune", EVAL, "eval"),
     "plait.sweep(['a', 'b'], tasks=['tasks/sort.yaml'], base_model='base', out='study')": says(
         "plait sweep", SWEEP, "eval", "sweep"

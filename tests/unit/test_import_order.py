@@ -30,7 +30,7 @@ ORDER = [
     {"evaluation"},
     {"calibration"},
     {"search", "tuning"},
-    {"reports"},
+    {"mixer", "reports"},
     {"training"},
     {"commands"},
     {"api"},

@@ -20,13 +20,13 @@ from plait.recipes.search import EarlyStop, SearchSpec
 from plait.recipes.tuning import TuneSpec
 from tests.command_line import exit_code
 
-MERGES = ("merge", "bake", "eval", "ask", "tune", "sweep")
+MERGES = ("merge", "bake", "eval", "ask", "mix", "tune", "sweep")
 PARTS = {
     "heads": (Heads, MERGES),
-    "output": (Output, ("merge", "eval", "ask", "tune", "sweep")),
-    "eval": (EvalSpec, ("eval", "sweep")),
-    "eval.subset": (Subset, ("eval", "sweep")),
-    "calibration": (CalibrationSpec, ("merge", "bake", "eval", "ask", "calibrate")),
+    "output": (Output, ("merge", "eval", "ask", "mix", "tune", "sweep")),
+    "eval": (EvalSpec, ("eval", "mix", "sweep")),
+    "eval.subset": (Subset, ("eval", "mix", "sweep")),
+    "calibration": (CalibrationSpec, ("merge", "bake", "eval", "ask", "mix", "calibrate")),
     "tune": (TuneSpec, ("tune",)),
     "search": (SearchSpec, ("sweep",)),
     "search.subset": (Subset, ("sweep",)),

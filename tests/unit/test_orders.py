@@ -29,6 +29,8 @@ RENAMED = {
     "evaluate": {"inputs": "source", "source": "sources", "base_model": "base", "eval__split": "split",
                  "eval__batch_size": "batch_size", "eval__subset__max_samples": "subset"},
     "ask": {"prompt": "prompts", "inputs": "source", "source": "sources", "base_model": "base"},
+    "mix": {"inputs": "source", "base_model": "base", "eval__split": "split", "eval__batch_size": "batch_size",
+            "eval__subset__max_samples": "subset"},
     "calibrate": {"inputs": "source", "set_": "sets"},
     "tune": {"inputs": "source", "set_": "sets"},
     "sweep": {"inputs": "source", "set_": "sets"},

@@ -22,7 +22,7 @@ def test_the_public_names() -> None:
         "METHODS", "SPACES", "Adapter", "AdapterError", "AddressError", "Evaluation", "Inspection", "LowRank", "MergePlan",
         "MergeResult", "MissingPackageError", "NotebookProgress", "OutputError", "PlaitError", "PlanError", "Recipe",
         "RecipeError", "ReportError", "Session", "TaskError", "ask", "bake", "calibrate", "check_tasks", "compress",
-        "convert", "evaluate", "evaluator", "extract", "inspect", "load_recipe", "merge", "migrate_recipe", "plan",
+        "convert", "evaluate", "evaluator", "extract", "inspect", "load_recipe", "merge", "migrate_recipe", "mix", "plan",
         "plan_bake", "push", "report", "save_moments", "sft", "sweep", "sweep_status", "train", "tune", "unbake", "verify",
         "__version__",
     ]  # fmt: skip

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from plait.evaluation.pipeline import Evaluator
     from plait.evaluation.record import Evaluation
     from plait.evaluation.replies import AskResult
+    from plait.mixer.page import Server
     from plait.reports.pipeline import ReportResult
     from plait.search.conclusion import SweepResult
     from plait.search.status import StudyStatus
@@ -387,6 +388,67 @@ def ask(  # noqa: PLR0913 (what a command line takes)
         plain=plain,
         sources=sources or {},
         load=LoadOptions(load_dtype, device_map, trust_remote_code, None if base is None else str(base)),
+        workers=workers,
+    ).run(progress)
+
+
+def mix(  # noqa: PLR0913 (what a command line takes)
+    source: RecipeSource,
+    *,
+    tasks: Sequence[str | Path] | None = None,
+    out: str | Path = "mixes",
+    split: str | None = None,
+    subset: int | Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+    port: int | None = None,
+    share: bool = False,
+    base: str | Path | None = None,
+    load_dtype: str = "auto",
+    device_map: str = "auto",
+    trust_remote_code: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Server:
+    """Serve the live mixer: a page on which weights, method and scale are moved, and everyone answers; nothing is written.
+
+    >>> with plait.mix({"intent": "./intent", "langid": "./langid"}, tasks=["intent.yaml", "langid.yaml"]) as server:
+    ...     print(server.url)
+    ...     server.wait()
+
+    Args:
+        source: adapters, a recipe, or the folder of a merge, a search or an evaluation.
+        tasks: files of the tasks that are scored in the background; the recipe's when None.
+        out: folder that the page's Keep writes into; nothing else writes.
+        split: whose examples are scored; the recipe's (`test`) when None.
+        subset: examples per task, or keys of a recipe's `eval.subset`; the recipe's, or 24, when None.
+        batch_size: prompts at a time.
+        port: where the page is served, on this machine alone; the first free one from 7860 when None.
+        share: serve it at a public address of gradio's too.
+        base: the base model; the recipe's or the adapters' own when None.
+        load_dtype: of the base model, as transformers takes it; `stored` is the checkpoint's; `auto` too, or
+            float32 where that is slow here.
+        device_map: as transformers takes it; `auto` is the first accelerator, or the processor where there is none.
+        trust_remote_code: let transformers run code that comes with the weights.
+        workers: modules merged at a time; never changes a number.
+        progress: receives the stages of loading.
+        **settings: as `merge`: where the controls begin.
+
+    Returns:
+        The server: its `url` opens the page; `wait` serves on, `close` ends it.
+
+    Raises:
+        PlaitError: anything wrong with what was given, a missing package, or a port that is taken.
+    """
+    from plait.commands.mix import MixOrder
+
+    return MixOrder(
+        request=Request(source, settings, base=base, tasks=tasks),
+        eval={"split": split, "subset": subset, "batch_size": batch_size},
+        out=Path(out),
+        port=port,
+        share=share,
+        load=LoadOptions(load_dtype, device_map, trust_remote_code),
         workers=workers,
     ).run(progress)
 

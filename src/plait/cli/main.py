@@ -26,6 +26,7 @@ from plait.cli.extract import extract
 from plait.cli.inspect import inspect
 from plait.cli.merge import merge
 from plait.cli.methods import methods
+from plait.cli.mix import mix
 from plait.cli.options import switches_of
 from plait.cli.push import push
 from plait.cli.recipe import recipe_app
@@ -70,6 +71,7 @@ app.command("verify", rich_help_panel="Results")(verify)
 app.command("push", rich_help_panel="Results")(push)
 app.command("eval", rich_help_panel="Judge and tune")(evaluate)
 app.command("ask", rich_help_panel="Judge and tune")(ask)
+app.command("mix", rich_help_panel="Judge and tune")(mix)
 app.command("calibrate", rich_help_panel="Judge and tune")(calibrate)
 app.command("tune", rich_help_panel="Judge and tune")(tune)
 app.command("sweep", rich_help_panel="Judge and tune")(sweep)

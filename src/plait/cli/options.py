@@ -105,6 +105,7 @@ _PARTS = {
     "bake": ("", "heads", "calibration", "method"),
     "eval": ("eval", "", "output", "heads", "calibration", "method"),
     "ask": ("", "output", "heads", "calibration", "method"),
+    "mix": ("eval", "", "output", "heads", "calibration", "method"),
     "tune": ("tune", "", "output", "heads", "method"),
     "sweep": ("search", "", "output", "heads", "eval", "method"),
     "calibrate": ("calibration", "base_model", "tasks"),
@@ -128,7 +129,7 @@ _DEFAULTS = {
     ("tune", "scale"): "the one nearest to the adapters",
     ("tune", "output.rank"): "the largest source's",
 }
-_EXAMPLES = dict.fromkeys(("merge", "bake", "eval", "ask"), "method.density=0.3") | {
+_EXAMPLES = dict.fromkeys(("merge", "bake", "eval", "ask", "mix"), "method.density=0.3") | {
     "tune": "tune.prompts=8",
     "sweep": "search.early_stop.patience=5",
     "calibrate": "calibration.tokens=1024",

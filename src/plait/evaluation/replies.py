@@ -274,7 +274,7 @@ class Asking:
             for respondent in self.respondents:  # what is loaded and merged is so before the first reply
                 with respondent.on(self.live, models) as model:
                     self._check(model)
-            for given, prompt in zip(self.prompts, self._prompts, strict=True):
+            for given, prompt in zip(self.prompts, self.read, strict=True):
                 replies = {}
                 for respondent in self.respondents:
                     with respondent.on(self.live, models) as model:
@@ -287,9 +287,13 @@ class Asking:
         if not getattr(model, "can_generate", lambda: False)():
             raise TaskError(f"{self.live.base}: {type(model).__name__} writes no text; only language models reply.")
 
-    def _reply(self, model: Any, prompt: Prompted, report: Callable[[str], object]) -> Reply:
+    def tokens(self, model: Any, prompt: Prompted) -> Sequence[int]:
+        """Return a prompt, as the encoder takes it, in tokens as a model reads it."""
         encoder = self._encoder(encoder_decoder=bool(model.config.is_encoder_decoder), size=vocabulary(model))
-        tokens = encoder.question(prompt, []).prompt
+        return encoder.question(prompt, []).prompt
+
+    def _reply(self, model: Any, prompt: Prompted, report: Callable[[str], object]) -> Reply:
+        tokens = self.tokens(model, prompt)
         report("")
         text, count, complete = write_reply(model, self.live.tokenizer, tokens, self.sampling, report)
         return Reply(text=text, tokens=count, complete=complete)
@@ -300,7 +304,7 @@ class Asking:
         return not self.plain and bool(getattr(self.live.tokenizer, "chat_template", None))
 
     @cached_property
-    def _prompts(self) -> list[Prompted]:
+    def read(self) -> list[Prompted]:
         """The prompts as the encoder takes them.
 
         Raises:

@@ -58,6 +58,13 @@ class Mixture:
         factors: `stored`: as trained; `canonical`: balanced singular directions of every adapter's delta, which coefficients
             per direction need, since stored factors are only one of many that mean the same delta.
 
+    Attributes:
+        model: the base.
+        tokenizer: its tokenizer.
+        names: of the adapters.
+        targets: paths of the target modules in the adapters, in the order of Λ per module.
+        axes: what the entries of Λ mean; modules by their paths in the model.
+
     Raises:
         AdapterError: an adapter holds what a live model does not cover; all of them are listed.
         PlanError: adapters that do not fit the model, all reasons listed; or another mixture acts on it right now.
@@ -82,6 +89,7 @@ class Mixture:
         self._index = ModuleIndex(model)
         self._now: Arrangement | None = None  # what acts
         modules = fitting_modules(adapters, self._index)
+        self.targets = tuple(modules)
         layers = layers_of(t.path for t in modules.values())
         self._state = CoefficientState(Coefficients(torch.zeros(len(self.names)), "task"))
         self._adapted = [

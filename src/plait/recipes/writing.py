@@ -91,14 +91,14 @@ def _with_names(schema: dict[str, Any], names: Mapping[str, object]) -> dict[str
 
 def _sparse(recipe: Recipe) -> dict[str, Plain]:
     data = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    data["method"] = _shortest(recipe.method)
+    data["method"] = shortest(recipe.method)
     if recipe.transforms:
-        data["transforms"] = [_shortest(transform) for transform in recipe.transforms]
+        data["transforms"] = [shortest(transform) for transform in recipe.transforms]
     order = {name: data[name] for name in Recipe.model_fields if name in data}
     return {"version": recipe.version, **order}
 
 
-def _shortest(spec: BaseModel) -> Plain:
+def shortest(spec: BaseModel) -> Plain:
     """Return the fewest parameters that read back as an equal value: some set others (`flavor`); a bare name alone."""
     data = spec.model_dump(mode="json", by_alias=True)
     data = {"name": data.pop("name"), **data}

@@ -1,0 +1,430 @@
+"""The mixer's page, in gradio: controls, and what they lead to. What is computed is `Mixer`'s, what is shown `pieces`'."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from secrets import token_urlsafe
+from typing import Any
+from urllib.parse import quote
+
+from plait.errors import OutputError, PlaitError
+from plait.evaluation.generation import Sampling
+from plait.evaluation.replies import Reply
+from plait.extras import optional
+from plait.methods import METHODS
+from plait.mixer import pieces
+from plait.mixer.gate import TOKEN, Gate
+from plait.mixer.mixer import SUGGESTED, Asked, Mixer, Suggestion
+from plait.mixer.parameters import Parameter, parameters_of
+from plait.mixer.setting import Band, Setting
+from plait.mixer.turns import Latest, Superseded, streamed
+from plait.recipes.overrides import parse_override
+
+HOST = "127.0.0.1"
+_PAUSE = 0.1  # seconds between two states of a reply that are shown
+_WEIGHTS, _SCALES, _FACTORS = (-1.0, 2.0), (0.0, 3.0), (0.0, 2.0)  # of the sliders, unless a setting is beyond
+
+_CSS = (
+    pieces.CSS
+    + """
+.gradio-container { max-width: 82rem !important; padding-inline: 1rem !important; }
+.mixer-head h1 { font-size: 1.25rem; margin: 0; font-weight: 650; }
+.mixer-head p { margin: .1rem 0 0; color: var(--body-text-color-subdued); font-size: .85rem; overflow-wrap: anywhere; }
+footer { display: none !important; }
+.gradio-container .row { align-items: flex-start; }
+"""
+)
+_LINK = """(query) => { const now = new URLSearchParams(location.search), kept = new URLSearchParams();
+for (const key of ["token", "__theme"]) if (now.has(key)) kept.set(key, now.get(key));
+const text = [kept.toString(), query].filter(Boolean).join("&");
+history.replaceState(null, "", location.pathname + (text ? "?" + text : "")); }"""
+
+
+@dataclass(eq=False)
+class Person:
+    """What belongs to one browser window."""
+
+    answers: Latest = field(default_factory=Latest)
+    scores: Latest = field(default_factory=Latest)
+    suggestions: Latest = field(default_factory=Latest)
+    scored: Setting | None = None  # the last setting that was scored completely
+
+    def leave(self) -> None:
+        """Let go of what is still computed."""
+        for latest in (self.answers, self.scores, self.suggestions):
+            latest.begin()
+
+
+class Page:
+    """The page of a mixer.
+
+    Args:
+        mixer: opened.
+    """
+
+    def __init__(self, mixer: Mixer) -> None:
+        self._mixer, self._controls = mixer, mixer.controls
+        self._gr = optional("gradio", "mix", "plait mix")
+        self._methods = {method.name: method for method in mixer.methods}
+        self.blocks = self._built()
+
+    def setting(self, values: Sequence[Any]) -> Setting:
+        """Return what the controls say: method, its parameters, scale, weights, factors of bands."""
+        method, params, scale, *rest = values
+        names, bands = self._controls.names, self._controls.bands
+        weights, factors = rest[: len(names)], rest[len(names) :]
+        found: dict[str, dict[str, float]] = {}
+        for place, factor in zip(self._places(), factors, strict=True):
+            if factor != 1:
+                found.setdefault(place[0], {})[place[1].name] = factor
+        own = dict(params.get("values", {})) if params.get("of") == method else {}
+        space = own.pop("space", None)
+        return Setting(
+            weights=dict(zip(names, weights, strict=True)),
+            bands=found if bands else {},
+            method=method,
+            space=space,
+            params=own,
+            scale=scale,
+        )
+
+    def _places(self) -> list[tuple[str, Band]]:
+        return [(name, band) for name in self._controls.names for band in self._controls.bands]
+
+    def _values(self, setting: Setting) -> list[Any]:
+        """Return the controls' updates for a setting, in the order in which `setting` takes their values."""
+        gr = self._gr
+        own = {**setting.params, **({} if setting.space is None else {"space": setting.space})}
+
+        def slider(value: float, bounds: tuple[float, float]) -> Any:
+            return gr.update(value=value, minimum=min(bounds[0], value), maximum=max(bounds[1], value))
+
+        return [
+            setting.method,
+            {"of": setting.method, "values": own},
+            slider(setting.scale, _SCALES),
+            *(slider(setting.weights[name], _WEIGHTS) for name in self._controls.names),
+            *(slider(setting.bands.get(name, {}).get(band.name, 1.0), _FACTORS) for name, band in self._places()),
+        ]
+
+    def _built(self) -> Any:
+        gr, mixer, start = self._gr, self._mixer, self._controls.start
+        with gr.Blocks(title="plait mix", analytics_enabled=False) as blocks:
+            person = gr.State(Person(), delete_callback=Person.leave)
+            redraw, query, link = gr.State(0), gr.Textbox(visible=False), gr.Textbox(visible=False)
+            gr.HTML(_head(mixer), elem_classes="mixer-head", padding=False)
+            with gr.Row():
+                with gr.Column(scale=4, min_width=300):
+                    controls = self._setting_controls(start, redraw)
+                    with gr.Row():
+                        reset = gr.Button("Reset", size="sm")
+                        suggest = gr.Button("Suggest", size="sm", visible=bool(mixer.tasks), elem_id="suggest")
+                    tried = gr.HTML(visible=bool(mixer.tasks), elem_id="tried", padding=False)
+                    with gr.Accordion("Keep", open=False, elem_id="keep"):
+                        name = gr.Textbox("mix", label=f"Name, in {mixer.out}", max_lines=1)
+                        keep = gr.Button("Keep", variant="primary", size="sm", elem_id="keep-button")
+                        kept = gr.HTML(elem_id="kept", padding=False)
+                        recipe = gr.Code(label="Recipe", language="yaml", interactive=False, elem_id="recipe", max_lines=20)
+                with gr.Column(scale=8, min_width=320):
+                    status = gr.HTML(elem_id="status", padding=False)
+                    prompt = gr.Textbox(label="Prompt", lines=2, max_lines=8, elem_id="prompt", placeholder="Ask everyone …")
+                    asked = [prompt, *self._asking_controls()]
+                    ask = gr.Button("Ask", variant="primary", size="md", elem_id="ask")
+                    heard = gr.HTML(elem_id="answers", padding=False)
+                    with gr.Accordion("Tokens: where adapter and merge disagree", open=True, elem_id="tokens"):
+                        versus = gr.Radio(list(self._controls.names), value=self._controls.names[0], label="Adapter")
+                        views = gr.HTML(padding=False)
+                    with gr.Accordion("Tasks", open=True, visible=bool(mixer.tasks), elem_id="tasks"):
+                        bars = gr.HTML(pieces.recoveries([], mixer.tasks), padding=False)
+                        flipped = gr.HTML(padding=False)
+            told: dict[str, Any] = {"show_progress": "hidden"}
+            follows = {**told, "trigger_mode": "multiple", "concurrency_limit": None}
+            everything = [person, versus, *asked, *controls]
+            answering = {"fn": self._answers, "inputs": everything, "outputs": [heard, views], **follows}
+            scoring = {"fn": self._scores, "inputs": [person, *controls], "outputs": [bars, flipped], **follows}
+            opened = blocks.load(self._opened, [query], [status, redraw, *controls], js="() => window.location.search", **told)
+            changed = gr.on(
+                [control.change for control in controls],
+                self._changed,
+                controls,
+                [status, link, recipe],
+                trigger_mode="always_last",
+                concurrency_limit=None,
+                **told,
+            )
+            first = opened.then(self._changed, controls, [status, link, recipe], **told)
+            for event in (changed, first):
+                event.success(None, [link], None, js=_LINK)
+                event.success(**answering)
+                if mixer.tasks:
+                    event.success(**scoring)
+            gr.on([ask.click, prompt.submit], **answering)
+            versus.change(self._tokens, everything, views, **follows)
+            reset.click(lambda: [time.time(), *self._values(start)], None, [redraw, *controls], **told)
+            suggest.click(self._suggested, [person, *controls], [tried], **follows)
+            keep.click(self._kept, [name, *controls], kept, **told)
+        return blocks
+
+    def _setting_controls(self, start: Setting, redraw: Any) -> list[Any]:
+        """Make the controls of the setting; return them in the order in which `setting` takes their values."""
+        gr, mixer = self._gr, self._mixer
+        weights, factors = [], []
+        for name in self._controls.names:
+            low, high = _around(start.weights[name], _WEIGHTS)
+            weights.append(gr.Slider(low, high, start.weights[name], step=0.01, label=name, elem_id=f"weight-{name}"))
+            if self._controls.bands:
+                with gr.Accordion(f"Layers of {name}", open=False):
+                    for band in self._controls.bands:
+                        value = start.bands.get(name, {}).get(band.name, 1.0)
+                        low, high = _around(value, _FACTORS)
+                        factors.append(gr.Slider(low, high, value, step=0.01, label=f"× {band.name}"))
+        low, high = _around(start.scale, _SCALES)
+        scale = gr.Slider(low, high, start.scale, step=0.01, label="Scale of the merge", elem_id="scale")
+        method = gr.Dropdown([*self._methods], value=start.method, label="Method", elem_id="method")
+        own = {**start.params, **({} if start.space is None else {"space": start.space})}
+        params = gr.State({"of": start.method, "values": own})
+        method.input(lambda name: ({"of": name, "values": {}}, time.time()), method, [params, redraw], show_progress="hidden")
+
+        def parameters(name: str, given: Mapping[str, Any]) -> None:
+            gr.HTML(_about(METHODS[name].summary, METHODS[name].equation), padding=False)
+            values = given["values"] if given["of"] == name else {}
+            for one in parameters_of(METHODS[name]):
+                control = self._parameter(one, values.get(one.name, one.default))
+                control.change(partial(_with_value, name, one), [params, control], params, show_progress="hidden")
+
+        gr.render(inputs=[method, params], triggers=[redraw.change], show_progress="hidden")(parameters)
+        if not self._controls.bands:
+            gr.HTML(
+                pieces.note("The recipe's own policy of weights acts on top of these; bands of layers cannot hold it."),
+                padding=False,
+            )
+        if len(mixer.methods) < len(METHODS):
+            left = ", ".join(name for name in METHODS if name not in self._methods)
+            gr.HTML(
+                pieces.note(f"Not offered: {left} (second moments are not given, or they take other numbers of adapters)."),
+                padding=False,
+            )
+        return [method, params, scale, *weights, *factors]
+
+    def _parameter(self, one: Parameter, value: Any) -> Any:
+        gr, about = self._gr, {"label": one.name, "info": one.description}
+        match one.kind:
+            case "switch":
+                return gr.Checkbox(bool(value), **about)
+            case "choice":
+                return gr.Dropdown([*one.options], value=value, **about)
+            case "slider" if isinstance(value, (int, float)):
+                return gr.Slider(min(one.low, value), max(one.high, value), value, step=one.step, **about)
+            case "number" | "integer" if isinstance(value, (int, float)):
+                return gr.Number(value, precision=0 if one.kind == "integer" else None, **about)
+        return gr.Textbox(value if isinstance(value, str) else json.dumps(value), max_lines=4, **about)
+
+    def _asking_controls(self) -> list[Any]:
+        gr, has_chat = self._gr, self._mixer.has_chat
+        with gr.Accordion("How to ask", open=False):
+            system = gr.Textbox(label="System message", visible=has_chat, max_lines=4)
+            plain = gr.Checkbox(not has_chat, label="Plain text, without the chat template", interactive=has_chat)
+            with gr.Row():
+                longest = gr.Number(48, label="Longest reply, tokens", precision=0, minimum=1, min_width=120)
+                temperature = gr.Number(0, label="Temperature", minimum=0, step=0.1, min_width=120)
+                top_p = gr.Number(1, label="Top p", minimum=0, maximum=1, step=0.05, min_width=120)
+                seed = gr.Number(0, label="Seed", precision=0, min_width=120)
+        return [system, plain, longest, temperature, top_p, seed]
+
+    def _opened(self, query: str) -> list[Any]:
+        """Begin for one window: at the setting of its address."""
+        try:
+            setting, told = self._controls.read(query), ""
+            self._mixer.check(setting)
+        except PlaitError as error:
+            setting, told = self._controls.start, pieces.error(f"{error} The mixer begins at its start.")
+        notes = "".join(map(pieces.note, self._mixer.notes))
+        return [told + notes, time.time(), *self._values(setting)]
+
+    def _changed(self, *values: Any) -> tuple[Any, ...]:
+        """Check a setting; what follows runs only where it can be merged."""
+        gr = self._gr
+        try:
+            setting = self.setting(values)
+            self._mixer.check(setting)
+        except PlaitError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        return "", setting.query(), self._mixer.recipe_text(setting)
+
+    def _answers(self, person: Person, versus: str, *values: Any) -> Iterator[tuple[Any, Any]]:
+        """Show answers as they are written, the merge's first; then its tokens."""
+        asked, setting = _asked(values[:_ASKED]), self.setting(values[_ASKED:])
+        stop, names = person.answers.begin(), self._mixer.columns()
+        if not asked.prompt.strip():
+            yield pieces.note("Write a prompt, and everyone answers."), ""
+            return
+        texts: list[str | None] = [None] * len(names)
+        states, shown = [""] * len(names), 0.0
+
+        def work(report: Any) -> None:
+            self._mixer.replies(setting, asked, stop, lambda *one: report(one))
+
+        try:
+            for place, text, reply in streamed(work):
+                texts[place], states[place] = text, _state(reply)
+                if reply is not None or time.monotonic() - shown > _PAUSE:
+                    shown = time.monotonic()
+                    yield pieces.answers(names, texts, states), self._gr.skip()
+            yield self._gr.skip(), pieces.tokens(self._mixer.disagreement(setting, asked, versus, stop), versus)
+        except Superseded:
+            return
+        except PlaitError as error:
+            yield pieces.error(str(error)), ""
+
+    def _tokens(self, person: Person, versus: str, *values: Any) -> Any:
+        asked, setting = _asked(values[:_ASKED]), self.setting(values[_ASKED:])
+        if not asked.prompt.strip():
+            return ""
+        try:
+            return pieces.tokens(self._mixer.disagreement(setting, asked, versus, person.answers.begin()), versus)
+        except Superseded:
+            return self._gr.skip()
+        except PlaitError as error:
+            return pieces.error(str(error))
+
+    def _scores(self, person: Person, *values: Any) -> Iterator[tuple[str, Any]]:
+        """Score the setting in the background, task by task; then show what is answered otherwise than before."""
+        setting, stop, results = self.setting(values), person.scores.begin(), []
+        tasks = self._mixer.tasks
+        try:
+            for result in self._mixer.scores(setting, stop):
+                results.append(result)
+                yield pieces.recoveries(results, tasks), self._gr.skip()
+            before, person.scored = person.scored, setting
+            if before is not None and before != setting:
+                yield pieces.recoveries(results, tasks), pieces.flips(self._mixer.flips(before, setting))
+        except Superseded:
+            return
+        except PlaitError as error:
+            yield pieces.recoveries(results, tasks), pieces.error(str(error))
+
+    def _suggested(self, person: Person, *values: Any) -> Iterator[str]:
+        found: list[Suggestion] = []
+        try:
+            yield pieces.suggestions(found, done=False)
+            for one in self._mixer.suggest(self.setting(values), SUGGESTED, person.suggestions.begin()):
+                found = sorted([*found, one], key=lambda s: (s.worst is not None, s.worst or 0.0, -s.share), reverse=True)
+                yield pieces.suggestions(found, done=False)
+            yield pieces.suggestions(found, done=True)
+        except Superseded:
+            return
+        except PlaitError as error:
+            yield pieces.error(str(error))
+
+    def _kept(self, name: str, *values: Any) -> str:
+        try:
+            kept = self._mixer.keep(self.setting(values), name.strip())
+        except PlaitError as error:
+            return pieces.error(str(error))
+        return pieces.kept(kept)
+
+
+_ASKED = 7  # controls of how to ask
+
+
+class Server:
+    """A page that is served until `close`, or to the end of a `with` block.
+
+    Args:
+        mixer: opened.
+        port: where; the first free one from 7860 when None.
+        share: also through a public address of gradio's.
+
+    Attributes:
+        url: the address, with the token that opens it.
+        share_url: the public one; None where none was asked for.
+
+    Raises:
+        OutputError: the port is taken.
+    """
+
+    def __init__(self, mixer: Mixer, *, port: int | None = None, share: bool = False) -> None:
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by some parts of gradio that take no argument
+        gr, token = optional("gradio", "mix", "plait mix"), token_urlsafe(16)
+        middleware = optional("starlette.middleware", "mix", "plait mix").Middleware
+        self._blocks = Page(mixer).blocks
+        fonts = ["ui-sans-serif", "system-ui", "sans-serif"]
+        theme = gr.themes.Default(
+            primary_hue="blue", neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "Consolas", "monospace"]
+        )
+        try:
+            _, local, public = self._blocks.launch(
+                server_name=HOST,
+                server_port=port,
+                share=share,
+                prevent_thread_lock=True,
+                quiet=True,
+                show_error=True,
+                inline=False,
+                ssr_mode=False,
+                pwa=False,
+                enable_monitoring=False,
+                footer_links=[],
+                theme=theme,
+                css=_CSS,
+                app_kwargs={"middleware": [middleware(Gate, token=token)]},
+            )
+        except OSError as error:
+            raise OutputError(f"the page cannot be served at port {port or 'any'}: {error}") from None
+        self.url = f"{local}?{TOKEN}={quote(token)}"
+        self.share_url = f"{public}?{TOKEN}={quote(token)}" if public else None
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def wait(self) -> None:
+        """Serve until the process is stopped."""
+        while True:
+            time.sleep(3600)
+
+    def close(self) -> None:
+        """Serve no more."""
+        self._blocks.close(verbose=False)
+
+
+def _head(mixer: Mixer) -> str:
+    names = ", ".join(mixer.controls.names)
+    return f"<h1>plait mix</h1>{pieces.line(f'{names} on {mixer.base}')}"
+
+
+def _about(summary: str, equation: str) -> str:
+    return pieces.note(f"{summary} {equation}")
+
+
+def _around(value: float, bounds: tuple[float, float]) -> tuple[float, float]:
+    return min(bounds[0], value), max(bounds[1], value)
+
+
+def _with_value(method: str, one: Parameter, params: Mapping[str, Any], value: Any) -> dict[str, Any]:
+    """Return the parameters with another value of one; a default is not given."""
+    own = dict(params["values"]) if params["of"] == method else {}
+    if one.kind == "text" and value != one.default:
+        value = parse_override(f"x={value}")[1] if value else None
+    own.pop(one.name, None)
+    if value is not None and value != one.default:
+        own[one.name] = value
+    return {"of": method, "values": own}
+
+
+def _asked(values: Sequence[Any]) -> Asked:
+    prompt, system, plain, longest, temperature, top_p, seed = values
+    return Asked(
+        prompt or "", system or "", plain, Sampling(int(longest or 0), temperature or 0.0, top_p or 0.0, int(seed or 0))
+    )
+
+
+def _state(reply: Reply | None) -> str:
+    return "…" if reply is None else f"{reply.tokens} tokens{'' if reply.complete else ' …'}"
