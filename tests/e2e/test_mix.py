@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import socket
+import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,8 +27,11 @@ from plait.mixer.turns import Superseded
 from tests.command_line import exit_code
 from tests.language_models import LABELS, tokenizer, train_pair, write_task
 
-# PEFT's and torch's own; what gradio and its server warn of each other
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+# PEFT's and torch's own; gradio leaves event loops open
+pytestmark = pytest.mark.filterwarnings(
+    *(f"ignore::{name}" for name in ("DeprecationWarning", "UserWarning", "FutureWarning", "ResourceWarning")),
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+)
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MISSING = [name for name in ("gradio", "playwright") if find_spec(name) is None] + ["Chromium"] * (BROWSER is None)
 PROMPT = "sort w3 :"
@@ -199,6 +204,10 @@ class TestPage:
             patch.setattr(socket.socket, "connect", watched)
             with Server(mixer) as found:
                 yield found
+        del found
+        with warnings.catch_warnings():  # of what gradio has left open, in no later test
+            warnings.simplefilter("ignore")
+            gc.collect()
         assert not elsewhere, "the server asked somebody else"
 
     @pytest.fixture(scope="class")

@@ -409,8 +409,8 @@ class Mixer:
             return None
         targets = self._evaluator.mixture.targets
         towers = towers_of(inventory.layouts)
-        rows = [combine.coefficients(module_weights(recipe, path, towers), path) * recipe.factor for path in targets]
-        return torch.stack(rows).float()
+        weights = {path: torch.tensor(module_weights(recipe, path, towers), dtype=torch.float64) for path in targets}
+        return torch.stack([combine.coefficients(own, path) * recipe.factor for path, own in weights.items()]).float()
 
     def _respondent(self, setting: Setting, place: int) -> Respondent:
         if place < len(self._respondents):
