@@ -113,13 +113,13 @@ def test_what_is_kept_is_what_was_heard(place: Path, mixer: Mixer, name: str) ->
 
 def test_base_and_adapters_are_asked_once(mixer: Mixer, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = settings(mixer)["linear"], settings(mixer)["ties"]
-    told = heard(mixer, first, Asked("rate w5 :", sampling=Sampling(3)))
+    replies = heard(mixer, first, Asked("rate w5 :", sampling=Sampling(3)))
     asked: list[str] = []
     write = plait.evaluation.replies.write_reply
     monkeypatch.setattr("plait.evaluation.replies.write_reply", lambda *a: asked.append("x") or write(*a))
     other = heard(mixer, second, Asked("rate w5 :", sampling=Sampling(3)))
     assert len(asked) == 1, "the merge alone"
-    assert {k: v for k, v in told.items() if k != "merge"} == {k: v for k, v in other.items() if k != "merge"}
+    assert {k: v for k, v in replies.items() if k != "merge"} == {k: v for k, v in other.items() if k != "merge"}
     with pytest.raises(Superseded):
         mixer.replies(first, Asked("rate w1 :"), lambda: True, lambda *a: None)
 
@@ -241,10 +241,10 @@ class TestPage:
         merge = "#answers .merge p"
 
         def answered(page: Any, setting: Setting) -> None:
-            told = heard(mixer, setting, Asked(PROMPT, plain=True, sampling=Sampling(48)))["merge"]
+            replies = heard(mixer, setting, Asked(PROMPT, plain=True, sampling=Sampling(48)))["merge"]
             page.wait_for_function(
                 "([at, text]) => document.querySelector(at)?.textContent === text && !!document.querySelector('.mixer-tokens')",
-                arg=[merge, told.strip()],
+                arg=[merge, replies.strip()],
             )
 
         start = mixer.controls.start

@@ -113,7 +113,7 @@ class Kept(Record):
 
     Attributes:
         adapter: folder with the merged adapter, its lock and its card.
-        recipe: file beside it.
+        recipe: file next to it.
         bake: the command that makes a full model of it.
     """
 
@@ -177,7 +177,7 @@ class Mixer:
         self._replies: OrderedDict[str, tuple[Reply, tuple[int, ...]]] = OrderedDict()
 
     def open(self) -> None:
-        """Load the base, and make sure that it writes text; later failures would meet somebody in the middle.
+        """Load the base, and make sure that it writes text; later failures would meet whoever asks first.
 
         Raises:
             TaskError: the model writes no text.
@@ -233,12 +233,12 @@ class Mixer:
         Args:
             setting: of the merge.
             asked: the prompt.
-            stop: whether nobody waits for the answers any more.
+            stop: whether the answers are not wanted any more.
             report: called with a place in `columns`, the text so far, and the reply where it is complete.
 
         Raises:
             PlaitError: the setting cannot be merged, or the prompt not be read.
-            Superseded: `stop` said so.
+            Superseded: `stop` reports it.
         """
         asked.sampling.check()
         merge = len(self._respondents)
@@ -253,11 +253,11 @@ class Mixer:
             setting: of the merge.
             asked: the prompt.
             adapter: name.
-            stop: whether nobody waits for it any more.
+            stop: whether it is not wanted any more.
 
         Raises:
             PlaitError: as `replies`.
-            Superseded: `stop` said so.
+            Superseded: `stop` reports it.
         """
         merge = self._respondent(setting, len(self._respondents))
         single = self._respondent(setting, 1 + self.controls.names.index(adapter))
@@ -282,7 +282,7 @@ class Mixer:
 
         Raises:
             PlaitError: the setting cannot be merged, or a model's outputs are NaN.
-            Superseded: `stop` said so.
+            Superseded: `stop` reports it.
         """
         candidate = self._candidate(setting)
         for entry in self._evaluator.tasks:
@@ -314,7 +314,7 @@ class Mixer:
 
         Raises:
             PlaitError: there are no tasks, no texts, or no scale is nearest.
-            Superseded: `stop` said so.
+            Superseded: `stop` reports it.
         """
         if not self._evaluator.tasks:
             raise PlanError("a suggestion is found on tasks, and there are none: plait mix … --tasks FILE.yaml.")
@@ -348,7 +348,7 @@ class Mixer:
         return to_yaml(recipe if home is None else _placed(recipe, self._folder, home))
 
     def keep(self, setting: Setting, name: str) -> Kept:
-        """Write a setting's adapter, with its lock and card, and its recipe beside it.
+        """Write a setting's adapter, with its lock and card, and its recipe next to it.
 
         Args:
             setting: of the merge.
@@ -451,12 +451,12 @@ class Mixer:
                 with self.turns.turn(stop, behind=True):
                     (result,), _ = alone.results(candidate)
                     return result
-            except GiveWay:  # somebody asked; what was not finished begins again
+            except GiveWay:  # what was not finished begins again
                 continue
 
 
 class _Heard:
-    """Follows one reply, and leaves it where nobody waits for it."""
+    """Follows one reply, and leaves it where it is not wanted any more."""
 
     def __init__(self, turns: Turns, report: Callable[[str], object]) -> None:
         self._turns, self._report = turns, report

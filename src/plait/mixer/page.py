@@ -142,12 +142,12 @@ class Page:
                     with gr.Accordion("Tasks", open=True, visible=bool(mixer.tasks), elem_id="tasks"):
                         bars = gr.HTML(pieces.recoveries([], mixer.tasks), padding=False)
                         flipped = gr.HTML(padding=False)
-            told: dict[str, Any] = {"show_progress": "hidden"}
-            follows = {**told, "trigger_mode": "multiple", "concurrency_limit": None}
+            quiet: dict[str, Any] = {"show_progress": "hidden"}
+            follows = {**quiet, "trigger_mode": "multiple", "concurrency_limit": None}
             everything = [person, versus, *asked, *controls]
             answering = {"fn": self._answers, "inputs": everything, "outputs": [heard, views], **follows}
             scoring = {"fn": self._scores, "inputs": [person, *controls], "outputs": [bars, flipped], **follows}
-            opened = blocks.load(self._opened, [query], [status, redraw, *controls], js="() => window.location.search", **told)
+            opened = blocks.load(self._opened, [query], [status, redraw, *controls], js="() => window.location.search", **quiet)
             changed = gr.on(
                 [control.change for control in controls],
                 self._changed,
@@ -155,9 +155,9 @@ class Page:
                 [status, link, recipe],
                 trigger_mode="always_last",
                 concurrency_limit=None,
-                **told,
+                **quiet,
             )
-            first = opened.then(self._changed, controls, [status, link, recipe], **told)
+            first = opened.then(self._changed, controls, [status, link, recipe], **quiet)
             for event in (changed, first):
                 event.success(None, [link], None, js=_LINK)
                 event.success(**answering)
@@ -165,9 +165,9 @@ class Page:
                     event.success(**scoring)
             gr.on([ask.click, prompt.submit], **answering)
             versus.change(self._tokens, everything, views, **follows)
-            reset.click(lambda: [time.time(), *self._values(start)], None, [redraw, *controls], **told)
+            reset.click(lambda: [time.time(), *self._values(start)], None, [redraw, *controls], **quiet)
             suggest.click(self._suggested, [person, *controls], [tried], **follows)
-            keep.click(self._kept, [name, *controls], kept, **told)
+            keep.click(self._kept, [name, *controls], kept, **quiet)
         return blocks
 
     def _setting_controls(self, start: Setting, redraw: Any) -> list[Any]:
@@ -239,12 +239,12 @@ class Page:
     def _opened(self, query: str) -> list[Any]:
         """Begin for one window: at the setting of its address."""
         try:
-            setting, told = self._controls.read(query), ""
+            setting, problem = self._controls.read(query), ""
             self._mixer.check(setting)
         except PlaitError as error:
-            setting, told = self._controls.start, pieces.error(f"{error} The mixer begins at its start.")
+            setting, problem = self._controls.start, pieces.error(f"{error} The mixer begins at its start.")
         notes = "".join(map(pieces.note, self._mixer.notes))
-        return [told + notes, time.time(), *self._values(setting)]
+        return [problem + notes, time.time(), *self._values(setting)]
 
     def _changed(self, *values: Any) -> tuple[Any, ...]:
         """Check a setting; what follows runs only where it can be merged."""

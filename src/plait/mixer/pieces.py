@@ -74,7 +74,7 @@ def line(text: str) -> str:
 
 
 def kept(found: Kept) -> str:
-    """Return what was written, and how to go on."""
+    """Return what was written, and what makes a model of it."""
     rows = "".join(f"<li><code>{escape(place)}</code></li>" for place in (found.adapter, found.recipe))
     return (
         f"{note('Written: the adapter with its lock and card, and the recipe.')}<ul>{rows}</ul><pre>{escape(found.bake)}</pre>"

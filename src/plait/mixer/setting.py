@@ -199,7 +199,7 @@ class Controls:
         problems += [
             f"{shown(band)} is not a band of layers here; there are {', '.join(sorted(bands)) or 'none'}" for band in lost
         ]
-        problems += [f"there is no weight of {name}" for name in self.names if name not in setting.weights]
+        problems += [f"{name} has no weight" for name in self.names if name not in setting.weights]
         if problems:
             raise RecipeError(f"this is no setting of these adapters: {'; '.join(problems)}.")
 

@@ -18,16 +18,16 @@ class Superseded(Exception):
 
 
 class GiveWay(Exception):
-    """Somebody waits for an answer; what runs in the background begins again later."""
+    """An answer is waited for; what runs in the background begins again later."""
 
 
 class Turns:
-    """Turns on a model, first come, first served, but that the background waits until nobody else does.
+    """Turns on a model, first come, first served, but that the background waits until no other work does.
 
     It is the `Progress` of all that runs within a turn, so that long work can be left at every step.
 
     Args:
-        shown: receives the same stages and steps; None for nobody.
+        shown: receives the same stages and steps; None for none.
     """
 
     def __init__(self, shown: Progress | None = None) -> None:
@@ -47,7 +47,7 @@ class Turns:
 
         Raises:
             Superseded: within the block, at the next step, when `stop` says so.
-            GiveWay: the same for work in the background for which somebody waits.
+            GiveWay: the same for work in the background that others wait for.
         """
         with self._free:
             self._waiting += not behind
