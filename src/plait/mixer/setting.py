@@ -201,7 +201,7 @@ class Controls:
         ]
         problems += [f"{name} has no weight" for name in self.names if name not in setting.weights]
         if problems:
-            raise RecipeError(f"this is no setting of these adapters: {'; '.join(problems)}.")
+            raise RecipeError(f"these adapters have no such setting: {'; '.join(problems)}.")
 
     def _layers(self, setting: Setting) -> dict[str, dict[str, float]]:
         """Return layer → adapter → factor, where a factor is not 1."""
