@@ -1,67 +1,26 @@
-"""Programs in processes of their own, forked from one interpreter that has imported what takes long.
+"""Programs in processes of their own, forked from one interpreter that has imported what takes long (`warm_server.py`).
 
 A new one would spend eight seconds of a core on torch, transformers and TRL before it begins.
 """
 
 from __future__ import annotations
 
-import json
+import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
-# Forks one program per line of its input. `hold()` in a program says so and waits: a signal finds it there on any machine.
-# What libraries have read of the environment when they were imported is set again: a program has its own.
-_NURSERY = """
-import gc, json, os, sys, traceback
-from contextlib import suppress
-from importlib import reload
-import torch
-from huggingface_hub import constants, hf_api
-import plait.api, plait.cli.main, plait.hub, plait.tuning.pipeline, plait.verification.publish
-with suppress(ImportError):  # not every environment has what training needs
-    import accelerate, datasets, peft
-    from trl import SFTConfig, SFTTrainer
-    import plait.commands.train, plait.training.sft
-gc.freeze()  # programs share it, and trainers look for no garbage there
-for line in sys.stdin:
-    order = json.loads(line)
-    if (pid := os.fork()) == 0:
-        answers = os.dup(1)
-        def hold():
-            os.write(answers, f"held {os.getpid()}\\n".encode())
-            os.read(0, 1)  # the end of the input: the tests are gone
-            os._exit(1)
-        for stream in (1, 2):
-            os.dup2(os.open(order["streams"][stream - 1], os.O_WRONLY | os.O_CREAT), stream)
-        os.environ.clear()
-        os.environ.update(order["environment"])
-        if threads := os.environ.get("OMP_NUM_THREADS"):
-            torch.set_num_threads(int(threads))
-        reload(constants)
-        for module in [m for name, m in sys.modules.items() if name.startswith("huggingface_hub.")]:
-            vars(module).update({k: v for k, v in vars(constants).items() if k.isupper() and k in vars(module)})
-        hf_api.api.endpoint = constants.ENDPOINT
-        os.chdir(order["folder"])
-        sys.argv = ["-c", *order["arguments"]]
-        code = 1
-        try:
-            exec(compile(order["program"], "<program>", "exec"), {"__name__": "__main__", "hold": hold})
-            code = 0
-        except SystemExit as left:
-            code = left.code or 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(code)
-    end = os.waitid(os.P_PID, pid, os.WEXITED)
-    print("ended", -end.si_status if end.si_code == os.CLD_KILLED else end.si_status, flush=True)
-"""
+from tests import warm_server
+
+ROOT = Path(__file__).parents[1]
 #: `plait` with the arguments that follow.
 PLAIT = "from plait.cli.main import main; main()"
 # Waits behind the first checkpoint whose path holds a given word: `trainer_state.json` is what makes a checkpoint complete.
@@ -81,9 +40,28 @@ main(words)
 
 
 @cache
-def _nursery() -> subprocess.Popen[str]:
-    """Start it; it leaves with this process, whose end closes its input."""
-    return subprocess.Popen([sys.executable, "-c", _NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def _server() -> tuple[Path, socket.socket, subprocess.Popen[bytes] | None]:
+    """Find this run's server, or start it; return its address, and what keeps it until this process ends."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    place = Path(gettempdir(), f"plait-warm-{run}")
+    place.mkdir(exist_ok=True)
+    path, process, keeping = place / "socket", None, socket.socket(socket.AF_UNIX)
+    with (place / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        while True:
+            with suppress(FileNotFoundError, ConnectionRefusedError):  # it is not there yet, or does not listen yet
+                keeping.connect(str(path))
+                return path, keeping, process
+            if process is None:
+                words = [sys.executable, "-m", "tests.warm_server", str(path)]
+                process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            assert process.poll() is None, "the server of warm interpreters has ended"
+            time.sleep(0.02)
+
+
+def in_place_of_python(program: str) -> list[str]:
+    """Return the command that runs a program, with the words that follow it as arguments, as `python -c PROGRAM` would."""
+    return [sys.executable, "-P", "-S", str(warm_server.__file__), str(_server()[0]), program]
 
 
 def _kill(pid: int) -> None:
@@ -106,26 +84,22 @@ def run_forked(
         environment: all of its variables.
         when_held: what happens to its process there, in place of that.
     """
-    run = _nursery()
-    assert run.stdin is not None
-    assert run.stdout is not None
-    with TemporaryDirectory() as place:
-        streams = [Path(place, name) for name in ("stdout", "stderr")]
+    with TemporaryDirectory() as place, socket.socket(socket.AF_UNIX) as connection, connection.makefile() as answers:
+        connection.connect(str(_server()[0]))
         order = {
             "program": program, "arguments": arguments, "folder": str(folder or Path.cwd()), "environment": dict(environment),
-            "streams": list(map(str, streams)),
         }  # fmt: skip
-        run.stdin.write(json.dumps(order) + "\n")
-        run.stdin.flush()
-        answer, number = run.stdout.readline().split()
+        streams = [Path(place, name) for name in ("stdout", "stderr")]
+        with Path(os.devnull).open("rb") as nothing, streams[0].open("wb") as out, streams[1].open("wb") as err:
+            warm_server.ask(connection, order, [f.fileno() for f in (nothing, out, err)])
+        answer, number = answers.readline().split()
         if answer == "held":
             try:
                 when_held(int(number))
             except BaseException:
                 _kill(int(number))
-                run.stdout.readline()
                 raise
-            answer, number = run.stdout.readline().split()
+            answer, number = answers.readline().split()
         texts = [stream.read_text(encoding="utf-8", errors="replace") for stream in streams]
         return subprocess.CompletedProcess([program, *arguments], int(number), *texts)
 

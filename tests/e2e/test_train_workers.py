@@ -1,4 +1,7 @@
-"""`plait train` with phases side by side, in processes of their own: one that is killed costs no other, none stays."""
+"""`plait train` with phases side by side, in processes of their own: one that is killed costs no other, none stays.
+
+Where it does not matter how a worker is started, it is forked (`tests/warm.py`).
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,10 @@ from plait.errors import OutputError
 from plait.results.progress import SilentProgress
 from plait.training import processes
 from tests.phase_files import CHECKPOINTS, command, rewrite, states, tensors
-from tests.warm import PLAIT, check_killed, run_forked
+from tests.warm import PLAIT, check_killed, in_place_of_python, run_forked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+WORKER = "from plait.training.worker import main; main()"
 
 
 class Killer(SilentProgress):
@@ -62,6 +66,7 @@ class Part(SilentProgress):
 
 
 def test_side_by_side_is_as_in_turn(phases, monkeypatch):
+    monkeypatch.setattr(processes, "_WORKER", in_place_of_python(WORKER))
     rewrite(("[sort.yaml,", "[{task: sort.yaml, arguments: {max_steps: 100000}},"))  # it does not end before it is killed
     with monkeypatch.context() as patch:
         result = plait.train("phases.yaml", out="killed", workers=2, progress=(killer := Killer("sort", patch)))
@@ -107,6 +112,7 @@ def receive_and_wait(part, event):
     if event[:2] == ["start", "train"]:
         hold()
 processes.receive = receive_and_wait
+processes._WORKER = {worker!r}
 main()
 """
 
@@ -121,7 +127,8 @@ def test_workers_leave_with_their_parent(phases):
             plait.train("phases.yaml", out="out")
         os.kill(parent, signal.SIGKILL)
 
-    check_killed(run_forked(HELD_PARENT, "train", "phases.yaml", "-o", "out", "--workers", "2", when_held=kill))
+    program = HELD_PARENT.format(worker=in_place_of_python(WORKER))
+    check_killed(run_forked(program, "train", "phases.yaml", "-o", "out", "--workers", "2", when_held=kill))
     assert len(workers) == 3, "two phases, and the process that renders templates"
     wait_for_the_end(workers)
 

@@ -19,6 +19,7 @@ from plait.training.phases import PlannedPhase
 from plait.training.runners import PhaseStatus, receive
 
 _TAIL = 3
+_WORKER = (sys.executable, "-m", "plait.training.worker")
 
 
 @dataclass
@@ -93,7 +94,7 @@ def _start(
     request = {"name": phase.name, "job": phase.job.model_dump(mode="json"), **places}
     with phase.log.open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "plait.training.worker"],
+            _WORKER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
